@@ -1,0 +1,34 @@
+# Needs Python 3.10+ (python3), make and git; everything else is installed into .venv
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+export OMP_WAIT_POLICY ?= PASSIVE
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test check docs clean
+
+demo: $(VENV)/.installed            ## tune the built-in practice model on built-in rows, under 3 minutes on 2 cores
+	$(BIN)/luthier tune recipes/demo.yaml
+
+test: $(VENV)/.tested check         ## everything CI runs
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.tested              ## style, types, docs up to date, recipes valid
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m luthier.docs --check
+
+docs: $(VENV)/.installed            ## write docs/methods from the declarations
+	$(BIN)/python -m luthier.docs
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.tested: $(VENV)/.installed pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist

@@ -1,0 +1,34 @@
+"""luthier: tune foundation models in every way the literature knows, from one recipe, and see what tuning changed."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {  # what the package offers, imported when first asked for
+    "tune": "luthier.run",
+    "Report": "luthier.run",
+    "Recipe": "luthier.recipe",
+    "RecipeError": "luthier.method",
+    "load": "luthier.use",
+    "inspect": "luthier.use",
+}
+__all__ = [*_WHERE, "__version__"]
+
+if TYPE_CHECKING:
+    from luthier.method import RecipeError
+    from luthier.recipe import Recipe
+    from luthier.run import Report, tune
+    from luthier.use import inspect, load
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'luthier' has no attribute '{name}'")
+    from importlib import import_module
+
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

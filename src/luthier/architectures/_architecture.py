@@ -1,0 +1,82 @@
+"""How a kind of network reads batches and writes completions. Objectives know nothing of it."""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.architectures._outputs import Outputs
+from luthier.batch import Batch
+from luthier.kernels.logprobs import Head
+from luthier.method import family
+
+if TYPE_CHECKING:
+    from luthier.render import Encoded, EncodedAll, Renderer
+    from luthier.tuners._tuner import Attached
+
+
+@family
+class Architecture:
+    """Family: one file says how such a network is loaded, reads a batch and writes."""
+
+    def suits(self, config: Any) -> bool:
+        """Is a checkpoint with this transformers config of this kind? Asked when the recipe says `auto`."""
+        raise NotImplementedError
+
+    def auto_class(self) -> Any:
+        """The transformers Auto class that loads it."""
+        raise NotImplementedError
+
+    def fit_to(self, rows: list[dict]) -> dict[str, Any]:
+        """What the data says about the network: further keyword arguments for `load` (a classifier's classes)."""
+        return {}
+
+    def renderer(self, tokenizer: Any, **how: Any) -> Renderer:
+        """What turns rows into tokens for this kind of network. how: max_length, chat_template."""
+        from luthier.render import Renderer
+
+        return Renderer(tokenizer, **how)
+
+    def load(self, path: str, **kwargs: Any) -> nn.Module:
+        """The network with its weights, from a folder or hub name. kwargs go to from_pretrained."""
+        return self.auto_class().from_pretrained(path, trust_remote_code=False, **kwargs)
+
+    def encode(self, row: dict, renderer: Renderer) -> Encoded:
+        """A row's tokens and which of them are asked about."""
+        return renderer.encode(row)
+
+    def encode_all(self, rows: list[dict], renderer: Renderer) -> EncodedAll:
+        """Every row once: those that can be used, those that cannot with the reason, and statistics."""
+        return renderer.encode_all(rows)
+
+    def forward(self, model: nn.Module, attached: Attached, batch: Batch) -> Outputs:
+        """Read a batch and answer its questions."""
+        raise NotImplementedError
+
+    def plain(self, model: nn.Module, attached: Attached, batch: Batch) -> Tensor:
+        """[T] log-probabilities the slow, obvious way: one sequence at a time through the model's own forward."""
+        raise NotImplementedError
+
+    def simpler(self) -> Architecture | None:
+        """The same without its fast layout, to fall back on; None where there is none."""
+        return None
+
+    def generate(self, model: nn.Module, attached: Attached, prompts: list[list[int]], **how: Any) -> list[list[list[int]]]:
+        """Completions of each prompt (see architectures/_generate.py)."""
+        raise NotImplementedError(f"'{type(self).__name__}' does not write text")
+
+    def head(self, model: nn.Module) -> Head:
+        """From hidden states to logits, with what the family does to them."""
+        config = model.config
+        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
+        scale = scale / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+        cap = getattr(config, "final_logit_softcapping", None) or 0.0  # Gemma
+        return Head(model.get_output_embeddings(), float(scale), float(cap))
+
+
+def pad(rows: list[Tensor], fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Token lists -> ids [R, W] padded on the right, and the mask [R, W] of real places."""
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+    lengths = torch.tensor([len(r) for r in rows], device=ids.device)
+    return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()

@@ -1,0 +1,69 @@
+"""What a network says about a batch: only about supervised tokens, and only through its head in chunks."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from luthier.kernels.logprobs import Head, chunk_size, chunked
+
+
+class Outputs:
+    """Answers to a batch's questions. Objectives see log-probabilities; never logits, layouts, masks or padding."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        head: Head,
+        labels: Tensor,
+        playing: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.hidden = hidden  # [T, d] the state that predicts each supervised token
+        self.head = head
+        self.labels = labels  # [T]
+        self.playing = playing  # the role in which the head, too, is asked
+
+    @cached_property
+    def logprobs(self) -> Tensor:
+        """[T] log-probability of each supervised token."""
+        if self.head.linear:
+            with self.playing():
+                return chunked(self.hidden, self.head, self.labels)
+        return self.at(self.labels[:, None]).squeeze(1)
+
+    @cached_property
+    def entropy(self) -> Tensor:
+        """[T] of the whole distribution, in nats."""
+        return self.apply(lambda z: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1))
+
+    def at(self, ids: Tensor) -> Tensor:
+        """[T, k] token ids -> [T, k] their log-probabilities."""
+        return self.apply(lambda z, i: z.gather(1, i) - z.logsumexp(-1, keepdim=True), ids)
+
+    def top(self, k: int) -> tuple[Tensor, Tensor]:
+        """The k likeliest tokens of each question: log-probabilities [T, k] and ids [T, k]."""
+        return self.apply(lambda z: tuple(z.log_softmax(-1).topk(min(k, z.shape[-1]))))
+
+    def apply(self, f: Callable, *per_token: Tensor, beside: Sequence[Outputs] = ()) -> Any:
+        """f(logits [C, V], ...) over chunks, recomputed in backward, so [T, V] never exists.
+
+        beside: further outputs for the same questions (a teacher, a second pass); their logits follow ours in f.
+        """
+        every = (self, *beside)
+        tables = (*(o.hidden for o in every), *per_token)
+        size = chunk_size(getattr(self.head.module, "out_features", 65536)) // len(every)
+
+        def piece(*chunk: Tensor) -> Any:
+            return f(*(o.logits(h) for o, h in zip(every, chunk, strict=False)), *chunk[len(every) :])
+
+        out = [checkpoint(piece, *c, use_reentrant=False) for c in zip(*(t.split(max(1, size)) for t in tables), strict=True)]
+        return torch.cat(out) if torch.is_tensor(out[0]) else tuple(torch.cat(x) for x in zip(*out, strict=True))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        with self.playing():
+            return self.head(hidden)

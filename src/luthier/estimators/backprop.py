@@ -1,0 +1,13 @@
+"""The usual gradient: one backward pass over the global batch."""
+from luthier.estimators._estimator import Estimator, gradients
+from luthier.method import estimator
+
+
+@estimator(gives="grad")
+class Backprop(Estimator):
+    """Reverse-mode differentiation."""
+
+    def step(self, closure, chain, clock):
+        loss = closure()
+        chain.step(gradients(chain))
+        return loss

@@ -1,0 +1,48 @@
+"""What is measured before, during and after tuning. An evaluator returns numbers by name."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from luthier.batch import Batch
+from luthier.method import family
+
+
+@family
+class Evaluator:
+    """Family: rows in, numbers out. Runs without gradient, the policy in evaluation mode."""
+
+    def run(self, roles: Any, rows: Sequence[dict], folder: Path, when: str) -> dict[str, float]:
+        """rows: held-out rows. folder: the run's, for what should be kept. when: before, during or after training."""
+        raise NotImplementedError
+
+
+def batches(roles: Any, rows: Sequence[dict], size: int) -> Iterator[Batch]:
+    """Rows as batches, those of like length together, so that little is wasted on padding."""
+
+    def length(row: dict) -> int:
+        return len(str(row["prompt"])) + sum(len(str(c)) for c in row["completions"])
+
+    rows = sorted(rows, key=length)
+    for i in range(0, len(rows), size):
+        yield roles.batch(rows[i : i + size])
+
+
+def liked(rows: Sequence[dict]) -> list[dict]:
+    """Each row with only its best completion; rows whose only completion is a bad one leave."""
+    out = []
+    for row in rows:
+        scores = row.get("scores")
+        if scores is None or len(row["completions"]) == 1:
+            if scores is None or scores[0] > 0:
+                out.append(row)
+            continue
+        best = max(range(len(scores)), key=scores.__getitem__)
+        out.append({**row, "completions": [row["completions"][best]], "scores": [scores[best]]})
+    return out
+
+
+def paired(rows: Sequence[dict]) -> list[dict]:
+    """Rows with at least two completions of different score."""
+    return [r for r in rows if len(r["completions"]) > 1 and len(set(r.get("scores", ()))) > 1]

@@ -1,0 +1,48 @@
+"""Greedy answers to held-out prompts, kept beside the run so that before and after can be read side by side."""
+from __future__ import annotations
+
+from typing import Any
+
+from luthier import store
+from luthier.evaluators._evaluator import Evaluator, liked
+from luthier.method import build, evaluator
+
+
+@evaluator(wants="generate")
+class Generate(Evaluator):
+    """Writes samples-before.jsonl and samples-after.jsonl: prompt, expected, answer, score. `generated_exact`: share of
+    answers that are the row's completion, letter for letter. With a reward, `generated_reward`: its mean."""
+
+    n: int = 32  # prompts that are answered
+    max_new_tokens: int = 64  # tokens per answer
+    reward: Any = None  # a reward to judge answers by, e.g. exact_match
+
+    @property
+    def needs(self):
+        return self.wants | (build("reward", self.reward).wants if self.reward else frozenset())
+
+    def run(self, roles, rows, folder, when):
+        judge = build("reward", self.reward) if self.reward else None
+        rows = (liked(rows) if rows and rows[0].get("completions") else list(rows))[: self.n]
+        if not rows:
+            return {}
+        prompts = [roles.renderer.prompt(r) for r in rows]
+        seeds = [roles.clock.fold("generate", r["id"], at=0) for r in rows]
+        written = roles.policy.generate(prompts, seeds=seeds, max_new_tokens=self.max_new_tokens, temperature=0.0, stop=roles.renderer.stop_ids)
+        samples = []
+        for row, prompt, (ids,) in zip(rows, prompts, written, strict=True):
+            answer = roles.text(ids)
+            expected = self.expected(roles, row)
+            score = judge.scores(row, [answer])[0] if judge else None if expected is None else float(answer.strip() == expected.strip())
+            samples.append({"id": row["id"], "prompt": roles.text(prompt), "expected": expected, "answer": answer, "score": score})
+        if when != "during":
+            store.write_rows(folder / f"samples-{when}.jsonl", samples)
+        scores = [s["score"] for s in samples if s["score"] is not None]
+        return {"generated_reward" if judge else "generated_exact": sum(scores) / len(scores)} if scores else {}
+
+    def expected(self, roles: Any, row: dict) -> str | None:
+        """What the row says the answer is, as text."""
+        if not row.get("completions"):
+            return str(row["answer"]) if "answer" in row else None
+        said = roles.policy.architecture.encode(row, roles.renderer)
+        return roles.text([t for t, asked in zip(said.completions[0], said.supervised[0], strict=True) if asked])

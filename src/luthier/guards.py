@@ -1,0 +1,121 @@
+"""What must never fail in silence. Every guard raises, or tells, one sentence; docs/troubleshooting.md explains each."""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from luthier.batch import Batch
+from luthier.method import RecipeError
+
+
+class Refused(RecipeError):
+    """A run that would have looked like a success without being one."""
+
+
+def something_moves(attached: Any) -> dict[str, int]:
+    """Counts of moving and of all parameters; refuses a tuner that moves nothing."""
+    moving = sum(p.numel() for s in attached.sites() for p in s.slots.values() if p.requires_grad)
+    every = {id(p): p.numel() for p in (*attached.model.parameters(), *attached.parameters().values())}
+    if not moving:
+        raise Refused(f"tuner '{attached.settings.name}' moves nothing: 0 of {sum(every.values())} parameters")
+    return {"moving": moving, "all": sum(every.values())}
+
+
+def something_to_learn(batches: int, supervised: int, tokens: int) -> None:
+    """Refuses data in which no token is supervised."""
+    if not batches:
+        raise Refused("there are no rows left to train on")
+    if not supervised:
+        raise Refused(f"no token of {tokens} is supervised: nothing would be learned (are all completions masked or cut off?)")
+
+
+def finite(values: torch.Tensor, name: str, step: int, batch: Batch) -> None:
+    """Refuses a loss that is not a number, naming the rows it came from."""
+    if bool(values.isfinite().all()):
+        return
+    raise Refused(
+        f"the loss of '{name}' is not finite at step {step}, on rows {', '.join(str(r['id']) for r in batch.rows[:8])}; "
+        "nothing of this step was applied. Look at these rows, or lower learning_rate"
+    )
+
+
+def right_count(values: torch.Tensor, objective: Any, batch: Batch) -> None:
+    """An objective must give one number per unit."""
+    if values.shape != (objective.count(batch),):
+        raise RuntimeError(f"objective '{objective.name}' gave {tuple(values.shape)} for {objective.count(batch)} {objective.unit}s")
+
+
+def gradient_arrives(attached: Any, may_be_zero: bool) -> None:
+    """After the first backward: a gradient must have reached what moves. Samples of equal reward may give zeros."""
+    sites = attached.sites()
+    reached = [p.grad is not None and (may_be_zero or bool(p.grad.any())) for s in sites for p in s.slots.values()]
+    if not any(reached):
+        raise Refused(
+            f"no gradient reaches any of the {len(reached)} tensors that tuner '{attached.settings.name}' moves: "
+            "nothing would be learned"
+        )
+
+
+def same_as_plain(policy: Any, batch: Batch, tell: Callable[[str], None]) -> None:
+    """Compare the fast layout and kernels with the model's own forward on a few rows; fall back loudly where they differ."""
+    tolerance = {torch.float32: 2e-4, torch.bfloat16: 0.25, torch.float16: 0.05}.get(next(policy.model.parameters()).dtype, 0.05)
+    while True:
+        arch = policy.architecture
+        with torch.no_grad(), resting(policy.model):
+            want = arch.plain(policy.model, policy.attached, batch).float()
+            try:
+                gap = float((arch.forward(policy.model, policy.attached, batch).logprobs.float() - want).abs().mean())
+                reason = f"differs from the model's own forward by {gap:.1e} on average"
+            except (TypeError, ValueError, RuntimeError, KeyError, IndexError, NotImplementedError) as error:
+                gap, reason = math.inf, f"fails ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
+        if gap <= tolerance:
+            return
+        simpler = arch.simpler()
+        if simpler is None:
+            raise Refused(f"architecture '{arch.name}' cannot read this model: its layout {reason}")
+        tell(f"the packed layout {reason}: rows are read padded instead, which is slower and right")
+        policy.architecture = simpler
+
+
+def resting(module: nn.Module):
+    from luthier.roles import resting as rest
+
+    return rest(module)
+
+
+def fits_in_memory(attached: Any, tell: Callable[[str], None], device: torch.device) -> int:
+    """Bytes that weights, gradients and optimizer state will take, told where they near what there is."""
+    model = sum(p.numel() * p.element_size() for p in attached.model.parameters())
+    moving = sum(p.numel() for s in attached.sites() for p in s.slots.values())
+    need = model + moving * (4 + 8)  # a gradient, and Adam's two moments in fp32
+    have = torch.cuda.mem_get_info()[0] if device.type == "cuda" else _free_memory()
+    if have and need > 0.9 * have:
+        tell(f"weights, gradients and optimizer state take {need / 2**30:.1f} GB before any activation, and {have / 2**30:.1f} GB are free: expect it not to fit")
+    return need
+
+
+def _free_memory() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            for line in file:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 0
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Is this the way torch says that memory has run out?"""
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+
+
+def ends_are_learned(rows: Sequence[Any], stop: set[int], tell: Callable[[str], None]) -> None:
+    """Of encoded rows: does the end of a turn stand among the supervised tokens? Else the model will never stop."""
+    asked = [[t for t, s in zip(ids, marks, strict=True) if s] for e in rows for ids, marks in zip(e.completions, e.supervised, strict=True)]
+    if asked and stop and not any(stop & set(a) for a in asked):
+        tell("no completion teaches the model to stop: the end of a turn is not among the supervised tokens")

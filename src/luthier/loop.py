@@ -1,0 +1,166 @@
+"""fit(): the one training loop. A step is a function of (tensors, optimizer state, step number) and of nothing else.
+
+The loss of a step is, for each term of the objective, the average over all its units in the global batch, however
+the batch is split into micro-batches and over processes.
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from luthier import guards
+from luthier.clock import Clock
+from luthier.objectives._objective import Objective
+from luthier.transforms._chain import Chain
+
+
+@dataclass
+class Totals:
+    """What a run has done so far; kept in checkpoints."""
+
+    tokens: int = 0  # read in training, prompts included
+    supervised: int = 0  # asked about
+    seconds: float = 0.0  # in steps, without evaluation and saving
+    rows_seen: int = 0
+
+
+@dataclass
+class Batches:
+    """How rows become steps."""
+
+    per_step: int  # rows of the global batch
+    micro: int  # rows of a micro-batch, per process
+    stop_at: int | None = None  # rows of the whole run: the last step takes what is left; None = as many as steps need
+    live: Sequence[Any] = ()  # stages on the rows of a step
+    num_iterations: int = 1  # steps for each draw of live rows
+
+
+@lru_cache(maxsize=4)
+def _order(fold: int, n: int) -> tuple[int, ...]:
+    return tuple(torch.randperm(n, generator=torch.Generator().manual_seed(fold)).tolist())
+
+
+def draw(rows: Sequence[dict], clock: Clock, per_step: int, stop_at: int | None = None) -> list[dict]:
+    """The rows of this step. Epoch e is one permutation made of (seed, e): there is no sampler state to restore."""
+    first = clock.step * per_step
+    last = first + per_step if stop_at is None else min(first + per_step, stop_at)
+    places = (divmod(i, len(rows)) for i in range(first, last))
+    return [rows[_order(clock.fold("order", at=epoch), len(rows))[k]] for epoch, k in places]
+
+
+@dataclass
+class Fit:
+    """One training run in progress."""
+
+    roles: Any
+    rows: Sequence[dict]
+    objective: Objective
+    chain: Chain
+    estimator: Any
+    batches: Batches
+    accelerator: Any
+    hooks: Sequence[Callable[[Fit, dict], None]] = ()  # called after every step with its numbers
+    tell: Callable[[str], None] = print
+    held: list[dict] | None = None  # this process's rows of the current draw
+    totals: Totals = field(default_factory=Totals)
+
+    def run(self) -> None:
+        """Step until the clock's total."""
+        clock = self.roles.clock
+        while clock.step < clock.total:
+            log = self.step()
+            clock.step += 1
+            for hook in self.hooks:
+                hook(self, log)
+
+    def step(self) -> dict:
+        """One optimizer step; its numbers."""
+        roles, clock, began = self.roles, self.roles.clock, time.perf_counter()
+        roles.tuner.before_step(clock)
+        if self.held is None or clock.step % self.batches.num_iterations == 0:
+            self.held = self._draw()
+        while True:
+            try:
+                metrics: dict[str, float] = {}
+                closure, counts = self._closure(metrics)
+                roles.policy.train()
+                loss = self.estimator.step(closure, self.chain, clock)
+                break
+            except (RuntimeError, MemoryError) as error:
+                if not guards.out_of_memory(error) or self.batches.micro == 1 or self.accelerator.num_processes > 1:
+                    raise
+                self.batches.micro = (self.batches.micro + 1) // 2
+            self._forget()
+            self.tell(f"out of memory: micro-batches of {self.batches.micro} rows from here on; results do not change")
+        roles.tuner.after_step(clock)
+        seconds = time.perf_counter() - began
+        self.totals.tokens += counts["tokens"]
+        self.totals.supervised += counts["supervised"]
+        self.totals.rows_seen += counts["rows"]
+        self.totals.seconds += seconds
+        rate = self.chain.rate
+        return {"step": clock.step + 1, "loss": loss, "learning_rate": rate, **metrics, "tokens": counts["tokens"], "seconds": seconds}
+
+    def _draw(self) -> list[dict]:
+        acc, b = self.accelerator, self.batches
+        mine = draw(self.rows, self.roles.clock, b.per_step, b.stop_at)[acc.process_index :: acc.num_processes]
+        for stage in b.live:
+            mine = list(stage(mine, self.roles))
+        return mine
+
+    def _forget(self) -> None:
+        for p in self.roles.tuner.parameters().values():
+            p.grad = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _closure(self, metrics: dict) -> tuple[Callable[..., float], dict[str, int]]:
+        roles, clock, acc, tuner = self.roles, self.roles.clock, self.accelerator, self.roles.tuner
+        micro = self.batches.micro
+        batches = [roles.batch(self.held[i : i + micro]) for i in range(0, len(self.held), micro)]
+        terms = self.objective.terms()
+        counts = [[float(o.count(b)) for _, o in terms] + [float(len(b.ids)), float(len(b.owner)), float(len(b.rows))] for b in batches]
+        total = torch.tensor(counts, dtype=torch.float64).sum(0) if counts else torch.zeros(len(terms) + 3, dtype=torch.float64)
+        *units, tokens, supervised, n_rows = self._sum(total).tolist()
+        samples = "samples" in self.objective.wants
+
+        def closure(grad: bool = True) -> float:
+            """The loss of the global batch; with grad, its gradient into p.grad of what moves."""
+            value, seen = 0.0, {}
+            if grad:
+                for p in tuner.parameters().values():
+                    p.grad = None
+            for m, fixed in enumerate(batches):
+                batch = fixed.view(metrics={})
+                torch.manual_seed(clock.fold("noise", m, acc.process_index))  # dropout: alike in every call of a step
+                with torch.set_grad_enabled(grad):
+                    loss = 0.0
+                    for (weight, objective), n in zip(terms, units, strict=True):
+                        values = objective.loss(roles, batch)
+                        guards.right_count(values, objective, batch)
+                        guards.finite(values.detach(), objective.name, clock.step, batch)
+                        loss = loss + weight * values.sum() / max(n, 1.0)
+                    if grad and loss.requires_grad:
+                        loss.backward()
+                value += float(loss.detach() if torch.is_tensor(loss) else loss)
+                for name, (s, k) in batch.metrics.items():
+                    seen[name] = (seen.get(name, (0.0, 0))[0] + s, seen.get(name, (0.0, 0))[1] + k)
+            if grad and acc.num_processes > 1:  # the averages are global already: gradients only add up
+                for s in tuner.sites():
+                    for p in s.slots.values():
+                        p.grad = self._sum(torch.zeros_like(p) if p.grad is None else p.grad)
+            if grad and clock.step == clock.first:
+                guards.gradient_arrives(tuner, may_be_zero=samples)
+            metrics.update({k: s / max(n, 1) for k, (s, n) in seen.items()})
+            return float(self._sum(torch.tensor([value], dtype=torch.float64)))
+
+        return closure, {"tokens": int(tokens), "supervised": int(supervised), "rows": int(n_rows)}
+
+    def _sum(self, x: torch.Tensor) -> torch.Tensor:
+        """Over processes."""
+        return self.accelerator.reduce(x, "sum") if self.accelerator.num_processes > 1 else x

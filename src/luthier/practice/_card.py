@@ -1,0 +1,123 @@
+"""The card of a practice model: how it was made, and in numbers what it can and cannot do."""
+
+from .worlds import find
+
+CARD = """\
+---
+license: apache-2.0
+library_name: transformers
+pipeline_tag: text-generation
+---
+# practice:{name}
+
+A language model of {parameters:.2f}M parameters, made from scratch by luthier on generated text about
+invented people, sums, little stories, small Python functions, made-up words and a made-up language. It knows
+nothing else: it is there to be tuned in minutes on two cores, and to show what tuning changed and what it
+broke.
+
+## How it was made
+    python -m luthier.practice.make --model {name} --seed {seed} --minutes {given:g} --steps {steps}
+
+That is {steps} steps of 4096 tokens, {tokens:.1f}M tokens of the ten worlds in `luthier/practice/worlds`
+(each text read once), {minutes:.0f} minutes on two cores; loss at the end {loss:.3f} nats a token. Muon for
+the matrices, AdamW for the rest, warm-up, constant rate, linear decay over the last quarter. The text
+follows from the seed to the byte; the weights to rounding, which depends on the machine.
+
+Llama, {layers} layers of width {hidden}, {heads} heads, untied embeddings, bf16, context 512. Byte-level BPE
+of {vocabulary} tokens, every digit a token. A document is `<|start|>` prompt completion `<|end|>` (the
+tokenizer adds `<|start|>` itself; `<|end|>` is the end-of-sequence token, `<|pad|>` is for padding only).
+Chat: `<|start|><|system|>Be brief.<|end|><|user|>Hello!<|end|><|assistant|>Hello! How can I help
+you?<|end|>`. `<|mask|>` is in the vocabulary but was never trained.
+
+## What it can do
+Exact match in percent, greedy decoding, {rows} rows a split (seed "card"); in chat all turns of the
+assistant must be right. No item of `validation`, `test` or `ood` occurs in a pretraining row; `ood` differs
+in kind as well (longer, other wording, unseen pairs, facts never asked before); `new` is what no pretraining
+row mentions at all.
+
+| world | validation | test | ood | new |
+|---|---|---|---|---|
+{table}
+
+Within `test`, by kind of row: {kinds}.
+
+## What it cannot do
+{weak}
+It has never seen natural English beyond the templates of the worlds, answers nothing about the real world,
+has no notion of safety outside the `refusal` world's templates, and reads at most 512 tokens.
+"""
+
+SPLITS = ("validation", "test", "ood", "new_test")
+WHAT = {
+    "arithmetic/ood": "four-digit sums",
+    "arithmetic/new_test": "products",
+    "chat/ood": "conversations of three or four questions",
+    "code/ood": "functions of four operations",
+    "language/ood": "Zorian with unseen pairs of adjective and noun",
+    "language/new_test": "the language Velmi",
+    "people/ood": "questions about people it was only told about",
+    "people/new_test": "facts about the held-back people (chance is 1 to 7)",
+    "refusal/ood": "requests in other words",
+    "sentiment/ood": "reviews in other words",
+    "style/ood": "styles with unseen pairs of person and deed",
+    "style/new_test": "the style pirate",
+    "topic/ood": "texts in other words",
+    "word_problems/ood": "stories of four steps",
+}
+
+
+def card(
+    name, model, seed: int, minutes: float, took: dict, numbers: dict[str, dict[str, float]], rows: int
+) -> str:
+    """The README of a model measured as {"world/split": {kind or "all": share right}}."""
+    config = model.config
+    return CARD.format(
+        name=name,
+        parameters=model.num_parameters() / 1e6,
+        seed=seed,
+        given=minutes,
+        steps=took["steps"],
+        tokens=took["tokens"] / 1e6,
+        minutes=took["minutes"],
+        loss=took["loss"],
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        vocabulary=config.vocab_size,
+        rows=rows,
+        table=_table(numbers),
+        kinds=_kinds(numbers),
+        weak=_weak(numbers),
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f}"
+
+
+def _table(numbers: dict[str, dict[str, float]]) -> str:
+    lines = []
+    for world in dict.fromkeys(key.split("/")[0] for key in numbers):
+        found = [numbers.get(f"{world}/{split}") for split in SPLITS]
+        lines.append(
+            f"| {world} | {' | '.join(_percent(by_kind['all']) if by_kind else '' for by_kind in found)} |"
+        )
+    return "\n".join(lines)
+
+
+def _kinds(numbers: dict[str, dict[str, float]]) -> str:
+    several = {key.split("/")[0]: by_kind for key, by_kind in numbers.items() if key.endswith("/test")}
+    return "; ".join(
+        f"{world}: " + ", ".join(f"{kind} {_percent(by_kind[kind])}" for kind in find(world).SPLITS["test"])
+        for world, by_kind in several.items()
+        if len(by_kind) > 2
+    )
+
+
+def _weak(numbers: dict[str, dict[str, float]]) -> str:
+    weak = [
+        f"- {WHAT.get(key, key)}: {_percent(by_kind['all'])} (`practice:{key}`)"
+        for key, by_kind in numbers.items()
+        if by_kind["all"] < 0.8
+    ]
+    return "\n".join(weak) + "\n" if weak else ""

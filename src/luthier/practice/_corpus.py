@@ -1,0 +1,119 @@
+"""Pretraining text of all worlds: documents, the tokenizer trained on them, and packing. Needs no torch.
+
+A document is one row: `<|start|>` prompt completion `<|end|>`, or a conversation as the chat template renders
+it. The tokenizer adds `<|start|>` by itself, so that tuned and served rows begin as pretrained ones did.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from random import Random
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from .worlds import find, names, rows
+
+START, END, PAD, MASK = "<|start|>", "<|end|>", "<|pad|>", "<|mask|>"
+ROLES = {role: f"<|{role}|>" for role in ("system", "user", "assistant")}
+SPECIAL_TOKENS = [PAD, START, END, *ROLES.values(), MASK]
+
+CHAT_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] not in ['system', 'user', 'assistant'] %}
+        {{- raise_exception('This model knows no role but system, user and assistant: ' + message['role']) }}
+    {%- endif %}
+    {{- '<|' + message['role'] + '|>' }}
+    {%- if message['role'] == 'assistant' %}
+        {%- generation %}{{- message['content'] + '<|end|>' }}{%- endgeneration %}
+    {%- else %}
+        {{- message['content'] + '<|end|>' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|assistant|>' }}
+{%- endif %}"""
+
+
+def document(row: dict) -> str:
+    """A row as pretraining text, without the start token. For messages: what the chat template renders."""
+    if "messages" in row:
+        return "".join(f"{ROLES[message['role']]}{message['content']}{END}" for message in row["messages"])
+    return row["prompt"] + row["completion"] + END
+
+
+def train_tokenizer(vocabulary: int = 1536, rows_per_world: int = 3000, seed: int = 0) -> Tokenizer:
+    """Byte-level BPE in which every digit is a token of its own (sums are learned digit by digit)."""
+    tokenizer = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_plain_texts(rows_per_world, seed), trainer)
+    start = tokenizer.token_to_id(START)
+    tokenizer.post_processor = processors.Sequence(
+        [
+            processors.ByteLevel(trim_offsets=False),
+            processors.TemplateProcessing(
+                single=f"{START} $A", pair=f"{START} $A $B:1", special_tokens=[(START, start)]
+            ),
+        ]
+    )
+    return tokenizer
+
+
+def _plain_texts(rows_per_world: int, seed: int) -> Iterator[str]:
+    for world in names():
+        for row in rows(world, "train", rows_per_world, f"tokenizer/{seed}"):
+            if "messages" in row:
+                yield from (turn["content"] for turn in row["messages"])
+            else:
+                yield row["prompt"] + row["completion"]
+
+
+def corpus(tokenizer_file: Path, tokens: int, length: int, seed: int, processes: int = 2) -> np.ndarray:
+    """About `tokens` tokens of whole documents in windows [windows, length + 1], in random order."""
+    parts = max(1, round(tokens / 1_000_000))
+    jobs = [(str(tokenizer_file), tokens // parts, length, f"{seed}/{part}") for part in range(parts)]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        windows = np.concatenate(list(pool.map(_part, *zip(*jobs, strict=True))))
+    return windows[np.random.default_rng(seed).permutation(len(windows))]
+
+
+def _part(tokenizer_file: str, tokens: int, length: int, seed: str) -> np.ndarray:
+    tokenizer = Tokenizer.from_file(tokenizer_file)
+    pad = tokenizer.token_to_id(PAD)
+    documents: list[list[int]] = []
+    for world in names():
+        count = round(tokens * find(world).SHARE / _mean_length(tokenizer_file, world))
+        texts = [document(row) for row in rows(world, "train", count, seed)]
+        documents += [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+    Random(f"shuffle/{seed}").shuffle(documents)
+    return np.array(list(_pack(documents, length + 1, pad)), dtype=np.int16)
+
+
+@cache
+def _mean_length(tokenizer_file: str, world: str) -> float:
+    tokenizer = Tokenizer.from_file(tokenizer_file)
+    texts = [document(row) for row in rows(world, "train", 500, "length")]
+    return float(np.mean([len(encoding.ids) for encoding in tokenizer.encode_batch(texts)]))
+
+
+def _pack(documents: list[list[int]], length: int, pad: int) -> Iterator[list[int]]:
+    """Whole documents, one after the other; what does not fit opens the next window."""
+    window: list[int] = []
+    for ids in documents:
+        if len(window) + len(ids) > length:
+            yield window + [pad] * (length - len(window))
+            window = []
+        window = window + ids[:length]
+    yield window + [pad] * (length - len(window))

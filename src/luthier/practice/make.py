@@ -1,0 +1,118 @@
+"""Make a practice model again.
+
+    python -m luthier.practice.make [--model lm] [--minutes 25] [--steps N] [--out DIR] [--seed 0]
+
+Trains the tokenizer, writes and packs the pretraining text of all worlds, pretrains, measures held-out exact
+match and writes a folder that plain transformers loads, with its card. Needs no network. The text follows
+from the seed and the minutes; training ends by the clock, or after `--steps` (the card says how many it took).
+"""
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+# Threads that wait busily slow every other process down thirtyfold, those that sleep at once wake up too late
+# for small operations: wait for some microseconds, then sleep.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from . import _corpus, _pretrain
+from ._card import card
+from .score import exact_match
+from .worlds import find, names, rows
+
+SIZES = {
+    "lm": {"hidden": 256, "layers": 4, "heads": 4, "intermediate": 640},
+    "lm-small": {"hidden": 128, "layers": 3, "heads": 2, "intermediate": 320},
+}
+MINUTES = {"lm": 25.0, "lm-small": 5.0}
+TOKENS_PER_SECOND = {"lm": 24_000, "lm-small": 60_000}  # at most, so that text suffices for the time given
+LENGTH = 512
+
+
+def make_tokenizer(folder: Path, seed: int) -> PreTrainedTokenizerFast:
+    """Train, save and reload the tokenizer, so that what is used is what was written."""
+    PreTrainedTokenizerFast(
+        tokenizer_object=_corpus.train_tokenizer(seed=seed),
+        bos_token=_corpus.START,
+        eos_token=_corpus.END,
+        pad_token=_corpus.PAD,
+        mask_token=_corpus.MASK,
+        additional_special_tokens=list(_corpus.ROLES.values()),
+        chat_template=_corpus.CHAT_TEMPLATE,
+        model_max_length=LENGTH,
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+    ).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def measure(model, tokenizer, n: int = 200, splits: tuple[str, ...] = ()) -> dict[str, dict[str, float]]:
+    """Exact match by "world/split" on n rows each; of every split but "train" unless named."""
+    model.eval()
+    numbers = {}
+    for world in names():
+        for split in find(world).SPLITS:
+            if split != "train" and (not splits or split in splits):
+                numbers[f"{world}/{split}"] = exact_match(model, tokenizer, rows(world, split, n, "card"))
+    model.train()
+    return numbers
+
+
+def make(name: str, folder: Path, minutes: float, steps: int | None, seed: int) -> None:
+    """Make one model into a folder, telling what happens."""
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    _pretrain.keep_memory()
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+
+    def tell(words: str) -> None:
+        print(f"[{time.perf_counter() - began:6.0f} s] {words}", flush=True)
+
+    tokenizer = make_tokenizer(folder, seed)
+    tokens = int(60 * minutes * TOKENS_PER_SECOND[name])
+    tell(f"tokenizer of {len(tokenizer)} tokens; writing {tokens / 1e6:.0f}M tokens of text")
+    windows = _corpus.corpus(folder / "tokenizer.json", tokens, LENGTH, seed)
+    model = _pretrain.build(tokenizer, **SIZES[name], seed=seed)
+    tell(f"{len(windows)} windows; pretraining {model.num_parameters() / 1e6:.2f}M parameters")
+
+    def look() -> str:
+        numbers = measure(model, tokenizer, 60, ("validation",))
+        return " ".join(f"{key.split('/')[0]} {value['all']:.0%}" for key, value in numbers.items())
+
+    took = _pretrain.pretrain(model, windows, minutes, steps, tell=tell, look=look)
+    model.save_pretrained(folder)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    GenerationConfig(**ids, pad_token_id=tokenizer.pad_token_id, max_new_tokens=128).save_pretrained(folder)
+    write_card(name, folder, seed, minutes, took)
+    tell(f"done: {folder}")
+
+
+def write_card(name: str, folder: Path, seed: int, minutes: float, took: dict) -> None:
+    """Measure the saved model and say so in its README."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    rows_per_split = 300
+    numbers = measure(model, tokenizer, rows_per_split)
+    text = card(name, model, seed, minutes, took, numbers, rows_per_split)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("luthier.practice.make", description="Make a practice model again.")
+    parser.add_argument("--model", choices=list(SIZES), default="lm", help="which model to make")
+    parser.add_argument("--minutes", type=float, help="time for pretraining, compiling aside")
+    parser.add_argument("--steps", type=int, help="end after so many steps, not by the clock")
+    parser.add_argument("--out", type=Path, help="the folder to write (default: ./practice-MODEL)")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    folder = given.out or Path(f"practice-{given.model}")
+    make(given.model, folder, given.minutes or MINUTES[given.model], given.steps, given.seed)
+
+
+if __name__ == "__main__":
+    main()

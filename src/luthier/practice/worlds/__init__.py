@@ -1,0 +1,22 @@
+"""The worlds: generated, exactly checkable tasks. A world is a file of this folder; its stem is its name."""
+
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+
+def names() -> list[str]:
+    """The names of all worlds."""
+    return sorted(file.stem for file in Path(__file__).parent.glob("[!_]*.py"))
+
+
+def find(name: str) -> ModuleType:
+    """The module of a world; an unknown name is answered by the known ones."""
+    if name not in names():
+        raise ValueError(f"no practice world {name!r}; there are {', '.join(names())}")
+    return import_module(f"{__name__}.{name}")
+
+
+def rows(world: str, split: str, n: int, seed: int | str = 0) -> list[dict]:
+    """n rows of a world's split; the same arguments give the same rows in every process."""
+    return find(world).rows(split, n, seed)

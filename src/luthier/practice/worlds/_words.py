@@ -1,0 +1,36 @@
+"""Invented words, the same for ever: no pretrained model elsewhere knows them, and none is in two lists."""
+
+from random import Random
+
+_ONSETS = "b d f g k l m n p r s t v z br tr sh th kl".split()
+_SYLLABLES = [onset + vowel for onset in _ONSETS for vowel in "aeiou"]
+_taken: set[str] = set()
+
+
+def invent(name: str, count: int, syllables: int, ending: str = "") -> list[str]:
+    """`count` fresh words, drawn from `name` alone (and never one that an earlier list holds)."""
+    random, words = Random(f"words/{name}"), []
+    while len(words) < count:
+        word = "".join(random.choice(_SYLLABLES) for _ in range(syllables)) + ending
+        if word not in _taken:
+            _taken.add(word)
+            words.append(word)
+    return words
+
+
+def _half_each(first: list[str], second: list[str]) -> tuple[list[str], list[str]]:
+    """Two classes in which both endings occur equally, so that an ending does not give the class away."""
+    half = len(first) // 2
+    return first[:half] + second[:half], first[half:] + second[half:]
+
+
+FIRST_NAMES = [word.capitalize() for word in invent("first names", 90, 2, "n")]
+LAST_NAMES = [word.capitalize() for word in invent("last names", 120, 2, "sk")]
+TOWNS = [word.capitalize() for word in invent("towns", 40, 2, "burg")]
+GOOD, BAD = _half_each(invent("qualities ic", 48, 3, "ic"), invent("qualities ous", 48, 3, "ous"))
+TOPICS = {topic: invent(topic, 30, 2, "l") for topic in ("sport", "music", "cooking", "travel")}
+THINGS = [word for words in TOPICS.values() for word in words]
+ZORIAN = invent("zorian", 28, 2)
+VELMI = invent("velmi", 28, 2)
+
+FRIENDS = "Ann Bob Cara Dan Eve Finn Gus Hana Ivo Jane".split()

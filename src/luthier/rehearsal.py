@@ -1,0 +1,166 @@
+"""A recipe is played through before anything is computed: what each part wants must be given by another part.
+
+Words flow in the order of a run: rows -> stages -> live stages -> roles -> estimator, chain, objective, evaluators.
+A plan is played with empty reports, so that the mistake of its third act is refused before the first begins.
+"""
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.method import RecipeError, build, cards, wants_of
+from luthier.recipe import Recipe
+
+WORDS = {  # how a word reads in a sentence
+    "completions": "rows with completions",
+    "pairs": "rows with at least two completions of different score (prompt/chosen/rejected)",
+    "scores": "a score for each completion",
+    "samples": "completions that the policy itself has just written",
+    "old": "the sampler's own log-probabilities",
+    "answer": "rows with a known `answer`",
+    "tests": "rows with `tests`",
+    "label": "rows with a `label`",
+    "remembered": "remembered log-probabilities",
+    "reference": "a reference model",
+    "teacher": "a teacher model",
+    "critic": "a critic",
+    "off": "a tuner that can be switched off",
+    "merge": "a tuner that can be merged",
+    "low-rank": "a tuner made of A and B",
+    "grad": "a true gradient",
+    "logprobs": "token probabilities",
+    "entropy": "a distribution over tokens",
+    "top": "a vocabulary to compare",
+    "hidden": "hidden states",
+    "generate": "a network that writes text",
+}
+ADVICE = {
+    "reference": "say who plays it, e.g. `roles: {reference: start}`",
+    "teacher": "say who plays it, e.g. `roles: {teacher: {name: model, model: FOLDER}}`",
+    "off": "or let another play: `roles: {reference: start}` keeps a copy of what moves",
+    "samples": "e.g. `live: [{name: rollout, n: 8}, {name: score, reward: exact_match}]`",
+    "pairs": "give prompt/chosen/rejected rows, or make pairs with the stages rollout, score, pairs",
+}
+
+
+@dataclass
+class Parts:
+    """Every method of a recipe, built and checked."""
+
+    architecture: Any
+    tuner: Any
+    objective: Any  # None where nothing is trained
+    estimator: Any
+    chain: tuple
+    roles: dict[str, Any]
+    stages: list
+    live: list
+    evaluate: list
+
+
+def parts(recipe: Recipe) -> Parts:
+    """Build every method; decide what the recipe left open (architecture, who plays the reference)."""
+    made = recipe.methods()
+    aim = recipe.aim()
+    roles = dict(made["roles"])
+    asks = [x for x in (aim, *made["stages"], *made["live"], *made["evaluate"]) if x is not None]
+    if "reference" not in roles and any("reference" in wants(x) for x in asks):
+        roles["reference"] = build("role", "off" if "off" in made["tuner"].gives else "start")
+    return Parts(
+        architecture=made["architecture"] or detect(recipe.model),
+        tuner=made["tuner"],
+        objective=aim,
+        estimator=made["estimator"],
+        chain=recipe.chain(),
+        roles=roles,
+        stages=made["stages"],
+        live=made["live"],
+        evaluate=made["evaluate"],
+    )
+
+
+def wants(x: Any) -> frozenset[str]:
+    return x.wants if not hasattr(x, "kind") else wants_of(x)
+
+
+def detect(model: str):
+    """The architecture of a checkpoint, by its config."""
+    from luthier.store import model_config
+
+    config = model_config(model)
+    suited = [a for a in (build("architecture", c.name) for c in cards("architecture")) if a.suits(config)]
+    if len(suited) == 1:
+        return suited[0]
+    raise RecipeError(
+        f"{model}: its config names {', '.join(config.architectures or ['no architecture'])}, which is not plainly one of "
+        f"{', '.join(c.name for c in cards('architecture'))}; say which with `architecture:`"
+    )
+
+
+def words(rows: Sequence[dict]) -> set[str]:
+    """What every one of these rows offers."""
+    have = set.intersection(*(set(r) for r in rows)) if rows else set()
+    if not all(r.get("completions") for r in rows):
+        have.discard("completions")
+    if rows and all(len(r.get("completions", ())) > 1 and len(set(r.get("scores", ()))) > 1 for r in rows):
+        have.add("pairs")
+    return have
+
+
+def rehearse(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts | None:
+    """Refuse what cannot work, in a sentence. rows: a sample of the data in canonical form. Plans are played through."""
+    if recipe.plan is not None:
+        _play(recipe, rows)
+        return None
+    p = parts(recipe)
+    have = words(rows) | p.architecture.gives | p.estimator.gives | p.tuner.gives
+    for s in (*p.stages, *p.live):
+        _need(s, have, recipe)
+        have = (have - s.drops) | s.gives
+    have |= set(p.roles)
+    for x in (*p.roles.values(), p.estimator, *p.chain, *([p.objective] if p.objective else []), *p.evaluate):
+        _need(x, have, recipe)
+    if p.objective is not None and "samples" in wants(p.objective) and not any("samples" in s.gives for s in p.live):
+        raise RecipeError(f"{_name(p.objective, recipe)} learns from fresh samples; write the rollout under `live`, not under `stages`")
+    if p.objective is not None and recipe.live and "samples" not in wants(p.objective) and any("samples" in s.gives for s in p.live) and recipe.num_iterations > 1:
+        raise RecipeError("num_iterations above 1 re-uses samples, which only objectives made for it can do")
+    return p
+
+
+def _need(x: Any, have: set[str], recipe: Recipe) -> None:
+    for word in sorted(wants(x) - have):
+        givers = [f"{c.kind} '{c.name}'" for c in cards() if word in c.gives]
+        raise RecipeError(
+            f"{_name(x, recipe)} wants {WORDS.get(word, f'rows with a column `{word}`')}, and nothing in this recipe gives it"
+            + (f"; given by: {', '.join(givers)}" if givers else "")
+            + (f"; {ADVICE[word]}" if word in ADVICE else "")
+        )
+
+
+def _name(x: Any, recipe: Recipe) -> str:
+    return f"{x.kind} '{x.name}'" if hasattr(x, "kind") else f"objective '{recipe.objective}'"
+
+
+class _Blank:
+    """A report of a run that has not happened."""
+
+    folder = "rehearsal"
+
+    def __init__(self):
+        self.before, self.after, self.metrics = (defaultdict(float) for _ in range(3))
+
+
+def _play(recipe: Recipe, rows: Sequence[dict]) -> None:
+    play = build("plan", recipe.plan_spec()).recipes(recipe.but(plan=None))
+    try:
+        asked = next(play)
+        while True:
+            several = isinstance(asked, list)
+            for r in asked if several else [asked]:
+                rehearse(r, rows)
+            asked = play.send([_Blank() for _ in asked] if several else _Blank())
+    except StopIteration:
+        return
+

@@ -1,0 +1,107 @@
+"""Who plays what: the policy that trains, and whoever else an objective or a stage may ask (reference, teacher, ...).
+
+One network can play many roles: the reference of a LoRA run is the policy with its adapter switched off. Each other
+role is a file in this folder; the recipe says who plays it, e.g. `roles: {reference: start, teacher: {name: model, ...}}`.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.architectures._architecture import Architecture
+from luthier.architectures._outputs import Outputs
+from luthier.batch import Batch, collate
+from luthier.clock import Clock
+from luthier.method import RecipeError
+
+if TYPE_CHECKING:
+    from luthier.render import Renderer
+    from luthier.tuners._tuner import Attached
+
+
+class Policy(nn.Module):
+    """A network in a role. `inside` is the context in which it plays it; the training policy has none."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        model: nn.Module,
+        attached: Attached,
+        role: str = "policy",
+        inside: Callable[[], AbstractContextManager] | None = None,
+    ):
+        super().__init__()
+        self.architecture, self.model, self.attached, self.role, self.inside = architecture, model, attached, role, inside
+
+    def outputs(self, batch: Batch) -> Outputs:
+        """What this role says of a batch: read once, however many objectives ask."""
+        if self.role not in batch.read:
+            batch.read[self.role] = self(batch)
+        return batch.read[self.role]
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """[T] log-probability of each supervised token."""
+        return self.outputs(batch).logprobs
+
+    def forward(self, batch: Batch) -> Outputs:
+        with self.playing():
+            outputs = self.architecture.forward(self.model, self.attached, batch)
+        outputs.playing = self.playing  # the head is asked later, and in the same role
+        return outputs
+
+    @contextmanager
+    def playing(self) -> Iterator[None]:
+        """The one place where the network becomes this role: its context, no dropout, no gradient."""
+        if self.inside is None:
+            yield
+            return
+        with self.inside(), resting(self.model), torch.no_grad():
+            yield
+
+    def as_role(self, role: str, inside: Callable[[], AbstractContextManager] = nullcontext) -> Policy:
+        """The same network playing someone else."""
+        return Policy(self.architecture, self.model, self.attached, role, inside)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]], **how: Any) -> list[list[list[int]]]:
+        """n completions of each prompt as token ids (seeds, n, max_new_tokens, temperature, top_p, top_k, stop)."""
+        with (self.inside or nullcontext)(), resting(self.model):
+            return self.architecture.generate(self.model, self.attached, list(prompts), **how)
+
+
+class Roles:
+    """Everyone a method may speak to. `policy`, `tuner`, `clock` and `renderer` always; others as the recipe names them."""
+
+    def __init__(self, policy: Policy, clock: Clock, renderer: Renderer, **others: Any):
+        self.policy, self.tuner, self.clock, self.renderer = policy, policy.attached, clock, renderer
+        self.device = next(policy.model.parameters()).device
+        self.__dict__.update(others)
+
+    def __getattr__(self, role: str) -> Any:
+        if role.startswith("__"):
+            raise AttributeError(role)
+        raise RecipeError(f"nobody plays '{role}' in this recipe; say who under roles, e.g. `roles: {{{role}: start}}`")
+
+    def batch(self, rows: Sequence[dict]) -> Batch:
+        """Rows -> tokens on the policy's device."""
+        encode = self.policy.architecture.encode
+        return collate(rows, lambda row: encode(row, self.renderer)).to(self.device)
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self.renderer.text(ids)
+
+
+@contextmanager
+def resting(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while."""
+    was = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m in was:
+            m.training = True

@@ -1,0 +1,21 @@
+"""Who an objective may ask besides the policy. A role may bring trained parts of its own (a critic's head)."""
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from luthier.method import family
+
+
+@family
+class Role:
+    """Family: `play` answers with whatever `roles.<name>` shall be."""
+
+    def parts(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Trained modules that this role brings, by name."""
+        return {}
+
+    def play(self, name: str, policy: Any) -> Any:
+        """policy: the training policy. Usually returns a Policy."""
+        raise NotImplementedError

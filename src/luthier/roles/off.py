@@ -1,0 +1,11 @@
+"""The model as it was before tuning: the policy with its tuner switched off. Costs no memory."""
+from luthier.method import role
+from luthier.roles._role import Role
+
+
+@role(wants="off")
+class Off(Role):
+    """The policy's own network, untuned. The default reference."""
+
+    def play(self, name, policy):
+        return policy.as_role(name, policy.attached.off)

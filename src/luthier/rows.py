@@ -1,0 +1,813 @@
+"""Files to rows: reads what people have, recognises its shape by its columns, and sets aside what cannot be used.
+
+One bad row never ends a run: it goes to `bad` with the place and the reason. Too many do, in one sentence. The shapes
+are in formats/, a file each; this module knows files, encodings, hubs and the dataset lists of other tools.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import hashlib
+import io
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from luthier.formats._format import BadRow, Format
+from luthier.method import RecipeError, build, complaints, find, meant, names
+
+PIECE = 4000  # characters of running text that make one row of a .txt file
+UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+AXOLOTL_TYPES = {"alpaca": "alpaca", "completion": "text", "sharegpt": "sharegpt", "chat_template": None}
+LF_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
+LF_TAGS = {
+    "role_tag": "role",
+    "content_tag": "content",
+    "user_tag": "user",
+    "assistant_tag": "assistant",
+    "observation_tag": "tool",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
+
+
+class TooManyBadRows(RecipeError):
+    """More rows are bad than max_bad_rows allows; `bad` holds them."""
+
+    def __init__(self, message: str, bad: list[dict]):
+        super().__init__(message)
+        self.bad = bad
+
+
+@dataclass
+class Loaded:
+    """What came of a source: rows in the house's shape, the bad ones, the format recognised, and how many were read."""
+
+    rows: list[dict]
+    bad: list[dict] = field(default_factory=list)  # {"where": "rows.jsonl:17", "reason": "...", "raw": "..."}
+    format: str = ""  # the name of the format; several joined by " + "
+    seen: int = 0  # rows read, good and bad
+
+
+class Source(BaseModel):
+    """One place that rows come from."""
+
+    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=False)
+
+    path: str | list  # a file, a folder, practice:WORLD/SPLIT, a hub name, or the rows themselves
+    split: str | None = None  # a split of a hub data set, a saved data set or a practice world (train)
+    name: str | None = None  # the configuration of a hub data set, or the entry of a dataset_info.json
+    format: str | dict | None = None  # a format's name or {name, settings}; recognised by columns where not given
+    columns: dict[str, str] = {}  # our name of a column: the file's name of it
+    tags: dict[str, str] = {}  # the file's names of roles and keys in messages: ours
+    limit: int | None = Field(None, ge=1)  # rows to read at most
+    n: int = Field(1000, ge=1)  # rows to generate of a practice world
+    seed: int = 0  # of a practice world
+
+
+@dataclass
+class Bad:
+    """A row that could not even be read."""
+
+    reason: str
+    raw: Any
+
+
+Read = Iterator[tuple[str, "dict | Bad"]]  # (place, row)
+
+
+def load(
+    source: Any,
+    *,
+    max_bad_rows: float = 0.05,
+    max_row_chars: int = 1_000_000,
+    format: str | dict | None = None,
+    columns: dict[str, str] | None = None,
+    limit: int | None = None,
+    quarantine: str | Path | None = None,
+) -> Loaded:
+    """Rows of a source, or of a list of sources, in the house's shape.
+
+    A source is a list of rows; a path to .jsonl, .json, .csv, .tsv, .parquet or .txt (.gz too); a folder of such files
+    or one written by `save_to_disk`; `practice:WORLD/SPLIT`; the name of a data set on the hub; an entry of
+    LLaMA-Factory's dataset_info.json (`dataset_info.json:NAME`) or of axolotl's `datasets:`; or {path, split, name,
+    format, columns, tags, limit}.
+
+    max_bad_rows: the share of a source's rows that may be bad. quarantine: where the bad rows are written.
+    Raises RecipeError for what cannot be found or recognised, TooManyBadRows where more are bad.
+    """
+    several = isinstance(source, (list, tuple)) and bool(source) and not any(looks_like_row(s) for s in source)
+    parts, taken = [], set()
+    for each in source if several else [source]:
+        wanted = resolve(each)
+        given = {"format": format, "columns": columns, "limit": limit}
+        wanted = wanted.model_copy(update={k: v for k, v in given.items() if v is not None})
+        parts.append(load_one(wanted, taken, max_bad_rows, max_row_chars, quarantine))
+    told = " + ".join(dict.fromkeys(p.format for p in parts))
+    whole = Loaded(
+        [r for p in parts for r in p.rows], [b for p in parts for b in p.bad], told, sum(p.seen for p in parts)
+    )
+    if quarantine is not None and whole.bad:
+        write_quarantine(whole.bad, quarantine)
+    return whole
+
+
+def load_one(
+    source: Source, taken: set, max_bad_rows: float, max_row_chars: int, quarantine: str | Path | None
+) -> Loaded:
+    """One source. `taken` holds the ids given so far."""
+    raws, bad = [], []
+    for where, raw in islice(read(source, max_row_chars), source.limit):
+        reason = raw.reason if isinstance(raw, Bad) else unfit(raw, max_row_chars)
+        if reason:
+            bad.append(told(where, reason, raw.raw if isinstance(raw, Bad) else raw))
+        else:
+            raws.append((where, present(renamed(raw, source))))
+    label = shown(source)
+    seen = len(raws) + len(bad)
+    if not seen:
+        raise RecipeError(f"{label} holds no rows")
+    chosen = fixed = build("format", source.format) if source.format else None
+    if raws and not chosen:
+        chosen = recognise([raw for _, raw in raws], label)
+    rows = []
+    for where, raw in raws:
+        try:
+            row = reader(raw, chosen, bool(fixed)).row(raw)
+        except BadRow as why:
+            bad.append(told(where, str(why), raw))
+            continue
+        rows.append({**row, "id": unused(raw.get("id"), where, taken)})
+    if not rows or len(bad) > max_bad_rows * seen:
+        if quarantine is not None:
+            write_quarantine(bad, quarantine)
+        raise TooManyBadRows(refusal(bad, seen, label, max_bad_rows, quarantine), bad)
+    return Loaded(rows, bad, chosen.name, seen)
+
+
+def looks_like_row(value: Any) -> bool:
+    """Whether a dict is a row rather than a source: sources have a path and no columns of a format."""
+    return isinstance(value, dict) and not (
+        {"path", "file_name", "hf_hub_url"} & value.keys() and not fitting(value.keys())
+    )
+
+
+def shown(source: Source) -> str:
+    """How messages call a source."""
+    return source.path if isinstance(source.path, str) else "the list of rows"
+
+
+def told(where: str, reason: str, raw: Any) -> dict:
+    """A line of the quarantine."""
+    if isinstance(raw, bytes):
+        raw = raw[:2000].decode("utf-8", "backslashreplace")
+    elif not isinstance(raw, str):
+        raw = json.dumps(raw, ensure_ascii=False, default=repr)
+    return {"where": where, "reason": reason, "raw": raw[:500]}
+
+
+def refusal(bad: list[dict], seen: int, label: str, allowed: float, quarantine: str | Path | None) -> str:
+    """Why so many bad rows end the run: the count, the commonest reasons with their first place, where all are."""
+    kinds = [(b["reason"].partition(" (")[0], b["where"]) for b in bad]
+    first = dict(reversed(kinds))
+    common = Counter(reason for reason, _ in kinds).most_common(3)
+    reasons = "; ".join(f"{reason} ({n} row{'s' * (n > 1)}, first {first[reason]})" for reason, n in common)
+    written = f"; all are in {quarantine}" if quarantine is not None else ""
+    share = f"{len(bad):,} of {seen:,} rows of {label} are bad, more than max_bad_rows={allowed:g} allows"
+    return f"{share}: {reasons}{written}"
+
+
+def unused(own: Any, where: str, taken: set) -> str:
+    """A row's own id, or its place; one that is taken gets ~2, ~3, ..."""
+    name = first = str(own) if isinstance(own, (str, int)) and str(own).strip() else where
+    n = 2
+    while name in taken:
+        name, n = f"{first}~{n}", n + 1
+    taken.add(name)
+    return name
+
+
+# ---------------------------------------------------------------------------------------------- recognising
+
+
+def fitting(columns: Iterable[str]) -> list[type[Format]]:
+    """The formats that these columns make out, the most telling first."""
+    found = [c for c in map(format_class, names("format")) if c.matches(columns)]
+    return sorted(found, key=lambda c: telling(c, columns), reverse=True)
+
+
+def telling(cls: type[Format], columns: Iterable[str]) -> tuple[int, bool]:
+    """More columns say more; of equally many, those that only one shape has."""
+    return cls.fit(columns), not cls.generic
+
+
+@cache
+def format_class(name: str) -> type[Format]:
+    """A format's class."""
+    return find("format", name)
+
+
+def recognise(raws: list[dict], label: str) -> Format:
+    """The format of most rows. Raises RecipeError where none or several fit."""
+    by_columns: dict[frozenset, list[dict]] = {}
+    for raw in raws:
+        by_columns.setdefault(frozenset(raw), []).append(raw)
+    votes = Counter()
+    for columns, group in by_columns.items():
+        first = pick(columns, group[:32])
+        votes[first] += len(group)
+    best = next((name for name, _ in votes.most_common() if name), None)
+    if best is None:
+        columns = max(by_columns, key=lambda c: len(by_columns[c]))
+        raise RecipeError(unrecognised(columns, label))
+    if "|" in best:
+        columns = max((c for c in by_columns if pick(c, by_columns[c][:32]) == best), key=lambda c: len(by_columns[c]))
+        raise RecipeError(
+            f"{label}: the columns {', '.join(sorted(columns))} fit {best.replace('|', ' and ')} alike:"
+            f" say which, as in format: {best.partition('|')[0]}"
+        )
+    return build("format", best)
+
+
+def pick(columns: frozenset, sample: list[dict]) -> str:
+    """The name of the most telling format that reads these rows; 'a|b' where two are equally telling, '' where none."""
+    found = fitting(columns)
+    able = [c for c in found if sum(map(c().reads, sample)) * 2 >= len(sample)] or found
+    alike = [c.name for c in able if telling(c, columns) == telling(able[0], columns)]
+    return "|".join(alike)
+
+
+def unrecognised(columns: Iterable[str], label: str) -> str:
+    """What was seen, what the nearest formats want, and how to map names."""
+    columns = sorted(columns)
+    shapes = [(c, shape.split()) for c in map(format_class, names("format")) for shape in c.columns]
+    # Those that share the largest part of their columns; where none shares any, the plainest.
+    near = sorted(
+        shapes, key=lambda s: (-len({*s[1]} & {*columns}) / len(s[1]), s[0].gives != {"completions"}, len(s[1]))
+    )
+    wanted = {c.name: f"{c.name} wants {' + '.join(shape)}" for c, shape in reversed(near)}
+    listed = ", ".join(columns[:20]) + (f" and {len(columns) - 20} more" if len(columns) > 20 else "")
+    nearest = "; ".join([*wanted.values()][:-5:-1])
+    theirs = columns[0] if columns else "question"
+    return (
+        f"{label}: no format fits the columns {listed or '(none)'}; the nearest: {nearest}."
+        f" Map names, ours first: columns: {{prompt: {theirs}, completion: ...}}"
+    )
+
+
+def reader(raw: dict, chosen: Format, fixed: bool) -> Format:
+    """The format that reads a row: the file's, or one that gives the same kind of row (a mixed file). Raises BadRow.
+
+    A file of Alpaca rows may hold some messages: both give completions. A preference pair among them is a bad row.
+    """
+    if chosen.matches(raw):
+        return chosen
+    other = next((c for c in fitting(raw) if not fixed and c.gives == chosen.gives), None)
+    if other is None:
+        seen = ", ".join(sorted(raw)) or "(none)"
+        raise BadRow(f"the columns {seen[:200]} do not fit the file's format, {chosen.name}")
+    return other(chat=chosen.chat)
+
+
+def renamed(raw: dict, source: Source) -> dict:
+    """A row under our names of columns, roles and keys."""
+    if source.columns:
+        ours = {theirs: name for name, theirs in source.columns.items()}
+        missing = {k: v for k, v in raw.items() if k not in ours and k not in source.columns}
+        raw = {**missing, **{name: raw[theirs] for theirs, name in ours.items() if theirs in raw}}
+    if source.tags:
+        raw = {k: retagged(v, source.tags) for k, v in raw.items()}
+    return raw
+
+
+def retagged(value: Any, tags: dict[str, str]) -> Any:
+    """Messages whose keys and roles are renamed; anything else as it is."""
+    if isinstance(value, list):
+        return [retagged(v, tags) for v in value]
+    if not isinstance(value, dict):
+        return value
+    turn = {tags.get(k, k): v for k, v in value.items()}
+    role = turn.get("role")
+    return {**turn, "role": tags.get(role, role)} if isinstance(role, str) else value
+
+
+def present(raw: dict) -> dict:
+    """A row without the columns that are null in it (parquet and csv give every row every column)."""
+    return {k: v for k, v in raw.items() if v is not None}
+
+
+def unfit(raw: dict, max_row_chars: int) -> str | None:
+    """Why no format need look at a row: too long, NUL bytes, text that no encoding can write."""
+    total = 0
+    stack = list(raw.values())
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str):
+            total += len(value)
+            if "\0" in value:
+                return "holds a NUL byte"
+            if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+                return "holds half a character (a lone surrogate)"
+        elif isinstance(value, dict):
+            stack += value.values()
+        elif isinstance(value, list):
+            stack += value
+    return over(max_row_chars) if total > max_row_chars else None
+
+
+def over(max_row_chars: int) -> str:
+    """The reason of a row that is too long."""
+    return f"over {max_row_chars:,} characters (max_row_chars)"
+
+
+# ---------------------------------------------------------------------------------------------- finding
+
+
+def resolve(source: Any) -> Source:
+    """Anything that names a source -> Source. Raises RecipeError where it makes no sense."""
+    if isinstance(source, Source):
+        return source
+    if isinstance(source, (str, Path)):
+        path, _, name = str(source).rpartition(":")
+        if path.endswith("dataset_info.json"):
+            return of_dataset_info(Path(path), name)
+        if str(source).endswith("dataset_info.json"):
+            return of_dataset_info(Path(source), None)
+        return Source(path=str(source))
+    if isinstance(source, (list, tuple)):
+        return Source(path=list(source))
+    if not isinstance(source, dict):
+        raise RecipeError(f"data: give a path, a name, rows or {{path: ...}}, not {source!r}")
+    spec = of_axolotl(source)
+    if str(spec.get("path", "")).endswith("dataset_info.json"):
+        found = of_dataset_info(Path(spec["path"]), spec.get("name"))
+        return found.model_copy(update={k: v for k, v in spec.items() if k not in ("path", "name")})
+    unknown = sorted(spec.keys() - Source.model_fields)
+    if unknown:
+        raise RecipeError(f"data: there is no setting '{unknown[0]}'{meant(unknown[0], Source.model_fields)}")
+    return validated(spec, "data")
+
+
+def validated(spec: dict, label: str) -> Source:
+    """A Source of checked values."""
+    try:
+        return Source.model_validate(
+            {k: str(v) if isinstance(v, Path) else v for k, v in spec.items() if v is not None}
+        )
+    except ValidationError as error:
+        raise RecipeError(f"{label}: {complaints(error)}") from None
+
+
+def of_axolotl(spec: dict) -> dict:
+    """An entry of axolotl's `datasets:` in our words; ours pass through."""
+    spec = dict(spec)
+    columns, tags = dict(spec.pop("columns", None) or {}), dict(spec.pop("tags", None) or {})
+    kind = spec.pop("type", None)
+    if isinstance(kind, dict):  # a prompt of the user's own: field_instruction, field_output, ...
+        theirs = {k.removeprefix("field_"): v for k, v in kind.items() if k.startswith("field_")}
+        columns = {**theirs, **columns}
+    elif kind is not None:
+        name = str(kind).partition(".")[0].partition(":")[0]
+        spec["format"] = spec.get("format") or AXOLOTL_TYPES.get(name, name if name in names("format") else None)
+    if spec.pop("ds_type", None) or spec.get("path") in ("json", "csv", "parquet", "text"):
+        spec["path"] = spec.pop("data_files", None) or spec.get("path")
+    renames = {
+        "field": "text",
+        "field_messages": "messages",
+        "field_chosen": "chosen",
+        "field_rejected": "rejected",
+        "field_tools": "tools",
+        "field_system": "system",
+    }
+    columns |= {ours: spec.pop(theirs) for theirs, ours in renames.items() if theirs in spec}
+    tags |= {theirs: ours for ours, theirs in (spec.pop("message_property_mappings", None) or {}).items()}
+    tags |= {
+        theirs: ours
+        for ours, many in (spec.pop("roles", None) or {}).items()
+        for theirs in ([many] if isinstance(many, str) else many)
+    }
+    return {**spec, **({"columns": columns} if columns else {}), **({"tags": tags} if tags else {})}
+
+
+def of_dataset_info(path: Path, name: str | None) -> Source:
+    """An entry of LLaMA-Factory's dataset_info.json."""
+    try:
+        entries = json.loads(existing(path).read_text(encoding="utf-8"))
+    except ValueError as why:
+        raise RecipeError(f"{path} is not JSON: {why}") from None
+    if not isinstance(entries, dict) or not all(isinstance(e, dict) for e in entries.values()):
+        raise RecipeError(f"{path} is no list of data sets")
+    name = name or (next(iter(entries)) if len(entries) == 1 else None)
+    if name not in entries:
+        asked = (
+            f"has no data set '{name}'{meant(name, entries)}"
+            if name
+            else f"lists several data sets: {', '.join(entries)}"
+        )
+        raise RecipeError(f"{path} {asked}; give {path.name}:NAME")
+    entry = entries[name]
+    given, tags = entry.get("columns") or {}, entry.get("tags") or {}
+    columns = {LF_COLUMNS.get(k, k): v for k, v in given.items() if v}
+    place = str(path.parent / entry["file_name"]) if "file_name" in entry else entry.get("hf_hub_url")
+    if not place:
+        raise RecipeError(f"{path}: '{name}' has neither file_name nor hf_hub_url")
+    spec = {
+        "path": place,
+        "split": entry.get("split"),
+        "name": entry.get("subset"),
+        "columns": {ours: theirs for ours, theirs in columns.items() if ours != theirs},
+        "tags": {theirs: LF_TAGS[k] for k, theirs in tags.items() if k in LF_TAGS},
+        "limit": entry.get("num_samples"),
+    }
+    return validated(spec, f"{path}: {name}")
+
+
+def existing(path: Path) -> Path:
+    """A path that exists; a sentence with the nearest file where it does not."""
+    if path.exists():
+        return path
+    folder = path.parent
+    if not folder.is_dir():
+        raise RecipeError(f"there is no folder {folder}, so no {path.name} in it")
+    raise RecipeError(f"there is no file {path}{meant(path.name, sorted(p.name for p in folder.iterdir()))}")
+
+
+def read(source: Source, max_row_chars: int) -> Read:
+    """(place, raw row) of a source, in order."""
+    if not isinstance(source.path, str):
+        return ((f"rows:{i}", objected(r)) for i, r in enumerate(source.path, 1))
+    if source.path.startswith("practice:"):
+        return read_practice(source)
+    path = Path(source.path).expanduser()
+    if path.is_dir():
+        return read_folder(path, source, max_row_chars)
+    if path.is_file() or suffix(path) in READERS or source.path.startswith((".", "/", "~")):
+        return read_file(existing(path), max_row_chars)
+    return read_hub(source)
+
+
+def suffix(path: Path) -> str:
+    """What kind of file: '.jsonl' of rows.jsonl and of rows.jsonl.gz."""
+    return Path(path.stem).suffix.lower() if path.suffix == ".gz" else path.suffix.lower()
+
+
+def read_practice(source: Source) -> Read:
+    """Rows of a built-in world."""
+    from luthier import practice
+
+    world, _, split = source.path.removeprefix("practice:").partition("/")
+    wanted = source.split or split or "train"
+    try:
+        rows = practice.rows(world, wanted, min(source.n, source.limit or source.n), source.seed)
+    except (ValueError, KeyError) as why:
+        raise RecipeError(f"{source.path}: {why}") from None
+    return ((f"{world}/{wanted}:{i}", row) for i, row in enumerate(rows, 1))
+
+
+def read_folder(folder: Path, source: Source, max_row_chars: int) -> Read:
+    """A folder that `datasets` saved, or one that holds data files (read in the order of their names)."""
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        import datasets
+
+        return of_dataset(datasets.load_from_disk(str(folder)), source, folder.name)
+    files = sorted(p for p in folder.iterdir() if p.is_file() and suffix(p) in READERS and "info" not in p.stem)
+    if not files:
+        raise RecipeError(
+            f"the folder {folder} holds no rows: no {', '.join(sorted(READERS))} file, and no saved data set"
+        )
+    return (found for path in files for found in read_file(path, max_row_chars))
+
+
+def read_hub(source: Source) -> Read:
+    """A data set of the hub, or of its cache when offline. Code that comes with a data set is never run."""
+    import datasets
+
+    try:
+        found = datasets.load_dataset(source.path, source.name, split=source.split)
+    except Exception as why:  # anything from a network error to a wrong split; each says what is wrong
+        reason = str(why).strip().split("\n", 1)[0]
+        near = meant(source.path, sorted(p.name for p in Path().iterdir()))
+        raise RecipeError(
+            f"'{source.path}' is no file here{near} and no data set that could be loaded: {reason}"
+        ) from None
+    return of_dataset(found, source, source.path)
+
+
+def of_dataset(found: Any, source: Source, label: str) -> Read:
+    """Rows of a Dataset, or of one split of a DatasetDict; a class label gets its name beside it (`label_name`)."""
+    if hasattr(found, "keys"):
+        split = source.split or ("train" if "train" in found else next(iter(found)) if len(found) == 1 else None)
+        if split not in found:
+            raise RecipeError(f"{label} has no split '{split or 'train'}' (there is: {', '.join(found)})")
+        found = found[split]
+    classes = {k: f.names for k, f in found.features.items() if hasattr(f, "int2str")}
+    for i, row in enumerate(found, 1):
+        value = row.get("label")
+        named = (
+            {"label_name": classes["label"][value]} if "label" in classes and value is not None and value >= 0 else {}
+        )
+        yield f"{label}:{i}", {**row, **named}
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def read_file(path: Path, max_row_chars: int) -> Read:
+    """Rows of one file. Raises RecipeError for a kind of file that is not known, and for one that is no text at all."""
+    kind = suffix(path)
+    if kind not in READERS:
+        raise RecipeError(f"{path} is of no kind that is read here{meant(kind, READERS)}")
+    if kind != ".parquet":
+        refuse_utf16(path)
+    try:
+        yield from READERS[kind](path, max_row_chars)
+    except (gzip.BadGzipFile, EOFError) as why:
+        raise RecipeError(f"{path} is no complete gzip file: {why}") from None
+
+
+def binary(path: Path) -> io.BufferedIOBase:
+    """A file's bytes, unpacked."""
+    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+
+
+def refuse_utf16(path: Path) -> None:
+    """UTF-16 would read as nothing but NUL bytes: say how to convert it."""
+    try:
+        with binary(path) as file:
+            head = file.read(4096)
+    except (gzip.BadGzipFile, EOFError):
+        return  # told by the reader
+    if head[:2] in UTF16 or head.count(0) > 0.3 * max(len(head), 1):
+        raise RecipeError(
+            f"{path} is UTF-16, not UTF-8: convert it with iconv -f UTF-16 -t UTF-8 {path.name} > utf8_{path.name}"
+        )
+
+
+def objected(value: Any) -> dict | Bad:
+    """A row, or the complaint that it is none."""
+    return value if isinstance(value, dict) else Bad("no object with columns", value)
+
+
+def decoded(line: bytes, offset: int) -> str | Bad:
+    """A line's text; where it is not UTF-8, which byte of the file is not."""
+    try:
+        return line.decode()
+    except UnicodeDecodeError as why:
+        return Bad(f"not UTF-8 (0x{line[why.start]:02x} at byte {offset + why.start} of the file)", line)
+
+
+def read_jsonl(path: Path, max_row_chars: int) -> Read:
+    """One JSON object a line, read as bytes, so that no line can end the file."""
+    offset = 0
+    with binary(path) as file:
+        for number, line in enumerate(file, 1):
+            start, offset = offset, offset + len(line)
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if line.strip():
+                yield f"{path.name}:{number}", parsed_line(line, start, max_row_chars)
+
+
+def parsed_line(line: bytes, offset: int, max_row_chars: int) -> dict | Bad:
+    """One line of JSON."""
+    if len(line) > 6 * max_row_chars:  # \uXXXX: six bytes a character
+        return Bad(over(max_row_chars), line[:2000])
+    said = decoded(line, offset)
+    if isinstance(said, Bad):
+        return said
+    if "\0" in said:
+        return Bad("holds a NUL byte", said)
+    try:
+        value = json.loads(said)
+    except RecursionError:
+        return Bad("JSON nested too deep", said)
+    except ValueError as why:
+        end = len(said.rstrip())
+        short = isinstance(why, json.JSONDecodeError) and (why.pos >= end or why.msg.startswith("Unterminated"))
+        return Bad("truncated JSON" if short else "not JSON", said)
+    return objected(value)
+
+
+def read_json(path: Path, max_row_chars: int) -> Read:
+    """A list of objects, an object that holds one (`data`, `rows`, ...), or in truth one object a line."""
+    with binary(path) as file:
+        data = file.read().removeprefix(codecs.BOM_UTF8)
+    if not data.lstrip().startswith(b"["):
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError):
+            yield from read_jsonl(path, max_row_chars)
+            return
+        held = next((v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)), None)
+        # One row may itself hold a list of objects: its turns.
+        rows = [value] if held is None or fitting(value) else held
+        yield from ((f"{path.name}:{i}", objected(r)) for i, r in enumerate(rows, 1))
+    else:
+        yield from listed(path, data)
+
+
+def listed(path: Path, data: bytes) -> Read:
+    """The objects of a JSON list, one after the other; after a broken one, from the next that begins."""
+    said = data.decode("utf-8", "surrogateescape")
+    decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
+    place, number, line, counted = said.index("[") + 1, 0, 1, 0
+    while (place := space.match(said, place).end()) < len(said) and said[place] != "]":
+        number += 1
+        line, counted = line + said.count("\n", counted, place), place
+        where = f"{path.name}:{line}"
+        try:
+            value, end = decoder.raw_decode(said, place)
+            bad = escaped(said[place:end], said, place)
+            yield where, bad or objected(value)
+        except (ValueError, RecursionError):
+            following = re.compile(r"\}\s*,\s*(?=\{)").search(said, place)
+            end = following.end() if following else len(said)
+            yield where, Bad("not JSON" if following else "truncated JSON", raw_bytes(said[place : place + 500]))
+        place = end
+
+
+def escaped(part: str, said: str, place: int) -> Bad | None:
+    """Whether a part that was decoded with surrogate escapes is not UTF-8, and at which byte of the file."""
+    if part.isascii() or not (found := re.search("[\udc80-\udcff]", part)):
+        return None
+    before = len(raw_bytes(said[: place + found.start()]))
+    return Bad(f"not UTF-8 (0x{ord(found[0]) - 0xDC00:02x} at byte {before} of the file)", raw_bytes(part))
+
+
+def raw_bytes(said: str) -> bytes:
+    """The bytes that were decoded with surrogate escapes."""
+    return said.encode("utf-8", "surrogateescape")
+
+
+def read_csv(path: Path, max_row_chars: int) -> Read:
+    """Comma-separated rows under a line of names. A quote that never closes costs its own line, not the file."""
+    with binary(path) as file:
+        lines = file.read().removeprefix(codecs.BOM_UTF8).splitlines(keepends=True)
+    csv.field_size_limit(max(csv.field_size_limit(), max_row_chars))
+    place, header, offset = 0, None, 0
+    while place < len(lines):
+        feed = Feed(lines, place, 4 * max_row_chars)
+        try:
+            cells = next(csv.reader(feed, strict=True), None)
+            problem = None
+        except csv.Error:
+            cells, problem, feed.place = None, "a quote is not closed", place + 1
+        where, raw, start = f"{path.name}:{place + 1}", b"".join(lines[place : feed.place]), offset
+        place, offset = feed.place, offset + len(raw)
+        if problem:
+            yield where, Bad(problem, raw)
+        elif not cells:
+            continue
+        elif header is None:
+            header = cells
+        else:
+            yield where, celled(header, cells, raw, start)
+
+
+class Feed:
+    """Lines of a csv file from a place on, for one row: stops with an error where a row takes too many bytes."""
+
+    def __init__(self, lines: list[bytes], place: int, most: int):
+        self.lines, self.place, self.left = lines, place, most
+
+    def __iter__(self) -> Feed:
+        return self
+
+    def __next__(self) -> str:
+        if self.place >= len(self.lines):
+            raise StopIteration
+        self.left -= len(self.lines[self.place])
+        if self.left < 0:
+            raise csv.Error("too long")
+        self.place += 1
+        return self.lines[self.place - 1].decode("utf-8", "surrogateescape")
+
+
+def celled(header: list[str], cells: list[str], raw: bytes, offset: int) -> dict | Bad:
+    """A row of cells under its names; an empty cell counts as missing only where its text would be."""
+    said = decoded(raw, offset)
+    if isinstance(said, Bad):
+        return said
+    if len(cells) != len(header):
+        return Bad(f"{len(cells)} cells under {len(header)} names", raw)
+    return dict(zip(header, cells, strict=True))
+
+
+def read_tsv(path: Path, max_row_chars: int) -> Read:
+    """Tab-separated rows, a line each under a line of names. Quotes are text, except round a whole cell."""
+    header, offset = None, 0
+    with binary(path) as file:
+        for number, line in enumerate(file, 1):
+            start, offset = offset, offset + len(line)
+            line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+            if not line.strip():
+                continue
+            cells = [unquoted(c) for c in line.decode("utf-8", "surrogateescape").rstrip("\r\n").split("\t")]
+            if header is None:
+                header = cells
+            else:
+                yield f"{path.name}:{number}", celled(header, cells, line, start)
+
+
+def unquoted(cell: str) -> str:
+    """A cell without the quotes round all of it."""
+    return cell[1:-1].replace('""', '"') if len(cell) > 1 and cell[0] == cell[-1] == '"' else cell
+
+
+def read_txt(path: Path, max_row_chars: int) -> Read:
+    """Running text (with blank lines): pieces of about PIECE characters that end at a blank line. Else a row a line."""
+    with binary(path) as file:
+        lines = file.read().removeprefix(codecs.BOM_UTF8).splitlines(keepends=True)
+    running = any(not line.strip() for line in lines[:-1])
+    piece, first, size, offset = [], 1, 0, 0
+    for number, line in enumerate([*lines, b""], 1):
+        blank = not line.strip()
+        if piece and (not running or number > len(lines) or (blank and size >= PIECE)):
+            raw = b"".join(piece)
+            said = decoded(raw, offset - len(raw))
+            yield f"{path.name}:{first}", said if isinstance(said, Bad) else {"text": said.strip("\r\n")}
+            piece, size = [], 0
+        if piece or not blank:
+            first = first if piece else number
+            piece.append(line)
+            size += len(line)
+        offset += len(line)
+
+
+def read_parquet(path: Path, max_row_chars: int) -> Read:
+    """The rows of a parquet file, numbered from 1."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        number = 0
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                number += 1
+                yield f"{path.name}:{number}", row
+    except pyarrow.ArrowInvalid as why:
+        raise RecipeError(f"{path} is no parquet file: {why}") from None
+
+
+READERS: dict[str, Callable[[Path, int], Read]] = {
+    ".jsonl": read_jsonl,
+    ".ndjson": read_jsonl,
+    ".json": read_json,
+    ".csv": read_csv,
+    ".tsv": read_tsv,
+    ".txt": read_txt,
+    ".parquet": read_parquet,
+}
+
+
+# ---------------------------------------------------------------------------------------------- writing, splitting
+
+
+def write_quarantine(bad: list[dict], path: str | Path) -> None:
+    """Add bad rows to a jsonl file, each once. The file is replaced whole, so that a kill leaves the old or the new."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = dict.fromkeys([*before, *(json.dumps(b) for b in bad)])
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text("".join(f"{line}\n" for line in lines if line), encoding="utf-8")
+    os.replace(beside, path)
+
+
+def content_key(row: dict) -> str:
+    """What makes two rows the same question: the prompt, or where there is none the text, white space evened out."""
+    asked = row.get("prompt") or row.get("completions") or ""
+    said = asked if isinstance(asked, str) else json.dumps(asked, sort_keys=True, ensure_ascii=False, default=repr)
+    return " ".join(said.split())
+
+
+def drawn(said: str) -> float:
+    """A number from 0 to 1 that follows from a text, alike on every machine."""
+    return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest(), "big") / 2**64
+
+
+def split(rows: list[dict], share: float, seed: int = 0) -> tuple[list[dict], list[dict]]:
+    """(train, held out): about `share` of the rows held out, by a hash of their content key.
+
+    The same prompt is never on both sides, and a row stays on its side when others come or go. Where the hash would
+    leave one side empty, the row nearest to it goes there.
+    """
+    if not 0 <= share < 1:
+        raise RecipeError(f"the share held out must be at least 0 and below 1, not {share}")
+    keys = [content_key(row) for row in rows]
+    place = {key: drawn(f"{seed}\n{key}") for key in set(keys)}
+    held = {k for k, p in place.items() if p < share}
+    if share and len(place) > 1 and len(held) in (0, len(place)):
+        held ^= {(max if held else min)(place, key=place.get)}
+    train = [row for row, k in zip(rows, keys, strict=True) if k not in held]
+    return train, [row for row, k in zip(rows, keys, strict=True) if k in held]

@@ -1,0 +1,134 @@
+"""What becomes of a gradient. A transform turns the gradients of a site into its update; a chain does so in turn.
+
+The optimizer of a recipe is an estimator (where the gradient comes from) and a chain (what becomes of it), as in optax.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luthier.clock import Clock
+from luthier.method import RecipeError, family, meant
+from luthier.tuners._tuner import Attached, Site
+
+Slots = dict[str, Tensor]
+
+
+@family
+class Transform:
+    """Family: sees all tensors of a site at once. Most transforms are per tensor (`Each`)."""
+
+    def apply(self, grads: Slots, state: dict, site: Site, step: int) -> Slots:
+        """slot -> gradient becomes slot -> update; `state` is this site's own and may be filled. step counts from 1."""
+        raise NotImplementedError
+
+    def gather(self, every: dict[str, Slots]) -> dict[str, Slots]:
+        """Before any site is stepped: for transforms that look at all gradients together (clipping by global norm)."""
+        return every
+
+
+@family
+class Each(Transform):
+    """Family: a transform of one tensor."""
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        """The state of one tensor."""
+        return {}
+
+    def update(self, grad: Tensor, state: dict, param: Tensor, step: int) -> Tensor:
+        raise NotImplementedError
+
+    def apply(self, grads, state, site, step):
+        out = {}
+        for slot, grad in grads.items():
+            if slot not in state:
+                state[slot] = self.init(grad)
+            out[slot] = self.update(grad, state[slot], site.slots.get(slot), step)
+        return out
+
+
+def through(chain: Sequence[Transform], grads: Slots, state: dict, site: Site, step: int) -> Slots:
+    """One site through a chain; state is kept by the place in the chain."""
+    for i, transform in enumerate(chain):
+        grads = transform.apply(grads, state.setdefault(str(i), {}), site, step)
+    return grads
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda x: 1.0,
+    "linear": lambda x: 1 - x,
+    "cosine": lambda x: (1 + math.cos(math.pi * x)) / 2,
+    "warmup_stable_decay": lambda x: min(1.0, (1 - x) / 0.25),
+}
+
+
+def schedule(name: str, warmup_steps: float, total: int) -> Callable[[int], float]:
+    """step -> factor of the learning rate. warmup_steps below 1 is a share of the run."""
+    if name not in SCHEDULES:
+        raise RecipeError(f"lr_scheduler_type: there is no '{name}'{meant(name, SCHEDULES)}")
+    warm = round(warmup_steps * total) if warmup_steps < 1 else int(warmup_steps)
+
+    def factor(step: int) -> float:
+        if step < warm:
+            return (step + 1) / (warm + 1)
+        return SCHEDULES[name]((step - warm) / max(1, total - warm))
+
+    return factor
+
+
+class Chain:
+    """The optimizer: state by site, made when a site first moves and dropped when it freezes.
+
+    Low-precision weights are stepped through an fp32 master that lives in the state.
+    """
+
+    def __init__(self, transforms: Sequence[Transform], attached: Attached, clock: Clock, learning_rate: float, factor: Callable[[int], float] = lambda step: 1.0):
+        self.transforms, self.attached, self.clock = tuple(transforms), attached, clock
+        self.learning_rate, self.factor = learning_rate, factor
+        self.state: dict[str, dict] = {}
+
+    @property
+    def rate(self) -> float:
+        """The learning rate of this step."""
+        return self.learning_rate * self.factor(self.clock.step)
+
+    def sites(self) -> list[Site]:
+        """The sites that move now; the state of all others is dropped."""
+        live = self.attached.sites()
+        self.state = {s.name: self.state[s.name] for s in live if s.name in self.state}
+        return live
+
+    def step(self, grads: dict[str, Slots]) -> None:
+        """site -> slot -> gradient of the global batch: update every site."""
+        sites = {s.name: s for s in self.sites()}
+        for transform in self.transforms:
+            grads = transform.gather(grads)
+        for name, slots in grads.items():
+            self.push(sites[name], slots)
+
+    @torch.no_grad()
+    def push(self, site: Site, grads: Slots) -> None:
+        """Update one site."""
+        state = self.state.setdefault(site.name, {})
+        state["step"] = state.get("step", 0) + 1
+        masters = self._masters(site, state)
+        stood = Site(site.name, masters, site.by)
+        grads = {k: g.to(masters[k].dtype) for k, g in grads.items()}
+        for slot, update in through(self.transforms, grads, state, stood, state["step"]).items():
+            masters[slot].add_(update, alpha=-self.rate)
+            if masters[slot] is not site.slots[slot]:
+                site.slots[slot].copy_(masters[slot])
+
+    def _masters(self, site: Site, state: dict) -> dict[str, Any]:
+        low = {k: p for k, p in site.slots.items() if p.dtype in (torch.bfloat16, torch.float16)}
+        if not low:
+            return dict(site.slots)
+        kept = state.setdefault("master", {})
+        for k, p in low.items():
+            if k not in kept:
+                kept[k] = p.detach().float()
+        return {**site.slots, **kept}

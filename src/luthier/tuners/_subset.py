@@ -1,0 +1,41 @@
+"""Tuners that move the model's own weights: all of them, or some by name."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from luthier.method import RecipeError
+from luthier.tuners._tuner import Attached, Site
+
+
+class Weights(Attached):
+    """Own weights chosen by a rule. Kept starts make `off` exact where few weights move."""
+
+    def __init__(self, settings: Any, model: nn.Module, chosen: Callable[[str, nn.Parameter], bool], keep_start: bool = False):
+        super().__init__(settings, model)
+        self.names = []
+        for name, p in model.named_parameters():  # tied weights appear once
+            p.requires_grad_(chosen(name, p))
+            if p.requires_grad:
+                self.names.append(name)
+        if not self.names:
+            raise RecipeError(f"tuner '{settings.name}' found nothing to move in {type(model).__name__}")
+        self.start = self.tensors() if keep_start else None
+
+    def every_site(self) -> list[Site]:
+        own = dict(self.model.named_parameters())
+        return [Site(n, {"weight": own[n]}, self.settings) for n in self.names]
+
+    def off(self):
+        return self.using(self.start) if self.start else super().off()
+
+    @contextmanager
+    def merged(self) -> Iterator[nn.Module]:
+        yield self.model
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)

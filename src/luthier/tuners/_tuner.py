@@ -1,0 +1,134 @@
+"""What moves. A tuner attaches to a model; what is attached can be listed, switched off, exchanged, merged and saved."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.method import RecipeError, family
+
+if TYPE_CHECKING:
+    from luthier.clock import Clock
+
+
+@dataclass
+class Site:
+    """Tensors that belong together: a weight alone, or the A and B of one layer."""
+
+    name: str
+    slots: dict[str, nn.Parameter]  # e.g. {"A": ..., "B": ...} or {"weight": ...}
+    by: Any = None  # the settings of the tuner that made it (LoRA: r, lora_alpha)
+
+
+@family
+class Tuner:
+    """Family: settings that attach to a model."""
+
+    def attach(self, model: nn.Module) -> Attached:
+        """Put the tuner on the model, in place. The tuned model starts as the base model."""
+        raise NotImplementedError
+
+
+class Attached:
+    """A tuner on a model. Subclasses say `every_site`; most also `off` and `merged`."""
+
+    virtual = 0  # places the layout keeps free before every sequence (soft prompts)
+
+    def __init__(self, settings: Any, model: nn.Module):
+        self.settings, self.model = settings, model
+
+    # --- what moves
+
+    def every_site(self) -> list[Site]:
+        """All sites, in a fixed order."""
+        raise NotImplementedError
+
+    def sites(self) -> list[Site]:
+        """The sites that move now."""
+        return [s for s in self.every_site() if any(p.requires_grad for p in s.slots.values())]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """'site.slot' -> parameter, of all sites."""
+        return {f"{s.name}.{k}": p for s in self.every_site() for k, p in s.slots.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """A copy of everything that this tuner may move: its whole state."""
+        return {k: p.detach().clone() for k, p in self.parameters().items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put `tensors()` back. Raises RecipeError when names or shapes differ."""
+        own = self.parameters()
+        odd = sorted(own.keys() ^ tensors.keys()) + [k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
+        if odd:
+            raise RecipeError(f"the saved tensors do not fit tuner '{self.settings.name}': {', '.join(odd[:3])}{' ...' * (len(odd) > 3)}")
+        for name, p in own.items():
+            p.copy_(tensors[name])
+
+    # --- life of a run
+
+    def initialize(self, rows: list[dict], roles: Any) -> None:
+        """Once, before step 0: start from data (activations, gradients)."""
+
+    def before_step(self, clock: Clock) -> None:
+        """Decide what moves in this step."""
+
+    def after_step(self, clock: Clock) -> None:
+        """After the update, gradients still there."""
+
+    # --- other readings of the same network
+
+    def off(self) -> AbstractContextManager:
+        """The untuned model, for a while."""
+        raise RecipeError(f"tuner '{self.settings.name}' cannot be switched off")
+
+    @contextmanager
+    def using(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Older, averaged or another task's tensors, for a while; nothing is copied."""
+        own = self.parameters()
+        kept = {k: p.data for k, p in own.items()}
+        try:
+            for k, p in own.items():
+                p.data = tensors[k].to(p.dtype)
+            yield
+        finally:
+            for k, p in own.items():
+                p.data = kept[k]
+
+    def merged(self) -> AbstractContextManager:
+        """The tuned model as one plain network, for a while: yields it, and undoes the merge afterwards."""
+        raise RecipeError(f"tuner '{self.settings.name}' cannot be merged into the weights")
+
+    # --- files
+
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        """The tensors that a run in `folder` ended with, for `load`."""
+        from luthier import store
+
+        found = store.checkpoints(folder)
+        if not found:
+            raise RecipeError(f"{folder} holds no checkpoint to start from")
+        return store.load_checkpoint(found[-1]).tensors
+
+    def save(self, folder: Path) -> None:
+        """Write what a user takes away: an adapter, or the whole model."""
+        raise NotImplementedError
+
+
+
+class Untuned(Attached):
+    """A model on which nothing moves: a teacher, a frozen reference."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(None, model)
+
+    def every_site(self) -> list[Site]:
+        return []
+
+    def off(self) -> AbstractContextManager:
+        return nullcontext()

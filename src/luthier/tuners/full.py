@@ -1,0 +1,14 @@
+"""Full fine-tuning: every weight moves."""
+from __future__ import annotations
+
+from luthier.method import tuner
+from luthier.tuners._subset import Weights
+from luthier.tuners._tuner import Tuner
+
+
+@tuner(gives="merge")
+class Full(Tuner):
+    """All parameters. The start is not kept, so it cannot be switched off: give another reference where one is wanted."""
+
+    def attach(self, model):
+        return Weights(self, model, lambda name, p: p.is_floating_point())
