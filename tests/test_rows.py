@@ -52,7 +52,11 @@ def test_every_shape_has_a_row_here():
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_are_recognised_and_are_fixed_points(name, tmp_path):
     found = load(jsonl(tmp_path, [SHAPES[name]] * 3))
-    assert found.format == name and not found.bad and [r["id"] for r in found.rows] == [f"rows.jsonl:{i}" for i in (1, 2, 3)]
+    assert (
+        found.format == name
+        and not found.bad
+        and [r["id"] for r in found.rows] == [f"rows.jsonl:{i}" for i in (1, 2, 3)]
+    )
     again = load(jsonl(tmp_path, found.rows))
     keys = ("id", "prompt", "completions", "scores", "tools", "label")
     assert [{k: r.get(k) for k in keys} for r in again.rows] == [{k: r.get(k) for k in keys} for r in found.rows]
@@ -92,7 +96,11 @@ def test_conversations_with_tools_and_system():
         }
     )
     assert [t["role"] for t in row["prompt"]] == ["system", "user"]
-    assert [t["role"] for t in row["completions"][0]] == ["assistant", "tool", "assistant"]  # the last user turn is dropped
+    assert [t["role"] for t in row["completions"][0]] == [
+        "assistant",
+        "tool",
+        "assistant",
+    ]  # the last user turn is dropped
     call = row["completions"][0][0]["tool_calls"][0]
     assert call == {"type": "function", "function": {"name": "find", "arguments": {"what": "soup"}}}
 
@@ -137,7 +145,9 @@ def test_columns_are_mapped_and_formats_can_be_named():
 
 
 def test_unknown_and_ambiguous_columns():
-    with pytest.raises(RecipeError, match=r"no format fits the columns buggy, fixed; the nearest: .*columns: \{prompt: buggy"):
+    with pytest.raises(
+        RecipeError, match=r"no format fits the columns buggy, fixed; the nearest: .*columns: \{prompt: buggy"
+    ):
         load([{"buggy": "a", "fixed": "b"}])
     with pytest.raises(RecipeError, match="alpaca wants instruction \\+ output"):
         load([{"instruction": "a", "result": "b"}])
@@ -165,7 +175,10 @@ BROKEN = [
     (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "lone surrogate"),
     (b'{"messages": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deep"),
     ({"messages": [USER, {"role": "assistant", "content": ""}]}, "turn 2 of messages (assistant) is empty"),
-    ({"messages": [USER, {"role": "assistant", "content": " \n "}]}, "turn 2 of messages (assistant) is only white space"),
+    (
+        {"messages": [USER, {"role": "assistant", "content": " \n "}]},
+        "turn 2 of messages (assistant) is only white space",
+    ),
     ({"messages": [USER, {"role": "assistant", "content": 7}]}, "turn 2 of messages is a number, not text"),
     ({"messages": [{"role": "narrator", "content": "x"}, BOT]}, "unknown role 'narrator'"),
     ({"messages": [USER]}, "no assistant turn"),
@@ -186,7 +199,7 @@ def test_each_bad_row_has_its_line_and_its_reason(tmp_path):
     found = load(path)
     assert len(found.rows) == 400 and found.seen == 400 + len(BROKEN)
     told = {b["where"]: b for b in found.bad}
-    for i, (line, reason) in enumerate(BROKEN):
+    for i, (_, reason) in enumerate(BROKEN):
         b = told[f"rows.jsonl:{4 + 5 * i}"]
         assert reason in b["reason"], (reason, b["reason"])
         assert len(b["raw"]) <= 500 and b["raw"]
@@ -210,14 +223,15 @@ def test_each_bad_row_has_its_line_and_its_reason(tmp_path):
         ({"instruction": " ", "output": "b"}, "instruction is only white space"),
         ({"instruction": "a", "output": "b", "history": ["c"]}, "history is not a list of"),
         ({"instruction": "a", "output_1": "b", "output_2": "c", "preference": 1.5}, "preference is a tie"),
-        ({"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{"}]}, "cannot be read"),
+        (
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "function_call", "value": "{"}]},
+            "cannot be read",
+        ),
         ({"text": "a", "label": None, "labels": []}, "label is missing"),
         ({"question": "a", "answer": {"b": 1}}, "answer is an object"),
     ],
 )
 def test_reasons_of_each_format(raw, reason):
-    good = {name: one(SHAPES[name]) for name in SHAPES}
-    assert good
     readers = [build("format", n) for n in names("format") if build("format", n).matches(raw)]
     reasons = []
     for reader in readers:
@@ -260,7 +274,7 @@ def test_kinds_of_files(tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    rows = [{"prompt": f"{i}+1=", "completion": f"{i + 1}, \"so\"\nyes"} for i in range(5)]
+    rows = [{"prompt": f"{i}+1=", "completion": f'{i + 1}, "so"\nyes'} for i in range(5)]
     want = [(r["prompt"], [r["completion"]]) for r in rows]
     jsonl(tmp_path, rows)
     (tmp_path / "bom.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "rows.jsonl").read_bytes())
@@ -269,9 +283,20 @@ def test_kinds_of_files(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
     (tmp_path / "held.json").write_text(json.dumps({"version": 1, "data": rows}))
     quoted = [",".join('"' + r[k].replace('"', '""') + '"' for k in r) for r in rows]
-    (tmp_path / "rows.csv").write_text("\ufeffprompt,completion\r\n" + "\r\n".join(quoted) + "\r\n", encoding="utf-8", newline="")
+    (tmp_path / "rows.csv").write_text(
+        "\ufeffprompt,completion\r\n" + "\r\n".join(quoted) + "\r\n", encoding="utf-8", newline=""
+    )
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    for name in ("rows.jsonl", "bom.jsonl", "rows.jsonl.gz", "lines.json", "rows.json", "held.json", "rows.csv", "rows.parquet"):
+    for name in (
+        "rows.jsonl",
+        "bom.jsonl",
+        "rows.jsonl.gz",
+        "lines.json",
+        "rows.json",
+        "held.json",
+        "rows.csv",
+        "rows.parquet",
+    ):
         found = load(tmp_path / name)
         assert [(r["prompt"], r["completions"]) for r in found.rows] == want, name
     (tmp_path / "rows.tsv").write_text('sentence\tlabel\n"quoted"\t1\na "lone quote\t0\n')
@@ -285,7 +310,9 @@ def test_text_files_are_lines_or_running_text(tmp_path):
     prose = "\n\n".join(f"Paragraph {i}. " + "word " * 200 for i in range(20))
     (tmp_path / "book.txt").write_text(prose)
     found = load(tmp_path / "book.txt").rows
-    assert 4 <= len(found) <= 6 and "".join("".join(r["completions"][0].split()) for r in found) == "".join(prose.split())
+    assert 4 <= len(found) <= 6 and "".join("".join(r["completions"][0].split()) for r in found) == "".join(
+        prose.split()
+    )
 
 
 def test_a_broken_csv_costs_its_own_lines(tmp_path):
@@ -295,7 +322,9 @@ def test_a_broken_csv_costs_its_own_lines(tmp_path):
     found = load(tmp_path / "rows.csv")
     assert len(found.rows) == 60
     assert [(b["where"], b["reason"].partition(" (")[0]) for b in found.bad] == [
-        ("rows.csv:11", "a quote is not closed"), ("rows.csv:12", "3 cells under 2 names"), ("rows.csv:13", "not UTF-8"),
+        ("rows.csv:11", "a quote is not closed"),
+        ("rows.csv:12", "3 cells under 2 names"),
+        ("rows.csv:13", "not UTF-8"),
     ]
 
 
@@ -331,7 +360,9 @@ def test_folders_lists_limits(tmp_path):
     import datasets
 
     rows = [{"sentence": "fine", "label": 1}, {"sentence": "dull", "label": 0}]
-    features = datasets.Features({"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])})
+    features = datasets.Features(
+        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
     saved = datasets.Dataset.from_list(rows, features=features)
     saved.save_to_disk(str(tmp_path / "saved"))
     datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(str(tmp_path / "splits"))
@@ -349,7 +380,11 @@ def test_folders_lists_limits(tmp_path):
 def test_dataset_info_of_llama_factory(tmp_path):
     info = {
         "mine": {"file_name": "a.json", "columns": {"prompt": "q", "response": "r", "query": "x"}},
-        "pairs": {"file_name": "b.json", "ranking": True, "columns": {"prompt": "q", "chosen": "good", "rejected": "poor"}},
+        "pairs": {
+            "file_name": "b.json",
+            "ranking": True,
+            "columns": {"prompt": "q", "chosen": "good", "rejected": "poor"},
+        },
         "talk": {
             "file_name": "c.json",
             "formatting": "sharegpt",
@@ -360,7 +395,9 @@ def test_dataset_info_of_llama_factory(tmp_path):
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     (tmp_path / "a.json").write_text(json.dumps([{"q": "Add.", "x": "1 1", "r": "2"}]))
     (tmp_path / "b.json").write_text(json.dumps([{"q": "Hi", "good": "Hello!", "poor": "What?"}]))
-    (tmp_path / "c.json").write_text(json.dumps([{"turns": [{"who": "me", "says": "Hi"}, {"who": "it", "says": "Hello!"}]}]))
+    (tmp_path / "c.json").write_text(
+        json.dumps([{"turns": [{"who": "me", "says": "Hi"}, {"who": "it", "says": "Hello!"}]}])
+    )
     place = str(tmp_path / "dataset_info.json")
     assert load(place + ":mine").rows[0]["prompt"] == [{"role": "user", "content": "Add.\n\n1 1"}]
     assert load({"path": place, "name": "pairs"}).rows[0]["scores"] == [1.0, 0.0]
@@ -372,13 +409,35 @@ def test_dataset_info_of_llama_factory(tmp_path):
 def test_entries_of_axolotl(tmp_path):
     path = str(jsonl(tmp_path, [{"talk": [{"who": "human", "what": "Hi"}, {"who": "gpt", "what": "Hello!"}]}]))
     entry = {
-        "path": path, "type": "chat_template", "field_messages": "talk",
-        "message_property_mappings": {"role": "who", "content": "what"}, "roles": {"user": ["human"], "assistant": ["gpt"]},
+        "path": path,
+        "type": "chat_template",
+        "field_messages": "talk",
+        "message_property_mappings": {"role": "who", "content": "what"},
+        "roles": {"user": ["human"], "assistant": ["gpt"]},
     }
     assert load([entry]).rows[0]["completions"] == [[BOT]]
     text = str(jsonl(tmp_path, [{"body": "Once."}], "text.jsonl"))
     assert load([{"path": "json", "data_files": text, "type": "completion", "field": "body"}]).rows[0]["prompt"] == ""
     assert resolve({"path": "x.jsonl", "type": "alpaca"}).format == "alpaca"
+
+
+def test_names_on_the_hub(monkeypatch):
+    import datasets
+
+    asked = []
+    rows = datasets.Dataset.from_list([{"text": "a"}] * 3)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or {"train": rows, "test": rows})
+    assert len(load({"path": "someone/stories", "split": "test", "limit": 2}).rows) == 2
+    assert asked == [(("someone/stories", None), {"split": "test"})]
+
+    def offline(*a, **k):
+        raise ConnectionError("no network\nmore")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    with pytest.raises(
+        RecipeError, match="'someone/stories' is no file here.* no data set that could be loaded: no network$"
+    ):
+        load("someone/stories")
 
 
 def test_practice_worlds():

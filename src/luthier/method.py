@@ -159,8 +159,7 @@ def find(kind: str, name: str) -> type:
 def card(kind: str, name: str) -> Card:
     """What a method's file declares, from its source alone."""
     module = known(kind, name)
-    spec = importlib.util.find_spec(module)
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    tree = ast.parse(source_of(module).read_text(encoding="utf-8"))
     said = {}
     for node in tree.body:
         for mark in getattr(node, "decorator_list", []):
@@ -169,6 +168,14 @@ def card(kind: str, name: str) -> Card:
     summary = (ast.get_docstring(tree) or "").split("\n", 1)[0]
     words = {k: frozenset(said.get(k, "").split()) for k in ("wants", "gives", "drops")}
     return Card(kind, name, module, said.get("paper"), tuple(said.get("row", "").split()), summary=summary, **words)
+
+
+def source_of(module: str) -> Path:
+    """The file of a module; of ours without importing the packages above it."""
+    package, *inner = module.split(".")
+    if package == "luthier":
+        return HOME.joinpath(*inner).with_suffix(".py")
+    return Path(importlib.util.find_spec(module).origin)
 
 
 def cards(kind: str | None = None) -> list[Card]:

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from luthier import store
 from luthier.method import RecipeError, build, cards, wants_of
 from luthier.recipe import Recipe
+from luthier.transforms._chain import schedule
 
 WORDS = {  # how a word reads in a sentence
     "completions": "rows with completions",
@@ -87,9 +89,7 @@ def wants(x: Any) -> frozenset[str]:
 
 def detect(model: str):
     """The architecture of a checkpoint, by its config."""
-    from luthier.store import model_config
-
-    config = model_config(model)
+    config = store.model_config(model)
     suited = [a for a in (build("architecture", c.name) for c in cards("architecture")) if a.suits(config)]
     if len(suited) == 1:
         return suited[0]
@@ -115,6 +115,10 @@ def rehearse(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts | None:
         _play(recipe, rows)
         return None
     p = parts(recipe)
+    store.resolve_model(recipe.model)
+    schedule(recipe.lr_scheduler_type, recipe.warmup_steps, 1)
+    if isinstance(recipe.start, dict):
+        build("merger", recipe.start.get("merge"))
     have = words(rows) | p.architecture.gives | p.estimator.gives | p.tuner.gives
     for s in (*p.stages, *p.live):
         _need(s, have, recipe)

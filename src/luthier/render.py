@@ -1,8 +1,9 @@
 """Rows to token lists and back: the one renderer of training, sampling and serving.
 
-What a model is trained on is what it is asked with later: a conversation goes through the tokenizer's own chat template,
-turn by turn, and a template that writes earlier turns differently once more follow is found out here. Which tokens
-are learned is marked by place, never by token id: an end-of-sequence token that also pads is learned all the same.
+What a model is trained on is what it is asked with later: a conversation goes through the tokenizer's own chat
+template, turn by turn, and a template that writes earlier turns differently once more follow is found out here.
+Which tokens are learned is marked by place, never by token id: an end-of-sequence token that also pads is learned
+all the same.
 """
 
 from __future__ import annotations
@@ -290,7 +291,7 @@ class Renderer:
         if not texts:
             return []
         try:
-            return self.tokenizer(texts, add_special_tokens=special)["input_ids"]
+            return self.tokenizer(texts, add_special_tokens=special, verbose=False)["input_ids"]
         except (TypeError, ValueError, OverflowError) as why:
             if len(texts) == 1:
                 return [BadRow(f"the tokenizer refuses it: {why}")]
@@ -385,12 +386,14 @@ class Renderer:
             return self.decoder_reply(whole, spans)
         if not whole.startswith(head):
             raise Rewrites(REASON)
-        ids, offsets = self.placed(whole, [len(head), *(place for span in spans for place in span)])
+        ids, offsets = self.placed(whole, {len(head), *(place for span in spans for place in span)})
         skipped = len(prompt)
-        if ids[:skipped] != prompt:  # a token reaches across the boundary: encode what follows by itself
+        # Where a token reaches across the beginning of a reply, what comes before it is served otherwise: cut there.
+        cuts = {start for start, _ in spans if any(a < start < b for a, b in offsets)}
+        cuts |= {len(head)} if ids[:skipped] != prompt else set()
+        if cuts:
             self.boundary_mismatches += 1
-            rest, places = self.placed(whole[len(head) :], [place - len(head) for span in spans for place in span])
-            ids, offsets = prompt + rest, [(0, 0)] * skipped + [(a + len(head), b + len(head)) for a, b in places]
+            ids, offsets = self.placed(whole, cuts, apart=True)
         learned = [False] * len(ids)
         for start, stop in spans:
             inside = [i for i in range(skipped, len(ids)) if start <= offsets[i][0] < stop]
@@ -416,7 +419,7 @@ class Renderer:
                 if not after.startswith(before):
                     raise BadRow(
                         "the chat template begins a reply in one way to ask for it and in another once it is there"
-                        f" (it asks with {before[-40:]!r}): put what it asks with into the replies, or give a chat_template"
+                        f" (it asks with {before[-40:]!r}): write that into the replies, or give a chat_template"
                     )
                 if not whole.startswith(after):
                     raise Rewrites(REASON)
@@ -448,15 +451,19 @@ class Renderer:
             narrowed.append((inside[0][0], inside[-1][1]))
         return narrowed
 
-    def placed(self, text: str, places: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of rendered text and the characters each stands for; `places` are boundaries that must be kept."""
-        if self.tokenizer.is_fast:
-            out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            return out["input_ids"], out["offset_mapping"]
-        ids, offsets, bounds = [], [], sorted({0, *places, len(text)})
-        for start, stop in zip(bounds, bounds[1:], strict=False):  # a slow tokenizer does not tell: part by part
-            part = self.one(text[start:stop])
-            ids, offsets = ids + part, offsets + [(start, stop)] * len(part)
+    def placed(self, text: str, cuts: set[int], apart: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of rendered text and the characters each stands for; encoded in parts between cuts with `apart`."""
+        ids, offsets = [], []
+        # A slow tokenizer does not tell which characters a token stands for, so it always works in parts.
+        bounds = sorted({0, len(text), *(cuts if apart or not self.tokenizer.is_fast else ())})
+        for start, stop in zip(bounds, bounds[1:], strict=False):
+            part = text[start:stop]
+            if self.tokenizer.is_fast:
+                out = self.tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+                ids, told = ids + out["input_ids"], out["offset_mapping"]
+            else:
+                ids, told = ids + (some := self.one(part)), [(0, len(part))] * len(some)
+            offsets += [(a + start, b + start) for a, b in told]
         return ids, offsets
 
     def decoder_reply(self, whole: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:

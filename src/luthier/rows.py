@@ -481,7 +481,9 @@ def read_folder(folder: Path, source: Source, max_row_chars: int) -> Read:
         import datasets
 
         return of_dataset(datasets.load_from_disk(str(folder)), source, folder.name)
-    files = sorted(p for p in folder.iterdir() if p.is_file() and suffix(p) in READERS and "info" not in p.stem)
+    files = sorted(
+        p for p in folder.iterdir() if p.is_file() and suffix(p) in READERS and p.name != "dataset_info.json"
+    )
     if not files:
         raise RecipeError(
             f"the folder {folder} holds no rows: no {', '.join(sorted(READERS))} file, and no saved data set"
@@ -608,9 +610,9 @@ def read_json(path: Path, max_row_chars: int) -> Read:
         except (ValueError, RecursionError):
             yield from read_jsonl(path, max_row_chars)
             return
-        held = next((v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)), None)
         # One row may itself hold a list of objects: its turns.
-        rows = [value] if held is None or fitting(value) else held
+        inside = value.values() if isinstance(value, dict) and not fitting(value) else ()
+        rows = next((v for v in inside if isinstance(v, list) and v and isinstance(v[0], dict)), [value])
         yield from ((f"{path.name}:{i}", objected(r)) for i, r in enumerate(rows, 1))
     else:
         yield from listed(path, data)

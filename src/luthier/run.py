@@ -283,11 +283,10 @@ def _encode(roles: Roles, rows: list[dict], folder: Path, watch: Any, main: bool
 
         write_quarantine(bad, folder / "quarantine.jsonl")
         watch.tell(f"{len(bad)} rows set aside, with reasons, in quarantine.jsonl; the first: {bad[0]['reason']}")
-    asks = any(r.get("completions") for r in rows)
-    if asks:
-        guards.something_to_learn(len(kept), stats["supervised"], stats["tokens"])
     if not kept:
         raise guards.Refused(f"none of {len(rows)} rows can be used; the first: {bad[0]['reason']}")
+    if any(r.get("completions") for r in rows):
+        guards.something_to_learn(len(kept), stats["supervised"], stats["tokens"])
     return kept, {"rows": len(kept), "row_tokens": stats["tokens"], "supervised_share": stats["supervised"] / max(1, stats["tokens"]), "longest": stats["longest"], "cut": stats["cut"]}
 
 
@@ -418,9 +417,24 @@ def default_folder(recipe: Recipe) -> Path:
     return Path("runs") / "-".join(w for w in (model, word(recipe.tuner), word(recipe.objective), recipe.fingerprint()[:6]) if w)
 
 
+def on_disk(recipe: Recipe, folder: Path) -> Recipe:
+    """Rows given from Python are written beside the run, so that its recipe can be repeated from a shell."""
+    from luthier.rows import looks_like_row
+
+    for key in ("data", "eval_data"):
+        rows = getattr(recipe, key)
+        if isinstance(rows, (list, tuple)) and rows and all(looks_like_row(r) for r in rows):
+            text = "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in rows)
+            path = folder / f"{key}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl"
+            store.write_text(path, text)
+            recipe = replace(recipe, **{key: str(path)})
+    return recipe
+
+
 def perform(recipe: Recipe, folder: Path | None = None, watch: Any = None) -> Report:
     """A recipe, or the plan it carries. A plan is a generator: its state is the reports of the runs it asked for."""
     folder = Path(folder or recipe.output_dir or default_folder(recipe))
+    recipe = on_disk(recipe, folder)
     if recipe.plan is None:
         return run(recipe, folder, watch)
     watch = watch or Quiet()

@@ -28,7 +28,10 @@ def resolve_model(name: str) -> str:
     if name.startswith("practice:"):
         from luthier import practice
 
-        return str(practice.path(name.removeprefix("practice:")))
+        known = name.removeprefix("practice:")
+        if known not in practice.models():
+            raise RecipeError(f"there is no practice model '{known}'{meant(known, practice.models())}")
+        return str(practice.path(known))
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():

@@ -268,7 +268,8 @@ def alike(prompt: str | list[dict], *completions: str | list[dict]) -> tuple[Any
 def instruction(raw: dict) -> list[dict]:
     """Alpaca's instruction and input as one user turn, after the system text and the history."""
     asked = text(raw, "instruction")
-    more = text(raw, "input", empty=True) if (raw.get("input") or "").strip() else ""
+    given = raw.get("input") or ""
+    more = "" if isinstance(given, str) and not given.strip() else text(raw, "input")
     asked = f"{asked}\n\n{more}" if more else asked
     system, history = raw.get("system") or "", opened(raw.get("history"), "history") or []
     if not isinstance(history, list) or not all(isinstance(h, (list, tuple)) and len(h) == 2 for h in history):

@@ -175,7 +175,6 @@ def pretrain(
 
     Time is measured without compiling. `look` is called every `look_every` minutes, its words are told.
     """
-    pad, start = model.config.pad_token_id, model.config.bos_token_id
     causal_mask(windows.shape[1] - 1)
     model.set_attn_implementation("practice_pretraining")
     body = torch.compile(model.model, dynamic=False)
@@ -184,12 +183,7 @@ def pretrain(
     while (step < steps) if steps else (seconds < 60 * minutes):
         began = time.perf_counter()
         some = np.arange(step * batch, (step + 1) * batch) % len(windows)
-        ids = torch.from_numpy(windows[some].astype(np.int64))
-        labels = ids[:, 1:]
-        # Nothing is learned about padding, nor that a new document starts.
-        labels = labels.masked_fill((labels == pad) | (labels == start), -100)
-        states = body(input_ids=ids[:, :-1], attention_mask=None, use_cache=False).last_hidden_state
-        loss = F.cross_entropy(model.lm_head(states).flatten(0, 1).float(), labels.flatten())
+        loss = _loss(model, body, torch.from_numpy(windows[some].astype(np.int64)))
         loss.backward()
         done = step / steps if steps else seconds / (60 * minutes)
         optimizer.step(learning_rate_scale(step, done))
@@ -205,6 +199,15 @@ def pretrain(
     model.set_attn_implementation("sdpa")
     tokens = step * batch * (windows.shape[1] - 1)
     return {"steps": step, "tokens": tokens, "minutes": seconds / 60, "loss": float(np.mean(recent[-50:]))}
+
+
+def _loss(model: LlamaForCausalLM, body: Callable, ids: Tensor) -> Tensor:
+    """Mean loss of windows [batch, length + 1]; padding and the start of a document are not to be predicted."""
+    labels = ids[:, 1:]
+    free = (labels == model.config.pad_token_id) | (labels == model.config.bos_token_id)
+    states = body(input_ids=ids[:, :-1], attention_mask=None, use_cache=False).last_hidden_state
+    logits = model.lm_head(states).flatten(0, 1).float()
+    return F.cross_entropy(logits, labels.masked_fill(free, -100).flatten())
 
 
 def _looked(model, look: Callable[[], str]) -> str:

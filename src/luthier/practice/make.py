@@ -4,7 +4,7 @@
 
 Trains the tokenizer, writes and packs the pretraining text of all worlds, pretrains, measures held-out exact
 match and writes a folder that plain transformers loads, with its card. Needs no network. The text follows
-from the seed and the minutes; training ends by the clock, or after `--steps` (the card says how many it took).
+from the seed and the minutes; training ends by the clock or after `--steps` (the card says how many).
 """
 
 import argparse

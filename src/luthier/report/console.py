@@ -1,6 +1,10 @@
-"""What a person at a terminal sees: sentences, a progress bar with rate and time left, rows as the model will read them."""
+"""What a person at a terminal sees: sentences, a progress bar with rate and time left, rows as the model will read them.
+
+At a pipe or in a log file the same is said without colours and without a bar: a line for about every tenth of the run.
+"""
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -29,3 +33,175 @@ class Quiet:
 
     def step(self, log: dict) -> None:
         """After each step."""
+
+    def finish(self, report: Any) -> None:
+        """What came of it."""
+
+
+class Console(Quiet):
+    """Prints. `file` is for tests; rich finds out by itself whether it speaks to a terminal."""
+
+    def __init__(self, file: Any = None):
+        from rich.console import Console as Screen
+
+        super().__init__()
+        self.screen = Screen(file=file, highlight=False)
+        if not self.screen.is_terminal:
+            self.screen = Screen(file=file, highlight=False, no_color=True, width=110)
+        self.bar = self.task = None
+        self.total = self.done = self.told = 0
+        self.began = self.tokens = self.seconds = 0.0
+        self.smooth: float | None = None  # the loss, averaged over about the last ten steps
+
+    # ------------------------------------------------------------------------------------------ sentences
+
+    def say(self, text: str = "", style: str = "") -> None:
+        """Text as it is: user text must not be read as markup, and at a pipe no line is broken."""
+        self.screen.print(text, style=style, markup=False, soft_wrap=not self.screen.is_terminal)
+
+    def tell(self, sentence: str) -> None:
+        super().tell(sentence)
+        self.say(f"· {sentence}", "yellow")
+
+    def stage(self, name: str) -> None:
+        self.say(name, "dim")
+
+    def rows(self, roles: Any, rows: Sequence[dict], stats: dict) -> None:
+        from luthier.report import rendered
+
+        share = stats.get("supervised_share")
+        learned = f", {100 * share:.0f}% of them learned" if share else ""
+        self.say(f"{len(rows):,} rows, {stats.get('row_tokens', 0):,} tokens{learned}; the first as the model reads them:")
+        for text in rendered(roles, rows):
+            self.say()
+            self._marked(text)
+        self.say()
+
+    def _marked(self, text: str, limit: int = 600) -> None:
+        """A row: what is learned stands out, at a pipe between ⟦ and ⟧."""
+        from rich.text import Text
+
+        from luthier.report import MARKS
+
+        if len(text) > limit:
+            text = cut(text, limit)
+        if not self.screen.is_terminal:
+            self.say("  " + text.replace(MARKS[0], "⟦").replace(MARKS[1], "⟧").replace("\n", "\n  "))
+            return
+        shown = Text("  ")
+        for i, part in enumerate(text.replace("\n", "\n  ").split(MARKS[0])):
+            learned, _, rest = part.partition(MARKS[1]) if i else ("", "", part)
+            shown.append(learned, "bold green")
+            shown.append(rest, "dim")
+        self.screen.print(shown)
+
+    # ------------------------------------------------------------------------------------------ steps
+
+    @contextmanager
+    def training(self, total: int, done: int) -> Iterator[None]:
+        self.total, self.done, self.told, self.began = total, done, done, time.perf_counter()
+        self.tokens = self.seconds = 0.0
+        self.smooth = None
+        if not self.screen.is_terminal:
+            yield
+            return
+        from rich.progress import BarColumn, Progress, TextColumn
+
+        columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(bar_width=None), TextColumn("{task.fields[said]}"))
+        with Progress(*columns, console=self.screen, transient=False, expand=True) as self.bar:
+            self.task = self.bar.add_task("", total=total, completed=done, said="")
+            try:
+                yield
+            finally:
+                self.bar = None
+
+    def step(self, log: dict) -> None:
+        loss = log.get("loss")
+        if loss is not None:
+            self.smooth = loss if self.smooth is None else self.smooth + 0.2 * (loss - self.smooth)
+        keep = 0.9  # of what was: the rate is that of about the last ten steps
+        self.tokens = keep * self.tokens + log.get("tokens", 0)
+        self.seconds = keep * self.seconds + log.get("seconds", 0.0)
+        steps, self.done = log["step"] - self.done, log["step"]
+        if self.bar is not None:
+            self.bar.update(self.task, advance=steps, said=self._said())
+        elif self.done == self.total or (self.done - self.told) * 10 >= self.total:
+            self.told = self.done
+            self.say(f"step {self.done}/{self.total}  {self._said()}")
+
+    def _said(self) -> str:
+        """Loss, rate and time left; what is not known is left out."""
+        from luthier.report.numbers import duration, number
+
+        first = self.done - max(1, self.done - self.told) if self.bar is None else 0
+        said = [f"loss {number(self.smooth)}"] if self.smooth is not None else []
+        if self.seconds and self.tokens:
+            said.append(f"{self.tokens / self.seconds:,.0f} tokens/s")
+        gone = time.perf_counter() - self.began
+        if self.done < self.total and self.done > first:
+            weight = sum(0.9**k for k in range(min(self.done, 100)))
+            each = self.seconds / weight if self.seconds else gone / max(1, self.done)
+            said.append(f"{duration(each * (self.total - self.done))} left")
+        return "  ".join(said)
+
+    # ------------------------------------------------------------------------------------------ the end
+
+    def finish(self, report: Any) -> None:
+        from pathlib import Path
+
+        from luthier.report.numbers import answers, cost, headline
+
+        self.say()
+        self.say(headline(report), "bold")
+        self.answers(answers(report.folder))
+        self.table(report)
+        for what, much in cost(report.stats):
+            self.say(f"  {what:<16} {much}")
+        page = Path(report.folder) / "report.html"
+        self.say()
+        for act in report.acts:
+            self.say(f"  {act}")
+        if page.is_file():
+            self.say(f"Report: {page}")
+        self.say(f"Talk to it: luthier chat {report.folder}")
+
+    def answers(self, said: Sequence[dict], few: int = 4) -> None:
+        """The same questions before and after."""
+        from rich.text import Text
+
+        if not said:
+            return
+        table = self._grid("asked", "before", "after", "expected")
+        for one in said[:few]:
+            cells = [Text(cut(one[k] or "", 240)) for k in ("prompt", "before", "after", "expected")]
+            for cell, score in ((cells[1], one["score_before"]), (cells[2], one["score_after"])):
+                cell.stylize("" if score is None else "green" if score > 0 else "red")
+            table.add_row(*cells)
+        self.screen.print(table)
+
+    def table(self, report: Any) -> None:
+        """Metric, before, after, change."""
+        from luthier.report.numbers import lines
+
+        table = self._grid("", "before", "after", "change", right=("before", "after", "change"))
+        for line in lines(report):
+            table.add_row(line.label, line.before, line.after, f"[{COLOUR[line.better]}]{line.change}" if line.change else "")
+        if table.row_count:
+            self.screen.print(table)
+
+    def _grid(self, *columns: str, right: Sequence[str] = ()) -> Any:
+        from rich import box
+        from rich.table import Table
+
+        table = Table(box=box.SIMPLE_HEAD if self.screen.is_terminal else box.ASCII2, pad_edge=False, header_style="bold")
+        for name in columns:
+            table.add_column(name, justify="right" if name in right else "left", overflow="fold")
+        return table
+
+
+COLOUR = {True: "green", False: "red", None: "default"}
+
+
+def cut(text: str, limit: int) -> str:
+    """The beginning and the end of a long text."""
+    return text if len(text) <= limit else f"{text[: limit * 2 // 3]} … {text[-limit // 3 :]}"

@@ -1,0 +1,89 @@
+"""Declarations: every method of every kind, found by walking the folders, says what it is and refuses what it is not."""
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+import textwrap
+from dataclasses import MISSING, fields
+
+import pytest
+
+from luthier import method
+from luthier.method import FOLDERS, RecipeError, build, card, cards, find, helps, names, page, spec
+
+EVERY = [(c.kind, c.name) for c in cards()]
+
+
+@pytest.mark.parametrize("kind, name", EVERY, ids=lambda x: x)
+def test_a_declaration_is_whole(kind, name):
+    """Found, documented, its settings explained, its card read from the source equal to the class."""
+    cls, said = find(kind, name), card(kind, name)
+    assert cls.name == name and cls.kind == kind
+    assert (said.paper, said.rows) == (cls.paper, cls.rows)
+    assert (said.wants, said.gives, said.drops) == (cls.wants, cls.gives, cls.drops)
+    assert said.summary and said.summary.endswith((".", ".)")) or ":" in said.summary, f"{said.module}: the file opens with a sentence"
+    assert inspect.getdoc(cls), f"{said.module}: the class says what it does"
+    for f in fields(cls):
+        assert helps(cls).get(f.name), f"{said.module}: setting '{f.name}' has no trailing comment"
+    if cls.paper:
+        assert cls.paper.startswith(("arXiv:", "doi:", "https://")), cls.paper
+    assert f"# {name}" in page(cls)
+
+
+@pytest.mark.parametrize("kind, name", EVERY, ids=lambda x: x)
+def test_an_unknown_setting_is_refused(kind, name):
+    needed = {f.name: 1 for f in fields(find(kind, name)) if f.default is MISSING and f.default_factory is MISSING}
+    with pytest.raises(RecipeError, match=f"{kind} '{name}' has no setting 'qqq'"):
+        build(kind, {"name": name, "qqq": 1, **needed})
+
+
+def test_every_kind_has_a_method():
+    assert [k for k in FOLDERS if not names(k)] in ([], ["decoder"])
+
+
+def test_defaults_survive_being_written_out():
+    for kind, name in EVERY:
+        if all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(find(kind, name))):
+            try:
+                made = build(kind, name)
+            except RecipeError:  # a method whose defaults are not enough says so itself
+                continue
+            assert build(kind, spec(made)) == made
+
+
+def test_did_you_mean():
+    assert "did you mean 'lora'" in str(pytest.raises(RecipeError, build, "tuner", "loar").value)
+    assert "did you mean 'learning" not in str(pytest.raises(RecipeError, build, "tuner", "zzzzzz").value)
+
+
+def test_other_packages_can_bring_methods(tmp_path, monkeypatch):
+    """An entry point `luthier.objectives` is a method like ours."""
+    (tmp_path / "outside.py").write_text(textwrap.dedent('''
+        """Twice the loss."""
+        from luthier.method import objective
+        from luthier.objectives._objective import Objective
+
+        @objective(wants="completions logprobs")
+        class Twice(Objective):
+            """-2 log p."""
+
+            def loss(self, roles, batch):
+                return -2 * roles.policy.logprobs(batch)
+    '''))
+    info = tmp_path / "outside-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[luthier.objectives]\noutside = outside\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    method.modules.cache_clear()
+    try:
+        assert build("objective", "outside").unit == "token" and card("objective", "outside").summary == "Twice the loss."
+    finally:
+        method.modules.cache_clear()
+
+
+def test_imports_cost_nothing():
+    """`import luthier`, the listings and the recipe reader load no torch."""
+    code = "import sys, luthier, luthier.method, luthier.recipe; luthier.method.cards(); print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
