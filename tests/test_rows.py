@@ -139,6 +139,8 @@ def test_columns_are_mapped_and_formats_can_be_named():
     assert (row["prompt"], row["completions"]) == ("Why?", ["SELECT 1"])
     gsm = SHAPES["question_answer"]
     assert "completions" not in one(gsm, columns={"prompt": "question"})
+    with pytest.raises(RecipeError, match="has no column 'quest', which columns: maps; did you mean 'question'"):
+        one(gsm, columns={"prompt": "quest"})
     chat = one(gsm, format={"name": "question_answer", "chat": True})
     assert chat["prompt"] == [{"role": "user", "content": "What is 2+2?"}]
     assert chat["completions"][0][0]["role"] == "assistant"
@@ -342,9 +344,12 @@ def test_other_encodings_and_containers_are_told_once(tmp_path):
     with pytest.raises(RecipeError, match="is UTF-16, not UTF-8: convert it with iconv"):
         load(tmp_path / "wide.jsonl")
     (tmp_path / "rows.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' * 999)[:-9])
-    with pytest.raises(RecipeError, match="no complete gzip"):
+    with pytest.raises(RecipeError, match="cannot be read to its end"):
         load(tmp_path / "rows.jsonl.gz")
     (tmp_path / "rows.parquet").write_bytes(b"no")
+    (tmp_path / "torn.jsonl.gz").write_bytes(gzip.compress(os.urandom(9999))[:50] + b"x" * 500)
+    with pytest.raises(RecipeError, match="cannot be read to its end"):
+        load(tmp_path / "torn.jsonl.gz")
     with pytest.raises(RecipeError, match="no parquet"):
         load(tmp_path / "rows.parquet")
     (tmp_path / "empty.jsonl").write_bytes(b"\n")

@@ -122,7 +122,7 @@ class Fit:
     def _closure(self, metrics: dict) -> tuple[Callable[..., float], dict[str, int]]:
         roles, clock, acc, tuner = self.roles, self.roles.clock, self.accelerator, self.roles.tuner
         micro = self.batches.micro
-        batches = [roles.batch(self.held[i : i + micro]) for i in range(0, len(self.held), micro)]
+        batches = [roles.batch(self.held[i : i + micro], training=True) for i in range(0, len(self.held), micro)]
         terms = self.objective.terms()
         counts = [[float(o.count(b)) for _, o in terms] + [float(len(b.ids)), float(len(b.owner)), float(len(b.rows))] for b in batches]
         total = torch.tensor(counts, dtype=torch.float64).sum(0) if counts else torch.zeros(len(terms) + 3, dtype=torch.float64)

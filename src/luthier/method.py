@@ -263,6 +263,11 @@ def wants_of(method: Any) -> frozenset[str]:
     return own.union(*(wants_of(m) for m in inside(method)))
 
 
+def gives_of(method: Any) -> frozenset[str]:
+    """What a method provides under its settings (`provides` where they change it)."""
+    return frozenset(getattr(method, "provides", method.gives))
+
+
 # ---------------------------------------------------------------------------------------------- documentation
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier import store
-from luthier.method import RecipeError, build, cards, wants_of
+from luthier.method import RecipeError, build, cards, gives_of, wants_of
 from luthier.recipe import Recipe
 from luthier.transforms._chain import schedule
 
@@ -69,7 +69,7 @@ def parts(recipe: Recipe) -> Parts:
     roles = dict(made["roles"])
     asks = [x for x in (aim, *made["stages"], *made["live"], *made["evaluate"]) if x is not None]
     if "reference" not in roles and any("reference" in wants(x) for x in asks):
-        roles["reference"] = build("role", "off" if "off" in made["tuner"].gives else "start")
+        roles["reference"] = build("role", "off" if "off" in gives_of(made["tuner"]) else "start")
     return Parts(
         architecture=made["architecture"] or detect(recipe.model),
         tuner=made["tuner"],
@@ -119,7 +119,7 @@ def rehearse(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts | None:
     schedule(recipe.lr_scheduler_type, recipe.warmup_steps, 1)
     if isinstance(recipe.start, dict):
         build("merger", recipe.start.get("merge"))
-    have = words(rows) | p.architecture.gives | p.estimator.gives | p.tuner.gives
+    have = words(rows) | p.architecture.gives | p.estimator.gives | gives_of(p.tuner)
     for s in (*p.stages, *p.live):
         _need(s, have, recipe)
         have = (have - s.drops) | s.gives

@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ class Loaded:
 class Source(BaseModel):
     """One place that rows come from."""
 
-    model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=False)
+    model_config = ConfigDict(extra="forbid")
 
     path: str | list  # a file, a folder, practice:WORLD/SPLIT, a hub name, or the rows themselves
     split: str | None = None  # a split of a hub data set, a saved data set or a practice world (train)
@@ -127,17 +128,21 @@ def load_one(
     source: Source, taken: set, max_bad_rows: float, max_row_chars: int, quarantine: str | Path | None
 ) -> Loaded:
     """One source. `taken` holds the ids given so far."""
-    raws, bad = [], []
+    raws, bad, columns = [], [], set()
     for where, raw in islice(read(source, max_row_chars), source.limit):
         reason = raw.reason if isinstance(raw, Bad) else unfit(raw, max_row_chars)
         if reason:
             bad.append(told(where, reason, raw.raw if isinstance(raw, Bad) else raw))
         else:
+            columns |= raw.keys()
             raws.append((where, present(renamed(raw, source))))
     label = shown(source)
     seen = len(raws) + len(bad)
     if not seen:
         raise RecipeError(f"{label} holds no rows")
+    absent = next((theirs for theirs in source.columns.values() if raws and theirs not in columns), None)
+    if absent is not None:
+        raise RecipeError(f"{label} has no column '{absent}', which columns: maps{meant(absent, columns)}")
     chosen = fixed = build("format", source.format) if source.format else None
     if raws and not chosen:
         chosen = recognise([raw for _, raw in raws], label)
@@ -534,8 +539,8 @@ def read_file(path: Path, max_row_chars: int) -> Read:
         refuse_utf16(path)
     try:
         yield from READERS[kind](path, max_row_chars)
-    except (gzip.BadGzipFile, EOFError) as why:
-        raise RecipeError(f"{path} is no complete gzip file: {why}") from None
+    except (OSError, EOFError, zlib.error) as why:
+        raise RecipeError(f"{path} cannot be read to its end: {why}") from None
 
 
 def binary(path: Path) -> io.BufferedIOBase:
@@ -548,7 +553,7 @@ def refuse_utf16(path: Path) -> None:
     try:
         with binary(path) as file:
             head = file.read(4096)
-    except (gzip.BadGzipFile, EOFError):
+    except (OSError, EOFError, zlib.error):
         return  # told by the reader
     if head[:2] in UTF16 or head.count(0) > 0.3 * max(len(head), 1):
         raise RecipeError(

@@ -22,6 +22,7 @@ from luthier.loop import Batches, Fit, Totals
 from luthier.method import RecipeError, build
 from luthier.recipe import Recipe
 from luthier.rehearsal import Parts, rehearse
+from luthier.report import rendered
 from luthier.report.console import Quiet
 from luthier.roles import Policy, Roles
 from luthier.transforms._chain import Chain, schedule
@@ -61,13 +62,13 @@ class Data:
     mark: str  # what these rows are; a resumed run must find the same
 
 
-def load_data(recipe: Recipe) -> Data:
-    """The recipe's rows in canonical form, split, with the bad ones apart."""
+def load_data(recipe: Recipe, quarantine: Path | None = None) -> Data:
+    """The recipe's rows in canonical form, split, with the bad ones apart (and written to `quarantine`)."""
     from luthier import rows as reading
 
     if recipe.data is None:
         raise RecipeError("a recipe needs `data`: a file, a folder, a hub name, rows, or practice:WORLD")
-    loaded = reading.load(recipe.data, max_bad_rows=recipe.max_bad_rows)
+    loaded = reading.load(recipe.data, max_bad_rows=recipe.max_bad_rows, quarantine=quarantine)
     rows, bad, held = loaded.rows, loaded.bad, []
     if isinstance(recipe.eval_data, (int, float)) and not isinstance(recipe.eval_data, bool):
         if not 0 <= recipe.eval_data < 1:
@@ -75,7 +76,7 @@ def load_data(recipe: Recipe) -> Data:
         if recipe.eval_data and len(rows) * recipe.eval_data >= 4:
             rows, held = reading.split(rows, recipe.eval_data, recipe.seed)
     elif recipe.eval_data:
-        other = reading.load(recipe.eval_data, max_bad_rows=recipe.max_bad_rows)
+        other = reading.load(recipe.eval_data, max_bad_rows=recipe.max_bad_rows, quarantine=quarantine)
         held, bad = other.rows, [*bad, *other.bad]
     mark = hashlib.sha256(json.dumps([rows, held], sort_keys=True, default=str).encode()).hexdigest()[:16]
     return Data(rows, held, bad, mark)
@@ -122,7 +123,7 @@ def assemble(recipe: Recipe, parts: Parts, rows: Sequence[dict] = ()) -> Roles:
     torch.manual_seed(clock.fold("tuner"))
     attached = parts.tuner.attach(model)
     limit = recipe.max_length or min(2048, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048) - attached.virtual
-    renderer = parts.architecture.renderer(tokenizer, max_length=limit, chat_template=recipe.chat_template)
+    renderer = parts.architecture.renderer(tokenizer, model.config, max_length=limit, chat_template=recipe.chat_template)
     return Roles(Policy(parts.architecture, model, attached), clock, renderer)
 
 
@@ -161,17 +162,15 @@ def run(recipe: Recipe, folder: Path, watch: Any = None) -> Report:
     watch = watch if main else Quiet()
     for sentence in recipe.told:
         watch.tell(sentence)
-    data = load_data(recipe)
+    with store.told_on_disk(folder):
+        data = load_data(recipe, folder / "quarantine.jsonl" if main else None)
     parts = rehearse(recipe, data.rows[:100])
     with _open(folder, recipe, data.mark, main) as finished:
         if finished:
             watch.tell(f"{folder} holds this run, finished: nothing to do (overwrite=true starts anew)")
             return Report.read(folder)
         accelerator.wait_for_everyone()
-        if main and data.bad:
-            from luthier.rows import write_quarantine
-
-            write_quarantine(data.bad, folder / "quarantine.jsonl")
+        if data.bad:
             watch.tell(f"{len(data.bad)} unusable rows of {len(data.bad) + len(data.rows) + len(data.held_out)} set aside, with reasons: {folder / 'quarantine.jsonl'}")
         set_seed(recipe.seed)
         report = _run(recipe, parts, data, folder, watch, accelerator)
@@ -206,12 +205,18 @@ def _run(recipe: Recipe, parts: Parts, data: Data, folder: Path, watch: Any, acc
         rows = store.read_rows(kept)
     rows, stats = _encode(roles, rows, folder, watch, main)
     held_out, _ = _encode(roles, data.held_out, folder, Quiet(), main)
+    for sentence in (roles.renderer.note, *roles.renderer.warnings):
+        if sentence:
+            watch.tell(sentence)
     watch.rows(roles, rows, stats)
+    if main:
+        store.write_json(folder / "shown.json", rendered(roles, rows))
 
     moving = guards.something_moves(roles.tuner)
     guards.fits_in_memory(roles.tuner, watch.tell, roles.device)
-    if rows and rows[0].get("completions") and main:
-        guards.same_as_plain(roles.policy, roles.batch(rows[:2]), watch.tell)
+    if rows and rows[0].get("completions"):
+        for player in roles.policies():  # each by itself: a teacher may be another kind of network
+            guards.same_as_plain(player, roles.batch(rows[:2]), watch.tell)
     if recipe.start is None:
         roles.tuner.initialize(rows, roles)
 
@@ -237,7 +242,8 @@ def _run(recipe: Recipe, parts: Parts, data: Data, folder: Path, watch: Any, acc
     if latest is not None:
         was = store.load_checkpoint(latest)
         roles.tuner.load(was.tensors)
-        chain.state, clock.step, clock.first, fit.held, fit.totals = was.state, was.step, was.step, was.held, Totals(**was.totals)
+        chain.load(was.state)
+        clock.step, clock.first, fit.held, fit.totals = was.step, was.step, was.held, Totals(**was.totals)
         watch.tell(f"going on from {latest.name} of {clock.total} steps")
     if main:
         _trim(folder / "metrics.jsonl", clock.step)
@@ -252,7 +258,7 @@ def _run(recipe: Recipe, parts: Parts, data: Data, folder: Path, watch: Any, acc
     logged = store.read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
     report.losses = [line["loss"] for line in logged if "loss" in line]
     report.stats = {
-        **stats, **moving, **asdict(fit.totals), "steps": clock.total, "bad_rows": len(data.bad), "held_out_rows": len(held_out),
+        **stats, **moving, **asdict(fit.totals), "steps": clock.total, "data_rows": len(rows), "turns": bool(rows) and isinstance(rows[0]["prompt"], list), "bad_rows": len(data.bad), "held_out_rows": len(held_out),
         "measured_on": "held-out rows" if held_out else "training rows", "tokens_per_second": fit.totals.tokens / max(fit.totals.seconds, 1e-9),
         "peak_memory_mb": _peak_memory(), "device": str(roles.device), "dtype": str(next(roles.policy.model.parameters()).dtype).removeprefix("torch."),
     }  # fmt: skip

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from luthier.architectures._outputs import Outputs
 from luthier.batch import Batch
-from luthier.kernels.logprobs import Head
 from luthier.method import family
 
 if TYPE_CHECKING:
+    from luthier.clock import Clock
     from luthier.render import Encoded, EncodedAll, Renderer
     from luthier.tuners._tuner import Attached
 
@@ -32,7 +32,7 @@ class Architecture:
         """What the data says about the network: further keyword arguments for `load` (a classifier's classes)."""
         return {}
 
-    def renderer(self, tokenizer: Any, **how: Any) -> Renderer:
+    def renderer(self, tokenizer: Any, config: Any, **how: Any) -> Renderer:
         """What turns rows into tokens for this kind of network. how: max_length, chat_template."""
         from luthier.render import Renderer
 
@@ -58,21 +58,26 @@ class Architecture:
         """[T] log-probabilities the slow, obvious way: one sequence at a time through the model's own forward."""
         raise NotImplementedError
 
+    @property
+    def reading(self) -> str:
+        """How batches are read, in words: "packed", "padded"."""
+        return "padded"
+
     def simpler(self) -> Architecture | None:
-        """The same without its fast layout, to fall back on; None where there is none."""
+        """The same with one shortcut less, to fall back on; None where none is left."""
         return None
+
+    def crowded(self) -> Architecture:
+        """The same as it is tried out: with everything that can happen in a large batch happening in a small one."""
+        return self
+
+    def ask(self, batch: Batch, renderer: Renderer, clock: Clock) -> Batch:
+        """The batch as it is asked at this step: networks that fill gaps hide tokens here."""
+        return batch
 
     def generate(self, model: nn.Module, attached: Attached, prompts: list[list[int]], **how: Any) -> list[list[list[int]]]:
         """Completions of each prompt (see architectures/_generate.py)."""
         raise NotImplementedError(f"'{type(self).__name__}' does not write text")
-
-    def head(self, model: nn.Module) -> Head:
-        """From hidden states to logits, with what the family does to them."""
-        config = model.config
-        scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-        scale = scale / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
-        cap = getattr(config, "final_logit_softcapping", None) or 0.0  # Gemma
-        return Head(model.get_output_embeddings(), float(scale), float(cap))
 
 
 def pad(rows: list[Tensor], fill: int = 0) -> tuple[Tensor, Tensor]:

@@ -1,21 +1,27 @@
-"""Writing with a decoder: a KV cache, each prompt read once for all its samples, finished sequences dropped.
+"""Writing: each prompt is read once for all its samples, and finished sequences leave the batch.
 
 Sampling is by inverse CDF from uniforms that belong to (seed, sample, position): the same seed writes the same text
 whatever else is in the batch, up to the rounding of the network itself.
 """
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from luthier.architectures._architecture import pad
+from luthier.architectures._language_model import logits_at, soft_first
+from luthier.clock import Clock
+from luthier.method import RecipeError
 
 SEQUENCES = 64  # written at once
 
 
 def generate(
-    model: nn.Module,
-    attached,
+    writer: Writer,
     prompts: Sequence[Sequence[int]],
     *,
     seeds: Sequence[int],
@@ -25,93 +31,187 @@ def generate(
     top_p: float = 1.0,
     top_k: int = 0,
     stop: Sequence[int] = (),
+    limit: int | None = None,
 ) -> list[list[list[int]]]:
     """n completions of each prompt as token ids, the stop token included where one was written.
 
-    temperature 0 is greedy. seeds: one per prompt. Prompts of like length are written together.
+    temperature 0 is greedy. seeds: one per prompt. Prompts of like length are written together. limit: tokens that
+    the network can hold; a sequence ends there. Raises RecipeError for a prompt that leaves no room.
     """
+    room = [max_new_tokens if limit is None else min(max_new_tokens, limit - writer.held(len(p))) for p in prompts]
+    if min(room, default=1) < 1:
+        raise RecipeError(f"a prompt of {max(map(len, prompts))} tokens leaves no room to write: the network holds {limit}")
     out: list[list[list[int]]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     some = max(1, SEQUENCES // n)
     for start in range(0, len(order), some):
         chosen = order[start : start + some]
-        draw = [torch.rand(n, max_new_tokens, generator=torch.Generator().manual_seed(seeds[i])) for i in chosen]
-        pick = _Picker(torch.cat(draw), temperature, top_p, top_k)
-        written = _write(model, attached, [prompts[i] for i in chosen], n, max_new_tokens, pick, set(stop))
+        pick = Picker([(seeds[i], k) for i in chosen for k in range(n)], max_new_tokens, temperature, top_p, top_k)
+        ends = [room[i] for i in chosen for _ in range(n)]
+        written = _write(writer, [list(prompts[i]) for i in chosen], n, ends, pick, set(stop))
         for k, i in enumerate(chosen):
             out[i] = written[k * n : (k + 1) * n]
     return out
 
 
-class _Picker:
-    """Chooses the next token of each sequence."""
-
-    def __init__(self, uniforms: Tensor, temperature: float, top_p: float, top_k: int):
-        self.uniforms, self.temperature, self.top_p, self.top_k = uniforms, temperature, top_p, top_k
-
-    def __call__(self, logits: Tensor, which: Tensor, step: int) -> Tensor:
-        """[B, V] logits of sequences `which` at `step` -> [B] token ids."""
-        if not self.temperature:
-            return logits.argmax(-1)
-        p = (logits.float() / self.temperature).softmax(-1)
-        ids = None
-        if self.top_p < 1 or self.top_k:
-            p, ids = p.sort(-1, descending=True)
-            if self.top_k:
-                p[:, self.top_k :] = 0
-            if self.top_p < 1:
-                p[p.cumsum(-1) - p >= self.top_p] = 0
-        total = p.cumsum(-1)
-        u = self.uniforms[which.cpu(), step].to(p.device) * total[:, -1]
-        place = torch.searchsorted(total, u[:, None], right=True).squeeze(1).clamp(max=p.shape[1] - 1)
-        return place if ids is None else ids.gather(1, place[:, None]).squeeze(1)
-
-
 @torch.no_grad()
-def _write(model, attached, prompts, n, limit, pick, stop) -> list[list[int]]:
-    device = model.get_input_embeddings().weight.device
-    width = max(len(p) for p in prompts)
-    ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)
-    embed = model.get_input_embeddings()(ids)
-    if attached.virtual:  # soft vectors go between the padding and the prompt
-        embed, mask = _with_soft(embed, mask, attached.soft().to(embed.dtype))
-    position = (mask.cumsum(-1) - 1).clamp(min=0)
-    said = model(inputs_embeds=embed, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1)
-    cache = said.past_key_values
-    if n > 1:
-        cache.batch_repeat_interleave(n)
-    logits = said.logits[:, -1].repeat_interleave(n, 0)
-    mask, position = mask.repeat_interleave(n, 0), position[:, -1:].repeat_interleave(n, 0)
-
-    written: list[list[int]] = [[] for _ in range(len(prompts) * n)]
-    which = torch.arange(len(written), device=device)
-    for step in range(limit):
-        token = pick(logits, which, step)
-        for i, t in zip(which.tolist(), token.tolist(), strict=True):
+def _write(writer: Writer, prompts: list[list[int]], n: int, ends: list[int], pick: Picker, stop: set[int]) -> list[list[int]]:
+    logits = writer.begin(prompts, n)
+    written: list[list[int]] = [[] for _ in ends]
+    which = list(range(len(ends)))  # the sequence in each row
+    while which:
+        tokens = pick(logits, which, len(written[which[0]]))
+        for i, t in zip(which, tokens.tolist(), strict=True):
             written[i].append(t)
-        going = torch.tensor([t not in stop for t in token.tolist()], device=device)
-        if step == limit - 1 or not going.any():
-            break
-        if not going.all():
-            keep = going.nonzero().squeeze(1)
-            cache.batch_select_indices(keep)
-            token, which, mask, position = token[keep], which[keep], mask[keep], position[keep]
-        mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-        position = position + 1
-        said = model(
-            input_ids=token[:, None], attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True
-        )
-        logits = said.logits[:, -1]
+        going = [k for k, i in enumerate(which) if written[i][-1] not in stop and len(written[i]) < ends[i]]
+        if going and len(going) < len(which):
+            rows = torch.tensor(going, device=tokens.device)
+            writer.keep(rows)
+            tokens = tokens[rows]
+        which = [which[k] for k in going]
+        if which:
+            logits = writer.next(tokens)
     return written
 
 
-def _with_soft(embed: Tensor, mask: Tensor, soft: Tensor) -> tuple[Tensor, Tensor]:
-    rows, width, k = len(embed), embed.shape[1], len(soft)
-    out = embed.new_zeros(rows, width + k, embed.shape[2])
-    seen = mask.new_zeros(rows, width + k)
-    for r in range(rows):
-        gap = width - int(mask[r].sum())
-        out[r, gap : gap + k], out[r, gap + k :] = soft, embed[r, gap:]
-        seen[r, gap:] = 1
-    return out, seen
+class Picker:
+    """Chooses the next token of each sequence."""
+
+    def __init__(self, names: Sequence[tuple[int, int]], length: int, temperature: float, top_p: float = 1.0, top_k: int = 0):
+        """names: the (seed, sample) of each sequence."""
+        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+        if temperature:
+            self.uniforms = torch.stack([torch.rand(length, generator=Clock(seed).rng("sample", k)) for seed, k in names])
+
+    def __call__(self, logits: Tensor, which: list[int], step: int) -> Tensor:
+        """[B, V] logits of sequences `which` at `step` -> [B] token ids."""
+        if not self.temperature:
+            return logits.argmax(-1)
+        p, ids = (logits.float() / self.temperature).softmax(-1), None
+        if self.top_p < 1 or 0 < self.top_k < p.shape[-1]:
+            p, ids = p.topk(self.top_k) if 0 < self.top_k < p.shape[-1] else p.sort(-1, descending=True)
+            p = p / p.sum(-1, keepdim=True)
+            p[p.cumsum(-1) - p >= self.top_p] = 0  # the nucleus: least likely tokens whose better ones already reach top_p go
+        total = p.cumsum(-1)
+        most = total[:, -1]
+        u = self.uniforms[which, step].to(p.device) * most
+        u = torch.minimum(u, torch.nextafter(most, most.new_zeros(())))  # rounding must not lead past the last token
+        place = torch.searchsorted(total, u[:, None], right=True)
+        return (place if ids is None else ids.gather(1, place)).squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------------- writers
+
+
+class Writer:
+    """A network that is writing some sequences."""
+
+    def __init__(self, model: nn.Module, attached: Any):
+        self.model, self.attached = model, attached
+        self.device = model.get_input_embeddings().weight.device
+
+    def held(self, prompt: int) -> int:
+        """Of the tokens that the network can hold while it writes: those that a prompt of this length takes."""
+        return prompt
+
+    def begin(self, prompts: list[list[int]], n: int) -> Tensor:
+        """Read B prompts -> [B * n, V] logits of the first token of n samples each."""
+        raise NotImplementedError
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        raise NotImplementedError
+
+    def next(self, tokens: Tensor) -> Tensor:
+        """[B] the tokens just chosen -> [B, V] logits of those that follow."""
+        raise NotImplementedError
+
+
+class Cached(Writer):
+    """A decoder with a KV cache; prompts padded on the left."""
+
+    def begin(self, prompts, n):
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        inputs: dict[str, Tensor] = {"input_ids": ids}
+        if self.attached.virtual:  # soft vectors in front of each prompt, after its padding
+            embed = self.model.get_input_embeddings()(ids)
+            soft = self.attached.soft().to(embed.dtype)
+            inputs = {"inputs_embeds": torch.stack([torch.cat([e[: width - len(p)], soft, e[width - len(p) :]]) for e, p in zip(embed, prompts)])}
+            mask = torch.cat([mask, mask.new_ones(len(mask), len(soft))], 1).sort(1).values
+        self.tells = "position_ids" in inspect.signature(self.model.forward).parameters
+        self.mask, self.position = mask, (mask.cumsum(-1) - 1).clamp(min=0)
+        said = self.model(**inputs, **self.where(), use_cache=True, logits_to_keep=1)
+        self.cache = said.past_key_values
+        if n > 1:
+            self.cache.batch_repeat_interleave(n)
+        self.mask, self.position = self.mask.repeat_interleave(n, 0), self.position[:, -1:].repeat_interleave(n, 0)
+        return said.logits[:, -1].repeat_interleave(n, 0)
+
+    def where(self) -> dict[str, Tensor]:
+        return {"attention_mask": self.mask, **({"position_ids": self.position} if self.tells else {})}
+
+    def keep(self, rows):
+        self.cache.batch_select_indices(rows)
+        self.mask, self.position = self.mask[rows], self.position[rows]
+
+    def next(self, tokens):
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+        self.position = self.position + 1
+        said = self.model(input_ids=tokens[:, None], **self.where(), past_key_values=self.cache, use_cache=True)
+        return said.logits[:, -1]
+
+
+class Rereading(Writer):
+    """A decoder without a cache that can lose rows (recurrent layers): everything is read again for each token."""
+
+    def begin(self, prompts, n):
+        self.read = [torch.tensor(p, device=self.device) for p in prompts for _ in range(n)]
+        return self.logits()
+
+    def keep(self, rows):
+        self.read = [self.read[i] for i in rows.tolist()]
+
+    def next(self, tokens):
+        self.read = [torch.cat([r, t[None]]) for r, t in zip(self.read, tokens, strict=True)]
+        return self.logits()
+
+    def logits(self) -> Tensor:
+        inputs = soft_first(self.model, self.attached, *pad(self.read))
+        mask = inputs["attention_mask"]
+        ends = mask.sum(1) - 1 + torch.arange(len(mask), device=mask.device) * mask.shape[1]
+        return logits_at(self.model, inputs, ends)
+
+
+class EncoderDecoder(Writer):
+    """An encoder that reads the prompts once, and a decoder with a cache that writes."""
+
+    def __init__(self, model, attached, encode, start: int):
+        """encode(ids list) -> (hidden [B, W, d], mask [B, W]); start: the token that the decoder begins with."""
+        super().__init__(model, attached)
+        self.encode, self.start = encode, start
+
+    def held(self, prompt):
+        return 1  # the decoder's first token; the prompt is the encoder's
+
+    def begin(self, prompts, n):
+        hidden, mask = self.encode([torch.tensor(p, device=self.device) for p in prompts])
+        self.hidden, self.mask, self.cache = hidden, mask, None
+        logits = self.next(torch.full((len(prompts),), self.start, device=self.device))
+        if n > 1:
+            self.cache.batch_repeat_interleave(n)
+            self.hidden, self.mask = self.hidden.repeat_interleave(n, 0), self.mask.repeat_interleave(n, 0)
+        return logits.repeat_interleave(n, 0)
+
+    def keep(self, rows):
+        self.cache.batch_select_indices(rows)
+        self.hidden, self.mask = self.hidden[rows], self.mask[rows]
+
+    def next(self, tokens):
+        said = self.model(
+            encoder_outputs=(self.hidden,), attention_mask=self.mask, decoder_input_ids=tokens[:, None],
+            past_key_values=self.cache, use_cache=True,
+        )  # fmt: skip
+        self.cache = said.past_key_values
+        return said.logits[:, -1]

@@ -39,7 +39,12 @@ class Outputs:
     @cached_property
     def entropy(self) -> Tensor:
         """[T] of the whole distribution, in nats."""
-        return self.apply(lambda z: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1))
+
+        def entropy(z: Tensor) -> Tensor:
+            logp = z.log_softmax(-1)
+            return -(logp.exp() * logp).sum(-1)
+
+        return self.apply(entropy)
 
     def at(self, ids: Tensor) -> Tensor:
         """[T, k] token ids -> [T, k] their log-probabilities."""
@@ -47,23 +52,31 @@ class Outputs:
 
     def top(self, k: int) -> tuple[Tensor, Tensor]:
         """The k likeliest tokens of each question: log-probabilities [T, k] and ids [T, k]."""
-        return self.apply(lambda z: tuple(z.log_softmax(-1).topk(min(k, z.shape[-1]))))
+
+        def top(z: Tensor) -> tuple[Tensor, Tensor]:
+            best, ids = z.topk(min(k, z.shape[-1]))
+            return best - z.logsumexp(-1, keepdim=True), ids
+
+        return self.apply(top)
 
     def apply(self, f: Callable, *per_token: Tensor, beside: Sequence[Outputs] = ()) -> Any:
         """f(logits [C, V], ...) over chunks, recomputed in backward, so [T, V] never exists.
 
-        beside: further outputs for the same questions (a teacher, a second pass); their logits follow ours in f.
+        per_token: tensors [T, ...] whose chunks follow the logits in f. beside: further outputs for the same questions
+        (a teacher, a second pass); their logits follow ours in f. f returns a tensor [C, ...] or a tuple of them.
         """
         every = (self, *beside)
         tables = (*(o.hidden for o in every), *per_token)
-        size = chunk_size(getattr(self.head.module, "out_features", 65536)) // len(every)
+        size = max(1, min(chunk_size(o.head.size(o.hidden)) for o in every) // len(every))
 
         def piece(*chunk: Tensor) -> Any:
-            return f(*(o.logits(h) for o, h in zip(every, chunk, strict=False)), *chunk[len(every) :])
+            logits = [o.logits(h) for o, h in zip(every, chunk, strict=False)]
+            return f(*logits, *chunk[len(every) :])
 
-        out = [checkpoint(piece, *c, use_reentrant=False) for c in zip(*(t.split(max(1, size)) for t in tables), strict=True)]
+        out = [checkpoint(piece, *c, use_reentrant=False) for c in zip(*(t.split(size) for t in tables), strict=True)]
         return torch.cat(out) if torch.is_tensor(out[0]) else tuple(torch.cat(x) for x in zip(*out, strict=True))
 
     def logits(self, hidden: Tensor) -> Tensor:
+        """[C, d] -> [C, V], asked in the role that read the batch."""
         with self.playing():
             return self.head(hidden)

@@ -1,26 +1,31 @@
 """Decoder-only language models: a token is predicted by the hidden state just before it.
 
 Reads batches packed: no padding, prompts shared by their completions, a block mask on SDPA (or eager) attention.
-Every layout answers alike; networks that cannot take a block mask (recurrent layers, ALiBi) are read padded.
+Every layout answers alike. Networks that cannot take a block mask (recurrent layers, ALiBi, attention by index) are
+read padded.
 """
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from luthier.architectures._architecture import Architecture
-from luthier.architectures._generate import generate
+from luthier.architectures._generate import Cached, Rereading, generate
+from luthier.architectures._language_model import LanguageModel, path, picked, soft_first
 from luthier.architectures._outputs import Outputs
 from luthier.batch import Batch
 from luthier.kernels.layout import Layout, lay_out
 from luthier.method import architecture
 
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers that a block mask keeps apart
+ENDLESS = 2**31  # a row in which any batch finds room
+
 
 @architecture(gives="logprobs entropy top hidden generate")
-class Causal(Architecture):
+class Causal(LanguageModel):
     """Any transformers causal LM."""
 
     packing: bool = True  # several sequences in a row of the tensor, none sees another; false: one row each, padded
@@ -28,70 +33,102 @@ class Causal(Architecture):
     width: int = 256  # places in a packed row, at least; longer sequences make longer rows
 
     def suits(self, config: Any) -> bool:
-        return any(n.endswith(("ForCausalLM", "LMHeadModel")) for n in config.architectures or ())
+        from transformers.models.auto import modeling_auto as auto
+
+        ours = {*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+        others = {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values(), *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()}
+        return any(n in ours - others for n in config.architectures or ())
 
     def auto_class(self) -> Any:
         from transformers import AutoModelForCausalLM
 
         return AutoModelForCausalLM
 
+    # ------------------------------------------------------------------------------------------ reading
+
+    @property
+    def reading(self) -> str:
+        return "packed" if self.packing else super().reading
+
+    def simpler(self) -> Causal | None:
+        return replace(self, packing=False, share_prompts=False) if self.packing else super().simpler()
+
+    def crowded(self) -> Causal:
+        return replace(self, width=ENDLESS)
+
     def forward(self, model: nn.Module, attached, batch: Batch) -> Outputs:
-        width = self.width if self.packing else 0
-        layout = lay_out(batch, share=self.share_prompts and self.packing, width=width, virtual=attached.virtual)
-        embed = model.get_input_embeddings()(batch.ids[layout.source])
-        if attached.virtual:
-            soft = attached.soft().to(embed.dtype)[layout.soft.clamp(min=0)]
-            embed = torch.where((layout.soft >= 0)[..., None], soft, embed)
-        said = model.base_model(
-            inputs_embeds=embed,
-            attention_mask=self.mask(model, layout, embed.dtype),
-            position_ids=layout.position,
-            use_cache=False,
+        if self.packing:
+            self.check(model)
+        layout = lay_out(
+            batch, share=self.share_prompts and self.packing, width=self.width if self.packing else 0, virtual=attached.virtual
         )
         at = layout.at[batch.supervised]
         if (at < 0).any():
             raise ValueError("a supervised token that nothing precedes cannot be predicted")
-        return Outputs(said.last_hidden_state.flatten(0, 1)[at], self.head(model), batch.labels[batch.supervised])
+        inputs = self.embedded(model, attached, batch.ids[layout.source], layout.soft)
+        if self.packing:
+            dtype = model.get_input_embeddings().weight.dtype
+            inputs |= {"attention_mask": self.mask(model, layout, dtype), "position_ids": layout.position}
+        else:  # right padding: the model's own causal mask and positions will do
+            inputs |= {"attention_mask": (layout.piece >= 0).long()}
+        return self.answer(model, inputs, at, batch.labels[batch.supervised])
 
-    def mask(self, model: nn.Module, layout: Layout, dtype: torch.dtype) -> Any:
-        """What each place may look at, in the form that the model's attention takes."""
-        if not self.packing:  # right padding under a causal mask: the model's own mask will do
-            return (layout.piece >= 0).long()
+    def check(self, model: nn.Module) -> None:
+        """Refuse to pack for a network that cannot keep sequences apart."""
+        config, name = model.config.get_text_config(), type(model).__name__
+        if recurrent(model):
+            raise ValueError(f"{name} has recurrent layers, which read on from one sequence into the next")
+        if "position_ids" not in inspect.signature(model.forward).parameters:
+            raise ValueError(f"{name} cannot be told positions")
+        if "local" in (getattr(config, "attention_layers", None) or ()):
+            raise ValueError(f"{name} attends by place in the row, whatever the mask says")
+
+    def embedded(self, model: nn.Module, attached, ids: Tensor, soft: Tensor) -> dict[str, Tensor]:
+        """[R, W] ids, and [R, W] which soft vector stands in their place (-1: none) -> how the model is handed them."""
+        if not attached.virtual:
+            return {"input_ids": ids}
+        embed = model.get_input_embeddings()(ids)
+        vectors = attached.soft().to(embed.dtype)[soft.clamp(min=0)]
+        return {"inputs_embeds": torch.where((soft >= 0)[..., None], vectors, embed)}
+
+    def mask(self, model: nn.Module, layout: Layout, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+        """What each place may look at, in the form that the model's attention takes; by kind of layer where they differ."""
         config = model.config.get_text_config()
-        window = getattr(config, "sliding_window", None)
-        kinds = set(getattr(config, "layer_types", None) or ())
+        if config._attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(f"attention '{config._attn_implementation}' takes no block mask (sdpa and eager do)")
+        longest = int(layout.position.max())
 
-        def made(reach: int | None) -> Tensor:
-            may = layout.mask(reach if reach and int(layout.position.max()) >= reach else None)
+        def made(window: int | None = None, chunk: int | None = None) -> Tensor:
+            reach = [size if size and size <= longest else None for size in (window, chunk)]
+            may = layout.mask(*reach)
             if config._attn_implementation == "eager":
                 return torch.zeros(may.shape, dtype=dtype, device=may.device).masked_fill(~may, torch.finfo(dtype).min)
             return may
 
-        if not kinds:
-            return made(window)
-        reach = {"sliding_attention": window, "chunked_attention": getattr(config, "attention_chunk_size", None)}
-        return {kind: made(reach.get(kind)) for kind in kinds}
+        window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+        kinds = {
+            "full_attention": lambda: made(),
+            "sliding_attention": lambda: made(window=window),
+            "chunked_attention": lambda: made(chunk=chunk),
+        }
+        used = {*(getattr(config, "layer_types", None) or ())}
+        return {kind: kinds[kind]() for kind in used} if used else made(window=window)
 
-    def plain(self, model: nn.Module, attached, batch: Batch) -> Tensor:
-        pieces, parents = batch.segments(), batch.parent.tolist()
-        out = []
-        for s in batch.completion.tolist():
-            path = [s]
-            while parents[path[0]] >= 0:
-                path.insert(0, parents[path[0]])
-            places = torch.cat([pieces[p] for p in path])
-            asked = batch.supervised[places].nonzero().squeeze(1)
-            embed = model.get_input_embeddings()(batch.ids[places])[None]
-            if attached.virtual:
-                embed = torch.cat([attached.soft().to(embed.dtype)[None], embed], 1)
-            logits = model(inputs_embeds=embed, use_cache=False).logits[0].float()
-            logp = logits[attached.virtual + asked - 1].log_softmax(-1)
-            out.append(logp.gather(1, batch.labels[places[asked], None]).squeeze(1))
-        return torch.cat(out)
+    def alone(self, model: nn.Module, attached, batch: Batch, segment: int, own: Tensor) -> Tensor:
+        pieces = batch.segments()
+        places = torch.cat([pieces[s] for s in path(batch, segment)])
+        logits = model(**soft_first(model, attached, batch.ids[places][None]), use_cache=False).logits[0]
+        before = (places[:, None] == own).nonzero()[:, 0] - 1 + attached.virtual
+        return picked(logits[before], batch.labels[own])
 
-    def simpler(self) -> Causal | None:
-        return replace(self, packing=False, share_prompts=False) if self.packing else None
+    # ------------------------------------------------------------------------------------------ writing
 
     def generate(self, model: nn.Module, attached, prompts: list[list[int]], **how: Any) -> list[list[list[int]]]:
-        return generate(model, attached, prompts, **how)
+        cached = not recurrent(model) and "past_key_values" in inspect.signature(model.forward).parameters
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        return generate((Cached if cached else Rereading)(model, attached), prompts, limit=most and most - attached.virtual, **how)
 
+
+def recurrent(model: nn.Module) -> bool:
+    """Does the network have layers (state space, convolution) that carry a state from token to token?"""
+    return model._is_stateful or bool({*(getattr(model.config.get_text_config(), "layer_types", None) or ())} - ATTENTION)

@@ -1,12 +1,18 @@
 """Where a gradient comes from. An estimator calls `closure` as often as it likes and steps the chain once."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from luthier.clock import Clock
+from luthier.guards import Refused
 from luthier.method import family
 from luthier.transforms._chain import Chain, Slots
+from luthier.tuners._tuner import Site
 
 Closure = Callable[..., float]
 
@@ -24,3 +30,36 @@ def gradients(chain: Chain) -> dict[str, Slots]:
     """site -> slot -> gradient, as the last closure left them."""
     found: dict[str, Any] = {s.name: {k: p.grad for k, p in s.slots.items() if p.grad is not None} for s in chain.sites()}
     return {name: slots for name, slots in found.items() if slots}
+
+
+@contextmanager
+def displaced(chain: Chain, aside: Callable[[Site, str, Tensor], Tensor | None]) -> Iterator[None]:
+    """The network with every moving tensor p at p + aside(site, slot, p), for a while (None: where it is).
+
+    Tensors are exchanged, not written: p + d - d is not p in floating point, and memory may run out in between. So they
+    come back bit for bit however the block ends, for one more copy of what moves; what is frozen is never copied.
+    """
+    kept: list[tuple[Any, Tensor]] = []
+    asked, got, first = 0.0, 0.0, chain.clock.step == chain.clock.first
+    try:
+        with torch.no_grad():
+            for site in chain.sites():
+                for slot, p in site.slots.items():
+                    d = aside(site, slot, p) if p.requires_grad else None
+                    if d is None:
+                        continue
+                    was = p.data
+                    kept.append((p, was))
+                    p.data = (was + d).to(was.dtype)
+                    if first and was.dtype.itemsize < 4:
+                        asked += float(d.square().sum())
+                        got += float(((p.data.float() - was.float()) * d).sum())
+        if got < asked / 2:
+            raise Refused(
+                f"{kept[0][1].dtype} rounds {100 - 100 * got / asked:.0f}% of this estimator's step aside away, so it would measure nothing: "
+                "give it a longer one (eps, rho), dtype: float32, or a tuner with few weights of its own"
+            )
+        yield
+    finally:
+        for p, was in kept:
+            p.data = was

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -149,7 +150,7 @@ def numbers(value: Any, name: str) -> list[float]:
     value = opened(value, name)
     if not isinstance(value, list) or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
         raise BadRow(f"{name} is not a list of numbers")
-    if not all(abs(v) < float("inf") for v in value):
+    if not all(abs(v) <= sys.float_info.max for v in value):
         raise BadRow(f"{name} holds a number that is not finite")
     return [float(v) for v in value]
 

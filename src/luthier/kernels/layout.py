@@ -25,14 +25,17 @@ class Layout:
     at: Tensor  # [L] flat place whose hidden state predicts a token, -1 where nothing precedes it
     sees: Tensor  # [P, P] bool: piece a continues, directly or not, piece b
 
-    def mask(self, window: int | None = None) -> Tensor:
-        """[R, 1, W, W] bool, True = may look. `window`: sliding attention's reach in positions."""
+    def mask(self, window: int | None = None, chunk: int | None = None) -> Tensor:
+        """[R, 1, W, W] bool, True = may look, by position. window: sliding attention's reach; chunk: attention in blocks."""
         order = torch.arange(self.piece.shape[1], device=self.piece.device)
         piece = self.piece.clamp(min=0)
         may = self.sees[piece[:, :, None], piece[:, None, :]] & (order[:, None] >= order)
         may &= (self.piece >= 0)[:, None, :]
         if window:
             may &= self.position[:, :, None] - self.position[:, None, :] < window
+        if chunk:
+            block = self.position // chunk
+            may &= block[:, :, None] == block[:, None, :]
         may |= torch.eye(len(order), dtype=torch.bool, device=may.device)  # padding looks at itself: no NaN
         return may[:, None]
 
@@ -44,73 +47,78 @@ def lay_out(batch: Batch, *, share: bool = True, width: int = 0, virtual: int = 
     """
     sizes, parents = batch.sizes, batch.parent.tolist()
     blocks = _blocks(parents, share)
-    long = [virtual + sum(sizes[s] for s, _ in block) for block in blocks]
-    rows = _pack(long, max(width, max(long)) if width else 0)
+    long = [sum((sizes[s] for s, _ in block), virtual) for block in blocks]
+    rows = _pack(long, max(width, *long) if width else 0)
     wide = max(sum(long[b] for b in row) for row in rows)
 
-    # one entry per placed segment: its segment (-1: soft prompt), row, column, position, and piece it continues
-    segment, row_of, column, position, up, length = [], [], [], [], [], []
-    ends: list[int] = []  # column of each piece's last token
+    pieces: list[_Piece] = []
     for r, row in enumerate(rows):
-        col = 0
+        place = r * wide
         for b in row:
-            first, stop = len(up), {}
+            root = None
             if virtual:
-                _place(segment, row_of, column, position, up, length, -1, r, col, 0, -1, virtual)
-                col += virtual
-                ends.append(col - 1)
-            base = len(up)
-            for k, (s, under) in enumerate(blocks[b]):
-                start = virtual if under < 0 else stop[under]
-                above = (first if virtual else -1) if under < 0 else base + under
-                _place(segment, row_of, column, position, up, length, s, r, col, start, above, sizes[s])
-                col += sizes[s]
-                stop[k] = start + sizes[s]
-                ends.append(col - 1)
+                root = _Piece(-1, len(pieces), place, 0, virtual, None)
+                pieces.append(root)
+                place += virtual
+            mine: list[_Piece] = []
+            for s, under in blocks[b]:
+                above = mine[under] if under >= 0 else root
+                mine.append(_Piece(s, len(pieces) + len(mine), place, above.stop if above else 0, sizes[s], above))
+                place += sizes[s]
+            pieces += mine
 
-    device = batch.ids.device
-    pieces = len(up)
-    size = torch.tensor(length)
-    which = torch.repeat_interleave(torch.arange(pieces), size)  # piece of each placed token
-    inner = torch.arange(int(size.sum())) - torch.repeat_interleave(size.cumsum(0) - size, size)
-    segment, row_of, column, position, above, ends = map(torch.tensor, (segment, row_of, column, position, up, ends))
-    flat = row_of[which] * wide + column[which] + inner
-    starts = torch.tensor([0, *sizes]).cumsum(0)  # first token of each segment in batch.ids
-    token = torch.where(segment[which] >= 0, starts[segment[which].clamp(min=0)] + inner, -1)
+    size = torch.tensor([p.size for p in pieces])
+    which = torch.repeat_interleave(torch.arange(len(pieces)), size)  # piece of each placed token
+    inner = torch.arange(len(which)) - torch.repeat_interleave(size.cumsum(0) - size, size)
+    segment, start, place, last = torch.tensor([(p.segment, p.start, p.place, p.last_above) for p in pieces]).unbind(1)
+    flat = place[which] + inner
+    first = torch.tensor([0, *sizes]).cumsum(0)  # first token of each segment in batch.ids
+    real = segment[which] >= 0
+    token = torch.where(real, first[segment[which]] + inner, 0)
 
     def table(values: Tensor, fill: int) -> Tensor:
         return torch.full((len(rows) * wide,), fill).index_copy_(0, flat, values).view(len(rows), wide)
 
-    before = flat - 1
-    opening = inner == 0
-    from_above = torch.where(above >= 0, row_of * wide + ends[above.clamp(min=0)], -1)
-    before[opening] = from_above[which[opening]]
     at = torch.full((len(batch.ids),), -1)
-    real = token >= 0
-    at[token[real]] = before[real]
-
-    sees = torch.eye(pieces, dtype=torch.bool)
-    for a, b in enumerate(up):
-        if b >= 0:
-            sees[a] |= sees[b]
+    at[token[real]] = torch.where(inner == 0, last[which], flat - 1)[real]
+    sees = torch.eye(len(pieces), dtype=torch.bool)
+    for p in pieces:
+        if p.above is not None:
+            sees[p.index] |= sees[p.above.index]
     made = Layout(
-        source=table(token.clamp(min=0), 0),
-        position=table(position[which] + inner, 0),
+        source=table(token, 0),
+        position=table(start[which] + inner, 0),
         piece=table(which, -1),
         soft=table(torch.where(real, -1, inner), -1),
         at=at,
         sees=sees,
     )
-    return Layout(**{k: v.to(device) for k, v in vars(made).items()}) if device.type != "cpu" else made
+    device = batch.ids.device
+    return made if device.type == "cpu" else Layout(**{k: v.to(device) for k, v in vars(made).items()})
 
 
-def _place(segment, row_of, column, position, up, length, s, r, col, start, above, size):
-    segment.append(s)
-    row_of.append(r)
-    column.append(col)
-    position.append(start)
-    up.append(above)
-    length.append(size)
+@dataclass(frozen=True)
+class _Piece:
+    """A placed segment."""
+
+    segment: int  # -1: the soft prompt
+    index: int
+    place: int  # flat place of its first token
+    start: int  # position of its first token
+    size: int
+    above: _Piece | None  # what it continues
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.size
+
+    @property
+    def last_above(self) -> int:
+        """Flat place of the token before its first one, -1 where there is none. An empty piece passes the question on."""
+        above = self.above
+        while above is not None and not above.size:
+            above = above.above
+        return -1 if above is None else above.place + above.size - 1
 
 
 def _blocks(parents: list[int], share: bool) -> list[list[tuple[int, int]]]:

@@ -1,7 +1,9 @@
 """Log-probabilities of chosen tokens straight from hidden states: [T, V] never exists, forward or backward.
 
 log p = z[label] - logsumexp(z), z = softcap(scale * (h W' + b)). The backward is the closed form (one-hot minus
-softmax), computed on the same chunks. `plain` is the twin that the first batch of every run is compared with.
+softmax), computed on the same chunks. Where the head itself does not move (LoRA, prompts), the gradient of the hidden
+states is made on the way forward, so a chunk's logits are made once and not twice.
+`plain` is the twin that the first batch of every run is compared with.
 """
 from __future__ import annotations
 
@@ -9,21 +11,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 32 * 2**20  # of fp32 logits alive at once
 
 
 @dataclass(frozen=True)
 class Head:
-    """From hidden states to logits: a module, and what some families do to its output."""
+    """From hidden states to logits: a module, and what the network does to its output."""
 
     module: nn.Module
     scale: float = 1.0  # logits are multiplied by this
     softcap: float = 0.0  # then bounded by cap * tanh(z / cap); 0 = not
+    bias: Tensor | None = None  # [V] added to the module's output, before the scale
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., V] logits in fp32."""
         z = self.module(hidden).float()
+        z = z if self.bias is None else z + self.bias
         z = z * self.scale if self.scale != 1.0 else z
         return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
 
@@ -32,6 +37,10 @@ class Head:
         """Is the module nothing but x W' + b (not wrapped by a tuner, not hooked)?"""
         m = self.module
         return type(m) is nn.Linear and not (m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations"))
+
+    def size(self, hidden: Tensor) -> int:
+        """The vocabulary: how many logits a hidden state [..., d] becomes."""
+        return getattr(self.module, "out_features", hidden.shape[-1])
 
 
 def chunk_size(vocabulary: int) -> int:
@@ -46,26 +55,40 @@ def plain(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
 
 def chunked(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
-    """[T, d], [T] -> [T]: the same numbers in chunks. `head.linear` must hold."""
-    return _LinearLogProbs.apply(hidden, head.module.weight, head.module.bias, labels, head.scale, head.softcap)
+    """[T, d], [T] -> [T] in fp32: the same numbers in chunks. `head.linear` must hold. Differentiable once."""
+    weight, bias = head.module.weight, head.module.bias
+    if head.bias is not None:
+        bias = head.bias.to(weight.dtype) if bias is None else bias + head.bias.to(weight.dtype)
+    moves = weight.requires_grad or (bias is not None and bias.requires_grad)
+    ahead = torch.is_grad_enabled() and hidden.requires_grad and not moves
+    return _LinearLogProbs.apply(hidden, weight, bias, labels, head.scale, head.softcap, ahead)
 
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, scale, softcap):
+    def forward(ctx, hidden, weight, bias, labels, scale, softcap, ahead):
         size = chunk_size(len(weight))
         out = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         norm = torch.empty_like(out)
+        slope = torch.empty_like(hidden) if ahead else None  # [T, d] d log p / d hidden
         for i in range(0, len(hidden), size):
-            z = _logits(hidden[i : i + size], weight, bias, scale, softcap)
-            norm[i : i + size] = z.logsumexp(-1)
-            out[i : i + size] = z.gather(1, labels[i : i + size, None]).squeeze(1) - norm[i : i + size]
-        ctx.save_for_backward(hidden, weight, bias, labels, norm)
-        ctx.scale, ctx.softcap = scale, softcap
+            part = slice(i, i + size)
+            z = _logits(hidden[part], weight, bias, scale, softcap)
+            norm[part] = z.logsumexp(-1)
+            out[part] = z.gather(1, labels[part, None]).squeeze(1) - norm[part]
+            if ahead:
+                torch.mm(_slope(z, norm[part], labels[part], scale, softcap).to(weight.dtype), weight, out=slope[part])
+        ctx.save_for_backward(*((slope,) if ahead else (hidden, weight, bias, labels, norm)))
+        ctx.settings = scale, softcap, ahead
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
+        scale, softcap, ahead = ctx.settings
+        if ahead:
+            (slope,) = ctx.saved_tensors
+            return (slope * grad[:, None]).to(slope.dtype), *[None] * 6
         hidden, weight, bias, labels, norm = ctx.saved_tensors
         size = chunk_size(len(weight))
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
@@ -73,24 +96,31 @@ class _LinearLogProbs(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
         d_bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if wants_bias else None
         for i in range(0, len(hidden), size):
-            h, g = hidden[i : i + size], grad[i : i + size, None]
-            z = _logits(h, weight, bias, ctx.scale, ctx.softcap)
-            slope = 1 - (z / ctx.softcap).square() if ctx.softcap else None
-            dz = (z - norm[i : i + size, None]).exp_().mul_(-g)
-            dz.scatter_add_(1, labels[i : i + size, None], g)
-            dz = dz.mul_(slope) if slope is not None else dz
-            dz = (dz.mul_(ctx.scale) if ctx.scale != 1.0 else dz).to(hidden.dtype)
-            if wants_hidden:
-                torch.mm(dz, weight, out=d_hidden[i : i + size])
-            if wants_weight:
-                d_weight += dz.T @ h
+            part = slice(i, i + size)
+            z = _logits(hidden[part], weight, bias, scale, softcap)
+            dz = _slope(z, norm[part], labels[part], scale, softcap).mul_(grad[part, None])
             if wants_bias:
-                d_bias += dz.float().sum(0)
+                d_bias += dz.sum(0)
+            dz = dz.to(weight.dtype)
+            if wants_hidden:
+                torch.mm(dz, weight, out=d_hidden[part])
+            if wants_weight:
+                d_weight += dz.T @ hidden[part]
         d_weight = d_weight.to(weight.dtype) if wants_weight else None
-        return d_hidden, d_weight, d_bias.to(bias.dtype) if wants_bias else None, None, None, None
+        d_bias = d_bias.to(bias.dtype) if wants_bias else None
+        return d_hidden, d_weight, d_bias, *[None] * 4
 
 
-def _logits(hidden, weight, bias, scale, softcap):
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
     z = (hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)).float()
     z = z.mul_(scale) if scale != 1.0 else z
     return z.div_(softcap).tanh_().mul_(softcap) if softcap else z
+
+
+def _slope(z: Tensor, norm: Tensor, labels: Tensor, scale: float, softcap: float) -> Tensor:
+    """d log p / d (h W' + b), [C, V], written over z."""
+    bend = 1 - (z / softcap).square() if softcap else None
+    z = z.sub_(norm[:, None]).exp_().neg_()
+    z.scatter_add_(1, labels[:, None], torch.ones_like(z[:, :1]))
+    z = z.mul_(bend) if bend is not None else z
+    return z.mul_(scale) if scale != 1.0 else z

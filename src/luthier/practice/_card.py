@@ -16,12 +16,12 @@ nothing else: it is there to be tuned in minutes on two cores, and to show what 
 broke.
 
 ## How it was made
-    python -m luthier.practice.make --model {name} --seed {seed} --minutes {given:g} --steps {steps}
+{commands}
 
 That is {steps} steps of 4096 tokens, {tokens:.1f}M tokens of the ten worlds in `luthier/practice/worlds`
-(each text read once), {minutes:.0f} minutes on two cores; loss at the end {loss:.3f} nats a token. Muon for
-the matrices, AdamW for the rest, warm-up, constant rate, linear decay over the last quarter. The text
-follows from the seed to the byte; the weights to rounding, which depends on the machine.
+(each text read once), {minutes:.0f} minutes on two shared cores; loss at the end {loss:.3f} nats a token.
+Muon for the matrices, AdamW for the rest; a round is warm-up, constant rate, and linear decay over the last
+quarter. The text follows from the seed to the byte; the weights up to rounding, which depends on the machine.
 
 Llama, {layers} layers of width {hidden}, {heads} heads, untied embeddings, bf16, context 512. Byte-level BPE
 of {vocabulary} tokens, every digit a token. A document is `<|start|>` prompt completion `<|end|>` (the
@@ -66,20 +66,17 @@ WHAT = {
 }
 
 
-def card(
-    name, model, seed: int, minutes: float, took: dict, numbers: dict[str, dict[str, float]], rows: int
-) -> str:
-    """The README of a model measured as {"world/split": {kind or "all": share right}}."""
+def card(name: str, model, rounds: list[dict], numbers: dict[str, dict[str, float]], rows: int) -> str:
+    """The README of a model measured on so many rows as {"world/split": {kind or "all": share right}}."""
     config = model.config
     return CARD.format(
         name=name,
         parameters=model.num_parameters() / 1e6,
-        seed=seed,
-        given=minutes,
-        steps=took["steps"],
-        tokens=took["tokens"] / 1e6,
-        minutes=took["minutes"],
-        loss=took["loss"],
+        commands="\n".join(_commands(name, rounds)),
+        steps=sum(part["steps"] for part in rounds),
+        tokens=sum(part["tokens"] for part in rounds) / 1e6,
+        minutes=sum(part["took_minutes"] for part in rounds),
+        loss=rounds[-1]["loss"],
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
@@ -89,6 +86,16 @@ def card(
         kinds=_kinds(numbers),
         weak=_weak(numbers),
     )
+
+
+def _commands(name: str, rounds: list[dict]) -> list[str]:
+    """What to type to make the model again: one command a round, each in the folder the last one wrote."""
+    commands = []
+    for i, part in enumerate(rounds):
+        start = f" --start practice-{name}" if i else ""
+        given = f"--seed {part['seed']} --minutes {part['minutes']:g} --steps {part['steps']}"
+        commands.append(f"    python -m luthier.practice.make --model {name} {given}{start}")
+    return commands
 
 
 def _percent(share: float) -> str:

@@ -198,11 +198,16 @@ def pretrain(
             tell(f"{words}  loss {np.mean(recent):.4f}  {_looked(model, look) if look else ''}")
     model.set_attn_implementation("sdpa")
     tokens = step * batch * (windows.shape[1] - 1)
-    return {"steps": step, "tokens": tokens, "minutes": seconds / 60, "loss": float(np.mean(recent[-50:]))}
+    return {
+        "steps": step,
+        "tokens": tokens,
+        "took_minutes": seconds / 60,
+        "loss": float(np.mean(recent[-50:])),
+    }
 
 
 def _loss(model: LlamaForCausalLM, body: Callable, ids: Tensor) -> Tensor:
-    """Mean loss of windows [batch, length + 1]; padding and the start of a document are not to be predicted."""
+    """Mean loss of windows [batch, length + 1]; neither padding nor the start of a document is predicted."""
     labels = ids[:, 1:]
     free = (labels == model.config.pad_token_id) | (labels == model.config.bos_token_id)
     states = body(input_ids=ids[:, :-1], attention_mask=None, use_cache=False).last_hidden_state

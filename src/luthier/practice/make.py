@@ -1,13 +1,17 @@
 """Make a practice model again.
 
-    python -m luthier.practice.make [--model lm] [--minutes 25] [--steps N] [--out DIR] [--seed 0]
+    python -m luthier.practice.make [--model lm] [--minutes 25] [--steps N] [--seed 0] [--start DIR]
 
 Trains the tokenizer, writes and packs the pretraining text of all worlds, pretrains, measures held-out exact
 match and writes a folder that plain transformers loads, with its card. Needs no network. The text follows
 from the seed and the minutes; training ends by the clock or after `--steps` (the card says how many).
+
+`--start` goes on from a model made before: another round of warm-up, constant rate and decay on the text of
+another seed. (Rounds that each end decayed lose little against one long one: arXiv:2410.05192.)
 """
 
 import argparse
+import json
 import os
 import time
 from pathlib import Path
@@ -51,7 +55,7 @@ def make_tokenizer(folder: Path, seed: int) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def measure(model, tokenizer, n: int = 200, splits: tuple[str, ...] = ()) -> dict[str, dict[str, float]]:
+def measure(model, tokenizer, n: int, splits: tuple[str, ...] = ()) -> dict[str, dict[str, float]]:
     """Exact match by "world/split" on n rows each; of every split but "train" unless named."""
     model.eval()
     numbers = {}
@@ -63,8 +67,8 @@ def measure(model, tokenizer, n: int = 200, splits: tuple[str, ...] = ()) -> dic
     return numbers
 
 
-def make(name: str, folder: Path, minutes: float, steps: int | None, seed: int) -> None:
-    """Make one model into a folder, telling what happens."""
+def make(name: str, folder: Path, minutes: float, steps: int | None, seed: int, start: Path | None) -> None:
+    """Make one model into a folder, telling what happens; `rounds.json` there keeps account of the rounds."""
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     _pretrain.keep_memory()
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,11 +77,15 @@ def make(name: str, folder: Path, minutes: float, steps: int | None, seed: int) 
     def tell(words: str) -> None:
         print(f"[{time.perf_counter() - began:6.0f} s] {words}", flush=True)
 
-    tokenizer = make_tokenizer(folder, seed)
+    rounds = json.loads((start / "rounds.json").read_text(encoding="utf-8")) if start else []
+    tokenizer = make_tokenizer(folder, rounds[0]["seed"] if rounds else seed)
     tokens = int(60 * minutes * TOKENS_PER_SECOND[name])
     tell(f"tokenizer of {len(tokenizer)} tokens; writing {tokens / 1e6:.0f}M tokens of text")
     windows = _corpus.corpus(folder / "tokenizer.json", tokens, LENGTH, seed)
-    model = _pretrain.build(tokenizer, **SIZES[name], seed=seed)
+    if start:
+        model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.bfloat16).train()
+    else:
+        model = _pretrain.build(tokenizer, **SIZES[name], seed=seed)
     tell(f"{len(windows)} windows; pretraining {model.num_parameters() / 1e6:.2f}M parameters")
 
     def look() -> str:
@@ -88,17 +96,20 @@ def make(name: str, folder: Path, minutes: float, steps: int | None, seed: int) 
     model.save_pretrained(folder)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     GenerationConfig(**ids, pad_token_id=tokenizer.pad_token_id, max_new_tokens=128).save_pretrained(folder)
-    write_card(name, folder, seed, minutes, took)
+    rounds.append({"seed": seed, "minutes": minutes, **took})
+    (folder / "rounds.json").write_text(json.dumps(rounds, indent=1) + "\n", encoding="utf-8")
+    write_card(name, folder)
     tell(f"done: {folder}")
 
 
-def write_card(name: str, folder: Path, seed: int, minutes: float, took: dict) -> None:
+def write_card(name: str, folder: Path) -> None:
     """Measure the saved model and say so in its README."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     rows_per_split = 300
     numbers = measure(model, tokenizer, rows_per_split)
-    text = card(name, model, seed, minutes, took, numbers, rows_per_split)
+    rounds = json.loads((folder / "rounds.json").read_text(encoding="utf-8"))
+    text = card(name, model, rounds, numbers, rows_per_split)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
@@ -109,9 +120,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="end after so many steps, not by the clock")
     parser.add_argument("--out", type=Path, help="the folder to write (default: ./practice-MODEL)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="go on from this model, made before")
     given = parser.parse_args()
     folder = given.out or Path(f"practice-{given.model}")
-    make(given.model, folder, given.minutes or MINUTES[given.model], given.steps, given.seed)
+    make(given.model, folder, given.minutes or MINUTES[given.model], given.steps, given.seed, given.start)
 
 
 if __name__ == "__main__":

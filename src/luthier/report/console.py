@@ -49,7 +49,7 @@ class Console(Quiet):
         if not self.screen.is_terminal:
             self.screen = Screen(file=file, highlight=False, no_color=True, width=110)
         self.bar = self.task = None
-        self.total = self.done = self.told = 0
+        self.total = self.done = self.told = self.steps = 0
         self.began = self.tokens = self.seconds = 0.0
         self.smooth: float | None = None  # the loss, averaged over about the last ten steps
 
@@ -92,7 +92,7 @@ class Console(Quiet):
         for i, part in enumerate(text.replace("\n", "\n  ").split(MARKS[0])):
             learned, _, rest = part.partition(MARKS[1]) if i else ("", "", part)
             shown.append(learned, "bold green")
-            shown.append(rest, "dim")
+            shown.append(rest.replace(MARKS[1], ""), "dim")
         self.screen.print(shown)
 
     # ------------------------------------------------------------------------------------------ steps
@@ -101,7 +101,7 @@ class Console(Quiet):
     def training(self, total: int, done: int) -> Iterator[None]:
         self.total, self.done, self.told, self.began = total, done, done, time.perf_counter()
         self.tokens = self.seconds = 0.0
-        self.smooth = None
+        self.smooth, self.steps = None, 0
         if not self.screen.is_terminal:
             yield
             return
@@ -123,6 +123,7 @@ class Console(Quiet):
         self.tokens = keep * self.tokens + log.get("tokens", 0)
         self.seconds = keep * self.seconds + log.get("seconds", 0.0)
         steps, self.done = log["step"] - self.done, log["step"]
+        self.steps += steps
         if self.bar is not None:
             self.bar.update(self.task, advance=steps, said=self._said())
         elif self.done == self.total or (self.done - self.told) * 10 >= self.total:
@@ -133,14 +134,12 @@ class Console(Quiet):
         """Loss, rate and time left; what is not known is left out."""
         from luthier.report.numbers import duration, number
 
-        first = self.done - max(1, self.done - self.told) if self.bar is None else 0
         said = [f"loss {number(self.smooth)}"] if self.smooth is not None else []
         if self.seconds and self.tokens:
             said.append(f"{self.tokens / self.seconds:,.0f} tokens/s")
-        gone = time.perf_counter() - self.began
-        if self.done < self.total and self.done > first:
-            weight = sum(0.9**k for k in range(min(self.done, 100)))
-            each = self.seconds / weight if self.seconds else gone / max(1, self.done)
+        if self.steps and self.done < self.total:
+            # Wall-clock time of this process over its steps: what is saved and measured on the way counts too.
+            each = (time.perf_counter() - self.began) / self.steps
             said.append(f"{duration(each * (self.total - self.done))} left")
         return "  ".join(said)
 
@@ -156,7 +155,7 @@ class Console(Quiet):
         self.answers(answers(report.folder))
         self.table(report)
         for what, much in cost(report.stats):
-            self.say(f"  {what:<16} {much}")
+            self.say(f"  {what:<20} {much}")
         page = Path(report.folder) / "report.html"
         self.say()
         for act in report.acts:
@@ -181,13 +180,40 @@ class Console(Quiet):
 
     def table(self, report: Any) -> None:
         """Metric, before, after, change."""
+        from rich.text import Text
+
         from luthier.report.numbers import lines
 
         table = self._grid("", "before", "after", "change", right=("before", "after", "change"))
         for line in lines(report):
-            table.add_row(line.label, line.before, line.after, f"[{COLOUR[line.better]}]{line.change}" if line.change else "")
+            table.add_row(Text(line.label), line.before, line.after, Text(line.change, COLOUR[line.better]))
         if table.row_count:
             self.screen.print(table)
+
+    def comparison(self, found: dict) -> None:
+        """Two models side by side; `found` as luthier.inspect gives it."""
+        from types import SimpleNamespace
+
+        stats = {"measured_on": found["measured_on"]}
+        self.say(f"{found['base']['model']} and {found['tuned']['model']}, on {found['rows']:,} {found['measured_on']}")
+        self.table(SimpleNamespace(before=found["base"]["metrics"], after=found["tuned"]["metrics"], stats=stats))
+        for note in found["notes"]:
+            self.say(f"· {note}", "yellow")
+
+    def listing(self, found: Sequence[dict], columns: Sequence[str]) -> None:
+        """Objects as a table: a line each at a pipe, so that it can be searched."""
+        from rich.text import Text
+
+        if not self.screen.is_terminal:
+            cells = [[plain(one[c]) for c in columns] for one in found]
+            widths = [min(48, max((len(row[i]) for row in cells), default=0)) for i in range(len(columns))]
+            for row in cells:
+                self.say("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+            return
+        table = self._grid(*columns)
+        for one in found:
+            table.add_row(*(Text(plain(one[c])) for c in columns))
+        self.screen.print(table)
 
     def _grid(self, *columns: str, right: Sequence[str] = ()) -> Any:
         from rich import box
@@ -205,3 +231,10 @@ COLOUR = {True: "green", False: "red", None: "default"}
 def cut(text: str, limit: int) -> str:
     """The beginning and the end of a long text."""
     return text if len(text) <= limit else f"{text[: limit * 2 // 3]} … {text[-limit // 3 :]}"
+
+
+def plain(value: Any) -> str:
+    """A value in a table cell, as YAML users write it."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(plain, value))
+    return {None: "", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)

@@ -76,7 +76,7 @@ def line(name: str, before: float | None, after: float | None, on: str = "held-o
     change, better = "", None
     if before is not None and after is not None and math.isfinite(after - before):
         gap = after - before
-        size = number(abs(gap) * 100, False) if how.share else number(abs(gap))
+        size = f"{abs(gap) * 100:.1f}" if how.share else number(abs(gap))
         flat = abs(gap) < (5e-4 if how.share else 5e-3 * max(1e-9, abs(before)))
         change = "same" if gap == 0 else f"{'+' if gap > 0 else '−'}{size}{' points' if how.share else ''}"
         better = None if how.up is None or flat else (gap > 0) == how.up
@@ -132,15 +132,13 @@ def cost(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         mb = stats["peak_memory_mb"]
         yield "peak memory", f"{mb / 1024:.2f} GB" if mb >= 1024 else f"{mb:.0f} MB"
     if stats.get("all"):
-        yield "trained share", f"{_percent(stats.get('moving', 0) / stats['all'])} of {count(stats['all'])} parameters"
+        yield "trained share", f"{100 * stats.get('moving', 0) / stats['all']:.3g}% of {count(stats['all'])}"
     if stats.get("steps"):
         yield "steps", f"{stats['steps']:,}"
     if stats.get("tokens"):
-        yield "tokens read", f"{stats['tokens']:,} ({stats.get('supervised', 0):,} learned from)"
-
-
-def _percent(x: float) -> str:
-    return f"{100 * x:.3g}%"
+        yield "tokens read", f"{stats['tokens']:,}"
+    if stats.get("supervised"):
+        yield "tokens learned from", f"{stats['supervised']:,}"
 
 
 def count(n: float) -> str:

@@ -86,10 +86,16 @@ class Roles:
             raise AttributeError(role)
         raise RecipeError(f"nobody plays '{role}' in this recipe; say who under roles, e.g. `roles: {{{role}: start}}`")
 
-    def batch(self, rows: Sequence[dict]) -> Batch:
-        """Rows -> tokens on the policy's device."""
-        encode = self.policy.architecture.encode
-        return collate(rows, lambda row: encode(row, self.renderer)).to(self.device)
+    def policies(self) -> list[Policy]:
+        """Every network in a role, the policy first."""
+        return [r for r in vars(self).values() if isinstance(r, Policy)]
+
+    def batch(self, rows: Sequence[dict], training: bool = False) -> Batch:
+        """Rows -> tokens on the policy's device. What is drawn to be asked (gaps) changes from step to step in training only."""
+        arch = self.policy.architecture
+        clock = self.clock if training else Clock(self.clock.seed)
+        batch = collate(rows, lambda row: arch.encode(row, self.renderer))
+        return arch.ask(batch, self.renderer, clock).to(self.device)
 
     def text(self, ids: Sequence[int]) -> str:
         return self.renderer.text(ids)

@@ -5,7 +5,7 @@ The optimizer of a recipe is an estimator (where the gradient comes from) and a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class Transform:
         """slot -> gradient becomes slot -> update; `state` is this site's own and may be filled. step counts from 1."""
         raise NotImplementedError
 
-    def gather(self, every: dict[str, Slots]) -> dict[str, Slots]:
+    def gather(self, every: Mapping[str, Slots]) -> Mapping[str, Slots]:
         """Before any site is stepped: for transforms that look at all gradients together (clipping by global norm)."""
         return every
 
@@ -49,6 +49,22 @@ class Each(Transform):
                 state[slot] = self.init(grad)
             out[slot] = self.update(grad, state[slot], site.slots.get(slot), step)
         return out
+
+
+class Lazily(Mapping):
+    """site -> its tensors, made each time they are asked for: all gradients of a model never exist side by side."""
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], Slots]):
+        self.names, self.make = tuple(names), make
+
+    def __getitem__(self, name: str) -> Slots:
+        return self.make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
 
 
 def through(chain: Sequence[Transform], grads: Slots, state: dict, site: Site, step: int) -> Slots:
@@ -102,7 +118,12 @@ class Chain:
         self.state = {s.name: self.state[s.name] for s in live if s.name in self.state}
         return live
 
-    def step(self, grads: dict[str, Slots]) -> None:
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from saved state, on the devices of what it belongs to."""
+        homes = {s.name: next(iter(s.slots.values())).device for s in self.attached.every_site()}
+        self.state = {name: _to(kept, homes[name]) for name, kept in state.items() if name in homes}
+
+    def step(self, grads: Mapping[str, Slots]) -> None:
         """site -> slot -> gradient of the global batch: update every site."""
         sites = {s.name: s for s in self.sites()}
         for transform in self.transforms:
@@ -132,3 +153,9 @@ class Chain:
             if k not in kept:
                 kept[k] = p.detach().float()
         return {**site.slots, **kept}
+
+
+def _to(tree: Any, device: torch.device) -> Any:
+    if isinstance(tree, Mapping):
+        return {k: _to(v, device) for k, v in tree.items()}
+    return tree.to(device) if torch.is_tensor(tree) else tree

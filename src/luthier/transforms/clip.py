@@ -1,6 +1,6 @@
 """Clipping by global norm: all gradients of a step shrink together so that their joint norm is bounded."""
 from luthier.method import transform
-from luthier.transforms._chain import Transform
+from luthier.transforms._chain import Lazily, Transform
 
 
 @transform(paper="arXiv:1211.5063")
@@ -15,7 +15,7 @@ class Clip(Transform):
         squares = [g.float().square().sum() for slots in every.values() for g in slots.values()]
         norm = float(sum(squares)) ** 0.5 if squares else 0.0
         small = min(1.0, self.max_grad_norm / (norm + 1e-6))
-        return every if small == 1.0 else {n: {k: g * small for k, g in slots.items()} for n, slots in every.items()}
+        return every if small == 1.0 else Lazily(every, lambda name: {k: g * small for k, g in every[name].items()})
 
     def apply(self, grads, state, site, step):
         return grads

@@ -21,8 +21,15 @@ class Also(Attached):
     def virtual(self):
         return self.attached.virtual
 
+    @property
+    def told(self):
+        return self.attached.told
+
     def every_site(self):
         return [*self.attached.every_site(), *self.extra]
+
+    def buffers(self):
+        return self.attached.buffers()
 
     def initialize(self, rows, roles):
         self.attached.initialize(rows, roles)

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from luthier.method import RecipeError
 from luthier.tuners._tuner import Attached, Site
@@ -39,3 +39,14 @@ class Weights(Attached):
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
+
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        from luthier import store
+
+        if store.checkpoints(Path(folder)) or not (Path(folder) / "config.json").is_file():
+            return super().read(folder)
+        try:
+            saved = dict(type(self.model).from_pretrained(folder, dtype=self.model.dtype).named_parameters())
+        except (OSError, ValueError, RuntimeError) as error:
+            raise RecipeError(f"the model in {folder} cannot be read: {str(error).strip().splitlines()[0]}") from None
+        return {f"{n}.weight": saved[n].detach() for n in self.names if n in saved}

@@ -38,6 +38,7 @@ class Attached:
     """A tuner on a model. Subclasses say `every_site`; most also `off` and `merged`."""
 
     virtual = 0  # places the layout keeps free before every sequence (soft prompts)
+    told: tuple[str, ...] = ()  # sentences about what was attached, for whoever watches the run
 
     def __init__(self, settings: Any, model: nn.Module):
         self.settings, self.model = settings, model
@@ -56,14 +57,21 @@ class Attached:
         """'site.slot' -> parameter, of all sites."""
         return {f"{s.name}.{k}": p for s in self.every_site() for k, p in s.slots.items()}
 
+    def buffers(self) -> dict[str, Tensor]:
+        """Tensors that never move and yet belong to the state (frozen factors that were made from data)."""
+        return {}
+
     def tensors(self) -> dict[str, Tensor]:
         """A copy of everything that this tuner may move: its whole state."""
-        return {k: p.detach().clone() for k, p in self.parameters().items()}
+        return {k: p.detach().clone() for k, p in self._state().items()}
+
+    def _state(self) -> dict[str, Tensor]:
+        return {**self.parameters(), **self.buffers()}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Put `tensors()` back. Raises RecipeError when names or shapes differ."""
-        own = self.parameters()
+        own = self._state()
         odd = sorted(own.keys() ^ tensors.keys()) + [k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
         if odd:
             raise RecipeError(f"the saved tensors do not fit tuner '{self.settings.name}': {', '.join(odd[:3])}{' ...' * (len(odd) > 3)}")
@@ -90,7 +98,7 @@ class Attached:
     @contextmanager
     def using(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
         """Older, averaged or another task's tensors, for a while; nothing is copied."""
-        own = self.parameters()
+        own = self._state()
         kept = {k: p.data for k, p in own.items()}
         try:
             for k, p in own.items():

@@ -1,0 +1,142 @@
+"""Networks that answer with tokens: their hidden states are caught where the network's own forward hands them to its head.
+
+So whatever a family does before its head (a transform, a scale) is the network's own code. What it does to the logits
+after its head (a scale, a soft cap, a bias) is measured once, by letting its head say known numbers.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from luthier.architectures._architecture import Architecture
+from luthier.architectures._outputs import Outputs
+from luthier.batch import Batch
+from luthier.kernels.logprobs import Head
+from luthier.method import family
+
+_measured: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()  # model -> (scale, softcap, bias)
+
+
+@family
+class LanguageModel(Architecture):
+    """Family: hidden states of the supervised tokens, then the head in chunks."""
+
+    own_head: bool = False  # take logits from the network's own forward: [T, vocabulary] exists, any network is right
+
+    @property
+    def reading(self) -> str:
+        return "through the network's own head, all logits at once" if self.own_head else "padded"
+
+    def simpler(self) -> LanguageModel | None:
+        return None if self.own_head else replace(self, own_head=True)
+
+    def answer(self, model: nn.Module, inputs: dict[str, Any], at: Tensor, labels: Tensor) -> Outputs:
+        """Outputs of T questions: `at` [T] are flat places of the tensor [R, W] that the model reads as `inputs`."""
+        if self.own_head:
+            return Outputs(logits_at(model, inputs, at), Head(nn.Identity()), labels)
+        caught: list[Tensor] = []
+        with _before_head(model, lambda hidden: caught.append(hidden) or hidden[:, :1]):
+            model(**inputs, use_cache=False)
+        return Outputs(caught[0].flatten(0, 1)[at], head_of(model, inputs), labels)
+
+    def plain(self, model: nn.Module, attached: Any, batch: Batch) -> Tensor:
+        pieces = batch.segments()
+        out = torch.zeros(len(batch.ids), device=batch.ids.device)
+        for s in batch.segment[batch.supervised].unique().tolist():
+            own = pieces[s][batch.supervised[pieces[s]]]
+            out[own] = self.alone(model, attached, batch, s, own).to(out.dtype)
+        return out[batch.supervised]
+
+    def alone(self, model: nn.Module, attached: Any, batch: Batch, segment: int, own: Tensor) -> Tensor:
+        """[k] log-probabilities of tokens `own` [k] (places in batch.ids) of a segment, read with what it continues, alone."""
+        raise NotImplementedError
+
+
+def path(batch: Batch, segment: int) -> list[int]:
+    """The segments from the root down to this one."""
+    parents, way = batch.parent.tolist(), [segment]
+    while parents[way[0]] >= 0:
+        way.insert(0, parents[way[0]])
+    return way
+
+
+def soft_first(model: nn.Module, attached: Any, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+    """[R, W] ids and mask -> what the model is handed: the ids, or embeddings after the tuner's soft vectors [R, k + W]."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    if not attached.virtual:
+        return {"input_ids": ids, "attention_mask": mask}
+    embed = model.get_input_embeddings()(ids)
+    soft = attached.soft().to(embed.dtype).expand(len(ids), -1, -1)
+    mask = torch.cat([mask.new_ones(soft.shape[:2]), mask], 1)
+    return {"inputs_embeds": torch.cat([soft, embed], 1), "attention_mask": mask}
+
+
+def picked(logits: Tensor, labels: Tensor) -> Tensor:
+    """[k, V] logits, [k] -> [k] log-probabilities."""
+    return logits.float().log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+
+
+def logits_at(model: nn.Module, inputs: dict[str, Any], at: Tensor) -> Tensor:
+    """[T] flat places -> [T, V] logits in fp32 by the network's own forward, which makes no others where its head is known."""
+    if model.get_output_embeddings() is None:
+        return model(**inputs, use_cache=False).logits.flatten(0, 1)[at].float()
+    with _before_head(model, lambda hidden: hidden.flatten(0, 1)[at][:, None]):
+        return model(**inputs, use_cache=False).logits[:, 0].float()
+
+
+@contextmanager
+def _before_head(model: nn.Module, hand_over: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the network runs, its head is handed `hand_over(hidden [R, W, d])` in place of hidden."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} does not tell its output embeddings")
+    hook = head.register_forward_pre_hook(lambda module, given: (hand_over(given[0]), *given[1:]), prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def head_of(model: nn.Module, inputs: dict[str, Any]) -> Head:
+    """The head, and what the network does to its logits: measured at the first call, by any inputs it can read.
+
+    Raises ValueError where that is not cap * tanh(scale * (z + bias) / cap) or a part of it.
+    """
+    module = model.get_output_embeddings()
+    if model not in _measured:
+        _measured[model] = _measure(model, module, inputs)
+    return Head(module, *_measured[model])
+
+
+def _measure(model: nn.Module, module: nn.Module, inputs: dict[str, Any]) -> tuple[float, float, Tensor | None]:
+    told = torch.tensor([0.0, 1e-4, 1e30, *torch.linspace(-30, 30, 13).tolist()])
+    shape: list[int] = []
+
+    def say(_, given, said: Tensor) -> Tensor:
+        shape.append(said.shape[-1])
+        return told.to(said.device)[None, :, None].repeat(1, 1, said.shape[-1])  # fp32 whatever the network's type
+
+    hook = module.register_forward_hook(say)
+    try:
+        with _before_head(model, lambda hidden: hidden[:1, :1]):
+            heard = model(**inputs, use_cache=False).logits.float()[0]
+    finally:
+        hook.remove()
+    if heard.shape != (len(told), shape[0]):
+        raise ValueError(f"{type(model).__name__} changes the shape of its logits after the head")
+    told = told.to(heard.device)[:, None]
+    far = float(heard[2, 0])
+    softcap = far if far < 1e20 else 0.0
+    bias = heard[0].clone()
+    scale = float((heard[1] - bias)[0]) / float(told[1]) if not bias.any() else 1.0
+    want = Head(nn.Identity(), scale, softcap, bias if bias.any() else None)(told.expand_as(heard))
+    if not torch.allclose(want[3:], heard[3:], rtol=1e-5, atol=1e-5):
+        raise ValueError(f"what {type(model).__name__} does to its logits after the head is not known")
+    return (1.0 if abs(scale - 1) < 1e-6 else scale), softcap, (bias if bias.any() else None)

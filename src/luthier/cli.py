@@ -1,0 +1,206 @@
+"""The command line: a small function per verb. What a verb does lies in the module it calls, imported only then."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from luthier.method import RecipeError
+
+Words = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A recipe (or a run's folder), and changes.")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+
+
+class Verbs(TyperGroup):
+    """Turns what the user must know into one sentence on stderr: exit code 2, or 130 for Ctrl-C."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except RecipeError as error:
+            typer.echo(f"luthier: {error}", err=True)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            goes_on = "; run the same command again and it goes on from its last checkpoint" if ctx.invoked_subcommand == "tune" else ""
+            typer.echo(f"\nluthier: stopped{goes_on}", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=Verbs,
+    name="luthier",
+    help="Tune foundation models from one recipe, and see what tuning changed.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def top(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False) -> None:
+    if version:
+        from luthier import __version__
+
+        typer.echo(f"luthier {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def tune(
+    words: Words = None,
+    model: Annotated[str | None, typer.Option(help="Folder, hub name or practice:NAME.")] = None,
+    data: Annotated[str | None, typer.Option(help="File, folder, hub name or practice:WORLD.")] = None,
+    tuner: Annotated[str | None, typer.Option(help="What moves; `luthier methods --kind tuner`.")] = None,
+    objective: Annotated[str | None, typer.Option(help="Toward what, e.g. sft or 'dpo + 0.1*sft'.")] = None,
+    output_dir: Annotated[str | None, typer.Option(help="The run's folder.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the run's folder, nothing else.")] = False,
+) -> None:
+    """Tune a model. A run that was stopped goes on when the same command is run again."""
+    from luthier.recipe import Recipe
+
+    recipe = Recipe.load(*asked(words, model=model, data=data, tuner=tuner, objective=objective, output_dir=output_dir))
+    from luthier.report.console import Console, Quiet
+    from luthier.run import perform
+
+    watch = Quiet() if quiet else Console()
+    report = perform(recipe, watch=watch)
+    watch.finish(report)
+    if quiet:
+        typer.echo(report.folder)
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="A run's folder, a model folder, a hub name or practice:NAME.")],
+    prompt: Annotated[str | None, typer.Option(help="Answer this once instead of asking.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the random draws, where temperature is above 0.")] = 0,
+) -> None:
+    """Talk to a model."""
+    from luthier.use import chat
+
+    chat(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+
+@app.command()
+def methods(
+    kind: Annotated[str | None, typer.Option(help="One kind: tuner, objective, transform, ...")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List every method: what moves, toward what, how, and so on."""
+    from luthier import catalogue
+
+    found = catalogue.methods(kind)
+    show(found, as_json, ("kind", "name", "paper", "summary"))
+
+
+@app.command()
+def papers(
+    word: Annotated[str | None, typer.Argument(help="In the title, kind, family or method.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the papers of the catalogue, and which method implements each."""
+    from luthier import catalogue
+
+    found = catalogue.papers(word)
+    show(found, as_json, ("row", "title", "kind", "family", "by"))
+
+
+@app.command()
+def explain(words: Words = None, as_json: AsJson = False) -> None:
+    """Print every value a recipe comes to, and where it was said."""
+    from dataclasses import asdict
+
+    from luthier import catalogue
+
+    source, changes = asked(words)
+    values, told = catalogue.explain(source, changes)
+    for sentence in told:
+        typer.echo(sentence, err=True)
+    show([asdict(v) for v in values], as_json, ("key", "value", "origin"))
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is installed, what this machine can do, and what is missing for each extra."""
+    from luthier import doctor
+
+    found = doctor.examine()
+    typer.echo(dumped(found) if as_json else doctor.told(found))
+
+
+@app.command()
+def inspect(
+    base: Annotated[str, typer.Argument(help="The model before: a folder, hub name, practice:NAME or run.")],
+    tuned: Annotated[str, typer.Argument(help="The model after.")],
+    data: Annotated[str | None, typer.Option(help="Rows to measure on; default: what the run held out.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare two models: loss, accuracy, and what was forgotten elsewhere."""
+    from luthier.report.console import Console
+    from luthier.use import inspect
+
+    found = inspect(base, tuned, data)
+    typer.echo(dumped(found)) if as_json else Console().comparison(found)
+
+
+@app.command()
+def export(
+    folder: Annotated[str, typer.Argument(help="A run's folder.")],
+    to: Annotated[Path, typer.Option(help="Where to write it.")],
+    kind: Annotated[str, typer.Option("--as", help="lora: an adapter for plain PEFT. merged: a plain transformers model.")] = "merged",
+) -> None:
+    """Write a run's result for other tools, and check that it answers like the tuned model."""
+    from luthier.use import export
+
+    typer.echo(export(folder, kind, to))
+
+
+@app.command(hidden=True)
+def docs(
+    check: Annotated[bool, typer.Option("--check", help="Fail where the pages differ from the declarations.")] = False,
+    to: Annotated[Path, typer.Option(help="The docs folder.")] = Path("docs"),
+) -> None:
+    """Write the pages that follow from the declarations."""
+    from luthier.docs import docs
+
+    raise typer.Exit(docs(to, check))
+
+
+# ---------------------------------------------------------------------------------------------- words and tables
+
+
+def asked(words: list[str] | None, **options: str | None) -> tuple[Path | None, list[str]]:
+    """A recipe's path, if one was named, and every change: key=value words, then options."""
+    files = [w for w in words or () if "=" not in w or Path(w).is_file()]
+    if len(files) > 1:
+        raise RecipeError(f"one recipe at a time, not {' and '.join(files)} (changes are written key=value)")
+    plain = ("model", "data", "output_dir")  # taken as they are; the others may be YAML such as "{name: lora, r: 16}"
+    changes = [w for w in words or () if w not in files]
+    changes += [f"{k}={json.dumps(v) if k in plain else v}" for k, v in options.items() if v is not None]
+    if not files:
+        return None, changes
+    path = Path(files[0])
+    return path / "recipe.yaml" if path.is_dir() else path, changes
+
+
+def dumped(value) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False, default=str)
+
+
+def show(found: list[dict], as_json: bool, columns: tuple[str, ...]) -> None:
+    """A list of objects, as JSON or as a table."""
+    if as_json:
+        typer.echo(dumped(found))
+        return
+    from luthier.report.console import Console
+
+    Console().listing(found, columns)

@@ -1,0 +1,91 @@
+"""What a per-module tuner is: its settings, `init` and `weight`; a cheaper `forward` where there is one.
+
+The bridge (tuners/_peft.py) makes every Delta a real PEFT type: a config, a layer and a model that plain PEFT saves,
+loads and merges. Weights are always seen as [out, in], however the module keeps them: Linear, GPT-2's Conv1D, or an
+Embedding (out = width, in = vocabulary).
+"""
+from __future__ import annotations
+
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from luthier.method import family
+from luthier.tuners._tuner import Attached, Tuner
+
+
+def frozen(tensor: Tensor) -> tuple[str, Tensor]:
+    """A tensor of a layer that is saved and never trained."""
+    return ("frozen", tensor)
+
+
+def seeded(seed: int, *shape: int) -> tuple[str, Tensor]:
+    """A standard normal matrix shared by all layers that ask for it and never saved: the seed is enough."""
+    return ("seeded", _normal(seed, shape))
+
+
+@lru_cache(maxsize=256)
+def _normal(seed: int, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def oriented(layer: nn.Module) -> Tensor:
+    """The weight of a module as [out, in] (a view); [width] for a norm."""
+    sideways = isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"
+    return layer.weight.T if sideways else layer.weight
+
+
+@family
+class Where(Tuner):
+    """Family: which modules of a network are tuned, in the words of PEFT."""
+
+    target_modules: str | list[str] = "all-linear"  # ends of their names, one regular expression, or all-linear
+    exclude_modules: str | list[str] | None = None  # ends of names, or a regular expression, to leave alone
+    layers_to_transform: int | list[int] | None = None  # only these layers; wants target_modules as a list
+    layers_pattern: str | list[str] | None = None  # name of the list of layers, where it is not layers, h, block or the like
+    modules_to_save: list[str] | None = None  # further modules that are trained whole and saved beside the adapter
+
+
+@family
+class Delta(Where):
+    """Family: own tensors for each chosen module, and the weight they make of its weight."""
+
+    kinds: ClassVar[tuple[type, ...]] = (nn.Linear, nn.Embedding)  # modules it can sit on, besides Conv1D
+    reads: ClassVar[str] = ""  # what `start` learns from: "inputs", "gradients" or nothing
+
+    def attach(self, model: nn.Module) -> Attached:
+        from luthier.tuners._peft import OnPeft, config_of, plain_settings
+
+        return OnPeft(self, model, config_of(type(self))(**plain_settings(self)))
+
+    def init(self, W: Tensor) -> dict[str, Any]:
+        """W [out, in] -> the tensors that its layer gains, in fp32: trained, `frozen(...)` or `seeded(...)`.
+
+        With them the layer must compute what it computed before.
+        """
+        raise NotImplementedError
+
+    def weight(self, W: Tensor, p: SimpleNamespace) -> Tensor:
+        """W [out, in] and the layer's tensors -> the tuned weight."""
+        raise NotImplementedError
+
+    def bias(self, b: Tensor | None, p: SimpleNamespace) -> Tensor | None:
+        """[out] -> the tuned bias."""
+        return b
+
+    def forward(self, x: Tensor, y: Tensor, p: SimpleNamespace, layer: nn.Module) -> Tensor:
+        """x [..., in], the untuned output y [..., out] -> the tuned output. Override where W' need not be built."""
+        b = None if layer.bias is None else layer.bias.to(x.dtype)
+        return F.linear(x, self.weight(oriented(layer).to(x.dtype), p), self.bias(b, p))
+
+    def start(self, W: Tensor, seen: Tensor) -> dict[str, Tensor]:
+        """Better starting tensors of a layer, from the first rows: `seen` is its inputs [n, in] or its gradient [out, in]."""
+        raise NotImplementedError
+
+    def factors(self, p: SimpleNamespace) -> tuple[Tensor, Tensor] | None:
+        """A [r, in] and B [out, r] with W' = W + B A, where the method has them: then its export as LoRA is exact."""
+        return None

@@ -1,0 +1,692 @@
+"""The only file that knows PEFT: makes every Delta a real PEFT type, and puts any PEFT type on a model.
+
+Importing it registers all Deltas, so that `PeftModel.from_pretrained` and `transformers.load_adapter` know them
+(tuners/_register.py sees to it that this happens). Method files import it only inside `attach`. Its neighbour
+_peft_lora.py holds what is special about PEFT's own LoRA.
+"""
+from __future__ import annotations
+
+import copy
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import field, fields, make_dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as TARGETS
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.peft_types import PeftType, register_peft_method
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from luthier.method import RecipeError, find, meant, names
+from luthier.tuners._delta import Delta, oriented
+from luthier.tuners._tuner import Attached, Site
+
+ADAPTER = "default"
+INITIAL = "luthier_initial"  # a frozen second adapter: minus what the first one starts with
+_made: dict[type, type] = {}
+
+
+# ---------------------------------------------------------------------------------------------- a Delta as a PEFT type
+
+
+class Tensors(nn.Module):
+    """The tensors of one adapter on one layer, in fp32 whatever the base is."""
+
+    def __init__(self, made: Mapping[str, Any]):
+        super().__init__()
+        for name, value in made.items():
+            if isinstance(value, tuple):
+                self.register_buffer(name, value[1].float().contiguous(), persistent=value[0] == "frozen")
+            else:
+                setattr(self, name, nn.Parameter(value.float().contiguous()))
+
+
+class Layer(nn.Module, BaseTunerLayer):
+    """A module under one or several Deltas."""
+
+    slot: str  # "luthier_ssf_tensors": the attribute that holds adapter name -> Tensors
+
+    def __init__(self, base: nn.Module, adapter: str, config: Any):
+        nn.Module.__init__(self)
+        self.base_layer, self.methods, self._undo = base, {}, []
+        self._disable_adapters, self.merged_adapters, self._active_adapter = False, [], adapter
+        setattr(self, self.slot, nn.ModuleDict())
+        self.update_layer(adapter, config)
+
+    @property
+    def held(self) -> nn.ModuleDict:
+        return getattr(self, self.slot)
+
+    def update_layer(self, adapter: str, config: Any) -> None:
+        """Add an adapter."""
+        method = config.settings()
+        base = self.get_base_layer()
+        known = isinstance(base, (*method.kinds, Conv1D)) and base.weight.is_floating_point()
+        if not known or base.weight.ndim > 2:
+            raise ValueError(f"tuner '{method.name}' cannot sit on a {type(base).__name__}")
+        self.methods[adapter] = method
+        self.held[adapter] = Tensors(method.init(oriented(base).detach()))
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        device = device or self.get_base_layer().weight.device
+        if device.type != "meta" and not any(p.is_meta for p in self.held[adapter_name].parameters()):
+            self.held[adapter_name].to(device)
+
+    def tensors(self, adapter: str) -> SimpleNamespace:
+        """What a Delta calls p."""
+        held = self.held[adapter]
+        return SimpleNamespace(**dict(held.named_parameters()), **dict(held.named_buffers()))
+
+    def tuned(self, adapter: str) -> tuple[Tensor, Tensor | None]:
+        """The tuned weight [out, in] and bias, in fp32."""
+        base, p, method = self.get_base_layer(), self.tensors(adapter), self.methods[adapter]
+        b = getattr(base, "bias", None)
+        return method.weight(oriented(base).float(), p), method.bias(None if b is None else b.float(), p)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """W' - W, laid out as the module lays out its weight."""
+        base = self.get_base_layer()
+        W = oriented(base).float()
+        delta = self.tuned(adapter)[0] - W
+        return delta if W.shape == base.weight.shape and W.stride() == base.weight.stride() else delta.T
+
+    def supports_lora_conversion(self, adapter_name: str = ADAPTER) -> bool:
+        """True where the weight alone changes."""
+        return type(self.methods[adapter_name]).bias is Delta.bias and self.get_base_layer().weight.ndim == 2
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        base = self.get_base_layer()
+        for adapter in check_adapters_to_merge(self, adapter_names) or []:
+            if adapter not in self.held:
+                continue
+            weight, bias = self.tuned(adapter)
+            if safe_merge and not weight.isfinite().all():
+                raise ValueError(f"the merged weight of adapter {adapter} is not finite")
+            old = getattr(base, "bias", None)
+            self._undo.append((base.weight.data, old))
+            oriented_back = weight if weight.shape == base.weight.shape and not isinstance(base, (Conv1D, nn.Embedding)) else weight.T
+            base.weight.data = oriented_back.to(base.weight.dtype).contiguous()
+            if bias is not None:
+                base.bias = nn.Parameter(bias.to(base.weight.dtype), requires_grad=False)
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        base = self.get_base_layer()
+        while self.merged_adapters:
+            self.merged_adapters.pop()
+            base.weight.data, old = self._undo.pop()
+            if old is not None or getattr(base, "bias", None) is not None:
+                base.bias = old
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        y = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.merged:
+            return y
+        live = [a for a in self.active_adapters if a in self.held]
+        if len(live) == 1:
+            return self.update(live[0], x, y)
+        return y + sum((self.update(a, x, y) - y for a in live), torch.zeros_like(y))
+
+    def update(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
+        """Computed in the adapter's precision, returned in the model's."""
+        method, p, base = self.methods[adapter], self.tensors(adapter), self.get_base_layer()
+        if isinstance(base, nn.Embedding):
+            table = method.weight(oriented(base).float(), p).T
+            return y + (table[x] - base.weight[x].float()).to(y.dtype) * (1 if self._get_embed_scale() is None else self._get_embed_scale())
+        own = next(iter(self.held[adapter].parameters())).dtype
+        return method.forward(x.to(own), y.to(own), p, base).to(y.dtype)
+
+
+class Model(BaseTuner):
+    """Puts Layers in place."""
+
+    target_module_mapping = TARGETS
+
+    def _create_and_replace(self, config, adapter, target, target_name, parent, current_key=None, **_):
+        if isinstance(target, self.tuner_layer_cls):
+            target.update_layer(adapter, config)
+            return
+        layer = self.tuner_layer_cls(target, adapter, config)
+        if adapter not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+
+def plain_settings(settings: Any) -> dict[str, Any]:
+    return {f.name: copy.copy(getattr(settings, f.name)) for f in fields(settings)}
+
+
+def config_of(cls: type) -> type:
+    """The PEFT config class of a Delta; made and registered with PEFT on first use."""
+    if cls in _made:
+        return _made[cls]
+    name, own = f"luthier_{cls.name}", [f.name for f in fields(cls)]
+    slot = f"{name}_tensors"
+
+    def finish(self) -> None:
+        PeftConfig.__post_init__(self)
+        self.peft_type = PeftType(name.upper())
+        for k in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, k), (list, tuple)):
+                setattr(self, k, set(getattr(self, k)))
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform wants target_modules as a list of names")
+
+    def settings(self) -> Any:
+        said = {k: getattr(self, k) for k in own}
+        return cls(**{k: sorted(v) if isinstance(v, set) else v for k, v in said.items()})
+
+    columns = [(f.name, object, field(default=f.default) if f.default is not f.default_factory else field(default_factory=f.default_factory)) for f in fields(cls)]
+    config = make_dataclass(f"{cls.__name__}Config", columns, bases=(PeftConfig,), namespace={"__post_init__": finish, "settings": settings})
+    layer = type(f"{cls.__name__}Layer", (Layer,), {"slot": slot, "adapter_layer_names": (slot,)})
+    model = type(f"{cls.__name__}Model", (Model,), {"prefix": slot, "tuner_layer_cls": layer})
+    _admit(name.upper())
+    register_peft_method(name=name, config_cls=config, model_cls=model, prefix=slot)
+    return _made.setdefault(cls, config)
+
+
+def _admit(key: str) -> None:
+    """PeftType is a closed enum, and register_peft_method insists on a member of it."""
+    member = str.__new__(PeftType, key)
+    member._name_ = member._value_ = key
+    member.__objclass__, member._sort_order_ = PeftType, len(PeftType)
+    type.__setattr__(PeftType, key, member)
+    PeftType._member_names_.append(key)
+    PeftType._member_map_[key] = PeftType._value2member_map_[key] = member
+
+
+def register() -> None:
+    """Make every Delta known to PEFT. A method that cannot be imported is told of and does not stop the others."""
+    for name in names("tuner"):
+        try:
+            cls = find("tuner", name)
+        except Exception as error:  # another package's tuner must not break `import peft`
+            warnings.warn(f"luthier's tuner '{name}' is not known to PEFT: {error}", stacklevel=2)
+            continue
+        if issubclass(cls, Delta):
+            config_of(cls)
+
+
+# ---------------------------------------------------------------------------------------------- on a model
+
+
+class OnPeft(Attached):
+    """A PEFT type on a model. The model stays the transformers model, with layers put into it."""
+
+    def __init__(self, settings: Any, model: nn.Module, config: PeftConfig):
+        super().__init__(settings, model)
+        tied = _tied(model)
+        _known_modules(model, config.modules_to_save if hasattr(config, "modules_to_save") else None, "modules_to_save", settings)
+        start = list(model.parameters()) if getattr(config, "bias", "none") != "none" else []
+        with warnings.catch_warnings(record=True) as heard:
+            warnings.simplefilter("always", UserWarning)
+            try:
+                self.peft = get_peft_model(model, config)
+            except (ValueError, TypeError) as error:
+                raise RecipeError(f"tuner '{settings.name}': {_sentence(error)}{_coverage(model, config)}") from None
+        self.told = tuple(str(w.message) for w in heard if issubclass(w.category, (UserWarning, RuntimeWarning)))
+        self.layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+        self.start = [(p, p.detach().clone()) for p in start if p.requires_grad]  # biases that train: off() puts them back
+        self.biases = {id(p) for p, _ in self.start}
+        self._check(config, tied)
+        self.told += self._left_out()
+
+    def _check(self, config: PeftConfig, tied: list[list[str]]) -> None:
+        """What was asked for is there, and touches nothing else."""
+        tuner = self.peft.base_model
+        hit = [*tuner.targeted_module_names, *tuner.targeted_parameter_names]
+        for key in ("target_modules", "target_parameters"):
+            asked = getattr(config, key, None)
+            for name in sorted(asked) if isinstance(asked, (list, set, tuple)) else []:
+                if not any(h == name or h.endswith(f".{name}") for h in hit):
+                    raise RecipeError(f"tuner '{self.settings.name}': {key} '{name}' matches nothing{_coverage(self.model, config, name)}")
+        for index in _listed(getattr(config, "layers_to_transform", None)):
+            if not any(f".{index}." in h for h in hit):
+                raise RecipeError(f"tuner '{self.settings.name}': layers_to_transform {index} matches none of the {len(hit)} modules that are tuned")
+        whole = [n for n, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        for group in tied:
+            touched = [n for n in group if n in {*hit, *whole}]
+            if touched:
+                others = [n for n in group if n not in touched] or group
+                raise RecipeError(
+                    f"tuner '{self.settings.name}': {touched[0]} shares its weight with {others[-1]} (tie_word_embeddings), so the two would "
+                    "part in silence; leave it out of target_modules and modules_to_save, or tune whole weights (full, lisa)"
+                )
+
+    # --- what moves
+
+    def every_site(self) -> list[Site]:
+        sites, seen = [], set()
+        for name, layer in self.layers.items():
+            slots = {}
+            for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
+                held = getattr(layer, attribute, None)
+                entry = held[ADAPTER] if isinstance(held, (nn.ModuleDict, nn.ParameterDict)) and ADAPTER in held else None
+                plain = attribute.removeprefix(self.peft.base_model.prefix).removeprefix("embedding_").lstrip("_")  # lora_A -> A
+                if isinstance(entry, nn.Parameter):
+                    slots[plain] = entry
+                elif isinstance(entry, nn.Module):
+                    slots |= {plain if k == "weight" and plain else f"{plain}.{k}".lstrip("."): p for k, p in entry.named_parameters()}
+            slots = {k: p for k, p in slots.items() if id(p) not in seen}
+            if slots:
+                sites.append(Site(name, slots, self.settings))
+                seen |= {id(p) for p in slots.values()}
+        whole = [f"{n}." for n, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        for name, module in self.model.named_modules():  # modules_to_save, biases
+            further = f".{ADAPTER}" in name and name.startswith(tuple(whole))
+            slots = {k: p for k, p in module.named_parameters(recurse=False) if id(p) not in seen and (further or id(p) in self.biases)}
+            if slots:
+                sites.append(Site(name, slots, None))
+                seen |= {id(p) for p in slots.values()}
+        return sites
+
+    def buffers(self):
+        """Frozen tensors that the adapter file holds, too."""
+        out = {}
+        for name, layer in self.layers.items():
+            if isinstance(layer, Layer):
+                saved = layer.held[ADAPTER].state_dict(keep_vars=True)
+                out |= {f"{name}.{k}": v for k, v in saved.items() if not isinstance(v, nn.Parameter)}
+        return out
+
+    def _left_out(self) -> tuple[str, ...]:
+        """all-linear does not reach experts that are one tensor; say so."""
+        if getattr(self.settings, "target_modules", "") != "all-linear":
+            return ()
+        reached = {id(getattr(m.get_base_layer(), m.parameter_name)) for m in self.layers.values() if isinstance(m, ParamWrapper)}
+        fused = [
+            (f"{n}.{k}", p.numel())
+            for n, m in self.model.named_modules() if not isinstance(m, nn.modules.conv._ConvNd)
+            for k, p in m.named_parameters(recurse=False) if p.ndim == 3 and id(p) not in reached and not n.startswith(tuple(self.layers))
+        ]  # fmt: skip
+        if not fused:
+            return ()
+        share = sum(k for _, k in fused) / sum(p.numel() for p in self.model.parameters())
+        return (
+            f"all-linear leaves out {len(fused)} fused expert weights ({fused[0][0]}, ...; {share:.0%} of all parameters), which are not linear "
+            "modules; tuner 'lora' reaches them with target_parameters",
+        )
+
+    # --- starting from data
+
+    def initialize(self, rows, roles):
+        kind = self.settings.reads if isinstance(self.settings, Delta) else ""
+        if not kind:
+            return
+        layers = {n: m for n, m in self.layers.items() if isinstance(m, Layer)}
+        with self.off():
+            seen = {"inputs": _inputs, "gradients": _gradients}[kind](layers, rows[: self.settings.init_rows], roles)
+        with torch.no_grad():
+            for name, layer in layers.items():
+                own = layer.held[ADAPTER].state_dict(keep_vars=True)
+                for slot, value in self.settings.start(oriented(layer.get_base_layer()).detach(), seen.pop(name)).items():
+                    own[slot].copy_(value)
+
+    # --- other readings
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """The base model, exactly. Flags only: what requires a gradient stays as it is."""
+        parts = [m for m in self.model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        was = [m._disable_adapters for m in parts]
+        kept = [(p, p.data) for p, _ in self.start]
+        try:
+            for m in parts:
+                m._disable_adapters = True
+            for p, start in self.start:
+                p.data = start
+            yield
+        finally:
+            for m, before in zip(parts, was, strict=True):
+                m._disable_adapters = before
+            for p, data in kept:
+                p.data = data
+
+    @contextmanager
+    def merged(self) -> Iterator[nn.Module]:
+        """The layers step aside and the weights carry the change. Afterwards the weights are what they were, bit for bit."""
+        bases = {id(b): b for b in (layer.get_base_layer() for layer in self.layers.values())}
+        kept = [(p, p.data) for b in bases.values() for p in b.parameters(recurse=False)]
+        for p, data in kept:
+            p.data = data.clone()
+        try:
+            try:
+                self.peft.merge_adapter()
+            except NotImplementedError:
+                raise RecipeError(f"tuner '{self.settings.name}' cannot be merged into the weights") from None
+            yield self.model
+        finally:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)
+                self.peft.unmerge_adapter()
+            for p, data in kept:
+                p.data = data
+
+    # --- files
+
+    def state(self) -> dict[str, Tensor]:
+        """The tensors of adapter_model.safetensors."""
+        return get_peft_model_state_dict(self.peft, save_embedding_layers=False)
+
+    def config(self) -> PeftConfig:
+        """What adapter_config.json says."""
+        config = copy.deepcopy(self.peft.peft_config[ADAPTER])
+        config.inference_mode = True
+        return config
+
+    def save(self, folder):
+        _write(Path(folder), self.state(), self.config(), self.model)
+
+    def read(self, folder):
+        from luthier import store
+
+        path = Path(folder) / "adapter_model.safetensors"
+        if store.checkpoints(Path(folder)) or not path.is_file():
+            return super().read(folder)
+        self._same_settings(json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")), folder)
+        kept = self.tensors()
+        file = {k: v for k, v in load_file(str(path)).items() if not k.endswith(".base_layer.weight")}  # PEFT adds the base's embeddings
+        own = {id(t) for t in self._state().values()}
+        mine = {k for k, v in self.peft.state_dict(keep_vars=True).items() if id(v) in own}
+        base = {k for k, _ in self.peft.named_parameters()} - mine
+        try:
+            odd = sorted(base & file.keys())
+            file = self.unpack(file)
+            result = set_peft_model_state_dict(self.peft, {k: v for k, v in file.items() if k not in base})
+            odd += sorted(result.unexpected_keys) + sorted(set(result.missing_keys) & mine)
+            if odd:
+                raise RecipeError(f"the adapter in {folder} does not fit tuner '{self.settings.name}': {', '.join(odd[:3])}{' ...' * (len(odd) > 3)}")
+            return self.tensors()
+        except (RuntimeError, KeyError) as error:
+            raise RecipeError(f"the adapter in {folder} does not fit tuner '{self.settings.name}': {_sentence(error)}") from None
+        finally:
+            self.load(kept)
+
+    def unpack(self, file: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The way back from `state` where it is more than PEFT's."""
+        return file
+
+    def _same_settings(self, said: dict, folder: Any) -> None:
+        """An adapter read under another scale or rank would be another function."""
+        mine = json.loads(json.dumps(self.config().to_dict(), default=lambda x: sorted(x) if isinstance(x, set) else str(x)))
+        for key, value in mine.items():
+            if key in said and key not in FREE and said[key] != value:
+                raise RecipeError(f"the adapter in {folder} was made with {key}={said[key]}, and this recipe says {key}={value}")
+
+    def export_lora(self, folder: Path | str, rank: int | None = None) -> float:
+        """Write the adapter as LoRA that PEFT loads without luthier; the largest relative error of a layer is returned.
+
+        Exact where the method has factors; else the best update of `rank` (None: as many directions as matter in fp32).
+        Raises RecipeError where a method changes more than weights.
+        """
+        state: dict[str, Tensor] = {}
+        ranks, worst = {}, 0.0
+        for name, layer in self.layers.items():
+            if not layer.supports_lora_conversion():
+                raise RecipeError(f"tuner '{self.settings.name}' changes more than the weight of {name}: it has no LoRA form")
+            base = layer.get_base_layer()
+            both = layer.methods[ADAPTER].factors(layer.tensors(ADAPTER)) if isinstance(layer, Layer) else None
+            if both is None:
+                delta = layer.get_delta_weight(ADAPTER).detach().float()
+                delta = delta.T if isinstance(base, (Conv1D, nn.Embedding)) else delta
+                both, error = _factor(delta, rank)
+                worst = max(worst, error)
+            A, B = (t.detach().float().cpu().contiguous() for t in both)
+            kind, end = ("lora_embedding_", "") if isinstance(base, nn.Embedding) else ("lora_", ".weight")
+            state |= {f"base_model.model.{name}.{kind}A{end}": A, f"base_model.model.{name}.{kind}B{end}": B}
+            ranks[name] = len(A)
+        state |= {k: v for k, v in self.state().items() if not any(k.startswith(f"base_model.model.{n}.") for n in self.layers)}
+        top = max(ranks.values())
+        other = {re.escape(n): r for n, r in ranks.items() if r != top}
+        whole = getattr(self.config(), "modules_to_save", None)
+        config = LoraConfig(r=top, lora_alpha=top, rank_pattern=other, alpha_pattern=dict(other), target_modules=sorted(ranks), modules_to_save=whole)
+        config.base_model_name_or_path, config.inference_mode = self.config().base_model_name_or_path, True
+        _write(Path(folder), state, config, self.model)
+        return worst
+
+    def export_merged(self, folder: Path | str) -> None:
+        """Write the tuned model as plain weights. Raises RecipeError where the architecture has no place for what tuning made."""
+        with self.merged():
+            state = _plain_state(self.model)
+            with torch.device("meta"):
+                place = set(type(self.model)(copy.deepcopy(self.model.config)).state_dict())
+            odd = sorted(state.keys() ^ place)
+            if odd:
+                raise RecipeError(f"merged, tuner '{self.settings.name}' makes {odd[0]}, for which {type(self.model).__name__} has no place: keep it as an adapter")
+            self.model.save_pretrained(folder, state_dict=state)
+
+
+FREE = {  # settings of an adapter that do not change what its tensors mean, or that the tensors' names tell
+    "base_model_name_or_path", "inference_mode", "revision", "task_type", "auto_mapping", "peft_version", "runtime_config",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters",
+    "init_lora_weights", "init_weights", "lora_dropout", "bias", "init_rows", "ensure_weight_tying",
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- any PEFT type
+
+ODD = {  # tuners of PEFT that need more of a run than layers in a model
+    "ADALORA": "its rank allocator must be stepped and its regulariser added to the loss",
+    "XLORA": "it mixes trained adapters through the forward of PeftModel",
+    "POLY": "it needs a task id with every batch",
+    "ADAPTION_PROMPT": "it replaces attention modules, which the packed layout relies on",
+    "SHADOW": "it runs a second network inside the forward of PeftModel",
+    "TRAINABLE_TOKENS": "it swaps the embedding module of the model",
+}
+
+
+def any_config(name: str, settings: Mapping[str, Any]) -> PeftConfig:
+    """PEFT's own config of a type, checked. Raises RecipeError for an unknown type or setting, and for what cannot work here."""
+    kinds = {k.value: k for k in PEFT_TYPE_TO_CONFIG_MAPPING}
+    key = name.upper()
+    if key not in kinds:
+        raise RecipeError(f"type: PEFT has no '{name}'{meant(key, kinds).lower()}")
+    cls = PEFT_TYPE_TO_CONFIG_MAPPING[kinds[key]]
+    model = PEFT_TYPE_TO_TUNER_MAPPING[kinds[key]]
+    if not (isinstance(model, type) and issubclass(model, BaseTuner)) and key not in ODD:
+        raise RecipeError(f"type: {name} puts vectors before the text inside PEFT's own forward, which batches here do not go through; use tuner 'prompt'")
+    if key in ODD:
+        raise RecipeError(f"type: {name} cannot be used here: {ODD[key]}")
+    allowed = [f.name for f in fields(cls)]
+    for k in settings:
+        if k not in allowed:
+            raise RecipeError(f"config: PEFT's {cls.__name__} has no setting '{k}'{meant(k, allowed)}")
+    usual = {"target_modules": "all-linear"} if "target_modules" in allowed else {}
+    start = settings.get("init_lora_weights", True)
+    if key == "LORA" and start not in (True, "gaussian", "orthogonal"):
+        raise RecipeError(f"config: init_lora_weights {start} changes the base or wants data; use tuner 'lora'")
+    if key.startswith("LUTHIER_"):
+        raise RecipeError(f"type: {name} is luthier's own: write `tuner: {key.removeprefix('LUTHIER_').lower()}`")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return cls(**{**usual, **settings})
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"config: {_sentence(error)}") from None
+
+
+def merges(config: PeftConfig) -> bool:
+    """Do the layers of this type write themselves into the weights?"""
+    layer = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].tuner_layer_cls
+    kinds = layer if isinstance(layer, tuple) else (layer,)
+    return all(_merger(k) is not BaseTunerLayer.merge for k in kinds)
+
+
+def _merger(kind: type) -> Any:
+    """`merge` of a layer class; of its Linear where the class itself is only a base."""
+    below = [c for c in kind.__subclasses__() if "merge" in vars(c)]
+    return below[0].merge if below else kind.merge
+
+
+# ---------------------------------------------------------------------------------------------- soft prompts
+
+
+def write_prompt(folder: Path, vectors: Tensor, model: nn.Module, seq2seq: bool = False) -> None:
+    """[n, width] vectors as an adapter of PEFT's type PROMPT_TUNING."""
+    text = model.config.get_text_config()
+    config = PromptTuningConfig(
+        task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM", num_virtual_tokens=len(vectors), token_dim=vectors.shape[1],
+        num_transformer_submodules=1, num_attention_heads=text.num_attention_heads, num_layers=text.num_hidden_layers, inference_mode=True,
+    )  # fmt: skip
+    _write(folder, {"prompt_embeddings": vectors}, config, model)
+
+
+# ---------------------------------------------------------------------------------------------- small things
+
+
+def _listed(value: Any) -> list:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]
+
+
+def _sentence(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
+def _leaves(model: nn.Module) -> dict[str, int]:
+    """Last names of the modules that hold a matrix, with how many there are of each."""
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
+            leaf = name.removesuffix(".base_layer").rpartition(".")[2]
+            found[leaf] = found.get(leaf, 0) + 1
+    return found
+
+
+def _coverage(model: nn.Module, config: PeftConfig, name: str | None = None) -> str:
+    """What was probably meant, and what there is."""
+    leaves = _leaves(model)
+    if name is None:
+        asked = getattr(config, "target_modules", None)
+        every = [n for n, _ in model.named_modules()]
+        asked = sorted(asked) if isinstance(asked, (list, set, tuple)) else []
+        name = next((a for a in asked if not any(n == a or n.endswith(f".{a}") for n in every)), None)
+    near = meant(name.rpartition(".")[2], leaves) if name else ""
+    near = near if near.startswith(";") else ""
+    return f"{near} (the model has: {', '.join(f'{k} {n}x' for k, n in leaves.items())})"
+
+
+def _known_modules(model: nn.Module, asked: list[str] | None, key: str, settings: Any) -> None:
+    """Every name must be the end of a module's name."""
+    every = [n for n, _ in model.named_modules()]
+    for name in asked or []:
+        if not any(n == name or n.endswith(f".{name}") for n in every):
+            raise RecipeError(f"tuner '{settings.name}': {key} '{name}' matches nothing{meant(name, {n.rpartition('.')[2] for n in every if n})}")
+
+
+def _tied(model: nn.Module) -> list[list[str]]:
+    """Groups of modules that hold the same parameter."""
+    groups: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for p in module._parameters.values():
+            if p is not None:
+                groups.setdefault(id(p), []).append(name)
+    return [g for g in groups.values() if len(g) > 1]
+
+
+def _inputs(layers: dict[str, Layer], rows: list[dict], roles: Any) -> dict[str, Tensor]:
+    """[n, in] what each module reads on these rows, in fp32 (packed rows: the filling at their ends is read, too)."""
+    seen: dict[str, list[Tensor]] = {n: [] for n in layers}
+
+    def keep(name: str):
+        return lambda module, args, y: seen[name].append(args[0].detach().flatten(0, -2).float())
+
+    hooks = [m.register_forward_hook(keep(n)) for n, m in layers.items()]
+    try:
+        with torch.no_grad():
+            for i in range(0, len(rows), MICRO):
+                roles.policy.logprobs(roles.batch(rows[i : i + MICRO]))
+    finally:
+        for h in hooks:
+            h.remove()
+    return {n: torch.cat(x) for n, x in seen.items()}
+
+
+def _gradients(layers: dict[str, Layer], rows: list[dict], roles: Any) -> dict[str, Tensor]:
+    """[out, in] the mean gradient of -log p of the supervised tokens with respect to each weight, in fp32."""
+    weights = {n: m.get_base_layer().weight for n, m in layers.items()}
+    total = {n: torch.zeros(w.shape, dtype=torch.float32, device=w.device) for n, w in weights.items()}
+    count = 0
+
+    def add(name: str):
+        def hook(p: Tensor) -> None:
+            total[name] += p.grad
+            p.grad = None
+
+        return hook
+
+    hooks = [w.register_post_accumulate_grad_hook(add(n)) for n, w in weights.items()]
+    try:
+        for w in weights.values():
+            w.requires_grad_(True)
+        with torch.enable_grad():
+            for i in range(0, len(rows), MICRO):
+                batch = roles.batch(rows[i : i + MICRO])
+                count += batch.count("token")
+                roles.policy.logprobs(batch).sum().neg().backward()
+    finally:
+        for h in hooks:
+            h.remove()
+        for w in weights.values():
+            w.requires_grad_(False)
+    sideways = {n for n, m in layers.items() if isinstance(m.get_base_layer(), (Conv1D, nn.Embedding))}
+    return {n: (g.T if n in sideways else g) / max(count, 1) for n, g in total.items()}
+
+
+MICRO = 4  # rows read at once while a tuner starts from data
+
+
+def _factor(delta: Tensor, rank: int | None) -> tuple[tuple[Tensor, Tensor], float]:
+    """[out, in] -> A [r, in], B [out, r], and the relative error left."""
+    U, S, Vh = torch.linalg.svd(delta, full_matrices=False)
+    r = max(1, int((S > S[0] * 1e-6).sum())) if rank is None else min(rank, len(S))
+    left = float(S[r:].norm() / S.norm().clamp(min=1e-30))
+    return (Vh[:r], U[:, :r] * S[:r]), left
+
+
+def _write(folder: Path, state: dict[str, Tensor], config: PeftConfig, model: nn.Module) -> None:
+    """adapter_model.safetensors, read back and compared, and adapter_config.json."""
+    from luthier import store
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
+    save_file(state, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+    store.compare(state, folder / "adapter_model.safetensors")
+    config.base_model_name_or_path = config.base_model_name_or_path or model.config._name_or_path or None
+    config.save_pretrained(str(folder), auto_mapping_dict={"base_model_class": type(model).__name__, "parent_library": type(model).__module__})
+
+
+def _plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of a merged model under the names they have without PEFT."""
+    out = {}
+    wrapped = {n: m for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
+    for name, value in model.state_dict().items():
+        for n, m in wrapped.items():
+            if name.startswith(f"{n}."):
+                rest = name[len(n) + 1 :]
+                keep = "base_layer." if isinstance(m, BaseTunerLayer) else f"modules_to_save.{ADAPTER}."
+                name = f"{n}.{rest[len(keep):]}" if rest.startswith(keep) else None
+            if name is None:
+                break
+        if name is not None:
+            out[name] = value
+    return out
+
+
+register()

@@ -1,0 +1,113 @@
+"""PEFT's own LoRA on a model: what the method file `lora.py` says, done. Beside _peft.py, for those who know PEFT."""
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear, LoraLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from luthier.method import RecipeError
+from luthier.tuners._delta import oriented
+from luthier.tuners._peft import ADAPTER, INITIAL, OnPeft, plain_settings
+
+
+def attach(settings: Any, model: nn.Module) -> OnPeft:
+    said = plain_settings(settings)
+    start = said["init_lora_weights"]
+    own = isinstance(start, str) and start != "gaussian"  # made below, in fp32, and without touching the base
+    if said["lora_alpha"] == int(said["lora_alpha"]):
+        said["lora_alpha"] = int(said["lora_alpha"])  # other readers of adapter_config.json expect an integer
+    config = LoraConfig(**{**said, "init_lora_weights": True if own else start, "task_type": _task(model)})
+    attached = OnLora(settings, model, config)
+    if own:
+        attached.begin(start)
+    return attached
+
+
+def _task(model: nn.Module) -> str | None:
+    return "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None
+
+
+class OnLora(OnPeft):
+    """LoRA, with a start of its own."""
+
+    @torch.no_grad()
+    def begin(self, start: str) -> None:
+        """PiSSA, OLoRA or orthogonal factors in every linear layer."""
+        make = {"pissa": "pissa_init", "olora": "olora_init", "orthogonal": "orthogonal_init"}[start.split("_")[0]]
+        linear = {n: m for n, m in self.layers.items() if isinstance(m, Linear)}
+        if len(linear) < len(self.layers):
+            other = next(n for n in self.layers if n not in linear)
+            raise RecipeError(f"init_lora_weights: {start} is for linear modules only, and {other} is none")
+        for name, layer in linear.items():
+            base = layer.get_base_layer()
+            if min(base.weight.shape) < layer.r[ADAPTER]:
+                raise RecipeError(f"init_lora_weights: {start} wants r at most {min(base.weight.shape)} for {name}")
+            kept = base.weight.data
+            sideways = make == "olora_init" and isinstance(base, Conv1D)
+            base.weight.data = (oriented(base) if sideways else kept).detach().float().clone()
+            try:
+                getattr(layer, make)(*((ADAPTER, start) if make == "pissa_init" else (ADAPTER,)))
+            except ValueError as error:
+                raise RecipeError(f"init_lora_weights: {error}") from None
+            finally:
+                base.weight.data = kept
+        if self.settings.subtracts:
+            self._subtract(linear)
+
+    def _subtract(self, linear: dict[str, LoraLayer]) -> None:
+        config = copy.deepcopy(self.peft.peft_config[ADAPTER])
+        config.lora_dropout, config.modules_to_save, config.bias = 0.0, None, "none"
+        self.peft.add_adapter(INITIAL, config)
+        for layer in linear.values():
+            layer.set_adapter([ADAPTER, INITIAL])
+            for part, sign in ((layer.lora_A, 1), (layer.lora_B, -1)):
+                part[INITIAL].weight.data = sign * part[ADAPTER].weight.data.clone()
+                part[INITIAL].requires_grad_(False)
+
+    def buffers(self):
+        if not self.settings.subtracts:
+            return {}
+        return {f"{n}.{k}{INITIAL}": getattr(m, f"lora_{k}")[INITIAL].weight for n, m in self.layers.items() for k in "AB"}
+
+    def state(self):
+        state = super().state()
+        if not self.settings.subtracts:
+            return state
+        for name, layer in self.layers.items():
+            for part, dim in (("lora_A", 0), ("lora_B", 1)):
+                key = f"base_model.model.{name}.{part}.weight"
+                state[key] = torch.cat([state[key], getattr(layer, part)[INITIAL].weight], dim)
+        return state
+
+    def unpack(self, file):
+        if not self.settings.subtracts:
+            return file
+        file = dict(file)
+        for name, layer in self.layers.items():
+            for part, dim in (("lora_A", 0), ("lora_B", 1)):
+                key = f"base_model.model.{name}.{part}.weight"
+                file[key], initial = file[key].split(self.settings.r, dim)
+                getattr(layer, part)[INITIAL].weight.data.copy_(initial)
+        return file
+
+    def config(self):
+        config = super().config()
+        if self.settings.subtracts:  # twice the rank, the same scale
+            config.r *= 2
+            config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
+            config.init_lora_weights = True
+        return config
+
+    def export_lora(self, folder, rank=None):
+        if rank is not None:
+            return super().export_lora(folder, rank)
+        if self.settings.use_dora or self.settings.bias != "none":
+            raise RecipeError("LoRA with DoRA or with trained biases has no plain LoRA form; its own adapter is what `save` writes")
+        self.save(folder)
+        return 0.0

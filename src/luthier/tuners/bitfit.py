@@ -1,0 +1,34 @@
+"""BitFit: only the biases move.
+
+The start of what moves is kept, so switching off gives the base bit for bit. Networks without biases (Llama, Mistral, ...)
+are refused: `also: [norms]` moves their norms' weights instead.
+"""
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import nn
+
+from luthier.method import RecipeError, tuner
+from luthier.tuners._subset import Weights
+from luthier.tuners._tuner import Tuner
+
+
+@tuner(paper="arXiv:2106.10199", gives="off merge")
+class BitFit(Tuner):
+    """Every bias of the network, and what `also` names."""
+
+    also: list[Literal["norms", "head"]] = ()  # further weights that move: those of norms, and the output head
+
+    def attach(self, model):
+        modules = [m for m in model.modules() if "norms" in self.also and (isinstance(m, nn.LayerNorm) or type(m).__name__.endswith("Norm"))]
+        head = model.get_output_embeddings()
+        if "head" in self.also and head is not None:
+            if head.weight is model.get_input_embeddings().weight:
+                raise RecipeError("tuner 'bitfit': the head shares its weight with the input embeddings; leave `head` out of `also`")
+            modules.append(head)
+        moving = {id(p) for m in modules for p in m.parameters(recurse=False)}
+        moving |= {id(p) for n, p in model.named_parameters() if n.rpartition(".")[2] == "bias"}
+        if not moving:
+            raise RecipeError(f"tuner 'bitfit': {type(model).__name__} has no biases; try `also: [norms]`, or tuner 'ssf', which adds shifts")
+        return Weights(self, model, lambda name, p: id(p) in moving, keep_start=True)

@@ -1,0 +1,312 @@
+"""What one does with a model that is there: load it, talk to it, compare two, and write one for other tools."""
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier import guards, store
+from luthier.evaluators._evaluator import Evaluator
+from luthier.method import RecipeError, build, meant
+from luthier.recipe import Recipe
+from luthier.rehearsal import Parts, detect, parts
+from luthier.roles import Roles
+from luthier.run import Report, assemble, load_data, take_parts
+from luthier.tuners._tuner import Untuned
+
+
+@dataclass
+class Loaded:
+    """A model ready to be asked."""
+
+    name: str  # what was loaded
+    roles: Roles
+    recipe: Recipe  # how it was tuned; of a plain model only what loads it
+    turns: bool = True  # is it asked in turns (through its chat template), or with the prompt as it is written?
+    notes: list[str] = field(default_factory=list)  # what was found while loading
+
+    @property
+    def model(self) -> torch.nn.Module:
+        """The network, tuner attached."""
+        return self.roles.policy.model
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.roles.renderer.tokenizer
+
+    def generate(self, prompt: Any, *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0, **how: Any) -> Any:
+        """The answer to a prompt: text, which is continued as it is, or messages, which go through the chat template.
+
+        A list of prompts gives a list of answers. temperature 0 takes the likeliest token; how: top_p, top_k.
+        """
+        if "generate" not in self.roles.policy.architecture.gives:
+            raise RecipeError(f"{self.name} writes no text: it is a {self.roles.policy.architecture.name}")
+        several = isinstance(prompt, (list, tuple)) and not all(isinstance(p, dict) for p in prompt)
+        renderer, clock = self.roles.renderer, self.roles.clock
+        asked = [renderer.prompt({"id": str(i), "prompt": p}) for i, p in enumerate(prompt if several else [prompt])]
+        seeds = [clock.fold("ask", seed, i, at=0) for i in range(len(asked))]
+        how = {"seeds": seeds, "max_new_tokens": max_new_tokens, "temperature": temperature, "stop": renderer.stop_ids, **how}
+        said = [self.roles.text(ids) for (ids,) in self.roles.policy.generate(asked, **how)]
+        return said if several else said[0]
+
+    def ask(self, text: str, before: Sequence[dict] = (), **how: Any) -> str:
+        """An answer in the form the model was tuned on: after earlier turns, or to the text as it is."""
+        prompt = [*before, {"role": "user", "content": text}] if self.turns else text
+        return self.generate(prompt, **how)
+
+    @torch.no_grad()
+    def logprobs(self, rows: Sequence[dict]) -> torch.Tensor:
+        """The log-probability of each supervised token of canonical rows."""
+        self.roles.policy.eval()
+        return self.roles.policy.logprobs(self.roles.batch(list(rows))).float().cpu()
+
+
+# ---------------------------------------------------------------------------------------------- loading
+
+
+@dataclass(frozen=True)
+class _Nothing:
+    """Stands where a tuner would: the model is as it is."""
+
+    gives: frozenset = frozenset({"off", "merge"})
+
+    def attach(self, model: torch.nn.Module) -> Untuned:
+        return Untuned(model)
+
+
+def load(name: str | Path) -> Loaded:
+    """A run's folder, an exported adapter, a model's folder, a hub name, or practice:NAME."""
+    folder = Path(name).expanduser()
+    if (folder / "recipe.yaml").is_file():
+        return _run(folder)
+    if (folder / "report.json").is_file():  # a plan: its last run
+        return load(Report.read(folder).folder)
+    if (folder / "adapter_config.json").is_file():
+        return _adapter(folder)
+    return _plain(str(name))
+
+
+def _run(folder: Path) -> Loaded:
+    recipe = Recipe.load(folder / "recipe.yaml")
+    if recipe.plan is not None:
+        raise RecipeError(f"{folder} holds a plan; name one of its runs: {', '.join(p.name for p in sorted(folder.glob('act-*')))}")
+    made = parts(recipe)
+    roles = assemble(recipe, made, load_data(recipe).rows if _asks_rows(made.architecture) else ())
+    take_parts(roles, made)
+    roles.tuner.load(roles.tuner.read(folder))
+    roles.policy.eval()
+    notes, turns = [], roles.renderer.note is None
+    if (folder / "report.json").is_file():
+        turns = Report.read(folder).stats.get("turns", turns)
+    else:
+        notes.append(f"{folder} is not finished: this is its last checkpoint")
+    return Loaded(str(folder), roles, recipe, turns, notes)
+
+
+def _asks_rows(architecture: Any) -> bool:
+    """Does the network depend on the data (a classifier's classes)?"""
+    from luthier.architectures._architecture import Architecture
+
+    return type(architecture).fit_to is not Architecture.fit_to
+
+
+def _bare(model: str) -> tuple[Recipe, Roles]:
+    recipe = Recipe(model=model)
+    roles = assemble(recipe, Parts(detect(model), _Nothing(), None, None, (), {}, [], [], []))
+    roles.policy.eval()
+    return recipe, roles
+
+
+def _plain(name: str) -> Loaded:
+    recipe, roles = _bare(name)
+    note = roles.renderer.note
+    return Loaded(name, roles, recipe, turns=note is None, notes=[note] if note else [])
+
+
+def _adapter(folder: Path) -> Loaded:
+    """An adapter in PEFT's form, ours or anyone's, merged into its base in memory."""
+    from peft import PeftModel
+
+    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise RecipeError(f"{folder} does not say which base model its adapter belongs to")
+    recipe, roles = _bare(base)
+    if (folder / "tokenizer_config.json").is_file():
+        from transformers import AutoTokenizer
+
+        tokenizer, limit = AutoTokenizer.from_pretrained(folder), roles.renderer.max_length
+        roles.renderer = roles.policy.architecture.renderer(tokenizer, roles.policy.model.config, max_length=limit)
+    try:
+        model = PeftModel.from_pretrained(roles.policy.model, str(folder)).merge_and_unload().eval()
+    except (AttributeError, ValueError, KeyError, NotImplementedError) as error:
+        raise RecipeError(f"the adapter in {folder} cannot be merged into {base}: {str(error).splitlines()[0]}") from None
+    roles.policy.model, roles.policy.attached = model, Untuned(model)
+    roles.tuner = roles.policy.attached
+    return Loaded(str(folder), roles, recipe, turns=roles.renderer.note is None)
+
+
+# ---------------------------------------------------------------------------------------------- chat
+
+
+def chat(name: str, prompt: str | None = None, *, ask: Callable[[str], str] = input, say: Callable[[str], Any] = print, **how: Any) -> None:
+    """Answer one prompt, or talk until the other side has nothing more to say (an empty end of input, or /quit)."""
+    loaded = load(name)
+    if prompt is not None:
+        say(loaded.ask(prompt, **how).strip())
+        return
+    for note in loaded.notes:
+        say(f"· {note}")
+    kind = "a conversation; /new begins another" if loaded.turns else "each prompt is continued as it is written"
+    say(f"{name}: {kind}, /quit ends.")
+    turns: list[dict] = []
+    while True:
+        try:
+            text = ask("> ").strip()
+        except EOFError:
+            return
+        if text == "/quit":
+            return
+        if text == "/new":
+            turns = []
+        elif text:
+            answer = loaded.ask(text, turns, **how).strip()
+            turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
+            say(answer)
+
+
+# ---------------------------------------------------------------------------------------------- inspect
+
+CHECKUP = ("loss", "accuracy", "forgetting")  # the evaluators two models are compared with
+
+
+def inspect(base: str | Path, tuned: str | Path, data: Any = None) -> dict[str, Any]:
+    """Two models on the same rows: {base: {model, metrics}, tuned: {...}, rows, measured_on, notes}.
+
+    data: as in a recipe; by default what the run `tuned` held out, or trained on where it held nothing out.
+    """
+    notes: list[str] = []
+    rows, on = _rows(tuned, data)
+    found: dict[str, Any] = {}
+    vocabularies: list[dict] = []
+    with tempfile.TemporaryDirectory(prefix="luthier-inspect-") as kept:  # both are asked the same texts elsewhere
+        for who, name in (("base", base), ("tuned", tuned)):
+            loaded = load(name)
+            notes += [f"{name}: {n}" for n in loaded.notes]
+            usable, bad, _ = loaded.roles.policy.architecture.encode_all(rows, loaded.roles.renderer)
+            if not usable:
+                raise RecipeError(f"{name} can use none of the {len(rows)} rows; the first: {bad[0]['reason']}")
+            _settled(loaded, usable, notes)
+            vocabularies.append(loaded.tokenizer.get_vocab())
+            metrics = _measure([build("evaluator", e) for e in CHECKUP], loaded, usable, Path(kept))
+            found[who] = {"model": str(name), "metrics": metrics, "rows": len(usable)}
+            del loaded
+    if vocabularies[0] != vocabularies[1]:
+        notes.append("the two models read the rows with different tokenizers: compare accuracy, not loss")
+    return {**found, "rows": found["tuned"]["rows"], "measured_on": on, "notes": list(dict.fromkeys(notes))}
+
+
+def _rows(tuned: str | Path, data: Any) -> tuple[list[dict], str]:
+    folder = Path(tuned)
+    if data is not None:
+        return load_data(Recipe(data=data, eval_data=0)).rows, "rows"
+    if not (folder / "recipe.yaml").is_file():
+        raise RecipeError(f"{tuned} is not a run's folder, so it holds no rows to measure on: give --data")
+    had = load_data(Recipe.load(folder / "recipe.yaml"))
+    return (had.held_out, "held-out rows") if had.held_out else (had.rows[:256], "training rows")
+
+
+@torch.no_grad()
+def _measure(evaluators: Sequence[Evaluator], loaded: Loaded, rows: list[dict], folder: Path) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for e in evaluators:
+        if getattr(e, "wants", frozenset()) <= loaded.roles.policy.architecture.gives | {"completions"}:
+            out |= e.run(loaded.roles, rows, folder, "after")
+    return out
+
+
+def _settled(loaded: Loaded, rows: list[dict], notes: list[str]) -> None:
+    """Read in a layout that this model can take, as a run would."""
+    guards.same_as_plain(loaded.roles.policy, loaded.roles.batch(rows[:2]), notes.append)
+
+
+# ---------------------------------------------------------------------------------------------- export
+
+PROBE = (  # fixed texts: their token log-probabilities must be the same before and after export
+    "The quick brown fox jumps over the lazy dog.",
+    "Question: What is 12 + 30?\nAnswer: 42",
+    "def add(a, b):\n    return a + b\n",
+    "Once upon a time there was a small house at the edge of a wood, and nobody lived there.",
+)
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}  # nats, on average over the probe's tokens
+
+
+def export(folder: str | Path, kind: str, to: str | Path) -> str:
+    """Write a run's result for other tools, load it back, and compare its answers with the tuned model's.
+
+    kind: `lora`, an adapter that plain PEFT loads, or `merged`, a plain transformers model. Raises where the exported
+    thing answers otherwise than the tuned one; then nothing is left at `to`. Returns a sentence.
+    """
+    if kind not in WRITERS:
+        raise RecipeError(f"there is no export as '{kind}'{meant(kind, WRITERS)}")
+    to = Path(to)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise RecipeError(f"{to} is there already and not empty; give another folder")
+    loaded = load(folder)
+    notes: list[str] = []
+    rows = _probe(loaded)
+    _settled(loaded, rows, notes)
+    want = loaded.logprobs(rows)
+    with store.new_folder(to) as beside:
+        WRITERS[kind](loaded, beside)
+        loaded.tokenizer.save_pretrained(beside)
+        gap = _gap(load(beside), rows, want)
+        limit = TOLERANCE.get(next(loaded.model.parameters()).dtype, 0.1)
+        if not gap <= limit:
+            raise guards.Refused(
+                f"exported as {kind}, the model answers otherwise than it was tuned: the probe's log-probabilities differ by "
+                f"{gap:.1e} on average (at most {limit:g} is rounding); nothing was written"
+            )
+    return f"{to}: loaded back, it answers like the tuned model (log-probabilities within {gap:.1e} on average)"
+
+
+def _lora(loaded: Loaded, to: Path) -> None:
+    attached = loaded.roles.tuner
+    if not hasattr(attached, "export_lora"):
+        raise RecipeError(f"tuner '{build('tuner', loaded.recipe.tuner).name}' makes no adapter; export it with --as merged")
+    attached.export_lora(to)
+
+
+def _merged(loaded: Loaded, to: Path) -> None:
+    attached = loaded.roles.tuner
+    if hasattr(attached, "export_merged"):
+        attached.export_merged(to)
+        return
+    with attached.merged() as model:
+        model.save_pretrained(to)
+
+
+WRITERS = {"lora": _lora, "merged": _merged}
+
+
+def _probe(loaded: Loaded) -> list[dict]:
+    """The fixed texts as rows; where a network does not write, rows it was tuned on."""
+    if "generate" in loaded.roles.policy.architecture.gives:
+        halves = [(t[: len(t) // 2], t[len(t) // 2 :]) for t in PROBE]
+        return [{"id": f"probe-{i}", "prompt": a, "completions": [b]} for i, (a, b) in enumerate(halves)]
+    rows = load_data(replace(loaded.recipe, eval_data=0)).rows[:16]
+    return loaded.roles.policy.architecture.encode_all(rows, loaded.roles.renderer).rows
+
+
+def _gap(again: Loaded, rows: list[dict], want: torch.Tensor) -> float:
+    _settled(again, rows, [])
+    have = again.logprobs(rows)
+    if have.shape != want.shape:
+        raise guards.Refused(f"the exported tokenizer reads the probe as {len(have)} tokens, the tuned model's as {len(want)}")
+    return float((have - want).abs().mean())
+
+
