@@ -1,4 +1,5 @@
 """Every layout answers like the network's own forward; every writer writes what transformers' `generate` writes."""
+
 from __future__ import annotations
 
 import sys
@@ -15,7 +16,6 @@ from transformers.models.auto import modeling_auto as auto
 sys.path.insert(0, str(Path(__file__).parent))
 
 import zoo
-
 from luthier import guards
 from luthier.architectures._generate import Picker
 from luthier.batch import collate
@@ -37,7 +37,7 @@ PACKED = [n for n in zoo.CAUSAL if n not in zoo.PADDED]
 
 def gradient(model, architecture, attached, batch):
     """Gradients of -sum of weighted log-probabilities of all weights (and of soft vectors)."""
-    moved = [p for p in model.parameters()] + ([attached.vectors] if attached.virtual else [])
+    moved = [p for p in model.parameters() if p.requires_grad] + ([attached.vectors] if attached.virtual else [])
     values = architecture if torch.is_tensor(architecture) else architecture.forward(model, attached, batch).logprobs
     weights = torch.linspace(0.5, 1.5, len(values))
     grads = torch.autograd.grad((values * weights).sum(), moved, allow_unused=True)
@@ -122,11 +122,16 @@ def test_a_network_that_no_reading_suits_is_refused(monkeypatch):
 
 
 def test_an_empty_prompt_passes_its_question_on():
-    batch = collate([{"id": str(k), "e": SimpleNamespace(prompt=[], completions=[[5, 6, 7]], supervised=[[k > 5, True, True]])} for k in range(2)], lambda r: r["e"])
+    batch = collate(
+        [{"id": str(k), "e": SimpleNamespace(prompt=[], completions=[[5, 6, 7]], supervised=[[k > 5, True, True]])} for k in range(2)],
+        lambda r: r["e"],
+    )
     model = zoo.make("llama")
     with torch.no_grad():
         for arch in LAYOUTS.values():
-            torch.testing.assert_close(arch.forward(model, Untuned(model), batch).logprobs, CAUSAL.plain(model, Untuned(model), batch), atol=1e-5, rtol=0)
+            torch.testing.assert_close(
+                arch.forward(model, Untuned(model), batch).logprobs, CAUSAL.plain(model, Untuned(model), batch), atol=1e-5, rtol=0
+            )
         first = replace(batch, supervised=torch.ones(6, dtype=torch.bool))
         soft = zoo.Soft(model)
         torch.testing.assert_close(CAUSAL.forward(model, soft, first).logprobs, CAUSAL.plain(model, soft, first), atol=1e-5, rtol=0)
@@ -138,7 +143,10 @@ def test_an_empty_prompt_passes_its_question_on():
 def test_loss_is_transformers_own(name):
     model = zoo.make(name)
     ids = torch.tensor([zoo.tokens(12, 1)])
-    batch = collate([{"id": "0", "e": SimpleNamespace(prompt=ids[0, :1].tolist(), completions=[ids[0, 1:].tolist()], supervised=[[True] * 11])}], lambda r: r["e"])
+    batch = collate(
+        [{"id": "0", "e": SimpleNamespace(prompt=ids[0, :1].tolist(), completions=[ids[0, 1:].tolist()], supervised=[[True] * 11])}],
+        lambda r: r["e"],
+    )
     with torch.no_grad():
         own = model(input_ids=ids, labels=ids.clone(), use_cache=False)
         want = own.loss
@@ -167,14 +175,16 @@ def test_greedy_is_transformers_own(name):
     model.config.use_cache = False  # as in training
     got = CAUSAL.generate(model, Untuned(model), PROMPTS, seeds=[0] * 4, max_new_tokens=8, temperature=0.0, stop=[2])
     for prompt, written in zip(PROMPTS, got, strict=True):
-        want = own_greedy(model, prompt, 8, eos_token_id=2, use_cache=name not in ("mamba", "recurrent_gemma", "lfm2"))[len(prompt) :].tolist()
+        want = own_greedy(model, prompt, 8, eos_token_id=2, use_cache=name not in ("mamba", "recurrent_gemma", "lfm2"))[
+            len(prompt) :
+        ].tolist()
         assert written[0] == want
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "mamba"])
 def test_the_seed_decides_not_the_company(name):
     model = zoo.make(name)
-    how = dict(n=3, max_new_tokens=7, temperature=1.0, stop=range(3, 20))
+    how = dict(n=3, max_new_tokens=7, temperature=2.0, stop=range(3, 20))
     together = CAUSAL.generate(model, Untuned(model), PROMPTS, seeds=[1, 2, 3, 4], **how)
     assert together == CAUSAL.generate(model, Untuned(model), PROMPTS, seeds=[1, 2, 3, 4], **how)
     alone = [CAUSAL.generate(model, Untuned(model), [p], seeds=[s], **how)[0] for p, s in zip(PROMPTS, (1, 2, 3, 4), strict=True)]
@@ -231,14 +241,19 @@ def test_sampling_draws_from_the_distribution():
 
 T5 = dict(
     vocab_size=zoo.WORDS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0,
-    eos_token_id=2, initializer_factor=3.0, dropout_rate=0.0,
+    eos_token_id=2, initializer_factor=1.5, dropout_rate=0.0,
 )  # fmt: skip
 BART = dict(
     vocab_size=zoo.WORDS, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
     encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, init_std=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
     decoder_start_token_id=2, forced_eos_token_id=None,
 )  # fmt: skip
-PAIRED = {"t5": ("T5Config", T5), "t5_gated": ("T5Config", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}), "bart": ("BartConfig", BART), "marian": ("MarianConfig", BART | {"share_encoder_decoder_embeddings": True})}
+PAIRED = {
+    "t5": ("T5Config", T5),
+    "t5_gated": ("T5Config", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
+    "bart": ("BartConfig", BART),
+    "marian": ("MarianConfig", BART | {"share_encoder_decoder_embeddings": True}),
+}
 
 
 def paired(name):
@@ -259,7 +274,8 @@ def test_seq2seq_reads_right(name):
             for a in (arch, arch.simpler()):
                 torch.testing.assert_close(a.forward(model, attached, batch).logprobs, want, atol=1e-5, rtol=1e-5)
     batch = zoo.rows()
-    for got, expected in zip(gradient(model, arch, zoo.Soft(model), batch), gradient(model, arch.plain(model, zoo.Soft(model), batch), zoo.Soft(model), batch), strict=True):
+    want = gradient(model, arch.plain(model, attached, batch), attached, batch)
+    for got, expected in zip(gradient(model, arch, attached, batch), want, strict=True):
         assert (got - expected).abs().max() <= 1e-4 * max(1.0, float(expected.abs().max()))
     told = []
     guards.same_as_plain(Policy(arch, model, Untuned(model)), zoo.rows(), told.append)
@@ -292,9 +308,25 @@ def test_seq2seq_writes_right(name):
 MASKED = {
     "bert": ("BertConfig", zoo.BERT),
     "roberta": ("RobertaConfig", zoo.BERT | {"max_position_embeddings": 66, "pad_token_id": 0}),
-    "distilbert": ("DistilBertConfig", dict(vocab_size=zoo.WORDS, dim=32, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=64, initializer_range=0.3, pad_token_id=0)),
+    "distilbert": (
+        "DistilBertConfig",
+        dict(
+            vocab_size=zoo.WORDS,
+            dim=32,
+            hidden_dim=48,
+            n_layers=2,
+            n_heads=4,
+            max_position_embeddings=64,
+            initializer_range=0.3,
+            pad_token_id=0,
+        ),
+    ),
     "electra": ("ElectraConfig", zoo.BERT | {"embedding_size": 16}),
-    "modernbert": ("ModernBertConfig", zoo.BERT | {"sep_token_id": 2, "cls_token_id": 1, "global_attn_every_n_layers": 2, "local_attention": 8, "reference_compile": False}),
+    "modernbert": (
+        "ModernBertConfig",
+        zoo.BERT
+        | {"sep_token_id": 2, "cls_token_id": 1, "global_attn_every_n_layers": 2, "local_attention": 8, "reference_compile": False},
+    ),
 }
 
 
@@ -317,7 +349,10 @@ def test_masked_lm_reads_right(name):
     assert not told
     ids, labels = torch.tensor([zoo.tokens(9, 1)]), torch.full((1, 9), -100)
     labels[0, [2, 5, 6]] = torch.tensor([11, 12, 13])
-    one = collate([{"id": "0", "e": SimpleNamespace(prompt=[], completions=[ids[0].tolist()], supervised=[(labels[0] >= 0).tolist()])}], lambda r: r["e"])
+    one = collate(
+        [{"id": "0", "e": SimpleNamespace(prompt=[], completions=[ids[0].tolist()], supervised=[(labels[0] >= 0).tolist()])}],
+        lambda r: r["e"],
+    )
     one = one.view(labels=torch.where(labels[0] >= 0, labels[0], one.labels))
     want = model(input_ids=ids, labels=labels).loss
     torch.testing.assert_close(-arch.forward(model, Untuned(model), one).logprobs.mean(), want, atol=1e-5, rtol=1e-5)
@@ -354,9 +389,13 @@ def test_gaps_are_drawn_from_seed_step_and_row():
         a = arch.ask(batch, renderer, Clock(seed=0, step=step))
         own = a.supervised.clone()
         own[42:] = False
-        fates.update("hidden" if x == 4 else "same" if x == y else "other" for x, y in zip(a.ids[own].tolist(), a.labels[own].tolist(), strict=True))
+        fates.update(
+            "hidden" if x == 4 else "same" if x == y else "other" for x, y in zip(a.ids[own].tolist(), a.labels[own].tolist(), strict=True)
+        )
     total = sum(fates.values())
-    assert abs(fates["hidden"] / total - 0.8) < 0.03 and abs(fates["other"] / total - 0.1) < 0.03 and abs(fates["same"] / total - 0.1) < 0.03
+    assert (
+        abs(fates["hidden"] / total - 0.8) < 0.03 and abs(fates["other"] / total - 0.1) < 0.03 and abs(fates["same"] / total - 0.1) < 0.03
+    )
     with pytest.raises(RecipeError, match="no mask token"):
         arch.ask(batch, SimpleNamespace(tokenizer=SimpleNamespace(mask_token_id=None), special=set()), Clock())
 
@@ -375,7 +414,10 @@ def test_classifiers_read_right(name):
     torch.manual_seed(0)
     model = t.AutoModelForSequenceClassification.from_config(getattr(t, kind)(**settings, num_labels=3)).eval()
     texts, classes = [zoo.tokens(n, n) for n in (5, 9, 1, 7)], [[0], [2, 1], [1], [2]]
-    rows = [{"id": str(k), "e": SimpleNamespace(prompt=x, completions=[[c] for c in cs], supervised=[[True]] * len(cs))} for k, (x, cs) in enumerate(zip(texts, classes, strict=True))]
+    rows = [
+        {"id": str(k), "e": SimpleNamespace(prompt=x, completions=[[c] for c in cs], supervised=[[True]] * len(cs))}
+        for k, (x, cs) in enumerate(zip(texts, classes, strict=True))
+    ]
     batch = collate(rows, lambda r: r["e"])
     want = arch.plain(model, Untuned(model), batch)
     outputs = arch.forward(model, Untuned(model), batch)
@@ -439,7 +481,15 @@ def test_a_config_suits_at_most_one_architecture():
                 assert len(suited) <= 1, (name, suited)
                 told[suited[0] if suited else "none"] += 1
     assert told["causal"] > 100 and told["masked_lm"] > 20 and told["seq2seq"] > 10 and told["classifier"] > 50 and told["none"] < 10, told
-    known = {"LlamaForCausalLM": "causal", "GPT2LMHeadModel": "causal", "T5ForConditionalGeneration": "seq2seq", "BartForConditionalGeneration": "seq2seq", "BertForMaskedLM": "masked_lm", "LlamaForSequenceClassification": "classifier", "MarianMTModel": "seq2seq"}
+    known = {
+        "LlamaForCausalLM": "causal",
+        "GPT2LMHeadModel": "causal",
+        "T5ForConditionalGeneration": "seq2seq",
+        "BartForConditionalGeneration": "seq2seq",
+        "BertForMaskedLM": "masked_lm",
+        "LlamaForSequenceClassification": "classifier",
+        "MarianMTModel": "seq2seq",
+    }
     for name, kind in known.items():
         assert [a.name for a in every if a.suits(SimpleNamespace(architectures=[name]))] == [kind]
     assert not any(a.suits(SimpleNamespace(architectures=None)) for a in every)

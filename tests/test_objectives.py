@@ -370,10 +370,21 @@ def test_kto_good_and_bad_mirror_each_other():
     torch.testing.assert_close(loss_of("kto", cast(reference=network()), rows), torch.full((5,), 0.5), atol=1e-5, rtol=0)
 
 
+def test_kto_measures_its_drift_under_the_next_rows_prompt():
+    rows, roles = make_rows(3, k=2), cast(reference=network(off_by=0.2))
+    batch = batch_of(rows)
+    build("objective", "kto").loss(roles, batch)
+    mismatched = [{**r, "prompt": after["prompt"]} for r, after in zip(rows, [*rows[1:], rows[0]], strict=True)]
+    other = batch_of(mismatched)
+    with torch.no_grad():
+        want = other.sums(roles.policy.logprobs(other) - roles.reference.logprobs(other)).mean()
+    assert want > 0 and batch.metrics["kl"][0] == pytest.approx(float(want), abs=1e-5)
+
+
 def test_kto_alone_in_a_micro_batch_has_no_drift_to_measure():
-    batch, row = None, kto_rows()[:1]
-    batch = batch_of(row)
-    build("objective", "kto").loss(cast(), batch)
+    roles, batch = cast(reference=network(off_by=0.2)), batch_of(kto_rows()[2:3])
+    assert batch.sums(roles.policy.logprobs(batch) - roles.reference.logprobs(batch)) > 0
+    build("objective", "kto").loss(roles, batch)
     assert batch.metrics["kl"] == (0.0, 1)
 
 
@@ -498,8 +509,8 @@ def test_smoothed_dpo_is_trls(trl, tmp_path):
     agree(build("objective", {"name": "dpo", "label_smoothing": 0.2}), rows, made.model, theirs)
 
 
-@pytest.mark.parametrize("reference_off_by", [0.05, 0.2])
-def test_kto_is_trls(trl, tmp_path, reference_off_by):
+@pytest.mark.parametrize("reference_off_by, drifted", [(0.2, True), (-0.2, False)])
+def test_kto_is_trls(trl, tmp_path, reference_off_by, drifted):
     from trl.trainer.kto_trainer import DataCollatorForUnpairedPreference
 
     rows, reference = kto_rows(), network(off_by=reference_off_by)
@@ -515,6 +526,7 @@ def test_kto_is_trls(trl, tmp_path, reference_off_by):
     batch = batch_of(rows)
     build("objective", "kto").loss(cast(reference=reference), batch)
     assert batch.metrics["kl"][0] == pytest.approx(made._metrics["eval"]["kl"][0], abs=1e-5)
+    assert (batch.metrics["kl"][0] > 0) == drifted
 
 
 @pytest.mark.parametrize("old", [False, True], ids=["fresh", "reused"])

@@ -71,7 +71,7 @@ def test_rows_have_their_format(world, split):
 @pytest.mark.parametrize("world", WORLDS)
 def test_splits_share_no_item(world):
     atoms = {
-        split: {atom for row in practice.rows(world, split, 1500) for atom in row["item"].split(";") if atom}
+        split: {atom for row in practice.rows(world, split, 800) for atom in row["item"].split(";") if atom}
         for split in find(world).SPLITS
     }
     for split in set(HELD_OUT) & set(atoms):

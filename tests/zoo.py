@@ -1,4 +1,5 @@
 """Tiny random networks of many families: what the layouts, kernels and writers must be right on."""
+
 from __future__ import annotations
 
 from types import SimpleNamespace
@@ -26,7 +27,10 @@ CAUSAL = {  # name -> (config class, settings)
     "qwen3": ("Qwen3Config", SMALL | {"head_dim": 8}),
     "gemma": ("GemmaConfig", SMALL | {"head_dim": 8}),
     "gemma2": ("Gemma2Config", SMALL | GEMMA | {"sliding_window": 4, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 5.0}),
-    "gemma3": ("Gemma3TextConfig", SMALL | GEMMA | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        SMALL | GEMMA | {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"], "tie_word_embeddings": False},
+    ),
     "mistral": ("MistralConfig", SMALL | {"sliding_window": 4}),
     "phi": ("PhiConfig", SMALL),
     "phi3": ("Phi3Config", SMALL | {"sliding_window": 5}),
@@ -43,8 +47,14 @@ CAUSAL = {  # name -> (config class, settings)
     "gpt_neo": ("GPTNeoConfig", BERT | {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4}),
     "bloom": ("BloomConfig", dict(vocab_size=WORDS, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.3, pad_token_id=0)),
     "falcon_alibi": ("FalconConfig", SMALL | {"num_kv_heads": 2, "alibi": True}),
-    "mamba": ("MambaConfig", dict(vocab_size=WORDS, hidden_size=32, state_size=4, num_hidden_layers=2, initializer_range=0.3, pad_token_id=0)),
-    "recurrent_gemma": ("RecurrentGemmaConfig", SMALL | {"lru_width": 32, "attention_window_size": 8, "logits_soft_cap": 5.0, "head_dim": 8}),
+    "mamba": (
+        "MambaConfig",
+        dict(vocab_size=WORDS, hidden_size=32, state_size=4, num_hidden_layers=2, initializer_range=0.3, pad_token_id=0),
+    ),
+    "recurrent_gemma": (
+        "RecurrentGemmaConfig",
+        SMALL | {"lru_width": 32, "attention_window_size": 8, "logits_soft_cap": 5.0, "head_dim": 8},
+    ),
     "lfm2": ("Lfm2Config", SMALL | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}),
 }
 PADDED = {"gpt_neo", "bloom", "mamba", "recurrent_gemma", "lfm2", "falcon_alibi"}  # cannot be packed

@@ -32,3 +32,8 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+from luthier.tuners._register import watch  # noqa: E402
+
+watch()  # plain PEFT shall know our tuners; costs nothing until PEFT is imported

@@ -30,16 +30,18 @@ class Batch:
     completion: Tensor  # [N] the segments that are completions, one per sequence
     group: Tensor  # [N] the row that a sequence belongs to
     rows: list[dict]  # [G] the rows themselves: ids and further columns
+    altered: bool = False  # is this a view that reads something else than the rows say?
     read: dict = field(default_factory=dict, compare=False, repr=False)  # what each role has said of this batch
     metrics: dict = field(default_factory=dict, compare=False, repr=False)  # what objectives noted
 
     def view(self, **changes: Any) -> Batch:
         """The same questions with nothing remembered; with changes, another reading of them (corrupted, mixed)."""
-        return replace(self, read={}, **changes)
+        altered = self.altered or bool({"ids", "parent"} & changes.keys())
+        return replace(self, read={}, altered=altered, **changes)
 
     def to(self, device: torch.device | str) -> Batch:
         names = ("ids", "labels", "supervised", "segment", "parent", "completion", "group")
-        return self.view(metrics={}, **{k: getattr(self, k).to(device) for k in names})
+        return replace(self, read={}, metrics={}, **{k: getattr(self, k).to(device) for k in names})
 
     # ------------------------------------------------------------------------------------------ indices
 
@@ -105,6 +107,11 @@ class Batch:
 
     def per_token(self, name: str) -> Tensor:
         """[T] one number per question, from a column of lists (written by a stage for a model that has left)."""
+        if self.altered:
+            raise RecipeError(
+                f"column '{name}' answers for the rows as they are, and this objective also asks about altered ones: "
+                "let a model play that role, e.g. `roles: {reference: start}`"
+            )
         values = [float(v) for row in self.rows for completion in row[name] for v in completion]
         if len(values) != len(self.owner):
             raise RecipeError(

@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from luthier.method import RecipeError, cards, names
+from luthier.method import RecipeError, cards, names, shown
 from luthier.recipe import SLOTS, Recipe
 
 PAPERS = Path(__file__).with_name("papers.json")
@@ -90,6 +90,10 @@ class Value:
     key: str  # dotted: tuner.r
     value: Any
     origin: str  # default | the recipe file's name | command line
+
+    def told(self) -> dict[str, str]:
+        """For people: the value as YAML users write it."""
+        return {"key": self.key, "value": shown(self.value), "origin": self.origin}
 
 
 def explain(source: Any, changes: Sequence[str] = ()) -> tuple[list[Value], tuple[str, ...]]:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +19,7 @@ class Verbs(TyperGroup):
     """Turns what the user must know into one sentence on stderr: exit code 2, or 130 for Ctrl-C."""
 
     def invoke(self, ctx):
+        warnings.simplefilter("ignore", FutureWarning)  # of other libraries to their developers
         try:
             return super().invoke(ctx)
         except RecipeError as error:
@@ -125,7 +127,7 @@ def explain(words: Words = None, as_json: AsJson = False) -> None:
     values, told = catalogue.explain(source, changes)
     for sentence in told:
         typer.echo(sentence, err=True)
-    show([asdict(v) for v in values], as_json, ("key", "value", "origin"))
+    show([asdict(v) if as_json else v.told() for v in values], as_json, ("key", "value", "origin"))
 
 
 @app.command()

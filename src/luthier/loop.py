@@ -96,7 +96,8 @@ class Fit:
                     raise
                 self.batches.micro = (self.batches.micro + 1) // 2
             self._forget()
-            self.tell(f"out of memory: micro-batches of {self.batches.micro} rows from here on; results do not change")
+            bound = [o.contract["accumulation"] for _, o in self.objective.terms() if "accumulation" in o.contract]
+            self.tell(f"out of memory: micro-batches of {self.batches.micro} rows from here on; " + (f"this changes results: {bound[0]}" if bound else "results do not change"))
         roles.tuner.after_step(clock)
         seconds = time.perf_counter() - began
         self.totals.tokens += counts["tokens"]
@@ -131,7 +132,7 @@ class Fit:
 
         def closure(grad: bool = True) -> float:
             """The loss of the global batch; with grad, its gradient into p.grad of what moves."""
-            value, seen = 0.0, {}
+            value, seen, each = 0.0, {}, {}
             if grad:
                 for p in tuner.parameters().values():
                     p.grad = None
@@ -144,7 +145,10 @@ class Fit:
                         values = objective.loss(roles, batch)
                         guards.right_count(values, objective, batch)
                         guards.finite(values.detach(), objective.name, clock.step, batch)
-                        loss = loss + weight * values.sum() / max(n, 1.0)
+                        term = values.sum() / max(n, 1.0)
+                        loss = loss + weight * term
+                        if len(terms) > 1:
+                            each[objective.name] = each.get(objective.name, 0.0) + float(term.detach())
                     if grad and loss.requires_grad:
                         loss.backward()
                 value += float(loss.detach() if torch.is_tensor(loss) else loss)
@@ -157,6 +161,7 @@ class Fit:
             if grad and clock.step == clock.first:
                 guards.gradient_arrives(tuner, may_be_zero=samples)
             metrics.update({k: s / max(n, 1) for k, (s, n) in seen.items()})
+            metrics.update({f"loss/{k}": v for k, v in each.items()})
             return float(self._sum(torch.tensor([value], dtype=torch.float64)))
 
         return closure, {"tokens": int(tokens), "supervised": int(supervised), "rows": int(n_rows)}

@@ -13,7 +13,7 @@ import inspect
 import io
 import tokenize
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -295,10 +295,29 @@ def page(cls: type) -> str:
             lines += [f"{label}: {', '.join(f'`{w}`' for w in sorted(words))}.", ""]
     if fields(cls):
         lines += ["| setting | default | meaning |", "| - | - | - |"]
-        lines += [f"| `{f.name}` | `{shown(f.default)}` | {helps(cls).get(f.name, '')} |" for f in fields(cls)]
+        lines += [f"| `{f.name}` | `{default_of(f)}` | {helps(cls).get(f.name, '').replace('|', chr(92) + '|')} |" for f in fields(cls)]
         lines += [""]
-    lines += ["```yaml", f"{cls.kind}: {cls.name}", "```", ""]
+    lines += ["```yaml", WRITTEN.get(cls.kind, f"{cls.kind}: {{}}").format(cls.name), "```", ""]
     return "\n".join(lines)
+
+
+WRITTEN = {  # how a recipe names a method of a kind, where it is not `kind: name`
+    "optimizer": "optim: {}",
+    "transform": "transforms: [{}]",
+    "stage": "stages: [{}]",
+    "evaluator": "evaluate: [{}]",
+    "role": "roles: {{reference: {}}}",
+    "reward": "live: [{{name: score, reward: {}}}]",
+    "merger": "start: {{merge: {}, of: [runs/a, runs/b]}}",
+    "format": "data: {{path: rows.jsonl, format: {}}}",
+}
+
+
+def default_of(f: Any) -> str:
+    """The default of a setting; `required` where there is none."""
+    if f.default_factory is not MISSING:
+        return shown(f.default_factory())
+    return "required" if f.default is MISSING else shown(spec(f.default))
 
 
 def shown(value: Any) -> str:

@@ -66,7 +66,7 @@ class Recipe:
     plan: Any = None  # rounds, continual, search; a list is a sequence of changes to this recipe
 
     # and then
-    evaluate: list[Any] = field(default_factory=lambda: ["loss", "accuracy", "forgetting"])  # measured before and after
+    evaluate: list[Any] | None = None  # measured before and after; default: loss, accuracy, generate, forgetting, where the rows allow
     eval_steps: Annotated[float, Field(gt=0)] | None = None  # and every so many steps (below 1: a share of the run)
     save_steps: Annotated[float, Field(gt=0)] = 0.1  # steps between checkpoints (below 1: a share of the run)
     save_total_limit: Count = 2  # checkpoints that are kept
@@ -96,8 +96,9 @@ class Recipe:
         return _recipe(given, origins)
 
     def but(self, **changes: Any) -> Recipe:
-        """The same with changes; values as in YAML."""
-        return Recipe.load({**self.public(), **changes})
+        """The same with changes; keys (aliases, a.b) and values as in YAML."""
+        named = {"dtype" if k in ("bf16", "fp16") else ALIASES.get(k, k) for k in changes}
+        return Recipe.load({k: v for k, v in self.public().items() if k not in named}, changes)
 
     # ------------------------------------------------------------------------------------------ writing
 
@@ -111,8 +112,9 @@ class Recipe:
         return yaml.safe_dump(_plain(resolved), sort_keys=False, allow_unicode=True, width=110)
 
     def fingerprint(self) -> str:
-        """What makes two runs the same run: everything but where it is written and how it is watched."""
-        shy = ("output_dir", "overwrite", "logging_steps", "report_to", "save_steps", "save_total_limit")
+        """What makes two runs the same run: all but where it is written, how it is watched, and where its rows lie
+        (the rows themselves are compared by what is in them)."""
+        shy = ("data", "eval_data", "output_dir", "overwrite", "logging_steps", "report_to", "save_steps", "save_total_limit")
         values = {k: v for k, v in self.public().items() if k not in shy}
         values |= self._specs()
         return hashlib.sha256(json.dumps(_plain(values), sort_keys=True, default=str).encode()).hexdigest()[:16]
@@ -137,7 +139,7 @@ class Recipe:
             "transforms": None if self.transforms is None else [build("transform", t) for t in self.transforms],
             "stages": [build("stage", s) for s in self.stages],
             "live": [build("stage", s) for s in self.live],
-            "evaluate": [build("evaluator", e) for e in self.evaluate],
+            "evaluate": None if self.evaluate is None else [build("evaluator", e) for e in self.evaluate],
             "roles": {k: build("role", r) for k, r in self.roles.items()},
             "plan": None if self.plan is None else build("plan", self.plan_spec()),
         }

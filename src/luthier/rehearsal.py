@@ -6,7 +6,7 @@ A plan is played with empty reports, so that the mistake of its third act is ref
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,7 @@ class Parts:
     roles: dict[str, Any]
     stages: list
     live: list
-    evaluate: list
+    evaluate: list | None  # None: whatever of the usual the rows allow, decided by `rehearse`
 
 
 def parts(recipe: Recipe) -> Parts:
@@ -67,7 +67,7 @@ def parts(recipe: Recipe) -> Parts:
     made = recipe.methods()
     aim = recipe.aim()
     roles = dict(made["roles"])
-    asks = [x for x in (aim, *made["stages"], *made["live"], *made["evaluate"]) if x is not None]
+    asks = [x for x in (aim, *made["stages"], *made["live"], *(made["evaluate"] or ())) if x is not None]
     if "reference" not in roles and any("reference" in wants(x) for x in asks):
         roles["reference"] = build("role", "off" if "off" in gives_of(made["tuner"]) else "start")
     return Parts(
@@ -81,6 +81,9 @@ def parts(recipe: Recipe) -> Parts:
         live=made["live"],
         evaluate=made["evaluate"],
     )
+
+
+USUAL = ("loss", "accuracy", "generate", "forgetting")  # evaluators, where a recipe names none
 
 
 def wants(x: Any) -> frozenset[str]:
@@ -119,21 +122,28 @@ def rehearse(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts | None:
     schedule(recipe.lr_scheduler_type, recipe.warmup_steps, 1)
     if isinstance(recipe.start, dict):
         build("merger", recipe.start.get("merge"))
-    have = words(rows) | p.architecture.gives | p.estimator.gives | gives_of(p.tuner)
+    have = words(rows) | p.architecture.gives | p.estimator.gives | gives_of(p.tuner) | set(p.roles)
+    measured = frozenset(have)  # held-out rows go through no stage
+    if p.evaluate is None:
+        p.evaluate = [e for e in (build("evaluator", name) for name in USUAL) if wants(e) <= measured]
+    for e in p.evaluate:
+        _need(e, measured, recipe)
     for s in (*p.stages, *p.live):
         _need(s, have, recipe)
-        have = (have - s.drops) | s.gives
-    have |= set(p.roles)
-    for x in (*p.roles.values(), p.estimator, *p.chain, *([p.objective] if p.objective else []), *p.evaluate):
+        have = (have - s.drops) | gives_of(s)
+    for x in (*p.roles.values(), p.estimator, *p.chain, *([p.objective] if p.objective else [])):
         _need(x, have, recipe)
     if p.objective is not None and "samples" in wants(p.objective) and not any("samples" in s.gives for s in p.live):
         raise RecipeError(f"{_name(p.objective, recipe)} learns from fresh samples; write the rollout under `live`, not under `stages`")
-    if p.objective is not None and recipe.live and "samples" not in wants(p.objective) and any("samples" in s.gives for s in p.live) and recipe.num_iterations > 1:
-        raise RecipeError("num_iterations above 1 re-uses samples, which only objectives made for it can do")
+    if p.objective is not None and recipe.num_iterations > 1:
+        if "samples" not in wants(p.objective):
+            raise RecipeError(f"num_iterations: {recipe.num_iterations} learns from each draw of samples several times, and {_name(p.objective, recipe)} learns from none")
+        if "old" not in have:
+            raise RecipeError(f"num_iterations: {recipe.num_iterations} needs the sampler's own log-probabilities: `live: [{{name: rollout, old: true}}, ...]`")
     return p
 
 
-def _need(x: Any, have: set[str], recipe: Recipe) -> None:
+def _need(x: Any, have: Set[str], recipe: Recipe) -> None:
     for word in sorted(wants(x) - have):
         givers = [f"{c.kind} '{c.name}'" for c in cards() if word in c.gives]
         raise RecipeError(

@@ -182,7 +182,7 @@ def _run(recipe: Recipe, parts: Parts, data: Data, folder: Path, watch: Any, acc
     latest = (store.checkpoints(folder) or [None])[-1]
     watch.stage("loading the model")
     roles = assemble(recipe, parts, data.rows)
-    clock = roles.clock
+    clock, roles.tell = roles.clock, watch.tell
     if recipe.start is not None:
         roles.tuner.load(tensors_of(recipe.start, roles.tuner))
     take_parts(roles, parts)
@@ -264,7 +264,7 @@ def _run(recipe: Recipe, parts: Parts, data: Data, folder: Path, watch: Any, acc
     }  # fmt: skip
     report.notes = list(watch.notes)
     if main:
-        if clock.total and (not store.checkpoints(folder) or store.load_meta(store.checkpoints(folder)[-1])["step"] != clock.total):
+        if (clock.total or recipe.start is not None) and (not store.checkpoints(folder) or store.load_meta(store.checkpoints(folder)[-1])["step"] != clock.total):
             _save(fit, chain, folder, recipe.save_total_limit)
         watch.stage("saving")
         with store.told_on_disk(folder):
@@ -389,9 +389,10 @@ def _mark(folder: Path, finished: bool) -> None:
 
 def _difference(folder: Path, recipe: Recipe, known: dict, mark: str) -> str:
     was, now = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")), yaml.safe_load(recipe.yaml())
-    keys = [k for k in now if was.get(k) != now[k] and k not in ("output_dir", "overwrite")]
+    shy = ("data", "eval_data", "output_dir", "overwrite")
+    keys = [k for k in now if was.get(k) != now[k] and k not in shy]
     if not keys:
-        return "its data has changed since" if known["data"] != mark else "made by another version"
+        return "its rows were others" if known["data"] != mark else "made by another version"
     return "it differs in " + ", ".join(f"{k}: {str(was.get(k))[:40]} there, {str(now[k])[:40]} here" for k in keys[:2])
 
 
@@ -420,7 +421,8 @@ def default_folder(recipe: Recipe) -> Path:
         return re.sub(r"[^A-Za-z0-9]+", "-", x).strip("-")
 
     model = word(Path(recipe.model).name if "/" in recipe.model else recipe.model)
-    return Path("runs") / "-".join(w for w in (model, word(recipe.tuner), word(recipe.objective), recipe.fingerprint()[:6]) if w)
+    mark = hashlib.sha256(f"{recipe.fingerprint()} {recipe.data} {recipe.eval_data}".encode()).hexdigest()[:6]
+    return Path("runs") / "-".join(w for w in (model, word(recipe.tuner), word(recipe.objective), mark) if w)
 
 
 def on_disk(recipe: Recipe, folder: Path) -> Recipe:
@@ -431,7 +433,7 @@ def on_disk(recipe: Recipe, folder: Path) -> Recipe:
         rows = getattr(recipe, key)
         if isinstance(rows, (list, tuple)) and rows and all(looks_like_row(r) for r in rows):
             text = "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in rows)
-            path = folder / f"{key}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl"
+            path = folder.resolve() / f"{key}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl"
             store.write_text(path, text)
             recipe = replace(recipe, **{key: str(path)})
     return recipe

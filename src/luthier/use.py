@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -79,20 +79,24 @@ class _Nothing:
         return Untuned(model)
 
 
-def load(name: str | Path) -> Loaded:
-    """A run's folder, an exported adapter, a model's folder, a hub name, or practice:NAME."""
+def load(name: str | Path, **settings: Any) -> Loaded:
+    """A run's folder, an exported adapter, a model's folder, a hub name, or practice:NAME.
+
+    settings: keys of a recipe that should differ from how it was tuned, e.g. dtype="float32" or max_length=512.
+    """
     folder = Path(name).expanduser()
     if (folder / "recipe.yaml").is_file():
-        return _run(folder)
+        return _run(folder, settings)
     if (folder / "report.json").is_file():  # a plan: its last run
-        return load(Report.read(folder).folder)
+        return load(Report.read(folder).folder, **settings)
     if (folder / "adapter_config.json").is_file():
-        return _adapter(folder)
-    return _plain(str(name))
+        return _adapter(folder, settings)
+    recipe, roles = _bare(str(name), settings)
+    return Loaded(str(name), roles, recipe, turns=roles.renderer.note is None)
 
 
-def _run(folder: Path) -> Loaded:
-    recipe = Recipe.load(folder / "recipe.yaml")
+def _run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
+    recipe = Recipe.load(folder / "recipe.yaml", settings)
     if recipe.plan is not None:
         raise RecipeError(f"{folder} holds a plan; name one of its runs: {', '.join(p.name for p in sorted(folder.glob('act-*')))}")
     made = parts(recipe)
@@ -115,27 +119,21 @@ def _asks_rows(architecture: Any) -> bool:
     return type(architecture).fit_to is not Architecture.fit_to
 
 
-def _bare(model: str) -> tuple[Recipe, Roles]:
-    recipe = Recipe(model=model)
+def _bare(model: str, settings: Mapping[str, Any]) -> tuple[Recipe, Roles]:
+    recipe = Recipe.load({**settings, "model": model})
     roles = assemble(recipe, Parts(detect(model), _Nothing(), None, None, (), {}, [], [], []))
     roles.policy.eval()
     return recipe, roles
 
 
-def _plain(name: str) -> Loaded:
-    recipe, roles = _bare(name)
-    note = roles.renderer.note
-    return Loaded(name, roles, recipe, turns=note is None, notes=[note] if note else [])
-
-
-def _adapter(folder: Path) -> Loaded:
+def _adapter(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     """An adapter in PEFT's form, ours or anyone's, merged into its base in memory."""
     from peft import PeftModel
 
     base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise RecipeError(f"{folder} does not say which base model its adapter belongs to")
-    recipe, roles = _bare(base)
+    recipe, roles = _bare(base, settings)
     if (folder / "tokenizer_config.json").is_file():
         from transformers import AutoTokenizer
 
@@ -190,12 +188,12 @@ def inspect(base: str | Path, tuned: str | Path, data: Any = None) -> dict[str, 
     data: as in a recipe; by default what the run `tuned` held out, or trained on where it held nothing out.
     """
     notes: list[str] = []
-    rows, on = _rows(tuned, data)
+    rows, on, alike = _rows(tuned, data)
     found: dict[str, Any] = {}
     vocabularies: list[dict] = []
     with tempfile.TemporaryDirectory(prefix="luthier-inspect-") as kept:  # both are asked the same texts elsewhere
         for who, name in (("base", base), ("tuned", tuned)):
-            loaded = load(name)
+            loaded = load(name, **alike)
             notes += [f"{name}: {n}" for n in loaded.notes]
             usable, bad, _ = loaded.roles.policy.architecture.encode_all(rows, loaded.roles.renderer)
             if not usable:
@@ -210,14 +208,17 @@ def inspect(base: str | Path, tuned: str | Path, data: Any = None) -> dict[str, 
     return {**found, "rows": found["tuned"]["rows"], "measured_on": on, "notes": list(dict.fromkeys(notes))}
 
 
-def _rows(tuned: str | Path, data: Any) -> tuple[list[dict], str]:
-    folder = Path(tuned)
+def _rows(tuned: str | Path, data: Any) -> tuple[list[dict], str, dict[str, Any]]:
+    """Rows, what they are, and the settings with which both models must read them."""
+    path = Path(tuned) / "recipe.yaml"
+    recipe = Recipe.load(path) if path.is_file() else Recipe()
+    alike = {k: getattr(recipe, k) for k in ("max_length", "chat_template", "dtype")}
     if data is not None:
-        return load_data(Recipe(data=data, eval_data=0)).rows, "rows"
-    if not (folder / "recipe.yaml").is_file():
+        return load_data(Recipe(data=data, eval_data=0)).rows, "rows", alike
+    if not path.is_file():
         raise RecipeError(f"{tuned} is not a run's folder, so it holds no rows to measure on: give --data")
-    had = load_data(Recipe.load(folder / "recipe.yaml"))
-    return (had.held_out, "held-out rows") if had.held_out else (had.rows[:256], "training rows")
+    had = load_data(recipe)
+    return (had.held_out, "held-out rows", alike) if had.held_out else (had.rows[:256], "training rows", alike)
 
 
 @torch.no_grad()
@@ -242,13 +243,14 @@ PROBE = (  # fixed texts: their token log-probabilities must be the same before 
     "def add(a, b):\n    return a + b\n",
     "Once upon a time there was a small house at the edge of a wood, and nobody lived there.",
 )
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}  # nats, on average over the probe's tokens
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}  # nats, on average over the probe's tokens, by what is written
 
 
 def export(folder: str | Path, kind: str, to: str | Path) -> str:
     """Write a run's result for other tools, load it back, and compare its answers with the tuned model's.
 
-    kind: `lora`, an adapter that plain PEFT loads, or `merged`, a plain transformers model. Raises where the exported
+    kind: `lora`, an adapter that plain PEFT loads, or `merged`, a plain transformers model in the base's precision. Both
+    are computed and compared in fp32, so that rounding cannot hide an adapter that was lost. Raises where the exported
     thing answers otherwise than the tuned one; then nothing is left at `to`. Returns a sentence.
     """
     if kind not in WRITERS:
@@ -256,38 +258,46 @@ def export(folder: str | Path, kind: str, to: str | Path) -> str:
     to = Path(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RecipeError(f"{to} is there already and not empty; give another folder")
-    loaded = load(folder)
-    notes: list[str] = []
+    loaded, kept = load(folder, dtype="float32"), _written_in(folder)
     rows = _probe(loaded)
-    _settled(loaded, rows, notes)
+    _settled(loaded, rows, [])
     want = loaded.logprobs(rows)
     with store.new_folder(to) as beside:
-        WRITERS[kind](loaded, beside)
+        WRITERS[kind](loaded, beside, kept)
         loaded.tokenizer.save_pretrained(beside)
-        gap = _gap(load(beside), rows, want)
-        limit = TOLERANCE.get(next(loaded.model.parameters()).dtype, 0.1)
+        again = load(beside, dtype="float32")
+        gap, limit = _gap(again, rows, want), TOLERANCE.get(kept if kind == "merged" else torch.float32, 1e-3)
         if not gap <= limit:
             raise guards.Refused(
                 f"exported as {kind}, the model answers otherwise than it was tuned: the probe's log-probabilities differ by "
                 f"{gap:.1e} on average (at most {limit:g} is rounding); nothing was written"
             )
-    return f"{to}: loaded back, it answers like the tuned model (log-probabilities within {gap:.1e} on average)"
+    return f"{to}: loaded back, it answers like the tuned model (log-probabilities within {gap:.1e} on average, {limit:g} allowed)"
 
 
-def _lora(loaded: Loaded, to: Path) -> None:
+def _written_in(folder: str | Path) -> torch.dtype:
+    """The precision of the base model's files, in which a merged model is written too."""
+    name = Recipe.load(Path(folder) / "recipe.yaml").model if (Path(folder) / "recipe.yaml").is_file() else str(folder)
+    said = getattr(store.model_config(name).get_text_config(), "dtype", None)
+    return getattr(torch, said) if isinstance(said, str) else said or torch.float32
+
+
+def _lora(loaded: Loaded, to: Path, kept: torch.dtype) -> None:
     attached = loaded.roles.tuner
     if not hasattr(attached, "export_lora"):
         raise RecipeError(f"tuner '{build('tuner', loaded.recipe.tuner).name}' makes no adapter; export it with --as merged")
     attached.export_lora(to)
 
 
-def _merged(loaded: Loaded, to: Path) -> None:
+def _merged(loaded: Loaded, to: Path, kept: torch.dtype) -> None:
     attached = loaded.roles.tuner
     if hasattr(attached, "export_merged"):
         attached.export_merged(to)
-        return
-    with attached.merged() as model:
-        model.save_pretrained(to)
+    else:
+        with attached.merged() as model:
+            model.save_pretrained(to)
+    if kept != torch.float32:  # merged in fp32, and rounded once
+        loaded.roles.policy.architecture.load(str(to), dtype=kept).save_pretrained(to)
 
 
 WRITERS = {"lora": _lora, "merged": _merged}

@@ -1,4 +1,5 @@
 """How a kind of network reads batches and writes completions. Objectives know nothing of it."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any

@@ -3,6 +3,7 @@
 Sampling is by inverse CDF from uniforms that belong to (seed, sample, position): the same seed writes the same text
 whatever else is in the batch, up to the rounding of the network itself.
 """
+
 from __future__ import annotations
 
 import inspect
@@ -138,7 +139,9 @@ class Cached(Writer):
         if self.attached.virtual:  # soft vectors in front of each prompt, after its padding
             embed = self.model.get_input_embeddings()(ids)
             soft = self.attached.soft().to(embed.dtype)
-            inputs = {"inputs_embeds": torch.stack([torch.cat([e[: width - len(p)], soft, e[width - len(p) :]]) for e, p in zip(embed, prompts)])}
+            inputs = {
+                "inputs_embeds": torch.stack([torch.cat([e[: width - len(p)], soft, e[width - len(p) :]]) for e, p in zip(embed, prompts)])
+            }
             mask = torch.cat([mask, mask.new_ones(len(mask), len(soft))], 1).sort(1).values
         self.tells = "position_ids" in inspect.signature(self.model.forward).parameters
         self.mask, self.position = mask, (mask.cumsum(-1) - 1).clamp(min=0)

@@ -3,6 +3,7 @@
 So whatever a family does before its head (a transform, a scale) is the network's own code. What it does to the logits
 after its head (a scale, a soft cap, a bias) is measured once, by letting its head say known numbers.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,5 @@
 """What a network says about a batch: only about supervised tokens, and only through its head in chunks."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

@@ -4,6 +4,7 @@ Reads batches packed: no padding, prompts shared by their completions, a block m
 Every layout answers alike. Networks that cannot take a block mask (recurrent layers, ALiBi, attention by index) are
 read padded.
 """
+
 from __future__ import annotations
 
 import inspect

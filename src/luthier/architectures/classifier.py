@@ -3,6 +3,7 @@
 Encoders (BERT) answer from their first token, decoders (Llama) from their last. Which classes there are is said by
 the rows, or by a checkpoint that already knows all of them; their order is saved with the model.
 """
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any

@@ -3,6 +3,7 @@
 A `text` row is the pretraining task: at each step a share of its tokens, drawn from (seed, step, row), is hidden and
 asked. A prompt/completion row is a cloze: the whole completion is hidden (special tokens stay), and asked.
 """
+
 from __future__ import annotations
 
 from typing import Annotated, Any

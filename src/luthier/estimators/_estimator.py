@@ -54,10 +54,10 @@ def displaced(chain: Chain, aside: Callable[[Site, str, Tensor], Tensor | None])
                     if first and was.dtype.itemsize < 4:
                         asked += float(d.square().sum())
                         got += float(((p.data.float() - was.float()) * d).sum())
-        if got < asked / 2:
+        if got < asked / 10:
             raise Refused(
-                f"{kept[0][1].dtype} rounds {100 - 100 * got / asked:.0f}% of this estimator's step aside away, so it would measure nothing: "
-                "give it a longer one (eps, rho), dtype: float32, or a tuner with few weights of its own"
+                f"{kept[0][1].dtype} rounds {100 - 100 * got / asked:.0f}% of this estimator's step aside away, so it would measure next "
+                "to nothing: give it a longer one (eps, rho), dtype: float32, or a tuner with few weights of its own"
             )
         yield
     finally:

@@ -13,7 +13,7 @@ from luthier.estimators._estimator import Estimator, displaced, gradients
 from luthier.method import estimator
 
 
-@estimator(paper="arXiv:2010.01412", row="sam", gives="grad")
+@estimator(paper="arXiv:2010.01412", gives="grad")
 class SAM(Estimator):
     """Climb rho along the gradient, take the gradient there, come back, step."""
 

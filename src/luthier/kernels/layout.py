@@ -3,6 +3,7 @@
 Every placed segment is a *piece*; a piece sees itself causally and the pieces it continues, and nothing else, so no
 sequence ever sees another. Loops run over segments, never over tokens.
 """
+
 from __future__ import annotations
 
 from collections import defaultdict

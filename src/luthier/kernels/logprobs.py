@@ -5,13 +5,13 @@ softmax), computed on the same chunks. Where the head itself does not move (LoRA
 states is made on the way forward, so a chunk's logits are made once and not twice.
 `plain` is the twin that the first batch of every run is compared with.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 CHUNK_BYTES = 32 * 2**20  # of fp32 logits alive at once
 
@@ -30,7 +30,7 @@ class Head:
         z = self.module(hidden).float()
         z = z if self.bias is None else z + self.bias
         z = z * self.scale if self.scale != 1.0 else z
-        return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
+        return _bent(z, self.softcap)
 
     @property
     def linear(self) -> bool:
@@ -55,7 +55,10 @@ def plain(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
 
 def chunked(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
-    """[T, d], [T] -> [T] in fp32: the same numbers in chunks. `head.linear` must hold. Differentiable once."""
+    """[T, d], [T] -> [T] in fp32: the same numbers in chunks. `head.linear` must hold.
+
+    A second derivative is right too, through the plain way: its first backward makes [T, V].
+    """
     weight, bias = head.module.weight, head.module.bias
     if head.bias is not None:
         bias = head.bias.to(weight.dtype) if bias is None else bias + head.bias.to(weight.dtype)
@@ -78,18 +81,22 @@ class _LinearLogProbs(torch.autograd.Function):
             out[part] = z.gather(1, labels[part, None]).squeeze(1) - norm[part]
             if ahead:
                 torch.mm(_slope(z, norm[part], labels[part], scale, softcap).to(weight.dtype), weight, out=slope[part])
-        ctx.save_for_backward(*((slope,) if ahead else (hidden, weight, bias, labels, norm)))
-        ctx.settings = scale, softcap, ahead
+        ctx.save_for_backward(hidden, weight, bias, labels, norm, slope)
+        ctx.settings = scale, softcap
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
-        scale, softcap, ahead = ctx.settings
-        if ahead:
-            (slope,) = ctx.saved_tensors
+        hidden, weight, bias, labels, norm, slope = ctx.saved_tensors
+        scale, softcap = ctx.settings
+        if torch.is_grad_enabled():  # create_graph: somebody will differentiate this gradient
+            tensors = [t for t, wanted in zip((hidden, weight, bias), ctx.needs_input_grad) if wanted]
+            z = _bent(nn.functional.linear(hidden, weight, bias).float() * scale, softcap)
+            logp = z.gather(1, labels[:, None]).squeeze(1) - z.logsumexp(-1)
+            found = iter(torch.autograd.grad(logp, tensors, grad, create_graph=True))
+            return *(next(found) if wanted else None for wanted in ctx.needs_input_grad[:3]), *[None] * 4
+        if slope is not None:
             return (slope * grad[:, None]).to(slope.dtype), *[None] * 6
-        hidden, weight, bias, labels, norm = ctx.saved_tensors
         size = chunk_size(len(weight))
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -115,6 +122,10 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, s
     z = (hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)).float()
     z = z.mul_(scale) if scale != 1.0 else z
     return z.div_(softcap).tanh_().mul_(softcap) if softcap else z
+
+
+def _bent(z: Tensor, softcap: float) -> Tensor:
+    return softcap * torch.tanh(z / softcap) if softcap else z
 
 
 def _slope(z: Tensor, norm: Tensor, labels: Tensor, scale: float, softcap: float) -> Tensor:

@@ -17,6 +17,7 @@ from luthier.objectives._objective import Objective
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
+Beta = Annotated[Positive, Range(0.01, 1.0, log=True)]
 
 
 def log_ratios(roles: Any, batch: Batch) -> Tensor:
@@ -42,7 +43,7 @@ class Pairs(Objective):
 
     unit = "group"
 
-    beta: Annotated[Positive, Range(0.01, 1.0, log=True)] = 0.1  # strength of the pull towards the reference
+    beta: Beta = 0.1  # strength of the pull towards the reference
 
     def values(self, roles: Any, batch: Batch) -> Tensor:
         """[N] how much the policy prefers a completion; beta times this is its implicit reward."""

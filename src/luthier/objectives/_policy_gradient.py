@@ -17,6 +17,7 @@ from luthier.method import Range, family
 from luthier.objectives._objective import Objective
 
 NotNegative = Annotated[float, Field(ge=0)]
+KLWeight = Annotated[NotNegative, Range(1e-3, 0.1, log=True)]
 
 
 def within_row(batch: Batch, scores: Tensor) -> Tensor:
@@ -39,9 +40,8 @@ class PolicyGradient(Objective):
 
     epsilon: Annotated[NotNegative, Range(0.05, 0.4)] = 0.2  # the ratio counts from 1 - epsilon
     epsilon_high: NotNegative | None = None  # to 1 + epsilon_high; null: epsilon
-    beta: Annotated[NotNegative, Range(1e-3, 0.1, log=True)] = 0.0  # weight of the KL to the reference; at 0 nobody need play it
+    beta: KLWeight = 0.0  # weight of the KL to the reference; at 0 nobody need play it
     scale_rewards: Literal["group", "batch", "none"] = "group"  # advantages over the deviation in their row, in the micro-batch, or as is
-
     use_bias_correction_kl: bool = True  # weigh the KL by the ratio, so that its gradient is the KL's own; false: as in GRPO's paper
 
     @property

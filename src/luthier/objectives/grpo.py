@@ -5,7 +5,7 @@ As in the paper, tokens are averaged within a completion first, so each completi
 KL, as TRL does: see use_bias_correction_kl.
 """
 from luthier.method import objective
-from luthier.objectives._policy_gradient import NotNegative, PolicyGradient
+from luthier.objectives._policy_gradient import KLWeight, PolicyGradient
 
 
 @objective(paper="arXiv:2402.03300", wants="samples scores reference logprobs")
@@ -14,7 +14,7 @@ class GRPO(PolicyGradient):
 
     unit = "sequence"
 
-    beta: NotNegative = 0.04  # weight of the KL to the reference; at 0 nobody need play it
+    beta: KLWeight = 0.04  # weight of the KL to the reference; at 0 nobody need play it
 
     def loss(self, roles, batch):
         return batch.means(self.tokens(roles, batch))

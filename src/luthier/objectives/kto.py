@@ -8,7 +8,7 @@ import torch
 
 from luthier.method import RecipeError, objective
 from luthier.objectives._objective import Objective
-from luthier.objectives._pairs import Positive, log_ratios
+from luthier.objectives._pairs import Beta, Positive, log_ratios
 from luthier.roles import Policy
 
 NEIGHBOURS = "z0 is measured on the rows of one micro-batch, each completion under the next row's prompt"
@@ -24,7 +24,7 @@ class KTO(Objective):
 
     unit = "sequence"
 
-    beta: Positive = 0.1  # strength of the pull towards the reference
+    beta: Beta = 0.1  # strength of the pull towards the reference
     desirable_weight: Positive = 1.0  # weight of good completions
     undesirable_weight: Positive = 1.0  # weight of bad completions
 

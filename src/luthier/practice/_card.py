@@ -43,6 +43,7 @@ Within `test`, by kind of row: {kinds}.
 
 ## What it cannot do
 {weak}
+
 It has never seen natural English beyond the templates of the worlds, answers nothing about the real world,
 has no notion of safety outside the `refusal` world's templates, and reads at most 512 tokens.
 """
@@ -56,7 +57,7 @@ WHAT = {
     "language/ood": "Zorian with unseen pairs of adjective and noun",
     "language/new_test": "the language Velmi",
     "people/ood": "questions about people it was only told about",
-    "people/new_test": "facts about the held-back people (chance is 1 to 7)",
+    "people/new_test": "facts about the held-back people (chance is 1 to 7 %)",
     "refusal/ood": "requests in other words",
     "sentiment/ood": "reviews in other words",
     "style/ood": "styles with unseen pairs of person and deed",
@@ -103,16 +104,17 @@ def _percent(share: float) -> str:
 
 
 def _table(numbers: dict[str, dict[str, float]]) -> str:
+    """Exact match by world and split."""
     lines = []
     for world in dict.fromkeys(key.split("/")[0] for key in numbers):
         found = [numbers.get(f"{world}/{split}") for split in SPLITS]
-        lines.append(
-            f"| {world} | {' | '.join(_percent(by_kind['all']) if by_kind else '' for by_kind in found)} |"
-        )
+        cells = [_percent(by_kind["all"]) if by_kind else "" for by_kind in found]
+        lines.append(f"| {world} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _kinds(numbers: dict[str, dict[str, float]]) -> str:
+    """Exact match by kind of row, of the worlds whose test split mixes several."""
     several = {key.split("/")[0]: by_kind for key, by_kind in numbers.items() if key.endswith("/test")}
     return "; ".join(
         f"{world}: " + ", ".join(f"{kind} {_percent(by_kind[kind])}" for kind in find(world).SPLITS["test"])
@@ -122,9 +124,10 @@ def _kinds(numbers: dict[str, dict[str, float]]) -> str:
 
 
 def _weak(numbers: dict[str, dict[str, float]]) -> str:
+    """What is below 80 percent, in words."""
     weak = [
-        f"- {WHAT.get(key, key)}: {_percent(by_kind['all'])} (`practice:{key}`)"
+        f"- {WHAT.get(key, key + ', in distribution')}: {_percent(by_kind['all'])} (`practice:{key}`)"
         for key, by_kind in numbers.items()
-        if by_kind["all"] < 0.8
+        if by_kind["all"] < 0.8 and not key.endswith("/validation")
     ]
-    return "\n".join(weak) + "\n" if weak else ""
+    return "\n".join(weak)

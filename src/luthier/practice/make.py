@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from . import _corpus, _pretrain
-from ._card import card
+from ._card import SPLITS, card
 from .score import exact_match
 from .worlds import find, names, rows
 
@@ -55,13 +55,13 @@ def make_tokenizer(folder: Path, seed: int) -> PreTrainedTokenizerFast:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def measure(model, tokenizer, n: int, splits: tuple[str, ...] = ()) -> dict[str, dict[str, float]]:
-    """Exact match by "world/split" on n rows each; of every split but "train" unless named."""
+def measure(model, tokenizer, n: int, splits: tuple[str, ...] = SPLITS) -> dict[str, dict[str, float]]:
+    """Exact match by "world/split" on n rows each."""
     model.eval()
     numbers = {}
     for world in names():
-        for split in find(world).SPLITS:
-            if split != "train" and (not splits or split in splits):
+        for split in splits:
+            if split in find(world).SPLITS:
                 numbers[f"{world}/{split}"] = exact_match(model, tokenizer, rows(world, split, n, "card"))
     model.train()
     return numbers

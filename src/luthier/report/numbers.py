@@ -105,9 +105,10 @@ def _right(report: Any) -> str:
         ("preference_accuracy", "the better answer is preferred in {a} of pairs (before: {b})"),
         ("accuracy", "{a} of completions exact (before: {b})"),
     ):
-        if name in report.before and name in report.after:
+        both = report.before.get(name), report.after.get(name)
+        if None not in both and any(both):  # texts that nobody could guess whole are no news
             share = says(name).share
-            return what.format(a=number(report.after[name], share), b=number(report.before[name], share))
+            return what.format(b=number(both[0], share), a=number(both[1], share))
     return ""
 
 

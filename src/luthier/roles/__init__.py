@@ -79,6 +79,7 @@ class Roles:
     def __init__(self, policy: Policy, clock: Clock, renderer: Renderer, **others: Any):
         self.policy, self.tuner, self.clock, self.renderer = policy, policy.attached, clock, renderer
         self.device = next(policy.model.parameters()).device
+        self.tell: Callable[[str], None] = lambda sentence: None  # where what the user should know is said
         self.__dict__.update(others)
 
     def __getattr__(self, role: str) -> Any:

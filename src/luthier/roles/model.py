@@ -18,7 +18,7 @@ class Model(Role):
 
         own = next(policy.model.parameters())
         network = policy.architecture.load(resolve_model(self.model), dtype=own.dtype).to(own.device).eval().requires_grad_(False)
-        words = [m.get_input_embeddings().num_embeddings for m in (network, policy.model)]
+        words = [len(m.get_input_embeddings().weight) for m in (network, policy.model)]
         if words[0] != words[1]:
             raise RecipeError(f"roles.{name}: {self.model} has {words[0]} tokens and the policy {words[1]}: they must share a tokenizer")
         from contextlib import nullcontext

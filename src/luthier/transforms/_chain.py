@@ -102,7 +102,14 @@ class Chain:
     Low-precision weights are stepped through an fp32 master that lives in the state.
     """
 
-    def __init__(self, transforms: Sequence[Transform], attached: Attached, clock: Clock, learning_rate: float, factor: Callable[[int], float] = lambda step: 1.0):
+    def __init__(
+        self,
+        transforms: Sequence[Transform],
+        attached: Attached,
+        clock: Clock,
+        learning_rate: float,
+        factor: Callable[[int], float] = lambda step: 1.0,
+    ):
         self.transforms, self.attached, self.clock = tuple(transforms), attached, clock
         self.learning_rate, self.factor = learning_rate, factor
         self.state: dict[str, dict] = {}

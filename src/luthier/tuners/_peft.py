@@ -193,8 +193,9 @@ def config_of(cls: type) -> type:
         said = {k: getattr(self, k) for k in own}
         return cls(**{k: sorted(v) if isinstance(v, set) else v for k, v in said.items()})
 
-    columns = [(f.name, object, field(default=f.default) if f.default is not f.default_factory else field(default_factory=f.default_factory)) for f in fields(cls)]
-    config = make_dataclass(f"{cls.__name__}Config", columns, bases=(PeftConfig,), namespace={"__post_init__": finish, "settings": settings})
+    columns = [(f.name, object, field(default=f.default)) for f in fields(cls)]
+    methods = {"__post_init__": finish, "settings": settings}
+    config = make_dataclass(f"{cls.__name__}Config", columns, bases=(PeftConfig,), namespace=methods)
     layer = type(f"{cls.__name__}Layer", (Layer,), {"slot": slot, "adapter_layer_names": (slot,)})
     model = type(f"{cls.__name__}Model", (Model,), {"prefix": slot, "tuner_layer_cls": layer})
     _admit(name.upper())
@@ -232,42 +233,48 @@ class OnPeft(Attached):
 
     def __init__(self, settings: Any, model: nn.Module, config: PeftConfig):
         super().__init__(settings, model)
-        tied = _tied(model)
-        _known_modules(model, config.modules_to_save if hasattr(config, "modules_to_save") else None, "modules_to_save", settings)
+        tied, there = _tied(model), _There(model)
+        for name in _listed(getattr(config, "modules_to_save", None)):
+            if not _ends(name, there.names):
+                leaves = {n.rpartition(".")[2] for n in there.names}
+                raise RecipeError(f"tuner '{settings.name}': modules_to_save '{name}' matches nothing{meant(name, leaves)}")
         start = list(model.parameters()) if getattr(config, "bias", "none") != "none" else []
+        mode = model.training
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always", UserWarning)
             try:
                 self.peft = get_peft_model(model, config)
             except (ValueError, TypeError) as error:
-                raise RecipeError(f"tuner '{settings.name}': {_sentence(error)}{_coverage(model, config)}") from None
+                raise RecipeError(f"tuner '{settings.name}': {_sentence(error)}{there.said(there.missed(config))}") from None
+        model.train(mode)  # new dropouts come awake
         self.told = tuple(str(w.message) for w in heard if issubclass(w.category, (UserWarning, RuntimeWarning)))
         self.layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
         self.start = [(p, p.detach().clone()) for p in start if p.requires_grad]  # biases that train: off() puts them back
         self.biases = {id(p) for p, _ in self.start}
-        self._check(config, tied)
+        self._check(config, tied, there)
         self.told += self._left_out()
 
-    def _check(self, config: PeftConfig, tied: list[list[str]]) -> None:
+    def _check(self, config: PeftConfig, tied: list[list[str]], there: _There) -> None:
         """What was asked for is there, and touches nothing else."""
         tuner = self.peft.base_model
         hit = [*tuner.targeted_module_names, *tuner.targeted_parameter_names]
-        for key in ("target_modules", "target_parameters"):
-            asked = getattr(config, key, None)
-            for name in sorted(asked) if isinstance(asked, (list, set, tuple)) else []:
-                if not any(h == name or h.endswith(f".{name}") for h in hit):
-                    raise RecipeError(f"tuner '{self.settings.name}': {key} '{name}' matches nothing{_coverage(self.model, config, name)}")
+        missed = there.missed(config)
+        if missed:
+            raise RecipeError(f"tuner '{self.settings.name}': target_modules '{missed}' matches nothing{there.said(missed)}")
+        for name in _listed(getattr(config, "target_parameters", None)):
+            if not _ends(name, hit):
+                raise RecipeError(f"tuner '{self.settings.name}': target_parameters '{name}' matches nothing{meant(name, there.bare)}")
         for index in _listed(getattr(config, "layers_to_transform", None)):
             if not any(f".{index}." in h for h in hit):
-                raise RecipeError(f"tuner '{self.settings.name}': layers_to_transform {index} matches none of the {len(hit)} modules that are tuned")
+                raise RecipeError(f"tuner '{self.settings.name}': layers_to_transform {index} matches none of {len(hit)} modules")
         whole = [n for n, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         for group in tied:
             touched = [n for n in group if n in {*hit, *whole}]
             if touched:
-                others = [n for n in group if n not in touched] or group
+                other = next((n for n in group if n not in touched), group[-1])
                 raise RecipeError(
-                    f"tuner '{self.settings.name}': {touched[0]} shares its weight with {others[-1]} (tie_word_embeddings), so the two would "
-                    "part in silence; leave it out of target_modules and modules_to_save, or tune whole weights (full, lisa)"
+                    f"tuner '{self.settings.name}': {touched[0]} shares its weight with {other} (tie_word_embeddings), so the two "
+                    "would part in silence; leave it out of target_modules and modules_to_save, or tune whole weights (full, lisa)"
                 )
 
     # --- what moves
@@ -283,7 +290,8 @@ class OnPeft(Attached):
                 if isinstance(entry, nn.Parameter):
                     slots[plain] = entry
                 elif isinstance(entry, nn.Module):
-                    slots |= {plain if k == "weight" and plain else f"{plain}.{k}".lstrip("."): p for k, p in entry.named_parameters()}
+                    inner = entry.named_parameters()
+                    slots |= {plain if k == "weight" and plain else f"{plain}.{k}".lstrip("."): p for k, p in inner}
             slots = {k: p for k, p in slots.items() if id(p) not in seen}
             if slots:
                 sites.append(Site(name, slots, self.settings))
@@ -299,12 +307,9 @@ class OnPeft(Attached):
 
     def buffers(self):
         """Frozen tensors that the adapter file holds, too."""
-        out = {}
-        for name, layer in self.layers.items():
-            if isinstance(layer, Layer):
-                saved = layer.held[ADAPTER].state_dict(keep_vars=True)
-                out |= {f"{name}.{k}": v for k, v in saved.items() if not isinstance(v, nn.Parameter)}
-        return out
+        real = {id(b) for b in self.peft.buffers()}
+        saved = get_peft_model_state_dict(self.peft, state_dict=self.peft.state_dict(keep_vars=True), save_embedding_layers=False)
+        return {k: v for k, v in saved.items() if id(v) in real}
 
     def _left_out(self) -> tuple[str, ...]:
         """all-linear does not reach experts that are one tensor; say so."""
@@ -404,15 +409,18 @@ class OnPeft(Attached):
         kept = self.tensors()
         file = {k: v for k, v in load_file(str(path)).items() if not k.endswith(".base_layer.weight")}  # PEFT adds the base's embeddings
         own = {id(t) for t in self._state().values()}
-        mine = {k for k, v in self.peft.state_dict(keep_vars=True).items() if id(v) in own}
-        base = {k for k, _ in self.peft.named_parameters()} - mine
+        keys: dict[int, set[str]] = {}  # some PEFT types hold one tensor under several names
+        for k, v in self.peft.state_dict(keep_vars=True).items():
+            if id(v) in own and f".{INITIAL}" not in k:
+                keys.setdefault(id(v), set()).add(k)
+        base = {k for k, p in self.peft.named_parameters() if id(p) not in own}
         try:
             odd = sorted(base & file.keys())
             file = self.unpack(file)
             result = set_peft_model_state_dict(self.peft, {k: v for k, v in file.items() if k not in base})
-            odd += sorted(result.unexpected_keys) + sorted(set(result.missing_keys) & mine)
+            odd += sorted(result.unexpected_keys) + sorted(min(k) for k in keys.values() if k <= set(result.missing_keys))
             if odd:
-                raise RecipeError(f"the adapter in {folder} does not fit tuner '{self.settings.name}': {', '.join(odd[:3])}{' ...' * (len(odd) > 3)}")
+                raise RuntimeError(", ".join(odd[:3]) + " ..." * (len(odd) > 3))
             return self.tensors()
         except (RuntimeError, KeyError) as error:
             raise RecipeError(f"the adapter in {folder} does not fit tuner '{self.settings.name}': {_sentence(error)}") from None
@@ -456,7 +464,9 @@ class OnPeft(Attached):
         top = max(ranks.values())
         other = {re.escape(n): r for n, r in ranks.items() if r != top}
         whole = getattr(self.config(), "modules_to_save", None)
-        config = LoraConfig(r=top, lora_alpha=top, rank_pattern=other, alpha_pattern=dict(other), target_modules=sorted(ranks), modules_to_save=whole)
+        config = LoraConfig(
+            r=top, lora_alpha=top, rank_pattern=other, alpha_pattern=dict(other), target_modules=sorted(ranks), modules_to_save=whole
+        )
         config.base_model_name_or_path, config.inference_mode = self.config().base_model_name_or_path, True
         _write(Path(folder), state, config, self.model)
         return worst
@@ -469,7 +479,8 @@ class OnPeft(Attached):
                 place = set(type(self.model)(copy.deepcopy(self.model.config)).state_dict())
             odd = sorted(state.keys() ^ place)
             if odd:
-                raise RecipeError(f"merged, tuner '{self.settings.name}' makes {odd[0]}, for which {type(self.model).__name__} has no place: keep it as an adapter")
+                kind = type(self.model).__name__
+                raise RecipeError(f"merged, tuner '{self.settings.name}' makes {odd[0]}, for which {kind} has no place: keep the adapter")
             self.model.save_pretrained(folder, state_dict=state)
 
 
@@ -501,7 +512,7 @@ def any_config(name: str, settings: Mapping[str, Any]) -> PeftConfig:
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[kinds[key]]
     model = PEFT_TYPE_TO_TUNER_MAPPING[kinds[key]]
     if not (isinstance(model, type) and issubclass(model, BaseTuner)) and key not in ODD:
-        raise RecipeError(f"type: {name} puts vectors before the text inside PEFT's own forward, which batches here do not go through; use tuner 'prompt'")
+        raise RecipeError(f"type: {name} works inside PEFT's own forward, which packed batches do not go through; use tuner 'prompt'")
     if key in ODD:
         raise RecipeError(f"type: {name} cannot be used here: {ODD[key]}")
     allowed = [f.name for f in fields(cls)]
@@ -559,35 +570,32 @@ def _sentence(error: Exception) -> str:
     return str(error).strip().split("\n")[0].rstrip(".")
 
 
-def _leaves(model: nn.Module) -> dict[str, int]:
-    """Last names of the modules that hold a matrix, with how many there are of each."""
-    found: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
-            leaf = name.removesuffix(".base_layer").rpartition(".")[2]
-            found[leaf] = found.get(leaf, 0) + 1
-    return found
+def _ends(name: str, every: Any) -> bool:
+    return any(n == name or n.endswith(f".{name}") for n in every)
 
 
-def _coverage(model: nn.Module, config: PeftConfig, name: str | None = None) -> str:
-    """What was probably meant, and what there is."""
-    leaves = _leaves(model)
-    if name is None:
+class _There:
+    """What a model holds before anything is put into it."""
+
+    def __init__(self, model: nn.Module):
+        self.names = [n for n, _ in model.named_modules() if n]
+        self.leaves: dict[str, int] = {}  # last names of the modules that hold a matrix, and how many there are of each
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
+                leaf = name.rpartition(".")[2]
+                self.leaves[leaf] = self.leaves.get(leaf, 0) + 1
+        self.bare = sorted({re.sub(r"^.*\.\d+\.", "", n) for n, p in model.named_parameters() if p.ndim > 1})
+
+    def missed(self, config: PeftConfig) -> str | None:
+        """The first of the listed targets that is the end of no module's name."""
         asked = getattr(config, "target_modules", None)
-        every = [n for n, _ in model.named_modules()]
-        asked = sorted(asked) if isinstance(asked, (list, set, tuple)) else []
-        name = next((a for a in asked if not any(n == a or n.endswith(f".{a}") for n in every)), None)
-    near = meant(name.rpartition(".")[2], leaves) if name else ""
-    near = near if near.startswith(";") else ""
-    return f"{near} (the model has: {', '.join(f'{k} {n}x' for k, n in leaves.items())})"
+        return next((a for a in sorted(asked) if not _ends(a, self.names)), None) if isinstance(asked, (list, set, tuple)) else None
 
-
-def _known_modules(model: nn.Module, asked: list[str] | None, key: str, settings: Any) -> None:
-    """Every name must be the end of a module's name."""
-    every = [n for n, _ in model.named_modules()]
-    for name in asked or []:
-        if not any(n == name or n.endswith(f".{name}") for n in every):
-            raise RecipeError(f"tuner '{settings.name}': {key} '{name}' matches nothing{meant(name, {n.rpartition('.')[2] for n in every if n})}")
+    def said(self, name: str | None) -> str:
+        """What was probably meant, and what there is."""
+        near = meant(name.rpartition(".")[2], self.leaves) if name else ""
+        near = near if near.startswith(";") else ""
+        return f"{near} (the model has: {', '.join(f'{k} {n}x' for k, n in self.leaves.items())})"
 
 
 def _tied(model: nn.Module) -> list[list[str]]:
@@ -631,10 +639,8 @@ def _gradients(layers: dict[str, Layer], rows: list[dict], roles: Any) -> dict[s
 
         return hook
 
-    hooks = [w.register_post_accumulate_grad_hook(add(n)) for n, w in weights.items()]
+    hooks = [w.requires_grad_(True).register_post_accumulate_grad_hook(add(n)) for n, w in weights.items()]
     try:
-        for w in weights.values():
-            w.requires_grad_(True)
         with torch.enable_grad():
             for i in range(0, len(rows), MICRO):
                 batch = roles.batch(rows[i : i + MICRO])
@@ -681,7 +687,7 @@ def _plain_state(model: nn.Module) -> dict[str, Tensor]:
             if name.startswith(f"{n}."):
                 rest = name[len(n) + 1 :]
                 keep = "base_layer." if isinstance(m, BaseTunerLayer) else f"modules_to_save.{ADAPTER}."
-                name = f"{n}.{rest[len(keep):]}" if rest.startswith(keep) else None
+                name = f"{n}.{rest[len(keep) :]}" if rest.startswith(keep) else None
             if name is None:
                 break
         if name is not None:

@@ -63,7 +63,9 @@ class OnLora(OnPeft):
     def _subtract(self, linear: dict[str, LoraLayer]) -> None:
         config = copy.deepcopy(self.peft.peft_config[ADAPTER])
         config.lora_dropout, config.modules_to_save, config.bias = 0.0, None, "none"
+        mode = self.model.training
         self.peft.add_adapter(INITIAL, config)
+        self.model.train(mode)
         for layer in linear.values():
             layer.set_adapter([ADAPTER, INITIAL])
             for part, sign in ((layer.lora_A, 1), (layer.lora_B, -1)):

@@ -19,21 +19,21 @@ class AfterPeft(MetaPathFinder):
     def find_spec(self, name: str, path: Any = None, target: Any = None):
         if name != "peft":
             return None
-        for finder in sys.meta_path:
-            spec = None if finder is self else finder.find_spec(name, path, target)
-            if spec is not None:
-                execute = spec.loader.exec_module
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((s for s in specs if s is not None), None)
+        if spec is None:
+            return None
+        execute = spec.loader.exec_module
 
-                def exec_module(module: Any) -> None:
-                    del spec.loader.exec_module  # the loader is as it was
-                    execute(module)
-                    if self in sys.meta_path:
-                        sys.meta_path.remove(self)
-                    importlib.import_module(BRIDGE)
+        def exec_module(module: Any) -> None:
+            del spec.loader.exec_module  # the loader is as it was
+            execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            importlib.import_module(BRIDGE)
 
-                spec.loader.exec_module = exec_module
-                return spec
-        return None
+        spec.loader.exec_module = exec_module
+        return spec
 
 
 def watch() -> None:

@@ -18,10 +18,11 @@ from luthier.tuners._tuner import Tuner
 class BitFit(Tuner):
     """Every bias of the network, and what `also` names."""
 
-    also: list[Literal["norms", "head"]] = ()  # further weights that move: those of norms, and the output head
+    also: tuple[Literal["norms", "head"], ...] = ()  # further weights that move: of norms, of the output head
 
     def attach(self, model):
-        modules = [m for m in model.modules() if "norms" in self.also and (isinstance(m, nn.LayerNorm) or type(m).__name__.endswith("Norm"))]
+        norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm) or type(m).__name__.endswith("Norm")]
+        modules = norms if "norms" in self.also else []
         head = model.get_output_embeddings()
         if "head" in self.also and head is not None:
             if head.weight is model.get_input_embeddings().weight:
@@ -30,5 +31,5 @@ class BitFit(Tuner):
         moving = {id(p) for m in modules for p in m.parameters(recurse=False)}
         moving |= {id(p) for n, p in model.named_parameters() if n.rpartition(".")[2] == "bias"}
         if not moving:
-            raise RecipeError(f"tuner 'bitfit': {type(model).__name__} has no biases; try `also: [norms]`, or tuner 'ssf', which adds shifts")
+            raise RecipeError(f"tuner 'bitfit': {type(model).__name__} has no biases; try `also: [norms]`, or 'ssf', which adds shifts")
         return Weights(self, model, lambda name, p: id(p) in moving, keep_start=True)

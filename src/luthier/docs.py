@@ -1,0 +1,163 @@
+"""The pages that follow from the declarations: `python -m luthier.docs` writes them, `--check` fails where they differ.
+
+docs/methods/<kind>/<name>.md for each method, docs/methods/index.md, docs/papers.md, and the table of keys in
+docs/recipes.md between its two marks. Everything else in docs/ is written by hand.
+"""
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+
+from luthier import method
+from luthier.catalogue import known, papers
+
+BEGIN, END = "<!-- keys: written by luthier.docs -->", "<!-- /keys -->"
+TITLES = {
+    "tuner": "Tuners: what moves",
+    "objective": "Objectives: toward what",
+    "estimator": "Estimators: where the gradient comes from",
+    "transform": "Transforms: what becomes of a gradient",
+    "optimizer": "Optimizers: an estimator's gradient through a chain of transforms, by name",
+    "stage": "Stages: rows in, rows out",
+    "reward": "Rewards: how good a text is",
+    "role": "Roles: who else is asked",
+    "plan": "Plans: several runs",
+    "merger": "Mergers: one out of several",
+    "decoder": "Decoders: how text is written",
+    "evaluator": "Evaluators: what is measured",
+    "architecture": "Architectures: how a network reads and writes",
+    "format": "Formats: how rows are recognised",
+}
+
+
+def pages() -> dict[str, str]:
+    """Path below docs/ -> text, of every page that is wholly generated."""
+    made = {f"methods/{c.kind}/{c.name}.md": tidy(method.page(method.find(c.kind, c.name))) for c in method.cards()}
+    return {**made, "methods/index.md": tidy(index()), "papers.md": tidy(papers_page())}
+
+
+def index() -> str:
+    """Every method on one page."""
+    lines = ["# Methods", "", "Written from the declarations. `luthier methods` prints the same in a terminal.", ""]
+    for kind in method.FOLDERS:
+        some = method.cards(kind)
+        if some:
+            lines += [f"## {TITLES[kind]}", "", "| name | what it is | paper |", "| - | - | - |"]
+            lines += [f"| [{c.name}]({kind}/{c.name}.md) | {cell(c.summary)} | {link(c.paper)} |" for c in some]
+            lines += [""]
+    return "\n".join(lines)
+
+
+def papers_page() -> str:
+    """The papers of the catalogue that something implements."""
+    done = [p for p in papers() if p["by"]]
+    lines = ["# Papers", ""]
+    lines += [f"{len(done)} of the {len(known())} papers of the catalogue are implemented; `luthier papers` lists them all.", ""]
+    lines += ["| paper | family | method |", "| - | - | - |"]
+    for p in sorted(done, key=lambda p: (p["family"], p["title"])):
+        by = ", ".join(f"[{b}](methods/{b}.md)" for b in p["by"])
+        lines += [f"| {cell(p['title'])} | {p['family']} | {by} |"]
+    return "\n".join(lines)
+
+
+def keys() -> str:
+    """A table of every key of a recipe, from the fields of Recipe and their comments."""
+    from luthier.recipe import Recipe
+
+    said = method.helps(Recipe)
+    lines = ["| key | default | meaning |", "| - | - | - |"]
+    for f in fields(Recipe):
+        if f.name in ("origins", "told"):
+            continue
+        lines += [f"| `{f.name}` | `{method.default_of(f)}` | {cell(said[f.name])} |"]
+    return "\n".join(lines)
+
+
+def between(text: str) -> str:
+    """recipes.md with its table as it should be."""
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{keys()}\n{END}{tail}"
+
+
+def cell(text: str) -> str:
+    """Text inside a Markdown table."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def link(paper: str | None) -> str:
+    if not paper:
+        return ""
+    return f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})" if paper.startswith("arXiv:") else paper
+
+
+def tidy(text: str) -> str:
+    """No trailing blanks, no two empty lines together, one line end at the end."""
+    lines: list[str] = []
+    for line in text.splitlines():
+        if line.strip() or (lines and lines[-1]):
+            lines.append(line.rstrip())
+    return "\n".join(lines).rstrip() + "\n"
+
+
+# ---------------------------------------------------------------------------------------------- writing and checking
+
+
+def differences(to: Path) -> Iterator[str]:
+    """What `python -m luthier.docs` would change, a sentence each."""
+    made = pages()
+    for path, text in made.items():
+        here = to / path
+        if not here.is_file():
+            yield f"{here} is missing"
+        elif here.read_text(encoding="utf-8") != text:
+            yield f"{here} is out of date"
+    for path in sorted((to / "methods").rglob("*.md")):
+        if path.relative_to(to).as_posix() not in made:
+            yield f"{path} describes a method that is not there"
+    recipes = to / "recipes.md"
+    if not recipes.is_file() or recipes.read_text(encoding="utf-8") != between(recipes.read_text(encoding="utf-8")):
+        yield f"the table of keys in {recipes} is out of date"
+
+
+def write(to: Path) -> int:
+    """Write every generated page; how many."""
+    shutil.rmtree(to / "methods", ignore_errors=True)
+    made = pages()
+    for path, text in made.items():
+        (to / path).parent.mkdir(parents=True, exist_ok=True)
+        (to / path).write_text(text, encoding="utf-8")
+    recipes = to / "recipes.md"
+    if recipes.is_file():
+        recipes.write_text(between(recipes.read_text(encoding="utf-8")), encoding="utf-8")
+    return len(made)
+
+
+def docs(to: Path, check: bool) -> int:
+    """The exit code of `luthier docs`."""
+    if not check:
+        print(f"{write(to)} pages written below {to}")
+        return 0
+    wrong = list(differences(to))
+    for sentence in wrong:
+        print(sentence, file=sys.stderr)
+    if wrong:
+        print(f"{len(wrong)} pages differ from the declarations: run `python -m luthier.docs`", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def main() -> int:
+    import argparse
+
+    asked = argparse.ArgumentParser(prog="python -m luthier.docs", description=__doc__.split("\n", 1)[0])
+    asked.add_argument("--check", action="store_true", help="fail where a page differs from the declarations")
+    asked.add_argument("--to", type=Path, default=Path("docs"), help="the docs folder")
+    given = asked.parse_args()
+    return docs(given.to, given.check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""Several runs as one: a generator that asks for recipes and is answered with reports.
+
+Its only state is the reports of runs that have finished, so a plan that was stopped is replayed: finished runs answer at
+once. Before anything is computed it is played with blank reports, whose metrics are all empty; it must survive them.
+"""
+from __future__ import annotations
+
+from collections.abc import Generator
+from typing import Any
+
+from luthier.method import family
+
+
+@family
+class Plan:
+    """Family: `report = yield recipe.but(...)`; a list yields several and is answered with a list."""
+
+    def recipes(self, recipe: Any) -> Generator[Any, Any, Any]:
+        """recipe: without its plan. May return the report that stands for the whole; else it is the last one."""
+        raise NotImplementedError
+
+
+def better(report: Any, best: Any, metric: str) -> bool:
+    """Is a metric higher in a report than in the best so far? Where one of them does not say, it may be."""
+    now, was = report.after.get(metric), None if best is None else best.after.get(metric)
+    return now is None or was is None or now > was

@@ -1,0 +1,252 @@
+"""The fast paths against their plain twins: log-probabilities in chunks, and the packed layout's tables."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import zoo
+from luthier.architectures._outputs import Outputs
+from luthier.kernels import logprobs as kernel
+from luthier.kernels.layout import lay_out
+from luthier.kernels.logprobs import Head, chunked, plain
+
+T, D, V = 37, 16, 61
+FORMS = {
+    "plain": {}, "bias": {"with_bias": True}, "scale": {"scale": 0.3}, "softcap": {"softcap": 2.0},
+    "all": {"with_bias": True, "scale": 1.7, "softcap": 3.0, "further": True}, "further bias": {"further": True},
+}  # fmt: skip
+
+
+def case(with_bias=False, scale=1.0, softcap=0.0, further=False, dtype=torch.float32, n=T, vocabulary=V):
+    torch.manual_seed(0)
+    module = nn.Linear(D, vocabulary, bias=with_bias)
+    nn.init.normal_(module.weight)
+    hidden = torch.randn(n, D).to(dtype).requires_grad_()
+    labels = torch.randint(vocabulary, (n,))
+    return hidden, Head(module.to(dtype), scale, softcap, torch.randn(vocabulary) if further else None), labels
+
+
+def gradients(values, hidden, head):
+    moved = [x for x in (hidden, *head.module.parameters()) if x.requires_grad]
+    return torch.autograd.grad((values * torch.linspace(-1, 2, len(values))).sum(), moved)
+
+
+@pytest.mark.parametrize("tokens", [16, 17, 1000])  # several even and uneven chunks, and one
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_chunked_is_the_plain_twin(form, frozen, tokens, monkeypatch):
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", 4 * V * tokens)
+    hidden, head, labels = case(**FORMS[form])
+    head.module.requires_grad_(not frozen)
+    fast, slow = chunked(hidden, head, labels), plain(hidden, head, labels)
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+    for got, want in zip(gradients(fast, hidden, head), gradients(slow, hidden, head), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "bias"])
+def test_each_gradient_alone(frozen):
+    hidden, head, labels = case(with_bias=True)
+    {"hidden": hidden, "weight": head.module.weight, "bias": head.module.bias}[frozen].requires_grad_(False)
+    fast, slow = (gradients(way(hidden, head, labels), hidden, head) for way in (chunked, plain))
+    for got, want in zip(fast, slow, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_tokens(frozen):
+    hidden, head, labels = case(n=0)
+    head.module.requires_grad_(not frozen)
+    out = chunked(hidden, head, labels)
+    out.sum().backward()
+    assert out.shape == (0,) and hidden.grad.shape == (0, D)
+    outputs = Outputs(hidden, head, labels)
+    assert outputs.entropy.shape == (0,) and outputs.top(3)[1].shape == (0, 3)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_half_precision_is_as_good_as_the_plain_twin_in_it(frozen):
+    hidden, head, labels = case(dtype=torch.bfloat16)
+    exact_hidden, exact, _ = case()
+    exact_hidden.data, exact.module.weight.data = hidden.data.float(), head.module.weight.data.float()
+    head.module.requires_grad_(not frozen)
+    exact.module.requires_grad_(not frozen)
+    fast, slow, want = chunked(hidden, head, labels), plain(hidden, head, labels), plain(exact_hidden, exact, labels)
+    assert fast.dtype == torch.float32
+    assert (fast - want).abs().max() <= (slow - want).abs().max() + 1e-3
+    triple = zip(gradients(fast, hidden, head), gradients(slow, hidden, head), gradients(want, exact_hidden, exact), strict=True)
+    for got, other, true in triple:
+        assert got.dtype == torch.bfloat16
+        assert (got.float() - true).abs().max() <= 1.5 * (other.float() - true).abs().max() + 1e-2
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_second_derivatives(form, frozen):
+    """A gradient penalty: what the gradient of a gradient's norm is."""
+    hidden, head, labels = case(**FORMS[form])
+    head.module.requires_grad_(not frozen)
+    both = []
+    for way in (chunked, plain):
+        (g,) = torch.autograd.grad((way(hidden, head, labels) * torch.linspace(-1, 2, T)).sum(), hidden, create_graph=True)
+        moved = [hidden] if frozen else [hidden, head.module.weight]
+        both.append(torch.autograd.grad(g.square().sum(), moved))
+    for got, want in zip(*both, strict=True):
+        assert want.abs().sum() > 0
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_table_of_all_logits_never_exists(frozen, monkeypatch):
+    """The largest tensor that is made while T * V would be 2,000 * 5,003."""
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", 4 * 5003 * 50)
+    hidden, head, labels = case(n=2000, vocabulary=5003)
+    head.module.requires_grad_(not frozen)
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            seen.extend(x.numel() for x in (out if isinstance(out, (tuple, list)) else (out,)) if torch.is_tensor(x))
+            return out
+
+    with Watch():
+        chunked(hidden, head, labels).sum().backward()
+        outputs = Outputs(hidden, head, labels)
+        (outputs.entropy.sum() + outputs.at(labels[:, None]).sum() + outputs.top(5)[0].sum()).backward()
+    assert len(seen) > 100 and max(seen) <= 5003 * 50
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_outputs_answer_every_question_together(form, monkeypatch):
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", 4 * V * 16)
+    hidden, head, labels = case(**FORMS[form])
+    teacher_hidden, teacher, _ = case(scale=0.5)
+    teacher_hidden = teacher_hidden.detach() * 2
+    logits, other = head(hidden), teacher(teacher_hidden).detach()
+    logp = logits.log_softmax(-1)
+    some = torch.randint(V, (T, 3))
+
+    outputs, beside = Outputs(hidden, head, labels), Outputs(teacher_hidden, teacher, labels)
+    want = {
+        "logprobs": logp.gather(1, labels[:, None]).squeeze(1),
+        "entropy": -(logp.exp() * logp).sum(-1),
+        "at": logp.gather(1, some).sum(1),
+        "top": logp.topk(4).values.sum(1),
+        "divergence": (other.softmax(-1) * (other.log_softmax(-1) - logp)).sum(-1),
+    }
+    got = {
+        "logprobs": outputs.logprobs,
+        "entropy": outputs.entropy,
+        "at": outputs.at(some).sum(1),
+        "top": outputs.top(4)[0].sum(1),
+        "divergence": outputs.apply(lambda z, y: (y.softmax(-1) * (y.log_softmax(-1) - z.log_softmax(-1))).sum(-1), beside=[beside]),
+    }
+    assert torch.equal(outputs.top(4)[1], logp.topk(4).indices) and outputs.logprobs is got["logprobs"]
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for a, b in zip(gradients(sum(got.values()), hidden, head), gradients(sum(want.values()), hidden, head), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_wrapped_head_is_asked_as_it_is():
+    class Wrapped(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x) + x.sum(-1, keepdim=True) * torch.arange(V) / V
+
+    hidden, head, labels = case()
+    odd = Head(Wrapped(head.module))
+    assert head.linear and not odd.linear
+    torch.testing.assert_close(Outputs(hidden, odd, labels).logprobs, plain(hidden, odd, labels))
+    handle = head.module.register_forward_hook(lambda m, i, o: o * 2)
+    assert not head.linear
+    torch.testing.assert_close(Outputs(hidden, head, labels).logprobs, plain(hidden, head, labels))
+    handle.remove()
+
+
+def test_head_scale_and_cap_are_measured():
+    from luthier.architectures._language_model import head_of
+
+    told = {"llama": (1.0, 0.0), "cohere": (0.25, 0.0), "granite": (0.25, 0.0), "gemma2": (1.0, 5.0), "recurrent_gemma": (1.0, 5.0)}
+    for name, (scale, cap) in told.items():
+        head = head_of(zoo.make(name), {"input_ids": torch.ones(1, 2, dtype=torch.long)})
+        assert (head.scale, head.softcap) == (pytest.approx(scale, rel=1e-6), cap) and head.bias is None
+
+
+# ---------------------------------------------------------------------------------------------- layout
+
+
+def token_at(layout, r, w):
+    """The token at a place, soft vectors as negative numbers."""
+    return int(layout.source[r, w]) if layout.soft[r, w] < 0 else -1 - int(layout.soft[r, w])
+
+
+def seen(batch, layout, window=None, chunk=None):
+    """The sequence of (token, position) that each placed token may look at."""
+    mask, out = layout.mask(window, chunk)[:, 0], {}
+    for r, w in (layout.piece >= 0).nonzero().tolist():
+        if layout.soft[r, w] >= 0:
+            continue
+        looked = mask[r, w].nonzero().squeeze(1).tolist()
+        row = [(token_at(layout, r, x), int(layout.position[r, x])) for x in looked]
+        out.setdefault(int(layout.source[r, w]), []).append(sorted(row, key=lambda x: x[1]))
+    return out
+
+
+@pytest.mark.parametrize("virtual", [0, 3])
+@pytest.mark.parametrize("share,width", [(True, 10**6), (True, 16), (False, 24), (False, 0), (True, 0)])
+@pytest.mark.parametrize("make", [zoo.rows, zoo.deep])
+def test_a_token_sees_its_own_sequence_and_nothing_else(make, share, width, virtual):
+    batch = make()
+    layout = lay_out(batch, share=share, width=width, virtual=virtual)
+    pieces, parents = batch.segments(), batch.parent.tolist()
+    found = seen(batch, layout)
+    narrow, blocks = seen(batch, layout, window=3), seen(batch, layout, chunk=4)
+    assert sorted(found) == list(range(len(batch.ids)))
+    for s in range(len(parents)):
+        way = [s]
+        while parents[way[0]] >= 0:
+            way.insert(0, parents[way[0]])
+        line = [-1 - k for k in range(virtual)] + [t for p in way for t in pieces[p].tolist()]
+        for token in pieces[s].tolist():
+            here = line.index(token)
+            want = [(t, k) for k, t in enumerate(line[: here + 1])]
+            assert all(row == want for row in found[token])
+            assert all(row == want[-3:] for row in narrow[token])
+            assert all(row == [x for x in want if x[1] // 4 == here // 4] for row in blocks[token])
+            place = int(layout.at[token])
+            if here == 0:
+                assert place == -1
+            else:
+                r, w = divmod(place, layout.source.shape[1])
+                assert token_at(layout, r, w) == line[here - 1] and int(layout.position[r, w]) == here - 1
+
+
+def test_packing_wastes_little_and_shares_prompts():
+    batch = zoo.rows()
+    packed = lay_out(batch, width=10**6)
+    assert packed.source.shape == (1, len(batch.ids))  # every token once, no padding
+    own = lay_out(batch, share=False, width=10**6)
+    assert own.source.shape[1] == len(batch.ids) + 2 * 5 + 9  # prompts of 5 and 9 tokens again for their further completions
+    padded = lay_out(batch, share=False)
+    assert len(padded.source) == len(batch.completion)
+    assert all(len(set(p[p >= 0].tolist())) == 2 for p in padded.piece)
+
+
+def test_views_ask_the_same_of_other_tokens():
+    batch = zoo.rows()
+    other = batch.view(ids=batch.ids.flip(0))
+    assert torch.equal(lay_out(batch).at, lay_out(other).at) and other.read == {}
+    assert torch.equal(replace(other, ids=batch.ids).labels, batch.labels)

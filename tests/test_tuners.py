@@ -1,0 +1,642 @@
+"""The contract that every tuner keeps. A new file in luthier/tuners is tested by being there; an exception to a contract
+stands in the method's file, with its reason. Then each method's own check, and the bridge to PEFT."""
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import fields
+from functools import lru_cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+
+from luthier.architectures.causal import Causal
+from luthier.batch import collate
+from luthier.clock import Clock
+from luthier.estimators._estimator import gradients
+from luthier.method import RecipeError, build, find, gives_of, helps, names
+from luthier.roles import Policy
+from luthier.transforms._chain import Chain
+from luthier.tuners._delta import Delta
+from luthier.tuners._peft import OnPeft
+
+torch.set_num_threads(1)
+IDS = torch.arange(3, 17).reshape(2, 7)
+SHAPE = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.15)
+SMALL = {"r": 4, "num_virtual_tokens": 3, "init_rows": 2, "n_layers": 1}  # settings that a tiny network needs small
+
+
+@lru_cache
+def _made(kind: str) -> nn.Module:
+    torch.manual_seed(0)
+    llama = dict(SHAPE, intermediate_size=64, num_key_value_heads=2, bos_token_id=1, eos_token_id=1)
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97, n_positions=64, bos_token_id=1, eos_token_id=1))
+    elif kind == "mixtral":
+        model = MixtralForCausalLM(MixtralConfig(**llama, num_local_experts=3, num_experts_per_tok=2))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**llama, tie_word_embeddings=kind == "tied"))
+    with torch.no_grad():
+        for n, p in model.named_parameters():  # biases start at zero, and zero hides mistakes
+            if n.endswith("bias"):
+                p.normal_(std=0.1)
+    return model.eval()
+
+
+def base(kind: str = "llama") -> nn.Module:
+    return copy.deepcopy(_made(kind))
+
+
+def batch():
+    rows = [{"id": i, "ids": row.tolist()} for i, row in enumerate(IDS)]
+    encode = lambda r: SimpleNamespace(prompt=r["ids"][:3], completions=[r["ids"][3:], r["ids"][2:5]], supervised=[[True] * 4, [True] * 3])
+    return collate(rows, encode)
+
+
+def logprobs(attached) -> torch.Tensor:
+    """What the product's own path says."""
+    return Causal().forward(attached.model, attached, batch()).logprobs
+
+
+def plain(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def put(name: str, model: nn.Module | None = None, **settings):
+    own = {f.name for f in fields(find("tuner", name))}
+    torch.manual_seed(1)
+    return build("tuner", {"name": name, **{k: v for k, v in SMALL.items() if k in own}, **settings}).attach(base() if model is None else model)
+
+
+def anywhere(name: str):
+    """The tuner with its defaults on the first kind of network that it does not refuse."""
+    for kind in ("llama", "gpt2", "mixtral"):
+        try:
+            return put(name, base(kind)), kind
+        except RecipeError as error:
+            refusal = error
+    raise refusal
+
+
+def train(attached, steps: int = 2, rate: float = 0.05):
+    clock = Clock(seed=3, total=steps)
+    chain = Chain([build("transform", "adam")], attached, clock, rate)
+    for clock.step in range(steps):
+        attached.before_step(clock)
+        for p in attached.parameters().values():
+            p.grad = None
+        (-logprobs(attached)).mean().backward()
+        chain.step(gradients(chain))
+        attached.after_step(clock)
+    return attached
+
+
+@contextmanager
+def exception_to(cls, contract: str):
+    """A contract that a method says not to keep must indeed not hold."""
+    if contract in cls.contract:
+        with pytest.raises((AssertionError, RecipeError)):
+            yield
+        pytest.skip(cls.contract[contract])
+    yield
+
+
+TUNERS = names("tuner")
+each = pytest.mark.parametrize("name", TUNERS)
+DELTAS = [n for n in TUNERS if issubclass(find("tuner", n), Delta)]
+
+
+# ---------------------------------------------------------------------------------------------- the contract
+
+
+@each
+@torch.no_grad()
+def test_starts_as_the_base(name):
+    attached, kind = anywhere(name)
+    untuned = SimpleNamespace(model=base(kind), virtual=0)
+    if "starts_as_base" in find("tuner", name).contract:
+        pytest.skip(find("tuner", name).contract["starts_as_base"])
+    assert torch.allclose(logprobs(attached), logprobs(untuned), atol=1e-6)
+
+
+@each
+def test_only_its_own_tensors_move(name):
+    attached, _ = anywhere(name)
+    own = {id(p) for p in attached.parameters().values()}
+    before = {n: (t, t.detach().clone()) for n, t in (*attached.model.named_parameters(), *attached.model.named_buffers()) if id(t) not in own}
+    start, was = attached.tensors(), logprobs(attached).detach()
+    train(attached)
+    assert all(torch.equal(t, kept) for t, kept in before.values())
+    assert any(not torch.equal(v, start[k]) for k, v in attached.tensors().items())
+    assert not torch.allclose(logprobs(attached), was, atol=1e-4)
+
+
+@each
+@torch.no_grad()
+def test_off_is_the_base(name):
+    attached, kind = anywhere(name)
+    if "off" not in gives_of(attached.settings):
+        with pytest.raises(RecipeError, match="cannot be switched off"), attached.off():
+            pass
+        return
+    with torch.enable_grad():
+        train(attached)
+    tuned, grads = logprobs(attached), [p.requires_grad for p in attached.parameters().values()]
+    with attached.off():
+        assert torch.equal(logprobs(attached), logprobs(SimpleNamespace(model=base(kind), virtual=0)))
+    assert torch.equal(logprobs(attached), tuned)
+    assert grads == [p.requires_grad for p in attached.parameters().values()]
+
+
+@each
+@torch.no_grad()
+def test_merged_is_the_tuned_forward_and_is_undone_exactly(name):
+    attached, _ = anywhere(name)
+    with torch.enable_grad():
+        train(attached)
+    if "merge" not in gives_of(attached.settings):
+        with pytest.raises(RecipeError, match="cannot be merged"), attached.merged():
+            pass
+        return
+    tuned, before = logprobs(attached), {n: p.clone() for n, p in attached.model.named_parameters()}
+    with attached.merged():
+        assert torch.allclose(logprobs(attached), tuned, atol=2e-5)
+    after = dict(attached.model.named_parameters())
+    assert after.keys() == before.keys() and all(torch.equal(after[n], p) for n, p in before.items())
+    assert torch.equal(logprobs(attached), tuned)
+
+
+@each
+@torch.no_grad()
+def test_saved_and_read_back(name, tmp_path):
+    attached, kind = anywhere(name)
+    with torch.enable_grad():
+        train(attached)
+    attached.save(tmp_path)
+    torch.manual_seed(99)
+    again = build("tuner", attached.settings).attach(base(kind))
+    again.load(again.read(tmp_path))
+    assert torch.allclose(logprobs(again), logprobs(attached), atol=1e-6)
+    assert all(torch.equal(v, attached.tensors()[k]) for k, v in again.tensors().items())
+
+
+@each
+@torch.no_grad()
+def test_plain_peft_and_transformers_load_it(name, tmp_path):
+    attached, kind = anywhere(name)
+    with torch.enable_grad():
+        train(attached)
+    attached.save(tmp_path)
+    if not (tmp_path / "adapter_config.json").is_file():
+        assert torch.equal(plain(type(attached.model).from_pretrained(tmp_path).eval()), plain(attached.model))
+        return
+    if attached.virtual:
+        embed = attached.model.get_input_embeddings()(IDS)
+        want = attached.model(inputs_embeds=torch.cat([attached.soft().expand(len(IDS), -1, -1), embed], 1)).logits
+        assert torch.allclose(plain(PeftModel.from_pretrained(base(kind), tmp_path).eval()), want, atol=1e-5)
+        return
+    want = plain(attached.model)
+    assert torch.allclose(plain(PeftModel.from_pretrained(base(kind), tmp_path).eval()), want, atol=1e-5)
+    assert torch.allclose(plain(PeftModel.from_pretrained(base(kind), tmp_path, low_cpu_mem_usage=True).eval()), want, atol=1e-5)
+    model = base(kind)
+    model.load_adapter(str(tmp_path))
+    assert torch.allclose(plain(model), want, atol=1e-5)
+
+
+@each
+def test_bfloat16_base(name):
+    attached, kind = anywhere(name)
+    attached = build("tuner", attached.settings).attach(base(kind).bfloat16())
+    if isinstance(attached, OnPeft):
+        assert {p.dtype for p in attached.parameters().values()} == {torch.float32}
+    start = logprobs(attached).detach()
+    train(attached)
+    assert logprobs(attached).isfinite().all() and not torch.equal(logprobs(attached), start)
+
+
+@each
+@torch.no_grad()
+def test_tensors_go_out_and_in(name):
+    attached, _ = anywhere(name)
+    start, was = attached.tensors(), logprobs(attached)
+    with torch.enable_grad():
+        train(attached)
+    tuned, now = attached.tensors(), logprobs(attached)
+    with attached.using(start):
+        assert torch.equal(logprobs(attached), was)
+    assert torch.equal(logprobs(attached), now)
+    attached.load(start)
+    assert torch.equal(logprobs(attached), was)
+    attached.load(tuned)
+    assert torch.equal(logprobs(attached), now)
+    with pytest.raises(RecipeError, match="do not fit"):
+        attached.load({k: v for k, v in list(tuned.items())[1:]})
+
+
+@each
+def test_is_documented_and_checked(name):
+    cls = find("tuner", name)
+    assert cls.__doc__ and sys.modules[cls.__module__].__doc__
+    assert all(helps(cls).get(f.name) for f in fields(cls)), [f.name for f in fields(cls) if not helps(cls).get(f.name)]
+    with pytest.raises(RecipeError, match="has no setting 'nonsense'"):
+        build("tuner", {"name": name, "nonsense": 1})
+
+
+# ---------------------------------------------------------------------------------------------- other networks and places
+
+
+@pytest.mark.parametrize("name", [*DELTAS, "lora", "peft"])
+@pytest.mark.parametrize("kind, where", [("gpt2", "all-linear"), ("mixtral", ["q_proj", "o_proj"]), ("llama", ["q_proj", "embed_tokens"])])
+@torch.no_grad()
+def test_modules_of_every_kind(name, kind, where, tmp_path):
+    """Conv1D, layers beside fused experts, embeddings: trained, merged, saved and loaded."""
+    if "embed_tokens" in where and name != "peft" and not issubclass(nn.Embedding, getattr(find("tuner", name), "kinds", nn.Embedding)):
+        pytest.skip("not for embeddings")
+    attached = put(name, base(kind), **({"config": {"target_modules": where}} if name == "peft" else {"target_modules": where}))
+    with torch.enable_grad():
+        train(attached)
+    tuned = logprobs(attached)
+    with attached.off():
+        assert torch.equal(logprobs(attached), logprobs(SimpleNamespace(model=base(kind), virtual=0)))
+    with attached.merged():
+        assert torch.allclose(logprobs(attached), tuned, atol=2e-5)
+    assert torch.equal(logprobs(attached), tuned)
+    attached.save(tmp_path)
+    assert torch.allclose(plain(PeftModel.from_pretrained(base(kind), tmp_path).eval()), plain(attached.model), atol=1e-5)
+    fresh = build("tuner", attached.settings).attach(base(kind))
+    fresh.load(fresh.read(tmp_path))
+    assert torch.equal(logprobs(fresh), tuned)
+
+
+@torch.no_grad()
+def test_fused_experts(tmp_path):
+    attached = put("lora", base("mixtral"), target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    assert any("experts" in s.name for s in attached.sites())
+    with torch.enable_grad():
+        train(attached)
+    tuned = logprobs(attached)
+    with attached.off():
+        assert torch.equal(logprobs(attached), logprobs(SimpleNamespace(model=base("mixtral"), virtual=0)))
+    before = {n: p.clone() for n, p in attached.model.named_parameters()}
+    with attached.merged():
+        assert torch.allclose(logprobs(attached), tuned, atol=2e-5)
+    assert all(torch.equal(p, before[n]) for n, p in attached.model.named_parameters())
+    attached.save(tmp_path)
+    assert torch.allclose(plain(PeftModel.from_pretrained(base("mixtral"), tmp_path).eval()), plain(attached.model), atol=1e-5)
+    with pytest.raises(RecipeError, match="'experts.down_prj' matches nothing"):
+        put("lora", base("mixtral"), target_modules=["q_proj"], target_parameters=["experts.down_prj"])
+    told = put("ssf", base("mixtral")).told
+    assert any("fused expert" in t for t in told)
+    assert not any("fused expert" in t for t in put("lora", base("mixtral")).told)
+
+
+def test_what_matches_nothing_is_refused():
+    for settings, said in [
+        ({"target_modules": ["q_prj"]}, "did you mean 'q_proj'.*q_proj 2x"),
+        ({"target_modules": ["q_proj", "v_prj"]}, "'v_prj' matches nothing; did you mean 'v_proj'"),
+        ({"target_modules": ".*no_such"}, "the model has: "),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [0, 7]}, "layers_to_transform 7"),
+        ({"modules_to_save": ["lm_hed"]}, "modules_to_save 'lm_hed' matches nothing; did you mean 'lm_head'"),
+    ]:
+        for name in ("lora", "ssf"):
+            with pytest.raises(RecipeError, match=said):
+                put(name, **settings)
+
+
+@pytest.mark.parametrize("name", ["lora", "ssf"])
+def test_tied_embeddings_do_not_part_in_silence(name):
+    put(name, base("tied"))
+    for settings in ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "lm_head"]}):
+        with pytest.raises(RecipeError, match="shares its weight with"):
+            put(name, base("tied"), **settings)
+
+
+@pytest.mark.parametrize("name", ["lora", "ssf"])
+@torch.no_grad()
+def test_where(name, tmp_path):
+    """Layers, exclusions, and further modules trained whole."""
+    attached = put(name, target_modules=["q_proj", "v_proj"], exclude_modules=["v_proj"], layers_to_transform=[1], modules_to_save=["lm_head"])
+    assert [s.name for s in attached.sites()] == ["model.layers.1.self_attn.q_proj", "lm_head.modules_to_save.default"]
+    with torch.enable_grad():
+        train(attached)
+    with attached.off():
+        assert torch.equal(logprobs(attached), logprobs(SimpleNamespace(model=base(), virtual=0)))
+    attached.save(tmp_path)
+    assert torch.allclose(plain(PeftModel.from_pretrained(base(), tmp_path).eval()), plain(attached.model), atol=1e-5)
+    again = build("tuner", attached.settings).attach(base())
+    again.load(again.read(tmp_path))
+    assert torch.equal(logprobs(again), logprobs(attached))
+
+
+# ---------------------------------------------------------------------------------------------- each method's own check
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "orthogonal", "gaussian"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@torch.no_grad()
+def test_lora_starts(start, kind, tmp_path):
+    attached = put("lora", base(kind), init_lora_weights=start, lora_dropout=0.1)
+    untuned = logprobs(SimpleNamespace(model=base(kind), virtual=0))
+    assert torch.allclose(logprobs(attached), untuned, atol=2e-6)
+    if start == "pissa" and kind == "llama":  # B A is the best rank-r part of the base weight, which itself is untouched
+        layer = attached.layers["model.layers.0.self_attn.q_proj"]
+        W = base().model.layers[0].self_attn.q_proj.weight
+        U, S, Vh = torch.linalg.svd(W)
+        assert torch.allclose(layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight, (U[:, :4] * S[:4]) @ Vh[:4], atol=1e-5)
+        assert torch.equal(layer.get_base_layer().weight, W)
+    with torch.enable_grad():
+        train(attached)
+    with attached.off():
+        assert torch.equal(logprobs(attached), untuned)
+    tuned = logprobs(attached)
+    with attached.merged():
+        assert torch.allclose(logprobs(attached), tuned, atol=2e-5)
+    attached.save(tmp_path)
+    assert torch.allclose(plain(PeftModel.from_pretrained(base(kind), tmp_path).eval()), plain(attached.model), atol=1e-5)
+    again = build("tuner", attached.settings).attach(base(kind))
+    again.load(again.read(tmp_path))
+    assert torch.equal(logprobs(again), tuned)
+
+
+def test_lora_settings():
+    for settings, said in [
+        ({"init_lora_weights": "eva"}, "wants the inputs of every layer"),
+        ({"init_lora_weights": "pisa"}, "is unknown"),
+        ({"init_lora_weights": "pissa", "use_dora": True}, "does not go with"),
+        ({"bias": "some"}, "bias"),
+    ]:
+        with pytest.raises(RecipeError, match=said):
+            build("tuner", {"name": "lora", **settings})
+    assert "low-rank" in gives_of(build("tuner", "lora")) and "low-rank" not in gives_of(build("tuner", {"name": "lora", "use_dora": True}))
+    layer = put("lora", r=4, lora_alpha=8, use_rslora=True).layers["model.layers.0.mlp.up_proj"]
+    assert layer.scaling["default"] == 4
+
+
+@torch.no_grad()
+def test_lora_with_biases_is_switched_off_exactly(tmp_path):
+    attached = put("lora", base("gpt2"), bias="all")
+    with torch.enable_grad():
+        train(attached)
+    assert any(k.endswith("bias") for k in attached.parameters())
+    with attached.off():
+        assert torch.equal(logprobs(attached), logprobs(SimpleNamespace(model=base("gpt2"), virtual=0)))
+    attached.save(tmp_path)
+    assert torch.allclose(plain(PeftModel.from_pretrained(base("gpt2"), tmp_path).eval()), plain(attached.model), atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_adapter_of_another_scale_is_refused(tmp_path):
+    put("lora", lora_alpha=8).save(tmp_path)
+    with pytest.raises(RecipeError, match="lora_alpha=8, and this recipe says lora_alpha=16"):
+        put("lora").read(tmp_path)
+    with pytest.raises(RecipeError, match="does not fit"):
+        put("lora", lora_alpha=8, target_modules=["q_proj"]).read(tmp_path)
+
+
+@pytest.mark.parametrize("kind, settings", [("vera", {"r": 8}), ("ia3", {}), ("loha", {"r": 4}), ("boft", {"boft_block_size": 4}), ("hra", {"r": 4})])
+@torch.no_grad()
+def test_any_peft_type(kind, settings, tmp_path):
+    attached = put("peft", type=kind, config={**settings, "target_modules": ["q_proj", "v_proj"]})
+    with torch.enable_grad():
+        train(attached)
+    tuned = logprobs(attached)
+    with attached.off():
+        assert torch.equal(logprobs(attached), logprobs(SimpleNamespace(model=base(), virtual=0)))
+    with attached.merged():
+        assert torch.allclose(logprobs(attached), tuned, atol=2e-5)
+    assert torch.equal(logprobs(attached), tuned)
+    attached.save(tmp_path)
+    again = build("tuner", attached.settings).attach(base())
+    again.load(again.read(tmp_path))
+    assert torch.allclose(logprobs(again), tuned, atol=1e-6)
+
+
+def test_peft_refusals():
+    for spec, said in [
+        ({"type": "verra"}, "did you mean 'vera'"),
+        ({"type": "vera", "config": {"rr": 3, "target_module": ["x"]}}, "has no setting"),
+        ({"type": "prefix_tuning"}, "use tuner 'prompt'"),
+        ({"type": "prompt_tuning"}, "use tuner 'prompt'"),
+        ({"type": "adalora"}, "rank allocator"),
+        ({"type": "lora", "config": {"init_lora_weights": "pissa"}}, "use tuner 'lora'"),
+        ({"type": "luthier_ssf"}, "tuner: ssf"),
+    ]:
+        with pytest.raises(RecipeError, match=said):
+            build("tuner", {"name": "peft", **spec})
+
+
+@torch.no_grad()
+def test_ssf_folds_into_weight_and_bias():
+    attached = put("ssf", base("gpt2"), target_modules=["c_fc", "ln_1"])
+    assert sum(p.numel() for p in attached.parameters().values()) == 2 * 2 * (128 + 32)  # two per channel of every module
+    for p in attached.parameters().values():
+        p.add_(torch.randn(p.shape) * 0.2)
+    tuned, p = logprobs(attached), attached.tensors()
+    with attached.merged() as model:
+        assert torch.allclose(logprobs(attached), tuned, atol=2e-5)
+        start = base("gpt2").transformer.h[0]
+        scale, shift = p["transformer.h.0.mlp.c_fc.scale"], p["transformer.h.0.mlp.c_fc.shift"]
+        folded = model.transformer.h[0].mlp.c_fc.get_base_layer()
+        assert torch.allclose(folded.weight, start.mlp.c_fc.weight * scale) and torch.allclose(folded.bias, start.mlp.c_fc.bias * scale + shift)
+    with pytest.raises(RecipeError, match="cannot sit on a LlamaRMSNorm"):
+        put("ssf", target_modules=["input_layernorm"])
+
+
+def test_ssf_solves_a_shifted_features_task():
+    """Features of a frozen classifier arrive scaled and shifted; its head alone cannot undo that as well."""
+    torch.manual_seed(0)
+    x = torch.randn(256, 4)
+    net = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+    net[2].weight.data *= 5
+    label = net(x).argmax(1)
+    seen = (x - 0.7) / torch.tensor([0.2, 3.0, 1.0, 0.5])
+    method = build("tuner", "ssf")
+    p = {k: nn.Parameter(v) for k, v in method.init(torch.eye(4)).items()}
+    optimizer = torch.optim.Adam(p.values(), 0.1)
+    for _ in range(400):
+        loss = nn.functional.cross_entropy(net(method.forward(seen, seen, SimpleNamespace(**p), None)), label)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (net(method.forward(seen, seen, SimpleNamespace(**p), None)).argmax(1) == label).float().mean() > 0.95
+
+
+def as_roles(attached):
+    return SimpleNamespace(policy=Policy(Causal(), attached.model, attached), batch=lambda rows: batch())
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_lora_sb_starts_as_the_first_full_step(kind):
+    attached = put("lora_sb", base(kind), r=4, first_step=1e-2)
+    before = {n: p.clone() for n, p in attached.model.named_parameters()}
+    attached.initialize([{}], as_roles(attached))
+    full = base(kind)
+    Causal().forward(full, SimpleNamespace(virtual=0), batch()).logprobs.mean().neg().backward()
+    for name, layer in attached.layers.items():
+        p = layer.tensors("default")
+        grad = full.get_submodule(name).weight.grad
+        grad = grad.T if kind == "gpt2" else grad
+        U, S, Vh = torch.linalg.svd(-1e-2 * grad.sign())
+        assert torch.allclose(p.B @ p.R @ p.A, (U[:, :4] * S[:4]) @ Vh[:4], atol=1e-4)
+        assert torch.allclose(p.B.T @ p.B, torch.eye(4), atol=1e-5) and torch.allclose(p.A @ p.A.T, torch.eye(4), atol=1e-5)
+        assert p.R.shape == (4, 4) and p.R.requires_grad and not p.A.requires_grad
+        W = layer.get_base_layer().weight.detach().clone().requires_grad_(True)
+        assert not layer.get_base_layer().weight.requires_grad
+        Wo = W.T if kind == "gpt2" else W
+        x = torch.randn(5, Wo.shape[1])
+        out = torch.nn.functional.linear(x, attached.settings.weight(Wo, p)).square().sum()
+        gR, gW = torch.autograd.grad(out, [p.R, W])
+        gW = gW.T if kind == "gpt2" else gW
+        assert torch.allclose(gR, p.B.T @ gW @ p.A.T, rtol=1e-4, atol=1e-4)
+    names_ = {id(p) for p in attached.parameters().values()}
+    assert all(torch.equal(p, before[n]) for n, p in attached.model.named_parameters() if id(p) not in names_)
+    assert logprobs(attached).mean() > Causal().forward(full, SimpleNamespace(virtual=0), batch()).logprobs.mean()
+
+
+def test_lora_sb_with_all_directions_is_full_tuning():
+    """For a square W and r its side, one SGD step on R is the SGD step on W."""
+    method = build("tuner", {"name": "lora_sb", "r": 8})
+    torch.manual_seed(0)
+    W, x, target = torch.randn(8, 8), torch.randn(5, 8), torch.randn(5, 8)
+    loss = lambda w: (x @ w.T - target).square().mean()
+    grad = torch.autograd.functional.jacobian(loss, W)
+    p = {k: v[1] if isinstance(v, tuple) else v for k, v in method.init(W).items()} | method.start(W, grad)
+    R = p.pop("R").clone().requires_grad_(True)
+    start = method.weight(W, SimpleNamespace(R=R, **p))
+    loss(start).backward()
+    stepped = method.weight(W, SimpleNamespace(R=R - 0.1 * R.grad, **p))
+    at = start.detach().requires_grad_(True)
+    assert torch.allclose(stepped, at - 0.1 * torch.autograd.grad(loss(at), at)[0], atol=1e-4)
+
+
+@torch.no_grad()
+def test_lora_sb_exports_exactly(tmp_path):
+    attached = put("lora_sb")
+    with torch.enable_grad():
+        attached.initialize([{}], as_roles(attached))
+        train(attached)
+    assert attached.export_lora(tmp_path) == 0.0
+    assert torch.allclose(plain(PeftModel.from_pretrained(base(), tmp_path).eval()), plain(attached.model), atol=1e-5)
+
+
+def test_lisa_moves_what_it_says():
+    attached = put("lisa", n_layers=1, interval=3)
+    clock = Clock(seed=2, total=18)
+    chain = Chain([build("transform", "adam")], attached, clock, 0.01)
+    seen = []
+    for clock.step in range(18):
+        before = attached.tensors()
+        attached.before_step(clock)
+        (-logprobs(attached)).mean().backward()
+        chain.step(gradients(chain))
+        for p in attached.parameters().values():
+            p.grad = None
+        moved = {k for k, v in attached.tensors().items() if not torch.equal(v, before[k])}
+        layers = {k.split(".")[2] for k in moved if ".layers." in k}
+        assert len(layers) == 1 and {"model.embed_tokens.weight.weight", "lm_head.weight.weight", "model.norm.weight.weight"} <= moved
+        assert {n.split(".")[2] for n in chain.state if ".layers." in n} == layers  # the optimizer forgets frozen layers
+        seen.append(layers.pop())
+    assert all(len(set(seen[i : i + 3])) == 1 for i in range(0, 18, 3)) and len(set(seen)) == 2
+
+
+def test_lisa_draws_evenly_and_forgets_nothing_when_all_move():
+    attached = put("lisa", base(), n_layers=1, interval=1)
+    counts = torch.zeros(2)
+    for step in range(500):
+        attached.before_step(Clock(seed=0, step=step))
+        live = {k.split(".")[2] for s in attached.sites() for k in [s.name] if ".layers." in k}
+        counts[int(live.pop())] += 1
+    assert abs(counts[0] / 500 - 0.5) < 3 * (0.25 / 500) ** 0.5
+    one, two = train(put("lisa", n_layers=2, interval=1), 4), train(put("full"), 4)
+    assert all(torch.allclose(v, two.tensors()[k], atol=1e-6) for k, v in one.tensors().items())
+
+
+def test_bitfit():
+    with pytest.raises(RecipeError, match="has no biases"):
+        put("bitfit")
+    assert all("norm" in k for k in put("bitfit", also=["norms"]).parameters())
+    assert all(k.removesuffix(".weight").endswith("bias") for k in put("bitfit", base("gpt2")).parameters())
+    with pytest.raises(RecipeError, match="shares its weight"):
+        put("bitfit", base("gpt2"), also=["head"])
+
+
+def test_prompt_starts(tiny):
+    model = LlamaForCausalLM.from_pretrained(tiny)
+    table = model.get_input_embeddings().weight.detach()
+    text = put("prompt", copy.deepcopy(model), prompt_tuning_init="text", prompt_tuning_init_text="ab", num_virtual_tokens=3)
+    soft = text.soft().detach()
+    assert torch.equal(soft[0], soft[2]) and (table == soft[1]).all(1).any()
+    drawn = put("prompt", model, num_virtual_tokens=5).soft().detach()
+    assert all((table == v).all(1).any() for v in drawn) and len(drawn.unique(dim=0)) == 5
+    with pytest.raises(RecipeError, match="goes with"):
+        build("tuner", {"name": "prompt", "prompt_tuning_init": "text"})
+
+
+# ---------------------------------------------------------------------------------------------- the bridge
+
+
+@torch.no_grad()
+def test_export_merged_is_a_plain_model(tmp_path):
+    for name, kind in (("lora", "llama"), ("ssf", "gpt2"), ("lora", "gpt2")):
+        attached = put(name, base(kind))
+        with torch.enable_grad():
+            train(attached)
+        attached.export_merged(tmp_path / f"{name}-{kind}")
+        assert torch.allclose(plain(type(attached.model).from_pretrained(tmp_path / f"{name}-{kind}").eval()), plain(attached.model), atol=2e-5)
+    with pytest.raises(RecipeError, match="has no place"):
+        train_free = put("ssf")
+        train_free.export_merged(tmp_path / "refused")
+
+
+@torch.no_grad()
+def test_export_lora_of_any_weight_change(tmp_path):
+    attached = put("peft", type="loha", config={"r": 2, "target_modules": ["q_proj"], "init_weights": False})
+    with pytest.raises(RecipeError, match="more than the weight"):
+        put("ssf").export_lora(tmp_path)
+    assert attached.settings.type == "loha"
+
+
+def run_fresh(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+LOAD = """
+import torch; torch.set_num_threads(1)
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base!r}), {adapter!r}).eval()
+torch.save(model(torch.arange(3, 17).reshape(2, 7)).logits.detach(), {out!r})
+"""
+
+
+@pytest.mark.parametrize("first", ["import luthier; import peft", "import peft; import luthier"])
+def test_a_fresh_process_loads_our_type_after_import_luthier(first, tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    attached = train(put("ssf"))
+    attached.save(tmp_path / "adapter")
+    run_fresh(first + LOAD.format(base=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), out=str(tmp_path / "out")))
+    assert torch.allclose(torch.load(tmp_path / "out"), plain(attached.model), atol=1e-5)
+
+
+def test_a_fresh_process_loads_the_export_without_luthier(tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    attached = train(put("lora_sb"))
+    attached.export_lora(tmp_path / "adapter")
+    load = LOAD.format(base=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), out=str(tmp_path / "out"))
+    run_fresh(load + "import sys; assert not any(m.startswith('luthier') for m in sys.modules)")
+    assert torch.allclose(torch.load(tmp_path / "out"), plain(attached.model), atol=1e-5)
+
+
+def test_import_luthier_imports_nothing_heavy():
+    said = run_fresh("import time, sys; t = time.time(); import luthier; print(time.time() - t, 'torch' in sys.modules, 'peft' in sys.modules)")
+    seconds, torch_there, peft_there = said.split()
+    assert (torch_there, peft_there) == ("False", "False") and float(seconds) < 0.3
