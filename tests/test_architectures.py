@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,28 @@ def test_the_guard_sees_what_packing_would_break(name, monkeypatch):
     policy = Policy(CAUSAL, model, Untuned(model))
     guards.same_as_plain(policy, zoo.rows(), told.append)
     assert not policy.architecture.packing and told
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral"])
+def test_half_precision_does_not_alarm_the_guard(name):
+    model, told = zoo.make(name).to(torch.bfloat16), []
+    guards.same_as_plain(Policy(CAUSAL, model, Untuned(model)), zoo.rows(), told.append)
+    assert not told
+
+
+@pytest.mark.parametrize("where", [["q_proj", "v_proj"], ["q_proj", "lm_head"], ["embed_tokens", "lm_head"]])
+def test_adapters_wherever_they_sit(where):
+    peft = pytest.importorskip("peft")
+    model = zoo.make("llama")
+    peft.inject_adapter_in_model(peft.LoraConfig(target_modules=where, init_lora_weights=False, r=2), model)
+    model.eval()
+    moved, grads = [p for p in model.parameters() if p.requires_grad], []
+    assert len(moved) >= 4
+    for values in (CAUSAL.plain(model, Untuned(model), zoo.rows()), CAUSAL.forward(model, Untuned(model), zoo.rows()).logprobs):
+        grads.append((values, *torch.autograd.grad(values.sum(), moved)))
+    for got, want in zip(*grads, strict=True):
+        assert (got - want).abs().max() <= 1e-4 * max(1.0, float(want.abs().max()))
+    assert CAUSAL.forward(model, Untuned(model), zoo.rows()).head.linear == ("lm_head" not in where)
 
 
 def test_an_unknown_head_falls_back_to_the_networks_own():
@@ -211,6 +234,30 @@ def test_soft_prompts_are_read_before_writing(name):
                 assert int(model(inputs_embeds=embed, use_cache=False).logits[0, -1].argmax()) == token
 
 
+SLOW = {"mamba", "recurrent_gemma", "lfm2", "roberta_decoder", "bart_decoder"}
+
+
+@pytest.mark.parametrize("name", WRITERS + ["roberta_decoder", "bart_decoder"])
+def test_a_cache_is_used_where_it_writes_the_same_and_told_where_not(name):
+    more = {
+        "roberta_decoder": (
+            t.RobertaForCausalLM,
+            t.RobertaConfig(**zoo.BERT | {"is_decoder": True}),
+        ),  # positions begin behind the padding id
+        "bart_decoder": (t.BartForCausalLM, t.BartConfig(**BART)),  # positions are counted from the left edge
+    }
+    torch.manual_seed(0)
+    model = more[name][0](more[name][1]).eval() if name in more else zoo.make(name)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        got = CAUSAL.generate(model, Untuned(model), PROMPTS, seeds=[0] * 4, max_new_tokens=5, temperature=0.0)
+    assert any("with a cache" in str(w.message) for w in told) == (name in SLOW)
+    for prompt, (written,) in zip(PROMPTS, got, strict=True):
+        for k, token in enumerate(written):
+            logits = model(input_ids=torch.tensor([prompt + written[:k]]), use_cache=False).logits[0, -1]
+            assert logits.max() - logits[token] < 1e-4
+
+
 def test_writing_ends_where_positions_end():
     model = zoo.make("gpt2")
     written = CAUSAL.generate(model, Untuned(model), [zoo.tokens(60, 1), [5]], seeds=[0, 0], max_new_tokens=9, temperature=0.0)
@@ -234,6 +281,8 @@ def test_sampling_draws_from_the_distribution():
     assert (drawn(top_k=2) - two / two.sum()).abs().max() < 0.012
     assert (drawn(top_p=float(p[0]) + 0.01) - two / two.sum()).abs().max() < 0.012  # the token that reaches top_p belongs to it
     assert drawn(top_p=0.1)[0] == 1.0
+    between = float(p[0] + p[0] / two.sum()) / 2  # top_p is a share of what top_k leaves
+    assert drawn(top_k=2, top_p=between)[0] == 1.0
     assert (drawn(top_k=99) - p).abs().max() < 0.012
 
 
@@ -344,6 +393,10 @@ def test_masked_lm_reads_right(name):
         want = arch.plain(model, attached, hidden)
         for a in (arch, arch.simpler()):
             torch.testing.assert_close(a.forward(model, attached, hidden).logprobs, want, atol=1e-5, rtol=1e-5)
+    deep = zoo.deep()  # both directions: what continues a completion is not part of its row
+    torch.testing.assert_close(
+        arch.forward(model, Untuned(model), deep).logprobs, arch.plain(model, Untuned(model), deep), atol=1e-5, rtol=1e-5
+    )
     told = []
     guards.same_as_plain(Policy(arch, model, Untuned(model)), hidden, told.append)
     assert not told

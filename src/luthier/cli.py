@@ -186,8 +186,9 @@ def asked(words: list[str] | None, **options: str | None) -> tuple[Path | None, 
     if len(files) > 1:
         raise RecipeError(f"one recipe at a time, not {' and '.join(files)} (changes are written key=value)")
     plain = ("model", "data", "output_dir")  # taken as they are; the others may be YAML such as "{name: lora, r: 16}"
-    changes = [w for w in words or () if w not in files]
-    changes += [f"{k}={json.dumps(v) if k in plain else v}" for k, v in options.items() if v is not None]
+    changes = [f"{k}={json.dumps(v) if k in plain else v}" for k, v in options.items() if v is not None]
+    changes += [w for w in words or () if w not in files]
+    changes.sort(key=lambda change: change.partition("=")[0].count("."))  # tuner=lora must not undo tuner.r=16
     if not files:
         return None, changes
     path = Path(files[0])

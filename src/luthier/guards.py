@@ -59,12 +59,17 @@ def gradient_arrives(attached: Any, may_be_zero: bool) -> None:
         )
 
 
+def tolerance(model: nn.Module) -> float:
+    """How far log-probabilities of two right ways of reading lie apart on average, by rounding: in the network's precision."""
+    return {torch.float32: 2e-4, torch.float16: 0.02}.get(next(model.parameters()).dtype, 0.1)
+
+
 def same_as_plain(policy: Any, batch: Batch, tell: Callable[[str], None]) -> None:
     """Compare the fast layout and kernels with the model's own forward on a few rows; fall back loudly where they differ.
 
     The layout is tried crowded: all sequences side by side, as they come to stand in a large batch.
     """
-    usual = {torch.float32: 2e-4, torch.float16: 0.02}.get(next(policy.model.parameters()).dtype, 0.1)
+    usual = tolerance(policy.model)
     with torch.no_grad(), resting(policy.model), policy.playing():
         want = policy.architecture.plain(policy.model, policy.attached, batch).float()
         while True:

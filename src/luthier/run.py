@@ -212,6 +212,8 @@ def _run(recipe: Recipe, parts: Parts, data: Data, folder: Path, watch: Any, acc
     if main:
         store.write_json(folder / "shown.json", rendered(roles, rows))
 
+    for sentence in roles.tuner.told:
+        watch.tell(sentence)
     moving = guards.something_moves(roles.tuner)
     guards.fits_in_memory(roles.tuner, watch.tell, roles.device)
     if rows and rows[0].get("completions"):
@@ -258,7 +260,8 @@ def _run(recipe: Recipe, parts: Parts, data: Data, folder: Path, watch: Any, acc
     logged = store.read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
     report.losses = [line["loss"] for line in logged if "loss" in line]
     report.stats = {
-        **stats, **moving, **asdict(fit.totals), "steps": clock.total, "data_rows": len(rows), "turns": bool(rows) and isinstance(rows[0]["prompt"], list), "bad_rows": len(data.bad), "held_out_rows": len(held_out),
+        **stats, **moving, **asdict(fit.totals), "steps": clock.total, "data_rows": len(rows), "bad_rows": len(data.bad),
+        "held_out_rows": len(held_out), "turns": bool(rows) and isinstance(rows[0]["prompt"], list),
         "measured_on": "held-out rows" if held_out else "training rows", "tokens_per_second": fit.totals.tokens / max(fit.totals.seconds, 1e-9),
         "peak_memory_mb": _peak_memory(), "device": str(roles.device), "dtype": str(next(roles.policy.model.parameters()).dtype).removeprefix("torch."),
     }  # fmt: skip
@@ -378,7 +381,8 @@ def _clear(folder: Path) -> None:
 
     for path in store.checkpoints(folder):
         shutil.rmtree(path)
-    for name in ("run.json", "report.json", "before.json", "rows.jsonl", "metrics.jsonl", "quarantine.jsonl", "forgetting.jsonl"):
+    for name in ("run.json", "report.json", "before.json", "rows.jsonl", "metrics.jsonl", "quarantine.jsonl", "forgetting.jsonl",
+                 "shown.json", "samples-before.jsonl", "samples-after.jsonl", "report.html"):  # fmt: skip
         (folder / name).unlink(missing_ok=True)
 
 

@@ -15,6 +15,7 @@ from luthier.evaluators._evaluator import Evaluator
 from luthier.method import RecipeError, build, meant
 from luthier.recipe import Recipe
 from luthier.rehearsal import Parts, detect, parts
+from luthier.report.console import visible
 from luthier.roles import Roles
 from luthier.run import Report, assemble, load_data, take_parts
 from luthier.tuners._tuner import Untuned
@@ -155,7 +156,7 @@ def chat(name: str, prompt: str | None = None, *, ask: Callable[[str], str] = in
     """Answer one prompt, or talk until the other side has nothing more to say (an empty end of input, or /quit)."""
     loaded = load(name)
     if prompt is not None:
-        say(loaded.ask(prompt, **how).strip())
+        say(visible(loaded.ask(prompt, **how).strip()))
         return
     for note in loaded.notes:
         say(f"· {note}")
@@ -174,7 +175,7 @@ def chat(name: str, prompt: str | None = None, *, ask: Callable[[str], str] = in
         elif text:
             answer = loaded.ask(text, turns, **how).strip()
             turns += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
-            say(answer)
+            say(visible(answer))
 
 
 # ---------------------------------------------------------------------------------------------- inspect

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier.architectures._generate import Cached, Rereading, generate
+from luthier.architectures._generate import decoder_writer, generate
 from luthier.architectures._language_model import LanguageModel, path, picked, soft_first
 from luthier.architectures._outputs import Outputs
 from luthier.batch import Batch
@@ -77,8 +77,10 @@ class Causal(LanguageModel):
     def check(self, model: nn.Module) -> None:
         """Refuse to pack for a network that cannot keep sequences apart."""
         config, name = model.config.get_text_config(), type(model).__name__
-        if recurrent(model):
-            raise ValueError(f"{name} has recurrent layers, which read on from one sequence into the next")
+        odd = {*(getattr(config, "layer_types", None) or ())} - ATTENTION
+        if model._is_stateful or odd:
+            kinds = ", ".join(sorted(odd)) or "recurrent"
+            raise ValueError(f"{name} has layers ({kinds}) that read on from one sequence into the next, whatever the mask says")
         if "position_ids" not in inspect.signature(model.forward).parameters:
             raise ValueError(f"{name} cannot be told positions")
         if "local" in (getattr(config, "attention_layers", None) or ()):
@@ -125,11 +127,6 @@ class Causal(LanguageModel):
     # ------------------------------------------------------------------------------------------ writing
 
     def generate(self, model: nn.Module, attached, prompts: list[list[int]], **how: Any) -> list[list[list[int]]]:
-        cached = not recurrent(model) and "past_key_values" in inspect.signature(model.forward).parameters
         most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        return generate((Cached if cached else Rereading)(model, attached), prompts, limit=most and most - attached.virtual, **how)
-
-
-def recurrent(model: nn.Module) -> bool:
-    """Does the network have layers (state space, convolution) that carry a state from token to token?"""
-    return model._is_stateful or bool({*(getattr(model.config.get_text_config(), "layer_types", None) or ())} - ATTENTION)
+        limit = most and most - attached.virtual
+        return generate(decoder_writer(model, attached), prompts, limit=limit, **how)

@@ -67,8 +67,9 @@ class MaskedLM(LanguageModel):
         inputs = soft_first(model, attached, *pad([batch.ids[p] for p in places]))
         width = inputs["attention_mask"].shape[1]
         at = torch.full_like(batch.ids, -1)
-        for r, p in enumerate(places):
-            at[p] = r * width + attached.virtual + torch.arange(len(p), device=at.device)
+        for r, (s, p) in enumerate(zip(batch.completion.tolist(), places, strict=True)):  # a completion ends its row
+            first = r * width + attached.virtual + len(p) - len(pieces[s])
+            at[pieces[s]] = first + torch.arange(len(pieces[s]), device=at.device)
         at = at[batch.supervised]
         return self.answer(model, inputs, at, batch.labels[batch.supervised])
 

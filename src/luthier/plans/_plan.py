@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-from luthier.method import family
+from luthier.method import RecipeError, family
 
 
 @family
@@ -18,6 +18,15 @@ class Plan:
     def recipes(self, recipe: Any) -> Generator[Any, Any, Any]:
         """recipe: without its plan. May return the report that stands for the whole; else it is the last one."""
         raise NotImplementedError
+
+
+def measured(report: Any, metric: str) -> float:
+    """A number at the end of a run. Raises RecipeError where nothing measured it."""
+    try:
+        return float(report.after[metric])  # a blank report says 0 to everything
+    except KeyError:
+        has = ", ".join(sorted(report.after)) or "nothing"
+        raise RecipeError(f"this plan decides by '{metric}', and the run in {report.folder} measured {has}: see `evaluate`") from None
 
 
 def better(report: Any, best: Any, metric: str) -> bool:

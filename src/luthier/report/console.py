@@ -57,7 +57,7 @@ class Console(Quiet):
 
     def say(self, text: str = "", style: str = "") -> None:
         """Text as it is: user text must not be read as markup, and at a pipe no line is broken."""
-        self.screen.print(text, style=style, markup=False, soft_wrap=not self.screen.is_terminal)
+        self.screen.print(visible(text), style=style, markup=False, soft_wrap=not self.screen.is_terminal)
 
     def tell(self, sentence: str) -> None:
         super().tell(sentence)
@@ -83,8 +83,7 @@ class Console(Quiet):
 
         from luthier.report import MARKS
 
-        if len(text) > limit:
-            text = cut(text, limit)
+        text = visible(cut(text, limit))
         if not self.screen.is_terminal:
             self.say("  " + text.replace(MARKS[0], "⟦").replace(MARKS[1], "⟧").replace("\n", "\n  "))
             return
@@ -172,7 +171,7 @@ class Console(Quiet):
             return
         table = self._grid("asked", "before", "after", "expected")
         for one in said[:few]:
-            cells = [Text(cut(one[k] or "", 240)) for k in ("prompt", "before", "after", "expected")]
+            cells = [Text(visible(cut((one[k] or "").strip(), 240))) for k in ("prompt", "before", "after", "expected")]
             for cell, score in ((cells[1], one["score_before"]), (cells[2], one["score_after"])):
                 cell.stylize("" if score is None else "green" if score > 0 else "red")
             table.add_row(*cells)
@@ -186,7 +185,7 @@ class Console(Quiet):
 
         table = self._grid("", "before", "after", "change", right=("before", "after", "change"))
         for line in lines(report):
-            table.add_row(Text(line.label), line.before, line.after, Text(line.change, COLOUR[line.better]))
+            table.add_row(Text(visible(line.label)), line.before, line.after, Text(line.change, COLOUR[line.better]))
         if table.row_count:
             self.screen.print(table)
 
@@ -212,7 +211,7 @@ class Console(Quiet):
             return
         table = self._grid(*columns)
         for one in found:
-            table.add_row(*(Text(plain(one[c])) for c in columns))
+            table.add_row(*(Text(visible(plain(one[c]))) for c in columns))
         self.screen.print(table)
 
     def _grid(self, *columns: str, right: Sequence[str] = ()) -> Any:
@@ -226,6 +225,14 @@ class Console(Quiet):
 
 
 COLOUR = {True: "green", False: "red", None: "default"}
+
+
+CONTROLS = {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\n\t"} | {0x7F: "␡", **{c: "�" for c in range(0x80, 0xA0)}}
+
+
+def visible(text: str) -> str:
+    """Text that models and rows may have written: its control characters must not reach the terminal."""
+    return text.translate(CONTROLS)
 
 
 def cut(text: str, limit: int) -> str:

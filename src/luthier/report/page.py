@@ -17,7 +17,7 @@ from typing import Any
 
 from luthier.report import MARKS
 from luthier.report.chart import chart, smoothed, thinned
-from luthier.report.console import cut
+from luthier.report.console import cut, visible
 from luthier.report.numbers import Line, answers, cost, duration, headline, lines, number
 
 OWN = ("step", "loss", "learning_rate", "tokens", "seconds")  # of a log line; whatever else stands there gets a small chart
@@ -168,7 +168,7 @@ def _answers(said: Sequence[dict]) -> str:
     judged = [a for a in said if a["score_before"] is not None and a["score_after"] is not None]
     won = sum(a["score_after"] > a["score_before"] for a in judged)
     lost = sum(a["score_after"] < a["score_before"] for a in judged)
-    note = f"{min(FEW, len(said))} of {len(said)} held-out prompts, the first ones"
+    note = f"The first {FEW} of {len(said)} prompts" if len(said) > FEW else f"{len(said)} prompts"
     note += f"; of all, {won} became better, {lost} worse, {len(judged) - won - lost} stayed." if judged else "."
     return section("Answers", "".join(_answer(a) for a in said[:FEW]), note=note)
 
@@ -191,7 +191,7 @@ def _score(score: float) -> str:
 
 
 def _text(text: str) -> str:
-    return f"<pre>{escape(cut(str(text), 2000)) or '<i>nothing</i>'}</pre>"
+    return f"<pre>{escape(visible(cut(str(text), 2000))) or '<i>nothing</i>'}</pre>"
 
 
 def _rows(folder: Path, stats: Mapping) -> str:
@@ -214,7 +214,7 @@ def _rows(folder: Path, stats: Mapping) -> str:
 
 def marked(text: str) -> str:
     """A rendered row, what is learned in <mark>."""
-    safe = escape(cut(text, 4000))
+    safe = escape(visible(cut(text, 4000)))
     opened = safe.count(MARKS[0]) - safe.count(MARKS[1])  # a cut may have taken a mark's other half
     return safe.replace(MARKS[0], "<mark>").replace(MARKS[1], "</mark>") + "</mark>" * max(0, opened)
 
@@ -280,7 +280,7 @@ thead th{color:var(--soft);font-weight:500;font-size:.82rem}
 td:last-child{white-space:nowrap;padding-right:0}
 .good{color:var(--good)}.bad{color:var(--bad)}
 pre{margin:0;font:.84rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;white-space:pre-wrap;overflow-wrap:anywhere}
-section>pre,details pre{background:var(--card);border-radius:8px;padding:.7rem .8rem}
+section>pre,details pre{background:var(--card);border-radius:8px;padding:.7rem .8rem;margin-bottom:.8rem}
 details{margin-top:.8rem}summary{cursor:pointer;color:var(--wood);margin-bottom:.5rem}
 article{background:var(--card);border-radius:8px;padding:.7rem .8rem;margin-top:.7rem;break-inside:avoid}
 .sides{display:grid;grid-template-columns:repeat(auto-fit,minmax(13rem,1fr));gap:.8rem;margin-top:.6rem;

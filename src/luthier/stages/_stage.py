@@ -33,7 +33,9 @@ class Stage:
 
     def usable(self, rows: Sequence[dict], roles: Any) -> list[dict]:
         """The rows as the network will read them: long texts in pieces, without those that cannot be read."""
-        kept, bad, _ = roles.policy.architecture.encode_all(list(rows), roles.renderer)
+        answered = [row for row in rows if row.get("completions")]
+        self.left(roles, len(rows) - len(answered), len(rows), "they have no completion")
+        kept, bad, _ = roles.policy.architecture.encode_all(answered, roles.renderer)
         self.left(roles, len(bad), len(rows), bad[0]["reason"] if bad else "")
         return kept
 

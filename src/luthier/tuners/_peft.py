@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field, fields, make_dataclass
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +36,7 @@ from luthier.tuners._tuner import Attached, Site
 
 ADAPTER = "default"
 INITIAL = "luthier_initial"  # a frozen second adapter: minus what the first one starts with
+SIDEWAYS = (Conv1D, nn.Embedding)  # modules that keep their weight as [in, out]
 _made: dict[type, type] = {}
 
 
@@ -89,7 +91,7 @@ class Layer(nn.Module, BaseTunerLayer):
     def tensors(self, adapter: str) -> SimpleNamespace:
         """What a Delta calls p."""
         held = self.held[adapter]
-        return SimpleNamespace(**dict(held.named_parameters()), **dict(held.named_buffers()))
+        return SimpleNamespace(**held._parameters, **held._buffers)
 
     def tuned(self, adapter: str) -> tuple[Tensor, Tensor | None]:
         """The tuned weight [out, in] and bias, in fp32."""
@@ -100,9 +102,8 @@ class Layer(nn.Module, BaseTunerLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """W' - W, laid out as the module lays out its weight."""
         base = self.get_base_layer()
-        W = oriented(base).float()
-        delta = self.tuned(adapter)[0] - W
-        return delta if W.shape == base.weight.shape and W.stride() == base.weight.stride() else delta.T
+        delta = self.tuned(adapter)[0] - oriented(base).float()
+        return delta.T if isinstance(base, SIDEWAYS) else delta
 
     def supports_lora_conversion(self, adapter_name: str = ADAPTER) -> bool:
         """True where the weight alone changes."""
@@ -119,8 +120,8 @@ class Layer(nn.Module, BaseTunerLayer):
                 raise ValueError(f"the merged weight of adapter {adapter} is not finite")
             old = getattr(base, "bias", None)
             self._undo.append((base.weight.data, old))
-            oriented_back = weight if weight.shape == base.weight.shape and not isinstance(base, (Conv1D, nn.Embedding)) else weight.T
-            base.weight.data = oriented_back.to(base.weight.dtype).contiguous()
+            weight = weight.T if isinstance(base, SIDEWAYS) else weight
+            base.weight.data = weight.to(base.weight.dtype).contiguous()
             if bias is not None:
                 base.bias = nn.Parameter(bias.to(base.weight.dtype), requires_grad=False)
             self.merged_adapters.append(adapter)
@@ -279,7 +280,12 @@ class OnPeft(Attached):
 
     # --- what moves
 
-    def every_site(self) -> list[Site]:
+    def every_site(self):
+        return self.found
+
+    @cached_property
+    def found(self) -> list[Site]:
+        """A and B of a layer together; then whole modules and biases."""
         sites, seen = [], set()
         for name, layer in self.layers.items():
             slots = {}
@@ -319,14 +325,15 @@ class OnPeft(Attached):
         fused = [
             (f"{n}.{k}", p.numel())
             for n, m in self.model.named_modules() if not isinstance(m, nn.modules.conv._ConvNd)
-            for k, p in m.named_parameters(recurse=False) if p.ndim == 3 and id(p) not in reached and not n.startswith(tuple(self.layers))
+            for k, p in m.named_parameters(recurse=False)
+            if p.ndim == 3 and id(p) not in reached and not n.startswith(tuple(self.layers))
         ]  # fmt: skip
         if not fused:
             return ()
         share = sum(k for _, k in fused) / sum(p.numel() for p in self.model.parameters())
         return (
-            f"all-linear leaves out {len(fused)} fused expert weights ({fused[0][0]}, ...; {share:.0%} of all parameters), which are not linear "
-            "modules; tuner 'lora' reaches them with target_parameters",
+            f"all-linear leaves out {len(fused)} fused expert weights ({fused[0][0]}, ...; {share:.0%} of all parameters), which are "
+            "not linear modules; tuner 'lora' reaches them with target_parameters",
         )
 
     # --- starting from data
@@ -451,9 +458,9 @@ class OnPeft(Attached):
                 raise RecipeError(f"tuner '{self.settings.name}' changes more than the weight of {name}: it has no LoRA form")
             base = layer.get_base_layer()
             both = layer.methods[ADAPTER].factors(layer.tensors(ADAPTER)) if isinstance(layer, Layer) else None
-            if both is None:
+            if both is None or (rank is not None and rank < len(both[0])):
                 delta = layer.get_delta_weight(ADAPTER).detach().float()
-                delta = delta.T if isinstance(base, (Conv1D, nn.Embedding)) else delta
+                delta = delta.T if isinstance(base, SIDEWAYS) else delta
                 both, error = _factor(delta, rank)
                 worst = max(worst, error)
             A, B = (t.detach().float().cpu().contiguous() for t in both)
@@ -465,8 +472,9 @@ class OnPeft(Attached):
         other = {re.escape(n): r for n, r in ranks.items() if r != top}
         whole = getattr(self.config(), "modules_to_save", None)
         config = LoraConfig(
-            r=top, lora_alpha=top, rank_pattern=other, alpha_pattern=dict(other), target_modules=sorted(ranks), modules_to_save=whole
-        )
+            r=top, lora_alpha=top, rank_pattern=other, alpha_pattern=dict(other), target_modules=sorted(ranks), modules_to_save=whole,
+            fan_in_fan_out=sideways(self.model),
+        )  # fmt: skip
         config.base_model_name_or_path, config.inference_mode = self.config().base_model_name_or_path, True
         _write(Path(folder), state, config, self.model)
         return worst
@@ -651,8 +659,7 @@ def _gradients(layers: dict[str, Layer], rows: list[dict], roles: Any) -> dict[s
             h.remove()
         for w in weights.values():
             w.requires_grad_(False)
-    sideways = {n for n, m in layers.items() if isinstance(m.get_base_layer(), (Conv1D, nn.Embedding))}
-    return {n: (g.T if n in sideways else g) / max(count, 1) for n, g in total.items()}
+    return {n: (g.T if isinstance(layers[n].get_base_layer(), SIDEWAYS) else g) / max(count, 1) for n, g in total.items()}
 
 
 MICRO = 4  # rows read at once while a tuner starts from data
@@ -666,6 +673,11 @@ def _factor(delta: Tensor, rank: int | None) -> tuple[tuple[Tensor, Tensor], flo
     return (Vh[:r], U[:, :r] * S[:r]), left
 
 
+def sideways(model: nn.Module) -> bool:
+    """Does a network keep its weights as [in, out] (GPT-2)?"""
+    return any(isinstance(m, Conv1D) for m in model.modules())
+
+
 def _write(folder: Path, state: dict[str, Tensor], config: PeftConfig, model: nn.Module) -> None:
     """adapter_model.safetensors, read back and compared, and adapter_config.json."""
     from luthier import store
@@ -675,7 +687,8 @@ def _write(folder: Path, state: dict[str, Tensor], config: PeftConfig, model: nn
     save_file(state, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
     store.compare(state, folder / "adapter_model.safetensors")
     config.base_model_name_or_path = config.base_model_name_or_path or model.config._name_or_path or None
-    config.save_pretrained(str(folder), auto_mapping_dict={"base_model_class": type(model).__name__, "parent_library": type(model).__module__})
+    made_for = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    config.save_pretrained(str(folder), auto_mapping_dict=made_for)
 
 
 def _plain_state(model: nn.Module) -> dict[str, Tensor]:
@@ -683,14 +696,11 @@ def _plain_state(model: nn.Module) -> dict[str, Tensor]:
     out = {}
     wrapped = {n: m for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
     for name, value in model.state_dict().items():
-        for n, m in wrapped.items():
+        for n, m in reversed(wrapped.items()):  # the innermost first: wrappers of bare weights are nested
             if name.startswith(f"{n}."):
-                rest = name[len(n) + 1 :]
-                keep = "base_layer." if isinstance(m, BaseTunerLayer) else f"modules_to_save.{ADAPTER}."
-                name = f"{n}.{rest[len(keep) :]}" if rest.startswith(keep) else None
-            if name is None:
-                break
-        if name is not None:
+                keep = f"{n}.base_layer." if isinstance(m, BaseTunerLayer) else f"{n}.modules_to_save.{ADAPTER}."
+                name = f"{n}.{name.removeprefix(keep)}" if name.startswith(keep) else ""
+        if name:
             out[name] = value
     return out
 

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.method import RecipeError
 from luthier.tuners._delta import oriented
-from luthier.tuners._peft import ADAPTER, INITIAL, OnPeft, plain_settings
+from luthier.tuners._peft import ADAPTER, INITIAL, OnPeft, plain_settings, sideways
 
 
 def attach(settings: Any, model: nn.Module) -> OnPeft:
@@ -22,7 +22,8 @@ def attach(settings: Any, model: nn.Module) -> OnPeft:
     own = isinstance(start, str) and start != "gaussian"  # made below, in fp32, and without touching the base
     if said["lora_alpha"] == int(said["lora_alpha"]):
         said["lora_alpha"] = int(said["lora_alpha"])  # other readers of adapter_config.json expect an integer
-    config = LoraConfig(**{**said, "init_lora_weights": True if own else start, "task_type": _task(model)})
+    about = {"task_type": _task(model), "fan_in_fan_out": sideways(model)}
+    config = LoraConfig(**{**said, "init_lora_weights": True if own else start, **about})
     attached = OnLora(settings, model, config)
     if own:
         attached.begin(start)
@@ -49,8 +50,8 @@ class OnLora(OnPeft):
             if min(base.weight.shape) < layer.r[ADAPTER]:
                 raise RecipeError(f"init_lora_weights: {start} wants r at most {min(base.weight.shape)} for {name}")
             kept = base.weight.data
-            sideways = make == "olora_init" and isinstance(base, Conv1D)
-            base.weight.data = (oriented(base) if sideways else kept).detach().float().clone()
+            turn = make == "olora_init" and isinstance(base, Conv1D)  # PEFT factors the weight as it lies
+            base.weight.data = (oriented(base) if turn else kept).detach().float().clone()
             try:
                 getattr(layer, make)(*((ADAPTER, start) if make == "pissa_init" else (ADAPTER,)))
             except ValueError as error:

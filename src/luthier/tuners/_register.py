@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import warnings
 from importlib.abc import MetaPathFinder
 from typing import Any
 
@@ -30,7 +31,10 @@ class AfterPeft(MetaPathFinder):
             execute(module)
             if self in sys.meta_path:
                 sys.meta_path.remove(self)
-            importlib.import_module(BRIDGE)
+            try:
+                importlib.import_module(BRIDGE)
+            except Exception as error:  # a PEFT that we do not know must still be usable without us
+                warnings.warn(f"PEFT does not know luthier's adapters in this process: {error}", stacklevel=2)
 
         spec.loader.exec_module = exec_module
         return spec

@@ -7,9 +7,9 @@ gives the base bit for bit, and the saved adapter (rank 2r: [B, -B0] [A; A0]) lo
 """
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from luthier.method import RecipeError, tuner
+from luthier.method import Range, RecipeError, tuner
 from luthier.tuners._delta import Where
 
 STARTS = ("gaussian", "pissa", "olora", "orthogonal")
@@ -25,7 +25,7 @@ DRIVEN = {  # starts of PEFT that want more than the weights
 class LoRA(Where):
     """Low-rank adaptation."""
 
-    r: int = 8  # rank of the update
+    r: Annotated[int, Range(4, 64, log=True)] = 8  # rank of the update
     lora_alpha: float = 16  # scale of the update, before division by r (by its root with use_rslora)
     lora_dropout: float = 0.0  # dropout on what A reads
     use_rslora: bool = False  # divide lora_alpha by the root of r

@@ -7,11 +7,11 @@ are seen R is zero, so the attached model starts as the base.
 """
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
-from luthier.method import RecipeError, tuner
+from luthier.method import Range, RecipeError, tuner
 from luthier.tuners._delta import Delta, frozen
 
 
@@ -21,7 +21,7 @@ class LoRASB(Delta):
 
     reads: ClassVar[str] = "gradients"
 
-    r: int = 32  # rank of the update
+    r: Annotated[int, Range(8, 128, log=True)] = 32  # rank of the update
     init_rows: int = 64  # rows whose gradient chooses the directions
     first_step: float = 1e-4  # size of the step that is factored: a learning rate of full fine-tuning
 

@@ -1,0 +1,278 @@
+"""The command line as a user meets it: exit codes, sentences, listings, and that it starts without loading a network."""
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import luthier
+from conftest import SUMS
+from luthier import catalogue, use
+from luthier.cli import app, asked
+
+HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
+
+
+def luth(*words: str, **how):
+    return CliRunner().invoke(app, [str(w) for w in words], **how)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    path = tmp_path_factory.mktemp("rows") / "sums.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in SUMS), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, rows, tmp_path_factory):
+    """A run of a few steps, made on the command line, and what was printed."""
+    folder = tmp_path_factory.mktemp("runs") / "sums"
+    evaluate = "evaluate=[loss, accuracy, {name: generate, n: 3, max_new_tokens: 4}]"
+    said = luth("tune", "--model", tiny, "--data", rows, "--output-dir", folder, "max_steps=6", "learning_rate=0.02", evaluate)
+    assert said.exit_code == 0, said.output
+    return folder, said.stdout
+
+
+# ---------------------------------------------------------------------------------------------- starting
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["methods", "--json"], ["papers", "lora"], ["tune", "--help"]])
+def test_listings_load_no_network(words):
+    code = (
+        "import sys, contextlib, io\nfrom luthier.cli import app\n"
+        f"with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): app({words!r})\n"
+        f"print([m for m in {HEAVY!r} if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_import_loads_no_network():
+    code = f"import sys, luthier; print([m for m in (*{HEAVY!r}, 'pydantic', 'typer', 'yaml') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_version_and_help():
+    assert luth("--version").stdout.strip() == f"luthier {luthier.__version__}"
+    said = luth("--help").stdout
+    assert all(verb in said for verb in ("tune", "chat", "methods", "papers", "explain", "doctor", "inspect", "export"))
+
+
+# ---------------------------------------------------------------------------------------------- sentences
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["tune", "nowhere.yaml"], "there is no recipe nowhere.yaml"),
+        (["tune", "a.yaml", "b.yaml"], "one recipe at a time"),
+        (["tune", "--tuner", "lorra", "--data", "x.jsonl"], "did you mean 'lora'"),
+        (["tune", "learning_rat=1"], "did you mean 'learning_rate'"),
+        (["explain", "objective.beat=1", "objective=dpo"], "has no setting 'beat'"),
+        (["methods", "--kind", "tuna"], "did you mean 'tuner'"),
+        (["chat", "./nowhere"], "there is no folder ./nowhere"),
+        (["export", "./nowhere", "--to", "x", "--as", "gguf"], "there is no export as 'gguf'"),
+        (["inspect", "practice:lm", "practice:lm"], "give --data"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence_and_exit_2(words, sentence, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = luth(*words)
+    assert said.exit_code == 2
+    assert sentence in said.stderr and "Traceback" not in said.stderr and len(said.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_order_of_changes_does_not_matter():
+    values, _ = catalogue.explain(*asked(["tuner.r=3", "tuner=lora"], objective="dpo"))
+    assert [v.value for v in values if v.key in ("tuner.r", "objective.name")] == [3, "dpo"]
+
+
+def test_ctrl_c_says_that_it_goes_on(monkeypatch, rows):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("luthier.run.perform", stop)
+    said = luth("tune", "--data", rows)
+    assert said.exit_code == 130 and "run the same command again and it goes on" in said.stderr
+    assert len(said.stderr.strip().splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------- listings
+
+
+def test_methods_as_json():
+    found = json.loads(luth("methods", "--json").stdout)
+    assert {"kind", "name", "paper", "rows", "wants", "gives", "summary"} == set(found[0])
+    assert all(m["summary"] for m in found)
+    lora = next(m for m in found if (m["kind"], m["name"]) == ("tuner", "lora"))
+    assert lora["paper"] == "arXiv:2106.09685" and "low-rank" in lora["gives"]
+    assert {m["kind"] for m in json.loads(luth("methods", "--kind", "tuner", "--json").stdout)} == {"tuner"}
+
+
+def test_papers_cover_the_catalogue():
+    found = json.loads(luth("papers", "--json").stdout)
+    assert len(found) == len({p["row"] for p in found}) == 322
+    assert all(set(p) == {"row", "title", "kind", "family", "by"} and p["title"] for p in found)
+    ssf = next(p for p in found if p["row"] == "ssf")
+    assert ssf["by"] == ["tuner/ssf"]
+    assert any(p["by"] == [] for p in found)
+
+
+def test_papers_are_found_by_word_method_and_family():
+    assert any(p["row"] == "ssf" for p in catalogue.papers("tuner/ssf"))
+    assert all("tuners.prompt" == p["family"] for p in catalogue.papers("tuners.prompt"))
+    assert catalogue.papers("NO SUCH WORD") == []
+
+
+def test_every_row_of_a_declaration_is_in_the_catalogue():
+    known = {p["name"] for p in catalogue.known()}
+    assert set(catalogue.implemented()) <= known
+
+
+def test_at_a_pipe_there_are_no_colours_and_a_line_for_each():
+    said = luth("methods", "--kind", "optimizer").stdout
+    assert "\x1b" not in said and len(said.splitlines()) == len(catalogue.methods("optimizer"))
+
+
+def test_papers_are_made_from_a_jsonl(tmp_path, monkeypatch):
+    source = tmp_path / "rows.jsonl"
+    source.write_text(json.dumps({"id": 1, "name": "n", "title": "T", "kind": "method", "family": "f", "essence": "long"}) + "\n")
+    monkeypatch.setattr(catalogue, "PAPERS", tmp_path / "papers.json")
+    assert catalogue.write_papers(source) == 1
+    assert json.loads((tmp_path / "papers.json").read_text()) == [{"name": "n", "title": "T", "kind": "method", "family": "f"}]
+
+
+# ---------------------------------------------------------------------------------------------- explain
+
+
+def test_explain_tells_where_each_value_came_from(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("data: x.jsonl\ntuner: {name: lora, r: 4}\nobjective: dpo\nlr: 0.01\n")
+    said = luth("explain", recipe, "tuner.lora_alpha=64", "seed=3", "--json")
+    values = {v["key"]: (v["value"], v["origin"]) for v in json.loads(said.stdout)}
+    assert values["learning_rate"] == (0.01, "r.yaml")
+    assert values["seed"] == (3, "command line")
+    assert values["tuner.r"] == (4, "r.yaml") and values["tuner.name"] == ("lora", "r.yaml")
+    assert values["tuner.lora_alpha"] == (64, "command line")
+    assert values["tuner.lora_dropout"][1] == "default"
+    assert values["objective.name"] == ("dpo", "r.yaml") and values["objective.beta"][1] == "default"
+    assert values["max_bad_rows"] == (0.05, "default")
+    assert "'lr' is read as learning_rate" in said.stderr
+
+
+def test_explain_covers_every_key():
+    from dataclasses import fields
+
+    values, _ = catalogue.explain(None)
+    assert {v.key.split(".")[0] for v in values} == {f.name for f in fields(luthier.Recipe)} - {"origins", "told"}
+    assert {v.origin for v in values} == {"default"}
+
+
+def test_a_setting_at_the_top_is_explained_where_it_went(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("lora_rank: 3\n")
+    values, told = catalogue.explain(recipe)
+    assert [(v.value, v.origin) for v in values if v.key == "tuner.r"] == [(3, "r.yaml")]
+    assert any("tuner.r" in t for t in told)
+
+
+# ---------------------------------------------------------------------------------------------- a run, and after
+
+
+def test_tune_prints_rows_answers_a_table_and_the_page(finished):
+    folder, said = finished
+    assert "⟦" in said and "step 6/6" in said and "loss on held-out rows" not in said.split("step 6/6")[0]
+    assert f"Report: {folder / 'report.html'}" in said
+    assert "\x1b" not in said
+    assert json.loads((folder / "shown.json").read_text())
+    again = luth("tune", folder)
+    assert again.exit_code == 0 and "nothing to do" in again.stdout
+
+
+def test_quiet_prints_the_folder(finished):
+    folder, _ = finished
+    assert luth("tune", folder, "--quiet", "output_dir=" + str(folder)).stdout.strip() == str(folder)
+
+
+def test_chat_answers_once_and_in_turn(finished):
+    folder, _ = finished
+    once = luth("chat", folder, "--prompt", "1+1=", "--max-new-tokens", "4")
+    assert once.exit_code == 0 and len(once.stdout.strip()) <= 8
+    talk = luth("chat", folder, "--max-new-tokens", "4", input="1+2=\n/new\n/quit\n")
+    assert talk.exit_code == 0 and "continued as it is written" in talk.stdout
+    assert luth("chat", folder, "--max-new-tokens", "4", input="").exit_code == 0
+
+
+def test_load_asks_in_the_form_it_was_tuned_on(finished, tiny):
+    assert use.load(finished[0]).turns is False  # prompts were plain text, though the tokenizer has a chat template
+    bare = use.load(tiny)
+    assert bare.turns is True
+    assert len(bare.generate(["1+1=", [{"role": "user", "content": "Hi"}]], max_new_tokens=3)) == 2
+
+
+def test_inspect_compares_on_the_same_rows(finished, tiny):
+    folder, _ = finished
+    found = json.loads(luth("inspect", tiny, folder, "--json").stdout)
+    assert found["base"]["metrics"]["loss"] > found["tuned"]["metrics"]["loss"]
+    assert found["base"]["rows"] == found["tuned"]["rows"] == found["rows"] > 0
+    report = json.loads((folder / "report.json").read_text())
+    assert found["tuned"]["metrics"]["loss"] == pytest.approx(report["after"]["loss"], rel=0.05)
+    assert "loss on training rows" in luth("inspect", tiny, folder).stdout  # so few rows that none were held out
+
+
+@pytest.mark.parametrize("kind", ["lora", "merged"])
+def test_export_answers_like_the_tuned_model(kind, finished, tmp_path):
+    folder, _ = finished
+    said = luth("export", folder, "--as", kind, "--to", tmp_path / kind)
+    assert said.exit_code == 0, said.output
+    assert "answers like the tuned model" in said.stdout
+    assert use.load(tmp_path / kind).ask("1+1=", max_new_tokens=3) is not None
+    assert luth("export", folder, "--as", kind, "--to", tmp_path / kind).exit_code == 2  # never over what is there
+
+
+def test_merged_export_is_plain_transformers(finished, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, _ = finished
+    use.export(folder, "merged", tmp_path / "m")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "m"), AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert tokenizer.chat_template
+    ids = torch.tensor([tokenizer("3+4=")["input_ids"]])
+    with torch.no_grad():
+        plain = model(ids).logits[0, -1]
+        ours = use.load(folder, dtype="float32").roles
+        with ours.tuner.merged() as merged:
+            assert torch.allclose(plain, merged(ids).logits[0, -1], atol=1e-4)
+
+
+def test_an_export_that_answers_otherwise_is_refused(finished, tmp_path, monkeypatch):
+    def wrong(loaded, to, kept):
+        with loaded.roles.tuner.merged() as model:
+            model.get_input_embeddings().weight.data.add_(0.5)
+            model.save_pretrained(to)
+
+    monkeypatch.setitem(use.WRITERS, "merged", wrong)
+    said = luth("export", finished[0], "--to", tmp_path / "m")
+    assert said.exit_code == 2 and "answers otherwise" in said.stderr
+    assert not (tmp_path / "m").exists() and not list(tmp_path.glob("*.part"))
+
+
+# ---------------------------------------------------------------------------------------------- doctor
+
+
+def test_doctor_says_what_is_there_and_what_is_missing(monkeypatch):
+    from luthier import doctor
+
+    monkeypatch.setattr(doctor, "sandbox", lambda: {"runs programs": True})
+    found = json.loads(luth("doctor", "--json").stdout)
+    assert found["core"]["torch"] == torch.__version__ or found["core"]["torch"] in torch.__version__
+    assert {"cpu", "cuda", "mps", "memory_gb", "free_disk_gb", "takes"} <= set(found["machine"])
+    for name, extra in found["extras"].items():
+        assert bool(extra["missing"]) == (extra["install"] == f"pip install 'luthier[{name}]'")
+    said = luth("doctor").stdout
+    assert "bfloat16" in said and "sandbox" in said

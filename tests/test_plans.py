@@ -1,0 +1,293 @@
+"""Plans: what they ask for is legal and follows from the reports they get. Mergers: soups by their arithmetic."""
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import luthier
+from conftest import SUMS
+from luthier import store
+from luthier.method import RecipeError, build, find, helps, names
+from luthier.recipe import Recipe
+from luthier.rehearsal import rehearse
+from luthier.rows import load
+
+NEEDED = {  # settings without a default
+    "sequence": {"acts": [{"objective": "sft"}, {"learning_rate": 1e-4}]},
+    "greedy_soup": {"of": [{"learning_rate": 1e-4}, {"learning_rate": 1e-3}]},
+}
+ROWS = load(SUMS).rows
+
+
+def report(folder: str, **after) -> SimpleNamespace:
+    return SimpleNamespace(folder=folder, before={}, after=after, metrics=after)
+
+
+def played(plan, recipe, reports):
+    """The recipes that a plan asks for while it is answered with these reports, and what it returns."""
+    play, asked = build("plan", plan).recipes(recipe), []
+    reports = iter(reports)
+    try:
+        asked.append(next(play))
+        while True:
+            answer = next(reports)
+            several = isinstance(asked[-1], list) and not isinstance(answer, list)
+            asked.append(play.send([answer] * len(asked[-1]) if several else answer))
+    except StopIteration as end:
+        return asked, end.value
+
+
+@pytest.fixture
+def recipe(tiny):
+    return Recipe.load({"model": tiny, "tuner": "lora"})
+
+
+# ------------------------------------------------------------------------------------------ contracts
+
+
+@pytest.mark.parametrize("name", names("plan"))
+def test_plans_survive_a_rehearsal_and_ask_for_legal_recipes(name, recipe):
+    plan = {"name": name, **NEEDED.get(name, {})}
+    rehearse(recipe.but(plan=plan), ROWS)
+    blank = [SimpleNamespace(folder="x", **{k: defaultdict(float) for k in ("before", "after", "metrics")}) for _ in range(50)]
+    asked, _ = played(plan, recipe, blank)
+    for one in (r for some in asked for r in (some if isinstance(some, list) else [some])):
+        assert one.plan is None and Recipe.load(one.yaml()).fingerprint() == one.fingerprint()
+        rehearse(one, ROWS)
+
+
+@pytest.mark.parametrize("kind", ["plan", "merger"])
+def test_every_setting_is_explained(kind):
+    assert all(said for name in names(kind) for said in helps(find(kind, name)).values())
+
+
+# ------------------------------------------------------------------------------------------ sequence
+
+
+def test_each_act_goes_on_from_the_last(recipe):
+    acts = [{"objective": "sft"}, {"lr": 1e-3}, {"start": {"merge": "average", "of": "all"}, "evaluate": ["loss"]}, {}]
+    asked, _ = played({"name": "sequence", "acts": acts}, recipe.but(start="first"), [report(f"act-{k}") for k in range(4)])
+    assert [r.start for r in asked] == ["first", "act-0", {"merge": "average", "of": ["act-0", "act-1"]}, "act-2"]
+    assert [r.objective for r in asked] == ["sft", "sft", None, "sft"]
+    assert asked[1].learning_rate == 1e-3 and asked[2].evaluate == ["loss"] and asked[0].learning_rate == recipe.learning_rate
+
+
+@pytest.mark.parametrize(
+    "acts, words",
+    [
+        ([], "at least one act"),
+        ([{"objective": "sft"}, {"tuner": "full"}], "act 1 has another tuner .* `start: null`"),
+        ([{"objective": "sft"}, {"tuner.r": 2}], "act 1 has another tuner"),
+        ([{"start": {"merge": "average", "of": "all"}}], "act 0 merges all acts before it"),
+        ([{"objective": "sft"}, {"learning_rat": 1}], "no 'learning_rat'"),
+        ([{"start": {"merge": "averag", "of": ["a"]}}], "no merger 'averag'"),
+    ],
+)
+def test_impossible_acts_are_refused_before_the_first_begins(recipe, acts, words):
+    with pytest.raises(RecipeError, match=words):
+        rehearse(Recipe.load(recipe, {"plan": acts}), ROWS)
+
+
+def test_another_tuner_may_begin_anew(recipe):
+    rehearse(recipe.but(plan=[{"objective": "sft"}, {"tuner": "full", "start": None}, {"tuner": "full", "lr": 1e-5}]), ROWS)
+
+
+def test_acts_run_and_merge(base, tmp_path):
+    """The merge act holds the mean of what the acts before it ended with, and a later act goes on from it."""
+    soup = {"start": {"merge": "average", "of": "all"}, "evaluate": ["loss"]}
+    plan = [{"max_steps": 2}, {"seed": 5, "max_steps": 3}, soup, {"max_steps": 0}]
+    done = luthier.tune(base | {"plan": plan, "eval_data": 0.2}, folder=tmp_path)
+    assert len(done.acts) == 4
+    ends = [store.load_checkpoint(store.checkpoints(Path(act))[-1]).tensors for act in done.acts]
+    for k, merged in ends[2].items():
+        assert torch.allclose(merged, (ends[0][k] + ends[1][k]) / 2, atol=1e-7) and torch.equal(merged, ends[3][k])
+    measured = luthier.Report.read(done.acts[2])
+    assert measured.losses == [] and measured.after["loss"] == measured.before["loss"]
+    again = luthier.tune(base | {"plan": plan, "eval_data": 0.2}, folder=tmp_path)
+    assert again.acts == done.acts and [store.checkpoints(Path(a))[-1].stat().st_mtime for a in done.acts]
+
+
+# ------------------------------------------------------------------------------------------ raft
+
+
+def raft(**settings):
+    return {"name": "raft", "rounds": 5, "n": 4, "max_new_tokens": 4, **settings}
+
+
+@pytest.mark.parametrize(
+    "rewards, runs, stands",
+    [([0.1, 0.2, 0.3, 0.4, 0.5], 5, "r4"), ([0.1, 0.3, 0.3], 3, "r1"), ([0.4, 0.2], 2, "r0"), ([None] * 5, 5, "r4")],
+)
+def test_raft_stops_when_the_reward_no_longer_rises(recipe, rewards, runs, stands):
+    reports = [report(f"r{k}", **({} if v is None else {"generated_reward": v})) for k, v in enumerate(rewards)]
+    asked, end = played(raft(), recipe.but(start="s", evaluate=["loss", "generate"]), reports)
+    assert len(asked) == runs and end.folder == stands
+    assert [r.start for r in asked] == ["s", "r0", "r1", "r2", "r3"][:runs]
+    assert [r.stages[0]["draw"] for r in asked] == list(range(runs)) and len({r.seed for r in asked}) == 1  # one held-out split
+    assert [e if isinstance(e, str) else e["name"] for e in asked[0].evaluate] == ["loss", "generate"]
+
+
+def test_raft_rounds_sample_score_choose_and_learn(base, tmp_path):
+    """Kept rows are the best of what was drawn; two rounds draw differently, and the second from the first's end."""
+    prompts = [{"prompt": r["prompt"], "answer": r["answer"]} for r in SUMS[:16]]
+    plan = raft(rounds=2, n=8, max_new_tokens=3, kl_coef=0.0)
+    done = luthier.tune(base | {"data": prompts, "plan": plan, "tuner": "full", "max_steps": 3, "eval_data": 0.25}, folder=tmp_path)
+    first, second = (store.read_rows(Path(a) / "rows.jsonl") for a in done.acts)
+    assert len(first) == 16 - done.stats["held_out_rows"] and all(len(r["completions"]) == len(r["scores"]) == 1 for r in first)
+    assert [r["completions"] for r in first] != [r["completions"] for r in second]
+    assert "generated_reward" in done.after
+
+
+def test_raft_makes_a_rewarded_habit_more_frequent(base, tmp_path):
+    """Reward: one letter or digit is said. A few rounds raise how often that is."""
+    say = [{"prompt": f"say {k}:", "answer": list("abcdefghijklmnopqrstuvwxyz0123456789")} for k in range(40)]
+    plan = raft(rounds=4, n=16, max_new_tokens=1, least=1.0)
+    change = {"data": say, "plan": plan, "max_steps": 4, "learning_rate": 3e-3, "eval_data": 0.25}
+    done = luthier.tune(base | change, folder=tmp_path)
+    kept = [len(store.read_rows(Path(a) / "rows.jsonl")) for a in done.acts]
+    assert done.after["generated_reward"] == 1.0 and kept[-1] >= kept[0]
+
+
+def test_raft_of_one_sample_is_sft_on_own_samples(base, tmp_path):
+    plan = raft(rounds=1, n=1, max_new_tokens=3)
+    done = luthier.tune(base | {"plan": plan, "eval_data": 0.25}, folder=tmp_path / "raft")
+    own = {"stages": [{"name": "rollout", "n": 1, "max_new_tokens": 3}], "eval_data": 0.25}
+    plain = luthier.tune(base | own, folder=tmp_path / "sft")
+    assert luthier.Report.read(done.acts[0]).losses == plain.losses
+
+
+def test_a_price_on_leaving_the_base_model_wants_a_reference(recipe):
+    rehearse(recipe.but(plan=raft(kl_coef=0.1)), ROWS)
+    asked, _ = played(raft(kl_coef=0.1, rounds=1), recipe, [report("x")])
+    assert [s if isinstance(s, str) else s["name"] for s in asked[0].stages] == ["rollout", "score", "kl_penalty", "best"]
+
+
+# ------------------------------------------------------------------------------------------ spin
+
+
+def test_spin_asks_for_dpo_against_each_rounds_own_start(recipe):
+    asked, _ = played({"name": "spin", "rounds": 3, "beta": [0.1, 0.1, 5.0]}, recipe, [report(f"r{k}") for k in range(3)])
+    assert [r.start for r in asked] == [None, "r0", "r1"] and [r.stages[-1]["earlier"] for r in asked] == [None, "r0", "r1"]
+    assert [r.objective["beta"] for r in asked] == [0.1, 0.1, 5.0] and all(r.roles["reference"] == "start" for r in asked)
+    with pytest.raises(RecipeError, match="beta: 1 values for 3 rounds"):
+        build("plan", {"name": "spin", "beta": [0.1]})
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+def test_spin_begins_each_round_at_log_two(base, tmp_path, tuner):
+    plan = {"name": "spin", "rounds": 2, "max_new_tokens": 4}
+    change = {"tuner": tuner, "plan": plan, "data": SUMS[:12], "max_steps": 6, "learning_rate": 5e-4}
+    done = luthier.tune(base | change, folder=tmp_path)
+    rounds = [luthier.Report.read(a) for a in done.acts]
+    assert all(r.losses[0] == pytest.approx(math.log(2), abs=1e-5) and min(r.losses) < r.losses[0] - 1e-3 for r in rounds)
+    first, second = (store.read_rows(Path(r.folder) / "rows.jsonl") for r in rounds)
+    assert len(first) == 12 and len(second) == 24
+    assert [r["completions"] for r in second[12:]] == [r["completions"] for r in first]
+    assert any(a["completions"] != b["completions"] for a, b in zip(first, second, strict=False))
+
+
+def test_learning_to_prefer_what_is_said_anyway_changes_nothing(base, tmp_path):
+    """Given and own answer are the same: the loss is log 2 and no weight moves."""
+    from luthier.rehearsal import rehearse
+    from luthier.run import assemble
+
+    made = Recipe.load({k: v for k, v in base.items() if k != "data"} | {"objective": "dpo"})
+    roles = assemble(made, rehearse(made, load([{"prompt": "1+1=", "chosen": "2", "rejected": "3"}]).rows))
+    roles.reference = roles.policy.as_role("reference")
+    ids = roles.renderer.encode({"id": 0, "prompt": "1+1=", "completions": ["2"]}).completions[0]
+    row = {"id": 0, "prompt": "1+1=", "completions": ["2", ids], "scores": [1.0, 0.0]}
+    loss = build("objective", "dpo").loss(roles, roles.batch([row]))
+    loss.sum().backward()
+    assert float(loss.detach()) == pytest.approx(math.log(2), abs=1e-6)
+    assert all(p.grad is None or float(p.grad.abs().max()) < 1e-7 for p in roles.tuner.parameters().values())
+
+
+# ------------------------------------------------------------------------------------------ greedy soup
+
+
+def test_a_greedy_soup_takes_what_helps(recipe):
+    """From the best downwards; a run that makes the average worse stays out; the answer is the best average."""
+    of = [{"learning_rate": v} for v in (1e-4, 2e-4, 3e-4, 4e-4)]
+    singles = [report(f"s{k}", loss=v) for k, v in enumerate((0.5, 0.3, 0.4, 0.6))]
+    answers = [singles, report("m1", loss=0.35), report("m2", loss=0.25), report("m3", loss=0.25)]
+    asked, end = played({"name": "greedy_soup", "of": of}, recipe, answers)
+    assert [r.start["of"] for r in asked[1:]] == [["s1", "s2"], ["s1", "s0"], ["s1", "s0", "s3"]] and end.folder == "m3"
+    assert all(r.objective is None for r in asked[1:]) and [r.learning_rate for r in asked[0]] == [1e-4, 2e-4, 3e-4, 4e-4]
+    _, end = played({"name": "greedy_soup", "of": of, "metric": "accuracy", "greater_is_better": True}, recipe, [
+        [report(f"s{k}", accuracy=v) for k, v in enumerate((0.5, 0.9, 0.4, 0.6))], *[report(f"m{k}", accuracy=0.7) for k in range(3)],
+    ])  # fmt: skip
+    assert end.folder == "s1"
+    with pytest.raises(RecipeError, match="decides by 'loss', and the run in s0 measured accuracy"):
+        played({"name": "greedy_soup", "of": of[:2]}, recipe, [[report("s0", accuracy=1.0), report("s1")]])
+    with pytest.raises(RecipeError, match="give eval_data as a file"):
+        rehearse(recipe.but(plan={"name": "greedy_soup", "of": [{"seed": 1}, {"seed": 2}]}), ROWS)
+
+
+def test_a_greedy_soup_is_never_worse_than_its_best_ingredient(base, tmp_path):
+    of = [{"learning_rate": 1e-3}, {"learning_rate": 3e-3}, {"learning_rate": 3e-2}]
+    done = luthier.tune(base | {"plan": {"name": "greedy_soup", "of": of}, "evaluate": ["loss"], "eval_data": 0.2}, folder=tmp_path)
+    singles = [luthier.Report.read(a).after["loss"] for a in done.acts[:3]]
+    assert len(done.acts) == 5 and done.after["loss"] <= min(singles)
+
+
+# ------------------------------------------------------------------------------------------ mergers
+
+
+def tensors(seed: int, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return {"a": torch.randn(4, 3, generator=rng).to(dtype), "b": torch.randn(5, generator=rng).to(dtype)}
+
+
+@pytest.mark.parametrize("name", names("merger"))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_one_run_or_equal_runs_changes_nothing(name, dtype):
+    merger, one = build("merger", name), tensors(0, dtype)
+    if "idempotent" in merger.contract:
+        pytest.skip(merger.contract["idempotent"])
+    for several in ([one], [one] * 2, [one] * 3, [one] * 7):
+        merged = merger.merge(several, base=one)
+        assert merged.keys() == one.keys() and all(torch.equal(merged[k], one[k]) and merged[k].dtype == dtype for k in one)
+
+
+@pytest.mark.parametrize("name", names("merger"))
+def test_runs_that_moved_other_tensors_do_not_merge(name):
+    merger, one = build("merger", name), tensors(0)
+    with pytest.raises(RecipeError, match="run 1 has c, run 0 has not"):
+        merger.merge([one, one | {"c": torch.ones(1)}])
+    with pytest.raises(RecipeError, match=r"a is \[4, 3\] in run 0 and \[3, 4\] in run 1"):
+        merger.merge([one, one | {"a": torch.ones(3, 4)}])
+    with pytest.raises(RecipeError, match="at least one run"):
+        merger.merge([])
+
+
+def test_a_soup_is_the_mean():
+    several = [tensors(k) for k in range(3)]
+    plain = build("merger", "average").merge(several)
+    weighted = build("merger", {"name": "average", "weights": [1, 0, 3]}).merge(several)
+    for k in plain:
+        assert torch.allclose(plain[k], sum(s[k] for s in several) / 3, atol=1e-6)
+        assert torch.allclose(weighted[k], (several[0][k] + 3 * several[2][k]) / 4, atol=1e-6)
+    only = build("merger", {"name": "average", "weights": [0, 0.3, 0]}).merge(several)
+    assert all(torch.equal(only[k], several[1][k]) for k in only)
+
+
+def test_a_soup_of_heads_is_the_mean_of_logits():
+    heads, x = [tensors(k)["a"] for k in range(2)], torch.randn(6, 3, generator=torch.Generator().manual_seed(9))
+    soup = build("merger", "average").merge([{"a": h} for h in heads])["a"]
+    assert torch.allclose(x @ soup.T, (x @ heads[0].T + x @ heads[1].T) / 2, atol=1e-6)
+
+
+@pytest.mark.parametrize("weights", [[], [0, 0], [-1, 2], [math.nan, 1]])
+def test_impossible_weights_are_refused(weights):
+    with pytest.raises(RecipeError, match="weights must be 0 or more"):
+        build("merger", {"name": "average", "weights": weights})
+
+
+def test_as_many_weights_as_runs():
+    with pytest.raises(RecipeError, match="2 weights for 1 runs"):
+        build("merger", {"name": "average", "weights": [1, 2]}).merge([tensors(0)])

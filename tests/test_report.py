@@ -1,0 +1,272 @@
+"""What a run leaves for people: the page, the card, the table; nothing invented, nothing that escapes its place."""
+from __future__ import annotations
+
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import yaml
+
+from luthier.recipe import Recipe
+from luthier.report import MARKS, write_report
+from luthier.report.chart import chart, log_ticks, short, smoothed, thinned, ticks
+from luthier.report.console import Console, Quiet
+from luthier.report.numbers import answers, cost, duration, headline, line, lines, number
+from luthier.report.page import marked, page
+from luthier.run import Report
+
+EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&"
+VOID = {"meta", "br", "input", "img", "link", "hr"}
+
+
+class Tree(HTMLParser):
+    """Checks that tags close, and gathers tags, attributes and text."""
+
+    def __init__(self, text: str):
+        super().__init__(convert_charrefs=True)
+        self.open, self.tags, self.attributes, self.words = [], [], [], ""
+        self.feed(text)
+        self.close()
+        assert self.open == [], f"left open: {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, k, v) for k, v in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(tag, k, v) for k, v in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> where {self.open[-1:]} was open"
+
+    def handle_data(self, data):
+        self.words += data
+
+
+def a_report(folder, **changes) -> Report:
+    known = dict(
+        before={"loss": 2.31, "accuracy": 0.03, "elsewhere_accuracy": 0.97, "elsewhere_accuracy/chat": 0.9},
+        after={"loss": 0.42, "accuracy": 0.98, "elsewhere_accuracy": 0.94, "elsewhere_accuracy/chat": 0.9},
+        losses=[2.0, 1.0, 0.5],
+        stats={"moving": 1000, "all": 100_000, "tokens": 5000, "supervised": 2000, "seconds": 2.0, "steps": 3, "peak_memory_mb": 512.0,
+               "measured_on": "held-out rows", "held_out_rows": 20, "supervised_share": 0.4, "data_rows": 100, "row_tokens": 5000},
+        notes=["something was understood"],
+    )  # fmt: skip
+    return Report(str(folder), **{**known, **changes})
+
+
+LOGGED = [{"step": i + 1, "loss": 2.0 / (i + 1), "learning_rate": 1e-4, "tokens": 100, "seconds": 0.1, "reward": i % 2} for i in range(30)]
+
+
+@pytest.fixture
+def made(tmp_path):
+    recipe = Recipe.load({"data": "rows.jsonl", "model": "practice:lm", "seed": 7})
+    write_report(recipe, a_report(tmp_path), LOGGED, tmp_path)
+    return tmp_path
+
+
+# ---------------------------------------------------------------------------------------------- the page
+
+
+def test_the_page_answers_first_and_is_whole(made):
+    text = (made / "report.html").read_text(encoding="utf-8")
+    tree = Tree(text)
+    assert tree.tags.count("h1") == 1
+    assert "Held-out loss 2.31 → 0.42; 98.0% of completions exact (before: 3.0%); other skills lost 3.0 points." in tree.words
+    for said in ("Before and after", "Training", "learning rate", "reward", "How to repeat it", "Told on the way", "seed: 7"):
+        assert said in tree.words
+    assert "2,500 tokens/s" in tree.words
+    assert text.index("<h1>") < text.index("<table") < text.index("<svg")
+
+
+def test_the_page_needs_no_network_and_no_script(made):
+    text = (made / "report.html").read_text(encoding="utf-8")
+    tree = Tree(text)
+    assert "script" not in tree.tags and "link" not in tree.tags and "img" not in tree.tags
+    assert not [a for a in tree.attributes if a[1] in ("src", "href", "srcset", "data", "action") or a[1].startswith("on")]
+    assert "http://" not in text and "https://" not in text and "url(" not in text and "@import" not in text
+    assert ("meta", "content", "default-src 'none'; style-src 'unsafe-inline'") in tree.attributes
+    assert "prefers-color-scheme:dark" in text and "@media print" in text and "width=device-width" in text
+
+
+def test_user_text_stays_text(tmp_path):
+    sample = {"id": "1", "prompt": EVIL, "expected": EVIL, "answer": EVIL, "score": 0.0}
+    for when in ("before", "after"):
+        (tmp_path / f"samples-{when}.jsonl").write_text(json.dumps(sample) + "\n")
+    (tmp_path / "shown.json").write_text(json.dumps([f"{EVIL}{MARKS[0]}{EVIL}{MARKS[1]}"]))
+    recipe = Recipe.load({"data": [{"prompt": EVIL, "completion": EVIL}], "model": EVIL})
+    report = a_report(tmp_path, notes=[EVIL], before={EVIL: 1.0, f"elsewhere_accuracy/{EVIL}": 0.5}, after={EVIL: 2.0})
+    logged = [{**x, EVIL: x["step"]} for x in LOGGED]
+    tree = Tree(page(recipe, report, logged, tmp_path))
+    assert not {"script", "img"} & set(tree.tags)
+    assert not [a for a in tree.attributes if a[1].startswith("on")]
+    assert tree.words.count(EVIL) >= 8  # shown as it was written
+    write_report(recipe, report, logged, tmp_path)
+    body = (tmp_path / "README.md").read_text(encoding="utf-8").split("---\n", 2)[2]
+    assert not re.search(r"(?<!\\)<(script|img)", body)
+
+
+def test_a_bare_run_makes_a_page_too(tmp_path):
+    recipe = Recipe.load({"objective": None, "tuner": "full"})
+    tree = Tree(page(recipe, Report(str(tmp_path), stats={"steps": 0}), [], tmp_path))
+    assert "Nothing was trained." in tree.words
+    assert not {"svg", "table"} & set(tree.tags)
+
+
+def test_losses_that_are_no_numbers_or_negative_do_not_break_curves(tmp_path):
+    logged = [{"step": 1, "loss": -1.0}, {"step": 2, "loss": float("nan")}, {"step": 3, "loss": 0.5}]
+    text = page(Recipe(), a_report(tmp_path), logged, tmp_path)
+    Tree(text)
+    assert "nan" not in text and 'id="scale-log"' not in text  # a logarithm of a negative loss is not offered
+
+
+def test_a_long_recipe_is_cut(tmp_path):
+    recipe = Recipe.load({"data": [{"prompt": f"{i} " * 30, "completion": "x"} for i in range(2000)]})
+    assert len(page(recipe, a_report(tmp_path), LOGGED, tmp_path)) < 200_000
+
+
+def test_marks_that_a_cut_parted_still_close():
+    text = "a" * 10 + MARKS[0] + "b" * 9000 + MARKS[1] + "c"
+    Tree(marked(text))
+    assert marked(f"x{MARKS[0]}y{MARKS[1]}z") == "x<mark>y</mark>z"
+
+
+# ---------------------------------------------------------------------------------------------- the card
+
+
+def test_the_card_is_one_the_hub_reads(made):
+    _, front, body = (made / "README.md").read_text(encoding="utf-8").split("---\n", 2)
+    known = yaml.safe_load(front)
+    assert known["license"] == "unknown" and "luthier" in known["tags"] and "lora" in known["tags"] and "sft" in known["tags"]
+    assert known["library_name"] == "luthier" and "base_model" not in known  # a built-in model is not on the hub
+    assert "luthier.load" in body and "| loss on held-out rows | 2.31 | 0.42 | −1.89 |" in body
+    (made / "adapter_config.json").write_text("{}")
+    write_report(Recipe(model="org/name"), a_report(made), [], made)
+    front = yaml.safe_load((made / "README.md").read_text(encoding="utf-8").split("---\n")[1])
+    assert front["base_model"] == "org/name" and front["library_name"] == "peft"
+
+
+def test_a_folder_of_this_machine_is_not_told_to_the_world(tmp_path):
+    write_report(Recipe(model=str(tmp_path / "secret" / "base")), a_report(tmp_path), [], tmp_path)
+    assert str(tmp_path) not in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize(
+    ("x", "share", "said"),
+    [(2.3, False, "2.30"), (0.0123, False, "0.012"), (1234.5, False, "1,234"), (0.981, True, "98.1%"), (None, False, "")],
+)
+def test_numbers_read_well(x, share, said):
+    assert number(x, share) == said
+
+
+def test_what_is_better_depends_on_the_metric():
+    assert line("loss", 2.0, 1.0).better is True and line("loss", 1.0, 2.0).better is False
+    assert line("accuracy", 0.1, 0.9).better is True and line("accuracy", 0.5, 0.5).better is None
+    assert line("accuracy", 0.1, 0.9).change == "+80.0 points"
+    assert line("somebody_elses", 1.0, 2.0).better is None
+    assert line("loss", 2.0, None).change == "" and line("loss", 2.0, None).after == ""
+
+
+def test_nothing_is_said_that_was_not_measured(tmp_path):
+    bare = a_report(tmp_path, before={"loss": 2.0}, after={"loss": 1.0}, stats={"steps": 3})
+    assert headline(bare) == "Held-out loss 2.00 → 1.00."
+    assert list(cost({"steps": 3})) == [("steps", "3")]
+    assert [x.name for x in lines(bare)] == ["loss"]
+    trained = a_report(tmp_path, stats={"steps": 3, "measured_on": "training rows"})
+    assert headline(trained).startswith("Loss on the training rows")
+    assert duration(3723) == "1 h 2 min" and duration(75) == "1 min 15 s" and duration(2.34) == "2.3 s"
+
+
+def test_answers_are_matched_by_row(tmp_path):
+    for when, ids in (("before", "ab"), ("after", "bc")):
+        text = "".join(json.dumps({"id": i, "prompt": i, "expected": None, "answer": when + i, "score": None}) + "\n" for i in ids)
+        (tmp_path / f"samples-{when}.jsonl").write_text(text)
+    found = {a["prompt"]: (a["before"], a["after"]) for a in answers(tmp_path)}
+    assert found == {"a": ("beforea", None), "b": ("beforeb", "afterb"), "c": (None, "afterc")}
+
+
+# ---------------------------------------------------------------------------------------------- curves
+
+
+def test_ticks_are_round_and_hold_the_data():
+    assert ticks(0, 2.7) == [0, 1, 2, 3] and ticks(5, 5)[0] <= 5
+    assert all(t[0] <= low * 2.5 and t[-1] >= high / 2.5 for low, high in ((0.1, 3), (1e-5, 10)) for t in [log_ticks(low, high)])
+    assert short(1.5e-4) == "1.5e-4" and short(0.25) == "0.25" and short(0) == "0" and short(1500) == "1,500"
+
+
+def test_a_curve_keeps_its_spikes_and_its_mean():
+    flat = [(i, 1.0) for i in range(10_000)]
+    flat[5000] = (5000, 99.0)
+    few = thinned(flat)
+    assert len(few) <= 802 and (5000, 99.0) in few
+    assert all(y == pytest.approx(1.0) for _, y in smoothed([(i, 1.0) for i in range(100)]))
+    assert smoothed([(1, 3.0)]) == [(1, 3.0)]
+    assert chart([("x", "raw", [])]) == "" and "polyline" in chart([("x", "raw", [(1, 2.0)])])
+
+
+# ---------------------------------------------------------------------------------------------- the terminal
+
+
+class Roles:
+    class renderer:
+        @staticmethod
+        def decode_marked(row, marks):
+            return f"{row['prompt']}{marks[0]}{row['said']}{marks[1]}"
+
+
+def test_at_a_pipe_ten_lines_and_no_colours(tmp_path):
+    out = io.StringIO()
+    console = Console(out)
+    console.tell("a [bold]sentence[/bold] with marks")
+    console.rows(Roles, [{"prompt": "2+2=", "said": " 4"}], {"row_tokens": 5, "supervised_share": 0.4})
+    with console.training(100, 0):
+        for i in range(100):
+            console.step({"step": i + 1, "loss": 1.0, "tokens": 50, "seconds": 0.01})
+    report = a_report(tmp_path)
+    console.finish(report)
+    said = out.getvalue()
+    assert "\x1b" not in said and "[bold]sentence[/bold]" in said and console.notes == ["a [bold]sentence[/bold] with marks"]
+    assert "2+2=⟦ 4⟧" in said and "40% of them learned" in said
+    assert len(re.findall(r"^step \d+/100", said, re.M)) == 10
+    assert "5,000 tokens/s" in said and re.search(r"\d s left", said)
+    table = [[c.strip() for c in x.split("|")] for x in said.splitlines() if x.startswith("|")]
+    assert ["", "loss on held-out rows", "2.31", "0.42", "−1.89", ""] in table
+    assert ["", "exact elsewhere", "97.0%", "94.0%", "−3.0 points", ""] in table
+
+
+def test_at_a_terminal_a_bar_and_colours(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    out = io.StringIO()
+    console = Console(out)
+    with console.training(10, 4):
+        console.step({"step": 5, "loss": 1.0, "tokens": 50, "seconds": 0.01})
+        console.tell("told beside the bar")
+    assert "\x1b[" in out.getvalue() and "5/10" in out.getvalue() and "told beside the bar" in out.getvalue()
+
+
+def test_what_a_model_writes_cannot_steer_the_terminal(tmp_path):
+    sample = {"id": "1", "prompt": "p\x1b[2J", "expected": None, "answer": "\x1b]0;title\x07\x9b31m", "score": None}
+    (tmp_path / "samples-after.jsonl").write_text(json.dumps(sample) + "\n")
+    out = io.StringIO()
+    Console(out).finish(a_report(tmp_path))
+    Console(out).tell("\x1b[31mred")
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", out.getvalue()) and "␛" in out.getvalue()
+
+
+def test_quiet_keeps_what_was_told(capsys):
+    quiet = Quiet()
+    quiet.tell("one")
+    with quiet.training(3, 0):
+        quiet.step({"step": 1})
+    quiet.finish(Report("x"))
+    assert quiet.notes == ["one"] and capsys.readouterr().out == ""
