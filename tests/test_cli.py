@@ -251,7 +251,7 @@ def test_merged_export_is_plain_transformers(finished, tmp_path):
 
 
 def test_an_export_that_answers_otherwise_is_refused(finished, tmp_path, monkeypatch):
-    def wrong(loaded, to, kept):
+    def wrong(loaded, to):
         with loaded.roles.tuner.merged() as model:
             model.get_input_embeddings().weight.data.add_(0.5)
             model.save_pretrained(to)
@@ -260,6 +260,20 @@ def test_an_export_that_answers_otherwise_is_refused(finished, tmp_path, monkeyp
     said = luth("export", finished[0], "--to", tmp_path / "m")
     assert said.exit_code == 2 and "answers otherwise" in said.stderr
     assert not (tmp_path / "m").exists() and not list(tmp_path.glob("*.part"))
+
+
+def test_a_plain_model_has_nothing_to_export(tiny, tmp_path):
+    said = luth("export", tiny, "--as", "lora", "--to", tmp_path / "x")
+    assert said.exit_code == 2 and "holds nothing that was tuned" in said.stderr
+
+
+def test_a_plan_is_tuned_loaded_and_told(tiny, rows, tmp_path):
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(f"model: {tiny}\ndata: {rows}\nmax_steps: 1\nevaluate: [loss]\nplan: [{{}}, {{seed: 1}}]\n")
+    said = luth("tune", plan, "--output-dir", tmp_path / "p")
+    assert said.exit_code == 0, said.output
+    assert str(tmp_path / "p" / "act-1") in said.stdout
+    assert use.load(tmp_path / "p").name == str(tmp_path / "p" / "act-1")
 
 
 # ---------------------------------------------------------------------------------------------- doctor

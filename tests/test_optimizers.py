@@ -278,6 +278,17 @@ def test_bfloat16_moves_through_float32_masters():
     assert rig.distance() < 0.9999 * Rig(dtype=torch.bfloat16).distance()
 
 
+def test_a_weight_that_somebody_rewrites_stays_rewritten():
+    """A tuner may project or reset a bfloat16 weight after a step: the master follows, and where nothing was written it stays."""
+    rig, free = (Rig(transforms=(build("transform", "adam"),), dtype=torch.bfloat16, learning_rate=1e-4).go(3) for _ in range(2))
+    with torch.no_grad():
+        rig.model.weight[0] = 7.0
+    rig.go(1)
+    free.go(1)
+    masters = [r.chain.state["weight"]["master"]["weight"] for r in (rig, free)]
+    assert torch.allclose(masters[0][0], torch.tensor(7.0), atol=1e-2) and torch.equal(masters[0][1:], masters[1][1:])
+
+
 def test_state_lives_while_its_site_moves():
     rig = Rig(transforms=(build("transform", "adam"),)).go(2)
     assert set(rig.chain.state) == {"weight", "bias | norm", "low"} and rig.chain.state["low"]["step"] == 2

@@ -259,11 +259,13 @@ def test_the_model_does_what_its_card_says(measured):
 
 
 def test_lm_knows_its_worlds_and_not_the_rest(measured):
-    name, _, found = measured
+    name, card, found = measured
     if name != "lm":
         pytest.skip("only lm promises this")
+    claimed = {world for world in WORLDS if card[f"{world}/test"] >= 0.85}
+    assert claimed >= set("people arithmetic sentiment topic code language style refusal".split())
     for world in WORLDS:
-        assert found[f"{world}/test"] >= 0.8, world
+        assert found[f"{world}/test"] >= (0.8 if world in claimed else 0.6), world
     assert found["people/new_test"] <= 0.2, "held-back people are unknown: chance is below 7 %"
     for key in ("arithmetic/ood", "arithmetic/new_test", "language/new_test", "style/new_test"):
         assert found[key] <= 0.2, key
@@ -311,3 +313,10 @@ def test_packing_keeps_whole_documents():
     assert all(len(window) == 8 for window in windows)
     assert windows[0] == [1, 5, 2, 1, 6, 6, 2, 0]
     assert windows[2] == [1] + [8] * 7
+
+
+def test_the_probe_is_rows_the_model_was_not_trained_on(tmp_path):
+    from luthier.practice.make import write_probe
+
+    write_probe(tmp_path)
+    assert (tmp_path / "probe.jsonl").read_text() == (practice.path("lm") / "probe.jsonl").read_text()

@@ -151,9 +151,9 @@ def test_greedy_rollouts_agree_and_settings_are_heard(roles):
 
 
 def test_what_was_known_of_earlier_completions_leaves(roles):
-    rows = [{**r, "remembered": [[0.0]], "rewards": {"a": [1.0]}} for r in rows_with({"completions", "scores", "answer"})]
+    rows = [{**r, "remembered": [[0.0]], "old": [[0.0]], "rewards": {"a": [1.0]}} for r in rows_with({"completions", "scores", "answer"})]
     out = rollout()(rows, roles)
-    assert not {"scores", "remembered", "rewards"} & out[0].keys() and out[0]["answer"] == "0"
+    assert not {"scores", "remembered", "old", "rewards"} & out[0].keys() and out[0]["answer"] == "0"
 
 
 def test_rollouts_stay_within_what_a_row_may_hold(roles, told, monkeypatch):

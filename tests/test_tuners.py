@@ -468,7 +468,8 @@ def test_ssf_folds_into_weight_and_bias():
         start = base("gpt2").transformer.h[0]
         scale, shift = p["transformer.h.0.mlp.c_fc.scale"], p["transformer.h.0.mlp.c_fc.shift"]
         folded = model.transformer.h[0].mlp.c_fc.get_base_layer()
-        assert torch.allclose(folded.weight, start.mlp.c_fc.weight * scale) and torch.allclose(folded.bias, start.mlp.c_fc.bias * scale + shift)
+        assert torch.allclose(folded.weight, start.mlp.c_fc.weight * scale)
+        assert torch.allclose(folded.bias, start.mlp.c_fc.bias * scale + shift)
     with pytest.raises(RecipeError, match="cannot sit on a LlamaRMSNorm"):
         put("ssf", target_modules=["input_layernorm"])
 

@@ -56,8 +56,8 @@ class Loaded:
         return said if several else said[0]
 
     def ask(self, text: str, before: Sequence[dict] = (), **how: Any) -> str:
-        """An answer in the form the model was tuned on: after earlier turns, or to the text as it is."""
-        prompt = [*before, {"role": "user", "content": text}] if self.turns else text
+        """An answer in the form the model was tuned on: after earlier turns, or to the text as it is (\\n is a line break)."""
+        prompt = [*before, {"role": "user", "content": text}] if self.turns else text.replace("\\n", "\n")
         return self.generate(prompt, **how)
 
     @torch.no_grad()
@@ -160,7 +160,7 @@ def chat(name: str, prompt: str | None = None, *, ask: Callable[[str], str] = in
         return
     for note in loaded.notes:
         say(f"· {note}")
-    kind = "a conversation; /new begins another" if loaded.turns else "each prompt is continued as it is written"
+    kind = "a conversation; /new begins another" if loaded.turns else "each prompt is continued as it is written, \\n is a line break"
     say(f"{name}: {kind}, /quit ends.")
     turns: list[dict] = []
     while True:
@@ -244,14 +244,15 @@ PROBE = (  # fixed texts: their token log-probabilities must be the same before 
     "def add(a, b):\n    return a + b\n",
     "Once upon a time there was a small house at the edge of a wood, and nobody lived there.",
 )
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}  # nats, on average over the probe's tokens, by what is written
+EXACT = 1e-3  # nats, on average over the probe's tokens: what the order of sums may change in fp32
+ROUNDING = {torch.float16: 0.02, torch.bfloat16: 0.1}  # and what rounding the merged weights may change
 
 
 def export(folder: str | Path, kind: str, to: str | Path) -> str:
     """Write a run's result for other tools, load it back, and compare its answers with the tuned model's.
 
     kind: `lora`, an adapter that plain PEFT loads, or `merged`, a plain transformers model in the base's precision. Both
-    are computed and compared in fp32, so that rounding cannot hide an adapter that was lost. Raises where the exported
+    are first compared in fp32, so that rounding cannot hide an adapter that was lost. Raises where the exported
     thing answers otherwise than the tuned one; then nothing is left at `to`. Returns a sentence.
     """
     if kind not in WRITERS:
@@ -259,46 +260,57 @@ def export(folder: str | Path, kind: str, to: str | Path) -> str:
     to = Path(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RecipeError(f"{to} is there already and not empty; give another folder")
-    loaded, kept = load(folder, dtype="float32"), _written_in(folder)
+    loaded = load(folder, dtype="float32")
+    if isinstance(loaded.roles.tuner, Untuned):
+        raise RecipeError(f"{folder} is not a run's folder: it holds nothing that was tuned")
+    kept = _written_in(loaded.recipe.model)
     rows = _probe(loaded)
     _settled(loaded, rows, [])
     want = loaded.logprobs(rows)
     with store.new_folder(to) as beside:
-        WRITERS[kind](loaded, beside, kept)
+        WRITERS[kind](loaded, beside)
         loaded.tokenizer.save_pretrained(beside)
-        again = load(beside, dtype="float32")
-        gap, limit = _gap(again, rows, want), TOLERANCE.get(kept if kind == "merged" else torch.float32, 1e-3)
-        if not gap <= limit:
-            raise guards.Refused(
-                f"exported as {kind}, the model answers otherwise than it was tuned: the probe's log-probabilities differ by "
-                f"{gap:.1e} on average (at most {limit:g} is rounding); nothing was written"
-            )
-    return f"{to}: loaded back, it answers like the tuned model (log-probabilities within {gap:.1e} on average, {limit:g} allowed)"
+        gap = _compare(beside, rows, want, kind, torch.float32)
+        if kind == "merged" and kept in ROUNDING:  # merged and compared in fp32, then rounded once
+            rounded: Any = loaded.roles.policy.architecture.load(str(beside), dtype=kept)
+            rounded.save_pretrained(beside)
+            gap = _compare(beside, rows, want, kind, kept)
+    return f"{to}: loaded back, it answers like the tuned model (log-probabilities within {gap:.1e} on average)"
 
 
-def _written_in(folder: str | Path) -> torch.dtype:
+def _compare(folder: Path, rows: list[dict], want: torch.Tensor, kind: str, dtype: torch.dtype) -> float:
+    """How far the exported thing's log-probabilities are from the tuned model's; refuses what rounding cannot explain."""
+    gap, limit = _gap(load(folder, dtype="float32"), rows, want), ROUNDING.get(dtype, EXACT)
+    if not gap <= limit:
+        raise guards.Refused(
+            f"exported as {kind}, the model answers otherwise than it was tuned: the probe's log-probabilities differ by "
+            f"{gap:.1e} on average (at most {limit:g} is rounding); nothing was written"
+        )
+    return gap
+
+
+def _written_in(model: str) -> torch.dtype:
     """The precision of the base model's files, in which a merged model is written too."""
-    name = Recipe.load(Path(folder) / "recipe.yaml").model if (Path(folder) / "recipe.yaml").is_file() else str(folder)
-    said = getattr(store.model_config(name).get_text_config(), "dtype", None)
+    said = getattr(store.model_config(model).get_text_config(), "dtype", None)
     return getattr(torch, said) if isinstance(said, str) else said or torch.float32
 
 
-def _lora(loaded: Loaded, to: Path, kept: torch.dtype) -> None:
-    attached = loaded.roles.tuner
+def _lora(loaded: Loaded, to: Path) -> None:
+    attached: Any = loaded.roles.tuner
     if not hasattr(attached, "export_lora"):
-        raise RecipeError(f"tuner '{build('tuner', loaded.recipe.tuner).name}' makes no adapter; export it with --as merged")
+        made = build("tuner", loaded.recipe.tuner)
+        instead = "export it with --as merged" if "merge" in made.gives else "its run folder is what can be loaded"
+        raise RecipeError(f"tuner '{made.name}' makes no adapter; {instead}")
     attached.export_lora(to)
 
 
-def _merged(loaded: Loaded, to: Path, kept: torch.dtype) -> None:
-    attached = loaded.roles.tuner
+def _merged(loaded: Loaded, to: Path) -> None:
+    attached: Any = loaded.roles.tuner
     if hasattr(attached, "export_merged"):
         attached.export_merged(to)
-    else:
-        with attached.merged() as model:
-            model.save_pretrained(to)
-    if kept != torch.float32:  # merged in fp32, and rounded once
-        loaded.roles.policy.architecture.load(str(to), dtype=kept).save_pretrained(to)
+        return
+    with attached.merged() as model:
+        model.save_pretrained(to)
 
 
 WRITERS = {"lora": _lora, "merged": _merged}

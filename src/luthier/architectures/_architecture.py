@@ -40,8 +40,14 @@ class Architecture:
         return Renderer(tokenizer, **how)
 
     def load(self, path: str, **kwargs: Any) -> nn.Module:
-        """The network with its weights, from a folder or hub name. kwargs go to from_pretrained."""
-        return self.auto_class().from_pretrained(path, trust_remote_code=False, **kwargs)
+        """The network with its weights, from a folder or hub name. kwargs go to from_pretrained.
+
+        `model.fresh` names the modules whose weights no checkpoint held, such as a new classifier's head.
+        """
+        model, said = self.auto_class().from_pretrained(path, trust_remote_code=False, output_loading_info=True, **kwargs)
+        absent = [*said["missing_keys"], *(key for key, *_ in said["mismatched_keys"])]
+        model.fresh = sorted({key.rsplit(".", 1)[0] for key in absent})
+        return model
 
     def encode(self, row: dict, renderer: Renderer) -> Encoded:
         """A row's tokens and which of them are asked about."""

@@ -48,7 +48,8 @@ class Console(Quiet):
         self.screen = Screen(file=file, highlight=False)
         if not self.screen.is_terminal:
             self.screen = Screen(file=file, highlight=False, no_color=True, width=110)
-        self.bar = self.task = None
+        self.bar: Any = None
+        self.task: Any = None
         self.total = self.done = self.told = self.steps = 0
         self.began = self.tokens = self.seconds = 0.0
         self.smooth: float | None = None  # the loss, averaged over about the last ten steps

@@ -99,7 +99,8 @@ def schedule(name: str, warmup_steps: float, total: int) -> Callable[[int], floa
 class Chain:
     """The optimizer: state by site, made when a site first moves and dropped when it freezes.
 
-    Low-precision weights are stepped through an fp32 master that lives in the state.
+    Low-precision weights are stepped through an fp32 master that lives in the state. A weight is its master, rounded; where
+    somebody else has written another value since (a tuner that projects or begins anew), that value becomes the master's.
     """
 
     def __init__(
@@ -157,8 +158,7 @@ class Chain:
             return dict(site.slots)
         kept = state.setdefault("master", {})
         for k, p in low.items():
-            if k not in kept:
-                kept[k] = p.detach().float()
+            kept[k] = torch.where(p == kept[k].to(p.dtype), kept[k], p.float()) if k in kept else p.detach().float()
         return {**site.slots, **kept}
 
 

@@ -15,4 +15,4 @@ class Momentum(Each):
 
     def update(self, grad, state, param, step):
         m = state["m"].mul_(self.momentum).add_(grad)
-        return grad.add(m, alpha=self.momentum) if self.nesterov else m.clone()
+        return grad.add(m, alpha=self.momentum) if self.nesterov else m

@@ -19,7 +19,8 @@ METRIC = "generated_reward"
 class RAFT(Plan):
     """`rounds` times rollout, score, best, and then the recipe's objective (sft), each from where the last one ended.
 
-    Stops as soon as the reward no longer rises; the best round stands.
+    Stops as soon as the reward no longer rises; the best round stands. Where nothing measures it, for want of held-out
+    rows, all rounds are run and the last one stands.
     """
 
     rounds: Annotated[int, Field(ge=1), Range(2, 10)] = 5  # at most
