@@ -290,3 +290,26 @@ def test_doctor_says_what_is_there_and_what_is_missing(monkeypatch):
         assert bool(extra["missing"]) == (extra["install"] == f"pip install 'luthier[{name}]'")
     said = luth("doctor").stdout
     assert "bfloat16" in said and "sandbox" in said
+
+
+def test_a_classifier_is_loaded_with_the_head_it_was_tuned_with(tmp_path):
+    """Its head is new, and an adapter does not hold what it sits on: both must come out of the recipe's seed."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    from conftest import make_tokenizer
+
+    base, run = str(tmp_path / "bert"), str(tmp_path / "run")
+    made = BertConfig(vocab_size=262, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    BertForMaskedLM(made).save_pretrained(base)
+    tokenizer = make_tokenizer()
+    tokenizer.cls_token = tokenizer.sep_token = "<|end|>"
+    tokenizer.save_pretrained(base)
+    rows = [{"text": f"{word} {i}", "label": name} for i in range(8) for word, name in (("good", "pos"), ("bad", "neg"))]
+    report = luthier.tune(
+        model=base, architecture="classifier", data=rows, eval_data=0, max_steps=3, evaluate=["loss"], output_dir=run, learning_rate=0.03
+    )
+    torch.manual_seed(123)
+    found = use.inspect(run, run)
+    assert found["base"]["metrics"]["loss"] == found["tuned"]["metrics"]["loss"] == pytest.approx(report.after["loss"], rel=1e-3)
+    with pytest.raises(luthier.RecipeError, match="writes no text"):
+        use.load(run).generate("x")

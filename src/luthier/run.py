@@ -7,9 +7,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ def load_data(recipe: Recipe, quarantine: Path | None = None) -> Data:
         if not 0 <= recipe.eval_data < 1:
             raise RecipeError(f"eval_data: {recipe.eval_data} is not a share below 1 (nor a file)")
         if recipe.eval_data and len(rows) * recipe.eval_data >= 4:
-            rows, held = reading.split(rows, recipe.eval_data, recipe.seed)
+            rows, held = reading.split(rows, recipe.eval_data)  # whatever the seed: runs with other seeds are measured on the same rows
     elif recipe.eval_data:
         other = reading.load(recipe.eval_data, max_bad_rows=recipe.max_bad_rows, quarantine=quarantine)
         held, bad = other.rows, [*bad, *other.bad]
@@ -95,14 +95,14 @@ def pick_dtype(name: str, where: torch.device) -> torch.dtype:
     return torch.bfloat16 if where.type == "cpu" and torch.cpu._is_amx_tile_supported() else torch.float32
 
 
-def load_model(recipe: Recipe, parts: Parts, rows: Sequence[dict] = ()) -> tuple[torch.nn.Module, Any]:
-    """The base network and its tokenizer. Architectures may learn something from the rows first (number of classes)."""
+def load_model(recipe: Recipe, parts: Parts, network: Mapping[str, Any]) -> tuple[torch.nn.Module, Any]:
+    """The base network and its tokenizer. network: what the data said about it (a classifier's classes)."""
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     path, where = store.resolve_model(recipe.model), device()
-    how = {"dtype": pick_dtype(recipe.dtype, where), **parts.architecture.fit_to(list(rows))}
+    how = {"dtype": pick_dtype(recipe.dtype, where), **network}
     if recipe.attn_implementation:
         how["attn_implementation"] = recipe.attn_implementation
     try:
@@ -116,15 +116,32 @@ def load_model(recipe: Recipe, parts: Parts, rows: Sequence[dict] = ()) -> tuple
     return model.to(where).eval(), tokenizer
 
 
-def assemble(recipe: Recipe, parts: Parts, rows: Sequence[dict] = ()) -> Roles:
-    """Model, tuner and tokenizer as the training policy; seeded before the tuner is made."""
-    model, tokenizer = load_model(recipe, parts, rows)
+def assemble(recipe: Recipe, parts: Parts, network: Mapping[str, Any] | None = None) -> Roles:
+    """Model, tuner and tokenizer as the training policy; seeded before weights are drawn."""
     clock = Clock(seed=recipe.seed)
+    torch.manual_seed(clock.fold("model"))
+    model, tokenizer = load_model(recipe, parts, network or {})
     torch.manual_seed(clock.fold("tuner"))
-    attached = parts.tuner.attach(model)
+    attached = attach(parts.tuner, model)
     limit = recipe.max_length or min(2048, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048) - attached.virtual
     renderer = parts.architecture.renderer(tokenizer, model.config, max_length=limit, chat_template=recipe.chat_template)
     return Roles(Policy(parts.architecture, model, attached), clock, renderer)
+
+
+def attach(tuner: Any, model: torch.nn.Module) -> Any:
+    """The tuner on the model. Modules that no checkpoint held (a new classifier's head) are trained along and saved with it."""
+    if model.fresh and any(f.name == "modules_to_save" for f in fields(tuner)):
+        tuner = replace(tuner, modules_to_save=sorted({*(tuner.modules_to_save or ()), *model.fresh}))
+    new = {id(p): name for name in model.fresh for p in model.get_submodule(name).parameters()}
+    attached = tuner.attach(model)
+    moving = {id(p) for p in attached.parameters().values()}
+    left = sorted({name for i, name in new.items() if i not in moving}) if not hasattr(tuner, "modules_to_save") else []
+    if left and tuner.gives:
+        raise RecipeError(
+            f"tuner '{tuner.name}' would leave {', '.join(left)} as random as it was made, since the checkpoint has none; "
+            "take one that trains it along: lora, full, or any with modules_to_save"
+        )
+    return attached
 
 
 def tensors_of(start: Any, attached: Any) -> dict[str, torch.Tensor]:
@@ -181,7 +198,10 @@ def _run(recipe: Recipe, parts: Parts, data: Data, folder: Path, watch: Any, acc
     main = accelerator.is_main_process
     latest = (store.checkpoints(folder) or [None])[-1]
     watch.stage("loading the model")
-    roles = assemble(recipe, parts, data.rows)
+    network = parts.architecture.fit_to(data.rows)
+    if main:
+        _mark(folder, network=network)
+    roles = assemble(recipe, parts, network)
     clock, roles.tell = roles.clock, watch.tell
     if recipe.start is not None:
         roles.tuner.load(tensors_of(recipe.start, roles.tuner))
@@ -386,9 +406,15 @@ def _clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _mark(folder: Path, finished: bool) -> None:
+def _mark(folder: Path, **facts: Any) -> None:
     state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    store.write_json(folder / "run.json", {**state, "finished": finished})
+    store.write_json(folder / "run.json", {**state, **facts})
+
+
+def network_of(folder: Path) -> dict[str, Any]:
+    """What the data of a finished run said about its network; class numbers are numbers again."""
+    known = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("network", {})
+    return known | {"id2label": {int(k): v for k, v in known["id2label"].items()}} if "id2label" in known else known
 
 
 def _difference(folder: Path, recipe: Recipe, known: dict, mark: str) -> str:

@@ -17,7 +17,7 @@ from luthier.recipe import Recipe
 from luthier.rehearsal import Parts, detect, parts
 from luthier.report.console import visible
 from luthier.roles import Roles
-from luthier.run import Report, assemble, load_data, take_parts
+from luthier.run import Report, assemble, network_of, take_parts
 from luthier.tuners._tuner import Untuned
 
 
@@ -101,7 +101,7 @@ def _run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     if recipe.plan is not None:
         raise RecipeError(f"{folder} holds a plan; name one of its runs: {', '.join(p.name for p in sorted(folder.glob('act-*')))}")
     made = parts(recipe)
-    roles = assemble(recipe, made, load_data(recipe).rows if _asks_rows(made.architecture) else ())
+    roles = assemble(recipe, made, network_of(folder))
     take_parts(roles, made)
     roles.tuner.load(roles.tuner.read(folder))
     roles.policy.eval()
@@ -111,13 +111,6 @@ def _run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     else:
         notes.append(f"{folder} is not finished: this is its last checkpoint")
     return Loaded(str(folder), roles, recipe, turns, notes)
-
-
-def _asks_rows(architecture: Any) -> bool:
-    """Does the network depend on the data (a classifier's classes)?"""
-    from luthier.architectures._architecture import Architecture
-
-    return type(architecture).fit_to is not Architecture.fit_to
 
 
 def _bare(model: str, settings: Mapping[str, Any]) -> tuple[Recipe, Roles]:

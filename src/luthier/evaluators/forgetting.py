@@ -2,7 +2,8 @@
 
 Elsewhere is, in this order: the rows given as `data`; the probe.jsonl that lies beside the base model (the practice
 models carry one: rows of every world they know, by `skill`); else texts that the model itself wrote before it was tuned,
-which need no data: what it used to say should not have become unlikely.
+which need no data: what it used to say should not have become unlikely. Of a network that does not write (a new
+classifier), only given `data` is measured.
 """
 from __future__ import annotations
 
@@ -53,6 +54,8 @@ class Forgetting(Evaluator):
         if kept.is_file():
             found = store.read_rows(kept)
             return found, bool(found) and found[0].get("own", False)
+        if self.data is None and "generate" not in roles.policy.architecture.gives:
+            return [], False  # a network that no longer writes has nothing in common with what the base could do
         beside = Path(roles.policy.model.config.name_or_path or ".") / "probe.jsonl"
         source = self.data if self.data is not None else str(beside) if beside.is_file() else None
         if source is not None:
@@ -60,7 +63,7 @@ class Forgetting(Evaluator):
             step = max(1, len(found) // self.n)
             found = found[::step][: self.n]
             found = roles.policy.architecture.encode_all(found, roles.renderer).rows
-        elif "generate" in roles.policy.architecture.gives and (start := self.opening(roles)):
+        elif start := self.opening(roles):
             seeds = [roles.clock.fold("forgetting", i, at=0) for i in range(self.texts)]
             said = roles.policy.generate([start] * self.texts, seeds=seeds, max_new_tokens=self.max_new_tokens, stop=roles.renderer.stop_ids)
             found = [{"id": f"own-{i}", "prompt": "", "completions": ids, "own": True} for i, ids in enumerate(said) if ids[0]]

@@ -1,9 +1,10 @@
 """A role whose answers are a column of the rows, written by a stage: its model has left the machine."""
 from __future__ import annotations
 
-from types import SimpleNamespace
+from torch import Tensor
 
-from luthier.method import role
+from luthier.batch import Batch
+from luthier.method import RecipeError, role
 from luthier.roles._role import Role
 
 
@@ -18,7 +19,30 @@ class Column(Role):
         return {self.column}
 
     def play(self, name, policy):
-        def outputs(batch):
-            return SimpleNamespace(logprobs=batch.per_token(self.column))
+        return Remembered(name, self.column)
 
-        return SimpleNamespace(outputs=outputs, logprobs=lambda batch: outputs(batch).logprobs)
+
+class Remembered:
+    """Plays a role from a column: it knows the log-probability of each token that was said, and nothing else."""
+
+    def __init__(self, role: str, column: str):
+        self.role, self.column = role, column
+
+    def outputs(self, batch: Batch) -> Saying:
+        return Saying(self, batch.per_token(self.column))
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        return batch.per_token(self.column)
+
+
+class Saying:
+    """What a column says of a batch."""
+
+    def __init__(self, who: Remembered, logprobs: Tensor):
+        self.who, self.logprobs = who, logprobs
+
+    def __getattr__(self, name: str):
+        raise RecipeError(
+            f"roles.{self.who.role}: column '{self.who.column}' holds the probability of each token that was said; this recipe "
+            f"also asks for '{name}', which only a model knows: e.g. `roles: {{{self.who.role}: start}}`"
+        )
