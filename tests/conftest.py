@@ -1,4 +1,5 @@
 """What tests share: one thread, a tiny model with a tokenizer made here, small row sets, and real data where it is there."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """The command line as a user meets it: exit codes, sentences, listings, and that it starts without loading a network."""
+
 from __future__ import annotations
 
 import json
@@ -7,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import luthier
@@ -251,10 +253,13 @@ def test_merged_export_is_plain_transformers(finished, tmp_path):
 
 
 def test_an_export_that_answers_otherwise_is_refused(finished, tmp_path, monkeypatch):
+    right = use.WRITERS["merged"]
+
     def wrong(loaded, to):
-        with loaded.roles.tuner.merged() as model:
-            model.get_input_embeddings().weight.data.add_(0.5)
-            model.save_pretrained(to)
+        right(loaded, to)
+        tensors = load_file(to / "model.safetensors")
+        tensors["model.norm.weight"] *= 1.2
+        save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
 
     monkeypatch.setitem(use.WRITERS, "merged", wrong)
     said = luth("export", finished[0], "--to", tmp_path / "m")

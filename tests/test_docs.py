@@ -1,4 +1,5 @@
 """The docs say what the code does: generated pages are current, recipes in pages are valid, links lead somewhere."""
+
 from __future__ import annotations
 
 import re

@@ -1,4 +1,5 @@
 """The loop's promises: how a batch is split changes nothing, a killed run goes on bit for bit, faults are told."""
+
 from __future__ import annotations
 
 import json
@@ -12,14 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PAIRS, SUMS, UNPAIRED
 from safetensors.torch import load_file
 
 import luthier
+from conftest import PAIRS, SUMS, UNPAIRED
 from luthier import guards, store
+from luthier.clock import Clock
 from luthier.loop import Fit, draw
 from luthier.method import RecipeError
-from luthier.clock import Clock
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -61,14 +62,22 @@ def test_two_processes_are_one(base, tmp_path):
     one = luthier.tune(base, folder=tmp_path / "one")
     (tmp_path / "recipe.json").write_text(json.dumps(base | {"per_device_train_batch_size": 2}))
     script = tmp_path / "two.py"
-    script.write_text(textwrap.dedent("""
+    script.write_text(
+        textwrap.dedent("""
         import json, sys, torch
         torch.set_num_threads(1)
         import luthier
         luthier.tune(json.load(open(sys.argv[1])), folder=sys.argv[2])
-    """))
+    """)
+    )
     port = str(29500 + os.getpid() % 1000)
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    env = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "1",
+    }
     command = [sys.executable, str(script), str(tmp_path / "recipe.json"), str(tmp_path / "two")]
     both = [subprocess.Popen(command, env=env | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE) for r in "01"]
     errors = [p.communicate(timeout=120)[1].decode() for p in both]

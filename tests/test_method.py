@@ -1,4 +1,5 @@
 """Declarations: every method of every kind, found by walking the folders, says what it is and refuses what it is not."""
+
 from __future__ import annotations
 
 import inspect
@@ -59,7 +60,8 @@ def test_did_you_mean():
 
 def test_other_packages_can_bring_methods(tmp_path, monkeypatch):
     """An entry point `luthier.objectives` is a method like ours."""
-    (tmp_path / "outside.py").write_text(textwrap.dedent('''
+    (tmp_path / "outside.py").write_text(
+        textwrap.dedent('''
         """Twice the loss."""
         from luthier.method import objective
         from luthier.objectives._objective import Objective
@@ -70,7 +72,8 @@ def test_other_packages_can_bring_methods(tmp_path, monkeypatch):
 
             def loss(self, roles, batch):
                 return -2 * roles.policy.logprobs(batch)
-    '''))
+    ''')
+    )
     info = tmp_path / "outside-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")

@@ -1,4 +1,5 @@
 """Objectives: contracts that every one keeps, identities that follow from their formulas, and TRL as an oracle."""
+
 from __future__ import annotations
 
 import copy

@@ -1,4 +1,5 @@
 """Estimators, transforms, optimizers: contracts of every file, agreement with torch, and what MeZO and SAM claim."""
+
 from __future__ import annotations
 
 import weakref

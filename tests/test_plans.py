@@ -1,4 +1,5 @@
 """Plans: what they ask for is legal and follows from the reports they get. Mergers: soups by their arithmetic."""
+
 from __future__ import annotations
 
 import math

@@ -71,8 +71,7 @@ def test_rows_have_their_format(world, split):
 @pytest.mark.parametrize("world", WORLDS)
 def test_splits_share_no_item(world):
     atoms = {
-        split: {atom for row in practice.rows(world, split, 800) for atom in row["item"].split(";") if atom}
-        for split in find(world).SPLITS
+        split: {atom for row in practice.rows(world, split, 800) for atom in row["item"].split(";") if atom} for split in find(world).SPLITS
     }
     for split in set(HELD_OUT) & set(atoms):
         held_out = {atom for atom in atoms[split] if _sample.atom_bucket(atom) != "train"} or atoms[split]
@@ -145,10 +144,7 @@ def test_unknown_names_are_answered_by_the_known_ones():
 
 
 def test_importing_the_worlds_is_light():
-    program = (
-        "import sys; from luthier import practice;"
-        "practice.rows('people', 'train', 1); print('torch' in sys.modules)"
-    )
+    program = "import sys; from luthier import practice;practice.rows('people', 'train', 1); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -200,9 +196,7 @@ def test_the_chat_template_is_a_prefix_of_itself(tokenizer):
             rendered = tokenizer.apply_chat_template(messages[:turns], tokenize=False)
             assert whole.startswith(rendered)
             if turns < len(messages) and messages[turns]["role"] == "assistant":
-                asking = tokenizer.apply_chat_template(
-                    messages[:turns], tokenize=False, add_generation_prompt=True
-                )
+                asking = tokenizer.apply_chat_template(messages[:turns], tokenize=False, add_generation_prompt=True)
                 assert asking == rendered + "<|assistant|>" and whole.startswith(asking)
     with pytest.raises(Exception, match="knows no role"):
         tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)

@@ -1,10 +1,11 @@
 """Recipes: what is understood, and forty that are refused, each with its sentence, before any compute."""
+
 from __future__ import annotations
 
 import pytest
 import yaml
-from conftest import PAIRS, SUMS, UNPAIRED
 
+from conftest import PAIRS, SUMS, UNPAIRED
 from luthier.method import RecipeError, build
 from luthier.recipe import Recipe, terms
 from luthier.rehearsal import rehearse
@@ -104,7 +105,16 @@ def test_a_recipe_may_be_legal(tiny):
         ({"objective": "grpo", "live": [ROLLOUT, SCORE]}, SUMS),
         ({"objective": "dpo", "stages": [ROLLOUT, SCORE, "pairs"]}, SUMS),
         ({"estimator": "mezo", "tuner": "prompt"}, SUMS),
-        ({"plan": [{"objective": "sft"}, {"plan": {"name": "spin", "rounds": 2}}, {"start": {"merge": "average", "of": "all"}, "evaluate": ["loss"]}]}, SUMS),
+        (
+            {
+                "plan": [
+                    {"objective": "sft"},
+                    {"plan": {"name": "spin", "rounds": 2}},
+                    {"start": {"merge": "average", "of": "all"}, "evaluate": ["loss"]},
+                ]
+            },
+            SUMS,
+        ),
     ):
         rehearse(Recipe.load({"model": tiny} | recipe), load(rows).rows)
 

@@ -67,9 +67,7 @@ def trained(bos=False, eos=False, template=None, words=True, **more):
     tokenizer.train_from_iterator(corpus, trainer)
     if bos or eos:
         single = ("<s> " if bos else "") + "$A" + (" </s>" if eos else "")
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=single, special_tokens=[("<s>", 1), ("</s>", 2)]
-        )
+        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -154,9 +152,7 @@ def test_long_texts_are_cut_into_pieces_that_learn_every_token_once():
         tokenizer = trained(bos=bos)
         renderer = Renderer(tokenizer, max_length=16)
         rows, bad, stats = renderer.encode_all([{"id": "x", "prompt": "", "completions": [text]}])
-        assert (
-            not bad and [r["id"] for r in rows] == [f"x#{i}" for i in range(len(rows))] and stats["pieces"] == len(rows)
-        )
+        assert not bad and [r["id"] for r in rows] == [f"x#{i}" for i in range(len(rows))] and stats["pieces"] == len(rows)
         encoded = [renderer.encode(r) for r in rows]
         assert all(len(e) <= 16 for e in encoded) and stats["cut"] == 0
         whole = [*tokenizer(text, add_special_tokens=False)["input_ids"], 2]
@@ -201,9 +197,7 @@ def test_turns_marked_as_not_to_learn(template):
     renderer = Renderer(trained(template=template))
     for mark in ({"loss": False}, {"loss_scale": 0}):
         turns = [*TALK[:2], {**TALK[2], **mark}, *TALK[3:]]
-        assert learned(renderer, {"prompt": turns[:2], "completions": [turns[2:]]}) == [
-            "Blue, sometimes grey.<|im_end|>"
-        ]
+        assert learned(renderer, {"prompt": turns[:2], "completions": [turns[2:]]}) == ["Blue, sometimes grey.<|im_end|>"]
     silent = {"prompt": TALK[:2], "completions": [[{**TALK[2], "loss": False}]], "id": "s"}
     _, bad, _ = renderer.encode_all([silent])
     assert bad[0]["where"] == "s" and "nothing to learn" in bad[0]["reason"]
@@ -226,9 +220,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_or_taken_turn_by_turn
 
 
 def test_a_template_that_asks_otherwise_than_it_writes_is_refused():
-    renderer = Renderer(
-        trained(template=CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"))
-    )
+    renderer = Renderer(trained(template=CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")))
     with pytest.raises(BadRow, match="begins a reply in one way to ask for it"):
         renderer.encode(CHAT)
 

@@ -1,4 +1,5 @@
 """What a run leaves for people: the page, the card, the table; nothing invented, nothing that escapes its place."""
+
 from __future__ import annotations
 
 import io

@@ -1,4 +1,5 @@
 """Rewards tell right from wrong, and the sandbox keeps in what a model wrote."""
+
 import os
 import threading
 import time

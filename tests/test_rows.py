@@ -52,11 +52,7 @@ def test_every_shape_has_a_row_here():
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_are_recognised_and_are_fixed_points(name, tmp_path):
     found = load(jsonl(tmp_path, [SHAPES[name]] * 3))
-    assert (
-        found.format == name
-        and not found.bad
-        and [r["id"] for r in found.rows] == [f"rows.jsonl:{i}" for i in (1, 2, 3)]
-    )
+    assert found.format == name and not found.bad and [r["id"] for r in found.rows] == [f"rows.jsonl:{i}" for i in (1, 2, 3)]
     again = load(jsonl(tmp_path, found.rows))
     keys = ("id", "prompt", "completions", "scores", "tools", "label")
     assert [{k: r.get(k) for k in keys} for r in again.rows] == [{k: r.get(k) for k in keys} for r in found.rows]
@@ -147,9 +143,7 @@ def test_columns_are_mapped_and_formats_can_be_named():
 
 
 def test_unknown_and_ambiguous_columns():
-    with pytest.raises(
-        RecipeError, match=r"no format fits the columns buggy, fixed; the nearest: .*columns: \{prompt: buggy"
-    ):
+    with pytest.raises(RecipeError, match=r"no format fits the columns buggy, fixed; the nearest: .*columns: \{prompt: buggy"):
         load([{"buggy": "a", "fixed": "b"}])
     with pytest.raises(RecipeError, match="alpaca wants instruction \\+ output"):
         load([{"instruction": "a", "result": "b"}])
@@ -285,9 +279,7 @@ def test_kinds_of_files(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
     (tmp_path / "held.json").write_text(json.dumps({"version": 1, "data": rows}))
     quoted = [",".join('"' + r[k].replace('"', '""') + '"' for k in r) for r in rows]
-    (tmp_path / "rows.csv").write_text(
-        "\ufeffprompt,completion\r\n" + "\r\n".join(quoted) + "\r\n", encoding="utf-8", newline=""
-    )
+    (tmp_path / "rows.csv").write_text("\ufeffprompt,completion\r\n" + "\r\n".join(quoted) + "\r\n", encoding="utf-8", newline="")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     for name in (
         "rows.jsonl",
@@ -312,9 +304,7 @@ def test_text_files_are_lines_or_running_text(tmp_path):
     prose = "\n\n".join(f"Paragraph {i}. " + "word " * 200 for i in range(20))
     (tmp_path / "book.txt").write_text(prose)
     found = load(tmp_path / "book.txt").rows
-    assert 4 <= len(found) <= 6 and "".join("".join(r["completions"][0].split()) for r in found) == "".join(
-        prose.split()
-    )
+    assert 4 <= len(found) <= 6 and "".join("".join(r["completions"][0].split()) for r in found) == "".join(prose.split())
 
 
 def test_a_broken_csv_costs_its_own_lines(tmp_path):
@@ -365,9 +355,7 @@ def test_folders_lists_limits(tmp_path):
     import datasets
 
     rows = [{"sentence": "fine", "label": 1}, {"sentence": "dull", "label": 0}]
-    features = datasets.Features(
-        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
-    )
+    features = datasets.Features({"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])})
     saved = datasets.Dataset.from_list(rows, features=features)
     saved.save_to_disk(str(tmp_path / "saved"))
     datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(str(tmp_path / "splits"))
@@ -400,9 +388,7 @@ def test_dataset_info_of_llama_factory(tmp_path):
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     (tmp_path / "a.json").write_text(json.dumps([{"q": "Add.", "x": "1 1", "r": "2"}]))
     (tmp_path / "b.json").write_text(json.dumps([{"q": "Hi", "good": "Hello!", "poor": "What?"}]))
-    (tmp_path / "c.json").write_text(
-        json.dumps([{"turns": [{"who": "me", "says": "Hi"}, {"who": "it", "says": "Hello!"}]}])
-    )
+    (tmp_path / "c.json").write_text(json.dumps([{"turns": [{"who": "me", "says": "Hi"}, {"who": "it", "says": "Hello!"}]}]))
     place = str(tmp_path / "dataset_info.json")
     assert load(place + ":mine").rows[0]["prompt"] == [{"role": "user", "content": "Add.\n\n1 1"}]
     assert load({"path": place, "name": "pairs"}).rows[0]["scores"] == [1.0, 0.0]
@@ -439,9 +425,7 @@ def test_names_on_the_hub(monkeypatch):
         raise ConnectionError("no network\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(
-        RecipeError, match="'someone/stories' is no file here.* no data set that could be loaded: no network$"
-    ):
+    with pytest.raises(RecipeError, match="'someone/stories' is no file here.* no data set that could be loaded: no network$"):
         load("someone/stories")
 
 

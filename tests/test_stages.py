@@ -1,4 +1,5 @@
 """Stages: what each says it wants, gives and takes away is so; rollouts are the same however rows are put together."""
+
 from __future__ import annotations
 
 import copy

@@ -1,5 +1,6 @@
 """The contract that every tuner keeps. A new file in luthier/tuners is tested by being there; an exception to a contract
 stands in the method's file, with its reason. Then each method's own check, and the bridge to PEFT."""
+
 from __future__ import annotations
 
 import copy

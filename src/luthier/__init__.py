@@ -1,4 +1,5 @@
 """luthier: tune foundation models in every way the literature knows, from one recipe, and see what tuning changed."""
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any

@@ -5,6 +5,7 @@ becomes rows of a tensor (packed, prompts read once, or padded), and every layou
 
 Letters in shapes: L tokens, T supervised tokens (questions), S segments, N sequences (completions), G groups (rows).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence

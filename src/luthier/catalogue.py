@@ -4,6 +4,7 @@
 jsonl file that has these columns among others. Who implements a paper is never written down: each method's declaration
 says it (`row="ssf"`), and it is read from there.
 """
+
 from __future__ import annotations
 
 import json

@@ -1,4 +1,5 @@
 """The command line: a small function per verb. What a verb does lies in the module it calls, imported only then."""
+
 from __future__ import annotations
 
 import json
@@ -188,7 +189,6 @@ def asked(words: list[str] | None, **options: str | None) -> tuple[Path | None, 
     plain = ("model", "data", "output_dir")  # taken as they are; the others may be YAML such as "{name: lora, r: 16}"
     changes = [f"{k}={json.dumps(v) if k in plain else v}" for k, v in options.items() if v is not None]
     changes += [w for w in words or () if w not in files]
-    changes.sort(key=lambda change: change.partition("=")[0].count("."))  # tuner=lora must not undo tuner.r=16
     if not files:
         return None, changes
     path = Path(files[0])

@@ -3,6 +3,7 @@
 docs/methods/<kind>/<name>.md for each method, docs/methods/index.md, docs/papers.md, and the table of keys in
 docs/recipes.md between its two marks. Everything else in docs/ is written by hand.
 """
+
 from __future__ import annotations
 
 import shutil

@@ -1,4 +1,5 @@
 """What is installed, what this machine can do, and what is missing for each extra. Nothing is downloaded or changed."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
 """What must never fail in silence. Every guard raises, or tells, one sentence; docs/troubleshooting.md explains each."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -54,8 +55,7 @@ def gradient_arrives(attached: Any, may_be_zero: bool) -> None:
     reached = [p.grad is not None and (may_be_zero or bool(p.grad.any())) for s in sites for p in s.slots.values()]
     if not any(reached):
         raise Refused(
-            f"no gradient reaches any of the {len(reached)} tensors that tuner '{attached.settings.name}' moves: "
-            "nothing would be learned"
+            f"no gradient reaches any of the {len(reached)} tensors that tuner '{attached.settings.name}' moves: nothing would be learned"
         )
 
 
@@ -102,7 +102,9 @@ def fits_in_memory(attached: Any, tell: Callable[[str], None], device: torch.dev
     need = model + moving * (4 + 8)  # a gradient, and Adam's two moments in fp32
     have = torch.cuda.mem_get_info()[0] if device.type == "cuda" else _free_memory()
     if have and need > 0.9 * have:
-        tell(f"weights, gradients and optimizer state take {need / 2**30:.1f} GB before any activation, and {have / 2**30:.1f} GB are free: expect it not to fit")
+        tell(
+            f"weights, gradients and optimizer state take {need / 2**30:.1f} GB before any activation, and {have / 2**30:.1f} GB are free: expect it not to fit"
+        )
     return need
 
 
@@ -124,6 +126,8 @@ def out_of_memory(error: BaseException) -> bool:
 
 def ends_are_learned(rows: Sequence[Any], stop: set[int], tell: Callable[[str], None]) -> None:
     """Of encoded rows: does the end of a turn stand among the supervised tokens? Else the model will never stop."""
-    asked = [[t for t, s in zip(ids, marks, strict=True) if s] for e in rows for ids, marks in zip(e.completions, e.supervised, strict=True)]
+    asked = [
+        [t for t, s in zip(ids, marks, strict=True) if s] for e in rows for ids, marks in zip(e.completions, e.supervised, strict=True)
+    ]
     if asked and stop and not any(stop & set(a) for a in asked):
         tell("no completion teaches the model to stop: the end of a turn is not among the supervised tokens")

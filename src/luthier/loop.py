@@ -3,6 +3,7 @@
 The loss of a step is, for each term of the objective, the average over all its units in the global batch, however
 the batch is split into micro-batches and over processes.
 """
+
 from __future__ import annotations
 
 import time
@@ -97,7 +98,10 @@ class Fit:
                 self.batches.micro = (self.batches.micro + 1) // 2
             self._forget()
             bound = [o.contract["accumulation"] for _, o in self.objective.terms() if "accumulation" in o.contract]
-            self.tell(f"out of memory: micro-batches of {self.batches.micro} rows from here on; " + (f"this changes results: {bound[0]}" if bound else "results do not change"))
+            self.tell(
+                f"out of memory: micro-batches of {self.batches.micro} rows from here on; "
+                + (f"this changes results: {bound[0]}" if bound else "results do not change")
+            )
         roles.tuner.after_step(clock)
         seconds = time.perf_counter() - began
         self.totals.tokens += counts["tokens"]

@@ -3,6 +3,7 @@
 A method is a file. Its stem is its name in YAML, its docs page and its test id; the folder it lies in is its kind.
 `card` reads a declaration without importing it (listings stay fast); `find` imports exactly one file.
 """
+
 from __future__ import annotations
 
 import ast
@@ -289,7 +290,12 @@ def page(cls: type) -> str:
     module = inspect.getdoc(inspect.getmodule(cls)) or ""
     lines = [f"# {cls.name}", "", module, "", inspect.getdoc(cls) or "", ""]
     if cls.paper:
-        lines += [f"Paper: [{cls.paper}](https://arxiv.org/abs/{cls.paper.removeprefix('arXiv:')})" if cls.paper.startswith("arXiv:") else f"Paper: {cls.paper}", ""]
+        lines += [
+            f"Paper: [{cls.paper}](https://arxiv.org/abs/{cls.paper.removeprefix('arXiv:')})"
+            if cls.paper.startswith("arXiv:")
+            else f"Paper: {cls.paper}",
+            "",
+        ]
     for label, words in (("Wants", cls.wants), ("Gives", cls.gives), ("Takes away", cls.drops)):
         if words:
             lines += [f"{label}: {', '.join(f'`{w}`' for w in sorted(words))}.", ""]

@@ -3,6 +3,7 @@
 `Recipe.load` knows aliases of other tools, settings of methods written at the top, and `a.b=c` changes; it remembers
 where every value came from. `rehearse` matches what each part wants with what the others give.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -90,7 +91,7 @@ class Recipe:
             source = source.public()
         given, name = _read(source)
         origins = {k: name for k in given}
-        for key, value in _changes(changes):
+        for key, value in sorted(_changes(changes), key=lambda c: c[0].count(".")):  # tuner=lora must not undo tuner.r=16
             _put(given, key, value)
             origins[key.split(".")[0]] = "command line"
         return _recipe(given, origins)
@@ -177,7 +178,11 @@ ALIASES = {  # other tools' words for ours
     "resume_from_checkpoint": "", "do_train": "", "overwrite_output_dir": "overwrite", "report": "report_to", "output": "output_dir",
 }  # fmt: skip
 SLOTS = {"tuner": "tuner", "estimator": "estimator", "optim": "optimizer", "architecture": "architecture"}  # key -> kind
-NAMES = {"adapter": {"qlora": "lora"}, "finetuning_type": {"freeze": "full"}, "optim": {"adamw_torch": "adamw", "adamw_hf": "adamw", "adamw_torch_fused": "adamw"}}
+NAMES = {
+    "adapter": {"qlora": "lora"},
+    "finetuning_type": {"freeze": "full"},
+    "optim": {"adamw_torch": "adamw", "adamw_hf": "adamw", "adamw_torch_fused": "adamw"},
+}
 
 
 def _read(source: Any) -> tuple[dict, str]:
@@ -300,8 +305,17 @@ def _settle(out: dict, loose: dict, keys: set, told: list, where: dict) -> None:
     for key, value in loose.items():
         homes = [slot for slot, (_, settings) in slots.items() if key in settings]
         if not homes:
-            hidden = [f"{c.kind} '{c.name}'" for kind in ("tuner", "objective", "optimizer", "estimator") for c in cards(kind) if key in {f.name for f in fields(find(kind, c.name))}]
-            hint = f"; it is a setting of {', '.join(hidden[:3])}" if hidden else meant(key, every | {s for _, ss in slots.values() for s in ss})
+            hidden = [
+                f"{c.kind} '{c.name}'"
+                for kind in ("tuner", "objective", "optimizer", "estimator")
+                for c in cards(kind)
+                if key in {f.name for f in fields(find(kind, c.name))}
+            ]
+            hint = (
+                f"; it is a setting of {', '.join(hidden[:3])}"
+                if hidden
+                else meant(key, every | {s for _, ss in slots.values() for s in ss})
+            )
             raise RecipeError(f"a recipe has no '{key}'{hint}")
         if len(homes) > 1:
             raise RecipeError(f"'{key}' could mean {' or '.join(f'{h}.{key}' for h in homes)}; write which")

@@ -3,6 +3,7 @@
 Words flow in the order of a run: rows -> stages -> live stages -> roles -> estimator, chain, objective, evaluators.
 A plan is played with empty reports, so that the mistake of its third act is refused before the first begins.
 """
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -137,9 +138,13 @@ def rehearse(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts | None:
         raise RecipeError(f"{_name(p.objective, recipe)} learns from fresh samples; write the rollout under `live`, not under `stages`")
     if p.objective is not None and recipe.num_iterations > 1:
         if "samples" not in wants(p.objective):
-            raise RecipeError(f"num_iterations: {recipe.num_iterations} learns from each draw of samples several times, and {_name(p.objective, recipe)} learns from none")
+            raise RecipeError(
+                f"num_iterations: {recipe.num_iterations} learns from each draw of samples several times, and {_name(p.objective, recipe)} learns from none"
+            )
         if "old" not in have:
-            raise RecipeError(f"num_iterations: {recipe.num_iterations} needs the sampler's own log-probabilities: `live: [{{name: rollout, old: true}}, ...]`")
+            raise RecipeError(
+                f"num_iterations: {recipe.num_iterations} needs the sampler's own log-probabilities: `live: [{{name: rollout, old: true}}, ...]`"
+            )
     return p
 
 
@@ -177,4 +182,3 @@ def _play(recipe: Recipe, rows: Sequence[dict]) -> None:
             asked = play.send([_Blank() for _ in asked] if several else _Blank())
     except StopIteration:
         return
-

@@ -74,9 +74,7 @@ class EncodedAll(NamedTuple):
 
     rows: list[dict]  # those that can be used; long texts in pieces
     bad: list[dict]  # {"where": id, "reason", "raw"}
-    stats: dict[
-        str, float
-    ]  # rows, tokens, supervised, supervised_share, longest, cut, pieces, turns, boundary_mismatches
+    stats: dict[str, float]  # rows, tokens, supervised, supervised_share, longest, cut, pieces, turns, boundary_mismatches
 
 
 class Renderer:
@@ -126,9 +124,7 @@ class Renderer:
         elif Path(name).expanduser().is_file():
             self.tokenizer.chat_template = Path(name).expanduser().read_text(encoding="utf-8")
         else:
-            raise RecipeError(
-                f"chat_template '{name}' is no built-in one, no file and no template{meant(name, TEMPLATES)}"
-            )
+            raise RecipeError(f"chat_template '{name}' is no built-in one, no file and no template{meant(name, TEMPLATES)}")
         if chat_template is None:
             return "the tokenizer has no chat template: 'plain' (User: ... Assistant: ...) was set and is saved with it"
         return f"chat_template '{name[:60]}' was set on the tokenizer and is saved with it"
@@ -222,9 +218,7 @@ class Renderer:
             return rows
         # A tokenizer makes at most a token of each byte, so short texts need no look.
         long = [
-            i
-            for i, row in enumerate(rows)
-            if is_text(row) and len(row["completions"][0].encode("utf-8", "replace")) + 2 > self.max_length
+            i for i, row in enumerate(rows) if is_text(row) and len(row["completions"][0].encode("utf-8", "replace")) + 2 > self.max_length
         ]
         pieces = {}
         for start in range(0, len(long), BATCH):
@@ -238,10 +232,7 @@ class Renderer:
                     overlap = 0 if self.prefix else 1
                     step = max(self.max_length - max(len(self.prefix), overlap), 1)
                     parts = [ids[a : a + step + overlap] for a in range(0, len(ids) - overlap, step)]
-                    pieces[i] = [
-                        {**rows[i], "id": f"{rows[i].get('id', i)}#{k}", "completions": [p]}
-                        for k, p in enumerate(parts)
-                    ]
+                    pieces[i] = [{**rows[i], "id": f"{rows[i].get('id', i)}#{k}", "completions": [p]} for k, p in enumerate(parts)]
                     self.pieces += len(parts)
         return [piece for i, row in enumerate(rows) for piece in pieces.get(i, [row])] if pieces else rows
 
@@ -255,8 +246,7 @@ class Renderer:
             return []
         self.turns += len(places)
         return [
-            {**row, "id": f"{row.get('id', '')}@{k}", "prompt": turns[:i], "completions": [[turns[i]]]}
-            for k, i in enumerate(places, 1)
+            {**row, "id": f"{row.get('id', '')}@{k}", "prompt": turns[:i], "completions": [[turns[i]]]} for k, i in enumerate(places, 1)
         ]
 
     # ------------------------------------------------------------------------------------------ encoding
@@ -343,9 +333,7 @@ class Renderer:
             if is_ids(completion):
                 said, learned = list(completion), [True] * len(completion)
             elif isinstance(row["prompt"], str) and isinstance(completion, str):
-                said = self.plain(
-                    {**row, "completions": [completion]}, self.looked_up(row["prompt"], completion)
-                ).completions[0]
+                said = self.plain({**row, "completions": [completion]}, self.looked_up(row["prompt"], completion)).completions[0]
                 learned = [True] * len(said)
             elif isinstance(row["prompt"], str):
                 raise BadRow("the prompt is text but a completion is messages")
@@ -403,9 +391,7 @@ class Renderer:
             for i in inside:
                 learned[i] = not closed or i <= last
             if not closed:
-                self.warn(
-                    "the chat template closes no turn with a special token, so the model is not taught where to stop"
-                )
+                self.warn("the chat template closes no turn with a special token, so the model is not taught where to stop")
         size = max((i + 1 for i, kept in enumerate(learned) if kept), default=skipped)
         return ids[skipped:size], learned[skipped:size]
 
@@ -429,9 +415,7 @@ class Renderer:
             return self.marked_spans(row, turns, first, spans)
         return spans
 
-    def marked_spans(
-        self, row: dict, turns: list[dict], first: int, spans: list[tuple[int, int]]
-    ) -> list[tuple[int, int]]:
+    def marked_spans(self, row: dict, turns: list[dict], first: int, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """The parts of the learned turns that the template marks with {% generation %}."""
         said = [{k: v for k, v in turn.items() if k not in ("loss", "loss_scale")} for turn in turns]
         out = self.tokenizer.apply_chat_template(

@@ -116,17 +116,13 @@ def load(
         wanted = wanted.model_copy(update={k: v for k, v in given.items() if v is not None})
         parts.append(load_one(wanted, taken, max_bad_rows, max_row_chars, quarantine))
     told = " + ".join(dict.fromkeys(p.format for p in parts))
-    whole = Loaded(
-        [r for p in parts for r in p.rows], [b for p in parts for b in p.bad], told, sum(p.seen for p in parts)
-    )
+    whole = Loaded([r for p in parts for r in p.rows], [b for p in parts for b in p.bad], told, sum(p.seen for p in parts))
     if quarantine is not None and whole.bad:
         write_quarantine(whole.bad, quarantine)
     return whole
 
 
-def load_one(
-    source: Source, taken: set, max_bad_rows: float, max_row_chars: int, quarantine: str | Path | None
-) -> Loaded:
+def load_one(source: Source, taken: set, max_bad_rows: float, max_row_chars: int, quarantine: str | Path | None) -> Loaded:
     """One source. `taken` holds the ids given so far."""
     raws, bad, columns = [], [], set()
     for where, raw in islice(read(source, max_row_chars), source.limit):
@@ -163,9 +159,7 @@ def load_one(
 
 def looks_like_row(value: Any) -> bool:
     """Whether a dict is a row rather than a source: sources have a path and no columns of a format."""
-    return isinstance(value, dict) and not (
-        {"path", "file_name", "hf_hub_url"} & value.keys() and not fitting(value.keys())
-    )
+    return isinstance(value, dict) and not ({"path", "file_name", "hf_hub_url"} & value.keys() and not fitting(value.keys()))
 
 
 def shown(source: Source) -> str:
@@ -258,9 +252,7 @@ def unrecognised(columns: Iterable[str], label: str) -> str:
     columns = sorted(columns)
     shapes = [(c, shape.split()) for c in map(format_class, names("format")) for shape in c.columns]
     # Those that share the largest part of their columns; where none shares any, the plainest.
-    near = sorted(
-        shapes, key=lambda s: (-len({*s[1]} & {*columns}) / len(s[1]), s[0].gives != {"completions"}, len(s[1]))
-    )
+    near = sorted(shapes, key=lambda s: (-len({*s[1]} & {*columns}) / len(s[1]), s[0].gives != {"completions"}, len(s[1])))
     wanted = {c.name: f"{c.name} wants {' + '.join(shape)}" for c, shape in reversed(near)}
     listed = ", ".join(columns[:20]) + (f" and {len(columns) - 20} more" if len(columns) > 20 else "")
     nearest = "; ".join([*wanted.values()][:-5:-1])
@@ -367,9 +359,7 @@ def resolve(source: Any) -> Source:
 def validated(spec: dict, label: str) -> Source:
     """A Source of checked values."""
     try:
-        return Source.model_validate(
-            {k: str(v) if isinstance(v, Path) else v for k, v in spec.items() if v is not None}
-        )
+        return Source.model_validate({k: str(v) if isinstance(v, Path) else v for k, v in spec.items() if v is not None})
     except ValidationError as error:
         raise RecipeError(f"{label}: {complaints(error)}") from None
 
@@ -398,9 +388,7 @@ def of_axolotl(spec: dict) -> dict:
     columns |= {ours: spec.pop(theirs) for theirs, ours in renames.items() if theirs in spec}
     tags |= {theirs: ours for ours, theirs in (spec.pop("message_property_mappings", None) or {}).items()}
     tags |= {
-        theirs: ours
-        for ours, many in (spec.pop("roles", None) or {}).items()
-        for theirs in ([many] if isinstance(many, str) else many)
+        theirs: ours for ours, many in (spec.pop("roles", None) or {}).items() for theirs in ([many] if isinstance(many, str) else many)
     }
     return {**spec, **({"columns": columns} if columns else {}), **({"tags": tags} if tags else {})}
 
@@ -415,11 +403,7 @@ def of_dataset_info(path: Path, name: str | None) -> Source:
         raise RecipeError(f"{path} is no list of data sets")
     name = name or (next(iter(entries)) if len(entries) == 1 else None)
     if name not in entries:
-        asked = (
-            f"has no data set '{name}'{meant(name, entries)}"
-            if name
-            else f"lists several data sets: {', '.join(entries)}"
-        )
+        asked = f"has no data set '{name}'{meant(name, entries)}" if name else f"lists several data sets: {', '.join(entries)}"
         raise RecipeError(f"{path} {asked}; give {path.name}:NAME")
     entry = entries[name]
     given, tags = entry.get("columns") or {}, entry.get("tags") or {}
@@ -486,13 +470,9 @@ def read_folder(folder: Path, source: Source, max_row_chars: int) -> Read:
         import datasets
 
         return of_dataset(datasets.load_from_disk(str(folder)), source, folder.name)
-    files = sorted(
-        p for p in folder.iterdir() if p.is_file() and suffix(p) in READERS and p.name != "dataset_info.json"
-    )
+    files = sorted(p for p in folder.iterdir() if p.is_file() and suffix(p) in READERS and p.name != "dataset_info.json")
     if not files:
-        raise RecipeError(
-            f"the folder {folder} holds no rows: no {', '.join(sorted(READERS))} file, and no saved data set"
-        )
+        raise RecipeError(f"the folder {folder} holds no rows: no {', '.join(sorted(READERS))} file, and no saved data set")
     return (found for path in files for found in read_file(path, max_row_chars))
 
 
@@ -505,9 +485,7 @@ def read_hub(source: Source) -> Read:
     except Exception as why:  # anything from a network error to a wrong split; each says what is wrong
         reason = str(why).strip().split("\n", 1)[0]
         near = meant(source.path, sorted(p.name for p in Path().iterdir()))
-        raise RecipeError(
-            f"'{source.path}' is no file here{near} and no data set that could be loaded: {reason}"
-        ) from None
+        raise RecipeError(f"'{source.path}' is no file here{near} and no data set that could be loaded: {reason}") from None
     return of_dataset(found, source, source.path)
 
 
@@ -521,9 +499,7 @@ def of_dataset(found: Any, source: Source, label: str) -> Read:
     classes = {k: f.names for k, f in found.features.items() if hasattr(f, "int2str")}
     for i, row in enumerate(found, 1):
         value = row.get("label")
-        named = (
-            {"label_name": classes["label"][value]} if "label" in classes and value is not None and value >= 0 else {}
-        )
+        named = {"label_name": classes["label"][value]} if "label" in classes and value is not None and value >= 0 else {}
         yield f"{label}:{i}", {**row, **named}
 
 
@@ -556,9 +532,7 @@ def refuse_utf16(path: Path) -> None:
     except (OSError, EOFError, zlib.error):
         return  # told by the reader
     if head[:2] in UTF16 or head.count(0) > 0.3 * max(len(head), 1):
-        raise RecipeError(
-            f"{path} is UTF-16, not UTF-8: convert it with iconv -f UTF-16 -t UTF-8 {path.name} > utf8_{path.name}"
-        )
+        raise RecipeError(f"{path} is UTF-16, not UTF-8: convert it with iconv -f UTF-16 -t UTF-8 {path.name} > utf8_{path.name}")
 
 
 def objected(value: Any) -> dict | Bad:

@@ -2,6 +2,7 @@
 
 A run that was stopped, however roughly, goes on when the same recipe is run again; a finished one answers at once.
 """
+
 from __future__ import annotations
 
 import fcntl
@@ -101,6 +102,7 @@ def load_model(recipe: Recipe, parts: Parts, network: Mapping[str, Any]) -> tupl
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # what it warns of when loading is told by us, or refused
     path, where = store.resolve_model(recipe.model), device()
     how = {"dtype": pick_dtype(recipe.dtype, where), **network}
     if recipe.attn_implementation:
@@ -123,7 +125,9 @@ def assemble(recipe: Recipe, parts: Parts, network: Mapping[str, Any] | None = N
     model, tokenizer = load_model(recipe, parts, network or {})
     torch.manual_seed(clock.fold("tuner"))
     attached = attach(parts.tuner, model)
-    limit = recipe.max_length or min(2048, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048) - attached.virtual
+    limit = (
+        recipe.max_length or min(2048, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048) - attached.virtual
+    )
     renderer = parts.architecture.renderer(tokenizer, model.config, max_length=limit, chat_template=recipe.chat_template)
     return Roles(Policy(parts.architecture, model, attached), clock, renderer)
 
@@ -188,7 +192,9 @@ def run(recipe: Recipe, folder: Path, watch: Any = None) -> Report:
             return Report.read(folder)
         accelerator.wait_for_everyone()
         if data.bad:
-            watch.tell(f"{len(data.bad)} unusable rows of {len(data.bad) + len(data.rows) + len(data.held_out)} set aside, with reasons: {folder / 'quarantine.jsonl'}")
+            watch.tell(
+                f"{len(data.bad)} unusable rows of {len(data.bad) + len(data.rows) + len(data.held_out)} set aside, with reasons: {folder / 'quarantine.jsonl'}"
+            )
         set_seed(recipe.seed)
         report = _run(recipe, parts, data, folder, watch, accelerator)
     return report
@@ -228,6 +234,8 @@ def _run(recipe: Recipe, parts: Parts, data: Data, folder: Path, watch: Any, acc
     for sentence in (roles.renderer.note, *roles.renderer.warnings):
         if sentence:
             watch.tell(sentence)
+    if roles.policy.model.fresh:
+        watch.tell(f"the checkpoint has no weights for {', '.join(roles.policy.model.fresh)}: it starts random and is trained along")
     watch.rows(roles, rows, stats)
     if main:
         store.write_json(folder / "shown.json", rendered(roles, rows))
@@ -248,7 +256,9 @@ def _run(recipe: Recipe, parts: Parts, data: Data, folder: Path, watch: Any, acc
     if stop_at is not None:
         clock.total *= recipe.num_iterations
         stop_at = stop_at if recipe.num_iterations == 1 else None
-    chain = Chain(parts.chain, roles.tuner, clock, recipe.learning_rate, schedule(recipe.lr_scheduler_type, recipe.warmup_steps, clock.total))
+    chain = Chain(
+        parts.chain, roles.tuner, clock, recipe.learning_rate, schedule(recipe.lr_scheduler_type, recipe.warmup_steps, clock.total)
+    )
     batches = Batches(per_step, recipe.per_device_train_batch_size, stop_at, parts.live, recipe.num_iterations)
     fit = Fit(roles, rows, parts.objective, chain, parts.estimator, batches, accelerator, tell=watch.tell)
 
@@ -287,7 +297,9 @@ def _run(recipe: Recipe, parts: Parts, data: Data, folder: Path, watch: Any, acc
     }  # fmt: skip
     report.notes = list(watch.notes)
     if main:
-        if (clock.total or recipe.start is not None) and (not store.checkpoints(folder) or store.load_meta(store.checkpoints(folder)[-1])["step"] != clock.total):
+        if (clock.total or recipe.start is not None) and (
+            not store.checkpoints(folder) or store.load_meta(store.checkpoints(folder)[-1])["step"] != clock.total
+        ):
             _save(fit, chain, folder, recipe.save_total_limit)
         watch.stage("saving")
         with store.told_on_disk(folder):
@@ -316,7 +328,13 @@ def _encode(roles: Roles, rows: list[dict], folder: Path, watch: Any, main: bool
         raise guards.Refused(f"none of {len(rows)} rows can be used; the first: {bad[0]['reason']}")
     if any(r.get("completions") for r in rows):
         guards.something_to_learn(len(kept), stats["supervised"], stats["tokens"])
-    return kept, {"rows": len(kept), "row_tokens": stats["tokens"], "supervised_share": stats["supervised"] / max(1, stats["tokens"]), "longest": stats["longest"], "cut": stats["cut"]}
+    return kept, {
+        "rows": len(kept),
+        "row_tokens": stats["tokens"],
+        "supervised_share": stats["supervised"] / max(1, stats["tokens"]),
+        "longest": stats["longest"],
+        "cut": stats["cut"],
+    }
 
 
 @torch.no_grad()
@@ -351,7 +369,9 @@ def _hooks(recipe, parts, fit, roles, measure, folder, watch, main) -> list:
 
 def _save(fit: Fit, chain: Chain, folder: Path, keep: int) -> None:
     held = fit.held if fit.roles.clock.step % fit.batches.num_iterations else None
-    store.save_checkpoint(folder, store.Checkpoint(fit.roles.tuner.tensors(), chain.state, fit.roles.clock.step, held, asdict(fit.totals)), keep)
+    store.save_checkpoint(
+        folder, store.Checkpoint(fit.roles.tuner.tensors(), chain.state, fit.roles.clock.step, held, asdict(fit.totals)), keep
+    )
 
 
 def _peak_memory() -> float:
@@ -384,7 +404,9 @@ def _open(folder: Path, recipe: Recipe, mark: str, main: bool) -> Iterator[bool]
         known = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else None
         if known and (known["fingerprint"], known["data"]) != (recipe.fingerprint(), mark):
             if not recipe.overwrite:
-                raise RecipeError(f"{folder} holds another run ({_difference(folder, recipe, known, mark)}); give another output_dir, or overwrite=true to start anew there")
+                raise RecipeError(
+                    f"{folder} holds another run ({_difference(folder, recipe, known, mark)}); give another output_dir, or overwrite=true to start anew there"
+                )
             known = _clear(folder)
         if known and recipe.overwrite and known["finished"]:
             known = _clear(folder)
@@ -506,4 +528,3 @@ def tune(recipe: Any = None, *, watch: Any = None, folder: str | Path | None = N
     """
     made = Recipe.load(recipe, settings)
     return perform(made, Path(folder) if folder else None, watch)
-

@@ -3,6 +3,7 @@
 A run folder: recipe.yaml (resolved), checkpoint-N/, metrics.jsonl, report.json, report.html, README.md,
 quarantine.jsonl, rows.jsonl (where stages made rows), and what was tuned at the root.
 """
+
 from __future__ import annotations
 
 import errno
@@ -78,13 +79,17 @@ def told_on_disk(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(path if path.exists() else path.parent).free
-            raise DiskError(f"the disk of {path} is full ({free / 2**20:.0f} MB free); what was saved before is intact: free some space and run the same command again") from None
+            raise DiskError(
+                f"the disk of {path} is full ({free / 2**20:.0f} MB free); what was saved before is intact: free some space and run the same command again"
+            ) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             raise DiskError(f"{path} cannot be written ({error.strerror}); give another output_dir") from None
         raise
     except Exception as error:  # safetensors reports a full disk as its own error
         if "No space left" in str(error) or "os error 28" in str(error):
-            raise DiskError(f"the disk of {path} is full; what was saved before is intact: free some space and run the same command again") from None
+            raise DiskError(
+                f"the disk of {path} is full; what was saved before is intact: free some space and run the same command again"
+            ) from None
         raise
 
 

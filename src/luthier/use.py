@@ -1,4 +1,5 @@
 """What one does with a model that is there: load it, talk to it, compare two, and write one for other tools."""
+
 from __future__ import annotations
 
 import json
@@ -17,7 +18,7 @@ from luthier.recipe import Recipe
 from luthier.rehearsal import Parts, detect, parts
 from luthier.report.console import visible
 from luthier.roles import Roles
-from luthier.run import Report, assemble, network_of, take_parts
+from luthier.run import Report, assemble, load_data, network_of, take_parts
 from luthier.tuners._tuner import Untuned
 
 
@@ -74,6 +75,7 @@ class Loaded:
 class _Nothing:
     """Stands where a tuner would: the model is as it is."""
 
+    name: str = "nothing"
     gives: frozenset = frozenset({"off", "merge"})
 
     def attach(self, model: torch.nn.Module) -> Untuned:
@@ -324,5 +326,3 @@ def _gap(again: Loaded, rows: list[dict], want: torch.Tensor) -> float:
     if have.shape != want.shape:
         raise guards.Refused(f"the exported tokenizer reads the probe as {len(have)} tokens, the tuned model's as {len(want)}")
     return float((have - want).abs().mean())
-
-

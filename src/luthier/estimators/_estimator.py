@@ -1,4 +1,5 @@
 """Where a gradient comes from. An estimator calls `closure` as often as it likes and steps the chain once."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

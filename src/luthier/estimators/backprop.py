@@ -1,4 +1,5 @@
 """The usual gradient: one backward pass over the global batch."""
+
 from luthier.estimators._estimator import Estimator, gradients
 from luthier.method import estimator
 

@@ -6,6 +6,7 @@ so any chain may follow (the paper's is `optim: {name: sgd, max_grad_norm: 0}`; 
 step (much of it in bfloat16) and a displaced model after an error. Here what moves is exchanged for a displaced copy: it
 takes the memory of inference and one more copy of what moves, next to nothing for LoRA or a prompt.
 """
+
 from __future__ import annotations
 
 from typing import Annotated

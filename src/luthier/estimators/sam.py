@@ -3,6 +3,7 @@
 Departs: the climb is made on the global batch, not on each device's share (the paper's m-sharpness). Both passes see the
 same dropout. The weights come back bit for bit, for one more copy of what moves.
 """
+
 from __future__ import annotations
 
 from typing import Annotated

@@ -1,4 +1,5 @@
 """What is measured before, during and after tuning. An evaluator returns numbers by name."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,5 @@
 """Held-out accuracy: what the model would say first is what stands there."""
+
 import torch
 
 from luthier.evaluators._evaluator import Evaluator, batches, liked, paired

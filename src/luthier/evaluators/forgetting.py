@@ -5,6 +5,7 @@ models carry one: rows of every world they know, by `skill`); else texts that th
 which need no data: what it used to say should not have become unlikely. Of a network that does not write (a new
 classifier), only given `data` is measured.
 """
+
 from __future__ import annotations
 
 from collections import defaultdict
@@ -65,7 +66,9 @@ class Forgetting(Evaluator):
             found = roles.policy.architecture.encode_all(found, roles.renderer).rows
         elif start := self.opening(roles):
             seeds = [roles.clock.fold("forgetting", i, at=0) for i in range(self.texts)]
-            said = roles.policy.generate([start] * self.texts, seeds=seeds, max_new_tokens=self.max_new_tokens, stop=roles.renderer.stop_ids)
+            said = roles.policy.generate(
+                [start] * self.texts, seeds=seeds, max_new_tokens=self.max_new_tokens, stop=roles.renderer.stop_ids
+            )
             found = [{"id": f"own-{i}", "prompt": "", "completions": ids, "own": True} for i, ids in enumerate(said) if ids[0]]
         else:
             return [], False

@@ -1,4 +1,5 @@
 """Greedy answers to held-out prompts, kept beside the run so that before and after can be read side by side."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -28,7 +29,9 @@ class Generate(Evaluator):
             return {}
         prompts = [roles.renderer.prompt(r) for r in rows]
         seeds = [roles.clock.fold("generate", r["id"], at=0) for r in rows]
-        written = roles.policy.generate(prompts, seeds=seeds, max_new_tokens=self.max_new_tokens, temperature=0.0, stop=roles.renderer.stop_ids)
+        written = roles.policy.generate(
+            prompts, seeds=seeds, max_new_tokens=self.max_new_tokens, temperature=0.0, stop=roles.renderer.stop_ids
+        )
         samples = []
         for row, prompt, (ids,) in zip(rows, prompts, written, strict=True):
             answer = roles.text(ids)

@@ -1,4 +1,5 @@
 """Held-out loss: how unlikely the good completions are."""
+
 from luthier.evaluators._evaluator import Evaluator, batches, liked
 from luthier.method import evaluator
 

@@ -48,9 +48,7 @@ def shared(chosen, rejected):
     """The prompt that two completions imply, and what is left of them."""
     if type(chosen) is not type(rejected):
         raise BadRow("chosen and rejected are not of one type, and there is no prompt")
-    n = next(
-        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
-    )
+    n = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
     if isinstance(chosen, str):
         head = chosen[:n]
         mark = head.rfind(MARK)

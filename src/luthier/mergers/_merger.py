@@ -1,4 +1,5 @@
 """Several finished runs as one set of tensors. Used by `start: {merge: average, of: [run, run]}`."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence

@@ -3,6 +3,7 @@
 Sums run in float64, so the average of equal tensors is that tensor bit for bit. Of adapters, A and B are averaged apart,
 which is the mean of their products only where one of the two is shared; full weights have no such gap.
 """
+
 from __future__ import annotations
 
 import math

@@ -1,4 +1,5 @@
 """Distributions over the next token compared in full: the logits of both sides meet chunk by chunk, never all at once."""
+
 from __future__ import annotations
 
 from typing import Annotated

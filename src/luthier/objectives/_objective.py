@@ -1,5 +1,6 @@
 """Toward what. An objective returns one number per unit; the loop averages over the units of the whole global batch,
 so accumulation, packing and data parallelism cannot change a result. Objectives add up: `dpo + 0.1*sft`."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -3,6 +3,7 @@
 A value per completion (here the log-ratio to the reference, summed over its tokens), and what a margin between the two
 values costs. Methods without a reference, or with another normalisation, say their own `values`.
 """
+
 from __future__ import annotations
 
 from typing import Annotated, Any

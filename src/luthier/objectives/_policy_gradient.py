@@ -4,6 +4,7 @@ The importance ratio is against the policy that sampled (column `old`, the log-p
 without the column were sampled by the policy as it is, and the ratio is 1. Log-probabilities are those of the model
 itself: sample at temperature 1, or the ratio of a fresh sample is not that of its sampler.
 """
+
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal

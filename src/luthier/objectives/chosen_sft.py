@@ -3,6 +3,7 @@
 The average is over the chosen tokens of the global batch (TRL's `sft` loss: of each micro-batch); the papers sum over a
 completion (2405.16436) or average within it (2404.19733). Rows whose completions score alike have no best: no tokens.
 """
+
 import torch
 
 from luthier.method import objective

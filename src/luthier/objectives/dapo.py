@@ -3,6 +3,7 @@
 The average is over the tokens of the global batch; TRL's `bnpo` is the same on each micro-batch. The paper's other
 parts are not losses: dynamic sampling is a stage, the penalty on overlong completions a reward.
 """
+
 from luthier.method import objective
 from luthier.objectives._policy_gradient import NotNegative, PolicyGradient
 

@@ -3,6 +3,7 @@
 Forward KL: the policy must cover whatever the teacher finds likely. On the rows as they are (off-policy), or on the
 policy's own samples where a rollout writes them. TRL has no temperature^2; it is the paper's.
 """
+
 from luthier.method import objective
 from luthier.objectives._distill import Distill, divergence
 

@@ -3,6 +3,7 @@
 beta as in TRL: the teacher's share of the mixture. Towards 0 and 1 it vanishes in proportion to the forward and the
 reverse KL; those two are `distill` and `distill_reverse`. GKD's samples of the policy's own come from a rollout.
 """
+
 import math
 from typing import Annotated
 

@@ -3,6 +3,7 @@
 Departs from MiniLLM, which gets this KL of whole sequences by policy gradient: here it is exact, token by token, on the
 completions at hand.
 """
+
 from luthier.method import objective
 from luthier.objectives._distill import Distill, divergence
 

@@ -2,6 +2,7 @@
 
 With label_smoothing it is conservative DPO (cDPO): that share of the pairs is taken to be labelled the wrong way round.
 """
+
 import torch.nn.functional as F
 
 from luthier.method import objective

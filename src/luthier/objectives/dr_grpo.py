@@ -2,6 +2,7 @@
 
 A completion's sum is divided by one constant, not by its length, and advantages are not divided by the deviation.
 """
+
 from typing import Annotated, Literal
 
 from pydantic import Field

@@ -4,6 +4,7 @@ As in the paper, tokens are averaged within a completion first, so each completi
 (TRL's loss_type `grpo`; its default is `dapo`, and its default beta 0). Departs from the paper in the gradient of the
 KL, as TRL does: see use_bias_correction_kl.
 """
+
 from luthier.method import objective
 from luthier.objectives._policy_gradient import KLWeight, PolicyGradient
 

@@ -2,6 +2,7 @@
 
 RSO also samples its pairs by rejection; that is a matter of stages. SLiC-HF itself has no reference and adds an SFT term.
 """
+
 from luthier.method import objective
 from luthier.objectives._pairs import Pairs
 

@@ -2,6 +2,7 @@
 
 Departs from the paper's formula as its authors' own runs and TRL do: log-ratios are means over tokens, not sums.
 """
+
 from luthier.method import objective
 from luthier.objectives._pairs import Pairs, log_ratios
 

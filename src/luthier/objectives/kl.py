@@ -2,6 +2,7 @@
 
 Exact over the vocabulary, unlike the one-token estimates that policy gradients use.
 """
+
 from luthier.method import objective
 from luthier.objectives._distill import divergence
 from luthier.objectives._objective import Objective

@@ -4,6 +4,7 @@ The reference point z0, how far the policy has drifted on average, is measured a
 completion under the prompt of the next row of the micro-batch, without gradient. It is a statistic of the micro-batch,
 so this is an exception to "accumulation changes nothing"; a micro-batch of one row has no other prompt, and z0 = 0.
 """
+
 import torch
 
 from luthier.method import RecipeError, objective

@@ -1,4 +1,5 @@
 """Supervised fine-tuning: the likelihood of the completions."""
+
 from luthier.method import objective
 from luthier.objectives._objective import Objective
 

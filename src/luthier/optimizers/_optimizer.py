@@ -1,4 +1,5 @@
 """Optimizers as people name them: a chain of transforms with the settings that Hugging Face users know."""
+
 from __future__ import annotations
 
 from luthier.method import family

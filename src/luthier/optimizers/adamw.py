@@ -1,4 +1,5 @@
 """AdamW: clipping, Adam's rescaling, decoupled weight decay. The default."""
+
 from luthier.method import optimizer
 from luthier.optimizers._optimizer import Optimizer
 from luthier.transforms.adam import Adam

@@ -1,4 +1,5 @@
 """Lion with clipping and decoupled weight decay. Wants a learning rate 3 to 10 times smaller than AdamW's."""
+
 from luthier.method import optimizer
 from luthier.optimizers._optimizer import Optimizer
 from luthier.transforms.clip import Clip

@@ -1,4 +1,5 @@
 """Stochastic gradient descent: the clipped gradient itself, with momentum where it is asked for."""
+
 from luthier.method import optimizer
 from luthier.optimizers._optimizer import Optimizer
 from luthier.transforms.clip import Clip

@@ -3,6 +3,7 @@
 Its only state is the reports of runs that have finished, so a plan that was stopped is replayed: finished runs answer at
 once. Before anything is computed it is played with blank reports, whose metrics are all empty; it must survive them.
 """
+
 from __future__ import annotations
 
 from collections.abc import Generator

@@ -3,6 +3,7 @@
 From the best run downwards, a run joins the average where the average does not get worse by it. So the soup is never worse
 than its best ingredient, on the rows that decide; keep others for the last word.
 """
+
 from __future__ import annotations
 
 from typing import Any

@@ -3,6 +3,7 @@
 An act is a list of changes to the recipe around it. One that only says where to start and what to measure trains nothing:
 `{start: {merge: average, of: all}, evaluate: [loss]}` merges the acts before it.
 """
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,4 +1,5 @@
 """What a run leaves for people: a page, a card, a table."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence

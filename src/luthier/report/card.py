@@ -1,4 +1,5 @@
 """README.md of a run folder: a model card as the Hugging Face hub reads it."""
+
 from __future__ import annotations
 
 import re
@@ -24,7 +25,7 @@ def card(recipe: Any, report: Any, folder: Path) -> str:
         f"Tuned with luthier from {_inline(_base(recipe.model))}. {_inline(headline(report))}\n",
     ]
     if every := lines(report):
-        parts += [f"Measured on {on}; \"elsewhere\" is what the model could do before, outside of what was tuned.\n"]
+        parts += [f'Measured on {on}; "elsewhere" is what the model could do before, outside of what was tuned.\n']
         parts += ["| | before | after | change |\n| - | -: | -: | -: |"]
         parts += [f"| {_inline(x.label)} | {x.before} | {x.after} | {x.change} |" for x in every]
         parts += [""]

@@ -1,4 +1,5 @@
 """Curves as inline SVG that stretches to any width, with its labels in HTML so that they stay readable on a phone."""
+
 from __future__ import annotations
 
 import math

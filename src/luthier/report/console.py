@@ -2,6 +2,7 @@
 
 At a pipe or in a log file the same is said without colours and without a bar: a line for about every tenth of the run.
 """
+
 from __future__ import annotations
 
 import time

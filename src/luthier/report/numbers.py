@@ -1,4 +1,5 @@
 """Numbers as people read them: what a metric is called, which way is better, and the run in one sentence."""
+
 from __future__ import annotations
 
 import math

@@ -2,6 +2,7 @@
 
 Whatever comes from rows, models or recipes is escaped, and the page's own policy forbids scripts and connections.
 """
+
 from __future__ import annotations
 
 import json

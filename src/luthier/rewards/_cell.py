@@ -2,6 +2,7 @@
 
 A fresh interpreter starts this file, so that nothing is done between fork and exec of a process full of threads.
 """
+
 import sys
 
 sys.path.pop(0)  # this file's folder: its math.py must not hide Python's own

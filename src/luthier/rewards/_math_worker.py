@@ -3,6 +3,7 @@
 Simplifying what a model wrote may take for ever or all memory (9**9**9**9), inside calls that never look at a signal.
 Reads a JSON list [gold, text] a line; writes true, false, or null (gold is not mathematics) a line.
 """
+
 from __future__ import annotations
 
 import json

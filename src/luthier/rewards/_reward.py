@@ -1,4 +1,5 @@
 """What a reward promises: a number for each text written for a row, the higher the better."""
+
 from __future__ import annotations
 
 from luthier.method import RecipeError, family

@@ -16,6 +16,7 @@ What holds depends on the machine; `sandbox_report` asks it and says.
 Other files that everyone may read can be read. For code from people who mean harm, run luthier in a container or a
 virtual machine without network and secrets.
 """
+
 from __future__ import annotations
 
 import json
@@ -36,19 +37,19 @@ from pathlib import Path
 
 CELL = str(Path(__file__).with_name("_cell.py"))
 OUTPUT = 64 * 1024  # bytes kept of each of standard output, standard error and verdicts; the rest is read and dropped
-DISK_MB = 64        # what a program may write in all (one file, where there is no disk of its own)
-PROCESSES = 32      # processes and threads of one program
+DISK_MB = 64  # what a program may write in all (one file, where there is no disk of its own)
+PROCESSES = 32  # processes and threads of one program
 
 
 @dataclass(frozen=True)
 class Result:
     """What became of a program."""
 
-    ok: bool                        # it ran to its end, and every check passed
-    stdout: str                     # what it printed, cut after 64 KiB; bytes that are not UTF-8 are replaced
+    ok: bool  # it ran to its end, and every check passed
+    stdout: str  # what it printed, cut after 64 KiB; bytes that are not UTF-8 are replaced
     stderr: str
-    reason: str                     # why not: timeout | memory | exit N | signal N | the error; '' when ok
-    passed: tuple[bool, ...] = ()   # per check
+    reason: str  # why not: timeout | memory | exit N | signal N | the error; '' when ok
+    passed: tuple[bool, ...] = ()  # per check
 
 
 def run(

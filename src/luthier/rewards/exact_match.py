@@ -1,4 +1,5 @@
 """1 where a text's answer (all of it, its last number, or what follows a marker) is the row's `answer`, else 0."""
+
 from __future__ import annotations
 
 import re
@@ -23,9 +24,9 @@ class ExactMatch(Reward):
     """
 
     extract: Literal["none", "last_number", "after"] = "none"  # where the answer is in the text
-    marker: str = "####"           # with after: the answer is the rest of the line behind the last of these
-    ignore_case: bool = False      # Paris = paris
-    ignore_space: bool = True      # runs of white space count as one blank, none at the ends
+    marker: str = "####"  # with after: the answer is the rest of the line behind the last of these
+    ignore_case: bool = False  # Paris = paris
+    ignore_space: bool = True  # runs of white space count as one blank, none at the ends
     ignore_punctuation: bool = False  # leave out . , ; : ! ? quotes and brackets
 
     def __post_init__(self):

@@ -1,4 +1,5 @@
 """1 where a text's last answer equals the row's `answer` as mathematics: 1/2, 0.5 and \\boxed{\\frac{1}{2}} are one."""
+
 from __future__ import annotations
 
 import json
@@ -24,8 +25,8 @@ class Math(Reward):
     thread. The library's own limit is a signal, which only the main thread may set.
     """
 
-    timeout: float = 5.0     # seconds for one text
-    memory_mb: int = 4096    # address space of the process that compares
+    timeout: float = 5.0  # seconds for one text
+    memory_mb: int = 4096  # address space of the process that compares
 
     def __post_init__(self):
         if find_spec("math_verify") is None:

@@ -1,4 +1,5 @@
 """The share of the row's `tests` that the code in a text passes, run in the sandbox."""
+
 from __future__ import annotations
 
 import ast
@@ -21,10 +22,10 @@ class PythonTests(Reward):
     """
 
     all_or_nothing: bool = False  # 1 when every test passes, else 0, in place of the share
-    prefix: str = ""              # column put before the code, such as prompt where the model completes a function
-    timeout: float = 5.0          # seconds for the code and all its tests
-    memory_mb: int = 512          # address space of the program
-    packages: bool = False        # may the code import what is installed here, or the standard library alone
+    prefix: str = ""  # column put before the code, such as prompt where the model completes a function
+    timeout: float = 5.0  # seconds for the code and all its tests
+    memory_mb: int = 512  # address space of the program
+    packages: bool = False  # may the code import what is installed here, or the standard library alone
 
     def scores(self, row: dict, texts: list[str]) -> list[float]:
         """Between 0.0 and 1.0 per text; a text that says the same as another is run once."""

@@ -3,6 +3,7 @@
 One network can play many roles: the reference of a LoRA run is the policy with its adapter switched off. Each other
 role is a file in this folder; the recipe says who plays it, e.g. `roles: {reference: start, teacher: {name: model, ...}}`.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence

@@ -1,4 +1,5 @@
 """Who an objective may ask besides the policy. A role may bring trained parts of its own (a critic's head)."""
+
 from __future__ import annotations
 
 from typing import Any

@@ -1,4 +1,5 @@
 """A role whose answers are a column of the rows, written by a stage: its model has left the machine."""
+
 from __future__ import annotations
 
 from torch import Tensor

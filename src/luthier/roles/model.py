@@ -1,4 +1,5 @@
 """Another model, frozen: a teacher, a reference of its own, a reward model."""
+
 from __future__ import annotations
 
 from luthier.method import RecipeError, role

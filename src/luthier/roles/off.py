@@ -1,4 +1,5 @@
 """The model as it was before tuning: the policy with its tuner switched off. Costs no memory."""
+
 from luthier.method import role
 from luthier.roles._role import Role
 

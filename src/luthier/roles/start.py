@@ -1,4 +1,5 @@
 """The policy as it stood when this run began: after earlier acts of a plan, say. Keeps a copy of what moves."""
+
 from luthier.method import role
 from luthier.roles._role import Role
 

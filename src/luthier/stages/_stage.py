@@ -1,4 +1,5 @@
 """Rows in, rows out. The same stage serves a whole data set before training (`stages`) or the rows of one step (`live`)."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence

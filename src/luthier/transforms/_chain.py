@@ -2,6 +2,7 @@
 
 The optimizer of a recipe is an estimator (where the gradient comes from) and a chain (what becomes of it), as in optax.
 """
+
 from __future__ import annotations
 
 import math

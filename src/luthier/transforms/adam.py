@@ -1,4 +1,5 @@
 """Adam's rescaling: the running mean of the gradient over the root of the running mean of its square."""
+
 import torch
 
 from luthier.method import transform

@@ -1,4 +1,5 @@
 """Clipping by global norm: all gradients of a step shrink together so that their joint norm is bounded."""
+
 from luthier.method import transform
 from luthier.transforms._chain import Lazily, Transform
 

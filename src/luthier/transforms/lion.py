@@ -1,4 +1,5 @@
 """Lion: the sign of a mix of momentum and gradient. One moment per weight, half of Adam's state."""
+
 from luthier.method import transform
 from luthier.transforms._chain import Each
 

@@ -1,4 +1,5 @@
 """Heavy-ball momentum: steps add up in a direction that stays and cancel where it turns."""
+
 from luthier.method import transform
 from luthier.transforms._chain import Each
 

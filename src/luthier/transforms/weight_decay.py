@@ -1,4 +1,5 @@
 """Decoupled weight decay: a pull towards zero beside the gradient's step, not through its statistics."""
+
 from luthier.method import transform
 from luthier.transforms._chain import Each
 

@@ -1,4 +1,5 @@
 """A tuner and further trained parts (a critic's head, a projector): one thing to list, save, exchange and step."""
+
 from __future__ import annotations
 
 from torch import nn

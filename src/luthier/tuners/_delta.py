@@ -4,6 +4,7 @@ The bridge (tuners/_peft.py) makes every Delta a real PEFT type: a config, a lay
 loads and merges. Weights are always seen as [out, in], however the module keeps them: Linear, GPT-2's Conv1D, or an
 Embedding (out = width, in = vocabulary).
 """
+
 from __future__ import annotations
 
 from functools import lru_cache

@@ -4,6 +4,7 @@ Importing it registers all Deltas, so that `PeftModel.from_pretrained` and `tran
 (tuners/_register.py sees to it that this happens). Method files import it only inside `attach`. Its neighbour
 _peft_lora.py holds what is special about PEFT's own LoRA.
 """
+
 from __future__ import annotations
 
 import copy

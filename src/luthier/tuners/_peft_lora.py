@@ -1,4 +1,5 @@
 """PEFT's own LoRA on a model: what the method file `lora.py` says, done. Beside _peft.py, for those who know PEFT."""
+
 from __future__ import annotations
 
 import copy

@@ -1,4 +1,5 @@
 """Learned vectors before every sequence: the layout keeps `virtual` places free, and what is attached fills them."""
+
 from __future__ import annotations
 
 from contextlib import contextmanager

@@ -3,6 +3,7 @@
 `import luthier` must cost nothing, so nothing is imported here: a finder waits for the first `import peft` and has
 tuners/_peft.py register our types right after it. Call `watch()` once, as the last line of luthier/__init__.py.
 """
+
 from __future__ import annotations
 
 import importlib

@@ -1,4 +1,5 @@
 """Tuners that move the model's own weights: all of them, or some by name."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator

@@ -1,4 +1,5 @@
 """What moves. A tuner attaches to a model; what is attached can be listed, switched off, exchanged, merged and saved."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -126,7 +127,6 @@ class Attached:
     def save(self, folder: Path) -> None:
         """Write what a user takes away: an adapter, or the whole model."""
         raise NotImplementedError
-
 
 
 class Untuned(Attached):

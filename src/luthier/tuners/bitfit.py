@@ -3,6 +3,7 @@
 The start of what moves is kept, so switching off gives the base bit for bit. Networks without biases (Llama, Mistral, ...)
 are refused: `also: [norms]` moves their norms' weights instead.
 """
+
 from __future__ import annotations
 
 from typing import Literal

@@ -1,4 +1,5 @@
 """Full fine-tuning: every weight moves."""
+
 from __future__ import annotations
 
 from luthier.method import tuner

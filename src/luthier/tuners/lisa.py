@@ -3,6 +3,7 @@
 The optimizer forgets a layer when it freezes, so its memory is that of what moves. Departs from LMFlow: a draw follows from
 seed and step, so nothing about it needs saving. The start is not kept: it cannot be switched off.
 """
+
 from __future__ import annotations
 
 import re

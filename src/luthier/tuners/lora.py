@@ -5,6 +5,7 @@ OLoRA (arXiv:2406.01775) and orthogonal. Departs from PEFT for PiSSA and OLoRA: 
 the factors start with is subtracted by a second, frozen adapter. So the tuned model starts as the base, switching off
 gives the base bit for bit, and the saved adapter (rank 2r: [B, -B0] [A; A0]) loads on the original base.
 """
+
 from __future__ import annotations
 
 from typing import Annotated, Literal

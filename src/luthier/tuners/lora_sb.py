@@ -5,6 +5,7 @@ mean gradient over `init_rows` rows. B'B = A A' = 1, so R's gradient is B' G A',
 scale to tune. Departs from the paper: G is of -log p of the completions, whatever the objective is; and before rows
 are seen R is zero, so the attached model starts as the base.
 """
+
 from __future__ import annotations
 
 from typing import Annotated, ClassVar

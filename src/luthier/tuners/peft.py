@@ -3,6 +3,7 @@
 Types that put vectors before the text (prompt, prefix and p-tuning) go through PEFT's own forward, which packed batches
 do not; types that need a run's help (AdaLoRA's allocator, X-LoRA, Poly) are refused in a sentence, too.
 """
+
 from __future__ import annotations
 
 import copy

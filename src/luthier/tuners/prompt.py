@@ -3,6 +3,7 @@
 Saved as PEFT's PROMPT_TUNING. Departs from PEFT: random vectors have the spread of the model's own embeddings, and
 vectors drawn from the vocabulary are different tokens, as far as there are enough.
 """
+
 from __future__ import annotations
 
 from typing import Literal

@@ -4,6 +4,7 @@ Folds into W and b. Departs from the paper: scale starts at 1 and shift at 0 exa
 and N(0, 0.02)), as every tuner here starts as the base model. Modules are the linear ones unless named: LayerNorms may be
 named, too; RMSNorms have no place for a shift and are refused.
 """
+
 from __future__ import annotations
 
 from typing import ClassVar

@@ -3,6 +3,7 @@
 Departs: the best of each prompt is kept (the paper's other ranking, over all prompts together, is left out). A round is
 judged by the reward of greedy answers to held-out prompts: the kept answers' own reward nears its maximum by choice alone.
 """
+
 from __future__ import annotations
 
 from typing import Annotated, Any

@@ -4,6 +4,7 @@ Each round samples from its own start, which also plays its reference: at the fi
 round on, the pairs of the round before are learned too, as in the paper. Departs: one epoch count and one learning rate
 for all rounds, and the recipe's optimizer (the paper: RMSProp, 2 epochs, a smaller rate later).
 """
+
 from __future__ import annotations
 
 from typing import Annotated

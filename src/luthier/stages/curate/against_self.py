@@ -1,4 +1,5 @@
 """SPIN's pairs: the row's own answer is better than what the policy says now."""
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -1,4 +1,5 @@
 """Preference pairs out of scored completions: the best against the worst."""
+
 from __future__ import annotations
 
 from typing import Annotated

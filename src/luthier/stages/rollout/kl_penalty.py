@@ -1,4 +1,5 @@
 """A pull towards the reference inside the score: what only the tuned policy would say is worth less."""
+
 from __future__ import annotations
 
 from typing import Annotated

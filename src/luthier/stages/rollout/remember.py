@@ -1,4 +1,5 @@
 """What the policy says before it is tuned, kept with the rows: a reference that takes no memory and no time later."""
+
 from __future__ import annotations
 
 from typing import Annotated

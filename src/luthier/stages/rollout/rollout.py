@@ -3,6 +3,7 @@
 A draw follows from the seed, the step and the row's id. So a resumed run draws what it would have drawn, and which rows
 are answered together does not matter. What was known of earlier completions (scores, ...) leaves with them.
 """
+
 from __future__ import annotations
 
 from collections import Counter

@@ -1,4 +1,5 @@
 """Rejection sampling: of each row's completions the best stays."""
+
 from __future__ import annotations
 
 from luthier.method import stage

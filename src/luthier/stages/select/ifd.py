@@ -3,6 +3,7 @@
 Departs: the answer alone is read after the tokenizer's first token (else its stop token), so that the same tokens are
 asked about with and without the prompt; of several completions the best-scored counts.
 """
+
 from __future__ import annotations
 
 from typing import Annotated
