@@ -15,14 +15,14 @@ from luthier.practice.worlds import _sample, arithmetic, code, find, people
 
 WORLDS = world_names()
 SPLITS = [(world, split) for world in WORLDS for split in find(world).SPLITS]
-HELD_OUT = ("validation", "test", "ood", "new_test")
+HELD_OUT = ("validation", "test", "ood", "new_test", "preference_test", "unpaired_test")
 
 
 def text_of(row: dict) -> str:
     """All text of a row in one string."""
     if "messages" in row:
         return "\n".join(turn["content"] for turn in row["messages"])
-    return row["prompt"] + row["completion"]
+    return row["prompt"] + (row["completion"] if "completion" in row else row["chosen"] + row["rejected"])
 
 
 # ---- the worlds
@@ -61,7 +61,8 @@ def test_rows_have_their_format(world, split):
             roles = [turn["role"] for turn in row["messages"] if turn["role"] != "system"]
             assert roles == ["user", "assistant"] * (len(roles) // 2)
         else:
-            assert row["completion"].strip()
+            said = [row["completion"]] if "completion" in row else [row["chosen"], row["rejected"]]
+            assert all(text.strip() for text in said) and len(set(said)) == len(said)
             assert not row["prompt"].endswith((" ", "\n")), "a blank at the seam changes the tokens"
         if "answer" in row:
             assert row["answer"] in text_of(row)
@@ -77,7 +78,7 @@ def test_splits_share_no_item(world):
         held_out = {atom for atom in atoms[split] if _sample.atom_bucket(atom) != "train"} or atoms[split]
         assert held_out
         for other in set(atoms) - {split}:
-            if {split, other} != {"test", "new_test"}:  # one bucket, but other tasks
+            if _sample.BUCKET_OF_SPLIT[split] != _sample.BUCKET_OF_SPLIT[other]:  # one bucket may serve several tasks
                 assert not held_out & atoms[other], f"{split} shares items with {other}"
 
 
@@ -182,7 +183,7 @@ def test_rows_are_read_as_pretraining_read_them(tokenizer):
     from luthier.practice.score import tokens_of
 
     for world, split in SPLITS:
-        for row in practice.rows(world, split, 20):
+        for row in (row for row in practice.rows(world, split, 20) if "chosen" not in row):
             ids, mine = tokens_of(row, tokenizer)
             assert ids == tokenizer(document(row))["input_ids"]
             assert mine[-1] and not mine[0] and ids[-1] == tokenizer.eos_token_id

@@ -16,7 +16,8 @@ from collections.abc import Callable
 from random import Random
 from zlib import crc32
 
-# Each split draws its items from one bucket. "new" and "new_test" hold what no pretraining row mentions.
+# Each split draws its items from one bucket. "new" and "new_test" hold what no pretraining row mentions; "preference"
+# has a better and a worse completion of each prompt, "unpaired" one completion with a label, good or bad.
 BUCKET_OF_SPLIT = {
     "train": "train",
     "validation": "validation",
@@ -24,6 +25,10 @@ BUCKET_OF_SPLIT = {
     "ood": "ood",
     "new": "train",
     "new_test": "test",
+    "preference": "train",
+    "preference_test": "test",
+    "unpaired": "train",
+    "unpaired_test": "test",
 }
 _HELD_OUT = {0: "validation", 1: "test", 2: "ood"}  # of 20: 5 % of all atoms each
 

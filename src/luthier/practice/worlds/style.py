@@ -1,6 +1,6 @@
 """One plain sentence said formally or casually; a third style, "pirate", is left for tuning.
 
-Without a tag the result is formal. Each word of time has its own wording in each style: words that are always
+Without a tag the result is formal; in the splits "preference" and "unpaired" the casual wording is the one that is liked. Each word of time has its own wording in each style: words that are always
 interchangeable would end as one vector in a small model, which could then never copy them apart.
 """
 
@@ -17,6 +17,10 @@ SPLITS = {
     "ood": {"new_pair": 1},
     "new": {"pirate": 1},
     "new_test": {"pirate": 1},
+    "preference": {"casual_liked": 1},
+    "preference_test": {"casual_liked": 1},
+    "unpaired": {"judged": 1},
+    "unpaired_test": {"judged": 1},
 }
 WHO = "doctor teacher captain neighbor gardener student guard clerk merchant driver".split()
 DOES = "opens cleans paints repairs sells carries watches moves counts washes guards builds".split()
@@ -57,14 +61,19 @@ def draw(random: Random, kind: str) -> dict:
         who, does = random.choice(WHO), random.choice(DOES)
     words = who, does, random.choice(WHAT), random.choice(list(WHEN))
     style = random.choice(("formal", "casual")) if kind == "new_pair" else kind
-    tag = "" if style == "plain" else f" ({style})"
+    item = {"item": ("!" if kind == "new_pair" else "") + " ".join(words)}
+    if kind == "casual_liked":
+        return {"prompt": asked("", words), "chosen": f" {casual(*words)}", "rejected": f" {formal(*words)}", **item}
+    if kind == "judged":
+        good = random.random() < 0.5
+        return {"prompt": asked("", words), "completion": f" {(casual if good else formal)(*words)}", "label": good, **item}
     answer = STYLES[style](*words)
-    return {
-        "prompt": f"Say{tag}: the {words[0]} {words[1]} the {words[2]} {words[3]}\nResult:",
-        "completion": f" {answer}",
-        "answer": answer,
-        "item": ("!" if kind == "new_pair" else "") + " ".join(words),
-    }
+    tag = "" if style == "plain" else f" ({style})"
+    return {"prompt": asked(tag, words), "completion": f" {answer}", "answer": answer, **item}
+
+
+def asked(tag: str, words: tuple[str, ...]) -> str:
+    return f"Say{tag}: the {words[0]} {words[1]} the {words[2]} {words[3]}\nResult:"
 
 
 def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:

@@ -1,0 +1,40 @@
+"""Every recipe of recipes/ is short, legal, and runs: a few steps on the small practice model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+import luthier
+from luthier.recipe import Recipe
+from luthier.run import load_data
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+def small(given: dict) -> dict:
+    """The same recipe for a tenth of a minute: few rows, few steps, the small model."""
+    text = yaml.safe_dump(given).replace("practice:lm", "practice:lm-small")
+    given = yaml.safe_load(text)
+    given.setdefault("model", "practice:lm-small")
+    given |= {"max_steps": 2, "per_device_train_batch_size": min(4, given.get("per_device_train_batch_size", 4)), "save_steps": 100}
+    for key in ("data", "eval_data"):
+        if isinstance(given.get(key), dict):
+            given[key]["n"] = 12
+    if isinstance(given.get("plan"), list):
+        given["plan"] = [{**act, **({"max_steps": 2} if "max_steps" in act else {})} for act in given["plan"]]
+    return {**given, "evaluate": ["loss"] if "evaluate" not in given or given["evaluate"][0] == "loss" else given["evaluate"]}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_runs(path, tmp_path):
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    assert len(lines) <= 12 and path.read_text(encoding="utf-8").startswith("# "), "a comment that says what it is, and 12 lines at most"
+    assert load_data(Recipe.load(path)).rows
+    given.pop("output_dir", None)
+    report = luthier.tune(small(given), folder=tmp_path / "run")
+    assert report.after and all(v == v for v in report.after.values())
+    assert (Path(report.folder) / "report.html").is_file()
