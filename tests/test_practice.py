@@ -15,7 +15,8 @@ from luthier.practice.worlds import _sample, arithmetic, code, find, people
 
 WORLDS = world_names()
 SPLITS = [(world, split) for world in WORLDS for split in find(world).SPLITS]
-HELD_OUT = ("validation", "test", "ood", "new_test", "preference_test", "unpaired_test")
+ON_CARDS = ("validation", "test", "ood", "new_test")
+HELD_OUT = (*ON_CARDS, "preference_test", "unpaired_test")
 
 
 def text_of(row: dict) -> str:
@@ -222,7 +223,7 @@ def card_numbers(name: str) -> dict[str, float]:
     for line in card.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if cells[0] in WORLDS:
-            for split, cell in zip(HELD_OUT, cells[1:], strict=True):
+            for split, cell in zip(ON_CARDS, cells[1:], strict=True):
                 if cell:
                     numbers[f"{cells[0]}/{split}"] = float(cell) / 100
     return numbers
