@@ -15,7 +15,7 @@ test: $(VENV)/.tested check         ## everything CI runs
 
 check: $(VENV)/.tested              ## style, types, docs up to date, recipes valid
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m luthier.docs --check
 
 docs: $(VENV)/.installed            ## write docs/methods from the declarations

@@ -275,7 +275,7 @@ dt{color:var(--soft);font-size:.78rem}
 dd{margin:0;font-weight:600;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 table{width:100%;border-collapse:collapse;font-variant-numeric:tabular-nums}
 td,th{padding:.4rem .5rem;border-bottom:1px solid var(--line);text-align:right}
-th[scope=row]{text-align:left;font-weight:400;padding-left:0;overflow-wrap:break-word}td i{font-style:normal}
+th[scope=row]{text-align:left;font-weight:400;padding-left:0;overflow-wrap:anywhere}td i{font-style:normal}
 @media(max-width:30rem){td i{display:none}}
 thead th{color:var(--soft);font-weight:500;font-size:.82rem}
 td:last-child{white-space:nowrap;padding-right:0}
