@@ -36,9 +36,13 @@ class Batches:
 
     per_step: int  # rows of the global batch
     micro: int  # rows of a micro-batch, per process
-    stop_at: int | None = None  # rows of the whole run: the last step takes what is left; None = as many as steps need
+    stop_at: int | None = None  # rows of the whole run: the last draw takes what is left; None = as many as steps need
     live: Sequence[Any] = ()  # stages on the rows of a step
     num_iterations: int = 1  # steps for each draw of live rows
+
+
+class TooLarge(MemoryError):
+    """Memory ran out while a micro-batch was read: smaller ones may do."""
 
 
 @lru_cache(maxsize=4)
@@ -46,9 +50,9 @@ def _order(fold: int, n: int) -> tuple[int, ...]:
     return tuple(torch.randperm(n, generator=torch.Generator().manual_seed(fold)).tolist())
 
 
-def draw(rows: Sequence[dict], clock: Clock, per_step: int, stop_at: int | None = None) -> list[dict]:
+def draw(rows: Sequence[dict], clock: Clock, per_step: int, stop_at: int | None = None, num_iterations: int = 1) -> list[dict]:
     """The rows of this step. Epoch e is one permutation made of (seed, e): there is no sampler state to restore."""
-    first = clock.step * per_step
+    first = clock.step // num_iterations * per_step
     last = first + per_step if stop_at is None else min(first + per_step, stop_at)
     places = (divmod(i, len(rows)) for i in range(first, last))
     return [rows[_order(clock.fold("order", at=epoch), len(rows))[k]] for epoch, k in places]
@@ -92,8 +96,8 @@ class Fit:
                 roles.policy.train()
                 loss = self.estimator.step(closure, self.chain, clock)
                 break
-            except (RuntimeError, MemoryError) as error:
-                if not guards.out_of_memory(error) or self.batches.micro == 1 or self.accelerator.num_processes > 1:
+            except TooLarge:  # nothing has been stepped: the estimator was still asking for losses
+                if self.batches.micro == 1 or self.accelerator.num_processes > 1:  # the others wait for this process's part
                     raise
                 self.batches.micro = (self.batches.micro + 1) // 2
             self._forget()
@@ -113,7 +117,7 @@ class Fit:
 
     def _draw(self) -> list[dict]:
         acc, b = self.accelerator, self.batches
-        mine = draw(self.rows, self.roles.clock, b.per_step, b.stop_at)[acc.process_index :: acc.num_processes]
+        mine = draw(self.rows, self.roles.clock, b.per_step, b.stop_at, b.num_iterations)[acc.process_index :: acc.num_processes]
         for stage in b.live:
             mine = list(stage(mine, self.roles))
         return mine
@@ -136,6 +140,14 @@ class Fit:
 
         def closure(grad: bool = True) -> float:
             """The loss of the global batch; with grad, its gradient into p.grad of what moves."""
+            try:
+                return measure(grad)
+            except (RuntimeError, MemoryError) as error:
+                if guards.out_of_memory(error):
+                    raise TooLarge(str(error)) from None
+                raise
+
+        def measure(grad: bool) -> float:
             value, seen, each = 0.0, {}, {}
             if grad:
                 for p in tuner.parameters().values():
@@ -159,10 +171,8 @@ class Fit:
                 for name, (s, k) in batch.metrics.items():
                     seen[name] = (seen.get(name, (0.0, 0))[0] + s, seen.get(name, (0.0, 0))[1] + k)
             if grad and acc.num_processes > 1:  # the averages are global already: gradients only add up
-                for s in tuner.sites():
-                    for p in s.slots.values():
-                        p.grad = self._sum(torch.zeros_like(p) if p.grad is None else p.grad)
-            if grad and clock.step == clock.first:
+                self._share([p for s in tuner.sites() for p in s.slots.values() if p.requires_grad])
+            if grad and clock.step == clock.first and n_rows:
                 guards.gradient_arrives(tuner, may_be_zero=samples)
             metrics.update({k: s / max(n, 1) for k, (s, n) in seen.items()})
             metrics.update({f"loss/{k}": v for k, v in each.items()})
@@ -170,6 +180,14 @@ class Fit:
 
         return closure, {"tokens": int(tokens), "supervised": int(supervised), "rows": int(n_rows)}
 
+    def _share(self, params: Sequence[torch.nn.Parameter]) -> None:
+        """Sum gradients over processes. A tensor that no process reached keeps none, as in one process."""
+        reached = self._sum(torch.tensor([float(p.grad is not None) for p in params]))
+        for p, somewhere in zip(params, reached.tolist(), strict=True):
+            if somewhere:
+                p.grad = self._sum(torch.zeros_like(p) if p.grad is None else p.grad)
+
     def _sum(self, x: torch.Tensor) -> torch.Tensor:
         """Over processes."""
-        return self.accelerator.reduce(x, "sum") if self.accelerator.num_processes > 1 else x
+        acc = self.accelerator
+        return acc.reduce(x.to(acc.device), "sum").to(x.device) if acc.num_processes > 1 else x

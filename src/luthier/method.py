@@ -13,15 +13,17 @@ import importlib.util
 import inspect
 import io
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, TypeVar
 
 from pydantic import BeforeValidator, ConfigDict, TypeAdapter, ValidationError
+from typing_extensions import dataclass_transform
 
+T = TypeVar("T", bound=type)
 HOME = Path(__file__).parent
 FOLDERS = {
     "tuner": "tuners",
@@ -69,49 +71,58 @@ class Card:
     summary: str  # first line of the file
 
 
-def declare(
-    kind: str,
-    *,
-    paper: str | None = None,
-    row: str = "",
-    wants: str = "",
-    gives: str = "",
-    drops: str = "",
-    contract: dict[str, str] | None = None,
-) -> Callable[[type], type]:
-    """Make a class a method of `kind`: frozen, checked settings; words for what it wants, gives and takes away.
-
-    `contract` names contract tests that do not hold for this method, each with the reason.
-    """
-
-    def wrap(cls: type) -> type:
-        cls = dataclass(frozen=True, kw_only=True)(cls)
-        cls.kind, cls.name = kind, cls.__module__.rsplit(".", 1)[-1]
-        cls.paper, cls.rows = paper, tuple(row.split())
-        cls.wants, cls.gives, cls.drops = (frozenset(words.split()) for words in (wants, gives, drops))
-        cls.contract = contract or {}
-        cls.__pydantic_config__ = ConfigDict(extra="forbid", validate_default=True, arbitrary_types_allowed=True)
-        return cls
-
-    return wrap
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def family(cls: T) -> T:
+    """Settings and code that several method files share."""
+    return dataclass(frozen=True, kw_only=True)(cls)
 
 
-family = dataclass(frozen=True, kw_only=True)  # settings and code that several method files share
+def declare(kind: str):
+    """The decorator of method files of a kind. Its type is inferred: so type checkers see what it makes of a class."""
 
-tuner = partial(declare, "tuner")
-objective = partial(declare, "objective")
-estimator = partial(declare, "estimator")
-transform = partial(declare, "transform")
-optimizer = partial(declare, "optimizer")
-stage = partial(declare, "stage")
-reward = partial(declare, "reward")
-role = partial(declare, "role")
-plan = partial(declare, "plan")
-merger = partial(declare, "merger")
-decoder = partial(declare, "decoder")
-evaluator = partial(declare, "evaluator")
-architecture = partial(declare, "architecture")
-row_format = partial(declare, "format")
+    @dataclass_transform(frozen_default=True, kw_only_default=True)
+    def mark(
+        *,
+        paper: str | None = None,
+        row: str = "",
+        wants: str = "",
+        gives: str = "",
+        drops: str = "",
+        contract: dict[str, str] | None = None,
+    ) -> Callable[[T], T]:
+        """Make a class a method: frozen, checked settings; words for what it wants, gives and takes away.
+
+        `contract` names contract tests that do not hold for this method, each with the reason.
+        """
+
+        def wrap(cls: T) -> T:
+            cls = family(cls)
+            cls.kind, cls.name = kind, cls.__module__.rsplit(".", 1)[-1]
+            cls.paper, cls.rows = paper, tuple(row.split())
+            cls.wants, cls.gives, cls.drops = (frozenset(words.split()) for words in (wants, gives, drops))
+            cls.contract = contract or {}
+            cls.__pydantic_config__ = ConfigDict(extra="forbid", validate_default=True, arbitrary_types_allowed=True)
+            return cls
+
+        return wrap
+
+    return mark
+
+
+tuner = declare("tuner")
+objective = declare("objective")
+estimator = declare("estimator")
+transform = declare("transform")
+optimizer = declare("optimizer")
+stage = declare("stage")
+reward = declare("reward")
+role = declare("role")
+plan = declare("plan")
+merger = declare("merger")
+decoder = declare("decoder")
+evaluator = declare("evaluator")
+architecture = declare("architecture")
+row_format = declare("format")
 
 
 # ---------------------------------------------------------------------------------------------- discovery
@@ -176,7 +187,10 @@ def source_of(module: str) -> Path:
     package, *inner = module.split(".")
     if package == "luthier":
         return HOME.joinpath(*inner).with_suffix(".py")
-    return Path(importlib.util.find_spec(module).origin)
+    found = importlib.util.find_spec(module)
+    if found is None or found.origin is None:
+        raise RuntimeError(f"{module}, which an installed package announces, has no file")
+    return Path(found.origin)
 
 
 def cards(kind: str | None = None) -> list[Card]:
@@ -184,13 +198,13 @@ def cards(kind: str | None = None) -> list[Card]:
     return [card(k, n) for k in ([kind] if kind else FOLDERS) for n in names(k)]
 
 
-def meant(word: object, choices: Iterator | list | dict) -> str:
+def meant(word: object, choices: Iterable[object]) -> str:
     """'; did you mean ...?' where something near exists, else what exists if that is short."""
-    choices = [str(c) for c in choices]
-    near = difflib.get_close_matches(str(word), choices, 1, cutoff=0.55)
+    there = [str(c) for c in choices]
+    near = difflib.get_close_matches(str(word), there, 1, cutoff=0.55)
     if near:
         return f"; did you mean '{near[0]}'?"
-    return f" (there is: {', '.join(sorted(choices))})" if 0 < len(choices) <= 24 else ""
+    return f" (there is: {', '.join(sorted(there))})" if 0 < len(there) <= 24 else ""
 
 
 # ---------------------------------------------------------------------------------------------- building
@@ -230,14 +244,14 @@ def complaints(error: ValidationError) -> str:
     return "; ".join(dict.fromkeys(said))
 
 
-def one(kind: str) -> Any:
-    """The type of a field that holds another method: `reward: one("reward") = "exact_match"`."""
-    return Annotated[object, BeforeValidator(partial(build, kind))]
+def one(kind: str) -> BeforeValidator:
+    """For a field that holds another method: `reward: Annotated[Any, one("reward")] = "exact_match"`."""
+    return BeforeValidator(partial(build, kind))
 
 
-def many(kind: str) -> Any:
-    """The type of a field that holds several: `inner: many("transform") = ("adam",)`."""
-    return Annotated[tuple, BeforeValidator(lambda v: tuple(build(kind, x) for x in (v if isinstance(v, (list, tuple)) else [v])))]
+def many(kind: str) -> BeforeValidator:
+    """For a field that holds several: `inner: Annotated[tuple, many("transform")] = ("adam",)`."""
+    return BeforeValidator(lambda v: tuple(build(kind, x) for x in (v if isinstance(v, (list, tuple)) else [v])))
 
 
 def spec(method: Any) -> Any:
@@ -281,7 +295,7 @@ def helps(cls: type) -> dict[str, str]:
         tokens = tokenize.generate_tokens(io.StringIO(source).readline)
         comments = {t.start[0]: t.string.lstrip("# ").strip() for t in tokens if t.type == tokenize.COMMENT}
         body = ast.parse(inspect.cleandoc(source) if source[0].isspace() else source).body[0].body
-        said |= {n.target.id: comments.get(n.end_lineno, "") for n in body if isinstance(n, ast.AnnAssign)}
+        said |= {n.target.id: comments.get(n.end_lineno or 0, "") for n in body if isinstance(n, ast.AnnAssign)}
     return said
 
 

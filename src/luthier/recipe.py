@@ -179,8 +179,6 @@ ALIASES = {  # other tools' words for ours
 }  # fmt: skip
 SLOTS = {"tuner": "tuner", "estimator": "estimator", "optim": "optimizer", "architecture": "architecture"}  # key -> kind
 NAMES = {
-    "adapter": {"qlora": "lora"},
-    "finetuning_type": {"freeze": "full"},
     "optim": {"adamw_torch": "adamw", "adamw_hf": "adamw", "adamw_torch_fused": "adamw"},
 }
 
@@ -257,6 +255,8 @@ def _recipe(given: dict, origins: dict[str, str]) -> Recipe:
             told.append(f"'{key}' is not needed: a run goes on by itself where it was stopped")
             continue
         if key in ("bf16", "fp16") and key not in keys:
+            if not value and {"dtype", "torch_dtype", "bf16", "fp16"} & (given.keys() - {key}):
+                continue  # `bf16: true, fp16: false` says one thing
             name, value = "dtype", ({"bf16": "bfloat16", "fp16": "float16"}[key] if value else "auto")
         if isinstance(value, str):
             value = NAMES.get(key, NAMES.get(name, {})).get(value, value)

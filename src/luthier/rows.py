@@ -716,7 +716,7 @@ def read_txt(path: Path, max_row_chars: int) -> Read:
         if piece and (not running or number > len(lines) or (blank and size >= PIECE)):
             raw = b"".join(piece)
             said = decoded(raw, offset - len(raw))
-            yield f"{path.name}:{first}", said if isinstance(said, Bad) else {"text": said.strip("\r\n")}
+            yield f"{path.name}:{first}", said if isinstance(said, Bad) else {"text": said.replace("\r\n", "\n").strip("\n")}
             piece, size = [], 0
         if piece or not blank:
             first = first if piece else number

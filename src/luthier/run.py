@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -27,6 +27,9 @@ from luthier.report import rendered
 from luthier.report.console import Quiet
 from luthier.roles import Policy, Roles
 from luthier.transforms._chain import Chain, schedule
+
+if TYPE_CHECKING:
+    from luthier.architectures._network import Network
 
 
 @dataclass
@@ -132,7 +135,7 @@ def assemble(recipe: Recipe, parts: Parts, network: Mapping[str, Any] | None = N
     return Roles(Policy(parts.architecture, model, attached), clock, renderer)
 
 
-def attach(tuner: Any, model: torch.nn.Module) -> Any:
+def attach(tuner: Any, model: Network) -> Any:
     """The tuner on the model. Modules that no checkpoint held (a new classifier's head) are trained along and saved with it."""
     if model.fresh and any(f.name == "modules_to_save" for f in fields(tuner)):
         tuner = replace(tuner, modules_to_save=sorted({*(tuner.modules_to_save or ()), *model.fresh}))
@@ -229,9 +232,10 @@ def _run(recipe: Recipe, parts: Parts, data: Data, folder: Path, watch: Any, acc
                 store.write_rows(kept, rows)
             accelerator.wait_for_everyone()
         rows = store.read_rows(kept)
-    rows, stats = _encode(roles, rows, folder, watch, main)
-    held_out, _ = _encode(roles, data.held_out, folder, Quiet(), main)
-    for sentence in (roles.renderer.note, *roles.renderer.warnings):
+    rows, stats = _encode(roles, rows, folder, watch, main, recipe.max_bad_rows)
+    held_out, _ = _encode(roles, data.held_out, folder, Quiet(), main, 1.0)
+    turns = any(not isinstance(r["prompt"], str) for r in rows)
+    for sentence in (roles.renderer.note if turns or recipe.chat_template else None, *roles.renderer.warnings):
         if sentence:
             watch.tell(sentence)
     if roles.policy.model.fresh:
@@ -292,6 +296,7 @@ def _run(recipe: Recipe, parts: Parts, data: Data, folder: Path, watch: Any, acc
     report.stats = {
         **stats, **moving, **asdict(fit.totals), "steps": clock.total, "data_rows": len(rows), "bad_rows": len(data.bad),
         "held_out_rows": len(held_out), "turns": bool(rows) and isinstance(rows[0]["prompt"], list),
+        "writes": "generate" in roles.policy.architecture.gives, "auto_class": roles.policy.architecture.auto_class().__name__,
         "measured_on": "held-out rows" if held_out else "training rows", "tokens_per_second": fit.totals.tokens / max(fit.totals.seconds, 1e-9),
         "peak_memory_mb": _peak_memory(), "device": str(roles.device), "dtype": str(next(roles.policy.model.parameters()).dtype).removeprefix("torch."),
     }  # fmt: skip
@@ -314,18 +319,29 @@ def _run(recipe: Recipe, parts: Parts, data: Data, folder: Path, watch: Any, acc
     return report
 
 
-def _encode(roles: Roles, rows: list[dict], folder: Path, watch: Any, main: bool) -> tuple[list[dict], dict]:
-    """Every row once through the tokenizer, so that what cannot be learned from is known before anything is computed."""
+def _encode(roles: Roles, rows: list[dict], folder: Path, watch: Any, main: bool, allowed: float) -> tuple[list[dict], dict]:
+    """Every row once through the tokenizer, so that what cannot be learned from is known before anything is computed.
+
+    allowed: the share of rows that may turn out to be unusable.
+    """
     if not rows:
         return [], {}
     kept, bad, stats = roles.policy.architecture.encode_all(rows, roles.renderer)
     if bad and main:
         from luthier.rows import write_quarantine
 
-        write_quarantine(bad, folder / "quarantine.jsonl")
-        watch.tell(f"{len(bad)} rows set aside, with reasons, in quarantine.jsonl; the first: {bad[0]['reason']}")
+        with store.told_on_disk(folder):
+            write_quarantine(bad, folder / "quarantine.jsonl")
+        watch.tell(f"{len(bad):,} of {len(rows):,} rows set aside, with reasons, in quarantine.jsonl; the first: {bad[0]['reason']}")
     if not kept:
-        raise guards.Refused(f"none of {len(rows)} rows can be used; the first: {bad[0]['reason']}")
+        raise guards.Refused(f"none of {len(rows):,} rows can be used; the first: {bad[0]['reason']}")
+    if len(bad) > allowed * len(rows):
+        from luthier.rows import refusal
+
+        raise guards.Refused(refusal(bad, len(rows), "those read", allowed, folder / "quarantine.jsonl"))
+    if stats["cut"]:
+        whose = "texts" if roles.renderer.encoder else "completions"
+        watch.tell(f"{stats['cut']:,} of {len(kept):,} rows are over {roles.renderer.max_length:,} tokens: their {whose} are cut there (max_length)")
     if any(r.get("completions") for r in rows):
         guards.something_to_learn(len(kept), stats["supervised"], stats["tokens"])
     return kept, {

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,6 +20,9 @@ from luthier.report.console import visible
 from luthier.roles import Roles
 from luthier.run import Report, assemble, load_data, network_of, take_parts
 from luthier.tuners._tuner import Untuned
+
+if TYPE_CHECKING:
+    from luthier.architectures._network import Network
 
 
 @dataclass
@@ -78,7 +81,7 @@ class _Nothing:
     name: str = "nothing"
     gives: frozenset = frozenset({"off", "merge"})
 
-    def attach(self, model: torch.nn.Module) -> Untuned:
+    def attach(self, model: Network) -> Untuned:
         return Untuned(model)
 
 
@@ -187,10 +190,14 @@ def inspect(base: str | Path, tuned: str | Path, data: Any = None) -> dict[str, 
     rows, on, alike = _rows(tuned, data)
     found: dict[str, Any] = {}
     vocabularies: list[dict] = []
+    kinds: list[str] = []
     with tempfile.TemporaryDirectory(prefix="luthier-inspect-") as kept:  # both are asked the same texts elsewhere
         for who, name in (("base", base), ("tuned", tuned)):
             loaded = load(name, **alike)
             notes += [f"{name}: {n}" for n in loaded.notes]
+            kinds.append(loaded.roles.policy.architecture.name)
+            if kinds[0] != kinds[-1]:
+                raise RecipeError(f"{base} is read as {kinds[0]} and {tuned} as {kinds[1]}: they answer unlike questions, so no number compares")
             usable, bad, _ = loaded.roles.policy.architecture.encode_all(rows, loaded.roles.renderer)
             if not usable:
                 raise RecipeError(f"{name} can use none of the {len(rows)} rows; the first: {bad[0]['reason']}")
@@ -296,6 +303,8 @@ def _lora(loaded: Loaded, to: Path) -> None:
         made = build("tuner", loaded.recipe.tuner)
         instead = "export it with --as merged" if "merge" in made.gives else "its run folder is what can be loaded"
         raise RecipeError(f"tuner '{made.name}' makes no adapter; {instead}")
+    if loaded.roles.policy.architecture.name == "classifier":
+        raise RecipeError("a LoRA adapter does not say which classes its head tells apart: export it with --as merged")
     attached.export_lora(to)
 
 

@@ -12,6 +12,7 @@ from luthier.batch import Batch
 from luthier.method import family
 
 if TYPE_CHECKING:
+    from luthier.architectures._network import Network
     from luthier.clock import Clock
     from luthier.render import Encoded, EncodedAll, Renderer
     from luthier.tuners._tuner import Attached
@@ -57,11 +58,11 @@ class Architecture:
         """Every row once: those that can be used, those that cannot with the reason, and statistics."""
         return renderer.encode_all(rows)
 
-    def forward(self, model: nn.Module, attached: Attached, batch: Batch) -> Outputs:
+    def forward(self, model: Network, attached: Attached, batch: Batch) -> Outputs:
         """Read a batch and answer its questions."""
         raise NotImplementedError
 
-    def plain(self, model: nn.Module, attached: Attached, batch: Batch) -> Tensor:
+    def plain(self, model: Network, attached: Attached, batch: Batch) -> Tensor:
         """[T] log-probabilities the slow, obvious way: one sequence at a time through the model's own forward."""
         raise NotImplementedError
 
@@ -82,7 +83,7 @@ class Architecture:
         """The batch as it is asked at this step: networks that fill gaps hide tokens here."""
         return batch
 
-    def generate(self, model: nn.Module, attached: Attached, prompts: list[list[int]], **how: Any) -> list[list[list[int]]]:
+    def generate(self, model: Network, attached: Attached, prompts: list[list[int]], **how: Any) -> list[list[list[int]]]:
         """Completions of each prompt (see architectures/_generate.py)."""
         raise NotImplementedError(f"'{type(self).__name__}' does not write text")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +20,9 @@ from luthier.architectures._language_model import logits_at, soft_first
 from luthier.clock import Clock
 from luthier.guards import tolerance
 from luthier.method import RecipeError
+
+if TYPE_CHECKING:
+    from luthier.architectures._network import Network
 
 SEQUENCES = 64  # written at once
 _cached: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # model -> can it write with a cache?
@@ -111,7 +114,7 @@ class Picker:
 class Writer:
     """A network that is writing some sequences."""
 
-    def __init__(self, model: nn.Module, attached: Any):
+    def __init__(self, model: Network, attached: Any):
         self.model, self.attached = model, attached
         self.device = model.get_input_embeddings().weight.device
 
@@ -191,7 +194,7 @@ class Rereading(Writer):
         return logits_at(self.model, inputs, ends)
 
 
-def decoder_writer(model: nn.Module, attached: Any) -> Writer:
+def decoder_writer(model: Network, attached: Any) -> Writer:
     """With a cache where that writes the same, else reading everything again. Tried out at a network's first call, told if not."""
     if model not in _cached:
         try:

@@ -22,6 +22,8 @@ class LabelRenderer(Renderer):
     def _class(self, row: dict) -> Encoded | BadRow:
         try:
             classes = [[class_of(c, self.label2id)] for c in row.get("completions", [])]
+            asked = row["prompt"]  # the line break that parts a text from its label has no label after it here
+            row = {**row, "prompt": asked.removesuffix("\n") if isinstance(asked, str) else asked}
             ids = self.tokenizer(*row["texts"])["input_ids"] if len(row.get("texts", ())) == 2 else self.asked(row)
             encoded = Encoded(ids, classes, [[True]] * len(classes))
             if not ids:
@@ -31,6 +33,12 @@ class LabelRenderer(Renderer):
             return encoded
         except ValueError as why:  # BadRow is one
             return why if isinstance(why, BadRow) else BadRow(str(why))
+
+    def decode_marked(self, row: dict, marks: tuple[str, str] = ("⟦", "⟧")) -> str:
+        """For people: the text as it is read, then the names of its classes between marks."""
+        encoded, names = self.encode(row), {i: name for name, i in self.label2id.items()}
+        told = "\n---\n".join(f"{marks[0]}{names[ids[0]]}{marks[1]}" for ids in encoded.completions)
+        return f"{self.shown(encoded.prompt)} → {told}"
 
     def prompt(self, row: dict) -> list[int]:
         found = self._class({**row, "completions": []})

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,6 +20,9 @@ from luthier.architectures._outputs import Outputs
 from luthier.batch import Batch
 from luthier.kernels.logprobs import Head
 from luthier.method import family
+
+if TYPE_CHECKING:
+    from luthier.architectures._network import Network
 
 _measured: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()  # model -> (scale, softcap, bias)
 
@@ -37,7 +40,7 @@ class LanguageModel(Architecture):
     def simpler(self) -> LanguageModel | None:
         return None if self.own_head else replace(self, own_head=True)
 
-    def answer(self, model: nn.Module, inputs: dict[str, Any], at: Tensor, labels: Tensor) -> Outputs:
+    def answer(self, model: Network, inputs: dict[str, Any], at: Tensor, labels: Tensor) -> Outputs:
         """Outputs of T questions: `at` [T] are flat places of the tensor [R, W] that the model reads as `inputs`."""
         if self.own_head:
             return Outputs(logits_at(model, inputs, at), Head(nn.Identity()), labels)
@@ -46,7 +49,7 @@ class LanguageModel(Architecture):
             model(**inputs, use_cache=False)
         return Outputs(caught[0].flatten(0, 1)[at], head_of(model, inputs), labels)
 
-    def plain(self, model: nn.Module, attached: Any, batch: Batch) -> Tensor:
+    def plain(self, model: Network, attached: Any, batch: Batch) -> Tensor:
         pieces = batch.segments()
         out = torch.zeros(len(batch.ids), device=batch.ids.device)
         for s in batch.segment[batch.supervised].unique().tolist():
@@ -54,7 +57,7 @@ class LanguageModel(Architecture):
             out[own] = self.alone(model, attached, batch, s, own).to(out.dtype)
         return out[batch.supervised]
 
-    def alone(self, model: nn.Module, attached: Any, batch: Batch, segment: int, own: Tensor) -> Tensor:
+    def alone(self, model: Network, attached: Any, batch: Batch, segment: int, own: Tensor) -> Tensor:
         """[k] log-probabilities of tokens `own` [k] (places in batch.ids) of a segment, read with what it continues, alone."""
         raise NotImplementedError
 
@@ -67,7 +70,7 @@ def path(batch: Batch, segment: int) -> list[int]:
     return way
 
 
-def soft_first(model: nn.Module, attached: Any, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
+def soft_first(model: Network, attached: Any, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
     """[R, W] ids and mask -> what the model is handed: the ids, or embeddings after the tuner's soft vectors [R, k + W]."""
     mask = torch.ones_like(ids) if mask is None else mask
     if not attached.virtual:
@@ -83,7 +86,7 @@ def picked(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.float().log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
 
 
-def logits_at(model: nn.Module, inputs: dict[str, Any], at: Tensor) -> Tensor:
+def logits_at(model: Network, inputs: dict[str, Any], at: Tensor) -> Tensor:
     """[T] flat places -> [T, V] logits in fp32 by the network's own forward, which makes no others where its head is known."""
     if model.get_output_embeddings() is None:
         return model(**inputs, use_cache=False).logits.flatten(0, 1)[at].float()
@@ -92,7 +95,7 @@ def logits_at(model: nn.Module, inputs: dict[str, Any], at: Tensor) -> Tensor:
 
 
 @contextmanager
-def _before_head(model: nn.Module, hand_over: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _before_head(model: Network, hand_over: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While the network runs, its head is handed `hand_over(hidden [R, W, d])` in place of hidden."""
     head = model.get_output_embeddings()
     if head is None:
@@ -105,7 +108,7 @@ def _before_head(model: nn.Module, hand_over: Callable[[Tensor], Tensor]) -> Ite
 
 
 @torch.no_grad()
-def head_of(model: nn.Module, inputs: dict[str, Any]) -> Head:
+def head_of(model: Network, inputs: dict[str, Any]) -> Head:
     """The head, and what the network does to its logits: measured at the first call, by any inputs it can read.
 
     Raises ValueError where that is not cap * tanh(scale * (z + bias) / cap) or a part of it.
@@ -116,7 +119,7 @@ def head_of(model: nn.Module, inputs: dict[str, Any]) -> Head:
     return Head(module, *_measured[model])
 
 
-def _measure(model: nn.Module, module: nn.Module, inputs: dict[str, Any]) -> tuple[float, float, Tensor | None]:
+def _measure(model: Network, module: nn.Module, inputs: dict[str, Any]) -> tuple[float, float, Tensor | None]:
     told = torch.tensor([0.0, 1e-4, 1e30, *torch.linspace(-30, 30, 13).tolist()])
     shape: list[int] = []
 

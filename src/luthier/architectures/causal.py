@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from luthier.architectures._outputs import Outputs
 from luthier.batch import Batch
 from luthier.kernels.layout import Layout, lay_out
 from luthier.method import architecture
+
+if TYPE_CHECKING:
+    from luthier.architectures._network import Network
 
 ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers that a block mask keeps apart
 ENDLESS = 2**31  # a row in which any batch finds room
@@ -57,7 +60,7 @@ class Causal(LanguageModel):
     def crowded(self) -> Causal:
         return replace(self, width=ENDLESS)
 
-    def forward(self, model: nn.Module, attached, batch: Batch) -> Outputs:
+    def forward(self, model: Network, attached, batch: Batch) -> Outputs:
         if self.packing:
             self.check(model)
         layout = lay_out(
@@ -74,7 +77,7 @@ class Causal(LanguageModel):
             inputs |= {"attention_mask": (layout.piece >= 0).long()}
         return self.answer(model, inputs, at, batch.labels[batch.supervised])
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: Network) -> None:
         """Refuse to pack for a network that cannot keep sequences apart."""
         config, name = model.config.get_text_config(), type(model).__name__
         odd = {*(getattr(config, "layer_types", None) or ())} - ATTENTION
@@ -86,7 +89,7 @@ class Causal(LanguageModel):
         if "local" in (getattr(config, "attention_layers", None) or ()):
             raise ValueError(f"{name} attends by place in the row, whatever the mask says")
 
-    def embedded(self, model: nn.Module, attached, ids: Tensor, soft: Tensor) -> dict[str, Tensor]:
+    def embedded(self, model: Network, attached, ids: Tensor, soft: Tensor) -> dict[str, Tensor]:
         """[R, W] ids, and [R, W] which soft vector stands in their place (-1: none) -> how the model is handed them."""
         if not attached.virtual:
             return {"input_ids": ids}
@@ -94,7 +97,7 @@ class Causal(LanguageModel):
         vectors = attached.soft().to(embed.dtype)[soft.clamp(min=0)]
         return {"inputs_embeds": torch.where((soft >= 0)[..., None], vectors, embed)}
 
-    def mask(self, model: nn.Module, layout: Layout, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
+    def mask(self, model: Network, layout: Layout, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
         """What each place may look at, in the form that the model's attention takes; by kind of layer where they differ."""
         config = model.config.get_text_config()
         if config._attn_implementation not in ("sdpa", "eager"):
@@ -117,7 +120,7 @@ class Causal(LanguageModel):
         used = {*(getattr(config, "layer_types", None) or ())}
         return {kind: kinds[kind]() for kind in used} if used else made(window=window)
 
-    def alone(self, model: nn.Module, attached, batch: Batch, segment: int, own: Tensor) -> Tensor:
+    def alone(self, model: Network, attached, batch: Batch, segment: int, own: Tensor) -> Tensor:
         pieces = batch.segments()
         places = torch.cat([pieces[s] for s in path(batch, segment)])
         logits = model(**soft_first(model, attached, batch.ids[places][None]), use_cache=False).logits[0]
@@ -126,7 +129,7 @@ class Causal(LanguageModel):
 
     # ------------------------------------------------------------------------------------------ writing
 
-    def generate(self, model: nn.Module, attached, prompts: list[list[int]], **how: Any) -> list[list[list[int]]]:
+    def generate(self, model: Network, attached, prompts: list[list[int]], **how: Any) -> list[list[list[int]]]:
         most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         limit = most and most - attached.virtual
         return generate(decoder_writer(model, attached), prompts, limit=limit, **how)

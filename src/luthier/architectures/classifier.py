@@ -19,6 +19,7 @@ from luthier.kernels.logprobs import Head
 from luthier.method import RecipeError, architecture, meant
 
 if TYPE_CHECKING:
+    from luthier.architectures._network import Network
     from luthier.render import Renderer
 
 
@@ -70,7 +71,7 @@ class Classifier(Architecture):
 
         return LabelRenderer(tokenizer, config.label2id, **how)
 
-    def forward(self, model: nn.Module, attached, batch: Batch) -> Outputs:
+    def forward(self, model: Network, attached, batch: Batch) -> Outputs:
         pieces, parents = batch.segments(), batch.parent.tolist()
         asked = batch.segment[batch.supervised].tolist()
         roots = sorted({parents[s] for s in asked})
@@ -81,11 +82,11 @@ class Classifier(Architecture):
         which = torch.tensor([roots.index(parents[s]) for s in asked], device=ids.device)
         return Outputs(logits[which].float(), Head(nn.Identity()), batch.labels[batch.supervised])
 
-    def padding(self, model: nn.Module) -> int:
+    def padding(self, model: Network) -> int:
         token = model.config.get_text_config().pad_token_id
         return 0 if token is None else token
 
-    def plain(self, model: nn.Module, attached, batch: Batch) -> Tensor:
+    def plain(self, model: Network, attached, batch: Batch) -> Tensor:
         pieces, parents, out = batch.segments(), batch.parent.tolist(), []
         for s, label in zip(batch.segment[batch.supervised].tolist(), batch.labels[batch.supervised], strict=True):
             logits = model(input_ids=batch.ids[pieces[parents[s]]][None]).logits
@@ -102,6 +103,8 @@ def _number_or_name(name: str) -> tuple[float, str]:
 
 def class_of(name: Any, label2id: dict[str, int]) -> int:
     """A class's index. Raises ValueError with the nearest name."""
+    if not isinstance(name, str):
+        raise ValueError("a completion is not the name of a class")
     if name not in label2id:
         raise ValueError(f"'{name}' is none of this classifier's classes{meant(name, label2id)}")
     return label2id[name]

@@ -6,7 +6,7 @@ asked. A prompt/completion row is a cloze: the whole completion is hidden (speci
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,9 @@ from luthier.architectures._language_model import LanguageModel, path, picked, s
 from luthier.architectures._outputs import Outputs
 from luthier.batch import Batch
 from luthier.method import Range, RecipeError, architecture
+
+if TYPE_CHECKING:
+    from luthier.architectures._network import Network
 
 
 @architecture(paper="arXiv:1810.04805", gives="logprobs entropy top hidden")
@@ -61,7 +64,7 @@ class MaskedLM(LanguageModel):
             ids[some] = torch.where(fate < self.mask_share, tokenizer.mask_token_id, shown)
         return batch.view(ids=ids, supervised=asked)
 
-    def forward(self, model: nn.Module, attached, batch: Batch) -> Outputs:
+    def forward(self, model: Network, attached, batch: Batch) -> Outputs:
         pieces = batch.segments()
         places = [torch.cat([pieces[p] for p in path(batch, s)]) for s in batch.completion.tolist()]
         inputs = soft_first(model, attached, *pad([batch.ids[p] for p in places]))
@@ -73,7 +76,7 @@ class MaskedLM(LanguageModel):
         at = at[batch.supervised]
         return self.answer(model, inputs, at, batch.labels[batch.supervised])
 
-    def alone(self, model: nn.Module, attached, batch: Batch, segment: int, own: Tensor) -> Tensor:
+    def alone(self, model: Network, attached, batch: Batch, segment: int, own: Tensor) -> Tensor:
         pieces = batch.segments()
         places = torch.cat([pieces[s] for s in path(batch, segment)])
         inputs = soft_first(model, attached, batch.ids[places][None])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from luthier.architectures._language_model import LanguageModel, path, picked, s
 from luthier.architectures._outputs import Outputs
 from luthier.batch import Batch
 from luthier.method import RecipeError, architecture
+
+if TYPE_CHECKING:
+    from luthier.architectures._network import Network
 
 
 @architecture(gives="logprobs entropy top hidden generate")
@@ -33,7 +36,7 @@ class Seq2Seq(LanguageModel):
     def renderer(self, tokenizer: Any, config: Any, **how: Any):
         return super().renderer(tokenizer, config, encoder=True, **how)
 
-    def forward(self, model: nn.Module, attached, batch: Batch) -> Outputs:
+    def forward(self, model: Network, attached, batch: Batch) -> Outputs:
         pieces, parents, start = batch.segments(), batch.parent.tolist(), first_token(model)
         has_children = {*parents}
         roots = [s for s, above in enumerate(parents) if above < 0]
@@ -57,7 +60,7 @@ class Seq2Seq(LanguageModel):
         }
         return self.answer(model, inputs, at, batch.labels[batch.supervised])
 
-    def alone(self, model: nn.Module, attached, batch: Batch, segment: int, own: Tensor) -> Tensor:
+    def alone(self, model: Network, attached, batch: Batch, segment: int, own: Tensor) -> Tensor:
         root, *way = path(batch, segment)
         pieces = batch.segments()
         places = torch.cat([pieces[s] for s in way])
@@ -67,18 +70,18 @@ class Seq2Seq(LanguageModel):
         logits = model(**inputs, decoder_input_ids=begun[None], use_cache=False).logits[0]
         return picked(logits[(places[:, None] == own).nonzero()[:, 0]], batch.labels[own])
 
-    def generate(self, model: nn.Module, attached, prompts: list[list[int]], **how: Any) -> list[list[list[int]]]:
+    def generate(self, model: Network, attached, prompts: list[list[int]], **how: Any) -> list[list[list[int]]]:
         writer = EncoderDecoder(model, attached, lambda ids: encode(model, attached, ids), first_token(model))
         return generate(writer, prompts, limit=getattr(model.config, "max_position_embeddings", None), **how)
 
 
-def encode(model: nn.Module, attached, prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
+def encode(model: Network, attached, prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
     """Prompts -> the encoder's hidden states [R, W, d] and the mask [R, W] of real places; soft vectors in front."""
     inputs = soft_first(model, attached, *pad(prompts))
     return model.get_encoder()(**inputs).last_hidden_state, inputs["attention_mask"]
 
 
-def first_token(model: nn.Module) -> int:
+def first_token(model: Network) -> int:
     """The token that the decoder begins with."""
     for config in (model.config, model.generation_config):
         token = getattr(config, "decoder_start_token_id", None)

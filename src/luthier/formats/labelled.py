@@ -10,8 +10,8 @@ PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("s1", "s2"), ("
 class Labelled(Format):
     """{"text": "a fine film", "label": 1}; also sentence, sequence, or two sentences; also several `labels`.
 
-    Two sentences are joined by a newline in the prompt and kept apart in `texts`. `label_name`, where there is one, is
-    what the completion says.
+    The prompt ends with a line break, so that the label begins on its own line (not with `chat: true`). Two sentences are
+    joined by a line break too, and kept apart in `texts`. `label_name`, where there is one, is what the completion says.
     """
 
     columns = (
@@ -31,5 +31,5 @@ class Labelled(Format):
             raise BadRow("label is missing")
         several = label if isinstance(label, list) else [label]
         said = raw.get("label_name") or ", ".join(plain(each, "label") for each in several)
-        told = {"prompt": "\n".join(texts), "completions": [said], "label": label}
+        told = {"prompt": "\n".join(texts) + ("" if self.chat else "\n"), "completions": [said], "label": label}
         return {**told, "texts": texts} if pair else told

@@ -163,7 +163,8 @@ class Console(Quiet):
             self.say(f"  {act}")
         if page.is_file():
             self.say(f"Report: {page}")
-        self.say(f"Talk to it: luthier chat {report.folder}")
+        if report.stats.get("writes", True):
+            self.say(f"Talk to it: luthier chat {report.folder}")
 
     def answers(self, said: Sequence[dict], few: int = 4) -> None:
         """The same questions before and after."""

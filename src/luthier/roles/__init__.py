@@ -20,6 +20,7 @@ from luthier.clock import Clock
 from luthier.method import RecipeError
 
 if TYPE_CHECKING:
+    from luthier.architectures._network import Network
     from luthier.render import Renderer
     from luthier.tuners._tuner import Attached
 
@@ -30,7 +31,7 @@ class Policy(nn.Module):
     def __init__(
         self,
         architecture: Architecture,
-        model: nn.Module,
+        model: Network,
         attached: Attached,
         role: str = "policy",
         inside: Callable[[], AbstractContextManager] | None = None,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from luthier.method import family
+
+if TYPE_CHECKING:
+    from luthier.architectures._network import Network
 
 
 @family
 class Role:
     """Family: `play` answers with whatever `roles.<name>` shall be."""
 
-    def parts(self, model: nn.Module) -> dict[str, nn.Module]:
+    def parts(self, model: Network) -> dict[str, nn.Module]:
         """Trained modules that this role brings, by name."""
         return {}
 

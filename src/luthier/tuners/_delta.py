@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from luthier.method import family
 from luthier.tuners._tuner import Attached, Tuner
+
+if TYPE_CHECKING:
+    from luthier.architectures._network import Network
 
 
 def frozen(tensor: Tensor) -> tuple[str, Tensor]:
@@ -58,7 +61,7 @@ class Delta(Where):
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear, nn.Embedding)  # modules it can sit on, besides Conv1D
     reads: ClassVar[str] = ""  # what `start` learns from: "inputs", "gradients" or nothing
 
-    def attach(self, model: nn.Module) -> Attached:
+    def attach(self, model: Network) -> Attached:
         from luthier.tuners._peft import OnPeft, config_of, plain_settings
 
         return OnPeft(self, model, config_of(type(self))(**plain_settings(self)))

@@ -17,7 +17,7 @@ from dataclasses import field, fields, make_dataclass
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -34,6 +34,9 @@ from transformers.pytorch_utils import Conv1D
 from luthier.method import RecipeError, find, meant, names
 from luthier.tuners._delta import Delta, oriented
 from luthier.tuners._tuner import Attached, Site
+
+if TYPE_CHECKING:
+    from luthier.architectures._network import Network
 
 ADAPTER = "default"
 INITIAL = "luthier_initial"  # a frozen second adapter: minus what the first one starts with
@@ -233,7 +236,7 @@ def register() -> None:
 class OnPeft(Attached):
     """A PEFT type on a model. The model stays the transformers model, with layers put into it."""
 
-    def __init__(self, settings: Any, model: nn.Module, config: PeftConfig):
+    def __init__(self, settings: Any, model: Network, config: PeftConfig):
         super().__init__(settings, model)
         tied, there = _tied(model), _There(model)
         for name in _listed(getattr(config, "modules_to_save", None)):
@@ -558,7 +561,7 @@ def _merger(kind: type) -> Any:
 # ---------------------------------------------------------------------------------------------- soft prompts
 
 
-def write_prompt(folder: Path, vectors: Tensor, model: nn.Module, seq2seq: bool = False) -> None:
+def write_prompt(folder: Path, vectors: Tensor, model: Network, seq2seq: bool = False) -> None:
     """[n, width] vectors as an adapter of PEFT's type PROMPT_TUNING."""
     text = model.config.get_text_config()
     config = PromptTuningConfig(
@@ -586,7 +589,7 @@ def _ends(name: str, every: Any) -> bool:
 class _There:
     """What a model holds before anything is put into it."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Network):
         self.names = [n for n, _ in model.named_modules() if n]
         self.leaves: dict[str, int] = {}  # last names of the modules that hold a matrix, and how many there are of each
         for name, module in model.named_modules():
@@ -607,7 +610,7 @@ class _There:
         return f"{near} (the model has: {', '.join(f'{k} {n}x' for k, n in self.leaves.items())})"
 
 
-def _tied(model: nn.Module) -> list[list[str]]:
+def _tied(model: Network) -> list[list[str]]:
     """Groups of modules that hold the same parameter."""
     groups: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -674,12 +677,12 @@ def _factor(delta: Tensor, rank: int | None) -> tuple[tuple[Tensor, Tensor], flo
     return (Vh[:r], U[:, :r] * S[:r]), left
 
 
-def sideways(model: nn.Module) -> bool:
+def sideways(model: Network) -> bool:
     """Does a network keep its weights as [in, out] (GPT-2)?"""
     return any(isinstance(m, Conv1D) for m in model.modules())
 
 
-def _write(folder: Path, state: dict[str, Tensor], config: PeftConfig, model: nn.Module) -> None:
+def _write(folder: Path, state: dict[str, Tensor], config: PeftConfig, model: Network) -> None:
     """adapter_model.safetensors, read back and compared, and adapter_config.json."""
     from luthier import store
 
@@ -692,7 +695,7 @@ def _write(folder: Path, state: dict[str, Tensor], config: PeftConfig, model: nn
     config.save_pretrained(str(folder), auto_mapping_dict=made_for)
 
 
-def _plain_state(model: nn.Module) -> dict[str, Tensor]:
+def _plain_state(model: Network) -> dict[str, Tensor]:
     """The weights of a merged model under the names they have without PEFT."""
     out = {}
     wrapped = {n: m for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import LoraConfig
@@ -12,12 +12,16 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from luthier.kernels.lora import update
 from luthier.method import RecipeError
 from luthier.tuners._delta import oriented
 from luthier.tuners._peft import ADAPTER, INITIAL, OnPeft, plain_settings, sideways
 
+if TYPE_CHECKING:
+    from luthier.architectures._network import Network
 
-def attach(settings: Any, model: nn.Module) -> OnPeft:
+
+def attach(settings: Any, model: Network) -> OnPeft:
     said = plain_settings(settings)
     start = said["init_lora_weights"]
     own = isinstance(start, str) and start != "gaussian"  # made below, in fp32, and without touching the base
@@ -26,12 +30,15 @@ def attach(settings: Any, model: nn.Module) -> OnPeft:
     about = {"task_type": _task(model), "fan_in_fan_out": sideways(model)}
     config = LoraConfig(**{**said, "init_lora_weights": True if own else start, **about})
     attached = OnLora(settings, model, config)
+    for layer in attached.layers.values():
+        if type(layer) is Linear:
+            layer.__class__ = QuickLinear  # the same tensors and settings, another forward
     if own:
         attached.begin(start)
     return attached
 
 
-def _task(model: nn.Module) -> str | None:
+def _task(model: Network) -> str | None:
     return "CAUSAL_LM" if type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")) else None
 
 
@@ -115,3 +122,22 @@ class OnLora(OnPeft):
             raise RecipeError("LoRA with DoRA or with trained biases has no plain LoRA form; its own adapter is what `save` writes")
         self.save(folder)
         return 0.0
+
+
+class QuickLinear(Linear):
+    """PEFT's LoRA layer, read through kernels/lora.py wherever nothing but x A' B' is asked of it."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        live = [a for a in self.active_adapters if a in self.lora_A]
+        if args or kwargs or self.disable_adapters or self.merged or not all(map(self._is_plain, live)):
+            return super().forward(x, *args, **kwargs)
+        y = self.base_layer(x)
+        if y.dtype != x.dtype:  # autocast
+            return super().forward(x)
+        for a in live:
+            y = update(x, y, self.lora_A[a].weight, self.lora_B[a].weight, self.scaling[a])
+        return y
+
+    def _is_plain(self, adapter: str) -> bool:
+        drops = self.training and not isinstance(self.lora_dropout[adapter], nn.Identity)
+        return not drops and adapter not in self.lora_variant and self.lora_B[adapter].bias is None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,11 +13,14 @@ from torch import Tensor, nn
 from luthier.method import RecipeError
 from luthier.tuners._tuner import Attached, Site
 
+if TYPE_CHECKING:
+    from luthier.architectures._network import Network
+
 
 class Soft(Attached):
     """[virtual, width] vectors in fp32, on a frozen model."""
 
-    def __init__(self, settings, model: nn.Module, vectors: Tensor):
+    def __init__(self, settings, model: Network, vectors: Tensor):
         super().__init__(settings, model.requires_grad_(False))
         self.prompt = nn.Parameter(vectors.detach().float().clone())
         self.virtual = len(vectors)
@@ -55,7 +60,7 @@ class Soft(Attached):
         return {"prompt.embeddings": file["prompt_embeddings"]}
 
 
-def words_of(model: nn.Module, text: str) -> list[int]:
+def words_of(model: Network, text: str) -> list[int]:
     """The tokens of a text, by the tokenizer that lies beside the model."""
     from transformers import AutoTokenizer
 

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from luthier.method import RecipeError
 from luthier.tuners._tuner import Attached, Site
 
+if TYPE_CHECKING:
+    from luthier.architectures._network import Network
+
 
 class Weights(Attached):
     """Own weights chosen by a rule. Kept starts make `off` exact where few weights move."""
 
-    def __init__(self, settings: Any, model: nn.Module, chosen: Callable[[str, nn.Parameter], bool], keep_start: bool = False):
+    def __init__(self, settings: Any, model: Network, chosen: Callable[[str, nn.Parameter], bool], keep_start: bool = False):
         super().__init__(settings, model)
         self.names = []
         for name, p in model.named_parameters():  # tied weights appear once

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from luthier.method import RecipeError, family
 
 if TYPE_CHECKING:
+    from luthier.architectures._network import Network
     from luthier.clock import Clock
 
 
@@ -30,7 +31,7 @@ class Site:
 class Tuner:
     """Family: settings that attach to a model."""
 
-    def attach(self, model: nn.Module) -> Attached:
+    def attach(self, model: Network) -> Attached:
         """Put the tuner on the model, in place. The tuned model starts as the base model."""
         raise NotImplementedError
 
@@ -41,7 +42,7 @@ class Attached:
     virtual = 0  # places the layout keeps free before every sequence (soft prompts)
     told: tuple[str, ...] = ()  # sentences about what was attached, for whoever watches the run
 
-    def __init__(self, settings: Any, model: nn.Module):
+    def __init__(self, settings: Any, model: Network):
         self.settings, self.model = settings, model
 
     # --- what moves
@@ -132,7 +133,7 @@ class Attached:
 class Untuned(Attached):
     """A model on which nothing moves: a teacher, a frozen reference."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Network):
         super().__init__(None, model)
 
     def every_site(self) -> list[Site]:

@@ -6,6 +6,8 @@ seed and step, so nothing about it needs saving. The start is not kept: it canno
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import re
 
 import torch
@@ -14,6 +16,9 @@ from torch import nn
 from luthier.method import RecipeError, tuner
 from luthier.tuners._subset import Weights
 from luthier.tuners._tuner import Tuner
+
+if TYPE_CHECKING:
+    from luthier.architectures._network import Network
 
 
 @tuner(paper="arXiv:2403.17919", row="lisa", gives="merge")
@@ -34,7 +39,7 @@ class LISA(Tuner):
 class Draws(Weights):
     """All weights, of which some move now."""
 
-    def __init__(self, settings: LISA, model: nn.Module):
+    def __init__(self, settings: LISA, model: Network):
         super().__init__(settings, model, lambda name, p: p.is_floating_point())
         self.depth = model.config.get_text_config().num_hidden_layers
         stack = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == self.depth]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 from luthier.method import RecipeError, many, stage
 from luthier.stages._stage import Stage, text_of
@@ -12,7 +13,7 @@ from luthier.stages._stage import Stage, text_of
 class Score(Stage):
     """Column `scores`; of several rewards also `rewards`, each by its name."""
 
-    reward: many("reward") = ("exact_match",)  # the judge, or a list of them
+    reward: Annotated[tuple, many("reward")] = ("exact_match",)  # the judge, or a list of them
     reward_weights: list[float] | None = None  # of each reward; all 1 where not given
 
     def __post_init__(self):

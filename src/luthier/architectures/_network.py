@@ -1,0 +1,35 @@
+"""What luthier asks of a network, for type checkers: at run time it is whatever transformers loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Matrix(nn.Module):
+    """A module around one weight: Linear, Embedding, GPT-2's Conv1D, a norm."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+
+class Network(nn.Module):
+    """A transformers model (PreTrainedModel), and what `Architecture.load` notes on it."""
+
+    config: Any
+    generation_config: Any
+    dtype: torch.dtype
+    fresh: list[str]  # modules whose weights no checkpoint held
+    _is_stateful: bool  # transformers' word for layers that read on from one sequence into the next
+
+    # fmt: off
+    def get_input_embeddings(self) -> Matrix: ...
+    def get_output_embeddings(self) -> Matrix | None: ...
+    def get_encoder(self) -> nn.Module: ...
+    def gradient_checkpointing_enable(self, kwargs: dict[str, Any]) -> None: ...
+    def save_pretrained(self, folder: Any, **kwargs: Any) -> None: ...
+    @classmethod
+    def from_pretrained(cls, path: Any, **kwargs: Any) -> Network: ...
+    # fmt: on
