@@ -318,3 +318,75 @@ def test_a_classifier_is_loaded_with_the_head_it_was_tuned_with(tmp_path):
     assert found["base"]["metrics"]["loss"] == found["tuned"]["metrics"]["loss"] == pytest.approx(report.after["loss"], rel=1e-3)
     with pytest.raises(luthier.RecipeError, match="writes no text"):
         use.load(run).generate("x")
+
+
+# ---------------------------------------------------------------------------------------------- rows and folders that are not as they should be
+
+GOOD = [{"messages": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": str(i)}]} for i in range(200)]
+BAD = [
+    b'{"messages": [{"role": "user", "cont',
+    b'{"messages": "hello"}',
+    b'{"messages": []}',
+    b'{"messages": [{"role": "user", "content": "a\x00b"}, {"role": "assistant", "content": "c"}]}',
+    b'{"messages": [{"role": "wizard", "content": "x"}, {"role": "assistant", "content": "y"}]}',
+    b'{"messages": [{"role": "user", "content": "' + b"x" * 1_100_000 + b'"}, {"role": "assistant", "content": "y"}]}',
+    b'{"prompt": "a", "chosen": "b", "rejected": "c"}',
+    '{"messages": [{"role": "user", "content": "\xe9"}, {"role": "assistant", "content": "c"}]}'.encode("latin-1"),
+    b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}',
+    b"[1, 2]",
+]
+
+
+def mixed(path, good, bad):
+    path.write_bytes(b"".join(line + b"\n" for line in [*(json.dumps(r).encode() for r in GOOD[:good]), *bad]))
+    return path
+
+
+def test_bad_rows_of_every_kind(tiny, tmp_path):
+    """5% may be bad (here 10 of 200); one good row less, and the run ends before it begins."""
+    quick = ("max_steps=1", "evaluate=[]", "--model", tiny)
+    said = luth("tune", "--data", mixed(tmp_path / "a.jsonl", 190, BAD), "--output-dir", tmp_path / "a", *quick)
+    assert said.exit_code == 0, said.output
+    assert "10 unusable rows of 200 set aside" in said.stdout
+    listed = [json.loads(line) for line in (tmp_path / "a" / "quarantine.jsonl").read_text().splitlines()]
+    assert {b["where"] for b in listed} == {f"a.jsonl:{i}" for i in range(191, 201)} and all(b["reason"] for b in listed)
+    said = luth("tune", "--data", mixed(tmp_path / "b.jsonl", 189, BAD), "--output-dir", tmp_path / "b", *quick)
+    assert said.exit_code == 2 and "10 of 199 rows of" in said.stderr and "max_bad_rows=0.05" in said.stderr
+    assert [p.name for p in (tmp_path / "b").iterdir()] == ["quarantine.jsonl"]
+    mixed(tmp_path / "b.jsonl", 200, [])  # mended: what was refused leaves no trace
+    assert luth("tune", "--data", tmp_path / "b.jsonl", "--output-dir", tmp_path / "b", *quick).exit_code == 0
+    assert not (tmp_path / "b" / "quarantine.jsonl").exists()
+
+
+def test_a_refused_run_touches_nothing_of_another(tiny, tmp_path, finished):
+    folder, _ = finished
+    was = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    said = luth("tune", "--data", mixed(tmp_path / "a.jsonl", 190, BAD), "--model", tiny, "--output-dir", folder)
+    assert said.exit_code == 2 and "holds another run" in said.stderr
+    assert was == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_a_prompt_is_ended_as_in_training(tiny, tmp_path, monkeypatch):
+    """Questions were tuned on with a line break behind them: one that is asked without gets it."""
+    rows = [{"question": r["prompt"], "answer": r["completion"]} for r in SUMS]
+    luthier.tune(model=tiny, data=rows, max_steps=1, evaluate=[], output_dir=str(tmp_path / "q"))
+    loaded = use.load(tmp_path / "q")
+    asked = []
+    monkeypatch.setattr(use.Loaded, "generate", lambda self, prompt, **how: asked.append(prompt) or "")
+    loaded.ask("1+1="), loaded.ask("1+1=\\n")
+    assert asked == ["1+1=\n", "1+1=\n"]
+
+
+def test_a_classifier_is_not_talked_to_and_not_compared_with_a_writer(tiny, tmp_path):
+    data = tmp_path / "films.jsonl"
+    data.write_text("".join(json.dumps({"text": f"{w} {i}", "label": w}) + "\n" for i in range(8) for w in ("good", "bad")))
+    words = ("--model", tiny, "--data", data, "architecture=classifier", "max_steps=1", "--output-dir", tmp_path / "run")
+    code = f"from luthier.cli import app; app({['tune', *map(str, words)]!r})"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert said.returncode == 0 and said.stderr == ""  # nothing of other libraries
+    assert "⟦good⟧" in said.stdout and "luthier chat" not in said.stdout and "chat template" not in said.stdout
+    compared = luth("inspect", tiny, tmp_path / "run")
+    assert compared.exit_code == 2 and "read as causal" in compared.stderr
+    asked = luth("export", tmp_path / "run", "--as", "lora", "--to", tmp_path / "x")
+    assert asked.exit_code == 2 and "--as merged" in asked.stderr
+    assert luth("export", tmp_path / "run", "--to", tmp_path / "x").exit_code == 0

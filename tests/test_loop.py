@@ -56,9 +56,23 @@ def test_packed_is_unpacked_is_shared(base, tmp_path, layout):
     assert near(weights(tmp_path / "a"), weights(tmp_path / "b"), 1e-5)
 
 
-def test_two_processes_are_one(base, tmp_path):
-    """Two gloo processes of 2 rows = one process of 4 rows."""
-    base |= {"optim": {"name": "sgd", "max_grad_norm": 0}, "learning_rate": 0.05, "max_steps": 3}
+ROLLOUT = [{"name": "rollout", "n": 4, "max_new_tokens": 4, "old": True}, {"name": "score", "reward": "exact_match"}]
+SHARED = {  # what two processes are asked to do together, and how near they must come to what one does alone
+    "sft": ({"tuner": "full", "eval_steps": 1, "evaluate": ["loss", "generate", "forgetting"]}, 1e-5),
+    "dpo": ({"tuner": "lora", "objective": "dpo", "data": PAIRS}, 1e-5),
+    "grpo": ({"tuner": "lora", "objective": "grpo", "num_iterations": 2, "live": ROLLOUT}, 1e-4),
+    "mezo": ({"tuner": "lora", "estimator": "mezo", "learning_rate": 1e-3}, 1e-3),
+    "last row alone": ({"tuner": "full", "data": SUMS[:9], "max_steps": None, "num_train_epochs": 1}, 1e-5),
+    "rollout of nothing": ({"tuner": "lora", "objective": "grpo", "live": ROLLOUT, "data": SUMS[:9], "max_steps": None}, 1e-4),
+    "stages": ({"tuner": "lora", "stages": [{"name": "ifd", "share": 0.9}]}, 1e-5),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_two_processes_are_one(base, tmp_path, name):
+    """Two gloo processes of 2 rows = one process of 4 rows; a finished run answers in both."""
+    recipe, atol = SHARED[name]
+    base |= {"optim": {"name": "sgd", "max_grad_norm": 0}, "learning_rate": 0.05, "max_steps": 4, **recipe}
     one = luthier.tune(base, folder=tmp_path / "one")
     (tmp_path / "recipe.json").write_text(json.dumps(base | {"per_device_train_batch_size": 2}))
     script = tmp_path / "two.py"
@@ -67,7 +81,9 @@ def test_two_processes_are_one(base, tmp_path):
         import json, sys, torch
         torch.set_num_threads(1)
         import luthier
-        luthier.tune(json.load(open(sys.argv[1])), folder=sys.argv[2])
+        a = luthier.tune(json.load(open(sys.argv[1])), folder=sys.argv[2])
+        b = luthier.tune(json.load(open(sys.argv[1])), folder=sys.argv[2])
+        assert a.after == b.after and a.losses == b.losses
     """)
     )
     port = str(29500 + os.getpid() % 1000)
@@ -82,8 +98,9 @@ def test_two_processes_are_one(base, tmp_path):
     both = [subprocess.Popen(command, env=env | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE) for r in "01"]
     errors = [p.communicate(timeout=120)[1].decode() for p in both]
     assert [p.returncode for p in both] == [0, 0], errors
-    assert luthier.Report.read(tmp_path / "two").losses == pytest.approx(one.losses, abs=1e-5)
-    assert near(weights(tmp_path / "one"), weights(tmp_path / "two"), 1e-5)
+    two = luthier.Report.read(tmp_path / "two")
+    assert two.losses == pytest.approx(one.losses, abs=atol) and two.before == pytest.approx(one.before, abs=1e-5)
+    assert near(weights(tmp_path / "one"), weights(tmp_path / "two"), atol)
 
 
 def test_every_row_once_an_epoch():
@@ -93,6 +110,29 @@ def test_every_row_once_an_epoch():
     for clock.step in range(7):  # two epochs of ten rows, three at a time: the last step takes what is left
         seen += [r["id"] for r in draw(rows, clock, 3, stop_at=20)]
     assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10)) and seen[:10] != seen[10:]
+
+
+def test_every_row_once_an_epoch_where_a_draw_is_learned_several_times():
+    rows, clock, seen = [{"id": i} for i in range(10)], Clock(seed=3), []
+    for clock.step in range(8):  # four draws, two steps each
+        drawn = [r["id"] for r in draw(rows, clock, 3, stop_at=10, num_iterations=2)]
+        seen += drawn if clock.step % 2 == 0 else []
+        assert clock.step % 2 == 0 or seen[-len(drawn) :] == drawn
+    assert sorted(seen) == list(range(10))
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora", "prompt", "ssf", "lisa"])
+def test_recomputed_activations_change_nothing(base, tmp_path, tuner):
+    base |= {"tuner": tuner, "max_steps": 3}
+    plain = luthier.tune(base, folder=tmp_path / "a")
+    assert luthier.tune(base | {"gradient_checkpointing": True}, folder=tmp_path / "b").losses == pytest.approx(plain.losses, abs=1e-5)
+    assert near(weights(tmp_path / "a"), weights(tmp_path / "b"), 1e-5)
+
+
+@pytest.mark.parametrize("dtype, atol", [("float16", 0.01), ("bfloat16", 0.05)])
+def test_half_precision_is_near(base, tmp_path, dtype, atol):
+    plain = luthier.tune(base, folder=tmp_path / "a")
+    assert luthier.tune(base | {"dtype": dtype}, folder=tmp_path / "b").losses == pytest.approx(plain.losses, rel=atol)
 
 
 def test_plain_loop_of_transformers_is_ours(base, tmp_path, tiny):
@@ -162,6 +202,94 @@ def test_killed_and_resumed_is_uninterrupted(base, tmp_path, name):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+MOMENTS = {  # the process dies at the first call of this, which the second process passes
+    "measuring the start": "luthier.evaluators.generate.Generate.run",
+    "a stage": "luthier.stages.select.ifd.IFD.__call__",
+    "writing a checkpoint": "luthier.store.compare",
+    "naming a checkpoint": "luthier.store.checkpoints",
+    "taking the adapter away": "luthier.tuners._peft.OnPeft.save",
+    "the report": "luthier.report.write_report",
+}
+DIES = """
+import importlib, json, os, signal, sys, torch
+torch.set_num_threads(1)
+import luthier, luthier.run
+*path, name = sys.argv[3].split(".")
+while path:
+    try:
+        owner = importlib.import_module(".".join(path))
+        break
+    except ModuleNotFoundError:
+        name = path.pop() + "." + name
+*above, last = name.split(".")
+for part in above: owner = getattr(owner, part)
+real = getattr(owner, last)
+def dying(*given, **named):
+    if os.path.exists(os.path.join(sys.argv[2], "run.json")) and (last != "checkpoints" or any(p.suffix == ".part" for p in given[0].iterdir()) or given[0].joinpath("checkpoint-2").exists()):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*given, **named)
+setattr(owner, last, dying)
+luthier.tune(json.load(open(sys.argv[1])), folder=sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_anywhere_goes_on(base, tmp_path, moment):
+    """Not only between steps: whatever a kill leaves half done is done again or left aside."""
+    recipe = base | {"tuner": "lora", "stages": ["ifd"], "evaluate": ["loss", "generate", "forgetting"]}
+    whole = luthier.tune(recipe, folder=tmp_path / "whole")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    (tmp_path / "dies.py").write_text(DIES)
+    dead = subprocess.run([sys.executable, "dies.py", "recipe.json", "broken", MOMENTS[moment]], cwd=tmp_path, capture_output=True)
+    assert dead.returncode == -signal.SIGKILL, dead.stderr.decode()[-2000:]
+    assert not (tmp_path / "broken" / "report.json").exists()
+    resumed = luthier.tune(recipe, folder=tmp_path / "broken")
+    assert (resumed.losses, resumed.before, resumed.after) == (whole.losses, whole.before, whole.after)
+    assert all(torch.equal(v, weights(tmp_path / "broken")[k]) for k, v in weights(tmp_path / "whole").items())
+
+
+def test_a_checkpoint_half_written_is_no_checkpoint(base, tmp_path):
+    luthier.tune(base, folder=tmp_path)
+    whole = store.checkpoints(tmp_path)
+    for name in ("checkpoint-9.part", "checkpoint-9.old", "checkpoint-10"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-9.part" / "state.json").write_text("{}")
+    assert store.checkpoints(tmp_path) == whole
+
+
+def test_another_version_going_on_is_told(base, tmp_path, monkeypatch):
+    real = Fit.step
+    monkeypatch.setattr(Fit, "step", lambda self: real(self) if self.roles.clock.step < 4 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        luthier.tune(base, folder=tmp_path)
+    monkeypatch.setattr(Fit, "step", real)
+    state = json.loads((tmp_path / "run.json").read_text())
+    assert state["version"] == luthier.__version__
+    store.write_json(tmp_path / "run.json", state | {"version": "0.0.9"})
+    assert any("begun by luthier 0.0.9" in n for n in luthier.tune(base, folder=tmp_path).notes)
+
+
+def test_killed_from_outside_three_times_in_a_row(base, tmp_path):
+    """Whatever it was doing just then, checkpoints included: the end is that of a run that nobody killed."""
+    recipe = base | {"tuner": "lora", "max_steps": 60, "save_steps": 1, "logging_steps": 1}
+    whole = luthier.tune(recipe, folder=tmp_path / "whole")
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    code = "import json, torch; torch.set_num_threads(1); import luthier; luthier.tune(json.load(open('recipe.json')), folder='broken')"
+    lines, seen = tmp_path / "broken" / "metrics.jsonl", 0
+    for least in (3, 12, 30):
+        running = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE)
+        while running.poll() is None and seen < least:
+            seen = len(lines.read_bytes().splitlines()) if lines.is_file() else 0
+            time.sleep(0.001)
+        running.kill()
+        assert running.wait() == -signal.SIGKILL, running.stderr.read().decode()[-2000:]
+    resumed = luthier.tune(recipe, folder=tmp_path / "broken")
+    assert resumed.losses == whole.losses and any("going on from checkpoint-" in n for n in resumed.notes)
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "broken")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert not list((tmp_path / "broken").rglob("*.part"))
+
+
 def test_a_finished_run_answers_at_once_and_another_recipe_is_refused(base, tmp_path):
     first = luthier.tune(base, folder=tmp_path)
     began = time.perf_counter()
@@ -194,6 +322,113 @@ def test_out_of_memory_halves_the_micro_batch(base, tmp_path, monkeypatch):
     got = luthier.tune(base, folder=tmp_path / "b")
     assert got.losses == pytest.approx(want.losses, abs=1e-5) and any("micro-batches of 2" in n for n in got.notes)
     assert near(weights(tmp_path / "a"), weights(tmp_path / "b"), 1e-5)
+
+
+def test_memory_that_runs_out_in_the_second_pass_of_a_step(base, tmp_path, monkeypatch):
+    """SAM has climbed when it happens: it comes back, and the step is done again from where it began."""
+    from luthier.architectures.causal import Causal
+
+    base |= {"estimator": "sam", "learning_rate": 0.05, "optim": {"name": "sgd", "max_grad_norm": 0}}
+    want = luthier.tune(base, folder=tmp_path / "a")
+    real, calls = Causal.forward, []
+
+    def small(self, model, attached, batch):
+        if torch.is_grad_enabled():
+            calls.append(len(batch.rows))
+            if len(calls) == 2:
+                raise MemoryError
+        return real(self, model, attached, batch)
+
+    monkeypatch.setattr(Causal, "forward", small)
+    got = luthier.tune(base, folder=tmp_path / "b")
+    assert calls[:4] == [4, 4, 2, 2] and got.losses == pytest.approx(want.losses, abs=1e-5)
+    assert near(weights(tmp_path / "a"), weights(tmp_path / "b"), 1e-5)
+
+
+def test_memory_that_runs_out_while_weights_are_stepped_ends_in_a_sentence(base, tmp_path, monkeypatch):
+    """Some sites have moved already: to do the step again would move them twice."""
+    from luthier.transforms._chain import Chain
+
+    real, pushed = Chain.push, []
+
+    def full(self, site, grads):
+        pushed.append(site.name)
+        if len(pushed) == 40:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return real(self, site, grads)
+
+    monkeypatch.setattr(Chain, "push", full)
+    with pytest.raises(guards.Refused, match="out of memory: what was saved before is intact"):
+        luthier.tune(base, folder=tmp_path / "b")
+    assert len(pushed) == 40
+    monkeypatch.setattr(Chain, "push", real)
+    again, whole = luthier.tune(base, folder=tmp_path / "b"), luthier.tune(base, folder=tmp_path / "a")
+    assert again.losses == whole.losses
+
+
+def test_completions_that_never_end_are_told(base, tmp_path, monkeypatch):
+    """Every run shows its rows to the guard, as tokens; and the guard speaks where no end is learned."""
+    shown, real = [], guards.ends_are_learned
+    monkeypatch.setattr(guards, "ends_are_learned", lambda rows, stop, tell: shown.append((rows, stop)) or real(rows, stop, tell))
+    report = luthier.tune(base, folder=tmp_path)
+    [(rows, stop)] = shown
+    assert rows and stop == {1} and not any("teaches the model to stop" in n for n in report.notes)
+    told: list[str] = []
+    for row in rows:
+        row.supervised[:] = [[t not in stop for t in ids] for ids in row.completions]
+    real(rows, stop, told.append)
+    assert told == ["no completion teaches the model to stop: the end of a turn is not among the supervised tokens"]
+
+
+def test_more_tokens_than_the_network_has_positions_for_are_refused(base, tmp_path):
+    with pytest.raises(RecipeError, match="max_length: 600 tokens, and .* reads 512 at most"):
+        luthier.tune(base | {"max_length": 600}, folder=tmp_path)
+    with pytest.raises(RecipeError, match="reads 507 at most"):
+        luthier.tune(base | {"max_length": 512, "tuner": {"name": "prompt", "num_virtual_tokens": 5}}, folder=tmp_path / "soft")
+
+
+def test_positions_are_counted_as_the_network_counts_them():
+    from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM, T5Config, T5ForConditionalGeneration
+
+    from luthier.run import places
+
+    small = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    assert places(BertForMaskedLM(BertConfig(**small, max_position_embeddings=40))) == 40
+    assert places(RobertaForMaskedLM(RobertaConfig(**small, max_position_embeddings=40))) == 38  # it begins behind its padding
+    endless = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16))
+    assert places(endless) == float("inf")
+
+
+def test_trackers_hear_every_number(base, tmp_path):
+    tracking = pytest.importorskip("accelerate.tracking")
+    heard = []
+
+    class Ear(tracking.GeneralTracker):
+        name, requires_logging_directory = "ear", False
+        tracker = property(lambda self: self)
+
+        def __init__(self, run_name, **how):
+            super().__init__()
+            heard.append(("begin", run_name))
+
+        def store_init_configuration(self, values):
+            heard.append(("recipe", values))
+
+        def log(self, values, step=None, **how):
+            heard.append((step, values))
+
+        def finish(self):
+            heard.append(("end", None))
+
+    tracking.LOGGER_TYPE_TO_CLASS["ear"] = Ear
+    try:
+        report = luthier.tune(base | {"report_to": ["ear"], "evaluate": ["loss"], "eval_steps": 2, "logging_steps": 2}, folder=tmp_path)
+    finally:
+        del tracking.LOGGER_TYPE_TO_CLASS["ear"]
+    assert heard[0] == ("begin", "luthier") and heard[1][0] == "recipe" and heard[-1] == ("end", None)
+    assert all(isinstance(v, (int, float, str)) for v in heard[1][1].values()) and heard[1][1]["learning_rate"] == 1e-3
+    assert [(s, v["loss"]) for s, v in heard[2:-1] if "loss" in v] == list(zip((2, 4, 6), report.losses, strict=True))
+    assert [s for s, v in heard[2:-1] if "eval_loss" in v] == [0, 2, 4, 6]
 
 
 def test_a_loss_that_is_no_number_names_its_rows(base, tmp_path, monkeypatch):
@@ -265,6 +500,42 @@ def test_bfloat16_is_stepped_through_masters(base, tmp_path):
     masters = {k: s["master"]["weight"] for k, s in saved.state.items()}
     assert all(m.dtype == torch.float32 for m in masters.values())
     assert all(torch.equal(saved.tensors[f"{k}.weight"], m.bfloat16()) for k, m in masters.items())
+
+
+def test_rows_that_are_yet_to_be_answered_are_read_right_too(base, tmp_path, monkeypatch):
+    """The layout is tried before the first rollout, which reads in it."""
+    from luthier.architectures.causal import Causal
+
+    real = Causal.mask
+    leaks = lambda self, model, layout, dtype: torch.ones_like(layout.mask()).tril() if self.packing else real(self, model, layout, dtype)
+    monkeypatch.setattr(Causal, "mask", leaks)
+    prompts = [{"prompt": r["prompt"], "answer": r["answer"]} for r in SUMS]
+    report = luthier.tune(base | {"tuner": "lora", "objective": "grpo", "live": ROLLOUT, "data": prompts, "max_steps": 1}, folder=tmp_path)
+    assert any("padded instead" in n for n in report.notes)
+
+
+def test_old_checkpoints_leave(base, tmp_path):
+    luthier.tune(base | {"save_steps": 1, "save_total_limit": 3}, folder=tmp_path)
+    assert [p.name for p in store.checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-5", "checkpoint-6"]
+
+
+def test_a_folder_half_cleared_leaves_nothing_to_the_next_run(base, tmp_path, monkeypatch):
+    other = base | {"learning_rate": 5e-3, "evaluate": ["loss", "forgetting"], "overwrite": True}
+    luthier.tune(base | {"evaluate": ["loss", "forgetting"]}, folder=tmp_path / "a")
+    real = Path.unlink
+
+    def dying(self, missing_ok=False):
+        if self.name == "forgetting.jsonl":
+            raise KeyboardInterrupt
+        real(self, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", dying)
+    with pytest.raises(KeyboardInterrupt):
+        luthier.tune(other, folder=tmp_path / "a")
+    monkeypatch.setattr(Path, "unlink", real)
+    store.write_json(tmp_path / "a" / "forgetting.jsonl", {"id": "old", "prompt": "", "completions": [[70, 71]], "own": True})
+    there, fresh = luthier.tune(other, folder=tmp_path / "a"), luthier.tune(other, folder=tmp_path / "b")
+    assert (there.losses, there.after) == (fresh.losses, fresh.after)
 
 
 def test_rows_of_one_step_do_not_depend_on_history():

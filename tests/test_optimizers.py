@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import luthier
@@ -16,6 +17,7 @@ from luthier import store
 from luthier.clock import Clock
 from luthier.estimators.mezo import direction
 from luthier.guards import Refused
+from luthier.loop import Fit, draw
 from luthier.method import build, find, helps, names
 from luthier.transforms._chain import Chain, Lazily, Transform, schedule
 from luthier.tuners._subset import Weights
@@ -431,6 +433,51 @@ def test_mezo_takes_one_copy_of_what_moves_and_nothing_of_what_is_frozen():
     with Live() as live:
         build("estimator", {"name": "mezo", "n_probes": 2}).step(lambda grad: float(len(live.alive)), chain, chain.clock)
     assert live.largest <= 32 * 32 and moving <= live.peak <= moving + 5 * one
+
+
+class Held(TorchDispatchMode):
+    """How many bytes of storage, besides what is there already, are held at most."""
+
+    def __init__(self, *there):
+        super().__init__()
+        self.there = {p.untyped_storage()._cdata for p in there}
+        self.held, self.peak = {}, 0
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        out = f(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else (out,):
+            if torch.is_tensor(t) and (storage := t.untyped_storage())._cdata not in self.there:
+                self.held[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.held = {k: v for k, v in self.held.items() if not v[0].expired()}
+        self.peak = max(self.peak, sum(n for _, n in self.held.values()))
+        return out
+
+
+@pytest.mark.parametrize("tuner", [{"name": "lora", "r": 32}, "full"])
+def test_a_run_with_mezo_takes_the_memory_of_inference_and_of_what_moves(base, tmp_path, monkeypatch, tuner):
+    """Measured on every step of luthier.tune, on the rows of that step; a run with a backward pass takes more."""
+    found, step = {"mezo": [], "backprop": []}, Fit.step
+
+    def measured(self):
+        roles, clock = self.roles, self.roles.clock
+        rows = [dict(r) for r in draw(self.rows, clock, self.batches.per_step)]
+        there = (*roles.policy.model.parameters(), *roles.policy.model.buffers())
+        with torch.no_grad(), Held(*there) as inference:
+            roles.policy.logprobs(roles.batch(rows, training=True))
+        with Held(*there) as whole:
+            log = step(self)
+        moving = [p.nbytes for p in roles.tuner.parameters().values()]
+        found[name].append((whole.peak, inference.peak, sum(moving), max(moving)))
+        return log
+
+    monkeypatch.setattr(Fit, "step", measured)
+    for name in found:
+        asked = base | {"tuner": tuner, "estimator": name, "optim": {"name": "sgd", "max_grad_norm": 0}, "max_steps": 3}
+        luthier.tune(asked, folder=tmp_path / name)
+    for peak, inference, moving, largest in found["mezo"]:
+        assert moving <= peak <= inference + moving + 3 * largest  # three: a direction, its length, and their sum with one tensor
+    if tuner != "full":  # whose gradients alone weigh as much as the copy
+        assert max(m[0] for m in found["mezo"]) < min(b[0] for b in found["backprop"])
 
 
 def test_sam_is_the_gradient_at_the_worst_nearby_point():

@@ -13,6 +13,7 @@ import torch
 import luthier
 from conftest import SUMS
 from luthier import store
+from luthier.loop import Fit
 from luthier.method import RecipeError, build, find, helps, names
 from luthier.recipe import Recipe
 from luthier.rehearsal import rehearse
@@ -111,6 +112,50 @@ def test_acts_run_and_merge(base, tmp_path):
     assert measured.losses == [] and measured.after["loss"] == measured.before["loss"]
     again = luthier.tune(base | {"plan": plan, "eval_data": 0.2}, folder=tmp_path)
     assert again.acts == done.acts and [store.checkpoints(Path(a))[-1].stat().st_mtime for a in done.acts]
+
+
+STOPPED = {
+    "sequence": [{"max_steps": 2}, {"max_steps": 4, "seed": 5}, {"max_steps": 1}],
+    "spin": {"name": "spin", "rounds": 3, "max_new_tokens": 4},
+}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_plan_stopped_in_its_second_act_goes_on_there(base, tmp_path, monkeypatch, name, overwrite):
+    """Acts that are finished answer, even where the recipe overwrites; the broken one goes on from its checkpoint."""
+    asked = base | {"tuner": "lora", "plan": STOPPED[name], "max_steps": 4, "eval_data": 0.2, "overwrite": overwrite}
+    asked |= {"data": SUMS[:24], "evaluate": ["loss"]}
+    whole = luthier.tune(asked, folder=tmp_path / "whole")
+    real, made, stops = Fit.step, [], [True]
+
+    def stepping(self):
+        if stops and made.count(0) == 2 and made[-1] == 2:
+            raise ZeroDivisionError(stops.pop())
+        made.append(self.roles.clock.step)
+        return real(self)
+
+    monkeypatch.setattr(Fit, "step", stepping)
+    with pytest.raises(ZeroDivisionError):
+        luthier.tune(asked, folder=tmp_path / "broken")
+    before, made[:] = len(made), []
+    resumed = luthier.tune(asked, folder=tmp_path / "broken")
+    assert made[0] and before + len(made) <= 2 + sum(len(luthier.Report.read(a).losses) for a in whole.acts)  # nothing finished is redone
+    assert (resumed.after, resumed.losses) == (whole.after, whole.losses)
+    ends = [[store.load_checkpoint(store.checkpoints(Path(a))[-1]).tensors for a in r.acts] for r in (whole, resumed)]
+    assert all(torch.equal(v, there[k]) for here, there in zip(*ends, strict=True) for k, v in here.items())
+    made.clear()
+    luthier.tune(asked, folder=tmp_path / "broken")
+    assert bool(made) == overwrite  # finished: only then is it done anew, where asked to
+
+
+def test_a_plan_and_a_single_run_do_not_share_a_folder(base, tmp_path):
+    luthier.tune(base | {"max_steps": 1}, folder=tmp_path)
+    planned = base | {"plan": [{"max_steps": 1}, {"max_steps": 2}]}
+    with pytest.raises(RecipeError, match="holds a single run; give this plan another output_dir"):
+        luthier.tune(planned, folder=tmp_path)
+    luthier.tune(planned | {"overwrite": True}, folder=tmp_path)
+    assert luthier.tune(planned | {"overwrite": False}, folder=tmp_path).acts
 
 
 # ------------------------------------------------------------------------------------------ raft

@@ -10,6 +10,7 @@ from luthier.method import RecipeError, build
 from luthier.recipe import Recipe, terms
 from luthier.rehearsal import rehearse
 from luthier.rows import load
+from luthier.stages.select.best import Best
 
 ROLLOUT, SCORE = {"name": "rollout", "n": 4}, {"name": "score", "reward": "exact_match"}
 
@@ -68,6 +69,11 @@ WRONG = [
     ({"live": [{"name": "score", "reward": "python_tests"}]}, ["`tests`"]),
     ({"plan": [{"objective": "sft"}, {"objective": "dpo"}]}, ["'dpo' wants", "different score"]),
     ({"plan": [{"objective": "sft"}, {"tuner": "lorra"}]}, ["no tuner 'lorra'"]),
+    ({"report_to": ["tensorbord"]}, ["no tracker 'tensorbord'", "'tensorboard'"]),
+    ({"report_to": ["clearml"]}, ["'clearml' is not installed", "pip install clearml"]),
+    ({"adapter": "qlora"}, ["no tuner 'qlora'"]),
+    ({"finetuning_type": "freeze"}, ["no tuner 'freeze'"]),
+    ({"load_in_4bit": True}, ["no 'load_in_4bit'"]),
     ({"start": {"merge": "averag", "of": ["a"]}}, ["no merger 'averag'", "'average'"]),
 ]  # fmt: skip
 
@@ -129,6 +135,33 @@ def test_words_of_other_tools_are_understood_and_told():
     assert (parts["tuner"].r, parts["tuner"].lora_alpha, parts["tuner"].target_modules) == (4, 8, ["q_proj"])
     assert (parts["optim"].weight_decay, parts["optim"].adam_beta2, made.num_train_epochs) == (0.1, 0.95, 2)
     assert "'base_model' is read as model" in made.told and "'lora_rank' is read as r" in made.told
+
+
+def test_precision_said_twice_is_said_once():
+    assert Recipe.load({"bf16": True, "fp16": False}).dtype == "bfloat16" and Recipe.load({"bf16": False, "fp16": True}).dtype == "float16"
+    assert Recipe.load({"bf16": False, "fp16": False}).dtype == Recipe.load({"bf16": False}).dtype == "auto"
+    assert "same key" in str(pytest.raises(RecipeError, Recipe.load, {"bf16": True, "fp16": True}).value)
+
+
+def test_stages_that_ask_no_model_are_tried_on_two_rows(monkeypatch):
+    """What a stage does to rows counts, not what it says; and its mistakes come to light before a model is loaded."""
+    recipe = {"objective": "kto", "stages": ["best"]}
+    seen = []
+
+    def putting(made):
+        monkeypatch.setattr(Best, "__call__", lambda self, rows, roles: seen.append(len(rows)) or [made(r) for r in rows])
+
+    rows = load(UNPAIRED).rows
+    rehearse(Recipe.load(recipe), rows)
+    putting(lambda row: {k: v for k, v in row.items() if k != "scores"})
+    with pytest.raises(RecipeError, match="'kto' wants a score for each completion"):
+        rehearse(Recipe.load(recipe), rows)
+    putting(lambda row: row["nothing"])
+    with pytest.raises(RecipeError, match="stage 'best' fails on the first rows: KeyError: 'nothing'"):
+        rehearse(Recipe.load(recipe), rows)
+    assert seen == [2, 2]
+    with pytest.raises(RecipeError, match="'dpo' wants rows with at least two completions"):
+        rehearse(Recipe.load({"objective": "dpo", "stages": [ROLLOUT, SCORE, "best"]}), load(SUMS).rows)
 
 
 def test_changes_and_origins():

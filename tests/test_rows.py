@@ -294,7 +294,7 @@ def test_kinds_of_files(tmp_path):
         found = load(tmp_path / name)
         assert [(r["prompt"], r["completions"]) for r in found.rows] == want, name
     (tmp_path / "rows.tsv").write_text('sentence\tlabel\n"quoted"\t1\na "lone quote\t0\n')
-    assert [r["prompt"] for r in load(tmp_path / "rows.tsv").rows] == ["quoted", 'a "lone quote']
+    assert [r["prompt"] for r in load(tmp_path / "rows.tsv").rows] == ["quoted\n", 'a "lone quote\n']
     assert [r["id"] for r in load(tmp_path / "rows.csv").rows][:2] == ["rows.csv:2", "rows.csv:4"]
 
 

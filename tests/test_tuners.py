@@ -4,6 +4,7 @@ stands in the method's file, with its reason. Then each method's own check, and 
 from __future__ import annotations
 
 import copy
+import json
 import subprocess
 import sys
 from dataclasses import fields
@@ -178,6 +179,27 @@ def test_saved_and_read_back(name, tmp_path):
     again.load(again.read(tmp_path))
     assert torch.allclose(logprobs(again), logprobs(attached), atol=1e-6)
     assert all(torch.equal(v, attached.tensors()[k]) for k, v in again.tensors().items())
+
+
+def test_an_adapter_says_only_what_older_readers_know(tmp_path):
+    """Settings of this year at their defaults stay out; those that every reader wants are in, default or not."""
+    attached = build("tuner", "lora").attach(base("llama"))
+    attached.save(tmp_path)
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    old = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias", "target_modules", "base_model_name_or_path", "use_dora"}
+    assert old <= said.keys() and not {"corda_config", "eva_config", "trainable_token_indices", "layer_replication"} & said.keys()
+
+
+def test_a_whole_model_that_was_saved_otherwise_is_noticed(tmp_path, monkeypatch):
+    attached = build("tuner", "full").attach(base("llama"))
+    real = type(attached.model).save_pretrained
+
+    def lossy(self, folder, **how):
+        real(copy.deepcopy(self).half(), folder, **how)
+
+    monkeypatch.setattr(type(attached.model), "save_pretrained", lossy)
+    with pytest.raises(RuntimeError, match="was not saved as it is"):
+        attached.save(tmp_path)
 
 
 @each

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from luthier.tuners._register import watch
+
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported: nobody is told what is tuned here
 
 __version__ = "0.1.0"
@@ -17,7 +19,7 @@ _WHERE = {  # what the package offers, imported when first asked for
     "load": "luthier.use",
     "inspect": "luthier.use",
 }
-__all__ = [*_WHERE, "__version__"]
+__all__ = ["Recipe", "RecipeError", "Report", "__version__", "inspect", "load", "tune"]
 
 if TYPE_CHECKING:
     from luthier.method import RecipeError
@@ -37,7 +39,5 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return sorted(__all__)
 
-
-from luthier.tuners._register import watch  # noqa: E402
 
 watch()  # plain PEFT shall know our tuners; costs nothing until PEFT is imported

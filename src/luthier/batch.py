@@ -151,5 +151,5 @@ def collate(rows: Sequence[dict], encode: Callable[[dict], Any]) -> Batch:
             completion.append(grow(tokens, marks, root))
             group.append(g)
     read, asked = torch.tensor(ids, dtype=torch.long), torch.tensor(supervised, dtype=torch.bool)
-    integers = [torch.tensor(x, dtype=torch.long) for x in (segment, parent, completion, group)]
-    return Batch(read, read, asked, *integers, list(rows))
+    of_token, under, said_in, of_row = (torch.tensor(x, dtype=torch.long) for x in (segment, parent, completion, group))
+    return Batch(read, read, asked, of_token, under, said_in, of_row, list(rows))

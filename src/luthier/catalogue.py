@@ -64,11 +64,15 @@ def known() -> tuple[dict[str, str], ...]:
 
 
 def implemented() -> dict[str, list[str]]:
-    """Short name of a paper -> 'kind/method' of whatever declares it."""
+    """Short name of a paper -> 'kind/method' of whatever declares it, and 'claim/name' of the claims that try it."""
+    from luthier import claims
+
     by = defaultdict(list)
     for c in cards():
         for row in c.rows:
             by[row].append(f"{c.kind}/{c.name}")
+    for row, tried in claims.rows().items():
+        by[row] += tried
     return dict(by)
 
 

@@ -167,6 +167,24 @@ def export(
     typer.echo(export(folder, kind, to))
 
 
+@app.command()
+def claims(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Claims to try; default: all.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Test seeds, in place of what the claim's file says.")] = None,
+    listed: Annotated[bool, typer.Option("--list", help="Only list the claims and their verdicts.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Try what papers claim on the practice models. What was stopped goes on when the same command is run again."""
+    from luthier import claims
+
+    if listed:
+        show(claims.listing(), as_json, ("name", "verdict", "paper", "claim"))
+        return
+    found = {name: claims.run(name, seeds, tell=lambda line: typer.echo(line, err=as_json)) for name in names or claims.every()}
+    if as_json:
+        typer.echo(dumped(found))
+
+
 @app.command(hidden=True)
 def docs(
     check: Annotated[bool, typer.Option("--check", help="Fail where the pages differ from the declarations.")] = False,

@@ -1,6 +1,6 @@
 """The pages that follow from the declarations: `python -m luthier.docs` writes them, `--check` fails where they differ.
 
-docs/methods/<kind>/<name>.md for each method, docs/methods/index.md, docs/papers.md, and the table of keys in
+docs/methods/<kind>/<name>.md for each method, docs/methods/index.md, docs/papers.md, docs/claims.md, and the table of keys in
 docs/recipes.md between its two marks. Everything else in docs/ is written by hand.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from luthier import method
+from luthier import claims, method
 from luthier.catalogue import known, papers
 
 BEGIN, END = "<!-- keys: written by luthier.docs -->", "<!-- /keys -->"
@@ -37,7 +37,7 @@ TITLES = {
 def pages() -> dict[str, str]:
     """Path below docs/ -> text, of every page that is wholly generated."""
     made = {f"methods/{c.kind}/{c.name}.md": tidy(method.page(method.find(c.kind, c.name))) for c in method.cards()}
-    return {**made, "methods/index.md": tidy(index()), "papers.md": tidy(papers_page())}
+    return {**made, "methods/index.md": tidy(index()), "papers.md": tidy(papers_page()), "claims.md": tidy(claims.page())}
 
 
 def index() -> str:
@@ -53,13 +53,13 @@ def index() -> str:
 
 
 def papers_page() -> str:
-    """The papers of the catalogue that something implements."""
+    """The papers of the catalogue that a method implements or a claim tries."""
     done = [p for p in papers() if p["by"]]
     lines = ["# Papers", ""]
-    lines += [f"{len(done)} of the {len(known())} papers of the catalogue are implemented; `luthier papers` lists them all.", ""]
+    lines += [f"{len(done)} of the {len(known())} papers of the catalogue are implemented or tried; `luthier papers` lists them all.", ""]
     lines += ["| paper | family | method |", "| - | - | - |"]
     for p in sorted(done, key=lambda p: (p["family"], p["title"])):
-        by = ", ".join(f"[{b}](methods/{b}.md)" for b in p["by"])
+        by = ", ".join(f"[{b}]({f'claims.md#{b[6:]}' if b.startswith('claim/') else f'methods/{b}.md'})" for b in p["by"])
         lines += [f"| {cell(p['title'])} | {p['family']} | {by} |"]
     return "\n".join(lines)
 

@@ -138,7 +138,11 @@ def told(found: dict[str, Any]) -> str:
         lines += [f"  {name:<14} {have or 'nothing yet'}"]
         if extra["missing"]:
             lines += [f"  {'':<14} missing {', '.join(extra['missing'])}: {extra['install']}"]
-    lines += ["", "machine", f"  {'cpu':<14} {cpu['cores']} cores, {cpu['threads']} threads; bfloat16: {cpu['bfloat16']}"]
+    lines += [
+        "",
+        "machine",
+        f"  {'cpu':<14} {cpu['cores']} cores, {cpu['threads']} thread{'s' * (cpu['threads'] > 1)}; bfloat16: {cpu['bfloat16']}",
+    ]
     lines += [f"  {'cuda':<14} {c['name']}, {c['memory_gb']} GB, bfloat16: {'yes' if c['bfloat16'] else 'no'}" for c in here["cuda"]] or [
         f"  {'cuda':<14} none"
     ]

@@ -10,6 +10,12 @@ from torch import nn
 
 from luthier.batch import Batch
 from luthier.method import RecipeError
+from luthier.roles import resting
+
+TOO_BIG = (
+    "out of memory: what was saved before is intact. Lower per_device_train_batch_size (raise gradient_accumulation_steps for "
+    "the same result) or max_length, set gradient_checkpointing, or take a tuner that moves less"
+)
 
 
 class Refused(RecipeError):
@@ -25,12 +31,12 @@ def something_moves(attached: Any) -> dict[str, int]:
     return {"moving": moving, "all": sum(every.values())}
 
 
-def something_to_learn(batches: int, supervised: int, tokens: int) -> None:
+def something_to_learn(batches: int, supervised: float, tokens: float) -> None:
     """Refuses data in which no token is supervised."""
     if not batches:
         raise Refused("there are no rows left to train on")
     if not supervised:
-        raise Refused(f"no token of {tokens} is supervised: nothing would be learned (are all completions masked or cut off?)")
+        raise Refused(f"no token of {tokens:.0f} is supervised: nothing would be learned (are all completions masked or cut off?)")
 
 
 def finite(values: torch.Tensor, name: str, step: int, batch: Batch) -> None:
@@ -89,21 +95,14 @@ def same_as_plain(policy: Any, batch: Batch, tell: Callable[[str], None]) -> Non
             policy.architecture = simpler
 
 
-def resting(module: nn.Module):
-    from luthier.roles import resting as rest
-
-    return rest(module)
-
-
 def fits_in_memory(attached: Any, tell: Callable[[str], None], device: torch.device) -> int:
-    """Bytes that weights, gradients and optimizer state will take, told where they near what there is."""
-    model = sum(p.numel() * p.element_size() for p in attached.model.parameters())
+    """Bytes that gradients and optimizer state will take beside the weights, told where they near what is still free."""
     moving = sum(p.numel() for s in attached.sites() for p in s.slots.values())
-    need = model + moving * (4 + 8)  # a gradient, and Adam's two moments in fp32
+    need = moving * (4 + 8)  # a gradient, and Adam's two moments in fp32
     have = torch.cuda.mem_get_info()[0] if device.type == "cuda" else _free_memory()
     if have and need > 0.9 * have:
         tell(
-            f"weights, gradients and optimizer state take {need / 2**30:.1f} GB before any activation, and {have / 2**30:.1f} GB are free: expect it not to fit"
+            f"gradients and optimizer state take {need / 2**30:.1f} GB before any activation, and {have / 2**30:.1f} GB are free: expect it not to fit"
         )
     return need
 

@@ -64,7 +64,7 @@ class Fit:
 
     roles: Any
     rows: Sequence[dict]
-    objective: Objective
+    objective: Objective | None  # None: nothing is trained, and no step made
     chain: Chain
     estimator: Any
     batches: Batches
@@ -92,7 +92,7 @@ class Fit:
         while True:
             try:
                 metrics: dict[str, float] = {}
-                closure, counts = self._closure(metrics)
+                closure, counts = self._closure(self.held, metrics)
                 roles.policy.train()
                 loss = self.estimator.step(closure, self.chain, clock)
                 break
@@ -128,10 +128,10 @@ class Fit:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _closure(self, metrics: dict) -> tuple[Callable[..., float], dict[str, int]]:
+    def _closure(self, rows: list[dict], metrics: dict) -> tuple[Callable[..., float], dict[str, int]]:
         roles, clock, acc, tuner = self.roles, self.roles.clock, self.accelerator, self.roles.tuner
         micro = self.batches.micro
-        batches = [roles.batch(self.held[i : i + micro], training=True) for i in range(0, len(self.held), micro)]
+        batches = [roles.batch(rows[i : i + micro], training=True) for i in range(0, len(rows), micro)]
         terms = self.objective.terms()
         counts = [[float(o.count(b)) for _, o in terms] + [float(len(b.ids)), float(len(b.owner)), float(len(b.rows))] for b in batches]
         total = torch.tensor(counts, dtype=torch.float64).sum(0) if counts else torch.zeros(len(terms) + 3, dtype=torch.float64)

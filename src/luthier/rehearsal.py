@@ -1,6 +1,7 @@
 """A recipe is played through before anything is computed: what each part wants must be given by another part.
 
 Words flow in the order of a run: rows -> stages -> live stages -> roles -> estimator, chain, objective, evaluators.
+Stages that ask no model are also tried on two rows: what their rows show counts more than what they declare.
 A plan is played with empty reports, so that the mistake of its third act is refused before the first begins.
 """
 
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier import store
-from luthier.method import RecipeError, build, cards, gives_of, wants_of
+from luthier.clock import Clock
+from luthier.method import RecipeError, build, cards, gives_of, meant, wants_of
 from luthier.recipe import Recipe
 from luthier.transforms._chain import schedule
 
@@ -60,7 +62,7 @@ class Parts:
     roles: dict[str, Any]
     stages: list
     live: list
-    evaluate: list | None  # None: whatever of the usual the rows allow, decided by `rehearse`
+    evaluate: list  # where the recipe names none: whatever of the usual the rows allow, decided by `checked`
 
 
 def parts(recipe: Recipe) -> Parts:
@@ -80,7 +82,7 @@ def parts(recipe: Recipe) -> Parts:
         roles=roles,
         stages=made["stages"],
         live=made["live"],
-        evaluate=made["evaluate"],
+        evaluate=made["evaluate"] or [],
     )
 
 
@@ -118,6 +120,11 @@ def rehearse(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts | None:
     if recipe.plan is not None:
         _play(recipe, rows)
         return None
+    return checked(recipe, rows)
+
+
+def checked(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts:
+    """The parts of a recipe without a plan, each given what it wants."""
     p = parts(recipe)
     store.resolve_model(recipe.model)
     schedule(recipe.lr_scheduler_type, recipe.warmup_steps, 1)
@@ -125,13 +132,18 @@ def rehearse(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts | None:
         build("merger", recipe.start.get("merge"))
     have = words(rows) | p.architecture.gives | p.estimator.gives | gives_of(p.tuner) | set(p.roles)
     measured = frozenset(have)  # held-out rows go through no stage
-    if p.evaluate is None:
+    if recipe.evaluate is None:
         p.evaluate = [e for e in (build("evaluator", name) for name in USUAL) if wants(e) <= measured]
     for e in p.evaluate:
         _need(e, measured, recipe)
+    watched(recipe.report_to)
+    tried = list(rows[:2])
     for s in (*p.stages, *p.live):
         _need(s, have, recipe)
         have = (have - s.drops) | gives_of(s)
+        before, tried = words(tried), _try(s, tried)
+        if tried:
+            have = (have - (before - words(tried))) | (words(tried) - before)
     for x in (*p.roles.values(), p.estimator, *p.chain, *([p.objective] if p.objective else [])):
         _need(x, have, recipe)
     if p.objective is not None and "samples" in wants(p.objective) and not any("samples" in s.gives for s in p.live):
@@ -146,6 +158,43 @@ def rehearse(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts | None:
                 f"num_iterations: {recipe.num_iterations} needs the sampler's own log-probabilities: `live: [{{name: rollout, old: true}}, ...]`"
             )
     return p
+
+
+class _Nobody:
+    """Whom a stage may ask while it is tried: nobody; what it has to tell, it will tell in the run."""
+
+    def __init__(self):
+        self.clock = Clock()
+
+    def tell(self, sentence: str) -> None:
+        pass
+
+
+def _try(stage: Any, rows: list[dict]) -> list[dict]:
+    """What a stage makes of rows, without a model; none where it needs one, or where none is left to go on with."""
+    if stage.asks_model or not rows:
+        return []
+    try:
+        return list(stage(rows, _Nobody()))
+    except RecipeError:
+        raise
+    except Exception as error:
+        raise RecipeError(f"stage '{stage.name}' fails on the first rows: {type(error).__name__}: {error}") from error
+
+
+def watched(trackers: Sequence[str]) -> None:
+    """Refuses trackers that are not there: accelerate would leave them out with no word."""
+    if not trackers:
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
+
+    known, own = [str(t) for t in LOGGER_TYPE_TO_CLASS], {str(t) for t in get_available_trackers()}
+    for name in trackers:
+        if name not in known:
+            raise RecipeError(f"report_to: accelerate has no tracker '{name}'{meant(name, known)}")
+        if name in LoggerType.list() and name not in own:
+            raise RecipeError(f"report_to: '{name}' is not installed: pip install {name.replace('comet_ml', 'comet-ml')}")
 
 
 def _need(x: Any, have: Set[str], recipe: Recipe) -> None:

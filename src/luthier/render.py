@@ -13,6 +13,7 @@ import json
 import warnings
 from array import array
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -148,7 +149,7 @@ class Renderer:
             self.remember(key, Encoded(ids, [], []))
         return self.recall(key).prompt
 
-    def text(self, ids: list[int]) -> str:
+    def text(self, ids: Sequence[int]) -> str:
         """Token ids as text, special tokens left out."""
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -310,12 +311,15 @@ class Renderer:
 
     def plain(self, row: dict, ids: dict[str, list[int] | BadRow]) -> Encoded:
         """A row of plain texts. The completion is the joint encoding's rest where the prompt is its beginning."""
+        known: dict[str, list[int]] = {}
         for text in self.texts_of(row):
-            if isinstance(ids[text], BadRow):
-                raise ids[text]
-        prompt, completions = self.trimmed(ids[row["prompt"]]), []
+            found = ids[text]
+            if isinstance(found, BadRow):
+                raise found
+            known[text] = found
+        prompt, completions = self.trimmed(known[row["prompt"]]), []
         for completion in row.get("completions", []):
-            joint = [] if self.encoder else self.trimmed(ids[row["prompt"] + completion])
+            joint = [] if self.encoder else self.trimmed(known[row["prompt"] + completion])
             if len(joint) > len(prompt) and joint[: len(prompt)] == prompt:
                 said = joint[len(prompt) :]
             else:
@@ -467,21 +471,21 @@ class Renderer:
             encoded.prompt = encoded.completions[0][:1]
             encoded.completions, encoded.supervised = [encoded.completions[0][1:]], [encoded.supervised[0][1:]]
         if self.max_length:
-            self.shorten(row, encoded)
+            self.shorten(encoded, self.max_length)
         if not all(map(any, encoded.supervised)):
             raise BadRow("there is nothing to learn in a completion")
         return encoded
 
-    def shorten(self, row: dict, encoded: Encoded) -> None:
-        """Cut an encoded row to max_length at the end of its completions. Raises BadRow where that leaves none."""
+    def shorten(self, encoded: Encoded, most: int) -> None:
+        """Cut an encoded row to `most` tokens (max_length) at the end of its completions. Raises BadRow where that leaves none."""
         size = len(encoded.prompt)
-        if self.encoder and size > self.max_length:
+        if self.encoder and size > most:
             kept = len(self.suffix)
-            encoded.prompt = encoded.prompt[: self.max_length - kept] + encoded.prompt[size - kept :]
+            encoded.prompt = encoded.prompt[: most - kept] + encoded.prompt[size - kept :]
             self.cut += 1
-        room = self.max_length if self.encoder else self.max_length - size
+        room = most if self.encoder else most - size
         if room < 1:
-            raise BadRow(f"the prompt leaves no room for a completion ({size} tokens, max_length {self.max_length})")
+            raise BadRow(f"the prompt leaves no room for a completion within max_length={most} ({size} tokens)")
         if any(len(c) > room for c in encoded.completions):
             encoded.completions = [c[:room] for c in encoded.completions]
             encoded.supervised = [s[:room] for s in encoded.supervised]

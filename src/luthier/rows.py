@@ -72,8 +72,8 @@ class Source(BaseModel):
     format: str | dict | None = None  # a format's name or {name, settings}; recognised by columns where not given
     columns: dict[str, str] = {}  # our name of a column: the file's name of it
     tags: dict[str, str] = {}  # the file's names of roles and keys in messages: ours
-    limit: int | None = Field(None, ge=1)  # rows to read at most
-    n: int = Field(1000, ge=1)  # rows to generate of a practice world
+    limit: int | None = Field(default=None, ge=1)  # rows to read at most
+    n: int = Field(default=1000, ge=1)  # rows to generate of a practice world
     seed: int = 0  # of a practice world
 
 
@@ -126,9 +126,10 @@ def load_one(source: Source, taken: set, max_bad_rows: float, max_row_chars: int
     """One source. `taken` holds the ids given so far."""
     raws, bad, columns = [], [], set()
     for where, raw in islice(read(source, max_row_chars), source.limit):
-        reason = raw.reason if isinstance(raw, Bad) else unfit(raw, max_row_chars)
-        if reason:
-            bad.append(told(where, reason, raw.raw if isinstance(raw, Bad) else raw))
+        if isinstance(raw, Bad):
+            bad.append(told(where, raw.reason, raw.raw))
+        elif reason := unfit(raw, max_row_chars):
+            bad.append(told(where, reason, raw))
         else:
             columns |= raw.keys()
             raws.append((where, present(renamed(raw, source))))
@@ -139,13 +140,12 @@ def load_one(source: Source, taken: set, max_bad_rows: float, max_row_chars: int
     absent = next((theirs for theirs in source.columns.values() if raws and theirs not in columns), None)
     if absent is not None:
         raise RecipeError(f"{label} has no column '{absent}', which columns: maps{meant(absent, columns)}")
-    chosen = fixed = build("format", source.format) if source.format else None
-    if raws and not chosen:
-        chosen = recognise([raw for _, raw in raws], label)
+    fixed = bool(source.format)
+    chosen: Any = build("format", source.format) if fixed else recognise([raw for _, raw in raws], label) if raws else None
     rows = []
     for where, raw in raws:
         try:
-            row = reader(raw, chosen, bool(fixed)).row(raw)
+            row = reader(raw, chosen, fixed).row(raw)
         except BadRow as why:
             bad.append(told(where, str(why), raw))
             continue
@@ -480,13 +480,14 @@ def read_hub(source: Source) -> Read:
     """A data set of the hub, or of its cache when offline. Code that comes with a data set is never run."""
     import datasets
 
+    path, split = str(source.path), source.split
     try:
-        found = datasets.load_dataset(source.path, source.name, split=source.split)
+        found = datasets.load_dataset(path, source.name) if split is None else datasets.load_dataset(path, source.name, split=split)
     except Exception as why:  # anything from a network error to a wrong split; each says what is wrong
         reason = str(why).strip().split("\n", 1)[0]
-        near = meant(source.path, sorted(p.name for p in Path().iterdir()))
-        raise RecipeError(f"'{source.path}' is no file here{near} and no data set that could be loaded: {reason}") from None
-    return of_dataset(found, source, source.path)
+        near = meant(path, sorted(p.name for p in Path().iterdir()))
+        raise RecipeError(f"'{path}' is no file here{near} and no data set that could be loaded: {reason}") from None
+    return of_dataset(found, source, path)
 
 
 def of_dataset(found: Any, source: Source, label: str) -> Read:
@@ -757,6 +758,8 @@ READERS: dict[str, Callable[[Path, int], Read]] = {
 def write_quarantine(bad: list[dict], path: str | Path) -> None:
     """Add bad rows to a jsonl file, each once. The file is replaced whole, so that a kill leaves the old or the new."""
     path = Path(path)
+    if not bad:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     before = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     lines = dict.fromkeys([*before, *(json.dumps(b) for b in bad)])
@@ -789,6 +792,6 @@ def split(rows: list[dict], share: float, seed: int = 0) -> tuple[list[dict], li
     place = {key: drawn(f"{seed}\n{key}") for key in set(keys)}
     held = {k for k, p in place.items() if p < share}
     if share and len(place) > 1 and len(held) in (0, len(place)):
-        held ^= {(max if held else min)(place, key=place.get)}
+        held ^= {(max if held else min)(place, key=lambda k: place[k])}
     train = [row for row, k in zip(rows, keys, strict=True) if k not in held]
     return train, [row for row, k in zip(rows, keys, strict=True) if k in held]

@@ -5,9 +5,14 @@ A run that was stopped, however roughly, goes on when the same recipe is run aga
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import hashlib
 import json
+import math
+import re
+import resource
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -17,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from luthier import guards, store
+from luthier import __version__, guards, store
+from luthier import rows as reading
 from luthier.clock import Clock
 from luthier.loop import Batches, Fit, Totals
 from luthier.method import RecipeError, build
 from luthier.recipe import Recipe
-from luthier.rehearsal import Parts, rehearse
+from luthier.rehearsal import Parts, checked, rehearse
 from luthier.report import rendered
 from luthier.report.console import Quiet
 from luthier.roles import Policy, Roles
@@ -64,12 +70,11 @@ class Data:
     held_out: list[dict]
     bad: list[dict]
     mark: str  # what these rows are; a resumed run must find the same
+    shape: str = ""  # the format they were read as
 
 
 def load_data(recipe: Recipe, quarantine: Path | None = None) -> Data:
     """The recipe's rows in canonical form, split, with the bad ones apart (and written to `quarantine`)."""
-    from luthier import rows as reading
-
     if recipe.data is None:
         raise RecipeError("a recipe needs `data`: a file, a folder, a hub name, rows, or practice:WORLD")
     loaded = reading.load(recipe.data, max_bad_rows=recipe.max_bad_rows, quarantine=quarantine)
@@ -83,7 +88,25 @@ def load_data(recipe: Recipe, quarantine: Path | None = None) -> Data:
         other = reading.load(recipe.eval_data, max_bad_rows=recipe.max_bad_rows, quarantine=quarantine)
         held, bad = other.rows, [*bad, *other.bad]
     mark = hashlib.sha256(json.dumps([rows, held], sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return Data(rows, held, bad, mark)
+    return Data(rows, held, bad, mark, loaded.format)
+
+
+def touching(rows: Sequence[dict]) -> list[str]:
+    """Where a prompt's last word and the completion's first run into each other: "...said Annaworld"."""
+    plain = ((r["prompt"], c) for r in rows for c in r.get("completions", ())[:1] if isinstance(r["prompt"], str) and isinstance(c, str))
+    ends, goes_on = re.compile(r"""[A-Za-z0-9.!?"']\Z"""), re.compile(r"[^\s.,;:!?)]")
+    return [f"…{p[-20:]}{c[:20]}…" for p, c in plain if ends.search(p) and goes_on.match(c)]
+
+
+READ = {"id", "prompt", "answer", "label", "kind", "item", "skill"}  # columns of text that are no news beside a row
+
+
+def beside(data: Data) -> str | None:
+    """The columns of text that are kept but not learned from, in a sentence: what a user meant may be one of them."""
+    seen = {k: None for row in data.rows[:100] for k, v in row.items() if isinstance(v, str) and k not in READ}
+    if not seen or " + " in data.shape:
+        return None
+    return f"rows are read as '{data.shape}'; what else they hold is kept and not learned from: {', '.join([*seen][:12])}"
 
 
 def device() -> torch.device:
@@ -99,7 +122,7 @@ def pick_dtype(name: str, where: torch.device) -> torch.dtype:
     return torch.bfloat16 if where.type == "cpu" and torch.cpu._is_amx_tile_supported() else torch.float32
 
 
-def load_model(recipe: Recipe, parts: Parts, network: Mapping[str, Any]) -> tuple[torch.nn.Module, Any]:
+def load_model(recipe: Recipe, parts: Parts, network: Mapping[str, Any]) -> tuple[Network, Any]:
     """The base network and its tokenizer. network: what the data said about it (a classifier's classes)."""
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
@@ -128,11 +151,19 @@ def assemble(recipe: Recipe, parts: Parts, network: Mapping[str, Any] | None = N
     model, tokenizer = load_model(recipe, parts, network or {})
     torch.manual_seed(clock.fold("tuner"))
     attached = attach(parts.tuner, model)
-    limit = (
-        recipe.max_length or min(2048, getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2048) - attached.virtual
-    )
+    most = places(model) - attached.virtual
+    if recipe.max_length and recipe.max_length > most:
+        raise RecipeError(f"max_length: {recipe.max_length} tokens, and {recipe.model} reads {most} at most under this tuner")
+    limit = recipe.max_length or min(2048, most)
     renderer = parts.architecture.renderer(tokenizer, model.config, max_length=limit, chat_template=recipe.chat_template)
     return Roles(Policy(parts.architecture, model, attached), clock, renderer)
+
+
+def places(model: Network) -> float:
+    """How many tokens the network has positions for."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    skipped = [p for n, m in model.named_modules() if n.endswith("position_embeddings") and (p := getattr(m, "padding_idx", None))]
+    return (most or math.inf) - (max(skipped) + 1 if skipped else 0)  # RoBERTa counts from behind its padding
 
 
 def attach(tuner: Any, model: Network) -> Any:
@@ -175,32 +206,72 @@ def take_parts(roles: Roles, parts: Parts) -> None:
 # ---------------------------------------------------------------------------------------------- one run
 
 
-def run(recipe: Recipe, folder: Path, watch: Any = None) -> Report:
-    """One recipe without a plan, to its end."""
+def run(recipe: Recipe, folder: Path, watch: Any = None, anew: bool = False) -> Report:
+    """One recipe without a plan, to its end. anew: even where it is finished."""
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
     watch = watch or Quiet()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=recipe.report_to or None, project_dir=str(folder))
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=[*recipe.report_to] or None, project_dir=str(folder))
+    atexit.unregister(_part)
+    atexit.register(_part)
     main = accelerator.is_main_process
     watch = watch if main else Quiet()
     for sentence in recipe.told:
         watch.tell(sentence)
+    quarantine = folder / "quarantine.jsonl"
     with store.told_on_disk(folder):
-        data = load_data(recipe, folder / "quarantine.jsonl" if main else None)
-    parts = rehearse(recipe, data.rows[:100])
-    with _open(folder, recipe, data.mark, main) as finished:
-        if finished:
+        if new := main and not (folder / "run.json").exists():  # what lies there is of an earlier attempt, which was refused
+            quarantine.unlink(missing_ok=True)
+        data = load_data(recipe, quarantine if new else None)
+    if sentence := beside(data):
+        watch.tell(sentence)
+    parts = checked(recipe, data.rows[:100])
+    with _open(folder, recipe, data.mark, main, anew) as (finished, begun_by):
+        if _alike(finished, accelerator):
             watch.tell(f"{folder} holds this run, finished: nothing to do (overwrite=true starts anew)")
             return Report.read(folder)
-        accelerator.wait_for_everyone()
+        if begun_by != __version__:
+            watch.tell(f"this run was begun by luthier {begun_by} and goes on under {__version__}: its end may be neither's")
+        if main:
+            with store.told_on_disk(folder):
+                quarantine.unlink(missing_ok=True)
+                reading.write_quarantine(data.bad, quarantine)
         if data.bad:
-            watch.tell(
-                f"{len(data.bad)} unusable rows of {len(data.bad) + len(data.rows) + len(data.held_out)} set aside, with reasons: {folder / 'quarantine.jsonl'}"
-            )
+            seen = len(data.bad) + len(data.rows) + len(data.held_out)
+            watch.tell(f"{len(data.bad):,} unusable rows of {seen:,} set aside, with reasons: {quarantine}")
         set_seed(recipe.seed)
-        report = _run(recipe, parts, data, folder, watch, accelerator)
-    return report
+        if recipe.report_to:
+            accelerator.init_trackers("luthier", {k: v if isinstance(v, (int, float, str)) else json.dumps(v) for k, v in _told(recipe)})
+        try:
+            return _run(recipe, parts, data, folder, watch, accelerator)
+        except (RuntimeError, MemoryError) as error:
+            if guards.out_of_memory(error):
+                raise guards.Refused(guards.TOO_BIG) from None
+            raise
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
+
+
+def _part() -> None:
+    """At the end of this process, not of a run: a plan's next act needs the others again. Threads left waiting would abort."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _told(recipe: Recipe) -> list[tuple[str, Any]]:
+    """What a tracker is told about a run: the whole recipe but for rows given from Python."""
+    return [(k, v) for k, v in yaml.safe_load(recipe.yaml()).items() if not isinstance(v, list) or k not in ("data", "eval_data")]
+
+
+def _alike(value: Any, accelerator: Any) -> Any:
+    """The main process's value, in every process: they must not part ways over it."""
+    if accelerator.num_processes == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
 
 
 def _run(recipe: Recipe, parts: Parts, data: Data, folder: Path, watch: Any, accelerator: Any) -> Report:
@@ -234,23 +305,37 @@ def _run(recipe: Recipe, parts: Parts, data: Data, folder: Path, watch: Any, acc
         rows = store.read_rows(kept)
     rows, stats = _encode(roles, rows, folder, watch, main, recipe.max_bad_rows)
     held_out, _ = _encode(roles, data.held_out, folder, Quiet(), main, 1.0)
+    if "generate" in parts.architecture.gives:
+        some = [parts.architecture.encode(r, roles.renderer) for r in rows[:64] if r.get("completions")]
+        guards.ends_are_learned(some, set(roles.renderer.stop_ids), watch.tell)
     turns = any(not isinstance(r["prompt"], str) for r in rows)
     for sentence in (roles.renderer.note if turns or recipe.chat_template else None, *roles.renderer.warnings):
         if sentence:
             watch.tell(sentence)
     if roles.policy.model.fresh:
-        watch.tell(f"the checkpoint has no weights for {', '.join(roles.policy.model.fresh)}: it starts random and is trained along")
-    watch.rows(roles, rows, stats)
+        fresh = roles.policy.model.fresh
+        starts = "these start random and are" if len(fresh) > 1 else "it starts random and is"
+        watch.tell(f"the checkpoint has no weights for {', '.join(fresh)}: {starts} trained along")
+    shown = rows
+    if any("samples" in s.gives for s in parts.live):  # what is learned is yet to be written
+        shown = [{k: v for k, v in r.items() if k not in ("completions", "scores")} for r in rows]
+        asked = parts.architecture.encode_all(shown, roles.renderer).stats
+        stats |= {"row_tokens": asked["tokens"], "longest": asked["longest"], "supervised_share": 0.0, "cut": 0}
+    if stats["cut"]:
+        whose = "texts" if roles.renderer.encoder else "completions"
+        watch.tell(f"the {whose} of {stats['cut']:,} of {len(rows):,} rows are cut at {roles.renderer.max_length:,} tokens (max_length)")
+    if not roles.renderer.encoder and 2 * len(touching(shown)) > len(shown):
+        watch.tell(f"the completion follows the prompt's last word without a space or a line break: '{touching(shown)[0]}'")
+    watch.rows(roles, shown, stats)
     if main:
-        store.write_json(folder / "shown.json", rendered(roles, rows))
+        store.write_json(folder / "shown.json", rendered(roles, shown))
 
     for sentence in roles.tuner.told:
         watch.tell(sentence)
     moving = guards.something_moves(roles.tuner)
     guards.fits_in_memory(roles.tuner, watch.tell, roles.device)
-    if rows and rows[0].get("completions"):
-        for player in roles.policies():  # each by itself: a teacher may be another kind of network
-            guards.same_as_plain(player, roles.batch(rows[:2]), watch.tell)
+    for player in roles.policies():  # each by itself: a teacher may be another kind of network
+        guards.same_as_plain(player, roles.batch([_answered(r, roles) for r in rows[:2]]), watch.tell)
     if recipe.start is None:
         roles.tuner.initialize(rows, roles)
 
@@ -259,7 +344,6 @@ def _run(recipe: Recipe, parts: Parts, data: Data, folder: Path, watch: Any, acc
     clock.total = 0 if parts.objective is None else recipe.max_steps if stop_at is None else -(-stop_at // per_step)
     if stop_at is not None:
         clock.total *= recipe.num_iterations
-        stop_at = stop_at if recipe.num_iterations == 1 else None
     chain = Chain(
         parts.chain, roles.tuner, clock, recipe.learning_rate, schedule(recipe.lr_scheduler_type, recipe.warmup_steps, clock.total)
     )
@@ -270,7 +354,7 @@ def _run(recipe: Recipe, parts: Parts, data: Data, folder: Path, watch: Any, acc
     measure = held_out or rows[: min(len(rows), 256)]
     if latest is None or not before_path.is_file():
         watch.stage("measuring the start")
-        before = _evaluate(parts.evaluate, roles, measure, folder, "before")
+        before = _evaluate(parts.evaluate, roles, measure, folder, "before", accelerator)
         if main:
             store.write_json(before_path, before)
     else:
@@ -285,17 +369,18 @@ def _run(recipe: Recipe, parts: Parts, data: Data, folder: Path, watch: Any, acc
         _trim(folder / "metrics.jsonl", clock.step)
 
     if clock.total:
-        fit.hooks = _hooks(recipe, parts, fit, roles, measure, folder, watch, main)
+        fit.hooks = _hooks(recipe, parts, fit, roles, measure, folder, watch)
         with watch.training(clock.total, clock.step):
             fit.run()
     watch.stage("measuring the end")
-    after = _evaluate(parts.evaluate, roles, measure, folder, "after")
+    after = _evaluate(parts.evaluate, roles, measure, folder, "after", accelerator)
     report = Report(str(folder), before, after)
     logged = store.read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
     report.losses = [line["loss"] for line in logged if "loss" in line]
     report.stats = {
         **stats, **moving, **asdict(fit.totals), "steps": clock.total, "data_rows": len(rows), "bad_rows": len(data.bad),
         "held_out_rows": len(held_out), "turns": bool(rows) and isinstance(rows[0]["prompt"], list),
+        "ends": "\n" if rows and all(isinstance(r["prompt"], str) and r["prompt"].endswith("\n") for r in rows) else "",
         "writes": "generate" in roles.policy.architecture.gives, "auto_class": roles.policy.architecture.auto_class().__name__,
         "measured_on": "held-out rows" if held_out else "training rows", "tokens_per_second": fit.totals.tokens / max(fit.totals.seconds, 1e-9),
         "peak_memory_mb": _peak_memory(), "device": str(roles.device), "dtype": str(next(roles.policy.model.parameters()).dtype).removeprefix("torch."),
@@ -328,20 +413,14 @@ def _encode(roles: Roles, rows: list[dict], folder: Path, watch: Any, main: bool
         return [], {}
     kept, bad, stats = roles.policy.architecture.encode_all(rows, roles.renderer)
     if bad and main:
-        from luthier.rows import write_quarantine
-
         with store.told_on_disk(folder):
-            write_quarantine(bad, folder / "quarantine.jsonl")
-        watch.tell(f"{len(bad):,} of {len(rows):,} rows set aside, with reasons, in quarantine.jsonl; the first: {bad[0]['reason']}")
+            reading.write_quarantine(bad, folder / "quarantine.jsonl")
     if not kept:
         raise guards.Refused(f"none of {len(rows):,} rows can be used; the first: {bad[0]['reason']}")
     if len(bad) > allowed * len(rows):
-        from luthier.rows import refusal
-
-        raise guards.Refused(refusal(bad, len(rows), "those read", allowed, folder / "quarantine.jsonl"))
-    if stats["cut"]:
-        whose = "texts" if roles.renderer.encoder else "completions"
-        watch.tell(f"{stats['cut']:,} of {len(kept):,} rows are over {roles.renderer.max_length:,} tokens: their {whose} are cut there (max_length)")
+        raise guards.Refused(reading.refusal(bad, len(rows), "the data", allowed, folder / "quarantine.jsonl"))
+    if bad:
+        watch.tell(f"{len(bad):,} of {len(rows):,} rows set aside, with reasons, in quarantine.jsonl; the first: {bad[0]['reason']}")
     if any(r.get("completions") for r in rows):
         guards.something_to_learn(len(kept), stats["supervised"], stats["tokens"])
     return kept, {
@@ -353,27 +432,39 @@ def _encode(roles: Roles, rows: list[dict], folder: Path, watch: Any, main: bool
     }
 
 
+def _answered(row: dict, roles: Roles) -> dict:
+    """A row to try the layout on: where the policy is yet to answer, the end of the prompt stands for its answer."""
+    return row if row.get("completions") else {**row, "completions": [roles.renderer.prompt(row)[-8:]]}
+
+
 @torch.no_grad()
-def _evaluate(evaluators: Sequence[Any], roles: Roles, rows: list[dict], folder: Path, when: str) -> dict[str, float]:
+def _evaluate(evaluators: Sequence[Any], roles: Roles, rows: list[dict], folder: Path, when: str, accelerator: Any) -> dict[str, float]:
+    """Every process measures all rows, so none waits long for another; what the main one found counts."""
     roles.policy.eval()
     out: dict[str, float] = {}
     for e in evaluators:
         out |= e.run(roles, rows, folder, when)
+    out = _alike(out, accelerator)
+    accelerator.log({f"eval_{k}": v for k, v in out.items()}, step=roles.clock.step)
     return out
 
 
-def _hooks(recipe, parts, fit, roles, measure, folder, watch, main) -> list:
-    clock = roles.clock
+def _hooks(recipe, parts, fit, roles, measure, folder, watch) -> list:
+    clock, accelerator = roles.clock, fit.accelerator
+    main = accelerator.is_main_process
 
     def every(steps: float) -> int:
         return max(1, round(steps * clock.total) if steps < 1 else int(steps))
 
     save_every, eval_every = every(recipe.save_steps), every(recipe.eval_steps) if recipe.eval_steps else 0
+    if accelerator.num_processes > 1:  # between draws, where no process holds rows that the others do not know
+        save_every = math.lcm(save_every, recipe.num_iterations)
 
     def hook(fit: Fit, log: dict) -> None:
         if eval_every and clock.step % eval_every == 0 and clock.step < clock.total:
-            log |= {f"eval_{k}": v for k, v in _evaluate(parts.evaluate, roles, measure, folder, "during").items()}
+            log |= {f"eval_{k}": v for k, v in _evaluate(parts.evaluate, roles, measure, folder, "during", accelerator).items()}
         if main and (clock.step % recipe.logging_steps == 0 or clock.step == clock.total):
+            accelerator.log({k: v for k, v in log.items() if k != "step" and not k.startswith("eval_")}, step=clock.step)
             with store.told_on_disk(folder), open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(log) + "\n")
         watch.step(log)
@@ -394,8 +485,6 @@ def _peak_memory() -> float:
     """Megabytes at most so far: of the accelerator where there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
@@ -403,10 +492,10 @@ def _peak_memory() -> float:
 
 
 @contextmanager
-def _open(folder: Path, recipe: Recipe, mark: str, main: bool) -> Iterator[bool]:
-    """Take a run folder for oneself. Yields whether the run in it is finished; refuses another recipe's."""
+def _open(folder: Path, recipe: Recipe, mark: str, main: bool, anew: bool) -> Iterator[tuple[bool, str]]:
+    """Take a run folder for oneself. Yields whether the run in it is finished and which luthier began it; refuses another's."""
     if not main:
-        yield False
+        yield False, __version__
         return
     with store.told_on_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -419,28 +508,28 @@ def _open(folder: Path, recipe: Recipe, mark: str, main: bool) -> Iterator[bool]
         state = folder / "run.json"
         known = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else None
         if known and (known["fingerprint"], known["data"]) != (recipe.fingerprint(), mark):
-            if not recipe.overwrite:
+            if not recipe.overwrite and (folder / "before.json").is_file():  # else it was refused before it computed anything
                 raise RecipeError(
                     f"{folder} holds another run ({_difference(folder, recipe, known, mark)}); give another output_dir, or overwrite=true to start anew there"
                 )
             known = _clear(folder)
-        if known and recipe.overwrite and known["finished"]:
+        if known and anew and known["finished"]:
             known = _clear(folder)
         if known is None:
+            known = {"fingerprint": recipe.fingerprint(), "data": mark, "finished": False, "version": __version__}
             store.write_text(folder / "recipe.yaml", recipe.yaml())
-            store.write_json(state, {"fingerprint": recipe.fingerprint(), "data": mark, "finished": False})
-        yield bool(known and known["finished"] and (folder / "report.json").is_file())
+            store.write_json(state, known)
+        yield bool(known["finished"] and (folder / "report.json").is_file()), known.get("version", "(unknown)")
     finally:
         lock.close()
 
 
 def _clear(folder: Path) -> None:
-    import shutil
-
+    """Leave nothing of a run. run.json goes last: while it stands, a folder that is half cleared is still the old run's."""
     for path in store.checkpoints(folder):
         shutil.rmtree(path)
-    for name in ("run.json", "report.json", "before.json", "rows.jsonl", "metrics.jsonl", "quarantine.jsonl", "forgetting.jsonl",
-                 "shown.json", "samples-before.jsonl", "samples-after.jsonl", "report.html"):  # fmt: skip
+    for name in ("report.json", "before.json", "rows.jsonl", "metrics.jsonl", "quarantine.jsonl", "forgetting.jsonl", "shown.json",
+                 "samples-before.jsonl", "samples-after.jsonl", "report.html", "run.json"):  # fmt: skip
         (folder / name).unlink(missing_ok=True)
 
 
@@ -482,7 +571,6 @@ def _trim(path: Path, step: int) -> None:
 
 def default_folder(recipe: Recipe) -> Path:
     """runs/<model>-<tuner>-<objective>-<fingerprint>: the same recipe finds its run again."""
-    import re
 
     def word(x: Any) -> str:
         x = x.get("name", "") if isinstance(x, dict) else x if isinstance(x, str) else "mix"
@@ -495,11 +583,9 @@ def default_folder(recipe: Recipe) -> Path:
 
 def on_disk(recipe: Recipe, folder: Path) -> Recipe:
     """Rows given from Python are written beside the run, so that its recipe can be repeated from a shell."""
-    from luthier.rows import looks_like_row
-
     for key in ("data", "eval_data"):
         rows = getattr(recipe, key)
-        if isinstance(rows, (list, tuple)) and rows and all(looks_like_row(r) for r in rows):
+        if isinstance(rows, (list, tuple)) and rows and all(reading.looks_like_row(r) for r in rows):
             text = "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in rows)
             path = folder.resolve() / f"{key}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl"
             store.write_text(path, text)
@@ -507,13 +593,24 @@ def on_disk(recipe: Recipe, folder: Path) -> Recipe:
     return recipe
 
 
-def perform(recipe: Recipe, folder: Path | None = None, watch: Any = None) -> Report:
-    """A recipe, or the plan it carries. A plan is a generator: its state is the reports of the runs it asked for."""
+def perform(recipe: Recipe, folder: Path | None = None, watch: Any = None, anew: bool | None = None) -> Report:
+    """A recipe, or the plan it carries. A plan is a generator: its state is the reports of the runs it asked for.
+
+    anew: do again what is finished; if not said, where the recipe overwrites. A plan that was stopped goes on all the same.
+    """
     folder = Path(folder or recipe.output_dir or default_folder(recipe))
-    recipe = on_disk(recipe, folder)
+    recipe, anew = on_disk(recipe, folder), recipe.overwrite if anew is None else anew
     if recipe.plan is None:
-        return run(recipe, folder, watch)
+        return run(recipe, folder, watch, anew)
     watch = watch or Quiet()
+    if (folder / "run.json").is_file():
+        if not recipe.overwrite:
+            raise RecipeError(f"{folder} holds a single run; give this plan another output_dir, or overwrite=true to start anew there")
+        _clear(folder)
+    if anew and (folder / "report.json").is_file():
+        for act in folder.glob("act-*"):
+            shutil.rmtree(act)
+        (folder / "report.json").unlink()
     rehearse(recipe, load_data(recipe).rows[:100] if recipe.data is not None else ())
     play = build("plan", recipe.plan_spec()).recipes(replace(recipe, plan=None))
     acts: list[str] = []
@@ -526,7 +623,7 @@ def perform(recipe: Recipe, folder: Path | None = None, watch: Any = None) -> Re
             for r in asked if several else [asked]:
                 act = folder / f"act-{len(acts)}"
                 watch.stage(f"act {len(acts)}")
-                reports.append(perform(replace(r, output_dir=None), act, watch))
+                reports.append(perform(replace(r, output_dir=None), act, watch, anew=False))
                 acts.append(str(act))
             last = reports if several else reports[0]
             asked = play.send(last)

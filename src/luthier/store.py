@@ -97,7 +97,7 @@ def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
     with told_on_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(path.name + ".part")
+        beside = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes of one run may write the same at once
         with open(beside, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()

@@ -34,6 +34,7 @@ class Loaded:
     recipe: Recipe  # how it was tuned; of a plain model only what loads it
     turns: bool = True  # is it asked in turns (through its chat template), or with the prompt as it is written?
     notes: list[str] = field(default_factory=list)  # what was found while loading
+    ends: str = ""  # what every prompt it was tuned on ended with: a line break, or nothing
 
     @property
     def model(self) -> torch.nn.Module:
@@ -61,8 +62,10 @@ class Loaded:
 
     def ask(self, text: str, before: Sequence[dict] = (), **how: Any) -> str:
         """An answer in the form the model was tuned on: after earlier turns, or to the text as it is (\\n is a line break)."""
-        prompt = [*before, {"role": "user", "content": text}] if self.turns else text.replace("\\n", "\n")
-        return self.generate(prompt, **how)
+        if self.turns:
+            return self.generate([*before, {"role": "user", "content": text}], **how)
+        written = text.replace("\\n", "\n")
+        return self.generate(written if written.endswith(self.ends) else written + self.ends, **how)
 
     @torch.no_grad()
     def logprobs(self, rows: Sequence[dict]) -> torch.Tensor:
@@ -110,12 +113,13 @@ def _run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     take_parts(roles, made)
     roles.tuner.load(roles.tuner.read(folder))
     roles.policy.eval()
-    notes, turns = [], roles.renderer.note is None
+    notes, turns, ends = [], roles.renderer.note is None, ""
     if (folder / "report.json").is_file():
-        turns = Report.read(folder).stats.get("turns", turns)
+        stats = Report.read(folder).stats
+        turns, ends = stats.get("turns", turns), stats.get("ends", ends)
     else:
         notes.append(f"{folder} is not finished: this is its last checkpoint")
-    return Loaded(str(folder), roles, recipe, turns, notes)
+    return Loaded(str(folder), roles, recipe, turns, notes, ends)
 
 
 def _bare(model: str, settings: Mapping[str, Any]) -> tuple[Recipe, Roles]:
@@ -159,6 +163,7 @@ def chat(name: str, prompt: str | None = None, *, ask: Callable[[str], str] = in
     for note in loaded.notes:
         say(f"· {note}")
     kind = "a conversation; /new begins another" if loaded.turns else "each prompt is continued as it is written, \\n is a line break"
+    kind += " (one is added at its end, as in training)" * bool(loaded.ends and not loaded.turns)
     say(f"{name}: {kind}, /quit ends.")
     turns: list[dict] = []
     while True:
@@ -197,7 +202,9 @@ def inspect(base: str | Path, tuned: str | Path, data: Any = None) -> dict[str, 
             notes += [f"{name}: {n}" for n in loaded.notes]
             kinds.append(loaded.roles.policy.architecture.name)
             if kinds[0] != kinds[-1]:
-                raise RecipeError(f"{base} is read as {kinds[0]} and {tuned} as {kinds[1]}: they answer unlike questions, so no number compares")
+                raise RecipeError(
+                    f"{base} is read as {kinds[0]} and {tuned} as {kinds[1]}: they answer unlike questions, so no number compares"
+                )
             usable, bad, _ = loaded.roles.policy.architecture.encode_all(rows, loaded.roles.renderer)
             if not usable:
                 raise RecipeError(f"{name} can use none of the {len(rows)} rows; the first: {bad[0]['reason']}")

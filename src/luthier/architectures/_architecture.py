@@ -40,7 +40,7 @@ class Architecture:
 
         return Renderer(tokenizer, **how)
 
-    def load(self, path: str, **kwargs: Any) -> nn.Module:
+    def load(self, path: str, **kwargs: Any) -> Network:
         """The network with its weights, from a folder or hub name. kwargs go to from_pretrained.
 
         `model.fresh` names the modules whose weights no checkpoint held, such as a new classifier's head.

@@ -29,7 +29,7 @@ class LabelRenderer(Renderer):
             if not ids:
                 raise BadRow("the text is empty")
             if self.max_length:
-                self.shorten(row, encoded)
+                self.shorten(encoded, self.max_length)
             return encoded
         except ValueError as why:  # BadRow is one
             return why if isinstance(why, BadRow) else BadRow(str(why))

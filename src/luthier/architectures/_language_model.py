@@ -22,7 +22,7 @@ from luthier.kernels.logprobs import Head
 from luthier.method import family
 
 if TYPE_CHECKING:
-    from luthier.architectures._network import Network
+    from luthier.architectures._network import Matrix, Network
 
 _measured: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()  # model -> (scale, softcap, bias)
 
@@ -94,13 +94,17 @@ def logits_at(model: Network, inputs: dict[str, Any], at: Tensor) -> Tensor:
         return model(**inputs, use_cache=False).logits[:, 0].float()
 
 
-@contextmanager
-def _before_head(model: Network, hand_over: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """While the network runs, its head is handed `hand_over(hidden [R, W, d])` in place of hidden."""
+def _told_head(model: Network) -> Matrix:
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(model).__name__} does not tell its output embeddings")
-    hook = head.register_forward_pre_hook(lambda module, given: (hand_over(given[0]), *given[1:]), prepend=True)
+    return head
+
+
+@contextmanager
+def _before_head(model: Network, hand_over: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the network runs, its head is handed `hand_over(hidden [R, W, d])` in place of hidden."""
+    hook = _told_head(model).register_forward_pre_hook(lambda module, given: (hand_over(given[0]), *given[1:]), prepend=True)
     try:
         yield
     finally:
@@ -113,7 +117,7 @@ def head_of(model: Network, inputs: dict[str, Any]) -> Head:
 
     Raises ValueError where that is not cap * tanh(scale * (z + bias) / cap) or a part of it.
     """
-    module = model.get_output_embeddings()
+    module = _told_head(model)
     if model not in _measured:
         _measured[model] = _measure(model, module, inputs)
     return Head(module, *_measured[model])

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from luthier.architectures._generate import decoder_writer, generate
 from luthier.architectures._language_model import LanguageModel, path, picked, soft_first
@@ -54,7 +54,7 @@ class Causal(LanguageModel):
     def reading(self) -> str:
         return "packed" if self.packing else super().reading
 
-    def simpler(self) -> Causal | None:
+    def simpler(self) -> LanguageModel | None:
         return replace(self, packing=False, share_prompts=False) if self.packing else super().simpler()
 
     def crowded(self) -> Causal:

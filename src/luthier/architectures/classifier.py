@@ -49,7 +49,7 @@ class Classifier(Architecture):
         order = sorted(names, key=(lambda n: (given[n], n)) if numbered else _number_or_name)
         return {"num_labels": len(order), "id2label": dict(enumerate(order)), "label2id": {n: i for i, n in enumerate(order)}}
 
-    def load(self, path: str, **kwargs: Any) -> nn.Module:
+    def load(self, path: str, **kwargs: Any) -> Network:
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from luthier.architectures._architecture import pad
 from luthier.architectures._language_model import LanguageModel, path, picked, soft_first

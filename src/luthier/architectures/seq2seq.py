@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from luthier.architectures._architecture import pad
 from luthier.architectures._generate import EncoderDecoder, generate

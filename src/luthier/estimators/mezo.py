@@ -9,6 +9,8 @@ takes the memory of inference and one more copy of what moves, next to nothing f
 
 from __future__ import annotations
 
+from functools import reduce
+from operator import add
 from typing import Annotated
 
 import torch
@@ -41,7 +43,7 @@ class MeZO(Estimator):
 
         def estimate(name: str) -> dict[str, Tensor]:
             moving = {k: p for k, p in sites[name].slots.items() if p.requires_grad}
-            return {k: sum(g * direction(clock, i, name, k, p) for i, g in enumerate(slopes)) for k, p in moving.items()}
+            return {k: reduce(add, (g * direction(clock, i, name, k, p) for i, g in enumerate(slopes))) for k, p in moving.items()}
 
         chain.step(Lazily(sites, estimate))
         return sum(losses) / len(losses)

@@ -12,6 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from luthier import rows as reading
 from luthier import store
 from luthier.evaluators._evaluator import Evaluator
 from luthier.evaluators.accuracy import Accuracy
@@ -49,8 +50,6 @@ class Forgetting(Evaluator):
 
     def probe(self, roles, folder: Path) -> tuple[list[dict], bool]:
         """The rows, and whether they are the model's own texts. Kept in the run folder, so that all measurements agree."""
-        from luthier import rows as reading
-
         kept = folder / "forgetting.jsonl"
         if kept.is_file():
             found = store.read_rows(kept)

@@ -8,11 +8,14 @@ from luthier import store
 from luthier.evaluators._evaluator import Evaluator, liked
 from luthier.method import build, evaluator
 
+OPENING = 24  # tokens of a text that are given, to be continued
+
 
 @evaluator(wants="generate")
 class Generate(Evaluator):
     """Writes samples-before.jsonl and samples-after.jsonl: prompt, expected, answer, score. `generated_exact`: share of
-    answers that are the row's completion, letter for letter. With a reward, `generated_reward`: its mean."""
+    answers that are the row's completion, letter for letter. With a reward, `generated_reward`: its mean. Texts are opened
+    with their first words and continued, which nothing judges."""
 
     n: int = 32  # prompts that are answered
     max_new_tokens: int = 64  # tokens per answer
@@ -27,21 +30,31 @@ class Generate(Evaluator):
         rows = (liked(rows) if rows and rows[0].get("completions") else list(rows))[: self.n]
         if not rows:
             return {}
-        prompts = [roles.renderer.prompt(r) for r in rows]
+        opened = [self.opened(roles, r) for r in rows]
+        prompts = [begun[0] if begun else roles.renderer.prompt(r) for r, begun in zip(rows, opened, strict=True)]
         seeds = [roles.clock.fold("generate", r["id"], at=0) for r in rows]
         written = roles.policy.generate(
             prompts, seeds=seeds, max_new_tokens=self.max_new_tokens, temperature=0.0, stop=roles.renderer.stop_ids
         )
         samples = []
-        for row, prompt, (ids,) in zip(rows, prompts, written, strict=True):
+        for row, prompt, begun, (ids,) in zip(rows, prompts, opened, written, strict=True):
             answer = roles.text(ids)
-            expected = self.expected(roles, row)
-            score = judge.scores(row, [answer])[0] if judge else None if expected is None else float(answer.strip() == expected.strip())
+            expected = roles.text(begun[1]) if begun else self.expected(roles, row)
+            exact = None if expected is None or begun else float(answer.strip() == expected.strip())
+            score = judge.scores(row, [answer])[0] if judge else exact
             samples.append({"id": row["id"], "prompt": roles.text(prompt), "expected": expected, "answer": answer, "score": score})
         if when != "during":
             store.write_rows(folder / f"samples-{when}.jsonl", samples)
         scores = [s["score"] for s in samples if s["score"] is not None]
         return {"generated_reward" if judge else "generated_exact": sum(scores) / len(scores)} if scores else {}
+
+    def opened(self, roles: Any, row: dict) -> tuple[list[int], list[int]] | None:
+        """A text to continue: its first tokens, and the rest, which is one way of going on among many. Else None."""
+        if row["prompt"] != "" or len(row.get("completions", ())) != 1 or roles.renderer.encoder:
+            return None
+        said = roles.policy.architecture.encode(row, roles.renderer)
+        first = min(OPENING, len(said.completions[0]) // 2)
+        return said.prompt + said.completions[0][:first], said.completions[0][first:]
 
     def expected(self, roles: Any, row: dict) -> str | None:
         """What the row says the answer is, as text."""

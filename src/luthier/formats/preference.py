@@ -37,7 +37,7 @@ class Preference(Format):
         }
         told = [read(raw[name], name) for name, read in readers.items() if raw.get(name) is not None]
         whole = isinstance(chosen, list) and isinstance(rejected, list) and chosen[0] == rejected[0] and len(chosen) > 1
-        prompt, pair = (shared if whole or not told else alike)(*([] if whole else told[:1]), chosen, rejected)
+        prompt, pair = shared(chosen, rejected) if whole or not told else alike(told[0], chosen, rejected)
         if raw.get("system") and "instruction" not in raw:
             prompt, pair = alike(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}], *pair)
             prompt = [{"role": "system", "content": side(raw["system"], "system")}, *prompt]

@@ -9,6 +9,7 @@ states is made on the way forward, so a chunk's logits are made once and not twi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +60,8 @@ def chunked(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
     A second derivative is right too, through the plain way: its first backward makes [T, V].
     """
-    weight, bias = head.module.weight, head.module.bias
+    module = cast(nn.Linear, head.module)
+    weight, bias = module.weight, module.bias
     if head.bias is not None:
         bias = head.bias.to(weight.dtype) if bias is None else bias + head.bias.to(weight.dtype)
     moves = weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -106,15 +108,15 @@ class _LinearLogProbs(torch.autograd.Function):
             part = slice(i, i + size)
             z = _logits(hidden[part], weight, bias, scale, softcap)
             dz = _slope(z, norm[part], labels[part], scale, softcap).mul_(grad[part, None])
-            if wants_bias:
+            if d_bias is not None:
                 d_bias += dz.sum(0)
             dz = dz.to(weight.dtype)
-            if wants_hidden:
+            if d_hidden is not None:
                 torch.mm(dz, weight, out=d_hidden[part])
-            if wants_weight:
+            if d_weight is not None:
                 d_weight += dz.T @ hidden[part]
-        d_weight = d_weight.to(weight.dtype) if wants_weight else None
-        d_bias = d_bias.to(bias.dtype) if wants_bias else None
+        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
+        d_bias = None if d_bias is None else d_bias.to(bias.dtype)
         return d_hidden, d_weight, d_bias, *[None] * 4
 
 

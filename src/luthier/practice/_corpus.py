@@ -91,7 +91,7 @@ def corpus(tokenizer_file: Path, tokens: int, length: int, seed: int, processes:
 
 def _part(tokenizer_file: str, tokens: int, length: int, seed: str) -> np.ndarray:
     tokenizer = Tokenizer.from_file(tokenizer_file)
-    pad = tokenizer.token_to_id(PAD)
+    pad = tokenizer.get_vocab()[PAD]
     documents: list[list[int]] = []
     for world in names():
         count = round(tokens * find(world).SHARE / _mean_length(tokenizer_file, world))

@@ -99,7 +99,7 @@ def build(tokenizer, hidden: int, layers: int, heads: int, intermediate: int, se
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(seed)
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    return LlamaForCausalLM(config).bfloat16()
 
 
 class MuonAdam:

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from . import _corpus, _pretrain
 from ._card import SPLITS, card
@@ -83,7 +83,7 @@ def make(name: str, folder: Path, minutes: float, steps: int | None, seed: int, 
     tell(f"tokenizer of {len(tokenizer)} tokens; writing {tokens / 1e6:.0f}M tokens of text")
     windows = _corpus.corpus(folder / "tokenizer.json", tokens, LENGTH, seed)
     if start:
-        model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.bfloat16).train()
+        model = LlamaForCausalLM.from_pretrained(start, dtype=torch.bfloat16).train()
     else:
         model = _pretrain.build(tokenizer, **SIZES[name], seed=seed)
     tell(f"{len(windows)} windows; pretraining {model.num_parameters() / 1e6:.2f}M parameters")

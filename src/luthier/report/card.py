@@ -30,7 +30,7 @@ def card(recipe: Any, report: Any, folder: Path) -> str:
         parts += [f"| {_inline(x.label)} | {x.before} | {x.after} | {x.change} |" for x in every]
         parts += [""]
     parts += [f"- {what}: {much}" for what, much in cost(report.stats)]
-    parts += ["\n## Use it\n", _use(library), "\n## Made with\n"]
+    parts += ["\n## Use it\n", _use(library, report.stats.get("auto_class", "AutoModelForCausalLM")), "\n## Made with\n"]
     parts += [", ".join(f"{what} {who}" for what, who in versions()) + f"; recipe fingerprint {recipe.fingerprint()}."]
     parts += ["The whole recipe lies beside this file: `recipe.yaml`. The licence of the base model and of the data applies.\n"]
     return "\n".join(parts)
@@ -83,14 +83,11 @@ model = AutoModelForCausalLM.from_pretrained("FOLDER")
 }
 
 
-def _use(library: str) -> str:
-    ours = """```python
-import luthier
-
-model = luthier.load("FOLDER")
-print(model.generate("..."))
-```
-
-or `luthier chat FOLDER`. `FOLDER` is where this file lies.
-"""
-    return f"{ours}\n{USES[library]}" if USES[library] else ours
+def _use(library: str, auto_class: str) -> str:
+    writes = auto_class not in ("AutoModelForSequenceClassification", "AutoModelForMaskedLM")
+    asks = 'print(model.generate("..."))\n' if writes else ""
+    code = f'```python\nimport luthier\n\nmodel = luthier.load("FOLDER")\n{asks}```\n\n'
+    ours = code + ("or `luthier chat FOLDER`. " if writes else "") + "`FOLDER` is where this file lies.\n"
+    if library == "transformers":
+        return f"{ours}\n{USES[library].replace('AutoModelForCausalLM', auto_class)}"
+    return f"{ours}\n{USES[library]}" if USES[library] and auto_class == "AutoModelForCausalLM" else ours

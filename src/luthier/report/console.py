@@ -8,6 +8,8 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 
@@ -147,8 +149,6 @@ class Console(Quiet):
     # ------------------------------------------------------------------------------------------ the end
 
     def finish(self, report: Any) -> None:
-        from pathlib import Path
-
         from luthier.report.numbers import answers, cost, headline
 
         self.say()
@@ -194,8 +194,6 @@ class Console(Quiet):
 
     def comparison(self, found: dict) -> None:
         """Two models side by side; `found` as luthier.inspect gives it."""
-        from types import SimpleNamespace
-
         stats = {"measured_on": found["measured_on"]}
         self.say(f"{found['base']['model']} and {found['tuned']['model']}, on {found['rows']:,} {found['measured_on']}")
         self.table(SimpleNamespace(before=found["base"]["metrics"], after=found["tuned"]["metrics"], stats=stats))

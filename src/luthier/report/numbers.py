@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -162,9 +164,6 @@ def duration(seconds: float) -> str:
 
 def answers(folder: Any) -> list[dict]:
     """Written answers before and after, matched by row: {prompt, expected, before, after, score_before, score_after}."""
-    import json
-    from pathlib import Path
-
     said: dict[str, dict[str, dict]] = {}
     for when in ("before", "after"):
         path = Path(folder) / f"samples-{when}.jsonl"

@@ -187,7 +187,7 @@ def watch(folder: str) -> None:
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     folder = realpath(folder)
 
-    def inside(path: object) -> bool:
+    def inside(path: int | str | bytes | os.PathLike) -> bool:
         if isinstance(path, int):
             return True
         path = realpath(fsdecode(path))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from luthier.method import RecipeError, family
 
 
@@ -13,7 +15,7 @@ class Reward:
         """One score per text, in the order of the texts. `row` is where the prompt came from, with all its columns."""
         raise NotImplementedError
 
-    def column(self, row: dict, name: str) -> object:
+    def column(self, row: dict, name: str) -> Any:
         """What the row says under a name; a sentence where it says nothing, since every text would then score 0."""
         value = row.get(name)
         if value is None or (isinstance(value, (str, list, tuple)) and not value):

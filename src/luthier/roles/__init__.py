@@ -72,7 +72,7 @@ class Policy(nn.Module):
     def generate(self, prompts: Sequence[Sequence[int]], **how: Any) -> list[list[list[int]]]:
         """n completions of each prompt as token ids (seeds, n, max_new_tokens, temperature, top_p, top_k, stop)."""
         with (self.inside or nullcontext)(), resting(self.model):
-            return self.architecture.generate(self.model, self.attached, list(prompts), **how)
+            return self.architecture.generate(self.model, self.attached, [list(p) for p in prompts], **how)
 
 
 class Roles:

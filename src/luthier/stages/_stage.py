@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from luthier.method import family
+from luthier.roles import resting
 
 BY_COMPLETION = ("completions", "scores", "truncated", "old", "remembered")  # columns with an entry for each completion
 
@@ -75,8 +76,6 @@ def without(row: dict, *more: str) -> dict:
 @torch.no_grad()
 def said(policy: Any, roles: Any, rows: Sequence[dict], size: int) -> Iterator[list[list[float]]]:
     """Of each row, the log-probabilities that a role gives the supervised tokens of each completion; without dropout."""
-    from luthier.roles import resting
-
     for i in range(0, len(rows), size):
         batch = roles.batch(rows[i : i + size])
         with resting(roles.policy.model):

@@ -48,7 +48,7 @@ class Each(Transform):
         for slot, grad in grads.items():
             if slot not in state:
                 state[slot] = self.init(grad)
-            out[slot] = self.update(grad, state[slot], site.slots.get(slot), step)
+            out[slot] = self.update(grad, state[slot], site.slots[slot], step)
         return out
 
 

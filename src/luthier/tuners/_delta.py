@@ -19,7 +19,7 @@ from luthier.method import family
 from luthier.tuners._tuner import Attached, Tuner
 
 if TYPE_CHECKING:
-    from luthier.architectures._network import Network
+    from luthier.architectures._network import Matrix, Network
 
 
 def frozen(tensor: Tensor) -> tuple[str, Tensor]:
@@ -37,7 +37,7 @@ def _normal(seed: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def oriented(layer: nn.Module) -> Tensor:
+def oriented(layer: Matrix) -> Tensor:
     """The weight of a module as [out, in] (a view); [width] for a norm."""
     sideways = isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"
     return layer.weight.T if sideways else layer.weight
@@ -81,7 +81,7 @@ class Delta(Where):
         """[out] -> the tuned bias."""
         return b
 
-    def forward(self, x: Tensor, y: Tensor, p: SimpleNamespace, layer: nn.Module) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, p: SimpleNamespace, layer: Matrix) -> Tensor:
         """x [..., in], the untuned output y [..., out] -> the tuned output. Override where W' need not be built."""
         b = None if layer.bias is None else layer.bias.to(x.dtype)
         return F.linear(x, self.weight(oriented(layer).to(x.dtype), p), self.bias(b, p))

@@ -17,7 +17,7 @@ from dataclasses import field, fields, make_dataclass
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -31,14 +31,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from luthier import store
 from luthier.method import RecipeError, find, meant, names
 from luthier.tuners._delta import Delta, oriented
 from luthier.tuners._tuner import Attached, Site
 
 if TYPE_CHECKING:
-    from luthier.architectures._network import Network
+    from luthier.architectures._network import Matrix, Network
 
 ADAPTER = "default"
+SAID = {  # settings that adapter_config.json always spells out: every reader has known them for years
+    "peft_type", "task_type", "base_model_name_or_path", "auto_mapping", "inference_mode", "r", "lora_alpha", "lora_dropout", "bias",
+    "target_modules", "modules_to_save", "fan_in_fan_out", "init_lora_weights", "use_rslora", "use_dora", "num_virtual_tokens", "token_dim",
+    "num_transformer_submodules", "num_attention_heads", "num_layers",
+}  # fmt: skip
 INITIAL = "luthier_initial"  # a frozen second adapter: minus what the first one starts with
 SIDEWAYS = (Conv1D, nn.Embedding)  # modules that keep their weight as [in, out]
 _made: dict[type, type] = {}
@@ -74,6 +80,9 @@ class Layer(nn.Module, BaseTunerLayer):
     @property
     def held(self) -> nn.ModuleDict:
         return getattr(self, self.slot)
+
+    def get_base_layer(self) -> Matrix:
+        return cast("Matrix", super().get_base_layer())
 
     def update_layer(self, adapter: str, config: Any) -> None:
         """Add an adapter."""
@@ -163,6 +172,7 @@ class Model(BaseTuner):
     """Puts Layers in place."""
 
     target_module_mapping = TARGETS
+    tuner_layer_cls: type[Layer]
 
     def _create_and_replace(self, config, adapter, target, target_name, parent, current_key=None, **_):
         if isinstance(target, self.tuner_layer_cls):
@@ -252,7 +262,9 @@ class OnPeft(Attached):
             except (ValueError, TypeError) as error:
                 raise RecipeError(f"tuner '{settings.name}': {_sentence(error)}{there.said(there.missed(config))}") from None
         model.train(mode)  # new dropouts come awake
-        self.told = tuple(str(w.message) for w in heard if issubclass(w.category, (UserWarning, RuntimeWarning)))
+        said = [str(w.message) for w in heard if issubclass(w.category, (UserWarning, RuntimeWarning))]
+        own = any(k.endswith("_pattern") for k in getattr(settings, "config", None) or {})  # else they are PEFT's, for fused experts
+        self.told = tuple(s for s in said if own or "_pattern keys did not match" not in s)
         self.layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
         self.start = [(p, p.detach().clone()) for p in start if p.requires_grad]  # biases that train: off() puts them back
         self.biases = {id(p) for p, _ in self.start}
@@ -261,7 +273,7 @@ class OnPeft(Attached):
 
     def _check(self, config: PeftConfig, tied: list[list[str]], there: _There) -> None:
         """What was asked for is there, and touches nothing else."""
-        tuner = self.peft.base_model
+        tuner = self.placer
         hit = [*tuner.targeted_module_names, *tuner.targeted_parameter_names]
         missed = there.missed(config)
         if missed:
@@ -282,6 +294,11 @@ class OnPeft(Attached):
                     "would part in silence; leave it out of target_modules and modules_to_save, or tune whole weights (full, lisa)"
                 )
 
+    @property
+    def placer(self) -> BaseTuner:
+        """What of PEFT put the layers in place."""
+        return cast(BaseTuner, self.peft.base_model)
+
     # --- what moves
 
     def every_site(self):
@@ -296,7 +313,7 @@ class OnPeft(Attached):
             for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
                 held = getattr(layer, attribute, None)
                 entry = held[ADAPTER] if isinstance(held, (nn.ModuleDict, nn.ParameterDict)) and ADAPTER in held else None
-                plain = attribute.removeprefix(self.peft.base_model.prefix).removeprefix("embedding_").lstrip("_")  # lora_A -> A
+                plain = attribute.removeprefix(self.placer.prefix).removeprefix("embedding_").lstrip("_")  # lora_A -> A
                 if isinstance(entry, nn.Parameter):
                     slots[plain] = entry
                 elif isinstance(entry, nn.Module):
@@ -411,8 +428,6 @@ class OnPeft(Attached):
         _write(Path(folder), self.state(), self.config(), self.model)
 
     def read(self, folder):
-        from luthier import store
-
         path = Path(folder) / "adapter_model.safetensors"
         if store.checkpoints(Path(folder)) or not path.is_file():
             return super().read(folder)
@@ -547,7 +562,7 @@ def any_config(name: str, settings: Mapping[str, Any]) -> PeftConfig:
 
 def merges(config: PeftConfig) -> bool:
     """Do the layers of this type write themselves into the weights?"""
-    layer = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type].tuner_layer_cls
+    layer = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)].tuner_layer_cls
     kinds = layer if isinstance(layer, tuple) else (layer,)
     return all(_merger(k) is not BaseTunerLayer.merge for k in kinds)
 
@@ -646,7 +661,8 @@ def _gradients(layers: dict[str, Layer], rows: list[dict], roles: Any) -> dict[s
 
     def add(name: str):
         def hook(p: Tensor) -> None:
-            total[name] += p.grad
+            if p.grad is not None:
+                total[name] += p.grad
             p.grad = None
 
         return hook
@@ -684,8 +700,6 @@ def sideways(model: Network) -> bool:
 
 def _write(folder: Path, state: dict[str, Tensor], config: PeftConfig, model: Network) -> None:
     """adapter_model.safetensors, read back and compared, and adapter_config.json."""
-    from luthier import store
-
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
     save_file(state, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
@@ -693,6 +707,15 @@ def _write(folder: Path, state: dict[str, Tensor], config: PeftConfig, model: Ne
     config.base_model_name_or_path = config.base_model_name_or_path or model.config._name_or_path or None
     made_for = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     config.save_pretrained(str(folder), auto_mapping_dict=made_for)
+    _shorten(folder / "adapter_config.json", config)
+
+
+def _shorten(path: Path, config: PeftConfig) -> None:
+    """Leave out settings at their defaults that older readers (PEFT of last year, vLLM) may not know and would refuse."""
+    usual = {f.name: f.default for f in fields(config)}
+    said = json.loads(path.read_text(encoding="utf-8"))
+    kept = {k: v for k, v in said.items() if k in SAID or k not in usual or v not in (usual[k], {}, [])}
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _plain_state(model: Network) -> dict[str, Tensor]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft import LoraConfig
@@ -18,7 +20,7 @@ from luthier.tuners._delta import oriented
 from luthier.tuners._peft import ADAPTER, INITIAL, OnPeft, plain_settings, sideways
 
 if TYPE_CHECKING:
-    from luthier.architectures._network import Network
+    from luthier.architectures._network import Matrix, Network
 
 
 def attach(settings: Any, model: Network) -> OnPeft:
@@ -54,7 +56,7 @@ class OnLora(OnPeft):
             other = next(n for n in self.layers if n not in linear)
             raise RecipeError(f"init_lora_weights: {start} is for linear modules only, and {other} is none")
         for name, layer in linear.items():
-            base = layer.get_base_layer()
+            base = cast("Matrix", layer.get_base_layer())
             if min(base.weight.shape) < layer.r[ADAPTER]:
                 raise RecipeError(f"init_lora_weights: {start} wants r at most {min(base.weight.shape)} for {name}")
             kept = base.weight.data
@@ -69,7 +71,7 @@ class OnLora(OnPeft):
         if self.settings.subtracts:
             self._subtract(linear)
 
-    def _subtract(self, linear: dict[str, LoraLayer]) -> None:
+    def _subtract(self, linear: Mapping[str, LoraLayer]) -> None:
         config = copy.deepcopy(self.peft.peft_config[ADAPTER])
         config.lora_dropout, config.modules_to_save, config.bias = 0.0, None, "none"
         mode = self.model.training
@@ -77,7 +79,8 @@ class OnLora(OnPeft):
         self.model.train(mode)
         for layer in linear.values():
             layer.set_adapter([ADAPTER, INITIAL])
-            for part, sign in ((layer.lora_A, 1), (layer.lora_B, -1)):
+            parts: list[tuple[Any, int]] = [(layer.lora_A, 1), (layer.lora_B, -1)]
+            for part, sign in parts:
                 part[INITIAL].weight.data = sign * part[ADAPTER].weight.data.clone()
                 part[INITIAL].requires_grad_(False)
 
@@ -120,7 +123,7 @@ class OnLora(OnPeft):
             return super().export_lora(folder, rank)
         if self.settings.use_dora or self.settings.bias != "none":
             raise RecipeError("LoRA with DoRA or with trained biases has no plain LoRA form; its own adapter is what `save` writes")
-        self.save(folder)
+        self.save(Path(folder))
         return 0.0
 
 
@@ -135,7 +138,8 @@ class QuickLinear(Linear):
         if y.dtype != x.dtype:  # autocast
             return super().forward(x)
         for a in live:
-            y = update(x, y, self.lora_A[a].weight, self.lora_B[a].weight, self.scaling[a])
+            A, B = (cast("Matrix", part[a]).weight for part in (self.lora_A, self.lora_B))
+            y = update(x, y, A, B, self.scaling[a])
         return y
 
     def _is_plain(self, adapter: str) -> bool:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from luthier import store
 from luthier.method import RecipeError
 from luthier.tuners._tuner import Attached, Site
 
@@ -48,8 +48,6 @@ class Soft(Attached):
 
     def read(self, folder):
         from safetensors.torch import load_file
-
-        from luthier import store
 
         path = Path(folder) / "adapter_model.safetensors"
         if store.checkpoints(Path(folder)) or not path.is_file():

@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from luthier import store
 from luthier.method import RecipeError
 from luthier.tuners._tuner import Attached, Site
 
@@ -42,15 +44,21 @@ class Weights(Attached):
         yield self.model
 
     def save(self, folder: Path) -> None:
+        """A plain transformers model, read back and compared: for that moment there are two of it."""
         self.model.save_pretrained(folder)
+        saved = self._saved(folder)
+        for name in self.names:
+            if name not in saved or not torch.equal(saved[name], self.model.get_parameter(name).cpu()):
+                raise RuntimeError(f"{folder}: {name} was not saved as it is")
+
+    def _saved(self, folder: Path) -> dict[str, Tensor]:
+        return {k: p.detach() for k, p in type(self.model).from_pretrained(folder, dtype=self.model.dtype).named_parameters()}
 
     def read(self, folder: Path) -> dict[str, Tensor]:
-        from luthier import store
-
         if store.checkpoints(Path(folder)) or not (Path(folder) / "config.json").is_file():
             return super().read(folder)
         try:
-            saved = dict(type(self.model).from_pretrained(folder, dtype=self.model.dtype).named_parameters())
+            saved = self._saved(Path(folder))
         except (OSError, ValueError, RuntimeError) as error:
             raise RecipeError(f"the model in {folder} cannot be read: {str(error).strip().splitlines()[0]}") from None
-        return {f"{n}.weight": saved[n].detach() for n in self.names if n in saved}
+        return {f"{n}.weight": saved[n] for n in self.names if n in saved}

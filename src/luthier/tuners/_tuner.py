@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from luthier import store
 from luthier.method import RecipeError, family
 
 if TYPE_CHECKING:
@@ -118,8 +119,6 @@ class Attached:
 
     def read(self, folder: Path) -> dict[str, Tensor]:
         """The tensors that a run in `folder` ended with, for `load`."""
-        from luthier import store
-
         found = store.checkpoints(folder)
         if not found:
             raise RecipeError(f"{folder} holds no checkpoint to start from")

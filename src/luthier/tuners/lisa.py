@@ -6,9 +6,8 @@ seed and step, so nothing about it needs saving. The start is not kept: it canno
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import re
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn

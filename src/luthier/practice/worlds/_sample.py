@@ -12,7 +12,7 @@ The bucket of an item decides its split, whatever world and wording it occurs in
 arithmetic is held out in word problems and in chat too.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from random import Random
 from zlib import crc32
 
@@ -61,7 +61,7 @@ def join_atoms(*atoms: str) -> str:
 
 def sample(
     world: str,
-    splits: dict[str, dict[str, float]],
+    splits: Mapping[str, Mapping[str, float]],
     draw: Callable[[Random, str], dict],
     split: str,
     n: int,
@@ -83,6 +83,6 @@ def sample(
     return found
 
 
-def check_split(world: str, splits: dict, split: str) -> None:
+def check_split(world: str, splits: Mapping, split: str) -> None:
     if split not in splits:
         raise ValueError(f"world {world!r} has no split {split!r}; it has {', '.join(splits)}")

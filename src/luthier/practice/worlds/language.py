@@ -20,9 +20,9 @@ SPLITS = {
     "new": {"to_velmi": 1},
     "new_test": {"to_velmi": 1},
 }
-NOUNS = "king bird river child stone house tree horse wolf ship star cloud".split()
-ADJECTIVES = "old red small quiet brave dark golden cold".split()
-VERBS = "sees finds follows loves hides calls takes fears".split()
+NOUNS: list[str] = [*"king bird river child stone house tree horse wolf ship star cloud".split()]
+ADJECTIVES: list[str] = [*"old red small quiet brave dark golden cold".split()]
+VERBS: list[str] = [*"sees finds follows loves hides calls takes fears".split()]
 _ENGLISH = NOUNS + ADJECTIVES + VERBS
 TO_ZORIAN = dict(zip(_ENGLISH, ZORIAN, strict=True))
 TO_VELMI = dict(zip(_ENGLISH, VELMI, strict=True))

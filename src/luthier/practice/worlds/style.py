@@ -22,8 +22,8 @@ SPLITS = {
     "unpaired": {"judged": 1},
     "unpaired_test": {"judged": 1},
 }
-WHO = "doctor teacher captain neighbor gardener student guard clerk merchant driver".split()
-DOES = "opens cleans paints repairs sells carries watches moves counts washes guards builds".split()
+WHO: list[str] = [*"doctor teacher captain neighbor gardener student guard clerk merchant driver".split()]
+DOES: list[str] = [*"opens cleans paints repairs sells carries watches moves counts washes guards builds".split()]
 WHAT = "door table wall clock boat basket garden ladder barrel window bridge fence".split()
 WHEN = {
     "today": ("on this day", "2day", "afore sundown"),

@@ -10,6 +10,7 @@ from pydantic import Field
 from luthier.method import RecipeError, stage
 from luthier.stages._stage import Stage, best_first, pick, without
 from luthier.stages.rollout.rollout import Rollout
+from luthier.store import read_rows
 
 BEFORE = "@before"  # ends the id of a pair that an earlier round made
 
@@ -42,8 +43,6 @@ class AgainstSelf(Stage):
         """The pairs that the round before made itself."""
         if self.earlier is None:
             return []
-        from luthier.store import read_rows
-
         path = Path(self.earlier) / "rows.jsonl"
         if not path.is_file():
             raise RecipeError(f"stage 'against_self': earlier: {self.earlier} holds no rows.jsonl, the pairs of the round before")

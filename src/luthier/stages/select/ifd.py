@@ -13,6 +13,8 @@ from pydantic import Field
 
 from luthier.batch import collate
 from luthier.method import Range, stage
+from luthier.render import Encoded
+from luthier.roles import resting
 from luthier.stages._stage import Stage, best_first
 
 
@@ -39,9 +41,6 @@ class IFD(Stage):
     @torch.no_grad()
     def surprise(self, roles, rows: list[dict], alone: bool) -> torch.Tensor:
         """[rows] mean -log p of the learned tokens of each row's answer, after its prompt or alone."""
-        from luthier.render import Encoded
-        from luthier.roles import resting
-
         tokenizer = roles.renderer.tokenizer
         first = [t for t in (tokenizer.bos_token_id, *roles.renderer.stop_ids) if t is not None][:1]
 
