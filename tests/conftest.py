@@ -68,10 +68,15 @@ def real() -> Path:
     return folder
 
 
-@pytest.fixture
-def base(tiny) -> dict:
+def recipe_of(model: str) -> dict:
     """A recipe that runs in a second."""
     return {
-        "model": tiny, "data": SUMS, "dtype": "float32", "tuner": "full", "objective": "sft", "max_steps": 6, "learning_rate": 1e-3,
+        "model": model, "data": SUMS, "dtype": "float32", "tuner": "full", "objective": "sft", "max_steps": 6, "learning_rate": 1e-3,
         "per_device_train_batch_size": 4, "save_steps": 2, "evaluate": [], "eval_data": 0,
     }  # fmt: skip
+
+
+@pytest.fixture
+def base(tiny) -> dict:
+    """A recipe that runs in a second, on the tiny Llama."""
+    return recipe_of(tiny)

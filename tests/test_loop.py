@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import luthier
-from conftest import PAIRS, SUMS, UNPAIRED
+from conftest import PAIRS, SUMS, UNPAIRED, recipe_of
 from luthier import guards, store
 from luthier.clock import Clock
 from luthier.loop import Fit, draw
@@ -68,25 +69,25 @@ SHARED = {  # what two processes are asked to do together, and how near they mus
 }
 
 
-@pytest.mark.parametrize("name", SHARED)
-def test_two_processes_are_one(base, tmp_path, name):
-    """Two gloo processes of 2 rows = one process of 4 rows; a finished run answers in both."""
-    recipe, atol = SHARED[name]
-    base |= {"optim": {"name": "sgd", "max_grad_norm": 0}, "learning_rate": 0.05, "max_steps": 4, **recipe}
-    one = luthier.tune(base, folder=tmp_path / "one")
-    (tmp_path / "recipe.json").write_text(json.dumps(base | {"per_device_train_batch_size": 2}))
-    script = tmp_path / "two.py"
-    script.write_text(
+@pytest.fixture(scope="module")
+def together(tiny, tmp_path_factory):
+    """The folder in which two gloo processes of 2 rows have run every recipe of SHARED, each twice: started once, since starting is slow."""
+    folder = tmp_path_factory.mktemp("two")
+    recipes = {name: recipe_for(tiny, name) | {"per_device_train_batch_size": 2} for name in SHARED}
+    (folder / "recipes.json").write_text(json.dumps(recipes))
+    (folder / "two.py").write_text(
         textwrap.dedent("""
-        import json, sys, torch
+        import json, torch
         torch.set_num_threads(1)
         import luthier
-        a = luthier.tune(json.load(open(sys.argv[1])), folder=sys.argv[2])
-        b = luthier.tune(json.load(open(sys.argv[1])), folder=sys.argv[2])
-        assert a.after == b.after and a.losses == b.losses
+        for name, recipe in json.load(open("recipes.json")).items():
+            a, b = (luthier.tune(recipe, folder=name) for _ in range(2))
+            assert a.after == b.after and a.losses == b.losses
     """)
     )
-    port = str(29500 + os.getpid() % 1000)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
     env = os.environ | {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
@@ -94,13 +95,24 @@ def test_two_processes_are_one(base, tmp_path, name):
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "1",
     }
-    command = [sys.executable, str(script), str(tmp_path / "recipe.json"), str(tmp_path / "two")]
-    both = [subprocess.Popen(command, env=env | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE) for r in "01"]
-    errors = [p.communicate(timeout=120)[1].decode() for p in both]
+    command = [sys.executable, "two.py"]
+    both = [subprocess.Popen(command, cwd=folder, env=env | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE) for r in "01"]
+    errors = [p.communicate(timeout=300)[1].decode() for p in both]
     assert [p.returncode for p in both] == [0, 0], errors
-    two = luthier.Report.read(tmp_path / "two")
+    return folder
+
+
+def recipe_for(tiny, name) -> dict:
+    return recipe_of(tiny) | {"optim": {"name": "sgd", "max_grad_norm": 0}, "learning_rate": 0.05, "max_steps": 4, **SHARED[name][0]}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_two_processes_are_one(tiny, together, tmp_path, name):
+    """Two gloo processes of 2 rows = one process of 4 rows; a finished run answers in both."""
+    atol = SHARED[name][1]
+    one, two = luthier.tune(recipe_for(tiny, name), folder=tmp_path / "one"), luthier.Report.read(together / name)
     assert two.losses == pytest.approx(one.losses, abs=atol) and two.before == pytest.approx(one.before, abs=1e-5)
-    assert near(weights(tmp_path / "one"), weights(tmp_path / "two"), atol)
+    assert near(weights(tmp_path / "one"), weights(together / name), atol)
 
 
 def test_every_row_once_an_epoch():

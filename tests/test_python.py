@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import torch
-from conftest import SUMS
 
 import luthier
+from conftest import SUMS
 from luthier.method import build
 
 
 def test_the_calls_of_the_readme(tiny, tmp_path):
     report = luthier.tune(
-        model=tiny, data=SUMS, tuner="lora", objective="sft", learning_rate=1e-2, max_steps=20, dtype="float32", output_dir=str(tmp_path / "run")
+        model=tiny,
+        data=SUMS,
+        tuner="lora",
+        objective="sft",
+        learning_rate=1e-2,
+        max_steps=20,
+        dtype="float32",
+        output_dir=str(tmp_path / "run"),
     )
     assert report.after["loss"] < report.before["loss"] and "elsewhere_loss" in report.after
     tuned = luthier.load(report.folder)
@@ -27,8 +34,12 @@ def test_a_tuner_in_the_trainer_of_transformers(tiny, tmp_path):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
     attached = build("tuner", {"name": "lora", "r": 4}).attach(model)
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
-    rows = [{"input_ids": (ids := tokenizer(r["prompt"] + r["completion"]).input_ids), "labels": ids} for r in SUMS if len(r["completion"]) == 1]
-    arguments = TrainingArguments(str(tmp_path), max_steps=3, learning_rate=1e-2, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True)
+    rows = [
+        {"input_ids": (ids := tokenizer(r["prompt"] + r["completion"]).input_ids), "labels": ids} for r in SUMS if len(r["completion"]) == 1
+    ]
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=3, learning_rate=1e-2, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
+    )
     Trainer(model=model, args=arguments, train_dataset=rows).train()
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
     assert any(bool(p.any()) for n, p in attached.parameters().items() if n.endswith(".B"))

@@ -81,7 +81,7 @@ class Claim(BaseModel):
     row: str = ""  # the paper's short name in the catalogue, if it has one
     shared: dict[str, Any] = {}  # recipe keys of all arms
     arms: dict[str, dict[str, Any]] = {}  # name -> recipe keys; a list under learning_rate is this arm's sweep
-    metric: str = ""  # what is compared: a name in a report's metrics, or stats.NAME
+    metric: str = ""  # what is compared: a name in a report's metrics, stats.NAME, or log.NAME of metrics.jsonl
     select: str = "lowest loss"  # by what a sweep picks: lowest or highest METRIC
     expect: list[str] = []  # A > B by X, A < B by X, A = B within X; `in METRIC` where it is another than `metric`
     seeds: Annotated[int, Field(ge=2, le=MOST_SEEDS)] = 3
@@ -254,14 +254,21 @@ class Numbers:
     stats: dict[str, Any] = field(default_factory=dict)
     took: float = 0.0  # seconds, loading and measuring included
 
+    log: list[dict[str, Any]] = field(default_factory=list)  # what training logged, step by step
+
     def get(self, claim: Claim, arm: str, metric: str, before: bool = False) -> float:
-        group, _, name = metric.rpartition("stats.") if metric.startswith("stats.") else ("", "", metric)
-        here = self.stats if metric.startswith("stats.") else self.before if before else self.after
-        value = here.get(name)
+        value = self.known(before).get(metric)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            has = [*self.after, *(f"stats.{k}" for k, v in self.stats.items() if isinstance(v, (int, float)))]
+            has = [k for k, v in self.known(before).items() if isinstance(v, (int, float))]
             raise claim.wrong(f"arm {arm} measured no '{metric}'{meant(metric, has)}")
         return float(value)
+
+    def known(self, before: bool = False) -> dict[str, Any]:
+        """Every number by its name: metrics, stats.NAME, log.NAME (the first step's, or the mean of the last quarter)."""
+        lines = self.log[:1] if before else self.log[-max(1, len(self.log) // 4) :]
+        logged = [k for k in (lines[-1] if lines else ()) if all(isinstance(line.get(k), (int, float)) for line in lines)]
+        steps = {f"log.{k}": statistics.fmean(line[k] for line in lines) for k in logged}
+        return {**(self.before if before else self.after), **{f"stats.{k}": v for k, v in self.stats.items()}, **steps}
 
 
 def judge(claim: Claim, found: Mapping[tuple[str, int], Numbers]) -> list[dict[str, Any]]:
@@ -338,10 +345,11 @@ def run(name: str, seeds: int | None = None, folder: Path | None = None, runs: P
 
 
 def _kept(numbers: Numbers, metrics: set[str]) -> dict[str, float]:
-    """What the result keeps of a run: all that was measured at the end, what it cost, and what was judged."""
-    stats = {f"stats.{k}": numbers.stats[k] for k in ("seconds", "peak_memory_mb", "moving", "steps", "data_rows") if k in numbers.stats}
-    start = {f"{BEFORE}.{k}": v for k, v in numbers.before.items() if k in metrics or "/" not in k}
-    return {**{k: v for k, v in numbers.after.items() if "/" not in k or k in metrics}, **start, **stats}
+    """What the result keeps of a run: all that was measured, what it cost, and what was judged."""
+    cost = ("stats.seconds", "stats.peak_memory_mb", "stats.moving", "stats.steps", "stats.data_rows")
+    end, start = numbers.known(), numbers.known(before=True)
+    kept = {k: v for k, v in end.items() if k in metrics or k in cost or not ("/" in k or k.startswith(("stats.", "log.")))}
+    return kept | {f"{BEFORE}.{k}": start[k] for k in kept if k in start and k not in cost}
 
 
 @dataclass
@@ -382,7 +390,9 @@ def _perform(claim: Claim, arm: str, seed: int, rate: float | None, runs: Path, 
     said = json.loads((where / "report.json").read_text(encoding="utf-8"))
     took = json.loads((where / "took.json").read_text(encoding="utf-8")) if (where / "took.json").is_file() else 0.0
     progress.step(what, time.perf_counter() - began, not finished)
-    return Numbers(said["before"], said["after"], said["stats"], took)
+    logged = Path(said["folder"]) / "metrics.jsonl"
+    lines = [json.loads(line) for line in logged.read_text(encoding="utf-8").splitlines()] if logged.is_file() else []
+    return Numbers(said["before"], said["after"], said["stats"], took, lines)
 
 
 def _here(keys: dict[str, Any], where: Path) -> None:

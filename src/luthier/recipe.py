@@ -252,7 +252,9 @@ def _recipe(given: dict, origins: dict[str, str]) -> Recipe:
         key = str(key)
         name = ALIASES.get(key, key) if key not in keys else key
         if name == "":
-            told.append(f"'{key}' is left out: {'a recipe trains' if key == 'do_train' else 'a run goes on by itself where it was stopped'}")
+            told.append(
+                f"'{key}' is left out: {'a recipe trains' if key == 'do_train' else 'a run goes on by itself where it was stopped'}"
+            )
             continue
         if key in ("bf16", "fp16") and key not in keys:
             if not value and {"dtype", "torch_dtype", "bf16", "fp16"} & (given.keys() - {key}):

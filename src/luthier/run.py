@@ -13,6 +13,7 @@ import math
 import re
 import resource
 import shutil
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -255,8 +256,11 @@ def run(recipe: Recipe, folder: Path, watch: Any = None, anew: bool = False) -> 
 
 
 def _part() -> None:
-    """At the end of this process, not of a run: a plan's next act needs the others again. Threads left waiting would abort."""
+    """At the end of this process, not of a run: a plan's next act needs the others again. Who leaves first, or leaves
+    threads waiting, makes the others abort; after an error there is nobody to wait for."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if not hasattr(sys, "last_value"):
+            torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 

@@ -63,9 +63,7 @@ def train_tokenizer(vocabulary: int = 1536, rows_per_world: int = 3000, seed: in
     tokenizer.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(
-                single=f"{START} $A", pair=f"{START} $A $B:1", special_tokens=[(START, start)]
-            ),
+            processors.TemplateProcessing(single=f"{START} $A", pair=f"{START} $A $B:1", special_tokens=[(START, start)]),
         ]
     )
     return tokenizer

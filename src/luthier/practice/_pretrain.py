@@ -118,9 +118,7 @@ class MuonAdam:
             masters = torch.stack([matrix.detach().float() for matrix in matrices])
             self.groups.append((matrices, masters, torch.zeros_like(masters)))
         self.masters = [parameter.detach().float().clone() for parameter in self.rest]
-        self.adam = torch.optim.AdamW(
-            self.masters, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True
-        )
+        self.adam = torch.optim.AdamW(self.masters, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
 
     @torch.no_grad()
     def step(self, scale: float) -> None:

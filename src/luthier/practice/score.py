@@ -13,9 +13,7 @@ import torch
 def tokens_of(row: dict, tokenizer) -> tuple[list[int], list[bool]]:
     """The tokens of a row as a tuned model would see them, and which of them are the model's to write."""
     if "messages" in row:
-        rendered = tokenizer.apply_chat_template(
-            row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+        rendered = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         return list(rendered["input_ids"]), [bool(mine) for mine in rendered["assistant_masks"]]
     prompt = tokenizer(row["prompt"])["input_ids"]
     completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]

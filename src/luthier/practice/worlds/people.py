@@ -24,9 +24,7 @@ JOBS = (
     "baker pilot lawyer nurse farmer painter tailor welder miner judge "
     "chemist singer dentist sailor weaver printer brewer mason potter jeweler"
 ).split()
-INSTRUMENTS = (
-    "violin cello flute harp drum piano lute horn oboe banjo guitar viola organ trumpet bagpipe".split()
-)
+INSTRUMENTS = "violin cello flute harp drum piano lute horn oboe banjo guitar viola organ trumpet bagpipe".split()
 PETS = "cat dog owl snake goat horse parrot turtle rabbit fox ferret crow hedgehog pony frog".split()
 
 STATEMENTS = {
