@@ -402,7 +402,7 @@ def test_more_tokens_than_the_network_has_positions_for_are_refused(base, tmp_pa
 def test_positions_are_counted_as_the_network_counts_them():
     from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM, T5Config, T5ForConditionalGeneration
 
-    from luthier.run import places
+    from luthier.assembly import places
 
     small = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     assert places(BertForMaskedLM(BertConfig(**small, max_position_embeddings=40))) == 40

@@ -239,8 +239,8 @@ def test_spin_begins_each_round_at_log_two(base, tmp_path, tuner):
 
 def test_learning_to_prefer_what_is_said_anyway_changes_nothing(base, tmp_path):
     """Given and own answer are the same: the loss is log 2 and no weight moves."""
+    from luthier.assembly import assemble
     from luthier.rehearsal import rehearse
-    from luthier.run import assemble
 
     made = Recipe.load({k: v for k, v in base.items() if k != "data"} | {"objective": "dpo"})
     roles = assemble(made, rehearse(made, load([{"prompt": "1+1=", "chosen": "2", "rejected": "3"}]).rows))

@@ -16,8 +16,8 @@ import luthier
 import zoo
 from conftest import make_tokenizer
 from luthier import use
+from luthier.data import load_data
 from luthier.method import RecipeError
-from luthier.run import load_data
 
 SUMS = [{"prompt": f"{a}+{b}=", "completion": f" {(a + b) % 10}"} for a in range(8) for b in range(8)]
 TEXTS = [{"text": f"{word} film number {i}", "label": name} for i in range(24) for word, name in (("good", "pos"), ("bad", "neg"))]

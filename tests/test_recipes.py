@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 import luthier
+from luthier.data import load_data
 from luthier.recipe import Recipe
-from luthier.run import load_data
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 

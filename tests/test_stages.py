@@ -11,13 +11,13 @@ import torch
 
 import luthier
 from conftest import SUMS
+from luthier.assembly import assemble
 from luthier.clock import Clock
 from luthier.method import RecipeError, build, find, gives_of, helps, names, wants_of
 from luthier.recipe import Recipe
 from luthier.rehearsal import rehearse, words
 from luthier.rewards._reward import Reward
 from luthier.rows import load
-from luthier.run import assemble
 from luthier.stages._stage import pick, said, text_of
 
 STAGES = names("stage")

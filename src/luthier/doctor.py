@@ -64,7 +64,7 @@ def machine() -> dict[str, Any]:
     """Back-ends and their precisions, memory and disk."""
     import torch
 
-    from luthier.run import device, pick_dtype
+    from luthier.assembly import device, pick_dtype
 
     where = device()
     return {

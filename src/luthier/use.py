@@ -12,13 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from luthier import guards, store
+from luthier.assembly import assemble, take_parts
+from luthier.data import load_data
 from luthier.evaluators._evaluator import Evaluator
+from luthier.folder import network_of
 from luthier.method import RecipeError, build, meant
 from luthier.recipe import Recipe
 from luthier.rehearsal import Parts, detect, parts
 from luthier.report.console import visible
 from luthier.roles import Roles
-from luthier.run import Report, assemble, load_data, network_of, take_parts
+from luthier.run import Report
 from luthier.tuners._tuner import Untuned
 
 if TYPE_CHECKING:

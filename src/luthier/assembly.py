@@ -1,0 +1,115 @@
+"""From a recipe to a policy: the network in its precision, the tuner on it, the tokenizer, and what an earlier run moved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from luthier import store
+from luthier.clock import Clock
+from luthier.method import RecipeError, build
+from luthier.recipe import Recipe
+from luthier.rehearsal import Parts
+from luthier.roles import Policy, Roles
+
+if TYPE_CHECKING:
+    from luthier.architectures._network import Network
+
+
+def device() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def pick_dtype(name: str, where: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the chip multiplies in it, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    if where.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if where.type == "cpu" and torch.cpu._is_amx_tile_supported() else torch.float32
+
+
+def load_model(recipe: Recipe, parts: Parts, network: Mapping[str, Any]) -> tuple[Network, Any]:
+    """The base network and its tokenizer. network: what the data said about it (a classifier's classes)."""
+    from transformers import AutoTokenizer
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # what it warns of when loading is told by us, or refused
+    path, where = store.resolve_model(recipe.model), device()
+    how = {"dtype": pick_dtype(recipe.dtype, where), **network}
+    if recipe.attn_implementation:
+        how["attn_implementation"] = recipe.attn_implementation
+    try:
+        model = parts.architecture.load(path, **how)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise RecipeError(f"model {recipe.model} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+    model.config.use_cache = False
+    if recipe.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.to(where).eval(), tokenizer
+
+
+def assemble(recipe: Recipe, parts: Parts, network: Mapping[str, Any] | None = None) -> Roles:
+    """Model, tuner and tokenizer as the training policy; seeded before weights are drawn."""
+    clock = Clock(seed=recipe.seed)
+    torch.manual_seed(clock.fold("model"))
+    model, tokenizer = load_model(recipe, parts, network or {})
+    torch.manual_seed(clock.fold("tuner"))
+    attached = attach(parts.tuner, model)
+    most = places(model) - attached.virtual
+    if recipe.max_length and recipe.max_length > most:
+        raise RecipeError(f"max_length: {recipe.max_length} tokens, and {recipe.model} reads {most} at most under this tuner")
+    limit = recipe.max_length or min(2048, most)
+    renderer = parts.architecture.renderer(tokenizer, model.config, max_length=limit, chat_template=recipe.chat_template)
+    return Roles(Policy(parts.architecture, model, attached), clock, renderer)
+
+
+def places(model: Network) -> float:
+    """How many tokens the network has positions for."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    skipped = [p for n, m in model.named_modules() if n.endswith("position_embeddings") and (p := getattr(m, "padding_idx", None))]
+    return (most or math.inf) - (max(skipped) + 1 if skipped else 0)  # RoBERTa counts from behind its padding
+
+
+def attach(tuner: Any, model: Network) -> Any:
+    """The tuner on the model. Modules that no checkpoint held (a new classifier's head) are trained along and saved with it."""
+    if model.fresh and any(f.name == "modules_to_save" for f in fields(tuner)):
+        tuner = replace(tuner, modules_to_save=sorted({*(tuner.modules_to_save or ()), *model.fresh}))
+    new = {id(p): name for name in model.fresh for p in model.get_submodule(name).parameters()}
+    attached = tuner.attach(model)
+    moving = {id(p) for p in attached.parameters().values()}
+    left = sorted({name for i, name in new.items() if i not in moving}) if not hasattr(tuner, "modules_to_save") else []
+    if left and tuner.gives:
+        raise RecipeError(
+            f"tuner '{tuner.name}' would leave {', '.join(left)} as random as it was made, since the checkpoint has none; "
+            "take one that trains it along: lora, full, or any with modules_to_save"
+        )
+    return attached
+
+
+def tensors_of(start: Any, attached: Any) -> dict[str, torch.Tensor]:
+    """What a finished run moved, or a merge of several runs."""
+    if isinstance(start, dict):
+        if set(start) != {"merge", "of"} or not start["of"]:
+            raise RecipeError("start: give a run's folder, or {merge: average, of: [folder, folder]}")
+        return build("merger", start["merge"]).merge([tensors_of(s, attached) for s in start["of"]])
+    folder = Path(start)
+    if not folder.is_dir():
+        raise RecipeError(f"start: there is no folder {folder}")
+    return attached.read(folder)
+
+
+def take_parts(roles: Roles, parts: Parts) -> None:
+    """Let the other roles play; trained parts they bring (a critic's head) move along with the tuner."""
+    from luthier.tuners._also import Also
+
+    brought = {f"{k}.{n}": m for k, r in parts.roles.items() for n, m in r.parts(roles.policy.model).items()}
+    if brought:
+        roles.policy.attached = roles.tuner = Also(roles.tuner, brought)
