@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -284,8 +284,9 @@ def judge(claim: Claim, found: Mapping[tuple[str, int], Numbers]) -> list[dict[s
         left, right = ([measured(arm, seed) for seed in seeds] for arm in (e.left, e.right))
         apart = [a - b for a, b in zip(left, right)]
         low, high = interval(apart)
+        blind = e.sign != "=" and len({*left, *right}) == 1  # all at the floor or the ceiling of the metric
         out.append({
-            "expect": e.said, "metric": e.metric, "verdict": e.verdict(low, high), e.left: rounded(left), e.right: rounded(right),
+            "expect": e.said, "metric": e.metric, "verdict": UNDECIDED if blind else e.verdict(low, high), e.left: rounded(left), e.right: rounded(right),
             "difference": rounded(statistics.fmean(apart)), "interval": rounded([low, high]), "bootstrap": rounded(bootstrap(apart)),
         })  # fmt: skip
     return out
@@ -339,9 +340,14 @@ def run(name: str, seeds: int | None = None, folder: Path | None = None, runs: P
         **about, "verdict": verdict, "expectations": judged, "seeds": list(range(count)), "tuning_seed": TUNING_SEED if sweep else None,
         "learning_rates": {arm: rate for arm, rate in chosen.items() if rate is not None}, "sweeps": swept, "select": claim.select,
         "at_edge": [a for a, v in swept.items() if chosen[a] in (min(map(float, v)), max(map(float, v)))],
-        "numbers": numbers, "machine": machine(), "date": str(date.today()),
+        "numbers": numbers, "machine": {**machine(), **_kinds(found.values())}, "date": str(date.today()),
         "seconds": round(sum(n.took for n in (*tried, *found.values()) if n)),
     })  # fmt: skip
+
+
+def _kinds(found: Iterable[Numbers | None]) -> dict[str, str]:
+    """On what, and in which precision, the runs computed."""
+    return {k: ", ".join(sorted({str(n.stats[k]) for n in found if n and k in n.stats})) for k in ("device", "dtype")}
 
 
 def _kept(numbers: Numbers, metrics: set[str]) -> dict[str, float]:
@@ -484,7 +490,7 @@ def page(folder: Path | None = None) -> str:
         "What papers say of methods, tried on the practice models. Written from `benchmarks/claims`; `luthier claims NAME` tries one",
         "again. A verdict is about these small models, these worlds and these few steps, not about the paper: it says what a user may",
         "expect to see here. *held*: the whole interval lies beyond the least effect in the claimed direction. *not held*: the whole",
-        "interval falls short of it. *undecided*: neither. The interval is Student's t at 95 % of the mean difference, paired by seed:",
+        "interval falls short of it. *undecided*: neither, or all runs alike. The interval is Student's t at 95 % of the mean difference, paired by seed:",
         "each seed draws other rows to learn and to be measured on, the same for all arms. Several intervals are not corrected for",
         "being several. Where learning rates were swept, a seed that no test uses picked one for each arm.",
         "",
@@ -544,4 +550,4 @@ def _paragraph(claim: Claim, verdict: str, found: dict | None) -> Iterator[str]:
     m = found["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
     yield ""
-    yield f"{found['date']}, {found['seconds']} s, {m['cpu']}, {m['cores']} cores, threads {m['threads']}; {versions}."
+    yield f"{found['date']}, {found['seconds']} s, {m['cpu']}, {m['cores']} cores, threads {m['threads']}, {m['dtype']}; {versions}."

@@ -14,9 +14,10 @@ import json
 import re
 import sys
 from collections.abc import Iterable
+from functools import cache
 from typing import Any, ClassVar
 
-from luthier.method import family
+from luthier.method import family, find, names
 
 ROLES = {
     "system": "system",
@@ -280,3 +281,20 @@ def instruction(raw: dict) -> list[dict]:
         turns += [{"role": "user", "content": text({"history": question}, "history")}]
         turns += [{"role": "assistant", "content": text({"history": answer}, "history")}]
     return [*turns, {"role": "user", "content": asked}]
+
+
+def fitting(columns: Iterable[str]) -> list[type[Format]]:
+    """The formats that these columns make out, the most telling first."""
+    found = [c for c in map(format_class, names("format")) if c.matches(columns)]
+    return sorted(found, key=lambda c: telling(c, columns), reverse=True)
+
+
+def telling(cls: type[Format], columns: Iterable[str]) -> tuple[int, bool]:
+    """More columns say more; of equally many, those that only one shape has."""
+    return cls.fit(columns), not cls.generic
+
+
+@cache
+def format_class(name: str) -> type[Format]:
+    """A format's class."""
+    return find("format", name)
