@@ -102,10 +102,6 @@ class Batch:
         """[N] one number per sequence out of the rows, e.g. scores."""
         return torch.tensor([float(v) for row in self.rows for v in row[name]], device=self.ids.device)
 
-    def per_row(self, name: str) -> Tensor:
-        """[G] one number per row."""
-        return torch.tensor([float(row[name]) for row in self.rows], device=self.ids.device)
-
     def per_token(self, name: str) -> Tensor:
         """[T] one number per question, from a column of lists (written by a stage for a model that has left)."""
         if self.altered:

@@ -217,7 +217,7 @@ class _Blank:
     folder = "rehearsal"
 
     def __init__(self):
-        self.before, self.after, self.metrics = (defaultdict(float) for _ in range(3))
+        self.before, self.after = defaultdict(float), defaultdict(float)
 
 
 def _play(recipe: Recipe, rows: Sequence[dict]) -> None:

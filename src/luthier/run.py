@@ -46,10 +46,6 @@ class Report:
     notes: list[str] = field(default_factory=list)  # what was told on the way
     acts: list[str] = field(default_factory=list)  # of a plan: the folders of its runs
 
-    @property
-    def metrics(self) -> dict[str, float]:
-        return self.after
-
     @staticmethod
     def read(folder: str | Path) -> Report:
         return Report(**json.loads((Path(folder) / "report.json").read_text(encoding="utf-8")))
