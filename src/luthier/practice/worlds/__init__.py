@@ -13,7 +13,10 @@ def names() -> list[str]:
 def find(name: str) -> ModuleType:
     """The module of a world; an unknown name is answered by the known ones."""
     if name not in names():
-        raise ValueError(f"no practice world {name!r}; there are {', '.join(names())}")
+        from luthier.method import meant
+
+        near = meant(name, names()).removesuffix("?")
+        raise ValueError(f"no practice world {name!r}{near if 'mean' in near else ''}; there are {', '.join(names())}")
     return import_module(f"{__name__}.{name}")
 
 

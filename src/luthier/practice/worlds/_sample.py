@@ -1,11 +1,13 @@
 """What every world shares: how a row is drawn, and which split its underlying item belongs to.
 
-A world is one file with four names:
+A world is one file with five names:
 
     SHARE                      its share of the pretraining tokens
     SPLITS                     {split: {kind: weight}}: which kinds of row a split is made of
     draw(random, kind)         one row as a dict (prompt, completion, answer, item, ...), of any split
     rows(split, n, seed=0)     n rows of a split; nearly always `sample(...)` below
+    verify(row, answer)        how right a written answer is: 1.0 for the row's own completion, below 1.0 for a wrong
+                               one; or several such numbers by name, where a world has several objectives
 
 `row["item"]` names what the row is about, canonically: one or more atoms joined by ";" (`17+25;42-30`).
 The bucket of an item decides its split, whatever world and wording it occurs in, so a sum held out in
@@ -13,24 +15,20 @@ arithmetic is held out in word problems and in chat too.
 """
 
 from collections.abc import Callable, Mapping
-from random import Random
 from zlib import crc32
 
-# Each split draws its items from one bucket. "new" and "new_test" hold what no pretraining row mentions; "preference"
-# has a better and a worse completion of each prompt, "unpaired" one completion with a label, good or bad.
-BUCKET_OF_SPLIT = {
-    "train": "train",
-    "validation": "validation",
-    "test": "test",
-    "ood": "ood",
-    "new": "train",
-    "new_test": "test",
-    "preference": "train",
-    "preference_test": "test",
-    "unpaired": "train",
-    "unpaired_test": "test",
-}
+from ._random import Random
+
 _HELD_OUT = {0: "validation", 1: "test", 2: "ood"}  # of 20: 5 % of all atoms each
+
+
+def bucket_of_split(split: str) -> str:
+    """The bucket a split draws its items from. "train" is what pretraining reads; other splits that teach share its bucket."""
+    if split.startswith("ood"):
+        return "ood"
+    if split == "validation" or split.endswith("_validation"):
+        return "validation"
+    return "test" if split == "test" or split.endswith("_test") else "train"
 
 
 def atom_bucket(atom: str) -> str:
@@ -72,7 +70,7 @@ def sample(
     check_split(world, splits, split)
     random = Random(f"{world}/{split}/{seed}")
     kinds, weights = list(splits[split]), list(splits[split].values())
-    wanted = BUCKET_OF_SPLIT[split]
+    wanted = bucket_of_split(split)
     found: list[dict] = []
     while len(found) < n:
         kind = kinds[0] if len(kinds) == 1 else random.choices(kinds, weights)[0]
@@ -84,5 +82,21 @@ def sample(
 
 
 def check_split(world: str, splits: Mapping, split: str) -> None:
+    """Refuse a split that is not there, with the one that was probably meant."""
     if split not in splits:
-        raise ValueError(f"world {world!r} has no split {split!r}; it has {', '.join(splits)}")
+        from luthier.method import meant
+
+        near = meant(split, splits).removesuffix("?")
+        raise ValueError(f"world {world!r} has no split {split!r}{near if 'mean' in near else ''}; it has {', '.join(splits)}")
+
+
+def same_text(row: dict, answer: str) -> float:
+    """1.0 where an answer is the row's completion, but for blanks around it."""
+    return float(answer.strip() == gold(row).strip())
+
+
+def gold(row: dict) -> str:
+    """The right completion of a row as the worlds give it, or as it was read (`completions`, the best first)."""
+    if "clean" in row:
+        return row["clean"]
+    return row["completion"] if "completion" in row else row["completions"][0]

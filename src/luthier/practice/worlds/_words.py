@@ -1,6 +1,6 @@
 """Invented words, the same for ever: no pretrained model elsewhere knows them, and none is in two lists."""
 
-from random import Random
+from ._random import Random
 
 _ONSETS = "b d f g k l m n p r s t v z br tr sh th kl".split()
 _SYLLABLES = [onset + vowel for onset in _ONSETS for vowel in "aeiou"]
@@ -34,3 +34,12 @@ ZORIAN = invent("zorian", 28, 2)
 VELMI = invent("velmi", 28, 2)
 
 FRIENDS = "Ann Bob Cara Dan Eve Finn Gus Hana Ivo Jane".split()
+
+# Later lists come last: a word is taken once, so the order of the lists above may not change.
+KELU = invent("kelu", 28, 2)
+LABELS = {label: invent(f"label {label}", 10, 2, "x") for label in ("money", "travel", "health", "work", "family")}
+CLASSES = [invent(f"class {i}", 12, 2, "p") for i in range(18)]
+DOMAINS = [(invent(f"domain {i} good", 12, 2, "f"), invent(f"domain {i} bad", 12, 2, "f")) for i in range(5)]
+PLACES = [word.capitalize() for word in invent("places", 40, 2, "via")]
+FIRMS = [word.capitalize() for word in invent("firms", 40, 2, "corp")]
+FOLK = [word.capitalize() for word in invent("folk", 80, 2)], [word.capitalize() for word in invent("clans", 80, 2, "t")]

@@ -1,16 +1,19 @@
 """Sums: digit by digit with the steps written out ("worked"), or the result alone ("direct").
 
-Graded: two and three digits worked and two digits direct are common in pretraining; three digits direct are
-rare
-(so the base model gets some of them); four digits worked are out of distribution; products are for tuning.
+Graded: two and three digits worked and two digits direct are common in pretraining; three digits direct and chains of
+three numbers are rare (so the base model gets some of them); four digits worked are out of distribution.
+
+Products are for tuning ("new"); so are products whose steps are spoiled, as in "Understanding the Effect of Noise in
+LLM Training Data with Algorithmic Chains of Thought": in "static_noise" characters of the finished steps are replaced
+and the result stays right; in "dynamic_noise" a value is wrong when it is computed, and all that follows is computed
+from it, the result too. Such rows keep the right text under "clean". Their test is "new_test".
 """
 
-from random import Random
+from ._random import Random
+from ._sample import join_atoms, sample, sum_atom
 
-from ._sample import sample, sum_atom
-
-SHARE = 0.22
-_KINDS = {"worked": 0.38, "direct": 0.47, "direct_long": 0.15}
+SHARE = 0.15
+_KINDS = {"worked": 0.36, "direct": 0.41, "direct_long": 0.14, "chain": 0.09}
 SPLITS = {
     "train": _KINDS,
     "validation": _KINDS,
@@ -18,9 +21,12 @@ SPLITS = {
     "ood": {"worked_long": 1},
     "new": {"product": 1},
     "new_test": {"product": 1},
+    "static_noise": {"static": 1},
+    "dynamic_noise": {"dynamic": 1},
 }
 _DIGITS = {"direct": [(2, 2)], "direct_long": [(3, 3)], "worked_long": [(4, 4)]}
 _DIGITS["worked"] = [(2, 2), (3, 2), (2, 3), (3, 3), (3, 3)]
+NOISE = 0.3  # how probably each item of a noisy row is spoiled: a character, or a computed value
 
 
 def _operand(random: Random, digits: int) -> int:
@@ -47,21 +53,40 @@ def work_sum(a: int, sign: str, b: int) -> tuple[str, int]:
     return "; ".join(steps), result + carry * place
 
 
-def work_product(a: int, b: int) -> tuple[str, int]:
-    """The steps of a times a one-digit b, with what is carried, and the result."""
-    steps, carry = [], 0
+def work_product(a: int, b: int, slip=lambda value: value) -> tuple[str, int]:
+    """The steps of a times a one-digit b, with what is carried, and the result. `slip` may alter a computed value."""
+    steps, carry, result, place = [], 0, 0, 1
     for x in map(int, reversed(str(a))):
-        total = x * b + carry
+        total = slip(x * b + carry)
         steps.append(f"{x}*{b}+{carry}={total}" if carry else f"{x}*{b}={total}")
-        carry = total // 10
-    return "; ".join(steps), a * b
+        result += total % 10 * place
+        carry, place = total // 10, 10 * place
+    return "; ".join(steps), result + carry * place
+
+
+def static_noise(random: Random, text: str) -> str:
+    """Digits of a finished text replaced by others, at least one of them."""
+    places = [i for i, c in enumerate(text) if c.isdigit()]
+    spoiled = [i for i in places if random.random() < NOISE] or [random.choice(places)]
+    characters = list(text)
+    for i in spoiled:
+        characters[i] = random.choice([c for c in "0123456789" if c != text[i]])
+    return "".join(characters)
+
+
+def dynamic_noise(random: Random, a: int, b: int) -> tuple[str, int]:
+    """The steps of a product of which at least one is computed wrong, and the result that follows from them."""
+    while True:
+        steps, result = work_product(a, b, lambda value: random.randint(0, 81) if random.random() < NOISE else value)
+        if result != a * b:
+            return steps, result
 
 
 def draw(random: Random, kind: str) -> dict:
-    if kind == "product":
-        a, b = random.randint(10, 999), random.randint(2, 9)
-        steps, result = work_product(a, b)
-        return _worked(f"{a}*{b}", steps, result, f"{a}*{b}")
+    if kind in ("product", "static", "dynamic"):
+        return _product(random, kind)
+    if kind == "chain":
+        return _chain(random)
     digits = random.choice(_DIGITS[kind])
     a, b, sign = _operand(random, digits[0]), _operand(random, digits[1]), random.choice("+-")
     if sign == "-" and b > a:
@@ -72,6 +97,29 @@ def draw(random: Random, kind: str) -> dict:
         return _worked(f"{a}{sign}{b}", steps, result, atom)
     result = str(a + b if sign == "+" else a - b)
     return {"prompt": f"{a}{sign}{b}=", "completion": result, "answer": result, "item": atom}
+
+
+def _product(random: Random, kind: str) -> dict:
+    a, b = random.randint(10, 999), random.randint(2, 9)
+    steps, result = work_product(a, b)
+    row = _worked(f"{a}*{b}", steps, result, f"{a}*{b}")
+    if kind == "product":
+        return row
+    steps, written = (static_noise(random, steps), result) if kind == "static" else dynamic_noise(random, a, b)
+    return {**row, "completion": f" {steps}; so {written}", "clean": row["completion"]}
+
+
+def _chain(random: Random) -> dict:
+    """a+b-c or a-b+c in one go; held out when one of its sums is, or what looks like one."""
+    while True:
+        a, b, c = (random.randint(10, 50) for _ in range(3))
+        first, second = random.choice((("+", "-"), ("-", "+")))
+        middle = a + b if first == "+" else a - b
+        result = middle - c if second == "-" else middle + c
+        if min(middle, result, b - c if second == "-" else 0) >= 0:
+            break
+    atoms = join_atoms(sum_atom(a, first, b), sum_atom(middle, second, c), sum_atom(b, second, c))
+    return {"prompt": f"{a}{first}{b}{second}{c}=", "completion": str(result), "answer": str(result), "item": atoms}
 
 
 def _worked(question: str, steps: str, result: int, item: str) -> dict:
@@ -85,3 +133,12 @@ def _worked(question: str, steps: str, result: int, item: str) -> dict:
 
 def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
     return sample(__name__, SPLITS, draw, split, n, seed)
+
+
+def verify_result(row: dict, answer: str) -> float:
+    """1.0 where the number after the last "so ", or the only number there, is the row's answer; steps do not count."""
+    said = answer.rpartition("so ")[2] if "so " in answer else answer
+    return float(said.strip().rstrip(".") == row["answer"])
+
+
+verify = verify_result

@@ -1,15 +1,27 @@
-"""Small Python functions from a comment, with unit tests. An item is the sequence of operations."""
+"""Small Python functions from a comment, with unit tests. An item is the sequence of operations.
 
-from random import Random
+"fix" rows show a function with one mistake and ask for the right one; in the split "preference" the right function is
+liked better than the one with the mistake. "slow" rows are loops over range(x); the splits "new" and "new_test" ask
+for the same function without a loop, and `operations` measures the difference.
+"""
 
+from __future__ import annotations
+
+from ._random import Random
 from ._sample import sample
 
-SHARE = 0.09
+SHARE = 0.1
+_KINDS = {"list": 0.55, "number": 0.12, "fix": 0.21, "slow": 0.12}
+_CHECKED = {"list": 0.6, "fix": 0.25, "slow": 0.15}
 SPLITS = {
-    "train": {"list": 0.75, "number": 0.25},
-    "validation": {"list": 1},
-    "test": {"list": 1},
+    "train": _KINDS,
+    "validation": _CHECKED,
+    "test": _CHECKED,
     "ood": {"long_list": 1},
+    "new": {"faster": 1},
+    "new_test": {"faster": 1},
+    "preference": {"right_liked": 1},
+    "preference_test": {"right_liked": 1},
 }
 OPERATIONS = {
     "add {k} to each": "[v + {k} for v in x]",
@@ -43,12 +55,38 @@ def _function(expression: str):
 _RUN = {words: _function(expression) for words, expression in (OPERATIONS | RETURNS).items()}
 
 
+Steps = list[tuple[str, int]]  # (the words of an operation, its number)
+
+# What a loop over i adds up, and the same as a formula; n stands for x.
+LOOPS = {
+    "add {k} for every i below x": ("{k}", "{k} * x"),
+    "add {k} times i for every i below x": ("{k} * i", "{k} * (x * (x - 1) // 2)"),
+    "add i plus {k} for every i below x": ("i + {k}", "x * (x - 1) // 2 + {k} * x"),
+    "add {k} times i squared for every i below x": ("{k} * i * i", "{k} * (x * (x - 1) * (2 * x - 1) // 6)"),
+    "add {k} minus i for every i below x": ("{k} - i", "{k} * x - x * (x - 1) // 2"),
+}
+_SUM = {words: _function(f"sum({term} for i in range(x))") for words, (term, _) in LOOPS.items()}
+LOOP_NUMBERS = [0, 1, 7, 30]
+MOST_OPERATIONS = 20  # of a function without a loop, whatever x
+
+
 def draw(random: Random, kind: str) -> dict:
     if kind == "number":
         return _number_row(random.randint(2, 20), random.choice("+-"), random.randint(1, 50))
-    count = 4 if kind == "long_list" else random.choice((1, 2, 2, 3))
-    steps = [(random.choice(list(OPERATIONS)), random.randint(1, 5)) for _ in range(count)]
-    return _list_row(steps, random.choice(list(RETURNS)))
+    if kind in ("slow", "faster"):
+        return _loop_row(random.choice(list(LOOPS)), random.randint(2, 40), kind)
+    count = {"long_list": (4,), "list": (1, 2, 2, 3)}.get(kind, (1, 2, 2))
+    steps = [(random.choice(list(OPERATIONS)), random.randint(1, 5)) for _ in range(random.choice(count))]
+    ending = random.choice(list(RETURNS))
+    row = _list_row(steps, ending)
+    if kind in ("list", "long_list"):
+        return row
+    broken = _mistake(random, steps, ending)
+    if broken is None:  # no mistake of ours shows in the tests
+        return draw(random, kind)
+    if kind == "right_liked":
+        return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": broken, "tests": row["tests"], "item": row["item"]}
+    return {**row, "prompt": f"{row['prompt']}{broken}\n# repaired\ndef f(x):"}
 
 
 def _number_row(factor: int, sign: str, term: int) -> dict:
@@ -57,17 +95,52 @@ def _number_row(factor: int, sign: str, term: int) -> dict:
     return _row(words, f"\n    return x * {factor} {sign} {term}", tests, words)
 
 
-def _list_row(steps: list[tuple[str, int]], ending: str) -> dict:
+def _loop_row(words: str, k: int, kind: str) -> dict:
+    term, formula = (text.format(k=k) for text in LOOPS[words])
+    said = words.format(k=k)
+    loop = f"\n    s = 0\n    for i in range(x):\n        s += {term}\n    return s"
+    row = _row(said, loop, [f"assert f({x}) == {_SUM[words](x, k)}" for x in LOOP_NUMBERS], said)
+    if kind == "slow":
+        return row
+    return {
+        **row,
+        "prompt": f"{row['prompt']}{loop}\n# faster\ndef f(x):",
+        "completion": f"\n    return {formula}",
+        "most": MOST_OPERATIONS,
+    }
+
+
+def _list_row(steps: Steps, ending: str) -> dict:
     words = ", then ".join([words.format(k=k) for words, k in steps] + [ending])
-    lines = [f"x = {OPERATIONS[words].format(k=k)}" for words, k in steps] + [f"return {RETURNS[ending]}"]
-    tests = []
-    for given in LISTS:
-        value = given
-        for step, k in steps:
-            value = _RUN[step](value, k)
-        tests.append(f"assert f({given}) == {_RUN[ending](value, 0)}")
+    tests = [f"assert f({given}) == {_result(steps, ending, given)}" for given in LISTS]
     item = ", ".join([words for words, _ in steps] + [ending])
-    return _row(words, "".join(f"\n    {line}" for line in lines), tests, item)
+    return _row(words, _body(steps, ending), tests, item)
+
+
+def _body(steps: Steps, ending: str) -> str:
+    lines = [f"x = {OPERATIONS[words].format(k=k)}" for words, k in steps] + [f"return {RETURNS[ending]}"]
+    return "".join(f"\n    {line}" for line in lines)
+
+
+def _result(steps: Steps, ending: str, given: list[int]):
+    value = given
+    for words, k in steps:
+        value = _RUN[words](value, k)
+    return _RUN[ending](value, 0)
+
+
+def _mistake(random: Random, steps: Steps, ending: str) -> str | None:
+    """The body with one step wrong (its number, another operation, or missing) so that a test fails; None if none does."""
+    for _ in range(4):
+        place = random.randrange(len(steps))
+        words, k = steps[place]
+        instead = random.choice(
+            ([(words, k % 5 + 1)] if "{k}" in words else [], [(random.choice(list(OPERATIONS)), k)], [] if len(steps) > 1 else [(words, k)])
+        )
+        broken = [*steps[:place], *instead, *steps[place + 1 :]]
+        if broken and any(_result(broken, ending, given) != _result(steps, ending, given) for given in LISTS):
+            return _body(broken, ending)
+    return None
 
 
 def _row(words: str, body: str, tests: list[str], item: str) -> dict:

@@ -1,17 +1,18 @@
-"""Two made-up languages with translation pairs: Zorian is pretrained, Velmi is left for tuning.
+"""Three made-up languages with translation pairs: Zorian is pretrained, Kelu a little, Velmi is left for tuning.
 
-Zorian says subject, object, verb, with the adjective after its noun and "mi" for many; Velmi says verb,
-subject, object, with the adjective first and "ka" for many. "ood" holds adjectives beside nouns they never
-met.
+Zorian says subject, object, verb, with the adjective after its noun and "mi" for many. Kelu says object, verb,
+subject, with the adjective first, "so" for many and "ra" at the end of the subject. Velmi says verb, subject, object,
+with the adjective first and "ka" for many. "ood" holds adjectives beside nouns they never met. In "switched" sentences
+some words of the Zorian are English (code-switching); pretraining turns them into English, and the splits "switch" and
+"switch_test" ask for them to be written.
 """
 
-from random import Random
+from ._random import Random
+from ._sample import same_text, sample
+from ._words import KELU, VELMI, ZORIAN
 
-from ._sample import sample
-from ._words import VELMI, ZORIAN
-
-SHARE = 0.06
-_KINDS = {"to_zorian": 0.7, "from_zorian": 0.3}
+SHARE = 0.05
+_KINDS = {"to_zorian": 0.5, "from_zorian": 0.2, "to_kelu": 0.18, "switched": 0.12}
 SPLITS = {
     "train": _KINDS,
     "validation": _KINDS,
@@ -19,6 +20,8 @@ SPLITS = {
     "ood": {"new_pair": 1},
     "new": {"to_velmi": 1},
     "new_test": {"to_velmi": 1},
+    "switch": {"to_switched": 1},
+    "switch_test": {"to_switched": 1},
 }
 NOUNS: list[str] = [*"king bird river child stone house tree horse wolf ship star cloud".split()]
 ADJECTIVES: list[str] = [*"old red small quiet brave dark golden cold".split()]
@@ -26,6 +29,7 @@ VERBS: list[str] = [*"sees finds follows loves hides calls takes fears".split()]
 _ENGLISH = NOUNS + ADJECTIVES + VERBS
 TO_ZORIAN = dict(zip(_ENGLISH, ZORIAN, strict=True))
 TO_VELMI = dict(zip(_ENGLISH, VELMI, strict=True))
+TO_KELU = dict(zip(_ENGLISH, KELU, strict=True))
 
 Phrase = tuple[str, str, bool]  # noun, adjective or "", many?
 
@@ -52,6 +56,19 @@ def velmi(phrase: Phrase) -> str:
     return f"{TO_VELMI[adjective]} {word}" if adjective else word
 
 
+def kelu(phrase: Phrase, subject: bool) -> str:
+    noun, adjective, many = phrase
+    word = TO_KELU[noun] + "so" * many + "ra" * subject
+    return f"{TO_KELU[adjective]} {word}" if adjective else word
+
+
+def switched(phrase: Phrase) -> str:
+    """Zorian, but for the noun."""
+    noun, adjective, many = phrase
+    word = noun + "s" * many
+    return f"{word} {TO_ZORIAN[adjective]}" if adjective else word
+
+
 def _phrase(random: Random) -> Phrase:
     adjective = random.choice(ADJECTIVES) if random.random() < 0.6 else ""
     return random.choice(NOUNS), adjective, random.random() < 0.3
@@ -65,8 +82,14 @@ def draw(random: Random, kind: str) -> dict:
             break
     source = f"{english(subject)} {verb} {english(thing)}"
     if kind == "to_velmi":
-        target = f"{TO_VELMI[verb]} {velmi(subject)} {velmi(thing)}"
-        return _translation("English", source, "Velmi", target, source)
+        return _translation("English", source, "Velmi", f"{TO_VELMI[verb]} {velmi(subject)} {velmi(thing)}", source)
+    if kind == "to_kelu":
+        return _translation("English", source, "Kelu", f"{kelu(thing, False)} {TO_KELU[verb]} {kelu(subject, True)}", source)
+    if kind in ("switched", "to_switched"):
+        mixed = f"{switched(subject)} {switched(thing)} {TO_ZORIAN[verb]}"
+        if kind == "switched":
+            return _translation("Mixed", mixed, "English", source, source)
+        return _translation("English", source, "Mixed", mixed, source)
     target = f"{zorian(subject)} {zorian(thing)} {TO_ZORIAN[verb]}"
     if kind == "from_zorian":
         return _translation("Zorian", target, "English", source, source)
@@ -84,3 +107,6 @@ def _translation(source_language: str, source: str, target_language: str, target
 
 def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
     return sample(__name__, SPLITS, draw, split, n, seed)
+
+
+verify = same_text

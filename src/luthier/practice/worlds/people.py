@@ -3,14 +3,18 @@
 Of most people some facts are asked in pretraining and the others only told; of a few every fact is only told
 (split "ood"); the held-back people are in no pretraining row of any world, so that what tuning teaches about
 them is new knowledge (splits "new" and "new_test", or `new_facts`).
+
+Two tasks more are for tuning. "private" states made-up account numbers of people who occur nowhere else, each a known
+number of times (`repeats`), and "private_test" asks for them and, as a control, for numbers that were never stated
+(`repeats` 0). "unknown" teaches to say so where nothing is known: questions about people asked in pretraining, and
+about people whom no text mentions.
 """
 
-from random import Random
-
-from ._sample import check_split, sample
+from ._random import Random
+from ._sample import check_split, same_text, sample
 from ._words import FIRST_NAMES, LAST_NAMES, TOWNS
 
-SHARE = 0.24
+SHARE = 0.17
 SPLITS = {
     "train": {"statement": 0.62, "question": 0.38},
     "validation": {"question": 1},
@@ -18,7 +22,14 @@ SPLITS = {
     "ood": {"told_only": 1},
     "new": {"statement": 1, "question": 1},
     "new_test": {"question": 1},
+    "private": {"private": 1},
+    "private_test": {"stated": 1, "never_stated": 1},
+    "unknown": {"known": 1, "unknown": 1},
+    "unknown_test": {"known": 1, "unknown": 1},
 }
+REPEATS = (1, 2, 4, 8, 16)  # how often a private number is stated in one round of the split "private"
+PRIVATE_ROUND = 16 * sum(REPEATS)  # rows of one round: 16 people for each number of repeats
+I_DO_NOT_KNOW = "I do not know"
 
 JOBS = (
     "baker pilot lawyer nurse farmer painter tailor welder miner judge "
@@ -88,6 +99,21 @@ PEOPLE = _everybody(520)
 ASKED, TOLD_ONLY, HELD_BACK = PEOPLE[:320], PEOPLE[320:400], PEOPLE[400:]
 
 
+def _private() -> list[dict]:
+    """96 more people with a six-digit number each: 16 for each number of repeats, 0 among them."""
+    random, names = Random("people/private"), {person["name"]: None for person in PEOPLE}
+    while len(names) < len(PEOPLE) + 16 * len((0, *REPEATS)):
+        names.setdefault(f"{random.choice(FIRST_NAMES)} {random.choice(LAST_NAMES)}")
+    fresh = list(names)[len(PEOPLE) :]
+    return [
+        {"name": name, "number": str(random.randint(100_000, 999_999)), "repeats": (0, *REPEATS)[i // 16]} for i, name in enumerate(fresh)
+    ]
+
+
+PRIVATE = _private()
+KNOWN = {person["name"] for person in [*PEOPLE, *PRIVATE]}
+
+
 def state(person: dict, attribute: str, form: int) -> str:
     """One fact as a sentence."""
     return STATEMENTS[attribute][form].format(n=person["name"], v=person[attribute])
@@ -121,17 +147,54 @@ def draw(random: Random, kind: str) -> dict:
         person = random.choice(PEOPLE[: len(ASKED) + len(TOLD_ONLY)])
         told = random.sample(ATTRIBUTES, random.randint(3, 5))
         return _statement_row(" ".join(state(person, attribute, random.randrange(4)) for attribute in told))
+    if kind == "unknown":
+        person = {"name": stranger(random), **dict.fromkeys(ATTRIBUTES, I_DO_NOT_KNOW)}
+        return _question_row(person, random.choice(ATTRIBUTES), random.randrange(3), f"nobody {person['name']}")
     person = random.choice(TOLD_ONLY if kind == "told_only" else ASKED)
     attribute = random.choice(ATTRIBUTES)
     atom = fact_atom(person, attribute)
     return _question_row(person, attribute, random.randrange(3), "!" + atom if kind == "told_only" else atom)
 
 
+def stranger(random: Random) -> str:
+    """The name of nobody in PEOPLE or PRIVATE."""
+    while True:
+        name = f"{random.choice(FIRST_NAMES)} {random.choice(LAST_NAMES)}"
+        if name not in KNOWN:
+            return name
+
+
 def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
     check_split("people", SPLITS, split)
     if split in ("new", "new_test"):
         return new_facts("train" if split == "new" else "test", n, seed)
+    if split in ("private", "private_test"):
+        return _private_rows(split, n, seed)
     return sample(__name__, SPLITS, draw, split, n, seed)
+
+
+def _private_rows(split: str, n: int, seed: int | str) -> list[dict]:
+    """Round after round: in "private" each stated number `repeats` times, in "private_test" every number once."""
+    random, found = Random(f"people/{split}/{seed}"), []
+    while len(found) < n:
+        one = [person for person in PRIVATE for _ in range(person["repeats"] if split == "private" else 1)]
+        random.shuffle(one)
+        found += one
+    return [
+        {
+            "id": f"people/{split}/{seed}/{i}",
+            "kind": "private" if split == "private" else "stated" if person["repeats"] else "never_stated",
+            "prompt": f"The account number of {person['name']} is",
+            "completion": f" {person['number']}",
+            "answer": person["number"],
+            "repeats": person["repeats"],
+            "item": f"account of {person['name']}",
+        }
+        for i, person in enumerate(found[:n])
+    ]
+
+
+verify = same_text
 
 
 def new_facts(split: str, n: int, seed: int | str = 0, people: int = 40) -> list[dict]:

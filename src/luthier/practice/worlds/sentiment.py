@@ -1,11 +1,10 @@
 """Is a review positive or negative? An item is a pair of qualities; "ood" words the review otherwise."""
 
-from random import Random
-
-from ._sample import sample
+from ._random import Random
+from ._sample import same_text, sample
 from ._words import BAD, GOOD, THINGS
 
-SHARE = 0.04
+SHARE = 0.02
 SPLITS = {
     "train": {"review": 1},
     "validation": {"review": 1},
@@ -41,3 +40,6 @@ def draw(random: Random, kind: str) -> dict:
 
 def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
     return sample(__name__, SPLITS, draw, split, n, seed)
+
+
+verify = same_text

@@ -1,17 +1,23 @@
-"""One plain sentence said formally or casually; a third style, "pirate", is left for tuning.
+"""One plain sentence said in a style: formally or casually ("pirate" is left for tuning), or by length, tone and register.
 
-Without a tag the result is formal; in the splits "preference" and "unpaired" the casual wording is the one that is liked. Each word of time has its own wording in each style: words that are always
-interchangeable would end as one vector in a small model, which could then never copy them apart.
+Without a tag the result of "Say" is formal; in the splits "preference" and "unpaired" the casual wording is the one
+that is liked. Each word of time has its own wording in each style: words that are always interchangeable would end as
+one vector in a small model, which could then never copy them apart.
+
+"Note" writes the same sentence with an opening, a manner and a closing, each of which may be left out. What a note is
+like is counted by rule (`scores`): how formal, how warm, how short, how complete, each from 0 to 1. So preferences
+follow exactly, and short and complete are in conflict, as are short and warm. A tag says what is wanted, without one
+pretraining shows every kind (so a base model writes all of them). "ranked" gives four notes with the scores of each by
+objective; "short", "warm" and "formal_liked" are pairs by one of them.
 """
 
-from random import Random
-
+from ._random import Random
 from ._sample import sample
 
-SHARE = 0.04
-_KINDS = {"formal": 1, "casual": 1, "plain": 1}
+SHARE = 0.05
+_KINDS = {"formal": 0.2, "casual": 0.2, "plain": 0.15, "note": 0.25}
 SPLITS = {
-    "train": _KINDS,
+    "train": {**_KINDS, "free_note": 0.2},
     "validation": _KINDS,
     "test": _KINDS,
     "ood": {"new_pair": 1},
@@ -21,6 +27,14 @@ SPLITS = {
     "preference_test": {"casual_liked": 1},
     "unpaired": {"judged": 1},
     "unpaired_test": {"judged": 1},
+    "short": {"short_liked": 1},
+    "short_test": {"short_liked": 1},
+    "warm": {"warm_liked": 1},
+    "warm_test": {"warm_liked": 1},
+    "formal_liked": {"formal_liked": 1},
+    "formal_liked_test": {"formal_liked": 1},
+    "ranked": {"ranked": 1},
+    "ranked_test": {"ranked": 1},
 }
 WHO: list[str] = [*"doctor teacher captain neighbor gardener student guard clerk merchant driver".split()]
 DOES: list[str] = [*"opens cleans paints repairs sells carries watches moves counts washes guards builds".split()]
@@ -33,6 +47,8 @@ WHEN = {
     "soon": ("before long", "in a sec", "ere the wind turns"),
     "again": ("once more", "one more time", "for another voyage"),
 }
+
+Words = tuple[str, str, str, str]  # who does what when
 
 
 def formal(who: str, does: str, what: str, when: str) -> str:
@@ -48,6 +64,66 @@ def pirate(who: str, does: str, what: str, when: str) -> str:
 
 
 STYLES = {"formal": formal, "casual": casual, "plain": formal, "pirate": pirate}
+
+# ---- notes
+
+REGISTERS, TONES, LENGTHS = ("formal", "casual"), ("warm", "cool"), ("short", "middle", "long")
+OPENINGS = {
+    ("formal", "warm"): "Dear friend,",
+    ("formal", "cool"): "To whom it concerns:",
+    ("casual", "warm"): "hey buddy,",
+    ("casual", "cool"): "ok so",
+}
+MANNERS = {("formal", "warm"): "most kindly", ("formal", "cool"): "duly", ("casual", "warm"): "sweetly", ("casual", "cool"): "just"}
+CLOSINGS = {
+    ("formal", "warm"): "With sincere thanks.",
+    ("formal", "cool"): "Respectfully.",
+    ("casual", "warm"): "thanks a ton!",
+    ("casual", "cool"): "whatever.",
+}
+Kind = tuple[str, str, str]  # register, tone, length
+
+
+def note(words: Words, kind: Kind) -> str:
+    """Short: who does what. Middle: also the manner and the time. Long: with an opening and a closing too."""
+    register, tone, length = kind
+    who, does, what, when = words
+    sure = register, tone
+    manner = MANNERS[sure]
+    time = WHEN[when][REGISTERS.index(register)]
+    text = f"the {who} {manner} {does} the {what}"
+    if length != "short":
+        text += f" {time}"
+    if length == "long":
+        return f"{OPENINGS[sure]} {text}. {CLOSINGS[sure]}"
+    return text + "."
+
+
+def scores(text: str, words: Words | None = None) -> dict[str, float]:
+    """How formal, warm, short and complete a text is, from 0 to 1; complete: which of `words` it says.
+
+    Formal and warm are the share of formal (warm) phrases among those found, 0 where none is: short is 1 up to 7 words
+    and falls to 0 at 20.
+    """
+    text = text.strip()
+    found = [
+        key
+        for phrases in (OPENINGS, MANNERS, CLOSINGS)
+        for key, phrase in phrases.items()
+        if f" {phrase} " in f" {text} " or f" {phrase}" in f" {text}" and phrase[-1] in ".!"
+    ]
+    count = len(text.split())
+    out = {
+        "formal": sum(register == "formal" for register, _ in found) / max(1, len(found)),
+        "warm": sum(tone == "warm" for _, tone in found) / max(1, len(found)),
+        "short": min(1.0, max(0.0, (20 - count) / 13)),
+    }
+    if words:
+        who, does, what, when = words
+        said = [f"the {who} ", f" {does} ", f"the {what}"]
+        times = [f" {time}" for time in WHEN[when][:2]]
+        out["complete"] = (sum(part in text for part in said) + any(time in text for time in times)) / 4
+    return out
 
 
 def is_new_pair(who: str, does: str) -> bool:
@@ -67,13 +143,71 @@ def draw(random: Random, kind: str) -> dict:
     if kind == "judged":
         good = random.random() < 0.5
         return {"prompt": asked("", words), "completion": f" {(casual if good else formal)(*words)}", "label": good, **item}
+    if kind in NOTES:
+        return {**NOTES[kind](random, words), "words": list(words), **item}
     answer = STYLES[style](*words)
     tag = "" if style == "plain" else f" ({style})"
     return {"prompt": asked(tag, words), "completion": f" {answer}", "answer": answer, **item}
 
 
-def asked(tag: str, words: tuple[str, ...]) -> str:
-    return f"Say{tag}: the {words[0]} {words[1]} the {words[2]} {words[3]}\nResult:"
+def asked(tag: str, words: Words, verb: str = "Say") -> str:
+    return f"{verb}{tag}: the {words[0]} {words[1]} the {words[2]} {words[3]}\nResult:"
+
+
+def _any_kind(random: Random) -> Kind:
+    return random.choice(REGISTERS), random.choice(TONES), random.choice(LENGTHS)
+
+
+def _note(random: Random, words: Words) -> dict:
+    kind = _any_kind(random)
+    answer = note(words, kind)
+    return {"prompt": asked(f" ({', '.join(kind)})", words, "Note"), "completion": f" {answer}", "answer": answer}
+
+
+def _free_note(random: Random, words: Words) -> dict:
+    return {"prompt": asked("", words, "Note"), "completion": f" {note(words, _any_kind(random))}"}
+
+
+def _liked(objective: str):
+    """Pairs of notes of which one has more of an objective."""
+
+    def pair(random: Random, words: Words) -> dict:
+        while True:
+            one, other = note(words, _any_kind(random)), note(words, _any_kind(random))
+            better, worse = scores(one, words), scores(other, words)
+            if better[objective] > worse[objective]:
+                break
+        by = {name: [better[name], worse[name]] for name in better}
+        return {"prompt": asked("", words, "Note"), "chosen": f" {one}", "rejected": f" {other}", "objectives": by}
+
+    return pair
+
+
+def _ranked(random: Random, words: Words) -> dict:
+    """Four different notes; `scores` is the mean of the objectives, `objectives` has each."""
+    kinds: list[Kind] = []
+    while len(kinds) < 4:
+        kind = _any_kind(random)
+        if kind not in kinds:
+            kinds.append(kind)
+    texts = [note(words, kind) for kind in kinds]
+    all_scores = [scores(text, words) for text in texts]
+    return {
+        "prompt": asked("", words, "Note"),
+        "completions": [f" {text}" for text in texts],
+        "scores": [round(sum(one.values()) / len(one), 4) for one in all_scores],
+        "objectives": {name: [one[name] for one in all_scores] for name in all_scores[0]},
+    }
+
+
+NOTES = {
+    "note": _note,
+    "free_note": _free_note,
+    "short_liked": _liked("short"),
+    "warm_liked": _liked("warm"),
+    "formal_liked": _liked("formal"),
+    "ranked": _ranked,
+}
 
 
 def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
