@@ -178,7 +178,8 @@ def test_saved_and_read_back(name, tmp_path):
     again = build("tuner", attached.settings).attach(base(kind))
     again.load(again.read(tmp_path))
     assert torch.allclose(logprobs(again), logprobs(attached), atol=1e-6)
-    assert all(torch.equal(v, attached.tensors()[k]) for k, v in again.tensors().items())
+    kept = {k: v for k, v in attached.tensors().items() if k not in attached.memory()}
+    assert all(torch.equal(v, again.tensors()[k]) for k, v in kept.items())
 
 
 def test_an_adapter_says_only_what_older_readers_know(tmp_path):

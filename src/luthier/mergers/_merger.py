@@ -32,4 +32,6 @@ class Merger:
                 was, now = list(first[name].shape), list(other[name].shape)
                 if was != now:
                     raise RecipeError(f"merger '{self.name}': {name} is {was} in run 0 and {now} in run {k}")
+                if not first[name].is_floating_point() and not first[name].equal(other[name]):
+                    raise RecipeError(f"merger '{self.name}': {name}, which says what moves, differs between run 0 and run {k}")
         return list(first)

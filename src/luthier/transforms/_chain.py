@@ -145,13 +145,31 @@ class Chain:
         """Update one site."""
         state = self.state.setdefault(site.name, {})
         state["step"] = state.get("step", 0) + 1
+        self._renew(site, state)
         masters = self._masters(site, state)
         stood = Site(site.name, masters, site.by)
         grads = {k: g.to(masters[k].dtype) for k, g in grads.items()}
-        for slot, update in through(self.transforms, grads, state, stood, state["step"]).items():
+        for slot, update in self._updates(grads, state, stood).items():
             masters[slot].add_(update, alpha=-self.rate)
             if masters[slot] is not site.slots[slot]:
                 site.slots[slot].copy_(masters[slot])
+
+    def _renew(self, site: Site, state: dict) -> None:
+        """Forget what was known of entries that the tuner has begun anew, and count their steps from here."""
+        for slot, mask in self.attached.renewed(site.name).items():
+            born = state.setdefault("born", {}).setdefault(slot, torch.zeros(mask.shape, dtype=torch.int32, device=mask.device))
+            born[mask] = state["step"] - 1
+            for i in range(len(self.transforms)):
+                for kept in state.get(str(i), {}).get(slot, {}).values():
+                    if torch.is_tensor(kept) and kept.shape == mask.shape:
+                        kept[mask] = 0
+
+    def _updates(self, grads: Slots, state: dict, site: Site) -> Slots:
+        born, step = state.get("born", {}), state["step"]
+        if not born:
+            return through(self.transforms, grads, state, site, step)
+        ages = {slot: step - born[slot] if slot in born else step for slot in grads}
+        return {k: u for slot, g in grads.items() for k, u in through(self.transforms, {slot: g}, state, site, ages[slot]).items()}
 
     def _masters(self, site: Site, state: dict) -> dict[str, Any]:
         low = {k: p for k, p in site.slots.items() if p.dtype in (torch.bfloat16, torch.float16)}

@@ -32,11 +32,17 @@ class Also(Attached):
     def buffers(self):
         return self.attached.buffers()
 
+    def memory(self):
+        return self.attached.memory()
+
     def initialize(self, rows, roles):
         self.attached.initialize(rows, roles)
 
     def before_step(self, clock):
         self.attached.before_step(clock)
+
+    def renewed(self, site):
+        return self.attached.renewed(site)
 
     def after_step(self, clock):
         self.attached.after_step(clock)

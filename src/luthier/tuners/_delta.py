@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from luthier.method import family
 from luthier.tuners._tuner import Attached, Tuner
@@ -66,6 +67,10 @@ class Delta(Where):
 
         return OnPeft(self, model, config_of(type(self))(**plain_settings(self)))
 
+    def at(self, name: str) -> Self:
+        """These settings as they are for the module of this name, where modules differ."""
+        return self
+
     def init(self, W: Tensor) -> dict[str, Any]:
         """W [out, in] -> the tensors that its layer gains, in fp32: trained, `frozen(...)` or `seeded(...)`.
 
@@ -74,7 +79,7 @@ class Delta(Where):
         raise NotImplementedError
 
     def weight(self, W: Tensor, p: SimpleNamespace) -> Tensor:
-        """W [out, in] and the layer's tensors -> the tuned weight."""
+        """W [out, in] and the layer's tensors -> the tuned weight. p also has `watch` (tuners/_sparse.py)."""
         raise NotImplementedError
 
     def bias(self, b: Tensor | None, p: SimpleNamespace) -> Tensor | None:

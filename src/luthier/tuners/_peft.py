@@ -54,13 +54,16 @@ _made: dict[type, type] = {}
 
 
 class Tensors(nn.Module):
-    """The tensors of one adapter on one layer, in fp32 whatever the base is."""
+    """The tensors of one adapter on one layer, in fp32 whatever the base is; whole numbers and truth values as they are."""
+
+    watch: Any = None  # called with the gradient of the tuned weight [out, in], by forwards that form it
 
     def __init__(self, made: Mapping[str, Any]):
         super().__init__()
         for name, value in made.items():
             if isinstance(value, tuple):
-                self.register_buffer(name, value[1].float().contiguous(), persistent=value[0] == "frozen")
+                kept = value[1].float() if value[1].is_floating_point() else value[1]
+                self.register_buffer(name, kept.contiguous(), persistent=value[0] == "frozen")
             else:
                 setattr(self, name, nn.Parameter(value.float().contiguous()))
 
@@ -70,12 +73,12 @@ class Layer(nn.Module, BaseTunerLayer):
 
     slot: str  # "luthier_ssf_tensors": the attribute that holds adapter name -> Tensors
 
-    def __init__(self, base: nn.Module, adapter: str, config: Any):
+    def __init__(self, base: nn.Module, adapter: str, config: Any, name: str = ""):
         nn.Module.__init__(self)
         self.base_layer, self.methods, self._undo = base, {}, []
         self._disable_adapters, self.merged_adapters, self._active_adapter = False, [], adapter
         setattr(self, self.slot, nn.ModuleDict())
-        self.update_layer(adapter, config)
+        self.update_layer(adapter, config, name)
 
     @property
     def held(self) -> nn.ModuleDict:
@@ -84,9 +87,9 @@ class Layer(nn.Module, BaseTunerLayer):
     def get_base_layer(self) -> Matrix:
         return cast("Matrix", super().get_base_layer())
 
-    def update_layer(self, adapter: str, config: Any) -> None:
-        """Add an adapter."""
-        method = config.settings()
+    def update_layer(self, adapter: str, config: Any, name: str = "") -> None:
+        """Add an adapter. name: of this module in the network."""
+        method = config.settings().at(name)
         base = self.get_base_layer()
         known = isinstance(base, (*method.kinds, Conv1D)) and base.weight.is_floating_point()
         if not known or base.weight.ndim > 2:
@@ -104,7 +107,7 @@ class Layer(nn.Module, BaseTunerLayer):
     def tensors(self, adapter: str) -> SimpleNamespace:
         """What a Delta calls p."""
         held = self.held[adapter]
-        return SimpleNamespace(**held._parameters, **held._buffers)
+        return SimpleNamespace(**held._parameters, **held._buffers, watch=held.watch)
 
     def tuned(self, adapter: str) -> tuple[Tensor, Tensor | None]:
         """The tuned weight [out, in] and bias, in fp32."""
@@ -176,9 +179,9 @@ class Model(BaseTuner):
 
     def _create_and_replace(self, config, adapter, target, target_name, parent, current_key=None, **_):
         if isinstance(target, self.tuner_layer_cls):
-            target.update_layer(adapter, config)
+            target.update_layer(adapter, config, current_key or "")
             return
-        layer = self.tuner_layer_cls(target, adapter, config)
+        layer = self.tuner_layer_cls(target, adapter, config, current_key or "")
         if adapter not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)

@@ -64,12 +64,16 @@ class Attached:
         """Tensors that never move and yet belong to the state (frozen factors that were made from data)."""
         return {}
 
+    def memory(self) -> dict[str, Tensor]:
+        """Tensors that only training needs (gathered toward the next decision): in checkpoints, not in what `save` writes."""
+        return {}
+
     def tensors(self) -> dict[str, Tensor]:
         """A copy of everything that this tuner may move: its whole state."""
         return {k: p.detach().clone() for k, p in self._state().items()}
 
     def _state(self) -> dict[str, Tensor]:
-        return {**self.parameters(), **self.buffers()}
+        return {**self.parameters(), **self.buffers(), **self.memory()}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -88,6 +92,10 @@ class Attached:
 
     def before_step(self, clock: Clock) -> None:
         """Decide what moves in this step."""
+
+    def renewed(self, site: str) -> dict[str, Tensor]:
+        """slot -> mask of the entries that begin anew in this step: the optimizer forgets what it knew of them. Asked once."""
+        return {}
 
     def after_step(self, clock: Clock) -> None:
         """After the update, gradients still there."""
