@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -42,7 +42,8 @@ class Regrowing(OnPeft):
             if method.begins(clock.step):
                 for t in found.values():
                     t.zero_()
-            layer.held[ADAPTER].watch = (lambda G, found=found: method.gather(G, found)) if method.watches(clock.step) else None
+            held = cast(Any, layer.held[ADAPTER])
+            held.watch = (lambda G, found=found: method.gather(G, found)) if method.watches(clock.step) else None
 
     def renewed(self, site):
         mask = self.masks.pop(site, None)
