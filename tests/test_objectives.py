@@ -22,6 +22,7 @@ from luthier.recipe import terms
 from luthier.rehearsal import WORDS
 from luthier.roles import Policy, Roles
 from luthier.roles.column import Column
+from luthier.transforms._chain import Chain
 from luthier.tuners._tuner import Untuned
 
 torch.set_num_threads(1)
@@ -100,7 +101,7 @@ def batch_of(rows: list[dict]):
 
 def average(objective, roles: Roles, batch) -> torch.Tensor:
     """What the loop makes of a loss: the weighted sum of each term's average."""
-    return sum(w * o.loss(roles, batch).sum() / o.count(batch) for w, o in objective.terms())
+    return sum(w * o.loss(roles, batch).sum() / o.divisor(batch) for w, o in objective.terms())
 
 
 def gradients(net) -> dict[str, torch.Tensor]:
@@ -116,6 +117,8 @@ def same(a: dict, b: dict, atol: float = 1e-6) -> None:
 # ------------------------------------------------------------------------------------------------ contracts
 
 COLUMNS = {  # a word that rows must answer -> what this file writes into them
+    "rewards": lambda row, rng: {"other": [float(x) for x in torch.rand(len(row["completions"]), generator=rng)]},
+    "contrasts": lambda row, rng: [0, 1],
     "old": lambda row, rng: [[-3.5 + 0.1 * float(torch.randn((), generator=rng)) for _ in c] for c in row["completions"]],
 }
 GIVEN = {"completions", "pairs", "scores", "samples", "reference", "teacher", "logprobs", "entropy", "top", "hidden", "generate"}
@@ -124,7 +127,7 @@ GIVEN = {"completions", "pairs", "scores", "samples", "reference", "teacher", "l
 def contract_rows(objective) -> list[dict]:
     """Rows with all that the objective wants; one of them has a completion that is only partly supervised."""
     rng = torch.Generator().manual_seed(5)
-    rows = make_rows(4, k=3)
+    rows = make_rows(4, k=6 if "contrasts" in wants_of(objective) else 3)
     rows[1]["supervised"] = [[True] * (len(c) - 1) + [j != 1] for j, c in enumerate(rows[1]["completions"])]
     for word in sorted(wants_of(objective) - GIVEN):
         assert word in COLUMNS, f"'{objective.name}' wants '{word}': say in COLUMNS or GIVEN of this test how a row answers it"
@@ -163,8 +166,8 @@ def test_accumulation_changes_nothing(name):
     for micro in (4, 3, 1):
         roles = cast()
         batches = [batch_of(rows[i : i + micro]) for i in range(0, 4, micro)]
-        units = sum(objective.count(b) for b in batches)
-        value = sum(objective.loss(roles, b).sum() / units for b in batches)
+        units = [sum(o.divisor(b) for b in batches) for _, o in objective.terms()]
+        value = sum(w * o.loss(roles, b).sum() / n for b in batches for (w, o), n in zip(objective.terms(), units, strict=True))
         value.backward()
         found.append((float(value.detach()), gradients(roles.policy.model)))
     for value, grads in found[1:]:
@@ -180,6 +183,62 @@ def test_order_of_rows_does_not_matter(name):
     rows = contract_rows(objective)
     one, other = (objective.loss(roles, batch_of(r)).sort().values for r in (rows, rows[::-1]))
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+LAYOUTS = (Causal(), Causal(share_prompts=False), Causal(packing=False, share_prompts=False))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_packing_and_shared_prompts_change_nothing(name):
+    objective, found = build("objective", name), []
+    for layout in LAYOUTS:
+        roles = cast()
+        for player in roles.policies():
+            player.architecture = layout
+        value = average(objective, roles, batch_of(contract_rows(objective)))
+        value.backward()
+        found.append((float(value.detach()), gradients(roles.policy.model)))
+    for value, grads in found[1:]:
+        assert value == pytest.approx(found[0][0], rel=1e-5, abs=1e-6)
+        most = max(float(g.abs().max()) for g in grads.values())
+        same(grads, found[0][1], atol=1e-5 * max(1.0, most))
+
+
+def tuned(tuner: str) -> Roles:
+    """The tiny network under a tuner, as a run would have it: the reference is the same network."""
+    net = network()
+    attached = build("tuner", tuner).attach(net)
+    clock = Clock()
+    policy = Policy(Causal(), net, attached)
+    reference = build("role", "off" if "off" in attached.settings.gives else "start").play("reference", policy)
+    roles = cast(reference=reference)
+    return Roles(policy, clock, roles.renderer, reference=reference, teacher=roles.teacher)
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora", "prompt"])
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_runs_with_every_kind_of_tuner_and_without_a_gradient(name, tuner):
+    objective, roles = build("objective", name), tuned(tuner)
+    rows, rng = contract_rows(objective), torch.Generator().manual_seed(6)
+    if "samples" in wants_of(objective):  # against the policy as it is, the value of a ratio does not tell where it leads
+        rows = [{k: v for k, v in r.items() if k != "supervised"} | {"old": COLUMNS["old"](r, rng)} for r in rows]
+    moving = roles.tuner.parameters()
+
+    def closure(grad: bool = True) -> float:
+        with torch.set_grad_enabled(grad):
+            value = average(objective, roles, batch_of(rows))
+        if grad:
+            value.backward()
+        return float(value.detach())
+
+    closure()
+    reached = {k for k, p in moving.items() if p.grad is not None and p.grad.any()}
+    assert reached and all(bool(p.grad.isfinite().all()) for p in moving.values() if p.grad is not None)
+    was = roles.tuner.tensors()
+    build("estimator", "mezo").step(closure, Chain((build("transform", "momentum"),), roles.tuner, roles.clock, 1e-3), roles.clock)
+    now = roles.tuner.tensors()
+    assert all(bool(p.isfinite().all()) for p in now.values())
+    assert any(not torch.equal(now[k], was[k]) for k in now)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.method import RecipeError
+from luthier.method import RecipeError, meant
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,12 @@ class Batch:
         """[N] questions of each sequence, as floats."""
         return torch.bincount(self.owner, minlength=len(self.completion)).float()
 
+    @cached_property
+    def place(self) -> Tensor:
+        """[T] the number of each question in its sequence: 0, 1, 2, ..."""
+        before = self.lengths.long().cumsum(0) - self.lengths.long()
+        return torch.arange(len(self.owner), device=self.ids.device) - before[self.owner]
+
     def segments(self) -> list[Tensor]:
         """[S] lists of places in `ids`."""
         return list(torch.arange(len(self.ids), device=self.ids.device).split(self.sizes))
@@ -101,6 +107,30 @@ class Batch:
     def column(self, name: str) -> Tensor:
         """[N] one number per sequence out of the rows, e.g. scores."""
         return torch.tensor([float(v) for row in self.rows for v in row[name]], device=self.ids.device)
+
+    def reward(self, name: str) -> Tensor:
+        """[N] one of several rewards of the column `rewards`, {name: a number for each completion}."""
+        for row in self.rows:
+            if name not in row["rewards"]:
+                raise RecipeError(f"row {row['id']} has no reward '{name}' in its column `rewards`{meant(name, row['rewards'])}")
+        return torch.tensor([float(v) for row in self.rows for v in row["rewards"][name]], device=self.ids.device)
+
+    def weights(self) -> Tensor | None:
+        """[T] how much each question counts: the column `token_weights`, 1 in rows without it; None where no row has it."""
+        if not any("token_weights" in row for row in self.rows):
+            return None
+        sizes, values = iter(self.lengths.long().tolist()), []
+        for row in self.rows:
+            for k in range(len(row["completions"])):
+                n = next(sizes)
+                told = row["token_weights"][k] if "token_weights" in row else [1.0] * n
+                if len(told) != n:
+                    raise RecipeError(
+                        f"token_weights of row {row['id']} holds {len(told)} numbers for {n} learned tokens: it was written for "
+                        "another completion, another tokenizer or another max_length"
+                    )
+                values += told
+        return torch.tensor(values, dtype=torch.float32, device=self.ids.device)
 
     def per_token(self, name: str) -> Tensor:
         """[T] one number per question, from a column of lists (written by a stage for a model that has left)."""

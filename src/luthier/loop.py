@@ -133,7 +133,7 @@ class Fit:
         micro = self.batches.micro
         batches = [roles.batch(rows[i : i + micro], training=True) for i in range(0, len(rows), micro)]
         terms = self.objective.terms()
-        counts = [[float(o.count(b)) for _, o in terms] + [float(len(b.ids)), float(len(b.owner)), float(len(b.rows))] for b in batches]
+        counts = [[float(o.divisor(b)) for _, o in terms] + [float(len(b.ids)), float(len(b.owner)), float(len(b.rows))] for b in batches]
         total = torch.tensor(counts, dtype=torch.float64).sum(0) if counts else torch.zeros(len(terms) + 3, dtype=torch.float64)
         *units, tokens, supervised, n_rows = self._sum(total).tolist()
         samples = "samples" in self.objective.wants
@@ -161,7 +161,7 @@ class Fit:
                         values = objective.loss(roles, batch)
                         guards.right_count(values, objective, batch)
                         guards.finite(values.detach(), objective.name, clock.step, batch)
-                        term = values.sum() / max(n, 1.0)
+                        term = values.sum() / (n or 1.0)
                         loss = loss + weight * term
                         if len(terms) > 1:
                             each[objective.name] = each.get(objective.name, 0.0) + float(term.detach())

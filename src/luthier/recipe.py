@@ -125,7 +125,7 @@ class Recipe:
         out = {k: spec(v) for k, v in self.methods().items() if v is not None}
         if self.objective is not None:
             aim = self.aim()
-            out["objective"] = [{**spec(o), "weight": w} for w, o in aim.terms()] if not hasattr(aim, "kind") else spec(aim)
+            out["objective"] = [{**spec(o), "weight": w} for w, o in aim.parts] if not hasattr(aim, "kind") else spec(aim)
         return out
 
     # ------------------------------------------------------------------------------------------ parts

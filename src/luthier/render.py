@@ -64,6 +64,13 @@ class Encoded:
     prompt: list[int]  # [P]
     completions: list[list[int]]  # K of [C_k]
     supervised: list[list[bool]]  # K of [C_k]: which tokens of a completion are learned
+    scales: list[list[float]] | None = None  # K of [C_k]: how much each counts, where a turn says a `loss_scale` other than 1
+
+    def weights(self) -> list[list[float]] | None:
+        """The scales of the learned tokens alone: the column `token_weights`."""
+        if self.scales is None:
+            return None
+        return [[s for s, m in zip(scales, marks, strict=True) if m] for scales, marks in zip(self.scales, self.supervised, strict=True)]
 
     def __len__(self) -> int:
         """Tokens of the prompt and the longest completion."""
@@ -193,7 +200,8 @@ class Renderer:
                         raw = json.dumps(row, ensure_ascii=False, default=repr)[:500]
                         bad.append({"where": row.get("id", ""), "reason": str(found), "raw": raw})
                     else:
-                        good.append(row)
+                        weights = found.weights()
+                        good.append(row if weights is None or "token_weights" in row else {**row, "token_weights": weights})
                         total += len(found.prompt) + sum(map(len, found.completions))
                         supervised += sum(map(sum, found.supervised))
                         longest = max(longest, len(found))
@@ -274,8 +282,9 @@ class Renderer:
 
     def texts_of(self, row: dict) -> list[str]:
         """The texts of a plain row that are encoded whole: the prompt, and the prompt with each completion."""
-        joined = [] if self.encoder else [row["prompt"] + c for c in row.get("completions", [])]
-        return [row["prompt"], *joined]
+        asked = begun(row)
+        joined = [] if self.encoder else [asked + c for c in row.get("completions", [])]
+        return [asked, *joined]
 
     def ids(self, texts: list[str], special: bool) -> list[list[int] | BadRow]:
         """Token ids of texts; a text that the tokenizer refuses does not take the others with it."""
@@ -317,9 +326,12 @@ class Renderer:
             if isinstance(found, BadRow):
                 raise found
             known[text] = found
-        prompt, completions = self.trimmed(known[row["prompt"]]), []
+        asked = begun(row)
+        if asked != row["prompt"] and self.encoder:
+            raise BadRow(NO_PREFIX)
+        prompt, completions = self.trimmed(known[asked]), []
         for completion in row.get("completions", []):
-            joint = [] if self.encoder else self.trimmed(known[row["prompt"] + completion])
+            joint = [] if self.encoder else self.trimmed(known[asked + completion])
             if len(joint) > len(prompt) and joint[: len(prompt)] == prompt:
                 said = joint[len(prompt) :]
             else:
@@ -332,20 +344,21 @@ class Renderer:
 
     def structured(self, row: dict) -> Encoded:
         """A row with turns, or with completions that are token ids already (rollouts, pieces of a text)."""
-        prompt, completions, supervised = self.asked(row), [], []
+        prompt, completions, scales = self.asked(row), [], []
         for completion in row.get("completions", []):
             if is_ids(completion):
-                said, learned = list(completion), [True] * len(completion)
+                said, scale = list(completion), [1.0] * len(completion)
             elif isinstance(row["prompt"], str) and isinstance(completion, str):
-                said = self.plain({**row, "completions": [completion]}, self.looked_up(row["prompt"], completion)).completions[0]
-                learned = [True] * len(said)
+                said = self.plain({**row, "completions": [completion]}, self.looked_up(begun(row), completion)).completions[0]
+                scale = [1.0] * len(said)
             elif isinstance(row["prompt"], str):
                 raise BadRow("the prompt is text but a completion is messages")
             else:
-                said, learned = self.reply(row, prompt, spoken(completion))
+                said, scale = self.reply(row, prompt, spoken(completion))
             completions.append(said)
-            supervised.append(learned)
-        return Encoded(prompt, completions, supervised)
+            scales.append(scale)
+        plainly = all(s in (0, 1) for scale in scales for s in scale)
+        return Encoded(prompt, completions, [[s > 0 for s in scale] for scale in scales], None if plainly else scales)
 
     def looked_up(self, *texts: str) -> dict[str, list[int] | BadRow]:
         """The ids that `plain` wants of one prompt and one completion."""
@@ -353,10 +366,14 @@ class Renderer:
         return dict(zip(wanted, self.ids(wanted, True), strict=True))
 
     def asked(self, row: dict) -> list[int]:
-        """A row's prompt as ids."""
+        """A row's prompt as ids, and of the reply what all its completions begin with (`prefix`)."""
+        if row.get("prefix") and self.encoder:
+            raise BadRow(NO_PREFIX)
         if isinstance(row["prompt"], str):
-            return self.trimmed(self.one(row["prompt"], special=True))
-        return self.one(self.rendered(row, row["prompt"], asking=True), special=self.encoder)
+            return self.trimmed(self.one(begun(row), special=True))
+        if not row["prompt"]:  # whole conversations to learn from
+            return []
+        return self.one(self.rendered(row, row["prompt"], asking=True) + row.get("prefix", ""), special=self.encoder)
 
     def rendered(self, row: dict, turns: list[dict], asking: bool = False) -> str:
         """Turns through the chat template. Raises BadRow where the template refuses them."""
@@ -369,15 +386,22 @@ class Renderer:
         except Exception as why:  # a template is somebody's program: it may raise anything
             raise BadRow(f"the chat template refuses it: {why}") from None
 
-    def reply(self, row: dict, prompt: list[int], completion: list[dict]) -> tuple[list[int], list[bool]]:
-        """The turns after the prompt as ids, and which of them are learned: the assistant's, with their end of turn."""
+    def reply(self, row: dict, prompt: list[int], completion: list[dict]) -> tuple[list[int], list[float]]:
+        """The turns after the prompt as ids, and how much each counts: by default the assistant's turns, with their end of
+        turn, and nothing else. The prefix is not learned."""
+        prefix = row.get("prefix", "")
+        if prefix:
+            completion = [{**completion[0], "content": prefix + completion[0]["content"]}, *completion[1:]]
         turns, first = row["prompt"] + completion, len(row["prompt"])
-        head, whole = self.rendered(row, row["prompt"], asking=True), self.rendered(row, turns)
+        head = self.rendered(row, row["prompt"], asking=True) + prefix if row["prompt"] else ""
+        whole = self.rendered(row, turns)
         spans = self.spans(row, turns, first, whole)
+        scaled = [float(t.get("loss_scale", 1)) for t in turns[first:] if is_learned(t)]
         if self.encoder:
             return self.decoder_reply(whole, spans)
         if not whole.startswith(head):
             raise Rewrites(REASON)
+        spans = [(max(start, len(head)), stop) for start, stop in spans]
         ids, offsets = self.placed(whole, {len(head), *(place for span in spans for place in span)})
         skipped = len(prompt)
         # Where a token reaches across the beginning of a reply, what comes before it is served otherwise: cut there.
@@ -386,25 +410,26 @@ class Renderer:
         if cuts:
             self.boundary_mismatches += 1
             ids, offsets = self.placed(whole, cuts, apart=True)
-        learned = [False] * len(ids)
-        for start, stop in spans:
+        learned = [0.0] * len(ids)
+        for (start, stop), scale in zip(spans, scaled, strict=True):
             inside = [i for i in range(skipped, len(ids)) if start <= offsets[i][0] < stop]
             # What follows the end of the turn (a line break) is never sampled.
             last = next((i for i in reversed(inside) if not whole[slice(*offsets[i])].isspace()), -1)
             closed = last >= 0 and ids[last] in self.special
             for i in inside:
-                learned[i] = not closed or i <= last
+                learned[i] = scale if not closed or i <= last else 0.0
             if not closed:
                 self.warn("the chat template closes no turn with a special token, so the model is not taught where to stop")
-        size = max((i + 1 for i, kept in enumerate(learned) if kept), default=skipped)
+        size = max((i + 1 for i, scale in enumerate(learned) if scale), default=skipped)
         return ids[skipped:size], learned[skipped:size]
 
     def spans(self, row: dict, turns: list[dict], first: int, whole: str) -> list[tuple[int, int]]:
         """[start, end) of each learned turn in the rendered text, checked turn by turn: served later as trained now."""
         spans = []
         for i in range(first, len(turns)):
-            if turns[i]["role"] == "assistant":
-                before = self.rendered(row, turns[:i], asking=True)
+            replies = turns[i]["role"] == "assistant"
+            if replies or is_learned(turns[i]):
+                before = self.rendered(row, turns[:i], asking=replies) if i else ""
                 after = whole if i + 1 == len(turns) else self.rendered(row, turns[: i + 1])
                 if not after.startswith(before):
                     raise BadRow(
@@ -420,7 +445,7 @@ class Renderer:
         return spans
 
     def marked_spans(self, row: dict, turns: list[dict], first: int, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-        """The parts of the learned turns that the template marks with {% generation %}."""
+        """The parts of the assistant's learned turns that the template marks with {% generation %}."""
         said = [{k: v for k, v in turn.items() if k not in ("loss", "loss_scale")} for turn in turns]
         out = self.tokenizer.apply_chat_template(
             said,
@@ -432,8 +457,8 @@ class Renderer:
         )
         found = [o for o, m in zip(out["offset_mapping"], out["assistant_masks"], strict=True) if m]
         narrowed = []
-        for start, stop in spans:
-            inside = [o for o in found if start <= o[0] < stop]
+        for (start, stop), turn in zip(spans, filter(is_learned, turns[first:]), strict=True):
+            inside = [o for o in found if start <= o[0] < stop] if turn["role"] == "assistant" else [(start, stop)]
             if not inside:
                 raise BadRow("the chat template marks no {% generation %} in an assistant turn")
             narrowed.append((inside[0][0], inside[-1][1]))
@@ -454,22 +479,24 @@ class Renderer:
             offsets += [(a + start, b + start) for a, b in told]
         return ids, offsets
 
-    def decoder_reply(self, whole: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+    def decoder_reply(self, whole: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[float]]:
         """The one reply that a decoder says to what the encoder read, ended."""
         if len(spans) != 1:
             raise BadRow("an encoder-decoder learns one reply a row")
         said = whole[slice(*spans[0])].strip().removesuffix(self.tokenizer.eos_token or "").strip()
         ids = self.ended(self.one(said))
-        return ids, [True] * len(ids)
+        return ids, [1.0] * len(ids)
 
     def checked(self, row: dict, encoded: Encoded) -> Encoded:
         """An encoded row with something to learn, within max_length. Raises BadRow."""
         if not encoded.prompt and encoded.completions:
             # Nothing comes before the first token, so it cannot be asked: it becomes the prompt.
-            if len(encoded.completions) > 1:
+            first = encoded.completions[0][:1]
+            if any(c[:1] != first for c in encoded.completions):
                 raise BadRow("the prompt is empty, and the tokenizer begins with no token of its own")
-            encoded.prompt = encoded.completions[0][:1]
-            encoded.completions, encoded.supervised = [encoded.completions[0][1:]], [encoded.supervised[0][1:]]
+            encoded.prompt, encoded.completions = first, [c[1:] for c in encoded.completions]
+            encoded.supervised = [s[1:] for s in encoded.supervised]
+            encoded.scales = encoded.scales and [s[1:] for s in encoded.scales]
         if self.max_length:
             self.shorten(encoded, self.max_length)
         if not all(map(any, encoded.supervised)):
@@ -489,6 +516,7 @@ class Renderer:
         if any(len(c) > room for c in encoded.completions):
             encoded.completions = [c[:room] for c in encoded.completions]
             encoded.supervised = [s[:room] for s in encoded.supervised]
+            encoded.scales = encoded.scales and [s[:room] for s in encoded.scales]
             self.cut += 1
 
     @cached_property
@@ -514,7 +542,7 @@ class Renderer:
 
     def remember(self, key: bytes, encoded: Encoded) -> None:
         """Keep an encoding in little space; the oldest go when there are more than cache_tokens."""
-        told = [array("i", c) for c in encoded.completions], [bytes(s) for s in encoded.supervised]
+        told = [array("i", c) for c in encoded.completions], [bytes(s) for s in encoded.supervised], encoded.scales
         self.cache[key] = (array("i", encoded.prompt), *told)
         self.cached += size_of(self.cache[key])
         while self.cached > self.cache_tokens and len(self.cache) > 1:
@@ -522,10 +550,11 @@ class Renderer:
 
     def recall(self, key: bytes) -> Encoded:
         """A kept encoding, as lists of its own."""
-        prompt, completions, supervised = self.cache[key]
-        return Encoded(prompt.tolist(), [c.tolist() for c in completions], [[*map(bool, s)] for s in supervised])
+        prompt, completions, supervised, scales = self.cache[key]
+        return Encoded(prompt.tolist(), [c.tolist() for c in completions], [[*map(bool, s)] for s in supervised], scales)
 
 
+NO_PREFIX = "an encoder-decoder reads the prompt apart from the reply, so it takes no prefix"
 REASON = (
     "the chat template rewrites earlier turns once later ones follow, so what is trained would never be served: "
     "keep one assistant turn to learn in a row, or give a chat_template that leaves turns as they are"
@@ -539,7 +568,7 @@ def size_of(kept: tuple) -> int:
 
 def digest(what: str, row: dict) -> bytes:
     """A key of all that decides a row's encoding."""
-    parts = [row["prompt"], row.get("tools"), row.get("chat_template_kwargs")]
+    parts = [row["prompt"], row.get("prefix"), row.get("tools"), row.get("chat_template_kwargs")]
     parts += [row.get("completions")] if what == "row" else []
     said = json.dumps([what, *parts], default=repr)
     return hashlib.blake2b(said.encode(), digest_size=16).digest()
@@ -572,9 +601,14 @@ def is_plain(row: dict) -> bool:
 
 def is_text(row: dict) -> bool:
     """Whether a row is one text to continue, with nothing before it."""
-    return row["prompt"] == "" and len(row.get("completions", [])) == 1 and isinstance(row["completions"][0], str)
+    return row["prompt"] == "" and not row.get("prefix") and len(row.get("completions", [])) == 1 and isinstance(row["completions"][0], str)
 
 
 def is_learned(turn: dict) -> bool:
-    """Whether a turn is the assistant's and not told to be left out."""
-    return turn["role"] == "assistant" and turn.get("loss") is not False and turn.get("loss_scale") != 0
+    """Whether a turn is the assistant's and not told to be left out, or another's and told to be learned."""
+    return turn.get("loss", turn["role"] == "assistant") is True and turn.get("loss_scale") != 0
+
+
+def begun(row: dict) -> str:
+    """A prompt of plain text, and what all its completions begin with."""
+    return row["prompt"] + row.get("prefix", "")

@@ -27,7 +27,8 @@ class Generate(Evaluator):
 
     def run(self, roles, rows, folder, when):
         judge = build("reward", self.reward) if self.reward else None
-        rows = (liked(rows) if rows and rows[0].get("completions") else list(rows))[: self.n]
+        rows = [r for r in rows if r["prompt"] != []]  # of a whole conversation nothing is asked
+        rows = (liked(rows) if rows and rows[0].get("completions") else rows)[: self.n]
         if not rows:
             return {}
         opened = [self.opened(roles, r) for r in rows]

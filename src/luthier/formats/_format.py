@@ -37,7 +37,7 @@ ROLES = {
     "function": "tool",
     "ipython": "tool",
 }
-TURN = ("tool_call_id", "name", "reasoning_content", "loss", "loss_scale")  # what a message may carry beside its text
+TURN = ("tool_call_id", "name", "reasoning_content")  # what a message may carry beside its text and how it is learned
 TRUTH = {
     "true": True,
     "yes": True,
@@ -202,7 +202,7 @@ def message(turn: Any, where: str) -> dict:
     role = ROLES.get(said) if isinstance(said, str) else None
     if role is None:
         raise BadRow(f"{where} has no role" if said is None else f"{where} has the unknown role {said!r}")
-    read = {k: turn[k] for k in TURN if turn.get(k) is not None}
+    read = {k: turn[k] for k in TURN if turn.get(k) is not None} | learning(turn, where)
     asked = turn.get("tool_calls") or (content if role == "function_call" else None)
     if asked:
         content = "" if role == "function_call" else content or ""
@@ -216,6 +216,28 @@ def message(turn: Any, where: str) -> dict:
     elif not content.strip() and role != "tool" and not read.get("reasoning_content"):
         raise BadRow(f"{where} ({role}) is {'only white space' if content else 'empty'}")
     return {"role": "assistant" if role == "function_call" else role, "content": content, **read}
+
+
+def learning(turn: dict, where: str) -> dict:
+    """Whether a turn is learned (`loss`, axolotl's `train`) and how much it counts (`loss_scale`, OpenAI's `weight`)."""
+    said = {}
+    for name in ("loss", "train"):
+        if turn.get(name) is not None:
+            said["loss"] = truth(turn, name)
+    for name in ("loss_scale", "weight"):
+        if turn.get(name) is not None:
+            said["loss_scale"] = numbers([turn[name]], f"{name} of {where}")[0]
+            if said["loss_scale"] < 0:
+                raise BadRow(f"{name} of {where} is below 0")
+    return said
+
+
+def conversation(turns: list[dict], name: str, assistant_only: bool) -> tuple[list[dict], list[dict]]:
+    """Turns -> prompt and rest. Where a turn before the first reply is to be learned too, there is no prompt but the empty one."""
+    if not assistant_only:
+        turns = [{**t, "loss": t.get("loss", True)} for t in turns]
+    prompt, rest = first_reply(turns, name)
+    return ([], turns if not assistant_only else prompt + rest) if any(t.get("loss") for t in prompt) else (prompt, rest)
 
 
 def first_reply(turns: list[dict], name: str) -> tuple[list[dict], list[dict]]:

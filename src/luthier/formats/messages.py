@@ -1,6 +1,9 @@
-"""A conversation as messages: every assistant turn is learned unless it says "loss": false."""
+"""A conversation as messages: every assistant turn is learned unless it says "loss": false.
 
-from luthier.formats._format import Format, first_reply, messages, tools
+A turn may also say "loss": true (of any role) and "loss_scale": 0.5, how much its tokens count in `sft` and its kin.
+"""
+
+from luthier.formats._format import Format, conversation, messages, tools
 from luthier.method import row_format
 
 
@@ -12,8 +15,10 @@ class Messages(Format):
     """
 
     columns = ("messages",)
+    assistant_only_loss: bool = True  # false: the turns of users, systems and tools are learned too, but for those with "loss": false
+
     optional = "tools"
 
     def read(self, raw):
-        prompt, rest = first_reply(messages(raw.get("messages"), "messages"), "messages")
+        prompt, rest = conversation(messages(raw.get("messages"), "messages"), "messages", self.assistant_only_loss)
         return {"prompt": prompt, "completions": [rest], "tools": tools(raw)}

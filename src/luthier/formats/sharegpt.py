@@ -1,6 +1,6 @@
 """ShareGPT conversations: from/value turns by human, gpt, system, function_call, observation or tool."""
 
-from luthier.formats._format import BadRow, Format, first_reply, messages, text, tools
+from luthier.formats._format import BadRow, Format, conversation, messages, text, tools
 from luthier.method import row_format
 
 
@@ -12,6 +12,8 @@ class ShareGPT(Format):
     """
 
     columns = ("conversations",)
+    assistant_only_loss: bool = True  # false: the turns of users, systems and tools are learned too, but for those with "loss": false
+
     optional = "tools system"
 
     def read(self, raw):
@@ -20,5 +22,5 @@ class ShareGPT(Format):
             if turns[0]["role"] == "system":
                 raise BadRow("there are two system texts: the system column and the first turn")
             turns = [{"role": "system", "content": text(raw, "system")}, *turns]
-        prompt, rest = first_reply(turns, "conversations")
+        prompt, rest = conversation(turns, "conversations", self.assistant_only_loss)
         return {"prompt": prompt, "completions": [rest], "tools": tools(raw)}

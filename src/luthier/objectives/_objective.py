@@ -26,8 +26,13 @@ class Objective:
         """How many units a batch holds; known before any forward."""
         return batch.count(self.unit)
 
+    def divisor(self, batch: Batch) -> float:
+        """What the sum over all units of a global batch is divided by, this batch's share of it: how many there are, or
+        where they are weighted what they weigh together."""
+        return self.count(batch)
+
     def terms(self) -> list[tuple[float, Objective]]:
-        """(weight, objective) of each term; a single objective is one term."""
+        """(weight, objective) of each term; a single objective is one term, unless its method is a sum itself."""
         return [(1.0, self)]
 
 
@@ -44,4 +49,4 @@ class Sum(Objective):
         return frozenset().union(*(wants_of(o) for _, o in self.parts))
 
     def terms(self) -> list[tuple[float, Objective]]:
-        return list(self.parts)
+        return [(w * inner, term) for w, part in self.parts for inner, term in part.terms()]

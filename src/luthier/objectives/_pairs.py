@@ -1,7 +1,8 @@
 """Preferences: what the best and the worst completion of a row have to do with each other.
 
 A value per completion (here the log-ratio to the reference, summed over its tokens), and what a margin between the two
-values costs. Methods without a reference, or with another normalisation, say their own `values`.
+values costs. Methods without a reference, or with another normalisation, say their own `values`; those that look at each
+side by itself say what a `pair` costs.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
@@ -38,6 +40,17 @@ def best_and_worst(batch: Batch) -> tuple[Tensor, Tensor]:
     return torch.tensor(best, device=device), torch.tensor(worst, device=device)
 
 
+def logistic(x: Tensor, wrong: float = 0.0) -> Tensor:
+    """-log sigmoid(x); where a share `wrong` of the labels is taken to be the wrong way round, the mixture of both ways."""
+    return -(1 - wrong) * F.logsigmoid(x) - wrong * F.logsigmoid(-x) if wrong else -F.logsigmoid(x)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) of x <= 0, exact near both ends; x is kept below 0, where it would be infinite."""
+    x = x.clamp(max=-1e-6)
+    return torch.where(x > -0.6931, (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
+
+
 @family
 class Pairs(Objective):
     """Family: a method says what a margin costs. A row whose completions score alike costs a constant: no gradient."""
@@ -54,11 +67,16 @@ class Pairs(Objective):
         """[G] value of the best minus value of the worst -> what it costs. Says what beta does."""
         raise NotImplementedError
 
+    def pair(self, better: Tensor, worse: Tensor) -> Tensor:
+        """[G], [G] values of the best and of the worst -> what they cost."""
+        return self.cost(better - worse)
+
     def loss(self, roles, batch):
         values = self.values(roles, batch)
         best, worst = best_and_worst(batch)
         self.note(batch, values.detach(), best, worst)
-        return self.cost(values[best] - values[worst])
+        untold = values.detach()
+        return self.pair(*(torch.where(best != worst, values[side], untold[side]) for side in (best, worst)))
 
     def note(self, batch: Batch, values: Tensor, best: Tensor, worst: Tensor) -> None:
         """Rewards of both sides, over the rows that tell them apart."""

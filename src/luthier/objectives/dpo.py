@@ -3,10 +3,8 @@
 With label_smoothing it is conservative DPO (cDPO): that share of the pairs is taken to be labelled the wrong way round.
 """
 
-import torch.nn.functional as F
-
 from luthier.method import objective
-from luthier.objectives._pairs import Pairs, Probability
+from luthier.objectives._pairs import Pairs, Probability, logistic
 
 
 @objective(paper="arXiv:2305.18290", wants="pairs reference logprobs")
@@ -16,5 +14,4 @@ class DPO(Pairs):
     label_smoothing: Probability = 0.0  # share of pairs that may be labelled the wrong way round
 
     def cost(self, margin):
-        right, wrong = F.logsigmoid(self.beta * margin), F.logsigmoid(-self.beta * margin)
-        return -(1 - self.label_smoothing) * right - self.label_smoothing * wrong
+        return logistic(self.beta * margin, self.label_smoothing)

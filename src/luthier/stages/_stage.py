@@ -10,7 +10,15 @@ import torch
 from luthier.method import family
 from luthier.roles import resting
 
-BY_COMPLETION = ("completions", "scores", "truncated", "old", "remembered")  # columns with an entry for each completion
+BY_COMPLETION = (
+    "completions",
+    "scores",
+    "truncated",
+    "old",
+    "remembered",
+    "token_weights",
+    "win_rates",
+)  # columns with an entry for each completion
 
 
 @family

@@ -14,7 +14,7 @@ class Score(Stage):
     """Column `scores`; of several rewards also `rewards`, each by its name."""
 
     reward: Annotated[tuple, many("reward")] = ("exact_match",)  # the judge, or a list of them
-    reward_weights: list[float] | None = None  # of each reward; all 1 where not given
+    reward_weights: list[float] | None = None  # of each reward in `scores`; all 1 where not given
 
     def __post_init__(self):
         if not self.reward:
