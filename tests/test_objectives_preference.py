@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+
+from luthier.method import RecipeError, build
+from luthier.recipe import terms
 from test_objectives import (
-    V,
     agree,
     average,
     batch_of,
@@ -22,13 +25,9 @@ from test_objectives import (
     pair_rows,
     preference_inputs,
     same,
-    tokenizer,
     trainer,
     trl,  # noqa: F401 (a fixture)
 )
-
-from luthier.method import RecipeError, build
-from luthier.recipe import terms
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -105,6 +104,7 @@ def trainers(trl, tmp_path_factory):  # noqa: F811
     """TRL's trainer of a kind with settings, CPO and ORPO from where TRL keeps them now."""
     from types import SimpleNamespace
 
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     from trl.experimental.cpo import CPOConfig, CPOTrainer
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -473,7 +473,7 @@ def test_sppo_stays_near_the_equilibrium_of_rock_paper_scissors():
         adam.zero_grad()
         bandit.average(build("objective", "dpo"), roles, rows).backward()
         adam.step()
-    assert float(policy.log_policy().exp()[0]) < 0.05, "DPO goes on for ever"
+    assert float(policy.log_policy().detach().exp()[0]) < 0.05, "DPO goes on for ever"
 
 
 def test_win_rates_of_scores():
@@ -503,7 +503,7 @@ def test_what_sees_far_and_what_does_not():
     for where, peak in (("far", 70), ("covered", 28)):
         reward = (-((arms - peak) / 15).square() / 2).exp()
         for name, (spec, fresh) in tried.items():
-            told = bandit.study(build("objective", spec), reward, base, steps=200, n=4, rows=16, fresh_every=fresh)
+            told = bandit.study(build("objective", spec), reward, base, steps=150, n=4, rows=16, fresh_every=fresh)
             end[where, name] = told.reward[-1]
             if (where, name) == ("covered", "dpo"):
                 assert told.rejected[-1] < told.rejected[0] and told.kl[-1] > 0
@@ -526,7 +526,7 @@ def test_one_step_of_each_in_closed_form():
             change[spec] = policy.log_policy() - was
     assert (change["chosen_sft"][8:13] > 0).all(), "SFT raises all that are like the chosen one"
     assert change["dpo"][30] < 0 and change["dpo"][30] < change["dpo"][20] - 1e-3, "DPO lowers the rejected one"
-    assert change["chosen_sft"][30] == pytest.approx(float(change["chosen_sft"][38]), abs=1e-3), "SFT lowers it like any other"
+    assert change["chosen_sft"][30] == pytest.approx(float(change["chosen_sft"][38]), abs=5e-3), "SFT lowers it like any other"
     want = torch.zeros(40)
     want[10], want[30] = 0.1 / 2, -0.1 / 2  # at the reference the logistic's slope is a half
     policy = bandit.Arms(torch.zeros(40))

@@ -21,7 +21,7 @@ from luthier.rows import load
 from luthier.stages._stage import pick, said, text_of
 
 STAGES = names("stage")
-COLUMNS = {"completions", "scores", "pairs", "answer", "tests", "old", "remembered", "truncated"}  # words that rows carry
+COLUMNS = {"completions", "scores", "pairs", "answer", "tests", "old", "remembered", "truncated", "contexts"}  # words that rows carry
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def roles(tiny):
     """Roles of a tiny model with itself, untuned, as the reference; `told` keeps what is said."""
     recipe = Recipe.load({"model": tiny, "tuner": "full", "dtype": "float32"})
     made = assemble(recipe, rehearse(recipe, load(SUMS).rows))
-    made.reference = made.policy.as_role("reference")
+    made.reference, made.judge = made.policy.as_role("reference"), made.policy.as_role("judge")
     return made
 
 
@@ -43,11 +43,14 @@ def told(roles):
 def rows_with(columns: set[str], n: int = 6) -> list[dict]:
     """Rows with an id, a prompt and exactly these columns."""
     answers = [[f"{a}", "no", "maybe not"] if columns & {"scores", "pairs"} else [f"{a} is it"] for a in range(n)]
+    if "contexts" in columns:
+        answers = [["yes", "no"] for _ in range(n)]
     all_columns = {
         "completions": lambda a: answers[a],
         "scores": lambda a: [0.5, 0.25, -1.0],
         "answer": lambda a: f"{a}",
         "tests": lambda a: "assert True",
+        "contexts": lambda a: ["so it is", "so it is not"],
     }
     wanted = columns | ({"completions", "scores"} if "pairs" in columns else set())
     return [{"id": f"r{a}", "prompt": f"what is {a}?", **{k: f(a) for k, f in all_columns.items() if k in wanted}} for a in range(n)]

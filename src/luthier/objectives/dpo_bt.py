@@ -5,7 +5,7 @@ from luthier.objectives._lists import Lists, by_row, ordered
 from luthier.objectives._pairs import logistic
 
 
-@objective(paper="arXiv:2402.01878", row="lipo-lambda", wants="pairs scores reference logprobs")
+@objective(paper="arXiv:2402.01878", row="lipo-lambda", wants="completions scores reference logprobs")
 class DPOBT(Lists):
     """-log sigmoid(s_i - s_j) of each pair in which i has the higher score."""
 

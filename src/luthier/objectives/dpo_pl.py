@@ -9,7 +9,7 @@ from luthier.method import objective
 from luthier.objectives._lists import Lists, by_row, ordered
 
 
-@objective(paper="arXiv:2402.01878", row="lipo-lambda", wants="pairs scores reference logprobs")
+@objective(paper="arXiv:2402.01878", row="lipo-lambda", wants="completions scores reference logprobs")
 class DPOPL(Lists):
     """-log of the product over the list of exp(s_i) / (exp(s_i) + sum of exp(s_j) over all j of lower score)."""
 

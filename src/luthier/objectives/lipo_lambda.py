@@ -8,7 +8,7 @@ from luthier.objectives._lists import Lists, by_row, ordered, rank
 from luthier.objectives._pairs import logistic
 
 
-@objective(paper="arXiv:2402.01878", row="lipo-lambda", wants="pairs scores reference logprobs")
+@objective(paper="arXiv:2402.01878", row="lipo-lambda", wants="completions scores reference logprobs")
 class LiPO(Lists):
     """Sum over pairs of |2^score_i - 2^score_j| * |1 / log(1 + rank_i) - 1 / log(1 + rank_j)| * -log sigmoid(s_i - s_j)."""
 

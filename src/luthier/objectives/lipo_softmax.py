@@ -11,7 +11,7 @@ from luthier.objectives._lists import Lists, by_row
 from luthier.objectives._pairs import Positive
 
 
-@objective(paper="arXiv:2402.01878", row="lipo-lambda", wants="pairs scores reference logprobs")
+@objective(paper="arXiv:2402.01878", row="lipo-lambda", wants="completions scores reference logprobs")
 class LiPOSoftmax(Lists):
     """-sum over a row of softmax(score / temperature) * log softmax(s)."""
 

@@ -28,8 +28,7 @@ class Arms(nn.Module):
         super().__init__()
         place = torch.arange(len(base), dtype=base.dtype)
         near = (-0.5 * ((place[:, None] - place) / width).square()).exp() if width else torch.eye(len(base), dtype=base.dtype)
-        self.register_buffer("base", base)
-        self.register_buffer("kernel", near)
+        self.base, self.kernel = base, near
         self.weights = nn.Parameter(torch.zeros_like(base))
 
     def log_policy(self) -> Tensor:

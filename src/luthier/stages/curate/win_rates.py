@@ -15,7 +15,7 @@ from luthier.method import stage
 from luthier.stages._stage import Stage
 
 
-@stage(paper="arXiv:2405.00675", row="sppo", wants="completions scores")
+@stage(paper="arXiv:2405.00675", row="sppo", wants="scores")
 class WinRates(Stage):
     """Column `win_rates`: the mean over the row's completions, itself among them, of the chance to be preferred."""
 
