@@ -14,7 +14,7 @@ from luthier import docs, method
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"])
-BY_HAND = ("index", "idea", "recipes", "data", "python", "troubleshooting")
+BY_HAND = ("index", "idea", "recipes", "data", "practice", "python", "troubleshooting")
 
 
 def test_generated_pages_are_up_to_date(capsys):
@@ -22,7 +22,8 @@ def test_generated_pages_are_up_to_date(capsys):
 
 
 def test_check_tells_what_differs(tmp_path, capsys):
-    (tmp_path / "recipes.md").write_text(f"# R\n{docs.BEGIN}\n{docs.END}\n")
+    for name, (begin, end, _) in docs.PARTS.items():
+        (tmp_path / name).write_text(f"# R\n{begin}\n{end}\n")
     assert docs.docs(tmp_path, check=False) == 0
     assert docs.docs(tmp_path, check=True) == 0
     (tmp_path / "methods/objective/sft.md").write_text("other\n")

@@ -12,7 +12,10 @@ from typer.core import TyperGroup
 
 from luthier.method import RecipeError
 
-Words = Annotated[list[str] | None, typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A recipe (or a run's folder), and changes.")]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A recipe (or a run's folder, or practice:WORLD), and changes."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
@@ -199,8 +202,8 @@ def docs(
 # ---------------------------------------------------------------------------------------------- words and tables
 
 
-def asked(words: list[str] | None, **options: str | None) -> tuple[Path | None, list[str]]:
-    """A recipe's path, if one was named, and every change: key=value words, then options."""
+def asked(words: list[str] | None, **options: str | None) -> tuple[Path | str | None, list[str]]:
+    """A recipe's path or practice:WORLD, if one was named, and every change: key=value words, then options."""
     files = [w for w in words or () if "=" not in w or Path(w).is_file()]
     if len(files) > 1:
         raise RecipeError(f"one recipe at a time, not {' and '.join(files)} (changes are written key=value)")
@@ -209,6 +212,8 @@ def asked(words: list[str] | None, **options: str | None) -> tuple[Path | None, 
     changes += [w for w in words or () if w not in files]
     if not files:
         return None, changes
+    if files[0].startswith("practice:"):
+        return files[0], changes
     path = Path(files[0])
     return path / "recipe.yaml" if path.is_dir() else path, changes
 

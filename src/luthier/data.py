@@ -50,7 +50,7 @@ def touching(rows: Sequence[dict]) -> list[str]:
     return [f"…{p[-20:]}{c[:20]}…" for p, c in plain if ends.search(p) and goes_on.match(c)]
 
 
-READ = {"id", "prompt", "answer", "label", "kind", "item", "skill"}  # columns of text that are no news beside a row
+READ = {"id", "prompt", "answer", "label", "kind", "item", "skill", "world"}  # columns of text that are no news beside a row
 
 
 def beside(data: Data) -> str | None:

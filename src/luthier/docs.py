@@ -1,11 +1,12 @@
 """The pages that follow from the declarations: `python -m luthier.docs` writes them, `--check` fails where they differ.
 
-docs/methods/<kind>/<name>.md for each method, docs/methods/index.md, docs/papers.md, docs/claims.md, and the table of keys in
-docs/recipes.md between its two marks. Everything else in docs/ is written by hand.
+docs/methods/<kind>/<name>.md for each method, docs/methods/index.md, docs/papers.md, docs/claims.md, and between two marks
+the table of keys in docs/recipes.md and the worlds in docs/practice.md. Everything else in docs/ is written by hand.
 """
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from luthier import claims, method
 from luthier.catalogue import known, papers
 
 BEGIN, END = "<!-- keys: written by luthier.docs -->", "<!-- /keys -->"
+WORLDS_BEGIN, WORLDS_END = "<!-- worlds: written by luthier.docs -->", "<!-- /worlds -->"
 TITLES = {
     "tuner": "Tuners: what moves",
     "objective": "Objectives: toward what",
@@ -77,11 +79,34 @@ def keys() -> str:
     return "\n".join(lines)
 
 
-def between(text: str) -> str:
-    """recipes.md with its table as it should be."""
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n{keys()}\n{END}{tail}"
+def worlds() -> str:
+    """Every practice world: what it is, its splits, and a row of each kind it is trained and tested on."""
+    from luthier import practice
+    from luthier.practice.worlds import find
+
+    lines: list[str] = []
+    for name in practice.worlds():
+        splits, said = find(name).SPLITS, (find(name).__doc__ or "").strip()
+        by_kinds: dict[str, list[str]] = {}
+        for split, kinds in splits.items():
+            by_kinds.setdefault(", ".join(kinds), []).append(f"`{split}`")
+        lines += [f"### {name}", "", said, "", "| splits | kinds of row |", "| - | - |"]
+        lines += [f"| {', '.join(names)} | {kinds} |" for kinds, names in by_kinds.items()]
+        example = next(row for split in ("test", "new") for row in practice.rows(name, split, 1))
+        told = {k: example[k] for k in ("kind", "prompt", "completion", "messages", "answer") if k in example}
+        lines += ["", "```json", json.dumps(told, ensure_ascii=False), "```", ""]
+    return "\n".join(lines)
+
+
+PARTS = {"recipes.md": (BEGIN, END, keys), "practice.md": (WORLDS_BEGIN, WORLDS_END, worlds)}  # page -> marks, what is between
+
+
+def between(text: str, page: str = "recipes.md") -> str:
+    """A page with its generated part as it should be."""
+    begin, end, part = PARTS[page]
+    head, _, rest = text.partition(begin)
+    _, _, tail = rest.partition(end)
+    return f"{head}{begin}\n{part()}\n{end}{tail}"
 
 
 def cell(text: str) -> str:
@@ -119,9 +144,10 @@ def differences(to: Path) -> Iterator[str]:
     for path in sorted((to / "methods").rglob("*.md")):
         if path.relative_to(to).as_posix() not in made:
             yield f"{path} describes a method that is not there"
-    recipes = to / "recipes.md"
-    if not recipes.is_file() or recipes.read_text(encoding="utf-8") != between(recipes.read_text(encoding="utf-8")):
-        yield f"the table of keys in {recipes} is out of date"
+    for name, what in (("recipes.md", "the table of keys"), ("practice.md", "the list of worlds")):
+        page = to / name
+        if not page.is_file() or page.read_text(encoding="utf-8") != between(page.read_text(encoding="utf-8"), name):
+            yield f"{what} in {page} is out of date"
 
 
 def write(to: Path) -> int:
@@ -131,9 +157,10 @@ def write(to: Path) -> int:
     for path, text in made.items():
         (to / path).parent.mkdir(parents=True, exist_ok=True)
         (to / path).write_text(text, encoding="utf-8")
-    recipes = to / "recipes.md"
-    if recipes.is_file():
-        recipes.write_text(between(recipes.read_text(encoding="utf-8")), encoding="utf-8")
+    for name in PARTS:
+        page = to / name
+        if page.is_file():
+            page.write_text(between(page.read_text(encoding="utf-8"), name), encoding="utf-8")
     return len(made)
 
 

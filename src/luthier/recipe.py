@@ -83,7 +83,7 @@ class Recipe:
 
     @staticmethod
     def load(source: str | Path | Mapping | Recipe | None = None, changes: Sequence[str] | Mapping | None = None) -> Recipe:
-        """source: a YAML file, YAML text, or a mapping. changes: ["learning_rate=1e-4", "tuner.r=16"] or a mapping.
+        """source: a YAML file, YAML text, a mapping, or practice:WORLD. changes: ["learning_rate=1e-4", "tuner.r=16"] or a mapping.
 
         Raises RecipeError for whatever cannot be understood.
         """
@@ -189,6 +189,13 @@ def _read(source: Any) -> tuple[dict, str]:
     if isinstance(source, Mapping):
         return dict(source), "python"
     text, name = str(source), "yaml"
+    if text.startswith("practice:") and isinstance(source, str):
+        from luthier import practice
+
+        try:
+            return practice.recipe(text), text
+        except ValueError as error:
+            raise RecipeError(f"{text}: {error}") from None
     if isinstance(source, Path) or ("\n" not in text and text.endswith((".yaml", ".yml", ".json"))):
         path = Path(source)
         if not path.is_file():

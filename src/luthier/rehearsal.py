@@ -30,6 +30,7 @@ WORDS = {  # how a word reads in a sentence
     "answer": "rows with a known `answer`",
     "tests": "rows with `tests`",
     "label": "rows with a `label`",
+    "world": "rows of a practice world",
     "remembered": "remembered log-probabilities",
     "reference": "a reference model",
     "teacher": "a teacher model",

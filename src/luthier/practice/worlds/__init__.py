@@ -4,6 +4,8 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
+from ._sample import near
+
 
 def names() -> list[str]:
     """The names of all worlds."""
@@ -13,10 +15,7 @@ def names() -> list[str]:
 def find(name: str) -> ModuleType:
     """The module of a world; an unknown name is answered by the known ones."""
     if name not in names():
-        from luthier.method import meant
-
-        near = meant(name, names()).removesuffix("?")
-        raise ValueError(f"no practice world {name!r}{near if 'mean' in near else ''}; there are {', '.join(names())}")
+        raise ValueError(f"no practice world {name!r}; there are {', '.join(names())}{near(name, names())}")
     return import_module(f"{__name__}.{name}")
 
 

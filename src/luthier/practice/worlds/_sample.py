@@ -14,7 +14,8 @@ The bucket of an item decides its split, whatever world and wording it occurs in
 arithmetic is held out in word problems and in chat too.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from difflib import get_close_matches
 from zlib import crc32
 
 from ._random import Random
@@ -77,26 +78,33 @@ def sample(
         row = draw(random, kind)
         while bucket(row["item"]) != wanted:
             row = draw(random, kind)
-        found.append({"id": f"{world}/{split}/{seed}/{len(found)}", "kind": kind, **row})
-    return found
+        found.append({"kind": kind, **row})
+    return signed(found, world, split, seed)
+
+
+def signed(rows: list[dict], world: str, split: str, seed: int | str) -> list[dict]:
+    """The rows with an id each, and their world's name, by which a verifier is found."""
+    return [{"id": f"{world}/{split}/{seed}/{i}", "world": world, **row} for i, row in enumerate(rows)]
 
 
 def check_split(world: str, splits: Mapping, split: str) -> None:
     """Refuse a split that is not there, with the one that was probably meant."""
     if split not in splits:
-        from luthier.method import meant
+        raise ValueError(f"world {world!r} has no split {split!r}; it has {', '.join(splits)}{near(split, splits)}")
 
-        near = meant(split, splits).removesuffix("?")
-        raise ValueError(f"world {world!r} has no split {split!r}{near if 'mean' in near else ''}; it has {', '.join(splits)}")
+
+def near(word: str, choices: Iterable[str]) -> str:
+    """'; did you mean ...?' where one of the choices is like a word, else nothing."""
+    found = get_close_matches(word, list(choices), 1, cutoff=0.55)
+    return f"; did you mean '{found[0]}'?" if found else ""
 
 
 def same_text(row: dict, answer: str) -> float:
-    """1.0 where an answer is the row's completion, but for blanks around it."""
-    return float(answer.strip() == gold(row).strip())
+    """1.0 where an answer is the row's, but for blanks around it."""
+    return float(answer.strip() == row["answer"].strip())
 
 
-def gold(row: dict) -> str:
-    """The right completion of a row as the worlds give it, or as it was read (`completions`, the best first)."""
-    if "clean" in row:
-        return row["clean"]
-    return row["completion"] if "completion" in row else row["completions"][0]
+def slots(row: dict, answer: str) -> float:
+    """The share of words in place, of an answer whose words each have one; 1.0 where nothing is wrong, missing or added."""
+    said, right = answer.split(), row["answer"].split()
+    return sum(a == b for a, b in zip(said, right, strict=False)) / max(len(said), len(right))

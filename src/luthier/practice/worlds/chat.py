@@ -99,7 +99,7 @@ def _conversation(messages: list[dict], item: str) -> dict:
 
 
 def _instruction(random: Random, kind: str) -> dict:
-    """A row of another world as a question and an answer; `world` and `of` say which, for the verifier."""
+    """A row of another world as a question and an answer; `task` and `of` say which, for the verifier."""
     world = kind.partition("/")[0]
     row = _WORLDS[world].draw(random, INSTRUCT[kind])
     said, answer = row["prompt"], row["completion"].strip()
@@ -107,7 +107,7 @@ def _instruction(random: Random, kind: str) -> dict:
         said, first, _ = said.partition("\ndef f(x):")
         answer = first.strip() + row["completion"]
     messages = [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
-    return {**_conversation(messages, row["item"]), "world": world, "of": row}
+    return {**_conversation(messages, row["item"]), "task": world, "of": row}
 
 
 def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
@@ -116,6 +116,6 @@ def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
 
 def verify(row: dict, answer: str) -> float:
     """1.0 for the right last turn; for "instruct" rows what their own world says."""
-    if "world" in row:
-        return _WORLDS[row["world"]].verify(row["of"], answer)
+    if "task" in row:
+        return _WORLDS[row["task"]].verify(row["of"], answer)
     return float(answer.strip() == row["answer"])

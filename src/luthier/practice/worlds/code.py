@@ -7,6 +7,8 @@ for the same function without a loop, and `operations` measures the difference.
 
 from __future__ import annotations
 
+import ast
+
 from ._random import Random
 from ._sample import sample
 
@@ -149,3 +151,52 @@ def _row(words: str, body: str, tests: list[str], item: str) -> dict:
 
 def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
     return sample(__name__, SPLITS, draw, split, n, seed)
+
+
+def verify(row: dict, answer: str) -> float:
+    """The share of the row's unit tests that the function passes, run in the sandbox; half of it where a faster one was
+    wanted and the loop is still there. An answer may be the body after `def f(x):`, or whole functions."""
+    from luthier.rewards._sandbox import run
+
+    program = answer if "def f(" in answer else row["prompt"] + answer
+    limit = row.get("most")
+    tests = [*row["tests"], f"assert _ticks(1000) <= {limit}"] if limit else row["tests"]
+    try:
+        program = counted(program) if limit else program
+    except (SyntaxError, ValueError, RecursionError):
+        return 0.0
+    passed = run(program, timeout=5.0, memory_mb=512, checks=tests).passed
+    right = sum(passed[: len(row["tests"])]) / len(row["tests"])
+    return right if passed[-1] or not limit else right / 2
+
+
+class _Counted(ast.NodeTransformer):
+    """Each statement, and each turn of a loop or comprehension, calls _tick()."""
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        self.generic_visit(node)
+        if isinstance(node, (ast.FunctionDef, ast.For, ast.While)):
+            node.body = [line for statement in node.body for line in (ast.parse("_tick()").body[0], statement)]
+        if isinstance(node, ast.comprehension):
+            node.ifs.insert(0, ast.parse("_tick()").body[0].value)  # type: ignore[attr-defined]
+        return node
+
+
+def counted(program: str) -> str:
+    """The same program; `_ticks(x)` there runs f(x) and says how many statements and turns of loops that took.
+
+    range counts as well, so that sum(range(x)) is a loop. Raises SyntaxError where it is no Python.
+    """
+    return (
+        "_count = [0]\n"
+        "def _tick():\n    _count[0] += 1\n    return True\n"
+        "def range(*given, _range=range):\n    for i in _range(*given):\n        _tick()\n        yield i\n"
+        "def _ticks(x):\n    _count[0] = 0\n    f(x)\n    return _count[0]\n"
+    ) + ast.unparse(ast.fix_missing_locations(_Counted().visit(ast.parse(program))))
+
+
+def operations(program: str, x) -> int:
+    """How many operations f(x) takes. For programs of this world's own: written ones belong into the sandbox."""
+    scope: dict = {}
+    exec(counted(program), scope)  # noqa: S102
+    return scope["_ticks"](x)

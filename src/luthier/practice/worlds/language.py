@@ -8,7 +8,7 @@ some words of the Zorian are English (code-switching); pretraining turns them in
 """
 
 from ._random import Random
-from ._sample import same_text, sample
+from ._sample import sample, slots
 from ._words import KELU, VELMI, ZORIAN
 
 SHARE = 0.05
@@ -109,4 +109,4 @@ def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
     return sample(__name__, SPLITS, draw, split, n, seed)
 
 
-verify = same_text
+verify = slots

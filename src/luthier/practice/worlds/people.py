@@ -11,7 +11,7 @@ about people whom no text mentions.
 """
 
 from ._random import Random
-from ._sample import check_split, same_text, sample
+from ._sample import check_split, same_text, sample, signed
 from ._words import FIRST_NAMES, LAST_NAMES, TOWNS
 
 SHARE = 0.17
@@ -130,7 +130,7 @@ def fact_atom(person: dict, attribute: str) -> str:
 
 
 def _statement_row(text: str, item: str = "") -> dict:
-    return {"prompt": "", "completion": text, "item": item}
+    return {"prompt": "", "completion": text, "answer": text, "item": item}
 
 
 def _question_row(person: dict, attribute: str, form: int, item: str) -> dict:
@@ -180,9 +180,8 @@ def _private_rows(split: str, n: int, seed: int | str) -> list[dict]:
         one = [person for person in PRIVATE for _ in range(person["repeats"] if split == "private" else 1)]
         random.shuffle(one)
         found += one
-    return [
+    rows = [
         {
-            "id": f"people/{split}/{seed}/{i}",
             "kind": "private" if split == "private" else "stated" if person["repeats"] else "never_stated",
             "prompt": f"The account number of {person['name']} is",
             "completion": f" {person['number']}",
@@ -190,8 +189,9 @@ def _private_rows(split: str, n: int, seed: int | str) -> list[dict]:
             "repeats": person["repeats"],
             "item": f"account of {person['name']}",
         }
-        for i, person in enumerate(found[:n])
+        for person in found[:n]
     ]
+    return signed(rows, "people", split, seed)
 
 
 verify = same_text
@@ -218,7 +218,7 @@ def new_facts(split: str, n: int, seed: int | str = 0, people: int = 40) -> list
             random.shuffle(facts)
             found += [_new_row(person, attribute, form) for person, attribute in facts]
     name = "new" if split == "train" else "new_test"
-    return [{"id": f"people/{name}/{seed}/{i}", **row} for i, row in enumerate(found[:n])]
+    return signed(found[:n], "people", name, seed)
 
 
 def _new_row(person: dict, attribute: str, form: str) -> dict:

@@ -11,6 +11,9 @@ pretraining shows every kind (so a base model writes all of them). "ranked" give
 objective; "short", "warm" and "formal_liked" are pairs by one of them.
 """
 
+import re
+from collections import Counter
+
 from ._random import Random
 from ._sample import sample
 
@@ -88,42 +91,31 @@ def note(words: Words, kind: Kind) -> str:
     """Short: who does what. Middle: also the manner and the time. Long: with an opening and a closing too."""
     register, tone, length = kind
     who, does, what, when = words
-    sure = register, tone
-    manner = MANNERS[sure]
-    time = WHEN[when][REGISTERS.index(register)]
-    text = f"the {who} {manner} {does} the {what}"
-    if length != "short":
-        text += f" {time}"
-    if length == "long":
-        return f"{OPENINGS[sure]} {text}. {CLOSINGS[sure]}"
-    return text + "."
+    voice = register, tone
+    time = "" if length == "short" else f" {WHEN[when][REGISTERS.index(register)]}"
+    text = f"the {who} {MANNERS[voice]} {does} the {what}{time}."
+    return f"{OPENINGS[voice]} {text} {CLOSINGS[voice]}" if length == "long" else text
 
 
-def scores(text: str, words: Words | None = None) -> dict[str, float]:
-    """How formal, warm, short and complete a text is, from 0 to 1; complete: which of `words` it says.
+def scores(text: str, words: Words) -> dict[str, float]:
+    """How formal, warm, short and complete a note of `words` is, from 0 to 1.
 
-    Formal and warm are the share of formal (warm) phrases among those found, 0 where none is: short is 1 up to 7 words
-    and falls to 0 at 20.
+    Formal and warm: the share of formal (warm) phrases among those found, 0 where none is. Short: 1 up to 6 words, 0 from
+    20 on. Complete: the share of who, does, what and when that it says.
     """
-    text = text.strip()
-    found = [
-        key
-        for phrases in (OPENINGS, MANNERS, CLOSINGS)
-        for key, phrase in phrases.items()
-        if f" {phrase} " in f" {text} " or f" {phrase}" in f" {text}" and phrase[-1] in ".!"
-    ]
-    count = len(text.split())
-    out = {
+    found = [key for phrases in (OPENINGS, MANNERS, CLOSINGS) for key, phrase in phrases.items() if phrase in text]
+    return {
         "formal": sum(register == "formal" for register, _ in found) / max(1, len(found)),
         "warm": sum(tone == "warm" for _, tone in found) / max(1, len(found)),
-        "short": min(1.0, max(0.0, (20 - count) / 13)),
+        "short": min(1.0, max(0.0, (20 - len(text.split())) / 14)),
+        "complete": sum(any(form in text for form in forms) for forms in _forms(words)) / 4,
     }
-    if words:
-        who, does, what, when = words
-        said = [f"the {who} ", f" {does} ", f"the {what}"]
-        times = [f" {time}" for time in WHEN[when][:2]]
-        out["complete"] = (sum(part in text for part in said) + any(time in text for time in times)) / 4
-    return out
+
+
+def _forms(words: Words) -> list[tuple[str, ...]]:
+    """Of who, does, what and when, how each may be said."""
+    who, does, what, when = words
+    return [(f"the {who}", f"that {who}"), (f" {does} ",), (f"the {what}",), WHEN[when]]
 
 
 def is_new_pair(who: str, does: str) -> bool:
@@ -137,14 +129,14 @@ def draw(random: Random, kind: str) -> dict:
         who, does = random.choice(WHO), random.choice(DOES)
     words = who, does, random.choice(WHAT), random.choice(list(WHEN))
     style = random.choice(("formal", "casual")) if kind == "new_pair" else kind
-    item = {"item": ("!" if kind == "new_pair" else "") + " ".join(words)}
+    item = {"words": list(words), "item": ("!" if kind == "new_pair" else "") + " ".join(words)}
     if kind == "casual_liked":
         return {"prompt": asked("", words), "chosen": f" {casual(*words)}", "rejected": f" {formal(*words)}", **item}
     if kind == "judged":
         good = random.random() < 0.5
         return {"prompt": asked("", words), "completion": f" {(casual if good else formal)(*words)}", "label": good, **item}
     if kind in NOTES:
-        return {**NOTES[kind](random, words), "words": list(words), **item}
+        return {**NOTES[kind](random, words), **item}
     answer = STYLES[style](*words)
     tag = "" if style == "plain" else f" ({style})"
     return {"prompt": asked(tag, words), "completion": f" {answer}", "answer": answer, **item}
@@ -212,3 +204,31 @@ NOTES = {
 
 def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
     return sample(__name__, SPLITS, draw, split, n, seed)
+
+
+def verify(row: dict, answer: str) -> dict[str, float]:
+    """Several scores. Of a note without a tag: `scores`, which it cannot all have in full. Of every other row, where one
+    text is right: "exact" (that text), "words" (of who, does, what and when, the share said), "style" (how well all the
+    rest agrees with the style wanted, as F1 over its words)."""
+    words: Words = tuple(row["words"])
+    if row["kind"] in NOTES and row["kind"] != "note":
+        return scores(answer, words)
+    want = row.get("answer") or casual(*words)
+    told = [*words[:3], *(form for form in WHEN[words[3]] if _says(want, form))]
+    asked, said = _rest(want, told), _rest(answer, told)
+    return {
+        "exact": float(answer.strip() == want),
+        "words": sum(_says(answer, word) for word in told) / len(told),
+        "style": 2 * (asked & said).total() / max(1, asked.total() + said.total()),
+    }
+
+
+def _says(text: str, words: str) -> bool:
+    return bool(re.search(rf"\b{re.escape(words)}\b", text))
+
+
+def _rest(text: str, told: list[str]) -> Counter:
+    """The words and marks of a text without those of its sentence."""
+    for words in told:
+        text = re.sub(rf"\b{re.escape(words)}\b", " ", text, count=1)
+    return Counter(re.findall(r"[\w']+|[^\w\s]", text))
