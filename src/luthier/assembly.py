@@ -12,6 +12,7 @@ import torch
 
 from luthier import store
 from luthier.clock import Clock
+from luthier.later import import_models
 from luthier.method import RecipeError, build
 from luthier.recipe import Recipe
 from luthier.rehearsal import Parts
@@ -36,6 +37,7 @@ def pick_dtype(name: str, where: torch.device) -> torch.dtype:
 
 def load_model(recipe: Recipe, parts: Parts, network: Mapping[str, Any]) -> tuple[Network, Any]:
     """The base network and its tokenizer. network: what the data said about it (a classifier's classes)."""
+    import_models()
     from transformers import AutoTokenizer
     from transformers.utils import logging as transformers_logging
 

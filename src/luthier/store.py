@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from luthier.later import import_models
 from luthier.method import RecipeError, meant
 
 # ---------------------------------------------------------------------------------------------- models
@@ -52,6 +53,7 @@ def _adapter_hint(path: Path) -> str:
 
 def model_config(name: str):
     """The transformers config of a model, without its weights."""
+    import_models()
     from transformers import AutoConfig
 
     try:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from luthier.architectures._outputs import Outputs
 from luthier.batch import Batch
+from luthier.later import import_models, waiting
 from luthier.method import family
 
 if TYPE_CHECKING:
@@ -45,7 +46,9 @@ class Architecture:
 
         `model.fresh` names the modules whose weights no checkpoint held, such as a new classifier's head.
         """
-        model, said = self.auto_class().from_pretrained(path, trust_remote_code=False, output_loading_info=True, **kwargs)
+        import_models()
+        with waiting():
+            model, said = self.auto_class().from_pretrained(path, trust_remote_code=False, output_loading_info=True, **kwargs)
         absent = [*said["missing_keys"], *(key for key, *_ in said["mismatched_keys"])]
         model.fresh = sorted({key.rsplit(".", 1)[0] for key in absent})
         return model

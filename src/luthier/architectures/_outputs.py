@@ -74,7 +74,8 @@ class Outputs:
             logits = [o.logits(h) for o, h in zip(every, chunk, strict=False)]
             return f(*logits, *chunk[len(every) :])
 
-        out = [checkpoint(piece, *c, use_reentrant=False) for c in zip(*(t.split(size) for t in tables), strict=True)]
+        chunks = zip(*(t.split(size) for t in tables), strict=True)
+        out = [checkpoint(piece, *c, use_reentrant=False) if torch.is_grad_enabled() else piece(*c) for c in chunks]
         return torch.cat(out) if torch.is_tensor(out[0]) else tuple(torch.cat(x) for x in zip(*out, strict=True))
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -14,9 +14,7 @@ from typing import Any
 
 from luthier import rows as reading
 from luthier import store
-from luthier.evaluators._evaluator import Evaluator
-from luthier.evaluators.accuracy import Accuracy
-from luthier.evaluators.loss import Loss
+from luthier.evaluators._evaluator import Evaluator, batches, liked
 from luthier.method import RecipeError, evaluator
 
 
@@ -28,25 +26,31 @@ class Forgetting(Evaluator):
     n: int = 400  # rows at most
     texts: int = 16  # own texts, where there are no rows
     max_new_tokens: int = 48  # of an own text
+    batch_size: int = 16  # rows read at once
 
     def run(self, roles, rows, folder, when):
         probe, own = self.probe(roles, folder)
         if not probe:
             return {}
-        out = self.measure(roles, probe, folder, when, accuracy=not own)
-        groups = defaultdict(list)
-        for row in probe:
-            groups[row.get("skill")].append(row)
-        if len(groups) > 1:
-            for skill, some in sorted(groups.items(), key=str):
-                out |= {f"{k}/{skill}": v for k, v in self.measure(roles, some, folder, when, accuracy=True).items() if "accuracy" in k}
-        return out
+        return self.measure(roles, probe, accuracy=not own)
 
-    def measure(self, roles, rows, folder: Path, when: str, accuracy: bool) -> dict[str, float]:
-        said = Loss().run(roles, rows, folder, when)
-        if accuracy:
-            said |= {"accuracy": Accuracy().run(roles, rows, folder, when)["accuracy"]}
-        return {f"elsewhere_{k}": v for k, v in said.items()}
+    def measure(self, roles, rows, accuracy: bool) -> dict[str, float]:
+        """Every row is read once, whatever is asked of it."""
+        total, count, right = 0.0, 0, defaultdict(list)
+        for batch in batches(roles, liked(rows), self.batch_size):
+            outputs = roles.policy.outputs(batch)
+            total, count = total - float(outputs.logprobs.double().sum()), count + len(outputs.logprobs)
+            if accuracy:
+                hit = (outputs.top(1)[1].squeeze(1) == batch.labels[batch.supervised]).float()
+                for g, whole in zip(batch.group.tolist(), (batch.means(hit) == 1).tolist(), strict=True):
+                    right[batch.rows[g].get("skill")].append(float(whole))
+        every = [x for some in right.values() for x in some]
+        out = {"elsewhere_loss": total / count} if count else {}
+        if every:
+            out["elsewhere_accuracy"] = sum(every) / len(every)
+        if len(right) > 1:
+            out |= {f"elsewhere_accuracy/{skill}": sum(some) / len(some) for skill, some in sorted(right.items(), key=str)}
+        return out
 
     def probe(self, roles, folder: Path) -> tuple[list[dict], bool]:
         """The rows, and whether they are the model's own texts. Kept in the run folder, so that all measurements agree."""

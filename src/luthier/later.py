@@ -1,0 +1,165 @@
+"""What transformers imports and one process on one machine does not use can wait: torch's compiler, sharded tensors, scipy.
+
+Together they take two thirds of the time in which a model class is imported. While transformers is imported, names of these
+modules are stand-ins: each becomes the real thing where it is called, subclassed or asked for an attribute later on, and nothing
+is an instance of a class whose module nobody has loaded. Where a launcher has started several processes nothing waits, since
+transformers' own parallelism keeps such values from import on.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from importlib.abc import MetaPathFinder
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+WAITING = (
+    "torch._dynamo",
+    "torch._dynamo._trace_wrapped_higher_order_op",
+    "torch.distributed.tensor",
+    "torch.distributed.tensor._utils",
+    "torch.distributed.tensor.placement_types",
+    "torch.distributed.checkpoint.hf_storage",
+    "torch.distributed._composable.fsdp",
+    "torch.distributed.fsdp",
+    "torch.nn.attention.flex_attention",
+    "transformers.integrations.flex_attention",
+    "scipy.optimize",
+)
+
+
+MODELS = ("transformers.modeling_utils", "transformers.masking_utils", "transformers.modeling_layers", "transformers.generation.utils")
+
+
+def import_models() -> None:
+    """Import what every transformers model needs; what only some need waits."""
+    if MODELS[0] not in sys.modules:
+        with waiting():
+            for name in MODELS:
+                import_module(name)
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Stand-ins for a while, for what nobody has imported yet."""
+    import torch  # it uses some of these modules itself, and then they are the real ones
+
+    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
+    put = {name: Waiting(name) for name in WAITING if alone and name not in sys.modules and find_spec(name.partition(".")[0])}
+    compiler = Compiler()
+    if dynamo := put.get("torch._dynamo"):
+        vars(dynamo).update(assume_constant_result=constant, disable=compiler.disable, allow_in_graph=compiler.allow_in_graph)
+    if tensor := put.get("torch.distributed.tensor"):  # PEFT takes it for there; the real one takes this place when it comes
+        torch.distributed.tensor = tensor
+    sys.modules.update(put)
+    try:
+        yield
+    finally:
+        _let_in()
+        for fn in compiler.bare:
+            vars(fn).pop("__dynamo_disable", None)
+
+
+def _let_in() -> None:
+    """From here on the real modules are found."""
+    for name in WAITING:
+        if isinstance(sys.modules.get(name), Waiting):
+            del sys.modules[name]
+
+
+class Waiting(ModuleType):
+    """A module that is not loaded yet."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Later(self.__name__, name)
+
+
+class Later:
+    """A name of such a module; with `given`, what a call of it gives."""
+
+    def __init__(self, module: str, name: str, given: tuple | None = None):
+        self.__dict__.update(_module=module, _told=name, _given=given, __name__=name, __qualname__=name, __module__=module)
+
+    def _real(self) -> Any:
+        _let_in()
+        real = getattr(import_module(self._module), self._told)
+        return real if self._given is None else real(*self._given)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not kwargs and isinstance(sys.modules.get(self._module), Waiting):
+            return Later(self._module, self._told, args)
+        return self._real()(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # the interpreter asks anything for these
+            raise AttributeError(name)
+        return getattr(self._real(), name)
+
+    def __mro_entries__(self, bases: Any) -> tuple[Any, ...]:
+        return (self._real(),)
+
+    def __or__(self, other: Any) -> Any:  # an annotation
+        return self
+
+    __ror__ = __or__
+
+    def __instancecheck__(self, value: Any) -> bool:
+        return self._loaded() and isinstance(value, self._real())
+
+    def __subclasscheck__(self, kind: Any) -> bool:
+        return self._loaded() and issubclass(kind, self._real())
+
+    def _loaded(self) -> bool:
+        return self._module in sys.modules and not isinstance(sys.modules[self._module], Waiting)
+
+
+def constant(fn: Any) -> Any:
+    """torch._dynamo.assume_constant_result: a mark for the compiler."""
+    fn._dynamo_marked_constant = True
+    return fn
+
+
+class Compiler(MetaPathFinder):
+    """What torch._dynamo is asked before it is there."""
+
+    def __init__(self):
+        self.allowed: list[Any] = []
+        self.bare: list[Any] = []  # torch's own functions that ran without the compiler's mark, and shall ask for it again
+
+    def disable(self, fn: Any = None, recursive: bool = True, *, reason: str | None = None, wrapping: bool = True) -> Any:
+        """As torch itself says it where the compiler may not be loaded yet."""
+        from torch._compile import _disable_dynamo
+
+        if wrapping:
+            return _disable_dynamo(fn, recursive)
+        self.bare.append(fn)
+        return fn
+
+    def allow_in_graph(self, fn: Any) -> Any:
+        """The compiler is told as soon as it is there."""
+        self.allowed.append(fn)
+        if self not in sys.meta_path:
+            sys.meta_path.insert(0, self)
+        return fn
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != "torch._dynamo":
+            return None
+        sys.meta_path.remove(self)
+        spec = find_spec(name)
+        execute = spec.loader.exec_module
+
+        def exec_module(module: Any) -> None:
+            del spec.loader.exec_module  # the loader is as it was
+            execute(module)
+            module.allow_in_graph(self.allowed)
+
+        spec.loader.exec_module = exec_module
+        return spec

@@ -1,0 +1,56 @@
+"""From the shell to the first step: what is not needed is not loaded, and nothing else changes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+RUN = """
+import sys
+from luthier.run import tune
+seen = []
+from luthier.report.console import Quiet
+class Watch(Quiet):
+    def step(self, log):
+        seen.append([m for m in ("torch._dynamo", "torch.distributed.tensor", "datasets", "scipy.optimize", "trl") if m in sys.modules])
+tune(model="practice:lm-small", data="practice:arithmetic", tuner="lora", max_steps=1, folder=sys.argv[1], watch=Watch())
+print("loaded", seen)
+"""
+
+KINDS = """
+from luthier.later import Later, import_models, waiting
+import_models()
+import sys, torch, transformers.masking_utils as masks, transformers.distributed.sharding_utils as sharding
+kept = [n for n, m in list(sys.modules.items()) if n.startswith("torch") and m and any(type(v) is Later for v in vars(m).values())]
+assert kept == ["torch.distributed.tensor"] or not kept, kept  # torch's own modules hold the real names
+assert not isinstance(torch.ones(1), sharding.DTensor) and "torch.distributed.tensor" not in sys.modules
+with waiting(), torch.device("meta"):
+    torch.nn.Embedding(3, 4)
+assert "torch._dynamo" not in sys.modules
+from torch.distributed.tensor import DTensor, Shard
+assert torch.distributed.tensor.DTensor is DTensor and issubclass(DTensor, sharding.DTensor)
+assert sharding.Shard(1) == Shard(1)
+with masks.TransformGetItemToIndex():
+    pass
+from transformers.integrations import finegrained_fp8 as fp8
+assert id(fp8._load_finegrained_fp8_kernel) in torch._dynamo.trace_rules._allowed_callable_ids
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2)).tolist() == [2, 2]
+with torch.device("meta"):  # what ran unmarked is marked again
+    torch.nn.Embedding(3, 4)
+print("as real")
+"""
+
+
+def run(code: str, *args: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_compiler_and_sharded_tensors_are_not_loaded_for_a_run(tmp_path: Path):
+    assert "loaded [[]]" in run(RUN, str(tmp_path / "run"))
+
+
+def test_what_waits_becomes_the_real_thing():
+    assert "as real" in run(KINDS)
