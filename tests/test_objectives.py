@@ -20,6 +20,7 @@ from luthier.clock import Clock
 from luthier.method import RecipeError, build, card, find, helps, names, page, wants_of
 from luthier.recipe import terms
 from luthier.rehearsal import WORDS
+from luthier.render import Renderer
 from luthier.roles import Policy, Roles
 from luthier.roles.column import Column
 from luthier.transforms._chain import Chain
@@ -68,7 +69,7 @@ def cast(**others) -> Roles:
     policy = network()
     made = {"reference": network(off_by=0.05), "teacher": network(seed=7)} | others
     roles = {k: role(net, k) if isinstance(net, torch.nn.Module) else net for k, net in made.items()}
-    return Roles(Policy(Causal(), policy, Untuned(policy)), Clock(), None, **roles)
+    return Roles(Policy(Causal(), policy, Untuned(policy)), Clock(), Renderer(tokenizer()), **roles)
 
 
 def role(net, name: str) -> Policy:
@@ -119,9 +120,33 @@ def same(a: dict, b: dict, atol: float = 1e-6) -> None:
 COLUMNS = {  # a word that rows must answer -> what this file writes into them
     "rewards": lambda row, rng: {"other": [float(x) for x in torch.rand(len(row["completions"]), generator=rng)]},
     "contrasts": lambda row, rng: [0, 1],
+    "line_mask": lambda row, rng: marks(row, rng),
+    "token_mask": lambda row, rng: marks(row, rng),
+    "tasks": lambda row, rng: ["answer", "rationale", "answer"],
     "old": lambda row, rng: [[-3.5 + 0.1 * float(torch.randn((), generator=rng)) for _ in c] for c in row["completions"]],
 }
-GIVEN = {"completions", "pairs", "scores", "samples", "reference", "teacher", "logprobs", "entropy", "top", "hidden", "generate"}
+
+
+def marks(row, rng) -> list[list[float]]:
+    """0 or 1 for each learned token."""
+    learned = row.get("supervised") or [[True] * len(c) for c in row["completions"]]
+    return [[float(torch.rand((), generator=rng) > 0.5) for _ in range(sum(m))] for m in learned]
+
+
+GIVEN = {
+    "completions",
+    "pairs",
+    "scores",
+    "samples",
+    "reference",
+    "teacher",
+    "logprobs",
+    "entropy",
+    "top",
+    "hidden",
+    "generate",
+    "embeddings",
+}
 
 
 def contract_rows(objective) -> list[dict]:

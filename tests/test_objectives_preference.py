@@ -89,14 +89,30 @@ def kto_loss(made, rows):
     return made.compute_loss(made.model, DataCollatorForUnpairedPreference(pad_token_id=0)(examples))
 
 
+def sft_inputs(rows):
+    whole = [r["prompt"] + r["completions"][0] for r in rows]
+    width = max(map(len, whole))
+    labels = [[-100] * len(r["prompt"]) + r["completions"][0] for r in rows]
+    return {
+        "input_ids": torch.tensor([w + [0] * (width - len(w)) for w in whole]),
+        "attention_mask": torch.tensor([[1] * len(w) + [0] * (width - len(w)) for w in whole]),
+        "labels": torch.tensor([x + [-100] * (width - len(x)) for x in labels]),
+    }
+
+
+def sft_loss(made, rows):
+    return made.compute_loss(made.model, sft_inputs(rows))
+
+
 PAIR = {"prompt": "w3", "chosen": "w4", "rejected": "w5"}
 LOSSES = {
     "DPO": (dpo_loss, PAIR),
     "CPO": (cpo_loss, PAIR),
     "ORPO": (orpo_loss, PAIR),
+    "SFT": (sft_loss, {"prompt": "w3", "completion": "w4"}),
     "KTO": (kto_loss, {"prompt": "w3", "completion": "w4", "label": True}),
 }
-WITH_REFERENCE = {"DPO", "KTO"}
+EXPERIMENTAL = {"CPO", "ORPO"}
 
 
 @pytest.fixture(scope="module")
@@ -111,13 +127,15 @@ def trainers(trl, tmp_path_factory):  # noqa: F811
     more = SimpleNamespace(CPOConfig=CPOConfig, CPOTrainer=CPOTrainer, ORPOConfig=ORPOConfig, ORPOTrainer=ORPOTrainer)
 
     def make(kind: str, settings: dict, row: dict):
-        reference = {"ref_model": network(off_by=0.05)} if kind in WITH_REFERENCE else {}
-        return trainer(trl if kind in WITH_REFERENCE else more, kind, tmp_path_factory.mktemp("trl"), row, settings, **reference)
+        reference = {"ref_model": network(off_by=0.05)} if kind in ("DPO", "KTO") else {}
+        return trainer(more if kind in EXPERIMENTAL else trl, kind, tmp_path_factory.mktemp("trl"), row, settings, **reference)
 
     return make
 
 
 def rows_for(kind: str) -> list[dict]:
+    if kind == "SFT":
+        return make_rows(4, k=1)
     if kind != "KTO":
         return pair_rows()
     return [{**r, "scores": [1.0 if i % 3 else -1.0]} for i, r in enumerate(make_rows(5, k=1))]

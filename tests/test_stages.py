@@ -21,7 +21,20 @@ from luthier.rows import load
 from luthier.stages._stage import pick, said, text_of
 
 STAGES = names("stage")
-COLUMNS = {"completions", "scores", "pairs", "answer", "tests", "old", "remembered", "truncated", "contexts"}  # words that rows carry
+COLUMNS = {
+    "completions",
+    "scores",
+    "pairs",
+    "answer",
+    "tests",
+    "old",
+    "remembered",
+    "truncated",
+    "contexts",
+    "label",
+    "rationale",
+    "tools",
+}  # words that rows carry
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +63,9 @@ def rows_with(columns: set[str], n: int = 6) -> list[dict]:
         "scores": lambda a: [0.5, 0.25, -1.0],
         "answer": lambda a: f"{a}",
         "tests": lambda a: "assert True",
+        "label": lambda a: "no",
+        "rationale": lambda a: "because",
+        "tools": lambda a: [],
         "contexts": lambda a: ["so it is", "so it is not"],
     }
     wanted = columns | ({"completions", "scores"} if "pairs" in columns else set())
@@ -58,7 +74,7 @@ def rows_with(columns: set[str], n: int = 6) -> list[dict]:
 
 def small(name: str):
     """A stage with settings that make it quick."""
-    quick = {"n": 2, "max_new_tokens": 3, "share": 1.0}
+    quick = {"n": 2, "max_new_tokens": 3, "share": 1.0, "questions": {"no": ["is it not?"]}}
     return build("stage", {"name": name, **{k: v for k, v in quick.items() if k in {f for f in helps(find("stage", name))}}})
 
 

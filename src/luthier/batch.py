@@ -32,12 +32,13 @@ class Batch:
     group: Tensor  # [N] the row that a sequence belongs to
     rows: list[dict]  # [G] the rows themselves: ids and further columns
     altered: bool = False  # is this a view that reads something else than the rows say?
+    mixed: tuple[Tensor, Tensor] | None = None  # other tokens [L] and shares [L]: embeddings are (1 - share) * own + share * other's
     read: dict = field(default_factory=dict, compare=False, repr=False)  # what each role has said of this batch
     metrics: dict = field(default_factory=dict, compare=False, repr=False)  # what objectives noted
 
     def view(self, **changes: Any) -> Batch:
         """The same questions with nothing remembered; with changes, another reading of them (corrupted, mixed)."""
-        altered = self.altered or bool({"ids", "parent"} & changes.keys())
+        altered = self.altered or bool({"ids", "parent", "mixed"} & changes.keys())
         return replace(self, read={}, altered=altered, **changes)
 
     def to(self, device: torch.device | str) -> Batch:
@@ -69,6 +70,18 @@ class Batch:
         before = self.lengths.long().cumsum(0) - self.lengths.long()
         return torch.arange(len(self.owner), device=self.ids.device) - before[self.owner]
 
+    @cached_property
+    def spans(self) -> Tensor:
+        """[L] tokens of the longest sequence that a token is part of."""
+        parents, above, below = self.parent.tolist(), list(self.sizes), list(self.sizes)
+        for s, under in enumerate(parents):  # a segment stands behind the one it continues
+            above[s] += above[under] if under >= 0 else 0
+        for s in reversed(range(len(parents))):
+            if parents[s] >= 0:
+                below[parents[s]] = max(below[parents[s]], self.sizes[parents[s]] + below[s])
+        whole = [a + b - n for a, b, n in zip(above, below, self.sizes, strict=True)]
+        return torch.tensor(whole, device=self.ids.device)[self.segment]
+
     def segments(self) -> list[Tensor]:
         """[S] lists of places in `ids`."""
         return list(torch.arange(len(self.ids), device=self.ids.device).split(self.sizes))
@@ -91,11 +104,14 @@ class Batch:
         """[T] -> [N] the value at each sequence's last question."""
         return values[self.lengths.long().cumsum(0) - 1]
 
-    def suffix(self, values: Tensor) -> Tensor:
-        """[T] -> [T] the sum of this and all later questions of the same sequence (reward to go)."""
-        totals, running = self.sums(values), values.cumsum(0)
-        before = torch.cat([values.new_zeros(1), totals.cumsum(0)])[self.owner]  # all earlier sequences
-        return totals[self.owner] - (running - before) + values
+    def suffix(self, values: Tensor, gamma: float = 1.0) -> Tensor:
+        """[T] -> [T] the sum of this and all later questions of the same sequence (reward to go), each step later times gamma."""
+        left, step = self.lengths[self.owner].long() - self.place, 1
+        while step < int(self.lengths.max()):  # sums over 1, 2, 4, ... questions
+            ahead = torch.cat([values[step:], values.new_zeros(min(step, len(values)))])
+            values = values + gamma**step * torch.where(left > step, ahead, 0)
+            step *= 2
+        return values
 
     def over_group(self, values: Tensor, reduce: str = "mean") -> Tensor:
         """[N] -> [N] each sequence gets its row's sum, mean, amax or amin."""

@@ -44,6 +44,15 @@ WORDS = {  # how a word reads in a sentence
     "top": "a vocabulary to compare",
     "hidden": "hidden states",
     "generate": "a network that writes text",
+    "embeddings": "a network whose tokens can be read mixed (a causal one)",
+    "line_mask": "marks of the lines in which a right and a wrong program differ (column `line_mask`)",
+    "token_mask": "marks of the tokens in which a right and a wrong program differ (column `token_mask`)",
+    "rationale": "rows with a `rationale`",
+    "tasks": "completions told apart by task (column `tasks`)",
+    "tools": "rows with `tools`",
+    "steps": "rows with `steps` of a solution and a label for each",
+    "step_targets": "marks of the tokens at which a step ends, and whether it was right (column `step_targets`)",
+    "values": "a network that gives numbers, not words (architecture `reward_model`)",
 }
 ADVICE = {
     "reference": "say who plays it, e.g. `roles: {reference: start}`",

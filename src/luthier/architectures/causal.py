@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from luthier.architectures._generate import decoder_writer, generate
@@ -19,7 +20,7 @@ from luthier.architectures._language_model import LanguageModel, path, picked, s
 from luthier.architectures._outputs import Outputs
 from luthier.batch import Batch
 from luthier.kernels.layout import Layout, lay_out
-from luthier.method import architecture
+from luthier.method import Range, architecture
 
 if TYPE_CHECKING:
     from luthier.architectures._network import Network
@@ -28,13 +29,16 @@ ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kind
 ENDLESS = 2**31  # a row in which any batch finds room
 
 
-@architecture(gives="logprobs entropy top hidden generate")
+@architecture(gives="logprobs entropy top hidden generate embeddings")
 class Causal(LanguageModel):
     """Any transformers causal LM."""
 
     packing: bool = True  # several sequences in a row of the tensor, none sees another; false: one row each, padded
     share_prompts: bool = True  # read a prompt once for all its completions
     width: int = 256  # places in a packed row, at least; longer sequences make longer rows
+    neftune_noise_alpha: Annotated[float, Field(ge=0), Range(1.0, 15.0)] = (
+        0.0  # NEFTune: noise on embeddings in training; the papers take 5
+    )
 
     def suits(self, config: Any) -> bool:
         from transformers.models.auto import modeling_auto as auto
@@ -69,7 +73,7 @@ class Causal(LanguageModel):
         at = layout.at[batch.supervised]
         if (at < 0).any():
             raise ValueError("a supervised token that nothing precedes cannot be predicted")
-        inputs = self.embedded(model, attached, batch.ids[layout.source], layout.soft)
+        inputs = self.embedded(model, attached, batch, layout)
         if self.packing:
             dtype = model.get_input_embeddings().weight.dtype
             inputs |= {"attention_mask": self.mask(model, layout, dtype), "position_ids": layout.position}
@@ -89,13 +93,29 @@ class Causal(LanguageModel):
         if "local" in (getattr(config, "attention_layers", None) or ()):
             raise ValueError(f"{name} attends by place in the row, whatever the mask says")
 
-    def embedded(self, model: Network, attached, ids: Tensor, soft: Tensor) -> dict[str, Tensor]:
-        """[R, W] ids, and [R, W] which soft vector stands in their place (-1: none) -> how the model is handed them."""
-        if not attached.virtual:
+    def embedded(self, model: Network, attached, batch: Batch, layout: Layout) -> dict[str, Tensor]:
+        """The tokens as the model is handed them: ids [R, W], or embeddings where soft vectors, other tokens or noise come in."""
+        ids, noisy = batch.ids[layout.source], self.neftune_noise_alpha > 0 and model.training
+        if not (attached.virtual or batch.mixed or noisy):
             return {"input_ids": ids}
-        embed = model.get_input_embeddings()(ids)
-        vectors = attached.soft().to(embed.dtype)[soft.clamp(min=0)]
-        return {"inputs_embeds": torch.where((soft >= 0)[..., None], vectors, embed)}
+        table = model.get_input_embeddings()
+        embed = table(ids)
+        if batch.mixed:
+            other, share = (x[layout.source] for x in batch.mixed)
+            embed = torch.lerp(embed, table(other), share[..., None].to(embed.dtype))
+        if noisy:
+            embed = embed + self.noise(batch, embed.shape[-1])[layout.source].to(embed.dtype)
+        if attached.virtual:
+            vectors = attached.soft().to(embed.dtype)[layout.soft.clamp(min=0)]
+            embed = torch.where((layout.soft >= 0)[..., None], vectors, embed)
+        return {"inputs_embeds": embed}
+
+    def noise(self, batch: Batch, width: int) -> Tensor:
+        """[L, width] uniform within alpha / sqrt(length * width), length of the longest sequence a token is part of (arXiv:2310.05914).
+
+        One draw a token, so it is the same in every layout; the loop seeds it by the step."""
+        bound = self.neftune_noise_alpha / (batch.spans * width).sqrt()
+        return (2 * torch.rand(len(batch.ids), width, device=batch.ids.device) - 1) * bound[:, None]
 
     def mask(self, model: Network, layout: Layout, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
         """What each place may look at, in the form that the model's attention takes; by kind of layer where they differ."""

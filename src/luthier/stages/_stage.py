@@ -59,6 +59,17 @@ def text_of(roles: Any, completion: Any) -> str:
     return roles.text(completion)
 
 
+def pieces(roles: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token, as it adds to those before it; joined they are the whole, special tokens shown."""
+    told, shown = [], roles.renderer.shown
+    for i in range(len(ids)):
+        first = max(0, i - 4)  # far enough for characters that take several tokens
+        before = shown(list(ids[first:i]))
+        now = shown(list(ids[first : i + 1]))
+        told.append(now[len(before) :] if not before.endswith("\ufffd") else now[len(before.rstrip("\ufffd")) :])
+    return told
+
+
 def pick(row: dict, places: Sequence[int]) -> dict:
     """A row with some of its completions only, and of all that belongs to them."""
     n = len(row["completions"])
