@@ -20,6 +20,7 @@ BEGIN, END = "<!-- keys: written by luthier.docs -->", "<!-- /keys -->"
 WORLDS_BEGIN, WORLDS_END = "<!-- worlds: written by luthier.docs -->", "<!-- /worlds -->"
 TITLES = {
     "tuner": "Tuners: what moves",
+    "quantizer": "Quantizers: what the frozen weights are kept in",
     "objective": "Objectives: toward what",
     "estimator": "Estimators: where the gradient comes from",
     "transform": "Transforms: what becomes of a gradient",

@@ -27,6 +27,7 @@ T = TypeVar("T", bound=type)
 HOME = Path(__file__).parent
 FOLDERS = {
     "tuner": "tuners",
+    "quantizer": "quantizers",
     "objective": "objectives",
     "estimator": "estimators",
     "transform": "transforms",
@@ -110,6 +111,7 @@ def declare(kind: str):
 
 
 tuner = declare("tuner")
+quantizer = declare("quantizer")
 objective = declare("objective")
 estimator = declare("estimator")
 transform = declare("transform")
@@ -322,6 +324,7 @@ def page(cls: type) -> str:
 
 
 WRITTEN = {  # how a recipe names a method of a kind, where it is not `kind: name`
+    "quantizer": "quantization: {}",
     "optimizer": "optim: {}",
     "transform": "transforms: [{}]",
     "stage": "stages: [{}]",

@@ -1,0 +1,52 @@
+"""Four-bit codes back to numbers: two at a time, by one look-up of the byte that holds them.
+
+A byte holds two codes, so there are 256 pairs of levels, each as wide as one 64-bit number: a single gather reads both. On a CPU
+that is about ten times faster than looking up each level. `plain` is the twin.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+CHUNK = 2**19  # bytes expanded at once where the result is narrower than fp32
+
+
+def pack(codes: Tensor) -> Tensor:
+    """[n] codes of 0 to 15, n even -> [n / 2] bytes; the first of two in the upper half, as bitsandbytes has it."""
+    codes = codes.to(torch.uint8)
+    return (codes[::2] << 4) | codes[1::2]
+
+
+def plain(packed: Tensor, levels: tuple[float, ...], scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[n / 2] bytes, 16 levels, [n / block] scales -> [n] numbers: level times scale of the block, in fp32, then rounded."""
+    codes = torch.stack([packed >> 4, packed & 15], 1).long()
+    book = torch.tensor(levels, dtype=torch.float32, device=packed.device)
+    return (book[codes].view(len(scale), -1) * scale[:, None]).flatten().to(dtype)
+
+
+def expand(packed: Tensor, levels: tuple[float, ...], scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The same, by pairs."""
+    pairs = _pairs(levels, packed.device)
+    if dtype == torch.float32:
+        return _some(packed, pairs, scale).flatten()
+    out = torch.empty(2 * len(packed), dtype=dtype, device=packed.device)
+    block = 2 * len(packed) // len(scale)
+    step = max(1, CHUNK // block) * block  # bytes of whole blocks
+    for i in range(0, len(packed), step):
+        piece = _some(packed[i : i + step], pairs, scale[2 * i // block : 2 * (i + step) // block])
+        out[2 * i : 2 * (i + step)].view(piece.shape).copy_(piece)
+    return out
+
+
+def _some(packed: Tensor, pairs: Tensor, scale: Tensor) -> Tensor:
+    return pairs.index_select(0, packed.int()).view(torch.float32).view(len(scale), -1).mul_(scale[:, None])
+
+
+@lru_cache(maxsize=32)
+def _pairs(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    """[256] pairs of fp32 levels, each seen as one 64-bit number."""
+    book, byte = torch.tensor(levels, dtype=torch.float32), torch.arange(256)
+    return torch.stack([book[byte >> 4], book[byte & 15]], 1).contiguous().view(torch.int64).flatten().to(device)
