@@ -71,7 +71,7 @@ WRONG = [
     ({"plan": [{"objective": "sft"}, {"tuner": "lorra"}]}, ["no tuner 'lorra'"]),
     ({"report_to": ["tensorbord"]}, ["no tracker 'tensorbord'", "'tensorboard'"]),
     ({"report_to": ["clearml"]}, ["'clearml' is not installed", "pip install clearml"]),
-    ({"adapter": "qlora"}, ["no tuner 'qlora'"]),
+    ({"adapter": "qloar"}, ["no tuner 'qloar'"]),
     ({"finetuning_type": "freeze"}, ["no tuner 'freeze'"]),
     ({"load_in_4bit": True}, ["no 'load_in_4bit'"]),
     ({"start": {"merge": "averag", "of": ["a"]}}, ["no merger 'averag'", "'average'"]),

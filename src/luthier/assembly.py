@@ -48,7 +48,7 @@ def load_model(recipe: Recipe, parts: Parts, network: Mapping[str, Any]) -> tupl
     if recipe.attn_implementation:
         how["attn_implementation"] = recipe.attn_implementation
     try:
-        model = parts.architecture.load(path, **how)
+        model = _quantized(parts, path, how, where) if parts.quantizer is not None else parts.architecture.load(path, **how)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(f"model {recipe.model} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
@@ -56,6 +56,13 @@ def load_model(recipe: Recipe, parts: Parts, network: Mapping[str, Any]) -> tupl
     if recipe.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(where).eval(), tokenizer
+
+
+def _quantized(parts: Parts, path: str, how: dict[str, Any], where: torch.device) -> Network:
+    from luthier.quantizers._load import loaded
+
+    dtype = how.pop("dtype")
+    return loaded(lambda **said: parts.architecture.load(path, **how, **said), parts.quantizer, dtype, where)
 
 
 def assemble(recipe: Recipe, parts: Parts, network: Mapping[str, Any] | None = None) -> Roles:

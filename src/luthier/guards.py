@@ -10,6 +10,7 @@ from torch import nn
 
 from luthier.batch import Batch
 from luthier.method import RecipeError
+from luthier.quantizers._quantizer import numbers
 from luthier.roles import resting
 
 TOO_BIG = (
@@ -26,9 +27,10 @@ def something_moves(attached: Any) -> dict[str, int]:
     """Counts of moving and of all parameters; refuses a tuner that moves nothing."""
     moving = sum(p.numel() for s in attached.sites() for p in s.slots.values() if p.requires_grad)
     every = {id(p): p.numel() for p in (*attached.model.parameters(), *attached.parameters().values())}
+    total = sum(every.values()) + numbers(attached.model)
     if not moving:
-        raise Refused(f"tuner '{attached.settings.name}' moves nothing: 0 of {sum(every.values())} parameters")
-    return {"moving": moving, "all": sum(every.values())}
+        raise Refused(f"tuner '{attached.settings.name}' moves nothing: 0 of {total} parameters")
+    return {"moving": moving, "all": total}
 
 
 def something_to_learn(batches: int, supervised: float, tokens: float) -> None:

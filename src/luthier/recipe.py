@@ -33,6 +33,7 @@ class Recipe:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where the chip computes in it
     attn_implementation: str | None = None  # as in transformers: sdpa, eager, ...
     chat_template: str | None = None  # built-in name, .jinja file or template text, where the tokenizer's own will not do
+    quantization: Any = None  # what the base's linear weights are kept in: nf4, int8, {name: nf4, block_size: 64}; load_in_4bit reads as nf4
     start: Any = None  # a finished run to go on from, or {merge: average, of: [run, run]}
 
     # what moves, toward what, how
@@ -135,6 +136,7 @@ class Recipe:
         made = {
             "architecture": None if self.architecture == "auto" else build("architecture", self.architecture),
             "tuner": build("tuner", self.tuner),
+            "quantization": None if self.quantization is None else build("quantizer", self.quantization),
             "estimator": build("estimator", self.estimator),
             "optim": build("optimizer", self.optim) if self.transforms is None else None,
             "transforms": None if self.transforms is None else [build("transform", t) for t in self.transforms],
@@ -177,7 +179,7 @@ ALIASES = {  # other tools' words for ours
     "num_generations": "n", "max_completion_length": "max_new_tokens", "clip_grad_norm": "max_grad_norm", "torch_dtype": "dtype",
     "resume_from_checkpoint": "", "do_train": "", "overwrite_output_dir": "overwrite", "report": "report_to", "output": "output_dir",
 }  # fmt: skip
-SLOTS = {"tuner": "tuner", "estimator": "estimator", "optim": "optimizer", "architecture": "architecture"}  # key -> kind
+SLOTS = {"tuner": "tuner", "quantization": "quantizer", "estimator": "estimator", "optim": "optimizer", "architecture": "architecture"}  # key -> kind
 NAMES = {
     "optim": {"adamw_torch": "adamw", "adamw_hf": "adamw", "adamw_torch_fused": "adamw"},
 }
@@ -252,6 +254,7 @@ def _put(given: dict, key: str, value: Any) -> None:
 def _recipe(given: dict, origins: dict[str, str]) -> Recipe:
     keys = {f.name for f in fields(Recipe)} - {"origins", "told"}
     told: list[str] = []
+    given = _quantized(given, origins, told)
     out: dict[str, Any] = {}
     loose: dict[str, Any] = {}
     where: dict[str, str] = {}
@@ -286,6 +289,41 @@ def _recipe(given: dict, origins: dict[str, str]) -> Recipe:
         raise RecipeError(f"recipe: {complaints(error)}") from None
     origin = {k: where.get(k, "default") for k in keys}
     return replace(made, origins=origin, told=tuple(told))
+
+
+BNB = {"bnb_4bit_use_double_quant": "double_quant", "llm_int8_skip_modules": "skip_modules"}  # transformers' settings for ours
+
+
+def _quantized(given: dict, origins: dict[str, str], told: list[str]) -> dict:
+    """transformers' words for a quantized base (load_in_4bit, ...), and qlora, which other tools call an adapter."""
+    words = [k for k in given if k in ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", *BNB)]
+    out = {k: v for k, v in given.items() if k not in words}
+    for key, value in given.items():
+        if key == "bnb_4bit_compute_dtype":
+            out["dtype"], origins["dtype"] = out.pop(key), origins.get(key, "python")
+            told.append(f"'{key}' is read as dtype")
+        elif ALIASES.get(str(key), key) == "tuner" and (value == "qlora" or isinstance(value, Mapping) and value.get("name") == "qlora"):
+            out[key] = {**value, "name": "lora"} if isinstance(value, Mapping) else "lora"
+            words.append(key)
+            told.append(f"'{key}: qlora' is read as tuner lora on a quantized base")
+    four = given.get("load_in_4bit") or (words and words[-1] not in (*BNB, "bnb_4bit_quant_type", "load_in_4bit", "load_in_8bit"))
+    if given.get("load_in_4bit") and given.get("load_in_8bit"):
+        raise RecipeError("'load_in_4bit' and 'load_in_8bit' cannot both be true; give one of them")
+    if not four and not given.get("load_in_8bit"):
+        if any(k not in ("load_in_4bit", "load_in_8bit") for k in words):
+            told.append(f"{', '.join(words)}: left out, since the base is not quantized (load_in_4bit)")
+        return out
+    if given.get("quantization") is not None:
+        if given.get("load_in_4bit") or given.get("load_in_8bit"):
+            raise RecipeError(f"'{words[0]}' and 'quantization' say the same thing; give one of them")
+        return out
+    said = {"name": "int8" if given.get("load_in_8bit") else given.get("bnb_4bit_quant_type", "nf4")}
+    said |= {ours: given[theirs] for theirs, ours in BNB.items() if theirs in given}
+    if "double_quant" in said and said["name"] == "int8":
+        del said["double_quant"]
+    out["quantization"], origins["quantization"] = said, origins.get(str(words[0]), "python")
+    told.append(f"{', '.join(repr(str(k)) for k in words)}: read as quantization {said}")
+    return out
 
 
 def _settle(out: dict, loose: dict, keys: set, told: list, where: dict) -> None:

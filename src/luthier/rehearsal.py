@@ -14,7 +14,7 @@ from typing import Any
 
 from luthier import store
 from luthier.clock import Clock
-from luthier.method import RecipeError, build, cards, gives_of, meant, wants_of
+from luthier.method import RecipeError, build, cards, find, gives_of, meant, wants_of
 from luthier.recipe import Recipe
 from luthier.transforms._chain import schedule
 
@@ -76,6 +76,7 @@ class Parts:
     stages: list
     live: list
     evaluate: list  # where the recipe names none: whatever of the usual the rows allow, decided by `checked`
+    quantizer: Any = None  # what the base's linear weights are kept in
 
 
 def parts(recipe: Recipe) -> Parts:
@@ -96,6 +97,7 @@ def parts(recipe: Recipe) -> Parts:
         stages=made["stages"],
         live=made["live"],
         evaluate=made["evaluate"] or [],
+        quantizer=made["quantization"],
     )
 
 
@@ -140,6 +142,8 @@ def checked(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts:
     """The parts of a recipe without a plan, each given what it wants."""
     p = parts(recipe)
     store.resolve_model(recipe.model)
+    if p.quantizer is not None:
+        sits_on_codes(p.tuner, p.quantizer)
     schedule(recipe.lr_scheduler_type, recipe.warmup_steps, 1)
     if isinstance(recipe.start, dict):
         build("merger", recipe.start.get("merge"))
@@ -171,6 +175,16 @@ def checked(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts:
                 f"num_iterations: {recipe.num_iterations} needs the sampler's own log-probabilities: `live: [{{name: rollout, old: true}}, ...]`"
             )
     return p
+
+
+def sits_on_codes(tuner: Any, quantizer: Any) -> None:
+    """Refuses a tuner that moves the very weights that a quantized base keeps as codes."""
+    if not tuner.on_quantized:
+        able = [f"'{c.name}'" for c in cards("tuner") if find("tuner", c.name).on_quantized]
+        raise RecipeError(
+            f"tuner '{tuner.name}' moves the model's own weights, and under quantization: {quantizer.name} they are codes that do "
+            f"not move; take one of {', '.join(able)}, or leave quantization out"
+        )
 
 
 class _Nobody:

@@ -25,7 +25,8 @@ from luthier.assembly import assemble, take_parts, tensors_of
 from luthier.data import Data, beside, load_data, touching
 from luthier.folder import clear, default_folder, note_down, on_disk, open_run, trim
 from luthier.loop import Batches, Fit, Totals
-from luthier.method import RecipeError, build
+from luthier.method import RecipeError, build, spec
+from luthier.quantizers._quantizer import told
 from luthier.recipe import Recipe
 from luthier.rehearsal import Parts, checked, rehearse
 from luthier.report import rendered
@@ -166,6 +167,8 @@ class _Run:
             note_down(self.folder, network=network)
         self.roles = assemble(self.recipe, self.parts, network)
         self.roles.tell = self.watch.tell
+        for sentence in told(self.roles.policy.model):
+            self.watch.tell(sentence)
         if self.recipe.start is not None:
             self.roles.tuner.load(tensors_of(self.recipe.start, self.roles.tuner))
         take_parts(self.roles, self.parts)
@@ -336,6 +339,8 @@ class _Run:
             with store.told_on_disk(folder):
                 roles.tuner.save(folder)
                 roles.renderer.tokenizer.save_pretrained(folder)
+                if self.parts.quantizer is not None:
+                    store.write_json(folder / store.QUANTIZATION, spec(self.parts.quantizer))
             page.write_report(self.recipe, report, logged, folder)
             store.write_json(folder / "report.json", asdict(report))
             note_down(folder, finished=True)

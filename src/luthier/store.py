@@ -22,6 +22,8 @@ from torch import Tensor
 from luthier.later import import_models
 from luthier.method import RecipeError, meant
 
+QUANTIZATION = "quantization.json"  # beside an adapter: what its base's weights were kept in
+
 # ---------------------------------------------------------------------------------------------- models
 
 

@@ -16,7 +16,8 @@ from luthier.assembly import assemble, take_parts
 from luthier.data import load_data
 from luthier.evaluators._evaluator import Evaluator
 from luthier.folder import network_of
-from luthier.method import RecipeError, build, meant
+from luthier.method import RecipeError, build, meant, spec
+from luthier.quantizers._quantizer import open_up
 from luthier.recipe import Recipe
 from luthier.rehearsal import Parts, detect, parts
 from luthier.report.console import visible
@@ -127,7 +128,7 @@ def _run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
 
 def _bare(model: str, settings: Mapping[str, Any]) -> tuple[Recipe, Roles]:
     recipe = Recipe.load({**settings, "model": model})
-    roles = assemble(recipe, Parts(detect(model), _Nothing(), None, None, (), {}, [], [], []))
+    roles = assemble(recipe, Parts(detect(model), _Nothing(), None, None, (), {}, [], [], [], recipe.methods()["quantization"]))
     roles.policy.eval()
     return recipe, roles
 
@@ -139,7 +140,11 @@ def _adapter(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise RecipeError(f"{folder} does not say which base model its adapter belongs to")
+    coded = folder / store.QUANTIZATION
+    if coded.is_file():  # it was trained on the weights that the base's codes stand for
+        settings = {"quantization": json.loads(coded.read_text(encoding="utf-8")), **settings}
     recipe, roles = _bare(base, settings)
+    open_up(roles.policy.model)
     if (folder / "tokenizer_config.json").is_file():
         from transformers import AutoTokenizer
 
@@ -250,6 +255,7 @@ def _settled(loaded: Loaded, rows: list[dict], notes: list[str]) -> None:
 
 # ---------------------------------------------------------------------------------------------- export
 
+
 PROBE = (  # fixed texts: their token log-probabilities must be the same before and after export
     "The quick brown fox jumps over the lazy dog.",
     "Question: What is 12 + 30?\nAnswer: 42",
@@ -276,18 +282,43 @@ def export(folder: str | Path, kind: str, to: str | Path) -> str:
     if isinstance(loaded.roles.tuner, Untuned):
         raise RecipeError(f"{folder} is not a run's folder: it holds nothing that was tuned")
     kept = _written_in(loaded.recipe.model)
+    quantizer = loaded.recipe.methods()["quantization"]
     rows = _probe(loaded)
     _settled(loaded, rows, [])
     want = loaded.logprobs(rows)
     with store.new_folder(to) as beside:
         WRITERS[kind](loaded, beside)
         loaded.tokenizer.save_pretrained(beside)
+        if quantizer is not None and kind == "lora":
+            store.write_json(beside / store.QUANTIZATION, spec(quantizer))
         gap = _compare(beside, rows, want, kind, torch.float32)
         if kind == "merged" and kept in ROUNDING:  # merged and compared in fp32, then rounded once
             rounded: Any = loaded.roles.policy.architecture.load(str(beside), dtype=kept)
             rounded.save_pretrained(beside)
             gap = _compare(beside, rows, want, kind, kept)
-    return f"{to}: loaded back, it answers like the tuned model (log-probabilities within {gap:.1e} on average)"
+        cost = _requantized(loaded, beside, rows) if quantizer is not None and kind == "merged" else ""
+    return f"{to}: loaded back, it answers like the tuned model (log-probabilities within {gap:.1e} on average)" + cost
+
+
+def _requantized(loaded: Loaded, folder: Path, rows: list[dict]) -> str:
+    """What it costs to quantize the merged weights as the base was: the divergence from the tuned model, before and after."""
+    name = loaded.recipe.methods()["quantization"].name
+    again = load(folder, dtype="float32", quantization=loaded.recipe.quantization, architecture=loaded.recipe.architecture)
+    gaps = [_divergence(loaded, other, rows) for other in (load(folder, dtype="float32"), again)]
+    return (
+        f"; it is merged into the weights that the {name} codes stand for (KL to the tuned model {gaps[0]:.1e} a token); "
+        f"requantized as {name}, the KL is {gaps[1]:.1e}"
+    )
+
+
+@torch.no_grad()
+def _divergence(one: Loaded, other: Loaded, rows: list[dict]) -> float:
+    """KL of the first model's next-token distribution to the second's, in nats, the mean over the rows' supervised tokens."""
+    said = []
+    for loaded in (one, other):
+        loaded.roles.policy.eval()
+        said.append(loaded.roles.policy.outputs(loaded.roles.batch(rows)))
+    return float(said[0].apply(lambda p, q: (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1), beside=said[1:]).mean())
 
 
 def _compare(folder: Path, rows: list[dict], want: torch.Tensor, kind: str, dtype: torch.dtype) -> float:

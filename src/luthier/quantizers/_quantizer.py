@@ -7,7 +7,7 @@ property, and `open` gives a module a dense weight for a while (to merge into it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -49,6 +49,7 @@ class Quantizer:
 class Quantized(nn.Module):
     """A linear module whose weight lies in codes. Biases stay as they are."""
 
+    watch: Callable[[Tensor], Any] | None = None  # called with each gradient of the weight [out, in] in backward, which is not kept
     bias: nn.Parameter | None
     compute: torch.dtype  # in which the weight is made
     size: tuple[int, int]  # out, in
@@ -107,7 +108,8 @@ class Quantized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if "weight" in self._parameters:
             return super().forward(x)
-        y = Product.apply(x, self, False)
+        watched = self.watch is not None and torch.is_grad_enabled()
+        y = Product.apply(x, self, False, x.new_zeros((), requires_grad=True) if watched else None)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn, recurse=True):
@@ -147,14 +149,19 @@ class Product(torch.autograd.Function):
     """x W' (or, turned, x W) for a module's weight, which is made anew wherever it is needed and never kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: Quantized, turned: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, module: Quantized, turned: bool = False, anchor: Tensor | None = None) -> Tensor:
+        """anchor: any tensor that requires a gradient, for x may not."""
         ctx.module, ctx.turned = module, turned
+        ctx.save_for_backward(*([] if anchor is None else [x]))
         W = module.dense(x.dtype)
         return F.linear(x, W.T if turned else W)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
-        return (Product.apply(grads[0], ctx.module, not ctx.turned) if ctx.needs_input_grad[0] else None), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        for x in ctx.saved_tensors:
+            ctx.module.watch((grads[0].flatten(0, -2).T @ x.flatten(0, -2)).float())
+        wants = ctx.needs_input_grad[0]
+        return (Product.apply(grads[0], ctx.module, not ctx.turned) if wants else None), None, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
@@ -200,14 +207,20 @@ def held_as(base: nn.Module, dtype: torch.dtype) -> Quantized:
     return QuantizedConv1D(base, dtype) if isinstance(base, Conv1D) else QuantizedLinear(base, dtype)
 
 
+def plain(m: Quantized) -> nn.Module:
+    """The module that a quantized one stands for, with the weight that it has."""
+    with torch.device("meta"):
+        made = Conv1D(m.nf, m.nx) if isinstance(m, Conv1D) else nn.Linear(m.size[1], m.size[0], bias=m.bias is not None)
+    W = m.weight
+    made._parameters["weight"] = W if isinstance(W, nn.Parameter) else nn.Parameter(W.detach().contiguous(), requires_grad=False)
+    made._parameters["bias"] = m.bias
+    return made.train(m.training)
+
+
 def open_up(model: nn.Module) -> None:
-    """Dense modules again, for good: the weights that the codes stand for."""
+    """Plain modules again, for good."""
     for name, m in modules(model).items():
-        with torch.device("meta"):
-            plain = Conv1D(m.nf, m.nx) if isinstance(m, QuantizedConv1D) else nn.Linear(m.size[1], m.size[0], bias=m.bias is not None)
-        plain._parameters["weight"] = nn.Parameter(m.weight.detach().contiguous(), requires_grad=False)
-        plain._parameters["bias"] = m.bias
-        replace(model, name, plain.train(m.training))
+        replace(model, name, plain(m))
 
 
 def told(model: Network) -> tuple[str, ...]:

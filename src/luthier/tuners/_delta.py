@@ -40,13 +40,15 @@ def _normal(seed: int, shape: tuple[int, ...]) -> Tensor:
 
 def oriented(layer: Matrix) -> Tensor:
     """The weight of a module as [out, in] (a view); [width] for a norm."""
-    sideways = isinstance(layer, nn.Embedding) or type(layer).__name__ == "Conv1D"
+    sideways = isinstance(layer, nn.Embedding) or any(c.__name__ == "Conv1D" for c in type(layer).__mro__)
     return layer.weight.T if sideways else layer.weight
 
 
 @family
 class Where(Tuner):
     """Family: which modules of a network are tuned, in the words of PEFT."""
+
+    on_quantized: ClassVar[bool] = True
 
     target_modules: str | list[str] = "all-linear"  # ends of their names, one regular expression, or all-linear
     exclude_modules: str | list[str] | None = None  # ends of names, or a regular expression, to leave alone

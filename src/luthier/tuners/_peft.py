@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import field, fields, make_dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
@@ -29,10 +29,12 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import PeftType, register_peft_method
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from luthier import store
 from luthier.method import RecipeError, find, meant, names
+from luthier.quantizers._quantizer import Quantized, numbers, opened
 from luthier.tuners._delta import Delta, oriented
 from luthier.tuners._tuner import Attached, Site
 
@@ -128,6 +130,8 @@ class Layer(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         base = self.get_base_layer()
+        if isinstance(base, Quantized) and "weight" not in base._parameters:
+            raise ValueError("a weight that is kept as codes takes no change: open the module first (luthier.quantizers)")
         for adapter in check_adapters_to_merge(self, adapter_names) or []:
             if adapter not in self.held:
                 continue
@@ -168,7 +172,10 @@ class Layer(nn.Module, BaseTunerLayer):
             table = method.weight(oriented(base).float(), p).T
             return y + (table[x] - base.weight[x].float()).to(y.dtype) * (1 if self._get_embed_scale() is None else self._get_embed_scale())
         own = next(iter(self.held[adapter].parameters())).dtype
-        return method.forward(x.to(own), y.to(own), p, base).to(y.dtype)
+        forward = method.forward
+        if isinstance(base, Quantized) and type(method).forward is Delta.forward:  # W' is made again in backward, not kept
+            forward = partial(checkpoint, forward, use_reentrant=False)
+        return forward(x.to(own), y.to(own), p, base).to(y.dtype)
 
 
 class Model(BaseTuner):
@@ -354,7 +361,7 @@ class OnPeft(Attached):
         ]  # fmt: skip
         if not fused:
             return ()
-        share = sum(k for _, k in fused) / sum(p.numel() for p in self.model.parameters())
+        share = sum(k for _, k in fused) / (sum(p.numel() for p in self.model.parameters()) + numbers(self.model))
         return (
             f"all-linear leaves out {len(fused)} fused expert weights ({fused[0][0]}, ...; {share:.0%} of all parameters), which are "
             "not linear modules; tuner 'lora' reaches them with target_parameters",
@@ -399,6 +406,10 @@ class OnPeft(Attached):
     def merged(self) -> Iterator[nn.Module]:
         """The layers step aside and the weights carry the change. Afterwards the weights are what they were, bit for bit."""
         bases = {id(b): b for b in (layer.get_base_layer() for layer in self.layers.values())}
+        with opened(bases.values()):
+            yield from self._merged(bases)
+
+    def _merged(self, bases: dict[int, nn.Module]) -> Iterator[nn.Module]:
         kept = [(p, p.data) for b in bases.values() for p in b.parameters(recurse=False)]
         for p, data in kept:
             p.data = data.clone()
@@ -658,7 +669,8 @@ def _inputs(layers: dict[str, Layer], rows: list[dict], roles: Any) -> dict[str,
 
 def _gradients(layers: dict[str, Layer], rows: list[dict], roles: Any) -> dict[str, Tensor]:
     """[out, in] the mean gradient of -log p of the supervised tokens with respect to each weight, in fp32."""
-    weights = {n: m.get_base_layer().weight for n, m in layers.items()}
+    codes = {n: b for n, m in layers.items() if isinstance(b := m.get_base_layer(), Quantized)}
+    weights = {n: m.get_base_layer().weight for n, m in layers.items() if n not in codes}
     total = {n: torch.zeros(w.shape, dtype=torch.float32, device=w.device) for n, w in weights.items()}
     count = 0
 
@@ -670,6 +682,9 @@ def _gradients(layers: dict[str, Layer], rows: list[dict], roles: Any) -> dict[s
 
         return hook
 
+    for n, b in codes.items():
+        total[n] = torch.zeros(b.size, dtype=torch.float32, device=next(iter(b.codes.values())).device)
+        b.watch = total[n].add_
     hooks = [w.requires_grad_(True).register_post_accumulate_grad_hook(add(n)) for n, w in weights.items()]
     try:
         with torch.enable_grad():
@@ -682,7 +697,10 @@ def _gradients(layers: dict[str, Layer], rows: list[dict], roles: Any) -> dict[s
             h.remove()
         for w in weights.values():
             w.requires_grad_(False)
-    return {n: (g.T if isinstance(layers[n].get_base_layer(), SIDEWAYS) else g) / max(count, 1) for n, g in total.items()}
+        for b in codes.values():
+            b.watch = None
+    sideways = {n for n in weights if isinstance(layers[n].get_base_layer(), SIDEWAYS)}
+    return {n: (g.T if n in sideways else g) / max(count, 1) for n, g in total.items()}
 
 
 MICRO = 4  # rows read at once while a tuner starts from data

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.kernels.lora import update
 from luthier.method import RecipeError
+from luthier.quantizers._quantizer import Quantized, opened
 from luthier.tuners._delta import oriented
 from luthier.tuners._peft import ADAPTER, INITIAL, OnPeft, plain_settings, sideways
 
@@ -59,15 +60,16 @@ class OnLora(OnPeft):
             base = cast("Matrix", layer.get_base_layer())
             if min(base.weight.shape) < layer.r[ADAPTER]:
                 raise RecipeError(f"init_lora_weights: {start} wants r at most {min(base.weight.shape)} for {name}")
-            kept = base.weight.data
-            turn = make == "olora_init" and isinstance(base, Conv1D)  # PEFT factors the weight as it lies
-            base.weight.data = (oriented(base) if turn else kept).detach().float().clone()
-            try:
-                getattr(layer, make)(*((ADAPTER, start) if make == "pissa_init" else (ADAPTER,)))
-            except ValueError as error:
-                raise RecipeError(f"init_lora_weights: {error}") from None
-            finally:
-                base.weight.data = kept
+            with opened([base]):
+                kept = base.weight.data
+                turn = make == "olora_init" and isinstance(base, Conv1D)  # PEFT factors the weight as it lies
+                base.weight.data = (oriented(base) if turn else kept).detach().float().clone()
+                try:
+                    getattr(layer, make)(*((ADAPTER, start) if make == "pissa_init" else (ADAPTER,)))
+                except ValueError as error:
+                    raise RecipeError(f"init_lora_weights: {error}") from None
+                finally:
+                    base.weight.data = kept
         if self.settings.subtracts:
             self._subtract(linear)
 
@@ -141,6 +143,12 @@ class QuickLinear(Linear):
             A, B = (cast("Matrix", part[a]).weight for part in (self.lora_A, self.lora_B))
             y = update(x, y, A, B, self.scaling[a])
         return y
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        base = self.get_base_layer()
+        if isinstance(base, Quantized) and "weight" not in base._parameters:
+            raise ValueError("a weight that is kept as codes takes no change: open the module first (luthier.quantizers)")
+        super().merge(safe_merge, adapter_names)
 
     def _is_plain(self, adapter: str) -> bool:
         drops = self.training and not isinstance(self.lora_dropout[adapter], nn.Identity)

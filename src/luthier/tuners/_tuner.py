@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class Site:
 @family
 class Tuner:
     """Family: settings that attach to a model."""
+
+    on_quantized: ClassVar[bool] = False  # can it sit on a base whose linear weights are codes?
 
     def attach(self, model: Network) -> Attached:
         """Put the tuner on the model, in place. The tuned model starts as the base model."""

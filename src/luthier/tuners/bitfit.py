@@ -6,7 +6,7 @@ are refused: `also: [norms]` moves their norms' weights instead.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -18,6 +18,8 @@ from luthier.tuners._tuner import Tuner
 @tuner(paper="arXiv:2106.10199", gives="off merge")
 class BitFit(Tuner):
     """Every bias of the network, and what `also` names."""
+
+    on_quantized: ClassVar[bool] = True  # biases and norms are no codes
 
     also: tuple[Literal["norms", "head"], ...] = ()  # further weights that move: of norms, of the output head
 

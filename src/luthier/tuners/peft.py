@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from luthier.method import tuner
 from luthier.tuners._tuner import Tuner
@@ -17,6 +17,8 @@ from luthier.tuners._tuner import Tuner
 @tuner(gives="off merge")
 class PEFT(Tuner):
     """PEFT's layers on a model; read and written as PEFT does."""
+
+    on_quantized: ClassVar[bool] = True
 
     type: str = "lora"  # PEFT's name of the method: lora, vera, ia3, boft, loha, hra, fourierft, ...
     config: dict[str, Any] | None = None  # settings of PEFT's config class for it; target_modules is all-linear unless given

@@ -6,7 +6,7 @@ vectors drawn from the vocabulary are different tokens, as far as there are enou
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -22,6 +22,8 @@ from luthier.tuners._tuner import Tuner
 )
 class Prompt(Tuner):
     """A soft prompt."""
+
+    on_quantized: ClassVar[bool] = True
 
     num_virtual_tokens: int = 20  # vectors before every sequence
     prompt_tuning_init: Literal["sample_vocab", "text", "random"] = "sample_vocab"  # start: tokens drawn, tokens of a text, or noise

@@ -1,0 +1,145 @@
+"""Reading a checkpoint into codes: transformers hands over one weight at a time, and it is quantized before the next is read.
+
+The only file that knows transformers' interface for quantizers. Weights are quantized from their values in the checkpoint, in
+fp32, whatever the compute dtype is: so a base that is loaded again in another precision has the same codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from luthier.method import RecipeError, meant
+from luthier.quantizers._quantizer import Codes, Quantized, Quantizer, held_as, plain, replace
+
+
+@register_quantization_config("luthier")
+class Config(QuantizationConfigMixin):
+    """What `from_pretrained` is given."""
+
+    quant_method = "luthier"
+
+    def __init__(self, quantizer: Quantizer, dtype: torch.dtype, device: torch.device, saved: Mapping[str, Codes] | None = None):
+        self.quantizer, self.dtype, self.device, self.saved = quantizer, dtype, device, saved
+        self.made: dict[str, Codes] = {}  # module -> its codes, until all is read: transformers empties buffers at its end
+
+    def __deepcopy__(self, memo):
+        return self  # transformers copies what it is given, codes included
+
+    def to_dict(self):
+        return {"quant_method": "luthier", "quantizer": self.quantizer.name}
+
+
+@register_quantizer("luthier")
+class Loader(HfQuantizer):
+    """Linear modules hold codes; everything else is read in the compute dtype."""
+
+    quantization_config: Config
+
+    def update_device_map(self, device_map):
+        device = self.quantization_config.device
+        return {"": device} if device_map is None and device.type == "cuda" else device_map
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        said = self.quantization_config
+        for name in chosen(model, said.quantizer):
+            replace(model, name, held_as(model.get_submodule(name), said.dtype))
+        strict = tuple(model._keep_in_fp32_modules_strict or ()) + tuple(
+            model._keep_in_fp32_modules or () if said.dtype == torch.float16 else ()
+        )
+        for name, p in model.named_parameters():  # the others are read in the dtype that they have here
+            if p.is_floating_point() and not any(f".{k}." in f".{name}" for k in strict):
+                p.data = p.data.to(said.dtype)
+
+    def param_needs_quantization(self, model, param_name, **kwargs):
+        name, _, leaf = param_name.rpartition(".")
+        return leaf == "weight" and isinstance(model.get_submodule(name), Quantized)
+
+    def get_quantize_ops(self):
+        return Quantize(self)
+
+    def is_serializable(self):
+        return False
+
+    @property
+    def is_trainable(self):
+        return True
+
+
+class Quantize(ConversionOps):
+    """One weight of the checkpoint -> the codes of its module. Nothing is left for transformers to set."""
+
+    def __init__(self, loader: Loader):
+        self.loader = loader
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **kwargs: Any) -> dict[str, Tensor]:
+        said = self.loader.quantization_config
+        for key, value in input_dict.items():
+            value = value[0] if isinstance(value, list) else value
+            name = key.removesuffix(".weight")
+            module = model.get_submodule(name)
+            if tuple(value.shape) != tuple(module.weight.shape):
+                raise RecipeError(
+                    f"{name} has the shape {tuple(value.shape)} in the checkpoint, and {tuple(module.weight.shape)} in the model"
+                )
+            if said.saved is None:
+                codes = said.quantizer.quantize(module.laid_out(value).float().contiguous())
+            else:
+                codes = {k: v.to(value.device) for k, v in said.saved[name].items()}
+            said.made[name] = codes
+            module._parameters["weight"] = nn.Parameter(value.new_empty(0), requires_grad=False)
+            module._is_hf_initialized = True
+            missing_keys.discard(key)
+        return {}
+
+
+def chosen(model: Any, quantizer: Quantizer) -> list[str]:
+    """The linear modules of a network that are quantized: all but its head, what is tied, and what is to be skipped."""
+    names = [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)]
+    skip = {*get_keys_to_not_convert(model), *(n for n in names if n.endswith(("classifier", "score", "qa_outputs")))}
+    for asked in quantizer.skip_modules or ():
+        found = {n for n in names if n == asked or n.endswith(f".{asked}") or f".{asked}." in f".{n}."}
+        if not found:
+            raise RecipeError(
+                f"quantization: skip_modules '{asked}' matches no linear module{meant(asked, {n.rpartition('.')[2] for n in names})}"
+            )
+        skip |= found
+    kept = [n for n in names if n not in skip]
+    if not kept:
+        raise RecipeError(f"quantization: {type(model).__name__} has no linear module to quantize")
+    return kept
+
+
+def loaded(load: Any, quantizer: Quantizer, dtype: torch.dtype, device: torch.device, saved: Mapping[str, Codes] | None = None) -> Any:
+    """load(**kwargs of from_pretrained) -> the network with its linear weights as codes."""
+    config = Config(quantizer, dtype, device, saved)
+    model = load(quantization_config=config, dtype=torch.float32)
+    for name in list(config.made):
+        model.get_submodule(name).take(quantizer, config.made.pop(name))
+    model.hf_quantizer.remove_quantization_config(model)  # to transformers it is a network like any other
+    for part in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+        part.__dict__.pop("_is_quantized", None)
+        part.dtype = dtype
+    for name, m in list(model.named_modules()):  # what no checkpoint held stays dense
+        if isinstance(m, Quantized) and "weight" in m._parameters:
+            replace(model, name, plain(m))
+    return model
+
+
+@torch.no_grad()
+def quantize(model: Any, quantizer: Quantizer, codes: Mapping[str, Codes]) -> None:
+    """A network that is there already: each module's weight leaves as its codes come."""
+    for name, made in codes.items():
+        base = model.get_submodule(name)
+        module = held_as(base, base.weight.dtype)
+        module.take(quantizer, made)
+        replace(model, name, module)

@@ -1,0 +1,367 @@
+"""Quantized bases: every quantizer keeps a contract; then each method's own check, and tuners on top."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import luthier
+from conftest import recipe_of
+from luthier import store
+from luthier.kernels import codebook
+from luthier.method import RecipeError, build, find, helps, names
+from luthier.quantizers._book import dynamic_map, normal_float
+from luthier.quantizers._load import chosen, quantize
+from luthier.quantizers._quantizer import held_as, modules, numbers
+from luthier.recipe import Recipe
+from luthier.rehearsal import checked
+from test_tuners import base, logprobs, put, train
+
+torch.set_num_threads(1)
+QUANTIZERS = names("quantizer")
+each = pytest.mark.parametrize("name", QUANTIZERS)
+NF4 = (  # appendix E of arXiv:2305.14314
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def there_and_back(spec, W, dtype=torch.float32):
+    q = build("quantizer", spec)
+    return q.dequantize(q.quantize(W), tuple(W.shape), dtype)
+
+
+def on_codes(kind: str = "llama", spec="nf4"):
+    """A tiny network whose linear weights are codes, and the same with the weights that the codes stand for."""
+    model, plain = base(kind), base(kind)
+    q = build("quantizer", spec)
+    codes = {n: q.quantize(held_as(model.get_submodule(n), torch.float32).weight.detach().T if kind == "gpt2"
+                           else model.get_submodule(n).weight.detach()) for n in chosen(model, q)}  # fmt: skip
+    quantize(model, q, codes)
+    for name, m in modules(model).items():
+        plain.get_submodule(name).weight.data = m.weight.clone()
+    return model, plain
+
+
+# ---------------------------------------------------------------------------------------------- the contract
+
+
+@each
+def test_codes_stand_for_nearly_the_weight(name):
+    """Every number is near, storage is what the formula says, and what was quantized once is quantized to itself."""
+    q = build("quantizer", name)
+    for shape in ((64, 512), (128, 1024)):
+        W = normal(*shape) * 0.02
+        codes = q.quantize(W)
+        back = q.dequantize(codes, shape, torch.float32)
+        assert back.shape == shape and (back - W).norm() < 0.15 * W.norm()
+        stored = 8 * sum(t.numel() * t.element_size() for t in codes.values()) / W.numel()
+        assert stored == pytest.approx(q.bits(shape), rel=1e-3)
+        again = q.dequantize(q.quantize(back), shape, torch.float32)
+        assert (again - back).abs().max() < 0.02 * back.abs().max()
+        assert torch.equal(q.dequantize(codes, shape, torch.bfloat16), back.bfloat16())
+
+
+@each
+def test_zero_and_odd_shapes(name):
+    for W in (torch.zeros(8, 64), normal(7, 13), normal(1, 3)):
+        back = there_and_back(name, W)
+        assert back.isfinite().all() and (back - W).norm() <= 0.2 * W.norm()
+
+
+@each
+def test_is_documented(name):
+    cls = find("quantizer", name)
+    assert cls.__doc__ and sys.modules[cls.__module__].__doc__ and all(helps(cls).get(f.name) for f in fields(cls))
+
+
+@each
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_a_module_is_the_linear_it_stands_for(name, kind):
+    """Forward, gradient of the input, second derivative, and opening."""
+    linear = base(kind).get_submodule("model.layers.0.mlp.up_proj" if kind == "llama" else "transformer.h.0.mlp.c_fc")
+    m, q = held_as(linear, torch.float32), build("quantizer", name)
+    W = linear.weight.detach().T if kind == "gpt2" else linear.weight.detach()
+    m.take(q, q.quantize(W.contiguous()))
+    x = normal(5, W.shape[1]).requires_grad_(True)
+    want = F.linear(x, m.dense(), m.bias)
+    assert torch.allclose(m(x), want, atol=1e-6) and m.weight.shape == linear.weight.shape
+    mine, theirs = (torch.autograd.grad(y.square().sum(), x, create_graph=True)[0] for y in (m(x), want))
+    assert torch.allclose(mine, theirs, atol=1e-4)
+    twice = [torch.autograd.grad(g.square().sum(), x)[0] for g in (mine, theirs)]
+    assert torch.allclose(*twice, rtol=1e-3, atol=1e-3)
+    before = m(x).detach()
+    with m.open() as weight:
+        assert torch.allclose(m(x), before, atol=1e-6) and list(m.parameters())
+        weight.data.add_(1)
+    assert torch.equal(m(x), before) and "weight" not in dict(m.named_parameters())
+    kept = {k: v.dtype for k, v in m.codes.items()}
+    assert m.bfloat16()(x.bfloat16()).dtype == torch.bfloat16 and {k: v.dtype for k, v in m.codes.items()} == kept
+
+
+# ---------------------------------------------------------------------------------------------- code books
+
+
+def test_nf4_is_the_published_table():
+    assert torch.allclose(torch.tensor(normal_float(4)), torch.tensor(NF4), atol=1e-6)
+    assert [len(normal_float(b)) for b in (2, 3, 8)] == [4, 8, 256] and all(0.0 in normal_float(b) for b in (2, 3, 4, 8))
+
+
+def test_grid_points_come_back_exactly():
+    scale = torch.rand(32, generator=torch.Generator().manual_seed(1)) + 0.5
+    W = (torch.tensor(normal_float(4)).repeat(32, 4) * scale[:, None]).contiguous()  # each row a block with every level
+    back = there_and_back({"name": "nf4", "double_quant": False}, W)
+    assert torch.allclose(back, W, atol=1e-7)
+
+
+def test_nf4_errs_less_than_fp4_and_int4_on_normal_weights():
+    W = normal(256, 1024)
+    error = {n: float((there_and_back({"name": n, "double_quant": False}, W) - W).abs().mean()) for n in ("nf4", "fp4")}
+    blocks = W.view(-1, 64)
+    scale = blocks.abs().amax(1, keepdim=True) / 7
+    error["int4"] = float(((blocks / scale).round() * scale - blocks).abs().mean())
+    assert error["nf4"] < error["int4"] and error["nf4"] < error["fp4"]
+
+
+def test_double_quantization_costs_an_eighth_and_little_error():
+    W = normal(512, 2048) * 0.02
+    once, twice = (build("quantizer", {"name": "nf4", "double_quant": d}) for d in (False, True))
+    assert once.bits(W.shape) == 4.5 and twice.bits(W.shape) == pytest.approx(4.127, abs=5e-4)
+    a, b = (q.quantize(W) for q in (once, twice))
+    assert torch.equal(a["weight"], b["weight"])
+    from luthier.quantizers._book import unsqueeze
+
+    off = (unsqueeze(b) - a["absmax"]).abs()
+    spread = (a["absmax"] - a["absmax"].mean()).abs().max()
+    assert off.max() <= spread * float(dynamic_map().diff().max()) / 2 + 1e-7  # half the widest gap of the map
+    gap = (once.dequantize(a, W.shape, torch.float32) - twice.dequantize(b, W.shape, torch.float32)).norm()
+    assert gap < 0.02 * W.norm()
+
+
+def test_the_dynamic_map():
+    table = dynamic_map()
+    assert len(table) == 256 and len(table.unique()) == 256 and table[0] == pytest.approx(-0.9929687) and table[-1] == 1
+    assert (table.abs() < 1e-3).sum() > 20  # dense toward zero
+
+
+def test_expanding_by_pairs_is_expanding():
+    codes = torch.randint(0, 16, (64 * 50,), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    scale = torch.rand(50)
+    for dtype in (torch.float32, torch.bfloat16):
+        args = codebook.pack(codes), normal_float(4), scale, dtype
+        assert torch.equal(codebook.expand(*args), codebook.plain(*args))
+
+
+def test_bitsandbytes_says_the_same():
+    bnb = pytest.importorskip("bitsandbytes.functional")
+    W, q = normal(256, 640), build("quantizer", "nf4")
+    packed, state = bnb.quantize_4bit(W, blocksize=64, quant_type="nf4", compress_statistics=True)
+    codes = q.quantize(W)
+    assert (packed.flatten() == codes["weight"]).float().mean() > 0.9999
+    assert torch.allclose(bnb.dequantize_4bit(packed, state), q.dequantize(codes, W.shape, torch.float32), atol=0.02)
+
+
+# ---------------------------------------------------------------------------------------------- tuners on codes
+
+ON_CODES = [n for n in names("tuner") if find("tuner", n).on_quantized and n != "bitfit"]
+
+
+@pytest.mark.parametrize("name", ON_CODES)
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@torch.no_grad()
+def test_a_tuner_on_codes_is_the_tuner_on_their_weights(name, kind):
+    """Starts as the base, learns the same, off is the base, merged answers alike, and the codes never change."""
+    model, plain = on_codes(kind)
+    kept = {n: {k: v.clone() for k, v in m.codes.items()} for n, m in modules(model).items()}
+    try:
+        twin = put(name, plain)
+    except RecipeError as error:
+        pytest.skip(str(error))
+    attached = put(name, model)
+    assert torch.allclose(logprobs(attached), logprobs(twin), atol=1e-5)
+    untuned = logprobs(attached)
+    with torch.enable_grad():
+        train(attached), train(twin)
+    tuned = logprobs(attached)
+    assert torch.allclose(tuned, logprobs(twin), atol=1e-3) and not torch.allclose(tuned, untuned, atol=1e-4)
+    if name != "prompt":
+        with attached.off():
+            assert torch.allclose(logprobs(attached), untuned, atol=1e-6) or "starts_as_base" in find("tuner", name).contract
+        with attached.merged():
+            assert torch.allclose(logprobs(attached), tuned, atol=2e-5)
+        assert torch.equal(logprobs(attached), tuned)
+    assert all(torch.equal(v, kept[n.removesuffix(".base_layer")][k]) for n, m in modules(model).items() for k, v in m.codes.items())
+    assert not any(n.endswith("base_layer.weight") for n, _ in model.named_parameters())
+
+
+def test_nothing_dense_is_kept_for_backward():
+    """A forward under lora saves no tensor of a weight's size."""
+    model, _ = on_codes()
+    attached = put("lora", model)
+    sizes = {m.size for m in modules(model).values()}
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: seen.append(tuple(t.shape)) or t, lambda t: t):
+        logprobs(attached).sum()
+    assert seen and not {s for s in seen} & (sizes | {s[::-1] for s in sizes})
+
+
+def test_gradients_of_weights_that_are_codes():
+    """What lora_sb starts from: the same directions on codes as on the weights they stand for."""
+    from test_tuners import as_roles
+
+    model, plain = on_codes()
+    a, b = put("lora_sb", model, r=4, first_step=1e-2), put("lora_sb", plain, r=4, first_step=1e-2)
+    for x in (a, b):
+        x.initialize([{}], as_roles(x))
+    assert torch.allclose(logprobs(a), logprobs(b), atol=1e-4)
+
+
+def test_merging_into_codes_is_refused():
+    model, _ = on_codes()
+    for name in ("lora", "ssf"):
+        attached = put(name, on_codes()[0])
+        with pytest.raises(ValueError, match="takes no change"):
+            attached.peft.merge_adapter()
+
+
+def test_what_is_quantized():
+    q = build("quantizer", "nf4")
+    found = chosen(base("llama"), q)
+    assert len(found) == 14 and "lm_head" not in found
+    assert not any("lm_head" in n or "wte" in n for n in chosen(base("gpt2"), q))
+    fewer = chosen(base("llama"), build("quantizer", {"name": "nf4", "skip_modules": ["mlp", "layers.0"]}))
+    assert fewer and all(".1.self_attn." in n for n in fewer)
+    with pytest.raises(RecipeError, match="did you mean 'q_proj'"):
+        chosen(base("llama"), build("quantizer", {"name": "nf4", "skip_modules": ["q_prj"]}))
+
+
+# ---------------------------------------------------------------------------------------------- in a recipe
+
+
+def test_transformers_words():
+    read = lambda **given: Recipe.load(given)
+    for given, want in [
+        ({"load_in_4bit": True}, {"name": "nf4"}),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}, {"name": "fp4", "double_quant": False}),
+        ({"load_in_8bit": True, "load_in_4bit": False}, {"name": "int8"}),
+        ({"adapter": "qlora"}, {"name": "nf4"}),
+        ({"tuner": {"name": "qlora", "r": 4}, "load_in_8bit": True}, {"name": "int8"}),
+        ({"quantization": "int8", "load_in_4bit": False}, "int8"),
+        ({"load_in_4bit": False, "bnb_4bit_quant_type": "nf4"}, None),
+    ]:
+        recipe = read(**given)
+        assert recipe.quantization == want and recipe.methods()["tuner"].name == "lora", given
+        assert not want or want == "int8" or any("quantiz" in t for t in recipe.told)
+    assert read(load_in_4bit=True, bnb_4bit_compute_dtype="bfloat16").dtype == "bfloat16"
+    assert Recipe.load(read(load_in_4bit=True).yaml()).fingerprint() == read(load_in_4bit=True).fingerprint()
+    assert read(quantization="nf4").but(**{"quantization.block_size": 32}).methods()["quantization"].block_size == 32
+    for given in ({"load_in_4bit": True, "load_in_8bit": True}, {"load_in_4bit": True, "quantization": "int8"}):
+        with pytest.raises(RecipeError, match="give one of them"):
+            read(**given)
+
+
+@pytest.mark.parametrize("tuner", ["full", "lisa"])
+def test_tuners_of_whole_weights_are_refused(tuner, tiny):
+    with pytest.raises(RecipeError, match="moves the model's own weights.*'lora'"):
+        checked(Recipe.load({"model": tiny, "tuner": tuner, "quantization": "nf4"}))
+
+
+@pytest.mark.parametrize("spec", ["nf4", "int8"])
+def test_in_a_run(spec, tiny, tmp_path):
+    """Quantized as it is read, learns, resumes bit for bit, loads with the same base, exports merged, is told what that costs."""
+    recipe = {
+        **recipe_of(tiny),
+        "tuner": {"name": "lora", "r": 4},
+        "quantization": spec,
+        "max_steps": 8,
+        "save_steps": 4,
+        "learning_rate": 1e-2,
+    }
+    whole = luthier.tune(**recipe, output_dir=str(tmp_path / "whole"))
+    assert sum(whole.losses[-2:]) < sum(whole.losses[:2]) and any(f"kept as {spec}" in s for s in whole.notes)
+    last = store.load_checkpoint(store.checkpoints(tmp_path / "whole")[-1])
+    shutil.rmtree(store.checkpoints(tmp_path / "whole")[-1])
+    (tmp_path / "whole" / "report.json").unlink()
+    state = tmp_path / "whole" / "run.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "finished": False}))
+    luthier.tune(**recipe, output_dir=str(tmp_path / "whole"))
+    again = store.load_checkpoint(store.checkpoints(tmp_path / "whole")[-1])
+    assert all(torch.equal(v, again.tensors[k]) for k, v in last.tensors.items())
+    loaded = luthier.load(tmp_path / "whole")
+    assert numbers(loaded.model) > 0 and loaded.generate("1+1=", max_new_tokens=2) is not None
+    half = luthier.load(tmp_path / "whole", dtype="bfloat16")
+    for (name, m), other in zip(modules(loaded.model).items(), modules(half.model).values(), strict=True):
+        assert all(torch.equal(v, other.codes[k]) for k, v in m.codes.items()), name
+        assert other.compute == torch.bfloat16
+    assert {p.dtype for p in half.model.get_input_embeddings().parameters()} == {torch.bfloat16}
+    from luthier.use import export
+
+    sentence = export(tmp_path / "whole", "merged", tmp_path / "merged")
+    assert "requantized" in sentence and "KL" in sentence
+    rows = [{"id": "0", "prompt": "1+2=", "completions": ["3"]}]
+    assert torch.allclose(luthier.load(tmp_path / "merged").logprobs(rows), loaded.logprobs(rows), atol=1e-4)
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+    export(tmp_path / "whole", "lora", tmp_path / "adapter")
+    assert torch.allclose(luthier.load(tmp_path / "adapter").logprobs(rows), loaded.logprobs(rows), atol=1e-4)
+
+
+def test_qlora_learns_as_lora_does(base, tmp_path):
+    """Within 2% of the loss of LoRA on the unquantized base."""
+    recipe = {**base, "tuner": {"name": "lora", "r": 8}, "learning_rate": 1e-2, "max_steps": 30, "lr_scheduler_type": "constant"}
+    plain = luthier.tune(**recipe, output_dir=str(tmp_path / "plain"))
+    coded = luthier.tune(**recipe, load_in_4bit=True, output_dir=str(tmp_path / "coded"))
+    tail = lambda r: sum(r.losses[-10:])
+    assert tail(plain) < 0.8 * sum(plain.losses[:10]) and tail(coded) < 1.02 * tail(plain) + 0.02
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "bert", "mixtral"])
+def test_other_networks_are_read_into_codes(kind, tmp_path):
+    """Conv1D, a classifier with a fresh head, fused experts beside quantized attention, tied embeddings."""
+    from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+
+    from luthier.quantizers._load import loaded
+
+    q = build("quantizer", "nf4")
+    if kind == "bert":
+        config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=97)
+        torch.manual_seed(0)
+        plain, cls = BertForSequenceClassification(config).eval(), AutoModelForSequenceClassification
+        plain.bert.save_pretrained(tmp_path)  # no head
+    else:
+        plain = base(kind)
+        cls = type(plain)
+        plain.save_pretrained(tmp_path)
+    found = {}
+
+    def load(**said):
+        model, found["info"] = cls.from_pretrained(tmp_path, output_loading_info=True, **said)
+        return model
+
+    model = loaded(load, q, torch.float32, torch.device("cpu"))
+    missing = {k for k in found["info"]["missing_keys"]}
+    assert missing == ({"classifier.weight", "classifier.bias"} if kind == "bert" else set())
+    assert type(model.get_submodule("classifier")) is nn.Linear if kind == "bert" else modules(model)
+    some = modules(model)
+    assert set(some) == set(chosen(plain, q))
+    for name, m in some.items():
+        W = plain.get_submodule(name).weight.detach()
+        want = q.dequantize(q.quantize((W.T if kind == "gpt2" else W).contiguous()), m.size, torch.float32)
+        assert torch.equal(m.dense(), want)
+    ids = torch.arange(3, 17).reshape(2, 7)
+    with torch.no_grad():
+        for name, m in some.items():
+            plain.get_submodule(name).weight.data = m.weight.contiguous()
+        if kind != "bert":
+            assert torch.allclose(model.eval()(ids).logits, plain(ids).logits, atol=1e-5)
