@@ -21,11 +21,10 @@ from luthier.method import RecipeError, meant
 from luthier.quantizers._quantizer import Codes, Quantized, Quantizer, held_as, plain, replace
 
 
-@register_quantization_config("luthier")
 class Config(QuantizationConfigMixin):
     """What `from_pretrained` is given."""
 
-    quant_method = "luthier"
+    quant_method: Any = "luthier"
 
     def __init__(self, quantizer: Quantizer, dtype: torch.dtype, device: torch.device, saved: Mapping[str, Codes] | None = None):
         self.quantizer, self.dtype, self.device, self.saved = quantizer, dtype, device, saved
@@ -38,7 +37,6 @@ class Config(QuantizationConfigMixin):
         return {"quant_method": "luthier", "quantizer": self.quantizer.name}
 
 
-@register_quantizer("luthier")
 class Loader(HfQuantizer):
     """Linear modules hold codes; everything else is read in the compute dtype."""
 
@@ -86,7 +84,7 @@ class Quantize(ConversionOps):
         for key, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
             name = key.removesuffix(".weight")
-            module = model.get_submodule(name)
+            module: Any = model.get_submodule(name)
             if tuple(value.shape) != tuple(module.weight.shape):
                 raise RecipeError(
                     f"{name} has the shape {tuple(value.shape)} in the checkpoint, and {tuple(module.weight.shape)} in the model"
@@ -143,3 +141,7 @@ def quantize(model: Any, quantizer: Quantizer, codes: Mapping[str, Codes]) -> No
         module = held_as(base, base.weight.dtype)
         module.take(quantizer, made)
         replace(model, name, module)
+
+
+register_quantization_config("luthier")(Config)
+register_quantizer("luthier")(Loader)

@@ -54,7 +54,7 @@ class Quantized(nn.Module):
     compute: torch.dtype  # in which the weight is made
     size: tuple[int, int]  # out, in
 
-    def _born(self, base: nn.Module, dtype: torch.dtype) -> None:
+    def _born(self, base: Any, dtype: torch.dtype) -> None:
         nn.Module.__init__(self)
         self.quantizer: Any = None
         self.held: list[str] = []
@@ -74,7 +74,7 @@ class Quantized(nn.Module):
 
     @property
     def codes(self) -> Codes:
-        return {name: self._buffers[f"q_{name}"] for name in self.held}
+        return {name: self.get_buffer(f"q_{name}") for name in self.held}
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight that the codes stand for, as [out, in]."""
@@ -202,7 +202,7 @@ def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(above) if above else model, leaf, module)
 
 
-def held_as(base: nn.Module, dtype: torch.dtype) -> Quantized:
+def held_as(base: Any, dtype: torch.dtype) -> Quantized:
     """The quantized module that can stand for a linear one, its weight still dense."""
     return QuantizedConv1D(base, dtype) if isinstance(base, Conv1D) else QuantizedLinear(base, dtype)
 
