@@ -73,7 +73,7 @@ WRONG = [
     ({"report_to": ["clearml"]}, ["'clearml' is not installed", "pip install clearml"]),
     ({"adapter": "qloar"}, ["no tuner 'qloar'"]),
     ({"finetuning_type": "freeze"}, ["no tuner 'freeze'"]),
-    ({"load_in_4bit": True}, ["no 'load_in_4bit'"]),
+    ({"load_in_4bit": True, "tuner": "full"}, ["codes that do not move"]),
     ({"start": {"merge": "averag", "of": ["a"]}}, ["no merger 'averag'", "'average'"]),
 ]  # fmt: skip
 
