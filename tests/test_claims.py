@@ -232,6 +232,11 @@ def test_claims_can_be_tried(name):
     assert found is None or found["verdict"] in (claims.HELD, claims.NOT_HELD, claims.UNDECIDED, claims.UNTESTABLE)
 
 
+def test_every_world_of_a_claim_is_drawn_by_the_runs_seed():
+    recipe = claims.read("noise_static_dynamic", HOME).recipe("static", 7)
+    assert [part["seed"] for part in recipe["data"]] == [7, 7] and recipe["eval_data"]["seed"] == 7
+
+
 def test_results_belong_to_claims():
     assert {p.stem for p in (HOME / "results").glob("*.json")} <= set(claims.names(HOME))
 

@@ -118,9 +118,8 @@ class Claim(BaseModel):
         if rate is not None:
             keys["learning_rate"] = rate
         for key in ("data", "eval_data"):
-            rows = {"path": keys[key]} if isinstance(keys.get(key), str) else keys.get(key)
-            if isinstance(rows, Mapping) and str(rows.get("path")).startswith("practice:"):
-                keys[key] = {"seed": seed, **rows}
+            if key in keys:
+                keys[key] = _drawn(keys[key], seed)
         return keys
 
     def runs(self, seeds: int) -> tuple[list[tuple[str, int, float]], list[tuple[str, int]]]:
@@ -135,6 +134,15 @@ class Claim(BaseModel):
 
     def wrong(self, why: str) -> RecipeError:
         return RecipeError(f"claim {self.name}: {why}")
+
+
+def _drawn(rows: Any, seed: int) -> Any:
+    """`data` whose practice worlds are drawn by a seed, where the file does not say another."""
+    if isinstance(rows, list):
+        return [_drawn(each, seed) for each in rows]
+    named = {"path": rows} if isinstance(rows, str) else rows
+    world = isinstance(named, Mapping) and str(named.get("path")).startswith("practice:")
+    return {"seed": seed, **named} if world else rows
 
 
 def home() -> Path:

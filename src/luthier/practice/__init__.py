@@ -50,7 +50,7 @@ def recipe(word: str) -> dict:
     data = {
         "data": {"path": f"practice:{world}/{split}", "n": 4000 if objective == "sft" else 1600},
         "objective": objective,
-        "learning_rate": 3e-3 if objective == "sft" else 5e-4,
+        "learning_rate": 1e-2 if objective == "sft" else 1e-3,
         "per_device_train_batch_size": 32,
     }
     return {**data, "eval_data": {"path": f"practice:{world}/{test}", "n": 200}} if test else data
