@@ -19,7 +19,8 @@ from luthier.recipe import Recipe
 from luthier.rehearsal import rehearse
 from luthier.rows import load
 
-NEEDED = {  # settings without a default
+NEEDED = {
+    "projects": {"of": [{"learning_rate": 1e-4}]},  # settings without a default
     "sequence": {"acts": [{"objective": "sft"}, {"learning_rate": 1e-4}]},
     "greedy_soup": {"of": [{"learning_rate": 1e-4}, {"learning_rate": 1e-3}]},
 }

@@ -108,7 +108,9 @@ def tensors_of(start: Any, attached: Any) -> dict[str, torch.Tensor]:
     if isinstance(start, dict):
         if set(start) != {"merge", "of"} or not start["of"]:
             raise RecipeError("start: give a run's folder, or {merge: average, of: [folder, folder]}")
-        return build("merger", start["merge"]).merge([tensors_of(s, attached) for s in start["of"]])
+        merger = build("merger", start["merge"])
+        base = attached.tensors() if "base" in merger.wants else None  # nothing has been trained or loaded yet
+        return merger.merge([tensors_of(s, attached) for s in start["of"]], base)
     folder = Path(start)
     if not folder.is_dir():
         raise RecipeError(f"start: there is no folder {folder}")

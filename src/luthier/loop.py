@@ -138,16 +138,16 @@ class Fit:
         *units, tokens, supervised, n_rows = self._sum(total).tolist()
         samples = "samples" in self.objective.wants
 
-        def closure(grad: bool = True) -> float:
-            """The loss of the global batch; with grad, its gradient into p.grad of what moves."""
+        def closure(grad: bool = True, only: Callable[[str], bool] = lambda term: True) -> float:
+            """The loss of the global batch; with grad, its gradient into p.grad of what moves. only: of these terms, by name."""
             try:
-                return measure(grad)
+                return measure(grad, only)
             except (RuntimeError, MemoryError) as error:
                 if guards.out_of_memory(error):
                     raise TooLarge(str(error)) from None
                 raise
 
-        def measure(grad: bool) -> float:
+        def measure(grad: bool, only: Callable[[str], bool]) -> float:
             value, seen, each = 0.0, {}, {}
             if grad:
                 for p in tuner.parameters().values():
@@ -158,6 +158,8 @@ class Fit:
                 with torch.set_grad_enabled(grad):
                     loss = 0.0
                     for (weight, objective), n in zip(terms, units, strict=True):
+                        if not only(objective.name):
+                            continue
                         values = objective.loss(roles, batch)
                         guards.right_count(values, objective, batch)
                         guards.finite(values.detach(), objective.name, clock.step, batch)

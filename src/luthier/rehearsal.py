@@ -163,6 +163,8 @@ def checked(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts:
             have = (have - (before - words(tried))) | (words(tried) - before)
     for x in (*p.roles.values(), p.estimator, *p.chain, *([p.objective] if p.objective else [])):
         _need(x, have, recipe)
+    if p.objective is not None:
+        p.estimator.suits(p.objective)
     if p.objective is not None and "samples" in wants(p.objective) and not any("samples" in s.gives for s in p.live):
         raise RecipeError(f"{_name(p.objective, recipe)} learns from fresh samples; write the rollout under `live`, not under `stages`")
     if p.objective is not None and recipe.num_iterations > 1:
@@ -247,6 +249,13 @@ class _Blank:
         self.before, self.after = defaultdict(float), defaultdict(float)
 
 
+def _sample(recipe: Recipe) -> Sequence[dict]:
+    """Rows of an act that has data of its own."""
+    from luthier.data import load_data
+
+    return load_data(recipe).rows[:100] if recipe.data is not None else ()
+
+
 def _play(recipe: Recipe, rows: Sequence[dict]) -> None:
     play = build("plan", recipe.plan_spec()).recipes(recipe.but(plan=None))
     try:
@@ -254,7 +263,7 @@ def _play(recipe: Recipe, rows: Sequence[dict]) -> None:
         while True:
             several = isinstance(asked, list)
             for r in asked if several else [asked]:
-                rehearse(r, rows)
+                rehearse(r, rows if r.data == recipe.data or _Blank.folder in str(r.data) else _sample(r))
             asked = play.send([_Blank() for _ in asked] if several else _Blank())
     except StopIteration:
         return

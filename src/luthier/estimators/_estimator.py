@@ -23,8 +23,11 @@ class Estimator:
     """Family: one optimizer step."""
 
     def step(self, closure: Closure, chain: Chain, clock: Clock) -> float:
-        """closure(grad=True) -> loss of the global batch; with grad, p.grad holds its gradient. Returns the loss."""
+        """closure(grad=True, only=all terms) -> loss of the global batch; with grad, p.grad holds its gradient. Returns the loss."""
         raise NotImplementedError
+
+    def suits(self, objective: Any) -> None:
+        """Raises RecipeError, before anything is computed, where this estimator cannot serve an objective."""
 
 
 def gradients(chain: Chain) -> dict[str, Slots]:

@@ -62,6 +62,7 @@ class Delta(Where):
     """Family: own tensors for each chosen module, and the weight they make of its weight."""
 
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear, nn.Embedding)  # modules it can sit on, besides Conv1D
+    precise: ClassVar[bool] = True  # forward is given x and y in the adapter's fp32; else in the model's precision
     reads: ClassVar[str] = ""  # what `start` learns from: "inputs", "gradients" or nothing
 
     def attach(self, model: Network) -> Attached:

@@ -166,11 +166,13 @@ class Layer(nn.Module, BaseTunerLayer):
         return y + sum((self.update(a, x, y) - y for a in live), torch.zeros_like(y))
 
     def update(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
-        """Computed in the adapter's precision, returned in the model's."""
+        """Computed in the adapter's precision unless the method does without, returned in the model's."""
         method, p, base = self.methods[adapter], self.tensors(adapter), self.get_base_layer()
         if isinstance(base, nn.Embedding):
             table = method.weight(oriented(base).float(), p).T
             return y + (table[x] - base.weight[x].float()).to(y.dtype) * (1 if self._get_embed_scale() is None else self._get_embed_scale())
+        if not method.precise:
+            return method.forward(x, y, p, base)
         own = next(iter(self.held[adapter].parameters())).dtype
         forward = method.forward
         if isinstance(base, Quantized) and type(method).forward is Delta.forward:  # W' is made again in backward, not kept
@@ -528,7 +530,7 @@ class OnPeft(Attached):
 FREE = {  # settings of an adapter that do not change what its tensors mean, or that the tensors' names tell
     "base_model_name_or_path", "inference_mode", "revision", "task_type", "auto_mapping", "peft_version", "runtime_config",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters",
-    "init_lora_weights", "init_weights", "lora_dropout", "bias", "init_rows", "ensure_weight_tying",
+    "init_lora_weights", "init_weights", "lora_dropout", "bias", "init_rows", "ensure_weight_tying", "plan",
 }  # fmt: skip
 
 

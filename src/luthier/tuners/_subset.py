@@ -1,8 +1,8 @@
-"""Tuners that move the model's own weights: all of them, or some by name."""
+"""Tuners that move the model's own weights: all of them, some by name, or now these and now those layers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from luthier import store
 from luthier.method import RecipeError
+from luthier.tuners._anatomy import layer_of
 from luthier.tuners._tuner import Attached, Site
 
 if TYPE_CHECKING:
@@ -30,18 +31,26 @@ class Weights(Attached):
                 self.names.append(name)
         if not self.names:
             raise RecipeError(f"tuner '{settings.name}' found nothing to move in {type(model).__name__}")
-        self.start = self.tensors() if keep_start else None
+        self.start = {k: p.detach().clone() for k, p in self.parameters().items()} if keep_start else None
 
     def every_site(self) -> list[Site]:
         own = dict(self.model.named_parameters())
         return [Site(n, {"weight": own[n]}, self.settings) for n in self.names]
 
+    @contextmanager
     def off(self):
-        return self.using(self.start) if self.start else super().off()
+        if self.start is None:
+            raise RecipeError(f"tuner '{self.settings.name}' cannot be switched off")
+        with self.using({**self.start, **self.memory()}):
+            yield
 
     @contextmanager
     def merged(self) -> Iterator[nn.Module]:
         yield self.model
+
+    def export_lora(self, folder: Path | str, rank: int | None = None) -> float:
+        """Whole weights have no LoRA form. Raises RecipeError."""
+        raise RecipeError(f"tuner '{self.settings.name}' moves whole weights, which have no LoRA form: export them merged")
 
     def save(self, folder: Path) -> None:
         """A plain transformers model, read back and compared: for that moment there are two of it."""
@@ -61,4 +70,29 @@ class Weights(Attached):
             saved = self._saved(Path(folder))
         except (OSError, ValueError, RuntimeError) as error:
             raise RecipeError(f"the model in {folder} cannot be read: {str(error).strip().splitlines()[0]}") from None
-        return {f"{n}.weight": saved[n] for n in self.names if n in saved}
+        return {**{f"{n}.weight": saved[n] for n in self.names if n in saved}, **self.memory()}
+
+
+class Layers(Weights):
+    """All weights, of which some move now, by the layer they stand in. What is in no layer (embeddings, head) is `outside`."""
+
+    def __init__(self, settings: Any, model: Network):
+        super().__init__(settings, model, lambda name, p: p.is_floating_point())
+        places = {n: layer_of(n) for n in self.names}
+        order = {place: i for i, place in enumerate(dict.fromkeys(p for p in places.values() if p))}
+        if not order:
+            raise RecipeError(f"tuner '{settings.name}' finds no list of layers in {type(model).__name__}")
+        self.depth = len(order)
+        self.layer = {n: order[place] for n, place in places.items() if place}  # parameter -> its layer, counted from the input
+
+    def let(self, moves: Callable[[str], bool]) -> None:
+        """From now on those parameters move for which `moves` is true; the others lose their gradient, and so their state."""
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(p.is_floating_point() and moves(name))
+            if not p.requires_grad:
+                p.grad = None
+
+    def move(self, live: Iterable[int]) -> None:
+        """Let these layers move, and all that is in no layer."""
+        live = set(live)
+        self.let(lambda name: self.layer.get(name, -1) in live or name not in self.layer)

@@ -6,18 +6,11 @@ seed and step, so nothing about it needs saving. The start is not kept: it canno
 
 from __future__ import annotations
 
-import re
-from typing import TYPE_CHECKING
-
 import torch
-from torch import nn
 
 from luthier.method import RecipeError, tuner
-from luthier.tuners._subset import Weights
+from luthier.tuners._subset import Layers
 from luthier.tuners._tuner import Tuner
-
-if TYPE_CHECKING:
-    from luthier.architectures._network import Network
 
 
 @tuner(paper="arXiv:2403.17919", row="lisa", gives="merge")
@@ -35,27 +28,17 @@ class LISA(Tuner):
         return Draws(self, model)
 
 
-class Draws(Weights):
-    """All weights, of which some move now."""
+class Draws(Layers):
+    """A few layers at a time, all equally likely."""
 
-    def __init__(self, settings: LISA, model: Network):
-        super().__init__(settings, model, lambda name, p: p.is_floating_point())
-        self.depth = model.config.get_text_config().num_hidden_layers
-        stack = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == self.depth]
-        if not stack:
-            raise RecipeError(f"tuner 'lisa' finds no list of {self.depth} layers in {type(model).__name__}")
-        inside = re.compile(rf"{re.escape(stack[0])}\.(\d+)\.")
-        self.layer = {n: int(m[1]) for n in self.names if (m := inside.match(n))}  # parameter -> its layer
+    def __init__(self, settings, model):
+        super().__init__(settings, model)
         self.move(range(min(settings.n_layers, self.depth)))  # until the first draw
 
-    def move(self, live) -> None:
-        """Let these layers move, and all that is in no layer."""
-        live = set(live)
-        for name, p in self.model.named_parameters():
-            p.requires_grad_(self.layer.get(name, -1) in live or name not in self.layer)
-            if not p.requires_grad:
-                p.grad = None
-
     def before_step(self, clock):
-        draw = torch.randperm(self.depth, generator=clock.rng("lisa", at=clock.step // self.settings.interval))
-        self.move(draw[: self.settings.n_layers].tolist())
+        draw = clock.rng(self.settings.name, at=clock.step // self.settings.interval)
+        self.move(self.drawn(draw))
+
+    def drawn(self, rng: torch.Generator) -> list[int]:
+        """The layers of one draw."""
+        return torch.randperm(self.depth, generator=rng)[: self.settings.n_layers].tolist()

@@ -1,0 +1,49 @@
+"""Where a weight stands in a transformer, by its name: in which layer, in attention or feed-forward, and as what.
+
+Names are those of transformers: Llama, Qwen, Gemma, Mistral, Phi, GPT-2, NeoX, OPT, Bloom, Falcon, BERT, RoBERTa, T5, BART.
+"""
+
+from __future__ import annotations
+
+import re
+
+LAYER = re.compile(r"^(.*?(?:layers?|\bh|blocks?))\.(\d+)\.")
+NORM = re.compile(r"norm|\bln_", re.IGNORECASE)
+ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
+INSIDE = {  # attention: part -> last names
+    "q": {"q_proj", "query", "q", "q_lin"},
+    "k": {"k_proj", "key", "k", "k_lin"},
+    "v": {"v_proj", "value", "v", "v_lin"},
+    "qkv": {"qkv_proj", "c_attn", "query_key_value", "Wqkv"},
+    "o": {"o_proj", "out_proj", "c_proj", "dense", "o", "out_lin"},
+}
+OUTSIDE = {  # feed-forward
+    "up": {"up_proj", "c_fc", "fc1", "wi", "wi_1", "dense_h_to_4h", "lin1", "w3"},
+    "gate": {"gate_proj", "wi_0", "w1"},
+    "gate_up": {"gate_up_proj"},
+    "down": {"down_proj", "c_proj", "fc2", "wo", "dense_4h_to_h", "lin2", "w2"},
+}
+BERTS = {"intermediate": "up", "output": "down"}  # whose two matrices are both called dense
+
+
+def layer_of(name: str) -> tuple[str, int] | None:
+    """'model.layers.3.mlp.up_proj.weight' -> ('model.layers', 3); None for what stands in no layer."""
+    found = LAYER.match(name)
+    return (found[1], int(found[2])) if found else None
+
+
+def kind_of(name: str) -> str:
+    """attention, feed-forward or norm: of a weight or module inside a layer."""
+    inner = LAYER.sub("", name)
+    return "norm" if NORM.search(inner) else "attention" if ATTENTION.search(inner) else "feed-forward"
+
+
+def part_of(module: str) -> str | None:
+    """q, k, v, qkv, o, up, gate, gate_up or down: what a matrix does in its layer; None for anything else."""
+    if layer_of(f"{module}.") is None or kind_of(module) == "norm":
+        return None
+    *_, above, leaf = module.split(".")
+    inside = kind_of(module) == "attention"
+    if leaf == "dense" and not inside:
+        return BERTS.get(above)
+    return next((part for part, names in (INSIDE if inside else OUTSIDE).items() if leaf in names), None)
