@@ -188,6 +188,25 @@ def claims(
         typer.echo(dumped(found))
 
 
+@app.command()
+def bench(
+    scenarios: Annotated[list[str], typer.Argument(help="sft, dpo, frozen, mezo, rollout, start, memory.")],
+    shape: Annotated[list[str] | None, typer.Option(help="a, b, c, gpt2, moe; may be given several times. Default: a.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each contestant; the median counts.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    only: Annotated[list[str] | None, typer.Option(help="Only these contestants; may be given several times.")] = None,
+    to: Annotated[Path | None, typer.Option(help="A folder for JSON files and pictures.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure speed and memory beside TRL + PEFT and a plain loop on the same work, in turns."""
+    from luthier.bench import bench
+
+    tell = lambda line: typer.echo(line, err=as_json)
+    found = bench(scenarios, shape or ["a"], repeats=repeats, device=device, only=only, to=to, tell=tell)
+    if as_json:
+        typer.echo(dumped(found))
+
+
 @app.command(hidden=True)
 def docs(
     check: Annotated[bool, typer.Option("--check", help="Fail where the pages differ from the declarations.")] = False,

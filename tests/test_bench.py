@@ -1,0 +1,53 @@
+"""The bench: everyone does the same work, turns are taken, and numbers are summed up as the README says. No timing is asserted."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from luthier.bench import bench, picture, table
+from luthier.bench.measure import _summed
+from luthier.bench.scenarios import SCENARIOS, job, work
+from luthier.bench.shapes import lengths
+from luthier.method import RecipeError
+
+
+def test_turns_on_a_tiny_shape(tmp_path):
+    (found,) = bench(["sft"], ["tiny"], repeats=1, only=["luthier", "plain"], to=tmp_path, tell=lambda line: None)
+    assert not found["failed"] and found["best_rival"] == "plain"
+    assert all(len(c["seconds"]) == 1 and c["peak_memory_mb"] > 50 for c in found["contestants"].values())
+    assert 0 < found["contestants"]["luthier"]["share_of_peak"] < 1 and found["matmul_peak_gflops"] > 0
+    assert json.loads((tmp_path / "sft-tiny.json").read_text()) == found
+    assert (tmp_path / "sft-tiny.svg").read_text().startswith("<svg")
+
+
+def test_everyone_is_given_the_same_work():
+    for scenario in SCENARIOS:
+        given = job(scenario, "tiny", "folder", 512)
+        done = work(given)
+        assert 0 < done["supervised"] <= done["tokens"]
+        assert given == job(scenario, "tiny", "folder", 512)
+    pairs = job("dpo", "tiny", "folder", 512)
+    assert work(pairs)["tokens"] == sum(2 * len(p) + len(c) + len(r) + 2 for p, c, r in pairs.rows)
+    assert lengths(5, 1) == lengths(5, 1) != lengths(5, 2)
+
+
+def test_ratio_is_the_best_rival_over_luthier():
+    given = job("sft", "tiny", "folder", 512)
+    runs = {k: [{"seconds": s, "last_epoch": s, "peak_memory_mb": 10.0} for s in each] for k, each in
+            {"luthier": [1.0, 2.0, 1.5], "trl": [9.0], "trl_bf16": [6.0, 3.0, 4.5], "plain": []}.items()}  # fmt: skip
+    found = _summed("sft", "tiny", given, {"body": 100, "head": 50}, runs, 1e9, {"plain": "it ended"})
+    assert found["best_rival"] == "trl_bf16" and found["ratio"] == 3 and found["ratios"]["trl"] == 6
+    assert found["contestants"]["luthier"]["median"] == 1.5 and found["contestants"]["trl_bf16"]["spread"] == pytest.approx(2 / 3)
+    done = work(given)
+    flops = 4 * (100 * done["tokens"] + 50 * done["supervised"])
+    assert found["contestants"]["luthier"]["share_of_peak"] == pytest.approx(flops / 1.5 / 1e9)
+    assert "3.00x less time" in table(found) and "4.50 s" in picture(found)
+
+
+def test_unknown_words_are_refused():
+    with pytest.raises(RecipeError, match="did you mean"):
+        bench(["sfd"], ["tiny"], tell=lambda line: None)
+    with pytest.raises(RecipeError, match="no shape"):
+        bench(["sft"], ["z"], tell=lambda line: None)
