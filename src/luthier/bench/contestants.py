@@ -121,6 +121,8 @@ def trl(job: Job, *, base: torch.dtype | None = None, **settings: Any) -> Run:
         per_device_train_batch_size=job.batch, num_train_epochs=job.epochs, report_to=[], save_strategy="no", use_cpu=job.device == "cpu",
         disable_tqdm=True, logging_steps=10**6, learning_rate=1e-4,
     ) | settings  # fmt: skip
+    make: Any
+    config: Any
     make, config = (library.DPOTrainer, library.DPOConfig) if pairs else (library.SFTTrainer, library.SFTConfig)
 
     def run() -> dict[str, float]:
@@ -157,7 +159,8 @@ def trl(job: Job, *, base: torch.dtype | None = None, **settings: Any) -> Run:
 def _network(job: Job, tuned: bool = True, dtype: torch.dtype = torch.bfloat16) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=dtype).to(job.device)
+    model: Any = AutoModelForCausalLM.from_pretrained(job.folder, dtype=dtype)
+    model = model.to(job.device)
     if not tuned:
         return model
     from peft import LoraConfig, get_peft_model
