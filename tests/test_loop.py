@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -491,16 +492,22 @@ def test_a_gradient_that_does_not_arrive_is_refused(base, tmp_path, monkeypatch)
         luthier.tune(base, folder=tmp_path)
 
 
+def leak(monkeypatch):
+    """Let the sequences of a packed row see each other."""
+    from luthier.architectures import causal
+
+    real = causal.lay_out
+
+    def leaky(batch, width, **how):
+        made = real(batch, width=width, **how)
+        return replace(made, sees=torch.ones_like(made.sees)) if width else made
+
+    monkeypatch.setattr(causal, "lay_out", leaky)
+
+
 def test_a_wrong_layout_is_told_and_read_padded(base, tmp_path, monkeypatch):
-    from luthier.architectures.causal import Causal
-
     want = luthier.tune(base, folder=tmp_path / "a")
-    real = Causal.mask
-
-    def leaky(self, model, layout, dtype):  # sequences of a row see each other
-        return real(self, model, layout, dtype) if not self.packing else torch.ones_like(layout.mask()).tril()
-
-    monkeypatch.setattr(Causal, "mask", leaky)
+    leak(monkeypatch)
     got = luthier.tune(base, folder=tmp_path / "b")
     assert any("padded instead" in n for n in got.notes) and got.losses == pytest.approx(want.losses, abs=1e-4)
 
@@ -516,11 +523,7 @@ def test_bfloat16_is_stepped_through_masters(base, tmp_path):
 
 def test_rows_that_are_yet_to_be_answered_are_read_right_too(base, tmp_path, monkeypatch):
     """The layout is tried before the first rollout, which reads in it."""
-    from luthier.architectures.causal import Causal
-
-    real = Causal.mask
-    leaks = lambda self, model, layout, dtype: torch.ones_like(layout.mask()).tril() if self.packing else real(self, model, layout, dtype)
-    monkeypatch.setattr(Causal, "mask", leaks)
+    leak(monkeypatch)
     prompts = [{"prompt": r["prompt"], "answer": r["answer"]} for r in SUMS]
     report = luthier.tune(base | {"tuner": "lora", "objective": "grpo", "live": ROLLOUT, "data": prompts, "max_steps": 1}, folder=tmp_path)
     assert any("padded instead" in n for n in report.notes)

@@ -78,6 +78,7 @@ def same_as_plain(policy: Any, batch: Batch, tell: Callable[[str], None]) -> Non
     The layout is tried crowded: all sequences side by side, as they come to stand in a large batch.
     """
     usual = tolerance(policy.model)
+    failed: list[tuple[str, str]] = []  # a reading and why it will not do
     with torch.no_grad(), resting(policy.model), policy.playing():
         want = policy.architecture.plain(policy.model, policy.attached, batch).float()
         while True:
@@ -86,15 +87,20 @@ def same_as_plain(policy: Any, batch: Batch, tell: Callable[[str], None]) -> Non
                 gaps = (arch.crowded().forward(policy.model, policy.attached, batch).logprobs.float() - want).abs()
                 mean, most = float(gaps.mean()), float(gaps.max())
                 if mean <= usual and most <= 20 * usual:  # a number that is not finite fails too
-                    return
+                    break
                 reason = f"differs from the model's own forward by {mean:.1e} on average, {most:.1e} at most"
             except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
                 reason = f"does not work ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})"
             simpler = arch.simpler()
             if simpler is None:
                 raise Refused(f"architecture '{arch.name}' cannot read this model: reading {arch.reading} {reason}")
-            tell(f"reading {arch.reading} {reason}: rows are read {simpler.reading} instead, which is slower and right")
+            if failed and failed[-1][1] == reason:
+                failed.pop()
+            failed.append((arch.reading, reason))
             policy.architecture = simpler
+    taken = [*(reading for reading, _ in failed), policy.architecture.reading]
+    for (reading, reason), instead in zip(failed, taken[1:], strict=True):
+        tell(f"reading {reading} {reason}: rows are read {instead} instead, which is slower and right")
 
 
 def fits_in_memory(attached: Any, tell: Callable[[str], None], device: torch.device) -> int:

@@ -45,7 +45,7 @@ class LanguageModel(Architecture):
         if self.own_head:
             return Outputs(logits_at(model, inputs, at), Head(nn.Identity()), labels)
         caught: list[Tensor] = []
-        with _before_head(model, lambda hidden: caught.append(hidden) or hidden[:, :1]):
+        with _before_head(model, lambda hidden: caught.append(hidden) or hidden[:, :0]):  # the head itself is asked for nothing
             model(**inputs, use_cache=False)
         return Outputs(caught[0].flatten(0, 1)[at], head_of(model, inputs), labels)
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from luthier.kernels.logprobs import Head, chunk_size, chunked
+from luthier.kernels.logprobs import Head, chunk_size, chunked, normaliser
 
 
 class Outputs:
@@ -49,14 +49,14 @@ class Outputs:
 
     def at(self, ids: Tensor) -> Tensor:
         """[T, k] token ids -> [T, k] their log-probabilities."""
-        return self.apply(lambda z, i: z.gather(1, i) - z.logsumexp(-1, keepdim=True), ids)
+        return self.apply(lambda z, i: z.gather(1, i) - normaliser(z), ids)
 
     def top(self, k: int) -> tuple[Tensor, Tensor]:
         """The k likeliest tokens of each question: log-probabilities [T, k] and ids [T, k]."""
 
         def top(z: Tensor) -> tuple[Tensor, Tensor]:
             best, ids = z.topk(min(k, z.shape[-1]))
-            return best - z.logsumexp(-1, keepdim=True), ids
+            return best - normaliser(z), ids
 
         return self.apply(top)
 

@@ -1,13 +1,14 @@
 """Decoder-only language models: a token is predicted by the hidden state just before it.
 
-Reads batches packed: no padding, prompts shared by their completions, a block mask on SDPA (or eager) attention.
-Every layout answers alike. Networks that cannot take a block mask (recurrent layers, ALiBi, attention by index) are
-read padded.
+Reads batches packed: no padding, prompts shared by their completions, attention block by block; or, in networks that do
+not take their attention from transformers' interface, by a mask over packed rows. Every layout answers alike. Networks
+that cannot be packed (recurrent layers, ALiBi, attention by index) are read padded.
 """
 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from luthier.architectures._generate import decoder_writer, generate
 from luthier.architectures._language_model import LanguageModel, path, picked, soft_first
 from luthier.architectures._outputs import Outputs
 from luthier.batch import Batch
+from luthier.kernels import attention
 from luthier.kernels.layout import Layout, lay_out
 from luthier.method import Range, architecture
 
@@ -35,7 +37,8 @@ class Causal(LanguageModel):
 
     packing: bool = True  # several sequences in a row of the tensor, none sees another; false: one row each, padded
     share_prompts: bool = True  # read a prompt once for all its completions
-    width: int = 256  # places in a packed row, at least; longer sequences make longer rows
+    blocks: bool = True  # attention of packed rows block by block, where the network lets it be chosen; false: by a mask
+    width: int = 256  # places in a row packed under a mask, at least; longer sequences make longer rows
     neftune_noise_alpha: Annotated[float, Field(ge=0), Range(1.0, 15.0)] = (
         0.0  # NEFTune: noise on embeddings in training; the papers take 5
     )
@@ -56,9 +59,11 @@ class Causal(LanguageModel):
 
     @property
     def reading(self) -> str:
-        return "packed" if self.packing else super().reading
+        return ("packed, attention in blocks" if self.blocks else "packed") if self.packing else super().reading
 
     def simpler(self) -> LanguageModel | None:
+        if self.packing and self.blocks:
+            return replace(self, blocks=False)
         return replace(self, packing=False, share_prompts=False) if self.packing else super().simpler()
 
     def crowded(self) -> Causal:
@@ -67,19 +72,21 @@ class Causal(LanguageModel):
     def forward(self, model: Network, attached, batch: Batch) -> Outputs:
         if self.packing:
             self.check(model)
-        layout = lay_out(
-            batch, share=self.share_prompts and self.packing, width=self.width if self.packing else 0, virtual=attached.virtual
-        )
-        at = layout.at[batch.supervised]
+        blocks = self.packing and self.blocks and attention.takes_plans(model)
+        width = (ENDLESS if blocks else self.width) if self.packing else 0
+        layout = lay_out(batch, share=self.share_prompts and self.packing, width=width, virtual=attached.virtual)
+        at, labels = layout.at[batch.supervised], batch.labels[batch.supervised]
         if (at < 0).any():
             raise ValueError("a supervised token that nothing precedes cannot be predicted")
         inputs = self.embedded(model, attached, batch, layout)
-        if self.packing:
-            dtype = model.get_input_embeddings().weight.dtype
-            inputs |= {"attention_mask": self.mask(model, layout, dtype), "position_ids": layout.position}
-        else:  # right padding: the model's own causal mask and positions will do
+        if not self.packing:  # right padding: the model's own causal mask and positions will do
             inputs |= {"attention_mask": (layout.piece >= 0).long()}
-        return self.answer(model, inputs, at, batch.labels[batch.supervised])
+            return self.answer(model, inputs, at, labels)
+        masks = (self.planned if blocks else self.mask)(model, layout)
+        outputs = self.answer(model, inputs | {"attention_mask": masks, "position_ids": layout.position}, at, labels)
+        if blocks and not any(m.plan.used for m in (masks.values() if isinstance(masks, dict) else [masks])):
+            raise ValueError(f"{type(model).__name__} does not take its attention from transformers' interface")
+        return outputs
 
     def check(self, model: Network) -> None:
         """Refuse to pack for a network that cannot keep sequences apart."""
@@ -117,28 +124,36 @@ class Causal(LanguageModel):
         bound = self.neftune_noise_alpha / (batch.spans * width).sqrt()
         return (2 * torch.rand(len(batch.ids), width, device=batch.ids.device) - 1) * bound[:, None]
 
-    def mask(self, model: Network, layout: Layout, dtype: torch.dtype) -> Tensor | dict[str, Tensor]:
-        """What each place may look at, in the form that the model's attention takes; by kind of layer where they differ."""
-        config = model.config.get_text_config()
-        if config._attn_implementation not in ("sdpa", "eager"):
-            raise ValueError(f"attention '{config._attn_implementation}' takes no block mask (sdpa and eager do)")
-        longest = int(layout.position.max())
+    def planned(self, model: Network, layout: Layout) -> Tensor | dict[str, Tensor]:
+        """How attention is computed block by block, in the place of a mask."""
+        dtype = model.get_input_embeddings().weight.dtype
+        return self.by_kind(model, layout, lambda window, chunk: attention.plan(layout, dtype, window, chunk).tag())
 
-        def made(window: int | None = None, chunk: int | None = None) -> Tensor:
-            reach = [size if size and size <= longest else None for size in (window, chunk)]
-            may = layout.mask(*reach)
-            if config._attn_implementation == "eager":
+    def mask(self, model: Network, layout: Layout) -> Tensor | dict[str, Tensor]:
+        """What each place may look at, in the form that the model's attention takes."""
+        kind = model.config.get_text_config()._attn_implementation
+        if kind not in ("sdpa", "eager", attention.NAME):
+            raise ValueError(f"attention '{kind}' takes no block mask (sdpa and eager do)")
+        dtype = model.get_input_embeddings().weight.dtype
+
+        def made(window: int | None, chunk: int | None) -> Tensor:
+            may = layout.mask(window, chunk)
+            if kind == "eager":
                 return torch.zeros(may.shape, dtype=dtype, device=may.device).masked_fill(~may, torch.finfo(dtype).min)
             return may
 
-        window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
-        kinds = {
-            "full_attention": lambda: made(),
-            "sliding_attention": lambda: made(window=window),
-            "chunked_attention": lambda: made(chunk=chunk),
-        }
+        return self.by_kind(model, layout, made)
+
+    def by_kind(self, model: Network, layout: Layout, make: Callable[[int | None, int | None], Tensor]) -> Tensor | dict[str, Tensor]:
+        """make(window, chunk) for each kind of layer where they differ, else once. What no sequence reaches is left out."""
+        config, longest = model.config.get_text_config(), int(layout.position.max())
+        window, chunk = (
+            size if (size := getattr(config, name, None)) and size <= longest else None
+            for name in ("sliding_window", "attention_chunk_size")
+        )
+        kinds = {"full_attention": (None, None), "sliding_attention": (window, None), "chunked_attention": (None, chunk)}
         used = {*(getattr(config, "layer_types", None) or ())}
-        return {kind: kinds[kind]() for kind in used} if used else made(window=window)
+        return {kind: make(*kinds[kind]) for kind in used} if used else make(window, None)
 
     def alone(self, model: Network, attached, batch: Batch, segment: int, own: Tensor) -> Tensor:
         pieces = batch.segments()

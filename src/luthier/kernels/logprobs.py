@@ -14,7 +14,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-CHUNK_BYTES = 32 * 2**20  # of fp32 logits alive at once
+from luthier.kernels import differentiated_otherwise
+
+CHUNK_BYTES = 64 * 2**20  # of fp32 logits alive at once: fewer tokens at a time leave matrix units idle
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,20 @@ def plain(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     return z.gather(1, labels[:, None]).squeeze(1) - z.logsumexp(-1)
 
 
+def normaliser(z: Tensor, p: Tensor | None = None) -> Tensor:
+    """[C, V] -> [C, 1] log-sum-exp in fp32, by one fused softmax p: many times faster than torch.logsumexp on CPUs."""
+    p = z.softmax(-1, dtype=torch.float32) if p is None else p
+    most, at = z.max(-1, keepdim=True)  # the largest p is never 0
+    return most.float() - p.gather(1, at).log()
+
+
 def chunked(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     """[T, d], [T] -> [T] in fp32: the same numbers in chunks. `head.linear` must hold.
 
     A second derivative is right too, through the plain way: its first backward makes [T, V].
     """
+    if differentiated_otherwise():
+        return plain(hidden, head, labels)
     module = cast(nn.Linear, head.module)
     weight, bias = module.weight, module.bias
     if head.bias is not None:
@@ -74,22 +85,21 @@ class _LinearLogProbs(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, labels, scale, softcap, ahead):
         size = chunk_size(len(weight))
         out = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        norm = torch.empty_like(out)
-        slope = torch.empty_like(hidden) if ahead else None  # [T, d] d log p / d hidden
+        slope = torch.empty_like(hidden) if ahead else None  # [T, d] -d log p / d hidden
         for i in range(0, len(hidden), size):
             part = slice(i, i + size)
             z = _logits(hidden[part], weight, bias, scale, softcap)
-            norm[part] = z.logsumexp(-1)
-            out[part] = z.gather(1, labels[part, None]).squeeze(1) - norm[part]
+            p = z.softmax(-1, dtype=torch.float32)
+            out[part] = (z.gather(1, labels[part, None]).float() - normaliser(z, p)).squeeze(1)
             if ahead:
-                torch.mm(_slope(z, norm[part], labels[part], scale, softcap).to(weight.dtype), weight, out=slope[part])
-        ctx.save_for_backward(hidden, weight, bias, labels, norm, slope)
+                torch.mm(_slope(z, p, labels[part], scale, softcap).to(weight.dtype), weight, out=slope[part])
+        ctx.save_for_backward(hidden, weight, bias, labels, slope)
         ctx.settings = scale, softcap
         return out
 
     @staticmethod
     def backward(ctx, grad):
-        hidden, weight, bias, labels, norm, slope = ctx.saved_tensors
+        hidden, weight, bias, labels, slope = ctx.saved_tensors
         scale, softcap = ctx.settings
         if torch.is_grad_enabled():  # create_graph: somebody will differentiate this gradient
             tensors = [t for t, wanted in zip((hidden, weight, bias), ctx.needs_input_grad) if wanted]
@@ -98,7 +108,7 @@ class _LinearLogProbs(torch.autograd.Function):
             found = iter(torch.autograd.grad(logp, tensors, grad, create_graph=True))
             return *(next(found) if wanted else None for wanted in ctx.needs_input_grad[:3]), *[None] * 4
         if slope is not None:
-            return (slope * grad[:, None]).to(slope.dtype), *[None] * 6
+            return (slope * -grad[:, None]).to(slope.dtype), *[None] * 6
         size = chunk_size(len(weight))
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
@@ -107,7 +117,7 @@ class _LinearLogProbs(torch.autograd.Function):
         for i in range(0, len(hidden), size):
             part = slice(i, i + size)
             z = _logits(hidden[part], weight, bias, scale, softcap)
-            dz = _slope(z, norm[part], labels[part], scale, softcap).mul_(grad[part, None])
+            dz = _slope(z, z.softmax(-1, dtype=torch.float32), labels[part], scale, softcap).mul_(-grad[part, None])
             if d_bias is not None:
                 d_bias += dz.sum(0)
             dz = dz.to(weight.dtype)
@@ -121,19 +131,17 @@ class _LinearLogProbs(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
-    z = (hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)).float()
-    z = z.mul_(scale) if scale != 1.0 else z
-    return z.div_(softcap).tanh_().mul_(softcap) if softcap else z
+    z = hidden @ weight.T if bias is None else torch.addmm(bias, hidden, weight.T)
+    z = z.float().mul_(scale) if scale != 1.0 else z
+    return z.float().div_(softcap).tanh_().mul_(softcap) if softcap else z
 
 
 def _bent(z: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(z / softcap) if softcap else z
 
 
-def _slope(z: Tensor, norm: Tensor, labels: Tensor, scale: float, softcap: float) -> Tensor:
-    """d log p / d (h W' + b), [C, V], written over z."""
-    bend = 1 - (z / softcap).square() if softcap else None
-    z = z.sub_(norm[:, None]).exp_().neg_()
-    z.scatter_add_(1, labels[:, None], torch.ones_like(z[:, :1]))
-    z = z.mul_(bend) if bend is not None else z
-    return z.mul_(scale) if scale != 1.0 else z
+def _slope(z: Tensor, p: Tensor, labels: Tensor, scale: float, softcap: float) -> Tensor:
+    """-d log p / d (h W' + b), [C, V] in fp32, written over the probabilities p: with p near 1, 1 - p must not be rounded."""
+    p.scatter_add_(1, labels[:, None], torch.full_like(p[:, :1], -1.0))
+    p = p.mul_(1 - (z / softcap).square()) if softcap else p
+    return p.mul_(scale) if scale != 1.0 else p

@@ -6,10 +6,13 @@ The adapter itself stays in fp32; its gradients are summed in fp32 by the matrix
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from luthier.kernels import differentiated_otherwise
 
 
 def plain(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -19,26 +22,75 @@ def plain(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 def update(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """The same in the precision of x and y."""
-    return _Update.apply(x, y, A, B, scale)
+    return plain(x, y, A, B, scale) if differentiated_otherwise() else _Update.apply(x, y, A, B, scale)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """x W' + b and the update on it, W [out, in] frozen: what both add up to is never made twice, forward or backward."""
+    if differentiated_otherwise():
+        return plain(x, nn.functional.linear(x, weight, bias), A, B, scale)
+    return _Linear.apply(x, weight, bias, A, B, scale)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        a, b = A.to(x.dtype), (B * scale).to(x.dtype)
+        low = flat @ a.T
+        y = flat @ weight.T if bias is None else torch.addmm(bias, flat, weight.T)
+        ctx.save_for_backward(x, weight, bias, A, B, low)
+        ctx.scale = scale
+        return y.addmm_(low, b.T).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, A, B, low = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            found = _again(lambda x, A, B: plain(x, nn.functional.linear(x, weight, bias), A, B, ctx.scale), (x, A, B), grads[0])
+            return found[0], None, None, *found[1:], None
+        wants_x, _, _, wants_a, wants_b, _ = ctx.needs_input_grad
+        flat, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
+        a, b = A.to(x.dtype), (B * ctx.scale).to(x.dtype)
+        inner = grad @ b if wants_x or wants_a else None
+        d_x = (grad @ weight).addmm_(inner, a).view(x.shape) if wants_x else None
+        return d_x, None, None, *_factors(flat, grad, low, inner if wants_a else None, A, B, ctx.scale, wants_b), None
 
 
 class _Update(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        a, b = A.to(x.dtype), (B * scale).to(x.dtype)
-        low = flat @ a.T
-        ctx.save_for_backward(flat, a, b, low)
-        ctx.scale, ctx.kinds = scale, (A.dtype, B.dtype)
-        return torch.addmm(y.reshape(-1, y.shape[-1]), low, b.T).view(y.shape)
+        low = flat @ A.to(x.dtype).T
+        ctx.save_for_backward(x, A, B, low)
+        ctx.scale = scale
+        return torch.addmm(y.reshape(-1, y.shape[-1]), low, (B * scale).to(x.dtype).T).view(y.shape)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat, a, b, low = ctx.saved_tensors
+        x, A, B, low = ctx.saved_tensors
         wants_x, wants_y, wants_a, wants_b, _ = ctx.needs_input_grad
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
-        inner = grad @ b if wants_x or wants_a else None
-        d_x = (inner @ a).view(*grads[0].shape[:-1], a.shape[1]) if wants_x else None
-        d_a = (inner.T @ flat).to(ctx.kinds[0]) if wants_a else None
-        d_b = (grad.T @ low).to(ctx.kinds[1]).mul_(ctx.scale) if wants_b else None
-        return d_x, grads[0] if wants_y else None, d_a, d_b, None
+        d_y = grads[0] if wants_y else None
+        if torch.is_grad_enabled():
+            found = _again(lambda x, A, B: plain(x, torch.zeros_like(grads[0]), A, B, ctx.scale), (x, A, B), grads[0])
+            return found[0], d_y, *found[1:], None
+        flat, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
+        inner = grad @ (B * ctx.scale).to(x.dtype) if wants_x or wants_a else None
+        d_x = (inner @ A.to(x.dtype)).view(x.shape) if wants_x else None
+        return d_x, d_y, *_factors(flat, grad, low, inner if wants_a else None, A, B, ctx.scale, wants_b), None
+
+
+def _factors(
+    flat: Tensor, grad: Tensor, low: Tensor, inner: Tensor | None, A: Tensor, B: Tensor, scale: float, wants_b: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of A and B."""
+    d_a = None if inner is None else (inner.T @ flat).to(A.dtype)
+    d_b = (low.T @ grad).T.to(B.dtype, memory_format=torch.contiguous_format).mul_(scale) if wants_b else None
+    return d_a, d_b
+
+
+def _again(f: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
+    """Gradients that somebody will differentiate: through plain operations, from the inputs alone."""
+    wanted = [x for x in inputs if x.requires_grad]
+    found = iter(torch.autograd.grad(f(*inputs), wanted, grad, create_graph=True))
+    return [next(found) if x.requires_grad else None for x in inputs]

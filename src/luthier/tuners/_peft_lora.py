@@ -14,7 +14,7 @@ from peft.tuners.lora import Linear, LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from luthier.kernels.lora import update
+from luthier.kernels.lora import linear, update
 from luthier.method import RecipeError
 from luthier.quantizers._quantizer import Quantized, opened
 from luthier.tuners._delta import oriented
@@ -136,12 +136,16 @@ class QuickLinear(Linear):
         live = [a for a in self.active_adapters if a in self.lora_A]
         if args or kwargs or self.disable_adapters or self.merged or not all(map(self._is_plain, live)):
             return super().forward(x, *args, **kwargs)
-        y = self.base_layer(x)
-        if y.dtype != x.dtype:  # autocast
-            return super().forward(x)
+        base = self.get_base_layer()
+        if live and _is_matrix(base) and x.dtype == base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            first, *live = live
+            y = linear(x, oriented(base), base.bias, *self._factors(first), self.scaling[first])
+        else:
+            y = self.base_layer(x)
+            if y.dtype != x.dtype:  # autocast
+                return super().forward(x)
         for a in live:
-            A, B = (cast("Matrix", part[a]).weight for part in (self.lora_A, self.lora_B))
-            y = update(x, y, A, B, self.scaling[a])
+            y = update(x, y, *self._factors(a), self.scaling[a])
         return y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -150,6 +154,16 @@ class QuickLinear(Linear):
             raise ValueError("a weight that is kept as codes takes no change: open the module first (luthier.quantizers)")
         super().merge(safe_merge, adapter_names)
 
+    def _factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
+        A, B = (cast("Matrix", part[adapter]).weight for part in (self.lora_A, self.lora_B))
+        return A, B
+
     def _is_plain(self, adapter: str) -> bool:
         drops = self.training and not isinstance(self.lora_dropout[adapter], nn.Identity)
         return not drops and adapter not in self.lora_variant and self.lora_B[adapter].bias is None
+
+
+def _is_matrix(base: nn.Module) -> bool:
+    """A frozen weight, and nothing around it."""
+    plain = type(base) in (nn.Linear, Conv1D) and not (base._forward_hooks or base._forward_pre_hooks)
+    return plain and not any(p.requires_grad for p in base.parameters())

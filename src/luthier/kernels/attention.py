@@ -1,0 +1,326 @@
+"""Attention over packed sequences, block by block: each block of queries meets the keys it may see and no others.
+
+A mask over a packed row costs the square of its width, though nearly all of it says no. Here a tree of pieces is cut
+into blocks; a block knows the places of its queries and of their keys (its own pieces and those they continue), and
+blocks of like size are computed together as batched matrix products, whose backward is 2 to 4 times faster on CPUs than
+that of the fused kernel. Any network of transformers that takes its attention from the interface of that name gets it:
+`attention` is registered there and does what SDPA does, except where the mask it is handed is a `tag` that carries a plan.
+`plain` is the twin that the tests compare with; every run compares its log-probabilities with the network's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from luthier.kernels import differentiated_otherwise
+from luthier.kernels.layout import Layout
+
+NAME = "luthier_sdpa"  # as transformers knows it
+QUERIES = 256  # of a block at most: causal attention of long sequences skips what lies above the diagonal
+WHOLE = 96  # tokens up to which a tree of pieces is one block, whatever part of its square is masked
+SCORES = 2**22  # of a group at most, per head: what lives at once stays near the cache
+KEEP = 512  # keys of a query up to which its probabilities are kept for backward; above they are computed again
+
+
+@dataclass(frozen=True)
+class Group:
+    """n blocks of q queries and k keys, shorter ones filled up."""
+
+    queries: Tensor  # [n, q] flat places
+    keys: Tensor  # [n, k] flat places
+    mask: Tensor  # [n, 1, 1, q, k] added to scores: 0 or very negative
+    real_queries: Tensor | None  # [n, 1, 1, q, 1] 1 or 0; None: all are real
+    to_queries: Tensor  # [n * q] where results go: their place, filled up ones behind the last place
+    to_keys: Tensor  # [n * k]
+    ranges: tuple[tuple[int, int, int, int], ...] | None  # (block, first key, first place, length); None: each place is met first here
+
+
+@dataclass
+class Plan:
+    """How attention over `places` flat places is computed."""
+
+    places: int
+    groups: list[Group]
+    layout: Layout
+    reach: tuple[int | None, int | None]  # window, chunk
+    used: bool = field(default=False)  # has the network asked for it?
+
+    def tag(self) -> Tensor:
+        """What a network is handed as its mask, and hands on to its attention."""
+        made: Any = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+        made.plan = self
+        return made
+
+
+# ---------------------------------------------------------------------------------------------- cutting
+
+
+def plan(layout: Layout, dtype: torch.dtype, window: int | None = None, chunk: int | None = None) -> Plan:
+    """Cut a layout into blocks. window: how far a token looks back; chunk: attention stays within chunks of positions."""
+    position, piece = layout.position.flatten().cpu(), layout.piece.flatten().cpu()
+    sees = layout.sees.cpu()
+    blocks = list(_blocks(piece, position, sees, window, chunk))
+    device = layout.source.device
+    groups, met = [], torch.zeros(len(piece), dtype=torch.bool)
+    for some in _alike(blocks):
+        n, q, k = len(some), max(len(b[0]) for b in some), max(len(b[1]) for b in some)
+        queries, keys = torch.full((n, q), -1), torch.full((n, k), -1)
+        for i, (own, seen) in enumerate(some):
+            queries[i, : len(own)] = own
+            keys[i, : len(seen)] = seen
+        a, b = queries[:, :, None], keys[:, None, :]
+        may = sees[piece[a.clamp(min=0)], piece[b.clamp(min=0)]] & (a >= b) & (b >= 0)
+        if window:
+            may &= position[a] - position[b] < window
+        if chunk:
+            may &= position[a] // chunk == position[b] // chunk
+        may |= a < 0  # filled up queries look at anything: no NaN
+        mask = torch.zeros(may.shape, dtype=dtype).masked_fill_(~may, torch.finfo(dtype).min / 2)[:, None, None]
+        real = None if bool((queries >= 0).all()) else (queries >= 0).to(dtype)[:, None, None, :, None].to(device)
+        to = [torch.where(x < 0, len(piece), x).flatten().to(device) for x in (queries, keys)]
+        mine = torch.cat([seen for _, seen in some])
+        first = not met[mine].any() and len(mine) == len(mine.unique())
+        met[mine] = True
+        ranges = None if first else tuple(r for i, (_, seen) in enumerate(some) for r in _ranges(i, seen))
+        groups.append(Group(queries.clamp(min=0).to(device), keys.clamp(min=0).to(device), mask.to(device), real, *to, ranges))
+    return Plan(len(piece), groups, layout, (window, chunk))
+
+
+def _ranges(block: int, places: Tensor) -> Iterator[tuple[int, int, int, int]]:
+    """Ascending places as (block, index of the first, first place, length) of each unbroken stretch."""
+    ends = [*((places[1:] - places[:-1] != 1).nonzero().squeeze(1) + 1).tolist(), len(places)]
+    for a, b in zip([0, *ends], ends, strict=False):
+        yield block, a, int(places[a]), b - a
+
+
+def _blocks(piece: Tensor, position: Tensor, sees: Tensor, window: int | None, chunk: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """(places of queries, places of keys) of every block; keys ascend, and those in the same piece keep their order."""
+    real = (piece >= 0).nonzero().squeeze(1)
+    order = piece[real].argsort(stable=True)
+    sizes = torch.bincount(piece[real], minlength=len(sees)).tolist()
+    places = real[order].split(sizes)  # of each piece
+    above = [row.nonzero().squeeze(1).tolist() for row in sees]  # what a piece sees, itself last: parents come first
+    roots: dict[int, list[int]] = {}
+    for p, line in enumerate(above):
+        roots.setdefault(line[0], []).append(p)
+    for tree in roots.values():
+        whole = torch.cat([places[p] for p in tree])
+        least = sum(sizes[p] * sum(sizes[x] for x in above[p]) for p in tree)
+        if len(whole) <= QUERIES and (len(whole) <= WHOLE or len(whole) ** 2 <= 1.3 * least):
+            if len(whole):
+                yield whole, whole
+            continue
+        for run in _runs(tree, above):
+            own = torch.cat([places[p] for p in run])
+            before = [places[p] for p in above[run[0]][:-1]]
+            for part in range(0, len(own), QUERIES):
+                queries = own[part : part + QUERIES]
+                keys = torch.cat([*before, own[: part + QUERIES]])
+                first = int(position[queries[0]])
+                if window:
+                    keys = keys[position[keys] > first - window]
+                if chunk:
+                    keys = keys[position[keys] >= first // chunk * chunk]
+                yield queries, keys
+
+
+def _runs(tree: list[int], above: list[list[int]]) -> Iterator[list[int]]:
+    """Pieces that follow each other without a branch are one run."""
+    under: dict[int, list[int]] = {}
+    for p in tree:
+        if len(above[p]) > 1:
+            under.setdefault(above[p][-2], []).append(p)
+    for p in tree:
+        if len(above[p]) > 1 and len(under[above[p][-2]]) == 1:
+            continue
+        run = [p]
+        while len(under.get(run[-1], ())) == 1:
+            run += under[run[-1]]
+        yield run
+
+
+def _alike(blocks: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Blocks of about the same size, largest first."""
+    some: list[tuple[Tensor, Tensor]] = []
+    q = k = 0
+    for block in sorted(blocks, key=lambda b: (-len(b[1]), -len(b[0]))):
+        mine = len(block[0]), len(block[1])
+        near = all(big - small <= max(16, 0.12 * big) for big, small in ((max(q, mine[0]), min(q, mine[0])), (k, mine[1])))
+        if some and near and max(q, mine[0]) * k * (len(some) + 1) <= SCORES:
+            some.append(block)
+            q = max(q, mine[0])
+            continue
+        if some:
+            yield some
+        some, (q, k) = [block], mine
+    if some:
+        yield some
+
+
+# ---------------------------------------------------------------------------------------------- computing
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, dropout: float = 0.0) -> Tensor:
+    """query [R, H, W, d], key and value [R, K, W, d], K a divisor of H -> [R, W, H, d]. Padding answers 0."""
+    if dropout or differentiated_otherwise():
+        return _composed(query, key, value, how, scale, dropout)
+    return _Attend.apply(query, key, value, how, scale)
+
+
+def plain(query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float) -> Tensor:
+    """The same by a mask over whole rows."""
+    more = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(more, 1) for x in (key, value))
+    may = how.layout.mask(*how.reach)
+    scores = (query @ key.transpose(2, 3) * scale).masked_fill(~may, -torch.inf)
+    real = (how.layout.piece >= 0)[:, :, None, None]
+    return torch.where(real, (scores.softmax(-1) @ value).transpose(1, 2), 0.0)
+
+
+def _flat(x: Tensor, heads: int) -> Tensor:
+    """[R, H, W, d] -> [R * W, heads, H / heads, d]"""
+    r, h, w, d = x.shape
+    return x.transpose(1, 2).reshape(r * w, heads, h // heads, d)
+
+
+def _take(x: Tensor, places: Tensor) -> Tensor:
+    """[T, K, g, d] and [n, L] -> [n * K, g * L, d]"""
+    (n, length), (_, heads, g, d) = places.shape, x.shape
+    rows = x.flatten(1).index_select(0, places.flatten()).view(n, length, heads, g, d)
+    return rows.permute(0, 2, 3, 1, 4).reshape(n * heads, g * length, d)
+
+
+def _rows(x: Tensor, n: int, heads: int, g: int) -> Tensor:
+    """[n * K, g * L, d] -> [n * L, K * g * d], the way back."""
+    d = x.shape[-1]
+    return x.view(n, heads, g, -1, d).permute(0, 3, 1, 2, 4).reshape(-1, heads * g * d)
+
+
+def _probabilities(q: Tensor, k: Tensor, group: Group, heads: int, g: int, scale: float) -> Tensor:
+    """[n * K, g * q, d], [n * K, k, d] -> [n * K, g * q, k]"""
+    scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
+    scores.view(len(group.keys), heads, g, -1, k.shape[1]).add_(group.mask)
+    return scores.softmax(-1)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float) -> Tensor:
+        r, h, w, _ = query.shape
+        heads, size = key.shape[1], value.shape[3]
+        q, k, v = _flat(query, heads), _flat(key, heads), _flat(value, heads)
+        g = h // heads
+        out = value.new_zeros(r * w + 1, h * size)
+        kept = []
+        for group in how.groups:
+            p = _probabilities(_take(q, group.queries), _take(k, group.keys), group, heads, g, scale)
+            mixed = torch.bmm(p, _take(v, group.keys))
+            out.index_copy_(0, group.to_queries, _rows(mixed, len(group.keys), heads, g))
+            kept.append(p if p.shape[-1] <= KEEP and any(ctx.needs_input_grad) else None)
+        ctx.save_for_backward(query, key, value, *kept)
+        ctx.how, ctx.scale = how, scale
+        return out[:-1].view(r, w, h, size)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, *kept = ctx.saved_tensors
+        how, scale = ctx.how, ctx.scale
+        if torch.is_grad_enabled():  # create_graph: somebody will differentiate this gradient
+            wanted = [x for x, w in zip((query, key, value), ctx.needs_input_grad, strict=False) if w]
+            found = iter(torch.autograd.grad(_composed(query, key, value, how, scale), wanted, grads[0], create_graph=True))
+            return *(next(found) if w else None for w in ctx.needs_input_grad[:3]), None, None
+        r, h, w, d = query.shape
+        heads, size = key.shape[1], value.shape[3]
+        g = h // heads
+        q, k, v = _flat(query, heads), _flat(key, heads), _flat(value, heads)
+        grad = grads[0].reshape(r * w, heads, g, size)
+        d_q = query.new_zeros(r * w + 1, h * d)
+        shared = any(group.ranges is not None for group in how.groups)  # then sums are made in fp32
+        d_k, d_v = (x.new_zeros(heads, r * w + 1, x.shape[3], dtype=torch.float32 if shared else None) for x in (key, value))
+        for group, p in zip(how.groups, kept, strict=True):
+            n = len(group.keys)
+            qs, ks, vs, gs = _take(q, group.queries), _take(k, group.keys), _take(v, group.keys), _take(grad, group.queries)
+            if group.real_queries is not None:
+                gs.view(n, heads, g, -1, size).mul_(group.real_queries)
+            p = _probabilities(qs, ks, group, heads, g, scale) if p is None else p
+            _add(d_v, torch.bmm(p.transpose(1, 2), gs), group)
+            ds = torch.bmm(gs, vs.transpose(1, 2))
+            ds = torch.ops.aten._softmax_backward_data(ds, p, -1, p.dtype).mul_(scale)
+            d_q.index_copy_(0, group.to_queries, _rows(torch.bmm(ds, ks), n, heads, g))
+            _add(d_k, torch.bmm(ds.transpose(1, 2), qs), group)
+
+        def back(x: Tensor, like: Tensor) -> Tensor:
+            return x[:, :-1].to(like.dtype).reshape(heads, r, w, -1).transpose(0, 1)
+
+        return d_q[:-1].view(r, w, h, d).transpose(1, 2), back(d_k, key), back(d_v, value), None, None
+
+
+def _add(total: Tensor, part: Tensor, group: Group) -> None:
+    """total [K, T + 1, d] += part [n * K, k, d] at the places of its keys."""
+    heads, _, d = total.shape
+    part = part.view(len(group.keys), heads, -1, d)
+    if group.ranges is None:
+        total.index_copy_(1, group.to_keys, part.transpose(0, 1).reshape(heads, -1, d).to(total.dtype))
+        return
+    for block, first, place, length in group.ranges:
+        total[:, place : place + length] += part[block, :, first : first + length]
+
+
+def _composed(query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, dropout: float = 0.0) -> Tensor:
+    """The same of operations that torch differentiates by itself, and dropout of probabilities."""
+    r, h, w, _ = query.shape
+    heads, size = key.shape[1], value.shape[3]
+    q, k, v = _flat(query, heads), _flat(key, heads), _flat(value, heads)
+    out = value.new_zeros(r * w + 1, h * size)
+    for group in how.groups:
+        n, g = len(group.keys), h // heads
+        scores = _take(q, group.queries) @ _take(k, group.keys).transpose(1, 2) * scale
+        scores = (scores.view(n, heads, g, -1, group.keys.shape[1]) + group.mask).view_as(scores)
+        p = F.dropout(scores.softmax(-1), dropout) if dropout else scores.softmax(-1)
+        out = out.index_copy(0, group.to_queries, _rows(p @ _take(v, group.keys), n, heads, g))
+    return out[:-1].view(r, w, h, size)
+
+
+# ---------------------------------------------------------------------------------------------- as transformers asks for it
+
+
+def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any) -> tuple[Tensor, None]:
+    """transformers' attention interface. Without a plan on its mask it is SDPA."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    found = getattr(attention_mask, "plan", None)
+    if found is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
+    odd = [name for name in ("s_aux", "position_bias", "softcap") if how.get(name) is not None]
+    if odd:
+        raise NotImplementedError(f"attention with {odd[0]} is not computed block by block")
+    found.used = True
+    scale = how.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    return attend(query, key, value, found, scale, float(how.get("dropout") or 0.0)), None
+
+
+def takes_plans(model: Any) -> bool:
+    """Can this network be handed a plan? Registers the attention with transformers, and with a network that uses SDPA."""
+    import sys
+
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    config = model.config.get_text_config()
+    if config._attn_implementation == NAME:
+        return True
+    kinds = {type(m) for m in model.modules()}
+    asks = any("ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[kind.__module__]) for kind in kinds)
+    if config._attn_implementation != "sdpa" or not asks:
+        return False
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    config._attn_implementation = NAME
+    return True
