@@ -83,12 +83,13 @@ def plan(layout: Layout, dtype: torch.dtype, window: int | None = None, chunk: i
         may |= a < 0  # filled up queries look at anything: no NaN
         mask = torch.zeros(may.shape, dtype=dtype).masked_fill_(~may, torch.finfo(dtype).min / 2)[:, None, None]
         real = None if bool((queries >= 0).all()) else (queries >= 0).to(dtype)[:, None, None, :, None].to(device)
-        to = [torch.where(x < 0, len(piece), x).flatten().to(device) for x in (queries, keys)]
+        to_queries, to_keys = (torch.where(x < 0, len(piece), x).flatten().to(device) for x in (queries, keys))
         mine = torch.cat([seen for _, seen in some])
         first = not met[mine].any() and len(mine) == len(mine.unique())
         met[mine] = True
         ranges = None if first else tuple(r for i, (_, seen) in enumerate(some) for r in _ranges(i, seen))
-        groups.append(Group(queries.clamp(min=0).to(device), keys.clamp(min=0).to(device), mask.to(device), real, *to, ranges))
+        read = queries.clamp(min=0).to(device), keys.clamp(min=0).to(device)
+        groups.append(Group(*read, mask.to(device), real, to_queries, to_keys, ranges))
     return Plan(len(piece), groups, layout, (window, chunk))
 
 

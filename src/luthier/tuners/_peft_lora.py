@@ -136,7 +136,7 @@ class QuickLinear(Linear):
         live = [a for a in self.active_adapters if a in self.lora_A]
         if args or kwargs or self.disable_adapters or self.merged or not all(map(self._is_plain, live)):
             return super().forward(x, *args, **kwargs)
-        base = self.get_base_layer()
+        base = cast("Matrix", self.get_base_layer())
         if live and _is_matrix(base) and x.dtype == base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
             first, *live = live
             y = linear(x, oriented(base), base.bias, *self._factors(first), self.scaling[first])
