@@ -33,7 +33,9 @@ class Recipe:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where the chip computes in it
     attn_implementation: str | None = None  # as in transformers: sdpa, eager, ...
     chat_template: str | None = None  # built-in name, .jinja file or template text, where the tokenizer's own will not do
-    quantization: Any = None  # what the base's linear weights are kept in: nf4, int8, {name: nf4, block_size: 64}; load_in_4bit reads as nf4
+    quantization: Any = (
+        None  # what the base's linear weights are kept in: nf4, int8, {name: nf4, block_size: 64}; load_in_4bit reads as nf4
+    )
     start: Any = None  # a finished run to go on from, or {merge: average, of: [run, run]}
 
     # what moves, toward what, how
@@ -62,6 +64,7 @@ class Recipe:
     per_device_train_batch_size: Count = 8  # rows of a micro-batch
     gradient_accumulation_steps: Count = 1  # micro-batches of an optimizer step; changes memory, never the result
     gradient_checkpointing: bool = False  # recompute activations in backward: less memory, more time
+    cache_frozen: bool | Literal["auto"] = "auto"  # keep on disk what layers below the tuner say of a row; auto: where rows are read again
     seed: int = 0  # of every random draw
 
     # over which plan
@@ -179,7 +182,13 @@ ALIASES = {  # other tools' words for ours
     "num_generations": "n", "max_completion_length": "max_new_tokens", "clip_grad_norm": "max_grad_norm", "torch_dtype": "dtype",
     "resume_from_checkpoint": "", "do_train": "", "overwrite_output_dir": "overwrite", "report": "report_to", "output": "output_dir",
 }  # fmt: skip
-SLOTS = {"tuner": "tuner", "quantization": "quantizer", "estimator": "estimator", "optim": "optimizer", "architecture": "architecture"}  # key -> kind
+SLOTS = {
+    "tuner": "tuner",
+    "quantization": "quantizer",
+    "estimator": "estimator",
+    "optim": "optimizer",
+    "architecture": "architecture",
+}  # key -> kind
 NAMES = {
     "optim": {"adamw_torch": "adamw", "adamw_hf": "adamw", "adamw_torch_fused": "adamw"},
 }

@@ -24,6 +24,7 @@ from luthier import rows as reading
 from luthier.assembly import assemble, take_parts, tensors_of
 from luthier.data import Data, beside, load_data, touching
 from luthier.folder import clear, default_folder, note_down, on_disk, open_run, trim
+from luthier.kernels import frozen
 from luthier.loop import Batches, Fit, Totals
 from luthier.method import RecipeError, build, spec
 from luthier.quantizers._quantizer import told
@@ -148,6 +149,7 @@ class _Run:
         if self.recipe.start is None:
             self.roles.tuner.initialize(rows, self.roles)
         fit = self.fit(rows)
+        self.keep_frozen(fit, stats.get("row_tokens", 0))
         before = self.begin(fit)
         if fit.roles.clock.total:
             fit.hooks = [self.after_step]
@@ -245,6 +247,31 @@ class _Run:
         batches = Batches(per_step, recipe.per_device_train_batch_size, stop_at, parts.live, recipe.num_iterations)
         return Fit(self.roles, rows, parts.objective, chain, parts.estimator, batches, self.accelerator, tell=self.watch.tell)
 
+    def keep_frozen(self, fit: Fit, tokens: int) -> None:
+        """Lower layers that never move: their answers are computed once, where rows are read again."""
+        asked, roles, batches = self.recipe.cache_frozen, fit.roles, fit.batches
+        shared = sum(p.model is roles.policy.model for p in roles.policies()) > 1
+        draws = -(-roles.clock.total // batches.num_iterations)
+        if asked is False or not fit.rows or not roles.clock.total:
+            return
+        if batches.live:
+            made: Any = "rows are made anew at each step"
+        elif not shared and draws * batches.per_step <= len(fit.rows):
+            made = "each row is read once"
+        else:
+            some = roles.batch([_answered(r, roles) for r in fit.rows[:2]])
+            made = frozen.keep(roles.policy, some, self.folder / f"frozen-{self.accelerator.process_index}.bin", tokens)
+        if isinstance(made, str):
+            if asked is True:
+                self.watch.tell(f"cache_frozen: nothing is kept, as {made}")
+            return
+        roles.policy.attached.frozen = made
+        atexit.register(made.close)
+        self.watch.tell(
+            f"the {made.first} lowest of {len(made.layers)} layers never move: what they say of a row is computed once and kept "
+            f"({made.table.nbytes / 2**20:,.0f} MB beside the run, until it ends)"
+        )
+
     def begin(self, fit: Fit) -> dict[str, float]:
         """Measure the start, once; then go on from the last checkpoint, if there is one."""
         path = self.folder / "before.json"
@@ -329,6 +356,8 @@ class _Run:
             "device": str(roles.device),
             "dtype": str(next(roles.policy.model.parameters()).dtype).removeprefix("torch."),
         }
+        if roles.tuner.frozen:
+            roles.tuner.frozen.close()
         report.notes = list(self.watch.notes)
         if self.main:
             saved = store.checkpoints(folder)

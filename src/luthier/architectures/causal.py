@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -70,23 +71,32 @@ class Causal(LanguageModel):
         return replace(self, width=ENDLESS)
 
     def forward(self, model: Network, attached, batch: Batch) -> Outputs:
+        layout, inputs = self.laid_out(model, attached, batch)
+        at, labels = layout.at[batch.supervised], batch.labels[batch.supervised]
+        if (at < 0).any():
+            raise ValueError("a supervised token that nothing precedes cannot be predicted")
+        frozen = attached.frozen
+        known = frozen.states(self, model, attached, batch, fill=model.training) if frozen else None
+        with nullcontext() if known is None else frozen.skipped(known[layout.source]):
+            outputs = self.answer(model, inputs, at, labels)
+        masks = inputs["attention_mask"]
+        plans = [m.plan for m in (masks.values() if isinstance(masks, dict) else [masks]) if hasattr(m, "plan")]
+        if plans and not any(plan.used for plan in plans):
+            raise ValueError(f"{type(model).__name__} does not take its attention from transformers' interface")
+        return outputs
+
+    def laid_out(self, model: Network, attached, batch: Batch) -> tuple[Layout, dict[str, Any]]:
+        """How a batch is laid out, and what the model is handed to read it so."""
         if self.packing:
             self.check(model)
         blocks = self.packing and self.blocks and attention.takes_plans(model)
         width = (ENDLESS if blocks else self.width) if self.packing else 0
         layout = lay_out(batch, share=self.share_prompts and self.packing, width=width, virtual=attached.virtual)
-        at, labels = layout.at[batch.supervised], batch.labels[batch.supervised]
-        if (at < 0).any():
-            raise ValueError("a supervised token that nothing precedes cannot be predicted")
         inputs = self.embedded(model, attached, batch, layout)
         if not self.packing:  # right padding: the model's own causal mask and positions will do
-            inputs |= {"attention_mask": (layout.piece >= 0).long()}
-            return self.answer(model, inputs, at, labels)
+            return layout, inputs | {"attention_mask": (layout.piece >= 0).long()}
         masks = (self.planned if blocks else self.mask)(model, layout)
-        outputs = self.answer(model, inputs | {"attention_mask": masks, "position_ids": layout.position}, at, labels)
-        if blocks and not any(m.plan.used for m in (masks.values() if isinstance(masks, dict) else [masks])):
-            raise ValueError(f"{type(model).__name__} does not take its attention from transformers' interface")
-        return outputs
+        return layout, inputs | {"attention_mask": masks, "position_ids": layout.position}
 
     def check(self, model: Network) -> None:
         """Refuse to pack for a network that cannot keep sequences apart."""

@@ -43,6 +43,7 @@ class Attached:
     """A tuner on a model. Subclasses say `every_site`; most also `off` and `merged`."""
 
     virtual = 0  # places the layout keeps free before every sequence (soft prompts)
+    frozen: Any = None  # what layers below all that moves say of rows, kept by a run (kernels/frozen.py)
     told: tuple[str, ...] = ()  # sentences about what was attached, for whoever watches the run
 
     def __init__(self, settings: Any, model: Network):
