@@ -258,6 +258,7 @@ def test_code_is_verified_in_the_sandbox():
     assert code.verify(row, loop) == 0.5, "right, and as slow as before"
     assert code.verify(row, f"def f(x):{loop}") == 0.5
     assert code.verify(row, "\n    return sum(i for i in range(x)) * 0") < 0.5
+    assert code.verify(row, f"{loop}\n_ticks = lambda x: 0") == 0
     assert code.verify(row, "\n    return (") == 0 and code.verify(row, "\n    import os; os._exit(0)") == 0
 
 

@@ -8,6 +8,7 @@ for the same function without a loop, and `operations` measures the difference.
 from __future__ import annotations
 
 import ast
+import re
 
 from ._random import Random
 from ._sample import sample
@@ -59,7 +60,7 @@ _RUN = {words: _function(expression) for words, expression in (OPERATIONS | RETU
 
 Steps = list[tuple[str, int]]  # (the words of an operation, its number)
 
-# What a loop over i adds up, and the same as a formula; n stands for x.
+# What a loop over i adds up, and the same as a formula.
 LOOPS = {
     "add {k} for every i below x": ("{k}", "{k} * x"),
     "add {k} times i for every i below x": ("{k} * i", "{k} * (x * (x - 1) // 2)"),
@@ -160,6 +161,8 @@ def verify(row: dict, answer: str) -> float:
 
     program = answer if "def f(" in answer else row["prompt"] + answer
     limit = row.get("most")
+    if limit and re.search(r"\b_(tick|count)", answer):  # the names that count
+        return 0.0
     tests = [*row["tests"], f"assert _ticks(1000) <= {limit}"] if limit else row["tests"]
     try:
         program = counted(program) if limit else program

@@ -4,10 +4,10 @@ Without a tag the result of "Say" is formal; in the splits "preference" and "unp
 that is liked. Each word of time has its own wording in each style: words that are always interchangeable would end as
 one vector in a small model, which could then never copy them apart.
 
-"Note" writes the same sentence with an opening, a manner and a closing, each of which may be left out. What a note is
-like is counted by rule (`scores`): how formal, how warm, how short, how complete, each from 0 to 1. So preferences
-follow exactly, and short and complete are in conflict, as are short and warm. A tag says what is wanted, without one
-pretraining shows every kind (so a base model writes all of them). "ranked" gives four notes with the scores of each by
+"Note" writes the same sentence in a manner, longer ones with the time, the longest with an opening and a closing too.
+What a note is like is counted by rule (`scores`): how formal, how warm, how short, how complete, each from 0 to 1. So
+preferences follow exactly, and what is complete cannot be as short: two objectives in conflict. A tag says what is
+wanted, without one pretraining shows every kind (so a base model writes all of them). "ranked" gives four notes with the scores of each by
 objective; "short", "warm" and "formal_liked" are pairs by one of them.
 """
 
@@ -88,7 +88,7 @@ Kind = tuple[str, str, str]  # register, tone, length
 
 
 def note(words: Words, kind: Kind) -> str:
-    """Short: who does what. Middle: also the manner and the time. Long: with an opening and a closing too."""
+    """Short: who does what in which manner. Middle: also when. Long: with an opening and a closing too."""
     register, tone, length = kind
     who, does, what, when = words
     voice = register, tone
