@@ -18,7 +18,8 @@ from luthier import store
 from luthier.kernels import codebook
 from luthier.method import RecipeError, build, find, helps, names
 from luthier.quantizers._book import dynamic_map, normal_float
-from luthier.quantizers._load import chosen, quantize
+from luthier.quantizers._calibrate import quantize
+from luthier.quantizers._load import chosen
 from luthier.quantizers._quantizer import held_as, modules, numbers
 from luthier.recipe import Recipe
 from luthier.rehearsal import checked
@@ -26,6 +27,7 @@ from test_tuners import base, logprobs, put, train
 
 torch.set_num_threads(1)
 QUANTIZERS = names("quantizer")
+SPECS = {"lq_lora": {"name": "lq_lora", "rank": 8, "num_bits_0": [4], "block_size_0": [32]}}  # one matrix alone: one form
 each = pytest.mark.parametrize("name", QUANTIZERS)
 NF4 = (  # appendix E of arXiv:2305.14314
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -46,10 +48,7 @@ def there_and_back(spec, W, dtype=torch.float32):
 def on_codes(kind: str = "llama", spec="nf4"):
     """A tiny network whose linear weights are codes, and the same with the weights that the codes stand for."""
     model, plain = base(kind), base(kind)
-    q = build("quantizer", spec)
-    codes = {n: q.quantize(held_as(model.get_submodule(n), torch.float32).weight.detach().T if kind == "gpt2"
-                           else model.get_submodule(n).weight.detach()) for n in chosen(model, q)}  # fmt: skip
-    quantize(model, q, codes)
+    quantize(model, build("quantizer", spec))
     for name, m in modules(model).items():
         plain.get_submodule(name).weight.data = m.weight.clone()
     return model, plain
@@ -61,7 +60,7 @@ def on_codes(kind: str = "llama", spec="nf4"):
 @each
 def test_codes_stand_for_nearly_the_weight(name):
     """Every number is near, storage is what the formula says, and what was quantized once is quantized to itself."""
-    q = build("quantizer", name)
+    q = build("quantizer", SPECS.get(name, name))
     for shape in ((64, 512), (128, 1024)):
         W = normal(*shape) * 0.02
         codes = q.quantize(W)
@@ -69,15 +68,16 @@ def test_codes_stand_for_nearly_the_weight(name):
         assert back.shape == shape and (back - W).norm() < 0.15 * W.norm()
         stored = 8 * sum(t.numel() * t.element_size() for t in codes.values()) / W.numel()
         assert stored == pytest.approx(q.bits(shape), rel=1e-3)
-        again = q.dequantize(q.quantize(back), shape, torch.float32)
-        assert (again - back).abs().max() < 0.02 * back.abs().max()
+        if "idempotent" not in find("quantizer", name).contract:
+            again = q.dequantize(q.quantize(back), shape, torch.float32)
+            assert (again - back).abs().max() < 0.02 * back.abs().max()
         assert torch.equal(q.dequantize(codes, shape, torch.bfloat16), back.bfloat16())
 
 
 @each
 def test_zero_and_odd_shapes(name):
     for W in (torch.zeros(8, 64), normal(7, 13), normal(1, 3)):
-        back = there_and_back(name, W)
+        back = there_and_back(SPECS.get(name, name), W)
         assert back.isfinite().all() and (back - W).norm() <= 0.2 * W.norm()
 
 
@@ -92,7 +92,7 @@ def test_is_documented(name):
 def test_a_module_is_the_linear_it_stands_for(name, kind):
     """Forward, gradient of the input, second derivative, and opening."""
     linear = base(kind).get_submodule("model.layers.0.mlp.up_proj" if kind == "llama" else "transformer.h.0.mlp.c_fc")
-    m, q = held_as(linear, torch.float32), build("quantizer", name)
+    m, q = held_as(linear, torch.float32), build("quantizer", SPECS.get(name, name))
     W = linear.weight.detach().T if kind == "gpt2" else linear.weight.detach()
     m.take(q, q.quantize(W.contiguous()))
     x = normal(5, W.shape[1]).requires_grad_(True)
@@ -175,7 +175,7 @@ def test_bitsandbytes_says_the_same():
 
 # ---------------------------------------------------------------------------------------------- tuners on codes
 
-ON_CODES = [n for n in names("tuner") if find("tuner", n).on_quantized and n != "bitfit"]
+ON_CODES = [n for n in names("tuner") if find("tuner", n).on_quantized and "codes" not in find("tuner", n).wants and n != "bitfit"]
 
 
 @pytest.mark.parametrize("name", ON_CODES)
@@ -365,3 +365,292 @@ def test_other_networks_are_read_into_codes(kind, tmp_path):
             plain.get_submodule(name).weight.data = m.weight.contiguous()
         if kind != "bert":
             assert torch.allclose(model.eval()(ids).logits, plain(ids).logits, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- rounding, with and without repair
+
+
+def test_codes_of_any_width_lie_side_by_side():
+    from luthier.quantizers._bits import pack, unpack
+
+    for bits in range(1, 9):
+        codes = torch.randint(0, 2**bits, (4093,), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+        packed = pack(codes, bits)
+        assert len(packed) == (4096 // 8 * bits if bits < 8 else 4093) and torch.equal(unpack(packed, bits, 4093), codes)
+
+
+def test_round_to_nearest_by_its_formula():
+    W = normal(4, 128)
+    for bits in (2, 3, 4, 8):
+        q = build("quantizer", {"name": "rtn", "bits_per_weight": bits})
+        assert q.bits(W.shape) == bits + 32 / 64
+        step = (W.view(-1, 64).amax(1) - W.view(-1, 64).amin(1)) / (2**bits - 1)
+        error = (q.dequantize(q.quantize(W), tuple(W.shape), torch.float32) - W).view(-1, 64).abs().amax(1)
+        assert (error <= step * 0.51 + 2e-3).all()
+
+
+def perplexity(model) -> float:
+    return float((-logprobs(put("lora", model))).mean().exp())
+
+
+@torch.no_grad()
+def test_eight_bits_are_enough_and_two_are_not():
+    from test_tuners import base as fresh
+
+    plain = fresh("llama")
+    want = perplexity(plain)
+    eight, two = (perplexity(on_codes("llama", {"name": "rtn", "bits_per_weight": b})[0]) for b in (8, 2))
+    assert abs(eight - want) < 0.01 * want and abs(two - want) > 5 * abs(eight - want)
+
+
+def test_gptq_errs_less_on_what_the_layer_reads():
+    mix = normal(96, 96, seed=5) * torch.logspace(0, -2, 96)
+    X = normal(96, 400, seed=6)
+    H = (mix @ X) @ (mix @ X).T
+    W = normal(32, 96, seed=7)
+    for bits in (2, 3, 4):
+        q = build("quantizer", {"name": "gptq", "bits_per_weight": bits, "group_size": 48})
+        off = lambda codes, q=q: float(((q.dequantize(codes, (32, 96), torch.float32) - W) @ mix @ X).square().sum())
+        assert off(q.quantize(W, H)) < 0.7 * off(q.quantize(W))
+    alone = torch.eye(96) * 3  # inputs that have nothing to do with each other: nothing can be repaired
+    assert torch.allclose(q.dequantize(q.quantize(W, alone), (32, 96), torch.float32), q.dequantize(q.quantize(W), (32, 96), torch.float32))
+
+
+# ---------------------------------------------------------------------------------------------- lq-lora
+
+
+def lq(**settings):
+    one = {"num_bits_0": [3], "block_size_0": [64]}
+    return build("quantizer", {"name": "lq_lora", "rank": 8, "target_bits": 4, **one, **settings})
+
+
+def test_lq_error_falls_until_it_stops_and_beats_plain_quantization():
+    from luthier.quantizers.lq_lora import Weighed
+
+    W, q = normal(64, 96, seed=1), lq()
+    codes, said = q.turns(W, q.forms()[0], Weighed(None))
+    assert len(said) > 1 and all(a > b for a, b in zip(said, said[1:]))
+    assert float((q.dequantize(codes, (64, 96), torch.float32) - W).square().sum()) == pytest.approx(said[-1], rel=1e-3)
+    form = q.forms()[0]
+    plain = form.dequantize(form.quantize(W), (64, 96), torch.float32)
+    assert said[-1] < 0.8 * float((plain - W).square().sum())
+
+
+def test_lq_of_a_matrix_of_that_rank_is_exact():
+    W, q = normal(64, 8, seed=1) @ normal(8, 96, seed=2), lq()
+    assert torch.allclose(q.dequantize(q.quantize(W), (64, 96), torch.float32), W, atol=1e-3)
+
+
+def test_lq_weights():
+    """Even weights change nothing; uneven ones lower the error where they are large."""
+    W, q = normal(64, 96, seed=1), lq()
+    even = q.quantize(W, (torch.full((64,), 2.0), torch.full((96,), 3.0)))
+    assert all(torch.allclose(v.float(), even[k].float(), atol=1e-4) for k, v in q.quantize(W).items())
+    heavy = torch.ones(64)
+    heavy[:8] = 100.0
+    uneven = q.quantize(W, (heavy, torch.ones(96)))
+    off = lambda codes: (q.dequantize(codes, (64, 96), torch.float32) - W)[:8].norm()
+    assert off(uneven) < 0.9 * off(even)
+
+
+def test_bits_are_allocated_as_the_best_of_all_allocations():
+    import itertools
+
+    pytest.importorskip("scipy")
+    from luthier.quantizers.lq_lora import allocate
+
+    errors = torch.rand(4, 3, generator=torch.Generator().manual_seed(3)).sort(1, descending=True).values.tolist()
+    sizes = [[200.0 * (i + 1), 300.0 * (i + 1), 410.0 * (i + 1)] for i in range(4)]
+    for budget in (2000, 2600, 3300, 4200):
+        found = allocate(errors, sizes, budget)
+        every = [c for c in itertools.product(range(3), repeat=4) if sum(s[k] for s, k in zip(sizes, c)) <= budget]
+        best = min(every, key=lambda c: sum(e[k] for e, k in zip(errors, c)))
+        assert sum(e[k] for e, k in zip(errors, found)) == pytest.approx(sum(e[k] for e, k in zip(errors, best)))
+    with pytest.raises(RecipeError, match="target_bits"):
+        allocate(errors, sizes, 1999)
+
+
+def test_lq_keeps_its_budget_over_a_network_and_trains_its_low_rank_part():
+    pytest.importorskip("scipy")
+    model = base("llama")
+    q = build("quantizer", {"name": "lq_lora", "rank": 4, "target_bits": 3.2})
+    quantize(model, q)
+    some = modules(model)
+    bits = sum(m.quantizer.forms()[0].bits(m.size) * m.size[0] * m.size[1] for m in some.values())
+    count = numbers(model)
+    assert bits <= 3.2 * count and len({m.quantizer.forms()[0] for m in some.values()}) > 1
+    untuned = logprobs(put("ssf", copied(model)))
+    attached = put("lora", model, init_lora_weights="lq", r=4)
+    assert torch.allclose(logprobs(attached), untuned, atol=1e-4)
+    layer = attached.layers["model.layers.0.self_attn.q_proj"]
+    held = layer.base_layer.codes
+    A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert torch.allclose(B @ A * layer.scaling["default"], held["L1"] @ held["L2"], atol=1e-5)
+    train(attached)
+    with attached.off():
+        assert torch.allclose(logprobs(attached), untuned, atol=1e-5)
+    with pytest.raises(RecipeError, match="r: 4"):
+        put("lora", lq_model(), init_lora_weights="lq", r=8)
+    with pytest.raises(RecipeError, match="wants a base split by"):
+        put("lora", base("llama"), init_lora_weights="lq", r=4)
+
+
+def copied(model):
+    import copy
+
+    return copy.deepcopy(model)
+
+
+def lq_model():
+    model = base("llama")
+    quantize(model, lq(rank=4))
+    return model
+
+
+@pytest.mark.parametrize(
+    "spec, tuner",
+    [
+        ({"name": "gptq", "group_size": 16, "init_rows": 8}, {"name": "lora", "r": 4}),
+        ({"name": "lq_lora", "rank": 4, "target_bits": 3.5, "fisher": True, "init_rows": 4}, {"name": "lora", "r": 4, "init_lora_weights": "lq"}),
+        ({"name": "rtn", "bits_per_weight": 2, "group_size": 16}, {"name": "pv_tuning", "tune_rest": False, "code_lr": 0.03}),
+    ],
+)  # fmt: skip
+def test_in_a_run_that_calibrates(spec, tuner, tiny, tmp_path):
+    """Learns, resumes bit for bit, loads without rows as it was, goes on from its folder, is exported."""
+    pytest.importorskip("scipy")
+    recipe = {**recipe_of(tiny), "tuner": tuner, "quantization": spec, "max_steps": 8, "save_steps": 4, "learning_rate": 1e-2}
+    whole = luthier.tune(**recipe, output_dir=str(tmp_path / "whole"))
+    assert sum(whole.losses[-2:]) < sum(whole.losses[:2])
+    last = store.load_checkpoint(store.checkpoints(tmp_path / "whole")[-1])
+    shutil.rmtree(store.checkpoints(tmp_path / "whole")[-1])
+    (tmp_path / "whole" / "report.json").unlink()
+    state = tmp_path / "whole" / "run.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "finished": False}))
+    luthier.tune(**recipe, output_dir=str(tmp_path / "whole"))
+    again = store.load_checkpoint(store.checkpoints(tmp_path / "whole")[-1])
+    assert all(torch.equal(v, again.tensors[k]) for k, v in last.tensors.items())
+    rows = [{"id": "0", "prompt": "1+2=", "completions": ["3"]}]
+    loaded = luthier.load(tmp_path / "whole")
+    from luthier.use import export
+
+    assert export(tmp_path / "whole", "merged", tmp_path / "merged")
+    assert torch.allclose(luthier.load(tmp_path / "merged").logprobs(rows), loaded.logprobs(rows), atol=1e-4)
+    if tuner["name"] == "lora":
+        export(tmp_path / "whole", "lora", tmp_path / "adapter")
+        assert torch.allclose(luthier.load(tmp_path / "adapter").logprobs(rows), loaded.logprobs(rows), atol=1e-4)
+    further = luthier.tune(**recipe, start=str(tmp_path / "whole"), output_dir=str(tmp_path / "further"))
+    assert sum(further.losses[:2]) < sum(whole.losses[:2])
+
+
+# ---------------------------------------------------------------------------------------------- pv-tuning
+
+
+def lipschitz(A) -> float:
+    return float(torch.linalg.eigvalsh(A.T @ A).max())
+
+
+@pytest.mark.parametrize("spec", [{"name": "rtn", "bits_per_weight": 2, "group_size": 16}, {"name": "vq", "nbits_per_codebook": 4}])
+def test_a_v_step_never_raises_a_quadratic_loss(spec):
+    """Toward W - gradient / L, by any share of the codes: the bound that the step minimises lies above the loss."""
+    from luthier.tuners.pv_tuning import recode
+
+    q, size = build("quantizer", spec), (4, 16)
+    A, target = normal(16, 16, seed=1) / 4 + torch.eye(16), normal(*size, seed=2)
+    loss = lambda W: float(((W - target) @ A).square().sum()) / 2
+    codes = q.quantize(normal(*size, seed=3))
+    W = q.dequantize(codes, size, torch.float32)
+    said, changed = [loss(W)], []
+    for _ in range(60):
+        grad = (W - target) @ A @ A.T
+        codes = q.nearest(W, codes)
+        made = recode(q, codes, size, W - grad / lipschitz(A.T), share=0.1)
+        new = q.dequantize(made, size, torch.float32)
+        changed.append(float((new != W).float().mean()))
+        codes, W = made, new
+        said.append(loss(W))
+    assert all(b <= a + 1e-5 for a, b in zip(said, said[1:])) and said[-1] < 0.9 * said[0]
+    assert max(changed) <= 0.1 * q.together * 1.01
+
+
+def test_v_steps_end_near_the_best_codes_of_twelve_weights():
+    """Coordinate descent over all codes, by brute force, is no more than 5% better."""
+    from luthier.tuners.pv_tuning import recode
+
+    q, size = build("quantizer", {"name": "rtn", "bits_per_weight": 2, "group_size": 12}), (1, 12)
+    A, target = normal(12, 12, seed=4) / 12 + torch.eye(12), normal(*size, seed=5)
+    loss = lambda W: float(((W - target) @ A).square().sum())
+    codes = q.quantize(target)
+    levels = codes["low"].float() + codes["scale"].float() * torch.arange(4)
+    W = q.dequantize(codes, size, torch.float32)
+    for _ in range(100):  # one code at a time, so each weight's own curvature bounds the step
+        codes = recode(q, codes, size, W - (W - target) @ A @ A.T / (A @ A.T).diagonal(), share=1 / 12)
+        W = q.dequantize(codes, size, torch.float32)
+    best = W.clone()
+    for start in (W, target, -target):
+        V = levels[(start[..., None] - levels).abs().argmin(-1)]
+        for _ in range(20):
+            for k in range(12):
+                tries = [torch.cat([V[:, :k], level.view(1, 1), V[:, k + 1 :]], 1) for level in levels]
+                V = min(tries, key=loss)
+        best = min(best, V, key=loss)
+    assert loss(W) <= 1.05 * loss(best) + 1e-6
+
+
+def distil(steps: int = 40, **settings):
+    """KL of a tiny network to its unquantized self before and after tuning its 2-bit codes; the tuner, and shares of codes changed."""
+    from luthier.clock import Clock
+    from luthier.estimators._estimator import gradients
+    from luthier.transforms._chain import Chain
+
+    ids = torch.arange(3, 59).reshape(4, 14)
+    want = base("llama")(ids).logits.detach().log_softmax(-1)
+    model, _ = on_codes("llama", {"name": "rtn", "bits_per_weight": 2, "group_size": 16})
+    attached = put("pv_tuning", model, tune_rest=False, **settings)
+    kl = lambda: (want.exp() * (want - model(ids).logits.log_softmax(-1))).sum(-1).mean()
+    clock, said, shares = Clock(seed=0, total=steps), [], []
+    chain = Chain([build("transform", "adam")], attached, clock, 3e-4)
+    for clock.step in range(steps):
+        attached.before_step(clock)
+        for p in attached.parameters().values():
+            p.grad = None
+        loss = kl()
+        said.append(float(loss.detach()))
+        loss.backward()
+        before = {n: places(m) for n, m in attached.coded.items()}
+        chain.step(gradients(chain))
+        attached.after_step(clock)
+        shares += [float((places(m) != before[n]).float().mean()) for n, m in attached.coded.items()]
+    return [*said, float(kl())], attached, shares
+
+
+def places(m) -> torch.Tensor:
+    from luthier.quantizers._bits import unpack
+
+    return unpack(m.codes["weight"].clone(), m.quantizer.bits_per_weight, m.size[0] * m.size[1])
+
+
+def test_pv_tuning_lowers_the_loss_and_few_codes_change():
+    torch.manual_seed(0)
+    said, attached, shares = distil(code_lr=0.03, code_trust_ratio=0.1)
+    assert said[-1] < 0.7 * said[0] and max(shares) <= 0.01 and sum(shares) > 0
+    for m in attached.coded.values():  # what the codes stand for is what the network reads, bit for bit
+        x = normal(3, m.size[1])
+        assert torch.equal(m(x), F.linear(x, m.dense(), m.bias))
+    with torch.no_grad(), attached.merged():
+        assert all("weight" in m._parameters for m in attached.coded.values())
+    still, *_ = distil(code_lr=0.0)
+    assert said[-1] < still[-1]  # better than scales alone
+
+
+def test_pv_tuning_ends_lower_than_straight_through():
+    """Rounding every weight in every step, at equal steps and rates."""
+    few, *_ = distil(code_lr=0.03, code_trust_ratio=0.1)
+    every, *_ = distil(code_lr=0.03, max_code_change_per_step=1.0, code_trust_ratio=1e9)
+    assert few[-1] < every[-1]
+
+
+def test_pv_tuning_wants_codes(tiny):
+    with pytest.raises(RecipeError, match="tunes a quantized base"):
+        put("pv_tuning")
+    with pytest.raises(RecipeError, match="wants a quantized base.*'rtn'"):
+        checked(Recipe.load({"model": tiny, "tuner": "pv_tuning", "quantization": "nf4"}))

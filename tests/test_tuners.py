@@ -23,6 +23,7 @@ from luthier.batch import collate
 from luthier.clock import Clock
 from luthier.estimators._estimator import gradients
 from luthier.method import RecipeError, build, find, gives_of, helps, names, tuner
+from luthier.quantizers._calibrate import quantize
 from luthier.roles import Policy
 from luthier.transforms._chain import Chain
 from luthier.tuners._delta import Delta
@@ -48,6 +49,8 @@ def _made(kind: str) -> nn.Module:
         for n, p in model.named_parameters():  # biases start at zero, and zero hides mistakes
             if n.endswith("bias"):
                 p.normal_(std=0.1)
+    if kind == "codes":  # a Llama whose linear weights are quantized
+        quantize(model, build("quantizer", {"name": "rtn", "group_size": 16}))
     return model.eval()
 
 
@@ -80,7 +83,7 @@ def put(name: str, model: nn.Module | None = None, **settings):
 
 def anywhere(name: str):
     """The tuner with its defaults on the first kind of network that it does not refuse."""
-    for kind in ("llama", "gpt2", "mixtral"):
+    for kind in ("llama", "gpt2", "mixtral", "codes"):
         try:
             return put(name, base(kind)), kind
         except RecipeError as error:
@@ -122,7 +125,7 @@ def test_starts_as_the_base(name):
 @each
 def test_only_its_own_tensors_move(name):
     attached, _ = anywhere(name)
-    own = {id(p) for p in attached.parameters().values()}
+    own = {id(t) for t in (*attached.parameters().values(), *attached.buffers().values())}
     every = (*attached.model.named_parameters(), *attached.model.named_buffers())
     before = {n: (t, t.detach().clone()) for n, t in every if id(t) not in own}
     start, was = attached.tensors(), logprobs(attached).detach()

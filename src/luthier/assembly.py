@@ -14,9 +14,11 @@ from luthier import store
 from luthier.clock import Clock
 from luthier.later import import_models
 from luthier.method import RecipeError, build
+from luthier.quantizers._quantizer import modules as coded
 from luthier.recipe import Recipe
 from luthier.rehearsal import Parts
 from luthier.roles import Policy, Roles
+from luthier.tuners._tuner import Untuned
 
 if TYPE_CHECKING:
     from luthier.architectures._network import Network
@@ -35,7 +37,7 @@ def pick_dtype(name: str, where: torch.device) -> torch.dtype:
     return torch.bfloat16 if where.type == "cpu" and torch.cpu._is_amx_tile_supported() else torch.float32
 
 
-def load_model(recipe: Recipe, parts: Parts, network: Mapping[str, Any]) -> tuple[Network, Any]:
+def load_model(recipe: Recipe, parts: Parts, network: Mapping[str, Any], folder: Path | None = None) -> tuple[Network, Any]:
     """The base network and its tokenizer. network: what the data said about it (a classifier's classes)."""
     import_models()
     from transformers import AutoTokenizer
@@ -48,7 +50,7 @@ def load_model(recipe: Recipe, parts: Parts, network: Mapping[str, Any]) -> tupl
     if recipe.attn_implementation:
         how["attn_implementation"] = recipe.attn_implementation
     try:
-        model = _quantized(parts, path, how, where) if parts.quantizer is not None else parts.architecture.load(path, **how)
+        model = _quantized(recipe, parts, path, how, where, folder) if parts.quantizer else parts.architecture.load(path, **how)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(f"model {recipe.model} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
@@ -58,18 +60,45 @@ def load_model(recipe: Recipe, parts: Parts, network: Mapping[str, Any]) -> tupl
     return model.to(where).eval(), tokenizer
 
 
-def _quantized(parts: Parts, path: str, how: dict[str, Any], where: torch.device) -> Network:
+def _quantized(recipe: Recipe, parts: Parts, path: str, how: dict[str, Any], where: torch.device, folder: Path | None) -> Network:
+    """The base as codes: those of this run, else of the run that it goes on from, else made while the weights are read.
+
+    A quantizer that must see all weights, or rows, gets the network as it is (see `_calibrated`).
+    """
+    from luthier.quantizers._calibrate import FILE, read
     from luthier.quantizers._load import loaded
 
+    kept = [p for f in (folder, recipe.start) if isinstance(f, (str, Path)) and (p := Path(f) / FILE).is_file()]
+    if parts.quantizer.whole and not kept:
+        return parts.architecture.load(path, **how)
     dtype = how.pop("dtype")
-    return loaded(lambda **said: parts.architecture.load(path, **how, **said), parts.quantizer, dtype, where)
+    saved = read(kept[0]) if kept else None
+    return loaded(lambda **said: parts.architecture.load(path, **how, **said), parts.quantizer, dtype, where, saved)
 
 
-def assemble(recipe: Recipe, parts: Parts, network: Mapping[str, Any] | None = None) -> Roles:
-    """Model, tuner and tokenizer as the training policy; seeded before weights are drawn."""
+def _calibrated(parts: Parts, roles: Roles, rows: list[dict], folder: Path | None) -> None:
+    from luthier.quantizers._calibrate import FILE, quantize, save
+
+    if parts.quantizer.reads and not rows:
+        raise RecipeError(f"quantizer '{parts.quantizer.name}' looks at rows, and there are none here")
+    quantize(roles.policy.model, parts.quantizer, roles, rows)
+    if folder is not None:
+        save(roles.policy.model, folder / FILE)
+
+
+def assemble(
+    recipe: Recipe, parts: Parts, network: Mapping[str, Any] | None = None, folder: Path | None = None, rows: list[dict] | None = None
+) -> Roles:
+    """Model, tuner and tokenizer as the training policy; seeded before weights are drawn.
+
+    folder, rows: of the run, where the codes of a quantized base are kept, and what they may be made from.
+    """
     clock = Clock(seed=recipe.seed)
     torch.manual_seed(clock.fold("model"))
-    model, tokenizer = load_model(recipe, parts, network or {})
+    model, tokenizer = load_model(recipe, parts, network or {}, folder)
+    if parts.quantizer is not None and not coded(model):
+        plain = parts.architecture.renderer(tokenizer, model.config, max_length=recipe.max_length or min(2048, places(model)))
+        _calibrated(parts, Roles(Policy(parts.architecture, model, Untuned(model)), clock, plain), rows or [], folder)
     torch.manual_seed(clock.fold("tuner"))
     attached = attach(parts.tuner, model)
     most = places(model) - attached.virtual

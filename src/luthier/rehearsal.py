@@ -36,6 +36,7 @@ WORDS = {  # how a word reads in a sentence
     "teacher": "a teacher model",
     "critic": "a critic",
     "off": "a tuner that can be switched off",
+    "codes": "a quantized base whose scales or code books can be trained",
     "merge": "a tuner that can be merged",
     "low-rank": "a tuner made of A and B",
     "grad": "a true gradient",
@@ -55,6 +56,7 @@ WORDS = {  # how a word reads in a sentence
     "values": "a network that gives numbers, not words (architecture `reward_model`)",
 }
 ADVICE = {
+    "codes": "e.g. `quantization: {name: rtn, bits_per_weight: 2}`",
     "reference": "say who plays it, e.g. `roles: {reference: start}`",
     "teacher": "say who plays it, e.g. `roles: {teacher: {name: model, model: FOLDER}}`",
     "off": "or let another play: `roles: {reference: start}` keeps a copy of what moves",
@@ -147,7 +149,7 @@ def checked(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts:
     schedule(recipe.lr_scheduler_type, recipe.warmup_steps, 1)
     if isinstance(recipe.start, dict):
         build("merger", recipe.start.get("merge"))
-    have = words(rows) | p.architecture.gives | p.estimator.gives | gives_of(p.tuner) | set(p.roles)
+    have = words(rows) | p.architecture.gives | p.estimator.gives | gives_of(p.tuner) | set(p.roles) | (gives_of(p.quantizer) if p.quantizer else set())
     measured = frozenset(have)  # held-out rows go through no stage
     if recipe.evaluate is None:
         p.evaluate = [e for e in (build("evaluator", name) for name in USUAL) if wants(e) <= measured]
@@ -161,7 +163,7 @@ def checked(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts:
         before, tried = words(tried), _try(s, tried)
         if tried:
             have = (have - (before - words(tried))) | (words(tried) - before)
-    for x in (*p.roles.values(), p.estimator, *p.chain, *([p.objective] if p.objective else [])):
+    for x in (p.tuner, *p.roles.values(), p.estimator, *p.chain, *([p.objective] if p.objective else [])):
         _need(x, have, recipe)
     if p.objective is not None:
         p.estimator.suits(p.objective)

@@ -167,7 +167,7 @@ class _Run:
         network = self.parts.architecture.fit_to(self.data.rows)
         if self.main:
             note_down(self.folder, network=network)
-        self.roles = assemble(self.recipe, self.parts, network)
+        self.roles = assemble(self.recipe, self.parts, network, self.folder, self.data.rows)
         self.roles.tell = self.watch.tell
         for sentence in told(self.roles.policy.model):
             self.watch.tell(sentence)

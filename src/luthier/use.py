@@ -17,6 +17,7 @@ from luthier.data import load_data
 from luthier.evaluators._evaluator import Evaluator
 from luthier.folder import network_of
 from luthier.method import RecipeError, build, meant, spec
+from luthier.quantizers import _calibrate as codes
 from luthier.quantizers._quantizer import open_up
 from luthier.recipe import Recipe
 from luthier.rehearsal import Parts, detect, parts
@@ -113,7 +114,7 @@ def _run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     if recipe.plan is not None:
         raise RecipeError(f"{folder} holds a plan; name one of its runs: {', '.join(p.name for p in sorted(folder.glob('act-*')))}")
     made = parts(recipe)
-    roles = assemble(recipe, made, network_of(folder))
+    roles = assemble(recipe, made, network_of(folder), folder)
     take_parts(roles, made)
     roles.tuner.load(roles.tuner.read(folder))
     roles.policy.eval()
@@ -126,9 +127,10 @@ def _run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     return Loaded(str(folder), roles, recipe, turns, notes, ends)
 
 
-def _bare(model: str, settings: Mapping[str, Any]) -> tuple[Recipe, Roles]:
+def _bare(model: str, settings: Mapping[str, Any], folder: Path | None = None) -> tuple[Recipe, Roles]:
+    """folder: where the codes of a quantized base may lie."""
     recipe = Recipe.load({**settings, "model": model})
-    roles = assemble(recipe, Parts(detect(model), _Nothing(), None, None, (), {}, [], [], [], recipe.methods()["quantization"]))
+    roles = assemble(recipe, Parts(detect(model), _Nothing(), None, None, (), {}, [], [], [], recipe.methods()["quantization"]), folder=folder)
     roles.policy.eval()
     return recipe, roles
 
@@ -143,7 +145,7 @@ def _adapter(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     coded = folder / store.QUANTIZATION
     if coded.is_file():  # it was trained on the weights that the base's codes stand for
         settings = {"quantization": json.loads(coded.read_text(encoding="utf-8")), **settings}
-    recipe, roles = _bare(base, settings)
+    recipe, roles = _bare(base, settings, folder)
     open_up(roles.policy.model)
     if (folder / "tokenizer_config.json").is_file():
         from transformers import AutoTokenizer
@@ -291,6 +293,8 @@ def export(folder: str | Path, kind: str, to: str | Path) -> str:
         loaded.tokenizer.save_pretrained(beside)
         if quantizer is not None and kind == "lora":
             store.write_json(beside / store.QUANTIZATION, spec(quantizer))
+            if quantizer.whole:
+                codes.save(loaded.model, beside / codes.FILE)
         gap = _compare(beside, rows, want, kind, torch.float32)
         if kind == "merged" and kept in ROUNDING:  # merged and compared in fp32, then rounded once
             rounded: Any = loaded.roles.policy.architecture.load(str(beside), dtype=kept)
@@ -302,7 +306,9 @@ def export(folder: str | Path, kind: str, to: str | Path) -> str:
 
 def _requantized(loaded: Loaded, folder: Path, rows: list[dict]) -> str:
     """What it costs to quantize the merged weights as the base was: the divergence from the tuned model, before and after."""
-    name = loaded.recipe.methods()["quantization"].name
+    name, reads = loaded.recipe.methods()["quantization"].name, loaded.recipe.methods()["quantization"].reads
+    if reads:
+        return f"; {name} quantizes by what rows tell, so how far requantizing would move it is not measured here"
     again = load(folder, dtype="float32", quantization=loaded.recipe.quantization, architecture=loaded.recipe.architecture)
     gaps = [_divergence(loaded, other, rows) for other in (load(folder, dtype="float32"), again)]
     return (

@@ -65,7 +65,7 @@ class Book(Quantizer):
         if self.block_size < 2 or self.block_size % 2:
             raise RecipeError(f"block_size: {self.block_size} is no even number of weights")
 
-    def quantize(self, W):
+    def quantize(self, W, seen=None):
         flat = W.reshape(-1).float()
         blocks = F.pad(flat, (0, -len(flat) % self.block_size)).view(-1, self.block_size)
         scale = magnitudes(blocks)

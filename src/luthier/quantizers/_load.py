@@ -6,7 +6,6 @@ fp32, whatever the compute dtype is: so a base that is loaded again in another p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,15 +19,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from luthier.method import RecipeError, meant
 from luthier.quantizers._quantizer import Codes, Quantized, Quantizer, held_as, plain, replace
 
+Saved = dict[str, tuple[Quantizer, Codes]]  # module -> its quantizer and its codes
+
 
 class Config(QuantizationConfigMixin):
     """What `from_pretrained` is given."""
 
     quant_method: Any = "luthier"
 
-    def __init__(self, quantizer: Quantizer, dtype: torch.dtype, device: torch.device, saved: Mapping[str, Codes] | None = None):
+    def __init__(self, quantizer: Quantizer, dtype: torch.dtype, device: torch.device, saved: Saved | None = None):
         self.quantizer, self.dtype, self.device, self.saved = quantizer, dtype, device, saved
-        self.made: dict[str, Codes] = {}  # module -> its codes, until all is read: transformers empties buffers at its end
+        self.made: Saved = {}  # until all is read: transformers empties buffers at its end
 
     def __deepcopy__(self, memo):
         return self  # transformers copies what it is given, codes included
@@ -90,10 +91,10 @@ class Quantize(ConversionOps):
                     f"{name} has the shape {tuple(value.shape)} in the checkpoint, and {tuple(module.weight.shape)} in the model"
                 )
             if said.saved is None:
-                codes = said.quantizer.quantize(module.laid_out(value).float().contiguous())
+                said.made[name] = said.quantizer, said.quantizer.quantize(module.laid_out(value).float().contiguous())
             else:
-                codes = {k: v.to(value.device) for k, v in said.saved[name].items()}
-            said.made[name] = codes
+                own, codes = said.saved[name]
+                said.made[name] = own, {k: v.to(value.device) for k, v in codes.items()}
             module._parameters["weight"] = nn.Parameter(value.new_empty(0), requires_grad=False)
             module._is_hf_initialized = True
             missing_keys.discard(key)
@@ -117,12 +118,12 @@ def chosen(model: Any, quantizer: Quantizer) -> list[str]:
     return kept
 
 
-def loaded(load: Any, quantizer: Quantizer, dtype: torch.dtype, device: torch.device, saved: Mapping[str, Codes] | None = None) -> Any:
+def loaded(load: Any, quantizer: Quantizer, dtype: torch.dtype, device: torch.device, saved: Saved | None = None) -> Any:
     """load(**kwargs of from_pretrained) -> the network with its linear weights as codes."""
     config = Config(quantizer, dtype, device, saved)
     model = load(quantization_config=config, dtype=torch.float32)
     for name in list(config.made):
-        model.get_submodule(name).take(quantizer, config.made.pop(name))
+        model.get_submodule(name).take(*config.made.pop(name))
     model.hf_quantizer.remove_quantization_config(model)  # to transformers it is a network like any other
     for part in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
         part.__dict__.pop("_is_quantized", None)
@@ -131,16 +132,6 @@ def loaded(load: Any, quantizer: Quantizer, dtype: torch.dtype, device: torch.de
         if isinstance(m, Quantized) and "weight" in m._parameters:
             replace(model, name, plain(m))
     return model
-
-
-@torch.no_grad()
-def quantize(model: Any, quantizer: Quantizer, codes: Mapping[str, Codes]) -> None:
-    """A network that is there already: each module's weight leaves as its codes come."""
-    for name, made in codes.items():
-        base = model.get_submodule(name)
-        module = held_as(base, base.weight.dtype)
-        module.take(quantizer, made)
-        replace(model, name, module)
 
 
 register_quantization_config("luthier")(Config)

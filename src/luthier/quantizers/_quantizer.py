@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from luthier.method import family
@@ -28,14 +29,29 @@ Codes = dict[str, Tensor]
 class Quantizer:
     """Family: settings that turn weights into codes."""
 
-    reads: ClassVar[str] = ""  # what of the first rows it wants to see: "inputs", "gradients" or nothing
+    reads: ClassVar[str] = ""  # what the first rows tell it of each weight: "hessian" of its inputs, "fisher" information, or nothing
     whole: ClassVar[bool] = False  # must it see all weights before it decides about one?
 
     skip_modules: list[str] | None = None  # ends of names of modules that stay as they are, besides the head and what is tied to it
 
-    def quantize(self, W: Tensor) -> Codes:
-        """[out, in] in fp32 -> its codes, scales and so on, by name."""
+    continuous: ClassVar[tuple[str, ...]] = ()  # which of the codes are numbers that could be trained
+
+    @property
+    def together(self) -> int:
+        """How many weights side by side one code stands for."""
+        return 1
+
+    def plan(self, weights: Callable[[], Iterable[tuple[str, Tensor]]], seen: Mapping[str, Any]) -> dict[str, Quantizer]:
+        """weights(): (name, [out, in]) of all, one at a time; what rows told of each -> the quantizer of each."""
+        return {name: self for name, _ in weights()}
+
+    def quantize(self, W: Tensor, seen: Any = None) -> Codes:
+        """[out, in] in fp32, and what rows told of it -> its codes, scales and so on, by name."""
         raise NotImplementedError
+
+    def nearest(self, W: Tensor, codes: Codes) -> Codes:
+        """Codes anew for W [out, in], the continuous ones as they are."""
+        raise NotImplementedError(f"'{type(self).__name__}' has nothing continuous")
 
     def dequantize(self, codes: Mapping[str, Tensor], shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
         """The way back: [out, in] in dtype."""
@@ -50,6 +66,7 @@ class Quantized(nn.Module):
     """A linear module whose weight lies in codes. Biases stay as they are."""
 
     watch: Callable[[Tensor], Any] | None = None  # called with each gradient of the weight [out, in] in backward, which is not kept
+    heard: Callable[[Tensor], Any] | None = None  # the same where what is continuous in the codes is trained, too
     bias: nn.Parameter | None
     compute: torch.dtype  # in which the weight is made
     size: tuple[int, int]  # out, in
@@ -74,7 +91,7 @@ class Quantized(nn.Module):
 
     @property
     def codes(self) -> Codes:
-        return {name: self.get_buffer(f"q_{name}") for name in self.held}
+        return {name: getattr(self, f"q_{name}") for name in self.held}
 
     def dense(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight that the codes stand for, as [out, in]."""
@@ -108,9 +125,17 @@ class Quantized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if "weight" in self._parameters:
             return super().forward(x)
+        if self.heard is not None:
+            return checkpoint(self._listen, x, use_reentrant=False)
         watched = self.watch is not None and torch.is_grad_enabled()
         y = Product.apply(x, self, False, x.new_zeros((), requires_grad=True) if watched else None)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _listen(self, x: Tensor) -> Tensor:
+        W = self.dense(x.dtype)
+        if W.requires_grad and self.heard is not None:
+            W.register_hook(self.heard)
+        return F.linear(x, W, None if self.bias is None else self.bias.to(x.dtype))
 
     def _apply(self, fn, recurse=True):
         """To another device or dtype: scales keep their precision, the weight is made in the new dtype."""

@@ -16,7 +16,7 @@ from luthier.quantizers._quantizer import Quantizer
 class INT8(Quantizer):
     """8 bits a weight."""
 
-    def quantize(self, W):
+    def quantize(self, W, seen=None):
         scale = W.abs().amax(1) / 127
         return {"weight": (W / scale.clamp(min=1e-38)[:, None]).round().to(torch.int8), "scale": scale}
 

@@ -51,6 +51,8 @@ class OnLora(OnPeft):
     @torch.no_grad()
     def begin(self, start: str) -> None:
         """PiSSA, OLoRA or orthogonal factors in every linear layer."""
+        if start == "lq":
+            return self._begin_low()
         make = {"pissa": "pissa_init", "olora": "olora_init", "orthogonal": "orthogonal_init"}[start.split("_")[0]]
         linear = {n: m for n, m in self.layers.items() if isinstance(m, Linear)}
         if len(linear) < len(self.layers):
@@ -72,6 +74,21 @@ class OnLora(OnPeft):
                     base.weight.data = kept
         if self.settings.subtracts:
             self._subtract(linear)
+
+    def _begin_low(self) -> None:
+        """The low-rank part of a base that quantizer lq_lora has split."""
+        linear: dict[str, Any] = {}
+        for name, layer in self.layers.items():
+            base = layer.get_base_layer()
+            codes = base.codes if isinstance(base, Quantized) else {}
+            if "L1" not in codes:
+                raise RecipeError(f"init_lora_weights: lq wants a base split by `quantization: lq_lora`, and {name} has no low-rank part")
+            if codes["L1"].shape[1] != layer.r[ADAPTER]:
+                raise RecipeError(f"init_lora_weights: lq wants the rank of the base's low-rank part: r: {codes['L1'].shape[1]}")
+            layer.lora_A[ADAPTER].weight.data.copy_(codes["L2"])
+            layer.lora_B[ADAPTER].weight.data.copy_(codes["L1"] / layer.scaling[ADAPTER])
+            linear[name] = layer
+        self._subtract(linear)
 
     def _subtract(self, linear: Mapping[str, LoraLayer]) -> None:
         config = copy.deepcopy(self.peft.peft_config[ADAPTER])

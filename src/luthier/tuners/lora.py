@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 from luthier.method import Range, RecipeError, tuner
 from luthier.tuners._delta import Where
 
-STARTS = ("gaussian", "pissa", "olora", "orthogonal")
+STARTS = ("gaussian", "pissa", "olora", "orthogonal", "lq")
 DRIVEN = {  # starts of PEFT that want more than the weights
     "eva": "the inputs of every layer on the data",
     "corda": "covariances of the inputs of every layer",
@@ -31,7 +31,7 @@ class LoRA(Where):
     lora_dropout: float = 0.0  # dropout on what A reads
     use_rslora: bool = False  # divide lora_alpha by the root of r
     use_dora: bool = False  # DoRA: the norm of each output's weights is trained apart from its direction
-    init_lora_weights: bool | str = True  # true (B = 0), gaussian, pissa, pissa_niter_16 (fast SVD), olora, orthogonal
+    init_lora_weights: bool | str = True  # true (B = 0), gaussian, pissa, pissa_niter_16 (fast SVD), olora, orthogonal, lq
     bias: Literal["none", "all", "lora_only"] = "none"  # which biases train as well
     target_parameters: list[str] | None = None  # ends of names of bare weights, e.g. mlp.experts.down_proj: the fused experts of a MoE
 
@@ -55,7 +55,7 @@ class LoRA(Where):
     @property
     def subtracts(self):
         """Does the start of B A have to be taken away again?"""
-        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora"))
+        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(("pissa", "olora", "lq"))
 
     def attach(self, model):
         from luthier.tuners._peft_lora import attach
