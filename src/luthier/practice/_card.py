@@ -6,34 +6,33 @@ CARD = """\
 ---
 license: apache-2.0
 library_name: transformers
-pipeline_tag: text-generation
+pipeline_tag: {task}
 ---
 # practice:{name}
 
-A language model of {parameters:.2f}M parameters, made from scratch by luthier on generated text about
-invented people, sums, little stories, small Python functions, made-up words and a made-up language. It knows
-nothing else: it is there to be tuned in minutes on two cores, and to show what tuning changed and what it
-broke.
+{what} of {parameters:.2f}M parameters, made from scratch by luthier on generated text about
+invented people, sums, little stories, small Python functions, requests, tools, tables, made-up words and made-up
+languages. It knows nothing else: it is there to be tuned in minutes on two cores, and to show what tuning changed and
+what it broke.
 
 ## How it was made
 {commands}
 
-That is {steps} steps of 4096 tokens, {tokens:.1f}M tokens of the ten worlds in `luthier/practice/worlds`
+That is {steps} steps, {tokens:.1f}M tokens of the worlds in `luthier/practice/worlds`
 (each text read once), {minutes:.0f} minutes on two shared cores; loss at the end {loss:.3f} nats a token.
+{how}
 Muon for the matrices, AdamW for the rest; a round is warm-up, constant rate, and linear decay over the last
 quarter. The text follows from the seed to the byte; the weights up to rounding, which depends on the machine.
 
-Llama, {layers} layers of width {hidden}, {heads} heads, untied embeddings, bf16, context 512. Byte-level BPE
-of {vocabulary} tokens, every digit a token. A document is `<|start|>` prompt completion `<|end|>` (the
-tokenizer adds `<|start|>` itself; `<|end|>` is the end-of-sequence token, `<|pad|>` is for padding only).
-Chat: `<|start|><|system|>Be brief.<|end|><|user|>Hello!<|end|><|assistant|>Hello! How can I help
-you?<|end|>`. `<|mask|>` is in the vocabulary but was never trained.
+{shape}, {heads} heads, bf16. Byte-level BPE of {vocabulary} tokens, every digit a token. A document is
+`<|start|>` prompt completion `<|end|>` (the tokenizer adds `<|start|>` itself; `<|end|>` is the end-of-sequence
+token, `<|pad|>` is for padding only). Chat: `<|start|><|system|>Be brief.<|end|><|user|>Hello!<|end|><|assistant|>Hello!
+How can I help you?<|end|>`.
 
 ## What it can do
-Exact match in percent, greedy decoding, {rows} rows a split (seed "card"); in chat all turns of the
-assistant must be right. No item of `validation`, `test` or `ood` occurs in a pretraining row; `ood` differs
-in kind as well (longer, other wording, unseen pairs, facts never asked before); `new` is what no pretraining
-row mentions at all.
+Exact match in percent, {decoding}, {rows} rows a split (seed "card"). No item of `validation`, `test` or `ood` occurs in
+a pretraining row; `ood` differs in kind as well (longer, other wording, unseen pairs, facts never asked before); `new` is
+what no pretraining row mentions at all.
 
 | world | validation | test | ood | new |
 |---|---|---|---|---|
@@ -47,6 +46,18 @@ Within `test`, by kind of row: {kinds}.
 It has never seen natural English beyond the templates of the worlds, answers nothing about the real world,
 has no notion of safety outside the `refusal` world's templates, and reads at most 512 tokens.
 """
+
+WHAT_IT_IS = {  # model type -> what it is, what the hub calls its task, how its answers are judged
+    "llama": ("A language model", "text-generation", "greedy decoding; in chat all turns of the assistant must be right"),
+    "bert": ("An encoder", "fill-mask", "all places of the completion filled at once, which long completions are not made for"),
+    "t5": ("An encoder-decoder", "text-generation", "greedy decoding; in chat the last turn of the assistant"),
+}
+HOW = {
+    "chat": "It goes on from practice:lm: 45 % of the text are rows of the worlds asked in chat turns, 15 % conversations.",
+    "lm-large": "It goes on from practice:lm with two layers more, which begin as the identity.",
+    "encoder": "A fifth of a document's tokens is hidden, or the whole of a short completion.",
+    "seq2seq": "Prompts are read and completions said; of a fifth of the documents, hidden spans are restored (`<extra_id_0>` to 31).",
+}
 
 SPLITS = ("validation", "test", "ood", "new_test")
 WHAT = {
@@ -70,16 +81,21 @@ WHAT = {
 def card(name: str, model, rounds: list[dict], numbers: dict[str, dict[str, float]], rows: int) -> str:
     """The README of a model measured on so many rows as {"world/split": {kind or "all": share right}}."""
     config = model.config
+    what, task, decoding = WHAT_IT_IS[config.model_type]
+    layers, layers_of_decoder = config.num_hidden_layers, getattr(config, "num_decoder_layers", 0)
     return CARD.format(
         name=name,
+        what=what,
+        task=task,
+        decoding=decoding,
+        how=HOW.get(name, "It is trained on windows of 512 tokens of whole documents."),
+        shape=f"{config.model_type.capitalize()}, {layers}{f' + {layers_of_decoder}' * bool(layers_of_decoder)} layers of width {config.hidden_size}",
         parameters=model.num_parameters() / 1e6,
         commands="\n".join(_commands(name, rounds)),
         steps=sum(part["steps"] for part in rounds),
         tokens=sum(part["tokens"] for part in rounds) / 1e6,
         minutes=sum(part["took_minutes"] for part in rounds),
         loss=rounds[-1]["loss"],
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
         heads=config.num_attention_heads,
         vocabulary=config.vocab_size,
         rows=rows,

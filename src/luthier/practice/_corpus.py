@@ -78,31 +78,61 @@ def _plain_texts(rows_per_world: int, seed: int) -> Iterator[str]:
                 yield row["prompt"] + row["completion"]
 
 
-def corpus(tokenizer_file: Path, tokens: int, length: int, seed: int, processes: int = 2) -> np.ndarray:
-    """About `tokens` tokens of whole documents in windows [windows, length + 1], in random order."""
+CHAT_SHARES = {"chat/instruct": 0.45, "chat/train": 0.15}  # of what practice:chat reads; the rest is what every model reads
+
+
+def corpus(
+    tokenizer_file: Path, tokens: int, length: int, seed: int, shares: dict[str, float] | None = None, processes: int = 2
+) -> np.ndarray:
+    """About `tokens` tokens of whole documents in windows [windows, length + 1], in random order.
+
+    shares: of "world/split" in the text; what they leave is the train splits of all worlds by their own shares.
+    """
     parts = max(1, round(tokens / 1_000_000))
-    jobs = [(str(tokenizer_file), tokens // parts, length, f"{seed}/{part}") for part in range(parts)]
+    jobs = [(str(tokenizer_file), tokens // parts, length, f"{seed}/{part}", shares) for part in range(parts)]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         windows = np.concatenate(list(pool.map(_part, *zip(*jobs, strict=True))))
     return windows[np.random.default_rng(seed).permutation(len(windows))]
 
 
-def _part(tokenizer_file: str, tokens: int, length: int, seed: str) -> np.ndarray:
+def documents(tokenizer_file: Path, tokens: int, seed: int) -> list[tuple[list[int], list[int]]]:
+    """About `tokens` tokens as (prompt with the start token, completion with the end token), in random order."""
+    tokenizer, found = Tokenizer.from_file(str(tokenizer_file)), []
+    for world in names():
+        count = round(tokens * find(world).SHARE / _mean_length(str(tokenizer_file), f"{world}/train"))
+        both = [halves(row) for row in rows(world, "train", count, f"{seed}/0")]
+        prompts = tokenizer.encode_batch([prompt for prompt, _ in both])
+        completions = tokenizer.encode_batch([completion for _, completion in both], add_special_tokens=False)
+        found += [(p.ids, c.ids) for p, c in zip(prompts, completions, strict=True)]
+    Random(f"shuffle/{seed}").shuffle(found)
+    return found
+
+
+def halves(row: dict) -> tuple[str, str]:
+    """A document as what is asked and what is answered; of a conversation the last turn is the answer."""
+    if "messages" not in row:
+        return row["prompt"], row["completion"] + END
+    *before, last = row["messages"]
+    return document({"messages": before}) + ROLES["assistant"], last["content"] + END
+
+
+def _part(tokenizer_file: str, tokens: int, length: int, seed: str, shares: dict[str, float] | None) -> np.ndarray:
     tokenizer = Tokenizer.from_file(tokenizer_file)
     pad = tokenizer.get_vocab()[PAD]
+    rest = 1 - sum((shares or {}).values())
     documents: list[list[int]] = []
-    for world in names():
-        count = round(tokens * find(world).SHARE / _mean_length(tokenizer_file, world))
-        texts = [document(row) for row in rows(world, "train", count, seed)]
+    for place, share in {**{f"{w}/train": rest * find(w).SHARE for w in names()}, **(shares or {})}.items():
+        count = round(tokens * share / _mean_length(tokenizer_file, place))
+        texts = [document(row) for row in rows(*place.split("/"), count, seed)]
         documents += [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     Random(f"shuffle/{seed}").shuffle(documents)
     return np.array(list(_pack(documents, length + 1, pad)), dtype=np.int16)
 
 
 @cache
-def _mean_length(tokenizer_file: str, world: str) -> float:
+def _mean_length(tokenizer_file: str, place: str) -> float:
     tokenizer = Tokenizer.from_file(tokenizer_file)
-    texts = [document(row) for row in rows(world, "train", 500, "length")]
+    texts = [document(row) for row in rows(*place.split("/"), 500, "length")]
     return float(np.mean([len(encoding.ids) for encoding in tokenizer.encode_batch(texts)]))
 
 

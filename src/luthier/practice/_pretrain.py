@@ -7,19 +7,22 @@ one shape together; embeddings, head and norms by AdamW. The rate warms up, stay
 last quarter.
 """
 
+import copy
 import ctypes
+import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 WARM_UP_STEPS = 100
+INNER = re.compile(r"\b(layers?|block)\.\d+\.(?!.*bias)")  # matrices inside the layers of a Llama, a BERT or a T5
 DECAY_SHARE = 0.25
 ADAM_RATE, MUON_RATE, WEIGHT_DECAY = 3e-3, 0.02, 0.05
 # Five steps x -> a x + b x^3 + c x^5 that send all singular values to about 1 (arXiv:2505.16932).
@@ -102,6 +105,23 @@ def build(tokenizer, hidden: int, layers: int, heads: int, intermediate: int, se
     return LlamaForCausalLM(config).bfloat16()
 
 
+def deepened(model: LlamaForCausalLM, after: Collection[int] = (1, 3)) -> LlamaForCausalLM:
+    """The same network with more layers: behind each of `after` a copy of it that starts as the identity (as in LLaMA Pro)."""
+    config = copy.deepcopy(model.config)
+    config.num_hidden_layers += len(after)
+    bigger = LlamaForCausalLM(config).to(model.dtype).train()
+    kept = {k: v for k, v in model.state_dict().items() if ".layers." not in k}
+    place = 0
+    for i, layer in enumerate(model.model.layers):
+        for copied in range(1 + (i in after)):
+            for name, value in layer.state_dict().items():
+                silent = copied and name in ("self_attn.o_proj.weight", "mlp.down_proj.weight")
+                kept[f"model.layers.{place}.{name}"] = torch.zeros_like(value) if silent else value
+            place += 1
+    bigger.load_state_dict(kept)
+    return bigger
+
+
 class MuonAdam:
     """Muon for the matrices inside the layers, AdamW for all else; fp32 masters of bf16 weights."""
 
@@ -109,7 +129,7 @@ class MuonAdam:
         by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
         self.rest = []
         for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "layers" in name:
+            if parameter.dim() == 2 and INNER.search(name):
                 by_shape.setdefault(parameter.shape, []).append(parameter)
             else:
                 self.rest.append(parameter)
@@ -159,43 +179,50 @@ def learning_rate_scale(step: int, done: float) -> float:
     return min(1.0, (step + 1) / WARM_UP_STEPS) * min(1.0, max(0.0, (1 - done) / DECAY_SHARE))
 
 
+def causal(model: LlamaForCausalLM, windows: np.ndarray, batch: int = 8) -> Callable[[int], tuple[Tensor, int]]:
+    """The loss of a step on windows [n, length + 1], a batch of them at a time, and the tokens it reads."""
+    causal_mask(windows.shape[1] - 1)
+    model.set_attn_implementation("practice_pretraining")
+    body = torch.compile(model.model, dynamic=False)
+
+    def loss(step: int) -> tuple[Tensor, int]:
+        some = windows[np.arange(step * batch, (step + 1) * batch) % len(windows)]
+        return _loss(model, body, torch.from_numpy(some.astype(np.int64))), batch * (windows.shape[1] - 1)
+
+    return loss
+
+
 def pretrain(
-    model: LlamaForCausalLM,
-    windows: np.ndarray,
+    model: PreTrainedModel,
+    loss_of: Callable[[int], tuple[Tensor, int]],  # step -> its loss, and the tokens it read
     minutes: float,
     steps: int | None = None,
-    batch: int = 8,  # windows a step
     tell: Callable[[str], None] = print,
     look: Callable[[], str] | None = None,
     look_every: float = 3.0,
 ) -> dict:
-    """Train on windows [n, length + 1] for so many minutes, or exactly `steps` steps. Returns what it took.
+    """Train for so many minutes, or exactly `steps` steps. Returns what it took.
 
     Time is measured without compiling. `look` is called every `look_every` minutes, its words are told.
     """
-    causal_mask(windows.shape[1] - 1)
-    model.set_attn_implementation("practice_pretraining")
-    body = torch.compile(model.model, dynamic=False)
     optimizer = MuonAdam(model)
-    seconds, step, told, recent = 0.0, 0, 0.0, []
+    seconds, step, tokens, told, recent = 0.0, 0, 0, 0.0, []
     while (step < steps) if steps else (seconds < 60 * minutes):
         began = time.perf_counter()
-        some = np.arange(step * batch, (step + 1) * batch) % len(windows)
-        loss = _loss(model, body, torch.from_numpy(windows[some].astype(np.int64)))
+        loss, read = loss_of(step)
         loss.backward()
         done = step / steps if steps else seconds / (60 * minutes)
         optimizer.step(learning_rate_scale(step, done))
         recent.append(loss.item())
-        step += 1
+        step, tokens = step + 1, tokens + read
         if step > 2:  # the first steps compile
             seconds += time.perf_counter() - began
         if seconds - told > 60 * look_every:
             told, recent = seconds, recent[-50:]
-            tokens = step * batch * (windows.shape[1] - 1)
             words = f"{seconds / 60:5.1f} min  step {step}  {tokens / 1e6:.2f}M tokens"
             tell(f"{words}  loss {np.mean(recent):.4f}  {_looked(model, look) if look else ''}")
-    model.set_attn_implementation("sdpa")
-    tokens = step * batch * (windows.shape[1] - 1)
+    if isinstance(model, LlamaForCausalLM):
+        model.set_attn_implementation("sdpa")
     return {
         "steps": step,
         "tokens": tokens,
@@ -213,7 +240,9 @@ def _loss(model: LlamaForCausalLM, body: Callable, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits, labels.masked_fill(free, -100).flatten())
 
 
-def _looked(model, look: Callable[[], str]) -> str:
+def _looked(model: PreTrainedModel, look: Callable[[], str]) -> str:
+    if not isinstance(model, LlamaForCausalLM):
+        return look()
     model.set_attn_implementation("sdpa")
     words = look()
     model.set_attn_implementation("practice_pretraining")

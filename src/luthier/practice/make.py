@@ -1,6 +1,6 @@
 """Make a practice model again.
 
-    python -m luthier.practice.make [--model lm] [--minutes 25] [--steps N] [--seed 0] [--start DIR]
+    python -m luthier.practice.make [--model lm|lm-small|lm-large|chat|encoder|seq2seq] [--minutes 25] [--steps N] [--seed 0] [--start DIR]
 
 Trains the tokenizer, writes and packs the pretraining text of all worlds, pretrains, measures held-out exact
 match and writes a folder that plain transformers loads, with its card. Needs no network. The text follows
@@ -22,25 +22,32 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from . import _corpus, _pretrain
+from . import _corpus, _encoder, _pretrain, _seq2seq, path, score
 from ._card import SPLITS, card
-from .score import exact_match
-from .worlds import find, names, rows
+from .worlds import names, rows
 
-SIZES = {
+SIZES = {  # a Llama, unless WITH says otherwise
     "lm": {"hidden": 256, "layers": 4, "heads": 4, "intermediate": 640},
     "lm-small": {"hidden": 128, "layers": 3, "heads": 2, "intermediate": 320},
+    "encoder": {"hidden": 192, "layers": 4, "heads": 4, "intermediate": 512},
+    "seq2seq": {"hidden": 192, "layers": 3, "heads": 4, "intermediate": 448},
 }
-MINUTES = {"lm": 25.0, "lm-small": 5.0}
-TOKENS_PER_SECOND = {"lm": 24_000, "lm-small": 60_000}  # at most, so that text suffices for the time given
+WITH = {"encoder": _encoder, "seq2seq": _seq2seq}
+ON = {"chat": "lm", "lm-large": "lm"}  # made of another model, and with its tokenizer
+MINUTES = {"lm": 25.0, "lm-small": 5.0, "encoder": 10.0, "seq2seq": 10.0, "chat": 4.0, "lm-large": 20.0}
+TOKENS_PER_SECOND = {"lm": 24_000, "lm-small": 60_000, "encoder": 20_000, "seq2seq": 20_000, "chat": 24_000, "lm-large": 14_000}
+"""At most, so that text suffices for the time given."""
 LENGTH = 512
 
 
-def make_tokenizer(folder: Path, seed: int) -> PreTrainedTokenizerFast:
+def make_tokenizer(name: str, folder: Path, seed: int) -> PreTrainedTokenizerFast:
     """Train, save and reload the tokenizer, so that what is used is what was written."""
-    PreTrainedTokenizerFast(
+    if name in ON:
+        AutoTokenizer.from_pretrained(path(ON[name])).save_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder)
+    made = PreTrainedTokenizerFast(
         tokenizer_object=_corpus.train_tokenizer(seed=seed),
         bos_token=_corpus.START,
         eos_token=_corpus.END,
@@ -49,22 +56,13 @@ def make_tokenizer(folder: Path, seed: int) -> PreTrainedTokenizerFast:
         additional_special_tokens=list(_corpus.ROLES.values()),
         chat_template=_corpus.CHAT_TEMPLATE,
         model_max_length=LENGTH,
-        padding_side="left",
+        padding_side="left" if name not in WITH else "right",
         clean_up_tokenization_spaces=False,
-    ).save_pretrained(folder)
+    )
+    if name == "seq2seq":
+        made.add_tokens(_seq2seq.SENTINELS, special_tokens=True)
+    made.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
-
-
-def measure(model, tokenizer, n: int, splits: tuple[str, ...] = SPLITS) -> dict[str, dict[str, float]]:
-    """Exact match by "world/split" on n rows each."""
-    model.eval()
-    numbers = {}
-    for world in names():
-        for split in splits:
-            if split in find(world).SPLITS:
-                numbers[f"{world}/{split}"] = exact_match(model, tokenizer, rows(world, split, n, "card"))
-    model.train()
-    return numbers
 
 
 def make(name: str, folder: Path, minutes: float, steps: int | None, seed: int, start: Path | None) -> None:
@@ -78,24 +76,35 @@ def make(name: str, folder: Path, minutes: float, steps: int | None, seed: int, 
         print(f"[{time.perf_counter() - began:6.0f} s] {words}", flush=True)
 
     rounds = json.loads((start / "rounds.json").read_text(encoding="utf-8")) if start else []
-    tokenizer = make_tokenizer(folder, rounds[0]["seed"] if rounds else seed)
+    tokenizer = make_tokenizer(name, folder, rounds[0]["seed"] if rounds else seed)
     tokens = int(60 * minutes * TOKENS_PER_SECOND[name])
     tell(f"tokenizer of {len(tokenizer)} tokens; writing {tokens / 1e6:.0f}M tokens of text")
-    windows = _corpus.corpus(folder / "tokenizer.json", tokens, LENGTH, seed)
-    if start:
-        model = LlamaForCausalLM.from_pretrained(start, dtype=torch.bfloat16).train()
+    if name in WITH:
+        documents = _corpus.documents(folder / "tokenizer.json", tokens, seed)
+        model = WITH[name].build(tokenizer, **SIZES[name], seed=seed)
+        loss_of = WITH[name].loss_of(model, tokenizer, documents, seed=seed)
     else:
-        model = _pretrain.build(tokenizer, **SIZES[name], seed=seed)
-    tell(f"{len(windows)} windows; pretraining {model.num_parameters() / 1e6:.2f}M parameters")
+        shares = _corpus.CHAT_SHARES if name == "chat" else None
+        windows = _corpus.corpus(folder / "tokenizer.json", tokens, LENGTH, seed, shares)
+        if start or name in ON:
+            model = LlamaForCausalLM.from_pretrained(start or path(ON[name]), dtype=torch.bfloat16).train()
+            model = _pretrain.deepened(model) if name == "lm-large" and not start else model
+        else:
+            model = _pretrain.build(tokenizer, **SIZES[name], seed=seed)
+        loss_of = _pretrain.causal(model, windows)
+    tell(f"pretraining {model.num_parameters() / 1e6:.2f}M parameters")
 
     def look() -> str:
-        numbers = measure(model, tokenizer, 60, ("validation",))
+        numbers = score.measure(model, tokenizer, 60, ("validation",))
+        model.train()
         return " ".join(f"{key.split('/')[0]} {value['all']:.0%}" for key, value in numbers.items())
 
-    took = _pretrain.pretrain(model, windows, minutes, steps, tell=tell, look=look)
+    took = _pretrain.pretrain(model, loss_of, minutes, steps, tell=tell, look=look)
     model.save_pretrained(folder)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    GenerationConfig(**ids, pad_token_id=tokenizer.pad_token_id, max_new_tokens=128).save_pretrained(folder)
+    if name != "encoder":
+        said = {"decoder_start_token_id": model.config.decoder_start_token_id} if name == "seq2seq" else {}
+        GenerationConfig(**ids, **said, pad_token_id=tokenizer.pad_token_id, max_new_tokens=128).save_pretrained(folder)
     rounds.append({"seed": seed, "minutes": minutes, **took})
     (folder / "rounds.json").write_text(json.dumps(rounds, indent=1) + "\n", encoding="utf-8")
     write_probe(folder)
@@ -115,9 +124,9 @@ def write_probe(folder: Path, n: int = 40) -> None:
 def write_card(name: str, folder: Path) -> None:
     """Measure the saved model and say so in its README."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model = score.load(folder)
     rows_per_split = 200
-    numbers = measure(model, tokenizer, rows_per_split)
+    numbers = score.measure(model, tokenizer, rows_per_split, SPLITS)
     rounds = json.loads((folder / "rounds.json").read_text(encoding="utf-8"))
     text = card(name, model, rounds, numbers, rows_per_split)
     (folder / "README.md").write_text(text, encoding="utf-8")
@@ -125,7 +134,7 @@ def write_card(name: str, folder: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser("luthier.practice.make", description="Make a practice model again.")
-    parser.add_argument("--model", choices=list(SIZES), default="lm", help="which model to make")
+    parser.add_argument("--model", choices=list(MINUTES), default="lm", help="which model to make")
     parser.add_argument("--minutes", type=float, help="time for pretraining, compiling aside")
     parser.add_argument("--steps", type=int, help="end after so many steps, not by the clock")
     parser.add_argument("--out", type=Path, help="the folder to write (default: ./practice-MODEL)")
