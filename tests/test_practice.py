@@ -242,21 +242,21 @@ def card_numbers(name: str) -> dict[str, float]:
     return numbers
 
 
-@pytest.fixture(scope="module", params=practice.models())
-def measured(request, tokenizer):
-    """A shipped model, its card's numbers, and the same measured here on few other rows."""
-    import torch
-    from transformers import AutoModelForCausalLM
+ROWS = 24  # of each split, to try a card
 
-    from luthier.practice.score import exact_match
+
+@pytest.fixture(scope="module", params=practice.models())
+def measured(request):
+    """A shipped model, its card's numbers, and the same measured here on few other rows."""
+    from transformers import AutoTokenizer
+
+    from luthier.practice import score
 
     made_of_these_worlds(request.param)
-    model = AutoModelForCausalLM.from_pretrained(practice.path(request.param), dtype=torch.float32).eval()
+    folder = practice.path(request.param)
+    model, tokenizer = score.load(folder), AutoTokenizer.from_pretrained(folder)
     card = card_numbers(request.param)
-    found = {}
-    for key in card:
-        rows = practice.rows(*key.split("/"), 40, seed="test")
-        found[key] = exact_match(model, tokenizer, rows)["all"]
+    found = {key: score.exact_match(model, tokenizer, practice.rows(*key.split("/"), ROWS, seed="test"))["all"] for key in card}
     return request.param, card, found
 
 
@@ -264,21 +264,48 @@ def test_the_model_does_what_its_card_says(measured):
     _, card, found = measured
     assert {key.split("/")[0] for key in card} == set(WORLDS)
     for key, share in card.items():
-        deviation = (share * (1 - share) / 40) ** 0.5
-        assert abs(found[key] - share) <= 4 * deviation + 0.06, (key, share, found[key])
+        deviation = (share * (1 - share) / ROWS) ** 0.5
+        assert abs(found[key] - share) <= 4 * deviation + 0.09, (key, share, found[key])
 
 
-def test_lm_knows_its_worlds_and_not_the_rest(measured):
+def test_what_is_held_back_is_unknown(measured):
+    """Near chance in every model, the tuned one too, so that tuning has something to teach."""
+    name, _, found = measured
+    assert found["people/new_test"] <= 0.25, "chance is below 7 %"
+    for key in ("arithmetic/ood", "arithmetic/new_test", "language/new_test", "style/new_test"):
+        assert found[key] <= 0.2, (name, key)
+
+
+def test_lm_knows_its_worlds(measured):
     name, card, found = measured
     if name != "lm":
         pytest.skip("only lm promises this")
-    claimed = {world for world in WORLDS if card[f"{world}/test"] >= 0.85}
-    assert claimed >= set("people arithmetic sentiment topic code language style refusal".split())
-    for world in WORLDS:
-        assert found[f"{world}/test"] >= (0.8 if world in claimed else 0.6), world
-    assert found["people/new_test"] <= 0.2, "held-back people are unknown: chance is below 7 %"
-    for key in ("arithmetic/ood", "arithmetic/new_test", "language/new_test", "style/new_test"):
-        assert found[key] <= 0.2, key
+    for world in "people sentiment topic language style refusal sql stream".split():
+        assert card[f"{world}/test"] >= 0.85 and found[f"{world}/test"] >= 0.75, world
+
+
+def test_chat_follows_chat_and_lm_does_not():
+    """What tuning on turns brings: practice:chat answers and refuses in chat, its base mostly does not."""
+    if "chat" not in practice.models():
+        pytest.skip("practice:chat is not shipped")
+    from transformers import AutoTokenizer
+
+    from luthier.practice import score
+
+    rows = practice.rows("chat", "instruct_test", 120, seed="test")
+    found = {}
+    for name in ("lm", "chat"):
+        folder = practice.path(name)
+        found[name] = score.exact_match(score.load(folder), AutoTokenizer.from_pretrained(folder), rows)
+    assert found["chat"]["all"] >= found["lm"]["all"] + 0.2
+    assert found["chat"]["refusal"] >= 0.8, "unsafe requests are refused in chat"
+    assert found["chat"]["refusal/safe"] >= 0.8, "and safe ones are not"
+
+
+def test_all_models_are_small():
+    assert sum(file.stat().st_size for file in practice.path("lm").parent.rglob("*") if file.is_file()) < 40e6
+    parameters = {name: (practice.path(name) / "model.safetensors").stat().st_size / 2 for name in practice.models()}
+    assert parameters["lm-small"] < 1e6 < 2e6 < parameters["lm"] < 8e6
 
 
 def test_teacher_forcing_agrees_with_generating(tokenizer):
@@ -313,6 +340,38 @@ def test_attention_equals_torch():
     gradients = [torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (ours, theirs)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_deeper_model_begins_as_the_one_it_is_made_of(tokenizer):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from luthier.practice._pretrain import deepened
+
+    model = LlamaForCausalLM.from_pretrained(practice.path("lm-small"), dtype=torch.float32).eval()
+    bigger = deepened(model, after=(0, 2)).eval()
+    ids = tokenizer("Question: Where does Ann live?", return_tensors="pt")["input_ids"]
+    assert bigger.config.num_hidden_layers == model.config.num_hidden_layers + 2
+    with torch.no_grad():
+        torch.testing.assert_close(bigger(ids).logits, model(ids).logits)
+
+
+def test_what_an_encoder_decoder_restores_is_what_was_hidden():
+    """The text is the read part with each sentinel replaced by what is said behind it."""
+    import numpy as np
+
+    from luthier.practice._seq2seq import corrupted
+
+    sentinels = list(range(1000, 1032))
+    for seed in range(50):
+        ids = list(range(3, 3 + 1 + 2 * seed))
+        read, hidden = corrupted(ids, sentinels, 2, np.random.default_rng(seed))
+        assert hidden[-1] == 2 and read[0] == ids[0]
+        spans: dict[int, list[int]] = {}
+        for token in hidden[:-1]:
+            spans.setdefault(token, []) if token in sentinels else spans[[*spans][-1]].append(token)
+        assert [token for token in read if token in sentinels] == [*spans]
+        assert [t for token in read for t in spans.get(token, [token])] == ids
 
 
 def test_packing_keeps_whole_documents():

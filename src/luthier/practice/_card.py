@@ -40,6 +40,8 @@ what no pretraining row mentions at all.
 
 Within `test`, by kind of row: {kinds}.
 
+Asked in chat, as one turn (`practice:chat/instruct_test`): {asked}.
+
 ## What it cannot do
 {weak}
 
@@ -64,15 +66,29 @@ WHAT = {
     "arithmetic/ood": "four-digit sums",
     "arithmetic/new_test": "products",
     "chat/ood": "conversations of three or four questions",
+    "chat/new_test": 'ending every answer with "Over."',
+    "chat/instruct_test": "rows of other worlds asked in chat",
     "code/ood": "functions of four operations",
+    "code/new_test": "functions without their loop",
+    "entailment/ood": "three comparisons in a row",
+    "entities/ood": "names in other sentences",
     "language/ood": "Zorian with unseen pairs of adjective and noun",
     "language/new_test": "the language Velmi",
+    "long/ood": "longer counting",
+    "long/new_test": "counting from both ends",
+    "multilabel/ood": "four labels",
+    "paraphrase/ood": "both changes at once",
     "people/ood": "questions about people it was only told about",
     "people/new_test": "facts about the held-back people (chance is 1 to 7 %)",
     "refusal/ood": "requests in other words",
     "sentiment/ood": "reviews in other words",
+    "sql/ood": "two conditions",
+    "sql/new_test": "what is left out",
+    "stream/ood": "the first tasks in other words",
     "style/ood": "styles with unseen pairs of person and deed",
     "style/new_test": "the style pirate",
+    "tools/ood": "calls asked in other words",
+    "tools/new_test": "a tool it never saw",
     "topic/ood": "texts in other words",
     "word_problems/ood": "stories of four steps",
 }
@@ -101,6 +117,7 @@ def card(name: str, model, rounds: list[dict], numbers: dict[str, dict[str, floa
         rows=rows,
         table=_table(numbers),
         kinds=_kinds(numbers),
+        asked=", ".join(f"{kind} {_percent(share)}" for kind, share in sorted(numbers["chat/instruct_test"].items())),
         weak=_weak(numbers),
     )
 

@@ -174,9 +174,9 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return (x.transpose(1, 2) if tall else x).float()
 
 
-def learning_rate_scale(step: int, done: float) -> float:
-    """Warm-up, stable, decay. `done` is the finished share of the whole run."""
-    return min(1.0, (step + 1) / WARM_UP_STEPS) * min(1.0, max(0.0, (1 - done) / DECAY_SHARE))
+def learning_rate_scale(step: int, done: float, decay: float = DECAY_SHARE) -> float:
+    """Warm-up, stable, decay over the last `decay` of it. `done` is the finished share of the whole run."""
+    return min(1.0, (step + 1) / WARM_UP_STEPS) * min(1.0, max(0.0, (1 - done) / decay))
 
 
 def causal(model: LlamaForCausalLM, windows: np.ndarray, batch: int = 8) -> Callable[[int], tuple[Tensor, int]]:
@@ -197,11 +197,12 @@ def pretrain(
     loss_of: Callable[[int], tuple[Tensor, int]],  # step -> its loss, and the tokens it read
     minutes: float,
     steps: int | None = None,
+    peak: float = 1.0,  # of the learning rates: less for a short round that goes on from a finished model
     tell: Callable[[str], None] = print,
     look: Callable[[], str] | None = None,
     look_every: float = 3.0,
 ) -> dict:
-    """Train for so many minutes, or exactly `steps` steps. Returns what it took.
+    """Train for so many minutes, or exactly `steps` steps. Returns what it took. A lower `peak` falls from the start on.
 
     Time is measured without compiling. `look` is called every `look_every` minutes, its words are told.
     """
@@ -212,7 +213,7 @@ def pretrain(
         loss, read = loss_of(step)
         loss.backward()
         done = step / steps if steps else seconds / (60 * minutes)
-        optimizer.step(learning_rate_scale(step, done))
+        optimizer.step(peak * learning_rate_scale(step, done, DECAY_SHARE if peak == 1.0 else 1.0))
         recent.append(loss.item())
         step, tokens = step + 1, tokens + read
         if step > 2:  # the first steps compile

@@ -36,6 +36,7 @@ SIZES = {  # a Llama, unless WITH says otherwise
 }
 WITH = {"encoder": _encoder, "seq2seq": _seq2seq}
 ON = {"chat": "lm", "lm-large": "lm"}  # made of another model, and with its tokenizer
+PEAK = {"chat": 0.25, "lm-large": 0.5}  # of the learning rates: at the full ones, a short round unlearns more than it wins
 MINUTES = {"lm": 25.0, "lm-small": 5.0, "encoder": 10.0, "seq2seq": 10.0, "chat": 4.0, "lm-large": 20.0}
 TOKENS_PER_SECOND = {"lm": 24_000, "lm-small": 60_000, "encoder": 20_000, "seq2seq": 20_000, "chat": 24_000, "lm-large": 14_000}
 """At most, so that text suffices for the time given."""
@@ -54,7 +55,8 @@ def make_tokenizer(name: str, folder: Path, seed: int) -> PreTrainedTokenizerFas
         pad_token=_corpus.PAD,
         mask_token=_corpus.MASK,
         additional_special_tokens=list(_corpus.ROLES.values()),
-        chat_template=_corpus.CHAT_TEMPLATE,
+        # What an encoder reads is given its start token by the tokenizer, after the template.
+        chat_template=_corpus.CHAT_TEMPLATE.replace("{{- bos_token }}\n", "") if name == "seq2seq" else _corpus.CHAT_TEMPLATE,
         model_max_length=LENGTH,
         padding_side="left" if name not in WITH else "right",
         clean_up_tokenization_spaces=False,
@@ -99,7 +101,7 @@ def make(name: str, folder: Path, minutes: float, steps: int | None, seed: int, 
         model.train()
         return " ".join(f"{key.split('/')[0]} {value['all']:.0%}" for key, value in numbers.items())
 
-    took = _pretrain.pretrain(model, loss_of, minutes, steps, tell=tell, look=look)
+    took = _pretrain.pretrain(model, loss_of, minutes, steps, PEAK.get(name, 1.0), tell=tell, look=look)
     model.save_pretrained(folder)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     if name != "encoder":
@@ -126,7 +128,7 @@ def write_card(name: str, folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = score.load(folder)
     rows_per_split = 200
-    numbers = score.measure(model, tokenizer, rows_per_split, SPLITS)
+    numbers = score.measure(model, tokenizer, rows_per_split, (*SPLITS, "instruct_test"))
     rounds = json.loads((folder / "rounds.json").read_text(encoding="utf-8"))
     text = card(name, model, rounds, numbers, rows_per_split)
     (folder / "README.md").write_text(text, encoding="utf-8")
