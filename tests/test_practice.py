@@ -256,7 +256,10 @@ def measured(request):
     folder = practice.path(request.param)
     model, tokenizer = score.load(folder), AutoTokenizer.from_pretrained(folder)
     card = card_numbers(request.param)
-    found = {key: score.exact_match(model, tokenizer, practice.rows(*key.split("/"), ROWS, seed="test"))["all"] for key in card}
+    found = {}
+    for key in card:
+        world, split = key.split("/")
+        found[key] = score.exact_match(model, tokenizer, practice.rows(world, split, ROWS, seed="test"))["all"]
     return request.param, card, found
 
 

@@ -123,7 +123,8 @@ def _part(tokenizer_file: str, tokens: int, length: int, seed: str, shares: dict
     documents: list[list[int]] = []
     for place, share in {**{f"{w}/train": rest * find(w).SHARE for w in names()}, **(shares or {})}.items():
         count = round(tokens * share / _mean_length(tokenizer_file, place))
-        texts = [document(row) for row in rows(*place.split("/"), count, seed)]
+        world, split = place.split("/")
+        texts = [document(row) for row in rows(world, split, count, seed)]
         documents += [encoding.ids for encoding in tokenizer.encode_batch(texts)]
     Random(f"shuffle/{seed}").shuffle(documents)
     return np.array(list(_pack(documents, length + 1, pad)), dtype=np.int16)
@@ -132,7 +133,8 @@ def _part(tokenizer_file: str, tokens: int, length: int, seed: str, shares: dict
 @cache
 def _mean_length(tokenizer_file: str, place: str) -> float:
     tokenizer = Tokenizer.from_file(tokenizer_file)
-    texts = [document(row) for row in rows(*place.split("/"), 500, "length")]
+    world, split = place.split("/")
+    texts = [document(row) for row in rows(world, split, 500, "length")]
     return float(np.mean([len(encoding.ids) for encoding in tokenizer.encode_batch(texts)]))
 
 

@@ -109,7 +109,8 @@ def deepened(model: LlamaForCausalLM, after: Collection[int] = (1, 3)) -> LlamaF
     """The same network with more layers: behind each of `after` a copy of it that starts as the identity (as in LLaMA Pro)."""
     config = copy.deepcopy(model.config)
     config.num_hidden_layers += len(after)
-    bigger = LlamaForCausalLM(config).to(model.dtype).train()
+    bigger = LlamaForCausalLM(config).train()
+    torch.nn.Module.to(bigger, model.dtype)
     kept = {k: v for k, v in model.state_dict().items() if ".layers." not in k}
     place = 0
     for i, layer in enumerate(model.model.layers):

@@ -1,6 +1,7 @@
 """Pretraining a small T5 on the worlds: a prompt is read and its completion said; of a fifth of the documents, spans are restored."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +17,11 @@ RESTORED, RATE, SPAN = 0.2, 0.15, 3  # share of documents that are restored; of 
 
 def build(tokenizer, hidden: int, layers: int, heads: int, intermediate: int, seed: int) -> T5ForConditionalGeneration:
     torch.manual_seed(seed)
+    special: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    special |= {"bos_token_id": tokenizer.bos_token_id, "decoder_start_token_id": tokenizer.pad_token_id, "tie_word_embeddings": False}
     config = T5Config(
         vocab_size=len(tokenizer), d_model=hidden, d_kv=hidden // heads, d_ff=intermediate, num_layers=layers, num_decoder_layers=layers,
-        num_heads=heads, dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False, initializer_factor=0.5,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
-        decoder_start_token_id=tokenizer.pad_token_id,
+        num_heads=heads, dropout_rate=0.0, feed_forward_proj="gated-gelu", initializer_factor=0.5, **special,
     )  # fmt: skip
     model = T5ForConditionalGeneration(config)
     with torch.no_grad():  # an untied head is drawn as wide as the embeddings: first losses of 43 nats, which take 60 steps to 12

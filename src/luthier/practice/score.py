@@ -8,6 +8,7 @@ care of.
 import argparse
 import time
 from collections import defaultdict
+from typing import Any
 
 import torch
 
@@ -43,8 +44,8 @@ def is_exact(model, tokenizer, some_rows: list[dict], batch_size: int = 64) -> l
 
     An encoder fills all of a completion's places at once; an encoder-decoder says the last turn of a conversation.
     """
-    ask = {"bert": _filled, "t5": _said}.get(model.config.model_type, _continued)
-    encoded = [(_halves if ask is not _continued else tokens_of)(row, tokenizer) for row in some_rows]
+    ask: Any = {"bert": _filled, "t5": _said}.get(model.config.model_type, _continued)
+    encoded: list[Any] = [(_halves if ask is not _continued else tokens_of)(row, tokenizer) for row in some_rows]
     order = sorted(range(len(some_rows)), key=lambda i: len(encoded[i][0]) + len(encoded[i][1]))
     exact = [False] * len(some_rows)
     for start in range(0, len(order), batch_size):
