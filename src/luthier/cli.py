@@ -148,14 +148,35 @@ def inspect(
     base: Annotated[str, typer.Argument(help="The model before: a folder, hub name, practice:NAME or run.")],
     tuned: Annotated[str, typer.Argument(help="The model after.")],
     data: Annotated[str | None, typer.Option(help="Rows to measure on; default: what the run held out.")] = None,
+    preference: Annotated[bool, typer.Option("--preference", help="How both rank pairs, margins, drift, length.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compare two models: loss, accuracy, and what was forgotten elsewhere."""
     from luthier.report.console import Console
     from luthier.use import inspect
 
-    found = inspect(base, tuned, data)
+    found = inspect(base, tuned, data, preference=preference)
     typer.echo(dumped(found)) if as_json else Console().comparison(found)
+
+
+@app.command()
+def data(
+    source: Annotated[str, typer.Argument(help="A file, folder, hub name or practice:WORLD.")],
+    model: Annotated[str, typer.Option(help="Whose tokenizer shows the rows.")] = "practice:lm",
+    chat_template: Annotated[str | None, typer.Option(help="As in a recipe.")] = None,
+    shown: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
+    as_json: AsJson = False,
+) -> None:
+    """Look at rows: how they are read, what is learned of them, which objectives they can feed and why not the rest."""
+    from luthier.survey import survey
+
+    found = survey(source, model, chat_template, shown)
+    if as_json:
+        typer.echo(dumped(found))
+        return
+    from luthier.report.console import Console
+
+    Console().survey(source, found)
 
 
 @app.command()

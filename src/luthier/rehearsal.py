@@ -248,7 +248,7 @@ class _Blank:
     folder = "rehearsal"
 
     def __init__(self):
-        self.before, self.after = defaultdict(float), defaultdict(float)
+        self.before, self.after, self.stats, self.notes = defaultdict(float), defaultdict(float), {}, []
 
 
 def _sample(recipe: Recipe) -> Sequence[dict]:

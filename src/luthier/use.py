@@ -14,7 +14,8 @@ import torch
 from luthier import guards, store
 from luthier.assembly import assemble, take_parts
 from luthier.data import load_data
-from luthier.evaluators._evaluator import Evaluator
+from luthier.evaluators._evaluator import Evaluator, paired
+from luthier.evaluators.preference import checkup, totals
 from luthier.folder import network_of
 from luthier.method import RecipeError, build, meant, spec
 from luthier.quantizers import _calibrate as codes
@@ -196,16 +197,19 @@ def chat(name: str, prompt: str | None = None, *, ask: Callable[[str], str] = in
 CHECKUP = ("loss", "accuracy", "forgetting")  # the evaluators two models are compared with
 
 
-def inspect(base: str | Path, tuned: str | Path, data: Any = None) -> dict[str, Any]:
+def inspect(base: str | Path, tuned: str | Path, data: Any = None, *, preference: bool = False) -> dict[str, Any]:
     """Two models on the same rows: {base: {model, metrics}, tuned: {...}, rows, measured_on, notes}.
 
     data: as in a recipe; by default what the run `tuned` held out, or trained on where it held nothing out.
+    preference: how both rank pairs too, with `base` as the reference (see the evaluator `preference`). Raises RecipeError
+    where no row has a better and a worse completion.
     """
     notes: list[str] = []
     rows, on, alike = _rows(tuned, data)
     found: dict[str, Any] = {}
     vocabularies: list[dict] = []
     kinds: list[str] = []
+    said: list[Any] = []
     with tempfile.TemporaryDirectory(prefix="luthier-inspect-") as kept:  # both are asked the same texts elsewhere
         for who, name in (("base", base), ("tuned", tuned)):
             loaded = load(name, **alike)
@@ -222,7 +226,14 @@ def inspect(base: str | Path, tuned: str | Path, data: Any = None) -> dict[str, 
             vocabularies.append(loaded.tokenizer.get_vocab())
             metrics = _measure([build("evaluator", e) for e in CHECKUP], loaded, usable, Path(kept))
             found[who] = {"model": str(name), "metrics": metrics, "rows": len(usable)}
+            if preference:
+                said.append(totals(loaded.roles.policy, loaded.roles, paired(usable)))
             del loaded
+    if preference:
+        if None in said:
+            raise RecipeError("--preference wants rows with a better and a worse completion (prompt/chosen/rejected): give --data")
+        found["base"]["metrics"] |= checkup(said[0], said[0])
+        found["tuned"]["metrics"] |= checkup(said[1], said[0])
     if vocabularies[0] != vocabularies[1]:
         notes.append("the two models read the rows with different tokenizers: compare accuracy, not loss")
     return {**found, "rows": found["tuned"]["rows"], "measured_on": on, "notes": list(dict.fromkeys(notes))}

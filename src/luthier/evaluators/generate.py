@@ -15,7 +15,7 @@ OPENING = 24  # tokens of a text that are given, to be continued
 class Generate(Evaluator):
     """Writes samples-before.jsonl and samples-after.jsonl: prompt, expected, answer, score. `generated_exact`: share of
     answers that are the row's completion, letter for letter. With a reward, `generated_reward`: its mean. Texts are opened
-    with their first words and continued, which nothing judges."""
+    with their first words and continued, which nothing judges. `generated_tokens`: the mean length of an answer."""
 
     n: int = 32  # prompts that are answered
     max_new_tokens: int = 64  # tokens per answer
@@ -47,7 +47,8 @@ class Generate(Evaluator):
         if when != "during":
             store.write_rows(folder / f"samples-{when}.jsonl", samples)
         scores = [s["score"] for s in samples if s["score"] is not None]
-        return {"generated_reward" if judge else "generated_exact": sum(scores) / len(scores)} if scores else {}
+        told = {"generated_reward" if judge else "generated_exact": sum(scores) / len(scores)} if scores else {}
+        return {**told, "generated_tokens": sum(len(ids) for (ids,) in written) / len(written)}
 
     def opened(self, roles: Any, row: dict) -> tuple[list[int], list[int]] | None:
         """A text to continue: its first tokens, and the rest, which is one way of going on among many. Else None."""

@@ -157,6 +157,8 @@ class Console(Quiet):
         self.table(report)
         for what, much in cost(report.stats):
             self.say(f"  {what:<20} {much}")
+        if compared := report.stats.get("table"):
+            self.listing(compared, tuple(compared[0]))
         page = Path(report.folder) / "report.html"
         self.say()
         for act in report.acts:
@@ -199,6 +201,20 @@ class Console(Quiet):
         self.table(SimpleNamespace(before=found["base"]["metrics"], after=found["tuned"]["metrics"], stats=stats))
         for note in found["notes"]:
             self.say(f"· {note}", "yellow")
+
+    def survey(self, source: str, found: dict) -> None:
+        """What rows are, and what they can feed; `found` as luthier.survey gives it."""
+        self.say(f"{source}: {found['rows']:,} of {found['seen']:,} rows can be read, as '{found['format']}'", "bold")
+        self.say("columns: " + ", ".join(f"{k} ({n:,})" if n < found["rows"] else k for k, n in found["columns"].items()))
+        for bad in (*found["bad"], *found["unreadable"]):
+            self.say(f"· {bad['rows']:,} set aside: {bad['reason']} (first: {bad['first']})", "yellow")
+        if found["shown"]:
+            self.say(f"{found['tokens']:,} tokens, {100 * found['share']:.0f}% of them learned, the longest row {found['longest']:,}:")
+        for text in found["shown"]:
+            self.say()
+            self._marked(text)
+        self.say()
+        self.listing(found["feeds"], ("objective", "feeds", "why"))
 
     def listing(self, found: Sequence[dict], columns: Sequence[str]) -> None:
         """Objects as a table: a line each at a pipe, so that it can be searched."""
