@@ -28,7 +28,9 @@ def test_what_rows_can_feed():
     assert pairs["fait"]["feeds"] == "through a stage" and "diff_masks" in pairs["fait"]["why"]
     assert pairs["morepair"]["feeds"] == "no" and "stage rationale makes it of rationale" in pairs["morepair"]["why"]
     plain = {f["objective"]: f for f in survey(SUMS, "practice:lm-small")["feeds"]}
-    assert plain["dpo"]["why"] == "against_self gives pairs" and plain["sft"]["feeds"] == "yes" and plain["grpo"]["feeds"] == "through a stage"
+    assert (
+        plain["dpo"]["why"] == "against_self gives pairs" and plain["sft"]["feeds"] == "yes" and plain["grpo"]["feeds"] == "through a stage"
+    )
     unpaired = {f["objective"]: f["feeds"] for f in survey(UNPAIRED, "practice:lm-small")["feeds"]}
     assert unpaired["kto"] == unpaired["bco"] == "yes" and unpaired["dpo"] != "yes"
 

@@ -84,7 +84,7 @@ def same_as_plain(policy: Any, batch: Batch, tell: Callable[[str], None]) -> Non
         while True:
             arch = policy.architecture
             try:
-                gaps = (arch.crowded().forward(policy.model, policy.attached, batch).logprobs.float() - want).abs()
+                gaps = (arch.crowded().forward(policy.model, policy.attached, batch).said.float() - want).abs()
                 mean, most = float(gaps.mean()), float(gaps.max())
                 if mean <= usual and most <= 20 * usual:  # a number that is not finite fails too
                     break

@@ -37,6 +37,11 @@ class Outputs:
                 return chunked(self.hidden, self.head, self.labels)
         return self.at(self.labels[:, None]).squeeze(1)
 
+    @property
+    def said(self) -> Tensor:
+        """[T] what a layout or kernel is tried by: here the log-probabilities."""
+        return self.logprobs
+
     @cached_property
     def entropy(self) -> Tensor:
         """[T] of the whole distribution, in nats."""

@@ -18,7 +18,13 @@ from luthier.plans._plan import Plan
 class PreferenceLosses(Plan):
     """One run for each objective, all from the recipe's start. The table is told at the end, and kept in report.json."""
 
-    objectives: Annotated[tuple[Any, ...], Field(min_length=1)] = ("dpo", "kto", "ipo", "simpo", "orpo")  # the losses, as a recipe names them
+    objectives: Annotated[tuple[Any, ...], Field(min_length=1)] = (
+        "dpo",
+        "kto",
+        "ipo",
+        "simpo",
+        "orpo",
+    )  # the losses, as a recipe names them
     reward: Annotated[Any, one("reward")] = "exact_match"  # the judge
     judged: Annotated[int, Field(ge=1)] = 64  # held-out prompts that are answered
     max_new_tokens: Annotated[int, Field(ge=1)] = 64  # tokens of an answer at most
