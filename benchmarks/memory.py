@@ -1,0 +1,73 @@
+"""Memory predicted and measured: full, lora and mezo on three sizes, each in a process of its own.
+
+python benchmarks/memory.py            # a table; about five minutes on two cores
+python benchmarks/memory.py b lora     # one cell
+"""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from types import SimpleNamespace
+
+SIZES = {  # about 26M, 130M and 0.5B parameters
+    "a": dict(vocab_size=32000, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6),
+    "b": dict(vocab_size=50304, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12),
+    "c": dict(
+        vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2
+    ),
+}
+ROWS = {"a": (8, 256), "b": (4, 256), "c": (1, 512)}  # rows of a step, tokens of a row
+WAYS = {"full": ("full", "backprop"), "lora": ({"name": "lora", "r": 16}, "backprop"), "mezo": ("full", "mezo")}
+
+
+def cell(size: str, way: str) -> None:
+    """Two steps; prints predicted and measured peak of the process in GB."""
+    import torch
+    from accelerate import Accelerator
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from luthier import memory
+    from luthier.batch import collate
+    from luthier.clock import Clock
+    from luthier.loop import Batches, Fit
+    from luthier.method import build
+    from luthier.roles import Policy, Roles
+    from luthier.transforms._chain import Chain
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM._from_config(LlamaConfig(**SIZES[size], tie_word_embeddings=True), dtype=torch.bfloat16).eval()
+    model.config.use_cache, model.fresh = False, []
+    tuner, estimator = WAYS[way]
+    attached = build("tuner", tuner).attach(model)
+    clock = Clock(total=2)
+    roles = Roles(Policy(build("architecture", "causal"), model, attached), clock, None)
+    n, length = ROWS[size]
+    row = SimpleNamespace(prompt=[5] * (length // 2), completions=[[7] * (length // 2)], supervised=[[True] * (length // 2)])
+    rows = [{"id": str(i)} for i in range(n)]
+    roles.batch = lambda some, training=False: collate(some, lambda _: row)  # these rows are tokens already
+    chain = Chain(build("optimizer", "adamw").chain(), attached, clock, 1e-4)
+    how = build("estimator", estimator)
+    before = _now()
+    need = memory.predict(roles, chain, how, roles.batch(rows[:1]), n * length)
+    fit = Fit(roles, rows, build("objective", "sft"), chain, how, Batches(n, n), Accelerator(cpu=True))
+    fit.run()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    said = before + need.total / 2**30
+    print(f"{size}  {way:<5} predicted {said:5.2f} GB  measured {peak:5.2f} GB  {said / peak - 1:+.0%}  (of it {need.told()})", flush=True)
+
+
+def _now() -> float:
+    """GB resident in this process."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**30
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        cell(*sys.argv[1:])
+    else:
+        for size in SIZES:
+            for way in WAYS:
+                subprocess.run([sys.executable, __file__, size, way], check=True)
