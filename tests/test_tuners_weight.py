@@ -11,10 +11,11 @@ from torch import nn
 
 from luthier.clock import Clock
 from luthier.estimators._estimator import gradients
-from luthier.method import build
+from luthier.method import RecipeError, build, gives_of
 from luthier.transforms._chain import Chain
 from luthier.tuners._sparse import add, spread
-from test_tuners import base, logprobs, plain, put, train
+from luthier.tuners._tuner import Untuned
+from test_tuners import as_roles, base, logprobs, plain, put, train
 
 torch.set_num_threads(1)
 Q = "model.layers.0.self_attn.q_proj"
@@ -237,3 +238,483 @@ def test_sparse_deltas_add_up(tmp_path):
     for order in (["a", "b"], ["b", "a"]):
         model.base_model.set_adapter(order)
         assert torch.allclose(plain(model.eval()), plain(want), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- LoRA started from data
+
+KINDS = ["llama", "gpt2"]
+
+
+def started(kind: str = "llama", **settings):
+    attached = put("lora", base(kind), **settings)
+    attached.initialize([{}] * 2, as_roles(attached))
+    return attached
+
+
+def untuned(kind: str) -> torch.Tensor:
+    return logprobs(Untuned(base(kind))).detach()
+
+
+def read_by(model, roles_of) -> dict[str, torch.Tensor]:
+    """[n, in] what every linear layer of an untuned model reads on the batch."""
+    seen, hooks = {}, []
+    for n, m in model.named_modules():
+        if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D":
+            hooks.append(m.register_forward_pre_hook(lambda m, x, n=n: seen.update({n: x[0].detach().flatten(0, -2)})))
+    roles_of(model)
+    for h in hooks:
+        h.remove()
+    return seen
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("start", ["eva", "corda", "kpm", "lora_ga"])
+@torch.no_grad()
+def test_a_start_from_data_leaves_the_model_as_it_is(kind, start, tmp_path):
+    how = {"init_lora_weights": "corda", "corda_config": {"corda_method": "kpm"}} if start == "kpm" else {"init_lora_weights": start}
+    attached, was = started(kind, **how), untuned(kind)
+    assert torch.equal(logprobs(attached), was) if start == "eva" else torch.allclose(logprobs(attached), was, atol=1e-4)
+    assert all(torch.equal(layer.get_base_layer().weight, base(kind).get_submodule(n).weight) for n, layer in attached.layers.items())
+    start_ = attached.tensors()
+    with torch.enable_grad():
+        train(attached)
+    assert not torch.equal(logprobs(attached), was)
+    with attached.off():
+        assert torch.equal(logprobs(attached), was)
+    tuned = logprobs(attached)
+    with attached.merged():
+        assert torch.allclose(logprobs(attached), tuned, atol=2e-5)
+    attached.save(tmp_path)
+    assert torch.allclose(plain(PeftModel.from_pretrained(base(kind), tmp_path).eval()), plain(attached.model), atol=1e-4)
+    again = build("tuner", attached.settings).attach(base(kind))
+    again.load(again.read(tmp_path))
+    assert torch.equal(logprobs(again), tuned)
+    again.load(start_)
+    assert torch.allclose(logprobs(again), was, atol=1e-4)
+
+
+@torch.no_grad()
+def test_eva_spans_what_layers_read():
+    attached = started(init_lora_weights="eva", eva_config={"rho": 1.0})
+    seen = read_by(base(), lambda model: logprobs(Untuned(model)))
+    for n, layer in attached.layers.items():
+        A = layer.lora_A["default"].weight
+        assert torch.allclose(A @ A.T, torch.eye(4), atol=1e-5) and not layer.lora_B["default"].weight.any()
+        top = torch.linalg.svd(seen[n].double(), full_matrices=False)[2][:4].float()
+        assert torch.linalg.svdvals(A @ top.T).min() > 1 - 1e-4  # cosines of the principal angles
+
+
+@torch.no_grad()
+def test_eva_gives_ranks_to_layers_where_they_explain_most():
+    attached = started(init_lora_weights="eva", r=4, eva_config={"rho": 2.0})
+    ranks = {n: layer.r["default"] for n, layer in attached.layers.items()}
+    assert sum(ranks.values()) == 4 * len(ranks) and max(ranks.values()) <= 8 and len(set(ranks.values())) > 1
+    seen = read_by(base(), lambda model: logprobs(Untuned(model)))
+    shares = {n: (v / v.sum())[:8] for n in ranks if len(v := torch.linalg.svdvals(seen[n].double()).square())}
+    best = torch.cat(list(shares.values())).sort(descending=True).values[: 4 * len(ranks)]
+    taken = torch.cat([shares[n][:r] for n, r in ranks.items()]).sort(descending=True).values
+    assert torch.allclose(taken, best, atol=1e-6)  # not by name: q, k and v read the same
+    assert {layer.scaling["default"] for layer in attached.layers.values()} == {4.0}  # lora_alpha / r, whatever a layer's rank
+
+
+@torch.no_grad()
+def test_eva_agrees_with_peft():
+    """PEFT's incremental PCA centres what it reads; on centred data with few directions both find the same."""
+    from peft.tuners.lora.eva import SVDHook
+
+    torch.manual_seed(0)
+    x = torch.randn(200, 6) @ torch.randn(6, 24)
+    x = x - x.mean(0)
+    hook = SVDHook(name="x", n_components=4, sim_thresh=0.99)
+    hook(None, (x,), None)
+    model = One(torch.randn(10, 24))
+    attached = build("tuner", {"name": "lora", "r": 4, "init_lora_weights": "eva", "eva_config": {"rho": 1.0}}).attach(model)
+    attached._begin_eva(attached.layers, [("fc", x.T @ x)], None)
+    assert torch.linalg.svdvals(attached.layers["fc"].lora_A["default"].weight @ hook.svd.components_.T).min() > 1 - 1e-4
+
+
+@torch.no_grad()
+def test_corda_with_white_inputs_is_pissa():
+    torch.manual_seed(0)
+    W = torch.randn(12, 16)
+    U, S, Vh = torch.linalg.svd(W)
+    for method, some in (("ipm", slice(None, 4)), ("kpm", slice(8, 12))):
+        spec = {"name": "lora", "r": 4, "init_lora_weights": "corda", "corda_config": {"corda_method": method}}
+        attached = build("tuner", spec).attach(One(W))
+        attached._begin_corda(attached.layers, [("fc", torch.eye(16))], None)
+        assert torch.allclose(attached.layers["fc"].get_delta_weight("default"), (U[:, some] * S[some]) @ Vh[some], atol=1e-4)
+        assert torch.equal(attached.model.fc.get_base_layer().weight, W)
+
+
+@pytest.mark.parametrize("method", ["ipm", "kpm"])
+@torch.no_grad()
+def test_corda_agrees_with_peft(method):
+    from peft import LoraConfig, get_peft_model
+    from peft.tuners.lora.config import CordaConfig
+
+    pytest.importorskip("attr")  # which PEFT's module wants and PEFT does not install
+    from peft.tuners.lora.corda import preprocess_corda
+
+    attached = started(init_lora_weights="corda", corda_config={"corda_method": method}, target_modules=["q_proj", "down_proj"])
+    model = base()
+    config = LoraConfig(
+        r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights="corda", corda_config=CordaConfig(corda_method=method)
+    )
+    preprocess_corda(model, config, run_model=lambda: logprobs(Untuned(model)))
+    theirs = get_peft_model(model, config)
+    for n, layer in attached.layers.items():
+        want = theirs.get_submodule(f"base_model.model.{n}").get_delta_weight("default")
+        assert torch.allclose(layer.get_delta_weight("default"), want, atol=2e-3 * float(want.abs().max())), n
+
+
+def test_lora_ga_is_peft_on_the_mean_gradient():
+    attached = started(init_lora_weights="lora_ga", r=4, lora_ga_config={"scale": "unit"}, target_modules=["q_proj", "o_proj"])
+    full = base()
+    logprobs(Untuned(full)).mean().neg().backward()
+    for n, layer in attached.layers.items():
+        U, _, Vh = torch.linalg.svd(full.get_submodule(n).weight.grad, full_matrices=False)
+        A, B = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
+        assert torch.linalg.svdvals(A @ Vh[:4].T).min() > 1 - 1e-3  # ArB2r: A the first r directions, B the next
+        assert torch.linalg.svdvals(torch.linalg.qr(B)[0].T @ U[:, 4:8]).min() > 1 - 1e-3
+
+
+def test_calibration_in_parts_is_calibration_at_once(monkeypatch):
+    """Layers that do not fit the budget together are gathered one after another, by reading the rows again."""
+    from luthier.tuners import _calibrate
+
+    attached = put("lora", init_lora_weights="corda")
+    passes = []
+    roles = as_roles(attached)
+    monkeypatch.setattr(roles.policy, "forward", lambda batch, was=roles.policy.forward: passes.append(1) or was(batch))
+    for kind in ("inputs", "covariance", "gradients"):
+        whole = dict(_calibrate.statistics(kind, attached.layers, [{}], roles))
+        passes.clear()
+        with monkeypatch.context() as m:
+            m.setattr(_calibrate, "BUDGET", 1)
+            parts = dict(_calibrate.statistics(kind, attached.layers, [{}], roles))
+        assert len(passes) == 1 + len(attached.layers) and all(torch.allclose(v, parts[n], atol=1e-5) for n, v in whole.items())
+
+
+@pytest.mark.parametrize("how", [{"init_lora_weights": "eva"}, {"init_lora_weights": "corda", "init_data": "practice:style/new"}])
+def test_a_start_from_data_in_a_run(how, tmp_path):
+    """Ranks and factors come back after a kill, and a later run goes on from the adapter alone."""
+    import shutil
+
+    import luthier
+    from luthier import store
+
+    data = {"path": "practice:style/new", "n": 24}
+    if "init_data" in how:
+        how = {**how, "init_data": {"path": "practice:people/test", "n": 8}}
+    recipe = dict(
+        model="practice:lm-small", data=data, tuner={"name": "lora", "r": 4, "init_rows": 4, **how}, per_device_train_batch_size=2,
+        max_steps=4, save_steps=3, evaluate=[], eval_data=0, learning_rate=1e-3, lr_scheduler_type="constant",
+    )  # fmt: skip
+    folder = tmp_path / "run"
+    luthier.tune(**recipe, output_dir=str(folder))
+    last = store.load_checkpoint(store.checkpoints(folder)[-1])
+    unfinish(folder)
+    luthier.tune(**recipe, output_dir=str(folder))
+    again = store.load_checkpoint(store.checkpoints(folder)[-1])
+    assert again.step == 4 and all(torch.equal(v, again.tensors[k]) for k, v in last.tensors.items())
+    for checkpoint in store.checkpoints(folder):
+        shutil.rmtree(checkpoint)
+    further = luthier.tune(**{**recipe, "max_steps": 1}, start=str(folder), output_dir=str(tmp_path / "further"))
+    assert further.losses
+
+
+# ---------------------------------------------------------------------------------------------- decompositions and maps
+
+
+def numbers(made: dict) -> SimpleNamespace:
+    return SimpleNamespace(watch=None, **{k: v[1] if isinstance(v, tuple) else v.clone().requires_grad_(True) for k, v in made.items()})
+
+
+def test_loldu():
+    torch.manual_seed(0)
+    for shape in ((6, 6), (5, 9), (9, 5)):
+        W = torch.randn(shape)
+        method = build("tuner", {"name": "loldu", "r": 9, "lora_alpha": 18})
+        p = numbers(method.init(W))
+        assert torch.allclose(p.L @ torch.diag(p.z) @ p.U, W, atol=1e-4)  # with all entries nothing is left over
+        method = build("tuner", {"name": "loldu", "r": 3, "lora_alpha": 6})
+        p = numbers(method.init(W))
+        assert p.z.numel() + p.scale.numel() == 4 and torch.allclose(method.weight(W, p), W, atol=1e-6)
+        G = torch.randn(shape)
+        (method.weight(W, p) * G).sum().backward()
+        assert torch.allclose(p.z.grad, 2.0 * (p.L.T @ G @ p.U.T).diagonal(), atol=1e-4)
+    attached = put("loldu", r=8)
+    assert sum(p.numel() for p in attached.parameters().values()) == 9 * len(attached.layers)
+
+
+def test_fastfood_is_its_dense_matrix():
+    from scipy.linalg import hadamard as dense
+
+    from luthier.tuners.intrinsic_dimension import draws, hadamard, project
+
+    d, n = 200, 256
+    H = torch.tensor(dense(n), dtype=torch.float32)
+    x = torch.randn(n)
+    assert torch.allclose(hadamard(x), H @ x, atol=1e-4)
+    (G, order, B, norm), a, b = next(iter(draws(d, n, 7, x))), torch.randn(d), torch.randn(d)
+    P = (H @ torch.diag(G) @ torch.eye(n)[order] @ H @ torch.diag(B) / norm)[:, :d]
+    assert torch.allclose(project(a, n, 7), P @ a, atol=1e-4)
+    assert torch.allclose(project(a + b, n, 7), project(a, n, 7) + project(b, n, 7), atol=1e-5)
+    theta = a.clone().requires_grad_(True)
+    g = torch.randn(1000)
+    (project(theta, 1000, 3) * g).sum().backward()
+    want = torch.stack([project(e, 1000, 3) @ g for e in torch.eye(d)[:5]])
+    assert torch.allclose(theta.grad[:5], want, atol=1e-4)
+    lengths = torch.stack([project(a, 1000, s).square().sum() for s in range(60)])
+    assert abs(float(lengths.mean() / a.square().sum()) - 1) < 0.05
+
+
+def test_intrinsic_dimension_moves_d_numbers():
+    for said in (True, False):
+        attached = put("intrinsic_dimension", d=100, said=said)
+        assert sum(p.numel() for p in attached.parameters().values()) == 100
+    with pytest.raises(RecipeError, match="leaves nothing to move"):
+        put("intrinsic_dimension", d=14)
+    one, other = put("intrinsic_dimension", d=100), put("intrinsic_dimension", d=100, seed=1)
+    deltas = []
+    for attached in (one, other):
+        next(iter(attached.layers.values())).held["default"].theta.data.normal_(generator=torch.Generator().manual_seed(0))
+        deltas.append([layer.get_delta_weight("default").detach() for layer in attached.layers.values()])
+    assert not torch.allclose(deltas[0][0], deltas[1][0]) and not torch.allclose(deltas[0][0], deltas[0][3])
+
+
+# ---------------------------------------------------------------------------------------------- lottery tickets, dual sparsity
+
+
+def test_lt_sft_chooses_what_moved_furthest_and_begins_again():
+    attached, dense = put("lt_sft", density=0.03), put("full")
+    for n, p in dense.model.named_parameters():
+        p.requires_grad_("proj" in n)
+    start = {n: layer.get_base_layer().weight.detach().clone() for n, layer in attached.layers.items()}
+    moved = {}
+    for step, _ in enumerate(descend(attached, lambda: logprobs(attached).mean().neg(), 6, 0.01)):
+        if step == 2:
+            moved = {n: (layer.get_base_layer().weight.detach() - start[n]).abs().flatten() for n, layer in attached.layers.items()}
+    k = round(0.03 * sum(m.numel() for m in moved.values()))
+    least = torch.cat(list(moved.values())).topk(k).values.min()
+    found = 0
+    for n, layer in attached.layers.items():
+        indices = layer.tensors("default").indices.long()
+        assert torch.equal(layer.get_base_layer().weight, start[n]) and (moved[n][indices] >= least).all()
+        found += len(indices)
+    assert found == k
+    with attached.merged():
+        assert sum(int((layer.get_base_layer().weight != start[n]).sum()) for n, layer in attached.layers.items()) <= k
+
+
+def test_lt_sft_with_all_places_is_full_tuning_from_the_start():
+    attached, dense = put("lt_sft", density=1.0), put("full")
+    for n, p in dense.model.named_parameters():
+        p.requires_grad_("proj" in n)
+    to_end(descend(attached, lambda: logprobs(attached).mean().neg(), 6, 0.01))
+    to_end(descend(dense, lambda: logprobs(dense).mean().neg(), 3, 0.01))
+    with torch.no_grad(), attached.merged():
+        assert torch.allclose(logprobs(attached), logprobs(dense), atol=1e-4)
+
+
+@pytest.mark.parametrize("steps", [7, 3])
+def test_lt_sft_resumes_in_either_phase(steps, base, tmp_path):
+    import luthier
+    from luthier import store
+
+    tuner = {"name": "lt_sft", "density": 0.05, "dense_share": 0.6}
+    recipe = {**base, "tuner": tuner, "max_steps": steps, "save_steps": 1, "save_total_limit": 2, "lr_scheduler_type": "constant"}
+    luthier.tune(**recipe, output_dir=str(tmp_path / "run"))
+    last = store.load_checkpoint(store.checkpoints(tmp_path / "run")[-1])
+    unfinish(tmp_path / "run")
+    luthier.tune(**recipe, output_dir=str(tmp_path / "run"))
+    again = store.load_checkpoint(store.checkpoints(tmp_path / "run")[-1])
+    assert last.step == again.step == steps and all(torch.equal(v, again.tensors[k]) for k, v in last.tensors.items())
+
+
+def test_dsee():
+    torch.manual_seed(0)
+    plain_, W = build("tuner", {"name": "dsee", "r": 4, "n_sparse": 0}), torch.randn(12, 10)
+    p = numbers(plain_.init(W))
+    p.B = torch.randn(12, 4)
+    assert torch.allclose(plain_.weight(W, p), W + 8 * p.B @ p.A, atol=1e-5)  # LoRA, where there is no mask and no S
+    attached = put("dsee", r=4, n_sparse=5, sparsity=0.5, prune_at=0.5, target_modules=["q_proj", "up_proj"])
+    start = {n: layer.tensors("default").indices.clone() for n, layer in attached.layers.items()}
+    to_end(descend(attached, lambda: logprobs(attached).mean().neg(), 6, 0.01))
+    for n, layer in attached.layers.items():
+        p, W = layer.tensors("default"), layer.get_base_layer().weight
+        assert torch.equal(p.indices, start[n]) and len(p.values) == 5 and int((~p.mask).sum()) == round(0.5 * W.numel())
+        x = torch.randn(3, W.shape[1])
+        want = x @ (W * p.mask + 8 * p.B @ p.A + spread(p.values, p.indices, W.shape)).T
+        assert torch.allclose(layer(x), want, atol=1e-5)
+
+
+def test_a_planted_sparse_part_is_found():
+    from luthier.tuners.dsee import low_rank_and_sparse
+
+    torch.manual_seed(0)
+    planted = torch.randperm(64 * 48)[:100]
+    W = torch.randn(64, 4) @ torch.randn(4, 48) + torch.zeros(64 * 48).index_fill_(0, planted, 8.0).view(64, 48)
+    U, V, S = low_rank_and_sparse(W, 4, 100)
+    found = S.flatten().nonzero().flatten()
+    assert torch.isin(found, planted).float().mean() > 0.9 and (W - U @ V - S).norm() < 0.1 * W.norm()
+
+
+# ---------------------------------------------------------------------------------------------- LoRA under noise
+
+
+def walk(estimator, steps: int = 4, **settings):
+    """Steps of LoRA by an estimator; the attached tuner, its chain and the gradients of the last step."""
+    attached, seen = put("lora", base(), **settings), {}
+    clock = Clock(seed=3, total=steps)
+    chain = Chain([build("transform", "adam")], attached, clock, 0.01)
+    for clock.step in range(steps):
+
+        def closure(grad: bool = True) -> float:
+            for p in attached.parameters().values():
+                p.grad = None
+            torch.manual_seed(clock.fold("noise"))
+            loss = logprobs(attached).mean().neg()
+            loss.backward()
+            return loss.item()
+
+        was = attached.tensors()
+        build("estimator", estimator).step(closure, chain, clock)
+        seen = {k: (was[k], p.grad.clone()) for k, p in attached.parameters().items()}
+    return attached, chain, seen
+
+
+def test_ggpo_without_noise_is_lora():
+    one, _, _ = walk({"name": "ggpo", "sigma": 0.0, "beta": 0.0})
+    two, _, _ = walk("backprop")
+    noisy, chain, seen = walk("ggpo")
+    assert all(torch.equal(v, two.tensors()[k]) for k, v in one.tensors().items())
+    assert any(not torch.equal(v, two.tensors()[k]) for k, v in noisy.tensors().items())
+    with torch.no_grad():
+        assert torch.equal(logprobs(noisy), logprobs(noisy))  # measuring is without noise
+    (A, gA), (B, gB) = seen[f"{Q}.A"], seen[f"{Q}.B"]
+    assert torch.allclose(chain.state[Q]["ggpo"]["rows"], (4.0 * (B @ gA + gB @ A)).norm(dim=1), atol=1e-6)
+
+
+def test_ggpo_noise_has_the_spread_it_says():
+    from luthier.estimators.ggpo import noisy
+
+    torch.manual_seed(0)
+    attached, chain, _ = walk("ggpo", 1)
+    layer, site = attached.layers[Q], next(s for s in chain.sites() if s.name == Q)
+    rows = torch.rand(32)
+    size = build("estimator", {"name": "ggpo", "sigma": 0.5, "beta": 0.1}).size(layer, site.slots, rows)
+    W = layer.get_base_layer().weight
+    change = (4.0 * site.slots["B"] @ site.slots["A"]).norm(dim=1)
+    want = (0.5 * (W.norm(dim=1).mean().square() + change.square()).sqrt() + 0.1 * rows.square()) / 32**0.5
+    assert torch.allclose(size, want, atol=1e-6)
+    x = torch.randn(1, 32, requires_grad=True)
+    said = torch.stack([noisy(x, torch.zeros(1, 32), size)[0] for _ in range(5000)]).detach()
+    assert float((said.std(0) / (x.norm() * size) - 1).abs().mean()) < 0.03
+    y = noisy(x, torch.zeros(1, 32), size)  # what backward draws is what forward drew
+    assert torch.allclose((torch.autograd.grad(y.sum(), x)[0] * x).sum(), y.sum(), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- counts, adapters, surveys
+
+
+@pytest.mark.parametrize("name, formula", [
+    ("lora", lambda out, in_: 4 * (out + in_)), ("lora_sb", lambda out, in_: 16), ("loldu", lambda out, in_: 5),
+    ("spiel", lambda out, in_: max(1, round(0.01 * out * in_))), ("ssf", lambda out, in_: 2 * out),
+    ("dsee", lambda out, in_: 4 * (out + in_) + 64),
+    ("parallel_adapter", lambda out, in_: max(1, round(in_ / 16)) * (in_ + 1 + out) + out),
+])  # fmt: skip
+def test_as_many_numbers_move_as_the_formula_says(name, formula):
+    attached = put(name)
+    shapes = [layer.get_base_layer().weight.shape for layer in attached.layers.values()]
+    assert sum(p.numel() for p in attached.parameters().values()) == sum(formula(*s) for s in shapes)
+
+
+@torch.no_grad()
+def test_adapters_stand_where_the_papers_put_them():
+    for kind, attention, ffn in (("llama", "o_proj", "down_proj"), ("gpt2", "attn.c_proj", "mlp.c_proj")):
+        both, one = put("houlsby", base(kind)).layers, put("pfeiffer", base(kind)).layers
+        assert len(both) == 4 and all(n.endswith((attention, ffn)) for n in both)
+        assert len(one) == 2 and all(n.endswith(ffn) for n in one)
+    attached, x = put("houlsby", reduction_factor=8), torch.randn(3, 32)
+    layer = attached.layers["model.layers.0.self_attn.o_proj"]
+    p = layer.tensors("default")
+    p.up.normal_(), p.up_bias.normal_()
+    y = layer.base_layer(x)
+    assert torch.allclose(layer(x), y + (y @ p.down.T + p.down_bias).relu() @ p.up.T + p.up_bias, atol=1e-5)
+    with pytest.raises(RecipeError, match="has no LoRA form"):
+        attached.export_lora("/nowhere")
+
+
+SURVEYED = {  # what the surveys list and people use -> how luthier is asked for it
+    "serial adapter": "houlsby", "AdapterP": "pfeiffer", "parallel adapter": "parallel_adapter", "prompt tuning": "prompt",
+    "(IA)3": "peft:ia3", "SSF": "ssf", "LT-SFT": "lt_sft", "BitFit": "bitfit", "SPT": "spt", "LoRA": "lora", "Intrinsic SAID": "intrinsic_dimension",
+    "VeRA": "peft:vera", "LoHa": "peft:loha", "LoKr (KronA)": "peft:lokr", "OFT": "peft:oft", "BOFT": "peft:boft", "HRA": "peft:hra",
+    "FourierFT": "peft:fourierft", "SHiRA": "peft:shira", "RandLoRA": "peft:randlora", "MiSS": "peft:miss", "VB-LoRA": "peft:vblora",
+    "LN tuning": "peft:ln_tuning", "C3A": "peft:c3a", "DoRA": "lora", "PiSSA": "lora", "EVA": "lora", "CorDA": "lora", "LoRA-GA": "lora",
+    "HFT": "hft", "LISA": "lisa", "SpIEL": "spiel", "DSEE": "dsee", "S2FT": "s2ft", "SaRA": "sara", "full": "full",
+}  # fmt: skip
+SETTINGS = {"vblora": {"vector_length": 16, "num_vectors": 8, "topk": 1}, "boft": {"boft_block_size": 4}, "vera": {"r": 8}, "loha": {"r": 4},
+            "oft": {"oft_block_size": 4, "r": 0}, "fourierft": {"n_frequency": 32}, "shira": {"r": 2}, "miss": {"r": 4}, "c3a": {"block_size": 8},
+            "ln_tuning": {"target_modules": ["input_layernorm"]}, "randlora": {"r": 4}}  # fmt: skip
+
+
+@pytest.mark.parametrize("listed", SURVEYED)
+@torch.no_grad()
+def test_what_surveys_list_is_here_and_merges_where_it_says_so(listed):
+    name, _, kind = SURVEYED[listed].partition(":")
+    settings = {"type": kind, "config": {"target_modules": ["q_proj", "v_proj"], **SETTINGS.get(kind, {})}} if kind else {}
+    attached = put(name, base("gpt2" if name == "bitfit" else "llama"), **settings)
+    was = logprobs(attached)
+    if "merge" in gives_of(attached.settings):
+        with attached.merged():
+            assert torch.allclose(logprobs(attached), was, atol=2e-5)
+    else:
+        with pytest.raises(RecipeError, match="cannot be merged"), attached.merged():
+            pass
+
+
+def test_the_search_for_d90_stops_where_the_metric_is_reached(tiny):
+    from luthier.recipe import Recipe
+
+    def found(share: float) -> int:
+        plan = build(
+            "plan", {"name": "intrinsic_dimension", "dimensions": [100, 200, 400, 800], "learning_rates": [0.1, 0.3], "share": share}
+        )
+        play = plan.recipes(Recipe.load({"model": tiny}))
+        asked, said = next(play), SimpleNamespace(after={"accuracy": 0.8}, folder="full")
+        try:
+            while True:
+                asked = play.send(said)
+                said = [
+                    SimpleNamespace(after={"accuracy": r.tuner["d"] / 1000 + r.learning_rate / 100}, folder=str(r.tuner["d"]))
+                    for r in asked
+                ]
+        except StopIteration as end:
+            return int(end.value.folder)
+
+    ds = [found(share) for share in (0.9, 0.4, 0.2, 0.1)]
+    assert ds == sorted(ds, reverse=True) and ds == [800, 400, 200, 100]
+
+
+def test_lora_sb_is_ahead_of_factors_of_the_weight():
+    """LoRA-XS is the same form with the SVD of W in place of that of the first step."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        W, x = torch.randn(16, 16), torch.randn(200, 16)
+        target = x @ (W + torch.randn(16, 4) @ torch.randn(4, 16)).T
+        sides = {}
+        for name in ("sb", "xs"):
+            method = build("tuner", {"name": "lora_sb", "r": 4, "first_step": 1e-3})
+            grad = 2 * (x @ W.T - target).T @ x / target.numel()
+            U, _, Vh = torch.linalg.svd(W)
+            p = method.start(W, grad) if name == "sb" else {"B": U[:, :4], "A": Vh[:4], "R": torch.zeros(4, 4)}
+            R = p.pop("R").clone().requires_grad_(True)
+            optimizer = torch.optim.Adam([R], 0.05)
+            for _ in range(100):
+                optimizer.zero_grad()
+                loss = (x @ method.weight(W, SimpleNamespace(R=R, **p)).T - target).square().mean()
+                loss.backward()
+                optimizer.step()
+            sides[name] = float(loss)
+        assert sides["sb"] < sides["xs"], sides

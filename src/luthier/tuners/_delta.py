@@ -38,10 +38,14 @@ def _normal(seed: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def lies_sideways(layer: nn.Module) -> bool:
+    """Does a module keep its weight as [in, out]?"""
+    return isinstance(layer, nn.Embedding) or any(c.__name__ == "Conv1D" for c in type(layer).__mro__)
+
+
 def oriented(layer: Matrix) -> Tensor:
     """The weight of a module as [out, in] (a view); [width] for a norm."""
-    sideways = isinstance(layer, nn.Embedding) or any(c.__name__ == "Conv1D" for c in type(layer).__mro__)
-    return layer.weight.T if sideways else layer.weight
+    return layer.weight.T if lies_sideways(layer) else layer.weight
 
 
 @family
@@ -63,7 +67,7 @@ class Delta(Where):
 
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear, nn.Embedding)  # modules it can sit on, besides Conv1D
     precise: ClassVar[bool] = True  # forward is given x and y in the adapter's fp32; else in the model's precision
-    reads: ClassVar[str] = ""  # what `start` learns from: "inputs", "gradients" or nothing
+    reads: ClassVar[str] = ""  # what `start` learns from: "inputs", "covariance", "gradients" (tuners/_calibrate.py), or nothing
 
     def attach(self, model: Network) -> Attached:
         from luthier.tuners._peft import OnPeft, config_of, plain_settings
@@ -95,7 +99,7 @@ class Delta(Where):
         return F.linear(x, self.weight(oriented(layer).to(x.dtype), p), self.bias(b, p))
 
     def start(self, W: Tensor, seen: Tensor) -> dict[str, Tensor]:
-        """Better starting tensors of a layer, from the first rows: `seen` is its inputs [n, in] or its gradient [out, in]."""
+        """Better starting tensors of a layer, from the first `init_rows` rows: `seen` is what `reads` names."""
         raise NotImplementedError
 
     def factors(self, p: SimpleNamespace) -> tuple[Tensor, Tensor] | None:

@@ -33,8 +33,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from luthier import store
-from luthier.method import RecipeError, find, meant, names
+from luthier.method import RecipeError, find, gives_of, meant, names
 from luthier.quantizers._quantizer import Quantized, numbers, opened
+from luthier.tuners._calibrate import statistics
 from luthier.tuners._delta import Delta, oriented
 from luthier.tuners._tuner import Attached, Site
 
@@ -125,7 +126,7 @@ class Layer(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = ADAPTER) -> bool:
         """True where the weight alone changes."""
-        return type(self.methods[adapter_name]).bias is Delta.bias and self.get_base_layer().weight.ndim == 2
+        return "merge" in gives_of(self.methods[adapter_name]) and type(self.methods[adapter_name]).bias is Delta.bias and self.get_base_layer().weight.ndim == 2
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -372,17 +373,15 @@ class OnPeft(Attached):
     # --- starting from data
 
     def initialize(self, rows, roles):
-        kind = self.settings.reads if isinstance(self.settings, Delta) else ""
-        if not kind:
+        if not isinstance(self.settings, Delta) or not self.settings.reads:
             return
         layers = {n: m for n, m in self.layers.items() if isinstance(m, Layer)}
         with self.off():
-            seen = {"inputs": _inputs, "gradients": _gradients}[kind](layers, rows[: self.settings.init_rows], roles)
-        with torch.no_grad():
-            for name, layer in layers.items():
-                own = layer.held[ADAPTER].state_dict(keep_vars=True)
-                for slot, value in self.settings.start(oriented(layer.get_base_layer()).detach(), seen.pop(name)).items():
-                    own[slot].copy_(value)
+            for name, seen in statistics(self.settings.reads, layers, rows[: self.settings.init_rows], roles):
+                with torch.no_grad():
+                    own = layers[name].held[ADAPTER].state_dict(keep_vars=True)
+                    for slot, value in self.settings.start(oriented(layers[name].get_base_layer()).detach(), seen).items():
+                        own[slot].copy_(value)
 
     # --- other readings
 
@@ -649,63 +648,6 @@ def _tied(model: Network) -> list[list[str]]:
             if p is not None:
                 groups.setdefault(id(p), []).append(name)
     return [g for g in groups.values() if len(g) > 1]
-
-
-def _inputs(layers: dict[str, Layer], rows: list[dict], roles: Any) -> dict[str, Tensor]:
-    """[n, in] what each module reads on these rows, in fp32 (packed rows: the filling at their ends is read, too)."""
-    seen: dict[str, list[Tensor]] = {n: [] for n in layers}
-
-    def keep(name: str):
-        return lambda module, args, y: seen[name].append(args[0].detach().flatten(0, -2).float())
-
-    hooks = [m.register_forward_hook(keep(n)) for n, m in layers.items()]
-    try:
-        with torch.no_grad():
-            for i in range(0, len(rows), MICRO):
-                roles.policy.logprobs(roles.batch(rows[i : i + MICRO]))
-    finally:
-        for h in hooks:
-            h.remove()
-    return {n: torch.cat(x) for n, x in seen.items()}
-
-
-def _gradients(layers: dict[str, Layer], rows: list[dict], roles: Any) -> dict[str, Tensor]:
-    """[out, in] the mean gradient of -log p of the supervised tokens with respect to each weight, in fp32."""
-    codes = {n: b for n, m in layers.items() if isinstance(b := m.get_base_layer(), Quantized)}
-    weights = {n: m.get_base_layer().weight for n, m in layers.items() if n not in codes}
-    total = {n: torch.zeros(w.shape, dtype=torch.float32, device=w.device) for n, w in weights.items()}
-    count = 0
-
-    def add(name: str):
-        def hook(p: Tensor) -> None:
-            if p.grad is not None:
-                total[name] += p.grad
-            p.grad = None
-
-        return hook
-
-    for n, b in codes.items():
-        total[n] = torch.zeros(b.size, dtype=torch.float32, device=next(iter(b.codes.values())).device)
-        b.watch = total[n].add_
-    hooks = [w.requires_grad_(True).register_post_accumulate_grad_hook(add(n)) for n, w in weights.items()]
-    try:
-        with torch.enable_grad():
-            for i in range(0, len(rows), MICRO):
-                batch = roles.batch(rows[i : i + MICRO])
-                count += batch.count("token")
-                roles.policy.logprobs(batch).sum().neg().backward()
-    finally:
-        for h in hooks:
-            h.remove()
-        for w in weights.values():
-            w.requires_grad_(False)
-        for b in codes.values():
-            b.watch = None
-    sideways = {n for n in weights if isinstance(layers[n].get_base_layer(), SIDEWAYS)}
-    return {n: (g.T if n in sideways else g) / max(count, 1) for n, g in total.items()}
-
-
-MICRO = 4  # rows read at once while a tuner starts from data
 
 
 def _factor(delta: Tensor, rank: int | None) -> tuple[tuple[Tensor, Tensor], float]:

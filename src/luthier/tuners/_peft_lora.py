@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,14 +12,19 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import Linear, LoraLayer
-from torch import nn
+from peft.tuners.lora.config import LoraGAConfig
+from safetensors import safe_open
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from luthier import rows as reading
 from luthier.kernels.lora import linear, update
 from luthier.method import RecipeError
 from luthier.quantizers._quantizer import Quantized, opened
-from luthier.tuners._delta import oriented
+from luthier.tuners._calibrate import statistics
+from luthier.tuners._delta import lies_sideways, oriented
 from luthier.tuners._peft import ADAPTER, INITIAL, OnPeft, plain_settings, sideways
+from luthier.tuners.lora import DRIVEN
 
 if TYPE_CHECKING:
     from luthier.architectures._network import Matrix, Network
@@ -28,6 +34,8 @@ def attach(settings: Any, model: Network) -> OnPeft:
     said = plain_settings(settings)
     start = said["init_lora_weights"]
     own = isinstance(start, str) and start != "gaussian"  # made below, in fp32, and without touching the base
+    for key in ("eva_config", "corda_config", "lora_ga_config", "init_rows", "init_data"):
+        del said[key]
     if said["lora_alpha"] == int(said["lora_alpha"]):
         said["lora_alpha"] = int(said["lora_alpha"])  # other readers of adapter_config.json expect an integer
     about = {"task_type": _task(model), "fan_in_fan_out": sideways(model)}
@@ -50,28 +58,19 @@ class OnLora(OnPeft):
 
     @torch.no_grad()
     def begin(self, start: str) -> None:
-        """PiSSA, OLoRA or orthogonal factors in every linear layer."""
+        """PiSSA, OLoRA or orthogonal factors in every linear layer; for starts from data the place for them."""
         if start == "lq":
             return self._begin_low()
-        make = {"pissa": "pissa_init", "olora": "olora_init", "orthogonal": "orthogonal_init"}[start.split("_")[0]]
+        make = {"pissa": "pissa_init", "olora": "olora_init", "orthogonal": "orthogonal_init"}.get(start.split("_")[0])
         linear = {n: m for n, m in self.layers.items() if isinstance(m, Linear)}
         if len(linear) < len(self.layers):
             other = next(n for n in self.layers if n not in linear)
             raise RecipeError(f"init_lora_weights: {start} is for linear modules only, and {other} is none")
         for name, layer in linear.items():
-            base = cast("Matrix", layer.get_base_layer())
-            if min(base.weight.shape) < layer.r[ADAPTER]:
-                raise RecipeError(f"init_lora_weights: {start} wants r at most {min(base.weight.shape)} for {name}")
-            with opened([base]):
-                kept = base.weight.data
-                turn = make == "olora_init" and isinstance(base, Conv1D)  # PEFT factors the weight as it lies
-                base.weight.data = (oriented(base) if turn else kept).detach().float().clone()
-                try:
-                    getattr(layer, make)(*((ADAPTER, start) if make == "pissa_init" else (ADAPTER,)))
-                except ValueError as error:
-                    raise RecipeError(f"init_lora_weights: {error}") from None
-                finally:
-                    base.weight.data = kept
+            if (most := min(cast("Matrix", layer.get_base_layer()).weight.shape)) < layer.r[ADAPTER]:
+                raise RecipeError(f"init_lora_weights: {start} wants r at most {most} for {name}")
+            if make:
+                self._factor(layer, make, *((start,) if make == "pissa_init" else ()))
         if self.settings.subtracts:
             self._subtract(linear)
 
@@ -90,6 +89,106 @@ class OnLora(OnPeft):
             linear[name] = layer
         self._subtract(linear)
 
+    def _factor(self, layer: Any, make: str, *how: Any) -> None:
+        """PEFT's own factors of a layer, made in fp32. PEFT takes them out of the base weight; here that is put back."""
+        base = cast("Matrix", layer.get_base_layer())
+        with opened([base]):
+            kept = base.weight.data
+            turn = make == "olora_init" and isinstance(base, Conv1D)  # PEFT factors the weight as it lies
+            base.weight.data = (oriented(base) if turn else kept).detach().float().clone()
+            try:
+                getattr(layer, make)(ADAPTER, *how)
+            except ValueError as error:
+                raise RecipeError(f"init_lora_weights: {error}") from None
+            finally:
+                base.weight.data = kept
+
+    # --- starts from data
+
+    def initialize(self, rows, roles):
+        start, layers = self.settings.init_lora_weights, {n: m for n, m in self.layers.items() if isinstance(m, Linear)}
+        if start not in DRIVEN:
+            return
+        if self.settings.init_data is not None:
+            rows = roles.policy.architecture.encode_all(reading.load(self.settings.init_data).rows, roles.renderer).rows
+        rows = rows[: self.settings.init_rows]
+        with self.off():
+            found = statistics("gradients" if start == "lora_ga" else "covariance", layers, rows, roles)
+            getattr(self, f"_begin_{start}")(layers, found, roles)
+
+    @torch.no_grad()
+    def _begin_eva(self, layers: Mapping[str, Any], found: Any, roles: Any) -> None:
+        """A: the directions in which most of what a layer reads lies; ranks go to the layers where they explain most."""
+        r, shares, directions = self.settings.r, [], {}
+        for name, C in found:
+            values, vectors = torch.linalg.eigh(C.double())
+            top = min(round(r * self.settings.how["rho"]), len(values))
+            directions[name] = vectors.flip(1)[:, :top].T.float()
+            shares += [(float(v), name) for v in values.flip(0)[:top] / values.sum()]
+        kept = [name for _, name in sorted(shares, key=lambda pair: -pair[0])[: r * len(layers)]]
+        self.rerank({name: kept.count(name) for name in layers})
+        for name, layer in layers.items():
+            layer.lora_A[ADAPTER].weight.copy_(directions[name][: layer.r[ADAPTER]])
+
+    @torch.no_grad()
+    def _begin_corda(self, layers: Mapping[str, Any], found: Any, roles: Any) -> None:
+        """W C = U S V', so W = U S (V' C^-1): the adapter takes the largest components (ipm), or the smallest (kpm)."""
+        for name, C in found:
+            layer, r = layers[name], layers[name].r[ADAPTER]
+            some = slice(None, r) if self.settings.how["corda_method"] == "ipm" else slice(-r, None)
+            C, inverse = invertible(C)
+            U, S, Vh = torch.linalg.svd(oriented(layer.get_base_layer()).float() @ C, full_matrices=False)
+            root = (S[some] / layer.scaling[ADAPTER]).sqrt()
+            layer.lora_A[ADAPTER].weight.copy_(root[:, None] * (Vh[some] @ inverse))
+            layer.lora_B[ADAPTER].weight.copy_(U[:, some] * root)
+            self._subtracted(layer)
+
+    @torch.no_grad()
+    def _begin_lora_ga(self, layers: Mapping[str, Any], found: Any, roles: Any) -> None:
+        how = LoraGAConfig(**self.settings.how)
+        for name, G in found:
+            base = layers[name].get_base_layer()
+            base._peft_loraga_grad = G.T if lies_sideways(base) else G
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(roles.clock.fold("lora_ga", name, at=0))
+                self._factor(layers[name], "lora_ga_init", how)
+            self._subtracted(layers[name])
+
+    @torch.no_grad()
+    def rerank(self, ranks: Mapping[str, int]) -> None:
+        """Give layers other ranks, and B = 0. Rank 0 leaves a layer as it was."""
+        for name, r in ranks.items():
+            layer = cast(Any, self.layers[name])
+            A, B = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
+            A.weight.data, B.weight.data = A.weight.new_zeros(r, A.in_features), B.weight.new_zeros(B.out_features, r)
+            A.out_features = B.in_features = layer.r[ADAPTER] = r
+            if not self.settings.how.get("adjust_scaling_factors", True) and r:
+                root = math.sqrt(r) if self.settings.use_rslora else r
+                layer.scaling[ADAPTER] = self.settings.lora_alpha / root
+
+    def _alphas(self) -> dict[str, float]:
+        """What adapter_config.json has to say so that each layer is read under its scale."""
+        root = math.sqrt if self.settings.use_rslora else float
+        return {n: cast(Any, m).scaling[ADAPTER] * root(r) for n, m in self.layers.items() if (r := cast(Any, m).r[ADAPTER])}
+
+    def load(self, tensors):
+        if self.settings.init_lora_weights == "eva":
+            self.rerank({n: len(tensors[f"{n}.A"]) for n in self.layers if f"{n}.A" in tensors})
+        super().load(tensors)
+
+    def read(self, folder):
+        path = Path(folder) / "adapter_model.safetensors"
+        if self.settings.init_lora_weights == "eva" and path.is_file():
+            with safe_open(str(path), framework="pt") as file:
+                keys = {n: f"base_model.model.{n}.lora_A.weight" for n in self.layers}
+                there = set(file.keys())
+                self.rerank({n: file.get_slice(k).get_shape()[0] if k in there else 0 for n, k in keys.items()})
+        return super().read(folder)
+
+    def _subtracted(self, layer: Any) -> None:
+        for part, sign in ((layer.lora_A, 1), (layer.lora_B, -1)):
+            part[INITIAL].weight.data = sign * part[ADAPTER].weight.data.clone()
+
     def _subtract(self, linear: Mapping[str, LoraLayer]) -> None:
         config = copy.deepcopy(self.peft.peft_config[ADAPTER])
         config.lora_dropout, config.modules_to_save, config.bias = 0.0, None, "none"
@@ -98,9 +197,8 @@ class OnLora(OnPeft):
         self.model.train(mode)
         for layer in linear.values():
             layer.set_adapter([ADAPTER, INITIAL])
-            parts: list[tuple[Any, int]] = [(layer.lora_A, 1), (layer.lora_B, -1)]
-            for part, sign in parts:
-                part[INITIAL].weight.data = sign * part[ADAPTER].weight.data.clone()
+            self._subtracted(layer)
+            for part in (layer.lora_A, layer.lora_B):
                 part[INITIAL].requires_grad_(False)
 
     def buffers(self):
@@ -109,7 +207,7 @@ class OnLora(OnPeft):
         return {f"{n}.{k}{INITIAL}": getattr(m, f"lora_{k}")[INITIAL].weight for n, m in self.layers.items() for k in "AB"}
 
     def state(self):
-        state = super().state()
+        state = {k: v for k, v in super().state().items() if v.numel()}
         if not self.settings.subtracts:
             return state
         for name, layer in self.layers.items():
@@ -119,9 +217,11 @@ class OnLora(OnPeft):
         return state
 
     def unpack(self, file):
-        if not self.settings.subtracts:
-            return file
         file = dict(file)
+        if not self.settings.subtracts:
+            empty = ((f"base_model.model.{n}.lora_{k}.weight", getattr(m, f"lora_{k}")) for n, m in self.layers.items() for k in "AB")
+            file |= {key: part[ADAPTER].weight.data for key, part in empty if ADAPTER in part and not part[ADAPTER].weight.numel()}
+            return file
         for name, layer in self.layers.items():
             for part, dim in (("lora_A", 0), ("lora_B", 1)):
                 key = f"base_model.model.{name}.{part}.weight"
@@ -135,6 +235,11 @@ class OnLora(OnPeft):
             config.r *= 2
             config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2
             config.init_lora_weights = True
+        if self.settings.init_lora_weights == "eva":
+            ranks, alphas = {n: cast(Any, m).r[ADAPTER] for n, m in self.layers.items()}, self._alphas()
+            config.target_modules = {n for n, r in ranks.items() if r}
+            config.rank_pattern = {re.escape(n): r for n, r in ranks.items() if r and r != config.r}
+            config.alpha_pattern = {re.escape(n): a for n, a in alphas.items() if a != config.lora_alpha}
         return config
 
     def export_lora(self, folder, rank=None):
@@ -144,6 +249,18 @@ class OnLora(OnPeft):
             raise RecipeError("LoRA with DoRA or with trained biases has no plain LoRA form; its own adapter is what `save` writes")
         self.save(Path(folder))
         return 0.0
+
+
+def invertible(C: Tensor) -> tuple[Tensor, Tensor]:
+    """[n, n] a covariance -> the same with enough added to its diagonal that it can be inverted, and its inverse."""
+    one = torch.eye(len(C), device=C.device)
+    damp = 0.01 * C.diagonal().mean()
+    while True:
+        safe = C + damp * one
+        inverse = torch.linalg.inv(safe)
+        if torch.dist(safe @ inverse, one) < 0.05:
+            return safe, inverse
+        damp *= 2
 
 
 class QuickLinear(Linear):

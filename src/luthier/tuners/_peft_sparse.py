@@ -1,4 +1,4 @@
-"""Sparse deltas whose support changes while they are trained: their life on a model. Beside _peft.py, as _peft_lora.py is."""
+"""Deltas with places that change while they are trained: their life on a model. Beside _peft.py, as _peft_lora.py is."""
 
 from __future__ import annotations
 
@@ -54,3 +54,16 @@ class Regrowing(OnPeft):
             p = layer.tensors(ADAPTER)
             if p.values.grad is not None:
                 self.settings.follow(p.values.grad, p.indices, self.gathered[name])
+
+
+class Pruning(OnPeft):
+    """The masks are part of the state: a run that goes on after the pruning finds them."""
+
+    def __init__(self, settings: Any, model: Network):
+        super().__init__(settings, model, config_of(type(settings))(**plain_settings(settings)))
+
+    def before_step(self, clock):
+        if self.settings.sparsity and clock.step == round(self.settings.prune_at * clock.total):
+            for layer in self.layers.values():
+                if isinstance(layer, Layer):
+                    self.settings.prune(oriented(layer.get_base_layer()).detach(), layer.tensors(ADAPTER))

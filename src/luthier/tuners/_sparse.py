@@ -7,7 +7,7 @@ is how supports grow from gradients. Quantized bases are never unpacked, since S
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any
 
 import torch
@@ -40,6 +40,8 @@ class Sparse(Delta):
         return W + spread(p.values, p.indices, W.shape).to(W.dtype)
 
     def forward(self, x, y, p, layer):
+        if not len(p.values):
+            return y
         return add(x, y, p.values, p.indices, p.watch)
 
 
@@ -80,6 +82,26 @@ class _Add(torch.autograd.Function):
             if ctx.watch is not None:
                 ctx.watch(G)
         return d_x, grads[0] if wants_y else None, d_values, None, None
+
+
+def largest(magnitudes: Mapping[str, Callable[[], Tensor]], k: int) -> dict[str, Tensor]:
+    """The k largest of several tensors together: name -> flat places. Each is made when asked for; they are never side by side.
+
+    The threshold is found by halving: non-negative floats are in the order of their bits. Of equals the first are taken.
+    """
+    low, high = 0, torch.tensor(float("inf")).view(torch.int32).item()
+    while low < high:  # the greatest threshold that at least k numbers reach
+        middle = (low + high + 1) // 2
+        bound = torch.tensor(middle, dtype=torch.int32).view(torch.float32).item()
+        low, high = (middle, high) if sum(int((make() >= bound).sum()) for make in magnitudes.values()) >= k else (low, middle - 1)
+    bound = torch.tensor(low, dtype=torch.int32).view(torch.float32).item()
+    above = {n: (make() > bound).nonzero().flatten() for n, make in magnitudes.items()}
+    left, out = k - sum(len(p) for p in above.values()), {}
+    for name, make in magnitudes.items():
+        equal = (make() == bound).nonzero().flatten()[: max(left, 0)]
+        left -= len(equal)
+        out[name] = torch.cat([above.pop(name), equal]).sort().values
+    return out
 
 
 def smallest(values: Tensor, n: int) -> Tensor:

@@ -1,0 +1,42 @@
+"""Bottleneck adapters: two small layers with a nonlinearity between them. What they do is no change of a weight."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from luthier.method import family
+from luthier.tuners._delta import Delta
+
+ATTENTION = r"o_proj|out_proj|attn\.c_proj|attention\.output\.dense|attention\.dense|self_attention\.dense"  # what leaves attention
+FFN = r"down_proj|mlp\.c_proj|fc2|layer\.\d+\.output\.dense|dense_4h_to_h|mlp\.c_fc2|wo"  # what leaves the feed-forward part
+
+
+@family
+class Bottleneck(Delta):
+    """Family: up(f(down(h))), down to width / reduction_factor; up starts at zero."""
+
+    kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
+    parallel: ClassVar[bool] = False  # h is what the module reads; else what it says
+
+    reduction_factor: Annotated[float, Field(ge=1)] = 16  # width of h by that of the bottleneck
+    non_linearity: Literal["relu", "gelu", "silu", "tanh"] = "relu"  # f
+
+    def init(self, W):
+        out_, in_ = W.shape
+        width = in_ if self.parallel else out_
+        k = max(1, round(width / self.reduction_factor))
+        made = {"down": torch.randn(k, width) * 0.02, "down_bias": torch.zeros(k), "up": torch.zeros(out_, k)}
+        return made | {"up_bias": torch.zeros(out_)}
+
+    def forward(self, x, y, p, layer):
+        f = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}[self.non_linearity]
+        h = x if self.parallel else y
+        return y + F.linear(f(F.linear(h, p.down, p.down_bias)), p.up, p.up_bias)
+
+    def weight(self, W: Tensor, p) -> Tensor:
+        raise NotImplementedError
