@@ -551,7 +551,7 @@ def test_lora_sb_starts_as_the_first_full_step(kind):
     before = {n: p.clone() for n, p in attached.model.named_parameters()}
     attached.initialize([{}], as_roles(attached))
     full = base(kind)
-    Causal().forward(full, SimpleNamespace(virtual=0), batch()).logprobs.mean().neg().backward()
+    Causal().forward(full, Untuned(full), batch()).logprobs.mean().neg().backward()
     for name, layer in attached.layers.items():
         p = layer.tensors("default")
         grad = full.get_submodule(name).weight.grad
@@ -570,7 +570,7 @@ def test_lora_sb_starts_as_the_first_full_step(kind):
         assert torch.allclose(gR, p.B.T @ gW @ p.A.T, rtol=1e-4, atol=1e-4)
     names_ = {id(p) for p in attached.parameters().values()}
     assert all(torch.equal(p, before[n]) for n, p in attached.model.named_parameters() if id(p) not in names_)
-    assert logprobs(attached).mean() > logprobs(SimpleNamespace(model=full, virtual=0)).mean()
+    assert logprobs(attached).mean() > logprobs(Untuned(full)).mean()
 
 
 @tuner(gives="off merge")
