@@ -620,7 +620,7 @@ def distil(steps: int = 40, **settings):
         chain.step(gradients(chain))
         attached.after_step(clock)
         shares += [float((places(m) != before[n]).float().mean()) for n, m in attached.coded.items()]
-    return [*said, float(kl())], attached, shares
+    return [*said, float(kl().detach())], attached, shares
 
 
 def places(m) -> torch.Tensor:
