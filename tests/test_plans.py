@@ -20,6 +20,7 @@ from luthier.rehearsal import rehearse
 from luthier.rows import load
 
 NEEDED = {
+    "preference_losses": {"objectives": ["sft", "dft"]},  # rows without pairs will do for these
     "projects": {"of": [{"learning_rate": 1e-4}]},  # settings without a default
     "sequence": {"acts": [{"objective": "sft"}, {"learning_rate": 1e-4}]},
     "greedy_soup": {"of": [{"learning_rate": 1e-4}, {"learning_rate": 1e-3}]},
@@ -57,7 +58,9 @@ def recipe(tiny):
 def test_plans_survive_a_rehearsal_and_ask_for_legal_recipes(name, recipe):
     plan = {"name": name, **NEEDED.get(name, {})}
     rehearse(recipe.but(plan=plan), ROWS)
-    blank = [SimpleNamespace(folder="x", **{k: defaultdict(float) for k in ("before", "after", "metrics")}) for _ in range(50)]
+    blank = [
+        SimpleNamespace(folder="x", **{k: defaultdict(float) for k in ("before", "after", "metrics", "stats")}, notes=[]) for _ in range(50)
+    ]
     asked, _ = played(plan, recipe, blank)
     for one in (r for some in asked for r in (some if isinstance(some, list) else [some])):
         assert one.plan is None and Recipe.load(one.yaml()).fingerprint() == one.fingerprint()
