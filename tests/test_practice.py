@@ -259,7 +259,7 @@ def measured(request):
     found = {}
     for key in card:
         world, split = key.split("/")
-        found[key] = score.exact_match(model, tokenizer, practice.rows(world, split, ROWS, seed="test"))["all"]
+        found[key] = score.right_share(model, tokenizer, practice.rows(world, split, ROWS, seed="test"))["all"]
     return request.param, card, found
 
 
@@ -299,7 +299,7 @@ def test_chat_follows_chat_and_lm_does_not():
     found = {}
     for name in ("lm", "chat"):
         folder = practice.path(name)
-        found[name] = score.exact_match(score.load(folder), AutoTokenizer.from_pretrained(folder), rows)
+        found[name] = score.right_share(score.load(folder), AutoTokenizer.from_pretrained(folder), rows)
     assert found["chat"]["all"] >= found["lm"]["all"] + 0.2
     assert found["chat"]["refusal"] >= 0.8, "unsafe requests are refused in chat"
     assert found["chat"]["refusal/safe"] >= 0.8, "and safe ones are not"
@@ -326,7 +326,48 @@ def test_teacher_forcing_agrees_with_generating(tokenizer):
         assert (tokenizer.decode(written) == row["completion"] + "<|end|>") == exact
 
 
+def test_code_is_right_when_it_does_the_same(tokenizer):
+    """Functions of four operations, which the model never writes letter for letter, sometimes run all the same."""
+    from luthier.practice import score
+
+    model, rows = score.load(practice.path("lm")), practice.rows("code", "ood", 8, seed="several")
+    exact, right = score.is_exact(model, tokenizer, rows), score.is_right(model, tokenizer, rows)
+    assert all(r or not e for e, r in zip(exact, right, strict=True))
+    texts = score.written(model, tokenizer, [row["prompt"] for row in rows])
+    assert right == [practice.verify(row, text) == 1.0 for row, text in zip(rows, texts, strict=True)]
+
+
 # ---- making them
+
+
+def test_what_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from luthier.practice import _pretrain
+
+    monkeypatch.setattr(_pretrain, "KEEP_EVERY", 2)
+
+    def trained(kept, stop: int = 99) -> dict:
+        model = LlamaForCausalLM.from_pretrained(practice.path("lm-small"), dtype=torch.bfloat16).train()
+
+        def loss_of(step: int):
+            if step == stop:
+                raise KeyboardInterrupt
+            ids = torch.randint(10, 1500, (2, 12), generator=torch.Generator().manual_seed(step))
+            return model(input_ids=ids, labels=ids).loss, ids.numel()
+
+        told: list[str] = []
+        took = _pretrain.pretrain(model, loss_of, 1.0, steps=7, kept=kept, tell=told.append)
+        return {"tokens": took["tokens"], "told": told, **model.state_dict()}
+
+    whole = trained(None)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "training.pt", stop=5)
+    resumed = trained(tmp_path / "training.pt")
+    assert resumed.pop("told") == ["going on from step 4"] and not whole.pop("told")
+    assert resumed.pop("tokens") == whole.pop("tokens")
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 
 def test_attention_equals_torch():

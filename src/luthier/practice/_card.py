@@ -30,7 +30,7 @@ token, `<|pad|>` is for padding only). Chat: `<|start|><|system|>Be brief.<|end|
 How can I help you?<|end|>`.
 
 ## What it can do
-Exact match in percent, {decoding}, {rows} rows a split (seed "card"). No item of `validation`, `test` or `ood` occurs in
+Right answers in percent, {decoding}, {rows} rows a split (seed "card"); code and SQL are run, all else is compared. No item of `validation`, `test` or `ood` occurs in
 a pretraining row; `ood` differs in kind as well (longer, other wording, unseen pairs, facts never asked before); `new` is
 what no pretraining row mentions at all.
 

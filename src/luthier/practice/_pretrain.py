@@ -13,6 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 WARM_UP_STEPS = 100
 INNER = re.compile(r"\b(layers?|block)\.\d+\.(?!.*bias)")  # matrices inside the layers of a Llama, a BERT or a T5
 DECAY_SHARE = 0.25
+KEEP_EVERY = 100  # steps
 ADAM_RATE, MUON_RATE, WEIGHT_DECAY = 3e-3, 0.02, 0.05
 # Five steps x -> a x + b x^3 + c x^5 that send all singular values to about 1 (arXiv:2505.16932).
 NEWTON_SCHULZ = [
@@ -155,6 +157,21 @@ class MuonAdam:
                 matrix.copy_(master)
                 matrix.grad = None
 
+    def state(self) -> dict:
+        """All that goes on with the next step; the weights are the masters rounded."""
+        return {"groups": [pair for _, *pair in self.groups], "masters": self.masters, "adam": self.adam.state_dict()}
+
+    @torch.no_grad()
+    def load(self, state: dict) -> None:
+        """Go on from a state, weights and all."""
+        for (matrices, *own), kept in zip(self.groups, state["groups"], strict=True):
+            for tensor, value in zip(own, kept, strict=True):
+                tensor.copy_(value)
+            torch._foreach_copy_(matrices, list(own[0]))
+        torch._foreach_copy_(self.masters, state["masters"])
+        torch._foreach_copy_(self.rest, self.masters)
+        self.adam.load_state_dict(state["adam"])
+
     def _step_adam(self, scale: float) -> None:
         for parameter, master in zip(self.rest, self.masters, strict=True):
             master.grad, parameter.grad = parameter.grad.float(), None
@@ -198,6 +215,7 @@ def pretrain(
     loss_of: Callable[[int], tuple[Tensor, int]],  # step -> its loss, and the tokens it read
     minutes: float,
     steps: int | None = None,
+    kept: Path | None = None,  # a file in which the state is kept every KEEP_EVERY steps; where it is there, training goes on from it
     peak: float = 1.0,  # of the learning rates: less for a short round that goes on from a finished model
     tell: Callable[[str], None] = print,
     look: Callable[[], str] | None = None,
@@ -209,6 +227,14 @@ def pretrain(
     """
     optimizer = MuonAdam(model)
     seconds, step, tokens, told, recent = 0.0, 0, 0, 0.0, []
+    if kept and kept.is_file():
+        state = torch.load(kept, weights_only=True)
+        optimizer.load(state["optimizer"])
+        seconds, step, tokens, recent = state["seconds"], state["step"], state["tokens"], state["recent"]
+        told, first = seconds, step
+        tell(f"going on from step {step}")
+    else:
+        first = 0
     while (step < steps) if steps else (seconds < 60 * minutes):
         began = time.perf_counter()
         loss, read = loss_of(step)
@@ -217,8 +243,12 @@ def pretrain(
         optimizer.step(peak * learning_rate_scale(step, done, DECAY_SHARE if peak == 1.0 else 1.0))
         recent.append(loss.item())
         step, tokens = step + 1, tokens + read
-        if step > 2:  # the first steps compile
+        if step > first + 2:  # the first steps compile
             seconds += time.perf_counter() - began
+        if kept and step % KEEP_EVERY == 0:
+            state = {"optimizer": optimizer.state(), "seconds": seconds, "step": step, "tokens": tokens, "recent": recent[-50:]}
+            torch.save(state, beside := kept.with_suffix(".new"))
+            beside.replace(kept)  # killed while writing, the one before is whole
         if seconds - told > 60 * look_every:
             told, recent = seconds, recent[-50:]
             words = f"{seconds / 60:5.1f} min  step {step}  {tokens / 1e6:.2f}M tokens"

@@ -6,6 +6,8 @@ Trains the tokenizer, writes and packs the pretraining text of all worlds, pretr
 match and writes a folder that plain transformers loads, with its card. Needs no network. The text follows
 from the seed and the minutes; training ends by the clock or after `--steps` (the card says how many).
 
+What was stopped goes on from its last hundred steps when the same command is run again.
+
 `--start` goes on from a model made before: another round of warm-up, constant rate and decay on the text of
 another seed. Give it as long as the first: a short round unlearns more at its high rate than it wins back.
 """
@@ -97,12 +99,14 @@ def make(name: str, folder: Path, minutes: float, steps: int | None, seed: int, 
     tell(f"pretraining {model.num_parameters() / 1e6:.2f}M parameters")
 
     def look() -> str:
-        numbers = score.measure(model, tokenizer, 60, ("validation",))
+        numbers = score.measure(model, tokenizer, 60, ("validation",), score.exact_share)
         model.train()
         return " ".join(f"{key.split('/')[0]} {value['all']:.0%}" for key, value in numbers.items())
 
-    took = _pretrain.pretrain(model, loss_of, minutes, steps, PEAK.get(name, 1.0), tell=tell, look=look)
+    kept = folder / "training.pt"
+    took = _pretrain.pretrain(model, loss_of, minutes, steps, kept, PEAK.get(name, 1.0), tell=tell, look=look)
     model.save_pretrained(folder)
+    kept.unlink(missing_ok=True)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     if name != "encoder":
         said = {"decoder_start_token_id": model.config.decoder_start_token_id} if name == "seq2seq" else {}
