@@ -66,6 +66,7 @@ def tune(
     tuner: Annotated[str | None, typer.Option(help="What moves; `luthier methods --kind tuner`.")] = None,
     objective: Annotated[str | None, typer.Option(help="Toward what, e.g. sft or 'dpo + 0.1*sft'.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="The run's folder.")] = None,
+    until: Annotated[float | None, typer.Option(help="Pause at this step (below 1: share of the run), to go on later.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the run's folder, nothing else.")] = False,
 ) -> None:
     """Tune a model. A run that was stopped goes on when the same command is run again."""
@@ -76,8 +77,9 @@ def tune(
     from luthier.run import perform
 
     watch = Quiet() if quiet else Console()
-    report = perform(recipe, watch=watch)
-    watch.finish(report)
+    report = perform(recipe, watch=watch, until=until)
+    if "paused_at" not in report.stats:
+        watch.finish(report)
     if quiet:
         typer.echo(report.folder)
 

@@ -59,7 +59,8 @@ def clear(folder: Path) -> None:
     for path in store.checkpoints(folder):
         shutil.rmtree(path)
     for name in ("report.json", "before.json", "rows.jsonl", "metrics.jsonl", "quarantine.jsonl", "forgetting.jsonl", "shown.json",
-                 "samples-before.jsonl", "samples-after.jsonl", "report.html", "run.json"):  # fmt: skip
+                 "samples-before.jsonl", "samples-after.jsonl", "by-row-before.json", "by-row-during.json", "by-row-after.json",
+                 "calibration-before.json", "calibration-after.json", "paused.json", "report.html", "run.json"):  # fmt: skip
         (folder / name).unlink(missing_ok=True)
 
 

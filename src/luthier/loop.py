@@ -74,10 +74,10 @@ class Fit:
     held: list[dict] | None = None  # this process's rows of the current draw
     totals: Totals = field(default_factory=Totals)
 
-    def run(self) -> None:
-        """Step until the clock's total."""
+    def run(self, until: int | None = None) -> None:
+        """Step until the clock's total, or stop before at `until`."""
         clock = self.roles.clock
-        while clock.step < clock.total:
+        while clock.step < min(clock.total, clock.total if until is None else until):
             log = self.step()
             clock.step += 1
             for hook in self.hooks:

@@ -56,8 +56,8 @@ class Report:
 # ---------------------------------------------------------------------------------------------- one run
 
 
-def run(recipe: Recipe, folder: Path, watch: Any = None, anew: bool = False) -> Report:
-    """One recipe without a plan, to its end. anew: even where it is finished."""
+def run(recipe: Recipe, folder: Path, watch: Any = None, anew: bool = False, until: float | None = None) -> Report:
+    """One recipe without a plan, to its end. anew: even where it is finished. until: pause at this step (below 1: share of the run)."""
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
@@ -94,7 +94,7 @@ def run(recipe: Recipe, folder: Path, watch: Any = None, anew: bool = False) -> 
         if recipe.report_to:
             accelerator.init_trackers("luthier", {k: v if isinstance(v, (int, float, str)) else json.dumps(v) for k, v in _told(recipe)})
         try:
-            return _Run(recipe, parts, data, folder, watch, accelerator).go()
+            return _Run(recipe, parts, data, folder, watch, accelerator, until).go()
         except (RuntimeError, MemoryError) as error:
             if guards.out_of_memory(error):
                 raise guards.Refused(guards.TOO_BIG) from None
@@ -137,6 +137,7 @@ class _Run:
     folder: Path
     watch: Any
     accelerator: Any
+    until: float | None = None
 
     def go(self) -> Report:
         self.main = self.accelerator.is_main_process
@@ -154,7 +155,9 @@ class _Run:
         if fit.roles.clock.total:
             fit.hooks = [self.after_step]
             with self.watch.training(fit.roles.clock.total, fit.roles.clock.step):
-                fit.run()
+                fit.run(self.every(self.until) or None)
+            if fit.roles.clock.step < fit.roles.clock.total:
+                return self.pause(fit, before)
         self.watch.stage("measuring the end")
         report = Report(str(self.folder), before, self.measure("after"))
         self.finish(report, fit, stats)
@@ -333,6 +336,15 @@ class _Run:
         made = store.Checkpoint(self.roles.tuner.tensors(), fit.chain.state, self.roles.clock.step, held, asdict(fit.totals))
         store.save_checkpoint(self.folder, made, self.recipe.save_total_limit)
 
+    def pause(self, fit: Fit, before: dict[str, float]) -> Report:
+        """Stop here for now: measured, and saved so that the same command goes on."""
+        clock, now = self.roles.clock, self.measure("during")
+        if self.main:
+            self.save(fit)
+            store.write_json(self.folder / "paused.json", {"step": clock.step, "steps": clock.total, "metrics": now})
+        self.watch.tell(f"paused at step {clock.step} of {clock.total}; the same command without --until goes on from here")
+        return Report(str(self.folder), before, now, stats={"paused_at": clock.step, "steps": clock.total})
+
     def finish(self, report: Report, fit: Fit, stats: dict) -> None:
         """The report, what a user takes away, and the page."""
         roles, folder, rows = self.roles, self.folder, fit.rows
@@ -419,7 +431,9 @@ def _peak_memory() -> float:
 # ---------------------------------------------------------------------------------------------- plans
 
 
-def perform(recipe: Recipe, folder: Path | None = None, watch: Any = None, anew: bool | None = None) -> Report:
+def perform(
+    recipe: Recipe, folder: Path | None = None, watch: Any = None, anew: bool | None = None, until: float | None = None
+) -> Report:
     """A recipe, or the plan it carries. A plan is a generator: its state is the reports of the runs it asked for.
 
     anew: do again what is finished; if not said, where the recipe overwrites. A plan that was stopped goes on all the same.
@@ -427,7 +441,9 @@ def perform(recipe: Recipe, folder: Path | None = None, watch: Any = None, anew:
     folder = Path(folder or recipe.output_dir or default_folder(recipe))
     recipe, anew = on_disk(recipe, folder), recipe.overwrite if anew is None else anew
     if recipe.plan is None:
-        return run(recipe, folder, watch, anew)
+        return run(recipe, folder, watch, anew, until)
+    if until is not None:
+        raise RecipeError("until: a plan has several runs and no step of its own to pause at")
     watch = watch or Quiet()
     if (folder / "run.json").is_file():
         if not recipe.overwrite:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from luthier import store
 from luthier.batch import Batch
 from luthier.method import family
 
@@ -47,3 +49,11 @@ def liked(rows: Sequence[dict]) -> list[dict]:
 def paired(rows: Sequence[dict]) -> list[dict]:
     """Rows with at least two completions of different score."""
     return [r for r in rows if len(r["completions"]) > 1 and len(set(r.get("scores", ()))) > 1]
+
+
+def keep(folder: Path, when: str, **values: Mapping[str, float]) -> None:
+    """Into by-row-<when>.json: row id -> what a metric says of this row, its mean over rows being the metric. Runs on the
+    same rows are compared row by row with it."""
+    path = folder / f"by-row-{when}.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    store.write_json(path, {**known, **values})

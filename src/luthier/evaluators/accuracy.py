@@ -1,8 +1,6 @@
 """Held-out accuracy: what the model would say first is what stands there."""
 
-import torch
-
-from luthier.evaluators._evaluator import Evaluator, batches, liked, paired
+from luthier.evaluators._evaluator import Evaluator, batches, keep, liked, paired
 from luthier.method import evaluator
 
 
@@ -14,19 +12,38 @@ class Accuracy(Evaluator):
 
     batch_size: int = 16  # rows read at once
 
-    def run(self, roles, rows, folder, when):
-        tokens, whole = [], []
+    def by_row(self, roles, rows):
+        """Row id -> (supervised tokens said first, how many they are)."""
+        out = {}
         for batch in batches(roles, liked(rows), self.batch_size):
             right = (roles.policy.outputs(batch).top(1)[1].squeeze(1) == batch.labels[batch.supervised]).float()
-            tokens.append(right)
-            whole.append((batch.means(right) == 1).float())
-        if not tokens:
+            both = zip(batch.rows, batch.sums(right).tolist(), batch.lengths.tolist(), strict=True)
+            out |= {str(r["id"]): (round(k), int(n)) for r, k, n in both}
+        return out
+
+    def run(self, roles, rows, folder, when):
+        said = self.by_row(roles, rows)
+        if not said:
             return {}
-        out = {"accuracy": float(torch.cat(whole).mean()), "token_accuracy": float(torch.cat(tokens).mean())}
-        better = []
+        out = {"accuracy": share(said), "token_accuracy": sum(k for k, _ in said.values()) / sum(n for _, n in said.values())}
+        keep(folder, when, accuracy=exact(said))
+        better = {}
         for batch in batches(roles, paired(rows), self.batch_size):
             logprob, scores = batch.sums(roles.policy.logprobs(batch)), batch.column("scores")
-            for g in range(len(batch.rows)):
+            for g, row in enumerate(batch.rows):
                 mine = (batch.group == g).nonzero().squeeze(1)
-                better.append(float(logprob[mine[scores[mine].argmax()]] > logprob[mine[scores[mine].argmin()]]))
-        return {**out, "preference_accuracy": sum(better) / len(better)} if better else out
+                better[str(row["id"])] = float(logprob[mine[scores[mine].argmax()]] > logprob[mine[scores[mine].argmin()]])
+        if better:
+            keep(folder, when, preference_accuracy=better)
+            out["preference_accuracy"] = sum(better.values()) / len(better)
+        return out
+
+
+def exact(said):
+    """Row id -> 1 where every token is right."""
+    return {i: float(k == n) for i, (k, n) in said.items()}
+
+
+def share(said):
+    """Of rows whose every token is right."""
+    return sum(exact(said).values()) / len(said)

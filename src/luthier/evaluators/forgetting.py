@@ -14,7 +14,9 @@ from typing import Any
 
 from luthier import rows as reading
 from luthier import store
-from luthier.evaluators._evaluator import Evaluator, batches, liked
+from luthier.evaluators._evaluator import Evaluator, batches, keep, liked
+from luthier.evaluators.accuracy import exact, share
+from luthier.evaluators.loss import shares
 from luthier.method import RecipeError, evaluator
 
 
@@ -32,24 +34,29 @@ class Forgetting(Evaluator):
         probe, own = self.probe(roles, folder)
         if not probe:
             return {}
-        return self.measure(roles, probe, accuracy=not own)
+        return self.measure(roles, probe, folder, when, accuracy=not own)
 
-    def measure(self, roles, rows, accuracy: bool) -> dict[str, float]:
+    def measure(self, roles, rows, folder: Path, when: str, accuracy: bool) -> dict[str, float]:
         """Every row is read once, whatever is asked of it."""
-        total, count, right = 0.0, 0, defaultdict(list)
+        loss, right, skills = {}, {}, defaultdict(dict)
         for batch in batches(roles, liked(rows), self.batch_size):
-            outputs = roles.policy.outputs(batch)
-            total, count = total - float(outputs.logprobs.double().sum()), count + len(outputs.logprobs)
+            outputs, sizes, ids = roles.policy.outputs(batch), [int(n) for n in batch.lengths.tolist()], [str(r["id"]) for r in batch.rows]
+            sums = batch.sums(outputs.logprobs.double()).tolist()
+            loss |= {i: (-s, n) for i, s, n in zip(ids, sums, sizes, strict=True)}
             if accuracy:
                 hit = (outputs.top(1)[1].squeeze(1) == batch.labels[batch.supervised]).float()
-                for g, whole in zip(batch.group.tolist(), (batch.means(hit) == 1).tolist(), strict=True):
-                    right[batch.rows[g].get("skill")].append(float(whole))
-        every = [x for some in right.values() for x in some]
-        out = {"elsewhere_loss": total / count} if count else {}
-        if every:
-            out["elsewhere_accuracy"] = sum(every) / len(every)
-        if len(right) > 1:
-            out |= {f"elsewhere_accuracy/{skill}": sum(some) / len(some) for skill, some in sorted(right.items(), key=str)}
+                for row, i, k, n in zip(batch.rows, ids, batch.sums(hit).tolist(), sizes, strict=True):
+                    right[i] = skills[row.get("skill")][i] = (round(k), n)
+        tokens = sum(n for _, n in loss.values())
+        if not tokens:
+            return {}
+        keep(folder, when, elsewhere_loss=shares(loss))
+        out = {"elsewhere_loss": sum(s for s, _ in loss.values()) / tokens}
+        if right:
+            keep(folder, when, elsewhere_accuracy=exact(right))
+            out["elsewhere_accuracy"] = share(right)
+        if len(skills) > 1:
+            out |= {f"elsewhere_accuracy/{skill}": share(some) for skill, some in sorted(skills.items(), key=str)}
         return out
 
     def probe(self, roles, folder: Path) -> tuple[list[dict], bool]:

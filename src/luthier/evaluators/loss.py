@@ -1,6 +1,6 @@
 """Held-out loss: how unlikely the good completions are."""
 
-from luthier.evaluators._evaluator import Evaluator, batches, liked
+from luthier.evaluators._evaluator import Evaluator, batches, keep, liked
 from luthier.method import evaluator
 
 
@@ -10,9 +10,24 @@ class Loss(Evaluator):
 
     batch_size: int = 16  # rows read at once
 
-    def run(self, roles, rows, folder, when):
-        total, count = 0.0, 0
+    def by_row(self, roles, rows):
+        """Row id -> (-log p of its supervised tokens together, how many they are)."""
+        out = {}
         for batch in batches(roles, liked(rows), self.batch_size):
-            logprobs = roles.policy.logprobs(batch)
-            total, count = total - float(logprobs.double().sum()), count + len(logprobs)
-        return {"loss": total / count} if count else {}
+            sums = batch.sums(roles.policy.logprobs(batch).double())
+            out |= {str(r["id"]): (-s, int(n)) for r, s, n in zip(batch.rows, sums.tolist(), batch.lengths.tolist(), strict=True)}
+        return out
+
+    def run(self, roles, rows, folder, when):
+        said = self.by_row(roles, rows)
+        tokens = sum(n for _, n in said.values())
+        if not tokens:
+            return {}
+        keep(folder, when, loss=shares(said))
+        return {"loss": sum(s for s, _ in said.values()) / tokens}
+
+
+def shares(said):
+    """Row id -> its part of the loss: their mean over rows is the mean over tokens."""
+    each = sum(n for _, n in said.values()) / len(said)
+    return {k: s / each for k, (s, _) in said.items()}

@@ -35,8 +35,12 @@ METRICS = {
     "rejected_drift": Says("the worse answer became likelier by, nats"),
     "length_correlation": Says("implicit reward goes with length"),
     "length_ratio": Says("length of what it prefers, by the better answers'"),
+    "calibration_error": Says("calibration error on {on}", share=True, up=False),
     "elsewhere_loss": Says("loss elsewhere", up=False),
     "elsewhere_accuracy": Says("exact elsewhere", share=True, up=True),
+    "distinct_2": Says("different pairs of tokens in samples", share=True),
+    "distinct_answers": Says("different answers to one prompt", share=True),
+    "answer_length": Says("tokens of a sampled answer"),
 }
 
 
