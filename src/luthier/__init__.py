@@ -18,10 +18,12 @@ _WHERE = {  # what the package offers, imported when first asked for
     "RecipeError": "luthier.method",
     "load": "luthier.use",
     "inspect": "luthier.use",
+    "compare": "luthier.comparison",
 }
-__all__ = ["Recipe", "RecipeError", "Report", "__version__", "inspect", "load", "tune"]
+__all__ = ["Recipe", "RecipeError", "Report", "__version__", "compare", "inspect", "load", "tune"]
 
 if TYPE_CHECKING:
+    from luthier.comparison import compare
     from luthier.method import RecipeError
     from luthier.recipe import Recipe
     from luthier.run import Report, tune

@@ -19,8 +19,6 @@ import random
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +30,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from luthier import apart
 from luthier.method import RecipeError, complaints, meant
 
 HELD, NOT_HELD, UNDECIDED, UNTESTABLE = "held", "not held", "undecided", "not testable here"
@@ -393,7 +392,7 @@ def _perform(claim: Claim, arm: str, seed: int, rate: float | None, runs: Path, 
     began, finished = time.perf_counter(), (where / "report.json").is_file()
     if not finished:
         try:
-            (_alone if claim.fresh else _here)(keys, where)
+            (apart.tune if claim.fresh else _here)(keys, where)
         except RecipeError as error:
             if not (may_diverge and "is not finite" in str(error)):
                 raise claim.wrong(f"arm {arm}, seed {seed}: {error}") from None
@@ -414,19 +413,6 @@ def _here(keys: dict[str, Any], where: Path) -> None:
     from luthier.run import perform
 
     perform(Recipe.load(keys), where)
-
-
-def _alone(keys: dict[str, Any], where: Path) -> None:
-    """In a process of its own. A shell stands between: a process begins with the peak of the one that turned into it."""
-    where.mkdir(parents=True, exist_ok=True)
-    recipe = where.with_suffix(".yaml")
-    recipe.write_text(yaml.safe_dump({**keys, "output_dir": str(where)}, sort_keys=False), encoding="utf-8")
-    program = [sys.executable, "-c", "from luthier.cli import main; main()", "tune", str(recipe), "--quiet"]
-    said = subprocess.run(["sh", "-c", '"$@"; exit $?', "sh", *program], capture_output=True, text=True)
-    recipe.unlink()
-    if said.returncode:
-        lines = said.stderr.strip().splitlines() or [f"it ended with {said.returncode}"]
-        raise RecipeError(lines[-1].removeprefix("luthier: "))
 
 
 def _lighten(where: Path) -> None:

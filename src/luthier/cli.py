@@ -182,6 +182,31 @@ def data(
 
 
 @app.command()
+def compare(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]... [KEY=VALUE]...", help="Recipes, and changes to all.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder, hub name or practice:NAME, for every arm.")] = None,
+    data: Annotated[str | None, typer.Option(help="Rows, for every arm.")] = None,
+    tuners: Annotated[str, typer.Option(help="Arms that differ in what moves, e.g. lora,ssf,full.")] = "",
+    objectives: Annotated[str, typer.Option(help="Arms that differ in the objective, e.g. dpo,ipo.")] = "",
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 3,
+    budget: Annotated[str | None, typer.Option(help="Of each run: a time (30m), steps (500 steps) or tokens (200k tokens).")] = None,
+    metric: Annotated[str, typer.Option(help="By which arms are ranked, and stopped early.")] = "loss",
+    keep_all: Annotated[bool, typer.Option("--keep-all", help="Stop no arm early.")] = False,
+    to: Annotated[Path | None, typer.Option(help="The comparison's folder.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare ways to tune on the same rows, seeds and budget. What was stopped goes on when the same command is run again."""
+    from luthier.comparison import Study, arms_of, conduct
+    from luthier.report.console import Console, Quiet
+
+    files = [w for w in words or () if "=" not in w or Path(w).is_file()]
+    changes = [w for w in words or () if w not in files] + [f"{k}={json.dumps(v)}" for k, v in (("model", model), ("data", data)) if v]
+    study = Study(arms_of(files, changes, tuners, objectives), seeds, budget, metric, stop_early=not keep_all)
+    found = conduct(study, to, Quiet() if as_json else Console())
+    typer.echo(dumped(found)) if as_json else Console().arms(found)
+
+
+@app.command()
 def export(
     folder: Annotated[str, typer.Argument(help="A run's folder.")],
     to: Annotated[Path, typer.Option(help="Where to write it.")],

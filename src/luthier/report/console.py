@@ -216,6 +216,32 @@ class Console(Quiet):
         self.say()
         self.listing(found["feeds"], ("objective", "feeds", "why"))
 
+    def arms(self, result: dict) -> None:
+        """A comparison; `result` as luthier.compare gives it."""
+        from rich.text import Text
+
+        from luthier.report.comparison import label, shown
+
+        names = [n for n in result["arms"] if n not in result["stopped"]]
+        self.say()
+        self.say(result["sentence"], "bold")
+        table = self._grid("", "untuned", *(f"{n} ★" if n in result["front"] else n for n in names), right=("untuned", *names))
+        for metric, cells in result["table"].items():
+            if "/" in metric:
+                continue
+            before = result["before"].get(metric)
+            spread = [
+                shown(metric, c["mean"]) + (f" ({shown(metric, c['low'])} to {shown(metric, c['high'])})" if c["low"] < c["high"] else "")
+                for c in (cells[n] for n in names)
+            ]
+            table.add_row(Text(label(metric)), "" if before is None else shown(metric, before), *spread)
+        if names:
+            self.screen.print(table)
+            self.say(f"★ on the front: nobody is better in all of {', '.join(label(g) for g in result['goals'])}", "dim")
+        for name, why in result["stopped"].items():
+            self.say(f"· {name} was stopped: {why}", "yellow")
+        self.say(f"Report: {Path(result['folder']) / 'report.html'}")
+
     def listing(self, found: Sequence[dict], columns: Sequence[str]) -> None:
         """Objects as a table: a line each at a pipe, so that it can be searched."""
         from rich.text import Text

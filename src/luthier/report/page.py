@@ -39,12 +39,17 @@ def page(recipe: Any, report: Any, logged: Sequence[Mapping], folder: Path) -> s
         _notes(report.notes),
         _provenance(recipe, report, folder),
     )
+    return document(title, "".join(p for p in parts if p))
+
+
+def document(title: str, body: str, style: str | None = None) -> str:
+    """A whole page that forbids scripts and connections."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f'<meta name="color-scheme" content="light dark"><title>{escape(title)} · luthier</title>\n<style>{STYLE}</style></head>\n'
-        f"<body><main>\n{''.join(p for p in parts if p)}</main></body></html>\n"
+        f'<meta name="color-scheme" content="light dark"><title>{escape(title)} · luthier</title>\n<style>{style or STYLE}</style></head>\n'
+        f"<body><main>\n{body}</main></body></html>\n"
     )
 
 

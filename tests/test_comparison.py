@@ -1,0 +1,170 @@
+"""Side by side: what is said of arms, what is refused, what goes on after a stop."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+import luthier
+from luthier.comparison import Study, arms_of, conduct, fair, sentence, understood
+from luthier.method import RecipeError
+from luthier.recipe import Recipe
+
+from conftest import SUMS
+
+
+@pytest.fixture
+def shared(tiny) -> dict:
+    return {
+        "model": tiny, "data": SUMS, "dtype": "float32", "objective": "sft", "max_steps": 8, "per_device_train_batch_size": 8, "eval_data": 0.3,
+        "evaluate": ["loss", "accuracy", "calibration"],
+    }  # fmt: skip
+
+
+def study(shared, arms: dict, **how) -> Study:
+    return Study({k: Recipe.load({**shared, **v}) for k, v in arms.items()}, apart=False, **how)
+
+
+def test_the_same_recipe_twice_is_no_difference(shared, tmp_path):
+    arm = {"tuner": "lora", "learning_rate": 1e-2}
+    found = conduct(study(shared, {"a": arm, "b": arm}, seeds=2), tmp_path / "c")
+    assert not any(p["apart"] for pairs in found["pairs"].values() for p in pairs)
+    assert "no difference seen" in found["sentence"] and "no winner" in found["sentence"]
+    assert found["front"] and set(found["table"]["loss"]) == {"a", "b"}
+    for metric in ("loss", "accuracy", "calibration_error", "trained", "peak_memory_mb", "seconds"):
+        assert metric in found["table"]
+
+
+def test_an_arm_made_worse_is_found_and_stopped(shared, tmp_path):
+    arms = {
+        "good": {"tuner": "full", "learning_rate": 3e-3}, "close": {"tuner": "full", "learning_rate": 2.9e-3},
+        "worse": {"tuner": "lora", "learning_rate": 1e-7}, "awful": {"tuner": "full", "learning_rate": 3e-1},
+    }  # fmt: skip
+    found = conduct(study({**shared, "max_steps": 24}, arms, seeds=3), tmp_path / "c")
+    assert "awful" in found["stopped"] or "worse" in found["stopped"]
+    kept = conduct(study({**shared, "max_steps": 24}, {k: arms[k] for k in ("good", "worse")}, seeds=3), tmp_path / "d")
+    assert kept["sentence"].startswith("Loss on held-out rows: good") and "better than worse" in kept["sentence"]
+    pair = kept["pairs"]["loss"][0]
+    assert pair["apart"] and pair["low"] <= pair["difference"] <= pair["high"] < 0
+
+
+def test_values_by_row_are_what_the_metric_is_the_mean_of(shared, tmp_path):
+    report = luthier.tune({**shared, "tuner": "full", "evaluate": ["loss", "accuracy", "forgetting"]}, folder=tmp_path / "r")
+    for when, metrics in (("before", report.before), ("after", report.after)):
+        by_row = json.loads((tmp_path / "r" / f"by-row-{when}.json").read_text())
+        for name in ("loss", "accuracy", "elsewhere_loss"):
+            assert sum(by_row[name].values()) / len(by_row[name]) == pytest.approx(metrics[name], rel=1e-6)
+
+
+def test_a_paused_run_ends_as_one_that_was_not(shared, tmp_path):
+    recipe = {**shared, "tuner": "full", "learning_rate": 1e-3}
+    paused = luthier.tune({**recipe}, folder=tmp_path / "a")
+    from luthier.run import perform
+
+    half = perform(Recipe.load(recipe), tmp_path / "b", until=0.5)
+    assert half.stats["paused_at"] == 4 and not (tmp_path / "b" / "report.json").exists()
+    whole = perform(Recipe.load(recipe), tmp_path / "b")
+    assert whole.after == paused.after and whole.losses == paused.losses
+
+
+def test_a_killed_comparison_goes_on(shared, tmp_path, monkeypatch):
+    from luthier import run
+
+    arms = {"a": {"tuner": "full"}, "b": {"tuner": "lora"}}
+    calls, real = [], run.perform
+
+    def dies(recipe, folder, *rest, **how):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        calls.append(folder.name)
+        return real(recipe, folder, *rest, **how)
+
+    monkeypatch.setattr(run, "perform", dies)
+    with pytest.raises(KeyboardInterrupt):
+        conduct(study(shared, arms, seeds=2), tmp_path / "c")
+    monkeypatch.setattr(run, "perform", lambda recipe, folder, *r, **h: (calls.append(folder.name), real(recipe, folder, *r, **h))[1])
+    found = conduct(study(shared, arms, seeds=2), tmp_path / "c")
+    assert sorted(calls) == ["a-0", "a-1", "b-0", "b-1"]  # nothing was run twice
+    assert found["table"]["loss"]["a"]["by_seed"]
+
+
+def test_a_budget_of_tokens_gives_each_arm_its_steps(shared, tmp_path):
+    arms = {"a": {"tuner": "full"}, "b": {"tuner": "lora", "per_device_train_batch_size": 4}}
+    found = conduct(study(shared, arms, seeds=1, budget="600 tokens"), tmp_path / "c")
+    steps = json.loads((tmp_path / "c" / "budget.json").read_text())
+    assert steps["b"] > 1.5 * steps["a"]
+    assert any("per_device_train_batch_size" in n for n in found["notes"]) and any("one seed" in n for n in found["notes"])
+    assert [understood(x) for x in ("30m", "2h", "500", "2k tokens")] == [
+        ("seconds", 1800),
+        ("seconds", 7200),
+        ("steps", 500),
+        ("tokens", 2000),
+    ]
+
+
+class Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags, self.text = [], ""
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_answers_first_and_runs_nothing(shared, tmp_path):
+    rows = [{**r, "prompt": r["prompt"] + "<script>alert(1)</script>"} for r in SUMS]
+    arms = {"a": {"tuner": "full"}, "b<i>": {"tuner": "lora"}}
+    found = conduct(
+        study({**shared, "data": rows, "evaluate": ["loss", "generate"]}, {"a": arms["a"], "b": arms["b<i>"]}, seeds=1), tmp_path / "c"
+    )
+    page = Page()
+    page.feed((tmp_path / "c" / "report.html").read_text())
+    assert found["sentence"] in page.text and "script" not in page.tags
+    assert page.text.index(found["sentence"]) < page.text.index("Every metric")
+    for link in ("a-0/report.html", "b-0/report.html"):
+        assert (Path(found["folder"]) / link).is_file() and link in (tmp_path / "c" / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arms", "how", "said"),
+    [
+        ({"a": {}}, {}, "two arms"),
+        ({"a": {}, "b": {"eval_data": 0.1}}, {}, "differ in eval_data"),
+        ({"a": {}, "b": {"tuner": "bitfit", "objective": "dpo"}}, {}, "arm b: .*pairs"),
+        ({"a": {}, "b": {}}, {"seeds": 0}, "seeds"),
+        ({"a": {}, "b": {}}, {"budget": "soon"}, "--budget: 'soon'"),
+        ({"a": {}, "b": {}}, {"metric": "los"}, "did you mean 'loss'"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(shared, tmp_path, arms, how, said):
+    with pytest.raises(RecipeError, match=said):
+        conduct(study({**shared, "max_steps": 1}, arms, **{"seeds": 1, **how}), tmp_path / "c")
+
+
+def test_two_commands_do_not_share_a_folder(shared, tmp_path):
+    import fcntl
+
+    (tmp_path / "c").mkdir()
+    with open(tmp_path / "c" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RecipeError, match="another process"):
+            conduct(study(shared, {"a": {}, "b": {}}), tmp_path / "c")
+
+
+def test_arms_from_the_command_line(tmp_path, tiny):
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(f"model: {tiny}\ntuner: {'lora' if name == 'one' else 'full'}\n")
+    arms = arms_of([str(tmp_path / "one.yaml"), str(tmp_path / "two.yaml")], ["learning_rate=0.5"])
+    assert list(arms) == ["one", "two"] and arms["two"].tuner == "full" and arms["one"].learning_rate == 0.5
+    assert list(arms_of([], [], "lora,ssf", "sft")) == ["lora", "ssf"]
+    assert list(arms_of([], [], "lora,ssf", "dpo,ipo")) == ["lora-dpo", "lora-ipo", "ssf-dpo", "ssf-ipo"]
+    with pytest.raises(RecipeError, match="two recipes or more"):
+        arms_of([str(tmp_path / "one.yaml")])
+    assert "no winner" in sentence("loss", {"a": {"mean": 1}, "b": {"mean": 2}}, [{"a": "a", "b": "b", "apart": False}], {})
+    assert fair(Study({k: r.but(data=SUMS) for k, r in arms.items()}))[0]["one"].evaluate
