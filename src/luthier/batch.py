@@ -163,6 +163,15 @@ class Batch:
             )
         return torch.tensor(values, device=self.ids.device)
 
+    def table(self, name: str) -> Tensor:
+        """[T, k] a list of k numbers per question, from a column of them for each completion."""
+        if self.altered:
+            raise RecipeError(f"column '{name}' answers for the rows as they are, and this objective also asks about altered ones")
+        values = [place for row in self.rows for completion in row[name] for place in completion]
+        if len(values) != len(self.owner):
+            raise RecipeError(f"column '{name}' holds {len(values)} lists for {len(self.owner)} supervised tokens: it was written for others")
+        return torch.tensor(values, device=self.ids.device, dtype=torch.float32 if values and isinstance(values[0][0], float) else torch.long)
+
     def note(self, **metrics: Tensor) -> None:
         """Keep a number for the log: the mean of what is given, over this batch."""
         for name, value in metrics.items():

@@ -41,6 +41,11 @@ class Batches:
     num_iterations: int = 1  # steps for each draw of live rows
 
 
+def every_term(place: int, name: str) -> bool:
+    """Which terms of an objective a closure is asked about, if nothing else is said."""
+    return True
+
+
 class TooLarge(MemoryError):
     """Memory ran out while a micro-batch was read: smaller ones may do."""
 
@@ -138,8 +143,8 @@ class Fit:
         *units, tokens, supervised, n_rows = self._sum(total).tolist()
         samples = "samples" in self.objective.wants
 
-        def closure(grad: bool = True, only: Callable[[str], bool] = lambda term: True) -> float:
-            """The loss of the global batch; with grad, its gradient into p.grad of what moves. only: of these terms, by name."""
+        def closure(grad: bool = True, only: Callable[[int, str], bool] = every_term) -> float:
+            """The loss of the global batch; with grad, its gradient into p.grad of what moves. only: of these terms (place, name)."""
             try:
                 return measure(grad, only)
             except (RuntimeError, MemoryError) as error:
@@ -147,7 +152,7 @@ class Fit:
                     raise TooLarge(str(error)) from None
                 raise
 
-        def measure(grad: bool, only: Callable[[str], bool]) -> float:
+        def measure(grad: bool, only: Callable[[int, str], bool]) -> float:
             value, seen, each = 0.0, {}, {}
             if grad:
                 for p in tuner.parameters().values():
@@ -157,8 +162,8 @@ class Fit:
                 torch.manual_seed(clock.fold("noise", m, acc.process_index))  # dropout: alike in every call of a step
                 with torch.set_grad_enabled(grad):
                     loss = 0.0
-                    for (weight, objective), n in zip(terms, units, strict=True):
-                        if not only(objective.name):
+                    for i, ((weight, objective), n) in enumerate(zip(terms, units, strict=True)):
+                        if not only(i, objective.name):
                             continue
                         values = objective.loss(roles, batch)
                         guards.right_count(values, objective, batch)
@@ -174,12 +179,13 @@ class Fit:
                     seen[name] = (seen.get(name, (0.0, 0))[0] + s, seen.get(name, (0.0, 0))[1] + k)
             if grad and acc.num_processes > 1:  # the averages are global already: gradients only add up
                 self._share([p for s in tuner.sites() for p in s.slots.values() if p.requires_grad])
-            if grad and clock.step == clock.first and n_rows:
+            if grad and only is every_term and clock.step == clock.first and n_rows:
                 guards.gradient_arrives(tuner, may_be_zero=samples)
             metrics.update({k: s / max(n, 1) for k, (s, n) in seen.items()})
             metrics.update({f"loss/{k}": v for k, v in each.items()})
             return float(self._sum(torch.tensor([value], dtype=torch.float64)))
 
+        closure.terms = len(terms)
         return closure, {"tokens": int(tokens), "supervised": int(supervised), "rows": int(n_rows)}
 
     def _share(self, params: Sequence[torch.nn.Parameter]) -> None:

@@ -33,9 +33,9 @@ class GradientDropout(Estimator):
             )
 
     def step(self, closure, chain, clock):
-        closure(only=lambda term: term == self.gate)
+        closure(only=lambda place, name: name == self.gate)
         gates = {site: {k: g.clone() for k, g in slots.items()} for site, slots in gradients(chain).items()}
-        loss = closure(only=lambda term: term != self.gate)
+        loss = closure(only=lambda place, name: name != self.gate)
         kept = {}
         for site, slots in gradients(chain).items():
             kept[site] = {k: self.dropped(a, gates.get(site, {}).get(k), clock.rng("gradient_dropout", site, k)) for k, a in slots.items()}

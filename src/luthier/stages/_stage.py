@@ -18,6 +18,8 @@ BY_COMPLETION = (
     "remembered",
     "token_weights",
     "win_rates",
+    "teacher_ids",
+    "teacher_logprobs",
 )  # columns with an entry for each completion
 
 

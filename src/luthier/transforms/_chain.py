@@ -27,6 +27,10 @@ class Transform:
         """slot -> gradient becomes slot -> update; `state` is this site's own and may be filled. step counts from 1."""
         raise NotImplementedError
 
+    def on(self, attached: Attached) -> Transform:
+        """This transform, knowing what it will be applied to."""
+        return self
+
     def gather(self, every: Mapping[str, Slots]) -> Mapping[str, Slots]:
         """Before any site is stepped: for transforms that look at all gradients together (clipping by global norm)."""
         return every
@@ -112,7 +116,7 @@ class Chain:
         learning_rate: float,
         factor: Callable[[int], float] = lambda step: 1.0,
     ):
-        self.transforms, self.attached, self.clock = tuple(transforms), attached, clock
+        self.transforms, self.attached, self.clock = tuple(t.on(attached) for t in transforms), attached, clock
         self.learning_rate, self.factor = learning_rate, factor
         self.state: dict[str, dict] = {}
 

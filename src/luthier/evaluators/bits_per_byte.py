@@ -1,0 +1,25 @@
+"""Bits per byte: how unlikely texts are, in a unit that does not depend on the tokenizer."""
+
+from __future__ import annotations
+
+import math
+
+from luthier.evaluators._evaluator import Evaluator, liked
+from luthier.evaluators.loss import Loss
+from luthier.method import evaluator
+
+
+@evaluator(row="monocoder", wants="completions logprobs generate")
+class BitsPerByte(Evaluator):
+    """`bits_per_byte`: -log2 p of each row's best completion, end of turn included, over the UTF-8 bytes of what it says."""
+
+    batch_size: int = 16  # rows read at once
+
+    def run(self, roles, rows, folder, when):
+        nats, size = 0.0, 0
+        said = Loss(batch_size=self.batch_size).by_row(roles, rows)
+        for row in liked(rows):
+            encoded = roles.policy.architecture.encode(row, roles.renderer)
+            asked = [t for t, mark in zip(encoded.completions[0], encoded.supervised[0], strict=True) if mark]
+            nats, size = nats + said[str(row["id"])][0], size + len(roles.text(asked).encode())
+        return {"bits_per_byte": nats / math.log(2) / size} if size else {}

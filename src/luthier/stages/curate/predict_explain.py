@@ -1,0 +1,44 @@
+"""Distilling step by step: a row with an answer and a rationale becomes two, one that answers and one that explains.
+
+Learn them as two tasks, `0.5*task_sft(answer) + 0.5*task_sft(rationale)`: the answer gains from the rationale, which is
+never written when the model is asked. Departs from the paper: prompts that want an answer carry no prefix, so that held-out
+rows and users ask as they always did.
+"""
+
+from __future__ import annotations
+
+from luthier.method import stage
+from luthier.stages._stage import Stage, without
+
+
+@stage(paper="arXiv:2305.02301", row="distilling-step-by-step", wants="completions rationale", gives="tasks", drops="pairs scores")
+class PredictExplain(Stage):
+    """(prompt -> answer), task answer; (explain + prompt -> rationale), task rationale. Rows without a rationale only answer."""
+
+    asks_model = False
+
+    column: str = "rationale"  # where the rationale is
+    explain: str = "[rationale] "  # what a prompt that wants the rationale begins with
+    predict: str = ""  # what a prompt that wants the answer begins with
+    before: str = ""  # what a rationale begins with (a blank, where the prompt ends without one)
+
+    @property
+    def needs(self):
+        return frozenset({"completions", self.column})
+
+    def __call__(self, rows, roles):
+        rows, out, silent = list(rows), [], 0
+        for row in rows:
+            if not isinstance(row["prompt"], str) or not row.get("completions"):
+                continue
+            plain, told = without(row), row.get(self.column)
+            out.append({**plain, "prompt": self.predict + row["prompt"], "completions": row["completions"][:1], "tasks": ["answer"]})
+            if isinstance(told, str) and told.strip():
+                asked = {**plain, "id": f"{row['id']}/rationale", "prompt": self.explain + row["prompt"]}
+                out.append({**asked, "completions": [self.before + told], "tasks": ["rationale"]})
+            else:
+                silent += 1
+        self.left(roles, sum(not isinstance(r["prompt"], str) for r in rows), len(rows), "their prompts are turns, not text")
+        if silent:
+            self.tell(roles, f"{silent} rows have no `{self.column}` and only answer")
+        return out

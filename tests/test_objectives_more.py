@@ -1,0 +1,249 @@
+"""Distillation from columns, denoisers, self-distillation, gradients of several terms, layer-wise rates: what their papers say holds."""
+
+from __future__ import annotations
+
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import luthier
+from conftest import SUMS, make_tokenizer
+from luthier.clock import Clock
+from luthier.method import RecipeError, build
+from luthier.stages.augment.ul2 import DENOISERS, corrupt, restored, spans
+from luthier.stages.rollout.teacher_top import calibrated
+
+TEXT = "the quick brown fox jumps over the lazy dog and runs away into the deep dark wood where nobody lives at all"
+
+
+def roles(step: int = 0):
+    tokenizer = make_tokenizer()
+    shown = lambda ids: tokenizer.decode(ids)
+    return SimpleNamespace(clock=Clock(seed=1), renderer=SimpleNamespace(tokenizer=tokenizer, shown=shown), tell=lambda s: None)
+
+
+# ---------------------------------------------------------------------------------------------- denoisers
+
+
+@pytest.mark.parametrize(("mean", "rate"), [kind for kinds in DENOISERS.values() for kind in kinds])
+def test_a_denoiser_hides_its_share_in_spans_of_its_length_and_can_be_undone(mean, rate):
+    rng, parts = torch.Generator().manual_seed(0), [f"w{i} " for i in range(256)]
+    hidden, count = 0, 0
+    for _ in range(200):
+        cut = spans(256, mean, rate, rng)
+        hidden += sum(len(b) for _, b in cut)
+        count += len(cut)
+        read, said = corrupt(parts, mean, rate, "<extra_id_{}>", rng)
+        assert restored(read, said) == "".join(parts)
+    assert hidden / (200 * 256) == pytest.approx(rate, rel=0.05)
+    assert hidden / count == pytest.approx(min(mean, 256 * rate), rel=0.1)
+
+
+def test_ul2_draws_modes_by_their_shares_from_seed_and_row():
+    stage = build("stage", {"name": "ul2", "shares": {"R": 0.5, "X": 0.3, "S": 0.2}})
+    rows = [{"id": i, "prompt": "", "completions": [TEXT]} for i in range(400)]
+    made = list(stage(rows, roles()))
+    seen = {m: sum(r["mode"] == m for r in made) / len(made) for m in "RXS"}
+    assert seen["R"] == pytest.approx(0.5, abs=0.08) and seen["S"] == pytest.approx(0.2, abs=0.06)
+    assert made == list(stage(rows, roles()))
+    for row in made:
+        read = row["prompt"].removeprefix(f"[{row['mode']}] ")
+        assert row["prompt"] != read
+        assert (read + row["completions"][0] if row["mode"] == "S" else restored(read, row["completions"][0])) == TEXT
+    target = [len(r["completions"][0]) / len(TEXT) for r in made if r["mode"] == "S"]
+    assert sum(target) / len(target) == pytest.approx(0.25, abs=0.06)
+    with pytest.raises(RecipeError, match="R, X and S"):
+        build("stage", {"name": "ul2", "shares": {"Q": 1.0}})
+
+
+def test_code_switching_exchanges_its_share_and_only_known_words():
+    words = [f"w{i}" for i in range(40)]
+    stage = build("stage", {"name": "code_switch", "dictionary": {w: [w.upper(), w + "X"] for w in words}})
+    rows = [{"id": i, "prompt": "", "completions": [" ".join(words)]} for i in range(100)]
+    changed = 0
+    for row in stage(rows, roles()):
+        for was, now in zip(words, row["prompt"].split(" "), strict=True):
+            assert now in (was, was.upper(), was + "X")
+            changed += was != now
+    assert changed / 4000 == pytest.approx(0.35, abs=0.02)
+    same = build("stage", {"name": "code_switch", "dictionary": {"w1": "W1"}, "share": 0.0})
+    assert [r["prompt"] for r in same(rows, roles())] == [r["completions"][0] for r in rows]
+
+
+def test_step_by_step_makes_two_tasks_of_a_row():
+    stage = build("stage", "predict_explain")
+    rows = [
+        {"id": 0, "prompt": "2+3=", "completions": ["5"], "rationale": "3 after 2 is 5"},
+        {"id": 1, "prompt": "1+1=", "completions": ["2"]},
+    ]
+    made = list(stage(rows, roles()))
+    assert [(r["prompt"], r["completions"], r["tasks"]) for r in made] == [
+        ("2+3=", ["5"], ["answer"]), ("[rationale] 2+3=", ["3 after 2 is 5"], ["rationale"]), ("1+1=", ["2"], ["answer"]),
+    ]  # fmt: skip
+
+
+def test_step_by_step_is_the_weighted_sum_of_two_losses(base, tmp_path):
+    rows = [{**r, "rationale": f"because of {r['answer']}"} for r in SUMS]
+    both = {**base, "data": rows, "stages": ["predict_explain"], "max_steps": 1, "per_device_train_batch_size": 16}
+    losses = {}
+    for alpha in (0.3, 1.0, 0.0):
+        terms = [{"name": "task_sft", "task": "answer", "weight": alpha}, {"name": "task_sft", "task": "rationale", "weight": 1 - alpha}]
+        losses[alpha] = luthier.tune({**both, "objective": terms}, folder=tmp_path / str(alpha)).losses[0]
+    assert losses[0.3] == pytest.approx(0.3 * losses[1.0] + 0.7 * losses[0.0], rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- teachers
+
+
+def test_first_with_the_whole_vocabulary_is_the_forward_kl(base, tiny, tmp_path):
+    teacher = {"roles": {"teacher": {"name": "model", "model": tiny}}}
+    tuned = luthier.tune({**base, "learning_rate": 3e-3}, folder=tmp_path / "t").folder
+    start = {**base, **teacher, "start": tuned, "max_steps": 1, "per_device_train_batch_size": 8}
+    whole = luthier.tune({**start, "objective": "distill"}, folder=tmp_path / "a")
+    stage = {"name": "teacher_top", "k": 262, "temperature": 1.0}
+    kept = luthier.tune({**start, "objective": "first", "stages": [stage]}, folder=tmp_path / "b")
+    assert kept.losses[0] == pytest.approx(whole.losses[0], rel=2e-3) and whole.losses[0] > 1e-3
+    row = json.loads((tmp_path / "b" / "rows.jsonl").read_text().splitlines()[0])
+    assert {len(place) for place in row["teacher_ids"][0]} == {262}
+
+
+def test_an_overconfident_teacher_is_tempered():
+    torch.manual_seed(0)
+    true = (torch.randn(4000, 5) * 1.5).log_softmax(-1)
+    right = torch.multinomial(true.exp(), 1).squeeze(1)
+    order = true.argsort(-1, descending=True)
+    ranked, hit = true.gather(1, order), order[:, 0] == right
+    assert calibrated((3 * ranked).log_softmax(-1), hit) == pytest.approx(3.0, abs=0.5)
+    assert calibrated(ranked, hit) == pytest.approx(1.0, abs=0.2)
+
+
+def test_self_distillation_is_nothing_at_the_teacher_and_keeps_the_student_near(base, tiny, tmp_path):
+    teacher = {"roles": {"teacher": {"name": "model", "model": tiny}}}
+    first = luthier.tune({**base, **teacher, "objective": "self_distill", "max_steps": 1}, folder=tmp_path / "z")
+    assert first.losses[0] == 0
+    from safetensors.torch import load_file
+
+    def moved(name: str, objective: str) -> float:
+        folder = luthier.tune(
+            {**base, **teacher, "objective": objective, "max_steps": 12, "learning_rate": 3e-3}, folder=tmp_path / name
+        ).folder
+        a, b = load_file(f"{folder}/model.safetensors"), load_file(f"{tiny}/model.safetensors")
+        return math.sqrt(sum(float((a[k].float() - b[k].float()).square().sum()) for k in a))
+
+    assert moved("near", "sft + 5*self_distill") < moved("free", "sft")
+
+
+# ---------------------------------------------------------------------------------------------- gradients of several terms
+
+
+def combined(name: str, grads: torch.Tensor) -> torch.Tensor:
+    share = build("estimator", name).combine(grads.double() @ grads.double().T, torch.Generator().manual_seed(0))
+    return share.float() @ grads
+
+
+def test_pcgrad_leaves_agreeing_gradients_and_projects_conflicting_ones():
+    agree = torch.tensor([[1.0, 0.0], [0.5, 1.0]])
+    assert torch.allclose(combined("pcgrad", agree), agree.sum(0))
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([-0.5, 1.0])
+    want = (a - (a @ b) / (b @ b) * b) + (b - (b @ a) / (a @ a) * a)
+    assert torch.allclose(combined("pcgrad", torch.stack([a, b])), want)
+
+
+def test_min_norm_is_the_shortest_mix_and_no_term_is_against_it():
+    a, b = torch.tensor([1.0, 0.0]), torch.tensor([-0.5, 1.0])
+    share = float(((b - a) @ b / (a - b).square().sum()).clamp(0, 1))
+    assert torch.allclose(combined("min_norm", torch.stack([a, b])), share * a + (1 - share) * b, atol=1e-5)
+    torch.manual_seed(0)
+    grads = torch.randn(4, 12)
+    step = combined("min_norm", grads)
+    assert (grads @ step >= float(step.square().sum()) - 1e-2).all()
+
+
+@pytest.mark.parametrize("name", ["pcgrad", "min_norm"])
+def test_terms_are_trained_together_and_one_term_is_backprop(base, tmp_path, name):
+    report = luthier.tune(
+        {**base, "objective": "sft + 0.5*kl", "tuner": "lora", "estimator": name, "learning_rate": 1e-2}, folder=tmp_path / "a"
+    )
+    assert report.losses[-1] < report.losses[0]
+    alone = [luthier.tune({**base, "estimator": e}, folder=tmp_path / e).losses for e in (name, "backprop")]
+    assert alone[0] == alone[1]
+
+
+def test_glad_without_its_share_is_backprop_and_with_all_of_it_sam(base, tmp_path):
+    def end(name: str, estimator) -> list[float]:
+        return luthier.tune({**base, "estimator": estimator}, folder=tmp_path / name).losses
+
+    assert end("a", {"name": "glad", "alpha": 0.0}) == end("b", "backprop")
+    assert end("c", {"name": "glad", "alpha": 1.0, "rho": 0.1}) == pytest.approx(end("d", {"name": "sam", "rho": 0.1}), rel=1e-5)
+
+
+def test_glad_on_a_quadratic_is_its_closed_form():
+    from luthier.transforms._chain import Chain
+    from luthier.tuners._tuner import Attached, Site
+
+    torch.manual_seed(0)
+    A = torch.randn(6, 6)
+    H, p = A @ A.T / 6, torch.nn.Parameter(torch.randn(6))
+
+    class One(Attached):
+        def every_site(self):
+            return [Site("p", {"weight": p})]
+
+    seen = {}
+
+    class Keep:
+        def on(self, attached):
+            return self
+
+        def gather(self, every):
+            return every
+
+        def apply(self, grads, state, site, step):
+            seen.update(grads)
+            return grads
+
+    clock = Clock(seed=0, total=1)
+    chain = Chain([Keep()], One(SimpleNamespace(name="x"), torch.nn.Identity()), clock, 0.0)
+
+    def closure(grad=True):
+        p.grad = None
+        loss = 0.5 * p @ H @ p
+        loss.backward()
+        return float(loss)
+
+    g = (H @ p).detach()
+    build("estimator", {"name": "glad", "alpha": 0.4, "rho": 1e-2}).step(closure, chain, clock)
+    assert torch.allclose(seen["weight"], g + 0.4 * 1e-2 * H @ g / g.norm(), atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------- rates, bytes
+
+
+def test_layerwise_rates_are_the_formula(tiny):
+    from transformers import AutoModelForCausalLM
+
+    from luthier.transforms._chain import Chain
+
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    attached = build("tuner", "full").attach(model)
+    before = {k: p.detach().clone() for k, p in model.named_parameters()}
+    chain = Chain([build("transform", {"name": "layerwise_decay", "decay": 0.5})], attached, Clock(seed=0, total=1), 0.1)
+    chain.step({s.name: {k: torch.ones_like(p) for k, p in s.slots.items()} for s in chain.sites()})
+    step = {k: float((before[k] - p).mean()) for k, p in model.named_parameters()}
+    assert [step[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(4)] == pytest.approx(
+        [0.1 * 0.5 ** (3 - i) for i in range(4)], rel=1e-3
+    )
+    assert step["model.embed_tokens.weight"] == pytest.approx(0.1 * 0.5**4, rel=1e-3) and step["model.norm.weight"] == pytest.approx(
+        0.1, rel=1e-3
+    )
+
+
+def test_bits_per_byte_are_those_of_the_text(base, tmp_path):
+    report = luthier.tune({**base, "eval_data": 0.3, "evaluate": ["loss", "bits_per_byte"], "max_steps": 1}, folder=tmp_path / "a")
+    by_row = json.loads((tmp_path / "a" / "by-row-before.json").read_text()) if (tmp_path / "a" / "by-row-before.json").is_file() else None
+    assert report.before["bits_per_byte"] > 0 and (by_row is None or len(by_row["loss"]) > 3)
+    tokens = report.before["loss"] / math.log(2)  # a byte is a token here, but for the end of turn, which is asked and says nothing
+    assert report.before["bits_per_byte"] == pytest.approx(tokens * 1.7, rel=0.4)
