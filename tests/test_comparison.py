@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 
 import luthier
+from conftest import SUMS
 from luthier.comparison import Study, arms_of, conduct, fair, sentence, understood
 from luthier.method import RecipeError
 from luthier.recipe import Recipe
-
-from conftest import SUMS
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """UL2's mixture of denoisers: a text becomes what is read (with gaps, after a mode token) and what is said (the gaps).
 
 R hides short spans of 15 %, X long spans or half of the text, S everything behind a random place (a prefix LM). Each text
-gets one denoiser, drawn from (seed, step, row). Spans are of tokens, as in T5: their lengths are random compositions of the
+gets one denoiser, drawn from (seed, step, row). A row with a prompt is read as one text with it. Spans are of tokens, as in T5: their lengths are random compositions of the
 share that is hidden. On an encoder-decoder and on a causal model alike; the latter reads its input causally (UL2R trains
 prefix LMs, which read it from both sides).
 """
@@ -41,11 +41,11 @@ class UL2(Stage):
     def __call__(self, rows, roles):
         out = []
         for row in rows:
-            text = row["completions"][0] if row.get("prompt") == "" and len(row["completions"]) == 1 else None
-            if isinstance(text, str) and text:
+            halves = (row.get("prompt"), row["completions"][0])
+            if all(isinstance(half, str) for half in halves) and len(row["completions"]) == 1 and (text := "".join(halves)):
                 read, said, mode = self.denoised(text, row["id"], roles)
                 out.append({**without(row), "prompt": self.modes.get(mode, "") + read, "completions": [said], "mode": mode})
-        self.left(roles, len(rows) - len(out), len(rows), "they are no plain texts")
+        self.left(roles, len(rows) - len(out), len(rows), "they are no plain texts, or several")
         return out
 
     def denoised(self, text, key, roles):
