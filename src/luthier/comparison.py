@@ -321,10 +321,10 @@ def judge(study: Study, found: Mapping[str, Found]) -> dict[str, Any]:
     table: dict[str, dict[str, Any]] = {}
     pairs: dict[str, list[dict[str, Any]]] = {}
     for metric in [*metrics, *COSTS]:
-        values = {n: _values(ended[n], reports[n], metric) for n in ended}
-        if any(v is None for v in values.values()):
+        values = {n: v for n in ended if (v := _values(ended[n], reports[n], metric)) is not None}
+        if len(values) < len(ended):
             continue
-        table[metric] = {n: _cell(v) for n, v in values.items() if v is not None}
+        table[metric] = {n: _cell(v) for n, v in values.items()}
         if metric not in COSTS and "/" not in metric:
             pairs[metric] = _pairs(values)
     if ended and study.metric not in table:

@@ -41,8 +41,9 @@ class UL2(Stage):
     def __call__(self, rows, roles):
         out = []
         for row in rows:
-            halves = (row.get("prompt"), row["completions"][0])
-            if all(isinstance(half, str) for half in halves) and len(row["completions"]) == 1 and (text := "".join(halves)):
+            halves = [half for half in (row["prompt"], *row["completions"]) if isinstance(half, str)]
+            text = "".join(halves)
+            if len(halves) == 2 == 1 + len(row["completions"]) and text:
                 read, said, mode = self.denoised(text, row["id"], roles)
                 out.append({**without(row), "prompt": self.modes.get(mode, "") + read, "completions": [said], "mode": mode})
         self.left(roles, len(rows) - len(out), len(rows), "they are no plain texts, or several")
