@@ -20,7 +20,7 @@ LAYER = re.compile(r"\b(?:layers?|h|blocks?)\.(\d+)\b")
 BELOW = re.compile(r"embed|\bwte\b|\bwpe\b|\bshared\b")
 
 
-@transform(paper="DOI:10.1016/j.patter.2023.100729", row="stable-ft-biomedical")
+@transform(paper="doi:10.1016/j.patter.2023.100729", row="stable-ft-biomedical")
 class LayerwiseDecay(Transform):
     """update * decay^(layers above)."""
 
