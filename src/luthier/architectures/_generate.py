@@ -1,4 +1,4 @@
-"""Writing: each prompt is read once for all its samples, and finished sequences leave the batch.
+"""Writing: each prompt is read once for all its samples, and finished sequences leave the batch, several at a time.
 
 Sampling is by inverse CDF from uniforms that belong to (seed, sample, position): the same seed writes the same text
 whatever else is in the batch, up to the rounding of the network itself.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from luthier.architectures._network import Network
 
 SEQUENCES = 64  # written at once
+LEAVE = 0.25  # share of idle rows at which they leave: each time, what is kept of all others is copied
+ROOM = 64  # places that a cache gains at a time
 _cached: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # model -> can it write with a cache?
 
 
@@ -66,20 +69,22 @@ def generate(
 def _write(writer: Writer, prompts: list[list[int]], n: int, ends: list[int], pick: Picker, stop: set[int]) -> list[list[int]]:
     logits = writer.begin(prompts, n)
     written: list[list[int]] = [[] for _ in ends]
-    which = list(range(len(ends)))  # the sequence in each row
-    while which:
-        tokens = pick(logits, which, len(written[which[0]]))
+    which = list(range(len(ends)))  # the sequence in each row; finished ones stay until a quarter of the rows is idle
+    going = set(which)
+    while True:
+        tokens = pick(logits, which, len(written[next(iter(going))]))
         for i, t in zip(which, tokens.tolist(), strict=True):
-            written[i].append(t)
-        going = [k for k, i in enumerate(which) if written[i][-1] not in stop and len(written[i]) < ends[i]]
-        if going and len(going) < len(which):
-            rows = torch.tensor(going, device=tokens.device)
+            if i in going:
+                written[i].append(t)
+        going = {i for i in going if written[i][-1] not in stop and len(written[i]) < ends[i]}
+        if not going:
+            return written
+        if len(which) - len(going) >= LEAVE * len(which):
+            kept = [k for k, i in enumerate(which) if i in going]
+            rows = torch.tensor(kept, device=tokens.device)
             writer.keep(rows)
-            tokens = tokens[rows]
-        which = [which[k] for k in going]
-        if which:
-            logits = writer.next(tokens)
-    return written
+            tokens, which = tokens[rows], [which[k] for k in kept]
+        logits = writer.next(tokens)
 
 
 class Picker:
@@ -154,6 +159,8 @@ class Cached(Writer):
         self.mask, self.position = mask, (mask.cumsum(-1) - 1).clamp(min=0)
         said = self.model(**inputs, **self.where(), use_cache=True, logits_to_keep=1)
         self.cache = said.past_key_values
+        for layer in getattr(self.cache, "layers", ()):
+            roomy(layer)
         if n > 1:
             self.cache.batch_repeat_interleave(n)
         self.mask, self.position = self.mask.repeat_interleave(n, 0), self.position[:, -1:].repeat_interleave(n, 0)
@@ -169,8 +176,52 @@ class Cached(Writer):
     def next(self, tokens):
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
         self.position = self.position + 1
-        said = self.model(input_ids=tokens[:, None], **self.where(), past_key_values=self.cache, use_cache=True)
+        where = self.where()
+        if self.bare:  # as the network would make it, if it were asked to
+            where["attention_mask"] = self.mask[:, None, None].bool()
+        said = self.model(input_ids=tokens[:, None], **where, past_key_values=self.cache, use_cache=True)
         return said.logits[:, -1]
+
+    @cached_property
+    def bare(self) -> bool:
+        """Does the network hand a whole mask [B, 1, 1, W] to its attention as it is, in every layer alike?"""
+        config = self.model.config.get_text_config()
+        kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+        return config._attn_implementation == "sdpa" and not kinds and not getattr(config, "sliding_window", None)
+
+
+def roomy(layer: Any) -> None:
+    """A cache layer of transformers that grows by copying itself at every token shall grow by ROOM tokens."""
+    from transformers.cache_utils import DynamicLayer
+
+    if type(layer) is DynamicLayer:
+        layer.__class__ = _roomy()
+
+
+@lru_cache(maxsize=1)
+def _roomy() -> type:
+    from transformers.cache_utils import DynamicLayer
+
+    class Roomy(DynamicLayer):
+        """keys and values are the filled part of longer tensors."""
+
+        longer: tuple[Tensor, Tensor] | None = None
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            held, stop = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+            mine = self.longer
+            if mine is None or mine[0].data_ptr() != self.keys.data_ptr() or mine[0].shape[-2] < stop:  # full, or rows have left
+                size = stop + ROOM
+                made = [x.new_empty(*x.shape[:-2], size, x.shape[-1]) for x in (self.keys, self.values)]
+                for new, old in zip(made, (self.keys, self.values), strict=True):
+                    new[..., :held, :] = old
+                self.longer = mine = (made[0], made[1])
+            mine[0][..., held:stop, :] = key_states
+            mine[1][..., held:stop, :] = value_states
+            self.keys, self.values = (x[..., :stop, :] for x in mine)
+            return self.keys, self.values
+
+    return Roomy
 
 
 class Rereading(Writer):

@@ -37,14 +37,22 @@ def gradients(chain: Chain) -> dict[str, Slots]:
 
 
 @contextmanager
-def displaced(chain: Chain, aside: Callable[[Site, str, Tensor], Tensor | None]) -> Iterator[None]:
-    """The network with every moving tensor p at p + aside(site, slot, p), for a while (None: where it is).
+def displaced(chain: Chain, aside: Callable[[Site, str, Tensor], Tensor | None]) -> Iterator[Callable[[], None]]:
+    """The network with every moving tensor p at p + aside(site, slot, p), for a while (None: where it is). What is yielded,
+    called once, brings it to the point opposite: p - (what p + aside was rounded to - p).
 
     Tensors are exchanged, not written: p + d - d is not p in floating point, and memory may run out in between. So they
-    come back bit for bit however the block ends, for one more copy of what moves; what is frozen is never copied.
+    come back bit for bit however the block ends, for one more copy of what moves; what is frozen is never copied. aside
+    gives its tensor away: in fp32 it becomes the displaced one.
     """
     kept: list[tuple[Any, Tensor]] = []
     asked, got, first = 0.0, 0.0, chain.clock.step == chain.clock.first
+
+    def mirror() -> None:
+        with torch.no_grad():
+            for p, was in kept:
+                p.data.neg_().add_(was, alpha=2)
+
     try:
         with torch.no_grad():
             for site in chain.sites():
@@ -54,16 +62,21 @@ def displaced(chain: Chain, aside: Callable[[Site, str, Tensor], Tensor | None])
                         continue
                     was = p.data
                     kept.append((p, was))
-                    p.data = (was + d).to(was.dtype)
-                    if first and was.dtype.itemsize < 4:
+                    low = was.dtype.itemsize < d.dtype.itemsize
+                    if first and low:
+                        p.data = (was + d).to(was.dtype)
                         asked += float(d.square().sum())
                         got += float(((p.data.float() - was.float()) * d).sum())
+                    elif low or was.dtype == d.dtype:
+                        p.data = d.add_(was).to(was.dtype)
+                    else:
+                        p.data = was + d
         if got < asked / 10:
             raise Refused(
                 f"{kept[0][1].dtype} rounds {100 - 100 * got / asked:.0f}% of this estimator's step aside away, so it would measure next "
                 "to nothing: give it a longer one (eps, rho), dtype: float32, or a tuner with few weights of its own"
             )
-        yield
+        yield mirror
     finally:
         for p, was in kept:
             p.data = was

@@ -1,0 +1,114 @@
+"""Writing: shared prompts, rows that leave and a growing cache change nothing of what is written. MeZO restores bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import zoo
+from luthier.architectures import _generate as writing
+from luthier.clock import Clock
+from luthier.estimators._estimator import displaced
+from luthier.estimators.mezo import direction
+from luthier.method import build
+from luthier.transforms._chain import Chain
+from luthier.tuners._subset import Weights
+from luthier.tuners._tuner import Untuned
+
+PROMPTS = [zoo.tokens(k, k) for k in (3, 9, 1, 6)]
+FAMILIES = ["llama", "qwen2_moe", "gpt2", "gemma3", "mistral"]
+
+
+def write(name: str, prompts, seeds, **how):
+    model = zoo.make(name)
+    return writing.generate(writing.decoder_writer(model, Untuned(model)), prompts, seeds=seeds, **{"max_new_tokens": 20, **how})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_is_what_transformers_writes(name):
+    model = zoo.make(name)
+    ours = writing.generate(writing.decoder_writer(model, Untuned(model)), PROMPTS, seeds=[0] * 4, temperature=0.0, max_new_tokens=20)
+    for prompt, (mine,) in zip(PROMPTS, ours, strict=True):
+        said = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=None, use_cache=True)
+        assert mine == said[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_shared_prompt_writes_what_separate_ones_do(name):
+    together = write(name, PROMPTS, [5, 6, 7, 8], n=3)
+    for i, prompt in enumerate(PROMPTS):
+        assert write(name, [prompt], [5 + i], n=3) == [together[i]]
+
+
+@pytest.mark.parametrize("leave", [0.0, 0.25, 2.0])
+def test_rows_that_leave_change_nothing(leave, monkeypatch):
+    stop = range(3, 40)  # many stops: rows end at every length
+    usual = write("llama", PROMPTS, [1, 2, 3, 4], n=4, stop=stop)
+    assert len({len(c) for row in usual for c in row}) > 3
+    monkeypatch.setattr(writing, "LEAVE", leave)
+    monkeypatch.setattr(writing, "ROOM", 3)
+    assert write("llama", PROMPTS, [1, 2, 3, 4], n=4, stop=stop) == usual
+
+
+def test_seeds_belong_to_samples_not_to_batches(monkeypatch):
+    alone = [write("llama", [p], [s], n=2)[0] for p, s in zip(PROMPTS, (9, 8, 7, 6), strict=True)]
+    monkeypatch.setattr(writing, "SEQUENCES", 5)
+    assert write("llama", PROMPTS, [9, 8, 7, 6], n=2) == alone
+    assert write("llama", PROMPTS[::-1], [6, 7, 8, 9], n=2) == alone[::-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_mezo_leaves_every_bit_where_it_was(dtype):
+    """lr 0: after a step, and after an error in the middle of one, all weights are bit for bit what they were."""
+    model = zoo.make("llama").to(dtype)
+    tuner = Weights(build("tuner", "full"), model, lambda name, p: True)
+    before = {k: p.detach().clone() for k, p in model.named_parameters()}
+    chain, seen = Chain((), tuner, Clock(), 0.0), []
+
+    def closure(grad):
+        seen.append({k: p.detach().double() for k, p in model.named_parameters()})
+        if len(seen) == 4:
+            raise MemoryError
+        return float(len(seen))
+
+    mezo = build("estimator", {"name": "mezo", "eps": 1e-2})
+    mezo.step(closure, chain, chain.clock)
+    with pytest.raises(MemoryError):
+        mezo.step(closure, chain, chain.clock)
+    for k, p in model.named_parameters():
+        assert torch.equal(p, before[k]), k
+        middle = (seen[0][k] + seen[1][k]) / 2  # the probes lie opposite each other
+        assert torch.allclose(middle, before[k].double(), atol=4e-3 if dtype == torch.bfloat16 else 1e-7), k
+        assert not torch.equal(seen[0][k], seen[1][k])
+
+
+def test_the_mirror_of_fp32_is_exact_where_rounding_allows():
+    model = zoo.make("llama")
+    tuner = Weights(build("tuner", "full"), model, lambda name, p: True)
+    chain = Chain((), tuner, Clock(), 0.0)
+    with displaced(chain, lambda site, slot, p: torch.full(p.shape, 0.5)) as mirror:
+        mirror()
+        far = {k: p.detach().clone() for k, p in model.named_parameters()}
+    for k, p in model.named_parameters():
+        assert torch.allclose(far[k], p - 0.5, atol=1e-6)
+
+
+def test_a_direction_does_not_depend_on_threads():
+    like = torch.empty(3, 2**20)
+    one = direction(Clock(3), 0, "layer", "weight", like)
+    was = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert torch.equal(one, direction(Clock(3), 0, "layer", "weight", like))
+    finally:
+        torch.set_num_threads(was)
+    assert abs(float(one.mean())) < 2e-3 and abs(float(one.std()) - 1) < 2e-3
+    assert float((one[0] * one[1]).mean().abs()) < 5e-3  # pieces are drawn apart
+
+
+def test_signs_are_fair_and_apart():
+    like = torch.empty(1000, 1001)
+    z = direction(Clock(3), 0, "layer", "weight", like, "sign")
+    assert set(z.unique().tolist()) == {-1.0, 1.0} and abs(float(z.mean())) < 5e-3
+    assert abs(float((z[:, 1:] * z[:, :-1]).mean())) < 5e-3 and torch.equal(z, direction(Clock(3), 0, "layer", "weight", like, "sign"))
+    assert not torch.equal(z, direction(Clock(3, step=1), 0, "layer", "weight", like, "sign"))
