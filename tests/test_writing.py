@@ -66,7 +66,7 @@ def test_mezo_leaves_every_bit_where_it_was(dtype):
     chain, seen = Chain((), tuner, Clock(), 0.0), []
 
     def closure(grad):
-        seen.append({k: p.detach().double() for k, p in model.named_parameters()})
+        seen.append({k: p.detach().clone().double() for k, p in model.named_parameters()})
         if len(seen) == 4:
             raise MemoryError
         return float(len(seen))
