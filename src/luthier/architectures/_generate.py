@@ -187,7 +187,8 @@ class Cached(Writer):
         """Does the network hand a whole mask [B, 1, 1, W] to its attention as it is, in every layer alike?"""
         config = self.model.config.get_text_config()
         kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
-        return config._attn_implementation == "sdpa" and not kinds and not getattr(config, "sliding_window", None)
+        reads = getattr(config, "alibi", False) or getattr(config, "sliding_window", None)  # what makes more of a mask [B, W]
+        return config._attn_implementation == "sdpa" and self.tells and not kinds and not reads
 
 
 def roomy(layer: Any) -> None:
@@ -208,14 +209,13 @@ def _roomy() -> type:
         longer: tuple[Tensor, Tensor] | None = None
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            held, stop = self.keys.shape[-2], self.keys.shape[-2] + key_states.shape[-2]
+            filled: Any = (self.keys, self.values)
+            held, stop = filled[0].shape[-2], filled[0].shape[-2] + key_states.shape[-2]
             mine = self.longer
-            if mine is None or mine[0].data_ptr() != self.keys.data_ptr() or mine[0].shape[-2] < stop:  # full, or rows have left
-                size = stop + ROOM
-                made = [x.new_empty(*x.shape[:-2], size, x.shape[-1]) for x in (self.keys, self.values)]
-                for new, old in zip(made, (self.keys, self.values), strict=True):
-                    new[..., :held, :] = old
-                self.longer = mine = (made[0], made[1])
+            if mine is None or mine[0].data_ptr() != filled[0].data_ptr() or mine[0].shape[-2] < stop:  # full, or rows have left
+                k, v = (x.new_empty(*x.shape[:-2], stop + ROOM, x.shape[-1]) for x in filled)
+                k[..., :held, :], v[..., :held, :] = filled
+                self.longer = mine = (k, v)
             mine[0][..., held:stop, :] = key_states
             mine[1][..., held:stop, :] = value_states
             self.keys, self.values = (x[..., :stop, :] for x in mine)
