@@ -218,8 +218,9 @@ def _roomy() -> type:
                 self.longer = mine = (k, v)
             mine[0][..., held:stop, :] = key_states
             mine[1][..., held:stop, :] = value_states
-            self.keys, self.values = (x[..., :stop, :] for x in mine)
-            return self.keys, self.values
+            k, v = (x[..., :stop, :] for x in mine)
+            self.keys, self.values = k, v
+            return k, v
 
     return Roomy
 
