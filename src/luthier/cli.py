@@ -101,9 +101,19 @@ def chat(
 @app.command()
 def methods(
     kind: Annotated[str | None, typer.Option(help="One kind: tuner, objective, transform, ...")] = None,
+    wide: Annotated[
+        bool, typer.Option("--wide", help="Of tuners: what each can do, tried just now, and how much of a Llama-7B moves.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """List every method: what moves, toward what, how, and so on."""
+    if wide:
+        if kind not in (None, "tuner"):
+            raise RecipeError(f"--wide is a table of tuners; there is none of {kind}s")
+        from luthier import abilities
+
+        show(abilities.tuners(), as_json, abilities.WIDE)
+        return
     from luthier import catalogue
 
     found = catalogue.methods(kind)

@@ -26,6 +26,7 @@ class SPT(Sparse):
     """Sensitivity-aware tuning."""
 
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
+    on_quantized: ClassVar[bool] = False  # sensitivities are gradients of dense weights
 
     budget: Annotated[int, Field(ge=1)] | None = None  # parameters that move; null: density of the chosen weights
     alpha: Annotated[float, Field(ge=0)] = 10.0  # LoRA where its parameters are at most alpha per sensitive entry; 0 = never
