@@ -24,7 +24,7 @@ from luthier.method import RecipeError, build, cards, find
 SMALL = {"r": 2, "num_virtual_tokens": 2, "init_rows": 2, "n_layers": 1}  # of a tiny network
 WIDE = ("name", "paper", "share", "merge", "off", "lora", "quantized", "tied", "experts")
 IDS = torch.arange(3, 17).reshape(2, 7)
-SEVEN = dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32, vocab_size=32000)
+SEVEN: dict[str, Any] = dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32, vocab_size=32000)
 DEPTH = 32
 
 
@@ -42,7 +42,9 @@ def tuners() -> list[dict[str, Any]]:
 def _llama(layers: int, device: str = "cpu", **shape: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    small = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, initializer_range=0.2)
+    small: dict[str, Any] = dict(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, initializer_range=0.2
+    )
     torch.manual_seed(0)
     with torch.device(device):
         return LlamaForCausalLM(LlamaConfig(**{**small, **shape}, num_hidden_layers=layers)).eval()
@@ -59,7 +61,9 @@ def _experts() -> Any:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
-    shape = dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2)
+    shape: dict[str, Any] = dict(
+        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2
+    )
     return MixtralForCausalLM(MixtralConfig(**shape, num_local_experts=2, num_experts_per_tok=1)).eval()
 
 
