@@ -40,7 +40,7 @@ class Causal(LanguageModel):
     share_prompts: bool = True  # read a prompt once for all its completions
     blocks: bool = True  # attention of packed rows block by block, where the network lets it be chosen; false: by a mask
     width: int = 256  # places in a row packed under a mask, at least; longer sequences make longer rows
-    neftune_noise_alpha: Annotated[float, Field(ge=0), Range(1.0, 15.0)] = 0.0  # NEFTune: noise on embeddings; papers take 5
+    neftune_noise_alpha: Annotated[float, Field(ge=0), Range(1, 15)] = 0.0  # noise on embeddings in training (NEFTune; papers: 5)
 
     def suits(self, config: Any) -> bool:
         from transformers.models.auto import modeling_auto as auto
