@@ -586,7 +586,7 @@ def test_meta_tuning_answers_questions_it_was_not_tuned_on(roles, tmp_path):
         return auc(yes, torch.tensor([r["completions"] == [[5]] for r in asked]))
 
     before = measure()
-    fit(small, build("objective", "sft"), tuned, steps=220, lr=5e-3)
+    fit(small, build("objective", "sft"), tuned, steps=400)
     assert before < 0.65 and measure() > 0.8
     words = [{"id": f"{i}", "prompt": f"{w}\n", "completions": [w]} for i, w in enumerate(("good", "bad", "good"))]
     rows = build("stage", {"name": "yes_no", "questions": {"good": ["Good?", "Fine?"]}})(words, _Nobody())

@@ -26,6 +26,7 @@ SHAPES = {
     "ranked": {"prompt": "Hi", "completions": ["What?", "Hello!"], "scores": [1, 7.5]},
     "completions": {"prompt": "Hi", "completions": ["Hello!"]},
     "stepwise": {"prompt": "2+2*3?", "completions": ["2*3=6", "2+6=9"], "labels": [True, False]},
+    "step_preference": {"prompt": "2+2*3?", "prefix": "2*3=6\n", "chosen": "2+6=8", "rejected": "2+6=9"},
     "labelled": {"text": "a fine film", "label": 1},
     "prompt": {"prompt": "2+2=", "answer": "4"},
     "question_answer": {"question": "What is 2+2?", "answer": "2+2=4\n#### 4"},

@@ -28,6 +28,7 @@ from luthier.roles import Policy
 from luthier.transforms._chain import Chain
 from luthier.tuners._anatomy import kind_of, layer_of, part_of
 from luthier.tuners._delta import Delta
+from luthier.tuners._tuner import Untuned
 from luthier.tuners.cofitune import normalised
 from luthier.tuners.hft import half
 
@@ -716,7 +717,7 @@ def test_spt_on_a_model(tmp_path):
     assert abs(moving - 600) <= 12 and any(v < 0 for v in attached.settings.plan.values())
     assert torch.equal(say(attached.model), say(base()))
     full = base()
-    Causal().forward(full, SimpleNamespace(virtual=0), batch()).logprobs.mean().neg().backward()
+    Causal().forward(full, Untuned(full), batch()).logprobs.mean().neg().backward()
     from luthier.tuners._sense import squared_gradients
 
     name = "model.layers.1.self_attn.o_proj"

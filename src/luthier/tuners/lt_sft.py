@@ -12,7 +12,7 @@ rounds, and without the L1 term. Norms stay where they are unless named.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -24,6 +24,8 @@ from luthier.tuners._sparse import Sparse
 @tuner(paper="arXiv:2110.07560", row="lt-sft", gives="off merge")
 class LTSFT(Sparse):
     """Lottery-ticket sparse fine-tuning."""
+
+    on_quantized: ClassVar[bool] = False  # its first phase moves whole weights
 
     dense_share: Annotated[float, Field(ge=0, lt=1)] = 0.5  # of the run's steps: how long all weights move
     counts: dict[str, int] | None = None  # entries of each module; filled in when they are chosen
