@@ -16,7 +16,7 @@ from luthier.estimators._estimator import Estimator, displaced, gradients
 from luthier.method import Range, estimator
 
 
-@estimator(paper="arXiv:2407.07642", row="glad", gives="grad")
+@estimator(paper="arXiv:2507.13089", row="glad", gives="grad")
 class GLAD(Estimator):
     """A mix of the gradient here and the gradient up the slope."""
 

@@ -1,4 +1,4 @@
-"""Code-switching restore: some words of a text are exchanged for words of the other language, and the text is restored.
+"""Code-switching restore (CSR): some words of a text are exchanged for words of the other language, and the text is restored.
 
 An act between pretraining and learning to translate. Departs from the paper in where the dictionary comes from: it is given
 (the paper learns it from the task's own texts by word2vec and VecMap); words without an entry stay as they are.
@@ -17,7 +17,7 @@ from luthier.method import RecipeError, stage
 from luthier.stages._stage import Stage, without
 
 
-@stage(paper="arXiv:2309.01056", row="csr", wants="completions")
+@stage(row="csr", wants="completions")
 class CodeSwitch(Stage):
     """Texts become (text with exchanged words -> text)."""
 
