@@ -11,7 +11,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from luthier import catalogue, claims
+from luthier import apart, catalogue, claims
 from luthier.cli import app
 from luthier.method import RecipeError
 from luthier.recipe import Recipe
@@ -91,11 +91,11 @@ def test_a_fresh_run_measures_its_own_memory(folder):
     hold[::4096] = b"x" * len(hold[::4096])
     change(folder, fresh=True, arms={"a": {"max_steps": 0}, "b": {"max_steps": 1}}, expect="b > a by 0 in stats.peak_memory_mb", seeds=2)
     claim = claims.read("toy", folder)
-    claims._alone(claim.recipe("a", 0), folder / "runs/a")
+    apart.tune(claim.recipe("a", 0), folder / "runs/a")
     said = json.loads((folder / "runs/a/report.json").read_text(encoding="utf-8"))
     assert 100 < said["stats"]["peak_memory_mb"] < 900
     with pytest.raises(RecipeError, match="no practice world .nowhere."):
-        claims._alone({**claim.recipe("a", 0), "data": "practice:nowhere"}, folder / "runs/b")
+        apart.tune({**claim.recipe("a", 0), "data": "practice:nowhere"}, folder / "runs/b")
 
 
 # ---------------------------------------------------------------------------------------------- verdicts

@@ -81,7 +81,7 @@ def test_step_by_step_makes_two_tasks_of_a_row():
     ]
     made = list(stage(rows, roles()))
     assert [(r["prompt"], r["completions"], r["tasks"]) for r in made] == [
-        ("2+3=", ["5"], ["answer"]), ("[rationale] 2+3=", ["3 after 2 is 5"], ["rationale"]), ("1+1=", ["2"], ["answer"]),
+        ("2+3=", ["5"], ["answer"]), ("[rationale] 2+3=", ["3 after 2 is 5"], ["rationale"]),
     ]  # fmt: skip
 
 
@@ -164,7 +164,14 @@ def test_min_norm_is_the_shortest_mix_and_no_term_is_against_it():
 
 @pytest.mark.parametrize("name", ["pcgrad", "min_norm"])
 def test_terms_are_trained_together_and_one_term_is_backprop(base, tmp_path, name):
-    recipe = {**base, "objective": "sft + 0.5*dft", "estimator": name, "learning_rate": 3e-3, "max_steps": 16, "per_device_train_batch_size": 16}
+    recipe = {
+        **base,
+        "objective": "sft + 0.5*dft",
+        "estimator": name,
+        "learning_rate": 3e-3,
+        "max_steps": 16,
+        "per_device_train_batch_size": 16,
+    }
     report = luthier.tune(recipe, folder=tmp_path / "a")
     assert report.losses[-1] < report.losses[0]
     alone = [luthier.tune({**base, "estimator": e}, folder=tmp_path / e).losses for e in (name, "backprop")]

@@ -363,8 +363,8 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
 
     whole = trained(None)
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path / "training.pt", stop=5)
-    resumed = trained(tmp_path / "training.pt")
+        trained(tmp_path / "training.safetensors", stop=5)
+    resumed = trained(tmp_path / "training.safetensors")
     assert resumed.pop("told") == ["going on from step 4"] and not whole.pop("told")
     assert resumed.pop("tokens") == whole.pop("tokens")
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)

@@ -32,6 +32,8 @@ WORDS = {  # how a word reads in a sentence
     "label": "rows with a `label`",
     "world": "rows of a practice world",
     "remembered": "remembered log-probabilities",
+    "teacher_ids": "a teacher's likeliest tokens, kept with the rows",
+    "teacher_logprobs": "a teacher's log-probabilities of them",
     "reference": "a reference model",
     "teacher": "a teacher model",
     "critic": "a critic",

@@ -51,6 +51,12 @@ def paired(rows: Sequence[dict]) -> list[dict]:
     return [r for r in rows if len(r["completions"]) > 1 and len(set(r.get("scores", ()))) > 1]
 
 
+def named(row: dict) -> list[str]:
+    """What its completions are called in by-row files: the row's id, and their place where there are several."""
+    n = len(row["completions"])
+    return [str(row["id"])] if n == 1 else [f"{row['id']}/{k}" for k in range(n)]
+
+
 def keep(folder: Path, when: str, **values: Mapping[str, float]) -> None:
     """Into by-row-<when>.json: row id -> what a metric says of this row, its mean over rows being the metric. Runs on the
     same rows are compared row by row with it."""

@@ -1,6 +1,6 @@
 """Held-out accuracy: what the model would say first is what stands there."""
 
-from luthier.evaluators._evaluator import Evaluator, batches, keep, liked, paired
+from luthier.evaluators._evaluator import Evaluator, batches, keep, liked, named, paired
 from luthier.method import evaluator
 
 
@@ -13,12 +13,12 @@ class Accuracy(Evaluator):
     batch_size: int = 16  # rows read at once
 
     def by_row(self, roles, rows):
-        """Row id -> (supervised tokens said first, how many they are)."""
+        """Row (and completion, where it has several) -> (supervised tokens said first, how many they are)."""
         out = {}
         for batch in batches(roles, liked(rows), self.batch_size):
             right = (roles.policy.outputs(batch).top(1)[1].squeeze(1) == batch.labels[batch.supervised]).float()
-            both = zip(batch.rows, batch.sums(right).tolist(), batch.lengths.tolist(), strict=True)
-            out |= {str(r["id"]): (round(k), int(n)) for r, k, n in both}
+            names = [name for row in batch.rows for name in named(row)]
+            out |= {name: (round(k), int(n)) for name, k, n in zip(names, batch.sums(right).tolist(), batch.lengths.tolist(), strict=True)}
         return out
 
     def run(self, roles, rows, folder, when):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from luthier.evaluators._evaluator import Evaluator, liked
+from luthier.evaluators._evaluator import Evaluator, liked, named
 from luthier.evaluators.loss import Loss
 from luthier.method import evaluator
 
@@ -20,6 +20,7 @@ class BitsPerByte(Evaluator):
         said = Loss(batch_size=self.batch_size).by_row(roles, rows)
         for row in liked(rows):
             encoded = roles.policy.architecture.encode(row, roles.renderer)
-            asked = [t for t, mark in zip(encoded.completions[0], encoded.supervised[0], strict=True) if mark]
-            nats, size = nats + said[str(row["id"])][0], size + len(roles.text(asked).encode())
+            for name, tokens, marks in zip(named(row), encoded.completions, encoded.supervised, strict=True):
+                asked = [t for t, mark in zip(tokens, marks, strict=True) if mark]
+                nats, size = nats + said[name][0], size + len(roles.text(asked).encode())
         return {"bits_per_byte": nats / math.log(2) / size} if size else {}

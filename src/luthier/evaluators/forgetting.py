@@ -14,7 +14,7 @@ from typing import Any
 
 from luthier import rows as reading
 from luthier import store
-from luthier.evaluators._evaluator import Evaluator, batches, keep, liked
+from luthier.evaluators._evaluator import Evaluator, batches, keep, liked, named
 from luthier.evaluators.accuracy import exact, share
 from luthier.evaluators.loss import shares
 from luthier.method import RecipeError, evaluator
@@ -40,13 +40,17 @@ class Forgetting(Evaluator):
         """Every row is read once, whatever is asked of it."""
         loss, right, skills = {}, {}, defaultdict(dict)
         for batch in batches(roles, liked(rows), self.batch_size):
-            outputs, sizes, ids = roles.policy.outputs(batch), [int(n) for n in batch.lengths.tolist()], [str(r["id"]) for r in batch.rows]
+            outputs, sizes, ids = (
+                roles.policy.outputs(batch),
+                [int(n) for n in batch.lengths.tolist()],
+                [n for r in batch.rows for n in named(r)],
+            )
             sums = batch.sums(outputs.logprobs.double()).tolist()
             loss |= {i: (-s, n) for i, s, n in zip(ids, sums, sizes, strict=True)}
             if accuracy:
                 hit = (outputs.top(1)[1].squeeze(1) == batch.labels[batch.supervised]).float()
-                for row, i, k, n in zip(batch.rows, ids, batch.sums(hit).tolist(), sizes, strict=True):
-                    right[i] = skills[row.get("skill")][i] = (round(k), n)
+                for g, i, k, n in zip(batch.group.tolist(), ids, batch.sums(hit).tolist(), sizes, strict=True):
+                    right[i] = skills[batch.rows[g].get("skill")][i] = (round(k), n)
         tokens = sum(n for _, n in loss.values())
         if not tokens:
             return {}

@@ -1,6 +1,6 @@
 """Held-out loss: how unlikely the good completions are."""
 
-from luthier.evaluators._evaluator import Evaluator, batches, keep, liked
+from luthier.evaluators._evaluator import Evaluator, batches, keep, liked, named
 from luthier.method import evaluator
 
 
@@ -11,11 +11,12 @@ class Loss(Evaluator):
     batch_size: int = 16  # rows read at once
 
     def by_row(self, roles, rows):
-        """Row id -> (-log p of its supervised tokens together, how many they are)."""
+        """Row (and completion, where it has several) -> (-log p of its supervised tokens together, how many they are)."""
         out = {}
         for batch in batches(roles, liked(rows), self.batch_size):
             sums = batch.sums(roles.policy.logprobs(batch).double())
-            out |= {str(r["id"]): (-s, int(n)) for r, s, n in zip(batch.rows, sums.tolist(), batch.lengths.tolist(), strict=True)}
+            names = [name for row in batch.rows for name in named(row)]
+            out |= {name: (-s, int(n)) for name, s, n in zip(names, sums.tolist(), batch.lengths.tolist(), strict=True)}
         return out
 
     def run(self, roles, rows, folder, when):

@@ -9,7 +9,12 @@ from luthier.method import objective
 from luthier.objectives._objective import Objective
 
 
-@objective(paper="arXiv:2210.02871", row="self-distill-further-pretrain", wants="completions teacher hidden")
+@objective(
+    paper="arXiv:2210.02871",
+    row="self-distill-further-pretrain",
+    wants="completions teacher hidden",
+    contract={"head": "states are compared before the head, which it leaves to the loss beside it"},
+)
 class SelfDistill(Objective):
     """|hidden of the policy - hidden of the teacher|^2 / width, both reading the text with nothing hidden."""
 

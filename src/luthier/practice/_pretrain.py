@@ -9,6 +9,7 @@ last quarter.
 
 import copy
 import ctypes
+import json
 import re
 import sys
 import time
@@ -18,6 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -157,20 +160,23 @@ class MuonAdam:
                 matrix.copy_(master)
                 matrix.grad = None
 
-    def state(self) -> dict:
+    def state(self) -> dict[str, Tensor]:
         """All that goes on with the next step; the weights are the masters rounded."""
-        return {"groups": [pair for _, *pair in self.groups], "masters": self.masters, "adam": self.adam.state_dict()}
+        own = {f"group.{i}.{k}": t for i, (_, *pair) in enumerate(self.groups) for k, t in enumerate(pair)}
+        adam = {f"adam.{i}.{k}": t for i, m in enumerate(self.masters) for k, t in self.adam.state[m].items()}
+        return {**own, **adam, **{f"master.{i}": m for i, m in enumerate(self.masters)}}
 
     @torch.no_grad()
-    def load(self, state: dict) -> None:
+    def load(self, state: dict[str, Tensor]) -> None:
         """Go on from a state, weights and all."""
-        for (matrices, *own), kept in zip(self.groups, state["groups"], strict=True):
-            for tensor, value in zip(own, kept, strict=True):
-                tensor.copy_(value)
+        for i, (matrices, *own) in enumerate(self.groups):
+            for k, tensor in enumerate(own):
+                tensor.copy_(state[f"group.{i}.{k}"])
             torch._foreach_copy_(matrices, list(own[0]))
-        torch._foreach_copy_(self.masters, state["masters"])
+        for i, m in enumerate(self.masters):
+            m.copy_(state[f"master.{i}"])
+            self.adam.state[m] = {k.split(".")[2]: t for k, t in state.items() if k.startswith(f"adam.{i}.")}
         torch._foreach_copy_(self.rest, self.masters)
-        self.adam.load_state_dict(state["adam"])
 
     def _step_adam(self, scale: float) -> None:
         for parameter, master in zip(self.rest, self.masters, strict=True):
@@ -228,9 +234,9 @@ def pretrain(
     optimizer = MuonAdam(model)
     seconds, step, tokens, told, recent = 0.0, 0, 0, 0.0, []
     if kept and kept.is_file():
-        state = torch.load(kept, weights_only=True)
-        optimizer.load(state["optimizer"])
-        seconds, step, tokens, recent = state["seconds"], state["step"], state["tokens"], state["recent"]
+        with safe_open(str(kept), framework="pt") as file:
+            optimizer.load({name: file.get_tensor(name) for name in file.keys()})
+            seconds, step, tokens, recent = json.loads(file.metadata()["progress"])
         told, first = seconds, step
         tell(f"going on from step {step}")
     else:
@@ -246,8 +252,8 @@ def pretrain(
         if step > first + 2:  # the first steps compile
             seconds += time.perf_counter() - began
         if kept and step % KEEP_EVERY == 0:
-            state = {"optimizer": optimizer.state(), "seconds": seconds, "step": step, "tokens": tokens, "recent": recent[-50:]}
-            torch.save(state, beside := kept.with_suffix(".new"))
+            progress = json.dumps([seconds, step, tokens, recent[-50:]])
+            save_file(optimizer.state(), str(beside := kept.with_suffix(".new")), metadata={"progress": progress})
             beside.replace(kept)  # killed while writing, the one before is whole
         if seconds - told > 60 * look_every:
             told, recent = seconds, recent[-50:]

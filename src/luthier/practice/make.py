@@ -103,7 +103,7 @@ def make(name: str, folder: Path, minutes: float, steps: int | None, seed: int, 
         model.train()
         return " ".join(f"{key.split('/')[0]} {value['all']:.0%}" for key, value in numbers.items())
 
-    kept = folder / "training.pt"
+    kept = folder / "training.safetensors"
     took = _pretrain.pretrain(model, loss_of, minutes, steps, kept, PEAK.get(name, 1.0), tell=tell, look=look)
     model.save_pretrained(folder)
     kept.unlink(missing_ok=True)

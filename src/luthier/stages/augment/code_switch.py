@@ -19,7 +19,7 @@ from luthier.stages._stage import Stage, without
 
 @stage(row="csr", wants="completions")
 class CodeSwitch(Stage):
-    """Texts become (text with exchanged words -> text)."""
+    """Texts, or what completions say, become (text with exchanged words -> text)."""
 
     asks_model = False
 
@@ -39,11 +39,11 @@ class CodeSwitch(Stage):
     def __call__(self, rows, roles):
         known, out = self.words(), []
         for row in rows:
-            text = row["completions"][0] if row.get("prompt") == "" and len(row["completions"]) == 1 else None
+            text = row["completions"][0] if len(row["completions"]) == 1 else None
             if isinstance(text, str) and text:
                 out.append({**without(row), "prompt": self.switched(text, known, roles.clock.rng("code_switch", str(row["id"])))})
                 out[-1]["completions"] = [text]
-        self.left(roles, len(rows) - len(out), len(rows), "they are no plain texts")
+        self.left(roles, len(rows) - len(out), len(rows), "what they say is no single plain text")
         return out
 
     def switched(self, text: str, known: dict[str, list[str]], rng: torch.Generator) -> str:

@@ -11,9 +11,9 @@ from luthier.method import stage
 from luthier.stages._stage import Stage, without
 
 
-@stage(paper="arXiv:2305.02301", row="distilling-step-by-step", wants="completions rationale", gives="tasks", drops="pairs scores")
+@stage(paper="arXiv:2305.02301", row="distilling-step-by-step", wants="completions rationale", drops="pairs scores")
 class PredictExplain(Stage):
-    """(prompt -> answer), task answer; (explain + prompt -> rationale), task rationale. Rows without a rationale only answer."""
+    """(prompt -> answer), task answer; (explain + prompt -> rationale), task rationale."""
 
     asks_model = False
 
@@ -27,18 +27,13 @@ class PredictExplain(Stage):
         return frozenset({"completions", self.column})
 
     def __call__(self, rows, roles):
-        rows, out, silent = list(rows), [], 0
+        rows, out = list(rows), []
         for row in rows:
-            if not isinstance(row["prompt"], str) or not row.get("completions"):
-                continue
-            plain, told = without(row), row.get(self.column)
-            out.append({**plain, "prompt": self.predict + row["prompt"], "completions": row["completions"][:1], "tasks": ["answer"]})
-            if isinstance(told, str) and told.strip():
-                asked = {**plain, "id": f"{row['id']}/rationale", "prompt": self.explain + row["prompt"]}
+            told = row.get(self.column)
+            if isinstance(row["prompt"], str) and row.get("completions") and isinstance(told, str) and told.strip():
+                plain, key = without(row), row["id"]
+                out.append({**plain, "prompt": self.predict + row["prompt"], "completions": row["completions"][:1], "tasks": ["answer"]})
+                asked = {**plain, "id": f"{key}/rationale", "prompt": self.explain + row["prompt"]}
                 out.append({**asked, "completions": [self.before + told], "tasks": ["rationale"]})
-            else:
-                silent += 1
-        self.left(roles, sum(not isinstance(r["prompt"], str) for r in rows), len(rows), "their prompts are turns, not text")
-        if silent:
-            self.tell(roles, f"{silent} rows have no `{self.column}` and only answer")
+        self.left(roles, len(rows) - len(out) // 2, len(rows), f"they have no `{self.column}`, no answer, or a prompt of turns")
         return out

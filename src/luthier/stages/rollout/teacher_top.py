@@ -20,7 +20,11 @@ GRID = tuple(0.5 + 0.1 * i for i in range(36))  # temperatures that are tried
 
 
 @stage(
-    paper="arXiv:2408.12168", row="first-trustworthy-distillation", wants="completions teacher top", gives="teacher_ids teacher_logprobs"
+    paper="arXiv:2408.12168",
+    row="first-trustworthy-distillation",
+    wants="completions teacher top",
+    gives="teacher_ids teacher_logprobs",
+    contract={"gives": "it asks a teacher, whom a recipe names"},
 )
 class TeacherTop(Stage):
     """Columns teacher_ids and teacher_logprobs: [tokens][k] for each completion."""
