@@ -274,7 +274,7 @@ def _provenance(result: Mapping[str, Any]) -> str:
 
 
 OWN = """
-.wide{overflow-x:auto}.numbers td i{display:block;font-style:normal;color:var(--soft);font-size:.75rem;white-space:nowrap}
+.wide{overflow-x:auto}.wide th[scope=row]{min-width:9.5rem}.numbers td i{display:block;font-style:normal;color:var(--soft);font-size:.75rem;white-space:nowrap}
 .maps{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,16rem),1fr));gap:.8rem}.maps .chart{height:12rem}
 a{color:var(--wood)}svg a line{stroke-width:2;vector-effect:non-scaling-stroke}
 """ + "".join(
