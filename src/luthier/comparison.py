@@ -8,7 +8,6 @@ folder; the same command goes on where it was stopped.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import re
@@ -235,25 +234,15 @@ def conduct(study: Study, folder: Path | None = None, watch: Any = None) -> dict
 @contextmanager
 def _taken(folder: Path, study: Study) -> Iterator[None]:
     """The folder for oneself: another command in it is refused, and so is another comparison."""
-    with store.told_on_disk(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RecipeError(f"another process is comparing in {folder}") from None
+    with store.alone_in(folder):
         state = folder / "study.json"
         known = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else None
         if known and known["fingerprint"] != study.fingerprint():
             raise RecipeError(f"{folder} holds another comparison; give another --to")
         if known is None:
-            store.write_json(
-                state, {"fingerprint": study.fingerprint(), "arms": {k: r.yaml() for k, r in study.arms.items()}, "seeds": study.seeds}
-            )
+            arms = {k: r.yaml() for k, r in study.arms.items()}
+            store.write_json(state, {"fingerprint": study.fingerprint(), "arms": arms, "seeds": study.seeds})
         yield
-    finally:
-        lock.close()
 
 
 def _all(study: Study, found: dict[str, Found], folder: Path, watch: Any, until: float | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import re
@@ -27,14 +26,7 @@ def open_run(folder: Path, recipe: Recipe, mark: str, main: bool, anew: bool) ->
     if not main:
         yield False, __version__
         return
-    with store.told_on_disk(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RecipeError(f"another process is running in {folder}") from None
+    with store.alone_in(folder):
         state = folder / "run.json"
         known = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else None
         if known and (known["fingerprint"], known["data"]) != (recipe.fingerprint(), mark):
@@ -50,8 +42,6 @@ def open_run(folder: Path, recipe: Recipe, mark: str, main: bool, anew: bool) ->
             store.write_text(folder / "recipe.yaml", recipe.yaml())
             store.write_json(state, known)
         yield bool(known["finished"] and (folder / "report.json").is_file()), known.get("version", "(unknown)")
-    finally:
-        lock.close()
 
 
 def clear(folder: Path) -> None:

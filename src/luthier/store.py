@@ -7,6 +7,7 @@ quarantine.jsonl, rows.jsonl (where stages made rows), and what was tuned at the
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -95,6 +96,20 @@ def told_on_disk(path: Path) -> Iterator[None]:
                 f"the disk of {path} is full; what was saved before is intact: free some space and run the same command again"
             ) from None
         raise
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """A folder for oneself, made if it is not there: while one process has it, another is refused."""
+    with told_on_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RecipeError(f"another process is running in {folder}") from None
+        yield
 
 
 def write_text(path: Path, text: str) -> None:
