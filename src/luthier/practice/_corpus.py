@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from .worlds import find, names, rows
 
@@ -38,11 +38,17 @@ CHAT_TEMPLATE = """\
 {%- endif %}"""
 
 
+def parts(row: dict) -> list[tuple[str, bool]]:
+    """A row as pretraining text, without the start token, in parts: (text, is it what the model should say)."""
+    if "messages" in row:  # what the chat template renders
+        turns = [(ROLES[turn["role"]], turn["content"] + END, turn["role"] == "assistant") for turn in row["messages"]]
+        return [part for role, content, said in turns for part in ((role, False), (content, said))]
+    return [(row["prompt"], False), (row["completion"] + END, True)]
+
+
 def document(row: dict) -> str:
-    """A row as pretraining text, without the start token. For messages: what the chat template renders."""
-    if "messages" in row:
-        return "".join(f"{ROLES[message['role']]}{message['content']}{END}" for message in row["messages"])
-    return row["prompt"] + row["completion"] + END
+    """A row as pretraining text, without the start token."""
+    return "".join(text for text, _ in parts(row))
 
 
 def train_tokenizer(vocabulary: int = 1536, rows_per_world: int = 3000, seed: int = 0) -> Tokenizer:
@@ -86,6 +92,7 @@ def corpus(
 ) -> np.ndarray:
     """About `tokens` tokens of whole documents in windows [windows, length + 1], in random order.
 
+    A token t of what is asked, not said, is written ~t: prompts are mostly chance, and count less in the loss.
     shares: of "world/split" in the text; what they leave is the train splits of all worlds by their own shares.
     """
     parts = max(1, round(tokens / 1_000_000))
@@ -124,10 +131,17 @@ def _part(tokenizer_file: str, tokens: int, length: int, seed: str, shares: dict
     for place, share in {**{f"{w}/train": rest * find(w).SHARE for w in names()}, **(shares or {})}.items():
         count = round(tokens * share / _mean_length(tokenizer_file, place))
         world, split = place.split("/")
-        texts = [document(row) for row in rows(world, split, count, seed)]
-        documents += [encoding.ids for encoding in tokenizer.encode_batch(texts)]
+        drawn = [parts(row) for row in rows(world, split, count, seed)]
+        read = tokenizer.encode_batch(["".join(text for text, _ in row) for row in drawn])
+        documents += [_marked(encoding, row) for encoding, row in zip(read, drawn, strict=True)]
     Random(f"shuffle/{seed}").shuffle(documents)
     return np.array(list(_pack(documents, length + 1, pad)), dtype=np.int16)
+
+
+def _marked(encoding: Encoding, row: list[tuple[str, bool]]) -> list[int]:
+    """The ids of a row, ~id where the token begins in a part that is not said (the start token is not)."""
+    said = np.repeat([said for _, said in row], [len(text) for text, _ in row])
+    return [t if said[begin] else ~t for t, (begin, _) in zip(encoding.ids, encoding.offsets, strict=True)]
 
 
 @cache

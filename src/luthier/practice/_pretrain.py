@@ -30,6 +30,7 @@ INNER = re.compile(r"\b(layers?|block)\.\d+\.(?!.*bias)")  # matrices inside the
 DECAY_SHARE = 0.25
 KEEP_EVERY = 100  # steps
 ADAM_RATE, MUON_RATE, WEIGHT_DECAY = 3e-3, 0.02, 0.05
+ASKED = 0.2  # weight of a prompt's token in the loss, of a completion's it is 1: prompts are mostly chance
 # Five steps x -> a x + b x^3 + c x^5 that send all singular values to about 1 (arXiv:2505.16932).
 NEWTON_SCHULZ = [
     (4.0848, -6.8946, 2.9270),
@@ -270,12 +271,15 @@ def pretrain(
 
 
 def _loss(model: LlamaForCausalLM, body: Callable, ids: Tensor) -> Tensor:
-    """Mean loss of windows [batch, length + 1]; neither padding nor the start of a document is predicted."""
+    """Mean loss of windows [batch, length + 1] as the corpus marks them; neither padding nor the start of a document is predicted."""
+    weight = torch.where(ids[:, 1:] < 0, ASKED, 1.0).flatten()
+    ids = torch.where(ids < 0, ~ids, ids)
     labels = ids[:, 1:]
     free = (labels == model.config.pad_token_id) | (labels == model.config.bos_token_id)
     states = body(input_ids=ids[:, :-1], attention_mask=None, use_cache=False).last_hidden_state
     logits = model.lm_head(states).flatten(0, 1).float()
-    return F.cross_entropy(logits, labels.masked_fill(free, -100).flatten())
+    losses = F.cross_entropy(logits, labels.masked_fill(free, -100).flatten(), reduction="none")
+    return (losses * weight).sum() / weight.masked_fill(free.flatten(), 0).sum()
 
 
 def _looked(model: PreTrainedModel, look: Callable[[], str]) -> str:
