@@ -192,3 +192,8 @@ def test_sums_of_objectives():
     assert [(w, o.name) for w, o in made.terms()] == [(1.0, "dpo"), (0.1, "chosen_sft"), (0.2, "kl")]
     assert terms("sft").name == "sft" and terms([{"name": "dpo", "beta": 0.3}]).beta == 0.3
     assert build("objective", terms("sft")) == terms("sft")
+
+
+def test_paths_are_read_as_text(tmp_path):
+    made = Recipe.load({"data": {"path": tmp_path / "rows.jsonl"}, "output_dir": tmp_path})
+    assert made.output_dir == str(tmp_path) and str(tmp_path / "rows.jsonl") in str(made.data)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -260,10 +261,19 @@ def _put(given: dict, key: str, value: Any) -> None:
     given[first] = here
 
 
+def _paths_as_text(given: Any) -> Any:
+    """Paths as text, at any depth: from Python they come as `Path`."""
+    if isinstance(given, Mapping):
+        return {key: _paths_as_text(value) for key, value in given.items()}
+    if isinstance(given, list):
+        return [_paths_as_text(value) for value in given]
+    return os.fspath(given) if isinstance(given, os.PathLike) else given
+
+
 def _recipe(given: dict, origins: dict[str, str]) -> Recipe:
     keys = {f.name for f in fields(Recipe)} - {"origins", "told"}
     told: list[str] = []
-    given = _quantized(given, origins, told)
+    given = _quantized(_paths_as_text(given), origins, told)
     out: dict[str, Any] = {}
     loose: dict[str, Any] = {}
     where: dict[str, str] = {}

@@ -13,7 +13,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +227,7 @@ def pretrain(
     tell: Callable[[str], None] = print,
     look: Callable[[], str] | None = None,
     look_every: float = 3.0,
+    weak: Mapping[int, Callable[[], None]] | None = None,  # step -> what is called after it, to keep the model as it is then
 ) -> dict:
     """Train for so many minutes, or exactly `steps` steps. Returns what it took. A lower `peak` falls from the start on.
 
@@ -252,6 +253,8 @@ def pretrain(
         step, tokens = step + 1, tokens + read
         if step > first + 2:  # the first steps compile
             seconds += time.perf_counter() - began
+        if weak and step in weak:
+            weak[step]()
         if kept and step % KEEP_EVERY == 0:
             progress = json.dumps([seconds, step, tokens, recent[-50:]])
             save_file(optimizer.state(), str(beside := kept.with_suffix(".new")), metadata={"progress": progress})

@@ -1,6 +1,6 @@
 """Make a practice model again.
 
-    python -m luthier.practice.make [--model lm|lm-small|lm-large|chat|encoder|seq2seq] [--minutes 25] [--steps N] [--seed 0] [--start DIR]
+    python -m luthier.practice.make [--model lm|lm-small|lm-large|chat|encoder|seq2seq] [--minutes 25] [--steps N] [--seed 0] [--start DIR] [--weak STEP ...]
 
 Trains the tokenizer, writes and packs the pretraining text of all worlds, pretrains, measures held-out exact
 match and writes a folder that plain transformers loads, with its card. Needs no network. The text follows
@@ -10,12 +10,17 @@ What was stopped goes on from its last hundred steps when the same command is ru
 
 `--start` goes on from a model made before: another round of warm-up, constant rate and decay on the text of
 another seed. Give it as long as the first: a short round unlearns more at its high rate than it wins back.
+
+`--weak` keeps the model as it is after these steps, in folders beside its files: with other seeds, a family of weak and strong
+models to ask how a method's gain grows.
 """
 
 import argparse
 import json
 import os
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 # Threads that wait busily slow every other process down thirtyfold, those that sleep at once wake up too late
@@ -24,7 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from . import _corpus, _encoder, _pretrain, _seq2seq, path, score
 from ._card import SPLITS, card
@@ -69,7 +74,7 @@ def make_tokenizer(name: str, folder: Path, seed: int) -> PreTrainedTokenizerFas
     return AutoTokenizer.from_pretrained(folder)
 
 
-def make(name: str, folder: Path, minutes: float, steps: int | None, seed: int, start: Path | None) -> None:
+def make(name: str, folder: Path, minutes: float, steps: int | None, seed: int, start: Path | None, weak: Sequence[int] = ()) -> None:
     """Make one model into a folder, telling what happens; `rounds.json` there keeps account of the rounds."""
     torch.set_num_threads(min(2, os.cpu_count() or 1))
     _pretrain.keep_memory()
@@ -104,7 +109,8 @@ def make(name: str, folder: Path, minutes: float, steps: int | None, seed: int, 
         return " ".join(f"{key.split('/')[0]} {value['all']:.0%}" for key, value in numbers.items())
 
     kept = folder / "training.safetensors"
-    took = _pretrain.pretrain(model, loss_of, minutes, steps, kept, PEAK.get(name, 1.0), tell=tell, look=look)
+    early = {step: partial(_save, model, tokenizer, folder / f"step-{step}") for step in weak}
+    took = _pretrain.pretrain(model, loss_of, minutes, steps, kept, PEAK.get(name, 1.0), tell=tell, look=look, weak=early)
     model.save_pretrained(folder)
     kept.unlink(missing_ok=True)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
@@ -116,6 +122,11 @@ def make(name: str, folder: Path, minutes: float, steps: int | None, seed: int, 
     write_probe(folder)
     write_card(name, folder)
     tell(f"done: {folder}")
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def write_probe(folder: Path, n: int = 40) -> None:
@@ -146,9 +157,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the folder to write (default: ./practice-MODEL)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="go on from this model, made before")
+    parser.add_argument("--weak", type=int, nargs="*", default=(), metavar="STEP", help="keep the model after these steps as well")
     given = parser.parse_args()
     folder = given.out or Path(f"practice-{given.model}")
-    make(given.model, folder, given.minutes or MINUTES[given.model], given.steps, given.seed, given.start)
+    make(given.model, folder, given.minutes or MINUTES[given.model], given.steps, given.seed, given.start, given.weak)
 
 
 if __name__ == "__main__":
