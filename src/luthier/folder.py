@@ -48,6 +48,8 @@ def clear(folder: Path) -> None:
     """Leave nothing of a run. run.json goes last: while it stands, a folder that is half cleared is still the old run's."""
     for path in store.checkpoints(folder):
         shutil.rmtree(path)
+    for path in folder.glob("said-*.bin"):
+        path.unlink()
     for name in ("report.json", "before.json", "rows.jsonl", "metrics.jsonl", "quarantine.jsonl", "forgetting.jsonl", "shown.json",
                  "samples-before.jsonl", "samples-after.jsonl", "by-row-before.json", "by-row-during.json", "by-row-after.json",
                  "calibration-before.json", "calibration-after.json", "paused.json", "report.html", "run.json"):  # fmt: skip

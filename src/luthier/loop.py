@@ -88,6 +88,13 @@ class Fit:
             for hook in self.hooks:
                 hook(self, log)
 
+    def once(self) -> str | None:
+        """Why nothing that is said of a row could be said again; None where rows are read more than once."""
+        if self.batches.live:
+            return "rows are made anew at each step"
+        draws = -(-self.roles.clock.total // self.batches.num_iterations)
+        return "each row is read once" if draws * self.batches.per_step <= len(self.rows) else None
+
     def step(self) -> dict:
         """One optimizer step; its numbers."""
         roles, clock, began = self.roles, self.roles.clock, time.perf_counter()

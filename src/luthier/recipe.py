@@ -66,6 +66,7 @@ class Recipe:
     gradient_accumulation_steps: Count = 1  # micro-batches of an optimizer step; changes memory, never the result
     gradient_checkpointing: bool = False  # recompute activations in backward: less memory, more time
     cache_frozen: bool | Literal["auto"] = "auto"  # keep on disk what layers below the tuner say of a row; auto: where rows are read again
+    cache_reference: bool | Literal["auto"] = "auto"  # keep on disk what a role that never changes says of a row; auto: where rows are read again
     seed: int = 0  # of every random draw
 
     # over which plan
@@ -181,7 +182,7 @@ ALIASES = {  # other tools' words for ours
     "lora_r": "r", "lora_rank": "r", "rank": "r", "lora_target_modules": "target_modules", "lora_target": "target_modules",
     "lora_modules_to_save": "modules_to_save", "sample_packing": "packing", "pref_beta": "beta", "gradient_clipping": "max_grad_norm",
     "num_generations": "n", "max_completion_length": "max_new_tokens", "clip_grad_norm": "max_grad_norm", "torch_dtype": "dtype",
-    "resume_from_checkpoint": "", "do_train": "", "overwrite_output_dir": "overwrite", "report": "report_to", "output": "output_dir",
+    "precompute_ref_log_probs": "cache_reference", "resume_from_checkpoint": "", "do_train": "", "overwrite_output_dir": "overwrite", "report": "report_to", "output": "output_dir",
 }  # fmt: skip
 SLOTS = {
     "tuner": "tuner",

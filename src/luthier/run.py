@@ -24,7 +24,7 @@ from luthier import rows as reading
 from luthier.assembly import assemble, take_parts, tensors_of
 from luthier.data import Data, beside, load_data, touching
 from luthier.folder import clear, default_folder, note_down, on_disk, open_run, trim
-from luthier.kernels import frozen
+from luthier.kernels import frozen, reference
 from luthier.loop import Batches, Fit, Totals
 from luthier.method import RecipeError, build, spec
 from luthier.quantizers._quantizer import told
@@ -32,7 +32,7 @@ from luthier.recipe import Recipe
 from luthier.rehearsal import Parts, checked, rehearse
 from luthier.report import rendered
 from luthier.report.console import Quiet
-from luthier.roles import Roles
+from luthier.roles import Policy, Roles
 from luthier.transforms._chain import Chain, schedule
 
 
@@ -151,6 +151,7 @@ class _Run:
             self.roles.tuner.initialize(rows, self.roles)
         fit = self.fit(rows)
         self.keep_frozen(fit, stats.get("row_tokens", 0))
+        self.keep_reference(fit, stats)
         before = self.begin(fit)
         if fit.roles.clock.total:
             fit.hooks = [self.after_step]
@@ -195,7 +196,7 @@ class _Run:
                 self.accelerator.wait_for_everyone()
             rows = store.read_rows(kept)
         rows, stats = _encode(self.roles, rows, self.folder, self.watch, self.main, self.recipe.max_bad_rows)
-        self.held_out, _ = _encode(self.roles, self.data.held_out, self.folder, Quiet(), self.main, 1.0)
+        self.held_out, self.held_out_stats = _encode(self.roles, self.data.held_out, self.folder, Quiet(), self.main, 1.0)
         self.measured = self.held_out or rows[:256]
         return rows, stats
 
@@ -252,16 +253,12 @@ class _Run:
 
     def keep_frozen(self, fit: Fit, tokens: int) -> None:
         """Lower layers that never move: their answers are computed once, where rows are read again."""
-        asked, roles, batches = self.recipe.cache_frozen, fit.roles, fit.batches
+        asked, roles = self.recipe.cache_frozen, fit.roles
         shared = sum(p.model is roles.policy.model for p in roles.policies()) > 1
-        draws = -(-roles.clock.total // batches.num_iterations)
         if asked is False or not fit.rows or not roles.clock.total:
             return
-        if batches.live:
-            made: Any = "rows are made anew at each step"
-        elif not shared and draws * batches.per_step <= len(fit.rows):
-            made = "each row is read once"
-        else:
+        made: Any = fit.once()
+        if made is None or (shared and not fit.batches.live):
             some = roles.batch([_answered(r, roles) for r in fit.rows[:2]])
             made = frozen.keep(roles.policy, some, self.folder / f"frozen-{self.accelerator.process_index}.bin", tokens)
         if isinstance(made, str):
@@ -274,6 +271,26 @@ class _Run:
             f"the {made.first} lowest of {len(made.layers)} layers never move: what they say of a row is computed once and kept "
             f"({made.table.nbytes / 2**20:,.0f} MB beside the run, until it ends)"
         )
+
+    def keep_reference(self, fit: Fit, stats: dict) -> None:
+        """What never changes of the roles: their log-probabilities are computed once, where rows are read again."""
+        asked, roles = self.recipe.cache_reference, fit.roles
+        constant = [n for n, r in self.parts.roles.items() if r.constant and isinstance(getattr(roles, n), Policy)]
+        if asked is False or not fit.rows or not roles.clock.total or (asked == "auto" and not constant):
+            return
+        why = fit.once() or (None if constant else "no role that never changes is played by a network")
+        room = sum(reference.wanted(rows, s["row_tokens"] * s["supervised_share"]) for rows, s in (
+            (len(fit.rows), stats), (len(self.held_out), self.held_out_stats)) if s)  # fmt: skip
+        for name in constant if why is None else ():
+            path = self.folder / f"said-{name}-{self.accelerator.process_index}.bin"
+            made = reference.keep(getattr(roles, name), path, room, json.dumps(spec(self.parts.roles[name]), default=str))
+            if isinstance(made, str):
+                why = made
+                continue
+            setattr(roles, name, made)
+            self.watch.tell(f"what '{name}' says of a row never changes: it is computed once and kept beside the run, until it ends")
+        if why and asked is True:
+            self.watch.tell(f"cache_reference: nothing is kept, as {why}")
 
     def begin(self, fit: Fit) -> dict[str, float]:
         """Measure the start, once; then go on from the last checkpoint, if there is one."""
@@ -370,6 +387,9 @@ class _Run:
         }
         if roles.tuner.frozen:
             roles.tuner.frozen.close()
+        for role in roles.policies():
+            if isinstance(role, reference.Known):
+                role.said.close()
         report.notes = list(self.watch.notes)
         if self.main:
             saved = store.checkpoints(folder)

@@ -48,11 +48,11 @@ class Frozen:
 
         fill: keep what is missing, as long as there is room.
         """
-        trees = None if batch.altered else _trees(batch)
-        if trees is None:
+        alone = None if batch.altered else trees(batch)
+        if alone is None:
             return None
         found = []
-        for tree in trees:
+        for tree in alone:
             key = _key(tree)
             if key not in self.places:
                 if not fill or self.used + len(tree.ids) > len(self.table):
@@ -187,7 +187,7 @@ def _reach(policy: Any, layers: nn.ModuleList, batch: Batch) -> tuple[int, int, 
     return (frozen - 1 if whole else -1), seen[0].shape[-1], seen[0].dtype
 
 
-def _trees(batch: Batch) -> list[Batch] | None:
+def trees(batch: Batch) -> list[Batch] | None:
     """Each root with what continues it, as a batch of its own; None where trees are not one after the other."""
     parents = batch.parent.tolist()
     roots = [s for s, p in enumerate(parents) if p < 0]
@@ -204,7 +204,7 @@ def _trees(batch: Batch) -> list[Batch] | None:
             replace(
                 batch,
                 ids=batch.ids[own],
-                labels=batch.ids[own],
+                labels=batch.labels[own],
                 supervised=asked,
                 segment=batch.segment[own] - root,
                 parent=parent.to(batch.ids.device),

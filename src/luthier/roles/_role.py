@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 @family
 class Role:
     """Family: `play` answers with whatever `roles.<name>` shall be."""
+
+    constant: ClassVar[bool] = False  # does it say the same of a row at every step of a run?
 
     def parts(self, model: Network) -> dict[str, nn.Module]:
         """Trained modules that this role brings, by name."""

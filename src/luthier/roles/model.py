@@ -15,6 +15,8 @@ from luthier.tuners._tuner import Untuned
 class Model(Role):
     """Loaded with the policy's architecture and precision; its vocabulary must be the policy's."""
 
+    constant = True
+
     model: str = "practice:lm"  # folder, hub name, or practice:NAME
 
     def play(self, name, policy):

@@ -8,5 +8,7 @@ from luthier.roles._role import Role
 class Off(Role):
     """The policy's own network, untuned. The default reference."""
 
+    constant = True
+
     def play(self, name, policy):
         return policy.as_role(name, policy.attached.off)

@@ -8,6 +8,8 @@ from luthier.roles._role import Role
 class Start(Role):
     """The policy with the tensors it began with. Under full tuning this is a second copy of the model."""
 
+    constant = True
+
     def play(self, name, policy):
         kept = policy.attached.tensors()
         return policy.as_role(name, lambda: policy.attached.using(kept))
