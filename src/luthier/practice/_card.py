@@ -55,11 +55,13 @@ WHAT_IT_IS = {  # model type -> what it is, what the hub calls its task, how its
     "t5": ("An encoder-decoder", "text-generation", "greedy decoding; in chat the last turn of the assistant"),
 }
 HOW = {
-    "chat": "It goes on from practice:lm: 45 % of the text are rows of the worlds asked in chat turns, 15 % conversations.",
-    "lm-large": "It goes on from practice:lm with two layers more, which begin as the identity.",
+    "chat": "It goes on from practice:lm: 45 % of the text are rows of the worlds asked in chat turns, 15 % conversations. ",
+    "lm-large": "It goes on from practice:lm with two layers more, which begin as the identity. ",
     "encoder": "A fifth of a document's tokens is hidden, or the whole of a short completion.",
     "seq2seq": "Prompts are read and completions said; of a fifth of the documents, hidden spans are restored (`<extra_id_0>` to 31).",
 }
+
+WEIGHED = "Windows of 512 tokens of whole documents; a token of what is asked counts a fifth in the loss of one that is said."
 
 SPLITS = ("validation", "test", "ood", "new_test")
 WHAT = {
@@ -104,7 +106,7 @@ def card(name: str, model, rounds: list[dict], numbers: dict[str, dict[str, floa
         what=what,
         task=task,
         decoding=decoding,
-        how=HOW.get(name, "It is trained on windows of 512 tokens of whole documents."),
+        how=HOW.get(name, "") + (WEIGHED if config.model_type == "llama" else ""),
         shape=f"{config.model_type.capitalize()}, {layers}{f' + {layers_of_decoder}' * bool(layers_of_decoder)} layers of width {config.hidden_size}",
         parameters=model.num_parameters() / 1e6,
         commands="\n".join(_commands(name, rounds)),
