@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import luthier
 from conftest import PAIRS, SUMS, UNPAIRED, recipe_of
 from luthier import guards, store
+from luthier.assembly import pick_dtype
 from luthier.clock import Clock
 from luthier.loop import Fit, draw
 from luthier.method import RecipeError
@@ -146,6 +147,13 @@ def test_recomputed_activations_change_nothing(base, tmp_path, tuner):
 def test_half_precision_is_near(base, tmp_path, dtype, atol):
     plain = luthier.tune(base, folder=tmp_path / "a")
     assert luthier.tune(base | {"dtype": dtype}, folder=tmp_path / "b").losses == pytest.approx(plain.losses, rel=atol)
+
+
+@pytest.mark.parametrize("amx, avx, taken", [(0, 0, torch.float32), (1, 0, torch.bfloat16), (0, 1, torch.bfloat16)])
+def test_auto_takes_the_precision_that_the_chip_multiplies_in(monkeypatch, amx, avx, taken):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx))
+    assert pick_dtype("auto", torch.device("cpu")) == taken and pick_dtype("float16", torch.device("cpu")) == torch.float16
 
 
 def test_plain_loop_of_transformers_is_ours(base, tmp_path, tiny):

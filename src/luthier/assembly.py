@@ -29,12 +29,13 @@ def device() -> torch.device:
 
 
 def pick_dtype(name: str, where: torch.device) -> torch.dtype:
-    """auto: bfloat16 where the chip multiplies in it, else float32."""
+    """auto: bfloat16 where the chip multiplies in it (on CPUs: AMX or AVX-512 BF16), else float32. What moves has fp32 masters."""
     if name != "auto":
         return getattr(torch, name)
     if where.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    return torch.bfloat16 if where.type == "cpu" and torch.cpu._is_amx_tile_supported() else torch.float32
+    asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported") if where.type == "cpu" else ()
+    return torch.bfloat16 if any(getattr(torch.cpu, ask, lambda: False)() for ask in asked) else torch.float32
 
 
 def load_model(recipe: Recipe, parts: Parts, network: Mapping[str, Any], folder: Path | None = None) -> tuple[Network, Any]:
