@@ -58,6 +58,11 @@ def test_import_loads_no_network():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
 
 
+def test_python_dash_m():
+    done = subprocess.run([sys.executable, "-m", "luthier", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"luthier {luthier.__version__}"
+
+
 def test_version_and_help():
     assert luth("--version").stdout.strip() == f"luthier {luthier.__version__}"
     said = luth("--help").stdout

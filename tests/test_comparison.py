@@ -116,6 +116,19 @@ class Page(HTMLParser):
         self.text += data
 
 
+def test_each_arm_takes_its_own_best_rate(shared, tmp_path, monkeypatch):
+    arms = {"full": {"tuner": "full"}, "lora": {"tuner": "lora"}}
+    how = {"seeds": 1, "learning_rates": (1e-6, 3e-3, 3.0)}
+    found = conduct(study(shared, arms, **how), tmp_path / "c")
+    assert found["arms"]["full"]["learning_rate"] == 3e-3 and found["arms"]["lora"]["learning_rate"] >= 3e-3
+    picked = json.loads((tmp_path / "c" / "learning_rates.json").read_text())
+    assert set(picked["full"]) == {"1e-06", "0.003", "3"} and any("learning rate 0.003" in note for note in found["notes"])
+    monkeypatch.setattr("luthier.run.perform", lambda *a, **k: pytest.fail("all of this was known"))
+    assert conduct(study(shared, arms, **how), tmp_path / "c")["table"]["loss"] == found["table"]["loss"]
+    with pytest.raises(RecipeError, match="two or more above 0"):
+        fair(study(shared, arms, learning_rates=(1e-3,)))
+
+
 def test_the_page_answers_first_and_runs_nothing(shared, tmp_path):
     rows = [{**r, "prompt": r["prompt"] + "<script>alert(1)</script>"} for r in SUMS]
     arms = {"a": {"tuner": "full"}, "b<i>": {"tuner": "lora"}}

@@ -201,17 +201,19 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 3,
     budget: Annotated[str | None, typer.Option(help="Of each run: a time (30m), steps (500 steps) or tokens (200k tokens).")] = None,
     metric: Annotated[str, typer.Option(help="By which arms are ranked, and stopped early.")] = "loss",
+    learning_rates: Annotated[str, typer.Option(help="Of which each arm takes its best, e.g. 1e-4,1e-3; runs with a seed of their own.")] = "",
     keep_all: Annotated[bool, typer.Option("--keep-all", help="Stop no arm early.")] = False,
     to: Annotated[Path | None, typer.Option(help="The comparison's folder.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare ways to tune on the same rows, seeds and budget. What was stopped goes on when the same command is run again."""
-    from luthier.comparison import Study, arms_of, conduct
+    from luthier.comparison import Study, arms_of, conduct, rates_of
     from luthier.report.console import Console, Quiet
 
     files = [w for w in words or () if "=" not in w or Path(w).is_file()]
     changes = [w for w in words or () if w not in files] + [f"{k}={json.dumps(v)}" for k, v in (("model", model), ("data", data)) if v]
-    study = Study(arms_of(files, changes, tuners, objectives), seeds, budget, metric, stop_early=not keep_all)
+    arms = arms_of(files, changes, tuners, objectives)
+    study = Study(arms, seeds, budget, metric, stop_early=not keep_all, learning_rates=rates_of(learning_rates))
     found = conduct(study, to, Quiet() if as_json else Console())
     typer.echo(dumped(found)) if as_json else Console().arms(found)
 

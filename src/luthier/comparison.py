@@ -42,6 +42,7 @@ COSTS = {  # what a run cost, out of its stats; None: neither way is better
 GOALS = ("elsewhere_loss", "elsewhere_accuracy", "trained", "peak_memory_mb", "seconds")  # of the front, beside the metric
 RUNGS = (0.25, 0.5)  # shares of the run at which arms that cannot win are stopped
 WRONG = 0.05  # how often, of all pairs of a metric together, a difference may be claimed where there is none
+TUNING_SEED = 1000  # of the runs that pick learning rates: no run that counts has it
 PILOT = 6  # steps by which a budget of time or tokens is turned into steps
 
 
@@ -58,9 +59,11 @@ class Study:
     metric: str = "loss"  # by which arms are ranked and stopped
     stop_early: bool = True  # stop arms that cannot win, where there are more than two
     apart: bool = True  # each run in a process of its own
+    learning_rates: tuple[float, ...] = ()  # of which each arm takes its best, by a run with a seed of its own
 
     def fingerprint(self) -> str:
         said = [{k: r.public() for k, r in self.arms.items()}, self.seeds, self.budget, self.metric, self.stop_early]
+        said += [self.learning_rates] if self.learning_rates else []
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
@@ -83,6 +86,14 @@ def _listed(said: str) -> list[str]:
     return [word.strip() for word in said.split(",") if word.strip()]
 
 
+def rates_of(said: str) -> tuple[float, ...]:
+    """'1e-4,1e-3' as numbers."""
+    try:
+        return tuple(float(word) for word in _listed(said))
+    except ValueError:
+        raise RecipeError(f"--learning-rates: '{said}' is not numbers such as 1e-4,1e-3") from None
+
+
 def _grid(base: Recipe, tuners: list[str], objectives: list[str]) -> dict[str, Recipe]:
     arms = {}
     for t in tuners or [None]:
@@ -96,8 +107,10 @@ def fair(study: Study) -> tuple[dict[str, Recipe], list[str]]:
     """The arms as they will run, all measured alike, and what a reader must know. Refuses what cannot be compared."""
     if len(study.arms) < 2:
         raise RecipeError("a comparison wants two arms or more")
-    if study.seeds < 1:
-        raise RecipeError(f"--seeds: {study.seeds} is not a number of runs")
+    if not 1 <= study.seeds <= TUNING_SEED:
+        raise RecipeError(f"--seeds: {study.seeds} is not a number of runs between 1 and {TUNING_SEED}")
+    if study.learning_rates and (len(set(study.learning_rates)) < 2 or min(study.learning_rates) <= 0):
+        raise RecipeError(f"--learning-rates: two or more above 0 to choose from, not {', '.join(map(str, study.learning_rates))}")
     first, notes = next(iter(study.arms)), []
     for name, recipe in study.arms.items():
         if recipe.plan is not None:
@@ -182,6 +195,46 @@ def budgeted(study: Study, arms: dict[str, Recipe], folder: Path, watch: Any) ->
     return {name: r.but(max_steps=steps[name]) for name, r in arms.items()}
 
 
+def swept(study: Study, arms: dict[str, Recipe], folder: Path, watch: Any) -> tuple[dict[str, Recipe], list[str]]:
+    """Every arm at the learning rate that was best for it, and what a reader must know of that. What was found is kept."""
+    if not study.learning_rates:
+        return arms, []
+    kept, rates = folder / "learning_rates.json", sorted(set(study.learning_rates))
+    found: dict[str, dict[str, float | None]] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    todo = [(name, rate) for name in arms for rate in rates if f"{rate:g}" not in found.get(name, {})]
+    with watch.training(len(todo), 0):
+        for i, (name, rate) in enumerate(todo):
+            began = time.perf_counter()
+            recipe = arms[name].but(learning_rate=rate, seed=TUNING_SEED)
+            found.setdefault(name, {})[f"{rate:g}"] = _reached(study, recipe, folder / "rates" / f"{name}-{rate:g}")
+            store.write_json(kept, found)
+            watch.step({"step": i + 1, "seconds": time.perf_counter() - began})
+    notes = [f"each arm at its best of {len(rates)} learning rates, picked by the same held-out rows with a seed that does not count"]
+    best: dict[str, float] = {}
+    for name in arms:
+        ended = {rate: value for rate in rates if (value := found[name][f"{rate:g}"]) is not None}
+        if not ended:
+            raise RecipeError(f"arm {name}: it diverged at every learning rate of {', '.join(f'{r:g}' for r in rates)}; give smaller ones")
+        best[name] = (max if says(study.metric).up else min)(ended, key=ended.__getitem__)
+        edge = {rates[0]: "smallest", rates[-1]: "largest"}.get(best[name])
+        notes.append(f"{name}: learning rate {best[name]:g}" + f", the {edge} of them: a better one may lie beyond" * bool(edge))
+    return {name: r.but(learning_rate=best[name]) for name, r in arms.items()}, notes
+
+
+def _reached(study: Study, recipe: Recipe, where: Path) -> float | None:
+    """The metric that a run ends with; None where it diverged."""
+    try:
+        _run(study, recipe, where, None, None)
+    except RecipeError as error:
+        if "is not finite" in str(error):
+            return None
+        raise
+    after = json.loads((where / "report.json").read_text(encoding="utf-8"))["after"]
+    if study.metric not in after:
+        raise RecipeError(f"--metric: the arms measured no '{study.metric}'{meant(study.metric, after)}")
+    return float(after[study.metric])
+
+
 # ---------------------------------------------------------------------------------------------- running
 
 
@@ -196,14 +249,15 @@ class Found:
 
 def compare(
     arms: Mapping[str, Any], *, seeds: int = 3, budget: str | None = None, metric: str = "loss", stop_early: bool = True,
-    folder: str | Path | None = None, watch: Any = None, **shared: Any,
+    learning_rates: Sequence[float] = (), folder: str | Path | None = None, watch: Any = None, **shared: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare recipes: name -> a recipe's file, mapping or Recipe; shared: keys of all of them.
 
     >>> luthier.compare({"lora": {"tuner": "lora"}, "full": {"tuner": "full"}}, data="rows.jsonl", budget="100 steps")
     """
     made = {str(name): Recipe.load(arm, shared) for name, arm in arms.items()}
-    return conduct(Study(made, seeds, budget, metric, stop_early), Path(folder) if folder else None, watch)
+    study = Study(made, seeds, budget, metric, stop_early, learning_rates=tuple(learning_rates))
+    return conduct(study, Path(folder) if folder else None, watch)
 
 
 def conduct(study: Study, folder: Path | None = None, watch: Any = None) -> dict[str, Any]:
@@ -215,9 +269,10 @@ def conduct(study: Study, folder: Path | None = None, watch: Any = None) -> dict
     arms, notes = fair(study)
     folder = Path(folder or Path("runs") / f"compare-{study.fingerprint()}")
     with _taken(folder, study):
+        arms, picked = swept(study, budgeted(study, arms, folder, watch), folder, watch)
+        notes += picked
         for sentence in notes:
             watch.tell(sentence)
-        arms = budgeted(study, arms, folder, watch)
         found = {name: Found(recipe) for name, recipe in arms.items()}
         for share in RUNGS if study.stop_early and len(arms) > 2 else ():
             _all(study, found, folder, watch, share)
