@@ -129,6 +129,21 @@ def test_each_arm_takes_its_own_best_rate(shared, tmp_path, monkeypatch):
         fair(study(shared, arms, learning_rates=(1e-3,)))
 
 
+def test_a_plan_is_an_arm_like_others(shared, tmp_path):
+    arms = {
+        "once": {"tuner": "full", "learning_rate": 1e-3},
+        "twice": {"tuner": "full", "learning_rate": 1e-3, "plan": {"name": "sequence", "acts": [{}, {}]}},
+        "same": {"tuner": "full", "learning_rate": 1e-3},
+    }  # fmt: skip
+    found = conduct(study(shared, arms, seeds=2), tmp_path / "c")
+    assert found["table"]["loss"]["twice"]["mean"] < found["table"]["loss"]["once"]["mean"] and found["table"]["loss"]["twice"]["rows"] > 1
+    assert found["table"]["loss"]["same"] == found["table"]["loss"]["once"] and not found["stopped"]
+    acts = [json.loads((tmp_path / "c" / "twice-0" / f"act-{k}" / "report.json").read_text())["stats"]["seconds"] for k in (0, 1)]
+    assert found["table"]["seconds"]["twice"]["by_seed"][0] == pytest.approx(sum(acts))
+    with pytest.raises(RecipeError, match="which no budget divides"):
+        fair(study(shared, arms, budget="5 steps"))
+
+
 def test_the_page_answers_first_and_runs_nothing(shared, tmp_path):
     rows = [{**r, "prompt": r["prompt"] + "<script>alert(1)</script>"} for r in SUMS]
     arms = {"a": {"tuner": "full"}, "b<i>": {"tuner": "lora"}}

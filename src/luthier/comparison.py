@@ -27,7 +27,7 @@ from luthier.data import load_data
 from luthier.method import RecipeError, build, gives_of, meant
 from luthier.paired import difference, front, holm, interval
 from luthier.recipe import Recipe
-from luthier.rehearsal import checked, wants, words
+from luthier.rehearsal import checked, rehearse, wants, words
 from luthier.report.numbers import number, says
 
 MEASURED = ("loss", "accuracy", "generate", "forgetting", "calibration", "diversity")  # where no arm says otherwise
@@ -112,9 +112,10 @@ def fair(study: Study) -> tuple[dict[str, Recipe], list[str]]:
     if study.learning_rates and (len(set(study.learning_rates)) < 2 or min(study.learning_rates) <= 0):
         raise RecipeError(f"--learning-rates: two or more above 0 to choose from, not {', '.join(map(str, study.learning_rates))}")
     first, notes = next(iter(study.arms)), []
+    plans = [name for name, recipe in study.arms.items() if recipe.plan is not None]
+    if plans and study.budget:
+        raise RecipeError(f"--budget: {plans[0]} is a plan of several runs, which no budget divides; say max_steps in the recipes")
     for name, recipe in study.arms.items():
-        if recipe.plan is not None:
-            raise RecipeError(f"arm {name}: plans are not compared yet; name their runs, or use benchmarks/claims")
         for key in ALIKE:
             was, now = getattr(study.arms[first], key), getattr(recipe, key)
             if was != now:
@@ -129,7 +130,9 @@ def fair(study: Study) -> tuple[dict[str, Recipe], list[str]]:
     arms = {}
     for name, recipe in study.arms.items():
         try:
-            parts = checked(recipe, rows.rows[:100])
+            if recipe.plan is not None:
+                rehearse(recipe, rows.rows[:100])
+            parts = checked(recipe.but(plan=None), rows.rows[:100])
         except RecipeError as error:
             raise RecipeError(f"arm {name}: {error}") from None
         if recipe.evaluate is None:
@@ -141,6 +144,8 @@ def fair(study: Study) -> tuple[dict[str, Recipe], list[str]]:
         shared = [e for e in asked[0] if all(e in other for other in asked)]
         notes.append(f"only what every arm can be asked is measured: {', '.join(shared)}")
         arms = {name: r.but(evaluate=shared) for name, r in arms.items()}
+    if plans:
+        notes.append(f"{_and(plans)}: time is that of all its runs together, memory that of the largest; no arm is stopped early")
     if not rows.held_out:
         notes.append("nothing is held out: arms are compared on the rows they were trained on")
     if study.seeds == 1:
@@ -229,7 +234,7 @@ def _reached(study: Study, recipe: Recipe, where: Path) -> float | None:
         if "is not finite" in str(error):
             return None
         raise
-    after = json.loads((where / "report.json").read_text(encoding="utf-8"))["after"]
+    after = _report(where)["after"]
     if study.metric not in after:
         raise RecipeError(f"--metric: the arms measured no '{study.metric}'{meant(study.metric, after)}")
     return float(after[study.metric])
@@ -274,7 +279,8 @@ def conduct(study: Study, folder: Path | None = None, watch: Any = None) -> dict
         for sentence in notes:
             watch.tell(sentence)
         found = {name: Found(recipe) for name, recipe in arms.items()}
-        for share in RUNGS if study.stop_early and len(arms) > 2 else ():
+        early = study.stop_early and len(arms) > 2 and not any(r.plan for r in arms.values())
+        for share in RUNGS if early else ():
             _all(study, found, folder, watch, share)
             for name, why in _hopeless(study, found, share).items():
                 found[name].stopped = why
@@ -356,7 +362,7 @@ def _hopeless(study: Study, found: dict[str, Found], share: float) -> dict[str, 
 def judge(study: Study, found: Mapping[str, Found]) -> dict[str, Any]:
     """Every metric of every arm with its interval, every pair of arms with its difference, the front, and a sentence."""
     ended = {n: f for n, f in found.items() if not f.stopped}
-    reports = {n: [json.loads((f.runs[s] / "report.json").read_text(encoding="utf-8")) for s in sorted(f.runs)] for n, f in ended.items()}
+    reports = {n: [_report(f.runs[s]) for s in sorted(f.runs)] for n, f in ended.items()}
     metrics = [
         k
         for k in dict.fromkeys(k for rs in reports.values() for r in rs for k in r["after"])
@@ -396,6 +402,30 @@ def judge(study: Study, found: Mapping[str, Found]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _report(where: Path) -> dict[str, Any]:
+    """What a run ended with; of a plan, before its first run, after its last, and what all of them cost."""
+    said = json.loads((where / "report.json").read_text(encoding="utf-8"))
+    acts = [_report(act) for act in _acts(said)]
+    if not acts:
+        return said
+    seconds = [act["stats"].get("seconds", 0.0) for act in acts]
+    read = sum(act["stats"].get("tokens_per_second", 0.0) * s for act, s in zip(acts, seconds))
+    cost = {"seconds": sum(seconds), "tokens_per_second": read / max(sum(seconds), 1e-9)}
+    peak = max(act["stats"].get("peak_memory_mb", 0.0) for act in acts)
+    return {**said, "before": acts[0]["before"], "stats": {**said["stats"], **cost, "peak_memory_mb": peak}}
+
+
+def _acts(report: Mapping[str, Any]) -> list[Path]:
+    return [Path(act) for act in report.get("acts") or ()]
+
+
+def _files(where: Path) -> Path:
+    """The folder that a run's files lie in; of a plan, that of the run that stands for it."""
+    path = where / "report.json"
+    said = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return Path(said["folder"]) if _acts(said) else where
+
+
 def _up(metric: str) -> bool | None:
     return COSTS[metric][1] if metric in COSTS else says(metric).up
 
@@ -412,7 +442,7 @@ def _values(found: Found, reports: Sequence[dict], metric: str) -> np.ndarray | 
 def _by_row(found: Found, when: str, metric: str) -> np.ndarray | None:
     seeds = []
     for seed in sorted(found.runs):
-        path = found.runs[seed] / f"by-row-{when}.json"
+        path = _files(found.runs[seed]) / f"by-row-{when}.json"
         said = json.loads(path.read_text(encoding="utf-8")).get(metric) if path.is_file() else None
         if said is None and when == "during":  # finished before it could be paused: its end says more
             return _by_row(found, "after", metric)
