@@ -29,6 +29,7 @@ TITLES = {
     "reward": "Rewards: how good a text is",
     "role": "Roles: who else is asked",
     "plan": "Plans: several runs",
+    "compiler": "Compilers: programs of prompts, tuned",
     "merger": "Mergers: one out of several",
     "decoder": "Decoders: how text is written",
     "evaluator": "Evaluators: what is measured",

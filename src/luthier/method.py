@@ -36,6 +36,7 @@ FOLDERS = {
     "reward": "rewards",
     "role": "roles",
     "plan": "plans",
+    "compiler": "programs",
     "merger": "mergers",
     "decoder": "decoders",
     "evaluator": "evaluators",
@@ -120,6 +121,7 @@ stage = declare("stage")
 reward = declare("reward")
 role = declare("role")
 plan = declare("plan")
+compiler = declare("compiler")
 merger = declare("merger")
 decoder = declare("decoder")
 evaluator = declare("evaluator")
@@ -319,7 +321,8 @@ def page(cls: type) -> str:
         lines += ["| setting | default | meaning |", "| - | - | - |"]
         lines += [f"| `{f.name}` | `{default_of(f)}` | {helps(cls).get(f.name, '').replace('|', chr(92) + '|')} |" for f in fields(cls)]
         lines += [""]
-    lines += ["```yaml", WRITTEN.get(cls.kind, f"{cls.kind}: {{}}").format(cls.name), "```", ""]
+    language = "python" if cls.kind == "compiler" else "yaml"
+    lines += [f"```{language}", WRITTEN.get(cls.kind, f"{cls.kind}: {{}}").format(cls.name), "```", ""]
     return "\n".join(lines)
 
 
@@ -333,6 +336,7 @@ WRITTEN = {  # how a recipe names a method of a kind, where it is not `kind: nam
     "reward": "live: [{{name: score, reward: {}}}]",
     "merger": "start: {{merge: {}, of: [runs/a, runs/b]}}",
     "format": "data: {{path: rows.jsonl, format: {}}}",
+    "compiler": "tuned = compiler({!r}).compile(program, rows, metric)",  # Python: programs are no recipes
 }
 
 

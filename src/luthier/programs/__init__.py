@@ -1,0 +1,33 @@
+"""Programs of prompts, and what tunes them: demonstrations, instructions, and the weights of the models that are asked.
+
+A program is Python code with predictors in it; a compiler (a file of this folder each) tunes it from rows and a metric.
+Any workflow of Python functions can be tuned by what is said of its outcome, too: `node`, `bundle` and `optoprime`.
+"""
+
+from luthier.programs._graph import Failed, Node, ancestors, attempt, bundle, call, node
+from luthier.programs._models import Remembering, Speaker, speaker
+from luthier.programs._program import (
+    ChainOfThought,
+    Majority,
+    MultiChainComparison,
+    Predict,
+    Prediction,
+    Program,
+    ProgramOfThought,
+    ReAct,
+    evaluate,
+    rewarded,
+)
+from luthier.programs._signature import Signature
+
+__all__ = [
+    "ChainOfThought", "Failed", "Majority", "MultiChainComparison", "Node", "Predict", "Prediction", "Program", "ProgramOfThought", "ReAct",
+    "Remembering", "Signature", "Speaker", "ancestors", "attempt", "bundle", "call", "compiler", "evaluate", "node", "rewarded", "speaker",
+]  # fmt: skip
+
+
+def compiler(name: str, **settings):
+    """A compiler by its name: `compiler("random_search", num_candidates=8).compile(program, rows, metric)`."""
+    from luthier.method import build
+
+    return build("compiler", {"name": name, **settings})
