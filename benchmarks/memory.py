@@ -1,7 +1,9 @@
-"""Memory predicted and measured: full, lora and mezo on three sizes, each in a process of its own.
+"""Memory predicted and measured: full, lora and mezo on four sizes, each in a process of its own.
 
-python benchmarks/memory.py            # a table; about five minutes on two cores
-python benchmarks/memory.py b lora     # one cell
+python benchmarks/memory.py                 # a table; about ten minutes on two cores
+python benchmarks/memory.py s               # one size; half a minute
+python benchmarks/memory.py b lora          # one cell
+python benchmarks/memory.py b lora again    # with gradient checkpointing
 """
 
 from __future__ import annotations
@@ -11,18 +13,19 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-SIZES = {  # about 26M, 130M and 0.5B parameters
+SIZES = {  # about 5M, 26M, 130M and 0.5B parameters
+    "s": dict(vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4),
     "a": dict(vocab_size=32000, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6),
     "b": dict(vocab_size=50304, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12),
     "c": dict(
         vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2
     ),
 }
-ROWS = {"a": (8, 256), "b": (4, 256), "c": (1, 512)}  # rows of a step, tokens of a row
+ROWS = {"s": (16, 128), "a": (8, 256), "b": (4, 256), "c": (1, 512)}  # rows of a step, tokens of a row
 WAYS = {"full": ("full", "backprop"), "lora": ({"name": "lora", "r": 16}, "backprop"), "mezo": ("full", "mezo")}
 
 
-def cell(size: str, way: str) -> None:
+def cell(size: str, way: str, again: str = "") -> None:
     """Two steps; prints predicted and measured peak of the process in GB."""
     import torch
     from accelerate import Accelerator
@@ -43,6 +46,8 @@ def cell(size: str, way: str) -> None:
     attached = build("tuner", tuner).attach(model)
     clock = Clock(total=2)
     roles = Roles(Policy(build("architecture", "causal"), model, attached), clock, None)
+    if again:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     n, length = ROWS[size]
     row = SimpleNamespace(prompt=[5] * (length // 2), completions=[[7] * (length // 2)], supervised=[[True] * (length // 2)])
     rows = [{"id": str(i)} for i in range(n)]
@@ -50,12 +55,12 @@ def cell(size: str, way: str) -> None:
     chain = Chain(build("optimizer", "adamw").chain(), attached, clock, 1e-4)
     how = build("estimator", estimator)
     before = _now()
-    need = memory.predict(roles, chain, how, roles.batch(rows[:1]), n * length)
+    need = memory.predict(roles, chain, how, [roles.batch(rows[:1]), roles.batch(rows[:2])], n * length, bool(again))
     fit = Fit(roles, rows, build("objective", "sft"), chain, how, Batches(n, n), Accelerator(cpu=True))
     fit.run()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     said = before + need.total / 2**30
-    print(f"{size}  {way:<5} predicted {said:5.2f} GB  measured {peak:5.2f} GB  {said / peak - 1:+.0%}  (of it {need.told()})", flush=True)
+    print(f"{size}  {way:<5} {again and 'recomputing':<11} predicted {said:5.2f} GB  measured {peak:5.2f} GB  {said / peak - 1:+.0%}  (of it {need.told()})", flush=True)
 
 
 def _now() -> float:
@@ -65,9 +70,9 @@ def _now() -> float:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
+    if len(sys.argv) > 2:
         cell(*sys.argv[1:])
     else:
-        for size in SIZES:
-            for way in WAYS:
-                subprocess.run([sys.executable, __file__, size, way], check=True)
+        for size in sys.argv[1:] or SIZES:
+            for how in (*([way] for way in WAYS), ["full", "again"], ["lora", "again"]):
+                subprocess.run([sys.executable, __file__, size, *how], check=True)

@@ -9,10 +9,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import luthier
 import zoo
 from luthier import memory
 from luthier.clock import Clock
-from luthier.method import build
+from luthier.method import RecipeError, build
 from luthier.roles import Policy, Roles
 from luthier.transforms._chain import Chain
 
@@ -21,11 +22,9 @@ def need(tuner="full", estimator="backprop", optimizer="adamw", tokens=None, che
     model = zoo.make("llama")
     attached = build("tuner", tuner).attach(model)
     roles = Roles(Policy(build("architecture", "causal"), model, attached), Clock(), None)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     chain = Chain(build("optimizer", optimizer).chain(), attached, Clock(), 1e-3)
     batch = zoo.rows()
-    return memory.predict(roles, chain, build("estimator", estimator), batch, tokens or len(batch.ids)), model
+    return memory.predict(roles, chain, build("estimator", estimator), [batch], tokens or len(batch.ids), checkpointing), model
 
 
 def test_what_moves_is_counted_exactly():
@@ -43,3 +42,64 @@ def test_what_backward_keeps():
     assert twice.activations == pytest.approx(2 * once.activations, rel=0.01)
     assert need(checkpointing=True)[0].activations < once.activations
     assert need(estimator="mezo")[0].activations == 0
+
+
+def test_what_does_not_grow_with_the_tokens_is_not_multiplied():
+    """A tuned weight is kept once, however many tokens it meets; a dozen rows tell what a hundred take."""
+    assert memory._grown([(10, 1100), (20, 1200)], 1000) == 1000 + 10 * 1000
+    assert memory._grown([(10, 100)], 30) == 300
+
+
+# ------------------------------------------------------------------------------------------ in a run
+
+
+def gigabytes(monkeypatch, size):
+    monkeypatch.setattr(memory, "free", lambda device: round(size))
+    monkeypatch.setattr(memory, "swap", lambda device: 0)
+
+
+def needs(base, folder, monkeypatch) -> tuple[memory.Need, memory.Need]:
+    """What a run of this recipe is said to take, without and with recomputation."""
+    seen, real = [], memory.predict
+
+    def predict(*given):
+        seen.append(real(*given[:5], False))
+        seen.append(real(*given[:5], True))
+        return real(*given)
+
+    monkeypatch.setattr(memory, "predict", predict)
+    luthier.tune(base, folder=folder)
+    monkeypatch.setattr(memory, "predict", real)
+    return seen[0], seen[1]
+
+
+@pytest.mark.parametrize("tuner", ["full", "lora"])
+def test_recomputation_is_chosen_where_a_step_would_not_fit_without(base, tmp_path, monkeypatch, tuner):
+    base |= {"tuner": tuner, "max_steps": 2, "per_device_train_batch_size": 64}
+    monkeypatch.setattr(memory, "LIBRARY", {True: 0, False: 0})  # on so small a model it would hide all else
+    plain, again = needs(base, tmp_path / "a", monkeypatch)
+    assert again.total < plain.total
+    runs = {}
+    for name, have in {"wide": 2 * plain.total, "tight": (plain.total + again.total) / 2 / memory.SURE}.items():
+        gigabytes(monkeypatch, have)
+        runs[name] = luthier.tune(base, folder=tmp_path / name)
+    assert not any("gradient_checkpointing" in n for n in runs["wide"].notes)
+    assert any("computed again in backward (gradient_checkpointing)" in n for n in runs["tight"].notes)
+    assert runs["tight"].losses == pytest.approx(runs["wide"].losses, abs=1e-6)
+    told = luthier.tune(base | {"gradient_checkpointing": False}, folder=tmp_path / "no").notes
+    assert not any("computed again" in n for n in told)
+
+
+def test_what_cannot_fit_is_refused_before_anything_is_trained(base, tmp_path, monkeypatch):
+    gigabytes(monkeypatch, 2**10)
+    with pytest.raises(RecipeError, match=r"one row alone is predicted to take .* GB\) beside the model, and 0.0 GB are free"):
+        luthier.tune(base, folder=tmp_path)
+    assert not (tmp_path / "before.json").exists()
+
+
+def test_what_fits_row_by_row_is_told(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "LIBRARY", {True: 0, False: 0})
+    base |= {"tuner": "lora", "per_device_train_batch_size": 64, "gradient_checkpointing": False, "max_steps": 1}
+    plain, _ = needs(base, tmp_path / "a", monkeypatch)
+    gigabytes(monkeypatch, 0.7 * plain.total)
+    assert any("expect micro-batches to be split" in n for n in luthier.tune(base, folder=tmp_path / "b").notes)

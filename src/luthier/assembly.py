@@ -56,7 +56,7 @@ def load_model(recipe: Recipe, parts: Parts, network: Mapping[str, Any], folder:
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(f"model {recipe.model} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
     model.config.use_cache = False
-    if recipe.gradient_checkpointing:
+    if recipe.gradient_checkpointing is True:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.to(where).eval(), tokenizer
 

@@ -103,29 +103,6 @@ def same_as_plain(policy: Any, batch: Batch, tell: Callable[[str], None]) -> Non
         tell(f"reading {reading} {reason}: rows are read {instead} instead, which is slower and right")
 
 
-def fits_in_memory(attached: Any, tell: Callable[[str], None], device: torch.device) -> int:
-    """Bytes that gradients and optimizer state will take beside the weights, told where they near what is still free."""
-    moving = sum(p.numel() for s in attached.sites() for p in s.slots.values())
-    need = moving * (4 + 8)  # a gradient, and Adam's two moments in fp32
-    have = torch.cuda.mem_get_info()[0] if device.type == "cuda" else _free_memory()
-    if have and need > 0.9 * have:
-        tell(
-            f"gradients and optimizer state take {need / 2**30:.1f} GB before any activation, and {have / 2**30:.1f} GB are free: expect it not to fit"
-        )
-    return need
-
-
-def _free_memory() -> int:
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
-
-
 def out_of_memory(error: BaseException) -> bool:
     """Is this the way torch says that memory has run out?"""
     return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

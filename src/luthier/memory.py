@@ -5,6 +5,8 @@ What backward keeps is not guessed from the architecture: some rows are read onc
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +14,13 @@ import torch
 from torch import Tensor
 
 from luthier.batch import Batch
+from luthier.guards import Refused
 from luthier.kernels import logprobs
 from luthier.roles import Roles
 from luthier.transforms._chain import Chain
 
-LIBRARY = 200 * 2**20  # bytes that matrix libraries and late imports take, measured (benchmarks/memory.py), as is the head's packing
+LIBRARY = {True: 100 * 2**20, False: 60 * 2**20}  # bytes that matrix libraries and late imports take, with a backward pass and without
+SURE = 0.9  # of what is free, up to which a prediction is trusted: it is right to about 15% (benchmarks/memory.py)
 
 
 @dataclass(frozen=True)
@@ -38,24 +42,109 @@ class Need:
         return ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items()) + " GB"
 
 
-def predict(roles: Roles, chain: Chain, estimator: Any, batch: Batch, tokens: int) -> Need:
-    """What a micro-batch of `tokens` tokens takes. batch: a few rows like those to come; they are read once, with gradients."""
+def predict(roles: Roles, chain: Chain, estimator: Any, some: Sequence[Batch], tokens: int, recompute: bool = False) -> Need:
+    """What a micro-batch of `tokens` tokens takes. some: one or two batches of unlike size with rows like those to come, which
+    are read once, with gradients; two tell what grows with the tokens from what does not (a tuned weight).
+
+    recompute: with gradient checkpointing; a backward pass then holds what enters each layer, and all of one layer.
+    """
     moving = [p for s in roles.tuner.sites() for p in s.slots.values() if p.requires_grad]
     model = roles.policy.model
     backward = "grad" in estimator.gives
     count, largest = sum(p.numel() for p in moving), max((p.numel() for p in moving), default=0)
     low = sum(p.numel() for p in moving if p.dtype.itemsize < 4)
+    asked, size = len(some[-1].owner) / max(1, len(some[-1].ids)), next(model.parameters()).dtype.itemsize
     head = model.get_output_embeddings()
-    logits = 0 if head is None else 4 * len(head.weight) * min(tokens, logprobs.chunk_size(len(head.weight)))
-    wide = max(m.weight.shape[0] for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head) if head is not None else 0
-    packed = 0 if head is None or head.weight.is_cuda else head.weight.nbytes * (2.6 if backward else 1.0)
+    wide = max((m.weight.shape[0] for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head), default=0)
+    passing = (6 if backward else 4) * tokens * wide * size + LIBRARY[backward]
+    if head is not None:
+        words = len(head.weight)
+        passing += (3 if backward else 2) * 4 * words * min(round(asked * tokens), logprobs.chunk_size(words))
+        passing += 0 if head.weight.is_cuda else head.weight.nbytes * (2.6 if backward else 1.0)  # packed by the library
+        passing += 4 * head.weight.numel() if backward and any(p is head.weight for p in moving) else 0  # its gradient is summed in fp32
+    kept = _grown([(len(b.ids), _kept(roles, b)) for b in some], tokens) if backward else 0
+    if recompute and (layers := getattr(model.config.get_text_config(), "num_hidden_layers", 0)):
+        kept = min(kept, layers * tokens * model.get_input_embeddings().weight.shape[-1] * size + kept / layers)
     return Need(
         moving=sum(p.nbytes for p in moving),
         state=sum(map(_state, chain.transforms)) * count + 4 * low,
         update=16 * largest,
-        activations=round(_kept(roles, batch) * tokens / max(1, len(batch.ids))) if backward else 0,
-        passing=round(2 * logits + (6 if backward else 4) * tokens * wide * next(model.parameters()).dtype.itemsize + packed) + LIBRARY,
+        activations=round(kept),
+        passing=round(passing),
     )
+
+
+def _grown(seen: Sequence[tuple[int, int]], tokens: int) -> float:
+    """(tokens, bytes) of one or two readings -> bytes of `tokens` tokens."""
+    (few, less), (many, more) = seen[0], seen[-1]
+    if many <= few:
+        return less * tokens / max(1, few)
+    each = (more - less) / (many - few)
+    return max(0.0, less - each * few) + each * tokens
+
+
+def choose(
+    roles: Roles, chain: Chain, estimator: Any, some: Sequence[Batch], tokens: int, longest: int, asked: bool | str
+) -> list[str]:
+    """Switch gradient checkpointing on where a step would not fit without. What a person should know, in sentences.
+
+    tokens: of a micro-batch. longest: of a row. asked: true, false or auto. some: as in `predict`.
+    Raises Refused where not even one row would fit.
+    """
+    model, have, told = roles.policy.model, free(roles.device), []
+    if not have:  # nobody says what there is
+        return told
+
+    def need(recompute: bool, tokens: int) -> Need:
+        return predict(roles, chain, estimator, some, tokens, recompute)
+
+    can = getattr(model, "supports_gradient_checkpointing", False) and "grad" in estimator.gives
+    plain, again = need(asked is True, tokens), asked is True
+    if asked == "auto" and can and plain.total > SURE * have and (less := need(True, tokens)).total < plain.total:
+        told.append(
+            f"a step would take {gb(plain.total)} and {gb(have)} are free: activations are computed again in backward "
+            f"(gradient_checkpointing), which takes {gb(less.total)}, more time, and changes no result"
+        )
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        plain, again = less, True
+    if plain.total <= have:
+        return told
+    one = need(again, longest)
+    if one.total > have / SURE + swap(roles.device):
+        raise Refused(
+            f"memory: one row alone is predicted to take {gb(one.total)} ({one.told()}) beside the model, and {gb(have)} are free. "
+            "Take a tuner that moves less, an optimizer that keeps less, a lower max_length or a smaller or quantized model"
+            + ("" if again or not can else ", or gradient_checkpointing: true")
+        )
+    told.append(
+        f"a step is predicted to take {gb(plain.total)} ({plain.told()}) and {gb(have)} are free: expect micro-batches to be split, "
+        "which changes no result; a lower per_device_train_batch_size with more gradient_accumulation_steps spares the attempt"
+    )
+    return told
+
+
+def gb(size: float) -> str:
+    return f"{size / 2**30:.1f} GB"
+
+
+def free(device: torch.device) -> int:
+    """Bytes that this process can still have; 0 where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return _said("MemAvailable") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def swap(device: torch.device) -> int:
+    return 0 if device.type == "cuda" else _said("SwapFree")
+
+
+def _said(what: str) -> int:
+    """Bytes, as the system tells them; 0 where it does not."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith(f"{what}:"))
+    except (OSError, StopIteration):
+        return 0
 
 
 def _state(transform: Any) -> int:
@@ -76,13 +165,17 @@ def _kept(roles: Roles, batch: Batch) -> int:
             held[storage.data_ptr()] = storage.nbytes()
         return x
 
-    was = model.training
+    was, again = model.training, [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     model.train()
+    for m in again:
+        m.gradient_checkpointing = False
     try:
         devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
         with torch.random.fork_rng(devices), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            said = roles.policy(batch.view()).logprobs  # alive until all is counted
+            said = roles.policy(batch.view()).said  # alive until all is counted
             del said
     finally:
         model.train(was)
+        for m in again:
+            m.gradient_checkpointing = True
     return sum(held.values())

@@ -64,7 +64,7 @@ class Recipe:
     max_steps: Annotated[int, Field(ge=0)] | None = None  # optimizer steps, in place of epochs; 0 trains nothing
     per_device_train_batch_size: Count = 8  # rows of a micro-batch
     gradient_accumulation_steps: Count = 1  # micro-batches of an optimizer step; changes memory, never the result
-    gradient_checkpointing: bool = False  # recompute activations in backward: less memory, more time
+    gradient_checkpointing: bool | Literal["auto"] = "auto"  # recompute activations in backward; auto: where a step would not fit
     cache_frozen: bool | Literal["auto"] = "auto"  # keep on disk what layers below the tuner say of a row; auto: where rows are read again
     cache_reference: bool | Literal["auto"] = "auto"  # keep on disk what a role that never changes says of a row; auto: where rows are read again
     seed: int = 0  # of every random draw

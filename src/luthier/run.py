@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import yaml
 
-from luthier import __version__, guards, store
+from luthier import __version__, guards, memory, store
 from luthier import report as page
 from luthier import rows as reading
 from luthier.assembly import assemble, take_parts, tensors_of
@@ -150,6 +150,7 @@ class _Run:
         if self.recipe.start is None:
             self.roles.tuner.initialize(rows, self.roles)
         fit = self.fit(rows)
+        self.check_memory(fit, stats)
         self.keep_frozen(fit, stats.get("row_tokens", 0))
         self.keep_reference(fit, stats)
         before = self.begin(fit)
@@ -233,7 +234,6 @@ class _Run:
         """The guards of a start; counts of what moves and of all."""
         roles, tell = self.roles, self.watch.tell
         moving = guards.something_moves(roles.tuner)
-        guards.fits_in_memory(roles.tuner, tell, roles.device)
         for player in roles.policies():  # each by itself: a teacher may be another kind of network
             guards.same_as_plain(player, roles.batch([_answered(r, roles) for r in rows[:2]]), tell)
         return moving
@@ -250,6 +250,18 @@ class _Run:
         chain = Chain(parts.chain, self.roles.tuner, clock, recipe.learning_rate, factor)
         batches = Batches(per_step, recipe.per_device_train_batch_size, stop_at, parts.live, recipe.num_iterations)
         return Fit(self.roles, rows, parts.objective, chain, parts.estimator, batches, self.accelerator, tell=self.watch.tell)
+
+    def check_memory(self, fit: Fit, stats: dict) -> None:
+        """Memory predicted against what there is, before anything is trained. What is yet to be written is of unknown length."""
+        roles, rows = fit.roles, fit.rows
+        if not rows or not roles.clock.total or any("samples" in s.gives for s in fit.batches.live):
+            return
+        short = sorted(rows[:16], key=lambda row: len(str(row)))[:4]  # what may not fit is not tried out
+        some = [roles.batch([_answered(r, roles) for r in short[:n]]) for n in (1, len(short))]
+        longest, micro = int(stats["longest"]), min(fit.batches.micro, len(rows))
+        tokens = longest + round((micro - 1) * stats["row_tokens"] / len(rows))
+        for sentence in memory.choose(roles, fit.chain, fit.estimator, some, tokens, longest, self.recipe.gradient_checkpointing):
+            self.watch.tell(sentence)
 
     def keep_frozen(self, fit: Fit, tokens: int) -> None:
         """Lower layers that never move: their answers are computed once, where rows are read again."""
