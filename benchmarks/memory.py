@@ -12,6 +12,7 @@ import resource
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 SIZES = {  # about 5M, 26M, 130M and 0.5B parameters
     "s": dict(vocab_size=4096, hidden_size=256, intermediate_size=768, num_hidden_layers=6, num_attention_heads=4),
@@ -45,7 +46,8 @@ def cell(size: str, way: str, again: str = "") -> None:
     tuner, estimator = WAYS[way]
     attached = build("tuner", tuner).attach(model)
     clock = Clock(total=2)
-    roles = Roles(Policy(build("architecture", "causal"), model, attached), clock, None)
+    nobody: Any = None  # the rows below are tokens already
+    roles = Roles(Policy(build("architecture", "causal"), model, attached), clock, nobody)
     if again:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     n, length = ROWS[size]

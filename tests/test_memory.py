@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,11 +18,13 @@ from luthier.method import RecipeError, build
 from luthier.roles import Policy, Roles
 from luthier.transforms._chain import Chain
 
+NOBODY: Any = None  # who renders: rows are tokens already
 
-def need(tuner="full", estimator="backprop", optimizer="adamw", tokens=None, checkpointing=False):
+
+def need(tuner: Any = "full", estimator="backprop", optimizer: Any = "adamw", tokens=None, checkpointing=False):
     model = zoo.make("llama")
     attached = build("tuner", tuner).attach(model)
-    roles = Roles(Policy(build("architecture", "causal"), model, attached), Clock(), None)
+    roles = Roles(Policy(build("architecture", "causal"), model, attached), Clock(), NOBODY)
     chain = Chain(build("optimizer", optimizer).chain(), attached, Clock(), 1e-3)
     batch = zoo.rows()
     return memory.predict(roles, chain, build("estimator", estimator), [batch], tokens or len(batch.ids), checkpointing), model
@@ -62,10 +65,9 @@ def needs(base, folder, monkeypatch) -> tuple[memory.Need, memory.Need]:
     """What a run of this recipe is said to take, without and with recomputation."""
     seen, real = [], memory.predict
 
-    def predict(*given):
-        seen.append(real(*given[:5], False))
-        seen.append(real(*given[:5], True))
-        return real(*given)
+    def predict(roles, chain, estimator, some, tokens, recompute):
+        seen.extend(real(roles, chain, estimator, some, tokens, again) for again in (False, True))
+        return real(roles, chain, estimator, some, tokens, recompute)
 
     monkeypatch.setattr(memory, "predict", predict)
     luthier.tune(base, folder=folder)

@@ -256,11 +256,17 @@ class _Run:
         roles, rows = fit.roles, fit.rows
         if not rows or not roles.clock.total or any("samples" in s.gives for s in fit.batches.live):
             return
-        short = sorted(rows[:16], key=lambda row: len(str(row)))[:4]  # what may not fit is not tried out
+        short = sorted(rows[:16], key=lambda row: len(str(row)))[:2]  # what may not fit is not tried out
         some = [roles.batch([_answered(r, roles) for r in short[:n]]) for n in (1, len(short))]
         longest, micro = int(stats["longest"]), min(fit.batches.micro, len(rows))
         tokens = longest + round((micro - 1) * stats["row_tokens"] / len(rows))
-        for sentence in memory.choose(roles, fit.chain, fit.estimator, some, tokens, longest, self.recipe.gradient_checkpointing):
+        try:
+            told = memory.choose(roles, fit.chain, fit.estimator, some, tokens, longest, self.recipe.gradient_checkpointing)
+        except (RuntimeError, MemoryError) as error:
+            if not guards.out_of_memory(error):
+                raise
+            told = ["memory ran out on two short rows, read to see what a step would take: expect it not to fit"]
+        for sentence in told:
             self.watch.tell(sentence)
 
     def keep_frozen(self, fit: Fit, tokens: int) -> None:
