@@ -160,3 +160,16 @@ def test_the_saved_config_says_nothing_of_it(tmp_path):
     model.save_pretrained(tmp_path)
     assert attention.NAME not in (tmp_path / "config.json").read_text()
     assert type(model).from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("heads", [2, 6])
+def test_one_token_is_what_sdpa_says(heads):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 6, 1, 8, generator=generator)
+    k, v = (torch.randn(3, heads, 20, 8, generator=generator)[:, :, :11] for _ in "kv")
+    mask = torch.arange(11) >= torch.tensor([0, 4, 10])[:, None]
+    said = attention.one_token(q, k, v, mask[:, None, None], 0.3)
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask[:, None, None], scale=0.3, enable_gqa=True)
+    assert torch.allclose(said, plain, atol=1e-6)
+    half = attention.one_token(q.bfloat16(), k.bfloat16().float(), v.bfloat16().float(), mask[:, None, None], 0.3)
+    assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), plain, atol=2e-2)

@@ -20,6 +20,7 @@ from luthier.architectures._architecture import pad
 from luthier.architectures._language_model import logits_at, soft_first
 from luthier.clock import Clock
 from luthier.guards import tolerance
+from luthier.kernels.attention import NAME, takes_plans
 from luthier.method import RecipeError
 
 if TYPE_CHECKING:
@@ -157,10 +158,11 @@ class Cached(Writer):
             mask = torch.cat([mask, mask.new_ones(len(mask), len(soft))], 1).sort(1).values
         self.tells = "position_ids" in inspect.signature(self.model.forward).parameters
         self.mask, self.position = mask, (mask.cumsum(-1) - 1).clamp(min=0)
+        self.alone = self.device.type == "cpu" and takes_plans(self.model) and self.bare
         said = self.model(**inputs, **self.where(), use_cache=True, logits_to_keep=1)
         self.cache = said.past_key_values
         for layer in getattr(self.cache, "layers", ()):
-            roomy(layer)
+            roomy(layer, torch.float32 if self.alone else None)
         if n > 1:
             self.cache.batch_repeat_interleave(n)
         self.mask, self.position = self.mask.repeat_interleave(n, 0), self.position[:, -1:].repeat_interleave(n, 0)
@@ -179,6 +181,7 @@ class Cached(Writer):
         where = self.where()
         if self.bare:  # as the network would make it, if it were asked to
             where["attention_mask"] = self.mask[:, None, None].bool()
+            where["attention_mask"].one_token = self.alone  # kernels/attention.py
         said = self.model(input_ids=tokens[:, None], **where, past_key_values=self.cache, use_cache=True)
         return said.logits[:, -1]
 
@@ -188,15 +191,15 @@ class Cached(Writer):
         config = self.model.config.get_text_config()
         kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
         reads = getattr(config, "alibi", False) or getattr(config, "sliding_window", None)  # what makes more of a mask [B, W]
-        return config._attn_implementation == "sdpa" and self.tells and not kinds and not reads
+        return config._attn_implementation in ("sdpa", NAME) and self.tells and not kinds and not reads
 
 
-def roomy(layer: Any) -> None:
-    """A cache layer of transformers that grows by copying itself at every token shall grow by ROOM tokens."""
+def roomy(layer: Any, dtype: torch.dtype | None = None) -> None:
+    """A cache layer of transformers that grows by copying itself at every token shall grow by ROOM tokens, in `dtype` if given."""
     from transformers.cache_utils import DynamicLayer
 
     if type(layer) is DynamicLayer:
-        layer.__class__ = _roomy()
+        layer.__class__, layer.kept_in = _roomy(), dtype
 
 
 @lru_cache(maxsize=1)
@@ -207,13 +210,14 @@ def _roomy() -> type:
         """keys and values are the filled part of longer tensors."""
 
         longer: tuple[Tensor, Tensor] | None = None
+        kept_in: torch.dtype | None = None
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             filled: Any = (self.keys, self.values)
             held, stop = filled[0].shape[-2], filled[0].shape[-2] + key_states.shape[-2]
             mine = self.longer
             if mine is None or mine[0].data_ptr() != filled[0].data_ptr() or mine[0].shape[-2] < stop:  # full, or rows have left
-                k, v = (x.new_empty(*x.shape[:-2], stop + ROOM, x.shape[-1]) for x in filled)
+                k, v = (x.new_empty(*x.shape[:-2], stop + ROOM, x.shape[-1], dtype=self.kept_in) for x in filled)
                 k[..., :held, :], v[..., :held, :] = filled
                 self.longer = mine = (k, v)
             mine[0][..., held:stop, :] = key_states
