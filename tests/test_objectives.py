@@ -118,6 +118,7 @@ def same(a: dict, b: dict, atol: float = 1e-6) -> None:
 # ------------------------------------------------------------------------------------------------ contracts
 
 COLUMNS = {  # a word that rows must answer -> what this file writes into them
+    "source": lambda row, rng: "train" if row["id"] in ("r0", "r2") else "validation",
     "rewards": lambda row, rng: {"other": [float(x) for x in torch.rand(len(row["completions"]), generator=rng)]},
     "contrasts": lambda row, rng: [0, 1],
     "line_mask": lambda row, rng: marks(row, rng),
@@ -408,7 +409,7 @@ def test_no_reference_is_wanted_where_nobody_asks_it():
     for name in ("grpo", "dapo", "dr_grpo"):
         without, with_ = (build("objective", {"name": name, "beta": b}) for b in (0.0, 0.1))
         assert "reference" not in wants_of(without) and "reference" in wants_of(with_)
-        without.loss(Roles(cast().policy, Clock(), None), batch_of(make_rows(2, k=3)))
+        without.loss(Roles(cast().policy, Clock(), Renderer(tokenizer())), batch_of(make_rows(2, k=3)))
 
 
 def test_clipping_stops_the_gradient_where_the_ratio_has_gone_far_enough():

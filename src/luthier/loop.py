@@ -150,8 +150,11 @@ class Fit:
         *units, tokens, supervised, n_rows = self._sum(total).tolist()
         samples = "samples" in self.objective.wants
 
-        def closure(grad: bool = True, only: Callable[[int, str], bool] = every_term) -> float:
-            """The loss of the global batch; with grad, its gradient into p.grad of what moves. only: of these terms (place, name)."""
+        def closure(grad: bool = True, only: Callable[[int, str], float] = every_term) -> float:
+            """The loss of the global batch; with grad, its gradient into p.grad of what moves.
+
+            only: of these terms (place, name), or how much each counts. `values` then holds each term's own average, by name.
+            """
             try:
                 return measure(grad, only)
             except (RuntimeError, MemoryError) as error:
@@ -159,8 +162,8 @@ class Fit:
                     raise TooLarge(str(error)) from None
                 raise
 
-        def measure(grad: bool, only: Callable[[int, str], bool]) -> float:
-            value, seen, each = 0.0, {}, {}
+        def measure(grad: bool, only: Callable[[int, str], float]) -> float:
+            value, seen, each, alone = 0.0, {}, {}, [0.0] * len(terms)
             if grad:
                 for p in tuner.parameters().values():
                     p.grad = None
@@ -170,13 +173,15 @@ class Fit:
                 with torch.set_grad_enabled(grad):
                     loss = 0.0
                     for i, ((weight, objective), n) in enumerate(zip(terms, units, strict=True)):
-                        if not only(i, objective.name):
+                        share = only(i, objective.name)
+                        if not share:
                             continue
                         values = objective.loss(roles, batch)
                         guards.right_count(values, objective, batch)
                         guards.finite(values.detach(), objective.name, clock.step, batch)
                         term = values.sum() / (n or 1.0)
-                        loss = loss + weight * term
+                        loss = loss + float(share) * weight * term
+                        alone[i] += float(term.detach())
                         if len(terms) > 1:
                             each[objective.name] = each.get(objective.name, 0.0) + float(term.detach())
                     if grad and loss.requires_grad:
@@ -190,9 +195,11 @@ class Fit:
                 guards.gradient_arrives(tuner, may_be_zero=samples)
             metrics.update({k: s / max(n, 1) for k, (s, n) in seen.items()})
             metrics.update({f"loss/{k}": v for k, v in each.items()})
-            return float(self._sum(torch.tensor([value], dtype=torch.float64)))
+            whole, *alone = self._sum(torch.tensor([value, *alone], dtype=torch.float64)).tolist()
+            closure.values = {o.name: v for (_, o), v in zip(terms, alone, strict=True)}
+            return whole
 
-        closure.terms = len(terms)
+        closure.terms, closure.names, closure.note = len(terms), [o.name for _, o in terms], metrics.update
         return closure, {"tokens": int(tokens), "supervised": int(supervised), "rows": int(n_rows)}
 
     def _share(self, params: Sequence[torch.nn.Parameter]) -> None:

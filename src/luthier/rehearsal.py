@@ -53,6 +53,7 @@ WORDS = {  # how a word reads in a sentence
     "rationale": "rows with a `rationale`",
     "tasks": "completions told apart by task (column `tasks`)",
     "tools": "rows with `tools`",
+    "source": "rows with a `source`",
     "steps": "rows with `steps` of a solution and a label for each",
     "step_targets": "marks of the tokens at which a step ends, and whether it was right (column `step_targets`)",
     "values": "a network that gives numbers, not words (architecture `reward_model`)",

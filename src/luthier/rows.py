@@ -67,6 +67,7 @@ class Source(BaseModel):
     limit: int | None = Field(default=None, ge=1)  # rows to read at most
     n: int = Field(default=1000, ge=1)  # rows to generate of a practice world
     seed: int = 0  # of a practice world
+    source: str | None = None  # what the column `source` of its rows says, for objective by_source
 
 
 def load(
@@ -130,7 +131,8 @@ def load_one(source: Source, taken: set, max_bad_rows: float, max_row_chars: int
         except BadRow as why:
             bad.append(told(where, str(why), raw))
             continue
-        rows.append({**row, "id": unused(raw.get("id"), where, taken)})
+        named = {"source": source.source} if source.source else {}
+        rows.append({**row, **named, "id": unused(raw.get("id"), where, taken)})
     if not rows or len(bad) > max_bad_rows * seen:
         if quarantine is not None:
             write_quarantine(bad, quarantine)
