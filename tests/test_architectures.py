@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import zoo
 from luthier import guards
-from luthier.architectures._generate import Cached, Picker
+from luthier.architectures._generate import Picker, Sharing, decoder_writer
 from luthier.batch import collate
 from luthier.clock import Clock
 from luthier.method import RecipeError, build, cards
@@ -206,15 +206,15 @@ def test_greedy_is_transformers_own(name):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 def test_writing_in_bfloat16_reads_as_reading_does(name):
-    """Keys and values in fp32, one token at a time: the log-probabilities are those of the whole text read at once."""
+    """One token at a time, prompts kept once: the log-probabilities are those of the whole text read at once."""
     model = zoo.make(name).bfloat16()
-    writer = Cached(model, Untuned(model))
+    writer = decoder_writer(model, Untuned(model))
+    assert type(writer) is Sharing
     with torch.no_grad():
         said = [writer.begin(PROMPTS, 2)]
         own = torch.tensor([[5 + (r * 7 + t * 3) % 40 for t in range(6)] for r in range(8)])
         for t in range(6):
             said.append(writer.next(own[:, t]))
-        assert writer.alone and writer.cache.layers[0].keys.dtype == torch.float32
         for r in range(8):
             ids = torch.tensor([PROMPTS[r // 2] + own[r].tolist()])
             want = model(ids, use_cache=False).logits[0, -7:].float().log_softmax(-1)

@@ -16,6 +16,7 @@ from luthier import guards
 from luthier.batch import collate
 from luthier.kernels import attention
 from luthier.kernels.layout import lay_out
+from luthier.kernels.writing import Written, one_token
 from luthier.method import build
 from luthier.roles import Policy
 from luthier.tuners._tuner import Untuned
@@ -163,13 +164,18 @@ def test_the_saved_config_says_nothing_of_it(tmp_path):
 
 
 @pytest.mark.parametrize("heads", [2, 6])
-def test_one_token_is_what_sdpa_says(heads):
+def test_one_token_of_each_sample_is_what_sdpa_says(heads):
+    """Two prompts of 5 and 3 tokens, three samples each of which one has ended, four own tokens."""
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(3, 6, 1, 8, generator=generator)
-    k, v = (torch.randn(3, heads, 20, 8, generator=generator)[:, :, :11] for _ in "kv")
-    mask = torch.arange(11) >= torch.tensor([0, 4, 10])[:, None]
-    said = attention.one_token(q, k, v, mask[:, None, None], 0.3)
-    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask[:, None, None], scale=0.3, enable_gqa=True)
-    assert torch.allclose(said, plain, atol=1e-6)
-    half = attention.one_token(q.bfloat16(), k.bfloat16().float(), v.bfloat16().float(), mask[:, None, None], 0.3)
-    assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), plain, atol=2e-2)
+    some = lambda *shape: torch.randn(*shape, generator=generator)
+    q, prompt, own = some(5, 6, 1, 8), (some(2, heads, 5, 8), some(2, heads, 5, 8)), [some(5, heads, 4, 8) for _ in "kv"]
+    read = torch.tensor([[True] * 5, [False] * 2 + [True] * 3])
+    written = Written(torch.arange(6), 3, read).keep(torch.tensor([0, 1, 2, 3, 5]))[0]
+    own[0].prompt = prompt
+    said = one_token(q, *own, written, 0.3)
+    of = torch.tensor([0, 0, 0, 1, 1])
+    k, v = (torch.cat([p[of], o], 2) for p, o in zip(prompt, own, strict=True))
+    mask = torch.cat([read[of], torch.ones(5, 4, dtype=torch.bool)], 1)[:, None, None]
+    assert torch.allclose(said, torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True), atol=1e-6)
+    left, prompts = written.keep(torch.tensor([3, 4]))
+    assert prompts.tolist() == [1] and left.place.tolist() == [0, 2] and left.prompt.tolist() == [[False] * 2 + [True] * 3]

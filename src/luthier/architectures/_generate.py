@@ -21,6 +21,7 @@ from luthier.architectures._language_model import logits_at, soft_first
 from luthier.clock import Clock
 from luthier.guards import tolerance
 from luthier.kernels.attention import NAME, takes_plans
+from luthier.kernels.writing import ROOM, Written, keep_apart
 from luthier.method import RecipeError
 
 if TYPE_CHECKING:
@@ -28,8 +29,7 @@ if TYPE_CHECKING:
 
 SEQUENCES = 64  # written at once
 LEAVE = 0.25  # share of idle rows at which they leave: each time, what is kept of all others is copied
-ROOM = 64  # places that a cache gains at a time
-_cached: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()  # model -> can it write with a cache?
+_ways: WeakKeyDictionary[nn.Module, type[Writer]] = WeakKeyDictionary()  # model -> how it writes
 
 
 def generate(
@@ -94,19 +94,28 @@ class Picker:
     def __init__(self, names: Sequence[tuple[int, int]], length: int, temperature: float, top_p: float = 1.0, top_k: int = 0):
         """names: the (seed, sample) of each sequence."""
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+        self.kept: Tensor | None = None
         if temperature:
             self.uniforms = torch.stack([torch.rand(length, generator=Clock(seed).rng("sample", k)) for seed, k in names])
+
+    def room(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Two tensors like the logits, in fp32, for whatever is computed of them."""
+        if self.kept is None or self.kept.shape[1] < len(logits):
+            self.kept = torch.empty(2, *logits.shape, device=logits.device)
+        return self.kept[0, : len(logits)], self.kept[1, : len(logits)]
 
     def __call__(self, logits: Tensor, which: list[int], step: int) -> Tensor:
         """[B, V] logits of sequences `which` at `step` -> [B] token ids."""
         if not self.temperature:
             return logits.argmax(-1)
-        p, ids = (logits.float() / self.temperature).softmax(-1), None
+        # Written into the same memory at every token: at wide vocabularies, getting it anew costs more than the sums.
+        one, other = self.room(logits)
+        p, ids = torch.softmax(one.copy_(logits).div_(self.temperature), -1, out=other), None
         if self.top_p < 1 or 0 < self.top_k < p.shape[-1]:
             p, ids = p.topk(self.top_k) if 0 < self.top_k < p.shape[-1] else p.sort(-1, descending=True)
             p = p / p.sum(-1, keepdim=True)
             p[p.cumsum(-1) - p >= self.top_p] = 0  # the nucleus: least likely tokens whose better ones already reach top_p go
-        total = p.cumsum(-1)
+        total = torch.cumsum(p, -1, out=one) if ids is None else p.cumsum(-1)
         most = total[:, -1]
         u = self.uniforms[which, step].to(p.device) * most
         u = torch.minimum(u, torch.nextafter(most, most.new_zeros(())))  # rounding must not lead past the last token
@@ -158,15 +167,18 @@ class Cached(Writer):
             mask = torch.cat([mask, mask.new_ones(len(mask), len(soft))], 1).sort(1).values
         self.tells = "position_ids" in inspect.signature(self.model.forward).parameters
         self.mask, self.position = mask, (mask.cumsum(-1) - 1).clamp(min=0)
-        self.alone = self.device.type == "cpu" and takes_plans(self.model) and self.bare
         said = self.model(**inputs, **self.where(), use_cache=True, logits_to_keep=1)
-        self.cache = said.past_key_values
+        self.cache, self.position = said.past_key_values, self.position[:, -1:].repeat_interleave(n, 0)
+        self.multiply(n)
+        return said.logits[:, -1].repeat_interleave(n, 0)
+
+    def multiply(self, n: int) -> None:
+        """Prompts were read; go on with n samples of each."""
         for layer in getattr(self.cache, "layers", ()):
-            roomy(layer, torch.float32 if self.alone else None)
+            roomy(layer)
         if n > 1:
             self.cache.batch_repeat_interleave(n)
-        self.mask, self.position = self.mask.repeat_interleave(n, 0), self.position[:, -1:].repeat_interleave(n, 0)
-        return said.logits[:, -1].repeat_interleave(n, 0)
+        self.mask = self.mask.repeat_interleave(n, 0)
 
     def where(self) -> dict[str, Tensor]:
         return {"attention_mask": self.mask, **({"position_ids": self.position} if self.tells else {})}
@@ -181,7 +193,6 @@ class Cached(Writer):
         where = self.where()
         if self.bare:  # as the network would make it, if it were asked to
             where["attention_mask"] = self.mask[:, None, None].bool()
-            where["attention_mask"].one_token = self.alone  # kernels/attention.py
         said = self.model(input_ids=tokens[:, None], **where, past_key_values=self.cache, use_cache=True)
         return said.logits[:, -1]
 
@@ -194,12 +205,39 @@ class Cached(Writer):
         return config._attn_implementation in ("sdpa", NAME) and self.tells and not kinds and not reads
 
 
-def roomy(layer: Any, dtype: torch.dtype | None = None) -> None:
-    """A cache layer of transformers that grows by copying itself at every token shall grow by ROOM tokens, in `dtype` if given."""
+class Sharing(Cached):
+    """Cached, on a CPU: what samples of a prompt have in common is kept once, and attention is kernels/writing.py's."""
+
+    def multiply(self, n):
+        from transformers.cache_utils import DynamicLayer
+
+        if self.device.type != "cpu" or not takes_plans(self.model) or not self.bare:
+            raise NotImplementedError("this network's attention is not asked one token at a time")
+        if any(type(layer) is not DynamicLayer for layer in self.cache.layers):
+            raise NotImplementedError("this network keeps more than keys and values")
+        self.written = Written(torch.arange(len(self.mask) * n), n, self.mask.bool())
+        for layer in self.cache.layers:
+            keep_apart(layer, n)
+
+    def keep(self, rows):
+        self.position, (self.written, prompts) = self.position[rows], self.written.keep(rows)
+        for layer in self.cache.layers:
+            layer.keep(rows, prompts)
+
+    def next(self, tokens):
+        self.position = self.position + 1
+        mask = torch.ones(len(tokens), 1, 1, 1, dtype=torch.bool)
+        mask.written = self.written  # type: ignore[attr-defined]  # kernels/attention.py finds it
+        where = {"attention_mask": mask, "position_ids": self.position}
+        return self.model(input_ids=tokens[:, None], **where, past_key_values=self.cache, use_cache=True).logits[:, -1]
+
+
+def roomy(layer: Any) -> None:
+    """A cache layer of transformers that grows by copying itself at every token shall grow by ROOM tokens."""
     from transformers.cache_utils import DynamicLayer
 
     if type(layer) is DynamicLayer:
-        layer.__class__, layer.kept_in = _roomy(), dtype
+        layer.__class__ = _roomy()
 
 
 @lru_cache(maxsize=1)
@@ -210,14 +248,13 @@ def _roomy() -> type:
         """keys and values are the filled part of longer tensors."""
 
         longer: tuple[Tensor, Tensor] | None = None
-        kept_in: torch.dtype | None = None
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             filled: Any = (self.keys, self.values)
             held, stop = filled[0].shape[-2], filled[0].shape[-2] + key_states.shape[-2]
             mine = self.longer
             if mine is None or mine[0].data_ptr() != filled[0].data_ptr() or mine[0].shape[-2] < stop:  # full, or rows have left
-                k, v = (x.new_empty(*x.shape[:-2], stop + ROOM, x.shape[-1], dtype=self.kept_in) for x in filled)
+                k, v = (x.new_empty(*x.shape[:-2], stop + ROOM, x.shape[-1]) for x in filled)
                 k[..., :held, :], v[..., :held, :] = filled
                 self.longer = mine = (k, v)
             mine[0][..., held:stop, :] = key_states
@@ -251,20 +288,23 @@ class Rereading(Writer):
 
 
 def decoder_writer(model: Network, attached: Any) -> Writer:
-    """With a cache where that writes the same, else reading everything again. Tried out at a network's first call, told if not."""
-    if model not in _cached:
-        try:
-            with torch.no_grad():
-                fast, slow = (_trial(writer(model, attached)) for writer in (Cached, Rereading))
-            gap = float((fast - slow).abs().mean())
-            reason = "" if gap <= tolerance(model) else f"writes otherwise, by {gap:.1e} in log-probability on average"
-        except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
-            reason = f"cannot ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})"
-        _cached[model] = not reason
+    """The first way to write that writes as rereading everything does. Tried out at a network's first call; told if there is none."""
+    if model not in _ways:
+        with torch.no_grad():
+            slow = _trial(Rereading(model, attached))
+            for way in (Sharing, Cached):
+                try:
+                    gap = float((_trial(way(model, attached)) - slow).abs().mean())
+                    reason = "" if gap <= tolerance(model) else f"writes otherwise, by {gap:.1e} in log-probability on average"
+                except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+                    reason = f"cannot ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})"
+                if not reason:
+                    break
+        _ways[model] = Rereading if reason else way
         if reason:
             name = type(model).__name__
             warnings.warn(f"{name} {reason} with a cache: all is read again for each token, slower and right", stacklevel=3)
-    return (Cached if _cached[model] else Rereading)(model, attached)
+    return _ways[model](model, attached)
 
 
 def _trial(writer: Writer) -> Tensor:

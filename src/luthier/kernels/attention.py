@@ -6,9 +6,7 @@ blocks of like size are computed together as batched matrix products, whose back
 that of the fused kernel. Any network of transformers that takes its attention from the interface of that name gets it:
 `attention` is registered there and does what SDPA does, except where the mask it is handed is a `tag` that carries a plan.
 `plain` is the twin that the tests compare with; every run compares its log-probabilities with the network's own.
-
-While a network writes, each sequence asks for one token at a time. For that the fused kernel of CPUs takes five times as long as
-`one_token`: two batched matrix products in fp32, over keys and values that the cache keeps in fp32.
+Where the mask says that the network is writing, kernels/writing.py answers.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ from torch.nn import functional as F
 
 from luthier.kernels import differentiated_otherwise
 from luthier.kernels.layout import Layout
+from luthier.kernels.writing import one_token
 
 NAME = "luthier_sdpa"  # as transformers knows it
 QUERIES = 256  # of a block at most: causal attention of long sequences skips what lies above the diagonal
@@ -298,9 +297,9 @@ def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_
     """transformers' attention interface. Without a plan on its mask it is SDPA."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    found = getattr(attention_mask, "plan", None)
-    if key.dtype != query.dtype or getattr(attention_mask, "one_token", False):
-        return one_token(query, key, value, attention_mask, how.get("scaling")).transpose(1, 2), None
+    found, written = getattr(attention_mask, "plan", None), getattr(attention_mask, "written", None)
+    if written is not None:
+        return one_token(query, key, value, written, how.get("scaling")).transpose(1, 2), None
     if found is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     odd = [name for name in ("s_aux", "position_bias", "softcap") if how.get(name) is not None]
@@ -310,16 +309,6 @@ def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_
     scale = how.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     return attend(query, key, value, found, scale, float(how.get("dropout") or 0.0)), None
-
-
-def one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None = None) -> Tensor:
-    """[B, H, 1, D] of a query each [B, H, 1, D] over keys and values [B, H / g, W, D]; mask: [B, 1, 1, W], what is read."""
-    b, h, _, d = query.shape
-    q = query.reshape(b, key.shape[1], -1, d).float() * (d**-0.5 if scale is None else scale)
-    scores = q @ key.float().transpose(2, 3)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return (scores.softmax(-1) @ value.float()).view(b, h, 1, -1).to(query.dtype)
 
 
 def takes_plans(model: Any) -> bool:
