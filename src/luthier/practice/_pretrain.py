@@ -199,7 +199,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return (x.transpose(1, 2) if tall else x).float()
 
 
-def learning_rate_scale(step: int, done: float, decay: float = DECAY_SHARE) -> float:
+def learning_rate_scale(step: int, done: float, decay: float) -> float:
     """Warm-up, stable, decay over the last `decay` of it. `done` is the finished share of the whole run."""
     return min(1.0, (step + 1) / WARM_UP_STEPS) * min(1.0, max(0.0, (1 - done) / decay))
 
@@ -224,12 +224,13 @@ def pretrain(
     steps: int | None = None,
     kept: Path | None = None,  # a file in which the state is kept every KEEP_EVERY steps; where it is there, training goes on from it
     peak: float = 1.0,  # of the learning rates: less for a short round that goes on from a finished model
+    decay: float = DECAY_SHARE,  # of the run, at its end, in which they fall to zero
     tell: Callable[[str], None] = print,
     look: Callable[[], str] | None = None,
     look_every: float = 3.0,
     weak: Mapping[int, Callable[[], None]] | None = None,  # step -> what is called after it, to keep the model as it is then
 ) -> dict:
-    """Train for so many minutes, or exactly `steps` steps. Returns what it took. A lower `peak` falls from the start on.
+    """Train for so many minutes, or exactly `steps` steps. Returns what it took.
 
     Time is measured without compiling. `look` is called every `look_every` minutes, its words are told.
     """
@@ -248,7 +249,7 @@ def pretrain(
         loss, read = loss_of(step)
         loss.backward()
         done = step / steps if steps else seconds / (60 * minutes)
-        optimizer.step(peak * learning_rate_scale(step, done, DECAY_SHARE if peak == 1.0 else 1.0))
+        optimizer.step(peak * learning_rate_scale(step, done, decay))
         recent.append(loss.item())
         step, tokens = step + 1, tokens + read
         if step > first + 2:  # the first steps compile

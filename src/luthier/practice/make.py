@@ -43,7 +43,8 @@ SIZES = {  # a Llama, unless WITH says otherwise
 }
 WITH = {"encoder": _encoder, "seq2seq": _seq2seq}
 ON = {"chat": "lm", "lm-large": "lm"}  # made of another model, and with its tokenizer
-PEAK = {"chat": 0.25, "lm-large": 0.5}  # of the learning rates: at the full ones, a short round unlearns more than it wins
+PEAK = {"chat": 0.25, "lm-large": 0.5, "encoder": 0.4}
+"""Of the learning rates: at the full ones, a short round unlearns more than it wins, and a BERT learns nothing."""
 MINUTES = {"lm": 25.0, "lm-small": 5.0, "encoder": 10.0, "seq2seq": 10.0, "chat": 4.0, "lm-large": 20.0}
 TOKENS_PER_SECOND = {"lm": 24_000, "lm-small": 60_000, "encoder": 20_000, "seq2seq": 20_000, "chat": 24_000, "lm-large": 14_000}
 """At most, so that text suffices for the time given."""
@@ -110,7 +111,8 @@ def make(name: str, folder: Path, minutes: float, steps: int | None, seed: int, 
 
     kept = folder / "training.safetensors"
     early = {step: partial(_save, model, tokenizer, folder / f"step-{step}") for step in weak}
-    took = _pretrain.pretrain(model, loss_of, minutes, steps, kept, PEAK.get(name, 1.0), tell=tell, look=look, weak=early)
+    decay = 1.0 if name in ON else _pretrain.DECAY_SHARE  # a short round falls from its start on
+    took = _pretrain.pretrain(model, loss_of, minutes, steps, kept, PEAK.get(name, 1.0), decay, tell=tell, look=look, weak=early)
     model.save_pretrained(folder)
     kept.unlink(missing_ok=True)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
