@@ -15,6 +15,8 @@ from conftest import SUMS
 from luthier import store
 from luthier.loop import Fit
 from luthier.method import RecipeError, build, find, helps, names
+from luthier.paired import hypervolume
+from luthier.plans.front import spread, weigh
 from luthier.recipe import Recipe
 from luthier.rehearsal import rehearse
 from luthier.rows import load
@@ -25,6 +27,10 @@ NEEDED = {
     "sequence": {"acts": [{"objective": "sft"}, {"learning_rate": 1e-4}]},
     "greedy_soup": {"of": [{"learning_rate": 1e-4}, {"learning_rate": 1e-3}]},
 }
+GOALS = {"right": "exact_match", "short": {"name": "length", "scale": -0.1}}
+NEEDED["front"] = {"goals": GOALS}
+SAMPLES = {"objective": "grpo", "live": [{"name": "rollout", "n": 2, "max_new_tokens": 4}, {"name": "score", "reward": "exact_match"}]}
+PLAYED_ON = {"front": SAMPLES}  # plans that want more of a recipe
 ROWS = load(SUMS).rows
 
 
@@ -56,7 +62,7 @@ def recipe(tiny):
 
 @pytest.mark.parametrize("name", names("plan"))
 def test_plans_survive_a_rehearsal_and_ask_for_legal_recipes(name, recipe):
-    plan = {"name": name, **NEEDED.get(name, {})}
+    plan, recipe = {"name": name, **NEEDED.get(name, {})}, recipe.but(**PLAYED_ON.get(name, {}))
     rehearse(recipe.but(plan=plan), ROWS)
     blank = [
         SimpleNamespace(folder="x", **{k: defaultdict(float) for k in ("before", "after", "metrics", "stats")}, notes=[]) for _ in range(50)
@@ -341,3 +347,49 @@ def test_impossible_weights_are_refused(weights):
 def test_as_many_weights_as_runs():
     with pytest.raises(RecipeError, match="2 weights for 1 runs"):
         build("merger", {"name": "average", "weights": [1, 2]}).merge([tensors(0)])
+
+
+# ------------------------------------------------------------------------------------------ front
+
+
+def test_weights_are_spread_evenly():
+    assert spread(2, 3) == [[0, 1], [0.5, 0.5], [1, 0]]
+    three = spread(3, 7)
+    assert three[:3] == [[1, 0, 0], [0, 1, 0], [0, 0, 1]] and all(sum(w) == pytest.approx(1) for w in three)
+    assert len({tuple(w) for w in three}) == 7 and min(max(abs(a - b) for a, b in zip(three[3], t)) for t in three[:3]) > 0.3
+
+
+def test_goals_enter_by_margins_or_by_sums(recipe):
+    pairs = {"short": {"name": "length", "scale": -1.0}, "right": "exact_match"}
+    changed = weigh(recipe.but(objective={"name": "dpo", "beta": 0.2}), pairs, [0.75, 0.25])
+    assert changed["objective"] == {"name": "modpo", "beta": 0.2, "weights": {"right": 0.25}}
+    assert changed["stages"][-1]["name"] == "judge" and changed["stages"][-1]["names"] == ["right"]
+    rolled = weigh(recipe.but(**SAMPLES), GOALS, [0.75, 0.25])["live"]
+    assert rolled[0]["name"] == "rollout" and rolled[1]["reward_weights"] == [0.75, 0.25] and rolled[1]["names"] == ["right", "short"]
+    with pytest.raises(RecipeError, match="its weight cannot be 0"):
+        weigh(recipe.but(objective="dpo"), pairs, [0.0, 1.0])
+    for wrong, said in (({}, "wants goals"), ({"goals": {"one": "exact_match"}}, "two goals or more"), ({"goals": GOALS, "least": 0.49}, "")):
+        plan = {"name": "front", **wrong}
+        if said:
+            with pytest.raises(RecipeError, match=said):
+                next(build("plan", plan).recipes(recipe.but(objective="dpo")))
+    with pytest.raises(RecipeError, match="weighs goals by objective 'modpo'"):
+        next(build("plan", {"name": "front", "goals": GOALS}).recipes(recipe))
+
+
+def test_a_front_is_measured_drawn_and_goes_on(tmp_path, monkeypatch):
+    asked = {
+        "model": "practice:lm-small", "data": {"path": "practice:style/short", "n": 32}, "eval_data": {"path": "practice:style/short_test", "n": 8},
+        "objective": "dpo", "learning_rate": 1e-3, "max_steps": 3, "tuner": "full",
+        "plan": {"name": "front", "points": 3, "judged": 6, "max_new_tokens": 24,
+                 "goals": {"short": {"name": "world", "objective": "short"}, "complete": {"name": "world", "objective": "complete"}}},
+    }  # fmt: skip
+    found = luthier.tune(asked, folder=tmp_path / "f")
+    front = found.stats["front"]
+    assert front["preferences"] == [pytest.approx([0.1, 0.9]), pytest.approx([0.5, 0.5]), pytest.approx([0.9, 0.1])]
+    assert len({tuple(r) for r in front["reached"]}) > 1 and front["worst"] == [0, 0]
+    assert front["hypervolume"] == pytest.approx(hypervolume([[-a for a in r] for r in front["reached"]], [0, 0]))
+    page = (tmp_path / "f" / "report.html").read_text()
+    assert "hypervolume" in page and page.count("<ellipse") == 4 and "<script" not in page
+    monkeypatch.setattr(Fit, "run", lambda *a, **k: pytest.fail("all of this was known"))
+    assert luthier.tune(asked, folder=tmp_path / "f").stats["front"] == front

@@ -66,13 +66,15 @@ def tune(
     tuner: Annotated[str | None, typer.Option(help="What moves; `luthier methods --kind tuner`.")] = None,
     objective: Annotated[str | None, typer.Option(help="Toward what, e.g. sft or 'dpo + 0.1*sft'.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="The run's folder.")] = None,
+    front: Annotated[int | None, typer.Option(min=2, help="So many models, each with other weights of the goals; see plan front.")] = None,
     until: Annotated[float | None, typer.Option(help="Pause at this step (below 1: share of the run), to go on later.")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the run's folder, nothing else.")] = False,
 ) -> None:
     """Tune a model. A run that was stopped goes on when the same command is run again."""
     from luthier.recipe import Recipe
 
-    recipe = Recipe.load(*asked(words, model=model, data=data, tuner=tuner, objective=objective, output_dir=output_dir))
+    source, changes = asked(words, model=model, data=data, tuner=tuner, objective=objective, output_dir=output_dir)
+    recipe = Recipe.load(source, [*changes, *(("plan.name=front", f"plan.points={front}") if front else ())])
     from luthier.report.console import Console, Quiet
     from luthier.run import perform
 

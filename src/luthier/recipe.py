@@ -255,6 +255,8 @@ def _put(given: dict, key: str, value: Any) -> None:
         here = {"name": here or default} if isinstance(here or default, str) else here
     elif here is None:
         here = {}
+    elif first == "plan" and isinstance(here, str):
+        here = {"name": here}
     if not isinstance(here, dict):
         raise RecipeError(f"'{key}': {first} holds {here!r}, which has no settings")
     here = dict(here)

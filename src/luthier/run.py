@@ -492,7 +492,8 @@ def perform(
             shutil.rmtree(act)
         (folder / "report.json").unlink()
     rehearse(recipe, load_data(recipe).rows[:100] if recipe.data is not None else ())
-    play = build("plan", recipe.plan_spec()).recipes(replace(recipe, plan=None))
+    plan = build("plan", recipe.plan_spec())
+    play = plan.recipes(replace(recipe, plan=None))
     acts: list[str] = []
     last: Any = None
     asked = next(play)
@@ -510,6 +511,8 @@ def perform(
     except StopIteration as end:
         final = end.value or (last[-1] if isinstance(last, list) else last)
     report = replace(final, acts=acts, folder=final.folder)
+    if drawn := plan.page(report):
+        store.write_text(folder / "report.html", drawn)
     store.write_json(folder / "report.json", asdict(report))
     return report
 

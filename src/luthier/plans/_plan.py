@@ -20,6 +20,10 @@ class Plan:
         """recipe: without its plan. May return the report that stands for the whole; else it is the last one."""
         raise NotImplementedError
 
+    def page(self, report: Any) -> str:
+        """A page about the whole, beside those of the runs; none where it says nothing more. report: of the whole."""
+        return ""
+
 
 def measured(report: Any, metric: str) -> float:
     """A number at the end of a run. Raises RecipeError where nothing measured it."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -139,34 +139,43 @@ def _front(result: Mapping[str, Any]) -> str:
         f"<figure><figcaption>{escape(label(result['metric']))} (up) by {escape(label(g))} (across)</figcaption>{_map(result, g)}</figure>"
         for g in goals
     )
-    return section("What it costs", f'<div class="maps">{maps}</div>{_key(result)}' if maps else "")
+    return section("What it costs", f'<div class="maps">{maps}</div>{key(result["arms"])}' if maps else "")
 
 
 def _map(result: Mapping[str, Any], goal: str) -> str:
     across, up = result["table"][goal], result["table"][result["metric"]]
     xs, ys = [c["mean"] for c in across.values()], [v for c in up.values() for v in (c["low"], c["high"], c["mean"])]
-    xmarks, ymarks = ticks(min(xs), max(xs), 3), ticks(min(ys), max(ys), 4)
-
-    def place(v: float, marks: Sequence[float]) -> float:
-        return (v - marks[0]) / ((marks[-1] - marks[0]) or 1)
-
     drawn = ""
     for i, name in enumerate(result["arms"]):
         if name not in up:
             continue
-        x, c = place(across[name]["mean"], xmarks) * SIDE, up[name]
-        y, low, high = ((1 - place(v, ymarks)) * SIDE for v in (c["mean"], c["low"], c["high"]))
-        said = f"{name}: {label(result['metric'])} {shown(result['metric'], c['mean'])}, {label(goal)} {shown(goal, across[name]['mean'])}"
-        drawn += (
-            f'<a href="{escape(_link(result, name))}"><line class="c{i % COLOURS}" x1="{x:.0f}" x2="{x:.0f}" y1="{low:.0f}" y2="{high:.0f}"/>'
-            f'<ellipse class="c{i % COLOURS}" cx="{x:.0f}" cy="{y:.0f}" rx="14" ry="20"><title>{escape(said)}</title></ellipse></a>'
-        )
-    grid = "".join(
-        f'<line class="grid" x1="0" x2="{SIDE}" y1="{(1 - place(y, ymarks)) * SIDE:.0f}" y2="{(1 - place(y, ymarks)) * SIDE:.0f}"/>'
-        for y in ymarks
+        x, c = across[name]["mean"], up[name]
+        said = f"{name}: {label(result['metric'])} {shown(result['metric'], c['mean'])}, {label(goal)} {shown(goal, x)}"
+        drawn += spot(i, said, _link(result, name), place(xs)(x), *(place(ys, 4)(c[k]) for k in ("mean", "low", "high")))
+    return plane(xs, ys, drawn)
+
+
+def place(values: Sequence[float], about: int = 3) -> Callable[[float], float]:
+    """Where a value lies on an axis that shows these values, from 0 to SIDE."""
+    marks = ticks(min(values), max(values), about)
+    return lambda v: (v - marks[0]) / ((marks[-1] - marks[0]) or 1) * SIDE
+
+
+def spot(i: int, said: str, link: str | None, x: float, y: float, low: float, high: float) -> str:
+    """The i-th point of a map and its interval, counted from below; hover tells, a click opens its run."""
+    drawn = (
+        f'<line class="c{i % COLOURS}" x1="{x:.0f}" x2="{x:.0f}" y1="{SIDE - low:.0f}" y2="{SIDE - high:.0f}"/>'
+        f'<ellipse class="c{i % COLOURS}" cx="{x:.0f}" cy="{SIDE - y:.0f}" rx="14" ry="20"><title>{escape(said)}</title></ellipse>'
     )
-    beside = "".join(f'<span class="y" style="top:{1 - place(y, ymarks):.2%}">{short(y)}</span>' for y in ymarks)
-    below = "".join(f'<span class="x" style="left:{place(x, xmarks):.2%}">{count(x) if x >= 1000 else short(x)}</span>' for x in xmarks)
+    return f"<a{f' href={chr(34)}{escape(link)}{chr(34)}' if link else ''}>{drawn}</a>"
+
+
+def plane(xs: Sequence[float], ys: Sequence[float], drawn: str) -> str:
+    """A map of what was drawn, with its grid and its labels."""
+    xmarks, ymarks, across, up = ticks(min(xs), max(xs), 3), ticks(min(ys), max(ys), 4), place(xs), place(ys, 4)
+    grid = "".join(f'<line class="grid" x1="0" x2="{SIDE}" y1="{SIDE - up(y):.0f}" y2="{SIDE - up(y):.0f}"/>' for y in ymarks)
+    beside = "".join(f'<span class="y" style="top:{1 - up(y) / SIDE:.2%}">{short(y)}</span>' for y in ymarks)
+    below = "".join(f'<span class="x" style="left:{across(x) / SIDE:.2%}">{count(x) if x >= 1000 else short(x)}</span>' for x in xmarks)
     return f'<div class="chart"><svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none">{grid}{drawn}</svg>{beside}{below}</div>'
 
 
@@ -175,8 +184,8 @@ def _link(result: Mapping[str, Any], name: str) -> str:
     return os.path.relpath(Path(result["arms"][name]["runs"][0]) / "report.html", result["folder"])
 
 
-def _key(result: Mapping[str, Any]) -> str:
-    return '<p class="key">' + "".join(f'<span class="k{i % COLOURS}">{escape(n)}</span>' for i, n in enumerate(result["arms"])) + "</p>"
+def key(names: Iterable[str]) -> str:
+    return '<p class="key">' + "".join(f'<span class="k{i % COLOURS}">{escape(n)}</span>' for i, n in enumerate(names)) + "</p>"
 
 
 def _curves(result: Mapping[str, Any]) -> str:
@@ -191,7 +200,7 @@ def _curves(result: Mapping[str, Any]) -> str:
         several.append((list(result["arms"])[i], f"c{i % COLOURS}", thinned([(s, sum(v) / len(v)) for s, v in sorted(by_step.items())])))
     drawn = chart(several, label="training loss by step")
     note = "Each arm's own objective, the mean over seeds: only arms of one objective compare."
-    return section("Training", drawn, _key(result), note=note) if drawn else ""
+    return section("Training", drawn, key(result["arms"]), note=note) if drawn else ""
 
 
 def _lines(path: Path) -> list[dict]:

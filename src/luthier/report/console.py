@@ -165,6 +165,9 @@ class Console(Quiet):
             self.say(f"  {act}")
         if page.is_file():
             self.say(f"Report: {page}")
+        whole = Path(report.acts[0]).parent / "report.html" if report.acts else page
+        if whole != page and whole.is_file():
+            self.say(f"Of all: {whole}")
         if report.stats.get("writes", True):
             self.say(f"Talk to it: luthier chat {report.folder}")
 

@@ -26,6 +26,7 @@ METRICS = {
     "preference_accuracy": Says("prefers the better answer", share=True, up=True),
     "generated_exact": Says("written answers exact", share=True, up=True),
     "generated_reward": Says("reward of written answers", up=True),
+    "goal": Says("goal", up=True),
     "generated_tokens": Says("tokens of written answers"),
     "ranking_accuracy": Says("ranks pairs right", share=True, up=True),
     "reference_ranking_accuracy": Says("the reference ranks pairs right", share=True),
@@ -101,7 +102,7 @@ def line(name: str, before: float | None, after: float | None, on: str = "held-o
 
 def headline(report: Any) -> str:
     """The run in one sentence: learned what, at what price. Says nothing that was not measured."""
-    parts = [p for p in (_loss(report), _right(report), _price(report)) if p]
+    parts = [p for p in (_loss(report), _right(report), _goals(report), _price(report)) if p]
     if not report.stats.get("steps", len(report.losses)):
         return "Nothing was trained" + ("; " + "; ".join(parts) if parts else "") + "."
     said = "; ".join(parts) or "Nothing was measured before and after"
@@ -126,6 +127,11 @@ def _right(report: Any) -> str:
             share = says(name).share
             return what.format(b=number(both[0], share), a=number(both[1], share))
     return ""
+
+
+def _goals(report: Any) -> str:
+    both = {name[5:]: (report.before[name], report.after[name]) for name in report.after if name[:5] == "goal/" and name in report.before}
+    return ", ".join(f"{goal} {number(b)} → {number(a)}" for goal, (b, a) in both.items())
 
 
 def _price(report: Any) -> str:

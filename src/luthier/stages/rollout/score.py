@@ -15,12 +15,15 @@ class Score(Stage):
 
     reward: Annotated[tuple, many("reward")] = ("exact_match",)  # the judge, or a list of them
     reward_weights: list[float] | None = None  # of each reward in `scores`; all 1 where not given
+    names: list[str] | None = None  # of each reward in `rewards`; its method's name where not given
 
     def __post_init__(self):
         if not self.reward:
             raise ValueError("give at least one reward")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward):
             raise ValueError(f"reward_weights: {len(self.reward_weights)} weights for {len(self.reward)} rewards")
+        if self.names is not None and (len(self.names) != len(self.reward) or len(set(self.names)) < len(self.names)):
+            raise ValueError(f"names: {self.names} are not a name of its own for each of {len(self.reward)} rewards")
 
     def __call__(self, rows, roles):
         weights = self.reward_weights or [1.0] * len(self.reward)
@@ -41,6 +44,8 @@ class Score(Stage):
         return scores
 
     def named(self, k: int) -> str:
-        """The k-th reward's name; with its place where two have the same."""
+        """The k-th reward's name: as said, else its method's, with its place where two have the same."""
+        if self.names is not None:
+            return self.names[k]
         names = [judge.name for judge in self.reward]
         return names[k] if names.count(names[k]) == 1 else f"{names[k]}-{k}"
