@@ -126,6 +126,7 @@ COLUMNS = {  # a word that rows must answer -> what this file writes into them
     "tasks": lambda row, rng: ["answer", "rationale", "answer"],
     "teacher_ids": lambda row, rng: [[torch.randperm(20, generator=rng)[:3].tolist() for _ in m] for m in marks(row, rng)],
     "teacher_logprobs": lambda row, rng: [[torch.randn(3, generator=rng).tolist() for _ in m] for m in marks(row, rng)],
+    "teacher_spans": lambda row, rng: [[1.0] * (len(m) - 1) + [-4.0] for m in marks(row, rng)],
     "old": lambda row, rng: [[-3.5 + 0.1 * float(torch.randn((), generator=rng)) for _ in c] for c in row["completions"]],
 }
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import luthier
-from conftest import SUMS, make_tokenizer
+from conftest import SUMS, make_llama, make_tokenizer
 from luthier.clock import Clock
 from luthier.method import RecipeError, build
+from luthier.objectives.alm import event_divergence
 from luthier.stages.augment.ul2 import DENOISERS, corrupt, restored, spans
+from luthier.stages.rollout.teacher_spans import along
 from luthier.stages.rollout.teacher_top import calibrated
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away into the deep dark wood where nobody lives at all"
@@ -108,6 +111,58 @@ def test_first_with_the_whole_vocabulary_is_the_forward_kl(base, tiny, tmp_path)
     assert kept.losses[0] == pytest.approx(whole.losses[0], rel=2e-3) and whole.losses[0] > 1e-3
     row = json.loads((tmp_path / "b" / "rows.jsonl").read_text().splitlines()[0])
     assert {len(place) for place in row["teacher_ids"][0]} == {262}
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory) -> str:
+    """A tiny Llama with a tokenizer of its own: two digits are one token."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    made = json.loads(make_tokenizer().backend_tokenizer.to_str())
+    merges = [[a, b] for a in "0123456789" for b in "0123456789"]
+    for pair in merges:
+        made["model"]["vocab"]["".join(pair)] = len(made["model"]["vocab"])
+    made["model"]["merges"] = merges
+    folder = tmp_path_factory.mktemp("other")
+    make_llama(3, vocab_size=len(made["model"]["vocab"])).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(made)), eos_token="<|end|>", pad_token="<|pad|>"
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def test_spans_of_one_tokenizer_are_its_tokens(base, tiny, tmp_path):
+    stages = [{"name": "teacher_spans", "model": tiny}]
+    same = luthier.tune({**base, "objective": "alm", "stages": stages, "max_steps": 1, "tuner": "full"}, folder=tmp_path / "same")
+    assert same.losses[0] == pytest.approx(0, abs=1e-6)
+    row = json.loads((tmp_path / "same" / "rows.jsonl").read_text().splitlines()[0])
+    loaded = luthier.load(tiny, dtype="float32")
+    assert row["teacher_spans"][0] == pytest.approx(loaded.logprobs([{k: row[k] for k in ("id", "prompt", "completions")}]).tolist(), abs=1e-4)
+
+
+def test_spans_of_another_tokenizer_add_up_to_its_own_log_probability(base, other, tmp_path):
+    rows = [{"prompt": f"{a}+{b}=", "completion": f"{a}+{b}={a + b}"} for a in range(3) for b in range(8, 16)]
+    tuned = {**base, "data": rows, "objective": "alm", "stages": [{"name": "teacher_spans", "model": other}], "tuner": "full"}
+    report = luthier.tune({**tuned, "learning_rate": 3e-3, "max_steps": 40}, folder=tmp_path / "a")
+    teacher = luthier.load(other, dtype="float32")
+    for line in (tmp_path / "a" / "rows.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        told = [v for v in row["teacher_spans"][0] if v <= 0]
+        long = sum(len(n) == 2 for n in re.findall(r"\d+", row["completions"][0]))
+        assert len(told) == len(row["teacher_spans"][0]) - long and row["teacher_spans"][0][-1] <= 0
+        plain = {k: row[k] for k in ("id", "prompt", "completions")}
+        assert sum(told) == pytest.approx(float(teacher.logprobs([plain]).sum()), abs=1e-3)
+    assert report.losses[-1] < 0.7 * report.losses[0]
+
+
+def test_where_both_cut_a_span_ends():
+    assert along(5, [(2, 1), (3, 3), (5, 4)], [-1.0, -2.0, -3.0, -4.0]) == [1.0, -1.0, -5.0, 1.0, -4.0]
+    assert along(4, [(2, 1)], [-1.0, -9.0]) == [1.0, -1.0, 2.0, 2.0]
+    p, q = torch.tensor([0.3, 1.0]).log(), torch.tensor([0.6, 0.5]).log()
+    want = 0.3 * math.log(0.3 / 0.6) + 0.7 * math.log(0.7 / 0.4)
+    assert event_divergence(p, q)[0] == pytest.approx(want, rel=1e-5) and event_divergence(p, q)[1] == pytest.approx(math.log(2), rel=1e-3)
+    assert event_divergence(p, p).abs().max() < 1e-6
 
 
 def test_an_overconfident_teacher_is_tempered():

@@ -34,6 +34,7 @@ WORDS = {  # how a word reads in a sentence
     "remembered": "remembered log-probabilities",
     "teacher_ids": "a teacher's likeliest tokens, kept with the rows",
     "teacher_logprobs": "a teacher's log-probabilities of them",
+    "teacher_spans": "a teacher's log-probabilities of spans of text (stage teacher_spans)",
     "reference": "a reference model",
     "teacher": "a teacher model",
     "critic": "a critic",

@@ -20,6 +20,7 @@ BY_COMPLETION = (
     "win_rates",
     "teacher_ids",
     "teacher_logprobs",
+    "teacher_spans",
 )  # columns with an entry for each completion
 
 
