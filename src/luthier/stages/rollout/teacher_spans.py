@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Annotated, Any
 
+import torch
 from pydantic import Field
 
 from luthier.method import RecipeError, stage
