@@ -5,7 +5,8 @@ so any chain may follow (the paper's is `optim: {name: sgd, max_grad_norm: 0}`; 
 `lr_scheduler_type: constant`). The paper adds, subtracts and adds the probe in place, which leaves rounding behind at each
 step (much of it in bfloat16) and a displaced model after an error. Here what moves is exchanged for a displaced copy: it
 takes the memory of inference and one more copy of what moves, next to nothing for LoRA or a prompt. The second probe is the
-mirror image of the first as it was rounded, so z is drawn twice a step, for the probe and for the update.
+mirror image of the first as it was rounded, so z is drawn twice a step, for the probe and for the update. The two are not
+read side by side in one pass: that could save at most a tenth from some 700 tokens a probe on (CPU, 5M and 26M parameters).
 """
 
 from __future__ import annotations

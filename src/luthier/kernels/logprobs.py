@@ -93,6 +93,7 @@ class _LinearLogProbs(torch.autograd.Function):
             out[part] = (z.gather(1, labels[part, None]).float() - normaliser(z, p)).squeeze(1)
             if ahead:
                 torch.mm(_slope(z, p, labels[part], scale, softcap).to(weight.dtype), weight, out=slope[part])
+            del z, p  # before the next chunk's are made
         ctx.save_for_backward(hidden, weight, bias, labels, slope)
         ctx.settings = scale, softcap
         return out
@@ -125,6 +126,7 @@ class _LinearLogProbs(torch.autograd.Function):
                 torch.mm(dz, weight, out=d_hidden[part])
             if d_weight is not None:
                 d_weight += dz.T @ hidden[part]
+            del z, dz
         d_weight = None if d_weight is None else d_weight.to(weight.dtype)
         d_bias = None if d_bias is None else d_bias.to(bias.dtype)
         return d_hidden, d_weight, d_bias, *[None] * 4
