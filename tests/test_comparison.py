@@ -29,7 +29,7 @@ def study(shared, arms: dict, **how) -> Study:
 
 def test_the_same_recipe_twice_is_no_difference(shared, tmp_path):
     arm = {"tuner": "lora", "learning_rate": 1e-2}
-    found = conduct(study(shared, {"a": arm, "b": arm}, seeds=2), tmp_path / "c")
+    found = conduct(study(shared, {"a": arm, "b": arm}, seeds=2, together=False), tmp_path / "c")
     assert not any(p["apart"] for pairs in found["pairs"].values() for p in pairs)
     assert "no difference seen" in found["sentence"] and "no winner" in found["sentence"]
     assert found["front"] and set(found["table"]["loss"]) == {"a", "b"}
@@ -195,3 +195,18 @@ def test_arms_from_the_command_line(tmp_path, tiny):
         arms_of([str(tmp_path / "one.yaml")])
     assert "no winner" in sentence("loss", {"a": {"mean": 1}, "b": {"mean": 2}}, [{"a": "a", "b": "b", "apart": False}], {})
     assert fair(Study({k: r.but(data=SUMS) for k, r in arms.items()}))[0]["one"].evaluate
+
+
+def test_arms_that_share_a_base_run_side_by_side_and_find_the_same(shared, tmp_path):
+    arms = {"small": {"tuner": {"name": "lora", "r": 2}}, "wide": {"tuner": {"name": "lora", "r": 8}, "learning_rate": 1e-2}, "full": {"tuner": "full"}}
+    both = {way: conduct(study(shared, arms, seeds=2, together=way), tmp_path / str(way)) for way in (True, False)}
+    for arm in arms:
+        want, got = (both[way]["table"]["loss"][arm]["by_seed"] for way in (False, True))
+        assert got == pytest.approx(want, abs=1e-5)
+    assert "peak_memory_mb" in both[False]["table"] and "peak_memory_mb" not in both[True]["table"]
+
+
+def test_a_crew_of_which_one_diverges_is_run_alone(shared, tmp_path):
+    arms = {"a": {"tuner": "lora"}, "b": {"tuner": "lora", "learning_rate": 1e30, "optim": "sgd"}, "c": {"tuner": "lora", "learning_rate": 1e-3, "optim": "sgd"}}
+    found = conduct(study(shared, arms, seeds=1, stop_early=False), tmp_path / "c")
+    assert list(found["stopped"]) == ["b"] and {"a", "c"} <= set(found["table"]["loss"])

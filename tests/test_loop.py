@@ -350,7 +350,7 @@ def test_memory_that_runs_out_in_the_second_pass_of_a_step(base, tmp_path, monke
     from luthier.architectures.causal import Causal
 
     base |= {"estimator": "sam", "learning_rate": 0.05, "optim": {"name": "sgd", "max_grad_norm": 0}}
-    monkeypatch.setattr(memory, "choose", lambda *given: [])  # which reads rows as well
+    monkeypatch.setattr(memory, "choose", lambda *given: (None, []))  # which reads rows as well
     want = luthier.tune(base, folder=tmp_path / "a")
     real, calls = Causal.forward, []
 

@@ -88,15 +88,17 @@ def _calibrated(parts: Parts, roles: Roles, rows: list[dict], folder: Path | Non
 
 
 def assemble(
-    recipe: Recipe, parts: Parts, network: Mapping[str, Any] | None = None, folder: Path | None = None, rows: list[dict] | None = None
+    recipe: Recipe, parts: Parts, network: Mapping[str, Any] | None = None, folder: Path | None = None, rows: list[dict] | None = None,
+    loaded: tuple[Network, Any] | None = None,
 ) -> Roles:
     """Model, tuner and tokenizer as the training policy; seeded before weights are drawn.
 
-    folder, rows: of the run, where the codes of a quantized base are kept, and what they may be made from.
+    folder, rows: of the run, where the codes of a quantized base are kept, and what they may be made from. loaded: the network
+    and its tokenizer, where they are there already.
     """
     clock = Clock(seed=recipe.seed)
     torch.manual_seed(clock.fold("model"))
-    model, tokenizer = load_model(recipe, parts, network or {}, folder)
+    model, tokenizer = loaded or load_model(recipe, parts, network or {}, folder)
     if parts.quantizer is not None and not coded(model):
         plain = parts.architecture.renderer(tokenizer, model.config, max_length=recipe.max_length or min(2048, places(model)))
         _calibrated(parts, Roles(Policy(parts.architecture, model, Untuned(model)), clock, plain), rows or [], folder)

@@ -43,6 +43,7 @@ GOALS = ("elsewhere_loss", "elsewhere_accuracy", "trained", "peak_memory_mb", "s
 RUNGS = (0.25, 0.5)  # shares of the run at which arms that cannot win are stopped
 WRONG = 0.05  # how often, of all pairs of a metric together, a difference may be claimed where there is none
 TUNING_SEED = 1000  # of the runs that pick learning rates: no run that counts has it
+CREW = 8  # runs side by side at most
 PILOT = 6  # steps by which a budget of time or tokens is turned into steps
 
 
@@ -59,6 +60,7 @@ class Study:
     metric: str = "loss"  # by which arms are ranked and stopped
     stop_early: bool = True  # stop arms that cannot win, where there are more than two
     apart: bool = True  # each run in a process of its own
+    together: bool = True  # LoRAs that differ in rank, rate, targets or seed side by side on one base, where nobody ranks by cost
     learning_rates: tuple[float, ...] = ()  # of which each arm takes its best, by a run with a seed of its own
 
     def fingerprint(self) -> str:
@@ -207,11 +209,12 @@ def swept(study: Study, arms: dict[str, Recipe], folder: Path, watch: Any) -> tu
     kept, rates = folder / "learning_rates.json", sorted(set(study.learning_rates))
     found: dict[str, dict[str, float | None]] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
     todo = [(name, rate) for name in arms for rate in rates if f"{rate:g}" not in found.get(name, {})]
+    tuned = {(name, rate): arms[name].but(learning_rate=rate, seed=TUNING_SEED) for name, rate in todo}
+    _side_by_side(study, {folder / "rates" / f"{n}-{rate:g}": recipe for (n, rate), recipe in tuned.items()}, watch, None)
     with watch.training(len(todo), 0):
         for i, (name, rate) in enumerate(todo):
             began = time.perf_counter()
-            recipe = arms[name].but(learning_rate=rate, seed=TUNING_SEED)
-            found.setdefault(name, {})[f"{rate:g}"] = _reached(study, recipe, folder / "rates" / f"{name}-{rate:g}")
+            found.setdefault(name, {})[f"{rate:g}"] = _reached(study, tuned[name, rate], folder / "rates" / f"{name}-{rate:g}")
             store.write_json(kept, found)
             watch.step({"step": i + 1, "seconds": time.perf_counter() - began})
     notes = [f"each arm at its best of {len(rates)} learning rates, picked by the same held-out rows with a seed that does not count"]
@@ -229,7 +232,8 @@ def swept(study: Study, arms: dict[str, Recipe], folder: Path, watch: Any) -> tu
 def _reached(study: Study, recipe: Recipe, where: Path) -> float | None:
     """The metric that a run ends with; None where it diverged."""
     try:
-        _run(study, recipe, where, None, None)
+        if not (where / "report.json").is_file():
+            _run(study, recipe, where, None, None)
     except RecipeError as error:
         if "is not finite" in str(error):
             return None
@@ -310,12 +314,13 @@ def _all(study: Study, found: dict[str, Found], folder: Path, watch: Any, until:
     """Every arm that is not stopped, with every seed, up to a share of its steps."""
     live = {n: f for n, f in found.items() if not f.stopped}
     todo = [(seed, name) for seed in range(study.seeds) for name in live]
+    done = _side_by_side(study, {folder / f"{name}-{seed}": live[name].recipe.but(seed=seed) for seed, name in todo}, watch, until)
     with watch.training(len(todo), 0):
         for i, (seed, name) in enumerate(todo):
             where = folder / f"{name}-{seed}"
             live[name].runs[seed] = where
             began = time.perf_counter()
-            if not (where / "report.json").is_file():
+            if where not in done and not (where / "report.json").is_file():
                 try:
                     _run(study, live[name].recipe.but(seed=seed), where, until, None)
                 except RecipeError as error:
@@ -324,6 +329,28 @@ def _all(study: Study, found: dict[str, Found], folder: Path, watch: Any, until:
                     live[name].stopped = f"it diverged with seed {seed}: {error}"
                     watch.tell(f"{name} is stopped: {live[name].stopped}")
             watch.step({"step": i + 1, "seconds": time.perf_counter() - began})
+
+
+def _side_by_side(study: Study, runs: Mapping[Path, Recipe], watch: Any, until: float | None) -> set[Path]:
+    """The folders of those that could share a base, and did. Where one of them fails all are run alone, so that it is known which."""
+    from luthier import apart, fleet
+
+    crews: dict[str, list[Path]] = {}
+    for where, recipe in runs.items() if study.together and study.metric not in COSTS else ():
+        if (key := fleet.alike(recipe)) and not (where / "report.json").is_file():
+            crews.setdefault(key, []).append(where)
+    done: set[Path] = set()
+    for every in crews.values():
+        for crew in (every[i : i + CREW] for i in range(0, len(every), CREW)):
+            if len(crew) < 2:
+                continue
+            watch.stage(f"{_and([where.name for where in crew])}, side by side on one base: peak memory is not theirs alone")
+            try:
+                (apart.side_by_side if study.apart else fleet.perform)([(runs[where], where) for where in crew], until=until)
+                done |= {*crew}
+            except RecipeError as error:
+                watch.tell(f"side by side: {error}; each is run alone")
+    return done
 
 
 def _run(study: Study, recipe: Recipe, where: Path, until: float | None, step: Callable[[int], None] | None) -> None:

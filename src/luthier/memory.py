@@ -60,7 +60,7 @@ def predict(roles: Roles, chain: Chain, estimator: Any, some: Sequence[Batch], t
     if head is not None:
         words = len(head.weight)
         passing += (3 if backward else 2) * 4 * words * min(round(asked * tokens), logprobs.chunk_size(words))
-        passing += 0 if head.weight.is_cuda else head.weight.nbytes * (2.6 if backward else 1.0)  # packed by the library
+        passing += 0 if head.weight.is_cuda else head.weight.nbytes * (5 if backward else 2)  # packed by the library
         passing += 4 * head.weight.numel() if backward and any(p is head.weight for p in moving) else 0  # its gradient is summed in fp32
     kept = _grown([(len(b.ids), _kept(roles, b)) for b in some], tokens) if backward else 0
     if recompute and (layers := getattr(model.config.get_text_config(), "num_hidden_layers", 0)):
@@ -85,15 +85,16 @@ def _grown(seen: Sequence[tuple[int, int]], tokens: int) -> float:
 
 def choose(
     roles: Roles, chain: Chain, estimator: Any, some: Sequence[Batch], tokens: int, longest: int, asked: bool | str
-) -> list[str]:
-    """Switch gradient checkpointing on where a step would not fit without. What a person should know, in sentences.
+) -> tuple[Need | None, list[str]]:
+    """Switch gradient checkpointing on where a step would not fit without. What a step takes, and what a person should know of it.
 
     tokens: of a micro-batch. longest: of a row. asked: true, false or auto. some: as in `predict`.
     Raises Refused where not even one row would fit.
     """
-    model, have, told = roles.policy.model, free(roles.device), []
+    model, have = roles.policy.model, free(roles.device)
+    told: list[str] = []
     if not have:  # nobody says what there is
-        return told
+        return None, told
 
     def need(recompute: bool, tokens: int) -> Need:
         return predict(roles, chain, estimator, some, tokens, recompute)
@@ -108,7 +109,7 @@ def choose(
         model.gradient_checkpointing_enable({"use_reentrant": False})
         plain, again = less, True
     if plain.total <= have:
-        return told
+        return plain, told
     one = need(again, longest)
     if one.total > have / SURE + swap(roles.device):
         raise Refused(
@@ -120,7 +121,7 @@ def choose(
         f"a step is predicted to take {gb(plain.total)} ({plain.told()}) and {gb(have)} are free: expect micro-batches to be split, "
         "which changes no result; a lower per_device_train_batch_size with more gradient_accumulation_steps spares the attempt"
     )
-    return told
+    return plain, told
 
 
 def gb(size: float) -> str:

@@ -11,6 +11,8 @@ import math
 import resource
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from luthier.assembly import assemble, take_parts, tensors_of
 from luthier.data import Data, beside, load_data, touching
 from luthier.folder import clear, default_folder, note_down, on_disk, open_run, trim
 from luthier.kernels import frozen, reference
+from luthier.kernels.fleet import shell
 from luthier.loop import Batches, Fit, Totals
 from luthier.method import RecipeError, build, spec
 from luthier.quantizers._quantizer import told
@@ -33,6 +36,7 @@ from luthier.rehearsal import Parts, checked, rehearse
 from luthier.report import rendered
 from luthier.report.console import Quiet
 from luthier.roles import Policy, Roles
+from luthier.roles.start import Start
 from luthier.transforms._chain import Chain, schedule
 
 
@@ -58,6 +62,13 @@ class Report:
 
 def run(recipe: Recipe, folder: Path, watch: Any = None, anew: bool = False, until: float | None = None) -> Report:
     """One recipe without a plan, to its end. anew: even where it is finished. until: pause at this step (below 1: share of the run)."""
+    with opened(recipe, folder, watch, anew, until) as it:
+        return it if isinstance(it, Report) else it.go()
+
+
+@contextmanager
+def opened(recipe: Recipe, folder: Path, watch: Any, anew: bool = False, until: float | None = None) -> Iterator[_Run | Report]:
+    """A run in its folder, for as long as it lasts; of a finished one its report."""
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
@@ -80,7 +91,8 @@ def run(recipe: Recipe, folder: Path, watch: Any = None, anew: bool = False, unt
     with open_run(folder, recipe, data.mark, main, anew) as (finished, begun_by):
         if _alike(finished, accelerator):
             watch.tell(f"{folder} holds this run, finished: nothing to do (overwrite=true starts anew)")
-            return Report.read(folder)
+            yield Report.read(folder)
+            return
         if begun_by != __version__:
             watch.tell(f"this run was begun by luthier {begun_by} and goes on under {__version__}: its end may be neither's")
         if main:
@@ -94,7 +106,7 @@ def run(recipe: Recipe, folder: Path, watch: Any = None, anew: bool = False, unt
         if recipe.report_to:
             accelerator.init_trackers("luthier", {k: v if isinstance(v, (int, float, str)) else json.dumps(v) for k, v in _told(recipe)})
         try:
-            return _Run(recipe, parts, data, folder, watch, accelerator, until).go()
+            yield _Run(recipe, parts, data, folder, watch, accelerator, until)
         except (RuntimeError, MemoryError) as error:
             if guards.out_of_memory(error):
                 raise guards.Refused(guards.TOO_BIG) from None
@@ -128,6 +140,19 @@ def _alike(value: Any, accelerator: Any) -> Any:
 
 
 @dataclass
+class Shared:
+    """What runs in one process have in common."""
+
+    model: Any  # the base, with nothing on it
+    tokenizer: Any
+    renderer: Any = None  # and with it rows as tokens
+    said: dict[str, reference.Said] = field(default_factory=dict)  # role -> what it says of rows
+
+    def network(self) -> tuple[Any, Any]:
+        return shell(self.model), self.tokenizer
+
+
+@dataclass
 class _Run:
     """One run in progress, part by part in the order of `go`."""
 
@@ -138,8 +163,18 @@ class _Run:
     watch: Any
     accelerator: Any
     until: float | None = None
+    shared: Shared | None = None  # with runs beside it in one process
+    need: memory.Need | None = None  # what a step is predicted to take
 
     def go(self) -> Report:
+        self.ready()
+        if self.fit.roles.clock.total:
+            with self.watch.training(self.fit.roles.clock.total, self.fit.roles.clock.step):
+                self.fit.run(self.every(self.until) or None)
+        return self.ended()
+
+    def ready(self) -> None:
+        """All that comes before the first step."""
         self.main = self.accelerator.is_main_process
         self.latest = (store.checkpoints(self.folder) or [None])[-1]
         self.watch.stage("loading the model")
@@ -149,20 +184,20 @@ class _Run:
         stats |= self.check(rows)
         if self.recipe.start is None:
             self.roles.tuner.initialize(rows, self.roles)
-        fit = self.fit(rows)
-        self.check_memory(fit, stats)
-        self.keep_frozen(fit, stats.get("row_tokens", 0))
-        self.keep_reference(fit, stats)
-        before = self.begin(fit)
-        if fit.roles.clock.total:
-            fit.hooks = [self.after_step]
-            with self.watch.training(fit.roles.clock.total, fit.roles.clock.step):
-                fit.run(self.every(self.until) or None)
-            if fit.roles.clock.step < fit.roles.clock.total:
-                return self.pause(fit, before)
+        self.fit, self.stats = self.training(rows), stats
+        self.check_memory(self.fit, stats)
+        self.keep_frozen(self.fit, stats.get("row_tokens", 0))
+        self.keep_reference(self.fit, stats)
+        self.before = self.begin(self.fit)
+        self.fit.hooks = [self.after_step]
+
+    def ended(self) -> Report:
+        """All that comes after the last step."""
+        if self.fit.roles.clock.step < self.fit.roles.clock.total:
+            return self.pause(self.fit, self.before)
         self.watch.stage("measuring the end")
-        report = Report(str(self.folder), before, self.measure("after"))
-        self.finish(report, fit, stats)
+        report = Report(str(self.folder), self.before, self.measure("after"))
+        self.finish(report, self.fit, self.stats)
         return report
 
     # --- before training
@@ -172,7 +207,10 @@ class _Run:
         network = self.parts.architecture.fit_to(self.data.rows)
         if self.main:
             note_down(self.folder, network=network)
-        self.roles = assemble(self.recipe, self.parts, network, self.folder, self.data.rows)
+        loaded = self.shared.network() if self.shared else None
+        self.roles = assemble(self.recipe, self.parts, network, self.folder, self.data.rows, loaded)
+        if self.shared:
+            self.roles.renderer = self.shared.renderer = self.shared.renderer or self.roles.renderer
         self.roles.tell = self.watch.tell
         for sentence in told(self.roles.policy.model):
             self.watch.tell(sentence)
@@ -238,7 +276,7 @@ class _Run:
             guards.same_as_plain(player, roles.batch([_answered(r, roles) for r in rows[:2]]), tell)
         return moving
 
-    def fit(self, rows: list[dict]) -> Fit:
+    def training(self, rows: list[dict]) -> Fit:
         """The training to be, and how long it is."""
         recipe, parts, clock = self.recipe, self.parts, self.roles.clock
         per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * self.accelerator.num_processes
@@ -261,7 +299,7 @@ class _Run:
         longest, micro = int(stats["longest"]), min(fit.batches.micro, len(rows))
         tokens = longest + round((micro - 1) * stats["row_tokens"] / len(rows))
         try:
-            told = memory.choose(roles, fit.chain, fit.estimator, some, tokens, longest, self.recipe.gradient_checkpointing)
+            self.need, told = memory.choose(roles, fit.chain, fit.estimator, some, tokens, longest, self.recipe.gradient_checkpointing)
         except (RuntimeError, MemoryError) as error:
             if not guards.out_of_memory(error):
                 raise
@@ -299,12 +337,18 @@ class _Run:
         why = fit.once() or (None if constant else "no role that never changes is played by a network")
         room = sum(reference.wanted(rows, s["row_tokens"] * s["supervised_share"]) for rows, s in (
             (len(fit.rows), stats), (len(self.held_out), self.held_out_stats)) if s)  # fmt: skip
+        held = self.shared.said if self.shared else {}
         for name in constant if why is None else ():
+            if name in held:
+                setattr(roles, name, reference.Known(getattr(roles, name), held[name]))
+                continue
             path = self.folder / f"said-{name}-{self.accelerator.process_index}.bin"
             made = reference.keep(getattr(roles, name), path, room, json.dumps(spec(self.parts.roles[name]), default=str))
             if isinstance(made, str):
                 why = made
                 continue
+            if not isinstance(self.parts.roles[name], Start):  # it is the same for all
+                held[name] = made.said
             setattr(roles, name, made)
             self.watch.tell(f"what '{name}' says of a row never changes: it is computed once and kept beside the run, until it ends")
         if why and asked is True:
@@ -399,14 +443,14 @@ class _Run:
             "writes": "generate" in roles.policy.architecture.gives,
             "auto_class": roles.policy.architecture.auto_class().__name__,
             "tokens_per_second": fit.totals.tokens / max(fit.totals.seconds, 1e-9),
-            "peak_memory_mb": _peak_memory(),
+            "peak_memory_mb": None if self.shared else _peak_memory(),  # side by side it is nobody's own
             "device": str(roles.device),
             "dtype": str(next(roles.policy.model.parameters()).dtype).removeprefix("torch."),
         }
         if roles.tuner.frozen:
             roles.tuner.frozen.close()
         for role in roles.policies():
-            if isinstance(role, reference.Known):
+            if isinstance(role, reference.Known) and not (self.shared and role.said in self.shared.said.values()):
                 role.said.close()
         report.notes = list(self.watch.notes)
         if self.main:

@@ -87,7 +87,7 @@ class Causal(LanguageModel):
         """How a batch is laid out, and what the model is handed to read it so."""
         if self.packing:
             self.check(model)
-        blocks = self.packing and self.blocks and attention.takes_plans(model)
+        blocks = self.in_blocks(model)
         width = (ENDLESS if blocks else self.width) if self.packing else 0
         layout = lay_out(batch, share=self.share_prompts and self.packing, width=width, virtual=attached.virtual)
         inputs = self.embedded(model, attached, batch, layout)
@@ -95,6 +95,10 @@ class Causal(LanguageModel):
             return layout, inputs | {"attention_mask": (layout.piece >= 0).long()}
         masks = (self.planned if blocks else self.mask)(model, layout)
         return layout, inputs | {"attention_mask": masks, "position_ids": layout.position}
+
+    def in_blocks(self, model: Network) -> bool:
+        """Is everything read as one row, attention block by block?"""
+        return self.packing and self.blocks and attention.takes_plans(model)
 
     def check(self, model: Network) -> None:
         """Refuse to pack for a network that cannot keep sequences apart."""

@@ -41,7 +41,11 @@ class Frozen:
     first: int  # the lowest layer that moves
     table: Tensor  # [room, d]
     places: dict[bytes, int] = field(default_factory=dict)  # tokens and shape of a tree -> its first row in the table
-    used: int = 0  # rows of the table
+    filled: list[int] = field(default_factory=lambda: [0])  # rows of the table in use; runs that share a table share this
+
+    @property
+    def used(self) -> int:
+        return self.filled[0]
 
     def states(self, architecture: Any, model: Network, attached: Any, batch: Batch, fill: bool) -> Tensor | None:
         """[L, d] for the tokens of a batch; None where it is an altered view, or one of its trees is not kept.
@@ -59,7 +63,7 @@ class Frozen:
                     return None
                 self.table[self.used : self.used + len(tree.ids)] = self._read(architecture, model, attached, tree)
                 self.places[key] = self.used
-                self.used += len(tree.ids)
+                self.filled[0] += len(tree.ids)
             found.append(self.table[self.places[key] : self.places[key] + len(tree.ids)])
         return torch.cat(found).to(batch.ids.device)
 

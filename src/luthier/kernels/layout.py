@@ -7,6 +7,7 @@ sequence ever sees another. Loops run over segments, never over tokens.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +40,25 @@ class Layout:
             may &= block[:, :, None] == block[:, None, :]
         may |= torch.eye(len(order), dtype=torch.bool, device=may.device)  # padding looks at itself: no NaN
         return may[:, None]
+
+
+def joined(layouts: Sequence[Layout], tokens: Sequence[int]) -> Layout:
+    """Layouts of one row each, of batches with so many tokens, as one row: behind each other, none sees another."""
+    places, pieces = ([getattr(x, name).shape[i] for x in layouts] for name, i in (("source", 1), ("sees", 0)))
+    before = [[sum(sizes[:k]) for k in range(len(layouts))] for sizes in (tokens, places, pieces)]
+
+    def side_by_side(name: str, ahead: Sequence[int] | None, least: int = 0) -> Tensor:
+        parts = [getattr(x, name) for x in layouts]
+        return torch.cat(parts if ahead is None else [torch.where(x >= least, x + n, x) for x, n in zip(parts, ahead, strict=True)], -1)
+
+    return Layout(
+        source=side_by_side("source", before[0]),
+        position=side_by_side("position", None),
+        piece=side_by_side("piece", before[2]),
+        soft=side_by_side("soft", None),
+        at=side_by_side("at", before[1]),
+        sees=torch.block_diag(*(x.sees for x in layouts)).bool(),
+    )
 
 
 def lay_out(batch: Batch, *, share: bool = True, width: int = 0, virtual: int = 0) -> Layout:
