@@ -198,11 +198,14 @@ def test_arms_from_the_command_line(tmp_path, tiny):
 
 
 def test_arms_that_share_a_base_run_side_by_side_and_find_the_same(shared, tmp_path):
-    arms = {"small": {"tuner": {"name": "lora", "r": 2}}, "wide": {"tuner": {"name": "lora", "r": 8}, "learning_rate": 1e-2}, "full": {"tuner": "full"}}
+    """Pausing where arms may be stopped early, and for good."""
+    lora = {"name": "lora", "r": 4}
+    arms = {"low": {"tuner": lora}, "high": {"tuner": lora | {"r": 8}, "learning_rate": 1e-2}, "full": {"tuner": "full"}}
     both = {way: conduct(study(shared, arms, seeds=2, together=way), tmp_path / str(way)) for way in (True, False)}
-    for arm in arms:
-        want, got = (both[way]["table"]["loss"][arm]["by_seed"] for way in (False, True))
-        assert got == pytest.approx(want, abs=1e-5)
+    assert both[True]["stopped"].keys() == both[False]["stopped"].keys()
+    for arm, want in both[False]["table"]["loss"].items():
+        assert both[True]["table"]["loss"][arm]["by_seed"] == pytest.approx(want["by_seed"], abs=1e-5)
+    assert {"high"} <= both[True]["table"]["loss"].keys()
     assert "peak_memory_mb" in both[False]["table"] and "peak_memory_mb" not in both[True]["table"]
 
 

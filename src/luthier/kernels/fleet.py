@@ -111,7 +111,8 @@ def _together(base: nn.Module, parts: Sequence[Any], sizes: Sequence[int]) -> An
         said = []
         for layer, own, seen in zip(parts, y.split(list(sizes), 1), x.split(list(sizes), 1), strict=True):
             for adapter in layer.active_adapters if layer is not None else ():
-                own = update(seen, own, *layer._factors(adapter), layer.scaling[adapter])
+                A, B = layer._factors(adapter)
+                own = update(seen, own, A, B, layer.scaling[adapter])
             said.append(own)
         return torch.cat(said, 1)
 
