@@ -233,6 +233,17 @@ def export(
 
 
 @app.command()
+def studio(
+    folder: Annotated[Path, typer.Argument(help="Where runs, uploads and exports lie.")] = Path("."),
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Of this machine; default: 8765, or any that is free.")] = None,
+) -> None:
+    """A local page: look at rows, choose methods, train, watch, compare, talk, export."""
+    from luthier.studio import serve
+
+    serve(folder, port, typer.echo)
+
+
+@app.command()
 def claims(
     names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Claims to try; default: all.")] = None,
     seeds: Annotated[int | None, typer.Option(help="Test seeds, in place of what the claim's file says.")] = None,

@@ -284,6 +284,8 @@ class _Run:
         clock.total = 0 if parts.objective is None else recipe.max_steps if stop_at is None else -(-stop_at // per_step)
         if stop_at is not None:
             clock.total *= recipe.num_iterations
+        if self.main:
+            note_down(self.folder, steps=clock.total)
         factor = schedule(recipe.lr_scheduler_type, recipe.warmup_steps, clock.total)
         chain = Chain(parts.chain, self.roles.tuner, clock, recipe.learning_rate, factor)
         batches = Batches(per_step, recipe.per_device_train_batch_size, stop_at, parts.live, recipe.num_iterations)

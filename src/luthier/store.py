@@ -100,16 +100,23 @@ def told_on_disk(path: Path) -> Iterator[None]:
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """A folder for oneself, made if it is not there: while one process has it, another is refused."""
+    """A folder for oneself, made if it is not there: while one process has it, another is refused. The lock's file says whose it is."""
     with told_on_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
+        lock = open(folder / ".lock", "a", encoding="ascii")
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RecipeError(f"another process is running in {folder}") from None
-        yield
+        with told_on_disk(folder):
+            lock.truncate(0)
+            lock.write(str(os.getpid()))
+            lock.flush()
+        try:
+            yield
+        finally:
+            lock.truncate(0)
 
 
 def write_text(path: Path, text: str) -> None:

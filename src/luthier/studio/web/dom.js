@@ -1,0 +1,112 @@
+// Elements, questions to the studio, and what is said aloud. Whatever comes from rows, models or recipes becomes text, never markup.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+/** h("p", {class: "note", onclick: f}, "text", element, ...): an element; attributes that are false or null are left out. */
+export function h(tag, attributes = {}, ...inside) {
+  return made(document.createElement(tag), attributes, inside);
+}
+
+export function svg(tag, attributes = {}, ...inside) {
+  return made(document.createElementNS(SVG, tag), attributes, inside);
+}
+
+function made(element, attributes, inside) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === false || value === null || value === undefined) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name === "value" || name === "checked") element[name] = value;
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...inside.flat(9).filter((x) => x !== null && x !== undefined && x !== false));
+  return element;
+}
+
+/** Replace what an element holds. */
+export function fill(element, ...inside) {
+  element.replaceChildren(...inside.flat(9).filter((x) => x !== null && x !== undefined && x !== false));
+  return element;
+}
+
+let spoken = "";
+/** Say something to who listens instead of looks; the same thing twice is said once. */
+export function announce(text) {
+  if (text && text !== spoken) document.getElementById("status").textContent = spoken = text;
+}
+
+/** A question to the studio. Throws an Error whose message is the sentence that the command line would say. */
+export async function ask(path, body, how = {}) {
+  let answer;
+  try {
+    answer = await fetch(path, body === undefined ? how : { method: "POST", body: JSON.stringify(body), headers: { "content-type": "application/json" }, ...how });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Error("the studio does not answer; was it ended? `luthier studio` starts it again, and the runs are where they were");
+  }
+  const said = await answer.json().catch(() => ({ error: `the studio answered ${answer.status}` }));
+  if (!answer.ok || said.error !== undefined && Object.keys(said).length === 1) throw new Error(said.error);
+  return said;
+}
+
+/** A place for a sentence that went wrong; it is read aloud at once. */
+export function complaint() {
+  const box = h("p", { class: "complaint", role: "alert", hidden: true });
+  return {
+    box,
+    say(text) { box.textContent = text; box.hidden = !text; },
+  };
+}
+
+/** A button that is busy while its work is done, and complains where it fails. */
+export function button(text, work, where, attributes = {}) {
+  const made = h("button", { type: "button", ...attributes, onclick: async () => {
+    if (made.getAttribute("aria-busy") === "true") return;
+    made.setAttribute("aria-busy", "true");
+    where.say("");
+    try { await work(made); } catch (error) { where.say(error.message); } finally { made.removeAttribute("aria-busy"); }
+  } }, text);
+  return made;
+}
+
+let counter = 0;
+/** A label, its field and its help, tied together. */
+export function field(label, input, help = "") {
+  input.id ||= `f${++counter}`;
+  const told = help ? h("small", { id: `${input.id}-h` }, help) : null;
+  if (told) input.setAttribute("aria-describedby", told.id);
+  return h("div", { class: "field" }, h("label", { for: input.id }, label), input, told);
+}
+
+/** A field with suggestions. */
+export function suggested(list, attributes = {}) {
+  const id = `l${++counter}`;
+  const input = h("input", { type: "text", list: id, autocomplete: "off", spellcheck: "false", autocapitalize: "off", ...attributes });
+  return [input, h("datalist", { id }, list.map((x) => h("option", { value: x })))];
+}
+
+/** Kept in this tab, so that a reload loses nothing that was typed. */
+export const kept = {
+  get(name, other) {
+    try { return JSON.parse(sessionStorage.getItem(`luthier-${name}`)) ?? other; } catch { return other; }
+  },
+  set(name, value) {
+    try { sessionStorage.setItem(`luthier-${name}`, JSON.stringify(value)); } catch { /* a full or forbidden store: then only this page knows */ }
+  },
+};
+
+export const count = (n) => Number(n).toLocaleString("en");
+export const number = (x) => x === null || x === undefined ? "" : x !== 0 && Math.abs(x) < 0.1 ? String(Number(x.toPrecision(2))) : Math.abs(x) >= 1000 ? count(Math.round(x)) : String(Number(x.toPrecision(3)));
+export const percent = (x) => `${Math.round(100 * x)}%`;
+
+/** Do something again and again while the page is looked at; it ends when `signal` does. */
+export function every(seconds, signal, work) {
+  let waiting = 0;
+  const again = async () => {
+    clearTimeout(waiting);
+    if (signal.aborted) return;
+    const go = document.hidden ? true : await work().catch((error) => (error.name === "AbortError" ? false : true));
+    if (go !== false && !signal.aborted) waiting = setTimeout(again, (go === "soon" ? 0.05 : document.hidden ? 5 : seconds) * 1000);
+  };
+  document.addEventListener("visibilitychange", () => document.hidden || again(), { signal });
+  again();
+}

@@ -1,0 +1,42 @@
+// Which page is shown: the address says so, so that a reload and a second tab find it again.
+
+import { announce, ask, fill, h } from "./dom.js";
+import { begin } from "./new.js";
+import { run } from "./run.js";
+import { runs } from "./runs.js";
+import { talk } from "./talk.js";
+
+const PAGES = { new: begin, runs, run, talk };
+let leaving = new AbortController();
+let first = true;
+
+async function show() {
+  const [page, rest] = (location.hash.slice(1) || "new").split(/\/(.*)/s);
+  if (page === "main") return;
+  leaving.abort();
+  leaving = new AbortController();
+  const { signal } = leaving;
+  const main = document.getElementById("main");
+  for (const link of document.querySelectorAll("nav a")) {
+    const here = link.hash === `#${page}` || page === "run" && link.hash === "#runs";
+    here ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current");
+  }
+  try {
+    const made = await (PAGES[page] ?? begin)(decodeURIComponent(rest ?? ""), signal);
+    if (signal.aborted) return;
+    fill(main, made);
+    const title = main.querySelector("h1");
+    document.title = `${title?.textContent ?? "studio"} · luthier`;
+    window.scrollTo(0, 0);
+    if (!first && title) { title.tabIndex = -1; title.focus({ preventScroll: true }); }
+    first = false;
+  } catch (error) {
+    if (signal.aborted) return;
+    fill(main, h("h1", {}, "This page cannot be shown"), h("p", { class: "complaint", role: "alert" }, error.message), h("p", {}, h("a", { href: "#runs" }, "All runs")));
+    announce(error.message);
+  }
+}
+
+window.addEventListener("hashchange", show);
+show();
+ask("/api/settings/recipe/recipe").catch(() => {}); // so that what reads rows is awake when it is needed

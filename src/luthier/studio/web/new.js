@@ -1,0 +1,273 @@
+// A new run: model and rows, what the model will see, methods, settings, what it will cost, and the recipe that comes of it.
+
+import { announce, ask, button, complaint, count, field, fill, h, kept, percent, suggested } from "./dom.js";
+
+const KINDS = [ // key of a recipe, kind of method, what it is called here
+  ["tuner", "tuner", "What moves"],
+  ["objective", "objective", "Toward what"],
+  ["optim", "optimizer", "How it steps"],
+];
+const MORE = [["estimator", "estimator", "Where the gradient comes from"], ["quantization", "quantizer", "What the base is kept in"], ["architecture", "architecture", "How the network reads"]];
+const DEFAULTS = { tuner: "lora", objective: "sft", optim: "adamw", estimator: "backprop", quantization: "", architecture: "auto" };
+const MAIN = ["learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "max_length", "eval_data", "seed"];
+const ELSEWHERE = ["model", "data", "output_dir", "overwrite", "tuner", "objective", "optim", "estimator", "quantization", "architecture"];
+
+/** Take over a run's recipe as the draft. */
+export async function clone(text) {
+  const fields = await ask("/api/fields", { text });
+  delete fields.output_dir;
+  kept.set("draft", fields);
+  location.hash = "#new";
+}
+
+export async function begin(_, signal) {
+  const [start, methods] = await Promise.all([ask("/api/start"), ask("/api/methods")]);
+  const draft = kept.get("draft", { model: "practice:lm-small" });
+  const asides = { check() {}, feeds: {} };
+  let timer = 0;
+  const put = (key, value) => {
+    value = value.trim();
+    if (value) draft[key] = value; else delete draft[key];
+    kept.set("draft", draft);
+    clearTimeout(timer);
+    timer = setTimeout(() => asides.check(), 350);
+  };
+  signal.addEventListener("abort", () => clearTimeout(timer));
+  const general = ask("/api/settings/recipe/recipe");
+  const side = recipe(draft, asides, signal);
+  const view = h("div", { class: "bench" },
+    h("div", { class: "form" },
+      h("header", {}, h("p", { class: "what" }, start.home), h("h1", {}, "A new run")),
+      rows(draft, put, start, asides, signal),
+      choosing(draft, put, methods, asides),
+      training(draft, put, general)),
+    side);
+  asides.check();
+  return view;
+}
+
+// ------------------------------------------------------------------------------------------------ model and rows
+
+function rows(draft, put, start, asides, signal) {
+  const said = complaint();
+  const [model, models] = suggested(start.models, { value: draft.model ?? "", placeholder: "practice:lm", onchange: (e) => { put("model", e.target.value); } });
+  const [data, files] = suggested(start.data, { value: draft.data ?? "", placeholder: "rows.jsonl", onchange: (e) => { put("data", e.target.value); if (e.target.value) look(0); } });
+  const shown = h("div", { class: "shown" });
+  const file = h("input", { type: "file", class: "hidden", id: "upload", accept: [...start.ends, ".gz"].join(","), onchange: () => file.files[0] && upload(file.files[0]) });
+  const pick = h("label", { class: "button quiet", for: "upload" }, "Upload a file");
+
+  async function upload(one) {
+    said.say("");
+    announce(`uploading ${one.name}`);
+    pick.textContent = "Uploading …";
+    try {
+      const { path } = await ask(`/api/upload?name=${encodeURIComponent(one.name)}`, null, { body: one, headers: { "content-type": "application/octet-stream" } });
+      data.value = path;
+      put("data", path);
+      await look(0);
+    } catch (error) { said.say(error.message); } finally { pick.textContent = "Upload a file"; file.value = ""; }
+  }
+
+  let asked = 0;
+  async function look(offset) {
+    const mine = ++asked;
+    said.say("");
+    shown.setAttribute("aria-busy", "true");
+    try {
+      const found = await ask("/api/look", { changes: { ...draft, model: model.value || "practice:lm" }, offset }, { signal });
+      if (mine !== asked) return;
+      fill(shown, seen(found, look));
+      asides.feeds = found.feeds;
+      asides.feed?.();
+      announce(`${count(found.rows)} rows read, ${found.bad} set aside`);
+    } catch (error) {
+      if (mine === asked && error.name !== "AbortError") { said.say(error.message); fill(shown); }
+    } finally { if (mine === asked) shown.removeAttribute("aria-busy"); }
+  }
+
+  const section = h("section", { "aria-labelledby": "s-rows" }, h("h2", { id: "s-rows" }, "Model and rows"),
+    h("div", { class: "fields two" },
+      field("Model", model, "A folder, a hub name, practice:NAME, or a run to tune on from (as start)"), models,
+      field("Rows", data, "A path on this machine, a hub name, or practice:WORLD"), files),
+    h("p", { class: "buttons" }, button("Look at the rows", () => look(0), said, { class: "quiet" }), file, pick),
+    said.box, shown);
+  for (const kind of ["dragover", "drop"]) section.addEventListener(kind, (e) => {
+    if (!e.dataTransfer?.types.includes("Files")) return;
+    e.preventDefault();
+    if (kind === "drop" && e.dataTransfer.files[0]) upload(e.dataTransfer.files[0]);
+  });
+  if (draft.data) look(0);
+  return section;
+}
+
+/** Rows as the model reads them; what is learned is coloured AND underlined. */
+function seen(found, look) {
+  const about = found.counted < found.rows ? `, counted on the first ${count(found.counted)}` : "";
+  const told = [`${count(found.rows)} rows read as ‘${found.format}’`, `${count(found.tokens)} tokens, ${percent(found.share)} of them learned${about}`, found.longest ? `the longest row has ${count(found.longest)}` : "", found.cut ? `${count(found.cut)} are cut at max_length` : ""].filter(Boolean).join("; ");
+  const page = found.shown.length || 1;
+  return [
+    h("p", { class: "note" }, `${told}.`),
+    found.note && h("p", { class: "note" }, found.note),
+    h("p", { class: "key" }, h("mark", {}, "learned"), " what the loss counts, underlined; the rest is only read"),
+    found.shown.map((row) => h("article", { class: "row" }, h("h4", {}, row.id), h("pre", {}, row.parts.map(([text, learned]) => learned ? h("mark", {}, text) : text)))),
+    h("p", { class: "buttons pager" },
+      h("button", { type: "button", class: "quiet", disabled: found.offset === 0, onclick: () => look(Math.max(0, found.offset - 4)) }, "Earlier rows"),
+      h("button", { type: "button", class: "quiet", disabled: found.offset + page >= found.usable, onclick: () => look(found.offset + page) }, "Later rows"),
+      h("span", { class: "note" }, found.shown.length ? `${found.offset + 1} to ${found.offset + found.shown.length}` : "")),
+    found.bad > 0 && h("details", { class: "aside" }, h("summary", {}, `${count(found.bad)} rows set aside, with reasons`),
+      h("ul", {}, found.reasons.map((r) => h("li", {}, `${count(r.rows)}: ${r.reason} (first: ${r.first})`))),
+      h("ol", { class: "quarantine" }, found.aside.map((a) => h("li", {}, h("b", {}, a.where), ` ${a.reason}`, h("pre", {}, a.raw))))),
+  ];
+}
+
+// ------------------------------------------------------------------------------------------------ methods
+
+function choosing(draft, put, methods, asides) {
+  const picks = [...KINDS, ...MORE].map(([key, kind, title]) => picker(key, kind, title, draft, put, methods.filter((m) => m.kind === kind), asides));
+  return h("section", { "aria-labelledby": "s-methods" }, h("h2", { id: "s-methods" }, "Methods"), picks.slice(0, KINDS.length),
+    h("details", {}, h("summary", {}, "Estimator, quantization, architecture"), picks.slice(KINDS.length)));
+}
+
+function picker(key, kind, title, draft, put, methods, asides) {
+  const names = methods.map((m) => m.name);
+  const about = h("div", { class: "about" }), settings = h("div");
+  const other = h("input", { type: "text", value: draft[key] ?? "", "aria-label": `${title}, in words`, placeholder: "dpo + 0.1*sft", onchange: () => chosen(other.value) });
+  const select = h("select", { onchange: () => (select.value === "*" ? (other.hidden = false, other.focus()) : chosen(select.value)) });
+  const now = () => draft[key] ?? DEFAULTS[key];
+
+  function offer() {
+    const option = (m, note = "") => h("option", { value: m.name }, m.name + note);
+    const empty = DEFAULTS[key] === "" ? h("option", { value: "" }, "none") : DEFAULTS[key] === "auto" ? h("option", { value: "auto" }, "auto") : null;
+    const groups = key === "objective" && Object.keys(asides.feeds).length ? [["yes", "your rows are enough"], ["through a stage", "through a stage"], ["no", "these rows cannot feed it"]] : null;
+    fill(select, empty,
+      groups ? groups.map(([how, label]) => h("optgroup", { label }, methods.filter((m) => (asides.feeds[m.name]?.[0] ?? "no") === how).map((m) => option(m)))) : methods.map((m) => option(m)),
+      key === "objective" && h("option", { value: "*" }, "a sum of several …"));
+    const known = names.includes(now()) || now() === "" || now() === "auto";
+    select.value = known ? now() : "*";
+    if (!known && key !== "objective") { select.append(h("option", { value: now() }, now())); select.value = now(); }
+    other.hidden = known || key !== "objective";
+  }
+
+  function chosen(value) {
+    for (const k of Object.keys(draft)) if (k.startsWith(`${key}.`)) delete draft[k];
+    put(key, value === DEFAULTS[key] ? "" : value);
+    tell();
+  }
+
+  let turn = 0;
+  async function tell() {
+    const mine = ++turn;
+    offer();
+    const m = methods.find((x) => x.name === now());
+    const feeds = key === "objective" && m ? asides.feeds[m.name] : null;
+    fill(about, m && h("p", {}, m.summary),
+      m && h("p", { class: "note" }, papers(m), m.wants.length > 0 && ` Wants ${m.wants.join(", ")}.`, m.gives.length > 0 && ` Gives ${m.gives.join(", ")}.`),
+      feeds && feeds[0] !== "yes" && h("p", { class: "warn" }, feeds[0] === "no" ? `These rows cannot feed it: it ${feeds[1]}.` : `Through a stage: ${feeds[1]}.`));
+    fill(settings);
+    if (!m) return;
+    const fields = await ask(`/api/settings/${kind}/${m.name}`).catch(() => []);
+    if (mine !== turn || !fields.length) return;
+    const set = Object.keys(draft).filter((k) => k.startsWith(`${key}.`)).length;
+    fill(settings, h("details", { open: set > 0 }, h("summary", {}, `Settings of ${m.name} (${fields.length})`), h("div", { class: "fields" }, fields.map((f) => entry(`${key}.${f.name}`, f, draft, put)))));
+  }
+
+  if (key === "objective") asides.feed = tell;
+  tell();
+  return h("div", { class: "pick" }, field(title, select), other, about, settings);
+}
+
+function papers(m) {
+  if (!m.paper && !m.titles.length) return "No paper introduced it.";
+  const said = m.titles.length ? m.titles.join("; ") : m.paper;
+  return m.paper?.startsWith("arXiv:") ? h("a", { href: `https://arxiv.org/abs/${m.paper.slice(6)}`, target: "_blank", rel: "noreferrer noopener" }, said === m.paper ? m.paper : `${said} (${m.paper})`) : `${said}.`;
+}
+
+/** A setting as a field: its default stands in it as a hint, its help below. */
+function entry(key, f, draft, put) {
+  const value = draft[key] ?? "";
+  const input = f.choices.length
+    ? h("select", { onchange: (e) => put(key, e.target.value) }, h("option", { value: "" }, `${f.default} (default)`), f.choices.filter((c) => c !== f.default).map((c) => h("option", { value: c }, c)))
+    : h("input", { type: "text", value, placeholder: f.default, autocomplete: "off", spellcheck: "false", autocapitalize: "off", oninput: (e) => put(key, e.target.value) });
+  if (f.choices.length) {
+    if (value && ![...input.options].some((o) => o.value === value)) input.append(h("option", { value }, value));
+    input.value = value === f.default ? "" : value;
+  }
+  return field(f.name, input, f.help);
+}
+
+function training(draft, put, general) {
+  const box = h("section", { "aria-labelledby": "s-training" }, h("h2", { id: "s-training" }, "Training"), h("p", { class: "note" }, "Loading the settings …"));
+  general.then((fields) => {
+    const by = Object.fromEntries(fields.map((f) => [f.name, f]));
+    const rest = fields.filter((f) => !MAIN.includes(f.name) && !ELSEWHERE.includes(f.name));
+    const set = rest.some((f) => f.name in draft);
+    fill(box, h("h2", { id: "s-training" }, "Training"), h("div", { class: "fields" }, MAIN.map((name) => entry(name, by[name], draft, put))),
+      h("details", { open: set }, h("summary", {}, `Every other setting (${rest.length})`), h("p", { class: "note" }, "Lists and mappings as a line of YAML, such as [{name: rollout, n: 8}]."), h("div", { class: "fields" }, rest.map((f) => entry(f.name, f, draft, put)))));
+  }).catch((error) => fill(box, h("h2", { id: "s-training" }, "Training"), h("p", { class: "complaint", role: "alert" }, error.message)));
+  return box;
+}
+
+// ------------------------------------------------------------------------------------------------ the recipe
+
+function recipe(draft, asides, signal) {
+  const said = complaint(), went = complaint();
+  const text = h("pre", { class: "recipe", tabindex: "0", "aria-label": "The recipe" });
+  const whole = h("pre"), told = h("ul", { class: "told" }), cost = h("div");
+  const name = h("input", { type: "text", autocomplete: "off", spellcheck: "false", autocapitalize: "off", placeholder: "a name", oninput: () => (named = true) });
+  const command = h("code");
+  let named = false, latest = { text: "", error: "not checked yet" }, turn = 0;
+
+  asides.check = async () => {
+    const mine = ++turn;
+    text.setAttribute("aria-busy", "true");
+    try {
+      const found = await ask("/api/check", { changes: draft }, { signal });
+      if (mine !== turn) return;
+      latest = found;
+      fill(text, found.text || "# nothing said yet: every value is its default");
+      fill(whole, found.whole);
+      fill(told, found.told.map((t) => h("li", {}, t)));
+      if (!named) name.value = found.name.slice(0, 100);
+      fill(command, `luthier tune runs/${name.value || "NAME"}/asked.yaml`);
+      said.say(found.error);
+      start.disabled = Boolean(found.error);
+      announce(found.error ? "" : "the recipe can run");
+    } catch (error) { if (error.name !== "AbortError" && mine === turn) said.say(error.message); } finally { if (mine === turn) text.removeAttribute("aria-busy"); }
+  };
+  name.addEventListener("input", () => fill(command, `luthier tune runs/${name.value || "NAME"}/asked.yaml`));
+
+  const start = button("Start the run", async () => {
+    await asides.check();
+    if (latest.error) throw new Error(latest.error);
+    await ask("/api/runs", { name: name.value, text: latest.text });
+    announce(`run ${name.value} started`);
+    location.hash = `#run/${name.value}`;
+  }, went, { class: "main", disabled: true });
+  const foretell = button("Foretell the cost", async () => {
+    fill(cost, h("p", { class: "note" }, "Loading the model to look …"));
+    try {
+      const found = await ask("/api/forecast", { changes: draft }, { signal });
+      fill(cost, h("dl", { class: "tiles" }, found.figures.map(([what, much, is]) => h("div", {}, h("dt", {}, what), h("dd", {}, much), h("p", {}, is)))), found.notes.map((n) => h("p", { class: "note" }, n)));
+      announce("the cost is foretold");
+    } catch (error) { fill(cost); throw error; }
+  }, went, { class: "quiet" });
+
+  const writing = h("textarea", { rows: 12, spellcheck: "false", "aria-label": "A recipe as YAML" });
+  const wrong = complaint();
+  const pasted = h("details", {}, h("summary", {}, "Write or paste a recipe instead"), writing,
+    h("p", { class: "buttons" }, button("Take this recipe", async () => {
+      const fields = await ask("/api/fields", { text: writing.value });
+      kept.set("draft", fields);
+      location.hash === "#new" ? window.dispatchEvent(new HashChangeEvent("hashchange")) : (location.hash = "#new");
+    }, wrong, { class: "quiet" })), wrong.box);
+  pasted.addEventListener("toggle", () => { if (pasted.open && !writing.value) writing.value = latest.text; });
+
+  return h("aside", { class: "sheet", "aria-label": "The recipe and its cost" },
+    h("h2", {}, "The recipe"),
+    text, said.box, told,
+    h("div", { class: "fields one" }, field("Name of the run", name, "Its folder: runs/NAME")),
+    h("p", { class: "buttons" }, start, foretell), went.box, cost,
+    h("p", { class: "note" }, "The same from a shell: ", command),
+    h("details", {}, h("summary", {}, "Every value it comes to"), whole), pasted,
+    h("p", { class: "buttons" }, h("button", { type: "button", class: "quiet", onclick: () => { kept.set("draft", { model: "practice:lm-small" }); window.dispatchEvent(new HashChangeEvent("hashchange")); } }, "Begin anew")));
+}

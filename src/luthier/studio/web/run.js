@@ -1,0 +1,162 @@
+// One run: how far it is, its curves while they grow, its answers, its recipe, and what can be done with it.
+
+import { announce, ask, button, complaint, every, field, fill, h } from "./dom.js";
+import { chart, smoothed } from "./curves.js";
+import { clone } from "./new.js";
+import { badge, progress } from "./runs.js";
+
+const OWN = ["step", "loss", "learning_rate", "tokens", "seconds", "epoch"];
+
+export async function run(name, signal) {
+  const at = `/api/runs/${encodeURIComponent(name)}`;
+  let whole = await ask(at);
+  const logged = [], place = { since: 0, mark: "" };
+  const head = h("div", { class: "state" }), curves = h("div"), numbers = h("div"), answers = h("div"), more = h("div"), log = h("pre", { class: "log", tabindex: "0", "aria-label": "What the command said" });
+  const said = complaint();
+  let state = "", drawn = 0;
+
+  const actions = h("p", { class: "buttons" });
+  function act(r) {
+    const busy = r.state === "running" || r.state === "starting";
+    const reload = async () => { whole = await ask(at); show(); };
+    fill(actions,
+      busy && button("Stop", async () => { await ask(`${at}/stop`, {}); announce("stopping"); }, said),
+      !busy && r.state !== "finished" && button("Resume", async () => { await ask(`${at}/resume`, {}); place.mark = "?"; await reload(); live(); }, said, { class: "main" }),
+      r.kind === "run" && whole.recipe && button("Clone with changes", () => clone(whole.recipe), said, { class: "quiet" }),
+      r.report && h("a", { class: "button quiet", href: `/runs/${encodeURIComponent(name)}/report.html`, target: "_blank" }, "Report"),
+      r.state === "finished" && r.kind === "run" && whole.writes && h("a", { class: "button quiet", href: `#talk/${encodeURIComponent(JSON.stringify([modelOf(whole.recipe), `runs/${name}`]))}` }, "Talk to it"),
+      !busy && removing(at, name, said));
+  }
+
+  function top(r) {
+    fill(head, badge(r), progress(r), r.doing && h("span", { class: "doing" }, r.doing), r.why && h("p", { class: r.state === "failed" ? "complaint" : "note" }, r.why));
+    if (r.state !== state) {
+      if (state) announce(`${name} is ${r.state}`);
+      state = r.state;
+      act(r);
+    }
+  }
+
+  function show() {
+    top(whole);
+    act(whole);
+    fill(numbers, whole.sentence && h("p", { class: "sentence" }, whole.sentence), whole.cost.length > 0 && h("dl", { class: "tiles" }, whole.cost.map(([what, much]) => h("div", {}, h("dt", {}, what), h("dd", {}, much)))), table(whole.numbers, whole.state === "finished"));
+    fill(answers, said_(whole.answers));
+    log.textContent = whole.log;
+    fill(more, whole.notes.length > 0 && h("section", {}, h("h2", {}, "Told on the way"), h("ul", {}, whole.notes.map((n) => h("li", {}, n)))),
+      Object.keys(whole.arms).length > 0 && h("section", {}, h("h2", {}, "Arms"), h("p", { class: "note" }, "The report shows their curves, answers and recipes side by side.")),
+      whole.state === "finished" && whole.kind === "run" && exporting(at, name, whole));
+  }
+
+  function draw() {
+    if (logged.length === drawn) return;
+    drawn = logged.length;
+    const of = (key) => logged.filter((x) => typeof x[key] === "number" && typeof x.step === "number").map((x) => [x.step, x[key]]);
+    const raw = of("loss"), held = of("eval_loss");
+    const others = [...new Set(logged.flatMap((x) => Object.keys(x)))].filter((k) => !OWN.includes(k) && k !== "eval_loss" && new Set(of(k).map((p) => p[1])).size > 1).slice(0, 12);
+    if (!raw.length && !others.length) return;
+    fill(curves, h("section", {}, h("h2", {}, "Loss"),
+      h("p", { class: "key" }, h("span", { class: "raw" }, "each step"), h("span", { class: "soft" }, "smoothed"), held.length > 0 && h("span", { class: "held" }, "held-out")),
+      chart([["loss", "raw", raw], ["smoothed", "soft", smoothed(raw)], ["held-out", "held", held]], "loss by step", 0),
+      h("div", { class: "smalls" }, ["learning_rate", ...others].map((key) => {
+        const made = chart([[key, "soft", of(key)]], `${key} by step`);
+        return made && h("figure", {}, h("figcaption", {}, key.replaceAll("_", " ")), made);
+      }))));
+  }
+
+  async function tick() {
+    const found = await ask(`${at}/live?since=${place.since}&mark=${encodeURIComponent(place.mark)}`, undefined, { signal });
+    said.say("");
+    if (found.anew) { logged.length = 0; drawn = -1; }
+    logged.push(...found.lines);
+    const full = found.lines.length > 2000;
+    place.since = found.next;
+    place.mark = found.mark;
+    draw();
+    const was = state;
+    top(found.run);
+    const over = !["running", "starting"].includes(found.run.state);
+    if (over !== !["running", "starting"].includes(was) || !over) {
+      whole = await ask(at, undefined, { signal });
+      show();
+    }
+    return full ? "soon" : over ? false : true;
+  }
+
+  let going = new AbortController();
+  function live() {
+    going.abort();
+    going = new AbortController();
+    signal.addEventListener("abort", () => going.abort());
+    every(1.5, going.signal, async () => { try { return await tick(); } catch (error) { if (error.name === "AbortError") return false; said.say(error.message); return true; } });
+  }
+
+  state = whole.state;
+  show();
+  live();
+  return [
+    h("header", {}, h("p", { class: "what" }, whole.what), h("h1", {}, name)),
+    head, actions, said.box, numbers, curves, answers, more,
+    h("section", {}, h("h2", {}, "Recipe"), h("p", { class: "note" }, "From a shell: ", h("code", {}, whole.command)), h("pre", { class: "recipe", tabindex: "0", "aria-label": "The recipe" }, whole.recipe)),
+    h("section", {}, h("details", {}, h("summary", {}, "What the command said"), log)),
+  ];
+}
+
+/** The model a recipe starts from, for talking to both. */
+function modelOf(text) {
+  return /^model: *(.+?) *$/m.exec(text)?.[1].replace(/^['"]|['"]$/g, "") ?? "practice:lm";
+}
+
+function table(lines, finished) {
+  if (!lines.length) return null;
+  const judged = (x) => x.better === true ? ["good", "better"] : x.better === false ? ["bad", "worse"] : ["", ""];
+  return h("section", {}, h("h2", {}, finished ? "Before and after" : "Before and now"),
+    h("table", { class: "numbers" },
+      h("thead", {}, h("tr", {}, ["", "before", finished ? "after" : "now", "change"].map((t) => h("th", { scope: "col" }, t)))),
+      h("tbody", {}, lines.map((x) => {
+        const [kind, word] = judged(x);
+        return h("tr", {}, h("th", { scope: "row" }, x.label), h("td", {}, x.before), h("td", {}, x.after), h("td", { class: kind }, x.change, word && h("span", { class: "hidden" }, ` (${word})`)));
+      }))));
+}
+
+function said_(answers) {
+  if (!answers.length) return null;
+  const mark = (score) => score === null || score === undefined ? null : h("b", { class: score > 0 ? "good" : "bad" }, score === 1 ? " right" : score === 0 ? " wrong" : ` ${score.toFixed(2)}`);
+  const part = (title, text, score) => text !== null && text !== undefined && h("div", {}, h("h4", {}, title, mark(score)), h("pre", {}, text || " "));
+  return h("section", {}, h("h2", {}, "Answers"), answers.slice(0, 12).map((a) => h("article", {}, h("h4", {}, "asked"), h("pre", {}, a.prompt),
+    h("div", { class: "sides" }, part("before", a.before, a.score_before), part("after", a.after, a.score_after), part("expected", a.expected)))));
+}
+
+function exporting(at, name, whole) {
+  const said = complaint();
+  const kind = h("select", {}, h("option", { value: "lora" }, "an adapter for plain PEFT"), h("option", { value: "merged" }, "a plain transformers model"));
+  const to = h("input", { type: "text", placeholder: `exports/${name}-lora`, autocomplete: "off", spellcheck: "false" });
+  kind.addEventListener("change", () => (to.placeholder = `exports/${name}-${kind.value}`));
+  const done = h("ul", { class: "told" }, whole.exports.map((x) => h("li", {}, x)));
+  return h("section", {}, h("h2", {}, "Export"), h("p", { class: "note" }, "Written, loaded back, and compared with the tuned model; nothing is left where it answers otherwise."),
+    h("div", { class: "fields" }, field("As", kind), field("To", to, "A folder on this machine")),
+    h("p", { class: "buttons" }, button("Export", async (b) => {
+      b.textContent = "Exporting …";
+      try {
+        const made = await ask(`${at}/export`, { kind: kind.value, to: to.value });
+        done.append(h("li", { class: "good" }, made.said));
+        announce(`exported: ${made.said}`);
+      } finally { b.textContent = "Export"; }
+    }, said)), said.box, done);
+}
+
+function removing(at, name, said) {
+  let sure = false;
+  const made = button("Remove", async () => {
+    if (!sure) {
+      sure = true;
+      made.textContent = `Really remove runs/${name}?`;
+      setTimeout(() => { sure = false; made.textContent = "Remove"; }, 5000);
+      return;
+    }
+    await ask(`${at}/remove`, {});
+    announce(`${name} removed`);
+    location.hash = "#runs";
+  }, said, { class: "quiet danger" });
+  return made;
+}

@@ -1,0 +1,65 @@
+// All runs of this place, and comparing some of them.
+
+import { announce, ask, button, complaint, every, field, fill, h } from "./dom.js";
+
+export const STATES = { starting: "starting", running: "running", finished: "finished", stopped: "stopped", failed: "failed" };
+
+export async function runs(_, signal) {
+  const list = h("ul", { class: "runs" }), chosen = new Set(), said = complaint();
+  const compare = comparing(chosen);
+  let before = "";
+  const show = (found) => {
+    const mark = JSON.stringify(found);
+    if (mark === before) return;
+    before = mark;
+    const focused = document.activeElement?.dataset?.run;
+    fill(list, found.length ? found.map((r) => card(r, chosen, compare)) : h("li", { class: "empty" }, "No run yet. ", h("a", { href: "#new" }, "Begin one"), ": the built-in models and rows need no network."));
+    if (focused) list.querySelector(`[data-run="${CSS.escape(focused)}"]`)?.focus();
+  };
+  show(await ask("/api/runs"));
+  every(3, signal, async () => {
+    try { show(await ask("/api/runs", undefined, { signal })); said.say(""); } catch (error) { if (error.name !== "AbortError") said.say(error.message); }
+  });
+  return [h("header", {}, h("h1", {}, "Runs"), h("p", { class: "note" }, "Each is a folder under runs/, whoever began it. Tick two or more to compare their recipes on the same rows, seeds and budget.")), said.box, compare.box, list];
+}
+
+function card(r, chosen, compare) {
+  const tick = r.kind === "run" && h("input", { type: "checkbox", "data-run": r.name, "aria-label": `Compare ${r.name}`, checked: chosen.has(r.name), onchange: (e) => { e.target.checked ? chosen.add(r.name) : chosen.delete(r.name); compare.show(); } });
+  return h("li", {}, tick || h("span", { class: "tick" }),
+    h("a", { href: `#run/${encodeURIComponent(r.name)}` }, h("b", {}, r.name), h("span", { class: "what" }, r.kind === "comparison" ? `comparison: ${r.what}` : r.what)),
+    badge(r), progress(r), r.why && h("p", { class: "why" }, r.why), h("time", { datetime: new Date(r.changed * 1000).toISOString() }, ago(r.changed)));
+}
+
+export function badge(r) {
+  return h("span", { class: `badge ${r.state}` }, STATES[r.state] ?? r.state);
+}
+
+export function progress(r) {
+  if (!r.steps || r.kind === "comparison") return null;
+  return h("span", { class: "steps" }, h("progress", { max: r.steps, value: r.step, "aria-label": `Steps of ${r.name}` }), `${r.act ? `${r.act}, ` : ""}${r.step.toLocaleString("en")} of ${r.steps.toLocaleString("en")}`);
+}
+
+function ago(when) {
+  const seconds = Date.now() / 1000 - when;
+  for (const [size, word] of [[86400, "day"], [3600, "hour"], [60, "minute"]]) {
+    const n = Math.floor(seconds / size);
+    if (n >= 1) return `${n} ${word}${n > 1 ? "s" : ""} ago`;
+  }
+  return "just now";
+}
+
+function comparing(chosen) {
+  const said = complaint();
+  const name = h("input", { type: "text", value: `compare-${new Date().toISOString().slice(0, 10)}`, autocomplete: "off", spellcheck: "false" });
+  const seeds = h("input", { type: "number", min: 1, value: 1 });
+  const budget = h("input", { type: "text", placeholder: "as the recipes say" }), metric = h("input", { type: "text", placeholder: "loss" });
+  const title = h("h2");
+  const box = h("section", { class: "panel", hidden: true }, title,
+    h("div", { class: "fields" }, field("Name", name, "Its folder: runs/NAME"), field("Seeds", seeds, "Runs of each recipe"), field("Budget of each run", budget, "A time (30m), steps (500 steps) or tokens (200k tokens)"), field("Metric", metric, "By which they are ranked")),
+    h("p", { class: "buttons" }, button("Compare them", async () => {
+      await ask("/api/compare", { name: name.value, runs: [...chosen], seeds: Number(seeds.value) || 1, budget: budget.value, metric: metric.value || "loss" });
+      announce(`comparison ${name.value} started`);
+      location.hash = `#run/${name.value}`;
+    }, said, { class: "main" })), said.box);
+  return { box, show() { box.hidden = chosen.size < 2; fill(title, `Compare ${[...chosen].join(" and ")}`); } };
+}

@@ -1,0 +1,419 @@
+"""What the studio asks of torch: rows as a model reads them, recipes played through, what a run will cost, what a model says.
+
+Each worker is a process that reads one JSON line a question and writes one a answer; where it dies, the next question starts
+another. `python -m luthier.studio.worker` is its main.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from luthier.method import RecipeError, default_of, find, helps
+
+SAMPLE = 2000  # rows that are encoded to be counted: a large file is looked at, not read to its end
+PARTS = 4000  # characters of a row shown
+KEPT = 200  # bad rows shown
+
+
+# ---------------------------------------------------------------------------------------------- recipes
+
+
+def given(changes: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of the form, `tuner.r` -> "16", as the mapping that a recipe's file would hold."""
+    from luthier.recipe import _changes, _put
+
+    out: dict[str, Any] = {}
+    for key, value in sorted(_changes([f"{k}={v}" for k, v in changes.items()]), key=lambda c: c[0].count(".")):
+        _put(out, key, value)
+    return out
+
+
+def fields_of(text: str) -> dict[str, str]:
+    """The way back: a recipe's text as fields of the form."""
+    from luthier.recipe import SLOTS, Recipe, _read
+
+    Recipe.load(text if "\n" in text else text + "\n")
+    out = {}
+    for key, value in _read(text if "\n" in text else text + "\n")[0].items():
+        if key in (*SLOTS, "objective") and isinstance(value, Mapping) and "name" in value:
+            out[key] = str(value["name"])
+            out |= {f"{key}.{k}": flow(v) for k, v in value.items() if k != "name"}
+        else:
+            out[key] = flow(value)
+    return out
+
+
+def flow(value: Any) -> str:
+    """A value in a line of YAML."""
+    if isinstance(value, str) and yaml.safe_load(value) == value:
+        return value
+    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1e9).strip().removesuffix("\n...").strip()
+
+
+def check(changes: Mapping[str, str], rehearsed: bool = True) -> dict[str, Any]:
+    """A recipe's text, all it comes to, and the sentence that it would be refused with. With its rows, it is played through."""
+    from luthier.folder import default_folder
+    from luthier.recipe import Recipe
+    from luthier.rehearsal import rehearse
+
+    out: dict[str, Any] = {"text": "", "whole": "", "told": [], "error": "", "name": ""}
+    try:
+        keys = given({k: v for k, v in changes.items() if k != "output_dir"})
+        out["text"] = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True, width=110) if keys else ""
+        recipe = Recipe.load(keys)
+        out |= {"whole": recipe.yaml(), "told": list(recipe.told), "name": default_folder(recipe).name}
+        if rehearsed:
+            if recipe.data is None:
+                raise RecipeError("a recipe needs `data`: a file, a folder, a hub name, rows, or practice:WORLD")
+            rehearse(recipe, rows_of(recipe.data).rows[:100])
+    except RecipeError as error:
+        out["error"] = str(error)
+    return out
+
+
+def settings(kind: str, name: str) -> list[dict[str, Any]]:
+    """The fields of a method (or of a recipe) as a form shows them."""
+    from pydantic import TypeAdapter
+    from pydantic.errors import PydanticUserError
+
+    from luthier.recipe import Recipe
+
+    cls = Recipe if kind == "recipe" else find(kind, name)
+    said = helps(cls)
+    try:
+        schema = TypeAdapter(cls).json_schema().get("properties", {})
+    except (PydanticUserError, ValueError, TypeError):  # a field that no schema can tell: a line of YAML
+        schema = {}
+    return [
+        {"name": f.name, "default": default_of(f), "help": said.get(f.name, ""), "choices": choices(schema.get(f.name, {}))}
+        for f in fields(cls)
+        if f.name not in ("origins", "told")
+    ]
+
+
+def choices(schema: Mapping[str, Any]) -> list[str]:
+    """The words that a field takes, where it takes no others."""
+    if schema.get("type") == "boolean":
+        return ["true", "false"]
+    found: list[str] = []
+    for one in schema.get("anyOf", [schema]):
+        if one.get("type") == "boolean":
+            found += ["true", "false"]
+        elif one.get("type") == "null":
+            found.append("null")
+        elif "enum" in one or "const" in one:
+            found += map(str, one.get("enum", [one.get("const")]))
+        else:
+            return []
+    return found if len(found) > 1 else []
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+def rows_of(source: Any) -> Any:
+    """The rows of a source, bad ones apart; read once as long as its file stays as it is."""
+    from luthier.rows import load
+
+    path = Path(source) if isinstance(source, str) else None
+    mark = (path.stat().st_mtime_ns, path.stat().st_size) if path and path.is_file() else None
+    return (
+        _rows(json.dumps(source, sort_keys=True, default=str), mark)
+        if mark or not path or not path.exists()
+        else load(source, max_bad_rows=1.0)
+    )
+
+
+@lru_cache(maxsize=2)
+def _rows(source: str, mark: Any) -> Any:
+    from luthier.rows import load
+
+    return load(json.loads(source), max_bad_rows=1.0)
+
+
+@lru_cache(maxsize=4)
+def reader_of(model: str, architecture: str, chat_template: str | None, max_length: int | None) -> tuple[Any, Any]:
+    """How a model's tokenizer reads rows, without the model's weights."""
+    from transformers import AutoTokenizer
+
+    from luthier.method import build
+    from luthier.rehearsal import detect
+    from luthier.store import model_config, resolve_model
+
+    made = detect(model) if architecture == "auto" else build("architecture", yaml.safe_load(architecture))
+    config = model_config(model)
+    most = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = max_length or min(2048, most or 2048)
+    return made, made.renderer(AutoTokenizer.from_pretrained(resolve_model(model)), config, max_length=limit, chat_template=chat_template)
+
+
+def look(changes: Mapping[str, str], offset: int = 0, shown: int = 4) -> dict[str, Any]:
+    """Rows as the model of a recipe reads them: [[text, learned], ...] of each; those set aside with reasons; what they can feed."""
+    from luthier.recipe import Recipe
+    from luthier.rehearsal import words
+    from luthier.report import MARKS
+    from luthier.survey import feeds, reasons
+
+    keys = given({k: v for k, v in changes.items() if k in ("model", "data", "chat_template", "max_length", "architecture")})
+    recipe = Recipe.load(keys)
+    if recipe.data is None:
+        raise RecipeError("a recipe needs `data`: a file, a folder, a hub name, rows, or practice:WORLD")
+    loaded = rows_of(recipe.data)
+    architecture, renderer = reader_of(recipe.model, changes.get("architecture") or "auto", recipe.chat_template, recipe.max_length)
+    some = loaded.rows[:SAMPLE]
+    kept, bad, stats = architecture.encode_all(some, renderer)
+    rows = []
+    for row in kept[offset : offset + shown]:
+        text = renderer.decode_marked(row, MARKS) if row.get("completions") else str(row["prompt"])
+        rows.append({"id": str(row.get("id", "")), "parts": spans(text, MARKS)})
+    every = [*loaded.bad, *bad]
+    return {
+        "format": loaded.format,
+        "seen": loaded.seen,
+        "rows": len(loaded.rows),
+        "counted": len(some),
+        "usable": len(kept),
+        "columns": sorted({k for row in some for k in row if k != "id"}),
+        "tokens": stats.get("tokens", 0),
+        "share": stats.get("supervised_share", 0.0),
+        "longest": stats.get("longest", 0),
+        "cut": stats.get("cut", 0),
+        "note": renderer.note or "",
+        "shown": rows,
+        "offset": offset,
+        "bad": len(every),
+        "reasons": reasons(every),
+        "aside": [{k: str(b.get(k, ""))[:600] for k in ("where", "reason", "raw")} for b in every[:KEPT]],
+        "feeds": {f["objective"]: [f["feeds"], f["why"]] for f in feeds(words(loaded.rows[:100]))},
+    }
+
+
+def spans(text: str, marks: tuple[str, str]) -> list[list[Any]]:
+    """Marked text as [[part, whether it is learned], ...]. Control characters are made visible, and a long row is cut."""
+    from luthier.report.console import visible
+
+    out: list[list[Any]] = []
+    room = PARTS
+    for i, piece in enumerate(text.split(marks[0])):
+        learned, _, rest = piece.partition(marks[1]) if i else ("", "", piece)
+        for part, is_learned in ((learned, True), (rest, False)):
+            if part and room > 0:
+                out.append([visible(part[:room]), is_learned])
+                room -= len(part)
+    if room <= 0:
+        out.append([" … (cut here)", False])
+    return out
+
+
+# ---------------------------------------------------------------------------------------------- what it will cost
+
+
+def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
+    """What a run will take, before it is started: {figures: [[what, how much, what that is]], notes}. Loads the model for it."""
+    import torch
+
+    from luthier import guards, memory
+    from luthier.assembly import assemble, take_parts
+    from luthier.data import load_data
+    from luthier.recipe import Recipe
+    from luthier.rehearsal import checked
+    from luthier.report.numbers import count
+    from luthier.transforms._chain import Chain, schedule
+
+    recipe = Recipe.load(given(changes))
+    if recipe.plan is not None:
+        raise RecipeError("a plan has several runs, which depend on each other: what it will cost is not known before")
+    data = load_data(recipe)
+    parts = checked(recipe, data.rows[:100])
+    roles = assemble(recipe, parts, parts.architecture.fit_to(data.rows), None, data.rows)
+    take_parts(roles, parts)
+    kept, bad, stats = parts.architecture.encode_all(data.rows[:SAMPLE], roles.renderer)
+    if not kept:
+        raise RecipeError(f"none of {len(data.rows):,} rows can be used; the first: {bad[0]['reason']}")
+    moving = guards.something_moves(roles.tuner)
+    per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+    rows = round(len(data.rows) * len(kept) / max(1, len(data.rows[:SAMPLE])))
+    steps = (
+        recipe.max_steps
+        if recipe.max_steps is not None
+        else -(-max(1, round(rows * recipe.num_train_epochs)) // per_step) * recipe.num_iterations
+    )
+    about = "" if len(data.rows) <= SAMPLE else f", counted on the first {SAMPLE:,}"
+    figures = [
+        [
+            "trained share",
+            f"{100 * moving['moving'] / max(1, moving['all']):.3g}% of {count(moving['all'])}",
+            f"{count(moving['moving'])} numbers move: exact",
+        ],
+        ["steps", f"{steps:,}", f"of {per_step:,} rows each; {rows:,} rows, {len(data.held_out):,} held out{about}"],
+        ["tokens a step", f"{round(stats['tokens'] / len(kept) * per_step):,}", "on average"],
+        ["learned", f"{100 * stats['supervised_share']:.0f}%", f"of the tokens count in the loss{about}"],
+    ]
+    weights = sum(p.nbytes for p in {id(p): p for p in roles.policy.model.parameters()}.values())
+    figures.append(
+        ["model", size(weights), f"its weights in memory, as {str(next(roles.policy.model.parameters()).dtype).removeprefix('torch.')}"]
+    )
+    fed = [r for r in kept if r.get("completions")][:2]
+    notes = []
+    if fed and parts.objective is not None and not parts.live and "values" not in parts.architecture.gives:
+        chain = Chain(
+            parts.chain,
+            roles.tuner,
+            roles.clock,
+            recipe.learning_rate,
+            schedule(recipe.lr_scheduler_type, recipe.warmup_steps, max(1, steps)),
+        )
+        tokens = round(stats["longest"] * recipe.per_device_train_batch_size)
+        need = memory.predict(roles, chain, parts.estimator, roles.batch(fed), tokens)
+        figures.append(
+            [
+                "a step, at most",
+                size(need.total),
+                f"on top of the model: {need.told()}; two rows were read to see what backward keeps, a batch of the longest rows assumed",
+            ]
+        )
+    else:
+        notes.append("what a step takes in memory is not foretold here: it reads what is written during the run")
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        figures.append(["there is", size(free), f"free of {size(total)} on {torch.cuda.get_device_name()}"])
+    else:
+        import psutil
+
+        figures.append(["there is", size(psutil.virtual_memory().available), "of memory free on this machine"])
+    if bad:
+        notes.append(f"{len(bad):,} of {len(data.rows[:SAMPLE]):,} rows cannot be used; the first: {bad[0]['reason']}")
+    return {"figures": figures, "notes": notes}
+
+
+def size(n: float) -> str:
+    return f"{n / 2**30:.2f} GB" if n >= 2**30 else f"{n / 2**20:.0f} MB"
+
+
+# ---------------------------------------------------------------------------------------------- talking
+
+
+@lru_cache(maxsize=1)
+def loaded(model: str, mark: float) -> Any:
+    from luthier.use import load
+
+    return load(model)
+
+
+def say(model: str, text: str, before: list[dict], max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0) -> dict[str, Any]:
+    """A model's answer, after what was said before."""
+    made = Path(model) / "report.json"
+    them = loaded(model, made.stat().st_mtime if made.is_file() else 0.0)
+    turns = [{"role": str(t["role"]), "content": str(t["content"])} for t in before]
+    answer = them.ask(text, turns, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    return {"answer": answer.strip(), "turns": them.turns, "notes": them.notes}
+
+
+# ---------------------------------------------------------------------------------------------- questions and answers
+
+DOES: dict[str, Callable[..., Any]] = {
+    "check": check,
+    "settings": settings,
+    "look": look,
+    "forecast": forecast,
+    "say": say,
+    "fields_of": fields_of,
+}
+
+
+def answered(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """{do, with} -> {is} or {error}, the sentence that the command line would say."""
+    try:
+        return {"is": DOES[asked["do"]](**asked["with"])}
+    except RecipeError as error:
+        return {"error": str(error)}
+    except MemoryError:
+        return {"error": "it does not fit into memory"}
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        return {"bug": f"{type(error).__name__}: {error}"}
+
+
+class Worker:
+    """A process that answers; one question at a time."""
+
+    def __init__(self, home: Path):
+        self.home, self.lock = home, threading.Lock()
+        self.child: subprocess.Popen | None = None
+
+    def ask(self, do: str, **how: Any) -> Any:
+        """Raises RecipeError with the command line's sentence, RuntimeError where the worker failed."""
+        with self.lock:
+            child = self.child = self.child if self.child and self.child.poll() is None else self.started()
+            try:
+                child.stdin.write(json.dumps({"do": do, "with": how}) + "\n")
+                child.stdin.flush()
+                text = child.stdout.readline()
+            except BrokenPipeError:
+                text = ""
+        return told(
+            json.loads(text)
+            if text
+            else {"error": f"the process that was to {do} died, which is mostly a lack of memory; try again, or a smaller model"}
+        )
+
+    def started(self) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "luthier.studio.worker"],
+            cwd=self.home,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+
+    def end(self) -> None:
+        if self.child and self.child.poll() is None:
+            self.child.terminate()
+
+
+class Here:
+    """The same without a process, for tests."""
+
+    def __init__(self, home: Path):
+        self.home = home
+
+    def ask(self, do: str, **how: Any) -> Any:
+        return told(json.loads(json.dumps(answered({"do": do, "with": how}))))
+
+    def end(self) -> None:
+        pass
+
+
+def told(answer: Mapping[str, Any]) -> Any:
+    if "error" in answer:
+        raise RecipeError(answer["error"])
+    if "bug" in answer:
+        raise RuntimeError(answer["bug"])
+    return answer["is"]
+
+
+def main() -> None:
+    """Questions on standard input, answers where standard output was; whatever else prints goes to standard error."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        answers.write(json.dumps(answered(json.loads(line)), ensure_ascii=True, default=str) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+"""The studio's server: who may ask, what is shown of hostile rows, runs that died, what survives a reload."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("fastapi")
+from fastapi.testclient import TestClient
+
+from luthier.studio.server import studio
+from luthier.studio.worker import Here
+
+TOKEN = "a-token-for-tests"
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(6) for b in range(6)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return tmp_path
+
+
+def visitor(home: Path, **headers: str) -> TestClient:
+    """Who opened the address that was printed."""
+    client = TestClient(studio(home, TOKEN, Here), base_url="http://127.0.0.1:8765", headers={"origin": "http://127.0.0.1:8765", **headers})
+    assert client.get(f"/?token={TOKEN}", follow_redirects=False).status_code == 303
+    return client
+
+
+def recipe(home: Path, tiny: str, **more: str) -> dict[str, str]:
+    return {"model": tiny, "data": "sums.jsonl", "max_steps": "2", "dtype": "float32", "evaluate": "[loss]", **more}
+
+
+# ---------------------------------------------------------------------------------------------- who may ask
+
+
+def test_without_the_token_nothing_is_told(home):
+    client = TestClient(studio(home, TOKEN, Here), base_url="http://127.0.0.1:8765")
+    for path in ("/", "/api/start", "/api/runs", "/web/main.js", "/runs/x/report.html", "/?token=wrong", "/api/start?token=" + TOKEN):
+        answer = client.get(path)
+        assert answer.status_code == 401 and "luthier studio` printed" in answer.text
+    assert client.get("/api/start", headers={"authorization": f"Bearer {TOKEN}"}).json()["home"] == str(home)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"origin": "http://evil.example"},
+        {"origin": "https://127.0.0.1:8765"},
+        {"origin": "http://127.0.0.1:9999"},
+        {"origin": "null"},
+        {"host": "evil.example:8765"},
+        {"host": "127.0.0.1.evil.example"},
+        {"sec-fetch-site": "cross-site"},
+    ],
+    ids=str,
+)
+def test_other_origins_and_hosts_are_refused(home, headers):
+    client = visitor(home)
+    assert client.get("/api/start").status_code == 200
+    for ask in (client.get("/api/start", headers=headers), client.post("/api/check", json={"changes": {}}, headers=headers)):
+        assert ask.status_code == 403 and "error" in ask.json()
+
+
+def test_a_change_says_where_it_comes_from(home):
+    client = visitor(home)
+    del client.headers["origin"]
+    assert client.get("/api/runs").status_code == 200
+    assert client.post("/api/check", json={"changes": {}}).status_code == 403
+    assert client.post("/api/check", json={"changes": {}}, headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
+
+
+def test_the_page_may_load_nothing_from_elsewhere(home):
+    client = visitor(home)
+    page = client.get("/")
+    policy = page.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "script-src 'self'" in policy and "unsafe" not in policy
+    assert page.headers["x-content-type-options"] == "nosniff" and page.headers["cache-control"] == "no-store"
+    web = Path(studio.__code__.co_filename).with_name("web")
+    for file in web.iterdir():
+        text = file.read_text(encoding="utf-8")
+        assert "https://" not in text.replace("https://arxiv.org/abs/", "").replace("https://github.com", ""), file.name
+        assert "innerHTML" not in text and "insertAdjacentHTML" not in text and "document.write" not in text, file.name
+        assert client.get(f"/web/{file.name}").status_code == (404 if file.suffix not in (".html", ".css", ".js", ".svg") else 200)
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "%2e%2e", "..%2f..%2fetc%2fpasswd", "a%2fb", ".hidden", "x" * 200, "%00"])
+def test_names_are_not_paths(home, name):
+    (home / "recipe.yaml").write_text("model: practice:lm\n")
+    client = visitor(home)
+    for path in (f"/api/runs/{name}", f"/runs/{name}/report.html", f"/web/{name}", f"/api/runs/{name}/live"):
+        assert client.get(path, follow_redirects=False).status_code in (404, 422, 405, 307) or path.endswith(("/..", "%2e%2e"))
+    begun = client.post("/api/runs", json={"name": name, "text": "model: practice:lm\n"})
+    assert begun.status_code == 422 and "no name for a run" in begun.json()["error"]
+    assert sorted(p.name for p in home.iterdir()) == ["recipe.yaml", "sums.jsonl"]
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+def test_hostile_rows_are_only_text(home, tiny):
+    rows = [
+        {"prompt": HOSTILE, "completion": "‮</pre>\u0007" + HOSTILE},
+        {"prompt": "", "completion": ""},
+        {"prompt": "a", "completion": "b"},
+    ]
+    rows += [{"prompt": f"p{i}", "completion": "c"} for i in range(30)]
+    (home / "bad.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + "not json <b>\n")
+    answer = visitor(home).post("/api/look", json={"changes": {"model": tiny, "data": "bad.jsonl"}})
+    assert answer.headers["content-type"] == "application/json" and answer.headers["x-content-type-options"] == "nosniff"
+    found = answer.json()
+    first = found["shown"][0]["parts"]
+    assert "".join(t for t, learned in first if not learned).startswith(HOSTILE) and HOSTILE in "".join(
+        t for t, learned in first if learned
+    )
+    assert "\x07" not in json.dumps(first)
+    assert found["bad"] == 2 and {a["where"] for a in found["aside"]} == {"bad.jsonl:2", "bad.jsonl:34"}
+    assert all(a["reason"] for a in found["aside"]) and "not json <b>" in found["aside"][-1]["raw"] + found["aside"][0]["raw"]
+
+
+def test_rows_say_what_they_can_feed(home, tiny):
+    found = visitor(home).post("/api/look", json={"changes": {"model": tiny, "data": "sums.jsonl"}, "offset": 2}).json()
+    assert found["feeds"]["sft"][0] == "yes" and found["feeds"]["dpo"][0] != "yes" and "pairs" in found["feeds"]["dpo"][1] + "pairs"
+    assert found["rows"] == 36 and 0 < found["share"] < 1 and found["shown"][0]["parts"] == [["0+2=", False], ["2<|end|>", True]]
+
+
+def test_an_upload_keeps_its_name_and_its_place(home, tiny):
+    client = visitor(home)
+    body = (home / "sums.jsonl").read_bytes()
+    for name in ("../../etc/sums.jsonl", "C:\\rows\\sums.jsonl", "/tmp/sums.jsonl", "sums.jsonl"):
+        path = client.post("/api/upload", params={"name": name}, content=body).json()["path"]
+        assert path.startswith("uploads/") and path.endswith("-sums.jsonl") and (home / path).read_bytes() == body
+    assert "no kind that is read here" in client.post("/api/upload", params={"name": "x.exe"}, content=b"MZ").json()["error"]
+    assert len(list((home / "uploads").iterdir())) == 1
+    assert client.post("/api/look", json={"changes": {"model": tiny, "data": path}}).json()["rows"] == 36
+
+
+def test_ten_megabytes_of_rows(home, tiny):
+    with open(home / "large.jsonl", "w") as file:
+        for i in range(50_000):
+            file.write(json.dumps({"prompt": f"row {i} " + "x" * 150, "completion": "y" * 30}) + "\n")
+    assert (home / "large.jsonl").stat().st_size > 10e6
+    client = visitor(home)
+    began = time.perf_counter()
+    found = client.post("/api/look", json={"changes": {"model": tiny, "data": "large.jsonl"}}).json()
+    assert found["rows"] == 50_000 and found["counted"] == 2000 and len(json.dumps(found)) < 200_000
+    again = time.perf_counter()
+    client.post("/api/look", json={"changes": {"model": tiny, "data": "large.jsonl"}, "offset": 4}).json()
+    assert time.perf_counter() - again < again - began + 1
+
+
+# ---------------------------------------------------------------------------------------------- recipes
+
+
+def test_the_form_is_a_recipe(home, tiny):
+    client = visitor(home)
+    changes = recipe(home, tiny, **{"tuner": "lora", "tuner.r": "4", "learning_rate": "1e-3"})
+    made = client.post("/api/check", json={"changes": changes}).json()
+    assert made["error"] == "" and "r: 4" in made["whole"] and made["name"].startswith(Path(tiny).name[:3])
+    assert client.post("/api/fields", json={"text": made["text"]}).json() == changes
+    back = client.post("/api/fields", json={"text": made["whole"]}).json()
+    assert back["tuner"] == "lora" and back["tuner.r"] == "4"
+    again = client.post("/api/check", json={"changes": back}).json()
+    assert again["whole"] == made["whole"]
+
+
+def test_refusals_are_the_command_lines_sentences(home, tiny):
+    client = visitor(home)
+    for more in (
+        {"tuner": "lorra"},
+        {"tuner.rr": "4"},
+        {"learning_rate": "fast"},
+        {"objective": "dpo"},
+        {"data": "sum.jsonl"},
+        {"lr": "1", "learning_rate": "1"},
+    ):
+        changes = recipe(home, tiny, **more)
+        said = client.post("/api/check", json={"changes": changes}).json()["error"]
+        words = [f"{k}={v}" for k, v in changes.items()]
+        from typer.testing import CliRunner
+
+        from luthier.cli import app
+
+        told = CliRunner().invoke(app, ["tune", *words, "output_dir=refused"])
+        assert told.exit_code == 2 and said and said in told.output.replace("luthier: ", ""), (more, said, told.output)
+
+
+def test_settings_come_with_their_help(home):
+    client = visitor(home)
+    found = {f["name"]: f for f in client.get("/api/settings/tuner/lora").json()}
+    assert found["r"]["default"] == "8" and found["r"]["help"]
+    general = {f["name"]: f for f in client.get("/api/settings/recipe/recipe").json()}
+    assert "bfloat16" in general["dtype"]["choices"] and general["learning_rate"]["help"]
+    lora = next(m for m in client.get("/api/methods").json() if m["name"] == "lora")
+    assert lora["titles"] and lora["paper"] == "arXiv:2106.09685" and lora["summary"]
+    assert client.get("/api/settings/tuner/lorra").json()["error"].endswith("did you mean 'lora'?")
+
+
+def test_the_forecast_is_what_the_run_will_say(home, tiny):
+    import luthier
+
+    changes = recipe(home, tiny, **{"tuner.r": "2", "per_device_train_batch_size": "4"})
+    client = visitor(home)
+    told = {f[0]: f[1] for f in client.post("/api/forecast", json={"changes": changes}).json()["figures"]}
+    del changes["max_steps"]
+    once = {f[0]: f[1] for f in client.post("/api/forecast", json={"changes": changes}).json()["figures"]}
+    report = luthier.tune(
+        folder=home / "r",
+        model=tiny,
+        data="sums.jsonl",
+        dtype="float32",
+        evaluate=["loss"],
+        tuner={"name": "lora", "r": 2},
+        per_device_train_batch_size=4,
+    )
+    assert told["steps"] == "2" and once["steps"] == str(report.stats["steps"])
+    assert told["trained share"].startswith(f"{100 * report.stats['moving'] / report.stats['all']:.3g}%")
+    assert told["learned"] == f"{100 * report.stats['supervised_share']:.0f}%" and "MB" in told["a step, at most"]
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+def wait(client: TestClient, name: str, *states: str, seconds: float = 120) -> dict:
+    until = time.monotonic() + seconds
+    while (run := client.get(f"/api/runs/{name}").json())["state"] not in states:
+        assert time.monotonic() < until, run
+        time.sleep(0.3)
+    return run
+
+
+def test_a_run_from_start_to_export(home, tiny):
+    """Started, watched through another tab, finished, exported, talked to, and the same from a shell."""
+    client, tab = visitor(home), visitor(home)
+    text = client.post("/api/check", json={"changes": recipe(home, tiny, save_steps="1")}).json()["text"]
+    assert client.post("/api/runs", json={"name": "first", "text": text}).json()["state"] in ("starting", "running")
+    assert "already" in tab.post("/api/runs", json={"name": "first", "text": text}).json()["error"]
+    run = wait(tab, "first", "finished", "failed", "stopped")
+    assert run["state"] == "finished", run["log"]
+    assert (home / "runs/first/asked.yaml").read_text() == text and run[
+        "command"
+    ] == "luthier tune runs/first/asked.yaml output_dir=runs/first"
+    live = client.get("/api/runs/first/live").json()
+    assert [x["step"] for x in live["lines"]] == [1, 2] and live["run"]["steps"] == 2
+    more = client.get("/api/runs/first/live", params={"since": live["next"], "mark": live["mark"]}).json()
+    assert more["lines"] == [] and more["next"] == live["next"] and not more["anew"]
+    page = client.get("/runs/first/report.html")
+    assert "script-src" not in page.headers["content-security-policy"] and "<h1>" in page.text
+    made = client.post("/api/runs/first/export", json={"kind": "lora"}).json()
+    assert "answers like the tuned model" in made["said"] and (home / made["to"] / "adapter_model.safetensors").is_file()
+    assert "not empty" in client.post("/api/runs/first/export", json={"kind": "lora"}).json()["error"]
+    assert "no export as 'gguf'" in client.post("/api/runs/first/export", json={"kind": "gguf", "to": "x"}).json()["error"]
+    said = client.post("/api/say/left", json={"model": "runs/first", "text": "1+1=", "before": [], "max_new_tokens": 3}).json()
+    assert set(said) == {"answer", "turns", "notes"}
+    assert client.post("/api/runs/first/remove").json() == {} and client.get("/api/runs").json() == []
+
+
+def test_stopped_and_resumed_and_stopped_roughly(home, tiny):
+    client = visitor(home)
+    text = client.post("/api/check", json={"changes": recipe(home, tiny, max_steps="100000", save_steps="5", logging_steps="1")}).json()[
+        "text"
+    ]
+    client.post("/api/runs", json={"name": "long", "text": text})
+    until = time.monotonic() + 120
+    while client.get("/api/runs/long").json()["step"] < 6:
+        assert time.monotonic() < until, client.get("/api/runs/long").json()["log"]
+        time.sleep(0.3)
+    fresh = visitor(home)  # a studio that was started anew finds the run by its folder
+    assert fresh.get("/api/runs/long").json()["state"] == "running"
+    assert "another process is running" in fresh.post("/api/runs/long/resume").json()["error"]
+    assert "stop it first" in fresh.post("/api/runs/long/remove").json()["error"]
+    before = fresh.get("/api/runs/long/live").json()
+    fresh.post("/api/runs/long/stop")
+    run = wait(fresh, "long", "stopped", "failed")
+    assert run["state"] == "stopped" and "goes on from its last checkpoint" in run["why"]
+    assert fresh.post("/api/runs/long/resume").json()["state"] in ("starting", "running")
+    until = time.monotonic() + 120
+    while not (after := fresh.get("/api/runs/long/live", params={"since": before["next"], "mark": before["mark"]}).json())["anew"]:
+        assert time.monotonic() < until, fresh.get("/api/runs/long").json()["log"]
+        time.sleep(0.3)
+    assert after["lines"][0]["step"] == 1  # the file was written anew, so it is told from its beginning
+    pid = int((home / "runs/long/.lock").read_text())
+    os.kill(pid, signal.SIGKILL)
+    assert wait(fresh, "long", "stopped", "failed")["state"] == "stopped"
+
+
+def test_a_run_that_was_refused_says_why(home, tiny):
+    client = visitor(home)
+    client.post("/api/runs", json={"name": "wrong", "text": f"model: {tiny}\ndata: nothing.jsonl\n"})
+    run = wait(client, "wrong", "failed", "stopped", "finished")
+    assert run["state"] == "failed" and "nothing.jsonl" in run["why"]
+
+
+def test_a_dead_run_is_not_running(home, tiny):
+    """A lock whose process is gone, or is another's by now; a report cut short; a log line cut short."""
+    folder = home / "runs" / "dead"
+    folder.mkdir(parents=True)
+    (folder / "asked.yaml").write_text("model: practice:lm\n")
+    (folder / "run.json").write_text('{"finished": false, "steps": 9}')
+    (folder / "metrics.jsonl").write_text('{"step": 3, "loss": NaN}\n{"step": 4, "lo')
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (folder / ".lock").write_text(str(dead.pid))
+    client = visitor(home)
+    run = client.get("/api/runs/dead").json()
+    assert (run["state"], run["step"], run["steps"]) == ("stopped", 3, 9)
+    assert client.get("/api/runs/dead/live").json()["lines"] == [{"step": 3, "loss": None}]
+    (folder / ".lock").write_text("1")  # a living process that began long before
+    os.utime(folder / ".lock", (0, 0))
+    assert client.get("/api/runs/dead").json()["state"] == "stopped"
+    assert "nothing is running" in client.post("/api/runs/dead/stop").json()["error"]
+    (folder / "report.json").write_text('{"folder": ')
+    assert client.get("/api/runs/dead").status_code == 200 and client.get("/api/runs").json()[0]["state"] == "stopped"
+    (folder / "asked.yaml").write_text("{{{{ <script>")
+    assert client.get("/api/runs/dead").json()["what"] == ""
+
+
+def test_two_recipes_are_compared(home, tiny):
+    client = visitor(home)
+    for name, rate in (("slow", "1e-4"), ("fast", "1e-2")):
+        text = client.post("/api/check", json={"changes": recipe(home, tiny, learning_rate=rate)}).json()["text"]
+        folder = home / "runs" / name
+        folder.mkdir(parents=True)
+        (folder / "asked.yaml").write_text(text)
+    assert "two recipes or more" in client.post("/api/compare", json={"name": "both", "runs": ["slow"]}).json()["error"]
+    client.post("/api/compare", json={"name": "both", "runs": ["slow", "fast"], "seeds": 1, "budget": "2 steps"})
+    run = wait(client, "both", "finished", "failed", "stopped", seconds=240)
+    assert run["state"] == "finished" and run["kind"] == "comparison" and set(run["arms"]) == {"slow", "fast"}, run["log"]
+    assert run["sentence"] and client.get("/runs/both/report.html").status_code == 200
