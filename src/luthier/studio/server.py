@@ -186,8 +186,16 @@ def choosing(app: FastAPI, shelf: Shelf, looks: Any) -> None:
         """Where this is, and what can be named without typing it."""
         from luthier import __version__, practice
 
-        models = [f"practice:{m}" for m in practice.models()] + [f"runs/{r['name']}" for r in shelf.listing() if r["kind"] == "run"]
-        return {"home": str(shelf.home), "version": __version__, "models": models, "data": nearby(shelf.home), "ends": sorted(READERS)}
+        runs = [f"runs/{r['name']}" for r in shelf.listing() if r["kind"] == "run" and r["step"]]
+        models = [f"practice:{m}" for m in practice.models()]
+        return {
+            "home": str(shelf.home),
+            "version": __version__,
+            "models": models,
+            "runs": runs,
+            "data": nearby(shelf.home),
+            "ends": sorted(READERS),
+        }
 
     @app.get("/api/methods")
     def methods() -> Any:

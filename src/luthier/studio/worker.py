@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import lru_cache
@@ -280,7 +281,7 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
             [
                 "a step, at most",
                 size(need.total),
-                f"on top of the model: {need.told()}; two rows were read to see what backward keeps, a batch of the longest rows assumed",
+                f"on top of the model: gradients {size(need.moving)}, optimizer {size(need.state)}, activations {size(need.activations)}, passing {size(need.passing)}; two rows were read to see what backward keeps, a batch of the longest rows assumed",
             ]
         )
     else:
@@ -408,6 +409,7 @@ def told(answer: Mapping[str, Any]) -> Any:
 
 def main() -> None:
     """Questions on standard input, answers where standard output was; whatever else prints goes to standard error."""
+    warnings.simplefilter("ignore", FutureWarning)  # of other libraries to their developers
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     for line in sys.stdin:

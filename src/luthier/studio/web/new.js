@@ -87,7 +87,7 @@ function rows(draft, put, start, asides, signal) {
 
   const section = h("section", { "aria-labelledby": "s-rows" }, h("h2", { id: "s-rows" }, "Model and rows"),
     h("div", { class: "fields two" },
-      field("Model", model, "A folder, a hub name, practice:NAME, or a run to tune on from (as start)"), models,
+      field("Model", model, "A folder, a hub name, or practice:NAME"), models,
       field("Rows", data, "A path on this machine, a hub name, or practice:WORLD"), files),
     h("p", { class: "buttons" }, button("Look at the rows", () => look(0), said, { class: "quiet" }), file, pick),
     said.box, shown);
@@ -177,9 +177,9 @@ function picker(key, kind, title, draft, put, methods, asides) {
 }
 
 function papers(m) {
-  if (!m.paper && !m.titles.length) return "No paper introduced it.";
-  const said = m.titles.length ? m.titles.join("; ") : m.paper;
-  return m.paper?.startsWith("arXiv:") ? h("a", { href: `https://arxiv.org/abs/${m.paper.slice(6)}`, target: "_blank", rel: "noreferrer noopener" }, said === m.paper ? m.paper : `${said} (${m.paper})`) : `${said}.`;
+  const link = m.paper?.startsWith("arXiv:") ? h("a", { href: `https://arxiv.org/abs/${m.paper.slice(6)}`, target: "_blank", rel: "noreferrer noopener" }, m.paper) : m.paper;
+  const rows = m.titles.length ? `In the catalogue: ${m.titles.join("; ")}.` : "";
+  return link ? [link, ". ", rows] : rows || "No paper introduced it.";
 }
 
 /** A setting as a field: its default stands in it as a hint, its help below. */

@@ -9,7 +9,7 @@ export async function talk(rest, signal) {
   try { given = rest ? JSON.parse(rest) : null; } catch { /* an address somebody typed */ }
   if (given && String(given) !== String(was.models)) { was.models = given.map(String); was.turns = [[], []]; }
   const keep = () => kept.set("talk", was);
-  const sides = ["left", "right"].map((side, i) => panel(side, i, was, start.models, keep));
+  const sides = ["left", "right"].map((side, i) => panel(side, i, was, [...start.models, ...start.runs], keep));
 
   const text = h("textarea", { rows: 2, placeholder: "Ask both …", onkeydown: (e) => { if (e.key === "Enter" && !e.shiftKey && !e.isComposing) { e.preventDefault(); send(); } } });
   const tokens = h("input", { type: "number", min: 1, max: 4096, value: 64 }), heat = h("input", { type: "number", min: 0, step: 0.1, value: 0 }), seed = h("input", { type: "number", value: 0 });

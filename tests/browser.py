@@ -1,0 +1,132 @@
+"""A headless chromium for tests, spoken to through pipes in the DevTools protocol: nothing to install beside the browser."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import select
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))), None)
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
+    "--disable-sync --disable-dev-shm-usage --remote-debugging-pipe"
+).split()
+
+
+class Browser:
+    """One page. Scripts are evaluated in it; `see` waits until one gives something true."""
+
+    def __init__(self, profile: Path, width: int = 1200, height: int = 900, dark: bool = False):
+        ours, theirs = os.pipe(), os.pipe()  # it reads what we write into `ours`
+        line = f'exec "$0" "$@" 3<&{ours[0]} 4>&{theirs[1]}'
+        self.process = subprocess.Popen(
+            ["bash", "-c", line, CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
+            pass_fds=(ours[0], theirs[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(ours[0])
+        os.close(theirs[1])
+        self.into, self.out, self.buffer, self.number = ours[1], theirs[0], b"", 0
+        self.said: list[str] = []  # exceptions, console errors and dialogs of the page
+        target = self.send("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log"):
+            self.send(f"{domain}.enable")
+        self.resize(width, height)
+        if dark:
+            self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+
+    def send(self, method: str, **params: Any) -> dict:
+        self.number += 1
+        asked = {"id": self.number, "method": method, "params": params}
+        if hasattr(self, "session"):
+            asked["sessionId"] = self.session
+        os.write(self.into, json.dumps(asked).encode() + b"\0")
+        while True:
+            found = self.receive(60)
+            if found.get("id") == self.number:
+                if "error" in found:
+                    raise RuntimeError(f"{method}: {found['error']['message']}")
+                return found["result"]
+
+    def receive(self, seconds: float) -> dict:
+        until = time.monotonic() + seconds
+        while b"\0" not in self.buffer:
+            if not select.select([self.out], [], [], max(0, until - time.monotonic()))[0]:
+                raise TimeoutError("the browser says nothing")
+            some = os.read(self.out, 1 << 20)
+            if not some:
+                raise RuntimeError("the browser ended")
+            self.buffer += some
+        text, _, self.buffer = self.buffer.partition(b"\0")
+        found = json.loads(text)
+        if found.get("method") == "Runtime.exceptionThrown":
+            self.said.append(json.dumps(found["params"]["exceptionDetails"])[:600])
+        elif found.get("method") == "Page.javascriptDialogOpening":
+            self.said.append("a dialog: " + found["params"]["message"])
+        elif found.get("method") == "Log.entryAdded" and found["params"]["entry"]["level"] == "error":
+            entry = found["params"]["entry"]
+            if entry["source"] != "network":  # a refusal that the page shows as a sentence
+                self.said.append(entry["text"])
+        return found
+
+    def go(self, address: str) -> None:
+        self.send("Page.navigate", url=address)
+
+    def resize(self, width: int, height: int = 900) -> None:
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+
+    def run(self, script: str) -> Any:
+        """The value of an expression in the page; promises are waited for."""
+        found = self.send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True)
+        if "exceptionDetails" in found:
+            raise RuntimeError(found["exceptionDetails"].get("exception", {}).get("description", str(found["exceptionDetails"])))
+        return found["result"].get("value")
+
+    def see(self, script: str, seconds: float = 60) -> Any:
+        until = time.monotonic() + seconds
+        while True:
+            try:
+                if found := self.run(f"(async () => {{ const x = await ({script}); return x instanceof Node ? true : x; }})()"):
+                    return found
+            except RuntimeError as error:  # the page is being replaced
+                if "Cannot read properties of null" not in str(error) and "context" not in str(error).lower():
+                    raise
+            if time.monotonic() > until:
+                raise AssertionError(f"never seen: {script}\npage: {self.run('document.body.innerText')[-3000:]}\n{self.said}")
+            time.sleep(0.15)
+
+    def press(self, text: str) -> None:
+        """The button or link of this text, once it can be pressed."""
+        find = f"[...document.querySelectorAll('button, a, summary, label.button')].find(x => x.textContent.trim() === {json.dumps(text)} && !x.disabled && x.checkVisibility())"
+        self.see(f"!!{find}")
+        self.run(f"{find}.click()")
+
+    def write(self, label: str, text: str) -> None:
+        """Into the field of this label, as if typed."""
+        find = f"document.getElementById([...document.querySelectorAll('label')].find(x => x.textContent.trim() === {json.dumps(label)} && x.checkVisibility())?.htmlFor)"
+        self.see(f"!!{find}")
+        self.run(
+            f"(() => {{ const x = {find}; x.focus(); x.value = {json.dumps(text)};"
+            "x.dispatchEvent(new Event('input', {bubbles: true})); x.dispatchEvent(new Event('change', {bubbles: true})); })()"
+        )
+
+    def key(self, key: str, code: int, shift: bool = False) -> None:
+        how = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 8 if shift else 0}
+        self.send("Input.dispatchKeyEvent", type="keyDown", **how)
+        self.send("Input.dispatchKeyEvent", type="keyUp", **how)
+
+    def picture(self, path: Path, whole: bool = True) -> None:
+        shot = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        Path(path).write_bytes(base64.b64decode(shot["data"]))
+
+    def end(self) -> None:
+        self.process.terminate()
+        self.process.wait(20)
+        os.close(self.into)
+        os.close(self.out)
