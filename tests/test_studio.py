@@ -225,7 +225,7 @@ def test_the_forecast_is_what_the_run_will_say(home, tiny):
     )
     assert told["steps"] == "2" and once["steps"] == str(report.stats["steps"])
     assert told["trained share"].startswith(f"{100 * report.stats['moving'] / report.stats['all']:.3g}%")
-    assert told["learned"] == f"{100 * report.stats['supervised_share']:.0f}%" and "MB" in told["a step, at most"]
+    assert told["learned"] == f"{100 * report.stats['supervised_share']:.0f}%" and "MB" in told["memory of a step"]
 
 
 # ---------------------------------------------------------------------------------------------- runs

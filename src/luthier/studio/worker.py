@@ -222,7 +222,6 @@ def spans(text: str, marks: tuple[str, str]) -> list[list[Any]]:
 
 def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
     """What a run will take, before it is started: {figures: [[what, how much, what that is]], notes}. Loads the model for it."""
-    import torch
 
     from luthier import guards, memory
     from luthier.assembly import assemble, take_parts
@@ -265,9 +264,9 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
     figures.append(
         ["model", size(weights), f"its weights in memory, as {str(next(roles.policy.model.parameters()).dtype).removeprefix('torch.')}"]
     )
-    fed = [r for r in kept if r.get("completions")][:2]
+    fed = sorted((r for r in kept[:16] if r.get("completions")), key=lambda row: len(str(row)))[:2]
     notes = []
-    if fed and parts.objective is not None and not parts.live and "values" not in parts.architecture.gives:
+    if fed and parts.objective is not None and not parts.live:
         chain = Chain(
             parts.chain,
             roles.tuner,
@@ -275,24 +274,27 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
             recipe.learning_rate,
             schedule(recipe.lr_scheduler_type, recipe.warmup_steps, max(1, steps)),
         )
-        tokens = round(stats["longest"] * recipe.per_device_train_batch_size)
-        need = memory.predict(roles, chain, parts.estimator, roles.batch(fed), tokens)
+        micro, longest = min(recipe.per_device_train_batch_size, rows), int(stats["longest"])
+        tokens = longest + round((micro - 1) * stats["tokens"] / len(kept))
+        some = [roles.batch(fed[:n]) for n in (1, len(fed))]
+        notes += memory.choose(roles, chain, parts.estimator, some, tokens, longest, recipe.gradient_checkpointing)
+        need = memory.predict(
+            roles, chain, parts.estimator, some, tokens, bool(getattr(roles.policy.model, "is_gradient_checkpointing", False))
+        )
+        each = {"gradients": need.moving, "optimizer": need.state, "activations": need.activations, "passing": need.passing}
+        said = ", ".join(f"{name} {size(much)}" for name, much in each.items())
         figures.append(
             [
-                "a step, at most",
+                "memory of a step",
                 size(need.total),
-                f"on top of the model: gradients {size(need.moving)}, optimizer {size(need.state)}, activations {size(need.activations)}, passing {size(need.passing)}; two rows were read to see what backward keeps, a batch of the longest rows assumed",
+                f"on top of the model: {said}. Two rows were read to see what backward keeps; a micro-batch with the longest row is assumed",
             ]
         )
     else:
         notes.append("what a step takes in memory is not foretold here: it reads what is written during the run")
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        figures.append(["there is", size(free), f"free of {size(total)} on {torch.cuda.get_device_name()}"])
-    else:
-        import psutil
-
-        figures.append(["there is", size(psutil.virtual_memory().available), "of memory free on this machine"])
+    have = memory.free(roles.device)
+    if have:
+        figures.append(["there is", size(have), f"of memory free on {roles.device}"])
     if bad:
         notes.append(f"{len(bad):,} of {len(data.rows[:SAMPLE]):,} rows cannot be used; the first: {bad[0]['reason']}")
     return {"figures": figures, "notes": notes}
