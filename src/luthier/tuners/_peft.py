@@ -536,7 +536,7 @@ FREE = {  # settings of an adapter that do not change what its tensors mean, or 
 # ---------------------------------------------------------------------------------------------- any PEFT type
 
 ODD = {  # tuners of PEFT that need more of a run than layers in a model
-    "ADALORA": "its rank allocator must be stepped and its regulariser added to the loss",
+    "ADALORA": "its rank allocator must be stepped and its regulariser added to the loss; use tuner 'adalora'",
     "XLORA": "it mixes trained adapters through the forward of PeftModel",
     "POLY": "it needs a task id with every batch",
     "ADAPTION_PROMPT": "it replaces attention modules, which the packed layout relies on",
