@@ -7,6 +7,7 @@ import torch
 import luthier
 from conftest import SUMS
 from luthier.method import build
+from luthier.practice.worlds import names
 
 
 def test_the_calls_of_the_readme(tiny, tmp_path):
@@ -49,3 +50,9 @@ def test_a_tuner_in_the_trainer_of_transformers(tiny, tmp_path):
         want = model.eval()(ids).logits
         got = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "adapter").eval()(ids).logits
     assert torch.allclose(got, want, atol=1e-5)
+
+
+def test_fewer_rows_than_a_probe_holds_are_still_of_every_skill(tmp_path):
+    keys = {"model": "practice:lm-small", "data": "practice:topic/train", "max_steps": 1, "evaluate": [{"name": "forgetting", "n": 54}]}
+    report = luthier.tune(keys, folder=tmp_path)
+    assert {k.partition("/")[2] for k in report.after if "/" in k} == set(names())

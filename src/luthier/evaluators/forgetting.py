@@ -75,8 +75,8 @@ class Forgetting(Evaluator):
         source = self.data if self.data is not None else str(beside) if beside.is_file() else None
         if source is not None:
             found = reading.load(source).rows
-            step = max(1, len(found) // self.n)
-            found = found[::step][: self.n]
+            some = min(self.n, len(found))
+            found = [found[i * len(found) // some] for i in range(some)]  # evenly: rows may stand skill by skill
             found = roles.policy.architecture.encode_all(found, roles.renderer).rows
         elif start := self.opening(roles):
             seeds = [roles.clock.fold("forgetting", i, at=0) for i in range(self.texts)]
