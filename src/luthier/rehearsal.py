@@ -55,6 +55,7 @@ WORDS = {  # how a word reads in a sentence
     "tasks": "completions told apart by task (column `tasks`)",
     "tools": "rows with `tools`",
     "source": "rows with a `source`",
+    "elastic": "a tuner with sub-networks (`elastic`)",
     "hyper": "a tuner that answers to hyperparameters (`self_tuning`)",
     "steps": "rows with `steps` of a solution and a label for each",
     "step_targets": "marks of the tokens at which a step ends, and whether it was right (column `step_targets`)",

@@ -1,0 +1,77 @@
+"""NSGA-II: the best trade-offs between several costs, over lists of choices. Lower is better."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+Genes = tuple[int, ...]
+
+
+def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
+    return all(x <= y for x, y in zip(a, b, strict=True)) and tuple(a) != tuple(b)
+
+
+def fronts(costs: Sequence[Sequence[float]]) -> list[list[int]]:
+    """Places by rank: the first front is dominated by nobody, the next by the first alone, and so on."""
+    left, out = list(range(len(costs))), []
+    while left:
+        front = [i for i in left if not any(dominates(costs[j], costs[i]) for j in left)]
+        out.append(front)
+        left = [i for i in left if i not in front]
+    return out
+
+
+def crowding(costs: Sequence[Sequence[float]], front: Sequence[int]) -> dict[int, float]:
+    """How far the neighbours of each member are, over all costs; the ends are infinitely far."""
+    room = dict.fromkeys(front, 0.0)
+    for k in range(len(costs[0])):
+        order = sorted(front, key=lambda i: costs[i][k])
+        span = costs[order[-1]][k] - costs[order[0]][k] or 1.0
+        room[order[0]] = room[order[-1]] = float("inf")
+        for before, here, after in zip(order, order[1:], order[2:]):
+            room[here] += (costs[after][k] - costs[before][k]) / span
+    return room
+
+
+def search(
+    choices: Sequence[int],
+    cost: Callable[[Genes], tuple[float, ...]],
+    population: int,
+    generations: int,
+    rng: torch.Generator,
+    start: Sequence[Genes] = (),
+) -> dict[Genes, tuple[float, ...]]:
+    """The non-dominated of all that were tried: genes -> costs. choices: how many there are for each gene."""
+
+    def number(n: int) -> int:
+        return int(torch.randint(n, (), generator=rng))
+
+    known: dict[Genes, tuple[float, ...]] = {}
+
+    def tried(genes: Genes) -> Genes:
+        if genes not in known:
+            known[genes] = cost(genes)
+        return genes
+
+    alive = [tried(g) for g in dict.fromkeys([*start, *(tuple(number(n) for n in choices) for _ in range(population))])]
+    for _ in range(generations):
+        alive = _best_first(alive, known)
+        children = []
+        for _ in range(population):
+            one, other = (alive[min(number(len(alive)), number(len(alive)))] for _ in range(2))  # the better of two
+            child = [a if number(2) else b for a, b in zip(one, other, strict=True)]
+            for i, n in enumerate(choices):
+                if number(len(choices)) == 0:
+                    child[i] = number(n)
+            children.append(tried(tuple(child)))
+        alive = _best_first(list(dict.fromkeys([*alive, *children])), known)[:population]
+    every = list(known)
+    return {every[i]: known[every[i]] for i in fronts([known[g] for g in every])[0]}
+
+
+def _best_first(alive: Sequence[Genes], known: dict[Genes, tuple[float, ...]]) -> list[Genes]:
+    """By rank, and within a rank those with more room."""
+    costs = [known[g] for g in alive]
+    return [alive[i] for front in fronts(costs) for i, _ in sorted(crowding(costs, front).items(), key=lambda x: -x[1])]

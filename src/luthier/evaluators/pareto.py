@@ -1,0 +1,57 @@
+"""The best sub-networks of an elastic run: none is both cheaper and better. NSGA-II on held-out rows, after tuning.
+
+Costs are the loss and the multiplications a token takes. `pareto.json` in the run's folder holds each sub-network with both, and
+its shape, for `luthier.load(folder).roles.tuner.export(shape, folder)`. Departs from the paper: sub-networks are measured, not
+predicted by a regressor in between; on small held-out sets that is what they cost.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from luthier import store
+from luthier.evaluators._evaluator import Evaluator, batches, liked
+from luthier.evaluators._pareto import Genes, search
+from luthier.method import evaluator
+
+
+@evaluator(paper="arXiv:2308.15609", row="instatune", wants="elastic completions logprobs")
+class Pareto(Evaluator):
+    """`pareto_size`, and of the cheapest member `pareto_cheapest_loss` and `pareto_cheapest_share` of the multiplications."""
+
+    population: Annotated[int, Field(ge=2)] = 16  # sub-networks of a generation
+    generations: Annotated[int, Field(ge=0)] = 4  # each makes as many children
+    n: Annotated[int, Field(ge=1)] = 64  # held-out rows that are read
+    per_layer: bool = False  # whether layers may differ; alike, a sub-network can be exported as a plain model
+
+    def run(self, roles, rows, folder, when):
+        if when != "after":
+            return {}
+        attached, some = roles.tuner, liked(rows)[: self.n]
+        heads, widths, depths = attached.units()
+        layers = len(attached.anatomy.layers) if self.per_layer else 1
+        choices = [len(heads), len(widths)] * layers + [len(depths)]
+
+        def shape(genes: Genes):
+            pairs = [(heads[genes[2 * i]], widths[genes[2 * i + 1]]) for i in range(layers)]
+            return attached.shape(pairs if self.per_layer else pairs * len(attached.anatomy.layers), depths[genes[-1]])
+
+        def cost(genes: Genes) -> tuple[float, float]:
+            with attached.playing(shape(genes)):
+                said = [-roles.policy.logprobs(b) for b in batches(roles, some, 16)]
+            return sum(float(s.sum()) for s in said) / max(1, sum(len(s) for s in said)), float(attached.macs(shape(genes)))
+
+        ends = [tuple(n - 1 for n in choices), (0,) * len(choices)]
+        found = search(choices, cost, self.population, self.generations, roles.clock.rng("pareto", at=0), ends)
+        whole = attached.macs(attached.anatomy.whole)
+        table = [
+            {"loss": a, "macs": b, "share": b / whole, "shape": shape(g)} for g, (a, b) in sorted(found.items(), key=lambda x: x[1][1])
+        ]
+        store.write_json(folder / "pareto.json", table)
+        return {
+            "pareto_size": float(len(table)),
+            "pareto_cheapest_loss": table[0]["loss"],
+            "pareto_cheapest_share": table[0]["share"],
+        }
