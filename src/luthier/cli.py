@@ -205,6 +205,9 @@ def compare(
     metric: Annotated[str, typer.Option(help="By which arms are ranked, and stopped early.")] = "loss",
     learning_rates: Annotated[str, typer.Option(help="Of which each arm takes its best, e.g. 1e-4,1e-3; runs with a seed of their own.")] = "",
     keep_all: Annotated[bool, typer.Option("--keep-all", help="Stop no arm early.")] = False,
+    together: Annotated[
+        bool, typer.Option("--together", help="LoRA runs that share a base in one process, in one pass where that is faster; memory is not told.")
+    ] = False,
     to: Annotated[Path | None, typer.Option(help="The comparison's folder.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -215,7 +218,7 @@ def compare(
     files = [w for w in words or () if "=" not in w or Path(w).is_file()]
     changes = [w for w in words or () if w not in files] + [f"{k}={json.dumps(v)}" for k, v in (("model", model), ("data", data)) if v]
     arms = arms_of(files, changes, tuners, objectives)
-    study = Study(arms, seeds, budget, metric, stop_early=not keep_all, learning_rates=rates_of(learning_rates))
+    study = Study(arms, seeds, budget, metric, stop_early=not keep_all, learning_rates=rates_of(learning_rates), together=together)
     found = conduct(study, to, Quiet() if as_json else Console())
     typer.echo(dumped(found)) if as_json else Console().arms(found)
 

@@ -60,7 +60,7 @@ class Study:
     metric: str = "loss"  # by which arms are ranked and stopped
     stop_early: bool = True  # stop arms that cannot win, where there are more than two
     apart: bool = True  # each run in a process of its own
-    together: bool = True  # LoRAs that differ in rank, rate, targets or seed side by side on one base, where nobody ranks by cost
+    together: bool = False  # LoRAs that differ in rank, rate, targets or seed side by side on one base: no peak of memory is theirs alone
     learning_rates: tuple[float, ...] = ()  # of which each arm takes its best, by a run with a seed of its own
 
     def fingerprint(self) -> str:
@@ -258,14 +258,14 @@ class Found:
 
 def compare(
     arms: Mapping[str, Any], *, seeds: int = 3, budget: str | None = None, metric: str = "loss", stop_early: bool = True,
-    learning_rates: Sequence[float] = (), folder: str | Path | None = None, watch: Any = None, **shared: Any,
+    learning_rates: Sequence[float] = (), together: bool = False, folder: str | Path | None = None, watch: Any = None, **shared: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Compare recipes: name -> a recipe's file, mapping or Recipe; shared: keys of all of them.
 
     >>> luthier.compare({"lora": {"tuner": "lora"}, "full": {"tuner": "full"}}, data="rows.jsonl", budget="100 steps")
     """
     made = {str(name): Recipe.load(arm, shared) for name, arm in arms.items()}
-    study = Study(made, seeds, budget, metric, stop_early, learning_rates=tuple(learning_rates))
+    study = Study(made, seeds, budget, metric, stop_early, learning_rates=tuple(learning_rates), together=together)
     return conduct(study, Path(folder) if folder else None, watch)
 
 
