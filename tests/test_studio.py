@@ -15,6 +15,8 @@ import pytest
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 
+sys.path.insert(0, str(Path(__file__).parent))
+from browser import CHROMIUM, Browser
 from luthier.studio.server import studio
 from luthier.studio.worker import Here
 
@@ -337,3 +339,77 @@ def test_two_recipes_are_compared(home, tiny):
     run = wait(client, "both", "finished", "failed", "stopped", seconds=240)
     assert run["state"] == "finished" and run["kind"] == "comparison" and set(run["arms"]) == {"slow", "fast"}, run["log"]
     assert run["sentence"] and client.get("/runs/both/report.html").status_code == 200
+
+
+# ---------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+def test_from_an_empty_folder_to_an_exported_adapter(tmp_path):
+    """As a person does it, with a hostile row on the way: rows, a run, its curve and answers, a reload, an export."""
+    home = tmp_path / "desk"
+    home.mkdir()
+    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(9) for b in range(9)]
+    rows[0] = {"prompt": f"<script>window.hurt = 1</script>{HOSTILE}", "completion": HOSTILE}
+    (home / "sums.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    served = subprocess.Popen([sys.executable, "-m", "luthier", "studio", str(home)], stdout=subprocess.PIPE, text=True)
+    browser = None
+    try:
+        address = served.stdout.readline().split()[-1]
+        browser = Browser(tmp_path / "profile")
+        browser.go(address)
+        browser.see("document.querySelector('h1')?.textContent === 'A new run'")
+        assert "token" not in browser.run("location.href")
+        browser.write("Rows", "sums.jsonl")
+        browser.see("document.querySelector('.row mark')", 240)
+        assert browser.run("getComputedStyle(document.querySelector('.row mark')).textDecorationLine") == "underline"
+        assert "<img src=x" in browser.run("document.querySelector('.row mark').textContent")
+        assert browser.run("document.querySelectorAll('.row img, .row script').length + (window.hurt ?? 0)") == 0
+        browser.write("max_steps", "5")
+        browser.see("document.querySelector('pre.recipe').textContent.includes('max_steps: 5')", 120)
+        for width in (1200, 380):
+            browser.resize(width)
+            assert browser.run("document.documentElement.scrollWidth <= innerWidth"), width
+        unnamed = "[...document.querySelectorAll('input:not([type=file]), select, textarea')].filter(x => !x.labels?.length && !x.ariaLabel).length"
+        assert browser.run(unnamed) == 0
+        browser.write("Name of the run", "first")
+        browser.press("Start the run")
+        browser.see("document.querySelector('.badge.finished, .badge.failed')", 240)
+        browser.see("document.querySelector('.chart polyline') && document.querySelector('article')")
+        browser.send("Page.reload")
+        browser.see("document.querySelector('.badge.finished') && document.querySelector('.chart polyline')", 120)
+        browser.press("Export")
+        browser.see("document.querySelector('li.good')?.textContent.includes('answers like the tuned model')", 240)
+        assert (home / "exports/first-lora/adapter_model.safetensors").is_file()
+        assert browser.said == []
+    finally:
+        if browser:
+            browser.end()
+        served.terminate()
+        served.wait(30)
+
+
+# ---------------------------------------------------------------------------------------------- inspect
+
+
+def test_inspect_writes_a_page(home, tiny):
+    """What changed in the weights is what LoRA of rank 2 on two modules can change; the same model against itself moved nothing."""
+    import luthier
+
+    tuned = luthier.tune(
+        folder=home / "r", model=tiny, data="sums.jsonl", dtype="float32", evaluate=[], max_steps=4, learning_rate=1e-2,
+        tuner={"name": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]},
+    )  # fmt: skip
+    found = luthier.inspect(tiny, tuned.folder, report=home / "page.html")
+    moved = [m for m in found["weights"]["matrices"] if m["moved"]]
+    assert {m["part"] for m in moved} == {"self_attn.q_proj", "self_attn.v_proj"} and len(moved) == 8
+    assert all(1 <= m["rank"] <= 2.01 for m in moved) and not found["weights"]["unlike"]
+    assert found["weights"]["spectrum"][0] == 1 and max(found["weights"]["spectrum"][2:]) < 1e-3
+    page = (home / "page.html").read_text()
+    assert all(
+        f"<h2>{x}</h2>" in page
+        for x in ("What it learned", "What it forgot", "What changed in the weights", "How it speaks", "Calibration", "Answers")
+    )
+    assert "<script" not in page and "http" not in page.replace("http-equiv", "")
+    same = luthier.inspect(tiny, tiny, "sums.jsonl", report=home / "same.html")
+    assert not any(m["moved"] for m in same["weights"]["matrices"]) and "0 of 28 matrices" in (home / "same.html").read_text()

@@ -163,14 +163,17 @@ def inspect(
     tuned: Annotated[str, typer.Argument(help="The model after.")],
     data: Annotated[str | None, typer.Option(help="Rows to measure on; default: what the run held out.")] = None,
     preference: Annotated[bool, typer.Option("--preference", help="How both rank pairs, margins, drift, length.")] = False,
+    report: Annotated[Path | None, typer.Option(help="A page to write: also the weights, answers, calibration, diversity.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare two models: loss, accuracy, and what was forgotten elsewhere."""
     from luthier.report.console import Console
     from luthier.use import inspect
 
-    found = inspect(base, tuned, data, preference=preference)
+    found = inspect(base, tuned, data, preference=preference, report=report)
     typer.echo(dumped(found)) if as_json else Console().comparison(found)
+    if report is not None and not as_json:
+        typer.echo(f"Report: {report}")
 
 
 @app.command()

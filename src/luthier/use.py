@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,16 +196,27 @@ def chat(name: str, prompt: str | None = None, *, ask: Callable[[str], str] = in
 # ---------------------------------------------------------------------------------------------- inspect
 
 CHECKUP = ("loss", "accuracy", "forgetting")  # the evaluators two models are compared with
+SHOWN = ("generate", "calibration", "diversity")  # and for a page
 
 
-def inspect(base: str | Path, tuned: str | Path, data: Any = None, *, preference: bool = False) -> dict[str, Any]:
+def inspect(
+    base: str | Path, tuned: str | Path, data: Any = None, *, preference: bool = False, report: str | Path | None = None
+) -> dict[str, Any]:
     """Two models on the same rows: {base: {model, metrics}, tuned: {...}, rows, measured_on, notes}.
 
     data: as in a recipe; by default what the run `tuned` held out, or trained on where it held nothing out.
     preference: how both rank pairs too, with `base` as the reference (see the evaluator `preference`). Raises RecipeError
     where no row has a better and a worse completion.
+    report: a page to write (HTML); for it answers, calibration and diversity are measured too, and the weights are compared
+    (`weights` of what is returned).
     """
+    from luthier.report import checkup as pages
+
+    if report is not None and Path(report).is_dir():
+        raise RecipeError(f"--report: {report} is a folder; give the name of a page, such as {Path(report) / 'inspect.html'}")
     notes: list[str] = []
+    asked = CHECKUP if report is None else (*CHECKUP, *SHOWN)
+    changed: dict[str, Any] | None = None
     rows, on, alike = _rows(tuned, data)
     found: dict[str, Any] = {}
     vocabularies: list[dict] = []
@@ -224,19 +236,47 @@ def inspect(base: str | Path, tuned: str | Path, data: Any = None, *, preference
                 raise RecipeError(f"{name} can use none of the {len(rows)} rows; the first: {bad[0]['reason']}")
             _settled(loaded, usable, notes)
             vocabularies.append(loaded.tokenizer.get_vocab())
-            metrics = _measure([build("evaluator", e) for e in CHECKUP], loaded, usable, Path(kept))
+            when = {"base": "before", "tuned": "after"}[who]
+            metrics = _measure([build("evaluator", e) for e in asked], loaded, usable, Path(kept), when)
             found[who] = {"model": str(name), "metrics": metrics, "rows": len(usable)}
             if preference:
                 said.append(totals(loaded.roles.policy, loaded.roles, paired(usable)))
+            if report is not None:
+                try:
+                    changed = _weights(loaded, Path(kept), who)
+                except RecipeError as error:  # what cannot be merged has no weights to compare
+                    notes.append(f"the weights are not compared: {error}")
             del loaded
-    if preference:
-        if None in said:
-            raise RecipeError("--preference wants rows with a better and a worse completion (prompt/chosen/rejected): give --data")
-        found["base"]["metrics"] |= checkup(said[0], said[0])
-        found["tuned"]["metrics"] |= checkup(said[1], said[0])
-    if vocabularies[0] != vocabularies[1]:
-        notes.append("the two models read the rows with different tokenizers: compare accuracy, not loss")
-    return {**found, "rows": found["tuned"]["rows"], "measured_on": on, "notes": list(dict.fromkeys(notes))}
+        if preference:
+            if None in said:
+                raise RecipeError("--preference wants rows with a better and a worse completion (prompt/chosen/rejected): give --data")
+            found["base"]["metrics"] |= checkup(said[0], said[0])
+            found["tuned"]["metrics"] |= checkup(said[1], said[0])
+        if vocabularies[0] != vocabularies[1]:
+            notes.append("the two models read the rows with different tokenizers: compare accuracy, not loss")
+        found |= {"rows": found["tuned"]["rows"], "measured_on": on, "notes": list(dict.fromkeys(notes))}
+        if report is not None:
+            found["weights"] = changed
+            store.write_text(Path(report), pages.page(found, Path(kept)))
+    return found
+
+
+def _weights(loaded: Loaded, folder: Path, who: str) -> dict[str, Any] | None:
+    """Of the base: its matrices, kept in `folder`. Of the tuned model: what changed against them."""
+    from safetensors.torch import load_file, save_file
+
+    from luthier.report import checkup as pages
+
+    kept, tuner = folder / "base.safetensors", loaded.roles.tuner
+    whole: Any = nullcontext(loaded.model) if isinstance(tuner, Untuned) else tuner.merged()
+    if who == "base":
+        with whole as model:
+            save_file({name: p.detach().cpu().contiguous() for name, p in pages.plain(model).items()}, str(kept))
+        return None
+    if not kept.is_file():
+        return None
+    with whole as model:
+        return pages.weights(load_file(str(kept)), model)
 
 
 def _rows(tuned: str | Path, data: Any) -> tuple[list[dict], str, dict[str, Any]]:
@@ -253,11 +293,11 @@ def _rows(tuned: str | Path, data: Any) -> tuple[list[dict], str, dict[str, Any]
 
 
 @torch.no_grad()
-def _measure(evaluators: Sequence[Evaluator], loaded: Loaded, rows: list[dict], folder: Path) -> dict[str, float]:
+def _measure(evaluators: Sequence[Evaluator], loaded: Loaded, rows: list[dict], folder: Path, when: str) -> dict[str, float]:
     out: dict[str, float] = {}
     for e in evaluators:
         if getattr(e, "wants", frozenset()) <= loaded.roles.policy.architecture.gives | {"completions"}:
-            out |= e.run(loaded.roles, rows, folder, "after")
+            out |= e.run(loaded.roles, rows, folder, when)
     return out
 
 
