@@ -19,14 +19,16 @@ _WHERE = {  # what the package offers, imported when first asked for
     "load": "luthier.use",
     "inspect": "luthier.use",
     "compare": "luthier.comparison",
+    "search": "luthier.searching",
 }
-__all__ = ["Recipe", "RecipeError", "Report", "__version__", "compare", "inspect", "load", "tune"]
+__all__ = ["Recipe", "RecipeError", "Report", "__version__", "compare", "inspect", "load", "search", "tune"]
 
 if TYPE_CHECKING:
     from luthier.comparison import compare
     from luthier.method import RecipeError
     from luthier.recipe import Recipe
     from luthier.run import Report, tune
+    from luthier.searching import search
     from luthier.use import inspect, load
 
 

@@ -30,7 +30,9 @@ class Verbs(TyperGroup):
             typer.echo(f"luthier: {error}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            goes_on = "; run the same command again and it goes on from its last checkpoint" if ctx.invoked_subcommand == "tune" else ""
+            again = {"tune": " from its last checkpoint", "search": "", "compare": ""}
+            where = again.get(ctx.invoked_subcommand or "")
+            goes_on = "" if where is None else f"; run the same command again and it goes on{where}"
             typer.echo(f"\nluthier: stopped{goes_on}", err=True)
             raise typer.Exit(130) from None
 
@@ -224,6 +226,42 @@ def compare(
     study = Study(arms, seeds, budget, metric, stop_early=not keep_all, learning_rates=rates_of(learning_rates), together=together)
     found = conduct(study, to, Quiet() if as_json else Console())
     typer.echo(dumped(found)) if as_json else Console().arms(found)
+
+
+@app.command()
+def search(
+    words: Words = None,
+    over: Annotated[
+        list[str] | None, typer.Option(help="What varies: tuner.r, learning_rate=1e-5..1e-2, 'tuner=lora|ssf|dora', layers, ...")
+    ] = None,
+    goals: Annotated[
+        list[str] | None, typer.Option(help="quality, forgetting, parameters, memory, time, or any metric; several make a front.")
+    ] = None,
+    where: Annotated[list[str] | None, typer.Option(help="A limit, e.g. 'memory <= 8GB'; may be given several times.")] = None,
+    trials: Annotated[float | None, typer.Option(help="Full runs to spend (for each seed). Default: 40.")] = None,
+    budget: Annotated[str | None, typer.Option(help="A time to spend in place of trials, e.g. 30m.")] = None,
+    sampler: Annotated[str, typer.Option(help="`luthier methods --kind searcher`; with settings: '{name: hyperband, inner: tpe}'.")] = "tpe",
+    seeds: Annotated[str, typer.Option(help="Tuning seeds of each configuration: how many, or which (5,6,7).")] = "1",
+    test_seeds: Annotated[str, typer.Option(help="Seeds on which what was found runs again: how many, or which.")] = "3",
+    metric: Annotated[str | None, typer.Option(help="What `quality` means. Default: loss; of pairs, ranking_accuracy.")] = None,
+    earlier: Annotated[Path | None, typer.Option("--from", help="An earlier search's folder: what it found is tried first.")] = None,
+    storage: Annotated[str | None, typer.Option(help="An Optuna storage URL, e.g. sqlite:///study.db. Default: a journal.")] = None,
+    to: Annotated[Path | None, typer.Option(help="The search's folder.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search for better configurations, toward several goals, within limits. What was stopped goes on when run again."""
+    import yaml
+
+    from luthier.report.console import Console, Quiet
+    from luthier.searching import conduct, quest
+
+    source, changes = asked(words)
+    made = quest(
+        source, over or (), goals or (), where or (), trials=trials, budget=budget, sampler=yaml.safe_load(sampler), seeds=seeds,
+        test_seeds=test_seeds, metric=metric, earlier=earlier, changes=changes,
+    )  # fmt: skip
+    found = conduct(made, to, storage, Quiet() if as_json else Console())
+    typer.echo(dumped(found)) if as_json else Console().found(found)
 
 
 @app.command()

@@ -61,11 +61,12 @@ class Study:
     stop_early: bool = True  # stop arms that cannot win, where there are more than two
     apart: bool = True  # each run in a process of its own
     together: bool = False  # LoRAs that differ in rank, rate, targets or seed side by side on one base: no peak of memory is theirs alone
+    drawn: tuple[int, ...] = ()  # the seeds themselves, in place of 0, 1, 2, ...
     learning_rates: tuple[float, ...] = ()  # of which each arm takes its best, by a run with a seed of its own
 
     def fingerprint(self) -> str:
         said = [{k: r.public() for k, r in self.arms.items()}, self.seeds, self.budget, self.metric, self.stop_early]
-        said += [self.learning_rates] if self.learning_rates else []
+        said += [x for x in (self.learning_rates, self.drawn) if x]
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
@@ -313,7 +314,7 @@ def _taken(folder: Path, study: Study) -> Iterator[None]:
 def _all(study: Study, found: dict[str, Found], folder: Path, watch: Any, until: float | None) -> None:
     """Every arm that is not stopped, with every seed, up to a share of its steps."""
     live = {n: f for n, f in found.items() if not f.stopped}
-    todo = [(seed, name) for seed in range(study.seeds) for name in live]
+    todo = [(seed, name) for seed in study.drawn or range(study.seeds) for name in live]
     done = _side_by_side(study, {folder / f"{name}-{seed}": live[name].recipe.but(seed=seed) for seed, name in todo}, watch, until)
     with watch.training(len(todo), 0):
         for i, (seed, name) in enumerate(todo):

@@ -35,6 +35,7 @@ TITLES = {
     "evaluator": "Evaluators: what is measured",
     "architecture": "Architectures: how a network reads and writes",
     "format": "Formats: how rows are recognised",
+    "searcher": "Searchers: which configuration to try next",
 }
 
 

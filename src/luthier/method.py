@@ -42,6 +42,7 @@ FOLDERS = {
     "evaluator": "evaluators",
     "architecture": "architectures",
     "format": "formats",
+    "searcher": "searchers",
 }
 
 
@@ -127,6 +128,7 @@ decoder = declare("decoder")
 evaluator = declare("evaluator")
 architecture = declare("architecture")
 row_format = declare("format")
+searcher = declare("searcher")
 
 
 # ---------------------------------------------------------------------------------------------- discovery
@@ -336,6 +338,7 @@ WRITTEN = {  # how a recipe names a method of a kind, where it is not `kind: nam
     "reward": "live: [{{name: score, reward: {}}}]",
     "merger": "start: {{merge: {}, of: [runs/a, runs/b]}}",
     "format": "data: {{path: rows.jsonl, format: {}}}",
+    "searcher": "# luthier search recipe.yaml --sampler {}",
     "compiler": "tuned = compiler({!r}).compile(program, rows, metric)",  # Python: programs are no recipes
 }
 

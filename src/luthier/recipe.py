@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from luthier.method import RecipeError, build, cards, complaints, find, meant, names, spec
+from luthier.method import Range, RecipeError, build, cards, complaints, find, meant, names, spec
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -46,9 +46,9 @@ class Recipe:
     estimator: Any = "backprop"  # where the gradient comes from
     optim: Any = "adamw"  # what becomes of it, by name
     transforms: list[Any] | None = None  # the same as a chain of transforms, in place of optim
-    learning_rate: Annotated[float, Field(ge=0)] = 2e-4  # length of a step
+    learning_rate: Annotated[float, Field(ge=0), Range(1e-5, 1e-2, log=True)] = 2e-4  # length of a step
     lr_scheduler_type: str = "linear"  # constant, linear, cosine, warmup_stable_decay
-    warmup_steps: Annotated[float, Field(ge=0)] = 0.03  # steps of linear warm-up; below 1, a share of the run
+    warmup_steps: Annotated[float, Field(ge=0), Range(0, 0.3)] = 0.03  # steps of linear warm-up; below 1, a share of the run
 
     # on which rows
     data: Any = None  # file, folder, hub name, practice:WORLD, {path, split, format, columns, limit}, rows, or a list
@@ -193,6 +193,11 @@ SLOTS = {
 }  # key -> kind
 NAMES = {
     "optim": {"adamw_torch": "adamw", "adamw_hf": "adamw", "adamw_torch_fused": "adamw"},
+    "tuner": {
+        "dora": {"name": "lora", "use_dora": True},
+        "rslora": {"name": "lora", "use_rslora": True},
+        "pissa": {"name": "lora", "init_lora_weights": "pissa"},
+    },
 }
 
 

@@ -194,7 +194,7 @@ class _Run:
     def ended(self) -> Report:
         """All that comes after the last step."""
         if self.fit.roles.clock.step < self.fit.roles.clock.total:
-            return self.pause(self.fit, self.before)
+            return self.pause(self.fit, self.before, self.stats)
         self.watch.stage("measuring the end")
         report = Report(str(self.folder), self.before, self.measure("after"))
         self.finish(report, self.fit, self.stats)
@@ -417,12 +417,13 @@ class _Run:
         made = store.Checkpoint(self.roles.tuner.tensors(), fit.chain.state, self.roles.clock.step, held, asdict(fit.totals))
         store.save_checkpoint(self.folder, made, self.recipe.save_total_limit)
 
-    def pause(self, fit: Fit, before: dict[str, float]) -> Report:
+    def pause(self, fit: Fit, before: dict[str, float], stats: dict) -> Report:
         """Stop here for now: measured, and saved so that the same command goes on."""
         clock, now = self.roles.clock, self.measure("during")
+        cost = {"moving": stats["moving"], "seconds": fit.totals.seconds, "tokens": fit.totals.tokens, "peak_memory_mb": _peak_memory()}
         if self.main:
             self.save(fit)
-            store.write_json(self.folder / "paused.json", {"step": clock.step, "steps": clock.total, "metrics": now})
+            store.write_json(self.folder / "paused.json", {"step": clock.step, "steps": clock.total, "metrics": now, "stats": cost})
         self.watch.tell(f"paused at step {clock.step} of {clock.total}; the same command without --until goes on from here")
         return Report(str(self.folder), before, now, stats={"paused_at": clock.step, "steps": clock.total})
 

@@ -245,6 +245,26 @@ class Console(Quiet):
             self.say(f"· {name} was stopped: {why}", "yellow")
         self.say(f"Report: {Path(result['folder']) / 'report.html'}")
 
+    def found(self, result: dict) -> None:
+        """A search; `result` as luthier.search gives it."""
+        from luthier.report.comparison import shown
+
+        self.say()
+        self.say(result["sentence"], "bold")
+        lines = []
+        for one in [*([result["start"]] if result.get("start") else []), *result["found"]]:
+            line = {"": one["name"], "configuration": one["said"] or "as it was"}
+            for goal in result["goals"]:
+                for when in ("tuning", "test"):
+                    value = one[when].get(goal["name"])
+                    line[f"{goal['name']}, {when}"] = "" if value is None else shown(goal["metric"], value)
+            lines.append(line)
+        if lines:
+            self.listing(lines, tuple(lines[0]))
+        for i, one in enumerate(result["found"]):
+            self.say(f"  luthier tune {Path(result['folder']) / one['name']}.yaml", "bold" if not i else "")
+        self.say(f"Report: {Path(result['folder']) / 'report.html'}")
+
     def listing(self, found: Sequence[dict], columns: Sequence[str]) -> None:
         """Objects as a table: a line each at a pipe, so that it can be searched."""
         from rich.text import Text

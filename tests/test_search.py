@@ -1,0 +1,410 @@
+"""Searches: what a searcher asks, what a search goes over, refuses, goes on with after a stop, and says of what it found."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("optuna")
+
+import luthier
+from conftest import PAIRS, SUMS
+from luthier import searching
+from luthier.clock import Clock
+from luthier.goals import goals, limits, volume
+from luthier.method import RecipeError, build, names
+from luthier.paired import hypervolume
+from luthier.recipe import Recipe
+from luthier.searchers._brackets import cost, halving
+from luthier.searchers._searcher import Asked, Dim, Seen, Space, crowding, layers, ranked
+from luthier.searching import Book, Measured, hunt, quest, seeds_of
+from luthier.space import only_layers, over
+
+PLANE = Space(tuple(Dim(f"x{i}") for i in range(4)))
+MIXED = Space((
+    Dim("tuner", choices=("a", "b")), Dim("rate", 1e-5, 1e-1, log=True), Dim("a.r", 4, 64, log=True, whole=True, when=("tuner", "a")),
+    Dim("b.width", 0.0, 1.0, when=("tuner", "b")), Dim("on", choices=(True, False)),
+))  # fmt: skip
+
+
+def zdt1(x):
+    g = 1 + 9 * np.mean(x[1:])
+    return float(x[0]), float(g * (1 - math.sqrt(x[0] / g)))
+
+
+def zdt2(x):
+    g = 1 + 9 * np.mean(x[1:])
+    return float(x[0]), float(g * (1 - (x[0] / g) ** 2))
+
+
+def play(spec, f, trials, seed=0, space=PLANE, wanted=2, seen=None):
+    """Ask and answer without anything around it: what was seen, at equal budgets in full runs."""
+    searcher, seen = build("searcher", spec), list(seen or [])
+    paid: dict[int, float] = {}
+    for s in seen:
+        paid[s.number] = max(s.share, paid.get(s.number, 0))
+    while sum(paid.values()) < trials - 1e-9:
+        asked = searcher.ask(space, seen, wanted, Clock(seed))
+        number = max(paid, default=-1) + 1 if asked.number is None else asked.number
+        paid[number] = max(asked.share, paid.get(number, 0.0))
+        values = f(space.encode(asked.point))
+        seen.append(Seen(number, asked.point, tuple(v + 0.2 * (1 - asked.share) for v in values), asked.share, 0.0, asked.marks))
+    return seen
+
+
+# ---------------------------------------------------------------------------------------------- searchers
+
+
+@pytest.mark.parametrize("name", names("searcher"))
+def test_a_searcher_is_a_function_of_what_was_seen(name):
+    """Legal points on a conditional space, JSON in its marks, the same answer to the same history, another to another seed."""
+    f = lambda u: (float(((u - 0.3) ** 2).sum()), float(((u - 0.7) ** 2).sum()))
+    seen = play(name, f, 8, space=MIXED)
+    for s in seen:
+        assert MIXED.active(s.point) == dict(s.point) and 0 < s.share <= 1
+        assert all(d.has(s.point[d.name]) for d in MIXED.dims if d.name in s.point)
+        assert ("a.r" in s.point) == (s.point["tuner"] == "a") and json.loads(json.dumps(s.marks)) == s.marks
+    again = play(name, f, 8, space=MIXED, seen=seen[:5])
+    assert [s.point for s in again] == [s.point for s in seen], "stopped in between, it asks the same"
+    assert [s.point for s in play(name, f, 8, seed=1, space=MIXED)] != [s.point for s in seen]
+    broken = [*seen, Seen(99, MIXED.start(), (math.inf, math.inf))]
+    assert MIXED.active(build("searcher", name).ask(MIXED, broken, 2, Clock(0)).point)
+
+
+@pytest.mark.parametrize("name", ["tpe", "hyperband"])
+def test_it_beats_random_search_on_known_fronts(name):
+    """Hypervolume at equal budget, in full runs, ten seeds each."""
+    for f, trials in ((zdt1, 25), (zdt2, 25)):
+        cover = lambda seen: hypervolume([s.values for s in seen if s.share == 1], (1.1, 6.0))
+        won = [cover(play(name, f, trials, seed)) - cover(play("random", f, trials, seed)) for seed in range(10)]
+        assert np.mean(won) > 0 and sum(w > 0 for w in won) >= 8, (f.__name__, won)
+
+
+def test_constraints_are_kept_to():
+    """The goal pulls into the half of a square that is forbidden: a search that knows of it asks there far less."""
+    asked_there = []
+    for known in (0.0, 1.0):
+        space, seen = Space((Dim("x"), Dim("y"))), []
+        for i in range(40):
+            asked = build("searcher", "tpe").ask(space, seen, 1, Clock(0))
+            x, y = asked.point["x"], asked.point["y"]
+            seen.append(Seen(i, asked.point, (x + y,), over=known * max(0.0, 0.5 - x), marks=asked.marks))
+        asked_there.append(sum(s.point["x"] < 0.5 for s in seen[20:]))
+    assert asked_there[1] < 0.6 * asked_there[0] and ranked(seen)[0].over == 0
+
+
+def test_halving_pays_what_the_formula_says():
+    assert halving(9, 1 / 9, 3) == [(9, pytest.approx(1 / 9)), (3, pytest.approx(1 / 3)), (1, 1.0)]
+    for n, k, eta in ((27, 3, 3), (16, 4, 2), (9, 2, 3)):
+        rungs = halving(n, eta**-k, eta)
+        assert cost(rungs, anew=True) == pytest.approx(sum(math.floor(n / eta**i) * eta ** (i - k) for i in range(k + 1)))
+        assert cost(rungs, anew=True) == pytest.approx((k + 1) * n / eta**k)  # every rung costs the same
+    band = build("searcher", {"name": "hyperband", "inner": "random"})
+    assert [band.bracket(i)[0][0] for i in range(4)] == [9, 5, 3, 9] and band.shares == pytest.approx((1 / 9, 1 / 3, 1))
+    seen = play({"name": "halving", "n": 9}, zdt1, cost(halving(9, 1 / 9, 3)))
+    assert [round(9 * s.share) for s in seen] == [1] * 9 + [3] * 3 + [9]
+    assert len({s.number for s in seen}) == 9, "survivors go on, they are not begun anew"
+    first = ranked(seen[:9])
+    assert {s.number for s in seen[9:12]} == {s.number for s in first[:3]}
+
+
+def test_dehb_of_one_share_and_no_crossover_is_the_mutation_alone():
+    spec = {"name": "dehb", "min_share": 1.0, "crossover": 0.0, "population": 6}
+    seen = play(spec, lambda u: (float(((u - 0.4) ** 2).sum()),), 60, wanted=1)
+    by, moved = {s.number: s for s in seen}, 0
+    for s in (s for s in seen if "of" in s.marks):
+        a, b, c = (PLANE.encode(by[i].point) for i in s.marks["of"])
+        mutant = a + 0.5 * (b - c)
+        inside = (mutant >= 0) & (mutant <= 1)
+        assert np.allclose(PLANE.encode(s.point)[inside], mutant[inside])
+        moved += int(inside.sum())
+    assert moved > 100
+    assert min(s.values[0] for s in seen) < min(
+        s.values[0] for s in play("random", lambda u: (float(((u - 0.4) ** 2).sum()),), 60, wanted=1)
+    )
+    kept = play({**spec, "crossover": 1.0}, zdt1, 20)
+    child = next(s for s in kept if "of" in s.marks)
+    parents = [PLANE.encode(s.point) for s in kept if s.marks["slot"] == child.marks["slot"] and s.number < child.number]
+    assert any((np.isclose(PLANE.encode(child.point), p)).sum() == 3 for p in parents), "all but one setting stay the parent's"
+
+
+def test_layers_are_those_of_brute_force():
+    values = np.random.default_rng(0).random((60, 3)).round(1)
+
+    def beats(a, b):
+        return (a <= b).all() and (a < b).any()
+
+    left, level = set(range(60)), 0
+    found = layers(values)
+    while left:
+        now = {i for i in left if not any(beats(values[j], values[i]) for j in left)}
+        assert all(found[i] == level for i in now)
+        left, level = left - now, level + 1
+    assert np.isinf(crowding(values[:, :1])).sum() == 2
+
+
+def test_points_and_vectors_are_one():
+    for u in np.random.default_rng(0).random((50, 5)):
+        point = MIXED.decode(u)
+        assert MIXED.decode(MIXED.encode(point)) == pytest.approx(point)
+    assert MIXED.features(np.array([MIXED.encode(MIXED.start())])).shape == (1, 2 + 1 + 1 + 1 + 2)
+    with pytest.raises(ValueError, match="not a range with a logarithm"):
+        Dim("x", 0, 1, log=True)
+
+
+# ---------------------------------------------------------------------------------------------- seeds and gaps
+
+
+def bandit(seeds: int, trials: int = 40, seed: int = 0):
+    """A search whose objective has an optimum of its own for each seed: score on tuning seeds, and on seeds never used."""
+    book, best_at = Book(Space((Dim("x"),)), goals(["loss"], "loss"), ()), lambda s: np.random.default_rng([seed, s]).uniform(0.2, 0.8)
+    f = lambda x, s: {"loss": (x - best_at(s)) ** 2}
+
+    def measure(t, index):
+        return Measured({s: f(t.user_attrs["point"]["x"], s) for s in range(1000, 1000 + seeds)}, 1.0)
+
+    top = searching.best(hunt(book, build("searcher", "tpe"), measure, trials, seed=seed))[0]
+    return float(np.mean([f(top.seen.point["x"], s)["loss"] for s in range(50)])) - top.goals["loss"]
+
+
+def test_one_tuning_seed_flatters_and_five_flatter_less():
+    one, five = (np.mean([bandit(n, 20, seed) for seed in range(5)]) for n in (1, 5))
+    assert one > 0 and five < 0.7 * one
+
+
+def test_seeds_that_overlap_are_refused(tiny):
+    base = {"model": tiny, "data": SUMS, "max_steps": 2}
+    with pytest.raises(RecipeError, match="seeds 2 stand under --seeds and under --test-seeds"):
+        quest(base, seeds="1,2", test_seeds="2,3")
+    made = quest(base)
+    assert not set(made.seeds) & set(made.test_seeds) and made.test_seeds == (0, 1, 2)
+    assert seeds_of(3, 1000, "") == (1000, 1001, 1002) and seeds_of("7,", 0, "") == (7,)
+    for bad in ("x", "0", "1,1"):
+        with pytest.raises(RecipeError, match="--seeds"):
+            seeds_of(bad, 0, "--seeds")
+
+
+# ---------------------------------------------------------------------------------------------- goals
+
+
+def test_goals_and_limits_are_understood():
+    found = goals(["quality, forgetting,parameters"], "accuracy")
+    assert [(g.metric, g.up) for g in found] == [("accuracy", True), ("elsewhere_loss", False), ("trained", False)]
+    assert found[0].value({"accuracy": 0.5}) == -0.5 and found[0].value({}) == math.inf
+    (limit,) = limits(["memory <= 8GB"], "loss")
+    assert limit.over({"peak_memory_mb": 8192}) == 0 and limit.over({"peak_memory_mb": 16384}) == 1
+    assert [x.value for x in limits(["time < 2h and accuracy >= 90%", "parameters <= 10k"], "loss")] == [7200, 0.9, 10_000]
+    for bad, said in ((["memory <= 8 cows"], "not counted in 'cows'"), (["memory"], "not a limit"), (["lossy < 1"], "did you mean 'loss'")):
+        with pytest.raises(RecipeError, match=said):
+            limits(bad, "loss")
+    for bad, said in ((["generated_tokens"], "neither more nor less"), (["loss,loss"], "twice"), (["front(loss)"], "behind an @")):
+        with pytest.raises(RecipeError, match=said):
+            goals(bad, "loss")
+
+
+def test_volumes_of_fronts_are_those_by_hand():
+    """2-D and 3-D, and nothing changes where a point is added that others beat."""
+    two, three = [(1, 3), (2, 2), (3, 1)], [(1, 2, 2), (2, 1, 2), (2, 2, 1)]
+    assert hypervolume(two, (4, 4)) == 6 and hypervolume([*two, (3, 3)], (4, 4)) == 6
+    assert hypervolume(three, (3, 3, 3)) == 4 and hypervolume([*three, (2, 2, 2)], (3, 3, 3)) == 4
+    assert hypervolume([(0, 0, 0)], (1, 2, 3)) == 6 and hypervolume([(5, 0)], (4, 4)) == 0
+    (goal,) = goals(["front(accuracy, elsewhere_loss @ 0, 4)"], "loss")
+    assert goal.up and volume(goal, [{"accuracy": 0.5, "elsewhere_loss": 2.0}, {"accuracy": 1.0, "elsewhere_loss": 3.0}]) == pytest.approx(
+        1.5
+    )
+    (shares,) = goals(["front(accuracy,elsewhere_accuracy)"], "loss")
+    assert shares.worst == (0.0, 0.0)
+
+
+def test_a_search_over_fronts_finds_more_than_the_default():
+    """A bandit of two rewards, tuned to a front per seed: the setting found covers more on seeds never used, in any order."""
+    space = Space((Dim("temperature", 0.01, 10.0, log=True, default=10.0),))
+    (goal,) = goals(["front(generated_reward, accuracy @ 0, 0)"], "loss")
+
+    def front_of(temperature, seed):
+        rewards = np.random.default_rng(seed).random((8, 2)) ** 2
+        acts = []
+        for w in np.linspace(0, 1, 5):
+            p = np.exp((rewards @ [w, 1 - w]) / temperature)
+            acts.append(dict(zip(("generated_reward", "accuracy"), (p / p.sum()) @ rewards)))
+        return {goal.metric: volume(goal, acts)}
+
+    def found(seed=0):
+        book = Book(space, (goal,), ())
+        measure = lambda t, i: Measured({s: front_of(t.user_attrs["point"]["temperature"], s) for s in (1000, 1001, 1002)})
+        return searching.best(hunt(book, build("searcher", "tpe"), measure, 25, seed=seed))[0].seen.point["temperature"]
+
+    at = found()
+    assert np.mean([front_of(at, s)[goal.metric] - front_of(10.0, s)[goal.metric] for s in range(20)]) > 0.05
+    assert found() == at
+
+
+# ---------------------------------------------------------------------------------------------- spaces of recipes
+
+
+def test_a_space_follows_from_what_methods_declare(tiny):
+    base = Recipe.load({"model": tiny, "data": SUMS, "tuner": {"name": "lora", "r": 8, "lora_alpha": 4}})
+    usual = over(base)
+    assert {d.name for d in usual.space.dims} == {"learning_rate", "tuner.r"} and usual.recipe_of(usual.begins).yaml() == base.yaml()
+    several = over(base, ["tuner=lora|ssf|dora, learning_rate=1e-4..1e-2", "per_device_train_batch_size=4|8"])
+    dims = {d.name: d for d in several.space.dims}
+    assert dims["lora.r"].when == ("tuner", "lora") and dims["dora.r"].log and "ssf.r" not in dims and dims["learning_rate"].log
+    made = several.recipe_of({"tuner": "dora", "dora.r": 32, "learning_rate": 1e-3, "per_device_train_batch_size": 4})
+    assert made.tuner == {"name": "lora", "use_dora": True, "r": 32} and made.learning_rate == 1e-3
+    assert several.recipe_of({"tuner": "lora", "lora.r": 16}).tuner == {"name": "lora", "r": 16, "lora_alpha": 4}, "its other settings stay"
+    assert over(base, ["tuner.r=2..4"]).begins is None
+    both = over(Recipe.load({"model": tiny, "data": PAIRS, "objective": "dpo"}), ["objective=dpo|ipo"])
+    assert {"objective", "dpo.beta", "ipo.beta"} <= {d.name for d in both.space.dims}
+    assert both.recipe_of({"objective": "ipo", "ipo.beta": 0.3}).objective == {"name": "ipo", "beta": 0.3}
+
+
+def test_layers_are_left_alone(tiny):
+    base = Recipe.load({"model": tiny, "data": SUMS, "tuner": "lora"})
+    flags = over(base, ["layers"])
+    assert [d.name for d in flags.space.dims] == [f"layers.{i}" for i in range(4)] and flags.recipe_of(flags.begins) == base
+    from luthier.assembly import assemble
+    from luthier.rehearsal import parts
+
+    made = flags.recipe_of({"layers.0": True, "layers.1": False, "layers.2": True, "layers.3": False})
+    assert made.yaml() == only_layers(base, [0, 2], 4).yaml()
+    sites = [s.name for s in assemble(made, parts(made)).tuner.sites()]
+    assert sites and all(".0." in s or ".2." in s for s in sites) and any(".2." in s for s in sites)
+
+
+@pytest.mark.parametrize(
+    ("said", "how", "why"),
+    [
+        (["tuner.q"], {}, "has no setting 'q'"),
+        (["learning_rat"], {}, "did you mean 'learning_rate'"),
+        (["eval_data"], {}, "must stay the same"),
+        (["lora_alpha=1..4"], {}, "a recipe has no 'lora_alpha'"),
+        (["tuner.lora_alpha"], {}, "no range is declared"),
+        (["tuner.r=64..4"], {}, "not a range"),
+        (["objective=sft|dpo"], {}, "objective=dpo.*pairs"),
+        (["tuner=lora|sff"], {}, "did you mean 'ssf'"),
+        (["learning_rate=-1..1"], {}, "learning_rate"),
+        ([], {"sampler": "tpee"}, "did you mean 'tpe'"),
+        ([], {"budget": "100 steps"}, "not a time"),
+        ([], {"budget": "1h", "trials": 3}, "not both"),
+        ([], {"wanted": ["ranking_accuracy"]}, "wants pairs"),
+        ([], {"earlier": "nowhere"}, "holds no finished search"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(tiny, said, how, why):
+    with pytest.raises(RecipeError, match=why):
+        quest({"model": tiny, "data": SUMS, "max_steps": 2}, said, **how)
+
+
+# ---------------------------------------------------------------------------------------------- searches
+
+
+@pytest.fixture
+def shared(tiny) -> dict:
+    return {
+        "model": tiny, "data": SUMS, "dtype": "float32", "max_steps": 6, "per_device_train_batch_size": 8, "eval_data": 0.3, "tuner": "ssf",
+        "learning_rate": 1e-5, "evaluate": ["loss"],
+    }  # fmt: skip
+
+
+def test_a_search_finds_says_and_writes_a_recipe_that_runs(shared, tmp_path):
+    found = luthier.search(
+        shared, over=["learning_rate=1e-5..1e-1 log", "tuner=ssf|lora"], goals="quality,parameters", where="parameters <= 1M",
+        trials=6, sampler={"name": "tpe", "n_startup_trials": 4}, test_seeds=2, folder=tmp_path / "s", apart=False,
+    )  # fmt: skip
+    assert len(found["trials"]) == 6 and found["spent"] == 6 and found["trials"][0]["kind"] == "recipe"
+    start, top = found["start"], found["found"][0]
+    assert top["test"]["quality"] < start["test"]["quality"], "the recipe's learning rate was far too low"
+    for one in (start, *found["found"]):
+        assert one["gap"]["quality"] == pytest.approx(one["test"]["quality"] - one["tuning"]["quality"])
+        runs = [json.loads((Path(r) / "report.json").read_text()) for r in found["comparison"]["arms"][one["name"]]["runs"]]
+        assert one["test"]["quality"] == pytest.approx(np.mean([r["after"]["loss"] for r in runs])) and len(runs) == 2
+    assert found["sentence"].startswith("6 configurations, 6 full runs: loss on held-out rows: found-")
+    again = luthier.tune(Recipe.load(tmp_path / "s" / "found-1.yaml"), folder=tmp_path / "again")
+    assert again.stats["moving"] == top["test"]["parameters"]
+    page = (tmp_path / "s" / "report.html").read_text()
+    assert page.index(found["sentence"].replace("'", "&#x27;")) < page.index("What was found") and "<script" not in page
+    assert all((tmp_path / "s" / Path(t["runs"][0]).relative_to(found["folder"]) / "report.html").is_file() for t in found["trials"])
+    assert not list((tmp_path / "s" / "trials").rglob("*.safetensors")), "measured runs leave no weights behind"
+    later = luthier.search(
+        shared, over=["learning_rate=1e-5..1e-1 log"], trials=3, test_seeds="0,", folder=tmp_path / "t", earlier=tmp_path / "s", apart=False
+    )
+    assert [t["kind"] for t in later["trials"]][:2] == ["recipe", "earlier"]
+    assert later["trials"][1]["point"]["learning_rate"] == top["point"]["learning_rate"]
+
+
+def test_a_killed_search_goes_on_as_if_it_had_not_been(shared, tmp_path, monkeypatch):
+    how = dict(
+        over="learning_rate=1e-4..1e-1 log",
+        trials=2.5,
+        sampler={"name": "halving", "n": 2, "eta": 2, "min_share": 0.5},
+        test_seeds="0,",
+        apart=False,
+    )
+    whole = luthier.search(shared, folder=tmp_path / "a", **how)
+    assert [t["share"] for t in whole["trials"]] == [1, 0.5, 0.5, 1] and whole["trials"][3]["number"] in (1, 2)
+    from luthier import run
+
+    calls, real = [0], run.perform
+
+    def dies(*a, **k):
+        calls[0] += 1
+        if calls[0] in (3, 6):  # in the search, and on test seeds
+            raise KeyboardInterrupt
+        return real(*a, **k)
+
+    monkeypatch.setattr(run, "perform", dies)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            luthier.search(shared, folder=tmp_path / "b", **how)
+    parts = luthier.search(shared, folder=tmp_path / "b", **how)
+    same = lambda found: [(t["number"], t["point"], t["share"], t["goals"]) for t in found["trials"]]
+    assert same(parts) == same(whole) and parts["found"][0]["test"] == whole["found"][0]["test"]
+    more = luthier.search(shared, folder=tmp_path / "b", **{**how, "trials": 3})
+    assert same(more)[: len(same(parts))] == same(parts) and more["spent"] > parts["spent"]
+    with pytest.raises(RecipeError, match="holds another search"):
+        luthier.search(shared, folder=tmp_path / "b", **{**how, "over": "tuner=ssf|lora"})
+
+
+def test_two_commands_do_not_share_a_folder(shared, tmp_path):
+    import fcntl
+
+    (tmp_path / "s").mkdir()
+    with open(tmp_path / "s" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RecipeError, match="another process"):
+            luthier.search(shared, folder=tmp_path / "s", apart=False)
+
+
+def test_a_database_is_shared_by_workers(tmp_path):
+    """Two workers on one sqlite file: each goes on with its own, both see everything, the budget is one."""
+    url, space, wanted = f"sqlite:///{tmp_path / 'study.db'}", Space((Dim("x"),)), goals(["loss"], "loss")
+    books = [Book(space, wanted, (), url, "s", worker) for worker in ("a", "b")]
+    measure = lambda t, i: Measured({1000: {"loss": t.user_attrs["point"]["x"]}})
+    left = books[0].begin(Asked({"x": 0.5}))
+    hunt(books[1], build("searcher", "random"), measure, 3)
+    assert len(books[1].tried()) == 3 and len(books[0].begun()) == 1 and not books[1].begun()
+    done = hunt(books[0], build("searcher", "random"), measure, 4)
+    assert len(done) == 4 and done[-1].seen.number == left.number
+    with pytest.raises(RecipeError, match="--storage"):
+        Book(space, wanted, (), "nonsense://", "s")
+
+
+def test_a_run_that_diverges_is_no_end(tmp_path):
+    book = Book(Space((Dim("x"),)), goals(["loss"], "loss"), limits(["loss <= 10"], "loss"))
+    measure = lambda t, i: Measured({}, 1.0, "it diverged") if i % 3 else Measured({1000: {"loss": t.user_attrs["point"]["x"]}}, 1.0)
+    tried = hunt(book, build("searcher", "tpe"), measure, 20)
+    assert sum(bool(t.measured.failed) for t in tried) == 13 and not searching.best(tried)[0].measured.failed
+    assert hunt(book, build("searcher", "tpe"), measure, seconds=22.0)[-1].seen.number == 21
+
+
+def test_the_command_line_knows_it(tiny):
+    from typer.testing import CliRunner
+
+    from luthier.cli import app
+
+    out = CliRunner().invoke(app, ["search", f"model={tiny}", "data=practice:people/new", "--over", "tuner.q"])
+    assert out.exit_code == 2 and "has no setting 'q'" in out.output
