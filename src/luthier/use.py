@@ -241,12 +241,12 @@ def inspect(
             found[who] = {"model": str(name), "metrics": metrics, "rows": len(usable)}
             if preference:
                 said.append(totals(loaded.roles.policy, loaded.roles, paired(usable)))
+            del loaded
             if report is not None:
-                try:
-                    changed = _weights(loaded, Path(kept), who)
+                try:  # merged in fewer bits, what did not move would seem to
+                    changed = _weights(load(name, **{**alike, "dtype": "float32"}), Path(kept), who)
                 except RecipeError as error:  # what cannot be merged has no weights to compare
                     notes.append(f"the weights are not compared: {error}")
-            del loaded
         if preference:
             if None in said:
                 raise RecipeError("--preference wants rows with a better and a worse completion (prompt/chosen/rejected): give --data")
