@@ -151,12 +151,10 @@ def allocate(errors: list[list[float]], sizes: list[list[float]], budget: float)
         raise RecipeError(f"target_bits: the smallest forms take {least / budget:.2f} times as much; raise it, or offer smaller forms")
     if all(len(e) == 1 for e in errors):
         return [0] * len(errors)
-    try:
-        import numpy as np
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import coo_array
-    except ImportError:
-        raise RecipeError("quantizer 'lq_lora' chooses bits with scipy: pip install 'luthier[quantize]', or offer one form only") from None
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import coo_array
+
     cost, size = np.concatenate(errors), np.concatenate(sizes)
     owner = np.repeat(np.arange(len(errors)), [len(e) for e in errors])
     once = coo_array((np.ones(len(cost)), (owner, np.arange(len(cost)))))
