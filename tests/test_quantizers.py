@@ -284,6 +284,7 @@ def test_in_a_run(spec, tiny, tmp_path):
     """Quantized as it is read, learns, resumes bit for bit, loads with the same base, exports merged, is told what that costs."""
     recipe = {
         **recipe_of(tiny),
+        "dtype": "float32",
         "tuner": {"name": "lora", "r": 4},
         "quantization": spec,
         "max_steps": 8,
@@ -312,10 +313,10 @@ def test_in_a_run(spec, tiny, tmp_path):
     sentence = export(tmp_path / "whole", "merged", tmp_path / "merged")
     assert "requantized" in sentence and "KL" in sentence
     rows = [{"id": "0", "prompt": "1+2=", "completions": ["3"]}]
-    assert torch.allclose(luthier.load(tmp_path / "merged").logprobs(rows), loaded.logprobs(rows), atol=1e-4)
+    assert torch.allclose(luthier.load(tmp_path / "merged", dtype="float32").logprobs(rows), loaded.logprobs(rows), atol=1e-4)
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     export(tmp_path / "whole", "lora", tmp_path / "adapter")
-    assert torch.allclose(luthier.load(tmp_path / "adapter").logprobs(rows), loaded.logprobs(rows), atol=1e-4)
+    assert torch.allclose(luthier.load(tmp_path / "adapter", dtype="float32").logprobs(rows), loaded.logprobs(rows), atol=1e-4)
 
 
 def test_qlora_learns_as_lora_does(base, tmp_path):
@@ -519,7 +520,7 @@ def lq_model():
 def test_in_a_run_that_calibrates(spec, tuner, tiny, tmp_path):
     """Learns, resumes bit for bit, loads without rows as it was, goes on from its folder, is exported."""
     pytest.importorskip("scipy")
-    recipe = {**recipe_of(tiny), "tuner": tuner, "quantization": spec, "max_steps": 8, "save_steps": 4, "learning_rate": 1e-2}
+    recipe = {**recipe_of(tiny), "dtype": "float32", "tuner": tuner, "quantization": spec, "max_steps": 8, "save_steps": 4, "learning_rate": 1e-2}
     whole = luthier.tune(**recipe, output_dir=str(tmp_path / "whole"))
     assert sum(whole.losses[-2:]) < sum(whole.losses[:2])
     last = store.load_checkpoint(store.checkpoints(tmp_path / "whole")[-1])
@@ -535,10 +536,10 @@ def test_in_a_run_that_calibrates(spec, tuner, tiny, tmp_path):
     from luthier.use import export
 
     assert export(tmp_path / "whole", "merged", tmp_path / "merged")
-    assert torch.allclose(luthier.load(tmp_path / "merged").logprobs(rows), loaded.logprobs(rows), atol=1e-4)
+    assert torch.allclose(luthier.load(tmp_path / "merged", dtype="float32").logprobs(rows), loaded.logprobs(rows), atol=1e-4)
     if tuner["name"] == "lora":
         export(tmp_path / "whole", "lora", tmp_path / "adapter")
-        assert torch.allclose(luthier.load(tmp_path / "adapter").logprobs(rows), loaded.logprobs(rows), atol=1e-4)
+        assert torch.allclose(luthier.load(tmp_path / "adapter", dtype="float32").logprobs(rows), loaded.logprobs(rows), atol=1e-4)
     further = luthier.tune(**recipe, start=str(tmp_path / "whole"), output_dir=str(tmp_path / "further"))
     assert sum(further.losses[:2]) < sum(whole.losses[:2])
 

@@ -40,7 +40,7 @@ def recipe(word: str) -> dict:
     split's test. Raises ValueError for a world or split that is not there.
     """
     world, _, split = word.removeprefix("practice:").partition("/")
-    if world in models():
+    if world in models() and world not in worlds():
         raise ValueError(f"{world} is a model, not a world: `model={word}` tunes it, on `data=practice:WORLD`")
     splits = find(world).SPLITS
     split = split or next(name for name in ("new", "task_1", "train") if name in splits)

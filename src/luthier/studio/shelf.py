@@ -62,13 +62,13 @@ class Shelf:
     def brief(self, name: str) -> dict[str, Any]:
         """What it is, how far it is, and why it ended if it did not finish."""
         folder = self.folder(name)
+        pid = self.process(name)  # first: once it has ended, its last words are there
         known, said = read_json(folder / "run.json"), log(folder)
         comparison = (folder / "study.json").is_file() or (folder / "arms").is_dir()
         finished = (folder / ("comparison.json" if comparison else "report.json")).is_file() and (known or {"finished": True}).get(
             "finished"
         )
         at = folder if known else max(folder.glob("act-*"), key=lambda p: int(p.name[4:]), default=folder)
-        pid = self.process(name)
         state = "running" if pid else "finished" if finished else "stopped"
         if state == "running" and not comparison and not (at / "before.json").is_file():
             state = "starting"

@@ -277,7 +277,7 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
         micro, longest = min(recipe.per_device_train_batch_size, rows), int(stats["longest"])
         tokens = longest + round((micro - 1) * stats["tokens"] / len(kept))
         some = [roles.batch(fed[:n]) for n in (1, len(fed))]
-        notes += memory.choose(roles, chain, parts.estimator, some, tokens, longest, recipe.gradient_checkpointing)
+        notes += memory.choose(roles, chain, parts.estimator, some, tokens, longest, recipe.gradient_checkpointing)[1]
         need = memory.predict(
             roles, chain, parts.estimator, some, tokens, bool(getattr(roles.policy.model, "is_gradient_checkpointing", False))
         )
