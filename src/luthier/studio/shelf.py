@@ -31,6 +31,10 @@ TAIL = 8000  # characters of a log told
 PATIENCE = 10.0  # seconds after Ctrl-C until a run is ended less kindly
 
 
+# Interrupts are heard whatever the studio was started by: what a shell puts into the background ignores them, and its children would.
+HEARING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from luthier.cli import main; main()"
+
+
 class Shelf:
     """The folders `home/runs/*`. Names are those of the folders, never paths."""
 
@@ -200,7 +204,7 @@ class Shelf:
         folder = self.place(name)
         with open(folder / "console.log", "wb") as said:
             child = subprocess.Popen(
-                [sys.executable, "-m", "luthier", *words], cwd=self.home, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT,
+                [sys.executable, "-c", HEARING, *words], cwd=self.home, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
         self.begun[name] = child
