@@ -166,7 +166,8 @@ def _kept(roles: Roles, batch: Batch) -> int:
             held[storage.data_ptr()] = storage.nbytes()
         return x
 
-    was, again = model.training, [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
+    was: bool = model.training
+    again: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
     model.train()
     for m in again:
         m.gradient_checkpointing = False
