@@ -54,6 +54,7 @@ MADE = {
 TUNERS = {  # name -> settings that suit a tiny network
     "hft": {}, "lisa": {"n_layers": 1}, "owlore": {"n_layers": 1}, "telly": {}, "cofitune": {"init_rows": 2}, "part": {},
     "s2ft": {"d_ratio": 0.1, "o_ratio": 0.25}, "apet": {"n": 200}, "sara": {}, "spt": {"init_rows": 2, "r": 2}, "r_amt": {},
+    "reinit": {},
 }  # fmt: skip
 
 
@@ -334,6 +335,29 @@ def test_galore():
     delta = three.tensors()[f"{name}.weight"] - start[f"{name}.weight"]
     assert torch.linalg.matrix_rank(delta, rtol=1e-4) <= 4
     assert chain.state["lm_head.weight"]["0"]["inner"]["0"]["weight"]["m"].shape == (97, 32)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
+def test_reinit_leaves_what_lies_below(kind, tmp_path):
+    made = base(kind)
+    made.save_pretrained(tmp_path)
+    model = type(made).from_pretrained(tmp_path)  # what is loaded is marked by transformers, which then draws nothing anew
+    attached, was = put("reinit", model), {n: p.detach().clone() for n, p in model.named_parameters()}
+    attached.initialize([], SimpleNamespace(clock=Clock(seed=0, total=1)))
+    top = max((layer_of(n) for n in was if layer_of(n)), key=lambda place: (place[0].startswith("decoder"), place[1]))
+    same = {n for n, p in model.named_parameters() if torch.equal(p, was[n])}
+    assert {n for n in was if layer_of(n) != top} <= same
+    drawn = {n: p.detach() for n, p in model.named_parameters() if layer_of(n) == top and kind_of(n) != "norm"}
+    assert all(not p.any() for n, p in drawn.items() if n.endswith("bias"))
+    weights = [n for n in drawn if n.endswith("weight")]
+    assert weights and not same & set(weights)
+    if kind in ("llama", "bert"):
+        assert all(p.std() == pytest.approx(0.15, rel=0.15) for n, p in drawn.items() if n in weights)
+    once = {n: p.detach().clone() for n, p in model.named_parameters()}
+    attached.initialize([], SimpleNamespace(clock=Clock(seed=0, total=1)))
+    assert all(torch.equal(p, once[n]) for n, p in model.named_parameters())  # the clock alone decides
+    with pytest.raises(RecipeError, match="layers: 9"):
+        put("reinit", base(kind), layers=9)
 
 
 def test_telly():

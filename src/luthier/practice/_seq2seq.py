@@ -30,7 +30,7 @@ def build(tokenizer, hidden: int, layers: int, heads: int, intermediate: int, se
 
 
 def loss_of(
-    model, tokenizer, documents: list[tuple[list[int], list[int]]], batch: int = 128, seed: int = 0
+    model, tokenizer, documents: list[tuple[list[int], list[int]]], batch: int = 40, seed: int = 0
 ) -> Callable[[int], tuple[Tensor, int]]:
     """documents: (what is read, what is said), in the order they are learned."""
     ordered, sentinels = by_length(documents, batch, seed), tokenizer.convert_tokens_to_ids(SENTINELS)

@@ -31,6 +31,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from ..doctor import cores
 from . import _corpus, _encoder, _pretrain, _seq2seq, path, score
 from ._card import SPLITS, card
 from .worlds import names, rows
@@ -77,7 +78,7 @@ def make_tokenizer(name: str, folder: Path, seed: int) -> PreTrainedTokenizerFas
 
 def make(name: str, folder: Path, minutes: float, steps: int | None, seed: int, start: Path | None, weak: Sequence[int] = ()) -> None:
     """Make one model into a folder, telling what happens; `rounds.json` there keeps account of the rounds."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(min(2, cores()))
     _pretrain.keep_memory()
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
