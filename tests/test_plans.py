@@ -12,7 +12,7 @@ import torch
 
 import luthier
 from conftest import SUMS
-from luthier import store
+from luthier import store, use
 from luthier.loop import Fit
 from luthier.method import RecipeError, build, find, helps, names
 from luthier.paired import hypervolume
@@ -391,5 +391,11 @@ def test_a_front_is_measured_drawn_and_goes_on(tmp_path, monkeypatch):
     assert front["hypervolume"] == pytest.approx(hypervolume([[-a for a in r] for r in front["reached"]], [0, 0]))
     page = (tmp_path / "f" / "report.html").read_text()
     assert "hypervolume" in page and page.count("<ellipse") == 4 and "<script" not in page
+    mixed = luthier.tune(asked | {"plan": asked["plan"] | {"between": "average"}}, folder=tmp_path / "m").stats["front"]
+    ends = [use.load(front["folders"][i]).model.state_dict() for i in (0, -1)]
+    first, middle, last = (use.load(folder).model.state_dict() for folder in mixed["folders"])
+    assert all(torch.equal(first[n], ends[0][n]) and torch.equal(last[n], ends[1][n]) for n in first)
+    assert all(torch.allclose(t.float(), (first[n].float() + last[n].float()) / 2, atol=1e-2) for n, t in middle.items())
+    assert any(not torch.equal(first[n], t) for n, t in middle.items())
     monkeypatch.setattr(Fit, "run", lambda *a, **k: pytest.fail("all of this was known"))
     assert luthier.tune(asked, folder=tmp_path / "f").stats["front"] == front

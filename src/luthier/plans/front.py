@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from itertools import combinations
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -32,6 +32,7 @@ class Front(Plan):
     goals: dict[str, Any] = field(default_factory=dict)  # name: a reward; not given: the rewards of the recipe's stages judge or score
     points: Annotated[int, Field(ge=2)] = 5  # models, their weights spread evenly
     preferences: list[list[float]] | None = None  # the weights themselves, one list a model in the order of goals
+    between: Literal["tuned", "average"] = "tuned"  # where the models between come from: each tuned, or the average of those at the ends
     least: Annotated[float, Field(ge=0, lt=0.5)] = 0.1  # weight of a goal at least
     worst: dict[str, float] = field(default_factory=dict)  # where each goal's volume begins; else 0 for shares, and the lowest seen for others
     judged: Annotated[int, Field(ge=1)] = 64  # held-out prompts that are answered
@@ -54,11 +55,20 @@ class Front(Plan):
         asked = {name: reward for name, reward in goals.items() if reward is not None}
         how = {"n": self.judged, "samples": self.samples, "max_new_tokens": self.max_new_tokens}
         measure = [{"name": "goals", "goals": asked, **how}, *(["preference"] if len(asked) < len(goals) else [])]
-        weighed = [weigh(recipe, goals, vector) for vector in vectors]
-        reports = yield [recipe.but(**change, evaluate=[*(recipe.evaluate or ()), *measure]) for change in weighed]
+        measuring = {"evaluate": [*(recipe.evaluate or ()), *measure]}
+        ends = [[float(i == k) for i in range(len(goals))] for k in range(len(goals))]  # in the order of goals, as weights are
+        tuned = vectors if self.between == "tuned" else self.raised(ends)
+        reports = yield [recipe.but(**weigh(recipe, goals, vector), **measuring) for vector in tuned]
+        start = reports[0].before
+        if self.between == "average":
+            folders = [r.folder for r in reports]
+            merges = [{"name": "average", "weights": self.lowered(vector)} for vector in vectors]
+            reports = yield [
+                recipe.but(start={"merge": merge, "of": folders}, objective=None, stages=[], live=[], **measuring) for merge in merges
+            ]
         names = {name: f"goal/{name}" if name in asked else RANKS for name in goals}
         reached = [[measured(r, metric) for metric in names.values()] for r in reports]
-        before = [float(reports[0].before[metric]) for metric in names.values()]
+        before = [float(start[metric]) for metric in names.values()]
         worst = self.floor(list(goals), [before, *reached])
         best = max(zip(reports, reached, strict=True), key=lambda both: _box(both[1], worst))[0]
         kept = front({str(i): [-v for v in values] for i, values in enumerate(reached)})
@@ -109,7 +119,16 @@ class Front(Plan):
             return [[w / sum(some) for w in some] for some in self.preferences]
         if goals * self.least >= 1:
             raise RecipeError(f"plan 'front': {goals} goals of weight {self.least:g} at least leave nothing to vary; lower `least`")
-        return [[self.least + (1 - goals * self.least) * w for w in some] for some in spread(goals, self.points)]
+        return self.raised(spread(goals, self.points))
+
+    def raised(self, vectors: Sequence[Sequence[float]]) -> list[list[float]]:
+        """The same weights, none of them below `least`."""
+        return [[self.least + (1 - len(some) * self.least) * w for w in some] for some in vectors]
+
+    def lowered(self, weights: Sequence[float]) -> list[float]:
+        """How much of each end makes a model of these weights: what `raised` did, undone."""
+        shares = [max(0.0, w - self.least) for w in weights]
+        return shares if sum(shares) else [1.0] * len(shares)
 
     def floor(self, names: Sequence[str], seen: Sequence[Sequence[float]]) -> list[float]:
         """Where the volume begins in each goal."""
