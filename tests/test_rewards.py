@@ -54,6 +54,14 @@ def test_a_row_without_its_column_is_refused(name, column):
         build("reward", name).scores({"prompt": "?"}, ["!"])
 
 
+def test_code_that_needs_its_prompt_is_told_so():
+    row, body = {"prompt": "def f(x):"}, "\n    return x + 1"
+    with pytest.raises(RecipeError, match="prefix: prompt"):
+        grade(body, tests=["assert f(1) == 2"], row=row)
+    assert grade(body, "\n    return x", tests=["assert f(1) == 2"], row=row, prefix="prompt") == [1.0, 0.0]
+    assert grade("no code (", tests=["assert f(1) == 2"], row=row) == [0.0]  # wrong either way
+
+
 # ------------------------------------------------------------------------------------------------ mathematics
 
 

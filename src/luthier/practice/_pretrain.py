@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 WARM_UP_STEPS = 100
 INNER = re.compile(r"\b(layers?|block)\.\d+\.(?!.*bias)")  # matrices inside the layers of a Llama, a BERT or a T5
+QUERY = re.compile(r"Attention\.q\.weight$")  # of a T5
 DECAY_SHARE = 0.25
 KEEP_EVERY = 100  # steps
 ADAM_RATE, MUON_RATE, WEIGHT_DECAY = 3e-3, 0.02, 0.05
@@ -133,15 +134,18 @@ class MuonAdam:
     """Muon for the matrices inside the layers, AdamW for all else; fp32 masters of bf16 weights."""
 
     def __init__(self, model: torch.nn.Module):
-        by_shape: dict[torch.Size, list[torch.nn.Parameter]] = {}
+        alike: dict[tuple[torch.Size, float], list[torch.nn.Parameter]] = {}
         self.rest = []
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and INNER.search(name):
-                by_shape.setdefault(parameter.shape, []).append(parameter)
+                # T5 leaves the root of the head's size out of its attention and in its queries' weights. An update as large as
+                # other matrices get hardens such attention in some hundred steps, and then it reads no more.
+                rate = model.config.d_kv**-0.5 if QUERY.search(name) else 1.0
+                alike.setdefault((parameter.shape, rate), []).append(parameter)
             else:
                 self.rest.append(parameter)
-        self.groups = []  # (matrices of one shape, their masters, their momentum)
-        for matrices in by_shape.values():
+        self.groups, self.rates = [], [rate for _, rate in alike]  # (matrices of one shape and rate, their masters, their momentum)
+        for matrices in alike.values():
             masters = torch.stack([matrix.detach().float() for matrix in matrices])
             self.groups.append((matrices, masters, torch.zeros_like(masters)))
         self.masters = [parameter.detach().float().clone() for parameter in self.rest]
@@ -151,12 +155,12 @@ class MuonAdam:
     def step(self, scale: float) -> None:
         """One update with all learning rates times `scale`; the gradients are gone after it."""
         self._step_adam(scale)
-        for matrices, masters, momentum in self.groups:
+        for (matrices, masters, momentum), rate in zip(self.groups, self.rates, strict=True):
             gradient = torch.stack([matrix.grad for matrix in matrices]).float()
             momentum.lerp_(gradient, 0.05)
             update = orthogonalise(gradient.lerp(momentum, 0.95))
             wide = max(1.0, masters.shape[1] / masters.shape[2]) ** 0.5
-            masters.mul_(1 - MUON_RATE * scale * WEIGHT_DECAY).add_(update, alpha=-MUON_RATE * scale * wide)
+            masters.mul_(1 - MUON_RATE * scale * WEIGHT_DECAY).add_(update, alpha=-MUON_RATE * scale * wide * rate)
             for matrix, master in zip(matrices, masters, strict=True):
                 matrix.copy_(master)
                 matrix.grad = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import warnings
 
 from luthier.method import RecipeError, reward
 from luthier.rewards._reward import Reward
@@ -31,6 +32,8 @@ class PythonTests(Reward):
         """Between 0.0 and 1.0 per text; a text that says the same as another is run once."""
         checks = split(self.column(row, "tests"))
         before = str(self.column(row, self.prefix)) if self.prefix else ""
+        if not self.prefix and isinstance(start := row.get("prompt"), str) and any(continues(start, text) for text in texts):
+            raise RecipeError("reward 'python_tests': an answer is code only behind its prompt: say `prefix: prompt`, else all would fail")
         programs = list(dict.fromkeys(before + extract(text) for text in texts))
         limits = {"timeout": self.timeout, "memory_mb": self.memory_mb, "packages": self.packages}
         results = dict(zip(programs, run_many({"code": p, "checks": checks, **limits} for p in programs), strict=True))
@@ -46,6 +49,21 @@ def extract(text: str) -> str:
     blocks = [code for language, code in FENCE.findall(text) if language.lower() in PYTHON]
     defining = [b for b in blocks if re.search(r"^\s*(?:async def|def|class) ", b, re.MULTILINE)]
     return (defining or blocks or [text])[-1]
+
+
+def continues(start: str, text: str) -> bool:
+    """Is a text no Python by itself, and with its prompt before it a whole program?"""
+    return not parses(text) and bool(text.strip()) and bool(start.strip()) and parses(start + text)
+
+
+def parses(code: str) -> bool:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ast.parse(code)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def split(tests: str | list[str]) -> list[str]:
