@@ -13,7 +13,7 @@ from luthier.clock import Clock
 from luthier.estimators._estimator import gradients
 from luthier.method import RecipeError, build, gives_of
 from luthier.transforms._chain import Chain
-from luthier.tuners._sparse import add, spread
+from luthier.tuners._sparse import add, greatest, some_of, spread
 from luthier.tuners._tuner import Untuned
 from test_tuners import as_roles, base, logprobs, plain, put, train
 
@@ -804,3 +804,20 @@ def test_orthogonality_is_the_gradient_of_its_term_and_nothing_where_it_holds():
     A.data, B.data = torch.linalg.qr(torch.randn(6, 3))[0].T.contiguous(), torch.linalg.qr(torch.randn(8, 3))[0]
     still = build("transform", "orthogonality").apply(zero, {}, site, 1)
     assert max(float(g.abs().max()) for g in still.values()) < 1e-5
+
+
+def test_places_are_drawn_and_found_without_all_of_a_weight():
+    torch.manual_seed(0)
+    for n, k in ((10, 3), (10, 9), (1000, 400)):
+        drawn = some_of(n, k)
+        assert len(drawn) == len(set(drawn.tolist())) == k and 0 <= int(drawn.min()) and int(drawn.max()) < n
+    counts = torch.zeros(6)
+    for _ in range(2000):
+        counts[some_of(6, 2)] += 1
+    assert (counts / 2000 - 1 / 3).abs().max() < 0.05  # every place as likely
+    values = torch.randn(2**20 + 3).abs()
+    for k in (1, 1000, 2**17, 2**19):
+        assert set(greatest(values, k).tolist()) == set(values.topk(k).indices.tolist())
+    values = torch.zeros(2**20)
+    values[5:9] = 1.0
+    assert set(greatest(values, 4).tolist()) == {5, 6, 7, 8}

@@ -8,7 +8,7 @@ is how supports grow from gradients. Quantized bases are never unpacked, since S
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -22,6 +22,8 @@ from luthier.tuners._delta import Delta, frozen
 class Sparse(Delta):
     """Family: some entries of every chosen weight move, each by its own number."""
 
+    precise: ClassVar[bool] = False  # S is multiplied with as W is: its values stay in fp32, and x S' has the model's precision
+
     density: Annotated[float, Field(gt=0, le=1), Range(0.001, 0.1, log=True)] = 0.01  # share of each weight's entries that move
 
     def count(self, W: Tensor) -> int:
@@ -30,7 +32,7 @@ class Sparse(Delta):
 
     def support(self, W: Tensor) -> Tensor:
         """[k] different places in W.flatten(). Random unless a method knows better."""
-        return torch.randperm(W.numel())[: self.count(W)]
+        return some_of(W.numel(), self.count(W))
 
     def init(self, W):
         places = self.support(W).sort().values
@@ -43,6 +45,27 @@ class Sparse(Delta):
         if not len(p.values):
             return y
         return add(x, y, p.values, p.indices, p.watch)
+
+
+def some_of(n: int, k: int) -> Tensor:
+    """[k] different numbers below n, each set of them as likely as any other. Takes memory and time for k, not for n."""
+    if 2 * k > n:
+        return torch.randperm(n)[:k]
+    drawn = torch.randint(n, (k,)).unique()
+    while len(drawn) < k:
+        drawn = torch.cat([drawn, torch.randint(n, (k - len(drawn),))]).unique()
+    return drawn
+
+
+def greatest(values: Tensor, k: int) -> Tensor:
+    """[k] positions of the largest of [n] values. Where k is a small share of many, a sample tells below which none can be one."""
+    n, sample = len(values), 2**16
+    if n < 2**20 or 8 * k > n:
+        return values.topk(k).indices
+    strided = values[:: n // sample]
+    bound = strided.kthvalue(len(strided) - min(len(strided) - 1, 2 * k * len(strided) // n + 8)).values
+    above = (values >= bound).nonzero().flatten()
+    return above[values[above].topk(k).indices] if len(above) >= k else values.topk(k).indices
 
 
 def place_type(n: int) -> torch.dtype:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from luthier.method import Range, tuner
 from luthier.tuners._delta import Delta, frozen, oriented
-from luthier.tuners._sparse import add, place_type, spread
+from luthier.tuners._sparse import add, place_type, some_of, spread
 
 
 @tuner(paper="arXiv:2111.00160", row="dsee", gives="off merge")
@@ -41,7 +41,7 @@ class DSEE(Delta):
             S = low_rank_and_sparse(W.float(), min(self.r, *W.shape), n)[2]
             places = S.abs().flatten().topk(n).indices
         else:
-            places = torch.randperm(W.numel())[:n]
+            places = some_of(W.numel(), n)
         made = {
             "A": torch.empty(self.r, W.shape[1]).uniform_(-scale, scale),
             "B": torch.zeros(W.shape[0], self.r),

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import nn
 
 from luthier.method import RecipeError, tuner
-from luthier.tuners._sparse import Sparse, regrow, smallest
+from luthier.tuners._sparse import Sparse, greatest, regrow, smallest
 
 
 @tuner(paper="arXiv:2401.16405", row="spiel", gives="off merge")
@@ -66,11 +66,11 @@ class SpIEL(Sparse):
     @torch.no_grad()
     def gather(self, G, found):
         """G [out, in], a gradient passing by -> candidates and the sums of their gradients."""
-        flat = G.flatten().float()
+        flat = G.flatten()
         if not found["passes"]:
-            found["candidates"].copy_(flat.abs().topk(len(found["candidates"])).indices)
+            found["candidates"].copy_(greatest(flat.abs(), len(found["candidates"])))
         found["passes"] += 1
-        found["sums"] += flat[found["candidates"].long()]
+        found["sums"] += flat[found["candidates"].long()].float()
 
     @torch.no_grad()
     def follow(self, grad, indices, found):
@@ -97,6 +97,6 @@ class SpIEL(Sparse):
         else:
             scores = torch.outer(found["rows"], found["columns"]).flatten()
             scores[indices.long()] = 0  # what moves already is not grown, nor what nothing speaks for
-            best = scores.topk(min(len(dropped), len(scores)))
-            grown = best.indices[best.values > 0]
+            best = greatest(scores, min(len(dropped), len(scores)))
+            grown = best[scores[best] > 0]
         return regrow(values, indices, dropped, grown)
