@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -140,7 +141,7 @@ class MuonAdam:
             if parameter.dim() == 2 and INNER.search(name):
                 # T5 leaves the root of the head's size out of its attention and in its queries' weights. An update as large as
                 # other matrices get hardens such attention in some hundred steps, and then it reads no more.
-                rate = model.config.d_kv**-0.5 if QUERY.search(name) else 1.0
+                rate = float(cast(Any, model).config.d_kv) ** -0.5 if QUERY.search(name) else 1.0
                 alike.setdefault((parameter.shape, rate), []).append(parameter)
             else:
                 self.rest.append(parameter)

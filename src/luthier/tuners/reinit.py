@@ -9,7 +9,7 @@ Departs from the study: layers are counted in any network's list of layers; in a
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import Field
@@ -44,6 +44,7 @@ class Anew(Weights):
 
     @torch.no_grad()
     def initialize(self, rows, roles):
+        draw = cast(Any, self.model)._init_weights
         for place in self.anew:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(roles.clock.fold("reinit", place, at=0))
@@ -51,4 +52,4 @@ class Anew(Weights):
                 for p in block.parameters():
                     p.__dict__.pop("_is_hf_initialized", None)  # transformers passes over what it has marked as loaded
                 for module in block.modules():
-                    self.model._init_weights(module)
+                    draw(module)
