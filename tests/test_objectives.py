@@ -18,11 +18,15 @@ from luthier.architectures.causal import Causal
 from luthier.batch import collate
 from luthier.clock import Clock
 from luthier.method import RecipeError, build, card, find, helps, names, page, wants_of
+from luthier.objectives._features import classes
 from luthier.recipe import terms
 from luthier.rehearsal import WORDS
 from luthier.render import Renderer
 from luthier.roles import Policy, Roles
 from luthier.roles.column import Column
+from luthier.roles.generator import Features as Made
+from luthier.roles.memory import Features
+from luthier.roles.part_whole import Heads
 from luthier.transforms._chain import Chain
 from luthier.tuners._tuner import Untuned
 
@@ -67,9 +71,38 @@ def network(seed: int = 0, off_by: float = 0.0) -> LlamaForCausalLM:
 def cast(**others) -> Roles:
     """Policy, reference and teacher, each a network of its own unless given."""
     policy = network()
-    made = {"reference": network(off_by=0.05), "teacher": network(seed=7)} | others
-    roles = {k: role(net, k) if isinstance(net, torch.nn.Module) else net for k, net in made.items()}
+    made = {"reference": network(off_by=0.05), "teacher": network(seed=7), "memory": memory(), "parts": heads(), "generator": generator()} | others
+    roles = {k: role(net, k) if isinstance(net, LlamaForCausalLM) else net for k, net in made.items()}
     return Roles(Policy(Causal(), policy, Untuned(policy)), Clock(), Renderer(tokenizer()), **roles)
+
+
+def heads() -> Heads:
+    """As they begin, but for a little of what they will learn."""
+    torch.manual_seed(9)
+    made = Heads(16, 2)
+    for last in (made.up[-1], made.down[-1]):
+        torch.nn.init.normal_(last.weight, std=0.1)
+    return made
+
+
+def generator() -> Made:
+    """Of answers that begin with low tokens, which are known, and with high ones, which are not."""
+    torch.manual_seed(10)
+    made = Made(16, [f"known {t}" for t in range(3, 37)], [f"unknown {t}" for t in range(37, V)])
+    made.tokens.copy_(torch.arange(3, V))
+    made.mean.copy_(0.2 * torch.randn(made.mean.shape))
+    made.square.copy_(made.mean.square() + 0.01)
+    return made
+
+
+def memory() -> Features:
+    """Random features of rows like those of the contracts: other rows that answer the same."""
+    rows = batch_of([{**r, "id": f"{r['id']}-before"} for k in (3, 6) for r in make_rows(4, k=k)])
+    made = Features(64, 16)
+    rng, kinds = torch.Generator().manual_seed(8), classes(rows)
+    made.remember(torch.arange(len(kinds)), kinds, torch.randn(len(kinds), 16, generator=rng))
+    made.after_step(None)
+    return made
 
 
 def role(net, name: str) -> Policy:
@@ -144,6 +177,9 @@ GIVEN = {
     "samples",
     "reference",
     "teacher",
+    "memory",
+    "parts",
+    "generator",
     "logprobs",
     "entropy",
     "top",
@@ -243,7 +279,8 @@ def tuned(tuner: str) -> Roles:
     policy = Policy(Causal(), net, attached)
     reference = build("role", "off" if "off" in attached.settings.gives else "start").play("reference", policy)
     roles = cast(reference=reference)
-    return Roles(policy, clock, roles.renderer, reference=reference, teacher=roles.teacher)
+    brought = {name: getattr(roles, name) for name in ("memory", "parts", "generator")}
+    return Roles(policy, clock, roles.renderer, reference=reference, teacher=roles.teacher, **brought)
 
 
 @pytest.mark.parametrize("tuner", ["full", "lora", "prompt"])

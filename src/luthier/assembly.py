@@ -23,6 +23,8 @@ from luthier.tuners._tuner import Untuned
 if TYPE_CHECKING:
     from luthier.architectures._network import Network
 
+BROUGHT = "role:"  # what the names of tensors begin with that a role brought
+
 
 def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -146,13 +148,14 @@ def tensors_of(start: Any, attached: Any) -> dict[str, torch.Tensor]:
     folder = Path(start)
     if not folder.is_dir():
         raise RecipeError(f"start: there is no folder {folder}")
-    return attached.read(folder)
+    return {k: v for k, v in attached.read(folder).items() if not k.startswith(BROUGHT)}
 
 
 def take_parts(roles: Roles, parts: Parts) -> None:
-    """Let the other roles play; trained parts they bring (a critic's head) move along with the tuner."""
+    """Let the other roles play; trained parts they bring (a critic's head) move along with the tuner. A run that goes on from
+    this one takes what the tuner moved, and begins with parts of its own."""
     from luthier.tuners._also import Also
 
-    brought = {f"{k}.{n}": m for k, r in parts.roles.items() for n, m in r.parts(roles.policy.model).items()}
+    brought = {f"{BROUGHT}{k}.{n}": m for k, r in parts.roles.items() for n, m in r.parts(roles.policy).items()}
     if brought:
         roles.policy.attached = roles.tuner = Also(roles.tuner, brought)

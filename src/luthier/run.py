@@ -184,6 +184,7 @@ class _Run:
         stats |= self.check(rows)
         if self.recipe.start is None:
             self.roles.tuner.initialize(rows, self.roles)
+        self.roles.tuner.ready(rows, self.roles)
         self.fit, self.stats = self.training(rows), stats
         self.check_memory(self.fit, stats)
         self.keep_frozen(self.fit, stats.get("row_tokens", 0))

@@ -1,19 +1,21 @@
-"""A tuner and further trained parts (a critic's head, a projector): one thing to list, save, exchange and step."""
+"""A tuner and the parts that roles bring (a critic's head, a memory of features): one thing to list, save, exchange and step.
+
+What of a part is trained moves along with the tuner; its buffers are memory: kept in checkpoints, not taken away.
+"""
 
 from __future__ import annotations
 
-from torch import nn
-
+from luthier.roles._role import Part
 from luthier.tuners._tuner import Attached, Site
 
 
 class Also(Attached):
-    """Everything of the tuner, and the parameters of modules that roles brought."""
+    """Everything of the tuner, and the parts that roles brought."""
 
-    def __init__(self, attached: Attached, parts: dict[str, nn.Module]):
-        self.attached = attached
+    def __init__(self, attached: Attached, parts: dict[str, Part]):
+        self.attached, self.parts = attached, parts
         super().__init__(attached.settings, attached.model)
-        self.extra = [Site(n, dict(m.named_parameters()), None) for n, m in parts.items()]
+        self.extra = [Site(n, dict(m.named_parameters()), None) for n, m in parts.items() if any(True for _ in m.parameters())]
 
     def __getattr__(self, name):  # soft, peft and whatever else the tuner has
         return getattr(self.__dict__["attached"], name)
@@ -33,10 +35,14 @@ class Also(Attached):
         return self.attached.buffers()
 
     def memory(self):
-        return self.attached.memory()
+        return self.attached.memory() | {f"{n}.{k}": b for n, m in self.parts.items() for k, b in m.named_buffers()}
 
     def initialize(self, rows, roles):
         self.attached.initialize(rows, roles)
+
+    def ready(self, rows, roles):
+        for part in self.parts.values():
+            part.ready(rows, roles)
 
     def before_step(self, clock):
         self.attached.before_step(clock)
@@ -46,6 +52,8 @@ class Also(Attached):
 
     def after_step(self, clock):
         self.attached.after_step(clock)
+        for part in self.parts.values():
+            part.after_step(clock)
 
     def off(self):
         return self.attached.off()

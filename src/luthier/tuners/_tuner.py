@@ -91,7 +91,10 @@ class Attached:
     # --- life of a run
 
     def initialize(self, rows: list[dict], roles: Any) -> None:
-        """Once, before step 0: start from data (activations, gradients)."""
+        """Once, before step 0, unless the run goes on from another: start from data (activations, gradients)."""
+
+    def ready(self, rows: list[dict], roles: Any) -> None:
+        """Once, before step 0, whatever the run starts from: what is kept beside the tensors that move."""
 
     def before_step(self, clock: Clock) -> None:
         """Decide what moves in this step."""
