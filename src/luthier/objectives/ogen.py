@@ -90,4 +90,4 @@ class OGEN(Objective):
             theirs = -judged(others, out, first).gather(2, near[..., None])[..., 0].mean(1)
             terms |= {"known": ours + theirs, "unknown": -says.gather(2, far[..., None])[..., 0].mean(1)}
         batch.note(**{f"ogen_{name}": value for name, value in terms.items()})
-        return h.new_zeros(len(h)).masked_scatter(here, sum(getattr(self, name) * value for name, value in terms.items()))
+        return h.new_zeros(len(h)).masked_scatter(here, torch.stack([getattr(self, name) * value for name, value in terms.items()]).sum(0))
