@@ -30,7 +30,7 @@ NEEDED = {
 GOALS = {"right": "exact_match", "short": {"name": "length", "scale": -0.1}}
 NEEDED["front"] = {"goals": GOALS}
 SAMPLES = {"objective": "grpo", "live": [{"name": "rollout", "n": 2, "max_new_tokens": 4}, {"name": "score", "reward": "exact_match"}]}
-PLAYED_ON = {"front": SAMPLES}  # plans that want more of a recipe
+PLAYED_ON = {"front": SAMPLES, "meet": {"stages": [{"name": "score", "reward": "exact_match"}]}}  # plans that want more of a recipe
 ROWS = load(SUMS).rows
 
 

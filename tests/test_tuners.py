@@ -771,7 +771,7 @@ def test_import_luthier_imports_nothing_heavy():
 
 
 PISSA = {"name": "lora", "init_lora_weights": "pissa", "r": 4}
-RUNS = ["lora", PISSA, "ssf", {"name": "lora_sb", "r": 4, "init_rows": 8}, "lisa", "prompt"]
+RUNS = ["lora", PISSA, "ssf", {"name": "lora_sb", "r": 4, "init_rows": 8}, "lisa", "prompt", {"name": "control", "num_virtual_tokens": 4, "tuner": "lora"}]
 
 
 @pytest.mark.parametrize("spec", RUNS)
@@ -833,7 +833,7 @@ def test_on_every_shape(name, kind, tmp_path):
     fresh, low = lambda: copy.deepcopy(_shaped(kind)), kind == "tied"
     if low:
         fresh = lambda: copy.deepcopy(_shaped(kind)).bfloat16()
-    if kind == "bert" and name == "prompt":
+    if kind == "bert" and name in ("prompt", "control"):
         pytest.skip("soft vectors stand before text that a causal network reads")
     try:
         attached = put(name, fresh())

@@ -55,6 +55,15 @@ class Batch:
         return place[self.segment[self.supervised]]
 
     @cached_property
+    def row(self) -> Tensor:
+        """[S] the row of each segment."""
+        rows, parents = [-1] * len(self.parent), self.parent.tolist()
+        for s, g in zip(self.completion.tolist(), self.group.tolist(), strict=True):
+            while s >= 0:
+                rows[s], s = g, parents[s]
+        return torch.tensor(rows, device=self.ids.device)
+
+    @cached_property
     def sizes(self) -> list[int]:
         """[S] tokens of each segment."""
         return torch.bincount(self.segment, minlength=len(self.parent)).tolist()

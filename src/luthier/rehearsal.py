@@ -38,6 +38,7 @@ WORDS = {  # how a word reads in a sentence
     "reference": "a reference model",
     "teacher": "a teacher model",
     "critic": "a critic",
+    "bucket": "rows with a `bucket` (stage buckets)",
     "memory": "a memory of features",
     "generator": "a generator of features for classes that no row has",
     "parts": "heads that put parts together and take wholes apart",

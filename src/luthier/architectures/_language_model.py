@@ -70,13 +70,18 @@ def path(batch: Batch, segment: int) -> list[int]:
     return way
 
 
-def soft_first(model: Network, attached: Any, ids: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-    """[R, W] ids and mask -> what the model is handed: the ids, or embeddings after the tuner's soft vectors [R, k + W]."""
+def soft_first(
+    model: Network, attached: Any, ids: Tensor, mask: Tensor | None = None, of: tuple[Batch, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """[R, W] ids and mask -> what the model is handed: the ids, or embeddings after the tuner's soft vectors [R, k + W].
+
+    of: a batch, and which of its rows [R] are read; else nobody's in particular.
+    """
     mask = torch.ones_like(ids) if mask is None else mask
     if not attached.virtual:
         return {"input_ids": ids, "attention_mask": mask}
     embed = model.get_input_embeddings()(ids)
-    soft = attached.soft().to(embed.dtype).expand(len(ids), -1, -1)
+    soft = (attached.soft().expand(len(ids), -1, -1) if of is None else attached.soft_rows(of[0])[of[1]]).to(embed.dtype)
     mask = torch.cat([mask.new_ones(soft.shape[:2]), mask], 1)
     return {"inputs_embeds": torch.cat([soft, embed], 1), "attention_mask": mask}
 

@@ -125,8 +125,11 @@ class Causal(LanguageModel):
         if noisy:
             embed = embed + self.noise(batch, embed.shape[-1])[layout.source].to(embed.dtype)
         if attached.virtual:
-            vectors = attached.soft().to(embed.dtype)[layout.soft.clamp(min=0)]
-            embed = torch.where((layout.soft >= 0)[..., None], vectors, embed)
+            soft = layout.soft
+            ahead = torch.arange(soft.shape[1], device=soft.device) + attached.virtual - soft  # the text that they stand before
+            row = batch.row[batch.segment[layout.source.gather(1, ahead.clamp(max=soft.shape[1] - 1))]]
+            vectors = attached.soft_rows(batch).to(embed.dtype)[row, soft.clamp(min=0)]
+            embed = torch.where((soft >= 0)[..., None], vectors, embed)
         return {"inputs_embeds": embed}
 
     def noise(self, batch: Batch, width: int) -> Tensor:
@@ -170,7 +173,7 @@ class Causal(LanguageModel):
     def alone(self, model: Network, attached, batch: Batch, segment: int, own: Tensor) -> Tensor:
         pieces = batch.segments()
         places = torch.cat([pieces[s] for s in path(batch, segment)])
-        logits = model(**soft_first(model, attached, batch.ids[places][None]), use_cache=False).logits[0]
+        logits = model(**soft_first(model, attached, batch.ids[places][None], of=(batch, batch.row[[segment]])), use_cache=False).logits[0]
         before = (places[:, None] == own).nonzero()[:, 0] - 1 + attached.virtual
         return picked(logits[before], batch.labels[own])
 

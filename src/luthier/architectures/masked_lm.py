@@ -67,7 +67,7 @@ class MaskedLM(LanguageModel):
     def forward(self, model: Network, attached, batch: Batch) -> Outputs:
         pieces = batch.segments()
         places = [torch.cat([pieces[p] for p in path(batch, s)]) for s in batch.completion.tolist()]
-        inputs = soft_first(model, attached, *pad([batch.ids[p] for p in places]))
+        inputs = soft_first(model, attached, *pad([batch.ids[p] for p in places]), of=(batch, batch.group))
         width = inputs["attention_mask"].shape[1]
         at = torch.full_like(batch.ids, -1)
         for r, (s, p) in enumerate(zip(batch.completion.tolist(), places, strict=True)):  # a completion ends its row
@@ -79,6 +79,6 @@ class MaskedLM(LanguageModel):
     def alone(self, model: Network, attached, batch: Batch, segment: int, own: Tensor) -> Tensor:
         pieces = batch.segments()
         places = torch.cat([pieces[s] for s in path(batch, segment)])
-        inputs = soft_first(model, attached, batch.ids[places][None])
+        inputs = soft_first(model, attached, batch.ids[places][None], of=(batch, batch.row[[segment]]))
         logits = model(**inputs).logits[0, attached.virtual :]
         return picked(logits[(places[:, None] == own).nonzero()[:, 0]], batch.labels[own])

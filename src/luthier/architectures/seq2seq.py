@@ -51,7 +51,7 @@ class Seq2Seq(LanguageModel):
         at = at[batch.supervised]
         if (at < 0).any():
             raise ValueError("a supervised token in a prompt cannot be predicted: the encoder reads it")
-        hidden, mask = encode(model, attached, [batch.ids[pieces[s]] for s in roots])
+        hidden, mask = encode(model, attached, [batch.ids[pieces[s]] for s in roots], of=(batch, batch.row[roots]))
         which = torch.tensor([roots.index(way[0]) for way in ways], device=at.device)
         inputs = {
             "encoder_outputs": (hidden[which],),
@@ -65,7 +65,7 @@ class Seq2Seq(LanguageModel):
         pieces = batch.segments()
         places = torch.cat([pieces[s] for s in way])
         ids, prompt = batch.ids[places], batch.ids[pieces[root]][None]
-        inputs = soft_first(model, attached, prompt)
+        inputs = soft_first(model, attached, prompt, of=(batch, batch.row[[segment]]))
         begun = torch.cat([ids.new_tensor([first_token(model)]), ids[:-1]])
         logits = model(**inputs, decoder_input_ids=begun[None], use_cache=False).logits[0]
         return picked(logits[(places[:, None] == own).nonzero()[:, 0]], batch.labels[own])
@@ -75,9 +75,9 @@ class Seq2Seq(LanguageModel):
         return generate(writer, prompts, limit=getattr(model.config, "max_position_embeddings", None), **how)
 
 
-def encode(model: Network, attached, prompts: list[Tensor]) -> tuple[Tensor, Tensor]:
+def encode(model: Network, attached, prompts: list[Tensor], of: tuple[Batch, Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Prompts -> the encoder's hidden states [R, W, d] and the mask [R, W] of real places; soft vectors in front."""
-    inputs = soft_first(model, attached, *pad(prompts))
+    inputs = soft_first(model, attached, *pad(prompts), of=of)
     return model.get_encoder()(**inputs).last_hidden_state, inputs["attention_mask"]
 
 

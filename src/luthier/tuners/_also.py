@@ -17,7 +17,7 @@ class Also(Attached):
         super().__init__(attached.settings, attached.model)
         self.extra = [Site(n, dict(m.named_parameters()), None) for n, m in parts.items() if any(True for _ in m.parameters())]
 
-    def __getattr__(self, name):  # soft, peft and whatever else the tuner has
+    def __getattr__(self, name):  # peft and whatever else the tuner has
         return getattr(self.__dict__["attached"], name)
 
     @property
@@ -54,6 +54,12 @@ class Also(Attached):
         self.attached.after_step(clock)
         for part in self.parts.values():
             part.after_step(clock)
+
+    def soft(self):
+        return self.attached.soft()
+
+    def soft_rows(self, batch):
+        return self.attached.soft_rows(batch)
 
     def off(self):
         return self.attached.off()

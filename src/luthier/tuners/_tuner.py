@@ -16,6 +16,7 @@ from luthier.method import RecipeError, family
 
 if TYPE_CHECKING:
     from luthier.architectures._network import Network
+    from luthier.batch import Batch
     from luthier.clock import Clock
 
 
@@ -105,6 +106,16 @@ class Attached:
 
     def after_step(self, clock: Clock) -> None:
         """After the update, gradients still there."""
+
+    # --- vectors before the text
+
+    def soft(self) -> Tensor:
+        """[virtual, width] what stands before every sequence, where `virtual` is not 0."""
+        raise NotImplementedError
+
+    def soft_rows(self, batch: Batch) -> Tensor:
+        """[G, virtual, width] what stands before each row of a batch."""
+        return self.soft().expand(len(batch.rows), -1, -1)
 
     # --- other readings of the same network
 
