@@ -63,7 +63,9 @@ class Features(Part):
         for row, (kind, feature) in everyone([(r, (c, f.cpu())) for r, (c, f) in self.heard.items()]):
             if row not in place:
                 at = int(self.written) % len(self.rows)
-                place = {r: i for r, i in place.items() if i != at} | {row: at}
+                if int(self.written) >= len(self.rows):
+                    place.pop(int(self.rows[at]), None)
+                place[row] = at
                 self.written += 1
             at = place[row]
             self.rows[at], self.classes[at] = row, kind
