@@ -19,6 +19,8 @@ from luthier.batch import collate
 from luthier.clock import Clock
 from luthier.method import RecipeError, build, card, find, helps, names, page, wants_of
 from luthier.objectives._features import classes
+from luthier.quantizers._calibrate import quantize
+from luthier.quantizers._quantizer import Quantized
 from luthier.recipe import terms
 from luthier.rehearsal import WORDS
 from luthier.render import Renderer
@@ -270,10 +272,10 @@ def test_packing_and_shared_prompts_change_nothing(name):
         same(grads, found[0][1], atol=1e-5 * max(1.0, most))
 
 
-def tuned(tuner: str) -> Roles:
+def tuned(tuner: str, net: torch.nn.Module | None = None) -> Roles:
     """The tiny network under a tuner, as a run would have it: the reference is the same network."""
     torch.manual_seed(3)  # vectors before the text can lie so far off that a clipped loss is flat
-    net = network()
+    net = network() if net is None else net
     attached = build("tuner", tuner).attach(net)
     clock = Clock()
     policy = Policy(Causal(), net, attached)
@@ -310,6 +312,22 @@ def test_runs_with_every_kind_of_tuner_and_without_a_gradient(name, tuner):
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
+def test_learns_on_a_quantized_base(name):
+    objective, roles = build("objective", name), tuned("lora", copy.deepcopy(_codes()))
+    average(objective, roles, batch_of(contract_rows(objective))).backward()
+    grads = [p.grad for p in roles.tuner.parameters().values() if p.grad is not None]
+    assert grads and all(bool(g.isfinite().all()) for g in grads) and any(bool(g.any()) for g in grads)
+    assert sum(isinstance(m, Quantized) for m in roles.policy.model.modules()) == 14
+
+
+@functools.cache
+def _codes() -> torch.nn.Module:
+    net = network()
+    quantize(net, build("quantizer", "nf4"))
+    return net
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_declaration_is_complete(name):
     cls, said = find("objective", name), card("objective", name)
     documented = helps(cls)
@@ -340,6 +358,20 @@ def test_at_the_start_a_pair_costs_what_no_margin_costs():
     roles = cast(reference=network())
     for spec, want in (("dpo", math.log(2)), ({"name": "ipo", "beta": 0.25}, 4.0), ("hinge", 1.0)):
         torch.testing.assert_close(loss_of(spec, roles), torch.full((4,), want), atol=1e-5, rtol=0)
+
+
+def test_symmetric_contrasts():
+    """S-VCO: no gap to the reference is four times log 2; the two answers may change places; the terms are those of the paper."""
+    rows = make_rows(3, k=6, contrasts=[0, 1])
+    torch.testing.assert_close(loss_of("s_vco", cast(reference=network()), rows), torch.full((3,), 4 * math.log(2)))
+    turned = [{**r, "completions": r["completions"][3:] + r["completions"][:3]} for r in rows]
+    torch.testing.assert_close(loss_of("s_vco", rows=rows), loss_of("s_vco", rows=turned), atol=1e-6, rtol=0)
+    roles = cast()
+    batch = batch_of(rows)
+    gap = batch.sums(roles.policy.logprobs(batch) - roles.reference.logprobs(batch)).view(3, 6)
+    cost = lambda beta, better, worse: -torch.nn.functional.logsigmoid(beta * (gap[:, better] - gap[:, worse]))
+    by_hand = cost(0.2, 0, 1) + cost(0.3, 1, 2) + cost(0.2, 3, 4) + cost(0.3, 4, 5)
+    torch.testing.assert_close(loss_of({"name": "s_vco", "beta_attend": 0.2, "beta_reject": 0.3}, rows=rows), by_hand, atol=1e-5, rtol=1e-5)
 
 
 def test_label_smoothing_of_one_half_takes_no_side():

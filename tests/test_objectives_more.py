@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 import luthier
 from conftest import SUMS, make_llama, make_tokenizer
@@ -116,9 +118,6 @@ def test_first_with_the_whole_vocabulary_is_the_forward_kl(base, tiny, tmp_path)
 @pytest.fixture(scope="module")
 def other(tmp_path_factory) -> str:
     """A tiny Llama with a tokenizer of its own: two digits are one token."""
-    from tokenizers import Tokenizer
-    from transformers import PreTrainedTokenizerFast
-
     made = json.loads(make_tokenizer().backend_tokenizer.to_str())
     merges = [[a, b] for a in "0123456789" for b in "0123456789"]
     for pair in merges:
@@ -132,13 +131,27 @@ def other(tmp_path_factory) -> str:
     return str(folder)
 
 
+def test_a_teacher_with_other_tokens_is_refused_where_sizes_agree(base, tiny, tmp_path):
+    made = json.loads(make_tokenizer().backend_tokenizer.to_str())
+    words = made["model"]["vocab"]
+    words["1"], words["2"] = words["2"], words["1"]
+    make_llama(3).save_pretrained(tmp_path / "swapped")
+    swapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(made)), eos_token="<|end|>", pad_token="<|pad|>")
+    swapped.save_pretrained(tmp_path / "swapped")
+    asked = {**base, "objective": "distill", "max_steps": 1, "roles": {"teacher": {"name": "model", "model": str(tmp_path / "swapped")}}}
+    with pytest.raises(RecipeError, match="2 not the same.*teacher_spans"):
+        luthier.tune(asked, folder=tmp_path / "r")
+
+
 def test_spans_of_one_tokenizer_are_its_tokens(base, tiny, tmp_path):
     stages = [{"name": "teacher_spans", "model": tiny}]
     same = luthier.tune({**base, "objective": "alm", "stages": stages, "max_steps": 1, "tuner": "full"}, folder=tmp_path / "same")
     assert same.losses[0] == pytest.approx(0, abs=1e-6)
     row = json.loads((tmp_path / "same" / "rows.jsonl").read_text().splitlines()[0])
     loaded = luthier.load(tiny, dtype="float32")
-    assert row["teacher_spans"][0] == pytest.approx(loaded.logprobs([{k: row[k] for k in ("id", "prompt", "completions")}]).tolist(), abs=1e-4)
+    assert row["teacher_spans"][0] == pytest.approx(
+        loaded.logprobs([{k: row[k] for k in ("id", "prompt", "completions")}]).tolist(), abs=1e-4
+    )
 
 
 def test_spans_of_another_tokenizer_add_up_to_its_own_log_probability(base, other, tmp_path):

@@ -61,6 +61,7 @@ WRONG = [
     ({"objective": "grpo"}, ["'grpo' wants completions that the policy itself has just written", "rollout", "live"]),
     ({"objective": "grpo", "live": [ROLLOUT]}, ["'grpo' wants a score for each completion", "stage 'score'"]),
     ({"objective": "grpo", "stages": [ROLLOUT, SCORE]}, ["fresh samples", "`live`, not under `stages`"]),
+    ({"objective": "grpo", "live": [ROLLOUT, SCORE], "estimator": "mezo"}, ["'mezo' compares values", "the same wherever", "old: true"]),
     ({"objective": "dpo", "stages": [ROLLOUT, SCORE, "best"]}, ["'dpo' wants", "different score"]),
     ({"objective": "kto"}, ["'kto' wants a score"]),
     ({"tuner": "full", "roles": {"reference": "off"}, "objective": "sft + 0.1*kl"}, ["role 'off' wants a tuner that can be switched off", "start"]),

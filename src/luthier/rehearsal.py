@@ -180,6 +180,7 @@ def checked(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts:
         _need(x, have, recipe)
     if p.objective is not None:
         p.estimator.suits(p.objective)
+        learns_by_value(p, have, recipe)
     if p.objective is not None and "samples" in wants(p.objective) and not any("samples" in s.gives for s in p.live):
         raise RecipeError(f"{_name(p.objective, recipe)} learns from fresh samples; write the rollout under `live`, not under `stages`")
     if p.objective is not None and recipe.num_iterations > 1:
@@ -192,6 +193,16 @@ def checked(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts:
                 f"num_iterations: {recipe.num_iterations} needs the sampler's own log-probabilities: `live: [{{name: rollout, old: true}}, ...]`"
             )
     return p
+
+
+def learns_by_value(p: Parts, have: Set[str], recipe: Recipe) -> None:
+    """Refuses an estimator that compares values of a loss whose value never changes."""
+    if "grad" in gives_of(p.estimator) or "old" in have or not any(term.flat for _, term in p.objective.terms()):
+        return
+    raise RecipeError(
+        f"estimator '{p.estimator.name}' compares values of the loss, and that of {_name(p.objective, recipe)} is the same wherever the policy "
+        f"goes, unless rows say how likely their sampler found them: `live: [{{name: rollout, old: true}}, ...]`"
+    )
 
 
 def sits_on_codes(tuner: Any, quantizer: Any) -> None:

@@ -219,6 +219,8 @@ class _Run:
             self.roles.tuner.load(tensors_of(self.recipe.start, self.roles.tuner))
         take_parts(self.roles, self.parts)
         for name, role in self.parts.roles.items():
+            role.reads(name, self.roles.renderer.tokenizer)
+        for name, role in self.parts.roles.items():
             setattr(self.roles, name, role.play(name, self.roles.policy))
 
     def take_rows(self) -> tuple[list[dict], dict]:

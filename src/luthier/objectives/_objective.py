@@ -17,6 +17,7 @@ class Objective:
     """Family: `loss` gives one number per unit, never a mean."""
 
     unit: ClassVar[str] = "token"  # token, sequence, group (row) or batch
+    flat: ClassVar[bool] = False  # on rows without `old`, is its value the same wherever the policy goes, and only its gradient tells?
 
     def loss(self, roles: Any, batch: Batch) -> Tensor:
         """[count(batch)] what each unit costs."""

@@ -7,7 +7,7 @@ itself: sample at temperature 1, or the ratio of a fresh sample is not that of i
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -38,6 +38,8 @@ SPREAD = {  # scale_rewards -> what centred scores are divided by
 @family
 class PolicyGradient(Objective):
     """Family: `tokens` is the clipped surrogate of each token; a method says how tokens add up."""
+
+    flat: ClassVar[bool] = True
 
     epsilon: Annotated[NotNegative, Range(0.05, 0.4)] = 0.2  # the ratio counts from 1 - epsilon
     epsilon_high: NotNegative | None = None  # to 1 + epsilon_high; null: epsilon

@@ -20,6 +20,9 @@ class Role:
         """Parts that this role brings, by name. policy: before anything is brought."""
         return {}
 
+    def reads(self, name: str, tokenizer: Any) -> None:
+        """Raises RecipeError, before anything is loaded, where this role cannot read what the policy's tokenizer writes."""
+
     def play(self, name: str, policy: Any) -> Any:
         """policy: the training policy. Usually returns a Policy."""
         raise NotImplementedError

@@ -1,4 +1,5 @@
-"""Another model, frozen: a teacher, a reference of its own, a reward model."""
+"""Another model, frozen: a teacher, a reference of its own, a reward model. It reads the policy's tokens, so both must write
+text with the same ones; of a teacher with other tokens, stage `teacher_spans` and objective `alm` compare the text instead."""
 
 from __future__ import annotations
 
@@ -13,11 +14,27 @@ from luthier.tuners._tuner import Untuned
 
 @role()
 class Model(Role):
-    """Loaded with the policy's architecture and precision; its vocabulary must be the policy's."""
+    """Loaded with the policy's architecture and precision; its tokenizer must be the policy's."""
 
     constant = True
 
     model: str = "practice:lm"  # folder, hub name, or practice:NAME
+
+    def reads(self, name, tokenizer):
+        from transformers import AutoTokenizer
+
+        try:
+            other = AutoTokenizer.from_pretrained(resolve_model(self.model), trust_remote_code=False).get_vocab()
+        except (OSError, ValueError, ImportError):
+            return  # a folder of weights alone: its size is compared when it is loaded
+        own = tokenizer.get_vocab()
+        if differ := [token for token in own if own[token] != other.get(token)]:  # that it knows more tokens does no harm
+            words = f"{len(own):,} and {len(other):,} tokens" if len(own) != len(other) else f"{len(own):,} tokens each"
+            raise RecipeError(
+                f"roles.{name}: {self.model} and the policy have tokenizers of their own ({words}, {len(differ):,} not the same, e.g. "
+                f"{differ[0]!r}): a role reads the policy's tokens. To learn from it all the same: `stages: [{{name: teacher_spans, "
+                f"model: {self.model}}}]` with `objective: alm`"
+            )
 
     def play(self, name, policy):
         own = next(policy.model.parameters())
