@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import BertConfig, BertForMaskedLM
 
+ASKED = 0.2  # weight of a prompt's token in the loss, of a completion's it is 1: prompts are mostly chance
 SHORT = 8  # tokens of a completion that is hidden whole
+WHOLE = 0.8  # how often
 HIDDEN, MASKED, RANDOM = 0.2, 0.8, 0.1  # share of tokens asked; of these replaced by the mask token, by a random one
 
 
@@ -28,7 +30,7 @@ def build(tokenizer, hidden: int, layers: int, heads: int, intermediate: int, se
 
 
 def loss_of(
-    model, tokenizer, documents: list[tuple[list[int], list[int]]], batch: int = 64, seed: int = 0
+    model, tokenizer, documents: list[tuple[list[int], list[int]]], batch: int = 24, seed: int = 0
 ) -> Callable[[int], tuple[Tensor, int]]:
     """documents: (prompt ids, completion ids), in the order they are read; batches are of documents of like length."""
     ordered = by_length(documents, batch, seed)
@@ -37,13 +39,14 @@ def loss_of(
         some = [documents[i] for i in ordered[step % len(ordered)]]
         draw = np.random.default_rng([seed, step])
         ids, labels = padded([p + c for p, c in some], tokenizer.pad_token_id), None
-        labels = torch.full_like(ids, -100)
+        labels, weight = torch.full_like(ids, -100), torch.ones(ids.shape)
         for r, (prompt, completion) in enumerate(some):
             size = len(prompt) + len(completion)
-            whole = 0 < len(completion) - 1 <= SHORT and draw.random() < 0.5
+            whole = 0 < len(completion) - 1 <= SHORT and draw.random() < WHOLE
             asked = np.arange(len(prompt), size - 1) if whole else np.flatnonzero(draw.random(size) < HIDDEN)
             asked = asked[asked > 0]
             labels[r, asked] = ids[r, asked]
+            weight[r, : len(prompt)] = ASKED
             fate = np.zeros(len(asked)) if whole else draw.random(len(asked))
             ids[r, asked[fate < MASKED]] = tokenizer.mask_token_id
             wrong = asked[(fate >= MASKED) & (fate < MASKED + RANDOM)]
@@ -53,7 +56,8 @@ def loss_of(
             mask[r, : len(prompt) + len(completion)] = 1
         states = model.bert(input_ids=ids, attention_mask=mask).last_hidden_state
         kept = labels >= 0
-        return F.cross_entropy(model.cls(states[kept]).float(), labels[kept]), int(mask.sum())
+        losses = F.cross_entropy(model.cls(states[kept]).float(), labels[kept], reduction="none")
+        return (losses * weight[kept]).sum() / weight[kept].sum(), int(mask.sum())
 
     return loss
 
