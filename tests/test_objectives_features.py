@@ -28,8 +28,8 @@ from test_objectives import batch_of, cast, make_rows
 
 def test_a_mean_teacher_is_the_running_average_and_gets_no_gradient(base, tmp_path):
     recipe = {
-        **base, "tuner": {"name": "lora", "r": 2}, "objective": "sft + self_distill", "max_steps": 5, "save_steps": 1,
-        "save_total_limit": 9, "roles": {"teacher": {"name": "mean_teacher", "momentum": 0.7}}, "learning_rate": 1e-2,
+        **base, "tuner": {"name": "lora", "r": 2}, "objective": "sft + self_distill + look", "max_steps": 5, "save_steps": 1,
+        "save_total_limit": 9, "roles": {"teacher": {"name": "mean_teacher", "momentum": 0.7}, "memory": {"name": "memory", "size": 32}}, "learning_rate": 1e-2,
     }  # fmt: skip
     report = luthier.tune(recipe, folder=tmp_path / "a")
     steps = [load_checkpoint(p).tensors for p in checkpoints(tmp_path / "a")]
@@ -327,33 +327,33 @@ class Answers:
 
 
 def tuned_on_known(seed: int, **weights) -> tuple[float, torch.Tensor]:
-    """Eight classes whose points lie near a rotation of their features; six are learned. Accuracy on the other two."""
+    """Twelve classes whose points lie near a rotation of their features; six are learned. Accuracy on the other six."""
     from torch import nn
 
     rng = torch.Generator().manual_seed(seed)
-    W = nn.functional.normalize(torch.randn(8, 16, generator=rng), dim=1)
+    W = nn.functional.normalize(torch.randn(12, 16, generator=rng), dim=1)
     turn = torch.linalg.qr(torch.randn(16, 16, generator=rng)).Q
-    y = torch.arange(320) % 8
-    x = 4 * W[y] @ turn + 0.8 * torch.randn(320, 16, generator=rng)
+    y = torch.arange(360) % 12
+    x = 4 * W[y] @ turn + 0.8 * torch.randn(360, 16, generator=rng)
     torch.manual_seed(seed)
-    net, head = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16)), nn.Linear(16, 8, bias=False)
+    net, head = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16)), nn.Linear(16, 12, bias=False)
     head.weight.data = 4 * W
     known = (y < 6).nonzero()[:, 0]
     with torch.no_grad():  # a start that knows all classes a little, as a pretrained network does
         net[2].weight.zero_()
-    skip = turn.T + 0.35 * torch.randn(16, 16, generator=rng)
+    skip = turn.T + 0.5 * torch.randn(16, 16, generator=rng)
     f = lambda x: x @ skip + net(x)
-    late, make = copy.deepcopy(net), Made(16, [*"abcdef"], [*"gh"], 3, 4)
-    make.tokens.copy_(torch.arange(8))
+    late, make = copy.deepcopy(net), Made(16, [*"abcdef"], [*"ghijkl"], 3, 4)
+    make.tokens.copy_(torch.arange(12))
     roles = SimpleNamespace(
-        policy=Answers(f, head, x), teacher=Answers(lambda x: x @ skip + late(x).detach(), head, x), generator=make, clock=Clock(total=150)
+        policy=Answers(f, head, x), teacher=Answers(lambda x: x @ skip + late(x).detach(), head, x), generator=make, clock=Clock(total=120)
     )
     rows = [{"id": i, "prompt": [3], "completions": [[int(c)]]} for i, c in enumerate(y)]
     make.remember(known, y[known], f(x[known]).detach())
     make.after_step(None, momentum=0.0)
     objective = build("objective", {"name": "ogen", **weights})
-    optimizer = torch.optim.Adam([*net.parameters(), *make.parameters()], 1e-2)
-    for roles.clock.step in range(150):
+    optimizer = torch.optim.Adam([*net.parameters(), *make.parameters()], 2e-2)
+    for roles.clock.step in range(120):
         batch = batch_of([rows[i] for i in known[torch.randint(len(known), (32,), generator=rng)].tolist()])
         loss = -roles.policy.outputs(batch).logprobs.mean() + objective.loss(roles, batch).mean()
         optimizer.zero_grad()
@@ -373,9 +373,9 @@ OFF = {"reconstruction": 0, "known": 0, "unknown": 0, "distillation": 0}
 
 
 def test_ogen_keeps_classes_that_are_not_tuned_on():
-    scores = [(tuned_on_known(seed)[0], tuned_on_known(seed, **OFF)[0]) for seed in range(3)]
+    scores = [(tuned_on_known(seed, distillation=5.0)[0], tuned_on_known(seed, **OFF)[0]) for seed in range(3)]
 
-    assert sum(a for a, _ in scores) >= sum(b for _, b in scores)
+    assert sum(a for a, _ in scores) >= sum(b for _, b in scores) and sum(a >= b for a, b in scores) >= 2
 
 
 def test_ogen_without_weights_is_nothing_and_warms_up():
