@@ -12,6 +12,8 @@ import torch
 
 from luthier import store
 from luthier.clock import Clock
+from luthier.kernels import elementwise
+from luthier.kernels.heap import keep_memory
 from luthier.later import import_models
 from luthier.method import RecipeError, build
 from luthier.quantizers._quantizer import modules as coded
@@ -49,6 +51,8 @@ def load_model(recipe: Recipe, parts: Parts, network: Mapping[str, Any], folder:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # what it warns of when loading is told by us, or refused
     path, where = store.resolve_model(recipe.model), device()
+    if where.type == "cpu":
+        keep_memory()
     how = {"dtype": pick_dtype(recipe.dtype, where), **network}
     if recipe.attn_implementation:
         how["attn_implementation"] = recipe.attn_implementation
@@ -60,7 +64,10 @@ def load_model(recipe: Recipe, parts: Parts, network: Mapping[str, Any], folder:
     model.config.use_cache = False
     if recipe.gradient_checkpointing is True:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model.to(where).eval(), tokenizer
+    model = model.to(where).eval()
+    if getattr(parts.architecture, "fused", False):
+        elementwise.take(model)
+    return model, tokenizer
 
 
 def _quantized(recipe: Recipe, parts: Parts, path: str, how: dict[str, Any], where: torch.device, folder: Path | None) -> Network:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from luthier.batch import Batch
+from luthier.kernels import elementwise
 from luthier.method import RecipeError
 from luthier.quantizers._quantizer import numbers
 from luthier.roles import resting
@@ -78,9 +79,12 @@ def same_as_plain(policy: Any, batch: Batch, tell: Callable[[str], None]) -> Non
     The layout is tried crowded: all sequences side by side, as they come to stand in a large batch.
     """
     usual = tolerance(policy.model)
+    with torch.no_grad(), resting(policy.model), policy.playing():
+        _elementwise(policy, batch, usual, tell)
     failed: list[tuple[str, str]] = []  # a reading and why it will not do
     with torch.no_grad(), resting(policy.model), policy.playing():
-        want = policy.architecture.plain(policy.model, policy.attached, batch).float()
+        with elementwise.plainly():
+            want = policy.architecture.plain(policy.model, policy.attached, batch).float()
         while True:
             arch = policy.architecture
             try:
@@ -101,6 +105,24 @@ def same_as_plain(policy: Any, batch: Batch, tell: Callable[[str], None]) -> Non
     taken = [*(reading for reading, _ in failed), policy.architecture.reading]
     for (reading, reason), instead in zip(failed, taken[1:], strict=True):
         tell(f"reading {reading} {reason}: rows are read {instead} instead, which is slower and right")
+
+
+def _elementwise(policy: Any, batch: Batch, usual: float, tell: Callable[[str], None]) -> None:
+    """The element-wise kernels by themselves, in the network's own forward."""
+    if not elementwise.taken(policy.model):
+        return
+    arch = policy.architecture
+    with elementwise.plainly():
+        want = arch.plain(policy.model, policy.attached, batch).float()
+    with elementwise.always():
+        gaps = (arch.plain(policy.model, policy.attached, batch).float() - want).abs()
+    mean, most = float(gaps.mean()), float(gaps.max())
+    if not (mean <= usual and most <= 20 * usual):
+        elementwise.leave(policy.model)
+        tell(
+            f"norms, rotary positions and gates in fewer passes differ from the model's own by {mean:.1e} on average, {most:.1e} at most: "
+            "its own are taken instead, which are slower and right"
+        )
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -47,7 +47,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, A, B, low = ctx.saved_tensors
         if torch.is_grad_enabled():
-            found = _again(lambda x, A, B: plain(x, nn.functional.linear(x, weight, bias), A, B, ctx.scale), (x, A, B), grads[0])
+            found = again(lambda x, A, B: plain(x, nn.functional.linear(x, weight, bias), A, B, ctx.scale), (x, A, B), grads[0])
             return found[0], None, None, *found[1:], None
         wants_x, _, _, wants_a, wants_b, _ = ctx.needs_input_grad
         flat, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
@@ -72,7 +72,7 @@ class _Update(torch.autograd.Function):
         wants_x, wants_y, wants_a, wants_b, _ = ctx.needs_input_grad
         d_y = grads[0] if wants_y else None
         if torch.is_grad_enabled():
-            found = _again(lambda x, A, B: plain(x, torch.zeros_like(grads[0]), A, B, ctx.scale), (x, A, B), grads[0])
+            found = again(lambda x, A, B: plain(x, torch.zeros_like(grads[0]), A, B, ctx.scale), (x, A, B), grads[0])
             return found[0], d_y, *found[1:], None
         flat, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
         inner = grad @ (B * ctx.scale).to(x.dtype) if wants_x or wants_a else None
@@ -89,7 +89,7 @@ def _factors(
     return d_a, d_b
 
 
-def _again(f: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
+def again(f: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
     """Gradients that somebody will differentiate: through plain operations, from the inputs alone."""
     wanted = [x for x in inputs if x.requires_grad]
     found = iter(torch.autograd.grad(f(*inputs), wanted, grad, create_graph=True))

@@ -8,10 +8,8 @@ last quarter.
 """
 
 import copy
-import ctypes
 import json
 import re
-import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -41,15 +39,6 @@ NEWTON_SCHULZ = [
     (2.8769, -3.1427, 1.2046),
     (2.8366, -3.0525, 1.2012),
 ]
-
-
-def keep_memory() -> None:
-    """Tell glibc to keep freed memory: handing pages back and forth costs much time at these sizes."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        trim_threshold, mmap_max = -1, -4
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 2**31 - 1)
 
 
 class _Attention(torch.autograd.Function):

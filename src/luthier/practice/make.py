@@ -79,7 +79,7 @@ def make_tokenizer(name: str, folder: Path, seed: int) -> PreTrainedTokenizerFas
 def make(name: str, folder: Path, minutes: float, steps: int | None, seed: int, start: Path | None, weak: Sequence[int] = ()) -> None:
     """Make one model into a folder, telling what happens; `rounds.json` there keeps account of the rounds."""
     torch.set_num_threads(min(2, cores()))
-    _pretrain.keep_memory()
+    keep_memory()
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
 

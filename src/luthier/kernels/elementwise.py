@@ -1,0 +1,354 @@
+"""What a network does between its matrix products, in fewer passes over memory: RMSNorm, rotary positions, the gate of a SwiGLU.
+
+Composed of torch operations, each of these writes and keeps several tensors as large as its input, some of them in fp32.
+Here each is one autograd function with a closed-form backward that keeps only its inputs (a norm: x and one number a
+row), worked through in stretches that stay in the cache; nothing is compiled. Modules of any transformers network are
+found by what they hold, and taken only where the fast form answers as the module does on random numbers; the first batch
+of every run is compared besides (guards.py), and `plainly` is the network's own code for a while.
+
+A gate is taken only for its memory: silu is computed a second time in backward, which costs on a CPU what the saved pass gains.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from luthier.kernels import differentiated_otherwise
+from luthier.kernels.lora import again
+
+STRETCH = 2**19  # numbers worked on at once on a CPU: in fp32 about what its cache holds
+SMALL = 2**15  # numbers up to which the network's own code is taken: a token being written, where calls cost more than memory
+_plain = 0  # how many ask for the network's own code just now
+_least = SMALL
+
+
+@contextmanager
+def plainly() -> Iterator[None]:
+    """The network's own code, for a while."""
+    global _plain
+    _plain += 1
+    try:
+        yield
+    finally:
+        _plain -= 1
+
+
+@contextmanager
+def always() -> Iterator[None]:
+    """However small the tensors are, for a while: to try the fast forms out."""
+    global _least
+    was, _least = _least, 0
+    try:
+        yield
+    finally:
+        _least = was
+
+
+def own_way(x: Tensor) -> bool:
+    """Are the fast forms wanted for x, and can they be?"""
+    return not _plain and x.numel() >= _least and not differentiated_otherwise()
+
+
+def stretches(x: Tensor) -> Iterator[slice]:
+    """Rows of x [T, d] that are worked on together."""
+    rows = max(1, STRETCH // max(1, x.shape[1])) if x.device.type == "cpu" else len(x)
+    for i in range(0, len(x), max(1, rows)):
+        yield slice(i, i + rows)
+
+
+# ---------------------------------------------------------------------------------------------- RMSNorm
+
+
+def plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The twin, and what transformers computes."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[..., d], [d] -> [..., d]: statistics in fp32, rounded where transformers rounds."""
+    return _Norm.apply(x, weight, eps)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        out, rate = torch.empty_like(flat), torch.empty(len(flat), 1, device=x.device)
+        wide = None
+        for s in stretches(flat):
+            part = flat[s]
+            wide = torch.empty(part.shape, device=x.device) if wide is None else wide[: len(part)]
+            wide.copy_(part)
+            r = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            rate[s] = r
+            out[s] = wide.mul_(r)
+            out[s].mul_(weight)
+        ctx.save_for_backward(x, weight, rate)
+        ctx.eps = eps
+        return out.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rate = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return *again(lambda x, w: plain_norm(x, w, ctx.eps), (x, weight), grads[0]), None
+        wants_x, wants_weight, _ = ctx.needs_input_grad
+        flat, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, x.shape[-1])
+        d_x = torch.empty_like(flat) if wants_x else None
+        d_weight = torch.zeros(weight.shape, device=x.device) if wants_weight else None
+        wide_weight, room = weight.float(), None
+        for s in stretches(flat):
+            part, r = flat[s], rate[s]
+            room = torch.empty(3, *part.shape, device=x.device) if room is None else room[:, : len(part)]
+            g, normed, spare = room
+            g.copy_(grad[s])
+            torch.mul(part, r, out=normed)
+            if d_weight is not None:
+                d_weight += torch.mul(g, normed, out=spare).sum(0)
+            if d_x is not None:  # r * (g w - normed * mean(g w normed))
+                g.mul_(wide_weight)
+                along = torch.mul(g, normed, out=spare).sum(-1, keepdim=True).div_(-x.shape[-1])
+                d_x[s] = g.addcmul_(normed, along).mul_(r)
+        return None if d_x is None else d_x.view(x.shape), None if d_weight is None else d_weight.to(weight.dtype), None
+
+
+# ---------------------------------------------------------------------------------------------- rotary positions
+
+
+def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The twin: x cos + (-x2, x1) sin, x1 and x2 the halves of x [..., d]."""
+    one, two = x.chunk(2, -1)
+    return x * cos + torch.cat((-two, one), -1) * sin
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same without a turned copy of x; cos and sin do not move."""
+    return _Rotary.apply(x, cos, sin)
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, way: int) -> Tensor:
+    """x turned; way -1: what it does to gradients, the turn back."""
+    half = x.shape[-1] // 2
+    out = x * cos
+    first, second = (sin[..., :half], sin[..., half:]) if way > 0 else (sin[..., half:], sin[..., :half])
+    out[..., :half].addcmul_(x[..., half:], first, value=-way)
+    out[..., half:].addcmul_(x[..., :half], second, value=way)
+    return out
+
+
+class _Rotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _Rotary._back(grads[0], *ctx.saved_tensors), None, None
+
+    @staticmethod
+    def _back(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return _Back.apply(grad, cos, sin) if torch.is_grad_enabled() else _turned(grad, cos, sin, -1)
+
+
+class _Back(torch.autograd.Function):
+    """The turn back, and back again: as often as somebody differentiates."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(grad, cos, sin, -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return rotary(grads[0], *ctx.saved_tensors), None, None
+
+
+# ---------------------------------------------------------------------------------------------- SwiGLU
+
+
+def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """The twin."""
+    return F.silu(gate) * up
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, which keeps gate and up and not silu(gate)."""
+    return _SwiGLU.apply(gate, up)
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return tuple(again(plain_swiglu, (gate, up), grads[0]))
+        d_up = F.silu(gate).mul_(grads[0])
+        d_gate = grads[0] * up
+        return torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate), d_up
+
+
+# ---------------------------------------------------------------------------------------------- in a network
+
+
+def take(model: nn.Module) -> dict[str, int]:
+    """Give a network the fast forms where they answer as its own; how many modules of each kind took them."""
+    found: dict[str, int] = {}
+    tried: dict[Any, bool] = {}
+    with torch.no_grad():
+        for module in model.modules():
+            for fits, fast, probe in ((_is_norm, _fast_norm, _probe_norm), (_is_gated, _fast_gated, _probe_gated)):
+                kind = type(module)
+                if not fits(module) or hasattr(kind, "as_it_was") or "forward" in vars(module):
+                    continue
+                key = (kind, fits(module))
+                if key not in tried:
+                    tried[key] = _agree(module, fast(kind), probe(module))
+                if tried[key]:
+                    module.__class__ = fast(kind)
+                    found[kind.__name__] = found.get(kind.__name__, 0) + 1
+        for source in {type(m).__module__ for m in model.modules()}:
+            if turned := _take_rotary(sys.modules.get(source)):
+                found[turned] = 1
+    return found
+
+
+def taken(model: nn.Module) -> bool:
+    """Has a network any of the fast forms?"""
+    kinds = {type(m) for m in model.modules()}
+    return any(hasattr(k, "as_it_was") or hasattr(getattr(sys.modules[k.__module__], ROTARY, None), "as_it_was") for k in kinds)
+
+
+def leave(model: nn.Module) -> None:
+    """Give a network its own code back."""
+    for module in model.modules():
+        module.__class__ = getattr(type(module), "as_it_was", type(module))
+        home = sys.modules.get(type(module).__module__)
+        if own := getattr(getattr(home, ROTARY, None), "as_it_was", None):
+            setattr(home, ROTARY, own)
+
+
+def _agree(module: nn.Module, fast: type, x: Tensor) -> bool:
+    want, was = module(x), type(module)
+    try:
+        module.__class__ = fast
+        with always():
+            got = module(x)
+    except (TypeError, RuntimeError, AttributeError):
+        return False
+    finally:
+        module.__class__ = was
+    return got.dtype == want.dtype and torch.allclose(got.float(), want.float(), **close(want.dtype))
+
+
+def close(dtype: torch.dtype) -> dict[str, float]:
+    """How far two right ways of rounding lie apart."""
+    return {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-6}
+
+
+def _dressed(kind: type, forward: Callable) -> type:
+    """kind with another forward; by name still itself, for whoever looks modules up by name."""
+    made = type(kind.__name__, (kind,), {"forward": forward, "as_it_was": kind})
+    made.__module__, made.__qualname__ = kind.__module__, kind.__qualname__
+    return made
+
+
+def _eps(module: Any) -> float | None:
+    found = next((e for n in ("variance_epsilon", "eps") if (e := getattr(module, n, None)) is not None), None)
+    return found if isinstance(found, float) else None
+
+
+def _is_norm(module: Any) -> Any:
+    """Named so, with one weight and an epsilon and nothing else."""
+    named = "RMSNorm" in type(module).__name__ or type(module).__name__.endswith("LayerNorm")
+    if not named or [n for n, _ in module.named_parameters()] != ["weight"] or [*module.buffers()] or _eps(module) is None:
+        return None
+    return module.weight.ndim == 1 and not module.weight.is_meta and ("norm", module.weight.dtype)
+
+
+@cache
+def _fast_norm(kind: Any) -> type:
+    def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Tensor:
+        weight = self.weight
+        if more or named or x.dtype != weight.dtype or not own_way(x):
+            return kind.forward(self, x, *more, **named)
+        return rms_norm(x, weight, _eps(self))
+
+    return _dressed(kind, forward)
+
+
+def _probe_norm(module: Any) -> Tensor:
+    weight = module.weight
+    return torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight) * 3
+
+
+def _is_gated(module: Any) -> Any:
+    """A gate, a way up and a way down, with SiLU between."""
+    parts = {n for n, _ in module.named_children()}
+    if parts != {"gate_proj", "up_proj", "down_proj", "act_fn"} or type(module.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+        return None
+    sizes = [getattr(getattr(module, n), "weight", None) for n in ("gate_proj", "up_proj")]
+    return all(w is not None and w.ndim == 2 and w.is_floating_point() and not w.is_meta for w in sizes) and ("gated", sizes[0].dtype)
+
+
+@cache
+def _fast_gated(kind: Any) -> type:
+    def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Tensor:
+        if more or named or not own_way(x):
+            return kind.forward(self, x, *more, **named)
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
+
+    return _dressed(kind, forward)
+
+
+def _probe_gated(module: Any) -> Tensor:
+    weight = module.gate_proj.weight
+    return torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+
+
+ROTARY = "apply_rotary_pos_emb"  # as transformers' modelling files call it
+
+
+def _take_rotary(source: Any) -> str | None:
+    """Let a modelling file turn queries and keys the fast way, where that is the plain turn of halves."""
+    own: Any = getattr(source, ROTARY, None)
+    if own is None or hasattr(own, "as_it_was"):
+        return None
+    if [*inspect.signature(own).parameters] != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
+        return None
+
+    def fast(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        alike = q.dtype == k.dtype == cos.dtype and q.shape[-1] == k.shape[-1] == cos.shape[-1] and not cos.requires_grad
+        if not alike or not own_way(q):
+            return own(q, k, cos, sin, unsqueeze_dim)
+        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+        return rotary(q, cos, sin), rotary(k, cos, sin)
+
+    rng = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (torch.randn(s, generator=rng) for s in ((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8), (1, 3, 8)))
+    try:
+        want = own(q, k, cos, sin)
+        with always():
+            got = fast(q, k, cos, sin)
+    except (TypeError, RuntimeError):
+        return None
+    if not all(torch.allclose(a, b, **close(q.dtype)) for a, b in zip(want, got, strict=True)):
+        return None
+    fast.as_it_was = own  # type: ignore[attr-defined]
+    setattr(source, ROTARY, fast)
+    return ROTARY

@@ -1,0 +1,152 @@
+"""Norms, rotary positions and gates in fewer passes: against their plain twins, and in networks that take them."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from conftest import make_llama
+from luthier.kernels import elementwise as fast
+from luthier.kernels.heap import keep_memory
+
+KINDS = {  # name -> fast, plain, shapes of what moves, what does not
+    "norm": (fast.rms_norm, fast.plain_norm, [(2, 7, 12), (12,)], [1e-6]),
+    "rotary": (fast.rotary, fast.plain_rotary, [(1, 2, 7, 8)], ["cos", "sin"]),
+    "swiglu": (fast.swiglu, fast.plain_swiglu, [(2, 7, 12), (2, 7, 12)], []),
+}
+
+
+def given(kind, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    _, _, shapes, rest = KINDS[kind]
+    fixed = [torch.randn(1, 1, 7, 8, generator=g).to(dtype) if isinstance(r, str) else r for r in rest]
+    return [torch.randn(s, generator=g).to(dtype).requires_grad_() for s in shapes], fixed
+
+
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.06)])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stretch", [20, 2**19])
+def test_each_is_its_plain_twin(kind, dtype, atol, stretch, monkeypatch):
+    """Values and gradients of all that moves, in stretches and whole; bf16 within the rounding of numbers around 4."""
+    monkeypatch.setattr(fast, "STRETCH", stretch)
+    quick, plain, *_ = KINDS[kind]
+    found = []
+    for f in (quick, plain):
+        moving, fixed = given(kind, dtype)
+        out = f(*moving, *fixed)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+        found.append([out, *torch.autograd.grad(out, moving, weight)])
+    for got, want in zip(*found, strict=True):
+        assert got.dtype == want.dtype == dtype and got.shape == want.shape
+        torch.testing.assert_close(got, want, atol=atol, rtol=atol)
+
+
+def test_a_frozen_weight_gets_no_gradient_and_a_norm_keeps_one_number_a_row():
+    (x, weight), (eps,) = given("norm")
+    out = fast.rms_norm(x, weight.detach(), eps)
+    kept = [t for t in out.grad_fn.saved_tensors if t.shape not in (x.shape, weight.shape)]
+    assert [t.shape for t in kept] == [(14, 1)]
+    out.sum().backward()
+    assert weight.grad is None and x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives(kind):
+    quick, plain, *_ = KINDS[kind]
+    found = []
+    for f in (quick, plain):
+        moving, fixed = given(kind)
+        grads = torch.autograd.grad(f(*moving, *fixed).sin().sum(), moving, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in grads), moving))
+    for got, want in zip(*found, strict=True):
+        assert want.any()
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_a_network_takes_them_and_answers_alike():
+    """Hidden states and gradients of the input; a copy of the network has modules of its own; the way back leaves no trace."""
+    model = make_llama().requires_grad_(False)
+    kinds = [type(m) for m in model.modules()]
+    was = sys.modules[kinds[0].__module__].apply_rotary_pos_emb
+    embed = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(0))
+
+    def said(network):
+        x = embed.clone().requires_grad_()
+        out = network.model(inputs_embeds=x, use_cache=False).last_hidden_state
+        out.sin().sum().backward()
+        return out.detach(), x.grad
+
+    want = said(model)
+    try:
+        assert fast.take(model) == {"LlamaRMSNorm": 9, "LlamaMLP": 4, fast.ROTARY: 1} and fast.take(model) == {}
+        assert fast.taken(model)
+        twin = copy.deepcopy(model)
+        nn.init.zeros_(twin.model.norm.weight)
+        calls = []
+        with fast.always(), torch.autograd.graph.saved_tensors_hooks(lambda t: calls.append(t) or t, lambda t: t):
+            got = said(model)
+            assert not said(twin)[0].any()
+        few, calls[:] = len(calls), []
+        with fast.plainly(), torch.autograd.graph.saved_tensors_hooks(lambda t: calls.append(t) or t, lambda t: t):
+            said(model), said(model)
+        assert few < len(calls)  # what is kept for backward is less: the fast forms were what ran
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    finally:
+        fast.leave(model)
+    assert [type(m) for m in model.modules()] == kinds and sys.modules[kinds[0].__module__].apply_rotary_pos_emb is was
+    assert not fast.taken(model)
+
+
+def test_what_answers_otherwise_is_left_alone():
+    """A norm by another name of its weight's meaning (Gemma multiplies by 1 + w), a gate with another function."""
+
+    class OddRMSNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight, self.eps = nn.Parameter(torch.rand(12)), 1e-6
+
+        def forward(self, x):
+            return fast.plain_norm(x, 1 + self.weight, self.eps)
+
+    model = nn.Sequential(OddRMSNorm())
+    assert fast.take(model) == {} and type(model[0]) is OddRMSNorm
+
+
+def test_a_kernel_that_is_wrong_is_found_and_told(tiny, monkeypatch):
+    """Right when it is tried on random numbers and wrong later: the first batch finds it, and the run goes on without."""
+    from conftest import SUMS
+    from luthier import guards
+    from luthier.assembly import assemble
+    from luthier.recipe import Recipe
+    from luthier.rehearsal import parts
+
+    recipe = Recipe.load({"model": tiny, "data": SUMS, "dtype": "float32"})
+    roles = assemble(recipe, parts(recipe), {})
+    rows = roles.batch([{"id": "0", "prompt": "1+1=", "completions": ["2"], "scores": [1.0]}])
+    told: list[str] = []
+    guards.same_as_plain(roles.policy, rows, told.append)
+    assert not told and fast.taken(roles.policy.model)
+    monkeypatch.setattr(fast, "rms_norm", lambda x, w, eps: 2 * fast.plain_norm(x, w, eps))
+    guards.same_as_plain(roles.policy, rows, told.append)
+    assert len(told) == 1 and "differ from the model's own" in told[0] and not fast.taken(roles.policy.model)
+
+
+def test_memory_is_kept_unless_somebody_said_how(monkeypatch):
+    """In a process of its own: what it says is for good."""
+    code = "from luthier.kernels.heap import keep_memory; print(keep_memory())"
+    said = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **more}).stdout
+        for more in ({}, {"MALLOC_ARENA_MAX": "2"})
+    ]
+    assert said[1].strip() == "False"
+    if sys.platform == "linux":
+        assert said[0].strip() == "True"
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    assert keep_memory() is False
