@@ -1,4 +1,4 @@
-"""Norms, rotary positions and gates in fewer passes: against their plain twins, and in networks that take them."""
+"""Norms and rotary positions in fewer passes: against their plain twins, and in networks that take them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from luthier.kernels.heap import keep_memory
 KINDS = {  # name -> fast, plain, shapes of what moves, what does not
     "norm": (fast.rms_norm, fast.plain_norm, [(2, 7, 12), (12,)], [1e-6]),
     "rotary": (fast.rotary, fast.plain_rotary, [(1, 2, 7, 8)], ["cos", "sin"]),
-    "swiglu": (fast.swiglu, fast.plain_swiglu, [(2, 7, 12), (2, 7, 12)], []),
 }
 
 
@@ -84,7 +83,7 @@ def test_a_network_takes_them_and_answers_alike():
 
     want = said(model)
     try:
-        assert fast.take(model) == {"LlamaRMSNorm": 9, "LlamaMLP": 4, fast.ROTARY: 1} and fast.take(model) == {}
+        assert fast.take(model) == {"LlamaRMSNorm": 9, fast.ROTARY: 1} and fast.take(model) == {}
         assert fast.taken(model)
         twin = copy.deepcopy(model)
         nn.init.zeros_(twin.model.norm.weight)
@@ -105,7 +104,7 @@ def test_a_network_takes_them_and_answers_alike():
 
 
 def test_what_answers_otherwise_is_left_alone():
-    """A norm by another name of its weight's meaning (Gemma multiplies by 1 + w), a gate with another function."""
+    """A norm by another name of its weight's meaning (Gemma multiplies by 1 + w)."""
 
     class OddRMSNorm(nn.Module):
         def __init__(self):

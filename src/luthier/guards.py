@@ -120,7 +120,7 @@ def _elementwise(policy: Any, batch: Batch, usual: float, tell: Callable[[str], 
     if not (mean <= usual and most <= 20 * usual):
         elementwise.leave(policy.model)
         tell(
-            f"norms, rotary positions and gates in fewer passes differ from the model's own by {mean:.1e} on average, {most:.1e} at most: "
+            f"norms and rotary positions in fewer passes differ from the model's own by {mean:.1e} on average, {most:.1e} at most: "
             "its own are taken instead, which are slower and right"
         )
 

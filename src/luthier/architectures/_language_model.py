@@ -31,7 +31,7 @@ _measured: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()  # model ->
 class LanguageModel(Architecture):
     """Family: hidden states of the supervised tokens, then the head in chunks."""
 
-    fused: bool = True  # norms, rotary positions and gates in fewer passes over memory (kernels/elementwise.py)
+    fused: bool = True  # norms and rotary positions in fewer passes over memory (kernels/elementwise.py)
     own_head: bool = False  # take logits from the network's own forward: [T, vocabulary] exists, any network is right
 
     @property

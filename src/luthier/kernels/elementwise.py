@@ -1,4 +1,4 @@
-"""What a network does between its matrix products, in fewer passes over memory: RMSNorm, rotary positions, the gate of a SwiGLU.
+"""What a network does between its matrix products, in fewer passes over memory: RMSNorm and rotary positions.
 
 Composed of torch operations, each of these writes and keeps several tensors as large as its input, some of them in fp32.
 Here each is one autograd function with a closed-form backward that keeps only its inputs (a norm: x and one number a
@@ -6,7 +6,7 @@ row), worked through in stretches that stay in the cache; nothing is compiled. M
 found by what they hold, and taken only where the fast form answers as the module does on random numbers; the first batch
 of every run is compared besides (guards.py), and `plainly` is the network's own code for a while.
 
-A gate is taken only for its memory: silu is computed a second time in backward, which costs on a CPU what the saved pass gains.
+SwiGLU is left as it is: keeping less by computing silu again in backward was tried, and cost a CPU more than it saved.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from luthier.kernels import differentiated_otherwise
 from luthier.kernels.lora import again
@@ -174,35 +173,6 @@ class _Back(torch.autograd.Function):
         return rotary(grads[0], *ctx.saved_tensors), None, None
 
 
-# ---------------------------------------------------------------------------------------------- SwiGLU
-
-
-def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """The twin."""
-    return F.silu(gate) * up
-
-
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, which keeps gate and up and not silu(gate)."""
-    return _SwiGLU.apply(gate, up)
-
-
-class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return tuple(again(plain_swiglu, (gate, up), grads[0]))
-        d_up = F.silu(gate).mul_(grads[0])
-        d_gate = grads[0] * up
-        return torch.ops.aten.silu_backward.grad_input(d_gate, gate, grad_input=d_gate), d_up
-
-
 # ---------------------------------------------------------------------------------------------- in a network
 
 
@@ -212,16 +182,15 @@ def take(model: nn.Module) -> dict[str, int]:
     tried: dict[Any, bool] = {}
     with torch.no_grad():
         for module in model.modules():
-            for fits, fast, probe in ((_is_norm, _fast_norm, _probe_norm), (_is_gated, _fast_gated, _probe_gated)):
-                kind = type(module)
-                if not fits(module) or hasattr(kind, "as_it_was") or "forward" in vars(module):
-                    continue
-                key = (kind, fits(module))
-                if key not in tried:
-                    tried[key] = _agree(module, fast(kind), probe(module))
-                if tried[key]:
-                    module.__class__ = fast(kind)
-                    found[kind.__name__] = found.get(kind.__name__, 0) + 1
+            kind = type(module)
+            if not _is_norm(module) or hasattr(kind, "as_it_was") or "forward" in vars(module):
+                continue
+            key = (kind, module.weight.dtype)
+            if key not in tried:
+                tried[key] = _agree(module, _fast_norm(kind), _probe(module.weight))
+            if tried[key]:
+                module.__class__ = _fast_norm(kind)
+                found[kind.__name__] = found.get(kind.__name__, 0) + 1
         for source in {type(m).__module__ for m in model.modules()}:
             if turned := _take_rotary(sys.modules.get(source)):
                 found[turned] = 1
@@ -273,12 +242,12 @@ def _eps(module: Any) -> float | None:
     return found if isinstance(found, float) else None
 
 
-def _is_norm(module: Any) -> Any:
+def _is_norm(module: Any) -> bool:
     """Named so, with one weight and an epsilon and nothing else."""
     named = "RMSNorm" in type(module).__name__ or type(module).__name__.endswith("LayerNorm")
     if not named or [n for n, _ in module.named_parameters()] != ["weight"] or [*module.buffers()] or _eps(module) is None:
-        return None
-    return module.weight.ndim == 1 and not module.weight.is_meta and ("norm", module.weight.dtype)
+        return False
+    return module.weight.ndim == 1 and not module.weight.is_meta
 
 
 @cache
@@ -292,33 +261,8 @@ def _fast_norm(kind: Any) -> type:
     return _dressed(kind, forward)
 
 
-def _probe_norm(module: Any) -> Tensor:
-    weight = module.weight
+def _probe(weight: Tensor) -> Tensor:
     return torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight) * 3
-
-
-def _is_gated(module: Any) -> Any:
-    """A gate, a way up and a way down, with SiLU between."""
-    parts = {n for n, _ in module.named_children()}
-    if parts != {"gate_proj", "up_proj", "down_proj", "act_fn"} or type(module.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
-        return None
-    sizes = [getattr(getattr(module, n), "weight", None) for n in ("gate_proj", "up_proj")]
-    return all(w is not None and w.ndim == 2 and w.is_floating_point() and not w.is_meta for w in sizes) and ("gated", sizes[0].dtype)
-
-
-@cache
-def _fast_gated(kind: Any) -> type:
-    def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Tensor:
-        if more or named or not own_way(x):
-            return kind.forward(self, x, *more, **named)
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
-
-    return _dressed(kind, forward)
-
-
-def _probe_gated(module: Any) -> Tensor:
-    weight = module.gate_proj.weight
-    return torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
 
 
 ROTARY = "apply_rotary_pos_emb"  # as transformers' modelling files call it

@@ -31,6 +31,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import torch
 from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from luthier.kernels.heap import keep_memory
+
 from ..doctor import cores
 from . import _corpus, _encoder, _pretrain, _seq2seq, path, score
 from ._card import SPLITS, card
