@@ -14,6 +14,7 @@ from torch import nn
 from conftest import make_llama
 from luthier.kernels import elementwise as fast
 from luthier.kernels.heap import keep_memory
+from luthier.method import RecipeError
 
 KINDS = {  # name -> fast, plain, shapes of what moves, what does not
     "norm": (fast.rms_norm, fast.plain_norm, [(2, 7, 12), (12,)], [1e-6]),
@@ -135,6 +136,47 @@ def test_a_kernel_that_is_wrong_is_found_and_told(tiny, monkeypatch):
     monkeypatch.setattr(fast, "rms_norm", lambda x, w, eps: 2 * fast.plain_norm(x, w, eps))
     guards.same_as_plain(roles.policy, rows, told.append)
     assert len(told) == 1 and "differ from the model's own" in told[0] and not fast.taken(roles.policy.model)
+
+
+def test_liger_is_refused_in_a_sentence_where_it_cannot_run(tiny, monkeypatch):
+    from luthier.assembly import load_model
+    from luthier.kernels import liger
+    from luthier.recipe import Recipe
+    from luthier.rehearsal import parts
+
+    recipe = Recipe.load({"model": tiny, "architecture": {"name": "causal", "fused": "liger"}})
+    if not torch.cuda.is_available():
+        with pytest.raises(RecipeError, match="on CUDA devices, and this network is on cpu"):
+            load_model(recipe, parts(recipe), {})
+    monkeypatch.setattr(liger, "find_spec", lambda name: None)
+    with pytest.raises(RecipeError, match=r"pip install 'luthier\[liger\]'"):
+        liger.forms(torch.device("cuda"))
+
+
+def test_liger_is_taken_only_where_it_agrees():
+    """With its functions stood in for by right and wrong ones, called as liger's are."""
+    from types import SimpleNamespace
+
+    from luthier.kernels import liger
+
+    def norm(right):
+        def apply(x, weight, eps, offset, casting_mode, in_place):
+            assert (offset, casting_mode, in_place) == (0.0, "llama", False)
+            return fast.plain_norm(x, weight + (not right), eps)
+
+        return SimpleNamespace(LigerRMSNormFunction=SimpleNamespace(apply=apply))
+
+    def rope(q, k, cos, sin, position_ids, unsqueeze_dim):
+        assert position_ids is None and unsqueeze_dim == 1
+        return tuple(fast.plain_rotary(x, cos.unsqueeze(1), sin.unsqueeze(1)) for x in (q, k))
+
+    turns = SimpleNamespace(LigerRopeFunction=SimpleNamespace(apply=rope))
+    for right, want in ((True, {"LlamaRMSNorm": 9, fast.ROTARY: 1}), (False, {fast.ROTARY: 1})):
+        model = make_llama()
+        try:
+            assert fast.take(model, liger.bound(norm(right), turns)) == want
+        finally:
+            fast.leave(model)
 
 
 def test_memory_is_kept_unless_somebody_said_how(monkeypatch):

@@ -12,7 +12,7 @@ import torch
 
 from luthier import store
 from luthier.clock import Clock
-from luthier.kernels import elementwise
+from luthier.kernels import compiled, elementwise, liger
 from luthier.kernels.heap import keep_memory
 from luthier.later import import_models
 from luthier.method import RecipeError, build
@@ -65,8 +65,11 @@ def load_model(recipe: Recipe, parts: Parts, network: Mapping[str, Any], folder:
     if recipe.gradient_checkpointing is True:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model = model.to(where).eval()
-    if getattr(parts.architecture, "fused", False):
-        elementwise.take(model)
+    fused = getattr(parts.architecture, "fused", False)
+    if recipe.torch_compile:
+        compiled.compile_blocks(model)
+    elif fused:
+        elementwise.take(model, liger.forms(where) if fused == "liger" else elementwise.OWN)
     return model, tokenizer
 
 

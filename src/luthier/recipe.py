@@ -65,6 +65,7 @@ class Recipe:
     per_device_train_batch_size: Count = 8  # rows of a micro-batch
     gradient_accumulation_steps: Count = 1  # micro-batches of an optimizer step; changes memory, never the result
     gradient_checkpointing: bool | Literal["auto"] = "auto"  # recompute activations in backward; auto: where a step would not fit
+    torch_compile: bool = False  # compile the network's layers: for long runs, as the first steps then take minutes
     cache_frozen: bool | Literal["auto"] = "auto"  # keep on disk what layers below the tuner say of a row; auto: where rows are read again
     cache_reference: bool | Literal["auto"] = "auto"  # keep on disk what a role that never changes says of a row; auto: where rows are read again
     seed: int = 0  # of every random draw

@@ -14,6 +14,7 @@ from typing import Any
 
 from luthier import store
 from luthier.clock import Clock
+from luthier.kernels import compiled
 from luthier.method import RecipeError, build, cards, find, gives_of, meant, wants_of
 from luthier.recipe import Recipe
 from luthier.transforms._chain import schedule
@@ -160,6 +161,8 @@ def checked(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts:
     if p.quantizer is not None:
         sits_on_codes(p.tuner, p.quantizer)
     schedule(recipe.lr_scheduler_type, recipe.warmup_steps, 1)
+    if recipe.torch_compile:
+        compiled.possible()
     if isinstance(recipe.start, dict):
         build("merger", recipe.start.get("merge"))
     have = words(rows) | p.architecture.gives | p.estimator.gives | gives_of(p.tuner) | set(p.roles) | (gives_of(p.quantizer) if p.quantizer else set())

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -31,7 +31,7 @@ _measured: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()  # model ->
 class LanguageModel(Architecture):
     """Family: hidden states of the supervised tokens, then the head in chunks."""
 
-    fused: bool = True  # norms and rotary positions in fewer passes over memory (kernels/elementwise.py)
+    fused: bool | Literal["liger"] = True  # norms and rotary positions in fewer passes over memory; liger: liger-kernel's, on CUDA
     own_head: bool = False  # take logits from the network's own forward: [T, vocabulary] exists, any network is right
 
     @property

@@ -15,13 +15,15 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from luthier.kernels import differentiated_otherwise
+from luthier.kernels.compiled import uncompiled
 from luthier.kernels.lora import again
 
 STRETCH = 2**19  # numbers worked on at once on a CPU: in fp32 about what its cache holds
@@ -36,7 +38,8 @@ def plainly() -> Iterator[None]:
     global _plain
     _plain += 1
     try:
-        yield
+        with uncompiled():
+            yield
     finally:
         _plain -= 1
 
@@ -176,7 +179,23 @@ class _Back(torch.autograd.Function):
 # ---------------------------------------------------------------------------------------------- in a network
 
 
-def take(model: nn.Module) -> dict[str, int]:
+@dataclass(frozen=True)
+class Forms:
+    """What takes the place of the network's own code."""
+
+    norm: Callable[[Tensor, Tensor, float], Tensor]  # (x, weight, eps)
+    turn: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]  # (q, k, cos, sin, the place of heads)
+
+
+def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(dim), sin.unsqueeze(dim)
+    return rotary(q, cos, sin), rotary(k, cos, sin)
+
+
+OWN = Forms(lambda x, weight, eps: rms_norm(x, weight, eps), _turn)
+
+
+def take(model: nn.Module, forms: Forms = OWN) -> dict[str, int]:
     """Give a network the fast forms where they answer as its own; how many modules of each kind took them."""
     found: dict[str, int] = {}
     tried: dict[Any, bool] = {}
@@ -187,12 +206,12 @@ def take(model: nn.Module) -> dict[str, int]:
                 continue
             key = (kind, module.weight.dtype)
             if key not in tried:
-                tried[key] = _agree(module, _fast_norm(kind), _probe(module.weight))
+                tried[key] = _agree(module, _fast_norm(kind, forms), _probe(cast(Tensor, module.weight)))
             if tried[key]:
-                module.__class__ = _fast_norm(kind)
+                module.__class__ = _fast_norm(kind, forms)
                 found[kind.__name__] = found.get(kind.__name__, 0) + 1
         for source in {type(m).__module__ for m in model.modules()}:
-            if turned := _take_rotary(sys.modules.get(source)):
+            if turned := _take_rotary(sys.modules.get(source), forms, next(model.parameters()).device):
                 found[turned] = 1
     return found
 
@@ -218,16 +237,16 @@ def _agree(module: nn.Module, fast: type, x: Tensor) -> bool:
         module.__class__ = fast
         with always():
             got = module(x)
-    except (TypeError, RuntimeError, AttributeError):
+    except (TypeError, ValueError, RuntimeError, AttributeError):
         return False
     finally:
         module.__class__ = was
-    return got.dtype == want.dtype and torch.allclose(got.float(), want.float(), **close(want.dtype))
+    return got.dtype == want.dtype and torch.allclose(got.float(), want.float(), rtol=close(want.dtype), atol=close(want.dtype))
 
 
-def close(dtype: torch.dtype) -> dict[str, float]:
+def close(dtype: torch.dtype) -> float:
     """How far two right ways of rounding lie apart."""
-    return {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2**-6, "atol": 2**-6}
+    return 1e-5 if dtype == torch.float32 else 2**-6
 
 
 def _dressed(kind: type, forward: Callable) -> type:
@@ -251,12 +270,12 @@ def _is_norm(module: Any) -> bool:
 
 
 @cache
-def _fast_norm(kind: Any) -> type:
+def _fast_norm(kind: Any, forms: Forms) -> type:
     def forward(self: Any, x: Tensor, *more: Any, **named: Any) -> Tensor:
         weight = self.weight
         if more or named or x.dtype != weight.dtype or not own_way(x):
             return kind.forward(self, x, *more, **named)
-        return rms_norm(x, weight, _eps(self))
+        return forms.norm(x, weight, cast(float, _eps(self)))
 
     return _dressed(kind, forward)
 
@@ -268,7 +287,7 @@ def _probe(weight: Tensor) -> Tensor:
 ROTARY = "apply_rotary_pos_emb"  # as transformers' modelling files call it
 
 
-def _take_rotary(source: Any) -> str | None:
+def _take_rotary(source: Any, forms: Forms, device: torch.device) -> str | None:
     """Let a modelling file turn queries and keys the fast way, where that is the plain turn of halves."""
     own: Any = getattr(source, ROTARY, None)
     if own is None or hasattr(own, "as_it_was"):
@@ -280,18 +299,17 @@ def _take_rotary(source: Any) -> str | None:
         alike = q.dtype == k.dtype == cos.dtype and q.shape[-1] == k.shape[-1] == cos.shape[-1] and not cos.requires_grad
         if not alike or not own_way(q):
             return own(q, k, cos, sin, unsqueeze_dim)
-        cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-        return rotary(q, cos, sin), rotary(k, cos, sin)
+        return forms.turn(q, k, cos, sin, unsqueeze_dim)
 
     rng = torch.Generator().manual_seed(0)
-    q, k, cos, sin = (torch.randn(s, generator=rng) for s in ((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8), (1, 3, 8)))
+    q, k, cos, sin = (torch.randn(s, generator=rng).to(device) for s in ((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8), (1, 3, 8)))
     try:
         want = own(q, k, cos, sin)
         with always():
             got = fast(q, k, cos, sin)
-    except (TypeError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError):
         return None
-    if not all(torch.allclose(a, b, **close(q.dtype)) for a, b in zip(want, got, strict=True)):
+    if not all(torch.allclose(a, b, rtol=close(q.dtype), atol=close(q.dtype)) for a, b in zip(want, got, strict=True)):
         return None
     fast.as_it_was = own  # type: ignore[attr-defined]
     setattr(source, ROTARY, fast)

@@ -1,0 +1,36 @@
+"""liger-kernel's RMSNorm and rotary positions (Triton), for CUDA: an extra, asked for by `architecture: {name: causal, fused: liger}`.
+
+They take the places of our own fast forms (elementwise.py) and are tried in the same two ways before anything is trained:
+each on random numbers, all of them on the first batch. Not run by us on a GPU yet: what is tested is when they are taken,
+what is refused, and with what they are called.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+
+from luthier.kernels.elementwise import Forms
+from luthier.method import RecipeError
+
+
+def forms(device: torch.device) -> Forms:
+    """liger's forms for a network on `device`. Raises RecipeError where they cannot run."""
+    if device.type != "cuda":
+        raise RecipeError(
+            f"fused: liger-kernel computes on CUDA devices, and this network is on {device.type}; leave it out (our own are taken)"
+        )
+    missing = [name for name in ("liger_kernel", "triton") if find_spec(name) is None]
+    if missing:
+        raise RecipeError(f"fused: liger needs {' and '.join(missing)}: pip install 'luthier[liger]'")
+    return bound(import_module("liger_kernel.ops.rms_norm"), import_module("liger_kernel.ops.rope"))
+
+
+def bound(norms, turns) -> Forms:
+    """The forms that two of liger's modules offer, with our arguments as theirs. Gradients are not written over: others may hold them."""
+    return Forms(
+        norm=lambda x, weight, eps: norms.LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False),
+        turn=lambda q, k, cos, sin, dim: turns.LigerRopeFunction.apply(q.clone(), k.clone(), cos, sin, None, dim),
+    )
