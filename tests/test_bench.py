@@ -46,6 +46,14 @@ def test_ratio_is_the_best_rival_over_luthier():
     assert "3.00x less time" in table(found) and "4.50 s" in picture(found)
 
 
+def test_members_of_a_fleet_do_the_work_of_as_many_runs():
+    from luthier.bench.contestants import many, plain
+
+    given = job("fleet", "tiny", "folder", 512)
+    one = job("sft", "tiny", "folder", 512)
+    assert given.members == 8 and work(given)["tokens"] == 8 * work(one)["tokens"] and callable(plain(given)) and callable(many)
+
+
 def test_unknown_words_are_refused():
     with pytest.raises(RecipeError, match="did you mean"):
         bench(["sfd"], ["tiny"], tell=lambda line: None)

@@ -41,6 +41,7 @@ class Job:
     device: str = "cpu"
     n: int = 8  # samples of a prompt
     ends: list[int] | None = None  # tokens of each sample of a rollout
+    members: int = 1  # runs on one base, alike but for seed and learning rate
 
     @property
     def targets(self) -> list[str]:
@@ -56,19 +57,24 @@ def now(job: Job) -> float:
 # ---------------------------------------------------------------------------------------------- luthier
 
 
+def said(job: Job, **changes: Any) -> dict[str, Any]:
+    """The recipe of a job."""
+    words = [dict(zip(("prompt", "chosen", "rejected") if len(r) == 3 else ("prompt", "completion"), map(text, r))) for r in job.rows]
+    tuner = {"name": "lora", **LORA, "target_modules": job.targets}
+    if job.layers is not None:
+        tuner["layers_to_transform"] = job.layers
+    return dict(
+        model=job.folder, data=words, tuner=tuner, objective="dpo" if len(job.rows[0]) == 3 else "sft", dtype="bfloat16", evaluate=[],
+        eval_data=0, per_device_train_batch_size=job.batch, num_train_epochs=job.epochs, learning_rate=1e-4, save_steps=1e9,
+    ) | changes  # fmt: skip
+
+
 def luthier(job: Job, **changes: Any) -> Run:
     """`luthier.tune` as a user calls it; the seconds of its steps."""
     from luthier.report.console import Quiet
     from luthier.run import tune
 
-    words = [dict(zip(("prompt", "chosen", "rejected") if len(r) == 3 else ("prompt", "completion"), map(text, r))) for r in job.rows]
-    tuner = {"name": "lora", **LORA, "target_modules": job.targets}
-    if job.layers is not None:
-        tuner["layers_to_transform"] = job.layers
-    recipe: dict[str, Any] = dict(
-        model=job.folder, data=words, tuner=tuner, objective="dpo" if len(job.rows[0]) == 3 else "sft", dtype="bfloat16", evaluate=[],
-        eval_data=0, per_device_train_batch_size=job.batch, num_train_epochs=job.epochs, learning_rate=1e-4, save_steps=1e9,
-    ) | changes  # fmt: skip
+    recipe = said(job, **changes)
 
     class Watch(Quiet):
         def __init__(self):
@@ -89,6 +95,27 @@ def luthier(job: Job, **changes: Any) -> Run:
             shutil.rmtree(folder, ignore_errors=True)
         last = len(watch.seconds) // job.epochs
         return {"seconds": sum(watch.seconds), "last_epoch": sum(watch.seconds[-last:]), "loss": watch.loss}
+
+    return run
+
+
+def many(job: Job, together: bool) -> Run:
+    """The job's members side by side, as `luthier compare --together` runs them, or one after the other; the seconds of all their steps."""
+    from luthier.fleet import perform
+    from luthier.recipe import Recipe
+    from luthier.run import tune
+
+    recipes = [said(job, seed=k, learning_rate=1e-4 * (1 + k)) for k in range(job.members)]
+
+    def run() -> dict[str, float]:
+        folder = Path(tempfile.mkdtemp(prefix="luthier-bench-"))
+        try:
+            runs = [(r, folder / f"run-{k}") for k, r in enumerate(recipes)]
+            reports = perform([(Recipe.load(r), to) for r, to in runs]) if together else [tune(r, folder=to) for r, to in runs]
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        seconds = sum(r.stats["seconds"] for r in reports)
+        return {"seconds": seconds, "last_epoch": seconds}
 
     return run
 
@@ -199,7 +226,7 @@ def plain(job: Job) -> Run:
         better, worse = (of_rows(model, batch) - reference).chunk(2)
         return -F.logsigmoid(0.1 * (better - worse)).mean()
 
-    def run() -> dict[str, float]:
+    def one() -> dict[str, float]:
         model = _network(job).train()
         moving = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(moving, lr=1e-4)
@@ -214,6 +241,10 @@ def plain(job: Job) -> Run:
                 optimizer.zero_grad()
         ended = now(job)
         return {"seconds": ended - began, "last_epoch": ended - epoch}
+
+    def run() -> dict[str, float]:
+        each = [one() for _ in range(job.members)]
+        return {k: sum(found[k] for found in each) for k in each[0]}
 
     return run
 

@@ -56,6 +56,11 @@ SCENARIOS: dict[str, dict[str, Contestant]] = {
     "sft": {"luthier": OURS, "trl": DEFAULT, "trl_bf16": BF16, "trl_packed": PACKED, "plain": PLAIN},
     "dpo": {"luthier": OURS, "trl": DEFAULT, "trl_bf16": BF16, "trl_known": KNOWN, "plain": PLAIN},
     "frozen": {"luthier": OURS, "trl_bf16": BF16, "plain": PLAIN},
+    "fleet": {
+        "luthier": Contestant("luthier, 8 runs side by side", lambda job: who.many(job, together=True), rival=False),
+        "luthier_apart": Contestant("luthier, one after the other", lambda job: who.many(job, together=False)),
+        "plain": Contestant("transformers + PEFT loop, one after the other", who.plain, settings=PLAIN.settings),
+    },
     "mezo": {
         "luthier": Contestant(
             "luthier, weights restored exactly",
@@ -99,6 +104,8 @@ def job(scenario: str, shape: str, folder: Path, vocabulary: int, device: str = 
         settings = shapes.SHAPES[shape][1]
         deep = settings["n_layer" if "n_layer" in settings else "num_hidden_layers"]
         made.layers, made.epochs = [deep - 2, deep - 1], 3
+    if scenario == "fleet":  # small batches: at large ones the base's products gain nothing from more rows
+        made.members, made.batch, made.rows = 8, 1, made.rows[:12]
     if scenario == "mezo":  # one step an epoch, and the last one counts
         made.rows, made.epochs = made.rows[: made.batch], 3
     if scenario == "rollout":
@@ -115,4 +122,5 @@ def work(job: Job) -> dict[str, int]:
     if job.scenario == "rollout":
         return {"tokens": sum(job.ends or ()), "supervised": sum(job.ends or ())}
     tokens = sum(len(r[0]) + len(c) + 1 for r in job.rows for c in r[1:])
-    return {"tokens": tokens, "supervised": sum(len(c) + 1 for r in job.rows for c in r[1:])}
+    supervised = sum(len(c) + 1 for r in job.rows for c in r[1:])
+    return {"tokens": tokens * job.members, "supervised": supervised * job.members}
