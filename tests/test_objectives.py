@@ -73,7 +73,7 @@ def network(seed: int = 0, off_by: float = 0.0) -> LlamaForCausalLM:
 def cast(**others) -> Roles:
     """Policy, reference and teacher, each a network of its own unless given."""
     policy = network()
-    made = {"reference": network(off_by=0.05), "teacher": network(seed=7), "memory": memory(), "parts": heads(), "generator": generator()} | others
+    made = {"reference": network(off_by=0.05), "teacher": network(seed=7), "memory": memory(), "parts": heads(), "generator": generator(), "paired": pairs()} | others
     roles = {k: role(net, k) if isinstance(net, LlamaForCausalLM) else net for k, net in made.items()}
     return Roles(Policy(Causal(), policy, Untuned(policy)), Clock(), Renderer(tokenizer()), **roles)
 
@@ -103,6 +103,14 @@ def memory() -> Features:
     made = Features(64, 16)
     rng, kinds = torch.Generator().manual_seed(8), classes(rows)
     made.remember(torch.arange(len(kinds)), kinds, torch.randn(len(kinds), 16, generator=rng))
+    made.after_step(None)
+    return made
+
+
+def pairs() -> Features:
+    """Random features of both networks, for answers that begin with any token."""
+    made, rng = Features(3 * V, 32), torch.Generator().manual_seed(11)
+    made.remember(torch.arange(3 * V), torch.arange(3 * V) % V, torch.randn(3 * V, 32, generator=rng))
     made.after_step(None)
     return made
 
@@ -182,6 +190,7 @@ GIVEN = {
     "memory",
     "parts",
     "generator",
+    "paired",
     "logprobs",
     "entropy",
     "top",
@@ -281,7 +290,7 @@ def tuned(tuner: str, net: torch.nn.Module | None = None) -> Roles:
     policy = Policy(Causal(), net, attached)
     reference = build("role", "off" if "off" in attached.settings.gives else "start").play("reference", policy)
     roles = cast(reference=reference)
-    brought = {name: getattr(roles, name) for name in ("memory", "parts", "generator")}
+    brought = {name: getattr(roles, name) for name in ("memory", "parts", "generator", "paired")}
     return Roles(policy, clock, roles.renderer, reference=reference, teacher=roles.teacher, **brought)
 
 

@@ -223,6 +223,8 @@ def build(kind: str, spec: Any) -> Any:
     """
     if getattr(spec, "kind", None) == kind:
         return spec
+    if spec is False:
+        spec = "off"  # as YAML reads it where it is not in quotes
     if isinstance(spec, str):
         spec = {"name": spec}
     if not isinstance(spec, dict) or "name" not in spec:

@@ -41,6 +41,7 @@ WORDS = {  # how a word reads in a sentence
     "critic": "a critic",
     "bucket": "rows with a `bucket` (stage buckets)",
     "memory": "a memory of features",
+    "paired": "features of the reference and of the policy, side by side (role `paired`)",
     "generator": "a generator of features for classes that no row has",
     "parts": "heads that put parts together and take wholes apart",
     "off": "a tuner that can be switched off",

@@ -7,7 +7,7 @@ after its head (a scale, a soft cap, a bias) is measured once, by letting its he
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 from weakref import WeakKeyDictionary
@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from luthier.architectures._architecture import Architecture
-from luthier.architectures._outputs import Outputs
+from luthier.architectures._outputs import LAYERS, Outputs
 from luthier.batch import Batch
 from luthier.kernels.logprobs import Head
-from luthier.method import family
+from luthier.method import RecipeError, family
+from luthier.tuners._anatomy import layer_of
 
 if TYPE_CHECKING:
     from luthier.architectures._network import Matrix, Network
@@ -43,6 +44,12 @@ class LanguageModel(Architecture):
 
     def answer(self, model: Network, inputs: dict[str, Any], at: Tensor, labels: Tensor) -> Outputs:
         """Outputs of T questions: `at` [T] are flat places of the tensor [R, W] that the model reads as `inputs`."""
+        with behind_blocks(model) if LAYERS.get() else nullcontext() as states:
+            outputs = self._answer(model, inputs, at, labels)
+        outputs.layers = None if states is None else [h.flatten(0, 1)[at] for h in states]
+        return outputs
+
+    def _answer(self, model: Network, inputs: dict[str, Any], at: Tensor, labels: Tensor) -> Outputs:
         if self.own_head:
             return Outputs(logits_at(model, inputs, at), Head(nn.Identity()), labels)
         caught: list[Tensor] = []
@@ -61,6 +68,28 @@ class LanguageModel(Architecture):
     def alone(self, model: Network, attached: Any, batch: Batch, segment: int, own: Tensor) -> Tensor:
         """[k] log-probabilities of tokens `own` [k] (places in batch.ids) of a segment, read with what it continues, alone."""
         raise NotImplementedError
+
+
+@contextmanager
+def behind_blocks(model: Network) -> Iterator[list[Tensor]]:
+    """The states [R, W, d] behind each block that is passed meanwhile, lowest first; in an encoder-decoder the decoder's."""
+    every = {name: m for name, m in model.named_modules() if (place := layer_of(f"{name}.")) and name == f"{place[0]}.{place[1]}"}
+    last = [name.rpartition(".")[0] for name in every][-1:]
+    states: list[Tensor] = []
+    blocks = [m for name, m in every.items() if [name.rpartition(".")[0]] == last]
+
+    def keep(module: nn.Module, given: Any, out: Any) -> None:
+        if len(states) < len(blocks):  # a head is measured by passing through once more
+            states.append(out[0] if isinstance(out, tuple) else out)
+
+    hooks = [m.register_forward_hook(keep) for m in blocks]
+    if not hooks:
+        raise RecipeError(f"{type(model).__name__} has no list of layers whose states could be compared")
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def path(batch: Batch, segment: int) -> list[int]:

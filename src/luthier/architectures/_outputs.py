@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from luthier.kernels.logprobs import Head, chunk_size, chunked, normaliser
+
+LAYERS: ContextVar[bool] = ContextVar("layers", default=False)  # are the states behind single blocks wanted, too?
 
 
 class Outputs:
@@ -28,6 +31,7 @@ class Outputs:
         self.head = head
         self.labels = labels  # [T]
         self.playing = playing  # the role in which the head, too, is asked
+        self.layers: list[Tensor] | None = None  # [T, d] the same places behind each block, where they were wanted (Policy.layers)
 
     @cached_property
     def logprobs(self) -> Tensor:

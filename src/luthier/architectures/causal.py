@@ -19,7 +19,7 @@ from torch import Tensor
 
 from luthier.architectures._generate import decoder_writer, generate
 from luthier.architectures._language_model import LanguageModel, path, picked, soft_first
-from luthier.architectures._outputs import Outputs
+from luthier.architectures._outputs import LAYERS, Outputs
 from luthier.batch import Batch
 from luthier.kernels import attention
 from luthier.kernels.layout import Layout, lay_out
@@ -73,7 +73,7 @@ class Causal(LanguageModel):
         at, labels = layout.at[batch.supervised], batch.labels[batch.supervised]
         if (at < 0).any():
             raise ValueError("a supervised token that nothing precedes cannot be predicted")
-        frozen = attached.frozen
+        frozen = None if LAYERS.get() else attached.frozen
         known = frozen.states(self, model, attached, batch, fill=model.training) if frozen else None
         with nullcontext() if known is None else frozen.skipped(known[layout.source]):
             outputs = self.answer(model, inputs, at, labels)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.architectures._architecture import Architecture
-from luthier.architectures._outputs import Outputs
+from luthier.architectures._outputs import LAYERS, Outputs
 from luthier.batch import Batch, collate
 from luthier.clock import Clock
 from luthier.method import RecipeError
@@ -48,6 +48,19 @@ class Policy(nn.Module):
     def logprobs(self, batch: Batch) -> Tensor:
         """[T] log-probability of each supervised token."""
         return self.outputs(batch).logprobs
+
+    def layers(self, batch: Batch) -> list[Tensor]:
+        """[T, d] for each block, lowest first: the state behind it at the places that predict the supervised tokens. Asked before
+        anything else of a batch, it costs no reading of its own."""
+        if self.role not in batch.read or batch.read[self.role].layers is None:
+            token = LAYERS.set(True)
+            try:
+                batch.read[self.role] = self(batch)
+            finally:
+                LAYERS.reset(token)
+        if batch.read[self.role].layers is None:
+            raise RecipeError("this architecture gives no states of single layers; a language model or masked_lm does")
+        return batch.read[self.role].layers
 
     def forward(self, batch: Batch) -> Outputs:
         with self.playing():
