@@ -46,8 +46,8 @@ def test_states_behind_blocks_are_those_that_transformers_tells(layout):
     told = []
     for row in rows:
         ids = torch.tensor([row["prompt"] + row["completions"][0]])
-        blocks = []
-        hooks = [b.register_forward_hook(lambda m, i, o: blocks.append(o)) for b in roles.policy.model.model.layers]
+        blocks: list[torch.Tensor] = []
+        hooks = [b.register_forward_hook(lambda m, i, o, blocks=blocks: blocks.append(o)) for b in roles.policy.model.model.layers]
         with torch.no_grad():
             roles.policy.model(input_ids=ids)
         for hook in hooks:
