@@ -6,6 +6,8 @@ Departs: the error is normalised at each asked token instead of over all tokens 
 a batch is split, and a few tokens of enormous states do not decide alone; tokens of a prompt that nobody asks are left out.
 """
 
+import torch
+
 from luthier.method import RecipeError, objective
 from luthier.objectives._objective import Objective
 
@@ -25,5 +27,6 @@ class SquareHead(Objective):
             raise RecipeError(f"squarehead compares layer by layer: the policy has {len(ours)} and the teacher {len(theirs)}")
         pairs = [(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True)]
         each = [(b - a).square().sum(1) / b.square().sum(1).clamp(min=1e-12) for a, b in pairs]
-        batch.note(layer_error=sum(each) / len(each))
-        return sum(each)
+        each = torch.stack(each)
+        batch.note(layer_error=each.mean(0))
+        return each.sum(0)

@@ -77,7 +77,7 @@ class Zeros(Weights):
             W = self.model.get_parameter(name)
             stays = self.settings.kept(W.T if sideways else W)
             self.stays[name].copy_(stays.T if sideways else stays)
-        self.after_step(None)
+        self.after_step(roles.clock)
 
     @torch.no_grad()
     def after_step(self, clock):
