@@ -271,3 +271,10 @@ def test_quiet_keeps_what_was_told(capsys):
         quiet.step({"step": 1})
     quiet.finish(Report("x"))
     assert quiet.notes == ["one"] and capsys.readouterr().out == ""
+
+
+def test_answers_may_hold_any_mark(tmp_path):
+    said = "a\x85b\u2028c\x0cd"
+    line = json.dumps({"id": "r", "prompt": "p", "expected": "e", "answer": said}, ensure_ascii=False)
+    (tmp_path / "samples-after.jsonl").write_text(line + "\n", encoding="utf-8")
+    assert answers(tmp_path)[0]["after"] == said

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.architectures._architecture import pad
-from luthier.architectures._language_model import logits_at, soft_first
+from luthier.architectures._language_model import logits_at, prefix_mask, soft_first
 from luthier.clock import Clock
 from luthier.guards import tolerance
 from luthier.kernels.attention import NAME, takes_plans
@@ -129,8 +129,9 @@ class Picker:
 class Writer:
     """A network that is writing some sequences."""
 
-    def __init__(self, model: Network, attached: Any):
-        self.model, self.attached = model, attached
+    def __init__(self, model: Network, attached: Any, prefix: bool = False):
+        """prefix: prompts are read from both sides."""
+        self.model, self.attached, self.prefix = model, attached, prefix
         self.device = model.get_input_embeddings().weight.device
 
     def held(self, prompt: int) -> int:
@@ -167,7 +168,11 @@ class Cached(Writer):
             mask = torch.cat([mask, mask.new_ones(len(mask), len(soft))], 1).sort(1).values
         self.tells = "position_ids" in inspect.signature(self.model.forward).parameters
         self.mask, self.position = mask, (mask.cumsum(-1) - 1).clamp(min=0)
-        said = self.model(**inputs, **self.where(), use_cache=True, logits_to_keep=1)
+        where = self.where()
+        if self.prefix:
+            both = mask.cumsum(1) > self.attached.virtual  # of soft vectors none sees the text
+            where["attention_mask"] = prefix_mask(self.model, mask.bool(), both & mask.bool())
+        said = self.model(**inputs, **where, use_cache=True, logits_to_keep=1)
         self.cache, self.position = said.past_key_values, self.position[:, -1:].repeat_interleave(n, 0)
         self.multiply(n)
         return said.logits[:, -1].repeat_interleave(n, 0)
@@ -271,10 +276,11 @@ class Rereading(Writer):
 
     def begin(self, prompts, n):
         self.read = [torch.tensor(p, device=self.device) for p in prompts for _ in range(n)]
+        self.first = torch.tensor([len(r) for r in self.read], device=self.device)  # tokens of each prompt
         return self.logits()
 
     def keep(self, rows):
-        self.read = [self.read[i] for i in rows.tolist()]
+        self.read, self.first = [self.read[i] for i in rows.tolist()], self.first[rows]
 
     def next(self, tokens):
         self.read = [torch.cat([r, t[None]]) for r, t in zip(self.read, tokens, strict=True)]
@@ -284,17 +290,20 @@ class Rereading(Writer):
         inputs = soft_first(self.model, self.attached, *pad(self.read))
         mask = inputs["attention_mask"]
         ends = mask.sum(1) - 1 + torch.arange(len(mask), device=mask.device) * mask.shape[1]
+        if self.prefix:
+            order = torch.arange(mask.shape[1], device=mask.device) - self.attached.virtual
+            inputs["attention_mask"] = prefix_mask(self.model, mask.bool(), (order >= 0) & (order < self.first[:, None]))
         return logits_at(self.model, inputs, ends)
 
 
-def decoder_writer(model: Network, attached: Any) -> Writer:
+def decoder_writer(model: Network, attached: Any, prefix: bool = False) -> Writer:
     """The first way to write that writes as rereading everything does. Tried out at a network's first call; told if there is none."""
     if model not in _ways:
         with torch.no_grad():
-            slow = _trial(Rereading(model, attached))
+            slow = _trial(Rereading(model, attached, prefix))
             for way in (Sharing, Cached):
                 try:
-                    gap = float((_trial(way(model, attached)) - slow).abs().mean())
+                    gap = float((_trial(way(model, attached, prefix)) - slow).abs().mean())
                     reason = "" if gap <= tolerance(model) else f"writes otherwise, by {gap:.1e} in log-probability on average"
                 except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
                     reason = f"cannot ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})"
@@ -304,7 +313,7 @@ def decoder_writer(model: Network, attached: Any) -> Writer:
         if reason:
             name = type(model).__name__
             warnings.warn(f"{name} {reason} with a cache: all is read again for each token, slower and right", stacklevel=3)
-    return _ways[model](model, attached)
+    return _ways[model](model, attached, prefix)
 
 
 def _trial(writer: Writer) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from luthier.architectures._architecture import Architecture
 from luthier.architectures._outputs import LAYERS, Outputs
 from luthier.batch import Batch
+from luthier.kernels.attention import NAME
 from luthier.kernels.logprobs import Head
 from luthier.method import RecipeError, family
 from luthier.tuners._anatomy import layer_of
@@ -90,6 +91,25 @@ def behind_blocks(model: Network) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def prefix_mask(model: Network, real: Tensor, both: Tensor) -> Tensor:
+    """real, both [B, W]: which places hold tokens, and which of these see each other -> a mask [B, 1, W, W] as the model takes it.
+    All other tokens see what stands before them."""
+    order = torch.arange(real.shape[1], device=real.device)
+    may = (order[:, None] >= order) | both[:, :, None] & both[:, None, :]
+    return as_mask(model, (may & real[:, None, :] | torch.eye(len(order), dtype=torch.bool, device=real.device))[:, None])
+
+
+def as_mask(model: Network, may: Tensor) -> Tensor:
+    """[R, 1, W, W] bool, True = may look -> the form that the model's attention takes."""
+    kind = model.config.get_text_config()._attn_implementation
+    if kind not in ("sdpa", "eager", NAME):
+        raise ValueError(f"attention '{kind}' takes no block mask (sdpa and eager do)")
+    if kind != "eager":
+        return may
+    dtype = model.get_input_embeddings().weight.dtype
+    return torch.zeros(may.shape, dtype=dtype, device=may.device).masked_fill(~may, torch.finfo(dtype).min)
 
 
 def path(batch: Batch, segment: int) -> list[int]:

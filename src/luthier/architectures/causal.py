@@ -18,12 +18,12 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.architectures._generate import decoder_writer, generate
-from luthier.architectures._language_model import LanguageModel, path, picked, soft_first
+from luthier.architectures._language_model import LanguageModel, as_mask, path, picked, prefix_mask, soft_first
 from luthier.architectures._outputs import LAYERS, Outputs
 from luthier.batch import Batch
 from luthier.kernels import attention
 from luthier.kernels.layout import Layout, lay_out
-from luthier.method import Range, architecture
+from luthier.method import Range, RecipeError, architecture
 
 if TYPE_CHECKING:
     from luthier.architectures._network import Network
@@ -39,6 +39,7 @@ class Causal(LanguageModel):
     packing: bool = True  # several sequences in a row of the tensor, none sees another; false: one row each, padded
     share_prompts: bool = True  # read a prompt once for all its completions
     blocks: bool = True  # attention of packed rows block by block, where the network lets it be chosen; false: by a mask
+    prefix: bool = False  # the prompt is read from both sides (prefix LM, non-causal decoder); completions see what stands before
     width: int = 256  # places in a row packed under a mask, at least; longer sequences make longer rows
     neftune_noise_alpha: Annotated[float, Field(ge=0), Range(1, 15)] = 0.0  # noise on embeddings in training (NEFTune; papers: 5)
 
@@ -89,9 +90,11 @@ class Causal(LanguageModel):
             self.check(model)
         blocks = self.in_blocks(model)
         width = (ENDLESS if blocks else self.width) if self.packing else 0
-        layout = lay_out(batch, share=self.share_prompts and self.packing, width=width, virtual=attached.virtual)
+        layout = lay_out(batch, share=self.share_prompts and self.packing, width=width, virtual=attached.virtual, prefix=self.prefix)
         inputs = self.embedded(model, attached, batch, layout)
-        if not self.packing:  # right padding: the model's own causal mask and positions will do
+        if self.prefix:
+            self.check_prefix(model)
+        if not self.packing and not self.prefix:  # right padding: the model's own causal mask and positions will do
             return layout, inputs | {"attention_mask": (layout.piece >= 0).long()}
         masks = (self.planned if blocks else self.mask)(model, layout)
         return layout, inputs | {"attention_mask": masks, "position_ids": layout.position}
@@ -111,6 +114,14 @@ class Causal(LanguageModel):
             raise ValueError(f"{name} cannot be told positions")
         if "local" in (getattr(config, "attention_layers", None) or ()):
             raise ValueError(f"{name} attends by place in the row, whatever the mask says")
+
+    def check_prefix(self, model: Network) -> None:
+        """Refuse to read from both sides with a network that cannot."""
+        config, name = model.config.get_text_config(), type(model).__name__
+        odd = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+        if odd or model._is_stateful or getattr(config, "sliding_window", None) or getattr(config, "alibi", False):
+            kinds = ", ".join(sorted(odd)) or ("recurrent" if model._is_stateful else "sliding window or ALiBi")
+            raise RecipeError(f"architecture causal: prefix: {name} has layers ({kinds}) that cannot read a prompt from both sides")
 
     def embedded(self, model: Network, attached, batch: Batch, layout: Layout) -> dict[str, Tensor]:
         """The tokens as the model is handed them: ids [R, W], or embeddings where soft vectors, other tokens or noise come in."""
@@ -146,18 +157,7 @@ class Causal(LanguageModel):
 
     def mask(self, model: Network, layout: Layout) -> Tensor | dict[str, Tensor]:
         """What each place may look at, in the form that the model's attention takes."""
-        kind = model.config.get_text_config()._attn_implementation
-        if kind not in ("sdpa", "eager", attention.NAME):
-            raise ValueError(f"attention '{kind}' takes no block mask (sdpa and eager do)")
-        dtype = model.get_input_embeddings().weight.dtype
-
-        def made(window: int | None, chunk: int | None) -> Tensor:
-            may = layout.mask(window, chunk)
-            if kind == "eager":
-                return torch.zeros(may.shape, dtype=dtype, device=may.device).masked_fill(~may, torch.finfo(dtype).min)
-            return may
-
-        return self.by_kind(model, layout, made)
+        return self.by_kind(model, layout, lambda window, chunk: as_mask(model, layout.mask(window, chunk)))
 
     def by_kind(self, model: Network, layout: Layout, make: Callable[[int | None, int | None], Tensor]) -> Tensor | dict[str, Tensor]:
         """make(window, chunk) for each kind of layer where they differ, else once. What no sequence reaches is left out."""
@@ -172,8 +172,15 @@ class Causal(LanguageModel):
 
     def alone(self, model: Network, attached, batch: Batch, segment: int, own: Tensor) -> Tensor:
         pieces = batch.segments()
-        places = torch.cat([pieces[s] for s in path(batch, segment)])
-        logits = model(**soft_first(model, attached, batch.ids[places][None], of=(batch, batch.row[[segment]])), use_cache=False).logits[0]
+        way = path(batch, segment)
+        places = torch.cat([pieces[s] for s in way])
+        inputs = soft_first(model, attached, batch.ids[places][None], of=(batch, batch.row[[segment]]))
+        if self.prefix:
+            order = torch.arange(attached.virtual + len(places), device=places.device)
+            first = len(pieces[way[0]]) if len(way) > 1 else 0
+            both = (order >= attached.virtual) & (order < attached.virtual + first)
+            inputs["attention_mask"] = prefix_mask(model, torch.ones_like(both)[None], both[None])
+        logits = model(**inputs, use_cache=False).logits[0]
         before = (places[:, None] == own).nonzero()[:, 0] - 1 + attached.virtual
         return picked(logits[before], batch.labels[own])
 
@@ -182,4 +189,4 @@ class Causal(LanguageModel):
     def generate(self, model: Network, attached, prompts: list[list[int]], **how: Any) -> list[list[list[int]]]:
         most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         limit = most and most - attached.virtual
-        return generate(decoder_writer(model, attached), prompts, limit=limit, **how)
+        return generate(decoder_writer(model, attached, self.prefix), prompts, limit=limit, **how)

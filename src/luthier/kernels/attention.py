@@ -66,8 +66,8 @@ class Plan:
 def plan(layout: Layout, dtype: torch.dtype, window: int | None = None, chunk: int | None = None) -> Plan:
     """Cut a layout into blocks. window: how far a token looks back; chunk: attention stays within chunks of positions."""
     position, piece = layout.position.flatten().cpu(), layout.piece.flatten().cpu()
-    sees = layout.sees.cpu()
-    blocks = list(_blocks(piece, position, sees, window, chunk))
+    sees, both = layout.sees.cpu(), layout.both.cpu()
+    blocks = list(_blocks(piece, position, sees, both, window, chunk))
     device = layout.source.device
     groups, met = [], torch.zeros(len(piece), dtype=torch.bool)
     for some in _alike(blocks):
@@ -77,7 +77,8 @@ def plan(layout: Layout, dtype: torch.dtype, window: int | None = None, chunk: i
             queries[i, : len(own)] = own
             keys[i, : len(seen)] = seen
         a, b = queries[:, :, None], keys[:, None, :]
-        may = sees[piece[a.clamp(min=0)], piece[b.clamp(min=0)]] & (a >= b) & (b >= 0)
+        of_a, of_b = piece[a.clamp(min=0)], piece[b.clamp(min=0)]
+        may = sees[of_a, of_b] & ((a >= b) | both[of_a] & (of_a == of_b)) & (b >= 0)
         if window:
             may &= position[a] - position[b] < window
         if chunk:
@@ -102,7 +103,9 @@ def _ranges(block: int, places: Tensor) -> Iterator[tuple[int, int, int, int]]:
         yield block, a, int(places[a]), b - a
 
 
-def _blocks(piece: Tensor, position: Tensor, sees: Tensor, window: int | None, chunk: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+def _blocks(
+    piece: Tensor, position: Tensor, sees: Tensor, both: Tensor, window: int | None, chunk: int | None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """(places of queries, places of keys) of every block; keys ascend, and those in the same piece keep their order."""
     real = (piece >= 0).nonzero().squeeze(1)
     order = piece[real].argsort(stable=True)
@@ -122,9 +125,11 @@ def _blocks(piece: Tensor, position: Tensor, sees: Tensor, window: int | None, c
         for run in _runs(tree, above):
             own = torch.cat([places[p] for p in run])
             before = [places[p] for p in above[run[0]][:-1]]
+            begun = [(p, sum(sizes[x] for x in run[:i])) for i, p in enumerate(run)]  # where each piece of the run begins in it
             for part in range(0, len(own), QUERIES):
                 queries = own[part : part + QUERIES]
-                keys = torch.cat([*before, own[: part + QUERIES]])
+                ahead = max((start + sizes[p] for p, start in begun if both[p] and start <= part + QUERIES - 1), default=0)
+                keys = torch.cat([*before, own[: max(part + QUERIES, ahead)]])
                 first = int(position[queries[0]])
                 if window:
                     keys = keys[position[keys] > first - window]

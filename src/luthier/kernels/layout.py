@@ -26,12 +26,16 @@ class Layout:
     soft: Tensor  # [R, W] index of the soft prompt's vector, -1 elsewhere
     at: Tensor  # [L] flat place whose hidden state predicts a token, -1 where nothing precedes it
     sees: Tensor  # [P, P] bool: piece a continues, directly or not, piece b
+    both: Tensor  # [P] bool: is this piece read from both sides? All others see what stands before
 
     def mask(self, window: int | None = None, chunk: int | None = None) -> Tensor:
         """[R, 1, W, W] bool, True = may look, by position. window: sliding attention's reach; chunk: attention in blocks."""
         order = torch.arange(self.piece.shape[1], device=self.piece.device)
         piece = self.piece.clamp(min=0)
-        may = self.sees[piece[:, :, None], piece[:, None, :]] & (order[:, None] >= order)
+        before = order[:, None] >= order
+        if bool(self.both.any()):
+            before = before | self.both[piece][:, :, None] & (piece[:, :, None] == piece[:, None, :])
+        may = self.sees[piece[:, :, None], piece[:, None, :]] & before
         may &= (self.piece >= 0)[:, None, :]
         if window:
             may &= self.position[:, :, None] - self.position[:, None, :] < window
@@ -58,15 +62,18 @@ def joined(layouts: Sequence[Layout], tokens: Sequence[int]) -> Layout:
         soft=side_by_side("soft", None),
         at=side_by_side("at", before[1]),
         sees=torch.block_diag(*(x.sees for x in layouts)).bool(),
+        both=side_by_side("both", None),
     )
 
 
-def lay_out(batch: Batch, *, share: bool = True, width: int = 0, virtual: int = 0) -> Layout:
+def lay_out(batch: Batch, *, share: bool = True, width: int = 0, virtual: int = 0, prefix: bool = False) -> Layout:
     """Pack the batch's tree into rows of at least `width` places; `virtual` places precede every root.
 
-    share: read a prompt once for all its completions, else once for each. width 0: one sequence per row (padded).
+    share: read a prompt once for all its completions, else once for each. width 0: one sequence per row (padded). prefix: the
+    segments that rows begin with, where others continue them, are read from both sides.
     """
     sizes, parents = batch.sizes, batch.parent.tolist()
+    continued = {*parents}
     blocks = _blocks(parents, share)
     long = [sum((sizes[s] for s, _ in block), virtual) for block in blocks]
     rows = _pack(long, max(width, *long) if width else 0)
@@ -113,6 +120,7 @@ def lay_out(batch: Batch, *, share: bool = True, width: int = 0, virtual: int = 
         soft=table(torch.where(real, -1, inner), -1),
         at=at,
         sees=sees,
+        both=torch.tensor([prefix and p.segment >= 0 and parents[p.segment] < 0 and p.segment in continued for p in pieces], dtype=torch.bool),
     )
     device = batch.ids.device
     return made if device.type == "cpu" else Layout(**{k: v.to(device) for k, v in vars(made).items()})

@@ -204,7 +204,7 @@ def _curves(result: Mapping[str, Any]) -> str:
 
 
 def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()] if path.is_file() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()] if path.is_file() else []
 
 
 def _skills(result: Mapping[str, Any]) -> str:

@@ -187,7 +187,8 @@ def answers(folder: Any) -> list[dict]:
     for when in ("before", "after"):
         path = Path(folder) / f"samples-{when}.jsonl"
         if path.is_file():
-            for i, text in enumerate(path.read_text(encoding="utf-8").splitlines()):
+            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines also cuts at marks that a model may have written
+            for i, text in enumerate(line for line in lines if line):
                 row = json.loads(text)
                 said.setdefault(str(row.get("id", i)), {})[when] = row
     out = []

@@ -2,8 +2,8 @@
 
 R hides short spans of 15 %, X long spans or half of the text, S everything behind a random place (a prefix LM). Each text
 gets one denoiser, drawn from (seed, step, row). A row with a prompt is read as one text with it. Spans are of tokens, as in T5: their lengths are random compositions of the
-share that is hidden. On an encoder-decoder and on a causal model alike; the latter reads its input causally (UL2R trains
-prefix LMs, which read it from both sides).
+share that is hidden. On an encoder-decoder and on a causal model alike; the latter reads its input
+causally, or from both sides as a prefix LM (`architecture: {name: causal, prefix: true}`), as UL2R does.
 """
 
 from __future__ import annotations
