@@ -143,6 +143,15 @@ def test_a_teacher_with_other_tokens_is_refused_where_sizes_agree(base, tiny, tm
         luthier.tune(asked, folder=tmp_path / "r")
 
 
+def test_the_same_base_with_another_adapter_teaches(base, tiny, tmp_path):
+    teacher = luthier.tune({**base, "tuner": "lora", "learning_rate": 1e-2, "max_steps": 5}, folder=tmp_path / "teacher").folder
+    asked = {**base, "tuner": "lora", "objective": "distill", "roles": {"teacher": {"name": "model", "model": teacher}}}
+    report = luthier.tune({**asked, "start": teacher, "max_steps": 1}, folder=tmp_path / "same")
+    assert report.losses[0] == pytest.approx(0, abs=1e-5)
+    report = luthier.tune({**asked, "learning_rate": 1e-2, "max_steps": 12}, folder=tmp_path / "other")
+    assert report.losses[0] > 1e-3 and report.losses[-1] < report.losses[0] / 2
+
+
 def test_spans_of_one_tokenizer_are_its_tokens(base, tiny, tmp_path):
     stages = [{"name": "teacher_spans", "model": tiny}]
     same = luthier.tune({**base, "objective": "alm", "stages": stages, "max_steps": 1, "tuner": "full"}, folder=tmp_path / "same")

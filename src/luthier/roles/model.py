@@ -1,9 +1,10 @@
 """Another model, frozen: a teacher, a reference of its own, a reward model. It reads the policy's tokens, so both must write
-text with the same ones; of a teacher with other tokens, stage `teacher_spans` and objective `alm` compare the text instead."""
+text with the same ones. A run's folder or an exported adapter is that tuned model. Of a teacher with other tokens, stage `teacher_spans` and objective `alm` compare the text instead."""
 
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
 
 from luthier.method import RecipeError, role
 from luthier.roles import Policy
@@ -18,13 +19,19 @@ class Model(Role):
 
     constant = True
 
-    model: str = "practice:lm"  # folder, hub name, or practice:NAME
+    model: str = "practice:lm"  # folder of a model, a run or an adapter; hub name, or practice:NAME
+
+    @property
+    def tuned(self) -> bool:
+        """Is it a run's folder or an adapter's?"""
+        return any((Path(self.model).expanduser() / file).is_file() for file in ("recipe.yaml", "report.json", "adapter_config.json"))
 
     def reads(self, name, tokenizer):
         from transformers import AutoTokenizer
 
         try:
-            other = AutoTokenizer.from_pretrained(resolve_model(self.model), trust_remote_code=False).get_vocab()
+            folder = self.model if self.tuned else resolve_model(self.model)
+            other = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
         except (OSError, ValueError, ImportError):
             return  # a folder of weights alone: its size is compared when it is loaded
         own = tokenizer.get_vocab()
@@ -38,8 +45,15 @@ class Model(Role):
 
     def play(self, name, policy):
         own = next(policy.model.parameters())
-        network = policy.architecture.load(resolve_model(self.model), dtype=own.dtype).to(own.device).eval().requires_grad_(False)
+        if self.tuned:
+            from luthier.use import load
+
+            made = load(self.model, dtype=str(own.dtype).removeprefix("torch.")).roles.policy
+            network, attached = made.model.to(own.device).eval().requires_grad_(False), made.attached
+        else:
+            network = policy.architecture.load(resolve_model(self.model), dtype=own.dtype).to(own.device).eval().requires_grad_(False)
+            attached = Untuned(network)
         words = [len(m.get_input_embeddings().weight) for m in (network, policy.model)]
         if words[0] != words[1]:
             raise RecipeError(f"roles.{name}: {self.model} has {words[0]} tokens and the policy {words[1]}: they must share a tokenizer")
-        return Policy(policy.architecture, network, Untuned(network), name, nullcontext)
+        return Policy(policy.architecture, network, attached, name, nullcontext)
