@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
 from functools import lru_cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -29,6 +31,8 @@ from transformers import (
     Qwen2MoeForCausalLM,
 )
 
+from conftest import SUMS
+from luthier import store
 from luthier.architectures.causal import Causal
 from luthier.batch import collate
 from luthier.clock import Clock
@@ -777,11 +781,7 @@ RUNS = ["lora", PISSA, "ssf", {"name": "lora_sb", "r": 4, "init_rows": 8}, "lisa
 @pytest.mark.parametrize("spec", RUNS)
 def test_in_a_run(spec, base, tmp_path):
     """Learns in the loop, goes on bit for bit after a kill, and starts again from its folder."""
-    import json
-    import shutil
-
     import luthier
-    from luthier import store
 
     recipe = {**base, "tuner": spec, "learning_rate": 1e-2, "max_steps": 24, "save_steps": 12, "lr_scheduler_type": "constant"}
     folder = tmp_path / "whole"
@@ -796,6 +796,48 @@ def test_in_a_run(spec, base, tmp_path):
     assert again.step == last.step == 24 and all(torch.equal(v, again.tensors[k]) for k, v in last.tensors.items())
     further = luthier.tune(**recipe, start=str(folder), output_dir=str(tmp_path / "further"))
     assert sum(further.losses[:4]) < sum(whole.losses[:4])
+
+
+MORE = {  # what a run with some tuner has besides
+    "bitfit": {"tuner": {"name": "bitfit", "also": ["norms"]}},
+    "cofitune": {"tuner": {"name": "cofitune", "init_rows": 4}},
+    "dsee": {"tuner": {"name": "dsee", "sparsity": 0.5}},  # cut after half of the run
+    "elastic": {"tuner": {"name": "elastic", "depth": [0.5, 1.0]}, "estimator": "elastic", "objective": "sft + kl", "roles": {"reference": "whole"}},
+    "peft": {"tuner": {"name": "peft", "type": "vera"}},
+    "pv_tuning": {"quantization": {"name": "rtn", "bits_per_weight": 2, "group_size": 16}},
+    "self_tuning": {
+        "data": [{**row, "source": "validation" if i % 4 == 0 else "train"} for i, row in enumerate(SUMS)], "eval_data": SUMS[:8],
+        "objective": {"name": "by_source", "sources": ["train", "validation"]}, "estimator": {"name": "self_tuning", "warmup": 1},
+    },
+    "lora + ggpo": {"tuner": "lora", "estimator": "ggpo"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*TUNERS, "lora + ggpo"])
+def test_every_tuner_goes_on_bit_for_bit(name, base, tmp_path):
+    """Stopped after a third of its steps and after half of them, it ends as it would have ended."""
+    import luthier
+
+    small = {k: v for k, v in SMALL.items() if k in {f.name for f in fields(find("tuner", name))}} if name in TUNERS else {}
+    asked = {**base, "tuner": {"name": name, **small}, "learning_rate": 5e-3, "max_steps": 6, "save_steps": 1, "save_total_limit": 9, "evaluate": ["loss"], **MORE.get(name, {})}
+    whole = luthier.tune(**asked, output_dir=str(tmp_path / "whole"))
+    for step in (2, 3):
+        folder = tmp_path / f"cut{step}"
+        undone(tmp_path / "whole", folder, step)
+        again = luthier.tune(**asked, output_dir=str(folder))
+        assert any(f"going on from checkpoint-{step}" in note for note in again.notes) and again.losses == whole.losses
+        ends = [store.load_checkpoint(store.checkpoints(f)[-1]).tensors for f in (tmp_path / "whole", folder)]
+        assert ends[0].keys() == ends[1].keys() and all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
+
+
+def undone(whole: Path, folder: Path, step: int) -> None:
+    """A copy of a run's folder as a kill after this step leaves it."""
+    shutil.copytree(whole, folder)
+    for checkpoint in store.checkpoints(folder):
+        if int(checkpoint.name.rpartition("-")[2]) > step:
+            shutil.rmtree(checkpoint)
+    (folder / "report.json").unlink()
+    (folder / "run.json").write_text(json.dumps({**json.loads((folder / "run.json").read_text()), "finished": False}))
 
 
 # ---------------------------------------------------------------------------------------------- every tuner on every shape
