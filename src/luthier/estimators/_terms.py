@@ -14,8 +14,8 @@ from luthier.transforms._chain import Slots
 class Terms(Estimator):
     """Family: one backward pass for each term of the objective, its weight included. With one term it is backprop."""
 
-    def combine(self, every: Tensor, rng: torch.Generator) -> Tensor:
-        """[terms, terms] inner products of the terms' gradients -> [terms] what each is multiplied by in the sum."""
+    def combine(self, every: Tensor, losses: Tensor, rng: torch.Generator) -> Tensor:
+        """[terms, terms] inner products of the terms' gradients, [terms] losses -> [terms] what each is multiplied by in the sum."""
         raise NotImplementedError
 
     def step(self, closure, chain, clock):
@@ -24,14 +24,14 @@ class Terms(Estimator):
             loss = closure()
             chain.step(gradients(chain))
             return loss
-        loss, each = 0.0, []
+        losses, each = [], []
         for i in range(terms):
-            loss += closure(only=lambda place, name, i=i: place == i)
+            losses.append(closure(only=lambda place, name, i=i: place == i))
             each.append({name: {k: g.clone() for k, g in slots.items()} for name, slots in gradients(chain).items()})
         products = torch.tensor([[_product(a, b) for b in each] for a in each], dtype=torch.float64)
-        share = self.combine(products, clock.rng(self.name)).tolist()
+        share = self.combine(products, torch.tensor(losses, dtype=torch.float64), clock.rng(self.name)).tolist()
         chain.step(_mixed(each, share))
-        return loss
+        return sum(losses)
 
 
 def _product(a: dict[str, Slots], b: dict[str, Slots]) -> float:

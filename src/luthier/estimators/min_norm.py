@@ -15,7 +15,7 @@ class MinNorm(Terms):
 
     iterations: int = 200  # of Frank-Wolfe at most; two terms need one
 
-    def combine(self, every, rng):
+    def combine(self, every, losses, rng):
         share = torch.full((len(every),), 1 / len(every), dtype=every.dtype)
         for _ in range(self.iterations):
             best = int((every @ share).argmin())

@@ -14,7 +14,7 @@ from luthier.method import estimator
 class PCGrad(Terms):
     """Gradient surgery."""
 
-    def combine(self, every, rng):
+    def combine(self, every, losses, rng):
         n, total = len(every), torch.zeros(len(every), dtype=every.dtype)
         for i in range(n):
             mine = torch.zeros_like(total)  # this term's gradient as a mix of all
