@@ -27,6 +27,7 @@ FILE = "control.safetensors"
 @tuner(
     paper="arXiv:2310.00819",
     row="meet",
+    gives="off",
     contract={"starts_as_base": "vectors before the text change what is read from the first step on"},
 )
 class Control(Tuner):
@@ -45,7 +46,7 @@ class Control(Tuner):
 
     @property
     def provides(self):
-        return frozenset({"off"}) if self.tuner is None or "off" in self.tuner.gives else frozenset()
+        return self.gives if self.tuner is None or "off" in self.tuner.gives else frozenset()
 
     @torch.no_grad()
     def attach(self, model):
