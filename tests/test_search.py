@@ -336,6 +336,19 @@ def test_a_search_finds_says_and_writes_a_recipe_that_runs(shared, tmp_path):
     assert later["trials"][1]["point"]["learning_rate"] == top["point"]["learning_rate"]
 
 
+def test_what_was_found_is_tested_on_other_rows(shared, tmp_path):
+    picked = {**shared, "data": SUMS[:40], "eval_data": SUMS[40:60]}
+    how = dict(over="learning_rate=1e-3..1e-1 log", trials=2, test_seeds="0,", apart=False, folder=tmp_path / "s")
+    with pytest.raises(RecipeError, match="--test-data: 3 of 6 rows also stand in data or eval_data"):
+        luthier.search(picked, test_data=SUMS[57:63], **how)
+    found = luthier.search(picked, test_data=SUMS[60:], **how)
+    (run,) = found["comparison"]["arms"]["found-1"]["runs"]
+    report = (Path(run) / "report.json").read_text()
+    assert found["sentence"].endswith("here).") and "test seeds and rows" in found["sentence"]
+    assert "the second on test rows" in (tmp_path / "s" / "report.html").read_text()
+    assert json.loads(report)["stats"]["held_out_rows"] == 4
+
+
 def test_a_killed_search_goes_on_as_if_it_had_not_been(shared, tmp_path, monkeypatch):
     how = dict(
         over="learning_rate=1e-4..1e-1 log",

@@ -243,6 +243,7 @@ def search(
     sampler: Annotated[str, typer.Option(help="`luthier methods --kind searcher`; with settings: '{name: hyperband, inner: tpe}'.")] = "tpe",
     seeds: Annotated[str, typer.Option(help="Tuning seeds of each configuration: how many, or which (5,6,7).")] = "1",
     test_seeds: Annotated[str, typer.Option(help="Seeds on which what was found runs again: how many, or which.")] = "3",
+    test_data: Annotated[str | None, typer.Option(metavar="ROWS", help="Rows on which it is measured then; without: the held-out rows that chose it.")] = None,
     metric: Annotated[str | None, typer.Option(help="What `quality` means. Default: loss; of pairs, ranking_accuracy.")] = None,
     earlier: Annotated[Path | None, typer.Option("--from", help="An earlier search's folder: what it found is tried first.")] = None,
     storage: Annotated[str | None, typer.Option(help="An Optuna storage URL, e.g. sqlite:///study.db. Default: a journal.")] = None,
@@ -258,7 +259,7 @@ def search(
     source, changes = asked(words)
     made = quest(
         source, over or (), goals or (), where or (), trials=trials, budget=budget, sampler=yaml.safe_load(sampler), seeds=seeds,
-        test_seeds=test_seeds, metric=metric, earlier=earlier, changes=changes,
+        test_seeds=test_seeds, metric=metric, earlier=earlier, test_data=test_data, changes=changes,
     )  # fmt: skip
     found = conduct(made, to, storage, Quiet() if as_json else Console())
     typer.echo(dumped(found)) if as_json else Console().found(found)

@@ -24,7 +24,7 @@ import numpy as np
 from luthier import comparison, store
 from luthier.clock import Clock
 from luthier.comparison import TUNING_SEED, Study, understood
-from luthier.data import load_data
+from luthier.data import Data, load_data
 from luthier.goals import Goal, Limit, goals, limits, volume
 from luthier.method import RecipeError, build, gives_of, meant, spec
 from luthier.paired import hypervolume
@@ -199,6 +199,7 @@ class Quest:
     earlier: tuple[dict[str, Any], ...] = ()  # points that an earlier search found
     apart: bool = True
     evaluate: tuple[Any, ...] = ()  # what is measured of found recipes, beyond the goals
+    test_data: Any = None  # the rows on which they are measured at the end; not given: those that the choice was made on
 
     def fingerprint(self) -> str:
         """What makes two searches the same; how long they go on does not."""
@@ -226,7 +227,8 @@ def seeds_of(said: Any, first: int, option: str) -> tuple[int, ...]:
 def quest(
     recipe: Any, going_over: Sequence[str] = (), wanted: Sequence[str] = (), where: Sequence[str] = (), *, trials: float | None = None,
     budget: str | None = None, sampler: Any = "tpe", seeds: Any = 1, test_seeds: Any = 3, metric: str | None = None,
-    earlier: str | Path | None = None, apart: bool = True, changes: Sequence[str] | Mapping[str, Any] | None = None,
+    earlier: str | Path | None = None, test_data: Any = None, apart: bool = True,
+    changes: Sequence[str] | Mapping[str, Any] | None = None,
 ) -> Quest:  # fmt: skip
     """Everything a search needs, checked. Refuses what cannot work before anything is computed."""
     base = Recipe.load(recipe, changes)
@@ -254,6 +256,8 @@ def quest(
             f"--sampler {searcher.name} pauses runs, and a plan has several and no step of its own to pause at; take tpe, gp, nsga or random"
         )
     rows = load_data(base)
+    if test_data is not None:
+        _unseen(base, rows, test_data)
     sample = rows.rows[:100]
     quality = metric or _quality(base, sample)
     aims, bounds = goals(wanted, quality), limits(where, quality)
@@ -268,8 +272,22 @@ def quest(
     field = replace(field, recipe=base.but(save_steps=100_000, save_total_limit=1, report_to=[]))
     return Quest(
         field, aims, bounds, quality, searcher, math.inf if trials is None and budget else float(trials or 40), seconds, tuning, test,
-        _earlier(earlier, field) if earlier else (), apart, tuple(tested),
+        _earlier(earlier, field) if earlier else (), apart, tuple(tested), test_data,
     )  # fmt: skip
+
+
+def _unseen(recipe: Recipe, rows: Data, said: Any) -> None:
+    """Refuses test rows that a run learns from, or that the choice is made on."""
+    test = load_data(recipe.but(eval_data=said)).held_out
+    known = {_content(row) for row in (*rows.rows, *rows.held_out)}
+    if twice := sum(_content(row) in known for row in test):
+        raise RecipeError(f"--test-data: {twice} of {len(test)} rows also stand in data or eval_data; what a choice has seen cannot test it")
+    if not test:
+        raise RecipeError(f"--test-data: {said} holds no rows")
+
+
+def _content(row: Mapping[str, Any]) -> str:
+    return json.dumps({k: row.get(k) for k in ("prompt", "completions")}, sort_keys=True, default=str)
 
 
 def _quality(recipe: Recipe, rows: Sequence[dict]) -> str:
@@ -343,8 +361,8 @@ def _earlier(folder: str | Path, field: Over) -> tuple[dict[str, Any], ...]:
 def search(
     recipe: Any = None, over: Sequence[str] | str = (), goals: Sequence[str] | str = (), where: Sequence[str] | str = (), *,
     trials: float | None = None, budget: str | None = None, sampler: Any = "tpe", seeds: Any = 1, test_seeds: Any = 3,
-    metric: str | None = None, earlier: str | Path | None = None, storage: str | None = None, folder: str | Path | None = None,
-    apart: bool = True, watch: Any = None, **settings: Any,
+    metric: str | None = None, earlier: str | Path | None = None, test_data: Any = None, storage: str | None = None,
+    folder: str | Path | None = None, apart: bool = True, watch: Any = None, **settings: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Search for better configurations of a recipe; settings: keys of the recipe.
 
@@ -353,7 +371,7 @@ def search(
     several = lambda x: [x] if isinstance(x, str) else list(x)
     made = quest(
         recipe, several(over), several(goals), several(where), trials=trials, budget=budget, sampler=sampler, seeds=seeds,
-        test_seeds=test_seeds, metric=metric, earlier=earlier, apart=apart, changes=settings,
+        test_seeds=test_seeds, metric=metric, earlier=earlier, test_data=test_data, apart=apart, changes=settings,
     )  # fmt: skip
     return conduct(made, Path(folder) if folder else None, storage, watch)
 
@@ -546,7 +564,7 @@ def _tested(made: Quest, folder: Path, tried: Sequence[Tried], found: Sequence[T
     result: dict[str, Any] = {
         "recipe": made.over.recipe.yaml(), "goals": [{"name": g.name, "metric": g.metric, "up": g.up} for g in made.goals],
         "limits": [x.said for x in made.limits], "over": [_dim_told(d) for d in made.over.space.dims], "sampler": spec(made.searcher),
-        "seeds": list(made.seeds), "test_seeds": list(made.test_seeds), "trials": [_line(t, folder) for t in tried], "front": front(tried),
+        "seeds": list(made.seeds), "test_seeds": list(made.test_seeds), "test_data": made.test_data, "trials": [_line(t, folder) for t in tried], "front": front(tried),
         "spent": spent(tried), "took": sum(t.measured.took for t in tried), "date": str(date.today()), "folder": str(folder),
         "model": made.over.recipe.model, "found": [], "comparison": None,
     }  # fmt: skip
@@ -557,7 +575,8 @@ def _tested(made: Quest, folder: Path, tried: Sequence[Tried], found: Sequence[T
         text = f"# Found by luthier search: {told(t.seen.point)}.\n" + made.over.recipe_of(t.seen.point).but(output_dir=None).yaml()
         store.write_text(folder / f"{name}.yaml", text)
     watch.stage("on test seeds")
-    arms = {name: r.but(evaluate=[*(r.evaluate or ()), *made.evaluate]) for name, r in arms.items()}
+    rows = {} if made.test_data is None else {"eval_data": made.test_data}
+    arms = {name: r.but(evaluate=[*(r.evaluate or ()), *made.evaluate], **rows) for name, r in arms.items()}
     study = Study(arms, len(made.test_seeds), None, made.quality, False, made.apart, together=False, drawn=made.test_seeds)
     compared = comparison.conduct(study, folder / f"test-{study.fingerprint()}", watch)
     base = next((t for t in tried if t.kind == "recipe"), None)
@@ -581,8 +600,8 @@ def sentence(made: Quest, tried: Sequence[Tried], lines: Sequence[Mapping], comp
     top = max((x for x in lines if x["name"] != "recipe"), key=lambda x: -_first(x, made), default=None)
     goal = made.goals[0]
     if top and goal.name in top["test"]:
-        share = says(goal.metric).share
-        said += f" (test seeds; {top['name']} had {number(top['tuning'][goal.name], share)} on the tuning seeds, {number(top['test'][goal.name], share)} here)"
+        share, where = says(goal.metric).share, "test seeds" if made.test_data is None else "test seeds and rows"
+        said += f" ({where}; {top['name']} had {number(top['tuning'][goal.name], share)} on the tuning seeds, {number(top['test'][goal.name], share)} here)"
     return said + "."
 
 

@@ -73,9 +73,12 @@ def _found(result: Mapping[str, Any]) -> str:
         what = escape(one["said"] or "as it was")
         link = f'<a href="{escape(one["name"])}.yaml">{escape(one["name"])}</a>' if one["name"] != "recipe" else "the recipe"
         body += f'<tr><th scope="row">{link}<br><small>{what}</small></th>{cells}</tr>'
+    rows = (
+        "The first is on the held-out rows, the second on test rows." if result.get("test_data") else "Both are on the same held-out rows."
+    )
     note = (
         "Tuning: the mean over the seeds by which it was chosen, which flatters. Test: the mean over seeds that no choice has seen. "
-        "Gap: how much worse the second is. Both are measured on the same held-out rows."
+        f"Gap: how much worse the second is. {rows}"
     )
     return section(
         "What was found",
