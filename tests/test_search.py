@@ -97,6 +97,22 @@ def test_constraints_are_kept_to():
     assert asked_there[1] < 0.6 * asked_there[0] and ranked(seen)[0].over == 0
 
 
+@pytest.mark.parametrize("prior", ["saas", "plain"])
+def test_improvement_expected_of_processes_covers_more_than_chance_and_keeps_to_limits(prior):
+    """Few configurations; then one goal that pulls over a limit."""
+    pytest.importorskip("botorch")
+    quick = {"name": "botorch", "prior": prior, "candidates": 128, "climbs": 1, "samples": 16}
+    cover = lambda name: hypervolume([s.values for s in play(name, zdt1, 14, 0)], (1.1, 6.0))
+    assert cover(quick) > cover("random") + 0.5
+    space, seen = Space((Dim("x"), Dim("y"))), []
+    for i in range(10):
+        asked = build("searcher", quick).ask(space, seen, 1, Clock(0))
+        x, y = asked.point["x"], asked.point["y"]
+        seen.append(Seen(i, asked.point, (x + y,), over=max(0.0, 0.5 - x), marks=asked.marks))
+    top = ranked(seen)[0]
+    assert top.over == 0 and top.values[0] < 0.75 and top.number >= 6, "the best within the limit is 0.5, at an edge of it"
+
+
 def test_halving_pays_what_the_formula_says():
     assert halving(9, 1 / 9, 3) == [(9, pytest.approx(1 / 9)), (3, pytest.approx(1 / 3)), (1, 1.0)]
     for n, k, eta in ((27, 3, 3), (16, 4, 2), (9, 2, 3)):
