@@ -1,0 +1,74 @@
+"""Bayesian optimization as the tutorial has it: a Gaussian process with Matern-5/2 kernel, then the expected improvement.
+
+2 (d + 1) points first. One goal: the expected improvement in closed form where values have no noise; else the improvement of
+the best posterior mean, simulated, which is the same without noise; or the knowledge gradient. Several goals: a process
+for each, and the expected improvement of the hypervolume over draws of what was seen, which is the noisy one of AutoPEFT
+(arXiv:2301.12132). With limits: times the probability that they are kept to.
+
+Departs: length scales at their maximum a posteriori (AutoPEFT: sampled, from the sparse prior that `sparse` has here); the
+hypervolume is measured along random directions in place of boxes; the next point is the best of many drawn ones and their
+neighbours, as settings are whole numbers and choices as often as not, where the tutorial climbs gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from luthier.method import searcher
+from luthier.searchers import _acquire
+from luthier.searchers._acquire import gain, improvement, most, normals
+from luthier.searchers._searcher import Asked, Searcher, layers, rng
+from luthier.searchers._surrogates import fit
+
+
+@searcher(paper="arXiv:1807.02811", row="bayesopt-tutorial")
+class Bayes(Searcher):
+    """Few and costly runs, up to some twenty settings; nothing to install."""
+
+    acquisition: Literal["improvement", "knowledge_gradient"] = "improvement"  # what is measured next, where the goal is one
+    n_startup_trials: Annotated[int, Field(ge=1)] | None = None  # spread evenly first; null: 2 (d + 1)
+    deterministic_objective: bool = False  # would the same configuration give the same numbers again? Else noise is fitted
+    sparse: Annotated[float, Field(ge=0)] = 0.0  # scale of a prior under which few settings count (SAAS has 0.1); 0: all may
+    n_simulations: Annotated[int, Field(ge=8)] = 64  # draws behind an expectation that has no closed form
+
+    def ask(self, space, seen, goals, clock):
+        n = self.n_startup_trials or 2 * (len(space.dims) + 1)
+        if len(seen) < n:
+            return Asked(_acquire.first(space, n, len(seen), rng(clock, "design")))
+        draw, at = rng(clock, "ask", len(seen)), _acquire.vectors(space, seen)
+        X, Y = space.features(at), _acquire.values_of(seen)
+        models = [fit(X, y, noise=0.0 if self.deterministic_objective else None, sparse=self.sparse) for y in Y.T]
+        inside = np.array([s.over <= 0 for s in seen])
+        some = inside if inside.any() else np.ones(len(seen), bool)  # among whom the best is
+        score = self.of_one(models[0], X, Y[:, 0], some, space, draw) if goals == 1 else self.of_several(models, X, Y, some, draw)
+        kept = _acquire.allowed(X, seen)
+        judged = score if isinstance(kept, float) else lambda Z: score(Z) * kept(Z)
+        good = at[some][np.argsort(layers(Y[some]), kind="stable")[:10]]
+        return Asked(space.decode(most(space, judged, good, _acquire.unseen(X), draw)))
+
+    def of_one(self, model, X, y, some, space, draw):
+        if self.acquisition == "knowledge_gradient":
+            among = np.concatenate([X, space.features(draw.random((100, len(space.dims))))])
+            return lambda Z: gain(model, among, Z, normals(self.n_simulations))
+        if self.deterministic_objective:
+            return lambda Z: improvement(*_sd(model.at(Z)), float(y[some].min()))
+        return lambda Z: gain(model, X[some], Z, normals(self.n_simulations))
+
+    def of_several(self, models, X, Y, some, draw):
+        worst, along = _acquire.worst_of(Y[some]), _acquire.directions(draw, len(models))
+        unit = np.array([m.spread for m in models])  # a goal's unit must not decide which directions it is seen from
+        n, normal = len(X[some]), [draw.standard_normal((16, len(X) + 4 * _acquire.POOL)) for _ in models]
+
+        def score(Z):
+            points = np.concatenate([X[some], Z])
+            drawn = np.stack([m.draws(points, e[:, : len(points)]) for m, e in zip(models, normal)], -1) / unit
+            return _acquire.improvement_of_volume(drawn[:, :n], drawn[:, n:], worst / unit, along)
+
+        return score
+
+
+def _sd(found):
+    return found[0], np.sqrt(found[1])
