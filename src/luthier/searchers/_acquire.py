@@ -99,11 +99,11 @@ def values_of(seen: Sequence[Seen]) -> np.ndarray:
     return np.where(middle > best, np.minimum(out, middle + OUTLIER * (middle - best)), out)
 
 
-def allowed(X: np.ndarray, seen: Sequence[Seen]) -> Callable[[np.ndarray], np.ndarray] | float:
+def allowed(X: np.ndarray, seen: Sequence[Seen]) -> Callable[[np.ndarray], np.ndarray | float]:
     """How likely constraints are kept to. What keeps to them stands as far inside as the others, typically, do outside."""
     over = np.array([s.over for s in seen])
     if not (over > 0).any():
-        return 1.0
+        return lambda Z: 1.0
     model = fit(X, np.where(over > 0, over, -np.median(over[over > 0])))
 
     def likely(Z: np.ndarray) -> np.ndarray:

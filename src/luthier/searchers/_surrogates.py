@@ -33,10 +33,10 @@ class Process:
     def kernel(self, A: np.ndarray, B: np.ndarray, of_a: np.ndarray, of_b: np.ndarray) -> np.ndarray:
         """[a, settings], [b, settings] and their levels -> [a, b]"""
         w, v = weights(of_a, self.rho), weights(of_b, self.rho)
-        return sum(
-            w[:, u, None] * v[None, :, u] * s2 * matern(np.sqrt(5 * _squares(A / length, B / length)))
-            for u, (s2, length) in enumerate(zip(self.variance, self.scales))
-        )
+        out = np.zeros((len(A), len(B)))
+        for u, (s2, length) in enumerate(zip(self.variance, self.scales)):
+            out += w[:, u, None] * v[None, :, u] * s2 * matern(np.sqrt(5 * _squares(A / length, B / length)))
+        return out
 
 
 def matern(r: np.ndarray) -> np.ndarray:
@@ -62,7 +62,7 @@ def weights(levels: np.ndarray, rho: np.ndarray, without: int = -1) -> np.ndarra
 class Surrogate:
     """A process after what was seen of it. Takes and gives values in their own units."""
 
-    def __init__(self, process: Process, X: np.ndarray, y: np.ndarray, level: Sequence[int] | None = None):
+    def __init__(self, process: Process, X: np.ndarray, y: np.ndarray, level: Sequence[int] | np.ndarray | None = None):
         """process: of the standardised values."""
         self.process, self.X, self.top = process, X, len(process.rho)
         self.level = np.full(len(X), self.top) if level is None else np.asarray(level)
@@ -128,7 +128,12 @@ def _means(solve, H: np.ndarray, z: np.ndarray) -> np.ndarray:
 
 
 def fit(
-    X: np.ndarray, y: np.ndarray, level: Sequence[int] | None = None, levels: int = 1, noise: float | None = None, sparse: float = 0.0
+    X: np.ndarray,
+    y: np.ndarray,
+    level: Sequence[int] | np.ndarray | None = None,
+    levels: int = 1,
+    noise: float | None = None,
+    sparse: float = 0.0,
 ) -> Surrogate:
     """The most likely process of y [n] at X [n, settings]. noise: its known variance; None: to be found as well.
 
@@ -200,5 +205,7 @@ def fit(
         begin = prior[:, 0].copy()
         begin[T : T + T * d] = math.log(length * math.sqrt(d))
         begins.append(np.clip(begin, low, high))
-    found = [minimize(loss, b, jac=True, method="L-BFGS-B", bounds=list(zip(low, high)), options={"maxiter": 40, "ftol": 1e-5}) for b in begins]
+    found = [
+        minimize(loss, b, jac=True, method="L-BFGS-B", bounds=list(zip(low, high)), options={"maxiter": 40, "ftol": 1e-5}) for b in begins
+    ]
     return Surrogate(parts(min(found, key=lambda f: f.fun).x), X, y, at)

@@ -45,9 +45,8 @@ class Bayes(Searcher):
         some = inside if inside.any() else np.ones(len(seen), bool)  # among whom the best is
         score = self.of_one(models[0], X, Y[:, 0], some, space, draw) if goals == 1 else self.of_several(models, X, Y, some, draw)
         kept = _acquire.allowed(X, seen)
-        judged = score if isinstance(kept, float) else lambda Z: score(Z) * kept(Z)
         good = at[some][np.argsort(layers(Y[some]), kind="stable")[:10]]
-        return Asked(space.decode(most(space, judged, good, _acquire.unseen(X), draw)))
+        return Asked(space.decode(most(space, lambda Z: score(Z) * kept(Z), good, _acquire.unseen(X), draw)))
 
     def of_one(self, model, X, y, some, space, draw):
         if self.acquisition == "knowledge_gradient":
