@@ -422,6 +422,40 @@ def test_a_database_is_shared_by_workers(tmp_path):
         Book(space, wanted, (), "nonsense://", "s")
 
 
+@pytest.mark.parametrize("name", ["random", "tpe", "bayes"])
+def test_workers_do_not_ask_the_same(name):
+    if name not in names("searcher"):
+        pytest.skip("not here")
+    space, wanted = Space((Dim("x"),)), goals(["loss"], "loss")
+    books = [Book(space, wanted, (), None, "s", worker) for worker in "ab"]
+    books[1].study = books[0].study
+    asked = []
+
+    def measure(t, i):
+        """While one measures, the other asks."""
+        asked.append(t.user_attrs["point"]["x"])
+        if len(asked) % 2:
+            hunt(books[1], build("searcher", name), measure, searching.spent(books[1].tried()) + 2, crew=True)
+        return Measured({1000: {"loss": t.user_attrs["point"]["x"]}})
+
+    hunt(books[0], build("searcher", name), measure, 8, crew=True)
+    assert len(asked) >= 8 and len(set(asked)) == len(asked)
+
+
+def test_workers_of_a_cluster_spend_one_budget(shared, tmp_path, monkeypatch):
+    pytest.importorskip("ray")
+    from luthier import cluster
+
+    found = luthier.search(
+        shared, over="learning_rate=1e-4..1e-1 log", trials=5, test_seeds="0,", folder=tmp_path / "s", workers=2, apart=False
+    )
+    assert found["spent"] == len(found["trials"]) == 5 and found["trials"][0]["kind"] == "recipe"
+    assert len({json.dumps(t["point"]) for t in found["trials"][1:]}) == 4
+    monkeypatch.setattr(cluster.ray(), "nodes", lambda: [1, 2])
+    with pytest.raises(RecipeError, match="need --storage"):
+        cluster.workers(2, print, None, print)
+
+
 def test_a_run_that_diverges_is_no_end(tmp_path):
     book = Book(Space((Dim("x"),)), goals(["loss"], "loss"), limits(["loss <= 10"], "loss"))
     measure = lambda t, i: Measured({}, 1.0, "it diverged") if i % 3 else Measured({1000: {"loss": t.user_attrs["point"]["x"]}}, 1.0)

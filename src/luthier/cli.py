@@ -247,6 +247,7 @@ def search(
     metric: Annotated[str | None, typer.Option(help="What `quality` means. Default: loss; of pairs, ranking_accuracy.")] = None,
     earlier: Annotated[Path | None, typer.Option("--from", help="An earlier search's folder: what it found is tried first.")] = None,
     storage: Annotated[str | None, typer.Option(help="An Optuna storage URL, e.g. sqlite:///study.db. Default: a journal.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="How many of a Ray cluster (RAY_ADDRESS, or this machine) measure side by side.")] = 1,
     to: Annotated[Path | None, typer.Option(help="The search's folder.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -261,7 +262,7 @@ def search(
         source, over or (), goals or (), where or (), trials=trials, budget=budget, sampler=yaml.safe_load(sampler), seeds=seeds,
         test_seeds=test_seeds, metric=metric, earlier=earlier, test_data=test_data, changes=changes,
     )  # fmt: skip
-    found = conduct(made, to, storage, Quiet() if as_json else Console())
+    found = conduct(made, to, storage, Quiet() if as_json else Console(), workers)
     typer.echo(dumped(found)) if as_json else Console().found(found)
 
 

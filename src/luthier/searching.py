@@ -32,7 +32,7 @@ from luthier.recipe import Recipe
 from luthier.rehearsal import checked, rehearse, wants, words
 from luthier.report.numbers import number, says
 from luthier.searchers._optuna import distributions, optuna
-from luthier.searchers._searcher import Asked, Searcher, Seen, Space, layers, ranked
+from luthier.searchers._searcher import Asked, Searcher, Seen, Space, layers, ranked, tamed
 from luthier.space import Over, over
 
 FOUND = 3  # configurations that run again on test seeds
@@ -124,6 +124,13 @@ class Book:
         """What this worker began and did not end."""
         return [t for t in self.trials("RUNNING") if t.user_attrs["worker"] == self.worker]
 
+    def beside(self, seen: Sequence[Seen]) -> list[Seen]:
+        """What other workers began and did not end, as if it had come out like the median of what was seen."""
+        known = np.array([s.values for s in seen]) if seen else np.zeros((1, len(self.goals)))
+        values = tuple(float(v) for v in np.median(tamed(known), 0))
+        others = [t for t in self.trials("RUNNING") if t.user_attrs["worker"] != self.worker]
+        return [Seen(self._number(t), t.user_attrs["point"], values, t.user_attrs["share"], 0.0, t.user_attrs["marks"]) for t in others]
+
     def end(self, t: Any, measured: Measured) -> Tried:
         states = self.lib.trial.TrialState
         at = self.lib.trial.Trial(self.study, t._trial_id)
@@ -154,25 +161,29 @@ def spent(tried: Sequence[Tried]) -> float:
 
 def hunt(
     book: Book, searcher: Searcher, measure: Callable[[Any, int], Measured], trials: float = math.inf, seconds: float = math.inf,
-    first: Sequence[tuple[Asked, str]] = (), seed: int = 0, tell: Callable[[Tried], None] = lambda t: None,
+    first: Sequence[tuple[Asked, str]] = (), seed: int = 0, tell: Callable[[Tried], None] = lambda t: None, crew: bool = False,
 ) -> list[Tried]:  # fmt: skip
     """Ask, measure, write down, until the budget is spent: trials in full runs, or seconds of measuring.
+
+    What other workers are about stands in the history at the median of what was measured, so that nobody asks the same.
+    crew: they are alive, and what they are about counts as spent.
 
     measure: (the trial, the number of its configuration) -> what came of it. first: what is measured before anyone is asked.
     """
     while True:
         tried = book.tried()
         shown = [t.seen for t in tried if t.seen.point or t.kind != "recipe"]
+        beside = book.beside(shown)
         waiting = book.begun()
         if waiting:
             t = waiting[0]
         elif (begun := sum(x.kind != "asked" for x in tried)) < len(first):
             t = book.begin(*first[begun])
         else:
-            used = spent(tried)
+            used = spent(tried) + sum(s.share for s in beside if crew)
             if used >= trials - 1e-9 or sum(x.measured.took for x in tried) >= seconds:
                 return tried
-            asked = searcher.ask(book.space, shown, len(book.goals), Clock(seed))
+            asked = searcher.ask(book.space, [*shown, *beside], len(book.goals), Clock(seed))
             there = max((x.seen.share for x in tried if x.seen.number == asked.number), default=0.0)
             if used + asked.share - there > trials + 1e-9 and used > 0:
                 return tried
@@ -362,7 +373,7 @@ def search(
     recipe: Any = None, over: Sequence[str] | str = (), goals: Sequence[str] | str = (), where: Sequence[str] | str = (), *,
     trials: float | None = None, budget: str | None = None, sampler: Any = "tpe", seeds: Any = 1, test_seeds: Any = 3,
     metric: str | None = None, earlier: str | Path | None = None, test_data: Any = None, storage: str | None = None,
-    folder: str | Path | None = None, apart: bool = True, watch: Any = None, **settings: Any,
+    folder: str | Path | None = None, workers: int = 1, apart: bool = True, watch: Any = None, **settings: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """Search for better configurations of a recipe; settings: keys of the recipe.
 
@@ -373,11 +384,16 @@ def search(
         recipe, several(over), several(goals), several(where), trials=trials, budget=budget, sampler=sampler, seeds=seeds,
         test_seeds=test_seeds, metric=metric, earlier=earlier, test_data=test_data, apart=apart, changes=settings,
     )  # fmt: skip
-    return conduct(made, Path(folder) if folder else None, storage, watch)
+    return conduct(made, Path(folder) if folder else None, storage, watch, workers)
 
 
-def conduct(made: Quest, folder: Path | None = None, storage: str | None = None, watch: Any = None) -> dict[str, Any]:
-    """Search, run what was found on test seeds, and say what came of it. Also written to FOLDER/search.json and report.html."""
+def conduct(
+    made: Quest, folder: Path | None = None, storage: str | None = None, watch: Any = None, workers: int = 1
+) -> dict[str, Any]:
+    """Search, run what was found on test seeds, and say what came of it. Also written to FOLDER/search.json and report.html.
+
+    workers: how many of a Ray cluster measure side by side (luthier/cluster.py).
+    """
     from luthier.report.console import Quiet
     from luthier.report.search import page
 
@@ -385,9 +401,7 @@ def conduct(made: Quest, folder: Path | None = None, storage: str | None = None,
     folder = Path(folder or Path("runs") / f"search-{made.fingerprint()}")
     with store.alone_in(folder):
         _own(folder, made)
-        book = Book(
-            made.over.space, made.goals, made.limits, storage or _journal(folder), f"luthier-{made.fingerprint()}", str(folder.resolve())
-        )
+        book = _book(made, folder, storage)
         begins = made.over.begins
         first = [(Asked(dict(begins or {})), "recipe"), *((Asked(dict(p)), "earlier") for p in made.earlier if p != begins)]
         for sentence in _told(made):
@@ -402,16 +416,12 @@ def conduct(made: Quest, folder: Path | None = None, storage: str | None = None,
                 watch.tell(f"configuration {t.seen.number} has no numbers: {t.measured.failed}")
 
         with watch.training(int(made.trials) if math.isfinite(made.trials) else 0, 0):
-            tried = hunt(
-                book,
-                made.searcher,
-                lambda t, i: _measure(made, folder, t, i),
-                made.trials,
-                made.seconds,
-                first,
-                made.over.recipe.seed,
-                tell,
+            alone = lambda trials: hunt(
+                book, made.searcher, lambda t, i: _measure(made, folder, t, i), trials, made.seconds, first, made.over.recipe.seed, tell
             )
+            tried = alone(made.trials if workers == 1 else 0)  # what comes first is measured before anybody asks
+            if workers > 1:
+                tried = _together(made, folder, storage, book, workers, tell)
         found = best(tried)
         for t in tried:
             _lighten(folder, made, t.seen.number)
@@ -419,6 +429,34 @@ def conduct(made: Quest, folder: Path | None = None, storage: str | None = None,
         store.write_json(folder / "search.json", result)
         store.write_text(folder / "report.html", page(result))
     return result
+
+
+def _book(made: Quest, folder: Path, storage: str | None, worker: str = "") -> Book:
+    name = f"luthier-{made.fingerprint()}"
+    return Book(made.over.space, made.goals, made.limits, storage or _journal(folder), name, f"{folder.resolve()}{worker}")
+
+
+def _together(made: Quest, folder: Path, storage: str | None, book: Book, workers: int, tell: Callable[[Tried], None]) -> list[Tried]:
+    """Workers of a Ray cluster; this process looks on."""
+    from luthier import cluster
+
+    folder, told = folder.resolve(), {t.seen.number: t.seen.share for t in book.tried()}
+
+    def work(i: int) -> None:
+        own = _book(made, folder, storage, f" {i}")
+        hunt(
+            own, made.searcher, lambda t, n: _measure(made, folder, t, n), made.trials, made.seconds * workers, (),
+            made.over.recipe.seed, crew=True,
+        )  # fmt: skip
+
+    def look() -> None:
+        for t in book.tried():
+            if told.get(t.seen.number, 0.0) < t.seen.share:
+                told[t.seen.number] = t.seen.share
+                tell(t)
+
+    cluster.workers(workers, work, storage, look)
+    return book.tried()
 
 
 def _told(made: Quest) -> list[str]:
