@@ -61,6 +61,12 @@ SCENARIOS: dict[str, dict[str, Contestant]] = {
         "luthier_apart": Contestant("luthier, one after the other", lambda job: who.many(job, together=False)),
         "plain": Contestant("transformers + PEFT loop, one after the other", who.plain, settings=PLAIN.settings),
     },
+    "subset": {
+        "luthier": Contestant("luthier, s2ft", lambda job: who.luthier(job, tuner="s2ft"), rival=False),
+        "spiel": Contestant("luthier, spiel", lambda job: who.luthier(job, tuner="spiel")),
+        "lora": Contestant("luthier, LoRA", who.luthier),
+        "full": Contestant("luthier, all weights", lambda job: who.luthier(job, tuner="full")),
+    },
     "mezo": {
         "luthier": Contestant(
             "luthier, weights restored exactly",
