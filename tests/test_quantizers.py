@@ -656,3 +656,29 @@ def test_pv_tuning_wants_codes(tiny):
         put("pv_tuning")
     with pytest.raises(RecipeError, match="wants a quantized base.*'rtn'"):
         checked(Recipe.load({"model": tiny, "tuner": "pv_tuning", "quantization": "nf4"}))
+
+
+def test_a_teacher_of_codes(tiny, tmp_path):
+    """As read from the same quantizer by hand; what looks at rows is refused for a role."""
+    import luthier
+    from conftest import SUMS
+    from luthier.assembly import assemble
+    from luthier.quantizers._quantizer import Quantized
+    from luthier.recipe import Recipe
+    from luthier.rehearsal import parts
+
+    teacher = {"name": "model", "model": tiny, "quantization": "nf4"}
+    said = {"model": tiny, "data": SUMS, "dtype": "float32", "objective": "distill", "max_steps": 2}
+    recipe = Recipe.load(said | {"roles": {"teacher": teacher}})
+    assert Recipe.load(recipe.yaml()).yaml() == recipe.yaml()
+    p = parts(recipe)
+    net = p.roles["teacher"].play("teacher", assemble(recipe, p).policy).model
+    coded = assemble(r := Recipe.load(said | {"objective": "sft", "quantization": "nf4"}), parts(r)).policy.model
+    ids = torch.arange(3, 13)[None]
+    with torch.no_grad():
+        assert torch.equal(net(ids).logits, coded(ids).logits)
+    assert sum(isinstance(m, Quantized) for m in net.modules()) == 28  # 4 layers
+    found = [luthier.tune(said, roles={"teacher": t}, folder=tmp_path / n).losses for n, t in (("a", teacher), ("b", {**teacher, "quantization": None}))]
+    assert found[0] != found[1]
+    with pytest.raises(RecipeError, match="a role's weights become codes one by one, and quantizer 'gptq' looks at more"):
+        Recipe.load(said | {"roles": {"teacher": {**teacher, "quantization": "gptq"}}}).methods()

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Annotated, Any
 
-from luthier.method import RecipeError, role
+from pydantic import BeforeValidator
+
+from luthier.method import RecipeError, build, role
 from luthier.roles import Policy
 from luthier.roles._role import Role
 from luthier.store import resolve_model
@@ -20,6 +23,17 @@ class Model(Role):
     constant = True
 
     model: str = "practice:lm"  # folder of a model, a run or an adapter; hub name, or practice:NAME
+    quantization: Annotated[Any, BeforeValidator(lambda v: v if v is None else build("quantizer", v))] = (
+        None  # e.g. nf4: its linear weights as codes
+    )
+
+    def __post_init__(self):
+        if self.quantization is not None and (self.quantization.reads or self.quantization.whole):
+            raise RecipeError(
+                f"a role's weights become codes one by one, and quantizer '{self.quantization.name}' looks at more; take nf4, fp4 or int8"
+            )
+        if self.quantization is not None and self.tuned:
+            raise RecipeError(f"role 'model': {self.model} was tuned on a base of its own; leave quantization out")
 
     @property
     def tuned(self) -> bool:
@@ -51,7 +65,14 @@ class Model(Role):
             made = load(self.model, dtype=str(own.dtype).removeprefix("torch.")).roles.policy
             network, attached = made.model.to(own.device).eval().requires_grad_(False), made.attached
         else:
-            network = policy.architecture.load(resolve_model(self.model), dtype=own.dtype).to(own.device).eval().requires_grad_(False)
+            path = resolve_model(self.model)
+            if self.quantization is None:
+                network = policy.architecture.load(path, dtype=own.dtype).to(own.device)
+            else:
+                from luthier.quantizers._load import loaded
+
+                network = loaded(lambda **said: policy.architecture.load(path, **said), self.quantization, own.dtype, own.device, None)
+            network = network.eval().requires_grad_(False)
             attached = Untuned(network)
         words = [len(m.get_input_embeddings().weight) for m in (network, policy.model)]
         if words[0] != words[1]:
