@@ -15,9 +15,9 @@ import luthier
 from conftest import PAIRS, SUMS
 from luthier import searching
 from luthier.clock import Clock
-from luthier.goals import goals, limits, volume
+from luthier.goals import below, fold, goals, limits
 from luthier.method import RecipeError, build, names
-from luthier.paired import hypervolume
+from luthier.paired import expected_utility, hypervolume, sparsity
 from luthier.recipe import Recipe
 from luthier.searchers._brackets import cost, halving
 from luthier.searchers._searcher import Asked, Dim, Seen, Space, crowding, layers, ranked
@@ -229,7 +229,7 @@ def test_volumes_of_fronts_are_those_by_hand():
     assert hypervolume(three, (3, 3, 3)) == 4 and hypervolume([*three, (2, 2, 2)], (3, 3, 3)) == 4
     assert hypervolume([(0, 0, 0)], (1, 2, 3)) == 6 and hypervolume([(5, 0)], (4, 4)) == 0
     (goal,) = goals(["front(accuracy, elsewhere_loss @ 0, 4)"], "loss")
-    assert goal.up and volume(goal, [{"accuracy": 0.5, "elsewhere_loss": 2.0}, {"accuracy": 1.0, "elsewhere_loss": 3.0}]) == pytest.approx(
+    assert goal.up and fold(goal, [{"accuracy": 0.5, "elsewhere_loss": 2.0}, {"accuracy": 1.0, "elsewhere_loss": 3.0}]) == pytest.approx(
         1.5
     )
     (shares,) = goals(["front(accuracy,elsewhere_accuracy)"], "loss")
@@ -247,16 +247,80 @@ def test_a_search_over_fronts_finds_more_than_the_default():
         for w in np.linspace(0, 1, 5):
             p = np.exp((rewards @ [w, 1 - w]) / temperature)
             acts.append(dict(zip(("generated_reward", "accuracy"), (p / p.sum()) @ rewards)))
-        return {goal.metric: volume(goal, acts)}
+        return {goal.metric: fold(goal, acts)}
 
-    def found(seed=0):
-        book = Book(space, (goal,), ())
-        measure = lambda t, i: Measured({s: front_of(t.user_attrs["point"]["temperature"], s) for s in (1000, 1001, 1002)})
-        return searching.best(hunt(book, build("searcher", "tpe"), measure, 25, seed=seed))[0].seen.point["temperature"]
-
-    at = found()
+    measure = lambda t, i: Measured({s: front_of(t.user_attrs["point"]["temperature"], s) for s in (1000, 1001, 1002)})
+    book = Book(space, (goal,), ())
+    tried = hunt(book, build("searcher", "tpe"), measure, 25)
+    at = searching.best(tried)[0].seen.point["temperature"]
     assert np.mean([front_of(at, s)[goal.metric] - front_of(10.0, s)[goal.metric] for s in range(20)]) > 0.05
-    assert found() == at
+    asked = [(Asked(dict(t.seen.point)), "earlier") for t in tried]
+    for order in (asked[::-1], [asked[i] for i in np.random.default_rng(0).permutation(len(asked))]):
+        again = hunt(Book(space, (goal,), ()), build("searcher", "tpe"), measure, len(asked), first=order)
+        assert searching.best(again)[0].seen.point["temperature"] == at
+    flat = lambda t, i: Measured({1000: {goal.metric: 1.0}})  # all alike: still the same one
+    ends = [searching.best(hunt(Book(space, (goal,), ()), build("searcher", "tpe"), flat, 25, first=o))[0] for o in (asked, asked[::-1])]
+    assert ends[0].seen.point == ends[1].seen.point
+
+
+def test_what_else_is_said_of_a_front():
+    points = [(1.0, 0.0), (0.0, 1.0), (0.6, 0.6)]
+    assert expected_utility(points, [[1, 0], [0.5, 0.5], [0, 1]]) == pytest.approx((1 + 0.6 + 1) / 3)
+    down = [[-x for x in p] for p in points]
+    assert sparsity(down) == pytest.approx(2 * (0.6**2 + 0.4**2) / 2) == sparsity([*down, (-0.5, -0.5), down[0]])
+    assert sparsity(down[:1]) == math.inf
+    utility, gaps = goals(["utility(accuracy, elsewhere_loss), sparsity(accuracy, elsewhere_loss)"], "loss")
+    acts = [{"accuracy": 1.0, "elsewhere_loss": 2.0}, {"accuracy": 0.0, "elsewhere_loss": 0.0}]
+    by_hand = np.mean([max(w - 2 * (1 - w), 0) for w in np.linspace(0, 1, 21)])
+    assert utility.up and utility.value({utility.metric: fold(utility, acts)}) == pytest.approx(-by_hand)
+    assert not gaps.up and fold(gaps, acts) == pytest.approx(1 + 4) and gaps.value({gaps.metric: fold(gaps, acts[:1])}) == math.inf
+    assert fold(gaps, [{"accuracy": 1.0}]) is None and math.isnan(fold(utility, [{"accuracy": math.nan, "elsewhere_loss": 1.0}]))
+    own = {"goal/short": 0.0, "reward_accuracy": 0.2}
+    (volume,) = goals(["hypervolume"], "loss", own)
+    acts = [{"goal/short": 0.5, "reward_accuracy": 0.4}, {"goal/short": 0.25, "reward_accuracy": 0.6}]
+    assert fold(volume, acts) == pytest.approx(0.5 * 0.2 + 0.25 * 0.2) and volume.worst == (0.0, 0.2) and not below(volume, acts)
+    assert "reward_accuracy 0.1 lies beyond 0.2" in below(volume, [*acts, {"goal/short": 0.5, "reward_accuracy": 0.1}])
+    for said, plan, why in (("utility", {}, "plan makes none"), ("hypervolume", {"goal/short": None}, "`worst` for short"),
+                            ("utility(loss @ 3)", {}, "only a volume")):  # fmt: skip
+        with pytest.raises(RecipeError, match=why):
+            goals([said], "loss", plan)
+
+
+def test_differences_of_fronts_have_intervals():
+    """Paired by test seed: t's interval by hand."""
+    lines = [
+        {"name": n, "test": {"utility": 0.0}, "by_seed": {"utility": v}}
+        for n, v in (("recipe", [1.0, 2.0, 3.0]), ("found-1", [2.0, 3.1, 3.9]))
+    ]
+    searching.beside(lines)
+    half = 4.302652729911275 * 0.1 / math.sqrt(3)  # of [1.0, 1.1, 0.9]
+    d = lines[1]["beyond"]["utility"]
+    assert (d["mean"], d["low"], d["high"]) == pytest.approx((1.0, 1.0 - half, 1.0 + half)) and d["apart"]
+    assert lines[0]["interval"]["utility"] == pytest.approx((2 - 4.302652729911275 / math.sqrt(3), 2 + 4.302652729911275 / math.sqrt(3)))
+
+
+def test_a_plan_is_searched_by_its_front(tmp_path):
+    """Each trial is a front; a point that a trial lies beyond is refused; the end compares fronts on seeds never used."""
+    short, complete = {"name": "length", "scale": -0.1}, {"name": "world", "objective": "complete"}
+    plan = {"name": "front", "points": 2, "judged": 2, "max_new_tokens": 4, "goals": {"short": short, "complete": complete}}
+    base = {
+        "model": "practice:lm-small", "data": {"path": "practice:style/short", "n": 8}, "eval_data": {"path": "practice:style/short_test", "n": 2},
+        "objective": "dpo", "max_steps": 1, "per_device_train_batch_size": 2, "tuner": "ssf", "evaluate": ["preference"], "plan": plan,
+    }  # fmt: skip
+    how = {"over": "learning_rate", "goals": "hypervolume", "trials": 2, "test_seeds": 2, "metric": "ranking_accuracy", "apart": False}
+    with pytest.raises(RecipeError, match="`worst` for short, complete"):
+        luthier.search(base, **how, folder=tmp_path / "a")
+    plan["worst"] = {"short": 0.0, "complete": 0.0}
+    with pytest.raises(RecipeError, match="configuration 0 .*goal/short -.* lies beyond 0"):
+        luthier.search(base, **how, folder=tmp_path / "a")
+    plan["worst"]["short"] = -100.0
+    found = luthier.search(base, **how, folder=tmp_path / "b")
+    start, top = found["start"], found["found"][0]
+    fronts = [json.loads((Path(r) / "report.json").read_text())["stats"]["front"] for r in found["comparison"]["arms"]["found-1"]["runs"]]
+    assert top["by_seed"]["hypervolume"] == pytest.approx([f["hypervolume"] for f in fronts]) and len(fronts) == 2
+    assert top["test"]["hypervolume"] == pytest.approx(np.mean(top["by_seed"]["hypervolume"])) and "beyond" in top and "beyond" not in start
+    assert found["sentence"].startswith("2 configurations, 2 full runs: hypervolume on test seeds: found-1 ")
+    assert "intervals of the mean over test seeds" in (tmp_path / "b" / "report.html").read_text()
 
 
 # ---------------------------------------------------------------------------------------------- spaces of recipes

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from luthier.method import RecipeError, meant
 from luthier.report.numbers import METRICS, says
@@ -25,13 +26,14 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Goal:
-    """A metric and which way is better. With several metrics: a front, told by the volume it covers up to `worst`."""
+    """A metric and which way is better. With several metrics: a front, told by one number of it."""
 
     name: str
     metric: str
     up: bool
     front: tuple[str, ...] = ()  # of what each run's front is made
-    worst: tuple[float, ...] = ()  # the point from which its volume is taken
+    worst: tuple[float, ...] = ()  # the point from which its volume is taken, where it is told by that
+    told: str = "hypervolume"  # by what the front is told, one of FRONTS
 
     def value(self, found: Mapping[str, float]) -> float:
         """Out of a run's numbers, the smaller the better; inf where it is missing or no number."""
@@ -69,15 +71,17 @@ def better_up(metric: str) -> bool:
     return up
 
 
-FRONT = re.compile(r"(?:front|hypervolume)\(([^()@]+)(?:@([^()@]+))?\)")
+FRONT = re.compile(r"(front|hypervolume|utility|sparsity)\(([^()@]+)(?:@([^()@]+))?\)")
+FRONTS = {"hypervolume": True, "utility": True, "sparsity": False}  # numbers of a front: is more better?
 
 
-def goals(said: Sequence[str], quality: str) -> tuple[Goal, ...]:
-    """quality: the metric that this word stands for."""
+def goals(said: Sequence[str], quality: str, plan: Mapping[str, float | None] = MappingProxyType({})) -> tuple[Goal, ...]:
+    """quality: the metric that this word stands for. plan: the metrics of which the recipe's plan makes a front, and where the
+    volume of each begins, if the recipe says."""
     words = [w.strip() for text in said for w in re.split(r",(?![^(]*\))", text) if w.strip()] or [QUALITY]
     if len(set(words)) < len(words):
         raise RecipeError(f"--goals: {', '.join(words)} names a goal twice")
-    return tuple(_front(word) if "(" in word else _plain(word, quality) for word in words)
+    return tuple(_front(word) if "(" in word else _own(word, plan) if word in FRONTS else _plain(word, quality) for word in words)
 
 
 def _plain(word: str, quality: str) -> Goal:
@@ -86,16 +90,21 @@ def _plain(word: str, quality: str) -> Goal:
 
 
 def _front(word: str) -> Goal:
-    """front(accuracy, elsewhere_accuracy @ 0, 0): the volume that each run's front covers."""
+    """front(accuracy, elsewhere_loss @ 0, 5): the volume that each run's front covers; utility(...), sparsity(...): see FRONTS."""
     found = FRONT.fullmatch(word.replace(" ", ""))
     if not found:
         raise RecipeError(f"--goals: '{word}' is not a front such as front(accuracy, elsewhere_loss @ 0, 5)")
-    metrics = tuple(NAMED.get(m, m) for m in found[1].split(","))
+    told = "hypervolume" if found[1] == "front" else found[1]
+    metrics = tuple(NAMED.get(m, m) for m in found[2].split(","))
     ups = [better_up(m) for m in metrics]
     try:
-        worst = tuple(float(x) for x in found[2].split(",")) if found[2] else ()
+        worst = tuple(float(x) for x in found[3].split(",")) if found[3] else ()
     except ValueError:
-        raise RecipeError(f"--goals: '{found[2]}' is no point; give a number for each of {', '.join(metrics)}") from None
+        raise RecipeError(f"--goals: '{found[3]}' is no point; give a number for each of {', '.join(metrics)}") from None
+    if told != "hypervolume":
+        if worst:
+            raise RecipeError(f"--goals: {word}: only a volume is taken from a point; leave out what is behind the @")
+        return Goal(word.replace(" ", ""), word.replace(" ", ""), FRONTS[told], metrics, told=told)
     if not worst and all(says(m).share for m in metrics):
         worst = tuple(0.0 if up else 1.0 for up in ups)
     if len(worst) != len(metrics):
@@ -106,13 +115,52 @@ def _front(word: str) -> Goal:
     return Goal(word.replace(" ", ""), word.replace(" ", ""), True, metrics, worst)
 
 
-def volume(goal: Goal, points: Sequence[Mapping[str, float]]) -> float:
-    """What a run's front covers: the hypervolume of its points from `worst` on."""
-    from luthier.paired import hypervolume
+def _own(word: str, plan: Mapping[str, float | None]) -> Goal:
+    """`hypervolume`, `utility` or `sparsity` alone: of the front that the recipe's own plan makes."""
+    if not plan:
+        raise RecipeError(
+            f"--goals: '{word}' is of a front, and the recipe's plan makes none (see plan 'front'); or say of what: {word}(...)"
+        )
+    if word == "hypervolume" and (lacking := [m.removeprefix("goal/") for m, w in plan.items() if w is None]):
+        raise RecipeError(
+            f"--goals: a hypervolume is taken from one point in all trials; give plan 'front' a `worst` for {', '.join(lacking)}, lower "
+            "than anything a trial will reach"
+        )
+    worst = tuple(float(w or 0) for w in plan.values()) if word == "hypervolume" else ()
+    return Goal(word, f"{word}({','.join(plan)})", FRONTS[word], tuple(plan), worst, word)
 
+
+def _usable(goal: Goal, points: Sequence[Mapping[str, float]]) -> list[list[float]]:
+    """The points that have all metrics of a front, the smaller the better."""
     signs = [-1.0 if better_up(m) else 1.0 for m in goal.front]
-    usable = [[s * float(p[m]) for s, m in zip(signs, goal.front)] for p in points if all(m in p for m in goal.front)]
-    return hypervolume(usable, [s * w for s, w in zip(signs, goal.worst)])
+    return [[s * float(p[m]) for s, m in zip(signs, goal.front)] for p in points if all(m in p for m in goal.front)]
+
+
+def fold(goal: Goal, points: Sequence[Mapping[str, float]]) -> float | None:
+    """A run's front as one number; None where no point has all its metrics, nan where one is no number."""
+    from luthier.paired import expected_utility, hypervolume, sparsity
+    from luthier.plans.front import WEIGHTS, spread
+
+    usable = _usable(goal, points)
+    if not usable:
+        return None
+    if not all(math.isfinite(x) for p in usable for x in p):
+        return math.nan
+    if goal.told == "utility":
+        return expected_utility([[-x for x in p] for p in usable], spread(len(goal.front), WEIGHTS))
+    if goal.told == "sparsity":
+        return sparsity(usable)
+    return hypervolume(usable, [-w if better_up(m) else w for w, m in zip(goal.worst, goal.front)])
+
+
+def below(goal: Goal, points: Sequence[Mapping[str, float]]) -> str:
+    """What lies below the point from which a front's volume is taken, in words: the volume is blind to how much."""
+    for metric, worst in zip(goal.front, goal.worst):
+        values = [float(p[metric]) for p in points if all(m in p for m in goal.front)]
+        least = (min if better_up(metric) else max)(values, default=worst)
+        if least < worst if better_up(metric) else least > worst:
+            return f"{metric} {least:.4g} lies beyond {worst:.4g}, from where the volume of '{goal.name}' is taken"
+    return ""
 
 
 LIMIT = re.compile(r"\s*(\w+)\s*(<=|>=|<|>)\s*([-+\d.]+(?:[eE][-+]?\d+)?)\s*([A-Za-z%]*)\s*")

@@ -99,6 +99,17 @@ def front(points: Mapping[str, Sequence[float]]) -> list[str]:
     return [n for n, p in points.items() if not any(beats(q, p) for m, q in points.items() if m != n)]
 
 
+def expected_utility(points: Sequence[Sequence[float]], weights: Sequence[Sequence[float]]) -> float:
+    """What users get on average (larger is better): each takes the point that is best under weights of their own."""
+    return float((np.asarray(weights, float) @ np.asarray(points, float).T).max(1).mean())
+
+
+def sparsity(points: Sequence[Sequence[float]]) -> float:
+    """Squared gaps between neighbours on the front, goal by goal, by one less than its points. Of one point it says nothing: inf."""
+    kept = np.unique([points[int(i)] for i in front({str(i): p for i, p in enumerate(points)})], axis=0)
+    return float((np.diff(np.sort(kept, axis=0), axis=0) ** 2).sum() / (len(kept) - 1)) if len(kept) > 1 else float("inf")
+
+
 def hypervolume(points: Sequence[Sequence[float]], worst: Sequence[float]) -> float:
     """The volume that points (smaller is better) dominate below `worst`. Exact, by slicing along the last goal."""
     inside = [tuple(map(float, p)) for p in points if all(x < w for x, w in zip(p, worst))]

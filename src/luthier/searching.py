@@ -25,9 +25,9 @@ from luthier import comparison, store
 from luthier.clock import Clock
 from luthier.comparison import TUNING_SEED, Study, understood
 from luthier.data import Data, load_data
-from luthier.goals import Goal, Limit, goals, limits, volume
+from luthier.goals import Goal, Limit, below, fold, goals, limits
 from luthier.method import RecipeError, build, gives_of, meant, spec
-from luthier.paired import hypervolume
+from luthier.paired import difference, holm, hypervolume
 from luthier.recipe import Recipe
 from luthier.rehearsal import checked, rehearse, wants, words
 from luthier.report.numbers import number, says
@@ -271,7 +271,8 @@ def quest(
         _unseen(base, rows, test_data)
     sample = rows.rows[:100]
     quality = metric or _quality(base, sample)
-    aims, bounds = goals(wanted, quality), limits(where, quality)
+    of = {} if base.plan is None else build("plan", base.plan).front(base)
+    aims, bounds = goals(wanted, quality, of), limits(where, quality)
     field = over(base, going_over)
     field = _legal(field, sample)
     base = field.recipe
@@ -504,6 +505,11 @@ def _measure(made: Quest, folder: Path, t: Any, index: int) -> Measured:
                 return Measured({}, time.perf_counter() - began, sentence)
             raise RecipeError(f"configuration {index} ({told(point) or 'the recipe as it is'}), seed {seed}: {error}") from None
         by_seed[seed] = numbers(where, made.goals)
+        if blind := [said for g in made.goals if (said := below(g, points(where)))]:
+            raise RecipeError(
+                f"configuration {index} ({told(point) or 'the recipe as it is'}), seed {seed}: {blind[0]}, the same point for all "
+                "configurations; begin the search anew from a point that none of them reaches"
+            )
         if t.user_attrs["kind"] == "recipe":
             _all_there(made, by_seed[seed])
     if share >= 1:
@@ -523,18 +529,29 @@ def _run(made: Quest, recipe: Recipe, where: Path, share: float) -> None:
     perform(recipe, where, until=until)
 
 
-def numbers(run: Path, wanted: Sequence[Goal] = ()) -> dict[str, float]:
-    """Every number of a finished or paused run; fronts of a plan's acts by the volume they cover."""
+def _ended(run: Path) -> tuple[dict[str, Any], dict[str, float]]:
+    """The report of a finished or paused run, and what it measured last."""
     done = run / "report.json"
     said = json.loads((done if done.is_file() else run / "paused.json").read_text(encoding="utf-8"))
+    return said, said["after"] if done.is_file() else said["metrics"]
+
+
+def points(run: Path) -> list[dict[str, float]]:
+    """What each act of a plan measured; of one run, what it measured."""
+    said, after = _ended(run)
+    acts = [Path(a) / "report.json" for a in said.get("acts") or ()]
+    return [json.loads(p.read_text(encoding="utf-8"))["after"] for p in acts if p.is_file()] or [after]
+
+
+def numbers(run: Path, wanted: Sequence[Goal] = ()) -> dict[str, float]:
+    """Every number of a finished or paused run; fronts of a plan's acts by what their goals tell them by."""
+    said, after = _ended(run)
     stats = said.get("stats", {})
-    after = said["after"] if done.is_file() else said["metrics"]
     known = {**stats, **({"trained": stats["moving"]} if "moving" in stats else {}), **after}
     found = {k: float(v) for k, v in known.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
     for goal in (g for g in wanted if g.front):
-        acts = [Path(a) / "report.json" for a in said.get("acts", ())]
-        points = [json.loads(p.read_text(encoding="utf-8"))["after"] for p in acts if p.is_file()] or [after]
-        found[goal.metric] = volume(goal, points)
+        if (one := fold(goal, points(run))) is not None:
+            found[goal.metric] = one
     return found
 
 
@@ -565,12 +582,13 @@ def told(point: Mapping[str, Any]) -> str:
 
 
 def best(tried: Sequence[Tried], most: int = FOUND) -> list[Tried]:
-    """Of whole runs within the limits: the best, or of the front those that cover most of it. The recipe itself is not one."""
+    """Of whole runs within the limits: the best, or of the front those that cover most of it. The recipe itself is not one.
+    Equals are taken by what they are, so that the order in which they were measured decides nothing."""
     whole = [
         t for t in tried if t.seen.share >= 1 and not t.measured.failed and t.seen.over <= 0 and all(map(math.isfinite, t.seen.values))
     ]
     whole = list({t.seen.number: t for t in whole}.values())
-    new = [t for t in whole if t.kind != "recipe"]
+    new = sorted((t for t in whole if t.kind != "recipe"), key=lambda t: json.dumps(dict(t.seen.point), sort_keys=True, default=str))
     if not new:
         return []
     if len(new[0].seen.values) == 1:
@@ -622,9 +640,15 @@ def _tested(made: Quest, folder: Path, tried: Sequence[Tried], found: Sequence[T
     for name, t in (*([("recipe", base)] if base else []), *zip(list(arms)[1:], found)):
         runs = [Path(r) for r in compared["arms"][name]["runs"]]
         ended = [numbers(r, made.goals) for r in runs if (r / "report.json").is_file()]
-        test = {g.name: float(np.mean([e[g.metric] for e in ended])) for g in made.goals if ended and all(g.metric in e for e in ended)}
-        gap = {g.name: (t.goals[g.name] - test[g.name]) * (1 if g.up else -1) for g in made.goals if g.name in test}
-        lines.append({"name": name, "number": t.seen.number, "point": dict(t.seen.point), "said": told(t.seen.point), "tuning": t.goals, "test": test, "gap": gap})  # fmt: skip
+        each = {g.name: [e[g.metric] for e in ended] for g in made.goals if ended and all(g.metric in e for e in ended)}
+        test = {k: float(np.mean(v)) for k, v in each.items() if all(map(math.isfinite, v))}
+        tuning = {k: v if math.isfinite(v) else None for k, v in t.goals.items()}
+        gap = {g.name: (t.goals[g.name] - test[g.name]) * (1 if g.up else -1) for g in made.goals if g.name in test and tuning[g.name] is not None}  # fmt: skip
+        seen = {g.name: each[g.name] for g in made.goals if g.front and g.name in test}
+        lines.append({"name": name, "number": t.seen.number, "point": dict(t.seen.point), "said": told(t.seen.point), "tuning": tuning, "test": test, "gap": gap, "by_seed": seen})  # fmt: skip
+        blind = [f"{r.name}: {said}" for r in runs if (r / "report.json").is_file() for g in made.goals if (said := below(g, points(r)))]
+        compared["notes"] += [f"{said}; what lies there counts nothing" for said in blind]
+    beside(lines)
     result |= {"found": [x for x in lines if x["name"] != "recipe"], "start": next((x for x in lines if x["name"] == "recipe"), None)}
     result["comparison"] = compared
     result["sentence"] = sentence(made, tried, lines, compared)
@@ -635,12 +659,51 @@ def sentence(made: Quest, tried: Sequence[Tried], lines: Sequence[Mapping], comp
     """The answer, on test seeds; what it was on tuning seeds, where the goal is one."""
     said = f"{len({t.seen.number for t in tried})} configurations, {spent(tried):.3g} full runs: "
     said += compared["sentence"][0].lower() + compared["sentence"][1:].rstrip(".")
+    if made.goals[0].front and len(lines) > 1:
+        return said.split(": ")[0] + f": {_fronts(made.goals[0], lines)}."
     top = max((x for x in lines if x["name"] != "recipe"), key=lambda x: -_first(x, made), default=None)
     goal = made.goals[0]
     if top and goal.name in top["test"]:
         share, where = says(goal.metric).share, "test seeds" if made.test_data is None else "test seeds and rows"
         said += f" ({where}; {top['name']} had {number(top['tuning'][goal.name], share)} on the tuning seeds, {number(top['test'][goal.name], share)} here)"
     return said + "."
+
+
+def beside(lines: Sequence[dict[str, Any]]) -> None:
+    """Adds to each line the intervals of its fronts' means over test seeds, `interval`, and of what was found its paired difference
+    from the recipe, `beyond`. p values are Holm's, over all that was found."""
+    for goal in lines[0]["by_seed"] if lines else ():
+        there = [x for x in lines if len(x["by_seed"].get(goal, ())) > 1]
+        for x in there:
+            column = np.array([x["by_seed"][goal]]).T
+            mean = difference(column, np.zeros_like(column))
+            x.setdefault("interval", {})[goal] = (mean.low, mean.high)
+        start = next((x for x in there if x["name"] == "recipe"), None)
+        new = [x for x in there if start and x is not start and len(x["by_seed"][goal]) == len(start["by_seed"][goal])]
+        apart = [difference(np.array([x["by_seed"][goal]]).T, np.array([start["by_seed"][goal]]).T) for x in new if start]
+        for x, d, p in zip(new, apart, holm([d.p for d in apart])):
+            sure = bool(p < comparison.WRONG and d.seen)
+            x.setdefault("beyond", {})[goal] = {"mean": d.mean, "low": d.low, "high": d.high, "p": p, "apart": sure}
+
+
+def _fronts(goal: Goal, lines: Sequence[Mapping]) -> str:
+    """What was chosen on tuning seeds beside the recipe, on test seeds, in a front's number."""
+
+    def told(x: Mapping) -> str:
+        low, high = x.get("interval", {}).get(goal.name, (0, 0))
+        return f"{x['name']} {number(x['test'].get(goal.name))}" + f" ({number(low)} to {number(high)})" * (low < high)
+
+    top, start = next(x for x in lines if x["name"] != "recipe"), next((x for x in lines if x["name"] == "recipe"), None)
+    said, d = f"{goal.name} on test seeds: {told(top)}", top.get("beyond", {}).get(goal.name)
+    if start is None:
+        return said
+    said += f", the {told(start)}"
+    if d is None:
+        return said + "; one seed, or one without a number: nothing is said of chance"
+    if not d["apart"]:
+        return said + "; no difference seen"
+    size, ends = abs(d["mean"]), sorted((abs(d["low"]), abs(d["high"])))
+    return said + f"; {'better' if (d['mean'] > 0) == goal.up else 'worse'} by {number(size)} ({number(ends[0])} to {number(ends[1])})"
 
 
 def _first(line: Mapping, made: Quest) -> float:

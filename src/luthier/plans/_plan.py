@@ -6,7 +6,7 @@ once. Before anything is computed it is played with blank reports, whose metrics
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from typing import Any
 
 from luthier.method import RecipeError, family
@@ -19,6 +19,10 @@ class Plan:
     def recipes(self, recipe: Any) -> Generator[Any, Any, Any]:
         """recipe: without its plan. May return the report that stands for the whole; else it is the last one."""
         raise NotImplementedError
+
+    def front(self, recipe: Any) -> Mapping[str, float | None]:
+        """The metrics of which its runs make a front, and where the volume of each begins, if that is said; none: no front."""
+        return {}
 
     def page(self, report: Any) -> str:
         """A page about the whole, beside those of the runs; none where it says nothing more. report: of the whole."""

@@ -16,18 +16,20 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from luthier.method import RecipeError, build, meant, plan, spec
-from luthier.paired import front, hypervolume
+from luthier.paired import expected_utility, front, hypervolume, sparsity
 from luthier.plans._plan import Plan, measured
 
+WEIGHTS = 21  # ways to weigh the goals, evenly spread, over which the expected utility is a mean
 PAIRS = "pairs"  # the goal that the pairs are ranked by, where no reward says what it is
 RANKS = "reward_accuracy"  # then it is measured by how many held-out pairs the implicit reward ranks right
 EXAMPLE = "e.g. `plan: {name: front, goals: {casual: {name: world, objective: style}, brief: {name: length, scale: -1.0}}}`"
 
 
-@plan(paper="arXiv:2310.03708", row="modpo")
+@plan(paper="arXiv:2310.03708", row="modpo hpo-morl")
 class Front(Plan):
     """`luthier tune recipe.yaml --front 5` is short for `plan: {name: front, points: 5}`. Of the models the one stands that is
-    best in the middle: the largest product of what it reaches above `worst` in each goal."""
+    best in the middle: the largest product of what it reaches above `worst` in each goal. `luthier search --goals hypervolume`
+    (or `utility`, `sparsity`) looks for the configuration whose front is best, as a mean over seeds (arXiv:2310.16487)."""
 
     goals: dict[str, Any] = field(default_factory=dict)  # name: a reward; not given: the rewards of the recipe's stages judge or score
     points: Annotated[int, Field(ge=2)] = 5  # models, their weights spread evenly
@@ -66,7 +68,7 @@ class Front(Plan):
             reports = yield [
                 recipe.but(start={"merge": merge, "of": folders}, objective=None, stages=[], live=[], **measuring) for merge in merges
             ]
-        names = {name: f"goal/{name}" if name in asked else RANKS for name in goals}
+        names = _metrics(goals)
         reached = [[measured(r, metric) for metric in names.values()] for r in reports]
         before = [float(start[metric]) for metric in names.values()]
         worst = self.floor(list(goals), [before, *reached])
@@ -82,6 +84,8 @@ class Front(Plan):
             "kept": [int(i) for i in kept],
             "worst": worst,
             "hypervolume": volume,
+            "utility": expected_utility(reached, spread(len(goals), WEIGHTS)),
+            "sparsity": sparsity([[-v for v in values] for values in reached]) if len(kept) > 1 else None,
         }
         best.stats["hypervolume"] = volume
         best.stats["table"] = _table(list(goals), best.stats["front"])
@@ -89,6 +93,9 @@ class Front(Plan):
         if len(kept) < len(reports):
             best.notes.append(f"{len(reports) - len(kept)} of {len(reports)} models are not on the front: another is as good in every goal")
         return best
+
+    def front(self, recipe):
+        return {metric: self.worst.get(name) for name, metric in _metrics(self.of(recipe)).items()}
 
     def page(self, report):
         from luthier.report.front import page
@@ -175,6 +182,11 @@ def spread(goals: int, points: int) -> list[list[float]]:
         taken.append(lattice[max(range(len(lattice)), key=far.__getitem__)])
         far = [min(d, _apart(x, taken[-1])) for d, x in zip(far, lattice, strict=True)]
     return taken
+
+
+def _metrics(goals: Mapping[str, Any]) -> dict[str, str]:
+    """What each goal is measured by."""
+    return {name: RANKS if reward is None else f"goal/{name}" for name, reward in goals.items()}
 
 
 def _apart(a: Sequence[float], b: Sequence[float]) -> float:

@@ -257,7 +257,9 @@ class Console(Quiet):
             for goal in result["goals"]:
                 for when in ("tuning", "test"):
                     value = one[when].get(goal["name"])
-                    line[f"{goal['name']}, {when}"] = "" if value is None else shown(goal["metric"], value)
+                    low, high = one.get("interval", {}).get(goal["name"], (0, 0)) if when == "test" else (0, 0)
+                    span = f" ({shown(goal['metric'], low)} to {shown(goal['metric'], high)})" if low < high else ""
+                    line[f"{goal['name']}, {when}"] = "" if value is None else shown(goal["metric"], value) + span
             lines.append(line)
         if lines:
             self.listing(lines, tuple(lines[0]))

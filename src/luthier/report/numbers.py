@@ -59,6 +59,8 @@ class Line:
 
 def says(name: str, on: str = "held-out rows") -> Says:
     """How a metric is told; one that nobody described keeps its own name."""
+    if "(" in name:  # of a front: what it is made of is its name
+        return Says(name, up=not name.startswith("sparsity"))
     family, _, skill = name.partition("/")
     known = METRICS.get(family, Says(family.replace("_", " ")))
     label = known.label.format(on=on) + (f": {skill}" if skill else "")

@@ -69,7 +69,9 @@ def _found(result: Mapping[str, Any]) -> str:
         for g in result["goals"]:
             for when in ("tuning", "test", "gap"):
                 value = one[when].get(g["name"])
-                cells += f"<td>{'' if value is None else ('+' if when == 'gap' and value > 0 else '') + escape(_shown(g, value))}</td>"
+                low, high = one.get("interval", {}).get(g["name"], (0, 0)) if when == "test" else (0, 0)
+                span = f"<i> {escape(_shown(g, low))} to {escape(_shown(g, high))}</i>" if low < high else ""
+                cells += f"<td>{'' if value is None else ('+' if when == 'gap' and value > 0 else '') + escape(_shown(g, value)) + span}</td>"
         what = escape(one["said"] or "as it was")
         link = f'<a href="{escape(one["name"])}.yaml">{escape(one["name"])}</a>' if one["name"] != "recipe" else "the recipe"
         body += f'<tr><th scope="row">{link}<br><small>{what}</small></th>{cells}</tr>'
@@ -78,7 +80,7 @@ def _found(result: Mapping[str, Any]) -> str:
     )
     note = (
         "Tuning: the mean over the seeds by which it was chosen, which flatters. Test: the mean over seeds that no choice has seen. "
-        f"Gap: how much worse the second is. {rows}"
+        f"Gap: how much worse the second is. {rows}" + " Of fronts: 95 % intervals of the mean over test seeds." * any("interval" in x for x in lines)
     )
     return section(
         "What was found",
