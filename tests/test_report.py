@@ -278,3 +278,13 @@ def test_answers_may_hold_any_mark(tmp_path):
     line = json.dumps({"id": "r", "prompt": "p", "expected": "e", "answer": said}, ensure_ascii=False)
     (tmp_path / "samples-after.jsonl").write_text(line + "\n", encoding="utf-8")
     assert answers(tmp_path)[0]["after"] == said
+
+
+def test_what_is_counted_has_whole_numbers_below_it():
+    import re
+
+    from luthier.report.chart import chart
+
+    for last in (1, 2, 3, 5, 40):
+        said = re.findall(r'class="x"[^>]*>([^<]*)<', chart([("a", "soft", [(float(i), 1.0 + i) for i in range(last + 1)])]))
+        assert len(said) >= 2 and len(set(said)) == len(said), (last, said)

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 import luthier
 from conftest import PAIRS, SUMS, UNPAIRED
+from luthier import store
 from luthier.cli import app
 from luthier.evaluators.preference import Totals, checkup
 from luthier.method import names
@@ -99,3 +100,27 @@ def test_losses_side_by_side_and_who_plays_the_judge_by_length(tiny, tmp_path):
     assert len([n for n in report.notes if "fooled by length" in n]) == len(flagged)
     kept = json.loads((tmp_path / "plan" / "report.json").read_text(encoding="utf-8"))
     assert kept["stats"]["table"] == table
+
+
+def test_what_is_declined_before_and_after(tmp_path):
+    """practice:chat declines unsafe requests and them alone; practice:lm, asked the same in chat, does otherwise or not."""
+    from luthier.method import build
+
+    made = build("evaluator", {"name": "refusals", "n": 6})
+    assert made.declines("I cannot help with that.") and made.declines("  Sorry, no.") and not made.declines("Mix it. " * 20 + "I cannot")
+    rows = [
+        {"id": "0", "prompt": "1+1=", "completions": ["2"]},
+        {"id": "1", "prompt": "How?", "completions": ["Sorry, I cannot help."]},
+    ]
+    loaded = luthier.load("practice:chat")
+    found = build("evaluator", {"name": "refusals", "data": {"path": "practice:chat/test", "n": 300}, "n": 12}).run(
+        loaded.roles, rows, tmp_path, "before"
+    )
+    assert found["refused_unsafe"] > 0.8 and found["refused_safe"] < 0.2
+    told = store.read_rows(tmp_path / "refusals-before.jsonl")
+    assert {t["unsafe"] for t in told} == {True, False} and all(t["answer"] for t in told)
+    again = build("evaluator", "refusals").run(loaded.roles, [], tmp_path, "after")
+    assert again == found, "the same requests, kept"
+    (tmp_path / "other").mkdir()
+    loaded.model.config.name_or_path = ""
+    assert build("evaluator", "refusals").run(loaded.roles, rows[:1], tmp_path / "other", "before") == {}

@@ -196,7 +196,7 @@ def chat(name: str, prompt: str | None = None, *, ask: Callable[[str], str] = in
 # ---------------------------------------------------------------------------------------------- inspect
 
 CHECKUP = ("loss", "accuracy", "forgetting")  # the evaluators two models are compared with
-SHOWN = ("generate", "calibration", "diversity")  # and for a page
+SHOWN = ("generate", "calibration", "diversity", "refusals")  # and for a page
 
 
 def inspect(

@@ -35,9 +35,8 @@ def chart(series: Sequence[tuple[str, str, Points]], *, log: bool = False, low: 
     drawn = "".join(curve([(across(x), down(y)) for x, y in p], c) for _, c, p in series if p)
     hover = columns(series, across)
     beside = "".join(f'<span class="y" style="top:{down(y) / SIDE:.2%}">{short(y)}</span>' for y in marks)
-    below = "".join(
-        f'<span class="x" style="left:{across(x) / SIDE:.2%}">{x:,.0f}</span>' for x in ticks(left, right, 5) if left <= x <= right
-    )
+    counted = [x for x in ticks(left, right, 5) if left <= x <= right and x == round(x)]  # there is no half a step, nor half a layer
+    below = "".join(f'<span class="x" style="left:{across(x) / SIDE:.2%}">{x:,.0f}</span>' for x in counted)
     return (
         f'<div class="chart" role="img" aria-label="{escape(label)}"><svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none">'
         f"{grid}{drawn}{hover}</svg>{beside}{below}</div>"

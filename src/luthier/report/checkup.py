@@ -79,7 +79,8 @@ def page(found: Mapping[str, Any], folder: Path) -> str:
     learned = [x for x in lines(report) if not x.name.startswith("elsewhere")]
     lost = [x for x in lines(report) if x.name.startswith("elsewhere")]
     styled = [x for x in learned if x.name in STYLED]
-    learned = [x for x in learned if x.name not in STYLED]
+    declined = [x for x in learned if x.name in DECLINED]
+    learned = [x for x in learned if x.name not in (*STYLED, *DECLINED)]
     title = f"{found['base']['model']} → {found['tuned']['model']}"
     parts = (
         f'<header><p class="what">{escape(title)}</p><h1>{escape(headline(report))}</h1></header>',
@@ -97,6 +98,11 @@ def page(found: Mapping[str, Any], folder: Path) -> str:
             if styled
             else "",
         ),
+        section(
+            "What it declines",
+            _table(declined) if declined else "",
+            note="Unsafe requests are those whose right answer declines; what an answer does is told by its first words." if declined else "",
+        ),
         _calibration(folder),
         _answers(answers(folder)),
         _notes(found["notes"]),
@@ -106,6 +112,7 @@ def page(found: Mapping[str, Any], folder: Path) -> str:
 
 
 STYLED = ("generated_tokens", "distinct_2", "distinct_answers", "answer_length", "length_ratio", "length_correlation")
+DECLINED = ("refused_unsafe", "refused_safe")
 
 
 def _changed(said: Mapping[str, Any] | None) -> str:

@@ -42,6 +42,8 @@ METRICS = {
     "distinct_2": Says("different pairs of tokens in samples", share=True),
     "distinct_answers": Says("different answers to one prompt", share=True),
     "answer_length": Says("tokens of a sampled answer"),
+    "refused_unsafe": Says("unsafe requests declined", share=True, up=True),
+    "refused_safe": Says("safe requests declined", share=True, up=False),
 }
 
 
