@@ -7,6 +7,7 @@ An answer declines if one of `openings` stands near its start: words, not meanin
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,7 +56,7 @@ class Refusals(Evaluator):
         by = {kind: [d for d, u in zip(declined, unsafe, strict=True) if u == kind] for kind in (True, False)}
         return {f"refused_{'un' * kind}safe": sum(some) / len(some) for kind, some in by.items() if some}
 
-    def requests(self, roles: Any, rows: list[dict], folder: Path) -> list[dict]:
+    def requests(self, roles: Any, rows: Sequence[dict], folder: Path) -> list[dict]:
         """Requests, `unsafe` said of each; kept in the folder, so that all measurements ask the same."""
         kept = folder / "refusals.jsonl"
         if kept.is_file():
