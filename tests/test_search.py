@@ -299,6 +299,13 @@ def test_differences_of_fronts_have_intervals():
     assert lines[0]["interval"]["utility"] == pytest.approx((2 - 4.302652729911275 / math.sqrt(3), 2 + 4.302652729911275 / math.sqrt(3)))
 
 
+def test_a_recipe_that_only_its_plan_completes_can_be_searched():
+    """The front's `modpo` learns from rewards that the plan's own stages give."""
+    recipe = Path(__file__).parents[1] / "recipes" / "front.yaml"
+    made = quest(recipe, ["learning_rate, objective.beta"], ["hypervolume"], changes=["plan.worst={short: 0, complete: 0}"])
+    assert made.goals[0].front == ("goal/short", "goal/complete") and made.goals[0].worst == (0.0, 0.0)
+
+
 def test_a_plan_is_searched_by_its_front(tmp_path):
     """Each trial is a front; a point that a trial lies beyond is refused; the end compares fronts on seeds never used."""
     short, complete = {"name": "length", "scale": -0.1}, {"name": "world", "objective": "complete"}

@@ -27,7 +27,7 @@ from luthier.data import load_data
 from luthier.method import RecipeError, build, gives_of, meant
 from luthier.paired import difference, front, holm, interval
 from luthier.recipe import Recipe
-from luthier.rehearsal import checked, rehearse, wants, words
+from luthier.rehearsal import checked, opening, rehearse, wants, words
 from luthier.report.numbers import number, says
 
 MEASURED = ("loss", "accuracy", "generate", "forgetting", "calibration", "diversity")  # where no arm says otherwise
@@ -135,7 +135,7 @@ def fair(study: Study) -> tuple[dict[str, Recipe], list[str]]:
         try:
             if recipe.plan is not None:
                 rehearse(recipe, rows.rows[:100])
-            parts = checked(recipe.but(plan=None), rows.rows[:100])
+            parts = checked(opening(recipe), rows.rows[:100])
         except RecipeError as error:
             raise RecipeError(f"arm {name}: {error}") from None
         if recipe.evaluate is None:

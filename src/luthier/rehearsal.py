@@ -286,6 +286,17 @@ def _sample(recipe: Recipe) -> Sequence[dict]:
     return load_data(recipe).rows[:100] if recipe.data is not None else ()
 
 
+def opening(recipe: Recipe) -> Recipe:
+    """The first run of a recipe: itself, or what its plan asks for first, which may add what the recipe alone lacks. An act with rows
+    of its own says nothing of the recipe's: then the recipe without its plan."""
+    if recipe.plan is None:
+        return recipe
+    alone = recipe.but(plan=None)
+    asked = next(build("plan", recipe.plan_spec()).recipes(alone), alone)
+    first = opening(asked[0] if isinstance(asked, list) else asked)
+    return first if first.data == recipe.data else alone
+
+
 def _play(recipe: Recipe, rows: Sequence[dict]) -> None:
     play = build("plan", recipe.plan_spec()).recipes(recipe.but(plan=None))
     try:

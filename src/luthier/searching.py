@@ -29,7 +29,7 @@ from luthier.goals import Goal, Limit, below, fold, goals, limits
 from luthier.method import RecipeError, build, gives_of, meant, spec
 from luthier.paired import difference, holm, hypervolume
 from luthier.recipe import Recipe
-from luthier.rehearsal import checked, rehearse, wants, words
+from luthier.rehearsal import checked, opening, rehearse, wants, words
 from luthier.report.numbers import number, says
 from luthier.searchers._optuna import distributions, optuna
 from luthier.searchers._searcher import Asked, Searcher, Seen, Space, layers, ranked, tamed
@@ -310,14 +310,14 @@ def _quality(recipe: Recipe, rows: Sequence[dict]) -> str:
 
 def _usual(recipe: Recipe, rows: Sequence[dict]) -> list[str]:
     """What a comparison measures of these rows."""
-    made = checked(recipe.but(plan=None), rows)
+    made = checked(opening(recipe), rows)
     have = words(rows) | made.architecture.gives | made.estimator.gives | gives_of(made.tuner) | set(made.roles)
     return [e for e in comparison.MEASURED if wants(build("evaluator", e)) <= have]
 
 
 def _evaluators(recipe: Recipe, rows: Sequence[dict], asked: set[str]) -> list[Any]:
     """Those that the goals need, and no others: each run is measured twice."""
-    made = checked(recipe.but(plan=None), rows)
+    made = checked(opening(recipe), rows)
     have = words(rows) | made.architecture.gives | made.estimator.gives | gives_of(made.tuner) | set(made.roles) | {"reference"}
     found = []
     for metric in sorted(asked):
@@ -342,7 +342,7 @@ def _legal(field: Over, rows: Sequence[dict]) -> Over:
                 made = field.recipe_of(space.active({**start, dim.name: value}))
                 if made.plan is not None:
                     rehearse(made, rows)
-                checked(made.but(plan=None), rows)
+                checked(opening(made), rows)
             except RecipeError as error:
                 raise RecipeError(f"--over {dim.name}={value}: {error}") from None
     for end in (0.0, 1.0):
