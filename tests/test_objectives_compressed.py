@@ -100,6 +100,40 @@ def test_zeros_stay_while_all_else_moves(tiny, tmp_path, settings):
             build("tuner", {"name": "pruned", **wrong}).kept(torch.ones(3, 8))
 
 
+def test_what_rows_say_of_weights():
+    """WANDA by hand; SparseGPT makes good what zeros do wrong, keeps to the pattern, and is magnitude's where inputs are alike."""
+    torch.manual_seed(0)
+    X = torch.randn(400, 32) @ (torch.eye(32) + 0.3 * torch.randn(32, 32))  # [tokens, in]
+    W, H = torch.randn(24, 32), X.T @ X
+    size = W.abs() * X.norm(dim=0)
+    made = lambda **said: build("tuner", {"name": "pruned", **said})
+    wanda = made().kept(W * H.diagonal().sqrt())
+    assert torch.equal(wanda, torch.stack([r >= r.sort().values[16] for r in size]))
+    wrong = lambda kept: float(((kept - W) @ X.T).norm())
+    stays, repaired = made(criterion="sparsegpt", block_size=8).repaired(W, H)
+    assert int(stays.sum()) == W.numel() // 2 and not repaired[~stays].any() and not torch.equal(repaired[stays], W[stays])
+    assert wrong(repaired) < 0.9 * wrong(W * wanda) and wrong(W * wanda) < wrong(W * made().kept(W))
+    best = torch.zeros_like(W)
+    for i, s in enumerate(stays):
+        best[i, s] = torch.linalg.lstsq(X[:, s], (X @ W[i])[:, None]).solution[:, 0]
+    assert wrong(best) <= wrong(repaired) < 1.4 * wrong(best), "least squares on the same places is the bound"
+    by_four = made(criterion="sparsegpt", pattern="2:4").repaired(W, H)[0]
+    assert (by_four.view(24, -1, 4).sum(-1) == 2).all()
+    alike, same = made(criterion="sparsegpt", pattern="2:4").repaired(W, 5 * torch.eye(32))
+    assert torch.equal(alike, made(pattern="2:4").kept(W)) and torch.allclose(same, W * alike)
+
+
+def test_pruning_by_rows_breaks_less(tmp_path):
+    common = dict(
+        model="practice:lm-small", data={"path": "practice:people/train", "n": 64}, eval_data={"path": "practice:people/test", "n": 60},
+        max_steps=1, learning_rate=1e-7, evaluate=["loss"],
+    )  # fmt: skip
+    loss = {
+        c: tune(tmp_path, c, tuner={"name": "pruned", "criterion": c}, **common).after["loss"] for c in ("magnitude", "wanda", "sparsegpt")
+    }
+    assert loss["sparsegpt"] < loss["wanda"] < loss["magnitude"], loss
+
+
 def test_squarehead_heals_what_pruning_broke(tmp_path):
     common = dict(
         model="practice:lm-small", data={"path": "practice:people/train", "n": 400}, eval_data={"path": "practice:people/test", "n": 80},

@@ -1,15 +1,18 @@
-"""Pruned: the smallest weights of every matrix become zero when a run begins and stay it; all others move.
+"""Pruned: the least weights of every matrix become zero when a run begins and stay it; all others move.
 
 Sparse fine-tuning of a model that is to be small and fast to read. The start is kept by whoever plays `start`, so the dense
-model can teach (`squarehead`, `distill`). Zeros are counted in each row of a matrix, as WANDA compares weights, or, with a
-pattern, n of every m neighbours are kept, which hardware reads faster. To raise sparsity in steps, write the acts of a plan
-with a higher one each. Departs: by magnitude in one go, where the paper prunes by second-order information.
+model can teach (`squarehead`, `distill`). Which are the least is told by their `magnitude`; by `wanda` (arXiv:2306.11695),
+|w| times the norm of what its column reads on the first rows; or by `sparsegpt` (arXiv:2301.00774), w^2 over the diagonal of
+the inverse of X X', where besides what a zero does wrong is made good by the columns yet to come. Zeros are counted in each row
+of a matrix (sparsegpt: in each block of columns), or, with a pattern, n of every m neighbours are kept, which hardware reads
+faster. To raise sparsity in steps, write the acts of a plan with a higher one each. Departs: in one go, and the matrices that are gathered in one reading of
+the rows (all, in a small model) read what the dense model makes, where the papers prune layer after layer.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -18,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.method import RecipeError, tuner
 from luthier.tuners._anatomy import layer_of
+from luthier.tuners._calibrate import statistics
 from luthier.tuners._subset import Weights
 from luthier.tuners._tuner import Tuner
 
@@ -30,6 +34,10 @@ class Pruned(Tuner):
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5  # share of every matrix that is zero
     pattern: str | None = None  # e.g. "2:4": of every four neighbours in a row two are kept, in place of sparsity
+    criterion: Literal["magnitude", "wanda", "sparsegpt"] = "magnitude"  # by what a weight is the least
+    init_rows: Annotated[int, Field(ge=1)] = 64  # rows that wanda and sparsegpt read
+    block_size: Annotated[int, Field(ge=1)] = 128  # columns that sparsegpt compares at once
+    damp_percent: Annotated[float, Field(gt=0)] = 0.01  # of sparsegpt's X X': of its mean diagonal, added to it
 
     def __post_init__(self):
         if self.pattern is not None:
@@ -41,17 +49,47 @@ class Pruned(Tuner):
         return Zeros(self, model)
 
     def kept(self, W: Tensor) -> Tensor:
-        """[out, in] -> which entries stay."""
+        """[out, in] sizes -> which entries stay."""
         size = W.abs()
         if self.pattern is None:
             n, groups = round(self.sparsity * W.shape[1]), size
         else:
-            keep, m = map(int, self.pattern.split(":"))
-            if W.shape[1] % m:
-                raise RecipeError(f"pattern: '{self.pattern}' does not divide rows of {W.shape[1]} weights")
-            n, groups = m - keep, size.view(len(W), -1, m)
+            n, m = self.few(W.shape[1])
+            groups = size.view(len(W), -1, m)
         gone = groups.argsort(dim=-1, stable=True)[..., :n]  # of equals the first
         return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, gone, False).view_as(W)
+
+    def few(self, width: int) -> tuple[int, int]:
+        """How many of how many neighbours leave, by the pattern."""
+        keep, m = map(int, str(self.pattern).split(":"))
+        if width % m:
+            raise RecipeError(f"pattern: '{self.pattern}' does not divide rows of {width} weights")
+        return m - keep, m
+
+    def repaired(self, W: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+        """[out, in] weights, [in, in] X X' -> which entries stay, and the weights with what the zeros do wrong made good."""
+        W, H = W.clone(), H.clone()
+        H.diagonal().add_(self.damp_percent * H.diagonal().mean().clamp(min=1e-8))
+        U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
+        stays = torch.ones_like(W, dtype=torch.bool)
+        gone, m = (0, 0) if self.pattern is None else self.few(W.shape[1])
+        size = self.block_size if not m else m * max(1, self.block_size // m)
+        for start in range(0, W.shape[1], size):
+            end = min(start + size, W.shape[1])
+            errors = torch.zeros_like(W[:, start:end])
+            if not m:
+                worth = (W[:, start:end] / U.diagonal()[start:end]).square().flatten()
+                least = worth.argsort(stable=True)[: round(self.sparsity * worth.numel())]
+                stays[:, start:end] = torch.ones_like(worth, dtype=torch.bool).index_fill_(0, least, False).view(len(W), -1)
+            for k in range(start, end):
+                if m and k % m == 0:  # neighbours are compared as what came before them has left them
+                    worth = (W[:, k : k + m] / U.diagonal()[k : k + m]).square()
+                    stays[:, k : k + m].scatter_(1, worth.argsort(dim=1, stable=True)[:, :gone], False)
+                wrong = torch.where(stays[:, k], 0.0, W[:, k]) / U[k, k]
+                errors[:, k - start] = wrong
+                W[:, k:end] -= torch.outer(wrong, U[k, k:end])
+            W[:, end:] -= errors @ U[start:end, end:]
+        return stays, W * stays
 
 
 class Zeros(Weights):
@@ -73,11 +111,30 @@ class Zeros(Weights):
 
     @torch.no_grad()
     def initialize(self, rows, roles):
-        for name, sideways in self.matrices.items():
-            W = self.model.get_parameter(name)
-            stays = self.settings.kept(W.T if sideways else W)
-            self.stays[name].copy_(stays.T if sideways else stays)
+        said = self.settings
+        if said.criterion == "magnitude":
+            for name in self.matrices:
+                self.prune(name, said.kept(self.weight(name)))
+        else:  # one reading of the rows gathers as many layers as there is room for
+            layers = {n.removesuffix(".weight"): self.model.get_submodule(n.removesuffix(".weight")) for n in self.matrices}
+            for layer, C in statistics("covariance", layers, rows[: said.init_rows], roles):
+                name = f"{layer}.weight"
+                if said.criterion == "wanda":
+                    self.prune(name, said.kept(self.weight(name) * C.diagonal().sqrt()))
+                else:
+                    self.prune(name, *said.repaired(self.weight(name), C))
         self.after_step(roles.clock)
+
+    def weight(self, name: str) -> Tensor:
+        """[out, in] in fp32."""
+        W = self.model.get_parameter(name).detach().float()
+        return W.T.contiguous() if self.matrices[name] else W
+
+    def prune(self, name: str, stays: Tensor, W: Tensor | None = None) -> None:
+        way = (lambda t: t.T) if self.matrices[name] else (lambda t: t)
+        self.stays[name].copy_(way(stays))
+        if W is not None:
+            self.model.get_parameter(name).copy_(way(W))
 
     @torch.no_grad()
     def after_step(self, clock):
