@@ -164,7 +164,7 @@ def _kept(roles: Roles, batch: Batch) -> int:
         storage = x.untyped_storage()
         if storage.data_ptr() not in own:
             held[storage.data_ptr()] = storage.nbytes()
-        return x
+        return x.detach()  # an output that its own graph holds would never be freed
 
     was: bool = model.training
     again: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]

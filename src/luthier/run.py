@@ -194,6 +194,7 @@ class _Run:
 
     def ended(self) -> Report:
         """All that comes after the last step."""
+        self.fit.hooks.clear()  # they hold this run, which holds the fit: a circle would keep the model until somebody collects it
         if self.fit.roles.clock.step < self.fit.roles.clock.total:
             return self.pause(self.fit, self.before, self.stats)
         self.watch.stage("measuring the end")

@@ -447,7 +447,7 @@ def _together(made: Quest, folder: Path, storage: str | None, book: Book, worker
         own = _book(made, folder, storage, f" {i}")
         hunt(
             own, made.searcher, lambda t, n: _measure(made, folder, t, n), made.trials, made.seconds * workers, (),
-            made.over.recipe.seed, crew=True,
+            made.over.recipe.seed + i, crew=True,
         )  # fmt: skip
 
     def look() -> None:
