@@ -15,8 +15,8 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers config
         "LlamaConfig",
         LLAMA | dict(vocab_size=50304, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12),
     ),
-    "c": (
-        "Qwen2Config",
+    "c": (  # of Qwen2-0.5B; transformers reads no other tokenizer than Qwen2's own beside that network's name
+        "LlamaConfig",
         LLAMA
         | dict(
             vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2
@@ -36,7 +36,7 @@ ABOUT = {
     "tiny": "Llama, for tests",
     "a": "Llama, 26M: 8 layers, width 384, 32,000 tokens",
     "b": "Llama, 124M: 12 layers, width 768, 50,304 tokens",
-    "c": "Qwen2, 494M: 24 layers, width 896, 151,936 tokens",
+    "c": "Llama in the shape of Qwen2-0.5B, 494M: 24 layers, width 896, 151,936 tokens",
     "gpt2": "GPT-2, 34M: 8 layers, width 384, 50,257 tokens",
     "moe": "Qwen2-MoE, 38M: 4 layers, width 384, 8 experts of which 2",
 }
