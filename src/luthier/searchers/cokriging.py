@@ -72,8 +72,7 @@ class CoKriging(Shares):
                 return Asked(_acquire.first(space, n, len(there), draw), share)
             if len(there) < min(n, max(2, int(n / self.eta**rung))):
                 below = [s for s in ranked(further(seen)) if s.share < share - 1e-9]
-                at = [space.encode(t.point) for t in there]
-                far = lambda s, at=at: min(np.linalg.norm(space.encode(s.point) - a) for a in at)
+                far = lambda s: min(np.linalg.norm(space.encode(s.point) - space.encode(t.point)) for t in there)
                 best = max(below, key=far) if len(there) == 1 else below[0]
                 return Asked(dict(best.point), share, best.number)
         return None
