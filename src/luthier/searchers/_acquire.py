@@ -12,7 +12,6 @@ from luthier.searchers._surrogates import Surrogate, fit
 
 POOL = 400  # configurations from which the most promising is taken; its neighbours are tried then
 DIRECTIONS = 64  # along which a hypervolume is measured
-DRAWS = 16  # of what was seen and of what may be seen, together
 OUTLIER = 4.0  # values worse than the median by so many times its distance from the best count as that
 
 
@@ -28,24 +27,23 @@ def normals(n: int) -> np.ndarray:
     return ndtri((np.arange(n) + 0.5) / n)
 
 
-def gain(model: Surrogate, among: np.ndarray, Z: np.ndarray, z: np.ndarray, itself: bool = True, level: int | None = None) -> np.ndarray:
+def gain(model: Surrogate, among: np.ndarray, Z: np.ndarray, z: np.ndarray, itself: bool = True) -> np.ndarray:
     """[c] by how much the best posterior mean among these points is expected to fall when a point of Z is measured.
 
     With the points seen and `itself`, the point measured, it is the expected improvement for values with noise: the best is
     told by means, before and after. With any other points it is the knowledge gradient. Simulated: measuring shifts all
-    means along a line of one normal number z [s], the more the stronger they covary with what is measured. level: at which
-    it is measured; means are those of the highest.
+    means along a line of one normal number z [s], the more the stronger they covary with what is measured.
     """
-    level = model.top if level is None else level
-    mean, own = model.at(among)[0], model.at(Z)[0]
-    scale = np.sqrt(model.at(Z, level)[1] + model.noise + 1e-12)
-    slopes = model.covariance(among, Z, None, level) / scale  # [a, c]
+    mean, _ = model.at(among)
+    own, variance = model.at(Z)
+    scale = np.sqrt(variance + model.noise + 1e-12)
+    slopes = model.covariance(among, Z) / scale  # [a, c]
     after = np.full((len(Z), len(z)), np.inf)
     for m, b in zip(mean, slopes):
         np.minimum(after, m + b[:, None] * z, out=after)
     before = float(mean.min())
     if itself:
-        after = np.minimum(after, own[:, None] + (model.along(Z, level) / scale)[:, None] * z)
+        after = np.minimum(after, own[:, None] + (variance / scale)[:, None] * z)
     return before - after.mean(1)
 
 
@@ -75,20 +73,6 @@ def improvement_of_volume(front: np.ndarray, new: np.ndarray, worst: np.ndarray,
     m = front.shape[-1]
     there = reach(front, worst, along).max(1)[:, None]  # [s, 1, directions]
     return np.maximum(reach(new, worst, along) ** m - there**m, 0.0).mean((0, 2))
-
-
-def of_volume(models: Sequence[Surrogate], X: np.ndarray, Y: np.ndarray, draw: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
-    """Z [c, features] -> [c] the hypervolume expected to be added to what was seen at X, of which Y [n, goals] is known."""
-    unit = np.array([m.spread for m in models])  # a goal's unit must not decide which directions it is seen from
-    worst, along = worst_of(Y) / unit, directions(draw, len(models))
-    n, normal = len(X), [draw.standard_normal((DRAWS, len(X) + 2 * POOL)) for _ in models]
-
-    def score(Z: np.ndarray) -> np.ndarray:
-        points = np.concatenate([X, Z])
-        drawn = np.stack([m.draws(points, e[:, : len(points)]) for m, e in zip(models, normal)], -1) / unit
-        return improvement_of_volume(drawn[:, :n], drawn[:, n:], worst, along)
-
-    return score
 
 
 def worst_of(values: np.ndarray) -> np.ndarray:
@@ -142,11 +126,11 @@ def most(
     space: Space, score: Callable[[np.ndarray], np.ndarray], around: np.ndarray, new: Callable[[np.ndarray], np.ndarray],
     draw: np.random.Generator,
 ) -> np.ndarray:  # fmt: skip
-    """The vector of the highest score: of points drawn anywhere, around others and these themselves, then of the neighbours of the best.
+    """The vector of the highest score: of points drawn anywhere and around others, then of the neighbours of the best.
 
     score: [c, features] -> [c]. new: [c, features] -> which of them were not measured before; where all were, any will do.
     """
-    pool = np.concatenate([draw.random((POOL // 2, len(space.dims))), _near(around, POOL // 2, (0.3, 0.1, 0.03), draw), around])
+    pool = np.concatenate([draw.random((POOL // 2, len(space.dims))), _near(around, POOL // 2, (0.3, 0.1, 0.03), draw)])
     pool = _as_said(space, pool)
     scores = _scored(space, score, new, pool)
     for width in (0.1, 0.03, 0.01):

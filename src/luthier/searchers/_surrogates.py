@@ -18,8 +18,7 @@ from scipy.optimize import minimize
 
 NUGGET = 1e-10  # variance that is added where values have no noise, or matrices of near points would not factor
 WIDE = 10.0  # spread of the prior of a mean
-VARIANCE, RHO, NOISE = (0.0, 1.0), (1.0, 0.7), (-5.0, 1.5)  # normal priors: of logarithms, of rho itself
-DELTA, ROUGH = (-1.0, 1.0), (-1.0, 0.7)  # of what one share adds to the other: neither small nor smooth until many tell so
+VARIANCE, DELTA, RHO, NOISE = (0.0, 1.0), (-1.5, 1.5), (1.0, 1.0), (-5.0, 1.5)  # normal priors: of logarithms, of rho itself
 
 
 @dataclass(frozen=True)
@@ -67,10 +66,10 @@ class Surrogate:
         """process: of the standardised values."""
         self.process, self.X, self.top = process, X, len(process.rho)
         self.level = np.full(len(X), self.top) if level is None else np.asarray(level)
-        self.shift, self.spread = _units(y, self.level, self.top + 1)
+        self.shift, self.spread = _units(y)
         K = process.kernel(X, X, self.level, self.level)
         self.lower = factored(K + (process.noise + NUGGET) * np.eye(len(X)))
-        H, z = weights(self.level, process.rho), (y - self.shift[self.level]) / self.spread
+        H, z = weights(self.level, process.rho), (y - self.shift) / self.spread
         self.mean = _means(lambda b: cho_solve((self.lower, True), b), H, z)
         self.alpha = cho_solve((self.lower, True), z - H @ self.mean)
 
@@ -90,20 +89,13 @@ class Surrogate:
         prior = float(w**2 @ self.process.variance)
         v = solve_triangular(self.lower, k.T, lower=True)
         mean = w @ self.mean + k @ self.alpha
-        return self.shift[t] + self.spread * mean, self.spread**2 * np.maximum(prior - (v * v).sum(0), 0.0)
+        return self.shift + self.spread * mean, self.spread**2 * np.maximum(prior - (v * v).sum(0), 0.0)
 
     def covariance(self, A: np.ndarray, B: np.ndarray, of_a: int | None = None, of_b: int | None = None) -> np.ndarray:
         """Posterior covariance [a, b] of f between points and levels."""
         s, t = self._levels(A, of_a), self._levels(B, of_b)
         va, vb = (solve_triangular(self.lower, self.process.kernel(self.X, Z, self.level, u), lower=True) for Z, u in ((A, s), (B, t)))
         return self.spread**2 * (self.process.kernel(A, B, s, t) - va.T @ vb)
-
-    def along(self, Z: np.ndarray, level: int) -> np.ndarray:
-        """[c] posterior covariance of f at a level and at the highest, at the same point."""
-        s, t = self._levels(Z, level), self._levels(Z, None)
-        v, w = (solve_triangular(self.lower, self.process.kernel(self.X, Z, self.level, u), lower=True) for u in (s, t))
-        low, high = (weights(u[:1], self.process.rho)[0] for u in (s, t))
-        return self.spread**2 * (float(low * high @ self.process.variance) - (v * w).sum(0))
 
     def draws(self, Z: np.ndarray, normal: np.ndarray) -> np.ndarray:
         """[s, c] functions at Z, from the posterior. normal [s, c]: standard normal numbers."""
@@ -122,15 +114,8 @@ def factored(K: np.ndarray) -> np.ndarray:
     raise LinAlgError("a covariance that is not positive definite")
 
 
-def _units(y: np.ndarray, level: np.ndarray, levels: int) -> tuple[np.ndarray, float]:
-    """[T] the mean of each level's values (of the one below it, where it has none), and their spread around it."""
-    shift, rest = np.zeros(levels), np.array(y, float)
-    there = sorted(set(level.tolist()))
-    for t in range(levels):
-        of = max((u for u in there if u <= t), default=there[0])
-        shift[t] = np.mean(y[level == of])
-    rest -= shift[level]
-    return shift, float(np.sqrt(np.mean(rest**2))) or 1.0
+def _units(y: np.ndarray) -> tuple[float, float]:
+    return float(np.mean(y)), float(np.std(y)) or 1.0
 
 
 def _means(solve, H: np.ndarray, z: np.ndarray) -> np.ndarray:
@@ -157,14 +142,14 @@ def fit(
     """
     (n, d), T = X.shape, levels
     at = np.full(n, T - 1) if level is None else np.asarray(level)
-    shift, spread = _units(y, at, T)
-    z = (y - shift[at]) / spread
+    shift, spread = _units(y)
+    z = (y - shift) / spread
     known = None if noise is None else noise / spread**2
     D = 5 * (X[:, None] - X[None]) ** 2
     D = np.ascontiguousarray(np.moveaxis(D, 2, 0))  # [d, n, n]
     prior = np.array([
         *[VARIANCE if u == 0 else DELTA for u in range(T)],
-        *[(math.sqrt(2) + math.log(d) / 2, math.sqrt(3))] * d, *[(ROUGH[0] + math.log(d) / 2, ROUGH[1])] * (T * d - d), *[RHO] * (T - 1), *([NOISE] if known is None else []),
+        *[(math.sqrt(2) + math.log(d) / 2, math.sqrt(3))] * (T * d), *[RHO] * (T - 1), *([NOISE] if known is None else []),
     ])  # fmt: skip
     low = np.array([-7.0] * T + [-5.0] * (T * d) + [-5.0] * (T - 1) + [-16.0] * (known is None))
     high = np.array([7.0] * T + [6.0] * (T * d) + [5.0] * (T - 1) + [1.0] * (known is None))
@@ -219,7 +204,6 @@ def fit(
     for length in (0.3, 1.5) if not sparse else (0.5, 5.0):  # a posterior has several peaks: rough and smooth
         begin = prior[:, 0].copy()
         begin[T : T + T * d] = math.log(length * math.sqrt(d))
-        begin[T + d : T + T * d] = prior[T + d : T + T * d, 0]
         begins.append(np.clip(begin, low, high))
     found = [
         minimize(loss, b, jac=True, method="L-BFGS-B", bounds=list(zip(low, high)), options={"maxiter": 40, "ftol": 1e-5}) for b in begins
