@@ -15,6 +15,8 @@ from luthier.roles._role import Role
 from luthier.store import resolve_model
 from luthier.tuners._tuner import Untuned
 
+Codes = Annotated[Any, BeforeValidator(lambda v: v if v is None else build("quantizer", v))]
+
 
 @role()
 class Model(Role):
@@ -23,9 +25,7 @@ class Model(Role):
     constant = True
 
     model: str = "practice:lm"  # folder of a model, a run or an adapter; hub name, or practice:NAME
-    quantization: Annotated[Any, BeforeValidator(lambda v: v if v is None else build("quantizer", v))] = (
-        None  # e.g. nf4: its linear weights as codes
-    )
+    quantization: Codes = None  # of its linear weights, e.g. nf4
 
     def __post_init__(self):
         if self.quantization is not None and (self.quantization.reads or self.quantization.whole):
