@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from luthier.searchers._searcher import Seen, Space, tamed
+from luthier.searchers._searcher import Seen, Space, layers, tamed
 from luthier.searchers._surrogates import Surrogate, fit
 
 POOL = 400  # configurations from which the most promising is taken; its neighbours are tried then
@@ -77,8 +77,6 @@ def improvement_of_volume(front: np.ndarray, new: np.ndarray, worst: np.ndarray,
 
 def worst_of(values: np.ndarray) -> np.ndarray:
     """[goals] the point from which a volume is taken: a tenth of its span behind the worst of the front."""
-    from luthier.searchers._searcher import layers
-
     front = values[layers(values) == 0]
     low, high = (front.min(0), front.max(0)) if len(np.unique(front, axis=0)) > 1 else (values.min(0), values.max(0))
     span = np.where(high > low, high - low, np.maximum(np.ptp(values, axis=0), 1e-9))
