@@ -105,3 +105,24 @@ def test_what_fits_row_by_row_is_told(base, tmp_path, monkeypatch):
     plain, _ = needs(base, tmp_path / "a", monkeypatch)
     gigabytes(monkeypatch, 0.7 * plain.total)
     assert any("expect micro-batches to be split" in n for n in luthier.tune(base, folder=tmp_path / "b").notes)
+
+
+def test_a_finished_run_leaves_no_model_behind(tiny, tmp_path):
+    """Without a garbage collector: nothing of a run may hold its model in a circle, nor its graphs for good."""
+    import gc
+
+    import torch
+
+    from conftest import SUMS
+
+    there = lambda: sum(type(o) is torch.nn.Parameter for o in gc.get_objects())
+    tune = lambda name: luthier.tune(model=tiny, data=SUMS, tuner="full", max_steps=2, evaluate=[], folder=tmp_path / name)
+    tune("a")
+    gc.collect()
+    gc.disable()
+    try:
+        before = there()
+        tune("b")
+        assert there() == before
+    finally:
+        gc.enable()
