@@ -1,6 +1,6 @@
 """Workers of one search on a Ray cluster: each asks, measures and writes down for itself; what holds them together is the storage.
 
-Ray is told nothing but to start them, one a GPU where the cluster has any; a worker that dies is started again and goes on
+Ray is told nothing but to start them, one a GPU where there are as many; a worker that dies is started again and goes on
 with what it had begun. RAY_ADDRESS names the cluster; without it Ray is started on this machine.
 """
 
@@ -17,6 +17,7 @@ WAKES = 1.0  # seconds between two looks at what came in
 
 
 def ray() -> Any:
+    """The library; a sentence where it is missing."""
     try:
         import ray
     except ImportError:

@@ -124,7 +124,7 @@ class Book:
         """What this worker began and did not end."""
         return [t for t in self.trials("RUNNING") if t.user_attrs["worker"] == self.worker]
 
-    def beside(self, seen: Sequence[Seen]) -> list[Seen]:
+    def in_flight(self, seen: Sequence[Seen]) -> list[Seen]:
         """What other workers began and did not end, as if it had come out like the median of what was seen."""
         known = np.array([s.values for s in seen]) if seen else np.zeros((1, len(self.goals)))
         values = tuple(float(v) for v in np.median(tamed(known), 0))
@@ -166,24 +166,24 @@ def hunt(
     """Ask, measure, write down, until the budget is spent: trials in full runs, or seconds of measuring.
 
     What other workers are about stands in the history at the median of what was measured, so that nobody asks the same.
-    crew: they are alive, and what they are about counts as spent.
 
     measure: (the trial, the number of its configuration) -> what came of it. first: what is measured before anyone is asked.
+    crew: the others are alive, and what they are about counts as spent.
     """
     while True:
         tried = book.tried()
         shown = [t.seen for t in tried if t.seen.point or t.kind != "recipe"]
-        beside = book.beside(shown)
+        others = book.in_flight(shown)
         waiting = book.begun()
         if waiting:
             t = waiting[0]
         elif (begun := sum(x.kind != "asked" for x in tried)) < len(first):
             t = book.begin(*first[begun])
         else:
-            used = spent(tried) + sum(s.share for s in beside if crew)
+            used = spent(tried) + sum(s.share for s in others if crew)
             if used >= trials - 1e-9 or sum(x.measured.took for x in tried) >= seconds:
                 return tried
-            asked = searcher.ask(book.space, [*shown, *beside], len(book.goals), Clock(seed))
+            asked = searcher.ask(book.space, [*shown, *others], len(book.goals), Clock(seed))
             there = max((x.seen.share for x in tried if x.seen.number == asked.number), default=0.0)
             if used + asked.share - there > trials + 1e-9 and used > 0:
                 return tried

@@ -15,7 +15,7 @@ from luthier.roles._role import Role
 from luthier.store import resolve_model
 from luthier.tuners._tuner import Untuned
 
-Codes = Annotated[Any, BeforeValidator(lambda v: v if v is None else build("quantizer", v))]
+AnyQuantizer = Annotated[Any, BeforeValidator(lambda v: v if v is None else build("quantizer", v))]
 
 
 @role()
@@ -25,7 +25,7 @@ class Model(Role):
     constant = True
 
     model: str = "practice:lm"  # folder of a model, a run or an adapter; hub name, or practice:NAME
-    quantization: Codes = None  # of its linear weights, e.g. nf4
+    quantization: AnyQuantizer = None  # of its linear weights, e.g. nf4; null: as they are
 
     def __post_init__(self):
         if self.quantization is not None and (self.quantization.reads or self.quantization.whole):

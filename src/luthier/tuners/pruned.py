@@ -5,8 +5,9 @@ model can teach (`squarehead`, `distill`). Which are the least is told by their 
 |w| times the norm of what its column reads on the first rows; or by `sparsegpt` (arXiv:2301.00774), w^2 over the diagonal of
 the inverse of X X', where besides what a zero does wrong is made good by the columns yet to come. Zeros are counted in each row
 of a matrix (sparsegpt: in each block of columns), or, with a pattern, n of every m neighbours are kept, which hardware reads
-faster. To raise sparsity in steps, write the acts of a plan with a higher one each. Departs: in one go, and the matrices that are gathered in one reading of
-the rows (all, in a small model) read what the dense model makes, where the papers prune layer after layer.
+faster. To raise sparsity in steps, write the acts of a plan with a higher one each. Departs: in one go, and the matrices that
+are gathered in one reading of the rows (all, in a small model) read what the dense model makes, where the papers prune layer
+after layer.
 """
 
 from __future__ import annotations
