@@ -167,28 +167,27 @@ def test_spiel_ma_scores_are_the_outer_product_of_sm3():
     assert mask.tolist() == [False, False, False, True] and int(places[3]) == int(scores.argmax())
 
 
-@pytest.mark.parametrize("growth, density, times", [("ag", 0.02, 5), ("ma", 0.1, 2)])
-def test_spiel_finds_planted_places(growth, density, times):
-    """One entry in a hundred of a weight is off: the support moves there. Row and column statistics are blind to all but
-    rows and columns: they find it less well, and only where what those columns read is large."""
+@pytest.mark.parametrize("growth", ["ag", "ma"])
+def test_spiel_finds_planted_places(growth):
+    """One entry in a hundred of a weight is off, in some of its rows and columns: the support moves there."""
 
     def recall(seed: int) -> float:
         torch.manual_seed(seed)
-        planted = torch.zeros(40, 40, dtype=torch.bool)
-        planted[torch.randperm(40)[:4][:, None], torch.randperm(40)[:4]] = True
-        truth, wide = planted * (1 + torch.rand(40, 40)), 1 + 3 * planted.any(0) * (growth == "ma")
-        settings = dict(density=density, reselection_steps=10, initial_reselection_rate=0.5, selection_algorithm=growth)
-        attached = build("tuner", {"name": "spiel", "target_modules": ["fc"], **settings}).attach(One(torch.zeros(40, 40)))
+        planted = torch.zeros(200, 200, dtype=torch.bool)
+        planted[torch.randperm(200)[:20][:, None], torch.randperm(200)[:20]] = True
+        truth = planted * (1 + torch.rand(200, 200))
+        settings = dict(density=0.01, reselection_steps=10, selection_algorithm=growth)
+        attached = build("tuner", {"name": "spiel", "target_modules": ["fc"], **settings}).attach(One(torch.zeros(200, 200)))
 
         def loss():
-            x = torch.randn(64, 40) * wide
+            x = torch.randn(64, 200)
             return (attached.model(x) - x @ truth.T).square().mean()
 
-        to_end(descend(attached, loss, 150, 0.02))
+        to_end(descend(attached, loss, 60, 0.02))
         return float(planted.flatten()[attached.layers["fc"].tensors("default").indices.long()].sum() / planted.sum())
 
     found = [recall(seed) for seed in range(4)]
-    assert sum(found) / 4 > times * density, found
+    assert min(found) > 5 * 0.01, found
 
 
 def test_spiel_resumes_amid_an_interval(tmp_path, base):
