@@ -810,10 +810,11 @@ MORE = {  # what a run with some tuner has besides
         "objective": {"name": "by_source", "sources": ["train", "validation"]}, "estimator": {"name": "self_tuning", "warmup": 1},
     },
     "lora + ggpo": {"tuner": "lora", "estimator": "ggpo"},
+    "lora + mgpo": {"tuner": "lora", "estimator": "mgpo"},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", [*TUNERS, "lora + ggpo"])
+@pytest.mark.parametrize("name", [*TUNERS, "lora + ggpo", "lora + mgpo"])
 def test_every_tuner_goes_on_bit_for_bit(name, base, tmp_path):
     """Stopped after a third of its steps and after half of them, it ends as it would have ended."""
     import luthier

@@ -4,12 +4,11 @@ Every LoRA module adds x E' to what it says, with E = randn(out, in) * (sigma |W
 each reading. |W_row|^2 is the squared mean row norm of W plus the squared norm of the row of s B A; G is told from the last
 step's gradients, s (B gA + gB A), so the first step has no noise. E is drawn again in backward and never kept, and only
 row norms of G are: they lie in the optimizer's state, so a run resumes exactly. Measuring is without noise.
-Not here: the paper's later revision, which perturbs along the momentum instead (MGPO).
+The paper's later revision, which perturbs along the momentum instead, is estimator `mgpo`.
 """
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from typing import Annotated, Any
 
 import torch
@@ -17,7 +16,8 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.estimators._estimator import Estimator, gradients
-from luthier.method import RecipeError, estimator
+from luthier.estimators._lora import full_gradient, placed, scale_of, speaking
+from luthier.method import estimator
 
 
 @estimator(paper="arXiv:2502.14538", row="lora-ggpo", wants="low-rank", gives="grad")
@@ -39,19 +39,14 @@ class GGPO(Estimator):
         chain.step(found)
         return loss
 
-    @contextmanager
     def noise(self, chain):
         """For a while every module that has seen a gradient speaks under noise."""
-        hooks = []
-        try:
-            for name, layer, site in placed(chain) if self.sigma or self.beta else ():
-                if "ggpo" in chain.state.get(name, {}):
-                    size = self.size(layer, site.slots, chain.state[name]["ggpo"]["rows"])
-                    hooks.append(layer.register_forward_hook(lambda m, given, y, size=size: noisy(given[0], y, size)))
-            yield
-        finally:
-            for h in hooks:
-                h.remove()
+        changes = []
+        for name, layer, site in placed(chain) if self.sigma or self.beta else ():
+            if "ggpo" in chain.state.get(name, {}):
+                size = self.size(layer, site.slots, chain.state[name]["ggpo"]["rows"])
+                changes.append((layer, lambda x, y, size=size: noisy(x, y, size)))
+        return speaking(changes)
 
     @torch.no_grad()
     def size(self, layer: Any, slots: Any, rows: Tensor) -> Tensor:
@@ -61,26 +56,6 @@ class GGPO(Estimator):
         own = oriented(layer.get_base_layer()).float().norm(dim=1).mean()
         change = (slots["B"].float() @ slots["A"].float() * scale_of(layer)).norm(dim=1)
         return (self.sigma * (own.square() + change.square()).sqrt() + self.beta * rows.square()) / len(rows) ** 0.5
-
-
-def placed(chain: Any):
-    """Name, module and site of every LoRA that moves on a linear module."""
-    layers = chain.attached.layers
-    for site in chain.sites():
-        if site.name in layers and {"A", "B"} <= site.slots.keys():
-            yield site.name, layers[site.name], site
-
-
-def scale_of(layer: Any) -> float:
-    if not hasattr(layer, "scaling"):
-        raise RecipeError("estimator 'ggpo' is for LoRA")
-    return next(iter(layer.scaling.values()))
-
-
-@torch.no_grad()
-def full_gradient(slots: Any, grads: Any, scale: float) -> Tensor:
-    """[out, in] what the gradients of A [r, in] and B [out, r] tell of the gradient of the whole weight."""
-    return scale * (slots["B"].float() @ grads["A"].float() + grads["B"].float() @ slots["A"].float())
 
 
 def noisy(x: Tensor, y: Tensor, size: Tensor) -> Tensor:
