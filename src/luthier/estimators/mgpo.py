@@ -48,7 +48,8 @@ class MGPO(Estimator):
         if "mgpo" not in state:
             state["mgpo"] = {"A": torch.zeros_like(g["A"]), "B": torch.zeros_like(g["B"]), "size": size}
         kept = state["mgpo"]
-        kept["A"].lerp_(g["A"], 1 - self.mu), kept["B"].lerp_(g["B"], 1 - self.mu)
+        kept["A"].lerp_(g["A"], 1 - self.mu)
+        kept["B"].lerp_(g["B"], 1 - self.mu)
         kept["size"] = kept["size"].lerp(size, 1 - self.beta)
 
     @torch.no_grad()
