@@ -801,7 +801,7 @@ def test_in_a_run(spec, base, tmp_path):
 MORE = {  # what a run with some tuner has besides
     "bitfit": {"tuner": {"name": "bitfit", "also": ["norms"]}},
     "cofitune": {"tuner": {"name": "cofitune", "init_rows": 4}},
-    "dsee": {"tuner": {"name": "dsee", "sparsity": 0.5}},  # cut after half of the run
+    "dsee": {"tuner": {"name": "dsee", "sparsity": 0.5, "ffn_sparsity": 0.4, "head_sparsity": 0.5}},  # cut after half of the run
     "elastic": {"tuner": {"name": "elastic", "depth": [0.5, 1.0]}, "estimator": "elastic", "objective": "sft + kl", "roles": {"reference": "whole"}},
     "peft": {"tuner": {"name": "peft", "type": "vera"}},
     "pv_tuning": {"quantization": {"name": "rtn", "bits_per_weight": 2, "group_size": 16}},

@@ -153,6 +153,7 @@ class Chain:
         masters = self._masters(site, state)
         stood = Site(site.name, masters, site.by)
         grads = {k: g.to(masters[k].dtype) for k, g in grads.items()}
+        grads |= {k: grads[k] + pull for k, pull in self.attached.pulls(site.name).items() if k in grads}
         for slot, update in self._updates(grads, state, stood).items():
             masters[slot].add_(update, alpha=-self.rate)
             if masters[slot] is not site.slots[slot]:

@@ -50,6 +50,9 @@ class Also(Attached):
     def renewed(self, site):
         return self.attached.renewed(site)
 
+    def pulls(self, site):
+        return self.attached.pulls(site)
+
     def after_step(self, clock):
         self.attached.after_step(clock)
         for part in self.parts.values():

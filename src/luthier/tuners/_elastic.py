@@ -91,6 +91,20 @@ def masked(model: Any, anatomy: Anatomy, shape: Shape) -> Iterator[None]:
             h.remove()
 
 
+@torch.no_grad()
+def reorder(model: Any, layer: dict[str, str], which: int, order: Tensor) -> None:
+    """Groups of heads (which: 0) or units (1) of a layer in another order, in place: the network answers as before."""
+    for part, name in layer.items():
+        if {**ROWS, **COLUMNS}.get(part) != which:
+            continue
+        module, side = model.get_submodule(name), 0 if part in ROWS else 1
+        size = module.weight.shape[side] // len(order)
+        at = (order[:, None] * size + torch.arange(size, device=order.device)).flatten()
+        module.weight.copy_(module.weight.index_select(side, at))
+        if side == 0 and module.bias is not None:
+            module.bias.copy_(module.bias[at])
+
+
 def sliced(model: Any, anatomy: Anatomy, shape: Shape) -> Any:
     """A copy that has only what the sub-network reads. All kept layers alike, it is a plain model that can be saved."""
     anatomy.check(shape)

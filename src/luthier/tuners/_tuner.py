@@ -104,6 +104,10 @@ class Attached:
         """slot -> mask of the entries that begin anew in this step: the optimizer forgets what it knew of them. Asked once."""
         return {}
 
+    def pulls(self, site: str) -> dict[str, Tensor]:
+        """slot -> the gradient of a term of the tuner's own beside the loss (a penalty). Asked where a site is stepped."""
+        return {}
+
     def after_step(self, clock: Clock) -> None:
         """After the update, gradients still there."""
 

@@ -111,6 +111,9 @@ class Controls(Soft):
     def renewed(self, site):
         return self.inner.renewed(site) if self.inner and site != "prompt" else {}
 
+    def pulls(self, site):
+        return self.inner.pulls(site) if self.inner and site != "prompt" else {}
+
     def after_step(self, clock):
         if self.inner:
             self.inner.after_step(clock)

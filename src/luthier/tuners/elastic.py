@@ -17,8 +17,7 @@ import torch
 from pydantic import Field
 
 from luthier.method import RecipeError, tuner
-from luthier.tuners._anatomy import part_of
-from luthier.tuners._elastic import COLUMNS, ROWS, Anatomy, Shape, macs, masked, sliced
+from luthier.tuners._elastic import COLUMNS, Anatomy, Shape, macs, masked, reorder, sliced
 from luthier.tuners._sense import input_norms
 from luthier.tuners._subset import Weights
 from luthier.tuners._tuner import Tuner
@@ -122,13 +121,4 @@ class Nested(Weights):
                 units = self.anatomy.groups if which == 0 else self.anatomy.width
                 worth = (seen * W.float().norm(dim=0)).square().view(units, -1).sum(1)
                 order = worth.argsort(descending=True, stable=True)
-                for name in (n for p, n in layer.items() if {**ROWS, **COLUMNS}.get(p) == which):
-                    self._sort(self.model.get_submodule(name), name, order)
-
-    def _sort(self, module: Any, name: str, order: torch.Tensor) -> None:
-        side = 0 if part_of(name) in ROWS else 1
-        size = module.weight.shape[side] // len(order)
-        at = (order[:, None] * size + torch.arange(size, device=order.device)).flatten()
-        module.weight.copy_(module.weight.index_select(side, at))
-        if side == 0 and module.bias is not None:
-            module.bias.copy_(module.bias[at])
+                reorder(self.model, layer, which, order)
