@@ -6,7 +6,8 @@ blocks of like size are computed together as batched matrix products, whose back
 that of the fused kernel. Any network of transformers that takes its attention from the interface of that name gets it:
 `attention` is registered there and does what SDPA does, except where the mask it is handed is a `tag` that carries a plan.
 `plain` is the twin that the tests compare with; every run compares its log-probabilities with the network's own.
-Where the mask says that the network is writing, kernels/writing.py answers.
+Where the mask says that the network is writing, kernels/writing.py answers. Keys and values that a tuner puts before those of
+every text (`ahead`) are met by all queries, whatever the mask; they are no places of the layout, and no position changes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ NAME = "luthier_sdpa"  # as transformers knows it
 QUERIES = 256  # of a block at most: causal attention of long sequences skips what lies above the diagonal
 WHOLE = 96  # tokens up to which a tree of pieces is one block, whatever part of its square is masked
 SCORES = 2**22  # of a group at most, per head: what lives at once stays near the cache
+Ahead = tuple[Tensor, Tensor]  # keys and values [K, m, d] before those of every text
 KEEP = 512  # keys of a query up to which its probabilities are kept for backward; above they are computed again
 
 
@@ -174,18 +176,21 @@ def _alike(blocks: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, T
 # ---------------------------------------------------------------------------------------------- computing
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, dropout: float = 0.0) -> Tensor:
+def attend(query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, dropout: float = 0.0, ahead: Ahead | None = None) -> Tensor:
     """query [R, H, W, d], key and value [R, K, W, d], K a divisor of H -> [R, W, H, d]. Padding answers 0."""
     if dropout or differentiated_otherwise():
-        return _composed(query, key, value, how, scale, dropout)
-    return _Attend.apply(query, key, value, how, scale)
+        return _composed(query, key, value, how, scale, dropout, ahead)
+    return _Attend.apply(query, key, value, how, scale, *(ahead or (None, None)))
 
 
-def plain(query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float) -> Tensor:
+def plain(query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, ahead: Ahead | None = None) -> Tensor:
     """The same by a mask over whole rows."""
+    may = how.layout.mask(*how.reach)
+    if ahead is not None:
+        key, value = (torch.cat([a.expand(len(x), -1, -1, -1), x], 2) for a, x in zip(ahead, (key, value), strict=True))
+        may = F.pad(may, (ahead[0].shape[1], 0), value=True)
     more = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(more, 1) for x in (key, value))
-    may = how.layout.mask(*how.reach)
     scores = (query @ key.transpose(2, 3) * scale).masked_fill(~may, -torch.inf)
     real = (how.layout.piece >= 0)[:, :, None, None]
     return torch.where(real, (scores.softmax(-1) @ value).transpose(1, 2), 0.0)
@@ -211,15 +216,22 @@ def _rows(x: Tensor, n: int, heads: int, g: int) -> Tensor:
 
 
 def _probabilities(q: Tensor, k: Tensor, group: Group, heads: int, g: int, scale: float) -> Tensor:
-    """[n * K, g * q, d], [n * K, k, d] -> [n * K, g * q, k]"""
+    """[n * K, g * q, d], [n * K, k, d] -> [n * K, g * q, k]; of the keys those that stand ahead are seen by all."""
     scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
-    scores.view(len(group.keys), heads, g, -1, k.shape[1]).add_(group.mask)
+    scores.view(len(group.keys), heads, g, -1, k.shape[1])[..., k.shape[1] - group.keys.shape[1] :].add_(group.mask)
     return scores.softmax(-1)
+
+
+def _after(ahead: Tensor | None, x: Tensor) -> Tensor:
+    """[K, m, d] before each of [n * K, k, d]."""
+    return x if ahead is None else torch.cat([ahead.repeat(len(x) // len(ahead), 1, 1), x], 1)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, ahead_k: Tensor | None, ahead_v: Tensor | None
+    ) -> Tensor:
         r, h, w, _ = query.shape
         heads, size = key.shape[1], value.shape[3]
         q, k, v = _flat(query, heads), _flat(key, heads), _flat(value, heads)
@@ -227,22 +239,25 @@ class _Attend(torch.autograd.Function):
         out = value.new_zeros(r * w + 1, h * size)
         kept = []
         for group in how.groups:
-            p = _probabilities(_take(q, group.queries), _take(k, group.keys), group, heads, g, scale)
-            mixed = torch.bmm(p, _take(v, group.keys))
+            p = _probabilities(_take(q, group.queries), _after(ahead_k, _take(k, group.keys)), group, heads, g, scale)
+            mixed = torch.bmm(p, _after(ahead_v, _take(v, group.keys)))
             out.index_copy_(0, group.to_queries, _rows(mixed, len(group.keys), heads, g))
             kept.append(p if p.shape[-1] <= KEEP and any(ctx.needs_input_grad) else None)
-        ctx.save_for_backward(query, key, value, *kept)
+        ctx.save_for_backward(query, key, value, ahead_k, ahead_v, *kept)
         ctx.how, ctx.scale = how, scale
         return out[:-1].view(r, w, h, size)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, *kept = ctx.saved_tensors
+        query, key, value, ahead_k, ahead_v, *kept = ctx.saved_tensors
         how, scale = ctx.how, ctx.scale
+        ahead = None if ahead_k is None else (ahead_k, ahead_v)
         if torch.is_grad_enabled():  # create_graph: somebody will differentiate this gradient
-            wanted = [x for x, w in zip((query, key, value), ctx.needs_input_grad, strict=False) if w]
-            found = iter(torch.autograd.grad(_composed(query, key, value, how, scale), wanted, grads[0], create_graph=True))
-            return *(next(found) if w else None for w in ctx.needs_input_grad[:3]), None, None
+            given = (query, key, value, None, None, ahead_k, ahead_v)
+            wanted = [x for x, w in zip(given, ctx.needs_input_grad, strict=True) if w and x is not None]
+            out = _composed(query, key, value, how, scale, ahead=ahead)
+            found = iter(torch.autograd.grad(out, wanted, grads[0], create_graph=True))
+            return tuple(next(found) if w else None for w in ctx.needs_input_grad)
         r, h, w, d = query.shape
         heads, size = key.shape[1], value.shape[3]
         g = h // heads
@@ -251,28 +266,34 @@ class _Attend(torch.autograd.Function):
         d_q = query.new_zeros(r * w + 1, h * d)
         shared = any(group.ranges is not None for group in how.groups)  # then sums are made in fp32
         d_k, d_v = (x.new_zeros(heads, r * w + 1, x.shape[3], dtype=torch.float32 if shared else None) for x in (key, value))
+        more_k, more_v = (None if x is None else torch.zeros_like(x, dtype=torch.float32) for x in (ahead_k, ahead_v))
         for group, p in zip(how.groups, kept, strict=True):
             n = len(group.keys)
-            qs, ks, vs, gs = _take(q, group.queries), _take(k, group.keys), _take(v, group.keys), _take(grad, group.queries)
+            qs, gs = _take(q, group.queries), _take(grad, group.queries)
+            ks, vs = _after(ahead_k, _take(k, group.keys)), _after(ahead_v, _take(v, group.keys))
             if group.real_queries is not None:
                 gs.view(n, heads, g, -1, size).mul_(group.real_queries)
             p = _probabilities(qs, ks, group, heads, g, scale) if p is None else p
-            _add(d_v, torch.bmm(p.transpose(1, 2), gs), group)
+            _add(d_v, torch.bmm(p.transpose(1, 2), gs), group, more_v)
             ds = torch.bmm(gs, vs.transpose(1, 2))
             ds = torch.ops.aten._softmax_backward_data(ds, p, -1, p.dtype).mul_(scale)
             d_q.index_copy_(0, group.to_queries, _rows(torch.bmm(ds, ks), n, heads, g))
-            _add(d_k, torch.bmm(ds.transpose(1, 2), qs), group)
+            _add(d_k, torch.bmm(ds.transpose(1, 2), qs), group, more_k)
 
         def back(x: Tensor, like: Tensor) -> Tensor:
             return x[:, :-1].to(like.dtype).reshape(heads, r, w, -1).transpose(0, 1)
 
-        return d_q[:-1].view(r, w, h, d).transpose(1, 2), back(d_k, key), back(d_v, value), None, None
+        both = (None if x is None else x.to(a.dtype) for x, a in ((more_k, ahead_k), (more_v, ahead_v)))
+        return d_q[:-1].view(r, w, h, d).transpose(1, 2), back(d_k, key), back(d_v, value), None, None, *both
 
 
-def _add(total: Tensor, part: Tensor, group: Group) -> None:
-    """total [K, T + 1, d] += part [n * K, k, d] at the places of its keys."""
+def _add(total: Tensor, part: Tensor, group: Group, ahead: Tensor | None = None) -> None:
+    """total [K, T + 1, d] += part [n * K, k, d] at the places of its keys; ahead [K, m, d] += what comes before these."""
     heads, _, d = total.shape
     part = part.view(len(group.keys), heads, -1, d)
+    if ahead is not None:
+        ahead += part[:, :, : ahead.shape[1]].sum(0)
+        part = part[:, :, ahead.shape[1] :]
     if group.ranges is None:
         total.index_copy_(1, group.to_keys, part.transpose(0, 1).reshape(heads, -1, d).to(total.dtype))
         return
@@ -280,18 +301,22 @@ def _add(total: Tensor, part: Tensor, group: Group) -> None:
         total[:, place : place + length] += part[block, :, first : first + length]
 
 
-def _composed(query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, dropout: float = 0.0) -> Tensor:
+def _composed(
+    query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, dropout: float = 0.0, ahead: Ahead | None = None
+) -> Tensor:
     """The same of operations that torch differentiates by itself, and dropout of probabilities."""
+    ahead_k, ahead_v = ahead or (None, None)
     r, h, w, _ = query.shape
     heads, size = key.shape[1], value.shape[3]
     q, k, v = _flat(query, heads), _flat(key, heads), _flat(value, heads)
     out = value.new_zeros(r * w + 1, h * size)
     for group in how.groups:
         n, g = len(group.keys), h // heads
-        scores = _take(q, group.queries) @ _take(k, group.keys).transpose(1, 2) * scale
-        scores = (scores.view(n, heads, g, -1, group.keys.shape[1]) + group.mask).view_as(scores)
+        scores = _take(q, group.queries) @ _after(ahead_k, _take(k, group.keys)).transpose(1, 2) * scale
+        mask = F.pad(group.mask, (scores.shape[-1] - group.mask.shape[-1], 0))
+        scores = (scores.view(n, heads, g, -1, mask.shape[-1]) + mask).view_as(scores)
         p = F.dropout(scores.softmax(-1), dropout) if dropout else scores.softmax(-1)
-        out = out.index_copy(0, group.to_queries, _rows(p @ _take(v, group.keys), n, heads, g))
+        out = out.index_copy(0, group.to_queries, _rows(p @ _after(ahead_v, _take(v, group.keys)), n, heads, g))
     return out[:-1].view(r, w, h, size)
 
 
@@ -303,9 +328,13 @@ def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     found, written = getattr(attention_mask, "plan", None), getattr(attention_mask, "written", None)
+    ahead = ahead_of(module, key, value)
     if written is not None:
-        return one_token(query, key, value, written, how.get("scaling")).transpose(1, 2), None
+        return one_token(query, key, value, written, how.get("scaling"), ahead).transpose(1, 2), None
     if found is None:
+        if ahead is not None:
+            key, value, attention_mask = behind(module, query, key, value, attention_mask, ahead, how.get("is_causal"))
+            how["is_causal"] = False
         return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     odd = [name for name in ("s_aux", "position_bias", "softcap") if how.get(name) is not None]
     if odd:
@@ -313,7 +342,28 @@ def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_
     found.used = True
     scale = how.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return attend(query, key, value, found, scale, float(how.get("dropout") or 0.0)), None
+    return attend(query, key, value, found, scale, float(how.get("dropout") or 0.0), ahead), None
+
+
+def ahead_of(module: Any, key: Tensor, value: Tensor) -> Ahead | None:
+    """What a part of an attention module puts before every text's keys and values."""
+    for part in module.children():
+        said = part.ahead() if hasattr(part, "ahead") else None
+        if said is not None:
+            k, v = (x.to(own.dtype).view(len(x), own.shape[1], -1).transpose(0, 1) for x, own in zip(said, (key, value), strict=True))
+            return k, v
+    return None
+
+
+def behind(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ahead: Ahead, causal: bool | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys, values and mask [.., Q, k] with what stands ahead of them, which every query sees."""
+    q, k = query.shape[2], key.shape[2]
+    if mask is None and q > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
+        mask = torch.ones(q, k, dtype=torch.bool, device=query.device).tril(k - q)[None, None]
+    key, value = (torch.cat([a.expand(len(x), -1, -1, -1), x], 2) for a, x in zip(ahead, (key, value), strict=True))
+    return key, value, None if mask is None else F.pad(mask, (ahead[0].shape[1], 0), value=True if mask.dtype == torch.bool else 0.0)
 
 
 def takes_plans(model: Any) -> bool:

@@ -43,17 +43,23 @@ class Written:
         return x.view(p, h, self.n, ng // self.n, d).transpose(1, 2).reshape(p * self.n, h, -1, d)[self.place]
 
 
-def one_token(query: Tensor, key: Tensor, value: Tensor, written: Written, scale: float | None = None) -> Tensor:
+def one_token(
+    query: Tensor, key: Tensor, value: Tensor, written: Written, scale: float | None = None, ahead: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
     """[B, H, 1, D] of one query each [B, H, 1, D]. key, value: [B, H / g, W, D] of the own tokens; `key.prompt` holds those of
-    the prompts [P, H / g, V, D]."""
+    the prompts [P, H / g, V, D]. ahead: keys and values [H / g, m, D] that every query meets besides."""
     b, h, _, d = query.shape
     of_keys, of_values = key.prompt  # type: ignore[attr-defined]  # set by the cache
     q = query.reshape(b, key.shape[1], -1, d).float() * (d**-0.5 if scale is None else scale)
     first = written.together(q) @ of_keys.transpose(2, 3)
     first = written.apart(first.masked_fill(~written.prompt[:, None, None], float("-inf")))
-    p = torch.cat([first, q @ key.transpose(2, 3)], -1).softmax(-1)
-    first, own = p.split([of_keys.shape[2], key.shape[2]], -1)
-    return (written.apart(written.together(first) @ of_values) + own @ value).view(b, h, 1, -1).to(query.dtype)
+    others = [] if ahead is None else [q @ ahead[0].float().transpose(1, 2)]
+    p = torch.cat([first, q @ key.transpose(2, 3), *others], -1).softmax(-1)
+    first, own, *others = p.split([of_keys.shape[2], key.shape[2], *(x.shape[-1] for x in others)], -1)
+    out = written.apart(written.together(first) @ of_values) + own @ value
+    if ahead is not None:
+        out = out + others[0] @ ahead[1].float()
+    return out.view(b, h, 1, -1).to(query.dtype)
 
 
 def keep_apart(layer: Any, n: int) -> None:

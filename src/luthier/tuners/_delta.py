@@ -98,6 +98,13 @@ class Delta(Where):
         b = None if layer.bias is None else layer.bias.to(x.dtype)
         return F.linear(x, self.weight(oriented(layer).to(x.dtype), p), self.bias(b, p))
 
+    def enter(self, model: Network) -> None:
+        """Make a network ready for this method, just before its layers are put in. Raises ValueError where it cannot be."""
+
+    def ahead(self, p: SimpleNamespace) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [m, width] that stand before those of every text, in methods that have them; asked by attention."""
+        return None
+
     def start(self, W: Tensor, seen: Tensor) -> dict[str, Tensor]:
         """Better starting tensors of a layer, from the first `init_rows` rows: `seen` is what `reads` names."""
         raise NotImplementedError

@@ -112,6 +112,14 @@ class Layer(nn.Module, BaseTunerLayer):
         held = self.held[adapter]
         return SimpleNamespace(**held._parameters, **held._buffers, watch=held.watch)
 
+    def ahead(self) -> tuple[Tensor, Tensor] | None:
+        """What kernels/attention.py puts before the keys and values of the attention that this module is a part of."""
+        if self.disable_adapters or self.merged:
+            return None
+        said = [self.methods[a].ahead(self.tensors(a)) for a in self.active_adapters if a in self.held]
+        there = [both for both in said if both is not None]
+        return (torch.cat([k for k, _ in there]), torch.cat([v for _, v in there])) if there else None
+
     def tuned(self, adapter: str) -> tuple[Tensor, Tensor | None]:
         """The tuned weight [out, in] and bias, in fp32."""
         base, p, method = self.get_base_layer(), self.tensors(adapter), self.methods[adapter]
@@ -186,6 +194,10 @@ class Model(BaseTuner):
 
     target_module_mapping = TARGETS
     tuner_layer_cls: type[Layer]
+
+    def inject_adapter(self, model, adapter_name, *args, **kwargs):
+        cast(Any, self.peft_config[adapter_name]).settings().enter(model)
+        return super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _create_and_replace(self, config, adapter, target, target_name, parent, current_key=None, **_):
         if isinstance(target, self.tuner_layer_cls):
