@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import sys
@@ -19,8 +20,9 @@ from luthier.kernels import codebook
 from luthier.method import RecipeError, build, find, gives_of, helps, names
 from luthier.quantizers._book import dynamic_map, normal_float
 from luthier.quantizers._calibrate import quantize
+from luthier.quantizers._experts import apart, join
 from luthier.quantizers._load import chosen
-from luthier.quantizers._quantizer import held_as, modules, numbers
+from luthier.quantizers._quantizer import held_as, modules, numbers, open_up
 from luthier.recipe import Recipe
 from luthier.rehearsal import checked
 from test_tuners import base, logprobs, put, train
@@ -330,7 +332,7 @@ def test_qlora_learns_as_lora_does(base, tmp_path):
 
 @pytest.mark.parametrize("kind", ["gpt2", "bert", "mixtral"])
 def test_other_networks_are_read_into_codes(kind, tmp_path):
-    """Conv1D, a classifier with a fresh head, fused experts beside quantized attention, tied embeddings."""
+    """Conv1D, a classifier with a fresh head, the fused experts of a mixture, tied embeddings."""
     from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
     from luthier.quantizers._load import loaded
@@ -351,7 +353,14 @@ def test_other_networks_are_read_into_codes(kind, tmp_path):
         model, found["info"] = cls.from_pretrained(tmp_path, output_loading_info=True, **said)
         return model
 
+    ids = torch.arange(3, 17).reshape(2, 7)
     model = loaded(load, q, torch.float32, torch.device("cpu"))
+    if kind == "mixtral":
+        with torch.no_grad():
+            fused = plain(ids).logits
+            apart(plain)
+            assert torch.allclose(plain(ids).logits, fused, atol=1e-6)
+        assert sum(".experts." in n for n in modules(model)) == 2 * sum(m.count for m in plain.modules() if hasattr(m, "count"))
     missing = {k for k in found["info"]["missing_keys"]}
     assert missing == ({"classifier.weight", "classifier.bias"} if kind == "bert" else set())
     assert type(model.get_submodule("classifier")) is nn.Linear if kind == "bert" else modules(model)
@@ -361,12 +370,48 @@ def test_other_networks_are_read_into_codes(kind, tmp_path):
         W = plain.get_submodule(name).weight.detach()
         want = q.dequantize(q.quantize((W.T if kind == "gpt2" else W).contiguous()), m.size, torch.float32)
         assert torch.equal(m.dense(), want)
-    ids = torch.arange(3, 17).reshape(2, 7)
     with torch.no_grad():
         for name, m in some.items():
             plain.get_submodule(name).weight.data = m.weight.contiguous()
         if kind != "bert":
             assert torch.allclose(model.eval()(ids).logits, plain(ids).logits, atol=1e-5)
+        join(plain)
+        open_up(model)
+        assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
+        assert all(torch.equal(p, plain.get_parameter(n)) for n, p in model.named_parameters()) or kind == "bert"
+
+
+def test_some_experts_stay_as_they_are(tmp_path):
+    """Skipped by the name of their matrix, whether read from a checkpoint or from a network that is there."""
+    from luthier.quantizers._load import loaded
+
+    q = build("quantizer", {"name": "nf4", "skip_modules": ["down_proj"]})
+    dense = base("mixtral")
+    dense.save_pretrained(tmp_path)
+    read = loaded(lambda **said: type(dense).from_pretrained(tmp_path, **said), q, torch.float32, torch.device("cpu"))
+    quantize(dense, q)
+    assert set(modules(read)) == set(modules(dense)) and not any("down_proj" in n for n in modules(read))
+    assert all(torch.equal(p, dense.get_parameter(n)) for n, p in read.named_parameters())
+    assert any(n.endswith("experts.1.down_proj.weight") for n, _ in read.named_parameters())
+
+
+@torch.no_grad()
+def test_tuners_beside_experts_that_are_codes():
+    """A Delta moves what it moves beside dense experts; lora leaves the experts out, says so, and says what reaches them."""
+    dense, coded = base("mixtral"), base("mixtral")
+    quantize(coded, build("quantizer", "nf4"))
+    once = copy.deepcopy(coded)
+    assert {s.name for s in put("ssf", dense).sites()} == {s.name for s in put("ssf", once).sites()}
+    attached = put("lora", coded, target_modules="all-linear")
+    assert not any("experts" in s.name for s in attached.sites())
+    assert any("skip_modules" in t and "fused expert weights" in t for t in attached.told)
+    with torch.enable_grad():
+        train(attached)
+    tuned = logprobs(attached)
+    with attached.merged():
+        assert torch.allclose(logprobs(attached), tuned, atol=2e-5)
+    with pytest.raises(RecipeError, match="'experts.down_proj' is quantized"):
+        put("lora", copy.deepcopy(once), target_modules=["q_proj"], target_parameters=["experts.down_proj"])
 
 
 # ---------------------------------------------------------------------------------------------- rounding, with and without repair
@@ -520,7 +565,15 @@ def lq_model():
 def test_in_a_run_that_calibrates(spec, tuner, tiny, tmp_path):
     """Learns, resumes bit for bit, loads without rows as it was, goes on from its folder, is exported."""
     pytest.importorskip("scipy")
-    recipe = {**recipe_of(tiny), "dtype": "float32", "tuner": tuner, "quantization": spec, "max_steps": 8, "save_steps": 4, "learning_rate": 1e-2}
+    recipe = {
+        **recipe_of(tiny),
+        "dtype": "float32",
+        "tuner": tuner,
+        "quantization": spec,
+        "max_steps": 8,
+        "save_steps": 4,
+        "learning_rate": 1e-2,
+    }
     whole = luthier.tune(**recipe, output_dir=str(tmp_path / "whole"))
     assert sum(whole.losses[-2:]) < sum(whole.losses[:2])
     last = store.load_checkpoint(store.checkpoints(tmp_path / "whole")[-1])
@@ -678,7 +731,10 @@ def test_a_teacher_of_codes(tiny, tmp_path):
     with torch.no_grad():
         assert torch.equal(net(ids).logits, coded(ids).logits)
     assert sum(isinstance(m, Quantized) for m in net.modules()) == 28  # 4 layers
-    found = [luthier.tune(said, roles={"teacher": t}, folder=tmp_path / n).losses for n, t in (("a", teacher), ("b", {**teacher, "quantization": None}))]
+    found = [
+        luthier.tune(said, roles={"teacher": t}, folder=tmp_path / n).losses
+        for n, t in (("a", teacher), ("b", {**teacher, "quantization": None}))
+    ]
     assert found[0] != found[1]
     with pytest.raises(RecipeError, match="a role's weights become codes one by one, and quantizer 'gptq' looks at more"):
         Recipe.load(said | {"roles": {"teacher": {**teacher, "quantization": "gptq"}}}).methods()

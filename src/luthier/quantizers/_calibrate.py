@@ -17,8 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier import store
 from luthier.method import build, spec
+from luthier.quantizers._experts import apart, put
 from luthier.quantizers._load import chosen
-from luthier.quantizers._quantizer import Codes, Quantizer, held_as, modules, replace
+from luthier.quantizers._quantizer import Codes, Quantizer, held_as, modules
 
 FILE = "quantized.safetensors"
 MICRO = 4  # rows read at once
@@ -27,6 +28,7 @@ MICRO = 4  # rows read at once
 @torch.no_grad()
 def quantize(model: Any, quantizer: Quantizer, roles: Any = None, rows: list[dict] | None = None) -> None:
     """Put codes in the place of every linear weight that the quantizer takes."""
+    apart(model)
     names = chosen(model, quantizer)
     seen = {} if not quantizer.reads else SEEN[quantizer.reads](model, names, (rows or [])[: quantizer.init_rows], roles)
 
@@ -40,7 +42,7 @@ def quantize(model: Any, quantizer: Quantizer, roles: Any = None, rows: list[dic
         W, own = _oriented(base), plan[name]
         module = held_as(base, base.weight.dtype)
         module.take(own, own.quantize(W, seen.pop(name)) if name in seen else own.quantize(W))
-        replace(model, name, module)
+        put(model, name, module)
 
 
 def _oriented(module: Any) -> Tensor:

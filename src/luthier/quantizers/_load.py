@@ -17,7 +17,8 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from luthier.method import RecipeError, meant
-from luthier.quantizers._quantizer import Codes, Quantized, Quantizer, held_as, plain, replace
+from luthier.quantizers._experts import Experts, Matrix, apart, fused, put
+from luthier.quantizers._quantizer import Codes, Quantized, Quantizer, held_as, plain
 
 Saved = dict[str, tuple[Quantizer, Codes]]  # module -> its quantizer and its codes
 
@@ -49,8 +50,22 @@ class Loader(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         said = self.quantization_config
+        whole = {n: dict(m.named_parameters()) for n, m in fused(model).items()}
+        split = apart(model)
         for name in chosen(model, said.quantizer):
-            replace(model, name, held_as(model.get_submodule(name), said.dtype))
+            if said.saved is not None and name not in said.saved:
+                continue
+            put(model, name, held_as(model.get_submodule(name), said.dtype))
+        for name, experts in split.items():  # the checkpoint knows them as one
+            held = [m for m in experts.modules() if isinstance(m, Matrix)]
+            if not any(isinstance(m, Quantized) for m in held):
+                experts.base[0]._parameters.update(whole[name])
+                put(model, name, experts.base[0])
+                continue
+            for m in held:
+                m._parameters.pop("weight")
+            for slot, p in whole[name].items():
+                experts.register_parameter(slot, p)
         strict = tuple(model._keep_in_fp32_modules_strict or ()) + tuple(
             model._keep_in_fp32_modules or () if said.dtype == torch.float16 else ()
         )
@@ -60,7 +75,8 @@ class Loader(HfQuantizer):
 
     def param_needs_quantization(self, model, param_name, **kwargs):
         name, _, leaf = param_name.rpartition(".")
-        return leaf == "weight" and isinstance(model.get_submodule(name), Quantized)
+        module = model.get_submodule(name)
+        return isinstance(module, Experts) or (leaf == "weight" and isinstance(module, Quantized))
 
     def get_quantize_ops(self):
         return Quantize(self)
@@ -81,29 +97,38 @@ class Quantize(ConversionOps):
 
     @torch.no_grad()
     def convert(self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **kwargs: Any) -> dict[str, Tensor]:
-        said = self.loader.quantization_config
         for key, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
-            name = key.removesuffix(".weight")
+            name, _, slot = key.rpartition(".")
             module: Any = model.get_submodule(name)
-            if tuple(value.shape) != tuple(module.weight.shape):
-                raise RecipeError(
-                    f"{name} has the shape {tuple(value.shape)} in the checkpoint, and {tuple(module.weight.shape)} in the model"
-                )
-            if said.saved is None:
-                said.made[name] = said.quantizer, said.quantizer.quantize(module.laid_out(value).float().contiguous())
+            there = getattr(module, slot).shape
+            if tuple(value.shape) != tuple(there):
+                raise RecipeError(f"{name} has the shape {tuple(value.shape)} in the checkpoint, and {tuple(there)} in the model")
+            if isinstance(module, Experts):
+                for e, W in enumerate(value):
+                    self.take(f"{name}.{e}.{slot}", module.get_submodule(f"{e}.{slot}"), W)
             else:
-                own, codes = said.saved[name]
-                said.made[name] = own, {k: v.to(value.device) for k, v in codes.items()}
-            module._parameters["weight"] = nn.Parameter(value.new_empty(0), requires_grad=False)
+                self.take(name, module, value)
+            module._parameters[slot] = nn.Parameter(value.new_empty(0), requires_grad=False)
             module._is_hf_initialized = True
             missing_keys.discard(key)
         return {}
 
+    def take(self, name: str, module: Any, W: Tensor) -> None:
+        """The codes of one weight, as its module lays it out."""
+        said = self.loader.quantization_config
+        if not isinstance(module, Quantized):
+            module._parameters["weight"] = nn.Parameter(W.to(said.dtype, copy=True), requires_grad=False)
+        elif said.saved is None:
+            said.made[name] = said.quantizer, said.quantizer.quantize(module.laid_out(W).float().contiguous())
+        else:
+            own, codes = said.saved[name]
+            said.made[name] = own, {k: v.to(W.device) for k, v in codes.items()}
+
 
 def chosen(model: Any, quantizer: Quantizer) -> list[str]:
     """The linear modules of a network that are quantized: all but its head, what is tied, and what is to be skipped."""
-    names = [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D)]
+    names = [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D, Matrix)]
     skip = {*get_keys_to_not_convert(model), *(n for n in names if n.endswith(("classifier", "score", "qa_outputs")))}
     for asked in quantizer.skip_modules or ():
         found = {n for n in names if n == asked or n.endswith(f".{asked}") or f".{asked}." in f".{n}."}
@@ -124,13 +149,19 @@ def loaded(load: Any, quantizer: Quantizer, dtype: torch.dtype, device: torch.de
     model = load(quantization_config=config, dtype=torch.float32)
     for name in list(config.made):
         model.get_submodule(name).take(*config.made.pop(name))
+    for m in model.modules():
+        if isinstance(m, Experts):
+            for slot, p in list(m._parameters.items()):
+                m._parameters.pop(slot)
+                for e, W in enumerate(p if p is not None else ()):  # nothing is left of what a checkpoint held
+                    m.get_submodule(f"{e}.{slot}")._parameters["weight"] = nn.Parameter(W.detach(), requires_grad=False)
     model.hf_quantizer.remove_quantization_config(model)  # to transformers it is a network like any other
     for part in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
         part.__dict__.pop("_is_quantized", None)
         part.dtype = dtype
     for name, m in list(model.named_modules()):  # what no checkpoint held stays dense
         if isinstance(m, Quantized) and "weight" in m._parameters:
-            replace(model, name, plain(m))
+            put(model, name, plain(m))
     return model
 
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from luthier.method import family
+from luthier.quantizers._experts import Matrix, join, put
 
 if TYPE_CHECKING:
     from luthier.architectures._network import Network
@@ -170,6 +171,14 @@ class QuantizedConv1D(Quantized, Conv1D):
         return W.T
 
 
+class QuantizedMatrix(Quantized, Matrix):
+    """One matrix of one expert."""
+
+    def __init__(self, base: Matrix, dtype: torch.dtype):
+        self._born(base, dtype)
+        self.size = base.size
+
+
 class Product(torch.autograd.Function):
     """x W' (or, turned, x W) for a module's weight, which is made anew wherever it is needed and never kept."""
 
@@ -221,19 +230,17 @@ def opened(some: Iterable[Any]) -> Iterator[None]:
             context.__exit__(None, None, None)
 
 
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in another's place."""
-    above, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(above) if above else model, leaf, module)
-
-
 def held_as(base: Any, dtype: torch.dtype) -> Quantized:
     """The quantized module that can stand for a linear one, its weight still dense."""
+    if isinstance(base, Matrix):
+        return QuantizedMatrix(base, dtype)
     return QuantizedConv1D(base, dtype) if isinstance(base, Conv1D) else QuantizedLinear(base, dtype)
 
 
 def plain(m: Quantized) -> nn.Module:
     """The module that a quantized one stands for, with the weight that it has."""
+    if isinstance(m, Matrix):
+        return Matrix(m.weight).train(m.training)
     with torch.device("meta"):
         made = Conv1D(m.nf, m.nx) if isinstance(m, Conv1D) else nn.Linear(m.size[1], m.size[0], bias=m.bias is not None)
     W = m.weight
@@ -245,7 +252,8 @@ def plain(m: Quantized) -> nn.Module:
 def open_up(model: nn.Module) -> None:
     """Plain modules again, for good."""
     for name, m in modules(model).items():
-        replace(model, name, plain(m))
+        put(model, name, plain(m))
+    join(model)
 
 
 def told(model: Network) -> tuple[str, ...]:
@@ -256,7 +264,10 @@ def told(model: Network) -> tuple[str, ...]:
     count, stored = sum(m.size[0] * m.size[1] for m in some), sum(m.stored for m in some)
     rest = sum(p.numel() * p.element_size() for p in model.parameters())
     name = some[0].quantizer.name
+    left = [n for n, p in model.named_parameters() if p.ndim == 3 and ".experts" in n]
+    dense = (f"{len(left)} fused expert weights ({left[0]}, ...) have a form that is not quantized: they stay as they are",) if left else ()
     return (
         f"{len(some)} linear weights are kept as {name}, {8 * stored / count:.2f} bits a number: {stored / 2**20:,.0f} MB in place of "
         f"{count * some[0].compute.itemsize / 2**20:,.0f}; everything else of the base takes {rest / 2**20:,.0f} MB",
+        *dense,
     )

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from luthier import store
 from luthier.method import RecipeError
 from luthier.quantizers import _calibrate as files
+from luthier.quantizers._experts import stacked
 from luthier.quantizers._quantizer import modules, opened
 from luthier.tuners._tuner import Attached, Site
 
@@ -112,7 +113,7 @@ class Recoded(Attached):
         with self.merged():
             inner = {f"{n}.q_{k}" for n, m in self.coded.items() for k in m.quantizer.continuous}
             state = {k: v for k, v in self.model.state_dict().items() if k not in inner}
-            self.model.save_pretrained(folder, state_dict=state)
+            self.model.save_pretrained(folder, state_dict=stacked(self.model, state))
 
     def read(self, folder):
         if store.checkpoints(Path(folder)) or not (Path(folder) / REST).is_file():

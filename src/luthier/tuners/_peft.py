@@ -34,7 +34,8 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier import store
 from luthier.method import RecipeError, find, gives_of, meant, names
-from luthier.quantizers._quantizer import Quantized, numbers, opened
+from luthier.quantizers._experts import stacked
+from luthier.quantizers._quantizer import Quantized, QuantizedMatrix, modules, numbers, opened
 from luthier.tuners._calibrate import statistics
 from luthier.tuners._delta import Delta, oriented
 from luthier.tuners._tuner import Attached, Site
@@ -134,7 +135,11 @@ class Layer(nn.Module, BaseTunerLayer):
 
     def supports_lora_conversion(self, adapter_name: str = ADAPTER) -> bool:
         """True where the weight alone changes."""
-        return "merge" in gives_of(self.methods[adapter_name]) and type(self.methods[adapter_name]).bias is Delta.bias and self.get_base_layer().weight.ndim == 2
+        return (
+            "merge" in gives_of(self.methods[adapter_name])
+            and type(self.methods[adapter_name]).bias is Delta.bias
+            and self.get_base_layer().weight.ndim == 2
+        )
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -279,6 +284,14 @@ class OnPeft(Attached):
                 leaves = {n.rpartition(".")[2] for n in there.names}
                 raise RecipeError(f"tuner '{settings.name}': modules_to_save '{name}' matches nothing{meant(name, leaves)}")
         start = list(model.parameters()) if getattr(config, "bias", "none") != "none" else []
+        asked = set(_listed(getattr(config, "target_parameters", None)))
+        coded = [n for n, m in modules(model).items() if isinstance(m, QuantizedMatrix)]
+        for name in asked:
+            if any(n.endswith("." + name.rpartition(".")[2]) for n in coded):
+                raise RecipeError(
+                    f"tuner '{settings.name}': target_parameters '{name}' is quantized, and is no parameter any more: "
+                    "quantization.skip_modules: [experts] keeps the experts dense"
+                )
         mode = model.training
         with warnings.catch_warnings(record=True) as heard:
             warnings.simplefilter("always", UserWarning)
@@ -286,6 +299,8 @@ class OnPeft(Attached):
                 self.peft = get_peft_model(model, config)
             except (ValueError, TypeError) as error:
                 raise RecipeError(f"tuner '{settings.name}': {_sentence(error)}{there.said(there.missed(config))}") from None
+        if coded and getattr(config, "target_parameters", None):  # PEFT adds those of fused experts, and there are none here
+            config.target_parameters = sorted(asked)
         model.train(mode)  # new dropouts come awake
         said = [str(w.message) for w in heard if issubclass(w.category, (UserWarning, RuntimeWarning))]
         own = any(k.endswith("_pattern") for k in getattr(settings, "config", None) or {})  # else they are PEFT's, for fused experts
@@ -374,12 +389,14 @@ class OnPeft(Attached):
             for k, p in m.named_parameters(recurse=False)
             if p.ndim == 3 and id(p) not in reached and not n.startswith(tuple(self.layers))
         ]  # fmt: skip
-        if not fused:
+        coded = [(n, m.size[0] * m.size[1]) for n, m in modules(self.model).items() if isinstance(m, QuantizedMatrix)]
+        if not fused and not coded:
             return ()
-        share = sum(k for _, k in fused) / (sum(p.numel() for p in self.model.parameters()) + numbers(self.model))
+        share = sum(k for _, k in fused + coded) / (sum(p.numel() for p in self.model.parameters()) + numbers(self.model))
+        how = "skip_modules: [experts] keeps them dense, and then t" if coded else "t"
         return (
-            f"all-linear leaves out {len(fused)} fused expert weights ({fused[0][0]}, ...; {share:.0%} of all parameters), which are "
-            "not linear modules; tuner 'lora' reaches them with target_parameters",
+            f"all-linear leaves out {len(fused + coded)} fused expert weights ({(fused + coded)[0][0]}, ...; {share:.0%} of all parameters), "
+            f"which are not linear modules; {how}uner 'lora' reaches them with target_parameters",
         )
 
     # --- starting from data
@@ -527,8 +544,8 @@ class OnPeft(Attached):
 
     def export_merged(self, folder: Path | str) -> None:
         """Write the tuned model as plain weights. Raises RecipeError where the architecture has no place for what tuning made."""
-        with self.merged():
-            state = _plain_state(self.model)
+        with self.merged(), opened(modules(self.model).values()):
+            state = stacked(self.model, _plain_state(self.model))
             with torch.device("meta"):
                 place = set(type(self.model)(copy.deepcopy(self.model.config)).state_dict())
             odd = sorted(state.keys() ^ place)

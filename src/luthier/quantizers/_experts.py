@@ -1,0 +1,103 @@
+"""The experts of a mixture, which transformers holds as one tensor for all: apart, so that each matrix can lie in codes of its own.
+
+To tuners they are what they were, no linear modules: what a recipe moves does not depend on what its base is kept in.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SLOTS = ("gate_up_proj", "down_proj")  # [experts, out, in]
+
+
+class Matrix(nn.Module):
+    """One matrix of one expert."""
+
+    def __init__(self, weight: Tensor):
+        super().__init__()
+        self.register_parameter("bias", None)
+        self.size = (weight.shape[0], weight.shape[1])
+        self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class Experts(nn.Module):
+    """`experts.3.down_proj` is the fourth expert's. Only the experts that some token visits are read."""
+
+    def __init__(self, base: Any):
+        super().__init__()
+        self.base = [base]  # not a module of this one: its gate is asked, and it is put back by `together`
+        self.count = base.gate_up_proj.shape[0]
+        for e in range(self.count):
+            self.add_module(str(e), nn.ModuleDict({slot: Matrix(getattr(base, slot)[e]) for slot in SLOTS}))
+        self.train(base.training)
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """hidden_states [tokens, width]; top_k_index and top_k_weights [tokens, k]."""
+        total = torch.zeros_like(hidden_states)
+        for e in top_k_index.unique().tolist():
+            if e < self.count:
+                token, place = torch.where(top_k_index == e)
+                own: Any = self.get_submodule(str(e))
+                said = own["down_proj"](self.base[0]._apply_gate(own["gate_up_proj"](hidden_states[token])))
+                total = total.index_add(0, token, (said * top_k_weights[token, place, None]).to(total.dtype))
+        return total
+
+    def together(self) -> nn.Module:
+        """As transformers holds them, with the weights that they have now."""
+        base = self.base[0]
+        for slot in SLOTS:
+            parts = [self.get_submodule(f"{e}.{slot}").weight.detach() for e in range(self.count)]
+            base._parameters[slot] = nn.Parameter(torch.stack(parts), requires_grad=False)
+        return base.train(self.training)
+
+
+def fused(model: nn.Module) -> dict[str, nn.Module]:
+    """The experts that can be taken apart: gate and up in one, no biases, laid out as Linear lays out its weight."""
+
+    def fits(m: Any) -> bool:
+        if not callable(getattr(m, "_apply_gate", None)) or set(m._parameters) != set(SLOTS) or len(list(m.parameters())) != 2:
+            return False
+        odd = m.is_transposed or m.has_bias or not m.has_gate or getattr(m, "has_post_expert_norm", False)
+        return not odd and all(p.ndim == 3 for p in m.parameters())
+
+    return {n: m for n, m in model.named_modules() if fits(m)}
+
+
+def apart(model: nn.Module) -> dict[str, Experts]:
+    """Take apart all that can be, with views of the tensors that are there. -> module -> its experts."""
+    made = {n: Experts(m) for n, m in fused(model).items()}
+    for name, experts in made.items():
+        put(model, name, experts)
+        for slot in SLOTS:  # or what becomes codes would be kept here
+            experts.base[0]._parameters[slot] = None
+    return made
+
+
+def join(model: nn.Module) -> None:
+    """Experts as transformers holds them, for good."""
+    for name, m in list(model.named_modules()):
+        if isinstance(m, Experts):
+            put(model, name, m.together())
+
+
+def stacked(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A network's dense weights, with its experts under the names that transformers has for them."""
+    state = dict(state)
+    for name, m in model.named_modules():
+        if isinstance(m, Experts):
+            for slot in SLOTS:
+                state[f"{name}.{slot}"] = torch.stack([state.pop(f"{name}.{e}.{slot}.weight") for e in range(m.count)])
+    return state
+
+
+def put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in another's place."""
+    above, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(above) if above else model, leaf, module)
