@@ -32,7 +32,7 @@ class Experts(nn.Module):
 
     def __init__(self, base: Any):
         super().__init__()
-        self.base = [base]  # not a module of this one: its gate is asked, and it is put back by `together`
+        self.base: list[Any] = [base]  # not a module of this one: its gate is asked, and it is put back by `together`
         self.count = base.gate_up_proj.shape[0]
         for e in range(self.count):
             self.add_module(str(e), nn.ModuleDict({slot: Matrix(getattr(base, slot)[e]) for slot in SLOTS}))
@@ -40,12 +40,12 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """hidden_states [tokens, width]; top_k_index and top_k_weights [tokens, k]."""
-        total = torch.zeros_like(hidden_states)
+        total, gate = torch.zeros_like(hidden_states), self.base[0]._apply_gate
         for e in top_k_index.unique().tolist():
             if e < self.count:
                 token, place = torch.where(top_k_index == e)
                 own: Any = self.get_submodule(str(e))
-                said = own["down_proj"](self.base[0]._apply_gate(own["gate_up_proj"](hidden_states[token])))
+                said = own["down_proj"](gate(own["gate_up_proj"](hidden_states[token])))
                 total = total.index_add(0, token, (said * top_k_weights[token, place, None]).to(total.dtype))
         return total
 

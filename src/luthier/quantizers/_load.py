@@ -110,7 +110,7 @@ class Quantize(ConversionOps):
             else:
                 self.take(name, module, value)
             module._parameters[slot] = nn.Parameter(value.new_empty(0), requires_grad=False)
-            module._is_hf_initialized = True
+            module.__dict__["_is_hf_initialized"] = True
             missing_keys.discard(key)
         return {}
 
