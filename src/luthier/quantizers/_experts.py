@@ -44,8 +44,8 @@ class Experts(nn.Module):
         for e in top_k_index.unique().tolist():
             if e < self.count:
                 token, place = torch.where(top_k_index == e)
-                own: Any = self.get_submodule(str(e))
-                said = own["down_proj"](gate(own["gate_up_proj"](hidden_states[token])))
+                up, down = (self.get_submodule(f"{e}.{slot}") for slot in SLOTS)
+                said = down(gate(up(hidden_states[token])))
                 total = total.index_add(0, token, (said * top_k_weights[token, place, None]).to(total.dtype))
         return total
 
