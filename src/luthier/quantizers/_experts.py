@@ -53,7 +53,7 @@ class Experts(nn.Module):
         """As transformers holds them, with the weights that they have now."""
         base = self.base[0]
         for slot in SLOTS:
-            parts = [self.get_submodule(f"{e}.{slot}").weight.detach() for e in range(self.count)]
+            parts = [self.get_parameter(f"{e}.{slot}.weight").detach() for e in range(self.count)]
             base._parameters[slot] = nn.Parameter(torch.stack(parts), requires_grad=False)
         return base.train(self.training)
 
