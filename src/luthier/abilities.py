@@ -163,11 +163,9 @@ def _moving(attached: Any) -> int:
 
 def _share(name: str, meta: nn.Module) -> str:
     """Percent of a Llama-7B's weights that move at once, under the defaults."""
-    from luthier.tuners._delta import Where
-
     every = sum(p.numel() for p in meta.parameters())
     try:
-        if issubclass(find("tuner", name), Where) or name == "peft":
+        if name == "peft" or any(f.name == "target_modules" for f in fields(find("tuner", name))):
             one, two = (_moving(_weightless(name, layers)) for layers in (1, 2))
             moving = one + (two - one) * (DEPTH - 1)
         else:
