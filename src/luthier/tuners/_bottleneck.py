@@ -26,17 +26,24 @@ class Bottleneck(Delta):
     reduction_factor: Annotated[float, Field(ge=1)] = 16  # width of h by that of the bottleneck
     non_linearity: Literal["relu", "gelu", "silu", "tanh"] = "relu"  # f
 
+    def widths(self, W: Tensor) -> tuple[int, int]:
+        """Of h, and of the bottleneck."""
+        width = W.shape[1 if self.parallel else 0]
+        return width, max(1, round(width / self.reduction_factor))
+
     def init(self, W):
-        out_, in_ = W.shape
-        width = in_ if self.parallel else out_
-        k = max(1, round(width / self.reduction_factor))
+        out_, (width, k) = W.shape[0], self.widths(W)
         made = {"down": torch.randn(k, width) * 0.02, "down_bias": torch.zeros(k), "up": torch.zeros(out_, k)}
         return made | {"up_bias": torch.zeros(out_)}
 
+    def maps(self, p) -> tuple[Tensor, Tensor]:
+        """down [k, width] and up [out, k]."""
+        return p.down, p.up
+
     def forward(self, x, y, p, layer):
         f = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}[self.non_linearity]
-        h = x if self.parallel else y
-        return y + F.linear(f(F.linear(h, p.down, p.down_bias)), p.up, p.up_bias)
+        h, (down, up) = x if self.parallel else y, self.maps(p)
+        return y + F.linear(f(F.linear(h, down, p.down_bias)), up, p.up_bias)
 
     def weight(self, W: Tensor, p) -> Tensor:
         raise NotImplementedError

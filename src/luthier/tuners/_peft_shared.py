@@ -35,3 +35,13 @@ class Shared(OnPeft):
         for name, layer in layers.items():
             layer.methods[ADAPTER] = filled.at(name)
             cast(Any, layer.held[ADAPTER]).theta = theta
+
+
+class Sharing(OnPeft):
+    """One tensor of every module is the same parameter, and starts as the first module has it. The file repeats it, too."""
+
+    def __init__(self, settings: Any, model: Network, slot: str):
+        super().__init__(settings, model, config_of(type(settings))(**plain_settings(settings)))
+        held = [cast(Any, m.held[ADAPTER]) for m in self.layers.values() if isinstance(m, Layer)]
+        for tensors in held[1:]:
+            setattr(tensors, slot, getattr(held[0], slot))
