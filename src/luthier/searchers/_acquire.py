@@ -12,6 +12,7 @@ from luthier.searchers._surrogates import Surrogate, fit
 
 POOL = 400  # configurations from which the most promising is taken; its neighbours are tried then
 DIRECTIONS = 64  # along which a hypervolume is measured
+DRAWS = 16  # of what was seen and of what may be seen, together
 OUTLIER = 4.0  # values worse than the median by so many times its distance from the best count as that
 
 
@@ -73,6 +74,20 @@ def improvement_of_volume(front: np.ndarray, new: np.ndarray, worst: np.ndarray,
     m = front.shape[-1]
     there = reach(front, worst, along).max(1)[:, None]  # [s, 1, directions]
     return np.maximum(reach(new, worst, along) ** m - there**m, 0.0).mean((0, 2))
+
+
+def of_volume(models: Sequence[Surrogate], X: np.ndarray, Y: np.ndarray, draw: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
+    """Z [c, features] -> [c] the hypervolume expected to be added to that of X, whose values were Y [n, goals]."""
+    worst, along = worst_of(Y), directions(draw, len(models))
+    unit = np.array([m.spread for m in models])  # a goal's unit must not decide which directions it is seen from
+    n, normal = len(X), [draw.standard_normal((DRAWS, len(m.X) + 4 * POOL)) for m in models]
+
+    def score(Z: np.ndarray) -> np.ndarray:
+        points = np.concatenate([X, Z])
+        drawn = np.stack([m.draws(points, e[:, : len(points)]) for m, e in zip(models, normal)], -1) / unit
+        return improvement_of_volume(drawn[:, :n], drawn[:, n:], worst / unit, along)
+
+    return score
 
 
 def worst_of(values: np.ndarray) -> np.ndarray:

@@ -37,12 +37,11 @@ def cost(bracket: Bracket, anew: bool = False) -> float:
 
 
 @family
-class Brackets(Searcher):
-    """Family: `bracket` says the rungs of the n-th bracket."""
+class Shares(Searcher):
+    """Family: searchers that measure after min_share of the steps, eta times as much, and so on up to the end."""
 
-    eta: Annotated[float, Field(gt=1)] = 3.0  # one in so many goes on
+    eta: Annotated[float, Field(gt=1)] = 3.0  # from one share to the next; of brackets: one in so many goes on
     min_share: Annotated[float, Field(gt=0, le=1)] = 1 / 9  # of the steps, after which the first are measured
-    inner: Annotated[Any, one("searcher")] = "random"  # who proposes new configurations
 
     @property
     def rungs(self) -> int:
@@ -55,6 +54,13 @@ class Brackets(Searcher):
     @property
     def shares(self):
         return tuple(self.eta**-i for i in range(self.rungs, -1, -1))
+
+
+@family
+class Brackets(Shares):
+    """Family: `bracket` says the rungs of the n-th bracket."""
+
+    inner: Annotated[Any, one("searcher")] = "random"  # who proposes new configurations
 
     def bracket(self, number: int) -> Bracket:
         raise NotImplementedError

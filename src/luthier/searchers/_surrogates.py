@@ -7,6 +7,7 @@ posteriori; values are standardised first, so priors have no unit.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,7 @@ class Process:
 
     def kernel(self, A: np.ndarray, B: np.ndarray) -> np.ndarray:
         """[a, settings], [b, settings] -> [a, b]"""
-        return self.variance * matern(np.sqrt(5 * _squares(A / self.scales, B / self.scales)))
+        return self.variance * matern(np.sqrt(5 * squares(A / self.scales, B / self.scales)))
 
 
 def matern(r: np.ndarray) -> np.ndarray:
@@ -36,7 +37,7 @@ def matern(r: np.ndarray) -> np.ndarray:
     return (1 + r + r * r / 3) * np.exp(-r)
 
 
-def _squares(A: np.ndarray, B: np.ndarray) -> np.ndarray:
+def squares(A: np.ndarray, B: np.ndarray) -> np.ndarray:
     """[a, b] squared distances."""
     return np.maximum((A**2).sum(1)[:, None] + (B**2).sum(1)[None] - 2 * A @ B.T, 0.0)
 
@@ -87,6 +88,11 @@ def factored(K: np.ndarray) -> np.ndarray:
     raise LinAlgError("a covariance that is not positive definite")
 
 
+def smooth(d: int) -> tuple[float, float]:
+    """The normal prior of a length scale's logarithm among d settings."""
+    return math.sqrt(2) + math.log(d) / 2, math.sqrt(3)
+
+
 def _units(y: np.ndarray) -> tuple[float, float]:
     return float(np.mean(y)), float(np.std(y)) or 1.0
 
@@ -112,7 +118,7 @@ def fit(X: np.ndarray, y: np.ndarray, noise: float | None = None, sparse: float 
     D = 5 * (X[:, None] - X[None]) ** 2
     D = np.ascontiguousarray(np.moveaxis(D, 2, 0))  # [d, n, n]
     found_too = known is None
-    prior = np.array([VARIANCE, *[(math.sqrt(2) + math.log(d) / 2, math.sqrt(3))] * d, *[NOISE] * found_too])
+    prior = np.array([VARIANCE, *[smooth(d)] * d, *[NOISE] * found_too])
     low = np.array([-7.0] + [-5.0] * d + [-16.0] * found_too)
     high = np.array([7.0] + [6.0] * d + [1.0] * found_too)
     s = slice(1, 1 + d)  # of theta: the logarithms of the length scales
@@ -153,7 +159,11 @@ def fit(X: np.ndarray, y: np.ndarray, noise: float | None = None, sparse: float 
         begin = prior[:, 0].copy()
         begin[s] = math.log(length * math.sqrt(d))
         begins.append(np.clip(begin, low, high))
-    found = [
-        minimize(loss, b, jac=True, method="L-BFGS-B", bounds=list(zip(low, high)), options={"maxiter": 40, "ftol": 1e-5}) for b in begins
-    ]
-    return Surrogate(parts(min(found, key=lambda f: f.fun).x), X, y)
+    return Surrogate(parts(lowest(loss, begins, low, high)), X, y)
+
+
+def lowest(loss: Callable[[np.ndarray], tuple[float, np.ndarray]], begins: Sequence[np.ndarray], low: np.ndarray, high: np.ndarray):
+    """Where a function that comes with its gradient is least: of what descending from each of these led to."""
+    bounds = list(zip(low, high))
+    found = [minimize(loss, b, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40, "ftol": 1e-5}) for b in begins]
+    return min(found, key=lambda f: f.fun).x

@@ -43,7 +43,7 @@ class Bayes(Searcher):
         models = [fit(X, y, noise=0.0 if self.deterministic_objective else None, sparse=self.sparse) for y in Y.T]
         inside = np.array([s.over <= 0 for s in seen])
         some = inside if inside.any() else np.ones(len(seen), bool)  # among whom the best is
-        score = self.of_one(models[0], X, Y[:, 0], some, space, draw) if goals == 1 else self.of_several(models, X, Y, some, draw)
+        score = self.of_one(models[0], X, Y[:, 0], some, space, draw) if goals == 1 else _acquire.of_volume(models, X[some], Y[some], draw)
         kept = _acquire.allowed(X, seen)
         good = at[some][np.argsort(layers(Y[some]), kind="stable")[:10]]
         return Asked(space.decode(most(space, lambda Z: score(Z) * kept(Z), good, _acquire.unseen(X), draw)))
@@ -55,18 +55,6 @@ class Bayes(Searcher):
         if self.deterministic_objective:
             return lambda Z: improvement(*_sd(model.at(Z)), float(y[some].min()))
         return lambda Z: gain(model, X[some], Z, normals(self.n_simulations))
-
-    def of_several(self, models, X, Y, some, draw):
-        worst, along = _acquire.worst_of(Y[some]), _acquire.directions(draw, len(models))
-        unit = np.array([m.spread for m in models])  # a goal's unit must not decide which directions it is seen from
-        n, normal = len(X[some]), [draw.standard_normal((16, len(X) + 4 * _acquire.POOL)) for _ in models]
-
-        def score(Z):
-            points = np.concatenate([X[some], Z])
-            drawn = np.stack([m.draws(points, e[:, : len(points)]) for m, e in zip(models, normal)], -1) / unit
-            return _acquire.improvement_of_volume(drawn[:, :n], drawn[:, n:], worst / unit, along)
-
-        return score
 
 
 def _sd(found):
