@@ -8,6 +8,8 @@ from scipy.optimize import check_grad
 
 pytest.importorskip("optuna")
 
+import luthier
+from conftest import SUMS
 from luthier.clock import Clock
 from luthier.method import build
 from luthier.searchers import _levels
@@ -134,3 +136,15 @@ def test_it_goes_on_with_what_was_paused(goals):
 def test_of_one_share_it_is_a_search_of_whole_runs():
     seen = play({"name": "cokriging", "min_share": 1.0, **EXACT}, lambda u: (float(((u - 0.4) ** 2).sum()),), 18, space=PLANE, wanted=1)
     assert all(s.share == 1 for s in seen) and min(s.values[0] for s in seen[10:]) < min(s.values[0] for s in seen[:10]) / 4
+
+
+def test_a_search_pauses_runs_and_goes_on(tiny, tmp_path):
+    """A level is a share of the steps: what goes on has its old number, and only the difference is paid."""
+    recipe = {"model": tiny, "data": SUMS[:24], "dtype": "float32", "max_steps": 3, "eval_data": 0.3, "tuner": "ssf", "evaluate": ["loss"]}
+    spec = {"name": "cokriging", "eta": 3, "min_share": 1 / 3, "n_startup_trials": 3}
+    how = dict(over="learning_rate=1e-4..1e-1 log", sampler=spec, test_seeds="0,", apart=False, folder=tmp_path / "s")
+    found = luthier.search(recipe, trials=2.7, **how)
+    tried = [(t["number"], round(3 * t["share"])) for t in found["trials"]]
+    assert tried[:4] == [(0, 3), (1, 1), (2, 1), (tried[3][0], 3)] and tried[3][0] in (1, 2) and len(tried) >= 5
+    assert found["spent"] == pytest.approx(sum(max(s for n, s in tried if n == number) for number in {n for n, _ in tried}) / 3)
+    assert found["found"], found["sentence"]

@@ -28,12 +28,15 @@ def normals(n: int) -> np.ndarray:
     return ndtri((np.arange(n) + 0.5) / n)
 
 
-def gain(model: Surrogate, among: np.ndarray, Z: np.ndarray, z: np.ndarray, itself: bool = True) -> np.ndarray:
+def gain(
+    model: Surrogate, among: np.ndarray, Z: np.ndarray, z: np.ndarray, itself: bool = True, end: tuple[np.ndarray, np.ndarray] | None = None
+) -> np.ndarray:  # fmt: skip
     """[c] by how much the best posterior mean among these points is expected to fall when a point of Z is measured.
 
     With the points seen and `itself`, the point measured, it is the expected improvement for values with noise: the best is
     told by means, before and after. With any other points it is the knowledge gradient. Simulated: measuring shifts all
-    means along a line of one normal number z [s], the more the stronger they covary with what is measured.
+    means along a line of one normal number z [s], the more the stronger they covary with what is measured. end: where that is
+    not the end of a run, the mean there [c], and its covariance with what is measured [c].
     """
     mean, _ = model.at(among)
     own, variance = model.at(Z)
@@ -44,7 +47,8 @@ def gain(model: Surrogate, among: np.ndarray, Z: np.ndarray, z: np.ndarray, itse
         np.minimum(after, m + b[:, None] * z, out=after)
     before = float(mean.min())
     if itself:
-        after = np.minimum(after, own[:, None] + (variance / scale)[:, None] * z)
+        own, along = end or (own, variance)
+        after = np.minimum(after, own[:, None] + (along / scale)[:, None] * z)
     return before - after.mean(1)
 
 

@@ -45,7 +45,7 @@ class CoKriging(Shares):
             Y[level == t] = _acquire.values_of([s for s, u in zip(seen, level) if u == t])
         noise = 0.0 if self.deterministic_objective else None
         models = [joint(np.column_stack([X, level]), y, len(shares), noise) for y in Y.T]
-        promise, kept = self.promise(models, X, level, seen, space, draw), _acquire.allowed(X, seen)
+        promise, kept = self.promise(models, X, level, seen, draw), _acquire.allowed(X, seen)
 
         def each(Z, paid):
             """[c, T] what is promised at each share by what it costs, -inf where it was paid already."""
@@ -73,18 +73,19 @@ class CoKriging(Shares):
             if len(there) < min(n, max(2, int(n / self.eta**rung))):
                 below = ranked([s for s in last if shares[rung - 1] - 1e-9 < s.share < share - 1e-9])
                 at = [space.encode(s.point) for s in there]
-                far = [min(np.linalg.norm(space.encode(s.point) - a) for a in at) if len(at) == 1 else 0.0 for s in below]
-                best = below[int(np.argmax(far))]  # the best; then what is farthest from it; then the best again
+                best = below[0]  # of all; the second one is what is farthest from it
+                if len(at) == 1:
+                    best = max(below, key=lambda s, at=at: float(np.linalg.norm(space.encode(s.point) - at[0])))
                 return Asked(dict(best.point), share, best.number)
         return None
 
-    def promise(self, models, X, level, seen, space, draw):
+    def promise(self, models, X, level, seen, draw):
         """Z [c, features] -> [c, T] what measuring at each share promises for the end."""
-        top = models[0].top
+        top, z = models[0].top, normals(self.n_simulations)
         if self.acquisition == "knowledge_gradient" and len(models) == 1:
-            among = on(top, np.concatenate([X, space.features(draw.random((100, len(space.dims))))]))
-            z = normals(self.n_simulations)
-            return lambda Z: np.stack([gain(models[0], among, on(t, Z), z, itself=False) for t in range(top + 1)], 1)
+            (model,), ends = models, on(top, X)
+            of = lambda Z, t: gain(model, ends, on(t, Z), z, end=(model.at(on(top, Z))[0], model.along(Z, t)))
+            return lambda Z: np.stack([of(Z, t) for t in range(top + 1)], 1)
         inside = np.array([s.over <= 0 for s in seen])
         whole = next(x for x in ((level == top) & inside, level == top, inside, level >= 0) if x.any())  # what is to be beaten
         ends = on(top, X[whole])
