@@ -8,14 +8,14 @@ from scipy.optimize import check_grad
 
 pytest.importorskip("optuna")
 
-import luthier
-from conftest import SUMS
 from luthier.clock import Clock
+from luthier.goals import goals
 from luthier.method import build
 from luthier.searchers import _levels
 from luthier.searchers._levels import Joint, Ladder, joint, on
 from luthier.searchers._searcher import Dim, Seen, Space
 from luthier.searchers._surrogates import fit
+from luthier.searching import Book, Measured, hunt
 from test_search import MIXED, PLANE, play
 
 LINE = Space((Dim("x"),))
@@ -118,18 +118,18 @@ def test_it_pays_less_for_the_optimum():
     assert np.median(both) < np.median(alone) - 1, (both, alone)
 
 
-@pytest.mark.parametrize("goals", [1, 2])
-def test_it_goes_on_with_what_was_paused(goals):
+@pytest.mark.parametrize("several", [1, 2])
+def test_it_goes_on_with_what_was_paused(several):
     """On a conditional space, three shares, one goal by knowledge gradients or two by volume: shares grow, whole runs come."""
-    bowl = lambda u: (float(((u - 0.3) ** 2).sum()), float(((u - 0.7) ** 2).sum()))[:goals]
+    bowl = lambda u: (float(((u - 0.3) ** 2).sum()), float(((u - 0.7) ** 2).sum()))[:several]
     spec = {"name": "cokriging", "n_startup_trials": 5, "acquisition": "knowledge_gradient", **EXACT}
-    seen = play(spec, bowl, 3.4, space=MIXED, wanted=goals)
+    seen = play(spec, bowl, 3.4, space=MIXED, wanted=several)
     assert {round(9 * s.share) for s in seen} == {1, 3, 9} and all(MIXED.active(s.point) == dict(s.point) for s in seen)
     runs: dict[int, list[float]] = {}
     for s in seen:
         runs.setdefault(s.number, []).append(s.share)
     assert all(r == sorted(set(r)) for r in runs.values()) and any(len(r) > 1 for r in runs.values())
-    again = play(spec, bowl, 3.4, space=MIXED, wanted=goals, seen=seen[:-2])
+    again = play(spec, bowl, 3.4, space=MIXED, wanted=several, seen=seen[:-2])
     assert [(s.point, s.share) for s in again] == [(s.point, s.share) for s in seen]
 
 
@@ -138,13 +138,18 @@ def test_of_one_share_it_is_a_search_of_whole_runs():
     assert all(s.share == 1 for s in seen) and min(s.values[0] for s in seen[10:]) < min(s.values[0] for s in seen[:10]) / 4
 
 
-def test_a_search_pauses_runs_and_goes_on(tiny, tmp_path):
-    """A level is a share of the steps: what goes on has its old number, and only the difference is paid."""
-    recipe = {"model": tiny, "data": SUMS[:24], "dtype": "float32", "max_steps": 3, "eval_data": 0.3, "tuner": "ssf", "evaluate": ["loss"]}
-    spec = {"name": "cokriging", "eta": 3, "min_share": 1 / 3, "n_startup_trials": 3}
-    how = dict(over="learning_rate=1e-4..1e-1 log", sampler=spec, test_seeds="0,", apart=False, folder=tmp_path / "s")
-    found = luthier.search(recipe, trials=2.7, **how)
-    tried = [(t["number"], round(3 * t["share"])) for t in found["trials"]]
-    assert tried[:4] == [(0, 3), (1, 1), (2, 1), (tried[3][0], 3)] and tried[3][0] in (1, 2) and len(tried) >= 5
-    assert found["spent"] == pytest.approx(sum(max(s for n, s in tried if n == number) for number in {n for n, _ in tried}) / 3)
-    assert found["found"], found["sentence"]
+def test_the_book_of_a_search_goes_on_with_paused_runs():
+    """What goes on keeps its number, and only the difference is paid; a search that stopped goes on as if it had not."""
+
+    def search(trials, book):
+        at = lambda t: (t.user_attrs["point"]["x"], t.user_attrs["share"])
+        measure = lambda t, i: Measured({0: {"loss": float(whole(at(t)[0]) if at(t)[1] == 1 else brief(at(t)[0]))}})
+        return [(t.seen.number, t.seen.share, t.seen.point) for t in hunt(book, build("searcher", spec), measure, trials)]
+
+    spec = {"name": "cokriging", "eta": 4, "min_share": 0.25, **EXACT}
+    book, again = (Book(LINE, goals(["loss"], "loss"), (), None, "s") for _ in range(2))
+    tried = search(4.5, book)
+    assert [s for _, s, _ in tried[:6]] == [0.25] * 4 + [1, 1] and {n for n, _, _ in tried[4:6]} <= {n for n, _, _ in tried[:4]}
+    far = {n: (share, x) for n, share, x in tried}  # of each number the last
+    assert all(x == far[n][1] for n, _, x in tried) and 4 < sum(share for share, _ in far.values()) <= 4.5
+    assert search(3, again) == tried[: len(again.tried())] and search(4.5, again) == tried
