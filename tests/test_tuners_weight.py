@@ -729,6 +729,13 @@ def test_mgpo_takes_one_gradient_where_the_momentum_leads():
     assert torch.allclose(chain.state[Q]["mgpo"]["size"], 0.8 * sizes[Q] + 0.2 * size, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["ggpo", "mgpo"])
+def test_embeddings_are_left_where_they_are(name):
+    attached, chain, _ = walk(name, 2, target_modules=["q_proj", "embed_tokens"])
+    assert name in chain.state[Q] and name not in chain.state["model.embed_tokens"]
+    assert attached.parameters()["model.embed_tokens.B"].any()
+
+
 def flatness(estimator, seed: int) -> float:
     """How much the loss of a small network rises on average where its weights are changed at random, after 100 steps of LoRA."""
 

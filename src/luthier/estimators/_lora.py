@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier.method import RecipeError
 
@@ -16,8 +16,9 @@ def placed(chain: Any):
     """Name, module and site of every LoRA that moves on a linear module."""
     layers = chain.attached.layers
     for site in chain.sites():
-        if site.name in layers and {"A", "B"} <= site.slots.keys():
-            yield site.name, layers[site.name], site
+        layer = layers.get(site.name)
+        if layer is not None and {"A", "B"} <= site.slots.keys() and not isinstance(layer.get_base_layer(), nn.Embedding):
+            yield site.name, layer, site
 
 
 def scale_of(layer: Any) -> float:
