@@ -59,6 +59,16 @@ class Range:
     log: bool = False
 
 
+@dataclass(frozen=True, init=False)
+class Steps:
+    """Values worth searching, ascending: `width: Annotated[int, Steps(0, 1, 2, 4)] = 4`."""
+
+    values: tuple[float, ...]
+
+    def __init__(self, *values: float):
+        object.__setattr__(self, "values", values)
+
+
 @dataclass(frozen=True)
 class Card:
     """What a declaration says, read without importing it."""

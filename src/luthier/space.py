@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
-from luthier.method import Range, RecipeError, build, meant, spec
+from luthier.method import Range, RecipeError, Steps, build, meant, spec
 from luthier.recipe import ALIASES, SLOTS, Recipe, terms
 from luthier.searchers._searcher import Dim, Space
 
@@ -56,8 +56,7 @@ class Over:
 
 def only_layers(recipe: Recipe, kept: Sequence[int], of: int) -> Recipe:
     """A recipe whose tuner leaves the other layers alone."""
-    left = "|".join(str(i) for i in range(of) if i not in kept)
-    return recipe.but(**{"tuner.exclude_modules": rf"(.*\.)?(layers?|h|blocks?)\.({left})\..*"})
+    return recipe.but(**{f"tuner.{k}": v for k, v in build("tuner", recipe.tuner).only(kept, of).items()})
 
 
 def over(recipe: Recipe, said: Sequence[str] = ()) -> Over:
@@ -65,6 +64,7 @@ def over(recipe: Recipe, said: Sequence[str] = ()) -> Over:
     asked = [part for text in said for part in _split(text)]
     if not asked:
         asked = ["learning_rate", *(f"{key}.{name}" for key in KINDS for name in ranges(_method(recipe, key)))]
+        asked += getattr(_method(recipe, "tuner"), "over", ())
     dims: dict[str, Dim] = {}
     methods: dict[str, dict[str, Any]] = {}
     inside = True
@@ -125,8 +125,8 @@ def _method(recipe: Recipe, key: str) -> Any:
     return made if hasattr(made, "kind") else None
 
 
-def ranges(method: Any) -> dict[str, Range]:
-    """Setting -> the range that a method (or Recipe) declares for it."""
+def ranges(method: Any) -> dict[str, Range | Steps]:
+    """Setting -> the range, or the steps, that a method (or Recipe) declares for it."""
     if method is None:
         return {}
     cls = method if isinstance(method, type) else type(method)
@@ -134,11 +134,11 @@ def ranges(method: Any) -> dict[str, Range]:
     return {f.name: found for f in fields(cls) if (found := _range(hints.get(f.name))) is not None}
 
 
-def _range(hint: Any) -> Range | None:
-    if isinstance(hint, Range):
+def _range(hint: Any) -> Range | Steps | None:
+    if isinstance(hint, (Range, Steps)):
         return hint
     if hasattr(hint, "__metadata__"):
-        return next((m for m in hint.__metadata__ if isinstance(m, Range)), None) or _range(get_args(hint)[0])
+        return next((m for m in hint.__metadata__ if isinstance(m, (Range, Steps))), None) or _range(get_args(hint)[0])
     return next((found for a in get_args(hint) if (found := _range(a)) is not None), None) if get_origin(hint) else None
 
 
@@ -170,8 +170,10 @@ def _choices(recipe: Recipe, key: str, values: str) -> tuple[list[Dim], dict[str
     return found, labels, own_name in labels
 
 
-def _declared(name: str, r: Range, default: Any, whole: bool, when: tuple[str, Any] | None = None) -> Dim:
-    """A declared range, widened to what the recipe says, where a logarithm allows it."""
+def _declared(name: str, r: Range | Steps, default: Any, whole: bool, when: tuple[str, Any] | None = None) -> Dim:
+    """A declared range, widened to what the recipe says, where a logarithm allows it; of steps one more."""
+    if isinstance(r, Steps):
+        return Dim(name, choices=tuple(sorted({*r.values, default})), ordered=True, whole=whole, default=default, when=when)
     known = isinstance(default, (int, float)) and not isinstance(default, bool) and (default > 0 or not r.log)
     low, high = (min(r.low, default), max(r.high, default)) if known else (r.low, r.high)
     return Dim(name, low, high, r.log, whole, default=default if known else None, when=when)
@@ -196,8 +198,9 @@ def _setting(recipe: Recipe, key: str, values: str | None) -> Dim:
         if key == "learning_rate" and default and default != Recipe().learning_rate:
             declared = Range(default / AROUND, default * AROUND, log=True)
     if values is not None:
-        known = Dim(key, declared.low, declared.high, declared.log, whole) if declared else None
-        return _dim(key, values, default, known, None, whole)
+        known = Dim(key, declared.low, declared.high, declared.log, whole) if isinstance(declared, Range) else None
+        made = _dim(key, values, default, known, None, whole)
+        return replace(made, ordered=isinstance(declared, Steps) and list(made.choices) == sorted(made.choices))
     if declared is None:
         raise RecipeError(f"--over {key}: no range is declared for {name}; give one, as {key}=1..10, or choices, as {key}=1|2|4")
     return _declared(key, declared, default, whole)
@@ -223,7 +226,7 @@ def _layers(recipe: Recipe) -> list[Dim]:
     """Each layer, tuned or not."""
     from luthier import store
 
-    if not hasattr(build("tuner", recipe.tuner), "exclude_modules"):
+    if not hasattr(build("tuner", recipe.tuner), "only"):
         raise RecipeError(f"--over layers: tuner '{build('tuner', recipe.tuner).name}' does not choose among layers")
     count = getattr(store.model_config(recipe.model).get_text_config(), "num_hidden_layers", None)
     if not count:

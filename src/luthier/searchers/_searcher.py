@@ -29,6 +29,7 @@ class Dim:
     log: bool = False
     whole: bool = False  # whole numbers only
     choices: tuple = ()  # in place of a range
+    ordered: bool = False  # choices ascend: near ones are alike
     default: Any = None
     when: tuple[str, Any] | None = None  # it counts only where another setting has this value: ("tuner", "lora")
 
@@ -97,10 +98,12 @@ class Space:
         return self.walk(lambda d: d.at(known[d.name]))
 
     def features(self, vectors: np.ndarray) -> np.ndarray:
-        """[n, dims] in 0..1 -> what distances are taken of: whole numbers where they are, a choice by a coordinate for each."""
+        """[n, dims] in 0..1 -> what distances are taken of: whole numbers and steps where they are, a choice by a coordinate for each."""
         columns = []
         for d, u in zip(self.dims, vectors.T, strict=True):
-            if d.choices:
+            if d.choices and d.ordered:
+                columns.append(np.array([d.of(d.at(x)) for x in u]))
+            elif d.choices:
                 at = np.minimum((u * len(d.choices)).astype(int), len(d.choices) - 1)
                 columns += [(at == i).astype(float) for i in range(len(d.choices))]
             else:

@@ -28,9 +28,8 @@ def placed(settings: Any, name: str) -> Any:
     return made
 
 
-def width(W: Tensor, part: str | None) -> int:
+def width(out_: int, in_: int, part: str | None) -> int:
     """Of the keys of one token: a fused module says queries as wide as what it reads, then keys and values."""
-    out_, in_ = W.shape
     return out_ if part == "k" else (out_ - in_) // 2
 
 

@@ -7,6 +7,7 @@ Embedding (out = width, in = vocabulary).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -59,6 +60,11 @@ class Where(Tuner):
     layers_to_transform: int | list[int] | None = None  # only these layers; wants target_modules as a list
     layers_pattern: str | list[str] | None = None  # name of the list of layers, where it is not layers, h, block or the like
     modules_to_save: list[str] | None = None  # further modules that are trained whole and saved beside the adapter
+
+    def only(self, kept: Sequence[int], of: int) -> dict[str, Any]:
+        """The settings with which, of so many layers, all but the kept ones are left alone."""
+        left = "|".join(str(i) for i in range(of) if i not in kept)
+        return {"exclude_modules": rf"(.*\.)?(layers?|h|blocks?)\.({left})\..*"}
 
 
 @family

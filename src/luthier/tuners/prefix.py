@@ -49,7 +49,7 @@ class Prefix(Delta):
     def init(self, W):
         if self.part not in ("k", "qkv"):
             raise ValueError("a prefix stands where keys are made: leave out target_modules, or name modules that make keys")
-        wide = width(W, self.part)
+        wide = width(W.shape[0], W.shape[1], self.part)
         made = drawn(self.num_virtual_tokens, wide)
         if not self.prefix_projection:
             return made
