@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import luthier
 from conftest import SUMS, make_llama
-from luthier.evaluators._pareto import dominates, fronts, search
+from luthier.evaluators._pareto import dominates, fronts, guided, search
+from luthier.evaluators._predictor import gaussian, left_out, linear, onehot, predicted
 from luthier.method import RecipeError, build
+from luthier.paired import hypervolume
 from luthier.tuners._elastic import Anatomy, macs, masked, sliced
 from zoo import BERT
 
@@ -89,6 +93,58 @@ def test_the_front_holds_nobody_that_another_beats():
     assert len(set(found.values()) & true) >= 0.9 * len(true) and len(true) > 8
 
 
+@pytest.mark.parametrize("kernel", [linear, gaussian])
+def test_leaving_one_out_is_a_regression_on_the_others(kernel):
+    rng = np.random.default_rng(0)
+    X, y = onehot([3, 4, 2], np.stack([rng.integers(n, size=9) for n in (3, 4, 2)], 1)), rng.standard_normal(9)
+    for i in range(9):
+        K, k = kernel(np.delete(X, i, 0), np.delete(X, i, 0)), kernel(X[i : i + 1], np.delete(X, i, 0))[0]
+        missed = y[i] - k @ np.linalg.solve(K + 0.3 * np.eye(8), np.delete(y, i))
+        assert left_out(kernel(X, X), y, 0.3)[i] == pytest.approx(missed)
+
+
+def test_what_adds_up_is_predicted_and_so_is_what_does_not():
+    rng, choices = np.random.default_rng(0), [4] * 6
+    genes = rng.permutation(np.unique(rng.integers(4, size=(120, 6)), axis=0))
+    sums = genes @ np.arange(1.0, 7)
+    for values in (sums, np.exp(sums / 20) + 2 * (genes[:, 0] == genes[:, 1])):
+        guess = predicted(choices, genes[:80].tolist(), values[:80].tolist())
+        off = np.array([guess(g) for g in genes[80:]]) - values[80:]
+        assert np.sqrt(np.mean(off**2)) < (1e-2 if values is sums else 0.6) * values[80:].std()
+
+
+def test_predictions_find_a_better_front_with_no_more_measurements():
+    """Eight layers that count unequally: the volume of the front, against NSGA-II on measurements and against chance, four seeds."""
+    choices, won = [3, 4] * 8, []
+    ends = [tuple(n - 1 for n in choices), (0,) * 16]
+    for seed in range(4):
+        count, worth = [0], np.random.default_rng(seed).exponential(size=16)
+        without = lambda g: 1 - (np.array(g) + 1) / np.array(choices)
+        macs = lambda g: 16 - float(without(g).sum())
+
+        def cost(g):
+            count[0] += 1
+            return math.log1p(float(worth @ without(g) ** 1.5) + 4 * float(without(g)[1:-1:2] @ without(g)[3::2])), macs(g)
+
+        def guess(known):
+            loss = predicted(choices, list(known), [c[0] for c in known.values()])
+            return lambda g: (loss(g), macs(g))
+
+        worst = (cost(ends[1])[0] + 0.1, macs(ends[0]) + 0.1)
+        volumes, paid = [], []
+        for how in ((guided, guess), (search,)):
+            count[0], found = 0, how[0](choices, cost, *how[1:], 8, 4, torch.Generator().manual_seed(seed), ends)
+            volumes.append(hypervolume(list(found.values()), worst))
+            paid.append(count[0])
+        rng, drawn = np.random.default_rng(seed), {e: cost(e) for e in ends}
+        while len(drawn) < max(paid):
+            g = tuple(int(rng.integers(n)) for n in choices)
+            drawn[g] = cost(g)
+        won.append((*volumes, hypervolume(list(drawn.values()), worst)))
+        assert paid[0] <= 2 + 8 * 5
+    assert all(a > 1.1 * b and a > 1.1 * c for a, b, c in won), won
+
+
 def small(base, tuner, **more):
     return base | {"tuner": tuner, "max_steps": 80, "learning_rate": 2e-3, "per_device_train_batch_size": 16, "save_steps": 80, **more}
 
@@ -137,6 +193,14 @@ def test_sorting_changes_no_answer_and_puts_the_important_first(base, tmp_path):
     roles.tuner.initialize(rows, roles)
     torch.testing.assert_close(roles.policy.logprobs(batch.view()).detach(), before, atol=1e-4, rtol=1e-4)
     assert not torch.equal(layer.mlp.down_proj.weight, down)
+    with torch.no_grad():
+        measure = build("evaluator", {"name": "pareto", "population": 4, "generations": 2, "per_layer": True})
+        found = measure.run(roles, rows, tmp_path, "after")
+    table = json.loads((tmp_path / "pareto.json").read_text())
+    assert found["pareto_size"] == len(table) and any(len(set(map(tuple, t["shape"]))) > 1 for t in table), "layers differ"
+    t = next(t for t in table if len(set(map(tuple, t["shape"]))) > 1)
+    with roles.tuner.playing(tuple(map(tuple, t["shape"]))):
+        assert t["loss"] == pytest.approx(-float(roles.policy.logprobs(batch.view()).detach().mean()), abs=1e-4), "measured, not predicted"
     with roles.tuner.playing(((2, 48),) * 4):
         first = roles.policy.logprobs(batch.view()).detach()
         with roles.tuner.whole():
