@@ -9,13 +9,15 @@ import select
 import shutil
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))), None)
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync --disable-dev-shm-usage --remote-debugging-pipe"
+    "--disable-sync --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe"
 ).split()
 
 
@@ -32,19 +34,40 @@ class Browser:
         os.close(ours[0])
         os.close(theirs[1])
         self.into, self.out, self.buffer, self.number = ours[1], theirs[0], b"", 0
+        self.session: str | None = None
         self.said: list[str] = []  # exceptions, console errors and dialogs of the page
+        self.open()
+        self.resize(width, height)
+        self.media(dark)
+
+    def open(self) -> str:
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log"):
             self.send(f"{domain}.enable")
-        self.resize(width, height)
-        if dark:
-            self.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": "dark"}])
+        return target
+
+    @contextmanager
+    def tab(self, address: str) -> Iterator[None]:
+        """A second page, spoken to in place of the first until it is closed."""
+        first, self.session = self.session, None
+        target = self.open()
+        self.go(address)
+        try:
+            yield
+        finally:
+            self.session = None
+            self.send("Target.closeTarget", targetId=target)
+            self.session = first
+
+    def media(self, dark: bool = False, kind: str = "") -> None:
+        """kind: print, or the screen."""
+        self.send("Emulation.setEmulatedMedia", media=kind, features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
 
     def send(self, method: str, **params: Any) -> dict:
         self.number += 1
         asked = {"id": self.number, "method": method, "params": params}
-        if hasattr(self, "session"):
+        if self.session:
             asked["sessionId"] = self.session
         os.write(self.into, json.dumps(asked).encode() + b"\0")
         while True:
@@ -118,8 +141,13 @@ class Browser:
 
     def key(self, key: str, code: int, shift: bool = False) -> None:
         how = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 8 if shift else 0}
-        self.send("Input.dispatchKeyEvent", type="keyDown", **how)
+        typed = {"text": "\r"} if key == "Enter" else {}
+        self.send("Input.dispatchKeyEvent", type="keyDown", **how, **typed)
         self.send("Input.dispatchKeyEvent", type="keyUp", **how)
+
+    def type(self, text: str) -> None:
+        """As from a keyboard, where the focus is."""
+        self.send("Input.insertText", text=text)
 
     def picture(self, path: Path, whole: bool = True) -> None:
         shot = self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)

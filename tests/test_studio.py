@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
-
-sys.path.insert(0, str(Path(__file__).parent))
-from browser import CHROMIUM, Browser
+from luthier.cli import app as cli
 from luthier.studio.server import studio
-from luthier.studio.worker import Here
+from luthier.studio.worker import Here, Worker
 
 TOKEN = "a-token-for-tests"
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -27,9 +30,13 @@ HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(6) for b in range(6)]
-    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_sums(tmp_path)
     return tmp_path
+
+
+def write_sums(folder: Path) -> None:
+    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(6) for b in range(6)]
+    (folder / "sums.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
 
 
 def visitor(home: Path, **headers: str) -> TestClient:
@@ -189,11 +196,7 @@ def test_refusals_are_the_command_lines_sentences(home, tiny):
         changes = recipe(home, tiny, **more)
         said = client.post("/api/check", json={"changes": changes}).json()["error"]
         words = [f"{k}={v}" for k, v in changes.items()]
-        from typer.testing import CliRunner
-
-        from luthier.cli import app
-
-        told = CliRunner().invoke(app, ["tune", *words, "output_dir=refused"])
+        told = CliRunner().invoke(cli, ["tune", *words, "output_dir=refused"])
         assert told.exit_code == 2 and said and said in told.output.replace("luthier: ", ""), (more, said, told.output)
 
 
@@ -233,50 +236,118 @@ def test_the_forecast_is_what_the_run_will_say(home, tiny):
 # ---------------------------------------------------------------------------------------------- runs
 
 
+def until(seen: Callable[[], Any], why: Callable[[], Any], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not seen():
+        assert time.monotonic() < end, why()
+        time.sleep(0.1)
+
+
 def wait(client: TestClient, name: str, *states: str, seconds: float = 120) -> dict:
-    until = time.monotonic() + seconds
-    while (run := client.get(f"/api/runs/{name}").json())["state"] not in states:
-        assert time.monotonic() < until, run
-        time.sleep(0.3)
-    return run
+    look = client.get(f"/api/runs/{name}").json
+    until(lambda: client.get(f"/api/runs/{name}").json()["state"] in states, look, seconds)
+    return client.get(f"/api/runs/{name}").json()
 
 
-def test_a_run_from_start_to_export(home, tiny):
-    """Started, watched through another tab, finished, exported, talked to, and the same from a shell."""
-    client, tab = visitor(home), visitor(home)
-    text = client.post("/api/check", json={"changes": recipe(home, tiny, save_steps="1")}).json()["text"]
-    assert client.post("/api/runs", json={"name": "first", "text": text}).json()["state"] in ("starting", "running")
-    assert "already" in tab.post("/api/runs", json={"name": "first", "text": text}).json()["error"]
-    run = wait(tab, "first", "finished", "failed", "stopped")
-    assert run["state"] == "finished", run["log"]
-    assert (home / "runs/first/asked.yaml").read_text() == text and run[
-        "command"
-    ] == "luthier tune runs/first/asked.yaml output_dir=runs/first"
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory, tiny) -> Path:
+    """A place with a run that a shell has finished: LoRA of rank 2 on two modules."""
+    import luthier
+
+    home = tmp_path_factory.mktemp("desk")
+    write_sums(home)
+    luthier.tune(
+        folder=home / "runs/first", model=tiny, data=str(home / "sums.jsonl"), dtype="float32", max_steps=4, learning_rate=1e-2,
+        save_steps=2, eval_steps=2, logging_steps=1, tuner={"name": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]},
+        evaluate=["loss", {"name": "generate", "n": 4, "max_new_tokens": 4}],
+    )  # fmt: skip
+    return home
+
+
+def test_a_run_of_the_shell_is_watched_exported_and_asked(desk, monkeypatch):
+    monkeypatch.chdir(desk)
+    client = visitor(desk)
+    run = client.get("/api/runs/first").json()
+    assert run["state"] == "finished" and run["command"] == "luthier tune runs/first/recipe.yaml output_dir=runs/first"
+    assert len(run["answers"]) == 4 and {"before", "after", "expected"} <= set(run["answers"][0])
     live = client.get("/api/runs/first/live").json()
-    assert [x["step"] for x in live["lines"]] == [1, 2] and live["run"]["steps"] == 2
+    assert [x["step"] for x in live["lines"]] == [1, 2, 3, 4] and live["run"]["steps"] == 4 and "eval_loss" in live["lines"][1]
     more = client.get("/api/runs/first/live", params={"since": live["next"], "mark": live["mark"]}).json()
     assert more["lines"] == [] and more["next"] == live["next"] and not more["anew"]
     page = client.get("/runs/first/report.html")
     assert "script-src" not in page.headers["content-security-policy"] and "<h1>" in page.text
     made = client.post("/api/runs/first/export", json={"kind": "lora"}).json()
-    assert "answers like the tuned model" in made["said"] and (home / made["to"] / "adapter_model.safetensors").is_file()
+    assert "answers like the tuned model" in made["said"] and (desk / made["to"] / "adapter_model.safetensors").is_file()
     assert "not empty" in client.post("/api/runs/first/export", json={"kind": "lora"}).json()["error"]
     assert "no export as 'gguf'" in client.post("/api/runs/first/export", json={"kind": "gguf", "to": "x"}).json()["error"]
-    said = client.post("/api/say/left", json={"model": "runs/first", "text": "1+1=", "before": [], "max_new_tokens": 3}).json()
-    assert set(said) == {"answer", "turns", "notes"}
-    assert client.post("/api/runs/first/remove").json() == {} and client.get("/api/runs").json() == []
+    shutil.copytree(desk / "runs/first", desk / "runs/second")
+    assert client.post("/api/runs/second/remove").json() == {} and [r["name"] for r in client.get("/api/runs").json()] == ["first"]
 
 
-def test_stopped_and_resumed_and_stopped_roughly(home, tiny):
+def test_answers_of_a_run_that_goes_on_are_its_last(desk, tmp_path):
+    """What was written on the way stands where the end will stand."""
+    from luthier.report.numbers import answers
+
+    shutil.copytree(desk / "runs/first", tmp_path / "r")
+    end = answers(tmp_path / "r")
+    (tmp_path / "r/samples-after.jsonl").unlink()
+    during = answers(tmp_path / "r")
+    assert [a["prompt"] for a in during] == [a["prompt"] for a in end] and all(a["after"] is not None for a in during)
+    (tmp_path / "r/samples-during.jsonl").unlink()
+    assert all(a["after"] is None and a["before"] is not None for a in answers(tmp_path / "r"))
+
+
+def said(answer: Any) -> tuple[list[str], dict]:
+    *parts, last = [json.loads(line) for line in answer.text.splitlines()]
+    return [p["part"] for p in parts], last
+
+
+def test_an_answer_comes_in_parts(desk, monkeypatch):
+    """A part for each token, together the answer; a refusal is a refusal; the same checks as anywhere."""
+    monkeypatch.chdir(desk)
+    client = visitor(desk)
+    ask = {"model": "runs/first", "text": "1+1=", "before": [], "max_new_tokens": 6}
+    answer = client.post("/api/say/left", json=ask)
+    parts, last = said(answer)
+    assert answer.headers["content-type"].startswith("application/x-ndjson") and answer.headers["cache-control"] == "no-store"
+    assert 1 <= len(parts) <= 6 and "".join(parts).strip() == last["is"]["answer"].rstrip("\ufffd") and not last["is"]["stopped"]
+    assert said(client.post("/api/say/left", json=ask))[1] == last
+    assert "no side 'middle'" in client.post("/api/say/middle", json=ask).json()["error"]
+    wrong = client.post("/api/say/left", json={**ask, "model": "sums.jsonl"})
+    assert wrong.status_code == 422 and "sums.jsonl" in wrong.json()["error"]
+    for headers in ({"origin": "http://evil.example"}, {"sec-fetch-site": "cross-site"}, {"host": "evil.example"}):
+        assert client.post("/api/say/left", json=ask, headers=headers).status_code == 403
+    client.cookies.clear()
+    assert client.post("/api/say/left", json=ask).status_code == 401
+
+
+def test_a_worker_is_told_to_stop_and_dies_and_answers_again(desk):
+    """The real process: parts one by one, an end where it is told to, the next question as if nothing had been."""
+    worker, heard = Worker(desk), []
+    how = {"model": "runs/first", "text": "1+1=", "before": [], "max_new_tokens": 40}
+    try:
+        whole = worker.ask("say", lambda part: heard.append(part), **how)
+        assert len(heard) > 3 and not whole["stopped"]
+        few: list[str] = []
+        cut = worker.ask("say", lambda part: bool(few.append(part)) or len(few) == 3, **how)
+        assert few == heard[:3] and cut["stopped"] and whole["answer"].startswith(cut["answer"].rstrip("\ufffd"))
+        assert worker.ask("say", **how) == whole
+        worker.child.kill()
+        worker.child.wait()
+        assert worker.ask("fields_of", text="model: x\n") == {"model": "x"}
+    finally:
+        worker.end()
+
+
+def test_started_stopped_and_resumed_and_stopped_roughly(home, tiny):
     client = visitor(home)
-    text = client.post("/api/check", json={"changes": recipe(home, tiny, max_steps="100000", save_steps="5", logging_steps="1")}).json()[
-        "text"
-    ]
-    client.post("/api/runs", json={"name": "long", "text": text})
-    until = time.monotonic() + 120
-    while client.get("/api/runs/long").json()["step"] < 6:
-        assert time.monotonic() < until, client.get("/api/runs/long").json()["log"]
-        time.sleep(0.3)
+    changes = recipe(home, tiny, max_steps="100000", save_steps="5", logging_steps="1", evaluate="[]", eval_data="0")
+    text = client.post("/api/check", json={"changes": changes}).json()["text"]
+    assert client.post("/api/runs", json={"name": "long", "text": text}).json()["state"] in ("starting", "running")
+    assert "already" in client.post("/api/runs", json={"name": "long", "text": text}).json()["error"]
+    assert (home / "runs/long/asked.yaml").read_text() == text
+    assert client.get("/api/runs/long").json()["command"] == "luthier tune runs/long/asked.yaml output_dir=runs/long"
+    until(lambda: client.get("/api/runs/long").json()["step"] >= 6, lambda: client.get("/api/runs/long").json()["log"])
     fresh = visitor(home)  # a studio that was started anew finds the run by its folder
     assert fresh.get("/api/runs/long").json()["state"] == "running"
     assert "another process is running" in fresh.post("/api/runs/long/resume").json()["error"]
@@ -286,11 +357,10 @@ def test_stopped_and_resumed_and_stopped_roughly(home, tiny):
     run = wait(fresh, "long", "stopped", "failed")
     assert run["state"] == "stopped" and "goes on from its last checkpoint" in run["why"]
     assert fresh.post("/api/runs/long/resume").json()["state"] in ("starting", "running")
-    until = time.monotonic() + 120
-    while not (after := fresh.get("/api/runs/long/live", params={"since": before["next"], "mark": before["mark"]}).json())["anew"]:
-        assert time.monotonic() < until, fresh.get("/api/runs/long").json()["log"]
-        time.sleep(0.3)
-    assert after["lines"][0]["step"] == 1  # the file was written anew, so it is told from its beginning
+    now = {"since": before["next"], "mark": before["mark"]}
+    until(lambda: fresh.get("/api/runs/long/live", params=now).json()["anew"], lambda: fresh.get("/api/runs/long").json()["log"])
+    # the file was written anew, so it is told from its beginning
+    assert fresh.get("/api/runs/long/live", params=now).json()["lines"][0]["step"] == 1
     pid = int((home / "runs/long/.lock").read_text())
     os.kill(pid, signal.SIGKILL)
     assert wait(fresh, "long", "stopped", "failed")["state"] == "stopped"
@@ -328,6 +398,7 @@ def test_a_dead_run_is_not_running(home, tiny):
 
 
 def test_two_recipes_are_compared(home, tiny):
+    """Begun and stopped by the studio; ended by the command that it shows, and shown again."""
     client = visitor(home)
     for name, rate in (("slow", "1e-4"), ("fast", "1e-2")):
         text = client.post("/api/check", json={"changes": recipe(home, tiny, learning_rate=rate)}).json()["text"]
@@ -335,81 +406,35 @@ def test_two_recipes_are_compared(home, tiny):
         folder.mkdir(parents=True)
         (folder / "asked.yaml").write_text(text)
     assert "two recipes or more" in client.post("/api/compare", json={"name": "both", "runs": ["slow"]}).json()["error"]
-    client.post("/api/compare", json={"name": "both", "runs": ["slow", "fast"], "seeds": 1, "budget": "2 steps"})
-    run = wait(client, "both", "finished", "failed", "stopped", seconds=240)
-    assert run["state"] == "finished" and run["kind"] == "comparison" and set(run["arms"]) == {"slow", "fast"}, run["log"]
+    begun = client.post("/api/compare", json={"name": "both", "runs": ["slow", "fast"], "seeds": 1, "budget": "2 steps"}).json()
+    assert begun["state"] == "running" and begun["kind"] == "comparison" and begun["what"] == "fast / slow"
+    client.post("/api/runs/both/stop")
+    stopped = wait(client, "both", "stopped", "failed")
+    words = shlex.split(stopped["command"])
+    assert words[:4] == ["luthier", "compare", "runs/both/arms/slow.yaml", "runs/both/arms/fast.yaml"] and "2 steps" in words
+    done = CliRunner().invoke(cli, [*words[1:], "--together"])  # in one process, so that it takes seconds
+    run = client.get("/api/runs/both").json()
+    assert run["state"] == "finished" and set(run["arms"]) == {"slow", "fast"}, done.output
     assert run["sentence"] and client.get("/runs/both/report.html").status_code == 200
-
-
-# ---------------------------------------------------------------------------------------------- in a browser
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
-def test_from_an_empty_folder_to_an_exported_adapter(tmp_path):
-    """As a person does it, with a hostile row on the way: rows, a run, its curve and answers, a reload, an export."""
-    home = tmp_path / "desk"
-    home.mkdir()
-    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(9) for b in range(9)]
-    rows[0] = {"prompt": f"<script>window.hurt = 1</script>{HOSTILE}", "completion": HOSTILE}
-    (home / "sums.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    served = subprocess.Popen([sys.executable, "-m", "luthier", "studio", str(home)], stdout=subprocess.PIPE, text=True)
-    browser = None
-    try:
-        address = served.stdout.readline().split()[-1]
-        browser = Browser(tmp_path / "profile")
-        browser.go(address)
-        browser.see("document.querySelector('h1')?.textContent === 'A new run'")
-        assert "token" not in browser.run("location.href")
-        browser.write("Rows", "sums.jsonl")
-        browser.see("document.querySelector('.row mark')", 240)
-        assert browser.run("getComputedStyle(document.querySelector('.row mark')).textDecorationLine") == "underline"
-        assert "<img src=x" in browser.run("document.querySelector('.row mark').textContent")
-        assert browser.run("document.querySelectorAll('.row img, .row script').length + (window.hurt ?? 0)") == 0
-        browser.write("max_steps", "5")
-        browser.see("document.querySelector('pre.recipe').textContent.includes('max_steps: 5')", 120)
-        for width in (1200, 380):
-            browser.resize(width)
-            assert browser.run("document.documentElement.scrollWidth <= innerWidth"), width
-        unnamed = "[...document.querySelectorAll('input:not([type=file]), select, textarea')].filter(x => !x.labels?.length && !x.ariaLabel).length"
-        assert browser.run(unnamed) == 0
-        browser.write("Name of the run", "first")
-        browser.press("Start the run")
-        browser.see("document.querySelector('.badge.finished, .badge.failed')", 240)
-        browser.see("document.querySelector('.chart polyline') && document.querySelector('article')")
-        browser.send("Page.reload")
-        browser.see("document.querySelector('.badge.finished') && document.querySelector('.chart polyline')", 120)
-        browser.press("Export")
-        browser.see("document.querySelector('li.good')?.textContent.includes('answers like the tuned model')", 240)
-        assert (home / "exports/first-lora/adapter_model.safetensors").is_file()
-        assert browser.said == []
-    finally:
-        if browser:
-            browser.end()
-        served.terminate()
-        served.wait(30)
 
 
 # ---------------------------------------------------------------------------------------------- inspect
 
 
-def test_inspect_writes_a_page(home, tiny):
+def test_inspect_writes_a_page(desk, tiny, tmp_path):
     """What changed in the weights is what LoRA of rank 2 on two modules can change; the same model against itself moved nothing."""
     import luthier
 
-    tuned = luthier.tune(
-        folder=home / "r", model=tiny, data="sums.jsonl", dtype="float32", evaluate=[], max_steps=4, learning_rate=1e-2,
-        tuner={"name": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]},
-    )  # fmt: skip
-    found = luthier.inspect(tiny, tuned.folder, report=home / "page.html")
+    found = luthier.inspect(tiny, desk / "runs/first", report=tmp_path / "page.html")
     moved = [m for m in found["weights"]["matrices"] if m["moved"]]
     assert {m["part"] for m in moved} == {"self_attn.q_proj", "self_attn.v_proj"} and len(moved) == 8
     assert all(1 <= m["rank"] <= 2.01 for m in moved) and not found["weights"]["unlike"]
     assert found["weights"]["spectrum"][0] == 1 and max(found["weights"]["spectrum"][2:]) < 1e-3
-    page = (home / "page.html").read_text()
+    page = (tmp_path / "page.html").read_text()
     assert all(
         f"<h2>{x}</h2>" in page
         for x in ("What it learned", "What it forgot", "What changed in the weights", "How it speaks", "Calibration", "Answers")
     )
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
-    same = luthier.inspect(tiny, tiny, "sums.jsonl", report=home / "same.html")
-    assert not any(m["moved"] for m in same["weights"]["matrices"]) and "0 of 28 matrices" in (home / "same.html").read_text()
+    same = luthier.inspect(tiny, tiny, str(desk / "sums.jsonl"), report=tmp_path / "same.html")
+    assert not any(m["moved"] for m in same["weights"]["matrices"]) and "0 of 28 matrices" in (tmp_path / "same.html").read_text()

@@ -51,8 +51,9 @@ def clear(folder: Path) -> None:
     for path in folder.glob("said-*.bin"):
         path.unlink()
     for name in ("report.json", "before.json", "rows.jsonl", "metrics.jsonl", "quarantine.jsonl", "forgetting.jsonl", "shown.json",
-                 "samples-before.jsonl", "samples-after.jsonl", "by-row-before.json", "by-row-during.json", "by-row-after.json",
-                 "calibration-before.json", "calibration-after.json", "paused.json", "report.html", "run.json"):  # fmt: skip
+                 "samples-before.jsonl", "samples-during.jsonl", "samples-after.jsonl", "by-row-before.json",
+                 "by-row-during.json", "by-row-after.json", "calibration-before.json", "calibration-after.json", "paused.json", "report.html",
+                 "run.json"):  # fmt: skip
         (folder / name).unlink(missing_ok=True)
 
 

@@ -52,10 +52,12 @@ class Loaded:
     def tokenizer(self) -> Any:
         return self.roles.renderer.tokenizer
 
-    def generate(self, prompt: Any, *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0, **how: Any) -> Any:
+    def generate(self, prompt: Any, *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0,
+                 hear: Callable[[str], object] | None = None, **how: Any) -> Any:  # fmt: skip
         """The answer to a prompt: text, which is continued as it is, or messages, which go through the chat template.
 
         A list of prompts gives a list of answers. temperature 0 takes the likeliest token; how: top_p, top_k.
+        hear: is told the answer so far after each token, of one prompt; where it says true, the answer ends there.
         """
         if "generate" not in self.roles.policy.architecture.gives:
             raise RecipeError(f"{self.name} writes no text: it is a {self.roles.policy.architecture.name}")
@@ -64,6 +66,8 @@ class Loaded:
         asked = [renderer.prompt({"id": str(i), "prompt": p}) for i, p in enumerate(prompt if several else [prompt])]
         seeds = [clock.fold("ask", seed, i, at=0) for i in range(len(asked))]
         how = {"seeds": seeds, "max_new_tokens": max_new_tokens, "temperature": temperature, "stop": renderer.stop_ids, **how}
+        if hear:
+            how["hear"] = lambda written: hear(self.roles.text(written[0]))
         said = [self.roles.text(ids) for (ids,) in self.roles.policy.generate(asked, **how)]
         return said if several else said[0]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -44,11 +44,13 @@ def generate(
     top_k: int = 0,
     stop: Sequence[int] = (),
     limit: int | None = None,
+    hear: Callable[[list[list[int]]], object] | None = None,
 ) -> list[list[list[int]]]:
     """n completions of each prompt as token ids, the stop token included where one was written.
 
     temperature 0 is greedy. seeds: one per prompt. Prompts of like length are written together. limit: tokens that
-    the network can hold; a sequence ends there. Raises RecipeError for a prompt that leaves no room.
+    the network can hold; a sequence ends there. hear: is told after each token what prompts written together have so far; where it says true,
+    they end there. Raises RecipeError for a prompt that leaves no room.
     """
     room = [max_new_tokens if limit is None else min(max_new_tokens, limit - writer.held(len(p))) for p in prompts]
     if min(room, default=1) < 1:
@@ -60,14 +62,16 @@ def generate(
         chosen = order[start : start + some]
         pick = Picker([(seeds[i], k) for i in chosen for k in range(n)], max_new_tokens, temperature, top_p, top_k)
         ends = [room[i] for i in chosen for _ in range(n)]
-        written = _write(writer, [list(prompts[i]) for i in chosen], n, ends, pick, set(stop))
+        written = _write(writer, [list(prompts[i]) for i in chosen], n, ends, pick, set(stop), hear)
         for k, i in enumerate(chosen):
             out[i] = written[k * n : (k + 1) * n]
     return out
 
 
 @torch.no_grad()
-def _write(writer: Writer, prompts: list[list[int]], n: int, ends: list[int], pick: Picker, stop: set[int]) -> list[list[int]]:
+def _write(
+    writer: Writer, prompts: list[list[int]], n: int, ends: list[int], pick: Picker, stop: set[int], hear: Callable[..., object] | None
+) -> list[list[int]]:
     logits = writer.begin(prompts, n)
     written: list[list[int]] = [[] for _ in ends]
     which = list(range(len(ends)))  # the sequence in each row; finished ones stay until a quarter of the rows is idle
@@ -78,7 +82,7 @@ def _write(writer: Writer, prompts: list[list[int]], n: int, ends: list[int], pi
             if i in going:
                 written[i].append(t)
         going = {i for i in going if written[i][-1] not in stop and len(written[i]) < ends[i]}
-        if not going:
+        if hear and hear(written) or not going:
             return written
         if len(which) - len(going) >= LEAVE * len(which):
             kept = [k for k, i in enumerate(which) if i in going]

@@ -13,9 +13,10 @@ OPENING = 24  # tokens of a text that are given, to be continued
 
 @evaluator(wants="generate")
 class Generate(Evaluator):
-    """Writes samples-before.jsonl and samples-after.jsonl: prompt, expected, answer, score. `generated_exact`: share of
-    answers that are the row's completion, letter for letter. With a reward, `generated_reward`: its mean. Texts are opened
-    with their first words and continued, which nothing judges. `generated_tokens`: the mean length of an answer."""
+    """Writes samples-before.jsonl and samples-after.jsonl, and samples-during.jsonl where it is asked on the way: prompt, expected,
+    answer, score. `generated_exact`: share of answers that are the row's completion, letter for letter. With a reward,
+    `generated_reward`: its mean. Texts are opened with their first words and continued, which nothing judges.
+    `generated_tokens`: the mean length of an answer."""
 
     n: int = 32  # prompts that are answered
     max_new_tokens: int = 64  # tokens per answer
@@ -44,8 +45,7 @@ class Generate(Evaluator):
             exact = None if expected is None or begun else float(answer.strip() == expected.strip())
             score = judge.scores(row, [answer])[0] if judge else exact
             samples.append({"id": row["id"], "prompt": roles.text(prompt), "expected": expected, "answer": answer, "score": score})
-        if when != "during":
-            store.write_rows(folder / f"samples-{when}.jsonl", samples)
+        store.write_rows(folder / f"samples-{when}.jsonl", samples)
         scores = [s["score"] for s in samples if s["score"] is not None]
         told = {"generated_reward" if judge else "generated_exact": sum(scores) / len(scores)} if scores else {}
         return {**told, "generated_tokens": sum(len(ids) for (ids,) in written) / len(written)}

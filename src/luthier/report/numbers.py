@@ -186,10 +186,12 @@ def duration(seconds: float) -> str:
 
 
 def answers(folder: Any) -> list[dict]:
-    """Written answers before and after, matched by row: {prompt, expected, before, after, score_before, score_after}."""
+    """Written answers before and after, matched by row: {prompt, expected, before, after, score_before, score_after}. Of a run that
+    goes on, `after` is what was written last."""
     said: dict[str, dict[str, dict]] = {}
-    for when in ("before", "after"):
-        path = Path(folder) / f"samples-{when}.jsonl"
+    last = "after" if (Path(folder) / "samples-after.jsonl").is_file() else "during"
+    for when, file in (("before", "before"), ("after", last)):
+        path = Path(folder) / f"samples-{file}.jsonl"
         if path.is_file():
             lines = path.read_text(encoding="utf-8").split("\n")  # splitlines also cuts at marks that a model may have written
             for i, text in enumerate(line for line in lines if line):

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import math
 import re
 import secrets
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +21,7 @@ from urllib.parse import urlsplit
 
 from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 
 from luthier.method import FOLDERS, RecipeError
 from luthier.readers import READERS
@@ -154,7 +156,7 @@ def studio(home: Path, token: str, worker: Callable[[Path], Any] = Worker) -> Fa
 
     pages(app)
     choosing(app, shelf, looks)
-    running(app, shelf)
+    running(app, shelf, worker)
     talking(app, shelf, talks)
     return app
 
@@ -272,7 +274,7 @@ def nearby(home: Path, most: int = 60) -> list[str]:
 # ---------------------------------------------------------------------------------------------- running
 
 
-def running(app: FastAPI, shelf: Shelf) -> None:
+def running(app: FastAPI, shelf: Shelf, worker: Callable[[Path], Any]) -> None:
     """Run folders: what is there, starting, stopping, going on, comparing, exporting."""
 
     @app.get("/api/runs")
@@ -314,7 +316,11 @@ def running(app: FastAPI, shelf: Shelf) -> None:
     def export(name: str, kind: Word, to: Word = "") -> Any:
         folder = shelf.folder(name).relative_to(shelf.home)
         where = to or f"exports/{name}-{kind}"
-        return {"to": where, "said": shelf.command(["export", str(folder), "--to", where, "--as", kind])}
+        hands = worker(shelf.home)  # a process of its own: its models go with it
+        try:
+            return {"to": where, "said": hands.ask("export", folder=str(folder), kind=kind, to=where)}
+        finally:
+            hands.end()
 
     @app.get("/runs/{name}/report.html")
     def report(name: str) -> Response:
@@ -329,12 +335,57 @@ def running(app: FastAPI, shelf: Shelf) -> None:
 
 def talking(app: FastAPI, shelf: Shelf, talks: Mapping[str, Any]) -> None:
     @app.post("/api/say/{side}")
-    def say(
+    async def say(
         side: str, model: Word, text: Word, before: Annotated[list[dict[str, Any]], Body()],
         max_new_tokens: Annotated[int, Body(ge=1, le=4096)] = 128, temperature: Annotated[float, Body(ge=0)] = 0.0, seed: Annotated[int, Body()] = 0,
     ) -> Any:  # fmt: skip
         if side not in talks:
             raise RecipeError(f"there is no side '{side}'")
-        return talks[side].ask(
-            "say", model=model, text=text, before=before, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
-        )
+        how = {"model": model, "text": text, "before": before, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        return await aloud(talks[side], "say", **how)
+
+
+class Aloud(StreamingResponse):
+    """An answer while it grows. Where nobody listens any more, it ends, and who gives it is free for the next question."""
+
+    def __init__(self, lines: AsyncIterator[str], gone: threading.Event):
+        super().__init__(lines, media_type="application/x-ndjson")
+        self.gone = gone
+
+    async def __call__(self, *asgi: Any) -> None:
+        try:
+            await super().__call__(*asgi)
+        finally:
+            self.gone.set()
+
+
+async def aloud(worker: Any, do: str, **how: Any) -> Response:
+    """Lines {"part": ...}, then {"is": ...} or {"error": ...}. What goes wrong before the first part is raised, as anywhere."""
+    said, gone, loop = asyncio.Queue[dict[str, Any]](), threading.Event(), asyncio.get_running_loop()
+
+    def put(line: dict[str, Any]) -> None:
+        loop.call_soon_threadsafe(said.put_nowait, line)
+
+    def hear(part: str) -> bool:
+        put({"part": part})
+        return gone.is_set()
+
+    def work() -> None:
+        try:
+            put({"is": worker.ask(do, hear, **how)})
+        except (RecipeError, RuntimeError) as error:
+            put({"error": error})
+
+    threading.Thread(target=work, daemon=True).start()
+    first = await said.get()
+    if "error" in first:
+        raise first["error"]
+
+    async def lines() -> AsyncIterator[str]:
+        line = first
+        while "part" in line:
+            yield json.dumps(line) + "\n"
+            line = await said.get()
+        yield json.dumps(line, default=str) + "\n"
+
+    return Aloud(lines(), gone)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -99,12 +100,12 @@ class Shelf:
         """A run with its recipe, what was told, its numbers and answers, as far as they are there."""
         folder = self.folder(name)
         report, before = read_json(folder / "report.json"), read_json(folder / "before.json")
-        asked = next((folder / f for f in ("asked.yaml", "recipe.yaml") if (folder / f).is_file()), None)
+        asked = recipe_in(folder)
         comparison = read_json(folder / "comparison.json")
         out: dict[str, Any] = {
             **self.brief(name),
             "recipe": asked.read_text(encoding="utf-8") if asked else "",
-            "command": f"luthier tune {asked.relative_to(self.home)} output_dir={folder.relative_to(self.home)}" if asked else "",
+            "command": shlex.join(["luthier", *words]) if (words := self.words(name)) else "",
             "log": log(folder),
             "exports": [str(p.relative_to(self.home)) for p in sorted((self.home / "exports").glob(f"{name}-*")) if p.is_dir()],
             "sentence": (comparison or {}).get("sentence", ""),
@@ -165,15 +166,19 @@ class Shelf:
         folder = self.folder(name)
         if self.process(name):
             raise RecipeError(f"another process is running in {folder}")
-        if (folder / "arms.json").is_file():
-            words = json.loads((folder / "arms.json").read_text(encoding="utf-8"))
-        else:
-            asked = next((p for f in ("asked.yaml", "recipe.yaml") if (p := folder / f).is_file()), None)
-            if asked is None:
-                raise RecipeError(f"{folder} holds no recipe to go on with; run the same command again that began it")
-            words = ["tune", str(asked.relative_to(self.home)), f"output_dir={folder.relative_to(self.home)}"]
+        words = self.words(name)
+        if not words:
+            raise RecipeError(f"{folder} holds no recipe to go on with; run the same command again that began it")
         self.spawn(name, words)
         return self.brief(name)
+
+    def words(self, name: str) -> list[str]:
+        """The command that began a run and goes on with it; empty where its folder does not say."""
+        folder = self.place(name)
+        if (folder / "arms.json").is_file():
+            return json.loads((folder / "arms.json").read_text(encoding="utf-8"))
+        asked = recipe_in(folder)
+        return ["tune", str(asked.relative_to(self.home)), f"output_dir={folder.relative_to(self.home)}"] if asked else []
 
     def compare(self, name: str, runs: Sequence[str], seeds: int, budget: str, metric: str) -> dict[str, Any]:
         """`luthier compare` of the recipes of some runs."""
@@ -184,7 +189,7 @@ class Shelf:
             raise RecipeError("a comparison wants two recipes or more, or --tuners a,b,c")
         texts = {}
         for run in runs:
-            source = next((p for f in ("asked.yaml", "recipe.yaml") if (p := self.folder(run) / f).is_file()), None)
+            source = recipe_in(self.folder(run))
             if source is None:
                 raise RecipeError(f"{run} holds no recipe to compare")
             keys = yaml.safe_load(source.read_text(encoding="utf-8"))
@@ -238,20 +243,6 @@ class Shelf:
             raise RecipeError(f"{name} is running; stop it first")
         shutil.rmtree(folder)
 
-    def command(self, words: Sequence[str], limit: float = 3600) -> str:
-        """A short command to its end: what it said. Its error is raised as the sentence it is."""
-        done = subprocess.run(
-            [sys.executable, "-m", "luthier", *words],
-            cwd=self.home,
-            capture_output=True,
-            text=True,
-            timeout=limit,
-            stdin=subprocess.DEVNULL,
-        )
-        if done.returncode:
-            raise RecipeError(ended(done.stderr) or f"luthier {words[0]} ended with code {done.returncode}")
-        return done.stdout.strip()
-
 
 # ---------------------------------------------------------------------------------------------- reading
 
@@ -281,6 +272,11 @@ def born(pid: int) -> float | None:
         return None if them.status() == psutil.STATUS_ZOMBIE else them.create_time()
     except psutil.Error:
         return None
+
+
+def recipe_in(folder: Path) -> Path | None:
+    """The recipe as it was asked for, or as it was written down."""
+    return next((p for f in ("asked.yaml", "recipe.yaml") if (p := folder / f).is_file()), None)
 
 
 def read_json(path: Path) -> Any:
@@ -337,7 +333,7 @@ def what(folder: Path) -> str:
     """'practice:lm, lora, sft' of a run, the arms of a comparison."""
     if (folder / "arms").is_dir():
         return " / ".join(sorted(p.stem for p in (folder / "arms").glob("*.yaml")))
-    asked = next((p for f in ("asked.yaml", "recipe.yaml") if (p := folder / f).is_file()), None)
+    asked = recipe_in(folder)
     try:
         keys: Any = yaml.safe_load(asked.read_text(encoding="utf-8")) if asked else None
     except (yaml.YAMLError, OSError):

@@ -1,7 +1,8 @@
 """What the studio asks of torch: rows as a model reads them, recipes played through, what a run will cost, what a model says.
 
-Each worker is a process that reads one JSON line a question and writes one a answer; where it dies, the next question starts
-another. `python -m luthier.studio.worker` is its main.
+Each worker is a process that reads one JSON line a question and writes one an answer; where it dies, the next question starts
+another. An answer that is wanted while it grows comes as lines {"part": ...} before it; each waits for the word to go on, or to end
+there. `python -m luthier.studio.worker` is its main.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from luthier.method import RecipeError, default_of, find, helps
 SAMPLE = 2000  # rows that are encoded to be counted: a large file is looked at, not read to its end
 PARTS = 4000  # characters of a row shown
 KEPT = 200  # bad rows shown
+GO_ON, STOP = "on", "stop"  # what a part of an answer is answered with
 
 
 # ---------------------------------------------------------------------------------------------- recipes
@@ -228,7 +230,7 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
     from luthier.data import load_data
     from luthier.recipe import Recipe
     from luthier.rehearsal import checked
-    from luthier.report.numbers import count
+    from luthier.report.numbers import count, duration
     from luthier.transforms._chain import Chain, schedule
 
     recipe = Recipe.load(given(changes))
@@ -278,6 +280,11 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
         tokens = longest + round((micro - 1) * stats["tokens"] / len(kept))
         some = [roles.batch(fed[:n]) for n in (1, len(fed))]
         notes += memory.choose(roles, chain, parts.estimator, some, tokens, longest, recipe.gradient_checkpointing)[1]
+        seconds = 3 * read_in(roles, roles.batch([kept[i % len(kept)] for i in range(micro)])) * per_step / micro
+        figures.append(
+            ["time", f"about {duration(steps * seconds)}", "of steps: a micro-batch was read, and backward was taken to cost twice that; "
+             "measuring and saving come on top"]
+        )  # fmt: skip
         need = memory.predict(
             roles, chain, parts.estimator, some, tokens, bool(getattr(roles.policy.model, "is_gradient_checkpointing", False))
         )
@@ -300,6 +307,21 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
     return {"figures": figures, "notes": notes}
 
 
+def read_in(roles: Any, batch: Any) -> float:
+    """Seconds in which a batch is read, the second time: the first also starts what is needed once."""
+    import time
+
+    import torch
+
+    took = 0.0
+    with torch.no_grad():
+        for _ in range(2):
+            began = time.perf_counter()
+            roles.policy.logprobs(batch.view()).sum().item()  # a view is read anew; the number waits for a device that works on its own
+            took = time.perf_counter() - began
+    return took
+
+
 def size(n: float) -> str:
     return f"{n / 2**30:.2f} GB" if n >= 2**30 else f"{n / 2**20:.0f} MB"
 
@@ -314,13 +336,30 @@ def loaded(model: str, mark: float) -> Any:
     return load(model)
 
 
-def say(model: str, text: str, before: list[dict], max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0) -> dict[str, Any]:
-    """A model's answer, after what was said before."""
+def say(
+    model: str, text: str, before: list[dict], max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0,
+    hear: Callable[[str], bool] = lambda part: False,
+) -> dict[str, Any]:  # fmt: skip
+    """A model's answer, after what was said before. hear: is told each part of it; where it says true, the answer ends there."""
     made = Path(model) / "report.json"
     them = loaded(model, made.stat().st_mtime if made.is_file() else 0.0)
     turns = [{"role": str(t["role"]), "content": str(t["content"])} for t in before]
-    answer = them.ask(text, turns, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
-    return {"answer": answer.strip(), "turns": them.turns, "notes": them.notes}
+    told, stopped = "", False
+
+    def heard(answer: str) -> bool:
+        nonlocal told, stopped
+        whole = told if answer.endswith("\ufffd") else answer.lstrip()  # half a character waits for its other half
+        stopped, told = hear(whole[len(told) :]), whole
+        return stopped
+
+    answer = them.ask(text, turns, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, hear=heard)
+    return {"answer": answer.strip(), "turns": them.turns, "notes": them.notes, "stopped": stopped}
+
+
+def export(folder: str, kind: str, to: str) -> str:
+    from luthier import use
+
+    return use.export(folder, kind, to)
 
 
 # ---------------------------------------------------------------------------------------------- questions and answers
@@ -331,14 +370,15 @@ DOES: dict[str, Callable[..., Any]] = {
     "look": look,
     "forecast": forecast,
     "say": say,
+    "export": export,
     "fields_of": fields_of,
 }
 
 
-def answered(asked: Mapping[str, Any]) -> dict[str, Any]:
-    """{do, with} -> {is} or {error}, the sentence that the command line would say."""
+def answered(asked: Mapping[str, Any], hear: Callable[[str], bool] | None = None) -> dict[str, Any]:
+    """{do, with} -> {is} or {error}, the sentence that the command line would say. hear: of what grows, each part."""
     try:
-        return {"is": DOES[asked["do"]](**asked["with"])}
+        return {"is": DOES[asked["do"]](**asked["with"], **({"hear": hear} if hear else {}))}
     except RecipeError as error:
         return {"error": str(error)}
     except MemoryError:
@@ -357,14 +397,14 @@ class Worker:
         self.home, self.lock = home, threading.Lock()
         self.child: subprocess.Popen | None = None
 
-    def ask(self, do: str, **how: Any) -> Any:
-        """Raises RecipeError with the command line's sentence, RuntimeError where the worker failed."""
+    def ask(self, do: str, hear: Callable[[str], bool] | None = None, **how: Any) -> Any:
+        """Raises RecipeError with the command line's sentence, RuntimeError where the worker failed. hear: see `answered`."""
         with self.lock:
             child = self.child = self.child if self.child and self.child.poll() is None else self.started()
             try:
-                child.stdin.write(json.dumps({"do": do, "with": how}) + "\n")
-                child.stdin.flush()
-                text = child.stdout.readline()
+                text = put(child, json.dumps({"do": do, "with": how, "aloud": hear is not None}))
+                while hear and text.startswith('{"part"'):
+                    text = put(child, STOP if hear(json.loads(text)["part"]) else GO_ON)
             except BrokenPipeError:
                 text = ""
         return told(
@@ -392,13 +432,21 @@ class Here:
     """The same without a process, for tests."""
 
     def __init__(self, home: Path):
-        self.home = home
+        self.home, self.lock = home, threading.Lock()
 
-    def ask(self, do: str, **how: Any) -> Any:
-        return told(json.loads(json.dumps(answered({"do": do, "with": how}))))
+    def ask(self, do: str, hear: Callable[[str], bool] | None = None, **how: Any) -> Any:
+        with self.lock:
+            return told(json.loads(json.dumps(answered({"do": do, "with": how}, hear))))
 
     def end(self) -> None:
         pass
+
+
+def put(child: Any, line: str) -> str:
+    """A line to the process, and the one it says."""
+    child.stdin.write(line + "\n")
+    child.stdin.flush()
+    return child.stdout.readline()
 
 
 def told(answer: Mapping[str, Any]) -> Any:
@@ -414,9 +462,18 @@ def main() -> None:
     warnings.simplefilter("ignore", FutureWarning)  # of other libraries to their developers
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    for line in sys.stdin:
-        answers.write(json.dumps(answered(json.loads(line)), ensure_ascii=True, default=str) + "\n")
+
+    def write(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer, ensure_ascii=True, default=str) + "\n")
         answers.flush()
+
+    def hear(part: str) -> bool:
+        write({"part": part})
+        return sys.stdin.readline().strip() != GO_ON  # also where nobody is there any more
+
+    while line := sys.stdin.readline():
+        asked = json.loads(line)
+        write(answered(asked, hear if asked["aloud"] else None))
 
 
 if __name__ == "__main__":

@@ -36,13 +36,38 @@ export function announce(text) {
 
 /** A question to the studio. Throws an Error whose message is the sentence that the command line would say. */
 export async function ask(path, body, how = {}) {
-  let answer;
-  try {
-    answer = await fetch(path, body === undefined ? how : { method: "POST", body: JSON.stringify(body), headers: { "content-type": "application/json" }, ...how });
-  } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Error("the studio does not answer; was it ended? `luthier studio` starts it again, and the runs are where they were");
+  return whole(await sent(path, body, how));
+}
+
+/** A question whose answer comes in parts: `hear` is told each, and what it comes to is returned. Aborting ends it there. */
+export async function listen(path, body, hear, how = {}) {
+  const answer = await sent(path, body, how);
+  if (!answer.ok) return whole(answer);
+  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  for (let rest = ""; ;) {
+    const { value, done } = await reader.read().catch((error) => { throw error.name === "AbortError" ? error : new Error(GONE); });
+    if (done) throw new Error(GONE);
+    const lines = (rest + value).split("\n");
+    rest = lines.pop();
+    for (const said of lines.map((line) => JSON.parse(line))) {
+      if (said.error !== undefined) throw new Error(said.error);
+      if (said.is !== undefined) return said.is;
+      hear(said.part);
+    }
   }
+}
+
+const GONE = "the studio does not answer; was it ended? `luthier studio` starts it again, and the runs are where they were";
+
+async function sent(path, body, how) {
+  try {
+    return await fetch(path, body === undefined ? how : { method: "POST", body: JSON.stringify(body), headers: { "content-type": "application/json" }, ...how });
+  } catch (error) {
+    throw error.name === "AbortError" ? error : new Error(GONE);
+  }
+}
+
+async function whole(answer) {
   const said = await answer.json().catch(() => ({ error: `the studio answered ${answer.status}` }));
   if (!answer.ok || said.error !== undefined && Object.keys(said).length === 1) throw new Error(said.error);
   return said;

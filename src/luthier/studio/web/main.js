@@ -12,7 +12,6 @@ let first = true;
 
 async function show() {
   const [page, rest] = (location.hash.slice(1) || "new").split(/\/(.*)/s);
-  if (page === "main") return;
   leaving.abort();
   leaving = new AbortController();
   const { signal } = leaving;
@@ -37,6 +36,7 @@ async function show() {
   }
 }
 
+document.querySelector(".skip").addEventListener("click", (e) => { e.preventDefault(); document.getElementById("main").focus(); }); // the address stays the page's
 window.addEventListener("hashchange", show);
 show();
 ask("/api/settings/recipe/recipe").catch(() => {}); // so that what reads rows is awake when it is needed

@@ -9,7 +9,7 @@ const KINDS = [ // key of a recipe, kind of method, what it is called here
 ];
 const MORE = [["estimator", "estimator", "Where the gradient comes from"], ["quantization", "quantizer", "What the base is kept in"], ["architecture", "architecture", "How the network reads"]];
 const DEFAULTS = { tuner: "lora", objective: "sft", optim: "adamw", estimator: "backprop", quantization: "", architecture: "auto" };
-const MAIN = ["learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "max_length", "eval_data", "seed"];
+const MAIN = ["learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "max_length", "eval_data", "eval_steps", "seed"];
 const ELSEWHERE = ["model", "data", "output_dir", "overwrite", "tuner", "objective", "optim", "estimator", "quantization", "architecture"];
 
 /** Take over a run's recipe as the draft. */
@@ -109,7 +109,7 @@ function seen(found, look) {
     h("p", { class: "note" }, `${told}.`),
     found.note && h("p", { class: "note" }, found.note),
     h("p", { class: "key" }, h("mark", {}, "learned"), " what the loss counts, underlined; the rest is only read"),
-    found.shown.map((row) => h("article", { class: "row" }, h("h4", {}, row.id), h("pre", {}, row.parts.map(([text, learned]) => learned ? h("mark", {}, text) : text)))),
+    found.shown.map((row) => h("article", { class: "row" }, h("h3", {}, row.id), h("pre", {}, row.parts.map(([text, learned]) => learned ? h("mark", {}, text) : text)))),
     h("p", { class: "buttons pager" },
       h("button", { type: "button", class: "quiet", disabled: found.offset === 0, onclick: () => look(Math.max(0, found.offset - 4)) }, "Earlier rows"),
       h("button", { type: "button", class: "quiet", disabled: found.offset + page >= found.usable, onclick: () => look(found.offset + page) }, "Later rows"),
@@ -215,6 +215,7 @@ function recipe(draft, asides, signal) {
   const whole = h("pre"), told = h("ul", { class: "told" }), cost = h("div");
   const name = h("input", { type: "text", autocomplete: "off", spellcheck: "false", autocapitalize: "off", placeholder: "a name", oninput: () => (named = true) });
   const command = h("code");
+  const tell = () => fill(command, `luthier tune runs/${name.value || "NAME"}/asked.yaml output_dir=runs/${name.value || "NAME"}`);
   let named = false, latest = { text: "", error: "not checked yet" }, turn = 0;
 
   asides.check = async () => {
@@ -228,13 +229,13 @@ function recipe(draft, asides, signal) {
       fill(whole, found.whole);
       fill(told, found.told.map((t) => h("li", {}, t)));
       if (!named) name.value = found.name.slice(0, 100);
-      fill(command, `luthier tune runs/${name.value || "NAME"}/asked.yaml`);
+      tell();
       said.say(found.error);
       start.disabled = Boolean(found.error);
       announce(found.error ? "" : "the recipe can run");
     } catch (error) { if (error.name !== "AbortError" && mine === turn) said.say(error.message); } finally { if (mine === turn) text.removeAttribute("aria-busy"); }
   };
-  name.addEventListener("input", () => fill(command, `luthier tune runs/${name.value || "NAME"}/asked.yaml`));
+  name.addEventListener("input", tell);
 
   const start = button("Start the run", async () => {
     await asides.check();

@@ -13,7 +13,7 @@ export async function run(name, signal) {
   const logged = [], place = { since: 0, mark: "" };
   const head = h("div", { class: "state" }), curves = h("div"), numbers = h("div"), answers = h("div"), more = h("div"), log = h("pre", { class: "log", tabindex: "0", "aria-label": "What the command said" });
   const said = complaint();
-  let state = "", drawn = 0;
+  let state = "", drawn = 0, quarter = 0;
 
   const actions = h("p", { class: "buttons" });
   function act(r) {
@@ -35,13 +35,16 @@ export async function run(name, signal) {
       state = r.state;
       act(r);
     }
+    const now = r.steps ? Math.floor(4 * r.step / r.steps) : 0;
+    if (now !== quarter && r.state === "running") announce(`${name}: step ${r.step} of ${r.steps}`);
+    quarter = now;
   }
 
   function show() {
     top(whole);
     act(whole);
     fill(numbers, whole.sentence && h("p", { class: "sentence" }, whole.sentence), whole.cost.length > 0 && h("dl", { class: "tiles" }, whole.cost.map(([what, much]) => h("div", {}, h("dt", {}, what), h("dd", {}, much)))), table(whole.numbers, whole.state === "finished"));
-    fill(answers, said_(whole.answers));
+    fill(answers, said_(whole.answers, whole.state === "finished"));
     log.textContent = whole.log;
     fill(more, whole.notes.length > 0 && h("section", {}, h("h2", {}, "Told on the way"), h("ul", {}, whole.notes.map((n) => h("li", {}, n)))),
       Object.keys(whole.arms).length > 0 && h("section", {}, h("h2", {}, "Arms"), h("p", { class: "note" }, "The report shows their curves, answers and recipes side by side.")),
@@ -97,7 +100,7 @@ export async function run(name, signal) {
   return [
     h("header", {}, h("p", { class: "what" }, whole.what), h("h1", {}, name)),
     head, actions, said.box, numbers, curves, answers, more,
-    h("section", {}, h("h2", {}, "Recipe"), h("p", { class: "note" }, "From a shell: ", h("code", {}, whole.command)), h("pre", { class: "recipe", tabindex: "0", "aria-label": "The recipe" }, whole.recipe)),
+    h("section", {}, h("h2", {}, "Recipe"), whole.command && h("p", { class: "note" }, "From a shell: ", h("code", {}, whole.command)), h("pre", { class: "recipe", tabindex: "0", "aria-label": "The recipe" }, whole.recipe)),
     h("section", {}, h("details", {}, h("summary", {}, "What the command said"), log)),
   ];
 }
@@ -119,21 +122,27 @@ function table(lines, finished) {
       }))));
 }
 
-function said_(answers) {
+function said_(answers, finished) {
   if (!answers.length) return null;
   const mark = (score) => score === null || score === undefined ? null : h("b", { class: score > 0 ? "good" : "bad" }, score === 1 ? " right" : score === 0 ? " wrong" : ` ${score.toFixed(2)}`);
-  const part = (title, text, score) => text !== null && text !== undefined && h("div", {}, h("h4", {}, title, mark(score)), h("pre", {}, text || " "));
-  return h("section", {}, h("h2", {}, "Answers"), answers.slice(0, 12).map((a) => h("article", {}, h("h4", {}, "asked"), h("pre", {}, a.prompt),
-    h("div", { class: "sides" }, part("before", a.before, a.score_before), part("after", a.after, a.score_after), part("expected", a.expected)))));
+  const part = (title, text, score) => text !== null && text !== undefined && h("div", {}, h("h3", {}, title, mark(score)), h("pre", {}, text || " "));
+  return h("section", {}, h("h2", {}, "Answers"), answers.slice(0, 12).map((a) => h("article", {}, h("h3", {}, "asked"), h("pre", {}, a.prompt),
+    h("div", { class: "sides" }, part("before", a.before, a.score_before), part(finished ? "after" : "now", a.after, a.score_after), part("expected", a.expected)))));
 }
 
 function exporting(at, name, whole) {
   const said = complaint();
   const kind = h("select", {}, h("option", { value: "lora" }, "an adapter for plain PEFT"), h("option", { value: "merged" }, "a plain transformers model"));
-  const to = h("input", { type: "text", placeholder: `exports/${name}-lora`, autocomplete: "off", spellcheck: "false" });
-  kind.addEventListener("change", () => (to.placeholder = `exports/${name}-${kind.value}`));
+  const to = h("input", { type: "text", placeholder: "", autocomplete: "off", spellcheck: "false" });
+  const command = h("code");
+  const say = () => {
+    to.placeholder = `exports/${name}-${kind.value}`;
+    command.textContent = `luthier export runs/${name} --to ${to.value || to.placeholder} --as ${kind.value}`;
+  };
+  for (const one of [kind, to]) one.addEventListener("input", say);
+  say();
   const done = h("ul", { class: "told" }, whole.exports.map((x) => h("li", {}, x)));
-  return h("section", {}, h("h2", {}, "Export"), h("p", { class: "note" }, "Written, loaded back, and compared with the tuned model; nothing is left where it answers otherwise."),
+  return h("section", { class: "work" }, h("h2", {}, "Export"), h("p", { class: "note" }, "Written, loaded back, and compared with the tuned model; nothing is left where it answers otherwise."),
     h("div", { class: "fields" }, field("As", kind), field("To", to, "A folder on this machine")),
     h("p", { class: "buttons" }, button("Export", async (b) => {
       b.textContent = "Exporting …";
@@ -142,7 +151,7 @@ function exporting(at, name, whole) {
         done.append(h("li", { class: "good" }, made.said));
         announce(`exported: ${made.said}`);
       } finally { b.textContent = "Export"; }
-    }, said)), said.box, done);
+    }, said)), said.box, done, h("p", { class: "note" }, "From a shell: ", command));
 }
 
 function removing(at, name, said) {

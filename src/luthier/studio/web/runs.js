@@ -1,30 +1,40 @@
-// All runs of this place, and comparing some of them.
+// All runs of this place, the curves of some of them laid over each other, and comparing their recipes.
 
 import { announce, ask, button, complaint, every, field, fill, h } from "./dom.js";
+import { overlay } from "./overlay.js";
 
 export const STATES = { starting: "starting", running: "running", finished: "finished", stopped: "stopped", failed: "failed" };
 
-export async function runs(_, signal) {
-  const list = h("ul", { class: "runs" }), chosen = new Set(), said = complaint();
-  const compare = comparing(chosen);
+export async function runs(rest, signal) {
+  const list = h("ul", { class: "runs" }), chosen = new Set(rest.split(",").filter(Boolean)), said = complaint();
+  const compare = comparing(chosen), over = overlay(() => [...chosen], signal);
+  const choose = (name, on) => {
+    on ? chosen.add(name) : chosen.delete(name);
+    history.replaceState(null, "", `#runs${chosen.size ? "/" : ""}${[...chosen].map(encodeURIComponent)}`); // a reload finds them again
+    compare.show();
+    over.show().catch((error) => { if (error.name !== "AbortError") said.say(error.message); });
+  };
   let before = "";
   const show = (found) => {
     const mark = JSON.stringify(found);
     if (mark === before) return;
     before = mark;
     const focused = document.activeElement?.dataset?.run;
-    fill(list, found.length ? found.map((r) => card(r, chosen, compare)) : h("li", { class: "empty" }, "No run yet. ", h("a", { href: "#new" }, "Begin one"), ": the built-in models and rows need no network."));
+    fill(list, found.length ? found.map((r) => card(r, chosen, choose)) : h("li", { class: "empty" }, "No run yet. ", h("a", { href: "#new" }, "Begin one"), ": the built-in models and rows need no network."));
     if (focused) list.querySelector(`[data-run="${CSS.escape(focused)}"]`)?.focus();
   };
-  show(await ask("/api/runs"));
+  const first = await ask("/api/runs");
+  for (const name of chosen) if (!first.some((r) => r.name === name && r.kind === "run")) chosen.delete(name);
+  compare.show();
+  show(first);
   every(3, signal, async () => {
-    try { show(await ask("/api/runs", undefined, { signal })); said.say(""); } catch (error) { if (error.name !== "AbortError") said.say(error.message); }
+    try { show(await ask("/api/runs", undefined, { signal })); await over.show(); said.say(""); } catch (error) { if (error.name !== "AbortError") said.say(error.message); }
   });
-  return [h("header", {}, h("h1", {}, "Runs"), h("p", { class: "note" }, "Each is a folder under runs/, whoever began it. Tick two or more to compare their recipes on the same rows, seeds and budget.")), said.box, compare.box, list];
+  return [h("header", {}, h("h1", {}, "Runs"), h("p", { class: "note" }, "Each is a folder under runs/, whoever began it. Tick some to lay their curves over each other, and to compare their recipes on the same rows, seeds and budget.")), said.box, over.box, compare.box, list];
 }
 
-function card(r, chosen, compare) {
-  const tick = r.kind === "run" && h("input", { type: "checkbox", "data-run": r.name, "aria-label": `Compare ${r.name}`, checked: chosen.has(r.name), onchange: (e) => { e.target.checked ? chosen.add(r.name) : chosen.delete(r.name); compare.show(); } });
+function card(r, chosen, choose) {
+  const tick = r.kind === "run" && h("input", { type: "checkbox", "data-run": r.name, "aria-label": `Choose ${r.name}`, checked: chosen.has(r.name), onchange: (e) => choose(r.name, e.target.checked) });
   return h("li", {}, tick || h("span", { class: "tick" }),
     h("a", { href: `#run/${encodeURIComponent(r.name)}` }, h("b", {}, r.name), h("span", { class: "what" }, r.kind === "comparison" ? `comparison: ${r.what}` : r.what)),
     badge(r), progress(r), r.why && h("p", { class: "why" }, r.why), h("time", { datetime: new Date(r.changed * 1000).toISOString() }, ago(r.changed)));
@@ -54,7 +64,7 @@ function comparing(chosen) {
   const seeds = h("input", { type: "number", min: 1, value: 1 });
   const budget = h("input", { type: "text", placeholder: "as the recipes say" }), metric = h("input", { type: "text", placeholder: "loss" });
   const title = h("h2");
-  const box = h("section", { class: "panel", hidden: true }, title,
+  const box = h("section", { class: "panel work", hidden: true }, title,
     h("div", { class: "fields" }, field("Name", name, "Its folder: runs/NAME"), field("Seeds", seeds, "Runs of each recipe"), field("Budget of each run", budget, "A time (30m), steps (500 steps) or tokens (200k tokens)"), field("Metric", metric, "By which they are ranked")),
     h("p", { class: "buttons" }, button("Compare them", async () => {
       await ask("/api/compare", { name: name.value, runs: [...chosen], seeds: Number(seeds.value) || 1, budget: budget.value, metric: metric.value || "loss" });

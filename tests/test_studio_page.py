@@ -1,0 +1,405 @@
+"""The studio's page in a browser: by keyboard alone, read aloud, in the dark, on a phone, on paper; answers that grow, curves together."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi")
+import httpx
+import uvicorn
+
+sys.path.insert(0, str(Path(__file__).parent))
+from browser import CHROMIUM, Browser
+from luthier.studio import listening
+from luthier.studio.server import studio
+from luthier.studio.worker import Here
+
+TOKEN = "a-token-for-tests"
+HOSTILE = "<script>window.hurt = 1</script><img src=x onerror=window.hurt=1>"
+FIRST = 3  # parts of an answer that come before the gate
+PAGES = {
+    "new": "document.querySelector('.row mark') && document.querySelector('.sheet dl.tiles')",
+    "runs/first,second": "document.querySelector('.panel table')",
+    "run/first": "document.querySelector('.chart polyline') && document.querySelector('article')",
+    'talk/["TINY","runs/first"]': "document.querySelectorAll('.turn.assistant').length > 1 && !document.querySelector('.turns[aria-busy]')",
+}
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+
+
+class Paced(Here):
+    """A model of which the test says how fast it is: after a few parts, an answer waits at the gate."""
+
+    gate = threading.Event()
+    gate.set()
+    ended: list[tuple[int, bool]] = []  # parts and whether it was stopped, of each answer
+
+    def ask(self, do: str, hear: Callable[[str], bool] | None = None, **how: Any) -> Any:
+        if hear is None:
+            return super().ask(do, **how)
+        parts = 0
+
+        def paced(part: str) -> bool:
+            nonlocal parts
+            parts += 1
+            assert parts <= FIRST or self.gate.wait(60)
+            return hear(part)
+
+        said = super().ask(do, paced, **how)
+        self.ended.append((parts, said["stopped"]))
+        return said
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, tiny) -> Iterator[SimpleNamespace]:
+    """A studio with two runs that are finished, one after the other, on one server for all tests here."""
+    import luthier
+
+    home, before = tmp_path_factory.mktemp("desk"), Path.cwd()
+    rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(9) for b in range(9)]
+    rows[0] = {"prompt": HOSTILE, "completion": HOSTILE}
+    text = "".join(json.dumps(r) + "\n" for r in rows)
+    (home / "sums.jsonl").write_text(text + '{"prompt": ""}\n')
+    os.chdir(home)
+    for name, rate in (("first", 1e-3), ("second", 1e-2)):
+        luthier.tune(
+            folder=home / "runs" / name, model=tiny, data="sums.jsonl", dtype="float32", max_steps=6, eval_steps=2, logging_steps=1,
+            learning_rate=rate, tuner={"name": "lora", "r": 2}, evaluate=["loss", {"name": "generate", "n": 2, "max_new_tokens": 4}],
+        )  # fmt: skip
+    with listening(0) as ear:
+        server = uvicorn.Server(uvicorn.Config(studio(home, TOKEN, Paced), log_level="warning", ws="none"))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [ear]})
+        thread.start()
+        yield SimpleNamespace(home=home, base=f"http://127.0.0.1:{ear.getsockname()[1]}", tiny=tiny)
+        Paced.gate.set()
+        server.should_exit = True
+        thread.join(20)
+    os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def browser(served, tmp_path_factory) -> Iterator[Browser]:
+    made = Browser(tmp_path_factory.mktemp("profile"))
+    made.go(f"{served.base}/?token={TOKEN}")
+    made.see("document.querySelector('h1')?.textContent === 'A new run'")
+    assert "token" not in made.run("location.href")
+    yield made
+    assert made.said == []
+    made.end()
+
+
+@pytest.fixture
+def page(browser) -> Iterator[Browser]:
+    """The browser as it was: wide, light, on the screen."""
+    yield browser
+    Paced.gate.set()
+    browser.media()
+    browser.resize(1200)
+
+
+def show(browser: Browser, served: Any, page: str) -> None:
+    address = page.replace("TINY", served.tiny)
+    if page == "new":
+        draft = {"model": served.tiny, "data": "sums.jsonl", "max_steps": "3"}
+        browser.run(f"sessionStorage.setItem('luthier-draft', {json.dumps(json.dumps(draft))})")
+    browser.run(f"location.hash = '#runs'; location.hash = {json.dumps('#' + address)}")
+    if page == "new":
+        browser.press("Foretell the cost")
+    if page.startswith("talk"):
+        browser.see("document.querySelector('.turns')")
+        if not browser.run("document.querySelector('.turn.assistant')"):
+            browser.write("What you say", "1+1=")
+            browser.press("Ask")
+    browser.see(PAGES[page])
+
+
+def until(browser: Browser, seen: Callable[[], bool]) -> None:
+    """What the server does meanwhile is looked at through the page's clock, so that the test waits no longer than it must."""
+    for _ in range(400):
+        if seen():
+            return
+        browser.run("new Promise((then) => setTimeout(then, 25))")
+    raise AssertionError("never seen")
+
+
+# ---------------------------------------------------------------------------------------------- by keyboard alone
+
+NAME = """(() => { const x = document.activeElement, s = getComputedStyle(x);
+  return [x.labels?.[0]?.textContent ?? x.ariaLabel ?? x.textContent.trim(), s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) >= 2, x.tagName]; })()"""
+
+
+def tab_to(browser: Browser, name: str, most: int = 120) -> None:
+    """Tab by Tab to the control of this name; each stop shows where one is."""
+    for _ in range(most):
+        browser.key("Tab", 9)
+        found, seen, tag = browser.run(NAME)
+        assert seen or tag == "BODY", f"{tag} {found!r} is reached unseen"
+        if found == name:
+            return
+    raise AssertionError(f"{name} is not reached")
+
+
+@needs_browser
+def test_a_run_by_keyboard_alone(served, page):
+    """From an empty page to a trained model that answers, with hostile rows on the way; what is said aloud; a reload."""
+    page.run("sessionStorage.clear(); location.hash = '#runs'; location.hash = '#new'")
+    page.see("document.querySelector('h1')?.textContent === 'A new run' && document.querySelectorAll('.fields').length > 3")
+    page.run(
+        "window.aloud = []; new MutationObserver(() => aloud.push(document.getElementById('status').textContent))"
+        ".observe(document.getElementById('status'), {childList: true}); document.activeElement.blur(); scrollTo(0, 0)"
+    )
+    tab_to(page, "Skip to the page")
+    page.key("Enter", 13)
+    assert page.run("document.activeElement.id") == "main" and page.run("location.hash") == "#new"
+    for field, text in (("Model", served.tiny), ("Rows", "sums.jsonl"), ("max_steps", "4"), ("eval_steps", "2")):
+        tab_to(page, field)
+        page.type(text)
+    page.see("document.querySelector('.row mark')")
+    assert page.run("getComputedStyle(document.querySelector('.row mark')).textDecorationLine") == "underline"
+    assert page.run("document.querySelector('.row mark').textContent").startswith("<script>")
+    assert page.run("document.querySelectorAll('.row img, .row script').length + (window.hurt ?? 0)") == 0
+    page.see("document.querySelector('details.aside')?.textContent.includes('sums.jsonl:82')")
+    page.see("document.querySelector('pre.recipe').textContent.includes('eval_steps: 2') && !document.querySelector('button.main').disabled")
+    tab_to(page, "Name of the run")
+    page.run("document.activeElement.select()")
+    page.type("hand")
+    assert page.run("document.querySelector('.sheet').textContent.includes('luthier tune runs/hand/asked.yaml output_dir=runs/hand')")
+    tab_to(page, "Start the run")
+    page.key("Enter", 13)
+    page.see("document.querySelector('h1').textContent === 'hand' && document.activeElement.tagName === 'H1'")
+    page.see("document.querySelector('.badge.finished, .badge.failed')", 120)
+    page.see("document.querySelector('.chart polyline') && document.querySelector('article')")
+    aloud = page.run("aloud")
+    for words in ("81 rows read, 1 set aside", "the recipe can run", "run hand started", "hand is running", "hand is finished"):
+        assert words in aloud, aloud
+    page.send("Page.reload")
+    page.see("document.querySelector('.badge.finished') && document.querySelector('.chart polyline')")
+    tab_to(page, "Export")
+    page.key("Enter", 13)
+    page.see("document.querySelector('li.good')?.textContent.includes('answers like the tuned model')")
+    assert (served.home / "exports/hand-lora/adapter_model.safetensors").is_file()
+    tab_to(page, "Talk to it")
+    page.key("Enter", 13)
+    page.see("document.activeElement.textContent === 'Talk'")
+    tab_to(page, "What you say")
+    page.type("1+1=")
+    page.key("Enter", 13)
+    page.see("document.querySelectorAll('.turn.assistant').length === 2 && !document.querySelector('.turns[aria-busy]')")
+    page.run("sessionStorage.clear()")
+
+
+# ---------------------------------------------------------------------------------------------- in the dark, on paper
+
+CONTRAST = r"""(() => {
+  const rgba = (c) => { const n = c.match(/[\d.]+/g).map(Number); return [n[0], n[1], n[2], n[3] ?? 1]; };
+  const over = (top, low) => low.map((x, i) => top[i] * top[3] + x * (1 - top[3]));
+  const light = (c) => { const [r, g, b] = c.map((x) => (x /= 255) <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
+  const ground = (e) => { const all = []; for (; e; e = e.parentElement) { all.unshift(rgba(getComputedStyle(e).backgroundColor)); if (all[0][3] === 1) break; } return all.reduce((low, top) => over(top, low), [255, 255, 255]); };
+  const opacity = (e) => { let o = 1; for (; e; e = e.parentElement) o *= Number(getComputedStyle(e).opacity); return o; };
+  const low = []; let seen = 0;
+  const check = (what, element, colour, least) => {
+    const below = ground(element), c = rgba(colour); c[3] *= opacity(element);
+    seen++;
+    const found = ratio(over(c, below), below);
+    if (found < least) low.push([what.trim().slice(0, 40), colour, below.map(Math.round).join(), Math.round(found * 100) / 100]);
+  };
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  for (let node; node = walk.nextNode();) {
+    const e = node.parentElement;
+    if (node.data.trim() && e.checkVisibility({ visibilityProperty: true }) && !e.closest(':disabled, option, noscript, .hidden, .skip')) check(node.data, e, getComputedStyle(e).color, 4.5);
+  }
+  for (const e of document.querySelectorAll('input:not([type=checkbox], [type=file]), select, textarea')) if (e.checkVisibility()) {
+    check(e.value || 'empty', e, getComputedStyle(e).color, 4.5);
+    if (e.placeholder) check(e.placeholder, e, getComputedStyle(e, '::placeholder').color, 4.5);
+    check('border', e.parentElement, getComputedStyle(e).borderTopColor, 3);
+  }
+  for (const e of document.querySelectorAll('polyline:not(.raw)')) check(`curve ${e.getAttribute('class')}`, e.closest('.chart'), getComputedStyle(e).stroke, 3);
+  return { low, seen };
+})()"""
+
+
+@needs_browser
+@pytest.mark.parametrize("address", PAGES, ids=lambda a: a.split("/")[0])
+def test_words_stand_out_on_screen_and_paper_and_fit_a_phone(served, page, address):
+    """4.5:1 for text and 3:1 for curves and edges, light, dark and printed; no sideways scroll; nothing cut off on paper."""
+    show(page, served, address)
+    wide = (
+        "[...document.querySelectorAll('main *')].filter(x => x.getBoundingClientRect().right > innerWidth + 1 && !x.closest('.wide, svg')).length"
+    )
+    for dark in (False, True):
+        page.media(dark)
+        found = page.run(CONTRAST)
+        assert found["low"] == [] and found["seen"] > 25, ("dark" if dark else "light", found)
+    for width in (380, 320):
+        page.resize(width)
+        assert page.run("document.documentElement.scrollWidth <= innerWidth") and page.run(wide) == 0, width
+    small = "[...document.querySelectorAll('button, a.button, nav a, select, input')].filter(x => x.checkVisibility() && !x.closest('.hidden, .skip') && x.type !== 'file').map(x => [x.textContent || x.id, x.getBoundingClientRect().height]).filter(([, h]) => h < 20)"
+    assert page.run(small) == []
+    page.resize(800)
+    page.media(True, "print")
+    assert page.run("[...document.querySelectorAll('.top, .buttons, .asking, .work')].filter(x => x.checkVisibility()).length") == 0
+    found = page.run(CONTRAST)
+    assert found["low"] == [], found
+    cut = "[...document.querySelectorAll('main *')].filter(x => x.checkVisibility() && /auto|scroll|hidden/.test(getComputedStyle(x).overflowY) && !x.matches('.hidden, textarea, input, progress, .wide, svg') && x.scrollHeight > x.clientHeight + 1).map(x => x.className || x.tagName)"
+    assert page.run(cut) == []
+    assert base64.b64decode(page.send("Page.printToPDF")["data"])[:5] == b"%PDF-"
+
+
+# ---------------------------------------------------------------------------------------------- read aloud
+
+CONTROLS = {"button", "link", "textbox", "combobox", "checkbox", "spinbutton", "DisclosureTriangle", "progressbar", "image", "log", "region"}
+
+
+@needs_browser
+@pytest.mark.parametrize("address", PAGES, ids=lambda a: a.split("/")[0])
+def test_every_page_can_be_read_aloud(served, page, address):
+    """What the browser tells a screen reader: landmarks, one heading above all others, a name for each control, live regions."""
+    show(page, served, address)
+    nodes = [n for n in page.send("Accessibility.getFullAXTree")["nodes"] if not n["ignored"]]
+    told = [(n["role"]["value"], n.get("name", {}).get("value", ""), {p["name"]: p["value"].get("value") for p in n["properties"]}) for n in nodes]
+    roles = [role for role, _, _ in told]
+    assert roles.count("banner") == roles.count("main") == roles.count("navigation") == 1
+    assert [(r, n) for r, n, _ in told if r in CONTROLS and not n.strip()] == []
+    names = [n for r, n, _ in told if r in ("button", "link", "textbox", "combobox", "checkbox", "spinbutton")]
+    assert len(names) > 5
+    levels = [p["level"] for r, _, p in told if r == "heading"]
+    assert levels[0] == 1 and levels.count(1) == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:])), levels
+    assert [p.get("live") for r, _, p in told if r == "status"] == ["polite"]
+    assert page.run("document.querySelector('nav [aria-current=page]')?.textContent") == {"n": "New run", "t": "Talk"}.get(address[0], "Runs")
+    has = {
+        "new": [("complementary", "The recipe and its cost"), ("combobox", "Toward what"), ("textbox", "Rows")],
+        "runs/first,second": [("checkbox", "Choose first"), ("region", "Curves"), ("combobox", "What is drawn"), ("table", "loss, in numbers")],
+        "run/first": [("progressbar", "Steps of first"), ("button", "Clone with changes"), ("combobox", "As")],
+    }.get(address, [("log", "Conversation, left"), ("log", "Conversation, right"), ("textbox", "What you say")])
+    assert set(has) <= {(r, n) for r, n, _ in told}
+    pictures = [n for r, n, _ in told if r == "image"]
+    assert all("at step" in n for n in pictures) and bool(pictures) == ("first" in address and "talk" not in address)
+
+
+# ---------------------------------------------------------------------------------------------- curves of several runs
+
+
+@needs_browser
+def test_curves_of_several_runs_in_one_chart(served, page):
+    """Chosen in the list, kept by a reload; a line for each loss and each held-out loss, a legend, the same numbers in a table."""
+    page.run("location.hash = '#runs'")
+    page.see("document.querySelector('[data-run=first]')")
+    assert page.run("document.querySelector('.panel').hidden")
+    for name, lines in (("first", 2), ("second", 4)):
+        page.run(f"document.querySelector('[data-run={name}]').click()")
+        page.see(f"document.querySelectorAll('.panel polyline').length === {lines}")
+    page.send("Page.reload")
+    page.see("document.querySelectorAll('.panel polyline').length === 4 && document.querySelector('[data-run=second]').checked")
+    assert page.run("[...document.querySelectorAll('.legend li')].map(x => x.textContent)") == ["first", "second", "held out"]
+    assert page.run("new Set([...document.querySelectorAll('.panel polyline:not(.dash)')].map(x => getComputedStyle(x).stroke)).size") == 2
+    assert page.run("[...document.querySelectorAll('.panel .dash')].filter(x => getComputedStyle(x).strokeDasharray !== 'none').length") >= 2
+    logged = [json.loads(x) for x in (served.home / "runs/second/metrics.jsonl").read_text().splitlines()]
+    cells = page.run("[...document.querySelectorAll('.panel tbody tr')].map(r => [...r.children].map(x => x.textContent))")
+    assert [c[:2] for c in cells] == [["first", "6"], ["second", "6"]]
+    low = min(logged, key=lambda x: x["loss"])
+    assert float(cells[1][4]) == pytest.approx(low["loss"], rel=0.01) and int(cells[1][5]) == low["step"]
+    assert float(cells[1][6]) == pytest.approx([x for x in logged if "eval_loss" in x][-1]["eval_loss"], rel=0.01)
+    page.run("(() => { const x = document.querySelector('.panel select'); x.value = 'learning_rate'; x.dispatchEvent(new Event('change')); })()")
+    page.see("document.querySelectorAll('.panel polyline').length === 2 && document.querySelector('caption').textContent === 'learning rate, in numbers'")
+
+
+# ---------------------------------------------------------------------------------------------- answers that grow
+
+
+def growing(served: Any) -> str:
+    return f"#talk/{json.dumps([served.tiny, 'runs/first'])}"
+
+
+ANSWERS = "[...document.querySelectorAll('.turn.assistant:last-child pre')].map(x => x.textContent)"
+
+
+def ask(page: Browser, served: Any, text: str = "2+3=") -> None:
+    """A question to both, answered as far as the gate."""
+    Paced.gate.clear()
+    Paced.ended.clear()
+    page.run(f"sessionStorage.clear(); location.hash = '#runs'; location.hash = {json.dumps(growing(served))}")
+    page.see("document.querySelectorAll('.turns').length === 2 && document.querySelector('.turns').textContent === ''")
+    page.write("What you say", text)
+    page.press("Ask")
+    page.see(f"document.querySelectorAll('.turns[aria-busy=true]').length === 2 && {ANSWERS}.every(x => x.length >= 2 && x !== '…')")
+
+
+@needs_browser
+def test_two_answers_grow_side_by_side(served, page):
+    ask(page, served)
+    begun = page.run(ANSWERS)
+    assert Paced.ended == [] and begun[0] != begun[1]
+    Paced.gate.set()
+    page.see("!document.querySelector('.turns[aria-busy]') && document.querySelector('[aria-label^=Conversation] + p')")
+    whole = page.run(ANSWERS)
+    assert [stopped for _, stopped in Paced.ended] == [False, False]
+    assert all(len(w) > 2 and w.startswith(b.rstrip()[:2].rstrip("\ufffd")) for w, b in zip(whole, begun)), (begun, whole)
+    assert page.run("document.querySelector('.shell').innerText.split('\\n')") == [f"luthier chat {served.tiny}", "luthier chat runs/first"]
+    page.run("location.reload()")
+    page.see(f"{ANSWERS}.length === 2")
+    assert page.run(ANSWERS) == whole
+
+
+@needs_browser
+@pytest.mark.parametrize("how", ["stop", "leave", "reload"])
+def test_an_answer_ends_where_nobody_wants_it(served, page, how):
+    """By its button, by going to another page, by a reload: the model is free, and what was heard stays."""
+    ask(page, served)
+    heard = page.run(ANSWERS)
+    if how == "stop":
+        page.press("Stop")
+        page.see("document.querySelector('.turns').textContent.includes('stopped here') && document.activeElement.tagName === 'TEXTAREA'")
+    elif how == "leave":
+        page.run("location.hash = '#runs'")
+        page.see("document.querySelector('[data-run=first]')")
+    else:
+        page.run("location.reload()")
+    Paced.gate.set()
+    until(page, lambda: len(Paced.ended) == 2)
+    assert all(stopped and parts <= FIRST + 2 for parts, stopped in Paced.ended), Paced.ended
+    if how == "leave":
+        page.run(f"location.hash = {json.dumps(growing(served))}")
+    page.see(f"{ANSWERS}.length === 2")
+    assert page.run(ANSWERS) == heard
+
+
+@needs_browser
+def test_a_closed_tab_leaves_its_models_free(served, page):
+    page.run("location.hash = '#runs'")
+    with page.tab(served.base):
+        page.see("document.querySelector('h1')")
+        ask(page, served)
+    Paced.gate.set()
+    until(page, lambda: len(Paced.ended) == 2)
+    assert all(stopped for _, stopped in Paced.ended)
+    ask(page, served, "4+4=")
+    Paced.gate.set()
+    page.see("!document.querySelector('.turns[aria-busy]')")
+    assert [stopped for _, stopped in Paced.ended] == [False, False]
+
+
+def test_who_hangs_up_ends_the_answer(served):
+    """The same without a browser: parts come one by one, and a connection that closes ends what is said."""
+    Paced.gate.clear()
+    Paced.ended.clear()
+    body = {"model": "runs/first", "text": "1+1=", "before": [], "max_new_tokens": 60}
+    with (
+        httpx.Client(base_url=served.base, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60) as client,
+        client.stream("POST", "/api/say/left", json=body) as answer,
+    ):
+        lines = answer.iter_lines()
+        assert ["part" in json.loads(next(lines)) for _ in range(FIRST)] == [True] * FIRST and Paced.ended == []
+    Paced.gate.set()
+    with httpx.Client(base_url=served.base, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60) as client:
+        again = client.post("/api/say/left", json=body).text.splitlines()  # waits until the first has ended
+    assert [s for _, s in Paced.ended] == [True, False] and "is" in json.loads(again[-1])
