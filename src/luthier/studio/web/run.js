@@ -34,10 +34,10 @@ export async function run(name, signal) {
       if (state) announce(`${name} is ${r.state}`);
       state = r.state;
       act(r);
+    } else if (r.state === "running" && r.steps && Math.floor(4 * r.step / r.steps) !== quarter) {
+      quarter = Math.floor(4 * r.step / r.steps);
+      announce(`${name}: step ${r.step} of ${r.steps}`);
     }
-    const now = r.steps ? Math.floor(4 * r.step / r.steps) : 0;
-    if (now !== quarter && r.state === "running") announce(`${name}: step ${r.step} of ${r.steps}`);
-    quarter = now;
   }
 
   function show() {
