@@ -62,7 +62,9 @@ class Browser:
 
     def media(self, dark: bool = False, kind: str = "") -> None:
         """kind: print, or the screen."""
-        self.send("Emulation.setEmulatedMedia", media=kind, features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
+        self.send(
+            "Emulation.setEmulatedMedia", media=kind, features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+        )
 
     def send(self, method: str, **params: Any) -> dict:
         self.number += 1

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
+
 from luthier.cli import app as cli
 from luthier.studio.server import studio
 from luthier.studio.worker import Here, Worker
@@ -334,7 +335,8 @@ def test_a_worker_is_told_to_stop_and_dies_and_answers_again(desk):
         assert worker.ask("say", **how) == whole
         worker.child.kill()
         worker.child.wait()
-        assert worker.ask("fields_of", text="model: x\n") == {"model": "x"}
+        with pytest.raises(RuntimeError, match="KeyError"):
+            worker.ask("dance")
     finally:
         worker.end()
 
@@ -366,13 +368,6 @@ def test_started_stopped_and_resumed_and_stopped_roughly(home, tiny):
     assert wait(fresh, "long", "stopped", "failed")["state"] == "stopped"
 
 
-def test_a_run_that_was_refused_says_why(home, tiny):
-    client = visitor(home)
-    client.post("/api/runs", json={"name": "wrong", "text": f"model: {tiny}\ndata: nothing.jsonl\n"})
-    run = wait(client, "wrong", "failed", "stopped", "finished")
-    assert run["state"] == "failed" and "nothing.jsonl" in run["why"]
-
-
 def test_a_dead_run_is_not_running(home, tiny):
     """A lock whose process is gone, or is another's by now; a report cut short; a log line cut short."""
     folder = home / "runs" / "dead"
@@ -393,28 +388,33 @@ def test_a_dead_run_is_not_running(home, tiny):
     assert "nothing is running" in client.post("/api/runs/dead/stop").json()["error"]
     (folder / "report.json").write_text('{"folder": ')
     assert client.get("/api/runs/dead").status_code == 200 and client.get("/api/runs").json()[0]["state"] == "stopped"
+    (folder / "console.log").write_text("Traceback (most recent call last):\n  File ...\nKeyboardInterrupt\n")  # stopped while it woke up
+    assert (run := client.get("/api/runs/dead").json())["state"] == "stopped" and "before it began" in run["why"]
+    (folder / "console.log").write_text("Traceback (most recent call last):\n  File ...\nValueError: no\n")
+    assert (run := client.get("/api/runs/dead").json())["state"] == "failed" and run["why"] == "ValueError: no"
     (folder / "asked.yaml").write_text("{{{{ <script>")
     assert client.get("/api/runs/dead").json()["what"] == ""
 
 
 def test_two_recipes_are_compared(home, tiny):
-    """Begun and stopped by the studio; ended by the command that it shows, and shown again."""
+    """Refused, and it says why; put right, and ended by the command that the page shows."""
     client = visitor(home)
-    for name, rate in (("slow", "1e-4"), ("fast", "1e-2")):
-        text = client.post("/api/check", json={"changes": recipe(home, tiny, learning_rate=rate)}).json()["text"]
+    for name, data in (("good", "sums.jsonl"), ("wrong", "nothing.jsonl")):
+        text = client.post("/api/check", json={"changes": recipe(home, tiny, data=data, learning_rate="1e-2")}).json()["text"]
         folder = home / "runs" / name
         folder.mkdir(parents=True)
         (folder / "asked.yaml").write_text(text)
-    assert "two recipes or more" in client.post("/api/compare", json={"name": "both", "runs": ["slow"]}).json()["error"]
-    begun = client.post("/api/compare", json={"name": "both", "runs": ["slow", "fast"], "seeds": 1, "budget": "2 steps"}).json()
-    assert begun["state"] == "running" and begun["kind"] == "comparison" and begun["what"] == "fast / slow"
-    client.post("/api/runs/both/stop")
-    stopped = wait(client, "both", "stopped", "failed")
-    words = shlex.split(stopped["command"])
-    assert words[:4] == ["luthier", "compare", "runs/both/arms/slow.yaml", "runs/both/arms/fast.yaml"] and "2 steps" in words
+    assert "two recipes or more" in client.post("/api/compare", json={"name": "both", "runs": ["good"]}).json()["error"]
+    begun = client.post("/api/compare", json={"name": "both", "runs": ["good", "wrong"], "seeds": 1, "budget": "2 steps"}).json()
+    assert begun["state"] == "running" and begun["kind"] == "comparison" and begun["what"] == "good / wrong"
+    refused = wait(client, "both", "failed", "stopped", "finished")
+    assert refused["state"] == "failed" and "nothing.jsonl" in refused["why"]
+    words = shlex.split(refused["command"])
+    assert words[:4] == ["luthier", "compare", "runs/both/arms/good.yaml", "runs/both/arms/wrong.yaml"] and "2 steps" in words
+    (home / words[3]).write_text((home / words[2]).read_text().replace("0.01", "0.0001"))
     done = CliRunner().invoke(cli, [*words[1:], "--together"])  # in one process, so that it takes seconds
     run = client.get("/api/runs/both").json()
-    assert run["state"] == "finished" and set(run["arms"]) == {"slow", "fast"}, done.output
+    assert run["state"] == "finished" and set(run["arms"]) == {"good", "wrong"}, done.output
     assert run["sentence"] and client.get("/runs/both/report.html").status_code == 200
 
 
@@ -425,7 +425,8 @@ def test_inspect_writes_a_page(desk, tiny, tmp_path):
     """What changed in the weights is what LoRA of rank 2 on two modules can change; the same model against itself moved nothing."""
     import luthier
 
-    found = luthier.inspect(tiny, desk / "runs/first", report=tmp_path / "page.html")
+    rows = [json.loads(line) for line in (desk / "sums.jsonl").read_text().splitlines()[:6]]
+    found = luthier.inspect(tiny, desk / "runs/first", rows, report=tmp_path / "page.html")
     moved = [m for m in found["weights"]["matrices"] if m["moved"]]
     assert {m["part"] for m in moved} == {"self_attn.q_proj", "self_attn.v_proj"} and len(moved) == 8
     assert all(1 <= m["rank"] <= 2.01 for m in moved) and not found["weights"]["unlike"]
@@ -436,5 +437,5 @@ def test_inspect_writes_a_page(desk, tiny, tmp_path):
         for x in ("What it learned", "What it forgot", "What changed in the weights", "How it speaks", "Calibration", "Answers")
     )
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
-    same = luthier.inspect(tiny, tiny, str(desk / "sums.jsonl"), report=tmp_path / "same.html")
+    same = luthier.inspect(tiny, tiny, rows, report=tmp_path / "same.html")
     assert not any(m["moved"] for m in same["weights"]["matrices"]) and "0 of 28 matrices" in (tmp_path / "same.html").read_text()

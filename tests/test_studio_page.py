@@ -203,7 +203,9 @@ def test_a_run_by_keyboard_alone(served, page):
     assert page.run("document.querySelector('.row mark').textContent").startswith("<script>")
     assert page.run("document.querySelectorAll('.row img, .row script').length + (window.hurt ?? 0)") == 0
     page.see("document.querySelector('details.aside')?.textContent.includes('sums.jsonl:82')")
-    page.see("document.querySelector('pre.recipe').textContent.includes('eval_steps: 2') && !document.querySelector('button.main').disabled")
+    page.see(
+        "document.querySelector('pre.recipe').textContent.includes('eval_steps: 2') && !document.querySelector('button.main').disabled"
+    )
     tab_to(page, "Name of the run")
     page.run("document.activeElement.select()")
     page.type("hand")
@@ -268,9 +270,7 @@ CONTRAST = r"""(() => {
 def test_words_stand_out_on_screen_and_paper_and_fit_a_phone(served, page, address):
     """4.5:1 for text and 3:1 for curves and edges, light, dark and printed; no sideways scroll; nothing cut off on paper."""
     show(page, address)
-    wide = (
-        "[...document.querySelectorAll('main *')].filter(x => x.getBoundingClientRect().right > innerWidth + 1 && !x.closest('.wide, svg')).length"
-    )
+    wide = "[...document.querySelectorAll('main *')].filter(x => x.getBoundingClientRect().right > innerWidth + 1 && !x.closest('.wide, svg')).length"
     for dark in (False, True):
         page.media(dark)
         found = page.run(CONTRAST)
@@ -292,7 +292,19 @@ def test_words_stand_out_on_screen_and_paper_and_fit_a_phone(served, page, addre
 
 # ---------------------------------------------------------------------------------------------- read aloud
 
-CONTROLS = {"button", "link", "textbox", "combobox", "checkbox", "spinbutton", "DisclosureTriangle", "progressbar", "image", "log", "region"}
+CONTROLS = {
+    "button",
+    "link",
+    "textbox",
+    "combobox",
+    "checkbox",
+    "spinbutton",
+    "DisclosureTriangle",
+    "progressbar",
+    "image",
+    "log",
+    "region",
+}
 
 
 @needs_browser
@@ -301,7 +313,10 @@ def test_every_page_can_be_read_aloud(served, page, address):
     """What the browser tells a screen reader: landmarks, one heading above all others, a name for each control, live regions."""
     show(page, address)
     nodes = [n for n in page.send("Accessibility.getFullAXTree")["nodes"] if not n["ignored"]]
-    told = [(n["role"]["value"], n.get("name", {}).get("value", ""), {p["name"]: p["value"].get("value") for p in n["properties"]}) for n in nodes]
+    told = [
+        (n["role"]["value"], n.get("name", {}).get("value", ""), {p["name"]: p["value"].get("value") for p in n["properties"]})
+        for n in nodes
+    ]
     roles = [role for role, _, _ in told]
     assert roles.count("banner") == roles.count("main") == roles.count("navigation") == 1
     assert [(r, n) for r, n, _ in told if r in CONTROLS and not n.strip()] == []
@@ -310,10 +325,17 @@ def test_every_page_can_be_read_aloud(served, page, address):
     levels = [p["level"] for r, _, p in told if r == "heading"]
     assert levels[0] == 1 and levels.count(1) == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:])), levels
     assert [p.get("live") for r, _, p in told if r == "status"] == ["polite"]
-    assert page.run("document.querySelector('nav [aria-current=page]')?.textContent") == {"n": "New run", "t": "Talk"}.get(address[0], "Runs")
+    assert page.run("document.querySelector('nav [aria-current=page]')?.textContent") == {"n": "New run", "t": "Talk"}.get(
+        address[0], "Runs"
+    )
     has = {
         "new": [("complementary", "The recipe and its cost"), ("combobox", "Toward what"), ("combobox", "Rows")],
-        "runs/first,second": [("checkbox", "Choose first"), ("region", "Curves"), ("combobox", "What is drawn"), ("table", "loss, in numbers")],
+        "runs/first,second": [
+            ("checkbox", "Choose first"),
+            ("region", "Curves"),
+            ("combobox", "What is drawn"),
+            ("table", "loss, in numbers"),
+        ],
         "run/first": [("progressbar", "Steps of first"), ("button", "Clone with changes"), ("combobox", "As")],
     }.get(address, [("log", "Conversation, left"), ("log", "Conversation, right"), ("textbox", "What you say")])
     assert set(has) <= {(r, n) for r, n, _ in told}
@@ -337,15 +359,21 @@ def test_curves_of_several_runs_in_one_chart(served, page):
     page.see("document.querySelectorAll('.panel polyline').length === 4 && document.querySelector('[data-run=second]').checked")
     assert page.run("[...document.querySelectorAll('.legend li')].map(x => x.textContent)") == ["first", "second", "held out"]
     assert page.run("new Set([...document.querySelectorAll('.panel polyline:not(.dash)')].map(x => getComputedStyle(x).stroke)).size") == 2
-    assert page.run("[...document.querySelectorAll('.panel .dash')].filter(x => getComputedStyle(x).strokeDasharray !== 'none').length") >= 2
+    assert (
+        page.run("[...document.querySelectorAll('.panel .dash')].filter(x => getComputedStyle(x).strokeDasharray !== 'none').length") >= 2
+    )
     logged = [json.loads(x) for x in (served.home / "runs/second/metrics.jsonl").read_text().splitlines()]
     cells = page.run("[...document.querySelectorAll('.panel tbody tr')].map(r => [...r.children].map(x => x.textContent))")
     assert [c[:2] for c in cells] == [["first", "6"], ["second", "6"]]
     low = min(logged, key=lambda x: x["loss"])
     assert float(cells[1][4]) == pytest.approx(low["loss"], rel=0.01) and int(cells[1][5]) == low["step"]
     assert float(cells[1][6]) == pytest.approx([x for x in logged if "eval_loss" in x][-1]["eval_loss"], rel=0.01)
-    page.run("(() => { const x = document.querySelector('.panel select'); x.value = 'learning_rate'; x.dispatchEvent(new Event('change')); })()")
-    page.see("document.querySelectorAll('.panel polyline').length === 2 && document.querySelector('caption').textContent === 'learning rate, in numbers'")
+    page.run(
+        "(() => { const x = document.querySelector('.panel select'); x.value = 'learning_rate'; x.dispatchEvent(new Event('change')); })()"
+    )
+    page.see(
+        "document.querySelectorAll('.panel polyline').length === 2 && document.querySelector('caption').textContent === 'learning rate, in numbers'"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- answers that grow

@@ -307,6 +307,8 @@ def ended(said: str) -> str:
     sentence = next((x for x in reversed(every) if x.startswith("luthier: ")), "")
     if sentence:
         return sentence.removeprefix("luthier: ")
+    if every and every[-1].strip() == "KeyboardInterrupt":
+        return "stopped before it began; the same command begins it"
     return every[-1] if every and "Traceback (most recent call last)" in said else ""
 
 
