@@ -19,11 +19,14 @@ from luthier.estimators.mezo import direction
 from luthier.guards import Refused
 from luthier.loop import Fit, draw
 from luthier.method import build, find, helps, names
+from luthier.transforms import _chain
 from luthier.transforms._chain import Chain, Lazily, Transform, schedule
 from luthier.tuners._subset import Weights
 from luthier.tuners._tuner import Site
 
-ESTIMATORS = [n for n in names("estimator") if not find("estimator", n).wants]  # others want more than any moving tensors: tested where it is
+ESTIMATORS = [
+    n for n in names("estimator") if not find("estimator", n).wants
+]  # others want more than any moving tensors: tested where it is
 TRANSFORMS, OPTIMIZERS = names("transform"), names("optimizer")
 
 
@@ -502,3 +505,24 @@ def test_a_step_aside_that_rounding_swallows_is_refused(estimator):
         rig.go(1)
     assert all(torch.equal(p, before[k]) for k, p in rig.tuner.parameters().items())
     Rig(estimator=estimator).go(1)
+
+
+@pytest.mark.parametrize("name", [n for n in TRANSFORMS if find("transform", n).pointwise])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_pointwise_may_go_in_pieces(name, dtype, monkeypatch):
+    """Bit for bit what the whole tensor gives, its state and the ages of entries that began anew among it."""
+
+    def trained(piece: int):
+        monkeypatch.setattr(_chain, "PIECE", piece)
+        rig = Rig([build("transform", name)], dtype=dtype)
+        monkeypatch.setattr(rig.tuner, "renewed", lambda site: {"weight": rig.model.weight > 0.5} if site == "weight" else {})
+        monkeypatch.setattr(
+            rig.tuner, "pulls", lambda site: {"weight": 0.1 * rig.model.weight.detach().float()} if site == "weight" else {}
+        )
+        return rig.go(4)
+
+    whole, parts = trained(10**9), trained(9)
+    assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), parts.model.parameters(), strict=True))
+    a, b = (store.flatten(r.chain.state)[0] for r in (whole, parts))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    assert not torch.equal(whole.model.weight, Rig([build("transform", name)], dtype=dtype).model.weight)

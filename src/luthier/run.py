@@ -418,7 +418,7 @@ class _Run:
 
     def save(self, fit: Fit) -> None:
         held = fit.held if self.roles.clock.step % fit.batches.num_iterations else None
-        made = store.Checkpoint(self.roles.tuner.tensors(), fit.chain.state, self.roles.clock.step, held, asdict(fit.totals))
+        made = store.Checkpoint(self.roles.tuner.held(), fit.chain.state, self.roles.clock.step, held, asdict(fit.totals))
         store.save_checkpoint(self.folder, made, self.recipe.save_total_limit)
 
     def pause(self, fit: Fit, before: dict[str, float], stats: dict) -> Report:

@@ -1,6 +1,5 @@
 """Freed memory is kept by the process, not handed back to the system: on CPUs, being handed it anew (page by page, zeroed)
-took a fourth of a training step's time at 26M parameters. The peak of the process stays what it is where little moves;
-LISA at 1.1B parameters peaked at 12.7 GB, and at 10.8 without. Any MALLOC_ variable leaves memory to its user."""
+took a fourth of a training step's time at 26M parameters. Any MALLOC_ variable leaves memory to its user."""
 
 from __future__ import annotations
 

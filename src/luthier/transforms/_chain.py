@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ Slots = dict[str, Tensor]
 @family
 class Transform:
     """Family: sees all tensors of a site at once. Most transforms are per tensor (`Each`)."""
+
+    pointwise: ClassVar[bool] = False  # does `apply` treat each number by itself, its state changed in place? Then tensors may go in pieces
 
     def apply(self, grads: Slots, state: dict, site: Site, step: int) -> Slots:
         """slot -> gradient becomes slot -> update; `state` is this site's own and may be filled. step counts from 1."""
@@ -54,6 +56,19 @@ class Each(Transform):
                 state[slot] = self.init(grad)
             out[slot] = self.update(grad, state[slot], site.slots[slot], step)
         return out
+
+
+PIECE = 2**18  # numbers that go through a chain at a time on a CPU: what is made on the way stays small, and in its cache
+
+
+def pieces(like: Tensor) -> Iterator[Any]:
+    """Indices of parts of a tensor, along its first dimension."""
+    if like.ndim == 0 or like.numel() <= PIECE:
+        yield ...
+        return
+    most = PIECE if like.device.type == "cpu" else 64 * PIECE
+    rows = max(1, most * like.shape[0] // like.numel())
+    yield from (slice(i, i + rows) for i in range(0, like.shape[0], rows))
 
 
 class Lazily(Mapping):
@@ -150,14 +165,44 @@ class Chain:
         state = self.state.setdefault(site.name, {})
         state["step"] = state.get("step", 0) + 1
         self._renew(site, state)
-        masters = self._masters(site, state)
-        stood = Site(site.name, masters, site.by)
+        masters, pulls = self._masters(site, state), self.attached.pulls(site.name)
+        small = all(g.numel() <= PIECE for g in grads.values())
+        if small or not all(t.pointwise for t in self.transforms):
+            self._update(site, masters, grads, pulls, state)
+            return
+        for slot, grad in grads.items():
+            for i, transform in enumerate(self.transforms):
+                kept = state.setdefault(str(i), {})
+                if isinstance(transform, Each) and slot not in kept:
+                    kept[slot] = transform.init(masters[slot])
+            for part in pieces(masters[slot]):
+                own = Site(site.name, {slot: site.slots[slot][part]}, site.by)
+                pull = {slot: pulls[slot][part]} if slot in pulls else {}
+                self._update(own, {slot: masters[slot][part]}, {slot: grad[part]}, pull, self._of(state, slot, part, grad.shape))
+
+    def _update(self, site: Site, masters: Slots, grads: Slots, pulls: Mapping[str, Tensor], state: dict) -> None:
+        """Step a site, or part of one, and its masters."""
+        for slot, master in masters.items():
+            p = site.slots[slot]
+            if p.dtype != master.dtype:  # what somebody else has written counts
+                master.copy_(torch.where(p == master.to(p.dtype), master, p.to(master.dtype)))
         grads = {k: g.to(masters[k].dtype) for k, g in grads.items()}
-        grads |= {k: grads[k] + pull for k, pull in self.attached.pulls(site.name).items() if k in grads}
-        for slot, update in self._updates(grads, state, stood).items():
+        grads |= {k: grads[k] + pull for k, pull in pulls.items() if k in grads}
+        for slot, update in self._updates(grads, state, Site(site.name, masters, site.by)).items():
             masters[slot].add_(update, alpha=-self.rate)
-            if masters[slot] is not site.slots[slot]:
+            if site.slots[slot].dtype != masters[slot].dtype:
                 site.slots[slot].copy_(masters[slot])
+
+    def _of(self, state: dict, slot: str, part: Any, shape: torch.Size) -> dict:
+        """The state of part of a tensor, as views."""
+
+        def cut(tree: Any) -> Any:
+            if isinstance(tree, dict):
+                return {k: cut(v) for k, v in tree.items()}
+            return tree[part] if torch.is_tensor(tree) and tree.shape == shape else tree
+
+        own = {k: {slot: cut(v[slot])} for k, v in state.items() if isinstance(v, dict) and slot in v}
+        return {**own, "step": state["step"]}
 
     def _renew(self, site: Site, state: dict) -> None:
         """Forget what was known of entries that the tuner has begun anew, and count their steps from here."""
@@ -176,13 +221,15 @@ class Chain:
         ages = {slot: step - born[slot] if slot in born else step for slot in grads}
         return {k: u for slot, g in grads.items() for k, u in through(self.transforms, {slot: g}, state, site, ages[slot]).items()}
 
-    def _masters(self, site: Site, state: dict) -> dict[str, Any]:
+    def _masters(self, site: Site, state: dict) -> Slots:
+        """What is stepped: fp32 masters of low-precision weights, all others themselves."""
         low = {k: p for k, p in site.slots.items() if p.dtype in (torch.bfloat16, torch.float16)}
         if not low:
             return dict(site.slots)
         kept = state.setdefault("master", {})
         for k, p in low.items():
-            kept[k] = torch.where(p == kept[k].to(p.dtype), kept[k], p.float()) if k in kept else p.detach().float()
+            if k not in kept:
+                kept[k] = p.detach().float()
         return {**site.slots, **kept}
 
 

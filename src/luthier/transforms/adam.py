@@ -10,6 +10,8 @@ from luthier.transforms._chain import Each
 class Adam(Each):
     """m / (sqrt(v) + eps), both corrected for their zero start."""
 
+    pointwise = True
+
     adam_beta1: float = 0.9  # memory of the mean
     adam_beta2: float = 0.999  # memory of the square
     adam_epsilon: float = 1e-8  # floor of the denominator

@@ -1,5 +1,7 @@
 """Clipping by global norm: all gradients of a step shrink together so that their joint norm is bounded."""
 
+import torch
+
 from luthier.method import transform
 from luthier.transforms._chain import Lazily, Transform
 
@@ -8,13 +10,15 @@ from luthier.transforms._chain import Lazily, Transform
 class Clip(Transform):
     """g * min(1, max_grad_norm / |g|), over every tensor that moves."""
 
+    pointwise = True
+
     max_grad_norm: float = 1.0  # largest joint norm; 0 = no limit
 
     def gather(self, every):
         if not self.max_grad_norm:
             return every
-        squares = [g.float().square().sum() for slots in every.values() for g in slots.values()]
-        norm = float(sum(squares)) ** 0.5 if squares else 0.0
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for slots in every.values() for g in slots.values()]
+        norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
         small = min(1.0, self.max_grad_norm / (norm + 1e-6))
         return every if small == 1.0 else Lazily(every, lambda name: {k: g * small for k, g in every[name].items()})
 

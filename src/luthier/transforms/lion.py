@@ -8,6 +8,8 @@ from luthier.transforms._chain import Each
 class Lion(Each):
     """sign(beta1 m + (1 - beta1) g) with the old m, which then becomes beta2 m + (1 - beta2) g."""
 
+    pointwise = True
+
     beta1: float = 0.9  # share of the old momentum in the step
     beta2: float = 0.99  # memory of the momentum
 

@@ -8,6 +8,8 @@ from luthier.transforms._chain import Each
 class Momentum(Each):
     """m becomes momentum m + g, as in torch.optim.SGD."""
 
+    pointwise = True
+
     momentum: float = 0.9  # share of the last step that goes on
     nesterov: bool = False  # look ahead: g + momentum m
 

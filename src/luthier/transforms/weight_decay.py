@@ -8,6 +8,8 @@ from luthier.transforms._chain import Each
 class WeightDecay(Each):
     """update + weight_decay * p. Stands after the rescaling (adam, lion) to be decoupled from it."""
 
+    pointwise = True
+
     weight_decay: float = 0.01  # times the learning rate, per step
     everything: bool = False  # biases, norms and other vectors too, which are left alone otherwise
 

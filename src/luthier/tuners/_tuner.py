@@ -74,7 +74,11 @@ class Attached:
 
     def tensors(self) -> dict[str, Tensor]:
         """A copy of everything that this tuner may move: its whole state."""
-        return {k: p.detach().clone() for k, p in self._state().items()}
+        return {k: p.clone() for k, p in self.held().items()}
+
+    def held(self) -> dict[str, Tensor]:
+        """The same, not copied."""
+        return {k: p.detach() for k, p in self._state().items()}
 
     def _state(self) -> dict[str, Tensor]:
         return {**self.parameters(), **self.buffers(), **self.memory()}
