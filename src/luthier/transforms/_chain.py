@@ -176,7 +176,7 @@ class Chain:
                 if isinstance(transform, Each) and slot not in kept:
                     kept[slot] = transform.init(masters[slot])
             for part in pieces(masters[slot]):
-                own = Site(site.name, {slot: site.slots[slot][part]}, site.by)
+                own = self._like(site, {slot: site.slots[slot][part]})
                 pull = {slot: pulls[slot][part]} if slot in pulls else {}
                 self._update(own, {slot: masters[slot][part]}, {slot: grad[part]}, pull, self._of(state, slot, part, grad.shape))
 
@@ -188,10 +188,13 @@ class Chain:
                 master.copy_(torch.where(p == master.to(p.dtype), master, p.to(master.dtype)))
         grads = {k: g.to(masters[k].dtype) for k, g in grads.items()}
         grads |= {k: grads[k] + pull for k, pull in pulls.items() if k in grads}
-        for slot, update in self._updates(grads, state, Site(site.name, masters, site.by)).items():
+        for slot, update in self._updates(grads, state, self._like(site, masters)).items():
             masters[slot].add_(update, alpha=-self.rate)
             if site.slots[slot].dtype != masters[slot].dtype:
                 site.slots[slot].copy_(masters[slot])
+
+    def _like(self, site: Site, slots: Any) -> Site:
+        return Site(site.name, slots, site.by)
 
     def _of(self, state: dict, slot: str, part: Any, shape: torch.Size) -> dict:
         """The state of part of a tensor, as views."""
