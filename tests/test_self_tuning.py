@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
+import transformers as t
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 import luthier
+import zoo
 from conftest import SUMS
 from luthier import store
 from luthier.clock import Clock
 from luthier.method import RecipeError, build
 from luthier.transforms._chain import Chain
-from luthier.tuners.self_tuning import decay
+from luthier.tuners.self_tuning import decay, responses
 
 
 class Line(nn.Module):
@@ -39,11 +48,12 @@ class Rig:
 
     def loss(self, name):
         x, y = self.rows[name]
+        self.attached.reads(SimpleNamespace(rows=[{"id": f"{name}-{i}"} for i in range(len(x))]), torch.arange(len(x)))
         return (self.model(x) - y).square().mean() / 2
 
     def go(self, steps):
         def closure(grad=True, only=None):
-            torch.manual_seed(self.clock.fold("noise"))
+            torch.default_generator.manual_seed(self.clock.fold("noise"))
             for p in self.attached.parameters().values():
                 p.grad = None
             value = self.loss("train" if only and only(0, "train") else "validation")
@@ -59,7 +69,8 @@ class Rig:
     def at(self, moved) -> torch.Tensor:
         """[n] the weights with which the network answers to hyperparameters."""
         self.attached.hyper.data.copy_(torch.tensor(moved))
-        with self.attached.answering(dropping=False), torch.no_grad():
+        self.attached.settle()
+        with torch.no_grad():
             return self.model(torch.eye(self.model.lin.get_base_layer().weight.shape[1]))
 
 
@@ -73,7 +84,7 @@ def test_the_response_is_the_ridge_path():
     """Without dropout, the best response to a weight decay d is (X'X / rows + d)^-1 X'y / rows."""
     x, y = regression(64, 4, 0.3, 1)
     tuner = {"dropout": 1e-6, "weight_decay": 0.3, "sigma": 0.3}
-    rig = Rig((x, y), (x, y), total=4000, rate=0.01, tuner=tuner, warmup=4000, hyper_learning_rate=0.0).go(4000)
+    rig = Rig((x, y), (x, y), total=350, rate=0.05, tuner=tuner, warmup=350, hyper_learning_rate=0.0).go(350)
     for moved in (-0.45, -0.3, 0.0, 0.3, 0.45):  # 1.5 spreads to each side
         d = float(decay(rig.attached.settings, torch.tensor([0.0, moved])))
         exact = torch.linalg.solve(x.T @ x / 64 + d * torch.eye(4), x.T @ y / 64)
@@ -88,7 +99,7 @@ def test_the_response_is_the_ridge_path():
 def test_without_gates_it_is_the_plain_layer(r):
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
     rig = Rig((x, x[:, 0]), (x, x[:, 0]), tuner={"r": r})
-    p = rig.attached.held()[0]
+    p = rig.attached.answers()[0]
     with torch.no_grad():
         for name, t in p.named_parameters():
             t.normal_(generator=torch.Generator().manual_seed(len(name)))
@@ -101,11 +112,114 @@ def test_without_gates_it_is_the_plain_layer(r):
         assert not torch.allclose(rig.at([1.3, -2.0]), rig.at([0.0, 0.0]))
 
 
+def stirred(attached):
+    """Every tensor of every layer filled, so that the dial matters."""
+    rng = torch.Generator().manual_seed(6)
+    with torch.no_grad():
+        for p in attached.answers():
+            for t in p.parameters():
+                t.copy_(0.3 * torch.randn(t.shape, generator=rng))
+    return attached
+
+
+def dials(attached, clock, ids):
+    """[2] what each of these rows answers to in this step."""
+    return [attached.hyper + attached.log_sigma.exp() * torch.randn(2, generator=clock.rng("self_tuning", i)) for i in ids]
+
+
+@pytest.mark.parametrize("batch", [zoo.rows(), zoo.deep()], ids=["rows", "deep"])
+def test_a_row_has_its_own_noise_in_every_layout(batch):
+    """Packed, with shared prompts, padded or alone, a row answers as at one dial for all, set to its own draw."""
+    model, clock, causal = zoo.make("llama"), Clock(seed=1, step=5), build("architecture", "causal")
+    attached = stirred(build("tuner", {"name": "self_tuning", "r": 4}).attach(model))
+    ids = [row["id"] for row in batch.rows]
+    alone = []
+    with torch.no_grad():
+        for dial in dials(attached, clock, ids):
+            [p.dial.copy_(dial) for p in attached.answers()]
+            alone.append(causal.forward(model, attached, batch).logprobs)
+        attached.settle()
+        still = causal.forward(model, attached, batch).logprobs
+        of = batch.group[batch.owner]
+        want = torch.stack(alone)[of, torch.arange(len(of))]
+        for how in (causal, replace(causal, blocks=False, width=16), replace(causal, share_prompts=False), replace(causal, packing=False)):
+            with attached.answering(clock, dropping=False):
+                assert (how.forward(model, attached, batch).logprobs - want).abs().max() < 1e-5
+        with attached.answering(clock, dropping=False):
+            assert (causal.plain(model, attached, batch) - want).abs().max() < 1e-5
+        assert torch.equal(causal.forward(model, attached, batch).logprobs, still) and (want - still).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["seq2seq", "masked_lm", "classifier", "reward_model"])
+def test_other_networks_know_their_rows(kind):
+    sizes = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+        "pad_token_id": 0,
+    }
+    model = {
+        "seq2seq": lambda: t.T5ForConditionalGeneration(t.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+                                                                   decoder_start_token_id=0)),
+        "masked_lm": lambda: t.BertForMaskedLM(t.BertConfig(**sizes)),
+        "classifier": lambda: t.BertForSequenceClassification(t.BertConfig(**sizes, num_labels=97)),
+        "reward_model": lambda: t.LlamaForSequenceClassification(t.LlamaConfig(**sizes, num_labels=1)),
+    }[kind]().eval()  # fmt: skip
+    attached, clock, how = (
+        stirred(build("tuner", {"name": "self_tuning", "r": 4}).attach(model)),
+        Clock(seed=2),
+        build("architecture", kind),
+    )
+    batch = zoo.rows()
+    with torch.no_grad():
+        each = []
+        for dial in dials(attached, clock, [row["id"] for row in batch.rows]):
+            [p.dial.copy_(dial) for p in attached.answers()]
+            each.append(how.plain(model, attached, batch))
+        attached.settle()
+        of = batch.group[batch.owner]
+        want = torch.stack(each)[of, torch.arange(len(of))]
+        with attached.answering(clock, dropping=False):
+            together, plain = how.forward(model, attached, batch), how.plain(model, attached, batch)
+        together = together.values if kind == "reward_model" else together.logprobs
+        assert (together - want).abs().max() < 1e-4 and (plain - want).abs().max() < 1e-4
+        assert (want - how.plain(model, attached, batch)).abs().max() > 1e-3
+
+
+def test_the_term_of_the_weight_decay_is_its_mean_over_draws():
+    x = torch.randn(5, 6, generator=torch.Generator().manual_seed(2))
+    attached = stirred(Rig((x, x[:, 0]), (x, x[:, 0]), tuner={"r": 3, "weight_decay": 0.1, "sigma": 0.4}).attached)
+    attached.hyper.data.copy_(torch.tensor([0.4, -0.6]))
+    p, draws = attached.answers()[0], []
+    with torch.no_grad():
+        for dial in attached.hyper + attached.log_sigma.exp() * torch.randn(3000, 2, generator=torch.Generator().manual_seed(0)):
+            p.dial.copy_(dial)
+            draws.append(float(decay(attached.settings, dial) / 2 * sum(m.square().sum() for m in responses(p))))
+        mean, spread = torch.tensor(draws).mean(), torch.tensor(draws).std() / 3000**0.5
+        assert abs(float(attached.decaying()) - mean) < 3 * spread and spread < 0.03 * mean
+
+
+def test_a_module_that_lost_track_of_rows_is_named():
+    from luthier.tuners.self_tuning import placed
+
+    for shape, dial in (((7, 6), (2, 5, 2)), ((3, 4, 6), (2, 1, 2))):
+        with pytest.raises(RecipeError, match="exclude_modules"):
+            placed(torch.zeros(dial), torch.zeros(shape))
+    assert placed(torch.zeros(2, 5, 2), torch.zeros(10, 6)).shape == (10, 2) and placed(torch.zeros(2), torch.zeros(7, 6)).shape == (2,)
+    x = torch.randn(5, 6)
+    rig = Rig((x, x[:, 0]), (x, x[:, 0]))
+    rig.attached.reads = lambda *told: None
+    with pytest.raises(RecipeError, match="of which row"):
+        rig.go(1)
+
+
 def test_dropout_rises_where_labels_are_noisy_and_validation_gets_better():
-    train, valid = regression(24, 16, 2.0, 3), regression(400, 16, 0.0, 5)
-    tuner = {"dropout": 0.05, "weight_decay": 1e-6, "sigma": 0.3}
-    rig = Rig(train, valid, total=3000, tuner=tuner, hyper_learning_rate=0.01, warmup=300).go(3000)
-    fixed = Rig(train, valid, total=3000, tuner=tuner, hyper_learning_rate=0.0, sigma_learning_rate=0.0, warmup=300).go(3000)
+    train, valid = regression(24, 16, 2.0, 3), regression(40, 16, 0.0, 5)
+    how = {"total": 500, "rate": 0.03, "warmup": 150, "tuner": {"dropout": 0.05, "weight_decay": 1e-6, "sigma": 0.3}}
+    rig = Rig(train, valid, hyper_learning_rate=0.04, **how).go(500)
+    fixed = Rig(train, valid, hyper_learning_rate=0.0, sigma_learning_rate=0.0, **how).go(500)
     assert fixed.told["dropout"] == pytest.approx(0.05) and rig.told["dropout"] > 0.15, rig.told
     with torch.no_grad():
         assert float(rig.loss("validation")) < 0.8 * float(fixed.loss("validation"))

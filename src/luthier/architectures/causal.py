@@ -76,6 +76,8 @@ class Causal(LanguageModel):
             raise ValueError("a supervised token that nothing precedes cannot be predicted")
         frozen = None if LAYERS.get() else attached.frozen
         known = frozen.states(self, model, attached, batch, fill=model.training) if frozen else None
+        if attached.per_row:
+            attached.reads(batch, batch.row[batch.segment[layout.source]])
         with nullcontext() if known is None else frozen.skipped(known[layout.source]):
             outputs = self.answer(model, inputs, at, labels)
         masks = inputs["attention_mask"]

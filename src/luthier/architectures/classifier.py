@@ -78,6 +78,7 @@ class Classifier(Architecture):
         ids, mask = pad([batch.ids[pieces[s]] for s in roots], self.padding(model))
         if attached.virtual:
             raise ValueError("a classifier takes no soft prompt")
+        attached.reads(batch, batch.row[roots])
         logits = model(input_ids=ids, attention_mask=mask).logits
         which = torch.tensor([roots.index(parents[s]) for s in asked], device=ids.device)
         return Outputs(logits[which].float(), Head(nn.Identity()), batch.labels[batch.supervised])
@@ -89,6 +90,7 @@ class Classifier(Architecture):
     def plain(self, model: Network, attached, batch: Batch) -> Tensor:
         pieces, parents, out = batch.segments(), batch.parent.tolist(), []
         for s, label in zip(batch.segment[batch.supervised].tolist(), batch.labels[batch.supervised], strict=True):
+            attached.reads(batch, batch.row[[s]])
             logits = model(input_ids=batch.ids[pieces[parents[s]]][None]).logits
             out.append(picked(logits, label[None]))
         return torch.cat(out)

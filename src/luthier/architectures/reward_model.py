@@ -51,7 +51,7 @@ class RewardModel(Architecture):
     def forward(self, model: Network, attached: Any, batch: Batch) -> Values:
         pieces = batch.segments()
         places = [torch.cat([pieces[p] for p in path(batch, s)]) for s in batch.completion.tolist()]
-        said = scored(model, soft_first(model, attached, *pad([batch.ids[p] for p in places])))
+        said = scored(model, soft_first(model, attached, *pad([batch.ids[p] for p in places]), of=(batch, batch.group)))
         at = torch.full_like(batch.ids, -1)
         for r, (s, p) in enumerate(zip(batch.completion.tolist(), places, strict=True)):  # a completion ends its row
             first = r * said.shape[1] + attached.virtual + len(p) - len(pieces[s])
@@ -62,7 +62,7 @@ class RewardModel(Architecture):
         pieces, out = batch.segments(), []
         for s in batch.completion.tolist():
             places = torch.cat([pieces[p] for p in path(batch, s)])
-            said = scored(model, soft_first(model, attached, batch.ids[places][None]))[0, attached.virtual :]
+            said = scored(model, soft_first(model, attached, batch.ids[places][None], of=(batch, batch.row[[s]])))[0, attached.virtual :]
             out.append(said[-len(pieces[s]) :][batch.supervised[pieces[s]]])
         return torch.cat(out)
 

@@ -52,6 +52,7 @@ class Seq2Seq(LanguageModel):
         if (at < 0).any():
             raise ValueError("a supervised token in a prompt cannot be predicted: the encoder reads it")
         hidden, mask = encode(model, attached, [batch.ids[pieces[s]] for s in roots], of=(batch, batch.row[roots]))
+        attached.reads(batch, batch.row[leaves])
         which = torch.tensor([roots.index(way[0]) for way in ways], device=at.device)
         inputs = {
             "encoder_outputs": (hidden[which],),

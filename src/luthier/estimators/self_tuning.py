@@ -2,10 +2,11 @@
 
 In turn: `train_steps` on training rows, where the adapter learns the best response to hyperparameters drawn around the current
 ones; `valid_steps` on rows of source `validation`, where the hyperparameters and the spread of these draws move along the
-gradient that goes through that response, less tau times the entropy of the draws. Use it with objective `by_source`.
+gradient that goes through that response, less tau times the entropy of the draws. Every row has a draw of its own, wherever
+and with whatever others it is read. Use it with objective `by_source`.
 
-Departs from the paper: a draw is shared by the rows of a step, where the paper draws for each row (rows are packed together
-here, and share their weights); dropout and weight decay are what is learned.
+Departs from the paper: dropout and weight decay are what is learned; of the weight decay's term, which no row has a part in,
+the expectation over draws is taken, as it is known.
 """
 
 from __future__ import annotations
@@ -47,23 +48,15 @@ class SelfTuning(Estimator):
             p.requires_grad_(True)
         turn = (clock.step - self.warmup) % (self.train_steps + self.valid_steps)
         validates = clock.step >= self.warmup and turn >= self.train_steps
-        noise = torch.randn(attached.hyper.shape, generator=clock.rng("self_tuning")).to(attached.hyper.device)
-        stands = attached.hyper.data
-        attached.hyper.data = stands + attached.log_sigma.data.exp() * noise
-        try:
-            with attached.answering(dropping=not validates):
-                if validates:
-                    loss = closure(only=lambda place, name: name == self.validation)
-                else:
-                    loss = closure(only=lambda place, name: name != self.validation)
-                    from luthier.tuners.self_tuning import decay
-
-                    with torch.enable_grad():
-                        (decay(attached.settings, attached.hyper.detach()) / 2 * attached.size()).backward()
-        finally:
-            attached.hyper.data = stands
+        with attached.answering(clock, dropping=not validates):
+            if validates:
+                loss = closure(only=lambda place, name: name == self.validation)
+            else:
+                loss = closure(only=lambda place, name: name != self.validation)
+                with torch.enable_grad():
+                    attached.decaying().backward()
         if validates:
-            self.move(chain, attached, noise)
+            self.move(chain, attached)
         else:
             chain.step({name: slots for name, slots in gradients(chain).items() if name != "hyper"})
         attached.settle()
@@ -72,13 +65,13 @@ class SelfTuning(Estimator):
         return loss
 
     @torch.no_grad()
-    def move(self, chain: Any, attached: Any, noise: torch.Tensor) -> None:
+    def move(self, chain: Any, attached: Any) -> None:
         """One step of Adam on hyperparameters and spreads."""
         state = chain.state.setdefault("hyper", {})
         state["step"] = state.get("step", 0) + 1
-        up = attached.hyper.grad if attached.hyper.grad is not None else torch.zeros_like(attached.hyper)
-        grads = {"moved": up, "log_sigma": up * noise * attached.log_sigma.exp() - self.tau}
-        site = Site("hyper", {"moved": attached.hyper, "log_sigma": attached.log_sigma}, None)
-        update = through((build("transform", "adam"),), grads, state.setdefault("adam", {}), site, state["step"])
+        moving = {"moved": attached.hyper, "log_sigma": attached.log_sigma}
+        grads = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in moving.items()}
+        grads["log_sigma"] = grads["log_sigma"] - self.tau
+        update = through((build("transform", "adam"),), grads, state.setdefault("adam", {}), Site("hyper", moving, None), state["step"])
         attached.hyper.sub_(self.hyper_learning_rate * update["moved"])
         attached.log_sigma.sub_(self.sigma_learning_rate * update["log_sigma"])

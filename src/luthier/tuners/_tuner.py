@@ -45,6 +45,7 @@ class Attached:
 
     virtual = 0  # places the layout keeps free before every sequence (soft prompts)
     frozen: Any = None  # what layers below all that moves say of rows, kept by a run (kernels/frozen.py)
+    per_row = False  # must `reads` be told where the rows of a batch lie?
     told: tuple[str, ...] = ()  # sentences about what was attached, for whoever watches the run
 
     def __init__(self, settings: Any, model: Network):
@@ -124,6 +125,13 @@ class Attached:
     def soft_rows(self, batch: Batch) -> Tensor:
         """[G, virtual, width] what stands before each row of a batch."""
         return self.soft().expand(len(batch.rows), -1, -1)
+
+    # --- what is read
+
+    def reads(self, batch: Batch, rows: Tensor) -> None:
+        """Told by architectures before the network runs: of which row of the batch each row [R], or place [R, W], of its tensors is.
+
+        It holds until the next call, since backward may read again."""
 
     # --- other readings of the same network
 

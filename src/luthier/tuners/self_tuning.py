@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from luthier.method import tuner
+from luthier.method import RecipeError, tuner
 from luthier.tuners._delta import Delta, frozen
 
 HYPER = ("dropout", "weight_decay")
+DROPOUT, DECAY = 0, 1  # their places
 
 
 @tuner(paper="arXiv:1903.03088", row="self-tuning-networks", gives="off merge hyper")
@@ -57,29 +58,50 @@ class SelfTuning(Delta):
         return W + (found[1] @ found[0] if self.r else found[0]).to(W.dtype)
 
     def forward(self, x, y, p, layer):
+        dial = placed(p.dial, x)
         if torch.is_grad_enabled() and float(p.dropping):
-            keep = 1 - rate(self, p.dial.detach())
+            keep = 1 - rate(self, dial.detach())[..., None]
             x = x * (torch.rand_like(x) < keep) / keep
-        for factor in self.change(p):
-            x = F.linear(x, factor)
-        return y + x
+        for n in names(p):
+            x = F.linear(x, getattr(p, n)) + dial @ getattr(p, f"V_{n}").T * F.linear(x, getattr(p, f"{n}_hyper"))
+        return y + (x * (self.lora_alpha / self.r) if self.r else x)
 
     def factors(self, p):
         found = self.change(p)
         return (found[0], found[1]) if self.r else None
 
 
+def names(p: Any) -> list[str]:
+    """The factors of a layer, in the order in which they are applied."""
+    return [n for n in ("A", "B", "D") if hasattr(p, n)]
+
+
 def responses(p: Any) -> tuple[Tensor, ...]:
     """Each factor at what the dial says: A + rows(V_A h) A_hyper."""
-    names = [n for n in ("A", "B", "D") if hasattr(p, n)]
-    return tuple(getattr(p, n) + (getattr(p, f"V_{n}") @ p.dial)[:, None] * getattr(p, f"{n}_hyper") for n in names)
+    return tuple(getattr(p, n) + (getattr(p, f"V_{n}") @ p.dial)[:, None] * getattr(p, f"{n}_hyper") for n in names(p))
+
+
+def placed(dial: Tensor, x: Tensor) -> Tensor:
+    """The hyperparameters at each place of x [..., in]: [2] where all places answer to the same, else [..., 2].
+
+    dial: [2], or [R, W, 2] for x of R rows of W places, W = 1 where a row's places are all alike.
+    """
+    where = x.shape[:-1]
+    if dial.ndim == 1 or len(where) == 2 and dial.shape[0] == where[0] and dial.shape[1] in (1, where[1]):
+        return dial
+    if len(where) == 1 and where[0] == dial.shape[0] * dial.shape[1]:  # networks that lay their rows end to end
+        return dial.flatten(0, 1)
+    raise RecipeError(
+        f"tuner 'self_tuning' needs to know which row a token is of, and a module is given {list(where)} places of a batch of "
+        f"{list(dial.shape[:2])} (experts and output heads do so): leave it out with exclude_modules"
+    )
 
 
 def rate(settings: SelfTuning, hyper: Tensor) -> Tensor:
-    """The dropout that the first hyperparameter stands for."""
-    return torch.sigmoid(hyper[0] + math.log(settings.dropout / (1 - settings.dropout)))
+    """The dropout that the first hyperparameter [..., 2] stands for."""
+    return torch.sigmoid(hyper[..., DROPOUT] + math.log(settings.dropout / (1 - settings.dropout)))
 
 
 def decay(settings: SelfTuning, hyper: Tensor) -> Tensor:
     """The weight decay that the second stands for."""
-    return settings.weight_decay * torch.exp(hyper[1])
+    return settings.weight_decay * torch.exp(hyper[..., DECAY])
