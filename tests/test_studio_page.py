@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -270,14 +271,14 @@ CONTRAST = r"""(() => {
 def test_words_stand_out_on_screen_and_paper_and_fit_a_phone(served, page, address):
     """4.5:1 for text and 3:1 for curves and edges, light, dark and printed; no sideways scroll; nothing cut off on paper."""
     show(page, address)
-    wide = "[...document.querySelectorAll('main *')].filter(x => x.getBoundingClientRect().right > innerWidth + 1 && !x.closest('.wide, svg')).length"
+    wide = "[...document.querySelectorAll('body *')].filter(x => x.getBoundingClientRect().right > document.documentElement.clientWidth + 1 && !x.closest('.wide')).map(x => `${x.tagName}.${x.className} ${x.textContent.slice(0, 30)}`)"
     for dark in (False, True):
         page.media(dark)
         found = page.run(CONTRAST)
         assert found["low"] == [] and found["seen"] > 25, ("dark" if dark else "light", found)
     for width in (380, 320):
         page.resize(width)
-        assert page.run("document.documentElement.scrollWidth <= innerWidth") and page.run(wide) == 0, width
+        assert page.run(wide) == [] and page.run("document.documentElement.scrollWidth") <= width, width
     small = "[...document.querySelectorAll('button, a.button, nav a, select, input')].filter(x => x.checkVisibility() && !x.closest('.hidden, .skip') && x.type !== 'file').map(x => [x.textContent || x.id, x.getBoundingClientRect().height]).filter(([, h]) => h < 20)"
     assert page.run(small) == []
     page.resize(800)
@@ -341,6 +342,37 @@ def test_every_page_can_be_read_aloud(served, page, address):
     assert set(has) <= {(r, n) for r, n, _ in told}
     pictures = [n for r, n, _ in told if r == "image"]
     assert all("at step" in n for n in pictures) and bool(pictures) == ("first" in address and "talk" not in address)
+
+
+# ---------------------------------------------------------------------------------------------- runs that are there
+
+
+@needs_browser
+def test_a_run_is_cloned_with_changes_and_a_dead_one_says_so(served, page):
+    """In two tabs at once: the draft of one is not the other's."""
+    dead = served.home / "runs/dead"
+    dead.mkdir()
+    (dead / "asked.yaml").write_text("model: <script>window.hurt = 1</script>\ndata: ../../etc/passwd\n")
+    (dead / "run.json").write_text('{"finished": false, "steps": 9}')
+    (dead / "metrics.jsonl").write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": NaN}\n{"step": 3, "lo')
+    (dead / ".lock").write_text("999999999")
+    (dead / "console.log").write_text("Traceback (most recent call last):\nValueError: <img src=x onerror=window.hurt=1>\n")
+    turn(page, "run/dead")
+    page.see("document.querySelector('.badge.failed') && document.querySelector('.complaint').textContent.includes('<img src=x')")
+    page.see("[...document.querySelectorAll('button')].some(x => x.textContent === 'Resume')")
+    with page.tab(served.base):
+        page.see("document.querySelector('h1')")
+        turn(page, "run/first")
+        page.press("Clone with changes")
+        page.see("document.querySelector('h1').textContent === 'A new run' && document.querySelector('.row mark')")
+        page.write("seed", "7")
+        page.see("/^seed: 7$/m.test(document.querySelector('pre.recipe').textContent)")
+        text = page.run("document.querySelector('pre.recipe').textContent")
+        kept = "learning_rate: 0.001", f"model: {MODEL}", "data: sums.jsonl", "  r: 2"
+        assert all(line in text.splitlines() for line in kept) and "output_dir" not in text
+        assert page.run("document.querySelectorAll('main .complaint:not([hidden])').length") == 0
+    assert page.run("document.querySelector('h1').textContent + (window.hurt ?? '')") == "dead"
+    shutil.rmtree(dead)
 
 
 # ---------------------------------------------------------------------------------------------- curves of several runs

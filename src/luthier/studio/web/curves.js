@@ -41,7 +41,8 @@ function columns(series, across) {
   const width = SIDE / Math.max(1, some.length);
   return some.map((x) => {
     const said = known.filter(([, values]) => values.has(x)).map(([name, values]) => `${name} ${number(values.get(x))}`).join(", ");
-    return svg("rect", { x: across(x) - width / 2, y: 0, width, height: SIDE }, svg("title", {}, `step ${x}: ${said}`));
+    const from = Math.max(0, across(x) - width / 2), to = Math.min(SIDE, across(x) + width / 2); // what reaches out would let the page scroll
+    return svg("rect", { x: from, y: 0, width: to - from, height: SIDE }, svg("title", {}, `step ${x}: ${said}`));
   });
 }
 
