@@ -186,7 +186,8 @@ def tab_to(browser: Browser, name: str, most: int = 120) -> None:
 @needs_browser
 def test_a_run_by_keyboard_alone(served, page):
     """From an empty page to a trained model that answers, with hostile rows on the way; what is said aloud; a reload."""
-    page.run("sessionStorage.clear()")
+    quick = {"dtype": "float32", "evaluate": "[loss, {name: generate, n: 2, max_new_tokens: 4}]"}
+    page.run(f"sessionStorage.setItem('luthier-draft', {json.dumps(json.dumps(quick))})")
     turn(page, "new")
     page.see("document.querySelectorAll('.fields').length > 3")
     page.run(
@@ -445,7 +446,9 @@ def test_two_answers_grow_side_by_side(served, page):
     whole = page.run(ANSWERS)
     assert [stopped for _, stopped in Paced.ended] == [False, False]
     assert all(len(w) > len(b) and w.startswith(b.strip()) for w, b in zip(whole, begun)), (begun, whole)
-    assert page.run("document.querySelector('.shell').innerText.split('\\n')") == [f"luthier chat {MODEL}", "luthier chat runs/first"]
+    assert page.run("document.querySelector('.shell').innerText.split('\\n')") == [
+        f"luthier chat {m} --max-new-tokens 64" for m in (MODEL, "runs/first")
+    ]
     again(page)
     page.see(f"{ANSWERS}.length === 2")
     assert page.run(ANSWERS) == whole

@@ -119,6 +119,8 @@ export const kept = {
   },
 };
 
+/** Words as a shell reads them. */
+export const shell = (...words) => words.map((w) => /^[\w@%+=:,./-]+$/.test(w) ? w : `'${String(w).replaceAll("'", "'\\''")}'`).join(" ");
 export const count = (n) => Number(n).toLocaleString("en");
 export const number = (x) => x === null || x === undefined ? "" : x !== 0 && Math.abs(x) < 0.1 ? String(Number(x.toPrecision(2))) : Math.abs(x) >= 1000 ? count(Math.round(x)) : String(Number(x.toPrecision(3)));
 export const percent = (x) => `${Math.round(100 * x)}%`;

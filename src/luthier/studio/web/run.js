@@ -1,6 +1,6 @@
 // One run: how far it is, its curves while they grow, its answers, its recipe, and what can be done with it.
 
-import { announce, ask, button, complaint, every, field, fill, h } from "./dom.js";
+import { announce, ask, button, complaint, every, field, fill, h, shell } from "./dom.js";
 import { chart, smoothed } from "./curves.js";
 import { clone } from "./new.js";
 import { badge, progress } from "./runs.js";
@@ -137,7 +137,7 @@ function exporting(at, name, whole) {
   const command = h("code");
   const say = () => {
     to.placeholder = `exports/${name}-${kind.value}`;
-    command.textContent = `luthier export runs/${name} --to ${to.value || to.placeholder} --as ${kind.value}`;
+    command.textContent = shell("luthier", "export", `runs/${name}`, "--to", to.value || to.placeholder, "--as", kind.value);
   };
   for (const one of [kind, to]) one.addEventListener("input", say);
   say();

@@ -1,6 +1,6 @@
 // Two models, asked the same; both answers grow side by side.
 
-import { announce, ask, complaint, field, fill, h, kept, listen, suggested } from "./dom.js";
+import { announce, ask, complaint, field, fill, h, kept, listen, shell, suggested } from "./dom.js";
 
 export async function talk(rest, signal) {
   const start = await ask("/api/start");
@@ -8,12 +8,17 @@ export async function talk(rest, signal) {
   let given = null;
   try { given = rest ? JSON.parse(rest) : null; } catch { /* an address somebody typed */ }
   if (given && String(given) !== String(was.models)) { was.models = given.map(String); was.turns = [[], []]; }
-  const keep = () => { kept.set("talk", was); fill(shell, was.models.filter(Boolean).map((m) => h("code", {}, `luthier chat ${m}`))); };
-  const shell = h("p", { class: "shell" });
+  const tokens = h("input", { type: "number", min: 1, max: 4096, value: 64 }), heat = h("input", { type: "number", min: 0, step: 0.1, value: 0 }), seed = h("input", { type: "number", value: 0 });
+  const how = () => ({ max_new_tokens: Number(tokens.value) || 64, temperature: Number(heat.value) || 0, seed: Number(seed.value) || 0 });
+  const commands = h("p", { class: "shell" });
+  const keep = () => {
+    kept.set("talk", was);
+    const options = Object.entries(how()).filter(([, value]) => value).flatMap(([name, value]) => [`--${name.replaceAll("_", "-")}`, value]);
+    fill(commands, was.models.filter(Boolean).map((m) => h("code", {}, shell("luthier", "chat", m, ...options))));
+  };
   const sides = ["left", "right"].map((side, i) => panel(side, i, was, [...start.models, ...start.runs], keep));
 
   const text = h("textarea", { rows: 2, placeholder: "Ask both …", onkeydown: (e) => { if (e.key === "Enter" && !e.shiftKey && !e.isComposing) { e.preventDefault(); send(); } } });
-  const tokens = h("input", { type: "number", min: 1, max: 4096, value: 64 }), heat = h("input", { type: "number", min: 0, step: 0.1, value: 0 }), seed = h("input", { type: "number", value: 0 });
   const go = h("button", { type: "button", class: "main", onclick: () => send() }, "Ask");
   const stop = h("button", { type: "button", disabled: true, onclick: () => going.abort() }, "Stop");
   let going = new AbortController();
@@ -27,8 +32,7 @@ export async function talk(rest, signal) {
     stop.disabled = !(go.disabled = true);
     text.value = "";
     text.focus();
-    const how = { max_new_tokens: Number(tokens.value) || 64, temperature: Number(heat.value) || 0, seed: Number(seed.value) || 0 };
-    await Promise.all(sides.map((s) => s.ask(asked, how, going.signal)));
+    await Promise.all(sides.map((s) => s.ask(asked, how(), going.signal)));
     go.disabled = !(stop.disabled = true);
     keep();
     if (going.signal.aborted) announce("stopped");
@@ -40,8 +44,8 @@ export async function talk(rest, signal) {
     h("div", { class: "talk" }, sides.map((s) => s.box)),
     h("div", { class: "asking" }, field("What you say", text, "Enter sends, Shift+Enter breaks the line"),
       h("p", { class: "buttons" }, go, stop, h("button", { type: "button", class: "quiet", onclick: () => { going.abort(); was.turns = [[], []]; keep(); sides.forEach((s) => s.show()); announce("a new conversation"); } }, "New conversation"))),
-    h("details", {}, h("summary", {}, "How they answer"), h("div", { class: "fields" }, field("max_new_tokens", tokens, "Tokens of an answer at most"), field("temperature", heat, "0 always takes the likeliest token"), field("seed", seed, "Of the random draws, where temperature is above 0"))),
-    h("p", { class: "note" }, "The same from a shell:"), shell,
+    h("details", { onchange: keep }, h("summary", {}, "How they answer"), h("div", { class: "fields" }, field("max_new_tokens", tokens, "Tokens of an answer at most"), field("temperature", heat, "0 always takes the likeliest token"), field("seed", seed, "Of the random draws, where temperature is above 0"))),
+    h("p", { class: "note" }, "The same from a shell:"), commands,
   ];
 }
 
