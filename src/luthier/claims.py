@@ -41,7 +41,7 @@ T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.20
 """The 97.5 % point of Student's t, by degrees of freedom from 1."""
 QUIET = {"save_steps": 100_000, "evaluate": ["loss", "accuracy"]}  # of every arm, unless it says otherwise
 NUMBER = r"\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
-EXPECTED = re.compile(rf"(\w+) (?:([<>]) (\w+) by|= (\w+) within) ({NUMBER})(?: in (\S+))?")
+EXPECTED = re.compile(rf"(\w+) (?:([<>]) (\w+) by|= (\w+) within) (-?{NUMBER})(?: in (\S+))?")
 SELECTED = re.compile(r"(lowest|highest) (\S+)")
 
 
@@ -56,7 +56,7 @@ class Expectation:
     left: str
     sign: str  # > < =
     right: str
-    effect: float  # the least difference that counts; of "=", the largest that does not
+    effect: float  # the least difference that counts (below 0: how much worse is still no worse); of "=", the largest that does not
     metric: str
 
     def verdict(self, low: float, high: float) -> str:
@@ -79,7 +79,8 @@ class Claim(BaseModel):
     paper: str | None = None  # arXiv:...
     row: str = ""  # the paper's short name in the catalogue, if it has one
     shared: dict[str, Any] = {}  # recipe keys of all arms
-    arms: dict[str, dict[str, Any]] = {}  # name -> recipe keys; a list under learning_rate is this arm's sweep
+    arms: dict[str, dict[str, Any]] = {}  # name -> recipe keys; a list under what is swept is this arm's sweep
+    sweep: str = "learning_rate"  # what arms sweep: a key of recipes, or a setting of one of their methods
     metric: str = ""  # what is compared: a name in a report's metrics, stats.NAME, or log.NAME of metrics.jsonl
     select: str = "lowest loss"  # by what a sweep picks: lowest or highest METRIC
     expect: list[str] = []  # A > B by X, A < B by X, A = B within X; `in METRIC` where it is another than `metric`
@@ -100,6 +101,8 @@ class Claim(BaseModel):
         for arm in (left, right or alike):
             if arm not in (*self.arms, BEFORE):
                 raise self.wrong(f"expect: there is no arm '{arm}'{meant(arm, [*self.arms, BEFORE])}")
+        if alike and float(effect) < 0:
+            raise self.wrong(f"expect: '{said}': nothing lies within less than 0")
         if left == (right or alike):
             raise self.wrong(f"expect: '{said}' compares an arm with itself")
         if not (metric or self.metric):
@@ -107,15 +110,15 @@ class Claim(BaseModel):
         return Expectation(said, left, sign or "=", right or alike, float(effect), metric or self.metric)
 
     def rates(self, arm: str) -> list[float]:
-        """The learning rates that an arm sweeps; none where it says one or none."""
-        said = {**self.shared, **self.arms[arm]}.get("learning_rate")
+        """The learning rates, or whatever is swept, of which an arm takes its best; none where it says one or none."""
+        said = {**self.shared, **self.arms[arm]}.get(self.sweep)
         return [float(rate) for rate in said] if isinstance(said, list) else []
 
     def recipe(self, arm: str, seed: int, rate: float | None = None) -> dict[str, Any]:
         """The keys of one run. Rows of practice worlds are drawn by the run's seed."""
         keys = {**QUIET, **self.shared, **self.arms[arm], "seed": seed}
         if rate is not None:
-            keys["learning_rate"] = rate
+            keys[self.sweep] = rate
         for key in ("data", "eval_data"):
             if key in keys:
                 keys[key] = _drawn(keys[key], seed)
@@ -129,10 +132,15 @@ class Claim(BaseModel):
     def mark(self) -> str:
         """What a result is a result of: all but the words around it and the number of seeds."""
         said = self.model_dump(include={"shared", "arms", "metric", "select", "expect", "fresh"})
+        said |= {} if self.sweep == "learning_rate" else {"sweep": self.sweep}
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
     def wrong(self, why: str) -> RecipeError:
         return RecipeError(f"claim {self.name}: {why}")
+
+
+def _words(key: str) -> str:
+    return key.replace("_", " ")
 
 
 def _drawn(rows: Any, seed: int) -> Any:
@@ -213,7 +221,7 @@ def check(claim: Claim) -> None:
         try:
             rates = claim.rates(arm)
         except (TypeError, ValueError):
-            raise claim.wrong(f"arm {arm}: the list under learning_rate holds something that is no number") from None
+            raise claim.wrong(f"arm {arm}: the list under {claim.sweep} holds something that is no number") from None
         try:
             Recipe.load(claim.recipe(arm, 0, rates[0] if rates else None))
         except RecipeError as error:
@@ -332,7 +340,7 @@ def run(name: str, seeds: int | None = None, folder: Path | None = None, runs: P
     for arm, measured in swept.items():
         left = {rate: value for rate, value in measured.items() if value is not None and value == value}
         if not left:
-            raise claim.wrong(f"arm {arm}: it diverged at every learning rate of its sweep")
+            raise claim.wrong(f"arm {arm}: it diverged at every {_words(claim.sweep)} of its sweep")
         chosen[arm] = float((min if how == "lowest" else max)(left, key=left.__getitem__))
     found = {(arm, seed): _perform(claim, arm, seed, chosen[arm], runs, progress) for arm, seed in tests}
     judged = judge(claim, {key: numbers for key, numbers in found.items() if numbers is not None})
@@ -388,7 +396,7 @@ def _perform(claim: Claim, arm: str, seed: int, rate: float | None, runs: Path, 
     keys = claim.recipe(arm, seed, rate)
     mark = hashlib.sha256(json.dumps([keys, claim.fresh], sort_keys=True, default=str).encode()).hexdigest()[:8]
     where = runs / claim.name / f"{arm}-{seed}-{mark}"
-    what = f"{arm}, seed {seed}" + (f", learning rate {rate:g}" if rate is not None else "")
+    what = f"{arm}, seed {seed}" + (f", {_words(claim.sweep)} {rate:g}" if rate is not None else "")
     began, finished = time.perf_counter(), (where / "report.json").is_file()
     if not finished:
         try:
@@ -486,7 +494,7 @@ def page(folder: Path | None = None) -> str:
         "expect to see here. *held*: the whole interval lies beyond the least effect in the claimed direction. *not held*: the whole",
         "interval falls short of it. *undecided*: neither, or all runs alike. The interval is Student's t at 95 % of the mean difference, paired by seed:",
         "each seed draws other rows to learn and to be measured on, the same for all arms. Several intervals are not corrected for",
-        "being several. Where learning rates were swept, a seed that no test uses picked one for each arm.",
+        "being several. Where learning rates (or another setting) were swept, a seed that no test uses picked one for each arm.",
         "",
         "| claim | verdict | expected | difference (95 %) | seeds | paper |",
         "| - | - | - | - | - | - |",
@@ -533,7 +541,7 @@ def _paragraph(claim: Claim, verdict: str, found: dict | None) -> Iterator[str]:
     if found["sweeps"]:
         yield ""
         yield (
-            f"Learning rates, by the {found['select']} of seed {found['tuning_seed']}: "
+            f"{_words(claim.sweep).capitalize()}s, by the {found['select']} of seed {found['tuning_seed']}: "
             + "; ".join(
                 f"{arm} {found['learning_rates'][arm]:g} of {', '.join(tried)}"
                 + (" (at the edge of its sweep)" if arm in found["at_edge"] else "")
