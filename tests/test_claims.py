@@ -112,6 +112,9 @@ def test_a_fresh_run_measures_its_own_memory(folder):
         ("two < none by 0.1", -0.3, -0.2, "held"),
         ("two < none by 0.1", -0.3, 0.2, "undecided"),
         ("two < none by 0.1", -0.05, 0.2, "not held"),
+        ("two < none by -0.1", -0.3, 0.1, "held"),
+        ("two < none by -0.1", 0.05, 0.2, "undecided"),
+        ("two > none by -0.1", -0.3, -0.2, "not held"),
         ("two = none within 0.1", -0.1, 0.05, "held"),
         ("two = none within 0.1", -0.2, 0.05, "undecided"),
         ("two = none within 0.1", 0.15, 0.2, "not held"),
@@ -174,6 +177,7 @@ def test_differences_are_paired_by_seed(folder):
         ({"expect": "two > nine by 0.1"}, "there is no arm 'nine'; did you mean 'none'?"),
         ({"expect": "two is better"}, "'two is better' is not `A > B by 0.02`"),
         ({"expect": "two > two by 0"}, "compares an arm with itself"),
+        ({"expect": "two = none within -0.1"}, "nothing lies within less than 0"),
         ({"metric": None, "expect": "two > none by 0"}, "names no metric"),
         ({"expect": None}, "needs `arms` and `expect`"),
         ({"select": "best loss"}, "'best loss' is not `lowest METRIC`"),
@@ -182,6 +186,7 @@ def test_differences_are_paired_by_seed(folder):
         ({"arms": {"before": {}, "two": {}, "none": {}}}, "no arm may be called 'before'"),
         ({"arms": {"two": {"lerning_rate": 1}, "none": {}}}, "arm two: .*'lerning_rate'; did you mean 'learning_rate'"),
         ({"arms": {"two": {"learning_rate": ["x"]}, "none": {}}}, "arm two: the list under learning_rate"),
+        ({"sweep": "lora_dropout", "arms": {"two": {"tuner": "lora", "lora_dropout": ["x"]}, "none": {}}}, "the list under lora_dropout"),
         ({"arms": {"two": {"learning_rate": [-1.0]}, "none": {}}}, "arm two: recipe: learning_rate"),
     ],
 )
@@ -215,6 +220,14 @@ def test_a_seed_draws_rows_for_all_arms_alike(folder):
     assert first["eval_data"]["seed"] == 3 and first["seed"] == 3 and first["learning_rate"] == 1e-3
     sweep, tests = claim.runs(2)
     assert sweep == [("two", 1000, 1e-4), ("two", 1000, 1e-2)] and tests == [("two", 0), ("none", 0), ("two", 1), ("none", 1)]
+
+
+def test_any_setting_may_be_swept(folder):
+    change(folder, sweep="lora_dropout", arms={"two": {"tuner": "lora", "lora_dropout": [0.1, 0.5]}, "none": {"tuner": "lora"}})
+    claim = claims.read("toy", folder)
+    assert claim.runs(2)[0] == [("two", 1000, 0.1), ("two", 1000, 0.5)] and claim.rates("none") == []
+    assert Recipe.load(claim.recipe("two", 0, 0.5)).tuner["lora_dropout"] == 0.5 and "learning_rate" not in claim.recipe("two", 0, 0.5)
+    assert claim.mark() != (change(folder), claims.read("toy", folder).mark())[1]
 
 
 # ---------------------------------------------------------------------------------------------- the claims that are here

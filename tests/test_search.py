@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -533,6 +534,21 @@ def test_a_run_that_diverges_is_no_end(tmp_path):
     tried = hunt(book, build("searcher", "tpe"), measure, 20)
     assert sum(bool(t.measured.failed) for t in tried) == 13 and not searching.best(tried)[0].measured.failed
     assert hunt(book, build("searcher", "tpe"), measure, seconds=22.0)[-1].seen.number == 21
+
+
+def test_what_moves_nothing_is_told_and_not_paid_for():
+    book = Book(Space((Dim("x"),)), goals(["loss"], "loss"), ())
+    idle = lambda t, i: Measured({}, 0.0, "tuner 'autopeft' moves nothing") if i % 2 else Measured({1000: {"loss": 0.5}}, 1.0)
+    tried = hunt(book, build("searcher", "random"), idle, 4)
+    assert searching.spent(tried) == 4 and len(tried) == 7
+    never = hunt(Book(Space((Dim("x"),)), goals(["loss"], "loss"), ()), build("searcher", "random"), lambda t, i: idle(t, 1), 4)
+    assert len(never) == 4, "and where nothing ever moves it ends all the same"
+    made = SimpleNamespace(goals=goals(["accuracy", "parameters"], "loss"))
+    assert searching.went(made, tried[1]).startswith("1. x 0.") and "left out, tuner 'autopeft' moves nothing" in searching.went(
+        made, tried[1]
+    )
+    told = searching.Tried(Seen(3, {"x": 0.25}, (0.5, 1234.0), share=1 / 3), Measured({}), {"accuracy": 0.5, "parameters": 1234.0}, "asked")
+    assert searching.went(made, told) == "3. x 0.25 (33.3% of the steps): accuracy 50.0%, parameters 1,234"
 
 
 def test_the_command_line_knows_it(tiny):

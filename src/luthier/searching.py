@@ -35,6 +35,7 @@ from luthier.searchers._optuna import distributions, optuna
 from luthier.searchers._searcher import Asked, Searcher, Seen, Space, layers, ranked, tamed
 from luthier.space import Over, over
 
+IDLE = "moves nothing"  # of a configuration that takes everything away
 FOUND = 3  # configurations that run again on test seeds
 EVALUATORS = {"loss": "loss", "accuracy": "accuracy", "elsewhere": "forgetting", "generated": "generate", "calibration": "calibration",
               "distinct": "diversity", "ranking": "preference", "reward": "preference"}  # fmt: skip
@@ -152,11 +153,13 @@ class Book:
 
 
 def spent(tried: Sequence[Tried]) -> float:
-    """In full runs: one that went on pays only the difference."""
+    """In full runs: one that went on pays only the difference. What moves nothing was not run, and is free up to one for each run."""
     far: dict[int, float] = {}
+    idle = {t.seen.number for t in tried if IDLE in t.measured.failed}
     for t in tried:
         far[t.seen.number] = max(far.get(t.seen.number, 0.0), t.seen.share)
-    return sum(far.values())
+    paid = sum(share for number, share in far.items() if number not in idle)
+    return paid + max(0.0, len(idle) - paid)
 
 
 def hunt(
@@ -293,7 +296,9 @@ def _unseen(recipe: Recipe, rows: Data, said: Any) -> None:
     test = load_data(recipe.but(eval_data=said)).held_out
     known = {_content(row) for row in (*rows.rows, *rows.held_out)}
     if twice := sum(_content(row) in known for row in test):
-        raise RecipeError(f"--test-data: {twice} of {len(test)} rows also stand in data or eval_data; what a choice has seen cannot test it")
+        raise RecipeError(
+            f"--test-data: {twice} of {len(test)} rows also stand in data or eval_data; what a choice has seen cannot test it"
+        )
     if not test:
         raise RecipeError(f"--test-data: {said} holds no rows")
 
@@ -388,9 +393,7 @@ def search(
     return conduct(made, Path(folder) if folder else None, storage, watch, workers)
 
 
-def conduct(
-    made: Quest, folder: Path | None = None, storage: str | None = None, watch: Any = None, workers: int = 1
-) -> dict[str, Any]:
+def conduct(made: Quest, folder: Path | None = None, storage: str | None = None, watch: Any = None, workers: int = 1) -> dict[str, Any]:
     """Search, run what was found on test seeds, and say what came of it. Also written to FOLDER/search.json and report.html.
 
     workers: how many of a Ray cluster measure side by side (luthier/cluster.py).
@@ -407,14 +410,9 @@ def conduct(
         first = [(Asked(dict(begins or {})), "recipe"), *((Asked(dict(p)), "earlier") for p in made.earlier if p != begins)]
         for sentence in _told(made):
             watch.tell(sentence)
-        n = 0
 
         def tell(t: Tried) -> None:
-            nonlocal n
-            n += 1
-            watch.step({"step": n, "seconds": t.measured.took, **t.goals})
-            if t.measured.failed:
-                watch.tell(f"configuration {t.seen.number} has no numbers: {t.measured.failed}")
+            watch.step({"step": int(spent(book.tried()) + 1e-9), "seconds": t.measured.took, "said": went(made, t), **t.goals})
 
         with watch.training(int(made.trials) if math.isfinite(made.trials) else 0, 0):
             alone = lambda trials: hunt(
@@ -430,6 +428,17 @@ def conduct(
         store.write_json(folder / "search.json", result)
         store.write_text(folder / "report.html", page(result))
     return result
+
+
+def went(made: Quest, t: Tried) -> str:
+    """What was tried, and what came of it, in a line."""
+    what = "the recipe as it is" if t.kind == "recipe" else told(t.seen.point)
+    far = f" ({number(t.seen.share, True)} of the steps)" if t.seen.share < 1 else ""
+    if t.measured.failed:
+        came = f"{'left out' if IDLE in t.measured.failed else 'no numbers'}, {t.measured.failed}"
+    else:
+        came = ", ".join(f"{g.name} {number(t.goals[g.name], says(g.metric).share)}" for g in made.goals)
+    return f"{t.seen.number}. {what}{far}: {came}"
 
 
 def _book(made: Quest, folder: Path, storage: str | None, worker: str = "") -> Book:
@@ -501,7 +510,7 @@ def _measure(made: Quest, folder: Path, t: Any, index: int) -> Measured:
                 _run(made, recipe.but(seed=seed), where, share)
         except RecipeError as error:
             sentence = str(error)
-            if t.user_attrs["kind"] != "recipe" and ("is not finite" in sentence or "memory" in sentence or "moves nothing" in sentence):
+            if t.user_attrs["kind"] != "recipe" and ("is not finite" in sentence or "memory" in sentence or IDLE in sentence):
                 return Measured({}, time.perf_counter() - began, sentence)
             raise RecipeError(f"configuration {index} ({told(point) or 'the recipe as it is'}), seed {seed}: {error}") from None
         by_seed[seed] = numbers(where, made.goals)

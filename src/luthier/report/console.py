@@ -127,8 +127,12 @@ class Console(Quiet):
         self.seconds = keep * self.seconds + log.get("seconds", 0.0)
         steps, self.done = log["step"] - self.done, log["step"]
         self.steps += steps
+        if line := log.get("said"):  # a step that is worth a line of its own
+            self.say(line)
         if self.bar is not None:
             self.bar.update(self.task, advance=steps, said=self._said())
+        elif line:
+            return
         elif self.done == self.total or (self.done - self.told) * 10 >= self.total:
             self.told = self.done
             self.say(f"step {self.done}/{self.total}  {self._said()}")
