@@ -60,6 +60,15 @@ def tiny(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def forks():
+    """(code, folder, *arguments) -> a process that may be killed."""
+    from forks import parent
+
+    with parent() as made:
+        yield made
+
+
+@pytest.fixture(scope="session")
 def real() -> Path:
     """The folder of real data; tests that need it are skipped where it is absent."""
     folder = Path(os.environ.get("LUTHIER_DATA") or Path(__file__).parents[2] / "shared" / "data")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -84,14 +83,13 @@ def test_a_run_is_the_same_run(base, tmp_path, tuner, role, tiny):
     assert not list((tmp_path / "b").glob("said-*"))
 
 
-def test_killed_and_resumed_is_uninterrupted(base, tmp_path):
+def test_killed_and_resumed_is_uninterrupted(base, tmp_path, forks):
     """In the second epoch, between two checkpoints."""
     recipe = base | {"objective": "dpo", "data": PAIRS[:12], "roles": {"reference": "start"}, "max_steps": 8, "save_steps": 3}
     whole = luthier.tune(recipe, folder=tmp_path / "whole")
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    (tmp_path / "killed.py").write_text(KILLED)
-    dead = subprocess.run([sys.executable, "killed.py", "recipe.json", "broken", "5"], cwd=tmp_path, capture_output=True)
-    assert dead.returncode == -signal.SIGKILL, dead.stderr.decode()[-2000:]
+    dead = forks(KILLED, tmp_path, "recipe.json", "broken", "5")
+    assert dead.wait() == -signal.SIGKILL, dead.said()
     assert list((tmp_path / "broken").glob("said-reference-*"))
     resumed = luthier.tune(recipe, folder=tmp_path / "broken")
     assert resumed.losses == whole.losses

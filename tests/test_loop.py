@@ -175,8 +175,7 @@ def test_plain_loop_of_transformers_is_ours(base, tmp_path, tiny):
 # ------------------------------------------------------------------------------------------ killed and resumed
 
 KILLED = """
-import json, os, signal, sys, torch
-torch.set_num_threads(1)
+import json, os, signal, sys
 import luthier
 from luthier.loop import Fit
 after = int(sys.argv[3])
@@ -207,15 +206,13 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_killed_and_resumed_is_uninterrupted(base, tmp_path, name):
+def test_killed_and_resumed_is_uninterrupted(base, tmp_path, forks, name):
     """kill -9 at a step drawn from the test's name, then the same command: every tensor and every loss bit for bit."""
     recipe = base | {"max_steps": 7} | RECIPES[name]
     whole = luthier.tune(recipe, folder=tmp_path / "whole")
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    (tmp_path / "killed.py").write_text(KILLED)
-    after = 1 + sum(map(ord, name)) % 6
-    dead = subprocess.run([sys.executable, "killed.py", "recipe.json", "broken", str(after)], cwd=tmp_path, capture_output=True)
-    assert dead.returncode == -signal.SIGKILL, dead.stderr.decode()[-2000:]
+    dead = forks(KILLED, tmp_path, "recipe.json", "broken", str(1 + sum(map(ord, name)) % 6))
+    assert dead.wait() == -signal.SIGKILL, dead.said()
     assert not (tmp_path / "broken" / "report.json").exists()
     resumed = luthier.tune(recipe, folder=tmp_path / "broken")
     assert resumed.losses == whole.losses
@@ -232,8 +229,7 @@ MOMENTS = {  # the process dies at the first call of this, which the second proc
     "the report": "luthier.report.write_report",
 }
 DIES = """
-import importlib, json, os, signal, sys, torch
-torch.set_num_threads(1)
+import importlib, json, os, signal, sys
 import luthier, luthier.run
 *path, name = sys.argv[3].split(".")
 while path:
@@ -254,19 +250,25 @@ luthier.tune(json.load(open(sys.argv[1])), folder=sys.argv[2])
 """
 
 
+@pytest.fixture(scope="module")
+def never_killed(tiny, tmp_path_factory):
+    """A recipe, and its report where nobody killed it."""
+    recipe = recipe_of(tiny) | {"tuner": "lora", "stages": ["ifd"], "evaluate": ["loss", "generate", "forgetting"]}
+    return recipe, luthier.tune(recipe, folder=tmp_path_factory.mktemp("whole"))
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_killed_anywhere_goes_on(base, tmp_path, moment):
+def test_killed_anywhere_goes_on(never_killed, tmp_path, forks, moment):
     """Not only between steps: whatever a kill leaves half done is done again or left aside."""
-    recipe = base | {"tuner": "lora", "stages": ["ifd"], "evaluate": ["loss", "generate", "forgetting"]}
-    whole = luthier.tune(recipe, folder=tmp_path / "whole")
+    recipe, whole = never_killed
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    (tmp_path / "dies.py").write_text(DIES)
-    dead = subprocess.run([sys.executable, "dies.py", "recipe.json", "broken", MOMENTS[moment]], cwd=tmp_path, capture_output=True)
-    assert dead.returncode == -signal.SIGKILL, dead.stderr.decode()[-2000:]
+    dead = forks(DIES, tmp_path, "recipe.json", "broken", MOMENTS[moment])
+    assert dead.wait() == -signal.SIGKILL, dead.said()
     assert not (tmp_path / "broken" / "report.json").exists()
     resumed = luthier.tune(recipe, folder=tmp_path / "broken")
     assert (resumed.losses, resumed.before, resumed.after) == (whole.losses, whole.before, whole.after)
-    assert all(torch.equal(v, weights(tmp_path / "broken")[k]) for k, v in weights(tmp_path / "whole").items())
+    a, b = weights(whole.folder), weights(tmp_path / "broken")
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_a_checkpoint_half_written_is_no_checkpoint(base, tmp_path):
@@ -290,20 +292,20 @@ def test_another_version_going_on_is_told(base, tmp_path, monkeypatch):
     assert any("begun by luthier 0.0.9" in n for n in luthier.tune(base, folder=tmp_path).notes)
 
 
-def test_killed_from_outside_three_times_in_a_row(base, tmp_path):
+def test_killed_from_outside_three_times_in_a_row(base, tmp_path, forks):
     """Whatever it was doing just then, checkpoints included: the end is that of a run that nobody killed."""
-    recipe = base | {"tuner": "lora", "max_steps": 60, "save_steps": 1, "logging_steps": 1}
+    recipe = base | {"tuner": "lora", "max_steps": 32, "save_steps": 1, "logging_steps": 1}
     whole = luthier.tune(recipe, folder=tmp_path / "whole")
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
-    code = "import json, torch; torch.set_num_threads(1); import luthier; luthier.tune(json.load(open('recipe.json')), folder='broken')"
+    code = "import json, luthier; luthier.tune(json.load(open('recipe.json')), folder='broken')"
     lines, seen = tmp_path / "broken" / "metrics.jsonl", 0
-    for least in (3, 12, 30):
-        running = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE)
+    for least in (2, 6, 12):
+        running = forks(code, tmp_path)
         while running.poll() is None and seen < least:
             seen = len(lines.read_bytes().splitlines()) if lines.is_file() else 0
             time.sleep(0.001)
         running.kill()
-        assert running.wait() == -signal.SIGKILL, running.stderr.read().decode()[-2000:]
+        assert running.wait() == -signal.SIGKILL, running.said()
     resumed = luthier.tune(recipe, folder=tmp_path / "broken")
     assert resumed.losses == whole.losses and any("going on from checkpoint-" in n for n in resumed.notes)
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "broken")

@@ -246,9 +246,15 @@ def build(kind: str, spec: Any) -> Any:
         if key not in allowed:
             raise RecipeError(f"{kind} '{cls.name}' has no setting '{key}'{meant(key, allowed)}")
     try:
-        return TypeAdapter(cls).validate_python(settings)
+        return _reader(cls).validate_python(settings)
     except ValidationError as error:
         raise RecipeError(f"{kind} '{cls.name}': {complaints(error)}") from None
+
+
+@cache
+def _reader(cls: type) -> TypeAdapter:
+    """What checks a class's settings: made once, as making it takes longer than all it is asked."""
+    return TypeAdapter(cls)
 
 
 def complaints(error: ValidationError) -> str:
