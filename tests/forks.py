@@ -22,7 +22,7 @@ import torch
 torch.set_num_threads(1)
 import luthier.run, luthier.later
 luthier.later.import_models()
-import accelerate, peft, transformers.models.llama.modeling_llama
+import accelerate, peft, torch.fx.experimental.symbolic_shapes, transformers.models.llama.modeling_llama
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)
 for line in sys.stdin:
