@@ -266,17 +266,17 @@ class Console(Quiet):
                     line[f"{goal['name']}, {when}"] = "" if value is None else shown(goal["metric"], value) + span
             lines.append(line)
         if lines:
-            self.listing(lines, tuple(lines[0]))
+            self.listing(lines, tuple(lines[0]), heads=True)
         for i, one in enumerate(result["found"]):
             self.say(f"  luthier tune {Path(result['folder']) / one['name']}.yaml", "bold" if not i else "")
         self.say(f"Report: {Path(result['folder']) / 'report.html'}")
 
-    def listing(self, found: Sequence[dict], columns: Sequence[str]) -> None:
-        """Objects as a table: a line each at a pipe, so that it can be searched."""
+    def listing(self, found: Sequence[dict], columns: Sequence[str], heads: bool = False) -> None:
+        """Objects as a table: a line each at a pipe, so that it can be searched. heads: what columns are is said there, too."""
         from rich.text import Text
 
         if not self.screen.is_terminal:
-            cells = [[plain(one[c]) for c in columns] for one in found]
+            cells = [*([list(columns)] if heads else []), *([plain(one[c]) for c in columns] for one in found)]
             widths = [min(48, max((len(row[i]) for row in cells), default=0)) for i in range(len(columns))]
             for row in cells:
                 self.say("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
