@@ -162,7 +162,7 @@ class Console(Quiet):
         for what, much in cost(report.stats):
             self.say(f"  {what:<20} {much}")
         if compared := report.stats.get("table"):
-            self.listing(compared, tuple(compared[0]))
+            self.listing(compared, tuple(compared[0]), heads=True)
         page = Path(report.folder) / "report.html"
         self.say()
         for act in report.acts:
