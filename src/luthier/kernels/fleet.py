@@ -20,7 +20,7 @@ from luthier.architectures._outputs import Outputs
 from luthier.architectures.causal import ENDLESS, Causal
 from luthier.batch import Batch
 from luthier.kernels.layout import joined, lay_out
-from luthier.kernels.lora import update
+from luthier.kernels.lora import linears, update
 from luthier.roles import Policy
 
 if TYPE_CHECKING:
@@ -106,7 +106,14 @@ def side_by_side(policies: Sequence[Policy], sizes: Sequence[int]) -> Iterator[N
 
 
 def _together(base: nn.Module, parts: Sequence[Any], sizes: Sequence[int]) -> Any:
+    from luthier.tuners._delta import oriented
+    from luthier.tuners._peft_lora import is_matrix
+
     def forward(x: Tensor) -> Tensor:
+        live = [list(layer.active_adapters) if layer is not None else [] for layer in parts]
+        if max(map(len, live)) < 2 and is_matrix(base, x):
+            own = [(*layer._factors(names[0]), layer.scaling[names[0]]) if names else None for layer, names in zip(parts, live, strict=True)]
+            return linears(x, oriented(base), base.bias, own, sizes)
         y = base(x)
         said = []
         for layer, own, seen in zip(parts, y.split(list(sizes), 1), x.split(list(sizes), 1), strict=True):

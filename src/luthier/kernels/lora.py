@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from luthier.kernels import differentiated_otherwise
 
 
+Part = tuple[Tensor, Tensor, float]  # A, B, scale
+
+
 def plain(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """[.., in], [.., out], [r, in], [out, r] -> [.., out]: the obvious way, in the adapter's precision."""
     return (y.to(A.dtype) + (x.to(A.dtype) @ A.T) @ B.T * scale).to(y.dtype)
@@ -82,6 +85,70 @@ class _Update(torch.autograd.Function):
         inner = grad @ (B * ctx.scale).to(x.dtype) if wants_x or wants_a else None
         d_x = (inner @ A.to(x.dtype)).view(x.shape) if wants_x else None
         return d_x, d_y, *_factors(flat, grad, low, inner if wants_a else None, A, B, ctx.scale, wants_b), None
+
+
+def linears(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part | None], sizes: Sequence[int]) -> Tensor:
+    """The same, where each stretch of `sizes` places of x [.., T, in] has an update of its own, or none."""
+    if torch.compiler.is_compiling() or differentiated_otherwise():
+        return _stretches(x, weight, bias, parts, sizes, update if torch.compiler.is_compiling() else plain)
+    factors = [t for part in parts for t in (part[:2] if part else (None, None))]
+    return _Linears.apply(x, weight, bias, tuple(p[2] if p else 0.0 for p in parts), tuple(sizes), *factors)
+
+
+def _stretches(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Any, sizes: Sequence[int], way: Callable[..., Tensor]) -> Tensor:
+    """By operations that torch differentiates."""
+    both = zip(x.split(list(sizes), -2), nn.functional.linear(x, weight, bias).split(list(sizes), -2), parts, strict=True)
+    return torch.cat([way(seen, own, *part) if part else own for seen, own, part in both], -2)
+
+
+class _Linears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: Any, sizes: Any, *factors: Any) -> Tensor:
+        y = nn.functional.linear(x, weight, bias)
+        kept: list[Tensor | None] = []
+        for seen, own, A, B, scale in zip(x.split(sizes, -2), y.split(sizes, -2), factors[::2], factors[1::2], scales, strict=True):
+            if A is None:
+                kept += None, None, None
+                continue
+            a, b, seen = A.to(x.dtype), (B * scale).to(x.dtype), seen.reshape(-1, seen.shape[-1])
+            kept += a, b, (low := seen @ a.T)
+            own.view(-1, own.shape[-1]).addmm_(low, b.T)
+        ctx.save_for_backward(x, weight, bias, *factors, *kept)
+        ctx.scales, ctx.sizes = scales, sizes
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, *rest = ctx.saved_tensors
+        factors, kept, sizes = rest[: 2 * len(ctx.sizes)], rest[2 * len(ctx.sizes) :], ctx.sizes
+        if torch.is_grad_enabled():
+            return _Linears.again(ctx, x, weight, bias, factors, grads[0])
+        d_x = grads[0] @ weight if ctx.needs_input_grad[0] else None
+        found: list[Tensor | None] = []
+        for i, (seen, grad) in enumerate(zip(x.split(sizes, -2), grads[0].split(sizes, -2), strict=True)):
+            A, B, (a, b, low) = factors[2 * i], factors[2 * i + 1], kept[3 * i : 3 * i + 3]
+            if a is None:
+                found += None, None
+                continue
+            seen, grad = seen.reshape(-1, seen.shape[-1]), grad.reshape(-1, grad.shape[-1])
+            wants_a, wants_b = ctx.needs_input_grad[5 + 2 * i : 7 + 2 * i]
+            inner = grad @ b if wants_a or d_x is not None else None
+            if d_x is not None:
+                d_x.split(sizes, -2)[i].view(-1, x.shape[-1]).addmm_(inner, a)
+            found += _factors(seen, grad, low, inner if wants_a else None, A, B, ctx.scales[i], wants_b)
+        return d_x, None, None, None, None, *found
+
+    @staticmethod
+    def again(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        there = [f for f in factors if f is not None]
+
+        def plainly(x: Tensor, *some: Tensor) -> Tensor:
+            of = iter(some)
+            parts = [None if A is None else (next(of), next(of), s) for A, s in zip(factors[::2], ctx.scales, strict=True)]
+            return _stretches(x, weight, bias, parts, ctx.sizes, plain)
+
+        found = iter(again(plainly, (x, *there), grad))
+        return next(found), None, None, None, None, *(None if f is None else next(found) for f in factors)
 
 
 def _factors(

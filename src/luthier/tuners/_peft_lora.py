@@ -271,7 +271,7 @@ class QuickLinear(Linear):
         if args or kwargs or self.disable_adapters or self.merged or not all(map(self._is_plain, live)):
             return super().forward(x, *args, **kwargs)
         base = cast("Matrix", self.get_base_layer())
-        if live and _is_matrix(base) and x.dtype == base.weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if live and is_matrix(base, x):
             first, *live = live
             y = linear(x, oriented(base), base.bias, *self._factors(first), self.scaling[first])
         else:
@@ -297,7 +297,8 @@ class QuickLinear(Linear):
         return not drops and adapter not in self.lora_variant and self.lora_B[adapter].bias is None
 
 
-def _is_matrix(base: nn.Module) -> bool:
-    """A frozen weight, and nothing around it."""
+def is_matrix(base: nn.Module, x: torch.Tensor) -> bool:
+    """A frozen weight and nothing around it, in the precision of x?"""
     plain = type(base) in (nn.Linear, Conv1D) and not (base._forward_hooks or base._forward_pre_hooks)
-    return plain and not any(p.requires_grad for p in base.parameters())
+    plain = plain and not any(p.requires_grad for p in base.parameters())
+    return plain and x.dtype == base.weight.dtype and not torch.is_autocast_enabled(x.device.type)
