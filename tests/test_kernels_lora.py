@@ -39,13 +39,46 @@ def test_linear_is_its_plain_twin(asked, dtype, atol, bias):
         assert torch.allclose(a[name].grad.float(), b[name].grad.float(), atol=atol), name
 
 
-@pytest.mark.parametrize("way", ["linear", "update"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.3)])
+def test_stretches_meet_their_own_updates(dtype, atol, bias):
+    """One product for all, and A and B of a member for its places alone; one member has none, one has another rank."""
+    sizes, ranks, found = (2, 1, 3, 4), (3, None, 2, 5), []
+    for way in ("plain", "fast", "twice"):
+        g = torch.Generator().manual_seed(0)
+        x, weight = torch.randn(1, 10, 12, generator=g).to(dtype).requires_grad_(), torch.randn(7, 12, generator=g).to(dtype)
+        b = torch.randn(7, generator=g).to(dtype) if bias else None
+        parts = [None if r is None else (*(torch.randn(s, generator=g).requires_grad_() for s in ((r, 12), (7, r))), 0.2 * r) for r in ranks]
+        moving = [x, *(t for part in parts if part for t in part[:2])]
+        if way == "plain":
+            each = zip(x.split(sizes, 1), parts, strict=True)
+            y = torch.cat([plain(s, weight, b, *part) if part else nn.functional.linear(s, weight, b) for s, part in each], 1)
+        else:
+            y = lora.linears(x, weight, b, parts, sizes)
+        aim = torch.randn(y.shape, generator=g)
+        found.append([y, *torch.autograd.grad((y.float() * aim).sum(), moving, create_graph=way == "twice")])
+    for others in zip(*found, strict=True):
+        for got in others[1:]:
+            assert got.dtype == others[0].dtype and torch.allclose(got.float(), others[0].float(), atol=atol, rtol=atol / 20)
+
+
+@pytest.mark.parametrize("way", ["linear", "update", "linears"])
 def test_derivatives_of_every_kind(way):
     """Second ones, and those that torch.func takes forward."""
     x, weight, bias, A, B = given("xAB").values()
     y = torch.randn(2, 5, 7)
-    fast = {"linear": lambda x, A, B: lora.linear(x, weight, bias, A, B, 0.7), "update": lambda x, A, B: lora.update(x, y, A, B, 0.7)}[way]
-    slow = {"linear": lambda x, A, B: plain(x, weight, bias, A, B, 0.7), "update": lambda x, A, B: lora.plain(x, y, A, B, 0.7)}[way]
+    fast = {
+        "linear": lambda x, A, B: lora.linear(x, weight, bias, A, B, 0.7),
+        "update": lambda x, A, B: lora.update(x, y, A, B, 0.7),
+        "linears": lambda x, A, B: lora.linears(x.view(1, 10, 12), weight, bias, [(A, B, 0.7), (B.T[:, :1] + A, B, 0.7)], (4, 6)),
+    }[way]
+    slow = {
+        "linear": lambda x, A, B: plain(x, weight, bias, A, B, 0.7),
+        "update": lambda x, A, B: lora.plain(x, y, A, B, 0.7),
+        "linears": lambda x, A, B: torch.cat(
+            [plain(x.view(10, 12)[:4], weight, bias, A, B, 0.7), plain(x.view(10, 12)[4:], weight, bias, B.T[:, :1] + A, B, 0.7)]
+        )[None],
+    }[way]
     second = []
     for f in (fast, slow):
         grads = torch.autograd.grad(f(x, A, B).sin().sum(), (x, A, B), create_graph=True)

@@ -106,6 +106,19 @@ def test_a_direction_does_not_depend_on_threads():
     assert float((one[0] * one[1]).mean().abs()) < 5e-3  # pieces are drawn apart
 
 
+def test_a_direction_is_normal():
+    """Moments, tails and the share below some quantiles, within five standard errors of a million draws; any scale is the same z."""
+    like = torch.empty(2**20 + 3)
+    z = direction(Clock(3), 0, "layer", "weight", like)
+    error = 5 / 2**10
+    for power, (want, spread) in {1: (0, 1), 2: (1, 2**0.5), 3: (0, 15**0.5), 4: (3, 96**0.5)}.items():
+        assert abs(float(z.double().pow(power).mean()) - want) < error * spread, power
+    for at, share in ((-3.0, 0.00135), (-1.0, 0.15866), (0.0, 0.5), (2.0, 0.97725)):
+        assert abs(float((z < at).double().mean()) - share) < error * (share * (1 - share)) ** 0.5, at
+    assert abs(float((z[1:] * z[:-1]).double().mean())) < error
+    assert torch.equal(direction(Clock(3), 0, "layer", "weight", like, scale=1e-3), z * 1e-3)
+
+
 def test_signs_are_fair_and_apart():
     like = torch.empty(1000, 1001)
     z = direction(Clock(3), 0, "layer", "weight", like, "sign")

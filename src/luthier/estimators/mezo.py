@@ -5,8 +5,9 @@ so any chain may follow (the paper's is `optim: {name: sgd, max_grad_norm: 0}`; 
 `lr_scheduler_type: constant`). The paper adds, subtracts and adds the probe in place, which leaves rounding behind at each
 step (much of it in bfloat16) and a displaced model after an error. Here what moves is exchanged for a displaced copy: it
 takes the memory of inference and one more copy of what moves, next to nothing for LoRA or a prompt. The second probe is the
-mirror image of the first as it was rounded, so z is drawn twice a step, for the probe and for the update. The two are not
-read side by side in one pass: that could save at most a tenth from some 700 tokens a probe on (CPU, 5M and 26M parameters).
+mirror image of the first as it was rounded, so z is drawn twice a step, for the probe and for the update; on a CPU from a
+table of 65,536 values, the largest 4.3, in two thirds of the time that torch takes. The two probes are not read side by side
+in one pass: that could save at most a tenth from some 700 tokens a probe on (CPU, 5M and 26M parameters).
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class MeZO(Estimator):
 
     eps: Annotated[float, Field(gt=0)] = 1e-3  # length of the probe
     n_probes: Annotated[int, Field(ge=1)] = 1  # directions per step; each costs two forward passes
-    noise: Literal["normal", "sign"] = "normal"  # of the directions; sign: +1 or -1 (as in SPSA), drawn in less than half the time on a CPU
+    noise: Literal["normal", "sign"] = "normal"  # of the directions; sign: +1 or -1 (as in SPSA), drawn in three fifths of the time on a CPU
 
     def step(self, closure, chain, clock):
         losses, slopes = [], []
@@ -71,7 +72,7 @@ def direction(clock, probe: int, site: str, slot: str, like: Tensor, noise: str 
         names = (probe, site, slot, k) if k else (probe, site, slot)
         rng = torch.Generator(like.device).manual_seed(clock.fold("mezo", *names))
         if noise == "normal" and not on_cpu:
-            pieces[k].normal_(std=scale, generator=rng)
+            pieces[k].normal_(generator=rng).mul_(scale)
             return
         for part in pieces[k].split(BLOCK) if on_cpu else pieces:
             looked_up(part, noise, rng).mul_(scale)

@@ -88,7 +88,7 @@ class _Update(torch.autograd.Function):
 
 
 def linears(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part | None], sizes: Sequence[int]) -> Tensor:
-    """The same, where each stretch of `sizes` places of x [.., T, in] has an update of its own, or none."""
+    """The same for one row x [1, T, in], each stretch of whose places (`sizes`) has an update of its own, or none."""
     if torch.compiler.is_compiling() or differentiated_otherwise():
         return _stretches(x, weight, bias, parts, sizes, update if torch.compiler.is_compiling() else plain)
     factors = [t for part in parts for t in (part[:2] if part else (None, None))]
@@ -162,6 +162,7 @@ def _factors(
 
 def again(f: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
     """Gradients that somebody will differentiate: through plain operations, from the inputs alone."""
+    inputs = [x.view_as(x) if x.requires_grad else x for x in inputs]  # each counts by itself, though one be made of another
     wanted = [x for x in inputs if x.requires_grad]
     found = iter(torch.autograd.grad(f(*inputs), wanted, grad, create_graph=True))
     return [next(found) if x.requires_grad else None for x in inputs]
