@@ -48,7 +48,9 @@ def test_stretches_meet_their_own_updates(dtype, atol, bias):
         g = torch.Generator().manual_seed(0)
         x, weight = torch.randn(1, 10, 12, generator=g).to(dtype).requires_grad_(), torch.randn(7, 12, generator=g).to(dtype)
         b = torch.randn(7, generator=g).to(dtype) if bias else None
-        parts = [None if r is None else (*(torch.randn(s, generator=g).requires_grad_() for s in ((r, 12), (7, r))), 0.2 * r) for r in ranks]
+        parts = [
+            None if r is None else (*(torch.randn(s, generator=g).requires_grad_() for s in ((r, 12), (7, r))), 0.2 * r) for r in ranks
+        ]
         moving = [x, *(t for part in parts if part for t in part[:2])]
         if way == "plain":
             each = zip(x.split(sizes, 1), parts, strict=True)

@@ -35,7 +35,9 @@ class MeZO(Estimator):
 
     eps: Annotated[float, Field(gt=0)] = 1e-3  # length of the probe
     n_probes: Annotated[int, Field(ge=1)] = 1  # directions per step; each costs two forward passes
-    noise: Literal["normal", "sign"] = "normal"  # of the directions; sign: +1 or -1 (as in SPSA), drawn in three fifths of the time on a CPU
+    noise: Literal["normal", "sign"] = (
+        "normal"  # of the directions; sign: +1 or -1 (as in SPSA), drawn in three fifths of the time on a CPU
+    )
 
     def step(self, closure, chain, clock):
         losses, slopes = [], []
@@ -54,8 +56,7 @@ class MeZO(Estimator):
         def estimate(name: str) -> dict[str, Tensor]:
             moving = {k: p for k, p in sites[name].slots.items() if p.requires_grad}
             return {
-                k: reduce(add, (direction(clock, i, name, k, p, self.noise, g) for i, g in enumerate(slopes)))
-                for k, p in moving.items()
+                k: reduce(add, (direction(clock, i, name, k, p, self.noise, g) for i, g in enumerate(slopes))) for k, p in moving.items()
             }
 
         chain.step(Lazily(sites, estimate))

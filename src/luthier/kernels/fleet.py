@@ -112,7 +112,9 @@ def _together(base: nn.Module, parts: Sequence[Any], sizes: Sequence[int]) -> An
     def forward(x: Tensor) -> Tensor:
         live = [list(layer.active_adapters) if layer is not None else [] for layer in parts]
         if max(map(len, live)) < 2 and is_matrix(base, x):
-            own = [(*layer._factors(names[0]), layer.scaling[names[0]]) if names else None for layer, names in zip(parts, live, strict=True)]
+            own = [
+                (*layer._factors(names[0]), layer.scaling[names[0]]) if names else None for layer, names in zip(parts, live, strict=True)
+            ]
             return linears(x, oriented(base), base.bias, own, sizes)
         y = base(x)
         said = []

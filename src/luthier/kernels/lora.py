@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from luthier.kernels import differentiated_otherwise
 
-
 Part = tuple[Tensor, Tensor, float]  # A, B, scale
 
 
