@@ -35,9 +35,7 @@ class MeZO(Estimator):
 
     eps: Annotated[float, Field(gt=0)] = 1e-3  # length of the probe
     n_probes: Annotated[int, Field(ge=1)] = 1  # directions per step; each costs two forward passes
-    noise: Literal["normal", "sign"] = (
-        "normal"  # of the directions; sign: +1 or -1 (as in SPSA), drawn in three fifths of the time on a CPU
-    )
+    noise: Literal["normal", "sign"] = "normal"  # of the directions; sign: +1 or -1 (as in SPSA), drawn in 3/5 of the time on a CPU
 
     def step(self, closure, chain, clock):
         losses, slopes = [], []

@@ -105,16 +105,15 @@ def side_by_side(policies: Sequence[Policy], sizes: Sequence[int]) -> Iterator[N
         yield
 
 
-def _together(base: nn.Module, parts: Sequence[Any], sizes: Sequence[int]) -> Any:
+def _together(base: Any, parts: Sequence[Any], sizes: Sequence[int]) -> Any:
     from luthier.tuners._delta import oriented
     from luthier.tuners._peft_lora import is_matrix
 
     def forward(x: Tensor) -> Tensor:
         live = [list(layer.active_adapters) if layer is not None else [] for layer in parts]
         if max(map(len, live)) < 2 and is_matrix(base, x):
-            own = [
-                (*layer._factors(names[0]), layer.scaling[names[0]]) if names else None for layer, names in zip(parts, live, strict=True)
-            ]
+            pairs = zip(parts, live, strict=True)
+            own = [(*layer._factors(names[0]), layer.scaling[names[0]]) if names else None for layer, names in pairs]
             return linears(x, oriented(base), base.bias, own, sizes)
         y = base(x)
         said = []
