@@ -70,7 +70,7 @@ def generate(
 
 @torch.no_grad()
 def _write(
-    writer: Writer, prompts: list[list[int]], n: int, ends: list[int], pick: Picker, stop: set[int], hear: Callable[..., object] | None
+    writer: Writer, prompts: list[list[int]], n: int, ends: list[int], pick: Picker, stop: set[int], hear: Callable[..., object] | None = None
 ) -> list[list[int]]:
     logits = writer.begin(prompts, n)
     written: list[list[int]] = [[] for _ in ends]
