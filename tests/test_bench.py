@@ -9,7 +9,7 @@ import pytest
 from luthier.bench import bench, picture, table
 from luthier.bench.measure import _summed
 from luthier.bench.scenarios import SCENARIOS, job, work
-from luthier.bench.shapes import lengths
+from luthier.bench.shapes import lengths, make
 from luthier.method import RecipeError
 
 
@@ -20,6 +20,11 @@ def test_turns_on_a_tiny_shape(tmp_path):
     assert 0 < found["contestants"]["luthier"]["share_of_peak"] < 1 and found["matmul_peak_gflops"] > 0
     assert json.loads((tmp_path / "sft-tiny.json").read_text()) == found
     assert (tmp_path / "sft-tiny.svg").read_text().startswith("<svg")
+
+
+def test_luthier_writes_in_the_rollout_bench(tmp_path):
+    words = make("tiny", tmp_path)["vocabulary"]
+    assert SCENARIOS["rollout"]["luthier"].begin(job("rollout", "tiny", tmp_path, words))()["seconds"] > 0
 
 
 def test_everyone_is_given_the_same_work():

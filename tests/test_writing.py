@@ -10,6 +10,8 @@ from luthier.architectures import _generate as writing
 from luthier.clock import Clock
 from luthier.estimators._estimator import displaced
 from luthier.estimators.mezo import direction
+from luthier.kernels import lora
+from luthier.kernels import packed as packing
 from luthier.method import build
 from luthier.transforms._chain import Chain
 from luthier.tuners._subset import Weights
@@ -38,6 +40,24 @@ def test_a_shared_prompt_writes_what_separate_ones_do(name):
     together = write(name, PROMPTS, [5, 6, 7, 8], n=3)
     for i, prompt in enumerate(PROMPTS):
         assert write(name, [prompt], [5 + i], n=3) == [together[i]]
+
+
+@pytest.mark.skipif(not packing.able(), reason="this chip or this torch has no layout of bf16 weights")
+@pytest.mark.parametrize("tuner", [None, {"name": "lora", "r": 4}])
+def test_packed_weights_answer_bit_for_bit_and_are_gone_afterwards(tuner, monkeypatch):
+    model = zoo.make("llama").to(torch.bfloat16)
+    attached = build("tuner", tuner).attach(model) if tuner else Untuned(model)
+    for p in attached.parameters().values():
+        torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(0))
+    used, own = [], packing.product
+    for home in (packing, lora):
+        monkeypatch.setattr(home, "product", lambda x, w, b: used.append(hasattr(w, "packed")) or own(x, w, b))
+    how = {"seeds": [1, 2, 3, 4], "n": 3, "max_new_tokens": 12}
+    fast = writing.generate(writing.decoder_writer(model, attached), PROMPTS, **how)
+    assert used and all(used)
+    assert not any(hasattr(p, "packed") for p in model.parameters()) and not any("forward" in vars(m) for m in model.modules())
+    monkeypatch.setattr(packing, "able", lambda: False)
+    assert writing.generate(writing.decoder_writer(model, attached), PROMPTS, **how) == fast
 
 
 @pytest.mark.parametrize("leave", [0.0, 0.25, 2.0])

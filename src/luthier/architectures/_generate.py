@@ -21,6 +21,7 @@ from luthier.architectures._language_model import logits_at, prefix_mask, soft_f
 from luthier.clock import Clock
 from luthier.guards import tolerance
 from luthier.kernels.attention import NAME, takes_plans
+from luthier.kernels.packed import packed
 from luthier.kernels.writing import ROOM, Written, keep_apart
 from luthier.method import RecipeError
 
@@ -62,7 +63,8 @@ def generate(
         chosen = order[start : start + some]
         pick = Picker([(seeds[i], k) for i in chosen for k in range(n)], max_new_tokens, temperature, top_p, top_k)
         ends = [room[i] for i in chosen for _ in range(n)]
-        written = _write(writer, [list(prompts[i]) for i in chosen], n, ends, pick, set(stop), hear)
+        with packed(writer.model):
+            written = _write(writer, [list(prompts[i]) for i in chosen], n, ends, pick, set(stop), hear)
         for k, i in enumerate(chosen):
             out[i] = written[k * n : (k + 1) * n]
     return out

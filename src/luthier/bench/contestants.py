@@ -311,7 +311,8 @@ def writes(job: Job, how: str) -> Run:
 
         writer = writing.decoder_writer(model, Untuned(model))  # type: ignore[arg-type]
         names = [(i, k) for i in range(len(prompts)) for k in range(n)]
-        writing._write(writer, prompts, n, ends, writing.Picker(names, most, 1.0), set())
+        with writing.packed(model):
+            writing._write(writer, prompts, n, ends, writing.Picker(names, most, 1.0), set())
 
     @torch.no_grad()
     def run() -> dict[str, float]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.kernels import differentiated_otherwise
+from luthier.kernels.packed import product
 
 Part = tuple[Tensor, Tensor, float]  # A, B, scale
 
@@ -35,6 +36,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
         return update(x, nn.functional.linear(x, weight, bias), A, B, scale)
     if differentiated_otherwise():
         return plain(x, nn.functional.linear(x, weight, bias), A, B, scale)
+    if hasattr(weight, "packed") and not torch.is_grad_enabled():
+        return update(x, product(x, weight, bias), A, B, scale)
     return _Linear.apply(x, weight, bias, A, B, scale)
 
 

@@ -1,10 +1,8 @@
 """Attention of networks that write on a CPU: one token of each sequence at a time, prompts read once for all their samples.
 
-The fused kernel of CPUs takes five times as long for a single query as two batched matrix products. What these products cost
-is mostly how many bytes they read, so keys and values are kept in bf16 where the network's are and the chip multiplies it, else
-in fp32, and own keys lie so that the product reads them row by row. And what n samples of a prompt have in common is kept once:
-their queries meet the prompt's keys together, as one matrix, and each meets the keys of its own tokens alone. Both parts end in
-one softmax, in fp32.
+The fused kernel of CPUs takes five times as long for a single query as two batched matrix products in fp32, over keys and
+values that the cache keeps in fp32. And what n samples of a prompt have in common is kept once: their queries meet the prompt's
+keys together, as one matrix, and each meets the keys of its own tokens alone. Both parts end in one softmax.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 ROOM = 64  # tokens that a cache gains at a time
 
@@ -53,24 +50,22 @@ def one_token(
     the prompts [P, H / g, V, D]. ahead: keys and values [H / g, m, D] that every query meets besides."""
     b, h, _, d = query.shape
     of_keys, of_values = key.prompt  # type: ignore[attr-defined]  # set by the cache
-    q = query.reshape(b, key.shape[1], -1, d).to(key.dtype)
+    q = query.reshape(b, key.shape[1], -1, d).float() * (d**-0.5 if scale is None else scale)
     first = written.together(q) @ of_keys.transpose(2, 3)
     first = written.apart(first.masked_fill_(~written.prompt[:, None, None], float("-inf")))
-    others = [] if ahead is None else [q @ ahead[0].to(q.dtype).transpose(1, 2)]
-    scores = torch.cat([first, q @ key.transpose(2, 3), *others], -1).float()
-    p = scores.mul_(d**-0.5 if scale is None else scale).softmax(-1).to(q.dtype)
+    others = [] if ahead is None else [q @ ahead[0].float().transpose(1, 2)]
+    p = torch.cat([first, q @ key.transpose(2, 3), *others], -1).softmax(-1)
     first, own, *others = p.split([of_keys.shape[2], key.shape[2], *(x.shape[-1] for x in others)], -1)
     out = written.apart(written.together(first) @ of_values) + own @ value
     if ahead is not None:
-        out = out + others[0] @ ahead[1].to(q.dtype)
+        out = out + others[0] @ ahead[1].float()
     return out.view(b, h, 1, -1).to(query.dtype)
 
 
 def keep_apart(layer: Any, n: int) -> None:
     """A layer of transformers' dynamic cache that has read the prompts goes on with n samples of each."""
-    dtype = torch.bfloat16 if layer.keys.dtype == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() else torch.float32
-    k, v = layer.prompt = layer.keys.to(dtype), layer.values.to(dtype)
-    layer.longer = k.new_empty(len(k) * n, k.shape[1], k.shape[3], ROOM), v.new_empty(len(v) * n, v.shape[1], ROOM, v.shape[3])
+    layer.prompt = layer.keys.float(), layer.values.float()
+    layer.longer = tuple(x.new_empty(len(x) * n, x.shape[1], ROOM, x.shape[3]) for x in layer.prompt)
     layer.filled, layer.__class__ = 0, _apart()
 
 
@@ -79,8 +74,7 @@ def _apart() -> type:
     from transformers.cache_utils import DynamicLayer
 
     class Apart(DynamicLayer):
-        """`prompt`: what was read [P, H, V, D]; `longer`: keys [B, H, D, W or more] and values [B, H, W or more, D] of
-        the own tokens, of which `filled` are there."""
+        """`prompt`: what was read [P, H, V, D]; `longer`: the own tokens [B, H, W or more, D], of which `filled` are there."""
 
         prompt: tuple[Tensor, ...]
         longer: tuple[Tensor, ...]
@@ -88,9 +82,9 @@ def _apart() -> type:
 
         def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
             start, self.filled = self.filled, self.filled + key_states.shape[2]
-            if self.filled > self.longer[1].shape[2]:
-                self.longer = tuple(F.pad(x, more) for x, more in zip(self.longer, ((0, ROOM), (0, 0, 0, ROOM)), strict=True))
-            k, v = self.longer[0][..., : self.filled].transpose(2, 3), self.longer[1][:, :, : self.filled]
+            if self.filled > self.longer[0].shape[2]:
+                self.longer = tuple(torch.cat([x, x.new_empty(*x.shape[:2], ROOM, x.shape[3])], 2) for x in self.longer)
+            k, v = (x[:, :, : self.filled] for x in self.longer)
             k[:, :, start:], v[:, :, start:] = key_states, value_states
             k.prompt = self.prompt  # type: ignore[attr-defined]  # travels with the keys to `one_token`
             return k, v
