@@ -40,7 +40,8 @@ def packed(model: nn.Module) -> Iterator[None]:
 def able() -> bool:
     """Does this torch know such layouts, and the chip bf16? Compiled layers are the compiler's."""
     own = torch.ops.mkldnn
-    return not compiled._used and torch.cpu._is_avx512_bf16_supported() and hasattr(own, "_linear_pointwise") and torch.backends.mkldnn.enabled
+    known = hasattr(own, "_linear_pointwise") and bool(torch.backends.mkldnn.enabled)
+    return known and torch.cpu._is_avx512_bf16_supported() and not compiled._used
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
