@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from conftest import SUMS
 from luthier.comparison import Study, arms_of, conduct, fair, sentence, understood
 from luthier.method import RecipeError
 from luthier.recipe import Recipe
+from luthier.report.console import Console
 
 
 @pytest.fixture
@@ -119,7 +121,12 @@ class Page(HTMLParser):
 def test_each_arm_takes_its_own_best_rate(shared, tmp_path, monkeypatch):
     arms = {"full": {"tuner": "full"}, "lora": {"tuner": "lora"}}
     how = {"seeds": 1, "learning_rates": (1e-6, 3e-3, 3.0)}
-    found = conduct(study(shared, arms, **how), tmp_path / "c")
+    told = StringIO()
+    found = conduct(study(shared, arms, **how), tmp_path / "c", Console(told))
+    lines = [line for line in told.getvalue().splitlines() if not line.startswith("·")]
+    value = json.loads((tmp_path / "c" / "learning_rates.json").read_text())["full"]["0.003"]
+    assert len(lines) == 8 and any(line.startswith(f"full, learning rate 0.003: loss on held-out rows {value:.2f}") for line in lines)
+    assert lines[-1].startswith("lora, seed 0: loss on held-out rows") and " left)" in lines[0] and "left" not in lines[-1]
     assert found["arms"]["full"]["learning_rate"] == 3e-3 and found["arms"]["lora"]["learning_rate"] >= 3e-3
     picked = json.loads((tmp_path / "c" / "learning_rates.json").read_text())
     assert set(picked["full"]) == {"1e-06", "0.003", "3"} and any("learning rate 0.003" in note for note in found["notes"])

@@ -215,9 +215,10 @@ def swept(study: Study, arms: dict[str, Recipe], folder: Path, watch: Any) -> tu
     with watch.training(len(todo), 0):
         for i, (name, rate) in enumerate(todo):
             began = time.perf_counter()
-            found.setdefault(name, {})[f"{rate:g}"] = _reached(study, tuned[name, rate], folder / "rates" / f"{name}-{rate:g}")
+            value = found.setdefault(name, {})[f"{rate:g}"] = _reached(study, tuned[name, rate], folder / "rates" / f"{name}-{rate:g}")
             store.write_json(kept, found)
-            watch.step({"step": i + 1, "seconds": time.perf_counter() - began})
+            said = f"{name}, learning rate {rate:g}: {'diverged' if value is None else _told(study.metric, value)}"
+            watch.step({"step": i + 1, "seconds": time.perf_counter() - began, "said": said})
     notes = [f"each arm at its best of {len(rates)} learning rates, picked by the same held-out rows with a seed that does not count"]
     best: dict[str, float] = {}
     for name in arms:
@@ -329,7 +330,22 @@ def _all(study: Study, found: dict[str, Found], folder: Path, watch: Any, until:
                         raise RecipeError(f"arm {name}, seed {seed}: {error}") from None
                     live[name].stopped = f"it diverged with seed {seed}: {error}"
                     watch.tell(f"{name} is stopped: {live[name].stopped}")
-            watch.step({"step": i + 1, "seconds": time.perf_counter() - began})
+            far = "" if until is None else f", {100 * until:.0f}% of the steps"
+            said = f"{name}, seed {seed}{far}: {'diverged' if live[name].stopped else _came(study, where)}"
+            watch.step({"step": i + 1, "seconds": time.perf_counter() - began, "said": said})
+
+
+def _told(metric: str, value: Any) -> str:
+    """A number as a line of progress has it."""
+    return f"{says(metric).label} {number(value, says(metric).share)}"
+
+
+def _came(study: Study, where: Path) -> str:
+    """What a run measured last, finished or paused."""
+    done = where / "report.json"
+    said = json.loads((done if done.is_file() else where / "paused.json").read_text(encoding="utf-8"))
+    known = {**said["stats"], **said["after" if done.is_file() else "metrics"]}
+    return _told(study.metric, known[study.metric]) if isinstance(known.get(study.metric), (int, float)) else "done"
 
 
 def _side_by_side(study: Study, runs: Mapping[Path, Recipe], watch: Any, until: float | None) -> set[Path]:

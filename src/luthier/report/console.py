@@ -128,7 +128,8 @@ class Console(Quiet):
         steps, self.done = log["step"] - self.done, log["step"]
         self.steps += steps
         if line := log.get("said"):  # a step that is worth a line of its own
-            self.say(line)
+            left = self._said() if self.bar is None else ""
+            self.say(f"{line} ({left})" if left else line)
         if self.bar is not None:
             self.bar.update(self.task, advance=steps, said=self._said())
         elif line:
