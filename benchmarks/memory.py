@@ -8,6 +8,7 @@ python benchmarks/memory.py b lora again    # with gradient checkpointing
 
 from __future__ import annotations
 
+import ctypes
 import resource
 import subprocess
 import sys
@@ -33,6 +34,7 @@ def cell(size: str, way: str, again: str = "") -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from luthier import memory
+    from luthier.kernels.heap import keep_memory
     from luthier.batch import collate
     from luthier.clock import Clock
     from luthier.loop import Batches, Fit
@@ -40,6 +42,7 @@ def cell(size: str, way: str, again: str = "") -> None:
     from luthier.roles import Policy, Roles
     from luthier.transforms._chain import Chain
 
+    keep_memory()  # as a run does
     torch.manual_seed(0)
     model = LlamaForCausalLM._from_config(LlamaConfig(**SIZES[size], tie_word_embeddings=True), dtype=torch.bfloat16).eval()
     model.config.use_cache, model.fresh = False, []
@@ -56,6 +59,7 @@ def cell(size: str, way: str, again: str = "") -> None:
     roles.batch = lambda some, training=False: collate(some, lambda _: row)  # these rows are tokens already
     chain = Chain(build("optimizer", "adamw").chain(), attached, clock, 1e-4)
     how = build("estimator", estimator)
+    ctypes.CDLL(None).malloc_trim(0)  # what making random weights left behind is no part of a step
     before = _now()
     need = memory.predict(roles, chain, how, [roles.batch(rows[:1]), roles.batch(rows[:2])], n * length, bool(again))
     fit = Fit(roles, rows, build("objective", "sft"), chain, how, Batches(n, n), Accelerator(cpu=True))

@@ -17,7 +17,7 @@ from luthier.batch import Batch
 from luthier.guards import Refused
 from luthier.kernels import logprobs
 from luthier.roles import Roles
-from luthier.transforms._chain import Chain
+from luthier.transforms._chain import PIECE, Chain
 
 LIBRARY = {True: 100 * 2**20, False: 60 * 2**20}  # bytes that matrix libraries and late imports take, with a backward pass and without
 SURE = 0.9  # of what is free, up to which a prediction is trusted: it is right to about 15% (benchmarks/memory.py)
@@ -60,7 +60,7 @@ def predict(roles: Roles, chain: Chain, estimator: Any, some: Sequence[Batch], t
     if head is not None:
         words = len(head.weight)
         passing += (3 if backward else 2) * 4 * words * min(round(asked * tokens), logprobs.chunk_size(words))
-        passing += 0 if head.weight.is_cuda else head.weight.nbytes * (5 if backward else 2)  # packed by the library
+        passing += 0 if head.weight.is_cuda else 2 * head.weight.nbytes  # packed by the library
         passing += 4 * head.weight.numel() if backward and any(p is head.weight for p in moving) else 0  # its gradient is summed in fp32
     kept = _grown([(len(b.ids), _kept(roles, b)) for b in some], tokens) if backward else 0
     if recompute and (layers := getattr(model.config.get_text_config(), "num_hidden_layers", 0)):
@@ -68,7 +68,7 @@ def predict(roles: Roles, chain: Chain, estimator: Any, some: Sequence[Batch], t
     return Need(
         moving=sum(p.nbytes for p in moving),
         state=sum(map(_state, chain.transforms)) * count + 4 * low,
-        update=16 * largest,
+        update=16 * (min(largest, PIECE) if all(t.pointwise for t in chain.transforms) else largest) + (4 if backward else 8) * largest,
         activations=round(kept),
         passing=round(passing),
     )
