@@ -381,6 +381,24 @@ def test_other_networks_are_read_into_codes(kind, tmp_path):
         assert all(torch.equal(p, plain.get_parameter(n)) for n, p in model.named_parameters()) or kind == "bert"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="pages of files are counted on Linux")
+def test_what_was_read_of_a_checkpoint_leaves_memory(tmp_path):
+    """The file may stay mapped for what is dense, and is all there when it is read again; its pages are not kept."""
+    from luthier.quantizers import _load
+
+    dense = base("llama")
+    dense.save_pretrained(tmp_path)
+    q = build("quantizer", "nf4")
+    model = _load.loaded(lambda **said: type(dense).from_pretrained(tmp_path, **said), q, torch.float32, torch.device("cpu"))
+    file, kept, inside = str(tmp_path / "model.safetensors"), 0, False
+    with open("/proc/self/smaps") as maps:
+        for line in maps:
+            inside = line.rstrip().endswith(file) if "-" in line.split()[0] else inside
+            kept += int(line.split()[1]) if inside and line.startswith("Rss:") else 0
+    assert kept == 0
+    assert all(torch.equal(p, dense.get_parameter(n)) for n, p in model.named_parameters())
+
+
 def test_some_experts_stay_as_they_are(tmp_path):
     """Skipped by the name of their matrix, whether read from a checkpoint or from a network that is there."""
     from luthier.quantizers._load import loaded

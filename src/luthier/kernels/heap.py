@@ -8,6 +8,7 @@ import os
 import sys
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # as in malloc.h
+DONTNEED = 4  # as in mman.h
 
 
 def keep_memory() -> bool:
@@ -19,3 +20,23 @@ def keep_memory() -> bool:
     except (AttributeError, OSError):  # another C library
         return False
     return bool(ask(MMAP_MAX, 0) and ask(TRIM_THRESHOLD, 2**31 - 1))
+
+
+class Mapped:
+    """Files of weights that this process maps from now on. What has been read of them need not stay in memory."""
+
+    def __init__(self):
+        self.before = set(_mapped())
+
+    def drop(self) -> None:
+        """Let go of all their pages; whoever reads on has them from the file again. Nothing may have been written to them."""
+        for start, end in set(_mapped()) - self.before:
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), DONTNEED)
+
+
+def _mapped() -> list[tuple[int, int]]:
+    if sys.platform != "linux":
+        return []
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as file:
+        some = (line.split()[0].split("-") for line in file if line.rstrip().endswith(".safetensors"))
+        return [(int(a, 16), int(b, 16)) for a, b in some]

@@ -16,10 +16,12 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from luthier.kernels.heap import Mapped
 from luthier.method import RecipeError, meant
 from luthier.quantizers._experts import Experts, Matrix, apart, fused, put
 from luthier.quantizers._quantizer import Codes, Quantized, Quantizer, held_as, plain
 
+WINDOW = 2**28  # bytes of weights after which what has been read of a checkpoint leaves memory
 Saved = dict[str, tuple[Quantizer, Codes]]  # module -> its quantizer and its codes
 
 
@@ -30,6 +32,7 @@ class Config(QuantizationConfigMixin):
 
     def __init__(self, quantizer: Quantizer, dtype: torch.dtype, device: torch.device, saved: Saved | None = None):
         self.quantizer, self.dtype, self.device, self.saved = quantizer, dtype, device, saved
+        self.files, self.read = Mapped(), 0  # what the checkpoint lies in, and bytes read of it since pages were let go
         self.made: Saved = {}  # until all is read: transformers empties buffers at its end
 
     def __deepcopy__(self, memo):
@@ -117,6 +120,10 @@ class Quantize(ConversionOps):
     def take(self, name: str, module: Any, W: Tensor) -> None:
         """The codes of one weight, as its module lays it out."""
         said = self.loader.quantization_config
+        said.read += W.nbytes
+        if said.read > WINDOW:
+            said.files.drop()
+            said.read = 0
         if not isinstance(module, Quantized):
             module._parameters["weight"] = nn.Parameter(W.to(said.dtype, copy=True), requires_grad=False)
         elif said.saved is None:
@@ -147,6 +154,7 @@ def loaded(load: Any, quantizer: Quantizer, dtype: torch.dtype, device: torch.de
     """load(**kwargs of from_pretrained) -> the network with its linear weights as codes."""
     config = Config(quantizer, dtype, device, saved)
     model = load(quantization_config=config, dtype=torch.float32)
+    config.files.drop()  # what stays dense is read again when it is used: the rest of its file would count as memory for good
     for name in list(config.made):
         model.get_submodule(name).take(*config.made.pop(name))
     for m in model.modules():
