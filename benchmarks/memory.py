@@ -34,9 +34,9 @@ def cell(size: str, way: str, again: str = "") -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from luthier import memory
-    from luthier.kernels.heap import keep_memory
     from luthier.batch import collate
     from luthier.clock import Clock
+    from luthier.kernels.heap import keep_memory
     from luthier.loop import Batches, Fit
     from luthier.method import build
     from luthier.roles import Policy, Roles
