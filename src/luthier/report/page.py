@@ -9,8 +9,9 @@ import json
 import math
 import platform
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -246,14 +247,16 @@ def _provenance(recipe: Any, report: Any, folder: Path) -> str:
     )
 
 
-def versions() -> Iterator[tuple[str, str]]:
+@cache
+def versions() -> tuple[tuple[str, str], ...]:
     """What computed it."""
-    yield "python", platform.python_version()
+    made = [("python", platform.python_version())]
     for name in ("luthier", "torch", "transformers", "peft", "accelerate"):
         try:
-            yield name, version(name)
+            made.append((name, version(name)))
         except PackageNotFoundError:
             continue
+    return tuple(made)
 
 
 STYLE = """
