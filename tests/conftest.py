@@ -60,6 +60,15 @@ def tiny(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="session")
+def shallow(tmp_path_factory) -> str:
+    """The same with two layers: for files of many runs, `tiny` is this one."""
+    folder = tmp_path_factory.mktemp("shallow")
+    make_llama(num_hidden_layers=2).save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
 def forks():
     """(code, folder, *arguments) -> a process that may be killed."""
     from forks import parent

@@ -26,6 +26,11 @@ from luthier.loop import Fit, draw
 from luthier.method import RecipeError
 
 
+@pytest.fixture(scope="session")
+def tiny(shallow) -> str:
+    return shallow
+
+
 def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(str(store.checkpoints(Path(folder))[-1] / "tensors.safetensors"))
 

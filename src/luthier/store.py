@@ -266,7 +266,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def _bytes(t: Tensor) -> Tensor:
-    return t.contiguous().reshape(-1).view(torch.uint8)
+    t = t.contiguous()
+    return t.as_strided((t.numel(),), (1,)).view(torch.uint8)  # of a single number a stride may be anything, and no view would be taken
 
 
 def checkpoints(folder: Path) -> list[Path]:
