@@ -81,6 +81,8 @@ def test_version_and_help():
         (["tune", "learning_rat=1"], "did you mean 'learning_rate'"),
         (["explain", "objective.beat=1", "objective=dpo"], "has no setting 'beat'"),
         (["methods", "--kind", "tuna"], "did you mean 'tuner'"),
+        (["methods", "autopet"], "there is no method 'autopet'; did you mean 'autopeft'"),
+        (["methods", "lora", "--kind", "objective"], "there is no objective 'lora'"),
         (["chat", "./nowhere"], "there is no folder ./nowhere"),
         (["export", "./nowhere", "--to", "x", "--as", "gguf"], "there is no export as 'gguf'"),
         (["inspect", "practice:lm", "practice:lm"], "give --data"),
@@ -119,6 +121,16 @@ def test_methods_as_json():
     lora = next(m for m in found if (m["kind"], m["name"]) == ("tuner", "lora"))
     assert lora["paper"] == "arXiv:2106.09685" and "low-rank" in lora["gives"]
     assert {m["kind"] for m in json.loads(luth("methods", "--kind", "tuner", "--json").stdout)} == {"tuner"}
+
+
+def test_one_method_tells_its_settings():
+    said = luth("methods", "autopeft").stdout
+    assert "| `serial` | `16` | width of the bottleneck" in said and "(down_proj|mlp" in said and "tuner: autopeft" in said
+    assert luth("methods", "dora").stdout.startswith("`dora` is short for `{name: lora, use_dora: true}`.\n\n# lora")
+    both = luth("methods", "self_tuning").stdout
+    assert "tuner: self_tuning" in both and "estimator: self_tuning" in both
+    assert "\ntuner: " not in luth("methods", "self_tuning", "--kind", "estimator").stdout
+    assert [m["kind"] for m in json.loads(luth("methods", "self_tuning", "--json").stdout)] == ["tuner", "estimator"]
 
 
 def test_papers_cover_the_catalogue():

@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from luthier.method import RecipeError, cards, names, shown
-from luthier.recipe import SLOTS, Recipe
+from luthier.method import RecipeError, cards, find, meant, names, page, shown
+from luthier.recipe import NAMES, SLOTS, Recipe
 
 PAPERS = Path(__file__).with_name("papers.json")
 COLUMNS = ("name", "title", "kind", "family")
@@ -43,6 +43,20 @@ def methods(kind: str | None = None) -> list[dict[str, Any]]:
         }
         for c in cards(kind)
     ]
+
+
+def pages(name: str, kind: str | None = None) -> list[str]:
+    """What the docs say of each method of this name."""
+    means = {short: said for slot, short_for in NAMES.items() if kind in (None, SLOTS[slot]) for short, said in short_for.items()}.get(name)
+    if means:
+        of = means if isinstance(means, str) else means["name"]
+        whole = means if isinstance(means, str) else "{" + ", ".join(f"{k}: {shown(v)}" for k, v in means.items()) + "}"
+        return [f"`{name}` is short for `{whole}`.\n", *pages(of, kind)]
+    found = [c for c in cards(kind) if c.name == name]
+    if not found:
+        every = {c.name for c in cards(kind)}
+        raise RecipeError(f"there is no {kind or 'method'} '{name}'{meant(name, every)}")
+    return [page(find(c.kind, c.name)).replace(r"\|", "|") for c in found]
 
 
 def papers(word: str | None = None) -> list[dict[str, Any]]:

@@ -104,13 +104,19 @@ def chat(
 
 @app.command()
 def methods(
+    name: Annotated[str | None, typer.Argument(help="One method: what it does, and its settings.")] = None,
     kind: Annotated[str | None, typer.Option(help="One kind: tuner, objective, transform, ...")] = None,
     wide: Annotated[
         bool, typer.Option("--wide", help="Of tuners: what each can do, tried just now, and how much of a Llama-7B moves.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List every method: what moves, toward what, how, and so on."""
+    """List every method: what moves, toward what, how, and so on; or tell of one."""
+    if name and not (wide or as_json):
+        from luthier import catalogue
+
+        typer.echo("\n".join(catalogue.pages(name, kind)).rstrip())
+        return
     if wide:
         if kind not in (None, "tuner"):
             raise RecipeError(f"--wide is a table of tuners; there is none of {kind}s")
@@ -120,7 +126,7 @@ def methods(
         return
     from luthier import catalogue
 
-    found = catalogue.methods(kind)
+    found = [m for m in catalogue.methods(kind) if name in (None, m["name"])]
     show(found, as_json, ("kind", "name", "paper", "summary"))
 
 

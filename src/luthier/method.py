@@ -339,7 +339,8 @@ def page(cls: type) -> str:
             lines += [f"{label}: {', '.join(f'`{w}`' for w in sorted(words))}.", ""]
     if fields(cls):
         lines += ["| setting | default | meaning |", "| - | - | - |"]
-        lines += [f"| `{f.name}` | `{default_of(f)}` | {helps(cls).get(f.name, '').replace('|', chr(92) + '|')} |" for f in fields(cls)]
+        bar = lambda text: str(text).replace("|", r"\|")  # Markdown ends a cell at a bar, even within code
+        lines += [f"| `{f.name}` | `{bar(default_of(f))}` | {bar(helps(cls).get(f.name, ''))} |" for f in fields(cls)]
         lines += [""]
     language = "python" if cls.kind == "compiler" else "yaml"
     lines += [f"```{language}", WRITTEN.get(cls.kind, f"{cls.kind}: {{}}").format(cls.name), "```", ""]
