@@ -1,7 +1,8 @@
 """A layer type of the PEFT library by its name, e.g. {name: peft, type: vera, config: {r: 256}}. Settings are PEFT's own.
 
 Types that put vectors before the text (prompt, prefix and p-tuning) go through PEFT's own forward, which packed batches
-do not; types that need a run's help (AdaLoRA's allocator, X-LoRA, Poly) are refused in a sentence, too.
+do not; types that need a run's help (AdaLoRA's allocator, X-LoRA, Poly) are refused in a sentence, too. docs/tuners.md goes
+through the methods that two surveys name: these types, luthier's own, and what is not here.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from luthier.method import tuner
 from luthier.tuners._tuner import Tuner
 
 
-@tuner(gives="off merge")
+@tuner(row="peft-survey peft-fm-survey", gives="off merge")
 class PEFT(Tuner):
     """PEFT's layers on a model; read and written as PEFT does."""
 
