@@ -65,6 +65,7 @@ WORDS = {  # how a word reads in a sentence
     "hyper": "a tuner that answers to hyperparameters (`self_tuning`)",
     "steps": "rows with `steps` of a solution and a label for each",
     "step_targets": "marks of the tokens at which a step ends, and whether it was right (column `step_targets`)",
+    "sampler": "somebody who writes in the policy's place",
     "values": "a network that gives numbers, not words (architecture `reward_model`)",
 }
 ADVICE = {
@@ -75,6 +76,7 @@ ADVICE = {
     "generator": "say `roles: {generator: {name: generator, known: [...], unknown: [...]}, teacher: recent}`",
     "parts": "say `roles: {parts: part_whole, teacher: mean_teacher}`",
     "off": "or let another play: `roles: {reference: start}` keeps a copy of what moves",
+    "sampler": "say who plays it, e.g. `roles: {sampler: {name: vllm, base_url: http://localhost:8000/v1, model: MODEL}}`",
     "samples": "e.g. `live: [{name: rollout, n: 8}, {name: score, reward: exact_match}]`",
     "pairs": "give prompt/chosen/rejected rows, or make pairs with the stages rollout, score, pairs",
 }

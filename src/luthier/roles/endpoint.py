@@ -56,22 +56,39 @@ class Asked:
             raise RecipeError(f"{self.name} answered with something else than a chat completion: {json.dumps(said)[:200]}") from None
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
+        try:
+            return json.loads(self.fetch(path, body))
+        except ValueError as error:
+            if isinstance(error, RecipeError):
+                raise
+            raise NoAnswer(self.name, f"it is no JSON: {error}") from None
+
+    def fetch(self, path: str, body: dict[str, Any] | None = None) -> bytes:
+        """What the address answers, POST with a body, else GET. Raises NoAnswer."""
         s = self.settings
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(s.api_key_env):
             headers["Authorization"] = f"Bearer {key}"
-        asked = Request(s.base_url.rstrip("/") + path, json.dumps(body).encode(), headers)
+        asked = Request(s.base_url.rstrip("/") + path, None if body is None else json.dumps(body).encode(), headers)
         why = ""
         for turn in range(s.retries + 1):
             if turn:
                 time.sleep(min(2.0**turn / 4, 8.0))
             try:
                 with urlopen(asked, timeout=s.timeout) as answer:
-                    return json.loads(answer.read())
+                    return answer.read()
             except HTTPError as error:
                 why = f"HTTP {error.code} {error.read()[:200].decode(errors='replace')}"
                 if error.code not in (408, 409, 429) and error.code < 500:  # the question is at fault: asking again helps nobody
                     break
-            except (URLError, TimeoutError, ConnectionError, ValueError) as error:
+            except (URLError, TimeoutError, ConnectionError) as error:
                 why = str(getattr(error, "reason", error))
-        raise RecipeError(f"{self.name} gave no answer: {why}")
+        raise NoAnswer(self.name, why)
+
+
+class NoAnswer(RecipeError):
+    """Nobody answers, or refuses to."""
+
+    def __init__(self, name: str, why: str):
+        super().__init__(f"{name} gave no answer: {why}")
+        self.why = why

@@ -26,8 +26,13 @@ class Rollout(Stage):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # sample among the likeliest tokens of this joint probability
     top_k: Annotated[int, Field(ge=0)] = 0  # sample among so many likeliest tokens; 0 = all
     old: bool = False  # keep the sampler's log-probability of each token, at temperature 1 as objectives read them
+    sampler: str = "policy"  # who writes: the policy itself, or a role in its place, e.g. `roles: {sampler: {name: vllm, ...}}`
     draw: int = 0  # another number, other samples: the rounds of a plan draw anew under one seed
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass of `old`
+
+    @property
+    def needs(self):
+        return self.wants if self.sampler == "policy" else self.wants | {self.sampler}
 
     @property
     def provides(self):
@@ -52,18 +57,32 @@ class Rollout(Stage):
             return []
         stop = list(roles.renderer.stop_ids)
         how = {k: getattr(self, k) for k in ("n", "max_new_tokens", "temperature", "top_p", "top_k")}
-        written = roles.policy.generate(prompts, seeds=self.seeds(kept, roles.clock), stop=stop, **how)
-        out = []
+        written = self.answers(roles, prompts, seeds=self.seeds(kept, roles.clock), stop=stop, **how)
+        out, known = [], []
         for row, room, answers in zip(kept, rooms, written, strict=True):
-            answers = [ids[:room] for ids in answers]
+            known.append([logprobs[:room] for _, logprobs in answers])
+            answers = [ids[:room] for ids, _ in answers]
             out.append({**without(row), "completions": answers, "truncated": [ids[-1] not in stop for ids in answers]})
         cut = sum(sum(row["truncated"]) for row in out)
         if cut:
             self.tell(roles, f"{cut} of {len(out) * self.n} completions reached no stop token within {self.max_new_tokens} tokens")
+        who = getattr(roles, self.sampler)
+        if who is not roles.policy and not who.compared:
+            who.compare(known[0], next(said(roles.policy, roles, out[:1], 1)))
         if self.old:
-            out = [{**row, "old": old} for row, old in zip(out, said(roles.policy, roles, out, self.batch_size), strict=True)]
+            known = known if who is not roles.policy else said(roles.policy, roles, out, self.batch_size)
+            out = [{**row, "old": old} for row, old in zip(out, known, strict=True)]
             self.check(out)
         return out
+
+    def answers(self, roles, prompts, **how) -> list[list[tuple[list[int], list[float]]]]:
+        """Of each prompt, the samples' token ids and, where another than the policy writes, their log-probabilities."""
+        who = getattr(roles, self.sampler)
+        if who is roles.policy:
+            return [[(ids, []) for ids in answers] for answers in who.generate(prompts, **how)]
+        if not hasattr(who, "answers"):
+            raise RecipeError(f"stage 'rollout': whoever plays '{self.sampler}' does not write in the policy's place; role vllm does")
+        return who.answers(prompts, **how)
 
     def seeds(self, rows, clock) -> list[int]:
         """One per row. A row that is there twice is answered differently each time."""
