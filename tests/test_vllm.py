@@ -116,7 +116,7 @@ def recipe(base: dict, url: str, **more) -> dict:
     score = {"name": "score", "reward": {"name": "length", "of": "characters"}}
     who = {"name": "vllm", "base_url": url, "model": "tiny", "retries": 0}
     said = {"tuner": TUNER, "objective": {"name": "grpo", "beta": 0.0}, "live": [rollout, score], "roles": {"sampler": who}}
-    return {**base, **said, "learning_rate": 2e-2, "max_steps": 10, "save_steps": 100, **more}
+    return {**base, **said, "learning_rate": 2e-2, "max_steps": 8, "save_steps": 100, **more}
 
 
 def test_grpo_learns_from_what_the_server_writes(base, tiny, tmp_path, serve, monkeypatch):
@@ -131,7 +131,7 @@ def test_grpo_learns_from_what_the_server_writes(base, tiny, tmp_path, serve, mo
     torch.testing.assert_close(torch.tensor(sum(theirs, [])), torch.tensor(sum(ours, [])), atol=1e-4, rtol=1e-4)
     asked = [body for path, body in served.heard if path == "/v1/completions"]
     loaded = [body["lora_name"] for path, body in served.heard if path == "/v1/load_lora_adapter"]
-    assert len(asked) == 10 * 4 and len(loaded) == len(set(loaded)) == 10 and served.adapters == loaded[-1:]
+    assert len(asked) == 8 * 4 and len(loaded) == len(set(loaded)) == 8 and served.adapters == loaded[-1:]
     assert [*dict.fromkeys(body["model"] for body in asked)] == loaded, "each step asks the adapter as it is then"
     assert len({body["seed"] for body in asked}) == len(asked) and all(body["seed"] < 2**62 for body in asked)
     assert sum(scores[-48:]) / 48 > sum(scores[:48]) / 48 + 1
@@ -157,10 +157,15 @@ def test_what_is_wrong_is_one_sentence(base, tiny, tmp_path, serve):
     refused("127.0.0.1:9/v1#tiny gave no answer: .*refused")
     url = serve(Served(tiny, loads=False))
     refused("took no LoRA adapter .*404.*VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora")
-    refused("serves no model 'other'; it serves: tiny", roles={"sampler": {"name": "vllm", "base_url": url, "model": "other", "retries": 0}})
+    refused(
+        "serves no model 'other'; it serves: tiny", roles={"sampler": {"name": "vllm", "base_url": url, "model": "other", "retries": 0}}
+    )
     refused("role 'vllm' wants a tuner made of A and B", tuner="ia3")
     refused("stage 'rollout' wants somebody who writes in the policy's place.*roles: {sampler", roles={})
-    refused("rank and scale for all layers and nothing beside it, and here is modules_to_save", tuner={**TUNER, "modules_to_save": ["lm_head"], "target_modules": ["q_proj"]})
+    refused(
+        "rank and scale for all layers and nothing beside it, and here is modules_to_save",
+        tuner={**TUNER, "modules_to_save": ["lm_head"], "target_modules": ["q_proj"]},
+    )
     refused("does not write in the policy's place", roles={"sampler": "start"})
 
 
