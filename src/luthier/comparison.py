@@ -35,7 +35,7 @@ ALIKE = ("data", "eval_data", "max_length", "chat_template", "evaluate")  # must
 TOLD = ("model", "dtype", "per_device_train_batch_size", "gradient_accumulation_steps")  # may differ, and it is said
 COSTS = {  # what a run cost, out of its stats; None: neither way is better
     "trained": ("numbers that move", False),
-    "peak_memory_mb": ("peak memory, MB", False),
+    "peak_memory_mb": ("peak memory (MB)", False),
     "seconds": ("seconds in steps", False),
     "tokens_per_second": ("tokens/s", True),
 }

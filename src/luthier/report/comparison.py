@@ -18,7 +18,7 @@ from luthier.report.console import cut, visible
 from luthier.report.numbers import answers, count, number, says
 from luthier.report.page import STYLE, document, section, series, versions
 
-COST = {"trained": "numbers that move", "peak_memory_mb": "peak memory, MB", "seconds": "seconds in steps", "tokens_per_second": "tokens/s"}
+COST = {"trained": "numbers that move", "peak_memory_mb": "peak memory (MB)", "seconds": "seconds in steps", "tokens_per_second": "tokens/s"}
 COLOURS = 8
 
 

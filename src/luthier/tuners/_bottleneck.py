@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from luthier.method import family
+from luthier.method import Steps, family
 from luthier.tuners._delta import Delta
 
 ATTENTION = r"o_proj|out_proj|attn\.c_proj|attention\.output\.dense|attention\.dense|self_attention\.dense"  # what leaves attention
@@ -29,6 +29,9 @@ def through(h: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Ten
     return F.linear(f(F.linear(h, down, down_bias)), up, up_bias)
 
 
+NARROWER = Steps(2, 4, 8, 16, 32, 64)  # times; what a search goes over
+
+
 @family
 class Bottleneck(Delta):
     """Family: up(f(down(h))), down to width / reduction_factor; up starts at zero."""
@@ -36,7 +39,7 @@ class Bottleneck(Delta):
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
     parallel: ClassVar[bool] = False  # h is what the module reads; else what it says
 
-    reduction_factor: Annotated[float, Field(ge=1)] = 16  # width of h by that of the bottleneck
+    reduction_factor: Annotated[float, Field(ge=1), NARROWER] = 16  # width of h by that of the bottleneck
     non_linearity: Activation = "relu"  # f
 
     def widths(self, W: Tensor) -> tuple[int, int]:

@@ -17,7 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.method import RecipeError, tuner
-from luthier.tuners._bottleneck import ATTENTION, FFN, Bottleneck
+from luthier.tuners._bottleneck import ATTENTION, FFN, NARROWER, Bottleneck
 
 
 @tuner(paper="arXiv:2106.04647", row="compacter", gives="off")
@@ -25,7 +25,7 @@ class Compacter(Bottleneck):
     """Two serial adapters a layer, of Kronecker products that share a factor."""
 
     target_modules: str | list[str] = rf".*\.({ATTENTION}|{FFN})"  # the last linear modules of attention and of the feed-forward part
-    reduction_factor: Annotated[float, Field(ge=1)] = 32  # width of h by that of the bottleneck
+    reduction_factor: Annotated[float, Field(ge=1), NARROWER] = 32  # width of h by that of the bottleneck
     non_linearity: Literal["relu", "gelu", "silu", "tanh"] = "gelu"  # f
     phm_dim: Annotated[int, Field(ge=1)] = 4  # n: products in a sum, and the side of A_i; it must divide the width
     phm_rank: Annotated[int, Field(ge=1)] = 1  # of s_i t_i
