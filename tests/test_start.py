@@ -6,6 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
 RUN = """
 import sys
 from luthier.run import tune
@@ -13,7 +16,7 @@ seen = []
 from luthier.report.console import Quiet
 class Watch(Quiet):
     def step(self, log):
-        seen.append([m for m in ("torch._dynamo", "torch.distributed.tensor", "datasets", "scipy.optimize", "trl") if m in sys.modules])
+        seen.append([m for m in ("torch._dynamo", "torch.distributed.tensor", "datasets", "scipy.optimize", "sympy", "trl") if m in sys.modules])
 tune(model="practice:lm-small", data="practice:arithmetic", tuner="lora", max_steps=1, folder=sys.argv[1], watch=Watch())
 print("loaded", seen)
 """
@@ -54,3 +57,19 @@ def test_the_compiler_and_sharded_tensors_are_not_loaded_for_a_run(tmp_path: Pat
 
 def test_what_waits_becomes_the_real_thing():
     assert "as real" in run(KINDS)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "mixtral", "gpt2", "gpt_neox", "opt", "bloom", "falcon_alibi", "mamba"])
+def test_what_is_laid_out_unfilled_is_the_same_network(kind, tmp_path):
+    """Every weight and every buffer (rotary frequencies, positions, slopes), and where they lie."""
+    import transformers as t
+
+    from luthier.architectures.causal import Causal
+    from zoo import CAUSAL
+
+    name, settings = CAUSAL[kind]
+    t.AutoModelForCausalLM.from_config(getattr(t, name)(**settings)).save_pretrained(tmp_path)
+    want, found = t.AutoModelForCausalLM.from_pretrained(tmp_path), Causal().load(str(tmp_path))
+    both = [dict([*m.named_parameters(), *m.named_buffers()]) for m in (want, found)]
+    assert both[0].keys() == both[1].keys()
+    assert all(x.dtype == both[1][k].dtype and x.device == both[1][k].device and torch.equal(x, both[1][k]) for k, x in both[0].items())

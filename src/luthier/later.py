@@ -44,6 +44,32 @@ def import_models() -> None:
                 import_module(name)
 
 
+FILLED = ("normal_", "uniform_", "trunc_normal_", "constant_", "ones_", "zeros_", "zero_", "fill_")
+FILLED += tuple(f"{name}_{kind}_" for name in ("kaiming", "xavier") for kind in ("normal", "uniform"))
+
+
+def unfilled() -> Any:
+    """While a network is laid out without memory (device meta): nothing is filled, and ranges of numbers are real ones.
+
+    Either would have torch import its symbolic shapes, with sympy, to compute nothing: 0.4 s. Rotary frequencies come out as they
+    would, since transformers makes them again once weights are there.
+    """
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Unfilled(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            told = args[0] if args else kwargs.get("tensor")
+            if torch.is_tensor(told) and told.is_meta and getattr(func, "__name__", "") in FILLED:
+                return told
+            if func is torch.arange and str(kwargs.get("device")) == "meta":
+                kwargs = {**kwargs, "device": "cpu"}
+            return func(*args, **kwargs)
+
+    return Unfilled()
+
+
 @contextmanager
 def waiting() -> Iterator[None]:
     """Stand-ins for a while, for what nobody has imported yet."""

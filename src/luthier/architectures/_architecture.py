@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from luthier.architectures._outputs import Outputs
 from luthier.batch import Batch
-from luthier.later import import_models, waiting
+from luthier.later import import_models, unfilled, waiting
 from luthier.method import family
 
 if TYPE_CHECKING:
@@ -47,8 +47,13 @@ class Architecture:
         `model.fresh` names the modules whose weights no checkpoint held, such as a new classifier's head.
         """
         import_models()
+        kwargs |= {"trust_remote_code": False, "output_loading_info": True}
         with waiting():
-            model, said = self.auto_class().from_pretrained(path, trust_remote_code=False, output_loading_info=True, **kwargs)
+            try:
+                with unfilled():
+                    model, said = self.auto_class().from_pretrained(path, **kwargs)
+            except RuntimeError:  # a network that mixes ranges with other numbers while it is laid out
+                model, said = self.auto_class().from_pretrained(path, **kwargs)
         absent = [*said["missing_keys"], *(key for key, *_ in said["mismatched_keys"])]
         model.fresh = sorted({key.rsplit(".", 1)[0] for key in absent})
         return model
