@@ -186,7 +186,10 @@ def test_differences_are_paired_by_seed(folder):
         ({"arms": {"before": {}, "two": {}, "none": {}}}, "no arm may be called 'before'"),
         ({"arms": {"two": {"lerning_rate": 1}, "none": {}}}, "arm two: .*'lerning_rate'; did you mean 'learning_rate'"),
         ({"arms": {"two": {"learning_rate": ["x"]}, "none": {}}}, "arm two: the list under learning_rate"),
-        ({"sweep": "lora_dropout", "arms": {"two": {"tuner": "lora", "lora_dropout": ["x"]}, "none": {}}}, "the list under lora_dropout"),
+        (
+            {"sweep": "tuner.lora_dropout", "arms": {"two": {"tuner": {"name": "lora", "lora_dropout": ["x"]}}, "none": {}}},
+            "the list under tuner.lora_dropout",
+        ),
         ({"arms": {"two": {"learning_rate": [-1.0]}, "none": {}}}, "arm two: recipe: learning_rate"),
     ],
 )
@@ -223,10 +226,13 @@ def test_a_seed_draws_rows_for_all_arms_alike(folder):
 
 
 def test_any_setting_may_be_swept(folder):
-    change(folder, sweep="lora_dropout", arms={"two": {"tuner": "lora", "lora_dropout": [0.1, 0.5]}, "none": {"tuner": "lora"}})
+    swept = {"tuner": {"name": "lora", "r": 4, "lora_dropout": [0.1, 0.5]}}
+    change(folder, sweep="tuner.lora_dropout", arms={"two": swept, "none": {"tuner": "lora"}})
     claim = claims.read("toy", folder)
     assert claim.runs(2)[0] == [("two", 1000, 0.1), ("two", 1000, 0.5)] and claim.rates("none") == []
-    assert Recipe.load(claim.recipe("two", 0, 0.5)).tuner["lora_dropout"] == 0.5 and "learning_rate" not in claim.recipe("two", 0, 0.5)
+    assert claim.recipe("two", 0, 0.5)["tuner"] == {"name": "lora", "r": 4, "lora_dropout": 0.5} and "learning_rate" not in claim.recipe(
+        "two", 0
+    )
     assert claim.mark() != (change(folder), claims.read("toy", folder).mark())[1]
 
 

@@ -80,7 +80,7 @@ class Claim(BaseModel):
     row: str = ""  # the paper's short name in the catalogue, if it has one
     shared: dict[str, Any] = {}  # recipe keys of all arms
     arms: dict[str, dict[str, Any]] = {}  # name -> recipe keys; a list under what is swept is this arm's sweep
-    sweep: str = "learning_rate"  # what arms sweep: a key of recipes, or a setting of one of their methods
+    sweep: str = "learning_rate"  # what arms sweep: a key of recipes, or a setting of a method, such as tuner.lora_dropout
     metric: str = ""  # what is compared: a name in a report's metrics, stats.NAME, or log.NAME of metrics.jsonl
     select: str = "lowest loss"  # by what a sweep picks: lowest or highest METRIC
     expect: list[str] = []  # A > B by X, A < B by X, A = B within X; `in METRIC` where it is another than `metric`
@@ -111,14 +111,18 @@ class Claim(BaseModel):
 
     def rates(self, arm: str) -> list[float]:
         """The learning rates, or whatever is swept, of which an arm takes its best; none where it says one or none."""
-        said = {**self.shared, **self.arms[arm]}.get(self.sweep)
+        key, _, setting = self.sweep.partition(".")
+        said = {**self.shared, **self.arms[arm]}.get(key)
+        if setting:
+            said = said.get(setting) if isinstance(said, dict) else None
         return [float(rate) for rate in said] if isinstance(said, list) else []
 
     def recipe(self, arm: str, seed: int, rate: float | None = None) -> dict[str, Any]:
         """The keys of one run. Rows of practice worlds are drawn by the run's seed."""
         keys = {**QUIET, **self.shared, **self.arms[arm], "seed": seed}
         if rate is not None:
-            keys[self.sweep] = rate
+            key, _, setting = self.sweep.partition(".")
+            keys[key] = {**keys[key], setting: rate} if setting else rate
         for key in ("data", "eval_data"):
             if key in keys:
                 keys[key] = _drawn(keys[key], seed)
@@ -140,7 +144,7 @@ class Claim(BaseModel):
 
 
 def _words(key: str) -> str:
-    return key.replace("_", " ")
+    return key.rpartition(".")[2].replace("_", " ")
 
 
 def _drawn(rows: Any, seed: int) -> Any:
