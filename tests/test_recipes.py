@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -10,22 +11,30 @@ import yaml
 
 import luthier
 from luthier.data import load_data
+from luthier.method import find
 from luthier.recipe import Recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
 
 def small(given: dict) -> dict:
-    """The same recipe for a tenth of a minute: few rows, few steps, the small model."""
+    """The same recipe for a second: few rows, few steps, short answers, the small model."""
     text = re.sub(r"practice:lm(?![\w-])", "practice:lm-small", yaml.safe_dump(given))
+    text = re.sub(r"max_new_tokens: \d+", "max_new_tokens: 8", text)
     given = yaml.safe_load(text)
     given.setdefault("model", "practice:lm-small")
     given |= {"max_steps": 2, "per_device_train_batch_size": min(4, given.get("per_device_train_batch_size", 4)), "save_steps": 100}
-    for key in ("data", "eval_data"):
-        if isinstance(given.get(key), dict):
-            given[key]["n"] = 12
+    plan = given.get("plan")
+    if isinstance(plan, dict) and "max_new_tokens" in {f.name for f in fields(find("plan", plan["name"]))}:
+        plan["max_new_tokens"] = 8
+    for some in (given, *(plan["of"] if isinstance(plan, dict) and "of" in plan else ())):
+        for key in {"data", "eval_data"} & some.keys():
+            if isinstance(some[key], dict):
+                some[key]["n"] = 12
     if isinstance(given.get("plan"), list):
         given["plan"] = [{**act, **({"max_steps": 2} if "max_steps" in act else {})} for act in given["plan"]]
+    if given.get("evaluate"):
+        given["evaluate"] = [{**e, "n": 8} if isinstance(e, dict) and "n" in e else e for e in given["evaluate"]]
     return {**given, "evaluate": ["loss"] if "evaluate" not in given or given["evaluate"][0] == "loss" else given["evaluate"]}
 
 

@@ -455,7 +455,7 @@ def test_fastfood_is_its_dense_matrix():
     H = torch.tensor(dense(n), dtype=torch.float32)
     x = torch.randn(n)
     assert torch.allclose(hadamard(x), H @ x, atol=1e-4)
-    (G, order, B, norm), a, b = next(iter(draws(d, n, 7, x))), torch.randn(d), torch.randn(d)
+    (G, order, B, norm), a, b = (t[0] for t in draws(d, n, 7, x)), torch.randn(d), torch.randn(d)
     P = (H @ torch.diag(G) @ torch.eye(n)[order] @ H @ torch.diag(B) / norm)[:, :d]
     assert torch.allclose(project(a, n, 7), P @ a, atol=1e-4)
     assert torch.allclose(project(a + b, n, 7), project(a, n, 7) + project(b, n, 7), atol=1e-5)

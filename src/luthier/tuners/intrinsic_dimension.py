@@ -71,52 +71,42 @@ def project(theta: Tensor, n: int, seed: int) -> Tensor:
 
 
 class _Fastfood(torch.autograd.Function):
-    """The map and, backward, its transpose; the random parts are drawn again each time."""
+    """The map and, backward, its transpose; the random parts are drawn again each time. All blocks at once."""
 
     @staticmethod
     def forward(ctx: Any, theta: Tensor, n: int, seed: int) -> Tensor:
         ctx.shape, ctx.n, ctx.seed = theta.shape, n, seed
-        out = [block(theta, G, order, B, norm) for G, order, B, norm in draws(len(theta), n, seed, theta)]
-        return torch.cat(out)[:n]
+        G, order, B, norm = draws(len(theta), n, seed, theta)
+        padded = theta.new_zeros(G.shape[1])
+        padded[: len(theta)] = theta
+        return (hadamard(hadamard(padded * B).gather(1, order) * G) / norm).flatten()[:n]  # H G Pi H B theta / norm
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        d, grad, total = ctx.shape[0], grads[0], None
-        at = 0
-        for G, order, B, norm in draws(d, ctx.n, ctx.seed, grad):
-            part = torch.zeros_like(G)
-            part[: min(len(G), ctx.n - at)] = grad[at : at + len(G)]
-            back = hadamard(part) * G / norm  # (H G Pi H B)' = B H Pi' G H
-            undone = torch.empty_like(back)
-            undone[order] = back
-            back = (hadamard(undone) * B)[:d]
-            total, at = back if total is None else total + back, at + len(G)
-        return total, None, None
+        G, order, B, norm = draws(ctx.shape[0], ctx.n, ctx.seed, grads[0])
+        part = torch.zeros_like(G)
+        part.view(-1)[: ctx.n] = grads[0]
+        back = hadamard(part) * G / norm  # (H G Pi H B)' = B H Pi' G H
+        return (hadamard(torch.empty_like(back).scatter_(1, order, back)) * B).sum(0)[: ctx.shape[0]], None, None
 
 
-def draws(d: int, n: int, seed: int, like: Tensor):
-    """Blocks of the map until n numbers are there: G, the permutation, signs, and the norm that keeps lengths."""
+def draws(d: int, n: int, seed: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Blocks of the map until n numbers are there, [blocks, size] each: G, permutations, signs; [blocks, 1] norms that keep lengths."""
     size = 1 << (max(d, 1) - 1).bit_length()
     rng = torch.Generator().manual_seed(seed)
-    for _ in range(-(-n // size)):
-        G = torch.randn(size, generator=rng)
-        order = torch.randperm(size, generator=rng)
-        B = torch.randint(0, 2, (size,), generator=rng) * 2.0 - 1
-        norm = float(G.square().mean().sqrt()) * (size * n) ** 0.5
-        yield G.to(like), order.to(like.device), B.to(like), norm
-
-
-def block(theta: Tensor, G: Tensor, order: Tensor, B: Tensor, norm: float) -> Tensor:
-    """H G Pi H B theta / norm."""
-    padded = torch.zeros_like(G)
-    padded[: len(theta)] = theta
-    return hadamard(hadamard(padded * B)[order] * G) / norm
+    made = [
+        (torch.randn(size, generator=rng), torch.randperm(size, generator=rng), torch.randint(0, 2, (size,), generator=rng))
+        for _ in range(-(-n // size))
+    ]
+    G, order, B = (torch.stack(parts) for parts in zip(*made, strict=True))
+    norm = G.square().mean(1, keepdim=True).sqrt() * (size * n) ** 0.5
+    return G.to(like), order.to(like.device), (B * 2.0 - 1).to(like), norm.to(like)
 
 
 def hadamard(x: Tensor) -> Tensor:
-    """[2^k] -> H x, H of ones and minus ones (Sylvester's), in k passes."""
-    n, h = len(x), 1
-    while h < n:
-        pair = x.view(-1, 2, h)
-        x, h = torch.stack([pair[:, 0] + pair[:, 1], pair[:, 0] - pair[:, 1]], 1).flatten(), 2 * h
-    return x
+    """[blocks, 2^k] -> H x of each block, H of ones and minus ones (Sylvester's), in k passes."""
+    shape, h = x.shape, 1
+    while h < shape[-1]:
+        pair = x.reshape(-1, 2, h)
+        x, h = torch.stack([pair[:, 0] + pair[:, 1], pair[:, 0] - pair[:, 1]], 1), 2 * h
+    return x.reshape(shape)
