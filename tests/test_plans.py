@@ -34,6 +34,11 @@ PLAYED_ON = {"front": SAMPLES, "meet": {"stages": [{"name": "score", "reward": "
 ROWS = load(SUMS).rows
 
 
+@pytest.fixture(scope="session")
+def tiny(shallow) -> str:
+    return shallow
+
+
 def report(folder: str, **after) -> SimpleNamespace:
     return SimpleNamespace(folder=folder, before={}, after=after, metrics=after)
 

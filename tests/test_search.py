@@ -391,9 +391,9 @@ def test_what_cannot_be_searched_is_refused(tiny, said, how, why):
 
 
 @pytest.fixture
-def shared(tiny) -> dict:
+def shared(shallow) -> dict:
     return {
-        "model": tiny, "data": SUMS, "dtype": "float32", "max_steps": 6, "per_device_train_batch_size": 8, "eval_data": 0.3, "tuner": "ssf",
+        "model": shallow, "data": SUMS, "dtype": "float32", "max_steps": 6, "per_device_train_batch_size": 8, "eval_data": 0.3, "tuner": "ssf",
         "learning_rate": 1e-5, "evaluate": ["loss"],
     }  # fmt: skip
 
