@@ -11,7 +11,7 @@ demo: $(VENV)/.installed            ## tune the built-in practice model on built
 	$(BIN)/luthier tune recipes/demo.yaml
 
 test: $(VENV)/.tested check         ## everything CI runs
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.tested              ## style, types, docs up to date, recipes valid
 	$(BIN)/ruff check .

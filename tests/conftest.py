@@ -13,6 +13,15 @@ import torch
 
 torch.set_num_threads(1)
 
+LONGEST = "tuners practice recipes loop kernels_compiled search studio_page studio tuners_weight plans claims quantizers start".split()
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take long begin first: a file stays with one process, and the others would wait for one that began last."""
+    rank = {f"test_{name}": i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+
+
 CHAT = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
     "{% else %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
