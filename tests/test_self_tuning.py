@@ -82,16 +82,16 @@ def regression(rows: int, n: int, noise: float, seed: int):
 
 def test_the_response_is_the_ridge_path():
     """Without dropout, the best response to a weight decay d is (X'X / rows + d)^-1 X'y / rows."""
-    x, y = regression(64, 4, 0.3, 1)
+    x, y = regression(32, 4, 0.3, 1)
     tuner = {"dropout": 1e-6, "weight_decay": 0.3, "sigma": 0.3}
-    rig = Rig((x, y), (x, y), total=350, rate=0.05, tuner=tuner, warmup=350, hyper_learning_rate=0.0).go(350)
+    rig = Rig((x, y), (x, y), total=400, rate=0.05, tuner=tuner, warmup=400, hyper_learning_rate=0.0).go(400)
     for moved in (-0.45, -0.3, 0.0, 0.3, 0.45):  # 1.5 spreads to each side
         d = float(decay(rig.attached.settings, torch.tensor([0.0, moved])))
-        exact = torch.linalg.solve(x.T @ x / 64 + d * torch.eye(4), x.T @ y / 64)
+        exact = torch.linalg.solve(x.T @ x / 32 + d * torch.eye(4), x.T @ y / 32)
         found = rig.at([0.0, moved])
         assert (found - exact).norm() < 0.05 * exact.norm(), (moved, found, exact)
     still = rig.at([0.0, 0.0])
-    low, high = (torch.linalg.solve(x.T @ x / 64 + d * torch.eye(4), x.T @ y / 64) for d in (0.3 * 2.718**-0.45, 0.3 * 2.718**0.45))
+    low, high = (torch.linalg.solve(x.T @ x / 32 + d * torch.eye(4), x.T @ y / 32) for d in (0.3 * 2.718**-0.45, 0.3 * 2.718**0.45))
     assert (low - still).norm() > 0.05 * low.norm() and (high - still).norm() > 0.05 * high.norm(), "one answer to all would not do"
 
 
