@@ -23,6 +23,11 @@ from test_loop import KILLED, weights
 CAUSAL = build("architecture", "causal")
 
 
+@pytest.fixture(scope="session")
+def tiny(shallow) -> str:
+    return shallow
+
+
 def known(path, room=1000, what="w", seed=0):
     model = zoo.make("llama", seed=seed)
     off = build("role", "off").play("reference", Policy(CAUSAL, model, build("tuner", "lora").attach(model)))

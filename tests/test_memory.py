@@ -21,6 +21,11 @@ from luthier.transforms._chain import Chain
 NOBODY: Any = None  # who renders: rows are tokens already
 
 
+@pytest.fixture(scope="session")
+def tiny(shallow) -> str:
+    return shallow
+
+
 def need(tuner: Any = "full", estimator="backprop", optimizer: Any = "adamw", tokens=None, checkpointing=False):
     model = zoo.make("llama")
     attached = build("tuner", tuner).attach(model)

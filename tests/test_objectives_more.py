@@ -26,6 +26,11 @@ from luthier.stages.rollout.teacher_top import calibrated
 TEXT = "the quick brown fox jumps over the lazy dog and runs away into the deep dark wood where nobody lives at all"
 
 
+@pytest.fixture(scope="session")
+def tiny(shallow) -> str:
+    return shallow
+
+
 def roles(step: int = 0):
     tokenizer = make_tokenizer()
     shown = lambda ids: tokenizer.decode(ids)
@@ -344,12 +349,10 @@ def test_glad_on_a_quadratic_is_its_closed_form():
 # ---------------------------------------------------------------------------------------------- rates, bytes
 
 
-def test_layerwise_rates_are_the_formula(tiny):
-    from transformers import AutoModelForCausalLM
-
+def test_layerwise_rates_are_the_formula():
     from luthier.transforms._chain import Chain
 
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    model = make_llama()
     attached = build("tuner", "full").attach(model)
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
     chain = Chain([build("transform", {"name": "layerwise_decay", "decay": 0.5})], attached, Clock(seed=0, total=1), 0.1)

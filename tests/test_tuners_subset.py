@@ -787,11 +787,11 @@ def test_part_moves_exactly_what_it_names(kind):
     assert put("part", model).names == [n for n, _ in model.named_parameters() if n.startswith(last)]
 
 
-def test_projects_compare_ways(tiny, tmp_path):
+def test_projects_compare_ways(shallow, tmp_path):
     """Three projects of their own words: every way learns, all weights most; cheaper ways cost fewer operations and bytes."""
     words = ["kelo", "tarn", "mipu"]
     data = [[{"prompt": f"{a}+{b}:", "completion": f"{w}{w[::-1]}"} for a in range(4) for b in range(4)] for w in words]
-    recipe = recipe_of(tiny) | {"evaluate": ["loss", "cost"], "max_steps": 12, "learning_rate": 3e-3}
+    recipe = recipe_of(shallow) | {"evaluate": ["loss", "cost"], "max_steps": 12, "learning_rate": 3e-3}
     recipe.pop("data"), recipe.pop("eval_data")
     of = [{"data": rows, "eval_data": rows} for rows in data]
     ways = [
