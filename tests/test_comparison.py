@@ -18,9 +18,9 @@ from luthier.report.console import Console
 
 
 @pytest.fixture
-def shared(tiny) -> dict:
+def shared(shallow) -> dict:
     return {
-        "model": tiny, "data": SUMS, "dtype": "float32", "objective": "sft", "max_steps": 8, "per_device_train_batch_size": 8, "eval_data": 0.3,
+        "model": shallow, "data": SUMS, "dtype": "float32", "objective": "sft", "max_steps": 8, "per_device_train_batch_size": 8, "eval_data": 0.3,
         "evaluate": ["loss", "accuracy", "calibration"],
     }  # fmt: skip
 

@@ -28,6 +28,11 @@ MEMBERS = {
 }
 
 
+@pytest.fixture(scope="session")
+def tiny(shallow) -> str:
+    return shallow
+
+
 def crew(name="llama"):
     base = zoo.make(name)
     return [Policy(CAUSAL, model, build("tuner", m["tuner"]).attach(model)) for m in MEMBERS.values() for model in [kernel.shell(base)]]
