@@ -246,7 +246,7 @@ def search(
     where: Annotated[list[str] | None, typer.Option(help="A limit, e.g. 'memory <= 8GB'; may be given several times.")] = None,
     trials: Annotated[float | None, typer.Option(help="Full runs to spend (for each seed). Default: 40.")] = None,
     budget: Annotated[str | None, typer.Option(help="A time to spend in place of trials, e.g. 30m.")] = None,
-    sampler: Annotated[str, typer.Option(help="`luthier methods --kind searcher`; with settings: '{name: hyperband, inner: tpe}'.")] = "tpe",
+    sampler: Annotated[str, typer.Option(help="`luthier methods --kind searcher`; with settings: '{name: hyperband, inner: tpe}'.")] = "bayes",
     seeds: Annotated[str, typer.Option(help="Tuning seeds of each configuration: how many, or which (5,6,7).")] = "1",
     test_seeds: Annotated[str, typer.Option(help="Seeds on which what was found runs again: how many, or which.")] = "3",
     test_data: Annotated[str | None, typer.Option(metavar="ROWS", help="Rows on which it is measured then; without: the held-out rows that chose it.")] = None,

@@ -240,7 +240,7 @@ def seeds_of(said: Any, first: int, option: str) -> tuple[int, ...]:
 
 def quest(
     recipe: Any, going_over: Sequence[str] = (), wanted: Sequence[str] = (), where: Sequence[str] = (), *, trials: float | None = None,
-    budget: str | None = None, sampler: Any = "tpe", seeds: Any = 1, test_seeds: Any = 3, metric: str | None = None,
+    budget: str | None = None, sampler: Any = "bayes", seeds: Any = 1, test_seeds: Any = 3, metric: str | None = None,
     earlier: str | Path | None = None, test_data: Any = None, apart: bool = True,
     changes: Sequence[str] | Mapping[str, Any] | None = None,
 ) -> Quest:  # fmt: skip
@@ -377,7 +377,7 @@ def _earlier(folder: str | Path, field: Over) -> tuple[dict[str, Any], ...]:
 
 def search(
     recipe: Any = None, over: Sequence[str] | str = (), goals: Sequence[str] | str = (), where: Sequence[str] | str = (), *,
-    trials: float | None = None, budget: str | None = None, sampler: Any = "tpe", seeds: Any = 1, test_seeds: Any = 3,
+    trials: float | None = None, budget: str | None = None, sampler: Any = "bayes", seeds: Any = 1, test_seeds: Any = 3,
     metric: str | None = None, earlier: str | Path | None = None, test_data: Any = None, storage: str | None = None,
     folder: str | Path | None = None, workers: int = 1, apart: bool = True, watch: Any = None, **settings: Any,
 ) -> dict[str, Any]:  # fmt: skip
