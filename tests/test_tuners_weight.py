@@ -11,7 +11,7 @@ from torch import nn
 
 from luthier.clock import Clock
 from luthier.estimators._estimator import gradients
-from luthier.method import RecipeError, build, gives_of
+from luthier.method import RecipeError, build
 from luthier.transforms._chain import Chain
 from luthier.tuners._sparse import add, greatest, some_of, spread
 from luthier.tuners._tuner import Untuned
@@ -898,34 +898,6 @@ def test_compacter_learns_what_an_adapter_learns_with_few_numbers():
         ends[name], numbers_[name] = loss(4096).item(), sum(p.numel() for p in attached.parameters().values() if p.ndim > 1)
         assert ends[name] < 0.9 * start
     assert ends["compacter"] < 1.1 * ends["houlsby"] and numbers_["compacter"] < 0.05 * numbers_["houlsby"], (ends, numbers_)
-
-
-SURVEYED = {  # what the surveys list and people use -> how luthier is asked for it
-    "serial adapter": "houlsby", "AdapterP": "pfeiffer", "Compacter": "compacter", "parallel adapter": "parallel_adapter", "prompt tuning": "prompt",
-    "(IA)3": "ia3", "SSF": "ssf", "LT-SFT": "lt_sft", "BitFit": "bitfit", "SPT": "spt", "LoRA": "lora", "Intrinsic SAID": "intrinsic_dimension",
-    "VeRA": "peft:vera", "LoHa": "peft:loha", "LoKr (KronA)": "peft:lokr", "OFT": "peft:oft", "BOFT": "peft:boft", "HRA": "peft:hra",
-    "FourierFT": "peft:fourierft", "SHiRA": "peft:shira", "RandLoRA": "peft:randlora", "MiSS": "peft:miss", "VB-LoRA": "peft:vblora",
-    "LN tuning": "peft:ln_tuning", "C3A": "peft:c3a", "DoRA": "lora", "PiSSA": "lora", "EVA": "lora", "CorDA": "lora", "LoRA-GA": "lora",
-    "HFT": "hft", "LISA": "lisa", "SpIEL": "spiel", "DSEE": "dsee", "S2FT": "s2ft", "SaRA": "sara", "full": "full",
-}  # fmt: skip
-SETTINGS = {"vblora": {"vector_length": 16, "num_vectors": 8, "topk": 1}, "boft": {"boft_block_size": 4}, "vera": {"r": 8}, "loha": {"r": 4},
-            "oft": {"oft_block_size": 4, "r": 0}, "fourierft": {"n_frequency": 32}, "shira": {"r": 2}, "miss": {"r": 4}, "c3a": {"block_size": 8},
-            "ln_tuning": {"target_modules": ["input_layernorm"]}, "randlora": {"r": 4}}  # fmt: skip
-
-
-@pytest.mark.parametrize("listed", SURVEYED)
-@torch.no_grad()
-def test_what_surveys_list_is_here_and_merges_where_it_says_so(listed):
-    name, _, kind = SURVEYED[listed].partition(":")
-    settings = {"type": kind, "config": {"target_modules": ["q_proj", "v_proj"], **SETTINGS.get(kind, {})}} if kind else {}
-    attached = put(name, base("gpt2" if name == "bitfit" else "llama"), **settings)
-    was = logprobs(attached)
-    if "merge" in gives_of(attached.settings):
-        with attached.merged():
-            assert torch.allclose(logprobs(attached), was, atol=2e-5)
-    else:
-        with pytest.raises(RecipeError, match="cannot be merged"), attached.merged():
-            pass
 
 
 def test_the_search_for_d90_stops_where_the_metric_is_reached(tiny):
