@@ -185,7 +185,10 @@ def test_a_configuration_that_was_found_moves_to_another_task(shared, tmp_path):
 
 def test_a_search_goes_past_zeros(shared, tmp_path):
     start = {**shared, "seed": 2, "tuner": {"name": "autopeft", "serial": 8, "parallel": 0, "num_virtual_tokens": 0}}
-    found = luthier.search(start, over="tuner.serial=0|8", trials=2, sampler="random", test_seeds="0,", apart=False, folder=tmp_path / "s")
+    how = dict(over="tuner.serial=0|8", sampler="random", test_seeds="0,", apart=False)
+    assert luthier.search(start, trials=1, folder=tmp_path / "alone", **how)["sentence"].startswith("Nothing was found")
+    found = luthier.search(start, trials=2, folder=tmp_path / "s", **how)
     said = [t["point"].get("tuner.serial") for t in found["trials"]]
     assert said[:2] == [8, 0] and len(said) == 3, "what moves nothing is not paid for"
-    assert "moves nothing" in found["trials"][1]["failed"] and not any(t["failed"] for t in found["trials"] if t["point"].get("tuner.serial"))
+    assert "moves nothing" in found["trials"][1]["failed"] and "no difference seen" in found["sentence"], "the third is the recipe again"
+    assert not any(t["failed"] for t in found["trials"] if t["point"].get("tuner.serial"))

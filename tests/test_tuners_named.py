@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
-from luthier.method import RecipeError, build, find, gives_of, names
+from luthier.method import RecipeError, build, find, gives_of
 from luthier.quantizers._calibrate import quantize
 from luthier.transforms.lora_plus import LoraPlus
 from luthier.tuners._tuner import Site
@@ -87,7 +87,7 @@ def test_named(name, spec, base):
         with attached.merged() as merged:
             assert torch.allclose(answer(merged), tuned, atol=1e-4)
     else:
-        with pytest.raises((RecipeError, NotImplementedError)), attached.merged():
+        with pytest.raises(RecipeError, match="cannot be merged"), attached.merged():
             pass
 
 
@@ -96,11 +96,7 @@ def test_named(name, spec, base):
 def test_every_category_on_every_kind_of_network(kind, spec):
     """Selective, additive, reparameterised, prompt and hybrid: something moves, and it changes what the network says."""
     untuned = answer(network(kind))
-    try:
-        attached = moved(put(spec, kind))
-    except RecipeError as error:
-        assert (kind, spec) in {("vit", "prefix"), ("vit", "autopeft")}, error
-        return
+    attached = moved(put(spec, kind))
     assert attached.sites() and not torch.equal(answer(attached.model), untuned)
 
 
@@ -109,7 +105,7 @@ def test_counts_are_the_formulas():
     size = lambda spec: sum(p.numel() for p in put(spec).parameters().values() if p.requires_grad)
     shapes = [(32, 32), (16, 32), (16, 32), (32, 32), (64, 32), (64, 32), (32, 64)] * 2
     assert size({"name": "lora", "r": 4}) == sum(4 * (a + b) for a, b in shapes)
-    assert size({"name": "ssf"}) == sum(2 * a for a, _ in shapes) or size({"name": "ssf"}) == sum(a for a, _ in shapes)
+    assert size("ssf") == sum(2 * a for a, _ in shapes)
     assert size("ia3") == 2 * (16 + 16 + 64)
     assert size("full") == sum(p.numel() for p in network("llama").parameters())
     assert size({"name": "prefix", "num_virtual_tokens": 3}) == 2 * 3 * (16 + 16)
@@ -120,4 +116,5 @@ def test_b_learns_faster():
     grads = {"A": torch.ones(2, 3), "B": torch.ones(4, 2), "weight": torch.ones(3)}
     out = LoraPlus(loraplus_lr_ratio=8.0).apply(dict(grads), {}, Site("layer", {}, SimpleNamespace()), 1)
     assert torch.equal(out["B"], 8 * grads["B"]) and all(torch.equal(out[k], grads[k]) for k in ("A", "weight"))
-    assert "lora_plus" in names("transform")
+    with pytest.raises(RecipeError, match="finds no factor B"):
+        LoraPlus().on(put("ssf"))

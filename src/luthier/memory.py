@@ -17,7 +17,7 @@ from luthier.batch import Batch
 from luthier.guards import Refused
 from luthier.kernels import logprobs
 from luthier.roles import Roles
-from luthier.transforms._chain import PIECE, Chain
+from luthier.transforms._chain import Chain, most
 
 LIBRARY = {True: 100 * 2**20, False: 60 * 2**20}  # bytes that matrix libraries and late imports take, with a backward pass and without
 SURE = 0.9  # of what is free, up to which a prediction is trusted: it is right to about 15% (benchmarks/memory.py)
@@ -68,7 +68,8 @@ def predict(roles: Roles, chain: Chain, estimator: Any, some: Sequence[Batch], t
     return Need(
         moving=sum(p.nbytes for p in moving),
         state=sum(map(_state, chain.transforms)) * count + 4 * low,
-        update=16 * (min(largest, PIECE) if all(t.pointwise for t in chain.transforms) else largest) + (4 if backward else 8) * largest,
+        update=16 * (min(largest, most(roles.device)) if all(t.pointwise for t in chain.transforms) else largest)
+        + (4 if backward else 8) * largest,
         activations=round(kept),
         passing=round(passing),
     )

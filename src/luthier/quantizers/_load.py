@@ -16,12 +16,12 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from luthier import store
 from luthier.kernels.heap import Mapped
 from luthier.method import RecipeError, meant
 from luthier.quantizers._experts import Experts, Matrix, apart, fused, put
 from luthier.quantizers._quantizer import Codes, Quantized, Quantizer, held_as, plain
 
-WINDOW = 2**28  # bytes of weights after which what has been read of a checkpoint leaves memory
 Saved = dict[str, tuple[Quantizer, Codes]]  # module -> its quantizer and its codes
 
 
@@ -121,7 +121,7 @@ class Quantize(ConversionOps):
         """The codes of one weight, as its module lays it out."""
         said = self.loader.quantization_config
         said.read += W.nbytes
-        if said.read > WINDOW:
+        if said.read > store.WINDOW:
             said.files.drop()
             said.read = 0
         if not isinstance(module, Quantized):

@@ -61,13 +61,17 @@ class Each(Transform):
 PIECE = 2**18  # numbers that go through a chain at a time on a CPU: what is made on the way stays small, and in its cache
 
 
+def most(device: torch.device) -> int:
+    """Numbers of a piece; on an accelerator more, as each costs some launches."""
+    return PIECE if device.type == "cpu" else 64 * PIECE
+
+
 def pieces(like: Tensor) -> Iterator[Any]:
     """Indices of parts of a tensor, along its first dimension."""
     if like.ndim == 0 or like.numel() <= PIECE:
         yield ...
         return
-    most = PIECE if like.device.type == "cpu" else 64 * PIECE
-    rows = max(1, most * like.shape[0] // like.numel())
+    rows = max(1, most(like.device) * like.shape[0] // like.numel())
     yield from (slice(i, i + rows) for i in range(0, like.shape[0], rows))
 
 
@@ -176,9 +180,9 @@ class Chain:
                 if isinstance(transform, Each) and slot not in kept:
                     kept[slot] = transform.init(masters[slot])
             for part in pieces(masters[slot]):
-                own = self._like(site, {slot: site.slots[slot][part]})
+                own = _with(site, {slot: site.slots[slot][part]})
                 pull = {slot: pulls[slot][part]} if slot in pulls else {}
-                self._update(own, {slot: masters[slot][part]}, {slot: grad[part]}, pull, self._of(state, slot, part, grad.shape))
+                self._update(own, {slot: masters[slot][part]}, {slot: grad[part]}, pull, _cut(state, slot, part, grad.shape))
 
     def _update(self, site: Site, masters: Slots, grads: Slots, pulls: Mapping[str, Tensor], state: dict) -> None:
         """Step a site, or part of one, and its masters."""
@@ -188,24 +192,10 @@ class Chain:
                 _follow(master, p)
         grads = {k: g.to(masters[k].dtype) for k, g in grads.items()}
         grads |= {k: grads[k] + pull for k, pull in pulls.items() if k in grads}
-        for slot, update in self._updates(grads, state, self._like(site, masters)).items():
+        for slot, update in self._updates(grads, state, _with(site, masters)).items():
             masters[slot].add_(update, alpha=-self.rate)
             if site.slots[slot].dtype != masters[slot].dtype:
                 site.slots[slot].copy_(masters[slot])
-
-    def _like(self, site: Site, slots: Any) -> Site:
-        return Site(site.name, slots, site.by)
-
-    def _of(self, state: dict, slot: str, part: Any, shape: torch.Size) -> dict:
-        """The state of part of a tensor, as views."""
-
-        def cut(tree: Any) -> Any:
-            if isinstance(tree, dict):
-                return {k: cut(v) for k, v in tree.items()}
-            return tree[part] if torch.is_tensor(tree) and tree.shape == shape else tree
-
-        own = {k: {slot: cut(v[slot])} for k, v in state.items() if isinstance(v, dict) and slot in v}
-        return {**own, "step": state["step"]}
 
     def _renew(self, site: Site, state: dict) -> None:
         """Forget what was known of entries that the tuner has begun anew, and count their steps from here."""
@@ -234,6 +224,23 @@ class Chain:
             if k not in kept:
                 kept[k] = p.detach().float()
         return {**site.slots, **kept}
+
+
+def _with(site: Site, slots: Any) -> Site:
+    """A site with other tensors in its slots."""
+    return Site(site.name, slots, site.by)
+
+
+def _cut(state: dict, slot: str, part: Any, shape: torch.Size) -> dict:
+    """The state of part of a tensor, as views."""
+
+    def cut(tree: Any) -> Any:
+        if isinstance(tree, dict):
+            return {k: cut(v) for k, v in tree.items()}
+        return tree[part] if torch.is_tensor(tree) and tree.shape == shape else tree
+
+    own = {k: {slot: cut(v[slot])} for k, v in state.items() if isinstance(v, dict) and slot in v}
+    return {**own, "step": state["step"]}
 
 
 def _follow(master: Tensor, p: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.method import Range, transform
+from luthier.method import Range, RecipeError, transform
 from luthier.transforms._chain import Transform
 
 
@@ -21,6 +21,11 @@ class LoraPlus(Transform):
     pointwise = True
 
     loraplus_lr_ratio: Annotated[float, Field(gt=0), Range(1, 32, log=True)] = 16.0  # rate of B over that of A
+
+    def on(self, attached):
+        if not any("B" in site.slots for site in attached.every_site()):
+            raise RecipeError("transform 'lora_plus' finds no factor B of a low-rank update; it goes with tuner lora and its kin")
+        return self
 
     def apply(self, grads, state, site, step):
         return {slot: g * self.loraplus_lr_ratio if slot == "B" else g for slot, g in grads.items()}

@@ -393,10 +393,11 @@ class OnPeft(Attached):
         if not fused and not coded:
             return ()
         share = sum(k for _, k in fused + coded) / (sum(p.numel() for p in self.model.parameters()) + numbers(self.model))
-        how = "skip_modules: [experts] keeps them dense, and then t" if coded else "t"
+        reach = "tuner 'lora' reaches them with target_parameters"
+        reach += " where quantization.skip_modules: [experts] keeps them dense" if coded else ""
         return (
             f"all-linear leaves out {len(fused + coded)} fused expert weights ({(fused + coded)[0][0]}, ...; {share:.0%} of all parameters), "
-            f"which are not linear modules; {how}uner 'lora' reaches them with target_parameters",
+            f"which are not linear modules; {reach}",
         )
 
     # --- starting from data
