@@ -56,6 +56,11 @@ def test_packed_weights_answer_bit_for_bit_and_are_gone_afterwards(tuner, monkey
     fast = writing.generate(writing.decoder_writer(model, attached), PROMPTS, **how)
     assert used and all(used)
     assert not any(hasattr(p, "packed") for p in model.parameters()) and not any("forward" in vars(m) for m in model.modules())
+    layer = model.get_submodule("model.layers.0")
+    layer.compile(dynamic=True)  # when it is first run
+    with packing.packed(model):
+        assert not any(hasattr(p, "packed") for p in model.parameters())
+    layer._compiled_call_impl = None
     monkeypatch.setattr(packing, "able", lambda: False)
     assert writing.generate(writing.decoder_writer(model, attached), PROMPTS, **how) == fast
 

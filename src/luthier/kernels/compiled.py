@@ -55,6 +55,11 @@ def compile_blocks(model: Network) -> int:
     return len(blocks)
 
 
+def within(model: torch.nn.Module) -> bool:
+    """Is any of its layers compiled?"""
+    return any(m._compiled_call_impl is not None for m in model.modules())
+
+
 def uncompiled() -> AbstractContextManager[Any]:
     """The layers' own code, for a while."""
     return torch.compiler.set_stance("force_eager") if _used else nullcontext()

@@ -1,7 +1,8 @@
 """Weights of a network that writes on a CPU, laid out once as its bf16 products read them, and not anew at every token.
 
 A product of few rows spends a tenth (32 rows) to two fifths (6 rows) of its time on laying out the weight. What comes out is the
-same bit for bit. Weights take twice the memory while they are packed, so large networks are left as they are.
+same bit for bit. Weights take twice the memory while they are packed, so large networks are left as they are, and compiled
+ones, whose products are the compiler's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ MOST = 2**29  # bytes of weights up to which a network is packed
 def packed(model: nn.Module) -> Iterator[None]:
     """For a while, with no gradient: linear modules of bf16 have their weight laid out for products of few rows."""
     linear = [m for m in model.modules() if type(m) is nn.Linear and m.weight.dtype == torch.bfloat16 and m.weight.device.type == "cpu"]
-    if not able() or sum(m.weight.nbytes for m in linear) > MOST:
+    if not able() or compiled.within(model) or sum(m.weight.nbytes for m in linear) > MOST:
         linear = []
     for m in linear:
         m.weight.packed = torch.ops.mkldnn._reorder_linear_weight(m.weight.detach(), None)  # type: ignore[attr-defined]
@@ -38,10 +39,10 @@ def packed(model: nn.Module) -> Iterator[None]:
 
 
 def able() -> bool:
-    """Does this torch know such layouts, and the chip bf16? Compiled layers are the compiler's."""
+    """Does this torch know such layouts, and the chip bf16?"""
     own = torch.ops.mkldnn
     known = hasattr(own, "_linear_pointwise") and bool(torch.backends.mkldnn.enabled)
-    return known and torch.cpu._is_avx512_bf16_supported() and not compiled._used
+    return known and torch.cpu._is_avx512_bf16_supported()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
