@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
 
 RUN = """
-import sys
+import gc, sys
+from luthier.later import rarely
+often = gc.get_threshold()
+rarely()  # as the command line begins
 from luthier.run import tune
 seen = []
 from luthier.report.console import Quiet
 class Watch(Quiet):
     def step(self, log):
         seen.append([m for m in ("torch._dynamo", "torch.distributed.tensor", "datasets", "scipy.optimize", "sympy", "trl") if m in sys.modules])
+        assert gc.get_threshold() == often and gc.get_freeze_count() > 100_000 > len(gc.get_objects())
+        assert gc.get_stats()[2]["collections"] <= 1, gc.get_stats()
 tune(model="practice:lm-small", data="practice:arithmetic", tuner="lora", max_steps=1, folder=sys.argv[1], watch=Watch())
 print("loaded", seen)
 """
@@ -51,12 +57,31 @@ def run(code: str, *args: str) -> str:
     return done.stdout
 
 
-def test_the_compiler_and_sharded_tensors_are_not_loaded_for_a_run(tmp_path: Path):
+def test_the_compiler_and_sharded_tensors_are_not_loaded_and_modules_not_searched_for_garbage(tmp_path: Path):
     assert "loaded [[]]" in run(RUN, str(tmp_path / "run"))
 
 
 def test_what_waits_becomes_the_real_thing():
     assert "as real" in run(KINDS)
+
+
+def test_what_transformers_offers_is_found_by_reading_its_files_once():
+    """Transformers' own way beside ours, and that ours reads no file again."""
+    import transformers.models
+    from transformers.utils import import_utils as ours
+
+    import luthier  # noqa: F401, which sees to it
+
+    spec = spec_from_file_location("transformers.utils.plain", ours.__file__)
+    assert spec and spec.loader
+    plain = module_from_spec(spec)
+    spec.loader.exec_module(plain)
+    folder = Path(transformers.models.__file__).parent
+    found = ours.create_import_structure_from_path(folder)
+    assert len(found) > 200 and found == plain.create_import_structure_from_path(folder)
+    assert found is ours.create_import_structure_from_path(str(folder / "__init__.py"))
+    for text in ("", "x = 1", "__all__ = ['a']\n", "a\n__all__ = []\nb\n__all__ = [\n  'c',\n  'd',\n]\ne\n", "  __all__ = ['a']"):
+        assert ours.fetch__all__(text) == plain.fetch__all__(text)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "mixtral", "gpt2", "gpt_neox", "opt", "bloom", "falcon_alibi", "mamba"])

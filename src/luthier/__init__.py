@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from luthier.later import READER, after, read_once
 from luthier.tuners._register import watch
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported: nobody is told what is tuned here
@@ -45,3 +46,4 @@ def __dir__() -> list[str]:
 
 
 watch()  # plain PEFT shall know our tuners; costs nothing until PEFT is imported
+after(READER, read_once)  # and nothing until transformers is

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
+from luthier.later import rarely
 from luthier.method import RecipeError
 
 Words = Annotated[
@@ -48,6 +49,7 @@ app = typer.Typer(
 
 
 def main() -> None:
+    rarely()
     app()
 
 

@@ -8,10 +8,12 @@ transformers' own parallelism keeps such values from import on.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
@@ -42,6 +44,67 @@ def import_models() -> None:
         with waiting():
             for name in MODELS:
                 import_module(name)
+    if _often:
+        gc.freeze()
+        gc.set_threshold(*_often.pop())
+
+
+_often: list[tuple[int, int, int]] = []  # how often garbage is looked for, once models can be loaded
+
+
+def rarely() -> None:
+    """For a process of our own, at its start: what is imported stays, and looking for garbage among it took an eighth of the time up
+    to the first step. So it is looked for rarely until models can be loaded, and among what was imported never again."""
+    _often.append(gc.get_threshold())
+    gc.set_threshold(1_000_000)
+
+
+class After(MetaPathFinder):
+    """Finds a module as the other finders would, and does something with it once it has been executed."""
+
+    def __init__(self, name: str, then: Callable[[ModuleType], None]):
+        self.name, self.then = name, then
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        if name != self.name:
+            return None
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((s for s in specs if s is not None), None)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            del spec.loader.exec_module  # the loader is as it was
+            execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
+            self.then(module)
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+
+def after(name: str, then: Callable[[ModuleType], None]) -> None:
+    """Now where the module is imported already, else as soon as it is."""
+    if name in sys.modules:
+        then(sys.modules[name])
+    elif not any(isinstance(f, After) and f.name == name for f in sys.meta_path):
+        sys.meta_path.insert(0, After(name, then))
+
+
+READER = "transformers.utils.import_utils"
+
+
+def read_once(reader: ModuleType) -> None:
+    """While transformers is imported it reads the files of all its models for what each offers, twice, and splits each into lines
+    for the last that begins with __all__. Reading once and splitting from that line on finds the same in a third of the time."""
+    walk, listed = getattr(reader, "create_import_structure_from_path", None), getattr(reader, "fetch__all__", None)
+    if walk is None or listed is None:
+        return
+    once = cache(walk)
+    reader.create_import_structure_from_path = lambda path: once(os.path.dirname(path) if os.path.isfile(path) else os.fspath(path))
+    reader.fetch__all__ = lambda text: listed(text[max(0, text.rfind("\n__all__")) :])
 
 
 FILLED = ("normal_", "uniform_", "trunc_normal_", "constant_", "ones_", "zeros_", "zero_", "fill_")
@@ -152,7 +215,7 @@ def constant(fn: Any) -> Any:
     return fn
 
 
-class Compiler(MetaPathFinder):
+class Compiler:
     """What torch._dynamo is asked before it is there."""
 
     def __init__(self):
@@ -171,21 +234,6 @@ class Compiler(MetaPathFinder):
     def allow_in_graph(self, fn: Any) -> Any:
         """The compiler is told as soon as it is there."""
         self.allowed.append(fn)
-        if self not in sys.meta_path:
-            sys.meta_path.insert(0, self)
+        if len(self.allowed) == 1:
+            sys.meta_path.insert(0, After("torch._dynamo", lambda dynamo: dynamo.allow_in_graph(self.allowed)))
         return fn
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name != "torch._dynamo":
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(name)
-        execute = spec.loader.exec_module
-
-        def exec_module(module: Any) -> None:
-            del spec.loader.exec_module  # the loader is as it was
-            execute(module)
-            module.allow_in_graph(self.allowed)
-
-        spec.loader.exec_module = exec_module
-        return spec
