@@ -13,18 +13,30 @@ import torch
 RUN = """
 import gc, sys
 from luthier.later import rarely
+from luthier.tuners._register import lazily
 often = gc.get_threshold()
-rarely()  # as the command line begins
+rarely(), lazily()  # as the command line begins
+WAIT = ("torch._dynamo", "torch.distributed.tensor", "torch.distributed._functional_collectives", "datasets", "scipy.optimize", "sympy", "trl")
+WAIT += ("luthier.tuners.ssf", "luthier.tuners.houlsby")
 from luthier.run import tune
 seen = []
 from luthier.report.console import Quiet
 class Watch(Quiet):
     def step(self, log):
-        seen.append([m for m in ("torch._dynamo", "torch.distributed.tensor", "datasets", "scipy.optimize", "sympy", "trl") if m in sys.modules])
+        seen.append([m for m in WAIT if m in sys.modules])
         assert gc.get_threshold() == often and gc.get_freeze_count() > 100_000 > len(gc.get_objects())
         assert gc.get_stats()[2]["collections"] <= 1, gc.get_stats()
 tune(model="practice:lm-small", data="practice:arithmetic", tuner="lora", max_steps=1, folder=sys.argv[1], watch=Watch())
 print("loaded", seen)
+import json, peft
+from pathlib import Path
+Path(sys.argv[1], "adapter_config.json").write_text(json.dumps({"peft_type": "LUTHIER_SSF"}))
+config = peft.PeftConfig.from_pretrained(sys.argv[1])
+assert type(config).__name__ == "SSFConfig" and peft.PeftType("LUTHIER_SSF") is config.peft_type
+try:
+    peft.get_peft_config({"peft_type": "LUTHIER_NONE"})
+except KeyError as error:
+    print("unknown", error)
 """
 
 KINDS = """
@@ -58,7 +70,8 @@ def run(code: str, *args: str) -> str:
 
 
 def test_the_compiler_and_sharded_tensors_are_not_loaded_and_modules_not_searched_for_garbage(tmp_path: Path):
-    assert "loaded [[]]" in run(RUN, str(tmp_path / "run"))
+    said = run(RUN, str(tmp_path / "run"))
+    assert "loaded [[]]" in said and "unknown 'LUTHIER_NONE'" in said
 
 
 def test_what_waits_becomes_the_real_thing():

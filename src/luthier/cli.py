@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from luthier.later import rarely
 from luthier.method import RecipeError
+from luthier.tuners._register import lazily
 
 Words = Annotated[
     list[str] | None,
@@ -50,6 +51,7 @@ app = typer.Typer(
 
 def main() -> None:
     rarely()
+    lazily()
     app()
 
 

@@ -28,6 +28,7 @@ WAITING = (
     "torch.distributed.tensor.placement_types",
     "torch.distributed.checkpoint.hf_storage",
     "torch.distributed._composable.fsdp",
+    "torch.distributed._functional_collectives",
     "torch.distributed.fsdp",
     "torch.nn.attention.flex_attention",
     "transformers.integrations.flex_attention",

@@ -156,9 +156,15 @@ def modules(kind: str) -> dict[str, str]:
         if path.stem in found:
             raise RuntimeError(f"two {kind}s are called '{path.stem}': {found[path.stem]} and {dotted}")
         found[path.stem] = dotted
-    for point in entry_points(group=f"luthier.{FOLDERS[kind]}"):
+    for point in announced().select(group=f"luthier.{FOLDERS[kind]}"):
         found.setdefault(point.name, point.value)
     return found
+
+
+@cache
+def announced() -> Any:
+    """By all installed packages: each call reads a file of each of them."""
+    return entry_points()
 
 
 def names(kind: str) -> list[str]:

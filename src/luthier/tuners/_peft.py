@@ -36,6 +36,7 @@ from luthier import store
 from luthier.method import RecipeError, find, gives_of, meant, names
 from luthier.quantizers._experts import stacked
 from luthier.quantizers._quantizer import Quantized, QuantizedMatrix, modules, numbers, opened
+from luthier.tuners import _register
 from luthier.tuners._calibrate import statistics
 from luthier.tuners._delta import Delta, oriented
 from luthier.tuners._tuner import Attached, Site
@@ -577,6 +578,7 @@ ODD = {  # tuners of PEFT that need more of a run than layers in a model
 
 def any_config(name: str, settings: Mapping[str, Any]) -> PeftConfig:
     """PEFT's own config of a type, checked. Raises RecipeError for an unknown type or setting, and for what cannot work here."""
+    register()
     kinds = {k.value: k for k in PEFT_TYPE_TO_CONFIG_MAPPING}
     key = name.upper()
     if key not in kinds:
@@ -727,4 +729,5 @@ def _plain_state(model: Network) -> dict[str, Tensor]:
     return out
 
 
-register()
+if _register.eager:
+    register()

@@ -6,19 +6,22 @@ tuners/_peft.py register our types right after it. Call `watch()` once, as the l
 
 from __future__ import annotations
 
-import importlib
+import sys
 import warnings
+from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 from luthier.later import after
 
-BRIDGE = "luthier.tuners._peft"  # registers every Delta when it is imported
+BRIDGE = "luthier.tuners._peft"  # registers every Delta, when it is imported or asked to
+eager = True  # the first
 
 
 def register(peft: ModuleType) -> None:
     """A PEFT that we do not know must still be usable without us."""
     try:
-        importlib.import_module(BRIDGE)
+        import_module(BRIDGE)
     except Exception as error:
         warnings.warn(f"PEFT does not know luthier's adapters in this process: {error}", stacklevel=2)
 
@@ -26,3 +29,27 @@ def register(peft: ModuleType) -> None:
 def watch() -> None:
     """Register our tuners with PEFT: now where it is imported already, else as soon as it is."""
     after("peft", register)
+
+
+def lazily() -> None:
+    """In a process of our own, before PEFT is imported: all of them only when PEFT looks for a type that it does not know. A run
+    uses one, and importing the others would take it longer than its first step."""
+    global eager
+    if "peft" in sys.modules:
+        return
+    eager = False
+    sys.meta_path[:] = [f for f in sys.meta_path if getattr(f, "name", None) != "peft"]
+    after("peft.mapping", lambda mapping: setattr(mapping, TYPES, Types(getattr(mapping, TYPES))))
+
+
+TYPES = "PEFT_TYPE_TO_CONFIG_MAPPING"
+
+
+class Types(dict):
+    """PEFT's types, and ours once they are asked for."""
+
+    def __missing__(self, key: Any) -> Any:
+        import_module(BRIDGE).register()
+        if key not in self:
+            raise KeyError(key)
+        return self[key]
