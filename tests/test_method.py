@@ -79,11 +79,13 @@ def test_other_packages_can_bring_methods(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[luthier.objectives]\noutside = outside\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    method.modules.cache_clear()
+    for found in (method.modules, method.announced):
+        found.cache_clear()
     try:
         assert build("objective", "outside").unit == "token" and card("objective", "outside").summary == "Twice the loss."
     finally:
-        method.modules.cache_clear()
+        for found in (method.modules, method.announced):
+            found.cache_clear()
 
 
 def test_imports_cost_nothing():
