@@ -39,12 +39,15 @@ def gradients(values, hidden, head):
     return torch.autograd.grad((values * torch.linspace(-1, 2, len(values))).sum(), moved)
 
 
-@pytest.mark.parametrize("tokens", [16, 17, 1000])  # several even and uneven chunks, and one
+@pytest.mark.parametrize(("tokens", "words"), [(16, 8192), (17, 1), (1000, 60), (1000, 8192)])  # chunks and blocks, even and uneven, and one
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_chunked_is_the_plain_twin(form, frozen, tokens, monkeypatch):
-    monkeypatch.setattr(kernel, "CHUNK_BYTES", 4 * V * tokens)
-    hidden, head, labels = case(**FORMS[form])
+def test_chunked_is_the_plain_twin(form, frozen, tokens, words, monkeypatch):
+    """Blocks end at multiples of 64 words, so the longer vocabulary has several of them."""
+    V = 61 if words == 8192 else 333
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", 4 * min(V, -(-words // 64) * 64) * tokens)
+    monkeypatch.setattr(kernel, "WORDS", words)
+    hidden, head, labels = case(**FORMS[form], vocabulary=V)
     head.module.requires_grad_(not frozen)
     fast, slow = chunked(hidden, head, labels), plain(hidden, head, labels)
     torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)

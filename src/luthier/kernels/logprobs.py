@@ -1,15 +1,17 @@
 """Log-probabilities of chosen tokens straight from hidden states: [T, V] never exists, forward or backward.
 
-log p = z[label] - logsumexp(z), z = softcap(scale * (h W' + b)). The backward is the closed form (one-hot minus
-softmax), computed on the same chunks. Where the head itself does not move (LoRA, prompts), the gradient of the hidden
-states is made on the way forward, so a chunk's logits are made once and not twice.
+log p = z[label] - logsumexp(z), z = softcap(scale * (h W' + b)). The vocabulary is gone through in blocks, whose
+log-sum-exps are added up; so a matrix library that lays a weight out anew for a product has one block of it to lay out.
+The backward is the closed form (one-hot minus softmax), computed on the same blocks. Where the head itself does not move
+(LoRA, prompts), the gradient of the hidden states is made on the way forward, so logits are made once and not twice.
 `plain` is the twin that the first batch of every run is compared with.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from luthier.kernels import differentiated_otherwise
 
 CHUNK_BYTES = 64 * 2**20  # of fp32 logits alive at once: fewer tokens at a time leave matrix units idle
+WORDS = 8192  # of a block of the vocabulary at most; the same whatever is asked, as sums of blocks round by their borders
 
 
 @dataclass(frozen=True)
@@ -84,25 +87,21 @@ def chunked(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, scale, softcap, ahead):
-        size = chunk_size(len(weight))
-        out = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float, ahead: bool):
+        out, total = (torch.empty(len(hidden), 1, dtype=torch.float32, device=hidden.device) for _ in range(2))
         slope = torch.empty_like(hidden) if ahead else None  # [T, d] -d log p / d hidden
-        room = Room(weight, min(size, len(hidden)))
-        for i in range(0, len(hidden), size):
-            part = slice(i, i + size)
-            z = _logits(hidden[part], weight, bias, scale, softcap, room)
-            p = room.softmax(z)
-            out[part] = (z.gather(1, labels[part, None]).float() - normaliser(z, p)).squeeze(1)
-            if ahead:
-                torch.mm(room.narrow(_slope(z, p, labels[part], scale, softcap)), weight, out=slope[part])
-        ctx.save_for_backward(hidden, weight, bias, labels, slope)
+        room = Room(weight, len(hidden))
+        for part in room.tokens():
+            own = hidden[part], weight, bias, labels[part, None], scale, softcap, room
+            out[part], total[part] = _answers(*own, slope=None if slope is None else slope[part])
+        ctx.save_for_backward(hidden, weight, bias, labels, slope, total)
         ctx.settings = scale, softcap
-        return out
+        return out.squeeze(1)
 
     @staticmethod
-    def backward(ctx, grad):
-        hidden, weight, bias, labels, slope = ctx.saved_tensors
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        hidden, weight, bias, labels, slope, total = ctx.saved_tensors
         scale, softcap = ctx.settings
         if torch.is_grad_enabled():  # create_graph: somebody will differentiate this gradient
             tensors = [t for t, wanted in zip((hidden, weight, bias), ctx.needs_input_grad) if wanted]
@@ -112,48 +111,112 @@ class _LinearLogProbs(torch.autograd.Function):
             return *(next(found) if wanted else None for wanted in ctx.needs_input_grad[:3]), *[None] * 4
         if slope is not None:
             return (slope * -grad[:, None]).to(slope.dtype), *[None] * 6
-        size = chunk_size(len(weight))
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if wants_weight else None
-        d_bias = torch.zeros(len(weight), dtype=torch.float32, device=weight.device) if wants_bias else None
-        room = Room(weight, min(size, len(hidden)))
-        for i in range(0, len(hidden), size):
-            part = slice(i, i + size)
-            z = _logits(hidden[part], weight, bias, scale, softcap, room)
-            dz = _slope(z, room.softmax(z), labels[part], scale, softcap).mul_(-grad[part, None])
-            if d_bias is not None:
-                d_bias += dz.sum(0)
-            dz = room.narrow(dz)
-            if d_hidden is not None:
-                torch.mm(dz, weight, out=d_hidden[part])
+        d_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if wants_hidden else None
+        d_weight = torch.empty_like(weight) if wants_weight else None
+        d_bias = torch.empty_like(bias) if wants_bias else None
+        room = Room(weight, len(hidden))
+        for words in room.words():
+            w, b = weight[words], None if bias is None else bias[words]
+            sum_w = torch.zeros(w.shape, dtype=torch.float32, device=w.device) if wants_weight else None
+            sum_b = torch.zeros(len(w), dtype=torch.float32, device=w.device) if wants_bias else None
+            for part in room.tokens():
+                z = _logits(hidden[part], w, b, scale, softcap, room)
+                dz = room.wide(z).sub_(total[part]).exp_()
+                at, inside = _within(labels[part, None], words)
+                dz.scatter_add_(1, at, -inside.float())
+                dz = _through(dz, z, scale, softcap).mul_(-grad[part, None])
+                if sum_b is not None:
+                    sum_b += dz.sum(0)
+                dz = room.narrow(dz)
+                if d_hidden is not None:
+                    d_hidden[part] += dz @ w
+                if sum_w is not None:
+                    sum_w += dz.T @ hidden[part]
             if d_weight is not None:
-                d_weight += dz.T @ hidden[part]
-        d_weight = None if d_weight is None else d_weight.to(weight.dtype)
-        d_bias = None if d_bias is None else d_bias.to(bias.dtype)
-        return d_hidden, d_weight, d_bias, *[None] * 4
+                d_weight[words] = sum_w
+            if d_bias is not None:
+                d_bias[words] = sum_b
+        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, *[None] * 4
+
+
+def _answers(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float, room: Room, slope: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """[C, d], labels [C, 1] -> log-probabilities [C, 1] and log-sum-exps [C, 1]; writes -d log p / d hidden [C, d] into `slope`.
+
+    A block's products are of its own softmax: what share it has of the whole is known when all blocks are, and scales rows.
+    The label's part is added last, in fp32: with p near 1, 1 - p must not be rounded.
+    """
+    total = torch.full(labels.shape, -torch.inf, device=hidden.device)
+    asked = torch.empty(labels.shape, device=hidden.device)  # the label's logit
+    mean = None if slope is None else torch.zeros(hidden.shape, device=hidden.device)  # of the rows of W, by the softmax so far
+    for words in room.words():
+        w = weight[words]
+        z = _logits(hidden, w, None if bias is None else bias[words], scale, softcap, room)
+        p = room.softmax(z)
+        own = normaliser(z, p)
+        at, inside = _within(labels, words)
+        asked = torch.where(inside, z.gather(1, at).float(), asked)
+        more = torch.logaddexp(total, own)
+        if mean is not None:
+            p.scatter_(1, at, p.gather(1, at).masked_fill_(inside, 0.0))
+            said = torch.mm(room.narrow(_through(p, z, 1.0, softcap)), w)
+            mean.mul_((total - more).exp_()).addcmul_(said, (own - more).exp_())
+        total = more
+    logp = asked - total
+    if mean is not None and slope is not None:
+        missing = _through(logp.expm1(), asked, 1.0, softcap)
+        slope.copy_(mean.addcmul_(weight[labels.squeeze(1)], missing).mul_(scale))
+    return logp, total
+
+
+def _within(labels: Tensor, words: slice) -> tuple[Tensor, Tensor]:
+    """[C, 1] places of labels in a block of the vocabulary, and whether they are in it."""
+    inside = (labels >= words.start) & (labels < words.stop)
+    return torch.where(inside, labels - words.start, 0), inside
 
 
 class Room:
-    """Memory in which the logits of one chunk after another are worked on: at wide vocabularies, getting it anew for each
-    costs a CPU as much time as the softmax."""
+    """Memory in which the logits of one block after another are worked on: getting it anew for each costs a CPU as much
+    time as the softmax."""
 
-    def __init__(self, weight: Tensor, rows: int):
-        self.z = weight.new_empty(rows, len(weight))
-        self.p = torch.empty(rows, len(weight), dtype=torch.float32, device=weight.device)
+    def __init__(self, weight: Tensor, tokens: int):
+        self.vocabulary, self.asked = len(weight), tokens
+        n = max(1, -(-self.vocabulary // WORDS))
+        self.block = min(self.vocabulary, -(-self.vocabulary // n // 64) * 64)
+        self.chunk = max(1, min(tokens, chunk_size(self.block)))
+        self.z = weight.new_empty(self.chunk * self.block)
+        self.p = torch.empty(self.chunk * self.block, dtype=torch.float32, device=weight.device)
+
+    def words(self) -> Iterator[slice]:
+        for i in range(0, self.vocabulary, self.block):
+            yield slice(i, min(i + self.block, self.vocabulary))
+
+    def tokens(self) -> Iterator[slice]:
+        for i in range(0, self.asked, self.chunk):
+            yield slice(i, i + self.chunk)
+
+    def logits(self, tokens: int, words: int) -> Tensor:
+        """[C, B] to write them into."""
+        return self.z[: tokens * words].view(tokens, words)
+
+    def wide(self, z: Tensor) -> Tensor:
+        """[C, B] in fp32."""
+        return self.p[: z.numel()].view(z.shape).copy_(z)
 
     def softmax(self, z: Tensor) -> Tensor:
-        """[C, V] probabilities in fp32."""
-        p = self.p[: len(z)]
-        return torch.softmax(p.copy_(z), -1, out=p)
+        """[C, B] probabilities in fp32."""
+        p = self.wide(z)
+        return torch.softmax(p, -1, out=p)
 
     def narrow(self, dz: Tensor) -> Tensor:
         """In the weight's precision; written over the logits, which nobody needs any more."""
-        return dz if dz.dtype == self.z.dtype else self.z[: len(dz)].copy_(dz)
+        return dz if dz.dtype == self.z.dtype else self.logits(*dz.shape).copy_(dz)
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float, room: Room) -> Tensor:
-    z = room.z[: len(hidden)]
+    z = room.logits(len(hidden), len(weight))
     z = torch.mm(hidden, weight.T, out=z) if bias is None else torch.addmm(bias, hidden, weight.T, out=z)
     z = z.float().mul_(scale) if scale != 1.0 else z
     return z.float().div_(softcap).tanh_().mul_(softcap) if softcap else z
@@ -163,8 +226,7 @@ def _bent(z: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(z / softcap) if softcap else z
 
 
-def _slope(z: Tensor, p: Tensor, labels: Tensor, scale: float, softcap: float) -> Tensor:
-    """-d log p / d (h W' + b), [C, V] in fp32, written over the probabilities p: with p near 1, 1 - p must not be rounded."""
-    p.scatter_add_(1, labels[:, None], torch.full_like(p[:, :1], -1.0))
-    p = p.mul_(1 - (z / softcap).square()) if softcap else p
-    return p.mul_(scale) if scale != 1.0 else p
+def _through(dz: Tensor, z: Tensor, scale: float, softcap: float) -> Tensor:
+    """Slopes by what a token gets, in place to slopes by what the head's product says."""
+    dz = dz.mul_(1 - (z / softcap).square()) if softcap else dz
+    return dz.mul_(scale) if scale != 1.0 else dz
