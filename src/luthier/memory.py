@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from luthier.batch import Batch
 from luthier.guards import Refused
@@ -58,10 +59,10 @@ def predict(roles: Roles, chain: Chain, estimator: Any, some: Sequence[Batch], t
     wide = max((m.weight.shape[0] for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head), default=0)
     passing = (6 if backward else 4) * tokens * wide * size + LIBRARY[backward]
     if head is not None:
-        words = len(head.weight)
+        words, width = min(len(head.weight), logprobs.WORDS), head.weight.shape[1]
         passing += (3 if backward else 2) * 4 * words * min(round(asked * tokens), logprobs.chunk_size(words))
-        passing += 0 if head.weight.is_cuda else 2 * head.weight.nbytes  # packed by the library
-        passing += 4 * head.weight.numel() if backward and any(p is head.weight for p in moving) else 0  # its gradient is summed in fp32
+        passing += 0 if head.weight.is_cuda else 2 * words * width * size  # packed by the library
+        passing += 4 * words * width if backward and any(p is head.weight for p in moving) else 0  # its gradient is summed in fp32
     kept = _grown([(len(b.ids), _kept(roles, b)) for b in some], tokens) if backward else 0
     if recompute and (layers := getattr(model.config.get_text_config(), "num_hidden_layers", 0)):
         kept = min(kept, layers * tokens * model.get_input_embeddings().weight.shape[-1] * size + kept / layers)
@@ -159,13 +160,16 @@ def _kept(roles: Roles, batch: Batch) -> int:
     """Bytes that backward holds on to, weights apart."""
     model = roles.policy.model
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    held: dict[int, int] = {}
+    held: dict[int, StorageWeakRef] = {}
+    sizes: list[int] = []
 
-    def pack(x: Tensor) -> Tensor:
+    def pack(x: Tensor) -> None:  # nothing is held, as nothing will be asked back: counting takes less than a step does
         storage = x.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
-        return x.detach()  # an output that its own graph holds would never be freed
+        place = storage.data_ptr()
+        if place in own or place in held and not held[place].expired():
+            return
+        held[place] = StorageWeakRef(storage)
+        sizes.append(storage.nbytes())
 
     was: bool = model.training
     again: list[Any] = [m for m in model.modules() if getattr(m, "gradient_checkpointing", False)]
@@ -181,4 +185,4 @@ def _kept(roles: Roles, batch: Batch) -> int:
         model.train(was)
         for m in again:
             m.gradient_checkpointing = True
-    return sum(held.values())
+    return sum(sizes)

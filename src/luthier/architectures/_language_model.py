@@ -6,6 +6,7 @@ after its head (a scale, a soft cap, a bias) is measured once, by letting its he
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -19,7 +20,7 @@ from luthier.architectures._architecture import Architecture
 from luthier.architectures._outputs import LAYERS, Outputs
 from luthier.batch import Batch
 from luthier.kernels.attention import NAME
-from luthier.kernels.logprobs import Head
+from luthier.kernels.logprobs import Head, chunk_size
 from luthier.method import RecipeError, family
 from luthier.tuners._anatomy import layer_of
 
@@ -140,7 +141,15 @@ def soft_first(
 
 def picked(logits: Tensor, labels: Tensor) -> Tensor:
     """[k, V] logits, [k] -> [k] log-probabilities."""
-    return logits.float().log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    some = zip(logits.split(n := chunk_size(logits.shape[-1])), labels.split(n), strict=True)
+    return torch.cat([z.float().log_softmax(-1).gather(1, own[:, None]).squeeze(1) for z, own in some])
+
+
+def own_logits(model: Network, inputs: dict[str, Any], at: Tensor) -> Tensor:
+    """[k] places of one row -> [k, V] logits by the network's own forward, which is asked for no others where it lets itself be."""
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(**inputs, use_cache=False, logits_to_keep=at).logits[0]
+    return model(**inputs, use_cache=False).logits[0, at]
 
 
 def logits_at(model: Network, inputs: dict[str, Any], at: Tensor) -> Tensor:

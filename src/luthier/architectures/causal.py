@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.architectures._generate import decoder_writer, generate
-from luthier.architectures._language_model import LanguageModel, as_mask, path, picked, prefix_mask, soft_first
+from luthier.architectures._language_model import LanguageModel, as_mask, own_logits, path, picked, prefix_mask, soft_first
 from luthier.architectures._outputs import LAYERS, Outputs
 from luthier.batch import Batch
 from luthier.kernels import attention
@@ -182,9 +182,8 @@ class Causal(LanguageModel):
             first = len(pieces[way[0]]) if len(way) > 1 else 0
             both = (order >= attached.virtual) & (order < attached.virtual + first)
             inputs["attention_mask"] = prefix_mask(model, torch.ones_like(both)[None], both[None])
-        logits = model(**inputs, use_cache=False).logits[0]
         before = (places[:, None] == own).nonzero()[:, 0] - 1 + attached.virtual
-        return picked(logits[before], batch.labels[own])
+        return picked(own_logits(model, inputs, before), batch.labels[own])
 
     # ------------------------------------------------------------------------------------------ writing
 
