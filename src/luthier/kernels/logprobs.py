@@ -133,9 +133,9 @@ class _LinearLogProbs(torch.autograd.Function):
                     d_hidden[part] += dz @ w
                 if sum_w is not None:
                     sum_w += dz.T @ hidden[part]
-            if d_weight is not None:
+            if d_weight is not None and sum_w is not None:
                 d_weight[words] = sum_w
-            if d_bias is not None:
+            if d_bias is not None and sum_b is not None:
                 d_bias[words] = sum_b
         return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, *[None] * 4
 
