@@ -6,6 +6,7 @@ import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ tune(model="practice:lm-small", data="practice:arithmetic", tuner="lora", max_st
 print("loaded", seen)
 import json, peft
 from pathlib import Path
+from types import SimpleNamespace
 Path(sys.argv[1], "adapter_config.json").write_text(json.dumps({"peft_type": "LUTHIER_SSF"}))
 config = peft.PeftConfig.from_pretrained(sys.argv[1])
 assert type(config).__name__ == "SSFConfig" and peft.PeftType("LUTHIER_SSF") is config.peft_type
@@ -111,3 +113,32 @@ def test_what_is_laid_out_unfilled_is_the_same_network(kind, tmp_path):
     both = [dict([*m.named_parameters(), *m.named_buffers()]) for m in (want, found)]
     assert both[0].keys() == both[1].keys()
     assert all(x.dtype == both[1][k].dtype and x.device == both[1][k].device and torch.equal(x, both[1][k]) for k, x in both[0].items())
+
+
+def test_short_rows_are_measured_in_larger_batches_with_the_same_numbers(shallow, tmp_path):
+    """16 rows at least, further ones while they are short; as many as are asked for where that is said."""
+    from luthier.assembly import assemble
+    from luthier.evaluators._evaluator import LETTERS, batches
+    from luthier.method import build
+    from luthier.recipe import Recipe
+    from luthier.rehearsal import rehearse
+
+    def of(lengths: list[int], size: int | None = None) -> list[list[int]]:
+        rows = [{"prompt": "x" * (n - 1), "completions": ["y"]} for n in lengths]
+        roles = SimpleNamespace(batch=lambda some: [len(r["prompt"]) + 1 for r in some])
+        return list(batches(roles, rows, size))
+
+    assert of([]) == [] and of([5, 2, 9]) == [[2, 5, 9]]
+    long = LETTERS // 4
+    assert [len(b) for b in of([long] * 20)] == [16, 4]
+    assert [sum(b) for b in of([LETTERS // 64] * 100)] == [LETTERS, 36 * (LETTERS // 64)]
+    assert [len(b) for b in of([2] * 7, size=3)] == [3, 3, 1]
+
+    recipe = Recipe.load({"model": shallow, "tuner": "full", "dtype": "float32"})
+    rows = [{"id": f"{i}", "prompt": f"{i}+{i}=", "completions": [str(i + i) * (i % 3 + 1)]} for i in range(40)]
+    roles = assemble(recipe, rehearse(recipe, rows))
+    for name in ("loss", "accuracy"):
+        small, large = ({"name": name, "batch_size": size} for size in (1, None))
+        with torch.no_grad():
+            want, found = (build("evaluator", e).run(roles, rows, tmp_path, "before") for e in (small, large))
+        assert found == pytest.approx(want, rel=1e-6), name

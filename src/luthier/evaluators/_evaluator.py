@@ -21,15 +21,25 @@ class Evaluator:
         raise NotImplementedError
 
 
-def batches(roles: Any, rows: Sequence[dict], size: int) -> Iterator[Batch]:
-    """Rows as batches, those of like length together, so that little is wasted on padding."""
+ROWS, LETTERS = 16, 8192  # read at once: at least so many rows, and more while they have so many letters together
+
+
+def batches(roles: Any, rows: Sequence[dict], size: int | None = None) -> Iterator[Batch]:
+    """Rows as batches, those of like length together, so that little is wasted on padding. size: rows at once; where it is None,
+    short ones come in larger batches, since each batch has its price."""
 
     def length(row: dict) -> int:
         return len(str(row["prompt"])) + sum(len(str(c)) for c in row["completions"])
 
-    rows = sorted(rows, key=length)
-    for i in range(0, len(rows), size):
-        yield roles.batch(rows[i : i + size])
+    some, letters = [], 0
+    for row in sorted(rows, key=length):
+        if len(some) >= ROWS and letters + length(row) > LETTERS if size is None else len(some) == size:
+            yield roles.batch(some)
+            some, letters = [], 0
+        some.append(row)
+        letters += length(row)
+    if some:
+        yield roles.batch(some)
 
 
 def liked(rows: Sequence[dict]) -> list[dict]:

@@ -10,7 +10,7 @@ class Accuracy(Evaluator):
     greedy exact match (of a classifier: plain accuracy). `token_accuracy`: the same per token. For rows with better and
     worse completions also `preference_accuracy`: share of rows whose best is likelier than their worst."""
 
-    batch_size: int = 16  # rows read at once
+    batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
 
     def by_row(self, roles, rows):
         """Row (and completion, where it has several) -> (supervised tokens said first, how many they are)."""

@@ -13,7 +13,7 @@ from luthier.method import evaluator
 class BitsPerByte(Evaluator):
     """`bits_per_byte`: -log2 p of each row's best completion, end of turn included, over the UTF-8 bytes of what it says."""
 
-    batch_size: int = 16  # rows read at once
+    batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
 
     def run(self, roles, rows, folder, when):
         nats, size = 0.0, 0

@@ -21,7 +21,7 @@ class Calibration(Evaluator):
     """`calibration_error`: 0 is perfect. Keeps calibration-<when>.json: [tokens, mean confidence, share right] of each bin."""
 
     bins: Annotated[int, Field(ge=2)] = 15  # of equal width
-    batch_size: int = 16  # rows read at once
+    batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
 
     def run(self, roles, rows, folder, when):
         sure, right = [], []

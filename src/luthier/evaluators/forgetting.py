@@ -28,7 +28,7 @@ class Forgetting(Evaluator):
     n: int = 400  # rows at most
     texts: int = 16  # own texts, where there are no rows
     max_new_tokens: int = 48  # of an own text
-    batch_size: int = 16  # rows read at once
+    batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
 
     def run(self, roles, rows, folder, when):
         probe, own = self.probe(roles, folder)

@@ -12,7 +12,7 @@ class ImplicitValue(Evaluator):
     """`value_correlation`: of a completion's score with V, the log-sum-exp of the logits, meaned over its tokens;
     `value_correlation_last`: with V at its last token. Of completions with scores, over all rows."""
 
-    batch_size: int = 16  # rows read at once
+    batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
 
     def run(self, roles, rows, folder, when):
         means, lasts, scores = [], [], []

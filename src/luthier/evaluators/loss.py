@@ -8,7 +8,7 @@ from luthier.method import evaluator
 class Loss(Evaluator):
     """`loss`: mean -log p per supervised token, over all tokens of each row's best completion."""
 
-    batch_size: int = 16  # rows read at once
+    batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
 
     def by_row(self, roles, rows):
         """Row (and completion, where it has several) -> (-log p of its supervised tokens together, how many they are)."""

@@ -23,7 +23,7 @@ class Preference(Evaluator):
     `chosen_drift` and `rejected_drift`, the log-ratio of each side: below 0 it became less likely; `length_correlation` of the
     log-ratio with a completion's tokens, and `length_ratio`, tokens of what the log-ratio prefers over those of the chosen."""
 
-    batch_size: int = 16  # rows read at once
+    batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
 
     def run(self, roles, rows, folder, when):
         own, other = (totals(who, roles, paired(rows), self.batch_size) for who in (roles.policy, roles.reference))

@@ -11,7 +11,7 @@ class ResponseRanking(Evaluator):
     """`response_ranking`: share of rows whose best completion is likelier, by the mean of its tokens, than that of another row
     (the next one) after the same prompt; a half is chance. Rows of plain text or of turns, all of one kind."""
 
-    batch_size: int = 16  # rows read at once
+    batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
 
     def run(self, roles, rows, folder, when):
         rows = [r for r in liked(rows) if r["prompt"]]

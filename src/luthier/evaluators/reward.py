@@ -11,7 +11,7 @@ from luthier.objectives._pairs import best_and_worst
 class Reward(Evaluator):
     """`reward_accuracy`: share of rows whose best completion is worth more than their worst; `reward_margin`: by how much."""
 
-    batch_size: int = 16  # rows read at once
+    batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
 
     def run(self, roles, rows, folder, when):
         gaps = []

@@ -14,7 +14,7 @@ class YesNoAUC(Evaluator):
     """`auc`: mean over questions of the area under the ROC curve of P(yes) / (P(yes) + P(no)); `auc_ensemble`: the same with
     the scores of all descriptions of a label averaged first. Rows as the stage `yes_no` makes them."""
 
-    batch_size: int = 16  # rows read at once
+    batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
     answers: tuple[str, str] = ("yes", "no")  # the two completions
 
     def run(self, roles, rows, folder, when):
