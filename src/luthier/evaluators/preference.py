@@ -41,7 +41,7 @@ class Totals:
 
 
 @torch.no_grad()
-def totals(who, roles, rows: list[dict], size: int = 16) -> Totals | None:
+def totals(who, roles, rows: list[dict], size: int | None = None) -> Totals | None:
     """The best and the worst completion of each row, as a role reads them; None where no row tells two apart."""
     found = []
     for batch in batches(roles, rows, size):
