@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ import zoo
 from luthier.architectures import _generate as writing
 from luthier.clock import Clock
 from luthier.estimators._estimator import displaced
-from luthier.estimators.mezo import direction
+from luthier.estimators.mezo import _table, direction
 from luthier.kernels import lora
 from luthier.kernels import packed as packing
 from luthier.method import build
@@ -141,7 +143,24 @@ def test_a_direction_is_normal():
     for at, share in ((-3.0, 0.00135), (-1.0, 0.15866), (0.0, 0.5), (2.0, 0.97725)):
         assert abs(float((z < at).double().mean()) - share) < error * (share * (1 - share)) ** 0.5, at
     assert abs(float((z[1:] * z[:-1]).double().mean())) < error
-    assert torch.equal(direction(Clock(3), 0, "layer", "weight", like, scale=1e-3), z * 1e-3)
+    for part in (like, like[: 2**10]):  # large and small tensors are scaled in different ways
+        z = direction(Clock(3), 0, "layer", "weight", part)
+        assert torch.equal(direction(Clock(3), 0, "layer", "weight", part, scale=1e-3), z * 1e-3)
+        low = direction(Clock(3), 0, "layer", "weight", part, scale=1e-3, dtype=torch.bfloat16)
+        assert low.dtype == torch.bfloat16 and torch.allclose(low.float(), z * 1e-3, rtol=2**-7, atol=0)
+
+
+def test_four_numbers_that_are_looked_up_together_are_as_if_drawn_apart():
+    """Covariance I; mixed moments of four normal numbers; each alone goes through as many values as there are fours."""
+    z = _table("normal", torch.float32).view(torch.float32).view(-1, 4).double()
+    assert torch.allclose(z.T @ z / len(z), torch.eye(4, dtype=torch.float64), atol=1e-6) and float(z.mean(0).abs().max()) < 1e-4
+    assert all(len(x.unique()) > 65000 for x in z.T)
+    for i, j in itertools.combinations(range(4), 2):
+        x, y = z[:, i], z[:, j]
+        for power in ((1, 2), (1, 3), (2, 1), (3, 1)):
+            assert abs(float((x ** power[0] * y ** power[1]).mean())) < 0.02, power
+        assert abs(float((x.square() * y.square()).mean()) - 1) < 0.02
+    assert abs(float(z.prod(1).mean())) < 0.02
 
 
 def test_signs_are_fair_and_apart():

@@ -43,7 +43,7 @@ def displaced(chain: Chain, aside: Callable[[Site, str, Tensor], Tensor | None])
 
     Tensors are exchanged, not written: p + d - d is not p in floating point, and memory may run out in between. So they
     come back bit for bit however the block ends, for one more copy of what moves; what is frozen is never copied. aside
-    gives its tensor away: in fp32 it becomes the displaced one.
+    gives its tensor away: where it is as precise as what moves, it becomes the displaced one.
     """
     kept: list[tuple[Any, Tensor]] = []
     asked, got, first = 0.0, 0.0, chain.clock.step == chain.clock.first
@@ -62,12 +62,11 @@ def displaced(chain: Chain, aside: Callable[[Site, str, Tensor], Tensor | None])
                         continue
                     was = p.data
                     kept.append((p, was))
-                    low = was.dtype.itemsize < d.dtype.itemsize
-                    if first and low:
-                        p.data = (was + d).to(was.dtype)
+                    if first and was.dtype.itemsize < 4:
+                        p.data, d = (was + d).to(was.dtype), d.float()
                         asked += float(d.square().sum())
                         got += float(((p.data.float() - was.float()) * d).sum())
-                    elif low or was.dtype == d.dtype:
+                    elif was.dtype.itemsize <= d.dtype.itemsize:
                         p.data = d.add_(was).to(was.dtype)
                     else:
                         p.data = was + d
