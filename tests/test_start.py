@@ -142,3 +142,5 @@ def test_short_rows_are_measured_in_larger_batches_with_the_same_numbers(shallow
         with torch.no_grad():
             want, found = (build("evaluator", e).run(roles, rows, tmp_path, "before") for e in (small, large))
         assert found == pytest.approx(want, rel=1e-6), name
+    said = roles.policy.outputs(roles.batch(rows))
+    assert torch.equal(said.first(), said.top(1)[1].squeeze(1))

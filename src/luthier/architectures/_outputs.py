@@ -69,6 +69,10 @@ class Outputs:
 
         return self.apply(top)
 
+    def first(self) -> Tensor:
+        """[T] the likeliest token of each question; how likely it is costs as much again."""
+        return self.apply(lambda z: z.topk(1)[1]).squeeze(1)
+
     def apply(self, f: Callable, *per_token: Tensor, beside: Sequence[Outputs] = ()) -> Any:
         """f(logits [C, V], ...) over chunks, recomputed in backward, so [T, V] never exists.
 

@@ -16,7 +16,7 @@ class Accuracy(Evaluator):
         """Row (and completion, where it has several) -> (supervised tokens said first, how many they are)."""
         out = {}
         for batch in batches(roles, liked(rows), self.batch_size):
-            right = (roles.policy.outputs(batch).top(1)[1].squeeze(1) == batch.labels[batch.supervised]).float()
+            right = (roles.policy.outputs(batch).first() == batch.labels[batch.supervised]).float()
             names = [name for row in batch.rows for name in named(row)]
             out |= {name: (round(k), int(n)) for name, k, n in zip(names, batch.sums(right).tolist(), batch.lengths.tolist(), strict=True)}
         return out

@@ -48,16 +48,15 @@ class Forgetting(Evaluator):
             sums = batch.sums(outputs.logprobs.double()).tolist()
             loss |= {i: (-s, n) for i, s, n in zip(ids, sums, sizes, strict=True)}
             if accuracy:
-                hit = (outputs.top(1)[1].squeeze(1) == batch.labels[batch.supervised]).float()
+                hit = (outputs.first() == batch.labels[batch.supervised]).float()
                 for g, i, k, n in zip(batch.group.tolist(), ids, batch.sums(hit).tolist(), sizes, strict=True):
                     right[i] = skills[batch.rows[g].get("skill")][i] = (round(k), n)
         tokens = sum(n for _, n in loss.values())
         if not tokens:
             return {}
-        keep(folder, when, elsewhere_loss=shares(loss))
         out = {"elsewhere_loss": sum(s for s, _ in loss.values()) / tokens}
+        keep(folder, when, elsewhere_loss=shares(loss), **({"elsewhere_accuracy": exact(right)} if right else {}))
         if right:
-            keep(folder, when, elsewhere_accuracy=exact(right))
             out["elsewhere_accuracy"] = share(right)
         if len(skills) > 1:
             out |= {f"elsewhere_accuracy/{skill}": share(some) for skill, some in sorted(skills.items(), key=str)}

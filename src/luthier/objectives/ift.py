@@ -21,7 +21,7 @@ class IFT(Objective):
 
     def loss(self, roles, batch):
         with torch.no_grad():
-            guess = roles.policy(batch.view()).top(1)[1].squeeze(1)
+            guess = roles.policy(batch.view()).first()
         other = batch.ids.clone()
         other[batch.supervised] = guess
         cost = -roles.policy.logprobs(batch.view(mixed=(other, self.lam * batch.supervised)))
