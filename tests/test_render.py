@@ -306,6 +306,16 @@ def test_preference_pairs_share_their_prompt():
     assert learned(renderer, row, 1) == ["Five.<|im_end|>"]
 
 
+def test_a_prompt_goes_through_the_template_once_for_all_that_follows_it(monkeypatch):
+    renderer = Renderer(trained(template=CHATML))
+    pair = load([{"prompt": "2+2?", "chosen": "4", "rejected": "5"}]).rows[0]
+    turns = {"prompt": [{"role": "user", "content": "2+2?"}], "completions": [[{"role": "assistant", "content": c}] for c in "45"]}
+    apply, seen = renderer.tokenizer.apply_chat_template, []
+    monkeypatch.setattr(renderer.tokenizer, "apply_chat_template", lambda said, **how: seen.append(len(said)) or apply(said, **how))
+    renderer.encode({**pair, **turns})
+    assert sorted(seen) == [1, 2, 2]
+
+
 def test_an_encoder_keeps_the_end_of_its_prompt():
     renderer = Renderer(trained(eos=True), encoder=True, max_length=16)
     encoded = renderer.encode({"prompt": "the", "completions": [" cat"]})

@@ -150,7 +150,7 @@ class Renderer:
         """What generation starts from: the row's prompt, through the chat template where it is turns."""
         key = digest("prompt", row)
         if key not in self.cache:
-            ids = self.asked(row)
+            ids, _ = self.asked(row)
             if not ids:
                 raise BadRow("the prompt is empty, and the tokenizer begins with no token of its own")
             self.remember(key, Encoded(ids, [], []))
@@ -344,7 +344,7 @@ class Renderer:
 
     def structured(self, row: dict) -> Encoded:
         """A row with turns, or with completions that are token ids already (rollouts, pieces of a text)."""
-        prompt, completions, scales = self.asked(row), [], []
+        (prompt, opening), completions, scales = self.asked(row), [], []
         for completion in row.get("completions", []):
             if is_ids(completion):
                 said, scale = list(completion), [1.0] * len(completion)
@@ -354,7 +354,7 @@ class Renderer:
             elif isinstance(row["prompt"], str):
                 raise BadRow("the prompt is text but a completion is messages")
             else:
-                said, scale = self.reply(row, prompt, spoken(completion))
+                said, scale = self.reply(row, prompt, opening, spoken(completion))
             completions.append(said)
             scales.append(scale)
         plainly = all(s in (0, 1) for scale in scales for s in scale)
@@ -365,15 +365,17 @@ class Renderer:
         wanted = [texts[0], "".join(texts)]
         return dict(zip(wanted, self.ids(wanted, True), strict=True))
 
-    def asked(self, row: dict) -> list[int]:
-        """A row's prompt as ids, and of the reply what all its completions begin with (`prefix`)."""
+    def asked(self, row: dict) -> tuple[list[int], str]:
+        """A row's prompt as ids, and of the reply what all its completions begin with (`prefix`); turns also as the template opens
+        the reply to them."""
         if row.get("prefix") and self.encoder:
             raise BadRow(NO_PREFIX)
         if isinstance(row["prompt"], str):
-            return self.trimmed(self.one(begun(row), special=True))
+            return self.trimmed(self.one(begun(row), special=True)), ""
         if not row["prompt"]:  # whole conversations to learn from
-            return []
-        return self.one(self.rendered(row, row["prompt"], asking=True) + row.get("prefix", ""), special=self.encoder)
+            return [], ""
+        opening = self.rendered(row, row["prompt"], asking=True)
+        return self.one(opening + row.get("prefix", ""), special=self.encoder), opening
 
     def rendered(self, row: dict, turns: list[dict], asking: bool = False) -> str:
         """Turns through the chat template. Raises BadRow where the template refuses them."""
@@ -386,16 +388,15 @@ class Renderer:
         except Exception as why:  # a template is somebody's program: it may raise anything
             raise BadRow(f"the chat template refuses it: {why}") from None
 
-    def reply(self, row: dict, prompt: list[int], completion: list[dict]) -> tuple[list[int], list[float]]:
+    def reply(self, row: dict, prompt: list[int], opening: str, completion: list[dict]) -> tuple[list[int], list[float]]:
         """The turns after the prompt as ids, and how much each counts: by default the assistant's turns, with their end of
         turn, and nothing else. The prefix is not learned."""
         prefix = row.get("prefix", "")
         if prefix:
             completion = [{**completion[0], "content": prefix + completion[0]["content"]}, *completion[1:]]
         turns, first = row["prompt"] + completion, len(row["prompt"])
-        head = self.rendered(row, row["prompt"], asking=True) + prefix if row["prompt"] else ""
-        whole = self.rendered(row, turns)
-        spans = self.spans(row, turns, first, whole)
+        head, whole = opening + prefix if row["prompt"] else "", self.rendered(row, turns)
+        spans = self.spans(row, turns, first, opening, whole)
         scaled = [float(t.get("loss_scale", 1)) for t in turns[first:] if is_learned(t)]
         if self.encoder:
             return self.decoder_reply(whole, spans)
@@ -423,13 +424,13 @@ class Renderer:
         size = max((i + 1 for i, scale in enumerate(learned) if scale), default=skipped)
         return ids[skipped:size], learned[skipped:size]
 
-    def spans(self, row: dict, turns: list[dict], first: int, whole: str) -> list[tuple[int, int]]:
+    def spans(self, row: dict, turns: list[dict], first: int, opening: str, whole: str) -> list[tuple[int, int]]:
         """[start, end) of each learned turn in the rendered text, checked turn by turn: served later as trained now."""
         spans = []
         for i in range(first, len(turns)):
             replies = turns[i]["role"] == "assistant"
             if replies or is_learned(turns[i]):
-                before = self.rendered(row, turns[:i], asking=replies) if i else ""
+                before = opening if replies and i == first else self.rendered(row, turns[:i], asking=replies) if i else ""
                 after = whole if i + 1 == len(turns) else self.rendered(row, turns[: i + 1])
                 if not after.startswith(before):
                     raise BadRow(

@@ -24,7 +24,7 @@ class LabelRenderer(Renderer):
             classes = [[class_of(c, self.label2id)] for c in row.get("completions", [])]
             asked = row["prompt"]  # the line break that parts a text from its label has no label after it here
             row = {**row, "prompt": asked.removesuffix("\n") if isinstance(asked, str) else asked}
-            ids = self.tokenizer(*row["texts"])["input_ids"] if len(row.get("texts", ())) == 2 else self.asked(row)
+            ids = self.tokenizer(*row["texts"])["input_ids"] if len(row.get("texts", ())) == 2 else self.asked(row)[0]
             encoded = Encoded(ids, classes, [[True]] * len(classes))
             if not ids:
                 raise BadRow("the text is empty")
