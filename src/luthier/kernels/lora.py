@@ -7,6 +7,7 @@ The adapter itself stays in fp32; its gradients are summed in fp32 by the matrix
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -107,38 +108,43 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: Any, sizes: Any, *factors: Any) -> Tensor:
         y = nn.functional.linear(x, weight, bias)
-        kept: list[Tensor | None] = []
-        for seen, own, A, B, scale in zip(x.split(sizes, -2), y.split(sizes, -2), factors[::2], factors[1::2], scales, strict=True):
-            if A is None:
-                kept += None, None, None
-                continue
-            a, b, seen = A.to(x.dtype), (B * scale).to(x.dtype), seen.reshape(-1, seen.shape[-1])
-            kept += a, b, (low := seen @ a.T)
-            own.view(-1, own.shape[-1]).addmm_(low, b.T)
-        ctx.save_for_backward(x, weight, bias, *factors, *kept)
-        ctx.scales, ctx.sizes = scales, sizes
+        flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        places = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
+        live = [i for i, A in enumerate(factors[::2]) if A is not None]
+        ctx.places, ctx.ranks = [places[i] for i in live], [len(factors[2 * i]) for i in live]
+        low = a = b = None
+        if live:  # all factors are cast at once, [sum of ranks, in] and [sum of ranks, out]
+            a = torch.cat([factors[2 * i] for i in live]).to(x.dtype)
+            b = torch.cat([factors[2 * i + 1].T * scales[i] for i in live]).to(x.dtype)
+            low = [flat[own] @ part.T for own, part in zip(ctx.places, a.split(ctx.ranks), strict=True)]
+            for own, seen, part in zip(ctx.places, low, b.split(ctx.ranks), strict=True):
+                out[own].addmm_(seen, part)
+        ctx.save_for_backward(x, weight, bias, a, b, *factors, *(low or ()))
+        ctx.live, ctx.scales, ctx.sizes = live, scales, sizes
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, *rest = ctx.saved_tensors
-        factors, kept, sizes = rest[: 2 * len(ctx.sizes)], rest[2 * len(ctx.sizes) :], ctx.sizes
+        x, weight, bias, a, b, *rest = ctx.saved_tensors
+        factors, low = rest[: 2 * len(ctx.sizes)], rest[2 * len(ctx.sizes) :]
         if torch.is_grad_enabled():
             return _Linears.again(ctx, x, weight, bias, factors, grads[0])
-        d_x = grads[0] @ weight if ctx.needs_input_grad[0] else None
-        found: list[Tensor | None] = []
-        for i, (seen, grad) in enumerate(zip(x.split(sizes, -2), grads[0].split(sizes, -2), strict=True)):
-            A, B, (a, b, low) = factors[2 * i], factors[2 * i + 1], kept[3 * i : 3 * i + 3]
-            if a is None:
-                found += None, None
-                continue
-            seen, grad = seen.reshape(-1, seen.shape[-1]), grad.reshape(-1, grad.shape[-1])
-            wants_a, wants_b = ctx.needs_input_grad[5 + 2 * i : 7 + 2 * i]
-            inner = grad @ b if wants_a or d_x is not None else None
-            if d_x is not None:
-                d_x.split(sizes, -2)[i].view(-1, x.shape[-1]).addmm_(inner, a)
-            found += _factors(seen, grad, low, inner if wants_a else None, A, B, ctx.scales[i], wants_b)
-        return d_x, None, None, None, None, *found
+        flat, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
+        d_x = grad @ weight if ctx.needs_input_grad[0] else None
+        found: list[Tensor | None] = [None] * len(factors)
+        if ctx.live:
+            d_a, d_b = torch.empty_like(a), torch.empty_like(b)
+            each = zip(ctx.places, low, *(t.split(ctx.ranks) for t in (a, b, d_a, d_b)), strict=True)
+            for own, seen, part_a, part_b, to_a, to_b in each:
+                inner = grad[own] @ part_b.T
+                if d_x is not None:
+                    d_x[own].addmm_(inner, part_a)
+                torch.mm(inner.T, flat[own], out=to_a)
+                torch.mm(seen.T, grad[own], out=to_b)
+            wide = factors[2 * ctx.live[0]].dtype
+            for i, of_a, of_b in zip(ctx.live, *(t.to(wide).split(ctx.ranks) for t in (d_a, d_b)), strict=True):
+                found[2 * i : 2 * i + 2] = of_a, of_b.T.mul(ctx.scales[i])
+        return None if d_x is None else d_x.view(x.shape), None, None, None, None, *found
 
     @staticmethod
     def again(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
