@@ -514,6 +514,25 @@ def test_workers_do_not_ask_the_same(name):
     assert len(asked) >= 8 and len(set(asked)) == len(asked)
 
 
+def test_the_last_run_of_a_budget_is_begun_by_one_worker_only():
+    """Both read that one run is left; who writes second takes its own back."""
+    space, wanted = Space((Dim("x"),)), goals(["loss"], "loss")
+    books = [Book(space, wanted, (), None, "s", worker) for worker in "ab"]
+    books[1].study = books[0].study
+    measure = lambda t, i: Measured({1000: {"loss": t.user_attrs["point"]["x"]}})
+    searcher = build("searcher", "random")
+
+    class Slow:
+        def ask(self, *of):
+            books[0].begin(Asked({"x": 0.25}))
+            return searcher.ask(*of)
+
+    hunt(books[0], searcher, measure, 2)
+    assert len(hunt(books[1], Slow(), measure, 3, crew=True)) == 2 and not books[1].begun()  # type: ignore[arg-type]
+    assert len(hunt(books[0], searcher, measure, 3, crew=True)) == 3
+    assert [t.measured.by_seed[1000]["loss"] for t in books[0].tried()][-1] == 0.25
+
+
 def test_workers_of_a_cluster_spend_one_budget(shared, tmp_path, monkeypatch):
     pytest.importorskip("ray")
     from luthier import cluster

@@ -125,12 +125,17 @@ class Book:
         """What this worker began and did not end."""
         return [t for t in self.trials("RUNNING") if t.user_attrs["worker"] == self.worker]
 
-    def in_flight(self, seen: Sequence[Seen]) -> list[Seen]:
-        """What other workers began and did not end, as if it had come out like the median of what was seen."""
+    def in_flight(self, seen: Sequence[Seen], before: float = math.inf) -> list[Seen]:
+        """What other workers began and did not end, as if it had come out like the median of what was seen. before: this trial."""
         known = np.array([s.values for s in seen]) if seen else np.zeros((1, len(self.goals)))
         values = tuple(float(v) for v in np.median(tamed(known), 0))
-        others = [t for t in self.trials("RUNNING") if t.user_attrs["worker"] != self.worker]
+        others = [t for t in self.trials("RUNNING") if t.user_attrs["worker"] != self.worker and t.number < before]
         return [Seen(self._number(t), t.user_attrs["point"], values, t.user_attrs["share"], 0.0, t.user_attrs["marks"]) for t in others]
+
+    def withdraw(self, t: Any) -> None:
+        """As if it had not been begun."""
+        self.lib.trial.Trial(self.study, t._trial_id).set_user_attr("state", "withdrawn")
+        self.study.tell(t.number, state=self.lib.trial.TrialState.FAIL)
 
     def end(self, t: Any, measured: Measured) -> Tried:
         states = self.lib.trial.TrialState
@@ -191,6 +196,12 @@ def hunt(
             if used + asked.share - there > trials + 1e-9 and used > 0:
                 return tried
             t = book.begin(asked)
+            if crew:  # others may have begun between reading the book and writing in it: who wrote first goes on
+                tried = book.tried()
+                used = spent(tried) + sum(s.share for s in book.in_flight(shown, before=t.number))
+                if used + asked.share - there > trials + 1e-9 and used > 0:
+                    book.withdraw(t)
+                    return tried
         tell(book.end(t, measure(t, book._number(t))))
 
 
