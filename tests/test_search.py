@@ -514,6 +514,21 @@ def test_workers_do_not_ask_the_same(name):
     assert len(asked) >= 8 and len(set(asked)) == len(asked)
 
 
+def test_a_goal_that_nothing_moves_is_told():
+    wanted = goals(["loss", "trained"], "loss")
+    tried = [
+        searching.Tried(
+            Seen(i, {"x": i}, (float(i), 5.0)),
+            Measured({1: {"loss": float(i), "trained": 5.0}}),
+            {"loss": float(i), "trained": 5.0},
+            "asked",
+        )
+        for i in range(3)
+    ]
+    assert searching.unmoved(wanted, tried) == ["trained was 5.00 in all 3 configurations: nothing that was searched moves it"]
+    assert not searching.unmoved(wanted, tried[:1])
+
+
 def test_the_last_run_of_a_budget_is_begun_by_one_worker_only():
     """Both read that one run is left; who writes second takes its own back."""
     space, wanted = Space((Dim("x"),)), goals(["loss"], "loss")

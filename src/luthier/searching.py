@@ -669,6 +669,7 @@ def _tested(made: Quest, folder: Path, tried: Sequence[Tried], found: Sequence[T
         blind = [f"{r.name}: {said}" for r in runs if (r / "report.json").is_file() for g in made.goals if (said := below(g, points(r)))]
         compared["notes"] += [f"{said}; what lies there counts nothing" for said in blind]
     beside(lines)
+    compared["notes"] += unmoved(made.goals, tried)
     result |= {"found": [x for x in lines if x["name"] != "recipe"], "start": next((x for x in lines if x["name"] == "recipe"), None)}
     result["comparison"] = compared
     result["sentence"] = sentence(made, tried, lines, compared)
@@ -687,6 +688,17 @@ def sentence(made: Quest, tried: Sequence[Tried], lines: Sequence[Mapping], comp
         share, where = says(goal.metric).share, "test seeds" if made.test_data is None else "test seeds and rows"
         said += f" ({where}; {top['name']} had {number(top['tuning'][goal.name], share)} on the tuning seeds, {number(top['test'][goal.name], share)} here)"
     return said + "."
+
+
+def unmoved(wanted: Sequence[Goal], tried: Sequence[Tried]) -> list[str]:
+    """Goals that came out alike whatever was tried, where more than one thing was."""
+    whole = {t.seen.number: t.goals for t in tried if t.seen.share >= 1 and not t.measured.failed}
+    seen = {g.name: {goals[g.name] for goals in whole.values()} for g in wanted}
+    return [
+        f"{name} was {number(min(values))} in all {len(whole)} configurations: nothing that was searched moves it"
+        for name, values in seen.items()
+        if len(whole) > 1 and len(values) == 1
+    ]
 
 
 def beside(lines: Sequence[dict[str, Any]]) -> None:
