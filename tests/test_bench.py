@@ -57,6 +57,8 @@ def test_members_of_a_fleet_do_the_work_of_as_many_runs():
     given = job("fleet", "tiny", "folder", 512)
     one = job("sft", "tiny", "folder", 512)
     assert given.members == 8 and work(given)["tokens"] == 8 * work(one)["tokens"] and callable(plain(given)) and callable(many)
+    top = job("fleet_top", "tiny", "folder", 512)
+    assert top.layers == [0, 1] and work(top)["tokens"] == 3 * work(given)["tokens"]
 
 
 def test_unknown_words_are_refused():

@@ -319,7 +319,7 @@ def claims(
 
 @app.command()
 def bench(
-    scenarios: Annotated[list[str], typer.Argument(help="sft, dpo, subset, frozen, fleet, mezo, rollout, start, memory.")],
+    scenarios: Annotated[list[str], typer.Argument(help="sft, dpo, subset, frozen, fleet, fleet_top, mezo, rollout, start, memory.")],
     shape: Annotated[list[str] | None, typer.Option(help="a, b, c, gpt2, moe; may be given several times. Default: a.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each contestant; the median counts.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

@@ -23,7 +23,7 @@ from typing import Any
 
 from luthier.bench import shapes
 from luthier.bench.contestants import Job, text
-from luthier.bench.scenarios import SCENARIOS, job, work
+from luthier.bench.scenarios import LAST_EPOCH, SCENARIOS, job, work
 from luthier.method import RecipeError, meant
 
 MARK = "luthier-bench "  # before what a contestant's process says to us
@@ -199,7 +199,7 @@ def _summed(
     for name, each in runs.items():
         if not each:
             continue
-        seconds = [r["last_epoch" if scenario in ("frozen", "mezo") else "seconds"] for r in each]
+        seconds = [r["last_epoch" if scenario in LAST_EPOCH else "seconds"] for r in each]
         middle = statistics.median(seconds)
         found[name] = {
             "label": SCENARIOS[scenario][name].label,
@@ -212,7 +212,7 @@ def _summed(
             "peak_memory_mb": max(r["peak_memory_mb"] for r in each),
         }
         if scenario == "sft" and limit:  # forward and backward of the activations; the weights do not move
-            flops = 4 * (parameters["body"] * done["tokens"] + parameters["head"] * done["supervised"]) * given.epochs
+            flops = 4 * (parameters["body"] * done["tokens"] + parameters["head"] * done["supervised"])
             found[name]["share_of_peak"] = flops / middle / limit
     key = "peak_memory_mb" if scenario == "memory" else "median"
     rivals = {k: f[key] for k, f in found.items() if f["rival"]}

@@ -93,6 +93,8 @@ SCENARIOS: dict[str, dict[str, Contestant]] = {
         "trl_recomputing": RECOMPUTING,
     },
 }
+SCENARIOS["fleet_top"] = SCENARIOS["fleet"]
+LAST_EPOCH = ("frozen", "mezo")  # of these the last epoch is measured, of the others all
 SIZES = {"tiny": 4, "a": 16, "b": 8, "c": 1, "gpt2": 16, "moe": 8}  # rows of one run
 
 
@@ -106,11 +108,11 @@ def job(scenario: str, shape: str, folder: Path, vocabulary: int, device: str = 
     if scenario == "dpo":
         sizes = [(p, c, d) for (p, c), (_, d) in zip(sizes, shapes.lengths(n, 7, longest))]
     made = Job(scenario, str(folder), shapes.SHAPES[shape][0], shapes.rows(sizes, vocabulary), device=device)
-    if scenario == "frozen":
+    if scenario in ("frozen", "fleet_top"):
         settings = shapes.SHAPES[shape][1]
         deep = settings["n_layer" if "n_layer" in settings else "num_hidden_layers"]
         made.layers, made.epochs = [deep - 2, deep - 1], 3
-    if scenario == "fleet":  # small batches: at large ones the base's products gain nothing from more rows
+    if scenario.startswith("fleet"):  # small batches: at large ones the base's products gain nothing from more rows
         made.members, made.batch, made.rows = 8, 1, made.rows[:12]
     if scenario == "mezo":  # one step an epoch, and the last one counts
         made.rows, made.epochs = made.rows[: made.batch], 3
@@ -124,9 +126,10 @@ def job(scenario: str, shape: str, folder: Path, vocabulary: int, device: str = 
 
 
 def work(job: Job) -> dict[str, int]:
-    """Tokens of a run: read, and asked about. A prompt counts for each of its completions, however it is read."""
+    """Tokens of what is measured of a run: read, and asked about. A prompt counts for each of its completions, however it is read."""
     if job.scenario == "rollout":
         return {"tokens": sum(job.ends or ()), "supervised": sum(job.ends or ())}
     tokens = sum(len(r[0]) + len(c) + 1 for r in job.rows for c in r[1:])
     supervised = sum(len(c) + 1 for r in job.rows for c in r[1:])
-    return {"tokens": tokens * job.members, "supervised": supervised * job.members}
+    times = job.members * (1 if job.scenario in LAST_EPOCH else job.epochs)
+    return {"tokens": tokens * times, "supervised": supervised * times}
