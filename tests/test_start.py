@@ -118,7 +118,7 @@ def test_what_is_laid_out_unfilled_is_the_same_network(kind, tmp_path):
 def test_short_rows_are_measured_in_larger_batches_with_the_same_numbers(shallow, tmp_path):
     """16 rows at least, further ones while they are short; as many as are asked for where that is said."""
     from luthier.assembly import assemble
-    from luthier.evaluators._evaluator import LETTERS, batches
+    from luthier.evaluators._evaluator import LETTERS, batches, measured
     from luthier.method import build
     from luthier.recipe import Recipe
     from luthier.rehearsal import rehearse
@@ -144,3 +144,12 @@ def test_short_rows_are_measured_in_larger_batches_with_the_same_numbers(shallow
         assert found == pytest.approx(want, rel=1e-6), name
     said = roles.policy.outputs(roles.batch(rows))
     assert torch.equal(said.first(), said.top(1)[1].squeeze(1))
+
+    every, alone, passes = [build("evaluator", e) for e in ("loss", "accuracy", "bits_per_byte")], {}, []
+    with torch.no_grad():
+        for e in every:
+            alone |= e.run(roles, rows, tmp_path, "before")
+        hook = roles.policy.model.model.register_forward_hook(lambda *_: passes.append(1))
+        assert measured(every, roles, rows, tmp_path, "before") == alone and len(alone) == 4
+        hook.remove()
+    assert len(passes) == 1, "one batch, read once for all three"

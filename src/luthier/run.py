@@ -25,6 +25,7 @@ from luthier import report as page
 from luthier import rows as reading
 from luthier.assembly import assemble, take_parts, tensors_of
 from luthier.data import Data, beside, load_data, touching
+from luthier.evaluators._evaluator import measured
 from luthier.folder import clear, default_folder, note_down, on_disk, open_run, trim
 from luthier.kernels import frozen, reference
 from luthier.kernels.fleet import shell
@@ -387,10 +388,7 @@ class _Run:
     def measure(self, when: str) -> dict[str, float]:
         """Every process measures all rows, so none waits long for another; what the main one found counts."""
         self.roles.policy.eval()
-        out: dict[str, float] = {}
-        for e in self.parts.evaluate:
-            out |= e.run(self.roles, self.measured, self.folder, when)
-        out = _alike(out, self.accelerator)
+        out = _alike(measured(self.parts.evaluate, self.roles, self.measured, self.folder, when), self.accelerator)
         self.accelerator.log({f"eval_{k}": v for k, v in out.items()}, step=self.roles.clock.step)
         return out
 

@@ -15,7 +15,7 @@ import torch
 from luthier import guards, store
 from luthier.assembly import assemble, take_parts
 from luthier.data import load_data
-from luthier.evaluators._evaluator import Evaluator, paired
+from luthier.evaluators._evaluator import Evaluator, measured, paired
 from luthier.evaluators.preference import checkup, totals
 from luthier.folder import network_of
 from luthier.method import RecipeError, build, meant, spec
@@ -136,7 +136,9 @@ def _run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
 def _bare(model: str, settings: Mapping[str, Any], folder: Path | None = None) -> tuple[Recipe, Roles]:
     """folder: where the codes of a quantized base may lie."""
     recipe = Recipe.load({**settings, "model": model})
-    roles = assemble(recipe, Parts(detect(model), _Nothing(), None, None, (), {}, [], [], [], recipe.methods()["quantization"]), folder=folder)
+    roles = assemble(
+        recipe, Parts(detect(model), _Nothing(), None, None, (), {}, [], [], [], recipe.methods()["quantization"]), folder=folder
+    )
     roles.policy.eval()
     return recipe, roles
 
@@ -298,11 +300,8 @@ def _rows(tuned: str | Path, data: Any) -> tuple[list[dict], str, dict[str, Any]
 
 @torch.no_grad()
 def _measure(evaluators: Sequence[Evaluator], loaded: Loaded, rows: list[dict], folder: Path, when: str) -> dict[str, float]:
-    out: dict[str, float] = {}
-    for e in evaluators:
-        if getattr(e, "wants", frozenset()) <= loaded.roles.policy.architecture.gives | {"completions"}:
-            out |= e.run(loaded.roles, rows, folder, when)
-    return out
+    gives = loaded.roles.policy.architecture.gives | {"completions"}
+    return measured([e for e in evaluators if getattr(e, "wants", frozenset()) <= gives], loaded.roles, rows, folder, when)
 
 
 def _settled(loaded: Loaded, rows: list[dict], notes: list[str]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 from luthier import store
 from luthier.batch import Batch
@@ -19,6 +20,57 @@ class Evaluator:
     def run(self, roles: Any, rows: Sequence[dict], folder: Path, when: str) -> dict[str, float]:
         """rows: held-out rows. folder: the run's, for what should be kept. when: before, during or after training."""
         raise NotImplementedError
+
+
+class Said(NamedTuple):
+    """Of a completion; nan where it was not asked."""
+
+    tokens: int  # supervised ones
+    loss: float  # their -log p together
+    first: float  # how many of them are the likeliest ones
+
+
+@family
+class ByRow(Evaluator):
+    """Family: numbers that follow from what is said of each row's best completion, which is read once for all of them."""
+
+    batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
+    asks: ClassVar[frozenset[str]] = frozenset({"loss"})  # of what is said: loss, first
+
+    def told(self, said: Mapping[str, Said], roles: Any, rows: Sequence[dict], folder: Path, when: str) -> dict[str, float]:
+        """said: by the name of the completion. The rest as in `run`."""
+        raise NotImplementedError
+
+    def run(self, roles, rows, folder, when):
+        return self.told(read(roles, rows, self.batch_size, self.asks), roles, rows, folder, when)
+
+
+def measured(evaluators: Sequence[Any], roles: Any, rows: Sequence[dict], folder: Path, when: str) -> dict[str, float]:
+    """What all of them say, in turn."""
+    asked: dict[int | None, frozenset[str]] = {}
+    for e in evaluators:
+        if isinstance(e, ByRow):
+            asked[e.batch_size] = asked.get(e.batch_size, frozenset()) | e.asks
+    said = {size: read(roles, rows, size, asks) for size, asks in asked.items()}
+    out: dict[str, float] = {}
+    for e in evaluators:
+        out |= e.told(said[e.batch_size], roles, rows, folder, when) if isinstance(e, ByRow) else e.run(roles, rows, folder, when)
+    return out
+
+
+def read(roles: Any, rows: Sequence[dict], size: int | None, asks: Set[str]) -> dict[str, Said]:
+    """Of each row's best completion, by its name."""
+    out: dict[str, Said] = {}
+    for batch in batches(roles, liked(rows), size):
+        outputs, sizes = roles.policy.outputs(batch), [int(n) for n in batch.lengths.tolist()]
+        losses = firsts = [math.nan] * len(sizes)
+        if "loss" in asks:
+            losses = (-batch.sums(outputs.logprobs.double())).tolist()
+        if "first" in asks:
+            firsts = [round(n) for n in batch.sums((outputs.first() == batch.labels[batch.supervised]).float()).tolist()]
+        names = [name for row in batch.rows for name in named(row)]
+        out |= {name: Said(*told) for name, told in zip(names, zip(sizes, losses, firsts, strict=True), strict=True)}
+    return out
 
 
 ROWS, LETTERS = 16, 8192  # read at once: at least so many rows, and more while they have so many letters together

@@ -1,31 +1,23 @@
 """Held-out accuracy: what the model would say first is what stands there."""
 
-from luthier.evaluators._evaluator import Evaluator, batches, keep, liked, named, paired
+from typing import ClassVar
+
+from luthier.evaluators._evaluator import ByRow, batches, keep, paired
 from luthier.method import evaluator
 
 
 @evaluator(wants="completions logprobs top")
-class Accuracy(Evaluator):
+class Accuracy(ByRow):
     """`accuracy`: share of completions whose every supervised token is the likeliest one given those before it, which is
     greedy exact match (of a classifier: plain accuracy). `token_accuracy`: the same per token. For rows with better and
     worse completions also `preference_accuracy`: share of rows whose best is likelier than their worst."""
 
-    batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
+    asks: ClassVar[frozenset[str]] = frozenset({"first"})
 
-    def by_row(self, roles, rows):
-        """Row (and completion, where it has several) -> (supervised tokens said first, how many they are)."""
-        out = {}
-        for batch in batches(roles, liked(rows), self.batch_size):
-            right = (roles.policy.outputs(batch).first() == batch.labels[batch.supervised]).float()
-            names = [name for row in batch.rows for name in named(row)]
-            out |= {name: (round(k), int(n)) for name, k, n in zip(names, batch.sums(right).tolist(), batch.lengths.tolist(), strict=True)}
-        return out
-
-    def run(self, roles, rows, folder, when):
-        said = self.by_row(roles, rows)
+    def told(self, said, roles, rows, folder, when):
         if not said:
             return {}
-        out = {"accuracy": share(said), "token_accuracy": sum(k for k, _ in said.values()) / sum(n for _, n in said.values())}
+        out = {"accuracy": share(said), "token_accuracy": sum(s.first for s in said.values()) / sum(s.tokens for s in said.values())}
         keep(folder, when, accuracy=exact(said))
         better = {}
         for batch in batches(roles, paired(rows), self.batch_size):
@@ -41,7 +33,7 @@ class Accuracy(Evaluator):
 
 def exact(said):
     """Row id -> 1 where every token is right."""
-    return {i: float(k == n) for i, (k, n) in said.items()}
+    return {i: float(s.first == s.tokens) for i, s in said.items()}
 
 
 def share(said):

@@ -14,7 +14,7 @@ from typing import Any
 
 from luthier import rows as reading
 from luthier import store
-from luthier.evaluators._evaluator import Evaluator, batches, keep, liked, named
+from luthier.evaluators._evaluator import Evaluator, Said, keep, liked, named, read
 from luthier.evaluators.accuracy import exact, share
 from luthier.evaluators.loss import shares
 from luthier.method import RecipeError, evaluator
@@ -38,26 +38,17 @@ class Forgetting(Evaluator):
 
     def measure(self, roles, rows, folder: Path, when: str, accuracy: bool) -> dict[str, float]:
         """Every row is read once, whatever is asked of it."""
-        loss, right, skills = {}, {}, defaultdict(dict)
-        for batch in batches(roles, liked(rows), self.batch_size):
-            outputs, sizes, ids = (
-                roles.policy.outputs(batch),
-                [int(n) for n in batch.lengths.tolist()],
-                [n for r in batch.rows for n in named(r)],
-            )
-            sums = batch.sums(outputs.logprobs.double()).tolist()
-            loss |= {i: (-s, n) for i, s, n in zip(ids, sums, sizes, strict=True)}
-            if accuracy:
-                hit = (outputs.first() == batch.labels[batch.supervised]).float()
-                for g, i, k, n in zip(batch.group.tolist(), ids, batch.sums(hit).tolist(), sizes, strict=True):
-                    right[i] = skills[batch.rows[g].get("skill")][i] = (round(k), n)
-        tokens = sum(n for _, n in loss.values())
+        said = read(roles, rows, self.batch_size, {"loss", "first"} if accuracy else {"loss"})
+        tokens = sum(s.tokens for s in said.values())
         if not tokens:
             return {}
-        out = {"elsewhere_loss": sum(s for s, _ in loss.values()) / tokens}
-        keep(folder, when, elsewhere_loss=shares(loss), **({"elsewhere_accuracy": exact(right)} if right else {}))
-        if right:
-            out["elsewhere_accuracy"] = share(right)
+        skills: dict[Any, dict[str, Said]] = defaultdict(dict)
+        for row in liked(rows) if accuracy else ():
+            skills[row.get("skill")] |= {name: said[name] for name in named(row)}
+        out = {"elsewhere_loss": sum(s.loss for s in said.values()) / tokens}
+        keep(folder, when, elsewhere_loss=shares(said), **({"elsewhere_accuracy": exact(said)} if accuracy else {}))
+        if accuracy:
+            out["elsewhere_accuracy"] = share(said)
         if len(skills) > 1:
             out |= {f"elsewhere_accuracy/{skill}": share(some) for skill, some in sorted(skills.items(), key=str)}
         return out
