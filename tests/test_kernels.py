@@ -93,6 +93,13 @@ def test_half_precision_is_as_good_as_the_plain_twin_in_it(frozen):
         assert (got.float() - true).abs().max() <= 1.5 * (other.float() - true).abs().max() + 1e-2
 
 
+def test_a_normaliser_is_found_where_no_probability_of_the_first_words_is_above_zero():
+    z = torch.full((3, 100), -150.0)
+    z[:, 80], z[1, :50], z[2, 3] = 5.0, -60.0, 7.0
+    torch.testing.assert_close(kernel.normaliser(z, z.softmax(-1)), z.logsumexp(-1, keepdim=True), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(kernel.normaliser(z[1:], z[1:].softmax(-1)), z[1:].logsumexp(-1, keepdim=True), atol=1e-6, rtol=1e-6)
+
+
 @pytest.mark.parametrize("words", [1, 8192])
 def test_of_a_label_that_is_nearly_sure_the_slope_is_not_rounded_away(words, monkeypatch):
     """bf16 knows no number between 0.996 and 1."""

@@ -61,12 +61,18 @@ def plain(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
 
 def normaliser(z: Tensor, p: Tensor | None = None) -> Tensor:
-    """[C, V] -> [C, 1] log-sum-exp in fp32, by one fused softmax p: many times faster than torch.logsumexp on CPUs."""
-    if p is None or z.requires_grad:  # where somebody differentiates: one place of the largest, not a mean over equals
+    """[C, V] -> [C, 1] log-sum-exp in fp32, by one fused softmax p: many times faster than torch.logsumexp on CPUs.
+
+    z - log p is the same at every word; it is read off at one whose p is far from the smallest number that there is."""
+    if p is None or z.requires_grad:
         p = z.softmax(-1, dtype=torch.float32) if p is None else p
         most, at = z.max(-1, keepdim=True)  # the largest p is never 0
         return most.float() - p.gather(1, at).log()
-    return z.amax(-1, keepdim=True).float() - p.amax(-1, keepdim=True).log()  # without the place: a fourth of the time
+    at = z[:, :64].argmax(-1, keepdim=True)
+    sure = p.gather(1, at)
+    if not p.is_cuda and bool((sure > 1e-30).all()):
+        return z.gather(1, at).float() - sure.log_()
+    return z.amax(-1, keepdim=True).float() - p.amax(-1, keepdim=True).log()
 
 
 def chunked(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
