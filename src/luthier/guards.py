@@ -79,12 +79,11 @@ def same_as_plain(policy: Any, batch: Batch, tell: Callable[[str], None]) -> Non
     The layout is tried crowded: all sequences side by side, as they come to stand in a large batch.
     """
     usual = tolerance(policy.model)
-    with torch.no_grad(), resting(policy.model), policy.playing():
-        _elementwise(policy, batch, usual, tell)
     failed: list[tuple[str, str]] = []  # a reading and why it will not do
     with torch.no_grad(), resting(policy.model), policy.playing():
         with elementwise.plainly():
             want = policy.architecture.plain(policy.model, policy.attached, batch).float()
+        _elementwise(policy, batch, want, usual, tell)
         while True:
             arch = policy.architecture
             try:
@@ -107,15 +106,12 @@ def same_as_plain(policy: Any, batch: Batch, tell: Callable[[str], None]) -> Non
         tell(f"reading {reading} {reason}: rows are read {instead} instead, which is slower and right")
 
 
-def _elementwise(policy: Any, batch: Batch, usual: float, tell: Callable[[str], None]) -> None:
-    """The element-wise kernels by themselves, in the network's own forward."""
+def _elementwise(policy: Any, batch: Batch, want: torch.Tensor, usual: float, tell: Callable[[str], None]) -> None:
+    """The element-wise kernels by themselves, in the network's own forward. want: [T] what it says without them."""
     if not elementwise.taken(policy.model):
         return
-    arch = policy.architecture
-    with elementwise.plainly():
-        want = arch.plain(policy.model, policy.attached, batch).float()
     with elementwise.always():
-        gaps = (arch.plain(policy.model, policy.attached, batch).float() - want).abs()
+        gaps = (policy.architecture.plain(policy.model, policy.attached, batch).float() - want).abs()
     mean, most = float(gaps.mean()), float(gaps.max())
     if not (mean <= usual and most <= 20 * usual):
         elementwise.leave(policy.model)
