@@ -27,6 +27,7 @@ from luthier.kernels.writing import one_token
 NAME = "luthier_sdpa"  # as transformers knows it
 QUERIES = 256  # of a block at most: causal attention of long sequences skips what lies above the diagonal
 WHOLE = 96  # tokens up to which a tree of pieces is one block, whatever part of its square is masked
+EVEN = 32  # a CPU works on so many numbers at once; scores in rows of other lengths took it a third longer
 SCORES = 2**22  # of a group at most, per head: what lives at once stays near the cache
 Ahead = tuple[Tensor, Tensor]  # keys and values [K, m, d] before those of every text
 KEEP = 512  # keys of a query up to which its probabilities are kept for backward; above they are computed again
@@ -38,11 +39,11 @@ class Group:
 
     queries: Tensor  # [n, q] flat places
     keys: Tensor  # [n, k] flat places
-    mask: Tensor  # [n, 1, 1, q, k] added to scores: 0 or very negative
+    mask: Tensor  # [n or 1, 1, 1, q, m] added to the scores of the last m keys: 0 or very negative; all queries see those before
     real_queries: Tensor | None  # [n, 1, 1, q, 1] 1 or 0; None: all are real
     to_queries: Tensor  # [n * q] where results go: their place, filled up ones behind the last place
     to_keys: Tensor  # [n * k]
-    ranges: tuple[tuple[int, int, int, int], ...] | None  # (block, first key, first place, length); None: each place is met first here
+    ranges: tuple[tuple[int, int, int, int, bool], ...] | None  # (block, first key, first place, length, met before?); None: none is
 
 
 @dataclass
@@ -53,6 +54,8 @@ class Plan:
     groups: list[Group]
     layout: Layout
     reach: tuple[int | None, int | None]  # window, chunk
+    shared: bool  # is any key met in several blocks? Then sums of its gradients are made in fp32
+    padded: bool  # are there places that nobody asks about?
     used: bool = field(default=False)  # has the network asked for it?
 
     def tag(self) -> Tensor:
@@ -65,55 +68,76 @@ class Plan:
 # ---------------------------------------------------------------------------------------------- cutting
 
 
+@dataclass(frozen=True)
+class Block:
+    """Places of queries and keys; keys ascend, and those in the same piece keep their order."""
+
+    queries: Tensor
+    keys: Tensor
+    before: int  # so many keys, the first ones, are seen by all queries
+    straight: bool  # does query i see the keys up to the one at before + i, and no others?
+
+
 def plan(layout: Layout, dtype: torch.dtype, window: int | None = None, chunk: int | None = None) -> Plan:
     """Cut a layout into blocks. window: how far a token looks back; chunk: attention stays within chunks of positions."""
     position, piece = layout.position.flatten().cpu(), layout.piece.flatten().cpu()
     sees, both = layout.sees.cpu(), layout.both.cpu()
-    blocks = list(_blocks(piece, position, sees, both, window, chunk))
-    device = layout.source.device
-    groups, met = [], torch.zeros(len(piece), dtype=torch.bool)
-    for some in _alike(blocks):
-        n, q, k = len(some), max(len(b[0]) for b in some), max(len(b[1]) for b in some)
-        queries, keys = torch.full((n, q), -1), torch.full((n, k), -1)
-        for i, (own, seen) in enumerate(some):
-            queries[i, : len(own)] = own
-            keys[i, : len(seen)] = seen
-        a, b = queries[:, :, None], keys[:, None, :]
-        of_a, of_b = piece[a.clamp(min=0)], piece[b.clamp(min=0)]
-        may = sees[of_a, of_b] & ((a >= b) | both[of_a] & (of_a == of_b)) & (b >= 0)
-        if window:
-            may &= position[a] - position[b] < window
-        if chunk:
-            may &= position[a] // chunk == position[b] // chunk
-        may |= a < 0  # filled up queries look at anything: no NaN
-        mask = torch.zeros(may.shape, dtype=dtype).masked_fill_(~may, torch.finfo(dtype).min / 2)[:, None, None]
+    device, places = layout.source.device, len(piece)
+    groups, met = [], torch.zeros(places, dtype=torch.bool)
+    lowest, shared = torch.finfo(dtype).min / 2, False
+    side = max(QUERIES, WHOLE)
+    straight = torch.full((side, side + EVEN), lowest, dtype=dtype).triu_(1)
+    for some in _alike(_blocks(piece, position, sees, both, window, chunk)):
+        n, q, k = len(some), max(len(b.queries) for b in some), _even(max(len(b.keys) for b in some))
+        queries, keys, ranges = torch.full((n, q), -1), torch.full((n, k), -1), []
+        for i, block in enumerate(some):
+            queries[i, : len(block.queries)] = block.queries
+            keys[i, : len(block.keys)] = block.keys
+            ranges += _ranges(i, block.keys, met)
+            met[block.keys] = True
+        before = min(block.before for block in some)
+        if all(block.straight and block.before == before for block in some):
+            mask = straight[:q, : k - before][None]
+        else:
+            a, b = queries[:, :, None], keys[:, None, before:]
+            of_a, of_b = piece[a.clamp(min=0)], piece[b.clamp(min=0)]
+            may = sees[of_a, of_b] & ((a >= b) | both[of_a] & (of_a == of_b)) & (b >= 0)
+            if window:
+                may &= position[a] - position[b] < window
+            if chunk:
+                may &= position[a] // chunk == position[b] // chunk
+            may |= a < 0  # filled up queries look at anything: no NaN
+            mask = torch.zeros(may.shape, dtype=dtype).masked_fill_(~may, lowest)
         real = None if bool((queries >= 0).all()) else (queries >= 0).to(dtype)[:, None, None, :, None].to(device)
-        to_queries, to_keys = (torch.where(x < 0, len(piece), x).flatten().to(device) for x in (queries, keys))
-        mine = torch.cat([seen for _, seen in some])
-        first = not met[mine].any() and len(mine) == len(mine.unique())
-        met[mine] = True
-        ranges = None if first else tuple(r for i, (_, seen) in enumerate(some) for r in _ranges(i, seen))
+        to_queries, to_keys = (torch.where(x < 0, places, x).flatten().to(device) for x in (queries, keys))
+        again = any(r[-1] for r in ranges)
+        shared |= again
         read = queries.clamp(min=0).to(device), keys.clamp(min=0).to(device)
-        groups.append(Group(*read, mask.to(device), real, to_queries, to_keys, ranges))
-    return Plan(len(piece), groups, layout, (window, chunk))
+        groups.append(Group(*read, mask[:, None, None].to(device), real, to_queries, to_keys, tuple(ranges) if again else None))
+    return Plan(places, groups, layout, (window, chunk), shared, bool((piece < 0).any()))
 
 
-def _ranges(block: int, places: Tensor) -> Iterator[tuple[int, int, int, int]]:
-    """Ascending places as (block, index of the first, first place, length) of each unbroken stretch."""
-    ends = [*((places[1:] - places[:-1] != 1).nonzero().squeeze(1) + 1).tolist(), len(places)]
+def _even(n: int) -> int:
+    """A length a little above n that is quicker, if there is one."""
+    more = -(-n // EVEN) * EVEN
+    return more if 8 * more <= 9 * n else n
+
+
+def _ranges(block: int, places: Tensor, met: Tensor) -> Iterator[tuple[int, int, int, int, bool]]:
+    """Ascending places as (block, index of the first, first place, length, met before?) of each unbroken stretch."""
+    known = met[places]
+    ends = [*(((places[1:] - places[:-1] != 1) | (known[1:] != known[:-1])).nonzero().squeeze(1) + 1).tolist(), len(places)]
     for a, b in zip([0, *ends], ends, strict=False):
-        yield block, a, int(places[a]), b - a
+        yield block, a, int(places[a]), b - a, bool(known[a])
 
 
-def _blocks(
-    piece: Tensor, position: Tensor, sees: Tensor, both: Tensor, window: int | None, chunk: int | None
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(places of queries, places of keys) of every block; keys ascend, and those in the same piece keep their order."""
+def _blocks(piece: Tensor, position: Tensor, sees: Tensor, both: Tensor, window: int | None, chunk: int | None) -> Iterator[Block]:
     real = (piece >= 0).nonzero().squeeze(1)
     order = piece[real].argsort(stable=True)
     sizes = torch.bincount(piece[real], minlength=len(sees)).tolist()
     places = real[order].split(sizes)  # of each piece
     above = [row.nonzero().squeeze(1).tolist() for row in sees]  # what a piece sees, itself last: parents come first
+    causal = not (window or chunk or bool(both.any()))
     roots: dict[int, list[int]] = {}
     for p, line in enumerate(above):
         roots.setdefault(line[0], []).append(p)
@@ -122,22 +146,26 @@ def _blocks(
         least = sum(sizes[p] * sum(sizes[x] for x in above[p]) for p in tree)
         if len(whole) <= QUERIES and (len(whole) <= WHOLE or len(whole) ** 2 <= 1.3 * least):
             if len(whole):
-                yield whole, whole
+                yield Block(whole, whole, 0, causal and len(above[tree[-1]]) == len(tree))
             continue
         for run in _runs(tree, above):
             own = torch.cat([places[p] for p in run])
-            before = [places[p] for p in above[run[0]][:-1]]
+            if not len(own):
+                continue
+            seen = torch.cat([own[:0], *(places[p] for p in above[run[0]][:-1])])
             begun = [(p, sum(sizes[x] for x in run[:i])) for i, p in enumerate(run)]  # where each piece of the run begins in it
-            for part in range(0, len(own), QUERIES):
-                queries = own[part : part + QUERIES]
-                ahead = max((start + sizes[p] for p, start in begun if both[p] and start <= part + QUERIES - 1), default=0)
-                keys = torch.cat([*before, own[: max(part + QUERIES, ahead)]])
+            parts = -(-len(own) // QUERIES)  # of about the same size
+            most = min(QUERIES, -(-len(own) // (parts * EVEN)) * EVEN)
+            for part in range(0, len(own), most):
+                queries = own[part : part + most]
+                ahead = max((start + sizes[p] for p, start in begun if both[p] and start <= part + most - 1), default=0)
+                keys = torch.cat([seen, own[: max(part + most, ahead)]])
                 first = int(position[queries[0]])
                 if window:
                     keys = keys[position[keys] > first - window]
                 if chunk:
                     keys = keys[position[keys] >= first // chunk * chunk]
-                yield queries, keys
+                yield Block(queries, keys, 0 if window or chunk else len(seen) + part, causal)
 
 
 def _runs(tree: list[int], above: list[list[int]]) -> Iterator[list[int]]:
@@ -155,12 +183,12 @@ def _runs(tree: list[int], above: list[list[int]]) -> Iterator[list[int]]:
         yield run
 
 
-def _alike(blocks: list[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def _alike(blocks: Iterator[Block]) -> Iterator[list[Block]]:
     """Blocks of about the same size, largest first."""
-    some: list[tuple[Tensor, Tensor]] = []
+    some: list[Block] = []
     q = k = 0
-    for block in sorted(blocks, key=lambda b: (-len(b[1]), -len(b[0]))):
-        mine = len(block[0]), len(block[1])
+    for block in sorted(blocks, key=lambda b: (-len(b.keys), -len(b.queries))):
+        mine = len(block.queries), len(block.keys)
         near = all(big - small <= max(16, 0.12 * big) for big, small in ((max(q, mine[0]), min(q, mine[0])), (k, mine[1])))
         if some and near and max(q, mine[0]) * k * (len(some) + 1) <= SCORES:
             some.append(block)
@@ -206,7 +234,7 @@ def _take(x: Tensor, places: Tensor) -> Tensor:
     """[T, K, g, d] and [n, L] -> [n * K, g * L, d]"""
     (n, length), (_, heads, g, d) = places.shape, x.shape
     rows = x.flatten(1).index_select(0, places.flatten()).view(n, length, heads, g, d)
-    return rows.permute(0, 2, 3, 1, 4).reshape(n * heads, g * length, d)
+    return rows.permute(0, 2, 3, 1, 4).reshape(n * heads, g * length, d).contiguous()  # else each product would copy it, for n = 1
 
 
 def _rows(x: Tensor, n: int, heads: int, g: int) -> Tensor:
@@ -218,7 +246,7 @@ def _rows(x: Tensor, n: int, heads: int, g: int) -> Tensor:
 def _probabilities(q: Tensor, k: Tensor, group: Group, heads: int, g: int, scale: float) -> Tensor:
     """[n * K, g * q, d], [n * K, k, d] -> [n * K, g * q, k]; of the keys those that stand ahead are seen by all."""
     scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
-    scores.view(len(group.keys), heads, g, -1, k.shape[1])[..., k.shape[1] - group.keys.shape[1] :].add_(group.mask)
+    scores.view(-1, heads, g, *group.queries.shape[1:], k.shape[1])[..., k.shape[1] - group.mask.shape[-1] :].add_(group.mask)
     return scores.softmax(-1)
 
 
@@ -236,7 +264,8 @@ class _Attend(torch.autograd.Function):
         heads, size = key.shape[1], value.shape[3]
         q, k, v = _flat(query, heads), _flat(key, heads), _flat(value, heads)
         g = h // heads
-        out = value.new_zeros(r * w + 1, h * size)
+        make = torch.zeros if how.padded else torch.empty
+        out = make(r * w + 1, h * size, dtype=value.dtype, device=value.device)
         kept = []
         for group in how.groups:
             p = _probabilities(_take(q, group.queries), _after(ahead_k, _take(k, group.keys)), group, heads, g, scale)
@@ -263,9 +292,10 @@ class _Attend(torch.autograd.Function):
         g = h // heads
         q, k, v = _flat(query, heads), _flat(key, heads), _flat(value, heads)
         grad = grads[0].reshape(r * w, heads, g, size)
-        d_q = query.new_zeros(r * w + 1, h * d)
-        shared = any(group.ranges is not None for group in how.groups)  # then sums are made in fp32
-        d_k, d_v = (x.new_zeros(heads, r * w + 1, x.shape[3], dtype=torch.float32 if shared else None) for x in (key, value))
+        make = torch.zeros if how.padded else torch.empty
+        d_q = make(r * w + 1, h * d, dtype=query.dtype, device=query.device)
+        sums = torch.float32 if how.shared else key.dtype
+        d_k, d_v = (make(r * w + 1, heads, x.shape[3], dtype=sums, device=x.device) for x in (key, value))
         more_k, more_v = (None if x is None else torch.zeros_like(x, dtype=torch.float32) for x in (ahead_k, ahead_v))
         for group, p in zip(how.groups, kept, strict=True):
             n = len(group.keys)
@@ -276,29 +306,30 @@ class _Attend(torch.autograd.Function):
             p = _probabilities(qs, ks, group, heads, g, scale) if p is None else p
             _add(d_v, torch.bmm(p.transpose(1, 2), gs), group, more_v)
             ds = torch.bmm(gs, vs.transpose(1, 2))
-            ds = torch.ops.aten._softmax_backward_data(ds, p, -1, p.dtype).mul_(scale)
-            d_q.index_copy_(0, group.to_queries, _rows(torch.bmm(ds, ks), n, heads, g))
-            _add(d_k, torch.bmm(ds.transpose(1, 2), qs), group, more_k)
+            ds = torch.ops.aten._softmax_backward_data(ds, p, -1, p.dtype)
+            d_q.index_copy_(0, group.to_queries, _rows(torch.bmm(ds, ks).mul_(scale), n, heads, g))
+            _add(d_k, torch.bmm(ds.transpose(1, 2), qs).mul_(scale), group, more_k)
 
         def back(x: Tensor, like: Tensor) -> Tensor:
-            return x[:, :-1].to(like.dtype).reshape(heads, r, w, -1).transpose(0, 1)
+            return x[:-1].to(like.dtype).view(r, w, heads, -1).transpose(1, 2)
 
         both = (None if x is None else x.to(a.dtype) for x, a in ((more_k, ahead_k), (more_v, ahead_v)))
         return d_q[:-1].view(r, w, h, d).transpose(1, 2), back(d_k, key), back(d_v, value), None, None, *both
 
 
 def _add(total: Tensor, part: Tensor, group: Group, ahead: Tensor | None = None) -> None:
-    """total [K, T + 1, d] += part [n * K, k, d] at the places of its keys; ahead [K, m, d] += what comes before these."""
-    heads, _, d = total.shape
+    """total [T + 1, K, d] += part [n * K, k, d] at the places of its keys; ahead [K, m, d] += what comes before these."""
+    _, heads, d = total.shape
     part = part.view(len(group.keys), heads, -1, d)
     if ahead is not None:
         ahead += part[:, :, : ahead.shape[1]].sum(0)
         part = part[:, :, ahead.shape[1] :]
     if group.ranges is None:
-        total.index_copy_(1, group.to_keys, part.transpose(0, 1).reshape(heads, -1, d).to(total.dtype))
+        total.index_copy_(0, group.to_keys, part.transpose(1, 2).reshape(-1, heads, d).to(total.dtype))
         return
-    for block, first, place, length in group.ranges:
-        total[:, place : place + length] += part[block, :, first : first + length]
+    for block, first, place, length, met in group.ranges:
+        here, more = total[place : place + length], part[block, :, first : first + length].transpose(0, 1)
+        here.add_(more) if met else here.copy_(more)
 
 
 def _composed(
