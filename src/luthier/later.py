@@ -57,7 +57,7 @@ def rarely() -> None:
     """For a process of our own, at its start: what is imported stays, and looking for garbage among it took an eighth of the time up
     to the first step. So it is looked for rarely until models can be loaded, and among what was imported never again."""
     _often.append(gc.get_threshold())
-    gc.set_threshold(1_000_000)
+    gc.set_threshold(500_000)  # what is imported is some 370,000 objects
 
 
 class After(MetaPathFinder):
