@@ -6,7 +6,7 @@ import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ tune(model="practice:lm-small", data="practice:arithmetic", tuner="lora", max_st
 print("loaded", seen)
 import json, peft
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 Path(sys.argv[1], "adapter_config.json").write_text(json.dumps({"peft_type": "LUTHIER_SSF"}))
 config = peft.PeftConfig.from_pretrained(sys.argv[1])
 assert type(config).__name__ == "SSFConfig" and peft.PeftType("LUTHIER_SSF") is config.peft_type
@@ -74,6 +74,14 @@ def run(code: str, *args: str) -> str:
 def test_the_compiler_and_sharded_tensors_are_not_loaded_and_modules_not_searched_for_garbage(tmp_path: Path):
     said = run(RUN, str(tmp_path / "run"))
     assert "loaded [[]]" in said and "unknown 'LUTHIER_NONE'" in said
+
+
+def test_a_peft_that_keeps_its_types_otherwise_is_told_of_all_at_once():
+    from luthier.tuners import _register
+
+    was = _register.eager
+    _register.wait(ModuleType("peft.mapping"))
+    assert _register.eager is was
 
 
 def test_what_waits_becomes_the_real_thing():

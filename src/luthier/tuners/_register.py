@@ -20,6 +20,8 @@ eager = True  # the first
 
 def register(peft: ModuleType) -> None:
     """A PEFT that we do not know must still be usable without us."""
+    if not eager:
+        return
     try:
         import_module(BRIDGE)
     except Exception as error:
@@ -34,12 +36,17 @@ def watch() -> None:
 def lazily() -> None:
     """In a process of our own, before PEFT is imported: all of them only when PEFT looks for a type that it does not know. A run
     uses one, and importing the others would take it longer than its first step."""
+    if "peft" not in sys.modules:
+        after("peft.mapping", wait)
+
+
+def wait(mapping: ModuleType) -> None:
+    """Where PEFT keeps its types as we know it."""
     global eager
-    if "peft" in sys.modules:
-        return
-    eager = False
-    sys.meta_path[:] = [f for f in sys.meta_path if getattr(f, "name", None) != "peft"]
-    after("peft.mapping", lambda mapping: setattr(mapping, TYPES, Types(getattr(mapping, TYPES))))
+    known = getattr(mapping, TYPES, None)
+    if isinstance(known, dict):
+        setattr(mapping, TYPES, Types(known))
+        eager = False
 
 
 TYPES = "PEFT_TYPE_TO_CONFIG_MAPPING"
