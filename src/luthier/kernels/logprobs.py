@@ -64,8 +64,8 @@ def normaliser(z: Tensor, p: Tensor | None = None) -> Tensor:
     """[C, V] -> [C, 1] log-sum-exp in fp32, by one fused softmax p: many times faster than torch.logsumexp on CPUs.
 
     z - log p is the same at every word; it is read off at one whose p is far from the smallest number that there is."""
-    if p is None or z.requires_grad:
-        p = z.softmax(-1, dtype=torch.float32) if p is None else p
+    p = z.softmax(-1, dtype=torch.float32) if p is None else p
+    if z.requires_grad:
         most, at = z.max(-1, keepdim=True)  # the largest p is never 0
         return most.float() - p.gather(1, at).log()
     at = z[:, :64].argmax(-1, keepdim=True)
