@@ -21,7 +21,7 @@ from luthier.architectures._generate import decoder_writer, generate
 from luthier.architectures._language_model import LanguageModel, as_mask, own_logits, path, picked, prefix_mask, soft_first
 from luthier.architectures._outputs import LAYERS, Outputs
 from luthier.batch import Batch
-from luthier.kernels import attention
+from luthier.kernels import asked, attention
 from luthier.kernels.layout import Layout, lay_out
 from luthier.method import Range, RecipeError, architecture
 
@@ -78,7 +78,9 @@ class Causal(LanguageModel):
         known = frozen.states(self, model, attached, batch, fill=model.training) if frozen else None
         if attached.per_row:
             attached.reads(batch, batch.row[batch.segment[layout.source]])
-        with nullcontext() if known is None else frozen.skipped(known[layout.source]):
+        few = self.in_blocks(model) and not (attached.per_row or self.own_head)
+        sparing = asked.alone(model, at, layout.source.numel()) if few else nullcontext()
+        with nullcontext() if known is None else frozen.skipped(known[layout.source]), sparing:
             outputs = self.answer(model, inputs, at, labels)
         masks = inputs["attention_mask"]
         plans = [m.plan for m in (masks.values() if isinstance(masks, dict) else [masks]) if hasattr(m, "plan")]

@@ -51,7 +51,7 @@ def displaced(chain: Chain, aside: Callable[[Site, str, Tensor], Tensor | None])
     def mirror() -> None:
         with torch.no_grad():
             for p, was in kept:
-                p.data.neg_().add_(was, alpha=2)
+                p.data.lerp_(was, 2.0)
 
     try:
         with torch.no_grad():
