@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import zoo
 from conftest import make_llama
 from luthier.kernels import elementwise as fast
 from luthier.kernels.heap import keep_memory
@@ -103,6 +104,48 @@ def test_a_network_takes_them_and_answers_alike():
         fast.leave(model)
     assert [type(m) for m in model.modules()] == kinds and sys.modules[kinds[0].__module__].apply_rotary_pos_emb is was
     assert not fast.taken(model)
+
+
+def test_gelu_of_eight_operations_is_one():
+    """GPT-2's: values and gradients; the way back leaves no trace."""
+    model = zoo.make("gpt2")
+    own = {type(m) for m in model.modules()}
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    act = next(m for m in model.modules() if type(m).__name__ == fast.GELU)
+    want = act(x)
+    try:
+        assert fast.take(model)[fast.GELU] == 2
+        with fast.always():
+            got = act(x)
+        assert got.grad_fn.name() == "GeluBackward0" and act(x).grad_fn.name() != "GeluBackward0"  # small tensors: as they were
+        for a, b in zip((got, *torch.autograd.grad(got.sum(), x)), (want, *torch.autograd.grad(want.sum(), x)), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+    finally:
+        fast.leave(model)
+    assert {type(m) for m in model.modules()} == own
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_leaves_out_its_share_and_keeps_the_mean(dtype):
+    """Gradients go where numbers stayed; the seed decides; where nothing is trained, nothing is left out."""
+    model = nn.Sequential(nn.Dropout(0.1))
+    fast.take_dropout(model)
+    assert isinstance(model[0], nn.Dropout) and not fast.taken(model)
+    x = torch.ones(2**18, dtype=dtype).view(2, -1).requires_grad_()
+    torch.manual_seed(0)
+    out = model(x)
+    kept = out != 0
+    assert abs(float(kept.float().mean()) - 0.9) < 3e-3 and out.dtype == dtype
+    assert torch.allclose(out[kept].float(), torch.tensor(1 / 0.9), rtol=2**-8)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(grad != 0, kept)
+    torch.manual_seed(0)
+    assert torch.equal(model(x), out) and not torch.equal(model(x), out)
+    both = kept.view(-1, 4).float()
+    assert (torch.corrcoef(both.T) - torch.eye(4)).abs().max() < 0.03  # four come from one draw
+    assert torch.equal(model.eval()(x), x)
+    fast.leave(model)
+    assert type(model[0]) is nn.Dropout
 
 
 def test_what_answers_otherwise_is_left_alone():

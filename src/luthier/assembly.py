@@ -116,6 +116,8 @@ def assemble(
         _calibrated(parts, Roles(Policy(parts.architecture, model, Untuned(model)), clock, plain), rows or [], folder)
     torch.manual_seed(clock.fold("tuner"))
     attached = attach(parts.tuner, model)
+    if getattr(parts.architecture, "fused", False) and not recipe.torch_compile:
+        elementwise.take_dropout(model)
     most = places(model) - attached.virtual
     if recipe.max_length and recipe.max_length > most:
         raise RecipeError(f"max_length: {recipe.max_length} tokens, and {recipe.model} reads {most} at most under this tuner")

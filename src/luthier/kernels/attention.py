@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from luthier.kernels import differentiated_otherwise
+from luthier.kernels.elementwise import dropout as leave_out
 from luthier.kernels.layout import Layout
 from luthier.kernels.writing import one_token
 
@@ -346,7 +347,7 @@ def _composed(
         scores = _take(q, group.queries) @ _after(ahead_k, _take(k, group.keys)).transpose(1, 2) * scale
         mask = F.pad(group.mask, (scores.shape[-1] - group.mask.shape[-1], 0))
         scores = (scores.view(n, heads, g, -1, mask.shape[-1]) + mask).view_as(scores)
-        p = F.dropout(scores.softmax(-1), dropout) if dropout else scores.softmax(-1)
+        p = leave_out(scores.softmax(-1), dropout) if dropout else scores.softmax(-1)
         out = out.index_copy(0, group.to_queries, _rows(p @ _after(ahead_v, _take(v, group.keys)), n, heads, g))
     return out[:-1].view(r, w, h, size)
 

@@ -1,10 +1,11 @@
-"""What a network does between its matrix products, in fewer passes over memory: RMSNorm and rotary positions.
+"""What a network does between its matrix products, in fewer passes over memory: RMSNorm, rotary positions, GELU, dropout.
 
 Composed of torch operations, each of these writes and keeps several tensors as large as its input, some of them in fp32.
 Here each is one autograd function with a closed-form backward that keeps only its inputs (a norm: x and one number a
 row), worked through in stretches that stay in the cache; nothing is compiled. Modules of any transformers network are
 found by what they hold, and taken only where the fast form answers as the module does on random numbers; the first batch
-of every run is compared besides (guards.py), and `plainly` is the network's own code for a while.
+of every run is compared besides (guards.py), and `plainly` is the network's own code for a while. Dropout on a CPU takes 16
+random bits for each number, so a share is met to 1/65,536; torch's own draws there took five times as long.
 
 SwiGLU is left as it is: keeping less by computing silu again in backward was tried, and cost a CPU more than it saved.
 """
@@ -21,6 +22,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from luthier.kernels import differentiated_otherwise
 from luthier.kernels.compiled import uncompiled
@@ -176,6 +178,17 @@ class _Back(torch.autograd.Function):
         return rotary(grads[0], *ctx.saved_tensors), None, None
 
 
+# ---------------------------------------------------------------------------------------------- dropout
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """x with numbers left out at random, a share p of them, and the others the larger for it."""
+    if x.device.type != "cpu" or not 0 < p < 0.99 or not own_way(x):
+        return F.dropout(x, p)
+    drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[: x.numel()]
+    return x * drawn.ge_(round(p * 2**16) - 2**15).to(x.dtype).view(x.shape) * (1 / (1 - p))
+
+
 # ---------------------------------------------------------------------------------------------- in a network
 
 
@@ -201,14 +214,16 @@ def take(model: nn.Module, forms: Forms = OWN) -> dict[str, int]:
     tried: dict[Any, bool] = {}
     with torch.no_grad():
         for module in model.modules():
-            kind = type(module)
-            if not _is_norm(module) or hasattr(kind, "as_it_was") or "forward" in vars(module):
+            kind, gelu = type(module), type(module).__name__ == GELU
+            if not (gelu or _is_norm(module)) or hasattr(kind, "as_it_was") or "forward" in vars(module):
                 continue
-            key = (kind, module.weight.dtype)
+            like = cast(Tensor, next(model.parameters()) if gelu else module.weight)
+            fast = _fast_gelu(kind) if gelu else _fast_norm(kind, forms)
+            key = (kind, like.dtype)
             if key not in tried:
-                tried[key] = _agree(module, _fast_norm(kind, forms), _probe(cast(Tensor, module.weight)))
+                tried[key] = _agree(module, fast, _probe(like.flatten()[:64] if gelu else like))
             if tried[key]:
-                module.__class__ = _fast_norm(kind, forms)
+                module.__class__ = fast
                 found[kind.__name__] = found.get(kind.__name__, 0) + 1
         for source in {type(m).__module__ for m in model.modules()}:
             if turned := _take_rotary(sys.modules.get(source), forms, next(model.parameters()).device):
@@ -216,9 +231,16 @@ def take(model: nn.Module, forms: Forms = OWN) -> dict[str, int]:
     return found
 
 
+def take_dropout(model: nn.Module) -> None:
+    """Where it is a module of its own, a tuner's too."""
+    for module in model.modules():
+        if type(module) is nn.Dropout and "forward" not in vars(module):
+            module.__class__ = _FAST_DROPOUT
+
+
 def taken(model: nn.Module) -> bool:
-    """Has a network any of the fast forms?"""
-    kinds = {type(m) for m in model.modules()}
+    """Has a network any of the fast forms? Dropout aside, which nobody can compare."""
+    kinds = {type(m) for m in model.modules()} - {_FAST_DROPOUT}
     return any(hasattr(k, "as_it_was") or hasattr(getattr(sys.modules[k.__module__], ROTARY, None), "as_it_was") for k in kinds)
 
 
@@ -278,6 +300,24 @@ def _fast_norm(kind: Any, forms: Forms) -> type:
         return forms.norm(x, weight, cast(float, _eps(self)))
 
     return _dressed(kind, forward)
+
+
+GELU = "NewGELUActivation"  # transformers' name for the one with tanh, of eight operations
+
+
+@cache
+def _fast_gelu(kind: Any) -> type:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return F.gelu(x, approximate="tanh") if own_way(x) else kind.forward(self, x)
+
+    return _dressed(kind, forward)
+
+
+def _drop(self: Any, x: Tensor) -> Tensor:
+    return dropout(x, self.p) if self.training and not self.inplace else nn.Dropout.forward(self, x)
+
+
+_FAST_DROPOUT = _dressed(nn.Dropout, _drop)
 
 
 def _probe(weight: Tensor) -> Tensor:
