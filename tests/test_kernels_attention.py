@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import zoo
 from luthier import guards
 from luthier.batch import collate
-from luthier.kernels import attention
+from luthier.kernels import attention, elementwise
 from luthier.kernels.layout import lay_out
 from luthier.kernels.writing import Written, one_token
 from luthier.method import build
@@ -95,6 +95,32 @@ def test_second_and_forward_derivatives():
     ahead = [torch.func.jvp(lambda q, way=way: way(q, *inputs[1:], how, 0.3), (inputs[0],), (inputs[0],))[1] for way in
              (attention.attend, attention.plain)]  # fmt: skip
     torch.testing.assert_close(*ahead, atol=1e-5, rtol=1e-4)
+
+
+def test_dropout_is_that_of_operations_torch_differentiates(monkeypatch):
+    """The same numbers are left out in values, gradients and second derivatives; and on average, nothing is."""
+    monkeypatch.setattr(attention, "QUERIES", 16)
+    layout = lay_out(uneven(), width=10**6)
+    how = attention.plan(layout, torch.float32)
+    inputs, weight = asked(layout)
+    both = []
+    for way in (attention.attend, attention._composed):
+        torch.manual_seed(0)
+        with elementwise.always():
+            out = way(*inputs, how, 0.3, 0.25)
+        first = torch.autograd.grad((out * weight).sum(), inputs, create_graph=True)
+        both.append([out, *first, *torch.autograd.grad(first[0].square().sum(), inputs)])
+        plainly = torch.autograd.grad((way(*inputs, how, 0.3) * weight).sum(), inputs)
+        assert not torch.allclose(first[0], plainly[0], atol=1e-2)
+        torch.manual_seed(0)
+        with elementwise.always():
+            again = way(*inputs, how, 0.3, 0.25)
+        both[-1] += torch.autograd.grad((again * weight).sum(), inputs)  # the closed form, not what is differentiated twice
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():
+        mean = sum(attention.attend(*inputs, how, 0.3, 0.25) for _ in range(200)) / 200
+        assert (mean - attention.attend(*inputs, how, 0.3)).abs().mean() < 0.05
 
 
 def test_nothing_is_computed_for_what_a_mask_would_hide():

@@ -12,7 +12,7 @@ every text (`ahead`) are met by all queries, whatever the mask; they are no plac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from luthier.kernels import differentiated_otherwise
 from luthier.kernels.elementwise import dropout as leave_out
+from luthier.kernels.elementwise import stays
 from luthier.kernels.layout import Layout
 from luthier.kernels.writing import one_token
 
@@ -207,9 +208,9 @@ def _alike(blocks: Iterator[Block]) -> Iterator[list[Block]]:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, dropout: float = 0.0, ahead: Ahead | None = None) -> Tensor:
     """query [R, H, W, d], key and value [R, K, W, d], K a divisor of H -> [R, W, H, d]. Padding answers 0."""
-    if dropout or differentiated_otherwise():
+    if differentiated_otherwise() or dropout >= 1:
         return _composed(query, key, value, how, scale, dropout, ahead)
-    return _Attend.apply(query, key, value, how, scale, *(ahead or (None, None)))
+    return _Attend.apply(query, key, value, how, scale, *(ahead or (None, None)), dropout)
 
 
 def plain(query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, ahead: Ahead | None = None) -> Tensor:
@@ -259,54 +260,57 @@ def _after(ahead: Tensor | None, x: Tensor) -> Tensor:
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, ahead_k: Tensor | None, ahead_v: Tensor | None
-    ) -> Tensor:
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, ahead_k: Tensor | None, ahead_v: Tensor | None,
+        dropout: float,
+    ) -> Tensor:  # fmt: skip
         r, h, w, _ = query.shape
         heads, size = key.shape[1], value.shape[3]
         q, k, v = _flat(query, heads), _flat(key, heads), _flat(value, heads)
         g = h // heads
         make = torch.zeros if how.padded else torch.empty
         out = make(r * w + 1, h * size, dtype=value.dtype, device=value.device)
-        kept = []
+        kept, stay = [], []  # probabilities, and which of them are not left out
         for group in how.groups:
             p = _probabilities(_take(q, group.queries), _after(ahead_k, _take(k, group.keys)), group, heads, g, scale)
-            mixed = torch.bmm(p, _after(ahead_v, _take(v, group.keys)))
+            stay.append(stays(p, dropout) if dropout else None)
+            mixed = torch.bmm(_some(p, stay[-1]), _after(ahead_v, _take(v, group.keys)))
             out.index_copy_(0, group.to_queries, _rows(mixed, len(group.keys), heads, g))
             kept.append(p if p.shape[-1] <= KEEP and any(ctx.needs_input_grad) else None)
-        ctx.save_for_backward(query, key, value, ahead_k, ahead_v, *kept)
-        ctx.how, ctx.scale = how, scale
-        return out[:-1].view(r, w, h, size)
+        ctx.save_for_backward(query, key, value, ahead_k, ahead_v, *kept, *stay)
+        ctx.how, ctx.scale, ctx.dropout = how, scale, dropout
+        return (out.mul_(1 / (1 - dropout)) if dropout else out)[:-1].view(r, w, h, size)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, ahead_k, ahead_v, *kept = ctx.saved_tensors
-        how, scale = ctx.how, ctx.scale
+        query, key, value, ahead_k, ahead_v, *rest = ctx.saved_tensors
+        how, scale, dropout = ctx.how, ctx.scale, ctx.dropout
+        kept, stay = rest[: len(how.groups)], rest[len(how.groups) :]
         ahead = None if ahead_k is None else (ahead_k, ahead_v)
         if torch.is_grad_enabled():  # create_graph: somebody will differentiate this gradient
-            given = (query, key, value, None, None, ahead_k, ahead_v)
+            given = (query, key, value, None, None, ahead_k, ahead_v, None)
             wanted = [x for x, w in zip(given, ctx.needs_input_grad, strict=True) if w and x is not None]
-            out = _composed(query, key, value, how, scale, ahead=ahead)
+            out = _composed(query, key, value, how, scale, dropout, ahead, stay)
             found = iter(torch.autograd.grad(out, wanted, grads[0], create_graph=True))
             return tuple(next(found) if w else None for w in ctx.needs_input_grad)
         r, h, w, d = query.shape
         heads, size = key.shape[1], value.shape[3]
         g = h // heads
         q, k, v = _flat(query, heads), _flat(key, heads), _flat(value, heads)
-        grad = grads[0].reshape(r * w, heads, g, size)
+        grad = (grads[0] * (1 / (1 - dropout)) if dropout else grads[0]).reshape(r * w, heads, g, size)
         make = torch.zeros if how.padded else torch.empty
         d_q = make(r * w + 1, h * d, dtype=query.dtype, device=query.device)
         sums = torch.float32 if how.shared else key.dtype
         d_k, d_v = (make(r * w + 1, heads, x.shape[3], dtype=sums, device=x.device) for x in (key, value))
         more_k, more_v = (None if x is None else torch.zeros_like(x, dtype=torch.float32) for x in (ahead_k, ahead_v))
-        for group, p in zip(how.groups, kept, strict=True):
+        for group, p, some in zip(how.groups, kept, stay, strict=True):
             n = len(group.keys)
             qs, gs = _take(q, group.queries), _take(grad, group.queries)
             ks, vs = _after(ahead_k, _take(k, group.keys)), _after(ahead_v, _take(v, group.keys))
             if group.real_queries is not None:
                 gs.view(n, heads, g, -1, size).mul_(group.real_queries)
             p = _probabilities(qs, ks, group, heads, g, scale) if p is None else p
-            _add(d_v, torch.bmm(p.transpose(1, 2), gs), group, more_v)
-            ds = torch.bmm(gs, vs.transpose(1, 2))
+            _add(d_v, torch.bmm(_some(p, some).transpose(1, 2), gs), group, more_v)
+            ds = _some(torch.bmm(gs, vs.transpose(1, 2)), some)
             ds = torch.ops.aten._softmax_backward_data(ds, p, -1, p.dtype)
             d_q.index_copy_(0, group.to_queries, _rows(torch.bmm(ds, ks).mul_(scale), n, heads, g))
             _add(d_k, torch.bmm(ds.transpose(1, 2), qs).mul_(scale), group, more_k)
@@ -315,7 +319,11 @@ class _Attend(torch.autograd.Function):
             return x[:-1].to(like.dtype).view(r, w, heads, -1).transpose(1, 2)
 
         both = (None if x is None else x.to(a.dtype) for x, a in ((more_k, ahead_k), (more_v, ahead_v)))
-        return d_q[:-1].view(r, w, h, d).transpose(1, 2), back(d_k, key), back(d_v, value), None, None, *both
+        return d_q[:-1].view(r, w, h, d).transpose(1, 2), back(d_k, key), back(d_v, value), None, None, *both, None
+
+
+def _some(p: Tensor, stay: Tensor | None) -> Tensor:
+    return p if stay is None else p * stay
 
 
 def _add(total: Tensor, part: Tensor, group: Group, ahead: Tensor | None = None) -> None:
@@ -334,20 +342,23 @@ def _add(total: Tensor, part: Tensor, group: Group, ahead: Tensor | None = None)
 
 
 def _composed(
-    query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, dropout: float = 0.0, ahead: Ahead | None = None
-) -> Tensor:
-    """The same of operations that torch differentiates by itself, and dropout of probabilities."""
+    query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, dropout: float = 0.0, ahead: Ahead | None = None,
+    stay: Sequence[Tensor | None] | None = None,
+) -> Tensor:  # fmt: skip
+    """The same of operations that torch differentiates by itself. stay: what dropout left, where that is known."""
     ahead_k, ahead_v = ahead or (None, None)
     r, h, w, _ = query.shape
     heads, size = key.shape[1], value.shape[3]
     q, k, v = _flat(query, heads), _flat(key, heads), _flat(value, heads)
     out = value.new_zeros(r * w + 1, h * size)
-    for group in how.groups:
+    for group, some in zip(how.groups, stay or [None] * len(how.groups), strict=True):
         n, g = len(group.keys), h // heads
         scores = _take(q, group.queries) @ _after(ahead_k, _take(k, group.keys)).transpose(1, 2) * scale
         mask = F.pad(group.mask, (scores.shape[-1] - group.mask.shape[-1], 0))
         scores = (scores.view(n, heads, g, -1, mask.shape[-1]) + mask).view_as(scores)
-        p = leave_out(scores.softmax(-1), dropout) if dropout else scores.softmax(-1)
+        p = scores.softmax(-1)
+        if dropout:
+            p = leave_out(p, dropout) if some is None else p * some * (1 / (1 - dropout))
         out = out.index_copy(0, group.to_queries, _rows(p @ _after(ahead_v, _take(v, group.keys)), n, heads, g))
     return out[:-1].view(r, w, h, size)
 

@@ -185,8 +185,15 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """x with numbers left out at random, a share p of them, and the others the larger for it."""
     if x.device.type != "cpu" or not 0 < p < 0.99 or not own_way(x):
         return F.dropout(x, p)
+    return x * stays(x, p) * (1 / (1 - p))
+
+
+def stays(x: Tensor, p: float) -> Tensor:
+    """1 where a number of x is not left out, else 0."""
+    if x.device.type != "cpu":
+        return torch.empty_like(x).bernoulli_(1 - p)
     drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[: x.numel()]
-    return x * drawn.ge_(round(p * 2**16) - 2**15).to(x.dtype).view(x.shape) * (1 / (1 - p))
+    return drawn.ge_(min(round(p * 2**16), 2**16 - 1) - 2**15).to(x.dtype).view(x.shape)
 
 
 # ---------------------------------------------------------------------------------------------- in a network
