@@ -34,7 +34,7 @@ _measured: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()  # model ->
 class LanguageModel(Architecture):
     """Family: hidden states of the supervised tokens, then the head in chunks."""
 
-    fused: bool | Literal["liger"] = True  # norms and rotary positions in fewer passes over memory; liger: liger-kernel's, on CUDA
+    fused: bool | Literal["liger"] = True  # norms, rotary positions, dropout in fewer passes over memory; liger: liger-kernel's, on CUDA
     own_head: bool = False  # take logits from the network's own forward: [T, vocabulary] exists, any network is right
 
     @property
