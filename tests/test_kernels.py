@@ -39,9 +39,10 @@ def gradients(values, hidden, head):
     return torch.autograd.grad((values * torch.linspace(-1, 2, len(values))).sum(), moved)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "words"), [(16, 8192), (17, 1), (1000, 60), (1000, 8192)]
-)  # chunks and blocks, even and uneven, and one
+CUT = [(16, 8192), (17, 1), (1000, 60), (1000, 8192)]  # into chunks and blocks, even and uneven, or not at all
+
+
+@pytest.mark.parametrize(("tokens", "words"), CUT)
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 def test_chunked_is_the_plain_twin(form, frozen, tokens, words, monkeypatch):

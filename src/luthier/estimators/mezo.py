@@ -7,7 +7,8 @@ step (much of it in bfloat16) and a displaced model after an error. Here what mo
 takes the memory of inference and one more copy of what moves, next to nothing for LoRA or a prompt. The second probe is the
 mirror image of the first as it was rounded, so z is drawn twice a step, for the probe and for the update; on a CPU four numbers
 at a time from a table of 65,536 fours, in a fourth of the time that torch takes. Each number alone is one of 65,536 values
-of equal probability, the largest 4.3; those of a four are uncorrelated. The two probes are not read side by side in one
+of equal probability, the largest 4.3; those of a four are uncorrelated. A weight of half
+precision is displaced by z rounded to it; the update takes z in fp32. The two probes are not read side by side in one
 pass: that could save at most a tenth from some 700 tokens a probe on (CPU, 5M and 26M parameters).
 """
 
