@@ -16,10 +16,10 @@ test: $(VENV)/.tested check         ## everything CI runs
 check: $(VENV)/.tested              ## style, types, docs up to date, recipes valid
 	$(BIN)/ruff check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m luthier.docs --check
+	$(BIN)/python -m luthier.tools.docs --check
 
 docs: $(VENV)/.installed            ## write docs/methods from the declarations
-	$(BIN)/python -m luthier.docs
+	$(BIN)/python -m luthier.tools.docs
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

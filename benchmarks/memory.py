@@ -33,14 +33,14 @@ def cell(size: str, way: str, again: str = "") -> None:
     from accelerate import Accelerator
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from luthier import memory
-    from luthier.batch import collate
+    from luthier.train import memory
+    from luthier.model.batch import collate
     from luthier.clock import Clock
-    from luthier.kernels.heap import keep_memory
-    from luthier.loop import Batches, Fit
-    from luthier.method import build
-    from luthier.roles import Policy, Roles
-    from luthier.transforms._chain import Chain
+    from luthier.compat.malloc import keep_memory
+    from luthier.train.trainer import Batches, Fit
+    from luthier.registry import build
+    from luthier.model.policy import Policy, Roles
+    from luthier.train.optimizer import Chain
 
     keep_memory()  # as a run does
     torch.manual_seed(0)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from luthier.searching import _book, _measure, hunt, quest
+from luthier.study.search import _book, _measure, hunt, quest
 
 OVER = "learning_rate=1e-5..1 log, tuner.r=1..32 log, tuner.lora_alpha=1..128 log"
 

@@ -20,8 +20,8 @@ PARENT = """
 import json, os, sys
 import torch
 torch.set_num_threads(1)
-import luthier.run, luthier.later
-luthier.later.import_models()
+import luthier.run.run, luthier.compat.lazy_imports
+luthier.compat.lazy_imports.import_models()
 import accelerate, peft, torch.fx.experimental.symbolic_shapes, transformers.models.llama.modeling_llama
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)

@@ -7,9 +7,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from luthier import abilities
+from luthier.tools import capability_matrix as abilities
 from luthier.cli import app
-from luthier.method import cards
+from luthier.registry import cards
 
 
 @pytest.fixture(scope="module")

@@ -17,13 +17,14 @@ from transformers.models.auto import modeling_auto as auto
 sys.path.insert(0, str(Path(__file__).parent))
 
 import zoo
-from luthier import guards
-from luthier.architectures._generate import Picker, Sharing, decoder_writer
-from luthier.batch import collate
+from luthier.train import checks as guards
+from luthier.model.generate import Picker, Sharing, decoder_writer
+from luthier.model.batch import collate
 from luthier.clock import Clock
-from luthier.method import RecipeError, build, cards
-from luthier.roles import Policy
-from luthier.tuners._tuner import Untuned
+from luthier.errors import RecipeError
+from luthier.registry import build, cards
+from luthier.model.policy import Policy
+from luthier.methods.tuners._base import Untuned
 
 CAUSAL = build("architecture", "causal")
 LAYOUTS = {

@@ -12,13 +12,14 @@ from transformers import AutoModelForCausalLM
 import luthier
 from conftest import SUMS
 from luthier.clock import Clock
-from luthier.method import RecipeError, build
-from luthier.paired import hypervolume
-from luthier.recipe import Recipe
-from luthier.searchers._searcher import Seen
-from luthier.searching import quest
-from luthier.space import over
-from luthier.tuners._tuner import Untuned
+from luthier.errors import RecipeError
+from luthier.registry import build
+from luthier.study.statistics import hypervolume
+from luthier.recipe.recipe import Recipe
+from luthier.methods.searchers._base import Seen
+from luthier.study.search import quest
+from luthier.study.space import over
+from luthier.methods.tuners._base import Untuned
 from test_tuners import SHAPES, _shaped, asked, base
 
 torch.set_num_threads(1)

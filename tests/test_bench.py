@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from luthier.bench import bench, picture, table
-from luthier.bench.measure import _summed
-from luthier.bench.scenarios import SCENARIOS, job, work
-from luthier.bench.shapes import lengths, make
-from luthier.method import RecipeError
+from luthier.study.bench import bench, picture, table
+from luthier.study.bench.measure import _summed
+from luthier.study.bench.scenarios import SCENARIOS, job, work
+from luthier.study.bench.shapes import lengths, make
+from luthier.errors import RecipeError
 
 
 def test_turns_on_a_tiny_shape(tmp_path):
@@ -52,7 +52,7 @@ def test_ratio_is_the_best_rival_over_luthier():
 
 
 def test_members_of_a_fleet_do_the_work_of_as_many_runs():
-    from luthier.bench.contestants import many, plain
+    from luthier.study.bench.contestants import many, plain
 
     given = job("fleet", "tiny", "folder", 512)
     one = job("sft", "tiny", "folder", 512)

@@ -7,13 +7,14 @@ import random
 import pytest
 import torch
 
-from luthier.assembly import assemble
+from luthier.model.load import assemble
 from luthier.clock import Clock
-from luthier.method import RecipeError, build
-from luthier.recipe import Recipe
-from luthier.rehearsal import parts
-from luthier.rows import load
-from luthier.stages.synthesize.bib import Adam, Fitted, slope
+from luthier.errors import RecipeError
+from luthier.registry import build
+from luthier.recipe.recipe import Recipe
+from luthier.recipe.validate import parts
+from luthier.data.rows import load
+from luthier.methods.stages.synthesize.bib import Adam, Fitted, slope
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

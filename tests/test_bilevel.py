@@ -10,14 +10,15 @@ from torch import nn
 
 import luthier
 from conftest import SUMS
-from luthier import store
+from luthier.storage import store
 from luthier.clock import Clock
-from luthier.method import RecipeError, build
-from luthier.recipe import Recipe
-from luthier.rehearsal import rehearse
-from luthier.rows import load
-from luthier.transforms._chain import Chain
-from luthier.tuners._subset import Weights
+from luthier.errors import RecipeError
+from luthier.registry import build
+from luthier.recipe.recipe import Recipe
+from luthier.recipe.validate import rehearse
+from luthier.data.rows import load
+from luthier.train.optimizer import Chain
+from luthier.methods.tuners.subset._subset import Weights
 
 
 class Vector(nn.Module):

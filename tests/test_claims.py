@@ -11,10 +11,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from luthier import apart, catalogue, claims
+from luthier.run import subprocess as apart
+from luthier.recipe import catalogue
+from luthier.study import claims
 from luthier.cli import app
-from luthier.method import RecipeError
-from luthier.recipe import Recipe
+from luthier.errors import RecipeError
+from luthier.recipe.recipe import Recipe
 
 HOME = Path(__file__).parents[1] / "benchmarks" / "claims"
 TOY = {

@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 import luthier
 from conftest import SUMS
-from luthier import catalogue, use
+from luthier.recipe import catalogue
+from luthier.serve import load as use
 from luthier.cli import app, asked
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
@@ -105,7 +106,7 @@ def test_ctrl_c_says_that_it_goes_on(monkeypatch, rows):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("luthier.run.perform", stop)
+    monkeypatch.setattr("luthier.run.run.perform", stop)
     said = luth("tune", "--data", rows)
     assert said.exit_code == 130 and "run the same command again and it goes on" in said.stderr
     assert len(said.stderr.strip().splitlines()) == 1
@@ -302,7 +303,7 @@ def test_a_plan_is_tuned_loaded_and_told(tiny, rows, tmp_path):
 
 
 def test_doctor_says_what_is_there_and_what_is_missing(monkeypatch):
-    from luthier import doctor
+    from luthier.tools import doctor
 
     monkeypatch.setattr(doctor, "sandbox", lambda: {"runs programs": True})
     found = json.loads(luth("doctor", "--json").stdout)

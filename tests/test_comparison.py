@@ -11,9 +11,9 @@ import pytest
 
 import luthier
 from conftest import SUMS
-from luthier.comparison import Study, arms_of, conduct, fair, sentence, understood
-from luthier.method import RecipeError
-from luthier.recipe import Recipe
+from luthier.study.compare import Study, arms_of, conduct, fair, sentence, understood
+from luthier.errors import RecipeError
+from luthier.recipe.recipe import Recipe
 from luthier.report.console import Console
 
 
@@ -63,7 +63,7 @@ def test_values_by_row_are_what_the_metric_is_the_mean_of(shared, tmp_path):
 def test_a_paused_run_ends_as_one_that_was_not(shared, tmp_path):
     recipe = {**shared, "tuner": "full", "learning_rate": 1e-3}
     paused = luthier.tune({**recipe}, folder=tmp_path / "a")
-    from luthier.run import perform
+    from luthier.run.run import perform
 
     half = perform(Recipe.load(recipe), tmp_path / "b", until=0.5)
     assert half.stats["paused_at"] == 4 and not (tmp_path / "b" / "report.json").exists()
@@ -72,7 +72,7 @@ def test_a_paused_run_ends_as_one_that_was_not(shared, tmp_path):
 
 
 def test_a_killed_comparison_goes_on(shared, tmp_path, monkeypatch):
-    from luthier import run
+    from luthier.run import run
 
     arms = {"a": {"tuner": "full"}, "b": {"tuner": "lora"}}
     calls, real = [], run.perform
@@ -130,7 +130,7 @@ def test_each_arm_takes_its_own_best_rate(shared, tmp_path, monkeypatch):
     assert found["arms"]["full"]["learning_rate"] == 3e-3 and found["arms"]["lora"]["learning_rate"] >= 3e-3
     picked = json.loads((tmp_path / "c" / "learning_rates.json").read_text())
     assert set(picked["full"]) == {"1e-06", "0.003", "3"} and any("learning rate 0.003" in note for note in found["notes"])
-    monkeypatch.setattr("luthier.run.perform", lambda *a, **k: pytest.fail("all of this was known"))
+    monkeypatch.setattr("luthier.run.run.perform", lambda *a, **k: pytest.fail("all of this was known"))
     assert conduct(study(shared, arms, **how), tmp_path / "c")["table"]["loss"] == found["table"]["loss"]
     with pytest.raises(RecipeError, match="two or more above 0"):
         fair(study(shared, arms, learning_rates=(1e-3,)))

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 import luthier
-from luthier import docs, method
+from luthier.tools import docs
+from luthier import registry as method
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"])
@@ -18,7 +19,7 @@ BY_HAND = ("index", "idea", "recipes", "data", "practice", "python", "troublesho
 
 
 def test_generated_pages_are_up_to_date(capsys):
-    assert docs.docs(ROOT / "docs", check=True) == 0, capsys.readouterr().err + "run `python -m luthier.docs`"
+    assert docs.docs(ROOT / "docs", check=True) == 0, capsys.readouterr().err + "run `python -m luthier.tools.docs`"
 
 
 def test_check_tells_what_differs(tmp_path, capsys):

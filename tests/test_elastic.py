@@ -13,11 +13,12 @@ from torch import nn
 
 import luthier
 from conftest import SUMS, make_llama
-from luthier.evaluators._pareto import dominates, fronts, guided, search
-from luthier.evaluators._predictor import gaussian, left_out, linear, onehot, predicted
-from luthier.method import RecipeError, build
-from luthier.paired import hypervolume
-from luthier.tuners._elastic import Anatomy, macs, masked, sliced
+from luthier.methods.evaluators.cost._pareto import dominates, fronts, guided, search
+from luthier.methods.evaluators.cost._predictor import gaussian, left_out, linear, onehot, predicted
+from luthier.errors import RecipeError
+from luthier.registry import build
+from luthier.study.statistics import hypervolume
+from luthier.methods.tuners.pruned._elastic import Anatomy, macs, masked, sliced
 from zoo import BERT
 
 IDS = torch.arange(6, 26).reshape(2, 10)
@@ -177,9 +178,9 @@ def test_half_the_width_is_better_after_elastic_tuning_and_the_best_parts_are_ke
 
 
 def test_sorting_changes_no_answer_and_puts_the_important_first(base, tmp_path):
-    from luthier.assembly import assemble
-    from luthier.recipe import Recipe
-    from luthier.rehearsal import parts
+    from luthier.model.load import assemble
+    from luthier.recipe.recipe import Recipe
+    from luthier.recipe.validate import parts
 
     recipe = Recipe.load(base | {"tuner": "elastic"})
     roles = assemble(recipe, parts(recipe))

@@ -13,11 +13,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import luthier
 import zoo
 from conftest import PAIRS, SUMS
-from luthier import fleet
-from luthier.kernels import fleet as kernel
-from luthier.method import build
-from luthier.recipe import Recipe
-from luthier.roles import Policy
+from luthier.train import batched_lora as fleet
+from luthier.train import batched_forward as kernel
+from luthier.registry import build
+from luthier.recipe.recipe import Recipe
+from luthier.model.policy import Policy
 from test_loop import near, weights
 
 CAUSAL = build("architecture", "causal")
@@ -94,7 +94,7 @@ def test_paused_and_killed_ones_go_on(base, tmp_path):
     """One member is ahead of the others: they catch up first."""
     base |= {"max_steps": 8, "save_steps": 2}
     runs = [(Recipe.load({**base, **m}), tmp_path / k) for k, m in MEMBERS.items()]
-    from luthier.run import perform
+    from luthier.run.run import perform
 
     perform(runs[1][0], runs[1][1], until=4)
     paused = fleet.perform(runs, until=0.75)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from luthier.evaluators.intruders import effective_rank, likeness, scaled
+from luthier.methods.evaluators.representation.intruders import effective_rank, likeness, scaled
 
 
 def spectrum(rows: int, columns: int, values: torch.Tensor, seed: int) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 
 import zoo
-from luthier.architectures._outputs import Outputs
+from luthier.model.outputs import Outputs
 from luthier.kernels import logprobs as kernel
 from luthier.kernels.layout import lay_out
 from luthier.kernels.logprobs import Head, chunked, plain
@@ -205,7 +205,7 @@ def test_a_wrapped_head_is_asked_as_it_is():
 
 
 def test_head_scale_and_cap_are_measured():
-    from luthier.architectures._language_model import head_of
+    from luthier.model.language_model import head_of
 
     told = {"llama": (1.0, 0.0), "cohere": (0.25, 0.0), "granite": (0.25, 0.0), "gemma2": (1.0, 5.0), "recurrent_gemma": (1.0, 5.0)}
     for name, (scale, cap) in told.items():

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import zoo
-from luthier.kernels import asked
-from luthier.method import build
-from luthier.tuners._tuner import Untuned
+from luthier.kernels import sparse_mlp as asked
+from luthier.registry import build
+from luthier.methods.tuners._base import Untuned
 
 CAUSAL = build("architecture", "causal")
 

@@ -12,14 +12,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import zoo
-from luthier import guards
-from luthier.batch import collate
+from luthier.train import checks as guards
+from luthier.model.batch import collate
 from luthier.kernels import attention, elementwise
 from luthier.kernels.layout import lay_out
-from luthier.kernels.writing import Written, one_token
-from luthier.method import build
-from luthier.roles import Policy
-from luthier.tuners._tuner import Untuned
+from luthier.kernels.decode_attention import Written, one_token
+from luthier.registry import build
+from luthier.model.policy import Policy
+from luthier.methods.tuners._base import Untuned
 
 CAUSAL = build("architecture", "causal")
 

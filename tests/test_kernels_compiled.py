@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from conftest import SUMS, make_llama, make_tokenizer
-from luthier.assembly import assemble
+from luthier.model.load import assemble
 from luthier.kernels import compiled
-from luthier.method import RecipeError
-from luthier.recipe import Recipe
-from luthier.rehearsal import checked, parts
+from luthier.errors import RecipeError
+from luthier.recipe.recipe import Recipe
+from luthier.recipe.validate import checked, parts
 
 
 def test_refused_in_a_sentence_without_a_compiler(tiny, monkeypatch):

@@ -14,8 +14,8 @@ from torch import nn
 import zoo
 from conftest import make_llama
 from luthier.kernels import elementwise as fast
-from luthier.kernels.heap import keep_memory
-from luthier.method import RecipeError
+from luthier.compat.malloc import keep_memory
+from luthier.errors import RecipeError
 
 KINDS = {  # name -> fast, plain, shapes of what moves, what does not
     "norm": (fast.rms_norm, fast.plain_norm, [(2, 7, 12), (12,)], [1e-6]),
@@ -166,10 +166,10 @@ def test_what_answers_otherwise_is_left_alone():
 def test_a_kernel_that_is_wrong_is_found_and_told(tiny, monkeypatch):
     """Right when it is tried on random numbers and wrong later: the first batch finds it, and the run goes on without."""
     from conftest import SUMS
-    from luthier import guards
-    from luthier.assembly import assemble
-    from luthier.recipe import Recipe
-    from luthier.rehearsal import parts
+    from luthier.train import checks as guards
+    from luthier.model.load import assemble
+    from luthier.recipe.recipe import Recipe
+    from luthier.recipe.validate import parts
 
     recipe = Recipe.load({"model": tiny, "data": SUMS, "dtype": "float32"})
     roles = assemble(recipe, parts(recipe), {})
@@ -189,10 +189,10 @@ def test_a_kernel_that_is_wrong_is_found_and_told(tiny, monkeypatch):
 
 
 def test_liger_is_refused_in_a_sentence_where_it_cannot_run(tiny, monkeypatch):
-    from luthier.assembly import load_model
+    from luthier.model.load import load_model
     from luthier.kernels import liger
-    from luthier.recipe import Recipe
-    from luthier.rehearsal import parts
+    from luthier.recipe.recipe import Recipe
+    from luthier.recipe.validate import parts
 
     recipe = Recipe.load({"model": tiny, "architecture": {"name": "causal", "fused": "liger"}})
     if not torch.cuda.is_available():
@@ -232,7 +232,7 @@ def test_liger_is_taken_only_where_it_agrees():
 
 def test_memory_is_kept_unless_somebody_said_how(monkeypatch):
     """In a process of its own: what it says is for good."""
-    code = "from luthier.kernels.heap import keep_memory; print(keep_memory())"
+    code = "from luthier.compat.malloc import keep_memory; print(keep_memory())"
     said = [
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **more}).stdout
         for more in ({}, {"MALLOC_ARENA_MAX": "2"})

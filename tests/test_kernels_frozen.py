@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import luthier
 import zoo
 from conftest import PAIRS, SUMS
-from luthier.kernels import frozen
-from luthier.method import build
-from luthier.roles import Policy
+from luthier.train import hidden_cache as frozen
+from luthier.registry import build
+from luthier.model.policy import Policy
 
 CAUSAL = build("architecture", "causal")
 TOP = {"name": "lora", "target_modules": ["q_proj", "o_proj"], "layers_to_transform": [1]}

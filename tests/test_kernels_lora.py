@@ -8,7 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.kernels import lora
-from luthier.method import build
+from luthier.registry import build
 
 SHAPES = {"x": (2, 5, 12), "weight": (7, 12), "bias": (7,), "A": (3, 12), "B": (7, 3)}
 

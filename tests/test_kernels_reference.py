@@ -15,9 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import luthier
 import zoo
 from conftest import PAIRS
-from luthier.kernels import reference
-from luthier.method import build
-from luthier.roles import Policy
+from luthier.train import logprob_cache as reference
+from luthier.registry import build
+from luthier.model.policy import Policy
 from test_loop import KILLED, weights
 
 CAUSAL = build("architecture", "causal")

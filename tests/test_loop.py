@@ -19,11 +19,12 @@ from safetensors.torch import load_file
 
 import luthier
 from conftest import PAIRS, SUMS, UNPAIRED, recipe_of
-from luthier import guards, memory, store
-from luthier.assembly import pick_dtype
+from luthier.train import checks as guards, memory
+from luthier.storage import store
+from luthier.model.load import pick_dtype
 from luthier.clock import Clock
-from luthier.loop import Fit, draw
-from luthier.method import RecipeError
+from luthier.train.trainer import Fit, draw
+from luthier.errors import RecipeError
 
 
 @pytest.fixture(scope="session")
@@ -182,7 +183,7 @@ def test_plain_loop_of_transformers_is_ours(base, tmp_path, tiny):
 KILLED = """
 import json, os, signal, sys
 import luthier
-from luthier.loop import Fit
+from luthier.train.trainer import Fit
 after = int(sys.argv[3])
 step = Fit.step
 def stepping(self):
@@ -226,16 +227,16 @@ def test_killed_and_resumed_is_uninterrupted(base, tmp_path, forks, name):
 
 
 MOMENTS = {  # the process dies at the first call of this, which the second process passes
-    "measuring the start": "luthier.evaluators.generate.Generate.run",
-    "a stage": "luthier.stages.select.ifd.IFD.__call__",
-    "writing a checkpoint": "luthier.store.compare",
-    "naming a checkpoint": "luthier.store.checkpoints",
-    "taking the adapter away": "luthier.tuners._peft.OnPeft.save",
+    "measuring the start": "luthier.methods.evaluators.quality.generate.Generate.run",
+    "a stage": "luthier.methods.stages.select.ifd.IFD.__call__",
+    "writing a checkpoint": "luthier.storage.store.compare",
+    "naming a checkpoint": "luthier.storage.store.checkpoints",
+    "taking the adapter away": "luthier.methods.tuners._peft.OnPeft.save",
     "the report": "luthier.report.write_report",
 }
 DIES = """
 import importlib, json, os, signal, sys
-import luthier, luthier.run
+import luthier, luthier.run.run
 *path, name = sys.argv[3].split(".")
 while path:
     try:
@@ -335,7 +336,7 @@ def test_a_finished_run_answers_at_once_and_another_recipe_is_refused(base, tmp_
 
 
 def test_out_of_memory_halves_the_micro_batch(base, tmp_path, monkeypatch):
-    from luthier.architectures.causal import Causal
+    from luthier.methods.architectures.text.causal import Causal
 
     base |= {"optim": {"name": "sgd", "max_grad_norm": 0}, "learning_rate": 0.05}
     want = luthier.tune(base, folder=tmp_path / "a")
@@ -354,7 +355,7 @@ def test_out_of_memory_halves_the_micro_batch(base, tmp_path, monkeypatch):
 
 def test_memory_that_runs_out_in_the_second_pass_of_a_step(base, tmp_path, monkeypatch):
     """SAM has climbed when it happens: it comes back, and the step is done again from where it began."""
-    from luthier.architectures.causal import Causal
+    from luthier.methods.architectures.text.causal import Causal
 
     base |= {"estimator": "sam", "learning_rate": 0.05, "optim": {"name": "sgd", "max_grad_norm": 0}}
     monkeypatch.setattr(memory, "choose", lambda *given: (None, []))  # which reads rows as well
@@ -376,7 +377,7 @@ def test_memory_that_runs_out_in_the_second_pass_of_a_step(base, tmp_path, monke
 
 def test_memory_that_runs_out_while_weights_are_stepped_ends_in_a_sentence(base, tmp_path, monkeypatch):
     """Some sites have moved already: to do the step again would move them twice."""
-    from luthier.transforms._chain import Chain
+    from luthier.train.optimizer import Chain
 
     real, pushed = Chain.push, []
 
@@ -419,7 +420,7 @@ def test_more_tokens_than_the_network_has_positions_for_are_refused(base, tmp_pa
 def test_positions_are_counted_as_the_network_counts_them():
     from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM, T5Config, T5ForConditionalGeneration
 
-    from luthier.assembly import places
+    from luthier.model.load import places
 
     small = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     assert places(BertForMaskedLM(BertConfig(**small, max_position_embeddings=40))) == 40
@@ -461,7 +462,7 @@ def test_trackers_hear_every_number(base, tmp_path):
 
 
 def test_a_loss_that_is_no_number_names_its_rows(base, tmp_path, monkeypatch):
-    from luthier.objectives.sft import SFT
+    from luthier.methods.objectives.supervised.sft import SFT
 
     real = SFT.loss
     monkeypatch.setattr(SFT, "loss", lambda self, roles, batch: real(self, roles, batch) * (float("nan") if roles.clock.step == 3 else 1))
@@ -501,7 +502,7 @@ def test_nothing_to_learn_is_refused(base, tmp_path):
 
 
 def test_a_gradient_that_does_not_arrive_is_refused(base, tmp_path, monkeypatch):
-    from luthier.objectives.sft import SFT
+    from luthier.methods.objectives.supervised.sft import SFT
 
     monkeypatch.setattr(SFT, "loss", lambda self, roles, batch: roles.policy.logprobs(batch) * 0.0)
     with pytest.raises(guards.Refused, match="no gradient reaches"):
@@ -510,7 +511,7 @@ def test_a_gradient_that_does_not_arrive_is_refused(base, tmp_path, monkeypatch)
 
 def leak(monkeypatch):
     """Let the sequences of a packed row see each other."""
-    from luthier.architectures import causal
+    from luthier.methods.architectures.text import causal
 
     real = causal.lay_out
 

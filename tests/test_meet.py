@@ -7,9 +7,10 @@ import torch
 
 import luthier
 from conftest import make_llama
-from luthier.architectures.causal import Causal
-from luthier.method import RecipeError, build
-from luthier.rehearsal import _Nobody
+from luthier.methods.architectures.text.causal import Causal
+from luthier.errors import RecipeError
+from luthier.registry import build
+from luthier.recipe.validate import _Nobody
 from test_objectives import batch_of, make_rows
 
 PAIRS = [{"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": "no " + "way"[: 1 + a % 3]} for a in range(6) for b in range(6)]

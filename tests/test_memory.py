@@ -12,11 +12,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import luthier
 import zoo
-from luthier import memory
+from luthier.train import memory
 from luthier.clock import Clock
-from luthier.method import RecipeError, build
-from luthier.roles import Policy, Roles
-from luthier.transforms._chain import Chain
+from luthier.errors import RecipeError
+from luthier.registry import build
+from luthier.model.policy import Policy, Roles
+from luthier.train.optimizer import Chain
 
 NOBODY: Any = None  # who renders: rows are tokens already
 

@@ -10,8 +10,9 @@ from dataclasses import MISSING, fields
 
 import pytest
 
-from luthier import method
-from luthier.method import FOLDERS, RecipeError, build, card, cards, find, helps, names, page, spec
+from luthier import registry as method
+from luthier.errors import RecipeError
+from luthier.registry import FOLDERS, build, card, cards, find, helps, names, page, spec
 
 EVERY = [(c.kind, c.name) for c in cards()]
 
@@ -63,8 +64,8 @@ def test_other_packages_can_bring_methods(tmp_path, monkeypatch):
     (tmp_path / "outside.py").write_text(
         textwrap.dedent('''
         """Twice the loss."""
-        from luthier.method import objective
-        from luthier.objectives._objective import Objective
+        from luthier.registry import objective
+        from luthier.methods.objectives._base import Objective
 
         @objective(wants="completions logprobs")
         class Twice(Objective):
@@ -90,5 +91,5 @@ def test_other_packages_can_bring_methods(tmp_path, monkeypatch):
 
 def test_imports_cost_nothing():
     """`import luthier`, the listings and the recipe reader load no torch."""
-    code = "import sys, luthier, luthier.method, luthier.recipe; luthier.method.cards(); print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    code = "import sys, luthier, luthier.registry, luthier.recipe.recipe; luthier.registry.cards(); print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

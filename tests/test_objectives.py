@@ -14,23 +14,24 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from luthier.architectures.causal import Causal
-from luthier.batch import collate
+from luthier.methods.architectures.text.causal import Causal
+from luthier.model.batch import collate
 from luthier.clock import Clock
-from luthier.method import RecipeError, build, card, find, helps, names, page, wants_of
-from luthier.objectives._features import classes
-from luthier.quantizers._calibrate import quantize
-from luthier.quantizers._quantizer import Quantized
-from luthier.recipe import terms
-from luthier.rehearsal import WORDS
-from luthier.render import Renderer
-from luthier.roles import Policy, Roles
-from luthier.roles.column import Column
-from luthier.roles.generator import Features as Made
-from luthier.roles.memory import Features
-from luthier.roles.part_whole import Heads
-from luthier.transforms._chain import Chain
-from luthier.tuners._tuner import Untuned
+from luthier.errors import RecipeError
+from luthier.registry import build, card, find, helps, names, page, wants_of
+from luthier.methods.objectives.representation._features import classes
+from luthier.model.quantized import quantize
+from luthier.methods.quantizers._base import Quantized
+from luthier.recipe.recipe import terms
+from luthier.recipe.validate import WORDS
+from luthier.text.render import Renderer
+from luthier.model.policy import Policy, Roles
+from luthier.methods.roles.frozen.column import Column
+from luthier.methods.roles.features.generator import Features as Made
+from luthier.methods.roles.features.memory import Features
+from luthier.methods.roles.networks.part_whole import Heads
+from luthier.train.optimizer import Chain
+from luthier.methods.tuners._base import Untuned
 
 torch.set_num_threads(1)
 V = 40  # tokens of the tiny vocabulary

@@ -14,14 +14,15 @@ from torch import nn
 
 import luthier
 from conftest import SUMS
-from luthier.architectures.causal import Causal
+from luthier.methods.architectures.text.causal import Causal
 from luthier.clock import Clock
-from luthier.method import RecipeError, build
-from luthier.objectives.core_tuning import contrast
-from luthier.objectives.dr_tune import calibrated, rotation
-from luthier.objectives.pela import far
-from luthier.roles.memory import Features
-from luthier.tuners._anatomy import layer_of
+from luthier.errors import RecipeError
+from luthier.registry import build
+from luthier.methods.objectives.representation.core_tuning import contrast
+from luthier.methods.objectives.representation.dr_tune import calibrated, rotation
+from luthier.methods.objectives.distillation.pela import far
+from luthier.methods.roles.features.memory import Features
+from luthier.model.anatomy import layer_of
 from test_objectives import average, batch_of, cast, gradients, make_rows, network
 
 torch.set_num_threads(1)

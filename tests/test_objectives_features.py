@@ -13,14 +13,15 @@ import torch
 import luthier
 from luthier.clock import Clock
 from luthier.kernels.logprobs import Head
-from luthier.method import RecipeError, build
-from luthier.objectives._features import classes, features, of_rows
-from luthier.objectives.adam_v2 import long_enough, means, regions
-from luthier.objectives.look import vote
-from luthier.roles.generator import Features as Made
-from luthier.roles.memory import Features
-from luthier.roles.part_whole import Heads
-from luthier.store import checkpoints, load_checkpoint
+from luthier.errors import RecipeError
+from luthier.registry import build
+from luthier.methods.objectives.representation._features import classes, features, of_rows
+from luthier.methods.objectives.representation.adam_v2 import long_enough, means, regions
+from luthier.methods.objectives.representation.look import vote
+from luthier.methods.roles.features.generator import Features as Made
+from luthier.methods.roles.features.memory import Features
+from luthier.methods.roles.networks.part_whole import Heads
+from luthier.storage.store import checkpoints, load_checkpoint
 from test_objectives import batch_of, cast, make_rows
 
 # ------------------------------------------------------------------------------------------------ roles
@@ -320,7 +321,7 @@ class Answers:
         self.model = SimpleNamespace(get_output_embeddings=lambda: head)
 
     def outputs(self, batch):
-        from luthier.architectures._outputs import Outputs
+        from luthier.model.outputs import Outputs
 
         hidden = self.net(self.x[[row["id"] for row in batch.rows]])
         return Outputs(hidden, Head(self.head), batch.labels[batch.supervised])

@@ -16,12 +16,13 @@ from transformers import PreTrainedTokenizerFast
 import luthier
 from conftest import SUMS, make_llama, make_tokenizer
 from luthier.clock import Clock
-from luthier.estimators.pareto_da import weights
-from luthier.method import RecipeError, build
-from luthier.objectives.alm import event_divergence
-from luthier.stages.augment.ul2 import DENOISERS, corrupt, restored, spans
-from luthier.stages.rollout.teacher_spans import along
-from luthier.stages.rollout.teacher_top import calibrated
+from luthier.methods.estimators.multi_objective.pareto_da import weights
+from luthier.errors import RecipeError
+from luthier.registry import build
+from luthier.methods.objectives.distillation.alm import event_divergence
+from luthier.methods.stages.augment.ul2 import DENOISERS, corrupt, restored, spans
+from luthier.methods.stages.rollout.teacher_spans import along
+from luthier.methods.stages.rollout.teacher_top import calibrated
 
 TEXT = "the quick brown fox jumps over the lazy dog and runs away into the deep dark wood where nobody lives at all"
 
@@ -308,8 +309,8 @@ def test_glad_without_its_share_is_backprop_and_with_all_of_it_sam(base, tmp_pat
 
 
 def test_glad_on_a_quadratic_is_its_closed_form():
-    from luthier.transforms._chain import Chain
-    from luthier.tuners._tuner import Attached, Site
+    from luthier.train.optimizer import Chain
+    from luthier.methods.tuners._base import Attached, Site
 
     torch.manual_seed(0)
     A = torch.randn(6, 6)
@@ -350,7 +351,7 @@ def test_glad_on_a_quadratic_is_its_closed_form():
 
 
 def test_layerwise_rates_are_the_formula():
-    from luthier.transforms._chain import Chain
+    from luthier.train.optimizer import Chain
 
     model = make_llama()
     attached = build("tuner", "full").attach(model)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from luthier.method import RecipeError, build
-from luthier.recipe import terms
+from luthier.errors import RecipeError
+from luthier.registry import build
+from luthier.recipe.recipe import terms
 from test_objectives import (
     agree,
     average,
@@ -203,7 +204,7 @@ def test_weight_zero_is_the_other():
 
 
 def test_a_sum_in_a_recipe_is_written_as_it_was_said():
-    from luthier.recipe import Recipe
+    from luthier.recipe.recipe import Recipe
 
     recipe = Recipe.load({"objective": "orpo + 0.1*kl", "data": []})
     again = Recipe.load(yaml.safe_load(recipe.yaml()))
@@ -299,7 +300,7 @@ def test_plackett_luce_by_hand():
 
 def test_ranking_lists_beats_random_pairs_of_them():
     """How good the five first answers of the implicit reward's ranking are, at equal updates: lists against random pairs of them."""
-    from luthier.practice import bandit
+    from luthier.toy import bandit
 
     def ndcg(objective: str, pairs: bool, seed: int) -> float:
         rng = torch.Generator().manual_seed(seed)
@@ -403,7 +404,7 @@ def test_rwr_between_sft_and_the_best():
 
 def fitted(objective, roles, rows, weights=None, steps: int = 60) -> torch.Tensor:
     """[arms] log-policy at the minimum of the (weighted) mean loss."""
-    from luthier.practice import bandit
+    from luthier.toy import bandit
 
     batch = bandit.batch_of(rows)
     optimizer = torch.optim.LBFGS(roles.policy.parameters(), lr=0.5, max_iter=steps, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
@@ -420,7 +421,7 @@ def fitted(objective, roles, rows, weights=None, steps: int = 60) -> torch.Tenso
 
 
 def test_modpo_finds_the_policy_of_the_weighted_reward():
-    from luthier.practice import bandit
+    from luthier.toy import bandit
 
     base = torch.tensor([0.3, -0.2, 0.1, 0.0], dtype=torch.float64)
     own, other = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, 0.2, -0.5, 0.4], [-0.8, 0.9, 0.1, 0.3]))
@@ -450,7 +451,7 @@ def test_modpo_finds_the_policy_of_the_weighted_reward():
 
 def sppo_round(base: torch.Tensor, wins: torch.Tensor, beta: float) -> torch.Tensor:
     """One exact round: every arm, weighed as the policy pulls it, regressed on how often it beats the policy."""
-    from luthier.practice import bandit
+    from luthier.toy import bandit
 
     pi = base.softmax(-1)
     rates, arms = wins @ pi, len(base)
@@ -476,7 +477,7 @@ def test_sppo_multiplies_by_how_often_an_answer_wins():
 
 
 def test_sppo_stays_near_the_equilibrium_of_rock_paper_scissors():
-    from luthier.practice import bandit
+    from luthier.toy import bandit
 
     wins = torch.tensor([[0.5, 0.0, 1.0], [1.0, 0.5, 0.0], [0.0, 1.0, 0.5]], dtype=torch.float64)
     base, mean = torch.tensor([0.6, 0.0, -0.3], dtype=torch.float64), []
@@ -495,7 +496,7 @@ def test_sppo_stays_near_the_equilibrium_of_rock_paper_scissors():
 
 
 def test_win_rates_of_scores():
-    from luthier.rehearsal import _Nobody
+    from luthier.recipe.validate import _Nobody
 
     row = {"id": "a", "prompt": "p", "completions": ["x", "y", "z"], "scores": [2.0, 0.0, 0.0]}
     (out,) = build("stage", "win_rates")([row], _Nobody())
@@ -506,7 +507,7 @@ def test_win_rates_of_scores():
 
 def test_what_sees_far_and_what_does_not():
     """Where the best answers are far from what the reference says, only fresh samples and a negative gradient get there."""
-    from luthier.practice import bandit
+    from luthier.toy import bandit
 
     arms = torch.arange(100.0)
     base = -((arms - 20) / 8).square() / 2
@@ -531,7 +532,7 @@ def test_what_sees_far_and_what_does_not():
 
 
 def test_one_step_of_each_in_closed_form():
-    from luthier.practice import bandit
+    from luthier.toy import bandit
 
     rows = [{"id": "a", "prompt": [0], "completions": [[10], [30]], "scores": [1.0, 0.0]}]
     change = {}
@@ -554,7 +555,7 @@ def test_one_step_of_each_in_closed_form():
 
 def test_the_sft_term_keeps_the_chosen_likely():
     """Overoptimised: many steps on few pairs of alike answers."""
-    from luthier.practice import bandit
+    from luthier.toy import bandit
 
     reward, base = torch.linspace(0, 1, 30), torch.zeros(30)
     found = {

@@ -10,17 +10,18 @@ import torch
 import torch.nn.functional as F
 
 from conftest import make_llama, make_tokenizer
-from luthier.architectures.causal import Causal
-from luthier.assembly import assemble
+from luthier.methods.architectures.text.causal import Causal
+from luthier.model.load import assemble
 from luthier.clock import Clock
-from luthier.formats._format import BadRow
-from luthier.method import RecipeError, build
-from luthier.recipe import Recipe, terms
-from luthier.rehearsal import _Nobody, rehearse
-from luthier.render import Renderer
-from luthier.roles import Policy, Roles
-from luthier.rows import load
-from luthier.tuners._tuner import Untuned
+from luthier.methods.formats._base import BadRow
+from luthier.errors import RecipeError
+from luthier.registry import build
+from luthier.recipe.recipe import Recipe, terms
+from luthier.recipe.validate import _Nobody, rehearse
+from luthier.text.render import Renderer
+from luthier.model.policy import Policy, Roles
+from luthier.data.rows import load
+from luthier.methods.tuners._base import Untuned
 from test_objectives import (
     V,
     average,
@@ -295,7 +296,7 @@ def test_f_sft_weighs_by_the_slope_of_its_curve():
 
 
 def test_chi2_stays_nearer_to_the_reference():
-    from luthier.practice import bandit
+    from luthier.toy import bandit
 
     base, kl = torch.randn(20, generator=torch.Generator().manual_seed(0)), {}
     rows = bandit.pulled([[3], [5], [3]], torch.ones(20))
@@ -312,7 +313,7 @@ def test_chi2_stays_nearer_to_the_reference():
 
 
 def test_values_correlate_where_they_are_values():
-    from luthier.evaluators.implicit_value import correlation
+    from luthier.methods.evaluators.representation.implicit_value import correlation
 
     reward = torch.tensor([0.0, 1.0, 0.5, -1.0])
     q = torch.stack([reward * 2 + 1 - math.log(3)] * 3, 1)  # a table whose log-sum-exp is a line of the reward
@@ -554,7 +555,7 @@ def test_yes_no_asks_about_every_label():
 
 
 def test_auc_is_the_share_of_pairs_in_order():
-    from luthier.evaluators.yes_no_auc import auc
+    from luthier.methods.evaluators.quality.yes_no_auc import auc
 
     assert auc(torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([False, False, True, True])) == pytest.approx(0.75)
     assert auc(torch.tensor([0.5, 0.5]), torch.tensor([True, False])) == 0.5 and auc(torch.ones(2), torch.tensor([True, True])) is None
@@ -580,7 +581,7 @@ def test_meta_tuning_answers_questions_it_was_not_tuned_on(roles, tmp_path):
     small = small_llama(3)  # of six seeds it had the widest margin however sums were rounded (0.94 to 1)
 
     def measure() -> float:
-        from luthier.evaluators.yes_no_auc import auc
+        from luthier.methods.evaluators.quality.yes_no_auc import auc
 
         batch = batch_of([{**r, "completions": [[5], [6]]} for r in asked])
         with torch.no_grad():
@@ -610,7 +611,7 @@ def test_response_only_shows_no_question():
 
 
 def test_response_ranking(roles, tmp_path):
-    from luthier.evaluators.response_ranking import ResponseRanking
+    from luthier.methods.evaluators.quality.response_ranking import ResponseRanking
 
     rows = [{"id": str(i), "prompt": f"say {w} ", "completions": [w * 3]} for i, w in enumerate("abcdef")]
     tuned = copy.copy(roles)

@@ -13,16 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import luthier
 from conftest import SUMS
-from luthier import store
+from luthier.storage import store
 from luthier.clock import Clock
-from luthier.estimators.mezo import direction
-from luthier.guards import Refused
-from luthier.loop import Fit, draw
-from luthier.method import build, find, helps, names
-from luthier.transforms import _chain
-from luthier.transforms._chain import Chain, Lazily, Transform, schedule
-from luthier.tuners._subset import Weights
-from luthier.tuners._tuner import Site
+from luthier.methods.estimators.zeroth_order.mezo import direction
+from luthier.train.checks import Refused
+from luthier.train.trainer import Fit, draw
+from luthier.registry import build, find, helps, names
+from luthier.train import optimizer as _chain
+from luthier.train.optimizer import Chain, Lazily, Transform, schedule
+from luthier.methods.tuners.subset._subset import Weights
+from luthier.methods.tuners._base import Site
 
 ESTIMATORS = [
     n for n in names("estimator") if not find("estimator", n).wants

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from luthier.paired import difference, front, holm, hypervolume, interval
+from luthier.study.statistics import difference, front, holm, hypervolume, interval
 
 
 def simulated(repeat: int, seeds: int = 4, rows: int = 60, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:

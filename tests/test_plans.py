@@ -12,14 +12,16 @@ import torch
 
 import luthier
 from conftest import SUMS
-from luthier import store, use
-from luthier.loop import Fit
-from luthier.method import RecipeError, build, find, helps, names
-from luthier.paired import hypervolume
-from luthier.plans.front import spread, weigh
-from luthier.recipe import Recipe
-from luthier.rehearsal import rehearse
-from luthier.rows import load
+from luthier.storage import store
+from luthier.serve import load as use
+from luthier.train.trainer import Fit
+from luthier.errors import RecipeError
+from luthier.registry import build, find, helps, names
+from luthier.study.statistics import hypervolume
+from luthier.methods.plans.studies.front import spread, weigh
+from luthier.recipe.recipe import Recipe
+from luthier.recipe.validate import rehearse
+from luthier.data.rows import load
 
 NEEDED = {
     "preference_losses": {"objectives": ["sft", "dft"]},  # rows without pairs will do for these
@@ -254,8 +256,8 @@ def test_spin_begins_each_round_at_log_two(base, tmp_path, tuner):
 
 def test_learning_to_prefer_what_is_said_anyway_changes_nothing(base, tmp_path):
     """Given and own answer are the same: the loss is log 2 and no weight moves."""
-    from luthier.assembly import assemble
-    from luthier.rehearsal import rehearse
+    from luthier.model.load import assemble
+    from luthier.recipe.validate import rehearse
 
     made = Recipe.load({k: v for k, v in base.items() if k != "data"} | {"objective": "dpo"})
     roles = assemble(made, rehearse(made, load([{"prompt": "1+1=", "chosen": "2", "rejected": "3"}]).rows))

@@ -9,9 +9,9 @@ from random import Random
 
 import pytest
 
-from luthier import practice
-from luthier.practice import worlds as world_names
-from luthier.practice.worlds import _sample, arithmetic, code, find, people
+from luthier import toy as practice
+from luthier.toy import tasks as world_names
+from luthier.toy.tasks import _sample, arithmetic, code, people, find
 
 WORLDS = world_names()
 SPLITS = [(world, split) for world in WORLDS for split in find(world).SPLITS]
@@ -51,7 +51,7 @@ def test_rows_follow_from_the_seed(world, split):
 
 def test_rows_are_the_same_in_another_process():
     program = (
-        "import json; from luthier import practice;"
+        "import json; from luthier import toy as practice;"
         "print(json.dumps({world: practice.rows(world, 'test', 5) for world in practice.worlds()}))"
     )
     other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -152,7 +152,7 @@ def test_unknown_names_are_answered_by_the_known_ones():
 
 
 def test_importing_the_worlds_is_light():
-    program = "import sys; from luthier import practice;practice.rows('people', 'train', 1); print('torch' in sys.modules)"
+    program = "import sys; from luthier import toy as practice;practice.rows('people', 'train', 1); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -186,8 +186,8 @@ def test_special_tokens(tokenizer):
 
 
 def test_rows_are_read_as_pretraining_read_them(tokenizer):
-    from luthier.practice._corpus import document
-    from luthier.practice.score import tokens_of
+    from luthier.toy._corpus import document
+    from luthier.toy.score import tokens_of
 
     for world, split in SPLITS:
         for row in (row for row in practice.rows(world, split, 20) if "completion" in row or "messages" in row):
@@ -213,12 +213,12 @@ def test_the_chat_template_is_a_prefix_of_itself(tokenizer):
 def made_of_these_worlds(name: str) -> None:
     """Skip what only holds for a model that was made of the worlds as they are."""
     if {key.split("/")[0] for key in card_numbers(name)} != set(WORLDS):
-        pytest.skip(f"practice:{name} was made of fewer worlds: python -m luthier.practice.make --model {name}")
+        pytest.skip(f"practice:{name} was made of fewer worlds: python -m luthier.toy.make --model {name}")
 
 
 def test_the_tokenizer_can_be_made_again():
     made_of_these_worlds("lm")
-    from luthier.practice._corpus import train_tokenizer
+    from luthier.toy._corpus import train_tokenizer
 
     made = json.loads(train_tokenizer().to_str())
     shipped = json.loads((practice.path("lm") / "tokenizer.json").read_text(encoding="utf-8"))
@@ -250,7 +250,7 @@ def measured(request):
     """A shipped model, its card's numbers, and the same measured here on few other rows."""
     from transformers import AutoTokenizer
 
-    from luthier.practice import score
+    from luthier.toy import score
 
     made_of_these_worlds(request.param)
     folder = practice.path(request.param)
@@ -293,7 +293,7 @@ def test_chat_follows_chat_and_lm_does_not():
         pytest.skip("practice:chat is not shipped")
     from transformers import AutoTokenizer
 
-    from luthier.practice import score
+    from luthier.toy import score
 
     rows = practice.rows("chat", "instruct_test", 120, seed="test")
     found = {}
@@ -315,7 +315,7 @@ def test_teacher_forcing_agrees_with_generating(tokenizer):
     import torch
     from transformers import AutoModelForCausalLM
 
-    from luthier.practice.score import is_exact
+    from luthier.toy.score import is_exact
 
     model = AutoModelForCausalLM.from_pretrained(practice.path("lm"), dtype=torch.float32).eval()
     rows = [row for split in ("new_test", "test") for row in practice.rows("people", split, 4)]
@@ -328,7 +328,7 @@ def test_teacher_forcing_agrees_with_generating(tokenizer):
 
 def test_code_is_right_when_it_does_the_same(tokenizer):
     """Functions of four operations, which the model never writes letter for letter, sometimes run all the same."""
-    from luthier.practice import score
+    from luthier.toy import score
 
     model, rows = score.load(practice.path("lm")), practice.rows("code", "ood", 8, seed="several")
     exact, right = score.is_exact(model, tokenizer, rows), score.is_right(model, tokenizer, rows)
@@ -344,7 +344,7 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     import torch
     from transformers import LlamaForCausalLM
 
-    from luthier.practice import _pretrain
+    from luthier.toy import _pretrain
 
     monkeypatch.setattr(_pretrain, "KEEP_EVERY", 2)
 
@@ -373,7 +373,7 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
 def test_attention_equals_torch():
     import torch
 
-    from luthier.practice._pretrain import _Attention
+    from luthier.toy._pretrain import _Attention
 
     q, k, v = (torch.randn(2, 3, 16, 8, requires_grad=True) for _ in range(3))
     mask = torch.full((16, 16), -1e4).triu_(1)
@@ -390,7 +390,7 @@ def test_a_deeper_model_begins_as_the_one_it_is_made_of(tokenizer):
     import torch
     from transformers import LlamaForCausalLM
 
-    from luthier.practice._pretrain import deepened
+    from luthier.toy._pretrain import deepened
 
     model = LlamaForCausalLM.from_pretrained(practice.path("lm-small"), dtype=torch.float32).eval()
     bigger = deepened(model, after=(0, 2)).eval()
@@ -404,7 +404,7 @@ def test_what_an_encoder_decoder_restores_is_what_was_hidden():
     """The text is the read part with each sentinel replaced by what is said behind it."""
     import numpy as np
 
-    from luthier.practice._seq2seq import corrupted
+    from luthier.toy._seq2seq import corrupted
 
     sentinels = list(range(1000, 1032))
     for seed in range(50):
@@ -419,7 +419,7 @@ def test_what_an_encoder_decoder_restores_is_what_was_hidden():
 
 
 def test_packing_keeps_whole_documents():
-    from luthier.practice._corpus import _pack
+    from luthier.toy._corpus import _pack
 
     documents = [[1, 5, 2], [1, 6, 6, 2], [1, 7, 2], [1] + [8] * 20 + [2]]
     windows = list(_pack(documents, 8, pad=0))
@@ -429,7 +429,7 @@ def test_packing_keeps_whole_documents():
 
 
 def test_the_probe_is_rows_the_model_was_not_trained_on(tmp_path):
-    from luthier.practice.make import write_probe
+    from luthier.toy.make import write_probe
 
     made_of_these_worlds("lm")
     write_probe(tmp_path)

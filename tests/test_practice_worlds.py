@@ -14,19 +14,20 @@ from pathlib import Path
 import pytest
 
 import luthier
-from luthier import practice
-from luthier.method import RecipeError, build
-from luthier.practice.worlds import _sample, arithmetic, code, entities, find, language, people, sql, stream, style, tools
-from luthier.practice.worlds._random import Random
-from luthier.recipe import Recipe
+from luthier import toy as practice
+from luthier.errors import RecipeError
+from luthier.registry import build
+from luthier.toy.tasks import _sample, arithmetic, code, entities, language, people, sql, stream, style, tools, find
+from luthier.toy.tasks._random import Random
+from luthier.recipe.recipe import Recipe
 
 WORLDS = practice.worlds()
 SPLITS = [(world, split) for world in WORLDS for split in find(world).SPLITS]
 GOLDEN = Path(__file__).with_name("golden_worlds.json")  # made by: python tests/test_practice_worlds.py
 CHECKSUMS = """
 import json, zlib
-from luthier import practice
-from luthier.practice.worlds import find
+from luthier import toy as practice
+from luthier.toy.tasks import find
 def mark(world, split):
     return zlib.crc32(json.dumps(practice.rows(world, split, 40, "golden"), ensure_ascii=False).encode())
 print(json.dumps({f"{w}/{s}": mark(w, s) for w in practice.worlds() for s in find(w).SPLITS}))
@@ -135,7 +136,7 @@ def test_the_right_answer_verifies_and_wrong_ones_do_not(world, split):
 
 def test_what_is_read_is_verified_alike():
     """Rows as the house reads them, and with samples in place of the completions, as in a rollout."""
-    from luthier.rows import load
+    from luthier.data.rows import load
 
     judge = build("reward", "world")
     for world in WORLDS:

@@ -8,12 +8,13 @@ import transformers as t
 
 import luthier
 from conftest import SUMS
-from luthier.architectures.causal import Causal
+from luthier.methods.architectures.text.causal import Causal
 from luthier.kernels import attention
 from luthier.kernels.layout import lay_out
-from luthier.method import RecipeError, build
-from luthier.roles import Policy
-from luthier.tuners._tuner import Untuned
+from luthier.errors import RecipeError
+from luthier.registry import build
+from luthier.model.policy import Policy
+from luthier.methods.tuners._base import Untuned
 from test_objectives import batch_of, make_rows, network
 
 torch.set_num_threads(1)

@@ -7,12 +7,13 @@ import torch
 import transformers as t
 
 import zoo
-from luthier.architectures._generate import Cached, Rereading, Sharing, _trial
-from luthier.architectures.causal import Causal
+from luthier.model.generate import Cached, Rereading, Sharing, _trial
+from luthier.methods.architectures.text.causal import Causal
 from luthier.kernels.attention import attend, plain, plan
 from luthier.kernels.layout import lay_out
-from luthier.method import RecipeError, build
-from luthier.tuners._peft import ADAPTER
+from luthier.errors import RecipeError
+from luthier.registry import build
+from luthier.methods.tuners._peft import ADAPTER
 
 torch.set_num_threads(1)
 KINDS = ["llama", "qwen3", "gpt2", "gpt_neox", "qwen2_moe", "qwen2_sliding"]

@@ -9,33 +9,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from luthier import practice
-from luthier.method import RecipeError, build, names
-from luthier.programs import (
-    ChainOfThought,
-    Failed,
-    Majority,
-    MultiChainComparison,
-    Predict,
-    Prediction,
-    Program,
-    ProgramOfThought,
-    ReAct,
-    Remembering,
-    Signature,
-    ancestors,
-    attempt,
-    bundle,
-    call,
-    compiler,
-    evaluate,
-    node,
-    rewarded,
-    speaker,
-)
-from luthier.programs._graph import Node
-from luthier.programs._models import Local
-from luthier.store import read_rows
+from luthier import toy as practice
+from luthier.errors import RecipeError
+from luthier.registry import build, names
+from luthier.programs import ChainOfThought, Failed, Majority, MultiChainComparison, Predict, Prediction, Program, ProgramOfThought, ReAct, Remembering, Signature, ancestors, attempt, bundle, call, compiler, evaluate, node, rewarded, speaker
+from luthier.programs.graph import Node
+from luthier.programs.models import Local
+from luthier.storage.store import read_rows
 
 WORDS = ["cat", "dog", "owl", "hen", "fox", "bee", "ant", "cow"]
 ROWS = [{"word": w, "answer": w.upper()[::-1]} for w in WORDS]  # no row says what the step in between is
@@ -114,7 +94,7 @@ def test_a_program_without_a_model_or_with_other_rows_is_refused():
 @pytest.mark.parametrize("name", names("compiler"))
 def test_every_compiler_leaves_the_program_as_it_was(name, tmp_path, monkeypatch):
     settings = {"output_dir": str(tmp_path)} if name == "bootstrap_finetune" else {}
-    monkeypatch.setattr("luthier.run.tune", lambda recipe, folder: type("Report", (), {"folder": str(folder)}))
+    monkeypatch.setattr("luthier.run.run.tune", lambda recipe, folder: type("Report", (), {"folder": str(folder)}))
     program = TwoSteps().using(Scripted(knows("cat", "owl", "fox")))
     before = json.dumps(program.state())
     made = compiler(name, **settings).compile(program, ROWS, right)

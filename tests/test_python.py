@@ -6,8 +6,8 @@ import torch
 
 import luthier
 from conftest import SUMS
-from luthier.method import build
-from luthier.practice.worlds import names
+from luthier.registry import build
+from luthier.toy.tasks import names
 
 
 def test_the_calls_of_the_readme(tiny, tmp_path):

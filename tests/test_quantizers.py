@@ -15,16 +15,17 @@ from torch import nn
 
 import luthier
 from conftest import recipe_of
-from luthier import store
+from luthier.storage import store
 from luthier.kernels import codebook
-from luthier.method import RecipeError, build, find, gives_of, helps, names
-from luthier.quantizers._book import dynamic_map, normal_float
-from luthier.quantizers._calibrate import quantize
-from luthier.quantizers._experts import apart, join
-from luthier.quantizers._load import chosen
-from luthier.quantizers._quantizer import held_as, modules, numbers, open_up
-from luthier.recipe import Recipe
-from luthier.rehearsal import checked
+from luthier.errors import RecipeError
+from luthier.registry import build, find, gives_of, helps, names
+from luthier.methods.quantizers.codebook._book import dynamic_map, normal_float
+from luthier.model.quantized import quantize
+from luthier.model.experts import apart, join
+from luthier.model.quantized_load import chosen
+from luthier.methods.quantizers._base import held_as, modules, numbers, open_up
+from luthier.recipe.recipe import Recipe
+from luthier.recipe.validate import checked
 from test_tuners import base, logprobs, put, train
 
 torch.set_num_threads(1)
@@ -148,7 +149,7 @@ def test_double_quantization_costs_an_eighth_and_little_error():
     assert once.bits(W.shape) == 4.5 and twice.bits(W.shape) == pytest.approx(4.127, abs=5e-4)
     a, b = (q.quantize(W) for q in (once, twice))
     assert torch.equal(a["weight"], b["weight"])
-    from luthier.quantizers._book import unsqueeze
+    from luthier.methods.quantizers.codebook._book import unsqueeze
 
     off = (unsqueeze(b) - a["absmax"]).abs()
     spread = (a["absmax"] - a["absmax"].mean()).abs().max()
@@ -315,7 +316,7 @@ def test_in_a_run(spec, tiny, tmp_path):
         assert all(torch.equal(v, other.codes[k]) for k, v in m.codes.items()), name
         assert other.compute == torch.bfloat16
     assert {p.dtype for p in half.model.get_input_embeddings().parameters()} == {torch.bfloat16}
-    from luthier.use import export
+    from luthier.serve.load import export
 
     sentence = export(tmp_path / "whole", "merged", tmp_path / "merged")
     assert "requantized" in sentence and "KL" in sentence
@@ -340,7 +341,7 @@ def test_other_networks_are_read_into_codes(kind, tmp_path):
     """Conv1D, a classifier with a fresh head, the fused experts of a mixture, tied embeddings."""
     from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
-    from luthier.quantizers._load import loaded
+    from luthier.model.quantized_load import loaded
 
     q = build("quantizer", "nf4")
     if kind == "bert":
@@ -389,7 +390,7 @@ def test_other_networks_are_read_into_codes(kind, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="pages of files are counted on Linux")
 def test_what_was_read_of_a_checkpoint_leaves_memory(tmp_path):
     """The file may stay mapped for what is dense, and is all there when it is read again; its pages are not kept."""
-    from luthier.quantizers import _load
+    from luthier.model import quantized_load as _load
 
     dense = base("llama")
     dense.save_pretrained(tmp_path)
@@ -406,7 +407,7 @@ def test_what_was_read_of_a_checkpoint_leaves_memory(tmp_path):
 
 def test_some_experts_stay_as_they_are(tmp_path):
     """Skipped by the name of their matrix, whether read from a checkpoint or from a network that is there."""
-    from luthier.quantizers._load import loaded
+    from luthier.model.quantized_load import loaded
 
     q = build("quantizer", {"name": "nf4", "skip_modules": ["down_proj"]})
     dense = base("mixtral")
@@ -441,7 +442,7 @@ def test_tuners_beside_experts_that_are_codes():
 
 
 def test_codes_of_any_width_lie_side_by_side():
-    from luthier.quantizers._bits import pack, unpack
+    from luthier.methods.quantizers.normal_float._bits import pack, unpack
 
     for bits in range(1, 9):
         codes = torch.randint(0, 2**bits, (4093,), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
@@ -495,7 +496,7 @@ def lq(**settings):
 
 
 def test_lq_error_falls_until_it_stops_and_beats_plain_quantization():
-    from luthier.quantizers.lq_lora import Weighed
+    from luthier.methods.quantizers.normal_float.lq_lora import Weighed
 
     W, q = normal(64, 96, seed=1), lq()
     codes, said = q.turns(W, q.forms()[0], Weighed(None))
@@ -527,7 +528,7 @@ def test_bits_are_allocated_as_the_best_of_all_allocations():
     import itertools
 
     pytest.importorskip("scipy")
-    from luthier.quantizers.lq_lora import allocate
+    from luthier.methods.quantizers.normal_float.lq_lora import allocate
 
     errors = torch.rand(4, 3, generator=torch.Generator().manual_seed(3)).sort(1, descending=True).values.tolist()
     sizes = [[200.0 * (i + 1), 300.0 * (i + 1), 410.0 * (i + 1)] for i in range(4)]
@@ -609,7 +610,7 @@ def test_in_a_run_that_calibrates(spec, tuner, tiny, tmp_path):
     assert all(torch.equal(v, again.tensors[k]) for k, v in last.tensors.items())
     rows = [{"id": "0", "prompt": "1+2=", "completions": ["3"]}]
     loaded = luthier.load(tmp_path / "whole")
-    from luthier.use import export
+    from luthier.serve.load import export
 
     assert export(tmp_path / "whole", "merged", tmp_path / "merged")
     assert torch.allclose(luthier.load(tmp_path / "merged", dtype="float32").logprobs(rows), loaded.logprobs(rows), atol=1e-4)
@@ -630,7 +631,7 @@ def lipschitz(A) -> float:
 @pytest.mark.parametrize("spec", [{"name": "rtn", "bits_per_weight": 2, "group_size": 16}, {"name": "vq", "nbits_per_codebook": 4}])
 def test_a_v_step_never_raises_a_quadratic_loss(spec):
     """Toward W - gradient / L, by any share of the codes: the bound that the step minimises lies above the loss."""
-    from luthier.tuners.pv_tuning import recode
+    from luthier.methods.tuners.quantized.pv_tuning import recode
 
     q, size = build("quantizer", spec), (4, 16)
     A, target = normal(16, 16, seed=1) / 4 + torch.eye(16), normal(*size, seed=2)
@@ -652,7 +653,7 @@ def test_a_v_step_never_raises_a_quadratic_loss(spec):
 
 def test_v_steps_end_near_the_best_codes_of_twelve_weights():
     """Coordinate descent over all codes, by brute force, is no more than 5% better."""
-    from luthier.tuners.pv_tuning import recode
+    from luthier.methods.tuners.quantized.pv_tuning import recode
 
     q, size = build("quantizer", {"name": "rtn", "bits_per_weight": 2, "group_size": 12}), (1, 12)
     A, target = normal(12, 12, seed=4) / 12 + torch.eye(12), normal(*size, seed=5)
@@ -677,8 +678,8 @@ def test_v_steps_end_near_the_best_codes_of_twelve_weights():
 def distil(steps: int = 40, **settings):
     """KL of a tiny network to its unquantized self before and after tuning its 2-bit codes; the tuner, and shares of codes changed."""
     from luthier.clock import Clock
-    from luthier.estimators._estimator import gradients
-    from luthier.transforms._chain import Chain
+    from luthier.methods.estimators._base import gradients
+    from luthier.train.optimizer import Chain
 
     ids = torch.arange(3, 59).reshape(4, 14)
     want = base("llama")(ids).logits.detach().log_softmax(-1)
@@ -702,7 +703,7 @@ def distil(steps: int = 40, **settings):
 
 
 def places(m) -> torch.Tensor:
-    from luthier.quantizers._bits import unpack
+    from luthier.methods.quantizers.normal_float._bits import unpack
 
     return unpack(m.codes["weight"].clone(), m.quantizer.bits_per_weight, m.size[0] * m.size[1])
 
@@ -738,10 +739,10 @@ def test_a_teacher_of_codes(tiny, tmp_path):
     """As read from the same quantizer by hand; what looks at rows is refused for a role."""
     import luthier
     from conftest import SUMS
-    from luthier.assembly import assemble
-    from luthier.quantizers._quantizer import Quantized
-    from luthier.recipe import Recipe
-    from luthier.rehearsal import parts
+    from luthier.model.load import assemble
+    from luthier.methods.quantizers._base import Quantized
+    from luthier.recipe.recipe import Recipe
+    from luthier.recipe.validate import parts
 
     teacher = {"name": "model", "model": tiny, "quantization": "nf4"}
     said = {"model": tiny, "data": SUMS, "dtype": "float32", "objective": "distill", "max_steps": 2}

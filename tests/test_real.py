@@ -15,9 +15,9 @@ import transformers
 import luthier
 import zoo
 from conftest import make_tokenizer
-from luthier import use
-from luthier.data import load_data
-from luthier.method import RecipeError
+from luthier.serve import load as use
+from luthier.data.load import load_data
+from luthier.errors import RecipeError
 
 SUMS = [{"prompt": f"{a}+{b}=", "completion": f" {(a + b) % 10}"} for a in range(8) for b in range(8)]
 TEXTS = [{"text": f"{word} film number {i}", "label": name} for i in range(24) for word, name in (("good", "pos"), ("bad", "neg"))]

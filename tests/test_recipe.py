@@ -6,11 +6,12 @@ import pytest
 import yaml
 
 from conftest import PAIRS, SUMS, UNPAIRED
-from luthier.method import RecipeError, build
-from luthier.recipe import Recipe, terms
-from luthier.rehearsal import rehearse
-from luthier.rows import load
-from luthier.stages.select.best import Best
+from luthier.errors import RecipeError
+from luthier.registry import build
+from luthier.recipe.recipe import Recipe, terms
+from luthier.recipe.validate import rehearse
+from luthier.data.rows import load
+from luthier.methods.stages.select.best import Best
 
 ROLLOUT, SCORE = {"name": "rollout", "n": 4}, {"name": "score", "reward": "exact_match"}
 

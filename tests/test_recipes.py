@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 import luthier
-from luthier.data import load_data
-from luthier.method import find
-from luthier.recipe import Recipe
+from luthier.data.load import load_data
+from luthier.registry import find
+from luthier.recipe.recipe import Recipe
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 

@@ -7,10 +7,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from luthier.formats._format import BadRow
-from luthier.method import RecipeError
-from luthier.render import Renderer, Rewrites
-from luthier.rows import load
+from luthier.methods.formats._base import BadRow
+from luthier.errors import RecipeError
+from luthier.text.render import Renderer, Rewrites
+from luthier.data.rows import load
 
 DATA = Path(os.environ.get("LUTHIER_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}

@@ -10,13 +10,13 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from luthier.recipe import Recipe
+from luthier.recipe.recipe import Recipe
 from luthier.report import MARKS, write_report
 from luthier.report.chart import chart, log_ticks, short, smoothed, thinned, ticks
 from luthier.report.console import Console, Quiet
 from luthier.report.numbers import answers, cost, duration, headline, line, lines, number
 from luthier.report.page import marked, page
-from luthier.run import Report
+from luthier.run.run import Report
 
 EVIL = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&"
 VOID = {"meta", "br", "input", "img", "link", "hr"}

@@ -6,8 +6,9 @@ import time
 
 import pytest
 
-from luthier.method import RecipeError, build
-from luthier.rewards._sandbox import _run, run, run_many, sandbox_report
+from luthier.errors import RecipeError
+from luthier.registry import build
+from luthier.sandbox.sandbox import _run, run, run_many, sandbox_report
 
 ADD = "def add(a, b):\n    return a + b\n"
 TESTS = ["assert add(1, 2) == 3", "assert add(-1, 1) == 0"]
@@ -100,7 +101,7 @@ def test_math_ends_what_never_ends_and_goes_on_in_any_thread(mathematics):
 
 
 def test_math_says_how_to_install_what_it_needs(monkeypatch):
-    monkeypatch.setattr("luthier.rewards.math.find_spec", lambda name: None)
+    monkeypatch.setattr("luthier.methods.rewards.verifiers.math.find_spec", lambda name: None)
     with pytest.raises(RecipeError, match="pip install"):
         build("reward", "math")
 

@@ -8,16 +8,16 @@ import torch.nn.functional as F
 
 import luthier
 from conftest import PAIRS, make_llama, make_tokenizer
-from luthier.architectures.reward_model import RewardModel
-from luthier.batch import collate
+from luthier.methods.architectures.text.reward_model import RewardModel
+from luthier.model.batch import collate
 from luthier.clock import Clock
-from luthier.method import build
-from luthier.practice import bandit
-from luthier.render import Encoded, Renderer
-from luthier.roles import Policy, Roles
-from luthier.rows import load
-from luthier.stages.rollout.step_pairs import advantages, split
-from luthier.tuners._tuner import Untuned
+from luthier.registry import build
+from luthier.toy import bandit
+from luthier.text.render import Encoded, Renderer
+from luthier.model.policy import Policy, Roles
+from luthier.data.rows import load
+from luthier.methods.stages.rollout.step_pairs import advantages, split
+from luthier.methods.tuners._base import Untuned
 
 
 @pytest.fixture(scope="module")

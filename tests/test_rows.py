@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from luthier.formats._format import BadRow
-from luthier.method import RecipeError, build, names
-from luthier.rows import TooManyBadRows, content_key, load, resolve, split, write_quarantine
+from luthier.methods.formats._base import BadRow
+from luthier.errors import RecipeError
+from luthier.registry import build, names
+from luthier.data.rows import TooManyBadRows, content_key, load, resolve, split, write_quarantine
 
 DATA = Path(os.environ.get("LUTHIER_DATA", Path(__file__).parents[2] / "shared" / "data"))
 USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}

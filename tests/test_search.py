@@ -14,16 +14,17 @@ pytest.importorskip("optuna")
 
 import luthier
 from conftest import PAIRS, SUMS
-from luthier import searching
+from luthier.study import search as searching
 from luthier.clock import Clock
-from luthier.goals import below, fold, goals, limits
-from luthier.method import RecipeError, build, names
-from luthier.paired import expected_utility, hypervolume, sparsity
-from luthier.recipe import Recipe
-from luthier.searchers._brackets import cost, halving
-from luthier.searchers._searcher import Asked, Dim, Seen, Space, crowding, layers, ranked
-from luthier.searching import Book, Measured, hunt, quest, seeds_of
-from luthier.space import only_layers, over
+from luthier.study.goals import below, fold, goals, limits
+from luthier.errors import RecipeError
+from luthier.registry import build, names
+from luthier.study.statistics import expected_utility, hypervolume, sparsity
+from luthier.recipe.recipe import Recipe
+from luthier.methods.searchers.bandit._brackets import cost, halving
+from luthier.methods.searchers._base import Asked, Dim, Seen, Space, crowding, layers, ranked
+from luthier.study.search import Book, Measured, hunt, quest, seeds_of
+from luthier.study.space import only_layers, over
 
 PLANE = Space(tuple(Dim(f"x{i}") for i in range(4)))
 MIXED = Space((
@@ -354,8 +355,8 @@ def test_layers_are_left_alone(tiny):
     base = Recipe.load({"model": tiny, "data": SUMS, "tuner": "lora"})
     flags = over(base, ["layers"])
     assert [d.name for d in flags.space.dims] == [f"layers.{i}" for i in range(4)] and flags.recipe_of(flags.begins) == base
-    from luthier.assembly import assemble
-    from luthier.rehearsal import parts
+    from luthier.model.load import assemble
+    from luthier.recipe.validate import parts
 
     made = flags.recipe_of({"layers.0": True, "layers.1": False, "layers.2": True, "layers.3": False})
     assert made.yaml() == only_layers(base, [0, 2], 4).yaml()
@@ -447,7 +448,7 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been(shared, tmp_path, monkeyp
     )
     whole = luthier.search(shared, folder=tmp_path / "a", **how)
     assert [t["share"] for t in whole["trials"]] == [1, 0.5, 0.5, 1] and whole["trials"][3]["number"] in (1, 2)
-    from luthier import run
+    from luthier.run import run
 
     calls, real = [0], run.perform
 
@@ -550,7 +551,7 @@ def test_the_last_run_of_a_budget_is_begun_by_one_worker_only():
 
 def test_workers_of_a_cluster_spend_one_budget(shared, tmp_path, monkeypatch):
     pytest.importorskip("ray")
-    from luthier import cluster
+    from luthier.study import cluster
 
     found = luthier.search(
         shared, over="learning_rate=1e-4..1e-1 log", trials=5, test_seeds="0,", folder=tmp_path / "s", workers=2, apart=False

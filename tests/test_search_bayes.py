@@ -10,11 +10,11 @@ import pytest
 pytest.importorskip("optuna")
 
 from luthier.clock import Clock
-from luthier.method import build
-from luthier.paired import hypervolume
-from luthier.searchers import _acquire
-from luthier.searchers._searcher import Asked, Dim, Seen, Space
-from luthier.searchers._surrogates import Process, Surrogate, fit
+from luthier.registry import build
+from luthier.study.statistics import hypervolume
+from luthier.methods.searchers.model_based import _acquire
+from luthier.methods.searchers._base import Asked, Dim, Seen, Space
+from luthier.methods.searchers.model_based._surrogates import Process, Surrogate, fit
 from test_search import MIXED, play
 
 SQUARE = Space((Dim("a"), Dim("b")))

@@ -9,13 +9,13 @@ from scipy.optimize import check_grad
 pytest.importorskip("optuna")
 
 from luthier.clock import Clock
-from luthier.goals import goals
-from luthier.method import build
-from luthier.searchers import _levels
-from luthier.searchers._levels import Joint, Ladder, joint, on
-from luthier.searchers._searcher import Dim, Seen, Space
-from luthier.searchers._surrogates import fit
-from luthier.searching import Book, Measured, hunt
+from luthier.study.goals import goals
+from luthier.registry import build
+from luthier.methods.searchers.model_based import _levels
+from luthier.methods.searchers.model_based._levels import Joint, Ladder, joint, on
+from luthier.methods.searchers._base import Dim, Seen, Space
+from luthier.methods.searchers.model_based._surrogates import fit
+from luthier.study.search import Book, Measured, hunt
 from test_search import MIXED, PLANE, play
 
 LINE = Space((Dim("x"),))

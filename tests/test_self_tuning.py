@@ -17,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import luthier
 import zoo
 from conftest import SUMS
-from luthier import store
+from luthier.storage import store
 from luthier.clock import Clock
-from luthier.method import RecipeError, build
-from luthier.transforms._chain import Chain
-from luthier.tuners.self_tuning import decay, responses
+from luthier.errors import RecipeError
+from luthier.registry import build
+from luthier.train.optimizer import Chain
+from luthier.methods.tuners.low_rank.self_tuning import decay, responses
 
 
 class Line(nn.Module):
@@ -202,7 +203,7 @@ def test_the_term_of_the_weight_decay_is_its_mean_over_draws():
 
 
 def test_a_module_that_lost_track_of_rows_is_named():
-    from luthier.tuners.self_tuning import placed
+    from luthier.methods.tuners.low_rank.self_tuning import placed
 
     for shape, dial in (((7, 6), (2, 5, 2)), ((3, 4, 6), (2, 1, 2))):
         with pytest.raises(RecipeError, match="exclude_modules"):
@@ -232,8 +233,8 @@ def test_a_run_tells_its_hyperparameters_and_goes_on_bit_for_bit(base, tmp_path)
     whole = luthier.tune(base | change, folder=tmp_path / "a")
     logged = store.read_rows(tmp_path / "a" / "metrics.jsonl")
     assert [line["dropout"] != pytest.approx(0.1) for line in logged] == [False, False] + [True] * 7
-    from luthier.recipe import Recipe
-    from luthier.run import perform
+    from luthier.recipe.recipe import Recipe
+    from luthier.run.run import perform
 
     perform(Recipe.load(base | change), tmp_path / "b", until=4)
     again = perform(Recipe.load(base | change), tmp_path / "b")

@@ -11,14 +11,15 @@ import torch
 
 import luthier
 from conftest import SUMS
-from luthier.assembly import assemble
+from luthier.model.load import assemble
 from luthier.clock import Clock
-from luthier.method import RecipeError, build, find, gives_of, helps, names, wants_of
-from luthier.recipe import Recipe
-from luthier.rehearsal import rehearse, words
-from luthier.rewards._reward import Reward
-from luthier.rows import load
-from luthier.stages._stage import pick, said, text_of
+from luthier.errors import RecipeError
+from luthier.registry import build, find, gives_of, helps, names, wants_of
+from luthier.recipe.recipe import Recipe
+from luthier.recipe.validate import rehearse, words
+from luthier.methods.rewards._base import Reward
+from luthier.data.rows import load
+from luthier.methods.stages._base import pick, said, text_of
 
 STAGES = names("stage")
 COLUMNS = {
@@ -346,14 +347,14 @@ def test_long_texts_are_remembered_in_the_pieces_that_are_learned(base, tmp_path
     rows = [{"text": "abc " * 40}] * 8
     change = {"data": rows, "max_length": 64, "stages": ["remember"], "max_steps": 2}
     luthier.tune(base | change, folder=tmp_path)
-    from luthier.store import read_rows
+    from luthier.storage.store import read_rows
 
     kept = read_rows(tmp_path / "rows.jsonl")
     assert len(kept) > 8 and all(len(r["remembered"]) == 1 for r in kept)
 
 
 def test_pairs_against_oneself(roles, told, tmp_path):
-    from luthier.store import write_rows
+    from luthier.storage.store import write_rows
 
     rows = [{"id": "a", "prompt": "1+1=", "completions": ["3", "2"], "scores": [0.0, 1.0]}]
     rows += [{"id": "b", "prompt": "1+2=", "completions": ["3"]}]

@@ -13,13 +13,13 @@ import torch
 
 RUN = """
 import gc, sys
-from luthier.later import rarely
-from luthier.tuners._register import lazily
+from luthier.compat.lazy_imports import rarely
+from luthier.compat.peft import lazily
 often = gc.get_threshold()
 rarely(), lazily()  # as the command line begins
 WAIT = ("torch._dynamo", "torch.distributed.tensor", "torch.distributed._functional_collectives", "datasets", "scipy.optimize", "sympy", "trl")
-WAIT += ("luthier.tuners.ssf", "luthier.tuners.houlsby")
-from luthier.run import tune
+WAIT += ("luthier.methods.tuners.adapters.ssf", "luthier.methods.tuners.adapters.houlsby")
+from luthier.run.run import tune
 seen = []
 from luthier.report.console import Quiet
 class Watch(Quiet):
@@ -42,7 +42,7 @@ except KeyError as error:
 """
 
 KINDS = """
-from luthier.later import Later, import_models, waiting
+from luthier.compat.lazy_imports import Later, import_models, waiting
 import_models()
 import sys, torch, transformers.masking_utils as masks, transformers.distributed.sharding_utils as sharding
 kept = [n for n, m in list(sys.modules.items()) if n.startswith("torch") and m and any(type(v) is Later for v in vars(m).values())]
@@ -77,7 +77,7 @@ def test_the_compiler_and_sharded_tensors_are_not_loaded_and_modules_not_searche
 
 
 def test_a_peft_that_keeps_its_types_otherwise_is_told_of_all_at_once():
-    from luthier.tuners import _register
+    from luthier.compat import peft as _register
 
     was = _register.eager
     _register.wait(ModuleType("peft.mapping"))
@@ -112,7 +112,7 @@ def test_what_is_laid_out_unfilled_is_the_same_network(kind, tmp_path):
     """Every weight and every buffer (rotary frequencies, positions, slopes), and where they lie."""
     import transformers as t
 
-    from luthier.architectures.causal import Causal
+    from luthier.methods.architectures.text.causal import Causal
     from zoo import CAUSAL
 
     name, settings = CAUSAL[kind]
@@ -125,11 +125,11 @@ def test_what_is_laid_out_unfilled_is_the_same_network(kind, tmp_path):
 
 def test_short_rows_are_measured_in_larger_batches_with_the_same_numbers(shallow, tmp_path):
     """16 rows at least, further ones while they are short; as many as are asked for where that is said."""
-    from luthier.assembly import assemble
-    from luthier.evaluators._evaluator import LETTERS, batches, measured
-    from luthier.method import build
-    from luthier.recipe import Recipe
-    from luthier.rehearsal import rehearse
+    from luthier.model.load import assemble
+    from luthier.methods.evaluators._base import LETTERS, batches, measured
+    from luthier.registry import build
+    from luthier.recipe.recipe import Recipe
+    from luthier.recipe.validate import rehearse
 
     def of(lengths: list[int], size: int | None = None) -> list[list[int]]:
         rows = [{"prompt": "x" * (n - 1), "completions": ["y"]} for n in lengths]

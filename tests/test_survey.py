@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 import luthier
 from conftest import PAIRS, SUMS, UNPAIRED
-from luthier import store
+from luthier.storage import store
 from luthier.cli import app
-from luthier.evaluators.preference import Totals, checkup
-from luthier.method import names
-from luthier.survey import feeds, survey
+from luthier.methods.evaluators.quality.preference import Totals, checkup
+from luthier.registry import names
+from luthier.data.profile import feeds, survey
 
 
 def luth(*words):
@@ -104,7 +104,7 @@ def test_losses_side_by_side_and_who_plays_the_judge_by_length(tiny, tmp_path):
 
 def test_what_is_declined_before_and_after(tmp_path):
     """practice:chat declines unsafe requests and them alone; practice:lm, asked the same in chat, does otherwise or not."""
-    from luthier.method import build
+    from luthier.registry import build
 
     made = build("evaluator", {"name": "refusals", "n": 6})
     assert made.declines("I cannot help with that.") and made.declines("  Sorry, no.") and not made.declines("Mix it. " * 20 + "I cannot")

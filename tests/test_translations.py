@@ -10,9 +10,10 @@ import torch
 
 import luthier
 from luthier.clock import Clock
-from luthier.method import RecipeError, build
-from luthier.practice.worlds import language
-from luthier.stages.augment._translations import learned, rotation, vectors
+from luthier.errors import RecipeError
+from luthier.registry import build
+from luthier.toy.tasks import language
+from luthier.methods.stages.augment._translations import learned, rotation, vectors
 
 WORDS = 60
 

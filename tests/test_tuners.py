@@ -32,18 +32,19 @@ from transformers import (
 )
 
 from conftest import SUMS
-from luthier import store
-from luthier.architectures.causal import Causal
-from luthier.batch import collate
+from luthier.storage import store
+from luthier.methods.architectures.text.causal import Causal
+from luthier.model.batch import collate
 from luthier.clock import Clock
-from luthier.estimators._estimator import gradients
-from luthier.method import RecipeError, build, find, gives_of, helps, names, tuner
-from luthier.quantizers._calibrate import quantize
-from luthier.roles import Policy
-from luthier.transforms._chain import Chain
-from luthier.tuners._delta import Delta
-from luthier.tuners._peft import OnPeft
-from luthier.tuners._tuner import Untuned
+from luthier.methods.estimators._base import gradients
+from luthier.errors import RecipeError
+from luthier.registry import build, find, gives_of, helps, names, tuner
+from luthier.model.quantized import quantize
+from luthier.model.policy import Policy
+from luthier.train.optimizer import Chain
+from luthier.methods.tuners._delta import Delta
+from luthier.methods.tuners._peft import OnPeft
+from luthier.methods.tuners._base import Untuned
 
 torch.set_num_threads(1)
 IDS = torch.arange(3, 17).reshape(2, 7)

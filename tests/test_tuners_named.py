@@ -12,10 +12,11 @@ import torch
 import yaml
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
-from luthier.method import RecipeError, build, find, gives_of
-from luthier.quantizers._calibrate import quantize
-from luthier.transforms.lora_plus import LoraPlus
-from luthier.tuners._tuner import Site
+from luthier.errors import RecipeError
+from luthier.registry import build, find, gives_of
+from luthier.model.quantized import quantize
+from luthier.methods.transforms.scaling.lora_plus import LoraPlus
+from luthier.methods.tuners._base import Site
 
 PAGE = (Path(__file__).parents[1] / "docs" / "tuners.md").read_text(encoding="utf-8")
 LINES = [[c.strip() for c in line.strip("| \n").split(" | ")] for line in PAGE.splitlines() if line.startswith("| ")][2:]

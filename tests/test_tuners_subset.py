@@ -15,22 +15,23 @@ from torch import nn
 
 import luthier
 from conftest import recipe_of
-from luthier import rows as reading
-from luthier import store
-from luthier.architectures.causal import Causal
-from luthier.batch import collate
+from luthier.data import rows as reading
+from luthier.storage import store
+from luthier.methods.architectures.text.causal import Causal
+from luthier.model.batch import collate
 from luthier.clock import Clock
-from luthier.estimators._estimator import gradients
-from luthier.estimators.gradient_dropout import chance
-from luthier.evaluators.rsa import correlation, cosines
-from luthier.method import RecipeError, build, find, gives_of
-from luthier.roles import Policy
-from luthier.transforms._chain import Chain
-from luthier.tuners._anatomy import kind_of, layer_of, part_of
-from luthier.tuners._delta import Delta
-from luthier.tuners._tuner import Untuned
-from luthier.tuners.cofitune import normalised
-from luthier.tuners.hft import half
+from luthier.methods.estimators._base import gradients
+from luthier.methods.estimators.first_order.gradient_dropout import chance
+from luthier.methods.evaluators.representation.rsa import correlation, cosines
+from luthier.errors import RecipeError
+from luthier.registry import build, find, gives_of
+from luthier.model.policy import Policy
+from luthier.train.optimizer import Chain
+from luthier.model.anatomy import kind_of, layer_of, part_of
+from luthier.methods.tuners._delta import Delta
+from luthier.methods.tuners._base import Untuned
+from luthier.methods.tuners.subset.cofitune import normalised
+from luthier.methods.tuners.subset.hft import half
 
 torch.set_num_threads(1)
 IDS = torch.arange(3, 17).reshape(2, 7)
@@ -444,7 +445,7 @@ def test_cofitune_importance():
 def test_cofitune_search_finds_the_planted_best():
     """With fewer runs than trying everything."""
     planted = ([0.25, 0.5], ["up", "down"])
-    from luthier.recipe import Recipe
+    from luthier.recipe.recipe import Recipe
 
     def score(tuner) -> float:
         where, modules = tuner["layer_range"], tuner["modules"]
@@ -742,7 +743,7 @@ def test_spt_on_a_model(tmp_path):
     assert torch.equal(say(attached.model), say(base()))
     full = base()
     Causal().forward(full, Untuned(full), batch()).logprobs.mean().neg().backward()
-    from luthier.tuners._sense import squared_gradients
+    from luthier.model.sensitivity import squared_gradients
 
     name = "model.layers.1.self_attn.o_proj"
     again = put("spt", budget=600)
@@ -801,7 +802,7 @@ def test_projects_compare_ways(shallow, tmp_path):
         {"tuner": {"name": "prompt", "num_virtual_tokens": 8}, "learning_rate": 0.1},
     ]
     luthier.tune(**recipe, plan={"name": "projects", "of": of, "ways": ways}, output_dir=str(tmp_path))
-    from luthier.run import Report
+    from luthier.run.run import Report
 
     reports = [Report.read(tmp_path / f"act-{i}") for i in range(12)]
     for project in (reports[i : i + 4] for i in range(0, 12, 4)):

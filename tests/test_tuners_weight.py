@@ -10,11 +10,12 @@ from peft import PeftModel
 from torch import nn
 
 from luthier.clock import Clock
-from luthier.estimators._estimator import gradients
-from luthier.method import RecipeError, build
-from luthier.transforms._chain import Chain
-from luthier.tuners._sparse import add, greatest, some_of, spread
-from luthier.tuners._tuner import Untuned
+from luthier.methods.estimators._base import gradients
+from luthier.errors import RecipeError
+from luthier.registry import build
+from luthier.train.optimizer import Chain
+from luthier.methods.tuners.sparse._sparse import add, greatest, some_of, spread
+from luthier.methods.tuners._base import Untuned
 from test_tuners import as_roles, base, logprobs, plain, put, train
 
 torch.set_num_threads(1)
@@ -192,7 +193,7 @@ def test_spiel_finds_planted_places(growth):
 
 def test_spiel_resumes_amid_an_interval(tmp_path, base):
     import luthier
-    from luthier import store
+    from luthier.storage import store
 
     spec = {"name": "spiel", "density": 0.05, "reselection_steps": 4, "selection_accumulation_steps": 2}
     recipe = {**base, "tuner": spec, "learning_rate": 1e-2, "max_steps": 7, "save_steps": 5, "lr_scheduler_type": "constant"}
@@ -210,7 +211,7 @@ def unfinish(folder) -> None:
     import json
     import shutil
 
-    from luthier import store
+    from luthier.storage import store
 
     shutil.rmtree(store.checkpoints(folder)[-1])
     (folder / "report.json").unlink()
@@ -379,7 +380,7 @@ def test_lora_ga_is_peft_on_the_mean_gradient():
 
 def test_calibration_in_parts_is_calibration_at_once(monkeypatch):
     """Layers that do not fit the budget together are gathered one after another, by reading the rows again."""
-    from luthier.tuners import _calibrate
+    from luthier.model import calibration as _calibrate
 
     attached = put("lora", init_lora_weights="corda")
     passes = []
@@ -400,7 +401,7 @@ def test_a_start_from_data_in_a_run(how, tmp_path):
     import shutil
 
     import luthier
-    from luthier import store
+    from luthier.storage import store
 
     data = {"path": "practice:style/new", "n": 24}
     if "init_data" in how:
@@ -449,7 +450,7 @@ def test_loldu():
 def test_fastfood_is_its_dense_matrix():
     from scipy.linalg import hadamard as dense
 
-    from luthier.tuners.intrinsic_dimension import draws, hadamard, project
+    from luthier.methods.tuners.low_rank.intrinsic_dimension import draws, hadamard, project
 
     d, n = 200, 256
     H = torch.tensor(dense(n), dtype=torch.float32)
@@ -519,7 +520,7 @@ def test_lt_sft_with_all_places_is_full_tuning_from_the_start():
 @pytest.mark.parametrize("steps", [7, 3])
 def test_lt_sft_resumes_in_either_phase(steps, base, tmp_path):
     import luthier
-    from luthier import store
+    from luthier.storage import store
 
     tuner = {"name": "lt_sft", "density": 0.05, "dense_share": 0.6}
     recipe = {**base, "tuner": tuner, "max_steps": steps, "save_steps": 1, "save_total_limit": 2, "lr_scheduler_type": "constant"}
@@ -557,7 +558,7 @@ def structured(make=base, **more):
 
 def test_dsee_takes_heads_and_units_out():
     """From start to end, then without what has left: the same answers for the multiplications that the shape says."""
-    from luthier.tuners._elastic import macs
+    from luthier.methods.tuners.pruned._elastic import macs
 
     attached, own = structured()
     assert {n.rpartition(".")[2]: len(c) for n, c in own.items()} == {"o_proj": 2, "down_proj": 64}
@@ -626,7 +627,7 @@ def test_dsee_pulls_coefficients_and_is_written_small(tmp_path):
 
 
 def test_a_planted_sparse_part_is_found():
-    from luthier.tuners.dsee import low_rank_and_sparse
+    from luthier.methods.tuners.sparse.dsee import low_rank_and_sparse
 
     torch.manual_seed(0)
     planted = torch.randperm(64 * 48)[:100]
@@ -673,7 +674,7 @@ def test_ggpo_without_noise_is_lora():
 
 
 def test_ggpo_noise_has_the_spread_it_says():
-    from luthier.estimators.ggpo import noisy
+    from luthier.methods.estimators.sharpness.ggpo import noisy
 
     torch.manual_seed(0)
     attached, chain, _ = walk("ggpo", 1)
@@ -901,7 +902,7 @@ def test_compacter_learns_what_an_adapter_learns_with_few_numbers():
 
 
 def test_the_search_for_d90_stops_where_the_metric_is_reached(tiny):
-    from luthier.recipe import Recipe
+    from luthier.recipe.recipe import Recipe
 
     def found(share: float) -> int:
         plan = build(
@@ -1006,7 +1007,7 @@ def test_adalora_goes_on_bit_for_bit(tmp_path):
         "transforms": [{"name": "orthogonality", "weight": 0.1}, "clip"], "evaluate": [], "save_steps": 4, "per_device_train_batch_size": 8,
     }  # fmt: skip
     whole = luthier.tune(keys, folder=tmp_path / "whole")
-    from luthier.run import perform
+    from luthier.run.run import perform
 
     perform(luthier.Recipe.load(keys), tmp_path / "parts", until=4)
     parts = luthier.tune(keys, folder=tmp_path / "parts")

@@ -12,9 +12,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import luthier
-from luthier.method import RecipeError, build
-from luthier.roles import vllm
-from luthier.stages.rollout.score import Score
+from luthier.errors import RecipeError
+from luthier.registry import build
+from luthier.methods.roles.remote import vllm
+from luthier.methods.stages.rollout.score import Score
 
 TUNER = {"name": "lora", "r": 4, "target_modules": "all-linear"}
 

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 import zoo
-from luthier.architectures import _generate as writing
+from luthier.model import generate as writing
 from luthier.clock import Clock
-from luthier.estimators._estimator import displaced
-from luthier.estimators.mezo import _table, direction
+from luthier.methods.estimators._base import displaced
+from luthier.methods.estimators.zeroth_order.mezo import _table, direction
 from luthier.kernels import lora
-from luthier.kernels import packed as packing
-from luthier.method import build
-from luthier.transforms._chain import Chain
-from luthier.tuners._subset import Weights
-from luthier.tuners._tuner import Untuned
+from luthier.kernels import prepacked as packing
+from luthier.registry import build
+from luthier.train.optimizer import Chain
+from luthier.methods.tuners.subset._subset import Weights
+from luthier.methods.tuners._base import Untuned
 
 PROMPTS = [zoo.tokens(k, k) for k in (3, 9, 1, 6)]
 FAMILIES = ["llama", "qwen2_moe", "gpt2", "gemma3", "mistral"]

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import torch
 import transformers as t
 
-from luthier.batch import Batch, collate
-from luthier.tuners._tuner import Untuned
+from luthier.model.batch import Batch, collate
+from luthier.methods.tuners._base import Untuned
 
 WORDS = 97
 SMALL = dict(

@@ -5,32 +5,32 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from luthier.later import READER, after, read_once
-from luthier.tuners._register import watch
+from luthier.compat.lazy_imports import READER, after, read_once
+from luthier.compat.peft import watch
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported: nobody is told what is tuned here
 
 __version__ = "0.1.0"
 
 _WHERE = {  # what the package offers, imported when first asked for
-    "tune": "luthier.run",
-    "Report": "luthier.run",
-    "Recipe": "luthier.recipe",
-    "RecipeError": "luthier.method",
-    "load": "luthier.use",
-    "inspect": "luthier.use",
-    "compare": "luthier.comparison",
-    "search": "luthier.searching",
+    "tune": "luthier.run.run",
+    "Report": "luthier.run.run",
+    "Recipe": "luthier.recipe.recipe",
+    "RecipeError": "luthier.errors",
+    "load": "luthier.serve.load",
+    "inspect": "luthier.serve.load",
+    "compare": "luthier.study.compare",
+    "search": "luthier.study.search",
 }
 __all__ = ["Recipe", "RecipeError", "Report", "__version__", "compare", "inspect", "load", "search", "tune"]
 
 if TYPE_CHECKING:
-    from luthier.comparison import compare
-    from luthier.method import RecipeError
-    from luthier.recipe import Recipe
-    from luthier.run import Report, tune
-    from luthier.searching import search
-    from luthier.use import inspect, load
+    from luthier.study.compare import compare
+    from luthier.errors import RecipeError
+    from luthier.recipe.recipe import Recipe
+    from luthier.run.run import Report, tune
+    from luthier.study.search import search
+    from luthier.serve.load import inspect, load
 
 
 def __getattr__(name: str) -> Any:

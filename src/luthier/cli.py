@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from luthier.later import rarely
-from luthier.method import RecipeError
-from luthier.tuners._register import lazily
+from luthier.compat.lazy_imports import rarely
+from luthier.errors import RecipeError
+from luthier.compat.peft import lazily
 
 Words = Annotated[
     list[str] | None,
@@ -77,12 +77,12 @@ def tune(
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the run's folder, nothing else.")] = False,
 ) -> None:
     """Tune a model. A run that was stopped goes on when the same command is run again."""
-    from luthier.recipe import Recipe
+    from luthier.recipe.recipe import Recipe
 
     source, changes = asked(words, model=model, data=data, tuner=tuner, objective=objective, output_dir=output_dir)
     recipe = Recipe.load(source, [*changes, *(("plan.name=front", f"plan.points={front}") if front else ())])
     from luthier.report.console import Console, Quiet
-    from luthier.run import perform
+    from luthier.run.run import perform
 
     watch = Quiet() if quiet else Console()
     report = perform(recipe, watch=watch, until=until)
@@ -101,7 +101,7 @@ def chat(
     seed: Annotated[int, typer.Option(help="Of the random draws, where temperature is above 0.")] = 0,
 ) -> None:
     """Talk to a model."""
-    from luthier.use import chat
+    from luthier.serve.load import chat
 
     chat(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
@@ -117,18 +117,18 @@ def methods(
 ) -> None:
     """List every method: what moves, toward what, how, and so on; or tell of one."""
     if name and not (wide or as_json):
-        from luthier import catalogue
+        from luthier.recipe import catalogue
 
         typer.echo("\n".join(catalogue.pages(name, kind)).rstrip())
         return
     if wide:
         if kind not in (None, "tuner"):
             raise RecipeError(f"--wide is a table of tuners; there is none of {kind}s")
-        from luthier import abilities
+        from luthier.tools import capability_matrix as abilities
 
         show(abilities.tuners(), as_json, abilities.WIDE)
         return
-    from luthier import catalogue
+    from luthier.recipe import catalogue
 
     found = [m for m in catalogue.methods(kind) if name in (None, m["name"])]
     show(found, as_json, ("kind", "name", "paper", "summary"))
@@ -140,7 +140,7 @@ def papers(
     as_json: AsJson = False,
 ) -> None:
     """List the papers of the catalogue, and which method implements each."""
-    from luthier import catalogue
+    from luthier.recipe import catalogue
 
     found = catalogue.papers(word)
     show(found, as_json, ("row", "title", "kind", "family", "by"))
@@ -151,7 +151,7 @@ def explain(words: Words = None, as_json: AsJson = False) -> None:
     """Print every value a recipe comes to, and where it was said."""
     from dataclasses import asdict
 
-    from luthier import catalogue
+    from luthier.recipe import catalogue
 
     source, changes = asked(words)
     values, told = catalogue.explain(source, changes)
@@ -163,7 +163,7 @@ def explain(words: Words = None, as_json: AsJson = False) -> None:
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what is installed, what this machine can do, and what is missing for each extra."""
-    from luthier import doctor
+    from luthier.tools import doctor
 
     found = doctor.examine()
     typer.echo(dumped(found) if as_json else doctor.told(found))
@@ -180,7 +180,7 @@ def inspect(
 ) -> None:
     """Compare two models: loss, accuracy, and what was forgotten elsewhere."""
     from luthier.report.console import Console
-    from luthier.use import inspect
+    from luthier.serve.load import inspect
 
     found = inspect(base, tuned, data, preference=preference, report=report)
     typer.echo(dumped(found)) if as_json else Console().comparison(found)
@@ -197,7 +197,7 @@ def data(
     as_json: AsJson = False,
 ) -> None:
     """Look at rows: how they are read, what is learned of them, which objectives they can feed and why not the rest."""
-    from luthier.survey import survey
+    from luthier.data.profile import survey
 
     found = survey(source, model, chat_template, shown)
     if as_json:
@@ -227,7 +227,7 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare ways to tune on the same rows, seeds and budget. What was stopped goes on when the same command is run again."""
-    from luthier.comparison import Study, arms_of, conduct, rates_of
+    from luthier.study.compare import Study, arms_of, conduct, rates_of
     from luthier.report.console import Console, Quiet
 
     files = [w for w in words or () if "=" not in w or Path(w).is_file()]
@@ -265,7 +265,7 @@ def search(
     import yaml
 
     from luthier.report.console import Console, Quiet
-    from luthier.searching import conduct, quest
+    from luthier.study.search import conduct, quest
 
     source, changes = asked(words)
     made = quest(
@@ -283,7 +283,7 @@ def export(
     kind: Annotated[str, typer.Option("--as", help="lora: an adapter for plain PEFT. merged: a plain transformers model.")] = "merged",
 ) -> None:
     """Write a run's result for other tools, and check that it answers like the tuned model."""
-    from luthier.use import export
+    from luthier.serve.load import export
 
     typer.echo(export(folder, kind, to))
 
@@ -307,7 +307,7 @@ def claims(
     as_json: AsJson = False,
 ) -> None:
     """Try what papers claim on the practice models. What was stopped goes on when the same command is run again."""
-    from luthier import claims
+    from luthier.study import claims
 
     if listed:
         show(claims.listing(), as_json, ("name", "verdict", "paper", "claim"))
@@ -328,7 +328,7 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure speed and memory beside TRL + PEFT and a plain loop on the same work, in turns."""
-    from luthier.bench import bench
+    from luthier.study.bench import bench
 
     tell = lambda line: typer.echo(line, err=as_json)
     found = bench(scenarios, shape or ["a"], repeats=repeats, device=device, only=only, to=to, tell=tell)
@@ -342,7 +342,7 @@ def docs(
     to: Annotated[Path, typer.Option(help="The docs folder.")] = Path("docs"),
 ) -> None:
     """Write the pages that follow from the declarations."""
-    from luthier.docs import docs
+    from luthier.tools.docs import docs
 
     raise typer.Exit(docs(to, check))
 

@@ -24,7 +24,7 @@ from luthier.kernels import differentiated_otherwise
 from luthier.kernels.elementwise import dropout as leave_out
 from luthier.kernels.elementwise import stays
 from luthier.kernels.layout import Layout
-from luthier.kernels.writing import one_token
+from luthier.kernels.decode_attention import one_token
 
 NAME = "luthier_sdpa"  # as transformers knows it
 QUERIES = 256  # of a block at most: causal attention of long sequences skips what lies above the diagonal

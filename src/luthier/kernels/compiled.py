@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from luthier.method import RecipeError
+from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
-    from luthier.architectures._network import Network
+    from luthier.model.network import Network
 
 _used = False  # has anything been compiled in this process?
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from luthier.batch import Batch
+from luthier.model.batch import Batch
 
 
 @dataclass(frozen=True)

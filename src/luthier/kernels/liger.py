@@ -13,7 +13,7 @@ from importlib.util import find_spec
 import torch
 
 from luthier.kernels.elementwise import Forms
-from luthier.method import RecipeError
+from luthier.errors import RecipeError
 
 
 def forms(device: torch.device) -> Forms:

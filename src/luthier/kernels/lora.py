@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.kernels import differentiated_otherwise
-from luthier.kernels.packed import product
+from luthier.kernels.prepacked import product
 
 Part = tuple[Tensor, Tensor, float]  # A, B, scale
 

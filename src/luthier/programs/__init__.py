@@ -4,21 +4,10 @@ A program is Python code with predictors in it; a compiler (a file of this folde
 Any workflow of Python functions can be tuned by what is said of its outcome, too: `node`, `bundle` and `optoprime`.
 """
 
-from luthier.programs._graph import Failed, Node, ancestors, attempt, bundle, call, node
-from luthier.programs._models import Remembering, Speaker, speaker
-from luthier.programs._program import (
-    ChainOfThought,
-    Majority,
-    MultiChainComparison,
-    Predict,
-    Prediction,
-    Program,
-    ProgramOfThought,
-    ReAct,
-    evaluate,
-    rewarded,
-)
-from luthier.programs._signature import Signature
+from luthier.programs.graph import Failed, Node, ancestors, attempt, bundle, call, node
+from luthier.programs.models import Remembering, Speaker, speaker
+from luthier.programs.program import ChainOfThought, Majority, MultiChainComparison, Predict, Prediction, Program, ProgramOfThought, ReAct, evaluate, rewarded
+from luthier.programs.signature import Signature
 
 __all__ = [
     "ChainOfThought", "Failed", "Majority", "MultiChainComparison", "Node", "Predict", "Prediction", "Program", "ProgramOfThought", "ReAct",
@@ -28,6 +17,6 @@ __all__ = [
 
 def compiler(name: str, **settings):
     """A compiler by its name: `compiler("random_search", num_candidates=8).compile(program, rows, metric)`."""
-    from luthier.method import build
+    from luthier.registry import build
 
     return build("compiler", {"name": name, **settings})

@@ -17,7 +17,7 @@ def rendered(roles: Any, rows: Sequence[dict]) -> list[str]:
 
 def write_report(recipe: Any, report: Any, logged: Sequence[dict], folder: Path) -> None:
     """report.html and README.md in a run folder. logged: the lines of metrics.jsonl."""
-    from luthier import store
+    from luthier.storage import store
     from luthier.report.card import card
     from luthier.report.page import page
 

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from luthier.evaluators.intruders import effective_rank, likeness, matrices
+from luthier.methods.evaluators.representation.intruders import effective_rank, likeness, matrices
 from luthier.report.chart import chart
 from luthier.report.numbers import answers, headline, lines, number
 from luthier.report.page import STYLE, _answers, _notes, _table, document, section, versions
-from luthier.tuners._anatomy import layer_of
+from luthier.model.anatomy import layer_of
 
 WIDEST = 2048  # of a matrix whose singular values are still computed: beyond, each takes minutes
 FIRST = 10  # singular vectors that are held against the old ones

@@ -211,7 +211,7 @@ class Console(Quiet):
             self.say(f"· {note}", "yellow")
 
     def survey(self, source: str, found: dict) -> None:
-        """What rows are, and what they can feed; `found` as luthier.survey gives it."""
+        """What rows are, and what they can feed; `found` as luthier.data.profile gives it."""
         self.say(f"{source}: {found['rows']:,} of {found['seen']:,} rows can be read, as '{found['format']}'", "bold")
         self.say("columns: " + ", ".join(f"{k} ({n:,})" if n < found["rows"] else k for k, n in found["columns"].items()))
         for bad in (*found["bad"], *found["unreadable"]):

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.paired import interval
+from luthier.study.statistics import interval
 from luthier.report.chart import SIDE
 from luthier.report.comparison import OWN, key, label, place, plane, shown, spot
 from luthier.report.page import STYLE, document, section, versions

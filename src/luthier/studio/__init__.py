@@ -12,7 +12,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
-from luthier.method import RecipeError
+from luthier.errors import RecipeError
 
 PORT = 8765  # tried first; else any that is free
 

@@ -23,8 +23,9 @@ from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 
-from luthier.method import FOLDERS, RecipeError
-from luthier.readers import READERS
+from luthier.errors import RecipeError
+from luthier.registry import FOLDERS
+from luthier.data.readers import READERS
 from luthier.studio.shelf import Shelf
 from luthier.studio.worker import Worker
 
@@ -186,7 +187,7 @@ def choosing(app: FastAPI, shelf: Shelf, looks: Any) -> None:
     @app.get("/api/start")
     def start() -> Any:
         """Where this is, and what can be named without typing it."""
-        from luthier import __version__, practice
+        from luthier import toy as practice, __version__
 
         runs = [f"runs/{r['name']}" for r in shelf.listing() if r["kind"] == "run" and r["step"]]
         models = [f"practice:{m}" for m in practice.models()]
@@ -201,7 +202,7 @@ def choosing(app: FastAPI, shelf: Shelf, looks: Any) -> None:
 
     @app.get("/api/methods")
     def methods() -> Any:
-        from luthier import catalogue
+        from luthier.recipe import catalogue
 
         titles = {p["name"]: p["title"] for p in catalogue.known()}
         kinds = ("tuner", "objective", "optimizer", "estimator", "quantizer", "architecture", "stage", "evaluator", "plan")
@@ -210,7 +211,7 @@ def choosing(app: FastAPI, shelf: Shelf, looks: Any) -> None:
 
     @app.get("/api/settings/{kind}/{name}")
     def settings(kind: str, name: str) -> Any:
-        from luthier.method import known
+        from luthier.registry import known
 
         if kind != "recipe":
             if kind not in FOLDERS:
@@ -262,7 +263,7 @@ def choosing(app: FastAPI, shelf: Shelf, looks: Any) -> None:
 
 def nearby(home: Path, most: int = 60) -> list[str]:
     """Files of rows near here, and the practice worlds."""
-    from luthier import practice
+    from luthier import toy as practice
 
     ends = tuple(e for e in READERS if e not in (".txt", ".md"))
     found = [p for pattern in ("*", "*/*") for p in home.glob(pattern) if p.name.endswith(ends) and p.is_file()]

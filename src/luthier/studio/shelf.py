@@ -22,8 +22,8 @@ from typing import Any
 import psutil
 import yaml
 
-from luthier import store
-from luthier.method import RecipeError
+from luthier.storage import store
+from luthier.errors import RecipeError
 from luthier.report.numbers import Line, answers, cost, lines
 
 MARKS = ("run.json", "asked.yaml", "study.json", "report.json")  # any of them makes a folder a run's

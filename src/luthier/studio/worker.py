@@ -21,7 +21,8 @@ from typing import Any
 
 import yaml
 
-from luthier.method import RecipeError, default_of, find, helps
+from luthier.errors import RecipeError
+from luthier.registry import default_of, find, helps
 
 SAMPLE = 2000  # rows that are encoded to be counted: a large file is looked at, not read to its end
 PARTS = 4000  # characters of a row shown
@@ -34,7 +35,7 @@ GO_ON, STOP = "on", "stop"  # what a part of an answer is answered with
 
 def given(changes: Mapping[str, str]) -> dict[str, Any]:
     """The fields of the form, `tuner.r` -> "16", as the mapping that a recipe's file would hold."""
-    from luthier.recipe import _changes, _put
+    from luthier.recipe.recipe import _changes, _put
 
     out: dict[str, Any] = {}
     for key, value in sorted(_changes([f"{k}={v}" for k, v in changes.items()]), key=lambda c: c[0].count(".")):
@@ -44,7 +45,7 @@ def given(changes: Mapping[str, str]) -> dict[str, Any]:
 
 def fields_of(text: str) -> dict[str, str]:
     """The way back: a recipe's text as fields of the form."""
-    from luthier.recipe import SLOTS, Recipe, _read
+    from luthier.recipe.recipe import SLOTS, Recipe, _read
 
     Recipe.load(text if "\n" in text else text + "\n")
     out = {}
@@ -66,9 +67,9 @@ def flow(value: Any) -> str:
 
 def check(changes: Mapping[str, str], rehearsed: bool = True) -> dict[str, Any]:
     """A recipe's text, all it comes to, and the sentence that it would be refused with. With its rows, it is played through."""
-    from luthier.folder import default_folder
-    from luthier.recipe import Recipe
-    from luthier.rehearsal import rehearse
+    from luthier.run.folder import default_folder
+    from luthier.recipe.recipe import Recipe
+    from luthier.recipe.validate import rehearse
 
     out: dict[str, Any] = {"text": "", "whole": "", "told": [], "error": "", "name": ""}
     try:
@@ -90,7 +91,7 @@ def settings(kind: str, name: str) -> list[dict[str, Any]]:
     from pydantic import TypeAdapter
     from pydantic.errors import PydanticUserError
 
-    from luthier.recipe import Recipe
+    from luthier.recipe.recipe import Recipe
 
     cls = Recipe if kind == "recipe" else find(kind, name)
     said = helps(cls)
@@ -127,7 +128,7 @@ def choices(schema: Mapping[str, Any]) -> list[str]:
 
 def rows_of(source: Any) -> Any:
     """The rows of a source, bad ones apart; read once as long as its file stays as it is."""
-    from luthier.rows import load
+    from luthier.data.rows import load
 
     path = Path(source) if isinstance(source, str) else None
     mark = (path.stat().st_mtime_ns, path.stat().st_size) if path and path.is_file() else None
@@ -140,7 +141,7 @@ def rows_of(source: Any) -> Any:
 
 @lru_cache(maxsize=2)
 def _rows(source: str, mark: Any) -> Any:
-    from luthier.rows import load
+    from luthier.data.rows import load
 
     return load(json.loads(source), max_bad_rows=1.0)
 
@@ -150,9 +151,9 @@ def reader_of(model: str, architecture: str, chat_template: str | None, max_leng
     """How a model's tokenizer reads rows, without the model's weights."""
     from transformers import AutoTokenizer
 
-    from luthier.method import build
-    from luthier.rehearsal import detect
-    from luthier.store import model_config, resolve_model
+    from luthier.registry import build
+    from luthier.recipe.validate import detect
+    from luthier.storage.store import model_config, resolve_model
 
     made = detect(model) if architecture == "auto" else build("architecture", yaml.safe_load(architecture))
     config = model_config(model)
@@ -163,10 +164,10 @@ def reader_of(model: str, architecture: str, chat_template: str | None, max_leng
 
 def look(changes: Mapping[str, str], offset: int = 0, shown: int = 4) -> dict[str, Any]:
     """Rows as the model of a recipe reads them: [[text, learned], ...] of each; those set aside with reasons; what they can feed."""
-    from luthier.recipe import Recipe
-    from luthier.rehearsal import words
+    from luthier.recipe.recipe import Recipe
+    from luthier.recipe.validate import words
     from luthier.report import MARKS
-    from luthier.survey import feeds, reasons
+    from luthier.data.profile import feeds, reasons
 
     keys = given({k: v for k, v in changes.items() if k in ("model", "data", "chat_template", "max_length", "architecture")})
     recipe = Recipe.load(keys)
@@ -225,13 +226,13 @@ def spans(text: str, marks: tuple[str, str]) -> list[list[Any]]:
 def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
     """What a run will take, before it is started: {figures: [[what, how much, what that is]], notes}. Loads the model for it."""
 
-    from luthier import guards, memory
-    from luthier.assembly import assemble, take_parts
-    from luthier.data import load_data
-    from luthier.recipe import Recipe
-    from luthier.rehearsal import checked
+    from luthier.train import checks as guards, memory
+    from luthier.model.load import assemble, take_parts
+    from luthier.data.load import load_data
+    from luthier.recipe.recipe import Recipe
+    from luthier.recipe.validate import checked
     from luthier.report.numbers import count, duration
-    from luthier.transforms._chain import Chain, schedule
+    from luthier.train.optimizer import Chain, schedule
 
     recipe = Recipe.load(given(changes))
     if recipe.plan is not None:
@@ -331,7 +332,7 @@ def size(n: float) -> str:
 
 @lru_cache(maxsize=1)
 def loaded(model: str, mark: float) -> Any:
-    from luthier.use import load
+    from luthier.serve.load import load
 
     return load(model)
 
@@ -357,7 +358,7 @@ def say(
 
 
 def export(folder: str, kind: str, to: str) -> str:
-    from luthier import use
+    from luthier.serve import load as use
 
     return use.export(folder, kind, to)
 

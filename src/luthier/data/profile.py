@@ -1,0 +1,102 @@
+"""What a file of rows can feed: how it is read, what cannot be used, and which objectives it is enough for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Set
+from typing import Any
+
+from luthier.data import rows as reading
+from luthier.registry import build, cards, wants_of
+from luthier.recipe.validate import WORDS, words
+
+ELSEWHERE = {"reference", "teacher", "critic", "off", "merge", "low-rank", "grad"}  # given by roles, tuners and estimators, not by rows
+ROLES = ("reference", "teacher", "critic")
+
+
+def survey(source: Any, model: str = "practice:lm", chat_template: str | None = None, shown: int = 3) -> dict[str, Any]:
+    """A source of rows, as in a recipe's `data`.
+
+    {format, rows, columns, bad: [{reason, rows, first}], feeds: [{objective, feeds, why}], shown: [text], tokens, share, ...}.
+    `feeds` is "yes", "through a stage" or "no". model: whose tokenizer shows the first rows, what is learned between marks.
+    """
+    loaded = reading.load(source, max_bad_rows=1.0)
+    found: dict[str, Any] = {
+        "format": loaded.format,
+        "seen": loaded.seen,
+        "rows": len(loaded.rows),
+        "columns": dict(Counter(k for row in loaded.rows for k in row if k != "id").most_common()),
+        "bad": reasons(loaded.bad),
+    }
+    some = loaded.rows[:100]
+    found["feeds"] = feeds(words(some))
+    return found | rendered(loaded.rows, model, chat_template, shown)
+
+
+def reasons(bad: list[dict]) -> list[dict]:
+    """Why rows cannot be used, the commonest first, with the first place of each."""
+    by: dict[str, list[str]] = {}
+    for b in bad:
+        by.setdefault(b["reason"], []).append(b["where"])
+    return [{"reason": r, "rows": len(w), "first": w[0]} for r, w in sorted(by.items(), key=lambda x: -len(x[1]))]
+
+
+def feeds(have: Set[str]) -> list[dict[str, str]]:
+    """Every objective, and whether rows with these words are enough for it on a causal model."""
+    network = build("architecture", "causal").gives | ELSEWHERE | {"values"}
+    stages = [build_or_none(c.name) for c in cards("stage")]
+    out = []
+    for c in cards("objective"):
+        wanted = wants_of(build("objective", c.name))
+        missing = sorted(wanted - have - network)
+        through = {w: [s.name for s in stages if s and w in s.gives and wants_of(s) - network <= have] for w in missing}
+        if not missing:
+            roles = [w for w in ROLES if w in wanted]
+            out.append({"objective": c.name, "feeds": "yes", "why": f"with roles: {', '.join(roles)}" if roles else ""})
+        elif all(through.values()):
+            given = ", ".join(f"{s[0]} gives {w}" for w, s in through.items())
+            out.append({"objective": c.name, "feeds": "through a stage", "why": given})
+        else:
+            lacking = [WORDS.get(w, f"rows with a column `{w}`") + made_of(w, stages, have | network) for w in missing if not through[w]]
+            out.append({"objective": c.name, "feeds": "no", "why": f"wants {'; '.join(lacking)}"})
+    return sorted(out, key=lambda o: ("yes", "through a stage", "no").index(o["feeds"]))
+
+
+def made_of(word: str, stages: list, have: Set[str]) -> str:
+    """Which stage would give it, and of what."""
+    for stage in stages:
+        if stage and word in stage.gives:
+            return f" (stage {stage.name} makes it of {', '.join(sorted(wants_of(stage) - have))})"
+    return ""
+
+
+def build_or_none(name: str) -> Any:
+    """A stage with its defaults; None where it has a setting without one."""
+    from dataclasses import MISSING, fields
+
+    from luthier.registry import find
+
+    required = any(f.default is MISSING and f.default_factory is MISSING for f in fields(find("stage", name)))
+    return None if required else build("stage", name)
+
+
+def rendered(rows: list[dict], model: str, chat_template: str | None, shown: int) -> dict[str, Any]:
+    """The first rows as the model's tokenizer reads them, and how many of all rows it can use."""
+    from transformers import AutoTokenizer
+
+    from luthier.text.render import Renderer
+    from luthier.report import MARKS
+    from luthier.storage.store import resolve_model
+
+    asked = [row for row in rows if row.get("completions")]
+    if not asked:
+        return {"shown": [], "tokens": 0, "share": 0.0, "unreadable": []}
+    renderer = Renderer(AutoTokenizer.from_pretrained(resolve_model(model)), chat_template=chat_template)
+    kept, bad, stats = renderer.encode_all(asked)
+    return {
+        "shown": [renderer.decode_marked(row, MARKS) for row in kept[:shown]],
+        "tokens": stats["tokens"],
+        "share": stats["supervised_share"],
+        "longest": stats["longest"],
+        "unreadable": reasons(bad),
+    }

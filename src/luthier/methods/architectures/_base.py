@@ -1,0 +1,105 @@
+"""How a kind of network reads batches and writes completions. Objectives know nothing of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.model.outputs import Outputs
+from luthier.model.batch import Batch
+from luthier.compat.lazy_imports import import_models, unfilled, waiting
+from luthier.registry import family
+
+if TYPE_CHECKING:
+    from luthier.model.network import Network
+    from luthier.clock import Clock
+    from luthier.text.render import Encoded, EncodedAll, Renderer
+    from luthier.methods.tuners._base import Attached
+
+
+@family
+class Architecture:
+    """Family: one file says how such a network is loaded, reads a batch and writes."""
+
+    def suits(self, config: Any) -> bool:
+        """Is a checkpoint with this transformers config of this kind? Asked when the recipe says `auto`."""
+        raise NotImplementedError
+
+    def auto_class(self) -> Any:
+        """The transformers Auto class that loads it."""
+        raise NotImplementedError
+
+    def fit_to(self, rows: list[dict]) -> dict[str, Any]:
+        """What the data says about the network: further keyword arguments for `load` (a classifier's classes)."""
+        return {}
+
+    def renderer(self, tokenizer: Any, config: Any, **how: Any) -> Renderer:
+        """What turns rows into tokens for this kind of network. how: max_length, chat_template."""
+        from luthier.text.render import Renderer
+
+        return Renderer(tokenizer, **how)
+
+    def load(self, path: str, **kwargs: Any) -> Network:
+        """The network with its weights, from a folder or hub name. kwargs go to from_pretrained.
+
+        `model.fresh` names the modules whose weights no checkpoint held, such as a new classifier's head.
+        """
+        import_models()
+        kwargs |= {"trust_remote_code": False, "output_loading_info": True}
+        with waiting():
+            try:
+                with unfilled():
+                    model, said = self.auto_class().from_pretrained(path, **kwargs)
+            except RuntimeError as error:  # a network that mixes ranges with other numbers while it is laid out: slower, and the same
+                if "meta" not in str(error):
+                    raise
+                model, said = self.auto_class().from_pretrained(path, **kwargs)
+        absent = [*said["missing_keys"], *(key for key, *_ in said["mismatched_keys"])]
+        model.fresh = sorted({key.rsplit(".", 1)[0] for key in absent})
+        return model
+
+    def encode(self, row: dict, renderer: Renderer) -> Encoded:
+        """A row's tokens and which of them are asked about."""
+        return renderer.encode(row)
+
+    def encode_all(self, rows: list[dict], renderer: Renderer) -> EncodedAll:
+        """Every row once: those that can be used, those that cannot with the reason, and statistics."""
+        return renderer.encode_all(rows)
+
+    def forward(self, model: Network, attached: Attached, batch: Batch) -> Outputs:
+        """Read a batch and answer its questions."""
+        raise NotImplementedError
+
+    def plain(self, model: Network, attached: Attached, batch: Batch) -> Tensor:
+        """[T] log-probabilities the slow, obvious way: one sequence at a time through the model's own forward."""
+        raise NotImplementedError
+
+    @property
+    def reading(self) -> str:
+        """How batches are read, in words: "packed", "padded"."""
+        return "padded"
+
+    def simpler(self) -> Architecture | None:
+        """The same with one shortcut less, to fall back on; None where none is left."""
+        return None
+
+    def crowded(self) -> Architecture:
+        """The same as it is tried out: with everything that can happen in a large batch happening in a small one."""
+        return self
+
+    def ask(self, batch: Batch, renderer: Renderer, clock: Clock) -> Batch:
+        """The batch as it is asked at this step: networks that fill gaps hide tokens here."""
+        return batch
+
+    def generate(self, model: Network, attached: Attached, prompts: list[list[int]], **how: Any) -> list[list[list[int]]]:
+        """Completions of each prompt (see architectures/_generate.py)."""
+        raise NotImplementedError(f"'{type(self).__name__}' does not write text")
+
+
+def pad(rows: list[Tensor], fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Token lists -> ids [R, W] padded on the right, and the mask [R, W] of real places."""
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+    lengths = torch.tensor([len(r) for r in rows], device=ids.device)
+    return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()

@@ -1,0 +1,196 @@
+"""Decoder-only language models: a token is predicted by the hidden state just before it.
+
+Reads batches packed: no padding, prompts shared by their completions, attention block by block; or, in networks that do
+not take their attention from transformers' interface, by a mask over packed rows. Every layout answers alike. Networks
+that cannot be packed (recurrent layers, ALiBi, attention by index) are read padded.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from luthier.model.generate import decoder_writer, generate
+from luthier.model.language_model import LanguageModel, as_mask, own_logits, path, picked, prefix_mask, soft_first
+from luthier.model.outputs import LAYERS, Outputs
+from luthier.model.batch import Batch
+from luthier.kernels import sparse_mlp as asked, attention
+from luthier.kernels.layout import Layout, lay_out
+from luthier.errors import RecipeError
+from luthier.registry import Range, architecture
+
+if TYPE_CHECKING:
+    from luthier.model.network import Network
+
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers that a block mask keeps apart
+ENDLESS = 2**31  # a row in which any batch finds room
+
+
+@architecture(gives="logprobs entropy top hidden generate embeddings")
+class Causal(LanguageModel):
+    """Any transformers causal LM."""
+
+    packing: bool = True  # several sequences in a row of the tensor, none sees another; false: one row each, padded
+    share_prompts: bool = True  # read a prompt once for all its completions
+    blocks: bool = True  # attention of packed rows block by block, where the network lets it be chosen; false: by a mask
+    prefix: bool = False  # the prompt is read from both sides (prefix LM, non-causal decoder); completions see what stands before
+    width: int = 256  # places in a row packed under a mask, at least; longer sequences make longer rows
+    neftune_noise_alpha: Annotated[float, Field(ge=0), Range(1, 15)] = 0.0  # noise on embeddings in training (NEFTune; papers: 5)
+
+    def suits(self, config: Any) -> bool:
+        from transformers.models.auto import modeling_auto as auto
+
+        ours = {*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
+        others = {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values(), *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()}
+        return any(n in ours - others for n in config.architectures or ())
+
+    def auto_class(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
+
+    # ------------------------------------------------------------------------------------------ reading
+
+    @property
+    def reading(self) -> str:
+        return ("packed, attention in blocks" if self.blocks else "packed") if self.packing else super().reading
+
+    def simpler(self) -> LanguageModel | None:
+        if self.packing and self.blocks:
+            return replace(self, blocks=False)
+        return replace(self, packing=False, share_prompts=False) if self.packing else super().simpler()
+
+    def crowded(self) -> Causal:
+        return replace(self, width=ENDLESS)
+
+    def forward(self, model: Network, attached, batch: Batch) -> Outputs:
+        layout, inputs = self.laid_out(model, attached, batch)
+        at, labels = layout.at[batch.supervised], batch.labels[batch.supervised]
+        if (at < 0).any():
+            raise ValueError("a supervised token that nothing precedes cannot be predicted")
+        frozen = None if LAYERS.get() else attached.frozen
+        known = frozen.states(self, model, attached, batch, fill=model.training) if frozen else None
+        if attached.per_row:
+            attached.reads(batch, batch.row[batch.segment[layout.source]])
+        few = self.in_blocks(model) and not (attached.per_row or self.own_head)
+        sparing = asked.alone(model, at, layout.source.numel()) if few else nullcontext()
+        with nullcontext() if known is None else frozen.skipped(known[layout.source]), sparing:
+            outputs = self.answer(model, inputs, at, labels)
+        masks = inputs["attention_mask"]
+        plans = [m.plan for m in (masks.values() if isinstance(masks, dict) else [masks]) if hasattr(m, "plan")]
+        if plans and not any(plan.used for plan in plans):
+            raise ValueError(f"{type(model).__name__} does not take its attention from transformers' interface")
+        return outputs
+
+    def laid_out(self, model: Network, attached, batch: Batch) -> tuple[Layout, dict[str, Any]]:
+        """How a batch is laid out, and what the model is handed to read it so."""
+        if self.packing:
+            self.check(model)
+        blocks = self.in_blocks(model)
+        width = (ENDLESS if blocks else self.width) if self.packing else 0
+        layout = lay_out(batch, share=self.share_prompts and self.packing, width=width, virtual=attached.virtual, prefix=self.prefix)
+        inputs = self.embedded(model, attached, batch, layout)
+        if self.prefix:
+            self.check_prefix(model)
+        if not self.packing and not self.prefix:  # right padding: the model's own causal mask and positions will do
+            return layout, inputs | {"attention_mask": (layout.piece >= 0).long()}
+        masks = (self.planned if blocks else self.mask)(model, layout)
+        return layout, inputs | {"attention_mask": masks, "position_ids": layout.position}
+
+    def in_blocks(self, model: Network) -> bool:
+        """Is everything read as one row, attention block by block?"""
+        return self.packing and self.blocks and attention.takes_plans(model)
+
+    def check(self, model: Network) -> None:
+        """Refuse to pack for a network that cannot keep sequences apart."""
+        config, name = model.config.get_text_config(), type(model).__name__
+        odd = {*(getattr(config, "layer_types", None) or ())} - ATTENTION
+        if model._is_stateful or odd:
+            kinds = ", ".join(sorted(odd)) or "recurrent"
+            raise ValueError(f"{name} has layers ({kinds}) that read on from one sequence into the next, whatever the mask says")
+        if "position_ids" not in inspect.signature(model.forward).parameters:
+            raise ValueError(f"{name} cannot be told positions")
+        if "local" in (getattr(config, "attention_layers", None) or ()):
+            raise ValueError(f"{name} attends by place in the row, whatever the mask says")
+
+    def check_prefix(self, model: Network) -> None:
+        """Refuse to read from both sides with a network that cannot."""
+        config, name = model.config.get_text_config(), type(model).__name__
+        odd = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+        if odd or model._is_stateful or getattr(config, "sliding_window", None) or getattr(config, "alibi", False):
+            kinds = ", ".join(sorted(odd)) or ("recurrent" if model._is_stateful else "sliding window or ALiBi")
+            raise RecipeError(f"architecture causal: prefix: {name} has layers ({kinds}) that cannot read a prompt from both sides")
+
+    def embedded(self, model: Network, attached, batch: Batch, layout: Layout) -> dict[str, Tensor]:
+        """The tokens as the model is handed them: ids [R, W], or embeddings where soft vectors, other tokens or noise come in."""
+        ids, noisy = batch.ids[layout.source], self.neftune_noise_alpha > 0 and model.training
+        if not (attached.virtual or batch.mixed or noisy):
+            return {"input_ids": ids}
+        table = model.get_input_embeddings()
+        embed = table(ids)
+        if batch.mixed:
+            other, share = (x[layout.source] for x in batch.mixed)
+            embed = torch.lerp(embed, table(other), share[..., None].to(embed.dtype))
+        if noisy:
+            embed = embed + self.noise(batch, embed.shape[-1])[layout.source].to(embed.dtype)
+        if attached.virtual:
+            soft = layout.soft
+            ahead = torch.arange(soft.shape[1], device=soft.device) + attached.virtual - soft  # the text that they stand before
+            row = batch.row[batch.segment[layout.source.gather(1, ahead.clamp(max=soft.shape[1] - 1))]]
+            vectors = attached.soft_rows(batch).to(embed.dtype)[row, soft.clamp(min=0)]
+            embed = torch.where((soft >= 0)[..., None], vectors, embed)
+        return {"inputs_embeds": embed}
+
+    def noise(self, batch: Batch, width: int) -> Tensor:
+        """[L, width] uniform within alpha / sqrt(length * width), length of the longest sequence a token is part of (arXiv:2310.05914).
+
+        One draw a token, so it is the same in every layout; the loop seeds it by the step."""
+        bound = self.neftune_noise_alpha / (batch.spans * width).sqrt()
+        return (2 * torch.rand(len(batch.ids), width, device=batch.ids.device) - 1) * bound[:, None]
+
+    def planned(self, model: Network, layout: Layout) -> Tensor | dict[str, Tensor]:
+        """How attention is computed block by block, in the place of a mask."""
+        dtype = model.get_input_embeddings().weight.dtype
+        return self.by_kind(model, layout, lambda window, chunk: attention.plan(layout, dtype, window, chunk).tag())
+
+    def mask(self, model: Network, layout: Layout) -> Tensor | dict[str, Tensor]:
+        """What each place may look at, in the form that the model's attention takes."""
+        return self.by_kind(model, layout, lambda window, chunk: as_mask(model, layout.mask(window, chunk)))
+
+    def by_kind(self, model: Network, layout: Layout, make: Callable[[int | None, int | None], Tensor]) -> Tensor | dict[str, Tensor]:
+        """make(window, chunk) for each kind of layer where they differ, else once. What no sequence reaches is left out."""
+        config, longest = model.config.get_text_config(), int(layout.position.max())
+        window, chunk = (
+            size if (size := getattr(config, name, None)) and size <= longest else None
+            for name in ("sliding_window", "attention_chunk_size")
+        )
+        kinds = {"full_attention": (None, None), "sliding_attention": (window, None), "chunked_attention": (None, chunk)}
+        used = {*(getattr(config, "layer_types", None) or ())}
+        return {kind: make(*kinds[kind]) for kind in used} if used else make(window, None)
+
+    def alone(self, model: Network, attached, batch: Batch, segment: int, own: Tensor) -> Tensor:
+        pieces = batch.segments()
+        way = path(batch, segment)
+        places = torch.cat([pieces[s] for s in way])
+        inputs = soft_first(model, attached, batch.ids[places][None], of=(batch, batch.row[[segment]]))
+        if self.prefix:
+            order = torch.arange(attached.virtual + len(places), device=places.device)
+            first = len(pieces[way[0]]) if len(way) > 1 else 0
+            both = (order >= attached.virtual) & (order < attached.virtual + first)
+            inputs["attention_mask"] = prefix_mask(model, torch.ones_like(both)[None], both[None])
+        before = (places[:, None] == own).nonzero()[:, 0] - 1 + attached.virtual
+        return picked(own_logits(model, inputs, before), batch.labels[own])
+
+    # ------------------------------------------------------------------------------------------ writing
+
+    def generate(self, model: Network, attached, prompts: list[list[int]], **how: Any) -> list[list[list[int]]]:
+        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        limit = most and most - attached.virtual
+        return generate(decoder_writer(model, attached, self.prefix), prompts, limit=limit, **how)

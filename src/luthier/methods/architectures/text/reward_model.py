@@ -1,0 +1,81 @@
+"""Reward models: a number for a text, and for every step of it. A network with a head of one output.
+
+The value of a token is what the head says once it has been read; a completion's reward is the value of its last learned
+token. Asked for by name (`architecture: reward_model`), of any checkpoint that transformers loads as a sequence classifier;
+what is saved is one, with one label, as TRL's reward models are. Read padded on the right.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from luthier.methods.architectures._base import Architecture, pad
+from luthier.model.language_model import path, soft_first
+from luthier.model.batch import Batch
+from luthier.registry import architecture
+
+if TYPE_CHECKING:
+    from luthier.model.network import Network
+
+
+class Values:
+    """What a reward model says of a batch."""
+
+    def __init__(self, values: Tensor):
+        self.values = self.said = values  # [T] in fp32, one for each supervised token
+
+
+@architecture(gives="values")
+class RewardModel(Architecture):
+    """AutoModelForSequenceClassification with one label, a decoder's."""
+
+    def suits(self, config: Any) -> bool:
+        return False  # never guessed: the same checkpoint may be a classifier or a language model
+
+    def auto_class(self) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification
+
+    def load(self, path: str, **kwargs: Any) -> Network:
+        model = super().load(path, num_labels=1, **kwargs)
+        config = model.config.get_text_config()
+        if config.pad_token_id is None:  # the network itself finds a text's end by what is not padding
+            ends = config.eos_token_id
+            config.pad_token_id = ends[0] if isinstance(ends, list) else ends
+        return model
+
+    def forward(self, model: Network, attached: Any, batch: Batch) -> Values:
+        pieces = batch.segments()
+        places = [torch.cat([pieces[p] for p in path(batch, s)]) for s in batch.completion.tolist()]
+        said = scored(model, soft_first(model, attached, *pad([batch.ids[p] for p in places]), of=(batch, batch.group)))
+        at = torch.full_like(batch.ids, -1)
+        for r, (s, p) in enumerate(zip(batch.completion.tolist(), places, strict=True)):  # a completion ends its row
+            first = r * said.shape[1] + attached.virtual + len(p) - len(pieces[s])
+            at[pieces[s]] = first + torch.arange(len(pieces[s]), device=at.device)
+        return Values(said.flatten()[at[batch.supervised]])
+
+    def plain(self, model: Network, attached: Any, batch: Batch) -> Tensor:
+        pieces, out = batch.segments(), []
+        for s in batch.completion.tolist():
+            places = torch.cat([pieces[p] for p in path(batch, s)])
+            said = scored(model, soft_first(model, attached, batch.ids[places][None], of=(batch, batch.row[[s]])))[0, attached.virtual :]
+            out.append(said[-len(pieces[s]) :][batch.supervised[pieces[s]]])
+        return torch.cat(out)
+
+
+def scored(model: Network, inputs: dict[str, Any]) -> Tensor:
+    """[R, W] what the head says at every place, caught where it says it. Raises ValueError where there is no such head."""
+    head = getattr(model, "score", None)
+    if head is None:
+        raise ValueError(f"{type(model).__name__} has no head called score that reads every token")
+    caught: list[Tensor] = []
+    hook = head.register_forward_hook(lambda module, given, said: caught.append(said))
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        hook.remove()
+    return caught[0].float().squeeze(-1)

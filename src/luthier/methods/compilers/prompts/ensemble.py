@@ -1,0 +1,28 @@
+"""An ensemble of compiled programs: the best few candidates of a random search are asked alike, and most voices win."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from luthier.errors import RecipeError
+from luthier.registry import compiler, one
+from luthier.methods.compilers._base import Compiler
+from luthier.programs.program import Majority
+
+
+@compiler(paper="arXiv:2310.03714", row="dspy-compile")
+class Ensemble(Compiler):
+    """A majority of candidates. `Majority([...])` does the same with programs of one's own choice."""
+
+    size: Annotated[int, Field(ge=1)] = 3  # programs that vote
+    inner: Annotated[Any, one("compiler")] = "random_search"  # what makes the candidates
+
+    def compile(self, program, rows, metric, teacher=None):
+        found = self.inner.compile(program, rows, metric, teacher).compiled.get("candidates")
+        if not found:
+            raise RecipeError(f"compiler '{self.inner.name}' keeps no candidates to vote: take random_search")
+        made = Majority([p.copy() for _, p in found[: self.size]])
+        made.compiled = {"scores": [score for score, _ in found[: self.size]]}
+        return made

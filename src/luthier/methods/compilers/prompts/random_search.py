@@ -1,0 +1,55 @@
+"""Random search over demonstrations: bootstrapped again and again from other rows in other numbers, the best on `dev` rows is kept.
+
+Candidates are the program as it is, with labelled rows only, bootstrapped in the rows' order, and then `num_candidates` with
+a drawn order and a drawn number of traces. All are kept in `compiled["candidates"]`, best first; of equals the earlier.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from luthier.clock import Clock
+from luthier.errors import RecipeError
+from luthier.registry import compiler, one
+from luthier.methods.compilers._base import Compiler, ready
+from luthier.programs.program import evaluate
+
+
+@compiler(paper="arXiv:2310.03714", row="dspy-compile")
+class RandomSearch(Compiler):
+    """BootstrapFewShot, many times."""
+
+    num_candidates: Annotated[int, Field(ge=0)] = 16  # with a drawn order
+    inner: Annotated[Any, one("compiler")] = "bootstrap_few_shot"  # what is repeated, with its settings
+    dev_share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the rows, at the end: what candidates are judged by
+    seed: int = 0  # of the draws
+
+    def __post_init__(self):
+        if self.inner.name != "bootstrap_few_shot":
+            raise ValueError("inner: random search repeats bootstrap_few_shot")
+
+    def compile(self, program, rows, metric, teacher=None):
+        ready(teacher or program, rows)
+        dev = max(1, round(self.dev_share * len(rows)))
+        train, dev = list(rows[:-dev]), list(rows[-dev:])
+        if not train:
+            raise RecipeError(f"random search wants rows to learn from and rows to judge by, and there is {len(rows)} in all")
+        plain = program.copy()
+        made = [plain, *(c.compile(program, train, metric, teacher) for c in self.tries())]
+        scored = [(evaluate(p, dev, metric), p) for p in made]
+        scored.sort(key=lambda pair: -pair[0])  # stable: of equals the earlier
+        best = scored[0][1].copy()
+        best.compiled = {**best.compiled, "score": scored[0][0], "candidates": scored}
+        return best
+
+    def tries(self) -> list[Any]:
+        """The compilers of all candidates but the plain one."""
+        inner, most = self.inner, self.inner.max_bootstrapped_demos
+        out = [replace(inner, max_bootstrapped_demos=0), inner]
+        for k in range(self.num_candidates):
+            seed = Clock(self.seed).fold("candidate", k)
+            out.append(replace(inner, shuffle=True, seed=seed, max_bootstrapped_demos=1 + seed % most if most else 0))
+        return out

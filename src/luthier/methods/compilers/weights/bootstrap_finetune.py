@@ -1,0 +1,63 @@
+"""BootstrapFinetune: what a (larger) teacher program did well becomes rows, one file a predictor; a small model is tuned on each.
+
+The tuned models take the predictors' places, and need no demonstrations. Rows are `prompt`, as the predictor writes it without
+demonstrations, and `completion`. A predictor that no accepted trace asked keeps its model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from luthier.storage import store
+from luthier.clock import Clock
+from luthier.errors import RecipeError
+from luthier.registry import compiler
+from luthier.methods.compilers._base import Compiler, accepted, matching, ready
+from luthier.programs.models import Local
+
+
+@compiler(paper="arXiv:2310.03714", row="dspy-compile")
+class BootstrapFinetune(Compiler):
+    """Traces become weights."""
+
+    output_dir: str  # where the rows and the runs lie: PREDICTOR.jsonl and PREDICTOR/
+    recipe: dict[str, Any] = field(default_factory=dict)  # keys of the recipe by which each is tuned: model, tuner, learning_rate, ...
+    max_rounds: Annotated[int, Field(ge=1)] = 1  # tries at a row: the first without chance
+    threshold: float = 1.0  # what the metric says of an accepted answer at least
+    temperature: Annotated[float, Field(ge=0)] = 0.7  # of the tries after the first
+    seed: int = 0  # of tries
+
+    def __post_init__(self):
+        if "data" in self.recipe:
+            raise ValueError("recipe: the rows are those of the traces, so leave data out")
+
+    def compile(self, program, rows, metric, teacher=None):
+        from luthier.run.run import tune
+
+        teacher = teacher or program
+        ready(teacher, rows)
+        matching(program, teacher)
+        clock, made, folder = Clock(self.seed), program.copy(), Path(self.output_dir)
+        predictors = made.predictors()
+        learned: dict[str, list[dict]] = {name: [] for name in predictors}
+        for i, row in enumerate(rows):
+            for step in accepted(teacher, row, metric, self.threshold, self.max_rounds, self.temperature, clock.fold("row", i)) or ():
+                signature = predictors[step.predictor].signature
+                learned[step.predictor].append({"prompt": signature.prompt(step.inputs), "completion": signature.completion(step.outputs)})
+        if not any(learned.values()):
+            raise RecipeError(
+                f"the metric accepts none of {len(rows)} rows, so there is nothing to learn: a better teacher, or more max_rounds"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, some in learned.items():
+            if some:
+                file = folder / f"{name}.jsonl"
+                store.write_rows(file, some)
+                report = tune({"eval_data": 0, **self.recipe, "data": str(file)}, folder=folder / name)
+                predictors[name].lm, predictors[name].demos = Local(report.folder), []
+        made.compiled = {"rows": {name: len(some) for name, some in learned.items()}}
+        return made

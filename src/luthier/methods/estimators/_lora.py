@@ -1,0 +1,47 @@
+"""LoRA modules that are trained under a change of their weight: where they are, and how they speak with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.errors import RecipeError
+
+
+def placed(chain: Any):
+    """Name, module and site of every LoRA that moves on a linear module."""
+    layers = chain.attached.layers
+    for site in chain.sites():
+        layer = layers.get(site.name)
+        if layer is not None and {"A", "B"} <= site.slots.keys() and not isinstance(layer.get_base_layer(), nn.Embedding):
+            yield site.name, layer, site
+
+
+def scale_of(layer: Any) -> float:
+    """s of s B A."""
+    if not hasattr(layer, "scaling"):
+        raise RecipeError("estimators 'ggpo' and 'mgpo' are for LoRA")
+    return next(iter(layer.scaling.values()))
+
+
+@torch.no_grad()
+def full_gradient(slots: Any, grads: Any, scale: float) -> Tensor:
+    """[out, in] what the gradients of A [r, in] and B [out, r] tell of the gradient of the whole weight."""
+    return scale * (slots["B"].float() @ grads["A"].float() + grads["B"].float() @ slots["A"].float())
+
+
+@contextmanager
+def speaking(changes: Iterable[tuple[Any, Callable[[Tensor, Tensor], Tensor]]]) -> Iterator[None]:
+    """For a while modules say change(x, y) in place of y, x [.., in] being what they read. No weight is written."""
+    hooks = []
+    try:
+        for layer, change in changes:
+            hooks.append(layer.register_forward_hook(lambda m, given, y, change=change: change(given[0], y)))
+        yield
+    finally:
+        for h in hooks:
+            h.remove()

@@ -1,0 +1,48 @@
+"""Several objectives, combined as gradients: a family says how the gradients of the terms become one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from luthier.methods.estimators._base import Estimator, gradients
+from luthier.registry import family
+from luthier.train.optimizer import Slots
+
+
+@family
+class Terms(Estimator):
+    """Family: one backward pass for each term of the objective, its weight included. With one term it is backprop."""
+
+    def combine(self, every: Tensor, losses: Tensor, rng: torch.Generator) -> Tensor:
+        """[terms, terms] inner products of the terms' gradients, [terms] losses -> [terms] what each is multiplied by in the sum."""
+        raise NotImplementedError
+
+    def step(self, closure, chain, clock):
+        terms = getattr(closure, "terms", 1)
+        if terms == 1:  # one gradient is its own combination
+            loss = closure()
+            chain.step(gradients(chain))
+            return loss
+        losses, each = [], []
+        for i in range(terms):
+            losses.append(closure(only=lambda place, name, i=i: place == i))
+            each.append({name: {k: g.clone() for k, g in slots.items()} for name, slots in gradients(chain).items()})
+        products = torch.tensor([[_product(a, b) for b in each] for a in each], dtype=torch.float64)
+        share = self.combine(products, torch.tensor(losses, dtype=torch.float64), clock.rng(self.name)).tolist()
+        chain.step(_mixed(each, share))
+        return sum(losses)
+
+
+def _product(a: dict[str, Slots], b: dict[str, Slots]) -> float:
+    return sum(float((g.double() * b[n][k].double()).sum()) for n, slots in a.items() if n in b for k, g in slots.items() if k in b[n])
+
+
+def _mixed(each: list[dict[str, Slots]], share: list[float]) -> dict[str, Slots]:
+    out: dict[str, Slots] = {}
+    for grads, weight in zip(each, share, strict=True):
+        for name, slots in grads.items():
+            for k, g in slots.items():
+                here = out.setdefault(name, {})
+                here[k] = here[k] + weight * g if k in here else weight * g
+    return out

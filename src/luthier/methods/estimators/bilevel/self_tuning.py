@@ -1,0 +1,78 @@
+"""Self-tuning: dropout and weight decay of tuner `self_tuning` learned while it trains, by validation rows.
+
+In turn: `train_steps` on training rows, where the adapter learns the best response to hyperparameters drawn around the current
+ones; `valid_steps` on rows of source `validation`, where the hyperparameters and the spread of these draws move along the
+gradient that goes through that response, less tau times the entropy of the draws. Every row has a draw of its own, wherever
+and with whatever others it is read. Use it with objective `by_source`.
+
+Departs from the paper: dropout and weight decay are what is learned; of the weight decay's term, which no row has a part in,
+the expectation over draws is taken, as it is known.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from luthier.methods.estimators._base import Estimator, gradients
+from luthier.errors import RecipeError
+from luthier.registry import build, estimator
+from luthier.train.optimizer import through
+from luthier.methods.tuners._base import Site
+
+
+@estimator(paper="arXiv:1903.03088", row="self-tuning-networks", wants="hyper source", gives="grad")
+class SelfTuning(Estimator):
+    """Online hyperparameters through a learned best response."""
+
+    validation: str = "validation"  # the source (term) that decides; all others train
+    train_steps: Annotated[int, Field(ge=1)] = 2  # in a row
+    valid_steps: Annotated[int, Field(ge=1)] = 1  # in a row
+    warmup: Annotated[int, Field(ge=0)] = 50  # steps at the start that only train
+    hyper_learning_rate: Annotated[float, Field(ge=0)] = 3e-3  # of the hyperparameters (Adam)
+    sigma_learning_rate: Annotated[float, Field(ge=0)] = 3e-3  # of the logs of the spreads (Adam)
+    tau: Annotated[float, Field(ge=0)] = 1e-3  # weight of the entropy of the draws
+
+    def suits(self, objective):
+        names = [o.name for _, o in objective.terms()]
+        if self.validation not in names or len(names) < 2:
+            raise RecipeError(
+                f"estimator 'self_tuning' learns by '{self.validation}' and trains on the rest: give it e.g. `objective: {{name: by_source, "
+                f"sources: [train, {self.validation}]}}`, not {', '.join(names)}"
+            )
+
+    def step(self, closure, chain, clock):
+        attached: Any = chain.attached
+        for p in (attached.hyper, attached.log_sigma):
+            p.requires_grad_(True)
+        turn = (clock.step - self.warmup) % (self.train_steps + self.valid_steps)
+        validates = clock.step >= self.warmup and turn >= self.train_steps
+        with attached.answering(clock, dropping=not validates):
+            if validates:
+                loss = closure(only=lambda place, name: name == self.validation)
+            else:
+                loss = closure(only=lambda place, name: name != self.validation)
+                with torch.enable_grad():
+                    attached.decaying().backward()
+        if validates:
+            self.move(chain, attached)
+        else:
+            chain.step({name: slots for name, slots in gradients(chain).items() if name != "hyper"})
+        attached.settle()
+        if note := getattr(closure, "note", None):
+            note(attached.values())
+        return loss
+
+    @torch.no_grad()
+    def move(self, chain: Any, attached: Any) -> None:
+        """One step of Adam on hyperparameters and spreads."""
+        state = chain.state.setdefault("hyper", {})
+        state["step"] = state.get("step", 0) + 1
+        moving = {"moved": attached.hyper, "log_sigma": attached.log_sigma}
+        grads = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in moving.items()}
+        grads["log_sigma"] = grads["log_sigma"] - self.tau
+        update = through((build("transform", "adam"),), grads, state.setdefault("adam", {}), Site("hyper", moving, None), state["step"])
+        attached.hyper.sub_(self.hyper_learning_rate * update["moved"])
+        attached.log_sigma.sub_(self.sigma_learning_rate * update["log_sigma"])

@@ -1,0 +1,14 @@
+"""The usual gradient: one backward pass over the global batch."""
+
+from luthier.methods.estimators._base import Estimator, gradients
+from luthier.registry import estimator
+
+
+@estimator(gives="grad")
+class Backprop(Estimator):
+    """Reverse-mode differentiation."""
+
+    def step(self, closure, chain, clock):
+        loss = closure()
+        chain.step(gradients(chain))
+        return loss

@@ -1,0 +1,42 @@
+"""Elastic steps (InstaTune): the gradient of the whole network, and of sub-networks that are drawn at each step, together.
+
+The whole learns by the objective without `distill`; sub-networks by all of it, so that with `objective: sft + kl` and
+`roles: {reference: whole}` they learn the labels and what the whole says. Wants tuner `elastic`.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from luthier.methods.estimators._base import Estimator, gradients
+from luthier.registry import estimator
+
+
+@estimator(paper="arXiv:2308.15609", row="instatune", wants="elastic", gives="grad")
+class Elastic(Estimator):
+    """One backward pass for the whole and for each sub-network."""
+
+    samples: Annotated[int, Field(ge=0)] = 1  # sub-networks drawn in each step
+    smallest: bool = True  # whether the smallest one learns in each step as well
+    distill: str = "kl"  # the term that only sub-networks have
+
+    def step(self, closure, chain, clock):
+        attached: Any = chain.attached
+        loss = closure(only=lambda place, name: name != self.distill)
+        found = [{name: {k: g.clone() for k, g in slots.items()} for name, slots in gradients(chain).items()}]
+        shapes = [attached.draw(clock.rng("elastic", k)) for k in range(self.samples)]
+        for shape in [*shapes, *([attached.smallest] if self.smallest else [])]:
+            with attached.playing(shape):
+                closure(only=lambda place, name: 1.0)
+            found.append({name: {k: g.clone() for k, g in slots.items()} for name, slots in gradients(chain).items()})
+        names = {name for each in found for name in each}
+        total = {}
+        for name in sorted(names):
+            slots = [each[name] for each in found if name in each]
+            keys = {k for s in slots for k in s}
+            total[name] = {k: reduce(lambda a, b: a + b, (s[k] for s in slots if k in s)) / len(found) for k in sorted(keys)}
+        chain.step(total)
+        return loss

@@ -1,0 +1,56 @@
+"""Gradient dropout: where the gradient of the aim and that of staying near the base disagree, it is dropped at random.
+
+With a the gradient of all terms but `gate`, and b that of `gate` (weight included), an entry is kept with probability
+(1 + sgn(a) (a + b) / (|a| + |b|)) / 2: surely where b points the same way, the less likely the more b outweighs it. b only
+gates; it is not added. Part of R-AMT, which uses it on masks: `objective: sft + kl`, reference the base model. Two backward passes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from luthier.methods.estimators._base import Estimator, gradients
+from luthier.errors import RecipeError
+from luthier.registry import estimator
+
+
+@estimator(paper="arXiv:2307.15049", row="r-amt", gives="grad")
+class GradientDropout(Estimator):
+    """One term of the objective decides which entries of the others' gradient are used."""
+
+    gate: str = "kl"  # the term that gates
+    blend: Annotated[float, Field(ge=0, le=1)] = 1.0  # share of the gradient that goes through the gate; the rest passes
+
+    def suits(self, objective):
+        names = [o.name for _, o in objective.terms()]
+        if self.gate not in names or set(names) == {self.gate}:
+            raise RecipeError(
+                f"estimator 'gradient_dropout' wants an objective with a term '{self.gate}' and another, such as `sft + {self.gate}`, "
+                f"not {' + '.join(names)}"
+            )
+
+    def step(self, closure, chain, clock):
+        closure(only=lambda place, name: name == self.gate)
+        gates = {site: {k: g.clone() for k, g in slots.items()} for site, slots in gradients(chain).items()}
+        loss = closure(only=lambda place, name: name != self.gate)
+        kept = {}
+        for site, slots in gradients(chain).items():
+            kept[site] = {k: self.dropped(a, gates.get(site, {}).get(k), clock.rng("gradient_dropout", site, k)) for k, a in slots.items()}
+        chain.step(kept)
+        return loss
+
+    def dropped(self, a: Tensor, b: Tensor | None, rng: torch.Generator) -> Tensor:
+        """a, where it is kept; b None: nothing speaks against it."""
+        if b is None:
+            return a
+        draw = torch.rand(a.shape, generator=rng).to(a.device)
+        return a * ((1 - self.blend) + self.blend * (chance(a, b) > draw).to(a.dtype))
+
+
+def chance(a: Tensor, b: Tensor) -> Tensor:
+    """The probability with which each entry of a is kept."""
+    return (1 + a.sign() * (a + b) / (a.abs() + b.abs() + 1e-8)) / 2

@@ -1,0 +1,30 @@
+"""MGDA: the step is the shortest vector between the gradients of the terms, which no term is against.
+
+A convex mix of least norm, found by Frank-Wolfe on the inner products; where it is zero, nothing improves every term.
+"""
+
+import torch
+
+from luthier.methods.estimators._terms import Terms
+from luthier.registry import estimator
+
+
+@estimator(paper="arXiv:1810.04650", gives="grad")
+class MinNorm(Terms):
+    """Multiple-gradient descent."""
+
+    iterations: int = 200  # of Frank-Wolfe at most; two terms need one
+
+    def combine(self, every, losses, rng):
+        share = torch.full((len(every),), 1 / len(every), dtype=every.dtype)
+        for _ in range(self.iterations):
+            best = int((every @ share).argmin())
+            toward = torch.zeros_like(share)
+            toward[best] = 1
+            way = toward - share
+            length = float(way @ every @ way)
+            go = min(1.0, max(0.0, -float(share @ every @ way) / length)) if length > 0 else 0.0
+            if go < 1e-9:
+                break
+            share = share + go * way
+        return share

@@ -1,0 +1,27 @@
+"""PCGrad: where the gradients of two terms pull against each other, each gives up the part that does.
+
+Every term's gradient is projected onto the normal plane of each other term's that it conflicts with, in random order, and
+the results are added. Since all of it lies in the span of the terms' gradients, it is computed on their inner products.
+"""
+
+import torch
+
+from luthier.methods.estimators._terms import Terms
+from luthier.registry import estimator
+
+
+@estimator(paper="arXiv:2001.06782", gives="grad")
+class PCGrad(Terms):
+    """Gradient surgery."""
+
+    def combine(self, every, losses, rng):
+        n, total = len(every), torch.zeros(len(every), dtype=every.dtype)
+        for i in range(n):
+            mine = torch.zeros_like(total)  # this term's gradient as a mix of all
+            mine[i] = 1
+            for j in torch.randperm(n, generator=rng).tolist():
+                along = float(mine @ every[:, j])
+                if j != i and along < 0 and every[j, j] > 0:
+                    mine[j] -= along / every[j, j]
+            total += mine
+        return total

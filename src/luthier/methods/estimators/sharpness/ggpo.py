@@ -1,0 +1,81 @@
+"""LoRA-GGPO: the gradient under noise in the weights, scaled row by row with the norms of weights and gradients.
+
+Every LoRA module adds x E' to what it says, with E = randn(out, in) * (sigma |W_row| + beta |G_row|^2) / sqrt(out), drawn anew at
+each reading. |W_row|^2 is the squared mean row norm of W plus the squared norm of the row of s B A; G is told from the last
+step's gradients, s (B gA + gB A), so the first step has no noise. E is drawn again in backward and never kept, and only
+row norms of G are: they lie in the optimizer's state, so a run resumes exactly. Measuring is without noise.
+The paper's later revision, which perturbs along the momentum instead, is estimator `mgpo`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from luthier.methods.estimators._base import Estimator, gradients
+from luthier.methods.estimators._lora import full_gradient, placed, scale_of, speaking
+from luthier.registry import estimator
+
+
+@estimator(paper="arXiv:2502.14538", row="lora-ggpo", wants="low-rank", gives="grad")
+class GGPO(Estimator):
+    """Gradient-guided perturbation of LoRA."""
+
+    sigma: Annotated[float, Field(ge=0)] = 0.03  # noise by the norm of a row of the weight
+    beta: Annotated[float, Field(ge=0)] = 0.01  # noise by the squared norm of a row of the gradient
+
+    def step(self, closure, chain, clock):
+        with self.noise(chain):
+            loss = closure()
+        found = gradients(chain)
+        if self.sigma or self.beta:
+            for name, layer, site in placed(chain):
+                if found.get(name, {}).keys() >= {"A", "B"}:
+                    G = full_gradient(site.slots, found[name], scale_of(layer))
+                    chain.state.setdefault(name, {})["ggpo"] = {"rows": G.norm(dim=1)}
+        chain.step(found)
+        return loss
+
+    def noise(self, chain):
+        """For a while every module that has seen a gradient speaks under noise."""
+        changes = []
+        for name, layer, site in placed(chain) if self.sigma or self.beta else ():
+            if "ggpo" in chain.state.get(name, {}):
+                size = self.size(layer, site.slots, chain.state[name]["ggpo"]["rows"])
+                changes.append((layer, lambda x, y, size=size: noisy(x, y, size)))
+        return speaking(changes)
+
+    @torch.no_grad()
+    def size(self, layer: Any, slots: Any, rows: Tensor) -> Tensor:
+        """[out] the spread of each row of E."""
+        from luthier.methods.tuners._delta import oriented
+
+        own = oriented(layer.get_base_layer()).float().norm(dim=1).mean()
+        change = (slots["B"].float() @ slots["A"].float() * scale_of(layer)).norm(dim=1)
+        return (self.sigma * (own.square() + change.square()).sqrt() + self.beta * rows.square()) / len(rows) ** 0.5
+
+
+def noisy(x: Tensor, y: Tensor, size: Tensor) -> Tensor:
+    """y + x E'. The seed comes from torch's own generator, which a checkpointed layer finds as it was."""
+    return y + _Noise.apply(x, size, int(torch.randint(2**62, ())))
+
+
+class _Noise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: Tensor, seed: int) -> Tensor:
+        ctx.size, ctx.seed, ctx.width = size, seed, x.shape[-1]
+        return x @ drawn(size, x, seed).T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        like = grads[0].new_empty(0, ctx.width)
+        return grads[0] @ drawn(ctx.size, like, ctx.seed), None, None
+
+
+def drawn(size: Tensor, like: Tensor, seed: int) -> Tensor:
+    """[out, in] E."""
+    rng = torch.Generator(like.device).manual_seed(seed)
+    return (torch.randn(len(size), like.shape[-1], generator=rng, device=like.device) * size[:, None]).to(like.dtype)

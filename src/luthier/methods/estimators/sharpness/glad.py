@@ -1,0 +1,43 @@
+"""GLAD's regulariser: part of the gradient is taken a step up the slope, so that tuning ends where the loss is flat.
+
+The step is (1 - alpha) g0 + alpha g1 with g0 the gradient and g1 the gradient at theta + rho g0 / |g0|: alpha 0 is plain
+backprop, 1 is SAM, between them the norm of the gradient is penalised, alpha * rho strong (Zhao et al., 2202.03599). The
+paper's own perturbation rule could not be checked; this one is the family it belongs to. Both passes see one dropout.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from luthier.methods.estimators._base import Estimator, displaced, gradients
+from luthier.registry import Range, estimator
+
+
+@estimator(paper="arXiv:2507.13089", row="glad", gives="grad")
+class GLAD(Estimator):
+    """A mix of the gradient here and the gradient up the slope."""
+
+    rho: Annotated[float, Field(gt=0), Range(0.005, 0.5, log=True)] = 0.05  # distance climbed, over everything that moves together
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of the gradient up there
+
+    @torch.no_grad()
+    def step(self, closure, chain, clock):
+        with torch.enable_grad():
+            loss = closure()
+        if not self.alpha:
+            chain.step(gradients(chain))
+            return loss
+        here = {name: {k: g.clone() for k, g in slots.items()} for name, slots in gradients(chain).items()}
+        norm = sum(float(g.float().square().sum()) for slots in here.values() for g in slots.values()) ** 0.5
+        if norm:
+            far = self.rho / norm
+            with displaced(chain, lambda site, slot, p: None if p.grad is None else far * p.grad.float()), torch.enable_grad():
+                closure()
+            for name, slots in gradients(chain).items():
+                for k, g in slots.items():
+                    here[name][k] = torch.lerp(here[name][k], g, self.alpha)
+        chain.step(here)
+        return loss

@@ -1,0 +1,73 @@
+"""LoRA-MGPO: SAM with one gradient a step, taken where the momentum of the gradients leads uphill.
+
+While a step's gradient is taken every LoRA module's weight stands at W + s B A + E, E = rho M / |M| / g, with M = s (mB A + B mA)
+of mA and mB, the running means of the factors' gradients, and g the running mean of |s (gB A + B gA)|, 1 / g being at most 10. A
+module has seen a gradient before it is displaced, so the first step is LoRA's. E is never built and no weight is written: x E'
+and |M| come from the factors. The loss that is told is that of the displaced network; measuring is without displacement.
+
+Departs: the momentum is the estimator's own and not read from an optimizer, so any will do (with Adam's first beta as mu they
+are the same direction). E climbs, as SAM does; the authors' code steps to the other side, which a negative rho does here.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from luthier.methods.estimators._base import Estimator, gradients
+from luthier.methods.estimators._lora import placed, scale_of, speaking
+from luthier.registry import estimator
+
+
+@estimator(paper="arXiv:2502.14538", row="lora-ggpo", wants="low-rank", gives="grad")
+class MGPO(Estimator):
+    """Momentum-guided perturbation of LoRA."""
+
+    rho: float = 0.05  # length of E where gradients are of length one; negative: downhill, ahead of the step
+    mu: Annotated[float, Field(ge=0, lt=1)] = 0.9  # memory of the momentum
+    beta: Annotated[float, Field(ge=0, lt=1)] = 0.9  # memory of the gradients' length
+
+    def step(self, closure, chain, clock):
+        with speaking(self.displacements(chain)):
+            loss = closure()
+        found = gradients(chain)
+        for name, layer, site in placed(chain) if self.rho else ():
+            if found.get(name, {}).keys() >= {"A", "B"}:
+                self.follow(chain.state.setdefault(name, {}), site.slots, found[name], scale_of(layer))
+        chain.step(found)
+        return loss
+
+    @torch.no_grad()
+    def follow(self, state: dict, slots, grads, scale: float) -> None:
+        """One more gradient of a module into its momentum and mean length."""
+        g = {k: grads[k].float() for k in ("A", "B")}
+        size = scale * length(slots["A"].float(), slots["B"].float(), g["A"], g["B"])
+        if "mgpo" not in state:
+            state["mgpo"] = {"A": torch.zeros_like(g["A"]), "B": torch.zeros_like(g["B"]), "size": size}
+        kept = state["mgpo"]
+        kept["A"].lerp_(g["A"], 1 - self.mu)
+        kept["B"].lerp_(g["B"], 1 - self.mu)
+        kept["size"] = kept["size"].lerp(size, 1 - self.beta)
+
+    @torch.no_grad()
+    def displacements(self, chain):
+        """Of every module that has seen a gradient: how it speaks with E in its weight."""
+        for name, layer, site in placed(chain) if self.rho else ():
+            kept = chain.state.get(name, {}).get("mgpo")
+            if kept is None:
+                continue
+            A, B = site.slots["A"].detach().float(), site.slots["B"].detach().float()
+            whole = length(A, B, kept["A"], kept["B"])
+            if whole > 0:
+                far = self.rho / whole * (1 / kept["size"]).clamp(max=10)  # s is in both lengths of M / |M|
+                low, high = torch.cat([A, kept["A"]]), torch.cat([kept["B"], B], 1) * far
+                yield layer, lambda x, y, low=low, high=high: y + (x @ low.T.to(x.dtype)) @ high.T.to(x.dtype)
+
+
+def length(A: Tensor, B: Tensor, dA: Tensor, dB: Tensor) -> Tensor:
+    """|dB A + B dA|, from products of r x r."""
+    square = ((dB.T @ dB) * (A @ A.T)).sum() + ((B.T @ B) * (dA @ dA.T)).sum() + 2 * ((dB.T @ B) * (A @ dA.T)).sum()
+    return square.clamp(min=0).sqrt()

@@ -1,0 +1,31 @@
+"""SAM: the gradient at the worst nearby point, so that flat minima are found. Two backward passes per step.
+
+Departs: the climb is made on the global batch, not on each device's share (the paper's m-sharpness). Both passes see the
+same dropout. The weights come back bit for bit, for one more copy of what moves.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from luthier.methods.estimators._base import Estimator, displaced, gradients
+from luthier.registry import estimator
+
+
+@estimator(paper="arXiv:2010.01412", gives="grad")
+class SAM(Estimator):
+    """Climb rho along the gradient, take the gradient there, come back, step."""
+
+    rho: Annotated[float, Field(gt=0)] = 0.05  # distance climbed, over everything that moves together
+
+    def step(self, closure, chain, clock):
+        loss = closure()
+        norm = sum(float(g.float().square().sum()) for slots in gradients(chain).values() for g in slots.values()) ** 0.5
+        if norm:
+            far = self.rho / norm
+            with displaced(chain, lambda site, slot, p: None if p.grad is None else far * p.grad.float()):
+                closure()
+        chain.step(gradients(chain))
+        return loss

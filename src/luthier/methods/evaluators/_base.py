@@ -1,0 +1,127 @@
+"""What is measured before, during and after tuning. An evaluator returns numbers by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence, Set
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from luthier.storage import store
+from luthier.model.batch import Batch
+from luthier.registry import family
+
+
+@family
+class Evaluator:
+    """Family: rows in, numbers out. Runs without gradient, the policy in evaluation mode."""
+
+    def run(self, roles: Any, rows: Sequence[dict], folder: Path, when: str) -> dict[str, float]:
+        """rows: held-out rows. folder: the run's, for what should be kept. when: before, during or after training."""
+        raise NotImplementedError
+
+
+class Said(NamedTuple):
+    """Of a completion; nan where it was not asked."""
+
+    tokens: int  # supervised ones
+    loss: float  # their -log p together
+    first: float  # how many of them are the likeliest ones
+
+
+@family
+class ByRow(Evaluator):
+    """Family: numbers that follow from what is said of each row's best completion, which is read once for all of them."""
+
+    batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
+    asks: ClassVar[frozenset[str]] = frozenset({"loss"})  # of what is said: loss, first
+
+    def told(self, said: Mapping[str, Said], roles: Any, rows: Sequence[dict], folder: Path, when: str) -> dict[str, float]:
+        """said: by the name of the completion. The rest as in `run`."""
+        raise NotImplementedError
+
+    def run(self, roles, rows, folder, when):
+        return self.told(read(roles, rows, self.batch_size, self.asks), roles, rows, folder, when)
+
+
+def measured(evaluators: Sequence[Any], roles: Any, rows: Sequence[dict], folder: Path, when: str) -> dict[str, float]:
+    """What all of them say, in turn."""
+    asked: dict[int | None, frozenset[str]] = {}
+    for e in evaluators:
+        if isinstance(e, ByRow):
+            asked[e.batch_size] = asked.get(e.batch_size, frozenset()) | e.asks
+    said = {size: read(roles, rows, size, asks) for size, asks in asked.items()}
+    out: dict[str, float] = {}
+    for e in evaluators:
+        out |= e.told(said[e.batch_size], roles, rows, folder, when) if isinstance(e, ByRow) else e.run(roles, rows, folder, when)
+    return out
+
+
+def read(roles: Any, rows: Sequence[dict], size: int | None, asks: Set[str]) -> dict[str, Said]:
+    """Of each row's best completion, by its name."""
+    out: dict[str, Said] = {}
+    for batch in batches(roles, liked(rows), size):
+        outputs, sizes = roles.policy.outputs(batch), [int(n) for n in batch.lengths.tolist()]
+        losses = firsts = [math.nan] * len(sizes)
+        if "loss" in asks:
+            losses = (-batch.sums(outputs.logprobs.double())).tolist()
+        if "first" in asks:
+            firsts = [round(n) for n in batch.sums((outputs.first() == batch.labels[batch.supervised]).float()).tolist()]
+        names = [name for row in batch.rows for name in named(row)]
+        out |= {name: Said(*told) for name, told in zip(names, zip(sizes, losses, firsts, strict=True), strict=True)}
+    return out
+
+
+ROWS, LETTERS = 16, 8192  # read at once: at least so many rows, and more while they have so many letters together
+
+
+def batches(roles: Any, rows: Sequence[dict], size: int | None = None) -> Iterator[Batch]:
+    """Rows as batches, those of like length together, so that little is wasted on padding. size: rows at once; where it is None,
+    short ones come in larger batches, since each batch has its price."""
+
+    def length(row: dict) -> int:
+        return len(str(row["prompt"])) + sum(len(str(c)) for c in row["completions"])
+
+    some, letters = [], 0
+    for row in sorted(rows, key=length):
+        if len(some) >= ROWS and letters + length(row) > LETTERS if size is None else len(some) == size:
+            yield roles.batch(some)
+            some, letters = [], 0
+        some.append(row)
+        letters += length(row)
+    if some:
+        yield roles.batch(some)
+
+
+def liked(rows: Sequence[dict]) -> list[dict]:
+    """Each row with only its best completion; rows whose only completion is a bad one leave."""
+    out = []
+    for row in rows:
+        scores = row.get("scores")
+        if scores is None or len(row["completions"]) == 1:
+            if scores is None or scores[0] > 0:
+                out.append(row)
+            continue
+        best = max(range(len(scores)), key=scores.__getitem__)
+        out.append({**row, "completions": [row["completions"][best]], "scores": [scores[best]]})
+    return out
+
+
+def paired(rows: Sequence[dict]) -> list[dict]:
+    """Rows with at least two completions of different score."""
+    return [r for r in rows if len(r["completions"]) > 1 and len(set(r.get("scores", ()))) > 1]
+
+
+def named(row: dict) -> list[str]:
+    """What its completions are called in by-row files: the row's id, and their place where there are several."""
+    n = len(row["completions"])
+    return [str(row["id"])] if n == 1 else [f"{row['id']}/{k}" for k in range(n)]
+
+
+def keep(folder: Path, when: str, **values: Mapping[str, float]) -> None:
+    """Into by-row-<when>.json: row id -> what a metric says of this row, its mean over rows being the metric. Runs on the
+    same rows are compared row by row with it."""
+    path = folder / f"by-row-{when}.json"
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    store.write_json(path, {**known, **values})

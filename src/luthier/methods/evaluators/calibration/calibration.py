@@ -1,0 +1,47 @@
+"""Calibration: is the model right as often as it is sure? (Guo et al.)
+
+The expected calibration error over the supervised tokens: tokens in bins by the probability of the likeliest one, and the
+gap between that probability and how often it is the right one, weighed by the bin's size.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from luthier.storage import store
+from luthier.methods.evaluators._base import Evaluator, batches, liked
+from luthier.registry import evaluator
+
+
+@evaluator(paper="arXiv:1706.04599", wants="completions logprobs top")
+class Calibration(Evaluator):
+    """`calibration_error`: 0 is perfect. Keeps calibration-<when>.json: [tokens, mean confidence, share right] of each bin."""
+
+    bins: Annotated[int, Field(ge=2)] = 15  # of equal width
+    batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
+
+    def run(self, roles, rows, folder, when):
+        sure, right = [], []
+        for batch in batches(roles, liked(rows), self.batch_size):
+            logprobs, ids = roles.policy.outputs(batch).top(1)
+            sure.append(logprobs.squeeze(1).double().exp())
+            right.append((ids.squeeze(1) == batch.labels[batch.supervised]).double())
+        if not sure:
+            return {}
+        table = self.table(torch.cat(sure), torch.cat(right))
+        if when != "during":
+            store.write_json(folder / f"calibration-{when}.json", table)
+        total = sum(n for n, _, _ in table)
+        return {"calibration_error": sum(n / total * abs(s - r) for n, s, r in table)}
+
+    def table(self, sure: torch.Tensor, right: torch.Tensor) -> list[list[float]]:
+        """[T], [T] -> [tokens, mean confidence, share right] of each bin that holds any."""
+        place = (sure * self.bins).long().clamp(max=self.bins - 1)
+        n, s, r = (
+            torch.zeros(self.bins, dtype=torch.float64, device=sure.device).index_add(0, place, x)
+            for x in (torch.ones_like(sure), sure, right)
+        )
+        return [[k, a / k, b / k] for k, a, b in zip(n.tolist(), s.tolist(), r.tolist()) if k]

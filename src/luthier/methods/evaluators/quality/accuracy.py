@@ -1,0 +1,41 @@
+"""Held-out accuracy: what the model would say first is what stands there."""
+
+from typing import ClassVar
+
+from luthier.methods.evaluators._base import ByRow, batches, keep, paired
+from luthier.registry import evaluator
+
+
+@evaluator(wants="completions logprobs top")
+class Accuracy(ByRow):
+    """`accuracy`: share of completions whose every supervised token is the likeliest one given those before it, which is
+    greedy exact match (of a classifier: plain accuracy). `token_accuracy`: the same per token. For rows with better and
+    worse completions also `preference_accuracy`: share of rows whose best is likelier than their worst."""
+
+    asks: ClassVar[frozenset[str]] = frozenset({"first"})
+
+    def told(self, said, roles, rows, folder, when):
+        if not said:
+            return {}
+        out = {"accuracy": share(said), "token_accuracy": sum(s.first for s in said.values()) / sum(s.tokens for s in said.values())}
+        keep(folder, when, accuracy=exact(said))
+        better = {}
+        for batch in batches(roles, paired(rows), self.batch_size):
+            logprob, scores = batch.sums(roles.policy.logprobs(batch)), batch.column("scores")
+            for g, row in enumerate(batch.rows):
+                mine = (batch.group == g).nonzero().squeeze(1)
+                better[str(row["id"])] = float(logprob[mine[scores[mine].argmax()]] > logprob[mine[scores[mine].argmin()]])
+        if better:
+            keep(folder, when, preference_accuracy=better)
+            out["preference_accuracy"] = sum(better.values()) / len(better)
+        return out
+
+
+def exact(said):
+    """Row id -> 1 where every token is right."""
+    return {i: float(s.first == s.tokens) for i, s in said.items()}
+
+
+def share(said):
+    """Of rows whose every token is right."""
+    return sum(exact(said).values()) / len(said)

@@ -1,0 +1,73 @@
+"""A preference check-up: does the model rank pairs as people did, what became of both sides' likelihood, and is it about length?
+
+Of rows with better and worse completions, the best against the worst. Of the policy by itself, of the reference by itself,
+and of the implicit reward, which is the log-ratio of the two.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from luthier.methods.evaluators._base import Evaluator, batches, paired
+from luthier.methods.evaluators.representation.implicit_value import correlation
+from luthier.registry import evaluator
+from luthier.methods.objectives.preference._pairs import best_and_worst
+
+
+@evaluator(wants="pairs reference logprobs")
+class Preference(Evaluator):
+    """`ranking_accuracy` of log p, `reference_ranking_accuracy`, `reward_accuracy` and `reward_margin` (nats) of the log-ratio;
+    `chosen_drift` and `rejected_drift`, the log-ratio of each side: below 0 it became less likely; `length_correlation` of the
+    log-ratio with a completion's tokens, and `length_ratio`, tokens of what the log-ratio prefers over those of the chosen."""
+
+    batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
+
+    def run(self, roles, rows, folder, when):
+        own, other = (totals(who, roles, paired(rows), self.batch_size) for who in (roles.policy, roles.reference))
+        return checkup(own, other) if own is not None and other is not None else {}
+
+
+@dataclass
+class Totals:
+    """What a model says of pairs: [G] each."""
+
+    chosen: Tensor  # log p, summed
+    rejected: Tensor
+    chosen_tokens: Tensor
+    rejected_tokens: Tensor
+
+
+@torch.no_grad()
+def totals(who, roles, rows: list[dict], size: int | None = None) -> Totals | None:
+    """The best and the worst completion of each row, as a role reads them; None where no row tells two apart."""
+    found = []
+    for batch in batches(roles, rows, size):
+        logp = batch.sums(who.logprobs(batch).double())
+        best, worst = best_and_worst(batch)
+        found.append(torch.stack([logp[best], logp[worst], batch.lengths[best].double(), batch.lengths[worst].double()]).cpu())
+    return Totals(*torch.cat(found, 1)) if found else None
+
+
+def ranked(better: Tensor, worse: Tensor) -> float:
+    """Share of rows in the right order; equals count a half."""
+    return float(((better > worse).double() + 0.5 * (better == worse).double()).mean())
+
+
+def checkup(own: Totals, other: Totals) -> dict[str, float]:
+    """The policy's and the reference's totals on the same rows -> numbers."""
+    chosen, rejected = own.chosen - other.chosen, own.rejected - other.rejected
+    preferred = torch.where(chosen >= rejected, own.chosen_tokens, own.rejected_tokens)
+    found = {
+        "ranking_accuracy": ranked(own.chosen, own.rejected),
+        "reference_ranking_accuracy": ranked(other.chosen, other.rejected),
+        "reward_accuracy": ranked(chosen, rejected),
+        "reward_margin": float((chosen - rejected).mean()),
+        "chosen_drift": float(chosen.mean()),
+        "rejected_drift": float(rejected.mean()),
+        "length_ratio": float(preferred.sum() / own.chosen_tokens.sum()),
+    }
+    about = correlation(torch.cat([chosen, rejected]), torch.cat([own.chosen_tokens, own.rejected_tokens]))
+    return found if about is None else {**found, "length_correlation": about}

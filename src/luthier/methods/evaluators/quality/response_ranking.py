@@ -1,0 +1,26 @@
+"""Is an answer likelier after its own question than after another's? What a model knows of following before it is tuned to."""
+
+import torch
+
+from luthier.methods.evaluators._base import Evaluator, batches, liked
+from luthier.registry import evaluator
+
+
+@evaluator(paper="arXiv:2409.14254", row="implicit-instruction-tuning", wants="completions logprobs")
+class ResponseRanking(Evaluator):
+    """`response_ranking`: share of rows whose best completion is likelier, by the mean of its tokens, than that of another row
+    (the next one) after the same prompt; a half is chance. Rows of plain text or of turns, all of one kind."""
+
+    batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
+
+    def run(self, roles, rows, folder, when):
+        rows = [r for r in liked(rows) if r["prompt"]]
+        others = [r["completions"][0] for r in (*rows[1:], *rows[:1])]
+        asked = [{**r, "completions": [r["completions"][0], o]} for r, o in zip(rows, others, strict=True) if r["completions"][0] != o]
+        if len(asked) < 2:
+            return {}
+        won = []
+        for batch in batches(roles, asked, self.batch_size):
+            own, other = batch.means(roles.policy.logprobs(batch)).view(-1, 2).unbind(1)
+            won.append((own > other).float() + 0.5 * (own == other).float())
+        return {"response_ranking": float(torch.cat(won).mean())}

@@ -1,0 +1,24 @@
+"""How well a reward model ranks held-out pairs."""
+
+import torch
+
+from luthier.methods.evaluators._base import Evaluator, batches, paired
+from luthier.registry import evaluator
+from luthier.methods.objectives.preference._pairs import best_and_worst
+
+
+@evaluator(wants="pairs values")
+class Reward(Evaluator):
+    """`reward_accuracy`: share of rows whose best completion is worth more than their worst; `reward_margin`: by how much."""
+
+    batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
+
+    def run(self, roles, rows, folder, when):
+        gaps = []
+        for batch in batches(roles, paired(rows), self.batch_size):
+            rewards, (best, worst) = batch.last(roles.policy.outputs(batch).values), best_and_worst(batch)
+            gaps.append(rewards[best] - rewards[worst])
+        if not gaps:
+            return {}
+        gap = torch.cat(gaps)
+        return {"reward_accuracy": float((gap > 0).float().mean()), "reward_margin": float(gap.mean())}

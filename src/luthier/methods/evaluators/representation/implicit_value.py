@@ -1,0 +1,33 @@
+"""Are a model's logits values? Their log-sum-exp is to rise with what a completion will be worth."""
+
+import torch
+from torch import Tensor
+
+from luthier.methods.evaluators._base import Evaluator, batches
+from luthier.registry import evaluator
+
+
+@evaluator(paper="arXiv:2507.00018", row="sft-dpo-bridge", wants="completions scores top")
+class ImplicitValue(Evaluator):
+    """`value_correlation`: of a completion's score with V, the log-sum-exp of the logits, meaned over its tokens;
+    `value_correlation_last`: with V at its last token. Of completions with scores, over all rows."""
+
+    batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
+
+    def run(self, roles, rows, folder, when):
+        means, lasts, scores = [], [], []
+        for batch in batches(roles, rows, self.batch_size):
+            v = roles.policy.outputs(batch).apply(lambda z: z.logsumexp(-1))
+            means.append(batch.means(v))
+            lasts.append(batch.last(v))
+            scores.append(batch.column("scores"))
+        told = {"value_correlation": means, "value_correlation_last": lasts}
+        found = {name: correlation(torch.cat(values), torch.cat(scores)) for name, values in told.items() if values}
+        return {name: value for name, value in found.items() if value is not None}
+
+
+def correlation(x: Tensor, y: Tensor) -> float | None:
+    """Pearson's; None where one of them does not vary."""
+    x, y = (v.double() - v.double().mean() for v in (x, y))
+    size = x.norm() * y.norm()
+    return float((x @ y) / size) if len(x) > 1 and size > 1e-12 else None

@@ -1,0 +1,84 @@
+"""Intruder dimensions: main directions of a tuned matrix that the untuned one does not have.
+
+Of each matrix inside the layers, the first k left singular vectors after tuning are held against all of those before: one
+whose largest cosine is below `epsilon` is an intruder. Low-rank tuning is said to bring them where full tuning to the same loss
+does not. Weights that move themselves are kept in the run folder until the end.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from luthier.methods.evaluators._base import Evaluator
+from luthier.registry import evaluator
+from luthier.model.anatomy import layer_of
+
+
+@evaluator(paper="arXiv:2410.21228", row="intruder-dimensions", wants="merge")
+class Intruders(Evaluator):
+    """`intruders`: how many a matrix has on average; `change_rank`: the mean effective rank of what was added to it."""
+
+    k: Annotated[int, Field(gt=0)] = 10  # how many of a matrix's first singular vectors are looked at
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.5  # a direction less like every old one than this (cosine) is an intruder
+
+    def run(self, roles, rows, folder, when):
+        attached, kept = roles.policy.attached, Path(folder) / "before-tuning.safetensors"
+        now = matrices(roles.policy.model)
+        if when != "after":
+            if when == "before":
+                save_file({name: p.detach().contiguous() for name, p in now.items() if p.requires_grad}, str(kept))
+            return {}
+        before = {name: p.detach().clone() for name, p in now.items() if not p.requires_grad}
+        before |= load_file(str(kept), device=str(roles.policy.model.device))
+        with attached.merged() as model:
+            after = matrices(model)
+            changed = {name: p for name, p in after.items() if not torch.equal(p, before[name])}
+            turned = {n for n, m in model.named_modules() if isinstance(m, Conv1D)}  # [in, out]
+            counts = []
+            for n, p in changed.items():
+                w0, w1 = (before[n].T, p.T) if n.rpartition(".")[0] in turned else (before[n], p)
+                counts.append(sum(m < self.epsilon for m in likeness(w0, w1, self.k)))
+            ranks = [effective_rank(p.float() - before[n].float()) for n, p in changed.items()]
+        kept.unlink()
+        return {"intruders": sum(counts) / len(counts), "change_rank": sum(ranks) / len(ranks)} if counts else {"intruders": 0.0}
+
+
+def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The network's own matrices inside its layers, by name; what an adapter brings beside them is left out."""
+    wrapped = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+
+    def own(name: str) -> bool:
+        over = [w for w in wrapped if name.startswith(f"{w}.")]
+        return all(name.startswith(f"{w}.base_layer.") for w in over)
+
+    return {name: p for name, p in model.named_parameters() if p.dim() == 2 and layer_of(name) and own(name)}
+
+
+@torch.no_grad()
+def likeness(before: Tensor, after: Tensor, k: int = 10) -> list[float]:
+    """Of the first k left singular vectors of `after` [rows, columns], the largest |cosine| with any of `before`'s."""
+    old = torch.linalg.svd(before.float(), full_matrices=False).U
+    new = torch.linalg.svd(after.float(), full_matrices=False).U[:, :k]
+    return (old.T @ new).abs().amax(0).tolist()
+
+
+@torch.no_grad()
+def effective_rank(change: Tensor) -> float:
+    """exp of the entropy of the singular values as shares (Roy and Vetterli, 2007)."""
+    s = torch.linalg.svdvals(change.double())
+    p = (s / s.sum()).clamp(min=1e-12)
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+@torch.no_grad()
+def scaled(weight: Tensor, j: int, factor: float) -> Tensor:
+    """The matrix with its j-th singular value times `factor`: 1 leaves it, 0 takes this direction out."""
+    u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+    return weight + ((factor - 1) * s[j] * torch.outer(u[:, j], v[j])).to(weight.dtype)

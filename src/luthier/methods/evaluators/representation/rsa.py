@@ -1,0 +1,74 @@
+"""How much tuning changed each layer's picture of the rows: representational similarity analysis, before against after.
+
+Of every layer, the mean hidden state of each row is compared with that of every other row by cosine; the correlation of these
+comparisons between the untuned and the tuned model is 1 where the layer sees the rows' likenesses as it did. The pictures taken before are kept
+in the run folder. Telly's study finds that only the top two layers change much.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from luthier.methods.evaluators._base import Evaluator, liked
+from luthier.registry import evaluator
+from luthier.model.anatomy import layer_of
+
+
+@evaluator(paper="arXiv:2304.05216", row="telly-k", wants="completions logprobs")
+class RSA(Evaluator):
+    """`rsa/N` of layer N counted from the input, and their mean `rsa`: 1 at the start."""
+
+    n: Annotated[int, Field(ge=3)] = 48  # rows
+
+    def run(self, roles, rows, folder, when):
+        kept, now = Path(folder) / "rsa.safetensors", pictures(roles, liked(rows)[: self.n])
+        if not kept.is_file():
+            save_file(now, str(kept))
+        then = load_file(str(kept))
+        said = {f"rsa/{k}": correlation(then[k], v) for k, v in now.items() if then[k].shape == v.shape and len(v) > 1}
+        return {**said, "rsa": sum(said.values()) / len(said)} if said else {}
+
+
+def pictures(roles, rows: list[dict]) -> dict[str, Tensor]:
+    """Layer number -> [pairs] the cosine of each pair of rows."""
+    layers: dict[tuple, torch.nn.Module] = {}
+    for name, module in roles.policy.model.named_modules():
+        place = layer_of(f"{name}.")
+        if place and name == f"{place[0]}.{place[1]}":
+            layers[place] = module
+    means: dict[tuple, list[Tensor]] = {place: [] for place in layers}
+
+    def see(place: tuple):
+        def hook(module, args, y) -> None:
+            h = y[0] if isinstance(y, tuple) else y
+            means[place].append(h.detach().float().flatten(0, -2).mean(0).cpu())
+
+        return hook
+
+    hooks = [m.register_forward_hook(see(place)) for place, m in layers.items()]
+    try:
+        with torch.no_grad():
+            for row in rows:  # one at a time: a hidden state is of this row
+                roles.policy.logprobs(roles.batch([row]))
+    finally:
+        for h in hooks:
+            h.remove()
+    return {str(i): cosines(torch.stack(h)) for i, h in enumerate(means.values()) if len(h) == len(rows) and h}
+
+
+def cosines(h: Tensor) -> Tensor:
+    """[n, d] -> [n (n - 1) / 2] the cosine of every two rows."""
+    h = h / h.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    one, other = torch.triu_indices(len(h), len(h), 1)
+    return (h @ h.T)[one, other].contiguous()
+
+
+def correlation(a: Tensor, b: Tensor) -> float:
+    """Pearson's."""
+    return float(torch.corrcoef(torch.stack([a.double(), b.double()]))[0, 1].clamp(-1, 1))

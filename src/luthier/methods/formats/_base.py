@@ -1,0 +1,322 @@
+"""What the row formats share: how a file's columns are recognised, and how text, turns and tools are read.
+
+A format turns one raw row (a dict as the file has it) into the one row shape of the house:
+
+    {"id", "prompt": str | [message], "completions": [str | [message]], "scores": [float], "tools", "label", ...}
+
+Preference pairs score [1.0, 0.0], unpaired rows [1.0] or [-1.0], ranked lists what was given. Columns that the format
+does not read are kept under their own names. A row that cannot be read raises BadRow with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, ClassVar
+
+from luthier.registry import family, find, names
+
+ROLES = {
+    "system": "system",
+    "developer": "developer",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "function_call": "function_call",
+    "tool_call": "function_call",
+    "tool": "tool",
+    "tool_response": "tool",
+    "observation": "tool",
+    "function": "tool",
+    "ipython": "tool",
+}
+TURN = ("tool_call_id", "name", "reasoning_content")  # what a message may carry beside its text and how it is learned
+TRUTH = {
+    "true": True,
+    "yes": True,
+    "1": True,
+    "good": True,
+    "false": False,
+    "no": False,
+    "0": False,
+    "bad": False,
+    "-1": False,
+}
+
+
+class BadRow(ValueError):
+    """A row that cannot be used. The message is the reason, in a short sentence."""
+
+
+@family
+class Format:
+    """One public row shape. `columns` lists the sets of columns that make it out, each as words."""
+
+    columns: ClassVar[tuple[str, ...]] = ()
+    optional: ClassVar[str] = ""  # columns read where they are there
+    generic: ClassVar[bool] = False  # its columns also occur in richer shapes: yields to another format that fits
+
+    chat: bool = False  # a prompt of plain text becomes a user's turn, so that it goes through the chat template
+
+    @classmethod
+    def fit(cls, seen: Iterable[str]) -> int:
+        """How many of the columns seen make this shape out; 0 where it does not match."""
+        seen = set(seen)
+        return max((len(shape.split()) for shape in cls.columns if seen.issuperset(shape.split())), default=0)
+
+    @classmethod
+    def matches(cls, columns: Iterable[str]) -> bool:
+        """Whether rows with these columns can be read."""
+        return cls.fit(columns) > 0
+
+    def reads(self, raw: dict) -> bool:
+        """Whether a row is a good one of this format."""
+        try:
+            return bool(self.row(raw))
+        except BadRow:
+            return False
+
+    def row(self, raw: dict) -> dict:
+        """The house's row: what `read` makes of it, and every column that was not read. Raises BadRow."""
+        used = {*" ".join(self.columns).split(), *self.optional.split()}
+        read = {k: v for k, v in self.read(raw).items() if v is not None}
+        if self.chat and isinstance(read["prompt"], str) and read["prompt"]:
+            read["prompt"] = [{"role": "user", "content": read["prompt"]}]
+            read |= {"completions": [spoken(c) for c in read["completions"]]} if "completions" in read else {}
+        # A column that the house means otherwise must not pass for ours.
+        kept = {f"raw_{k}" if k in ("completions", "scores") else k: v for k, v in raw.items() if k not in used}
+        return {**kept, **read}
+
+    def read(self, raw: dict) -> dict:
+        """prompt, completions, ... from the format's own columns. Raises BadRow."""
+        raise NotImplementedError
+
+
+def kind_of(value: Any) -> str:
+    """A value's type, in words."""
+    kinds = {bool: "true/false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return "missing" if value is None else kinds.get(type(value), type(value).__name__)
+
+
+def text(raw: dict, name: str, empty: bool = False) -> str:
+    """The text in a column. Raises BadRow where it is missing, of another type, or blank (`empty`: "" is allowed)."""
+    value = raw.get(name)
+    if value is None and empty:
+        return ""
+    if not isinstance(value, str):
+        raise BadRow(f"{name} is missing" if value is None else f"{name} is {kind_of(value)}, not text")
+    if not value.strip() and not (empty and not value):
+        raise BadRow(f"{name} is {'only white space' if value else 'empty'}")
+    return value
+
+
+def opened(value: Any, name: str) -> Any:
+    """A list or object that a csv or parquet cell holds as JSON text; anything else as it is."""
+    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise BadRow(f"{name} looks like JSON but cannot be read") from None
+    return value
+
+
+def truth(raw: dict, name: str) -> bool:
+    """A good/bad mark: true/false, 1/0, or those as text."""
+    value = raw.get(name)
+    if value is None or str(value).lower().removesuffix(".0") not in TRUTH:
+        raise BadRow(f"{name} is missing" if value is None else f"{name} is {value!r}, not true or false")
+    return TRUTH[str(value).lower().removesuffix(".0")]
+
+
+def plain(value: Any, name: str, words: tuple[str, str] = ("true", "false")) -> str:
+    """A label or short answer as text: 51.0 -> '51', true -> words[0]."""
+    if isinstance(value, bool):
+        return words[0] if value else words[1]
+    if isinstance(value, (int, float)):
+        if value != value or value in (float("inf"), float("-inf")):
+            raise BadRow(f"{name} is not a finite number")
+        return str(int(value)) if value == int(value) else str(value)
+    return text({name: value}, name)
+
+
+def numbers(value: Any, name: str) -> list[float]:
+    """A list of finite numbers."""
+    value = opened(value, name)
+    if not isinstance(value, list) or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
+        raise BadRow(f"{name} is not a list of numbers")
+    if not all(abs(v) <= sys.float_info.max for v in value):
+        raise BadRow(f"{name} holds a number that is not finite")
+    return [float(v) for v in value]
+
+
+# ---------------------------------------------------------------------------------------------- turns and tools
+
+
+def calls(value: Any, name: str) -> list[dict]:
+    """Tool calls as chat templates take them: [{"type": "function", "function": {"name", "arguments": {...}}}]."""
+    value = opened(value, name)
+    read = []
+    for call in value if isinstance(value, list) else [value]:
+        call = opened(call, name)
+        inner = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            raise BadRow(f"{name} holds a tool call without a name")
+        arguments = opened(inner.get("arguments", {}), name)
+        kept = {k: call[k] for k in ("id",) if call.get(k) is not None}
+        read.append({"type": "function", **kept, "function": {"name": inner["name"], "arguments": arguments}})
+    return read
+
+
+def tools(raw: dict) -> list[dict] | None:
+    """The `tools` column as chat templates take it; bare declarations are wrapped as functions."""
+    value = opened(raw.get("tools"), "tools")
+    if value in (None, "", []):
+        return None
+    value = [opened(t, "tools") for t in (value if isinstance(value, list) else [value])]
+    if not all(isinstance(t, dict) for t in value):
+        raise BadRow("tools is not a list of declarations")
+    return [t if "function" in t else {"type": "function", "function": t} for t in value]
+
+
+def messages(value: Any, name: str) -> list[dict]:
+    """Turns as [{"role", "content", ...}], from role/content or from/value. Raises BadRow naming the turn."""
+    value = opened(value, name)
+    value = [value] if isinstance(value, dict) else value
+    if not isinstance(value, list) or not value:
+        raise BadRow(f"{name} is missing" if value is None else f"{name} is not a list of messages with a turn in it")
+    return [message(turn, f"turn {i} of {name}") for i, turn in enumerate(value, 1)]
+
+
+def message(turn: Any, where: str) -> dict:
+    """One turn, checked."""
+    if not isinstance(turn, dict):
+        raise BadRow(f"{where} is {kind_of(turn)}, not a message")
+    said, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    role = ROLES.get(said) if isinstance(said, str) else None
+    if role is None:
+        raise BadRow(f"{where} has no role" if said is None else f"{where} has the unknown role {said!r}")
+    read = {k: turn[k] for k in TURN if turn.get(k) is not None} | learning(turn, where)
+    asked = turn.get("tool_calls") or (content if role == "function_call" else None)
+    if asked:
+        content = "" if role == "function_call" else content or ""
+        read["tool_calls"] = calls(asked, where)
+    elif isinstance(content, (dict, list)) and role == "tool":
+        content = json.dumps(content, ensure_ascii=False)
+    elif isinstance(content, list) and content and all(isinstance(p, dict) and "type" in p for p in content):
+        pass  # parts (text, image, audio): the template and the architecture read them
+    elif not isinstance(content, str):
+        raise BadRow(f"{where} has no content" if content is None else f"{where} is {kind_of(content)}, not text")
+    elif not content.strip() and role != "tool" and not read.get("reasoning_content"):
+        raise BadRow(f"{where} ({role}) is {'only white space' if content else 'empty'}")
+    return {"role": "assistant" if role == "function_call" else role, "content": content, **read}
+
+
+def learning(turn: dict, where: str) -> dict:
+    """Whether a turn is learned (`loss`, axolotl's `train`) and how much it counts (`loss_scale`, OpenAI's `weight`)."""
+    said = {}
+    for name in ("loss", "train"):
+        if turn.get(name) is not None:
+            said["loss"] = truth(turn, name)
+    for name in ("loss_scale", "weight"):
+        if turn.get(name) is not None:
+            said["loss_scale"] = numbers([turn[name]], f"{name} of {where}")[0]
+            if said["loss_scale"] < 0:
+                raise BadRow(f"{name} of {where} is below 0")
+    return said
+
+
+def conversation(turns: list[dict], name: str, assistant_only: bool) -> tuple[list[dict], list[dict]]:
+    """Turns -> prompt and rest. Where a turn before the first reply is to be learned too, there is no prompt but the empty one."""
+    if not assistant_only:
+        turns = [{**t, "loss": t.get("loss", True)} for t in turns]
+    prompt, rest = first_reply(turns, name)
+    return ([], turns if not assistant_only else prompt + rest) if any(t.get("loss") for t in prompt) else (prompt, rest)
+
+
+def first_reply(turns: list[dict], name: str) -> tuple[list[dict], list[dict]]:
+    """Turns -> what comes before the first assistant turn, and the rest up to the last one."""
+    return cut(turns, min(replies(turns, name)), name)
+
+
+def last_reply(turns: list[dict], name: str) -> tuple[list[dict], list[dict]]:
+    """Turns -> what comes before the last assistant turn, and that turn."""
+    return cut(turns, max(replies(turns, name)), name)
+
+
+def replies(turns: list[dict], name: str) -> list[int]:
+    """Where the assistant speaks."""
+    places = [i for i, t in enumerate(turns) if t["role"] == "assistant"]
+    if not places:
+        raise BadRow(f"{name} has no assistant turn to learn (to sample answers, call the column prompt)")
+    return places
+
+
+def cut(turns: list[dict], place: int, name: str) -> tuple[list[dict], list[dict]]:
+    """Turns cut at a place; what follows the last assistant turn teaches nothing and is dropped."""
+    if place == 0:
+        raise BadRow(f"{name} begins with the assistant: nothing comes before it")
+    return turns[:place], turns[place : max(replies(turns, name)) + 1]
+
+
+def side(value: Any, name: str) -> str | list[dict]:
+    """A prompt or a completion: text, or turns where the column holds a list or an object."""
+    if isinstance(value, str) and re.match(r'\s*\[\s*\{\s*"(role|from|content|value)"', value):
+        value = opened(value, name)
+    return messages(value, name) if isinstance(value, (list, dict)) else text({name: value}, name)
+
+
+def spoken(value: str | list[dict]) -> list[dict]:
+    """A completion as turns: text is what the assistant says."""
+    return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
+
+
+def alike(prompt: str | list[dict], *completions: str | list[dict]) -> tuple[Any, list]:
+    """Prompt and completions all as text, or all as turns; a completion that repeats the prompt's turns loses them."""
+    if isinstance(prompt, str) and all(isinstance(c, str) for c in completions):
+        return prompt, list(completions)
+    prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    told = [spoken(c) for c in completions]
+    told = [c[len(prompt) :] if c[: len(prompt)] == prompt else c for c in told]
+    if not all(any(t["role"] == "assistant" for t in c) for c in told):
+        raise BadRow("a completion has no assistant turn to learn")
+    return prompt, told
+
+
+def instruction(raw: dict) -> list[dict]:
+    """Alpaca's instruction and input as one user turn, after the system text and the history."""
+    asked = text(raw, "instruction")
+    given = raw.get("input") or ""
+    more = "" if isinstance(given, str) and not given.strip() else text(raw, "input")
+    asked = f"{asked}\n\n{more}" if more else asked
+    system, history = raw.get("system") or "", opened(raw.get("history"), "history") or []
+    if not isinstance(history, list) or not all(isinstance(h, (list, tuple)) and len(h) == 2 for h in history):
+        raise BadRow("history is not a list of [question, answer] pairs")
+    turns = [{"role": "system", "content": text(raw, "system")}] if system else []
+    for question, answer in history:
+        turns += [{"role": "user", "content": text({"history": question}, "history")}]
+        turns += [{"role": "assistant", "content": text({"history": answer}, "history")}]
+    return [*turns, {"role": "user", "content": asked}]
+
+
+def fitting(columns: Iterable[str]) -> list[type[Format]]:
+    """The formats that these columns make out, the most telling first."""
+    found = [c for c in map(format_class, names("format")) if c.matches(columns)]
+    return sorted(found, key=lambda c: telling(c, columns), reverse=True)
+
+
+def telling(cls: type[Format], columns: Iterable[str]) -> tuple[int, bool]:
+    """More columns say more; of equally many, those that only one shape has."""
+    return cls.fit(columns), not cls.generic
+
+
+@cache
+def format_class(name: str) -> type[Format]:
+    """A format's class."""
+    return find("format", name)

@@ -1,0 +1,26 @@
+"""ShareGPT conversations: from/value turns by human, gpt, system, function_call, observation or tool."""
+
+from luthier.methods.formats._base import BadRow, Format, conversation, messages, text, tools
+from luthier.registry import row_format
+
+
+@row_format(gives="completions")
+class ShareGPT(Format):
+    """{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}], "system", "tools"}.
+
+    A function_call becomes an assistant turn with tool calls; an observation a tool turn.
+    """
+
+    columns = ("conversations",)
+    assistant_only_loss: bool = True  # false: the turns of users, systems and tools are learned too, but for those with "loss": false
+
+    optional = "tools system"
+
+    def read(self, raw):
+        turns = messages(raw.get("conversations"), "conversations")
+        if raw.get("system"):
+            if turns[0]["role"] == "system":
+                raise BadRow("there are two system texts: the system column and the first turn")
+            turns = [{"role": "system", "content": text(raw, "system")}, *turns]
+        prompt, rest = conversation(turns, "conversations", self.assistant_only_loss)
+        return {"prompt": prompt, "completions": [rest], "tools": tools(raw)}

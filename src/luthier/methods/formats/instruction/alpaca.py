@@ -1,0 +1,19 @@
+"""Alpaca rows: an instruction, perhaps an input, and the output to learn; perhaps a system text and a history."""
+
+from luthier.methods.formats._base import Format, alike, instruction, text
+from luthier.registry import row_format
+
+
+@row_format(gives="completions")
+class Alpaca(Format):
+    """{"instruction": "Add.", "input": "2 and 2", "output": "4", "system": "...", "history": [["Hi", "Hello"]]}.
+
+    Always read as a conversation, so that training and serving go through the chat template.
+    """
+
+    columns = ("instruction output",)
+    optional = "input system history"
+
+    def read(self, raw):
+        prompt, completions = alike(instruction(raw), text(raw, "output"))
+        return {"prompt": prompt, "completions": completions}

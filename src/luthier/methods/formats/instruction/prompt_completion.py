@@ -1,0 +1,17 @@
+"""A prompt and the completion to learn, as text or as messages."""
+
+from luthier.methods.formats._base import Format, alike, side, tools
+from luthier.registry import row_format
+
+
+@row_format(gives="completions")
+class PromptCompletion(Format):
+    """{"prompt": "2+2=", "completion": " 4"}; an empty prompt is allowed. Nothing is put between the two."""
+
+    columns = ("prompt completion",)
+    optional = "tools"
+
+    def read(self, raw):
+        prompt = "" if raw.get("prompt") == "" else side(raw.get("prompt"), "prompt")
+        prompt, completions = alike(prompt, side(raw.get("completion"), "completion"))
+        return {"prompt": prompt, "completions": completions, "tools": tools(raw)}

@@ -1,0 +1,28 @@
+"""A question and its answer, worked out or short: to learn, and to check sampled answers against."""
+
+from luthier.methods.formats._base import BadRow, Format, opened, plain, text
+from luthier.registry import row_format
+
+
+@row_format(gives="completions")
+class QuestionAnswer(Format):
+    r"""{"question": "...", "answer": "48/2 = 24 ...\n#### 24"}, as GSM8K writes them; a passage or context comes first.
+
+    The prompt ends with a line break, so that the answer begins on its own line (not with `chat: true`).
+    The completion is the whole answer; `answer` becomes what follows the last ####, or the answer itself. Of a list of
+    answers the first is learned, all are kept in `answers`. To sample instead: columns: {prompt: question}.
+    """
+
+    columns = ("question answer",)
+    optional = "passage context"
+
+    def read(self, raw):
+        before = [text(raw, name) for name in ("passage", "context") if raw.get(name)]
+        given = opened(raw.get("answer"), "answer")
+        several = given if isinstance(given, list) else None
+        if several == [] or isinstance(given, dict):
+            raise BadRow("answer is empty" if several == [] else "answer is an object, not text")
+        said = plain(several[0] if several else given, "answer", ("yes", "no"))
+        final = said.rsplit("####", 1)[-1].strip() if "####" in said else said
+        prompt = "\n\n".join([*before, text(raw, "question")]) + ("" if self.chat else "\n")
+        return {"prompt": prompt, "completions": [said], "answer": final, "answers": several}

@@ -1,0 +1,37 @@
+"""Unpaired feedback: a completion, and whether it was good (KTO)."""
+
+from luthier.methods.formats._base import Format, alike, instruction, last_reply, messages, side, text, tools, truth
+from luthier.registry import row_format
+
+
+@row_format(gives="unpaired")
+class Unpaired(Format):
+    """{"prompt": "Hi", "completion": "Hello!", "label": true}; also messages and label, and LLaMA-Factory's kto_tag.
+
+    In a conversation the label judges the last assistant turn.
+    """
+
+    columns = (
+        "prompt completion label",
+        "prompt completion kto_tag",
+        "messages label",
+        "messages kto_tag",
+        "conversations label",
+        "conversations kto_tag",
+        "instruction output label",
+        "instruction output kto_tag",
+    )
+    optional = "tools input system history"
+
+    def read(self, raw):
+        good = truth(raw, "kto_tag" if raw.get("kto_tag") is not None else "label")
+        turns = next((name for name in ("messages", "conversations") if raw.get(name) is not None), None)
+        if turns:
+            prompt, completion = last_reply(messages(raw[turns], turns), turns)
+        elif raw.get("instruction") is not None:
+            prompt, completion = instruction(raw), text(raw, "output")
+        else:
+            prompt, completion = side(raw.get("prompt"), "prompt"), side(raw.get("completion"), "completion")
+        prompt, completions = alike(prompt, completion)
+        score = 1.0 if good else -1.0
+        return {"prompt": prompt, "completions": completions, "scores": [score], "label": good, "tools": tools(raw)}

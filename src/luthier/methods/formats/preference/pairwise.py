@@ -1,0 +1,24 @@
+"""Two outputs and how far the second is preferred, from 1 (the first is better) to 2 (the second is)."""
+
+from luthier.methods.formats._base import BadRow, Format, alike, instruction, numbers, side, text
+from luthier.registry import row_format
+
+
+@row_format(gives="pairs")
+class Pairwise(Format):
+    """{"instruction": "...", "output_1": "...", "output_2": "...", "preference": 1.3}, as AlpacaEval writes them.
+
+    The better one comes first; the scores are the shares of the preference, here [0.7, 0.3].
+    """
+
+    columns = ("instruction output_1 output_2 preference", "prompt output_1 output_2 preference")
+    optional = "input system history"
+
+    def read(self, raw):
+        asked = instruction(raw) if "instruction" in raw else side(raw.get("prompt"), "prompt")
+        second = numbers([raw.get("preference")], "preference")[0] - 1
+        if not 0 <= second <= 1 or second == 0.5:
+            raise BadRow("preference is a tie" if second == 0.5 else "preference is not between 1 and 2")
+        pair = sorted(((1 - second, text(raw, "output_1")), (second, text(raw, "output_2"))), key=lambda p: -p[0])
+        prompt, completions = alike(asked, *(c for _, c in pair))
+        return {"prompt": prompt, "completions": completions, "scores": [s for s, _ in pair]}

@@ -1,0 +1,60 @@
+"""Preference pairs: a chosen and a rejected completion of one prompt, which may be implied by what they share."""
+
+from luthier.methods.formats._base import BadRow, Format, alike, instruction, messages, side, tools
+from luthier.registry import row_format
+
+MARK = "\n\nAssistant:"  # where a reply begins in transcripts such as HH-RLHF
+
+
+@row_format(gives="pairs")
+class Preference(Format):
+    """{"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}, as text or as messages.
+
+    Without a prompt column, the prompt is the turns that both begin with; of two texts, what both begin with up to
+    the last reply mark or word.
+    """
+
+    columns = (
+        "chosen rejected",
+        "prompt chosen rejected",
+        "question chosen rejected",
+        "messages chosen rejected",
+        "conversations chosen rejected",
+        "instruction chosen rejected",
+    )
+    optional = "tools input system history"
+
+    def read(self, raw):
+        chosen, rejected = side(raw.get("chosen"), "chosen"), side(raw.get("rejected"), "rejected")
+        if chosen == rejected:
+            raise BadRow("chosen and rejected are the same")
+        readers = {
+            "prompt": side,
+            "question": side,
+            "messages": messages,
+            "conversations": messages,
+            "instruction": lambda value, name: instruction(raw),
+        }
+        told = [read(raw[name], name) for name, read in readers.items() if raw.get(name) is not None]
+        whole = isinstance(chosen, list) and isinstance(rejected, list) and chosen[0] == rejected[0] and len(chosen) > 1
+        prompt, pair = shared(chosen, rejected) if whole or not told else alike(told[0], chosen, rejected)
+        if raw.get("system") and "instruction" not in raw:
+            prompt, pair = alike(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}], *pair)
+            prompt = [{"role": "system", "content": side(raw["system"], "system")}, *prompt]
+        return {"prompt": prompt, "completions": pair, "scores": [1.0, 0.0], "tools": tools(raw)}
+
+
+def shared(chosen, rejected):
+    """The prompt that two completions imply, and what is left of them."""
+    if type(chosen) is not type(rejected):
+        raise BadRow("chosen and rejected are not of one type, and there is no prompt")
+    n = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
+    if isinstance(chosen, str):
+        head = chosen[:n]
+        mark = head.rfind(MARK)
+        n = mark + len(MARK) if mark >= 0 else max(head.rfind(" "), head.rfind("\n"), 0)
+    if n == 0:
+        raise BadRow("there is no prompt, and chosen and rejected share no beginning")
+    if not chosen[n:] or not rejected[n:]:
+        raise BadRow("one of chosen and rejected is the beginning of the other, and there is no prompt")
+    return alike(chosen[:n], chosen[n:], rejected[n:])

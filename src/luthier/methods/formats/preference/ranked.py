@@ -1,0 +1,22 @@
+"""Several completions of one prompt, each with a score."""
+
+from luthier.methods.formats._base import BadRow, Format, alike, numbers, opened, side, tools
+from luthier.registry import row_format
+
+
+@row_format(gives="ranked")
+class Ranked(Format):
+    """{"prompt": "Hi", "completions": ["Hello!", "What?"], "scores": [0.9, 0.2]}; higher is better."""
+
+    columns = ("prompt completions scores",)
+    optional = "tools"
+
+    def read(self, raw):
+        given, scores = opened(raw.get("completions"), "completions"), numbers(raw.get("scores"), "scores")
+        if not isinstance(given, list) or not given:
+            raise BadRow("completions is not a list of completions")
+        if len(given) != len(scores):
+            raise BadRow(f"there are {len(given)} completions but {len(scores)} scores")
+        prompt = "" if raw.get("prompt") == "" else side(raw.get("prompt"), "prompt")
+        prompt, completions = alike(prompt, *(side(c, "completions") for c in given))
+        return {"prompt": prompt, "completions": completions, "scores": scores, "tools": tools(raw)}

@@ -1,0 +1,22 @@
+"""Two ways to go on from the same first steps, one better: preferences step by step."""
+
+from luthier.methods.formats._base import BadRow, Format, side, text
+from luthier.registry import row_format
+
+
+@row_format(gives="pairs")
+class StepPreference(Format):
+    """{"prompt": "2+2*3?", "prefix": "2*3=6\\n", "chosen": "2+6=8", "rejected": "2+6=9"}; prefix may be `initial_reason_steps`.
+
+    The prefix is read as the beginning of the reply, and not learned.
+    """
+
+    columns = ("prompt prefix chosen rejected", "prompt initial_reason_steps chosen rejected")
+
+    def read(self, raw):
+        name = "prefix" if raw.get("prefix") is not None else "initial_reason_steps"
+        chosen, rejected = text(raw, "chosen"), text(raw, "rejected")
+        if chosen == rejected:
+            raise BadRow("chosen and rejected are the same")
+        prompt = side(raw.get("prompt"), "prompt")
+        return {"prompt": prompt, "prefix": text(raw, name, empty=True), "completions": [chosen, rejected], "scores": [1.0, 0.0]}

@@ -1,0 +1,17 @@
+"""A prompt to sample answers to; an `answer` column, tests and the like are kept for the rewards."""
+
+from luthier.methods.formats._base import Format, side, tools
+from luthier.registry import row_format
+
+
+@row_format(gives="prompts")
+class Prompt(Format):
+    """{"prompt": "2+2=", "answer": "4"}, as text or as messages; also {"question": ...} alone. No completions."""
+
+    columns = ("prompt", "question")
+    optional = "tools"
+    generic = True
+
+    def read(self, raw):
+        name = "prompt" if raw.get("prompt") is not None else "question"
+        return {"prompt": side(raw.get(name), name), "tools": tools(raw)}

@@ -1,0 +1,15 @@
+"""Plain text to continue: every token is learned."""
+
+from luthier.methods.formats._base import Format, text
+from luthier.registry import row_format
+
+
+@row_format(gives="completions")
+class Text(Format):
+    """{"text": "Once upon a time ..."}. Rows longer than max_length are cut into consecutive pieces."""
+
+    columns = ("text",)
+    generic = True
+
+    def read(self, raw):
+        return {"prompt": "", "completions": [text(raw, "text")]}

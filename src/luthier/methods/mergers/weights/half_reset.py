@@ -1,0 +1,41 @@
+"""Half-reset: after full tuning, a random half of the weights goes back to what it was in the base model.
+
+HFT's observation that led to half tuning: much of what was forgotten returns. The half is drawn as tuner 'hft' draws its
+own. `start: {merge: half_reset, of: [runs/full]}`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from luthier.clock import Clock
+from luthier.methods.mergers._base import Merger
+from luthier.errors import RecipeError
+from luthier.registry import merger
+from luthier.model.anatomy import layer_of
+
+
+@merger(paper="arXiv:2404.18466", row="hft", wants="base", contract={"idempotent": "several runs are refused, and one is changed on purpose"})
+class HalfReset(Merger):
+    """One run in; about `ratio` of its layers' weights are the base's afterwards."""
+
+    ratio: Annotated[float, Field(gt=0, le=1)] = 0.5  # share of the layers' weights that is reset
+    selection_seed: int = 0  # of the draw of what is reset
+
+    def merge(self, several, base=None):
+        from luthier.methods.tuners.subset.hft import half
+
+        found = self.alike(several)
+        if len(several) != 1 or base is None:
+            raise RecipeError(f"merger 'half_reset' takes one run, not {len(several)}, and the base it began with")
+        names = {n.removesuffix(".weight"): n for n in found}  # parameter -> its tensor's name
+        sizes = {n: several[0][k].numel() for n, k in names.items() if layer_of(n)}
+        reset = half(sizes, self.ratio, Clock(self.selection_seed).rng("half_reset"))
+        if not reset:
+            raise RecipeError(
+                "merger 'half_reset' finds no layers among what these runs moved: it is for runs of whole weights (full, hft)"
+            )
+        return {k: torch.as_tensor(base[k] if n in reset else several[0][k]).clone() for n, k in names.items()}

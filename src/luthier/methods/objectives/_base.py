@@ -1,0 +1,53 @@
+"""Toward what. An objective returns one number per unit; the loop averages over the units of the whole global batch,
+so accumulation, packing and data parallelism cannot change a result. Objectives add up: `dpo + 0.1*sft`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from luthier.model.batch import Batch
+from luthier.registry import family, wants_of
+
+
+@family
+class Objective:
+    """Family: `loss` gives one number per unit, never a mean."""
+
+    unit: ClassVar[str] = "token"  # token, sequence, group (row) or batch
+    flat: ClassVar[bool] = False  # on rows without `old`, is its value the same wherever the policy goes, and only its gradient tells?
+
+    def loss(self, roles: Any, batch: Batch) -> Tensor:
+        """[count(batch)] what each unit costs."""
+        raise NotImplementedError
+
+    def count(self, batch: Batch) -> int:
+        """How many units a batch holds; known before any forward."""
+        return batch.count(self.unit)
+
+    def divisor(self, batch: Batch) -> float:
+        """What the sum over all units of a global batch is divided by, this batch's share of it: how many there are, or
+        where they are weighted what they weigh together."""
+        return self.count(batch)
+
+    def terms(self) -> list[tuple[float, Objective]]:
+        """(weight, objective) of each term; a single objective is one term, unless its method is a sum itself."""
+        return [(1.0, self)]
+
+
+@dataclass(frozen=True)
+class Sum(Objective):
+    """Several objectives on one reading of the batch; each term keeps its own average."""
+
+    parts: tuple[tuple[float, Objective], ...] = ()
+
+    name: ClassVar[str] = "sum"
+
+    @property
+    def wants(self) -> frozenset[str]:
+        return frozenset().union(*(wants_of(o) for _, o in self.parts))
+
+    def terms(self) -> list[tuple[float, Objective]]:
+        return [(w * inner, term) for w, part in self.parts for inner, term in part.terms()]

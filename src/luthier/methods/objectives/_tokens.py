@@ -1,0 +1,34 @@
+"""Likelihoods token by token: what each supervised token costs, and how much it counts.
+
+Weights are a column of the rows, `token_weights`, a number for each learned token: stages write it (key_tokens, ...), and
+turns of a conversation that say a `loss_scale`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from luthier.model.batch import Batch
+from luthier.registry import family
+from luthier.methods.objectives._base import Objective
+
+
+@family
+class Tokens(Objective):
+    """Family: a method says what a token costs."""
+
+    normalize: Literal["tokens", "weights"] = "tokens"  # weighted tokens are divided by how many they are, or by what they weigh together
+
+    def cost(self, roles: Any, batch: Batch) -> Tensor:
+        """[T] of each supervised token, unweighted."""
+        raise NotImplementedError
+
+    def loss(self, roles, batch):
+        cost, weights = self.cost(roles, batch), batch.weights()
+        return cost if weights is None else weights * cost
+
+    def divisor(self, batch):
+        weights = batch.weights() if self.normalize == "weights" else None
+        return self.count(batch) if weights is None else float(weights.sum())

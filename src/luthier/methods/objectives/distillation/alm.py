@@ -1,0 +1,38 @@
+"""ALM: distillation from a teacher with another tokenizer, by how likely both find the same spans of text.
+
+The stage `teacher_spans` cuts completions where both tokenizations cut and keeps the teacher's log-probability of each span. Of a
+span as a yes-or-no event (this text, or any other) teacher and policy are compared by KL, on both outcomes. Departs from the
+paper: the prompt's spans are not learned, and no correction is made for spans that a longer token of the teacher would go beyond.
+"""
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from luthier.registry import Range, objective
+from luthier.methods.objectives._base import Objective
+
+
+@objective(paper="arXiv:2503.20083", wants="completions teacher_spans logprobs")
+class ALM(Objective):
+    """KL of yes-or-no events, p = P(span)^(1/temperature) of the teacher against the policy's, at the token that ends a span."""
+
+    temperature: Annotated[float, Field(gt=0), Range(1.0, 100.0, log=True)] = 1.0  # above 1, long unlikely spans still tell apart
+
+    def loss(self, roles, batch):
+        told, own = batch.per_token("teacher_spans"), roles.policy.logprobs(batch)
+        last = told <= 0
+        span = (last.cumsum(0) - last.long()).clamp(max=int(last.sum()) - 1)  # the number of ends before a token
+        policy = own.new_zeros(int(last.sum())).index_add(0, span[told < 1.5], own[told < 1.5])
+        apart = event_divergence(told[last] / self.temperature, policy / self.temperature)
+        batch.note(divergence=apart)
+        return torch.zeros_like(own).masked_scatter(last, apart)
+
+
+def event_divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL of events of log-probability p against q, both outcomes counted. [S], [S] -> [S]."""
+    p, q = (x.float().clamp(max=-1e-6) for x in (p, q))
+    not_p, not_q = (torch.log(-torch.expm1(x)) for x in (p, q))
+    return p.exp() * (p - q) - torch.expm1(p) * (not_p - not_q)

@@ -1,0 +1,25 @@
+"""Distillation by the generalised Jensen-Shannon divergence (GKD): between the forward and the reverse KL, and bounded.
+
+beta as in TRL: the teacher's share of the mixture. Towards 0 and 1 it vanishes in proportion to the forward and the
+reverse KL; those two are `distill` and `distill_reverse`. GKD's samples of the policy's own come from a rollout.
+"""
+
+import math
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from luthier.registry import objective
+from luthier.methods.objectives.distillation._distill import Distill, divergence
+
+
+@objective(paper="arXiv:2306.13649", wants="completions teacher logprobs top")
+class JSD(Distill):
+    """beta KL(teacher || m) + (1 - beta) KL(policy || m), m = beta teacher + (1 - beta) policy."""
+
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5  # share of the teacher in the mixture
+
+    def apart(self, teacher, policy):
+        mixture = torch.logaddexp(teacher + math.log(self.beta), policy + math.log(1 - self.beta))
+        return self.beta * divergence(teacher, mixture) + (1 - self.beta) * divergence(policy, mixture)

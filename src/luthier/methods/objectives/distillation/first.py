@@ -1,0 +1,21 @@
+"""FIRST: distillation from a few of the teacher's probabilities, kept as columns and made trustworthy beforehand.
+
+The stage `teacher_top` writes the teacher's k likeliest tokens at every place, with probabilities that were tempered until
+they are as right as they are sure. The policy is compared with them on these tokens alone, both sides summing to one there.
+"""
+
+from luthier.registry import objective
+from luthier.methods.objectives.distillation._distill import divergence
+from luthier.methods.objectives._base import Objective
+
+
+@objective(paper="arXiv:2408.12168", row="first-trustworthy-distillation", wants="completions teacher_ids teacher_logprobs logprobs")
+class FIRST(Objective):
+    """KL(teacher || policy) over the teacher's k likeliest tokens."""
+
+    def loss(self, roles, batch):
+        ids, teacher = batch.table("teacher_ids").long(), batch.table("teacher_logprobs")
+        policy = roles.policy.outputs(batch).at(ids)
+        apart = divergence(teacher.log_softmax(-1), policy.log_softmax(-1))
+        batch.note(divergence=apart)
+        return apart

@@ -1,0 +1,21 @@
+"""Staying near the reference on the rows at hand: `sft + 0.1*kl`. A term, not an aim.
+
+Exact over the vocabulary, unlike the one-token estimates that policy gradients use.
+"""
+
+from luthier.registry import objective
+from luthier.methods.objectives.distillation._distill import divergence
+from luthier.methods.objectives._base import Objective
+
+
+@objective(wants="completions reference logprobs top")
+class KL(Objective):
+    """KL(policy || reference) of each token's distribution."""
+
+    def loss(self, roles, batch):
+        def of(z, reference):
+            return divergence(z.log_softmax(-1), reference.log_softmax(-1))
+
+        kl = roles.policy.outputs(batch).apply(of, beside=[roles.reference.outputs(batch)])
+        batch.note(kl=kl)
+        return kl

@@ -1,0 +1,24 @@
+"""Self-distillation while pretraining further: the hidden states of the text as it is stay near those of a teacher.
+
+A regulariser beside the masked (or the next-token) loss: `sft + self_distill`, the teacher being the same network after a
+first round on the same texts, the policy begun again from where that round began. Departs from the paper: states are
+compared where a token is asked, and the square is averaged over the width, so that lambda means the same at every size.
+"""
+
+from luthier.registry import objective
+from luthier.methods.objectives._base import Objective
+
+
+@objective(
+    paper="arXiv:2210.02871",
+    row="self-distill-further-pretrain",
+    wants="completions teacher hidden",
+    contract={"head": "states are compared before the head, which it leaves to the loss beside it"},
+)
+class SelfDistill(Objective):
+    """|hidden of the policy - hidden of the teacher|^2 / width, both reading the text with nothing hidden."""
+
+    def loss(self, roles, batch):
+        whole = batch.view(ids=batch.labels)
+        gap = roles.policy.outputs(whole).hidden.float() - roles.teacher.outputs(whole).hidden.float()
+        return gap.square().mean(-1)

@@ -1,0 +1,33 @@
+"""SquareHead: at every layer the states are to be the dense teacher's, each layer's error measured by the teacher's own size.
+
+A term for tuning what was pruned, beside the loss on rows and, where wanted, `distill`: `squarehead + sft` (written first it
+shares their reading of the batch). The teacher is the model before pruning: `roles: {teacher: start}` under tuner `pruned`.
+Departs: the error is normalised at each asked token instead of over all tokens of a batch, so that it does not depend on how
+a batch is split, and a few tokens of enormous states do not decide alone; tokens of a prompt that nobody asks are left out.
+"""
+
+import torch
+
+from luthier.errors import RecipeError
+from luthier.registry import objective
+from luthier.methods.objectives._base import Objective
+
+
+@objective(
+    paper="arXiv:2310.06927",
+    row="squarehead",
+    wants="completions teacher hidden",
+    contract={"head": "states are compared below the head, which it leaves to a loss beside it"},
+)
+class SquareHead(Objective):
+    """Sum over layers of |teacher - policy|^2 / |teacher|^2."""
+
+    def loss(self, roles, batch):
+        ours, theirs = roles.policy.layers(batch), roles.teacher.layers(batch)
+        if len(ours) != len(theirs):
+            raise RecipeError(f"squarehead compares layer by layer: the policy has {len(ours)} and the teacher {len(theirs)}")
+        pairs = [(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True)]
+        each = [(b - a).square().sum(1) / b.square().sum(1).clamp(min=1e-12) for a, b in pairs]
+        each = torch.stack(each)
+        batch.note(layer_error=each.mean(0))
+        return each.sum(0)

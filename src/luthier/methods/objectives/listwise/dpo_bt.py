@@ -1,0 +1,16 @@
+"""DPO over every pair of a ranked list, not only the best against the worst. Also called pairwise logistic, DPO-BT."""
+
+from luthier.registry import objective
+from luthier.methods.objectives.listwise._lists import Lists, by_row, ordered
+from luthier.methods.objectives.preference._pairs import logistic
+
+
+@objective(paper="arXiv:2402.01878", row="lipo-lambda", wants="completions scores reference logprobs")
+class DPOBT(Lists):
+    """-log sigmoid(s_i - s_j) of each pair in which i has the higher score."""
+
+    mean: bool = True  # the mean over a row's pairs; false: their sum
+
+    def cost(self, values, batch):
+        better, worse = ordered(batch)
+        return by_row(batch, better, logistic(values[better] - values[worse]), self.mean)

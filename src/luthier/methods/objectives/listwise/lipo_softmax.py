@@ -1,0 +1,26 @@
+"""Softmax cross-entropy over a list: the policy's choice among a row's completions is to be as the scores have it.
+
+Of the labels the paper takes the scores as they are; with a temperature they are softmax(score / temperature), which any
+scores allow. Towards 0 the best one takes all.
+"""
+
+import torch
+
+from luthier.registry import objective
+from luthier.methods.objectives.listwise._lists import Lists, by_row
+from luthier.methods.objectives.preference._pairs import Positive
+
+
+@objective(paper="arXiv:2402.01878", row="lipo-lambda", wants="completions scores reference logprobs")
+class LiPOSoftmax(Lists):
+    """-sum over a row of softmax(score / temperature) * log softmax(s)."""
+
+    temperature: Positive = 1.0  # of the scores
+
+    def cost(self, values, batch):
+        def log_shares(x):
+            top = batch.over_group(x.detach(), "amax")
+            return x - top - batch.over_group((x - top).exp(), "sum").log()
+
+        target = log_shares(batch.column("scores") / self.temperature).exp()
+        return by_row(batch, torch.arange(len(values), device=values.device), -target * log_shares(values))

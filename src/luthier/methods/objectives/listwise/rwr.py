@@ -1,0 +1,23 @@
+"""Reward-weighted regression: likelihood of every completion, the more the better it scores within its row.
+
+No negative gradient: a bad completion only weighs less. Departs: weights are a softmax within the row, so no scale of
+scores is too large, and equal scores are plain SFT.
+"""
+
+from luthier.registry import objective
+from luthier.methods.objectives._base import Objective
+from luthier.methods.objectives.preference._pairs import Beta
+
+
+@objective(paper="arXiv:2404.14367", row="onpolicy-negative-gradient", wants="completions scores logprobs")
+class RWR(Objective):
+    """n * softmax(score / beta) * -log p of a completion, n completions in the row."""
+
+    unit = "sequence"
+
+    beta: Beta = 1.0  # temperature of the scores; large: plain SFT, small: the best alone
+
+    def loss(self, roles, batch):
+        x = batch.column("scores") / self.beta
+        weight = (x - batch.over_group(x, "amax")).exp()
+        return -weight / batch.over_group(weight, "mean") * batch.sums(roles.policy.logprobs(batch))

@@ -1,0 +1,18 @@
+"""DAPO's loss: GRPO averaged over tokens, clipped higher above than below, no KL.
+
+The average is over the tokens of the global batch; TRL's `bnpo` is the same on each micro-batch. The paper's other
+parts are not losses: dynamic sampling is a stage, the penalty on overlong completions a reward.
+"""
+
+from luthier.registry import objective
+from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegative, PolicyGradient
+
+
+@objective(paper="arXiv:2503.14476", wants="samples scores logprobs")
+class DAPO(PolicyGradient):
+    """The clipped surrogate of each token."""
+
+    epsilon_high: NotNegative | None = 0.28  # to 1 + epsilon_high; null: epsilon
+
+    def loss(self, roles, batch):
+        return self.tokens(roles, batch)

@@ -1,0 +1,24 @@
+"""Dr. GRPO: GRPO without its two biases, towards long wrong completions and towards rows of little spread.
+
+A completion's sum is divided by one constant, not by its length, and advantages are not divided by the deviation.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from luthier.registry import objective
+from luthier.methods.objectives.policy_gradient._policy_gradient import PolicyGradient
+
+
+@objective(paper="arXiv:2503.20783", wants="samples scores logprobs")
+class DrGRPO(PolicyGradient):
+    """Sum over a completion's tokens of the clipped surrogate, over max_completion_length."""
+
+    unit = "sequence"
+
+    scale_rewards: Literal["group", "batch", "none"] = "none"  # advantages over the deviation in their row, in the micro-batch, or as is
+    max_completion_length: Annotated[int, Field(ge=1)] = 256  # what every sum is divided by; the rollout's max_new_tokens
+
+    def loss(self, roles, batch):
+        return batch.sums(self.tokens(roles, batch)) / self.max_completion_length

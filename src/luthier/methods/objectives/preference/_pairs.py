@@ -1,0 +1,86 @@
+"""Preferences: what the best and the worst completion of a row have to do with each other.
+
+A value per completion (here the log-ratio to the reference, summed over its tokens), and what a margin between the two
+values costs. Methods without a reference, or with another normalisation, say their own `values`; those that look at each
+side by itself say what a `pair` costs.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from luthier.model.batch import Batch
+from luthier.registry import Range, family
+from luthier.methods.objectives._base import Objective
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Beta = Annotated[Positive, Range(0.01, 1.0, log=True)]
+
+
+def log_ratios(roles: Any, batch: Batch) -> Tensor:
+    """[T] log of policy over reference."""
+    return roles.policy.logprobs(batch) - roles.reference.logprobs(batch)
+
+
+def best_and_worst(batch: Batch) -> tuple[Tensor, Tensor]:
+    """[G], [G] the sequence of highest and of lowest score in each row; the same one where all scores are equal."""
+    best, worst, first = [], [], 0
+    for row in batch.rows:
+        scores = row["scores"]
+        best.append(first + scores.index(max(scores)))
+        worst.append(first + scores.index(min(scores)))
+        first += len(scores)
+    device = batch.ids.device
+    return torch.tensor(best, device=device), torch.tensor(worst, device=device)
+
+
+def logistic(x: Tensor, wrong: float = 0.0) -> Tensor:
+    """-log sigmoid(x); where a share `wrong` of the labels is taken to be the wrong way round, the mixture of both ways."""
+    return -(1 - wrong) * F.logsigmoid(x) - wrong * F.logsigmoid(-x) if wrong else -F.logsigmoid(x)
+
+
+def log1mexp(x: Tensor) -> Tensor:
+    """log(1 - e^x) of x <= 0, exact near both ends; x is kept below 0, where it would be infinite."""
+    x = x.clamp(max=-1e-6)
+    return torch.where(x > -0.6931, (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
+
+
+@family
+class Pairs(Objective):
+    """Family: a method says what a margin costs. A row whose completions score alike costs a constant: no gradient."""
+
+    unit = "group"
+
+    beta: Beta = 0.1  # strength of the pull towards the reference
+
+    def values(self, roles: Any, batch: Batch) -> Tensor:
+        """[N] how much the policy prefers a completion; beta times this is its implicit reward."""
+        return batch.sums(log_ratios(roles, batch))
+
+    def cost(self, margin: Tensor) -> Tensor:
+        """[G] value of the best minus value of the worst -> what it costs. Says what beta does."""
+        raise NotImplementedError
+
+    def pair(self, better: Tensor, worse: Tensor) -> Tensor:
+        """[G], [G] values of the best and of the worst -> what they cost."""
+        return self.cost(better - worse)
+
+    def loss(self, roles, batch):
+        values = self.values(roles, batch)
+        best, worst = best_and_worst(batch)
+        self.note(batch, values.detach(), best, worst)
+        untold = values.detach()
+        return self.pair(*(torch.where(best != worst, values[side], untold[side]) for side in (best, worst)))
+
+    def note(self, batch: Batch, values: Tensor, best: Tensor, worst: Tensor) -> None:
+        """Rewards of both sides, over the rows that tell them apart."""
+        told = best != worst
+        chosen, rejected = self.beta * values[best[told]], self.beta * values[worst[told]]
+        batch.note(margin=chosen - rejected, accuracy=(chosen > rejected).float())
+        batch.note(**{"rewards/chosen": chosen, "rewards/rejected": rejected})

@@ -1,0 +1,27 @@
+"""AOT: the margins of the batch as a whole are to exceed the reference's, place by place in their order, not pair by pair.
+
+Sorted are the margins of one micro-batch, so this is an exception to "accumulation changes nothing": a micro-batch of one
+row is DPO. Rows whose completions score alike stay out of the order.
+"""
+
+from luthier.registry import objective
+from luthier.methods.objectives.preference._pairs import Pairs, Probability, best_and_worst, logistic
+
+SORTED = "margins are put in order within one micro-batch"
+
+
+@objective(paper="arXiv:2406.05882", wants="pairs reference logprobs", contract={"accumulation": SORTED})
+class AOT(Pairs):
+    """Logistic loss of the k-th smallest margin of the policy minus the k-th smallest of the reference."""
+
+    label_smoothing: Probability = 0.0  # share of pairs that may be labelled the wrong way round
+
+    def loss(self, roles, batch):
+        best, worst = best_and_worst(batch)
+        told = best != worst
+        own, other = (batch.sums(who.logprobs(batch)) for who in (roles.policy, roles.reference))
+        self.note(batch, (own - other).detach(), best, worst)
+        sorts = [(x[best] - x[worst])[told].sort().values for x in (own, other)]
+        margins = own.new_zeros(len(best))
+        margins[: len(sorts[0])] = sorts[0] - sorts[1]
+        return logistic(self.beta * margins, self.label_smoothing)

@@ -1,0 +1,24 @@
+"""AOT on unpaired sides: the chosen completions of the batch as a whole are to be liked better than the rejected ones.
+
+The k-th smallest log-ratio of the chosen is compared with the k-th smallest of the rejected, whatever row they are of.
+Sorted within one micro-batch, as in `aot`.
+"""
+
+from luthier.registry import objective
+from luthier.methods.objectives.preference._pairs import Pairs, Probability, best_and_worst, logistic
+from luthier.methods.objectives.preference.aot import SORTED
+
+
+@objective(paper="arXiv:2406.05882", wants="pairs reference logprobs", contract={"accumulation": SORTED})
+class AOTUnpaired(Pairs):
+    """Logistic loss of the k-th smallest log-ratio of the chosen minus the k-th smallest of the rejected."""
+
+    label_smoothing: Probability = 0.0  # share of pairs that may be labelled the wrong way round
+
+    def loss(self, roles, batch):
+        best, worst = best_and_worst(batch)
+        told, values = best != worst, self.values(roles, batch)
+        self.note(batch, values.detach(), best, worst)
+        margins = values.new_zeros(len(best))
+        margins[: int(told.sum())] = values[best[told]].sort().values - values[worst[told]].sort().values
+        return logistic(self.beta * margins, self.label_smoothing)

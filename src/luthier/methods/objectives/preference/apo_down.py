@@ -1,0 +1,17 @@
+"""APO-down: both sides become less likely, the rejected one more so.
+
+For pairs whose chosen side is worse than what the model says by itself.
+"""
+
+import torch
+
+from luthier.registry import objective
+from luthier.methods.objectives.preference._pairs import Pairs
+
+
+@objective(paper="arXiv:2408.06266", wants="pairs reference logprobs")
+class APODown(Pairs):
+    """s(r_chosen) + 1 - s(r_chosen - r_rejected), r = beta * log-ratio."""
+
+    def pair(self, better, worse):
+        return torch.sigmoid(self.beta * better) + 1 - torch.sigmoid(self.beta * (better - worse))

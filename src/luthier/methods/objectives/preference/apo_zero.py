@@ -1,0 +1,17 @@
+"""APO-zero: the chosen one becomes likelier and the rejected one less likely, each against the reference.
+
+For pairs whose chosen side is better than what the model says by itself.
+"""
+
+import torch
+
+from luthier.registry import objective
+from luthier.methods.objectives.preference._pairs import Pairs
+
+
+@objective(paper="arXiv:2408.06266", wants="pairs reference logprobs")
+class APOZero(Pairs):
+    """(1 - s(r_chosen)) + s(r_rejected), r = beta * log-ratio."""
+
+    def pair(self, better, worse):
+        return 1 - torch.sigmoid(self.beta * better) + torch.sigmoid(self.beta * worse)

@@ -1,0 +1,25 @@
+"""APO-zero without pairs: good completions (score above 0) become likelier than the reference has them, bad ones less likely."""
+
+import torch
+
+from luthier.registry import objective
+from luthier.methods.objectives._base import Objective
+from luthier.methods.objectives.preference._pairs import Beta, Positive, log_ratios
+
+
+@objective(paper="arXiv:2408.06266", wants="completions scores reference logprobs")
+class APOZeroUnpaired(Objective):
+    """weight * (1 - s(r)) of a good completion, weight * s(r) of a bad one, r = beta * log-ratio."""
+
+    unit = "sequence"
+
+    beta: Beta = 0.1  # strength of the pull towards the reference
+    desirable_weight: Positive = 1.0  # weight of good completions
+    undesirable_weight: Positive = 1.0  # weight of bad completions
+
+    def loss(self, roles, batch):
+        reward = self.beta * batch.sums(log_ratios(roles, batch))
+        good = batch.column("scores") > 0
+        batch.note(**{"rewards/chosen": reward[good], "rewards/rejected": reward[~good]})
+        weight = torch.where(good, self.desirable_weight, self.undesirable_weight)
+        return weight * torch.sigmoid(torch.where(good, -reward, reward))

@@ -1,0 +1,24 @@
+"""ASFT, aligned SFT: the chosen one likelier and the rejected one less likely, each for itself, without a reference.
+
+p is the mean probability of a token (the paper's length normalisation is taken to be the geometric mean). Two terms:
+`chosen_sft`, and beta times this. Not the later "anchored SFT" of the same letters.
+"""
+
+from luthier.registry import objective
+from luthier.methods.objectives.preference._pairs import Pairs, log1mexp
+from luthier.methods.objectives.preference.chosen_sft import ChosenSFT
+
+
+@objective(paper="arXiv:2409.10571", row="asft-align", wants="pairs logprobs")
+class ASFT(Pairs):
+    """-log p of each token of the best + beta * (-log p(best) - log(1 - p(worst)))."""
+
+    def terms(self):
+        return [(1.0, ChosenSFT()), (1.0, self)]
+
+    def values(self, roles, batch):
+        """[N] log p, the mean over a completion's tokens."""
+        return batch.means(roles.policy.logprobs(batch))
+
+    def pair(self, better, worse):
+        return self.beta * (-better - log1mexp(worse))

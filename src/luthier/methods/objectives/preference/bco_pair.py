@@ -1,0 +1,15 @@
+"""Binary classifier optimization on pairs: the chosen one is to be told as good, the rejected one as bad, each by itself.
+
+As TRL has it: without the reward shift of the paper, which `bco` has.
+"""
+
+from luthier.registry import objective
+from luthier.methods.objectives.preference._pairs import Pairs, logistic
+
+
+@objective(paper="arXiv:2404.04656", wants="pairs reference logprobs")
+class BCOPair(Pairs):
+    """-log s(r_chosen) - log s(-r_rejected), r = beta * log-ratio."""
+
+    def pair(self, better, worse):
+        return logistic(self.beta * better) + logistic(-self.beta * worse)

@@ -1,0 +1,29 @@
+"""The SFT term beside a preference loss: RPO is `dpo + 1.0*chosen_sft`. Keeps the chosen completion likely.
+
+The average is over the chosen tokens of the global batch (TRL's `sft` loss: of each micro-batch); the papers sum over a
+completion (2405.16436) or average within it (2404.19733). Rows whose completions score alike have no best: no tokens.
+"""
+
+import torch
+
+from luthier.registry import objective
+from luthier.methods.objectives._base import Objective
+from luthier.methods.objectives.preference._pairs import best_and_worst
+
+
+@objective(paper="arXiv:2405.16436", row="rpo-sft-reg", wants="pairs logprobs")
+class ChosenSFT(Objective):
+    """-log p of each token of a row's best completion."""
+
+    def chosen(self, batch):
+        """[T] is this a token of a best completion?"""
+        best, worst = best_and_worst(batch)
+        chosen = torch.zeros_like(batch.completion, dtype=torch.bool)
+        chosen[best[best != worst]] = True
+        return chosen[batch.owner]
+
+    def count(self, batch):
+        return int(self.chosen(batch).sum())
+
+    def loss(self, roles, batch):
+        return -roles.policy.logprobs(batch)[self.chosen(batch)]

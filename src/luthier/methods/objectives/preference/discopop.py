@@ -1,0 +1,21 @@
+"""DiscoPOP: the loss that a language model found by search: logistic where the margin is small, exponential where it is large.
+
+The exponential part is not bounded below zero margins: keep beta small.
+"""
+
+import torch
+
+from luthier.registry import objective
+from luthier.methods.objectives.preference._pairs import Pairs, Positive, logistic
+
+
+@objective(paper="arXiv:2406.08414", wants="pairs reference logprobs")
+class DiscoPOP(Pairs):
+    """(1 - m) * logistic(x) + m * exp(-x), x = beta * margin, m = s(x / discopop_tau)."""
+
+    discopop_tau: Positive = 0.05  # how sharply the two parts change over
+
+    def cost(self, margin):
+        x = self.beta * margin
+        m = torch.sigmoid(x / self.discopop_tau)
+        return (1 - m) * logistic(x) + m * torch.exp(-x)

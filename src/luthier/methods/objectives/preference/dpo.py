@@ -1,0 +1,17 @@
+"""Direct preference optimization: a reward model's loss on the policy's own log-ratios.
+
+With label_smoothing it is conservative DPO (cDPO): that share of the pairs is taken to be labelled the wrong way round.
+"""
+
+from luthier.registry import objective
+from luthier.methods.objectives.preference._pairs import Pairs, Probability, logistic
+
+
+@objective(paper="arXiv:2305.18290", wants="pairs reference logprobs")
+class DPO(Pairs):
+    """-log sigmoid(beta * (log-ratio of the best - log-ratio of the worst))."""
+
+    label_smoothing: Probability = 0.0  # share of pairs that may be labelled the wrong way round
+
+    def cost(self, margin):
+        return logistic(self.beta * margin, self.label_smoothing)

@@ -1,0 +1,15 @@
+"""The hinge loss of SLiC on DPO's margin, as normalised in RSO: pairs that are apart enough teach nothing.
+
+RSO also samples its pairs by rejection; that is a matter of stages. SLiC-HF itself has no reference and adds an SFT term.
+"""
+
+from luthier.registry import objective
+from luthier.methods.objectives.preference._pairs import Pairs
+
+
+@objective(paper="arXiv:2309.06657", wants="pairs reference logprobs")
+class Hinge(Pairs):
+    """max(0, 1 - beta * margin)."""
+
+    def cost(self, margin):
+        return (1 - self.beta * margin).relu()

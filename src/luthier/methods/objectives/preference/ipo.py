@@ -1,0 +1,18 @@
+"""Identity preference optimization: the margin is pulled to a target in place of ever further.
+
+Departs from the paper's formula as its authors' own runs and TRL do: log-ratios are means over tokens, not sums.
+"""
+
+from luthier.registry import objective
+from luthier.methods.objectives.preference._pairs import Pairs, log_ratios
+
+
+@objective(paper="arXiv:2310.12036", wants="pairs reference logprobs")
+class IPO(Pairs):
+    """(margin - 1 / (2 beta))^2; beta is the paper's tau."""
+
+    def values(self, roles, batch):
+        return batch.means(log_ratios(roles, batch))
+
+    def cost(self, margin):
+        return (margin - 1 / (2 * self.beta)).square()

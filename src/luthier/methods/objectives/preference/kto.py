@@ -1,0 +1,55 @@
+"""Kahneman-Tversky optimization: completions that are each good (score above 0) or bad, no pairs needed.
+
+The reference point z0, how far the policy has drifted on average, is measured as in the authors' code and TRL: every
+completion under the prompt of the next row of the micro-batch, without gradient. It is a statistic of the micro-batch,
+so this is an exception to "accumulation changes nothing"; a micro-batch of one row has no other prompt, and z0 = 0.
+"""
+
+import torch
+
+from luthier.errors import RecipeError
+from luthier.registry import objective
+from luthier.methods.objectives._base import Objective
+from luthier.methods.objectives.preference._pairs import Beta, Positive, log_ratios
+from luthier.model.policy import Policy
+
+NEIGHBOURS = "z0 is measured on the rows of one micro-batch, each completion under the next row's prompt"
+
+
+@objective(
+    paper="arXiv:2402.01306",
+    wants="completions scores reference logprobs",
+    contract={"accumulation": NEIGHBOURS, "order": NEIGHBOURS},
+)
+class KTO(Objective):
+    """weight * (1 - sigmoid(beta * (log-ratio - z0))) for a good completion, the sign turned for a bad one."""
+
+    unit = "sequence"
+
+    beta: Beta = 0.1  # strength of the pull towards the reference
+    desirable_weight: Positive = 1.0  # weight of good completions
+    undesirable_weight: Positive = 1.0  # weight of bad completions
+
+    @torch.no_grad()
+    def drift(self, roles, batch):
+        """z0: the mean log-ratio of mismatched completions, not below zero."""
+        if not isinstance(roles.reference, Policy):
+            raise RecipeError(
+                "kto asks the reference about completions under other prompts, which a column of the rows cannot answer; "
+                "let a network play it, e.g. `roles: {reference: start}`"
+            )
+        if len(batch.rows) < 2:
+            return torch.zeros((), device=batch.ids.device)
+        prompts = torch.empty_like(batch.parent[: len(batch.rows)])
+        prompts[batch.group] = batch.parent[batch.completion]
+        parent = batch.parent.clone()
+        parent[batch.completion] = prompts.roll(-1)[batch.group]
+        other = batch.view(parent=parent)
+        return other.sums(log_ratios(roles, other)).mean().clamp(min=0)
+
+    def loss(self, roles, batch):
+        ratio, z0 = batch.sums(log_ratios(roles, batch)), self.drift(roles, batch)
+        good = batch.column("scores") > 0
+        batch.note(**{"kl": z0, "rewards/chosen": self.beta * ratio[good], "rewards/rejected": self.beta * ratio[~good]})
+        weight = torch.where(good, self.desirable_weight, self.undesirable_weight)
+        return weight * (1 - torch.sigmoid(self.beta * torch.where(good, ratio - z0, z0 - ratio)))

@@ -1,0 +1,22 @@
+"""LD-DPO, length-desensitised: what a completion says beyond the length that both sides have counts for less.
+
+ld_alpha 1 is DPO, 0 compares the common length alone.
+"""
+
+import torch
+
+from luthier.registry import objective
+from luthier.methods.objectives.preference._pairs import Probability, best_and_worst, log_ratios
+from luthier.methods.objectives.preference.dpo import DPO
+
+
+@objective(paper="arXiv:2409.06411", wants="pairs reference logprobs")
+class LDDPO(DPO):
+    """DPO on log-ratios whose tokens past the shorter side's length weigh ld_alpha."""
+
+    ld_alpha: Probability = 0.5  # weight of the tokens that only the longer side has
+
+    def values(self, roles, batch):
+        common = torch.minimum(*(batch.lengths[side] for side in best_and_worst(batch)))[batch.group]  # [N]
+        ratios = log_ratios(roles, batch)
+        return batch.sums(torch.where(batch.place < common[batch.owner], ratios, self.ld_alpha * ratios))

@@ -1,0 +1,18 @@
+"""Noise contrastive alignment on pairs: each side's own reward counts, so the chosen one cannot lose likelihood for a margin.
+
+The paper's form for K rated completions is left out.
+"""
+
+import torch.nn.functional as F
+
+from luthier.registry import objective
+from luthier.methods.objectives.preference._pairs import Pairs
+
+
+@objective(paper="arXiv:2402.05369", wants="pairs reference logprobs")
+class NCA(Pairs):
+    """-log s(r_chosen) - log s(-r_chosen) / 2 - log s(-r_rejected) / 2, r = beta * log-ratio."""
+
+    def pair(self, better, worse):
+        chosen, rejected = self.beta * better, self.beta * worse
+        return -F.logsigmoid(chosen) - 0.5 * F.logsigmoid(-chosen) - 0.5 * F.logsigmoid(-rejected)

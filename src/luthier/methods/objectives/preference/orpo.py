@@ -1,0 +1,25 @@
+"""ORPO: the likelihood of the chosen one, and a penalty where its odds are not above the rejected one's. No reference.
+
+Two terms: `chosen_sft` and beta (the paper's lambda) times the odds ratio. Departs from TRL and the authors' code, whose
+likelihood also covers the prompt's tokens; here, as in the paper, the completion's alone.
+"""
+
+from luthier.registry import objective
+from luthier.methods.objectives.preference._pairs import Pairs, log1mexp, logistic
+from luthier.methods.objectives.preference.chosen_sft import ChosenSFT
+
+
+@objective(paper="arXiv:2403.07691", wants="pairs logprobs")
+class ORPO(Pairs):
+    """-log p of each token of the best + beta * -log sigmoid(log odds of the best - log odds of the worst)."""
+
+    def terms(self):
+        return [(1.0, ChosenSFT()), (1.0, self)]
+
+    def values(self, roles, batch):
+        """[N] log odds of a completion, by the mean log-probability of its tokens."""
+        mean = batch.means(roles.policy.logprobs(batch))
+        return mean - log1mexp(mean)
+
+    def cost(self, margin):
+        return self.beta * logistic(margin)

@@ -1,0 +1,27 @@
+"""S-VCO, in its form for texts: each of two answers is to follow from its own context, and neither from the other's.
+
+A row holds two answers to one question, each right in a context of its own; the stage `contrast_contexts` lays out the six
+readings that the loss compares (with the right context, with none, with the wrong one). The paper's contexts are images.
+"""
+
+import torch.nn.functional as F
+
+from luthier.registry import objective
+from luthier.methods.objectives._base import Objective
+from luthier.methods.objectives.preference._pairs import Beta, log_ratios
+
+
+@objective(paper="arXiv:2502.13928", row="s-vco", wants="contrasts reference logprobs")
+class SVCO(Objective):
+    """For both answers, -log s(beta_attend * (r(own context) - r(none))) - log s(beta_reject * (r(none) - r(other context)))."""
+
+    unit = "group"
+
+    beta_attend: Beta = 0.1  # of what the right context should add
+    beta_reject: Beta = 0.1  # of what the wrong context should take away
+
+    def loss(self, roles, batch):
+        own, none, other = batch.sums(log_ratios(roles, batch)).view(-1, 2, 3).unbind(2)  # [G, answers] each
+        batch.note(attends=(own > none).float(), rejects=(none > other).float())
+        cost = -F.logsigmoid(self.beta_attend * (own - none)) - F.logsigmoid(self.beta_reject * (none - other))
+        return cost.sum(1)

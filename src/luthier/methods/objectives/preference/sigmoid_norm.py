@@ -1,0 +1,18 @@
+"""Length-normalised DPO: log-ratios are means over tokens, so long completions have no head start (Tulu 3).
+
+beta is larger than DPO's, since a mean is smaller than a sum: the paper takes 5.
+"""
+
+from luthier.registry import objective
+from luthier.methods.objectives.preference._pairs import Beta, log_ratios
+from luthier.methods.objectives.preference.dpo import DPO
+
+
+@objective(paper="arXiv:2411.15124", wants="pairs reference logprobs")
+class SigmoidNorm(DPO):
+    """-log sigmoid(beta * (mean log-ratio of the best - mean log-ratio of the worst))."""
+
+    beta: Beta = 5.0  # strength of the pull towards the reference, on means
+
+    def values(self, roles, batch):
+        return batch.means(log_ratios(roles, batch))

@@ -1,0 +1,23 @@
+"""SimPO: the mean log-probability of a token is the reward, without a reference, and the chosen one is to win by a margin.
+
+TRL has it as CPO's loss_type `simpo`, with cpo_alpha 0.
+"""
+
+from luthier.registry import objective
+from luthier.methods.objectives.preference._pairs import Beta, Pairs, Probability, logistic
+from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegative
+
+
+@objective(paper="arXiv:2405.14734", wants="pairs logprobs")
+class SimPO(Pairs):
+    """-log sigmoid(beta * (mean log p of the best - mean log p of the worst) - simpo_gamma)."""
+
+    beta: Beta = 2.0  # scale of the reward
+    simpo_gamma: NotNegative = 0.5  # margin that the chosen one is to win by
+    label_smoothing: Probability = 0.0  # share of pairs that may be labelled the wrong way round
+
+    def values(self, roles, batch):
+        return batch.means(roles.policy.logprobs(batch))
+
+    def cost(self, margin):
+        return logistic(self.beta * margin - self.simpo_gamma, self.label_smoothing)

@@ -1,0 +1,37 @@
+"""SPPO, self-play by regression: each side's log-ratio is pulled to how often it beats the policy that wrote it.
+
+The reference is the policy of the round before (the plan `sppo` sees to that). With a column `win_rates` (the stage of that
+name makes it from scores) targets are soft; without, the best wins always and the worst never (TRL's `sppo_hard`, which
+adds the two sides where this averages them).
+"""
+
+import torch
+from torch import Tensor
+
+from luthier.model.batch import Batch
+from luthier.registry import objective
+from luthier.methods.objectives.preference._pairs import Beta, Pairs, best_and_worst
+
+
+@objective(paper="arXiv:2405.00675", row="sppo", wants="pairs reference logprobs")
+class SPPO(Pairs):
+    """The mean over both sides of (log-ratio - (win rate - 1/2) / beta)^2."""
+
+    beta: Beta = 1e-3  # 1 / eta of the paper
+
+    def loss(self, roles, batch):
+        values, target = self.values(roles, batch), (self.win_rates(batch) - 0.5) / self.beta
+        best, worst = best_and_worst(batch)
+        self.note(batch, values.detach(), best, worst)
+        error = (values - target).square()
+        cost = (error[best] + error[worst]) / 2
+        return torch.where(best != worst, cost, cost.detach())
+
+    def win_rates(self, batch: Batch) -> Tensor:
+        """[N] the share of the policy's answers that a completion beats."""
+        if "win_rates" in batch.rows[0]:
+            return batch.column("win_rates")
+        best, worst = best_and_worst(batch)
+        rates = torch.full((len(batch.completion),), 0.5, device=batch.ids.device)
+        rates[best[best != worst]], rates[worst[best != worst]] = 1.0, 0.0
+        return rates

@@ -1,0 +1,34 @@
+"""TDPO, token-level DPO: the margin is corrected by how far each side's tokens have drifted from the reference.
+
+The drift is the forward KL(reference || policy) summed over a completion's tokens. if_tdpo2 false is the paper's first form:
+both drifts, whole and differentiated.
+"""
+
+import torch
+
+from luthier.registry import objective
+from luthier.methods.objectives.distillation._distill import divergence
+from luthier.methods.objectives.preference._pairs import Pairs, best_and_worst, log_ratios, logistic
+from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegative
+
+
+@objective(paper="arXiv:2404.11999", wants="pairs reference logprobs top")
+class TDPO(Pairs):
+    """-log sigmoid(beta * (margin - alpha * (drift of the worst - drift of the best, held fixed)))."""
+
+    alpha: NotNegative = 0.5  # weight of the drifts; 0 is DPO; not used by the first form
+    if_tdpo2: bool = True  # the second form
+
+    def loss(self, roles, batch):
+        def of(z, reference):
+            return divergence(reference.log_softmax(-1), z.log_softmax(-1))
+
+        kl = roles.policy.outputs(batch).apply(of, beside=[roles.reference.outputs(batch)])
+        values, drift = batch.sums(log_ratios(roles, batch)), batch.sums(kl)
+        best, worst = best_and_worst(batch)
+        batch.note(kl=kl)
+        self.note(batch, (values + drift).detach(), best, worst)
+        chosen = drift[best].detach() if self.if_tdpo2 else drift[best]
+        gap = (self.alpha if self.if_tdpo2 else 1.0) * (drift[worst] - chosen)
+        margin = values[best] - values[worst] - gap
+        return logistic(self.beta * torch.where(best != worst, margin, margin.detach()))

@@ -1,0 +1,24 @@
+"""WPO: pairs weigh as much as the policy would say them itself, so that off-policy pairs are used as if on-policy.
+
+A token's likelihood is measured against what a sample would have on average (the paper's aligned weights, as in TRL).
+"""
+
+import torch
+
+from luthier.registry import objective
+from luthier.methods.objectives.preference._pairs import best_and_worst
+from luthier.methods.objectives.preference.dpo import DPO
+
+
+@objective(paper="arXiv:2406.11827", wants="pairs reference logprobs top")
+class WPO(DPO):
+    """w_chosen * w_rejected * DPO, w = exp(mean over tokens of log p - log sum_v p(v)^2), not differentiated."""
+
+    def loss(self, roles, batch):
+        best, worst = best_and_worst(batch)
+        said = roles.policy.outputs(batch)
+        logprobs = said.logprobs.detach()
+        with torch.no_grad():
+            usual = said.apply(lambda z: (2 * z.log_softmax(-1)).logsumexp(-1))
+            weight = batch.means(logprobs - usual).exp()
+        return super().loss(roles, batch) * weight[best] * weight[worst]

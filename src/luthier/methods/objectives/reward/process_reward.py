@@ -1,0 +1,27 @@
+"""A process reward model: at the end of each step of a solution, is it right so far?
+
+The stage `mark_steps` marks where steps end. The value there is a logit, of sigmoid(value) that the step is right.
+"""
+
+import torch.nn.functional as F
+
+from luthier.registry import objective
+from luthier.methods.objectives._base import Objective
+
+
+@objective(paper="arXiv:2305.20050", wants="completions step_targets values")
+class ProcessReward(Objective):
+    """Cross-entropy of each step's value with its label."""
+
+    def targets(self, batch):
+        """[T] 1 or 0 where a step ends, below 0 elsewhere."""
+        return batch.per_token("step_targets")
+
+    def count(self, batch):
+        return int((self.targets(batch) >= 0).sum())
+
+    def loss(self, roles, batch):
+        targets, values = self.targets(batch), roles.policy.outputs(batch).values
+        ends = targets >= 0
+        batch.note(accuracy=((values > 0) == (targets > 0.5))[ends].float())
+        return F.binary_cross_entropy_with_logits(values[ends], targets[ends], reduction="none")

@@ -1,0 +1,72 @@
+"""An objective for each source of the rows (their column `source`), so that an estimator can weigh sources against each other.
+
+Each source's term is an average over its own units. By itself the sum of these averages: small sources count as much as large ones.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from luthier.registry import family, objective, one
+from luthier.methods.objectives._base import Objective
+
+
+@objective(wants="source")
+class BySource(Objective):
+    """One term a source, named as the source."""
+
+    sources: Annotated[tuple[str, ...], Field(min_length=1)] = ("train", "validation")  # what the column holds; other rows count nowhere
+    inner: Annotated[Any, one("objective")] = "sft"  # what is averaged over each source
+
+    def __post_init__(self):
+        if len(self.inner.terms()) > 1 or self.inner.unit == "batch":
+            raise ValueError(f"inner: '{self.inner.name}' is a sum, or one number for a whole batch, and cannot be split by source")
+        if len(set(self.sources)) < len(self.sources):
+            raise ValueError("sources: each may be named once")
+
+    def terms(self):
+        return [(1.0, OfSource(inner=self.inner, source=source)) for source in self.sources]
+
+    def loss(self, roles, batch):
+        return self.inner.loss(roles, batch)
+
+    def count(self, batch):
+        return self.inner.count(batch)
+
+
+@family
+class OfSource(Objective):
+    """The units of one source; those of others cost nothing and are not counted."""
+
+    inner: Any  # an objective
+    source: str  # whose rows count
+
+    @property
+    def name(self) -> str:
+        return self.source
+
+    @property
+    def wants(self) -> frozenset[str]:
+        return self.inner.wants
+
+    @property
+    def contract(self) -> dict[str, str]:
+        return self.inner.contract
+
+    def here(self, batch) -> torch.Tensor:
+        """[units] bool."""
+        rows = torch.tensor([row.get("source") == self.source for row in batch.rows], dtype=torch.bool, device=batch.ids.device)
+        of = {"token": lambda: batch.group[batch.owner], "sequence": lambda: batch.group}.get(self.inner.unit)
+        return rows if of is None else rows[of()]
+
+    def loss(self, roles, batch):
+        return torch.where(self.here(batch), self.inner.loss(roles, batch), 0.0)
+
+    def count(self, batch):
+        return self.inner.count(batch)
+
+    def divisor(self, batch):
+        return float(self.here(batch).sum())

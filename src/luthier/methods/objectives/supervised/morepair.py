@@ -1,0 +1,20 @@
+"""MOREPAIR: two tasks on one buggy program, its repair and the explanation of it; only the repair is asked for later.
+
+Two terms of the same weights, `task_sft` of the answer and of the rationale, both after the same prompt, which is read once.
+The stage `rationale` lays the rows out. The paper's noise on embeddings is `neftune_noise_alpha: 5`.
+"""
+
+from luthier.registry import objective
+from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegative
+from luthier.methods.objectives.supervised.task_sft import TaskSFT
+
+
+@objective(paper="arXiv:2404.12636", row="morepair", wants="completions tasks logprobs")
+class MOREPAIR(TaskSFT):
+    """(likelihood of the answers + beta * likelihood of the rationales) / (1 + beta)."""
+
+    beta: NotNegative = 1.0  # weight of the rationales
+
+    def terms(self):
+        rationale = [(self.beta / (1 + self.beta), TaskSFT(task="rationale"))] if self.beta else []
+        return [(1 / (1 + self.beta), self), *rationale]

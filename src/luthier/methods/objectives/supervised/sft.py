@@ -1,0 +1,26 @@
+"""Supervised fine-tuning: the likelihood of the completions.
+
+Rows with `token_weights` (stages, or turns with a `loss_scale`) count accordingly.
+"""
+
+from luthier.registry import objective
+from luthier.methods.objectives.preference._pairs import Probability
+from luthier.methods.objectives._tokens import Tokens
+
+
+@objective(wants="completions logprobs")
+class SFT(Tokens):
+    """-log p of each supervised token. For a classifier this is cross-entropy, for a masked LM the cloze loss."""
+
+    label_smoothing_factor: Probability = 0.0  # share of the target that is spread evenly over the vocabulary
+
+    @property
+    def needs(self):
+        return self.wants | {"top"} if self.label_smoothing_factor else self.wants
+
+    def cost(self, roles, batch):
+        cost = -roles.policy.logprobs(batch)
+        if self.label_smoothing_factor:
+            even = roles.policy.outputs(batch).apply(lambda z: -z.log_softmax(-1).mean(-1))
+            cost = (1 - self.label_smoothing_factor) * cost + self.label_smoothing_factor * even
+        return cost

@@ -1,0 +1,27 @@
+"""SFT on one kind of completion: a row that has several (an answer, a rationale) can weigh them as tasks of their own.
+
+The column `tasks` names the task of each completion (the stage `rationale` writes it). Each task keeps its own average.
+"""
+
+import torch
+
+from luthier.registry import objective
+from luthier.methods.objectives._base import Objective
+
+
+@objective(wants="completions tasks logprobs")
+class TaskSFT(Objective):
+    """-log p of each supervised token of the completions of a task."""
+
+    task: str = "answer"  # as `tasks` has it
+
+    def chosen(self, batch):
+        """[T] is this a token of the task?"""
+        mine = [t == self.task for row in batch.rows for t in row["tasks"]]
+        return torch.tensor(mine, device=batch.ids.device)[batch.owner]
+
+    def count(self, batch):
+        return int(self.chosen(batch).sum())
+
+    def loss(self, roles, batch):
+        return -roles.policy.logprobs(batch)[self.chosen(batch)]

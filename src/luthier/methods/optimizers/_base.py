@@ -1,0 +1,18 @@
+"""Optimizers as people name them: a chain of transforms with the settings that Hugging Face users know."""
+
+from __future__ import annotations
+
+from luthier.registry import family
+from luthier.train.optimizer import Transform
+
+
+@family
+class Optimizer:
+    """Family: a name for a chain."""
+
+    weight_decay: float = 0.0  # decoupled pull towards zero, of matrices only
+    max_grad_norm: float = 1.0  # largest norm of all gradients together; 0 = no limit
+
+    def chain(self) -> tuple[Transform, ...]:
+        """The transforms, first to last."""
+        raise NotImplementedError

@@ -1,0 +1,20 @@
+"""AdamW: clipping, Adam's rescaling, decoupled weight decay. The default."""
+
+from luthier.registry import optimizer
+from luthier.methods.optimizers._base import Optimizer
+from luthier.methods.transforms.adaptive.adam import Adam
+from luthier.methods.transforms.clipping.clip import Clip
+from luthier.methods.transforms.regularization.weight_decay import WeightDecay
+
+
+@optimizer(paper="arXiv:1711.05101")
+class AdamW(Optimizer):
+    """The same as `transforms: [clip, adam, weight_decay]`."""
+
+    adam_beta1: float = 0.9  # memory of the mean
+    adam_beta2: float = 0.999  # memory of the square
+    adam_epsilon: float = 1e-8  # floor of the denominator
+
+    def chain(self):
+        adam = Adam(adam_beta1=self.adam_beta1, adam_beta2=self.adam_beta2, adam_epsilon=self.adam_epsilon)
+        return Clip(max_grad_norm=self.max_grad_norm), adam, WeightDecay(weight_decay=self.weight_decay)

@@ -1,0 +1,19 @@
+"""Lion with clipping and decoupled weight decay. Wants a learning rate 3 to 10 times smaller than AdamW's."""
+
+from luthier.registry import optimizer
+from luthier.methods.optimizers._base import Optimizer
+from luthier.methods.transforms.clipping.clip import Clip
+from luthier.methods.transforms.adaptive.lion import Lion as Sign
+from luthier.methods.transforms.regularization.weight_decay import WeightDecay
+
+
+@optimizer(paper="arXiv:2302.06675", row="lion")
+class Lion(Optimizer):
+    """The same as `transforms: [clip, lion, weight_decay]`."""
+
+    beta1: float = 0.9  # share of the old momentum in the step
+    beta2: float = 0.99  # memory of the momentum
+
+    def chain(self):
+        sign = Sign(beta1=self.beta1, beta2=self.beta2)
+        return Clip(max_grad_norm=self.max_grad_norm), sign, WeightDecay(weight_decay=self.weight_decay)

@@ -1,0 +1,45 @@
+"""Several runs as one: a generator that asks for recipes and is answered with reports.
+
+Its only state is the reports of runs that have finished, so a plan that was stopped is replayed: finished runs answer at
+once. Before anything is computed it is played with blank reports, whose metrics are all empty; it must survive them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from typing import Any
+
+from luthier.errors import RecipeError
+from luthier.registry import family
+
+
+@family
+class Plan:
+    """Family: `report = yield recipe.but(...)`; a list yields several and is answered with a list."""
+
+    def recipes(self, recipe: Any) -> Generator[Any, Any, Any]:
+        """recipe: without its plan. May return the report that stands for the whole; else it is the last one."""
+        raise NotImplementedError
+
+    def front(self, recipe: Any) -> Mapping[str, float | None]:
+        """The metrics of which its runs make a front, and where the volume of each begins, if that is said; none: no front."""
+        return {}
+
+    def page(self, report: Any) -> str:
+        """A page about the whole, beside those of the runs; none where it says nothing more. report: of the whole."""
+        return ""
+
+
+def measured(report: Any, metric: str) -> float:
+    """A number at the end of a run. Raises RecipeError where nothing measured it."""
+    try:
+        return float(report.after[metric])  # a blank report says 0 to everything
+    except KeyError:
+        has = ", ".join(sorted(report.after)) or "nothing"
+        raise RecipeError(f"this plan decides by '{metric}', and the run in {report.folder} measured {has}: see `evaluate`") from None
+
+
+def better(report: Any, best: Any, metric: str) -> bool:
+    """Is a metric higher in a report than in the best so far? Where one of them does not say, it may be."""
+    now, was = report.after.get(metric), None if best is None else best.after.get(metric)
+    return now is None or was is None or now > was

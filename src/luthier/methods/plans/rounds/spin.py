@@ -1,0 +1,41 @@
+"""SPIN: the policy learns to prefer the given answer to its own of the round before. Needs nothing but SFT rows.
+
+Each round samples from its own start, which also plays its reference: at the first step the loss is log 2. From the second
+round on, the pairs of the round before are learned too, as in the paper. Departs: one epoch count and one learning rate
+for all rounds, and the recipe's optimizer (the paper: RMSProp, 2 epochs, a smaller rate later).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from luthier.registry import Range, plan
+from luthier.methods.plans._base import Plan
+
+
+@plan(paper="arXiv:2401.01335", row="spin")
+class SPIN(Plan):
+    """`rounds` times against_self and dpo, each from where the last one ended."""
+
+    rounds: Annotated[int, Field(ge=1), Range(1, 4)] = 3  # of self-play
+    beta: float | list[float] = 0.1  # of dpo (lambda in the paper); a list gives each round its own
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of an own answer at most
+    temperature: Annotated[float, Field(ge=0)] = 1.0  # of sampling
+    mix_last: bool = True  # learn the pairs of the round before again
+
+    def __post_init__(self):
+        if isinstance(self.beta, list) and len(self.beta) != self.rounds:
+            raise ValueError(f"beta: {len(self.beta)} values for {self.rounds} rounds")
+
+    def recipes(self, recipe):
+        last = None
+        sampling = {"name": "against_self", "max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
+        for draw in range(self.rounds):
+            stage = {**sampling, "draw": draw, "earlier": last if self.mix_last else None}
+            beta = self.beta[draw] if isinstance(self.beta, list) else self.beta
+            roles = {**recipe.roles, "reference": "start"}
+            aim = {"name": "dpo", "beta": beta}
+            report = yield recipe.but(stages=[*recipe.stages, stage], objective=aim, roles=roles, start=last or recipe.start)
+            last = report.folder

@@ -1,0 +1,35 @@
+"""SPPO: each round, the policy answers, a judge says which answers beat the others, and the policy is pulled towards that.
+
+A round samples from its own start, which also plays the reference. Departs: every round sees all prompts (the paper gives
+each a third of them), and judges are rewards whose scores become win rates by `win_rates`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from luthier.registry import Range, one, plan, spec
+from luthier.methods.plans._base import Plan
+
+
+@plan(paper="arXiv:2405.00675", row="sppo")
+class SPPO(Plan):
+    """`rounds` times rollout, score, win_rates and the objective `sppo`, each from where the last one ended."""
+
+    rounds: Annotated[int, Field(ge=1), Range(1, 5)] = 3  # of self-play
+    reward: Annotated[Any, one("reward")] = "exact_match"  # the judge
+    beta: Annotated[float, Field(gt=0), Range(1e-4, 1.0, log=True)] = 1e-3  # 1 / eta of the paper
+    n: Annotated[int, Field(ge=2)] = 5  # completions of each prompt; the best and the worst are learned from
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of a completion at most
+    temperature: Annotated[float, Field(gt=0)] = 1.0  # of sampling
+
+    def recipes(self, recipe):
+        sampling = {"name": "rollout", "n": self.n, "max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
+        judging = [{"name": "score", "reward": [spec(self.reward)]}, "win_rates", "pairs"]
+        aim, roles, last = {"name": "sppo", "beta": self.beta}, {**recipe.roles, "reference": "start"}, None
+        for draw in range(self.rounds):
+            stages = [*recipe.stages, {**sampling, "draw": draw}, *judging]
+            report = yield recipe.but(stages=stages, objective=aim, roles=roles, start=last or recipe.start)
+            last = report.folder

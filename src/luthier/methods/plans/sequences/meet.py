@@ -1,0 +1,38 @@
+"""MEET: control vectors for good and for bad answers are learned alone, then together with the network.
+
+Act one: the network stands still, and each bucket's vectors learn to make its answers likely. Act two: they and the network, by
+the recipe's tuner, go on from there on all buckets, so that it learns to use vectors that already say something. It then
+writes under the last bucket. Any scored rows will do: pairs, ratings, good and bad. Departs: vectors only, where the
+paper also tries a LoRA for each kind of answer in the first act; the same steps in both acts unless said.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from luthier.registry import plan, spec
+from luthier.methods.plans._base import Plan
+
+
+@plan(paper="arXiv:2310.00819", row="meet")
+class MEET(Plan):
+    """Tuner `control`, alone and then with the recipe's tuner, on rows sorted by stage `buckets`."""
+
+    buckets: Annotated[int, Field(ge=2)] = 2  # kinds of answers, by their scores
+    num_virtual_tokens: Annotated[int, Field(ge=1)] = 20  # vectors of each kind
+    texts: tuple[str, ...] = ()  # control texts to start from, the worst kind first, e.g. ["A bad answer:", "A good answer:"]
+    control_learning_rate: Annotated[float, Field(gt=0)] = 1e-2  # of act one: vectors want a high one
+    control_steps: Annotated[int, Field(ge=0)] | None = None  # of act one; null: as many as the recipe says; 0: act two only, the baseline
+
+    def recipes(self, recipe):
+        control = {"name": "control", "buckets": self.buckets, "num_virtual_tokens": self.num_virtual_tokens, "texts": list(self.texts)}
+        inner = recipe.tuner if isinstance(recipe.tuner, (str, dict)) else spec(recipe.tuner)
+        sorted_rows = recipe.but(stages=[*recipe.stages, {"name": "buckets", "buckets": self.buckets}], objective=recipe.objective or "sft")
+        start = recipe.start
+        if self.control_steps != 0:
+            steps = {} if self.control_steps is None else {"max_steps": self.control_steps}
+            report = yield sorted_rows.but(tuner=control, learning_rate=self.control_learning_rate, **steps)
+            start = report.folder
+        yield sorted_rows.but(tuner={**control, "tuner": inner}, start=start)

@@ -1,0 +1,229 @@
+"""A front: one model for each way to weigh several goals, so that the trade-off between them can be seen and chosen from.
+
+How goals enter depends on the recipe. On pairs by `modpo` (a recipe with `dpo` gets it): the first goal is the one that the
+pairs are ranked by, the others are margins. On fresh samples by the stage `score` under `live`: goals are added up by weight
+and the recipe's objective learns from the sum. All models are measured on all goals; `hypervolume` says in one number how much
+of the space of goals the front reaches. Departs from the paper: weights are spread evenly over any number of goals.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from itertools import combinations
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from luthier.errors import RecipeError
+from luthier.registry import build, meant, plan, spec
+from luthier.study.statistics import expected_utility, front, hypervolume, sparsity
+from luthier.methods.plans._base import Plan, measured
+
+WEIGHTS = 21  # ways to weigh the goals, evenly spread, over which the expected utility is a mean
+PAIRS = "pairs"  # the goal that the pairs are ranked by, where no reward says what it is
+RANKS = "reward_accuracy"  # then it is measured by how many held-out pairs the implicit reward ranks right
+EXAMPLE = "e.g. `plan: {name: front, goals: {casual: {name: world, objective: style}, brief: {name: length, scale: -1.0}}}`"
+
+
+@plan(paper="arXiv:2310.03708", row="modpo hpo-morl")
+class Front(Plan):
+    """`luthier tune recipe.yaml --front 5` is short for `plan: {name: front, points: 5}`. Of the models the one stands that is
+    best in the middle: the largest product of what it reaches above `worst` in each goal. `luthier search --goals hypervolume`
+    (or `utility`, `sparsity`) looks for the configuration whose front is best, as a mean over seeds (arXiv:2310.16487)."""
+
+    goals: dict[str, Any] = field(default_factory=dict)  # name: a reward; not given: the rewards of the recipe's stages judge or score
+    points: Annotated[int, Field(ge=2)] = 5  # models, their weights spread evenly
+    preferences: list[list[float]] | None = None  # the weights themselves, one list a model in the order of goals
+    between: Literal["tuned", "average"] = "tuned"  # where the models between come from: each tuned, or the average of those at the ends
+    least: Annotated[float, Field(ge=0, lt=0.5)] = 0.1  # weight of a goal at least
+    worst: dict[str, float] = field(default_factory=dict)  # where each goal's volume begins; else 0 for shares, and the lowest seen for others
+    judged: Annotated[int, Field(ge=1)] = 64  # held-out prompts that are answered
+    samples: Annotated[int, Field(ge=1)] = 1  # answers to each
+    max_new_tokens: Annotated[int, Field(ge=1)] = 64  # tokens of an answer at most
+
+    def __post_init__(self):
+        for reward in self.goals.values():
+            if reward is not None:
+                build("reward", reward)
+        for some in self.preferences or ():
+            if any(w < 0 for w in some) or not sum(some):
+                raise ValueError(f"preferences: {some} are not weights of 0 or more")
+        if unknown := [name for name in self.worst if self.goals and name not in self.goals]:
+            raise ValueError(f"worst: there is no goal '{unknown[0]}'{meant(unknown[0], self.goals)}")
+
+    def recipes(self, recipe):
+        goals = self.of(recipe)
+        vectors = self.vectors(len(goals))
+        asked = {name: reward for name, reward in goals.items() if reward is not None}
+        how = {"n": self.judged, "samples": self.samples, "max_new_tokens": self.max_new_tokens}
+        measure = [{"name": "goals", "goals": asked, **how}, *(["preference"] if len(asked) < len(goals) else [])]
+        measuring = {"evaluate": [*(recipe.evaluate or ()), *measure]}
+        ends = [[float(i == k) for i in range(len(goals))] for k in range(len(goals))]  # in the order of goals, as weights are
+        tuned = vectors if self.between == "tuned" else self.raised(ends)
+        reports = yield [recipe.but(**weigh(recipe, goals, vector), **measuring) for vector in tuned]
+        start = reports[0].before
+        if self.between == "average":
+            folders = [r.folder for r in reports]
+            merges = [{"name": "average", "weights": self.lowered(vector)} for vector in vectors]
+            reports = yield [
+                recipe.but(start={"merge": merge, "of": folders}, objective=None, stages=[], live=[], **measuring) for merge in merges
+            ]
+        names = _metrics(goals)
+        reached = [[measured(r, metric) for metric in names.values()] for r in reports]
+        before = [float(start[metric]) for metric in names.values()]
+        worst = self.floor(list(goals), [before, *reached])
+        best = max(zip(reports, reached, strict=True), key=lambda both: _box(both[1], worst))[0]
+        kept = front({str(i): [-v for v in values] for i, values in enumerate(reached)})
+        volume = hypervolume([[-v for v in values] for values in reached], [-w for w in worst])
+        best.stats["front"] = {
+            "metrics": names,
+            "preferences": vectors,
+            "reached": reached,
+            "before": before,
+            "folders": [r.folder for r in reports],
+            "kept": [int(i) for i in kept],
+            "worst": worst,
+            "hypervolume": volume,
+            "utility": expected_utility(reached, spread(len(goals), WEIGHTS)),
+            "sparsity": sparsity([[-v for v in values] for values in reached]) if len(kept) > 1 else None,
+        }
+        best.stats["hypervolume"] = volume
+        best.stats["table"] = _table(list(goals), best.stats["front"])
+        best.notes.append(f"hypervolume of the front {volume:.4g}, above {_said(dict(zip(goals, worst, strict=True)))}")
+        if len(kept) < len(reports):
+            best.notes.append(f"{len(reports) - len(kept)} of {len(reports)} models are not on the front: another is as good in every goal")
+        return best
+
+    def front(self, recipe):
+        return {metric: self.worst.get(name) for name, metric in _metrics(self.of(recipe)).items()}
+
+    def page(self, report):
+        from luthier.report.front import page
+
+        return page(report)
+
+    def of(self, recipe: Any) -> dict[str, Any]:
+        """Name -> reward as plain data, None for what only the pairs say."""
+        goals = {name: spec(reward) for name, reward in self.goals.items()}
+        if not goals and (score := _stage(recipe.live, "score")):
+            goals = _rewards(score)
+        elif not goals and (judge := _stage(recipe.stages, "judge")):
+            goals = {PAIRS: None, **_rewards(judge)}
+        if not goals:
+            raise RecipeError(f"plan 'front' wants goals, a reward for each by name: {EXAMPLE}")
+        if len(goals) < 2:
+            raise RecipeError(f"plan 'front' wants two goals or more, and {next(iter(goals))} is one: {EXAMPLE}")
+        if any(reward is None for reward in list(goals.values())[1:]):
+            raise RecipeError("plan 'front': only the first goal, by which the pairs are ranked, may be without a reward")
+        return goals
+
+    def vectors(self, goals: int) -> list[list[float]]:
+        """The weights of each model, adding up to 1."""
+        if self.preferences is not None:
+            for some in self.preferences:
+                if len(some) != goals:
+                    raise RecipeError(f"plan 'front': preferences {some} hold {len(some)} weights for {goals} goals")
+            return [[w / sum(some) for w in some] for some in self.preferences]
+        if goals * self.least >= 1:
+            raise RecipeError(f"plan 'front': {goals} goals of weight {self.least:g} at least leave nothing to vary; lower `least`")
+        return self.raised(spread(goals, self.points))
+
+    def raised(self, vectors: Sequence[Sequence[float]]) -> list[list[float]]:
+        """The same weights, none of them below `least`."""
+        return [[self.least + (1 - len(some) * self.least) * w for w in some] for some in vectors]
+
+    def lowered(self, weights: Sequence[float]) -> list[float]:
+        """How much of each end makes a model of these weights: what `raised` did, undone."""
+        shares = [max(0.0, w - self.least) for w in weights]
+        return shares if sum(shares) else [1.0] * len(shares)
+
+    def floor(self, names: Sequence[str], seen: Sequence[Sequence[float]]) -> list[float]:
+        """Where the volume begins in each goal."""
+        columns = zip(*seen, strict=True)
+        usual = [0.0 if all(0 <= v <= 1 for v in column) else min(column) for column in columns]
+        return [self.worst.get(name, value) for name, value in zip(names, usual, strict=True)]
+
+
+def weigh(recipe: Any, goals: Mapping[str, Any], weights: Sequence[float]) -> dict[str, Any]:
+    """The changes that make a recipe go for goals by these weights."""
+    if _stage(recipe.live, "score"):
+        if None in goals.values():
+            raise RecipeError("plan 'front': on samples every goal wants a reward")
+        told = {"reward": list(goals.values()), "names": list(goals), "reward_weights": list(weights)}
+        return {"live": [{"name": "score", **told} if _name(s) == "score" else s for s in recipe.live]}
+    aim = spec(recipe.aim()) if recipe.objective is not None and hasattr(recipe.aim(), "kind") else {}
+    if aim.get("name") not in ("dpo", "modpo"):
+        raise RecipeError(
+            f"plan 'front' weighs goals by objective 'modpo' (or 'dpo') on pairs, or by the stage 'score' under `live` on samples; this "
+            f"recipe has objective {aim.get('name') or recipe.objective} and no such stage"
+        )
+    if not weights[0]:
+        raise RecipeError(f"plan 'front': the pairs are ranked by '{next(iter(goals))}', so its weight cannot be 0 under modpo")
+    others = list(goals)[1:]
+    there = _rewards(_stage(recipe.stages, "judge")) if _stage(recipe.stages, "judge") else {}
+    there = {**there, **(aim.get("weights") or {})}  # what modpo weighs already, the recipe's own stages give
+    new = [name for name in others if name not in there]
+    judge = [{"name": "judge", "reward": [goals[name] for name in new], "names": new}] if new else []
+    objective = {"name": "modpo", "beta": aim["beta"], "weights": dict(zip(others, weights[1:], strict=True))}
+    return {"objective": objective, "stages": [*recipe.stages, *judge]}
+
+
+def spread(goals: int, points: int) -> list[list[float]]:
+    """Points of the simplex, as far from each other as can be: of a fine lattice the corners first, then always the one that
+    is farthest from all that were taken."""
+    if goals == 2:  # the same, exactly even
+        return [[i / (points - 1), 1 - i / (points - 1)] for i in range(points)]
+    size = max(12, 2 * points) if goals < 5 else 6
+    cuts = combinations(range(size + goals - 1), goals - 1)
+    lattice = [[(b - a - 1) / size for a, b in zip((-1, *c), (*c, size + goals - 1), strict=True)] for c in cuts]
+    taken = [[float(i == k) for i in range(goals)] for k in range(goals)][:points]
+    far = [min(_apart(x, t) for t in taken) for x in lattice]
+    while len(taken) < points:
+        taken.append(lattice[max(range(len(lattice)), key=far.__getitem__)])
+        far = [min(d, _apart(x, taken[-1])) for d, x in zip(far, lattice, strict=True)]
+    return taken
+
+
+def _metrics(goals: Mapping[str, Any]) -> dict[str, str]:
+    """What each goal is measured by."""
+    return {name: RANKS if reward is None else f"goal/{name}" for name, reward in goals.items()}
+
+
+def _apart(a: Sequence[float], b: Sequence[float]) -> float:
+    return sum((x - y) ** 2 for x, y in zip(a, b, strict=True))
+
+
+def _box(values: Sequence[float], worst: Sequence[float]) -> float:
+    """The volume that a point alone reaches."""
+    return hypervolume([[-v for v in values]], [-w for w in worst])
+
+
+def _name(method: Any) -> Any:
+    return method.get("name") if isinstance(method, Mapping) else method
+
+
+def _stage(stages: Sequence[Any], name: str) -> Any:
+    """The first stage of this name, built; None where there is none."""
+    return next((build("stage", s) for s in stages if _name(spec(s)) == name), None)
+
+
+def _rewards(stage: Any) -> dict[str, Any]:
+    """Name -> reward of a stage that judges."""
+    return {stage.named(k): spec(reward) for k, reward in enumerate(stage.reward)}
+
+
+def _said(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+
+
+def _table(names: Sequence[str], found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What the console lists: weights, what was reached, and whether it is on the front."""
+    return [
+        {
+            "weights": _said(dict(zip(names, weights, strict=True))),
+            **{name: f"{value:.3f}" for name, value in zip(names, values, strict=True)},
+            "front": "yes" if i in found["kept"] else "",
+        }
+        for i, (weights, values) in enumerate(zip(found["preferences"], found["reached"], strict=True))
+    ]

@@ -1,0 +1,81 @@
+"""VQ: vector quantization. Each few weights in a row are one of 2**bits learned vectors of their layer, found by k-means.
+
+One code book of AQLM (arXiv:2401.06118), with one scale to each output. Departs from it in how it is found: by k-means on the
+weights alone, not on what the layer makes of inputs, from points spread by size, so nothing is drawn.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+
+from luthier.errors import RecipeError
+from luthier.registry import quantizer
+from luthier.methods.quantizers.normal_float._bits import pack, unpack
+from luthier.methods.quantizers._base import Quantizer
+
+
+@quantizer(
+    paper="arXiv:2401.06118",
+    gives="codes",
+    contract={"idempotent": "k-means over vectors that k-means has found may find others: its starts are spread by size"},
+)
+class VQ(Quantizer):
+    """A code for several weights at once: nbits_per_codebook / in_group_size bits each."""
+
+    continuous: ClassVar[tuple[str, ...]] = ("book", "scale")
+
+    nbits_per_codebook: Annotated[int, Field(ge=1, le=8)] = 8  # bits of a code
+    in_group_size: Annotated[int, Field(ge=1)] = 2  # weights that a code stands for
+    iterations: Annotated[int, Field(ge=0)] = 10  # of k-means
+
+    def __post_init__(self):
+        if self.in_group_size < 1:
+            raise RecipeError("in_group_size must be at least 1")
+
+    @property
+    def together(self):
+        return self.in_group_size
+
+    def quantize(self, W, seen=None):
+        scale = W.float().square().mean(1).sqrt()
+        points = self.points(W, scale)
+        k = 2**self.nbits_per_codebook
+        order = (points * points.new_tensor([1.0 / (i + 1) for i in range(self.in_group_size)])).sum(1).argsort()
+        some = points[order[torch.linspace(0, len(points) - 1, min(len(points), 64 * k), device=W.device).long()]]
+        book = some[torch.linspace(0, len(some) - 1, k, device=W.device).long()].clone()
+        for _ in range(self.iterations):
+            own = closest(some, book)
+            count = torch.zeros(k, device=W.device).index_add_(0, own, torch.ones(len(own), device=W.device))
+            total = torch.zeros_like(book).index_add_(0, own, some)
+            book = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], book)
+        return self.nearest(W, {"book": book.to(torch.float16), "scale": scale})
+
+    def points(self, W, scale):
+        """[out, in] -> [codes, in_group_size], each row divided by its scale and filled up with zeros."""
+        wide = F.pad(W.float() / scale.clamp(min=1e-30)[:, None], (0, -W.shape[1] % self.in_group_size))
+        return wide.view(-1, self.in_group_size)
+
+    def nearest(self, W, codes):
+        own = closest(self.points(W, codes["scale"].float()), codes["book"].float())
+        return {**codes, "weight": pack(own.to(torch.uint8), self.nbits_per_codebook)}
+
+    def dequantize(self, codes, shape, dtype):
+        n = shape[0] * -(-shape[1] // self.in_group_size)
+        places = unpack(codes["weight"], self.nbits_per_codebook, n).int()
+        wide = codes["book"].float().index_select(0, places).view(shape[0], -1)
+        return (wide[:, : shape[1]] * codes["scale"].float()[:, None]).to(dtype)
+
+    def bits(self, shape):
+        codes = shape[0] * -(-shape[1] // self.in_group_size)
+        book = 16 * self.in_group_size * 2**self.nbits_per_codebook
+        return (self.nbits_per_codebook * 8 * -(-codes // 8) + book + 32 * shape[0]) / (shape[0] * shape[1])
+
+
+def closest(points, book):
+    """[n, d], [k, d] -> [n] which is nearest."""
+    half = book.square().sum(1) / 2
+    return torch.cat([(half - p @ book.T).argmin(1) for p in points.split(2**15)])

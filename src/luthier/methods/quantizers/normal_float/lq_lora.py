@@ -1,0 +1,170 @@
+"""LQ-LoRA's base: W ~ Q + L1 L2, a NormalFloat part of few bits and a part of low rank, found in turns; bits go where they matter.
+
+L1 L2 is the best approximation of rank r of what Q leaves over, Q is what is quantized of what L1 L2 leaves over, until the error
+rises. Which of the allowed forms each matrix's Q takes is an integer program: the least sum of errors within `target_bits`
+on average (scipy's milp). With `fisher` errors are weighted by the rows and columns of the squared gradients of -log p
+of single rows. Take tuner `{name: lora, r: rank, init_lora_weights: lq}` to train L1 and L2 themselves, as the paper does;
+any other tuner goes on from Q + L1 L2.
+
+Departs from the paper: errors of the forms are measured after one turn; twelve of the paper's 432 forms are offered unless more
+are listed; magnitudes are kept in evenly spaced steps; the SVD is exact where a side is at most 1024; L1 and L2 stay in the base,
+frozen, so that switching off gives what training started from.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from luthier.errors import RecipeError
+from luthier.registry import Range, quantizer
+from luthier.methods.quantizers._base import Codes, Quantizer
+from luthier.methods.quantizers.normal_float.nf import NF
+
+Bits = Literal[2, 3, 4, 8]
+
+
+@quantizer(
+    paper="arXiv:2311.12023",
+    row="lq-lora",
+    contract={"idempotent": "what was split once is split anew, into another Q and another L1 L2"},
+)
+class LQLoRA(Quantizer):
+    """Low-rank plus quantized."""
+
+    whole: ClassVar[bool] = True
+
+    target_bits: Annotated[float, Field(gt=0)] = 2.75  # of Q, a weight on average over all matrices
+    rank: Annotated[int, Range(8, 128, log=True), Field(ge=1)] = 64  # of L1 L2
+    num_iters: Annotated[int, Field(ge=1)] = 100  # turns at most
+    fisher: bool = False  # weight errors by squared gradients on the first rows
+    init_rows: int = 32  # rows whose gradients are squared
+    num_bits_0: tuple[Bits, ...] = (2, 3, 4, 8)  # forms of Q that the program may choose from: see quantizer nf
+    num_bits_1: tuple[Bits, ...] = (8,)  # ... of blocks' magnitudes
+    block_size_0: tuple[int, ...] = (16, 32, 64)  # ... weights of a block
+    block_size_1: tuple[int, ...] = (256,)  # ... magnitudes that share a second scale
+    second_dtype: tuple[Literal["bfloat16", "float16", "float32"], ...] = ("float16",)  # ... of the second scale
+
+    @property
+    def reads(self):
+        return "fisher" if self.fisher else ""
+
+    def forms(self) -> list[NF]:
+        """Every form that Q may take."""
+        grid = itertools.product(self.num_bits_0, self.num_bits_1, self.block_size_0, self.block_size_1, self.second_dtype)
+        return [NF(num_bits_0=a, num_bits_1=b, block_size_0=c, block_size_1=d, second_dtype=e) for a, b, c, d, e in grid]
+
+    def plan(self, weights, seen):
+        forms, errors, sizes, names, total = self.forms(), [], [], [], 0
+        for name, W in weights():
+            error = Weighed(seen.get(name))
+            left, shape = W - error.low(W, self.rank)[0], (W.shape[0], W.shape[1])
+            errors.append([error(left - f.dequantize(f.quantize(left), shape, W.dtype)) for f in forms])
+            sizes.append([f.bits(shape) * W.numel() for f in forms])
+            names.append(name)
+            total += W.numel()
+        picked = allocate(errors, sizes, self.target_bits * total)
+        return {n: self.alone(forms[i]) for n, i in zip(names, picked, strict=True)}
+
+    def alone(self, form: NF) -> LQLoRA:
+        """The same with one form to choose from."""
+        return replace(self, **{k: (getattr(form, k),) for k in FORM})
+
+    def quantize(self, W, seen=None):
+        forms = self.forms()
+        if len(forms) > 1:
+            return self.plan(lambda: [("", W)], {"": seen})[""].quantize(W, seen)
+        return self.turns(W.float(), forms[0], Weighed(seen))[0]
+
+    def turns(self, W: Tensor, form: NF, error: Weighed) -> tuple[Codes, list[float]]:
+        """Q and L1 L2 of a weight, and the error after each turn up to the one that was kept."""
+        best, said = {}, []
+        Q = torch.zeros_like(W)
+        for _ in range(self.num_iters):
+            product, L1, L2 = error.low(W - Q, self.rank)
+            codes = form.quantize(W - product)
+            Q = form.dequantize(codes, (W.shape[0], W.shape[1]), W.dtype)
+            now = error(W - Q - product)
+            if said and now >= said[-1]:
+                break
+            best, said = {**codes, "L1": L1, "L2": L2}, [*said, now]
+        return best, said
+
+    def dequantize(self, codes, shape, dtype):
+        Q = self.forms()[0].dequantize(codes, shape, torch.float32)
+        return torch.addmm(Q, codes["L1"], codes["L2"]).to(dtype)
+
+    def bits(self, shape):
+        """Q's, and those of L1 and L2 in fp32."""
+        low = 32 * min(self.rank, *shape) * sum(shape) / (shape[0] * shape[1])
+        return min((f.bits(shape) for f in self.forms()), key=lambda b: (b > self.target_bits, abs(b - self.target_bits))) + low
+
+
+FORM = ("num_bits_0", "num_bits_1", "block_size_0", "block_size_1", "second_dtype")
+EXACT = 1024  # the smaller side up to which the SVD is exact
+
+
+class Weighed:
+    """Errors in the weighted Frobenius norm ||D_r E D_c||; plain where nothing was seen."""
+
+    def __init__(self, seen: tuple[Tensor, Tensor] | None):
+        """seen: the squared gradients' means over each row [out] and each column [in]."""
+        self.scales = None if seen is None else [(m / m.mean()).clamp(min=1e-8).sqrt() for m in seen]
+
+    def weigh(self, E: Tensor) -> Tensor:
+        return E if self.scales is None else self.scales[0][:, None] * E * self.scales[1]
+
+    def __call__(self, E: Tensor) -> float:
+        return float(self.weigh(E).square().sum())
+
+    def low(self, W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """[out, in] -> the nearest matrix of this rank, and its factors L1 [out, r] and L2 [r, in]."""
+        r = min(rank, *W.shape)
+        U, S, V = _svd(self.weigh(W), r)
+        L1, L2 = U * S.sqrt(), (V * S.sqrt()).T
+        if self.scales is not None:
+            L1, L2 = L1 / self.scales[0][:, None], L2 / self.scales[1]
+        return L1 @ L2, L1.contiguous(), L2.contiguous()
+
+
+def _svd(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
+    """[out, in] -> [out, r], [r], [in, r]."""
+    if min(W.shape) <= EXACT:
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+        return U[:, :r], S[:r], Vh[:r].T
+    start = torch.randn(W.shape[1], r + 16, generator=torch.Generator().manual_seed(0)).to(W)
+    Y = torch.linalg.qr(W @ start)[0]
+    for _ in range(4):
+        Y = torch.linalg.qr(W @ (W.T @ Y))[0]
+    U, S, Vh = torch.linalg.svd(Y.T @ W, full_matrices=False)
+    return (Y @ U)[:, :r], S[:r], Vh[:r].T
+
+
+def allocate(errors: list[list[float]], sizes: list[list[float]], budget: float) -> list[int]:
+    """For each matrix the form that it takes, so that errors add up to least and sizes (in bits) to no more than the budget."""
+    least = sum(min(s) for s in sizes)
+    if least > budget * (1 + 1e-9):
+        raise RecipeError(f"target_bits: the smallest forms take {least / budget:.2f} times as much; raise it, or offer smaller forms")
+    if all(len(e) == 1 for e in errors):
+        return [0] * len(errors)
+    import numpy as np
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import coo_array
+
+    cost, size = np.concatenate(errors), np.concatenate(sizes)
+    owner = np.repeat(np.arange(len(errors)), [len(e) for e in errors])
+    once = coo_array((np.ones(len(cost)), (owner, np.arange(len(cost)))))
+    found = milp(
+        cost / max(cost.max(), 1e-30), integrality=np.ones(len(cost)), bounds=Bounds(0, 1),
+        constraints=[LinearConstraint(once, 1, 1), LinearConstraint(size[None] / budget, 0, 1)],
+        options={"mip_rel_gap": 1e-6},
+    )  # fmt: skip
+    if found.x is None:
+        raise RuntimeError(f"the integer program of the bit allocation failed: {found.message}")
+    starts = np.concatenate([[0], np.cumsum([len(e) for e in errors])])
+    return [int(found.x[a:b].argmax()) for a, b in zip(starts[:-1], starts[1:], strict=True)]

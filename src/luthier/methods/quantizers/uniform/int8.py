@@ -1,0 +1,27 @@
+"""INT8: whole numbers of -127 to 127, one scale to each output of a layer.
+
+The weights of LLM.int8(). Departs from it in the inputs, which stay as they are: the weight is made in the compute dtype, so no
+input columns need to be set apart as outliers, and nothing but the weights is rounded.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from luthier.registry import quantizer
+from luthier.methods.quantizers._base import Quantizer
+
+
+@quantizer(paper="arXiv:2208.07339")
+class INT8(Quantizer):
+    """8 bits a weight."""
+
+    def quantize(self, W, seen=None):
+        scale = W.abs().amax(1) / 127
+        return {"weight": (W / scale.clamp(min=1e-38)[:, None]).round().to(torch.int8), "scale": scale}
+
+    def dequantize(self, codes, shape, dtype):
+        return codes["weight"].to(torch.float32).mul_(codes["scale"][:, None]).to(dtype)
+
+    def bits(self, shape):
+        return 8 + 32 / shape[1]

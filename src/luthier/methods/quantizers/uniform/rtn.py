@@ -1,0 +1,59 @@
+"""RTN: round to nearest. Each group of weights is put on 2**bits evenly spaced numbers between its least and its largest.
+
+The plainest way to quantize, which every other is compared with. Departs from GPTQ's form of it: the least number of a group is
+kept as it is, not as a whole number of steps.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+
+from luthier.errors import RecipeError
+from luthier.registry import quantizer
+from luthier.methods.quantizers.normal_float._bits import pack, unpack
+from luthier.methods.quantizers._base import Quantizer
+
+
+@quantizer(row="llm-compression-survey", gives="codes")
+class RTN(Quantizer):
+    """Round to nearest, per group of a row's weights."""
+
+    continuous: ClassVar[tuple[str, ...]] = ("scale", "low")
+
+    bits_per_weight: Annotated[int, Field(ge=1, le=8)] = 4  # of each code
+    group_size: int = 64  # weights that share a scale and a least number, 16 bits each; they run along the rows
+
+    def __post_init__(self):
+        if self.group_size < 2:
+            raise RecipeError(f"group_size: {self.group_size} weights make no group")
+
+    def quantize(self, W, seen=None):
+        groups = self.groups(W)
+        low, high = groups.amin(1), groups.amax(1)
+        scale = (high - low) / (2**self.bits_per_weight - 1)
+        return self.nearest(W, {"scale": scale.to(torch.float16), "low": low.to(torch.float16)})
+
+    def groups(self, W):
+        """[out, in] -> [groups, group_size], the last filled up with what it ends with."""
+        flat = W.reshape(1, -1).float()
+        return F.pad(flat, (0, -flat.shape[1] % self.group_size), mode="replicate").view(-1, self.group_size)
+
+    def nearest(self, W, codes):
+        scale, low = codes["scale"].float(), codes["low"].float()
+        places = (self.groups(W) - low[:, None]) / scale.clamp(min=1e-30)[:, None]
+        places = places.round().clamp(0, 2**self.bits_per_weight - 1)
+        return {**codes, "weight": pack(places.to(torch.uint8), self.bits_per_weight)}
+
+    def dequantize(self, codes, shape, dtype):
+        scale, low = codes["scale"].float(), codes["low"].float()
+        places = unpack(codes["weight"], self.bits_per_weight, len(scale) * self.group_size).view(len(scale), -1)
+        made = torch.addcmul(low[:, None], places.float(), scale[:, None])
+        return made.flatten()[: shape[0] * shape[1]].view(shape).to(dtype)
+
+    def bits(self, shape):
+        groups = -(-shape[0] * shape[1] // self.group_size)
+        return groups * (self.group_size * self.bits_per_weight + 32) / (shape[0] * shape[1])

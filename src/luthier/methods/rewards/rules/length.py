@@ -1,0 +1,19 @@
+"""How long a text is: a rule to weigh other rewards against, or to see whether a judge can be played by length alone."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from luthier.registry import reward
+from luthier.methods.rewards._base import Reward
+
+
+@reward()
+class Length(Reward):
+    """scale * words (or characters). A negative scale rewards brevity."""
+
+    of: Literal["words", "characters"] = "words"  # what is counted
+    scale: float = 1.0  # score of one of them
+
+    def scores(self, row: dict, texts: list[str]) -> list[float]:
+        return [self.scale * (len(t.split()) if self.of == "words" else len(t)) for t in texts]

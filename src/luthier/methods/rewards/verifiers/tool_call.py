@@ -1,0 +1,74 @@
+"""A tool call judged by how it goes wrong: the earlier the fault, the worse.
+
+The call is JSON with a name and arguments, bare or between <tool_call> marks; the row's `answer` is the right one, its `tools`
+say which parameters there are.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from luthier.registry import reward
+from luthier.methods.rewards._base import Reward
+
+CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.S)
+FAULTS = {  # (hallucinated, redundant, missing) parameters -> score
+    (True, True, True): -1.8,
+    (True, True, False): -1.3,
+    (True, False, True): -1.3,
+    (False, True, True): -1.0,
+    (True, False, False): -0.8,
+    (False, True, False): -0.5,
+    (False, False, True): -0.5,
+}
+
+
+@reward(paper="arXiv:2412.15495", row="tl-training", wants="answer tools")
+class ToolCall(Reward):
+    """-2 no call that can be read, or no such tool; -1.5 another tool; -1.8 to -0.5 parameters that do not exist, were not
+    asked for or are missing; -0.25 a wrong value; 1 all right."""
+
+    def scores(self, row: dict, texts: list[str]) -> list[float]:
+        gold = call_in(self.column(row, "answer"))
+        known = {t["function"]["name"]: set(t["function"].get("parameters", {}).get("properties", {})) for t in self.column(row, "tools")}
+        if gold is None:
+            raise ValueError(f"row {row.get('id')}: its answer is no tool call")
+        return [self.judged(call_in(text), gold, known) for text in texts]
+
+    def judged(self, call: dict | None, gold: dict, known: dict[str, set[str]]) -> float:
+        if call is None or call["name"] not in known:
+            return -2.0
+        if call["name"] != gold["name"]:
+            return -1.5
+        said, wanted = call["arguments"].keys(), gold["arguments"].keys()
+        exists = known[call["name"]] | wanted
+        faults = (bool(said - exists), bool((said & exists) - wanted), bool(wanted - said))
+        if any(faults):
+            return FAULTS[faults]
+        return 1.0 if call["arguments"] == gold["arguments"] else -0.25
+
+
+def call_in(said: Any) -> dict | None:
+    """{"name", "arguments"} out of text, JSON or a call as messages carry it; None where there is none."""
+    if isinstance(said, str):
+        marked = CALL.search(said)
+        inside = (marked.group(1) if marked else said).strip()
+        begins = inside.find("{")
+        try:
+            said = json.JSONDecoder().raw_decode(inside[begins:])[0] if begins >= 0 else None
+        except ValueError:
+            return None
+    if isinstance(said, list):
+        said = said[0] if said else None
+    said = said.get("function", said) if isinstance(said, dict) else None
+    if not isinstance(said, dict) or not isinstance(said.get("name"), str):
+        return None
+    arguments = said.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            return None
+    return {"name": said["name"], "arguments": arguments} if isinstance(arguments, dict) else None

@@ -1,0 +1,34 @@
+"""What the verifier of a practice world says of a text: 1 where it is right; the row's `world` says which world."""
+
+from __future__ import annotations
+
+from luthier.errors import RecipeError
+from luthier.registry import meant, reward
+from luthier.methods.rewards._base import Reward
+
+
+@reward(wants="world")
+class World(Reward):
+    """Numbers are results, functions are run on unit tests, queries on the database, tool calls parsed and checked; a world
+    with several scores (style) gives their mean, or the one that `objective` names."""
+
+    objective: str = ""  # one of several scores, such as formal, warm, short or complete of the world style
+
+    def scores(self, row: dict, texts: list[str]) -> list[float]:
+        """Between 0.0 and 1.0 per text; a text that says the same as another is verified once."""
+        from luthier.toy.tasks import find
+
+        verify = find(self.column(row, "world")).verify
+        found = {text: self.one(verify(row, text), row) for text in dict.fromkeys(texts)}
+        return [found[text] for text in texts]
+
+    def one(self, verdict: float | dict[str, float], row: dict) -> float:
+        """One number of a verdict; a sentence where it has no such objective."""
+        several = verdict if isinstance(verdict, dict) else {}
+        if not self.objective:
+            return sum(several.values()) / len(several) if several else float(verdict)  # type: ignore[arg-type]
+        if self.objective not in several:
+            raise RecipeError(
+                f"reward 'world': rows such as {row['id']} are not scored by '{self.objective}'{meant(self.objective, several)}"
+            )
+        return several[self.objective]

@@ -1,0 +1,42 @@
+"""A mean teacher: the policy with a running average of what moves, renewed after every step. It gets no gradient.
+
+average <- momentum * average + (1 - momentum) * tensors, beginning at the policy's start. What does not move costs no memory.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from luthier.registry import role
+from luthier.methods.roles.averages._average import Averaged
+from luthier.methods.roles._base import Role, brought, own
+
+
+@role(paper="arXiv:1703.01780")
+class MeanTeacher(Role):
+    """The exponential moving average of the policy."""
+
+    momentum: Annotated[float, Field(ge=0, le=1)] = 0.996  # share of the average that each step leaves as it is
+
+    def parts(self, policy):
+        return {"average": Running(policy.attached, self.momentum)}
+
+    def play(self, name, policy):
+        average, tuner = brought(policy, name, "average"), own(policy)
+        return policy.as_role(name, lambda: tuner.using(average.tensors()))
+
+
+class Running(Averaged):
+    """Over all steps, the later the more."""
+
+    def __init__(self, attached: Any, momentum: float):
+        super().__init__(attached)
+        self.momentum = momentum
+
+    @torch.no_grad()
+    def after_step(self, clock):
+        for name, p in self.moving():
+            self.get_buffer(name).lerp_(p.float(), 1 - self.momentum)

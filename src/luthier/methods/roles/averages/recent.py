@@ -1,0 +1,77 @@
+"""The mean of the policy's last snapshots, more of them the longer it has trained: OGEN's teacher.
+
+A snapshot is taken every so often (once an epoch in the paper) and the last m are averaged, m growing from `least` to `most`
+along a cosine: an early model that has learned little is soon left out, a late one that knows too well is drawn back.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from luthier.errors import RecipeError
+from luthier.registry import role
+from luthier.methods.roles.averages._average import Averaged
+from luthier.methods.roles._base import Role, brought, own
+
+
+@role(paper="arXiv:2401.15914", row="ogen")
+class Recent(Role):
+    """An average over a window of snapshots. Each costs a copy of what moves."""
+
+    most: Annotated[int, Field(ge=1)] = 9  # snapshots that are averaged in the end
+    least: Annotated[int, Field(ge=1)] = 2  # and at first
+    every: Annotated[float, Field(gt=0)] = 0.05  # steps from one to the next; below 1 a share of the run
+
+    def __post_init__(self):
+        if self.least > self.most:
+            raise RecipeError("least: the window grows, so it is not above most")
+
+    def parts(self, policy):
+        return {"snapshots": Snapshots(policy.attached, self)}
+
+    def play(self, name, policy):
+        snapshots, tuner = brought(policy, name, "snapshots"), own(policy)
+        return policy.as_role(name, lambda: tuner.using(snapshots.tensors()))
+
+    def window(self, share: float) -> int:
+        """How many are averaged when so much of the run is done."""
+        return self.least + math.floor((1 + math.cos((1 + min(share, 1.0)) * math.pi)) / 2 * (self.most - self.least))
+
+
+class Snapshots(Averaged):
+    """The last few, the newest first, and their mean."""
+
+    taken: torch.Tensor
+
+    def __init__(self, attached: Any, settings: Recent):
+        super().__init__(attached)
+        self.settings = settings
+        self.register_buffer("taken", torch.ones((), dtype=torch.long))
+        for name, p in self.moving():
+            self.register_buffer(f"kept:{name}", p.detach().float()[None].repeat(settings.most, *[1] * p.ndim))
+
+    def ready(self, rows, roles):
+        super().ready(rows, roles)
+        self.taken.fill_(0)
+        self.take(0.0)
+
+    def after_step(self, clock):
+        every = self.settings.every
+        steps = max(1, round(every * clock.total) if every < 1 else int(every))
+        if (clock.step + 1) % steps == 0:
+            self.take((clock.step + 1) / max(clock.total, 1))
+
+    @torch.no_grad()
+    def take(self, share: float) -> None:
+        """Another snapshot, now."""
+        self.taken += 1
+        n = min(int(self.taken), self.settings.window(share))
+        for name, p in self.moving():
+            kept = self.get_buffer(f"kept:{name}")
+            kept.copy_(kept.roll(1, 0))
+            kept[0] = p.float()
+            self.get_buffer(name).copy_(kept[:n].mean(0))

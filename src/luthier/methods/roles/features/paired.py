@@ -1,0 +1,42 @@
+"""A memory of paired features: of the rows read last, the state from which each is answered, of the reference and of the policy.
+
+As role `memory` keeps them: what is remembered at a step is seen from the next one on; filled before the first step.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from luthier.registry import role
+from luthier.methods.objectives.representation._features import features, of_rows
+from luthier.model.policy import resting
+from luthier.methods.roles._base import Role, brought, width_of
+from luthier.methods.roles.features.memory import Features
+
+
+@role(paper="arXiv:2308.12058", row="dr-tune")
+class Paired(Role):
+    """[size, 2 * width], and the token that begins each answer."""
+
+    size: Annotated[int, Field(ge=2)] = 2048  # pairs that are kept
+
+    def parts(self, policy):
+        return {"pairs": Pairs(self.size, 2 * width_of(policy)).to(next(policy.model.parameters()).device)}
+
+    def play(self, name, policy):
+        return brought(policy, name, "pairs")
+
+
+class Pairs(Features):
+    @torch.no_grad()
+    def ready(self, rows, roles):
+        self.written.zero_()
+        for i in range(0, min(len(rows), len(self.rows)), 16):
+            batch = roles.batch(rows[i : min(i + 16, len(self.rows))])
+            with resting(roles.policy.model):
+                both = [features(batch, who(batch)) for who in (roles.reference, roles.policy)]
+            self.remember(of_rows(batch), batch.labels[batch.supervised][batch.place == 0], torch.cat(both, 1))
+        self.after_step(roles.clock)

@@ -1,0 +1,50 @@
+"""A role whose answers are a column of the rows, written by a stage: its model has left the machine."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from luthier.model.batch import Batch
+from luthier.errors import RecipeError
+from luthier.registry import role
+from luthier.methods.roles._base import Role
+
+
+@role()
+class Column(Role):
+    """Per-token log-probabilities from a column (the stage `remember` writes one)."""
+
+    column: str = "remembered"  # rows[column]: one list of numbers per completion
+
+    @property
+    def needs(self):
+        return {self.column}
+
+    def play(self, name, policy):
+        return Remembered(name, self.column)
+
+
+class Remembered:
+    """Plays a role from a column: it knows the log-probability of each token that was said, and nothing else."""
+
+    def __init__(self, role: str, column: str):
+        self.role, self.column = role, column
+
+    def outputs(self, batch: Batch) -> Saying:
+        return Saying(self, batch.per_token(self.column))
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        return batch.per_token(self.column)
+
+
+class Saying:
+    """What a column says of a batch."""
+
+    def __init__(self, who: Remembered, logprobs: Tensor):
+        self.who, self.logprobs = who, logprobs
+
+    def __getattr__(self, name: str):
+        raise RecipeError(
+            f"roles.{self.who.role}: column '{self.who.column}' holds the probability of each token that was said; this recipe "
+            f"also asks for '{name}', which only a model knows: e.g. `roles: {{{self.who.role}: start}}`"
+        )

@@ -1,0 +1,15 @@
+"""The policy as it stood when this run began: after earlier acts of a plan, say. Keeps a copy of what moves."""
+
+from luthier.registry import role
+from luthier.methods.roles._base import Role
+
+
+@role()
+class Start(Role):
+    """The policy with the tensors it began with. Under full tuning this is a second copy of the model."""
+
+    constant = True
+
+    def play(self, name, policy):
+        kept = policy.attached.tensors()
+        return policy.as_role(name, lambda: policy.attached.using(kept))

@@ -1,0 +1,54 @@
+"""Two heads between a whole and its parts: one composes the parts' embeddings into the whole's, one takes it apart again.
+
+Both begin as the plainest answer, the mean of the parts and the whole itself for each part, and learn what to add to it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from luthier.registry import role
+from luthier.methods.roles._base import Part, Role, brought, width_of
+
+
+@role()
+class PartWhole(Role):
+    """A composer and a decomposer, trained along."""
+
+    parts_of_whole: Annotated[int, Field(ge=2)] = 2  # into how many parts a whole is cut
+    trained: bool = True  # false: the mean, and the whole for each part
+
+    def parts(self, policy):
+        heads = Heads(width_of(policy), self.parts_of_whole, self.trained)
+        return {"heads": heads.to(next(policy.model.parameters()).device)}
+
+    def play(self, name, policy):
+        return brought(policy, name, "heads")
+
+
+class Heads(Part):
+    """compose: [N, m, d] -> [N, d]. decompose: [N, d] -> [N, m, d]."""
+
+    def __init__(self, width: int, m: int, trained: bool = True):
+        super().__init__()
+        self.m, self.trained = m, trained
+        if trained:
+            self.up, self.down = silent(m * width, 2 * width, width), silent(width, 2 * width, m * width)
+
+    def compose(self, parts: Tensor) -> Tensor:
+        return parts.mean(1) + (self.up(parts.flatten(1)) if self.trained else 0)
+
+    def decompose(self, whole: Tensor) -> Tensor:
+        same = whole[:, None].expand(-1, self.m, -1)
+        return same + self.down(whole).view_as(same) if self.trained else same
+
+
+def silent(wide: int, inner: int, out: int) -> nn.Sequential:
+    """Two layers that say zero at first."""
+    last = nn.Linear(inner, out)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(nn.Linear(wide, inner), nn.GELU(), last)

@@ -1,0 +1,12 @@
+"""The policy with nothing left out, as it is now: whom sub-networks of tuner `elastic` learn from."""
+
+from luthier.registry import role
+from luthier.methods.roles._base import Role
+
+
+@role(wants="elastic")
+class Whole(Role):
+    """The full network, while sub-networks play the policy. Costs no memory."""
+
+    def play(self, name, policy):
+        return policy.as_role(name, policy.attached.whole)

@@ -1,0 +1,221 @@
+"""What is searched, what has been seen, and what a searcher is: a function from all that was seen to what is tried next.
+
+A searcher keeps nothing between two questions. So a search that was killed goes on as if it had not been, and the same
+history and seed always lead to the same question.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from luthier.clock import Clock
+from luthier.registry import family
+
+# ---------------------------------------------------------------------------------------------- what is searched
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One setting: a range, or choices."""
+
+    name: str
+    low: float = 0.0
+    high: float = 1.0
+    log: bool = False
+    whole: bool = False  # whole numbers only
+    choices: tuple = ()  # in place of a range
+    ordered: bool = False  # choices ascend: near ones are alike
+    default: Any = None
+    when: tuple[str, Any] | None = None  # it counts only where another setting has this value: ("tuner", "lora")
+
+    def __post_init__(self):
+        if not self.choices and not (self.low < self.high and (self.low > 0 or not self.log)):
+            raise ValueError(f"{self.name}: {self.low} to {self.high} is not a range{' with a logarithm' * self.log}")
+
+    @property
+    def start(self) -> Any:
+        """The default, or the middle."""
+        return self.at(0.5) if self.default is None else self.default
+
+    def at(self, u: float) -> Any:
+        """The value at 0..1 of the way."""
+        u = min(max(float(u), 0.0), 1.0)
+        if self.choices:
+            return self.choices[min(int(u * len(self.choices)), len(self.choices) - 1)]
+        low, high = (self.low - 0.5, self.high + 0.5) if self.whole and not self.log else (self.low, self.high)
+        value = math.exp(math.log(low) + u * (math.log(high) - math.log(low))) if self.log else low + u * (high - low)
+        return int(min(max(round(value), self.low), self.high)) if self.whole else min(max(value, self.low), self.high)
+
+    def of(self, value: Any) -> float:
+        """0..1: the way back."""
+        if self.choices:
+            return (self.choices.index(value) + 0.5) / len(self.choices)
+        low, high = (self.low - 0.5, self.high + 0.5) if self.whole and not self.log else (self.low, self.high)
+        u = (math.log(value) - math.log(low)) / (math.log(high) - math.log(low)) if self.log else (value - low) / (high - low)
+        return min(max(float(u), 0.0), 1.0)
+
+    def has(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and self.low <= value <= self.high
+
+
+@dataclass(frozen=True)
+class Space:
+    """Settings, those that others depend on first."""
+
+    dims: tuple[Dim, ...]
+
+    def walk(self, choose: Callable[[Dim], Any], everything: bool = False) -> dict[str, Any]:
+        """Choose each setting that counts under those chosen before it; with everything, the others too."""
+        point: dict[str, Any] = {}
+        for dim in self.dims:
+            if everything or dim.when is None or point.get(dim.when[0]) == dim.when[1]:
+                point[dim.name] = choose(dim)
+        return point
+
+    def active(self, point: Mapping[str, Any]) -> dict[str, Any]:
+        """Without the settings that do not count; what is missing or out of range at its default."""
+        return self.walk(lambda d: point[d.name] if d.name in point and d.has(point[d.name]) else d.start)
+
+    def start(self) -> dict[str, Any]:
+        return self.walk(lambda d: d.start)
+
+    def draw(self, rng: np.random.Generator) -> dict[str, Any]:
+        return self.walk(lambda d: d.at(rng.random()))
+
+    def encode(self, point: Mapping[str, Any]) -> np.ndarray:
+        """[dims] in 0..1; settings that do not count stand at their default."""
+        return np.array([d.of(point.get(d.name, d.start)) for d in self.dims])
+
+    def decode(self, vector: np.ndarray) -> dict[str, Any]:
+        known = {d.name: u for d, u in zip(self.dims, vector, strict=True)}
+        return self.walk(lambda d: d.at(known[d.name]))
+
+    def features(self, vectors: np.ndarray) -> np.ndarray:
+        """[n, dims] in 0..1 -> what distances are taken of: whole numbers and steps where they are, a choice by a coordinate for each."""
+        columns = []
+        for d, u in zip(self.dims, vectors.T, strict=True):
+            if d.choices and d.ordered:
+                columns.append(np.array([d.of(d.at(x)) for x in u]))
+            elif d.choices:
+                at = np.minimum((u * len(d.choices)).astype(int), len(d.choices) - 1)
+                columns += [(at == i).astype(float) for i in range(len(d.choices))]
+            else:
+                columns.append(np.array([d.of(d.at(x)) for x in u]) if d.whole else u)
+        return np.stack(columns, 1)
+
+
+# ---------------------------------------------------------------------------------------------- what has been seen
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A configuration that was measured after a share of its steps."""
+
+    number: int  # of the configuration: the same one further on keeps its number
+    point: Mapping[str, Any]
+    values: tuple[float, ...]  # of each goal, the smaller the better; inf where it diverged
+    share: float = 1.0
+    over: float = 0.0  # by how much constraints are overstepped, in shares of what they allow
+    marks: Mapping[str, Any] = field(default_factory=dict)  # what the searcher noted when it asked
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to measure next."""
+
+    point: dict[str, Any]
+    share: float = 1.0
+    number: int | None = None  # go on with this configuration; None: a new one
+    marks: dict[str, Any] = field(default_factory=dict)
+
+
+@family
+class Searcher:
+    """Family: `ask`. Searchers that measure after part of the steps say so by `shares`."""
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """After which shares of the steps it measures."""
+        return (1.0,)
+
+    def ask(self, space: Space, seen: Sequence[Seen], goals: int, clock: Clock) -> Asked:
+        raise NotImplementedError
+
+
+def rng(clock: Clock, *names: object) -> np.random.Generator:
+    return np.random.default_rng(clock.fold(*names, at=0))
+
+
+# ---------------------------------------------------------------------------------------------- judging what was seen
+
+
+def tamed(values: np.ndarray) -> np.ndarray:
+    """[n, goals] with what diverged a little worse than the worst that did not."""
+    out = values.astype(float).copy()
+    for column in out.T:
+        good = column[np.isfinite(column)]
+        worst = (good.max() + (np.ptp(good) or 1.0)) if len(good) else 1.0
+        column[~np.isfinite(column)] = worst
+    return out
+
+
+def layers(values: np.ndarray) -> np.ndarray:
+    """[n] 0 for those that nobody beats everywhere, 1 for those whom only these beat, and so on."""
+    left, rank, level = list(range(len(values))), np.zeros(len(values), int), 0
+    while left:
+        some = values[left]
+        better = np.all(some[None] <= some[:, None], axis=2) & np.any(some[None] < some[:, None], axis=2)  # [beaten, by]
+        beaten = better.sum(1) > 0
+        rank[[i for i, b in zip(left, beaten) if not b]] = level
+        left, level = [i for i, b in zip(left, beaten) if b], level + 1
+    return rank
+
+
+def crowding(values: np.ndarray) -> np.ndarray:
+    """[n] how far apart the neighbours of each are, goal by goal: the ends of every goal infinitely."""
+    n = len(values)
+    out = np.zeros(n)
+    for column in values.T:
+        order = np.argsort(column, kind="stable")
+        span = (column[order[-1]] - column[order[0]]) or 1.0
+        out[order[[0, -1]]] = np.inf
+        if n > 2:
+            out[order[1:-1]] += (column[order[2:]] - column[order[:-2]]) / span
+    return out
+
+
+def ranked(seen: Sequence[Seen]) -> list[Seen]:
+    """Best first: what keeps to the constraints, then by layer, then the less crowded."""
+    if not seen:
+        return []
+    values = tamed(np.array([s.values for s in seen]))
+    over = np.array([s.over for s in seen])
+    level = layers(values).astype(float)
+    far = np.zeros(len(seen))
+    for one in np.unique(level):
+        where = np.flatnonzero(level == one)
+        far[where] = crowding(values[where])
+    order = np.lexsort((-far if values.shape[1] > 1 else values[:, 0], level, np.maximum(over, 0)))
+    return [seen[i] for i in order]
+
+
+def further(seen: Sequence[Seen]) -> list[Seen]:
+    """Of each configuration what was measured last."""
+    last: dict[int, Seen] = {}
+    for s in seen:
+        if s.number not in last or s.share >= last[s.number].share:
+            last[s.number] = s
+    return list(last.values())
+
+
+def telling(seen: Sequence[Seen], least: int) -> list[Seen]:
+    """What was measured after the largest share that `least` configurations reached: numbers of different shares do not compare."""
+    by = {share: [s for s in seen if s.share == share] for share in sorted({s.share for s in seen}, reverse=True)}
+    return next((some for some in by.values() if len(some) >= least), max(by.values(), key=len, default=[]))

@@ -1,0 +1,21 @@
+"""Successive halving: n configurations after a share of their steps, the best n / eta of them further, up to the end."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from luthier.registry import searcher
+from luthier.methods.searchers.bandit import _brackets
+from luthier.methods.searchers.bandit._brackets import Brackets
+
+
+@searcher(paper="arXiv:1502.07943")
+class Halving(Brackets):
+    """One kind of bracket, again and again."""
+
+    n: Annotated[int, Field(ge=1)] = 9  # configurations of a bracket
+
+    def bracket(self, number):
+        return _brackets.halving(self.n, self.shares[0], self.eta)

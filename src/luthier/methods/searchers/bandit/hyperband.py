@@ -1,0 +1,26 @@
+"""Hyperband: successive halving with many configurations after few steps, then with fewer after more, and around again.
+
+With `inner: random` it is the paper's; with `inner: tpe`, the default, new configurations are proposed from what was seen
+after the largest telling share, as BOHB does (arXiv:1807.01774).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any
+
+from luthier.registry import one, searcher
+from luthier.methods.searchers.bandit import _brackets
+from luthier.methods.searchers.bandit._brackets import Brackets
+
+
+@searcher(paper="arXiv:1603.06560")
+class Hyperband(Brackets):
+    """Brackets s = s_max .. 0: ceil((s_max + 1) / (s + 1) * eta^s) configurations that begin at eta^-s."""
+
+    inner: Annotated[Any, one("searcher")] = "tpe"  # who proposes new configurations
+
+    def bracket(self, number):
+        most = self.rungs
+        s = most - number % (most + 1)
+        return _brackets.halving(math.ceil((most + 1) / (s + 1) * self.eta**s - 1e-9), self.eta**-s, self.eta)

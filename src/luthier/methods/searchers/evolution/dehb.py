@@ -1,0 +1,70 @@
+"""DEHB: differential evolution inside Hyperband. Each share of the steps has a population; mutants come from the better
+half of the population below. v = a + factor (b - c), and a child takes each setting from its parent with `crossover`.
+
+Departs from the paper: the first bracket's survivors go on from where they were paused; a share's
+population fills with the first configurations measured there.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import numpy as np
+from pydantic import Field
+
+from luthier.registry import searcher
+from luthier.methods.searchers._base import Asked, ranked, rng
+from luthier.methods.searchers.bandit.hyperband import Hyperband
+
+
+@searcher(paper="arXiv:2105.09821", row="autorl-hpo")
+class DEHB(Hyperband):
+    """With min_share 1 it is differential evolution."""
+
+    factor: Annotated[float, Field(gt=0, le=2)] = 0.5  # F
+    crossover: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of the settings that a child keeps of its parent; 0: the mutant
+    population: Annotated[int, Field(ge=4)] = 8  # of a share, at least
+
+    def ask(self, space, seen, goals, clock):
+        number = 0
+        while True:
+            for rung, (n, share) in enumerate(self.bracket(number)):
+                there = [s for s in seen if s.marks.get("bracket") == number and s.marks.get("rung") == rung]
+                if len(there) < n:
+                    marks = {"bracket": number, "rung": rung}
+                    if number == 0 and rung:
+                        below = [s for s in seen if s.marks.get("bracket") == 0 and s.marks.get("rung") == rung - 1]
+                        best = next(s for s in ranked(below) if s.number not in {t.number for t in there})
+                        return Asked(dict(best.point), share, best.number, {**marks, "slot": best.marks.get("slot")})
+                    return self.child(space, seen, clock, share, marks)
+            number += 1
+
+    def alive(self, seen, share):
+        """Slot -> the best that stood in it, at a share."""
+        slots = {}
+        for s in seen:
+            slot = s.marks.get("slot")
+            if s.share == share and slot is not None and (slot not in slots or ranked([slots[slot], s])[0] is s):
+                slots[slot] = s
+        return slots
+
+    def child(self, space, seen, clock, share, marks):
+        draw, slots = rng(clock, "ask", len(seen)), self.alive(seen, share)
+        shares = self.shares
+        at = min(range(len(shares)), key=lambda i: abs(shares[i] - share))
+        below = ranked(list(self.alive(seen, shares[max(0, at - 1)]).values()))
+        pool = below if at == 0 else below[: max(3, len(below) // 2)]
+        pool += [s for s in slots.values() if len(pool) < 3 and s not in pool]
+        slot = next((i for i in range(self.population) if i not in slots), len(seen) % self.population)
+        if (at == 0 and slot not in slots) or len(pool) < 3:
+            return Asked(space.draw(draw), share, marks={**marks, "slot": slot})
+        choice = [pool[i] for i in draw.choice(len(pool), 3, replace=False)]
+        a, b, c = (space.encode(s.point) for s in choice)
+        mutant = a + self.factor * (b - c)
+        outside = (mutant < 0) | (mutant > 1)
+        mutant[outside] = draw.random(int(outside.sum()))
+        if slot in slots:
+            keep = draw.random(len(mutant)) < self.crossover
+            keep[draw.integers(len(mutant))] = False
+            mutant = np.where(keep, space.encode(slots[slot].point), mutant)
+        return Asked(space.decode(mutant), share, marks={**marks, "slot": slot, "of": [s.number for s in choice]})

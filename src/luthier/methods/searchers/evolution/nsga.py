@@ -1,0 +1,23 @@
+"""NSGA-II: a population, selected by fronts and by how crowded they are, crossed and mutated. Optuna's."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from luthier.registry import searcher
+from luthier.methods.searchers._optuna import ByOptuna, optuna
+
+
+@searcher(paper="doi:10.1109/4235.996017")
+class NSGA(ByOptuna):
+    """The evolutionary baseline for several goals."""
+
+    population_size: Annotated[int, Field(ge=2)] = 10  # of a generation
+    crossover_prob: Annotated[float, Field(ge=0, le=1)] = 0.9  # else a child is its parent, mutated
+
+    def sampler(self, seed, over):
+        return optuna().samplers.NSGAIISampler(
+            seed=seed, constraints_func=over, population_size=self.population_size, crossover_prob=self.crossover_prob
+        )

@@ -1,0 +1,114 @@
+"""Noisy expected hypervolume improvement over Gaussian processes, by BoTorch; with the sparse prior of AutoPEFT.
+
+The first 2 (d + 1) configurations are drawn at random. Then each goal has a process of its own, `saas` with a prior that
+lets few settings count (an ensemble of MAP estimates under different strengths, where the paper draws by NUTS), and the
+next configuration has the highest improvement expected over what was measured (logarithmic forms; noise is inferred).
+The space is searched as it is, choices and whole numbers included: many random points, then neighbours of the best.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from luthier.errors import RecipeError
+from luthier.registry import searcher
+from luthier.methods.searchers._base import Asked, Searcher, rng, tamed
+
+NEAR = 0.1  # how far a neighbour's settings lie from where they were, of their ranges
+CHUNK = 256  # points whose improvement is computed at once
+
+
+@searcher(paper="arXiv:2301.12132")
+class BoTorch(Searcher):
+    """Costly runs and several noisy goals; settings of which few count."""
+
+    n_startup_trials: Annotated[int, Field(ge=2)] | None = None  # drawn at random first; not given: 2 (settings + 1)
+    prior: Literal["saas", "plain"] = "saas"  # of length scales; plain: BoTorch's own, which grows with the number of settings
+    candidates: Annotated[int, Field(ge=8)] = 512  # random points from which the climb starts
+    climbs: Annotated[int, Field(ge=0)] = 4  # times the best points' neighbours are looked at
+    samples: Annotated[int, Field(ge=8)] = 64  # by which the improvement is computed (quasi-random normals)
+
+    def ask(self, space, seen, goals, clock):
+        draw = rng(clock, "ask", len(seen))
+        begun = self.n_startup_trials or 2 * (len(space.dims) + 1)
+        if len(seen) < begun:
+            return Asked(space.draw(draw))
+        with warnings.catch_warnings(), torch.random.fork_rng():
+            warnings.simplefilter("ignore")
+            torch.manual_seed(int(draw.integers(2**31)))
+            features = lambda u: torch.tensor(space.features(u), dtype=torch.float64)
+            at = np.stack([space.encode(s.point) for s in seen])
+            values = -torch.tensor(tamed(np.array([s.values for s in seen])), dtype=torch.float64)  # BoTorch goes up
+            over = torch.tensor([[max(0.0, s.over)] for s in seen], dtype=torch.float64)
+            worth = self._worth(features(at), values, over if over.any() else None)
+            u = np.stack([space.encode(space.decode(x)) for x in draw.random((self.candidates, len(space.dims)))])
+            known = {tuple(x) for x in at}
+            scores = worth(features(u))
+            for _ in range(self.climbs):
+                top = u[scores.argsort(descending=True)[:8].numpy()]
+                step = np.repeat(top, 16, 0)
+                moved = draw.random(step.shape) < max(1 / step.shape[1], 0.3)
+                jump = draw.random(step.shape) < 0.2  # choices have no neighbours but each other
+                step = np.where(moved, np.where(jump, draw.random(step.shape), step + NEAR * draw.standard_normal(step.shape)), step)
+                step = np.stack([space.encode(space.decode(x.clip(0, 1))) for x in step])
+                u, scores = np.concatenate([u, step]), torch.cat([scores, worth(features(step))])
+        order = scores.argsort(descending=True).tolist()
+        best = next((i for i in order if tuple(u[i]) not in known), order[0])
+        return Asked(space.decode(u[best]))
+
+    def _worth(self, x: Tensor, values: Tensor, over: Tensor | None) -> Any:
+        """[n, features], [n, goals] up, [n, 1] how far limits are overstepped -> the logarithm of what points promise."""
+        try:
+            from botorch.acquisition.logei import qLogNoisyExpectedImprovement
+            from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
+            from botorch.acquisition.multi_objective.objective import IdentityMCMultiOutputObjective
+            from botorch.acquisition.objective import GenericMCObjective
+            from botorch.sampling.normal import SobolQMCNormalSampler
+        except ImportError:
+            raise RecipeError("searcher 'botorch' needs BoTorch: pip install 'luthier[botorch]'") from None
+        goals = values.shape[1]
+        y = (values - values.mean(0)) / values.std(0).clamp_min(1e-9)
+        limits = None
+        if over is not None:
+            scale = over.std().clamp_min(1e-9)
+            y = torch.cat([y, over / scale], 1)
+            limits = [lambda z: z[..., -1] - 0.05]  # what kept to its limits was measured as 0
+        model = self._model(x, y)
+        sampler = SobolQMCNormalSampler(torch.Size([self.samples]), seed=0)
+        if goals == 1:
+            objective = GenericMCObjective(lambda z, X=None: z[..., 0])
+            acquire: Any = qLogNoisyExpectedImprovement(
+                model, x, sampler=sampler, objective=objective, constraints=limits, prune_baseline=True
+            )
+        else:
+            reference = y[:, :goals].min(0).values - 0.1 * (y[:, :goals].max(0).values - y[:, :goals].min(0).values)
+            objective = IdentityMCMultiOutputObjective(outcomes=list(range(goals)), num_outcomes=y.shape[1])
+            acquire = qLogNoisyExpectedHypervolumeImprovement(
+                model, reference, x, sampler=sampler, objective=objective, constraints=limits, prune_baseline=True
+            )
+
+        @torch.no_grad()
+        def worth(points: Tensor) -> Tensor:
+            return torch.cat([acquire(part[:, None, :]).reshape(len(part), -1).mean(1) for part in points.split(CHUNK)])
+
+        return worth
+
+    def _model(self, x: Tensor, y: Tensor) -> Any:
+        from botorch.fit import fit_gpytorch_mll
+        from botorch.models import ModelListGP, SingleTaskGP
+        from botorch.models.map_saas import EnsembleMapSaasSingleTaskGP
+        from gpytorch.mlls import ExactMarginalLogLikelihood
+
+        made = []
+        for column in y.T:
+            kind = EnsembleMapSaasSingleTaskGP if self.prior == "saas" else SingleTaskGP
+            model = kind(x, column[:, None])
+            fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
+            made.append(model)
+        return made[0] if len(made) == 1 else ModelListGP(*made)

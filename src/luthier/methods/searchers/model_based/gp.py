@@ -1,0 +1,29 @@
+"""A Gaussian process and the improvement expected of it (of the hypervolume, where there are several goals). Optuna's.
+
+It knows no settings that count only sometimes: those that do not are filled in with their defaults.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from luthier.registry import searcher
+from luthier.methods.searchers._optuna import ByOptuna, optuna
+
+
+@searcher(paper="arXiv:1807.02811")
+class GP(ByOptuna):
+    """Few and costly runs, up to some ten settings."""
+
+    conditional: ClassVar[bool] = False
+
+    n_startup_trials: Annotated[int, Field(ge=1)] = 10  # drawn at random first
+    deterministic_objective: bool = False  # would the same configuration give the same numbers again?
+
+    def sampler(self, seed, over):
+        return optuna().samplers.GPSampler(
+            seed=seed, constraints_func=over, n_startup_trials=self.n_startup_trials,
+            deterministic_objective=self.deterministic_objective,
+        )  # fmt: skip

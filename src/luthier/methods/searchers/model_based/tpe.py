@@ -1,0 +1,27 @@
+"""TPE: densities of good and of poor configurations; the next one is where their ratio is highest. Optuna's.
+
+Settings are modelled together (multivariate), those that count under one tuner apart from those of another (group).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from luthier.registry import searcher
+from luthier.methods.searchers._optuna import ByOptuna, optuna
+
+
+@searcher(paper="arXiv:2304.11127")
+class TPE(ByOptuna):
+    """Tree-structured Parzen estimators, one goal or several, with constraints."""
+
+    n_startup_trials: Annotated[int, Field(ge=1)] = 10  # drawn at random first
+    n_ei_candidates: Annotated[int, Field(ge=1)] = 24  # from which the best ratio is taken
+
+    def sampler(self, seed, over):
+        return optuna().samplers.TPESampler(
+            seed=seed, multivariate=True, group=True, constraints_func=over, n_startup_trials=self.n_startup_trials,
+            n_ei_candidates=self.n_ei_candidates,
+        )  # fmt: skip

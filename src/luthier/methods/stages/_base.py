@@ -1,0 +1,113 @@
+"""Rows in, rows out. The same stage serves a whole data set before training (`stages`) or the rows of one step (`live`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from luthier.registry import family
+from luthier.model.policy import resting
+
+BY_COMPLETION = (
+    "completions",
+    "scores",
+    "truncated",
+    "old",
+    "remembered",
+    "token_weights",
+    "win_rates",
+    "teacher_ids",
+    "teacher_logprobs",
+    "teacher_spans",
+)  # columns with an entry for each completion
+
+
+@family
+class Stage:
+    """Family: rows that may lose and gain columns, or leave. A row is never changed in place."""
+
+    asks_model: ClassVar[bool] = True  # False: works on the rows alone, and can be tried before a model is loaded
+
+    def __call__(self, rows: Sequence[dict], roles: Any) -> Iterable[dict]:
+        """rows: in canonical form. roles: who may be asked; the policy as it is now."""
+        raise NotImplementedError
+
+    def left(self, roles: Any, gone: int, total: int, why: str) -> None:
+        """Tell how many rows leave and why: what is thrown away is never thrown away in silence."""
+        if gone:
+            self.tell(roles, f"{gone} of {total} rows leave: {why}")
+
+    def tell(self, roles: Any, sentence: str) -> None:
+        """Say something about the rows; of a live stage, which meets rows at every step, only the first time."""
+        if roles.clock.step == roles.clock.first:
+            roles.tell(f"stage '{self.name}': {sentence}")
+
+    def usable(self, rows: Sequence[dict], roles: Any) -> list[dict]:
+        """The rows as the network will read them: long texts in pieces, without those that cannot be read."""
+        answered = [row for row in rows if row.get("completions")]
+        self.left(roles, len(rows) - len(answered), len(rows), "they have no completion")
+        kept, bad, _ = roles.policy.architecture.encode_all(answered, roles.renderer)
+        self.left(roles, len(bad), len(rows), bad[0]["reason"] if bad else "")
+        return kept
+
+
+def text_of(roles: Any, completion: Any) -> str:
+    """What a completion says: text, the assistant's turns, or token ids."""
+    if isinstance(completion, str):
+        return completion
+    if completion and isinstance(completion[0], dict):
+        return "\n".join(str(turn.get("content") or "") for turn in completion if turn.get("role") == "assistant")
+    return roles.text(completion)
+
+
+def pieces(roles: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token, as it adds to those before it; joined they are the whole, special tokens shown."""
+    told, shown = [], roles.renderer.shown
+    for i in range(len(ids)):
+        first = max(0, i - 4)  # far enough for characters that take several tokens
+        before = shown(list(ids[first:i]))
+        now = shown(list(ids[first : i + 1]))
+        told.append(now[len(before) :] if not before.endswith("\ufffd") else now[len(before.rstrip("\ufffd")) :])
+    return told
+
+
+def pick(row: dict, places: Sequence[int]) -> dict:
+    """A row with some of its completions only, and of all that belongs to them."""
+    n = len(row["completions"])
+
+    def belongs(name: str, value: Any) -> bool:
+        """Known columns, and whatever holds a list of numbers for each completion."""
+        numbers = isinstance(value, list) and all(isinstance(v, list) and v and isinstance(v[0], float) for v in value)
+        return name in BY_COMPLETION or bool(numbers)
+
+    def few(name: str, value: Any) -> Any:
+        if name == "rewards" and isinstance(value, dict):
+            return {k: [v[i] for i in places] for k, v in value.items()}
+        return [value[i] for i in places] if belongs(name, value) and len(value) == n else value
+
+    return {name: few(name, value) for name, value in row.items()}
+
+
+def without(row: dict, *more: str) -> dict:
+    """A row without what was said about its completions, which are about to be others."""
+    return {k: v for k, v in row.items() if k not in (*BY_COMPLETION, "rewards", *more)}
+
+
+@torch.no_grad()
+def said(policy: Any, roles: Any, rows: Sequence[dict], size: int) -> Iterator[list[list[float]]]:
+    """Of each row, the log-probabilities that a role gives the supervised tokens of each completion; without dropout."""
+    for i in range(0, len(rows), size):
+        batch = roles.batch(rows[i : i + size])
+        with resting(roles.policy.model):
+            flat = policy.logprobs(batch).float().tolist()
+        feed, sizes = iter(flat), iter(batch.lengths.long().tolist())
+        for row in batch.rows:
+            yield [[next(feed) for _ in range(next(sizes))] for _ in row["completions"]]
+
+
+def best_first(row: dict) -> list[int]:
+    """Places of a row's completions from the highest score to the lowest; of equals the earlier first."""
+    scores = row["scores"]
+    return sorted(range(len(scores)), key=lambda k: -scores[k])

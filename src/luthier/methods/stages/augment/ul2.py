@@ -1,0 +1,111 @@
+"""UL2's mixture of denoisers: a text becomes what is read (with gaps, after a mode token) and what is said (the gaps).
+
+R hides short spans of 15 %, X long spans or half of the text, S everything behind a random place (a prefix LM). Each text
+gets one denoiser, drawn from (seed, step, row). A row with a prompt is read as one text with it. Spans are of tokens, as in T5: their lengths are random compositions of the
+share that is hidden. On an encoder-decoder and on a causal model alike; the latter reads its input
+causally, or from both sides as a prefix LM (`architecture: {name: causal, prefix: true}`), as UL2R does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from luthier.errors import RecipeError
+from luthier.registry import stage
+from luthier.methods.stages._base import Stage, pieces, without
+
+DENOISERS = {"R": ((3, 0.15), (8, 0.15)), "X": ((3, 0.5), (8, 0.5), (64, 0.15), (64, 0.5))}  # mode -> (mean span, share hidden)
+
+
+@stage(paper="arXiv:2205.05131", row="ul2 architecture-objective-study", wants="completions")
+class UL2(Stage):
+    """Texts become prompt and completion, by one of seven denoisers."""
+
+    asks_model = False
+
+    shares: dict[str, float] = Field(
+        default_factory=lambda: {"R": 0.4, "X": 0.4, "S": 0.2}
+    )  # of the modes; within one its denoisers are even
+    modes: dict[str, str] = Field(default_factory=lambda: {"R": "[R] ", "X": "[X] ", "S": "[S] "})  # what a text of each mode begins with
+    sentinel: str = "<extra_id_{}>"  # stands for a hidden span; {} is its number
+    target_share: Annotated[float, Field(gt=0, lt=1)] = 0.25  # of a text that S hides, on average
+
+    def __post_init__(self):
+        odd = {*self.shares, *self.modes} - {"R", "X", "S"}
+        if odd or not sum(self.shares.values()) > 0 or min(self.shares.values()) < 0:
+            raise RecipeError(f"shares and modes are of R, X and S, and shares are not negative{f'; not {sorted(odd)}' if odd else ''}")
+
+    def __call__(self, rows, roles):
+        out = []
+        for row in rows:
+            halves = [half for half in (row["prompt"], *row["completions"]) if isinstance(half, str)]
+            text = "".join(halves)
+            if len(halves) == 2 == 1 + len(row["completions"]) and text:
+                read, said, mode = self.denoised(text, row["id"], roles)
+                out.append({**without(row), "prompt": self.modes.get(mode, "") + read, "completions": [said], "mode": mode})
+        self.left(roles, len(rows) - len(out), len(rows), "they are no plain texts, or several")
+        return out
+
+    def denoised(self, text, key, roles):
+        """What is read, what is said, the mode."""
+        rng = roles.clock.rng("ul2", str(key))
+        modes = list(self.shares)
+        mode = modes[int(torch.multinomial(torch.tensor([self.shares[m] for m in modes]), 1, generator=rng))]
+        tokenizer = getattr(getattr(roles, "renderer", None), "tokenizer", None)
+        if tokenizer is None:  # in rehearsal, before a tokenizer is there: by words
+            parts = [w + " " for w in text.split(" ")]
+        else:
+            parts = pieces(roles, tokenizer(text, add_special_tokens=False)["input_ids"])
+        if mode == "S":
+            share = float(torch.rand((), generator=rng)) * min(2 * self.target_share, 1.0)
+            cut = min(len(parts) - 1, max(1, round(len(parts) * (1 - share)))) if len(parts) > 1 else 0
+            return "".join(parts[:cut]), "".join(parts[cut:]), mode
+        kinds = DENOISERS[mode]
+        mean, rate = kinds[int(torch.randint(len(kinds), (), generator=rng))]
+        read, said = corrupt(parts, mean, rate, self.sentinel, rng)
+        return read, said, mode
+
+
+def corrupt(parts: Sequence[str], mean: float, rate: float, sentinel: str, rng: torch.Generator) -> tuple[str, str]:
+    """Pieces of a text -> the text with sentinels in place of spans, and the spans each behind its sentinel."""
+    read, said = [], []
+    for k, (kept, hidden) in enumerate(spans(len(parts), mean, rate, rng)):
+        mark = sentinel.format(k)
+        read += [*(parts[i] for i in kept), mark]
+        said += [mark, *(parts[i] for i in hidden)]
+    return "".join(read), "".join(said)
+
+
+def spans(n: int, mean: float, rate: float, rng: torch.Generator) -> list[tuple[range, range]]:
+    """n places in turn kept and hidden: [(kept, hidden), ...], the hidden ones `rate` of all and `mean` long on average."""
+    noise = min(max(1, round(n * rate)), max(1, n - 1))
+    count = max(1, min(round(noise / mean), noise, n - noise))
+    out, place = [], 0
+    for kept, hidden in zip(_composition(n - noise, count, rng), _composition(noise, count, rng), strict=True):
+        out.append((range(place, place + kept), range(place + kept, place + kept + hidden)))
+        place += kept + hidden
+    return out
+
+
+def _composition(total: int, parts: int, rng: torch.Generator) -> list[int]:
+    """`parts` numbers of at least 1 that add up to total, all ways alike likely (a lone part may be 0)."""
+    if parts == 1:
+        return [total]
+    cuts = sorted((torch.randperm(total - 1, generator=rng)[: parts - 1] + 1).tolist())
+    return [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
+
+
+def restored(read: str, said: str, sentinel: str = "<extra_id_{}>") -> str:
+    """The text that `corrupt` was given."""
+    k = 0
+    while (mark := sentinel.format(k)) in said:
+        _, _, rest = said.partition(mark)
+        span, following, more = rest.partition(sentinel.format(k + 1))
+        read = read.replace(mark, span, 1)
+        said = following + more
+        k += 1
+    return read

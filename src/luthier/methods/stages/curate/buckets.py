@@ -1,0 +1,51 @@
+"""Rows by how good their answers are: every completion becomes a row of its own, with its bucket, 0 for the worst.
+
+Of a row with several completions the best is of the last bucket and the worst of the first, those between by their rank. Rows
+with one are compared with each other: by their different scores where there are no more of these than buckets (good and bad),
+else by quantiles.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from luthier.registry import stage
+from luthier.methods.stages._base import Stage, pick
+
+
+@stage(paper="arXiv:2310.00819", row="meet", wants="completions scores", gives="bucket")
+class Buckets(Stage):
+    """Completions with a score become rows with a `bucket`."""
+
+    asks_model = False
+
+    buckets: Annotated[int, Field(ge=2)] = 2  # how many
+
+    def __call__(self, rows, roles):
+        alone = sorted({float(r["scores"][0]) for r in rows if len(r["completions"]) == 1})
+        each = torch.tensor([float(r["scores"][0]) for r in rows if len(r["completions"]) == 1], dtype=torch.float64)
+        cuts = (
+            torch.quantile(each, torch.arange(1, self.buckets, dtype=torch.float64) / self.buckets).tolist()
+            if len(alone) > self.buckets
+            else []
+        )
+        out, same = [], 0
+        for row in rows:
+            scores = [float(s) for s in row["scores"]]
+            if len(scores) == 1:
+                place = sum(scores[0] >= c for c in cuts) if cuts else self.spread(alone.index(scores[0]), len(alone))
+                out.append({**row, "bucket": place})
+                continue
+            levels = sorted(set(scores))
+            same += len(levels) < 2
+            for i, score in enumerate(scores if len(levels) > 1 else []):
+                out.append({**pick(row, [i]), "id": f"{row['id']}/{i}", "bucket": self.spread(levels.index(score), len(levels))})
+        self.left(roles, same, len(rows), "their completions score alike")
+        return out
+
+    def spread(self, place: int, levels: int) -> int:
+        """The bucket of one of so many levels; of a single one the last."""
+        return self.buckets - 1 if levels == 1 else round(place / (levels - 1) * (self.buckets - 1))

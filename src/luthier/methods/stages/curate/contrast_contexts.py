@@ -1,0 +1,31 @@
+"""Two answers, each right in its own context: laid out as the six readings that `s_vco` compares."""
+
+from __future__ import annotations
+
+from luthier.registry import stage
+from luthier.methods.stages._base import Stage
+
+
+@stage(paper="arXiv:2502.13928", row="s-vco", wants="completions contexts", gives="contrasts", drops="scores pairs answer")
+class ContrastContexts(Stage):
+    """Of each answer: after its own context and the question, after the question alone, after the other's context and the
+    question. Rows: a prompt (text), two `completions`, two `contexts` (text). Others leave."""
+
+    asks_model = False
+
+    def __call__(self, rows, roles):
+        rows, out = list(rows), []
+        for row in rows:
+            contexts, answers = row["contexts"], row["completions"]
+            texts = [row["prompt"], *contexts, *answers]
+            if len(contexts) != 2 or len(answers) != 2 or not all(isinstance(t, str) for t in texts):
+                continue
+            readings = [self.reading(row, c, a) for k, a in enumerate(answers) for c in (contexts[k], None, contexts[1 - k])]
+            kept = {k: v for k, v in row.items() if k not in ("scores", "contexts")}
+            out.append({**kept, "prompt": [], "completions": readings, "contrasts": answers})
+        self.left(roles, len(rows) - len(out), len(rows), "they do not hold two contexts and two answers as text")
+        return out
+
+    def reading(self, row: dict, context: str | None, answer: str) -> list[dict]:
+        asked = f"{context}\n\n{row['prompt']}" if context else row["prompt"]
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]

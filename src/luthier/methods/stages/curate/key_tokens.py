@@ -1,0 +1,76 @@
+"""The tokens that decide a tool call count more: where its name parts from the other tools' names, where each argument begins.
+
+Their weight is as much as evens them out with all other tokens, at most `most`. With `sft` and normalize: weights it is the
+paper's loss. Departs: where names part is found by characters, so no other tool's name need be encoded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from luthier.registry import stage
+from luthier.methods.stages._base import Stage, pieces
+
+
+@stage(paper="arXiv:2412.15495", row="tl-training", wants="completions tools", gives="token_weights")
+class KeyTokens(Stage):
+    """Column `token_weights`: min(others / keys, most) at key tokens, 1 elsewhere, for each learned token."""
+
+    most: Annotated[float, Field(ge=1)] = 9.0  # weight of a key token at most
+
+    def __call__(self, rows, roles):
+        for row in self.usable(rows, roles):
+            encoded, weights = roles.policy.architecture.encode(row, roles.renderer), []
+            for said, ids, marks in zip(row["completions"], encoded.completions, encoded.supervised, strict=True):
+                keys = self.keys(roles, row, said, ids) & {i for i, m in enumerate(marks) if m}
+                others = sum(marks) - len(keys)
+                weight = min(others / len(keys), self.most) if keys else 1.0
+                weights.append([weight if i in keys else 1.0 for i, m in enumerate(marks) if m])
+            yield {**row, "token_weights": weights}
+
+    def keys(self, roles: Any, row: dict, said: Any, ids: list[int]) -> set[int]:
+        """Places of the key tokens of a completion."""
+        texts = pieces(roles, ids)
+        ends = [0]
+        for text in texts:
+            ends.append(ends[-1] + len(text))
+        places = decisive("".join(texts), calls_of(said), [t["function"]["name"] for t in row["tools"]])
+        return {next(i for i in range(len(texts)) if ends[i] <= place < ends[i + 1]) for place in places}
+
+
+def calls_of(said: Any) -> list[dict]:
+    """The tool calls of a completion, in order."""
+    turns = said if isinstance(said, list) and said and isinstance(said[0], dict) else []
+    return [call["function"] for turn in turns if turn["role"] == "assistant" for call in turn.get("tool_calls") or ()]
+
+
+def decisive(text: str, calls: list[dict], tools: list[str]) -> Iterator[int]:
+    """Characters of a text at which a call is decided."""
+    at = 0
+    for call in calls:
+        name = call["name"]
+        start = text.find(name, at)
+        if start < 0:
+            continue
+        for other in tools:
+            if other != name:
+                same = next((k for k, (a, b) in enumerate(zip(name, other, strict=False)) if a != b), min(len(name), len(other)))
+                yield start + min(same, len(name) - 1)
+        at = start + len(name)
+        arguments = call.get("arguments")
+        for key, value in arguments.items() if isinstance(arguments, dict) else ():
+            named = text.find(json.dumps(key), at)
+            if named < 0:
+                continue
+            yield named + 1
+            at = named + len(key) + 2
+            shown = next(
+                (text.find(w, at) for w in (json.dumps(value), json.dumps(value, ensure_ascii=False)) if text.find(w, at) >= 0), -1
+            )
+            if shown >= 0:
+                yield shown + (1 if isinstance(value, str) and value else 0)
+                at = shown + 1

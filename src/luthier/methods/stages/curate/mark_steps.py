@@ -1,0 +1,26 @@
+"""Where the steps of a solution end, in tokens: what `process_reward` learns at."""
+
+from __future__ import annotations
+
+from luthier.registry import stage
+from luthier.methods.stages._base import Stage
+
+
+@stage(paper="arXiv:2305.20050", wants="steps", gives="completions step_targets", drops="scores pairs")
+class MarkSteps(Stage):
+    """The completion as token ids, step by step with a line break after each, and `step_targets`: at the last token of a step 1.0
+    where it is right and 0.0 where not, -1.0 elsewhere. Rows as the format `stepwise` reads them; too long ones leave."""
+
+    def __call__(self, rows, roles):
+        rows, out = list(rows), []
+        most = roles.renderer.max_length or 10**9
+        for row in rows:
+            ids, targets = [], []
+            for step, right in zip(row["steps"], row["step_labels"], strict=True):
+                said = roles.renderer.one(step + "\n")
+                ids += said
+                targets += [-1.0] * (len(said) - 1) + [float(right)]
+            if len(roles.renderer.prompt(row)) + len(ids) <= most:
+                out.append({**row, "completions": [ids], "step_targets": [targets]})
+        self.left(roles, len(rows) - len(out), len(rows), f"they are longer than {most} tokens")
+        return out

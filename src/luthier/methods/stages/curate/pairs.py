@@ -1,0 +1,29 @@
+"""Preference pairs out of scored completions: the best against the worst."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from luthier.registry import stage
+from luthier.methods.stages._base import Stage, best_first, pick
+
+
+@stage(wants="completions scores", gives="pairs")
+class Pairs(Stage):
+    """Two completions per row, the better first, with their scores. Rows whose completions score alike leave."""
+
+    asks_model = False
+
+    margin: Annotated[float, Field(ge=0)] = 0.0  # the two scores differ by more than this
+
+    def __call__(self, rows, roles):
+        rows, kept = list(rows), []
+        for row in rows:
+            order = best_first(row)
+            if row["scores"][order[0]] - row["scores"][order[-1]] > self.margin:
+                kept.append(pick(row, (order[0], order[-1])))
+        gap = f" (they differ by {self.margin:g} or less)" if self.margin else ""
+        self.left(roles, len(rows) - len(kept), len(rows), f"all their completions score alike{gap}")
+        return kept

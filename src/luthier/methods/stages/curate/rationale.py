@@ -1,0 +1,31 @@
+"""A row with an answer and a rationale: two completions of one prompt, told apart by task."""
+
+from __future__ import annotations
+
+from luthier.registry import stage
+from luthier.methods.stages._base import Stage, without
+
+
+@stage(paper="arXiv:2404.12636", row="morepair", wants="completions rationale", gives="tasks", drops="pairs scores")
+class Rationale(Stage):
+    """completions = [the answer, `before` and the rationale]; tasks = ["answer", "rationale"]. Rows without either leave."""
+
+    asks_model = False
+
+    column: str = "rationale"  # where the rationale is
+    before: str = ""  # what a rationale begins with, so that the two can be told apart
+
+    @property
+    def needs(self):
+        return frozenset({"completions", self.column})
+
+    def __call__(self, rows, roles):
+        rows, out = list(rows), []
+        for row in rows:
+            told = row.get(self.column)
+            if row.get("completions") and isinstance(told, str) and told.strip():
+                said = self.before + told
+                second = said if isinstance(row["completions"][0], str) else [{"role": "assistant", "content": said}]
+                out.append({**without(row), "completions": [row["completions"][0], second], "tasks": ["answer", "rationale"]})
+        self.left(roles, len(rows) - len(out), len(rows), f"they have no `{self.column}`, or nothing to explain")
+        return out

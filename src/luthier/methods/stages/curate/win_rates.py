@@ -1,0 +1,34 @@
+"""How often each completion beats the others of its row: a preference model's verdicts, made of scores.
+
+A is preferred to B with probability sigmoid((score A - score B) / temperature), as Bradley and Terry have it (PairRM's use in
+SPPO's paper); against itself with 1/2. A preference that no score can tell (rock, paper, scissors) comes as a column instead.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from pydantic import Field
+
+from luthier.registry import stage
+from luthier.methods.stages._base import Stage
+
+
+@stage(paper="arXiv:2405.00675", row="sppo", wants="scores")
+class WinRates(Stage):
+    """Column `win_rates`: the mean over the row's completions, itself among them, of the chance to be preferred."""
+
+    asks_model = False
+
+    temperature: Annotated[float, Field(gt=0)] = 1.0  # of the difference of two scores
+
+    def __call__(self, rows, roles):
+        for row in rows:
+            scores = [s / self.temperature for s in row["scores"]]
+            yield {**row, "win_rates": [sum(preferred(a - b) for b in scores) / len(scores) for a in scores]}
+
+
+def preferred(gap: float) -> float:
+    """sigmoid(gap), whatever its size."""
+    return 0.5 * (1 + math.tanh(gap / 2))

@@ -1,0 +1,55 @@
+"""Classes as questions: every label of a classified text, described in words, is asked about, and answered yes or no.
+
+What is tuned so on many tasks answers questions about labels it has never seen.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from luthier.registry import stage
+from luthier.methods.stages._base import Stage, without
+
+
+@stage(paper="arXiv:2104.04670", row="meta-tuning", wants="completions")
+class YesNo(Stage):
+    """One row for each label and each of its descriptions: the question, a line break, the text; yes or no. Columns `task`,
+    `question` and `asked` (the label) are kept beside. Labels are the classes' names, as the completion says them."""
+
+    asks_model = False
+
+    questions: dict[str, list[str]]  # descriptions of each label as questions, e.g. {positive: ["Is the review positive?"]}
+    task: str = ""  # name of the data set, or of a group of similar ones
+    balance: bool = False  # as many yes as no: of the more frequent answer rows are left out, evenly
+    cap: Annotated[int, Field(ge=0)] = 0  # rows at most; fewer are repeated up to it; 0: as many as there are
+    answers: tuple[str, str] = ("yes", "no")  # the two completions
+
+    def __call__(self, rows, roles):
+        out = []
+        for row in rows:
+            for label, described in self.questions.items():
+                for q, question in enumerate(described):
+                    said = self.answers[0] if str(row["completions"][0]).strip() == label else self.answers[1]
+                    beside = {"task": self.task, "question": question, "asked": label}
+                    text = f"{question}\n{row['prompt'].rstrip()}\n"
+                    out.append({**without(row), **beside, "id": f"{row['id']}/{label}/{q}", "prompt": text, "completions": [said]})
+        if self.balance:
+            sides = [[r for r in out if r["completions"][0] == a] for a in self.answers]
+            n = min(map(len, sides))
+            out = [r for pair in zip(*(spread(side, n) for side in sides), strict=True) for r in pair]
+            self.tell(roles, f"{n} rows of yes and as many of no")
+        return spread(out, self.cap) if self.cap else out
+
+
+def spread(rows: list[dict], n: int) -> list[dict]:
+    """n of the rows, evenly from all of them; repeated, with ids of their own, where there are fewer."""
+    if not rows:
+        return []
+    if n <= len(rows):
+        return [rows[k * len(rows) // n] for k in range(n)]
+    return [
+        rows[k % len(rows)] if k < len(rows) else {**rows[k % len(rows)], "id": f"{rows[k % len(rows)]['id']}~{k // len(rows)}"}
+        for k in range(n)
+    ]

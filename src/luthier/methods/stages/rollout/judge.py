@@ -1,0 +1,18 @@
+"""Another opinion of completions, kept beside their scores and not in their place: what `modpo` weighs."""
+
+from __future__ import annotations
+
+from luthier.registry import stage
+from luthier.methods.stages._base import text_of
+from luthier.methods.stages.rollout.score import Score
+
+
+@stage(wants="completions", gives="rewards")
+class Judge(Score):
+    """Column `rewards`, beside what is there: {name of the reward: a number for each completion}."""
+
+    def __call__(self, rows, roles):
+        for row in rows:
+            texts = [text_of(roles, c) for c in row["completions"]]
+            each = {self.named(k): self.judged(judge, row, texts) for k, judge in enumerate(self.reward)}
+            yield {**row, "rewards": {**row.get("rewards", {}), **each}}

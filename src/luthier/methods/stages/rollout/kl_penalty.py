@@ -1,0 +1,25 @@
+"""A pull towards the reference inside the score: what only the tuned policy would say is worth less."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from luthier.registry import stage
+from luthier.methods.stages._base import Stage, said
+
+
+@stage(paper="arXiv:1909.08593", wants="completions scores reference logprobs", gives="scores", drops="pairs")
+class KLPenalty(Stage):
+    """scores - kl_coef * (log p_policy - log p_reference), summed over the tokens of each completion."""
+
+    kl_coef: Annotated[float, Field(ge=0)] = 0.05  # price of a nat
+    batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
+
+    def __call__(self, rows, roles):
+        rows = list(rows)
+        own, other = (said(who, roles, rows, self.batch_size) for who in (roles.policy, roles.reference))
+        for row, mine, theirs in zip(rows, own, other, strict=True):
+            gaps = [sum(a) - sum(b) for a, b in zip(mine, theirs, strict=True)]
+            yield {**row, "scores": [s - self.kl_coef * gap for s, gap in zip(row["scores"], gaps, strict=True)]}

@@ -1,0 +1,27 @@
+"""What the policy says before it is tuned, kept with the rows: a reference that takes no memory and no time later."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from luthier.registry import stage
+from luthier.methods.stages._base import Stage, said
+
+
+@stage(wants="completions logprobs", gives="remembered")
+class Remember(Stage):
+    """Per-token log-probabilities of every completion; play them with `roles: {reference: column}`."""
+
+    column: str = "remembered"  # where they go
+    batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
+
+    @property
+    def provides(self):
+        return frozenset({self.column})
+
+    def __call__(self, rows, roles):
+        rows = self.usable(rows, roles)  # pieces of long texts must be the rows that training reads
+        for row, values in zip(rows, said(roles.policy, roles, rows, self.batch_size), strict=True):
+            yield {**row, self.column: values}

@@ -1,0 +1,100 @@
+"""The policy answers: n completions of each prompt, as token ids that end with the stop token where one was written.
+
+A draw follows from the seed, the step and the row's id. So a resumed run draws what it would have drawn, and which rows
+are answered together does not matter. What was known of earlier completions (scores, ...) leaves with them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated
+
+from pydantic import Field
+
+from luthier.methods.formats._base import BadRow
+from luthier.errors import RecipeError
+from luthier.registry import Range, stage
+from luthier.methods.stages._base import Stage, said, without
+
+
+@stage(wants="generate", gives="completions samples truncated old", drops="pairs scores remembered")
+class Rollout(Stage):
+    """Columns: `completions`; `truncated`, true where no stop token was reached; with `old: true` also `old`."""
+
+    n: Annotated[int, Field(ge=1), Range(2, 32, log=True)] = 8  # completions of each prompt (TRL: num_generations)
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of a completion at most, within what the row may hold
+    temperature: Annotated[float, Field(ge=0)] = 1.0  # 0 takes the likeliest token
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # sample among the likeliest tokens of this joint probability
+    top_k: Annotated[int, Field(ge=0)] = 0  # sample among so many likeliest tokens; 0 = all
+    old: bool = False  # keep the sampler's log-probability of each token, at temperature 1 as objectives read them
+    sampler: str = "policy"  # who writes: the policy itself, or a role in its place, e.g. `roles: {sampler: {name: vllm, ...}}`
+    draw: int = 0  # another number, other samples: the rounds of a plan draw anew under one seed
+    batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass of `old`
+
+    @property
+    def needs(self):
+        return self.wants if self.sampler == "policy" else self.wants | {self.sampler}
+
+    @property
+    def provides(self):
+        return self.gives if self.old else self.gives - {"old"}
+
+    def __call__(self, rows, roles):
+        kept, prompts, rooms, bad = [], [], [], []
+        limit = getattr(roles.renderer, "max_length", None)
+        for row in rows:
+            try:
+                prompt = roles.renderer.prompt(row)
+            except BadRow as error:
+                bad.append(str(error))
+                continue
+            room = self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - len(prompt))
+            if room < 1:
+                bad.append(f"the prompt of {len(prompt)} tokens leaves no room for an answer (max_length {limit})")
+                continue
+            kept, prompts, rooms = [*kept, row], [*prompts, prompt], [*rooms, room]
+        self.left(roles, len(bad), len(rows), bad[0] if bad else "")
+        if not kept:
+            return []
+        stop = list(roles.renderer.stop_ids)
+        how = {k: getattr(self, k) for k in ("n", "max_new_tokens", "temperature", "top_p", "top_k")}
+        written = self.answers(roles, prompts, seeds=self.seeds(kept, roles.clock), stop=stop, **how)
+        out, known = [], []
+        for row, room, answers in zip(kept, rooms, written, strict=True):
+            known.append([logprobs[:room] for _, logprobs in answers])
+            answers = [ids[:room] for ids, _ in answers]
+            out.append({**without(row), "completions": answers, "truncated": [ids[-1] not in stop for ids in answers]})
+        cut = sum(sum(row["truncated"]) for row in out)
+        if cut:
+            self.tell(roles, f"{cut} of {len(out) * self.n} completions reached no stop token within {self.max_new_tokens} tokens")
+        who = getattr(roles, self.sampler)
+        if who is not roles.policy and not who.compared:
+            who.compare(known[0], next(said(roles.policy, roles, out[:1], 1)))
+        if self.old:
+            known = known if who is not roles.policy else said(roles.policy, roles, out, self.batch_size)
+            out = [{**row, "old": old} for row, old in zip(out, known, strict=True)]
+            self.check(out)
+        return out
+
+    def answers(self, roles, prompts, **how) -> list[list[tuple[list[int], list[float]]]]:
+        """Of each prompt, the samples' token ids and, where another than the policy writes, their log-probabilities."""
+        who = getattr(roles, self.sampler)
+        if who is roles.policy:
+            return [[(ids, []) for ids in answers] for answers in who.generate(prompts, **how)]
+        if not hasattr(who, "answers"):
+            raise RecipeError(f"stage 'rollout': whoever plays '{self.sampler}' does not write in the policy's place; role vllm does")
+        return who.answers(prompts, **how)
+
+    def seeds(self, rows, clock) -> list[int]:
+        """One per row. A row that is there twice is answered differently each time."""
+        seen: Counter = Counter()
+        out = []
+        for row in rows:
+            out.append(clock.fold("rollout", self.draw, row["id"], seen[row["id"]]))
+            seen[row["id"]] += 1
+        return out
+
+    def check(self, rows) -> None:
+        for row in rows:
+            if [len(x) for x in row["old"]] != [len(x) for x in row["completions"]]:
+                raise RecipeError(f"stage 'rollout': row {row['id']} is cut when it is read again; lower max_new_tokens")

@@ -1,0 +1,52 @@
+"""Rewards judge completions: one number each, the higher the better. Several rewards are added up by weight."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated
+
+from luthier.errors import RecipeError
+from luthier.registry import many, stage
+from luthier.methods.stages._base import Stage, text_of
+
+
+@stage(wants="completions", gives="scores", drops="pairs")
+class Score(Stage):
+    """Column `scores`; of several rewards also `rewards`, each by its name."""
+
+    reward: Annotated[tuple, many("reward")] = ("exact_match",)  # the judge, or a list of them
+    reward_weights: list[float] | None = None  # of each reward in `scores`; all 1 where not given
+    names: list[str] | None = None  # of each reward in `rewards`; its method's name where not given
+
+    def __post_init__(self):
+        if not self.reward:
+            raise ValueError("give at least one reward")
+        if self.reward_weights is not None and len(self.reward_weights) != len(self.reward):
+            raise ValueError(f"reward_weights: {len(self.reward_weights)} weights for {len(self.reward)} rewards")
+        if self.names is not None and (len(self.names) != len(self.reward) or len(set(self.names)) < len(self.names)):
+            raise ValueError(f"names: {self.names} are not a name of its own for each of {len(self.reward)} rewards")
+
+    def __call__(self, rows, roles):
+        weights = self.reward_weights or [1.0] * len(self.reward)
+        for row in rows:
+            texts = [text_of(roles, c) for c in row["completions"]]
+            each = [self.judged(judge, row, texts) for judge in self.reward]
+            total = [sum(w * s for w, s in zip(weights, scores, strict=True)) for scores in zip(*each, strict=True)]
+            apart = {"rewards": {self.named(k): s for k, s in enumerate(each)}} if len(each) > 1 else {}
+            yield {**row, "scores": total, **apart}
+
+    def judged(self, judge, row: dict, texts: list[str]) -> list[float]:
+        scores = [float(s) for s in judge.scores(row, texts)]
+        if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
+            raise RecipeError(
+                f"reward '{judge.name}' gave {scores[:8]} for the {len(texts)} completions of row {row['id']}: "
+                "it must give each a finite number"
+            )
+        return scores
+
+    def named(self, k: int) -> str:
+        """The k-th reward's name: as said, else its method's, with its place where two have the same."""
+        if self.names is not None:
+            return self.names[k]
+        names = [judge.name for judge in self.reward]
+        return names[k] if names.count(names[k]) == 1 else f"{names[k]}-{k}"

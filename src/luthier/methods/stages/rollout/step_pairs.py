@@ -1,0 +1,82 @@
+"""Pairs from the step at which a wrong solution goes wrong: before it the policy could still get it right, after it less so.
+
+Of a wrong solution, the value of each beginning is how often the policy ends right from there; the step of lowest advantage
+is the pit. Rejected is what follows from the pit on, chosen a right way to go on from just before it. Learned with `dpo`, this
+weighs steps by their advantage, which positives alone cannot.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from luthier.registry import Range, one, stage
+from luthier.methods.stages._base import Stage, text_of, without
+from luthier.methods.stages.rollout.rollout import Rollout
+
+
+@stage(
+    paper="arXiv:2406.14532",
+    row="per-step-dpo-negatives",
+    wants="completions generate",
+    gives="pairs scores",
+    drops="old remembered samples",
+    contract={"gives": "a model that never ends right finds no way out, and its rows leave"},
+)
+class StepPairs(Stage):
+    """Columns `prefix` (shared, not learned), `completions` [chosen, rejected], `advantages` of the wrong solution's steps. Rows
+    without a wrong completion, or without a right way out of it, leave. Rewards count as right from 0.5 on."""
+
+    reward: Annotated[Any, one("reward")] = "exact_match"  # the judge
+    n: Annotated[int, Field(ge=1), Range(4, 128, log=True)] = 8  # ways to go on that are tried from each beginning
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of one of them at most
+    temperature: Annotated[float, Field(gt=0)] = 1.0  # of sampling
+    separator: str = "\n"  # what ends a step
+    draw: int = 0  # another number, other samples
+
+    def __call__(self, rows, roles):
+        rows, asked, plans = list(rows), [], []
+        for row in rows:
+            texts = [text_of(roles, c) for c in row["completions"]]
+            wrong = next((t for t, s in zip(texts, self.reward.scores(row, texts), strict=True) if s < 0.5), None)
+            if wrong is None:
+                continue
+            steps = split(wrong, self.separator)
+            begun = row.get("prefix", "")
+            starts = ["".join(steps[:i]) for i in range(len(steps))]
+            plans.append((row, steps, len(starts)))
+            asked += [{**row, "id": f"{row['id']}/{i}", "prefix": begun + start} for i, start in enumerate(starts)]
+        rollout = Rollout(n=self.n, max_new_tokens=self.max_new_tokens, temperature=self.temperature, draw=self.draw)
+        answered = {r["id"]: [text_of(roles, c) for c in r["completions"]] for r in rollout(asked, roles)}
+        out = [made for plan in plans if (made := self.pair(answered, *plan)) is not None]
+        self.left(roles, len(rows) - len(out), len(rows), "nothing in them is wrong, or nothing right was found before it goes wrong")
+        return out
+
+    def pair(self, answered: dict[str, list[str]], row: dict, steps: list[str], n: int) -> dict | None:
+        """A row's pair from its pit; None where no beginning before it ends right."""
+        values, right = [], []
+        for i in range(n):
+            start = "".join(steps[:i])
+            texts = answered.get(f"{row['id']}/{i}", [])
+            good = [s >= 0.5 for s in self.reward.scores(row, [start + t for t in texts])]
+            values.append(sum(good) / max(len(good), 1))
+            right.append(next((t for t, g in zip(texts, good, strict=True) if g), None))
+        gains = advantages([*values, 0.0])
+        pit = gains.index(min(gains))
+        if right[pit] is None:
+            return None
+        shared = row.get("prefix", "") + "".join(steps[:pit])
+        kept = without(row, "rewards")
+        return {**kept, "prefix": shared, "completions": [right[pit], "".join(steps[pit:])], "scores": [1.0, 0.0], "advantages": gains}
+
+
+def split(text: str, separator: str) -> list[str]:
+    """Steps of a text, each with what ends it."""
+    parts = text.split(separator)
+    return [p + separator for p in parts[:-1]] + ([parts[-1]] if parts[-1] else [])
+
+
+def advantages(values: list[float]) -> list[float]:
+    """Value of each beginning, and of the whole -> what each step changed."""
+    return [after - before for before, after in zip(values, values[1:], strict=False)]

@@ -1,0 +1,74 @@
+"""The teacher's k likeliest tokens at every place, as columns: asked once, and its model may leave (FIRST).
+
+With temperature: auto the probabilities are tempered first, p^(1/T) over its sum, with the T of a grid under which the
+teacher is as sure as it is right on these rows (least expected calibration error). Log-probabilities keep 16 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from luthier.registry import build, stage
+from luthier.model.policy import resting
+from luthier.methods.stages._base import Stage
+
+GRID = tuple(0.5 + 0.1 * i for i in range(36))  # temperatures that are tried
+
+
+@stage(
+    paper="arXiv:2408.12168",
+    row="first-trustworthy-distillation",
+    wants="completions teacher top",
+    gives="teacher_ids teacher_logprobs",
+    contract={"gives": "it asks a teacher, whom a recipe names"},
+)
+class TeacherTop(Stage):
+    """Columns teacher_ids and teacher_logprobs: [tokens][k] for each completion."""
+
+    k: Annotated[int, Field(ge=1)] = 5  # tokens kept at each place
+    temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"  # the teacher's; auto: by calibration on these rows
+    batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
+
+    @torch.no_grad()
+    def __call__(self, rows, roles):
+        rows = self.usable(rows, roles)
+        asked, found = [], []
+        for i in range(0, len(rows), self.batch_size):
+            batch = roles.batch(rows[i : i + self.batch_size])
+            with resting(roles.policy.model):
+                logprobs, ids = roles.teacher.outputs(batch).top(self.k)
+            found.append((logprobs.float().cpu(), ids.cpu(), batch.labels[batch.supervised].cpu()))
+            asked += batch.lengths.long().tolist()
+        if not found:
+            return []
+        logprobs, ids, labels = (torch.cat(x) for x in zip(*found, strict=True))
+        t = self.temperature if self.temperature != "auto" else calibrated(logprobs, ids[:, 0] == labels)
+        self.tell(
+            roles, f"the teacher's {self.k} likeliest tokens hold {float(logprobs.exp().sum(1).mean()):.1%} of its probability; T = {t:g}"
+        )
+        tempered = (logprobs / t).log_softmax(-1).half().tolist() if t != 1 else logprobs.half().tolist()
+        ids, sizes, out, place = ids.tolist(), iter(asked), [], 0
+        for row in rows:
+            columns = {"teacher_ids": [], "teacher_logprobs": []}
+            for _ in row["completions"]:
+                n = next(sizes)
+                columns["teacher_ids"].append(ids[place : place + n])
+                columns["teacher_logprobs"].append(tempered[place : place + n])
+                place += n
+            out.append({**row, **columns})
+        return out
+
+
+def calibrated(logprobs: Tensor, right: Tensor) -> float:
+    """[T, k] log-probabilities, [T] whether the likeliest is right -> the temperature of least calibration error."""
+
+    def error(t: float) -> float:
+        sure = (logprobs / t).softmax(-1)[:, 0].double()
+        table = build("evaluator", "calibration").table(sure, right.double())
+        return sum(n * abs(s - r) for n, s, r in table)
+
+    return min(GRID, key=error)

@@ -1,0 +1,22 @@
+"""Rejection sampling: of each row's completions the best stays."""
+
+from __future__ import annotations
+
+from luthier.registry import stage
+from luthier.methods.stages._base import Stage, best_first, pick
+
+
+@stage(paper="arXiv:2304.06767", wants="completions scores", drops="pairs")
+class Best(Stage):
+    """One completion per row, the highest scored (of equals the first). Rows without a good enough one leave."""
+
+    asks_model = False
+
+    least: float | None = None  # lowest score that is kept; all where not given
+
+    def __call__(self, rows, roles):
+        rows = list(rows)
+        best = [pick(row, best_first(row)[:1]) for row in rows]
+        kept = [row for row in best if self.least is None or row["scores"][0] >= self.least]
+        self.left(roles, len(rows) - len(kept), len(rows), f"their best score is below {self.least}")
+        return kept

@@ -1,0 +1,23 @@
+"""Rows of some groups only: whole tasks are held out, so that what is measured was not learned."""
+
+from __future__ import annotations
+
+from luthier.registry import stage
+from luthier.methods.stages._base import Stage
+
+
+@stage(paper="arXiv:2104.04670", row="meta-tuning")
+class Groups(Stage):
+    """Keeps rows whose column is one of `keep` (all where empty) and none of `drop`."""
+
+    asks_model = False
+
+    column: str = "task"  # what tells groups apart
+    keep: tuple[str, ...] = ()  # groups that stay
+    drop: tuple[str, ...] = ()  # groups that leave
+
+    def __call__(self, rows, roles):
+        rows = list(rows)
+        kept = [r for r in rows if (not self.keep or r.get(self.column) in self.keep) and r.get(self.column) not in self.drop]
+        self.left(roles, len(rows) - len(kept), len(rows), f"their {self.column} is not asked for")
+        return kept

@@ -1,0 +1,58 @@
+"""IFD: how little a prompt helps with its answer. Rows where it helps least, and still helps, teach most.
+
+Departs: the answer alone is read after the tokenizer's first token (else its stop token), so that the same tokens are
+asked about with and without the prompt; of several completions the best-scored counts.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from luthier.model.batch import collate
+from luthier.registry import Range, stage
+from luthier.text.render import Encoded
+from luthier.model.policy import resting
+from luthier.methods.stages._base import Stage, best_first
+
+
+@stage(paper="arXiv:2308.12032", wants="completions logprobs")
+class IFD(Stage):
+    """Keeps the share of rows with the highest ppl(answer | prompt) / ppl(answer) below one; column `ifd`."""
+
+    share: Annotated[float, Field(gt=0, le=1), Range(0.05, 1)] = 0.1  # of the rows that is kept
+    batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
+
+    def __call__(self, rows, roles):
+        rows = self.usable(rows, roles)
+        scored = []
+        for i in range(0, len(rows), self.batch_size):
+            some = rows[i : i + self.batch_size]
+            given, alone = self.surprise(roles, some, alone=False), self.surprise(roles, some, alone=True)
+            scored += [{**row, "ifd": v} for row, v in zip(some, (given - alone).exp().tolist(), strict=True)]
+        fit = sorted((k for k, row in enumerate(scored) if row["ifd"] < 1), key=lambda k: -scored[k]["ifd"])
+        self.left(roles, len(rows) - len(fit), len(rows), "their prompt does not make their answer likelier (ifd of 1 or more)")
+        kept = fit[: max(1, round(self.share * len(rows)))]
+        self.left(roles, len(fit) - len(kept), len(rows), f"they are beyond the {self.share:g} of the rows that teach most")
+        return [scored[k] for k in sorted(kept)]
+
+    @torch.no_grad()
+    def surprise(self, roles, rows: list[dict], alone: bool) -> torch.Tensor:
+        """[rows] mean -log p of the learned tokens of each row's answer, after its prompt or alone."""
+        tokenizer = roles.renderer.tokenizer
+        first = [t for t in (tokenizer.bos_token_id, *roles.renderer.stop_ids) if t is not None][:1]
+
+        def encode(row: dict) -> Encoded:
+            full = roles.policy.architecture.encode(row, roles.renderer)
+            k = best_first(row)[0] if "scores" in row else 0
+            ids, marks = full.completions[k], full.supervised[k]
+            if alone:
+                ids = [t for t, asked in zip(ids, marks, strict=True) if asked]
+                return Encoded(first or ids[:1], [ids], [[bool(first) or i > 0 for i in range(len(ids))]])
+            return Encoded(full.prompt, [ids], [marks])
+
+        batch = collate(rows, encode).to(roles.device)
+        with resting(roles.policy.model):
+            return -batch.means(roles.policy.logprobs(batch).float()).cpu()

@@ -1,0 +1,22 @@
+"""Lion: the sign of a mix of momentum and gradient. One moment per weight, half of Adam's state."""
+
+from luthier.registry import transform
+from luthier.train.optimizer import Each
+
+
+@transform(paper="arXiv:2302.06675", row="lion")
+class Lion(Each):
+    """sign(beta1 m + (1 - beta1) g) with the old m, which then becomes beta2 m + (1 - beta2) g."""
+
+    pointwise = True
+
+    beta1: float = 0.9  # share of the old momentum in the step
+    beta2: float = 0.99  # memory of the momentum
+
+    def init(self, like):
+        return {"m": like.new_zeros(like.shape)}
+
+    def update(self, grad, state, param, step):
+        said = state["m"].lerp(grad, 1 - self.beta1).sign_()
+        state["m"].lerp_(grad, 1 - self.beta2)
+        return said

@@ -1,0 +1,21 @@
+"""Heavy-ball momentum: steps add up in a direction that stays and cancel where it turns."""
+
+from luthier.registry import transform
+from luthier.train.optimizer import Each
+
+
+@transform()
+class Momentum(Each):
+    """m becomes momentum m + g, as in torch.optim.SGD."""
+
+    pointwise = True
+
+    momentum: float = 0.9  # share of the last step that goes on
+    nesterov: bool = False  # look ahead: g + momentum m
+
+    def init(self, like):
+        return {"m": like.new_zeros(like.shape)}
+
+    def update(self, grad, state, param, step):
+        m = state["m"].mul_(self.momentum).add_(grad)
+        return grad.add(m, alpha=self.momentum) if self.nesterov else m

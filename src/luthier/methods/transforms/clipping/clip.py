@@ -1,0 +1,26 @@
+"""Clipping by global norm: all gradients of a step shrink together so that their joint norm is bounded."""
+
+import torch
+
+from luthier.registry import transform
+from luthier.train.optimizer import Lazily, Transform
+
+
+@transform(paper="arXiv:1211.5063")
+class Clip(Transform):
+    """g * min(1, max_grad_norm / |g|), over every tensor that moves."""
+
+    pointwise = True
+
+    max_grad_norm: float = 1.0  # largest joint norm; 0 = no limit
+
+    def gather(self, every):
+        if not self.max_grad_norm:
+            return every
+        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for slots in every.values() for g in slots.values()]
+        norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
+        small = min(1.0, self.max_grad_norm / (norm + 1e-6))
+        return every if small == 1.0 else Lazily(every, lambda name: {k: g * small for k, g in every[name].items()})
+
+    def apply(self, grads, state, site, step):
+        return grads

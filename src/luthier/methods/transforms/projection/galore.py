@@ -1,0 +1,58 @@
+"""GaLore: the gradient of a matrix is projected onto its main directions, and the optimizer's state has only that many rows.
+
+Every `update_proj_gap` steps the directions are taken anew from the gradient's SVD, on its shorter side; `inner` works on what
+is projected, and its update is spread out again. Matrices in layers only: embeddings, head, vectors and what is no larger
+than `rank` go to `inner` as they are, so with full rank the step is that of `inner`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from luthier.registry import many, transform
+from luthier.train.optimizer import Transform, through
+from luthier.methods.tuners._base import Site
+
+IN_LAYER = re.compile(r"\.\d+\.")
+
+
+@transform(paper="arXiv:2403.03507")
+class GaLore(Transform):
+    """Gradient low-rank projection."""
+
+    rank: Annotated[int, Field(ge=1)] = 128  # directions that are kept
+    update_proj_gap: Annotated[int, Field(ge=1)] = 200  # steps between two choices of directions
+    scale: float = 0.25  # of projected updates; OwLore takes 1
+    inner: Annotated[tuple[Any, ...], many("transform")] = ("adam",)  # what becomes of the projected gradient
+
+    def apply(self, grads, state, site, step):
+        low, stood = {}, {}
+        fit = IN_LAYER.search(f"{site.name}.") is not None
+        for slot, G in grads.items():
+            if not fit or G.ndim != 2 or min(G.shape) <= self.rank:
+                low[slot], stood[slot] = G, site.slots[slot]
+                continue
+            own = state.setdefault("basis", {}).setdefault(slot, {"age": 0})
+            if own["age"] % self.update_proj_gap == 0:
+                own["P"] = directions(G, self.rank)
+            own["age"] += 1
+            low[slot] = stood[slot] = self.down(G, own["P"])
+        updates = through(self.inner, low, state.setdefault("inner", {}), Site(site.name, stood, site.by), step)
+        bases = state.get("basis", {})
+        return {k: self.scale * self.up(u, bases[k]["P"], grads[k].shape) if k in bases else u for k, u in updates.items()}
+
+    def down(self, G, P):
+        return P.T @ G if G.shape[0] < G.shape[1] else G @ P
+
+    def up(self, R, P, shape):
+        return P @ R if shape[0] < shape[1] else R @ P.T
+
+
+def directions(G: torch.Tensor, rank: int) -> torch.Tensor:
+    """[shorter side, rank] the main singular directions of a gradient [m, n]."""
+    U, _, Vh = torch.linalg.svd(G.float(), full_matrices=False)
+    return (U[:, :rank] if G.shape[0] < G.shape[1] else Vh[:rank].T).to(G.dtype).contiguous()

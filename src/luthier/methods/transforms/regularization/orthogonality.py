@@ -1,0 +1,36 @@
+"""Orthogonality: the rows of A and the columns of B of a low-rank tuner are kept near orthonormal. AdaLoRA asks for it.
+
+Adds the gradient of weight * (|A A' - 1|^2 + |B' B - 1|^2) to theirs, which is the same as adding the term to the loss, whatever
+the accumulation. Stands before the rescaling: `transforms: [orthogonality, clip]`. Departs from PEFT's AdaLoRA, which takes the
+norms without their square (the paper has them squared), and their mean over all matrices.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from luthier.registry import Range, transform
+from luthier.train.optimizer import Transform
+
+
+@transform(paper="arXiv:2303.10512")
+class Orthogonality(Transform):
+    """A pull of A A' and B' B towards the identity; other tensors pass as they are."""
+
+    weight: Annotated[float, Field(ge=0), Range(0.01, 1.0, log=True)] = 0.5  # of the term beside the loss (orth_reg_weight in PEFT)
+
+    def apply(self, grads, state, site, step):
+        if not {"A", "B"} <= grads.keys():
+            return grads
+        a, b = site.slots["A"], site.slots["B"]
+        return {**grads, "A": grads["A"] + self.weight * pull(a), "B": grads["B"] + self.weight * pull(b.T).T}
+
+
+@torch.no_grad()
+def pull(rows: Tensor) -> Tensor:
+    """The gradient of |R R' - 1|^2 with respect to R [r, n]."""
+    return 4 * (rows @ rows.T - torch.eye(len(rows), device=rows.device, dtype=rows.dtype)) @ rows

@@ -1,0 +1,19 @@
+"""Decoupled weight decay: a pull towards zero beside the gradient's step, not through its statistics."""
+
+from luthier.registry import transform
+from luthier.train.optimizer import Each
+
+
+@transform(paper="arXiv:1711.05101")
+class WeightDecay(Each):
+    """update + weight_decay * p. Stands after the rescaling (adam, lion) to be decoupled from it."""
+
+    pointwise = True
+
+    weight_decay: float = 0.01  # times the learning rate, per step
+    everything: bool = False  # biases, norms and other vectors too, which are left alone otherwise
+
+    def update(self, grad, state, param, step):
+        if not self.weight_decay or (param.ndim < 2 and not self.everything):
+            return grad
+        return grad.add(param, alpha=self.weight_decay)

@@ -1,0 +1,37 @@
+"""Layer-wise learning rates: the top layer steps whole, each layer below decay times the one above it (as ELECTRA tunes).
+
+A layer is known by its number in a list of layers, among everything that the tuner may move. What lies in none goes with the
+end of the network it stands at: embeddings below the first layer, heads and final norms at the top. Stands behind the
+transforms that rescale (adam), which would undo it.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import Annotated
+
+from pydantic import Field
+
+from luthier.registry import Range, transform
+from luthier.train.optimizer import Transform
+
+LAYER = re.compile(r"\b(?:layers?|h|blocks?)\.(\d+)\b")
+BELOW = re.compile(r"embed|\bwte\b|\bwpe\b|\bshared\b")
+
+
+@transform(paper="doi:10.1016/j.patter.2023.100729", row="stable-ft-biomedical")
+class LayerwiseDecay(Transform):
+    """update * decay^(layers above)."""
+
+    decay: Annotated[float, Field(gt=0, le=1), Range(0.7, 0.98)] = 0.9  # a layer's rate over that of the layer above it
+    layers: Annotated[int, Field(ge=0)] = 0  # layers of the network; 0: as many as are numbered among what may move
+
+    def on(self, attached):
+        seen = [int(m[1]) + 1 for site in attached.every_site() if (m := LAYER.search(site.name))]
+        return self if self.layers else replace(self, layers=max(seen, default=0))
+
+    def apply(self, grads, state, site, step):
+        found = LAYER.search(site.name)
+        above = self.layers - 1 - int(found[1]) if found else self.layers if BELOW.search(site.name) else 0
+        return {slot: grad * self.decay ** max(0, above) for slot, grad in grads.items()}

@@ -1,0 +1,32 @@
+"""LoRA+: the factor of a low-rank update that starts at zero (B) learns faster than the other (A).
+
+Stands behind the transforms that rescale (adam), which would undo it. `learning_rate` is A's; what has no factors steps with it.
+Departs from PEFT's optimizer, which has a rate of its own for embeddings.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from luthier.errors import RecipeError
+from luthier.registry import Range, transform
+from luthier.train.optimizer import Transform
+
+
+@transform(paper="arXiv:2402.12354")
+class LoraPlus(Transform):
+    """update of B * loraplus_lr_ratio."""
+
+    pointwise = True
+
+    loraplus_lr_ratio: Annotated[float, Field(gt=0), Range(1, 32, log=True)] = 16.0  # rate of B over that of A
+
+    def on(self, attached):
+        if not any("B" in site.slots for site in attached.every_site()):
+            raise RecipeError("transform 'lora_plus' finds no factor B of a low-rank update; it goes with tuner lora and its kin")
+        return self
+
+    def apply(self, grads, state, site, step):
+        return {slot: g * self.loraplus_lr_ratio if slot == "B" else g for slot, g in grads.items()}

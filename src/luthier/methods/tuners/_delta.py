@@ -1,0 +1,120 @@
+"""What a per-module tuner is: its settings, `init` and `weight`; a cheaper `forward` where there is one.
+
+The bridge (tuners/_peft.py) makes every Delta a real PEFT type: a config, a layer and a model that plain PEFT saves,
+loads and merges. Weights are always seen as [out, in], however the module keeps them: Linear, GPT-2's Conv1D, or an
+Embedding (out = width, in = vocabulary).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from luthier.registry import family
+from luthier.methods.tuners._base import Attached, Tuner
+
+if TYPE_CHECKING:
+    from luthier.model.network import Matrix, Network
+
+
+def frozen(tensor: Tensor) -> tuple[str, Tensor]:
+    """A tensor of a layer that is saved and never trained."""
+    return ("frozen", tensor)
+
+
+def seeded(seed: int, *shape: int) -> tuple[str, Tensor]:
+    """A standard normal matrix shared by all layers that ask for it and never saved: the seed is enough."""
+    return ("seeded", _normal(seed, shape))
+
+
+@lru_cache(maxsize=256)
+def _normal(seed: int, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def lies_sideways(layer: nn.Module) -> bool:
+    """Does a module keep its weight as [in, out]?"""
+    return isinstance(layer, nn.Embedding) or any(c.__name__ == "Conv1D" for c in type(layer).__mro__)
+
+
+def oriented(layer: Matrix) -> Tensor:
+    """The weight of a module as [out, in] (a view); [width] for a norm."""
+    return layer.weight.T if lies_sideways(layer) else layer.weight
+
+
+@family
+class Where(Tuner):
+    """Family: which modules of a network are tuned, in the words of PEFT."""
+
+    on_quantized: ClassVar[bool] = True
+
+    target_modules: str | list[str] = "all-linear"  # ends of their names, one regular expression, or all-linear
+    exclude_modules: str | list[str] | None = None  # ends of names, or a regular expression, to leave alone
+    layers_to_transform: int | list[int] | None = None  # only these layers; wants target_modules as a list
+    layers_pattern: str | list[str] | None = None  # name of the list of layers, where it is not layers, h, block or the like
+    modules_to_save: list[str] | None = None  # further modules that are trained whole and saved beside the adapter
+
+    def only(self, kept: Sequence[int], of: int) -> dict[str, Any]:
+        """The settings with which, of so many layers, all but the kept ones are left alone."""
+        left = "|".join(str(i) for i in range(of) if i not in kept)
+        return {"exclude_modules": rf"(.*\.)?(layers?|h|blocks?)\.({left})\..*"}
+
+
+@family
+class Delta(Where):
+    """Family: own tensors for each chosen module, and the weight they make of its weight."""
+
+    kinds: ClassVar[tuple[type, ...]] = (nn.Linear, nn.Embedding)  # modules it can sit on, besides Conv1D
+    precise: ClassVar[bool] = True  # forward is given x and y in the adapter's fp32; else in the model's precision
+    reads: ClassVar[str] = ""  # what `start` learns from: "inputs", "covariance", "gradients" (tuners/_calibrate.py), or nothing
+
+    def attach(self, model: Network) -> Attached:
+        from luthier.methods.tuners._peft import OnPeft, config_of, plain_settings
+
+        return OnPeft(self, model, config_of(type(self))(**plain_settings(self)))
+
+    def at(self, name: str) -> Self:
+        """These settings as they are for the module of this name, where modules differ."""
+        return self
+
+    def init(self, W: Tensor) -> dict[str, Any]:
+        """W [out, in] -> the tensors that its layer gains, in fp32: trained, `frozen(...)` or `seeded(...)`.
+
+        With them the layer must compute what it computed before.
+        """
+        raise NotImplementedError
+
+    def weight(self, W: Tensor, p: SimpleNamespace) -> Tensor:
+        """W [out, in] and the layer's tensors -> the tuned weight. p also has `watch` (tuners/_sparse.py)."""
+        raise NotImplementedError
+
+    def bias(self, b: Tensor | None, p: SimpleNamespace) -> Tensor | None:
+        """[out] -> the tuned bias."""
+        return b
+
+    def forward(self, x: Tensor, y: Tensor, p: SimpleNamespace, layer: Matrix) -> Tensor:
+        """x [..., in], the untuned output y [..., out] -> the tuned output. Override where W' need not be built."""
+        b = None if layer.bias is None else layer.bias.to(x.dtype)
+        return F.linear(x, self.weight(oriented(layer).to(x.dtype), p), self.bias(b, p))
+
+    def enter(self, model: Network) -> None:
+        """Make a network ready for this method, just before its layers are put in. Raises ValueError where it cannot be."""
+
+    def ahead(self, p: SimpleNamespace) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [m, width] that stand before those of every text, in methods that have them; asked by attention."""
+        return None
+
+    def start(self, W: Tensor, seen: Tensor) -> dict[str, Tensor]:
+        """Better starting tensors of a layer, from the first `init_rows` rows: `seen` is what `reads` names."""
+        raise NotImplementedError
+
+    def factors(self, p: SimpleNamespace) -> tuple[Tensor, Tensor] | None:
+        """A [r, in] and B [out, r] with W' = W + B A, where the method has them: then its export as LoRA is exact."""
+        return None

@@ -1,0 +1,47 @@
+"""A layer type of the PEFT library by its name, e.g. {name: peft, type: vera, config: {r: 256}}. Settings are PEFT's own.
+
+Types that put vectors before the text (prompt, prefix and p-tuning) go through PEFT's own forward, which packed batches
+do not; types that need a run's help (AdaLoRA's allocator, X-LoRA, Poly) are refused in a sentence, too. docs/tuners.md goes
+through the methods that two surveys name: these types, luthier's own, and what is not here.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+from typing import Any, ClassVar
+
+from luthier.registry import tuner
+from luthier.methods.tuners._base import Tuner
+
+
+@tuner(row="peft-survey peft-fm-survey", gives="off merge")
+class PEFT(Tuner):
+    """PEFT's layers on a model; read and written as PEFT does."""
+
+    on_quantized: ClassVar[bool] = True
+
+    type: str = "lora"  # PEFT's name of the method: lora, vera, ia3, boft, loha, hra, fourierft, ...
+    config: dict[str, Any] | None = None  # settings of PEFT's config class for it; target_modules is all-linear unless given
+
+    def __post_init__(self):
+        self.made  # noqa: B018  checked here, so that a recipe is refused before a model is loaded
+
+    @cached_property
+    def made(self):
+        from luthier.methods.tuners._peft import any_config
+
+        return any_config(self.type, self.config or {})
+
+    @property
+    def provides(self):
+        """Some types cannot be merged; LoRA without DoRA is made of A and B."""
+        from luthier.methods.tuners._peft import merges
+
+        plain = self.type.lower() == "lora" and not (self.config or {}).get("use_dora")
+        return frozenset({"off", *(["merge"] if merges(self.made) else []), *(["low-rank"] if plain else [])})
+
+    def attach(self, model):
+        from luthier.methods.tuners._peft import OnPeft
+
+        return OnPeft(self, model, copy.deepcopy(self.made))

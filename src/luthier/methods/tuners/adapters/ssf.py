@@ -1,0 +1,35 @@
+"""SSF: the output of every chosen module is scaled and shifted, y * scale + shift, one pair of numbers per channel.
+
+Folds into W and b. Departs from the paper: scale starts at 1 and shift at 0 exactly (the paper draws them from N(1, 0.02)
+and N(0, 0.02)), as every tuner here starts as the base model. Modules are the linear ones unless named: LayerNorms may be
+named, too; RMSNorms have no place for a shift and are refused.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from luthier.registry import tuner
+from luthier.methods.tuners._delta import Delta
+
+
+@tuner(paper="arXiv:2210.08823", row="ssf", gives="off merge")
+class SSF(Delta):
+    """Scale and shift features. Two numbers per output channel move."""
+
+    kinds: ClassVar[tuple[type, ...]] = (nn.Linear, nn.LayerNorm)
+
+    def init(self, W):
+        return {"scale": torch.ones(W.shape[0]), "shift": torch.zeros(W.shape[0])}
+
+    def weight(self, W, p):
+        return p.scale[:, None] * W if W.ndim == 2 else p.scale * W
+
+    def bias(self, b, p):
+        return p.shift if b is None else p.scale * b + p.shift
+
+    def forward(self, x, y, p, layer):
+        return y * p.scale + p.shift

@@ -1,0 +1,43 @@
+"""LoLDU: W = P L D U, of which the first r entries of D move, and one scale for all; P, L and U stay.
+
+W' = W + P L_r diag(scale z - scale_0 z_0) U_r with z_0 the first r entries of D and scale_0 = lora_alpha / r: what the paper
+writes as a residual and a scaled product. r + 1 numbers a matrix move. Departs from the paper: z always starts as LU has
+it. Its other starts (uniform, normal, constant) begin with another model than the base.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from luthier.registry import Range, tuner
+from luthier.methods.tuners._delta import Delta, frozen
+
+
+@tuner(paper="arXiv:2410.13618", row="loldu", gives="off merge")
+class LoLDU(Delta):
+    """Low-rank adaptation by lower-diagonal-upper decomposition."""
+
+    r: Annotated[int, Field(ge=1), Range(16, 768, log=True)] = 64  # entries of the diagonal that move, at most all
+    lora_alpha: Annotated[float, Field(gt=0)] = 64  # the scale starts at lora_alpha / r
+
+    def init(self, W):
+        P, L, U = torch.linalg.lu(W.float())
+        r = min(self.r, *W.shape)
+        z = U.diagonal()[:r].clone()
+        divisor = torch.where(z == 0, 1.0, z)  # a row of zeros stays one
+        scale = torch.full((1,), self.lora_alpha / self.r)
+        fixed = {"L": frozen(P @ L[:, :r]), "U": frozen(U[:r] / divisor[:, None]), "start": frozen(scale * z)}
+        return {"z": z, "scale": scale, **fixed}
+
+    def factors(self, p):
+        return p.U, p.L * (p.scale * p.z - p.start)
+
+    def weight(self, W, p):
+        A, B = self.factors(p)
+        return W + (B @ A).to(W.dtype)
+
+    def forward(self, x, y, p, layer):
+        return y + ((x @ p.U.T) * (p.scale * p.z - p.start)) @ p.L.T

@@ -1,0 +1,52 @@
+"""LoRA-SB: W + B R A with B and A orthonormal and frozen; only R, r by r numbers, moves.
+
+B, R and A start as the truncated SVD of the first step that full fine-tuning would take, -first_step * sign(G), with G the
+mean gradient over `init_rows` rows. B'B = A A' = 1, so R's gradient is B' G A', the best that rank r can do: there is no
+scale to tune. Departs from the paper: G is of -log p of the completions, whatever the objective is; and before rows
+are seen R is zero, so the attached model starts as the base.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+
+from luthier.errors import RecipeError
+from luthier.registry import Range, tuner
+from luthier.methods.tuners._delta import Delta, frozen
+
+
+@tuner(paper="arXiv:2411.19557", row="lora-sb", gives="off merge")
+class LoRASB(Delta):
+    """r * r numbers per module, in the directions in which full fine-tuning would begin to move."""
+
+    reads: ClassVar[str] = "gradients"
+
+    r: Annotated[int, Range(8, 128, log=True)] = 32  # rank of the update
+    init_rows: int = 64  # rows whose gradient chooses the directions
+    first_step: float = 1e-4  # size of the step that is factored: a learning rate of full fine-tuning
+
+    def __post_init__(self):
+        if self.r < 1 or self.init_rows < 1:
+            raise RecipeError("r and init_rows must be at least 1")
+
+    def init(self, W):
+        r = min(self.r, *W.shape)
+        B = torch.linalg.qr(torch.randn(W.shape[0], r))[0]
+        A = torch.linalg.qr(torch.randn(W.shape[1], r))[0].T
+        return {"A": frozen(A), "R": torch.zeros(r, r), "B": frozen(B)}
+
+    def start(self, W, seen):
+        U, S, Vh = torch.linalg.svd(-self.first_step * seen.sign(), full_matrices=False)
+        r = min(self.r, *W.shape)
+        return {"B": U[:, :r], "R": torch.diag(S[:r]), "A": Vh[:r]}
+
+    def weight(self, W, p):
+        return W + p.B @ p.R @ p.A
+
+    def forward(self, x, y, p, layer):
+        return y + ((x @ p.A.T) @ p.R.T) @ p.B.T
+
+    def factors(self, p):
+        return p.A, p.B @ p.R

@@ -1,0 +1,59 @@
+"""PELA: every chosen matrix is the product of two narrow ones, taken from its singular values; these move.
+
+W = B A of rank in * out / (compress_ratio * (in + out)), so that both together have 1 / compress_ratio of its entries. Heal it
+first against the whole model (objective `pela`, whose teacher is `off`), then tune it for a task, or put any tuner on the
+merged model. What is switched off is the whole model again. Departs: the whole weight stays in memory while it is tuned.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+
+from luthier.registry import Range, tuner
+from luthier.methods.tuners._delta import Delta, oriented
+
+
+@tuner(
+    paper="arXiv:2310.10700",
+    row="pela",
+    gives="off merge",
+    contract={"starts_as_base": "a matrix of low rank is not the one that it stands for; with compress_ratio near 0 it is"},
+)
+class PELA(Delta):
+    """x A^T B^T + b in the place of x W^T + b."""
+
+    compress_ratio: Annotated[float, Field(gt=0), Range(1.5, 4)] = 2.0  # entries of a matrix for one entry of the two that replace it
+
+    def attach(self, model):
+        from luthier.methods.tuners._peft import Layer, OnPeft, config_of, plain_settings
+
+        class Factored(OnPeft):
+            def drift(self):
+                """BA - W [out, in] of each matrix, by way of its factors."""
+                for layer in self.layers.values():
+                    if isinstance(layer, Layer):
+                        p = layer.tensors(layer.active_adapters[0])
+                        yield p.B @ p.A - oriented(layer.get_base_layer()).detach().float()
+
+        return Factored(self, model, config_of(type(self))(**plain_settings(self)))
+
+    def rank(self, wide: int, high: int) -> int:
+        """Of a matrix [high, wide]."""
+        return max(1, min(wide, high, int(wide * high / (self.compress_ratio * (wide + high)))))
+
+    def init(self, W):
+        U, S, V = torch.linalg.svd(W.float(), full_matrices=False)
+        k = self.rank(*W.shape)
+        root = S[:k].sqrt()
+        return {"A": root[:, None] * V[:k], "B": U[:, :k] * root}
+
+    def weight(self, W, p):
+        return (p.B @ p.A).to(W.dtype)
+
+    def forward(self, x, y, p, layer):
+        b = None if layer.bias is None else layer.bias.to(x.dtype)
+        return F.linear(F.linear(x, p.A), p.B, b)

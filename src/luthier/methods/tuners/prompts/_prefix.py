@@ -1,0 +1,51 @@
+"""Keys and values before those of every text: where they are kept, and which networks can take them.
+
+They lie at the module that makes an attention's keys, and luthier's attention (kernels/attention.py) asks for them there.
+So every packed row sees them, no position moves, and a cache of keys and values holds the text alone.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from luthier.model.anatomy import INSIDE, part_of
+
+if TYPE_CHECKING:
+    from luthier.model.network import Network
+
+KEYS = "|".join(sorted(INSIDE["k"] | INSIDE["qkv"]))  # last names of what makes keys, alone or with queries and values
+STD = 0.3  # of keys and values at the start
+
+
+def placed(settings: Any, name: str) -> Any:
+    """A copy of a method's settings that knows what its module does in its layer."""
+    made = copy.copy(settings)
+    object.__setattr__(made, "part", part_of(name))
+    return made
+
+
+def width(out_: int, in_: int, part: str | None) -> int:
+    """Of the keys of one token: a fused module says queries as wide as what it reads, then keys and values."""
+    return out_ if part == "k" else (out_ - in_) // 2
+
+
+def drawn(m: int, wide: int) -> dict[str, Tensor]:
+    return {"keys": torch.randn(m, wide) * STD, "values": torch.randn(m, wide) * STD}
+
+
+def taken(model: Network, name: str) -> None:
+    """Have a network take its attention from luthier."""
+    from luthier.kernels.attention import NAME, takes_plans
+
+    asked = takes_plans(model)
+    kinds = {str(m.config._attn_implementation) for m in model.modules() if hasattr(m, "config")}  # some parts have configs of their own
+    if not asked or kinds != {NAME}:
+        said = ", ".join(sorted(kinds - {NAME}))
+        raise ValueError(
+            f"{type(model).__name__} takes no keys and values before the text (attention: {said}); {name} wants a network of which every "
+            "part has transformers' sdpa attention and one config"
+        )

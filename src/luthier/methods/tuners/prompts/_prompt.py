@@ -1,0 +1,68 @@
+"""Learned vectors before every sequence: the layout keeps `virtual` places free, and what is attached fills them."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from luthier.storage import store
+from luthier.errors import RecipeError
+from luthier.methods.tuners._base import Attached, Site
+
+if TYPE_CHECKING:
+    from luthier.model.network import Network
+
+
+class Soft(Attached):
+    """[virtual, width] vectors in fp32, on a frozen model."""
+
+    def __init__(self, settings, model: Network, vectors: Tensor):
+        super().__init__(settings, model.requires_grad_(False))
+        self.prompt = nn.Parameter(vectors.detach().float().clone())
+        self.virtual = len(vectors)
+
+    def soft(self) -> Tensor:
+        """[virtual, width] what stands before every sequence."""
+        return self.prompt
+
+    def every_site(self):
+        return [Site("prompt", {"embeddings": self.prompt}, self.settings)]
+
+    @contextmanager
+    def off(self):
+        kept, self.virtual = self.virtual, 0
+        try:
+            yield
+        finally:
+            self.virtual = kept
+
+    def save(self, folder):
+        from luthier.methods.tuners._peft import write_prompt
+
+        with torch.no_grad():
+            write_prompt(Path(folder), self.soft(), self.model)
+
+    def read(self, folder):
+        from safetensors.torch import load_file
+
+        path = Path(folder) / "adapter_model.safetensors"
+        if store.checkpoints(Path(folder)) or not path.is_file():
+            return super().read(folder)
+        file = load_file(str(path))
+        if set(file) != {"prompt_embeddings"}:
+            raise RecipeError(f"the adapter in {folder} is no soft prompt: it holds {sorted(file)[0]}")
+        return {"prompt.embeddings": file["prompt_embeddings"]}
+
+
+def words_of(model: Network, text: str) -> list[int]:
+    """The tokens of a text, by the tokenizer that lies beside the model."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model.config._name_or_path)(text, add_special_tokens=False)["input_ids"]
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"prompt_tuning_init: text wants a tokenizer beside the model: {str(error).splitlines()[0]}") from None

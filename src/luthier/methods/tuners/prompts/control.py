@@ -1,0 +1,151 @@
+"""Control vectors: a soft prompt for each kind of answer, read before the rows of that kind; the last kind is how it writes.
+
+A row's kind is its column `bucket` (stage `buckets`), 0 the least wanted; rows without one are read under the last. With `tuner`
+the network moves along, by that tuner: the second act of plan `meet`. Saved beside all of them is the last one alone, as PEFT's
+PROMPT_TUNING.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import BeforeValidator, Field
+from torch import Tensor
+
+from luthier.storage import store
+from luthier.errors import RecipeError
+from luthier.registry import build, tuner
+from luthier.methods.tuners.prompts._prompt import Soft, words_of
+from luthier.methods.tuners._base import Tuner
+
+FILE = "control.safetensors"
+
+
+@tuner(
+    paper="arXiv:2310.00819",
+    row="meet",
+    gives="off",
+    contract={"starts_as_base": "vectors before the text change what is read from the first step on"},
+)
+class Control(Tuner):
+    """One soft prompt per bucket of rows."""
+
+    buckets: Annotated[int, Field(ge=2)] = 2  # kinds of rows, from the least wanted to the most
+    num_virtual_tokens: Annotated[int, Field(ge=1)] = 20  # vectors of each
+    texts: tuple[str, ...] = ()  # one a bucket, from whose tokens it starts; not given: from tokens drawn from the vocabulary
+    tuner: Annotated[Any, BeforeValidator(lambda v: v if v is None else build("tuner", v))] = None  # what else moves, and how
+
+    def __post_init__(self):
+        if self.texts and len(self.texts) != self.buckets:
+            raise RecipeError(f"texts: {len(self.texts)} for {self.buckets} buckets")
+        if self.tuner is not None and self.tuner.name in ("control", "prompt"):
+            raise RecipeError(f"control: tuner '{self.tuner.name}' puts vectors before the text, too")
+
+    @property
+    def provides(self):
+        return self.gives if self.tuner is None or "off" in self.tuner.gives else frozenset()
+
+    @torch.no_grad()
+    def attach(self, model):
+        table, n = model.get_input_embeddings(), self.num_virtual_tokens
+        made = []
+        for b in range(self.buckets):
+            ids = words_of(model, self.texts[b]) if self.texts else torch.randperm(len(table.weight)).tolist()
+            if not ids:
+                raise RecipeError(f"texts: that of bucket {b} holds no token")
+            made.append(table(torch.tensor((ids * -(-n // len(ids)))[:n], device=table.weight.device)))
+        return Controls(self, model, torch.cat(made))
+
+
+class Controls(Soft):
+    """[buckets * n, width] vectors, and what another tuner attached."""
+
+    def __init__(self, settings: Control, model: Any, vectors: Tensor):
+        super().__init__(settings, model, vectors)
+        self.virtual, self.bucket = settings.num_virtual_tokens, settings.buckets - 1
+        self.inner = None if settings.tuner is None else settings.tuner.attach(model)
+
+    def each(self) -> Tensor:
+        """[buckets, n, width]"""
+        return self.prompt.view(-1, self.settings.num_virtual_tokens, self.prompt.shape[1])
+
+    def soft(self):
+        return self.each()[self.bucket]
+
+    def soft_rows(self, batch):
+        buckets = [int(row.get("bucket", self.bucket)) for row in batch.rows]
+        odd = [b for b in buckets if not 0 <= b < self.settings.buckets]
+        if odd:
+            raise RecipeError(f"a row is of bucket {odd[0]}, and tuner 'control' has {self.settings.buckets}, counted from 0")
+        return self.each()[buckets]
+
+    @contextmanager
+    def under(self, bucket: int) -> Iterator[None]:
+        """Rows that say none are read and answered under this bucket, for a while."""
+        kept, self.bucket = self.bucket, bucket
+        try:
+            yield
+        finally:
+            self.bucket = kept
+
+    def every_site(self):
+        return [*super().every_site(), *(self.inner.every_site() if self.inner else [])]
+
+    def buffers(self):
+        return self.inner.buffers() if self.inner else {}
+
+    def memory(self):
+        return self.inner.memory() if self.inner else {}
+
+    def initialize(self, rows, roles):
+        if self.inner:
+            self.inner.initialize(rows, roles)
+
+    def before_step(self, clock):
+        if self.inner:
+            self.inner.before_step(clock)
+
+    def renewed(self, site):
+        return self.inner.renewed(site) if self.inner and site != "prompt" else {}
+
+    def pulls(self, site):
+        return self.inner.pulls(site) if self.inner and site != "prompt" else {}
+
+    def after_step(self, clock):
+        if self.inner:
+            self.inner.after_step(clock)
+
+    @contextmanager
+    def off(self):
+        if "off" not in self.settings.provides:
+            raise RecipeError(f"tuner 'control' with '{self.settings.tuner.name}' cannot be switched off")
+        with ExitStack() as stack:
+            stack.enter_context(super().off())
+            if self.inner:
+                stack.enter_context(self.inner.off())
+            yield
+
+    def save(self, folder):
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        if self.inner:
+            self.inner.save(folder)
+        beside = folder / "control" if self.inner else folder
+        beside.mkdir(parents=True, exist_ok=True)
+        super().save(beside)
+        save_file({"prompt.embeddings": self.prompt.detach().cpu().contiguous()}, str(folder / FILE))
+
+    def read(self, folder):
+        """Also what vectors alone have come to: the rest stays as it starts."""
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        if not store.checkpoints(folder) and (folder / FILE).is_file():
+            return {**self.tensors(), **load_file(str(folder / FILE)), **(self.inner.read(folder) if self.inner else {})}
+        found = super().read(folder)
+        return {**self.tensors(), **found} if set(found) == {"prompt.embeddings"} else found

@@ -1,0 +1,69 @@
+"""Prefix tuning: in every layer, learned keys and values stand before those of the text; the network itself stays as it is.
+
+With `prefix_projection` they are what a small network makes of smaller vectors, which is how the paper trains them.
+Departs: that network is one for each layer, not one for all; and the text's positions do not move, so a prefix is seen from
+everywhere at the same distance and takes nothing of the length that a network can read. So it is an adapter of a type of its
+own, and not PEFT's PREFIX_TUNING, which counts positions from behind the prefix.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import nn
+
+from luthier.registry import Range, tuner
+from luthier.methods.tuners.prompts._prefix import KEYS, drawn, placed, taken, width
+from luthier.methods.tuners._delta import Delta
+
+
+@tuner(
+    paper="arXiv:2101.00190",
+    gives="off",
+    contract={
+        "starts_as_base": "keys before the text take their share of every attention from the first step on",
+        "modules_of_every_kind": "it stands where keys are made, and at no other module",
+    },
+)
+class Prefix(Delta):
+    """Keys and values before the text."""
+
+    kinds = (nn.Linear,)
+    precise = False
+    part = None  # of the module that these settings are for
+
+    num_virtual_tokens: Annotated[int, Field(ge=1), Range(1, 64, log=True)] = 20  # keys and values before the text, of each layer
+    prefix_projection: bool = False  # made by a small network while they are trained, as in the paper
+    encoder_hidden_size: Annotated[int, Field(ge=1)] | None = None  # width of that network; not given: of the layer's keys
+    target_modules: str | list[str] = rf".*\.({KEYS})"  # the modules that make keys
+
+    def at(self, name):
+        return placed(self, name)
+
+    def enter(self, model):
+        taken(model, "prefix tuning")
+
+    def init(self, W):
+        if self.part not in ("k", "qkv"):
+            raise ValueError("a prefix stands where keys are made: leave out target_modules, or name modules that make keys")
+        wide = width(W.shape[0], W.shape[1], self.part)
+        made = drawn(self.num_virtual_tokens, wide)
+        if not self.prefix_projection:
+            return made
+        hidden = self.encoder_hidden_size or wide
+        first, second = nn.Linear(wide, hidden), nn.Linear(hidden, 2 * wide)
+        own = {"vectors": torch.randn(self.num_virtual_tokens, wide), "first": first.weight.data, "first_bias": first.bias.data}
+        return own | {"second": second.weight.data, "second_bias": second.bias.data}
+
+    def ahead(self, p):
+        if not self.prefix_projection:
+            return p.keys, p.values
+        made = F.linear(torch.tanh(F.linear(p.vectors, p.first, p.first_bias)), p.second, p.second_bias)
+        keys, values = made.chunk(2, -1)
+        return keys, values
+
+    def forward(self, x, y, p, layer):
+        return y

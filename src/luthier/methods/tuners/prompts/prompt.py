@@ -1,0 +1,52 @@
+"""Prompt tuning: learned vectors before every sequence; the network itself stays as it is.
+
+Saved as PEFT's PROMPT_TUNING. Departs from PEFT: random vectors have the spread of the model's own embeddings, and
+vectors drawn from the vocabulary are different tokens, as far as there are enough.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+
+from luthier.errors import RecipeError
+from luthier.registry import tuner
+from luthier.methods.tuners.prompts._prompt import Soft, words_of
+from luthier.methods.tuners._base import Tuner
+
+
+@tuner(
+    paper="arXiv:2104.08691",
+    gives="off",
+    contract={"starts_as_base": "vectors before the text change what is read from the first step on"},
+)
+class Prompt(Tuner):
+    """A soft prompt."""
+
+    on_quantized: ClassVar[bool] = True
+
+    num_virtual_tokens: int = 20  # vectors before every sequence
+    prompt_tuning_init: Literal["sample_vocab", "text", "random"] = "sample_vocab"  # start: tokens drawn, tokens of a text, or noise
+    prompt_tuning_init_text: str = ""  # the text, repeated or cut to the number of vectors
+
+    def __post_init__(self):
+        if self.num_virtual_tokens < 1:
+            raise RecipeError("num_virtual_tokens must be at least 1")
+        if (self.prompt_tuning_init == "text") != bool(self.prompt_tuning_init_text):
+            raise RecipeError("prompt_tuning_init_text goes with prompt_tuning_init: text, and the other way round")
+
+    @torch.no_grad()
+    def attach(self, model):
+        embed, n = model.get_input_embeddings(), self.num_virtual_tokens
+        table = embed.weight
+        if self.prompt_tuning_init == "random":
+            return Soft(self, model, torch.randn(n, table.shape[1]).to(table.device) * table.float().std())
+        if self.prompt_tuning_init == "text":
+            ids = words_of(model, self.prompt_tuning_init_text)
+            if not ids:
+                raise RecipeError("prompt_tuning_init_text holds no token")
+        else:
+            ids = torch.randperm(len(table)).tolist()
+        ids = (ids * -(-n // len(ids)))[:n]
+        return Soft(self, model, embed(torch.tensor(ids, device=table.device)))

@@ -1,0 +1,70 @@
+"""APET: arbitrary few parameters. A number n of weights, wherever they stand, moves: n positions drawn evenly from all chosen matrices.
+
+For studies of how much tuning is owed to structure and how much to the mere number of moving parameters: set n to what
+another tuner moves and compare. Which positions follows from the seed alone. Departs from the paper: positions lie in
+linear modules and embeddings (its counts of biases and norms are tuner 'bitfit').
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from luthier.clock import Clock
+from luthier.errors import RecipeError
+from luthier.registry import tuner
+from luthier.methods.tuners._delta import Delta
+from luthier.methods.tuners.sparse._sparse import Sparse
+
+
+@tuner(row="apet", gives="off merge")
+class APET(Sparse):
+    """Random positions, n in all."""
+
+    n: Annotated[int, Field(ge=1)] | None = None  # entries that move, over all chosen modules; null: density of them
+    selection_seed: int = 0  # of the draw of positions
+    counts: dict[str, int] | None = None  # how many entries of each module; filled in when attached
+
+    def attach(self, model):
+        from luthier.methods.tuners.subset._peft_subset import chosen_modules
+
+        if self.counts is not None:
+            return super().attach(model)
+        sizes = {n: m.weight.numel() for n, m in chosen_modules(self, model).items()}
+        total = sum(sizes.values())
+        n = self.n or max(1, round(self.density * total))
+        if n > total:
+            raise RecipeError(f"tuner 'apet': n: {n} positions, and the chosen modules have {total} weights")
+        fitted = replace(self, n=n, counts=spread_over(sizes, n, Clock(self.selection_seed).rng("apet")))
+        return Delta.attach(replace(fitted, target_modules=[k for k, v in (fitted.counts or {}).items() if v]), model)
+
+    def at(self, name):
+        return replace(self, n=(self.counts or {})[name], selection_seed=Clock(self.selection_seed).fold("apet", name))
+
+    def count(self, W):
+        return self.n or 1
+
+    def support(self, W):
+        rng = torch.Generator().manual_seed(self.selection_seed)
+        return draw(W.numel(), self.count(W), rng)
+
+
+def draw(total: int, n: int, rng: torch.Generator) -> torch.Tensor:
+    """[n] different numbers below total, all sets alike likely, in memory of n where n is small beside total."""
+    if n > total // 4:
+        return torch.randperm(total, generator=rng)[:n]
+    found = torch.randint(total, (n,), generator=rng).unique()
+    while len(found) < n:
+        found = torch.cat([found, torch.randint(total, (n - len(found),), generator=rng)]).unique()
+    return found
+
+
+def spread_over(sizes: dict[str, int], n: int, rng: torch.Generator) -> dict[str, int]:
+    """How many of n positions, drawn evenly from all of them, fall into each module."""
+    places = draw(sum(sizes.values()), n, rng)
+    ends = torch.tensor(list(sizes.values())).cumsum(0)
+    counts = torch.bincount(torch.searchsorted(ends, places, right=True), minlength=len(sizes))
+    return dict(zip(sizes, counts.tolist(), strict=True))

@@ -1,0 +1,71 @@
+"""R-AMT: the weights stay as they are, and a mask over them is learned: W * [M > t], one number M per weight.
+
+The gradient goes through the threshold as if it were not there (dL/dM is that of the mask's entry). What is saved are bits, an
+eighth of a byte per weight; M itself lives in checkpoints. Merged, the masked weights are zeros. Its regulariser, gradient
+dropout, is estimator 'gradient_dropout' with objective `sft + kl`. Departs from the paper: for transformers that write,
+the attention of every layer is the default, where the paper masks CLIP's image encoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from luthier.errors import RecipeError
+from luthier.registry import tuner
+from luthier.model.anatomy import kind_of, part_of
+from luthier.methods.tuners._delta import Delta, frozen
+
+
+@tuner(paper="arXiv:2307.15049", row="r-amt", gives="off merge")
+class RAMT(Delta):
+    """Regularized mask tuning."""
+
+    kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
+
+    where: Literal["attention", "mlp", "all"] = "attention"  # which matrices of the layers, unless target_modules names modules
+    mask_init: float = 1e-2  # M at the start, above the threshold: nothing is masked
+    threshold: float = 5e-3  # a weight is masked where its M is not above it
+
+    def __post_init__(self):
+        if self.mask_init <= self.threshold:
+            raise RecipeError("mask_init must be above threshold, else the start is not the base")
+
+    def attach(self, model):
+        from luthier.methods.tuners.subset._peft_subset import Masked
+        from luthier.model.sensitivity import matrices
+
+        wanted = {"attention": {"attention"}, "mlp": {"feed-forward"}, "all": {"attention", "feed-forward"}}[self.where]
+        fitted = self
+        if self.target_modules == "all-linear":
+            there = [n for n in matrices(model) if part_of(n) and kind_of(n) in wanted]
+            if not there:
+                raise RecipeError(f"tuner 'r_amt' finds no {self.where} matrices in {type(model).__name__}: name them in target_modules")
+            fitted = replace(self, target_modules=there)
+        return Masked(fitted, model)
+
+    def init(self, W):
+        ones = torch.ones(W.shape, dtype=torch.bool)
+        return {"M": torch.full(W.shape, self.mask_init), "bits": frozen(pack(ones))}
+
+    def weight(self, W, p):
+        mask = unpack(p.bits, W.shape)
+        if p.M.is_meta:  # loaded by PEFT without a first filling: the bits say all
+            return W * mask.to(W.dtype)
+        return W * ((mask & (p.M > self.threshold)).to(p.M.dtype) + (p.M - p.M.detach())).to(W.dtype)
+
+
+def pack(mask: torch.Tensor) -> torch.Tensor:
+    """[..] truth values -> their bits, eight to a byte, the first in the lowest."""
+    flat = F.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1).to(torch.uint8)
+
+
+def unpack(bits: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """The way back."""
+    found = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
+    return found.flatten()[: shape.numel()].view(shape).bool()

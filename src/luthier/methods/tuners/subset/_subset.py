@@ -1,0 +1,112 @@
+"""Tuners that move the model's own weights: all of them, some by name, or now these and now those layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.storage import store
+from luthier.errors import RecipeError
+from luthier.model.anatomy import layer_of
+from luthier.methods.tuners._base import Attached, Site
+
+if TYPE_CHECKING:
+    from luthier.model.network import Network
+
+
+class Weights(Attached):
+    """Own weights chosen by a rule. Kept starts make `off` exact where few weights move."""
+
+    def __init__(self, settings: Any, model: Network, chosen: Callable[[str, nn.Parameter], bool], keep_start: bool = False):
+        super().__init__(settings, model)
+        self.names = []
+        for name, p in model.named_parameters():  # tied weights appear once
+            p.requires_grad_(chosen(name, p))
+            if p.requires_grad:
+                self.names.append(name)
+        if not self.names:
+            raise RecipeError(f"tuner '{settings.name}' found nothing to move in {type(model).__name__}")
+        self.start = {k: p.detach().clone() for k, p in self.parameters().items()} if keep_start else None
+
+    def every_site(self) -> list[Site]:
+        own = dict(self.model.named_parameters())
+        return [Site(n, {"weight": own[n]}, self.settings) for n in self.names]
+
+    @contextmanager
+    def off(self):
+        if self.start is None:
+            raise RecipeError(f"tuner '{self.settings.name}' cannot be switched off")
+        with self.using({**self.start, **self.memory()}):
+            yield
+
+    @contextmanager
+    def merged(self) -> Iterator[nn.Module]:
+        yield self.model
+
+    def export_lora(self, folder: Path | str, rank: int | None = None) -> float:
+        """Whole weights have no LoRA form. Raises RecipeError."""
+        raise RecipeError(f"tuner '{self.settings.name}' moves whole weights, which have no LoRA form: export them merged")
+
+    def save(self, folder: Path) -> None:
+        """A plain transformers model, read back and compared; where its file has names of its own, for that moment there are two of it."""
+        self.model.save_pretrained(folder)
+        if self._as_named(Path(folder)):
+            return
+        saved = self._saved(folder)
+        for name in self.names:
+            if name not in saved or not torch.equal(saved[name], self.model.get_parameter(name).cpu()):
+                raise RuntimeError(f"{folder}: {name} was not saved as it is")
+
+    def _as_named(self, folder: Path) -> bool:
+        """Compare what moves with a file that has it under the names it has here; False where there is none."""
+        from safetensors import safe_open
+
+        left = set(self.names)
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(str(path), framework="pt") as file:
+                here = left & set(file.keys())
+            store.compare({n: self.model.get_parameter(n) for n in here}, path)
+            left -= here
+        return not left
+
+    def _saved(self, folder: Path) -> dict[str, Tensor]:
+        return {k: p.detach() for k, p in type(self.model).from_pretrained(folder, dtype=self.model.dtype).named_parameters()}
+
+    def read(self, folder: Path) -> dict[str, Tensor]:
+        if store.checkpoints(Path(folder)) or not (Path(folder) / "config.json").is_file():
+            return super().read(folder)
+        try:
+            saved = self._saved(Path(folder))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise RecipeError(f"the model in {folder} cannot be read: {str(error).strip().splitlines()[0]}") from None
+        return {**{f"{n}.weight": saved[n] for n in self.names if n in saved}, **self.memory()}
+
+
+class Layers(Weights):
+    """All weights, of which some move now, by the layer they stand in. What is in no layer (embeddings, head) is `outside`."""
+
+    def __init__(self, settings: Any, model: Network):
+        super().__init__(settings, model, lambda name, p: p.is_floating_point())
+        places = {n: layer_of(n) for n in self.names}
+        order = {place: i for i, place in enumerate(dict.fromkeys(p for p in places.values() if p))}
+        if not order:
+            raise RecipeError(f"tuner '{settings.name}' finds no list of layers in {type(model).__name__}")
+        self.depth = len(order)
+        self.layer = {n: order[place] for n, place in places.items() if place}  # parameter -> its layer, counted from the input
+
+    def let(self, moves: Callable[[str], bool]) -> None:
+        """From now on those parameters move for which `moves` is true; the others lose their gradient, and so their state."""
+        for name, p in self.model.named_parameters():
+            p.requires_grad_(p.is_floating_point() and moves(name))
+            if not p.requires_grad:
+                p.grad = None
+
+    def move(self, live: Iterable[int]) -> None:
+        """Let these layers move, and all that is in no layer."""
+        live = set(live)
+        self.let(lambda name: self.layer.get(name, -1) in live or name not in self.layer)

@@ -1,0 +1,131 @@
+"""CoFiTune: few matrices of some layers move, and of these the rows that general skills need move less.
+
+Coarse: the feed-forward up and down matrices of the second quarter of the layers, unless told otherwise (plan 'cofitune'
+searches). Fine: the importance I of a row is |d KL / d gate| of a gate of 1 on its output, between two passes over the rows
+with different dropout, averaged over rows before the absolute value; per layer it is standardised and squashed to [0, 1) by
+|tanh|. The row's gradient is multiplied by 1 - I. The start of what moves is kept: switching off gives the base.
+Departs from the paper: the dropout of those two passes is ours, on the gated neurons, for today's models have none. Heads are not
+masked (nor are they by default in the reference). Note that Adam's step does not depend on a gradient's scale, so under it
+only an I near 1 is felt; under sgd or lion's momentum, or where rows differ within a clipped gradient, all of it is.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from luthier.errors import RecipeError
+from luthier.registry import tuner
+from luthier.methods.objectives.distillation._distill import divergence
+from luthier.model.anatomy import layer_of, part_of
+from luthier.model.sensitivity import matrices
+from luthier.methods.tuners.subset._subset import Weights
+from luthier.methods.tuners._base import Tuner
+
+PARTS = {"qkv": {"q", "k", "v", "qkv"}, "o": {"o"}, "up": {"up", "gate_up"}, "gate": {"gate", "gate_up"}, "down": {"down"}}
+Part = Literal["qkv", "o", "up", "gate", "down"]
+Edge = Annotated[float, Field(ge=0, le=1)]
+
+
+@tuner(paper="arXiv:2404.10306", row="cofitune", gives="off merge")
+class CoFiTune(Tuner):
+    """Coarse to fine."""
+
+    layer_range: tuple[Edge, Edge] = (0.25, 0.5)  # the layers that move, from and to, as shares of the depth
+    modules: tuple[Part, ...] = ("up", "down")  # their matrices that move
+    soft_mask: bool = True  # whether rows that general skills need move less
+    noise: Annotated[float, Field(gt=0, lt=1)] = 0.1  # dropout of the passes that measure importance
+    init_rows: Annotated[int, Field(ge=1)] = 64  # rows on which importance is measured
+
+    def attach(self, model):
+        return Masked(self, model)
+
+
+class Masked(Weights):
+    """Some matrices; each has for its outputs the share of the gradient that is used."""
+
+    def __init__(self, settings, model):
+        names = [n for n, _ in model.named_parameters()]
+        places = list(dict.fromkeys(place for n in names if (place := layer_of(n))))
+        low, high = settings.layer_range
+        if not places:
+            raise RecipeError(f"tuner 'cofitune' finds no list of layers in {type(model).__name__}")
+        first = min(int(low * len(places)), len(places) - 1)
+        within = set(places[first : max(first + 1, math.ceil(high * len(places)))])
+        parts = set().union(*(PARTS[m] for m in settings.modules))
+
+        def moves(name: str, p) -> bool:
+            return layer_of(name) in within and part_of(module_of(name)) in parts
+
+        super().__init__(settings, model, moves, keep_start=True)
+        self.keep: dict[str, Tensor] = {}
+        linear = matrices(model)
+        for name in self.names if settings.soft_mask else ():
+            module, p = linear.get(module_of(name)), model.get_parameter(name)
+            if module is not None and part_of(module_of(name)) in ("up", "down"):
+                sideways = p.ndim == 2 and type(module).__name__ == "Conv1D"
+                self.keep[name] = keep = torch.ones(p.shape[1] if sideways else p.shape[0], device=p.device)
+                shape = (-1,) if p.ndim == 1 or sideways else (-1, 1)
+                p.register_hook(lambda g, keep=keep, shape=shape: g * keep.view(shape).to(g.dtype))
+
+    def memory(self):
+        return {f"{n}.keep": k for n, k in self.keep.items()}
+
+    def initialize(self, rows, roles):
+        if not self.keep:
+            return
+        found = self.importance(rows[: self.settings.init_rows], roles)
+        for name, keep in self.keep.items():
+            inner, outer = found[layer_of(name)]
+            keep.copy_(1 - normalised(inner if part_of(module_of(name)) == "up" else outer))
+
+    def importance(self, rows: list[dict], roles) -> dict:
+        """layer -> ([neurons], [width]): the mean gradient of the KL with respect to gates on a layer's neurons and outputs."""
+        downs = {
+            n: m for n, m in matrices(self.model).items() if part_of(n) == "down" and layer_of(f"{n}.") in set(map(layer_of, self.keep))
+        }
+        gates, hooks, turn = {}, [], [0]
+
+        def noisy(x: Tensor, name: str) -> Tensor:
+            kept = torch.rand(x.shape, generator=roles.clock.rng("cofitune", name, turn[0], at=0)) > self.settings.noise
+            return x * kept.to(x) / (1 - self.settings.noise)
+
+        for name, module in downs.items():
+            n_out, n_in = (s for s in (module.weight.T if type(module).__name__ == "Conv1D" else module.weight).shape)
+            like = dict(device=module.weight.device, dtype=module.weight.dtype, requires_grad=True)
+            gates[layer_of(f"{name}.")] = inner, outer = torch.ones(n_in, **like), torch.ones(n_out, **like)
+            hooks.append(module.register_forward_pre_hook(lambda m, x, g=inner, n=name: (noisy(x[0], n) * g,)))
+            hooks.append(module.register_forward_hook(lambda m, x, y, g=outer: y * g))
+        moving = [p for p in self.model.parameters() if p.requires_grad]
+        for p in moving:
+            p.requires_grad_(False)
+        try:
+            with torch.enable_grad():
+                for row in rows:
+                    batch, passes = roles.batch([row]), []
+                    for _ in range(2):
+                        passes.append(roles.policy(batch))
+                        turn[0] += 1
+                    one, two = passes
+                    kl = one.apply(lambda a, b: divergence(a.log_softmax(-1), b.log_softmax(-1)), beside=[two])
+                    (kl.mean() / len(rows)).backward()
+        finally:
+            for h in hooks:
+                h.remove()
+            for p in moving:
+                p.requires_grad_(True)
+        return {place: tuple(torch.zeros_like(g) if g.grad is None else g.grad.float() for g in pair) for place, pair in gates.items()}
+
+
+def normalised(gradient: Tensor) -> Tensor:
+    """[n] -> [n] in [0, 1): how far each stands from the layer's mean, squashed."""
+    spread = gradient.std().clamp(min=1e-30)
+    return ((gradient - gradient.mean()) / spread).tanh().abs()
+
+
+def module_of(parameter: str) -> str:
+    return parameter.removesuffix(".weight").removesuffix(".bias")

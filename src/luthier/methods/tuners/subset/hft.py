@@ -1,0 +1,88 @@
+"""HFT: half of the weights move, the other half rests: about half of each layer's attention, feed-forward and norms.
+
+In every layer 2 of W_q, W_k, W_v, W_o move; of up, gate and down 1 in half of the layers and 2 in the others; one of two
+norms. The half is drawn at the start of a run, and another one in the next run that starts from it (the acts of a plan:
+SFT, DPO, task after task). What rests has no gradient and no optimizer state. Departs from the paper: of several random
+draws the one nearest to the ratio in numbers is taken, so that it is half also where matrices are of unlike size
+(grouped queries, GPT-2's fused c_attn). The start is not kept: it cannot be switched off. See also merger 'half_reset'.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from luthier.registry import tuner
+from luthier.model.anatomy import kind_of, layer_of
+from luthier.methods.tuners.subset._subset import Layers
+from luthier.methods.tuners._base import Tuner
+
+DRAWS = 32  # random halves of which the best balanced one is taken
+
+
+@tuner(paper="arXiv:2404.18466", row="hft", gives="merge")
+class HFT(Tuner):
+    """Half fine-tuning."""
+
+    ratio: Annotated[float, Field(gt=0, le=1)] = 0.5  # share of the layers' weights that moves; 1 is full tuning
+    embeddings: bool = True  # whether what is in no layer (embeddings, head, final norm) moves; it is left out of the balance
+
+    def attach(self, model):
+        return Half(self, model)
+
+
+class Half(Layers):
+    """A random half of every layer. The number it is drawn by is part of the state, and the next run's half follows from it."""
+
+    def __init__(self, settings, model):
+        super().__init__(settings, model)
+        self.draw = torch.randint(2**62, (1,))
+        self.choose()
+
+    def memory(self):
+        return {"draw": self.draw}
+
+    def load(self, tensors):
+        super().load(tensors)
+        self.choose()
+
+    def before_step(self, clock):
+        if clock.step == 0:  # a new stage
+            self.draw.fill_(clock.fold("hft", int(self.draw)))
+            self.choose()
+
+    def choose(self) -> None:
+        """The half that this draw makes."""
+        sizes = {n: p.numel() for n, p in self.model.named_parameters() if n in self.layer}
+        live = half(sizes, self.settings.ratio, torch.Generator().manual_seed(int(self.draw)))
+        self.let(lambda name: name in live or (self.settings.embeddings and name not in self.layer))
+
+
+def half(sizes: dict[str, int], ratio: float, rng: torch.Generator) -> set[str]:
+    """Names of layers' weights -> those of about `ratio` of them, alike in attention, feed-forward and norms.
+
+    A bias goes with its weight. Where a layer's share is no whole number, as many layers take one more as make it right.
+    """
+    units: dict[tuple, dict[str, list[str]]] = {}  # (layer, kind) -> module -> its parameters
+    for name in sizes:
+        module = name.removesuffix(".weight").removesuffix(".bias")
+        units.setdefault((layer_of(name), kind_of(name)), {}).setdefault(module, []).append(name)
+    kinds: dict[tuple, list[dict[str, list[str]]]] = {}  # alike layers of a kind
+    for (_, kind), modules in units.items():
+        kinds.setdefault((kind, len(modules)), []).append(modules)
+    best, gap = set(), float("inf")
+    for _ in range(DRAWS):
+        chosen: set[str] = set()
+        for (_, n), layers in kinds.items():
+            whole, more = divmod(round(ratio * n * len(layers)), len(layers))
+            order = torch.randperm(len(layers), generator=rng).tolist()
+            for place, i in enumerate(order):
+                modules = list(layers[i].values())
+                picked = torch.randperm(n, generator=rng)[: whole + (place < more)].tolist()
+                chosen |= {name for k in picked for name in modules[k]}
+        off = abs(sum(sizes[n] for n in chosen) / max(1, sum(sizes.values())) - ratio)
+        if off < gap:
+            best, gap = chosen, off
+    return best

@@ -1,0 +1,45 @@
+"""LISA: embeddings, head and final norm always move; of the layers a few, drawn anew every so many steps.
+
+The optimizer forgets a layer when it freezes, so its memory is that of what moves. Departs from LMFlow: a draw follows from
+seed and step, so nothing about it needs saving. The start is not kept: it cannot be switched off.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from luthier.errors import RecipeError
+from luthier.registry import tuner
+from luthier.methods.tuners.subset._subset import Layers
+from luthier.methods.tuners._base import Tuner
+
+
+@tuner(paper="arXiv:2403.17919", row="lisa", gives="merge")
+class LISA(Tuner):
+    """Layerwise importance sampling."""
+
+    n_layers: int = 2  # layers that move at once
+    interval: int = 20  # optimizer steps between draws
+
+    def __post_init__(self):
+        if self.n_layers < 1 or self.interval < 1:
+            raise RecipeError("n_layers and interval must be at least 1")
+
+    def attach(self, model):
+        return Draws(self, model)
+
+
+class Draws(Layers):
+    """A few layers at a time, all equally likely."""
+
+    def __init__(self, settings, model):
+        super().__init__(settings, model)
+        self.move(range(min(settings.n_layers, self.depth)))  # until the first draw
+
+    def before_step(self, clock):
+        draw = clock.rng(self.settings.name, at=clock.step // self.settings.interval)
+        self.move(self.drawn(draw))
+
+    def drawn(self, rng: torch.Generator) -> list[int]:
+        """The layers of one draw."""
+        return torch.randperm(self.depth, generator=rng)[: self.settings.n_layers].tolist()

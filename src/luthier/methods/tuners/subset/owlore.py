@@ -1,0 +1,71 @@
+"""OwLore: as LISA, but layers with many outliers are drawn more often.
+
+The outlier density of a layer is the share of entries with ||X_j|| |W_ij| > outlier_ratio times their mean, over its
+matrices; X is what a matrix reads on a few rows of the data, before tuning. The paper's other half, steps of low rank
+in the drawn layers, is transform 'galore': `transforms: [clip, {name: galore, rank: 256}]`. Embeddings, head and final norm
+always move, and the optimizer forgets a layer when it freezes. Departs from the reference: densities are measured on the
+user's rows, not read from a file. Fused experts are read by no module of their own: the rest of their layer speaks for them.
+The start is not kept: it cannot be switched off.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from luthier.registry import tuner
+from luthier.model.sensitivity import input_norms
+from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners.subset.lisa import Draws
+
+
+@tuner(paper="arXiv:2405.18380", row="owlore", gives="merge")
+class OwLore(Tuner):
+    """Outlier-weighed layerwise sampling."""
+
+    n_layers: Annotated[int, Field(ge=1)] = 5  # layers that move at once
+    interval: Annotated[int, Field(ge=1)] = 50  # optimizer steps between draws
+    prob_mode: Literal["owl", "owl_reverse", "uniform", "increasing", "decreasing"] = "owl"  # what makes a layer likely: outliers, or depth
+    outlier_ratio: Annotated[float, Field(gt=0)] = 13.0  # an outlier is that many times the mean
+    init_rows: Annotated[int, Field(ge=1)] = 16  # rows on which outliers are counted
+
+    def attach(self, model):
+        return Weighed(self, model)
+
+
+class Weighed(Draws):
+    """A few layers at a time, each as likely as it is dense in outliers."""
+
+    def __init__(self, settings, model):
+        super().__init__(settings, model)
+        slope = torch.arange(1, self.depth + 1, dtype=torch.float32)
+        start = {"increasing": slope, "decreasing": slope.flip(0)}.get(settings.prob_mode, torch.ones(self.depth))
+        self.p = start / start.sum()  # [depth] how likely each layer is; with owl, even until rows are seen
+
+    def memory(self):
+        return {"p": self.p}
+
+    def initialize(self, rows, roles):
+        if not self.settings.prob_mode.startswith("owl"):
+            return
+        D = self.density(input_norms(self.model, rows[: self.settings.init_rows], roles))
+        if self.settings.prob_mode == "owl_reverse":
+            D = D.max() + D.min() - D
+        D = D + 1e-6  # a layer without outliers stays possible
+        self.p.copy_(D / D.sum())
+
+    def density(self, norms: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """module -> its weight, and [in] the norm of each input. [depth] the mean outlier density of each layer's matrices."""
+        found: list[list[float]] = [[] for _ in range(self.depth)]
+        for name, (W, seen) in norms.items():
+            at = self.layer.get(f"{name}.weight")
+            if at is not None:
+                A = W.detach().float().abs() * seen
+                found[at].append(float((A > self.settings.outlier_ratio * A.mean()).float().mean()))
+        return torch.tensor([sum(d) / len(d) if d else 0.0 for d in found])
+
+    def drawn(self, rng):
+        n = min(self.settings.n_layers, self.depth)
+        return torch.multinomial(self.p, n, replacement=False, generator=rng).tolist()

@@ -1,0 +1,32 @@
+"""One part of the network moves: its token embeddings and output layer, or its last layer (of the decoder, where there are two).
+
+The ways of specialising a model to one project that are between all weights and a prefix: L-EO and L-LDB. The start of what
+moves is kept, so switching off gives the base bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from luthier.errors import RecipeError
+from luthier.registry import tuner
+from luthier.model.anatomy import layer_of
+from luthier.methods.tuners.subset._subset import Weights
+from luthier.methods.tuners._base import Tuner
+
+
+@tuner(row="personalized-unit-test-models", gives="off merge")
+class Part(Tuner):
+    """Embeddings and output, or the last layer."""
+
+    part: Literal["embeddings", "last_layer"] = "last_layer"  # what moves; tied embeddings and output are one tensor
+
+    def attach(self, model):
+        if self.part == "embeddings":
+            ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+            mine = {id(p) for m in ends if m is not None for p in m.parameters()}
+            return Weights(self, model, lambda name, p: id(p) in mine, keep_start=True)
+        order = list(dict.fromkeys(place for n, _ in model.named_parameters() if (place := layer_of(n))))
+        if not order:
+            raise RecipeError(f"tuner 'part' finds no list of layers in {type(model).__name__}")
+        return Weights(self, model, lambda name, p: layer_of(name) == order[-1], keep_start=True)

@@ -1,0 +1,132 @@
+"""S2FT: of every layer a few feed-forward channels and attention heads move, as one small dense matrix per weight.
+
+What reads a channel (down, o) gains columns: y + x[.., chosen] S'. What writes one (up, gate, v) gains rows: y[.., chosen] += x S'.
+Only S has a gradient, and only the chosen inputs are kept for it. Heads and channels are drawn once per layer, so up, gate
+and down share theirs, and v's heads are those whose queries o reads (with grouped queries, too). Departs from the paper:
+chosen columns are gathered where they stand; nothing is permuted, which computes the same and leaves the model alone, and
+so adapters are in everyone's coordinates and those of unlike channels add up. Heads and channels are drawn at random (S2FT-R).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from luthier.clock import Clock
+from luthier.errors import RecipeError
+from luthier.registry import Range, family, tuner
+from luthier.model.anatomy import kind_of, layer_of, part_of
+from luthier.methods.tuners._delta import Delta, frozen
+
+Share = Annotated[float, Field(ge=0, le=1)]
+READS = {"o": "o_ratio", "down": "d_ratio"}  # parts that gain columns -> their setting
+WRITES = {"v": "v_ratio", "up": "u_ratio", "gate": "g_ratio"}  # parts that gain rows
+
+
+@tuner(
+    paper="arXiv:2412.06289",
+    row="s2ft",
+    gives="off merge",
+    contract={"modules_of_every_kind": "only down, up, gate, o and v have channels or heads to choose, each by its own ratio"},
+)
+class S2FT(Delta):
+    """Structured sparse fine-tuning."""
+
+    kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
+
+    d_ratio: Annotated[Share, Range(0.01, 0.2, log=True)] = 0.03  # share of the channels whose columns of down move
+    u_ratio: Share = 0.0  # of the channels whose rows of up move
+    g_ratio: Share = 0.0  # of the channels whose rows of gate move
+    o_ratio: Share = 0.0  # of the heads whose columns of o move
+    v_ratio: Share = 0.0  # of the key-value heads whose rows of v move
+    selection_seed: int = 0  # of the draw of heads and channels
+    num_attention_heads: int | None = None  # of the network; filled in when attached
+    num_key_value_heads: int | None = None  # of the network; filled in when attached
+
+    def __post_init__(self):
+        if not any(getattr(self, r) for r in (*READS.values(), *WRITES.values())):
+            raise RecipeError("one of d_ratio, u_ratio, g_ratio, o_ratio, v_ratio must be above 0")
+
+    def attach(self, model):
+        from luthier.model.sensitivity import matrices
+
+        text = model.config.get_text_config()
+        heads = text.num_attention_heads
+        fitted = replace(self, num_attention_heads=heads, num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads)
+        if self.target_modules == "all-linear":
+            there = [n for n in matrices(model) if fitted.ratio(n)]
+            missing = [r for part, r in {**READS, **WRITES}.items() if getattr(self, r) and part not in map(part_of, there)]
+            if missing:
+                raise RecipeError(
+                    f"tuner 's2ft': {type(model).__name__} has no linear module for {missing[0]} (fused experts and fused q, k, v "
+                    "are none); set it to 0, and another ratio above 0"
+                )
+            fitted = replace(fitted, target_modules=there)
+        return super(S2FT, fitted).attach(model)
+
+    def ratio(self, name: str) -> float:
+        """The share of a module that moves."""
+        setting = {**READS, **WRITES}.get(part_of(name) or "")
+        return getattr(self, setting) if setting else 0.0
+
+    def at(self, name):
+        if not self.ratio(name):
+            raise RecipeError(f"tuner 's2ft': {name} is none of down, up, gate, o and v, or its ratio is 0")
+        heads = 0
+        if kind_of(name) == "attention":
+            heads = self.num_attention_heads if part_of(name) == "o" else self.num_key_value_heads
+        drawn = Clock(self.selection_seed).fold("s2ft", layer_of(f"{name}."), kind_of(name))
+        side = "in" if part_of(name) in READS else "out"
+        return Slice(ratio=self.ratio(name), side=side, heads=heads or 0, groups=self.num_key_value_heads or 0, drawn=drawn)
+
+    def init(self, W):
+        raise RecipeError("tuner 's2ft' must know which module a weight is of: `at(name)`")
+
+
+@family
+class Slice(Delta):
+    """The part of one weight that moves."""
+
+    name: ClassVar[str] = "s2ft"
+    gives: ClassVar[frozenset[str]] = frozenset({"off", "merge"})
+    kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
+    precise: ClassVar[bool] = False
+
+    ratio: float  # of its heads or channels
+    side: Literal["in", "out"]  # columns or rows
+    heads: int  # that the side is made of; 0: it is made of channels
+    groups: int  # of heads, drawn together
+    drawn: int  # by this seed
+
+    def chosen(self, n: int) -> torch.Tensor:
+        """[k] the columns or rows of n that move, in order."""
+        units, rng = self.heads or n, torch.Generator().manual_seed(self.drawn)
+        order = torch.randperm(self.groups if self.heads else n, generator=rng)
+        if self.heads:
+            order = torch.arange(units).view(self.groups, -1)[order].flatten()
+        picked = order[: max(1, round(self.ratio * units))].sort().values
+        return (picked[:, None] * (n // units) + torch.arange(n // units)).flatten()
+
+    def init(self, W):
+        n = W.shape[1] if self.side == "in" else W.shape[0]
+        at = self.chosen(n)
+        shape = (W.shape[0], len(at)) if self.side == "in" else (len(at), W.shape[1])
+        return {"indices": frozen(at.int()), "size": frozen(torch.tensor(n)), "S": torch.zeros(shape)}
+
+    def weight(self, W, p):
+        return W.index_add(1 if self.side == "in" else 0, p.indices, p.S.to(W.dtype))
+
+    def forward(self, x, y, p, layer):
+        S = p.S.to(x.dtype)
+        if self.side == "out":
+            return y.index_add(-1, p.indices, x @ S.T)
+        read = x.reshape(-1, x.shape[-1]).index_select(1, p.indices)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), read, S.T).view(y.shape)
+
+    def factors(self, p):
+        E = torch.eye(int(p.size), device=p.S.device)[p.indices]
+        return (E, p.S) if self.side == "in" else (p.S, E.T)

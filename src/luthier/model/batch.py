@@ -1,0 +1,216 @@
+"""What is learned from: a tree of token segments, and questions about some of their tokens. No layout, no padding.
+
+A segment continues its parent: the completions of a row all continue its prompt. The architecture decides how the tree
+becomes rows of a tensor (packed, prompts read once, or padded), and every layout answers alike.
+
+Letters in shapes: L tokens, T supervised tokens (questions), S segments, N sequences (completions), G groups (rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from luthier.errors import RecipeError
+from luthier.registry import meant
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows as tokens. Built by `collate`; `view` makes variants that ask the same questions about other readings."""
+
+    ids: Tensor  # [L] the tokens that are read, one segment after another
+    labels: Tensor  # [L] the tokens that are asked about; views corrupt ids, never labels
+    supervised: Tensor  # [L] bool: is the log-probability of this token wanted?
+    segment: Tensor  # [L] the segment of each token, ascending
+    parent: Tensor  # [S] the segment that a segment continues, -1 for a root
+    completion: Tensor  # [N] the segments that are completions, one per sequence
+    group: Tensor  # [N] the row that a sequence belongs to
+    rows: list[dict]  # [G] the rows themselves: ids and further columns
+    altered: bool = False  # is this a view that reads something else than the rows say?
+    mixed: tuple[Tensor, Tensor] | None = None  # other tokens [L] and shares [L]: embeddings are (1 - share) * own + share * other's
+    read: dict = field(default_factory=dict, compare=False, repr=False)  # what each role has said of this batch
+    metrics: dict = field(default_factory=dict, compare=False, repr=False)  # what objectives noted
+
+    def view(self, **changes: Any) -> Batch:
+        """The same questions with nothing remembered; with changes, another reading of them (corrupted, mixed)."""
+        altered = self.altered or bool({"ids", "parent", "mixed"} & changes.keys())
+        return replace(self, read={}, altered=altered, **changes)
+
+    def to(self, device: torch.device | str) -> Batch:
+        names = ("ids", "labels", "supervised", "segment", "parent", "completion", "group")
+        return replace(self, read={}, metrics={}, **{k: getattr(self, k).to(device) for k in names})
+
+    # ------------------------------------------------------------------------------------------ indices
+
+    @cached_property
+    def owner(self) -> Tensor:
+        """[T] the sequence of each question."""
+        place = torch.full_like(self.parent, -1)
+        place[self.completion] = torch.arange(len(self.completion), device=self.ids.device)
+        return place[self.segment[self.supervised]]
+
+    @cached_property
+    def row(self) -> Tensor:
+        """[S] the row of each segment."""
+        rows, parents = [-1] * len(self.parent), self.parent.tolist()
+        for s, g in zip(self.completion.tolist(), self.group.tolist(), strict=True):
+            while s >= 0:
+                rows[s], s = g, parents[s]
+        return torch.tensor(rows, device=self.ids.device)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """[S] tokens of each segment."""
+        return torch.bincount(self.segment, minlength=len(self.parent)).tolist()
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """[N] questions of each sequence, as floats."""
+        return torch.bincount(self.owner, minlength=len(self.completion)).float()
+
+    @cached_property
+    def place(self) -> Tensor:
+        """[T] the number of each question in its sequence: 0, 1, 2, ..."""
+        before = self.lengths.long().cumsum(0) - self.lengths.long()
+        return torch.arange(len(self.owner), device=self.ids.device) - before[self.owner]
+
+    @cached_property
+    def spans(self) -> Tensor:
+        """[L] tokens of the longest sequence that a token is part of."""
+        parents, above, below = self.parent.tolist(), list(self.sizes), list(self.sizes)
+        for s, under in enumerate(parents):  # a segment stands behind the one it continues
+            above[s] += above[under] if under >= 0 else 0
+        for s in reversed(range(len(parents))):
+            if parents[s] >= 0:
+                below[parents[s]] = max(below[parents[s]], self.sizes[parents[s]] + below[s])
+        whole = [a + b - n for a, b, n in zip(above, below, self.sizes, strict=True)]
+        return torch.tensor(whole, device=self.ids.device)[self.segment]
+
+    def segments(self) -> list[Tensor]:
+        """[S] lists of places in `ids`."""
+        return list(torch.arange(len(self.ids), device=self.ids.device).split(self.sizes))
+
+    def count(self, unit: str) -> int:
+        """How many units an objective averages over: tokens, sequences, groups or the batch itself."""
+        return {"token": len(self.owner), "sequence": len(self.completion), "group": len(self.rows), "batch": 1}[unit]
+
+    # ------------------------------------------------------------------------------------------ values
+
+    def sums(self, values: Tensor) -> Tensor:
+        """[T] -> [N] sum over each sequence."""
+        return values.new_zeros(len(self.completion)).index_add(0, self.owner, values)
+
+    def means(self, values: Tensor) -> Tensor:
+        """[T] -> [N] mean over each sequence's questions (0 where there are none)."""
+        return self.sums(values) / self.lengths.clamp(min=1)
+
+    def last(self, values: Tensor) -> Tensor:
+        """[T] -> [N] the value at each sequence's last question."""
+        return values[self.lengths.long().cumsum(0) - 1]
+
+    def suffix(self, values: Tensor, gamma: float = 1.0) -> Tensor:
+        """[T] -> [T] the sum of this and all later questions of the same sequence (reward to go), each step later times gamma."""
+        left, step = self.lengths[self.owner].long() - self.place, 1
+        while step < int(self.lengths.max()):  # sums over 1, 2, 4, ... questions
+            ahead = torch.cat([values[step:], values.new_zeros(min(step, len(values)))])
+            values = values + gamma**step * torch.where(left > step, ahead, 0)
+            step *= 2
+        return values
+
+    def over_group(self, values: Tensor, reduce: str = "mean") -> Tensor:
+        """[N] -> [N] each sequence gets its row's sum, mean, amax or amin."""
+        out = values.new_zeros(len(self.rows)).scatter_reduce(0, self.group, values, reduce, include_self=False)
+        return out[self.group]
+
+    # ------------------------------------------------------------------------------------------ columns
+
+    def column(self, name: str) -> Tensor:
+        """[N] one number per sequence out of the rows, e.g. scores."""
+        return torch.tensor([float(v) for row in self.rows for v in row[name]], device=self.ids.device)
+
+    def reward(self, name: str) -> Tensor:
+        """[N] one of several rewards of the column `rewards`, {name: a number for each completion}."""
+        for row in self.rows:
+            if name not in row["rewards"]:
+                raise RecipeError(f"row {row['id']} has no reward '{name}' in its column `rewards`{meant(name, row['rewards'])}")
+        return torch.tensor([float(v) for row in self.rows for v in row["rewards"][name]], device=self.ids.device)
+
+    def weights(self) -> Tensor | None:
+        """[T] how much each question counts: the column `token_weights`, 1 in rows without it; None where no row has it."""
+        if not any("token_weights" in row for row in self.rows):
+            return None
+        sizes, values = iter(self.lengths.long().tolist()), []
+        for row in self.rows:
+            for k in range(len(row["completions"])):
+                n = next(sizes)
+                told = row["token_weights"][k] if "token_weights" in row else [1.0] * n
+                if len(told) != n:
+                    raise RecipeError(
+                        f"token_weights of row {row['id']} holds {len(told)} numbers for {n} learned tokens: it was written for "
+                        "another completion, another tokenizer or another max_length"
+                    )
+                values += told
+        return torch.tensor(values, dtype=torch.float32, device=self.ids.device)
+
+    def per_token(self, name: str) -> Tensor:
+        """[T] one number per question, from a column of lists (written by a stage for a model that has left)."""
+        if self.altered:
+            raise RecipeError(
+                f"column '{name}' answers for the rows as they are, and this objective also asks about altered ones: "
+                "let a model play that role, e.g. `roles: {reference: start}`"
+            )
+        values = [float(v) for row in self.rows for completion in row[name] for v in completion]
+        if len(values) != len(self.owner):
+            raise RecipeError(
+                f"column '{name}' holds {len(values)} numbers for {len(self.owner)} supervised tokens, on rows "
+                f"{[row['id'] for row in self.rows][:4]}: it was written for other completions or another tokenizer"
+            )
+        return torch.tensor(values, device=self.ids.device)
+
+    def table(self, name: str) -> Tensor:
+        """[T, k] a list of k numbers per question, from a column of them for each completion."""
+        if self.altered:
+            raise RecipeError(f"column '{name}' answers for the rows as they are, and this objective also asks about altered ones")
+        values = [place for row in self.rows for completion in row[name] for place in completion]
+        if len(values) != len(self.owner):
+            raise RecipeError(f"column '{name}' holds {len(values)} lists for {len(self.owner)} supervised tokens: it was written for others")
+        return torch.tensor(values, device=self.ids.device, dtype=torch.float32 if values and isinstance(values[0][0], float) else torch.long)
+
+    def note(self, **metrics: Tensor) -> None:
+        """Keep a number for the log: the mean of what is given, over this batch."""
+        for name, value in metrics.items():
+            value = value.detach().float()
+            total, count = self.metrics.get(name, (0.0, 0))
+            self.metrics[name] = (total + float(value.sum()), count + value.numel())
+
+
+def collate(rows: Sequence[dict], encode: Callable[[dict], Any]) -> Batch:
+    """Rows -> Batch. `encode(row)` gives the tokens of a prompt, and of its completions with their supervised marks."""
+    ids: list[int] = []
+    supervised: list[bool] = []
+    segment: list[int] = []
+    parent: list[int] = []
+    completion, group = [], []
+
+    def grow(tokens: Sequence[int], marks: Sequence[bool], under: int) -> int:
+        segment.extend([len(parent)] * len(tokens))
+        ids.extend(tokens)
+        supervised.extend(marks)
+        parent.append(under)
+        return len(parent) - 1
+
+    for g, row in enumerate(rows):
+        said = encode(row)
+        root = grow(said.prompt, [False] * len(said.prompt), -1)
+        for tokens, marks in zip(said.completions, said.supervised, strict=True):
+            completion.append(grow(tokens, marks, root))
+            group.append(g)
+    read, asked = torch.tensor(ids, dtype=torch.long), torch.tensor(supervised, dtype=torch.bool)
+    of_token, under, said_in, of_row = (torch.tensor(x, dtype=torch.long) for x in (segment, parent, completion, group))
+    return Batch(read, read, asked, of_token, under, said_in, of_row, list(rows))

@@ -1,0 +1,365 @@
+"""Writing: each prompt is read once for all its samples, and finished sequences leave the batch, several at a time.
+
+Sampling is by inverse CDF from uniforms that belong to (seed, sample, position): the same seed writes the same text
+whatever else is in the batch, up to the rounding of the network itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from luthier.methods.architectures._base import pad
+from luthier.model.language_model import logits_at, prefix_mask, soft_first
+from luthier.clock import Clock
+from luthier.train.checks import tolerance
+from luthier.kernels.attention import NAME, takes_plans
+from luthier.kernels.prepacked import packed
+from luthier.kernels.decode_attention import ROOM, Written, keep_apart
+from luthier.errors import RecipeError
+
+if TYPE_CHECKING:
+    from luthier.model.network import Network
+
+SEQUENCES = 64  # written at once
+LEAVE = 0.25  # share of idle rows at which they leave: each time, what is kept of all others is copied
+_ways: WeakKeyDictionary[nn.Module, type[Writer]] = WeakKeyDictionary()  # model -> how it writes
+
+
+def generate(
+    writer: Writer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seeds: Sequence[int],
+    n: int = 1,
+    max_new_tokens: int = 128,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    stop: Sequence[int] = (),
+    limit: int | None = None,
+    hear: Callable[[list[list[int]]], object] | None = None,
+) -> list[list[list[int]]]:
+    """n completions of each prompt as token ids, the stop token included where one was written.
+
+    temperature 0 is greedy. seeds: one per prompt. Prompts of like length are written together. limit: tokens that
+    the network can hold; a sequence ends there. hear: is told after each token what prompts written together have so far; where it says true,
+    they end there. Raises RecipeError for a prompt that leaves no room.
+    """
+    room = [max_new_tokens if limit is None else min(max_new_tokens, limit - writer.held(len(p))) for p in prompts]
+    if min(room, default=1) < 1:
+        raise RecipeError(f"a prompt of {max(map(len, prompts))} tokens leaves no room to write: the network holds {limit}")
+    out: list[list[list[int]]] = [[] for _ in prompts]
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    some = max(1, SEQUENCES // n)
+    for start in range(0, len(order), some):
+        chosen = order[start : start + some]
+        pick = Picker([(seeds[i], k) for i in chosen for k in range(n)], max_new_tokens, temperature, top_p, top_k)
+        ends = [room[i] for i in chosen for _ in range(n)]
+        with packed(writer.model):
+            written = _write(writer, [list(prompts[i]) for i in chosen], n, ends, pick, set(stop), hear)
+        for k, i in enumerate(chosen):
+            out[i] = written[k * n : (k + 1) * n]
+    return out
+
+
+@torch.no_grad()
+def _write(
+    writer: Writer, prompts: list[list[int]], n: int, ends: list[int], pick: Picker, stop: set[int], hear: Callable[..., object] | None = None
+) -> list[list[int]]:
+    logits = writer.begin(prompts, n)
+    written: list[list[int]] = [[] for _ in ends]
+    which = list(range(len(ends)))  # the sequence in each row; finished ones stay until a quarter of the rows is idle
+    going = set(which)
+    while True:
+        tokens = pick(logits, which, len(written[next(iter(going))]))
+        for i, t in zip(which, tokens.tolist(), strict=True):
+            if i in going:
+                written[i].append(t)
+        going = {i for i in going if written[i][-1] not in stop and len(written[i]) < ends[i]}
+        if hear and hear(written) or not going:
+            return written
+        if len(which) - len(going) >= LEAVE * len(which):
+            kept = [k for k, i in enumerate(which) if i in going]
+            rows = torch.tensor(kept, device=tokens.device)
+            writer.keep(rows)
+            tokens, which = tokens[rows], [which[k] for k in kept]
+        logits = writer.next(tokens)
+
+
+class Picker:
+    """Chooses the next token of each sequence."""
+
+    def __init__(self, names: Sequence[tuple[int, int]], length: int, temperature: float, top_p: float = 1.0, top_k: int = 0):
+        """names: the (seed, sample) of each sequence."""
+        self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
+        self.kept: Tensor | None = None
+        if temperature:
+            self.uniforms = torch.stack([torch.rand(length, generator=Clock(seed).rng("sample", k)) for seed, k in names])
+
+    def room(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Two tensors like the logits, in fp32, for whatever is computed of them."""
+        if self.kept is None or self.kept.shape[1] < len(logits):
+            self.kept = torch.empty(2, *logits.shape, device=logits.device)
+        return self.kept[0, : len(logits)], self.kept[1, : len(logits)]
+
+    def __call__(self, logits: Tensor, which: list[int], step: int) -> Tensor:
+        """[B, V] logits of sequences `which` at `step` -> [B] token ids."""
+        if not self.temperature:
+            return logits.argmax(-1)
+        # Written into the same memory at every token: at wide vocabularies, getting it anew costs more than the sums.
+        one, other = self.room(logits)
+        p, ids = torch.softmax(one.copy_(logits).div_(self.temperature), -1, out=other), None
+        if self.top_p < 1 or 0 < self.top_k < p.shape[-1]:
+            p, ids = p.topk(self.top_k) if 0 < self.top_k < p.shape[-1] else p.sort(-1, descending=True)
+            p = p / p.sum(-1, keepdim=True)
+            p[p.cumsum(-1) - p >= self.top_p] = 0  # the nucleus: least likely tokens whose better ones already reach top_p go
+        total = torch.cumsum(p, -1, out=one) if ids is None else p.cumsum(-1)
+        most = total[:, -1]
+        u = self.uniforms[which, step].to(p.device) * most
+        u = torch.minimum(u, torch.nextafter(most, most.new_zeros(())))  # rounding must not lead past the last token
+        place = torch.searchsorted(total, u[:, None], right=True)
+        return (place if ids is None else ids.gather(1, place)).squeeze(1)
+
+
+# ---------------------------------------------------------------------------------------------- writers
+
+
+class Writer:
+    """A network that is writing some sequences."""
+
+    def __init__(self, model: Network, attached: Any, prefix: bool = False):
+        """prefix: prompts are read from both sides."""
+        self.model, self.attached, self.prefix = model, attached, prefix
+        self.device = model.get_input_embeddings().weight.device
+
+    def held(self, prompt: int) -> int:
+        """Of the tokens that the network can hold while it writes: those that a prompt of this length takes."""
+        return prompt
+
+    def begin(self, prompts: list[list[int]], n: int) -> Tensor:
+        """Read B prompts -> [B * n, V] logits of the first token of n samples each."""
+        raise NotImplementedError
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+        raise NotImplementedError
+
+    def next(self, tokens: Tensor) -> Tensor:
+        """[B] the tokens just chosen -> [B, V] logits of those that follow."""
+        raise NotImplementedError
+
+
+class Cached(Writer):
+    """A decoder with a KV cache; prompts padded on the left."""
+
+    def begin(self, prompts, n):
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=self.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.device)
+        inputs: dict[str, Tensor] = {"input_ids": ids}
+        if self.attached.virtual:  # soft vectors in front of each prompt, after its padding
+            embed = self.model.get_input_embeddings()(ids)
+            soft = self.attached.soft().to(embed.dtype)
+            inputs = {
+                "inputs_embeds": torch.stack([torch.cat([e[: width - len(p)], soft, e[width - len(p) :]]) for e, p in zip(embed, prompts)])
+            }
+            mask = torch.cat([mask, mask.new_ones(len(mask), len(soft))], 1).sort(1).values
+        self.tells = "position_ids" in inspect.signature(self.model.forward).parameters
+        self.mask, self.position = mask, (mask.cumsum(-1) - 1).clamp(min=0)
+        where = self.where()
+        if self.prefix:
+            both = mask.cumsum(1) > self.attached.virtual  # of soft vectors none sees the text
+            where["attention_mask"] = prefix_mask(self.model, mask.bool(), both & mask.bool())
+        said = self.model(**inputs, **where, use_cache=True, logits_to_keep=1)
+        self.cache, self.position = said.past_key_values, self.position[:, -1:].repeat_interleave(n, 0)
+        self.multiply(n)
+        return said.logits[:, -1].repeat_interleave(n, 0)
+
+    def multiply(self, n: int) -> None:
+        """Prompts were read; go on with n samples of each."""
+        for layer in getattr(self.cache, "layers", ()):
+            roomy(layer)
+        if n > 1:
+            self.cache.batch_repeat_interleave(n)
+        self.mask = self.mask.repeat_interleave(n, 0)
+
+    def where(self) -> dict[str, Tensor]:
+        return {"attention_mask": self.mask, **({"position_ids": self.position} if self.tells else {})}
+
+    def keep(self, rows):
+        self.cache.batch_select_indices(rows)
+        self.mask, self.position = self.mask[rows], self.position[rows]
+
+    def next(self, tokens):
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
+        self.position = self.position + 1
+        where = self.where()
+        if self.bare:  # as the network would make it, if it were asked to
+            where["attention_mask"] = self.mask[:, None, None].bool()
+        said = self.model(input_ids=tokens[:, None], **where, past_key_values=self.cache, use_cache=True)
+        return said.logits[:, -1]
+
+    @cached_property
+    def bare(self) -> bool:
+        """Does the network hand a whole mask [B, 1, 1, W] to its attention as it is, in every layer alike?"""
+        config = self.model.config.get_text_config()
+        kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
+        reads = getattr(config, "alibi", False) or getattr(config, "sliding_window", None)  # what makes more of a mask [B, W]
+        return config._attn_implementation in ("sdpa", NAME) and self.tells and not kinds and not reads
+
+
+class Sharing(Cached):
+    """Cached, on a CPU: what samples of a prompt have in common is kept once, and attention is kernels/writing.py's."""
+
+    def multiply(self, n):
+        from transformers.cache_utils import DynamicLayer
+
+        if self.device.type != "cpu" or not takes_plans(self.model) or not self.bare:
+            raise NotImplementedError("this network's attention is not asked one token at a time")
+        if any(type(layer) is not DynamicLayer for layer in self.cache.layers):
+            raise NotImplementedError("this network keeps more than keys and values")
+        self.written = Written(torch.arange(len(self.mask) * n), n, self.mask.bool())
+        for layer in self.cache.layers:
+            keep_apart(layer, n)
+
+    def keep(self, rows):
+        self.position, (self.written, prompts) = self.position[rows], self.written.keep(rows)
+        for layer in self.cache.layers:
+            layer.keep(rows, prompts)
+
+    def next(self, tokens):
+        self.position = self.position + 1
+        mask = torch.ones(len(tokens), 1, 1, 1, dtype=torch.bool)
+        mask.written = self.written  # type: ignore[attr-defined]  # kernels/attention.py finds it
+        where = {"attention_mask": mask, "position_ids": self.position}
+        return self.model(input_ids=tokens[:, None], **where, past_key_values=self.cache, use_cache=True).logits[:, -1]
+
+
+def roomy(layer: Any) -> None:
+    """A cache layer of transformers that grows by copying itself at every token shall grow by ROOM tokens."""
+    from transformers.cache_utils import DynamicLayer
+
+    if type(layer) is DynamicLayer:
+        layer.__class__ = _roomy()
+
+
+@lru_cache(maxsize=1)
+def _roomy() -> type:
+    from transformers.cache_utils import DynamicLayer
+
+    class Roomy(DynamicLayer):
+        """keys and values are the filled part of longer tensors."""
+
+        longer: tuple[Tensor, Tensor] | None = None
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            filled: Any = (self.keys, self.values)
+            held, stop = filled[0].shape[-2], filled[0].shape[-2] + key_states.shape[-2]
+            mine = self.longer
+            if mine is None or mine[0].data_ptr() != filled[0].data_ptr() or mine[0].shape[-2] < stop:  # full, or rows have left
+                k, v = (x.new_empty(*x.shape[:-2], stop + ROOM, x.shape[-1]) for x in filled)
+                k[..., :held, :], v[..., :held, :] = filled
+                self.longer = mine = (k, v)
+            mine[0][..., held:stop, :] = key_states
+            mine[1][..., held:stop, :] = value_states
+            k, v = (x[..., :stop, :] for x in mine)
+            self.keys, self.values = k, v
+            return k, v
+
+    return Roomy
+
+
+class Rereading(Writer):
+    """A decoder without a cache that takes padding and loses rows (recurrent layers): all is read again for each token."""
+
+    def begin(self, prompts, n):
+        self.read = [torch.tensor(p, device=self.device) for p in prompts for _ in range(n)]
+        self.first = torch.tensor([len(r) for r in self.read], device=self.device)  # tokens of each prompt
+        return self.logits()
+
+    def keep(self, rows):
+        self.read, self.first = [self.read[i] for i in rows.tolist()], self.first[rows]
+
+    def next(self, tokens):
+        self.read = [torch.cat([r, t[None]]) for r, t in zip(self.read, tokens, strict=True)]
+        return self.logits()
+
+    def logits(self) -> Tensor:
+        inputs = soft_first(self.model, self.attached, *pad(self.read))
+        mask = inputs["attention_mask"]
+        ends = mask.sum(1) - 1 + torch.arange(len(mask), device=mask.device) * mask.shape[1]
+        if self.prefix:
+            order = torch.arange(mask.shape[1], device=mask.device) - self.attached.virtual
+            inputs["attention_mask"] = prefix_mask(self.model, mask.bool(), (order >= 0) & (order < self.first[:, None]))
+        return logits_at(self.model, inputs, ends)
+
+
+def decoder_writer(model: Network, attached: Any, prefix: bool = False) -> Writer:
+    """The first way to write that writes as rereading everything does. Tried out at a network's first call; told if there is none."""
+    if model not in _ways:
+        with torch.no_grad():
+            slow = _trial(Rereading(model, attached, prefix))
+            for way in (Sharing, Cached):
+                try:
+                    gap = float((_trial(way(model, attached, prefix)) - slow).abs().mean())
+                    reason = "" if gap <= tolerance(model) else f"writes otherwise, by {gap:.1e} in log-probability on average"
+                except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+                    reason = f"cannot ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})"
+                if not reason:
+                    break
+        _ways[model] = Rereading if reason else way
+        if reason:
+            name = type(model).__name__
+            warnings.warn(f"{name} {reason} with a cache: all is read again for each token, slower and right", stacklevel=3)
+    return _ways[model](model, attached, prefix)
+
+
+def _trial(writer: Writer) -> Tensor:
+    """All log-probabilities of a short play: prompts of unlike length, two samples each, two sequences left behind."""
+    said = [writer.begin([[1], [1, 2, 3, 1, 2]], 2)]
+    said.append(writer.next(torch.tensor([1, 2, 3, 2], device=writer.device)))
+    writer.keep(torch.tensor([1, 2], device=writer.device))
+    for token in (2, 1):
+        said.append(writer.next(torch.full((2,), token, device=writer.device)))
+    return torch.cat(said).float().log_softmax(-1)
+
+
+class EncoderDecoder(Writer):
+    """An encoder that reads the prompts once, and a decoder with a cache that writes."""
+
+    def __init__(self, model, attached, encode, start: int):
+        """encode(ids list) -> (hidden [B, W, d], mask [B, W]); start: the token that the decoder begins with."""
+        super().__init__(model, attached)
+        self.encode, self.start = encode, start
+
+    def held(self, prompt):
+        return 1  # the decoder's first token; the prompt is the encoder's
+
+    def begin(self, prompts, n):
+        hidden, mask = self.encode([torch.tensor(p, device=self.device) for p in prompts])
+        self.hidden, self.mask, self.cache = hidden, mask, None
+        logits = self.next(torch.full((len(prompts),), self.start, device=self.device))
+        if n > 1:
+            self.cache.batch_repeat_interleave(n)
+            self.hidden, self.mask = self.hidden.repeat_interleave(n, 0), self.mask.repeat_interleave(n, 0)
+        return logits.repeat_interleave(n, 0)
+
+    def keep(self, rows):
+        self.cache.batch_select_indices(rows)
+        self.hidden, self.mask = self.hidden[rows], self.mask[rows]
+
+    def next(self, tokens):
+        said = self.model(
+            encoder_outputs=(self.hidden,), attention_mask=self.mask, decoder_input_ids=tokens[:, None],
+            past_key_values=self.cache, use_cache=True,
+        )  # fmt: skip
+        self.cache = said.past_key_values
+        return said.logits[:, -1]

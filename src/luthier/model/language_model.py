@@ -1,0 +1,217 @@
+"""Networks that answer with tokens: their hidden states are caught where the network's own forward hands them to its head.
+
+So whatever a family does before its head (a transform, a scale) is the network's own code. What it does to the logits
+after its head (a scale, a soft cap, a bias) is measured once, by letting its head say known numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from luthier.methods.architectures._base import Architecture
+from luthier.model.outputs import LAYERS, Outputs
+from luthier.model.batch import Batch
+from luthier.kernels.attention import NAME
+from luthier.kernels.logprobs import Head, chunk_size
+from luthier.errors import RecipeError
+from luthier.registry import family
+from luthier.model.anatomy import layer_of
+
+if TYPE_CHECKING:
+    from luthier.model.network import Matrix, Network
+
+_measured: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()  # model -> (scale, softcap, bias)
+
+
+@family
+class LanguageModel(Architecture):
+    """Family: hidden states of the supervised tokens, then the head in chunks."""
+
+    fused: bool | Literal["liger"] = True  # norms, rotary positions, dropout in fewer passes over memory; liger: liger-kernel's, on CUDA
+    own_head: bool = False  # take logits from the network's own forward: [T, vocabulary] exists, any network is right
+
+    @property
+    def reading(self) -> str:
+        return "through the network's own head, all logits at once" if self.own_head else "padded"
+
+    def simpler(self) -> LanguageModel | None:
+        return None if self.own_head else replace(self, own_head=True)
+
+    def answer(self, model: Network, inputs: dict[str, Any], at: Tensor, labels: Tensor) -> Outputs:
+        """Outputs of T questions: `at` [T] are flat places of the tensor [R, W] that the model reads as `inputs`."""
+        with behind_blocks(model) if LAYERS.get() else nullcontext() as states:
+            outputs = self._answer(model, inputs, at, labels)
+        outputs.layers = None if states is None else [h.flatten(0, 1)[at] for h in states]
+        return outputs
+
+    def _answer(self, model: Network, inputs: dict[str, Any], at: Tensor, labels: Tensor) -> Outputs:
+        if self.own_head:
+            return Outputs(logits_at(model, inputs, at), Head(nn.Identity()), labels)
+        caught: list[Tensor] = []
+        with _before_head(model, lambda hidden: caught.append(hidden) or hidden[:, :0]):  # the head itself is asked for nothing
+            model(**inputs, use_cache=False)
+        return Outputs(caught[0].flatten(0, 1)[at], head_of(model, inputs), labels)
+
+    def plain(self, model: Network, attached: Any, batch: Batch) -> Tensor:
+        pieces = batch.segments()
+        out = torch.zeros(len(batch.ids), device=batch.ids.device)
+        for s in batch.segment[batch.supervised].unique().tolist():
+            own = pieces[s][batch.supervised[pieces[s]]]
+            out[own] = self.alone(model, attached, batch, s, own).to(out.dtype)
+        return out[batch.supervised]
+
+    def alone(self, model: Network, attached: Any, batch: Batch, segment: int, own: Tensor) -> Tensor:
+        """[k] log-probabilities of tokens `own` [k] (places in batch.ids) of a segment, read with what it continues, alone."""
+        raise NotImplementedError
+
+
+@contextmanager
+def behind_blocks(model: Network) -> Iterator[list[Tensor]]:
+    """The states [R, W, d] behind each block that is passed meanwhile, lowest first; in an encoder-decoder the decoder's."""
+    every = {name: m for name, m in model.named_modules() if (place := layer_of(f"{name}.")) and name == f"{place[0]}.{place[1]}"}
+    last = [name.rpartition(".")[0] for name in every][-1:]
+    states: list[Tensor] = []
+    blocks = [m for name, m in every.items() if [name.rpartition(".")[0]] == last]
+
+    def keep(module: nn.Module, given: Any, out: Any) -> None:
+        if len(states) < len(blocks):  # a head is measured by passing through once more
+            states.append(out[0] if isinstance(out, tuple) else out)
+
+    hooks = [m.register_forward_hook(keep) for m in blocks]
+    if not hooks:
+        raise RecipeError(f"{type(model).__name__} has no list of layers whose states could be compared")
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def prefix_mask(model: Network, real: Tensor, both: Tensor) -> Tensor:
+    """real, both [B, W]: which places hold tokens, and which of these see each other -> a mask [B, 1, W, W] as the model takes it.
+    All other tokens see what stands before them."""
+    order = torch.arange(real.shape[1], device=real.device)
+    may = (order[:, None] >= order) | both[:, :, None] & both[:, None, :]
+    return as_mask(model, (may & real[:, None, :] | torch.eye(len(order), dtype=torch.bool, device=real.device))[:, None])
+
+
+def as_mask(model: Network, may: Tensor) -> Tensor:
+    """[R, 1, W, W] bool, True = may look -> the form that the model's attention takes."""
+    kind = model.config.get_text_config()._attn_implementation
+    if kind not in ("sdpa", "eager", NAME):
+        raise ValueError(f"attention '{kind}' takes no block mask (sdpa and eager do)")
+    if kind != "eager":
+        return may
+    dtype = model.get_input_embeddings().weight.dtype
+    return torch.zeros(may.shape, dtype=dtype, device=may.device).masked_fill(~may, torch.finfo(dtype).min)
+
+
+def path(batch: Batch, segment: int) -> list[int]:
+    """The segments from the root down to this one."""
+    parents, way = batch.parent.tolist(), [segment]
+    while parents[way[0]] >= 0:
+        way.insert(0, parents[way[0]])
+    return way
+
+
+def soft_first(
+    model: Network, attached: Any, ids: Tensor, mask: Tensor | None = None, of: tuple[Batch, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """[R, W] ids and mask -> what the model is handed: the ids, or embeddings after the tuner's soft vectors [R, k + W].
+
+    of: a batch, and which of its rows [R] are read; else nobody's in particular.
+    """
+    if of is not None:
+        attached.reads(*of)
+    mask = torch.ones_like(ids) if mask is None else mask
+    if not attached.virtual:
+        return {"input_ids": ids, "attention_mask": mask}
+    embed = model.get_input_embeddings()(ids)
+    soft = (attached.soft().expand(len(ids), -1, -1) if of is None else attached.soft_rows(of[0])[of[1]]).to(embed.dtype)
+    mask = torch.cat([mask.new_ones(soft.shape[:2]), mask], 1)
+    return {"inputs_embeds": torch.cat([soft, embed], 1), "attention_mask": mask}
+
+
+def picked(logits: Tensor, labels: Tensor) -> Tensor:
+    """[k, V] logits, [k] -> [k] log-probabilities."""
+    some = zip(logits.split(n := chunk_size(logits.shape[-1])), labels.split(n), strict=True)
+    return torch.cat([z.float().log_softmax(-1).gather(1, own[:, None]).squeeze(1) for z, own in some])
+
+
+def own_logits(model: Network, inputs: dict[str, Any], at: Tensor) -> Tensor:
+    """[k] places of one row -> [k, V] logits by the network's own forward, which is asked for no others where it lets itself be."""
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        return model(**inputs, use_cache=False, logits_to_keep=at).logits[0]
+    return model(**inputs, use_cache=False).logits[0, at]
+
+
+def logits_at(model: Network, inputs: dict[str, Any], at: Tensor) -> Tensor:
+    """[T] flat places -> [T, V] logits in fp32 by the network's own forward, which makes no others where its head is known."""
+    if model.get_output_embeddings() is None:
+        return model(**inputs, use_cache=False).logits.flatten(0, 1)[at].float()
+    with _before_head(model, lambda hidden: hidden.flatten(0, 1)[at][:, None]):
+        return model(**inputs, use_cache=False).logits[:, 0].float()
+
+
+def _told_head(model: Network) -> Matrix:
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(model).__name__} does not tell its output embeddings")
+    return head
+
+
+@contextmanager
+def _before_head(model: Network, hand_over: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the network runs, its head is handed `hand_over(hidden [R, W, d])` in place of hidden."""
+    hook = _told_head(model).register_forward_pre_hook(lambda module, given: (hand_over(given[0]), *given[1:]), prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def head_of(model: Network, inputs: dict[str, Any]) -> Head:
+    """The head, and what the network does to its logits: measured at the first call, by any inputs it can read.
+
+    Raises ValueError where that is not cap * tanh(scale * (z + bias) / cap) or a part of it.
+    """
+    module = _told_head(model)
+    if model not in _measured:
+        _measured[model] = _measure(model, module, inputs)
+    return Head(module, *_measured[model])
+
+
+def _measure(model: Network, module: nn.Module, inputs: dict[str, Any]) -> tuple[float, float, Tensor | None]:
+    told = torch.tensor([0.0, 1e-4, 1e30, *torch.linspace(-30, 30, 13).tolist()])
+    shape: list[int] = []
+
+    def say(_, given, said: Tensor) -> Tensor:
+        shape.append(said.shape[-1])
+        return told.to(said.device)[None, :, None].repeat(1, 1, said.shape[-1])  # fp32 whatever the network's type
+
+    hook = module.register_forward_hook(say)
+    try:
+        with _before_head(model, lambda hidden: hidden[:1, :1]):
+            heard = model(**inputs, use_cache=False).logits.float()[0]
+    finally:
+        hook.remove()
+    if heard.shape != (len(told), shape[0]):
+        raise ValueError(f"{type(model).__name__} changes the shape of its logits after the head")
+    told = told.to(heard.device)[:, None]
+    far = float(heard[2, 0])
+    softcap = far if far < 1e20 else 0.0
+    bias = heard[0].clone()
+    scale = float((heard[1] - bias)[0]) / float(told[1]) if not bias.any() else 1.0
+    want = Head(nn.Identity(), scale, softcap, bias if bias.any() else None)(told.expand_as(heard))
+    if not torch.allclose(want[3:], heard[3:], rtol=1e-5, atol=1e-5):
+        raise ValueError(f"what {type(model).__name__} does to its logits after the head is not known")
+    return (1.0 if abs(scale - 1) < 1e-6 else scale), softcap, (bias if bias.any() else None)

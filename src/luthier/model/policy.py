@@ -1,0 +1,133 @@
+"""Who plays what: the policy that trains, and whoever else an objective or a stage may ask (reference, teacher, ...).
+
+One network can play many roles: the reference of a LoRA run is the policy with its adapter switched off. Each other
+role is a file in this folder; the recipe says who plays it, e.g. `roles: {reference: start, teacher: {name: model, ...}}`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.methods.architectures._base import Architecture
+from luthier.model.outputs import LAYERS, Outputs
+from luthier.model.batch import Batch, collate
+from luthier.clock import Clock
+from luthier.errors import RecipeError
+
+if TYPE_CHECKING:
+    from luthier.model.network import Network
+    from luthier.text.render import Renderer
+    from luthier.methods.tuners._base import Attached
+
+
+class Policy(nn.Module):
+    """A network in a role. `inside` is the context in which it plays it; the training policy has none."""
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        model: Network,
+        attached: Attached,
+        role: str = "policy",
+        inside: Callable[[], AbstractContextManager] | None = None,
+    ):
+        super().__init__()
+        self.architecture, self.model, self.attached, self.role, self.inside = architecture, model, attached, role, inside
+
+    def train(self, mode: bool = True) -> Policy:
+        """Looking takes a third of the time of setting, and a step begins with it."""
+        return self if all(m.training == mode for m in self.modules()) else super().train(mode)
+
+    def outputs(self, batch: Batch) -> Outputs:
+        """What this role says of a batch: read once, however many objectives ask."""
+        if self.role not in batch.read:
+            batch.read[self.role] = self(batch)
+        return batch.read[self.role]
+
+    def logprobs(self, batch: Batch) -> Tensor:
+        """[T] log-probability of each supervised token."""
+        return self.outputs(batch).logprobs
+
+    def layers(self, batch: Batch) -> list[Tensor]:
+        """[T, d] for each block, lowest first: the state behind it at the places that predict the supervised tokens. Asked before
+        anything else of a batch, it costs no reading of its own."""
+        if self.role not in batch.read or batch.read[self.role].layers is None:
+            token = LAYERS.set(True)
+            try:
+                batch.read[self.role] = self(batch)
+            finally:
+                LAYERS.reset(token)
+        if batch.read[self.role].layers is None:
+            raise RecipeError("this architecture gives no states of single layers; a language model or masked_lm does")
+        return batch.read[self.role].layers
+
+    def forward(self, batch: Batch) -> Outputs:
+        with self.playing():
+            outputs = self.architecture.forward(self.model, self.attached, batch)
+        outputs.playing = self.playing  # the head is asked later, and in the same role
+        return outputs
+
+    @contextmanager
+    def playing(self) -> Iterator[None]:
+        """The one place where the network becomes this role: its context, no dropout, no gradient."""
+        if self.inside is None:
+            yield
+            return
+        with self.inside(), resting(self.model), torch.no_grad():
+            yield
+
+    def as_role(self, role: str, inside: Callable[[], AbstractContextManager] = nullcontext) -> Policy:
+        """The same network playing someone else."""
+        return Policy(self.architecture, self.model, self.attached, role, inside)
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]], **how: Any) -> list[list[list[int]]]:
+        """n completions of each prompt as token ids (seeds, n, max_new_tokens, temperature, top_p, top_k, stop)."""
+        with (self.inside or nullcontext)(), resting(self.model):
+            return self.architecture.generate(self.model, self.attached, [list(p) for p in prompts], **how)
+
+
+class Roles:
+    """Everyone a method may speak to. `policy`, `tuner`, `clock` and `renderer` always; others as the recipe names them."""
+
+    def __init__(self, policy: Policy, clock: Clock, renderer: Renderer, **others: Any):
+        self.policy, self.tuner, self.clock, self.renderer = policy, policy.attached, clock, renderer
+        self.device = next(policy.model.parameters()).device
+        self.tell: Callable[[str], None] = lambda sentence: None  # where what the user should know is said
+        self.__dict__.update(others)
+
+    def __getattr__(self, role: str) -> Any:
+        if role.startswith("__"):
+            raise AttributeError(role)
+        raise RecipeError(f"nobody plays '{role}' in this recipe; say who under roles, e.g. `roles: {{{role}: start}}`")
+
+    def policies(self) -> list[Policy]:
+        """Every network in a role, the policy first."""
+        return [r for r in vars(self).values() if isinstance(r, Policy)]
+
+    def batch(self, rows: Sequence[dict], training: bool = False) -> Batch:
+        """Rows -> tokens on the policy's device. What is drawn to be asked (gaps) changes from step to step in training only."""
+        arch = self.policy.architecture
+        clock = self.clock if training else Clock(self.clock.seed)
+        batch = collate(rows, lambda row: arch.encode(row, self.renderer))
+        return arch.ask(batch, self.renderer, clock).to(self.device)
+
+    def text(self, ids: Sequence[int]) -> str:
+        return self.renderer.text(ids)
+
+
+@contextmanager
+def resting(module: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while."""
+    was = [m for m in module.modules() if m.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m in was:
+            m.training = True

@@ -1,0 +1,178 @@
+"""Reading a checkpoint into codes: transformers hands over one weight at a time, and it is quantized before the next is read.
+
+The only file that knows transformers' interface for quantizers. Weights are quantized from their values in the checkpoint, in
+fp32, whatever the compute dtype is: so a base that is loaded again in another precision has the same codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from luthier.storage import store
+from luthier.compat.malloc import Mapped
+from luthier.errors import RecipeError
+from luthier.registry import meant
+from luthier.model.experts import Experts, Matrix, apart, fused, put
+from luthier.methods.quantizers._base import Codes, Quantized, Quantizer, held_as, plain
+
+Saved = dict[str, tuple[Quantizer, Codes]]  # module -> its quantizer and its codes
+
+
+class Config(QuantizationConfigMixin):
+    """What `from_pretrained` is given."""
+
+    quant_method: Any = "luthier"
+
+    def __init__(self, quantizer: Quantizer, dtype: torch.dtype, device: torch.device, saved: Saved | None = None):
+        self.quantizer, self.dtype, self.device, self.saved = quantizer, dtype, device, saved
+        self.files, self.read = Mapped(), 0  # what the checkpoint lies in, and bytes read of it since pages were let go
+        self.made: Saved = {}  # until all is read: transformers empties buffers at its end
+
+    def __deepcopy__(self, memo):
+        return self  # transformers copies what it is given, codes included
+
+    def to_dict(self):
+        return {"quant_method": "luthier", "quantizer": self.quantizer.name}
+
+
+class Loader(HfQuantizer):
+    """Linear modules hold codes; everything else is read in the compute dtype."""
+
+    quantization_config: Config
+
+    def update_device_map(self, device_map):
+        device = self.quantization_config.device
+        return {"": device} if device_map is None and device.type == "cuda" else device_map
+
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        said = self.quantization_config
+        whole = {n: dict(m.named_parameters()) for n, m in fused(model).items()}
+        split = apart(model)
+        for name in chosen(model, said.quantizer):
+            if said.saved is not None and name not in said.saved:
+                continue
+            put(model, name, held_as(model.get_submodule(name), said.dtype))
+        for name, experts in split.items():  # the checkpoint knows them as one
+            held = [m for m in experts.modules() if isinstance(m, Matrix)]
+            if not any(isinstance(m, Quantized) for m in held):
+                experts.base[0]._parameters.update(whole[name])
+                put(model, name, experts.base[0])
+                continue
+            for m in held:
+                m._parameters.pop("weight")
+            for slot, p in whole[name].items():
+                experts.register_parameter(slot, p)
+        strict = tuple(model._keep_in_fp32_modules_strict or ()) + tuple(
+            model._keep_in_fp32_modules or () if said.dtype == torch.float16 else ()
+        )
+        for name, p in model.named_parameters():  # the others are read in the dtype that they have here
+            if p.is_floating_point() and not any(f".{k}." in f".{name}" for k in strict):
+                p.data = p.data.to(said.dtype)
+
+    def param_needs_quantization(self, model, param_name, **kwargs):
+        name, _, leaf = param_name.rpartition(".")
+        module = model.get_submodule(name)
+        return isinstance(module, Experts) or (leaf == "weight" and isinstance(module, Quantized))
+
+    def get_quantize_ops(self):
+        return Quantize(self)
+
+    def is_serializable(self):
+        return False
+
+    @property
+    def is_trainable(self):
+        return True
+
+
+class Quantize(ConversionOps):
+    """One weight of the checkpoint -> the codes of its module. Nothing is left for transformers to set."""
+
+    def __init__(self, loader: Loader):
+        self.loader = loader
+
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **kwargs: Any) -> dict[str, Tensor]:
+        for key, value in input_dict.items():
+            value = value[0] if isinstance(value, list) else value
+            name, _, slot = key.rpartition(".")
+            module: Any = model.get_submodule(name)
+            there = getattr(module, slot).shape
+            if tuple(value.shape) != tuple(there):
+                raise RecipeError(f"{name} has the shape {tuple(value.shape)} in the checkpoint, and {tuple(there)} in the model")
+            if isinstance(module, Experts):
+                for e, W in enumerate(value):
+                    self.take(f"{name}.{e}.{slot}", module.get_submodule(f"{e}.{slot}"), W)
+            else:
+                self.take(name, module, value)
+            module._parameters[slot] = nn.Parameter(value.new_empty(0), requires_grad=False)
+            module.__dict__["_is_hf_initialized"] = True
+            missing_keys.discard(key)
+        return {}
+
+    def take(self, name: str, module: Any, W: Tensor) -> None:
+        """The codes of one weight, as its module lays it out."""
+        said = self.loader.quantization_config
+        said.read += W.nbytes
+        if said.read > store.WINDOW:
+            said.files.drop()
+            said.read = 0
+        if not isinstance(module, Quantized):
+            module._parameters["weight"] = nn.Parameter(W.to(said.dtype, copy=True), requires_grad=False)
+        elif said.saved is None:
+            said.made[name] = said.quantizer, said.quantizer.quantize(module.laid_out(W).float().contiguous())
+        else:
+            own, codes = said.saved[name]
+            said.made[name] = own, {k: v.to(W.device) for k, v in codes.items()}
+
+
+def chosen(model: Any, quantizer: Quantizer) -> list[str]:
+    """The linear modules of a network that are quantized: all but its head, what is tied, and what is to be skipped."""
+    names = [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D, Matrix)]
+    skip = {*get_keys_to_not_convert(model), *(n for n in names if n.endswith(("classifier", "score", "qa_outputs")))}
+    for asked in quantizer.skip_modules or ():
+        found = {n for n in names if n == asked or n.endswith(f".{asked}") or f".{asked}." in f".{n}."}
+        if not found:
+            raise RecipeError(
+                f"quantization: skip_modules '{asked}' matches no linear module{meant(asked, {n.rpartition('.')[2] for n in names})}"
+            )
+        skip |= found
+    kept = [n for n in names if n not in skip]
+    if not kept:
+        raise RecipeError(f"quantization: {type(model).__name__} has no linear module to quantize")
+    return kept
+
+
+def loaded(load: Any, quantizer: Quantizer, dtype: torch.dtype, device: torch.device, saved: Saved | None = None) -> Any:
+    """load(**kwargs of from_pretrained) -> the network with its linear weights as codes."""
+    config = Config(quantizer, dtype, device, saved)
+    model = load(quantization_config=config, dtype=torch.float32)
+    config.files.drop()  # what stays dense is read again when it is used: the rest of its file would count as memory for good
+    for name in list(config.made):
+        model.get_submodule(name).take(*config.made.pop(name))
+    for m in model.modules():
+        if isinstance(m, Experts):
+            for slot, p in list(m._parameters.items()):
+                m._parameters.pop(slot)
+                for e, W in enumerate(p if p is not None else ()):  # nothing is left of what a checkpoint held
+                    m.get_submodule(f"{e}.{slot}")._parameters["weight"] = nn.Parameter(W.detach(), requires_grad=False)
+    model.hf_quantizer.remove_quantization_config(model)  # to transformers it is a network like any other
+    for part in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+        part.__dict__.pop("_is_quantized", None)
+        part.dtype = dtype
+    for name, m in list(model.named_modules()):  # what no checkpoint held stays dense
+        if isinstance(m, Quantized) and "weight" in m._parameters:
+            put(model, name, plain(m))
+    return model
+
+
+register_quantization_config("luthier")(Config)
+register_quantizer("luthier")(Loader)

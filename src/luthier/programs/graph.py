@@ -1,0 +1,171 @@
+"""A workflow as a graph: nodes are values, bundles are functions whose calls are remembered.
+
+    x = node(5.0, trainable=True, name="x")
+
+    @bundle()
+    def square(v):
+        "The square of a number."
+        return v * v
+
+    y = square(x - 3)          # a node; y.data is 4.0, and ancestors(y) are the nodes that it came from
+
+A bundle that raises gives `Failed`, which holds a node like any other, with the error's text as its value: `attempt` returns it.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import json
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import wraps
+from itertools import count
+from typing import Any
+
+from luthier.errors import RecipeError
+
+
+@dataclass(eq=False)
+class Node:
+    """A value, and where it came from."""
+
+    data: Any
+    name: str = ""  # nodes without one are named where they are listed
+    trainable: bool = False  # may an optimizer propose another value?
+    constraint: str = ""  # what a proposal must keep to, in words
+    function: str = ""  # what made it, '' for what was given
+    told: str = ""  # what that function does
+    parents: tuple[Node, ...] = ()  # its arguments
+    arguments: tuple[str, ...] = ()  # their names in the function, '' where they have none
+    failed: bool = False  # is the value the text of an error?
+
+    def __getitem__(self, key: Any) -> Node:
+        return _item(self, key)
+
+    __iter__ = None  # type: ignore[assignment]  # or `for x in node` would index for ever
+
+    def __add__(self, other: Any) -> Node:
+        return _add(self, other)
+
+    def __radd__(self, other: Any) -> Node:
+        return _add(other, self)
+
+    def __sub__(self, other: Any) -> Node:
+        return _subtract(self, other)
+
+    def __rsub__(self, other: Any) -> Node:
+        return _subtract(other, self)
+
+    def __mul__(self, other: Any) -> Node:
+        return _multiply(self, other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Node:
+        return _divide(self, other)
+
+    def __rtruediv__(self, other: Any) -> Node:
+        return _divide(other, self)
+
+
+def node(data: Any, name: str = "", trainable: bool = False, constraint: str = "") -> Node:
+    """A value of the graph. Trainable ones are text, numbers, truth values, or lists and dicts of them."""
+    if trainable and not name:
+        raise RecipeError("a trainable node wants a name, by which a model may propose another value")
+    return Node(data, name, trainable, constraint)
+
+
+class Failed(Exception):
+    """A bundle raised; `node` says what, and leads to what it was given."""
+
+    def __init__(self, node: Node):
+        super().__init__(node.data)
+        self.node = node
+
+
+def bundle(told: str = "", name: str = "") -> Callable[[Callable[..., Any]], Callable[..., Node]]:
+    """A function on values becomes one on nodes, whose every call is remembered. told: what it does, if not its docstring."""
+
+    def wrap(function: Callable[..., Any]) -> Callable[..., Node]:
+        said = told or (inspect.getdoc(function) or "").strip()
+
+        @wraps(function)
+        def traced(*args: Any, **kwargs: Any) -> Node:
+            every = [*args, *kwargs.values()]
+            parents = tuple(a if isinstance(a, Node) else Node(a) for a in every)
+            names = (*("" for _ in args), *kwargs)
+            values = [p.data for p in parents]
+            made = {"function": name or function.__name__, "told": said, "parents": parents, "arguments": names}
+            try:
+                return Node(function(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True))), **made)
+            except Exception as error:
+                raise Failed(Node(f"{type(error).__name__}: {error}", failed=True, **made)) from error
+
+        return traced
+
+    return wrap
+
+
+def attempt(workflow: Callable[..., Node], *args: Any, **kwargs: Any) -> Node:
+    """What a workflow comes to; where a bundle in it raises, the node that says so."""
+    try:
+        return workflow(*args, **kwargs)
+    except Failed as error:
+        return error.node
+
+
+def ancestors(*outputs: Node) -> list[Node]:
+    """The outputs and everything they came from, arguments before what is made of them; each once."""
+    order: list[Node] = []
+    seen: set[int] = set()
+    stack = [(n, False) for n in reversed(outputs)]
+    while stack:
+        here, left = stack.pop()
+        if left:
+            order.append(here)
+        elif id(here) not in seen:
+            seen.add(id(here))
+            stack.append((here, True))
+            stack.extend((p, False) for p in reversed(here.parents))
+    return order
+
+
+def names_of(nodes: Sequence[Node]) -> dict[int, str]:
+    """id -> a name of its own for each node. Raises RecipeError where two different ones were given the same name."""
+    given: dict[str, Node] = {}
+    for n in nodes:
+        if n.name and given.setdefault(n.name, n) is not n:
+            raise RecipeError(f"two nodes are called '{n.name}'")
+    found: dict[int, str] = {}
+    taken = set(given)
+    for n in nodes:
+        stem = n.function or "input"
+        free = (f"{stem}{k}" for k in count() if f"{stem}{k}" not in taken)
+        found[id(n)] = n.name or next(free)
+        taken.add(found[id(n)])
+    return found
+
+
+@bundle("The function that the code defines last, called with these arguments, in the sandbox.", name="call")
+def call(source: str, *args: Any) -> Any:
+    """Runs code that is itself a node: `call(node("def f(x): ...", "f", trainable=True), 3)`. Arguments and result are plain data."""
+    from luthier.sandbox.sandbox import run
+
+    defined = [n.name for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)]
+    if not defined:
+        raise ValueError("the code defines no function")
+    given = json.dumps(list(args))
+    end = f"\nimport json\nprint()\nprint(json.dumps({defined[-1]}(*json.loads({given!r}))))\n"
+    done = run(source + end, timeout=10, memory_mb=512)
+    if not done.ok:
+        raise RuntimeError(done.reason)
+    return json.loads(done.stdout.rstrip().rsplit("\n", 1)[-1])
+
+
+_item = bundle("The entry of a collection.", name="item")(operator.getitem)
+_add = bundle("a + b.", name="add")(operator.add)
+_subtract = bundle("a - b.", name="subtract")(operator.sub)
+_multiply = bundle("a * b.", name="multiply")(operator.mul)
+_divide = bundle("a / b.", name="divide")(operator.truediv)

@@ -1,0 +1,83 @@
+"""Who answers a program's prompts: a model on this machine, one behind a URL, or any object with `name` and `ask`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from luthier.errors import RecipeError
+
+
+@runtime_checkable
+class Speaker(Protocol):
+    """Text in, text out. The same prompt and settings give the same answer."""
+
+    name: str  # tells it apart from others, in caches
+
+    def ask(self, prompt: str, *, temperature: float = 0.0, seed: int = 0, max_new_tokens: int = 256) -> str: ...
+
+
+class Local:
+    """A run's folder, a model's folder, a hub name or practice:NAME; loaded when it is first asked.
+
+    turns: is a prompt put as a turn of a conversation, or continued as it is? If not said, as the model was tuned.
+    settings: keys of a recipe, as for `luthier.load`.
+    """
+
+    def __init__(self, model: str | Path, turns: bool | None = None, **settings: Any):
+        self.where, self.turns, self.settings, self._loaded = str(model), turns, settings, None
+        files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+        print_ = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]  # a folder may be written anew
+        self.name = f"{model} {hashlib.sha256(repr((turns, print_, sorted(settings.items()))).encode()).hexdigest()[:12]}"
+
+    def ask(self, prompt: str, *, temperature: float = 0.0, seed: int = 0, max_new_tokens: int = 256) -> str:
+        if self._loaded is None:
+            from luthier.serve.load import load
+
+            self._loaded = load(self.where, **self.settings)
+        turns = self._loaded.turns if self.turns is None else self.turns
+        asked = [{"role": "user", "content": prompt}] if turns else prompt
+        return self._loaded.generate(asked, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
+
+class Remembering:
+    """Another speaker's answers, kept in a file: what was asked before is answered without it."""
+
+    def __init__(self, speaker: Speaker, path: str | Path):
+        self.speaker, self.name, self.asked = speaker, speaker.name, 0  # asked: how often the speaker itself was
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self.table = sqlite3.connect(path)
+        self.table.execute("create table if not exists answers (question text primary key, answer text)")
+
+    def ask(self, prompt: str, *, temperature: float = 0.0, seed: int = 0, max_new_tokens: int = 256) -> str:
+        how = {"temperature": temperature, "seed": seed if temperature else 0, "max_new_tokens": max_new_tokens}
+        question = hashlib.sha256(json.dumps([self.name, prompt, how]).encode()).hexdigest()
+        known = self.table.execute("select answer from answers where question = ?", (question,)).fetchone()
+        if known:
+            return known[0]
+        self.asked += 1
+        answer = self.speaker.ask(prompt, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens)
+        with self.table:
+            self.table.execute("insert or replace into answers values (?, ?)", (question, answer))
+        return answer
+
+
+def speaker(who: Any) -> Speaker:
+    """A name, a URL (`http://host/v1#model`), {base_url, model, ...} or {model, turns, ...} -> who answers. A speaker stays itself."""
+    if isinstance(who, (str, Path)):
+        if not str(who).startswith(("http://", "https://")):
+            return Local(who)
+        url, _, model = str(who).partition("#")
+        who = {"base_url": url, "model": model}
+    if isinstance(who, dict) and "model" in who and "base_url" not in who:
+        return Local(**who)
+    if isinstance(who, dict):
+        from luthier.registry import build
+
+        return build("role", {"name": "endpoint", **who}).play("speaker", None)
+    if not isinstance(who, Speaker):
+        raise RecipeError(f"a program wants a model: a folder, a name, a URL, or an object with `name` and `ask`, not {who!r}")
+    return who

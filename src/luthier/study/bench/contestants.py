@@ -1,0 +1,346 @@
+"""Who runs: luthier, TRL with PEFT, and a plain loop over transformers and PEFT. Each does the same work and tells its seconds.
+
+A contestant is built once and then run several times; a run starts from the untuned model and returns the seconds that the
+named work took, without loading, tokenizing ahead or saving.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from luthier.study.bench.shapes import END, PAD, text
+
+LORA: dict[str, Any] = dict(r=16, lora_alpha=32)
+LINEAR = {"GPT2Config": ["c_attn", "c_proj", "c_fc"], "Qwen2MoeConfig": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Run = Callable[[], dict[str, float]]
+
+
+@dataclass
+class Job:
+    """What every contestant is given."""
+
+    scenario: str
+    folder: str  # the model
+    kind: str  # its transformers config class
+    rows: list[list[list[int]]]  # ids: [prompt, completion], or [prompt, chosen, rejected]
+    batch: int = 8
+    epochs: int = 1
+    layers: list[int] | None = None  # the only ones that move
+    device: str = "cpu"
+    n: int = 8  # samples of a prompt
+    ends: list[int] | None = None  # tokens of each sample of a rollout
+    members: int = 1  # runs on one base, alike but for seed and learning rate
+
+    @property
+    def targets(self) -> list[str]:
+        return LINEAR.get(self.kind, LLAMA_LINEAR)
+
+
+def now(job: Job) -> float:
+    if job.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+# ---------------------------------------------------------------------------------------------- luthier
+
+
+def said(job: Job, **changes: Any) -> dict[str, Any]:
+    """The recipe of a job."""
+    words = [dict(zip(("prompt", "chosen", "rejected") if len(r) == 3 else ("prompt", "completion"), map(text, r))) for r in job.rows]
+    tuner = {"name": "lora", **LORA, "target_modules": job.targets}
+    if job.layers is not None:
+        tuner["layers_to_transform"] = job.layers
+    return dict(
+        model=job.folder, data=words, tuner=tuner, objective="dpo" if len(job.rows[0]) == 3 else "sft", dtype="bfloat16", evaluate=[],
+        eval_data=0, per_device_train_batch_size=job.batch, num_train_epochs=job.epochs, learning_rate=1e-4, save_steps=1e9,
+    ) | changes  # fmt: skip
+
+
+def luthier(job: Job, **changes: Any) -> Run:
+    """`luthier.tune` as a user calls it; the seconds of its steps."""
+    from luthier.report.console import Quiet
+    from luthier.run.run import tune
+
+    recipe = said(job, **changes)
+
+    class Watch(Quiet):
+        def __init__(self):
+            super().__init__()
+            self.seconds: list[float] = []
+            self.loss = 0.0
+
+        def step(self, log):
+            self.seconds.append(log["seconds"])
+            self.loss = log["loss"]
+
+    def run() -> dict[str, float]:
+        folder = Path(tempfile.mkdtemp(prefix="luthier-bench-"))
+        try:
+            watch = Watch()
+            tune(recipe, folder=folder / "run", watch=watch)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        last = len(watch.seconds) // job.epochs
+        return {"seconds": sum(watch.seconds), "last_epoch": sum(watch.seconds[-last:]), "loss": watch.loss}
+
+    return run
+
+
+def many(job: Job, together: bool) -> Run:
+    """The job's members side by side, as `luthier compare --together` runs them, or one after the other; the seconds of all their steps."""
+    from luthier.train.batched_lora import perform
+    from luthier.recipe.recipe import Recipe
+    from luthier.run.run import tune
+
+    recipes = [said(job, seed=k, learning_rate=1e-4 * (1 + k)) for k in range(job.members)]
+
+    def run() -> dict[str, float]:
+        folder = Path(tempfile.mkdtemp(prefix="luthier-bench-"))
+        try:
+            runs = [(r, folder / f"run-{k}") for k, r in enumerate(recipes)]
+            reports = perform([(Recipe.load(r), to) for r, to in runs]) if together else [tune(r, folder=to) for r, to in runs]
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        seconds = sum(r.stats["seconds"] for r in reports)
+        return {"seconds": seconds, "last_epoch": seconds}
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------- TRL
+
+
+def trl(job: Job, *, base: torch.dtype | None = None, **settings: Any) -> Run:
+    """SFTTrainer or DPOTrainer with PEFT; base: the precision of the model, which TRL loads in float32 by itself."""
+    try:
+        import trl as library
+    except ImportError:
+        raise SystemExit("TRL is not installed, and the benchmark compares with it: pip install trl") from None
+    from datasets import Dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    pairs = len(job.rows[0]) == 3
+    tokenizer = AutoTokenizer.from_pretrained(job.folder)
+    if pairs:
+        data = Dataset.from_list(
+            [dict(zip(("prompt", "chosen", "rejected"), (text(p), " " + text(c), " " + text(r)))) for p, c, r in job.rows]
+        )
+    else:
+        data = Dataset.from_list([{"input_ids": p + c + [END], "completion_mask": [0] * len(p) + [1] * (len(c) + 1)} for p, c in job.rows])
+    usual: dict[str, Any] = dict(
+        per_device_train_batch_size=job.batch, num_train_epochs=job.epochs, report_to=[], save_strategy="no", use_cpu=job.device == "cpu",
+        disable_tqdm=True, logging_steps=10**6, learning_rate=1e-4,
+    ) | settings  # fmt: skip
+    make: Any
+    config: Any
+    make, config = (library.DPOTrainer, library.DPOConfig) if pairs else (library.SFTTrainer, library.SFTConfig)
+
+    def run() -> dict[str, float]:
+        at = {}
+
+        class Clock(TrainerCallback):
+            def on_train_begin(self, *args, **kwargs):
+                at["begin"] = now(job)
+
+            def on_epoch_begin(self, *args, **kwargs):
+                at["epoch"] = now(job)
+
+            def on_train_end(self, *args, **kwargs):
+                at["end"] = now(job)
+
+        folder = tempfile.mkdtemp(prefix="luthier-bench-")
+        lora = LoraConfig(**LORA, target_modules=job.targets, layers_to_transform=job.layers, task_type="CAUSAL_LM")
+        model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=base or torch.float32)
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer = make(
+                model=model, args=config(output_dir=folder, **usual), train_dataset=data, processing_class=tokenizer, peft_config=lora
+            )
+            trainer.add_callback(Clock())
+            trainer.train()
+        shutil.rmtree(folder, ignore_errors=True)
+        return {"seconds": at["end"] - at["begin"], "last_epoch": at["end"] - at["epoch"]}
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------- a plain loop
+
+
+def _network(job: Job, tuned: bool = True, dtype: torch.dtype = torch.bfloat16) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(job.folder, dtype=dtype)
+    model = model.to(job.device)
+    if not tuned:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(**LORA, target_modules=job.targets, layers_to_transform=job.layers, task_type="CAUSAL_LM"))
+
+
+def padded(rows: list[tuple[list[int], list[int]]], device: str) -> dict[str, torch.Tensor]:
+    wide = max(len(p) + len(c) + 1 for p, c in rows)
+    ids, labels, mask = (
+        torch.full((len(rows), wide), PAD),
+        torch.full((len(rows), wide), -100),
+        torch.zeros(len(rows), wide, dtype=torch.long),
+    )
+    for i, (p, c) in enumerate(rows):
+        row = torch.tensor(p + c + [END])
+        ids[i, : len(row)], labels[i, len(p) : len(row)], mask[i, : len(row)] = row, row[len(p) :], 1
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
+
+
+def plain(job: Job) -> Run:
+    """transformers + PEFT, bf16 base, padded batches, all logits: what is written when nobody thinks of speed, or DPO by hand."""
+
+    def of_rows(model: Any, batch: dict) -> torch.Tensor:
+        labels = batch["labels"][:, 1:]
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
+        each = logits.float().log_softmax(-1).gather(2, labels.clamp(min=0)[..., None]).squeeze(2)
+        return (each * (labels >= 0)).sum(1)
+
+    def loss_of(model: Any, some: list) -> torch.Tensor:
+        if len(some[0]) == 2:
+            return model(**padded([(p, c) for p, c in some], job.device), use_cache=False).loss
+        batch = padded([(p, c) for p, c, _ in some] + [(p, r) for p, _, r in some], job.device)
+        with torch.no_grad(), model.disable_adapter():
+            reference = of_rows(model, batch)
+        better, worse = (of_rows(model, batch) - reference).chunk(2)
+        return -F.logsigmoid(0.1 * (better - worse)).mean()
+
+    def one() -> dict[str, float]:
+        model = _network(job).train()
+        moving = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(moving, lr=1e-4)
+        began = epoch = now(job)
+        for _ in range(job.epochs):
+            epoch = now(job)
+            for i in range(0, len(job.rows), job.batch):
+                loss = loss_of(model, job.rows[i : i + job.batch])
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(moving, 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+        ended = now(job)
+        return {"seconds": ended - began, "last_epoch": ended - epoch}
+
+    def run() -> dict[str, float]:
+        each = [one() for _ in range(job.members)]
+        return {k: sum(found[k] for found in each) for k in each[0]}
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------- zeroth order
+
+
+def mezo_naive(job: Job) -> Run:
+    """The step as it is published: noise per tensor drawn four times, added in place, two forward passes with all logits."""
+    model = _network(job, tuned=False).eval()
+    batch = padded([(p, c) for p, c in job.rows[: job.batch]], job.device)
+    weights, eps, rate = list(model.parameters()), 1e-3, 1e-6
+
+    def shift(seed: int, by: float) -> None:
+        torch.manual_seed(seed)
+        for w in weights:
+            w.data.add_(torch.normal(0, 1, size=w.shape, dtype=w.dtype, device=w.device), alpha=by)
+
+    @torch.no_grad()
+    def run() -> dict[str, float]:
+        began, seed = now(job), 1
+        shift(seed, eps)
+        up = float(model(**batch, use_cache=False).loss)
+        shift(seed, -2 * eps)
+        down = float(model(**batch, use_cache=False).loss)
+        shift(seed, eps)
+        shift(seed, -rate * (up - down) / (2 * eps))
+        seconds = now(job) - began
+        return {"seconds": seconds, "last_epoch": seconds}
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def writes(job: Job, how: str) -> Run:
+    """Sample n completions of each prompt, each of a given length. how: luthier, dynamic or static (caches of transformers)."""
+    from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+    model = _network(job, tuned=False).eval().requires_grad_(False)
+    prompts, n, ends = [p for p, *_ in job.rows], job.n, list(job.ends or ())
+    most, wide = max(ends), max(len(p) for p, *_ in job.rows)
+
+    class Ends(StoppingCriteria):
+        def __call__(self, ids, scores, **kwargs):
+            return ids.shape[1] - wide >= torch.tensor(ends, device=ids.device)
+
+    def theirs() -> None:
+        ids = torch.full((len(prompts) * n, wide), PAD, device=job.device)
+        mask = torch.zeros_like(ids)
+        for i, p in enumerate(prompts):
+            ids[i * n : (i + 1) * n, wide - len(p) :] = torch.tensor(p, device=job.device)
+            mask[i * n : (i + 1) * n, wide - len(p) :] = 1
+        asked = GenerationConfig(
+            max_new_tokens=most, do_sample=True, temperature=1.0, top_k=0, pad_token_id=PAD, eos_token_id=None,
+            cache_implementation="static" if how == "static" else None, disable_compile=True,
+        )  # fmt: skip
+        model.generate(input_ids=ids, attention_mask=mask, generation_config=asked, stopping_criteria=StoppingCriteriaList([Ends()]))
+
+    def ours() -> None:
+        from luthier.model import generate as writing
+        from luthier.methods.tuners._base import Untuned
+
+        writer = writing.decoder_writer(model, Untuned(model))  # type: ignore[arg-type]
+        names = [(i, k) for i in range(len(prompts)) for k in range(n)]
+        with writing.packed(model):
+            writing._write(writer, prompts, n, ends, writing.Picker(names, most, 1.0), set())
+
+    @torch.no_grad()
+    def run() -> dict[str, float]:
+        began = now(job)
+        ours() if how == "luthier" else theirs()
+        seconds = now(job) - began
+        return {"seconds": seconds, "last_epoch": seconds}
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------- the machine
+
+
+def peak(job: Job) -> Run:
+    """The best rate of a bfloat16 matrix product on this machine, FLOP a second: what a share of the peak is a share of."""
+    shapes = [(2048, 768, 768), (2048, 768, 2048), (4096, 1024, 1024), (8192, 8192, 8192)][: 4 if job.device == "cuda" else 3]
+
+    def run() -> dict[str, float]:
+        best = 0.0
+        for m, k, n in shapes:
+            a, b = (torch.randn(x, y, dtype=torch.bfloat16, device=job.device) for x, y in ((m, k), (k, n)))
+            times = 20
+            for _ in range(5):
+                began = now(job)
+                for _ in range(times):
+                    torch.mm(a, b)
+                best = max(best, 2 * m * k * n * times / (now(job) - began))
+        return {"seconds": 0.0, "flops": best}
+
+    return run

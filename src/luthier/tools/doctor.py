@@ -1,0 +1,156 @@
+"""What is installed, what this machine can do, and what is missing for each extra. Nothing is downloaded or changed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+from importlib.metadata import PackageNotFoundError, requires, version
+from typing import Any
+
+
+def examine() -> dict[str, Any]:
+    """Everything, as plain data."""
+    core, extras = packages()
+    return {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "core": core,
+        "extras": extras,
+        "machine": machine(),
+        "sandbox": sandbox(),
+        "practice": practice(),
+        "hub": {k: os.environ.get(k) for k in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME")},
+    }
+
+
+# ---------------------------------------------------------------------------------------------- packages
+
+
+def packages() -> tuple[dict[str, str | None], dict[str, dict[str, Any]]]:
+    """Versions of what luthier needs, and for each extra what is there, what is missing, and the command that adds it."""
+    core: dict[str, str | None] = {"luthier": installed("luthier")}
+    extras: dict[str, dict[str, Any]] = {}
+    for line in requires("luthier") or ():
+        what, _, when = line.partition(";")
+        name = re.match(r"[\w.-]+", what.strip()).group()
+        extra = re.search(r"extra\s*==\s*['\"]([\w-]+)", when)
+        if extra is None:
+            core[name] = installed(name)
+        elif name != "luthier":  # an extra made of others lists them by itself
+            extras.setdefault(extra.group(1), {"have": {}, "missing": [], "install": None})
+            here = extras[extra.group(1)]
+            if found := installed(name):
+                here["have"][name] = found
+            else:
+                here["missing"].append(name)
+                here["install"] = f"pip install 'luthier[{extra.group(1)}]'"
+    return core, extras
+
+
+def installed(name: str) -> str | None:
+    """A package's version, from its metadata: it is not imported."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+# ---------------------------------------------------------------------------------------------- the machine
+
+
+def machine() -> dict[str, Any]:
+    """Back-ends and their precisions, memory and disk."""
+    import torch
+
+    from luthier.model.load import device, pick_dtype
+
+    where = device()
+    return {
+        "cpu": {"threads": torch.get_num_threads(), "cores": cores(), "bfloat16": bf16(), "float32": True},
+        "cuda": [card(i) for i in range(torch.cuda.device_count())],
+        "mps": bool(torch.backends.mps.is_available()),
+        "takes": f"{where.type} in {str(pick_dtype('auto', where)).removeprefix('torch.')}",
+        "memory_gb": memory(),
+        "free_disk_gb": round(shutil.disk_usage(".").free / 2**30, 1),
+    }
+
+
+def bf16() -> str:
+    """How the processor multiplies in bfloat16."""
+    import torch
+
+    asked = {"amx": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}
+    found = [name for name, ask in asked.items() if getattr(torch.cpu, ask, lambda: False)()]
+    return ", ".join(found) or "slowly (no AMX, no AVX-512 BF16)"
+
+
+def card(i: int) -> dict[str, Any]:
+    import torch
+
+    about = torch.cuda.get_device_properties(i)
+    return {
+        "name": about.name,
+        "memory_gb": round(about.total_memory / 2**30, 1),
+        "bfloat16": torch.cuda.is_bf16_supported(),
+        "capability": f"{about.major}.{about.minor}",
+    }
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> float | None:
+    """Gigabytes of this machine; none where the system does not say."""
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def sandbox() -> dict[str, bool]:
+    """What keeps programs that a model wrote from doing harm here."""
+    from luthier.sandbox.sandbox import sandbox_report
+
+    return sandbox_report()
+
+
+def practice() -> list[str]:
+    """The models that came along."""
+    from luthier.toy import models
+
+    return [f"practice:{name}" for name in models()]
+
+
+# ---------------------------------------------------------------------------------------------- in words
+
+
+def told(found: dict[str, Any]) -> str:
+    """For people."""
+    here, cpu = found["machine"], found["machine"]["cpu"]
+    lines = [f"python {found['python']} on {found['system']}", "", "installed"]
+    lines += [f"  {name:<14} {have or 'MISSING: pip install ' + name}" for name, have in found["core"].items()]
+    lines += ["", "extras"]
+    for name, extra in found["extras"].items():
+        have = ", ".join(f"{k} {v}" for k, v in extra["have"].items())
+        lines += [f"  {name:<14} {have or 'nothing yet'}"]
+        if extra["missing"]:
+            lines += [f"  {'':<14} missing {', '.join(extra['missing'])}: {extra['install']}"]
+    lines += [
+        "",
+        "machine",
+        f"  {'cpu':<14} {cpu['cores']} cores, {cpu['threads']} thread{'s' * (cpu['threads'] > 1)}; bfloat16: {cpu['bfloat16']}",
+    ]
+    lines += [f"  {'cuda':<14} {c['name']}, {c['memory_gb']} GB, bfloat16: {'yes' if c['bfloat16'] else 'no'}" for c in here["cuda"]] or [
+        f"  {'cuda':<14} none"
+    ]
+    lines += [f"  {'mps':<14} {'there, not used yet' if here['mps'] else 'none'}"]
+    lines += [f"  {'memory':<14} {here['memory_gb'] or '?'} GB, {here['free_disk_gb']} GB of disk free here"]
+    lines += [f"  {'runs on':<14} {here['takes']} (dtype: auto)", "", "sandbox for programs that a model wrote"]
+    lines += [f"  {'yes' if yes else 'no':<4} {what}" for what, yes in found["sandbox"].items()]
+    lines += ["", f"practice models: {', '.join(found['practice']) or 'none'}"]
+    switches = [f"{k}={v}" for k, v in found["hub"].items() if v]
+    lines += [f"hub: {', '.join(switches) or 'online, default cache'}"]
+    return "\n".join(lines)
