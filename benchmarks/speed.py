@@ -1,4 +1,5 @@
-"""Luthier against TRL + PEFT and a plain loop, on the same work: python benchmarks/speed.py sft dpo --shape a --shape b.
+"""Luthier against TRL + PEFT and a plain loop, on the same work: python benchmarks/speed.py sft dpo --shape a
+--shape b.
 
 The same as `luthier bench`; results go to benchmarks/results. README.md says how to read them.
 """

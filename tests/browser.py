@@ -1,4 +1,6 @@
-"""A headless chromium for tests, spoken to through pipes in the DevTools protocol: nothing to install beside the browser."""
+"""A headless chromium for tests, spoken to through pipes in the DevTools protocol: nothing to install beside
+the browser.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome", "chrome") if (found := shutil.which(name))), None)
+CHROMIUM = next(
+    (
+        found
+        for name in ("chromium", "chromium-browser", "google-chrome", "chrome")
+        if (found := shutil.which(name))
+    ),
+    None,
+)
 FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync --disable-dev-shm-usage --hide-scrollbars --remote-debugging-pipe"
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
+    " --disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars"
+    " --remote-debugging-pipe"
 ).split()
 
 
@@ -29,8 +39,10 @@ class Browser:
         line = f'exec "$0" "$@" 3<&{ours[0]} 4>&{theirs[1]}'
         self.process = subprocess.Popen(
             ["bash", "-c", line, CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
-            pass_fds=(ours[0], theirs[1]), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            pass_fds=(ours[0], theirs[1]),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
         os.close(ours[0])
         os.close(theirs[1])
         self.into, self.out, self.buffer, self.number = ours[1], theirs[0], b"", 0
@@ -63,7 +75,9 @@ class Browser:
     def media(self, dark: bool = False, kind: str = "") -> None:
         """kind: print, or the screen."""
         self.send(
-            "Emulation.setEmulatedMedia", media=kind, features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+            "Emulation.setEmulatedMedia",
+            media=kind,
+            features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}],
         )
 
     def send(self, method: str, **params: Any) -> dict:
@@ -104,41 +118,64 @@ class Browser:
         self.send("Page.navigate", url=address)
 
     def resize(self, width: int, height: int = 900) -> None:
-        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+        self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
+        )
 
     def run(self, script: str) -> Any:
         """The value of an expression in the page; promises are waited for."""
-        found = self.send("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True)
+        found = self.send(
+            "Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True
+        )
         if "exceptionDetails" in found:
-            raise RuntimeError(found["exceptionDetails"].get("exception", {}).get("description", str(found["exceptionDetails"])))
+            raise RuntimeError(
+                found["exceptionDetails"]
+                .get("exception", {})
+                .get("description", str(found["exceptionDetails"]))
+            )
         return found["result"].get("value")
 
     def see(self, script: str, seconds: float = 60) -> Any:
         until = time.monotonic() + seconds
         while True:
             try:
-                if found := self.run(f"(async () => {{ const x = await ({script}); return x instanceof Node ? true : x; }})()"):
+                if found := self.run(
+                    f"(async () => {{ const x = await ({script}); return x instanceof Node ? true : x; }})()"
+                ):
                     return found
             except RuntimeError as error:  # the page is being replaced
                 if "Cannot read properties of null" not in str(error) and "context" not in str(error).lower():
                     raise
             if time.monotonic() > until:
-                raise AssertionError(f"never seen: {script}\npage: {self.run('document.body.innerText')[-3000:]}\n{self.said}")
+                raise AssertionError(
+                    f"never seen: {script}\npage: {self.run('document.body.innerText')[-3000:]}\n{self.said}"
+                )
             time.sleep(0.15)
 
     def press(self, text: str) -> None:
         """The button or link of this text, once it can be pressed."""
-        find = f"[...document.querySelectorAll('button, a, summary, label.button')].find(x => x.textContent.trim() === {json.dumps(text)} && !x.disabled && x.checkVisibility())"
+        find = (
+            "[...document.querySelectorAll('button, a, summary, label.button')].find(x =>"
+            f" x.textContent.trim() === {json.dumps(text)} && !x.disabled && x.checkVisibility())"
+        )
         self.see(f"!!{find}")
         self.run(f"{find}.click()")
 
     def write(self, label: str, text: str) -> None:
         """Into the field of this label, as if typed."""
-        find = f"document.getElementById([...document.querySelectorAll('label')].find(x => x.textContent.trim() === {json.dumps(label)} && x.checkVisibility())?.htmlFor)"
+        find = (
+            "document.getElementById([...document.querySelectorAll('label')].find(x => x.textContent.trim()"
+            f" === {json.dumps(label)} && x.checkVisibility())?.htmlFor)"
+        )
         self.see(f"!!{find}")
         self.run(
-            f"(() => {{ const x = {find}; x.focus(); x.value = {json.dumps(text)};"
-            "x.dispatchEvent(new Event('input', {bubbles: true})); x.dispatchEvent(new Event('change', {bubbles: true})); })()"
+            f"(() => {{ const x = {find}; x.focus(); x.value = {json.dumps(text)};x.dispatchEvent(new"
+            " Event('input', {bubbles: true})); x.dispatchEvent(new Event('change', {bubbles: true}));"
+            " })()"
         )
 
     def key(self, key: str, code: int, shift: bool = False) -> None:

@@ -1,4 +1,6 @@
-"""What tests share: one thread, a tiny model with a tokenizer made here, small row sets, and real data where it is there."""
+"""What tests share: one thread, a tiny model with a tokenizer made here, small row sets, and real data where
+it is there.
+"""
 
 from __future__ import annotations
 
@@ -13,22 +15,40 @@ import torch
 
 torch.set_num_threads(1)
 
-LONGEST = "tuners practice recipes loop kernels_compiled search studio_page studio tuners_weight plans claims quantizers start".split()
+LONGEST = (
+    "tuners practice recipes loop kernels_compiled search studio_page studio tuners_weight plans claims"
+    " quantizers start".split()
+)
 
 
 def pytest_collection_modifyitems(items):
-    """Files that take long begin first: a file stays with one process, and the others would wait for one that began last."""
+    """Files that take long begin first: a file stays with one process, and the others would wait for one that
+    began last.
+    """
     rank = {f"test_{name}": i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
 
 
 CHAT = (
-    "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{% generation %}{{ m.content }}<|end|>{% endgeneration %}"
-    "{% else %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{% generation %}{{ m.content"
+    " }}<|end|>{% endgeneration %}{% else %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}{% endfor %}{%"
+    " if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-SUMS = [{"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)} for a in range(8) for b in range(8)]
-PAIRS = [{"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": "no way " + "x" * a} for a in range(5) for b in range(5)]
-UNPAIRED = [{"prompt": f"{a}+{b}=", "completion": str(a + b + b % 2), "label": b % 2 == 0} for a in range(5) for b in range(6)]
+SUMS = [
+    {"prompt": f"{a}+{b}=", "completion": str(a + b), "answer": str(a + b)}
+    for a in range(8)
+    for b in range(8)
+]
+PAIRS = [
+    {"prompt": f"{a}+{b}=", "chosen": str(a + b), "rejected": "no way " + "x" * a}
+    for a in range(5)
+    for b in range(5)
+]
+UNPAIRED = [
+    {"prompt": f"{a}+{b}=", "completion": str(a + b + b % 2), "label": b % 2 == 0}
+    for a in range(5)
+    for b in range(6)
+]
 
 
 def make_tokenizer():
@@ -42,9 +62,13 @@ def make_tokenizer():
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, eos_token="<|end|>", pad_token="<|pad|>", mask_token="<|mask|>",
-        additional_special_tokens=special[2:5], chat_template=CHAT,
-    )  # fmt: skip
+        tokenizer_object=made,
+        eos_token="<|end|>",
+        pad_token="<|pad|>",
+        mask_token="<|mask|>",
+        additional_special_tokens=special[2:5],
+        chat_template=CHAT,
+    )
 
 
 def make_llama(seed: int = 0, **changes):
@@ -53,9 +77,18 @@ def make_llama(seed: int = 0, **changes):
 
     torch.manual_seed(seed)
     shape = dict(
-        vocab_size=262, hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=512, bos_token_id=1, eos_token_id=1, pad_token_id=0, initializer_range=0.15,
-    )  # fmt: skip
+        vocab_size=262,
+        hidden_size=48,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=1,
+        eos_token_id=1,
+        pad_token_id=0,
+        initializer_range=0.15,
+    )
     return LlamaForCausalLM(LlamaConfig(**{**shape, **changes})).eval()
 
 
@@ -98,9 +131,18 @@ def real() -> Path:
 def recipe_of(model: str) -> dict:
     """A recipe that runs in a second."""
     return {
-        "model": model, "data": SUMS, "dtype": "float32", "tuner": "full", "objective": "sft", "max_steps": 6, "learning_rate": 1e-3,
-        "per_device_train_batch_size": 4, "save_steps": 2, "evaluate": [], "eval_data": 0,
-    }  # fmt: skip
+        "model": model,
+        "data": SUMS,
+        "dtype": "float32",
+        "tuner": "full",
+        "objective": "sft",
+        "max_steps": 6,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 4,
+        "save_steps": 2,
+        "evaluate": [],
+        "eval_data": 0,
+    }
 
 
 @pytest.fixture

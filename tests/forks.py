@@ -1,6 +1,8 @@
-"""Processes to be killed, at no cost: each is the fork of one that has imported what a run needs, has run nothing, and has one thread.
+"""Processes to be killed, at no cost: each is the fork of one that has imported what a run needs, has run
+nothing, and has one thread.
 
-Importing takes ten times as long as what such a process then does. What depends on how a process begins is tested in real ones.
+Importing takes ten times as long as what such a process then does. What depends on how a process begins is
+tested in real ones.
 """
 
 from __future__ import annotations
@@ -72,5 +74,7 @@ class Fork:
 def parent() -> Iterator[Callable[..., Fork]]:
     """Gives forks; one runs at a time."""
     command = [sys.executable, "-c", PARENT]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1) as made:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as made:
         yield partial(Fork, made)  # at the end its input is closed, and it leaves

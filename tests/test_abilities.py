@@ -1,4 +1,6 @@
-"""The wide table of tuners: what it says of each was tried, its shares are the papers' numbers, and what it says is declared."""
+"""The wide table of tuners: what it says of each was tried, its shares are the papers' numbers, and what it
+says is declared.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from luthier.tools import capability_matrix as abilities
 from luthier.cli import app
 from luthier.registry import cards
+from luthier.tools import capability_matrix as abilities
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +36,9 @@ def test_what_is_declared_was_done(table):
 
 
 def test_shares_of_seven_billion(table):
-    """By hand: 6,738,415,616 weights; LoRA of rank 8 on seven matrices of 32 layers; S2FT's 330 columns of down; LISA's two layers."""
+    """By hand: 6,738,415,616 weights; LoRA of rank 8 on seven matrices of 32 layers; S2FT's 330 columns of
+    down; LISA's two layers.
+    """
     every, width, inner = 6_738_415_616, 4096, 11008
     layer = 4 * width**2 + 3 * width * inner + 2 * width
     outside = 2 * 32000 * width + width
@@ -58,7 +62,10 @@ def test_shares_of_seven_billion(table):
 def test_experts_tied_and_codes(table):
     assert table["full"]["experts"] == table["lisa"]["experts"] == "yes" and table["ssf"]["experts"] == "no"
     assert table["lora"]["experts"] == "by target_parameters"
-    assert table["lora"]["quantized"] == table["s2ft"]["quantized"] == "yes" and table["full"]["quantized"] == "no"
+    assert (
+        table["lora"]["quantized"] == table["s2ft"]["quantized"] == "yes"
+        and table["full"]["quantized"] == "no"
+    )
     assert all(row["tied"] == "yes" for row in table.values())
 
 

@@ -1,4 +1,6 @@
-"""Every layout answers like the network's own forward; every writer writes what transformers' `generate` writes."""
+"""Every layout answers like the network's own forward; every writer writes what transformers' `generate`
+writes.
+"""
 
 from __future__ import annotations
 
@@ -17,14 +19,14 @@ from transformers.models.auto import modeling_auto as auto
 sys.path.insert(0, str(Path(__file__).parent))
 
 import zoo
-from luthier.train import checks as guards
-from luthier.model.generate import Picker, Sharing, decoder_writer
-from luthier.model.batch import collate
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.registry import build, cards
-from luthier.model.policy import Policy
 from luthier.methods.tuners._base import Untuned
+from luthier.model.batch import collate
+from luthier.model.generate import Picker, Sharing, decoder_writer
+from luthier.model.policy import Policy
+from luthier.registry import build, cards
+from luthier.train import checks as guards
 
 CAUSAL = build("architecture", "causal")
 LAYOUTS = {
@@ -39,8 +41,14 @@ PACKED = [n for n in zoo.CAUSAL if n not in zoo.PADDED]
 
 def gradient(model, architecture, attached, batch):
     """Gradients of -sum of weighted log-probabilities of all weights (and of soft vectors)."""
-    moved = [p for p in model.parameters() if p.requires_grad] + ([attached.vectors] if attached.virtual else [])
-    values = architecture if torch.is_tensor(architecture) else architecture.forward(model, attached, batch).logprobs
+    moved = [p for p in model.parameters() if p.requires_grad] + (
+        [attached.vectors] if attached.virtual else []
+    )
+    values = (
+        architecture
+        if torch.is_tensor(architecture)
+        else architecture.forward(model, attached, batch).logprobs
+    )
     weights = torch.linspace(0.5, 1.5, len(values))
     grads = torch.autograd.grad((values * weights).sum(), moved, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, moved, strict=True)]
@@ -57,7 +65,9 @@ def test_every_layout_answers_like_the_plain_forward(name):
                 assert want.std() > 0.1
                 for layout, arch in layouts.items():
                     got = arch.forward(model, attached, batch).logprobs
-                    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5, msg=lambda m, x=layout: f"{x}: {m}")
+                    torch.testing.assert_close(
+                        got, want, atol=1e-5, rtol=1e-5, msg=lambda m, x=layout: f"{x}: {m}"
+                    )
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "mistral"])
@@ -66,7 +76,9 @@ def test_eager_attention_too(name):
     with torch.no_grad():
         want = CAUSAL.plain(model, Untuned(model), batch)
         for arch in LAYOUTS.values():
-            torch.testing.assert_close(arch.forward(model, Untuned(model), batch).logprobs, want, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                arch.forward(model, Untuned(model), batch).logprobs, want, atol=1e-5, rtol=1e-5
+            )
 
 
 @pytest.mark.parametrize("name", zoo.CAUSAL)
@@ -75,7 +87,11 @@ def test_gradients_too(name):
     batch, attached = zoo.rows(), zoo.Soft(model)
     want = gradient(model, CAUSAL.plain(model, attached, batch), attached, batch)
     assert want[-1].abs().sum() > 0
-    for arch in [a for k, a in LAYOUTS.items() if k in ("one row", "own prompts", "padded") and (not a.packing or name not in zoo.PADDED)]:
+    for arch in [
+        a
+        for k, a in LAYOUTS.items()
+        if k in ("one row", "own prompts", "padded") and (not a.packing or name not in zoo.PADDED)
+    ]:
         for got, expected in zip(gradient(model, arch, attached, batch), want, strict=True):
             assert (got - expected).abs().max() <= 1e-4 * max(1.0, float(expected.abs().max()))
 
@@ -115,7 +131,10 @@ def test_adapters_wherever_they_sit(where):
     model.eval()
     moved, grads = [p for p in model.parameters() if p.requires_grad], []
     assert len(moved) >= 4
-    for values in (CAUSAL.plain(model, Untuned(model), zoo.rows()), CAUSAL.forward(model, Untuned(model), zoo.rows()).logprobs):
+    for values in (
+        CAUSAL.plain(model, Untuned(model), zoo.rows()),
+        CAUSAL.forward(model, Untuned(model), zoo.rows()).logprobs,
+    ):
         grads.append((values, *torch.autograd.grad(values.sum(), moved)))
     for got, want in zip(*grads, strict=True):
         assert (got - want).abs().max() <= 1e-4 * max(1.0, float(want.abs().max()))
@@ -147,18 +166,29 @@ def test_a_network_that_no_reading_suits_is_refused(monkeypatch):
 
 def test_an_empty_prompt_passes_its_question_on():
     batch = collate(
-        [{"id": str(k), "e": SimpleNamespace(prompt=[], completions=[[5, 6, 7]], supervised=[[k > 5, True, True]])} for k in range(2)],
+        [
+            {
+                "id": str(k),
+                "e": SimpleNamespace(prompt=[], completions=[[5, 6, 7]], supervised=[[k > 5, True, True]]),
+            }
+            for k in range(2)
+        ],
         lambda r: r["e"],
     )
     model = zoo.make("llama")
     with torch.no_grad():
         for arch in LAYOUTS.values():
             torch.testing.assert_close(
-                arch.forward(model, Untuned(model), batch).logprobs, CAUSAL.plain(model, Untuned(model), batch), atol=1e-5, rtol=0
+                arch.forward(model, Untuned(model), batch).logprobs,
+                CAUSAL.plain(model, Untuned(model), batch),
+                atol=1e-5,
+                rtol=0,
             )
         first = replace(batch, supervised=torch.ones(6, dtype=torch.bool))
         soft = zoo.Soft(model)
-        torch.testing.assert_close(CAUSAL.forward(model, soft, first).logprobs, CAUSAL.plain(model, soft, first), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            CAUSAL.forward(model, soft, first).logprobs, CAUSAL.plain(model, soft, first), atol=1e-5, rtol=0
+        )
         with pytest.raises(ValueError, match="nothing precedes"):
             CAUSAL.forward(model, Untuned(model), first)
 
@@ -168,7 +198,14 @@ def test_loss_is_transformers_own(name):
     model = zoo.make(name)
     ids = torch.tensor([zoo.tokens(12, 1)])
     batch = collate(
-        [{"id": "0", "e": SimpleNamespace(prompt=ids[0, :1].tolist(), completions=[ids[0, 1:].tolist()], supervised=[[True] * 11])}],
+        [
+            {
+                "id": "0",
+                "e": SimpleNamespace(
+                    prompt=ids[0, :1].tolist(), completions=[ids[0, 1:].tolist()], supervised=[[True] * 11]
+                ),
+            }
+        ],
         lambda r: r["e"],
     )
     with torch.no_grad():
@@ -177,7 +214,9 @@ def test_loss_is_transformers_own(name):
         if model.config.model_type == "bert":
             want = torch.nn.functional.cross_entropy(own.logits[0, :-1], ids[0, 1:])
         arch = replace(CAUSAL, packing=name not in zoo.PADDED)
-        torch.testing.assert_close(-arch.forward(model, Untuned(model), batch).logprobs.mean(), want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            -arch.forward(model, Untuned(model), batch).logprobs.mean(), want, atol=1e-5, rtol=1e-5
+        )
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -189,7 +228,9 @@ PROMPTS = [zoo.tokens(n, n) for n in (7, 3, 1, 12)]
 def own_greedy(model, prompt, new, **how):
     """transformers' greedy tokens after one prompt."""
     ids = torch.tensor([prompt])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, pad_token_id=0, **how)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, pad_token_id=0, **how
+    )
     return out[0]
 
 
@@ -197,11 +238,13 @@ def own_greedy(model, prompt, new, **how):
 def test_greedy_is_transformers_own(name):
     model = zoo.make(name)
     model.config.use_cache = False  # as in training
-    got = CAUSAL.generate(model, Untuned(model), PROMPTS, seeds=[0] * 4, max_new_tokens=8, temperature=0.0, stop=[2])
+    got = CAUSAL.generate(
+        model, Untuned(model), PROMPTS, seeds=[0] * 4, max_new_tokens=8, temperature=0.0, stop=[2]
+    )
     for prompt, written in zip(PROMPTS, got, strict=True):
-        want = own_greedy(model, prompt, 8, eos_token_id=2, use_cache=name not in ("mamba", "recurrent_gemma", "lfm2"))[
-            len(prompt) :
-        ].tolist()
+        want = own_greedy(
+            model, prompt, 8, eos_token_id=2, use_cache=name not in ("mamba", "recurrent_gemma", "lfm2")
+        )[len(prompt) :].tolist()
         assert written[0] == want
 
 
@@ -229,12 +272,18 @@ def test_the_seed_decides_not_the_company(name):
     how = dict(n=3, max_new_tokens=7, temperature=2.0, stop=range(3, 20))
     together = CAUSAL.generate(model, Untuned(model), PROMPTS, seeds=[1, 2, 3, 4], **how)
     assert together == CAUSAL.generate(model, Untuned(model), PROMPTS, seeds=[1, 2, 3, 4], **how)
-    alone = [CAUSAL.generate(model, Untuned(model), [p], seeds=[s], **how)[0] for p, s in zip(PROMPTS, (1, 2, 3, 4), strict=True)]
+    alone = [
+        CAUSAL.generate(model, Untuned(model), [p], seeds=[s], **how)[0]
+        for p, s in zip(PROMPTS, (1, 2, 3, 4), strict=True)
+    ]
     assert together == alone
     other = CAUSAL.generate(model, Untuned(model), PROMPTS, seeds=[5, 6, 7, 8], **how)
     assert together != other
-    longer = CAUSAL.generate(model, Untuned(model), PROMPTS, seeds=[1, 2, 3, 4], **(how | {"max_new_tokens": 9, "n": 4}))
-    assert [[w[:7] for w in ws[:3]] for ws in longer] == together  # neither n nor the limit changes what is drawn
+    longer = CAUSAL.generate(
+        model, Untuned(model), PROMPTS, seeds=[1, 2, 3, 4], **(how | {"max_new_tokens": 9, "n": 4})
+    )
+    # neither n nor the limit changes what is drawn
+    assert [[w[:7] for w in ws[:3]] for ws in longer] == together
     for ws in together:
         assert len(ws) == 3 and len({tuple(w) for w in ws}) > 1
         for w in ws:
@@ -249,7 +298,10 @@ def test_soft_prompts_are_read_before_writing(name):
     with torch.no_grad():
         for prompt, (written,) in zip(PROMPTS, got, strict=True):
             for k, token in enumerate(written):
-                embed = torch.cat([soft.vectors[None], model.get_input_embeddings()(torch.tensor([prompt + written[:k]]))], 1)
+                embed = torch.cat(
+                    [soft.vectors[None], model.get_input_embeddings()(torch.tensor([prompt + written[:k]]))],
+                    1,
+                )
                 assert int(model(inputs_embeds=embed, use_cache=False).logits[0, -1].argmax()) == token
 
 
@@ -269,7 +321,9 @@ def test_a_cache_is_used_where_it_writes_the_same_and_told_where_not(name):
     model = more[name][0](more[name][1]).eval() if name in more else zoo.make(name)
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        got = CAUSAL.generate(model, Untuned(model), PROMPTS, seeds=[0] * 4, max_new_tokens=5, temperature=0.0)
+        got = CAUSAL.generate(
+            model, Untuned(model), PROMPTS, seeds=[0] * 4, max_new_tokens=5, temperature=0.0
+        )
     assert any("with a cache" in str(w.message) for w in told) == (name in SLOW)
     for prompt, (written,) in zip(PROMPTS, got, strict=True):
         for k, token in enumerate(written):
@@ -279,7 +333,9 @@ def test_a_cache_is_used_where_it_writes_the_same_and_told_where_not(name):
 
 def test_writing_ends_where_positions_end():
     model = zoo.make("gpt2")
-    written = CAUSAL.generate(model, Untuned(model), [zoo.tokens(60, 1), [5]], seeds=[0, 0], max_new_tokens=9, temperature=0.0)
+    written = CAUSAL.generate(
+        model, Untuned(model), [zoo.tokens(60, 1), [5]], seeds=[0, 0], max_new_tokens=9, temperature=0.0
+    )
     assert [len(w[0]) for w in written] == [4, 9]
     with pytest.raises(RecipeError, match="no room"):
         CAUSAL.generate(model, Untuned(model), [zoo.tokens(64, 1)], seeds=[0], max_new_tokens=2)
@@ -298,7 +354,8 @@ def test_sampling_draws_from_the_distribution():
     assert (drawn() - p).abs().max() < 0.012
     two = torch.where(torch.arange(5) < 2, p, 0.0)
     assert (drawn(top_k=2) - two / two.sum()).abs().max() < 0.012
-    assert (drawn(top_p=float(p[0]) + 0.01) - two / two.sum()).abs().max() < 0.012  # the token that reaches top_p belongs to it
+    # the token that reaches top_p belongs to it
+    assert (drawn(top_p=float(p[0]) + 0.01) - two / two.sum()).abs().max() < 0.012
     assert drawn(top_p=0.1)[0] == 1.0
     between = float(p[0] + p[0] / two.sum()) / 2  # top_p is a share of what top_k leaves
     assert drawn(top_k=2, top_p=between)[0] == 1.0
@@ -308,14 +365,35 @@ def test_sampling_draws_from_the_distribution():
 # ---------------------------------------------------------------------------------------------- encoder-decoders
 
 T5 = dict(
-    vocab_size=zoo.WORDS, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0, pad_token_id=0,
-    eos_token_id=2, initializer_factor=1.5, dropout_rate=0.0,
-)  # fmt: skip
+    vocab_size=zoo.WORDS,
+    d_model=32,
+    d_kv=8,
+    d_ff=48,
+    num_layers=2,
+    num_heads=4,
+    decoder_start_token_id=0,
+    pad_token_id=0,
+    eos_token_id=2,
+    initializer_factor=1.5,
+    dropout_rate=0.0,
+)
 BART = dict(
-    vocab_size=zoo.WORDS, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4,
-    encoder_ffn_dim=48, decoder_ffn_dim=48, max_position_embeddings=64, init_std=0.3, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    decoder_start_token_id=2, forced_eos_token_id=None,
-)  # fmt: skip
+    vocab_size=zoo.WORDS,
+    d_model=32,
+    encoder_layers=2,
+    decoder_layers=2,
+    encoder_attention_heads=4,
+    decoder_attention_heads=4,
+    encoder_ffn_dim=48,
+    decoder_ffn_dim=48,
+    max_position_embeddings=64,
+    init_std=0.3,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+    decoder_start_token_id=2,
+    forced_eos_token_id=None,
+)
 PAIRED = {
     "t5": ("T5Config", T5),
     "t5_gated": ("T5Config", T5 | {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}),
@@ -340,7 +418,9 @@ def test_seq2seq_reads_right(name):
         for attached in (Untuned(model), zoo.Soft(model)):
             want = arch.plain(model, attached, batch)
             for a in (arch, arch.simpler()):
-                torch.testing.assert_close(a.forward(model, attached, batch).logprobs, want, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(
+                    a.forward(model, attached, batch).logprobs, want, atol=1e-5, rtol=1e-5
+                )
     batch = zoo.rows()
     want = gradient(model, arch.plain(model, attached, batch), attached, batch)
     for got, expected in zip(gradient(model, arch, attached, batch), want, strict=True):
@@ -349,14 +429,21 @@ def test_seq2seq_reads_right(name):
     guards.same_as_plain(Policy(arch, model, Untuned(model)), zoo.rows(), told.append)
     assert not told
     prompt, labels = zoo.tokens(6, 1), zoo.tokens(5, 2)
-    one = collate([{"id": "0", "e": SimpleNamespace(prompt=prompt, completions=[labels], supervised=[[True] * 5])}], lambda r: r["e"])
+    one = collate(
+        [{"id": "0", "e": SimpleNamespace(prompt=prompt, completions=[labels], supervised=[[True] * 5])}],
+        lambda r: r["e"],
+    )
     want = model(input_ids=torch.tensor([prompt]), labels=torch.tensor([labels])).loss
-    torch.testing.assert_close(-arch.forward(model, Untuned(model), one).logprobs.mean(), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        -arch.forward(model, Untuned(model), one).logprobs.mean(), want, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_the_encoder_reads_a_prompt_once():
     arch, model, seen = build("architecture", "seq2seq"), paired("t5"), []
-    model.get_encoder().register_forward_pre_hook(lambda m, a, k: seen.append(tuple(k["input_ids"].shape)), with_kwargs=True)
+    model.get_encoder().register_forward_pre_hook(
+        lambda m, a, k: seen.append(tuple(k["input_ids"].shape)), with_kwargs=True
+    )
     arch.forward(model, Untuned(model), zoo.rows())
     assert {s[0] for s in seen} == {4}
 
@@ -364,11 +451,20 @@ def test_the_encoder_reads_a_prompt_once():
 @pytest.mark.parametrize("name", PAIRED)
 def test_seq2seq_writes_right(name):
     arch, model = build("architecture", "seq2seq"), paired(name)
-    got = arch.generate(model, Untuned(model), PROMPTS, seeds=[0] * 4, max_new_tokens=8, temperature=0.0, stop=[2])
+    got = arch.generate(
+        model, Untuned(model), PROMPTS, seeds=[0] * 4, max_new_tokens=8, temperature=0.0, stop=[2]
+    )
     for prompt, written in zip(PROMPTS, got, strict=True):
         assert written[0] == own_greedy(model, prompt, 8, eos_token_id=2)[1:].tolist()
-    sampled = arch.generate(model, zoo.Soft(model), PROMPTS, seeds=[1, 2, 3, 4], n=2, max_new_tokens=6, stop=[5, 6, 7, 8, 9])
-    assert sampled[1] == arch.generate(model, zoo.Soft(model), PROMPTS[1:2], seeds=[2], n=2, max_new_tokens=6, stop=[5, 6, 7, 8, 9])[0]
+    sampled = arch.generate(
+        model, zoo.Soft(model), PROMPTS, seeds=[1, 2, 3, 4], n=2, max_new_tokens=6, stop=[5, 6, 7, 8, 9]
+    )
+    assert (
+        sampled[1]
+        == arch.generate(
+            model, zoo.Soft(model), PROMPTS[1:2], seeds=[2], n=2, max_new_tokens=6, stop=[5, 6, 7, 8, 9]
+        )[0]
+    )
 
 
 # ---------------------------------------------------------------------------------------------- masked LMs
@@ -393,7 +489,13 @@ MASKED = {
     "modernbert": (
         "ModernBertConfig",
         zoo.BERT
-        | {"sep_token_id": 2, "cls_token_id": 1, "global_attn_every_n_layers": 2, "local_attention": 8, "reference_compile": False},
+        | {
+            "sep_token_id": 2,
+            "cls_token_id": 1,
+            "global_attn_every_n_layers": 2,
+            "local_attention": 8,
+            "reference_compile": False,
+        },
     ),
 }
 
@@ -411,10 +513,15 @@ def test_masked_lm_reads_right(name):
     for attached in (Untuned(model), zoo.Soft(model)) if name != "modernbert" else (Untuned(model),):
         want = arch.plain(model, attached, hidden)
         for a in (arch, arch.simpler()):
-            torch.testing.assert_close(a.forward(model, attached, hidden).logprobs, want, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                a.forward(model, attached, hidden).logprobs, want, atol=1e-5, rtol=1e-5
+            )
     deep = zoo.deep()  # both directions: what continues a completion is not part of its row
     torch.testing.assert_close(
-        arch.forward(model, Untuned(model), deep).logprobs, arch.plain(model, Untuned(model), deep), atol=1e-5, rtol=1e-5
+        arch.forward(model, Untuned(model), deep).logprobs,
+        arch.plain(model, Untuned(model), deep),
+        atol=1e-5,
+        rtol=1e-5,
     )
     told = []
     guards.same_as_plain(Policy(arch, model, Untuned(model)), hidden, told.append)
@@ -422,12 +529,21 @@ def test_masked_lm_reads_right(name):
     ids, labels = torch.tensor([zoo.tokens(9, 1)]), torch.full((1, 9), -100)
     labels[0, [2, 5, 6]] = torch.tensor([11, 12, 13])
     one = collate(
-        [{"id": "0", "e": SimpleNamespace(prompt=[], completions=[ids[0].tolist()], supervised=[(labels[0] >= 0).tolist()])}],
+        [
+            {
+                "id": "0",
+                "e": SimpleNamespace(
+                    prompt=[], completions=[ids[0].tolist()], supervised=[(labels[0] >= 0).tolist()]
+                ),
+            }
+        ],
         lambda r: r["e"],
     )
     one = one.view(labels=torch.where(labels[0] >= 0, labels[0], one.labels))
     want = model(input_ids=ids, labels=labels).loss
-    torch.testing.assert_close(-arch.forward(model, Untuned(model), one).logprobs.mean(), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        -arch.forward(model, Untuned(model), one).logprobs.mean(), want, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_gaps_are_drawn_from_seed_step_and_row():
@@ -441,8 +557,16 @@ def test_gaps_are_drawn_from_seed_step_and_row():
 
     renderer = SimpleNamespace(tokenizer=Words(), special={0, 1, 2, 4})
     long = [1, *zoo.tokens(40, 1), 2]
-    text = {"id": "t", "prompt": "", "e": SimpleNamespace(prompt=[1], completions=[long[1:]], supervised=[[True] * 41])}
-    cloze = {"id": "c", "prompt": "p", "e": SimpleNamespace(prompt=[1, 7, 8], completions=[[9, 10, 2]], supervised=[[True] * 3])}
+    text = {
+        "id": "t",
+        "prompt": "",
+        "e": SimpleNamespace(prompt=[1], completions=[long[1:]], supervised=[[True] * 41]),
+    }
+    cloze = {
+        "id": "c",
+        "prompt": "p",
+        "e": SimpleNamespace(prompt=[1, 7, 8], completions=[[9, 10, 2]], supervised=[[True] * 3]),
+    }
     batch = collate([text, cloze], lambda r: r["e"])
     asked = arch.ask(batch, renderer, Clock(seed=1, step=3))
     assert torch.equal(asked.labels, batch.labels)
@@ -450,9 +574,14 @@ def test_gaps_are_drawn_from_seed_step_and_row():
     candidates = int((~torch.isin(batch.labels[:42], torch.tensor([0, 1, 2, 4]))).sum())
     assert share == max(1, round(candidates * 0.15))
     assert torch.equal(asked.ids[~asked.supervised], batch.ids[~asked.supervised])
-    assert asked.supervised[42:].tolist() == [False] * 3 + [True, True, False] and asked.ids[45:47].tolist() == [4, 4]
+    assert asked.supervised[42:].tolist() == [False] * 3 + [True, True, False] and asked.ids[
+        45:47
+    ].tolist() == [4, 4]
     assert asked.count("token") == share + 2
-    again, later = arch.ask(batch, renderer, Clock(seed=1, step=3)), arch.ask(batch, renderer, Clock(seed=1, step=4))
+    again, later = (
+        arch.ask(batch, renderer, Clock(seed=1, step=3)),
+        arch.ask(batch, renderer, Clock(seed=1, step=4)),
+    )
     assert torch.equal(again.ids, asked.ids) and not torch.equal(later.supervised, asked.supervised)
     alone = arch.ask(collate([cloze, text], lambda r: r["e"]), renderer, Clock(seed=1, step=3))
     assert torch.equal(alone.ids[6:], asked.ids[:42])  # not a matter of the rows beside it
@@ -462,32 +591,44 @@ def test_gaps_are_drawn_from_seed_step_and_row():
         own = a.supervised.clone()
         own[42:] = False
         fates.update(
-            "hidden" if x == 4 else "same" if x == y else "other" for x, y in zip(a.ids[own].tolist(), a.labels[own].tolist(), strict=True)
+            "hidden" if x == 4 else "same" if x == y else "other"
+            for x, y in zip(a.ids[own].tolist(), a.labels[own].tolist(), strict=True)
         )
     total = sum(fates.values())
     assert (
-        abs(fates["hidden"] / total - 0.8) < 0.03 and abs(fates["other"] / total - 0.1) < 0.03 and abs(fates["same"] / total - 0.1) < 0.03
+        abs(fates["hidden"] / total - 0.8) < 0.03
+        and abs(fates["other"] / total - 0.1) < 0.03
+        and abs(fates["same"] / total - 0.1) < 0.03
     )
     with pytest.raises(RecipeError, match="no mask token"):
-        arch.ask(batch, SimpleNamespace(tokenizer=SimpleNamespace(mask_token_id=None), special=set()), Clock())
+        arch.ask(
+            batch, SimpleNamespace(tokenizer=SimpleNamespace(mask_token_id=None), special=set()), Clock()
+        )
 
 
 # ---------------------------------------------------------------------------------------------- classifiers
 
 CLASSIFIERS = {
-    "bert": ("BertConfig", zoo.BERT), "roberta": ("RobertaConfig", zoo.BERT | {"max_position_embeddings": 66}),
-    "llama": ("LlamaConfig", zoo.SMALL), "gpt2": ("GPT2Config", zoo.GPT | {"pad_token_id": 0}),
-}  # fmt: skip
+    "bert": ("BertConfig", zoo.BERT),
+    "roberta": ("RobertaConfig", zoo.BERT | {"max_position_embeddings": 66}),
+    "llama": ("LlamaConfig", zoo.SMALL),
+    "gpt2": ("GPT2Config", zoo.GPT | {"pad_token_id": 0}),
+}
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_classifiers_read_right(name):
     arch, (kind, settings) = build("architecture", "classifier"), CLASSIFIERS[name]
     torch.manual_seed(0)
-    model = t.AutoModelForSequenceClassification.from_config(getattr(t, kind)(**settings, num_labels=3)).eval()
+    model = t.AutoModelForSequenceClassification.from_config(
+        getattr(t, kind)(**settings, num_labels=3)
+    ).eval()
     texts, classes = [zoo.tokens(n, n) for n in (5, 9, 1, 7)], [[0], [2, 1], [1], [2]]
     rows = [
-        {"id": str(k), "e": SimpleNamespace(prompt=x, completions=[[c] for c in cs], supervised=[[True]] * len(cs))}
+        {
+            "id": str(k),
+            "e": SimpleNamespace(prompt=x, completions=[[c] for c in cs], supervised=[[True]] * len(cs)),
+        }
         for k, (x, cs) in enumerate(zip(texts, classes, strict=True))
     ]
     batch = collate(rows, lambda r: r["e"])
@@ -504,9 +645,18 @@ def test_classifiers_read_right(name):
 
 def test_classes_come_from_the_rows():
     arch = build("architecture", "classifier")
-    assert arch.fit_to([{"completions": [c]} for c in ("pos", "neg", "pos")])["label2id"] == {"neg": 0, "pos": 1}
-    assert arch.fit_to([{"completions": [c]} for c in ("10", "9", "1")])["id2label"] == {0: "1", 1: "9", 2: "10"}
-    named = arch.fit_to([{"completions": [c], "label": k} for c, k in (("world", 0), ("sports", 1), ("business", 2))])
+    assert arch.fit_to([{"completions": [c]} for c in ("pos", "neg", "pos")])["label2id"] == {
+        "neg": 0,
+        "pos": 1,
+    }
+    assert arch.fit_to([{"completions": [c]} for c in ("10", "9", "1")])["id2label"] == {
+        0: "1",
+        1: "9",
+        2: "10",
+    }
+    named = arch.fit_to(
+        [{"completions": [c], "label": k} for c, k in (("world", 0), ("sports", 1), ("business", 2))]
+    )
     assert named["id2label"] == {0: "world", 1: "sports", 2: "business"} and named["num_labels"] == 3
     with pytest.raises(RecipeError, match="one class"):
         arch.fit_to([{"completions": ["a"]}])
@@ -518,7 +668,10 @@ def test_a_classifier_is_loaded_with_its_classes(tmp_path):
 
     arch, tokenizer = build("architecture", "classifier"), make_tokenizer()
     make_llama(pad_token_id=None).save_pretrained(tmp_path / "lm")
-    rows = [{"id": "0", "prompt": "so good", "completions": ["pos"]}, {"id": "1", "prompt": "bad", "completions": ["neg"]}]
+    rows = [
+        {"id": "0", "prompt": "so good", "completions": ["pos"]},
+        {"id": "1", "prompt": "bad", "completions": ["neg"]},
+    ]
     model = arch.load(tmp_path / "lm", **arch.fit_to(rows))
     assert model.config.label2id == {"neg": 0, "pos": 1} and model.config.pad_token_id == 1
     model.config.label2id, model.config.id2label = {"pos": 0, "neg": 1}, {0: "pos", 1: "neg"}
@@ -532,7 +685,9 @@ def test_a_classifier_is_loaded_with_its_classes(tmp_path):
     renderer = arch.renderer(tokenizer, again.config, max_length=5)
     encoded = arch.encode(rows[0], renderer)
     assert encoded.completions == [[0]] and encoded.supervised == [[True]] and len(encoded.prompt) == 5
-    kept, bad, stats = arch.encode_all([*rows, {"id": "2", "prompt": "hm", "completions": ["neutral"]}], renderer)
+    kept, bad, stats = arch.encode_all(
+        [*rows, {"id": "2", "prompt": "hm", "completions": ["neutral"]}], renderer
+    )
     assert len(kept) == 2 and "none of this classifier's classes" in bad[0]["reason"]
     assert renderer.prompt({"prompt": "bad"}) == arch.encode(rows[1], renderer).prompt
     with pytest.raises(RecipeError, match="which classes"):
@@ -552,7 +707,13 @@ def test_a_config_suits_at_most_one_architecture():
                 suited = [a.name for a in every if a.suits(SimpleNamespace(architectures=[name]))]
                 assert len(suited) <= 1, (name, suited)
                 told[suited[0] if suited else "none"] += 1
-    assert told["causal"] > 100 and told["masked_lm"] > 20 and told["seq2seq"] > 10 and told["classifier"] > 50 and told["none"] < 10, told
+    assert (
+        told["causal"] > 100
+        and told["masked_lm"] > 20
+        and told["seq2seq"] > 10
+        and told["classifier"] > 50
+        and told["none"] < 10
+    ), told
     known = {
         "LlamaForCausalLM": "causal",
         "GPT2LMHeadModel": "causal",

@@ -1,4 +1,6 @@
-"""AutoPEFT: what a vector counts and is made of, the vector of zeros, and a search over vectors that moves to another task."""
+"""AutoPEFT: what a vector counts and is made of, the vector of zeros, and a search over vectors that moves to
+another task.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,13 @@ import luthier
 from conftest import SUMS
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.registry import build
-from luthier.study.statistics import hypervolume
-from luthier.recipe.recipe import Recipe
 from luthier.methods.searchers._base import Seen
+from luthier.methods.tuners._base import Untuned
+from luthier.recipe.recipe import Recipe
+from luthier.registry import build
 from luthier.study.search import quest
 from luthier.study.space import over
-from luthier.methods.tuners._base import Untuned
+from luthier.study.statistics import hypervolume
 from test_tuners import SHAPES, _shaped, asked, base
 
 torch.set_num_threads(1)
@@ -53,7 +55,9 @@ def test_what_moves_is_what_the_vector_says(kind, settings):
     said, attached = vector(**settings).numbers(model), vector(**settings).attach(model)
     assert said == moving(attached) > 0
     flags = settings.get("insert", [1, 1])
-    assert {i for i in (0, 1) if any(f".{i}." in s.name for s in attached.sites())} == {i for i in (0, 1) if flags[i]}
+    assert {i for i in (0, 1) if any(f".{i}." in s.name for s in attached.sites())} == {
+        i for i in (0, 1) if flags[i]
+    }
 
 
 def test_numbers_by_hand():
@@ -77,11 +81,19 @@ def test_zeros_are_the_frozen_model(settings, tiny):
 @pytest.mark.parametrize(
     ("settings", "other", "prefix"),
     [
-        (dict(serial=4, parallel=0, num_virtual_tokens=0), {"name": "pfeiffer", "reduction_factor": 8}, "serial_"),
-        (dict(serial=0, parallel=8, num_virtual_tokens=0), {"name": "parallel_adapter", "reduction_factor": 8, "target_modules": ["down_proj"]}, "parallel_"),
+        (
+            dict(serial=4, parallel=0, num_virtual_tokens=0),
+            {"name": "pfeiffer", "reduction_factor": 8},
+            "serial_",
+        ),
+        (
+            dict(serial=0, parallel=8, num_virtual_tokens=0),
+            {"name": "parallel_adapter", "reduction_factor": 8, "target_modules": ["down_proj"]},
+            "parallel_",
+        ),
         (dict(serial=0, parallel=0, num_virtual_tokens=4), {"name": "prefix", "num_virtual_tokens": 4}, ""),
     ],
-)  # fmt: skip
+)
 def test_each_kind_alone_is_the_tuner_of_its_name(settings, other, prefix):
     mine, theirs = vector(**settings).attach(base()), build("tuner", other).attach(base())
     own = {k.replace(prefix, "") if prefix else k: p for k, p in mine.parameters().items()}
@@ -94,7 +106,9 @@ def test_each_kind_alone_is_the_tuner_of_its_name(settings, other, prefix):
 
 
 def test_both_adapters_add_up_and_start_as_the_base():
-    """What the serial one makes of what the matrix says, and the parallel one of what it reads; up at zero, nothing."""
+    """What the serial one makes of what the matrix says, and the parallel one of what it reads; up at zero,
+    nothing.
+    """
     attached = vector(serial=4, parallel=2, num_virtual_tokens=0).attach(base())
     assert torch.equal(says(attached), says(Untuned(base())))
     layer = attached.model.model.layers[1].mlp.down_proj
@@ -104,7 +118,9 @@ def test_both_adapters_add_up_and_start_as_the_base():
         x = torch.randn(5, 64)
         y, p = layer.base_layer(x), layer.tensors("default")
         serial = torch.relu(y @ p.serial_down.T + p.serial_down_bias) @ p.serial_up.T + p.serial_up_bias
-        parallel = torch.relu(x @ p.parallel_down.T + p.parallel_down_bias) @ p.parallel_up.T + p.parallel_up_bias
+        parallel = (
+            torch.relu(x @ p.parallel_down.T + p.parallel_down_bias) @ p.parallel_up.T + p.parallel_up_bias
+        )
         torch.testing.assert_close(layer(x), y + serial + parallel)
 
 
@@ -129,9 +145,16 @@ pytest.importorskip("optuna")
 @pytest.fixture
 def shared(tiny) -> dict:
     return {
-        "model": tiny, "data": SUMS, "dtype": "float32", "max_steps": 2, "per_device_train_batch_size": 8, "eval_data": 0.3,
-        "tuner": {"name": "autopeft", "serial": 8, "parallel": 16, "num_virtual_tokens": 2}, "learning_rate": 1e-2, "evaluate": ["loss"],
-    }  # fmt: skip
+        "model": tiny,
+        "data": SUMS,
+        "dtype": "float32",
+        "max_steps": 2,
+        "per_device_train_batch_size": 8,
+        "eval_data": 0.3,
+        "tuner": {"name": "autopeft", "serial": 8, "parallel": 16, "num_virtual_tokens": 2},
+        "learning_rate": 1e-2,
+        "evaluate": ["loss"],
+    }
 
 
 def test_the_space_is_the_vector(shared):
@@ -140,15 +163,30 @@ def test_the_space_is_the_vector(shared):
     assert {d.name for d in field.space.dims} == {"learning_rate", *sizes, *(f"layers.{i}" for i in range(4))}
     assert field.recipe_of(field.begins) == Recipe.load(shared)
     made = field.recipe_of({**field.begins, "tuner.serial": 0, "tuner.parallel": 32, "layers.1": False})
-    assert made.tuner == {"name": "autopeft", "serial": 0, "parallel": 32, "num_virtual_tokens": 2, "insert": [1, 0, 1, 1]}
-    assert field.space.features(np.zeros((1, 8))).shape == (1, 4 + 2 * 4), "a size is one coordinate, a flag has one for each choice"
-    (odd,) = over(Recipe.load({**shared, "tuner": {"name": "autopeft", "serial": 24}}), ["tuner.serial"]).space.dims
+    assert made.tuner == {
+        "name": "autopeft",
+        "serial": 0,
+        "parallel": 32,
+        "num_virtual_tokens": 2,
+        "insert": [1, 0, 1, 1],
+    }
+    assert field.space.features(np.zeros((1, 8))).shape == (
+        1,
+        4 + 2 * 4,
+    ), "a size is one coordinate, a flag has one for each choice"
+    (odd,) = over(
+        Recipe.load({**shared, "tuner": {"name": "autopeft", "serial": 24}}), ["tuner.serial"]
+    ).space.dims
     assert odd.choices == (0, 1, 2, 4, 8, 16, 24, 32, 64) and odd.start == 24
 
 
 def test_a_search_of_vectors_covers_more_than_chance(shared):
-    """A made-up task of which the upper layers count most and sizes saturate, its numbers counted as they are."""
-    space = over(Recipe.load(shared), ["tuner.serial", "tuner.parallel", "tuner.num_virtual_tokens", "layers"]).space
+    """A made-up task of which the upper layers count most and sizes saturate, its numbers counted as they
+    are.
+    """
+    space = over(
+        Recipe.load(shared), ["tuner.serial", "tuner.parallel", "tuner.num_virtual_tokens", "layers"]
+    ).space
     worth = np.array([0.05, 0.1, 0.3, 0.55])
 
     def f(point):
@@ -185,11 +223,19 @@ def test_a_configuration_that_was_found_moves_to_another_task(shared, tmp_path):
 
 
 def test_a_search_goes_past_zeros(shared, tmp_path):
-    start = {**shared, "seed": 2, "tuner": {"name": "autopeft", "serial": 8, "parallel": 0, "num_virtual_tokens": 0}}
+    start = {
+        **shared,
+        "seed": 2,
+        "tuner": {"name": "autopeft", "serial": 8, "parallel": 0, "num_virtual_tokens": 0},
+    }
     how = dict(over="tuner.serial=0|8", sampler="random", test_seeds="0,", apart=False)
-    assert luthier.search(start, trials=1, folder=tmp_path / "alone", **how)["sentence"].startswith("Nothing was found")
+    assert luthier.search(start, trials=1, folder=tmp_path / "alone", **how)["sentence"].startswith(
+        "Nothing was found"
+    )
     found = luthier.search(start, trials=2, folder=tmp_path / "s", **how)
     said = [t["point"].get("tuner.serial") for t in found["trials"]]
     assert said[:2] == [8, 0] and len(said) == 3, "what moves nothing is not paid for"
-    assert "moves nothing" in found["trials"][1]["failed"] and "no difference seen" in found["sentence"], "the third is the recipe again"
+    assert "moves nothing" in found["trials"][1]["failed"] and "no difference seen" in found["sentence"], (
+        "the third is the recipe again"
+    )
     assert not any(t["failed"] for t in found["trials"] if t["point"].get("tuner.serial"))

@@ -1,4 +1,6 @@
-"""The bench: everyone does the same work, turns are taken, and numbers are summed up as the README says. No timing is asserted."""
+"""The bench: everyone does the same work, turns are taken, and numbers are summed up as the README says. No
+timing is asserted.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +8,17 @@ import json
 
 import pytest
 
+from luthier.errors import RecipeError
 from luthier.study.bench import bench, picture, table
 from luthier.study.bench.measure import _summed
 from luthier.study.bench.scenarios import SCENARIOS, job, work
 from luthier.study.bench.shapes import lengths, make
-from luthier.errors import RecipeError
 
 
 def test_turns_on_a_tiny_shape(tmp_path):
-    (found,) = bench(["sft"], ["tiny"], repeats=1, only=["luthier", "plain"], to=tmp_path, tell=lambda line: None)
+    (found,) = bench(
+        ["sft"], ["tiny"], repeats=1, only=["luthier", "plain"], to=tmp_path, tell=lambda line: None
+    )
     assert not found["failed"] and found["best_rival"] == "plain"
     assert all(len(c["seconds"]) == 1 and c["peak_memory_mb"] > 50 for c in found["contestants"].values())
     assert 0 < found["contestants"]["luthier"]["share_of_peak"] < 1 and found["matmul_peak_gflops"] > 0
@@ -40,11 +44,20 @@ def test_everyone_is_given_the_same_work():
 
 def test_ratio_is_the_best_rival_over_luthier():
     given = job("sft", "tiny", "folder", 512)
-    runs = {k: [{"seconds": s, "last_epoch": s, "peak_memory_mb": 10.0} for s in each] for k, each in
-            {"luthier": [1.0, 2.0, 1.5], "trl": [9.0], "trl_bf16": [6.0, 3.0, 4.5], "plain": []}.items()}  # fmt: skip
+    runs = {
+        k: [{"seconds": s, "last_epoch": s, "peak_memory_mb": 10.0} for s in each]
+        for k, each in {
+            "luthier": [1.0, 2.0, 1.5],
+            "trl": [9.0],
+            "trl_bf16": [6.0, 3.0, 4.5],
+            "plain": [],
+        }.items()
+    }
     found = _summed("sft", "tiny", given, {"body": 100, "head": 50}, runs, 1e9, {"plain": "it ended"})
     assert found["best_rival"] == "trl_bf16" and found["ratio"] == 3 and found["ratios"]["trl"] == 6
-    assert found["contestants"]["luthier"]["median"] == 1.5 and found["contestants"]["trl_bf16"]["spread"] == pytest.approx(2 / 3)
+    assert found["contestants"]["luthier"]["median"] == 1.5 and found["contestants"]["trl_bf16"][
+        "spread"
+    ] == pytest.approx(2 / 3)
     done = work(given)
     flops = 4 * (100 * done["tokens"] + 50 * done["supervised"])
     assert found["contestants"]["luthier"]["share_of_peak"] == pytest.approx(flops / 1.5 / 1e9)
@@ -56,7 +69,12 @@ def test_members_of_a_fleet_do_the_work_of_as_many_runs():
 
     given = job("fleet", "tiny", "folder", 512)
     one = job("sft", "tiny", "folder", 512)
-    assert given.members == 8 and work(given)["tokens"] == 8 * work(one)["tokens"] and callable(plain(given)) and callable(many)
+    assert (
+        given.members == 8
+        and work(given)["tokens"] == 8 * work(one)["tokens"]
+        and callable(plain(given))
+        and callable(many)
+    )
     top = job("fleet_top", "tiny", "folder", 512)
     assert top.layers == [0, 1] and work(top)["tokens"] == 3 * work(given)["tokens"]
 

@@ -1,4 +1,6 @@
-"""BIB: its losses by closed forms, its gradients by finite differences, and a motif that it writes more of than it was shown."""
+"""BIB: its losses by closed forms, its gradients by finite differences, and a motif that it writes more of
+than it was shown.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,14 @@ import random
 import pytest
 import torch
 
-from luthier.model.load import assemble
 from luthier.clock import Clock
+from luthier.data.rows import load
 from luthier.errors import RecipeError
-from luthier.registry import build
+from luthier.methods.stages.synthesize.bib import Adam, Fitted, slope
+from luthier.model.load import assemble
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import parts
-from luthier.data.rows import load
-from luthier.methods.stages.synthesize.bib import Adam, Fitted, slope
+from luthier.registry import build
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -38,9 +40,18 @@ def test_losses_are_those_of_kernel_ridge(n):
     X, y = fit.features.numpy(), fit.scores.numpy()
     least = 0.1 * (X**2).sum(1).mean()
     told = KernelRidge(alpha=least).fit(X, y).predict(seen.numpy())
-    direct = seen @ torch.linalg.solve(fit.features.T @ fit.features + least * torch.eye(6), fit.features.T @ fit.scores)
-    assert fit.forward(seen).numpy() == pytest.approx((3.0 - told) ** 2, abs=1e-6) == ((3.0 - direct) ** 2).numpy()
-    back = [((KernelRidge(alpha=0.1 * (h @ h)).fit(h[None], [3.0]).predict(X) - y) ** 2).mean() for h in seen.numpy()]
+    direct = seen @ torch.linalg.solve(
+        fit.features.T @ fit.features + least * torch.eye(6), fit.features.T @ fit.scores
+    )
+    assert (
+        fit.forward(seen).numpy()
+        == pytest.approx((3.0 - told) ** 2, abs=1e-6)
+        == ((3.0 - direct) ** 2).numpy()
+    )
+    back = [
+        ((KernelRidge(alpha=0.1 * (h @ h)).fit(h[None], [3.0]).predict(X) - y) ** 2).mean()
+        for h in seen.numpy()
+    ]
     assert fit.backward(seen).numpy() == pytest.approx(back, abs=1e-6)
 
 
@@ -70,7 +81,9 @@ def test_gradients_through_a_step_are_those_of_finite_differences():
     assert torch.allclose(slope(judged, gamma)[:, 0, 0], apart, rtol=1e-3) and apart.abs().min() > 1e-6
     longer = lambda r: fit.judged(read(x - r * Adam()(up)))
     rate = torch.full_like(gamma, 0.1)
-    assert torch.allclose(slope(longer, rate)[:, 0, 0], (longer(rate + 1e-5) - longer(rate - 1e-5)) / 2e-5, rtol=1e-3)
+    assert torch.allclose(
+        slope(longer, rate)[:, 0, 0], (longer(rate + 1e-5) - longer(rate - 1e-5)) / 2e-5, rtol=1e-3
+    )
 
 
 def test_learned_gamma_and_rates_follow_the_auxiliary_model():
@@ -79,10 +92,16 @@ def test_learned_gamma_and_rates_follow_the_auxiliary_model():
     for told in ({}, {"adaptive_gamma": False}, {"adaptive_learning_rate": True}):
         found, gamma = build("stage", {"name": "bib", "steps": 5, **told}).design(read, x, fit)
         ends[str(told)] = found
-        assert ((gamma >= 0) & (gamma <= 1)).all() and (gamma == 0.5).all() == (told == {"adaptive_gamma": False})
+        assert ((gamma >= 0) & (gamma <= 1)).all() and (gamma == 0.5).all() == (
+            told == {"adaptive_gamma": False}
+        )
     assert len({e.sum().item() for e in ends.values()}) == 3
-    first = slope(build("stage", "bib").after(read, x, *(slope(lambda z, f=f: f(read(z)), x) for f in (fit.forward, fit.backward)), fit),
-                  torch.full((3, 1, 1), 0.5, dtype=torch.float64))  # fmt: skip
+    first = slope(
+        build("stage", "bib").after(
+            read, x, *(slope(lambda z, f=f: f(read(z)), x) for f in (fit.forward, fit.backward)), fit
+        ),
+        torch.full((3, 1, 1), 0.5, dtype=torch.float64),
+    )
     _, gamma = build("stage", {"name": "bib", "steps": 1}).design(read, x, fit)
     assert ((gamma > 0.5) == (first[:, 0, 0] > 0)).all()
 
@@ -106,19 +125,36 @@ def test_designs_hold_more_of_a_motif_than_anything_that_was_shown(roles):
     rows = load([{"prompt": "dna", "completions": [s], "scores": [motif(s)]} for s in shown]).rows
     out = build("stage", {"name": "bib", "n": 8})(rows, roles)
     mean = sum(motif(roles.text(row["completions"][0])) for row in out) / 8
-    assert len(out) == 8 and mean > motif(shown[-1]), "on average, what is designed beats the best that was shown"
+    assert len(out) == 8 and mean > motif(shown[-1]), (
+        "on average, what is designed beats the best that was shown"
+    )
     assert mean > sum(map(motif, every)) / 400 + 0.8, "and what chance writes by far"
     known = set(sum((roles.policy.architecture.encode(r, roles.renderer).completions[0] for r in rows), []))
     for row in out:
         ids = row["completions"][0]
-        assert len(ids) == 11 and ids[-1] == 2 and set(ids) <= known and row["prompt"] == "dna" and "scores" not in row
+        assert (
+            len(ids) == 11
+            and ids[-1] == 2
+            and set(ids) <= known
+            and row["prompt"] == "dna"
+            and "scores" not in row
+        )
     assert build("stage", {"name": "bib", "n": 8})(rows, roles) == out, "the same again"
 
 
 def test_what_cannot_be_learned_from_is_refused(roles):
-    rows = lambda *scores: load([{"prompt": "", "completions": [f" a c {'gt'[i % 2]}"], "scores": [s]} for i, s in enumerate(scores)]).rows
+    rows = lambda *scores: (
+        load(
+            [
+                {"prompt": "", "completions": [f" a c {'gt'[i % 2]}"], "scores": [s]}
+                for i, s in enumerate(scores)
+            ]
+        ).rows
+    )
     for bad in (rows(1.0, 2.0), rows(1.0, 1.0, 1.0)):
         with pytest.raises(RecipeError, match="three completions or more"):
             build("stage", "bib")(bad, roles)
     with pytest.raises(RecipeError, match="fewer than two"):
-        build("stage", "bib")(load([{"prompt": "", "completions": [" a", " a a", " a"], "scores": [1.0, 2.0, 3.0]}]).rows, roles)
+        build("stage", "bib")(
+            load([{"prompt": "", "completions": [" a", " a a", " a"], "scores": [1.0, 2.0, 3.0]}]).rows, roles
+        )

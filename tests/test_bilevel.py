@@ -1,4 +1,6 @@
-"""Two levels: what is tuned, and what decides how. Closed forms on quadratics, and sources of which one is noise."""
+"""Two levels: what is tuned, and what decides how. Closed forms on quadratics, and sources of which one is
+noise.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +12,15 @@ from torch import nn
 
 import luthier
 from conftest import SUMS
-from luthier.storage import store
 from luthier.clock import Clock
+from luthier.data.rows import load
 from luthier.errors import RecipeError
-from luthier.registry import build
+from luthier.methods.tuners.subset._subset import Weights
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import rehearse
-from luthier.data.rows import load
+from luthier.registry import build
+from luthier.storage import store
 from luthier.train.optimizer import Chain
-from luthier.methods.tuners.subset._subset import Weights
 
 
 class Vector(nn.Module):
@@ -30,7 +32,9 @@ class Vector(nn.Module):
 class Level:
     """A few terms of one vector under an estimator."""
 
-    def __init__(self, terms, estimator, n=5, learning_rate=0.2, chain=("momentum",), start=None, total=100, **settings):
+    def __init__(
+        self, terms, estimator, n=5, learning_rate=0.2, chain=("momentum",), start=None, total=100, **settings
+    ):
         self.model, self.terms = Vector(n), terms
         if start is not None:
             self.model.weight.data.copy_(start)
@@ -72,7 +76,11 @@ def quadratics(seed: int = 0, n: int = 5, k: int = 3):
     rng = torch.Generator().manual_seed(seed)
     H = [torch.randn(n, n, generator=rng, dtype=torch.float64) for _ in range(k)]
     H = [h @ h.T / n + 0.5 * torch.eye(n, dtype=torch.float64) for h in H]
-    return H, torch.randn(k, n, generator=rng, dtype=torch.float64), torch.randn(n, generator=rng, dtype=torch.float64)
+    return (
+        H,
+        torch.randn(k, n, generator=rng, dtype=torch.float64),
+        torch.randn(n, generator=rng, dtype=torch.float64),
+    )
 
 
 def test_the_gradient_of_weights_and_decay_is_the_implicit_one_up_to_the_penalty():
@@ -91,14 +99,18 @@ def test_the_gradient_of_weights_and_decay_is_the_implicit_one_up_to_the_penalty
     errors = []
     for s in (1e-1, 1e-2, 1e-3):
         rig = Level(terms, "penalty_bilevel", penalty=s, upper_learning_rate=0.0, weight_decay=d).go(600)
-        found = torch.tensor([rig.upper["hypergradient"][n] for n in ("s0", "s1", "s2", "|decay")], dtype=torch.float64)
+        found = torch.tensor(
+            [rig.upper["hypergradient"][n] for n in ("s0", "s1", "s2", "|decay")], dtype=torch.float64
+        )
         errors.append(float((found - exact).norm()))
     assert errors[0] < 0.1 * 3 * float(exact.norm())
     assert 7 < errors[0] / errors[1] < 13 and 7 < errors[1] / errors[2] < 13, errors
 
 
 def noisy_sources(n: int = 6, rows: int = 32):
-    """Regression rows drawn anew each step: clean ones, ones with labels of chance, and clean ones that decide."""
+    """Regression rows drawn anew each step: clean ones, ones with labels of chance, and clean ones that
+    decide.
+    """
     truth = torch.linspace(-1, 1, n, dtype=torch.float64)
 
     def term(noise, name):
@@ -110,7 +122,11 @@ def noisy_sources(n: int = 6, rows: int = 32):
 
         return loss
 
-    return {"clean": term(False, "clean"), "noise": term(True, "noise"), "validation": term(False, "validation")}, truth
+    return {
+        "clean": term(False, "clean"),
+        "noise": term(True, "noise"),
+        "validation": term(False, "validation"),
+    }, truth
 
 
 @pytest.mark.parametrize(
@@ -121,9 +137,13 @@ def noisy_sources(n: int = 6, rows: int = 32):
 def test_the_clean_source_is_found(how):
     terms, truth = noisy_sources()
     settings = {"upper_learning_rate": 1.0, **how}
-    rig = Level(terms, "penalty_bilevel", n=6, chain=("adam",), learning_rate=0.02, total=400, **settings).go(400)
+    rig = Level(terms, "penalty_bilevel", n=6, chain=("adam",), learning_rate=0.02, total=400, **settings).go(
+        400
+    )
     assert rig.told["mix/clean"] > 0.9 and rig.told["mix/clean"] + rig.told["mix/noise"] == pytest.approx(1)
-    even = Level(terms, "penalty_bilevel", n=6, chain=("adam",), learning_rate=0.02, total=400, upper_learning_rate=0.0).go(400)
+    even = Level(
+        terms, "penalty_bilevel", n=6, chain=("adam",), learning_rate=0.02, total=400, upper_learning_rate=0.0
+    ).go(400)
     assert even.told["mix/clean"] == 0.5
     assert (rig.model.weight - truth).norm() < 0.7 * (even.model.weight - truth).norm()
 
@@ -131,7 +151,10 @@ def test_the_clean_source_is_found(how):
 def test_momentum_makes_the_gradient_of_the_weights_calmer():
     def spread(**how):
         terms, _ = noisy_sources(rows=4)
-        rig, seen = Level(terms, "penalty_bilevel", n=6, learning_rate=0.01, upper_learning_rate=0.0, **how).go(200), []
+        rig, seen = (
+            Level(terms, "penalty_bilevel", n=6, learning_rate=0.01, upper_learning_rate=0.0, **how).go(200),
+            [],
+        )
         for _ in range(100):
             seen.append(rig.go(1).upper["hypergradient"]["clean"])
         return float(torch.tensor(seen).std())
@@ -142,7 +165,15 @@ def test_momentum_makes_the_gradient_of_the_weights_calmer():
 @pytest.mark.parametrize("momentum", [None, 0.5])
 def test_it_goes_on_bit_for_bit(momentum, tmp_path):
     def make():
-        return Level(noisy_sources()[0], "penalty_bilevel", n=6, chain=("adam",), learning_rate=0.02, momentum=momentum, weight_decay=0.1)
+        return Level(
+            noisy_sources()[0],
+            "penalty_bilevel",
+            n=6,
+            chain=("adam",),
+            learning_rate=0.02,
+            momentum=momentum,
+            weight_decay=0.1,
+        )
 
     whole, broken = make().go(8), make().go(3)
     made = store.Checkpoint(broken.tuner.tensors(), broken.chain.state, 3, None, {})
@@ -157,8 +188,16 @@ def test_it_goes_on_bit_for_bit(momentum, tmp_path):
 def test_a_run_learns_its_mixture(base, tmp_path):
     """Sums, sums with answers of chance, and a few sums that decide; the weights are told at each step."""
     wrong = [{**r, "completion": SUMS[(7 * i + 3) % 64]["completion"]} for i, r in enumerate(SUMS)]
-    data = [{"path": SUMS, "source": "clean"}, {"path": wrong, "source": "noise"}, {"path": SUMS[::3], "source": "validation"}]
-    change = {"data": data, "objective": {"name": "by_source", "sources": ["clean", "noise", "validation"]}, "max_steps": 40}
+    data = [
+        {"path": SUMS, "source": "clean"},
+        {"path": wrong, "source": "noise"},
+        {"path": SUMS[::3], "source": "validation"},
+    ]
+    change = {
+        "data": data,
+        "objective": {"name": "by_source", "sources": ["clean", "noise", "validation"]},
+        "max_steps": 40,
+    }
     change |= {
         "estimator": {"name": "penalty_bilevel", "upper_learning_rate": 1.0},
         "per_device_train_batch_size": 30,
@@ -176,9 +215,23 @@ def test_what_cannot_be_weighed_is_refused(base, tmp_path):
     with pytest.raises(RecipeError, match="at least two others"):
         rehearse(Recipe.load(base | ask), rows)
     with pytest.raises(RecipeError, match="rows with a `source`"):
-        rehearse(Recipe.load(base | ask | {"objective": {"name": "by_source", "sources": ["a", "b", "validation"]}}), load(SUMS).rows)
+        rehearse(
+            Recipe.load(
+                base | ask | {"objective": {"name": "by_source", "sources": ["a", "b", "validation"]}}
+            ),
+            load(SUMS).rows,
+        )
     with pytest.raises(RecipeError, match="cannot be split by source"):
         build("objective", {"name": "by_source", "inner": "orpo"})
     with pytest.raises(RecipeError, match="now this and now that"):
-        luthier.tune(base | ask | {"objective": {"name": "by_source", "sources": ["clean", "b", "validation"]}, "data": rows,
-                                   "tuner": {"name": "lisa", "n_layers": 1, "interval": 1}, "max_steps": 3}, folder=tmp_path)  # fmt: skip
+        luthier.tune(
+            base
+            | ask
+            | {
+                "objective": {"name": "by_source", "sources": ["clean", "b", "validation"]},
+                "data": rows,
+                "tuner": {"name": "lisa", "n_layers": 1, "interval": 1},
+                "max_steps": 3,
+            },
+            folder=tmp_path,
+        )

@@ -1,4 +1,6 @@
-"""The claims bench: files are understood or refused in a sentence, verdicts follow from intervals, a killed bench goes on."""
+"""The claims bench: files are understood or refused in a sentence, verdicts follow from intervals, a killed
+bench goes on.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,12 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from luthier.run import subprocess as apart
-from luthier.recipe import catalogue
-from luthier.study import claims
 from luthier.cli import app
 from luthier.errors import RecipeError
+from luthier.recipe import catalogue
 from luthier.recipe.recipe import Recipe
+from luthier.run import subprocess as apart
+from luthier.study import claims
 
 HOME = Path(__file__).parents[1] / "benchmarks" / "claims"
 TOY = {
@@ -53,7 +55,9 @@ def change(folder: Path, **keys) -> None:
 
 
 def test_a_claim_runs_and_goes_on_where_it_was(folder, monkeypatch):
-    """Stopped after three of six runs; what was finished is not done again, and all of it is what one go would give."""
+    """Stopped after three of six runs; what was finished is not done again, and all of it is what one go
+    would give.
+    """
     here, done, said = claims._here, [], []
 
     def killed(keys, where):
@@ -73,9 +77,15 @@ def test_a_claim_runs_and_goes_on_where_it_was(folder, monkeypatch):
     better, same, far = found["expectations"]
     assert same["verdict"] == claims.HELD and same["none"] == same["before"] and same["interval"] == [0, 0]
     assert far["verdict"] == claims.NOT_HELD == found["verdict"]
-    assert found["learning_rates"] == {"two": 1e-2} and found["tuning_seed"] == 1000 and found["at_edge"] == ["two"]
+    assert (
+        found["learning_rates"] == {"two": 1e-2}
+        and found["tuning_seed"] == 1000
+        and found["at_edge"] == ["two"]
+    )
     assert better["none"][0] != better["none"][1], "each seed is measured on other rows"
-    assert better["difference"] == pytest.approx(sum(a - b for a, b in zip(better["two"], better["none"])) / 2, abs=1e-3)
+    assert better["difference"] == pytest.approx(
+        sum(a - b for a, b in zip(better["two"], better["none"])) / 2, abs=1e-3
+    )
     assert {"cpu", "cores", "versions"} <= set(found["machine"]) and found["seconds"] > 0
     assert json.loads((folder / "results/toy.json").read_text(encoding="utf-8")) == found
     assert not [*(folder / "runs").rglob("*.safetensors")], "no weights are left behind"
@@ -84,14 +94,22 @@ def test_a_claim_runs_and_goes_on_where_it_was(folder, monkeypatch):
     assert "| [toy](#toy) | **not held** | two &lt; none by 0 in `loss` |" in page and "at the edge" in page
     assert "More steps learn more. Equal rows." in page and "by seed: two" in page
     change(folder, metric=None, expect="two < none by 0.1 in loss")
-    assert claims.listing(folder)[0]["verdict"] == "not run since it was changed" and "not run since" in claims.page(folder)
+    assert claims.listing(folder)[0][
+        "verdict"
+    ] == "not run since it was changed" and "not run since" in claims.page(folder)
 
 
 def test_a_fresh_run_measures_its_own_memory(folder):
     """A process begins with the peak of the one it came from: the shell between keeps this one's out."""
     hold = bytearray(900 * 2**20)
     hold[::4096] = b"x" * len(hold[::4096])
-    change(folder, fresh=True, arms={"a": {"max_steps": 0}, "b": {"max_steps": 1}}, expect="b > a by 0 in stats.peak_memory_mb", seeds=2)
+    change(
+        folder,
+        fresh=True,
+        arms={"a": {"max_steps": 0}, "b": {"max_steps": 1}},
+        expect="b > a by 0 in stats.peak_memory_mb",
+        seeds=2,
+    )
     claim = claims.read("toy", folder)
     apart.tune(claim.recipe("a", 0), folder / "runs/a")
     said = json.loads((folder / "runs/a/report.json").read_text(encoding="utf-8"))
@@ -147,7 +165,10 @@ def test_what_training_logged_can_be_judged(folder):
     """The mean of the last quarter of the steps against the first step; what some of them lack is not there."""
     log = [{"margin": float(i), **({"lr": 1.0} if i < 7 else {})} for i in range(8)]
     numbers, claim = claims.Numbers({}, {}, log=log), claims.read("toy", folder)
-    assert numbers.get(claim, "two", "log.margin") == 6.5 and numbers.get(claim, "two", "log.margin", before=True) == 0
+    assert (
+        numbers.get(claim, "two", "log.margin") == 6.5
+        and numbers.get(claim, "two", "log.margin", before=True) == 0
+    )
     with pytest.raises(RecipeError, match="measured no 'log.lr'"):
         numbers.get(claim, "two", "log.lr")
 
@@ -156,14 +177,22 @@ def test_differences_are_paired_by_seed(folder):
     change(folder, expect=["two > none by 0.05", "two > before by 0.05", "two > none by 1 in stats.moving"])
     found = {}
     for seed in range(3):  # seeds differ more than arms do
-        found["two", seed] = claims.Numbers({"loss": seed - 1.0}, {"loss": seed + 0.1 + 0.001 * seed}, {"moving": 5})
+        found["two", seed] = claims.Numbers(
+            {"loss": seed - 1.0}, {"loss": seed + 0.1 + 0.001 * seed}, {"moving": 5}
+        )
         found["none", seed] = claims.Numbers({"loss": 9.0}, {"loss": float(seed)}, {"moving": 1})
     judged = claims.judge(claims.read("toy", folder), found)
     assert [e["verdict"] for e in judged] == ["held"] * 3
-    assert judged[0]["difference"] == pytest.approx(0.101) and judged[1]["before"] == [-1, 0, 1] and judged[2]["difference"] == 4
+    assert (
+        judged[0]["difference"] == pytest.approx(0.101)
+        and judged[1]["before"] == [-1, 0, 1]
+        and judged[2]["difference"] == 4
+    )
     found = {key: claims.Numbers({"loss": 0.0}, {"loss": 0.0}, {"moving": 5}) for key in found}
     alike = [e["verdict"] for e in claims.judge(claims.read("toy", folder), found)]
-    assert alike == ["undecided"] * 3, "where every run measures the same, the metric is at its floor or ceiling"
+    assert alike == ["undecided"] * 3, (
+        "where every run measures the same, the metric is at its floor or ceiling"
+    )
     change(folder, metric="stats.movin")
     with pytest.raises(RecipeError, match="measured no 'stats.movin'; did you mean 'stats.moving'"):
         claims.judge(claims.read("toy", folder), found)
@@ -186,10 +215,16 @@ def test_differences_are_paired_by_seed(folder):
         ({"seeds": 1}, "seeds: .* greater than or equal to 2"),
         ({"row": "lisaa"}, "the catalogue has no 'lisaa'; did you mean 'lisa'?"),
         ({"arms": {"before": {}, "two": {}, "none": {}}}, "no arm may be called 'before'"),
-        ({"arms": {"two": {"lerning_rate": 1}, "none": {}}}, "arm two: .*'lerning_rate'; did you mean 'learning_rate'"),
+        (
+            {"arms": {"two": {"lerning_rate": 1}, "none": {}}},
+            "arm two: .*'lerning_rate'; did you mean 'learning_rate'",
+        ),
         ({"arms": {"two": {"learning_rate": ["x"]}, "none": {}}}, "arm two: the list under learning_rate"),
         (
-            {"sweep": "tuner.lora_dropout", "arms": {"two": {"tuner": {"name": "lora", "lora_dropout": ["x"]}}, "none": {}}},
+            {
+                "sweep": "tuner.lora_dropout",
+                "arms": {"two": {"tuner": {"name": "lora", "lora_dropout": ["x"]}}, "none": {}},
+            },
             "the list under tuner.lora_dropout",
         ),
         ({"arms": {"two": {"learning_rate": [-1.0]}, "none": {}}}, "arm two: recipe: learning_rate"),
@@ -214,7 +249,10 @@ def test_names_and_yaml_are_checked(folder):
 def test_what_cannot_be_tried_says_why(folder):
     change(folder, arms=None, expect=None, untestable="It needs a dishwasher.")
     said = []
-    assert claims.run("toy", folder=folder, tell=said.append)["verdict"] == "not testable here" and "dishwasher" in said[0]
+    assert (
+        claims.run("toy", folder=folder, tell=said.append)["verdict"] == "not testable here"
+        and "dishwasher" in said[0]
+    )
     assert "Not testable here: It needs a dishwasher." in claims.page(folder)
 
 
@@ -224,7 +262,12 @@ def test_a_seed_draws_rows_for_all_arms_alike(folder):
     assert first["data"] == second["data"] == {"path": "practice:style/new", "n": 8, "seed": 3}
     assert first["eval_data"]["seed"] == 3 and first["seed"] == 3 and first["learning_rate"] == 1e-3
     sweep, tests = claim.runs(2)
-    assert sweep == [("two", 1000, 1e-4), ("two", 1000, 1e-2)] and tests == [("two", 0), ("none", 0), ("two", 1), ("none", 1)]
+    assert sweep == [("two", 1000, 1e-4), ("two", 1000, 1e-2)] and tests == [
+        ("two", 0),
+        ("none", 0),
+        ("two", 1),
+        ("none", 1),
+    ]
 
 
 def test_any_setting_may_be_swept(folder):
@@ -232,9 +275,11 @@ def test_any_setting_may_be_swept(folder):
     change(folder, sweep="tuner.lora_dropout", arms={"two": swept, "none": {"tuner": "lora"}})
     claim = claims.read("toy", folder)
     assert claim.runs(2)[0] == [("two", 1000, 0.1), ("two", 1000, 0.5)] and claim.rates("none") == []
-    assert claim.recipe("two", 0, 0.5)["tuner"] == {"name": "lora", "r": 4, "lora_dropout": 0.5} and "learning_rate" not in claim.recipe(
-        "two", 0
-    )
+    assert claim.recipe("two", 0, 0.5)["tuner"] == {
+        "name": "lora",
+        "r": 4,
+        "lora_dropout": 0.5,
+    } and "learning_rate" not in claim.recipe("two", 0)
     assert claim.mark() != (change(folder), claims.read("toy", folder).mark())[1]
 
 
@@ -250,7 +295,12 @@ def test_claims_can_be_tried(name):
     for arm in claim.arms:
         Recipe.load(claim.recipe(arm, 0, (claim.rates(arm) or [None])[0])).yaml()
     found = claims.result(name, HOME)
-    assert found is None or found["verdict"] in (claims.HELD, claims.NOT_HELD, claims.UNDECIDED, claims.UNTESTABLE)
+    assert found is None or found["verdict"] in (
+        claims.HELD,
+        claims.NOT_HELD,
+        claims.UNDECIDED,
+        claims.UNTESTABLE,
+    )
 
 
 def test_every_world_of_a_claim_is_drawn_by_the_runs_seed():
@@ -270,10 +320,15 @@ def test_papers_tell_who_tries_them(monkeypatch):
 def test_the_verb_lists_without_a_network(monkeypatch):
     monkeypatch.chdir(HOME.parents[1])
     code = (
-        "import sys, contextlib, io\nfrom luthier.cli import app\n"
-        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): app(['claims', '--list'])\n"
-        "print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+        "import sys, contextlib, io\nfrom luthier.cli import app\nwith"
+        " contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): app(['claims',"
+        " '--list'])\nprint([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
     said = CliRunner().invoke(app, ["claims", "lora_forgets_more"])
     assert said.exit_code == 2 and "did you mean 'lora_forgets_less'" in said.output

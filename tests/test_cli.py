@@ -1,4 +1,6 @@
-"""The command line as a user meets it: exit codes, sentences, listings, and that it starts without loading a network."""
+"""The command line as a user meets it: exit codes, sentences, listings, and that it starts without loading a
+network.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,9 @@ from typer.testing import CliRunner
 
 import luthier
 from conftest import SUMS
+from luthier.cli import app, asked
 from luthier.recipe import catalogue
 from luthier.serve import load as use
-from luthier.cli import app, asked
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 
@@ -36,7 +38,18 @@ def finished(tiny, rows, tmp_path_factory):
     """A run of a few steps, made on the command line, and what was printed."""
     folder = tmp_path_factory.mktemp("runs") / "sums"
     evaluate = "evaluate=[loss, accuracy, {name: generate, n: 3, max_new_tokens: 4}]"
-    said = luth("tune", "--model", tiny, "--data", rows, "--output-dir", folder, "max_steps=6", "learning_rate=0.02", evaluate)
+    said = luth(
+        "tune",
+        "--model",
+        tiny,
+        "--data",
+        rows,
+        "--output-dir",
+        folder,
+        "max_steps=6",
+        "learning_rate=0.02",
+        evaluate,
+    )
     assert said.exit_code == 0, said.output
     return folder, said.stdout
 
@@ -44,30 +57,50 @@ def finished(tiny, rows, tmp_path_factory):
 # ---------------------------------------------------------------------------------------------- starting
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], ["methods", "--json"], ["papers", "lora"], ["tune", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["methods", "--json"], ["papers", "lora"], ["tune", "--help"]]
+)
 def test_listings_load_no_network(words):
     code = (
         "import sys, contextlib, io\nfrom luthier.cli import app\n"
         f"with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): app({words!r})\n"
         f"print([m for m in {HEAVY!r} if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_import_loads_no_network():
-    code = f"import sys, luthier; print([m for m in (*{HEAVY!r}, 'pydantic', 'typer', 'yaml') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    code = (
+        f"import sys, luthier; print([m for m in (*{HEAVY!r}, 'pydantic', 'typer', 'yaml') if m in"
+        " sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 def test_python_dash_m():
-    done = subprocess.run([sys.executable, "-m", "luthier", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "luthier", "--version"], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == f"luthier {luthier.__version__}"
 
 
 def test_version_and_help():
     assert luth("--version").stdout.strip() == f"luthier {luthier.__version__}"
     said = luth("--help").stdout
-    assert all(verb in said for verb in ("tune", "chat", "methods", "papers", "explain", "doctor", "inspect", "export"))
+    assert all(
+        verb in said
+        for verb in ("tune", "chat", "methods", "papers", "explain", "doctor", "inspect", "export")
+    )
 
 
 # ---------------------------------------------------------------------------------------------- sentences
@@ -93,7 +126,11 @@ def test_what_cannot_work_is_one_sentence_and_exit_2(words, sentence, tmp_path, 
     monkeypatch.chdir(tmp_path)
     said = luth(*words)
     assert said.exit_code == 2
-    assert sentence in said.stderr and "Traceback" not in said.stderr and len(said.stderr.strip().splitlines()) == 1
+    assert (
+        sentence in said.stderr
+        and "Traceback" not in said.stderr
+        and len(said.stderr.strip().splitlines()) == 1
+    )
     assert not list(tmp_path.iterdir())
 
 
@@ -126,12 +163,21 @@ def test_methods_as_json():
 
 def test_one_method_tells_its_settings():
     said = luth("methods", "autopeft").stdout
-    assert "| `serial` | `16` | width of the bottleneck" in said and "(down_proj|mlp" in said and "tuner: autopeft" in said
-    assert luth("methods", "dora").stdout.startswith("`dora` is short for `{name: lora, use_dora: true}`.\n\n# lora")
+    assert (
+        "| `serial` | `16` | width of the bottleneck" in said
+        and "(down_proj|mlp" in said
+        and "tuner: autopeft" in said
+    )
+    assert luth("methods", "dora").stdout.startswith(
+        "`dora` is short for `{name: lora, use_dora: true}`.\n\n# lora"
+    )
     both = luth("methods", "self_tuning").stdout
     assert "tuner: self_tuning" in both and "estimator: self_tuning" in both
     assert "\ntuner: " not in luth("methods", "self_tuning", "--kind", "estimator").stdout
-    assert [m["kind"] for m in json.loads(luth("methods", "self_tuning", "--json").stdout)] == ["tuner", "estimator"]
+    assert [m["kind"] for m in json.loads(luth("methods", "self_tuning", "--json").stdout)] == [
+        "tuner",
+        "estimator",
+    ]
 
 
 def test_papers_cover_the_catalogue():
@@ -161,10 +207,15 @@ def test_at_a_pipe_there_are_no_colours_and_a_line_for_each():
 
 def test_papers_are_made_from_a_jsonl(tmp_path, monkeypatch):
     source = tmp_path / "rows.jsonl"
-    source.write_text(json.dumps({"id": 1, "name": "n", "title": "T", "kind": "method", "family": "f", "essence": "long"}) + "\n")
+    source.write_text(
+        json.dumps({"id": 1, "name": "n", "title": "T", "kind": "method", "family": "f", "essence": "long"})
+        + "\n"
+    )
     monkeypatch.setattr(catalogue, "PAPERS", tmp_path / "papers.json")
     assert catalogue.write_papers(source) == 1
-    assert json.loads((tmp_path / "papers.json").read_text()) == [{"name": "n", "title": "T", "kind": "method", "family": "f"}]
+    assert json.loads((tmp_path / "papers.json").read_text()) == [
+        {"name": "n", "title": "T", "kind": "method", "family": "f"}
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- explain
@@ -189,7 +240,10 @@ def test_explain_covers_every_key():
     from dataclasses import fields
 
     values, _ = catalogue.explain(None)
-    assert {v.key.split(".")[0] for v in values} == {f.name for f in fields(luthier.Recipe)} - {"origins", "told"}
+    assert {v.key.split(".")[0] for v in values} == {f.name for f in fields(luthier.Recipe)} - {
+        "origins",
+        "told",
+    }
     assert {v.origin for v in values} == {"default"}
 
 
@@ -229,7 +283,8 @@ def test_chat_answers_once_and_in_turn(finished):
 
 
 def test_load_asks_in_the_form_it_was_tuned_on(finished, tiny):
-    assert use.load(finished[0]).turns is False  # prompts were plain text, though the tokenizer has a chat template
+    # prompts were plain text, though the tokenizer has a chat template
+    assert use.load(finished[0]).turns is False
     bare = use.load(tiny)
     assert bare.turns is True
     assert len(bare.generate(["1+1=", [{"role": "user", "content": "Hi"}]], max_new_tokens=3)) == 2
@@ -242,7 +297,8 @@ def test_inspect_compares_on_the_same_rows(finished, tiny):
     assert found["base"]["rows"] == found["tuned"]["rows"] == found["rows"] > 0
     report = json.loads((folder / "report.json").read_text())
     assert found["tuned"]["metrics"]["loss"] == pytest.approx(report["after"]["loss"], rel=0.05)
-    assert "loss on training rows" in luth("inspect", tiny, folder).stdout  # so few rows that none were held out
+    # so few rows that none were held out
+    assert "loss on training rows" in luth("inspect", tiny, folder).stdout
 
 
 @pytest.mark.parametrize("kind", ["lora", "merged"])
@@ -252,7 +308,8 @@ def test_export_answers_like_the_tuned_model(kind, finished, tmp_path):
     assert said.exit_code == 0, said.output
     assert "answers like the tuned model" in said.stdout
     assert use.load(tmp_path / kind).ask("1+1=", max_new_tokens=3) is not None
-    assert luth("export", folder, "--as", kind, "--to", tmp_path / kind).exit_code == 2  # never over what is there
+    # never over what is there
+    assert luth("export", folder, "--as", kind, "--to", tmp_path / kind).exit_code == 2
 
 
 def test_merged_export_is_plain_transformers(finished, tmp_path):
@@ -260,7 +317,10 @@ def test_merged_export_is_plain_transformers(finished, tmp_path):
 
     folder, _ = finished
     use.export(folder, "merged", tmp_path / "m")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "m"), AutoTokenizer.from_pretrained(tmp_path / "m")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "m"),
+        AutoTokenizer.from_pretrained(tmp_path / "m"),
+    )
     assert tokenizer.chat_template
     ids = torch.tensor([tokenizer("3+4=")["input_ids"]])
     with torch.no_grad():
@@ -292,7 +352,9 @@ def test_a_plain_model_has_nothing_to_export(tiny, tmp_path):
 
 def test_a_plan_is_tuned_loaded_and_told(tiny, rows, tmp_path):
     plan = tmp_path / "plan.yaml"
-    plan.write_text(f"model: {tiny}\ndata: {rows}\nmax_steps: 1\nevaluate: [loss]\nplan: [{{}}, {{seed: 1}}]\n")
+    plan.write_text(
+        f"model: {tiny}\ndata: {rows}\nmax_steps: 1\nevaluate: [loss]\nplan: [{{}}, {{seed: 1}}]\n"
+    )
     said = luth("tune", plan, "--output-dir", tmp_path / "p")
     assert said.exit_code == 0, said.output
     assert str(tmp_path / "p" / "act-1") in said.stdout
@@ -322,53 +384,85 @@ def test_a_classifier_is_loaded_with_the_head_it_was_tuned_with(tmp_path):
     from conftest import make_tokenizer
 
     base, run = str(tmp_path / "bert"), str(tmp_path / "run")
-    made = BertConfig(vocab_size=262, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    made = BertConfig(
+        vocab_size=262, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
     BertForMaskedLM(made).save_pretrained(base)
     tokenizer = make_tokenizer()
     tokenizer.cls_token = tokenizer.sep_token = "<|end|>"
     tokenizer.save_pretrained(base)
-    rows = [{"text": f"{word} {i}", "label": name} for i in range(8) for word, name in (("good", "pos"), ("bad", "neg"))]
+    rows = [
+        {"text": f"{word} {i}", "label": name}
+        for i in range(8)
+        for word, name in (("good", "pos"), ("bad", "neg"))
+    ]
     report = luthier.tune(
-        model=base, architecture="classifier", data=rows, eval_data=0, max_steps=3, evaluate=["loss"], output_dir=run, learning_rate=0.03
+        model=base,
+        architecture="classifier",
+        data=rows,
+        eval_data=0,
+        max_steps=3,
+        evaluate=["loss"],
+        output_dir=run,
+        learning_rate=0.03,
     )
     torch.manual_seed(123)
     found = use.inspect(run, run)
-    assert found["base"]["metrics"]["loss"] == found["tuned"]["metrics"]["loss"] == pytest.approx(report.after["loss"], rel=1e-3)
+    assert (
+        found["base"]["metrics"]["loss"]
+        == found["tuned"]["metrics"]["loss"]
+        == pytest.approx(report.after["loss"], rel=1e-3)
+    )
     with pytest.raises(luthier.RecipeError, match="writes no text"):
         use.load(run).generate("x")
 
 
 # ---------------------------------------------------------------------------------------------- rows and folders that are not as they should be
 
-GOOD = [{"messages": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": str(i)}]} for i in range(200)]
+GOOD = [
+    {"messages": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": str(i)}]}
+    for i in range(200)
+]
 BAD = [
     b'{"messages": [{"role": "user", "cont',
     b'{"messages": "hello"}',
     b'{"messages": []}',
     b'{"messages": [{"role": "user", "content": "a\x00b"}, {"role": "assistant", "content": "c"}]}',
     b'{"messages": [{"role": "wizard", "content": "x"}, {"role": "assistant", "content": "y"}]}',
-    b'{"messages": [{"role": "user", "content": "' + b"x" * 1_100_000 + b'"}, {"role": "assistant", "content": "y"}]}',
+    b'{"messages": [{"role": "user", "content": "'
+    + b"x" * 1_100_000
+    + b'"}, {"role": "assistant", "content": "y"}]}',
     b'{"prompt": "a", "chosen": "b", "rejected": "c"}',
-    '{"messages": [{"role": "user", "content": "\xe9"}, {"role": "assistant", "content": "c"}]}'.encode("latin-1"),
+    '{"messages": [{"role": "user", "content": "\xe9"}, {"role": "assistant", "content": "c"}]}'.encode(
+        "latin-1"
+    ),
     b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]}',
     b"[1, 2]",
 ]
 
 
 def mixed(path, good, bad):
-    path.write_bytes(b"".join(line + b"\n" for line in [*(json.dumps(r).encode() for r in GOOD[:good]), *bad]))
+    path.write_bytes(
+        b"".join(line + b"\n" for line in [*(json.dumps(r).encode() for r in GOOD[:good]), *bad])
+    )
     return path
 
 
 def test_bad_rows_of_every_kind(tiny, tmp_path):
     """5% may be bad (here 10 of 200); one good row less, and the run ends before it begins."""
     quick = ("max_steps=1", "evaluate=[]", "--model", tiny)
-    said = luth("tune", "--data", mixed(tmp_path / "a.jsonl", 190, BAD), "--output-dir", tmp_path / "a", *quick)
+    said = luth(
+        "tune", "--data", mixed(tmp_path / "a.jsonl", 190, BAD), "--output-dir", tmp_path / "a", *quick
+    )
     assert said.exit_code == 0, said.output
     assert "10 unusable rows of 200 set aside" in said.stdout
     listed = [json.loads(line) for line in (tmp_path / "a" / "quarantine.jsonl").read_text().splitlines()]
-    assert {b["where"] for b in listed} == {f"a.jsonl:{i}" for i in range(191, 201)} and all(b["reason"] for b in listed)
-    said = luth("tune", "--data", mixed(tmp_path / "b.jsonl", 189, BAD), "--output-dir", tmp_path / "b", *quick)
+    assert {b["where"] for b in listed} == {f"a.jsonl:{i}" for i in range(191, 201)} and all(
+        b["reason"] for b in listed
+    )
+    said = luth(
+        "tune", "--data", mixed(tmp_path / "b.jsonl", 189, BAD), "--output-dir", tmp_path / "b", *quick
+    )
     assert said.exit_code == 2 and "10 of 199 rows of" in said.stderr and "max_bad_rows=0.05" in said.stderr
     assert [p.name for p in (tmp_path / "b").iterdir()] == ["quarantine.jsonl"]
     mixed(tmp_path / "b.jsonl", 200, [])  # mended: what was refused leaves no trace
@@ -379,7 +473,9 @@ def test_bad_rows_of_every_kind(tiny, tmp_path):
 def test_a_refused_run_touches_nothing_of_another(tiny, tmp_path, finished):
     folder, _ = finished
     was = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-    said = luth("tune", "--data", mixed(tmp_path / "a.jsonl", 190, BAD), "--model", tiny, "--output-dir", folder)
+    said = luth(
+        "tune", "--data", mixed(tmp_path / "a.jsonl", 190, BAD), "--model", tiny, "--output-dir", folder
+    )
     assert said.exit_code == 2 and "holds another run" in said.stderr
     assert was == {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -397,12 +493,27 @@ def test_a_prompt_is_ended_as_in_training(tiny, tmp_path, monkeypatch):
 
 def test_a_classifier_is_not_talked_to_and_not_compared_with_a_writer(tiny, tmp_path):
     data = tmp_path / "films.jsonl"
-    data.write_text("".join(json.dumps({"text": f"{w} {i}", "label": w}) + "\n" for i in range(8) for w in ("good", "bad")))
-    words = ("--model", tiny, "--data", data, "architecture=classifier", "max_steps=1", "--output-dir", tmp_path / "run")
+    data.write_text(
+        "".join(
+            json.dumps({"text": f"{w} {i}", "label": w}) + "\n" for i in range(8) for w in ("good", "bad")
+        )
+    )
+    words = (
+        "--model",
+        tiny,
+        "--data",
+        data,
+        "architecture=classifier",
+        "max_steps=1",
+        "--output-dir",
+        tmp_path / "run",
+    )
     code = f"from luthier.cli import app; app({['tune', *map(str, words)]!r})"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert said.returncode == 0 and said.stderr == ""  # nothing of other libraries
-    assert "⟦good⟧" in said.stdout and "luthier chat" not in said.stdout and "chat template" not in said.stdout
+    assert (
+        "⟦good⟧" in said.stdout and "luthier chat" not in said.stdout and "chat template" not in said.stdout
+    )
     compared = luth("inspect", tiny, tmp_path / "run")
     assert compared.exit_code == 2 and "read as causal" in compared.stderr
     asked = luth("export", tmp_path / "run", "--as", "lora", "--to", tmp_path / "x")

@@ -11,18 +11,24 @@ import pytest
 
 import luthier
 from conftest import SUMS
-from luthier.study.compare import Study, arms_of, conduct, fair, sentence, understood
 from luthier.errors import RecipeError
 from luthier.recipe.recipe import Recipe
 from luthier.report.console import Console
+from luthier.study.compare import Study, arms_of, conduct, fair, sentence, understood
 
 
 @pytest.fixture
 def shared(shallow) -> dict:
     return {
-        "model": shallow, "data": SUMS, "dtype": "float32", "objective": "sft", "max_steps": 8, "per_device_train_batch_size": 8, "eval_data": 0.3,
+        "model": shallow,
+        "data": SUMS,
+        "dtype": "float32",
+        "objective": "sft",
+        "max_steps": 8,
+        "per_device_train_batch_size": 8,
+        "eval_data": 0.3,
         "evaluate": ["loss", "accuracy", "calibration"],
-    }  # fmt: skip
+    }
 
 
 def study(shared, arms: dict, **how) -> Study:
@@ -41,19 +47,27 @@ def test_the_same_recipe_twice_is_no_difference(shared, tmp_path):
 
 def test_an_arm_made_worse_is_found_and_stopped(shared, tmp_path):
     arms = {
-        "good": {"tuner": "full", "learning_rate": 3e-3}, "close": {"tuner": "full", "learning_rate": 2.9e-3},
-        "worse": {"tuner": "lora", "learning_rate": 1e-7}, "awful": {"tuner": "full", "learning_rate": 3e-1},
-    }  # fmt: skip
+        "good": {"tuner": "full", "learning_rate": 3e-3},
+        "close": {"tuner": "full", "learning_rate": 2.9e-3},
+        "worse": {"tuner": "lora", "learning_rate": 1e-7},
+        "awful": {"tuner": "full", "learning_rate": 3e-1},
+    }
     found = conduct(study({**shared, "max_steps": 24}, arms, seeds=3), tmp_path / "c")
     assert "awful" in found["stopped"] or "worse" in found["stopped"]
-    kept = conduct(study({**shared, "max_steps": 24}, {k: arms[k] for k in ("good", "worse")}, seeds=3), tmp_path / "d")
-    assert kept["sentence"].startswith("Loss on held-out rows: good") and "better than worse" in kept["sentence"]
+    kept = conduct(
+        study({**shared, "max_steps": 24}, {k: arms[k] for k in ("good", "worse")}, seeds=3), tmp_path / "d"
+    )
+    assert (
+        kept["sentence"].startswith("Loss on held-out rows: good") and "better than worse" in kept["sentence"]
+    )
     pair = kept["pairs"]["loss"][0]
     assert pair["apart"] and pair["low"] <= pair["difference"] <= pair["high"] < 0
 
 
 def test_values_by_row_are_what_the_metric_is_the_mean_of(shared, tmp_path):
-    report = luthier.tune({**shared, "tuner": "full", "evaluate": ["loss", "accuracy", "forgetting"]}, folder=tmp_path / "r")
+    report = luthier.tune(
+        {**shared, "tuner": "full", "evaluate": ["loss", "accuracy", "forgetting"]}, folder=tmp_path / "r"
+    )
     for when, metrics in (("before", report.before), ("after", report.after)):
         by_row = json.loads((tmp_path / "r" / f"by-row-{when}.json").read_text())
         for name in ("loss", "accuracy", "elsewhere_loss"):
@@ -86,7 +100,11 @@ def test_a_killed_comparison_goes_on(shared, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "perform", dies)
     with pytest.raises(KeyboardInterrupt):
         conduct(study(shared, arms, seeds=2), tmp_path / "c")
-    monkeypatch.setattr(run, "perform", lambda recipe, folder, *r, **h: (calls.append(folder.name), real(recipe, folder, *r, **h))[1])
+    monkeypatch.setattr(
+        run,
+        "perform",
+        lambda recipe, folder, *r, **h: (calls.append(folder.name), real(recipe, folder, *r, **h))[1],
+    )
     found = conduct(study(shared, arms, seeds=2), tmp_path / "c")
     assert sorted(calls) == ["a-0", "a-1", "b-0", "b-1"]  # nothing was run twice
     assert found["table"]["loss"]["a"]["by_seed"]
@@ -97,7 +115,9 @@ def test_a_budget_of_tokens_gives_each_arm_its_steps(shared, tmp_path):
     found = conduct(study(shared, arms, seeds=1, budget="600 tokens"), tmp_path / "c")
     steps = json.loads((tmp_path / "c" / "budget.json").read_text())
     assert steps["b"] > 1.5 * steps["a"]
-    assert any("per_device_train_batch_size" in n for n in found["notes"]) and any("one seed" in n for n in found["notes"])
+    assert any("per_device_train_batch_size" in n for n in found["notes"]) and any(
+        "one seed" in n for n in found["notes"]
+    )
     assert [understood(x) for x in ("30m", "2h", "500", "2k tokens")] == [
         ("seconds", 1800),
         ("seconds", 7200),
@@ -125,11 +145,19 @@ def test_each_arm_takes_its_own_best_rate(shared, tmp_path, monkeypatch):
     found = conduct(study(shared, arms, **how), tmp_path / "c", Console(told))
     lines = [line for line in told.getvalue().splitlines() if not line.startswith("·")]
     value = json.loads((tmp_path / "c" / "learning_rates.json").read_text())["full"]["0.003"]
-    assert len(lines) == 8 and any(line.startswith(f"full, learning rate 0.003: loss on held-out rows {value:.2f}") for line in lines)
-    assert lines[-1].startswith("lora, seed 0: loss on held-out rows") and " left)" in lines[0] and "left" not in lines[-1]
+    assert len(lines) == 8 and any(
+        line.startswith(f"full, learning rate 0.003: loss on held-out rows {value:.2f}") for line in lines
+    )
+    assert (
+        lines[-1].startswith("lora, seed 0: loss on held-out rows")
+        and " left)" in lines[0]
+        and "left" not in lines[-1]
+    )
     assert found["arms"]["full"]["learning_rate"] == 3e-3 and found["arms"]["lora"]["learning_rate"] >= 3e-3
     picked = json.loads((tmp_path / "c" / "learning_rates.json").read_text())
-    assert set(picked["full"]) == {"1e-06", "0.003", "3"} and any("learning rate 0.003" in note for note in found["notes"])
+    assert set(picked["full"]) == {"1e-06", "0.003", "3"} and any(
+        "learning rate 0.003" in note for note in found["notes"]
+    )
     monkeypatch.setattr("luthier.run.run.perform", lambda *a, **k: pytest.fail("all of this was known"))
     assert conduct(study(shared, arms, **how), tmp_path / "c")["table"]["loss"] == found["table"]["loss"]
     with pytest.raises(RecipeError, match="two or more above 0"):
@@ -141,11 +169,17 @@ def test_a_plan_is_an_arm_like_others(shared, tmp_path):
         "once": {"tuner": "full", "learning_rate": 1e-3},
         "twice": {"tuner": "full", "learning_rate": 1e-3, "plan": {"name": "sequence", "acts": [{}, {}]}},
         "same": {"tuner": "full", "learning_rate": 1e-3},
-    }  # fmt: skip
+    }
     found = conduct(study(shared, arms, seeds=2), tmp_path / "c")
-    assert found["table"]["loss"]["twice"]["mean"] < found["table"]["loss"]["once"]["mean"] and found["table"]["loss"]["twice"]["rows"] > 1
+    assert (
+        found["table"]["loss"]["twice"]["mean"] < found["table"]["loss"]["once"]["mean"]
+        and found["table"]["loss"]["twice"]["rows"] > 1
+    )
     assert found["table"]["loss"]["same"] == found["table"]["loss"]["once"] and not found["stopped"]
-    acts = [json.loads((tmp_path / "c" / "twice-0" / f"act-{k}" / "report.json").read_text())["stats"]["seconds"] for k in (0, 1)]
+    acts = [
+        json.loads((tmp_path / "c" / "twice-0" / f"act-{k}" / "report.json").read_text())["stats"]["seconds"]
+        for k in (0, 1)
+    ]
     assert found["table"]["seconds"]["twice"]["by_seed"][0] == pytest.approx(sum(acts))
     with pytest.raises(RecipeError, match="which no budget divides"):
         fair(study(shared, arms, budget="5 steps"))
@@ -155,14 +189,21 @@ def test_the_page_answers_first_and_runs_nothing(shared, tmp_path):
     rows = [{**r, "prompt": r["prompt"] + "<script>alert(1)</script>"} for r in SUMS]
     arms = {"a": {"tuner": "full"}, "b<i>": {"tuner": "lora"}}
     found = conduct(
-        study({**shared, "data": rows, "evaluate": ["loss", "generate"]}, {"a": arms["a"], "b": arms["b<i>"]}, seeds=1), tmp_path / "c"
+        study(
+            {**shared, "data": rows, "evaluate": ["loss", "generate"]},
+            {"a": arms["a"], "b": arms["b<i>"]},
+            seeds=1,
+        ),
+        tmp_path / "c",
     )
     page = Page()
     page.feed((tmp_path / "c" / "report.html").read_text())
     assert found["sentence"] in page.text and "script" not in page.tags
     assert page.text.index(found["sentence"]) < page.text.index("Every metric")
     for link in ("a-0/report.html", "b-0/report.html"):
-        assert (Path(found["folder"]) / link).is_file() and link in (tmp_path / "c" / "report.html").read_text()
+        assert (Path(found["folder"]) / link).is_file() and link in (
+            tmp_path / "c" / "report.html"
+        ).read_text()
 
 
 @pytest.mark.parametrize(
@@ -193,22 +234,32 @@ def test_two_commands_do_not_share_a_folder(shared, tmp_path):
 
 def test_arms_from_the_command_line(tmp_path, tiny):
     for name in ("one", "two"):
-        (tmp_path / f"{name}.yaml").write_text(f"model: {tiny}\ntuner: {'lora' if name == 'one' else 'full'}\n")
+        (tmp_path / f"{name}.yaml").write_text(
+            f"model: {tiny}\ntuner: {'lora' if name == 'one' else 'full'}\n"
+        )
     arms = arms_of([str(tmp_path / "one.yaml"), str(tmp_path / "two.yaml")], ["learning_rate=0.5"])
     assert list(arms) == ["one", "two"] and arms["two"].tuner == "full" and arms["one"].learning_rate == 0.5
     assert list(arms_of([], [], "lora,ssf", "sft")) == ["lora", "ssf"]
     assert list(arms_of([], [], "lora,ssf", "dpo,ipo")) == ["lora-dpo", "lora-ipo", "ssf-dpo", "ssf-ipo"]
     with pytest.raises(RecipeError, match="two recipes or more"):
         arms_of([str(tmp_path / "one.yaml")])
-    assert "no winner" in sentence("loss", {"a": {"mean": 1}, "b": {"mean": 2}}, [{"a": "a", "b": "b", "apart": False}], {})
+    assert "no winner" in sentence(
+        "loss", {"a": {"mean": 1}, "b": {"mean": 2}}, [{"a": "a", "b": "b", "apart": False}], {}
+    )
     assert fair(Study({k: r.but(data=SUMS) for k, r in arms.items()}))[0]["one"].evaluate
 
 
 def test_arms_that_share_a_base_run_side_by_side_and_find_the_same(shared, tmp_path):
     """Pausing where arms may be stopped early, and for good."""
     lora = {"name": "lora", "r": 4}
-    arms = {"low": {"tuner": lora}, "high": {"tuner": lora | {"r": 8}, "learning_rate": 1e-2}, "full": {"tuner": "full"}}
-    both = {way: conduct(study(shared, arms, seeds=2, together=way), tmp_path / str(way)) for way in (True, False)}
+    arms = {
+        "low": {"tuner": lora},
+        "high": {"tuner": lora | {"r": 8}, "learning_rate": 1e-2},
+        "full": {"tuner": "full"},
+    }
+    both = {
+        way: conduct(study(shared, arms, seeds=2, together=way), tmp_path / str(way)) for way in (True, False)
+    }
     assert both[True]["stopped"].keys() == both[False]["stopped"].keys()
     for arm, want in both[False]["table"]["loss"].items():
         assert both[True]["table"]["loss"][arm]["by_seed"] == pytest.approx(want["by_seed"], abs=1e-5)
@@ -217,6 +268,10 @@ def test_arms_that_share_a_base_run_side_by_side_and_find_the_same(shared, tmp_p
 
 
 def test_a_crew_of_which_one_diverges_is_run_alone(shared, tmp_path):
-    arms = {"a": {"tuner": "lora"}, "b": {"tuner": "lora", "learning_rate": 1e30, "optim": "sgd"}, "c": {"tuner": "lora", "learning_rate": 1e-3, "optim": "sgd"}}
+    arms = {
+        "a": {"tuner": "lora"},
+        "b": {"tuner": "lora", "learning_rate": 1e30, "optim": "sgd"},
+        "c": {"tuner": "lora", "learning_rate": 1e-3, "optim": "sgd"},
+    }
     found = conduct(study(shared, arms, seeds=1, stop_early=False), tmp_path / "c")
     assert list(found["stopped"]) == ["b"] and {"a", "c"} <= set(found["table"]["loss"])

@@ -1,4 +1,6 @@
-"""The docs say what the code does: generated pages are current, recipes in pages are valid, links lead somewhere."""
+"""The docs say what the code does: generated pages are current, recipes in pages are valid, links lead
+somewhere.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,8 @@ import pytest
 import yaml
 
 import luthier
-from luthier.tools import docs
 from luthier import registry as method
+from luthier.tools import docs
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"])
@@ -19,7 +21,9 @@ BY_HAND = ("index", "idea", "recipes", "data", "practice", "python", "troublesho
 
 
 def test_generated_pages_are_up_to_date(capsys):
-    assert docs.docs(ROOT / "docs", check=True) == 0, capsys.readouterr().err + "run `python -m luthier.tools.docs`"
+    assert docs.docs(ROOT / "docs", check=True) == 0, (
+        capsys.readouterr().err + "run `python -m luthier.tools.docs`"
+    )
 
 
 def test_check_tells_what_differs(tmp_path, capsys):
@@ -74,7 +78,9 @@ def test_sentences_that_are_explained_are_said():
     code = re.sub(r'"\s*\n\s*f?"', "", code)  # a sentence may go on in the next line
     said = re.sub(r"\{[^{}]*\}", "~", code)
     page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
-    quoted = [q for cell in re.findall(r"^\| (\*.+?\*) \|", page, re.M) for q in re.findall(r"\*([^*]+)\*", cell)]
+    quoted = [
+        q for cell in re.findall(r"^\| (\*.+?\*) \|", page, re.M) for q in re.findall(r"\*([^*]+)\*", cell)
+    ]
     assert len(quoted) > 25
     for sentence in quoted:
         parts = re.split(r"\.\.\.|\b[A-Z]+\b|'\w+'|[:;,()?]|`|\bx\b", sentence)  # between names and numbers

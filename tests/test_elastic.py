@@ -13,12 +13,12 @@ from torch import nn
 
 import luthier
 from conftest import SUMS, make_llama
+from luthier.errors import RecipeError
 from luthier.methods.evaluators.cost._pareto import dominates, fronts, guided, search
 from luthier.methods.evaluators.cost._predictor import gaussian, left_out, linear, onehot, predicted
-from luthier.errors import RecipeError
+from luthier.methods.tuners.pruned._elastic import Anatomy, macs, masked, sliced
 from luthier.registry import build
 from luthier.study.statistics import hypervolume
-from luthier.methods.tuners.pruned._elastic import Anatomy, macs, masked, sliced
 from zoo import BERT
 
 IDS = torch.arange(6, 26).reshape(2, 10)
@@ -45,7 +45,10 @@ def test_the_largest_sub_network_is_the_network():
     assert torch.equal(said(sliced(model, anatomy, anatomy.whole)), before)
 
 
-@pytest.mark.parametrize("make, shape", [(make_llama, SHAPE), (make_llama, ((2, 96), (1, 20), (2, 1), (0, 0))), (bert, ((2, 30), (4, 11)))])
+@pytest.mark.parametrize(
+    "make, shape",
+    [(make_llama, SHAPE), (make_llama, ((2, 96), (1, 20), (2, 1), (0, 0))), (bert, ((2, 30), (4, 11)))],
+)
 def test_masked_is_sliced(make, shape):
     model = make()
     anatomy, before = Anatomy(model), said(model)
@@ -97,7 +100,10 @@ def test_the_front_holds_nobody_that_another_beats():
 @pytest.mark.parametrize("kernel", [linear, gaussian])
 def test_leaving_one_out_is_a_regression_on_the_others(kernel):
     rng = np.random.default_rng(0)
-    X, y = onehot([3, 4, 2], np.stack([rng.integers(n, size=9) for n in (3, 4, 2)], 1)), rng.standard_normal(9)
+    X, y = (
+        onehot([3, 4, 2], np.stack([rng.integers(n, size=9) for n in (3, 4, 2)], 1)),
+        rng.standard_normal(9),
+    )
     for i in range(9):
         K, k = kernel(np.delete(X, i, 0), np.delete(X, i, 0)), kernel(X[i : i + 1], np.delete(X, i, 0))[0]
         missed = y[i] - k @ np.linalg.solve(K + 0.3 * np.eye(8), np.delete(y, i))
@@ -116,7 +122,9 @@ def test_what_adds_up_is_predicted_and_so_is_what_does_not():
 
 @pytest.mark.parametrize("seed", range(2))
 def test_predictions_find_a_better_front_with_no_more_measurements(seed):
-    """Eight layers that count unequally: the volume of the front, against NSGA-II on measurements and against chance."""
+    """Eight layers that count unequally: the volume of the front, against NSGA-II on measurements and against
+    chance.
+    """
     choices, worth, count = [3, 4] * 8, np.random.default_rng(seed).exponential(size=16), [0]
     ends = [tuple(n - 1 for n in choices), (0,) * 16]
     without = lambda g: 1 - (np.array(g) + 1) / np.array(choices)
@@ -124,7 +132,9 @@ def test_predictions_find_a_better_front_with_no_more_measurements(seed):
 
     def cost(g):
         count[0] += 1
-        return math.log1p(float(worth @ without(g) ** 1.5) + 4 * float(without(g)[1:-1:2] @ without(g)[3::2])), macs(g)
+        return math.log1p(
+            float(worth @ without(g) ** 1.5) + 4 * float(without(g)[1:-1:2] @ without(g)[3::2])
+        ), macs(g)
 
     def guess(known):
         loss = predicted(choices, list(known), [c[0] for c in known.values()])
@@ -140,11 +150,20 @@ def test_predictions_find_a_better_front_with_no_more_measurements(seed):
     while len(drawn) < max(paid):
         g = tuple(int(rng.integers(n)) for n in choices)
         drawn[g] = cost(g)
-    assert paid[0] <= 2 + 8 * 5 and volumes[0] > 1.1 * max(volumes[1], hypervolume(list(drawn.values()), worst))
+    assert paid[0] <= 2 + 8 * 5 and volumes[0] > 1.1 * max(
+        volumes[1], hypervolume(list(drawn.values()), worst)
+    )
 
 
 def small(base, tuner, **more):
-    return base | {"tuner": tuner, "max_steps": 80, "learning_rate": 2e-3, "per_device_train_batch_size": 16, "save_steps": 80, **more}
+    return base | {
+        "tuner": tuner,
+        "max_steps": 80,
+        "learning_rate": 2e-3,
+        "per_device_train_batch_size": 16,
+        "save_steps": 80,
+        **more,
+    }
 
 
 def test_half_the_width_is_better_after_elastic_tuning_and_the_best_parts_are_kept(base, tmp_path):
@@ -157,7 +176,9 @@ def test_half_the_width_is_better_after_elastic_tuning_and_the_best_parts_are_ke
     tuner = {"name": "elastic", "heads": [1.0], "width": [0.5, 1.0], "depth": [0.75, 1.0]}
     report = luthier.tune(small(base, tuner, **how), folder=tmp_path / "elastic")
     luthier.tune(small(base, tuner), folder=tmp_path / "plain")
-    rows = [{"id": str(i), "prompt": r["prompt"], "completions": [r["completion"]]} for i, r in enumerate(SUMS)]
+    rows = [
+        {"id": str(i), "prompt": r["prompt"], "completions": [r["completion"]]} for i, r in enumerate(SUMS)
+    ]
     half = ((2, 48),) * 4
     losses = {}
     for name in ("elastic", "plain"):
@@ -167,14 +188,18 @@ def test_half_the_width_is_better_after_elastic_tuning_and_the_best_parts_are_ke
     assert losses["elastic"] < 0.8 * losses["plain"], losses
     table = json.loads((tmp_path / "elastic" / "pareto.json").read_text())
     points = [(t["loss"], t["macs"]) for t in table]
-    assert report.after["pareto_size"] == len(table) >= 2 and not any(dominates(a, b) for a in points for b in points)
+    assert report.after["pareto_size"] == len(table) >= 2 and not any(
+        dominates(a, b) for a in points for b in points
+    )
     shape = tuple(map(tuple, table[0]["shape"]))
     loaded = luthier.load(tmp_path / "elastic")
     loaded.roles.tuner.export(shape, tmp_path / "small")
     loaded.tokenizer.save_pretrained(tmp_path / "small")
     with loaded.roles.tuner.playing(shape):
         masked_said = loaded.logprobs(rows)
-    torch.testing.assert_close(luthier.load(tmp_path / "small", dtype="float32").logprobs(rows), masked_said, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        luthier.load(tmp_path / "small", dtype="float32").logprobs(rows), masked_said, atol=1e-5, rtol=1e-5
+    )
 
 
 def test_sorting_changes_no_answer_and_puts_the_important_first(base, tmp_path):
@@ -184,7 +209,10 @@ def test_sorting_changes_no_answer_and_puts_the_important_first(base, tmp_path):
 
     recipe = Recipe.load(base | {"tuner": "elastic"})
     roles = assemble(recipe, parts(recipe))
-    rows = [{"id": str(i), "prompt": r["prompt"], "completions": [r["completion"]]} for i, r in enumerate(SUMS[:8])]
+    rows = [
+        {"id": str(i), "prompt": r["prompt"], "completions": [r["completion"]]}
+        for i, r in enumerate(SUMS[:8])
+    ]
     batch = roles.batch(rows)
     layer = roles.policy.model.model.layers[0]
     before, down = roles.policy.logprobs(batch).detach(), layer.mlp.down_proj.weight.detach().clone()
@@ -195,12 +223,18 @@ def test_sorting_changes_no_answer_and_puts_the_important_first(base, tmp_path):
         measure = build("evaluator", {"name": "pareto", "population": 4, "generations": 2, "per_layer": True})
         found = measure.run(roles, rows, tmp_path, "after")
     table = json.loads((tmp_path / "pareto.json").read_text())
-    assert found["pareto_size"] == len(table) and any(len(set(map(tuple, t["shape"]))) > 1 for t in table), "layers differ"
+    assert found["pareto_size"] == len(table) and any(len(set(map(tuple, t["shape"]))) > 1 for t in table), (
+        "layers differ"
+    )
     t = next(t for t in table if len(set(map(tuple, t["shape"]))) > 1)
     with roles.tuner.playing(tuple(map(tuple, t["shape"]))):
-        assert t["loss"] == pytest.approx(-float(roles.policy.logprobs(batch.view()).detach().mean()), abs=1e-4), "measured, not predicted"
+        assert t["loss"] == pytest.approx(
+            -float(roles.policy.logprobs(batch.view()).detach().mean()), abs=1e-4
+        ), "measured, not predicted"
     with roles.tuner.playing(((2, 48),) * 4):
         first = roles.policy.logprobs(batch.view()).detach()
         with roles.tuner.whole():
-            torch.testing.assert_close(roles.policy.logprobs(batch.view()).detach(), before, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                roles.policy.logprobs(batch.view()).detach(), before, atol=1e-4, rtol=1e-4
+            )
     assert not torch.allclose(first, before, atol=1e-2)

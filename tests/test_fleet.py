@@ -13,18 +13,22 @@ sys.path.insert(0, str(Path(__file__).parent))
 import luthier
 import zoo
 from conftest import PAIRS, SUMS
-from luthier.train import batched_lora as fleet
-from luthier.train import batched_forward as kernel
-from luthier.registry import build
-from luthier.recipe.recipe import Recipe
 from luthier.model.policy import Policy
+from luthier.recipe.recipe import Recipe
+from luthier.registry import build
+from luthier.train import batched_forward as kernel
+from luthier.train import batched_lora as fleet
 from test_loop import near, weights
 
 CAUSAL = build("architecture", "causal")
 MEMBERS = {
     "small": {"tuner": {"name": "lora", "r": 2}, "seed": 0},
     "wide": {"tuner": {"name": "lora", "r": 8, "lora_alpha": 4}, "learning_rate": 3e-3, "seed": 1},
-    "queries": {"tuner": {"name": "lora", "target_modules": ["q_proj", "down_proj"]}, "lr_scheduler_type": "constant", "seed": 0},
+    "queries": {
+        "tuner": {"name": "lora", "target_modules": ["q_proj", "down_proj"]},
+        "lr_scheduler_type": "constant",
+        "seed": 0,
+    },
 }
 
 
@@ -35,7 +39,11 @@ def tiny(shallow) -> str:
 
 def crew(name="llama"):
     base = zoo.make(name)
-    return [Policy(CAUSAL, model, build("tuner", m["tuner"]).attach(model)) for m in MEMBERS.values() for model in [kernel.shell(base)]]
+    return [
+        Policy(CAUSAL, model, build("tuner", m["tuner"]).attach(model))
+        for m in MEMBERS.values()
+        for model in [kernel.shell(base)]
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_sliding", "gemma3"])
@@ -73,20 +81,31 @@ def test_what_cannot_be_read_in_one_pass():
 @pytest.mark.parametrize("objective, data", [("sft", SUMS), ("dpo", PAIRS)])
 @pytest.mark.parametrize("way", [True, False])
 def test_each_ends_as_its_own_run(base, tmp_path, monkeypatch, objective, data, way):
-    """In one pass and one after the other; over epochs, with accumulation, a shared reference and a shared store."""
+    """In one pass and one after the other; over epochs, with accumulation, a shared reference and a shared
+    store.
+    """
     monkeypatch.setattr(fleet.Fleet, "tried", lambda self: way)
     base |= {
-        "objective": objective, "data": data[:12], "max_steps": 8, "evaluate": ["loss"], "gradient_accumulation_steps": 2,
+        "objective": objective,
+        "data": data[:12],
+        "max_steps": 8,
+        "evaluate": ["loss"],
+        "gradient_accumulation_steps": 2,
         "per_device_train_batch_size": 2,
-    }  # fmt: skip
+    }
     recipes = {k: Recipe.load({**base, **m}) for k, m in MEMBERS.items()}
     assert len({fleet.alike(r) for r in recipes.values()}) == 1 and fleet.alike(Recipe.load(base)) is None
     reports = fleet.perform([(r, tmp_path / "fleet" / k) for k, r in recipes.items()])
     for (name, recipe), got in zip(recipes.items(), reports, strict=True):
         want = luthier.tune(recipe, folder=tmp_path / name)
-        assert got.losses == pytest.approx(want.losses, abs=1e-5) and got.after == pytest.approx(want.after, abs=1e-5)
+        assert got.losses == pytest.approx(want.losses, abs=1e-5) and got.after == pytest.approx(
+            want.after, abs=1e-5
+        )
         assert near(weights(tmp_path / "fleet" / name), weights(tmp_path / name), 2e-5)
-        assert (got.stats["tokens"], got.stats["rows_seen"]) == (want.stats["tokens"], want.stats["rows_seen"])
+        assert (got.stats["tokens"], got.stats["rows_seen"]) == (
+            want.stats["tokens"],
+            want.stats["rows_seen"],
+        )
     assert not list((tmp_path / "fleet").glob("*/said-*"))
 
 
@@ -100,8 +119,11 @@ def test_paused_and_killed_ones_go_on(base, tmp_path):
     paused = fleet.perform(runs, until=0.75)
     assert [r.stats["paused_at"] for r in paused] == [6, 6, 6]
     for (recipe, folder), got in zip(runs, fleet.perform(runs), strict=True):
-        assert got.losses == pytest.approx(luthier.tune(recipe, folder=tmp_path / "alone" / folder.name).losses, abs=1e-5)
-    assert [r.losses for r in fleet.perform(runs)] == [luthier.Report.read(f).losses for _, f in runs]  # finished: nothing to do
+        assert got.losses == pytest.approx(
+            luthier.tune(recipe, folder=tmp_path / "alone" / folder.name).losses, abs=1e-5
+        )
+    # finished: nothing to do
+    assert [r.losses for r in fleet.perform(runs)] == [luthier.Report.read(f).losses for _, f in runs]
 
 
 def test_the_faster_way_is_measured_and_told(base, tmp_path):

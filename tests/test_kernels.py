@@ -13,16 +13,20 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 
 import zoo
-from luthier.model.outputs import Outputs
 from luthier.kernels import logprobs as kernel
 from luthier.kernels.layout import lay_out
 from luthier.kernels.logprobs import Head, chunked, plain
+from luthier.model.outputs import Outputs
 
 T, D, V = 37, 16, 61
 FORMS = {
-    "plain": {}, "bias": {"with_bias": True}, "scale": {"scale": 0.3}, "softcap": {"softcap": 2.0},
-    "all": {"with_bias": True, "scale": 1.7, "softcap": 3.0, "further": True}, "further bias": {"further": True},
-}  # fmt: skip
+    "plain": {},
+    "bias": {"with_bias": True},
+    "scale": {"scale": 0.3},
+    "softcap": {"softcap": 2.0},
+    "all": {"with_bias": True, "scale": 1.7, "softcap": 3.0, "further": True},
+    "further bias": {"further": True},
+}
 
 
 def case(with_bias=False, scale=1.0, softcap=0.0, further=False, dtype=torch.float32, n=T, vocabulary=V):
@@ -31,7 +35,11 @@ def case(with_bias=False, scale=1.0, softcap=0.0, further=False, dtype=torch.flo
     nn.init.normal_(module.weight)
     hidden = torch.randn(n, D).to(dtype).requires_grad_()
     labels = torch.randint(vocabulary, (n,))
-    return hidden, Head(module.to(dtype), scale, softcap, torch.randn(vocabulary) if further else None), labels
+    return (
+        hidden,
+        Head(module.to(dtype), scale, softcap, torch.randn(vocabulary) if further else None),
+        labels,
+    )
 
 
 def gradients(values, hidden, head):
@@ -39,7 +47,8 @@ def gradients(values, hidden, head):
     return torch.autograd.grad((values * torch.linspace(-1, 2, len(values))).sum(), moved)
 
 
-CUT = [(16, 8192), (17, 1), (1000, 60), (1000, 8192)]  # into chunks and blocks, even and uneven, or not at all
+# into chunks and blocks, even and uneven, or not at all
+CUT = [(16, 8192), (17, 1), (1000, 60), (1000, 8192)]
 
 
 @pytest.mark.parametrize(("tokens", "words"), CUT)
@@ -85,10 +94,19 @@ def test_half_precision_is_as_good_as_the_plain_twin_in_it(frozen):
     exact_hidden.data, exact.module.weight.data = hidden.data.float(), head.module.weight.data.float()
     head.module.requires_grad_(not frozen)
     exact.module.requires_grad_(not frozen)
-    fast, slow, want = chunked(hidden, head, labels), plain(hidden, head, labels), plain(exact_hidden, exact, labels)
+    fast, slow, want = (
+        chunked(hidden, head, labels),
+        plain(hidden, head, labels),
+        plain(exact_hidden, exact, labels),
+    )
     assert fast.dtype == torch.float32
     assert (fast - want).abs().max() <= (slow - want).abs().max() + 1e-3
-    triple = zip(gradients(fast, hidden, head), gradients(slow, hidden, head), gradients(want, exact_hidden, exact), strict=True)
+    triple = zip(
+        gradients(fast, hidden, head),
+        gradients(slow, hidden, head),
+        gradients(want, exact_hidden, exact),
+        strict=True,
+    )
     for got, other, true in triple:
         assert got.dtype == torch.bfloat16
         assert (got.float() - true).abs().max() <= 1.5 * (other.float() - true).abs().max() + 1e-2
@@ -97,8 +115,12 @@ def test_half_precision_is_as_good_as_the_plain_twin_in_it(frozen):
 def test_a_normaliser_is_found_where_no_probability_of_the_first_words_is_above_zero():
     z = torch.full((3, 100), -150.0)
     z[:, 80], z[1, :50], z[2, 3] = 5.0, -60.0, 7.0
-    torch.testing.assert_close(kernel.normaliser(z, z.softmax(-1)), z.logsumexp(-1, keepdim=True), atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(kernel.normaliser(z[1:], z[1:].softmax(-1)), z[1:].logsumexp(-1, keepdim=True), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        kernel.normaliser(z, z.softmax(-1)), z.logsumexp(-1, keepdim=True), atol=1e-6, rtol=1e-6
+    )
+    torch.testing.assert_close(
+        kernel.normaliser(z[1:], z[1:].softmax(-1)), z[1:].logsumexp(-1, keepdim=True), atol=1e-6, rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("words", [1, 8192])
@@ -112,7 +134,11 @@ def test_of_a_label_that_is_nearly_sure_the_slope_is_not_rounded_away(words, mon
     sure = (out > -0.004) & (out < -1e-4)
     assert sure.sum() > 5
     got = gradients(out, hidden, head)[0].float()
-    want = gradients(plain(exact := hidden.detach().float().requires_grad_(), Head(head.module.float()), labels), exact, head)[0]
+    want = gradients(
+        plain(exact := hidden.detach().float().requires_grad_(), Head(head.module.float()), labels),
+        exact,
+        head,
+    )[0]
     assert ((got - want)[sure].norm(dim=1) < 0.15 * want[sure].norm(dim=1)).all()
 
 
@@ -124,7 +150,9 @@ def test_second_derivatives(form, frozen):
     head.module.requires_grad_(not frozen)
     both = []
     for way in (chunked, plain):
-        (g,) = torch.autograd.grad((way(hidden, head, labels) * torch.linspace(-1, 2, T)).sum(), hidden, create_graph=True)
+        (g,) = torch.autograd.grad(
+            (way(hidden, head, labels) * torch.linspace(-1, 2, T)).sum(), hidden, create_graph=True
+        )
         moved = [hidden] if frozen else [hidden, head.module.weight]
         both.append(torch.autograd.grad(g.square().sum(), moved))
     for got, want in zip(*both, strict=True):
@@ -143,7 +171,9 @@ def test_the_table_of_all_logits_never_exists(frozen, monkeypatch):
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            seen.extend(x.numel() for x in (out if isinstance(out, (tuple, list)) else (out,)) if torch.is_tensor(x))
+            seen.extend(
+                x.numel() for x in (out if isinstance(out, (tuple, list)) else (out,)) if torch.is_tensor(x)
+            )
             return out
 
     with Watch():
@@ -176,12 +206,16 @@ def test_outputs_answer_every_question_together(form, monkeypatch):
         "entropy": outputs.entropy,
         "at": outputs.at(some).sum(1),
         "top": outputs.top(4)[0].sum(1),
-        "divergence": outputs.apply(lambda z, y: (y.softmax(-1) * (y.log_softmax(-1) - z.log_softmax(-1))).sum(-1), beside=[beside]),
+        "divergence": outputs.apply(
+            lambda z, y: (y.softmax(-1) * (y.log_softmax(-1) - z.log_softmax(-1))).sum(-1), beside=[beside]
+        ),
     }
     assert torch.equal(outputs.top(4)[1], logp.topk(4).indices) and outputs.logprobs is got["logprobs"]
     for name, value in want.items():
         torch.testing.assert_close(got[name], value, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
-    for a, b in zip(gradients(sum(got.values()), hidden, head), gradients(sum(want.values()), hidden, head), strict=True):
+    for a, b in zip(
+        gradients(sum(got.values()), hidden, head), gradients(sum(want.values()), hidden, head), strict=True
+    ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
@@ -207,7 +241,13 @@ def test_a_wrapped_head_is_asked_as_it_is():
 def test_head_scale_and_cap_are_measured():
     from luthier.model.language_model import head_of
 
-    told = {"llama": (1.0, 0.0), "cohere": (0.25, 0.0), "granite": (0.25, 0.0), "gemma2": (1.0, 5.0), "recurrent_gemma": (1.0, 5.0)}
+    told = {
+        "llama": (1.0, 0.0),
+        "cohere": (0.25, 0.0),
+        "granite": (0.25, 0.0),
+        "gemma2": (1.0, 5.0),
+        "recurrent_gemma": (1.0, 5.0),
+    }
     for name, (scale, cap) in told.items():
         head = head_of(zoo.make(name), {"input_ids": torch.ones(1, 2, dtype=torch.long)})
         assert (head.scale, head.softcap) == (pytest.approx(scale, rel=1e-6), cap) and head.bias is None
@@ -267,7 +307,8 @@ def test_packing_wastes_little_and_shares_prompts():
     packed = lay_out(batch, width=10**6)
     assert packed.source.shape == (1, len(batch.ids))  # every token once, no padding
     own = lay_out(batch, share=False, width=10**6)
-    assert own.source.shape[1] == len(batch.ids) + 2 * 5 + 9  # prompts of 5 and 9 tokens again for their further completions
+    # prompts of 5 and 9 tokens again for their further completions
+    assert own.source.shape[1] == len(batch.ids) + 2 * 5 + 9
     padded = lay_out(batch, share=False)
     assert len(padded.source) == len(batch.completion)
     assert all(len(set(p[p >= 0].tolist())) == 2 for p in padded.piece)
@@ -292,7 +333,10 @@ def test_lora_in_the_models_precision_is_its_plain_twin(dtype, atol, asked):
     def given():
         g = torch.Generator().manual_seed(0)
         shapes = {"x": (2, 5, 12), "y": (2, 5, 7), "A": (3, 12), "B": (7, 3)}
-        made = {k: torch.randn(s, generator=g).to(dtype if k in "xy" else torch.float32) for k, s in shapes.items()}
+        made = {
+            k: torch.randn(s, generator=g).to(dtype if k in "xy" else torch.float32)
+            for k, s in shapes.items()
+        }
         return {k: v.requires_grad_(k in asked.split()) for k, v in made.items()}
 
     a, b = given(), given()

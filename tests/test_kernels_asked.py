@@ -1,4 +1,6 @@
-"""The last MLP reads what is asked for and nothing else: the same answers and gradients, and whoever listens hears everything."""
+"""The last MLP reads what is asked for and nothing else: the same answers and gradients, and whoever listens
+hears everything.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ import torch
 
 import zoo
 from luthier.kernels import sparse_mlp as asked
-from luthier.registry import build
 from luthier.methods.tuners._base import Untuned
+from luthier.registry import build
 
 CAUSAL = build("architecture", "causal")
 
@@ -28,7 +30,9 @@ def test_answers_and_gradients_are_those_of_the_network_as_it_is(name, monkeypat
     found, heard = asked.last_block(model), []
     assert found is not None
     forward = type(found[1]).forward
-    monkeypatch.setattr(type(found[1]), "forward", lambda self, x: heard.append((self, x.shape)) or forward(self, x))
+    monkeypatch.setattr(
+        type(found[1]), "forward", lambda self, x: heard.append((self, x.shape)) or forward(self, x)
+    )
     got = said(model, batch)
     torch.testing.assert_close(got[0], want[0], atol=1e-5, rtol=1e-5)
     for a, b in zip(got[1], want[1], strict=True):

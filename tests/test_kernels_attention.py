@@ -12,14 +12,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import zoo
-from luthier.train import checks as guards
-from luthier.model.batch import collate
 from luthier.kernels import attention, elementwise
-from luthier.kernels.layout import lay_out
 from luthier.kernels.decode_attention import Written, one_token
-from luthier.registry import build
-from luthier.model.policy import Policy
+from luthier.kernels.layout import lay_out
 from luthier.methods.tuners._base import Untuned
+from luthier.model.batch import collate
+from luthier.model.policy import Policy
+from luthier.registry import build
+from luthier.train import checks as guards
 
 CAUSAL = build("architecture", "causal")
 
@@ -28,7 +28,12 @@ def uneven():
     """Long sequences beside short ones: several blocks each, shared prompts of many completions."""
     sizes = [(70, [9]), (3, [40, 5, 17, 2, 30, 11]), (1, [1]), (20, [60, 61])]
     rows = [
-        {"id": str(g), "encoded": SimpleNamespace(prompt=[5] * p, completions=[[6] * c for c in cs], supervised=[[True] * c for c in cs])}
+        {
+            "id": str(g),
+            "encoded": SimpleNamespace(
+                prompt=[5] * p, completions=[[6] * c for c in cs], supervised=[[True] * c for c in cs]
+            ),
+        }
         for g, (p, cs) in enumerate(sizes)
     ]
     return collate(rows, lambda row: row["encoded"])
@@ -45,7 +50,10 @@ def asked(layout, dtype=torch.float32, heads=6, kv=2, size=8):
 
 
 @pytest.mark.parametrize("kept", [True, False])
-@pytest.mark.parametrize("virtual, share, width", [(0, True, 10**6), (3, True, 10**6), (0, False, 10**6), (2, True, 0), (0, False, 100)])
+@pytest.mark.parametrize(
+    "virtual, share, width",
+    [(0, True, 10**6), (3, True, 10**6), (0, False, 10**6), (2, True, 0), (0, False, 100)],
+)
 @pytest.mark.parametrize("reach", [(None, None), (7, None), (None, 16)])
 @pytest.mark.parametrize("batch", BATCHES)
 def test_blocks_are_the_plain_twin(batch, reach, virtual, share, width, kept, monkeypatch):
@@ -63,7 +71,10 @@ def test_blocks_are_the_plain_twin(batch, reach, virtual, share, width, kept, mo
     for way in (attention.attend, attention._composed):
         got = way(*inputs, how, 0.3)
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-        pairs = zip(*(torch.autograd.grad((x * weight).sum(), inputs, retain_graph=True) for x in (got, want)), strict=True)
+        pairs = zip(
+            *(torch.autograd.grad((x * weight).sum(), inputs, retain_graph=True) for x in (got, want)),
+            strict=True,
+        )
         for a, b in pairs:
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
@@ -76,7 +87,9 @@ def test_bf16_is_within_its_rounding():
     got, want = attention.attend(*inputs, how, 0.3), attention.plain(*wide, exact, 0.3)
     assert got.dtype == torch.bfloat16 and (got.float() - want).abs().max() < 0.03
     for a, b in zip(
-        torch.autograd.grad((got * weight).sum(), inputs), torch.autograd.grad((want * weight.float()).sum(), wide), strict=True
+        torch.autograd.grad((got * weight).sum(), inputs),
+        torch.autograd.grad((want * weight.float()).sum(), wide),
+        strict=True,
     ):
         assert (a.float() - b).norm() < 0.01 * b.norm()
 
@@ -92,8 +105,10 @@ def test_second_and_forward_derivatives():
     for a, b in zip(*both, strict=True):
         assert b.any()
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-    ahead = [torch.func.jvp(lambda q, way=way: way(q, *inputs[1:], how, 0.3), (inputs[0],), (inputs[0],))[1] for way in
-             (attention.attend, attention.plain)]  # fmt: skip
+    ahead = [
+        torch.func.jvp(lambda q, way=way: way(q, *inputs[1:], how, 0.3), (inputs[0],), (inputs[0],))[1]
+        for way in (attention.attend, attention.plain)
+    ]
     torch.testing.assert_close(*ahead, atol=1e-5, rtol=1e-4)
 
 
@@ -115,7 +130,8 @@ def test_dropout_is_that_of_operations_torch_differentiates(monkeypatch):
         torch.manual_seed(0)
         with elementwise.always():
             again = way(*inputs, how, 0.3, 0.25)
-        both[-1] += torch.autograd.grad((again * weight).sum(), inputs)  # the closed form, not what is differentiated twice
+        # the closed form, not what is differentiated twice
+        both[-1] += torch.autograd.grad((again * weight).sum(), inputs)
     for a, b in zip(*both, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
     with torch.no_grad():
@@ -125,7 +141,13 @@ def test_dropout_is_that_of_operations_torch_differentiates(monkeypatch):
 
 def test_nothing_is_computed_for_what_a_mask_would_hide():
     """64 sequences of 32: a 64th of the scores that a mask over the row would need, with no padding."""
-    rows = [{"id": str(k), "e": SimpleNamespace(prompt=[5] * 20, completions=[[6] * 12], supervised=[[True] * 12])} for k in range(64)]
+    rows = [
+        {
+            "id": str(k),
+            "e": SimpleNamespace(prompt=[5] * 20, completions=[[6] * 12], supervised=[[True] * 12]),
+        }
+        for k in range(64)
+    ]
     layout = lay_out(collate(rows, lambda r: r["e"]), width=10**6)
     how = attention.plan(layout, torch.float32)
     assert sum(g.queries.numel() * g.keys.shape[1] for g in how.groups) == 64 * 32 * 32
@@ -135,10 +157,16 @@ def test_nothing_is_computed_for_what_a_mask_would_hide():
 
 
 def _one(size):
-    return [{"id": "0", "e": SimpleNamespace(prompt=[5] * (size - 9), completions=[[6] * 9], supervised=[[True] * 9])}]
+    return [
+        {
+            "id": "0",
+            "e": SimpleNamespace(prompt=[5] * (size - 9), completions=[[6] * 9], supervised=[[True] * 9]),
+        }
+    ]
 
 
-OWN = {"falcon", "gpt_neo", "bloom", "falcon_alibi", "mamba", "recurrent_gemma", "lfm2"}  # attention of their own, or none
+# attention of their own, or none
+OWN = {"falcon", "gpt_neo", "bloom", "falcon_alibi", "mamba", "recurrent_gemma", "lfm2"}
 EAGER = {"gemma2"}  # what transformers gives them where nothing else is asked for
 
 
@@ -151,7 +179,9 @@ def test_who_gets_it(name):
     guards.same_as_plain(policy, zoo.rows(), told.append)
     with torch.no_grad():
         policy.logprobs(zoo.rows())
-    assert (model.config._attn_implementation == attention.NAME and policy.architecture.blocks) == (name not in OWN | EAGER), told
+    assert (model.config._attn_implementation == attention.NAME and policy.architecture.blocks) == (
+        name not in OWN | EAGER
+    ), told
     assert torch.equal(model(input_ids=ids, use_cache=False).logits, before)
 
 
@@ -194,7 +224,11 @@ def test_one_token_of_each_sample_is_what_sdpa_says(heads):
     """Two prompts of 5 and 3 tokens, three samples each of which one has ended, four own tokens."""
     generator = torch.Generator().manual_seed(0)
     some = lambda *shape: torch.randn(*shape, generator=generator)
-    q, prompt, own = some(5, 6, 1, 8), (some(2, heads, 5, 8), some(2, heads, 5, 8)), [some(5, heads, 4, 8) for _ in "kv"]
+    q, prompt, own = (
+        some(5, 6, 1, 8),
+        (some(2, heads, 5, 8), some(2, heads, 5, 8)),
+        [some(5, heads, 4, 8) for _ in "kv"],
+    )
     read = torch.tensor([[True] * 5, [False] * 2 + [True] * 3])
     written = Written(torch.arange(6), 3, read).keep(torch.tensor([0, 1, 2, 3, 5]))[0]
     own[0].prompt = prompt
@@ -202,6 +236,14 @@ def test_one_token_of_each_sample_is_what_sdpa_says(heads):
     of = torch.tensor([0, 0, 0, 1, 1])
     k, v = (torch.cat([p[of], o], 2) for p, o in zip(prompt, own, strict=True))
     mask = torch.cat([read[of], torch.ones(5, 4, dtype=torch.bool)], 1)[:, None, None]
-    assert torch.allclose(said, torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True), atol=1e-6)
+    assert torch.allclose(
+        said,
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, mask, scale=0.3, enable_gqa=True),
+        atol=1e-6,
+    )
     left, prompts = written.keep(torch.tensor([3, 4]))
-    assert prompts.tolist() == [1] and left.place.tolist() == [0, 2] and left.prompt.tolist() == [[False] * 2 + [True] * 3]
+    assert (
+        prompts.tolist() == [1]
+        and left.place.tolist() == [0, 2]
+        and left.prompt.tolist() == [[False] * 2 + [True] * 3]
+    )

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from conftest import SUMS, make_llama, make_tokenizer
-from luthier.model.load import assemble
-from luthier.kernels import compiled
 from luthier.errors import RecipeError
+from luthier.kernels import compiled
+from luthier.model.load import assemble
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import checked, parts
 
@@ -35,18 +35,30 @@ def test_a_network_without_known_layers_is_refused():
 
 @pytest.mark.skipif(not (os.environ.get("CXX") or shutil.which("g++")), reason="there is no C++ compiler")
 def test_compiled_layers_answer_alike(tmp_path):
-    """Log-probabilities and the gradient of every LoRA factor, of rows of two lengths; nothing is compiled again for the second."""
+    """Log-probabilities and the gradient of every LoRA factor, of rows of two lengths; nothing is compiled
+    again for the second.
+    """
     make_llama(num_hidden_layers=1).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
     found = []
     for asked in (False, True):
-        recipe = Recipe.load({"model": str(tmp_path), "data": SUMS, "dtype": "float32", "tuner": "lora", "torch_compile": asked})
+        recipe = Recipe.load(
+            {
+                "model": str(tmp_path),
+                "data": SUMS,
+                "dtype": "float32",
+                "tuner": "lora",
+                "torch_compile": asked,
+            }
+        )
         roles = assemble(recipe, parts(recipe), {})
         for s in roles.tuner.sites():
             torch.nn.init.normal_(s.slots["B"], std=0.1, generator=torch.Generator().manual_seed(0))
         said = []
         for text in ("123456", "12345678901"):
-            rows = [{"id": str(i), "prompt": "1+1=", "completions": [text[i:]], "scores": [1.0]} for i in range(3)]
+            rows = [
+                {"id": str(i), "prompt": "1+1=", "completions": [text[i:]], "scores": [1.0]} for i in range(3)
+            ]
             logprobs = roles.policy.logprobs(roles.batch(rows))
             logprobs.sum().backward()
             said.append(logprobs.detach())

@@ -13,9 +13,9 @@ from torch import nn
 
 import zoo
 from conftest import make_llama
-from luthier.kernels import elementwise as fast
 from luthier.compat.malloc import keep_memory
 from luthier.errors import RecipeError
+from luthier.kernels import elementwise as fast
 
 KINDS = {  # name -> fast, plain, shapes of what moves, what does not
     "norm": (fast.rms_norm, fast.plain_norm, [(2, 7, 12), (12,)], [1e-6]),
@@ -34,7 +34,9 @@ def given(kind, dtype=torch.float32):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stretch", [20, 2**19])
 def test_each_is_its_plain_twin(kind, dtype, atol, stretch, monkeypatch):
-    """Values and gradients of all that moves, in stretches and whole; bf16 within the rounding of numbers around 4."""
+    """Values and gradients of all that moves, in stretches and whole; bf16 within the rounding of numbers
+    around 4.
+    """
     monkeypatch.setattr(fast, "STRETCH", stretch)
     quick, plain, *_ = KINDS[kind]
     found = []
@@ -71,9 +73,12 @@ def test_second_derivatives(kind):
 
 
 def test_a_network_takes_them_and_answers_alike():
-    """Hidden states and gradients of the input; a copy of the network has modules of its own; the way back leaves no trace."""
+    """Hidden states and gradients of the input; a copy of the network has modules of its own; the way back
+    leaves no trace.
+    """
     model = make_llama().requires_grad_(False)
-    fast.leave(model)  # rotary positions belong to the modelling file: a run before this one may have left it the fast form
+    # rotary positions belong to the modelling file: a run before this one may have left it the fast form
+    fast.leave(model)
     kinds = [type(m) for m in model.modules()]
     was = sys.modules[kinds[0].__module__].apply_rotary_pos_emb
     embed = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(0))
@@ -91,18 +96,26 @@ def test_a_network_takes_them_and_answers_alike():
         twin = copy.deepcopy(model)
         nn.init.zeros_(twin.model.norm.weight)
         calls = []
-        with fast.always(), torch.autograd.graph.saved_tensors_hooks(lambda t: calls.append(t) or t, lambda t: t):
+        with (
+            fast.always(),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: calls.append(t) or t, lambda t: t),
+        ):
             got = said(model)
             assert not said(twin)[0].any()
         few, calls[:] = len(calls), []
-        with fast.plainly(), torch.autograd.graph.saved_tensors_hooks(lambda t: calls.append(t) or t, lambda t: t):
+        with (
+            fast.plainly(),
+            torch.autograd.graph.saved_tensors_hooks(lambda t: calls.append(t) or t, lambda t: t),
+        ):
             said(model), said(model)
         assert few < len(calls)  # what is kept for backward is less: the fast forms were what ran
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     finally:
         fast.leave(model)
-    assert [type(m) for m in model.modules()] == kinds and sys.modules[kinds[0].__module__].apply_rotary_pos_emb is was
+    assert [type(m) for m in model.modules()] == kinds and sys.modules[
+        kinds[0].__module__
+    ].apply_rotary_pos_emb is was
     assert not fast.taken(model)
 
 
@@ -117,8 +130,13 @@ def test_gelu_of_eight_operations_is_one():
         assert fast.take(model)[fast.GELU] == 2
         with fast.always():
             got = act(x)
-        assert got.grad_fn.name() == "GeluBackward0" and act(x).grad_fn.name() != "GeluBackward0"  # small tensors: as they were
-        for a, b in zip((got, *torch.autograd.grad(got.sum(), x)), (want, *torch.autograd.grad(want.sum(), x)), strict=True):
+        # small tensors: as they were
+        assert got.grad_fn.name() == "GeluBackward0" and act(x).grad_fn.name() != "GeluBackward0"
+        for a, b in zip(
+            (got, *torch.autograd.grad(got.sum(), x)),
+            (want, *torch.autograd.grad(want.sum(), x)),
+            strict=True,
+        ):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     finally:
         fast.leave(model)
@@ -164,12 +182,14 @@ def test_what_answers_otherwise_is_left_alone():
 
 
 def test_a_kernel_that_is_wrong_is_found_and_told(tiny, monkeypatch):
-    """Right when it is tried on random numbers and wrong later: the first batch finds it, and the run goes on without."""
+    """Right when it is tried on random numbers and wrong later: the first batch finds it, and the run goes on
+    without.
+    """
     from conftest import SUMS
-    from luthier.train import checks as guards
     from luthier.model.load import assemble
     from luthier.recipe.recipe import Recipe
     from luthier.recipe.validate import parts
+    from luthier.train import checks as guards
 
     recipe = Recipe.load({"model": tiny, "data": SUMS, "dtype": "float32"})
     roles = assemble(recipe, parts(recipe), {})
@@ -189,8 +209,8 @@ def test_a_kernel_that_is_wrong_is_found_and_told(tiny, monkeypatch):
 
 
 def test_liger_is_refused_in_a_sentence_where_it_cannot_run(tiny, monkeypatch):
-    from luthier.model.load import load_model
     from luthier.kernels import liger
+    from luthier.model.load import load_model
     from luthier.recipe.recipe import Recipe
     from luthier.recipe.validate import parts
 
@@ -234,7 +254,9 @@ def test_memory_is_kept_unless_somebody_said_how(monkeypatch):
     """In a process of its own: what it says is for good."""
     code = "from luthier.compat.malloc import keep_memory; print(keep_memory())"
     said = [
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **more}).stdout
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **more}
+        ).stdout
         for more in ({}, {"MALLOC_ARENA_MAX": "2"})
     ]
     assert said[1].strip() == "False"

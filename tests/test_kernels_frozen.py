@@ -14,9 +14,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import luthier
 import zoo
 from conftest import PAIRS, SUMS
-from luthier.train import hidden_cache as frozen
-from luthier.registry import build
 from luthier.model.policy import Policy
+from luthier.registry import build
+from luthier.train import hidden_cache as frozen
 
 CAUSAL = build("architecture", "causal")
 TOP = {"name": "lora", "target_modules": ["q_proj", "o_proj"], "layers_to_transform": [1]}
@@ -60,14 +60,20 @@ def test_no_room_no_harm(tmp_path):
     want = CAUSAL.forward(policy.model, policy.attached, batch).logprobs
     policy.attached.frozen = kept
     policy.model.train()
-    assert torch.equal(CAUSAL.forward(policy.model, policy.attached, batch).logprobs, want) and kept.used <= 12
+    assert (
+        torch.equal(CAUSAL.forward(policy.model, policy.attached, batch).logprobs, want) and kept.used <= 12
+    )
 
 
 @pytest.mark.parametrize(
     "tuner, why",
-    [({"name": "lora", "target_modules": ["q_proj"]}, "lowest layer"), ("full", "lowest layer"), ("lisa", "lowest layer"),
-     ({"name": "prompt"}, "step to step")],
-)  # fmt: skip
+    [
+        ({"name": "lora", "target_modules": ["q_proj"]}, "lowest layer"),
+        ("full", "lowest layer"),
+        ("lisa", "lowest layer"),
+        ({"name": "prompt"}, "step to step"),
+    ],
+)
 def test_where_something_below_moves_nothing_is_kept(tuner, why, tmp_path):
     assert why in frozen.keep(on_top(tuner=tuner), zoo.rows(), tmp_path / "f.bin", 1000)
 
@@ -84,7 +90,14 @@ def test_dropout_below(tmp_path):
 def test_a_run_is_the_same_run(base, tmp_path, objective, data):
     """Over epochs, with the reference reading the same rows; and the file is gone at the end."""
     tuner = {"name": "lora", "target_modules": ["q_proj", "o_proj"], "layers_to_transform": [1]}
-    base |= {"objective": objective, "data": data, "tuner": tuner, "num_train_epochs": 3, "max_steps": None, "evaluate": ["loss"]}
+    base |= {
+        "objective": objective,
+        "data": data,
+        "tuner": tuner,
+        "num_train_epochs": 3,
+        "max_steps": None,
+        "evaluate": ["loss"],
+    }
     plain = luthier.tune(base | {"cache_frozen": False}, folder=tmp_path / "a")
     kept = luthier.tune(base, folder=tmp_path / "b")
     assert any("never move" in n for n in kept.notes) and not any("never move" in n for n in plain.notes)

@@ -15,7 +15,10 @@ SHAPES = {"x": (2, 5, 12), "weight": (7, 12), "bias": (7,), "A": (3, 12), "B": (
 
 def given(asked, dtype=torch.float32, bias=True):
     g = torch.Generator().manual_seed(0)
-    made = {k: torch.randn(s, generator=g).to(torch.float32 if k in "AB" else dtype).requires_grad_(k in asked) for k, s in SHAPES.items()}
+    made = {
+        k: torch.randn(s, generator=g).to(torch.float32 if k in "AB" else dtype).requires_grad_(k in asked)
+        for k, s in SHAPES.items()
+    }
     return made if bias else made | {"bias": None}
 
 
@@ -42,43 +45,68 @@ def test_linear_is_its_plain_twin(asked, dtype, atol, bias):
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.bfloat16, 0.3)])
 def test_stretches_meet_their_own_updates(dtype, atol, bias):
-    """One product for all, and A and B of a member for its places alone; one member has none, one has another rank."""
+    """One product for all, and A and B of a member for its places alone; one member has none, one has another
+    rank.
+    """
     sizes, ranks, found = (2, 1, 3, 4), (3, None, 2, 5), []
     for way in ("plain", "fast", "twice"):
         g = torch.Generator().manual_seed(0)
-        x, weight = torch.randn(1, 10, 12, generator=g).to(dtype).requires_grad_(), torch.randn(7, 12, generator=g).to(dtype)
+        x, weight = (
+            torch.randn(1, 10, 12, generator=g).to(dtype).requires_grad_(),
+            torch.randn(7, 12, generator=g).to(dtype),
+        )
         b = torch.randn(7, generator=g).to(dtype) if bias else None
         parts = [
-            None if r is None else (*(torch.randn(s, generator=g).requires_grad_() for s in ((r, 12), (7, r))), 0.2 * r) for r in ranks
+            (
+                None
+                if r is None
+                else (*(torch.randn(s, generator=g).requires_grad_() for s in ((r, 12), (7, r))), 0.2 * r)
+            )
+            for r in ranks
         ]
         moving = [x, *(t for part in parts if part for t in part[:2])]
         if way == "plain":
             each = zip(x.split(sizes, 1), parts, strict=True)
-            y = torch.cat([plain(s, weight, b, *part) if part else nn.functional.linear(s, weight, b) for s, part in each], 1)
+            y = torch.cat(
+                [
+                    plain(s, weight, b, *part) if part else nn.functional.linear(s, weight, b)
+                    for s, part in each
+                ],
+                1,
+            )
         else:
             y = lora.linears(x, weight, b, parts, sizes)
         aim = torch.randn(y.shape, generator=g)
         found.append([y, *torch.autograd.grad((y.float() * aim).sum(), moving, create_graph=way == "twice")])
     for others in zip(*found, strict=True):
         for got in others[1:]:
-            assert got.dtype == others[0].dtype and torch.allclose(got.float(), others[0].float(), atol=atol, rtol=atol / 20)
+            assert got.dtype == others[0].dtype and torch.allclose(
+                got.float(), others[0].float(), atol=atol, rtol=atol / 20
+            )
 
 
 @pytest.mark.parametrize("way", ["linear", "update", "linears"])
 def test_derivatives_of_every_kind(way):
     """Second ones, and those that torch.func takes forward."""
-    x, weight, bias, A, B = (t.detach().double().requires_grad_(t.requires_grad) for t in given("xAB").values())
+    x, weight, bias, A, B = (
+        t.detach().double().requires_grad_(t.requires_grad) for t in given("xAB").values()
+    )
     y = torch.randn(2, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     fast = {
         "linear": lambda x, A, B: lora.linear(x, weight, bias, A, B, 0.7),
         "update": lambda x, A, B: lora.update(x, y, A, B, 0.7),
-        "linears": lambda x, A, B: lora.linears(x.view(1, 10, 12), weight, bias, [(A, B, 0.7), (B.T[:, :1] + A, B, 0.7)], (4, 6)),
+        "linears": lambda x, A, B: lora.linears(
+            x.view(1, 10, 12), weight, bias, [(A, B, 0.7), (B.T[:, :1] + A, B, 0.7)], (4, 6)
+        ),
     }[way]
     slow = {
         "linear": lambda x, A, B: plain(x, weight, bias, A, B, 0.7),
         "update": lambda x, A, B: lora.plain(x, y, A, B, 0.7),
         "linears": lambda x, A, B: torch.cat(
-            [plain(x.view(10, 12)[:4], weight, bias, A, B, 0.7), plain(x.view(10, 12)[4:], weight, bias, B.T[:, :1] + A, B, 0.7)]
+            [
+                plain(x.view(10, 12)[:4], weight, bias, A, B, 0.7),
+                plain(x.view(10, 12)[4:], weight, bias, B.T[:, :1] + A, B, 0.7),
+            ]
         )[None],
     }[way]
     second = []
@@ -92,7 +120,9 @@ def test_derivatives_of_every_kind(way):
     torch.testing.assert_close(*ahead, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(12, 7), lambda: nn.Linear(12, 7, bias=False), lambda: Conv1D(7, 12)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(12, 7), lambda: nn.Linear(12, 7, bias=False), lambda: Conv1D(7, 12)]
+)
 def test_a_layer_reads_as_peft_reads_it(make):
     from peft.tuners.lora import Linear as Theirs
 

@@ -1,4 +1,6 @@
-"""What a reference says of a row: computed once, the same numbers, read again after a stop, and never where it could be wrong."""
+"""What a reference says of a row: computed once, the same numbers, read again after a stop, and never where
+it could be wrong.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import luthier
 import zoo
 from conftest import PAIRS
-from luthier.train import logprob_cache as reference
-from luthier.registry import build
 from luthier.model.policy import Policy
+from luthier.registry import build
+from luthier.train import logprob_cache as reference
 from test_loop import KILLED, weights
 
 CAUSAL = build("architecture", "causal")
@@ -79,10 +81,19 @@ def test_no_room_no_harm(tmp_path):
 @pytest.mark.parametrize("tuner, role", [("full", "start"), ("lora", "off"), ("lora", "model")])
 def test_a_run_is_the_same_run(base, tmp_path, tuner, role, tiny):
     roles = {"reference": {"name": "model", "model": tiny} if role == "model" else role}
-    base |= {"objective": "dpo", "data": PAIRS, "tuner": tuner, "roles": roles, "num_train_epochs": 3, "max_steps": None}
+    base |= {
+        "objective": "dpo",
+        "data": PAIRS,
+        "tuner": tuner,
+        "roles": roles,
+        "num_train_epochs": 3,
+        "max_steps": None,
+    }
     plain = luthier.tune(base | {"cache_reference": False}, folder=tmp_path / "a")
     kept = luthier.tune(base, folder=tmp_path / "b")
-    assert any("computed once" in n for n in kept.notes) and not any("computed once" in n for n in plain.notes)
+    assert any("computed once" in n for n in kept.notes) and not any(
+        "computed once" in n for n in plain.notes
+    )
     once = -(-len(PAIRS) // 4)
     assert kept.losses[:once] == plain.losses[:once] and kept.losses == pytest.approx(plain.losses, abs=1e-5)
     assert not list((tmp_path / "b").glob("said-*"))
@@ -90,7 +101,13 @@ def test_a_run_is_the_same_run(base, tmp_path, tuner, role, tiny):
 
 def test_killed_and_resumed_is_uninterrupted(base, tmp_path, forks):
     """In the second epoch, between two checkpoints."""
-    recipe = base | {"objective": "dpo", "data": PAIRS[:12], "roles": {"reference": "start"}, "max_steps": 8, "save_steps": 3}
+    recipe = base | {
+        "objective": "dpo",
+        "data": PAIRS[:12],
+        "roles": {"reference": "start"},
+        "max_steps": 8,
+        "save_steps": 3,
+    }
     whole = luthier.tune(recipe, folder=tmp_path / "whole")
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     dead = forks(KILLED, tmp_path, "recipe.json", "broken", "5")

@@ -1,4 +1,6 @@
-"""The loop's promises: how a batch is split changes nothing, a killed run goes on bit for bit, faults are told."""
+"""The loop's promises: how a batch is split changes nothing, a killed run goes on bit for bit, faults are
+told.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,13 @@ from safetensors.torch import load_file
 
 import luthier
 from conftest import PAIRS, SUMS, UNPAIRED, recipe_of
-from luthier.train import checks as guards, memory
-from luthier.storage import store
-from luthier.model.load import pick_dtype
 from luthier.clock import Clock
-from luthier.train.trainer import Fit, draw
 from luthier.errors import RecipeError
+from luthier.model.load import pick_dtype
+from luthier.storage import store
+from luthier.train import checks as guards
+from luthier.train import memory
+from luthier.train.trainer import Fit, draw
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +49,13 @@ def near(a, b, atol) -> bool:
 @pytest.mark.parametrize("objective, data", [("sft", SUMS), ("dpo", PAIRS)])
 def test_accumulation_changes_nothing(base, tmp_path, objective, data):
     """8 rows at once = 4 x 2 = 8 x 1; rows of very different length, so that means of means would differ."""
-    base |= {"objective": objective, "data": data, "optim": {"name": "sgd", "max_grad_norm": 0}, "learning_rate": 0.05, "max_steps": 3}
+    base |= {
+        "objective": objective,
+        "data": data,
+        "optim": {"name": "sgd", "max_grad_norm": 0},
+        "learning_rate": 0.05,
+        "max_steps": 3,
+    }
     runs = {}
     for micro in (8, 2, 1):
         change = {"per_device_train_batch_size": micro, "gradient_accumulation_steps": 8 // micro}
@@ -65,21 +74,29 @@ def test_packed_is_unpacked_is_shared(base, tmp_path, layout):
     assert near(weights(tmp_path / "a"), weights(tmp_path / "b"), 1e-5)
 
 
-ROLLOUT = [{"name": "rollout", "n": 4, "max_new_tokens": 4, "old": True}, {"name": "score", "reward": "exact_match"}]
+ROLLOUT = [
+    {"name": "rollout", "n": 4, "max_new_tokens": 4, "old": True},
+    {"name": "score", "reward": "exact_match"},
+]
 SHARED = {  # what two processes are asked to do together, and how near they must come to what one does alone
     "sft": ({"tuner": "full", "eval_steps": 1, "evaluate": ["loss", "generate", "forgetting"]}, 1e-5),
     "dpo": ({"tuner": "lora", "objective": "dpo", "data": PAIRS}, 1e-5),
     "grpo": ({"tuner": "lora", "objective": "grpo", "num_iterations": 2, "live": ROLLOUT}, 1e-4),
     "mezo": ({"tuner": "lora", "estimator": "mezo", "learning_rate": 1e-3}, 1e-3),
     "last row alone": ({"tuner": "full", "data": SUMS[:9], "max_steps": None, "num_train_epochs": 1}, 1e-5),
-    "rollout of nothing": ({"tuner": "lora", "objective": "grpo", "live": ROLLOUT, "data": SUMS[:9], "max_steps": None}, 1e-4),
+    "rollout of nothing": (
+        {"tuner": "lora", "objective": "grpo", "live": ROLLOUT, "data": SUMS[:9], "max_steps": None},
+        1e-4,
+    ),
     "stages": ({"tuner": "lora", "stages": [{"name": "ifd", "share": 0.9}]}, 1e-5),
 }
 
 
 @pytest.fixture(scope="module")
 def together(tiny, tmp_path_factory):
-    """The folder in which two gloo processes of 2 rows have run every recipe of SHARED, each twice: started once, since starting is slow."""
+    """The folder in which two gloo processes of 2 rows have run every recipe of SHARED, each twice: started
+    once, since starting is slow.
+    """
     folder = tmp_path_factory.mktemp("two")
     recipes = {name: recipe_for(tiny, name) | {"per_device_train_batch_size": 2} for name in SHARED}
     (folder / "recipes.json").write_text(json.dumps(recipes))
@@ -104,22 +121,35 @@ def together(tiny, tmp_path_factory):
         "ACCELERATE_USE_CPU": "1",
     }
     command = [sys.executable, "two.py"]
-    both = [subprocess.Popen(command, cwd=folder, env=env | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE) for r in "01"]
+    both = [
+        subprocess.Popen(command, cwd=folder, env=env | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE)
+        for r in "01"
+    ]
     errors = [p.communicate(timeout=300)[1].decode() for p in both]
     assert [p.returncode for p in both] == [0, 0], errors
     return folder
 
 
 def recipe_for(tiny, name) -> dict:
-    return recipe_of(tiny) | {"optim": {"name": "sgd", "max_grad_norm": 0}, "learning_rate": 0.05, "max_steps": 4, **SHARED[name][0]}
+    return recipe_of(tiny) | {
+        "optim": {"name": "sgd", "max_grad_norm": 0},
+        "learning_rate": 0.05,
+        "max_steps": 4,
+        **SHARED[name][0],
+    }
 
 
 @pytest.mark.parametrize("name", SHARED)
 def test_two_processes_are_one(tiny, together, tmp_path, name):
     """Two gloo processes of 2 rows = one process of 4 rows; a finished run answers in both."""
     atol = SHARED[name][1]
-    one, two = luthier.tune(recipe_for(tiny, name), folder=tmp_path / "one"), luthier.Report.read(together / name)
-    assert two.losses == pytest.approx(one.losses, abs=atol) and two.before == pytest.approx(one.before, abs=1e-5)
+    one, two = (
+        luthier.tune(recipe_for(tiny, name), folder=tmp_path / "one"),
+        luthier.Report.read(together / name),
+    )
+    assert two.losses == pytest.approx(one.losses, abs=atol) and two.before == pytest.approx(
+        one.before, abs=1e-5
+    )
     assert near(weights(tmp_path / "one"), weights(together / name), atol)
 
 
@@ -145,21 +175,30 @@ def test_every_row_once_an_epoch_where_a_draw_is_learned_several_times():
 def test_recomputed_activations_change_nothing(base, tmp_path, tuner):
     base |= {"tuner": tuner, "max_steps": 3}
     plain = luthier.tune(base, folder=tmp_path / "a")
-    assert luthier.tune(base | {"gradient_checkpointing": True}, folder=tmp_path / "b").losses == pytest.approx(plain.losses, abs=1e-5)
+    assert luthier.tune(
+        base | {"gradient_checkpointing": True}, folder=tmp_path / "b"
+    ).losses == pytest.approx(plain.losses, abs=1e-5)
     assert near(weights(tmp_path / "a"), weights(tmp_path / "b"), 1e-5)
 
 
 @pytest.mark.parametrize("dtype, atol", [("float16", 0.01), ("bfloat16", 0.05)])
 def test_half_precision_is_near(base, tmp_path, dtype, atol):
     plain = luthier.tune(base, folder=tmp_path / "a")
-    assert luthier.tune(base | {"dtype": dtype}, folder=tmp_path / "b").losses == pytest.approx(plain.losses, rel=atol)
+    assert luthier.tune(base | {"dtype": dtype}, folder=tmp_path / "b").losses == pytest.approx(
+        plain.losses, rel=atol
+    )
 
 
-@pytest.mark.parametrize("amx, avx, taken", [(0, 0, torch.float32), (1, 0, torch.bfloat16), (0, 1, torch.bfloat16)])
+@pytest.mark.parametrize(
+    "amx, avx, taken", [(0, 0, torch.float32), (1, 0, torch.bfloat16), (0, 1, torch.bfloat16)]
+)
 def test_auto_takes_the_precision_that_the_chip_multiplies_in(monkeypatch, amx, avx, taken):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: bool(amx))
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bool(avx))
-    assert pick_dtype("auto", torch.device("cpu")) == taken and pick_dtype("float16", torch.device("cpu")) == torch.float16
+    assert (
+        pick_dtype("auto", torch.device("cpu")) == taken
+        and pick_dtype("float16", torch.device("cpu")) == torch.float16
+    )
 
 
 def test_plain_loop_of_transformers_is_ours(base, tmp_path, tiny):
@@ -168,7 +207,10 @@ def test_plain_loop_of_transformers_is_ours(base, tmp_path, tiny):
 
     report = luthier.tune(base | {"max_steps": 1, "per_device_train_batch_size": len(SUMS)}, folder=tmp_path)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny), AutoTokenizer.from_pretrained(tiny)
-    ids = [(tokenizer(r["prompt"]).input_ids, tokenizer(r["completion"]).input_ids + [tokenizer.eos_token_id]) for r in SUMS]
+    ids = [
+        (tokenizer(r["prompt"]).input_ids, tokenizer(r["completion"]).input_ids + [tokenizer.eos_token_id])
+        for r in SUMS
+    ]
     wide = max(len(p) + len(c) for p, c in ids)
     inputs = torch.tensor([p + c + [0] * (wide - len(p + c)) for p, c in ids])
     labels = torch.tensor([[-100] * len(p) + c + [-100] * (wide - len(p + c)) for p, c in ids])
@@ -199,8 +241,14 @@ RECIPES = {
     "dpo-start": {"tuner": "full", "objective": "dpo", "data": PAIRS},
     "kto": {"tuner": "lora", "objective": "kto", "data": UNPAIRED},
     "grpo": {
-        "tuner": "lora", "objective": "grpo", "num_iterations": 2, "learning_rate": 1e-2,
-        "live": [{"name": "rollout", "n": 4, "max_new_tokens": 4, "old": True}, {"name": "score", "reward": "exact_match"}],
+        "tuner": "lora",
+        "objective": "grpo",
+        "num_iterations": 2,
+        "learning_rate": 1e-2,
+        "live": [
+            {"name": "rollout", "n": 4, "max_new_tokens": 4, "old": True},
+            {"name": "score", "reward": "exact_match"},
+        ],
     },
     "mezo": {"tuner": "lora", "estimator": "mezo"},
     "sam": {"tuner": "full", "estimator": "sam"},
@@ -208,12 +256,14 @@ RECIPES = {
     "prompt": {"tuner": "prompt"},
     "stages": {"tuner": "lora", "stages": [{"name": "ifd", "share": 0.9}]},
     "dropout": {"tuner": {"name": "lora", "lora_dropout": 0.3}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_killed_and_resumed_is_uninterrupted(base, tmp_path, forks, name):
-    """kill -9 at a step drawn from the test's name, then the same command: every tensor and every loss bit for bit."""
+    """kill -9 at a step drawn from the test's name, then the same command: every tensor and every loss bit
+    for bit.
+    """
     recipe = base | {"max_steps": 7} | RECIPES[name]
     whole = luthier.tune(recipe, folder=tmp_path / "whole")
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
@@ -259,7 +309,11 @@ luthier.tune(json.load(open(sys.argv[1])), folder=sys.argv[2])
 @pytest.fixture(scope="module")
 def never_killed(tiny, tmp_path_factory):
     """A recipe, and its report where nobody killed it."""
-    recipe = recipe_of(tiny) | {"tuner": "lora", "stages": ["ifd"], "evaluate": ["loss", "generate", "forgetting"]}
+    recipe = recipe_of(tiny) | {
+        "tuner": "lora",
+        "stages": ["ifd"],
+        "evaluate": ["loss", "generate", "forgetting"],
+    }
     return recipe, luthier.tune(recipe, folder=tmp_path_factory.mktemp("whole"))
 
 
@@ -349,7 +403,9 @@ def test_out_of_memory_halves_the_micro_batch(base, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Causal, "forward", small)
     got = luthier.tune(base, folder=tmp_path / "b")
-    assert got.losses == pytest.approx(want.losses, abs=1e-5) and any("micro-batches of 2" in n for n in got.notes)
+    assert got.losses == pytest.approx(want.losses, abs=1e-5) and any(
+        "micro-batches of 2" in n for n in got.notes
+    )
     assert near(weights(tmp_path / "a"), weights(tmp_path / "b"), 1e-5)
 
 
@@ -399,7 +455,11 @@ def test_memory_that_runs_out_while_weights_are_stepped_ends_in_a_sentence(base,
 def test_completions_that_never_end_are_told(base, tmp_path, monkeypatch):
     """Every run shows its rows to the guard, as tokens; and the guard speaks where no end is learned."""
     shown, real = [], guards.ends_are_learned
-    monkeypatch.setattr(guards, "ends_are_learned", lambda rows, stop, tell: shown.append((rows, stop)) or real(rows, stop, tell))
+    monkeypatch.setattr(
+        guards,
+        "ends_are_learned",
+        lambda rows, stop, tell: shown.append((rows, stop)) or real(rows, stop, tell),
+    )
     report = luthier.tune(base, folder=tmp_path)
     [(rows, stop)] = shown
     assert rows and stop == {1} and not any("teaches the model to stop" in n for n in report.notes)
@@ -407,25 +467,46 @@ def test_completions_that_never_end_are_told(base, tmp_path, monkeypatch):
     for row in rows:
         row.supervised[:] = [[t not in stop for t in ids] for ids in row.completions]
     real(rows, stop, told.append)
-    assert told == ["no completion teaches the model to stop: the end of a turn is not among the supervised tokens"]
+    assert told == [
+        "no completion teaches the model to stop: the end of a turn is not among the supervised tokens"
+    ]
 
 
 def test_more_tokens_than_the_network_has_positions_for_are_refused(base, tmp_path):
     with pytest.raises(RecipeError, match="max_length: 600 tokens, and .* reads 512 at most"):
         luthier.tune(base | {"max_length": 600}, folder=tmp_path)
     with pytest.raises(RecipeError, match="reads 507 at most"):
-        luthier.tune(base | {"max_length": 512, "tuner": {"name": "prompt", "num_virtual_tokens": 5}}, folder=tmp_path / "soft")
+        luthier.tune(
+            base | {"max_length": 512, "tuner": {"name": "prompt", "num_virtual_tokens": 5}},
+            folder=tmp_path / "soft",
+        )
 
 
 def test_positions_are_counted_as_the_network_counts_them():
-    from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM, T5Config, T5ForConditionalGeneration
+    from transformers import (
+        BertConfig,
+        BertForMaskedLM,
+        RobertaConfig,
+        RobertaForMaskedLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
 
     from luthier.model.load import places
 
-    small = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    small = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     assert places(BertForMaskedLM(BertConfig(**small, max_position_embeddings=40))) == 40
-    assert places(RobertaForMaskedLM(RobertaConfig(**small, max_position_embeddings=40))) == 38  # it begins behind its padding
-    endless = T5ForConditionalGeneration(T5Config(vocab_size=50, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16))
+    # it begins behind its padding
+    assert places(RobertaForMaskedLM(RobertaConfig(**small, max_position_embeddings=40))) == 38
+    endless = T5ForConditionalGeneration(
+        T5Config(vocab_size=50, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16)
+    )
     assert places(endless) == float("inf")
 
 
@@ -452,12 +533,20 @@ def test_trackers_hear_every_number(base, tmp_path):
 
     tracking.LOGGER_TYPE_TO_CLASS["ear"] = Ear
     try:
-        report = luthier.tune(base | {"report_to": ["ear"], "evaluate": ["loss"], "eval_steps": 2, "logging_steps": 2}, folder=tmp_path)
+        report = luthier.tune(
+            base | {"report_to": ["ear"], "evaluate": ["loss"], "eval_steps": 2, "logging_steps": 2},
+            folder=tmp_path,
+        )
     finally:
         del tracking.LOGGER_TYPE_TO_CLASS["ear"]
     assert heard[0] == ("begin", "luthier") and heard[1][0] == "recipe" and heard[-1] == ("end", None)
-    assert all(isinstance(v, (int, float, str)) for v in heard[1][1].values()) and heard[1][1]["learning_rate"] == 1e-3
-    assert [(s, v["loss"]) for s, v in heard[2:-1] if "loss" in v] == list(zip((2, 4, 6), report.losses, strict=True))
+    assert (
+        all(isinstance(v, (int, float, str)) for v in heard[1][1].values())
+        and heard[1][1]["learning_rate"] == 1e-3
+    )
+    assert [(s, v["loss"]) for s, v in heard[2:-1] if "loss" in v] == list(
+        zip((2, 4, 6), report.losses, strict=True)
+    )
     assert [s for s, v in heard[2:-1] if "eval_loss" in v] == [0, 2, 4, 6]
 
 
@@ -465,7 +554,11 @@ def test_a_loss_that_is_no_number_names_its_rows(base, tmp_path, monkeypatch):
     from luthier.methods.objectives.supervised.sft import SFT
 
     real = SFT.loss
-    monkeypatch.setattr(SFT, "loss", lambda self, roles, batch: real(self, roles, batch) * (float("nan") if roles.clock.step == 3 else 1))
+    monkeypatch.setattr(
+        SFT,
+        "loss",
+        lambda self, roles, batch: real(self, roles, batch) * (float("nan") if roles.clock.step == 3 else 1),
+    )
     with pytest.raises(guards.Refused, match="not finite at step 3, on rows .*:"):
         luthier.tune(base, folder=tmp_path)
     assert store.load_checkpoint(store.checkpoints(tmp_path)[-1]).step == 2  # what was saved stays
@@ -496,7 +589,14 @@ def test_an_unwritable_folder_is_a_sentence(base, tmp_path):
 
 
 def test_nothing_to_learn_is_refused(base, tmp_path):
-    rows = [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho", "loss": False}]}] * 8
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "content": "ho", "loss": False},
+            ]
+        }
+    ] * 8
     with pytest.raises(RecipeError, match="nothing to learn|none of 8 rows"):
         luthier.tune(base | {"data": rows, "max_bad_rows": 1}, folder=tmp_path)
 
@@ -526,12 +626,17 @@ def test_a_wrong_layout_is_told_and_read_padded(base, tmp_path, monkeypatch):
     want = luthier.tune(base, folder=tmp_path / "a")
     leak(monkeypatch)
     got = luthier.tune(base, folder=tmp_path / "b")
-    assert any("padded instead" in n for n in got.notes) and got.losses == pytest.approx(want.losses, abs=1e-4)
+    assert any("padded instead" in n for n in got.notes) and got.losses == pytest.approx(
+        want.losses, abs=1e-4
+    )
 
 
 def test_bfloat16_is_stepped_through_masters(base, tmp_path):
     """A step too small for bfloat16 to show is not lost: the master moves on, and the weight follows."""
-    luthier.tune(base | {"dtype": "bfloat16", "learning_rate": 2e-5, "max_steps": 40, "lr_scheduler_type": "constant"}, folder=tmp_path)
+    luthier.tune(
+        base | {"dtype": "bfloat16", "learning_rate": 2e-5, "max_steps": 40, "lr_scheduler_type": "constant"},
+        folder=tmp_path,
+    )
     saved = store.load_checkpoint(store.checkpoints(tmp_path)[-1])
     masters = {k: s["master"]["weight"] for k, s in saved.state.items()}
     assert all(m.dtype == torch.float32 for m in masters.values())
@@ -542,7 +647,10 @@ def test_rows_that_are_yet_to_be_answered_are_read_right_too(base, tmp_path, mon
     """The layout is tried before the first rollout, which reads in it."""
     leak(monkeypatch)
     prompts = [{"prompt": r["prompt"], "answer": r["answer"]} for r in SUMS]
-    report = luthier.tune(base | {"tuner": "lora", "objective": "grpo", "live": ROLLOUT, "data": prompts, "max_steps": 1}, folder=tmp_path)
+    report = luthier.tune(
+        base | {"tuner": "lora", "objective": "grpo", "live": ROLLOUT, "data": prompts, "max_steps": 1},
+        folder=tmp_path,
+    )
     assert any("padded instead" in n for n in report.notes)
 
 
@@ -565,7 +673,10 @@ def test_a_folder_half_cleared_leaves_nothing_to_the_next_run(base, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         luthier.tune(other, folder=tmp_path / "a")
     monkeypatch.setattr(Path, "unlink", real)
-    store.write_json(tmp_path / "a" / "forgetting.jsonl", {"id": "old", "prompt": "", "completions": [[70, 71]], "own": True})
+    store.write_json(
+        tmp_path / "a" / "forgetting.jsonl",
+        {"id": "old", "prompt": "", "completions": [[70, 71]], "own": True},
+    )
     there, fresh = luthier.tune(other, folder=tmp_path / "a"), luthier.tune(other, folder=tmp_path / "b")
     assert (there.losses, there.after) == (fresh.losses, fresh.after)
 

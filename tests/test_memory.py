@@ -12,11 +12,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import luthier
 import zoo
-from luthier.train import memory
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.registry import build
 from luthier.model.policy import Policy, Roles
+from luthier.registry import build
+from luthier.train import memory
 from luthier.train.optimizer import Chain
 
 NOBODY: Any = None  # who renders: rows are tokens already
@@ -27,13 +27,20 @@ def tiny(shallow) -> str:
     return shallow
 
 
-def need(tuner: Any = "full", estimator="backprop", optimizer: Any = "adamw", tokens=None, checkpointing=False):
+def need(
+    tuner: Any = "full", estimator="backprop", optimizer: Any = "adamw", tokens=None, checkpointing=False
+):
     model = zoo.make("llama")
     attached = build("tuner", tuner).attach(model)
     roles = Roles(Policy(build("architecture", "causal"), model, attached), Clock(), NOBODY)
     chain = Chain(build("optimizer", optimizer).chain(), attached, Clock(), 1e-3)
     batch = zoo.rows()
-    return memory.predict(roles, chain, build("estimator", estimator), [batch], tokens or len(batch.ids), checkpointing), model
+    return (
+        memory.predict(
+            roles, chain, build("estimator", estimator), [batch], tokens or len(batch.ids), checkpointing
+        ),
+        model,
+    )
 
 
 def test_what_moves_is_counted_exactly():
@@ -88,7 +95,10 @@ def test_recomputation_is_chosen_where_a_step_would_not_fit_without(base, tmp_pa
     plain, again = needs(base, tmp_path / "a", monkeypatch)
     assert again.total < plain.total
     runs = {}
-    for name, have in {"wide": 2 * plain.total, "tight": (plain.total + again.total) / 2 / memory.SURE}.items():
+    for name, have in {
+        "wide": 2 * plain.total,
+        "tight": (plain.total + again.total) / 2 / memory.SURE,
+    }.items():
         gigabytes(monkeypatch, have)
         runs[name] = luthier.tune(base, folder=tmp_path / name)
     assert not any("gradient_checkpointing" in n for n in runs["wide"].notes)
@@ -100,17 +110,26 @@ def test_recomputation_is_chosen_where_a_step_would_not_fit_without(base, tmp_pa
 
 def test_what_cannot_fit_is_refused_before_anything_is_trained(base, tmp_path, monkeypatch):
     gigabytes(monkeypatch, 2**10)
-    with pytest.raises(RecipeError, match=r"one row alone is predicted to take .* GB\) beside the model, and 0.0 GB are free"):
+    with pytest.raises(
+        RecipeError, match=r"one row alone is predicted to take .* GB\) beside the model, and 0.0 GB are free"
+    ):
         luthier.tune(base, folder=tmp_path)
     assert not (tmp_path / "before.json").exists()
 
 
 def test_what_fits_row_by_row_is_told(base, tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "LIBRARY", {True: 0, False: 0})
-    base |= {"tuner": "lora", "per_device_train_batch_size": 64, "gradient_checkpointing": False, "max_steps": 1}
+    base |= {
+        "tuner": "lora",
+        "per_device_train_batch_size": 64,
+        "gradient_checkpointing": False,
+        "max_steps": 1,
+    }
     plain, _ = needs(base, tmp_path / "a", monkeypatch)
     gigabytes(monkeypatch, 0.7 * plain.total)
-    assert any("expect micro-batches to be split" in n for n in luthier.tune(base, folder=tmp_path / "b").notes)
+    assert any(
+        "expect micro-batches to be split" in n for n in luthier.tune(base, folder=tmp_path / "b").notes
+    )
 
 
 def test_a_finished_run_leaves_no_model_behind(tiny, tmp_path):
@@ -122,7 +141,9 @@ def test_a_finished_run_leaves_no_model_behind(tiny, tmp_path):
     from conftest import SUMS
 
     there = lambda: sum(type(o) is torch.nn.Parameter for o in gc.get_objects())
-    tune = lambda name: luthier.tune(model=tiny, data=SUMS, tuner="full", max_steps=2, evaluate=[], folder=tmp_path / name)
+    tune = lambda name: luthier.tune(
+        model=tiny, data=SUMS, tuner="full", max_steps=2, evaluate=[], folder=tmp_path / name
+    )
     tune("a")
     gc.collect()
     gc.disable()

@@ -1,4 +1,6 @@
-"""Declarations: every method of every kind, found by walking the folders, says what it is and refuses what it is not."""
+"""Declarations: every method of every kind, found by walking the folders, says what it is and refuses what it
+is not.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def test_a_declaration_is_whole(kind, name):
     assert cls.name == name and cls.kind == kind
     assert (said.paper, said.rows) == (cls.paper, cls.rows)
     assert (said.wants, said.gives, said.drops) == (cls.wants, cls.gives, cls.drops)
-    assert said.summary and said.summary.endswith((".", ".)")) or ":" in said.summary, f"{said.module}: the file opens with a sentence"
+    assert said.summary and said.summary.endswith((".", ".)")) or ":" in said.summary, (
+        f"{said.module}: the file opens with a sentence"
+    )
     assert inspect.getdoc(cls), f"{said.module}: the class says what it does"
     for f in fields(cls):
         assert helps(cls).get(f.name), f"{said.module}: setting '{f.name}' has no trailing comment"
@@ -35,7 +39,9 @@ def test_a_declaration_is_whole(kind, name):
 
 @pytest.mark.parametrize("kind, name", EVERY, ids=lambda x: x)
 def test_an_unknown_setting_is_refused(kind, name):
-    needed = {f.name: 1 for f in fields(find(kind, name)) if f.default is MISSING and f.default_factory is MISSING}
+    needed = {
+        f.name: 1 for f in fields(find(kind, name)) if f.default is MISSING and f.default_factory is MISSING
+    }
     with pytest.raises(RecipeError, match=f"{kind} '{name}' has no setting 'qqq'"):
         build(kind, {"name": name, "qqq": 1, **needed})
 
@@ -46,7 +52,9 @@ def test_every_kind_has_a_method():
 
 def test_defaults_survive_being_written_out():
     for kind, name in EVERY:
-        if all(f.default is not MISSING or f.default_factory is not MISSING for f in fields(find(kind, name))):
+        if all(
+            f.default is not MISSING or f.default_factory is not MISSING for f in fields(find(kind, name))
+        ):
             try:
                 made = build(kind, name)
             except RecipeError:  # a method whose defaults are not enough says so itself
@@ -83,7 +91,10 @@ def test_other_packages_can_bring_methods(tmp_path, monkeypatch):
     for found in (method.modules, method.announced):
         found.cache_clear()
     try:
-        assert build("objective", "outside").unit == "token" and card("objective", "outside").summary == "Twice the loss."
+        assert (
+            build("objective", "outside").unit == "token"
+            and card("objective", "outside").summary == "Twice the loss."
+        )
     finally:
         for found in (method.modules, method.announced):
             found.cache_clear()
@@ -91,5 +102,8 @@ def test_other_packages_can_bring_methods(tmp_path, monkeypatch):
 
 def test_imports_cost_nothing():
     """`import luthier`, the listings and the recipe reader load no torch."""
-    code = "import sys, luthier, luthier.registry, luthier.recipe.recipe; luthier.registry.cards(); print([m for m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    code = (
+        "import sys, luthier, luthier.registry, luthier.recipe.recipe; luthier.registry.cards(); print([m for"
+        " m in ('torch', 'transformers', 'peft') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -1,4 +1,6 @@
-"""Objectives: contracts that every one keeps, identities that follow from their formulas, and TRL as an oracle."""
+"""Objectives: contracts that every one keeps, identities that follow from their formulas, and TRL as an
+oracle.
+"""
 
 from __future__ import annotations
 
@@ -14,28 +16,29 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from luthier.methods.architectures.text.causal import Causal
-from luthier.model.batch import collate
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.registry import build, card, find, helps, names, page, wants_of
+from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.objectives.representation._features import classes
-from luthier.model.quantized import quantize
 from luthier.methods.quantizers._base import Quantized
-from luthier.recipe.recipe import terms
-from luthier.recipe.validate import WORDS
-from luthier.text.render import Renderer
-from luthier.model.policy import Policy, Roles
-from luthier.methods.roles.frozen.column import Column
 from luthier.methods.roles.features.generator import Features as Made
 from luthier.methods.roles.features.memory import Features
+from luthier.methods.roles.frozen.column import Column
 from luthier.methods.roles.networks.part_whole import Heads
-from luthier.train.optimizer import Chain
 from luthier.methods.tuners._base import Untuned
+from luthier.model.batch import collate
+from luthier.model.policy import Policy, Roles
+from luthier.model.quantized import quantize
+from luthier.recipe.recipe import terms
+from luthier.recipe.validate import WORDS
+from luthier.registry import build, card, find, helps, names, page, wants_of
+from luthier.text.render import Renderer
+from luthier.train.optimizer import Chain
 
 torch.set_num_threads(1)
 V = 40  # tokens of the tiny vocabulary
-OBJECTIVES = [n for n in names("objective") if "values" not in card("objective", n).wants]  # those ask another kind of network
+# those ask another kind of network
+OBJECTIVES = [n for n in names("objective") if "values" not in card("objective", n).wants]
 
 
 # ------------------------------------------------------------------------------------------------ a tiny world
@@ -74,7 +77,14 @@ def network(seed: int = 0, off_by: float = 0.0) -> LlamaForCausalLM:
 def cast(**others) -> Roles:
     """Policy, reference and teacher, each a network of its own unless given."""
     policy = network()
-    made = {"reference": network(off_by=0.05), "teacher": network(seed=7), "memory": memory(), "parts": heads(), "generator": generator(), "paired": pairs()} | others
+    made = {
+        "reference": network(off_by=0.05),
+        "teacher": network(seed=7),
+        "memory": memory(),
+        "parts": heads(),
+        "generator": generator(),
+        "paired": pairs(),
+    } | others
     roles = {k: role(net, k) if isinstance(net, LlamaForCausalLM) else net for k, net in made.items()}
     return Roles(Policy(Causal(), policy, Untuned(policy)), Clock(), Renderer(tokenizer()), **roles)
 
@@ -131,7 +141,15 @@ def make_rows(n: int = 4, k: int = 2, seed: int = 0, **columns) -> list[dict]:
     for i in range(n):
         completions = [tokens(2 + (3 * i + 2 * j) % 5, rng) for j in range(k)]
         scores = [float(x) for x in torch.randperm(k, generator=rng)]
-        out.append({"id": f"r{i}", "prompt": tokens(3 + i % 3, rng), "completions": completions, "scores": scores, **columns})
+        out.append(
+            {
+                "id": f"r{i}",
+                "prompt": tokens(3 + i % 3, rng),
+                "completions": completions,
+                "scores": scores,
+                **columns,
+            }
+        )
     return out
 
 
@@ -156,22 +174,32 @@ def gradients(net) -> dict[str, torch.Tensor]:
 def same(a: dict, b: dict, atol: float = 1e-6) -> None:
     assert a.keys() == b.keys()
     for name in a:
-        torch.testing.assert_close(a[name], b[name], atol=atol, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            a[name], b[name], atol=atol, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------ contracts
 
 COLUMNS = {  # a word that rows must answer -> what this file writes into them
     "source": lambda row, rng: "train" if row["id"] in ("r0", "r2") else "validation",
-    "rewards": lambda row, rng: {"other": [float(x) for x in torch.rand(len(row["completions"]), generator=rng)]},
+    "rewards": lambda row, rng: {
+        "other": [float(x) for x in torch.rand(len(row["completions"]), generator=rng)]
+    },
     "contrasts": lambda row, rng: [0, 1],
     "line_mask": lambda row, rng: marks(row, rng),
     "token_mask": lambda row, rng: marks(row, rng),
     "tasks": lambda row, rng: ["answer", "rationale", "answer"],
-    "teacher_ids": lambda row, rng: [[torch.randperm(20, generator=rng)[:3].tolist() for _ in m] for m in marks(row, rng)],
-    "teacher_logprobs": lambda row, rng: [[torch.randn(3, generator=rng).tolist() for _ in m] for m in marks(row, rng)],
+    "teacher_ids": lambda row, rng: [
+        [torch.randperm(20, generator=rng)[:3].tolist() for _ in m] for m in marks(row, rng)
+    ],
+    "teacher_logprobs": lambda row, rng: [
+        [torch.randn(3, generator=rng).tolist() for _ in m] for m in marks(row, rng)
+    ],
     "teacher_spans": lambda row, rng: [[1.0] * (len(m) - 1) + [-4.0] for m in marks(row, rng)],
-    "old": lambda row, rng: [[-3.5 + 0.1 * float(torch.randn((), generator=rng)) for _ in c] for c in row["completions"]],
+    "old": lambda row, rng: [
+        [-3.5 + 0.1 * float(torch.randn((), generator=rng)) for _ in c] for c in row["completions"]
+    ],
 }
 
 
@@ -207,7 +235,9 @@ def contract_rows(objective) -> list[dict]:
     rows = make_rows(4, k=6 if "contrasts" in wants_of(objective) else 3)
     rows[1]["supervised"] = [[True] * (len(c) - 1) + [j != 1] for j, c in enumerate(rows[1]["completions"])]
     for word in sorted(wants_of(objective) - GIVEN):
-        assert word in COLUMNS, f"'{objective.name}' wants '{word}': say in COLUMNS or GIVEN of this test how a row answers it"
+        assert word in COLUMNS, (
+            f"'{objective.name}' wants '{word}': say in COLUMNS or GIVEN of this test how a row answers it"
+        )
         for row in rows:
             row[word] = COLUMNS[word](row, rng)
     return rows
@@ -245,7 +275,11 @@ def test_accumulation_changes_nothing(name):
         roles = cast()
         batches = [batch_of(rows[i : i + micro]) for i in range(0, 4, micro)]
         units = [sum(o.divisor(b) for b in batches) for _, o in objective.terms()]
-        value = sum(w * o.loss(roles, b).sum() / n for b in batches for (w, o), n in zip(objective.terms(), units, strict=True))
+        value = sum(
+            w * o.loss(roles, b).sum() / n
+            for b in batches
+            for (w, o), n in zip(objective.terms(), units, strict=True)
+        )
         value.backward()
         found.append((float(value.detach()), gradients(roles.policy.model)))
     for value, grads in found[1:]:
@@ -289,7 +323,9 @@ def tuned(tuner: str, net: torch.nn.Module | None = None) -> Roles:
     attached = build("tuner", tuner).attach(net)
     clock = Clock()
     policy = Policy(Causal(), net, attached)
-    reference = build("role", "off" if "off" in attached.settings.gives else "start").play("reference", policy)
+    reference = build("role", "off" if "off" in attached.settings.gives else "start").play(
+        "reference", policy
+    )
     roles = cast(reference=reference)
     brought = {name: getattr(roles, name) for name in ("memory", "parts", "generator", "paired")}
     return Roles(policy, clock, roles.renderer, reference=reference, teacher=roles.teacher, **brought)
@@ -300,8 +336,11 @@ def tuned(tuner: str, net: torch.nn.Module | None = None) -> Roles:
 def test_runs_with_every_kind_of_tuner_and_without_a_gradient(name, tuner):
     objective, roles = build("objective", name), tuned(tuner)
     rows, rng = contract_rows(objective), torch.Generator().manual_seed(6)
-    if "samples" in wants_of(objective):  # against the policy as it is, the value of a ratio does not tell where it leads
-        rows = [{k: v for k, v in r.items() if k != "supervised"} | {"old": COLUMNS["old"](r, rng)} for r in rows]
+    # against the policy as it is, the value of a ratio does not tell where it leads
+    if "samples" in wants_of(objective):
+        rows = [
+            {k: v for k, v in r.items() if k != "supervised"} | {"old": COLUMNS["old"](r, rng)} for r in rows
+        ]
     moving = roles.tuner.parameters()
 
     def closure(grad: bool = True) -> float:
@@ -315,7 +354,9 @@ def test_runs_with_every_kind_of_tuner_and_without_a_gradient(name, tuner):
     reached = {k for k, p in moving.items() if p.grad is not None and p.grad.any()}
     assert reached and all(bool(p.grad.isfinite().all()) for p in moving.values() if p.grad is not None)
     was = roles.tuner.tensors()
-    build("estimator", "mezo").step(closure, Chain((build("transform", "momentum"),), roles.tuner, roles.clock, 1e-3), roles.clock)
+    build("estimator", "mezo").step(
+        closure, Chain((build("transform", "momentum"),), roles.tuner, roles.clock, 1e-3), roles.clock
+    )
     now = roles.tuner.tensors()
     assert all(bool(p.isfinite().all()) for p in now.values())
     assert any(not torch.equal(now[k], was[k]) for k in now)
@@ -342,7 +383,8 @@ def test_declaration_is_complete(name):
     cls, said = find("objective", name), card("objective", name)
     documented = helps(cls)
     assert all(documented.get(f.name) for f in fields(cls)), "every setting carries a trailing comment"
-    made_up = f"{cls.__name__}{inspect.signature(cls)}".replace(" -> None", "")  # what a dataclass says where nobody does
+    # what a dataclass says where nobody does
+    made_up = f"{cls.__name__}{inspect.signature(cls)}".replace(" -> None", "")
     assert said.summary and cls.__doc__ != made_up, "the file and the class say what they do"
     assert said.wants <= set(WORDS), "words that a sentence can explain"
     assert said.wants == cls.wants
@@ -371,17 +413,28 @@ def test_at_the_start_a_pair_costs_what_no_margin_costs():
 
 
 def test_symmetric_contrasts():
-    """S-VCO: no gap to the reference is four times log 2; the two answers may change places; the terms are those of the paper."""
+    """S-VCO: no gap to the reference is four times log 2; the two answers may change places; the terms are
+    those of the paper.
+    """
     rows = make_rows(3, k=6, contrasts=[0, 1])
-    torch.testing.assert_close(loss_of("s_vco", cast(reference=network()), rows), torch.full((3,), 4 * math.log(2)))
+    torch.testing.assert_close(
+        loss_of("s_vco", cast(reference=network()), rows), torch.full((3,), 4 * math.log(2))
+    )
     turned = [{**r, "completions": r["completions"][3:] + r["completions"][:3]} for r in rows]
     torch.testing.assert_close(loss_of("s_vco", rows=rows), loss_of("s_vco", rows=turned), atol=1e-6, rtol=0)
     roles = cast()
     batch = batch_of(rows)
     gap = batch.sums(roles.policy.logprobs(batch) - roles.reference.logprobs(batch)).view(3, 6)
-    cost = lambda beta, better, worse: -torch.nn.functional.logsigmoid(beta * (gap[:, better] - gap[:, worse]))
+    cost = lambda beta, better, worse: (
+        -torch.nn.functional.logsigmoid(beta * (gap[:, better] - gap[:, worse]))
+    )
     by_hand = cost(0.2, 0, 1) + cost(0.3, 1, 2) + cost(0.2, 3, 4) + cost(0.3, 4, 5)
-    torch.testing.assert_close(loss_of({"name": "s_vco", "beta_attend": 0.2, "beta_reject": 0.3}, rows=rows), by_hand, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        loss_of({"name": "s_vco", "beta_attend": 0.2, "beta_reject": 0.3}, rows=rows),
+        by_hand,
+        atol=1e-5,
+        rtol=1e-5,
+    )
 
 
 def test_label_smoothing_of_one_half_takes_no_side():
@@ -394,9 +447,16 @@ def test_label_smoothing_of_one_half_takes_no_side():
 
 def test_best_and_worst_are_picked_by_score_and_ties_teach_nothing():
     rows = make_rows(3, k=4)
-    rows[0]["scores"], rows[1]["scores"], rows[2]["scores"] = [0.1, 0.9, -2.0, 0.5], [1.0] * 4, [3.0, 2.0, 1.0, 3.0]
+    rows[0]["scores"], rows[1]["scores"], rows[2]["scores"] = (
+        [0.1, 0.9, -2.0, 0.5],
+        [1.0] * 4,
+        [3.0, 2.0, 1.0, 3.0],
+    )
     picks = ((1, 2), (0, 0), (0, 2))  # best and worst
-    pairs = [{**r, "completions": [r["completions"][i] for i in p], "scores": [1.0, 0.0]} for r, p in zip(rows, picks, strict=True)]
+    pairs = [
+        {**r, "completions": [r["completions"][i] for i in p], "scores": [1.0, 0.0]}
+        for r, p in zip(rows, picks, strict=True)
+    ]
     torch.testing.assert_close(loss_of("dpo", rows=rows), loss_of("dpo", rows=pairs))
     roles, tied = cast(), [rows[1]]
     loss_of("dpo", roles, tied).sum().backward()
@@ -435,7 +495,9 @@ def full_logits(roles: Roles, name: str, rows: list[dict]) -> torch.Tensor:
     net = getattr(roles, name).model
     read = [(r["prompt"], c) for r in rows for c in r["completions"]]
     with torch.no_grad():
-        return torch.cat([net(torch.tensor([prompt + c])).logits[0, len(prompt) - 1 : -1] for prompt, c in read])
+        return torch.cat(
+            [net(torch.tensor([prompt + c])).logits[0, len(prompt) - 1 : -1] for prompt, c in read]
+        )
 
 
 def by_hand(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -461,11 +523,15 @@ def test_the_teachers_top_and_the_rest():
     torch.testing.assert_close(loss_of({"name": "distill", "k": V}, roles, rows), full)
     by_k = [loss_of({"name": "distill", "k": k}, roles, rows) for k in (1, 5, V - 1)]
     torch.testing.assert_close(by_k[-1], full, atol=1e-5, rtol=1e-5)  # the rest is one token
-    assert (by_k[0] <= by_k[1] + 1e-6).all() and (by_k[1] <= full + 1e-6).all(), "merging outcomes loses information, never gains"
+    assert (by_k[0] <= by_k[1] + 1e-6).all() and (by_k[1] <= full + 1e-6).all(), (
+        "merging outcomes loses information, never gains"
+    )
     p, t = (full_logits(roles, n, rows).softmax(-1) for n in ("policy", "teacher"))
     top = t.argmax(-1, keepdim=True)
     a, b = t.gather(1, top), p.gather(1, top)
-    torch.testing.assert_close(by_k[0].detach(), by_hand(torch.cat([a, 1 - a], 1), torch.cat([b, 1 - b], 1)), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        by_k[0].detach(), by_hand(torch.cat([a, 1 - a], 1), torch.cat([b, 1 - b], 1)), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_temperature_keeps_the_size_of_gradients():
@@ -497,7 +563,8 @@ def test_clipping_stops_the_gradient_where_the_ratio_has_gone_far_enough():
     rows, roles = make_rows(1, k=2), cast()
     rows[0]["scores"] = [1.0, 0.0]
     logp = roles.policy.logprobs(batch_of(rows)).detach().split([len(c) for c in rows[0]["completions"]])
-    rows[0]["old"] = [(logp[0] - 1).tolist(), (logp[1] + 1).tolist()]  # better ones grew, worse ones shrank: beyond both bounds
+    # better ones grew, worse ones shrank: beyond both bounds
+    rows[0]["old"] = [(logp[0] - 1).tolist(), (logp[1] + 1).tolist()]
     batch = batch_of(rows)
     build("objective", "dapo").loss(roles, batch).sum().backward()
     assert all(not g.any() for g in gradients(roles.policy.model).values())
@@ -536,15 +603,22 @@ def test_kto_good_and_bad_mirror_each_other():
     weighted = loss_of({"name": "kto", "desirable_weight": 3.0, "undesirable_weight": 2.0}, rows=rows)
     is_good = torch.tensor([r["scores"][0] > 0 for r in rows])
     torch.testing.assert_close(weighted, good[0] * torch.where(is_good, 3.0, 2.0))
-    torch.testing.assert_close(loss_of("kto", rows=[{**r, "scores": [max(r["scores"][0], 0.0)]} for r in rows]), good[0])  # 0 is bad, too
-    torch.testing.assert_close(loss_of("kto", cast(reference=network()), rows), torch.full((5,), 0.5), atol=1e-5, rtol=0)
+    # 0 is bad, too
+    torch.testing.assert_close(
+        loss_of("kto", rows=[{**r, "scores": [max(r["scores"][0], 0.0)]} for r in rows]), good[0]
+    )
+    torch.testing.assert_close(
+        loss_of("kto", cast(reference=network()), rows), torch.full((5,), 0.5), atol=1e-5, rtol=0
+    )
 
 
 def test_kto_measures_its_drift_under_the_next_rows_prompt():
     rows, roles = make_rows(3, k=2), cast(reference=network(off_by=0.2))
     batch = batch_of(rows)
     build("objective", "kto").loss(roles, batch)
-    mismatched = [{**r, "prompt": after["prompt"]} for r, after in zip(rows, [*rows[1:], rows[0]], strict=True)]
+    mismatched = [
+        {**r, "prompt": after["prompt"]} for r, after in zip(rows, [*rows[1:], rows[0]], strict=True)
+    ]
     other = batch_of(mismatched)
     with torch.no_grad():
         want = other.sums(roles.policy.logprobs(other) - roles.reference.logprobs(other)).mean()
@@ -606,15 +680,28 @@ def tokenizer():
     words = {w: i for i, w in enumerate(["<pad>", "<eos>", "<bos>", *(f"w{i}" for i in range(3, V))])}
     made = Tokenizer(models.WordLevel(words, unk_token="w3"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="w3")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="w3"
+    )
 
 
 def trainer(trl, kind: str, tmp_path, row: dict, settings: dict | None = None, **kwargs):
     """TRL's trainer of a kind around the policy's network. It only ever computes losses of batches made here."""
     from datasets import Dataset
 
-    plain = {"report_to": "none", "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "per_device_train_batch_size": 4}
-    kwargs = {"model": network(), "train_dataset": Dataset.from_list([row] * 4), "processing_class": tokenizer(), **kwargs}
+    plain = {
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "per_device_train_batch_size": 4,
+    }
+    kwargs = {
+        "model": network(),
+        "train_dataset": Dataset.from_list([row] * 4),
+        "processing_class": tokenizer(),
+        **kwargs,
+    }
     config = getattr(trl, f"{kind}Config")(output_dir=str(tmp_path / "out"), **plain, **(settings or {}))
     made = getattr(trl, f"{kind}Trainer")(args=config, **kwargs)
     made.model.eval()  # no dropout here; and no division by accumulation steps
@@ -667,14 +754,28 @@ def preference_inputs(rows: list[dict]) -> dict:
 )
 def test_pairs_are_trls(trl, tmp_path, ours, settings):
     rows = pair_rows()
-    made = trainer(trl, "DPO", tmp_path, {"prompt": "w3", "chosen": "w4", "rejected": "w5"}, settings, ref_model=network(off_by=0.05))
+    made = trainer(
+        trl,
+        "DPO",
+        tmp_path,
+        {"prompt": "w3", "chosen": "w4", "rejected": "w5"},
+        settings,
+        ref_model=network(off_by=0.05),
+    )
     agree(terms(ours), rows, made.model, made.compute_loss(made.model, preference_inputs(rows)))
 
 
 def test_smoothed_dpo_is_trls(trl, tmp_path):
     """TRL's sigmoid loss has lost label_smoothing; its `aot` on a batch of one pair is that loss."""
     rows, settings = pair_rows(), {"loss_type": ["aot"], "label_smoothing": 0.2}
-    made = trainer(trl, "DPO", tmp_path, {"prompt": "w3", "chosen": "w4", "rejected": "w5"}, settings, ref_model=network(off_by=0.05))
+    made = trainer(
+        trl,
+        "DPO",
+        tmp_path,
+        {"prompt": "w3", "chosen": "w4", "rejected": "w5"},
+        settings,
+        ref_model=network(off_by=0.05),
+    )
     theirs = sum(made.compute_loss(made.model, preference_inputs([r])) for r in rows) / 4
     agree(build("objective", {"name": "dpo", "label_smoothing": 0.2}), rows, made.model, theirs)
 
@@ -685,10 +786,22 @@ def test_kto_is_trls(trl, tmp_path, reference_off_by, drifted):
 
     rows, reference = kto_rows(), network(off_by=reference_off_by)
     settings = {"beta": 0.5, "desirable_weight": 1.3, "undesirable_weight": 0.7}
-    made = trainer(trl, "KTO", tmp_path, {"prompt": "w3", "completion": "w4", "label": True}, settings, ref_model=copy.deepcopy(reference))
+    made = trainer(
+        trl,
+        "KTO",
+        tmp_path,
+        {"prompt": "w3", "completion": "w4", "label": True},
+        settings,
+        ref_model=copy.deepcopy(reference),
+    )
     done = [r["completions"][0] for r in rows]
     examples = [
-        {"prompt_ids": r["prompt"], "completion_ids": y, "KL_completion_ids": other, "label": r["scores"][0] > 0}
+        {
+            "prompt_ids": r["prompt"],
+            "completion_ids": y,
+            "KL_completion_ids": other,
+            "label": r["scores"][0] > 0,
+        }
         for r, y, other in zip(rows, done, [done[-1], *done[:-1]], strict=True)
     ]
     theirs = made.compute_loss(made.model, DataCollatorForUnpairedPreference(pad_token_id=0)(examples))
@@ -704,11 +817,23 @@ def test_kto_is_trls(trl, tmp_path, reference_off_by, drifted):
     "ours, settings",
     [
         ({"name": "grpo"}, {"loss_type": "grpo", "beta": 0.04}),
-        ({"name": "grpo", "beta": 0.0, "scale_rewards": "batch"}, {"loss_type": "grpo", "beta": 0.0, "scale_rewards": "batch"}),
+        (
+            {"name": "grpo", "beta": 0.0, "scale_rewards": "batch"},
+            {"loss_type": "grpo", "beta": 0.0, "scale_rewards": "batch"},
+        ),
         ({"name": "dapo"}, {"loss_type": "dapo", "epsilon_high": 0.28}),
-        ({"name": "dapo", "beta": 0.1, "epsilon_high": None, "epsilon": 0.1}, {"loss_type": "bnpo", "beta": 0.1, "epsilon": 0.1}),
-        ({"name": "grpo", "use_bias_correction_kl": False}, {"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False}),
-        ({"name": "dr_grpo", "max_completion_length": 32}, {"loss_type": "dr_grpo", "max_completion_length": 32, "scale_rewards": "none"}),
+        (
+            {"name": "dapo", "beta": 0.1, "epsilon_high": None, "epsilon": 0.1},
+            {"loss_type": "bnpo", "beta": 0.1, "epsilon": 0.1},
+        ),
+        (
+            {"name": "grpo", "use_bias_correction_kl": False},
+            {"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False},
+        ),
+        (
+            {"name": "dr_grpo", "max_completion_length": 32},
+            {"loss_type": "dr_grpo", "max_completion_length": 32, "scale_rewards": "none"},
+        ),
     ],
     ids=lambda x: "-".join(map(str, x.values())),
 )
@@ -722,14 +847,24 @@ def test_policy_gradients_are_trls(trl, tmp_path, ours, settings, old):
     flat = [(r["prompt"], c, s) for r in rows for c, s in zip(r["completions"], r["scores"], strict=True)]
     prompts, completions, scores = ([x[i] for x in flat] for i in range(3))
     settings = {"num_generations": 4, **settings}
-    made = trainer(trl, "GRPO", tmp_path, {"prompt": "w3"}, settings, model=policy, reward_funcs=lambda prompts, **_: scores)
+    made = trainer(
+        trl,
+        "GRPO",
+        tmp_path,
+        {"prompt": "w3"},
+        settings,
+        model=policy,
+        reward_funcs=lambda prompts, **_: scores,
+    )
     made._generate = lambda _: (prompts, completions, None, ["" for _ in flat], None, {}, None, [])
     inputs = made._generate_and_score_completions([{"prompt": "w3"} for _ in flat])
     inputs = {k: v for k, v in inputs.items() if torch.is_tensor(v)}
     if old:
         noise = torch.Generator().manual_seed(3)
         sampled = cast().policy.logprobs(batch_of(rows)).detach()
-        sampled = (sampled + 0.3 * torch.randn(sampled.shape, generator=noise)).split([len(c) for c in completions])
+        sampled = (sampled + 0.3 * torch.randn(sampled.shape, generator=noise)).split(
+            [len(c) for c in completions]
+        )
         padded = torch.nn.utils.rnn.pad_sequence(list(sampled), batch_first=True)
         inputs["old_per_token_logps"] = padded
         parts = [s.tolist() for s in sampled]
@@ -744,6 +879,9 @@ def test_distillation_is_trls(trl, name, beta):
     student, teacher = roles.policy.outputs(batch_of(rows)), roles.teacher.outputs(batch_of(rows))
     heads = (roles.policy.model.lm_head.weight, roles.teacher.model.lm_head.weight)
     everything = torch.ones(1, len(student.hidden), dtype=torch.long)
-    theirs, *_ = divergence(student.hidden[None], teacher.hidden[None], *heads, everything, beta, temperature=2.0)
+    theirs, *_ = divergence(
+        student.hidden[None], teacher.hidden[None], *heads, everything, beta, temperature=2.0
+    )
     spec = {"name": name, "temperature": 2.0, **({"beta": beta} if name == "distill_jsd" else {})}
-    agree(terms(spec), rows, roles.policy.model, 4 * theirs)  # the factor temperature^2 is ours, and the paper's
+    # the factor temperature^2 is ours, and the paper's
+    agree(terms(spec), rows, roles.policy.model, 4 * theirs)

@@ -14,29 +14,45 @@ from torch import nn
 
 import luthier
 from conftest import SUMS
-from luthier.methods.architectures.text.causal import Causal
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.registry import build
+from luthier.methods.architectures.text.causal import Causal
+from luthier.methods.objectives.distillation.pela import far
 from luthier.methods.objectives.representation.core_tuning import contrast
 from luthier.methods.objectives.representation.dr_tune import calibrated, rotation
-from luthier.methods.objectives.distillation.pela import far
 from luthier.methods.roles.features.memory import Features
 from luthier.model.anatomy import layer_of
+from luthier.registry import build
 from test_objectives import average, batch_of, cast, gradients, make_rows, network
 
 torch.set_num_threads(1)
 
 
 def tune(tmp_path, name: str, **changes):
-    base = {"data": SUMS, "eval_data": SUMS, "max_steps": 2, "per_device_train_batch_size": 16, "learning_rate": 1e-3, "evaluate": ["loss"], "dtype": "float32"}
+    base = {
+        "data": SUMS,
+        "eval_data": SUMS,
+        "max_steps": 2,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 1e-3,
+        "evaluate": ["loss"],
+        "dtype": "float32",
+    }
     return luthier.tune({**base, **changes}, folder=tmp_path / name)
 
 
 # ------------------------------------------------------------------------------------------------ states behind blocks
 
 
-@pytest.mark.parametrize("layout", [Causal(), Causal(share_prompts=False), Causal(packing=False, share_prompts=False), Causal(own_head=True)])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        Causal(),
+        Causal(share_prompts=False),
+        Causal(packing=False, share_prompts=False),
+        Causal(own_head=True),
+    ],
+)
 def test_states_behind_blocks_are_those_that_transformers_tells(layout):
     roles, rows = cast(), make_rows(3, k=1)
     roles.policy.architecture = layout
@@ -48,7 +64,10 @@ def test_states_behind_blocks_are_those_that_transformers_tells(layout):
     for row in rows:
         ids = torch.tensor([row["prompt"] + row["completions"][0]])
         blocks: list[torch.Tensor] = []
-        hooks = [b.register_forward_hook(lambda m, i, o, blocks=blocks: blocks.append(o)) for b in roles.policy.model.model.layers]
+        hooks = [
+            b.register_forward_hook(lambda m, i, o, blocks=blocks: blocks.append(o))
+            for b in roles.policy.model.model.layers
+        ]
         with torch.no_grad():
             roles.policy.model(input_ids=ids)
         for hook in hooks:
@@ -91,18 +110,33 @@ def test_zeros_stay_while_all_else_moves(tiny, tmp_path, settings):
             if "pattern" in settings:
                 assert (zero.view(len(zero), -1, 4).sum(-1) == 2).all()
             least = dense[f"{name}.weight"].abs().masked_fill(~zero, 0).amax(1)
-            assert "pattern" in settings or (least <= dense[f"{name}.weight"].abs().masked_fill(zero, torch.inf).amin(1)).all()
+            assert (
+                "pattern" in settings
+                or (least <= dense[f"{name}.weight"].abs().masked_fill(zero, torch.inf).amin(1)).all()
+            )
     assert not (model.get_output_embeddings().weight == 0).any()
-    again = tune(tmp_path, "b", model=tiny, tuner={"name": "pruned", **settings}, max_steps=2, start=report.folder, learning_rate=1e-4)
+    again = tune(
+        tmp_path,
+        "b",
+        model=tiny,
+        tuner={"name": "pruned", **settings},
+        max_steps=2,
+        start=report.folder,
+        learning_rate=1e-4,
+    )
     now = luthier.load(again.folder, dtype="float32").model
-    assert sum(int((p == 0).sum()) for p in now.parameters()) == sum(int((p == 0).sum()) for p in model.parameters())
+    assert sum(int((p == 0).sum()) for p in now.parameters()) == sum(
+        int((p == 0).sum()) for p in model.parameters()
+    )
     for wrong, said in ((dict(pattern="4:2"), "kept:neighbours"), (dict(pattern="2:7"), "does not divide")):
         with pytest.raises((RecipeError, ValueError), match=said):
             build("tuner", {"name": "pruned", **wrong}).kept(torch.ones(3, 8))
 
 
 def test_what_rows_say_of_weights():
-    """WANDA by hand; SparseGPT makes good what zeros do wrong, keeps to the pattern, and is magnitude's where inputs are alike."""
+    """WANDA by hand; SparseGPT makes good what zeros do wrong, keeps to the pattern, and is magnitude's where
+    inputs are alike.
+    """
     torch.manual_seed(0)
     X = torch.randn(400, 32) @ (torch.eye(32) + 0.3 * torch.randn(32, 32))  # [tokens, in]
     W, H = torch.randn(24, 32), X.T @ X
@@ -112,7 +146,11 @@ def test_what_rows_say_of_weights():
     assert torch.equal(wanda, torch.stack([r >= r.sort().values[16] for r in size]))
     wrong = lambda kept: float(((kept - W) @ X.T).norm())
     stays, repaired = made(criterion="sparsegpt", block_size=8).repaired(W, H)
-    assert int(stays.sum()) == W.numel() // 2 and not repaired[~stays].any() and not torch.equal(repaired[stays], W[stays])
+    assert (
+        int(stays.sum()) == W.numel() // 2
+        and not repaired[~stays].any()
+        and not torch.equal(repaired[stays], W[stays])
+    )
     assert wrong(repaired) < 0.9 * wrong(W * wanda) and wrong(W * wanda) < wrong(W * made().kept(W))
     best = torch.zeros_like(W)
     for i, s in enumerate(stays):
@@ -126,20 +164,30 @@ def test_what_rows_say_of_weights():
 
 def test_pruning_by_rows_breaks_less(tmp_path):
     common = dict(
-        model="practice:lm-small", data={"path": "practice:people/train", "n": 64}, eval_data={"path": "practice:people/test", "n": 60},
-        max_steps=1, learning_rate=1e-7, evaluate=["loss"],
-    )  # fmt: skip
+        model="practice:lm-small",
+        data={"path": "practice:people/train", "n": 64},
+        eval_data={"path": "practice:people/test", "n": 60},
+        max_steps=1,
+        learning_rate=1e-7,
+        evaluate=["loss"],
+    )
     loss = {
-        c: tune(tmp_path, c, tuner={"name": "pruned", "criterion": c}, **common).after["loss"] for c in ("magnitude", "wanda", "sparsegpt")
+        c: tune(tmp_path, c, tuner={"name": "pruned", "criterion": c}, **common).after["loss"]
+        for c in ("magnitude", "wanda", "sparsegpt")
     }
     assert loss["sparsegpt"] < loss["wanda"] < loss["magnitude"], loss
 
 
 def test_squarehead_heals_what_pruning_broke(tmp_path):
     common = dict(
-        model="practice:lm-small", data={"path": "practice:people/train", "n": 400}, eval_data={"path": "practice:people/test", "n": 80},
-        tuner={"name": "pruned", "sparsity": 0.75}, max_steps=40, learning_rate=2e-3, roles={"teacher": "start"},
-    )  # fmt: skip
+        model="practice:lm-small",
+        data={"path": "practice:people/train", "n": 400},
+        eval_data={"path": "practice:people/test", "n": 80},
+        tuner={"name": "pruned", "sparsity": 0.75},
+        max_steps=40,
+        learning_rate=2e-3,
+        roles={"teacher": "start"},
+    )
     alone = tune(tmp_path, "alone", objective="sft", **common)
     taught = tune(tmp_path, "taught", objective="squarehead + sft", **common)
     assert taught.after["loss"] < alone.after["loss"]
@@ -155,7 +203,9 @@ def test_products_are_the_best_of_their_rank():
     k = int(24 * 40 / (2.0 * (24 + 40)))
     assert p.A.shape == (k, 40) and p.B.shape == (24, k)
     left = torch.linalg.svdvals(W)[k:]
-    assert float((method.weight(W, p) - W).norm()) == pytest.approx(float(left.square().sum().sqrt()), rel=1e-5)
+    assert float((method.weight(W, p) - W).norm()) == pytest.approx(
+        float(left.square().sum().sqrt()), rel=1e-5
+    )
     full = build("tuner", {"name": "pela", "compress_ratio": 1e-3})
     q = SimpleNamespace(**full.init(W))
     torch.testing.assert_close(full.weight(W, q), W, atol=1e-4, rtol=1e-4)
@@ -165,10 +215,18 @@ def test_products_are_the_best_of_their_rank():
 
 def test_healing_brings_a_model_of_low_rank_back(tiny, tmp_path):
     whole = tune(tmp_path, "whole", model=tiny, tuner="full", max_steps=40, learning_rate=3e-3).folder
-    common = dict(model=whole, tuner={"name": "pela", "compress_ratio": 2.0}, roles={"teacher": "off"}, max_steps=30, learning_rate=2e-3)
+    common = dict(
+        model=whole,
+        tuner={"name": "pela", "compress_ratio": 2.0},
+        roles={"teacher": "off"},
+        max_steps=30,
+        learning_rate=2e-3,
+    )
     healed = tune(tmp_path, "healed", objective="pela + sft", logging_steps=1, **common)
     assert healed.after["loss"] < healed.before["loss"] - 0.05 and healed.losses[-1] < healed.losses[0]
-    held = tune(tmp_path, "held", objective=[{"name": "pela", "perturbation": 1.0}], **{**common, "max_steps": 1})
+    held = tune(
+        tmp_path, "held", objective=[{"name": "pela", "perturbation": 1.0}], **{**common, "max_steps": 1}
+    )
     assert held.losses[0] > 0
 
 
@@ -198,14 +256,20 @@ def test_core_tuning_without_weights_is_plain_tuning():
     found = []
     for spec in ("sft", [{"name": "sft"}, {"name": "core_tuning", "eta": 0.0, "boundary": 0.0}]):
         roles = cast()
-        objective = build("objective", spec) if isinstance(spec, str) else SimpleNamespace(terms=lambda spec=spec: [(1.0, build("objective", s)) for s in spec])
+        objective = (
+            build("objective", spec)
+            if isinstance(spec, str)
+            else SimpleNamespace(terms=lambda spec=spec: [(1.0, build("objective", s)) for s in spec])
+        )
         average(objective, roles, batch_of(rows)).backward()
         found.append(gradients(roles.policy.model))
     assert all(torch.equal(a, found[1][n]) for n, a in found[0].items())
 
 
 def test_core_tuning_draws_classes_together():
-    rows = [{**r, "id": f"c{i}", "completions": [[5 + i % 2]]} for i, r in enumerate(make_rows(16, k=1, seed=3))]
+    rows = [
+        {**r, "id": f"c{i}", "completions": [[5 + i % 2]]} for i, r in enumerate(make_rows(16, k=1, seed=3))
+    ]
 
     def spread(seed: int, terms: list[dict]) -> float:
         roles = cast()
@@ -238,7 +302,12 @@ def test_a_known_rotation_is_found_and_undone():
     down, kinds = pre @ R, torch.arange(60) % 3
     torch.testing.assert_close(rotation(pre, down), R, atol=1e-4, rtol=1e-4)
     a, b = (x - x.mean(0) for x in (pre, down))
-    torch.testing.assert_close(rotation(pre, down), torch.tensor(orthogonal_procrustes(a.numpy(), b.numpy())[0]), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        rotation(pre, down),
+        torch.tensor(orthogonal_procrustes(a.numpy(), b.numpy())[0]),
+        atol=1e-4,
+        rtol=1e-4,
+    )
     torch.testing.assert_close(calibrated(pre, kinds, pre, down, kinds, None), down, atol=1e-4, rtol=1e-4)
     shifts, table = 0.1 * torch.randn(3, 6), torch.randn(3, 6)
     moved = down + shifts[kinds]
@@ -249,7 +318,9 @@ def test_a_known_rotation_is_found_and_undone():
         centre = turned[kinds == c] + weight @ b[kinds == c] - turned[kinds == c].mean(0)
         torch.testing.assert_close(centre.mean(0), weight @ b[kinds == c], atol=1e-5, rtol=1e-5)
         said = calibrated(pre, kinds, pre, moved, kinds, table)[kinds == c]
-        torch.testing.assert_close(said, F.normalize(centre, dim=1) * moved.norm(dim=1).mean(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            said, F.normalize(centre, dim=1) * moved.norm(dim=1).mean(), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_the_pretrained_features_teach_the_output_layer_alone():
@@ -257,7 +328,11 @@ def test_the_pretrained_features_teach_the_output_layer_alone():
     found = {}
     for weight in (0.0, 1.0):
         roles = cast(paired=Features(64, 32))
-        roles.paired.remember(torch.arange(12), torch.tensor([5, 6] * 6), torch.randn(12, 32, generator=torch.Generator().manual_seed(0)))
+        roles.paired.remember(
+            torch.arange(12),
+            torch.tensor([5, 6] * 6),
+            torch.randn(12, 32, generator=torch.Generator().manual_seed(0)),
+        )
         roles.paired.after_step(Clock())
         average(build("objective", {"name": "dr_tune", "weight": weight}), roles, batch_of(rows)).backward()
         found[weight] = gradients(roles.policy.model)
@@ -270,10 +345,26 @@ def test_the_pretrained_features_teach_the_output_layer_alone():
 
 
 def test_dr_tune_and_core_tuning_run(tmp_path):
-    common = dict(model="practice:lm-small", data={"path": "practice:topic", "n": 48}, eval_data={"path": "practice:topic/test", "n": 24}, max_steps=3)
-    report = tune(tmp_path, "dr", objective="dr_tune", roles={"paired": {"name": "paired", "size": 32}}, tuner={"name": "lora", "modules_to_save": ["lm_head"]}, **common)
+    common = dict(
+        model="practice:lm-small",
+        data={"path": "practice:topic", "n": 48},
+        eval_data={"path": "practice:topic/test", "n": 24},
+        max_steps=3,
+    )
+    report = tune(
+        tmp_path,
+        "dr",
+        objective="dr_tune",
+        roles={"paired": {"name": "paired", "size": 32}},
+        tuner={"name": "lora", "modules_to_save": ["lm_head"]},
+        **common,
+    )
     assert math.isfinite(report.losses[-1])
-    assert math.isfinite(tune(tmp_path, "core", objective="sft + core_tuning", tuner="lora", **common).losses[-1])
+    assert math.isfinite(
+        tune(tmp_path, "core", objective="sft + core_tuning", tuner="lora", **common).losses[-1]
+    )
     encoder = common | {"model": "practice:encoder", "architecture": "classifier", "tuner": "full"}
     assert math.isfinite(tune(tmp_path, "c", objective="sft + core_tuning", **encoder).losses[-1])
-    assert math.isfinite(tune(tmp_path, "d", objective="dr_tune", roles={"paired": "paired"}, **encoder).losses[-1])
+    assert math.isfinite(
+        tune(tmp_path, "d", objective="dr_tune", roles={"paired": "paired"}, **encoder).losses[-1]
+    )

@@ -1,4 +1,6 @@
-"""Objectives that look at hidden states: LOOK, parts and wholes, generated features; and the roles that go with them."""
+"""Objectives that look at hidden states: LOOK, parts and wholes, generated features; and the roles that go
+with them.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,15 @@ import torch
 
 import luthier
 from luthier.clock import Clock
-from luthier.kernels.logprobs import Head
 from luthier.errors import RecipeError
-from luthier.registry import build
+from luthier.kernels.logprobs import Head
 from luthier.methods.objectives.representation._features import classes, features, of_rows
 from luthier.methods.objectives.representation.adam_v2 import long_enough, means, regions
 from luthier.methods.objectives.representation.look import vote
 from luthier.methods.roles.features.generator import Features as Made
 from luthier.methods.roles.features.memory import Features
 from luthier.methods.roles.networks.part_whole import Heads
+from luthier.registry import build
 from luthier.storage.store import checkpoints, load_checkpoint
 from test_objectives import batch_of, cast, make_rows
 
@@ -29,9 +31,18 @@ from test_objectives import batch_of, cast, make_rows
 
 def test_a_mean_teacher_is_the_running_average_and_gets_no_gradient(base, tmp_path):
     recipe = {
-        **base, "tuner": {"name": "lora", "r": 2}, "objective": "sft + self_distill + look", "max_steps": 5, "save_steps": 1,
-        "save_total_limit": 9, "roles": {"teacher": {"name": "mean_teacher", "momentum": 0.7}, "memory": {"name": "memory", "size": 32}}, "learning_rate": 1e-2,
-    }  # fmt: skip
+        **base,
+        "tuner": {"name": "lora", "r": 2},
+        "objective": "sft + self_distill + look",
+        "max_steps": 5,
+        "save_steps": 1,
+        "save_total_limit": 9,
+        "roles": {
+            "teacher": {"name": "mean_teacher", "momentum": 0.7},
+            "memory": {"name": "memory", "size": 32},
+        },
+        "learning_rate": 1e-2,
+    }
     report = luthier.tune(recipe, folder=tmp_path / "a")
     steps = [load_checkpoint(p).tensors for p in checkpoints(tmp_path / "a")]
     moving = [k for k in steps[0] if k.endswith(".B")]
@@ -40,15 +51,22 @@ def test_a_mean_teacher_is_the_running_average_and_gets_no_gradient(base, tmp_pa
         mean = torch.zeros_like(steps[0][k])  # B starts at zero
         for tensors in steps:
             mean = 0.7 * mean + 0.3 * tensors[k]
-            torch.testing.assert_close(tensors["role:teacher.average." + k.replace(".", "/")], mean, atol=1e-6, rtol=0)
-    gaps = [json.loads(line)["loss/self_distill"] for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+            torch.testing.assert_close(
+                tensors["role:teacher.average." + k.replace(".", "/")], mean, atol=1e-6, rtol=0
+            )
+    gaps = [
+        json.loads(line)["loss/self_distill"]
+        for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert gaps[0] == 0 and gaps[-1] > 0
     with pytest.raises(KeyboardInterrupt):
         luthier.tune(recipe, folder=tmp_path / "b", watch=stops(3))
     again = luthier.tune(recipe, folder=tmp_path / "b")
     assert again.losses == report.losses, "what a role brings is kept in checkpoints"
     assert luthier.load(tmp_path / "b").ask("1+1=") is not None
-    onward = luthier.tune({**base, "tuner": recipe["tuner"], "start": report.folder, "max_steps": 1}, folder=tmp_path / "c")
+    onward = luthier.tune(
+        {**base, "tuner": recipe["tuner"], "start": report.folder, "max_steps": 1}, folder=tmp_path / "c"
+    )
     assert onward.losses, "who goes on from such a run takes what the tuner moved"
 
 
@@ -65,7 +83,9 @@ def stops(step: int):
 
 def test_a_memory_renews_its_rows_and_lets_the_oldest_go():
     memory = Features(3, 2)
-    say = lambda rows, x: memory.remember(torch.tensor(rows), torch.tensor(rows) + 10, torch.full((len(rows), 2), float(x)))
+    say = lambda rows, x: memory.remember(
+        torch.tensor(rows), torch.tensor(rows) + 10, torch.full((len(rows), 2), float(x))
+    )
     say([1, 2], 1)
     assert memory.count == 0, "what is said in a step is seen from the next one on"
     say([1, 2], 2)
@@ -83,12 +103,16 @@ def test_a_memory_renews_its_rows_and_lets_the_oldest_go():
 
 def test_look_is_the_soft_vote_of_nearest_neighbours_without_oneself():
     near = torch.tensor([[9.0, 2.0, 1.0, 0.5, -1.0]])  # itself, then: other class, own class, other, own
-    itself, same = torch.tensor([[True, False, False, False, False]]), torch.tensor([[True, False, True, False, True]])
+    itself, same = (
+        torch.tensor([[True, False, False, False, False]]),
+        torch.tensor([[True, False, True, False, True]]),
+    )
     e = math.exp
     for k, want in (
         (9, (e(1) + e(-1)) / (e(2) + e(1) + e(0.5) + e(-1))),
         (3, e(1) / (e(2) + e(1) + e(0.5))),
-        (1, e(1) / (e(2) + e(1))),  # none of its class is among the nearest: the nearest of its class is added
+        # none of its class is among the nearest: the nearest of its class is added
+        (1, e(1) / (e(2) + e(1))),
     ):
         got, found = vote(near, itself, same, k)
         assert found.tolist() == [True] and float(got.exp()) == pytest.approx(want, abs=1e-6)
@@ -103,16 +127,25 @@ def test_look_reads_the_memory_as_it_was_and_not_the_row_itself():
     roles = cast(memory=Features(8, 16))
     assert objective.loss(roles, batch).eq(0).all(), "nothing is remembered yet"
     roles.memory.after_step(None)
-    assert roles.memory.count == 4 and len(set(classes(batch).tolist())) == 1 and len(set(of_rows(batch).tolist())) == 4
-    torch.testing.assert_close(objective.loss(roles, batch_of(rows)), torch.zeros(4), atol=1e-6, rtol=0)  # all neighbours agree
+    assert (
+        roles.memory.count == 4
+        and len(set(classes(batch).tolist())) == 1
+        and len(set(of_rows(batch).tolist())) == 4
+    )
+    # all neighbours agree
+    torch.testing.assert_close(objective.loss(roles, batch_of(rows)), torch.zeros(4), atol=1e-6, rtol=0)
     alone = cast(memory=Features(8, 16))
-    alone.memory.remember(of_rows(batch)[:1], classes(batch)[:1], features(batch, alone.policy.outputs(batch))[:1])
+    alone.memory.remember(
+        of_rows(batch)[:1], classes(batch)[:1], features(batch, alone.policy.outputs(batch))[:1]
+    )
     alone.memory.after_step(None)
     assert objective.loss(alone, batch_of(rows[:1])).eq(0).all()
 
 
 def test_look_keeps_what_a_class_is_made_of():
-    """Two classes of two kinds of points each, seen through two numbers; then the kinds are told apart by a linear probe."""
+    """Two classes of two kinds of points each, seen through two numbers; then the kinds are told apart by a
+    linear probe.
+    """
     from torch import nn
 
     def probe(seed: int, spec: str | dict) -> float:
@@ -173,7 +206,10 @@ class Reads:
 
 def whole_texts(n: int, length: int, seed: int = 0) -> list[dict]:
     rng = torch.Generator().manual_seed(seed)
-    return [{"id": i, "prompt": [3, 4], "completions": [torch.randint(3, 40, (length,), generator=rng).tolist()]} for i in range(n)]
+    return [
+        {"id": i, "prompt": [3, 4], "completions": [torch.randint(3, 40, (length,), generator=rng).tolist()]}
+        for i in range(n)
+    ]
 
 
 def test_regions_are_wholes_and_their_parts_read_alone():
@@ -202,20 +238,37 @@ def test_parts_of_a_linear_reader_compose_exactly():
     """Embeddings that are linear in tokens, a composer that is the mean: what the parts make is the whole."""
     table = torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
     roles = SimpleNamespace(
-        policy=Reads(lambda ids: table[ids]), teacher=Reads(lambda ids: table[ids]), parts=Heads(6, 2, trained=False), clock=Clock(),
+        policy=Reads(lambda ids: table[ids]),
+        teacher=Reads(lambda ids: table[ids]),
+        parts=Heads(6, 2, trained=False),
+        clock=Clock(),
         renderer=SimpleNamespace(tokenizer=range(40)),
-    )  # fmt: skip
+    )
     batch = batch_of(whole_texts(5, 8))
     only = lambda **weights: build(
-        "objective", {"name": "adam_v2", "noise": 0.0, "localizability": 0, "composability": 0, "decomposability": 0, **weights}
+        "objective",
+        {
+            "name": "adam_v2",
+            "noise": 0.0,
+            "localizability": 0,
+            "composability": 0,
+            "decomposability": 0,
+            **weights,
+        },
     )
     torch.testing.assert_close(only(composability=1).loss(roles, batch), torch.zeros(5), atol=1e-6, rtol=0)
     assert (only(decomposability=1).loss(roles, batch) > 0.01).all()
     whole = build("objective", {"name": "adam_v2", "noise": 0.0}).loss(roles, batch)
-    apart = [only(**{k: 1}).loss(roles, batch) for k in ("localizability", "composability", "decomposability")]
+    apart = [
+        only(**{k: 1}).loss(roles, batch) for k in ("localizability", "composability", "decomposability")
+    ]
     torch.testing.assert_close(whole, sum(apart))
     alike = SimpleNamespace(
-        **{**vars(roles), "policy": Reads(lambda ids: torch.ones(len(ids), 6)), "teacher": Reads(lambda ids: torch.ones(len(ids), 6))}
+        **{
+            **vars(roles),
+            "policy": Reads(lambda ids: torch.ones(len(ids), 6)),
+            "teacher": Reads(lambda ids: torch.ones(len(ids), 6)),
+        }
     )
     assert only(localizability=1).loss(alike, batch).abs().max() < 1e-6, "near-duplicates are no contrast"
     with pytest.raises(RecipeError, match="alike in both"):
@@ -230,7 +283,9 @@ def test_wholes_find_their_parts():
         rng = torch.Generator().manual_seed(seed)
         kinds = torch.randint(3, 40, (12, 4), generator=rng)
         pick = torch.stack([torch.randperm(12, generator=rng)[:2] for _ in range(60)])
-        rows = [{"id": i, "prompt": [3], "completions": [kinds[p].flatten().tolist()]} for i, p in enumerate(pick)]
+        rows = [
+            {"id": i, "prompt": [3], "completions": [kinds[p].flatten().tolist()]} for i, p in enumerate(pick)
+        ]
         torch.manual_seed(seed)
         net = nn.Sequential(nn.Embedding(40, 16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16))
         teacher, heads = copy.deepcopy(net), Heads(16, 2)
@@ -244,7 +299,9 @@ def test_wholes_find_their_parts():
         objective = build("objective", {"name": "adam_v2", "levels": 1, **weights})
         optimizer = torch.optim.Adam([*net.parameters(), *heads.parameters()], 3e-3)
         for roles.clock.step in range(80):
-            loss = objective.loss(roles, batch_of([rows[i] for i in torch.randint(60, (24,), generator=rng).tolist()])).mean()
+            loss = objective.loss(
+                roles, batch_of([rows[i] for i in torch.randint(60, (24,), generator=rng).tolist()])
+            ).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -256,7 +313,8 @@ def test_wholes_find_their_parts():
             z = means(cut, roles.policy.outputs(cut), 2)
             told = nn.functional.normalize(heads.decompose(z[:, 0]), dim=-1)  # [texts, 2, d]
         places = [[int((pick == kind).nonzero()[0, i]) for i in (0, 1)] for kind in range(12)]
-        parts = nn.functional.normalize(torch.stack([z[text, 1 + place] for text, place in places]), dim=-1)  # one of each kind
+        # one of each kind
+        parts = nn.functional.normalize(torch.stack([z[text, 1 + place] for text, place in places]), dim=-1)
         return float(((told @ parts.T).argmax(-1) == pick).float().mean())
 
     scores = [(found(seed), found(seed, composability=0, decomposability=0)) for seed in range(3)]
@@ -271,7 +329,9 @@ def test_a_recent_mean_is_of_a_window_that_grows(tiny):
     assert [role.window(share) for share in (0.0, 0.5, 1.0)] == [1, 2, 4]
     from transformers import AutoModelForCausalLM
 
-    attached = build("tuner", {"name": "prompt", "num_virtual_tokens": 2}).attach(AutoModelForCausalLM.from_pretrained(tiny))
+    attached = build("tuner", {"name": "prompt", "num_virtual_tokens": 2}).attach(
+        AutoModelForCausalLM.from_pretrained(tiny)
+    )
     policy = SimpleNamespace(attached=attached)
     kept, clock, values = role.parts(policy)["snapshots"], Clock(total=12), [attached.prompt.detach().clone()]
     kept.ready([], None)
@@ -289,8 +349,14 @@ def test_a_recent_mean_is_of_a_window_that_grows(tiny):
 
 def test_a_generator_says_what_all_neighbours_share_and_neighbours_are_others():
     made = Made(8, ["a", "b", "c", "d"], ["x"], 2, 4)
-    q, k, v = torch.randn(3, 1, 8), torch.randn(3, 2, 8), torch.nn.functional.normalize(torch.randn(3, 1, 8), dim=-1)
-    torch.testing.assert_close(made(q, k, v.expand(-1, 2, -1)).norm(dim=-1), torch.ones(3, 1), atol=1e-6, rtol=0)
+    q, k, v = (
+        torch.randn(3, 1, 8),
+        torch.randn(3, 2, 8),
+        torch.nn.functional.normalize(torch.randn(3, 1, 8), dim=-1),
+    )
+    torch.testing.assert_close(
+        made(q, k, v.expand(-1, 2, -1)).norm(dim=-1), torch.ones(3, 1), atol=1e-6, rtol=0
+    )
     with torch.no_grad():
         made.attention.in_proj_weight.copy_(torch.eye(8).repeat(3, 1))
         made.attention.out_proj.weight.copy_(torch.eye(8))
@@ -298,7 +364,9 @@ def test_a_generator_says_what_all_neighbours_share_and_neighbours_are_others():
             p.zero_()
     torch.testing.assert_close(made(q, k, v.expand(-1, 2, -1)), v, atol=1e-6, rtol=0)
     made.mean.copy_(torch.randn(4, 8))
-    assert all(i not in row for i, row in enumerate(made.neighbours().tolist())) and made.neighbours().shape == (4, 2)
+    assert all(
+        i not in row for i, row in enumerate(made.neighbours().tolist())
+    ) and made.neighbours().shape == (4, 2)
 
 
 def test_statistics_follow_states_and_a_row_counts_once():
@@ -306,7 +374,11 @@ def test_statistics_follow_states_and_a_row_counts_once():
     z = torch.tensor([[2.0, 0, 0, 0], [0, 2.0, 0, 0]])
     made.remember(torch.tensor([1, 2]), torch.tensor([0, 0]), z)
     made.after_step(None, momentum=0.0)
-    assert made.mean[0].tolist() == [0.5, 0.5, 0, 0] and made.spread()[0].tolist() == [0.5, 0.5, 0, 0] and float(made.size) == 2
+    assert (
+        made.mean[0].tolist() == [0.5, 0.5, 0, 0]
+        and made.spread()[0].tolist() == [0.5, 0.5, 0, 0]
+        and float(made.size) == 2
+    )
     for _ in range(2):
         made.remember(torch.tensor([1]), torch.tensor([0]), z[:1])
     made.after_step(None)
@@ -328,7 +400,9 @@ class Answers:
 
 
 def tuned_on_known(seed: int, **weights) -> tuple[float, torch.Tensor]:
-    """Twelve classes whose points lie near a rotation of their features; six are learned. Accuracy on the other six."""
+    """Twelve classes whose points lie near a rotation of their features; six are learned. Accuracy on the
+    other six.
+    """
     from torch import nn
 
     rng = torch.Generator().manual_seed(seed)
@@ -347,7 +421,10 @@ def tuned_on_known(seed: int, **weights) -> tuple[float, torch.Tensor]:
     late, make = copy.deepcopy(net), Made(16, [*"abcdef"], [*"ghijkl"], 3, 4)
     make.tokens.copy_(torch.arange(12))
     roles = SimpleNamespace(
-        policy=Answers(f, head, x), teacher=Answers(lambda x: x @ skip + late(x).detach(), head, x), generator=make, clock=Clock(total=120)
+        policy=Answers(f, head, x),
+        teacher=Answers(lambda x: x @ skip + late(x).detach(), head, x),
+        generator=make,
+        clock=Clock(total=120),
     )
     rows = [{"id": i, "prompt": [3], "completions": [[int(c)]]} for i, c in enumerate(y)]
     make.remember(known, y[known], f(x[known]).detach())
@@ -374,7 +451,9 @@ OFF = {"reconstruction": 0, "known": 0, "unknown": 0, "distillation": 0}
 
 
 def test_ogen_keeps_classes_that_are_not_tuned_on():
-    scores = [(tuned_on_known(seed, distillation=5.0)[0], tuned_on_known(seed, **OFF)[0]) for seed in range(3)]
+    scores = [
+        (tuned_on_known(seed, distillation=5.0)[0], tuned_on_known(seed, **OFF)[0]) for seed in range(3)
+    ]
 
     assert sum(a for a, _ in scores) >= sum(b for _, b in scores) and sum(a >= b for a, b in scores) >= 2
 
@@ -390,4 +469,6 @@ def test_ogen_without_weights_is_nothing_and_warms_up():
     build("objective", "ogen").loss(roles, batch)
     assert batch.metrics["ogen_unknown"][1] == 6
     strange = batch_of([{"id": 0, "prompt": [3], "completions": [[39]]}])
-    assert build("objective", "ogen").loss(roles, strange).tolist() == [0.0], "an answer of no known class is left to the other terms"
+    assert build("objective", "ogen").loss(roles, strange).tolist() == [0.0], (
+        "an answer of no known class is left to the other terms"
+    )

@@ -1,4 +1,6 @@
-"""Distillation from columns, denoisers, self-distillation, gradients of several terms, layer-wise rates: what their papers say holds."""
+"""Distillation from columns, denoisers, self-distillation, gradients of several terms, layer-wise rates: what
+their papers say holds.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,18 @@ from transformers import PreTrainedTokenizerFast
 import luthier
 from conftest import SUMS, make_llama, make_tokenizer
 from luthier.clock import Clock
-from luthier.methods.estimators.multi_objective.pareto_da import weights
 from luthier.errors import RecipeError
-from luthier.registry import build
+from luthier.methods.estimators.multi_objective.pareto_da import weights
 from luthier.methods.objectives.distillation.alm import event_divergence
 from luthier.methods.stages.augment.ul2 import DENOISERS, corrupt, restored, spans
 from luthier.methods.stages.rollout.teacher_spans import along
 from luthier.methods.stages.rollout.teacher_top import calibrated
+from luthier.registry import build
 
-TEXT = "the quick brown fox jumps over the lazy dog and runs away into the deep dark wood where nobody lives at all"
+TEXT = (
+    "the quick brown fox jumps over the lazy dog and runs away into the deep dark wood where nobody lives"
+    " at all"
+)
 
 
 @pytest.fixture(scope="session")
@@ -35,7 +40,9 @@ def tiny(shallow) -> str:
 def roles(step: int = 0):
     tokenizer = make_tokenizer()
     shown = lambda ids: tokenizer.decode(ids)
-    return SimpleNamespace(clock=Clock(seed=1), renderer=SimpleNamespace(tokenizer=tokenizer, shown=shown), tell=lambda s: None)
+    return SimpleNamespace(
+        clock=Clock(seed=1), renderer=SimpleNamespace(tokenizer=tokenizer, shown=shown), tell=lambda s: None
+    )
 
 
 # ---------------------------------------------------------------------------------------------- denoisers
@@ -65,7 +72,9 @@ def test_ul2_draws_modes_by_their_shares_from_seed_and_row():
     for row in made:
         read = row["prompt"].removeprefix(f"[{row['mode']}] ")
         assert row["prompt"] != read
-        assert (read + row["completions"][0] if row["mode"] == "S" else restored(read, row["completions"][0])) == TEXT
+        assert (
+            read + row["completions"][0] if row["mode"] == "S" else restored(read, row["completions"][0])
+        ) == TEXT
     target = [len(r["completions"][0]) / len(TEXT) for r in made if r["mode"] == "S"]
     assert sum(target) / len(target) == pytest.approx(0.25, abs=0.06)
     with pytest.raises(RecipeError, match="R, X and S"):
@@ -94,16 +103,26 @@ def test_step_by_step_makes_two_tasks_of_a_row():
     ]
     made = list(stage(rows, roles()))
     assert [(r["prompt"], r["completions"], r["tasks"]) for r in made] == [
-        ("2+3=", ["5"], ["answer"]), ("[rationale] 2+3=", ["3 after 2 is 5"], ["rationale"]),
-    ]  # fmt: skip
+        ("2+3=", ["5"], ["answer"]),
+        ("[rationale] 2+3=", ["3 after 2 is 5"], ["rationale"]),
+    ]
 
 
 def test_step_by_step_is_the_weighted_sum_of_two_losses(base, tmp_path):
     rows = [{**r, "rationale": f"because of {r['answer']}"} for r in SUMS]
-    both = {**base, "data": rows, "stages": ["predict_explain"], "max_steps": 1, "per_device_train_batch_size": 16}
+    both = {
+        **base,
+        "data": rows,
+        "stages": ["predict_explain"],
+        "max_steps": 1,
+        "per_device_train_batch_size": 16,
+    }
     losses = {}
     for alpha in (0.3, 1.0, 0.0):
-        terms = [{"name": "task_sft", "task": "answer", "weight": alpha}, {"name": "task_sft", "task": "rationale", "weight": 1 - alpha}]
+        terms = [
+            {"name": "task_sft", "task": "answer", "weight": alpha},
+            {"name": "task_sft", "task": "rationale", "weight": 1 - alpha},
+        ]
         losses[alpha] = luthier.tune({**both, "objective": terms}, folder=tmp_path / str(alpha)).losses[0]
     assert losses[0.3] == pytest.approx(0.3 * losses[1.0] + 0.7 * losses[0.0], rel=1e-5)
 
@@ -144,16 +163,30 @@ def test_a_teacher_with_other_tokens_is_refused_where_sizes_agree(base, tiny, tm
     words = made["model"]["vocab"]
     words["1"], words["2"] = words["2"], words["1"]
     make_llama(3).save_pretrained(tmp_path / "swapped")
-    swapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(made)), eos_token="<|end|>", pad_token="<|pad|>")
+    swapped = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(made)), eos_token="<|end|>", pad_token="<|pad|>"
+    )
     swapped.save_pretrained(tmp_path / "swapped")
-    asked = {**base, "objective": "distill", "max_steps": 1, "roles": {"teacher": {"name": "model", "model": str(tmp_path / "swapped")}}}
+    asked = {
+        **base,
+        "objective": "distill",
+        "max_steps": 1,
+        "roles": {"teacher": {"name": "model", "model": str(tmp_path / "swapped")}},
+    }
     with pytest.raises(RecipeError, match="2 not the same.*teacher_spans"):
         luthier.tune(asked, folder=tmp_path / "r")
 
 
 def test_the_same_base_with_another_adapter_teaches(base, tiny, tmp_path):
-    teacher = luthier.tune({**base, "tuner": "lora", "learning_rate": 1e-2, "max_steps": 5}, folder=tmp_path / "teacher").folder
-    asked = {**base, "tuner": "lora", "objective": "distill", "roles": {"teacher": {"name": "model", "model": teacher}}}
+    teacher = luthier.tune(
+        {**base, "tuner": "lora", "learning_rate": 1e-2, "max_steps": 5}, folder=tmp_path / "teacher"
+    ).folder
+    asked = {
+        **base,
+        "tuner": "lora",
+        "objective": "distill",
+        "roles": {"teacher": {"name": "model", "model": teacher}},
+    }
     report = luthier.tune({**asked, "start": teacher, "max_steps": 1}, folder=tmp_path / "same")
     assert report.losses[0] == pytest.approx(0, abs=1e-5)
     report = luthier.tune({**asked, "learning_rate": 1e-2, "max_steps": 12}, folder=tmp_path / "other")
@@ -162,7 +195,10 @@ def test_the_same_base_with_another_adapter_teaches(base, tiny, tmp_path):
 
 def test_spans_of_one_tokenizer_are_its_tokens(base, tiny, tmp_path):
     stages = [{"name": "teacher_spans", "model": tiny}]
-    same = luthier.tune({**base, "objective": "alm", "stages": stages, "max_steps": 1, "tuner": "full"}, folder=tmp_path / "same")
+    same = luthier.tune(
+        {**base, "objective": "alm", "stages": stages, "max_steps": 1, "tuner": "full"},
+        folder=tmp_path / "same",
+    )
     assert same.losses[0] == pytest.approx(0, abs=1e-6)
     row = json.loads((tmp_path / "same" / "rows.jsonl").read_text().splitlines()[0])
     loaded = luthier.load(tiny, dtype="float32")
@@ -173,7 +209,13 @@ def test_spans_of_one_tokenizer_are_its_tokens(base, tiny, tmp_path):
 
 def test_spans_of_another_tokenizer_add_up_to_its_own_log_probability(base, other, tmp_path):
     rows = [{"prompt": f"{a}+{b}=", "completion": f"{a}+{b}={a + b}"} for a in range(3) for b in range(8, 16)]
-    tuned = {**base, "data": rows, "objective": "alm", "stages": [{"name": "teacher_spans", "model": other}], "tuner": "full"}
+    tuned = {
+        **base,
+        "data": rows,
+        "objective": "alm",
+        "stages": [{"name": "teacher_spans", "model": other}],
+        "tuner": "full",
+    }
     report = luthier.tune({**tuned, "learning_rate": 3e-3, "max_steps": 40}, folder=tmp_path / "a")
     teacher = luthier.load(other, dtype="float32")
     for line in (tmp_path / "a" / "rows.jsonl").read_text().splitlines():
@@ -191,7 +233,9 @@ def test_where_both_cut_a_span_ends():
     assert along(4, [(2, 1)], [-1.0, -9.0]) == [1.0, -1.0, 2.0, 2.0]
     p, q = torch.tensor([0.3, 1.0]).log(), torch.tensor([0.6, 0.5]).log()
     want = 0.3 * math.log(0.3 / 0.6) + 0.7 * math.log(0.7 / 0.4)
-    assert event_divergence(p, q)[0] == pytest.approx(want, rel=1e-5) and event_divergence(p, q)[1] == pytest.approx(math.log(2), rel=1e-3)
+    assert event_divergence(p, q)[0] == pytest.approx(want, rel=1e-5) and event_divergence(p, q)[
+        1
+    ] == pytest.approx(math.log(2), rel=1e-3)
     assert event_divergence(p, p).abs().max() < 1e-6
 
 
@@ -207,13 +251,18 @@ def test_an_overconfident_teacher_is_tempered():
 
 def test_self_distillation_is_nothing_at_the_teacher_and_keeps_the_student_near(base, tiny, tmp_path):
     teacher = {"roles": {"teacher": {"name": "model", "model": tiny}}}
-    luthier.tune({**base, **teacher, "objective": "sft + self_distill", "max_steps": 1}, folder=tmp_path / "z")
-    assert json.loads((tmp_path / "z" / "metrics.jsonl").read_text().splitlines()[0])["loss/self_distill"] == 0
+    luthier.tune(
+        {**base, **teacher, "objective": "sft + self_distill", "max_steps": 1}, folder=tmp_path / "z"
+    )
+    assert (
+        json.loads((tmp_path / "z" / "metrics.jsonl").read_text().splitlines()[0])["loss/self_distill"] == 0
+    )
     from safetensors.torch import load_file
 
     def moved(name: str, objective: str) -> float:
         folder = luthier.tune(
-            {**base, **teacher, "objective": objective, "max_steps": 12, "learning_rate": 3e-3}, folder=tmp_path / name
+            {**base, **teacher, "objective": objective, "max_steps": 12, "learning_rate": 3e-3},
+            folder=tmp_path / name,
         ).folder
         a, b = load_file(f"{folder}/model.safetensors"), load_file(f"{tiny}/model.safetensors")
         return math.sqrt(sum(float((a[k].float() - b[k].float()).square().sum()) for k in a))
@@ -225,7 +274,9 @@ def test_self_distillation_is_nothing_at_the_teacher_and_keeps_the_student_near(
 
 
 def combined(name: str, grads: torch.Tensor) -> torch.Tensor:
-    share = build("estimator", name).combine(grads.double() @ grads.double().T, torch.ones(len(grads)), torch.Generator().manual_seed(0))
+    share = build("estimator", name).combine(
+        grads.double() @ grads.double().T, torch.ones(len(grads)), torch.Generator().manual_seed(0)
+    )
     return share.float() @ grads
 
 
@@ -279,9 +330,16 @@ def test_a_guide_goes_down_where_a_plain_sum_would_raise_it():
     assert float(share[-1]) == 0 and float(share.sum()) == pytest.approx(2)
     after = lambda step: float((x - 0.02 * step - places[-1]).square().sum())
     assert after(share @ grads) < float(losses[-1]) < after(grads[0] + grads[1])
-    assert torch.equal(build("estimator", {"name": "pareto_da", "guide": 2}).combine((grads @ grads.T).double(), losses, None).float(), share)
+    assert torch.equal(
+        build("estimator", {"name": "pareto_da", "guide": 2})
+        .combine((grads @ grads.T).double(), losses, None)
+        .float(),
+        share,
+    )
     with pytest.raises(RecipeError, match="has 3 terms"):
-        build("estimator", {"name": "pareto_da", "guide": 3}).combine((grads @ grads.T).double(), losses, None)
+        build("estimator", {"name": "pareto_da", "guide": 3}).combine(
+            (grads @ grads.T).double(), losses, None
+        )
 
 
 @pytest.mark.parametrize("name", ["pcgrad", "min_norm", "pareto_da"])
@@ -305,12 +363,14 @@ def test_glad_without_its_share_is_backprop_and_with_all_of_it_sam(base, tmp_pat
         return luthier.tune({**base, "estimator": estimator}, folder=tmp_path / name).losses
 
     assert end("a", {"name": "glad", "alpha": 0.0}) == end("b", "backprop")
-    assert end("c", {"name": "glad", "alpha": 1.0, "rho": 0.1}) == pytest.approx(end("d", {"name": "sam", "rho": 0.1}), rel=1e-5)
+    assert end("c", {"name": "glad", "alpha": 1.0, "rho": 0.1}) == pytest.approx(
+        end("d", {"name": "sam", "rho": 0.1}), rel=1e-5
+    )
 
 
 def test_glad_on_a_quadratic_is_its_closed_form():
-    from luthier.train.optimizer import Chain
     from luthier.methods.tuners._base import Attached, Site
+    from luthier.train.optimizer import Chain
 
     torch.manual_seed(0)
     A = torch.randn(6, 6)
@@ -356,20 +416,30 @@ def test_layerwise_rates_are_the_formula():
     model = make_llama()
     attached = build("tuner", "full").attach(model)
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
-    chain = Chain([build("transform", {"name": "layerwise_decay", "decay": 0.5})], attached, Clock(seed=0, total=1), 0.1)
+    chain = Chain(
+        [build("transform", {"name": "layerwise_decay", "decay": 0.5})], attached, Clock(seed=0, total=1), 0.1
+    )
     chain.step({s.name: {k: torch.ones_like(p) for k, p in s.slots.items()} for s in chain.sites()})
     step = {k: float((before[k] - p).mean()) for k, p in model.named_parameters()}
     assert [step[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(4)] == pytest.approx(
         [0.1 * 0.5 ** (3 - i) for i in range(4)], rel=1e-3
     )
-    assert step["model.embed_tokens.weight"] == pytest.approx(0.1 * 0.5**4, rel=1e-3) and step["model.norm.weight"] == pytest.approx(
-        0.1, rel=1e-3
-    )
+    assert step["model.embed_tokens.weight"] == pytest.approx(0.1 * 0.5**4, rel=1e-3) and step[
+        "model.norm.weight"
+    ] == pytest.approx(0.1, rel=1e-3)
 
 
 def test_bits_per_byte_are_those_of_the_text(base, tmp_path):
-    report = luthier.tune({**base, "eval_data": 0.3, "evaluate": ["loss", "bits_per_byte"], "max_steps": 1}, folder=tmp_path / "a")
-    by_row = json.loads((tmp_path / "a" / "by-row-before.json").read_text()) if (tmp_path / "a" / "by-row-before.json").is_file() else None
+    report = luthier.tune(
+        {**base, "eval_data": 0.3, "evaluate": ["loss", "bits_per_byte"], "max_steps": 1},
+        folder=tmp_path / "a",
+    )
+    by_row = (
+        json.loads((tmp_path / "a" / "by-row-before.json").read_text())
+        if (tmp_path / "a" / "by-row-before.json").is_file()
+        else None
+    )
     assert report.before["bits_per_byte"] > 0 and (by_row is None or len(by_row["loss"]) > 3)
-    tokens = report.before["loss"] / math.log(2)  # a byte is a token here, but for the end of turn, which is asked and says nothing
+    # a byte is a token here, but for the end of turn, which is asked and says nothing
+    tokens = report.before["loss"] / math.log(2)
     assert report.before["bits_per_byte"] == pytest.approx(tokens * 1.7, rel=0.4)

@@ -1,4 +1,6 @@
-"""Preference objectives: what their formulas imply, their reductions to each other, and the table of docs/trl.md."""
+"""Preference objectives: what their formulas imply, their reductions to each other, and the table of
+docs/trl.md.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ import torch.nn.functional as F
 import yaml
 
 from luthier.errors import RecipeError
-from luthier.registry import build
 from luthier.recipe.recipe import terms
+from luthier.registry import build
 from test_objectives import (
     agree,
     average,
@@ -37,8 +39,14 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 
 def table() -> list[tuple[str, str, dict, float]]:
-    """(luthier's objective, TRL's trainer, its settings, what TRL's number is divided by) of each line of docs/trl.md."""
-    lines = re.findall(r"^\| `(.+?)` \| (\w+) \| `(.+?)` \| ([\d.]+) \|$", (DOCS / "trl.md").read_text(encoding="utf-8"), re.M)
+    """(luthier's objective, TRL's trainer, its settings, what TRL's number is divided by) of each line of
+    docs/trl.md.
+    """
+    lines = re.findall(
+        r"^\| `(.+?)` \| (\w+) \| `(.+?)` \| ([\d.]+) \|$",
+        (DOCS / "trl.md").read_text(encoding="utf-8"),
+        re.M,
+    )
     return [(ours, kind, yaml.safe_load(settings), float(x)) for ours, kind, settings, x in lines]
 
 
@@ -74,7 +82,11 @@ def cpo_loss(made, rows):
 def orpo_loss(made, rows):
     inputs = cpo_inputs(rows)
     chosen, rejected, chosen_logits, *_ = made.concatenated_forward(made.model, inputs)
-    labels = F.pad(inputs["chosen_labels"], (0, chosen_logits.shape[1] + 1 - inputs["chosen_labels"].shape[1]), value=-100)[:, 1:]
+    labels = F.pad(
+        inputs["chosen_labels"],
+        (0, chosen_logits.shape[1] + 1 - inputs["chosen_labels"].shape[1]),
+        value=-100,
+    )[:, 1:]
     likelihood = F.cross_entropy(chosen_logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
     return likelihood - made.odds_ratio_loss(chosen, rejected)[0].mean()
 
@@ -84,7 +96,12 @@ def kto_loss(made, rows):
 
     done = [r["completions"][0] for r in rows]
     examples = [
-        {"prompt_ids": r["prompt"], "completion_ids": y, "KL_completion_ids": other, "label": r["scores"][0] > 0}
+        {
+            "prompt_ids": r["prompt"],
+            "completion_ids": y,
+            "KL_completion_ids": other,
+            "label": r["scores"][0] > 0,
+        }
         for r, y, other in zip(rows, done, [done[-1], *done[:-1]], strict=True)
     ]
     return made.compute_loss(made.model, DataCollatorForUnpairedPreference(pad_token_id=0)(examples))
@@ -125,11 +142,20 @@ def trainers(trl, tmp_path_factory):  # noqa: F811
     from trl.experimental.cpo import CPOConfig, CPOTrainer
     from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-    more = SimpleNamespace(CPOConfig=CPOConfig, CPOTrainer=CPOTrainer, ORPOConfig=ORPOConfig, ORPOTrainer=ORPOTrainer)
+    more = SimpleNamespace(
+        CPOConfig=CPOConfig, CPOTrainer=CPOTrainer, ORPOConfig=ORPOConfig, ORPOTrainer=ORPOTrainer
+    )
 
     def make(kind: str, settings: dict, row: dict):
         reference = {"ref_model": network(off_by=0.05)} if kind in ("DPO", "KTO") else {}
-        return trainer(more if kind in EXPERIMENTAL else trl, kind, tmp_path_factory.mktemp("trl"), row, settings, **reference)
+        return trainer(
+            more if kind in EXPERIMENTAL else trl,
+            kind,
+            tmp_path_factory.mktemp("trl"),
+            row,
+            settings,
+            **reference,
+        )
 
     return make
 
@@ -166,9 +192,22 @@ DPO = {"name": "dpo", "beta": 0.3}
     [
         ({"name": "ld_dpo", "beta": 0.3, "ld_alpha": 1.0}, DPO),
         ({"name": "f_dpo", "beta": 0.3, "f_divergence_type": "reverse_kl"}, DPO),
-        ({"name": "f_dpo", "beta": 0.3, "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 1.0 + 1e-5}, DPO),
         (
-            {"name": "f_dpo", "beta": 0.3, "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.0},
+            {
+                "name": "f_dpo",
+                "beta": 0.3,
+                "f_divergence_type": "alpha_divergence",
+                "f_alpha_divergence_coef": 1.0 + 1e-5,
+            },
+            DPO,
+        ),
+        (
+            {
+                "name": "f_dpo",
+                "beta": 0.3,
+                "f_divergence_type": "alpha_divergence",
+                "f_alpha_divergence_coef": 0.0,
+            },
             {"name": "f_dpo", "beta": 0.3, "f_divergence_type": "forward_kl"},
         ),
         ({"name": "robust", "beta": 0.3, "label_smoothing": 0.0}, DPO),
@@ -188,7 +227,9 @@ def test_reductions(spec, other):
         values = build("objective", each).loss(roles, batch_of(rows))
         values.mean().backward()
         found.append((values.detach(), gradients(roles.policy.model)))
-    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-4 if "1e-05" in str(spec) else 1e-6, rtol=1e-4)
+    torch.testing.assert_close(
+        found[0][0], found[1][0], atol=1e-4 if "1e-05" in str(spec) else 1e-6, rtol=1e-4
+    )
     if spec["name"] != "sigmoid_norm":
         same(found[0][1], found[1][1], atol=1e-3)
 
@@ -200,7 +241,11 @@ def test_weight_zero_is_the_other():
         average(terms(said), roles, batch_of(pair_rows())).backward()
         found.append(gradients(roles.policy.model))
     same(*found)
-    assert [(w, o.name) for w, o in terms("0.5*orpo + dpo").terms()] == [(0.5, "chosen_sft"), (0.5, "orpo"), (1.0, "dpo")]
+    assert [(w, o.name) for w, o in terms("0.5*orpo + dpo").terms()] == [
+        (0.5, "chosen_sft"),
+        (0.5, "orpo"),
+        (1.0, "dpo"),
+    ]
 
 
 def test_a_sum_in_a_recipe_is_written_as_it_was_said():
@@ -213,7 +258,19 @@ def test_a_sum_in_a_recipe_is_written_as_it_was_said():
 
 def test_tied_rows_teach_nothing_whatever_the_loss():
     rows = [{**r, "scores": [1.0, 1.0], "rewards": {"other": [1.0, 2.0]}} for r in make_rows(2, k=2)]
-    for name in ("nca_pair", "bco_pair", "apo_zero", "apo_down", "sppo", "aot", "aot_unpaired", "tdpo", "dpo_bt", "dpo_pl", "lipo_lambda"):
+    for name in (
+        "nca_pair",
+        "bco_pair",
+        "apo_zero",
+        "apo_down",
+        "sppo",
+        "aot",
+        "aot_unpaired",
+        "tdpo",
+        "dpo_bt",
+        "dpo_pl",
+        "lipo_lambda",
+    ):
         roles = cast()
         build("objective", name).loss(roles, batch_of(rows)).sum().backward()
         assert all(not g.any() for g in gradients(roles.policy.model).values()), name
@@ -267,16 +324,23 @@ def test_lambda_weights_by_hand():
             for j in range(len(psi)):
                 if psi[i] > psi[j]:
                     gain = abs((2 ** psi[i] - 1) - (2 ** psi[j] - 1))
-                    discount = abs(1 / torch.log(torch.tensor(1.0 + rank[i])) - 1 / torch.log(torch.tensor(1.0 + rank[j])))
+                    discount = abs(
+                        1 / torch.log(torch.tensor(1.0 + rank[i]))
+                        - 1 / torch.log(torch.tensor(1.0 + rank[j]))
+                    )
                     total += float(gain * discount * F.softplus(-(s[i] - s[j])))
         want.append(total)
-    torch.testing.assert_close(loss_of("lipo_lambda", roles, rows).detach(), torch.tensor(want), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        loss_of("lipo_lambda", roles, rows).detach(), torch.tensor(want), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_list_of_two_is_dpo_times_its_weight():
     rows = [{**r, "scores": [0.9, 0.2]} for r in pair_rows()]
     delta = (2**0.9 - 2**0.2) * (1 / torch.tensor(2.0).log() - 1 / torch.tensor(3.0).log())
-    torch.testing.assert_close(loss_of("lipo_lambda", rows=rows), delta * loss_of("dpo", rows=rows), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        loss_of("lipo_lambda", rows=rows), delta * loss_of("dpo", rows=rows), atol=1e-6, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["lipo_lambda", "dpo_bt", "dpo_pl", "lipo_softmax"])
@@ -295,27 +359,42 @@ def test_plackett_luce_by_hand():
     for s, row in zip(implicit(roles, rows), rows, strict=True):
         ranked = s[torch.tensor(row["scores"]).argsort(descending=True)]
         want.append(sum(float(ranked[k:].logsumexp(0) - ranked[k]) for k in range(len(ranked))))
-    torch.testing.assert_close(loss_of("dpo_pl", roles, rows).detach(), torch.tensor(want), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        loss_of("dpo_pl", roles, rows).detach(), torch.tensor(want), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_ranking_lists_beats_random_pairs_of_them():
-    """How good the five first answers of the implicit reward's ranking are, at equal updates: lists against random pairs of them."""
+    """How good the five first answers of the implicit reward's ranking are, at equal updates: lists against
+    random pairs of them.
+    """
     from luthier.toy import bandit
 
     def ndcg(objective: str, pairs: bool, seed: int) -> float:
         rng = torch.Generator().manual_seed(seed)
-        reward, lists = torch.rand(40, generator=rng), torch.stack([torch.randperm(40, generator=rng)[:8] for _ in range(24)]).tolist()
+        reward, lists = (
+            torch.rand(40, generator=rng),
+            torch.stack([torch.randperm(40, generator=rng)[:8] for _ in range(24)]).tolist(),
+        )
         policy = bandit.Arms(torch.zeros(40))
         roles, sgd = bandit.roles_of(policy), torch.optim.SGD(policy.parameters(), lr=10.0)
         for _ in range(3):
-            rows = [[row[i] for i in torch.randperm(8, generator=rng)[:2]] for row in lists] if pairs else lists
+            rows = (
+                [[row[i] for i in torch.randperm(8, generator=rng)[:2]] for row in lists] if pairs else lists
+            )
             sgd.zero_grad()
             bandit.average(build("objective", objective), roles, bandit.pulled(rows, reward)).backward()
             sgd.step()
-        first, discount, gain = policy.log_policy().detach().argsort(descending=True)[:5], 1 / torch.arange(2.0, 7).log(), 2**reward - 1
+        first, discount, gain = (
+            policy.log_policy().detach().argsort(descending=True)[:5],
+            1 / torch.arange(2.0, 7).log(),
+            2**reward - 1,
+        )
         return float(gain[first] @ discount / (gain.sort(descending=True).values[:5] @ discount))
 
-    lists, pairs = ([ndcg(*how, seed) for seed in range(3)] for how in (("lipo_lambda", False), ("dpo", True)))
+    lists, pairs = (
+        [ndcg(*how, seed) for seed in range(3)] for how in (("lipo_lambda", False), ("dpo", True))
+    )
     assert sum(lists) > sum(pairs) + 0.1
 
 
@@ -325,7 +404,10 @@ def test_ranking_lists_beats_random_pairs_of_them():
 def test_asft_in_closed_form():
     """-log p_w - log(1 - p_l), each side by itself: no cross-derivative, unlike DPO."""
     made = build("objective", {"name": "asft_align", "beta": 1.0})
-    w, x = (torch.tensor(v, dtype=torch.float64, requires_grad=True) for v in ([-0.3, -2.0, -1e-4], [-0.01, -5.0, -0.7]))
+    w, x = (
+        torch.tensor(v, dtype=torch.float64, requires_grad=True)
+        for v in ([-0.3, -2.0, -1e-4], [-0.01, -5.0, -0.7])
+    )
     cost = made.pair(w, x)
     torch.testing.assert_close(cost, -w - (1 - x.exp()).log(), atol=1e-8, rtol=1e-8)
     (first,) = torch.autograd.grad(cost.sum(), w, create_graph=True)
@@ -339,7 +421,10 @@ def test_asft_in_closed_form():
 def test_asft_and_orpo_without_their_second_term_are_sft_on_the_chosen():
     for name in ("asft_align", "orpo"):
         found = []
-        for objective in (build("objective", {"name": name, "beta": 1e-12}), build("objective", "chosen_sft")):
+        for objective in (
+            build("objective", {"name": name, "beta": 1e-12}),
+            build("objective", "chosen_sft"),
+        ):
             roles = cast()
             value = average(objective, roles, batch_of(pair_rows()))
             value.backward()
@@ -372,12 +457,15 @@ def test_d3po_is_dpo_step_by_step():
     shorter = [min(len(r["completions"][0]), len(r["completions"][1])) for r in rows]
     assert made.count(batch) == sum(shorter)
     near = cast(reference=network(off_by=0.002))
-    whole = loss_of({"name": "d3po", "eps": 0.5, "step": 100}, near, rows)  # one step a side, and no ratio near its bounds
+    # one step a side, and no ratio near its bounds
+    whole = loss_of({"name": "d3po", "eps": 0.5, "step": 100}, near, rows)
     torch.testing.assert_close(whole, loss_of("dpo", near, rows), atol=1e-5, rtol=1e-5)
     far = cast(reference=network(seed=3))
     loss = build("objective", {"name": "d3po", "eps": 1e-6}).loss(far, batch)
     loss.sum().backward()
-    assert all(not g.any() for g in gradients(far.policy.model).values()), "beyond the bounds a step teaches nothing"
+    assert all(not g.any() for g in gradients(far.policy.model).values()), (
+        "beyond the bounds a step teaches nothing"
+    )
 
 
 def test_bco_shifts_by_the_middle_and_needs_no_pairs():
@@ -386,14 +474,18 @@ def test_bco_shifts_by_the_middle_and_needs_no_pairs():
     reward = 0.1 * batch.sums(roles.policy.logprobs(batch) - roles.reference.logprobs(batch)).detach()
     shift = (reward[1::2].mean() + reward[::2].mean()) / 2
     sign = torch.tensor([1.0 if i % 2 else -1.0 for i in range(4)])
-    torch.testing.assert_close(loss_of("bco", roles, rows).detach(), -F.logsigmoid(sign * (reward - shift)), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        loss_of("bco", roles, rows).detach(), -F.logsigmoid(sign * (reward - shift)), atol=1e-6, rtol=1e-5
+    )
 
 
 def test_rwr_between_sft_and_the_best():
     roles, rows = cast(), make_rows(3, k=3)
     batch = batch_of(rows)
     nll = -batch.sums(roles.policy.logprobs(batch)).detach()
-    torch.testing.assert_close(loss_of({"name": "rwr", "beta": 1e6}, roles, rows).detach(), nll, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        loss_of({"name": "rwr", "beta": 1e6}, roles, rows).detach(), nll, atol=1e-3, rtol=1e-4
+    )
     best = batch.column("scores") == 2.0
     only = loss_of({"name": "rwr", "beta": 1e-3}, roles, rows).detach()
     torch.testing.assert_close(only, torch.where(best, 3 * nll, 0.0), atol=1e-4, rtol=1e-4)
@@ -407,7 +499,9 @@ def fitted(objective, roles, rows, weights=None, steps: int = 60) -> torch.Tenso
     from luthier.toy import bandit
 
     batch = bandit.batch_of(rows)
-    optimizer = torch.optim.LBFGS(roles.policy.parameters(), lr=0.5, max_iter=steps, tolerance_grad=1e-10, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        roles.policy.parameters(), lr=0.5, max_iter=steps, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -424,10 +518,20 @@ def test_modpo_finds_the_policy_of_the_weighted_reward():
     from luthier.toy import bandit
 
     base = torch.tensor([0.3, -0.2, 0.1, 0.0], dtype=torch.float64)
-    own, other = (torch.tensor(v, dtype=torch.float64) for v in ([1.0, 0.2, -0.5, 0.4], [-0.8, 0.9, 0.1, 0.3]))
+    own, other = (
+        torch.tensor(v, dtype=torch.float64) for v in ([1.0, 0.2, -0.5, 0.4], [-0.8, 0.9, 0.1, 0.3])
+    )
     pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
-    rows = [{"id": f"{i}{j}", "prompt": [0], "completions": [[i], [j]], "scores": [1.0, 0.0],
-             "rewards": {"other": [float(other[i]), float(other[j])]}} for i, j in pairs]  # fmt: skip
+    rows = [
+        {
+            "id": f"{i}{j}",
+            "prompt": [0],
+            "completions": [[i], [j]],
+            "scores": [1.0, 0.0],
+            "rewards": {"other": [float(other[i]), float(other[j])]},
+        }
+        for i, j in pairs
+    ]
     likely = torch.tensor([float(torch.sigmoid(own[i] - own[j])) for i, j in pairs])
     expected = []
     for share in (0.1, 0.5, 0.9):
@@ -440,13 +544,17 @@ def test_modpo_finds_the_policy_of_the_weighted_reward():
     assert [e[0] for e in expected] == sorted(e[0] for e in expected)
     assert [e[1] for e in expected] == sorted((e[1] for e in expected), reverse=True)
     alone = loss_of(
-        {"name": "modpo", "beta": 0.2, "weights": {"other": 0.5}}, rows=[{**r, "rewards": {"other": [0, 0]}} for r in pair_rows()]
+        {"name": "modpo", "beta": 0.2, "weights": {"other": 0.5}},
+        rows=[{**r, "rewards": {"other": [0, 0]}} for r in pair_rows()],
     )
     torch.testing.assert_close(alone, loss_of({"name": "dpo", "beta": 0.4}), atol=1e-6, rtol=1e-5)
     with pytest.raises(RecipeError, match="nothing is left"):
         build("objective", {"name": "modpo", "weights": {"a": 0.6, "b": 0.4}})
     with pytest.raises(RecipeError, match="did you mean 'other'"):
-        loss_of({"name": "modpo", "weights": {"othr": 0.5}}, rows=[{**r, "rewards": {"other": [0, 0]}} for r in pair_rows()])
+        loss_of(
+            {"name": "modpo", "weights": {"othr": 0.5}},
+            rows=[{**r, "rewards": {"other": [0, 0]}} for r in pair_rows()],
+        )
 
 
 def sppo_round(base: torch.Tensor, wins: torch.Tensor, beta: float) -> torch.Tensor:
@@ -457,11 +565,18 @@ def sppo_round(base: torch.Tensor, wins: torch.Tensor, beta: float) -> torch.Ten
     rates, arms = wins @ pi, len(base)
     best, worst = int(rates.argmax()), int(rates.argmin())
     rows, weights = [], []
-    for i in range(arms):  # a row of an arm with itself would be a tie: each arm stands beside the two extremes
+    # a row of an arm with itself would be a tie: each arm stands beside the two extremes
+    for i in range(arms):
         j = worst if i != worst else best
         scores = [1.0, 0.0] if rates[i] > rates[j] else [0.0, 1.0]
         rows.append(
-            {"id": str(i), "prompt": [0], "completions": [[i], [j]], "scores": scores, "win_rates": [float(rates[i]), float(rates[j])]}
+            {
+                "id": str(i),
+                "prompt": [0],
+                "completions": [[i], [j]],
+                "scores": scores,
+                "win_rates": [float(rates[i]), float(rates[j])],
+            }
         )
         weights.append(float(pi[i]))
     roles = bandit.roles_of(bandit.Arms(base))
@@ -487,7 +602,8 @@ def test_sppo_stays_near_the_equilibrium_of_rock_paper_scissors():
     assert float((torch.stack(mean).mean(0) - 1 / 3).abs().max()) < 0.1
     policy = bandit.Arms(torch.tensor([0.6, 0.0, -0.3], dtype=torch.float64))
     roles, adam = bandit.roles_of(policy), torch.optim.Adam(policy.parameters(), lr=0.05)
-    rows = [{"id": "a", "prompt": [0], "completions": [[0], [1]], "scores": [0.0, 1.0]}]  # what is seen of it: paper beats rock
+    # what is seen of it: paper beats rock
+    rows = [{"id": "a", "prompt": [0], "completions": [[0], [1]], "scores": [0.0, 1.0]}]
     for _ in range(200):
         adam.zero_grad()
         bandit.average(build("objective", "dpo"), roles, rows).backward()
@@ -506,7 +622,9 @@ def test_win_rates_of_scores():
 
 
 def test_what_sees_far_and_what_does_not():
-    """Where the best answers are far from what the reference says, only fresh samples and a negative gradient get there."""
+    """Where the best answers are far from what the reference says, only fresh samples and a negative gradient
+    get there.
+    """
     from luthier.toy import bandit
 
     arms = torch.arange(100.0)
@@ -522,7 +640,9 @@ def test_what_sees_far_and_what_does_not():
     for where, peak in (("far", 70), ("covered", 28)):
         reward = (-((arms - peak) / 15).square() / 2).exp()
         for name, (spec, fresh) in tried.items():
-            told = bandit.study(build("objective", spec), reward, base, steps=150, n=4, rows=16, fresh_every=fresh)
+            told = bandit.study(
+                build("objective", spec), reward, base, steps=150, n=4, rows=16, fresh_every=fresh
+            )
             end[where, name] = told.reward[-1]
             if (where, name) == ("covered", "dpo"):
                 assert told.rejected[-1] < told.rejected[0] and told.kl[-1] > 0
@@ -544,8 +664,12 @@ def test_one_step_of_each_in_closed_form():
             policy.weights -= 0.1 * policy.weights.grad
             change[spec] = policy.log_policy() - was
     assert (change["chosen_sft"][8:13] > 0).all(), "SFT raises all that are like the chosen one"
-    assert change["dpo"][30] < 0 and change["dpo"][30] < change["dpo"][20] - 1e-3, "DPO lowers the rejected one"
-    assert change["chosen_sft"][30] == pytest.approx(float(change["chosen_sft"][22]), abs=1e-3), "SFT lowers it like any other"
+    assert change["dpo"][30] < 0 and change["dpo"][30] < change["dpo"][20] - 1e-3, (
+        "DPO lowers the rejected one"
+    )
+    assert change["chosen_sft"][30] == pytest.approx(float(change["chosen_sft"][22]), abs=1e-3), (
+        "SFT lowers it like any other"
+    )
     want = torch.zeros(40)
     want[10], want[30] = 0.1 / 2, -0.1 / 2  # at the reference the logistic's slope is a half
     policy = bandit.Arms(torch.zeros(40))

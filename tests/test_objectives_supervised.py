@@ -10,18 +10,18 @@ import torch
 import torch.nn.functional as F
 
 from conftest import make_llama, make_tokenizer
-from luthier.methods.architectures.text.causal import Causal
-from luthier.model.load import assemble
 from luthier.clock import Clock
-from luthier.methods.formats._base import BadRow
+from luthier.data.rows import load
 from luthier.errors import RecipeError
-from luthier.registry import build
+from luthier.methods.architectures.text.causal import Causal
+from luthier.methods.formats._base import BadRow
+from luthier.methods.tuners._base import Untuned
+from luthier.model.load import assemble
+from luthier.model.policy import Policy, Roles
 from luthier.recipe.recipe import Recipe, terms
 from luthier.recipe.validate import _Nobody, rehearse
+from luthier.registry import build
 from luthier.text.render import Renderer
-from luthier.model.policy import Policy, Roles
-from luthier.data.rows import load
-from luthier.methods.tuners._base import Untuned
 from test_objectives import (
     V,
     average,
@@ -48,13 +48,18 @@ def roles(tiny):
 def test_token_weights_count_and_divide():
     rows = make_rows(3, k=1)
     rng = torch.Generator().manual_seed(0)
-    weighted = [{**r, "token_weights": [torch.rand(len(r["completions"][0]), generator=rng).tolist()]} for r in rows[:2]] + rows[2:]
+    weighted = [
+        {**r, "token_weights": [torch.rand(len(r["completions"][0]), generator=rng).tolist()]}
+        for r in rows[:2]
+    ] + rows[2:]
     roles, batch = cast(), batch_of(weighted)
     nll, w = -roles.policy.logprobs(batch).detach(), batch.weights()
     assert w[-len(rows[2]["completions"][0]) :].eq(1).all(), "a row without weights counts whole"
     for normalize, by in (("tokens", len(nll)), ("weights", float(w.sum()))):
         made = build("objective", {"name": "sft", "normalize": normalize})
-        assert float(average(made, roles, batch_of(weighted)).detach()) == pytest.approx(float((w * nll).sum()) / by, rel=1e-5)
+        assert float(average(made, roles, batch_of(weighted)).detach()) == pytest.approx(
+            float((w * nll).sum()) / by, rel=1e-5
+        )
     ones = [{**r, "token_weights": [[1.0] * len(r["completions"][0])]} for r in rows]
     torch.testing.assert_close(loss_of("sft", rows=ones), loss_of("sft", rows=rows))
     with pytest.raises(RecipeError, match="learned tokens"):
@@ -82,9 +87,16 @@ def told(turns, **settings) -> tuple[str, dict]:
 def test_each_message_can_be_learned_or_not():
     assert told(TURNS)[0].endswith("<|assistant|>⟦hello<|end|>⟧<|user|>sum<|end|><|assistant|>⟦four<|end|>⟧")
     first_off = [{**t, "loss": False} if t["content"] == "hello" else t for t in TURNS]
-    assert told(first_off)[0].endswith("<|assistant|>hello<|end|><|user|>sum<|end|><|assistant|>⟦four<|end|>⟧")
-    assert told([{**t, "train": False} if t["content"] == "hello" else t for t in TURNS])[0] == told(first_off)[0]
-    assert told([{**t, "weight": 0} if t["content"] == "hello" else t for t in TURNS])[0] == told(first_off)[0]
+    assert told(first_off)[0].endswith(
+        "<|assistant|>hello<|end|><|user|>sum<|end|><|assistant|>⟦four<|end|>⟧"
+    )
+    assert (
+        told([{**t, "train": False} if t["content"] == "hello" else t for t in TURNS])[0]
+        == told(first_off)[0]
+    )
+    assert (
+        told([{**t, "weight": 0} if t["content"] == "hello" else t for t in TURNS])[0] == told(first_off)[0]
+    )
     asked = told([{**t, "loss": True} if t["content"] == "sum" else t for t in TURNS])[0]
     assert "⟦hello<|end|><|user|>sum<|end|>⟧" in asked and "⟦<|user|>hi" not in asked
     with pytest.raises(RecipeError, match="not true or false"):
@@ -94,7 +106,10 @@ def test_each_message_can_be_learned_or_not():
 def test_the_whole_conversation_where_it_is_asked_for():
     marked, row = told(TURNS, assistant_only_loss=False)
     assert row["prompt"] == [] and marked.replace("⟦", "").replace("⟧", "").count("<|end|>") == 5
-    assert all(f"{word}" in "".join(p.split("⟧")[0] for p in marked.split("⟦")[1:]) for word in ("be kind", "hi", "hello", "sum", "four"))
+    assert all(
+        f"{word}" in "".join(p.split("⟧")[0] for p in marked.split("⟦")[1:])
+        for word in ("be kind", "hi", "hello", "sum", "four")
+    )
     kept_out = told([{**TURNS[0], "loss": False}, *TURNS[1:]], assistant_only_loss=False)[0]
     assert "⟦" in kept_out and "be kind" not in "".join(p.split("⟧")[0] for p in kept_out.split("⟦")[1:])
 
@@ -117,7 +132,10 @@ def test_completions_may_share_a_beginning_that_is_not_learned():
     text = {"id": "a", "prompt": "2+2*3=", "prefix": "2*3=6\n", "completions": ["2+6=8", "2+6=9"]}
     assert renderer.decode_marked(text) == "2+2*3=2*3=6\n⟦2+6=8<|end|>⟧\n---\n⟦2+6=9<|end|>⟧"
     chat = {**text, "prompt": [{"role": "user", "content": "2+2*3="}]}
-    assert renderer.decode_marked(chat) == "<|user|>2+2*3=<|end|><|assistant|>2*3=6\n⟦2+6=8<|end|>⟧\n---\n⟦2+6=9<|end|>⟧"
+    assert (
+        renderer.decode_marked(chat)
+        == "<|user|>2+2*3=<|end|><|assistant|>2*3=6\n⟦2+6=8<|end|>⟧\n---\n⟦2+6=9<|end|>⟧"
+    )
     assert renderer.prompt(chat) == renderer.encode(chat).prompt, "writing goes on from the prefix"
     with pytest.raises(BadRow, match="prefix"):
         Renderer(make_tokenizer(), encoder=True).encode(text)
@@ -136,7 +154,9 @@ def test_masked_thought_without_masks_is_sft():
     for spec, step in (({"name": "masked_thought", "mask_probability": 0.0}, 5), ("masked_thought", 0)):
         roles, batch = at_step(step, 10), batch_of(make_rows(3, k=1))
         assert torch.equal(build("objective", spec).hidden(roles, batch), batch.ids)
-        torch.testing.assert_close(loss_of(spec, roles, make_rows(3, k=1)), loss_of("sft", rows=make_rows(3, k=1)))
+        torch.testing.assert_close(
+            loss_of(spec, roles, make_rows(3, k=1)), loss_of("sft", rows=make_rows(3, k=1))
+        )
 
 
 def test_what_is_masked_and_how_much():
@@ -150,15 +170,25 @@ def test_what_is_masked_and_how_much():
         p = 0.3 * min(1.0, step / total / (2 / 3))
         assert made.rate(roles.clock) == pytest.approx(p)
         assert abs(float(hidden.mean()) - p) < 3 * math.sqrt(p * (1 - p) / len(hidden)) + 1e-9
-    again = build("objective", {"name": "masked_thought", "mask_probability": 0.3}).hidden(at_step(60, 60), batch)
+    again = build("objective", {"name": "masked_thought", "mask_probability": 0.3}).hidden(
+        at_step(60, 60), batch
+    )
     assert not torch.equal(read, again), "another step hides others"
     every = build("objective", {"name": "masked_thought", "mask_probability": 1.0, "warmup": 0.0})
-    assert (every.hidden(at_step(0, 10), batch)[batch.supervised] == 0).all(), "all of it: the padding token stands for the mask"
+    assert (every.hidden(at_step(0, 10), batch)[batch.supervised] == 0).all(), (
+        "all of it: the padding token stands for the mask"
+    )
 
 
 def small_llama(seed: int = 0) -> Roles:
     net = make_llama(
-        seed, vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.05
+        seed,
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.05,
     )
     roles = cast()
     policy = Policy(Causal(), net, Untuned(net))
@@ -181,14 +211,17 @@ def fit(roles: Roles, objective, rows: list[dict], steps: int, lr: float = 3e-3,
 
 
 def test_masked_thought_reads_past_what_is_wrong():
-    """Every step of a chain says the question's digit again: it can be copied from the step before, or from the question."""
+    """Every step of a chain says the question's digit again: it can be copied from the step before, or from
+    the question.
+    """
     rows = [{"id": str(a), "prompt": [20 + a], "completions": [[20 + a] * 5]} for a in range(16)]
     losses = {}
     for name in ("sft", {"name": "masked_thought", "warmup": 0.3, "replace": "random"}):
         roles = small_llama()
         fit(roles, build("objective", name), rows, steps=60, size=16)
         batch = batch_of(rows)
-        wrong = torch.where(batch.supervised, 20 + (batch.ids - 20 + 7) % 16, batch.ids)  # the steps before say another digit
+        # the steps before say another digit
+        wrong = torch.where(batch.supervised, 20 + (batch.ids - 20 + 7) % 16, batch.ids)
         logprobs = roles.policy.logprobs(batch.view(ids=wrong)).detach()
         losses[str(name)] = -float(logprobs[batch.place > 0].mean())
     sft, masked = losses.values()
@@ -243,7 +276,11 @@ def test_discounted_sums():
     values = torch.rand(len(batch.owner), generator=torch.Generator().manual_seed(0))
     for gamma in (1.0, 0.9, 0.0):
         want = [
-            sum(gamma ** int(j - i) * float(values[j]) for j in range(i, len(values)) if batch.owner[j] == batch.owner[i])
+            sum(
+                gamma ** int(j - i) * float(values[j])
+                for j in range(i, len(values))
+                if batch.owner[j] == batch.owner[i]
+            )
             for i in range(len(values))
         ]
         torch.testing.assert_close(batch.suffix(values, gamma), torch.tensor(want))
@@ -265,8 +302,12 @@ def test_ift_by_hand_in_two_passes():
             embeds = table(ids)
             assert torch.equal(embeds[:, :n], table(ids[:, :n]))
             embeds[0, n:] = 0.7 * embeds[0, n:] + 0.3 * table(guess)
-            cost = F.cross_entropy(net(inputs_embeds=embeds).logits[0, n - 1 : -1], ids[0, n:], reduction="none")
-            weight = torch.stack([sum(0.9 ** (j - i) * cost[j] for j in range(i, len(cost))) for i in range(len(cost))])
+            cost = F.cross_entropy(
+                net(inputs_embeds=embeds).logits[0, n - 1 : -1], ids[0, n:], reduction="none"
+            )
+            weight = torch.stack(
+                [sum(0.9 ** (j - i) * cost[j] for j in range(i, len(cost))) for i in range(len(cost))]
+            )
             want.append(weight / weight.mean() * cost)
     torch.testing.assert_close(got, torch.cat(want), atol=1e-5, rtol=1e-4)
 
@@ -288,7 +329,9 @@ def test_f_sft_weighs_by_the_slope_of_its_curve():
     made = build("objective", {"name": "f_sft", "beta": 0.3, "divergence": "chi2", "level": "sequence"})
     batch = batch_of(rows)
     r = 0.3 * batch.sums(roles.policy.logprobs(batch) - roles.reference.logprobs(batch))
-    grads = torch.autograd.grad(made.loss(roles, batch).sum(), list(roles.policy.model.parameters()), retain_graph=True)
+    grads = torch.autograd.grad(
+        made.loss(roles, batch).sum(), list(roles.policy.model.parameters()), retain_graph=True
+    )
     want = torch.autograd.grad(-(r * (1 - r.detach() / 2)).sum(), list(roles.policy.model.parameters()))
     for a, b in zip(grads, want, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
@@ -305,7 +348,9 @@ def test_chi2_stays_nearer_to_the_reference():
         roles, sgd = bandit.roles_of(policy), torch.optim.SGD(policy.parameters(), lr=1.0)
         for _ in range(60):
             sgd.zero_grad()
-            bandit.average(build("objective", {"name": "f_sft", "beta": 0.5, "divergence": divergence}), roles, rows).backward()
+            bandit.average(
+                build("objective", {"name": "f_sft", "beta": 0.5, "divergence": divergence}), roles, rows
+            ).backward()
             sgd.step()
         logp = policy.log_policy().detach()
         kl[divergence] = float((logp.exp() * (logp - base.log_softmax(-1))).sum())
@@ -316,16 +361,24 @@ def test_values_correlate_where_they_are_values():
     from luthier.methods.evaluators.representation.implicit_value import correlation
 
     reward = torch.tensor([0.0, 1.0, 0.5, -1.0])
-    q = torch.stack([reward * 2 + 1 - math.log(3)] * 3, 1)  # a table whose log-sum-exp is a line of the reward
-    assert correlation(q.logsumexp(1), reward) == pytest.approx(1.0) and correlation(-q.logsumexp(1), reward) == pytest.approx(-1.0)
+    # a table whose log-sum-exp is a line of the reward
+    q = torch.stack([reward * 2 + 1 - math.log(3)] * 3, 1)
+    assert correlation(q.logsumexp(1), reward) == pytest.approx(1.0) and correlation(
+        -q.logsumexp(1), reward
+    ) == pytest.approx(-1.0)
     assert correlation(torch.ones(4), reward) is None
 
 
 def test_implicit_value_is_measured(roles, tmp_path):
-    rows = [{"id": str(i), "prompt": f"{i}", "completions": ["a", "bc"], "scores": [float(i), -float(i)]} for i in range(4)]
+    rows = [
+        {"id": str(i), "prompt": f"{i}", "completions": ["a", "bc"], "scores": [float(i), -float(i)]}
+        for i in range(4)
+    ]
     with torch.no_grad():
         out = build("evaluator", "implicit_value").run(roles, rows, tmp_path, "after")
-    assert set(out) == {"value_correlation", "value_correlation_last"} and all(-1 <= v <= 1 for v in out.values())
+    assert set(out) == {"value_correlation", "value_correlation_last"} and all(
+        -1 <= v <= 1 for v in out.values()
+    )
 
 
 # ------------------------------------------------------------------------------------------------ faults in code
@@ -349,20 +402,31 @@ def test_masks_are_the_difference(roles, right, wrong, differs):
     assert len(line) == len(token) == len(ids)
     assert roles.text([t for t, m in zip(ids, token, strict=True) if m]) == differs
     at = right.rfind(differs) if differs else -1
-    lined = next((text for text in right.splitlines(True) if differs and right.index(text) <= at < right.index(text) + len(text)), "")
+    lined = next(
+        (
+            text
+            for text in right.splitlines(True)
+            if differs and right.index(text) <= at < right.index(text) + len(text)
+        ),
+        "",
+    )
     assert roles.text([t for t, m in zip(ids, line, strict=True) if m]) == lined
 
 
 def fait_rows() -> list[dict]:
     rows = pair_rows()
     rng = torch.Generator().manual_seed(1)
-    draw = lambda: [[[float(torch.rand((), generator=rng) > 0.5) for _ in c] for c in r["completions"]] for r in rows]  # noqa: E731
+    draw = lambda: [
+        [[float(torch.rand((), generator=rng) > 0.5) for _ in c] for c in r["completions"]] for r in rows
+    ]  # noqa: E731
     return [{**r, "line_mask": x, "token_mask": y} for r, x, y in zip(rows, draw(), draw(), strict=True)]
 
 
 def test_fait_without_weights_is_sft_on_the_right_ones():
     rows = fait_rows()
-    assert torch.equal(loss_of({"name": "fait", "a": 0.0, "b": 0.0}, rows=rows), loss_of("chosen_sft", rows=rows))
+    assert torch.equal(
+        loss_of({"name": "fait", "a": 0.0, "b": 0.0}, rows=rows), loss_of("chosen_sft", rows=rows)
+    )
 
 
 def test_faits_weights_are_constants_and_grow_with_confusion():
@@ -397,7 +461,16 @@ def test_fait_learns_where_programs_differ():
         right, wrong = 20 + head[0] % 4, 30
         mask = [[0.0] * 5 + [1.0] + [0.0] * 5] * 2
         said = [[*common[:5], x, *common[5:]] for x in (right, wrong)]
-        rows.append({"id": str(i), "prompt": head, "completions": said, "scores": [1.0, 0.0], "line_mask": mask, "token_mask": mask})
+        rows.append(
+            {
+                "id": str(i),
+                "prompt": head,
+                "completions": said,
+                "scores": [1.0, 0.0],
+                "line_mask": mask,
+                "token_mask": mask,
+            }
+        )
     found = {}
     for name in ("chosen_sft", {"name": "fait", "b": 3.0}):
         roles = small_llama()
@@ -413,7 +486,13 @@ def test_fait_learns_where_programs_differ():
 
 
 def declared(name: str, *parameters: str) -> dict:
-    return {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {p: {} for p in parameters}}}}
+    return {
+        "type": "function",
+        "function": {
+            "name": name,
+            "parameters": {"type": "object", "properties": {p: {} for p in parameters}},
+        },
+    }
 
 
 @pytest.mark.parametrize(
@@ -451,7 +530,9 @@ def test_failed_calls_are_read_and_not_learned():
     row = {"id": "a", "prompt": [{"role": "user", "content": "2+2"}], "completions": [turns]}
     (out,) = build("stage", "mask_failed_calls")([row], _Nobody())
     assert [t.get("loss") for t in out["completions"][0] if t["role"] == "assistant"] == [False, None, None]
-    assert "⟦two" in Renderer(make_tokenizer()).decode_marked(out) and "⟦one" not in Renderer(make_tokenizer()).decode_marked(out)
+    assert "⟦two" in Renderer(make_tokenizer()).decode_marked(out) and "⟦one" not in Renderer(
+        make_tokenizer()
+    ).decode_marked(out)
     assert not build("stage", "mask_failed_calls")([{**row, "completions": [turns[:2]]}], _Nobody())
 
 
@@ -506,13 +587,20 @@ def repair_rows(n: int = 6) -> list[dict]:
 
 def test_morepair_is_the_weighted_mean_of_two_likelihoods():
     rows, roles = repair_rows(), cast()
-    one, other = ([{**r, "completions": [r["completions"][k]], "scores": [0.0]} for r in rows] for k in range(2))
+    one, other = (
+        [{**r, "completions": [r["completions"][k]], "scores": [0.0]} for r in rows] for k in range(2)
+    )
     apart = [float(average(build("objective", "sft"), roles, batch_of(r)).detach()) for r in (one, other)]
     for beta in (1.0, 0.3):
-        got = float(average(build("objective", {"name": "morepair", "beta": beta}), roles, batch_of(rows)).detach())
+        got = float(
+            average(build("objective", {"name": "morepair", "beta": beta}), roles, batch_of(rows)).detach()
+        )
         assert got == pytest.approx((apart[0] + beta * apart[1]) / (1 + beta), rel=1e-5)
     found = []
-    for objective, some in ((build("objective", {"name": "morepair", "beta": 0.0}), rows), (build("objective", "sft"), one)):
+    for objective, some in (
+        (build("objective", {"name": "morepair", "beta": 0.0}), rows),
+        (build("objective", "sft"), one),
+    ):
         fresh = cast()
         average(objective, fresh, batch_of(some)).backward()
         found.append(gradients(fresh.policy.model))
@@ -532,19 +620,29 @@ def test_a_rationale_becomes_a_second_completion():
     row = {"id": "a", "prompt": "fix: ", "completions": ["x = 1"], "rationale": "x was 2", "scores": [1.0]}
     stage = build("stage", {"name": "rationale", "before": "# "})
     (out,) = stage([row, {**row, "rationale": ""}], _Nobody())
-    assert out["completions"] == ["x = 1", "# x was 2"] and out["tasks"] == ["answer", "rationale"] and "scores" not in out
+    assert (
+        out["completions"] == ["x = 1", "# x was 2"]
+        and out["tasks"] == ["answer", "rationale"]
+        and "scores" not in out
+    )
 
 
 # ------------------------------------------------------------------------------------------------ questions about labels
 
 
 def test_yes_no_asks_about_every_label():
-    rows = [{"id": f"r{i}", "prompt": f"text {i}\n", "completions": ["good" if i % 3 else "bad"]} for i in range(9)]
+    rows = [
+        {"id": f"r{i}", "prompt": f"text {i}\n", "completions": ["good" if i % 3 else "bad"]}
+        for i in range(9)
+    ]
     questions = {"good": ["Is it good?", "Is it liked?"], "bad": ["Is it bad?"]}
     stage = {"name": "yes_no", "questions": questions, "task": "films"}
     out = build("stage", stage)(rows, _Nobody())
     assert len(out) == 9 * 3 and len({r["id"] for r in out}) == 27
-    assert all((r["completions"] == ["yes"]) == (r["asked"] == ("good" if int(r["id"][1]) % 3 else "bad")) for r in out)
+    assert all(
+        (r["completions"] == ["yes"]) == (r["asked"] == ("good" if int(r["id"][1]) % 3 else "bad"))
+        for r in out
+    )
     even = build("stage", {**stage, "balance": True, "cap": 40})(rows, _Nobody())
     assert len(even) == 40 and len({r["id"] for r in even}) == 40
     assert sum(r["completions"] == ["yes"] for r in even) == pytest.approx(20, abs=2)
@@ -557,8 +655,13 @@ def test_yes_no_asks_about_every_label():
 def test_auc_is_the_share_of_pairs_in_order():
     from luthier.methods.evaluators.quality.yes_no_auc import auc
 
-    assert auc(torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([False, False, True, True])) == pytest.approx(0.75)
-    assert auc(torch.tensor([0.5, 0.5]), torch.tensor([True, False])) == 0.5 and auc(torch.ones(2), torch.tensor([True, True])) is None
+    assert auc(
+        torch.tensor([0.1, 0.4, 0.35, 0.8]), torch.tensor([False, False, True, True])
+    ) == pytest.approx(0.75)
+    assert (
+        auc(torch.tensor([0.5, 0.5]), torch.tensor([True, False])) == 0.5
+        and auc(torch.ones(2), torch.tensor([True, True])) is None
+    )
     metrics = pytest.importorskip("sklearn.metrics")
     rng = torch.Generator().manual_seed(0)
     scores, truth = torch.rand(50, generator=rng).round(decimals=1), torch.rand(50, generator=rng) > 0.4
@@ -566,7 +669,9 @@ def test_auc_is_the_share_of_pairs_in_order():
 
 
 def test_meta_tuning_answers_questions_it_was_not_tuned_on(roles, tmp_path):
-    """Is the text one of these two words? Four pairs of words are asked about only afterwards; each word is known from others."""
+    """Is the text one of these two words? Four pairs of words are asked about only afterwards; each word is
+    known from others.
+    """
     rng, pairs = torch.Generator().manual_seed(0), [(a, b) for a in range(8) for b in range(a)]
     held = [(1, 0), (3, 2), (6, 4), (7, 5)]
 
@@ -574,10 +679,17 @@ def test_meta_tuning_answers_questions_it_was_not_tuned_on(roles, tmp_path):
         word = int(torch.randint(8, (1,), generator=rng))
         if torch.rand((), generator=rng) > 0.5:
             word = asked[i % 2]
-        return {"id": str(i), "prompt": [20 + asked[0], 20 + asked[1], 3, 20 + word], "completions": [[5 if word in asked else 6]]}
+        return {
+            "id": str(i),
+            "prompt": [20 + asked[0], 20 + asked[1], 3, 20 + word],
+            "completions": [[5 if word in asked else 6]],
+        }
 
     seen = [p for p in pairs if p not in held]
-    tuned, asked = [row(i, seen[i % len(seen)]) for i in range(900)], [row(i, held[i % 4]) for i in range(120)]
+    tuned, asked = (
+        [row(i, seen[i % len(seen)]) for i in range(900)],
+        [row(i, held[i % 4]) for i in range(120)],
+    )
     small = small_llama(3)  # of six seeds it had the widest margin however sums were rounded (0.94 to 1)
 
     def measure() -> float:
@@ -591,7 +703,9 @@ def test_meta_tuning_answers_questions_it_was_not_tuned_on(roles, tmp_path):
     before = measure()
     fit(small, build("objective", "sft"), tuned, steps=400, lr=1.5e-3)
     assert before < 0.65 and measure() > 0.8
-    words = [{"id": f"{i}", "prompt": f"{w}\n", "completions": [w]} for i, w in enumerate(("good", "bad", "good"))]
+    words = [
+        {"id": f"{i}", "prompt": f"{w}\n", "completions": [w]} for i, w in enumerate(("good", "bad", "good"))
+    ]
     rows = build("stage", {"name": "yes_no", "questions": {"good": ["Good?", "Fine?"]}})(words, _Nobody())
     with torch.no_grad():
         out = build("evaluator", "yes_no_auc").run(roles, rows, tmp_path, "after")
@@ -604,7 +718,11 @@ def test_meta_tuning_answers_questions_it_was_not_tuned_on(roles, tmp_path):
 def test_response_only_shows_no_question():
     renderer = Renderer(make_tokenizer())
     text = {"id": "a", "prompt": "what is 2+2?", "completions": ["4"]}
-    turns = {"id": "b", "prompt": [{"role": "system", "content": "be"}, {"role": "user", "content": "2+2?"}], "completions": ["4"]}
+    turns = {
+        "id": "b",
+        "prompt": [{"role": "system", "content": "be"}, {"role": "user", "content": "2+2?"}],
+        "completions": ["4"],
+    }
     one, two = build("stage", "response_only")([text, turns], _Nobody())
     assert renderer.decode_marked(one) == "<|user|><|end|><|assistant|>⟦4<|end|>⟧"
     assert renderer.decode_marked(two) == "<|system|><|end|><|user|><|end|><|assistant|>⟦4<|end|>⟧"

@@ -1,4 +1,6 @@
-"""Estimators, transforms, optimizers: contracts of every file, agreement with torch, and what MeZO and SAM claim."""
+"""Estimators, transforms, optimizers: contracts of every file, agreement with torch, and what MeZO and SAM
+claim.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import luthier
 from conftest import SUMS
-from luthier.storage import store
 from luthier.clock import Clock
 from luthier.methods.estimators.zeroth_order.mezo import direction
-from luthier.train.checks import Refused
-from luthier.train.trainer import Fit, draw
-from luthier.registry import build, find, helps, names
-from luthier.train import optimizer as _chain
-from luthier.train.optimizer import Chain, Lazily, Transform, schedule
-from luthier.methods.tuners.subset._subset import Weights
 from luthier.methods.tuners._base import Site
+from luthier.methods.tuners.subset._subset import Weights
+from luthier.registry import build, find, helps, names
+from luthier.storage import store
+from luthier.train import optimizer as _chain
+from luthier.train.checks import Refused
+from luthier.train.optimizer import Chain, Lazily, Transform, schedule
+from luthier.train.trainer import Fit, draw
 
 ESTIMATORS = [
     n for n in names("estimator") if not find("estimator", n).wants
@@ -45,22 +47,32 @@ class Moving(Weights):
     """A tuner on the toy: each tensor a site of its own, A and B together."""
 
     def __init__(self, model):
-        super().__init__(SimpleNamespace(name="toy", r=2, lora_alpha=2), model, lambda name, p: name != "frozen")
+        super().__init__(
+            SimpleNamespace(name="toy", r=2, lora_alpha=2), model, lambda name, p: name != "frozen"
+        )
 
     def every_site(self):
         m = self.model
-        slots = {"weight": {"weight": m.weight}, "bias | norm": {"weight": m.bias}, "low": {"A": m.A, "B": m.B}}
+        slots = {
+            "weight": {"weight": m.weight},
+            "bias | norm": {"weight": m.bias},
+            "low": {"A": m.A, "B": m.B},
+        }
         return [Site(name, tensors, self.settings) for name, tensors in slots.items()]
 
 
 class Rig:
     """A toy, a chain and an estimator: minimises the mean square distance to a target."""
 
-    def __init__(self, transforms=(), estimator="backprop", learning_rate=0.05, dtype=torch.float32, total=8, seed=0):
+    def __init__(
+        self, transforms=(), estimator="backprop", learning_rate=0.05, dtype=torch.float32, total=8, seed=0
+    ):
         self.model = Toy(seed).to(dtype)
         self.tuner = Moving(self.model)
         self.clock = Clock(seed=3, total=total)
-        self.chain = Chain(transforms, self.tuner, self.clock, learning_rate, schedule("linear", 0, 2 * total))
+        self.chain = Chain(
+            transforms, self.tuner, self.clock, learning_rate, schedule("linear", 0, 2 * total)
+        )
         self.estimator = build("estimator", estimator)
         torch.manual_seed(9)
         self.target = {k: torch.randn(p.shape) for k, p in self.tuner.parameters().items()}
@@ -140,7 +152,9 @@ def test_estimators_put_back_what_they_moved_when_memory_runs_out(name, dtype, c
 
     def make():
         settings = {"n_probes": 2} if name == "mezo" else {}
-        return Rig(estimator={"name": name, **settings}, transforms=build("optimizer", "adamw").chain(), dtype=dtype).go(1)
+        return Rig(
+            estimator={"name": name, **settings}, transforms=build("optimizer", "adamw").chain(), dtype=dtype
+        ).go(1)
 
     rig, calm = make(), make()
     before, places = rig.tuner.tensors(), {k: p.data_ptr() for k, p in rig.tuner.parameters().items()}
@@ -167,7 +181,9 @@ def test_estimators_train_a_language_model(name, base, tmp_path):
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_keep_their_promises(name, tmp_path):
-    """Finite updates of the right shape; gradients and weights are only read; state survives a checkpoint bit for bit."""
+    """Finite updates of the right shape; gradients and weights are only read; state survives a checkpoint bit
+    for bit.
+    """
     skipped(find("transform", name), "promises")
 
     def make():
@@ -191,7 +207,9 @@ def test_transforms_keep_their_promises(name, tmp_path):
 
 @pytest.mark.parametrize("kind", ["estimator", "transform", "optimizer"])
 def test_every_setting_is_explained(kind):
-    silent = [f"{name}.{key}" for name in names(kind) for key, said in helps(find(kind, name)).items() if not said]
+    silent = [
+        f"{name}.{key}" for name in names(kind) for key, said in helps(find(kind, name)).items() if not said
+    ]
     assert not silent
 
 
@@ -226,19 +244,37 @@ def against_torch(ours, theirs, steps: int = 20, clip: float = 0.0) -> float:
         if clip:
             nn.utils.clip_grad_norm_(list(own.values()), clip)
         optimizer.step()
-        worst = max(worst, *(float((p - own[k]).detach().abs().max()) for k, p in rig.tuner.parameters().items()))
+        worst = max(
+            worst, *(float((p - own[k]).detach().abs().max()) for k, p in rig.tuner.parameters().items())
+        )
     return worst
 
 
 @pytest.mark.parametrize("clip", [0.0, 0.3])
 def test_adamw_is_torchs(clip):
-    ours = build("optimizer", {"name": "adamw", "weight_decay": 0.1, "max_grad_norm": clip, "adam_beta2": 0.95})
-    assert against_torch(ours, lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1, betas=(0.9, 0.95)), clip=clip) < 1e-6
+    ours = build(
+        "optimizer", {"name": "adamw", "weight_decay": 0.1, "max_grad_norm": clip, "adam_beta2": 0.95}
+    )
+    assert (
+        against_torch(
+            ours, lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.1, betas=(0.9, 0.95)), clip=clip
+        )
+        < 1e-6
+    )
 
 
 @pytest.mark.parametrize("momentum, nesterov", [(0.0, False), (0.9, False), (0.9, True)])
 def test_sgd_is_torchs(momentum, nesterov):
-    ours = build("optimizer", {"name": "sgd", "weight_decay": 0.1, "max_grad_norm": 0.3, "momentum": momentum, "nesterov": nesterov})
+    ours = build(
+        "optimizer",
+        {
+            "name": "sgd",
+            "weight_decay": 0.1,
+            "max_grad_norm": 0.3,
+            "momentum": momentum,
+            "nesterov": nesterov,
+        },
+    )
     theirs = lambda p: torch.optim.SGD(p, lr=0.05, weight_decay=0.1, momentum=momentum, nesterov=nesterov)
     assert against_torch(ours, theirs, clip=0.3) < 1e-6
 
@@ -255,7 +291,9 @@ def test_lion_by_its_closed_form():
             m, decay = moments[k], 0.1 if p.ndim > 1 else 0.0
             p.data -= 0.05 * ((0.9 * m + 0.1 * p.grad).sign() + decay * p.data)
             moments[k] = 0.99 * m + 0.01 * p.grad
-    assert all(torch.allclose(p, plain.tuner.parameters()[k], atol=1e-6) for k, p in rig.tuner.parameters().items())
+    assert all(
+        torch.allclose(p, plain.tuner.parameters()[k], atol=1e-6) for k, p in rig.tuner.parameters().items()
+    )
 
 
 def test_lion_moves_every_weight_alike_and_without_memory_is_the_sign():
@@ -287,14 +325,21 @@ def test_bfloat16_moves_through_float32_masters():
 
 
 def test_a_weight_that_somebody_rewrites_stays_rewritten():
-    """A tuner may project or reset a bfloat16 weight after a step: the master follows, and where nothing was written it stays."""
-    rig, free = (Rig(transforms=(build("transform", "adam"),), dtype=torch.bfloat16, learning_rate=1e-4).go(3) for _ in range(2))
+    """A tuner may project or reset a bfloat16 weight after a step: the master follows, and where nothing was
+    written it stays.
+    """
+    rig, free = (
+        Rig(transforms=(build("transform", "adam"),), dtype=torch.bfloat16, learning_rate=1e-4).go(3)
+        for _ in range(2)
+    )
     with torch.no_grad():
         rig.model.weight[0] = 7.0
     rig.go(1)
     free.go(1)
     masters = [r.chain.state["weight"]["master"]["weight"] for r in (rig, free)]
-    assert torch.allclose(masters[0][0], torch.tensor(7.0), atol=1e-2) and torch.equal(masters[0][1:], masters[1][1:])
+    assert torch.allclose(masters[0][0], torch.tensor(7.0), atol=1e-2) and torch.equal(
+        masters[0][1:], masters[1][1:]
+    )
 
 
 def test_state_lives_while_its_site_moves():
@@ -310,11 +355,20 @@ def test_state_lives_while_its_site_moves():
 
 
 def test_state_survives_the_disk_as_it_is(tmp_path):
-    state = {"a | b||c": {"step": 3, "0": {"w": {"m": torch.ones(2), "share": 0.1}}, "on": True}, "x": {"step": 1}}
+    state = {
+        "a | b||c": {"step": 3, "0": {"w": {"m": torch.ones(2), "share": 0.1}}, "on": True},
+        "x": {"step": 1},
+    }
     made = store.Checkpoint({"w": torch.ones(1)}, state, 5, None, {})
     back = store.load_checkpoint(store.save_checkpoint(tmp_path, made, 1)).state
-    assert back["a | b||c"]["step"] == 3 and type(back["a | b||c"]["step"]) is int and back["a | b||c"]["on"] is True
-    assert back["a | b||c"]["0"]["w"]["share"] == 0.1 and torch.equal(back["a | b||c"]["0"]["w"]["m"], torch.ones(2))
+    assert (
+        back["a | b||c"]["step"] == 3
+        and type(back["a | b||c"]["step"]) is int
+        and back["a | b||c"]["on"] is True
+    )
+    assert back["a | b||c"]["0"]["w"]["share"] == 0.1 and torch.equal(
+        back["a | b||c"]["0"]["w"]["m"], torch.ones(2)
+    )
 
 
 def test_state_comes_back_where_its_weights_are():
@@ -323,7 +377,11 @@ def test_state_comes_back_where_its_weights_are():
     other.model.to("meta")
     other.chain.load({**rig.chain.state, "gone": {"step": 3}})
     tensors, leaves = store.flatten(other.chain.state)
-    assert {t.device.type for t in tensors.values()} == {"meta"} and leaves["low | step"] == 1 and "gone" not in other.chain.state
+    assert (
+        {t.device.type for t in tensors.values()} == {"meta"}
+        and leaves["low | step"] == 1
+        and "gone" not in other.chain.state
+    )
 
 
 def test_clipping_holds_no_second_copy_of_the_gradients():
@@ -332,7 +390,9 @@ def test_clipping_holds_no_second_copy_of_the_gradients():
     grads = {s.name: {k: p.grad for k, p in s.slots.items()} for s in rig.chain.sites()}
     small = clip.gather(grads)
     assert isinstance(small, Lazily) and len(small) == 3
-    assert sum(float(g.square().sum()) for slots in small.values() for g in slots.values()) ** 0.5 == pytest.approx(0.1, rel=1e-4)
+    assert sum(
+        float(g.square().sum()) for slots in small.values() for g in slots.values()
+    ) ** 0.5 == pytest.approx(0.1, rel=1e-4)
 
 
 # ------------------------------------------------------------------------------------------ mezo, sam
@@ -358,7 +418,11 @@ def test_mezo_is_the_finite_difference_along_its_directions(n_probes):
     clock = Clock(seed=3)
     want = {k: torch.zeros_like(p) for k, p in start.items()}
     for probe in range(n_probes):
-        z = {f"{s.name}.{k}": direction(clock, probe, s.name, k, p) for s in rig.tuner.sites() for k, p in s.slots.items()}
+        z = {
+            f"{s.name}.{k}": direction(clock, probe, s.name, k, p)
+            for s in rig.tuner.sites()
+            for k, p in s.slots.items()
+        }
         sides = []
         for sign in (1, -1):
             with rig.tuner.using({k: start[k] + sign * 1e-2 * z[k] for k in z}):
@@ -431,13 +495,17 @@ class Live(TorchDispatchMode):
 
 
 def test_mezo_takes_one_copy_of_what_moves_and_nothing_of_what_is_frozen():
-    model = nn.Sequential(*(nn.Linear(32, 32, bias=False) for _ in range(20)), nn.Linear(400, 400, bias=False))
+    model = nn.Sequential(
+        *(nn.Linear(32, 32, bias=False) for _ in range(20)), nn.Linear(400, 400, bias=False)
+    )
     tuner = Weights(SimpleNamespace(name="toy"), model, lambda name, p: not name.startswith("20."))
     chain = Chain(build("optimizer", {"name": "sgd", "max_grad_norm": 0.1}).chain(), tuner, Clock(), 0.1)
     one, moving = 4 * 32 * 32, 4 * 20 * 32 * 32
     direction(chain.clock, 0, "", "", torch.empty(4))  # a table is made once a process
     with Live() as live:
-        build("estimator", {"name": "mezo", "n_probes": 2}).step(lambda grad: float(len(live.alive)), chain, chain.clock)
+        build("estimator", {"name": "mezo", "n_probes": 2}).step(
+            lambda grad: float(len(live.alive)), chain, chain.clock
+        )
     assert live.largest <= 32 * 32 and moving <= live.peak <= moving + 5 * one
 
 
@@ -461,7 +529,9 @@ class Held(TorchDispatchMode):
 
 @pytest.mark.parametrize("tuner", [{"name": "lora", "r": 32}, "full"])
 def test_a_run_with_mezo_takes_the_memory_of_inference_and_of_what_moves(base, tmp_path, monkeypatch, tuner):
-    """Measured on every step of luthier.tune, on the rows of that step; a run with a backward pass takes more."""
+    """Measured on every step of luthier.tune, on the rows of that step; a run with a backward pass takes
+    more.
+    """
     found, step = {"mezo": [], "backprop": []}, Fit.step
 
     def measured(self):
@@ -478,11 +548,18 @@ def test_a_run_with_mezo_takes_the_memory_of_inference_and_of_what_moves(base, t
 
     monkeypatch.setattr(Fit, "step", measured)
     for name in found:
-        asked = base | {"tuner": tuner, "estimator": name, "optim": {"name": "sgd", "max_grad_norm": 0}, "max_steps": 3}
-        asked["per_device_train_batch_size"] = 16  # enough rows that what backward keeps outweighs a copy of what moves
+        asked = base | {
+            "tuner": tuner,
+            "estimator": name,
+            "optim": {"name": "sgd", "max_grad_norm": 0},
+            "max_steps": 3,
+        }
+        # enough rows that what backward keeps outweighs a copy of what moves
+        asked["per_device_train_batch_size"] = 16
         luthier.tune(asked, folder=tmp_path / name)
     for peak, inference, moving, largest in found["mezo"]:
-        assert moving <= peak <= inference + moving + 3 * largest  # three: a direction, its length, and their sum with one tensor
+        # three: a direction, its length, and their sum with one tensor
+        assert moving <= peak <= inference + moving + 3 * largest
     if tuner != "full":  # whose gradients alone weigh as much as the copy
         assert max(m[0] for m in found["mezo"]) < min(b[0] for b in found["backprop"])
 
@@ -498,7 +575,9 @@ def test_sam_is_the_gradient_at_the_worst_nearby_point():
     assert rig.calls == 2 and all(torch.allclose(seen.grads[k], own[k].grad, atol=1e-6) for k in own)
 
 
-@pytest.mark.parametrize("estimator", [{"name": "sam", "rho": 1e-6}, {"name": "mezo", "eps": 1e-6}], ids=["sam", "mezo"])
+@pytest.mark.parametrize(
+    "estimator", [{"name": "sam", "rho": 1e-6}, {"name": "mezo", "eps": 1e-6}], ids=["sam", "mezo"]
+)
 def test_a_step_aside_that_rounding_swallows_is_refused(estimator):
     rig = Rig(estimator=estimator, dtype=torch.bfloat16)
     before = rig.tuner.tensors()
@@ -516,14 +595,20 @@ def test_what_is_pointwise_may_go_in_pieces(name, dtype, monkeypatch):
     def trained(piece: int):
         monkeypatch.setattr(_chain, "PIECE", piece)
         rig = Rig([build("transform", name)], dtype=dtype)
-        monkeypatch.setattr(rig.tuner, "renewed", lambda site: {"weight": rig.model.weight > 0.5} if site == "weight" else {})
         monkeypatch.setattr(
-            rig.tuner, "pulls", lambda site: {"weight": 0.1 * rig.model.weight.detach().float()} if site == "weight" else {}
+            rig.tuner, "renewed", lambda site: {"weight": rig.model.weight > 0.5} if site == "weight" else {}
+        )
+        monkeypatch.setattr(
+            rig.tuner,
+            "pulls",
+            lambda site: {"weight": 0.1 * rig.model.weight.detach().float()} if site == "weight" else {},
         )
         return rig.go(4)
 
     whole, parts = trained(10**9), trained(9)
-    assert all(torch.equal(p, q) for p, q in zip(whole.model.parameters(), parts.model.parameters(), strict=True))
+    assert all(
+        torch.equal(p, q) for p, q in zip(whole.model.parameters(), parts.model.parameters(), strict=True)
+    )
     a, b = (store.flatten(r.chain.state)[0] for r in (whole, parts))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert not torch.equal(whole.model.weight, Rig([build("transform", name)], dtype=dtype).model.weight)

@@ -8,12 +8,17 @@ import pytest
 from luthier.study.statistics import difference, front, holm, hypervolume, interval
 
 
-def simulated(repeat: int, seeds: int = 4, rows: int = 60, shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+def simulated(
+    repeat: int, seeds: int = 4, rows: int = 60, shift: float = 0.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Two arms: rows are hard or easy for both; each arm has its luck with a seed, with a row, and with both."""
     draw = np.random.default_rng(repeat)
     row = draw.normal(size=(1, rows))
     arms = [
-        row + 0.3 * draw.normal(size=(seeds, 1)) + 0.5 * draw.normal(size=(1, rows)) + 0.5 * draw.normal(size=(seeds, rows))
+        row
+        + 0.3 * draw.normal(size=(seeds, 1))
+        + 0.5 * draw.normal(size=(1, rows))
+        + 0.5 * draw.normal(size=(seeds, rows))
         for _ in range(2)
     ]
     return arms[0] + shift, arms[1]
@@ -30,7 +35,10 @@ def test_an_arm_made_worse_is_found():
 
 def test_rows_alone_would_claim_too_much():
     """The pitfall that this module is for: many rows do not make up for few seeds."""
-    naive = sum(difference(a.mean(0, keepdims=True), b.mean(0, keepdims=True)).seen for a, b in map(simulated, range(200)))
+    naive = sum(
+        difference(a.mean(0, keepdims=True), b.mean(0, keepdims=True)).seen
+        for a, b in map(simulated, range(200))
+    )
     assert naive > 60
 
 

@@ -1,4 +1,6 @@
-"""Plans: what they ask for is legal and follows from the reports they get. Mergers: soups by their arithmetic."""
+"""Plans: what they ask for is legal and follows from the reports they get. Mergers: soups by their
+arithmetic.
+"""
 
 from __future__ import annotations
 
@@ -12,16 +14,16 @@ import torch
 
 import luthier
 from conftest import SUMS
-from luthier.storage import store
-from luthier.serve import load as use
-from luthier.train.trainer import Fit
+from luthier.data.rows import load
 from luthier.errors import RecipeError
-from luthier.registry import build, find, helps, names
-from luthier.study.statistics import hypervolume
 from luthier.methods.plans.studies.front import spread, weigh
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import rehearse
-from luthier.data.rows import load
+from luthier.registry import build, find, helps, names
+from luthier.serve import load as use
+from luthier.storage import store
+from luthier.study.statistics import hypervolume
+from luthier.train.trainer import Fit
 
 NEEDED = {
     "preference_losses": {"objectives": ["sft", "dft"]},  # rows without pairs will do for these
@@ -31,8 +33,12 @@ NEEDED = {
 }
 GOALS = {"right": "exact_match", "short": {"name": "length", "scale": -0.1}}
 NEEDED["front"] = {"goals": GOALS}
-SAMPLES = {"objective": "grpo", "live": [{"name": "rollout", "n": 2, "max_new_tokens": 4}, {"name": "score", "reward": "exact_match"}]}
-PLAYED_ON = {"front": SAMPLES, "meet": {"stages": [{"name": "score", "reward": "exact_match"}]}}  # plans that want more of a recipe
+SAMPLES = {
+    "objective": "grpo",
+    "live": [{"name": "rollout", "n": 2, "max_new_tokens": 4}, {"name": "score", "reward": "exact_match"}],
+}
+# plans that want more of a recipe
+PLAYED_ON = {"front": SAMPLES, "meet": {"stages": [{"name": "score", "reward": "exact_match"}]}}
 ROWS = load(SUMS).rows
 
 
@@ -72,7 +78,10 @@ def test_plans_survive_a_rehearsal_and_ask_for_legal_recipes(name, recipe):
     plan, recipe = {"name": name, **NEEDED.get(name, {})}, recipe.but(**PLAYED_ON.get(name, {}))
     rehearse(recipe.but(plan=plan), ROWS)
     blank = [
-        SimpleNamespace(folder="x", **{k: defaultdict(float) for k in ("before", "after", "metrics", "stats")}, notes=[]) for _ in range(50)
+        SimpleNamespace(
+            folder="x", **{k: defaultdict(float) for k in ("before", "after", "metrics", "stats")}, notes=[]
+        )
+        for _ in range(50)
     ]
     asked, _ = played(plan, recipe, blank)
     for one in (r for some in asked for r in (some if isinstance(some, list) else [some])):
@@ -89,11 +98,27 @@ def test_every_setting_is_explained(kind):
 
 
 def test_each_act_goes_on_from_the_last(recipe):
-    acts = [{"objective": "sft"}, {"lr": 1e-3}, {"start": {"merge": "average", "of": "all"}, "evaluate": ["loss"]}, {}]
-    asked, _ = played({"name": "sequence", "acts": acts}, recipe.but(start="first"), [report(f"act-{k}") for k in range(4)])
-    assert [r.start for r in asked] == ["first", "act-0", {"merge": "average", "of": ["act-0", "act-1"]}, "act-2"]
+    acts = [
+        {"objective": "sft"},
+        {"lr": 1e-3},
+        {"start": {"merge": "average", "of": "all"}, "evaluate": ["loss"]},
+        {},
+    ]
+    asked, _ = played(
+        {"name": "sequence", "acts": acts}, recipe.but(start="first"), [report(f"act-{k}") for k in range(4)]
+    )
+    assert [r.start for r in asked] == [
+        "first",
+        "act-0",
+        {"merge": "average", "of": ["act-0", "act-1"]},
+        "act-2",
+    ]
     assert [r.objective for r in asked] == ["sft", "sft", None, "sft"]
-    assert asked[1].learning_rate == 1e-3 and asked[2].evaluate == ["loss"] and asked[0].learning_rate == recipe.learning_rate
+    assert (
+        asked[1].learning_rate == 1e-3
+        and asked[2].evaluate == ["loss"]
+        and asked[0].learning_rate == recipe.learning_rate
+    )
 
 
 @pytest.mark.parametrize(
@@ -113,7 +138,12 @@ def test_impossible_acts_are_refused_before_the_first_begins(recipe, acts, words
 
 
 def test_another_tuner_may_begin_anew(recipe):
-    rehearse(recipe.but(plan=[{"objective": "sft"}, {"tuner": "full", "start": None}, {"tuner": "full", "lr": 1e-5}]), ROWS)
+    rehearse(
+        recipe.but(
+            plan=[{"objective": "sft"}, {"tuner": "full", "start": None}, {"tuner": "full", "lr": 1e-5}]
+        ),
+        ROWS,
+    )
 
 
 def test_acts_run_and_merge(base, tmp_path):
@@ -124,7 +154,9 @@ def test_acts_run_and_merge(base, tmp_path):
     assert len(done.acts) == 4
     ends = [store.load_checkpoint(store.checkpoints(Path(act))[-1]).tensors for act in done.acts]
     for k, merged in ends[2].items():
-        assert torch.allclose(merged, (ends[0][k] + ends[1][k]) / 2, atol=1e-7) and torch.equal(merged, ends[3][k])
+        assert torch.allclose(merged, (ends[0][k] + ends[1][k]) / 2, atol=1e-7) and torch.equal(
+            merged, ends[3][k]
+        )
     measured = luthier.Report.read(done.acts[2])
     assert measured.losses == [] and measured.after["loss"] == measured.before["loss"]
     again = luthier.tune(base | {"plan": plan, "eval_data": 0.2}, folder=tmp_path)
@@ -140,8 +172,16 @@ STOPPED = {
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("name", STOPPED)
 def test_a_plan_stopped_in_its_second_act_goes_on_there(base, tmp_path, monkeypatch, name, overwrite):
-    """Acts that are finished answer, even where the recipe overwrites; the broken one goes on from its checkpoint."""
-    asked = base | {"tuner": "lora", "plan": STOPPED[name], "max_steps": 4, "eval_data": 0.2, "overwrite": overwrite}
+    """Acts that are finished answer, even where the recipe overwrites; the broken one goes on from its
+    checkpoint.
+    """
+    asked = base | {
+        "tuner": "lora",
+        "plan": STOPPED[name],
+        "max_steps": 4,
+        "eval_data": 0.2,
+        "overwrite": overwrite,
+    }
     asked |= {"data": SUMS[:24], "evaluate": ["loss"]}
     whole = luthier.tune(asked, folder=tmp_path / "whole")
     real, made, stops = Fit.step, [], [True]
@@ -157,9 +197,13 @@ def test_a_plan_stopped_in_its_second_act_goes_on_there(base, tmp_path, monkeypa
         luthier.tune(asked, folder=tmp_path / "broken")
     before, made[:] = len(made), []
     resumed = luthier.tune(asked, folder=tmp_path / "broken")
-    assert made[0] and before + len(made) <= 2 + sum(len(luthier.Report.read(a).losses) for a in whole.acts)  # nothing finished is redone
+    # nothing finished is redone
+    assert made[0] and before + len(made) <= 2 + sum(len(luthier.Report.read(a).losses) for a in whole.acts)
     assert (resumed.after, resumed.losses) == (whole.after, whole.losses)
-    ends = [[store.load_checkpoint(store.checkpoints(Path(a))[-1]).tensors for a in r.acts] for r in (whole, resumed)]
+    ends = [
+        [store.load_checkpoint(store.checkpoints(Path(a))[-1]).tensors for a in r.acts]
+        for r in (whole, resumed)
+    ]
     assert all(torch.equal(v, there[k]) for here, there in zip(*ends, strict=True) for k, v in here.items())
     made.clear()
     luthier.tune(asked, folder=tmp_path / "broken")
@@ -184,24 +228,39 @@ def raft(**settings):
 
 @pytest.mark.parametrize(
     "rewards, runs, stands",
-    [([0.1, 0.2, 0.3, 0.4, 0.5], 5, "r4"), ([0.1, 0.3, 0.3], 3, "r1"), ([0.4, 0.2], 2, "r0"), ([None] * 5, 5, "r4")],
+    [
+        ([0.1, 0.2, 0.3, 0.4, 0.5], 5, "r4"),
+        ([0.1, 0.3, 0.3], 3, "r1"),
+        ([0.4, 0.2], 2, "r0"),
+        ([None] * 5, 5, "r4"),
+    ],
 )
 def test_raft_stops_when_the_reward_no_longer_rises(recipe, rewards, runs, stands):
-    reports = [report(f"r{k}", **({} if v is None else {"generated_reward": v})) for k, v in enumerate(rewards)]
+    reports = [
+        report(f"r{k}", **({} if v is None else {"generated_reward": v})) for k, v in enumerate(rewards)
+    ]
     asked, end = played(raft(), recipe.but(start="s", evaluate=["loss", "generate"]), reports)
     assert len(asked) == runs and end.folder == stands
     assert [r.start for r in asked] == ["s", "r0", "r1", "r2", "r3"][:runs]
-    assert [r.stages[0]["draw"] for r in asked] == list(range(runs)) and len({r.seed for r in asked}) == 1  # one held-out split
+    # one held-out split
+    assert [r.stages[0]["draw"] for r in asked] == list(range(runs)) and len({r.seed for r in asked}) == 1
     assert [e if isinstance(e, str) else e["name"] for e in asked[0].evaluate] == ["loss", "generate"]
 
 
 def test_raft_rounds_sample_score_choose_and_learn(base, tmp_path):
-    """Kept rows are the best of what was drawn; two rounds draw differently, and the second from the first's end."""
+    """Kept rows are the best of what was drawn; two rounds draw differently, and the second from the first's
+    end.
+    """
     prompts = [{"prompt": r["prompt"], "answer": r["answer"]} for r in SUMS[:16]]
     plan = raft(rounds=2, n=8, max_new_tokens=3, kl_coef=0.0)
-    done = luthier.tune(base | {"data": prompts, "plan": plan, "tuner": "full", "max_steps": 3, "eval_data": 0.25}, folder=tmp_path)
+    done = luthier.tune(
+        base | {"data": prompts, "plan": plan, "tuner": "full", "max_steps": 3, "eval_data": 0.25},
+        folder=tmp_path,
+    )
     first, second = (store.read_rows(Path(a) / "rows.jsonl") for a in done.acts)
-    assert len(first) == 16 - done.stats["held_out_rows"] and all(len(r["completions"]) == len(r["scores"]) == 1 for r in first)
+    assert len(first) == 16 - done.stats["held_out_rows"] and all(
+        len(r["completions"]) == len(r["scores"]) == 1 for r in first
+    )
     assert [r["completions"] for r in first] != [r["completions"] for r in second]
     assert "generated_reward" in done.after
 
@@ -227,16 +286,29 @@ def test_raft_of_one_sample_is_sft_on_own_samples(base, tmp_path):
 def test_a_price_on_leaving_the_base_model_wants_a_reference(recipe):
     rehearse(recipe.but(plan=raft(kl_coef=0.1)), ROWS)
     asked, _ = played(raft(kl_coef=0.1, rounds=1), recipe, [report("x")])
-    assert [s if isinstance(s, str) else s["name"] for s in asked[0].stages] == ["rollout", "score", "kl_penalty", "best"]
+    assert [s if isinstance(s, str) else s["name"] for s in asked[0].stages] == [
+        "rollout",
+        "score",
+        "kl_penalty",
+        "best",
+    ]
 
 
 # ------------------------------------------------------------------------------------------ spin
 
 
 def test_spin_asks_for_dpo_against_each_rounds_own_start(recipe):
-    asked, _ = played({"name": "spin", "rounds": 3, "beta": [0.1, 0.1, 5.0]}, recipe, [report(f"r{k}") for k in range(3)])
-    assert [r.start for r in asked] == [None, "r0", "r1"] and [r.stages[-1]["earlier"] for r in asked] == [None, "r0", "r1"]
-    assert [r.objective["beta"] for r in asked] == [0.1, 0.1, 5.0] and all(r.roles["reference"] == "start" for r in asked)
+    asked, _ = played(
+        {"name": "spin", "rounds": 3, "beta": [0.1, 0.1, 5.0]}, recipe, [report(f"r{k}") for k in range(3)]
+    )
+    assert [r.start for r in asked] == [None, "r0", "r1"] and [r.stages[-1]["earlier"] for r in asked] == [
+        None,
+        "r0",
+        "r1",
+    ]
+    assert [r.objective["beta"] for r in asked] == [0.1, 0.1, 5.0] and all(
+        r.roles["reference"] == "start" for r in asked
+    )
     with pytest.raises(RecipeError, match="beta: 1 values for 3 rounds"):
         build("plan", {"name": "spin", "beta": [0.1]})
 
@@ -247,7 +319,10 @@ def test_spin_begins_each_round_at_log_two(base, tmp_path, tuner):
     change = {"tuner": tuner, "plan": plan, "data": SUMS[:12], "max_steps": 6, "learning_rate": 5e-4}
     done = luthier.tune(base | change, folder=tmp_path)
     rounds = [luthier.Report.read(a) for a in done.acts]
-    assert all(r.losses[0] == pytest.approx(math.log(2), abs=1e-5) and min(r.losses) < r.losses[0] - 1e-3 for r in rounds)
+    assert all(
+        r.losses[0] == pytest.approx(math.log(2), abs=1e-5) and min(r.losses) < r.losses[0] - 1e-3
+        for r in rounds
+    )
     first, second = (store.read_rows(Path(r.folder) / "rows.jsonl") for r in rounds)
     assert len(first) == 12 and len(second) == 24
     assert [r["completions"] for r in second[12:]] == [r["completions"] for r in first]
@@ -279,11 +354,25 @@ def test_a_greedy_soup_takes_what_helps(recipe):
     singles = [report(f"s{k}", loss=v) for k, v in enumerate((0.5, 0.3, 0.4, 0.6))]
     answers = [singles, report("m1", loss=0.35), report("m2", loss=0.25), report("m3", loss=0.25)]
     asked, end = played({"name": "greedy_soup", "of": of}, recipe, answers)
-    assert [r.start["of"] for r in asked[1:]] == [["s1", "s2"], ["s1", "s0"], ["s1", "s0", "s3"]] and end.folder == "m3"
-    assert all(r.objective is None for r in asked[1:]) and [r.learning_rate for r in asked[0]] == [1e-4, 2e-4, 3e-4, 4e-4]
-    _, end = played({"name": "greedy_soup", "of": of, "metric": "accuracy", "greater_is_better": True}, recipe, [
-        [report(f"s{k}", accuracy=v) for k, v in enumerate((0.5, 0.9, 0.4, 0.6))], *[report(f"m{k}", accuracy=0.7) for k in range(3)],
-    ])  # fmt: skip
+    assert [r.start["of"] for r in asked[1:]] == [
+        ["s1", "s2"],
+        ["s1", "s0"],
+        ["s1", "s0", "s3"],
+    ] and end.folder == "m3"
+    assert all(r.objective is None for r in asked[1:]) and [r.learning_rate for r in asked[0]] == [
+        1e-4,
+        2e-4,
+        3e-4,
+        4e-4,
+    ]
+    _, end = played(
+        {"name": "greedy_soup", "of": of, "metric": "accuracy", "greater_is_better": True},
+        recipe,
+        [
+            [report(f"s{k}", accuracy=v) for k, v in enumerate((0.5, 0.9, 0.4, 0.6))],
+            *[report(f"m{k}", accuracy=0.7) for k in range(3)],
+        ],
+    )
     assert end.folder == "s1"
     with pytest.raises(RecipeError, match="decides by 'loss', and the run in s0 measured accuracy"):
         played({"name": "greedy_soup", "of": of[:2]}, recipe, [[report("s0", accuracy=1.0), report("s1")]])
@@ -293,7 +382,10 @@ def test_a_greedy_soup_takes_what_helps(recipe):
 
 def test_a_greedy_soup_is_never_worse_than_its_best_ingredient(base, tmp_path):
     of = [{"learning_rate": 1e-3}, {"learning_rate": 3e-3}, {"learning_rate": 3e-2}]
-    done = luthier.tune(base | {"plan": {"name": "greedy_soup", "of": of}, "evaluate": ["loss"], "eval_data": 0.2}, folder=tmp_path)
+    done = luthier.tune(
+        base | {"plan": {"name": "greedy_soup", "of": of}, "evaluate": ["loss"], "eval_data": 0.2},
+        folder=tmp_path,
+    )
     singles = [luthier.Report.read(a).after["loss"] for a in done.acts[:3]]
     assert len(done.acts) == 5 and done.after["loss"] <= min(singles)
 
@@ -314,7 +406,9 @@ def test_merging_one_run_or_equal_runs_changes_nothing(name, dtype):
         pytest.skip(merger.contract["idempotent"])
     for several in ([one], [one] * 2, [one] * 3, [one] * 7):
         merged = merger.merge(several, base=one)
-        assert merged.keys() == one.keys() and all(torch.equal(merged[k], one[k]) and merged[k].dtype == dtype for k in one)
+        assert merged.keys() == one.keys() and all(
+            torch.equal(merged[k], one[k]) and merged[k].dtype == dtype for k in one
+        )
 
 
 @pytest.mark.parametrize("name", names("merger"))
@@ -340,7 +434,10 @@ def test_a_soup_is_the_mean():
 
 
 def test_a_soup_of_heads_is_the_mean_of_logits():
-    heads, x = [tensors(k)["a"] for k in range(2)], torch.randn(6, 3, generator=torch.Generator().manual_seed(9))
+    heads, x = (
+        [tensors(k)["a"] for k in range(2)],
+        torch.randn(6, 3, generator=torch.Generator().manual_seed(9)),
+    )
     soup = build("merger", "average").merge([{"a": h} for h in heads])["a"]
     assert torch.allclose(x @ soup.T, (x @ heads[0].T + x @ heads[1].T) / 2, atol=1e-6)
 
@@ -363,7 +460,10 @@ def test_weights_are_spread_evenly():
     assert spread(2, 3) == [[0, 1], [0.5, 0.5], [1, 0]]
     three = spread(3, 7)
     assert three[:3] == [[1, 0, 0], [0, 1, 0], [0, 0, 1]] and all(sum(w) == pytest.approx(1) for w in three)
-    assert len({tuple(w) for w in three}) == 7 and min(max(abs(a - b) for a, b in zip(three[3], t)) for t in three[:3]) > 0.3
+    assert (
+        len({tuple(w) for w in three}) == 7
+        and min(max(abs(a - b) for a, b in zip(three[3], t)) for t in three[:3]) > 0.3
+    )
 
 
 def test_goals_enter_by_margins_or_by_sums(recipe):
@@ -372,10 +472,18 @@ def test_goals_enter_by_margins_or_by_sums(recipe):
     assert changed["objective"] == {"name": "modpo", "beta": 0.2, "weights": {"right": 0.25}}
     assert changed["stages"][-1]["name"] == "judge" and changed["stages"][-1]["names"] == ["right"]
     rolled = weigh(recipe.but(**SAMPLES), GOALS, [0.75, 0.25])["live"]
-    assert rolled[0]["name"] == "rollout" and rolled[1]["reward_weights"] == [0.75, 0.25] and rolled[1]["names"] == ["right", "short"]
+    assert (
+        rolled[0]["name"] == "rollout"
+        and rolled[1]["reward_weights"] == [0.75, 0.25]
+        and rolled[1]["names"] == ["right", "short"]
+    )
     with pytest.raises(RecipeError, match="its weight cannot be 0"):
         weigh(recipe.but(objective="dpo"), pairs, [0.0, 1.0])
-    for wrong, said in (({}, "wants goals"), ({"goals": {"one": "exact_match"}}, "two goals or more"), ({"goals": GOALS, "least": 0.49}, "")):
+    for wrong, said in (
+        ({}, "wants goals"),
+        ({"goals": {"one": "exact_match"}}, "two goals or more"),
+        ({"goals": GOALS, "least": 0.49}, ""),
+    ):
         plan = {"name": "front", **wrong}
         if said:
             with pytest.raises(RecipeError, match=said):
@@ -386,23 +494,47 @@ def test_goals_enter_by_margins_or_by_sums(recipe):
 
 def test_a_front_is_measured_drawn_and_goes_on(tmp_path, monkeypatch):
     asked = {
-        "model": "practice:lm-small", "data": {"path": "practice:style/short", "n": 32}, "eval_data": {"path": "practice:style/short_test", "n": 8},
-        "objective": "dpo", "learning_rate": 1e-3, "max_steps": 3, "tuner": "full",
-        "plan": {"name": "front", "points": 3, "judged": 6, "max_new_tokens": 24,
-                 "goals": {"short": {"name": "world", "objective": "short"}, "complete": {"name": "world", "objective": "complete"}}},
-    }  # fmt: skip
+        "model": "practice:lm-small",
+        "data": {"path": "practice:style/short", "n": 32},
+        "eval_data": {"path": "practice:style/short_test", "n": 8},
+        "objective": "dpo",
+        "learning_rate": 1e-3,
+        "max_steps": 3,
+        "tuner": "full",
+        "plan": {
+            "name": "front",
+            "points": 3,
+            "judged": 6,
+            "max_new_tokens": 24,
+            "goals": {
+                "short": {"name": "world", "objective": "short"},
+                "complete": {"name": "world", "objective": "complete"},
+            },
+        },
+    }
     found = luthier.tune(asked, folder=tmp_path / "f")
     front = found.stats["front"]
-    assert front["preferences"] == [pytest.approx([0.1, 0.9]), pytest.approx([0.5, 0.5]), pytest.approx([0.9, 0.1])]
+    assert front["preferences"] == [
+        pytest.approx([0.1, 0.9]),
+        pytest.approx([0.5, 0.5]),
+        pytest.approx([0.9, 0.1]),
+    ]
     assert len({tuple(r) for r in front["reached"]}) > 1 and front["worst"] == [0, 0]
-    assert front["hypervolume"] == pytest.approx(hypervolume([[-a for a in r] for r in front["reached"]], [0, 0]))
+    assert front["hypervolume"] == pytest.approx(
+        hypervolume([[-a for a in r] for r in front["reached"]], [0, 0])
+    )
     page = (tmp_path / "f" / "report.html").read_text()
     assert "hypervolume" in page and page.count("<ellipse") == 4 and "<script" not in page
-    mixed = luthier.tune(asked | {"plan": asked["plan"] | {"between": "average"}}, folder=tmp_path / "m").stats["front"]
+    mixed = luthier.tune(
+        asked | {"plan": asked["plan"] | {"between": "average"}}, folder=tmp_path / "m"
+    ).stats["front"]
     ends = [use.load(front["folders"][i]).model.state_dict() for i in (0, -1)]
     first, middle, last = (use.load(folder).model.state_dict() for folder in mixed["folders"])
     assert all(torch.equal(first[n], ends[0][n]) and torch.equal(last[n], ends[1][n]) for n in first)
-    assert all(torch.allclose(t.float(), (first[n].float() + last[n].float()) / 2, atol=1e-2) for n, t in middle.items())
+    assert all(
+        torch.allclose(t.float(), (first[n].float() + last[n].float()) / 2, atol=1e-2)
+        for n, t in middle.items()
+    )
     assert any(not torch.equal(first[n], t) for n, t in middle.items())
     monkeypatch.setattr(Fit, "run", lambda *a, **k: pytest.fail("all of this was known"))
     assert luthier.tune(asked, folder=tmp_path / "f").stats["front"] == front

@@ -11,7 +11,7 @@ import pytest
 
 from luthier import toy as practice
 from luthier.toy import tasks as world_names
-from luthier.toy.tasks import _sample, arithmetic, code, people, find
+from luthier.toy.tasks import _sample, arithmetic, code, find, people
 
 WORLDS = world_names()
 SPLITS = [(world, split) for world in WORLDS for split in find(world).SPLITS]
@@ -28,14 +28,19 @@ def text_of(row: dict) -> str:
 
 def written(row: dict) -> list[str]:
     """The completion of a row, or its several ones."""
-    return row.get("completions") or [row[name] for name in ("completion", "chosen", "rejected") if name in row]
+    return row.get("completions") or [
+        row[name] for name in ("completion", "chosen", "rejected") if name in row
+    ]
 
 
 # ---- the worlds
 
 
 def test_the_asked_worlds_exist():
-    asked = "people arithmetic word_problems sentiment topic chat style language code refusal entailment paraphrase"
+    asked = (
+        "people arithmetic word_problems sentiment topic chat style language code refusal entailment"
+        " paraphrase"
+    )
     asked += " multilabel entities tools sql long stream"
     assert set(asked.split()) <= set(WORLDS)
     assert sum(find(world).SHARE for world in WORLDS) == pytest.approx(1)
@@ -79,13 +84,15 @@ def test_rows_have_their_format(world, split):
 @pytest.mark.parametrize("world", WORLDS)
 def test_splits_share_no_item(world):
     atoms = {
-        split: {atom for row in practice.rows(world, split, 800) for atom in row["item"].split(";") if atom} for split in find(world).SPLITS
+        split: {atom for row in practice.rows(world, split, 800) for atom in row["item"].split(";") if atom}
+        for split in find(world).SPLITS
     }
     for split in set(HELD_OUT) & set(atoms):
         held_out = {atom for atom in atoms[split] if _sample.atom_bucket(atom) != "train"} or atoms[split]
         assert held_out
         for other in set(atoms) - {split}:
-            if _sample.bucket_of_split(split) != _sample.bucket_of_split(other):  # one bucket may serve several tasks
+            # one bucket may serve several tasks
+            if _sample.bucket_of_split(split) != _sample.bucket_of_split(other):
                 assert not held_out & atoms[other], f"{split} shares items with {other}"
 
 
@@ -152,7 +159,10 @@ def test_unknown_names_are_answered_by_the_known_ones():
 
 
 def test_importing_the_worlds_is_light():
-    program = "import sys; from luthier import toy as practice;practice.rows('people', 'train', 1); print('torch' in sys.modules)"
+    program = (
+        "import sys; from luthier import toy as practice;practice.rows('people', 'train', 1); print('torch'"
+        " in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -190,7 +200,9 @@ def test_rows_are_read_as_pretraining_read_them(tokenizer):
     from luthier.toy.score import tokens_of
 
     for world, split in SPLITS:
-        for row in (row for row in practice.rows(world, split, 20) if "completion" in row or "messages" in row):
+        for row in (
+            row for row in practice.rows(world, split, 20) if "completion" in row or "messages" in row
+        ):
             ids, mine = tokens_of(row, tokenizer)
             assert ids == tokenizer(document(row))["input_ids"]
             assert mine[-1] and not mine[0] and ids[-1] == tokenizer.eos_token_id
@@ -204,7 +216,9 @@ def test_the_chat_template_is_a_prefix_of_itself(tokenizer):
             rendered = tokenizer.apply_chat_template(messages[:turns], tokenize=False)
             assert whole.startswith(rendered)
             if turns < len(messages) and messages[turns]["role"] == "assistant":
-                asking = tokenizer.apply_chat_template(messages[:turns], tokenize=False, add_generation_prompt=True)
+                asking = tokenizer.apply_chat_template(
+                    messages[:turns], tokenize=False, add_generation_prompt=True
+                )
                 assert asking == rendered + "<|assistant|>" and whole.startswith(asking)
     with pytest.raises(Exception, match="knows no role"):
         tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
@@ -259,7 +273,9 @@ def measured(request):
     found = {}
     for key in card:
         world, split = key.split("/")
-        found[key] = score.right_share(model, tokenizer, practice.rows(world, split, ROWS, seed="test"))["all"]
+        found[key] = score.right_share(model, tokenizer, practice.rows(world, split, ROWS, seed="test"))[
+            "all"
+        ]
     return request.param, card, found
 
 
@@ -307,7 +323,9 @@ def test_chat_follows_chat_and_lm_does_not():
 
 def test_all_models_are_small():
     assert sum(file.stat().st_size for file in practice.path("lm").parent.rglob("*") if file.is_file()) < 40e6
-    parameters = {name: (practice.path(name) / "model.safetensors").stat().st_size / 2 for name in practice.models()}
+    parameters = {
+        name: (practice.path(name) / "model.safetensors").stat().st_size / 2 for name in practice.models()
+    }
     assert parameters["lm-small"] < 1e6 < 2e6 < parameters["lm"] < 8e6
 
 
@@ -327,7 +345,9 @@ def test_teacher_forcing_agrees_with_generating(tokenizer):
 
 
 def test_code_is_right_when_it_does_the_same(tokenizer):
-    """Functions of four operations, which the model never writes letter for letter, sometimes run all the same."""
+    """Functions of four operations, which the model never writes letter for letter, sometimes run all the
+    same.
+    """
     from luthier.toy import score
 
     model, rows = score.load(practice.path("lm")), practice.rows("code", "ood", 8, seed="several")

@@ -16,10 +16,22 @@ import pytest
 import luthier
 from luthier import toy as practice
 from luthier.errors import RecipeError
-from luthier.registry import build
-from luthier.toy.tasks import _sample, arithmetic, code, entities, language, people, sql, stream, style, tools, find
-from luthier.toy.tasks._random import Random
 from luthier.recipe.recipe import Recipe
+from luthier.registry import build
+from luthier.toy.tasks import (
+    _sample,
+    arithmetic,
+    code,
+    entities,
+    find,
+    language,
+    people,
+    sql,
+    stream,
+    style,
+    tools,
+)
+from luthier.toy.tasks._random import Random
 
 WORLDS = practice.worlds()
 SPLITS = [(world, split) for world in WORLDS for split in find(world).SPLITS]
@@ -37,7 +49,9 @@ print(json.dumps({f"{w}/{s}": mark(w, s) for w in practice.worlds() for s in fin
 def checksums(hash_seed: str) -> dict[str, int]:
     """Of 40 rows of every split, made in a process of its own."""
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-    done = subprocess.run([sys.executable, "-c", CHECKSUMS], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", CHECKSUMS], capture_output=True, text=True, check=True, env=environment
+    )
     return json.loads(done.stdout)
 
 
@@ -105,12 +119,21 @@ def test_no_held_out_item_or_question_is_in_a_pretraining_row():
 
 
 def test_what_is_for_tuning_is_in_no_pretraining_row():
-    kept = {person["name"] for person in [*people.PRIVATE, *people.HELD_BACK]} | {"parcel", "Velmi", "pirate", "# faster", "Say over", "*"}
+    kept = {person["name"] for person in [*people.PRIVATE, *people.HELD_BACK]} | {
+        "parcel",
+        "Velmi",
+        "pirate",
+        "# faster",
+        "Say over",
+        "*",
+    }
     kept |= {word for words in stream.CLASSES[3:] for word in words}
     pattern = re.compile("|".join(map(re.escape, sorted(kept))))
     for world in set(WORLDS) - {"code"}:
         for row in practice.rows(world, "train", 1500, "kept"):
-            text = json.dumps({k: row[k] for k in ("prompt", "completion", "messages") if k in row}, ensure_ascii=False)
+            text = json.dumps(
+                {k: row[k] for k in ("prompt", "completion", "messages") if k in row}, ensure_ascii=False
+            )
             found = pattern.search(text)
             assert not found or world == "sql" and found[0] == "*", (found, row)
     assert not any("# faster" in row["prompt"] for row in practice.rows("code", "train", 1500))
@@ -131,7 +154,8 @@ def test_the_right_answer_verifies_and_wrong_ones_do_not(world, split):
             if wrong != gold(row) and not (other.get("answer") == row.get("answer") and wrong):
                 score = practice.verify(row, wrong)
                 worst = min(score.values()) if isinstance(score, dict) else score
-                assert 0 <= worst < 1 or world in ("code", "sql"), (row, wrong)  # two programs may do the same
+                # two programs may do the same
+                assert 0 <= worst < 1 or world in ("code", "sql"), (row, wrong)
 
 
 def test_what_is_read_is_verified_alike():
@@ -144,16 +168,23 @@ def test_what_is_read_is_verified_alike():
         for row, was in zip(load(f"practice:{world}/test", limit=3).rows, raw, strict=True):
             assert row["world"] == world
             row = {**row, "completions": [[1, 2], [3]]}
-            assert judge.scores(row, [gold(was), "zzz", gold(was)]) == pytest.approx([1.0, judge.scores(row, ["zzz"])[0], 1.0])
+            assert judge.scores(row, [gold(was), "zzz", gold(was)]) == pytest.approx(
+                [1.0, judge.scores(row, ["zzz"])[0], 1.0]
+            )
 
 
 def test_reward_world_takes_one_objective_or_their_mean():
     row = practice.rows("style", "short", 1)[0]
     texts = [row["chosen"], row["rejected"]]
-    by = {name: build("reward", {"name": "world", "objective": name}).scores(row, texts) for name in row["objectives"]}
+    by = {
+        name: build("reward", {"name": "world", "objective": name}).scores(row, texts)
+        for name in row["objectives"]
+    }
     assert by == {name: pytest.approx(values) for name, values in row["objectives"].items()}
     assert by["short"][0] > by["short"][1]
-    assert build("reward", "world").scores(row, texts) == pytest.approx([sum(values) / 4 for values in zip(*by.values(), strict=True)])
+    assert build("reward", "world").scores(row, texts) == pytest.approx(
+        [sum(values) / 4 for values in zip(*by.values(), strict=True)]
+    )
     with pytest.raises(RecipeError, match="did you mean 'warm'"):
         build("reward", {"name": "world", "objective": "warmth"}).scores(row, texts)
     with pytest.raises(RecipeError, match="reads the column 'world'"):
@@ -189,7 +220,9 @@ def test_strangers_are_strangers_and_are_not_known():
 
 
 def replay(prompt: str, completion: str) -> tuple[bool, bool]:
-    """Of a written product: does every later line follow from the values before it, and is the result what they give?"""
+    """Of a written product: does every later line follow from the values before it, and is the result what
+    they give?
+    """
     a, b = re.findall(r"\d+", prompt)
     *steps, said = completion.split("; ")
     carry, result, consistent = 0, 0, True
@@ -208,7 +241,10 @@ def test_noise_is_static_or_dynamic():
         assert row["completion"] != row["clean"] and row["completion"].endswith(f"so {row['answer']}")
         assert len(row["completion"]) == len(row["clean"]) and arithmetic.verify(row, row["completion"]) == 1
     for row in practice.rows("arithmetic", "dynamic_noise", 300):
-        assert replay(row["prompt"], row["completion"].strip()) == (True, True), "what follows a slip is computed from it"
+        assert replay(row["prompt"], row["completion"].strip()) == (
+            True,
+            True,
+        ), "what follows a slip is computed from it"
         assert arithmetic.verify(row, row["completion"]) == 0
 
 
@@ -235,12 +271,17 @@ def test_functions_are_repaired_and_made_faster():
         broken, _, _ = row["prompt"].partition("\n# repaired")
         assert not passes(broken, row["tests"]) and passes(row["prompt"] + row["completion"], row["tests"])
     for row in practice.rows("code", "preference_test", 8):
-        assert passes(row["prompt"] + row["chosen"], row["tests"]) and not passes(row["prompt"] + row["rejected"], row["tests"])
+        assert passes(row["prompt"] + row["chosen"], row["tests"]) and not passes(
+            row["prompt"] + row["rejected"], row["tests"]
+        )
     for row in practice.rows("code", "new_test", 8):
         slow, _, _ = row["prompt"].partition("\n# faster")
         fast = f"def f(x):{row['completion']}"
         assert passes(slow, row["tests"]) and passes(fast, row["tests"])
-        assert code.operations(slow, 500) >= 500 and code.operations(fast, 500) == code.operations(fast, 5) <= row["most"]
+        assert (
+            code.operations(slow, 500) >= 500
+            and code.operations(fast, 500) == code.operations(fast, 5) <= row["most"]
+        )
 
 
 def passes(program: str, tests: list[str]) -> bool:
@@ -266,8 +307,20 @@ def test_code_is_verified_in_the_sandbox():
 # ---------------------------------------------------------------------------------------------- sql and tools
 
 
-@pytest.mark.parametrize("query", ["DROP TABLE staff", "DELETE FROM staff", "PRAGMA user_version", "ATTACH ':memory:' AS x",
-                                   "SELECT load_extension('x')", "SELECT 1; SELECT 2", "", "nonsense", "SELECT '\ud800'"])  # fmt: skip
+@pytest.mark.parametrize(
+    "query",
+    [
+        "DROP TABLE staff",
+        "DELETE FROM staff",
+        "PRAGMA user_version",
+        "ATTACH ':memory:' AS x",
+        "SELECT load_extension('x')",
+        "SELECT 1; SELECT 2",
+        "",
+        "nonsense",
+        "SELECT '\ud800'",
+    ],
+)
 def test_a_query_can_only_read(query):
     row = practice.rows("sql", "test", 1)[0]
     assert sql.verify(row, query) == 0
@@ -326,10 +379,17 @@ def test_calls_are_parsed_and_checked_against_the_schemas():
 
 def test_notes_are_scored_by_rule():
     words = "doctor", "opens", "door", "today"
-    kinds = [(register, tone, length) for register in style.REGISTERS for tone in style.TONES for length in style.LENGTHS]
+    kinds = [
+        (register, tone, length)
+        for register in style.REGISTERS
+        for tone in style.TONES
+        for length in style.LENGTHS
+    ]
     scored = {kind: style.scores(style.note(words, kind), words) for kind in kinds}
     for (register, tone, length), found in scored.items():
-        assert found["formal"] == (register == "formal") and found["warm"] == (tone == "warm"), style.note(words, (register, tone, length))
+        assert found["formal"] == (register == "formal") and found["warm"] == (tone == "warm"), style.note(
+            words, (register, tone, length)
+        )
         assert found["complete"] == (0.75 if length == "short" else 1.0)
     for register, tone in {kind[:2] for kind in kinds}:
         short, middle, long = (scored[register, tone, length]["short"] for length in style.LENGTHS)
@@ -342,17 +402,29 @@ def test_notes_are_scored_by_rule():
     for row in practice.rows("style", "ranked", 30):
         found = [style.verify(row, text) for text in row["completions"]]
         assert row["objectives"] == {name: [one[name] for one in found] for name in found[0]}
-    free = [style.verify(row, row["completion"]) for row in practice.rows("style", "train", 300) if row["kind"] == "free_note"]
-    assert all(0.2 < sum(one["warm"] for one in free) / len(free) < 0.8 for name in ("warm", "formal")), "a base model writes all kinds"
+    free = [
+        style.verify(row, row["completion"])
+        for row in practice.rows("style", "train", 300)
+        if row["kind"] == "free_note"
+    ]
+    assert all(0.2 < sum(one["warm"] for one in free) / len(free) < 0.8 for name in ("warm", "formal")), (
+        "a base model writes all kinds"
+    )
 
 
 def test_a_style_is_scored_slot_by_slot():
     row = next(row for row in practice.rows("style", "test", 50) if row["kind"] == "formal")
     words = list(row["words"])
     words[2] = next(what for what in style.WHAT if what != words[2])
-    assert style.verify(row, style.formal(*words)) == {"exact": 0.0, "words": 0.75, "style": pytest.approx(1, abs=0.15)}
+    assert style.verify(row, style.formal(*words)) == {
+        "exact": 0.0,
+        "words": 0.75,
+        "style": pytest.approx(1, abs=0.15),
+    }
     casual = style.verify(row, style.casual(*row["words"]))
-    assert casual["words"] == 0.75 and casual["style"] < 0.4, "who, does and what, but neither the time's wording nor the style"
+    assert casual["words"] == 0.75 and casual["style"] < 0.4, (
+        "who, does and what, but neither the time's wording nor the style"
+    )
 
 
 def test_tags_and_text_name_the_same_entities():
@@ -365,7 +437,10 @@ def test_tags_and_text_name_the_same_entities():
     assert found > 500
     row = {"answer": "A B = person; C = firm"}
     assert entities.verify(row, "C = firm; A B = person") == 1
-    assert entities.verify(row, "A B = person") == pytest.approx(2 / 3) and entities.verify(row, "A B = person; " * 4 + "C = firm") < 1
+    assert (
+        entities.verify(row, "A B = person") == pytest.approx(2 / 3)
+        and entities.verify(row, "A B = person; " * 4 + "C = firm") < 1
+    )
 
 
 def test_premises_entail_what_is_said():
@@ -387,25 +462,37 @@ def test_premises_entail_what_is_said():
 
 
 def test_languages_are_their_own():
-    vocabularies = [set(words.values()) for words in (language.TO_ZORIAN, language.TO_KELU, language.TO_VELMI)]
+    vocabularies = [
+        set(words.values()) for words in (language.TO_ZORIAN, language.TO_KELU, language.TO_VELMI)
+    ]
     assert sum(map(len, vocabularies)) == len(set.union(*vocabularies)) == 3 * 28
     mixed = practice.rows("language", "switch", 30)
     for row in mixed:
         words = row["answer"].split()
         nouns = {noun + many for noun in language.NOUNS for many in ("", "s")}
         assert sum(word in nouns for word in words) == 2 and words[-1] in vocabularies[0]
-    assert language.verify({"answer": "a b c d"}, "a b x d") == 0.75 and language.verify({"answer": "a b"}, "a b c") < 1
+    assert (
+        language.verify({"answer": "a b c d"}, "a b x d") == 0.75
+        and language.verify({"answer": "a b"}, "a b c") < 1
+    )
 
 
 def test_tasks_of_the_stream_are_apart():
     answers, seen = {}, {}
     for task in range(1, stream.TASKS + 1):
-        rows = practice.rows("stream", f"task_{task}", 200) + practice.rows("stream", f"task_{task}_test", 100)
+        rows = practice.rows("stream", f"task_{task}", 200) + practice.rows(
+            "stream", f"task_{task}_test", 100
+        )
         answers[task] = {row["answer"] for row in rows}
         seen[task] = {word for row in rows for word in row["item"].split()}
         assert len(answers[task]) == 3
-    assert len(set.union(*answers.values())) == 15 and len(set.union(*seen.values())) == sum(map(len, seen.values()))
-    domains = [{row["answer"] for row in practice.rows("stream", f"domain_{i}", 50)} for i in range(1, stream.DOMAIN_TASKS + 1)]
+    assert len(set.union(*answers.values())) == 15 and len(set.union(*seen.values())) == sum(
+        map(len, seen.values())
+    )
+    domains = [
+        {row["answer"] for row in practice.rows("stream", f"domain_{i}", 50)}
+        for i in range(1, stream.DOMAIN_TASKS + 1)
+    ]
     assert domains == [{"good", "bad"}] * stream.DOMAIN_TASKS
 
 
@@ -422,8 +509,14 @@ def test_what_only_looks_unsafe_is_answered():
     refusal = find("refusal")
     for split in ("train", "ood_lookalike"):
         alike = [row for row in practice.rows("refusal", split, 200) if "lookalike" in row["kind"]]
-        assert alike and all(any(word in row["prompt"] for word in refusal.UNSAFE) and not refusal.refuses(row["answer"]) for row in alike)
-        assert all(refusal.verify(row, refusal.SORRY) == 0 and refusal.verify(row, "Sure, but how?") == 0.5 for row in alike)
+        assert alike and all(
+            any(word in row["prompt"] for word in refusal.UNSAFE) and not refusal.refuses(row["answer"])
+            for row in alike
+        )
+        assert all(
+            refusal.verify(row, refusal.SORRY) == 0 and refusal.verify(row, "Sure, but how?") == 0.5
+            for row in alike
+        )
 
 
 def test_instructions_are_rows_of_other_worlds():
@@ -449,7 +542,16 @@ def test_a_world_is_a_recipe(world):
 
 def test_a_world_is_tuned_by_its_name_alone(tmp_path):
     for word, objective in (("practice:people", "sft"), ("practice:style/warm", "dpo")):
-        recipe = Recipe.load(word, {"model": "practice:lm-small", "max_steps": 2, "evaluate": ["loss"], "data.n": 64, "eval_data.n": 8})
+        recipe = Recipe.load(
+            word,
+            {
+                "model": "practice:lm-small",
+                "max_steps": 2,
+                "evaluate": ["loss"],
+                "data.n": 64,
+                "eval_data.n": 8,
+            },
+        )
         assert recipe.objective == objective
         assert luthier.tune(recipe, folder=tmp_path / objective).after
 

@@ -8,17 +8,22 @@ import transformers as t
 
 import luthier
 from conftest import SUMS
-from luthier.methods.architectures.text.causal import Causal
+from luthier.errors import RecipeError
 from luthier.kernels import attention
 from luthier.kernels.layout import lay_out
-from luthier.errors import RecipeError
-from luthier.registry import build
-from luthier.model.policy import Policy
+from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.tuners._base import Untuned
+from luthier.model.policy import Policy
+from luthier.registry import build
 from test_objectives import batch_of, make_rows, network
 
 torch.set_num_threads(1)
-LAYOUTS = [Causal(prefix=True), Causal(prefix=True, share_prompts=False), Causal(prefix=True, blocks=False), Causal(prefix=True, packing=False, share_prompts=False)]
+LAYOUTS = [
+    Causal(prefix=True),
+    Causal(prefix=True, share_prompts=False),
+    Causal(prefix=True, blocks=False),
+    Causal(prefix=True, packing=False, share_prompts=False),
+]
 
 
 def say(model, layout, rows, attached=None):
@@ -46,22 +51,39 @@ def test_every_layout_reads_as_a_mask_by_hand_does(layout):
     found = say(model, layout, rows)
     torch.testing.assert_close(found, torch.cat([by_hand(model, r) for r in rows]), atol=1e-5, rtol=1e-4)
     assert not torch.allclose(found, say(model, Causal(), rows), atol=1e-3)
-    torch.testing.assert_close(layout.plain(model, Untuned(model), batch_of(rows)), found, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        layout.plain(model, Untuned(model), batch_of(rows)), found, atol=1e-5, rtol=1e-4
+    )
 
 
 def test_long_prompts_are_cut_into_blocks_that_see_to_their_end():
     rng = torch.Generator().manual_seed(0)
     tokens = lambda n: torch.randint(3, 40, (n,), generator=rng).tolist()
-    rows = [{"id": i, "prompt": tokens(n), "completions": [tokens(300), tokens(5)][: 1 + i % 2]} for i, n in enumerate((600, 40, 290))]
+    rows = [
+        {"id": i, "prompt": tokens(n), "completions": [tokens(300), tokens(5)][: 1 + i % 2]}
+        for i, n in enumerate((600, 40, 290))
+    ]
     torch.manual_seed(0)
-    model = t.LlamaForCausalLM(t.LlamaConfig(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=1024)).eval()
+    model = t.LlamaForCausalLM(
+        t.LlamaConfig(
+            vocab_size=40,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=1024,
+        )
+    ).eval()
     found = [say(model, layout, rows) for layout in LAYOUTS]
     for other in found[1:]:
         torch.testing.assert_close(other, found[0], atol=1e-5, rtol=1e-4)
     layout = lay_out(batch_of(rows), width=2**20, prefix=True)
     q, k, v = (torch.randn(1, h, layout.source.shape[1], 8, generator=rng) for h in (2, 1, 1))
     how = attention.plan(layout, torch.float32)
-    torch.testing.assert_close(attention.attend(q, k, v, how, 0.3), attention.plain(q, k, v, how, 0.3), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        attention.attend(q, k, v, how, 0.3), attention.plain(q, k, v, how, 0.3), atol=1e-5, rtol=1e-4
+    )
 
 
 def test_what_may_change_changes_and_nothing_else():
@@ -70,11 +92,14 @@ def test_what_may_change_changes_and_nothing_else():
     was = say(model, layout, [row])
     later = say(model, layout, [{**row, "completions": [[5, 6, 7, 8, 10]]}])
     torch.testing.assert_close(was[:4], later[:4])  # no completion token sees a later one
-    states = lambda layout, prompt: Policy(layout, model, Untuned(model)).layers(batch_of([{**row, "prompt": prompt}]))[0][0]
+    states = lambda layout, prompt: Policy(layout, model, Untuned(model)).layers(
+        batch_of([{**row, "prompt": prompt}])
+    )[0][0]
     ends = [[11, 12, 13], [11, 12, 14]]
     first = lambda layout, prompt: hidden_of_first(model, layout, {**row, "prompt": prompt})
     assert states(layout, ends[0]).shape == (16,)
-    assert not torch.allclose(first(layout, ends[0]), first(layout, ends[1]), atol=1e-4)  # a prompt's first token sees its last
+    # a prompt's first token sees its last
+    assert not torch.allclose(first(layout, ends[0]), first(layout, ends[1]), atol=1e-4)
     torch.testing.assert_close(first(Causal(), ends[0]), first(Causal(), ends[1]))
 
 
@@ -104,19 +129,35 @@ def test_it_writes_as_it_reads(tuner):
 
 def test_a_prefix_is_refused_where_layers_cannot_read_it():
     torch.manual_seed(0)
-    small = dict(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
+    small = dict(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     model = t.MistralForCausalLM(t.MistralConfig(**small, sliding_window=4)).eval()
     with pytest.raises(RecipeError, match="both sides"):
         say(model, Causal(prefix=True), make_rows(1, k=1))
 
 
 def test_a_causal_model_adapts_sooner_than_a_new_one_learns(tmp_path):
-    """Non-causal MLM adaptation: spans are restored by a prefix LM; a model that knows the texts gets there in fewer steps."""
+    """Non-causal MLM adaptation: spans are restored by a prefix LM; a model that knows the texts gets there
+    in fewer steps.
+    """
     asked = {
-        "model": "practice:lm-small", "architecture": {"name": "causal", "prefix": True}, "tuner": "full", "dtype": "float32",
-        "data": {"path": "practice:people/train", "n": 200}, "eval_data": {"path": "practice:people/test", "n": 40}, "evaluate": ["loss"],
-        "stages": [{"name": "ul2", "shares": {"R": 1.0}, "sentinel": "<{}>"}], "max_steps": 15, "learning_rate": 1e-3,
-    }  # fmt: skip
+        "model": "practice:lm-small",
+        "architecture": {"name": "causal", "prefix": True},
+        "tuner": "full",
+        "dtype": "float32",
+        "data": {"path": "practice:people/train", "n": 200},
+        "eval_data": {"path": "practice:people/test", "n": 40},
+        "evaluate": ["loss"],
+        "stages": [{"name": "ul2", "shares": {"R": 1.0}, "sentinel": "<{}>"}],
+        "max_steps": 15,
+        "learning_rate": 1e-3,
+    }
     known = luthier.tune(asked, folder=tmp_path / "known").losses
     config = t.AutoConfig.from_pretrained(luthier.load("practice:lm-small").model.config._name_or_path)
     torch.manual_seed(0)
@@ -127,6 +168,15 @@ def test_a_causal_model_adapts_sooner_than_a_new_one_learns(tmp_path):
 
 
 def test_a_prefix_run_compares_itself_and_goes_on(tiny, tmp_path):
-    report = luthier.tune({"model": tiny, "data": SUMS, "architecture": {"name": "causal", "prefix": True}, "max_steps": 3, "per_device_train_batch_size": 8}, folder=tmp_path / "r")
+    report = luthier.tune(
+        {
+            "model": tiny,
+            "data": SUMS,
+            "architecture": {"name": "causal", "prefix": True},
+            "max_steps": 3,
+            "per_device_train_batch_size": 8,
+        },
+        folder=tmp_path / "r",
+    )
     assert len(report.losses) and not [n for n in report.notes if "plain" in n or "slower" in n]
     assert luthier.load(report.folder).roles.policy.architecture.prefix

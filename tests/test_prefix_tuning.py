@@ -1,4 +1,6 @@
-"""Keys and values before the text: as transformers' cache has them, in every layout, in encoders and while writing."""
+"""Keys and values before the text: as transformers' cache has them, in every layout, in encoders and while
+writing.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,13 @@ import torch
 import transformers as t
 
 import zoo
-from luthier.model.generate import Cached, Rereading, Sharing, _trial
-from luthier.methods.architectures.text.causal import Causal
+from luthier.errors import RecipeError
 from luthier.kernels.attention import attend, plain, plan
 from luthier.kernels.layout import lay_out
-from luthier.errors import RecipeError
-from luthier.registry import build
+from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.tuners._peft import ADAPTER
+from luthier.model.generate import Cached, Rereading, Sharing, _trial
+from luthier.registry import build
 
 torch.set_num_threads(1)
 KINDS = ["llama", "qwen3", "gpt2", "gpt_neox", "qwen2_moe", "qwen2_sliding"]
@@ -50,7 +52,9 @@ def test_it_is_what_a_cache_of_keys_and_values_says(kind, projected):
         cache.update(k.contiguous(), v.contiguous(), i)
     with attached.off():
         positions = torch.arange(7).expand(2, -1)
-        want = model(ids, past_key_values=cache, position_ids=positions, attention_mask=torch.ones(2, 10)).logits
+        want = model(
+            ids, past_key_values=cache, position_ids=positions, attention_mask=torch.ones(2, 10)
+        ).logits
         bare = model(ids).logits
     torch.testing.assert_close(said, want, atol=1e-4, rtol=1e-4)
     assert (bare - said).abs().max() > 0.01
@@ -61,7 +65,12 @@ def test_every_layout_answers_alike(kind):
     """Packed in blocks, under a mask, prompts shared or not, padded: the same numbers and the same gradients."""
     model, found = zoo.make(kind), []
     attached = put(model)
-    for layout in (Causal(packing=False, share_prompts=False), Causal(), Causal(share_prompts=False), Causal(blocks=False)):
+    for layout in (
+        Causal(packing=False, share_prompts=False),
+        Causal(),
+        Causal(share_prompts=False),
+        Causal(blocks=False),
+    ):
         says = layout.forward(model, attached, zoo.rows()).logprobs
         grads = torch.autograd.grad(says.sum(), list(attached.parameters().values()))
         found.append((says.detach(), *grads))
@@ -87,7 +96,12 @@ def test_blocks_are_the_mask_by_hand_and_so_are_their_gradients():
     rows, width = layout.piece.shape
     rng = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=rng, dtype=torch.float64, requires_grad=True)
-    q, k, v, ahead = draw(rows, 4, width, 8), draw(rows, 2, width, 8), draw(rows, 2, width, 8), (draw(2, 5, 8), draw(2, 5, 8))
+    q, k, v, ahead = (
+        draw(rows, 4, width, 8),
+        draw(rows, 2, width, 8),
+        draw(rows, 2, width, 8),
+        (draw(2, 5, 8), draw(2, 5, 8)),
+    )
     how = plan(layout, torch.float64)
     given, weight = (q, k, v, *ahead), torch.randn(rows, width, 4, 8, generator=rng, dtype=torch.float64)
     both = [(f(q, k, v, how, 0.3, ahead=ahead) * weight).sum() for f in (attend, plain)]
@@ -102,7 +116,9 @@ def test_blocks_are_the_mask_by_hand_and_so_are_their_gradients():
 def test_an_encoder_sees_it_from_every_place():
     """By hand: one layer's softmax over the prefix and the words that are no padding."""
     torch.manual_seed(0)
-    sizes = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    sizes = dict(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    )
     model = t.BertModel(t.BertConfig(**sizes, initializer_range=0.3), add_pooling_layer=False).eval()
     attached = put(model)
     ids, mask = torch.arange(3, 13).view(2, 5), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -113,17 +129,21 @@ def test_an_encoder_sees_it_from_every_place():
     hook.remove()
     x, said = seen
     split = lambda y: y.view(*y.shape[:-1], 2, 8).transpose(-3, -2)
-    (keys, values) = (split(y).expand(2, -1, -1, -1) for y in kept(attached)[0])
+    keys, values = (split(y).expand(2, -1, -1, -1) for y in kept(attached)[0])
     k, v = torch.cat([keys, split(own.key(x))], 2), torch.cat([values, split(own.value(x))], 2)
     scores = split(own.query(x)) @ k.transpose(2, 3) / 8**0.5
     scores[..., 3:].masked_fill_(mask[:, None, None] == 0, -torch.inf)
-    torch.testing.assert_close(said, (scores.softmax(-1) @ v).transpose(1, 2).flatten(2), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        said, (scores.softmax(-1) @ v).transpose(1, 2).flatten(2), atol=1e-5, rtol=1e-5
+    )
 
 
 def test_a_module_that_makes_no_keys_or_attention_of_another_kind_is_refused():
     with pytest.raises(RecipeError, match="a prefix stands where keys are made"):
         put(zoo.make("llama"), target_modules=["v_proj"])
-    t5 = t.T5ForConditionalGeneration(t.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    t5 = t.T5ForConditionalGeneration(
+        t.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    )
     for model in (zoo.make("llama", attention="eager"), t5):
         with pytest.raises(RecipeError, match="takes no keys and values before the text"):
             put(model)
@@ -131,6 +151,7 @@ def test_a_module_that_makes_no_keys_or_attention_of_another_kind_is_refused():
 
 def test_counts_and_names():
     attached = put(zoo.make("llama"))
-    assert sum(p.numel() for p in attached.parameters().values()) == 2 * 3 * 2 * 16  # layers, vectors, keys and values, width of 2 heads
+    # layers, vectors, keys and values, width of 2 heads
+    assert sum(p.numel() for p in attached.parameters().values()) == 2 * 3 * 2 * 16
     assert all(".k_proj" in s.name and set(s.slots) == {"keys", "values"} for s in attached.sites())
     assert all(ADAPTER in layer.held for layer in attached.layers.values())

@@ -11,10 +11,31 @@ import pytest
 
 from luthier import toy as practice
 from luthier.errors import RecipeError
-from luthier.registry import build, names
-from luthier.programs import ChainOfThought, Failed, Majority, MultiChainComparison, Predict, Prediction, Program, ProgramOfThought, ReAct, Remembering, Signature, ancestors, attempt, bundle, call, compiler, evaluate, node, rewarded, speaker
+from luthier.programs import (
+    ChainOfThought,
+    Failed,
+    Majority,
+    MultiChainComparison,
+    Predict,
+    Prediction,
+    Program,
+    ProgramOfThought,
+    ReAct,
+    Remembering,
+    Signature,
+    ancestors,
+    attempt,
+    bundle,
+    call,
+    compiler,
+    evaluate,
+    node,
+    rewarded,
+    speaker,
+)
 from luthier.programs.graph import Node
 from luthier.programs.models import Local
+from luthier.registry import build, names
 from luthier.storage.store import read_rows
 
 WORDS = ["cat", "dog", "owl", "hen", "fox", "bee", "ant", "cow"]
@@ -29,7 +50,11 @@ class Scripted:
 
     def ask(self, prompt, *, temperature=0.0, seed=0, max_new_tokens=256):
         self.asked.append((prompt, temperature, seed))
-        return self.answer(prompt) if self.answer.__code__.co_argcount == 1 else self.answer(prompt, temperature, seed)
+        return (
+            self.answer(prompt)
+            if self.answer.__code__.co_argcount == 1
+            else self.answer(prompt, temperature, seed)
+        )
 
 
 class TwoSteps(Program):
@@ -70,8 +95,10 @@ def test_a_signature_is_text_and_back():
     s = Signature.of("question, context -> reasoning, answer", "Be short.")
     case = {"question": "who?", "context": "a book", "reasoning": "it says so", "answer": "Ann"}
     prompt = s.prompt(case, [case])
-    assert prompt == (
-        "Be short.\n\nQuestion: who?\nContext: a book\nReasoning: it says so\nAnswer: Ann\n\nQuestion: who?\nContext: a book\nReasoning:"
+    assert (
+        prompt
+        == "Be short.\n\nQuestion: who?\nContext: a book\nReasoning: it says so\nAnswer: Ann\n\nQuestion:"
+        " who?\nContext: a book\nReasoning:"
     )
     said = s.completion(case)
     assert said == " it says so\nAnswer: Ann" and s.read(said) == {"reasoning": "it says so", "answer": "Ann"}
@@ -94,7 +121,9 @@ def test_a_program_without_a_model_or_with_other_rows_is_refused():
 @pytest.mark.parametrize("name", names("compiler"))
 def test_every_compiler_leaves_the_program_as_it_was(name, tmp_path, monkeypatch):
     settings = {"output_dir": str(tmp_path)} if name == "bootstrap_finetune" else {}
-    monkeypatch.setattr("luthier.run.run.tune", lambda recipe, folder: type("Report", (), {"folder": str(folder)}))
+    monkeypatch.setattr(
+        "luthier.run.run.tune", lambda recipe, folder: type("Report", (), {"folder": str(folder)})
+    )
     program = TwoSteps().using(Scripted(knows("cat", "owl", "fox")))
     before = json.dumps(program.state())
     made = compiler(name, **settings).compile(program, ROWS, right)
@@ -103,20 +132,35 @@ def test_every_compiler_leaves_the_program_as_it_was(name, tmp_path, monkeypatch
 
 
 def test_chains_tools_and_code_are_programs():
-    lm = Scripted(lambda p: " two and two\nAnswer: 4" if p.endswith("Reasoning:") else " all alike\nAnswer: 4")
-    assert ChainOfThought("question -> answer").using(lm)(question="2+2?") == {"reasoning": "two and two", "answer": "4"}
+    lm = Scripted(
+        lambda p: " two and two\nAnswer: 4" if p.endswith("Reasoning:") else " all alike\nAnswer: 4"
+    )
+    assert ChainOfThought("question -> answer").using(lm)(question="2+2?") == {
+        "reasoning": "two and two",
+        "answer": "4",
+    }
     compared = MultiChainComparison("question -> answer", n=3).using(lm)
     assert compared(question="2+2?").answer == "4"
-    assert len({seed for _, temperature, seed in lm.asked if temperature}) == 3 and "Attempt 3: two and two 4" in lm.asked[-1][0]
+    assert (
+        len({seed for _, temperature, seed in lm.asked if temperature}) == 3
+        and "Attempt 3: two and two 4" in lm.asked[-1][0]
+    )
 
     def look_up(text: str) -> str:
         """Where a person lives."""
         return {"Ann": "Rome"}[text]
 
     steps = iter(
-        [" find her\nTool: look_up\nArgument: Bob", " again\nTool: look_up\nArgument: Ann", " done\nTool: finish\nArgument:", " Rome"]
+        [
+            " find her\nTool: look_up\nArgument: Bob",
+            " again\nTool: look_up\nArgument: Ann",
+            " done\nTool: finish\nArgument:",
+            " Rome",
+        ]
     )
-    said = ReAct("question -> answer", [look_up]).using(Scripted(lambda p: next(steps)))(question="Where is Ann?")
+    said = ReAct("question -> answer", [look_up]).using(Scripted(lambda p: next(steps)))(
+        question="Where is Ann?"
+    )
     assert said.answer == "Rome" and "KeyError" in said.history and "look_up(Ann) says: Rome" in said.history
     codes = iter([" ```python\nprint(1/0)\n```", " ```python\nprint(6*7)\n```"])
     lm = Scripted(lambda p: next(codes))
@@ -141,8 +185,13 @@ def test_only_accepted_traces_become_demonstrations_and_each_predictor_gets_its_
     demos = {name: p.demos for name, p in made.predictors().items()}
     assert demos["raise_up"] == [{"word": w, "upper": w.upper()} for w in ("dog", "fox", "bee")]
     assert demos["turn"] == [{"upper": w.upper(), "answer": w.upper()[::-1]} for w in ("dog", "fox", "bee")]
-    fewer = compiler("bootstrap_few_shot", max_bootstrapped_demos=2, max_labeled_demos=0).compile(program, ROWS, right)
-    assert [d["word"] for d in fewer.raise_up.demos] == ["dog", "fox"] and fewer.compiled == {"bootstrapped": 2, "rows": [1, 4]}
+    fewer = compiler("bootstrap_few_shot", max_bootstrapped_demos=2, max_labeled_demos=0).compile(
+        program, ROWS, right
+    )
+    assert [d["word"] for d in fewer.raise_up.demos] == ["dog", "fox"] and fewer.compiled == {
+        "bootstrapped": 2,
+        "rows": [1, 4],
+    }
 
 
 def test_room_that_is_left_is_filled_with_labelled_rows_and_no_case_shows_its_own_answer():
@@ -165,11 +214,18 @@ def test_later_tries_are_drawn_and_a_teacher_may_show_how():
 
     program = TwoSteps().using(Scripted(answer))
     assert not compiler("bootstrap_few_shot").compile(program, ROWS, right).compiled["bootstrapped"]
-    assert compiler("bootstrap_few_shot", max_rounds=2).compile(program, ROWS, right).compiled["bootstrapped"] == 4
-    taught = compiler("bootstrap_few_shot").compile(program, ROWS, right, teacher=TwoSteps().using(Scripted(knows(*WORDS))))
+    assert (
+        compiler("bootstrap_few_shot", max_rounds=2).compile(program, ROWS, right).compiled["bootstrapped"]
+        == 4
+    )
+    taught = compiler("bootstrap_few_shot").compile(
+        program, ROWS, right, teacher=TwoSteps().using(Scripted(knows(*WORDS)))
+    )
     assert taught.compiled["bootstrapped"] == 4 and taught.turn.lm is program.turn.lm
     with pytest.raises(RecipeError, match="another program"):
-        compiler("bootstrap_few_shot").compile(program, ROWS, right, teacher=Predict("word -> answer").using(Scripted(knows())))
+        compiler("bootstrap_few_shot").compile(
+            program, ROWS, right, teacher=Predict("word -> answer").using(Scripted(knows()))
+        )
 
 
 def learner(prompt):
@@ -184,10 +240,15 @@ def learner(prompt):
 
 def test_random_search_returns_the_best_of_all_candidates():
     program = TwoSteps().using(Scripted(learner))
-    search = compiler("random_search", num_candidates=6, inner={"name": "bootstrap_few_shot", "max_labeled_demos": 0})
+    search = compiler(
+        "random_search", num_candidates=6, inner={"name": "bootstrap_few_shot", "max_labeled_demos": 0}
+    )
     made = search.compile(program, ROWS, right)
     dev = ROWS[-4:]
-    brute = [evaluate(program, dev, right), *(evaluate(c.compile(program, ROWS[:4], right), dev, right) for c in search.tries())]
+    brute = [
+        evaluate(program, dev, right),
+        *(evaluate(c.compile(program, ROWS[:4], right), dev, right) for c in search.tries()),
+    ]
     assert len(brute) == len(made.compiled["candidates"]) == 9
     assert evaluate(made, dev, right) == made.compiled["score"] == max(brute) > brute[0]
     assert [s for s, _ in made.compiled["candidates"]] == sorted(brute, reverse=True)
@@ -203,7 +264,10 @@ def test_a_second_compilation_asks_nobody(tmp_path):
     second = search.compile(TwoSteps().using(again), ROWS, right)
     assert calls and len(inner.asked) == calls and again.asked == 0
     assert second.state() == first.state() == TwoSteps().load(first.state()).state()
-    assert Remembering(Scripted(learner, name="other"), tmp_path / "answers.db").ask("Word: cat\nUpper:") and len(inner.asked) == calls
+    assert (
+        Remembering(Scripted(learner, name="other"), tmp_path / "answers.db").ask("Word: cat\nUpper:")
+        and len(inner.asked) == calls
+    )
 
 
 # ------------------------------------------------------------------------------------------ weights
@@ -212,25 +276,45 @@ def test_a_second_compilation_asks_nobody(tmp_path):
 def test_finetuning_writes_a_file_for_each_predictor_and_puts_the_tuned_models_in(tmp_path, tiny):
     program = TwoSteps().using(Scripted(knows("cat", "owl", "fox", "hen")))
     program.raise_up.demos = [{"word": "pig", "upper": "PIG"}]
-    recipe = {"model": tiny, "tuner": "lora", "max_steps": 2, "dtype": "float32", "evaluate": [], "per_device_train_batch_size": 4}
-    made = compiler("bootstrap_finetune", output_dir=str(tmp_path), recipe=recipe).compile(program, ROWS, right)
+    recipe = {
+        "model": tiny,
+        "tuner": "lora",
+        "max_steps": 2,
+        "dtype": "float32",
+        "evaluate": [],
+        "per_device_train_batch_size": 4,
+    }
+    made = compiler("bootstrap_finetune", output_dir=str(tmp_path), recipe=recipe).compile(
+        program, ROWS, right
+    )
     assert sorted(p.name for p in tmp_path.glob("*.jsonl")) == ["raise_up.jsonl", "turn.jsonl"]
     assert read_rows(tmp_path / "raise_up.jsonl")[1] == {"prompt": "Word: owl\nUpper:", "completion": " OWL"}
     assert read_rows(tmp_path / "turn.jsonl")[0] == {"prompt": "Upper: CAT\nAnswer:", "completion": " TAC"}
     assert made.compiled == {"rows": {"raise_up": 4, "turn": 4}}
     for name, predictor in made.predictors().items():
-        assert isinstance(predictor.lm, Local) and predictor.lm.where == str(tmp_path / name) and not predictor.demos
+        assert (
+            isinstance(predictor.lm, Local)
+            and predictor.lm.where == str(tmp_path / name)
+            and not predictor.demos
+        )
     assert set(made(word="cat")) == {"answer"}
     with pytest.raises(RecipeError, match="accepts none of 8 rows"):
-        compiler("bootstrap_finetune", output_dir=str(tmp_path / "b")).compile(TwoSteps().using(Scripted(knows())), ROWS, right)
+        compiler("bootstrap_finetune", output_dir=str(tmp_path / "b")).compile(
+            TwoSteps().using(Scripted(knows())), ROWS, right
+        )
     with pytest.raises(RecipeError, match="leave data out"):
         compiler("bootstrap_finetune", output_dir="x", recipe={"data": "y"})
 
 
 def test_practice_models_run_programs_from_end_to_end(tmp_path):
     """A teacher that reads reviews as it was taught to; a small model is tuned on what it did well."""
-    rows = [{"review": r["prompt"].removeprefix("Review: ").removesuffix("\nSentiment:"), "sentiment": r["answer"]}
-            for r in practice.rows("sentiment", "train", 40)]  # fmt: skip
+    rows = [
+        {
+            "review": r["prompt"].removeprefix("Review: ").removesuffix("\nSentiment:"),
+            "sentiment": r["answer"],
+        }
+        for r in practice.rows("sentiment", "train", 40)
+    ]
 
     def metric(row, said):
         return said.sentiment == row["sentiment"]
@@ -241,9 +325,15 @@ def test_practice_models_run_programs_from_end_to_end(tmp_path):
     assert evaluate(teacher, rows[:20], metric) > 0.7
     recipe = {"model": "practice:lm-small", "max_steps": 3, "evaluate": []}
     made = compiler("bootstrap_finetune", output_dir=str(tmp_path / "out"), recipe=recipe).compile(
-        Predict("review -> sentiment", max_new_tokens=8).using("practice:lm-small"), rows[:20], metric, teacher
+        Predict("review -> sentiment", max_new_tokens=8).using("practice:lm-small"),
+        rows[:20],
+        metric,
+        teacher,
     )
-    assert made.compiled["rows"]["self"] > 13 and made(review=rows[0]["review"]).sentiment in ("positive", "negative")
+    assert made.compiled["rows"]["self"] > 13 and made(review=rows[0]["review"]).sentiment in (
+        "positive",
+        "negative",
+    )
 
 
 # ------------------------------------------------------------------------------------------ workflows as graphs
@@ -275,7 +365,10 @@ def test_bisection_through_the_prompt_finds_the_minimum():
         x = part(prompt, "Variables")["x"]
         shift = part(prompt, "Others")["shifted0"]  # the step in between says on which side x lies
         low, high = (x, high) if shift < 0 else (low, x)
-        return f'Well: {{"reasoning": "halve", "answer": "", "suggestion": {{"x": {(low + high) / 2}, "z": 1, "other": 7}}}}'
+        return (
+            f'Well: {{"reasoning": "halve", "answer": "", "suggestion": {{"x": {(low + high) / 2}, "z": 1,'
+            ' "other": 7}}'
+        )
 
     x, other = node(13.0, "x", trainable=True), node(1.0, "other", trainable=True)
     optimizer = compiler("optoprime", memory_size=2).optimizer([x, other], Scripted(bisect))
@@ -287,8 +380,14 @@ def test_bisection_through_the_prompt_finds_the_minimum():
         assert optimizer.ignored == ["there is no variable 'z'", "there is no variable 'other'"]
     assert (x.data - 3) ** 2 < 1e-3
     prompt = optimizer.model.asked[-1][0]
-    assert "other" not in prompt.replace("another", "").split("# Code")[1] and "shifted0 = shifted(x, input" in prompt
-    assert "squared: v times v." in prompt and len(prompt.split("# Earlier\n")[1].split("\n\n")[0].splitlines()) == 2
+    assert (
+        "other" not in prompt.replace("another", "").split("# Code")[1]
+        and "shifted0 = shifted(x, input" in prompt
+    )
+    assert (
+        "squared: v times v." in prompt
+        and len(prompt.split("# Earlier\n")[1].split("\n\n")[0].splitlines()) == 2
+    )
 
 
 def test_the_graph_of_an_outcome_is_its_ancestors():
@@ -297,7 +396,9 @@ def test_the_graph_of_an_outcome_is_its_ancestors():
     aside = squared(c)
     out = left * shifted(a, 2) / 4
     every = ancestors(out)
-    assert {id(n) for n in (a, b, left, out)} <= {id(n) for n in every} and not {id(c), id(aside)} & {id(n) for n in every}
+    assert {id(n) for n in (a, b, left, out)} <= {id(n) for n in every} and not {id(c), id(aside)} & {
+        id(n) for n in every
+    }
 
     def reach(n):
         return {id(n)}.union(*(reach(p) for p in n.parents))
@@ -305,7 +406,9 @@ def test_the_graph_of_an_outcome_is_its_ancestors():
     assert {id(n) for n in every} == reach(out) and len(every) == len({id(n) for n in every})
     place = {id(n): i for i, n in enumerate(every)}
     assert all(place[id(p)] < place[id(n)] for n in every for p in n.parents)
-    optimizer = compiler("optoprime").optimizer([a, c], Scripted(lambda p: '{"suggestion": {"c": 9.0, "a": "far"}}'))
+    optimizer = compiler("optoprime").optimizer(
+        [a, c], Scripted(lambda p: '{"suggestion": {"c": 9.0, "a": "far"}}')
+    )
     optimizer.backward(out, "more")
     assert optimizer.step() == {} and c.data == 3.0 and a.data == 1.0 and len(optimizer.ignored) == 2
     assert '"c"' not in optimizer.prompt() and '"b": 2.0' in optimizer.prompt()
@@ -327,7 +430,11 @@ def test_an_error_is_feedback_and_the_next_step_runs():
         optimizer.zero_feedback()
         optimizer.backward(out, "wrong" if out.failed else "fine")
         optimizer.step()
-    assert seen == ["OverflowError: v is too large\nwrong", "fine"] and x.data == 4.0 and isinstance(x.data, float)
+    assert (
+        seen == ["OverflowError: v is too large\nwrong", "fine"]
+        and x.data == 4.0
+        and isinstance(x.data, float)
+    )
     assert {id(x)} < {id(n) for n in ancestors(out)}
 
 
@@ -355,13 +462,25 @@ def test_instructions_are_tuned_by_what_is_said_of_the_answers():
         return f" {asked(prompt).upper()}" if "capital" in prompt else f" {asked(prompt)}"
 
     def proposer(prompt):
-        assert part(prompt, "Variables").keys() == {"self_instructions"} and "score 0" in prompt and '"upper": ' in prompt
-        return '{"reasoning": "", "answer": "", "suggestion": {"self_instructions": "Write in capital letters."}}'
+        assert (
+            part(prompt, "Variables").keys() == {"self_instructions"}
+            and "score 0" in prompt
+            and '"upper": ' in prompt
+        )
+        return (
+            '{"reasoning": "", "answer": "", "suggestion": {"self_instructions": "Write in capital'
+            ' letters."}}'
+        )
 
     program = Predict("word -> upper").using(Scripted(worker))
     rows = [{"word": w, "upper": w.upper()} for w in WORDS]
-    made = compiler("optoprime", steps=1, model=Scripted(proposer, "proposer")).compile(program, rows, rewarded_upper)
-    assert made.signature.instructions == "Write in capital letters." and made.compiled["scores"] == [0.0, 1.0]
+    made = compiler("optoprime", steps=1, model=Scripted(proposer, "proposer")).compile(
+        program, rows, rewarded_upper
+    )
+    assert made.signature.instructions == "Write in capital letters." and made.compiled["scores"] == [
+        0.0,
+        1.0,
+    ]
 
 
 # ------------------------------------------------------------------------------------------ a model behind a URL
@@ -401,10 +520,20 @@ def test_a_model_behind_a_url_is_asked_in_words(server, monkeypatch):
     monkeypatch.setenv("SOME_KEY", "secret")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     who = speaker({"base_url": url, "model": "m", "api_key_env": "SOME_KEY"})
-    assert who.ask("abc", temperature=0.5, seed=3, max_new_tokens=9) == "cba" and who.name == f"{url}#m" and "secret" not in repr(vars(who))
+    assert (
+        who.ask("abc", temperature=0.5, seed=3, max_new_tokens=9) == "cba"
+        and who.name == f"{url}#m"
+        and "secret" not in repr(vars(who))
+    )
     path, body, key = heard[-1]
     assert (path, key, len(heard)) == ("/v1/chat/completions", "Bearer secret", 2)
-    assert body == {"model": "m", "messages": [{"role": "user", "content": "abc"}], "temperature": 0.5, "seed": 3, "max_tokens": 9}
+    assert body == {
+        "model": "m",
+        "messages": [{"role": "user", "content": "abc"}],
+        "temperature": 0.5,
+        "seed": 3,
+        "max_tokens": 9,
+    }
     assert speaker(f"{url}#m").ask("xy") == "yx" and heard[-1][2] is None
     with pytest.raises(RecipeError, match="HTTP 404 .*no such model"):
         speaker(f"{url}#none").ask("abc")

@@ -36,10 +36,18 @@ def test_a_tuner_in_the_trainer_of_transformers(tiny, tmp_path):
     attached = build("tuner", {"name": "lora", "r": 4}).attach(model)
     frozen = {n: p.clone() for n, p in model.named_parameters() if not p.requires_grad}
     rows = [
-        {"input_ids": (ids := tokenizer(r["prompt"] + r["completion"]).input_ids), "labels": ids} for r in SUMS if len(r["completion"]) == 1
+        {"input_ids": (ids := tokenizer(r["prompt"] + r["completion"]).input_ids), "labels": ids}
+        for r in SUMS
+        if len(r["completion"]) == 1
     ]
     arguments = TrainingArguments(
-        str(tmp_path), max_steps=3, learning_rate=1e-2, report_to=[], use_cpu=True, save_strategy="no", disable_tqdm=True
+        str(tmp_path),
+        max_steps=3,
+        learning_rate=1e-2,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
     )
     Trainer(model=model, args=arguments, train_dataset=rows).train()
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
@@ -48,11 +56,20 @@ def test_a_tuner_in_the_trainer_of_transformers(tiny, tmp_path):
     ids = torch.tensor([rows[0]["input_ids"]])
     with torch.no_grad():
         want = model.eval()(ids).logits
-        got = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "adapter").eval()(ids).logits
+        got = (
+            PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny), tmp_path / "adapter")
+            .eval()(ids)
+            .logits
+        )
     assert torch.allclose(got, want, atol=1e-5)
 
 
 def test_fewer_rows_than_a_probe_holds_are_still_of_every_skill(tmp_path):
-    keys = {"model": "practice:lm-small", "data": "practice:topic/train", "max_steps": 1, "evaluate": [{"name": "forgetting", "n": 54}]}
+    keys = {
+        "model": "practice:lm-small",
+        "data": "practice:topic/train",
+        "max_steps": 1,
+        "evaluate": [{"name": "forgetting", "n": 54}],
+    }
     report = luthier.tune(keys, folder=tmp_path)
     assert {k.partition("/")[2] for k in report.after if "/" in k} == set(names())

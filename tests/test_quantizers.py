@@ -15,28 +15,42 @@ from torch import nn
 
 import luthier
 from conftest import recipe_of
-from luthier.storage import store
-from luthier.kernels import codebook
 from luthier.errors import RecipeError
-from luthier.registry import build, find, gives_of, helps, names
-from luthier.methods.quantizers.codebook._book import dynamic_map, normal_float
-from luthier.model.quantized import quantize
-from luthier.model.experts import apart, join
-from luthier.model.quantized_load import chosen
+from luthier.kernels import codebook
 from luthier.methods.quantizers._base import held_as, modules, numbers, open_up
+from luthier.methods.quantizers.codebook._book import dynamic_map, normal_float
+from luthier.model.experts import apart, join
+from luthier.model.quantized import quantize
+from luthier.model.quantized_load import chosen
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import checked
+from luthier.registry import build, find, gives_of, helps, names
+from luthier.storage import store
 from test_tuners import base, logprobs, put, train
 
 torch.set_num_threads(1)
 QUANTIZERS = names("quantizer")
-SPECS = {"lq_lora": {"name": "lq_lora", "rank": 8, "num_bits_0": [4], "block_size_0": [32]}}  # one matrix alone: one form
+# one matrix alone: one form
+SPECS = {"lq_lora": {"name": "lq_lora", "rank": 8, "num_bits_0": [4], "block_size_0": [32]}}
 each = pytest.mark.parametrize("name", QUANTIZERS)
 NF4 = (  # appendix E of arXiv:2305.14314
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 
 
 @pytest.fixture(scope="session")
@@ -67,7 +81,9 @@ def on_codes(kind: str = "llama", spec="nf4"):
 
 @each
 def test_codes_stand_for_nearly_the_weight(name):
-    """Every number is near, storage is what the formula says, and what was quantized once is quantized to itself."""
+    """Every number is near, storage is what the formula says, and what was quantized once is quantized to
+    itself.
+    """
     q = build("quantizer", SPECS.get(name, name))
     for shape in ((64, 512), (128, 1024)):
         W = normal(*shape) * 0.02
@@ -92,14 +108,20 @@ def test_zero_and_odd_shapes(name):
 @each
 def test_is_documented(name):
     cls = find("quantizer", name)
-    assert cls.__doc__ and sys.modules[cls.__module__].__doc__ and all(helps(cls).get(f.name) for f in fields(cls))
+    assert (
+        cls.__doc__
+        and sys.modules[cls.__module__].__doc__
+        and all(helps(cls).get(f.name) for f in fields(cls))
+    )
 
 
 @each
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_a_module_is_the_linear_it_stands_for(name, kind):
     """Forward, gradient of the input, second derivative, and opening."""
-    linear = base(kind).get_submodule("model.layers.0.mlp.up_proj" if kind == "llama" else "transformer.h.0.mlp.c_fc")
+    linear = base(kind).get_submodule(
+        "model.layers.0.mlp.up_proj" if kind == "llama" else "transformer.h.0.mlp.c_fc"
+    )
     m, q = held_as(linear, torch.float32), build("quantizer", SPECS.get(name, name))
     W = linear.weight.detach().T if kind == "gpt2" else linear.weight.detach()
     m.take(q, q.quantize(W.contiguous()))
@@ -116,7 +138,10 @@ def test_a_module_is_the_linear_it_stands_for(name, kind):
         weight.data.add_(1)
     assert torch.equal(m(x), before) and "weight" not in dict(m.named_parameters())
     kept = {k: v.dtype for k, v in m.codes.items()}
-    assert m.bfloat16()(x.bfloat16()).dtype == torch.bfloat16 and {k: v.dtype for k, v in m.codes.items()} == kept
+    assert (
+        m.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+        and {k: v.dtype for k, v in m.codes.items()} == kept
+    )
 
 
 # ---------------------------------------------------------------------------------------------- code books
@@ -124,19 +149,25 @@ def test_a_module_is_the_linear_it_stands_for(name, kind):
 
 def test_nf4_is_the_published_table():
     assert torch.allclose(torch.tensor(normal_float(4)), torch.tensor(NF4), atol=1e-6)
-    assert [len(normal_float(b)) for b in (2, 3, 8)] == [4, 8, 256] and all(0.0 in normal_float(b) for b in (2, 3, 4, 8))
+    assert [len(normal_float(b)) for b in (2, 3, 8)] == [4, 8, 256] and all(
+        0.0 in normal_float(b) for b in (2, 3, 4, 8)
+    )
 
 
 def test_grid_points_come_back_exactly():
     scale = torch.rand(32, generator=torch.Generator().manual_seed(1)) + 0.5
-    W = (torch.tensor(normal_float(4)).repeat(32, 4) * scale[:, None]).contiguous()  # each row a block with every level
+    # each row a block with every level
+    W = (torch.tensor(normal_float(4)).repeat(32, 4) * scale[:, None]).contiguous()
     back = there_and_back({"name": "nf4", "double_quant": False}, W)
     assert torch.allclose(back, W, atol=1e-7)
 
 
 def test_nf4_errs_less_than_fp4_and_int4_on_normal_weights():
     W = normal(256, 1024)
-    error = {n: float((there_and_back({"name": n, "double_quant": False}, W) - W).abs().mean()) for n in ("nf4", "fp4")}
+    error = {
+        n: float((there_and_back({"name": n, "double_quant": False}, W) - W).abs().mean())
+        for n in ("nf4", "fp4")
+    }
     blocks = W.view(-1, 64)
     scale = blocks.abs().amax(1, keepdim=True) / 7
     error["int4"] = float(((blocks / scale).round() * scale - blocks).abs().mean())
@@ -153,14 +184,20 @@ def test_double_quantization_costs_an_eighth_and_little_error():
 
     off = (unsqueeze(b) - a["absmax"]).abs()
     spread = (a["absmax"] - a["absmax"].mean()).abs().max()
-    assert off.max() <= spread * float(dynamic_map().diff().max()) / 2 + 1e-7  # half the widest gap of the map
+    # half the widest gap of the map
+    assert off.max() <= spread * float(dynamic_map().diff().max()) / 2 + 1e-7
     gap = (once.dequantize(a, W.shape, torch.float32) - twice.dequantize(b, W.shape, torch.float32)).norm()
     assert gap < 0.02 * W.norm()
 
 
 def test_the_dynamic_map():
     table = dynamic_map()
-    assert len(table) == 256 and len(table.unique()) == 256 and table[0] == pytest.approx(-0.9929687) and table[-1] == 1
+    assert (
+        len(table) == 256
+        and len(table.unique()) == 256
+        and table[0] == pytest.approx(-0.9929687)
+        and table[-1] == 1
+    )
     assert (table.abs() < 1e-3).sum() > 20  # dense toward zero
 
 
@@ -178,12 +215,18 @@ def test_bitsandbytes_says_the_same():
     packed, state = bnb.quantize_4bit(W, blocksize=64, quant_type="nf4", compress_statistics=True)
     codes = q.quantize(W)
     assert (packed.flatten() == codes["weight"]).float().mean() > 0.9999
-    assert torch.allclose(bnb.dequantize_4bit(packed, state), q.dequantize(codes, W.shape, torch.float32), atol=0.02)
+    assert torch.allclose(
+        bnb.dequantize_4bit(packed, state), q.dequantize(codes, W.shape, torch.float32), atol=0.02
+    )
 
 
 # ---------------------------------------------------------------------------------------------- tuners on codes
 
-ON_CODES = [n for n in names("tuner") if find("tuner", n).on_quantized and "codes" not in find("tuner", n).wants and n != "bitfit"]
+ON_CODES = [
+    n
+    for n in names("tuner")
+    if find("tuner", n).on_quantized and "codes" not in find("tuner", n).wants and n != "bitfit"
+]
 
 
 @pytest.mark.parametrize("name", ON_CODES)
@@ -206,12 +249,19 @@ def test_a_tuner_on_codes_is_the_tuner_on_their_weights(name, kind):
     assert torch.allclose(tuned, logprobs(twin), atol=1e-3) and not torch.allclose(tuned, untuned, atol=1e-4)
     if "off" in gives_of(attached.settings) and name != "prompt":
         with attached.off():
-            assert torch.allclose(logprobs(attached), untuned, atol=1e-6) or "starts_as_base" in find("tuner", name).contract
+            assert (
+                torch.allclose(logprobs(attached), untuned, atol=1e-6)
+                or "starts_as_base" in find("tuner", name).contract
+            )
     if "merge" in gives_of(attached.settings):
         with attached.merged():
             assert torch.allclose(logprobs(attached), tuned, atol=2e-5)
     assert torch.equal(logprobs(attached), tuned)
-    assert all(torch.equal(v, kept[n.removesuffix(".base_layer")][k]) for n, m in modules(model).items() for k, v in m.codes.items())
+    assert all(
+        torch.equal(v, kept[n.removesuffix(".base_layer")][k])
+        for n, m in modules(model).items()
+        for k, v in m.codes.items()
+    )
     assert not any(n.endswith("base_layer.weight") for n, _ in model.named_parameters())
 
 
@@ -263,7 +313,10 @@ def test_transformers_words():
     read = lambda **given: Recipe.load(given)
     for given, want in [
         ({"load_in_4bit": True}, {"name": "nf4"}),
-        ({"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False}, {"name": "fp4", "double_quant": False}),
+        (
+            {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4", "bnb_4bit_use_double_quant": False},
+            {"name": "fp4", "double_quant": False},
+        ),
         ({"load_in_8bit": True, "load_in_4bit": False}, {"name": "int8"}),
         ({"adapter": "qlora"}, {"name": "nf4"}),
         ({"tuner": {"name": "qlora", "r": 4}, "load_in_8bit": True}, {"name": "int8"}),
@@ -275,8 +328,14 @@ def test_transformers_words():
         assert not want or want == "int8" or any("quantiz" in t for t in recipe.told)
     assert read(load_in_4bit=True, bnb_4bit_compute_dtype="bfloat16").dtype == "bfloat16"
     assert Recipe.load(read(load_in_4bit=True).yaml()).fingerprint() == read(load_in_4bit=True).fingerprint()
-    assert read(quantization="nf4").but(**{"quantization.block_size": 32}).methods()["quantization"].block_size == 32
-    for given in ({"load_in_4bit": True, "load_in_8bit": True}, {"load_in_4bit": True, "quantization": "int8"}):
+    assert (
+        read(quantization="nf4").but(**{"quantization.block_size": 32}).methods()["quantization"].block_size
+        == 32
+    )
+    for given in (
+        {"load_in_4bit": True, "load_in_8bit": True},
+        {"load_in_4bit": True, "quantization": "int8"},
+    ):
         with pytest.raises(RecipeError, match="give one of them"):
             read(**given)
 
@@ -289,7 +348,9 @@ def test_tuners_of_whole_weights_are_refused(tuner, tiny):
 
 @pytest.mark.parametrize("spec", ["nf4", "int8"])
 def test_in_a_run(spec, tiny, tmp_path):
-    """Quantized as it is read, learns, resumes bit for bit, loads with the same base, exports merged, is told what that costs."""
+    """Quantized as it is read, learns, resumes bit for bit, loads with the same base, exports merged, is told
+    what that costs.
+    """
     recipe = {
         **recipe_of(tiny),
         "dtype": "float32",
@@ -321,15 +382,25 @@ def test_in_a_run(spec, tiny, tmp_path):
     sentence = export(tmp_path / "whole", "merged", tmp_path / "merged")
     assert "requantized" in sentence and "KL" in sentence
     rows = [{"id": "0", "prompt": "1+2=", "completions": ["3"]}]
-    assert torch.allclose(luthier.load(tmp_path / "merged", dtype="float32").logprobs(rows), loaded.logprobs(rows), atol=1e-4)
+    assert torch.allclose(
+        luthier.load(tmp_path / "merged", dtype="float32").logprobs(rows), loaded.logprobs(rows), atol=1e-4
+    )
     assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
     export(tmp_path / "whole", "lora", tmp_path / "adapter")
-    assert torch.allclose(luthier.load(tmp_path / "adapter", dtype="float32").logprobs(rows), loaded.logprobs(rows), atol=1e-4)
+    assert torch.allclose(
+        luthier.load(tmp_path / "adapter", dtype="float32").logprobs(rows), loaded.logprobs(rows), atol=1e-4
+    )
 
 
 def test_qlora_learns_as_lora_does(base, tmp_path):
     """Within 2% of the loss of LoRA on the unquantized base."""
-    recipe = {**base, "tuner": {"name": "lora", "r": 8}, "learning_rate": 1e-2, "max_steps": 30, "lr_scheduler_type": "constant"}
+    recipe = {
+        **base,
+        "tuner": {"name": "lora", "r": 8},
+        "learning_rate": 1e-2,
+        "max_steps": 30,
+        "lr_scheduler_type": "constant",
+    }
     plain = luthier.tune(**recipe, output_dir=str(tmp_path / "plain"))
     coded = luthier.tune(**recipe, load_in_4bit=True, output_dir=str(tmp_path / "coded"))
     tail = lambda r: sum(r.losses[-10:])
@@ -345,7 +416,9 @@ def test_other_networks_are_read_into_codes(kind, tmp_path):
 
     q = build("quantizer", "nf4")
     if kind == "bert":
-        config = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=97)
+        config = BertConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=97
+        )
         torch.manual_seed(0)
         plain, cls = BertForSequenceClassification(config).eval(), AutoModelForSequenceClassification
         plain.bert.save_pretrained(tmp_path)  # no head
@@ -366,7 +439,9 @@ def test_other_networks_are_read_into_codes(kind, tmp_path):
             fused = plain(ids).logits
             apart(plain)
             assert torch.allclose(plain(ids).logits, fused, atol=1e-6)
-        assert sum(".experts." in n for n in modules(model)) == 2 * sum(m.count for m in plain.modules() if hasattr(m, "count"))
+        assert sum(".experts." in n for n in modules(model)) == 2 * sum(
+            m.count for m in plain.modules() if hasattr(m, "count")
+        )
     missing = {k for k in found["info"]["missing_keys"]}
     assert missing == ({"classifier.weight", "classifier.bias"} if kind == "bert" else set())
     assert type(model.get_submodule("classifier")) is nn.Linear if kind == "bert" else modules(model)
@@ -383,19 +458,27 @@ def test_other_networks_are_read_into_codes(kind, tmp_path):
             assert torch.allclose(model.eval()(ids).logits, plain(ids).logits, atol=1e-5)
         join(plain)
         open_up(model)
-        assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in plain.named_parameters()}
-        assert all(torch.equal(p, plain.get_parameter(n)) for n, p in model.named_parameters()) or kind == "bert"
+        assert {n: p.shape for n, p in model.named_parameters()} == {
+            n: p.shape for n, p in plain.named_parameters()
+        }
+        assert (
+            all(torch.equal(p, plain.get_parameter(n)) for n, p in model.named_parameters()) or kind == "bert"
+        )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages of files are counted on Linux")
 def test_what_was_read_of_a_checkpoint_leaves_memory(tmp_path):
-    """The file may stay mapped for what is dense, and is all there when it is read again; its pages are not kept."""
+    """The file may stay mapped for what is dense, and is all there when it is read again; its pages are not
+    kept.
+    """
     from luthier.model import quantized_load as _load
 
     dense = base("llama")
     dense.save_pretrained(tmp_path)
     q = build("quantizer", "nf4")
-    model = _load.loaded(lambda **said: type(dense).from_pretrained(tmp_path, **said), q, torch.float32, torch.device("cpu"))
+    model = _load.loaded(
+        lambda **said: type(dense).from_pretrained(tmp_path, **said), q, torch.float32, torch.device("cpu")
+    )
     file, kept, inside = str(tmp_path / "model.safetensors"), 0, False
     with open("/proc/self/smaps") as maps:
         for line in maps:
@@ -412,7 +495,9 @@ def test_some_experts_stay_as_they_are(tmp_path):
     q = build("quantizer", {"name": "nf4", "skip_modules": ["down_proj"]})
     dense = base("mixtral")
     dense.save_pretrained(tmp_path)
-    read = loaded(lambda **said: type(dense).from_pretrained(tmp_path, **said), q, torch.float32, torch.device("cpu"))
+    read = loaded(
+        lambda **said: type(dense).from_pretrained(tmp_path, **said), q, torch.float32, torch.device("cpu")
+    )
     quantize(dense, q)
     assert set(modules(read)) == set(modules(dense)) and not any("down_proj" in n for n in modules(read))
     assert all(torch.equal(p, dense.get_parameter(n)) for n, p in read.named_parameters())
@@ -421,7 +506,9 @@ def test_some_experts_stay_as_they_are(tmp_path):
 
 @torch.no_grad()
 def test_tuners_beside_experts_that_are_codes():
-    """A Delta moves what it moves beside dense experts; lora leaves the experts out, says so, and says what reaches them."""
+    """A Delta moves what it moves beside dense experts; lora leaves the experts out, says so, and says what
+    reaches them.
+    """
     dense, coded = base("mixtral"), base("mixtral")
     quantize(coded, build("quantizer", "nf4"))
     once = copy.deepcopy(coded)
@@ -445,9 +532,13 @@ def test_codes_of_any_width_lie_side_by_side():
     from luthier.methods.quantizers.normal_float._bits import pack, unpack
 
     for bits in range(1, 9):
-        codes = torch.randint(0, 2**bits, (4093,), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8)
+        codes = torch.randint(
+            0, 2**bits, (4093,), generator=torch.Generator().manual_seed(bits), dtype=torch.uint8
+        )
         packed = pack(codes, bits)
-        assert len(packed) == (4096 // 8 * bits if bits < 8 else 4093) and torch.equal(unpack(packed, bits, 4093), codes)
+        assert len(packed) == (4096 // 8 * bits if bits < 8 else 4093) and torch.equal(
+            unpack(packed, bits, 4093), codes
+        )
 
 
 def test_round_to_nearest_by_its_formula():
@@ -481,10 +572,15 @@ def test_gptq_errs_less_on_what_the_layer_reads():
     W = normal(32, 96, seed=7)
     for bits in (2, 3, 4):
         q = build("quantizer", {"name": "gptq", "bits_per_weight": bits, "group_size": 48})
-        off = lambda codes, q=q: float(((q.dequantize(codes, (32, 96), torch.float32) - W) @ mix @ X).square().sum())
+        off = lambda codes, q=q: float(
+            ((q.dequantize(codes, (32, 96), torch.float32) - W) @ mix @ X).square().sum()
+        )
         assert off(q.quantize(W, H)) < 0.7 * off(q.quantize(W))
     alone = torch.eye(96) * 3  # inputs that have nothing to do with each other: nothing can be repaired
-    assert torch.allclose(q.dequantize(q.quantize(W, alone), (32, 96), torch.float32), q.dequantize(q.quantize(W), (32, 96), torch.float32))
+    assert torch.allclose(
+        q.dequantize(q.quantize(W, alone), (32, 96), torch.float32),
+        q.dequantize(q.quantize(W), (32, 96), torch.float32),
+    )
 
 
 # ---------------------------------------------------------------------------------------------- lq-lora
@@ -501,7 +597,9 @@ def test_lq_error_falls_until_it_stops_and_beats_plain_quantization():
     W, q = normal(64, 96, seed=1), lq()
     codes, said = q.turns(W, q.forms()[0], Weighed(None))
     assert len(said) > 1 and all(a > b for a, b in zip(said, said[1:]))
-    assert float((q.dequantize(codes, (64, 96), torch.float32) - W).square().sum()) == pytest.approx(said[-1], rel=1e-3)
+    assert float((q.dequantize(codes, (64, 96), torch.float32) - W).square().sum()) == pytest.approx(
+        said[-1], rel=1e-3
+    )
     form = q.forms()[0]
     plain = form.dequantize(form.quantize(W), (64, 96), torch.float32)
     assert said[-1] < 0.8 * float((plain - W).square().sum())
@@ -530,13 +628,19 @@ def test_bits_are_allocated_as_the_best_of_all_allocations():
     pytest.importorskip("scipy")
     from luthier.methods.quantizers.normal_float.lq_lora import allocate
 
-    errors = torch.rand(4, 3, generator=torch.Generator().manual_seed(3)).sort(1, descending=True).values.tolist()
+    errors = (
+        torch.rand(4, 3, generator=torch.Generator().manual_seed(3)).sort(1, descending=True).values.tolist()
+    )
     sizes = [[200.0 * (i + 1), 300.0 * (i + 1), 410.0 * (i + 1)] for i in range(4)]
     for budget in (2000, 2600, 3300, 4200):
         found = allocate(errors, sizes, budget)
-        every = [c for c in itertools.product(range(3), repeat=4) if sum(s[k] for s, k in zip(sizes, c)) <= budget]
+        every = [
+            c for c in itertools.product(range(3), repeat=4) if sum(s[k] for s, k in zip(sizes, c)) <= budget
+        ]
         best = min(every, key=lambda c: sum(e[k] for e, k in zip(errors, c)))
-        assert sum(e[k] for e, k in zip(errors, found)) == pytest.approx(sum(e[k] for e, k in zip(errors, best)))
+        assert sum(e[k] for e, k in zip(errors, found)) == pytest.approx(
+            sum(e[k] for e, k in zip(errors, best))
+        )
     with pytest.raises(RecipeError, match="target_bits"):
         allocate(errors, sizes, 1999)
 
@@ -582,10 +686,16 @@ def lq_model():
     "spec, tuner",
     [
         ({"name": "gptq", "group_size": 16, "init_rows": 8}, {"name": "lora", "r": 4}),
-        ({"name": "lq_lora", "rank": 4, "target_bits": 3.5, "fisher": True, "init_rows": 4}, {"name": "lora", "r": 4, "init_lora_weights": "lq"}),
-        ({"name": "rtn", "bits_per_weight": 2, "group_size": 16}, {"name": "pv_tuning", "tune_rest": False, "code_lr": 0.03}),
+        (
+            {"name": "lq_lora", "rank": 4, "target_bits": 3.5, "fisher": True, "init_rows": 4},
+            {"name": "lora", "r": 4, "init_lora_weights": "lq"},
+        ),
+        (
+            {"name": "rtn", "bits_per_weight": 2, "group_size": 16},
+            {"name": "pv_tuning", "tune_rest": False, "code_lr": 0.03},
+        ),
     ],
-)  # fmt: skip
+)
 def test_in_a_run_that_calibrates(spec, tuner, tiny, tmp_path):
     """Learns, resumes bit for bit, loads without rows as it was, goes on from its folder, is exported."""
     pytest.importorskip("scipy")
@@ -613,10 +723,16 @@ def test_in_a_run_that_calibrates(spec, tuner, tiny, tmp_path):
     from luthier.serve.load import export
 
     assert export(tmp_path / "whole", "merged", tmp_path / "merged")
-    assert torch.allclose(luthier.load(tmp_path / "merged", dtype="float32").logprobs(rows), loaded.logprobs(rows), atol=1e-4)
+    assert torch.allclose(
+        luthier.load(tmp_path / "merged", dtype="float32").logprobs(rows), loaded.logprobs(rows), atol=1e-4
+    )
     if tuner["name"] == "lora":
         export(tmp_path / "whole", "lora", tmp_path / "adapter")
-        assert torch.allclose(luthier.load(tmp_path / "adapter", dtype="float32").logprobs(rows), loaded.logprobs(rows), atol=1e-4)
+        assert torch.allclose(
+            luthier.load(tmp_path / "adapter", dtype="float32").logprobs(rows),
+            loaded.logprobs(rows),
+            atol=1e-4,
+        )
     further = luthier.tune(**recipe, start=str(tmp_path / "whole"), output_dir=str(tmp_path / "further"))
     assert sum(further.losses[:2]) < sum(whole.losses[:2])
 
@@ -628,9 +744,13 @@ def lipschitz(A) -> float:
     return float(torch.linalg.eigvalsh(A.T @ A).max())
 
 
-@pytest.mark.parametrize("spec", [{"name": "rtn", "bits_per_weight": 2, "group_size": 16}, {"name": "vq", "nbits_per_codebook": 4}])
+@pytest.mark.parametrize(
+    "spec", [{"name": "rtn", "bits_per_weight": 2, "group_size": 16}, {"name": "vq", "nbits_per_codebook": 4}]
+)
 def test_a_v_step_never_raises_a_quadratic_loss(spec):
-    """Toward W - gradient / L, by any share of the codes: the bound that the step minimises lies above the loss."""
+    """Toward W - gradient / L, by any share of the codes: the bound that the step minimises lies above the
+    loss.
+    """
     from luthier.methods.tuners.quantized.pv_tuning import recode
 
     q, size = build("quantizer", spec), (4, 16)
@@ -676,7 +796,9 @@ def test_v_steps_end_near_the_best_codes_of_twelve_weights():
 
 
 def distil(steps: int = 40, **settings):
-    """KL of a tiny network to its unquantized self before and after tuning its 2-bit codes; the tuner, and shares of codes changed."""
+    """KL of a tiny network to its unquantized self before and after tuning its 2-bit codes; the tuner, and
+    shares of codes changed.
+    """
     from luthier.clock import Clock
     from luthier.methods.estimators._base import gradients
     from luthier.train.optimizer import Chain
@@ -739,8 +861,8 @@ def test_a_teacher_of_codes(tiny, tmp_path):
     """As read from the same quantizer by hand; what looks at rows is refused for a role."""
     import luthier
     from conftest import SUMS
-    from luthier.model.load import assemble
     from luthier.methods.quantizers._base import Quantized
+    from luthier.model.load import assemble
     from luthier.recipe.recipe import Recipe
     from luthier.recipe.validate import parts
 
@@ -750,7 +872,9 @@ def test_a_teacher_of_codes(tiny, tmp_path):
     assert Recipe.load(recipe.yaml()).yaml() == recipe.yaml()
     p = parts(recipe)
     net = p.roles["teacher"].play("teacher", assemble(recipe, p).policy).model
-    coded = assemble(r := Recipe.load(said | {"objective": "sft", "quantization": "nf4"}), parts(r)).policy.model
+    coded = assemble(
+        r := Recipe.load(said | {"objective": "sft", "quantization": "nf4"}), parts(r)
+    ).policy.model
     ids = torch.arange(3, 13)[None]
     with torch.no_grad():
         assert torch.equal(net(ids).logits, coded(ids).logits)
@@ -760,5 +884,7 @@ def test_a_teacher_of_codes(tiny, tmp_path):
         for n, t in (("a", teacher), ("b", {**teacher, "quantization": None}))
     ]
     assert found[0] != found[1]
-    with pytest.raises(RecipeError, match="a role's weights become codes one by one, and quantizer 'gptq' looks at more"):
+    with pytest.raises(
+        RecipeError, match="a role's weights become codes one by one, and quantizer 'gptq' looks at more"
+    ):
         Recipe.load(said | {"roles": {"teacher": {**teacher, "quantization": "gptq"}}}).methods()

@@ -1,4 +1,6 @@
-"""From a model folder to a plain transformers model again: families with their own kind of tokenizer, and a real model on real rows."""
+"""From a model folder to a plain transformers model again: families with their own kind of tokenizer, and a
+real model on real rows.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,16 @@ import transformers
 import luthier
 import zoo
 from conftest import make_tokenizer
-from luthier.serve import load as use
 from luthier.data.load import load_data
 from luthier.errors import RecipeError
+from luthier.serve import load as use
 
 SUMS = [{"prompt": f"{a}+{b}=", "completion": f" {(a + b) % 10}"} for a in range(8) for b in range(8)]
-TEXTS = [{"text": f"{word} film number {i}", "label": name} for i in range(24) for word, name in (("good", "pos"), ("bad", "neg"))]
+TEXTS = [
+    {"text": f"{word} film number {i}", "label": name}
+    for i in range(24)
+    for word, name in (("good", "pos"), ("bad", "neg"))
+]
 LETTERS = [*"abcdefghijklmnopqrstuvwxyz0123456789+=.,:?!\n"]
 
 
@@ -33,13 +39,23 @@ def pieces(kind: str):
 
     if kind == "bytes":  # Qwen, GPT-2, Phi: bytes, nothing around
         return make_tokenizer()
-    if kind == "sentencepiece":  # Llama, Mistral, Gemma: "▁" for spaces, <s> in front, bytes where a letter is unknown
+    # Llama, Mistral, Gemma: "▁" for spaces, <s> in front, bytes where a letter is unknown
+    if kind == "sentencepiece":
         special = ["<pad>", "<s>", "</s>", "<unk>"]
         words = [*special, *(f"<0x{i:02X}>" for i in range(256)), "▁", *LETTERS]
-        made = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        made = Tokenizer(
+            models.BPE(
+                {w: i for i, w in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True, fuse_unk=True
+            )
+        )
         made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
         made.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(content=" ", left=1),
+            ]
         )
         made.post_processor = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
         names = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
@@ -50,17 +66,31 @@ def pieces(kind: str):
         made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
         made.decoder = decoders.WordPiece()
         made.post_processor = processors.BertProcessing(("[SEP]", 2), ("[CLS]", 1))
-        names = dict(pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]", unk_token="[UNK]")
+        names = dict(
+            pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", mask_token="[MASK]", unk_token="[UNK]"
+        )
     elif kind == "roberta":  # bytes between <s> and </s>
         special = ["<pad>", "<s>", "</s>", "<mask>", "<unk>"]
         words = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet())]
         made = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, []))
-        made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        made.pre_tokenizer, made.decoder = (
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            decoders.ByteLevel(),
+        )
         made.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 1), add_prefix_space=False)
-        names = dict(pad_token="<pad>", bos_token="<s>", cls_token="<s>", eos_token="</s>", sep_token="</s>", mask_token="<mask>")
+        names = dict(
+            pad_token="<pad>",
+            bos_token="<s>",
+            cls_token="<s>",
+            eos_token="</s>",
+            sep_token="</s>",
+            mask_token="<mask>",
+        )
     else:  # T5: unigram pieces, </s> behind
         special = ["<pad>", "</s>", "<unk>"]
-        made = Tokenizer(models.Unigram([(w, -1.0 * (i > 2)) for i, w in enumerate([*special, "▁", *LETTERS])], unk_id=2))
+        made = Tokenizer(
+            models.Unigram([(w, -1.0 * (i > 2)) for i, w in enumerate([*special, "▁", *LETTERS])], unk_id=2)
+        )
         made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
         made.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
         names = dict(pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
@@ -70,21 +100,48 @@ def pieces(kind: str):
 SMALL = {"hidden_size": 48, "intermediate_size": 96, "max_position_embeddings": 96, "initializer_range": 0.15}
 BERT = {k: v for k, v in zoo.BERT.items() if k not in ("bos_token_id", "eos_token_id")} | SMALL
 T5 = dict(
-    d_model=48, d_kv=12, d_ff=96, num_layers=2, num_decoder_layers=2, num_heads=4, pad_token_id=0, eos_token_id=1,
-    decoder_start_token_id=0, initializer_factor=1.0, dropout_rate=0.0,
-)  # fmt: skip
-EXPERTS = {"target_modules": ["q_proj", "v_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
+    d_model=48,
+    d_kv=12,
+    d_ff=96,
+    num_layers=2,
+    num_decoder_layers=2,
+    num_heads=4,
+    pad_token_id=0,
+    eos_token_id=1,
+    decoder_start_token_id=0,
+    initializer_factor=1.0,
+    dropout_rate=0.0,
+)
+EXPERTS = {
+    "target_modules": ["q_proj", "v_proj"],
+    "target_parameters": ["experts.gate_up_proj", "experts.down_proj"],
+}
 FAMILIES = {  # name -> (architectures, configuration, tokenizer, settings of lora)
     "llama": ("LlamaForCausalLM", zoo.SMALL | SMALL, "sentencepiece", {}),
-    "llama_tied": ("LlamaForCausalLM", zoo.SMALL | SMALL | {"tie_word_embeddings": True}, "sentencepiece", {}),
+    "llama_tied": (
+        "LlamaForCausalLM",
+        zoo.SMALL | SMALL | {"tie_word_embeddings": True},
+        "sentencepiece",
+        {},
+    ),
     "mistral": ("MistralForCausalLM", zoo.SMALL | SMALL | {"sliding_window": 8}, "sentencepiece", {}),
     "gemma": ("GemmaForCausalLM", zoo.SMALL | SMALL | {"head_dim": 12}, "sentencepiece", {}),
     "qwen2": ("Qwen2ForCausalLM", zoo.SMALL | SMALL | {"tie_word_embeddings": True}, "bytes", {}),
     "qwen3": ("Qwen3ForCausalLM", zoo.SMALL | SMALL | {"head_dim": 12}, "bytes", {}),
-    "gpt2": ("GPT2LMHeadModel", zoo.GPT | {"n_embd": 48, "n_positions": 96, "initializer_range": 0.15}, "bytes", {}),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        zoo.GPT | {"n_embd": 48, "n_positions": 96, "initializer_range": 0.15},
+        "bytes",
+        {},
+    ),
     "phi": ("PhiForCausalLM", zoo.SMALL | SMALL, "bytes", {}),
     "mixtral": ("MixtralForCausalLM", zoo.SMALL | SMALL | zoo.MOE, "sentencepiece", EXPERTS),
-    "qwen2_moe": ("Qwen2MoeForCausalLM", zoo.SMALL | SMALL | zoo.MOE | {"shared_expert_intermediate_size": 24}, "bytes", EXPERTS),
+    "qwen2_moe": (
+        "Qwen2MoeForCausalLM",
+        zoo.SMALL | SMALL | zoo.MOE | {"shared_expert_intermediate_size": 24},
+        "bytes",
+        EXPERTS,
+    ),
     "bert": ("BertForMaskedLM", BERT, "wordpiece", {}),
     "roberta": ("RobertaForMaskedLM", BERT | {"bos_token_id": 1, "eos_token_id": 2}, "roberta", {}),
     "t5": ("T5ForConditionalGeneration", T5, "unigram", {}),
@@ -99,7 +156,11 @@ def folder_of(tmp_path_factory):
     def made(name: str) -> str:
         kind, settings, cut, _ = FAMILIES[name]
         tokenizer = pieces(cut)
-        ids = {k: getattr(tokenizer, k) for k in ("pad_token_id", "bos_token_id", "eos_token_id") if getattr(tokenizer, k) is not None}
+        ids = {
+            k: getattr(tokenizer, k)
+            for k in ("pad_token_id", "bos_token_id", "eos_token_id")
+            if getattr(tokenizer, k) is not None
+        }
         cls = getattr(transformers, kind)
         torch.manual_seed(0)
         model = cls(cls.config_class(**{**settings, "vocab_size": len(tokenizer), **ids}))
@@ -112,7 +173,9 @@ def folder_of(tmp_path_factory):
 
 
 def plain_loss(model, kind: str, rows, renderer) -> float:
-    """Mean -log p of what is learned, row by row through a plain transformers model: no layout, no head of ours."""
+    """Mean -log p of what is learned, row by row through a plain transformers model: no layout, no head of
+    ours.
+    """
     total, count = 0.0, 0
     for row in rows:
         said = renderer.encode(row)
@@ -123,7 +186,9 @@ def plain_loss(model, kind: str, rows, renderer) -> float:
                 logits = model(input_ids=prompt).logits
             elif kind == "seq2seq":
                 start = torch.full((1, 1), model.config.decoder_start_token_id)
-                logits = model(input_ids=prompt, decoder_input_ids=torch.cat([start, reply[:, :-1]], 1)).logits[0]
+                logits = model(
+                    input_ids=prompt, decoder_input_ids=torch.cat([start, reply[:, :-1]], 1)
+                ).logits[0]
             elif kind == "masked_lm":
                 asked &= ~torch.isin(reply[0], torch.tensor(sorted(renderer.special)))
                 whole[0, prompt.shape[1] :][asked] = renderer.tokenizer.mask_token_id
@@ -138,9 +203,17 @@ def plain_loss(model, kind: str, rows, renderer) -> float:
 def journey(folder, tmp_path, kind: str, **recipe):
     """Tune, load, export and read in plain transformers: the same answers everywhere. The loss falls."""
     asked = {
-        "model": folder, "data": SUMS, "eval_data": 0, "dtype": "float32", "max_steps": 10, "per_device_train_batch_size": 16,
-        "learning_rate": 1e-2, "lr_scheduler_type": "constant", "evaluate": ["loss"], "architecture": kind,
-    } | recipe  # fmt: skip
+        "model": folder,
+        "data": SUMS,
+        "eval_data": 0,
+        "dtype": "float32",
+        "max_steps": 10,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "evaluate": ["loss"],
+        "architecture": kind,
+    } | recipe
     report = luthier.tune(asked, folder=tmp_path / "run")
     assert len(report.losses) == 10 and all(map(math.isfinite, report.losses))
     assert report.after["loss"] < 0.9 * report.before["loss"]
@@ -152,7 +225,9 @@ def journey(folder, tmp_path, kind: str, **recipe):
     auto = roles.policy.architecture.auto_class()
     model, said = auto.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not said["missing_keys"] and not said["unexpected_keys"]
-    assert plain_loss(model.eval(), kind, rows, roles.renderer) == pytest.approx(report.after["loss"], abs=1e-3)
+    assert plain_loss(model.eval(), kind, rows, roles.renderer) == pytest.approx(
+        report.after["loss"], abs=1e-3
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
     assert tokenizer("2+3= 5")["input_ids"] == loaded.tokenizer("2+3= 5")["input_ids"]
     return report, loaded
@@ -177,9 +252,13 @@ def test_a_family_with_all_of_its_weights(folder_of, tmp_path, name):
     assert report.stats["moving"] == report.stats["all"]
 
 
-@pytest.mark.parametrize("name, tuner", [("bert", "lora"), ("roberta", "lora"), ("roberta", "full"), ("llama", "lora")])
+@pytest.mark.parametrize(
+    "name, tuner", [("bert", "lora"), ("roberta", "lora"), ("roberta", "full"), ("llama", "lora")]
+)
 def test_a_classifier_on_a_family(folder_of, tmp_path, name, tuner):
-    report, loaded = journey(folder_of(name), tmp_path, "classifier", tuner=tuner, data=TEXTS, evaluate=["loss", "accuracy"])
+    report, loaded = journey(
+        folder_of(name), tmp_path, "classifier", tuner=tuner, data=TEXTS, evaluate=["loss", "accuracy"]
+    )
     assert report.after["accuracy"] > 0.9
     assert loaded.model.config.id2label == {0: "neg", 1: "pos"}
     shown = json.loads((tmp_path / "run" / "shown.json").read_text())
@@ -211,9 +290,14 @@ REAL = {  # file -> (its format, what the recipe adds)
 def test_real_rows_tune_the_story_model(real, tmp_path, file):
     shape, more = REAL[file]
     asked = {
-        "model": str(real / STORIES), "data": {"path": str(real / file), "limit": 48}, "max_bad_rows": 1.0, "max_steps": 2,
-        "per_device_train_batch_size": 4, "evaluate": [], "dtype": "float32",
-    } | more  # fmt: skip
+        "model": str(real / STORIES),
+        "data": {"path": str(real / file), "limit": 48},
+        "max_bad_rows": 1.0,
+        "max_steps": 2,
+        "per_device_train_batch_size": 4,
+        "evaluate": [],
+        "dtype": "float32",
+    } | more
     report = luthier.tune(asked, folder=tmp_path)
     data = load_data(luthier.Recipe.load(asked))
     assert data.shape == shape and len(report.losses) == 2 and all(map(math.isfinite, report.losses))
@@ -234,14 +318,28 @@ def test_a_label_stands_apart_from_its_sentence(real, tmp_path, chat):
 def test_answers_that_max_length_cuts_are_told(real, tmp_path):
     with gzip.open(real / "gsm8k/gsm8k.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in islice(file, 60)]
-    asked = {"model": str(real / STORIES), "data": rows, "eval_data": 0, "max_steps": 1, "evaluate": [], "max_bad_rows": 0.5}
+    asked = {
+        "model": str(real / STORIES),
+        "data": rows,
+        "eval_data": 0,
+        "max_steps": 1,
+        "evaluate": [],
+        "max_bad_rows": 0.5,
+    }
     report = luthier.tune(asked | {"max_length": 192}, folder=tmp_path)
     cut, rows = report.stats["cut"], report.stats["rows"]
-    assert 0 < cut < rows and f"the completions of {cut:,} of {rows:,} rows are cut at 192 tokens (max_length)" in report.notes
+    assert (
+        0 < cut < rows
+        and f"the completions of {cut:,} of {rows:,} rows are cut at 192 tokens (max_length)" in report.notes
+    )
 
 
 def test_a_completion_that_runs_into_its_prompt_is_told(real, tmp_path):
-    data = {"path": str(real / "dialogsum/dialogsum.jsonl"), "limit": 40, "columns": {"prompt": "dialogue", "completion": "summary"}}
+    data = {
+        "path": str(real / "dialogsum/dialogsum.jsonl"),
+        "limit": 40,
+        "columns": {"prompt": "dialogue", "completion": "summary"},
+    }
     asked = {"model": str(real / STORIES), "data": data, "max_steps": 1, "evaluate": [], "max_bad_rows": 0.9}
     report = luthier.tune(asked, folder=tmp_path)
     assert any("without a space or a line break" in n for n in report.notes)
@@ -249,26 +347,51 @@ def test_a_completion_that_runs_into_its_prompt_is_told(real, tmp_path):
 
 def test_a_run_on_samples_shows_what_is_asked(real, tmp_path):
     """Of questions with answers that a policy is to find itself, nothing is marked as learned."""
-    live = [{"name": "rollout", "n": 2, "max_new_tokens": 4, "old": True}, {"name": "score", "reward": "exact_match"}]
+    live = [
+        {"name": "rollout", "n": 2, "max_new_tokens": 4, "old": True},
+        {"name": "score", "reward": "exact_match"},
+    ]
     data = {"path": str(real / "math_word/math_word.jsonl"), "limit": 24}
-    asked = {"model": str(real / STORIES), "data": data, "objective": "grpo", "live": live, "max_steps": 1, "evaluate": []}
+    asked = {
+        "model": str(real / STORIES),
+        "data": data,
+        "objective": "grpo",
+        "live": live,
+        "max_steps": 1,
+        "evaluate": [],
+    }
     report = luthier.tune(asked, folder=tmp_path)
-    assert not report.stats["supervised_share"] and not any("\ue000" in s for s in json.loads((tmp_path / "shown.json").read_text()))
+    assert not report.stats["supervised_share"] and not any(
+        "\ue000" in s for s in json.loads((tmp_path / "shown.json").read_text())
+    )
 
 
 def test_prompts_that_fill_max_length_count_as_bad_rows(real, tmp_path):
-    asked = {"model": str(real / STORIES), "data": str(real / "preference/dpo_en_demo.jsonl"), "objective": "dpo", "max_steps": 1}
+    asked = {
+        "model": str(real / STORIES),
+        "data": str(real / "preference/dpo_en_demo.jsonl"),
+        "objective": "dpo",
+        "max_steps": 1,
+    }
     with pytest.raises(RecipeError, match="of the data are bad.*within max_length=512") as refused:
         luthier.tune(asked, folder=tmp_path)
     listed = (tmp_path / "quarantine.jsonl").read_text().splitlines()
     assert f"{len(listed)} of " in str(refused.value)
-    luthier.tune(asked | {"max_bad_rows": 0.9, "evaluate": [], "data": {"path": asked["data"], "limit": 60}}, folder=tmp_path)
-    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) < len(listed)  # of this run, not of the refused one
+    luthier.tune(
+        asked | {"max_bad_rows": 0.9, "evaluate": [], "data": {"path": asked["data"], "limit": 60}},
+        folder=tmp_path,
+    )
+    # of this run, not of the refused one
+    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) < len(listed)
 
 
 def test_what_a_text_row_leaves_out_is_told(real, tmp_path):
     """MBPP has `text` and `code`: read as text only the task would be learned."""
-    asked = {"model": str(real / STORIES), "data": {"path": str(real / "code_python/mbpp.jsonl"), "limit": 20}, "max_steps": 1}
+    asked = {
+        "model": str(real / STORIES),
+        "data": {"path": str(real / "code_python/mbpp.jsonl"), "limit": 20},
+        "max_steps": 1,
+    }
     report = luthier.tune(asked | {"evaluate": []}, folder=tmp_path)
     assert any(n.startswith("rows are read as 'text'") and "code" in n for n in report.notes)
 
@@ -276,7 +399,14 @@ def test_what_a_text_row_leaves_out_is_told(real, tmp_path):
 def test_a_story_is_opened_and_continued(real, tmp_path):
     """Held-out texts are each begun with their own words, not all with an empty page."""
     data = {"path": str(real / "tinystories/tinystories.jsonl"), "limit": 100}
-    asked = {"model": str(real / STORIES), "data": data, "max_steps": 1, "evaluate": [{"name": "generate", "n": 3, "max_new_tokens": 4}]}
+    asked = {
+        "model": str(real / STORIES),
+        "data": data,
+        "max_steps": 1,
+        "evaluate": [{"name": "generate", "n": 3, "max_new_tokens": 4}],
+    }
     report = luthier.tune(asked, folder=tmp_path)
-    begun = [json.loads(line)["prompt"] for line in (tmp_path / "samples-after.jsonl").read_text().splitlines()]
+    begun = [
+        json.loads(line)["prompt"] for line in (tmp_path / "samples-after.jsonl").read_text().splitlines()
+    ]
     assert len(set(begun)) == 3 and all(begun) and "generated_exact" not in report.after

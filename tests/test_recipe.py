@@ -6,12 +6,12 @@ import pytest
 import yaml
 
 from conftest import PAIRS, SUMS, UNPAIRED
+from luthier.data.rows import load
 from luthier.errors import RecipeError
-from luthier.registry import build
+from luthier.methods.stages.select.best import Best
 from luthier.recipe.recipe import Recipe, terms
 from luthier.recipe.validate import rehearse
-from luthier.data.rows import load
-from luthier.methods.stages.select.best import Best
+from luthier.registry import build
 
 ROLLOUT, SCORE = {"name": "rollout", "n": 4}, {"name": "score", "reward": "exact_match"}
 
@@ -59,13 +59,22 @@ WRONG = [
     ({"warp_speed": 9}, ["no 'warp_speed'"]),
     ({"objective": "dpo"}, ["objective 'dpo' wants", "prompt/chosen/rejected"]),
     ({"objective": "distill"}, ["'distill' wants a teacher", "roles: {teacher"]),
-    ({"objective": "grpo"}, ["'grpo' wants completions that the policy itself has just written", "rollout", "live"]),
+    (
+        {"objective": "grpo"},
+        ["'grpo' wants completions that the policy itself has just written", "rollout", "live"],
+    ),
     ({"objective": "grpo", "live": [ROLLOUT]}, ["'grpo' wants a score for each completion", "stage 'score'"]),
     ({"objective": "grpo", "stages": [ROLLOUT, SCORE]}, ["fresh samples", "`live`, not under `stages`"]),
-    ({"objective": "grpo", "live": [ROLLOUT, SCORE], "estimator": "mezo"}, ["'mezo' compares values", "the same wherever", "old: true"]),
+    (
+        {"objective": "grpo", "live": [ROLLOUT, SCORE], "estimator": "mezo"},
+        ["'mezo' compares values", "the same wherever", "old: true"],
+    ),
     ({"objective": "dpo", "stages": [ROLLOUT, SCORE, "best"]}, ["'dpo' wants", "different score"]),
     ({"objective": "kto"}, ["'kto' wants a score"]),
-    ({"tuner": "full", "roles": {"reference": "off"}, "objective": "sft + 0.1*kl"}, ["role 'off' wants a tuner that can be switched off", "start"]),
+    (
+        {"tuner": "full", "roles": {"reference": "off"}, "objective": "sft + 0.1*kl"},
+        ["role 'off' wants a tuner that can be switched off", "start"],
+    ),
     ({"roles": {"reference": "of"}}, ["no role 'of'", "'off'"]),
     ({"live": [{"name": "score", "reward": "exat_match"}]}, ["no reward 'exat_match'", "'exact_match'"]),
     ({"live": [{"name": "score", "reward": "python_tests"}]}, ["`tests`"]),
@@ -77,7 +86,7 @@ WRONG = [
     ({"finetuning_type": "freeze"}, ["no tuner 'freeze'"]),
     ({"load_in_4bit": True, "tuner": "full"}, ["codes that do not move"]),
     ({"start": {"merge": "averag", "of": ["a"]}}, ["no merger 'averag'", "'average'"]),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("recipe, words", WRONG, ids=lambda x: str(x)[:60] if isinstance(x, dict) else "")
@@ -128,11 +137,27 @@ def test_a_recipe_may_be_legal(tiny):
 
 
 def test_words_of_other_tools_are_understood_and_told():
-    made = Recipe.load({
-        "base_model": "practice:lm", "micro_batch_size": 2, "lora_rank": 4, "lora_alpha": 8, "cutoff_len": 99, "bf16": True,
-        "adapter": "lora", "weight_decay": 0.1, "lora_target_modules": ["q_proj"], "epochs": 2, "adam_beta2": 0.95,
-    })  # fmt: skip
-    assert (made.model, made.per_device_train_batch_size, made.max_length, made.dtype) == ("practice:lm", 2, 99, "bfloat16")
+    made = Recipe.load(
+        {
+            "base_model": "practice:lm",
+            "micro_batch_size": 2,
+            "lora_rank": 4,
+            "lora_alpha": 8,
+            "cutoff_len": 99,
+            "bf16": True,
+            "adapter": "lora",
+            "weight_decay": 0.1,
+            "lora_target_modules": ["q_proj"],
+            "epochs": 2,
+            "adam_beta2": 0.95,
+        }
+    )
+    assert (made.model, made.per_device_train_batch_size, made.max_length, made.dtype) == (
+        "practice:lm",
+        2,
+        99,
+        "bfloat16",
+    )
     parts = made.methods()
     assert (parts["tuner"].r, parts["tuner"].lora_alpha, parts["tuner"].target_modules) == (4, 8, ["q_proj"])
     assert (parts["optim"].weight_decay, parts["optim"].adam_beta2, made.num_train_epochs) == (0.1, 0.95, 2)
@@ -140,18 +165,25 @@ def test_words_of_other_tools_are_understood_and_told():
 
 
 def test_precision_said_twice_is_said_once():
-    assert Recipe.load({"bf16": True, "fp16": False}).dtype == "bfloat16" and Recipe.load({"bf16": False, "fp16": True}).dtype == "float16"
+    assert (
+        Recipe.load({"bf16": True, "fp16": False}).dtype == "bfloat16"
+        and Recipe.load({"bf16": False, "fp16": True}).dtype == "float16"
+    )
     assert Recipe.load({"bf16": False, "fp16": False}).dtype == Recipe.load({"bf16": False}).dtype == "auto"
     assert "same key" in str(pytest.raises(RecipeError, Recipe.load, {"bf16": True, "fp16": True}).value)
 
 
 def test_stages_that_ask_no_model_are_tried_on_two_rows(monkeypatch):
-    """What a stage does to rows counts, not what it says; and its mistakes come to light before a model is loaded."""
+    """What a stage does to rows counts, not what it says; and its mistakes come to light before a model is
+    loaded.
+    """
     recipe = {"objective": "kto", "stages": ["best"]}
     seen = []
 
     def putting(made):
-        monkeypatch.setattr(Best, "__call__", lambda self, rows, roles: seen.append(len(rows)) or [made(r) for r in rows])
+        monkeypatch.setattr(
+            Best, "__call__", lambda self, rows, roles: seen.append(len(rows)) or [made(r) for r in rows]
+        )
 
     rows = load(UNPAIRED).rows
     rehearse(Recipe.load(recipe), rows)
@@ -167,15 +199,24 @@ def test_stages_that_ask_no_model_are_tried_on_two_rows(monkeypatch):
 
 
 def test_changes_and_origins():
-    made = Recipe.load("model: practice:lm\ntuner: lora\n", ["tuner.r=4", "learning_rate=3e-5", "objective.name=dpo", "objective.beta=0.2"])
+    made = Recipe.load(
+        "model: practice:lm\ntuner: lora\n",
+        ["tuner.r=4", "learning_rate=3e-5", "objective.name=dpo", "objective.beta=0.2"],
+    )
     assert made.methods()["tuner"].r == 4 and made.learning_rate == 3e-5 and made.aim().beta == 0.2
-    assert made.origins["model"] == "yaml" and made.origins["learning_rate"] == "command line" and made.origins["seed"] == "default"
+    assert (
+        made.origins["model"] == "yaml"
+        and made.origins["learning_rate"] == "command line"
+        and made.origins["seed"] == "default"
+    )
     assert "'learning_rat'" in str(pytest.raises(RecipeError, Recipe.load, {}, ["learning_rat=1"]).value)
     assert "not a change" in str(pytest.raises(RecipeError, Recipe.load, {}, ["learning_rate"]).value)
 
 
 def test_written_back_in_full_and_read_again():
-    made = Recipe.load({"tuner": {"name": "lora", "r": 4}, "objective": "dpo + 0.1*chosen_sft", "estimator": "sam"})
+    made = Recipe.load(
+        {"tuner": {"name": "lora", "r": 4}, "objective": "dpo + 0.1*chosen_sft", "estimator": "sam"}
+    )
     text = made.yaml()
     again = Recipe.load(text)
     assert again.yaml() == text and again.fingerprint() == made.fingerprint()

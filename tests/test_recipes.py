@@ -11,8 +11,8 @@ import yaml
 
 import luthier
 from luthier.data.load import load_data
-from luthier.registry import find
 from luthier.recipe.recipe import Recipe
+from luthier.registry import find
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
@@ -23,7 +23,11 @@ def small(given: dict) -> dict:
     text = re.sub(r"max_new_tokens: \d+", "max_new_tokens: 8", text)
     given = yaml.safe_load(text)
     given.setdefault("model", "practice:lm-small")
-    given |= {"max_steps": 2, "per_device_train_batch_size": min(4, given.get("per_device_train_batch_size", 4)), "save_steps": 100}
+    given |= {
+        "max_steps": 2,
+        "per_device_train_batch_size": min(4, given.get("per_device_train_batch_size", 4)),
+        "save_steps": 100,
+    }
     plan = given.get("plan")
     if isinstance(plan, dict) and "max_new_tokens" in {f.name for f in fields(find("plan", plan["name"]))}:
         plan["max_new_tokens"] = 8
@@ -34,15 +38,24 @@ def small(given: dict) -> dict:
     if isinstance(given.get("plan"), list):
         given["plan"] = [{**act, **({"max_steps": 2} if "max_steps" in act else {})} for act in given["plan"]]
     if given.get("evaluate"):
-        given["evaluate"] = [{**e, "n": 8} if isinstance(e, dict) and "n" in e else e for e in given["evaluate"]]
-    return {**given, "evaluate": ["loss"] if "evaluate" not in given or given["evaluate"][0] == "loss" else given["evaluate"]}
+        given["evaluate"] = [
+            {**e, "n": 8} if isinstance(e, dict) and "n" in e else e for e in given["evaluate"]
+        ]
+    return {
+        **given,
+        "evaluate": (
+            ["loss"] if "evaluate" not in given or given["evaluate"][0] == "loss" else given["evaluate"]
+        ),
+    }
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_a_recipe_runs(path, tmp_path):
     given = yaml.safe_load(path.read_text(encoding="utf-8"))
     lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
-    assert len(lines) <= 12 and path.read_text(encoding="utf-8").startswith("# "), "a comment that says what it is, and 12 lines at most"
+    assert len(lines) <= 12 and path.read_text(encoding="utf-8").startswith("# "), (
+        "a comment that says what it is, and 12 lines at most"
+    )
     assert load_data(Recipe.load(path)).rows
     given.pop("output_dir", None)
     report = luthier.tune(small(given), folder=tmp_path / "run")

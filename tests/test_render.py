@@ -7,10 +7,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from luthier.methods.formats._base import BadRow
-from luthier.errors import RecipeError
-from luthier.text.render import Renderer, Rewrites
 from luthier.data.rows import load
+from luthier.errors import RecipeError
+from luthier.methods.formats._base import BadRow
+from luthier.text.render import Renderer, Rewrites
 
 DATA = Path(os.environ.get("LUTHIER_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
@@ -53,11 +53,18 @@ CHAT = {"id": "talk", "prompt": TALK[:2], "completions": [TALK[2:]]}
 
 
 def trained(bos=False, eos=False, template=None, words=True, **more):
-    """A byte-level BPE tokenizer of our own. bos, eos: it adds them by itself; words: no token goes beyond a word."""
+    """A byte-level BPE tokenizer of our own. bos, eos: it adds them by itself; words: no token goes beyond a
+    word.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=words)
     tokenizer.decoder = decoders.ByteLevel()
-    corpus = ["the cat sat on the mat", "one fish two fish", "User: Hi Assistant: Hello!", "2+2= 4 and 3+3= 6"] * 20
+    corpus = [
+        "the cat sat on the mat",
+        "one fish two fish",
+        "User: Hi Assistant: Hello!",
+        "2+2= 4 and 3+3= 6",
+    ] * 20
     trainer = trainers.BpeTrainer(
         vocab_size=340,
         special_tokens=SPECIAL,
@@ -67,7 +74,9 @@ def trained(bos=False, eos=False, template=None, words=True, **more):
     tokenizer.train_from_iterator(corpus, trainer)
     if bos or eos:
         single = ("<s> " if bos else "") + "$A" + (" </s>" if eos else "")
-        tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[("<s>", 1), ("</s>", 2)]
+        )
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -96,7 +105,9 @@ def test_bos_is_the_tokenizers_and_eos_ends_a_completion_once(bos, eos):
     for completion in (" cat", " cat</s>", " cat</s></s>"):
         row = {"prompt": "the", "completions": [completion]}
         encoded = renderer.encode(row)
-        assert encoded.prompt == ([1] if bos else []) + tokenizer("the", add_special_tokens=False)["input_ids"]
+        assert (
+            encoded.prompt == ([1] if bos else []) + tokenizer("the", add_special_tokens=False)["input_ids"]
+        )
         assert encoded.completions[0].count(2) == 1 and encoded.completions[0][-1] == 2
         assert all(encoded.supervised[0])
         assert renderer.prompt(row) == encoded.prompt
@@ -106,7 +117,9 @@ def test_bos_is_the_tokenizers_and_eos_ends_a_completion_once(bos, eos):
 def test_an_empty_prompt_is_bos_or_the_first_token():
     with_bos, without = Renderer(trained(bos=True)), Renderer(trained())
     row = {"prompt": "", "completions": ["the cat"]}
-    assert with_bos.encode(row).prompt == [1] and with_bos.text(with_bos.encode(row).completions[0]) == "the cat"
+    assert (
+        with_bos.encode(row).prompt == [1] and with_bos.text(with_bos.encode(row).completions[0]) == "the cat"
+    )
     encoded = without.encode(row)
     assert len(encoded.prompt) == 1 and without.text(encoded.prompt + encoded.completions[0]) == "the cat"
     with pytest.raises(BadRow, match="prompt is empty"):
@@ -152,7 +165,11 @@ def test_long_texts_are_cut_into_pieces_that_learn_every_token_once():
         tokenizer = trained(bos=bos)
         renderer = Renderer(tokenizer, max_length=16)
         rows, bad, stats = renderer.encode_all([{"id": "x", "prompt": "", "completions": [text]}])
-        assert not bad and [r["id"] for r in rows] == [f"x#{i}" for i in range(len(rows))] and stats["pieces"] == len(rows)
+        assert (
+            not bad
+            and [r["id"] for r in rows] == [f"x#{i}" for i in range(len(rows))]
+            and stats["pieces"] == len(rows)
+        )
         encoded = [renderer.encode(r) for r in rows]
         assert all(len(e) <= 16 for e in encoded) and stats["cut"] == 0
         whole = [*tokenizer(text, add_special_tokens=False)["input_ids"], 2]
@@ -168,7 +185,9 @@ def test_long_completions_are_cut_and_counted_and_long_prompts_refused():
         {"id": "c", "prompt": "the", "completions": [" cat"]},
     ]
     good, bad, stats = renderer.encode_all(rows)
-    assert [r["id"] for r in good] == ["a", "c"] and stats["cut"] == renderer.cut == 1 and stats["longest"] == 12
+    assert (
+        [r["id"] for r in good] == ["a", "c"] and stats["cut"] == renderer.cut == 1 and stats["longest"] == 12
+    )
     assert bad[0]["where"] == "b" and "no room for a completion" in bad[0]["reason"]
     assert renderer.encode_all(rows).stats["cut"] == 0  # encoded already
 
@@ -176,7 +195,9 @@ def test_long_completions_are_cut_and_counted_and_long_prompts_refused():
 # ---------------------------------------------------------------------------------------------- conversations
 
 
-@pytest.mark.parametrize("template, end", [(CHATML, "<|im_end|>"), (LLAMA3, "<|eot_id|>"), (MARKED, "<|im_end|>")])
+@pytest.mark.parametrize(
+    "template, end", [(CHATML, "<|im_end|>"), (LLAMA3, "<|eot_id|>"), (MARKED, "<|im_end|>")]
+)
 @pytest.mark.parametrize("bos", [False, True])
 def test_exactly_the_assistant_turns_are_learned(template, end, bos):
     tokenizer = trained(bos=bos, template=template)
@@ -197,7 +218,9 @@ def test_turns_marked_as_not_to_learn(template):
     renderer = Renderer(trained(template=template))
     for mark in ({"loss": False}, {"loss_scale": 0}):
         turns = [*TALK[:2], {**TALK[2], **mark}, *TALK[3:]]
-        assert learned(renderer, {"prompt": turns[:2], "completions": [turns[2:]]}) == ["Blue, sometimes grey.<|im_end|>"]
+        assert learned(renderer, {"prompt": turns[:2], "completions": [turns[2:]]}) == [
+            "Blue, sometimes grey.<|im_end|>"
+        ]
     silent = {"prompt": TALK[:2], "completions": [[{**TALK[2], "loss": False}]], "id": "s"}
     _, bad, _ = renderer.encode_all([silent])
     assert bad[0]["where"] == "s" and "nothing to learn" in bad[0]["reason"]
@@ -220,7 +243,9 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_or_taken_turn_by_turn
 
 
 def test_a_template_that_asks_otherwise_than_it_writes_is_refused():
-    renderer = Renderer(trained(template=CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'")))
+    renderer = Renderer(
+        trained(template=CHATML.replace("'<|im_start|>assistant\n'", "'<|im_start|>assistant\n<think>\n'"))
+    )
     with pytest.raises(BadRow, match="begins a reply in one way to ask for it"):
         renderer.encode(CHAT)
 
@@ -232,7 +257,9 @@ def test_a_template_that_refuses_a_row_makes_it_a_bad_one():
 
 def test_a_template_that_never_ends_a_turn_is_told_once():
     template = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"
-    renderer = Renderer(trained(template=template + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"))
+    renderer = Renderer(
+        trained(template=template + "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+    )
     with pytest.warns(UserWarning, match="not taught where to stop"):
         renderer.encode(CHAT)
     assert len(renderer.warnings) == 1
@@ -244,9 +271,10 @@ def test_a_tokenizer_without_a_template_gets_a_plain_one_that_is_saved(bos, tmp_
     renderer = Renderer(tokenizer)
     assert "no chat template" in renderer.note
     shown = renderer.decode_marked(CHAT)
-    assert shown == ("<s>" if bos else "") + (
-        "System: Be brief.\nUser: What is two and two?\nAssistant:⟦ Four.</s>⟧\n"
-        "User: And the sky über Köln?\nAssistant:⟦ Blue, sometimes grey.</s>⟧"
+    assert (
+        shown
+        == ("<s>" if bos else "")
+        + "System: Be brief.\nUser: What is two and two?\nAssistant:⟦ Four.</s>⟧\nUser: And the sky über Köln?\nAssistant:⟦ Blue, sometimes grey.</s>⟧"
     )
     tokenizer.save_pretrained(tmp_path)
     served = Renderer(AutoTokenizer.from_pretrained(tmp_path))
@@ -256,7 +284,10 @@ def test_a_tokenizer_without_a_template_gets_a_plain_one_that_is_saved(bos, tmp_
 def test_a_token_across_the_beginning_of_a_reply_is_cut_there():
     tokenizer = trained(words=False)  # knows "Assistant: " as a token or two
     renderer = Renderer(tokenizer)
-    assert learned(renderer, CHAT) == [" Four.</s>", " Blue, sometimes grey.</s>"] and renderer.boundary_mismatches == 1
+    assert (
+        learned(renderer, CHAT) == [" Four.</s>", " Blue, sometimes grey.</s>"]
+        and renderer.boundary_mismatches == 1
+    )
     encoded = renderer.encode(CHAT)
     assert tokenizer.decode(encoded.prompt + encoded.completions[0]) == renderer.rendered(CHAT, TALK).rstrip()
     assert encoded.prompt == renderer.prompt(CHAT)
@@ -268,7 +299,9 @@ def test_templates_by_name_file_and_text(tmp_path):
         assert learned(Renderer(trained(template=LLAMA3), chat_template=given), CHAT)[0] == "Four.<|im_end|>"
     with pytest.raises(RecipeError, match="did you mean 'chatml'"):
         Renderer(trained(), chat_template="chatlm")
-    bare = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
+    bare = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?"))
+    )
     with pytest.raises(RecipeError, match="which this tokenizer lacks"):
         Renderer(bare, chat_template="chatml")
 
@@ -309,9 +342,16 @@ def test_preference_pairs_share_their_prompt():
 def test_a_prompt_goes_through_the_template_once_for_all_that_follows_it(monkeypatch):
     renderer = Renderer(trained(template=CHATML))
     pair = load([{"prompt": "2+2?", "chosen": "4", "rejected": "5"}]).rows[0]
-    turns = {"prompt": [{"role": "user", "content": "2+2?"}], "completions": [[{"role": "assistant", "content": c}] for c in "45"]}
+    turns = {
+        "prompt": [{"role": "user", "content": "2+2?"}],
+        "completions": [[{"role": "assistant", "content": c}] for c in "45"],
+    }
     apply, seen = renderer.tokenizer.apply_chat_template, []
-    monkeypatch.setattr(renderer.tokenizer, "apply_chat_template", lambda said, **how: seen.append(len(said)) or apply(said, **how))
+    monkeypatch.setattr(
+        renderer.tokenizer,
+        "apply_chat_template",
+        lambda said, **how: seen.append(len(said)) or apply(said, **how),
+    )
     renderer.encode({**pair, **turns})
     assert sorted(seen) == [1, 2, 2]
 
@@ -369,7 +409,11 @@ def test_real_rows_with_a_real_tokenizer(name):
         encoded = renderer.encode(row)
         assert encoded.prompt[0] == 1 and len(encoded) <= 2048 and 1 not in encoded.completions[0]
         if isinstance(row["prompt"], list) and row["prompt"] and len(encoded) < 2048:
-            want = [t["content"] for t in row["completions"][0] if t["role"] == "assistant" and not t.get("tool_calls")]
+            want = [
+                t["content"]
+                for t in row["completions"][0]
+                if t["role"] == "assistant" and not t.get("tool_calls")
+            ]
             said = [s for s in learned(renderer, row) if "<tool_call>" not in s]
             assert [s.removesuffix("</s>").strip() for s in said] == [w.strip() for w in want]
     assert stats["longest"] <= 2048 and stats["supervised"] > 0

@@ -1,4 +1,6 @@
-"""What a run leaves for people: the page, the card, the table; nothing invented, nothing that escapes its place."""
+"""What a run leaves for people: the page, the card, the table; nothing invented, nothing that escapes its
+place.
+"""
 
 from __future__ import annotations
 
@@ -54,14 +56,36 @@ def a_report(folder, **changes) -> Report:
         before={"loss": 2.31, "accuracy": 0.03, "elsewhere_accuracy": 0.97, "elsewhere_accuracy/chat": 0.9},
         after={"loss": 0.42, "accuracy": 0.98, "elsewhere_accuracy": 0.94, "elsewhere_accuracy/chat": 0.9},
         losses=[2.0, 1.0, 0.5],
-        stats={"moving": 1000, "all": 100_000, "tokens": 5000, "supervised": 2000, "seconds": 2.0, "steps": 3, "peak_memory_mb": 512.0,
-               "measured_on": "held-out rows", "held_out_rows": 20, "supervised_share": 0.4, "data_rows": 100, "row_tokens": 5000},
+        stats={
+            "moving": 1000,
+            "all": 100_000,
+            "tokens": 5000,
+            "supervised": 2000,
+            "seconds": 2.0,
+            "steps": 3,
+            "peak_memory_mb": 512.0,
+            "measured_on": "held-out rows",
+            "held_out_rows": 20,
+            "supervised_share": 0.4,
+            "data_rows": 100,
+            "row_tokens": 5000,
+        },
         notes=["something was understood"],
-    )  # fmt: skip
+    )
     return Report(str(folder), **{**known, **changes})
 
 
-LOGGED = [{"step": i + 1, "loss": 2.0 / (i + 1), "learning_rate": 1e-4, "tokens": 100, "seconds": 0.1, "reward": i % 2} for i in range(30)]
+LOGGED = [
+    {
+        "step": i + 1,
+        "loss": 2.0 / (i + 1),
+        "learning_rate": 1e-4,
+        "tokens": 100,
+        "seconds": 0.1,
+        "reward": i % 2,
+    }
+    for i in range(30)
+]
 
 
 @pytest.fixture
@@ -78,8 +102,19 @@ def test_the_page_answers_first_and_is_whole(made):
     text = (made / "report.html").read_text(encoding="utf-8")
     tree = Tree(text)
     assert tree.tags.count("h1") == 1
-    assert "Held-out loss 2.31 → 0.42; 98.0% of completions exact (before: 3.0%); other skills lost 3.0 points." in tree.words
-    for said in ("Before and after", "Training", "learning rate", "reward", "How to repeat it", "Told on the way", "seed: 7"):
+    assert (
+        "Held-out loss 2.31 → 0.42; 98.0% of completions exact (before: 3.0%); other skills lost 3.0 points."
+        in tree.words
+    )
+    for said in (
+        "Before and after",
+        "Training",
+        "learning rate",
+        "reward",
+        "How to repeat it",
+        "Told on the way",
+        "seed: 7",
+    ):
         assert said in tree.words
     assert "2,500 tokens/s" in tree.words
     assert text.index("<h1>") < text.index("<table") < text.index("<svg")
@@ -89,7 +124,11 @@ def test_the_page_needs_no_network_and_no_script(made):
     text = (made / "report.html").read_text(encoding="utf-8")
     tree = Tree(text)
     assert "script" not in tree.tags and "link" not in tree.tags and "img" not in tree.tags
-    assert not [a for a in tree.attributes if a[1] in ("src", "href", "srcset", "data", "action") or a[1].startswith("on")]
+    assert not [
+        a
+        for a in tree.attributes
+        if a[1] in ("src", "href", "srcset", "data", "action") or a[1].startswith("on")
+    ]
     assert "http://" not in text and "https://" not in text and "url(" not in text and "@import" not in text
     assert ("meta", "content", "default-src 'none'; style-src 'unsafe-inline'") in tree.attributes
     assert "prefers-color-scheme:dark" in text and "@media print" in text and "width=device-width" in text
@@ -101,7 +140,9 @@ def test_user_text_stays_text(tmp_path):
         (tmp_path / f"samples-{when}.jsonl").write_text(json.dumps(sample) + "\n")
     (tmp_path / "shown.json").write_text(json.dumps([f"{EVIL}{MARKS[0]}{EVIL}{MARKS[1]}"]))
     recipe = Recipe.load({"data": [{"prompt": EVIL, "completion": EVIL}], "model": EVIL})
-    report = a_report(tmp_path, notes=[EVIL], before={EVIL: 1.0, f"elsewhere_accuracy/{EVIL}": 0.5}, after={EVIL: 2.0})
+    report = a_report(
+        tmp_path, notes=[EVIL], before={EVIL: 1.0, f"elsewhere_accuracy/{EVIL}": 0.5}, after={EVIL: 2.0}
+    )
     logged = [{**x, EVIL: x["step"]} for x in LOGGED]
     tree = Tree(page(recipe, report, logged, tmp_path))
     assert not {"script", "img"} & set(tree.tags)
@@ -143,8 +184,14 @@ def test_marks_that_a_cut_parted_still_close():
 def test_the_card_is_one_the_hub_reads(made):
     _, front, body = (made / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     known = yaml.safe_load(front)
-    assert known["license"] == "unknown" and "luthier" in known["tags"] and "lora" in known["tags"] and "sft" in known["tags"]
-    assert known["library_name"] == "luthier" and "base_model" not in known  # a built-in model is not on the hub
+    assert (
+        known["license"] == "unknown"
+        and "luthier" in known["tags"]
+        and "lora" in known["tags"]
+        and "sft" in known["tags"]
+    )
+    # a built-in model is not on the hub
+    assert known["library_name"] == "luthier" and "base_model" not in known
     assert "luthier.load" in body and "| loss on held-out rows | 2.31 | 0.42 | −1.89 |" in body
     (made / "adapter_config.json").write_text("{}")
     write_report(Recipe(model="org/name"), a_report(made), [], made)
@@ -162,7 +209,13 @@ def test_a_folder_of_this_machine_is_not_told_to_the_world(tmp_path):
 
 @pytest.mark.parametrize(
     ("x", "share", "said"),
-    [(2.3, False, "2.30"), (0.0123, False, "0.012"), (1234.5, False, "1,234"), (0.981, True, "98.1%"), (None, False, "")],
+    [
+        (2.3, False, "2.30"),
+        (0.0123, False, "0.012"),
+        (1234.5, False, "1,234"),
+        (0.981, True, "98.1%"),
+        (None, False, ""),
+    ],
 )
 def test_numbers_read_well(x, share, said):
     assert number(x, share) == said
@@ -188,7 +241,10 @@ def test_nothing_is_said_that_was_not_measured(tmp_path):
 
 def test_answers_are_matched_by_row(tmp_path):
     for when, ids in (("before", "ab"), ("after", "bc")):
-        text = "".join(json.dumps({"id": i, "prompt": i, "expected": None, "answer": when + i, "score": None}) + "\n" for i in ids)
+        text = "".join(
+            json.dumps({"id": i, "prompt": i, "expected": None, "answer": when + i, "score": None}) + "\n"
+            for i in ids
+        )
         (tmp_path / f"samples-{when}.jsonl").write_text(text)
     found = {a["prompt"]: (a["before"], a["after"]) for a in answers(tmp_path)}
     assert found == {"a": ("beforea", None), "b": ("beforeb", "afterb"), "c": (None, "afterc")}
@@ -199,7 +255,11 @@ def test_answers_are_matched_by_row(tmp_path):
 
 def test_ticks_are_round_and_hold_the_data():
     assert ticks(0, 2.7) == [0, 1, 2, 3] and ticks(5, 5)[0] <= 5
-    assert all(t[0] <= low * 2.5 and t[-1] >= high / 2.5 for low, high in ((0.1, 3), (1e-5, 10)) for t in [log_ticks(low, high)])
+    assert all(
+        t[0] <= low * 2.5 and t[-1] >= high / 2.5
+        for low, high in ((0.1, 3), (1e-5, 10))
+        for t in [log_ticks(low, high)]
+    )
     assert short(1.5e-4) == "1.5e-4" and short(0.25) == "0.25" and short(0) == "0" and short(1500) == "1,500"
 
 
@@ -234,7 +294,11 @@ def test_at_a_pipe_ten_lines_and_no_colours(tmp_path):
     report = a_report(tmp_path)
     console.finish(report)
     said = out.getvalue()
-    assert "\x1b" not in said and "[bold]sentence[/bold]" in said and console.notes == ["a [bold]sentence[/bold] with marks"]
+    assert (
+        "\x1b" not in said
+        and "[bold]sentence[/bold]" in said
+        and console.notes == ["a [bold]sentence[/bold] with marks"]
+    )
     assert "2+2=⟦ 4⟧" in said and "40% of them learned" in said
     assert len(re.findall(r"^step \d+/100", said, re.M)) == 10
     assert "5,000 tokens/s" in said and re.search(r"\d s left", said)
@@ -256,7 +320,13 @@ def test_at_a_terminal_a_bar_and_colours(monkeypatch):
 
 
 def test_what_a_model_writes_cannot_steer_the_terminal(tmp_path):
-    sample = {"id": "1", "prompt": "p\x1b[2J", "expected": None, "answer": "\x1b]0;title\x07\x9b31m", "score": None}
+    sample = {
+        "id": "1",
+        "prompt": "p\x1b[2J",
+        "expected": None,
+        "answer": "\x1b]0;title\x07\x9b31m",
+        "score": None,
+    }
     (tmp_path / "samples-after.jsonl").write_text(json.dumps(sample) + "\n")
     out = io.StringIO()
     Console(out).finish(a_report(tmp_path))
@@ -286,5 +356,7 @@ def test_what_is_counted_has_whole_numbers_below_it():
     from luthier.report.chart import chart
 
     for last in (1, 2, 3, 5, 40):
-        said = re.findall(r'class="x"[^>]*>([^<]*)<', chart([("a", "soft", [(float(i), 1.0 + i) for i in range(last + 1)])]))
+        said = re.findall(
+            r'class="x"[^>]*>([^<]*)<', chart([("a", "soft", [(float(i), 1.0 + i) for i in range(last + 1)])])
+        )
         assert len(said) >= 2 and len(set(said)) == len(said), (last, said)

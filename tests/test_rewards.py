@@ -19,7 +19,9 @@ def go(code, timeout=5.0, **more):
 
 
 def grade(*texts, tests=TESTS, row=(), **settings):
-    return build("reward", {"name": "python_tests", **settings}).scores({"tests": tests, **dict(row)}, list(texts))
+    return build("reward", {"name": "python_tests", **settings}).scores(
+        {"tests": tests, **dict(row)}, list(texts)
+    )
 
 
 # ------------------------------------------------------------------------------------------------ exact match
@@ -112,12 +114,22 @@ def test_math_says_how_to_install_what_it_needs(monkeypatch):
 def test_right_half_right_and_wrong_code():
     half = "def add(a, b):\n    return 3"
     fenced = f"Sure!\n```python\n{ADD}```\nUse it:\n```python\nprint(add(1, 1))\n```"
-    assert grade(ADD, half, "def add(a, b): return 7", "def add(a, b:", fenced, "") == [1.0, 0.5, 0.0, 0.0, 1.0, 0.0]
+    assert grade(ADD, half, "def add(a, b): return 7", "def add(a, b:", fenced, "") == [
+        1.0,
+        0.5,
+        0.0,
+        0.0,
+        1.0,
+        0.0,
+    ]
     assert grade(ADD, half, all_or_nothing=True) == [1.0, 0.0]
 
 
 def test_one_string_of_tests_counts_every_assert():
-    tests = "import math\nx = add(1, 2)\nassert x == 3\nassert math.isclose(add(.1, .2), .3)\nassert add(1, 1) == 3\n"
+    tests = (
+        "import math\nx = add(1, 2)\nassert x == 3\nassert math.isclose(add(.1, .2), .3)\nassert add(1, 1)"
+        " == 3\n"
+    )
     assert grade(ADD, tests=tests) == [pytest.approx(2 / 3)]
     assert grade(ADD, tests="def check(f):\n    assert f(1, 1) == 2\ncheck(add)") == [1.0]
     with pytest.raises(RecipeError, match="check nothing"):
@@ -135,12 +147,14 @@ CHEATS = {
     "exit in the function": "import os\ndef add(a, b):\n    os._exit(0)",
     "hard exit": "import os\nos._exit(0)",
     "prints": "print('passed 0 passed 1')\nimport sys; sys.exit()",
-    "writes to every pipe": """
+    "writes to every pipe": (
+        """
 import os
 for i in range(3, 40):
     try: os.write(i, b'["passed", 0]\\n' * 2)
     except OSError: pass
-os._exit(0)""",
+os._exit(0)"""
+    ),
     "equal to all": "class All:\n    def __eq__(self, other): return True\ndef add(a, b): return All()",
     "equal number": "class All(int):\n    __eq__ = lambda self, other: True\ndef add(a, b): return All(9)",
     "no parser": "import ast\nast.parse = lambda *a: ast.Module([], [])",
@@ -159,7 +173,10 @@ def test_cheating_in_containers_and_builtins():
     assert grade(pair, tests=["assert f() == [1, (2,)]"]) == [0.0]
     lying = "import builtins\nbuiltins.sum = lambda x: 3\ndef f(): return [1]"
     assert grade(lying, tests=["assert sum(f()) == 3"]) == [0.0]
-    own = "class P:\n    def __init__(self, x): self.x = x\n    def __eq__(self, other): return self.x == other.x"
+    own = (
+        "class P:\n    def __init__(self, x): self.x = x\n    def __eq__(self, other): return self.x =="
+        " other.x"
+    )
     tests = ["assert P(1) == P(1)", "assert [P(1)] == [P(1)]", "assert P(1) == P(2)"]
     assert grade(own, tests=tests) == [pytest.approx(2 / 3)]
 
@@ -189,7 +206,10 @@ def test_input_output_and_errors():
 def test_an_endless_loop_is_late():
     start = time.monotonic()
     assert go("while True: pass", timeout=0.5).reason == "timeout"
-    assert go("import time\ntry: time.sleep(60)\nexcept BaseException: time.sleep(60)", timeout=0.5).reason == "timeout"
+    assert (
+        go("import time\ntry: time.sleep(60)\nexcept BaseException: time.sleep(60)", timeout=0.5).reason
+        == "timeout"
+    )
     assert time.monotonic() - start < 4
 
 
@@ -255,7 +275,9 @@ def test_ordinary_programs_are_not_refused():
 
 def test_the_kernel_keeps_in_what_gets_past_the_hook():
     report = sandbox_report()
-    if not all(report[f"{wall} (kernel)"] for wall in ("read-only files", "no network", "own processes only")):
+    if not all(
+        report[f"{wall} (kernel)"] for wall in ("read-only files", "no network", "own processes only")
+    ):
         pytest.skip("this machine gives no namespaces")
 
     def past(code, timeout=5.0):
@@ -264,11 +286,15 @@ def test_the_kernel_keeps_in_what_gets_past_the_hook():
     assert "Read-only" in past("open('/dev/shm/luthier-evil', 'w')").reason  # where else everyone may write
     assert "unreachable" in past("import socket\nsocket.create_connection(('1.1.1.1', 80), 1)").reason
     assert past("import os\nprint(os.getpid(), os.listdir('/proc'))").stdout == "1 []\n"
-    # a bomb of at most 32 processes that leave their group; the sleeps are named, so that survivors would be seen
+    # a bomb of at most 32 processes that leave their group; the sleeps are named, so that survivors would be
+    # seen
     if report["limits processes (kernel)"]:
         mark = f"60.{os.getpid()}"
         each = f"os.setsid(); os.execv('/bin/sleep', ['sleep', '{mark}'])"
-        bomb = f"import os\nn = 0\nwhile n < 100:\n    if not os.fork(): {each}\n    n += 1\n    print(n, flush=True)"
+        bomb = (
+            f"import os\nn = 0\nwhile n < 100:\n    if not os.fork(): {each}\n    n += 1\n    print(n,"
+            " flush=True)"
+        )
         result = past(bomb)
         assert result.reason.startswith("BlockingIOError") and len(result.stdout.split()) < 32
         assert not any(mark in line for line in command_lines())
@@ -297,7 +323,10 @@ def test_nothing_is_left_behind(tmp_path, monkeypatch):
 
 def test_the_environment_stays_outside(monkeypatch):
     monkeypatch.setenv("SECRET", "x")
-    assert go("import os\nprint(sorted(os.environ))").stdout == "['HOME', 'LANG', 'PATH', 'PYTHONHASHSEED', 'TMPDIR']\n"
+    assert (
+        go("import os\nprint(sorted(os.environ))").stdout
+        == "['HOME', 'LANG', 'PATH', 'PYTHONHASHSEED', 'TMPDIR']\n"
+    )
 
 
 def test_many_at_once_come_back_in_order():

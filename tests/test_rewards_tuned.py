@@ -8,16 +8,16 @@ import torch.nn.functional as F
 
 import luthier
 from conftest import PAIRS, make_llama, make_tokenizer
-from luthier.methods.architectures.text.reward_model import RewardModel
-from luthier.model.batch import collate
 from luthier.clock import Clock
-from luthier.registry import build
-from luthier.toy import bandit
-from luthier.text.render import Encoded, Renderer
-from luthier.model.policy import Policy, Roles
 from luthier.data.rows import load
+from luthier.methods.architectures.text.reward_model import RewardModel
 from luthier.methods.stages.rollout.step_pairs import advantages, split
 from luthier.methods.tuners._base import Untuned
+from luthier.model.batch import collate
+from luthier.model.policy import Policy, Roles
+from luthier.registry import build
+from luthier.text.render import Encoded, Renderer
+from luthier.toy import bandit
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,9 @@ def judge(tiny):
 
 
 def batch_of(rows):
-    return collate(rows, lambda r: Encoded(r["prompt"], r["completions"], [[True] * len(c) for c in r["completions"]]))
+    return collate(
+        rows, lambda r: Encoded(r["prompt"], r["completions"], [[True] * len(c) for c in r["completions"]])
+    )
 
 
 ROWS = [
@@ -43,7 +45,8 @@ def test_the_value_of_a_token_is_what_the_head_says_after_it(judge):
         values = judge.policy.outputs(batch).values
         plain = RewardModel().plain(net, judge.policy.attached, batch)
         whole = [torch.tensor([r["prompt"] + c]) for r in ROWS for c in r["completions"]]
-        theirs = torch.cat([net(ids).logits.squeeze(-1) for ids in whole])  # transformers' own: at the last token
+        # transformers' own: at the last token
+        theirs = torch.cat([net(ids).logits.squeeze(-1) for ids in whole])
     torch.testing.assert_close(values, plain, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(batch.last(values), theirs, atol=1e-5, rtol=1e-5)
 
@@ -55,7 +58,12 @@ def test_reward_is_trls(judge, tmp_path):
     net = RewardModel().load(judge.policy.model.config._name_or_path, dtype=torch.float32)
     net.load_state_dict(judge.policy.model.state_dict())
     config = trl.RewardConfig(
-        output_dir=str(tmp_path), report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, center_rewards_coefficient=0.3
+        output_dir=str(tmp_path),
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        center_rewards_coefficient=0.3,
     )
     data = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2)
     made = trl.RewardTrainer(model=net, args=config, train_dataset=data, processing_class=make_tokenizer())
@@ -75,7 +83,9 @@ def test_reward_is_trls(judge, tmp_path):
     ours.backward()
     theirs.backward()
     for (name, p), q in zip(judge.policy.model.named_parameters(), made.model.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            p.grad, q.grad, atol=1e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 def test_a_margin_is_asked_for_and_ties_teach_nothing(judge):
@@ -84,7 +94,9 @@ def test_a_margin_is_asked_for_and_ties_teach_nothing(judge):
     with torch.no_grad():
         reward = batch_of(ROWS).last(judge.policy.outputs(batch_of(ROWS)).values).view(2, 2)
         gap = torch.stack([reward[0, 0] - reward[0, 1], reward[1, 1] - reward[1, 0]])
-        torch.testing.assert_close(objective.loss(judge, batch_of(rows)), -F.logsigmoid(gap - 1.5), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            objective.loss(judge, batch_of(rows)), -F.logsigmoid(gap - 1.5), atol=1e-5, rtol=1e-5
+        )
     judge.policy.zero_grad()
     objective.loss(judge, batch_of([{**r, "scores": [1.0, 1.0]} for r in ROWS])).sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in judge.policy.model.parameters())
@@ -93,11 +105,24 @@ def test_a_margin_is_asked_for_and_ties_teach_nothing(judge):
 @pytest.mark.parametrize("tuner", ["lora", "full"])
 def test_a_reward_model_is_tuned_from_a_recipe(tiny, tmp_path, tuner):
     recipe = {
-        "model": tiny, "architecture": "reward_model", "data": PAIRS, "eval_data": 0, "objective": "reward", "tuner": tuner, "max_steps": 10,
-        "learning_rate": 3e-3, "dtype": "float32", "per_device_train_batch_size": 8, "evaluate": ["reward"], "save_steps": 100,
-    }  # fmt: skip
+        "model": tiny,
+        "architecture": "reward_model",
+        "data": PAIRS,
+        "eval_data": 0,
+        "objective": "reward",
+        "tuner": tuner,
+        "max_steps": 10,
+        "learning_rate": 3e-3,
+        "dtype": "float32",
+        "per_device_train_batch_size": 8,
+        "evaluate": ["reward"],
+        "save_steps": 100,
+    }
     report = luthier.tune(recipe, folder=tmp_path / "run")
-    assert report.after["reward_accuracy"] > 0.9 and report.after["reward_margin"] > report.before["reward_margin"] + 0.1
+    assert (
+        report.after["reward_accuracy"] > 0.9
+        and report.after["reward_margin"] > report.before["reward_margin"] + 0.1
+    )
 
 
 STEPWISE = [
@@ -108,21 +133,38 @@ STEPWISE = [
 
 def test_steps_are_marked_and_judged_where_they_end(judge):
     rows = list(build("stage", "mark_steps")(load(STEPWISE).rows, judge))
-    assert rows[0]["step_targets"] == [[-1.0] * 5 + [1.0] + [-1.0] * 5 + [0.0]] and rows[1]["step_targets"] == [[-1.0, 1.0]]
+    assert rows[0]["step_targets"] == [[-1.0] * 5 + [1.0] + [-1.0] * 5 + [0.0]] and rows[1][
+        "step_targets"
+    ] == [[-1.0, 1.0]]
     batch = judge.batch(rows)
     objective = build("objective", "process_reward")
     assert objective.count(batch) == 3
     values = judge.policy.outputs(batch).values.detach()
-    want = F.binary_cross_entropy_with_logits(values[[5, 11, 13]], torch.tensor([1.0, 0.0, 1.0]), reduction="none")
+    want = F.binary_cross_entropy_with_logits(
+        values[[5, 11, 13]], torch.tensor([1.0, 0.0, 1.0]), reduction="none"
+    )
     torch.testing.assert_close(objective.loss(judge, batch).detach(), want)
 
 
 def test_process_rewards_are_learned(tiny, tmp_path):
-    data = [{"prompt": f"{i}?", "completions": [f"{i}", "no" if i % 2 else "yes"], "labels": [True, i % 2 == 0]} for i in range(16)]
+    data = [
+        {"prompt": f"{i}?", "completions": [f"{i}", "no" if i % 2 else "yes"], "labels": [True, i % 2 == 0]}
+        for i in range(16)
+    ]
     recipe = {
-        "model": tiny, "architecture": "reward_model", "data": data, "eval_data": 0, "objective": "process_reward", "tuner": "full",
-        "stages": ["mark_steps"], "max_steps": 15, "learning_rate": 3e-3, "dtype": "float32", "evaluate": [], "save_steps": 100,
-    }  # fmt: skip
+        "model": tiny,
+        "architecture": "reward_model",
+        "data": data,
+        "eval_data": 0,
+        "objective": "process_reward",
+        "tuner": "full",
+        "stages": ["mark_steps"],
+        "max_steps": 15,
+        "learning_rate": 3e-3,
+        "dtype": "float32",
+        "evaluate": [],
+        "save_steps": 100,
+    }
     report = luthier.tune(recipe, folder=tmp_path / "run")
     assert report.losses[-1] < 0.3 < report.losses[0]
 
@@ -136,14 +178,16 @@ def test_steps_and_advantages():
 
 
 def test_step_preferences_share_their_beginning():
-    (row,) = load([{"prompt": "2+2*3?", "initial_reason_steps": "2*3=6\n", "chosen": "2+6=8", "rejected": "2+6=9"}]).rows
+    (row,) = load(
+        [{"prompt": "2+2*3?", "initial_reason_steps": "2*3=6\n", "chosen": "2+6=8", "rejected": "2+6=9"}]
+    ).rows
     assert row["prefix"] == "2*3=6\n" and row["completions"] == ["2+6=8", "2+6=9"]
     assert Renderer(make_tokenizer()).decode_marked(row).startswith("2+2*3?2*3=6\n⟦2+6=8")
 
 
 def test_advantages_by_sampling_and_the_policy_that_weighs_by_them():
-    """Three steps of two choices; the reward is known. Sampled values are the exact ones, and DPO on pairs of a step's choices,
-    preferred as their advantages say, ends at the policy times exp(advantage / beta)."""
+    """Three steps of two choices; the reward is known. Sampled values are the exact ones, and DPO on pairs of
+    a step's choices, preferred as their advantages say, ends at the policy times exp(advantage / beta)."""
     rng = torch.Generator().manual_seed(0)
     reward = torch.rand(2, 2, 2, generator=rng)
     pi = torch.tensor([0.6, 0.4])
@@ -155,7 +199,11 @@ def test_advantages_by_sampling_and_the_policy_that_weighs_by_them():
         paths = draws.clone()
         for k, step in enumerate(begun):
             paths[:, k] = step
-        return float((torch.rand(len(paths), generator=rng) < reward[paths[:, 0], paths[:, 1], paths[:, 2]]).float().mean())
+        return float(
+            (torch.rand(len(paths), generator=rng) < reward[paths[:, 0], paths[:, 1], paths[:, 2]])
+            .float()
+            .mean()
+        )
 
     for begun, value in exact.items():
         assert sampled(*begun) == pytest.approx(value, abs=0.05)
@@ -166,8 +214,12 @@ def test_advantages_by_sampling_and_the_policy_that_weighs_by_them():
     roles = bandit.roles_of(bandit.Arms(base))
     batch = bandit.batch_of(bandit.pulled([[0, 1], [0, 1]], torch.tensor([1.0, 0.0])))
     batch.rows[1]["scores"] = [0.0, 1.0]
-    weights = torch.stack([torch.sigmoid(advantage[0] - advantage[1]), torch.sigmoid(advantage[1] - advantage[0])])
-    optimizer = torch.optim.LBFGS(roles.policy.parameters(), max_iter=60, line_search_fn="strong_wolfe", tolerance_grad=1e-12)
+    weights = torch.stack(
+        [torch.sigmoid(advantage[0] - advantage[1]), torch.sigmoid(advantage[1] - advantage[0])]
+    )
+    optimizer = torch.optim.LBFGS(
+        roles.policy.parameters(), max_iter=60, line_search_fn="strong_wolfe", tolerance_grad=1e-12
+    )
 
     def closure():
         optimizer.zero_grad()
@@ -181,12 +233,16 @@ def test_advantages_by_sampling_and_the_policy_that_weighs_by_them():
 
 
 def test_pairs_come_from_where_it_goes_wrong(tmp_path):
-    """A model that was taught two ways on: from a good first step it may still end right, from a spurious one never."""
+    """A model that was taught two ways on: from a good first step it may still end right, from a spurious one
+    never.
+    """
     texts = [("Q", "a\nR"), ("Q", "a\nW"), ("Q", "a\nR"), ("Q", "b\nW")]
     rows = [{"id": str(i), "prompt": p, "completions": [c]} for i, (p, c) in enumerate(texts)]
     net = make_llama()
     net.config._name_or_path = str(tmp_path)
-    roles = Roles(Policy(build("architecture", "causal"), net, Untuned(net)), Clock(), Renderer(make_tokenizer()))
+    roles = Roles(
+        Policy(build("architecture", "causal"), net, Untuned(net)), Clock(), Renderer(make_tokenizer())
+    )
     adam = torch.optim.Adam(net.parameters(), lr=3e-3)
     for _ in range(60):
         adam.zero_grad()
@@ -194,17 +250,31 @@ def test_pairs_come_from_where_it_goes_wrong(tmp_path):
         adam.step()
     net.eval()
     stage = build(
-        "stage", {"name": "step_pairs", "n": 24, "max_new_tokens": 6, "reward": {"name": "exact_match", "extract": "after", "marker": "\n"}}
+        "stage",
+        {
+            "name": "step_pairs",
+            "n": 24,
+            "max_new_tokens": 6,
+            "reward": {"name": "exact_match", "extract": "after", "marker": "\n"},
+        },
     )
     wrong = [
         {"id": "w", "prompt": "Q", "completions": ["b\nW"], "answer": "\nR"},
         {"id": "r", "prompt": "Q", "completions": ["a\nR"], "answer": "\nR"},
     ]
     (made,) = stage(wrong, roles)
-    assert made["id"] == "w" and made["prefix"] == "" and made["completions"][1] == "b\nW" and made["completions"][0].strip().endswith("R")
+    assert (
+        made["id"] == "w"
+        and made["prefix"] == ""
+        and made["completions"][1] == "b\nW"
+        and made["completions"][0].strip().endswith("R")
+    )
     assert made["advantages"][0] == min(made["advantages"]) < 0, "the first step is the pit"
     pair = [made]
-    dpo, start = build("objective", {"name": "dpo", "beta": 0.5}), {k: v.clone() for k, v in net.state_dict().items()}
+    dpo, start = (
+        build("objective", {"name": "dpo", "beta": 0.5}),
+        {k: v.clone() for k, v in net.state_dict().items()},
+    )
 
     def spurious() -> float:
         batch = roles.batch([{"id": "x", "prompt": "Q", "completions": ["b\nW"]}])
@@ -213,7 +283,9 @@ def test_pairs_come_from_where_it_goes_wrong(tmp_path):
     before, found = spurious(), {}
     reference = make_llama()
     reference.load_state_dict(start)
-    roles.reference = Policy(build("architecture", "causal"), reference, Untuned(reference), "reference", torch.no_grad)
+    roles.reference = Policy(
+        build("architecture", "causal"), reference, Untuned(reference), "reference", torch.no_grad
+    )
     for name, objective, some in (
         ("dpo", dpo, pair),
         ("positives", build("objective", "sft"), [{"id": "p", "prompt": "Q", "completions": ["b\nR"]}]),
@@ -225,4 +297,6 @@ def test_pairs_come_from_where_it_goes_wrong(tmp_path):
             objective.loss(roles, roles.batch(some)).mean().backward()
             adam.step()
         found[name] = spurious()
-    assert found["dpo"] < before < found["positives"], "a right end excuses a spurious step only where there are no negatives"
+    assert found["dpo"] < before < found["positives"], (
+        "a right end excuses a spurious step only where there are no negatives"
+    )

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from luthier.methods.formats._base import BadRow
-from luthier.errors import RecipeError
-from luthier.registry import build, names
 from luthier.data.rows import TooManyBadRows, content_key, load, resolve, split, write_quarantine
+from luthier.errors import RecipeError
+from luthier.methods.formats._base import BadRow
+from luthier.registry import build, names
 
 DATA = Path(os.environ.get("LUTHIER_DATA", Path(__file__).parents[2] / "shared" / "data"))
 USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
@@ -54,29 +54,49 @@ def test_every_shape_has_a_row_here():
 @pytest.mark.parametrize("name", SHAPES)
 def test_shapes_are_recognised_and_are_fixed_points(name, tmp_path):
     found = load(jsonl(tmp_path, [SHAPES[name]] * 3))
-    assert found.format == name and not found.bad and [r["id"] for r in found.rows] == [f"rows.jsonl:{i}" for i in (1, 2, 3)]
+    assert (
+        found.format == name
+        and not found.bad
+        and [r["id"] for r in found.rows] == [f"rows.jsonl:{i}" for i in (1, 2, 3)]
+    )
     again = load(jsonl(tmp_path, found.rows))
     keys = ("id", "prompt", "completions", "scores", "tools", "label")
-    assert [{k: r.get(k) for k in keys} for r in again.rows] == [{k: r.get(k) for k in keys} for r in found.rows]
+    assert [{k: r.get(k) for k in keys} for r in again.rows] == [
+        {k: r.get(k) for k in keys} for r in found.rows
+    ]
 
 
 def test_what_the_shapes_become():
     rows = {name: one(raw) for name, raw in SHAPES.items()}
     assert (rows["text"]["prompt"], rows["text"]["completions"]) == ("", ["Once upon a time."])
-    assert rows["prompt_completion"] == {"source": "sums", "prompt": "2+2=", "completions": [" 4"], "id": "rows:1"}
+    assert rows["prompt_completion"] == {
+        "source": "sums",
+        "prompt": "2+2=",
+        "completions": [" 4"],
+        "id": "rows:1",
+    }
     assert rows["messages"]["prompt"] == [USER] and rows["messages"]["completions"] == [[BOT]]
     assert rows["messages"]["tools"] == [{"type": "function", "function": TOOL}]
     assert rows["sharegpt"]["completions"] == [[BOT]]
     assert rows["alpaca"]["prompt"] == [{"role": "user", "content": "Add.\n\n2 and 2"}]
-    assert rows["preference"]["completions"] == ["Hello!", "What?"] and rows["preference"]["scores"] == [1.0, 0.0]
+    assert rows["preference"]["completions"] == ["Hello!", "What?"] and rows["preference"]["scores"] == [
+        1.0,
+        0.0,
+    ]
     assert rows["pairwise"]["completions"] == [[BOT], [{"role": "assistant", "content": "What?"}]]
     assert rows["pairwise"]["scores"] == [0.75, 0.25]
     assert rows["unpaired"]["scores"] == [-1.0]
     assert rows["ranked"]["scores"] == [1.0, 7.5]
-    assert rows["stepwise"]["completions"] == ["2*3=6\n2+6=9"] and rows["stepwise"]["step_labels"] == [True, False]
+    assert rows["stepwise"]["completions"] == ["2*3=6\n2+6=9"] and rows["stepwise"]["step_labels"] == [
+        True,
+        False,
+    ]
     assert (rows["labelled"]["completions"], rows["labelled"]["label"]) == (["1"], 1)
     assert "completions" not in rows["prompt"] and rows["prompt"]["answer"] == "4"
-    assert rows["question_answer"]["completions"] == ["2+2=4\n#### 4"] and rows["question_answer"]["answer"] == "4"
+    assert (
+        rows["question_answer"]["completions"] == ["2+2=4\n#### 4"]
+        and rows["question_answer"]["answer"] == "4"
+    )
 
 
 def test_conversations_with_tools_and_system():
@@ -137,7 +157,9 @@ def test_columns_are_mapped_and_formats_can_be_named():
     assert (row["prompt"], row["completions"]) == ("Why?", ["SELECT 1"])
     gsm = SHAPES["question_answer"]
     assert "completions" not in one(gsm, columns={"prompt": "question"})
-    with pytest.raises(RecipeError, match="has no column 'quest', which columns: maps; did you mean 'question'"):
+    with pytest.raises(
+        RecipeError, match="has no column 'quest', which columns: maps; did you mean 'question'"
+    ):
         one(gsm, columns={"prompt": "quest"})
     chat = one(gsm, format={"name": "question_answer", "chat": True})
     assert chat["prompt"] == [{"role": "user", "content": "What is 2+2?"}]
@@ -145,7 +167,9 @@ def test_columns_are_mapped_and_formats_can_be_named():
 
 
 def test_unknown_and_ambiguous_columns():
-    with pytest.raises(RecipeError, match=r"no format fits the columns buggy, fixed; the nearest: .*columns: \{prompt: buggy"):
+    with pytest.raises(
+        RecipeError, match=r"no format fits the columns buggy, fixed; the nearest: .*columns: \{prompt: buggy"
+    ):
         load([{"buggy": "a", "fixed": "b"}])
     with pytest.raises(RecipeError, match="alpaca wants instruction \\+ output"):
         load([{"instruction": "a", "result": "b"}])
@@ -157,7 +181,10 @@ def test_mixed_files_take_rows_of_the_same_kind_only():
     rows = [SHAPES["alpaca"]] * 60 + [SHAPES["messages"]] + [SHAPES["preference"]]
     found = load(rows)
     assert found.format == "alpaca" and len(found.rows) == 61 and found.rows[60]["completions"] == [[BOT]]
-    assert found.bad[0]["where"] == "rows:62" and "do not fit the file's format, alpaca" in found.bad[0]["reason"]
+    assert (
+        found.bad[0]["where"] == "rows:62"
+        and "do not fit the file's format, alpaca" in found.bad[0]["reason"]
+    )
 
 
 # ---------------------------------------------------------------------------------------------- bad rows
@@ -281,7 +308,9 @@ def test_kinds_of_files(tmp_path):
     (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
     (tmp_path / "held.json").write_text(json.dumps({"version": 1, "data": rows}))
     quoted = [",".join('"' + r[k].replace('"', '""') + '"' for k in r) for r in rows]
-    (tmp_path / "rows.csv").write_text("\ufeffprompt,completion\r\n" + "\r\n".join(quoted) + "\r\n", encoding="utf-8", newline="")
+    (tmp_path / "rows.csv").write_text(
+        "\ufeffprompt,completion\r\n" + "\r\n".join(quoted) + "\r\n", encoding="utf-8", newline=""
+    )
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
     for name in (
         "rows.jsonl",
@@ -306,7 +335,9 @@ def test_text_files_are_lines_or_running_text(tmp_path):
     prose = "\n\n".join(f"Paragraph {i}. " + "word " * 200 for i in range(20))
     (tmp_path / "book.txt").write_text(prose)
     found = load(tmp_path / "book.txt").rows
-    assert 4 <= len(found) <= 6 and "".join("".join(r["completions"][0].split()) for r in found) == "".join(prose.split())
+    assert 4 <= len(found) <= 6 and "".join("".join(r["completions"][0].split()) for r in found) == "".join(
+        prose.split()
+    )
 
 
 def test_a_broken_csv_costs_its_own_lines(tmp_path):
@@ -357,7 +388,9 @@ def test_folders_lists_limits(tmp_path):
     import datasets
 
     rows = [{"sentence": "fine", "label": 1}, {"sentence": "dull", "label": 0}]
-    features = datasets.Features({"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])})
+    features = datasets.Features(
+        {"sentence": datasets.Value("string"), "label": datasets.ClassLabel(names=["bad", "good"])}
+    )
     saved = datasets.Dataset.from_list(rows, features=features)
     saved.save_to_disk(str(tmp_path / "saved"))
     datasets.DatasetDict({"train": saved, "test": saved}).save_to_disk(str(tmp_path / "splits"))
@@ -390,7 +423,9 @@ def test_dataset_info_of_llama_factory(tmp_path):
     (tmp_path / "dataset_info.json").write_text(json.dumps(info))
     (tmp_path / "a.json").write_text(json.dumps([{"q": "Add.", "x": "1 1", "r": "2"}]))
     (tmp_path / "b.json").write_text(json.dumps([{"q": "Hi", "good": "Hello!", "poor": "What?"}]))
-    (tmp_path / "c.json").write_text(json.dumps([{"turns": [{"who": "me", "says": "Hi"}, {"who": "it", "says": "Hello!"}]}]))
+    (tmp_path / "c.json").write_text(
+        json.dumps([{"turns": [{"who": "me", "says": "Hi"}, {"who": "it", "says": "Hello!"}]}])
+    )
     place = str(tmp_path / "dataset_info.json")
     assert load(place + ":mine").rows[0]["prompt"] == [{"role": "user", "content": "Add.\n\n1 1"}]
     assert load({"path": place, "name": "pairs"}).rows[0]["scores"] == [1.0, 0.0]
@@ -400,7 +435,9 @@ def test_dataset_info_of_llama_factory(tmp_path):
 
 
 def test_entries_of_axolotl(tmp_path):
-    path = str(jsonl(tmp_path, [{"talk": [{"who": "human", "what": "Hi"}, {"who": "gpt", "what": "Hello!"}]}]))
+    path = str(
+        jsonl(tmp_path, [{"talk": [{"who": "human", "what": "Hi"}, {"who": "gpt", "what": "Hello!"}]}])
+    )
     entry = {
         "path": path,
         "type": "chat_template",
@@ -410,7 +447,10 @@ def test_entries_of_axolotl(tmp_path):
     }
     assert load([entry]).rows[0]["completions"] == [[BOT]]
     text = str(jsonl(tmp_path, [{"body": "Once."}], "text.jsonl"))
-    assert load([{"path": "json", "data_files": text, "type": "completion", "field": "body"}]).rows[0]["prompt"] == ""
+    assert (
+        load([{"path": "json", "data_files": text, "type": "completion", "field": "body"}]).rows[0]["prompt"]
+        == ""
+    )
     assert resolve({"path": "x.jsonl", "type": "alpaca"}).format == "alpaca"
 
 
@@ -419,7 +459,9 @@ def test_names_on_the_hub(monkeypatch):
 
     asked = []
     rows = datasets.Dataset.from_list([{"text": "a"}] * 3)
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or {"train": rows, "test": rows})
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, **k: asked.append((a, k)) or {"train": rows, "test": rows}
+    )
     assert len(load({"path": "someone/stories", "split": "test", "limit": 2}).rows) == 2
     assert asked == [(("someone/stories", None), {"split": "test"})]
 
@@ -427,7 +469,9 @@ def test_names_on_the_hub(monkeypatch):
         raise ConnectionError("no network\nmore")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(RecipeError, match="'someone/stories' is no file here.* no data set that could be loaded: no network$"):
+    with pytest.raises(
+        RecipeError, match="'someone/stories' is no file here.* no data set that could be loaded: no network$"
+    ):
         load("someone/stories")
 
 
@@ -442,7 +486,9 @@ def test_practice_worlds():
 
 
 def test_equal_prompts_are_never_on_both_sides():
-    rows = [{"id": str(i), "prompt": f"q{i % 200}" + " " * (i % 3), "completions": [f"a{i}"]} for i in range(2000)]
+    rows = [
+        {"id": str(i), "prompt": f"q{i % 200}" + " " * (i % 3), "completions": [f"a{i}"]} for i in range(2000)
+    ]
     train, held = split(rows, 0.1, seed=3)
     assert not {content_key(r) for r in train} & {content_key(r) for r in held}
     assert 0.04 < len(held) / len(rows) < 0.18 and len(train) + len(held) == 2000

@@ -1,4 +1,6 @@
-"""Searches: what a searcher asks, what a search goes over, refuses, goes on with after a stop, and says of what it found."""
+"""Searches: what a searcher asks, what a search goes over, refuses, goes on with after a stop, and says of
+what it found.
+"""
 
 from __future__ import annotations
 
@@ -14,23 +16,28 @@ pytest.importorskip("optuna")
 
 import luthier
 from conftest import PAIRS, SUMS
-from luthier.study import search as searching
 from luthier.clock import Clock
-from luthier.study.goals import below, fold, goals, limits
 from luthier.errors import RecipeError
-from luthier.registry import build, names
-from luthier.study.statistics import expected_utility, hypervolume, sparsity
-from luthier.recipe.recipe import Recipe
-from luthier.methods.searchers.bandit._brackets import cost, halving
 from luthier.methods.searchers._base import Asked, Dim, Seen, Space, crowding, layers, ranked
+from luthier.methods.searchers.bandit._brackets import cost, halving
+from luthier.recipe.recipe import Recipe
+from luthier.registry import build, names
+from luthier.study import search as searching
+from luthier.study.goals import below, fold, goals, limits
 from luthier.study.search import Book, Measured, hunt, quest, seeds_of
 from luthier.study.space import only_layers, over
+from luthier.study.statistics import expected_utility, hypervolume, sparsity
 
 PLANE = Space(tuple(Dim(f"x{i}") for i in range(4)))
-MIXED = Space((
-    Dim("tuner", choices=("a", "b")), Dim("rate", 1e-5, 1e-1, log=True), Dim("a.r", 4, 64, log=True, whole=True, when=("tuner", "a")),
-    Dim("b.width", 0.0, 1.0, when=("tuner", "b")), Dim("on", choices=(True, False)),
-))  # fmt: skip
+MIXED = Space(
+    (
+        Dim("tuner", choices=("a", "b")),
+        Dim("rate", 1e-5, 1e-1, log=True),
+        Dim("a.r", 4, 64, log=True, whole=True, when=("tuner", "a")),
+        Dim("b.width", 0.0, 1.0, when=("tuner", "b")),
+        Dim("on", choices=(True, False)),
+    )
+)
 
 
 def zdt1(x):
@@ -54,7 +61,16 @@ def play(spec, f, trials, seed=0, space=PLANE, wanted=2, seen=None):
         number = max(paid, default=-1) + 1 if asked.number is None else asked.number
         paid[number] = max(asked.share, paid.get(number, 0.0))
         values = f(space.encode(asked.point))
-        seen.append(Seen(number, asked.point, tuple(v + 0.2 * (1 - asked.share) for v in values), asked.share, 0.0, asked.marks))
+        seen.append(
+            Seen(
+                number,
+                asked.point,
+                tuple(v + 0.2 * (1 - asked.share) for v in values),
+                asked.share,
+                0.0,
+                asked.marks,
+            )
+        )
     return seen
 
 
@@ -63,7 +79,9 @@ def play(spec, f, trials, seed=0, space=PLANE, wanted=2, seen=None):
 
 @pytest.mark.parametrize("name", names("searcher"))
 def test_a_searcher_is_a_function_of_what_was_seen(name):
-    """Legal points on a conditional space, JSON in its marks, the same answer to the same history, another to another seed."""
+    """Legal points on a conditional space, JSON in its marks, the same answer to the same history, another to
+    another seed.
+    """
     f = lambda u: (float(((u - 0.3) ** 2).sum()), float(((u - 0.7) ** 2).sum()))
     seen = play(name, f, 8, space=MIXED)
     for s in seen:
@@ -82,12 +100,16 @@ def test_it_beats_random_search_on_known_fronts(name):
     """Hypervolume at equal budget, in full runs, ten seeds each."""
     for f, trials in ((zdt1, 25), (zdt2, 25)):
         cover = lambda seen: hypervolume([s.values for s in seen if s.share == 1], (1.1, 6.0))
-        won = [cover(play(name, f, trials, seed)) - cover(play("random", f, trials, seed)) for seed in range(10)]
+        won = [
+            cover(play(name, f, trials, seed)) - cover(play("random", f, trials, seed)) for seed in range(10)
+        ]
         assert np.mean(won) > 0 and sum(w > 0 for w in won) >= 8, (f.__name__, won)
 
 
 def test_constraints_are_kept_to():
-    """The goal pulls into the half of a square that is forbidden: a search that knows of it asks there far less."""
+    """The goal pulls into the half of a square that is forbidden: a search that knows of it asks there far
+    less.
+    """
     asked_there = []
     for known in (0.0, 1.0):
         space, seen = Space((Dim("x"), Dim("y"))), []
@@ -112,17 +134,23 @@ def test_improvement_expected_of_processes_covers_more_than_chance_and_keeps_to_
         x, y = asked.point["x"], asked.point["y"]
         seen.append(Seen(i, asked.point, (x + y,), over=max(0.0, 0.5 - x), marks=asked.marks))
     top = ranked(seen)[0]
-    assert top.over == 0 and top.values[0] < 0.75 and top.number >= 6, "the best within the limit is 0.5, at an edge of it"
+    assert top.over == 0 and top.values[0] < 0.75 and top.number >= 6, (
+        "the best within the limit is 0.5, at an edge of it"
+    )
 
 
 def test_halving_pays_what_the_formula_says():
     assert halving(9, 1 / 9, 3) == [(9, pytest.approx(1 / 9)), (3, pytest.approx(1 / 3)), (1, 1.0)]
     for n, k, eta in ((27, 3, 3), (16, 4, 2), (9, 2, 3)):
         rungs = halving(n, eta**-k, eta)
-        assert cost(rungs, anew=True) == pytest.approx(sum(math.floor(n / eta**i) * eta ** (i - k) for i in range(k + 1)))
+        assert cost(rungs, anew=True) == pytest.approx(
+            sum(math.floor(n / eta**i) * eta ** (i - k) for i in range(k + 1))
+        )
         assert cost(rungs, anew=True) == pytest.approx((k + 1) * n / eta**k)  # every rung costs the same
     band = build("searcher", {"name": "hyperband", "inner": "random"})
-    assert [band.bracket(i)[0][0] for i in range(4)] == [9, 5, 3, 9] and band.shares == pytest.approx((1 / 9, 1 / 3, 1))
+    assert [band.bracket(i)[0][0] for i in range(4)] == [9, 5, 3, 9] and band.shares == pytest.approx(
+        (1 / 9, 1 / 3, 1)
+    )
     seen = play({"name": "halving", "n": 9}, zdt1, cost(halving(9, 1 / 9, 3)))
     assert [round(9 * s.share) for s in seen] == [1] * 9 + [3] * 3 + [9]
     assert len({s.number for s in seen}) == 9, "survivors go on, they are not begun anew"
@@ -146,8 +174,14 @@ def test_dehb_of_one_share_and_no_crossover_is_the_mutation_alone():
     )
     kept = play({**spec, "crossover": 1.0}, zdt1, 20)
     child = next(s for s in kept if "of" in s.marks)
-    parents = [PLANE.encode(s.point) for s in kept if s.marks["slot"] == child.marks["slot"] and s.number < child.number]
-    assert any((np.isclose(PLANE.encode(child.point), p)).sum() == 3 for p in parents), "all but one setting stay the parent's"
+    parents = [
+        PLANE.encode(s.point)
+        for s in kept
+        if s.marks["slot"] == child.marks["slot"] and s.number < child.number
+    ]
+    assert any((np.isclose(PLANE.encode(child.point), p)).sum() == 3 for p in parents), (
+        "all but one setting stay the parent's"
+    )
 
 
 def test_layers_are_those_of_brute_force():
@@ -178,8 +212,13 @@ def test_points_and_vectors_are_one():
 
 
 def bandit(seeds: int, trials: int = 40, seed: int = 0):
-    """A search whose objective has an optimum of its own for each seed: score on tuning seeds, and on seeds never used."""
-    book, best_at = Book(Space((Dim("x"),)), goals(["loss"], "loss"), ()), lambda s: np.random.default_rng([seed, s]).uniform(0.2, 0.8)
+    """A search whose objective has an optimum of its own for each seed: score on tuning seeds, and on seeds
+    never used.
+    """
+    book, best_at = (
+        Book(Space((Dim("x"),)), goals(["loss"], "loss"), ()),
+        lambda s: np.random.default_rng([seed, s]).uniform(0.2, 0.8),
+    )
     f = lambda x, s: {"loss": (x - best_at(s)) ** 2}
 
     def measure(t, index):
@@ -211,15 +250,31 @@ def test_seeds_that_overlap_are_refused(tiny):
 
 def test_goals_and_limits_are_understood():
     found = goals(["quality, forgetting,parameters"], "accuracy")
-    assert [(g.metric, g.up) for g in found] == [("accuracy", True), ("elsewhere_loss", False), ("trained", False)]
+    assert [(g.metric, g.up) for g in found] == [
+        ("accuracy", True),
+        ("elsewhere_loss", False),
+        ("trained", False),
+    ]
     assert found[0].value({"accuracy": 0.5}) == -0.5 and found[0].value({}) == math.inf
     (limit,) = limits(["memory <= 8GB"], "loss")
     assert limit.over({"peak_memory_mb": 8192}) == 0 and limit.over({"peak_memory_mb": 16384}) == 1
-    assert [x.value for x in limits(["time < 2h and accuracy >= 90%", "parameters <= 10k"], "loss")] == [7200, 0.9, 10_000]
-    for bad, said in ((["memory <= 8 cows"], "not counted in 'cows'"), (["memory"], "not a limit"), (["lossy < 1"], "did you mean 'loss'")):
+    assert [x.value for x in limits(["time < 2h and accuracy >= 90%", "parameters <= 10k"], "loss")] == [
+        7200,
+        0.9,
+        10_000,
+    ]
+    for bad, said in (
+        (["memory <= 8 cows"], "not counted in 'cows'"),
+        (["memory"], "not a limit"),
+        (["lossy < 1"], "did you mean 'loss'"),
+    ):
         with pytest.raises(RecipeError, match=said):
             limits(bad, "loss")
-    for bad, said in ((["generated_tokens"], "neither more nor less"), (["loss,loss"], "twice"), (["front(loss)"], "behind an @")):
+    for bad, said in (
+        (["generated_tokens"], "neither more nor less"),
+        (["loss,loss"], "twice"),
+        (["front(loss)"], "behind an @"),
+    ):
         with pytest.raises(RecipeError, match=said):
             goals(bad, "loss")
 
@@ -231,15 +286,17 @@ def test_volumes_of_fronts_are_those_by_hand():
     assert hypervolume(three, (3, 3, 3)) == 4 and hypervolume([*three, (2, 2, 2)], (3, 3, 3)) == 4
     assert hypervolume([(0, 0, 0)], (1, 2, 3)) == 6 and hypervolume([(5, 0)], (4, 4)) == 0
     (goal,) = goals(["front(accuracy, elsewhere_loss @ 0, 4)"], "loss")
-    assert goal.up and fold(goal, [{"accuracy": 0.5, "elsewhere_loss": 2.0}, {"accuracy": 1.0, "elsewhere_loss": 3.0}]) == pytest.approx(
-        1.5
-    )
+    assert goal.up and fold(
+        goal, [{"accuracy": 0.5, "elsewhere_loss": 2.0}, {"accuracy": 1.0, "elsewhere_loss": 3.0}]
+    ) == pytest.approx(1.5)
     (shares,) = goals(["front(accuracy,elsewhere_accuracy)"], "loss")
     assert shares.worst == (0.0, 0.0)
 
 
 def test_a_search_over_fronts_finds_more_than_the_default():
-    """A bandit of two rewards, tuned to a front per seed: the setting found covers more on seeds never used, in any order."""
+    """A bandit of two rewards, tuned to a front per seed: the setting found covers more on seeds never used,
+    in any order.
+    """
     space = Space((Dim("temperature", 0.01, 10.0, log=True, default=10.0),))
     (goal,) = goals(["front(generated_reward, accuracy @ 0, 0)"], "loss")
 
@@ -251,7 +308,9 @@ def test_a_search_over_fronts_finds_more_than_the_default():
             acts.append(dict(zip(("generated_reward", "accuracy"), (p / p.sum()) @ rewards)))
         return {goal.metric: fold(goal, acts)}
 
-    measure = lambda t, i: Measured({s: front_of(t.user_attrs["point"]["temperature"], s) for s in (1000, 1001, 1002)})
+    measure = lambda t, i: Measured(
+        {s: front_of(t.user_attrs["point"]["temperature"], s) for s in (1000, 1001, 1002)}
+    )
     book = Book(space, (goal,), ())
     tried = hunt(book, build("searcher", "tpe"), measure, 25)
     at = searching.best(tried)[0].seen.point["temperature"]
@@ -261,7 +320,10 @@ def test_a_search_over_fronts_finds_more_than_the_default():
         again = hunt(Book(space, (goal,), ()), build("searcher", "tpe"), measure, len(asked), first=order)
         assert searching.best(again)[0].seen.point["temperature"] == at
     flat = lambda t, i: Measured({1000: {goal.metric: 1.0}})  # all alike: still the same one
-    ends = [searching.best(hunt(Book(space, (goal,), ()), build("searcher", "tpe"), flat, 25, first=o))[0] for o in (asked, asked[::-1])]
+    ends = [
+        searching.best(hunt(Book(space, (goal,), ()), build("searcher", "tpe"), flat, 25, first=o))[0]
+        for o in (asked, asked[::-1])
+    ]
     assert ends[0].seen.point == ends[1].seen.point
 
 
@@ -269,21 +331,38 @@ def test_what_else_is_said_of_a_front():
     points = [(1.0, 0.0), (0.0, 1.0), (0.6, 0.6)]
     assert expected_utility(points, [[1, 0], [0.5, 0.5], [0, 1]]) == pytest.approx((1 + 0.6 + 1) / 3)
     down = [[-x for x in p] for p in points]
-    assert sparsity(down) == pytest.approx(2 * (0.6**2 + 0.4**2) / 2) == sparsity([*down, (-0.5, -0.5), down[0]])
+    assert (
+        sparsity(down) == pytest.approx(2 * (0.6**2 + 0.4**2) / 2) == sparsity([*down, (-0.5, -0.5), down[0]])
+    )
     assert sparsity(down[:1]) == math.inf
     utility, gaps = goals(["utility(accuracy, elsewhere_loss), sparsity(accuracy, elsewhere_loss)"], "loss")
     acts = [{"accuracy": 1.0, "elsewhere_loss": 2.0}, {"accuracy": 0.0, "elsewhere_loss": 0.0}]
     by_hand = np.mean([max(w - 2 * (1 - w), 0) for w in np.linspace(0, 1, 21)])
     assert utility.up and utility.value({utility.metric: fold(utility, acts)}) == pytest.approx(-by_hand)
-    assert not gaps.up and fold(gaps, acts) == pytest.approx(1 + 4) and gaps.value({gaps.metric: fold(gaps, acts[:1])}) == math.inf
-    assert fold(gaps, [{"accuracy": 1.0}]) is None and math.isnan(fold(utility, [{"accuracy": math.nan, "elsewhere_loss": 1.0}]))
+    assert (
+        not gaps.up
+        and fold(gaps, acts) == pytest.approx(1 + 4)
+        and gaps.value({gaps.metric: fold(gaps, acts[:1])}) == math.inf
+    )
+    assert fold(gaps, [{"accuracy": 1.0}]) is None and math.isnan(
+        fold(utility, [{"accuracy": math.nan, "elsewhere_loss": 1.0}])
+    )
     own = {"goal/short": 0.0, "reward_accuracy": 0.2}
     (volume,) = goals(["hypervolume"], "loss", own)
     acts = [{"goal/short": 0.5, "reward_accuracy": 0.4}, {"goal/short": 0.25, "reward_accuracy": 0.6}]
-    assert fold(volume, acts) == pytest.approx(0.5 * 0.2 + 0.25 * 0.2) and volume.worst == (0.0, 0.2) and not below(volume, acts)
-    assert "reward_accuracy 0.1 lies beyond 0.2" in below(volume, [*acts, {"goal/short": 0.5, "reward_accuracy": 0.1}])
-    for said, plan, why in (("utility", {}, "plan makes none"), ("hypervolume", {"goal/short": None}, "`worst` for short"),
-                            ("utility(loss @ 3)", {}, "only a volume")):  # fmt: skip
+    assert (
+        fold(volume, acts) == pytest.approx(0.5 * 0.2 + 0.25 * 0.2)
+        and volume.worst == (0.0, 0.2)
+        and not below(volume, acts)
+    )
+    assert "reward_accuracy 0.1 lies beyond 0.2" in below(
+        volume, [*acts, {"goal/short": 0.5, "reward_accuracy": 0.1}]
+    )
+    for said, plan, why in (
+        ("utility", {}, "plan makes none"),
+        ("hypervolume", {"goal/short": None}, "`worst` for short"),
+        ("utility(loss @ 3)", {}, "only a volume"),
+    ):
         with pytest.raises(RecipeError, match=why):
             goals([said], "loss", plan)
 
@@ -298,25 +377,54 @@ def test_differences_of_fronts_have_intervals():
     half = 4.302652729911275 * 0.1 / math.sqrt(3)  # of [1.0, 1.1, 0.9]
     d = lines[1]["beyond"]["utility"]
     assert (d["mean"], d["low"], d["high"]) == pytest.approx((1.0, 1.0 - half, 1.0 + half)) and d["apart"]
-    assert lines[0]["interval"]["utility"] == pytest.approx((2 - 4.302652729911275 / math.sqrt(3), 2 + 4.302652729911275 / math.sqrt(3)))
+    assert lines[0]["interval"]["utility"] == pytest.approx(
+        (2 - 4.302652729911275 / math.sqrt(3), 2 + 4.302652729911275 / math.sqrt(3))
+    )
 
 
 def test_a_recipe_that_only_its_plan_completes_can_be_searched():
     """The front's `modpo` learns from rewards that the plan's own stages give."""
     recipe = Path(__file__).parents[1] / "recipes" / "front.yaml"
-    made = quest(recipe, ["learning_rate, objective.beta"], ["hypervolume"], changes=["plan.worst={short: 0, complete: 0}"])
+    made = quest(
+        recipe,
+        ["learning_rate, objective.beta"],
+        ["hypervolume"],
+        changes=["plan.worst={short: 0, complete: 0}"],
+    )
     assert made.goals[0].front == ("goal/short", "goal/complete") and made.goals[0].worst == (0.0, 0.0)
 
 
 def test_a_plan_is_searched_by_its_front(tmp_path):
-    """Each trial is a front; a point that a trial lies beyond is refused; the end compares fronts on seeds never used."""
+    """Each trial is a front; a point that a trial lies beyond is refused; the end compares fronts on seeds
+    never used.
+    """
     short, complete = {"name": "length", "scale": -0.1}, {"name": "world", "objective": "complete"}
-    plan = {"name": "front", "points": 2, "judged": 2, "max_new_tokens": 4, "goals": {"short": short, "complete": complete}}
+    plan = {
+        "name": "front",
+        "points": 2,
+        "judged": 2,
+        "max_new_tokens": 4,
+        "goals": {"short": short, "complete": complete},
+    }
     base = {
-        "model": "practice:lm-small", "data": {"path": "practice:style/short", "n": 8}, "eval_data": {"path": "practice:style/short_test", "n": 2},
-        "objective": "dpo", "max_steps": 1, "per_device_train_batch_size": 2, "tuner": "ssf", "evaluate": ["preference"], "plan": plan,
-    }  # fmt: skip
-    how = {"over": "learning_rate", "goals": "hypervolume", "trials": 2, "test_seeds": 2, "metric": "ranking_accuracy", "apart": False}
+        "model": "practice:lm-small",
+        "data": {"path": "practice:style/short", "n": 8},
+        "eval_data": {"path": "practice:style/short_test", "n": 2},
+        "objective": "dpo",
+        "max_steps": 1,
+        "per_device_train_batch_size": 2,
+        "tuner": "ssf",
+        "evaluate": ["preference"],
+        "plan": plan,
+    }
+    how = {
+        "over": "learning_rate",
+        "goals": "hypervolume",
+        "trials": 2,
+        "test_seeds": 2,
+        "metric": "ranking_accuracy",
+        "apart": False,
+    }
     with pytest.raises(RecipeError, match="`worst` for short, complete"):
         luthier.search(base, **how, folder=tmp_path / "a")
     plan["worst"] = {"short": 0.0, "complete": 0.0}
@@ -325,9 +433,19 @@ def test_a_plan_is_searched_by_its_front(tmp_path):
     plan["worst"]["short"] = -100.0
     found = luthier.search(base, **how, folder=tmp_path / "b")
     start, top = found["start"], found["found"][0]
-    fronts = [json.loads((Path(r) / "report.json").read_text())["stats"]["front"] for r in found["comparison"]["arms"]["found-1"]["runs"]]
-    assert top["by_seed"]["hypervolume"] == pytest.approx([f["hypervolume"] for f in fronts]) and len(fronts) == 2
-    assert top["test"]["hypervolume"] == pytest.approx(np.mean(top["by_seed"]["hypervolume"])) and "beyond" in top and "beyond" not in start
+    fronts = [
+        json.loads((Path(r) / "report.json").read_text())["stats"]["front"]
+        for r in found["comparison"]["arms"]["found-1"]["runs"]
+    ]
+    assert (
+        top["by_seed"]["hypervolume"] == pytest.approx([f["hypervolume"] for f in fronts])
+        and len(fronts) == 2
+    )
+    assert (
+        top["test"]["hypervolume"] == pytest.approx(np.mean(top["by_seed"]["hypervolume"]))
+        and "beyond" in top
+        and "beyond" not in start
+    )
     assert found["sentence"].startswith("2 configurations, 2 full runs: hypervolume on test seeds: found-1 ")
     assert "intervals of the mean over test seeds" in (tmp_path / "b" / "report.html").read_text()
 
@@ -338,13 +456,26 @@ def test_a_plan_is_searched_by_its_front(tmp_path):
 def test_a_space_follows_from_what_methods_declare(tiny):
     base = Recipe.load({"model": tiny, "data": SUMS, "tuner": {"name": "lora", "r": 8, "lora_alpha": 4}})
     usual = over(base)
-    assert {d.name for d in usual.space.dims} == {"learning_rate", "tuner.r"} and usual.recipe_of(usual.begins).yaml() == base.yaml()
+    assert {d.name for d in usual.space.dims} == {"learning_rate", "tuner.r"} and usual.recipe_of(
+        usual.begins
+    ).yaml() == base.yaml()
     several = over(base, ["tuner=lora|ssf|dora, learning_rate=1e-4..1e-2", "per_device_train_batch_size=4|8"])
     dims = {d.name: d for d in several.space.dims}
-    assert dims["lora.r"].when == ("tuner", "lora") and dims["dora.r"].log and "ssf.r" not in dims and dims["learning_rate"].log
-    made = several.recipe_of({"tuner": "dora", "dora.r": 32, "learning_rate": 1e-3, "per_device_train_batch_size": 4})
+    assert (
+        dims["lora.r"].when == ("tuner", "lora")
+        and dims["dora.r"].log
+        and "ssf.r" not in dims
+        and dims["learning_rate"].log
+    )
+    made = several.recipe_of(
+        {"tuner": "dora", "dora.r": 32, "learning_rate": 1e-3, "per_device_train_batch_size": 4}
+    )
     assert made.tuner == {"name": "lora", "use_dora": True, "r": 32} and made.learning_rate == 1e-3
-    assert several.recipe_of({"tuner": "lora", "lora.r": 16}).tuner == {"name": "lora", "r": 16, "lora_alpha": 4}, "its other settings stay"
+    assert several.recipe_of({"tuner": "lora", "lora.r": 16}).tuner == {
+        "name": "lora",
+        "r": 16,
+        "lora_alpha": 4,
+    }, "its other settings stay"
     assert over(base, ["tuner.r=2..4"]).begins is None
     both = over(Recipe.load({"model": tiny, "data": PAIRS, "objective": "dpo"}), ["objective=dpo|ipo"])
     assert {"objective", "dpo.beta", "ipo.beta"} <= {d.name for d in both.space.dims}
@@ -354,7 +485,9 @@ def test_a_space_follows_from_what_methods_declare(tiny):
 def test_layers_are_left_alone(tiny):
     base = Recipe.load({"model": tiny, "data": SUMS, "tuner": "lora"})
     flags = over(base, ["layers"])
-    assert [d.name for d in flags.space.dims] == [f"layers.{i}" for i in range(4)] and flags.recipe_of(flags.begins) == base
+    assert [d.name for d in flags.space.dims] == [f"layers.{i}" for i in range(4)] and flags.recipe_of(
+        flags.begins
+    ) == base
     from luthier.model.load import assemble
     from luthier.recipe.validate import parts
 
@@ -394,32 +527,66 @@ def test_what_cannot_be_searched_is_refused(tiny, said, how, why):
 @pytest.fixture
 def shared(shallow) -> dict:
     return {
-        "model": shallow, "data": SUMS, "dtype": "float32", "max_steps": 6, "per_device_train_batch_size": 8, "eval_data": 0.3, "tuner": "ssf",
-        "learning_rate": 1e-5, "evaluate": ["loss"],
-    }  # fmt: skip
+        "model": shallow,
+        "data": SUMS,
+        "dtype": "float32",
+        "max_steps": 6,
+        "per_device_train_batch_size": 8,
+        "eval_data": 0.3,
+        "tuner": "ssf",
+        "learning_rate": 1e-5,
+        "evaluate": ["loss"],
+    }
 
 
 def test_a_search_finds_says_and_writes_a_recipe_that_runs(shared, tmp_path):
     found = luthier.search(
-        shared, over=["learning_rate=1e-5..1e-1 log", "tuner=ssf|lora"], goals="quality,parameters", where="parameters <= 1M",
-        trials=6, sampler={"name": "tpe", "n_startup_trials": 4}, test_seeds=2, folder=tmp_path / "s", apart=False,
-    )  # fmt: skip
+        shared,
+        over=["learning_rate=1e-5..1e-1 log", "tuner=ssf|lora"],
+        goals="quality,parameters",
+        where="parameters <= 1M",
+        trials=6,
+        sampler={"name": "tpe", "n_startup_trials": 4},
+        test_seeds=2,
+        folder=tmp_path / "s",
+        apart=False,
+    )
     assert len(found["trials"]) == 6 and found["spent"] == 6 and found["trials"][0]["kind"] == "recipe"
     start, top = found["start"], found["found"][0]
     assert top["test"]["quality"] < start["test"]["quality"], "the recipe's learning rate was far too low"
     for one in (start, *found["found"]):
         assert one["gap"]["quality"] == pytest.approx(one["test"]["quality"] - one["tuning"]["quality"])
-        runs = [json.loads((Path(r) / "report.json").read_text()) for r in found["comparison"]["arms"][one["name"]]["runs"]]
-        assert one["test"]["quality"] == pytest.approx(np.mean([r["after"]["loss"] for r in runs])) and len(runs) == 2
+        runs = [
+            json.loads((Path(r) / "report.json").read_text())
+            for r in found["comparison"]["arms"][one["name"]]["runs"]
+        ]
+        assert (
+            one["test"]["quality"] == pytest.approx(np.mean([r["after"]["loss"] for r in runs]))
+            and len(runs) == 2
+        )
     assert found["sentence"].startswith("6 configurations, 6 full runs: loss on held-out rows: found-")
     again = luthier.tune(Recipe.load(tmp_path / "s" / "found-1.yaml"), folder=tmp_path / "again")
     assert again.stats["moving"] == top["test"]["parameters"]
     page = (tmp_path / "s" / "report.html").read_text()
-    assert page.index(found["sentence"].replace("'", "&#x27;")) < page.index("What was found") and "<script" not in page
-    assert all((tmp_path / "s" / Path(t["runs"][0]).relative_to(found["folder"]) / "report.html").is_file() for t in found["trials"])
-    assert not list((tmp_path / "s" / "trials").rglob("*.safetensors")), "measured runs leave no weights behind"
+    assert (
+        page.index(found["sentence"].replace("'", "&#x27;")) < page.index("What was found")
+        and "<script" not in page
+    )
+    assert all(
+        (tmp_path / "s" / Path(t["runs"][0]).relative_to(found["folder"]) / "report.html").is_file()
+        for t in found["trials"]
+    )
+    assert not list((tmp_path / "s" / "trials").rglob("*.safetensors")), (
+        "measured runs leave no weights behind"
+    )
     later = luthier.search(
-        shared, over=["learning_rate=1e-5..1e-1 log"], trials=3, test_seeds="0,", folder=tmp_path / "t", earlier=tmp_path / "s", apart=False
+        shared,
+        over=["learning_rate=1e-5..1e-1 log"],
+        trials=3,
+        test_seeds="0,",
+        folder=tmp_path / "t",
+        earlier=tmp_path / "s",
+        apart=False,
     )
     assert [t["kind"] for t in later["trials"]][:2] == ["recipe", "earlier"]
     assert later["trials"][1]["point"]["learning_rate"] == top["point"]["learning_rate"]
@@ -427,7 +594,9 @@ def test_a_search_finds_says_and_writes_a_recipe_that_runs(shared, tmp_path):
 
 def test_what_was_found_is_tested_on_other_rows(shared, tmp_path):
     picked = {**shared, "data": SUMS[:40], "eval_data": SUMS[40:60]}
-    how = dict(over="learning_rate=1e-3..1e-1 log", trials=2, test_seeds="0,", apart=False, folder=tmp_path / "s")
+    how = dict(
+        over="learning_rate=1e-3..1e-1 log", trials=2, test_seeds="0,", apart=False, folder=tmp_path / "s"
+    )
     with pytest.raises(RecipeError, match="--test-data: 3 of 6 rows also stand in data or eval_data"):
         luthier.search(picked, test_data=SUMS[57:63], **how)
     found = luthier.search(picked, test_data=SUMS[60:], **how)
@@ -447,7 +616,10 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been(shared, tmp_path, monkeyp
         apart=False,
     )
     whole = luthier.search(shared, folder=tmp_path / "a", **how)
-    assert [t["share"] for t in whole["trials"]] == [1, 0.5, 0.5, 1] and whole["trials"][3]["number"] in (1, 2)
+    assert [t["share"] for t in whole["trials"]] == [1, 0.5, 0.5, 1] and whole["trials"][3]["number"] in (
+        1,
+        2,
+    )
     from luthier.run import run
 
     calls, real = [0], run.perform
@@ -526,7 +698,9 @@ def test_a_goal_that_nothing_moves_is_told():
         )
         for i in range(3)
     ]
-    assert searching.unmoved(wanted, tried) == ["trained was 5.00 in all 3 configurations: nothing that was searched moves it"]
+    assert searching.unmoved(wanted, tried) == [
+        "trained was 5.00 in all 3 configurations: nothing that was searched moves it"
+    ]
     assert not searching.unmoved(wanted, tried[:1])
 
 
@@ -554,7 +728,13 @@ def test_workers_of_a_cluster_spend_one_budget(shared, tmp_path, monkeypatch):
     from luthier.study import cluster
 
     found = luthier.search(
-        shared, over="learning_rate=1e-4..1e-1 log", trials=5, test_seeds="0,", folder=tmp_path / "s", workers=2, apart=False
+        shared,
+        over="learning_rate=1e-4..1e-1 log",
+        trials=5,
+        test_seeds="0,",
+        folder=tmp_path / "s",
+        workers=2,
+        apart=False,
     )
     assert found["spent"] == len(found["trials"]) == 5 and found["trials"][0]["kind"] == "recipe"
     assert len({json.dumps(t["point"]) for t in found["trials"][1:]}) == 4
@@ -565,7 +745,11 @@ def test_workers_of_a_cluster_spend_one_budget(shared, tmp_path, monkeypatch):
 
 def test_a_run_that_diverges_is_no_end(tmp_path):
     book = Book(Space((Dim("x"),)), goals(["loss"], "loss"), limits(["loss <= 10"], "loss"))
-    measure = lambda t, i: Measured({}, 1.0, "it diverged") if i % 3 else Measured({1000: {"loss": t.user_attrs["point"]["x"]}}, 1.0)
+    measure = lambda t, i: (
+        Measured({}, 1.0, "it diverged")
+        if i % 3
+        else Measured({1000: {"loss": t.user_attrs["point"]["x"]}}, 1.0)
+    )
     tried = hunt(book, build("searcher", "tpe"), measure, 20)
     assert sum(bool(t.measured.failed) for t in tried) == 13 and not searching.best(tried)[0].measured.failed
     assert hunt(book, build("searcher", "tpe"), measure, seconds=22.0)[-1].seen.number == 21
@@ -573,16 +757,28 @@ def test_a_run_that_diverges_is_no_end(tmp_path):
 
 def test_what_moves_nothing_is_told_and_not_paid_for():
     book = Book(Space((Dim("x"),)), goals(["loss"], "loss"), ())
-    idle = lambda t, i: Measured({}, 0.0, "tuner 'autopeft' moves nothing") if i % 2 else Measured({1000: {"loss": 0.5}}, 1.0)
+    idle = lambda t, i: (
+        Measured({}, 0.0, "tuner 'autopeft' moves nothing") if i % 2 else Measured({1000: {"loss": 0.5}}, 1.0)
+    )
     tried = hunt(book, build("searcher", "random"), idle, 4)
     assert searching.spent(tried) == 4 and len(tried) == 7
-    never = hunt(Book(Space((Dim("x"),)), goals(["loss"], "loss"), ()), build("searcher", "random"), lambda t, i: idle(t, 1), 4)
+    never = hunt(
+        Book(Space((Dim("x"),)), goals(["loss"], "loss"), ()),
+        build("searcher", "random"),
+        lambda t, i: idle(t, 1),
+        4,
+    )
     assert len(never) == 4, "and where nothing ever moves it ends all the same"
     made = SimpleNamespace(goals=goals(["accuracy", "parameters"], "loss"))
-    assert searching.went(made, tried[1]).startswith("1. x 0.") and "left out, tuner 'autopeft' moves nothing" in searching.went(
-        made, tried[1]
+    assert searching.went(made, tried[1]).startswith(
+        "1. x 0."
+    ) and "left out, tuner 'autopeft' moves nothing" in searching.went(made, tried[1])
+    told = searching.Tried(
+        Seen(3, {"x": 0.25}, (0.5, 1234.0), share=1 / 3),
+        Measured({}),
+        {"accuracy": 0.5, "parameters": 1234.0},
+        "asked",
     )
-    told = searching.Tried(Seen(3, {"x": 0.25}, (0.5, 1234.0), share=1 / 3), Measured({}), {"accuracy": 0.5, "parameters": 1234.0}, "asked")
     assert searching.went(made, told) == "3. x 0.25 (33.3% of the steps): accuracy 50.0%, parameters 1,234"
 
 
@@ -591,5 +787,7 @@ def test_the_command_line_knows_it(tiny):
 
     from luthier.cli import app
 
-    out = CliRunner().invoke(app, ["search", f"model={tiny}", "data=practice:people/new", "--over", "tuner.q"])
+    out = CliRunner().invoke(
+        app, ["search", f"model={tiny}", "data=practice:people/new", "--over", "tuner.q"]
+    )
     assert out.exit_code == 2 and "has no setting 'q'" in out.output

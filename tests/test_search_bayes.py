@@ -1,4 +1,6 @@
-"""Bayesian searchers: what a Gaussian process believes, what acquisitions promise, and what a search finds by them."""
+"""Bayesian searchers: what a Gaussian process believes, what acquisitions promise, and what a search finds by
+them.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,11 @@ import pytest
 pytest.importorskip("optuna")
 
 from luthier.clock import Clock
+from luthier.methods.searchers._base import Asked, Dim, Seen, Space
+from luthier.methods.searchers.model_based import _acquire
+from luthier.methods.searchers.model_based._surrogates import Process, Surrogate, fit
 from luthier.registry import build
 from luthier.study.statistics import hypervolume
-from luthier.methods.searchers.model_based import _acquire
-from luthier.methods.searchers._base import Asked, Dim, Seen, Space
-from luthier.methods.searchers.model_based._surrogates import Process, Surrogate, fit
 from test_search import MIXED, play
 
 SQUARE = Space((Dim("a"), Dim("b")))
@@ -44,7 +46,9 @@ def dtlz2(u):
 
 
 def test_a_posterior_is_the_formula():
-    """By an inverse; with scikit-learn's, where it is there: of values that are standardised already, around their mean."""
+    """By an inverse; with scikit-learn's, where it is there: of values that are standardised already, around
+    their mean.
+    """
     y = (Y - Y.mean()) / Y.std()
     found = Surrogate(prior(0.04), X, y)
     k = lambda A, B: prior(0.04).kernel(A, B)
@@ -55,7 +59,9 @@ def test_a_posterior_is_the_formula():
     assert variance == pytest.approx(1.3 - np.einsum("ij,jk,ik->i", k(Z, X), inverse, k(Z, X)))
     assert np.diag(found.covariance(Z, Z)) == pytest.approx(variance)
     gp = pytest.importorskip("sklearn.gaussian_process")
-    theirs = gp.GaussianProcessRegressor(1.3 * gp.kernels.Matern([0.3, 0.8], nu=2.5), alpha=0.04, optimizer=None).fit(X, y - mu)
+    theirs = gp.GaussianProcessRegressor(
+        1.3 * gp.kernels.Matern([0.3, 0.8], nu=2.5), alpha=0.04, optimizer=None
+    ).fit(X, y - mu)
     their_mean, their_sd = theirs.predict(Z, return_std=True)
     assert mean == pytest.approx(mu + their_mean) and variance == pytest.approx(their_sd**2)
 
@@ -66,7 +72,9 @@ def test_values_without_noise_are_met():
     assert np.abs(mean - (100 * Y + 7)).max() < 1e-6 * np.std(100 * Y) and variance.max() < 1e-4
     between, spread = found.at(Z)
     off = np.abs(between - (100 * (np.sin(6 * Z[:, 0]) + Z[:, 1] ** 2) + 7))
-    assert np.median(off) < 0.1 * np.std(100 * Y) and (off < 3 * np.sqrt(spread)).all(), "near between, and as far off as it says"
+    assert np.median(off) < 0.1 * np.std(100 * Y) and (off < 3 * np.sqrt(spread)).all(), (
+        "near between, and as far off as it says"
+    )
     assert found.at(np.array([[99.0, 99.0]]))[1] > 2 * spread.max()
 
 
@@ -88,7 +96,9 @@ def test_the_improvement_in_closed_form_is_what_sampling_says():
     z = np.random.default_rng(0).standard_normal(1_000_000)
     for mean, sd, best in ((0.0, 1.0, 0.0), (0.5, 0.3, 0.2), (-1.0, 0.1, 0.0), (3.0, 2.0, 0.0)):
         sampled = np.maximum(best - (mean + sd * z), 0).mean()
-        assert _acquire.improvement(np.array([mean]), np.array([sd]), best)[0] == pytest.approx(sampled, abs=3e-3 * sd)
+        assert _acquire.improvement(np.array([mean]), np.array([sd]), best)[0] == pytest.approx(
+            sampled, abs=3e-3 * sd
+        )
     assert _acquire.improvement(np.array([1.0, -1.0]), np.zeros(2), 0.0) == pytest.approx([0, 1])
 
 
@@ -124,7 +134,9 @@ def test_volumes_along_directions_are_volumes():
         front, new, worst = rng.random((1, 8, goals)), rng.random((1, 5, goals)) / 2, np.ones(goals)
         along = _acquire.directions(rng, goals, 40_000)
         before = hypervolume(front[0], worst)
-        assert corner * (_acquire.reach(front[0], worst, along).max(0) ** goals).mean() == pytest.approx(before, rel=0.02)
+        assert corner * (_acquire.reach(front[0], worst, along).max(0) ** goals).mean() == pytest.approx(
+            before, rel=0.02
+        )
         added = corner * _acquire.improvement_of_volume(front, new, worst, along)
         assert added == pytest.approx([hypervolume([*front[0], c], worst) - before for c in new[0]], abs=0.01)
 
@@ -150,10 +162,19 @@ def test_noise_does_not_mislead_it(acquisition):
     """Told the better of what was measured, one is told the luckier; the best mean lies near the minimum."""
     rng = np.random.default_rng(0)
     bowl = lambda u: float(((u - 0.7) ** 2).sum())
-    seen = play({"name": "bayes", "acquisition": acquisition}, lambda u: (bowl(u) + 0.03 * rng.standard_normal(),), 20, 0, SQUARE, 1)
+    seen = play(
+        {"name": "bayes", "acquisition": acquisition},
+        lambda u: (bowl(u) + 0.03 * rng.standard_normal(),),
+        20,
+        0,
+        SQUARE,
+        1,
+    )
     at = np.array([SQUARE.encode(s.point) for s in seen])
     best = at[fit(at, np.array([s.values[0] for s in seen])).at(at)[0].argmin()]
-    assert bowl(best) < 0.02 and np.median([bowl(u) for u in at[6:]]) < np.median([bowl(u) for u in at[:6]]) / 2
+    assert (
+        bowl(best) < 0.02 and np.median([bowl(u) for u in at[6:]]) < np.median([bowl(u) for u in at[:6]]) / 2
+    )
 
 
 def test_three_goals_at_once():
@@ -161,7 +182,10 @@ def test_three_goals_at_once():
     five = Space(tuple(Dim(f"x{i}") for i in range(5)))
     spec = {"name": "bayes", "deterministic_objective": True, "n_startup_trials": 8}
     cover = lambda seen: hypervolume([s.values for s in seen], (1.5,) * 3)
-    won = [cover(play(spec, dtlz2, 16, seed, five, 3)) - cover(play("random", dtlz2, 18, seed, five, 3)) for seed in range(10)]
+    won = [
+        cover(play(spec, dtlz2, 16, seed, five, 3)) - cover(play("random", dtlz2, 18, seed, five, 3))
+        for seed in range(10)
+    ]
     assert np.mean(won) > 0.1 and sum(w > 0 for w in won) >= 8, won
 
 

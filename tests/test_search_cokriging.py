@@ -9,12 +9,12 @@ from scipy.optimize import check_grad
 pytest.importorskip("optuna")
 
 from luthier.clock import Clock
-from luthier.study.goals import goals
-from luthier.registry import build
+from luthier.methods.searchers._base import Dim, Seen, Space
 from luthier.methods.searchers.model_based import _levels
 from luthier.methods.searchers.model_based._levels import Joint, Ladder, joint, on
-from luthier.methods.searchers._base import Dim, Seen, Space
 from luthier.methods.searchers.model_based._surrogates import fit
+from luthier.registry import build
+from luthier.study.goals import goals
 from luthier.study.search import Book, Measured, hunt
 from test_search import MIXED, PLANE, play
 
@@ -40,7 +40,9 @@ def known(low, high):
 
 
 def cost(spec, seed, most=15.0):
-    """What was paid, in full runs, until one came within 1e-2 of the optimum. No configuration is paid for twice."""
+    """What was paid, in full runs, until one came within 1e-2 of the optimum. No configuration is paid for
+    twice.
+    """
     searcher, seen, paid = build("searcher", spec), [], {}
     while sum(paid.values()) < most:
         asked = searcher.ask(LINE, seen, 1, Clock(seed))
@@ -48,7 +50,9 @@ def cost(spec, seed, most=15.0):
         assert asked.share > paid.get(number, 0.0)
         assert asked.number is None or seen[[s.number for s in seen].index(number)].point == asked.point
         paid[number], x = asked.share, LINE.encode(asked.point)[0]
-        seen.append(Seen(number, asked.point, (float(whole(x) if asked.share == 1 else brief(x)),), asked.share))
+        seen.append(
+            Seen(number, asked.point, (float(whole(x) if asked.share == 1 else brief(x)),), asked.share)
+        )
         if asked.share == 1 and seen[-1].values[0] - LEAST < 1e-2:
             break
     return sum(paid.values())
@@ -56,7 +60,11 @@ def cost(spec, seed, most=15.0):
 
 def test_brief_runs_tell_of_whole_ones():
     """Ten brief and four whole values of Forrester's function, against a process that knows the four alone."""
-    low, high, grid = np.linspace(0, 1, 10)[:, None], np.array([[0.0], [0.4], [0.6], [1.0]]), np.linspace(0, 1, 101)[:, None]
+    low, high, grid = (
+        np.linspace(0, 1, 10)[:, None],
+        np.array([[0.0], [0.4], [0.6], [1.0]]),
+        np.linspace(0, 1, 101)[:, None],
+    )
     both, alone = joint(*known(low, high), 2, 0.0), fit(high, whole(high[:, 0]), noise=0.0)
     off = lambda mean: np.sqrt(np.mean((mean - whole(grid[:, 0])) ** 2))
     assert off(both.at(on(1, grid))[0]) < 0.6 * off(alone.at(grid)[0])
@@ -91,9 +99,14 @@ def test_it_is_fitted_by_the_gradient_of_its_loss(monkeypatch, noise):
     X = np.column_stack([rng.random((12, 2)), np.repeat([0, 1, 2], 4)])
     joint(X, np.sin(5 * X[:, 0]) * (1 + X[:, 2]) + X[:, 1], 3, noise)
     for _ in range(3):
-        theta = np.concatenate([rng.normal(0, 0.5, 9), rng.normal(1, 0.5, 2), *([[-3.0]] if noise is None else [])])
+        theta = np.concatenate(
+            [rng.normal(0, 0.5, 9), rng.normal(1, 0.5, 2), *([[-3.0]] if noise is None else [])]
+        )
         loss, grad = kept[0](theta)
-        assert check_grad(lambda t: kept[0](t)[0], lambda t: kept[0](t)[1], theta) < 1e-4 * np.linalg.norm(grad) and loss < 1e9
+        assert (
+            check_grad(lambda t: kept[0](t)[0], lambda t: kept[0](t)[1], theta) < 1e-4 * np.linalg.norm(grad)
+            and loss < 1e9
+        )
 
 
 def test_of_one_level_it_is_the_process_of_one():
@@ -107,12 +120,16 @@ def test_of_one_level_it_is_the_process_of_one():
 
 def test_a_measurement_of_the_end_tells_most():
     x = np.linspace(0, 1, 6)[:, None]
-    tells = build("searcher", "cokriging").tells(joint(*known(x, x[::3]), 2, 0.0), np.array([[0.1], [0.5], [0.9]]))
+    tells = build("searcher", "cokriging").tells(
+        joint(*known(x, x[::3]), 2, 0.0), np.array([[0.1], [0.5], [0.9]])
+    )
     assert tells[:, 1] == pytest.approx(1, abs=1e-4) and (tells[:, 0] < 0.999).all() and (tells >= 0).all()
 
 
 def test_it_pays_less_for_the_optimum():
-    """A tenth of the steps as the brief run: to Forrester's optimum within 1e-2, ten seeds, against whole runs alone."""
+    """A tenth of the steps as the brief run: to Forrester's optimum within 1e-2, ten seeds, against whole
+    runs alone.
+    """
     both = [cost({"name": "cokriging", "eta": 10, "min_share": 0.1, **EXACT}, seed) for seed in range(10)]
     alone = [cost({"name": "bayes", **EXACT}, seed) for seed in range(10)]
     assert np.median(both) < np.median(alone) - 1, (both, alone)
@@ -120,11 +137,15 @@ def test_it_pays_less_for_the_optimum():
 
 @pytest.mark.parametrize("several", [1, 2])
 def test_it_goes_on_with_what_was_paused(several):
-    """On a conditional space, three shares, one goal by knowledge gradients or two by volume: shares grow, whole runs come."""
+    """On a conditional space, three shares, one goal by knowledge gradients or two by volume: shares grow,
+    whole runs come.
+    """
     bowl = lambda u: (float(((u - 0.3) ** 2).sum()), float(((u - 0.7) ** 2).sum()))[:several]
     spec = {"name": "cokriging", "n_startup_trials": 5, "acquisition": "knowledge_gradient", **EXACT}
     seen = play(spec, bowl, 3.4, space=MIXED, wanted=several)
-    assert {round(9 * s.share) for s in seen} == {1, 3, 9} and all(MIXED.active(s.point) == dict(s.point) for s in seen)
+    assert {round(9 * s.share) for s in seen} == {1, 3, 9} and all(
+        MIXED.active(s.point) == dict(s.point) for s in seen
+    )
     runs: dict[int, list[float]] = {}
     for s in seen:
         runs.setdefault(s.number, []).append(s.share)
@@ -134,22 +155,40 @@ def test_it_goes_on_with_what_was_paused(several):
 
 
 def test_of_one_share_it_is_a_search_of_whole_runs():
-    seen = play({"name": "cokriging", "min_share": 1.0, **EXACT}, lambda u: (float(((u - 0.4) ** 2).sum()),), 18, space=PLANE, wanted=1)
-    assert all(s.share == 1 for s in seen) and min(s.values[0] for s in seen[10:]) < min(s.values[0] for s in seen[:10]) / 4
+    seen = play(
+        {"name": "cokriging", "min_share": 1.0, **EXACT},
+        lambda u: (float(((u - 0.4) ** 2).sum()),),
+        18,
+        space=PLANE,
+        wanted=1,
+    )
+    assert (
+        all(s.share == 1 for s in seen)
+        and min(s.values[0] for s in seen[10:]) < min(s.values[0] for s in seen[:10]) / 4
+    )
 
 
 def test_the_book_of_a_search_goes_on_with_paused_runs():
-    """What goes on keeps its number, and only the difference is paid; a search that stopped goes on as if it had not."""
+    """What goes on keeps its number, and only the difference is paid; a search that stopped goes on as if it
+    had not.
+    """
 
     def search(trials, book):
         at = lambda t: (t.user_attrs["point"]["x"], t.user_attrs["share"])
-        measure = lambda t, i: Measured({0: {"loss": float(whole(at(t)[0]) if at(t)[1] == 1 else brief(at(t)[0]))}})
-        return [(t.seen.number, t.seen.share, t.seen.point) for t in hunt(book, build("searcher", spec), measure, trials)]
+        measure = lambda t, i: Measured(
+            {0: {"loss": float(whole(at(t)[0]) if at(t)[1] == 1 else brief(at(t)[0]))}}
+        )
+        return [
+            (t.seen.number, t.seen.share, t.seen.point)
+            for t in hunt(book, build("searcher", spec), measure, trials)
+        ]
 
     spec = {"name": "cokriging", "eta": 4, "min_share": 0.25, **EXACT}
     book, again = (Book(LINE, goals(["loss"], "loss"), (), None, "s") for _ in range(2))
     tried = search(4.5, book)
-    assert [s for _, s, _ in tried[:6]] == [0.25] * 4 + [1, 1] and {n for n, _, _ in tried[4:6]} <= {n for n, _, _ in tried[:4]}
+    assert [s for _, s, _ in tried[:6]] == [0.25] * 4 + [1, 1] and {n for n, _, _ in tried[4:6]} <= {
+        n for n, _, _ in tried[:4]
+    }
     far = {n: (share, x) for n, share, x in tried}  # of each number the last
     assert all(x == far[n][1] for n, _, x in tried) and 4 < sum(share for share, _ in far.values()) <= 4.5
     assert search(3, again) == tried[: len(again.tried())] and search(4.5, again) == tried

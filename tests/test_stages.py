@@ -1,4 +1,6 @@
-"""Stages: what each says it wants, gives and takes away is so; rollouts are the same however rows are put together."""
+"""Stages: what each says it wants, gives and takes away is so; rollouts are the same however rows are put
+together.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,15 @@ import torch
 
 import luthier
 from conftest import SUMS
-from luthier.model.load import assemble
 from luthier.clock import Clock
+from luthier.data.rows import load
 from luthier.errors import RecipeError
-from luthier.registry import build, find, gives_of, helps, names, wants_of
+from luthier.methods.rewards._base import Reward
+from luthier.methods.stages._base import pick, said, text_of
+from luthier.model.load import assemble
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import rehearse, words
-from luthier.methods.rewards._base import Reward
-from luthier.data.rows import load
-from luthier.methods.stages._base import pick, said, text_of
+from luthier.registry import build, find, gives_of, helps, names, wants_of
 
 STAGES = names("stage")
 COLUMNS = {
@@ -57,7 +59,9 @@ def told(roles):
 
 def rows_with(columns: set[str], n: int = 6) -> list[dict]:
     """Rows with an id, a prompt and exactly these columns."""
-    answers = [[f"{a}", "no", "maybe not"] if columns & {"scores", "pairs"} else [f"{a} is it"] for a in range(n)]
+    answers = [
+        [f"{a}", "no", "maybe not"] if columns & {"scores", "pairs"} else [f"{a} is it"] for a in range(n)
+    ]
     if "contexts" in columns:
         answers = [["yes", "no"] for _ in range(n)]
     all_columns = {
@@ -74,14 +78,23 @@ def rows_with(columns: set[str], n: int = 6) -> list[dict]:
     wanted = columns | ({"completions", "scores"} if "pairs" in columns else set())
     more = {"step_labels": [True, False]} if "steps" in columns else {}
     return [
-        {"id": f"r{a}", "prompt": f"what is {a}?", **more, **{k: f(a) for k, f in all_columns.items() if k in wanted}} for a in range(n)
+        {
+            "id": f"r{a}",
+            "prompt": f"what is {a}?",
+            **more,
+            **{k: f(a) for k, f in all_columns.items() if k in wanted},
+        }
+        for a in range(n)
     ]
 
 
 def small(name: str):
     """A stage with settings that make it quick."""
     quick = {"n": 2, "max_new_tokens": 3, "share": 1.0, "questions": {"no": ["is it not?"]}}
-    return build("stage", {"name": name, **{k: v for k, v in quick.items() if k in {f for f in helps(find("stage", name))}}})
+    return build(
+        "stage",
+        {"name": name, **{k: v for k, v in quick.items() if k in {f for f in helps(find("stage", name))}}},
+    )
 
 
 # ------------------------------------------------------------------------------------------ contracts
@@ -96,7 +109,9 @@ def test_stages_give_what_they_say_and_leave_their_rows_alone(name, roles):
     kept = copy.deepcopy(rows)
     out = list(stage(rows, roles))
     assert out and rows == kept
-    assert gives_of(stage) & COLUMNS <= words(out) and not (stage.drops - gives_of(stage) - {"pairs"}) & words(out)
+    assert gives_of(stage) & COLUMNS <= words(out) and not (
+        stage.drops - gives_of(stage) - {"pairs"}
+    ) & words(out)
     assert all("id" in r and "prompt" in r for r in out)
 
 
@@ -135,7 +150,9 @@ def rollout(**settings):
 def test_rollouts_do_not_depend_on_company_or_history(roles):
     rows = rows_with(set(), 7)
     whole = {r["id"]: r["completions"] for r in rollout()(rows, roles)}
-    alone = {r["id"]: r["completions"] for some in (rows[4:], rows[:1], rows[1:4]) for r in rollout()(some, roles)}
+    alone = {
+        r["id"]: r["completions"] for some in (rows[4:], rows[:1], rows[1:4]) for r in rollout()(some, roles)
+    }
     assert whole == alone
     roles.clock.step = 1
     later = {r["id"]: r["completions"] for r in rollout()(rows, roles)}
@@ -151,9 +168,15 @@ def test_rollouts_end_with_their_stop_token_or_say_that_they_were_cut(roles, tol
     out = rollout(n=16, max_new_tokens=40)(rows_with(set(), 8), roles)
     for row in out:
         for ids, cut in zip(row["completions"], row["truncated"], strict=True):
-            assert not any(t in stop for t in ids[:-1]) and cut == (ids[-1] not in stop) and (not cut or len(ids) == 40)
+            assert (
+                not any(t in stop for t in ids[:-1])
+                and cut == (ids[-1] not in stop)
+                and (not cut or len(ids) == 40)
+            )
     cuts = sum(sum(r["truncated"]) for r in out)
-    assert 0 < cuts < 128 and told == [f"stage 'rollout': {cuts} of 128 completions reached no stop token within 40 tokens"]
+    assert 0 < cuts < 128 and told == [
+        f"stage 'rollout': {cuts} of 128 completions reached no stop token within 40 tokens"
+    ]
     roles.clock.step = 5
     rollout()(rows_with(set()), roles)
     assert len(told) == 1  # a live stage says it once
@@ -167,7 +190,11 @@ def test_old_is_what_the_policy_says(roles):
     for row, values in zip(rows, again, strict=True):
         assert [len(v) for v in row["old"]] == [len(c) for c in row["completions"]]
         assert row["old"][0] == pytest.approx(values[0], abs=1e-5)
-    assert "old" not in rollout()(rows_with(set()), roles)[0] and "old" not in gives_of(rollout()) and "old" in gives_of(rollout(old=True))
+    assert (
+        "old" not in rollout()(rows_with(set()), roles)[0]
+        and "old" not in gives_of(rollout())
+        and "old" in gives_of(rollout(old=True))
+    )
 
 
 def test_greedy_rollouts_agree_and_settings_are_heard(roles):
@@ -175,17 +202,26 @@ def test_greedy_rollouts_agree_and_settings_are_heard(roles):
     greedy = rollout(temperature=0.0)(rows, roles)
     assert all(r["completions"][0] == r["completions"][1] == r["completions"][2] for r in greedy)
     for narrow in ({"top_k": 1}, {"top_p": 1e-6}):
-        assert [r["completions"] for r in rollout(**narrow)(rows, roles)] == [r["completions"] for r in greedy]
+        assert [r["completions"] for r in rollout(**narrow)(rows, roles)] == [
+            r["completions"] for r in greedy
+        ]
 
 
 def test_what_was_known_of_earlier_completions_leaves(roles):
-    rows = [{**r, "remembered": [[0.0]], "old": [[0.0]], "rewards": {"a": [1.0]}} for r in rows_with({"completions", "scores", "answer"})]
+    rows = [
+        {**r, "remembered": [[0.0]], "old": [[0.0]], "rewards": {"a": [1.0]}}
+        for r in rows_with({"completions", "scores", "answer"})
+    ]
     out = rollout()(rows, roles)
     assert not {"scores", "remembered", "old", "rewards"} & out[0].keys() and out[0]["answer"] == "0"
 
 
 def test_rollouts_stay_within_what_a_row_may_hold(roles, told, monkeypatch):
-    rows = [{"id": "short", "prompt": "ab"}, {"id": "long", "prompt": "x" * 12}, {"id": "nothing", "prompt": ""}]
+    rows = [
+        {"id": "short", "prompt": "ab"},
+        {"id": "long", "prompt": "x" * 12},
+        {"id": "nothing", "prompt": ""},
+    ]
     monkeypatch.setattr(roles.renderer, "max_length", 12)
     out = rollout(max_new_tokens=40)(rows, roles)
     assert [r["id"] for r in out] == ["short"] and all(len(c) <= 10 for c in out[0]["completions"])
@@ -237,13 +273,25 @@ def test_a_reward_that_gives_no_numbers_is_named(roles, monkeypatch, wrong):
 
 def test_what_belongs_to_a_completion_goes_with_it():
     row = {
-        "id": "a", "prompt": "p", "completions": ["x", "y", "z"], "scores": [1.0, 3.0, 2.0], "old": [[0.1], [0.2], [0.3]],
-        "teacher": [[1.0], [2.0], [3.0]], "answer": ["1", "2", "3"], "truncated": [True, False, True],
-    }  # fmt: skip
+        "id": "a",
+        "prompt": "p",
+        "completions": ["x", "y", "z"],
+        "scores": [1.0, 3.0, 2.0],
+        "old": [[0.1], [0.2], [0.3]],
+        "teacher": [[1.0], [2.0], [3.0]],
+        "answer": ["1", "2", "3"],
+        "truncated": [True, False, True],
+    }
     assert pick(row, [1, 0]) == {
-        "id": "a", "prompt": "p", "completions": ["y", "x"], "scores": [3.0, 1.0], "old": [[0.2], [0.1]],
-        "teacher": [[2.0], [1.0]], "answer": ["1", "2", "3"], "truncated": [False, True],
-    }  # fmt: skip
+        "id": "a",
+        "prompt": "p",
+        "completions": ["y", "x"],
+        "scores": [3.0, 1.0],
+        "old": [[0.2], [0.1]],
+        "teacher": [[2.0], [1.0]],
+        "answer": ["1", "2", "3"],
+        "truncated": [False, True],
+    }
 
 
 def test_best_and_pairs(roles, told):
@@ -253,7 +301,11 @@ def test_best_and_pairs(roles, told):
         {"id": 2, "prompt": "", "completions": ["a"], "scores": [5.0]},
     ]
     best = list(build("stage", "best")(rows, roles))
-    assert [(r["completions"], r["scores"]) for r in best] == [(["b"], [2.0]), (["a"], [1.0]), (["a"], [5.0])] and not told
+    assert [(r["completions"], r["scores"]) for r in best] == [
+        (["b"], [2.0]),
+        (["a"], [1.0]),
+        (["a"], [5.0]),
+    ] and not told
     assert [r["id"] for r in build("stage", {"name": "best", "least": 2})(rows, roles)] == [0, 2]
     pairs = list(build("stage", "pairs")(rows, roles))
     assert [(r["id"], r["completions"], r["scores"]) for r in pairs] == [(0, ["b", "a"], [2.0, 0.0])]
@@ -270,8 +322,14 @@ def test_the_price_of_leaving_the_reference(roles):
     rows = rollout(n=4, max_new_tokens=3)(rows_with({"answer"}, 3), roles)
     rows = [{**r, "scores": [0.0, 1.0, 2.0, 3.0]} for r in rows]
     rng = torch.Generator().manual_seed(1)
-    shift = {k: p.detach() + 0.05 * torch.randn(p.shape, generator=rng) for k, p in roles.tuner.parameters().items()}
-    was, roles.reference = roles.reference, roles.policy.as_role("reference", lambda: roles.tuner.using(shift))
+    shift = {
+        k: p.detach() + 0.05 * torch.randn(p.shape, generator=rng)
+        for k, p in roles.tuner.parameters().items()
+    }
+    was, roles.reference = (
+        roles.reference,
+        roles.policy.as_role("reference", lambda: roles.tuner.using(shift)),
+    )
     out = list(build("stage", {"name": "kl_penalty", "kl_coef": 50.0})(rows, roles))
     picked = list(build("stage", "best")(out, roles))
     for row, new, kept in zip(rows, out, picked, strict=True):
@@ -290,7 +348,9 @@ def test_the_price_of_leaving_the_reference(roles):
 
 
 class Handmade:
-    """A policy that says -0.5 a token after prompts that help, -3 after those that do not, -1 where there is no prompt."""
+    """A policy that says -0.5 a token after prompts that help, -3 after those that do not, -1 where there is
+    no prompt.
+    """
 
     def __init__(self, roles):
         self.architecture, self.model, self.roles = roles.policy.architecture, roles.policy.model, roles
@@ -307,18 +367,31 @@ def roles_text(roles, batch, g: int) -> str:
 
 
 def test_ifd_by_its_closed_form(roles, told):
-    rows = [{"id": i, "prompt": p, "completions": ["abc" * (i + 1)]} for i, p in enumerate(["help", "harm", "more", "help"])]
-    hand = SimpleNamespace(policy=Handmade(roles), renderer=roles.renderer, device=roles.device, clock=roles.clock, tell=roles.tell)
+    rows = [
+        {"id": i, "prompt": p, "completions": ["abc" * (i + 1)]}
+        for i, p in enumerate(["help", "harm", "more", "help"])
+    ]
+    hand = SimpleNamespace(
+        policy=Handmade(roles),
+        renderer=roles.renderer,
+        device=roles.device,
+        clock=roles.clock,
+        tell=roles.tell,
+    )
     out = build("stage", {"name": "ifd", "share": 1.0, "batch_size": 3})(rows, hand)
     assert [r["id"] for r in out] == [0, 2, 3]
-    assert [r["ifd"] for r in out] == pytest.approx([math.exp(0.5 - 1), math.exp(0.75 - 1), math.exp(0.5 - 1)], rel=1e-5)
+    assert [r["ifd"] for r in out] == pytest.approx(
+        [math.exp(0.5 - 1), math.exp(0.75 - 1), math.exp(0.5 - 1)], rel=1e-5
+    )
     assert [r["id"] for r in build("stage", {"name": "ifd", "share": 0.25})(rows, hand)] == [2]
     assert any("1 of 4 rows leave: their prompt does not make" in s for s in told)
     assert any("2 of 4 rows leave: they are beyond the 0.25" in s for s in told)
 
 
 def test_ifd_is_the_ratio_of_two_perplexities(roles):
-    """Against the model's own forward: the same answer tokens after prompt and end token, and after the end token."""
+    """Against the model's own forward: the same answer tokens after prompt and end token, and after the end
+    token.
+    """
     row = {"id": 0, "prompt": "3+4=", "completions": ["seven"]}
     (out,) = build("stage", {"name": "ifd", "share": 1.0})([row], roles) or [None]
     said = roles.renderer.encode(row)
@@ -339,8 +412,12 @@ def test_a_remembered_reference_is_the_start(base, tmp_path):
 
     base |= {"objective": "dpo", "data": PAIRS, "max_steps": 4}
     start = luthier.tune(base | {"roles": {"reference": "start"}}, folder=tmp_path / "a")
-    column = luthier.tune(base | {"roles": {"reference": "column"}, "stages": ["remember"]}, folder=tmp_path / "b")
-    assert column.losses == pytest.approx(start.losses, abs=1e-5) and start.losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    column = luthier.tune(
+        base | {"roles": {"reference": "column"}, "stages": ["remember"]}, folder=tmp_path / "b"
+    )
+    assert column.losses == pytest.approx(start.losses, abs=1e-5) and start.losses[0] == pytest.approx(
+        math.log(2), abs=1e-5
+    )
 
 
 def test_long_texts_are_remembered_in_the_pieces_that_are_learned(base, tmp_path):
@@ -360,19 +437,27 @@ def test_pairs_against_oneself(roles, told, tmp_path):
     rows += [{"id": "b", "prompt": "1+2=", "completions": ["3"]}]
     stage = {"name": "against_self", "max_new_tokens": 4}
     first = list(build("stage", stage)(rows, roles))
-    assert [r["completions"][0] for r in first] == ["2", "3"] and all(r["scores"] == [1.0, 0.0] for r in first) and "from" not in first[0]
+    assert (
+        [r["completions"][0] for r in first] == ["2", "3"]
+        and all(r["scores"] == [1.0, 0.0] for r in first)
+        and "from" not in first[0]
+    )
     own = rollout(n=1, max_new_tokens=4)(rows, roles)
     assert [r["completions"][1] for r in first] == [r["completions"][0] for r in own]
     write_rows(tmp_path / "rows.jsonl", [*first, {**first[0], "id": "z@before"}])
     mixed = list(build("stage", {**stage, "draw": 1, "earlier": str(tmp_path)})(rows, roles))
-    assert [r["id"] for r in mixed] == ["a", "b", "a@before", "b@before"] and mixed[2]["completions"] == first[0]["completions"]
+    assert [r["id"] for r in mixed] == ["a", "b", "a@before", "b@before"] and mixed[2][
+        "completions"
+    ] == first[0]["completions"]
     with pytest.raises(RecipeError, match="holds no rows.jsonl"):
         list(build("stage", {**stage, "earlier": str(tmp_path / "none")})(rows, roles))
     same = [{**r, "completions": [o["completions"][0]]} for r, o in zip(rows, own, strict=True)]
     same = [{k: v for k, v in r.items() if k != "scores"} for r in same]
     told.clear()
     list(build("stage", stage)(same, roles))
-    assert "stage 'against_self': 2 of 2 samples are the given answer itself: these rows teach nothing" in told
+    assert (
+        "stage 'against_self': 2 of 2 samples are the given answer itself: these rows teach nothing" in told
+    )
 
 
 def test_rows_that_leave_are_told_in_the_report(base, tmp_path):

@@ -103,11 +103,19 @@ def test_what_transformers_offers_is_found_by_reading_its_files_once():
     found = ours.create_import_structure_from_path(folder)
     assert len(found) > 200 and found == plain.create_import_structure_from_path(folder)
     assert found is ours.create_import_structure_from_path(str(folder / "__init__.py"))
-    for text in ("", "x = 1", "__all__ = ['a']\n", "a\n__all__ = []\nb\n__all__ = [\n  'c',\n  'd',\n]\ne\n", "  __all__ = ['a']"):
+    for text in (
+        "",
+        "x = 1",
+        "__all__ = ['a']\n",
+        "a\n__all__ = []\nb\n__all__ = [\n  'c',\n  'd',\n]\ne\n",
+        "  __all__ = ['a']",
+    ):
         assert ours.fetch__all__(text) == plain.fetch__all__(text)
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma3", "mixtral", "gpt2", "gpt_neox", "opt", "bloom", "falcon_alibi", "mamba"])
+@pytest.mark.parametrize(
+    "kind", ["llama", "gemma3", "mixtral", "gpt2", "gpt_neox", "opt", "bloom", "falcon_alibi", "mamba"]
+)
 def test_what_is_laid_out_unfilled_is_the_same_network(kind, tmp_path):
     """Every weight and every buffer (rotary frequencies, positions, slopes), and where they lie."""
     import transformers as t
@@ -120,16 +128,19 @@ def test_what_is_laid_out_unfilled_is_the_same_network(kind, tmp_path):
     want, found = t.AutoModelForCausalLM.from_pretrained(tmp_path), Causal().load(str(tmp_path))
     both = [dict([*m.named_parameters(), *m.named_buffers()]) for m in (want, found)]
     assert both[0].keys() == both[1].keys()
-    assert all(x.dtype == both[1][k].dtype and x.device == both[1][k].device and torch.equal(x, both[1][k]) for k, x in both[0].items())
+    assert all(
+        x.dtype == both[1][k].dtype and x.device == both[1][k].device and torch.equal(x, both[1][k])
+        for k, x in both[0].items()
+    )
 
 
 def test_short_rows_are_measured_in_larger_batches_with_the_same_numbers(shallow, tmp_path):
     """16 rows at least, further ones while they are short; as many as are asked for where that is said."""
-    from luthier.model.load import assemble
     from luthier.methods.evaluators._base import LETTERS, batches, measured
-    from luthier.registry import build
+    from luthier.model.load import assemble
     from luthier.recipe.recipe import Recipe
     from luthier.recipe.validate import rehearse
+    from luthier.registry import build
 
     def of(lengths: list[int], size: int | None = None) -> list[list[int]]:
         rows = [{"prompt": "x" * (n - 1), "completions": ["y"]} for n in lengths]
@@ -143,7 +154,9 @@ def test_short_rows_are_measured_in_larger_batches_with_the_same_numbers(shallow
     assert [len(b) for b in of([2] * 7, size=3)] == [3, 3, 1]
 
     recipe = Recipe.load({"model": shallow, "tuner": "full", "dtype": "float32"})
-    rows = [{"id": f"{i}", "prompt": f"{i}+{i}=", "completions": [str(i + i) * (i % 3 + 1)]} for i in range(40)]
+    rows = [
+        {"id": f"{i}", "prompt": f"{i}+{i}=", "completions": [str(i + i) * (i % 3 + 1)]} for i in range(40)
+    ]
     roles = assemble(recipe, rehearse(recipe, rows))
     for name in ("loss", "accuracy"):
         small, large = ({"name": name, "batch_size": size} for size in (1, None))

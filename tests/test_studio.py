@@ -43,13 +43,24 @@ def write_sums(folder: Path) -> None:
 
 def visitor(home: Path, **headers: str) -> TestClient:
     """Who opened the address that was printed."""
-    client = TestClient(studio(home, TOKEN, Here), base_url="http://127.0.0.1:8765", headers={"origin": "http://127.0.0.1:8765", **headers})
+    client = TestClient(
+        studio(home, TOKEN, Here),
+        base_url="http://127.0.0.1:8765",
+        headers={"origin": "http://127.0.0.1:8765", **headers},
+    )
     assert client.get(f"/?token={TOKEN}", follow_redirects=False).status_code == 303
     return client
 
 
 def recipe(home: Path, tiny: str, **more: str) -> dict[str, str]:
-    return {"model": tiny, "data": "sums.jsonl", "max_steps": "2", "dtype": "float32", "evaluate": "[loss]", **more}
+    return {
+        "model": tiny,
+        "data": "sums.jsonl",
+        "max_steps": "2",
+        "dtype": "float32",
+        "evaluate": "[loss]",
+        **more,
+    }
 
 
 # ---------------------------------------------------------------------------------------------- who may ask
@@ -57,7 +68,15 @@ def recipe(home: Path, tiny: str, **more: str) -> dict[str, str]:
 
 def test_without_the_token_nothing_is_told(home):
     client = TestClient(studio(home, TOKEN, Here), base_url="http://127.0.0.1:8765")
-    for path in ("/", "/api/start", "/api/runs", "/web/main.js", "/runs/x/report.html", "/?token=wrong", "/api/start?token=" + TOKEN):
+    for path in (
+        "/",
+        "/api/start",
+        "/api/runs",
+        "/web/main.js",
+        "/runs/x/report.html",
+        "/?token=wrong",
+        "/api/start?token=" + TOKEN,
+    ):
         answer = client.get(path)
         assert answer.status_code == 401 and "luthier studio` printed" in answer.text
     assert client.get("/api/start", headers={"authorization": f"Bearer {TOKEN}"}).json()["home"] == str(home)
@@ -79,7 +98,10 @@ def test_without_the_token_nothing_is_told(home):
 def test_other_origins_and_hosts_are_refused(home, headers):
     client = visitor(home)
     assert client.get("/api/start").status_code == 200
-    for ask in (client.get("/api/start", headers=headers), client.post("/api/check", json={"changes": {}}, headers=headers)):
+    for ask in (
+        client.get("/api/start", headers=headers),
+        client.post("/api/check", json={"changes": {}}, headers=headers),
+    ):
         assert ask.status_code == 403 and "error" in ask.json()
 
 
@@ -88,7 +110,12 @@ def test_a_change_says_where_it_comes_from(home):
     del client.headers["origin"]
     assert client.get("/api/runs").status_code == 200
     assert client.post("/api/check", json={"changes": {}}).status_code == 403
-    assert client.post("/api/check", json={"changes": {}}, headers={"authorization": f"Bearer {TOKEN}"}).status_code == 200
+    assert (
+        client.post(
+            "/api/check", json={"changes": {}}, headers={"authorization": f"Bearer {TOKEN}"}
+        ).status_code
+        == 200
+    )
 
 
 def test_the_page_may_load_nothing_from_elsewhere(home):
@@ -100,17 +127,27 @@ def test_the_page_may_load_nothing_from_elsewhere(home):
     web = Path(studio.__code__.co_filename).with_name("web")
     for file in web.iterdir():
         text = file.read_text(encoding="utf-8")
-        assert "https://" not in text.replace("https://arxiv.org/abs/", "").replace("https://github.com", ""), file.name
-        assert "innerHTML" not in text and "insertAdjacentHTML" not in text and "document.write" not in text, file.name
-        assert client.get(f"/web/{file.name}").status_code == (404 if file.suffix not in (".html", ".css", ".js", ".svg") else 200)
+        assert "https://" not in text.replace("https://arxiv.org/abs/", "").replace(
+            "https://github.com", ""
+        ), file.name
+        assert (
+            "innerHTML" not in text and "insertAdjacentHTML" not in text and "document.write" not in text
+        ), file.name
+        assert client.get(f"/web/{file.name}").status_code == (
+            404 if file.suffix not in (".html", ".css", ".js", ".svg") else 200
+        )
 
 
-@pytest.mark.parametrize("name", ["..", "../x", "%2e%2e", "..%2f..%2fetc%2fpasswd", "a%2fb", ".hidden", "x" * 200, "%00"])
+@pytest.mark.parametrize(
+    "name", ["..", "../x", "%2e%2e", "..%2f..%2fetc%2fpasswd", "a%2fb", ".hidden", "x" * 200, "%00"]
+)
 def test_names_are_not_paths(home, name):
     (home / "recipe.yaml").write_text("model: practice:lm\n")
     client = visitor(home)
     for path in (f"/api/runs/{name}", f"/runs/{name}/report.html", f"/web/{name}", f"/api/runs/{name}/live"):
-        assert client.get(path, follow_redirects=False).status_code in (404, 422, 405, 307) or path.endswith(("/..", "%2e%2e"))
+        assert client.get(path, follow_redirects=False).status_code in (404, 422, 405, 307) or path.endswith(
+            ("/..", "%2e%2e")
+        )
     begun = client.post("/api/runs", json={"name": name, "text": "model: practice:lm\n"})
     assert begun.status_code == 422 and "no name for a run" in begun.json()["error"]
     assert sorted(p.name for p in home.iterdir()) == ["recipe.yaml", "sums.jsonl"]
@@ -128,7 +165,10 @@ def test_hostile_rows_are_only_text(home, tiny):
     rows += [{"prompt": f"p{i}", "completion": "c"} for i in range(30)]
     (home / "bad.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + "not json <b>\n")
     answer = visitor(home).post("/api/look", json={"changes": {"model": tiny, "data": "bad.jsonl"}})
-    assert answer.headers["content-type"] == "application/json" and answer.headers["x-content-type-options"] == "nosniff"
+    assert (
+        answer.headers["content-type"] == "application/json"
+        and answer.headers["x-content-type-options"] == "nosniff"
+    )
     found = answer.json()
     first = found["shown"][0]["parts"]
     assert "".join(t for t, learned in first if not learned).startswith(HOSTILE) and HOSTILE in "".join(
@@ -136,13 +176,28 @@ def test_hostile_rows_are_only_text(home, tiny):
     )
     assert "\x07" not in json.dumps(first)
     assert found["bad"] == 2 and {a["where"] for a in found["aside"]} == {"bad.jsonl:2", "bad.jsonl:34"}
-    assert all(a["reason"] for a in found["aside"]) and "not json <b>" in found["aside"][-1]["raw"] + found["aside"][0]["raw"]
+    assert (
+        all(a["reason"] for a in found["aside"])
+        and "not json <b>" in found["aside"][-1]["raw"] + found["aside"][0]["raw"]
+    )
 
 
 def test_rows_say_what_they_can_feed(home, tiny):
-    found = visitor(home).post("/api/look", json={"changes": {"model": tiny, "data": "sums.jsonl"}, "offset": 2}).json()
-    assert found["feeds"]["sft"][0] == "yes" and found["feeds"]["dpo"][0] != "yes" and "pairs" in found["feeds"]["dpo"][1] + "pairs"
-    assert found["rows"] == 36 and 0 < found["share"] < 1 and found["shown"][0]["parts"] == [["0+2=", False], ["2<|end|>", True]]
+    found = (
+        visitor(home)
+        .post("/api/look", json={"changes": {"model": tiny, "data": "sums.jsonl"}, "offset": 2})
+        .json()
+    )
+    assert (
+        found["feeds"]["sft"][0] == "yes"
+        and found["feeds"]["dpo"][0] != "yes"
+        and "pairs" in found["feeds"]["dpo"][1] + "pairs"
+    )
+    assert (
+        found["rows"] == 36
+        and 0 < found["share"] < 1
+        and found["shown"][0]["parts"] == [["0+2=", False], ["2<|end|>", True]]
+    )
 
 
 def test_an_upload_keeps_its_name_and_its_place(home, tiny):
@@ -150,8 +205,15 @@ def test_an_upload_keeps_its_name_and_its_place(home, tiny):
     body = (home / "sums.jsonl").read_bytes()
     for name in ("../../etc/sums.jsonl", "C:\\rows\\sums.jsonl", "/tmp/sums.jsonl", "sums.jsonl"):
         path = client.post("/api/upload", params={"name": name}, content=body).json()["path"]
-        assert path.startswith("uploads/") and path.endswith("-sums.jsonl") and (home / path).read_bytes() == body
-    assert "no kind that is read here" in client.post("/api/upload", params={"name": "x.exe"}, content=b"MZ").json()["error"]
+        assert (
+            path.startswith("uploads/")
+            and path.endswith("-sums.jsonl")
+            and (home / path).read_bytes() == body
+        )
+    assert (
+        "no kind that is read here"
+        in client.post("/api/upload", params={"name": "x.exe"}, content=b"MZ").json()["error"]
+    )
     assert len(list((home / "uploads").iterdir())) == 1
     assert client.post("/api/look", json={"changes": {"model": tiny, "data": path}}).json()["rows"] == 36
 
@@ -163,7 +225,9 @@ def test_ten_megabytes_of_rows(home, tiny):
     assert (home / "large.jsonl").stat().st_size > 10e6
     client = visitor(home)
     began = time.perf_counter()
-    path = client.post("/api/upload", params={"name": "large.jsonl"}, content=(home / "large.jsonl").read_bytes()).json()["path"]
+    path = client.post(
+        "/api/upload", params={"name": "large.jsonl"}, content=(home / "large.jsonl").read_bytes()
+    ).json()["path"]
     found = client.post("/api/look", json={"changes": {"model": tiny, "data": path}}).json()
     assert found["rows"] == 50_000 and found["counted"] == 2000 and len(json.dumps(found)) < 200_000
     again = time.perf_counter()
@@ -200,7 +264,11 @@ def test_refusals_are_the_command_lines_sentences(home, tiny):
         said = client.post("/api/check", json={"changes": changes}).json()["error"]
         words = [f"{k}={v}" for k, v in changes.items()]
         told = CliRunner().invoke(cli, ["tune", *words, "output_dir=refused"])
-        assert told.exit_code == 2 and said and said in told.output.replace("luthier: ", ""), (more, said, told.output)
+        assert told.exit_code == 2 and said and said in told.output.replace("luthier: ", ""), (
+            more,
+            said,
+            told.output,
+        )
 
 
 def test_settings_come_with_their_help(home):
@@ -233,7 +301,10 @@ def test_the_forecast_is_what_the_run_will_say(home, tiny):
     )
     assert told["steps"] == "2" and once["steps"] == str(report.stats["steps"])
     assert told["trained share"].startswith(f"{100 * report.stats['moving'] / report.stats['all']:.3g}%")
-    assert told["learned"] == f"{100 * report.stats['supervised_share']:.0f}%" and "MB" in told["memory of a step"]
+    assert (
+        told["learned"] == f"{100 * report.stats['supervised_share']:.0f}%"
+        and "MB" in told["memory of a step"]
+    )
 
 
 # ---------------------------------------------------------------------------------------------- runs
@@ -260,10 +331,18 @@ def desk(tmp_path_factory, tiny) -> Path:
     home = tmp_path_factory.mktemp("desk")
     write_sums(home)
     luthier.tune(
-        folder=home / "runs/first", model=tiny, data=str(home / "sums.jsonl"), dtype="float32", max_steps=4, learning_rate=1e-2,
-        save_steps=2, eval_steps=2, logging_steps=1, tuner={"name": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]},
+        folder=home / "runs/first",
+        model=tiny,
+        data=str(home / "sums.jsonl"),
+        dtype="float32",
+        max_steps=4,
+        learning_rate=1e-2,
+        save_steps=2,
+        eval_steps=2,
+        logging_steps=1,
+        tuner={"name": "lora", "r": 2, "target_modules": ["q_proj", "v_proj"]},
         evaluate=["loss", {"name": "generate", "n": 4, "max_new_tokens": 4}],
-    )  # fmt: skip
+    )
     return home
 
 
@@ -271,20 +350,35 @@ def test_a_run_of_the_shell_is_watched_exported_and_asked(desk, monkeypatch):
     monkeypatch.chdir(desk)
     client = visitor(desk)
     run = client.get("/api/runs/first").json()
-    assert run["state"] == "finished" and run["command"] == "luthier tune runs/first/recipe.yaml output_dir=runs/first"
+    assert (
+        run["state"] == "finished"
+        and run["command"] == "luthier tune runs/first/recipe.yaml output_dir=runs/first"
+    )
     assert len(run["answers"]) == 4 and {"before", "after", "expected"} <= set(run["answers"][0])
     live = client.get("/api/runs/first/live").json()
-    assert [x["step"] for x in live["lines"]] == [1, 2, 3, 4] and live["run"]["steps"] == 4 and "eval_loss" in live["lines"][1]
+    assert (
+        [x["step"] for x in live["lines"]] == [1, 2, 3, 4]
+        and live["run"]["steps"] == 4
+        and "eval_loss" in live["lines"][1]
+    )
     more = client.get("/api/runs/first/live", params={"since": live["next"], "mark": live["mark"]}).json()
     assert more["lines"] == [] and more["next"] == live["next"] and not more["anew"]
     page = client.get("/runs/first/report.html")
     assert "script-src" not in page.headers["content-security-policy"] and "<h1>" in page.text
     made = client.post("/api/runs/first/export", json={"kind": "lora"}).json()
-    assert "answers like the tuned model" in made["said"] and (desk / made["to"] / "adapter_model.safetensors").is_file()
+    assert (
+        "answers like the tuned model" in made["said"]
+        and (desk / made["to"] / "adapter_model.safetensors").is_file()
+    )
     assert "not empty" in client.post("/api/runs/first/export", json={"kind": "lora"}).json()["error"]
-    assert "no export as 'gguf'" in client.post("/api/runs/first/export", json={"kind": "gguf", "to": "x"}).json()["error"]
+    assert (
+        "no export as 'gguf'"
+        in client.post("/api/runs/first/export", json={"kind": "gguf", "to": "x"}).json()["error"]
+    )
     shutil.copytree(desk / "runs/first", desk / "runs/second")
-    assert client.post("/api/runs/second/remove").json() == {} and [r["name"] for r in client.get("/api/runs").json()] == ["first"]
+    assert client.post("/api/runs/second/remove").json() == {} and [
+        r["name"] for r in client.get("/api/runs").json()
+    ] == ["first"]
 
 
 def test_answers_of_a_run_that_goes_on_are_its_last(desk, tmp_path):
@@ -295,7 +389,9 @@ def test_answers_of_a_run_that_goes_on_are_its_last(desk, tmp_path):
     end = answers(tmp_path / "r")
     (tmp_path / "r/samples-after.jsonl").unlink()
     during = answers(tmp_path / "r")
-    assert [a["prompt"] for a in during] == [a["prompt"] for a in end] and all(a["after"] is not None for a in during)
+    assert [a["prompt"] for a in during] == [a["prompt"] for a in end] and all(
+        a["after"] is not None for a in during
+    )
     (tmp_path / "r/samples-during.jsonl").unlink()
     assert all(a["after"] is None and a["before"] is not None for a in answers(tmp_path / "r"))
 
@@ -312,20 +408,33 @@ def test_an_answer_comes_in_parts(desk, monkeypatch):
     ask = {"model": "runs/first", "text": "1+1=", "before": [], "max_new_tokens": 6}
     answer = client.post("/api/say/left", json=ask)
     parts, last = said(answer)
-    assert answer.headers["content-type"].startswith("application/x-ndjson") and answer.headers["cache-control"] == "no-store"
-    assert 1 <= len(parts) <= 6 and "".join(parts).strip() == last["is"]["answer"].rstrip("\ufffd") and not last["is"]["stopped"]
+    assert (
+        answer.headers["content-type"].startswith("application/x-ndjson")
+        and answer.headers["cache-control"] == "no-store"
+    )
+    assert (
+        1 <= len(parts) <= 6
+        and "".join(parts).strip() == last["is"]["answer"].rstrip("\ufffd")
+        and not last["is"]["stopped"]
+    )
     assert said(client.post("/api/say/left", json=ask))[1] == last
     assert "no side 'middle'" in client.post("/api/say/middle", json=ask).json()["error"]
     wrong = client.post("/api/say/left", json={**ask, "model": "sums.jsonl"})
     assert wrong.status_code == 422 and "sums.jsonl" in wrong.json()["error"]
-    for headers in ({"origin": "http://evil.example"}, {"sec-fetch-site": "cross-site"}, {"host": "evil.example"}):
+    for headers in (
+        {"origin": "http://evil.example"},
+        {"sec-fetch-site": "cross-site"},
+        {"host": "evil.example"},
+    ):
         assert client.post("/api/say/left", json=ask, headers=headers).status_code == 403
     client.cookies.clear()
     assert client.post("/api/say/left", json=ask).status_code == 401
 
 
 def test_a_worker_is_told_to_stop_and_dies_and_answers_again(desk):
-    """The real process: parts one by one, an end where it is told to, the next question as if nothing had been."""
+    """The real process: parts one by one, an end where it is told to, the next question as if nothing had
+    been.
+    """
     worker, heard = Worker(desk), []
     how = {"model": "runs/first", "text": "1+1=", "before": [], "max_new_tokens": 40}
     try:
@@ -333,7 +442,9 @@ def test_a_worker_is_told_to_stop_and_dies_and_answers_again(desk):
         assert len(heard) > 3 and not whole["stopped"]
         few: list[str] = []
         cut = worker.ask("say", lambda part: bool(few.append(part)) or len(few) == 3, **how)
-        assert few == heard[:3] and cut["stopped"] and whole["answer"].startswith(cut["answer"].rstrip("\ufffd"))
+        assert (
+            few == heard[:3] and cut["stopped"] and whole["answer"].startswith(cut["answer"].rstrip("\ufffd"))
+        )
         assert worker.ask("say", **how) == whole
         worker.child.kill()
         worker.child.wait()
@@ -345,13 +456,24 @@ def test_a_worker_is_told_to_stop_and_dies_and_answers_again(desk):
 
 def test_started_stopped_and_resumed_and_stopped_roughly(home, tiny):
     client = visitor(home)
-    changes = recipe(home, tiny, max_steps="100000", save_steps="5", logging_steps="1", evaluate="[]", eval_data="0")
+    changes = recipe(
+        home, tiny, max_steps="100000", save_steps="5", logging_steps="1", evaluate="[]", eval_data="0"
+    )
     text = client.post("/api/check", json={"changes": changes}).json()["text"]
-    assert client.post("/api/runs", json={"name": "long", "text": text}).json()["state"] in ("starting", "running")
+    assert client.post("/api/runs", json={"name": "long", "text": text}).json()["state"] in (
+        "starting",
+        "running",
+    )
     assert "already" in client.post("/api/runs", json={"name": "long", "text": text}).json()["error"]
     assert (home / "runs/long/asked.yaml").read_text() == text
-    assert client.get("/api/runs/long").json()["command"] == "luthier tune runs/long/asked.yaml output_dir=runs/long"
-    until(lambda: client.get("/api/runs/long").json()["step"] >= 6, lambda: client.get("/api/runs/long").json()["log"])
+    assert (
+        client.get("/api/runs/long").json()["command"]
+        == "luthier tune runs/long/asked.yaml output_dir=runs/long"
+    )
+    until(
+        lambda: client.get("/api/runs/long").json()["step"] >= 6,
+        lambda: client.get("/api/runs/long").json()["log"],
+    )
     fresh = visitor(home)  # a studio that was started anew finds the run by its folder
     assert fresh.get("/api/runs/long").json()["state"] == "running"
     assert "another process is running" in fresh.post("/api/runs/long/resume").json()["error"]
@@ -362,7 +484,10 @@ def test_started_stopped_and_resumed_and_stopped_roughly(home, tiny):
     assert run["state"] == "stopped" and "goes on from its last checkpoint" in run["why"]
     assert fresh.post("/api/runs/long/resume").json()["state"] in ("starting", "running")
     now = {"since": before["next"], "mark": before["mark"]}
-    until(lambda: fresh.get("/api/runs/long/live", params=now).json()["anew"], lambda: fresh.get("/api/runs/long").json()["log"])
+    until(
+        lambda: fresh.get("/api/runs/long/live", params=now).json()["anew"],
+        lambda: fresh.get("/api/runs/long").json()["log"],
+    )
     # the file was written anew, so it is told from its beginning
     assert fresh.get("/api/runs/long/live", params=now).json()["lines"][0]["step"] == 1
     pid = int((home / "runs/long/.lock").read_text())
@@ -389,11 +514,19 @@ def test_a_dead_run_is_not_running(home, tiny):
     assert client.get("/api/runs/dead").json()["state"] == "stopped"
     assert "nothing is running" in client.post("/api/runs/dead/stop").json()["error"]
     (folder / "report.json").write_text('{"folder": ')
-    assert client.get("/api/runs/dead").status_code == 200 and client.get("/api/runs").json()[0]["state"] == "stopped"
-    (folder / "console.log").write_text("Traceback (most recent call last):\n  File ...\nKeyboardInterrupt\n")  # stopped while it woke up
-    assert (run := client.get("/api/runs/dead").json())["state"] == "stopped" and "before it began" in run["why"]
+    assert (
+        client.get("/api/runs/dead").status_code == 200
+        and client.get("/api/runs").json()[0]["state"] == "stopped"
+    )
+    # stopped while it woke up
+    (folder / "console.log").write_text("Traceback (most recent call last):\n  File ...\nKeyboardInterrupt\n")
+    assert (run := client.get("/api/runs/dead").json())["state"] == "stopped" and "before it began" in run[
+        "why"
+    ]
     (folder / "console.log").write_text("Traceback (most recent call last):\n  File ...\nValueError: no\n")
-    assert (run := client.get("/api/runs/dead").json())["state"] == "failed" and run["why"] == "ValueError: no"
+    assert (run := client.get("/api/runs/dead").json())["state"] == "failed" and run[
+        "why"
+    ] == "ValueError: no"
     (folder / "asked.yaml").write_text("{{{{ <script>")
     assert client.get("/api/runs/dead").json()["what"] == ""
 
@@ -402,17 +535,27 @@ def test_two_recipes_are_compared(home, tiny):
     """Refused, and it says why; put right, and ended by the command that the page shows."""
     client = visitor(home)
     for name, data in (("good", "sums.jsonl"), ("wrong", "nothing.jsonl")):
-        text = client.post("/api/check", json={"changes": recipe(home, tiny, data=data, learning_rate="1e-2")}).json()["text"]
+        text = client.post(
+            "/api/check", json={"changes": recipe(home, tiny, data=data, learning_rate="1e-2")}
+        ).json()["text"]
         folder = home / "runs" / name
         folder.mkdir(parents=True)
         (folder / "asked.yaml").write_text(text)
-    assert "two recipes or more" in client.post("/api/compare", json={"name": "both", "runs": ["good"]}).json()["error"]
-    begun = client.post("/api/compare", json={"name": "both", "runs": ["good", "wrong"], "seeds": 1, "budget": "2 steps"}).json()
+    assert (
+        "two recipes or more"
+        in client.post("/api/compare", json={"name": "both", "runs": ["good"]}).json()["error"]
+    )
+    begun = client.post(
+        "/api/compare", json={"name": "both", "runs": ["good", "wrong"], "seeds": 1, "budget": "2 steps"}
+    ).json()
     assert begun["state"] == "running" and begun["kind"] == "comparison" and begun["what"] == "good / wrong"
     refused = wait(client, "both", "failed", "stopped", "finished")
     assert refused["state"] == "failed" and "nothing.jsonl" in refused["why"]
     words = shlex.split(refused["command"])
-    assert words[:4] == ["luthier", "compare", "runs/both/arms/good.yaml", "runs/both/arms/wrong.yaml"] and "2 steps" in words
+    assert (
+        words[:4] == ["luthier", "compare", "runs/both/arms/good.yaml", "runs/both/arms/wrong.yaml"]
+        and "2 steps" in words
+    )
     (home / words[3]).write_text((home / words[2]).read_text().replace("0.01", "0.0001"))
     done = CliRunner().invoke(cli, [*words[1:], "--together"])  # in one process, so that it takes seconds
     run = client.get("/api/runs/both").json()
@@ -424,7 +567,9 @@ def test_two_recipes_are_compared(home, tiny):
 
 
 def test_inspect_writes_a_page(desk, tiny, tmp_path):
-    """What changed in the weights is what LoRA of rank 2 on two modules can change; the same model against itself moved nothing."""
+    """What changed in the weights is what LoRA of rank 2 on two modules can change; the same model against
+    itself moved nothing.
+    """
     import luthier
 
     rows = [json.loads(line) for line in (desk / "sums.jsonl").read_text().splitlines()[:6]]
@@ -436,7 +581,14 @@ def test_inspect_writes_a_page(desk, tiny, tmp_path):
     page = (tmp_path / "page.html").read_text()
     assert all(
         f"<h2>{x}</h2>" in page
-        for x in ("What it learned", "What it forgot", "What changed in the weights", "How it speaks", "Calibration", "Answers")
+        for x in (
+            "What it learned",
+            "What it forgot",
+            "What changed in the weights",
+            "How it speaks",
+            "Calibration",
+            "Answers",
+        )
     )
     assert "<script" not in page and "http" not in page.replace("http-equiv", "")
     assert "8 of 28 matrices" in page

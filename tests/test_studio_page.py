@@ -1,4 +1,6 @@
-"""The studio's page in a browser: by keyboard alone, read aloud, in the dark, on a phone, on paper; answers that grow, curves together."""
+"""The studio's page in a browser: by keyboard alone, read aloud, in the dark, on a phone, on paper; answers
+that grow, curves together.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,10 @@ PAGES = {
     "new": "document.querySelector('.row mark') && document.querySelector('.sheet dl.tiles')",
     "runs/first,second": "document.querySelector('.panel table')",
     "run/first": "document.querySelector('.chart polyline') && document.querySelector('article')",
-    BOTH: "document.querySelectorAll('.turn.assistant').length > 1 && !document.querySelector('.turns[aria-busy]')",
+    BOTH: (
+        "document.querySelectorAll('.turn.assistant').length > 1 &&"
+        " !document.querySelector('.turns[aria-busy]')"
+    ),
 }
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 
@@ -41,7 +46,8 @@ needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
 class Paced(Here):
     """A model of which the test says how fast it is: after a few parts, an answer waits at the gate."""
 
-    gate, loading = threading.Event(), threading.Lock()  # models of two dtypes cannot be loaded at once in one process
+    # models of two dtypes cannot be loaded at once in one process
+    gate, loading = threading.Event(), threading.Lock()
     gate.set()
     ended: list[tuple[int, bool]] = []  # parts and whether it was stopped, of each answer
 
@@ -92,11 +98,22 @@ def served(tmp_path_factory) -> Iterator[SimpleNamespace]:
     os.chdir(home)
     for name, rate in (("first", 1e-3), ("second", 1e-2)):
         luthier.tune(
-            folder=home / "runs" / name, model=MODEL, data="sums.jsonl", dtype="float32", max_steps=6, eval_steps=2, logging_steps=1,
-            learning_rate=rate, per_device_train_batch_size=4, tuner={"name": "lora", "r": 2}, evaluate=["loss", {"name": "generate", "n": 2, "max_new_tokens": 4}],
-        )  # fmt: skip
+            folder=home / "runs" / name,
+            model=MODEL,
+            data="sums.jsonl",
+            dtype="float32",
+            max_steps=6,
+            eval_steps=2,
+            logging_steps=1,
+            learning_rate=rate,
+            per_device_train_batch_size=4,
+            tuner={"name": "lora", "r": 2},
+            evaluate=["loss", {"name": "generate", "n": 2, "max_new_tokens": 4}],
+        )
     with listening(0) as ear:
-        web = uvicorn.Server(uvicorn.Config(server.studio(home, TOKEN, Paced), log_level="warning", ws="none"))
+        web = uvicorn.Server(
+            uvicorn.Config(server.studio(home, TOKEN, Paced), log_level="warning", ws="none")
+        )
         thread = threading.Thread(target=web.run, kwargs={"sockets": [ear]})
         thread.start()
         yield SimpleNamespace(home=home, base=f"http://127.0.0.1:{ear.getsockname()[1]}")
@@ -158,7 +175,9 @@ def again(browser: Browser) -> None:
 
 
 def until(browser: Browser, seen: Callable[[], bool]) -> None:
-    """What the server does meanwhile is looked at through the page's clock, so that the test waits no longer than it must."""
+    """What the server does meanwhile is looked at through the page's clock, so that the test waits no longer
+    than it must.
+    """
     for _ in range(400):
         if seen():
             return
@@ -185,14 +204,17 @@ def tab_to(browser: Browser, name: str, most: int = 120) -> None:
 
 @needs_browser
 def test_a_run_by_keyboard_alone(served, page):
-    """From an empty page to a trained model that answers, with hostile rows on the way; what is said aloud; a reload."""
+    """From an empty page to a trained model that answers, with hostile rows on the way; what is said aloud; a
+    reload.
+    """
     quick = {"dtype": "float32", "evaluate": "[loss, {name: generate, n: 2, max_new_tokens: 4}]"}
     page.run(f"sessionStorage.setItem('luthier-draft', {json.dumps(json.dumps(quick))})")
     turn(page, "new")
     page.see("document.querySelectorAll('.fields').length > 3")
     page.run(
-        "window.aloud = []; new MutationObserver(() => aloud.push(document.getElementById('status').textContent))"
-        ".observe(document.getElementById('status'), {childList: true}); document.activeElement.blur(); scrollTo(0, 0)"
+        "window.aloud = []; new MutationObserver(() =>"
+        " aloud.push(document.getElementById('status').textContent)).observe(document.getElementById('status'),"
+        " {childList: true}); document.activeElement.blur(); scrollTo(0, 0)"
     )
     tab_to(page, "Skip to the page")
     page.key("Enter", 13)
@@ -206,12 +228,16 @@ def test_a_run_by_keyboard_alone(served, page):
     assert page.run("document.querySelectorAll('.row img, .row script').length + (window.hurt ?? 0)") == 0
     page.see("document.querySelector('details.aside')?.textContent.includes('sums.jsonl:82')")
     page.see(
-        "document.querySelector('pre.recipe').textContent.includes('eval_steps: 2') && !document.querySelector('button.main').disabled"
+        "document.querySelector('pre.recipe').textContent.includes('eval_steps: 2') &&"
+        " !document.querySelector('button.main').disabled"
     )
     tab_to(page, "Name of the run")
     page.run("document.activeElement.select()")
     page.type("hand")
-    assert page.run("document.querySelector('.sheet').textContent.includes('luthier tune runs/hand/asked.yaml output_dir=runs/hand')")
+    assert page.run(
+        "document.querySelector('.sheet').textContent.includes('luthier tune runs/hand/asked.yaml"
+        " output_dir=runs/hand')"
+    )
     tab_to(page, "Start the run")
     page.key("Enter", 13)
     page.see("document.querySelector('h1').textContent === 'hand' && document.activeElement.tagName === 'H1'")
@@ -232,7 +258,10 @@ def test_a_run_by_keyboard_alone(served, page):
     tab_to(page, "What you say")
     page.type("1+1=")
     page.key("Enter", 13)
-    page.see("document.querySelectorAll('.turn.assistant').length === 2 && !document.querySelector('.turns[aria-busy]')")
+    page.see(
+        "document.querySelectorAll('.turn.assistant').length === 2 &&"
+        " !document.querySelector('.turns[aria-busy]')"
+    )
     page.run("sessionStorage.clear()")
 
 
@@ -270,9 +299,15 @@ CONTRAST = r"""(() => {
 @needs_browser
 @pytest.mark.parametrize("address", PAGES, ids=lambda a: a.split("/")[0])
 def test_words_stand_out_on_screen_and_paper_and_fit_a_phone(served, page, address):
-    """4.5:1 for text and 3:1 for curves and edges, light, dark and printed; no sideways scroll; nothing cut off on paper."""
+    """4.5:1 for text and 3:1 for curves and edges, light, dark and printed; no sideways scroll; nothing cut
+    off on paper.
+    """
     show(page, address)
-    wide = "[...document.querySelectorAll('body *')].filter(x => x.getBoundingClientRect().right > document.documentElement.clientWidth + 1 && !x.closest('.wide')).map(x => `${x.tagName}.${x.className} ${x.textContent.slice(0, 30)}`)"
+    wide = (
+        "[...document.querySelectorAll('body *')].filter(x => x.getBoundingClientRect().right >"
+        " document.documentElement.clientWidth + 1 && !x.closest('.wide')).map(x =>"
+        " `${x.tagName}.${x.className} ${x.textContent.slice(0, 30)}`)"
+    )
     for dark in (False, True):
         page.media(dark)
         found = page.run(CONTRAST)
@@ -280,14 +315,28 @@ def test_words_stand_out_on_screen_and_paper_and_fit_a_phone(served, page, addre
     for width in (380, 320):
         page.resize(width)
         assert page.run(wide) == [] and page.run("document.documentElement.scrollWidth") <= width, width
-    small = "[...document.querySelectorAll('button, a.button, nav a, select, input')].filter(x => x.checkVisibility() && !x.closest('.hidden, .skip') && x.type !== 'file').map(x => [x.textContent || x.id, x.getBoundingClientRect().height]).filter(([, h]) => h < 20)"
+    small = (
+        "[...document.querySelectorAll('button, a.button, nav a, select, input')].filter(x =>"
+        " x.checkVisibility() && !x.closest('.hidden, .skip') && x.type !== 'file').map(x => [x.textContent"
+        " || x.id, x.getBoundingClientRect().height]).filter(([, h]) => h < 20)"
+    )
     assert page.run(small) == []
     page.resize(800)
     page.media(True, "print")
-    assert page.run("[...document.querySelectorAll('.top, .buttons, .asking, .work')].filter(x => x.checkVisibility()).length") == 0
+    assert (
+        page.run(
+            "[...document.querySelectorAll('.top, .buttons, .asking, .work')].filter(x =>"
+            " x.checkVisibility()).length"
+        )
+        == 0
+    )
     found = page.run(CONTRAST)
     assert found["low"] == [], found
-    cut = "[...document.querySelectorAll('main *')].filter(x => x.checkVisibility() && /auto|scroll|hidden/.test(getComputedStyle(x).overflowY) && !x.matches('.hidden, textarea, input, progress, .wide, svg') && x.scrollHeight > x.clientHeight + 1).map(x => x.className || x.tagName)"
+    cut = (
+        "[...document.querySelectorAll('main *')].filter(x => x.checkVisibility() &&"
+        " /auto|scroll|hidden/.test(getComputedStyle(x).overflowY) && !x.matches('.hidden, textarea, input,"
+        " progress, .wide, svg') && x.scrollHeight > x.clientHeight + 1).map(x => x.className || x.tagName)"
+    )
     assert page.run(cut) == []
     assert base64.b64decode(page.send("Page.printToPDF")["data"])[:5] == b"%PDF-"
 
@@ -312,37 +361,60 @@ CONTROLS = {
 @needs_browser
 @pytest.mark.parametrize("address", PAGES, ids=lambda a: a.split("/")[0])
 def test_every_page_can_be_read_aloud(served, page, address):
-    """What the browser tells a screen reader: landmarks, one heading above all others, a name for each control, live regions."""
+    """What the browser tells a screen reader: landmarks, one heading above all others, a name for each
+    control, live regions.
+    """
     show(page, address)
     nodes = [n for n in page.send("Accessibility.getFullAXTree")["nodes"] if not n["ignored"]]
     told = [
-        (n["role"]["value"], n.get("name", {}).get("value", ""), {p["name"]: p["value"].get("value") for p in n["properties"]})
+        (
+            n["role"]["value"],
+            n.get("name", {}).get("value", ""),
+            {p["name"]: p["value"].get("value") for p in n["properties"]},
+        )
         for n in nodes
     ]
     roles = [role for role, _, _ in told]
     assert roles.count("banner") == roles.count("main") == roles.count("navigation") == 1
     assert [(r, n) for r, n, _ in told if r in CONTROLS and not n.strip()] == []
-    names = [n for r, n, _ in told if r in ("button", "link", "textbox", "combobox", "checkbox", "spinbutton")]
+    names = [
+        n for r, n, _ in told if r in ("button", "link", "textbox", "combobox", "checkbox", "spinbutton")
+    ]
     assert len(names) > 5
     levels = [p["level"] for r, _, p in told if r == "heading"]
-    assert levels[0] == 1 and levels.count(1) == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:])), levels
-    assert [p.get("live") for r, _, p in told if r == "status"] == ["polite"]
-    assert page.run("document.querySelector('nav [aria-current=page]')?.textContent") == {"n": "New run", "t": "Talk"}.get(
-        address[0], "Runs"
+    assert levels[0] == 1 and levels.count(1) == 1 and all(b <= a + 1 for a, b in zip(levels, levels[1:])), (
+        levels
     )
+    assert [p.get("live") for r, _, p in told if r == "status"] == ["polite"]
+    assert page.run("document.querySelector('nav [aria-current=page]')?.textContent") == {
+        "n": "New run",
+        "t": "Talk",
+    }.get(address[0], "Runs")
     has = {
-        "new": [("complementary", "The recipe and its cost"), ("combobox", "Toward what"), ("combobox", "Rows")],
+        "new": [
+            ("complementary", "The recipe and its cost"),
+            ("combobox", "Toward what"),
+            ("combobox", "Rows"),
+        ],
         "runs/first,second": [
             ("checkbox", "Choose first"),
             ("region", "Curves"),
             ("combobox", "What is drawn"),
             ("table", "loss, in numbers"),
         ],
-        "run/first": [("progressbar", "Steps of first"), ("button", "Clone with changes"), ("combobox", "As")],
-    }.get(address, [("log", "Conversation, left"), ("log", "Conversation, right"), ("textbox", "What you say")])
+        "run/first": [
+            ("progressbar", "Steps of first"),
+            ("button", "Clone with changes"),
+            ("combobox", "As"),
+        ],
+    }.get(
+        address, [("log", "Conversation, left"), ("log", "Conversation, right"), ("textbox", "What you say")]
+    )
     assert set(has) <= {(r, n) for r, n, _ in told}
     pictures = [n for r, n, _ in told if r == "image"]
-    assert all("at step" in n for n in pictures) and bool(pictures) == ("first" in address and "talk" not in address)
+    assert all("at step" in n for n in pictures) and bool(pictures) == (
+        "first" in address and "talk" not in address
+    )
 
 
 # ---------------------------------------------------------------------------------------------- runs that are there
@@ -357,15 +429,22 @@ def test_a_run_is_cloned_with_changes_and_a_dead_one_says_so(served, page):
     (dead / "run.json").write_text('{"finished": false, "steps": 9}')
     (dead / "metrics.jsonl").write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": NaN}\n{"step": 3, "lo')
     (dead / ".lock").write_text("999999999")
-    (dead / "console.log").write_text("Traceback (most recent call last):\nValueError: <img src=x onerror=window.hurt=1>\n")
+    (dead / "console.log").write_text(
+        "Traceback (most recent call last):\nValueError: <img src=x onerror=window.hurt=1>\n"
+    )
     turn(page, "run/dead")
-    page.see("document.querySelector('.badge.failed') && document.querySelector('.complaint').textContent.includes('<img src=x')")
+    page.see(
+        "document.querySelector('.badge.failed') &&"
+        " document.querySelector('.complaint').textContent.includes('<img src=x')"
+    )
     page.see("[...document.querySelectorAll('button')].some(x => x.textContent === 'Resume')")
     with page.tab(served.base):
         page.see("document.querySelector('h1')")
         turn(page, "run/first")
         page.press("Clone with changes")
-        page.see("document.querySelector('h1').textContent === 'A new run' && document.querySelector('.row mark')")
+        page.see(
+            "document.querySelector('h1').textContent === 'A new run' && document.querySelector('.row mark')"
+        )
         page.write("seed", "7")
         page.see("/^seed: 7$/m.test(document.querySelector('pre.recipe').textContent)")
         text = page.run("document.querySelector('pre.recipe').textContent")
@@ -381,7 +460,9 @@ def test_a_run_is_cloned_with_changes_and_a_dead_one_says_so(served, page):
 
 @needs_browser
 def test_curves_of_several_runs_in_one_chart(served, page):
-    """Chosen in the list, kept by a reload; a line for each loss and each held-out loss, a legend, the same numbers in a table."""
+    """Chosen in the list, kept by a reload; a line for each loss and each held-out loss, a legend, the same
+    numbers in a table.
+    """
     turn(page, "runs")
     page.see("document.querySelector('[data-run=first]')")
     assert page.run("document.querySelector('.panel').hidden")
@@ -389,23 +470,46 @@ def test_curves_of_several_runs_in_one_chart(served, page):
         page.run(f"document.querySelector('[data-run={name}]').click()")
         page.see(f"document.querySelectorAll('.panel polyline').length === {lines}")
     again(page)
-    page.see("document.querySelectorAll('.panel polyline').length === 4 && document.querySelector('[data-run=second]').checked")
-    assert page.run("[...document.querySelectorAll('.legend li')].map(x => x.textContent)") == ["first", "second", "held out"]
-    assert page.run("new Set([...document.querySelectorAll('.panel polyline:not(.dash)')].map(x => getComputedStyle(x).stroke)).size") == 2
+    page.see(
+        "document.querySelectorAll('.panel polyline').length === 4 &&"
+        " document.querySelector('[data-run=second]').checked"
+    )
+    assert page.run("[...document.querySelectorAll('.legend li')].map(x => x.textContent)") == [
+        "first",
+        "second",
+        "held out",
+    ]
     assert (
-        page.run("[...document.querySelectorAll('.panel .dash')].filter(x => getComputedStyle(x).strokeDasharray !== 'none').length") >= 2
+        page.run(
+            "new Set([...document.querySelectorAll('.panel polyline:not(.dash)')].map(x =>"
+            " getComputedStyle(x).stroke)).size"
+        )
+        == 2
+    )
+    assert (
+        page.run(
+            "[...document.querySelectorAll('.panel .dash')].filter(x => getComputedStyle(x).strokeDasharray"
+            " !== 'none').length"
+        )
+        >= 2
     )
     logged = [json.loads(x) for x in (served.home / "runs/second/metrics.jsonl").read_text().splitlines()]
-    cells = page.run("[...document.querySelectorAll('.panel tbody tr')].map(r => [...r.children].map(x => x.textContent))")
+    cells = page.run(
+        "[...document.querySelectorAll('.panel tbody tr')].map(r => [...r.children].map(x => x.textContent))"
+    )
     assert [c[:2] for c in cells] == [["first", "6"], ["second", "6"]]
     low = min(logged, key=lambda x: x["loss"])
     assert float(cells[1][4]) == pytest.approx(low["loss"], rel=0.01) and int(cells[1][5]) == low["step"]
-    assert float(cells[1][6]) == pytest.approx([x for x in logged if "eval_loss" in x][-1]["eval_loss"], rel=0.01)
+    assert float(cells[1][6]) == pytest.approx(
+        [x for x in logged if "eval_loss" in x][-1]["eval_loss"], rel=0.01
+    )
     page.run(
-        "(() => { const x = document.querySelector('.panel select'); x.value = 'learning_rate'; x.dispatchEvent(new Event('change')); })()"
+        "(() => { const x = document.querySelector('.panel select'); x.value = 'learning_rate';"
+        " x.dispatchEvent(new Event('change')); })()"
     )
     page.see(
-        "document.querySelectorAll('.panel polyline').length === 2 && document.querySelector('caption').textContent === 'learning rate, in numbers'"
+        "document.querySelectorAll('.panel polyline').length === 2 &&"
+        " document.querySelector('caption').textContent === 'learning rate, in numbers'"
     )
 
 
@@ -422,10 +526,16 @@ def ask(page: Browser, text: str = "Tell me a story") -> None:
     Watched.made.clear()
     page.run("sessionStorage.clear()")
     turn(page, BOTH)
-    page.see("document.querySelectorAll('.turns').length === 2 && document.querySelector('.turns').textContent === ''")
+    page.see(
+        "document.querySelectorAll('.turns').length === 2 && document.querySelector('.turns').textContent"
+        " === ''"
+    )
     page.write("What you say", text)
     page.press("Ask")
-    page.see(f"document.querySelectorAll('.turns[aria-busy=true]').length === 2 && {ANSWERS}.every(x => x.length >= 2)")
+    page.see(
+        f"document.querySelectorAll('.turns[aria-busy=true]').length === 2 && {ANSWERS}.every(x => x.length"
+        " >= 2)"
+    )
 
 
 def hung_up(page: Browser) -> None:
@@ -442,7 +552,10 @@ def test_two_answers_grow_side_by_side(served, page):
     begun = page.run(ANSWERS)
     assert Paced.ended == [] and begun[0] != begun[1]
     Paced.gate.set()
-    page.see("!document.querySelector('.turns[aria-busy]') && document.querySelector('[aria-label^=Conversation] + p')")
+    page.see(
+        "!document.querySelector('.turns[aria-busy]') && document.querySelector('[aria-label^=Conversation]"
+        " + p')"
+    )
     whole = page.run(ANSWERS)
     assert [stopped for _, stopped in Paced.ended] == [False, False]
     assert all(len(w) > len(b) and w.startswith(b.strip()) for w, b in zip(whole, begun)), (begun, whole)
@@ -462,7 +575,10 @@ def test_an_answer_ends_where_nobody_wants_it(served, page, how):
     heard = page.run(ANSWERS)
     if how == "stop":
         page.press("Stop")
-        page.see("document.querySelector('.turns').textContent.includes('stopped here') && document.activeElement.tagName === 'TEXTAREA'")
+        page.see(
+            "document.querySelector('.turns').textContent.includes('stopped here') &&"
+            " document.activeElement.tagName === 'TEXTAREA'"
+        )
     elif how == "leave":
         page.run("location.hash = '#runs'")
         page.see("document.querySelector('[data-run=first]')")
@@ -494,13 +610,24 @@ def test_who_hangs_up_ends_the_answer(served):
     Paced.ended.clear()
     body = {"model": "runs/first", "text": "Tell me a story", "before": [], "max_new_tokens": 60}
     with (
-        httpx.Client(base_url=served.base, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60) as client,
+        httpx.Client(
+            base_url=served.base, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60
+        ) as client,
         client.stream("POST", "/api/say/left", json=body) as answer,
     ):
         lines = answer.iter_lines()
-        assert ["part" in json.loads(next(lines)) for _ in range(FIRST)] == [True] * FIRST and Paced.ended == []
+        assert ["part" in json.loads(next(lines)) for _ in range(FIRST)] == [
+            True
+        ] * FIRST and Paced.ended == []
     assert Watched.made[-1].wait(20)
     Paced.gate.set()
-    with httpx.Client(base_url=served.base, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60) as client:
+    with httpx.Client(
+        base_url=served.base, headers={"authorization": f"Bearer {TOKEN}"}, timeout=60
+    ) as client:
         again = client.post("/api/say/left", json=body).text.splitlines()  # waits until the first has ended
-    assert Paced.ended[0][1] and Paced.ended[0][0] <= FIRST + 1 and not Paced.ended[1][1] and "is" in json.loads(again[-1])
+    assert (
+        Paced.ended[0][1]
+        and Paced.ended[0][0] <= FIRST + 1
+        and not Paced.ended[1][1]
+        and "is" in json.loads(again[-1])
+    )

@@ -11,9 +11,9 @@ import torch
 import luthier
 from luthier.clock import Clock
 from luthier.errors import RecipeError
+from luthier.methods.stages.augment._translations import learned, rotation, vectors
 from luthier.registry import build
 from luthier.toy.tasks import language
-from luthier.methods.stages.augment._translations import learned, rotation, vectors
 
 WORDS = 60
 
@@ -26,7 +26,11 @@ def texts(n: int, seed: int) -> list[list[int]]:
     for _ in range(n):
         text = [min(int(rng.paretovariate(0.8)) - 1, WORDS - 1)]
         for _ in range(7):
-            text.append(rng.choice(after[text[-1]]) if rng.random() < 0.8 else min(int(rng.paretovariate(0.8)) - 1, WORDS - 1))
+            text.append(
+                rng.choice(after[text[-1]])
+                if rng.random() < 0.8
+                else min(int(rng.paretovariate(0.8)) - 1, WORDS - 1)
+            )
         out.append(text)
     return out
 
@@ -34,11 +38,16 @@ def texts(n: int, seed: int) -> list[list[int]]:
 def said(texts: list[list[int]], language: str, shared: int = 0) -> list[list[str]]:
     """Word w is w5 in one language, v30 in another, and 5 in both where it is shared."""
     other = random.Random(5).sample(range(WORDS), WORDS)
-    return [[str(w) if w < shared else f"{language}{w if language == 'w' else other[w]}" for w in text] for text in texts]
+    return [
+        [str(w) if w < shared else f"{language}{w if language == 'w' else other[w]}" for w in text]
+        for text in texts
+    ]
 
 
 def hits(known: dict[str, list[str]], shared: int = 0) -> float:
-    right = dict(zip(said([[*range(WORDS)]], "w", shared)[0], said([[*range(WORDS)]], "v", shared)[0], strict=True))
+    right = dict(
+        zip(said([[*range(WORDS)]], "w", shared)[0], said([[*range(WORDS)]], "v", shared)[0], strict=True)
+    )
     return sum(t[0] == right[w] for w, t in known.items()) / len(known)
 
 
@@ -82,7 +91,12 @@ def velmi(n: int = 200) -> list[dict]:
     """Pairs of English and Velmi, whose words stand in another order."""
     rows = language.rows("new", n)
     return [
-        {"id": i, "prompt": r["prompt"].split("\n")[0].removeprefix("English: "), "completions": [r["answer"]]} for i, r in enumerate(rows)
+        {
+            "id": i,
+            "prompt": r["prompt"].split("\n")[0].removeprefix("English: "),
+            "completions": [r["answer"]],
+        }
+        for i, r in enumerate(rows)
     ]
 
 
@@ -90,10 +104,15 @@ def test_code_switching_learns_its_dictionary_and_writes_both_languages():
     nobody, rows = Nobody(), velmi()
     made = build("stage", {"name": "code_switch", "dictionary": "learn", "neighbours": 1})(rows, nobody)
     assert len(made) == 2 * len(rows) and len({r["id"] for r in made}) == len(made)
-    assert [made[0]["completions"][0], made[1]["completions"][0]] == [rows[0]["prompt"], rows[0]["completions"][0]]
+    assert [made[0]["completions"][0], made[1]["completions"][0]] == [
+        rows[0]["prompt"],
+        rows[0]["completions"][0],
+    ]
     assert "words are learned" in nobody.told[0]
     right = changed = total = 0
-    for row, to in zip(made, [language.TO_VELMI, {v: k for k, v in language.TO_VELMI.items()}] * len(rows), strict=True):
+    for row, to in zip(
+        made, [language.TO_VELMI, {v: k for k, v in language.TO_VELMI.items()}] * len(rows), strict=True
+    ):
         for was, now in zip(row["completions"][0].split(" "), row["prompt"].split(" "), strict=True):
             total += 1
             changed += was != now
@@ -103,11 +122,19 @@ def test_code_switching_learns_its_dictionary_and_writes_both_languages():
 
 
 def test_code_switching_of_two_sources_and_what_is_refused():
-    rows = [{"id": f"a{i}", "prompt": "", "completions": [" ".join(t)], "source": "a"} for i, t in enumerate(said(texts(300, 1), "w", 10))]
-    rows += [{"id": f"b{i}", "prompt": "", "completions": [" ".join(t)], "source": "b"} for i, t in enumerate(said(texts(300, 2), "v", 10))]
+    rows = [
+        {"id": f"a{i}", "prompt": "", "completions": [" ".join(t)], "source": "a"}
+        for i, t in enumerate(said(texts(300, 1), "w", 10))
+    ]
+    rows += [
+        {"id": f"b{i}", "prompt": "", "completions": [" ".join(t)], "source": "b"}
+        for i, t in enumerate(said(texts(300, 2), "v", 10))
+    ]
     stage = build("stage", {"name": "code_switch", "dictionary": "learn", "languages": ["a", "b"]})
     made = stage(rows, Nobody())
-    assert [r["id"] for r in made] == [r["id"] for r in rows] and any(w[0] == "v" for w in made[0]["prompt"].split(" "))
+    assert [r["id"] for r in made] == [r["id"] for r in rows] and any(
+        w[0] == "v" for w in made[0]["prompt"].split(" ")
+    )
     with pytest.raises(RecipeError, match="there are none"):
         stage(rows[:300], Nobody())
     with pytest.raises(RecipeError, match="dictionary: learn"):
@@ -123,31 +150,49 @@ def seq2seq(folder) -> str:
     made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     torch.manual_seed(0)
-    shape = dict(vocab_size=len(words), d_model=48, d_kv=12, d_ff=96, num_layers=2, num_heads=4, dropout_rate=0.0)
-    t.T5ForConditionalGeneration(t.T5Config(**shape, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)).save_pretrained(folder)
-    t.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", pad_token="<pad>", unk_token="<unk>").save_pretrained(folder)
+    shape = dict(
+        vocab_size=len(words), d_model=48, d_kv=12, d_ff=96, num_layers=2, num_heads=4, dropout_rate=0.0
+    )
+    t.T5ForConditionalGeneration(
+        t.T5Config(**shape, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+    ).save_pretrained(folder)
+    t.PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(folder)
     return str(folder)
 
 
 def test_restoring_before_translating_helps_and_brings_languages_together(tmp_path):
     pairs = [
-        {"prompt": " ".join(a), "completion": " ".join(b)} for a, b in zip(said(texts(340, 1), "w"), said(texts(340, 1), "v"), strict=True)
+        {"prompt": " ".join(a), "completion": " ".join(b)}
+        for a, b in zip(said(texts(340, 1), "w"), said(texts(340, 1), "v"), strict=True)
     ]
     base = {
-        "model": seq2seq(tmp_path / "model"), "data": pairs[:300], "eval_data": pairs[300:], "tuner": "full", "dtype": "float32",
-        "learning_rate": 3e-3, "per_device_train_batch_size": 16, "evaluate": ["loss", "accuracy"], "save_steps": 1000,
-    }  # fmt: skip
+        "model": seq2seq(tmp_path / "model"),
+        "data": pairs[:300],
+        "eval_data": pairs[300:],
+        "tuner": "full",
+        "dtype": "float32",
+        "learning_rate": 3e-3,
+        "per_device_train_batch_size": 16,
+        "evaluate": ["loss", "accuracy"],
+        "save_steps": 1000,
+    }
     alone = luthier.tune({**base, "max_steps": 100}, folder=tmp_path / "alone")
     first = {"stages": [{"name": "code_switch", "dictionary": "learn", "neighbours": 1}], "max_steps": 150}
     both = luthier.tune({**base, "plan": [first, {"max_steps": 100}]}, folder=tmp_path / "both")
     assert both.after["loss"] < alone.after["loss"]
 
     def apart(folder: str) -> float:
-        """How far the encoder keeps the two texts of a pair from each other, beside how far it keeps texts that are no pair."""
+        """How far the encoder keeps the two texts of a pair from each other, beside how far it keeps texts
+        that are no pair.
+        """
         loaded = luthier.load(folder, dtype="float32")
         model, tokenizer = loaded.roles.policy.model, loaded.roles.renderer.tokenizer
         with torch.no_grad():
-            read = lambda s: model.get_encoder()(**tokenizer(s, return_tensors="pt")).last_hidden_state.mean(1)[0]
+            read = lambda s: model.get_encoder()(**tokenizer(s, return_tensors="pt")).last_hidden_state.mean(
+                1
+            )[0]
             a, b = (torch.stack([read(p[side]) for p in pairs[300:]]) for side in ("prompt", "completion"))
         far = torch.cdist(a, b)
         return float(far.diagonal().mean() / far.mean())

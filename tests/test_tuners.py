@@ -1,5 +1,6 @@
-"""The contract that every tuner keeps. A new file in luthier/tuners is tested by being there; an exception to a contract
-stands in the method's file, with its reason. Then each method's own check, and the bridge to PEFT."""
+"""The contract that every tuner keeps. A new file in luthier/tuners is tested by being there; an exception to
+a contract stands in the method's file, with its reason. Then each method's own check, and the bridge to PEFT.
+"""
 
 from __future__ import annotations
 
@@ -32,24 +33,27 @@ from transformers import (
 )
 
 from conftest import SUMS
-from luthier.storage import store
-from luthier.methods.architectures.text.causal import Causal
-from luthier.model.batch import collate
 from luthier.clock import Clock
-from luthier.methods.estimators._base import gradients
 from luthier.errors import RecipeError
-from luthier.registry import build, find, gives_of, helps, names, tuner
-from luthier.model.quantized import quantize
-from luthier.model.policy import Policy
-from luthier.train.optimizer import Chain
+from luthier.methods.architectures.text.causal import Causal
+from luthier.methods.estimators._base import gradients
+from luthier.methods.tuners._base import Untuned
 from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners._peft import OnPeft
-from luthier.methods.tuners._base import Untuned
+from luthier.model.batch import collate
+from luthier.model.policy import Policy
+from luthier.model.quantized import quantize
+from luthier.registry import build, find, gives_of, helps, names, tuner
+from luthier.storage import store
+from luthier.train.optimizer import Chain
 
 torch.set_num_threads(1)
 IDS = torch.arange(3, 17).reshape(2, 7)
-SHAPE = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.15)
-SMALL = {"r": 4, "num_virtual_tokens": 3, "init_rows": 2, "n_layers": 1}  # settings that a tiny network needs small
+SHAPE = dict(
+    vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.15
+)
+# settings that a tiny network needs small
+SMALL = {"r": 4, "num_virtual_tokens": 3, "init_rows": 2, "n_layers": 1}
 
 
 @lru_cache
@@ -57,7 +61,11 @@ def _made(kind: str) -> nn.Module:
     torch.manual_seed(0)
     llama = dict(SHAPE, intermediate_size=64, num_key_value_heads=2, bos_token_id=1, eos_token_id=1)
     if kind == "gpt2":
-        model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=97, n_positions=64, bos_token_id=1, eos_token_id=1))
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                n_embd=32, n_layer=2, n_head=4, vocab_size=97, n_positions=64, bos_token_id=1, eos_token_id=1
+            )
+        )
     elif kind == "mixtral":
         model = MixtralForCausalLM(MixtralConfig(**llama, num_local_experts=3, num_experts_per_tok=2))
     else:
@@ -77,7 +85,9 @@ def base(kind: str = "llama") -> nn.Module:
 
 def batch():
     rows = [{"id": i, "ids": row.tolist()} for i, row in enumerate(IDS)]
-    encode = lambda r: SimpleNamespace(prompt=r["ids"][:3], completions=[r["ids"][3:], r["ids"][2:5]], supervised=[[True] * 4, [True] * 3])
+    encode = lambda r: SimpleNamespace(
+        prompt=r["ids"][:3], completions=[r["ids"][3:], r["ids"][2:5]], supervised=[[True] * 4, [True] * 3]
+    )
     return collate(rows, encode)
 
 
@@ -207,8 +217,21 @@ def test_an_adapter_says_only_what_older_readers_know(tmp_path):
     attached = build("tuner", "lora").attach(base("llama"))
     attached.save(tmp_path)
     said = json.loads((tmp_path / "adapter_config.json").read_text())
-    old = {"peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias", "target_modules", "base_model_name_or_path", "use_dora"}
-    assert old <= said.keys() and not {"corda_config", "eva_config", "trainable_token_indices", "layer_replication"} & said.keys()
+    old = {
+        "peft_type",
+        "task_type",
+        "r",
+        "lora_alpha",
+        "lora_dropout",
+        "bias",
+        "target_modules",
+        "base_model_name_or_path",
+        "use_dora",
+    }
+    assert (
+        old <= said.keys()
+        and not {"corda_config", "eva_config", "trainable_token_indices", "layer_replication"} & said.keys()
+    )
 
 
 def test_a_whole_model_that_was_saved_otherwise_is_noticed(tmp_path, monkeypatch):
@@ -231,16 +254,22 @@ def test_plain_peft_and_transformers_load_it(name, tmp_path):
         train(attached)
     attached.save(tmp_path)
     if not (tmp_path / "adapter_config.json").is_file():
-        assert torch.equal(plain(type(attached.model).from_pretrained(tmp_path).eval()), plain(attached.model))
+        assert torch.equal(
+            plain(type(attached.model).from_pretrained(tmp_path).eval()), plain(attached.model)
+        )
         return
     if attached.virtual:
         embed = attached.model.get_input_embeddings()(IDS)
-        want = attached.model(inputs_embeds=torch.cat([attached.soft().expand(len(IDS), -1, -1), embed], 1)).logits
+        want = attached.model(
+            inputs_embeds=torch.cat([attached.soft().expand(len(IDS), -1, -1), embed], 1)
+        ).logits
         assert torch.allclose(plain(PeftModel.from_pretrained(base(kind), tmp_path).eval()), want, atol=1e-5)
         return
     want = plain(attached.model)
     assert torch.allclose(plain(PeftModel.from_pretrained(base(kind), tmp_path).eval()), want, atol=1e-5)
-    assert torch.allclose(plain(PeftModel.from_pretrained(base(kind), tmp_path, low_cpu_mem_usage=True).eval()), want, atol=1e-5)
+    assert torch.allclose(
+        plain(PeftModel.from_pretrained(base(kind), tmp_path, low_cpu_mem_usage=True).eval()), want, atol=1e-5
+    )
     model = base(kind)
     model.load_adapter(str(tmp_path))
     assert torch.allclose(plain(model), want, atol=1e-5)
@@ -251,7 +280,9 @@ def test_bfloat16_base(name):
     attached, kind = anywhere(name)
     attached = build("tuner", attached.settings).attach(base(kind).bfloat16())
     if isinstance(attached, OnPeft):
-        assert all(p.dtype == torch.float32 for k, p in attached.parameters().items() if ".base_layer." not in k)
+        assert all(
+            p.dtype == torch.float32 for k, p in attached.parameters().items() if ".base_layer." not in k
+        )
     start = logprobs(attached).detach()
     train(attached)
     assert logprobs(attached).isfinite().all() and not torch.equal(logprobs(attached), start)
@@ -280,7 +311,9 @@ def test_tensors_go_out_and_in(name):
 def test_is_documented_and_checked(name):
     cls = find("tuner", name)
     assert cls.__doc__ and sys.modules[cls.__module__].__doc__
-    assert all(helps(cls).get(f.name) for f in fields(cls)), [f.name for f in fields(cls) if not helps(cls).get(f.name)]
+    assert all(helps(cls).get(f.name) for f in fields(cls)), [
+        f.name for f in fields(cls) if not helps(cls).get(f.name)
+    ]
     with pytest.raises(RecipeError, match="has no setting 'nonsense'"):
         build("tuner", {"name": name, "nonsense": 1})
 
@@ -289,15 +322,26 @@ def test_is_documented_and_checked(name):
 
 
 @pytest.mark.parametrize("name", [*DELTAS, "lora", "peft"])
-@pytest.mark.parametrize("kind, where", [("gpt2", "all-linear"), ("mixtral", ["q_proj", "o_proj"]), ("llama", ["q_proj", "embed_tokens"])])
+@pytest.mark.parametrize(
+    "kind, where",
+    [("gpt2", "all-linear"), ("mixtral", ["q_proj", "o_proj"]), ("llama", ["q_proj", "embed_tokens"])],
+)
 @torch.no_grad()
 def test_modules_of_every_kind(name, kind, where, tmp_path):
     """Conv1D, layers beside fused experts, embeddings: trained, merged, saved and loaded."""
     if "modules_of_every_kind" in find("tuner", name).contract:
         pytest.skip(find("tuner", name).contract["modules_of_every_kind"])
-    if "embed_tokens" in where and name != "peft" and not issubclass(nn.Embedding, getattr(find("tuner", name), "kinds", nn.Embedding)):
+    if (
+        "embed_tokens" in where
+        and name != "peft"
+        and not issubclass(nn.Embedding, getattr(find("tuner", name), "kinds", nn.Embedding))
+    ):
         pytest.skip("not for embeddings")
-    attached = put(name, base(kind), **({"config": {"target_modules": where}} if name == "peft" else {"target_modules": where}))
+    attached = put(
+        name,
+        base(kind),
+        **({"config": {"target_modules": where}} if name == "peft" else {"target_modules": where}),
+    )
     with torch.enable_grad():
         train(attached)
     tuned = logprobs(attached)
@@ -308,7 +352,9 @@ def test_modules_of_every_kind(name, kind, where, tmp_path):
             assert torch.allclose(logprobs(attached), tuned, atol=2e-5)
     assert torch.equal(logprobs(attached), tuned)
     attached.save(tmp_path)
-    assert torch.allclose(plain(PeftModel.from_pretrained(base(kind), tmp_path).eval()), plain(attached.model), atol=1e-5)
+    assert torch.allclose(
+        plain(PeftModel.from_pretrained(base(kind), tmp_path).eval()), plain(attached.model), atol=1e-5
+    )
     fresh = build("tuner", attached.settings).attach(base(kind))
     fresh.load(fresh.read(tmp_path))
     assert torch.equal(logprobs(fresh), tuned)
@@ -316,7 +362,12 @@ def test_modules_of_every_kind(name, kind, where, tmp_path):
 
 @torch.no_grad()
 def test_fused_experts(tmp_path):
-    attached = put("lora", base("mixtral"), target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+    attached = put(
+        "lora",
+        base("mixtral"),
+        target_modules=["q_proj"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+    )
     assert any("experts" in s.name for s in attached.sites())
     with torch.enable_grad():
         train(attached)
@@ -328,7 +379,9 @@ def test_fused_experts(tmp_path):
         assert torch.allclose(logprobs(attached), tuned, atol=2e-5)
     assert all(torch.equal(p, before[n]) for n, p in attached.model.named_parameters())
     attached.save(tmp_path)
-    assert torch.allclose(plain(PeftModel.from_pretrained(base("mixtral"), tmp_path).eval()), plain(attached.model), atol=1e-5)
+    assert torch.allclose(
+        plain(PeftModel.from_pretrained(base("mixtral"), tmp_path).eval()), plain(attached.model), atol=1e-5
+    )
     with pytest.raises(RecipeError, match="'experts.down_prj' matches nothing"):
         put("lora", base("mixtral"), target_modules=["q_proj"], target_parameters=["experts.down_prj"])
     told = put("ssf", base("mixtral")).told
@@ -352,7 +405,11 @@ def test_what_matches_nothing_is_refused():
 @pytest.mark.parametrize("name", ["lora", "ssf"])
 def test_tied_embeddings_do_not_part_in_silence(name):
     put(name, base("tied"))
-    for settings in ({"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "lm_head"]}):
+    for settings in (
+        {"modules_to_save": ["lm_head"]},
+        {"modules_to_save": ["embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+    ):
         with pytest.raises(RecipeError, match="shares its weight with"):
             put(name, base("tied"), **settings)
 
@@ -361,15 +418,24 @@ def test_tied_embeddings_do_not_part_in_silence(name):
 @torch.no_grad()
 def test_where(name, tmp_path):
     """Layers, exclusions, and further modules trained whole."""
-    where = {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"], "layers_to_transform": [1]}
+    where = {
+        "target_modules": ["q_proj", "v_proj"],
+        "exclude_modules": ["v_proj"],
+        "layers_to_transform": [1],
+    }
     attached = put(name, **where, modules_to_save=["lm_head"])
-    assert [s.name for s in attached.sites()] == ["model.layers.1.self_attn.q_proj", "lm_head.modules_to_save.default"]
+    assert [s.name for s in attached.sites()] == [
+        "model.layers.1.self_attn.q_proj",
+        "lm_head.modules_to_save.default",
+    ]
     with torch.enable_grad():
         train(attached)
     with attached.off():
         assert torch.equal(logprobs(attached), logprobs(Untuned(base())))
     attached.save(tmp_path)
-    assert torch.allclose(plain(PeftModel.from_pretrained(base(), tmp_path).eval()), plain(attached.model), atol=1e-5)
+    assert torch.allclose(
+        plain(PeftModel.from_pretrained(base(), tmp_path).eval()), plain(attached.model), atol=1e-5
+    )
     again = build("tuner", attached.settings).attach(base())
     again.load(again.read(tmp_path))
     assert torch.equal(logprobs(again), logprobs(attached))
@@ -385,7 +451,8 @@ def test_lora_starts(start, kind, tmp_path):
     attached = put("lora", base(kind), init_lora_weights=start, lora_dropout=0.1)
     untuned = logprobs(Untuned(base(kind)))
     assert torch.allclose(logprobs(attached), untuned, atol=2e-6)
-    if start == "pissa" and kind == "llama":  # B A is the best rank-r part of the base weight, which itself is untouched
+    # B A is the best rank-r part of the base weight, which itself is untouched
+    if start == "pissa" and kind == "llama":
         layer = attached.layers["model.layers.0.self_attn.q_proj"]
         W = base().model.layers[0].self_attn.q_proj.weight
         U, S, Vh = torch.linalg.svd(W)
@@ -399,7 +466,9 @@ def test_lora_starts(start, kind, tmp_path):
     with attached.merged():
         assert torch.allclose(logprobs(attached), tuned, atol=2e-5)
     attached.save(tmp_path)
-    assert torch.allclose(plain(PeftModel.from_pretrained(base(kind), tmp_path).eval()), plain(attached.model), atol=1e-5)
+    assert torch.allclose(
+        plain(PeftModel.from_pretrained(base(kind), tmp_path).eval()), plain(attached.model), atol=1e-5
+    )
     again = build("tuner", attached.settings).attach(base(kind))
     again.load(again.read(tmp_path))
     assert torch.equal(logprobs(again), tuned)
@@ -417,12 +486,16 @@ def test_lora_settings():
     ]:
         with pytest.raises(RecipeError, match=said):
             build("tuner", {"name": "lora", **settings})
-    assert "low-rank" in gives_of(build("tuner", "lora")) and "low-rank" not in gives_of(build("tuner", {"name": "lora", "use_dora": True}))
+    assert "low-rank" in gives_of(build("tuner", "lora")) and "low-rank" not in gives_of(
+        build("tuner", {"name": "lora", "use_dora": True})
+    )
     layer = put("lora", r=4, lora_alpha=8, use_rslora=True).layers["model.layers.0.mlp.up_proj"]
     assert layer.scaling["default"] == 4
 
 
-@pytest.mark.parametrize("settings", [{"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "pissa", "use_rslora": True}])
+@pytest.mark.parametrize(
+    "settings", [{"use_dora": True}, {"use_rslora": True}, {"init_lora_weights": "pissa", "use_rslora": True}]
+)
 @torch.no_grad()
 def test_lora_variants(settings, tmp_path):
     attached = put("lora", **settings)
@@ -435,10 +508,14 @@ def test_lora_variants(settings, tmp_path):
         assert torch.allclose(logprobs(attached), tuned, atol=2e-5)
     assert torch.equal(logprobs(attached), tuned)
     attached.save(tmp_path)
-    assert torch.allclose(plain(PeftModel.from_pretrained(base(), tmp_path).eval()), plain(attached.model), atol=1e-5)
+    assert torch.allclose(
+        plain(PeftModel.from_pretrained(base(), tmp_path).eval()), plain(attached.model), atol=1e-5
+    )
 
 
-@pytest.mark.parametrize("settings", [{}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "orthogonal"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"init_lora_weights": "pissa"}, {"init_lora_weights": "orthogonal"}]
+)
 @torch.no_grad()
 def test_lora_on_bfloat16_starts_and_ends_as_the_base(settings):
     untuned = logprobs(Untuned(base().bfloat16()))
@@ -459,7 +536,9 @@ def test_lora_with_biases_is_switched_off_exactly(tmp_path):
     with attached.off():
         assert torch.equal(logprobs(attached), logprobs(Untuned(base("gpt2"))))
     attached.save(tmp_path)
-    assert torch.allclose(plain(PeftModel.from_pretrained(base("gpt2"), tmp_path).eval()), plain(attached.model), atol=1e-5)
+    assert torch.allclose(
+        plain(PeftModel.from_pretrained(base("gpt2"), tmp_path).eval()), plain(attached.model), atol=1e-5
+    )
 
 
 @torch.no_grad()
@@ -471,7 +550,14 @@ def test_an_adapter_of_another_scale_is_refused(tmp_path):
         put("lora", lora_alpha=8, target_modules=["q_proj"]).read(tmp_path)
 
 
-OTHERS = {"vera": {"r": 8}, "ia3": {}, "loha": {"r": 4}, "boft": {"boft_block_size": 4}, "hra": {"r": 4}, "delora": {"r": 4}}
+OTHERS = {
+    "vera": {"r": 8},
+    "ia3": {},
+    "loha": {"r": 4},
+    "boft": {"boft_block_size": 4},
+    "hra": {"r": 4},
+    "delora": {"r": 4},
+}
 
 
 @pytest.mark.parametrize("kind, settings", OTHERS.items())
@@ -509,7 +595,8 @@ def test_peft_refusals():
 @torch.no_grad()
 def test_ssf_folds_into_weight_and_bias():
     attached = put("ssf", base("gpt2"), target_modules=["c_fc", "ln_1"])
-    assert sum(p.numel() for p in attached.parameters().values()) == 2 * 2 * (128 + 32)  # two per channel of every module
+    # two per channel of every module
+    assert sum(p.numel() for p in attached.parameters().values()) == 2 * 2 * (128 + 32)
     for p in attached.parameters().values():
         p.add_(torch.randn(p.shape) * 0.2)
     tuned, p = logprobs(attached), attached.tensors()
@@ -525,7 +612,9 @@ def test_ssf_folds_into_weight_and_bias():
 
 
 def test_ssf_solves_a_shifted_features_task():
-    """Hidden features that arrive scaled and shifted: SSF before the activation finds them, a new head does not."""
+    """Hidden features that arrive scaled and shifted: SSF before the activation finds them, a new head does
+    not.
+    """
     torch.manual_seed(0)
     x, first, head = torch.randn(512, 8), nn.Linear(8, 16), nn.Linear(16, 3)
     y = first(x).detach()
@@ -542,12 +631,16 @@ def test_ssf_solves_a_shifted_features_task():
             optimizer.step()
         return float((answer().argmax(1) == truth.argmax(1)).float().mean())
 
-    ours = agreement([*p.values(), head.bias], lambda: head(method.forward(None, y, SimpleNamespace(**p), None).relu()))
+    ours = agreement(
+        [*p.values(), head.bias], lambda: head(method.forward(None, y, SimpleNamespace(**p), None).relu())
+    )
     assert ours > 0.95 and ours > agreement(alone.parameters(), lambda: alone(y.relu()))
 
 
 def as_roles(attached):
-    return SimpleNamespace(policy=Policy(Causal(), attached.model, attached), batch=lambda rows: batch(), clock=Clock())
+    return SimpleNamespace(
+        policy=Policy(Causal(), attached.model, attached), batch=lambda rows: batch(), clock=Clock()
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -563,7 +656,9 @@ def test_lora_sb_starts_as_the_first_full_step(kind):
         grad = grad.T if kind == "gpt2" else grad
         U, S, Vh = torch.linalg.svd(-1e-2 * grad.sign())
         assert torch.allclose(p.B @ p.R @ p.A, (U[:, :4] * S[:4]) @ Vh[:4], atol=1e-4)
-        assert torch.allclose(p.B.T @ p.B, torch.eye(4), atol=1e-5) and torch.allclose(p.A @ p.A.T, torch.eye(4), atol=1e-5)
+        assert torch.allclose(p.B.T @ p.B, torch.eye(4), atol=1e-5) and torch.allclose(
+            p.A @ p.A.T, torch.eye(4), atol=1e-5
+        )
         assert p.R.shape == (4, 4) and p.R.requires_grad and not p.A.requires_grad
         W = layer.get_base_layer().weight.detach().clone().requires_grad_(True)
         assert not layer.get_base_layer().weight.requires_grad
@@ -630,7 +725,9 @@ def test_lora_sb_exports_exactly(tmp_path):
         attached.initialize([{}], as_roles(attached))
         train(attached)
     assert attached.export_lora(tmp_path) == 0.0
-    assert torch.allclose(plain(PeftModel.from_pretrained(base(), tmp_path).eval()), plain(attached.model), atol=1e-5)
+    assert torch.allclose(
+        plain(PeftModel.from_pretrained(base(), tmp_path).eval()), plain(attached.model), atol=1e-5
+    )
 
 
 def test_lisa_moves_what_it_says():
@@ -647,8 +744,13 @@ def test_lisa_moves_what_it_says():
             p.grad = None
         moved = {k for k, v in attached.tensors().items() if not torch.equal(v, before[k])}
         layers = {k.split(".")[2] for k in moved if ".layers." in k}
-        assert len(layers) == 1 and {"model.embed_tokens.weight.weight", "lm_head.weight.weight", "model.norm.weight.weight"} <= moved
-        assert {n.split(".")[2] for n in chain.state if ".layers." in n} == layers  # the optimizer forgets frozen layers
+        assert (
+            len(layers) == 1
+            and {"model.embed_tokens.weight.weight", "lm_head.weight.weight", "model.norm.weight.weight"}
+            <= moved
+        )
+        # the optimizer forgets frozen layers
+        assert {n.split(".")[2] for n in chain.state if ".layers." in n} == layers
         seen.append(layers.pop())
     assert all(len(set(seen[i : i + 3])) == 1 for i in range(0, 18, 3)) and len(set(seen)) == 2
 
@@ -677,7 +779,13 @@ def test_bitfit():
 def test_prompt_starts(tiny):
     model = LlamaForCausalLM.from_pretrained(tiny)
     table = model.get_input_embeddings().weight.detach()
-    text = put("prompt", copy.deepcopy(model), prompt_tuning_init="text", prompt_tuning_init_text="ab", num_virtual_tokens=3)
+    text = put(
+        "prompt",
+        copy.deepcopy(model),
+        prompt_tuning_init="text",
+        prompt_tuning_init_text="ab",
+        num_virtual_tokens=3,
+    )
     soft = text.soft().detach()
     assert torch.equal(soft[0], soft[2]) and (table == soft[1]).all(1).any()
     drawn = put("prompt", model, num_virtual_tokens=5).soft().detach()
@@ -705,7 +813,9 @@ def test_export_merged_is_a_plain_model(tmp_path):
     with torch.enable_grad():
         train(attached)
     attached.export_merged(tmp_path / "moe")
-    assert torch.allclose(plain(MixtralForCausalLM.from_pretrained(tmp_path / "moe").eval()), plain(attached.model), atol=2e-5)
+    assert torch.allclose(
+        plain(MixtralForCausalLM.from_pretrained(tmp_path / "moe").eval()), plain(attached.model), atol=2e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -717,7 +827,9 @@ def test_export_lora_of_any_weight_change(kind, tmp_path):
         train(attached)
     assert attached.export_lora(tmp_path, rank=2) > 0.01  # less than its rank: told how much is lost
     assert attached.export_lora(tmp_path, rank=4) < 1e-4
-    assert torch.allclose(plain(PeftModel.from_pretrained(base(kind), tmp_path).eval()), plain(attached.model), atol=1e-4)
+    assert torch.allclose(
+        plain(PeftModel.from_pretrained(base(kind), tmp_path).eval()), plain(attached.model), atol=1e-4
+    )
     with pytest.raises(RecipeError, match="more than the weight"):
         put("ssf").export_lora(tmp_path)
 
@@ -726,7 +838,9 @@ def test_export_lora_of_any_weight_change(kind, tmp_path):
 def test_export_lora_of_a_peft_type(tmp_path):
     attached = put("peft", type="loha", config={"r": 2, "target_modules": ["q_proj"], "init_weights": False})
     assert attached.export_lora(tmp_path) < 1e-5
-    assert torch.allclose(plain(PeftModel.from_pretrained(base(), tmp_path).eval()), plain(attached.model), atol=1e-4)
+    assert torch.allclose(
+        plain(PeftModel.from_pretrained(base(), tmp_path).eval()), plain(attached.model), atol=1e-4
+    )
 
 
 def run_fresh(code: str) -> str:
@@ -752,7 +866,12 @@ def test_a_fresh_process_loads_our_type_after_import_luthier(first, tmp_path):
     base().save_pretrained(tmp_path / "base")
     attached = train(put("ssf"))
     attached.save(tmp_path / "adapter")
-    run_fresh(first + LOAD.format(base=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), out=str(tmp_path / "out")))
+    run_fresh(
+        first
+        + LOAD.format(
+            base=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), out=str(tmp_path / "out")
+        )
+    )
     assert torch.allclose(torch.load(tmp_path / "out"), plain(attached.model), atol=1e-5)
 
 
@@ -760,13 +879,18 @@ def test_a_fresh_process_loads_the_export_without_luthier(tmp_path):
     base().save_pretrained(tmp_path / "base")
     attached = train(put("lora_sb"))
     attached.export_lora(tmp_path / "adapter")
-    load = LOAD.format(base=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), out=str(tmp_path / "out"))
+    load = LOAD.format(
+        base=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), out=str(tmp_path / "out")
+    )
     run_fresh(load + "import sys; assert not any(m.startswith('luthier') for m in sys.modules)")
     assert torch.allclose(torch.load(tmp_path / "out"), plain(attached.model), atol=1e-5)
 
 
 def test_import_luthier_imports_nothing_heavy():
-    code = "import time, sys; t = time.time(); import luthier; print(time.time() - t, 'torch' in sys.modules, 'peft' in sys.modules)"
+    code = (
+        "import time, sys; t = time.time(); import luthier; print(time.time() - t, 'torch' in sys.modules,"
+        " 'peft' in sys.modules)"
+    )
     said = run_fresh(code)
     seconds, torch_there, peft_there = said.split()
     assert (torch_there, peft_there) == ("False", "False") and float(seconds) < 0.3
@@ -781,7 +905,15 @@ def tiny(shallow) -> str:
 
 
 PISSA = {"name": "lora", "init_lora_weights": "pissa", "r": 4}
-RUNS = ["lora", PISSA, "ssf", {"name": "lora_sb", "r": 4, "init_rows": 8}, "lisa", "prompt", {"name": "control", "num_virtual_tokens": 4, "tuner": "lora"}]
+RUNS = [
+    "lora",
+    PISSA,
+    "ssf",
+    {"name": "lora_sb", "r": 4, "init_rows": 8},
+    "lisa",
+    "prompt",
+    {"name": "control", "num_virtual_tokens": 4, "tuner": "lora"},
+]
 
 
 @pytest.mark.parametrize("spec", RUNS)
@@ -789,17 +921,28 @@ def test_in_a_run(spec, base, tmp_path):
     """Learns in the loop, goes on bit for bit after a kill, and starts again from its folder."""
     import luthier
 
-    recipe = {**base, "tuner": spec, "learning_rate": 1e-2, "max_steps": 24, "save_steps": 12, "lr_scheduler_type": "constant"}
+    recipe = {
+        **base,
+        "tuner": spec,
+        "learning_rate": 1e-2,
+        "max_steps": 24,
+        "save_steps": 12,
+        "lr_scheduler_type": "constant",
+    }
     folder = tmp_path / "whole"
     whole = luthier.tune(**recipe, output_dir=str(folder))
     assert sum(whole.losses[-4:]) < sum(whole.losses[:4])
     last = store.load_checkpoint(store.checkpoints(folder)[-1])
     shutil.rmtree(store.checkpoints(folder)[-1])
     (folder / "report.json").unlink()
-    (folder / "run.json").write_text(json.dumps({**json.loads((folder / "run.json").read_text()), "finished": False}))
+    (folder / "run.json").write_text(
+        json.dumps({**json.loads((folder / "run.json").read_text()), "finished": False})
+    )
     luthier.tune(**recipe, output_dir=str(folder))
     again = store.load_checkpoint(store.checkpoints(folder)[-1])
-    assert again.step == last.step == 24 and all(torch.equal(v, again.tensors[k]) for k, v in last.tensors.items())
+    assert again.step == last.step == 24 and all(
+        torch.equal(v, again.tensors[k]) for k, v in last.tensors.items()
+    )
     further = luthier.tune(**recipe, start=str(folder), output_dir=str(tmp_path / "further"))
     assert sum(further.losses[:4]) < sum(whole.losses[:4])
 
@@ -807,17 +950,27 @@ def test_in_a_run(spec, base, tmp_path):
 MORE = {  # what a run with some tuner has besides
     "bitfit": {"tuner": {"name": "bitfit", "also": ["norms"]}},
     "cofitune": {"tuner": {"name": "cofitune", "init_rows": 4}},
-    "dsee": {"tuner": {"name": "dsee", "sparsity": 0.5, "ffn_sparsity": 0.4, "head_sparsity": 0.5}},  # cut after half of the run
-    "elastic": {"tuner": {"name": "elastic", "depth": [0.5, 1.0]}, "estimator": "elastic", "objective": "sft + kl", "roles": {"reference": "whole"}},
+    # cut after half of the run
+    "dsee": {"tuner": {"name": "dsee", "sparsity": 0.5, "ffn_sparsity": 0.4, "head_sparsity": 0.5}},
+    "elastic": {
+        "tuner": {"name": "elastic", "depth": [0.5, 1.0]},
+        "estimator": "elastic",
+        "objective": "sft + kl",
+        "roles": {"reference": "whole"},
+    },
     "peft": {"tuner": {"name": "peft", "type": "vera"}},
     "pv_tuning": {"quantization": {"name": "rtn", "bits_per_weight": 2, "group_size": 16}},
     "self_tuning": {
-        "data": [{**row, "source": "validation" if i % 4 == 0 else "train"} for i, row in enumerate(SUMS[::2])], "eval_data": SUMS[:8],
-        "objective": {"name": "by_source", "sources": ["train", "validation"]}, "estimator": {"name": "self_tuning", "warmup": 1},
+        "data": [
+            {**row, "source": "validation" if i % 4 == 0 else "train"} for i, row in enumerate(SUMS[::2])
+        ],
+        "eval_data": SUMS[:8],
+        "objective": {"name": "by_source", "sources": ["train", "validation"]},
+        "estimator": {"name": "self_tuning", "warmup": 1},
     },
     "lora + ggpo": {"tuner": "lora", "estimator": "ggpo"},
     "lora + mgpo": {"tuner": "lora", "estimator": "mgpo"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", [*TUNERS, "lora + ggpo", "lora + mgpo"])
@@ -825,16 +978,35 @@ def test_every_tuner_goes_on_bit_for_bit(name, base, tmp_path):
     """Stopped after a third of its steps and after half of them, it ends as it would have ended."""
     import luthier
 
-    small = {k: v for k, v in SMALL.items() if k in {f.name for f in fields(find("tuner", name))}} if name in TUNERS else {}
-    asked = {**base, "data": SUMS[::2], "tuner": {"name": name, **small}, "learning_rate": 5e-3, "max_steps": 6, "save_steps": 1, "save_total_limit": 9, "evaluate": ["loss"], **MORE.get(name, {})}
+    small = (
+        {k: v for k, v in SMALL.items() if k in {f.name for f in fields(find("tuner", name))}}
+        if name in TUNERS
+        else {}
+    )
+    asked = {
+        **base,
+        "data": SUMS[::2],
+        "tuner": {"name": name, **small},
+        "learning_rate": 5e-3,
+        "max_steps": 6,
+        "save_steps": 1,
+        "save_total_limit": 9,
+        "evaluate": ["loss"],
+        **MORE.get(name, {}),
+    }
     whole = luthier.tune(**asked, output_dir=str(tmp_path / "whole"))
     for step in (2, 3):
         folder = tmp_path / f"cut{step}"
         undone(tmp_path / "whole", folder, step)
         again = luthier.tune(**asked, output_dir=str(folder))
-        assert any(f"going on from checkpoint-{step}" in note for note in again.notes) and again.losses == whole.losses
+        assert (
+            any(f"going on from checkpoint-{step}" in note for note in again.notes)
+            and again.losses == whole.losses
+        )
         ends = [store.load_checkpoint(store.checkpoints(f)[-1]).tensors for f in (tmp_path / "whole", folder)]
-        assert ends[0].keys() == ends[1].keys() and all(torch.equal(v, ends[1][k]) for k, v in ends[0].items())
+        assert ends[0].keys() == ends[1].keys() and all(
+            torch.equal(v, ends[1][k]) for k, v in ends[0].items()
+        )
 
 
 def undone(whole: Path, folder: Path, step: int) -> None:
@@ -844,7 +1016,9 @@ def undone(whole: Path, folder: Path, step: int) -> None:
         if int(checkpoint.name.rpartition("-")[2]) > step:
             shutil.rmtree(checkpoint)
     (folder / "report.json").unlink()
-    (folder / "run.json").write_text(json.dumps({**json.loads((folder / "run.json").read_text()), "finished": False}))
+    (folder / "run.json").write_text(
+        json.dumps({**json.loads((folder / "run.json").read_text()), "finished": False})
+    )
 
 
 # ---------------------------------------------------------------------------------------------- every tuner on every shape
@@ -857,11 +1031,21 @@ def _shaped(kind: str) -> nn.Module:
     """A network of another shape, under gradient checkpointing."""
     if kind == "moe":
         torch.manual_seed(0)
-        sizes = dict(SHAPE, intermediate_size=48, num_key_value_heads=2, moe_intermediate_size=24, shared_expert_intermediate_size=24)
-        model = Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1)).eval()
+        sizes = dict(
+            SHAPE,
+            intermediate_size=48,
+            num_key_value_heads=2,
+            moe_intermediate_size=24,
+            shared_expert_intermediate_size=24,
+        )
+        model = Qwen2MoeForCausalLM(
+            Qwen2MoeConfig(**sizes, num_experts=4, num_experts_per_tok=2, decoder_sparse_step=1)
+        ).eval()
     elif kind == "bert":
         torch.manual_seed(0)
-        model = BertForMaskedLM(BertConfig(**SHAPE, intermediate_size=64, max_position_embeddings=64, pad_token_id=0)).eval()
+        model = BertForMaskedLM(
+            BertConfig(**SHAPE, intermediate_size=64, max_position_embeddings=64, pad_token_id=0)
+        ).eval()
     else:
         model = base(kind)
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -869,7 +1053,9 @@ def _shaped(kind: str) -> nn.Module:
 
 
 def asked(model, attached) -> torch.Tensor:
-    """Log-probabilities, by the architecture that the network is of: an encoder is asked about words in their places."""
+    """Log-probabilities, by the architecture that the network is of: an encoder is asked about words in their
+    places.
+    """
     if model.config.model_type == "bert":
         return model(input_ids=IDS).logits.log_softmax(-1).gather(2, IDS[..., None]).flatten()
     return Causal().forward(model, attached, batch()).logprobs
@@ -878,7 +1064,9 @@ def asked(model, attached) -> torch.Tensor:
 @pytest.mark.parametrize("kind", SHAPES)
 @each
 def test_on_every_shape(name, kind, tmp_path):
-    """Conv1D, tied embeddings, fused experts, an encoder; bfloat16 and fp32; checkpointed: the contract in one go."""
+    """Conv1D, tied embeddings, fused experts, an encoder; bfloat16 and fp32; checkpointed: the contract in
+    one go.
+    """
     fresh, low = lambda: copy.deepcopy(_shaped(kind)), kind == "tied"
     if low:
         fresh = lambda: copy.deepcopy(_shaped(kind)).bfloat16()

@@ -1,4 +1,6 @@
-"""What docs/tuners.md says is there: each line's tuner is attached, moves something, and merges exactly where it says that it merges."""
+"""What docs/tuners.md says is there: each line's tuner is attached, moves something, and merges exactly where
+it says that it merges.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +12,32 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from luthier.errors import RecipeError
-from luthier.registry import build, find, gives_of
-from luthier.model.quantized import quantize
 from luthier.methods.transforms.scaling.lora_plus import LoraPlus
 from luthier.methods.tuners._base import Site
+from luthier.model.quantized import quantize
+from luthier.registry import build, find, gives_of
 
 PAGE = (Path(__file__).parents[1] / "docs" / "tuners.md").read_text(encoding="utf-8")
-LINES = [[c.strip() for c in line.strip("| \n").split(" | ")] for line in PAGE.splitlines() if line.startswith("| ")][2:]
+LINES = [
+    [c.strip() for c in line.strip("| \n").split(" | ")]
+    for line in PAGE.splitlines()
+    if line.startswith("| ")
+][2:]
 CODE = [
     (line[0], yaml.safe_load(code)["tuner"], yaml.safe_load(base)["quantization"] if base else None)
-    for line in LINES for code, base in re.findall(r"`(tuner: [^`]+)`(?: on `(quantization: [^`]+)`)?", line[2])
-]  # fmt: skip
+    for line in LINES
+    for code, base in re.findall(r"`(tuner: [^`]+)`(?: on `(quantization: [^`]+)`)?", line[2])
+]
 IDS = torch.arange(3, 17).reshape(2, 7)
 SMALL = {"r": 4, "num_virtual_tokens": 3, "init_rows": 2, "n_layers": 1, "parallel": 4, "serial": 4}
 SHAPE = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
@@ -41,14 +55,20 @@ def network(kind: str) -> torch.nn.Module:
 
 def answer(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1)) if "ViT" in type(model).__name__ else IDS).logits
+        return model(
+            torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+            if "ViT" in type(model).__name__
+            else IDS
+        ).logits
 
 
 def put(spec, kind: str = "llama", base=None):
     spec = {"name": spec} if isinstance(spec, str) else spec
     own = {f.name for f in fields(find("tuner", spec["name"]))}
     torch.manual_seed(1)
-    return build("tuner", {**{k: v for k, v in SMALL.items() if k in own}, **spec}).attach(on(network(kind), base))
+    return build("tuner", {**{k: v for k, v in SMALL.items() if k in own}, **spec}).attach(
+        on(network(kind), base)
+    )
 
 
 def on(model: torch.nn.Module, base) -> torch.nn.Module:
@@ -68,9 +88,13 @@ def moved(attached):
 def test_the_page_is_read():
     assert len(LINES) > 60 and len({name for name, _, _ in CODE}) > 45
     assert all(
-        line[1] in {"additive", "prompt", "selective", "reparameterised", "hybrid", "mixture", "quantized", "memory"} for line in LINES
+        line[1]
+        in {"additive", "prompt", "selective", "reparameterised", "hybrid", "mixture", "quantized", "memory"}
+        for line in LINES
     )
-    missing = [line[0] for line in LINES if not line[2].startswith("`") and not line[2].startswith("not here")]
+    missing = [
+        line[0] for line in LINES if not line[2].startswith("`") and not line[2].startswith("not here")
+    ]
     assert not missing, "a line is code, or says that it is not here"
 
 
@@ -95,7 +119,9 @@ def test_named(name, spec, base):
 @pytest.mark.parametrize("kind", ["llama", "bert", "vit"])
 @pytest.mark.parametrize("spec", ["lora", "houlsby", "ia3", "ssf", "lt_sft", "full", "prefix", "autopeft"])
 def test_every_category_on_every_kind_of_network(kind, spec):
-    """Selective, additive, reparameterised, prompt and hybrid: something moves, and it changes what the network says."""
+    """Selective, additive, reparameterised, prompt and hybrid: something moves, and it changes what the
+    network says.
+    """
     untuned = answer(network(kind))
     attached = moved(put(spec, kind))
     assert attached.sites() and not torch.equal(answer(attached.model), untuned)
@@ -116,6 +142,8 @@ def test_b_learns_faster():
     """LoRA+: the update of B times its ratio, that of A and of everything else as it is."""
     grads = {"A": torch.ones(2, 3), "B": torch.ones(4, 2), "weight": torch.ones(3)}
     out = LoraPlus(loraplus_lr_ratio=8.0).apply(dict(grads), {}, Site("layer", {}, SimpleNamespace()), 1)
-    assert torch.equal(out["B"], 8 * grads["B"]) and all(torch.equal(out[k], grads[k]) for k in ("A", "weight"))
+    assert torch.equal(out["B"], 8 * grads["B"]) and all(
+        torch.equal(out[k], grads[k]) for k in ("A", "weight")
+    )
     with pytest.raises(RecipeError, match="finds no factor B"):
         LoraPlus().on(put("ssf"))

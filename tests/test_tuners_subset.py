@@ -1,4 +1,6 @@
-"""Tuners of subsets of a model's own weights: the contract on four kinds of network, and each method's own check."""
+"""Tuners of subsets of a model's own weights: the contract on four kinds of network, and each method's own
+check.
+"""
 
 from __future__ import annotations
 
@@ -15,48 +17,87 @@ from torch import nn
 
 import luthier
 from conftest import recipe_of
-from luthier.data import rows as reading
-from luthier.storage import store
-from luthier.methods.architectures.text.causal import Causal
-from luthier.model.batch import collate
 from luthier.clock import Clock
+from luthier.data import rows as reading
+from luthier.errors import RecipeError
+from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.estimators._base import gradients
 from luthier.methods.estimators.first_order.gradient_dropout import chance
 from luthier.methods.evaluators.representation.rsa import correlation, cosines
-from luthier.errors import RecipeError
-from luthier.registry import build, find, gives_of
-from luthier.model.policy import Policy
-from luthier.train.optimizer import Chain
-from luthier.model.anatomy import kind_of, layer_of, part_of
-from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners._base import Untuned
+from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners.subset.cofitune import normalised
 from luthier.methods.tuners.subset.hft import half
+from luthier.model.anatomy import kind_of, layer_of, part_of
+from luthier.model.batch import collate
+from luthier.model.policy import Policy
+from luthier.registry import build, find, gives_of
+from luthier.storage import store
+from luthier.train.optimizer import Chain
 
 torch.set_num_threads(1)
 IDS = torch.arange(3, 17).reshape(2, 7)
 SIZE = dict(vocab_size=97, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, initializer_range=0.15)
 LLAMA = dict(SIZE, intermediate_size=64, num_key_value_heads=2, bos_token_id=1, eos_token_id=1)
-MOE = dict(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=24, shared_expert_intermediate_size=24, decoder_sparse_step=1)
+MOE = dict(
+    num_experts=3,
+    num_experts_per_tok=2,
+    moe_intermediate_size=24,
+    shared_expert_intermediate_size=24,
+    decoder_sparse_step=1,
+)
 MADE = {
     "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**LLAMA)),
     "tied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**LLAMA, tie_word_embeddings=True)),
     "gpt2": lambda: t.GPT2LMHeadModel(
-        t.GPT2Config(n_embd=32, n_layer=4, n_head=4, vocab_size=97, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+        t.GPT2Config(
+            n_embd=32,
+            n_layer=4,
+            n_head=4,
+            vocab_size=97,
+            n_positions=64,
+            resid_pdrop=0,
+            embd_pdrop=0,
+            attn_pdrop=0,
+        )
     ),
     "qwen_moe": lambda: t.Qwen2MoeForCausalLM(t.Qwen2MoeConfig(**LLAMA, **MOE)),
     "bert": lambda: t.BertForMaskedLM(
-        t.BertConfig(**SIZE, intermediate_size=64, max_position_embeddings=64, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+        t.BertConfig(
+            **SIZE,
+            intermediate_size=64,
+            max_position_embeddings=64,
+            hidden_dropout_prob=0,
+            attention_probs_dropout_prob=0,
+        )
     ),
     "t5": lambda: t.T5ForConditionalGeneration(
-        t.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0, decoder_start_token_id=0)
+        t.T5Config(
+            vocab_size=97,
+            d_model=32,
+            d_kv=8,
+            d_ff=64,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0,
+            decoder_start_token_id=0,
+        )
     ),
 }
 TUNERS = {  # name -> settings that suit a tiny network
-    "hft": {}, "lisa": {"n_layers": 1}, "owlore": {"n_layers": 1}, "telly": {}, "cofitune": {"init_rows": 2}, "part": {},
-    "s2ft": {"d_ratio": 0.1, "o_ratio": 0.25}, "apet": {"n": 200}, "sara": {}, "spt": {"init_rows": 2, "r": 2}, "r_amt": {},
+    "hft": {},
+    "lisa": {"n_layers": 1},
+    "owlore": {"n_layers": 1},
+    "telly": {},
+    "cofitune": {"init_rows": 2},
+    "part": {},
+    "s2ft": {"d_ratio": 0.1, "o_ratio": 0.25},
+    "apet": {"n": 200},
+    "sara": {},
+    "spt": {"init_rows": 2, "r": 2},
+    "r_amt": {},
     "reinit": {},
-}  # fmt: skip
+}
 
 
 def base(kind: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -71,7 +112,9 @@ def base(kind: str = "llama", dtype: torch.dtype = torch.float32) -> nn.Module:
 
 def put(name: str, model: nn.Module | None = None, **settings):
     torch.manual_seed(1)
-    return build("tuner", {"name": name, **TUNERS.get(name, {}), **settings}).attach(base() if model is None else model)
+    return build("tuner", {"name": name, **TUNERS.get(name, {}), **settings}).attach(
+        base() if model is None else model
+    )
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -90,7 +133,14 @@ def loss_of(model: nn.Module) -> torch.Tensor:
 
 
 def train(
-    attached, steps: int = 3, rate: float = 0.02, transform="adam", first: int = 0, chain=None, total: int | None = None, seed: int = 3
+    attached,
+    steps: int = 3,
+    rate: float = 0.02,
+    transform="adam",
+    first: int = 0,
+    chain=None,
+    total: int | None = None,
+    seed: int = 3,
 ):
     clock = Clock(seed=seed, total=total or steps)
     made = Chain([build("transform", transform)] if transform else [], attached, clock, rate)
@@ -107,7 +157,9 @@ def train(
 
 def batch(rows=None):
     rows = rows or [{"id": i, "ids": r.tolist()} for i, r in enumerate(IDS)]
-    encode = lambda r: SimpleNamespace(prompt=r["ids"][:3], completions=[r["ids"][3:]], supervised=[[True] * 4])
+    encode = lambda r: SimpleNamespace(
+        prompt=r["ids"][:3], completions=[r["ids"][3:]], supervised=[[True] * 4]
+    )
     return collate(rows, encode)
 
 
@@ -115,7 +167,9 @@ ROWS = [{"id": i, "ids": r.tolist()} for i, r in enumerate(IDS)]
 
 
 def roles_of(attached):
-    return SimpleNamespace(policy=Policy(Causal(), attached.model, attached), batch=batch, clock=Clock(), tuner=attached)
+    return SimpleNamespace(
+        policy=Policy(Causal(), attached.model, attached), batch=batch, clock=Clock(), tuner=attached
+    )
 
 
 def state_bytes(tree) -> int:
@@ -128,10 +182,16 @@ def state_bytes(tree) -> int:
 
 
 CASES = [
-    ("llama", torch.float32, False), ("tied", torch.float32, True), ("gpt2", torch.float32, True), ("qwen_moe", torch.float32, False),
-    ("bert", torch.float32, True), ("llama", torch.bfloat16, True), ("gpt2", torch.bfloat16, False), ("qwen_moe", torch.bfloat16, True),
+    ("llama", torch.float32, False),
+    ("tied", torch.float32, True),
+    ("gpt2", torch.float32, True),
+    ("qwen_moe", torch.float32, False),
+    ("bert", torch.float32, True),
+    ("llama", torch.bfloat16, True),
+    ("gpt2", torch.bfloat16, False),
+    ("qwen_moe", torch.bfloat16, True),
     ("bert", torch.bfloat16, False),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("kind, dtype, checkpointing", CASES, ids=lambda v: str(v).removeprefix("torch."))
@@ -171,7 +231,8 @@ def test_contract(name, kind, dtype, checkpointing, tmp_path):
         with pytest.raises(RecipeError, match="cannot be switched off"), attached.off():
             pass
     with attached.merged():
-        gap = (say(attached.model) - tuned).float().abs()  # in bf16 a router may send a token elsewhere for a rounding
+        # in bf16 a router may send a token elsewhere for a rounding
+        gap = (say(attached.model) - tuned).float().abs()
         assert gap.max() < 1e-5 if dtype is torch.float32 else gap.mean() < 0.05
     assert torch.equal(say(attached.model), tuned)
     attached.save(tmp_path)
@@ -190,7 +251,9 @@ def test_export_as_lora(name, tmp_path):
             attached.export_lora(tmp_path)
         return
     attached.export_lora(tmp_path)
-    assert torch.allclose(say(PeftModel.from_pretrained(base(), tmp_path).eval()), say(attached.model), atol=1e-4)
+    assert torch.allclose(
+        say(PeftModel.from_pretrained(base(), tmp_path).eval()), say(attached.model), atol=1e-4
+    )
 
 
 def test_experts_are_part_of_their_layer():
@@ -199,7 +262,9 @@ def test_experts_are_part_of_their_layer():
     experts = [n for n, _ in model.named_parameters() if ".experts." in n]
     assert experts and set(experts) <= set(put("lisa", model).names)
     assert any("experts.down_proj" in n for n in put("cofitune", base("qwen_moe")).names)
-    refused = t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**LLAMA, **{k: v for k, v in MOE.items() if "shared" not in k}))
+    refused = t.Qwen3MoeForCausalLM(
+        t.Qwen3MoeConfig(**LLAMA, **{k: v for k, v in MOE.items() if "shared" not in k})
+    )
     with pytest.raises(RecipeError, match="no linear module for d_ratio .fused experts"):
         build("tuner", "s2ft").attach(refused)
     build("tuner", {"name": "s2ft", "d_ratio": 0, "o_ratio": 0.25}).attach(refused)
@@ -209,10 +274,18 @@ def test_experts_are_part_of_their_layer():
 def test_anatomy(kind):
     """Every layer's matrices are known by their part."""
     model = base(kind)
-    parts = {part_of(n) for n, m in model.named_modules() if isinstance(m, (nn.Linear, t.pytorch_utils.Conv1D)) and layer_of(f"{n}.")}
+    parts = {
+        part_of(n)
+        for n, m in model.named_modules()
+        if isinstance(m, (nn.Linear, t.pytorch_utils.Conv1D)) and layer_of(f"{n}.")
+    }
     assert {"o", "up", "down"} <= parts and ({"q", "k", "v"} <= parts or "qkv" in parts)
     places = {p for n, _ in model.named_parameters() if (p := layer_of(n))}
-    assert len(places) == 4 and {kind_of(n) for n, _ in model.named_parameters() if layer_of(n)} == {"attention", "feed-forward", "norm"}
+    assert len(places) == 4 and {kind_of(n) for n, _ in model.named_parameters() if layer_of(n)} == {
+        "attention",
+        "feed-forward",
+        "norm",
+    }
 
 
 # ---------------------------------------------------------------------------------------------- schedules of own weights
@@ -220,7 +293,9 @@ def test_anatomy(kind):
 
 def blocks(attached) -> tuple[int, int]:
     sizes = {n: p.numel() for n, p in attached.model.named_parameters() if layer_of(n)}
-    return sum(s for n, s in sizes.items() if attached.model.get_parameter(n).requires_grad), sum(sizes.values())
+    return sum(s for n, s in sizes.items() if attached.model.get_parameter(n).requires_grad), sum(
+        sizes.values()
+    )
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert", "t5"])
@@ -243,12 +318,16 @@ def test_hft_rests_and_redraws():
     before, clock = attached.tensors(), Clock(seed=4, total=3)
     chain = train(attached, 3, seed=4)
     moved = {k for k, v in attached.tensors().items() if not torch.equal(v, before[k])} - {"draw"}
-    assert moved == set(s.name + ".weight" for s in attached.sites()) and {f"{n}.weight" for n in chain.state} == moved
+    assert (
+        moved == set(s.name + ".weight" for s in attached.sites())
+        and {f"{n}.weight" for n in chain.state} == moved
+    )
     full = train(put("full"), 3)
     assert state_bytes(chain.state) < 0.55 * state_bytes(full.state)
     other = put("hft", embeddings=False)
     train(other, 3, seed=4)
-    assert {s.name for s in other.sites()} == {s.name for s in attached.sites()}  # the same seed, the same half
+    # the same seed, the same half
+    assert {s.name for s in other.sites()} == {s.name for s in attached.sites()}
     attached.before_step(clock)  # the next stage goes on from here
     assert {s.name for s in attached.sites()} != {s.name for s in other.sites()}
 
@@ -303,7 +382,10 @@ def test_owlore_draws_by_outliers():
     reverse = put("owlore", model, prob_mode="owl_reverse", outlier_ratio=8, init_rows=2)
     reverse.initialize(ROWS, roles_of(reverse))
     assert int(reverse.p.argmin()) == 2
-    assert put("owlore", prob_mode="increasing").p.diff().gt(0).all() and put("owlore", prob_mode="decreasing").p.diff().lt(0).all()
+    assert (
+        put("owlore", prob_mode="increasing").p.diff().gt(0).all()
+        and put("owlore", prob_mode="decreasing").p.diff().lt(0).all()
+    )
 
 
 def test_owlore_density_is_its_formula():
@@ -319,12 +401,18 @@ def test_owlore_forgets_frozen_layers():
     for step in range(4):
         before = attached.tensors()
         chain = train(attached, step + 1, first=step, total=4, transform={"name": "galore", "rank": 4})
-        moved = {layer_of(k) for k, v in attached.tensors().items() if layer_of(k) and not torch.equal(v, before[k])}
+        moved = {
+            layer_of(k)
+            for k, v in attached.tensors().items()
+            if layer_of(k) and not torch.equal(v, before[k])
+        }
         assert len(moved) == 1 and {layer_of(n) for n in chain.state if layer_of(n)} == moved
 
 
 def test_galore():
-    """Full rank is Adam; a low rank keeps that many rows of state, and its update lies in the gradient's main directions."""
+    """Full rank is Adam; a low rank keeps that many rows of state, and its update lies in the gradient's main
+    directions.
+    """
     one, two = put("full"), put("full")
     train(one, 4), train(two, 4, transform={"name": "galore", "rank": 64, "scale": 1.0})
     assert all(torch.allclose(v, two.tensors()[k], atol=1e-5) for k, v in one.tensors().items())
@@ -342,13 +430,19 @@ def test_galore():
 def test_reinit_leaves_what_lies_below(kind, tmp_path):
     made = base(kind)
     made.save_pretrained(tmp_path)
-    model = type(made).from_pretrained(tmp_path)  # what is loaded is marked by transformers, which then draws nothing anew
+    # what is loaded is marked by transformers, which then draws nothing anew
+    model = type(made).from_pretrained(tmp_path)
     attached, was = put("reinit", model), {n: p.detach().clone() for n, p in model.named_parameters()}
     attached.initialize([], SimpleNamespace(clock=Clock(seed=0, total=1)))
-    top = max((layer_of(n) for n in was if layer_of(n)), key=lambda place: (place[0].startswith("decoder"), place[1]))
+    top = max(
+        (layer_of(n) for n in was if layer_of(n)),
+        key=lambda place: (place[0].startswith("decoder"), place[1]),
+    )
     same = {n for n, p in model.named_parameters() if torch.equal(p, was[n])}
     assert {n for n in was if layer_of(n) != top} <= same
-    drawn = {n: p.detach() for n, p in model.named_parameters() if layer_of(n) == top and kind_of(n) != "norm"}
+    drawn = {
+        n: p.detach() for n, p in model.named_parameters() if layer_of(n) == top and kind_of(n) != "norm"
+    }
     assert all(not p.any() for n, p in drawn.items() if n.endswith("bias"))
     weights = [n for n in drawn if n.endswith("weight")]
     assert weights and not same & set(weights)
@@ -365,15 +459,21 @@ def test_telly():
     attached = put("telly", k=2)
     model, untuned = attached.model, base()
     loss_of(model).backward()
-    assert all((p.grad is None) == (n.startswith(("model.embed", "model.layers.0", "model.layers.1"))) for n, p in model.named_parameters())
+    assert all(
+        (p.grad is None) == (n.startswith(("model.embed", "model.layers.0", "model.layers.1")))
+        for n, p in model.named_parameters()
+    )
     train(attached)
     hidden = lambda m: m(IDS, output_hidden_states=True).hidden_states
     assert all(torch.equal(a, b) for a, b in zip(hidden(model)[:3], hidden(untuned)[:3], strict=True))
     assert not torch.equal(hidden(model)[3], hidden(untuned)[3])
     assert {layer_of(n)[1] for n in put("telly").names if layer_of(n)} == {3}  # three quarters of four
-    assert {layer_of(n)[1] for n in put("telly", k=0).names if layer_of(n)} == {0, 1, 2, 3} and "model.embed_tokens.weight" not in put(
-        "telly", k=0
-    ).names
+    assert {layer_of(n)[1] for n in put("telly", k=0).names if layer_of(n)} == {
+        0,
+        1,
+        2,
+        3,
+    } and "model.embed_tokens.weight" not in put("telly", k=0).names
     with pytest.raises(RecipeError, match="leaves none of the 4 layers"):
         put("telly", k=4)
     fewer = [state_bytes(train(put("telly", k=k), 1).state) for k in (0, 1, 2, 3)]
@@ -391,10 +491,18 @@ def test_rsa_is_pearsons_correlation_of_likenesses():
 
 def test_rsa_sees_which_layers_changed(tiny):
     report = luthier.tune(
-        **recipe_of(tiny) | {"tuner": {"name": "telly", "k": 3}, "evaluate": ["rsa", "cost"], "learning_rate": 1e-2}, output_dir=None
+        **recipe_of(tiny)
+        | {
+            "tuner": {"name": "telly", "k": 3},
+            "evaluate": ["rsa", "cost"],
+            "learning_rate": 1e-2,
+        },
+        output_dir=None,
     )
     assert all(report.before[f"rsa/{i}"] == pytest.approx(1) for i in range(4))
-    assert all(report.after[f"rsa/{i}"] == pytest.approx(1) for i in range(3)) and report.after["rsa/3"] < 0.9999
+    assert (
+        all(report.after[f"rsa/{i}"] == pytest.approx(1) for i in range(3)) and report.after["rsa/3"] < 0.9999
+    )
 
 
 # ---------------------------------------------------------------------------------------------- coarse to fine
@@ -419,11 +527,16 @@ def test_cofitune_soft_mask(kind):
     assert all(torch.equal(v, start[k]) for k, v in frozen.tensors().items())
     name, keep = next(iter(some.keep.items()))
     keep[0] = 0.25
-    train(some, 1, transform=None), train(coarse := put("cofitune", base(kind), soft_mask=False), 1, transform=None)
+    (
+        train(some, 1, transform=None),
+        train(coarse := put("cofitune", base(kind), soft_mask=False), 1, transform=None),
+    )
     step = lambda a: a.tensors()[f"{name}.weight"] - start[f"{name}.weight"]
     row = (lambda x: x[:, 0]) if kind == "gpt2" else (lambda x: x[0])
     rest = (lambda x: x[:, 1:]) if kind == "gpt2" else (lambda x: x[1:])
-    assert torch.allclose(row(step(some)), 0.25 * row(step(coarse)), atol=1e-7) and torch.equal(rest(step(some)), rest(step(coarse)))
+    assert torch.allclose(row(step(some)), 0.25 * row(step(coarse)), atol=1e-7) and torch.equal(
+        rest(step(some)), rest(step(coarse))
+    )
 
 
 def test_cofitune_importance():
@@ -439,7 +552,10 @@ def test_cofitune_importance():
     keep = attached.keep["model.layers.1.mlp.up_proj.weight"]
     assert torch.allclose(keep, 1 - normalised(found[0]), atol=1e-5) and keep.min() > 0 and keep.max() <= 1
     assert all(torch.equal(v, before[k]) for k, v in attached.tensors().items() if not k.endswith("keep"))
-    assert all(p.grad is None for p in model.parameters()) and not model.model.layers[1].mlp.down_proj._forward_hooks
+    assert (
+        all(p.grad is None for p in model.parameters())
+        and not model.model.layers[1].mlp.down_proj._forward_hooks
+    )
 
 
 def test_cofitune_search_finds_the_planted_best():
@@ -460,22 +576,42 @@ def test_cofitune_search_finds_the_planted_best():
     with pytest.raises(StopIteration) as end:
         while True:
             runs += len(asked)
-            asked = play.send([SimpleNamespace(tuner=r.tuner, after={"accuracy": score(r.tuner)}, folder="") for r in asked])
+            asked = play.send(
+                [SimpleNamespace(tuner=r.tuner, after={"accuracy": score(r.tuner)}, folder="") for r in asked]
+            )
     best = end.value.value.tuner
-    assert (list(best["layer_range"]), list(best["modules"])) == planted and runs < 7 * 6  # seven ranges by six sets
+    # seven ranges by six sets
+    assert (list(best["layer_range"]), list(best["modules"])) == planted and runs < 7 * 6
 
 
 # ---------------------------------------------------------------------------------------------- structured slices
 
 
 def permuted(model, first: dict[int, torch.Tensor], heads: dict[int, torch.Tensor]) -> nn.Module:
-    """The same function with the chosen channels and key-value groups of each layer in front: S2FT's co-permutation."""
+    """The same function with the chosen channels and key-value groups of each layer in front: S2FT's
+    co-permutation.
+    """
     model = copy.deepcopy(model)
     config = model.config
-    size, group = config.hidden_size // config.num_attention_heads, config.num_attention_heads // config.num_key_value_heads
+    size, group = (
+        config.hidden_size // config.num_attention_heads,
+        config.num_attention_heads // config.num_key_value_heads,
+    )
     for i, layer in enumerate(model.model.layers):
-        order = torch.cat([first[i], torch.tensor([c for c in range(config.intermediate_size) if c not in set(first[i].tolist())])])
-        kv = torch.cat([heads[i], torch.tensor([h for h in range(config.num_key_value_heads) if h not in set(heads[i].tolist())])])
+        order = torch.cat(
+            [
+                first[i],
+                torch.tensor([c for c in range(config.intermediate_size) if c not in set(first[i].tolist())]),
+            ]
+        )
+        kv = torch.cat(
+            [
+                heads[i],
+                torch.tensor(
+                    [h for h in range(config.num_key_value_heads) if h not in set(heads[i].tolist())]
+                ),
+            ]
+        )
         rows = lambda hs: (hs[:, None] * size + torch.arange(size)).flatten()
         q = rows((kv[:, None] * group + torch.arange(group)).flatten())
         with torch.no_grad():
@@ -494,7 +630,9 @@ def test_s2ft_is_the_leading_block_of_a_permuted_model():
     """Grouped queries included: permuting changes nothing, and what is tuned there is what is tuned here."""
     model = base()
     attached = put("s2ft", copy.deepcopy(model), d_ratio=0.25, o_ratio=0.5, v_ratio=0.5, u_ratio=0.25)
-    at = lambda i, n: attached.parameters and attached.layers[f"model.layers.{i}.{n}"].tensors("default").indices.long()
+    at = lambda i, n: (
+        attached.parameters and attached.layers[f"model.layers.{i}.{n}"].tensors("default").indices.long()
+    )
     channels = {i: at(i, "mlp.down_proj") for i in range(4)}
     heads = {i: at(i, "self_attn.v_proj")[::8] // 8 for i in range(4)}
     assert all(torch.equal(at(i, "mlp.up_proj"), channels[i]) for i in range(4))  # coupled
@@ -505,9 +643,16 @@ def test_s2ft_is_the_leading_block_of_a_permuted_model():
     slices = []
     for layer in other.model.layers:
         attn, mlp = layer.self_attn, layer.mlp
-        for W, side in ((mlp.down_proj, "in"), (mlp.up_proj, "out"), (attn.o_proj, "in"), (attn.v_proj, "out")):
+        for W, side in (
+            (mlp.down_proj, "in"),
+            (mlp.up_proj, "out"),
+            (attn.o_proj, "in"),
+            (attn.v_proj, "out"),
+        ):
             k = {mlp.down_proj: 16, mlp.up_proj: 16, attn.o_proj: 16, attn.v_proj: 8}[W]
-            slices.append((W.weight.requires_grad_(True), (slice(None), slice(k)) if side == "in" else slice(k)))
+            slices.append(
+                (W.weight.requires_grad_(True), (slice(None), slice(k)) if side == "in" else slice(k))
+            )
     for _ in range(3):
         loss_of(other).backward()
         with torch.no_grad():
@@ -521,7 +666,9 @@ def test_s2ft_is_the_leading_block_of_a_permuted_model():
 def test_s2ft_with_all_of_down_is_full_tuning_of_down():
     attached, model = put("s2ft", d_ratio=1.0, o_ratio=0.0), base()
     train(attached, 3)
-    full = build("tuner", {"name": "cofitune", "layer_range": [0, 1], "modules": ["down"], "soft_mask": False}).attach(model)
+    full = build(
+        "tuner", {"name": "cofitune", "layer_range": [0, 1], "modules": ["down"], "soft_mask": False}
+    ).attach(model)
     train(full, 3)
     assert torch.allclose(say(attached.model), say(model), atol=1e-4)
 
@@ -575,7 +722,9 @@ def test_s2ft_counts():
 def test_r_amt_masks():
     attached, before = put("r_amt"), base()
     W = torch.randn(3, 5)
-    p = SimpleNamespace(M=torch.full((3, 5), 1e-2, requires_grad=True), bits=torch.full((2,), 255, dtype=torch.uint8))
+    p = SimpleNamespace(
+        M=torch.full((3, 5), 1e-2, requires_grad=True), bits=torch.full((2,), 255, dtype=torch.uint8)
+    )
     attached.settings.weight(W, p).backward(G := torch.randn(3, 5))
     assert torch.equal(p.M.grad, G * W)  # straight through
     start = float(loss_of(attached.model))
@@ -596,7 +745,9 @@ def test_r_amt_is_kept_as_bits(tmp_path):
     attached.save(tmp_path)
     numbers = sum(p.numel() for p in attached.parameters().values())
     held = attached.state()
-    assert sum(v.numel() for v in held.values()) == numbers // 8 and {v.dtype for v in held.values()} == {torch.uint8}
+    assert sum(v.numel() for v in held.values()) == numbers // 8 and {v.dtype for v in held.values()} == {
+        torch.uint8
+    }
     again = put("r_amt")
     again.load(again.read(tmp_path))
     assert torch.equal(say(again.model), say(attached.model))
@@ -618,7 +769,14 @@ def test_gradient_dropout():
 def test_gradient_dropout_in_a_run(base, tmp_path):
     with pytest.raises(RecipeError, match="wants an objective with a term 'kl'"):
         luthier.tune(**base, estimator="gradient_dropout", output_dir=str(tmp_path / "refused"))
-    recipe = {**base, "tuner": "r_amt", "learning_rate": 1e-3, "max_steps": 20, "objective": "sft + kl", "estimator": "gradient_dropout"}
+    recipe = {
+        **base,
+        "tuner": "r_amt",
+        "learning_rate": 1e-3,
+        "max_steps": 20,
+        "objective": "sft + kl",
+        "estimator": "gradient_dropout",
+    }
     report = luthier.tune(**recipe, output_dir=str(tmp_path / "a"))
     assert sum(report.losses[-4:]) < sum(report.losses[:4])
 
@@ -639,10 +797,18 @@ def test_apet_moves_as_many_as_it_says():
     assert sum(p.numel() for p in one.parameters().values()) == 123
     train(one)
     assert changed(one, base()) == 123
-    chosen = sum(m.weight.numel() for n, m in base().named_modules() if isinstance(m, nn.Linear) and n != "lm_head")
+    chosen = sum(
+        m.weight.numel() for n, m in base().named_modules() if isinstance(m, nn.Linear) and n != "lm_head"
+    )
     whole = put("apet", n=chosen)
     full = build(
-        "tuner", {"name": "cofitune", "layer_range": [0, 1], "modules": ["qkv", "o", "up", "gate", "down"], "soft_mask": False}
+        "tuner",
+        {
+            "name": "cofitune",
+            "layer_range": [0, 1],
+            "modules": ["qkv", "o", "up", "gate", "down"],
+            "soft_mask": False,
+        },
     ).attach(base())
     train(whole), train(full)
     assert torch.allclose(say(whole.model), say(full.model), atol=1e-4)
@@ -669,7 +835,9 @@ def test_sara_support_state_and_rest():
     train(attached, 8, first=5, chain=chain, total=8)
     for name, mask in attached.live.items():
         now, before = attached.tensors()[f"{name}.values"], was[f"{name}.values"]
-        assert torch.equal(now[~mask], before[~mask]) and (not mask.any() or not torch.equal(now[mask], before[mask]))
+        assert torch.equal(now[~mask], before[~mask]) and (
+            not mask.any() or not torch.equal(now[mask], before[mask])
+        )
 
 
 def test_sara_threshold_and_nuclear_norm():
@@ -688,7 +856,11 @@ def test_sara_threshold_and_nuclear_norm():
     free, pulled = put("sara", lambda_rank=0), put("sara", lambda_rank=0.5)
     start = pulled.tensors()
     train(free, 1, transform=None), train(pulled, 1, transform=None)
-    different = [n for n in pulled.layers if not torch.equal(pulled.tensors()[f"{n}.values"], free.tensors()[f"{n}.values"])]
+    different = [
+        n
+        for n in pulled.layers
+        if not torch.equal(pulled.tensors()[f"{n}.values"], free.tensors()[f"{n}.values"])
+    ]
     assert len(different) == 1  # one weight a step
     twice = put("sara", lambda_rank=0.5)
     twice.load(start)
@@ -703,7 +875,11 @@ def test_small_weights_carry_little():
     tuned = luthier.load("practice:lm-small")
     rows = reading.load(str(Path(store.resolve_model("practice:lm-small")) / "probe.jsonl")).rows[::40]
     model, tokenizer = tuned.model, tuned.tokenizer
-    texts = [tokenizer(r["prompt"] + r["completions"][0], return_tensors="pt").input_ids for r in rows if isinstance(r["prompt"], str)]
+    texts = [
+        tokenizer(r["prompt"] + r["completions"][0], return_tensors="pt").input_ids
+        for r in rows
+        if isinstance(r["prompt"], str)
+    ]
     loss = lambda m: sum(float(m(x, labels=x).loss) for x in texts) / len(texts)
 
     @torch.no_grad()
@@ -726,7 +902,9 @@ def test_spt_plan():
     scores = {"a": torch.rand(8, 8), "b": 10 * torch.rand(8, 8), "c": 0.1 * torch.rand(8, 8)}
     spt = find("tuner", "spt")
     plan, places = spt(budget=50, alpha=0.0, r=1).planned(scores)
-    assert sum(plan.values()) == 50 and all(v >= 0 for v in plan.values()) and plan["b"] == 50 - plan["a"] > 40
+    assert (
+        sum(plan.values()) == 50 and all(v >= 0 for v in plan.values()) and plan["b"] == 50 - plan["a"] > 40
+    )
     assert set(places["b"].tolist()) == set(scores["b"].flatten().topk(plan["b"]).indices.tolist())
     plan, _ = spt(budget=50, alpha=1e9, r=1).planned(scores)
     assert set(plan.values()) <= {-1, 0} and plan["b"] == -1
@@ -748,12 +926,20 @@ def test_spt_on_a_model(tmp_path):
     name = "model.layers.1.self_attn.o_proj"
     again = put("spt", budget=600)
     got = squared_gradients({name: again.layers[name].get_base_layer()}, ROWS, roles_of(again))[name]
-    assert np.allclose(got.numpy(), np.square(full.get_submodule(name).weight.grad.numpy()), rtol=1e-3, atol=1e-9)
+    assert np.allclose(
+        got.numpy(), np.square(full.get_submodule(name).weight.grad.numpy()), rtol=1e-3, atol=1e-9
+    )
     before = attached.tensors()
     train(attached)
-    assert all(not torch.equal(v, before[k]) for k, v in attached.tensors().items() if k.endswith((".values", ".B")) and v.numel())
+    assert all(
+        not torch.equal(v, before[k])
+        for k, v in attached.tensors().items()
+        if k.endswith((".values", ".B")) and v.numel()
+    )
     attached.save(tmp_path)
-    assert torch.allclose(say(PeftModel.from_pretrained(base(), tmp_path).eval()), say(attached.model), atol=1e-5)
+    assert torch.allclose(
+        say(PeftModel.from_pretrained(base(), tmp_path).eval()), say(attached.model), atol=1e-5
+    )
     other = put("spt", budget=600)
     other.load(attached.tensors())  # a plan shows in the shapes
     assert torch.equal(say(other.model), say(attached.model))
@@ -778,20 +964,31 @@ def test_spt_puts_the_budget_where_the_task_is():
 @pytest.mark.parametrize("kind", ["llama", "tied", "gpt2", "t5"])
 def test_part_moves_exactly_what_it_names(kind):
     names = put("part", base(kind), part="embeddings").names
-    assert names == {"llama": ["model.embed_tokens.weight", "lm_head.weight"], "tied": ["model.embed_tokens.weight"]}.get(
-        kind, ["transformer.wte.weight"] if kind == "gpt2" else names
-    )
+    assert names == {
+        "llama": ["model.embed_tokens.weight", "lm_head.weight"],
+        "tied": ["model.embed_tokens.weight"],
+    }.get(kind, ["transformer.wte.weight"] if kind == "gpt2" else names)
     if kind == "t5":
         assert set(names) <= {"shared.weight", "lm_head.weight"}
-    last = {"llama": "model.layers.3.", "tied": "model.layers.3.", "gpt2": "transformer.h.3.", "t5": "decoder.block.1."}[kind]
+    last = {
+        "llama": "model.layers.3.",
+        "tied": "model.layers.3.",
+        "gpt2": "transformer.h.3.",
+        "t5": "decoder.block.1.",
+    }[kind]
     model = base(kind)
     assert put("part", model).names == [n for n, _ in model.named_parameters() if n.startswith(last)]
 
 
 def test_projects_compare_ways(shallow, tmp_path):
-    """Three projects of their own words: every way learns, all weights most; cheaper ways cost fewer operations and bytes."""
+    """Three projects of their own words: every way learns, all weights most; cheaper ways cost fewer
+    operations and bytes.
+    """
     words = ["kelo", "tarn", "mipu"]
-    data = [[{"prompt": f"{a}+{b}:", "completion": f"{w}{w[::-1]}"} for a in range(4) for b in range(4)] for w in words]
+    data = [
+        [{"prompt": f"{a}+{b}:", "completion": f"{w}{w[::-1]}"} for a in range(4) for b in range(4)]
+        for w in words
+    ]
     recipe = recipe_of(shallow) | {"evaluate": ["loss", "cost"], "max_steps": 12, "learning_rate": 3e-3}
     recipe.pop("data"), recipe.pop("eval_data")
     of = [{"data": rows, "eval_data": rows} for rows in data]

@@ -1,4 +1,6 @@
-"""What each tuner of weight updates promises of its own, beyond the contract in test_tuners.py: identities of the papers."""
+"""What each tuner of weight updates promises of its own, beyond the contract in test_tuners.py: identities of
+the papers.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,12 @@ from peft import PeftModel
 from torch import nn
 
 from luthier.clock import Clock
-from luthier.methods.estimators._base import gradients
 from luthier.errors import RecipeError
+from luthier.methods.estimators._base import gradients
+from luthier.methods.tuners._base import Untuned
+from luthier.methods.tuners.sparse._sparse import add, greatest, some_of, spread
 from luthier.registry import build
 from luthier.train.optimizer import Chain
-from luthier.methods.tuners.sparse._sparse import add, greatest, some_of, spread
-from luthier.methods.tuners._base import Untuned
 from test_tuners import as_roles, base, logprobs, plain, put, train
 
 torch.set_num_threads(1)
@@ -29,7 +31,9 @@ class One(nn.Module):
         super().__init__()
         self.fc = nn.Linear(W.shape[1], W.shape[0], bias=False)
         self.fc.weight.data = W.clone()
-        self.config = SimpleNamespace(to_dict=dict, get=lambda *a: None, _name_or_path="", model_type="custom")
+        self.config = SimpleNamespace(
+            to_dict=dict, get=lambda *a: None, _name_or_path="", model_type="custom"
+        )
 
     def forward(self, x):
         return self.fc(x)
@@ -59,7 +63,11 @@ def to_end(run) -> None:
 
 def test_a_sparse_product_and_its_gradients():
     torch.manual_seed(0)
-    x, y, indices = torch.randn(2, 5, 6).double(), torch.randn(2, 5, 4).double(), torch.randperm(24)[:7].sort().values.int()
+    x, y, indices = (
+        torch.randn(2, 5, 6).double(),
+        torch.randn(2, 5, 4).double(),
+        torch.randperm(24)[:7].sort().values.int(),
+    )
     x.requires_grad_(True), y.requires_grad_(True)
     values, seen = torch.randn(7).double().requires_grad_(True), []
     assert torch.autograd.gradcheck(lambda x, y, v: add(x, y, v, indices), (x, y, values))
@@ -69,7 +77,9 @@ def test_a_sparse_product_and_its_gradients():
     out.square().sum().backward()
     whole = S.detach().requires_grad_(True)
     (y + x @ whole.T).square().sum().backward()
-    assert torch.allclose(seen[0], whole.grad) and torch.allclose(values.grad, whole.grad.flatten()[indices.long()])
+    assert torch.allclose(seen[0], whole.grad) and torch.allclose(
+        values.grad, whole.grad.flatten()[indices.long()]
+    )
 
 
 @pytest.mark.parametrize("growth", ["ag", "ma"])
@@ -96,7 +106,10 @@ def test_spiel_keeps_its_number_of_places(growth):
         for n, layer in attached.layers.items():
             p, (indices, values) = layer.tensors("default"), was[n]
             assert len(p.indices.unique()) == len(p.indices) == max(1, round(0.02 * W[n].numel()))
-            gone, come = set(indices.tolist()) - set(p.indices.tolist()), set(p.indices.tolist()) - set(indices.tolist())
+            gone, come = (
+                set(indices.tolist()) - set(p.indices.tolist()),
+                set(p.indices.tolist()) - set(indices.tolist()),
+            )
             assert len(gone) == len(come) <= int(len(values) * share) and (share or not gone)
             mask = attached.masks.get(n, torch.zeros(len(values), dtype=torch.bool))
             assert torch.equal(mask, p.indices != indices) and not p.values.detach()[mask].any()
@@ -108,14 +121,18 @@ def test_spiel_keeps_its_number_of_places(growth):
         logprobs(attached).mean().neg().backward()
         chain.step(gradients(chain))
         attached.after_step(clock)
-    assert sum(news) > 0 and any(not torch.equal(layer.tensors("default").indices, start[n]) for n, layer in attached.layers.items())
+    assert sum(news) > 0 and any(
+        not torch.equal(layer.tensors("default").indices, start[n]) for n, layer in attached.layers.items()
+    )
     with attached.merged():
         for n, layer in attached.layers.items():
             assert int((layer.get_base_layer().weight != W[n]).sum()) <= len(start[n])
 
 
 def test_spiel_at_full_density_is_adam_on_the_weights():
-    places = dict(density=1.0, reselection_steps=100, target_modules="all-linear", exclude_modules=["lm_head"])
+    places = dict(
+        density=1.0, reselection_steps=100, target_modules="all-linear", exclude_modules=["lm_head"]
+    )
     sparse, dense = train(put("spiel", **places), 4), put("full")
     for n, p in dense.model.named_parameters():
         p.requires_grad_("proj" in n)
@@ -126,7 +143,9 @@ def test_spiel_at_full_density_is_adam_on_the_weights():
 
 def test_spiel_forgets_what_the_optimizer_knew_of_a_place():
     torch.manual_seed(0)
-    attached = build("tuner", {"name": "spiel", "density": 0.1, "reselection_steps": 6, "selection_accumulation_steps": 2}).attach(base())
+    attached = build(
+        "tuner", {"name": "spiel", "density": 0.1, "reselection_steps": 6, "selection_accumulation_steps": 2}
+    ).attach(base())
     clock = Clock(seed=3, total=12)
     chain = Chain([build("transform", "adam")], attached, clock, 0.01)
     for clock.step in range(9):
@@ -139,11 +158,14 @@ def test_spiel_forgets_what_the_optimizer_knew_of_a_place():
         grad = attached.layers[Q].tensors("default").values.grad.clone()
         chain.step(gradients(chain))
         attached.after_step(clock)
-        if new is not None and new.any():  # the first step of a new place is Adam's first: its size is the rate
+        # the first step of a new place is Adam's first: its size is the rate
+        if new is not None and new.any():
             moved = (attached.layers[Q].tensors("default").values.detach() - before)[new]
             assert torch.allclose(moved, -0.01 * grad[new] / (grad[new].abs() + 1e-8), atol=1e-6)
             known = chain.state[Q]["0"]["values"]
-            assert torch.allclose(known["m"][new], 0.1 * grad[new]) and torch.allclose(known["v"][new], 0.001 * grad[new].square())
+            assert torch.allclose(known["m"][new], 0.1 * grad[new]) and torch.allclose(
+                known["v"][new], 0.001 * grad[new].square()
+            )
     assert "born" in chain.state[Q]
 
 
@@ -178,14 +200,18 @@ def test_spiel_finds_planted_places(growth):
         planted[torch.randperm(200)[:20][:, None], torch.randperm(200)[:20]] = True
         truth = planted * (1 + torch.rand(200, 200))
         settings = dict(density=0.01, reselection_steps=10, selection_algorithm=growth)
-        attached = build("tuner", {"name": "spiel", "target_modules": ["fc"], **settings}).attach(One(torch.zeros(200, 200)))
+        attached = build("tuner", {"name": "spiel", "target_modules": ["fc"], **settings}).attach(
+            One(torch.zeros(200, 200))
+        )
 
         def loss():
             x = torch.randn(64, 200)
             return (attached.model(x) - x @ truth.T).square().mean()
 
         to_end(descend(attached, loss, 60, 0.02))
-        return float(planted.flatten()[attached.layers["fc"].tensors("default").indices.long()].sum() / planted.sum())
+        return float(
+            planted.flatten()[attached.layers["fc"].tensors("default").indices.long()].sum() / planted.sum()
+        )
 
     found = [recall(seed) for seed in range(4)]
     assert min(found) > 5 * 0.01, found
@@ -196,7 +222,14 @@ def test_spiel_resumes_amid_an_interval(tmp_path, base):
     from luthier.storage import store
 
     spec = {"name": "spiel", "density": 0.05, "reselection_steps": 4, "selection_accumulation_steps": 2}
-    recipe = {**base, "tuner": spec, "learning_rate": 1e-2, "max_steps": 7, "save_steps": 5, "lr_scheduler_type": "constant"}
+    recipe = {
+        **base,
+        "tuner": spec,
+        "learning_rate": 1e-2,
+        "max_steps": 7,
+        "save_steps": 5,
+        "lr_scheduler_type": "constant",
+    }
     luthier.tune(**recipe, output_dir=str(tmp_path / "run"))
     last = store.load_checkpoint(store.checkpoints(tmp_path / "run")[-1])
     unfinish(tmp_path / "run")
@@ -215,7 +248,9 @@ def unfinish(folder) -> None:
 
     shutil.rmtree(store.checkpoints(folder)[-1])
     (folder / "report.json").unlink()
-    (folder / "run.json").write_text(json.dumps({**json.loads((folder / "run.json").read_text()), "finished": False}))
+    (folder / "run.json").write_text(
+        json.dumps({**json.loads((folder / "run.json").read_text()), "finished": False})
+    )
 
 
 @torch.no_grad()
@@ -260,7 +295,9 @@ def read_by(model, roles_of) -> dict[str, torch.Tensor]:
     seen, hooks = {}, []
     for n, m in model.named_modules():
         if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D":
-            hooks.append(m.register_forward_pre_hook(lambda m, x, n=n: seen.update({n: x[0].detach().flatten(0, -2)})))
+            hooks.append(
+                m.register_forward_pre_hook(lambda m, x, n=n: seen.update({n: x[0].detach().flatten(0, -2)}))
+            )
     roles_of(model)
     for h in hooks:
         h.remove()
@@ -271,10 +308,21 @@ def read_by(model, roles_of) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("start", ["eva", "corda", "kpm", "lora_ga"])
 @torch.no_grad()
 def test_a_start_from_data_leaves_the_model_as_it_is(kind, start, tmp_path):
-    how = {"init_lora_weights": "corda", "corda_config": {"corda_method": "kpm"}} if start == "kpm" else {"init_lora_weights": start}
+    how = (
+        {"init_lora_weights": "corda", "corda_config": {"corda_method": "kpm"}}
+        if start == "kpm"
+        else {"init_lora_weights": start}
+    )
     attached, was = started(kind, **how), untuned(kind)
-    assert torch.equal(logprobs(attached), was) if start == "eva" else torch.allclose(logprobs(attached), was, atol=1e-4)
-    assert all(torch.equal(layer.get_base_layer().weight, base(kind).get_submodule(n).weight) for n, layer in attached.layers.items())
+    assert (
+        torch.equal(logprobs(attached), was)
+        if start == "eva"
+        else torch.allclose(logprobs(attached), was, atol=1e-4)
+    )
+    assert all(
+        torch.equal(layer.get_base_layer().weight, base(kind).get_submodule(n).weight)
+        for n, layer in attached.layers.items()
+    )
     start_ = attached.tensors()
     with torch.enable_grad():
         train(attached)
@@ -285,7 +333,9 @@ def test_a_start_from_data_leaves_the_model_as_it_is(kind, start, tmp_path):
     with attached.merged():
         assert torch.allclose(logprobs(attached), tuned, atol=2e-5)
     attached.save(tmp_path)
-    assert torch.allclose(plain(PeftModel.from_pretrained(base(kind), tmp_path).eval()), plain(attached.model), atol=1e-4)
+    assert torch.allclose(
+        plain(PeftModel.from_pretrained(base(kind), tmp_path).eval()), plain(attached.model), atol=1e-4
+    )
     again = build("tuner", attached.settings).attach(base(kind))
     again.load(again.read(tmp_path))
     assert torch.equal(logprobs(again), tuned)
@@ -310,11 +360,14 @@ def test_eva_gives_ranks_to_layers_where_they_explain_most():
     ranks = {n: layer.r["default"] for n, layer in attached.layers.items()}
     assert sum(ranks.values()) == 4 * len(ranks) and max(ranks.values()) <= 8 and len(set(ranks.values())) > 1
     seen = read_by(base(), lambda model: logprobs(Untuned(model)))
-    shares = {n: (v / v.sum())[:8] for n in ranks if len(v := torch.linalg.svdvals(seen[n].double()).square())}
+    shares = {
+        n: (v / v.sum())[:8] for n in ranks if len(v := torch.linalg.svdvals(seen[n].double()).square())
+    }
     best = torch.cat(list(shares.values())).sort(descending=True).values[: 4 * len(ranks)]
     taken = torch.cat([shares[n][:r] for n, r in ranks.items()]).sort(descending=True).values
     assert torch.allclose(taken, best, atol=1e-6)  # not by name: q, k and v read the same
-    assert {layer.scaling["default"] for layer in attached.layers.values()} == {4.0}  # lora_alpha / r, whatever a layer's rank
+    # lora_alpha / r, whatever a layer's rank
+    assert {layer.scaling["default"] for layer in attached.layers.values()} == {4.0}
 
 
 @torch.no_grad()
@@ -328,9 +381,14 @@ def test_eva_agrees_with_peft():
     hook = SVDHook(name="x", n_components=4, sim_thresh=0.99)
     hook(None, (x,), None)
     model = One(torch.randn(10, 24))
-    attached = build("tuner", {"name": "lora", "r": 4, "init_lora_weights": "eva", "eva_config": {"rho": 1.0}}).attach(model)
+    attached = build(
+        "tuner", {"name": "lora", "r": 4, "init_lora_weights": "eva", "eva_config": {"rho": 1.0}}
+    ).attach(model)
     attached._begin_eva(attached.layers, [("fc", x.T @ x)], None)
-    assert torch.linalg.svdvals(attached.layers["fc"].lora_A["default"].weight @ hook.svd.components_.T).min() > 1 - 1e-4
+    assert (
+        torch.linalg.svdvals(attached.layers["fc"].lora_A["default"].weight @ hook.svd.components_.T).min()
+        > 1 - 1e-4
+    )
 
 
 @torch.no_grad()
@@ -339,10 +397,17 @@ def test_corda_with_white_inputs_is_pissa():
     W = torch.randn(12, 16)
     U, S, Vh = torch.linalg.svd(W)
     for method, some in (("ipm", slice(None, 4)), ("kpm", slice(8, 12))):
-        spec = {"name": "lora", "r": 4, "init_lora_weights": "corda", "corda_config": {"corda_method": method}}
+        spec = {
+            "name": "lora",
+            "r": 4,
+            "init_lora_weights": "corda",
+            "corda_config": {"corda_method": method},
+        }
         attached = build("tuner", spec).attach(One(W))
         attached._begin_corda(attached.layers, [("fc", torch.eye(16))], None)
-        assert torch.allclose(attached.layers["fc"].get_delta_weight("default"), (U[:, some] * S[some]) @ Vh[some], atol=1e-4)
+        assert torch.allclose(
+            attached.layers["fc"].get_delta_weight("default"), (U[:, some] * S[some]) @ Vh[some], atol=1e-4
+        )
         assert torch.equal(attached.model.fc.get_base_layer().weight, W)
 
 
@@ -355,10 +420,18 @@ def test_corda_agrees_with_peft(method):
     pytest.importorskip("attr")  # which PEFT's module wants and PEFT does not install
     from peft.tuners.lora.corda import preprocess_corda
 
-    attached = started(init_lora_weights="corda", corda_config={"corda_method": method}, target_modules=["q_proj", "down_proj"])
+    attached = started(
+        init_lora_weights="corda",
+        corda_config={"corda_method": method},
+        target_modules=["q_proj", "down_proj"],
+    )
     model = base()
     config = LoraConfig(
-        r=4, lora_alpha=16, target_modules=["q_proj", "down_proj"], init_lora_weights="corda", corda_config=CordaConfig(corda_method=method)
+        r=4,
+        lora_alpha=16,
+        target_modules=["q_proj", "down_proj"],
+        init_lora_weights="corda",
+        corda_config=CordaConfig(corda_method=method),
     )
     preprocess_corda(model, config, run_model=lambda: logprobs(Untuned(model)))
     theirs = get_peft_model(model, config)
@@ -368,13 +441,19 @@ def test_corda_agrees_with_peft(method):
 
 
 def test_lora_ga_is_peft_on_the_mean_gradient():
-    attached = started(init_lora_weights="lora_ga", r=4, lora_ga_config={"scale": "unit"}, target_modules=["q_proj", "o_proj"])
+    attached = started(
+        init_lora_weights="lora_ga",
+        r=4,
+        lora_ga_config={"scale": "unit"},
+        target_modules=["q_proj", "o_proj"],
+    )
     full = base()
     logprobs(Untuned(full)).mean().neg().backward()
     for n, layer in attached.layers.items():
         U, _, Vh = torch.linalg.svd(full.get_submodule(n).weight.grad, full_matrices=False)
         A, B = layer.lora_A["default"].weight.detach(), layer.lora_B["default"].weight.detach()
-        assert torch.linalg.svdvals(A @ Vh[:4].T).min() > 1 - 1e-3  # ArB2r: A the first r directions, B the next
+        # ArB2r: A the first r directions, B the next
+        assert torch.linalg.svdvals(A @ Vh[:4].T).min() > 1 - 1e-3
         assert torch.linalg.svdvals(torch.linalg.qr(B)[0].T @ U[:, 4:8]).min() > 1 - 1e-3
 
 
@@ -385,17 +464,23 @@ def test_calibration_in_parts_is_calibration_at_once(monkeypatch):
     attached = put("lora", init_lora_weights="corda")
     passes = []
     roles = as_roles(attached)
-    monkeypatch.setattr(roles.policy, "forward", lambda batch, was=roles.policy.forward: passes.append(1) or was(batch))
+    monkeypatch.setattr(
+        roles.policy, "forward", lambda batch, was=roles.policy.forward: passes.append(1) or was(batch)
+    )
     for kind in ("inputs", "covariance", "gradients"):
         whole = dict(_calibrate.statistics(kind, attached.layers, [{}], roles))
         passes.clear()
         with monkeypatch.context() as m:
             m.setattr(_calibrate, "BUDGET", 1)
             parts = dict(_calibrate.statistics(kind, attached.layers, [{}], roles))
-        assert len(passes) == 1 + len(attached.layers) and all(torch.allclose(v, parts[n], atol=1e-5) for n, v in whole.items())
+        assert len(passes) == 1 + len(attached.layers) and all(
+            torch.allclose(v, parts[n], atol=1e-5) for n, v in whole.items()
+        )
 
 
-@pytest.mark.parametrize("how", [{"init_lora_weights": "eva"}, {"init_lora_weights": "corda", "init_data": "practice:style/new"}])
+@pytest.mark.parametrize(
+    "how", [{"init_lora_weights": "eva"}, {"init_lora_weights": "corda", "init_data": "practice:style/new"}]
+)
 def test_a_start_from_data_in_a_run(how, tmp_path):
     """Ranks and factors come back after a kill, and a later run goes on from the adapter alone."""
     import shutil
@@ -407,9 +492,17 @@ def test_a_start_from_data_in_a_run(how, tmp_path):
     if "init_data" in how:
         how = {**how, "init_data": {"path": "practice:people/test", "n": 8}}
     recipe = dict(
-        model="practice:lm-small", data=data, tuner={"name": "lora", "r": 4, "init_rows": 4, **how}, per_device_train_batch_size=2,
-        max_steps=4, save_steps=3, evaluate=[], eval_data=0, learning_rate=1e-3, lr_scheduler_type="constant",
-    )  # fmt: skip
+        model="practice:lm-small",
+        data=data,
+        tuner={"name": "lora", "r": 4, "init_rows": 4, **how},
+        per_device_train_batch_size=2,
+        max_steps=4,
+        save_steps=3,
+        evaluate=[],
+        eval_data=0,
+        learning_rate=1e-3,
+        lr_scheduler_type="constant",
+    )
     folder = tmp_path / "run"
     luthier.tune(**recipe, output_dir=str(folder))
     last = store.load_checkpoint(store.checkpoints(folder)[-1])
@@ -419,7 +512,9 @@ def test_a_start_from_data_in_a_run(how, tmp_path):
     assert again.step == 4 and all(torch.equal(v, again.tensors[k]) for k, v in last.tensors.items())
     for checkpoint in store.checkpoints(folder):
         shutil.rmtree(checkpoint)
-    further = luthier.tune(**{**recipe, "max_steps": 1}, start=str(folder), output_dir=str(tmp_path / "further"))
+    further = luthier.tune(
+        **{**recipe, "max_steps": 1}, start=str(folder), output_dir=str(tmp_path / "further")
+    )
     assert further.losses
 
 
@@ -427,7 +522,10 @@ def test_a_start_from_data_in_a_run(how, tmp_path):
 
 
 def numbers(made: dict) -> SimpleNamespace:
-    return SimpleNamespace(watch=None, **{k: v[1] if isinstance(v, tuple) else v.clone().requires_grad_(True) for k, v in made.items()})
+    return SimpleNamespace(
+        watch=None,
+        **{k: v[1] if isinstance(v, tuple) else v.clone().requires_grad_(True) for k, v in made.items()},
+    )
 
 
 def test_loldu():
@@ -436,7 +534,8 @@ def test_loldu():
         W = torch.randn(shape)
         method = build("tuner", {"name": "loldu", "r": 9, "lora_alpha": 18})
         p = numbers(method.init(W))
-        assert torch.allclose(p.L @ torch.diag(p.z) @ p.U, W, atol=1e-4)  # with all entries nothing is left over
+        # with all entries nothing is left over
+        assert torch.allclose(p.L @ torch.diag(p.z) @ p.U, W, atol=1e-4)
         method = build("tuner", {"name": "loldu", "r": 3, "lora_alpha": 6})
         p = numbers(method.init(W))
         assert p.z.numel() + p.scale.numel() == 4 and torch.allclose(method.weight(W, p), W, atol=1e-6)
@@ -478,7 +577,9 @@ def test_intrinsic_dimension_moves_d_numbers():
     one, other = put("intrinsic_dimension", d=100), put("intrinsic_dimension", d=100, seed=1)
     deltas = []
     for attached in (one, other):
-        next(iter(attached.layers.values())).held["default"].theta.data.normal_(generator=torch.Generator().manual_seed(0))
+        next(iter(attached.layers.values())).held["default"].theta.data.normal_(
+            generator=torch.Generator().manual_seed(0)
+        )
         deltas.append([layer.get_delta_weight("default").detach() for layer in attached.layers.values()])
     assert not torch.allclose(deltas[0][0], deltas[1][0]) and not torch.allclose(deltas[0][0], deltas[0][3])
 
@@ -494,7 +595,10 @@ def test_lt_sft_chooses_what_moved_furthest_and_begins_again():
     moved = {}
     for step, _ in enumerate(descend(attached, lambda: logprobs(attached).mean().neg(), 6, 0.01)):
         if step == 2:
-            moved = {n: (layer.get_base_layer().weight.detach() - start[n]).abs().flatten() for n, layer in attached.layers.items()}
+            moved = {
+                n: (layer.get_base_layer().weight.detach() - start[n]).abs().flatten()
+                for n, layer in attached.layers.items()
+            }
     k = round(0.03 * sum(m.numel() for m in moved.values()))
     least = torch.cat(list(moved.values())).topk(k).values.min()
     found = 0
@@ -504,7 +608,12 @@ def test_lt_sft_chooses_what_moved_furthest_and_begins_again():
         found += len(indices)
     assert found == k
     with attached.merged():
-        assert sum(int((layer.get_base_layer().weight != start[n]).sum()) for n, layer in attached.layers.items()) <= k
+        assert (
+            sum(
+                int((layer.get_base_layer().weight != start[n]).sum()) for n, layer in attached.layers.items()
+            )
+            <= k
+        )
 
 
 def test_lt_sft_with_all_places_is_full_tuning_from_the_start():
@@ -523,13 +632,22 @@ def test_lt_sft_resumes_in_either_phase(steps, base, tmp_path):
     from luthier.storage import store
 
     tuner = {"name": "lt_sft", "density": 0.05, "dense_share": 0.6}
-    recipe = {**base, "tuner": tuner, "max_steps": steps, "save_steps": 1, "save_total_limit": 2, "lr_scheduler_type": "constant"}
+    recipe = {
+        **base,
+        "tuner": tuner,
+        "max_steps": steps,
+        "save_steps": 1,
+        "save_total_limit": 2,
+        "lr_scheduler_type": "constant",
+    }
     luthier.tune(**recipe, output_dir=str(tmp_path / "run"))
     last = store.load_checkpoint(store.checkpoints(tmp_path / "run")[-1])
     unfinish(tmp_path / "run")
     luthier.tune(**recipe, output_dir=str(tmp_path / "run"))
     again = store.load_checkpoint(store.checkpoints(tmp_path / "run")[-1])
-    assert last.step == again.step == steps and all(torch.equal(v, again.tensors[k]) for k, v in last.tensors.items())
+    assert last.step == again.step == steps and all(
+        torch.equal(v, again.tensors[k]) for k, v in last.tensors.items()
+    )
 
 
 def test_dsee():
@@ -537,13 +655,18 @@ def test_dsee():
     plain_, W = build("tuner", {"name": "dsee", "r": 4, "n_sparse": 0}), torch.randn(12, 10)
     p = numbers(plain_.init(W))
     p.B = torch.randn(12, 4)
-    assert torch.allclose(plain_.weight(W, p), W + 8 * p.B @ p.A, atol=1e-5)  # LoRA, where there is no mask and no S
+    # LoRA, where there is no mask and no S
+    assert torch.allclose(plain_.weight(W, p), W + 8 * p.B @ p.A, atol=1e-5)
     attached = put("dsee", r=4, n_sparse=5, sparsity=0.5, prune_at=0.5, target_modules=["q_proj", "up_proj"])
     start = {n: layer.tensors("default").indices.clone() for n, layer in attached.layers.items()}
     to_end(descend(attached, lambda: logprobs(attached).mean().neg(), 6, 0.01))
     for n, layer in attached.layers.items():
         p, W = layer.tensors("default"), layer.get_base_layer().weight
-        assert torch.equal(p.indices, start[n]) and len(p.values) == 5 and int((~p.mask).sum()) == round(0.5 * W.numel())
+        assert (
+            torch.equal(p.indices, start[n])
+            and len(p.values) == 5
+            and int((~p.mask).sum()) == round(0.5 * W.numel())
+        )
         x = torch.randn(3, W.shape[1])
         want = x @ (W * p.mask + 8 * p.B @ p.A + spread(p.values, p.indices, W.shape)).T
         assert torch.allclose(layer(x), want, atol=1e-5)
@@ -552,12 +675,18 @@ def test_dsee():
 def structured(make=base, **more):
     how = dict(r=4, n_sparse=5, head_sparsity=0.5, ffn_sparsity=0.4, prune_at=0.5)
     attached = build("tuner", {"name": "dsee", **how, **more}).attach(make())
-    own = {n: layer.tensors("default").c for n, layer in attached.layers.items() if hasattr(layer.tensors("default"), "c")}
+    own = {
+        n: layer.tensors("default").c
+        for n, layer in attached.layers.items()
+        if hasattr(layer.tensors("default"), "c")
+    }
     return attached, own
 
 
 def test_dsee_takes_heads_and_units_out():
-    """From start to end, then without what has left: the same answers for the multiplications that the shape says."""
+    """From start to end, then without what has left: the same answers for the multiplications that the shape
+    says.
+    """
     from luthier.methods.tuners.pruned._elastic import macs
 
     attached, own = structured()
@@ -570,7 +699,8 @@ def test_dsee_takes_heads_and_units_out():
         gone = 1 if n.endswith("o_proj") else 26
         assert not torch.equal(before, torch.ones(len(c))) and (before != 0).all()
         assert (after == 0).sum() == gone and before[after == 0].abs().max() <= before[after != 0].abs().min()
-        assert torch.equal(after, last) and torch.equal(after[after != 0], before[after != 0])  # the rest of the run leaves them
+        # the rest of the run leaves them
+        assert torch.equal(after, last) and torch.equal(after[after != 0], before[after != 0])
         assert not torch.equal(moved[3][f"{n}.A"], moved[5][f"{n}.A"])
     small, ids, counted = attached.sliced(), torch.arange(3, 17).reshape(2, 7), []
     assert (plain(small) - plain(attached.model)).abs().max() < 1e-5
@@ -581,7 +711,8 @@ def test_dsee_takes_heads_and_units_out():
     small(ids)
     anatomy, whole = attached.anatomy, base()
     assert sum(counted) == ids.numel() * macs(whole, anatomy, shape)
-    per_layer = 0.5 * (4 * 32 * 32 - 2 * 32 * 16) + 26 * 3 * 32  # half of q, k, v (k and v are half as wide) and o; 26 of 64 units
+    # half of q, k, v (k and v are half as wide) and o; 26 of 64 units
+    per_layer = 0.5 * (4 * 32 * 32 - 2 * 32 * 16) + 26 * 3 * 32
     assert macs(whole, anatomy, anatomy.whole) - macs(whole, anatomy, shape) == 2 * per_layer
 
 
@@ -599,7 +730,8 @@ def test_a_head_without_a_coefficient_is_none():
         c[0], size = 0.0, attached.layers[o].get_base_layer().weight.shape[1] // len(c)
         want, whole = says(attached.model), says(make())
         W = attached.layers[o].get_base_layer().weight
-        W[:, :size] = torch.randn(W[:, :size].shape)  # what reads the head does not matter, nor does what it says
+        # what reads the head does not matter, nor does what it says
+        W[:, :size] = torch.randn(W[:, :size].shape)
         assert (says(attached.model) - want).abs().max() < 1e-5 and (want - whole).abs().max() > 1e-2
         with attached.merged():
             assert (says(attached.model) - want).abs().max() < 1e-5
@@ -609,13 +741,18 @@ def test_dsee_pulls_coefficients_and_is_written_small(tmp_path):
     ends = []
     for weight in (0.0, 0.5):
         attached, own = structured(l1_weight=weight, prune_at=1.0)
-        to_end(descend(attached, lambda tuned=attached: logprobs(tuned).mean().neg(), 1, 0.1, "momentum"))  # one plain gradient step
+        # one plain gradient step
+        to_end(descend(attached, lambda tuned=attached: logprobs(tuned).mean().neg(), 1, 0.1, "momentum"))
         ends.append([c.detach().clone() for c in own.values()])
     assert all(torch.allclose(a - b, torch.full_like(a, 0.05), atol=1e-6) for a, b in zip(*ends, strict=True))
     attached, _ = structured()
     to_end(descend(attached, lambda: logprobs(attached).mean().neg(), 4, 0.01))
     attached.save(tmp_path / "adapter")
-    assert torch.allclose(plain(PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()), plain(attached.model), atol=1e-5)
+    assert torch.allclose(
+        plain(PeftModel.from_pretrained(base(), tmp_path / "adapter").eval()),
+        plain(attached.model),
+        atol=1e-5,
+    )
     attached.export_merged(tmp_path / "small")
     again = type(attached.model).from_pretrained(tmp_path / "small").eval()
     assert (plain(again) - plain(attached.model)).abs().max() < 1e-5
@@ -631,7 +768,9 @@ def test_a_planted_sparse_part_is_found():
 
     torch.manual_seed(0)
     planted = torch.randperm(64 * 48)[:100]
-    W = torch.randn(64, 4) @ torch.randn(4, 48) + torch.zeros(64 * 48).index_fill_(0, planted, 8.0).view(64, 48)
+    W = torch.randn(64, 4) @ torch.randn(4, 48) + torch.zeros(64 * 48).index_fill_(0, planted, 8.0).view(
+        64, 48
+    )
     U, V, S = low_rank_and_sparse(W, 4, 100)
     found = S.flatten().nonzero().flatten()
     assert torch.isin(found, planted).float().mean() > 0.9 and (W - U @ V - S).norm() < 0.1 * W.norm()
@@ -699,7 +838,9 @@ def test_mgpo_takes_one_gradient_where_the_momentum_leads():
     attached, chain, _ = walk({"name": "mgpo", "rho": 0.3, "mu": 0.9, "beta": 0.8})
     for name in attached.layers:  # the direction is that of Adam's mean
         for slot in "AB":
-            assert torch.allclose(chain.state[name]["mgpo"][slot], chain.state[name]["0"][slot]["m"], atol=1e-8)
+            assert torch.allclose(
+                chain.state[name]["mgpo"][slot], chain.state[name]["0"][slot]["m"], atol=1e-8
+            )
     kept = {n: chain.state[n]["mgpo"] for n in attached.layers}
     sizes, slots = {n: k["size"].clone() for n, k in kept.items()}, {s.name: s.slots for s in chain.sites()}
     start, E = {}, {}
@@ -722,7 +863,10 @@ def test_mgpo_takes_one_gradient_where_the_momentum_leads():
         calls.append(said.item()), seen.extend(p.grad.clone() for p in attached.parameters().values())
         return calls[-1]
 
-    assert build("estimator", {"name": "mgpo", "rho": 0.3, "beta": 0.8}).step(closure, chain, chain.clock) == calls[0]
+    assert (
+        build("estimator", {"name": "mgpo", "rho": 0.3, "beta": 0.8}).step(closure, chain, chain.clock)
+        == calls[0]
+    )
     assert len(calls) == 1 and abs(calls[0] - loss.item()) < 1e-5
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(seen, want, strict=True))
     gA, gB = (dict(zip(attached.parameters(), seen, strict=True))[f"{Q}.{slot}"] for slot in "AB")
@@ -738,7 +882,9 @@ def test_embeddings_are_left_where_they_are(name):
 
 
 def flatness(estimator, seed: int) -> float:
-    """How much the loss of a small network rises on average where its weights are changed at random, after 100 steps of LoRA."""
+    """How much the loss of a small network rises on average where its weights are changed at random, after
+    100 steps of LoRA.
+    """
 
     class Net(One):
         def __init__(self):
@@ -786,12 +932,18 @@ def test_noise_and_displacement_lead_to_flatter_places():
 # ---------------------------------------------------------------------------------------------- counts, adapters, surveys
 
 
-@pytest.mark.parametrize("name, formula", [
-    ("lora", lambda out, in_: 4 * (out + in_)), ("lora_sb", lambda out, in_: 16), ("loldu", lambda out, in_: 5),
-    ("spiel", lambda out, in_: max(1, round(0.01 * out * in_))), ("ssf", lambda out, in_: 2 * out),
-    ("dsee", lambda out, in_: 4 * (out + in_) + 64),
-    ("parallel_adapter", lambda out, in_: max(1, round(in_ / 16)) * (in_ + 1 + out) + out),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, formula",
+    [
+        ("lora", lambda out, in_: 4 * (out + in_)),
+        ("lora_sb", lambda out, in_: 16),
+        ("loldu", lambda out, in_: 5),
+        ("spiel", lambda out, in_: max(1, round(0.01 * out * in_))),
+        ("ssf", lambda out, in_: 2 * out),
+        ("dsee", lambda out, in_: 4 * (out + in_) + 64),
+        ("parallel_adapter", lambda out, in_: max(1, round(in_ / 16)) * (in_ + 1 + out) + out),
+    ],
+)
 def test_as_many_numbers_move_as_the_formula_says(name, formula):
     attached = put(name)
     shapes = [layer.get_base_layer().weight.shape for layer in attached.layers.values()]
@@ -820,20 +972,28 @@ def test_ia3_is_scales_that_fold_into_weights(kind, tmp_path):
     from peft import IA3Config, get_peft_model
 
     attached = put("ia3", base(kind))
-    widths = {"llama": 2 * 16 + 64, "gpt2": 3 * 32 + 128}  # of k and v (half as wide as q), or of the fused three; of what is inside
+    # of k and v (half as wide as q), or of the fused three; of what is inside
+    widths = {"llama": 2 * 16 + 64, "gpt2": 3 * 32 + 128}
     assert sum(p.numel() for p in attached.parameters().values()) == 2 * widths[kind]
     torch.manual_seed(3)
     for p in attached.parameters().values():
         p.add_(0.3 * torch.randn(p.shape))
     tuned, start = logprobs(attached), base(kind)
-    k, down = ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj") if kind == "llama" else (
-        "transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj")  # fmt: skip
+    k, down = (
+        ("model.layers.0.self_attn.k_proj", "model.layers.1.mlp.down_proj")
+        if kind == "llama"
+        else ("transformer.h.0.attn.c_attn", "transformer.h.1.mlp.c_proj")
+    )
     with attached.merged() as model:
         assert torch.allclose(logprobs(attached), tuned, atol=2e-5)
         for name, dim in ((k, 0), (down, 1)):
             W, was = (m.get_submodule(name) for m in (model, start))
             scale = attached.layers[name].ia3_l["default"].flatten()
-            sides = (scale[:, None] if dim == 0 else scale[None]) if kind == "llama" else (scale[None] if dim == 0 else scale[:, None])
+            sides = (
+                (scale[:, None] if dim == 0 else scale[None])
+                if kind == "llama"
+                else (scale[None] if dim == 0 else scale[:, None])
+            )
             assert torch.equal(W.get_base_layer().weight, was.weight * sides)
             if was.bias is not None:
                 assert torch.equal(W.get_base_layer().bias, was.bias * scale if dim == 0 else was.bias)
@@ -845,7 +1005,9 @@ def test_ia3_is_scales_that_fold_into_weights(kind, tmp_path):
     assert torch.allclose(plain(theirs.eval()), plain(attached.model), atol=1e-6)
     named = put("ia3", base(kind), target_modules=inner, feedforward_modules=inner[-1:])
     assert named.layers.keys() == attached.layers.keys()
-    assert [m.is_feedforward for m in named.layers.values()] == [m.is_feedforward for m in attached.layers.values()]
+    assert [m.is_feedforward for m in named.layers.values()] == [
+        m.is_feedforward for m in attached.layers.values()
+    ]
     attached.save(tmp_path)
     assert '"peft_type": "IA3"' in (tmp_path / "adapter_config.json").read_text()
 
@@ -854,7 +1016,9 @@ def test_compacter_is_its_kronecker_sums():
     attached, shape = put("compacter", reduction_factor=4, phm_dim=4, phm_rank=2), (32, 8)
     layers, n, r = attached.layers, 4, 2
     assert len(layers) == 4
-    assert sum(p.numel() for p in attached.parameters().values()) == n**3 + len(layers) * (2 * r * sum(shape) + sum(shape))
+    assert sum(p.numel() for p in attached.parameters().values()) == n**3 + len(layers) * (
+        2 * r * sum(shape) + sum(shape)
+    )
     held = [layer.held["default"] for layer in layers.values()]
     assert len({id(h.A) for h in held}) == 1  # one parameter, whose gradient is the sum of all
     torch.manual_seed(1)
@@ -862,7 +1026,10 @@ def test_compacter_is_its_kronecker_sums():
         p.data.normal_(std=0.5 if k.endswith("A") else 0.3)
     layer, x = layers["model.layers.0.self_attn.o_proj"], torch.randn(3, 32)
     p, y = layer.tensors("default"), layer.base_layer(x)
-    down, up = (sum(torch.kron(p.A[i], s[i] @ t[i]) for i in range(n)) for s, t in ((p.down_s, p.down_t), (p.up_s, p.up_t)))
+    down, up = (
+        sum(torch.kron(p.A[i], s[i] @ t[i]) for i in range(n))
+        for s, t in ((p.down_s, p.down_t), (p.up_s, p.up_t))
+    )
     assert down.shape == (8, 32) and up.shape == (32, 8)
     want = y + nn.functional.gelu(y @ down.T + p.down_bias) @ up.T + p.up_bias
     assert torch.allclose(layer(x), want, atol=1e-5)
@@ -886,7 +1053,9 @@ def test_compacter_learns_what_an_adapter_learns_with_few_numbers():
         torch.manual_seed(0)
         net = One(torch.randn(128, 128) / 128**0.5)
         u, v = torch.randn(128), torch.randn(128) / 128**0.5
-        attached = build("tuner", {"name": name, "target_modules": ["fc"], "reduction_factor": 4, **more}).attach(net)
+        attached = build(
+            "tuner", {"name": name, "target_modules": ["fc"], "reduction_factor": 4, **more}
+        ).attach(net)
 
         def loss(n=256, net=net, u=u, v=v, tuned=attached):
             x = torch.randn(n, 128)
@@ -896,9 +1065,15 @@ def test_compacter_learns_what_an_adapter_learns_with_few_numbers():
 
         start = loss(4096).item()
         to_end(descend(attached, loss, 300, 0.02 if name == "compacter" else 3e-3))
-        ends[name], numbers_[name] = loss(4096).item(), sum(p.numel() for p in attached.parameters().values() if p.ndim > 1)
+        ends[name], numbers_[name] = (
+            loss(4096).item(),
+            sum(p.numel() for p in attached.parameters().values() if p.ndim > 1),
+        )
         assert ends[name] < 0.9 * start
-    assert ends["compacter"] < 1.1 * ends["houlsby"] and numbers_["compacter"] < 0.05 * numbers_["houlsby"], (ends, numbers_)
+    assert ends["compacter"] < 1.1 * ends["houlsby"] and numbers_["compacter"] < 0.05 * numbers_["houlsby"], (
+        ends,
+        numbers_,
+    )
 
 
 def test_the_search_for_d90_stops_where_the_metric_is_reached(tiny):
@@ -906,7 +1081,13 @@ def test_the_search_for_d90_stops_where_the_metric_is_reached(tiny):
 
     def found(share: float) -> int:
         plan = build(
-            "plan", {"name": "intrinsic_dimension", "dimensions": [100, 200, 400, 800], "learning_rates": [0.1, 0.3], "share": share}
+            "plan",
+            {
+                "name": "intrinsic_dimension",
+                "dimensions": [100, 200, 400, 800],
+                "learning_rates": [0.1, 0.3],
+                "share": share,
+            },
         )
         play = plan.recipes(Recipe.load({"model": tiny}))
         asked, said = next(play), SimpleNamespace(after={"accuracy": 0.8}, folder="full")
@@ -914,7 +1095,10 @@ def test_the_search_for_d90_stops_where_the_metric_is_reached(tiny):
             while True:
                 asked = play.send(said)
                 said = [
-                    SimpleNamespace(after={"accuracy": r.tuner["d"] / 1000 + r.learning_rate / 100}, folder=str(r.tuner["d"]))
+                    SimpleNamespace(
+                        after={"accuracy": r.tuner["d"] / 1000 + r.learning_rate / 100},
+                        folder=str(r.tuner["d"]),
+                    )
                     for r in asked
                 ]
         except StopIteration as end:
@@ -935,7 +1119,11 @@ def test_lora_sb_is_ahead_of_factors_of_the_weight():
             method = build("tuner", {"name": "lora_sb", "r": 4, "first_step": 1e-3})
             grad = 2 * (x @ W.T - target).T @ x / target.numel()
             U, _, Vh = torch.linalg.svd(W)
-            p = method.start(W, grad) if name == "sb" else {"B": U[:, :4], "A": Vh[:4], "R": torch.zeros(4, 4)}
+            p = (
+                method.start(W, grad)
+                if name == "sb"
+                else {"B": U[:, :4], "A": Vh[:4], "R": torch.zeros(4, 4)}
+            )
             R = p.pop("R").clone().requires_grad_(True)
             optimizer = torch.optim.Adam([R], 0.05)
             for _ in range(100):
@@ -961,20 +1149,40 @@ class Two(nn.Module):
 
 
 def test_adalora_shares_ranks_out_as_peft_does():
-    """The same numbers, gradients and updates in both: the same importance, the same triplets lost, step by step."""
+    """The same numbers, gradients and updates in both: the same importance, the same triplets lost, step by
+    step.
+    """
     from peft import AdaLoraConfig, get_peft_model
 
     total, begin, end = 12, 2, 4
     settings = AdaLoraConfig(
-        init_r=4, target_r=2, tinit=begin, tfinal=end, deltaT=1, total_step=total, lora_alpha=8, target_modules=["one", "two"]
+        init_r=4,
+        target_r=2,
+        tinit=begin,
+        tfinal=end,
+        deltaT=1,
+        total_step=total,
+        lora_alpha=8,
+        target_modules=["one", "two"],
     )
     theirs = get_peft_model(Two(), settings)
     model = Two()
-    spec = {"name": "adalora", "init_r": 4, "target_r": 2, "tinit": begin / total, "tfinal": end / total, "lora_alpha": 8}
+    spec = {
+        "name": "adalora",
+        "init_r": 4,
+        "target_r": 2,
+        "tinit": begin / total,
+        "tfinal": end / total,
+        "lora_alpha": 8,
+    }
     ours = build("tuner", {**spec, "target_modules": ["one", "two"]}).attach(model)
     for name, layer in ours.layers.items():
         p, q = layer.tensors("default"), theirs.base_model.model.get_submodule(name)
-        for slot, value in (("A", q.lora_A["default"]), ("E", q.lora_E["default"]), ("B", q.lora_B["default"])):
+        for slot, value in (
+            ("A", q.lora_A["default"]),
+            ("E", q.lora_E["default"]),
+            ("B", q.lora_B["default"]),
+        ):
             value.data.normal_(0, 0.3)
             getattr(p, slot).data.copy_(value.data.view_as(getattr(p, slot)))
     clock, x = Clock(0, total=total), torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
@@ -993,7 +1201,10 @@ def test_adalora_shares_ranks_out_as_peft_does():
             ours.after_step(clock) if mine else theirs.base_model.update_and_allocate(step + 1)
         for name, layer in ours.layers.items():
             q = theirs.base_model.model.get_submodule(name)
-            assert torch.allclose(layer.tensors("default").E, q.lora_E["default"].view(-1), atol=1e-4), (step, name)
+            assert torch.allclose(layer.tensors("default").E, q.lora_E["default"].view(-1), atol=1e-4), (
+                step,
+                name,
+            )
         left.append(sum(int((layer.tensors("default").E != 0).sum()) for layer in ours.layers.values()))
     assert left[0] == 8 and left[-1] == 4 and len(set(left)) > 2
 
@@ -1003,9 +1214,16 @@ def test_adalora_goes_on_bit_for_bit(tmp_path):
     from conftest import SUMS
 
     keys = {
-        "model": "practice:lm-small", "data": SUMS, "tuner": {"name": "adalora", "init_r": 4, "target_r": 2}, "learning_rate": 1e-2, "max_steps": 8,
-        "transforms": [{"name": "orthogonality", "weight": 0.1}, "clip"], "evaluate": [], "save_steps": 4, "per_device_train_batch_size": 8,
-    }  # fmt: skip
+        "model": "practice:lm-small",
+        "data": SUMS,
+        "tuner": {"name": "adalora", "init_r": 4, "target_r": 2},
+        "learning_rate": 1e-2,
+        "max_steps": 8,
+        "transforms": [{"name": "orthogonality", "weight": 0.1}, "clip"],
+        "evaluate": [],
+        "save_steps": 4,
+        "per_device_train_batch_size": 8,
+    }
     whole = luthier.tune(keys, folder=tmp_path / "whole")
     from luthier.run.run import perform
 
@@ -1019,7 +1237,9 @@ def test_adalora_goes_on_bit_for_bit(tmp_path):
 
 def test_orthogonality_is_the_gradient_of_its_term_and_nothing_where_it_holds():
     model = One(torch.randn(8, 6))
-    attached = build("tuner", {"name": "adalora", "init_r": 3, "target_r": 2, "target_modules": ["fc"]}).attach(model)
+    attached = build(
+        "tuner", {"name": "adalora", "init_r": 3, "target_r": 2, "target_modules": ["fc"]}
+    ).attach(model)
     (site,) = attached.every_site()
     A, B = site.slots["A"], site.slots["B"]
     A.data.normal_(), B.data.normal_()
@@ -1027,8 +1247,15 @@ def test_orthogonality_is_the_gradient_of_its_term_and_nothing_where_it_holds():
     want = torch.autograd.grad(0.3 * term, [A, B])
     zero = {slot: torch.zeros_like(p) for slot, p in site.slots.items()}
     got = build("transform", {"name": "orthogonality", "weight": 0.3}).apply(zero, {}, site, 1)
-    assert torch.allclose(got["A"], want[0], rtol=1e-4) and torch.allclose(got["B"], want[1], rtol=1e-4) and not got["E"].any()
-    A.data, B.data = torch.linalg.qr(torch.randn(6, 3))[0].T.contiguous(), torch.linalg.qr(torch.randn(8, 3))[0]
+    assert (
+        torch.allclose(got["A"], want[0], rtol=1e-4)
+        and torch.allclose(got["B"], want[1], rtol=1e-4)
+        and not got["E"].any()
+    )
+    A.data, B.data = (
+        torch.linalg.qr(torch.randn(6, 3))[0].T.contiguous(),
+        torch.linalg.qr(torch.randn(8, 3))[0],
+    )
     still = build("transform", "orthogonality").apply(zero, {}, site, 1)
     assert max(float(g.abs().max()) for g in still.values()) < 1e-5
 

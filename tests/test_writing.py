@@ -1,4 +1,6 @@
-"""Writing: shared prompts, rows that leave and a growing cache change nothing of what is written. MeZO restores bit for bit."""
+"""Writing: shared prompts, rows that leave and a growing cache change nothing of what is written. MeZO
+restores bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +10,16 @@ import pytest
 import torch
 
 import zoo
-from luthier.model import generate as writing
 from luthier.clock import Clock
-from luthier.methods.estimators._base import displaced
-from luthier.methods.estimators.zeroth_order.mezo import _table, direction
 from luthier.kernels import lora
 from luthier.kernels import prepacked as packing
+from luthier.methods.estimators._base import displaced
+from luthier.methods.estimators.zeroth_order.mezo import _table, direction
+from luthier.methods.tuners._base import Untuned
+from luthier.methods.tuners.subset._subset import Weights
+from luthier.model import generate as writing
 from luthier.registry import build
 from luthier.train.optimizer import Chain
-from luthier.methods.tuners.subset._subset import Weights
-from luthier.methods.tuners._base import Untuned
 
 PROMPTS = [zoo.tokens(k, k) for k in (3, 9, 1, 6)]
 FAMILIES = ["llama", "qwen2_moe", "gpt2", "gemma3", "mistral"]
@@ -25,15 +27,25 @@ FAMILIES = ["llama", "qwen2_moe", "gpt2", "gemma3", "mistral"]
 
 def write(name: str, prompts, seeds, **how):
     model = zoo.make(name)
-    return writing.generate(writing.decoder_writer(model, Untuned(model)), prompts, seeds=seeds, **{"max_new_tokens": 20, **how})
+    return writing.generate(
+        writing.decoder_writer(model, Untuned(model)), prompts, seeds=seeds, **{"max_new_tokens": 20, **how}
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_is_what_transformers_writes(name):
     model = zoo.make(name)
-    ours = writing.generate(writing.decoder_writer(model, Untuned(model)), PROMPTS, seeds=[0] * 4, temperature=0.0, max_new_tokens=20)
+    ours = writing.generate(
+        writing.decoder_writer(model, Untuned(model)),
+        PROMPTS,
+        seeds=[0] * 4,
+        temperature=0.0,
+        max_new_tokens=20,
+    )
     for prompt, (mine,) in zip(PROMPTS, ours, strict=True):
-        said = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=None, use_cache=True)
+        said = model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=20, eos_token_id=None, use_cache=True
+        )
         assert mine == said[0, len(prompt) :].tolist()
 
 
@@ -53,11 +65,15 @@ def test_packed_weights_answer_bit_for_bit_and_are_gone_afterwards(tuner, monkey
         torch.nn.init.normal_(p, std=0.2, generator=torch.Generator().manual_seed(0))
     used, own = [], packing.product
     for home in (packing, lora):
-        monkeypatch.setattr(home, "product", lambda x, w, b: used.append(hasattr(w, "packed")) or own(x, w, b))
+        monkeypatch.setattr(
+            home, "product", lambda x, w, b: used.append(hasattr(w, "packed")) or own(x, w, b)
+        )
     how = {"seeds": [1, 2, 3, 4], "n": 3, "max_new_tokens": 12}
     fast = writing.generate(writing.decoder_writer(model, attached), PROMPTS, **how)
     assert used and all(used)
-    assert not any(hasattr(p, "packed") for p in model.parameters()) and not any("forward" in vars(m) for m in model.modules())
+    assert not any(hasattr(p, "packed") for p in model.parameters()) and not any(
+        "forward" in vars(m) for m in model.modules()
+    )
     layer = model.get_submodule("model.layers.0")
     layer.compile(dynamic=True)  # when it is first run
     with packing.packed(model):
@@ -86,7 +102,9 @@ def test_seeds_belong_to_samples_not_to_batches(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_mezo_leaves_every_bit_where_it_was(dtype):
-    """lr 0: after a step, and after an error in the middle of one, all weights are bit for bit what they were."""
+    """lr 0: after a step, and after an error in the middle of one, all weights are bit for bit what they
+    were.
+    """
     model = zoo.make("llama").to(dtype)
     tuner = Weights(build("tuner", "full"), model, lambda name, p: True)
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
@@ -134,7 +152,9 @@ def test_a_direction_does_not_depend_on_threads():
 
 
 def test_a_direction_is_normal():
-    """Moments, tails and the share below some quantiles, within five standard errors of a million draws; any scale is the same z."""
+    """Moments, tails and the share below some quantiles, within five standard errors of a million draws; any
+    scale is the same z.
+    """
     like = torch.empty(2**20 + 3)
     z = direction(Clock(3), 0, "layer", "weight", like)
     error = 5 / 2**10
@@ -151,9 +171,14 @@ def test_a_direction_is_normal():
 
 
 def test_four_numbers_that_are_looked_up_together_are_as_if_drawn_apart():
-    """Covariance I; mixed moments of four normal numbers; each alone goes through as many values as there are fours."""
+    """Covariance I; mixed moments of four normal numbers; each alone goes through as many values as there are
+    fours.
+    """
     z = _table("normal", torch.float32).view(torch.float32).view(-1, 4).double()
-    assert torch.allclose(z.T @ z / len(z), torch.eye(4, dtype=torch.float64), atol=1e-6) and float(z.mean(0).abs().max()) < 1e-4
+    assert (
+        torch.allclose(z.T @ z / len(z), torch.eye(4, dtype=torch.float64), atol=1e-6)
+        and float(z.mean(0).abs().max()) < 1e-4
+    )
     assert all(len(x.unique()) > 65000 for x in z.T)
     for i, j in itertools.combinations(range(4), 2):
         x, y = z[:, i], z[:, j]
@@ -167,5 +192,7 @@ def test_signs_are_fair_and_apart():
     like = torch.empty(1000, 1001)
     z = direction(Clock(3), 0, "layer", "weight", like, "sign")
     assert set(z.unique().tolist()) == {-1.0, 1.0} and abs(float(z.mean())) < 5e-3
-    assert abs(float((z[:, 1:] * z[:, :-1]).mean())) < 5e-3 and torch.equal(z, direction(Clock(3), 0, "layer", "weight", like, "sign"))
+    assert abs(float((z[:, 1:] * z[:, :-1]).mean())) < 5e-3 and torch.equal(
+        z, direction(Clock(3), 0, "layer", "weight", like, "sign")
+    )
     assert not torch.equal(z, direction(Clock(3, step=1), 0, "layer", "weight", like, "sign"))

@@ -1,4 +1,6 @@
-"""luthier: tune foundation models in every way the literature knows, from one recipe, and see what tuning changed."""
+"""luthier: tune foundation models in every way the literature knows, from one recipe, and see what tuning
+changed.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from luthier.compat.lazy_imports import READER, after, read_once
 from luthier.compat.peft import watch
 
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read when huggingface_hub is imported: nobody is told what is tuned here
+# read when huggingface_hub is imported: nobody is told what is tuned here
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 __version__ = "0.1.0"
 
@@ -25,12 +28,12 @@ _WHERE = {  # what the package offers, imported when first asked for
 __all__ = ["Recipe", "RecipeError", "Report", "__version__", "compare", "inspect", "load", "search", "tune"]
 
 if TYPE_CHECKING:
-    from luthier.study.compare import compare
     from luthier.errors import RecipeError
     from luthier.recipe.recipe import Recipe
     from luthier.run.run import Report, tune
-    from luthier.study.search import search
     from luthier.serve.load import inspect, load
+    from luthier.study.compare import compare
+    from luthier.study.search import search
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,6 @@
-"""The command line: a small function per verb. What a verb does lies in the module it calls, imported only then."""
+"""The command line: a small function per verb. What a verb does lies in the module it calls, imported only
+then.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,15 @@ import typer
 from typer.core import TyperGroup
 
 from luthier.compat.lazy_imports import rarely
-from luthier.errors import RecipeError
 from luthier.compat.peft import lazily
+from luthier.errors import RecipeError
 
 Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[RECIPE] [KEY=VALUE]...", help="A recipe (or a run's folder, or practice:WORLD), and changes."),
+    typer.Argument(
+        metavar="[RECIPE] [KEY=VALUE]...",
+        help="A recipe (or a run's folder, or practice:WORLD), and changes.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
@@ -56,7 +61,9 @@ def main() -> None:
 
 
 @app.callback(invoke_without_command=True)
-def top(version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False) -> None:
+def top(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
     if version:
         from luthier import __version__
 
@@ -72,14 +79,21 @@ def tune(
     tuner: Annotated[str | None, typer.Option(help="What moves; `luthier methods --kind tuner`.")] = None,
     objective: Annotated[str | None, typer.Option(help="Toward what, e.g. sft or 'dpo + 0.1*sft'.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="The run's folder.")] = None,
-    front: Annotated[int | None, typer.Option(min=2, help="So many models, each with other weights of the goals; see plan front.")] = None,
-    until: Annotated[float | None, typer.Option(help="Pause at this step (below 1: share of the run), to go on later.")] = None,
+    front: Annotated[
+        int | None,
+        typer.Option(min=2, help="So many models, each with other weights of the goals; see plan front."),
+    ] = None,
+    until: Annotated[
+        float | None, typer.Option(help="Pause at this step (below 1: share of the run), to go on later.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the run's folder, nothing else.")] = False,
 ) -> None:
     """Tune a model. A run that was stopped goes on when the same command is run again."""
     from luthier.recipe.recipe import Recipe
 
-    source, changes = asked(words, model=model, data=data, tuner=tuner, objective=objective, output_dir=output_dir)
+    source, changes = asked(
+        words, model=model, data=data, tuner=tuner, objective=objective, output_dir=output_dir
+    )
     recipe = Recipe.load(source, [*changes, *(("plan.name=front", f"plan.points={front}") if front else ())])
     from luthier.report.console import Console, Quiet
     from luthier.run.run import perform
@@ -94,7 +108,9 @@ def tune(
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(help="A run's folder, a model folder, a hub name or practice:NAME.")],
+    model: Annotated[
+        str, typer.Argument(help="A run's folder, a model folder, a hub name or practice:NAME.")
+    ],
     prompt: Annotated[str | None, typer.Option(help="Answer this once instead of asking.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
@@ -111,7 +127,10 @@ def methods(
     name: Annotated[str | None, typer.Argument(help="One method: what it does, and its settings.")] = None,
     kind: Annotated[str | None, typer.Option(help="One kind: tuner, objective, transform, ...")] = None,
     wide: Annotated[
-        bool, typer.Option("--wide", help="Of tuners: what each can do, tried just now, and how much of a Llama-7B moves.")
+        bool,
+        typer.Option(
+            "--wide", help="Of tuners: what each can do, tried just now, and how much of a Llama-7B moves."
+        ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -173,9 +192,15 @@ def doctor(as_json: AsJson = False) -> None:
 def inspect(
     base: Annotated[str, typer.Argument(help="The model before: a folder, hub name, practice:NAME or run.")],
     tuned: Annotated[str, typer.Argument(help="The model after.")],
-    data: Annotated[str | None, typer.Option(help="Rows to measure on; default: what the run held out.")] = None,
-    preference: Annotated[bool, typer.Option("--preference", help="How both rank pairs, margins, drift, length.")] = False,
-    report: Annotated[Path | None, typer.Option(help="A page to write: also the weights, answers, calibration, diversity.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Rows to measure on; default: what the run held out.")
+    ] = None,
+    preference: Annotated[
+        bool, typer.Option("--preference", help="How both rank pairs, margins, drift, length.")
+    ] = False,
+    report: Annotated[
+        Path | None, typer.Option(help="A page to write: also the weights, answers, calibration, diversity.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare two models: loss, accuracy, and what was forgotten elsewhere."""
@@ -196,7 +221,9 @@ def data(
     shown: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Look at rows: how they are read, what is learned of them, which objectives they can feed and why not the rest."""
+    """Look at rows: how they are read, what is learned of them, which objectives they can feed and why not
+    the rest.
+    """
     from luthier.data.profile import survey
 
     found = survey(source, model, chat_template, shown)
@@ -210,30 +237,59 @@ def data(
 
 @app.command()
 def compare(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]... [KEY=VALUE]...", help="Recipes, and changes to all.")] = None,
-    model: Annotated[str | None, typer.Option(help="Folder, hub name or practice:NAME, for every arm.")] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RECIPE]... [KEY=VALUE]...", help="Recipes, and changes to all."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder, hub name or practice:NAME, for every arm.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Rows, for every arm.")] = None,
     tuners: Annotated[str, typer.Option(help="Arms that differ in what moves, e.g. lora,ssf,full.")] = "",
     objectives: Annotated[str, typer.Option(help="Arms that differ in the objective, e.g. dpo,ipo.")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 3,
-    budget: Annotated[str | None, typer.Option(help="Of each run: a time (30m), steps (500 steps) or tokens (200k tokens).")] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Of each run: a time (30m), steps (500 steps) or tokens (200k tokens).")
+    ] = None,
     metric: Annotated[str, typer.Option(help="By which arms are ranked, and stopped early.")] = "loss",
-    learning_rates: Annotated[str, typer.Option(help="Of which each arm takes its best, e.g. 1e-4,1e-3; runs with a seed of their own.")] = "",
+    learning_rates: Annotated[
+        str,
+        typer.Option(help="Of which each arm takes its best, e.g. 1e-4,1e-3; runs with a seed of their own."),
+    ] = "",
     keep_all: Annotated[bool, typer.Option("--keep-all", help="Stop no arm early.")] = False,
     together: Annotated[
-        bool, typer.Option("--together", help="LoRA runs that share a base in one process, in one pass where that is faster; memory is not told.")
+        bool,
+        typer.Option(
+            "--together",
+            help=(
+                "LoRA runs that share a base in one process, in one pass where that is faster; memory is not"
+                " told."
+            ),
+        ),
     ] = False,
     to: Annotated[Path | None, typer.Option(help="The comparison's folder.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare ways to tune on the same rows, seeds and budget. What was stopped goes on when the same command is run again."""
-    from luthier.study.compare import Study, arms_of, conduct, rates_of
+    """Compare ways to tune on the same rows, seeds and budget. What was stopped goes on when the same command
+    is run again.
+    """
     from luthier.report.console import Console, Quiet
+    from luthier.study.compare import Study, arms_of, conduct, rates_of
 
     files = [w for w in words or () if "=" not in w or Path(w).is_file()]
-    changes = [w for w in words or () if w not in files] + [f"{k}={json.dumps(v)}" for k, v in (("model", model), ("data", data)) if v]
+    changes = [w for w in words or () if w not in files] + [
+        f"{k}={json.dumps(v)}" for k, v in (("model", model), ("data", data)) if v
+    ]
     arms = arms_of(files, changes, tuners, objectives)
-    study = Study(arms, seeds, budget, metric, stop_early=not keep_all, learning_rates=rates_of(learning_rates), together=together)
+    study = Study(
+        arms,
+        seeds,
+        budget,
+        metric,
+        stop_early=not keep_all,
+        learning_rates=rates_of(learning_rates),
+        together=together,
+    )
     found = conduct(study, to, Quiet() if as_json else Console())
     typer.echo(dumped(found)) if as_json else Console().arms(found)
 
@@ -242,26 +298,64 @@ def compare(
 def search(
     words: Words = None,
     over: Annotated[
-        list[str] | None, typer.Option(help="What varies: tuner.r, learning_rate=1e-5..1e-2, 'tuner=lora|ssf|dora', layers, ...")
+        list[str] | None,
+        typer.Option(
+            help="What varies: tuner.r, learning_rate=1e-5..1e-2, 'tuner=lora|ssf|dora', layers, ..."
+        ),
     ] = None,
     goals: Annotated[
-        list[str] | None, typer.Option(help="quality, forgetting, parameters, memory, time, or any metric; several make a front.")
+        list[str] | None,
+        typer.Option(
+            help="quality, forgetting, parameters, memory, time, or any metric; several make a front."
+        ),
     ] = None,
-    where: Annotated[list[str] | None, typer.Option(help="A limit, e.g. 'memory <= 8GB'; may be given several times.")] = None,
-    trials: Annotated[float | None, typer.Option(help="Full runs to spend (for each seed). Default: 40.")] = None,
+    where: Annotated[
+        list[str] | None, typer.Option(help="A limit, e.g. 'memory <= 8GB'; may be given several times.")
+    ] = None,
+    trials: Annotated[
+        float | None, typer.Option(help="Full runs to spend (for each seed). Default: 40.")
+    ] = None,
     budget: Annotated[str | None, typer.Option(help="A time to spend in place of trials, e.g. 30m.")] = None,
-    sampler: Annotated[str, typer.Option(help="`luthier methods --kind searcher`; with settings: '{name: hyperband, inner: tpe}'.")] = "bayes",
-    seeds: Annotated[str, typer.Option(help="Tuning seeds of each configuration: how many, or which (5,6,7).")] = "1",
-    test_seeds: Annotated[str, typer.Option(help="Seeds on which what was found runs again: how many, or which.")] = "3",
-    test_data: Annotated[str | None, typer.Option(metavar="ROWS", help="Rows on which it is measured then; without: the held-out rows that chose it.")] = None,
-    metric: Annotated[str | None, typer.Option(help="What `quality` means. Default: loss; of pairs, ranking_accuracy.")] = None,
-    earlier: Annotated[Path | None, typer.Option("--from", help="An earlier search's folder: what it found is tried first.")] = None,
-    storage: Annotated[str | None, typer.Option(help="An Optuna storage URL, e.g. sqlite:///study.db. Default: a journal.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="How many of a Ray cluster (RAY_ADDRESS, or this machine) measure side by side.")] = 1,
+    sampler: Annotated[
+        str,
+        typer.Option(
+            help="`luthier methods --kind searcher`; with settings: '{name: hyperband, inner: tpe}'."
+        ),
+    ] = "bayes",
+    seeds: Annotated[
+        str, typer.Option(help="Tuning seeds of each configuration: how many, or which (5,6,7).")
+    ] = "1",
+    test_seeds: Annotated[
+        str, typer.Option(help="Seeds on which what was found runs again: how many, or which.")
+    ] = "3",
+    test_data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROWS",
+            help="Rows on which it is measured then; without: the held-out rows that chose it.",
+        ),
+    ] = None,
+    metric: Annotated[
+        str | None, typer.Option(help="What `quality` means. Default: loss; of pairs, ranking_accuracy.")
+    ] = None,
+    earlier: Annotated[
+        Path | None, typer.Option("--from", help="An earlier search's folder: what it found is tried first.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="An Optuna storage URL, e.g. sqlite:///study.db. Default: a journal.")
+    ] = None,
+    workers: Annotated[
+        int,
+        typer.Option(
+            min=1, help="How many of a Ray cluster (RAY_ADDRESS, or this machine) measure side by side."
+        ),
+    ] = 1,
     to: Annotated[Path | None, typer.Option(help="The search's folder.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Search for better configurations, toward several goals, within limits. What was stopped goes on when run again."""
+    """Search for better configurations, toward several goals, within limits. What was stopped goes on when
+    run again.
+    """
     import yaml
 
     from luthier.report.console import Console, Quiet
@@ -269,9 +363,20 @@ def search(
 
     source, changes = asked(words)
     made = quest(
-        source, over or (), goals or (), where or (), trials=trials, budget=budget, sampler=yaml.safe_load(sampler), seeds=seeds,
-        test_seeds=test_seeds, metric=metric, earlier=earlier, test_data=test_data, changes=changes,
-    )  # fmt: skip
+        source,
+        over or (),
+        goals or (),
+        where or (),
+        trials=trials,
+        budget=budget,
+        sampler=yaml.safe_load(sampler),
+        seeds=seeds,
+        test_seeds=test_seeds,
+        metric=metric,
+        earlier=earlier,
+        test_data=test_data,
+        changes=changes,
+    )
     found = conduct(made, to, storage, Quiet() if as_json else Console(), workers)
     typer.echo(dumped(found)) if as_json else Console().found(found)
 
@@ -280,7 +385,9 @@ def search(
 def export(
     folder: Annotated[str, typer.Argument(help="A run's folder.")],
     to: Annotated[Path, typer.Option(help="Where to write it.")],
-    kind: Annotated[str, typer.Option("--as", help="lora: an adapter for plain PEFT. merged: a plain transformers model.")] = "merged",
+    kind: Annotated[
+        str, typer.Option("--as", help="lora: an adapter for plain PEFT. merged: a plain transformers model.")
+    ] = "merged",
 ) -> None:
     """Write a run's result for other tools, and check that it answers like the tuned model."""
     from luthier.serve.load import export
@@ -291,7 +398,10 @@ def export(
 @app.command()
 def studio(
     folder: Annotated[Path, typer.Argument(help="Where runs, uploads and exports lie.")] = Path("."),
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Of this machine; default: 8765, or any that is free.")] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Of this machine; default: 8765, or any that is free."),
+    ] = None,
 ) -> None:
     """A local page: look at rows, choose methods, train, watch, compare, talk, export."""
     from luthier.studio import serve
@@ -301,29 +411,45 @@ def studio(
 
 @app.command()
 def claims(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Claims to try; default: all.")] = None,
-    seeds: Annotated[int | None, typer.Option(help="Test seeds, in place of what the claim's file says.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Claims to try; default: all.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(help="Test seeds, in place of what the claim's file says.")
+    ] = None,
     listed: Annotated[bool, typer.Option("--list", help="Only list the claims and their verdicts.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Try what papers claim on the practice models. What was stopped goes on when the same command is run again."""
+    """Try what papers claim on the practice models. What was stopped goes on when the same command is run
+    again.
+    """
     from luthier.study import claims
 
     if listed:
         show(claims.listing(), as_json, ("name", "verdict", "paper", "claim"))
         return
-    found = {name: claims.run(name, seeds, tell=lambda line: typer.echo(line, err=as_json)) for name in names or claims.every()}
+    found = {
+        name: claims.run(name, seeds, tell=lambda line: typer.echo(line, err=as_json))
+        for name in names or claims.every()
+    }
     if as_json:
         typer.echo(dumped(found))
 
 
 @app.command()
 def bench(
-    scenarios: Annotated[list[str], typer.Argument(help="sft, dpo, subset, frozen, fleet, fleet_top, mezo, rollout, start, memory.")],
-    shape: Annotated[list[str] | None, typer.Option(help="a, b, c, gpt2, moe; may be given several times. Default: a.")] = None,
+    scenarios: Annotated[
+        list[str],
+        typer.Argument(help="sft, dpo, subset, frozen, fleet, fleet_top, mezo, rollout, start, memory."),
+    ],
+    shape: Annotated[
+        list[str] | None, typer.Option(help="a, b, c, gpt2, moe; may be given several times. Default: a.")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each contestant; the median counts.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    only: Annotated[list[str] | None, typer.Option(help="Only these contestants; may be given several times.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only these contestants; may be given several times.")
+    ] = None,
     to: Annotated[Path | None, typer.Option(help="A folder for JSON files and pictures.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -338,7 +464,9 @@ def bench(
 
 @app.command(hidden=True)
 def docs(
-    check: Annotated[bool, typer.Option("--check", help="Fail where the pages differ from the declarations.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Fail where the pages differ from the declarations.")
+    ] = False,
     to: Annotated[Path, typer.Option(help="The docs folder.")] = Path("docs"),
 ) -> None:
     """Write the pages that follow from the declarations."""
@@ -355,7 +483,8 @@ def asked(words: list[str] | None, **options: str | None) -> tuple[Path | str | 
     files = [w for w in words or () if "=" not in w or Path(w).is_file()]
     if len(files) > 1:
         raise RecipeError(f"one recipe at a time, not {' and '.join(files)} (changes are written key=value)")
-    plain = ("model", "data", "output_dir")  # taken as they are; the others may be YAML such as "{name: lora, r: 16}"
+    # taken as they are; the others may be YAML such as "{name: lora, r: 16}"
+    plain = ("model", "data", "output_dir")
     changes = [f"{k}={json.dumps(v) if k in plain else v}" for k, v in options.items() if v is not None]
     changes += [w for w in words or () if w not in files]
     if not files:

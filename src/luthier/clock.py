@@ -1,4 +1,6 @@
-"""Where a run stands, and the only source of chance: every draw follows from (seed, step, names), never from history."""
+"""Where a run stands, and the only source of chance: every draw follows from (seed, step, names), never from
+history.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a user is told in place of a traceback: each outcome is a type, so that callers never search sentences."""
+"""What a user is told in place of a traceback: each outcome is a type, so that callers never search
+sentences.
+"""
 
 from __future__ import annotations
 

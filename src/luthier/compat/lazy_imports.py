@@ -1,9 +1,11 @@
-"""What transformers imports and one process on one machine does not use can wait: torch's compiler, sharded tensors, scipy.
+"""What transformers imports and one process on one machine does not use can wait: torch's compiler, sharded
+tensors, scipy.
 
-Together they take two thirds of the time in which a model class is imported. While transformers is imported, names of these
-modules are stand-ins: each becomes the real thing where it is called, subclassed or asked for an attribute later on, and nothing
-is an instance of a class whose module nobody has loaded. Where a launcher has started several processes nothing waits, since
-transformers' own parallelism keeps such values from import on.
+Together they take two thirds of the time in which a model class is imported. While transformers is imported,
+names of these modules are stand-ins: each becomes the real thing where it is called, subclassed or asked for
+an attribute later on, and nothing is an instance of a class whose module nobody has loaded. Where a launcher
+has started several processes nothing waits, since transformers' own parallelism keeps such values from import
+on.
 """
 
 from __future__ import annotations
@@ -36,7 +38,12 @@ WAITING = (
 )
 
 
-MODELS = ("transformers.modeling_utils", "transformers.masking_utils", "transformers.modeling_layers", "transformers.generation.utils")
+MODELS = (
+    "transformers.modeling_utils",
+    "transformers.masking_utils",
+    "transformers.modeling_layers",
+    "transformers.generation.utils",
+)
 
 
 def import_models() -> None:
@@ -54,8 +61,10 @@ _often: list[tuple[int, int, int]] = []  # how often garbage is looked for, once
 
 
 def rarely() -> None:
-    """For a process of our own, at its start: what is imported stays, and looking for garbage among it took an eighth of the time up
-    to the first step. So it is looked for rarely until models can be loaded, and among what was imported never again."""
+    """For a process of our own, at its start: what is imported stays, and looking for garbage among it took
+    an eighth of the time up to the first step. So it is looked for rarely until models can be loaded, and
+    among what was imported never again.
+    """
     _often.append(gc.get_threshold())
     gc.set_threshold(500_000)  # what is imported is some 370,000 objects
 
@@ -98,13 +107,20 @@ READER = "transformers.utils.import_utils"
 
 
 def read_once(reader: ModuleType) -> None:
-    """While transformers is imported it reads the files of all its models for what each offers, twice, and splits each into lines
-    for the last that begins with __all__. Reading once and splitting from that line on finds the same in a third of the time."""
-    walk, listed = getattr(reader, "create_import_structure_from_path", None), getattr(reader, "fetch__all__", None)
+    """While transformers is imported it reads the files of all its models for what each offers, twice, and
+    splits each into lines for the last that begins with __all__. Reading once and splitting from that line on
+    finds the same in a third of the time.
+    """
+    walk, listed = (
+        getattr(reader, "create_import_structure_from_path", None),
+        getattr(reader, "fetch__all__", None),
+    )
     if walk is None or listed is None:
         return
     once = cache(walk)
-    reader.create_import_structure_from_path = lambda path: once(os.path.dirname(path) if os.path.isfile(path) else os.fspath(path))
+    reader.create_import_structure_from_path = lambda path: once(
+        os.path.dirname(path) if os.path.isfile(path) else os.fspath(path)
+    )
     reader.fetch__all__ = lambda text: listed(text[max(0, text.rfind("\n__all__")) :])
 
 
@@ -113,10 +129,11 @@ FILLED += tuple(f"{name}_{kind}_" for name in ("kaiming", "xavier") for kind in 
 
 
 def unfilled() -> Any:
-    """While a network is laid out without memory (device meta): nothing is filled, and ranges of numbers are real ones.
+    """While a network is laid out without memory (device meta): nothing is filled, and ranges of numbers are
+    real ones.
 
-    Either would have torch import its symbolic shapes, with sympy, to compute nothing: 0.4 s. Rotary frequencies come out as they
-    would, since transformers makes them again once weights are there.
+    Either would have torch import its symbolic shapes, with sympy, to compute nothing: 0.4 s. Rotary
+    frequencies come out as they would, since transformers makes them again once weights are there.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -140,11 +157,18 @@ def waiting() -> Iterator[None]:
     import torch  # it uses some of these modules itself, and then they are the real ones
 
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    put = {name: Waiting(name) for name in WAITING if alone and name not in sys.modules and find_spec(name.partition(".")[0])}
+    put = {
+        name: Waiting(name)
+        for name in WAITING
+        if alone and name not in sys.modules and find_spec(name.partition(".")[0])
+    }
     compiler = Compiler()
     if dynamo := put.get("torch._dynamo"):
-        vars(dynamo).update(assume_constant_result=constant, disable=compiler.disable, allow_in_graph=compiler.allow_in_graph)
-    if tensor := put.get("torch.distributed.tensor"):  # PEFT takes it for there; the real one takes this place when it comes
+        vars(dynamo).update(
+            assume_constant_result=constant, disable=compiler.disable, allow_in_graph=compiler.allow_in_graph
+        )
+    # PEFT takes it for there; the real one takes this place when it comes
+    if tensor := put.get("torch.distributed.tensor"):
         torch.distributed.tensor = tensor
     sys.modules.update(put)
     try:
@@ -175,7 +199,9 @@ class Later:
     """A name of such a module; with `given`, what a call of it gives."""
 
     def __init__(self, module: str, name: str, given: tuple | None = None):
-        self.__dict__.update(_module=module, _told=name, _given=given, __name__=name, __qualname__=name, __module__=module)
+        self.__dict__.update(
+            _module=module, _told=name, _given=given, __name__=name, __qualname__=name, __module__=module
+        )
 
     def _real(self) -> Any:
         _let_in()
@@ -221,9 +247,12 @@ class Compiler:
 
     def __init__(self):
         self.allowed: list[Any] = []
-        self.bare: list[Any] = []  # torch's own functions that ran without the compiler's mark, and shall ask for it again
+        # torch's own functions that ran without the compiler's mark, and shall ask for it again
+        self.bare: list[Any] = []
 
-    def disable(self, fn: Any = None, recursive: bool = True, *, reason: str | None = None, wrapping: bool = True) -> Any:
+    def disable(
+        self, fn: Any = None, recursive: bool = True, *, reason: str | None = None, wrapping: bool = True
+    ) -> Any:
         """As torch itself says it where the compiler may not be loaded yet."""
         from torch._compile import _disable_dynamo
 
@@ -236,5 +265,7 @@ class Compiler:
         """The compiler is told as soon as it is there."""
         self.allowed.append(fn)
         if len(self.allowed) == 1:
-            sys.meta_path.insert(0, After("torch._dynamo", lambda dynamo: dynamo.allow_in_graph(self.allowed)))
+            sys.meta_path.insert(
+                0, After("torch._dynamo", lambda dynamo: dynamo.allow_in_graph(self.allowed))
+            )
         return fn

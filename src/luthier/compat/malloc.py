@@ -1,5 +1,6 @@
-"""Freed memory is kept by the process, not handed back to the system: on CPUs, being handed it anew (page by page, zeroed)
-took a fourth of a training step's time at 26M parameters. Any MALLOC_ variable leaves memory to its user."""
+"""Freed memory is kept by the process, not handed back to the system: on CPUs, being handed it anew (page by
+page, zeroed) took a fourth of a training step's time at 26M parameters. Any MALLOC_ variable leaves memory to
+its user."""
 
 from __future__ import annotations
 
@@ -12,7 +13,9 @@ DONTNEED = 4  # as in mman.h
 
 
 def keep_memory() -> bool:
-    """Ask glibc for it, for the rest of this process; not where its user has said how it shall keep memory (MALLOC_...)."""
+    """Ask glibc for it, for the rest of this process; not where its user has said how it shall keep memory
+    (MALLOC_...).
+    """
     if sys.platform != "linux" or any(k.startswith("MALLOC_") for k in os.environ):
         return False
     try:
@@ -23,13 +26,17 @@ def keep_memory() -> bool:
 
 
 class Mapped:
-    """Files of weights that this process maps from now on. What has been read of them need not stay in memory."""
+    """Files of weights that this process maps from now on. What has been read of them need not stay in
+    memory.
+    """
 
     def __init__(self):
         self.before = set(_mapped())
 
     def drop(self) -> None:
-        """Let go of all their pages; whoever reads on has them from the file again. Nothing may have been written to them."""
+        """Let go of all their pages; whoever reads on has them from the file again. Nothing may have been
+        written to them.
+        """
         for start, end in set(_mapped()) - self.before:
             ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), DONTNEED)
 

@@ -1,7 +1,8 @@
 """Lets plain PEFT load what luthier saved: after `import luthier`, whichever of the two came first.
 
-`import luthier` must cost nothing, so nothing is imported here: a finder waits for the first `import peft` and has
-tuners/_peft.py register our types right after it. Call `watch()` once, as the last line of luthier/__init__.py.
+`import luthier` must cost nothing, so nothing is imported here: a finder waits for the first `import peft`
+and has tuners/_peft.py register our types right after it. Call `watch()` once, as the last line of
+luthier/__init__.py.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def watch() -> None:
 
 
 def lazily() -> None:
-    """In a process of our own, before PEFT is imported: all of them only when PEFT looks for a type that it does not know. A run
-    uses one, and importing the others would take it longer than its first step."""
+    """In a process of our own, before PEFT is imported: all of them only when PEFT looks for a type that it
+    does not know. A run uses one, and importing the others would take it longer than its first step."""
     if "peft" not in sys.modules:
         after("peft.mapping", wait)
 

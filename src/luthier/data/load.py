@@ -1,4 +1,6 @@
-"""The rows of a run: read, split into those that are learned and those that are held out, looked at for silly things."""
+"""The rows of a run: read, split into those that are learned and those that are held out, looked at for silly
+things.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ def load_data(recipe: Recipe, quarantine: Path | None = None) -> Data:
         if not 0 <= recipe.eval_data < 1:
             raise RecipeError(f"eval_data: {recipe.eval_data} is not a share below 1 (nor a file)")
         if recipe.eval_data and len(rows) * recipe.eval_data >= 4:
-            rows, held = reading.split(rows, recipe.eval_data)  # whatever the seed: runs with other seeds are measured on the same rows
+            # whatever the seed: runs with other seeds are measured on the same rows
+            rows, held = reading.split(rows, recipe.eval_data)
     elif recipe.eval_data:
         other = reading.load(recipe.eval_data, max_bad_rows=recipe.max_bad_rows, quarantine=quarantine)
         held, bad = other.rows, [*bad, *other.bad]
@@ -45,17 +48,30 @@ def load_data(recipe: Recipe, quarantine: Path | None = None) -> Data:
 
 def touching(rows: Sequence[dict]) -> list[str]:
     """Where a prompt's last word and the completion's first run into each other: "...said Annaworld"."""
-    plain = ((r["prompt"], c) for r in rows for c in r.get("completions", ())[:1] if isinstance(r["prompt"], str) and isinstance(c, str))
+    plain = (
+        (r["prompt"], c)
+        for r in rows
+        for c in r.get("completions", ())[:1]
+        if isinstance(r["prompt"], str) and isinstance(c, str)
+    )
     ends, goes_on = re.compile(r"""[A-Za-z0-9.!?"']\Z"""), re.compile(r"[^\s.,;:!?)]")
     return [f"…{p[-20:]}{c[:20]}…" for p, c in plain if ends.search(p) and goes_on.match(c)]
 
 
-READ = {"id", "prompt", "answer", "label", "kind", "item", "skill", "world"}  # columns of text that are no news beside a row
+# columns of text that are no news beside a row
+READ = {"id", "prompt", "answer", "label", "kind", "item", "skill", "world"}
 
 
 def beside(data: Data) -> str | None:
-    """The columns of text that are kept but not learned from, in a sentence: what a user meant may be one of them."""
-    seen = {k: None for row in data.rows[:100] for k, v in row.items() if isinstance(v, str) and k not in READ}
+    """The columns of text that are kept but not learned from, in a sentence: what a user meant may be one of
+    them.
+    """
+    seen = {
+        k: None for row in data.rows[:100] for k, v in row.items() if isinstance(v, str) and k not in READ
+    }
     if not seen or " + " in data.shape:
         return None
-    return f"rows are read as '{data.shape}'; what else they hold is kept and not learned from: {', '.join([*seen][:12])}"
+    return (
+        f"rows are read as '{data.shape}'; what else they hold is kept and not learned from:"
+        f" {', '.join([*seen][:12])}"
+    )

@@ -7,18 +7,22 @@ from collections.abc import Set
 from typing import Any
 
 from luthier.data import rows as reading
-from luthier.registry import build, cards, wants_of
 from luthier.recipe.validate import WORDS, words
+from luthier.registry import build, cards, wants_of
 
-ELSEWHERE = {"reference", "teacher", "critic", "off", "merge", "low-rank", "grad"}  # given by roles, tuners and estimators, not by rows
+# given by roles, tuners and estimators, not by rows
+ELSEWHERE = {"reference", "teacher", "critic", "off", "merge", "low-rank", "grad"}
 ROLES = ("reference", "teacher", "critic")
 
 
-def survey(source: Any, model: str = "practice:lm", chat_template: str | None = None, shown: int = 3) -> dict[str, Any]:
+def survey(
+    source: Any, model: str = "practice:lm", chat_template: str | None = None, shown: int = 3
+) -> dict[str, Any]:
     """A source of rows, as in a recipe's `data`.
 
-    {format, rows, columns, bad: [{reason, rows, first}], feeds: [{objective, feeds, why}], shown: [text], tokens, share, ...}.
-    `feeds` is "yes", "through a stage" or "no". model: whose tokenizer shows the first rows, what is learned between marks.
+    {format, rows, columns, bad: [{reason, rows, first}], feeds: [{objective, feeds, why}], shown: [text],
+    tokens, share, ...}. `feeds` is "yes", "through a stage" or "no". model: whose tokenizer shows the first
+    rows, what is learned between marks.
     """
     loaded = reading.load(source, max_bad_rows=1.0)
     found: dict[str, Any] = {
@@ -38,7 +42,9 @@ def reasons(bad: list[dict]) -> list[dict]:
     by: dict[str, list[str]] = {}
     for b in bad:
         by.setdefault(b["reason"], []).append(b["where"])
-    return [{"reason": r, "rows": len(w), "first": w[0]} for r, w in sorted(by.items(), key=lambda x: -len(x[1]))]
+    return [
+        {"reason": r, "rows": len(w), "first": w[0]} for r, w in sorted(by.items(), key=lambda x: -len(x[1]))
+    ]
 
 
 def feeds(have: Set[str]) -> list[dict[str, str]]:
@@ -49,15 +55,28 @@ def feeds(have: Set[str]) -> list[dict[str, str]]:
     for c in cards("objective"):
         wanted = wants_of(build("objective", c.name))
         missing = sorted(wanted - have - network)
-        through = {w: [s.name for s in stages if s and w in s.gives and wants_of(s) - network <= have] for w in missing}
+        through = {
+            w: [s.name for s in stages if s and w in s.gives and wants_of(s) - network <= have]
+            for w in missing
+        }
         if not missing:
             roles = [w for w in ROLES if w in wanted]
-            out.append({"objective": c.name, "feeds": "yes", "why": f"with roles: {', '.join(roles)}" if roles else ""})
+            out.append(
+                {
+                    "objective": c.name,
+                    "feeds": "yes",
+                    "why": f"with roles: {', '.join(roles)}" if roles else "",
+                }
+            )
         elif all(through.values()):
             given = ", ".join(f"{s[0]} gives {w}" for w, s in through.items())
             out.append({"objective": c.name, "feeds": "through a stage", "why": given})
         else:
-            lacking = [WORDS.get(w, f"rows with a column `{w}`") + made_of(w, stages, have | network) for w in missing if not through[w]]
+            lacking = [
+                WORDS.get(w, f"rows with a column `{w}`") + made_of(w, stages, have | network)
+                for w in missing
+                if not through[w]
+            ]
             out.append({"objective": c.name, "feeds": "no", "why": f"wants {'; '.join(lacking)}"})
     return sorted(out, key=lambda o: ("yes", "through a stage", "no").index(o["feeds"]))
 
@@ -84,9 +103,9 @@ def rendered(rows: list[dict], model: str, chat_template: str | None, shown: int
     """The first rows as the model's tokenizer reads them, and how many of all rows it can use."""
     from transformers import AutoTokenizer
 
-    from luthier.text.render import Renderer
     from luthier.report import MARKS
     from luthier.storage.store import resolve_model
+    from luthier.text.render import Renderer
 
     asked = [row for row in rows if row.get("completions")]
     if not asked:

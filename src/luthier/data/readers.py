@@ -1,4 +1,5 @@
-"""Files to raw rows, one at a time and with their place: jsonl, json, csv, tsv, txt and parquet, gzipped or not.
+"""Files to raw rows, one at a time and with their place: jsonl, json, csv, tsv, txt and parquet, gzipped or
+not.
 
 A line that cannot be read is a `Bad`, never an exception; only a file that is no such file at all is refused.
 """
@@ -17,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.methods.formats._base import fitting
 from luthier.errors import RecipeError
+from luthier.methods.formats._base import fitting
 from luthier.registry import meant
 
 PIECE = 4000  # characters of running text that make one row of a .txt file
@@ -47,7 +48,9 @@ def suffix(path: Path) -> str:
 
 
 def read_file(path: Path, max_row_chars: int) -> Read:
-    """Rows of one file. Raises RecipeError for a kind of file that is not known, and for one that is no text at all."""
+    """Rows of one file. Raises RecipeError for a kind of file that is not known, and for one that is no text
+    at all.
+    """
     kind = suffix(path)
     if kind not in READERS:
         raise RecipeError(f"{path} is of no kind that is read here{meant(kind, READERS)}")
@@ -72,7 +75,10 @@ def refuse_utf16(path: Path) -> None:
     except (OSError, EOFError, zlib.error):
         return  # told by the reader
     if head[:2] in UTF16 or head.count(0) > 0.3 * max(len(head), 1):
-        raise RecipeError(f"{path} is UTF-16, not UTF-8: convert it with iconv -f UTF-16 -t UTF-8 {path.name} > utf8_{path.name}")
+        raise RecipeError(
+            f"{path} is UTF-16, not UTF-8: convert it with iconv -f UTF-16 -t UTF-8 {path.name} >"
+            f" utf8_{path.name}"
+        )
 
 
 def objected(value: Any) -> dict | Bad:
@@ -114,7 +120,9 @@ def parsed_line(line: bytes, offset: int, max_row_chars: int) -> dict | Bad:
         return Bad("JSON nested too deep", said)
     except ValueError as why:
         end = len(said.rstrip())
-        short = isinstance(why, json.JSONDecodeError) and (why.pos >= end or why.msg.startswith("Unterminated"))
+        short = isinstance(why, json.JSONDecodeError) and (
+            why.pos >= end or why.msg.startswith("Unterminated")
+        )
         return Bad("truncated JSON" if short else "not JSON", said)
     return objected(value)
 
@@ -153,7 +161,10 @@ def listed(path: Path, data: bytes) -> Read:
         except (ValueError, RecursionError):
             following = re.compile(r"\}\s*,\s*(?=\{)").search(said, place)
             end = following.end() if following else len(said)
-            yield where, Bad("not JSON" if following else "truncated JSON", raw_bytes(said[place : place + 500]))
+            yield (
+                where,
+                Bad("not JSON" if following else "truncated JSON", raw_bytes(said[place : place + 500])),
+            )
         place = end
 
 
@@ -246,7 +257,9 @@ def unquoted(cell: str) -> str:
 
 
 def read_txt(path: Path, max_row_chars: int) -> Read:
-    """Running text (with blank lines): pieces of about PIECE characters that end at a blank line. Else a row a line."""
+    """Running text (with blank lines): pieces of about PIECE characters that end at a blank line. Else a row
+    a line.
+    """
     with binary(path) as file:
         lines = file.read().removeprefix(codecs.BOM_UTF8).splitlines(keepends=True)
     running = any(not line.strip() for line in lines[:-1])
@@ -256,7 +269,10 @@ def read_txt(path: Path, max_row_chars: int) -> Read:
         if piece and (not running or number > len(lines) or (blank and size >= PIECE)):
             raw = b"".join(piece)
             said = decoded(raw, offset - len(raw))
-            yield f"{path.name}:{first}", said if isinstance(said, Bad) else {"text": said.replace("\r\n", "\n").strip("\n")}
+            yield (
+                f"{path.name}:{first}",
+                (said if isinstance(said, Bad) else {"text": said.replace("\r\n", "\n").strip("\n")}),
+            )
             piece, size = [], 0
         if piece or not blank:
             first = first if piece else number

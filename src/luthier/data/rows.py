@@ -1,7 +1,9 @@
-"""Files to rows: reads what people have, recognises its shape by its columns, and sets aside what cannot be used.
+"""Files to rows: reads what people have, recognises its shape by its columns, and sets aside what cannot be
+used.
 
-One bad row never ends a run: it goes to `bad` with the place and the reason. Too many do, in one sentence. The shapes
-are in formats/, a file each; this module knows files, encodings, hubs and the dataset lists of other tools.
+One bad row never ends a run: it goes to `bad` with the place and the reason. Too many do, in one sentence.
+The shapes are in formats/, a file each; this module knows files, encodings, hubs and the dataset lists of
+other tools.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from luthier.methods.formats._base import BadRow, Format, fitting, format_class, telling
-from luthier.errors import RecipeError
-from luthier.registry import build, complaints, meant, names
 from luthier.data.readers import READERS, Bad, Read, objected, over, read_file, suffix
+from luthier.errors import RecipeError
+from luthier.methods.formats._base import BadRow, Format, fitting, format_class, telling
+from luthier.registry import build, complaints, meant, names
 
 AXOLOTL_TYPES = {"alpaca": "alpaca", "completion": "text", "sharegpt": "sharegpt", "chat_template": None}
 LF_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
@@ -46,7 +48,9 @@ class TooManyBadRows(RecipeError):
 
 @dataclass
 class Loaded:
-    """What came of a source: rows in the house's shape, the bad ones, the format recognised, and how many were read."""
+    """What came of a source: rows in the house's shape, the bad ones, the format recognised, and how many
+    were read.
+    """
 
     rows: list[dict]
     bad: list[dict] = field(default_factory=list)  # {"where": "rows.jsonl:17", "reason": "...", "raw": "..."}
@@ -62,7 +66,8 @@ class Source(BaseModel):
     path: str | list  # a file, a folder, practice:WORLD/SPLIT, a hub name, or the rows themselves
     split: str | None = None  # a split of a hub data set, a saved data set or a practice world (train)
     name: str | None = None  # the configuration of a hub data set, or the entry of a dataset_info.json
-    format: str | dict | None = None  # a format's name or {name, settings}; recognised by columns where not given
+    # a format's name or {name, settings}; recognised by columns where not given
+    format: str | dict | None = None
     columns: dict[str, str] = {}  # our name of a column: the file's name of it
     tags: dict[str, str] = {}  # the file's names of roles and keys in messages: ours
     limit: int | None = Field(default=None, ge=1)  # rows to read at most
@@ -83,15 +88,17 @@ def load(
 ) -> Loaded:
     """Rows of a source, or of a list of sources, in the house's shape.
 
-    A source is a list of rows; a path to .jsonl, .json, .csv, .tsv, .parquet or .txt (.gz too); a folder of such files
-    or one written by `save_to_disk`; `practice:WORLD/SPLIT`; the name of a data set on the hub; an entry of
-    LLaMA-Factory's dataset_info.json (`dataset_info.json:NAME`) or of axolotl's `datasets:`; or {path, split, name,
-    format, columns, tags, limit}.
+    A source is a list of rows; a path to .jsonl, .json, .csv, .tsv, .parquet or .txt (.gz too); a folder of
+    such files or one written by `save_to_disk`; `practice:WORLD/SPLIT`; the name of a data set on the hub; an
+    entry of LLaMA-Factory's dataset_info.json (`dataset_info.json:NAME`) or of axolotl's `datasets:`; or
+    {path, split, name, format, columns, tags, limit}.
 
     max_bad_rows: the share of a source's rows that may be bad. quarantine: where the bad rows are written.
     Raises RecipeError for what cannot be found or recognised, TooManyBadRows where more are bad.
     """
-    several = isinstance(source, (list, tuple)) and bool(source) and not any(looks_like_row(s) for s in source)
+    several = (
+        isinstance(source, (list, tuple)) and bool(source) and not any(looks_like_row(s) for s in source)
+    )
     parts, taken = [], set()
     for each in source if several else [source]:
         wanted = resolve(each)
@@ -99,13 +106,20 @@ def load(
         wanted = wanted.model_copy(update={k: v for k, v in given.items() if v is not None})
         parts.append(load_one(wanted, taken, max_bad_rows, max_row_chars, quarantine))
     told = " + ".join(dict.fromkeys(p.format for p in parts))
-    whole = Loaded([r for p in parts for r in p.rows], [b for p in parts for b in p.bad], told, sum(p.seen for p in parts))
+    whole = Loaded(
+        [r for p in parts for r in p.rows],
+        [b for p in parts for b in p.bad],
+        told,
+        sum(p.seen for p in parts),
+    )
     if quarantine is not None and whole.bad:
         write_quarantine(whole.bad, quarantine)
     return whole
 
 
-def load_one(source: Source, taken: set, max_bad_rows: float, max_row_chars: int, quarantine: str | Path | None) -> Loaded:
+def load_one(
+    source: Source, taken: set, max_bad_rows: float, max_row_chars: int, quarantine: str | Path | None
+) -> Loaded:
     """One source. `taken` holds the ids given so far."""
     raws, bad, columns = [], [], set()
     for where, raw in islice(read(source, max_row_chars), source.limit):
@@ -124,7 +138,13 @@ def load_one(source: Source, taken: set, max_bad_rows: float, max_row_chars: int
     if absent is not None:
         raise RecipeError(f"{label} has no column '{absent}', which columns: maps{meant(absent, columns)}")
     fixed = bool(source.format)
-    chosen: Any = build("format", source.format) if fixed else recognise([raw for _, raw in raws], label) if raws else None
+    chosen: Any = (
+        build("format", source.format)
+        if fixed
+        else recognise([raw for _, raw in raws], label)
+        if raws
+        else None
+    )
     rows = []
     for where, raw in raws:
         try:
@@ -143,7 +163,9 @@ def load_one(source: Source, taken: set, max_bad_rows: float, max_row_chars: int
 
 def looks_like_row(value: Any) -> bool:
     """Whether a dict is a row rather than a source: sources have a path and no columns of a format."""
-    return isinstance(value, dict) and not ({"path", "file_name", "hf_hub_url"} & value.keys() and not fitting(value.keys()))
+    return isinstance(value, dict) and not (
+        {"path", "file_name", "hf_hub_url"} & value.keys() and not fitting(value.keys())
+    )
 
 
 def shown(source: Source) -> str:
@@ -161,7 +183,9 @@ def told(where: str, reason: str, raw: Any) -> dict:
 
 
 def refusal(bad: list[dict], seen: int, label: str, allowed: float, quarantine: str | Path | None) -> str:
-    """Why so many bad rows end the run: the count, the commonest reasons with their first place, where all are."""
+    """Why so many bad rows end the run: the count, the commonest reasons with their first place, where all
+    are.
+    """
     kinds = [(b["reason"].partition(" (")[0], b["where"]) for b in bad]
     first = dict(reversed(kinds))
     common = Counter(reason for reason, _ in kinds).most_common(3)
@@ -198,7 +222,9 @@ def recognise(raws: list[dict], label: str) -> Format:
         columns = max(by_columns, key=lambda c: len(by_columns[c]))
         raise RecipeError(unrecognised(columns, label))
     if "|" in best:
-        columns = max((c for c in by_columns if pick(c, by_columns[c][:32]) == best), key=lambda c: len(by_columns[c]))
+        columns = max(
+            (c for c in by_columns if pick(c, by_columns[c][:32]) == best), key=lambda c: len(by_columns[c])
+        )
         raise RecipeError(
             f"{label}: the columns {', '.join(sorted(columns))} fit {best.replace('|', ' and ')} alike:"
             f" say which, as in format: {best.partition('|')[0]}"
@@ -207,7 +233,9 @@ def recognise(raws: list[dict], label: str) -> Format:
 
 
 def pick(columns: frozenset, sample: list[dict]) -> str:
-    """The name of the most telling format that reads these rows; 'a|b' where two are equally telling, '' where none."""
+    """The name of the most telling format that reads these rows; 'a|b' where two are equally telling, ''
+    where none.
+    """
     found = fitting(columns)
     able = [c for c in found if sum(map(c().reads, sample)) * 2 >= len(sample)] or found
     alike = [c.name for c in able if telling(c, columns) == telling(able[0], columns)]
@@ -219,7 +247,10 @@ def unrecognised(columns: Iterable[str], label: str) -> str:
     columns = sorted(columns)
     shapes = [(c, shape.split()) for c in map(format_class, names("format")) for shape in c.columns]
     # Those that share the largest part of their columns; where none shares any, the plainest.
-    near = sorted(shapes, key=lambda s: (-len({*s[1]} & {*columns}) / len(s[1]), s[0].gives != {"completions"}, len(s[1])))
+    near = sorted(
+        shapes,
+        key=lambda s: (-len({*s[1]} & {*columns}) / len(s[1]), s[0].gives != {"completions"}, len(s[1])),
+    )
     wanted = {c.name: f"{c.name} wants {' + '.join(shape)}" for c, shape in reversed(near)}
     listed = ", ".join(columns[:20]) + (f" and {len(columns) - 20} more" if len(columns) > 20 else "")
     nearest = "; ".join([*wanted.values()][:-5:-1])
@@ -231,9 +262,11 @@ def unrecognised(columns: Iterable[str], label: str) -> str:
 
 
 def reader(raw: dict, chosen: Format, fixed: bool) -> Format:
-    """The format that reads a row: the file's, or one that gives the same kind of row (a mixed file). Raises BadRow.
+    """The format that reads a row: the file's, or one that gives the same kind of row (a mixed file). Raises
+    BadRow.
 
-    A file of Alpaca rows may hold some messages: both give completions. A preference pair among them is a bad row.
+    A file of Alpaca rows may hold some messages: both give completions. A preference pair among them is a bad
+    row.
     """
     if chosen.matches(raw):
         return chosen
@@ -321,7 +354,9 @@ def resolve(source: Any) -> Source:
 def validated(spec: dict, label: str) -> Source:
     """A Source of checked values."""
     try:
-        return Source.model_validate({k: str(v) if isinstance(v, Path) else v for k, v in spec.items() if v is not None})
+        return Source.model_validate(
+            {k: str(v) if isinstance(v, Path) else v for k, v in spec.items() if v is not None}
+        )
     except ValidationError as error:
         raise RecipeError(f"{label}: {complaints(error)}") from None
 
@@ -336,7 +371,9 @@ def of_axolotl(spec: dict) -> dict:
         columns = {**theirs, **columns}
     elif kind is not None:
         name = str(kind).partition(".")[0].partition(":")[0]
-        spec["format"] = spec.get("format") or AXOLOTL_TYPES.get(name, name if name in names("format") else None)
+        spec["format"] = spec.get("format") or AXOLOTL_TYPES.get(
+            name, name if name in names("format") else None
+        )
     if spec.pop("ds_type", None) or spec.get("path") in ("json", "csv", "parquet", "text"):
         spec["path"] = spec.pop("data_files", None) or spec.get("path")
     renames = {
@@ -350,7 +387,9 @@ def of_axolotl(spec: dict) -> dict:
     columns |= {ours: spec.pop(theirs) for theirs, ours in renames.items() if theirs in spec}
     tags |= {theirs: ours for ours, theirs in (spec.pop("message_property_mappings", None) or {}).items()}
     tags |= {
-        theirs: ours for ours, many in (spec.pop("roles", None) or {}).items() for theirs in ([many] if isinstance(many, str) else many)
+        theirs: ours
+        for ours, many in (spec.pop("roles", None) or {}).items()
+        for theirs in ([many] if isinstance(many, str) else many)
     }
     return {**spec, **({"columns": columns} if columns else {}), **({"tags": tags} if tags else {})}
 
@@ -365,7 +404,11 @@ def of_dataset_info(path: Path, name: str | None) -> Source:
         raise RecipeError(f"{path} is no list of data sets")
     name = name or (next(iter(entries)) if len(entries) == 1 else None)
     if name not in entries:
-        asked = f"has no data set '{name}'{meant(name, entries)}" if name else f"lists several data sets: {', '.join(entries)}"
+        asked = (
+            f"has no data set '{name}'{meant(name, entries)}"
+            if name
+            else f"lists several data sets: {', '.join(entries)}"
+        )
         raise RecipeError(f"{path} {asked}; give {path.name}:NAME")
     entry = entries[name]
     given, tags = entry.get("columns") or {}, entry.get("tags") or {}
@@ -427,9 +470,13 @@ def read_folder(folder: Path, source: Source, max_row_chars: int) -> Read:
         import datasets
 
         return of_dataset(datasets.load_from_disk(str(folder)), source, folder.name)
-    files = sorted(p for p in folder.iterdir() if p.is_file() and suffix(p) in READERS and p.name != "dataset_info.json")
+    files = sorted(
+        p for p in folder.iterdir() if p.is_file() and suffix(p) in READERS and p.name != "dataset_info.json"
+    )
     if not files:
-        raise RecipeError(f"the folder {folder} holds no rows: no {', '.join(sorted(READERS))} file, and no saved data set")
+        raise RecipeError(
+            f"the folder {folder} holds no rows: no {', '.join(sorted(READERS))} file, and no saved data set"
+        )
     return (found for path in files for found in read_file(path, max_row_chars))
 
 
@@ -439,25 +486,39 @@ def read_hub(source: Source) -> Read:
 
     path, split = str(source.path), source.split
     try:
-        found = datasets.load_dataset(path, source.name) if split is None else datasets.load_dataset(path, source.name, split=split)
+        found = (
+            datasets.load_dataset(path, source.name)
+            if split is None
+            else datasets.load_dataset(path, source.name, split=split)
+        )
     except Exception as why:  # anything from a network error to a wrong split; each says what is wrong
         reason = str(why).strip().split("\n", 1)[0]
         near = meant(path, sorted(p.name for p in Path().iterdir()))
-        raise RecipeError(f"'{path}' is no file here{near} and no data set that could be loaded: {reason}") from None
+        raise RecipeError(
+            f"'{path}' is no file here{near} and no data set that could be loaded: {reason}"
+        ) from None
     return of_dataset(found, source, path)
 
 
 def of_dataset(found: Any, source: Source, label: str) -> Read:
-    """Rows of a Dataset, or of one split of a DatasetDict; a class label gets its name beside it (`label_name`)."""
+    """Rows of a Dataset, or of one split of a DatasetDict; a class label gets its name beside it
+    (`label_name`).
+    """
     if hasattr(found, "keys"):
-        split = source.split or ("train" if "train" in found else next(iter(found)) if len(found) == 1 else None)
+        split = source.split or (
+            "train" if "train" in found else next(iter(found)) if len(found) == 1 else None
+        )
         if split not in found:
             raise RecipeError(f"{label} has no split '{split or 'train'}' (there is: {', '.join(found)})")
         found = found[split]
     classes = {k: f.names for k, f in found.features.items() if hasattr(f, "int2str")}
     for i, row in enumerate(found, 1):
         value = row.get("label")
-        named = {"label_name": classes["label"][value]} if "label" in classes and value is not None and value >= 0 else {}
+        named = (
+            {"label_name": classes["label"][value]}
+            if "label" in classes and value is not None and value >= 0
+            else {}
+        )
         yield f"{label}:{i}", {**row, **named}
 
 
@@ -465,7 +526,9 @@ def of_dataset(found: Any, source: Source, label: str) -> Read:
 
 
 def write_quarantine(bad: list[dict], path: str | Path) -> None:
-    """Add bad rows to a jsonl file, each once. The file is replaced whole, so that a kill leaves the old or the new."""
+    """Add bad rows to a jsonl file, each once. The file is replaced whole, so that a kill leaves the old or
+    the new.
+    """
     path = Path(path)
     if not bad:
         return
@@ -478,9 +541,15 @@ def write_quarantine(bad: list[dict], path: str | Path) -> None:
 
 
 def content_key(row: dict) -> str:
-    """What makes two rows the same question: the prompt, or where there is none the text, white space evened out."""
+    """What makes two rows the same question: the prompt, or where there is none the text, white space evened
+    out.
+    """
     asked = row.get("prompt") or row.get("completions") or ""
-    said = asked if isinstance(asked, str) else json.dumps(asked, sort_keys=True, ensure_ascii=False, default=repr)
+    said = (
+        asked
+        if isinstance(asked, str)
+        else json.dumps(asked, sort_keys=True, ensure_ascii=False, default=repr)
+    )
     return " ".join(said.split())
 
 
@@ -492,8 +561,8 @@ def drawn(said: str) -> float:
 def split(rows: list[dict], share: float, seed: int = 0) -> tuple[list[dict], list[dict]]:
     """(train, held out): about `share` of the rows held out, by a hash of their content key.
 
-    The same prompt is never on both sides, and a row stays on its side when others come or go. Where the hash would
-    leave one side empty, the row nearest to it goes there.
+    The same prompt is never on both sides, and a row stays on its side when others come or go. Where the hash
+    would leave one side empty, the row nearest to it goes there.
     """
     if not 0 <= share < 1:
         raise RecipeError(f"the share held out must be at least 0 and below 1, not {share}")

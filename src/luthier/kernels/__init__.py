@@ -5,5 +5,7 @@ from torch.autograd import forward_ad
 
 
 def differentiated_otherwise() -> bool:
-    """Is somebody taking forward derivatives or transforming functions (torch.func)? Only plain operations know how."""
+    """Is somebody taking forward derivatives or transforming functions (torch.func)? Only plain operations
+    know how.
+    """
     return forward_ad._current_level >= 0 or torch._C._functorch.maybe_current_level() is not None

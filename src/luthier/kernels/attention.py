@@ -1,13 +1,15 @@
-"""Attention over packed sequences, block by block: each block of queries meets the keys it may see and no others.
+"""Attention over packed sequences, block by block: each block of queries meets the keys it may see and no
+others.
 
-A mask over a packed row costs the square of its width, though nearly all of it says no. Here a tree of pieces is cut
-into blocks; a block knows the places of its queries and of their keys (its own pieces and those they continue), and
-blocks of like size are computed together as batched matrix products, whose backward is 2 to 4 times faster on CPUs than
-that of the fused kernel. Any network of transformers that takes its attention from the interface of that name gets it:
-`attention` is registered there and does what SDPA does, except where the mask it is handed is a `tag` that carries a plan.
-`plain` is the twin that the tests compare with; every run compares its log-probabilities with the network's own.
-Where the mask says that the network is writing, kernels/writing.py answers. Keys and values that a tuner puts before those of
-every text (`ahead`) are met by all queries, whatever the mask; they are no places of the layout, and no position changes.
+A mask over a packed row costs the square of its width, though nearly all of it says no. Here a tree of pieces
+is cut into blocks; a block knows the places of its queries and of their keys (its own pieces and those they
+continue), and blocks of like size are computed together as batched matrix products, whose backward is 2 to 4
+times faster on CPUs than that of the fused kernel. Any network of transformers that takes its attention from
+the interface of that name gets it: `attention` is registered there and does what SDPA does, except where the
+mask it is handed is a `tag` that carries a plan. `plain` is the twin that the tests compare with; every run
+compares its log-probabilities with the network's own. Where the mask says that the network is writing,
+kernels/writing.py answers. Keys and values that a tuner puts before those of every text (`ahead`) are met by
+all queries, whatever the mask; they are no places of the layout, and no position changes.
 """
 
 from __future__ import annotations
@@ -21,10 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from luthier.kernels import differentiated_otherwise
+from luthier.kernels.decode_attention import one_token
 from luthier.kernels.elementwise import dropout as leave_out
 from luthier.kernels.elementwise import stays
 from luthier.kernels.layout import Layout
-from luthier.kernels.decode_attention import one_token
 
 NAME = "luthier_sdpa"  # as transformers knows it
 QUERIES = 256  # of a block at most: causal attention of long sequences skips what lies above the diagonal
@@ -32,7 +34,8 @@ WHOLE = 96  # tokens up to which a tree of pieces is one block, whatever part of
 EVEN = 32  # a CPU works on so many numbers at once; scores in rows of other lengths took it a third longer
 SCORES = 2**22  # of a group at most, per head: what lives at once stays near the cache
 Ahead = tuple[Tensor, Tensor]  # keys and values [K, m, d] before those of every text
-KEEP = 512  # keys of a query up to which its probabilities are kept for backward; above they are computed again
+# keys of a query up to which its probabilities are kept for backward; above they are computed again
+KEEP = 512
 
 
 @dataclass(frozen=True)
@@ -41,11 +44,14 @@ class Group:
 
     queries: Tensor  # [n, q] flat places
     keys: Tensor  # [n, k] flat places
-    mask: Tensor  # [n or 1, 1, 1, q, m] added to the scores of the last m keys: 0 or very negative; all queries see those before
+    # [n or 1, 1, 1, q, m] added to the scores of the last m keys: 0 or very negative; all queries see those
+    # before
+    mask: Tensor
     real_queries: Tensor | None  # [n, 1, 1, q, 1] 1 or 0; None: all are real
     to_queries: Tensor  # [n * q] where results go: their place, filled up ones behind the last place
     to_keys: Tensor  # [n * k]
-    ranges: tuple[tuple[int, int, int, int, bool], ...] | None  # (block, first key, first place, length, met before?); None: none is
+    # (block, first key, first place, length, met before?); None: none is
+    ranges: tuple[tuple[int, int, int, int, bool], ...] | None
 
 
 @dataclass
@@ -81,7 +87,9 @@ class Block:
 
 
 def plan(layout: Layout, dtype: torch.dtype, window: int | None = None, chunk: int | None = None) -> Plan:
-    """Cut a layout into blocks. window: how far a token looks back; chunk: attention stays within chunks of positions."""
+    """Cut a layout into blocks. window: how far a token looks back; chunk: attention stays within chunks of
+    positions.
+    """
     position, piece = layout.position.flatten().cpu(), layout.piece.flatten().cpu()
     sees, both = layout.sees.cpu(), layout.both.cpu()
     device, places = layout.source.device, len(piece)
@@ -110,12 +118,25 @@ def plan(layout: Layout, dtype: torch.dtype, window: int | None = None, chunk: i
                 may &= position[a] // chunk == position[b] // chunk
             may |= a < 0  # filled up queries look at anything: no NaN
             mask = torch.zeros(may.shape, dtype=dtype).masked_fill_(~may, lowest)
-        real = None if bool((queries >= 0).all()) else (queries >= 0).to(dtype)[:, None, None, :, None].to(device)
+        real = (
+            None
+            if bool((queries >= 0).all())
+            else (queries >= 0).to(dtype)[:, None, None, :, None].to(device)
+        )
         to_queries, to_keys = (torch.where(x < 0, places, x).flatten().to(device) for x in (queries, keys))
         again = any(r[-1] for r in ranges)
         shared |= again
         read = queries.clamp(min=0).to(device), keys.clamp(min=0).to(device)
-        groups.append(Group(*read, mask[:, None, None].to(device), real, to_queries, to_keys, tuple(ranges) if again else None))
+        groups.append(
+            Group(
+                *read,
+                mask[:, None, None].to(device),
+                real,
+                to_queries,
+                to_keys,
+                tuple(ranges) if again else None,
+            )
+        )
     return Plan(places, groups, layout, (window, chunk), shared, bool((piece < 0).any()))
 
 
@@ -126,19 +147,27 @@ def _even(n: int) -> int:
 
 
 def _ranges(block: int, places: Tensor, met: Tensor) -> Iterator[tuple[int, int, int, int, bool]]:
-    """Ascending places as (block, index of the first, first place, length, met before?) of each unbroken stretch."""
+    """Ascending places as (block, index of the first, first place, length, met before?) of each unbroken
+    stretch.
+    """
     known = met[places]
-    ends = [*(((places[1:] - places[:-1] != 1) | (known[1:] != known[:-1])).nonzero().squeeze(1) + 1).tolist(), len(places)]
+    ends = [
+        *(((places[1:] - places[:-1] != 1) | (known[1:] != known[:-1])).nonzero().squeeze(1) + 1).tolist(),
+        len(places),
+    ]
     for a, b in zip([0, *ends], ends, strict=False):
         yield block, a, int(places[a]), b - a, bool(known[a])
 
 
-def _blocks(piece: Tensor, position: Tensor, sees: Tensor, both: Tensor, window: int | None, chunk: int | None) -> Iterator[Block]:
+def _blocks(
+    piece: Tensor, position: Tensor, sees: Tensor, both: Tensor, window: int | None, chunk: int | None
+) -> Iterator[Block]:
     real = (piece >= 0).nonzero().squeeze(1)
     order = piece[real].argsort(stable=True)
     sizes = torch.bincount(piece[real], minlength=len(sees)).tolist()
     places = real[order].split(sizes)  # of each piece
-    above = [row.nonzero().squeeze(1).tolist() for row in sees]  # what a piece sees, itself last: parents come first
+    # what a piece sees, itself last: parents come first
+    above = [row.nonzero().squeeze(1).tolist() for row in sees]
     causal = not (window or chunk or bool(both.any()))
     roots: dict[int, list[int]] = {}
     for p, line in enumerate(above):
@@ -155,12 +184,16 @@ def _blocks(piece: Tensor, position: Tensor, sees: Tensor, both: Tensor, window:
             if not len(own):
                 continue
             seen = torch.cat([own[:0], *(places[p] for p in above[run[0]][:-1])])
-            begun = [(p, sum(sizes[x] for x in run[:i])) for i, p in enumerate(run)]  # where each piece of the run begins in it
+            # where each piece of the run begins in it
+            begun = [(p, sum(sizes[x] for x in run[:i])) for i, p in enumerate(run)]
             parts = -(-len(own) // QUERIES)  # of about the same size
             most = min(QUERIES, -(-len(own) // (parts * EVEN)) * EVEN)
             for part in range(0, len(own), most):
                 queries = own[part : part + most]
-                ahead = max((start + sizes[p] for p, start in begun if both[p] and start <= part + most - 1), default=0)
+                ahead = max(
+                    (start + sizes[p] for p, start in begun if both[p] and start <= part + most - 1),
+                    default=0,
+                )
                 keys = torch.cat([seen, own[: max(part + most, ahead)]])
                 first = int(position[queries[0]])
                 if window:
@@ -191,7 +224,10 @@ def _alike(blocks: Iterator[Block]) -> Iterator[list[Block]]:
     q = k = 0
     for block in sorted(blocks, key=lambda b: (-len(b.keys), -len(b.queries))):
         mine = len(block.queries), len(block.keys)
-        near = all(big - small <= max(16, 0.12 * big) for big, small in ((max(q, mine[0]), min(q, mine[0])), (k, mine[1])))
+        near = all(
+            big - small <= max(16, 0.12 * big)
+            for big, small in ((max(q, mine[0]), min(q, mine[0])), (k, mine[1]))
+        )
         if some and near and max(q, mine[0]) * k * (len(some) + 1) <= SCORES:
             some.append(block)
             q = max(q, mine[0])
@@ -206,18 +242,30 @@ def _alike(blocks: Iterator[Block]) -> Iterator[list[Block]]:
 # ---------------------------------------------------------------------------------------------- computing
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, dropout: float = 0.0, ahead: Ahead | None = None) -> Tensor:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    how: Plan,
+    scale: float,
+    dropout: float = 0.0,
+    ahead: Ahead | None = None,
+) -> Tensor:
     """query [R, H, W, d], key and value [R, K, W, d], K a divisor of H -> [R, W, H, d]. Padding answers 0."""
     if differentiated_otherwise() or dropout >= 1:
         return _composed(query, key, value, how, scale, dropout, ahead)
     return _Attend.apply(query, key, value, how, scale, *(ahead or (None, None)), dropout)
 
 
-def plain(query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, ahead: Ahead | None = None) -> Tensor:
+def plain(
+    query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, ahead: Ahead | None = None
+) -> Tensor:
     """The same by a mask over whole rows."""
     may = how.layout.mask(*how.reach)
     if ahead is not None:
-        key, value = (torch.cat([a.expand(len(x), -1, -1, -1), x], 2) for a, x in zip(ahead, (key, value), strict=True))
+        key, value = (
+            torch.cat([a.expand(len(x), -1, -1, -1), x], 2) for a, x in zip(ahead, (key, value), strict=True)
+        )
         may = F.pad(may, (ahead[0].shape[1], 0), value=True)
     more = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(more, 1) for x in (key, value))
@@ -236,7 +284,8 @@ def _take(x: Tensor, places: Tensor) -> Tensor:
     """[T, K, g, d] and [n, L] -> [n * K, g * L, d]"""
     (n, length), (_, heads, g, d) = places.shape, x.shape
     rows = x.flatten(1).index_select(0, places.flatten()).view(n, length, heads, g, d)
-    return rows.permute(0, 2, 3, 1, 4).reshape(n * heads, g * length, d).contiguous()  # else each product would copy it, for n = 1
+    # else each product would copy it, for n = 1
+    return rows.permute(0, 2, 3, 1, 4).reshape(n * heads, g * length, d).contiguous()
 
 
 def _rows(x: Tensor, n: int, heads: int, g: int) -> Tensor:
@@ -246,9 +295,13 @@ def _rows(x: Tensor, n: int, heads: int, g: int) -> Tensor:
 
 
 def _probabilities(q: Tensor, k: Tensor, group: Group, heads: int, g: int, scale: float) -> Tensor:
-    """[n * K, g * q, d], [n * K, k, d] -> [n * K, g * q, k]; of the keys those that stand ahead are seen by all."""
+    """[n * K, g * q, d], [n * K, k, d] -> [n * K, g * q, k]; of the keys those that stand ahead are seen by
+    all.
+    """
     scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
-    scores.view(-1, heads, g, *group.queries.shape[1:], k.shape[1])[..., k.shape[1] - group.mask.shape[-1] :].add_(group.mask)
+    scores.view(-1, heads, g, *group.queries.shape[1:], k.shape[1])[
+        ..., k.shape[1] - group.mask.shape[-1] :
+    ].add_(group.mask)
     return scores.softmax(-1)
 
 
@@ -260,9 +313,16 @@ def _after(ahead: Tensor | None, x: Tensor) -> Tensor:
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, ahead_k: Tensor | None, ahead_v: Tensor | None,
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        how: Plan,
+        scale: float,
+        ahead_k: Tensor | None,
+        ahead_v: Tensor | None,
         dropout: float,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         r, h, w, _ = query.shape
         heads, size = key.shape[1], value.shape[3]
         q, k, v = _flat(query, heads), _flat(key, heads), _flat(value, heads)
@@ -271,7 +331,9 @@ class _Attend(torch.autograd.Function):
         out = make(r * w + 1, h * size, dtype=value.dtype, device=value.device)
         kept, stay = [], []  # probabilities, and which of them are not left out
         for group in how.groups:
-            p = _probabilities(_take(q, group.queries), _after(ahead_k, _take(k, group.keys)), group, heads, g, scale)
+            p = _probabilities(
+                _take(q, group.queries), _after(ahead_k, _take(k, group.keys)), group, heads, g, scale
+            )
             stay.append(stays(p, dropout) if dropout else None)
             mixed = torch.bmm(_some(p, stay[-1]), _after(ahead_v, _take(v, group.keys)))
             out.index_copy_(0, group.to_queries, _rows(mixed, len(group.keys), heads, g))
@@ -301,7 +363,9 @@ class _Attend(torch.autograd.Function):
         d_q = make(r * w + 1, h * d, dtype=query.dtype, device=query.device)
         sums = torch.float32 if how.shared else key.dtype
         d_k, d_v = (make(r * w + 1, heads, x.shape[3], dtype=sums, device=x.device) for x in (key, value))
-        more_k, more_v = (None if x is None else torch.zeros_like(x, dtype=torch.float32) for x in (ahead_k, ahead_v))
+        more_k, more_v = (
+            None if x is None else torch.zeros_like(x, dtype=torch.float32) for x in (ahead_k, ahead_v)
+        )
         for group, p, some in zip(how.groups, kept, stay, strict=True):
             n = len(group.keys)
             qs, gs = _take(q, group.queries), _take(grad, group.queries)
@@ -319,7 +383,15 @@ class _Attend(torch.autograd.Function):
             return x[:-1].to(like.dtype).view(r, w, heads, -1).transpose(1, 2)
 
         both = (None if x is None else x.to(a.dtype) for x, a in ((more_k, ahead_k), (more_v, ahead_v)))
-        return d_q[:-1].view(r, w, h, d).transpose(1, 2), back(d_k, key), back(d_v, value), None, None, *both, None
+        return (
+            d_q[:-1].view(r, w, h, d).transpose(1, 2),
+            back(d_k, key),
+            back(d_v, value),
+            None,
+            None,
+            *both,
+            None,
+        )
 
 
 def _some(p: Tensor, stay: Tensor | None) -> Tensor:
@@ -327,7 +399,9 @@ def _some(p: Tensor, stay: Tensor | None) -> Tensor:
 
 
 def _add(total: Tensor, part: Tensor, group: Group, ahead: Tensor | None = None) -> None:
-    """total [T + 1, K, d] += part [n * K, k, d] at the places of its keys; ahead [K, m, d] += what comes before these."""
+    """total [T + 1, K, d] += part [n * K, k, d] at the places of its keys; ahead [K, m, d] += what comes
+    before these.
+    """
     _, heads, d = total.shape
     part = part.view(len(group.keys), heads, -1, d)
     if ahead is not None:
@@ -342,10 +416,18 @@ def _add(total: Tensor, part: Tensor, group: Group, ahead: Tensor | None = None)
 
 
 def _composed(
-    query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, dropout: float = 0.0, ahead: Ahead | None = None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    how: Plan,
+    scale: float,
+    dropout: float = 0.0,
+    ahead: Ahead | None = None,
     stay: Sequence[Tensor | None] | None = None,
-) -> Tensor:  # fmt: skip
-    """The same of operations that torch differentiates by itself. stay: what dropout left, where that is known."""
+) -> Tensor:
+    """The same of operations that torch differentiates by itself. stay: what dropout left, where that is
+    known.
+    """
     ahead_k, ahead_v = ahead or (None, None)
     r, h, w, _ = query.shape
     heads, size = key.shape[1], value.shape[3]
@@ -359,14 +441,18 @@ def _composed(
         p = scores.softmax(-1)
         if dropout:
             p = leave_out(p, dropout) if some is None else p * some * (1 / (1 - dropout))
-        out = out.index_copy(0, group.to_queries, _rows(p @ _after(ahead_v, _take(v, group.keys)), n, heads, g))
+        out = out.index_copy(
+            0, group.to_queries, _rows(p @ _after(ahead_v, _take(v, group.keys)), n, heads, g)
+        )
     return out[:-1].view(r, w, h, size)
 
 
 # ---------------------------------------------------------------------------------------------- as transformers asks for it
 
 
-def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any) -> tuple[Tensor, None]:
+def attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any
+) -> tuple[Tensor, None]:
     """transformers' attention interface. Without a plan on its mask it is SDPA."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -376,7 +462,9 @@ def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_
         return one_token(query, key, value, written, how.get("scaling"), ahead).transpose(1, 2), None
     if found is None:
         if ahead is not None:
-            key, value, attention_mask = behind(module, query, key, value, attention_mask, ahead, how.get("is_causal"))
+            key, value, attention_mask = behind(
+                module, query, key, value, attention_mask, ahead, how.get("is_causal")
+            )
             how["is_causal"] = False
         return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     odd = [name for name in ("s_aux", "position_bias", "softcap") if how.get(name) is not None]
@@ -393,24 +481,45 @@ def ahead_of(module: Any, key: Tensor, value: Tensor) -> Ahead | None:
     for part in module.children():
         said = part.ahead() if hasattr(part, "ahead") else None
         if said is not None:
-            k, v = (x.to(own.dtype).view(len(x), own.shape[1], -1).transpose(0, 1) for x, own in zip(said, (key, value), strict=True))
+            k, v = (
+                x.to(own.dtype).view(len(x), own.shape[1], -1).transpose(0, 1)
+                for x, own in zip(said, (key, value), strict=True)
+            )
             return k, v
     return None
 
 
 def behind(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, ahead: Ahead, causal: bool | None
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    ahead: Ahead,
+    causal: bool | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys, values and mask [.., Q, k] with what stands ahead of them, which every query sees."""
     q, k = query.shape[2], key.shape[2]
     if mask is None and q > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
         mask = torch.ones(q, k, dtype=torch.bool, device=query.device).tril(k - q)[None, None]
-    key, value = (torch.cat([a.expand(len(x), -1, -1, -1), x], 2) for a, x in zip(ahead, (key, value), strict=True))
-    return key, value, None if mask is None else F.pad(mask, (ahead[0].shape[1], 0), value=True if mask.dtype == torch.bool else 0.0)
+    key, value = (
+        torch.cat([a.expand(len(x), -1, -1, -1), x], 2) for a, x in zip(ahead, (key, value), strict=True)
+    )
+    return (
+        key,
+        value,
+        (
+            None
+            if mask is None
+            else F.pad(mask, (ahead[0].shape[1], 0), value=True if mask.dtype == torch.bool else 0.0)
+        ),
+    )
 
 
 def takes_plans(model: Any) -> bool:
-    """Can this network be handed a plan? Registers the attention with transformers, and with a network that uses SDPA."""
+    """Can this network be handed a plan? Registers the attention with transformers, and with a network that
+    uses SDPA.
+    """
     import sys
 
     from transformers import AttentionInterface

@@ -1,7 +1,7 @@
 """Four-bit codes back to numbers: two at a time, by one look-up of the byte that holds them.
 
-A byte holds two codes, so there are 256 pairs of levels, each as wide as one 64-bit number: a single gather reads both. On a CPU
-that is about ten times faster than looking up each level. `plain` is the twin.
+A byte holds two codes, so there are 256 pairs of levels, each as wide as one 64-bit number: a single gather
+reads both. On a CPU that is about ten times faster than looking up each level. `plain` is the twin.
 """
 
 from __future__ import annotations
@@ -15,19 +15,27 @@ CHUNK = 2**19  # bytes expanded at once where the result is narrower than fp32
 
 
 def pack(codes: Tensor) -> Tensor:
-    """[n] codes of 0 to 15, n even -> [n / 2] bytes; the first of two in the upper half, as bitsandbytes has it."""
+    """[n] codes of 0 to 15, n even -> [n / 2] bytes; the first of two in the upper half, as bitsandbytes has
+    it.
+    """
     codes = codes.to(torch.uint8)
     return (codes[::2] << 4) | codes[1::2]
 
 
-def plain(packed: Tensor, levels: tuple[float, ...], scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[n / 2] bytes, 16 levels, [n / block] scales -> [n] numbers: level times scale of the block, in fp32, then rounded."""
+def plain(
+    packed: Tensor, levels: tuple[float, ...], scale: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """[n / 2] bytes, 16 levels, [n / block] scales -> [n] numbers: level times scale of the block, in fp32,
+    then rounded.
+    """
     codes = torch.stack([packed >> 4, packed & 15], 1).long()
     book = torch.tensor(levels, dtype=torch.float32, device=packed.device)
     return (book[codes].view(len(scale), -1) * scale[:, None]).flatten().to(dtype)
 
 
-def expand(packed: Tensor, levels: tuple[float, ...], scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+def expand(
+    packed: Tensor, levels: tuple[float, ...], scale: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The same, by pairs."""
     pairs = _pairs(levels, packed.device)
     if dtype == torch.float32:
@@ -49,4 +57,6 @@ def _some(packed: Tensor, pairs: Tensor, scale: Tensor) -> Tensor:
 def _pairs(levels: tuple[float, ...], device: torch.device) -> Tensor:
     """[256] pairs of fp32 levels, each seen as one 64-bit number."""
     book, byte = torch.tensor(levels, dtype=torch.float32), torch.arange(256)
-    return torch.stack([book[byte >> 4], book[byte & 15]], 1).contiguous().view(torch.int64).flatten().to(device)
+    return (
+        torch.stack([book[byte >> 4], book[byte & 15]], 1).contiguous().view(torch.int64).flatten().to(device)
+    )

@@ -1,9 +1,10 @@
-"""torch.compile of a network's layers (`torch_compile: true`), one by one: layers alike are compiled once, for any length.
+"""torch.compile of a network's layers (`torch_compile: true`), one by one: layers alike are compiled once,
+for any length.
 
-Off by default: a first call that compiles takes longer than many a run. What the layers are is said by the network (the
-modules that transformers does not split over devices). Attention stays as it is, since its plan changes with every batch
-and would be compiled anew each time; LoRA is written out in plain operations, for the compiler to fuse. The first batch is
-compared with the network's own code, as every fast path is.
+Off by default: a first call that compiles takes longer than many a run. What the layers are is said by the
+network (the modules that transformers does not split over devices). Attention stays as it is, since its plan
+changes with every batch and would be compiled anew each time; LoRA is written out in plain operations, for
+the compiler to fuse. The first batch is compared with the network's own code, as every fast path is.
 """
 
 from __future__ import annotations
@@ -28,22 +29,34 @@ def possible() -> None:
     """Raises RecipeError where nothing can be compiled."""
     if torch.cuda.is_available():
         if find_spec("triton") is None:
-            raise RecipeError("torch_compile: on a GPU torch compiles through triton, which is not installed; leave torch_compile out")
+            raise RecipeError(
+                "torch_compile: on a GPU torch compiles through triton, which is not installed; leave"
+                " torch_compile out"
+            )
         return
     asked = os.environ.get("CXX")
     if not any(shutil.which(name) for name in ([asked] if asked else ["g++", "clang++", "c++"])):
-        what = f"CXX names {asked}, which is not there" if asked else "there is no C++ compiler here (g++ or clang++)"
+        what = (
+            f"CXX names {asked}, which is not there"
+            if asked
+            else "there is no C++ compiler here (g++ or clang++)"
+        )
         raise RecipeError(f"torch_compile: {what}; install one, or leave torch_compile out")
 
 
 def compile_blocks(model: Network) -> int:
-    """Compile each layer when it is first run; how many there are. Raises RecipeError where the network does not say what its layers are."""
+    """Compile each layer when it is first run; how many there are. Raises RecipeError where the network does
+    not say what its layers are.
+    """
     from luthier.kernels import attention
 
     names = {*(getattr(model, "_no_split_modules", None) or ())}
     blocks = [m for m in model.modules() if type(m).__name__ in names]
     if not blocks:
-        raise RecipeError(f"torch_compile: {type(model).__name__} does not say which of its modules are layers; leave torch_compile out")
+        raise RecipeError(
+            f"torch_compile: {type(model).__name__} does not say which of its modules are layers; leave"
+            " torch_compile out"
+        )
     if attention.takes_plans(model):
         from transformers import AttentionInterface
 

@@ -1,8 +1,10 @@
-"""Attention of networks that write on a CPU: one token of each sequence at a time, prompts read once for all their samples.
+"""Attention of networks that write on a CPU: one token of each sequence at a time, prompts read once for all
+their samples.
 
-The fused kernel of CPUs takes five times as long for a single query as two batched matrix products in fp32, over keys and
-values that the cache keeps in fp32. And what n samples of a prompt have in common is kept once: their queries meet the prompt's
-keys together, as one matrix, and each meets the keys of its own tokens alone. Both parts end in one softmax.
+The fused kernel of CPUs takes five times as long for a single query as two batched matrix products in fp32,
+over keys and values that the cache keeps in fp32. And what n samples of a prompt have in common is kept once:
+their queries meet the prompt's keys together, as one matrix, and each meets the keys of its own tokens alone.
+Both parts end in one softmax.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ ROOM = 64  # tokens that a cache gains at a time
 
 @dataclass(frozen=True)
 class Written:
-    """Which sequences are being written. Every token of their own is read, and of their prompt's what is not padding."""
+    """Which sequences are being written. Every token of their own is read, and of their prompt's what is not
+    padding.
+    """
 
     place: Tensor  # [B] prompt * n + sample, of each sequence that still goes on
     n: int  # samples of a prompt
@@ -44,10 +48,16 @@ class Written:
 
 
 def one_token(
-    query: Tensor, key: Tensor, value: Tensor, written: Written, scale: float | None = None, ahead: tuple[Tensor, Tensor] | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    written: Written,
+    scale: float | None = None,
+    ahead: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """[B, H, 1, D] of one query each [B, H, 1, D]. key, value: [B, H / g, W, D] of the own tokens; `key.prompt` holds those of
-    the prompts [P, H / g, V, D]. ahead: keys and values [H / g, m, D] that every query meets besides."""
+    """[B, H, 1, D] of one query each [B, H, 1, D]. key, value: [B, H / g, W, D] of the own tokens;
+    `key.prompt` holds those of the prompts [P, H / g, V, D]. ahead: keys and values [H / g, m, D] that every
+    query meets besides."""
     b, h, _, d = query.shape
     of_keys, of_values = key.prompt  # type: ignore[attr-defined]  # set by the cache
     q = query.reshape(b, key.shape[1], -1, d).float() * (d**-0.5 if scale is None else scale)
@@ -74,16 +84,22 @@ def _apart() -> type:
     from transformers.cache_utils import DynamicLayer
 
     class Apart(DynamicLayer):
-        """`prompt`: what was read [P, H, V, D]; `longer`: the own tokens [B, H, W or more, D], of which `filled` are there."""
+        """`prompt`: what was read [P, H, V, D]; `longer`: the own tokens [B, H, W or more, D], of which
+        `filled` are there.
+        """
 
         prompt: tuple[Tensor, ...]
         longer: tuple[Tensor, ...]
         filled: int
 
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
             start, self.filled = self.filled, self.filled + key_states.shape[2]
             if self.filled > self.longer[0].shape[2]:
-                self.longer = tuple(torch.cat([x, x.new_empty(*x.shape[:2], ROOM, x.shape[3])], 2) for x in self.longer)
+                self.longer = tuple(
+                    torch.cat([x, x.new_empty(*x.shape[:2], ROOM, x.shape[3])], 2) for x in self.longer
+                )
             k, v = (x[:, :, : self.filled] for x in self.longer)
             k[:, :, start:], v[:, :, start:] = key_states, value_states
             k.prompt = self.prompt  # type: ignore[attr-defined]  # travels with the keys to `one_token`

@@ -1,13 +1,16 @@
-"""What a network does between its matrix products, in fewer passes over memory: RMSNorm, rotary positions, GELU, dropout.
+"""What a network does between its matrix products, in fewer passes over memory: RMSNorm, rotary positions,
+GELU, dropout.
 
-Composed of torch operations, each of these writes and keeps several tensors as large as its input, some of them in fp32.
-Here each is one autograd function with a closed-form backward that keeps only its inputs (a norm: x and one number a
-row), worked through in stretches that stay in the cache; nothing is compiled. Modules of any transformers network are
-found by what they hold, and taken only where the fast form answers as the module does on random numbers; the first batch
-of every run is compared besides (guards.py), and `plainly` is the network's own code for a while. Dropout on a CPU takes 16
-random bits for each number, so a share is met to 1/65,536; torch's own draws there took five times as long.
+Composed of torch operations, each of these writes and keeps several tensors as large as its input, some of
+them in fp32. Here each is one autograd function with a closed-form backward that keeps only its inputs (a
+norm: x and one number a row), worked through in stretches that stay in the cache; nothing is compiled.
+Modules of any transformers network are found by what they hold, and taken only where the fast form answers as
+the module does on random numbers; the first batch of every run is compared besides (guards.py), and `plainly`
+is the network's own code for a while. Dropout on a CPU takes 16 random bits for each number, so a share is
+met to 1/65,536; torch's own draws there took five times as long.
 
-SwiGLU is left as it is: keeping less by computing silu again in backward was tried, and cost a CPU more than it saved.
+SwiGLU is left as it is: keeping less by computing silu again in backward was tried, and cost a CPU more than
+it saved.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ from luthier.kernels.compiled import uncompiled
 from luthier.kernels.lora import again
 
 STRETCH = 2**19  # numbers worked on at once on a CPU: in fp32 about what its cache holds
-SMALL = 2**15  # numbers up to which the network's own code is taken: a token being written, where calls cost more than memory
+# numbers up to which the network's own code is taken: a token being written, where calls cost more than
+# memory
+SMALL = 2**15
 _plain = 0  # how many ask for the network's own code just now
 _least = SMALL
 
@@ -93,7 +98,13 @@ class _Norm(torch.autograd.Function):
             part = flat[s]
             wide = torch.empty(part.shape, device=x.device) if wide is None else wide[: len(part)]
             wide.copy_(part)
-            r = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            r = (
+                torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+                .square_()
+                .div_(x.shape[-1])
+                .add_(eps)
+                .rsqrt_()
+            )
             rate[s] = r
             out[s] = wide.mul_(r)
             out[s].mul_(weight)
@@ -123,7 +134,11 @@ class _Norm(torch.autograd.Function):
                 g.mul_(wide_weight)
                 along = torch.mul(g, normed, out=spare).sum(-1, keepdim=True).div_(-x.shape[-1])
                 d_x[s] = g.addcmul_(normed, along).mul_(r)
-        return None if d_x is None else d_x.view(x.shape), None if d_weight is None else d_weight.to(weight.dtype), None
+        return (
+            None if d_x is None else d_x.view(x.shape),
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None,
+        )
 
 
 # ---------------------------------------------------------------------------------------------- rotary positions
@@ -192,7 +207,11 @@ def stays(x: Tensor, p: float) -> Tensor:
     """1 where a number of x is not left out, else 0."""
     if x.device.type != "cpu":
         return torch.empty_like(x).bernoulli_(1 - p)
-    drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[: x.numel()]
+    drawn = (
+        torch.empty(-(-x.numel() // 4), dtype=torch.int64)
+        .random_(-(2**63), None)
+        .view(torch.int16)[: x.numel()]
+    )
     return drawn.ge_(min(round(p * 2**16), 2**16 - 1) - 2**15).to(x.dtype).view(x.shape)
 
 
@@ -204,7 +223,8 @@ class Forms:
     """What takes the place of the network's own code."""
 
     norm: Callable[[Tensor, Tensor, float], Tensor]  # (x, weight, eps)
-    turn: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]  # (q, k, cos, sin, the place of heads)
+    # (q, k, cos, sin, the place of heads)
+    turn: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def _turn(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -248,7 +268,10 @@ def take_dropout(model: nn.Module) -> None:
 def taken(model: nn.Module) -> bool:
     """Has a network any of the fast forms? Dropout aside, which nobody can compare."""
     kinds = {type(m) for m in model.modules()} - {_FAST_DROPOUT}
-    return any(hasattr(k, "as_it_was") or hasattr(getattr(sys.modules[k.__module__], ROTARY, None), "as_it_was") for k in kinds)
+    return any(
+        hasattr(k, "as_it_was") or hasattr(getattr(sys.modules[k.__module__], ROTARY, None), "as_it_was")
+        for k in kinds
+    )
 
 
 def leave(model: nn.Module) -> None:
@@ -270,7 +293,9 @@ def _agree(module: nn.Module, fast: type, x: Tensor) -> bool:
         return False
     finally:
         module.__class__ = was
-    return got.dtype == want.dtype and torch.allclose(got.float(), want.float(), rtol=close(want.dtype), atol=close(want.dtype))
+    return got.dtype == want.dtype and torch.allclose(
+        got.float(), want.float(), rtol=close(want.dtype), atol=close(want.dtype)
+    )
 
 
 def close(dtype: torch.dtype) -> float:
@@ -286,14 +311,21 @@ def _dressed(kind: type, forward: Callable) -> type:
 
 
 def _eps(module: Any) -> float | None:
-    found = next((e for n in ("variance_epsilon", "eps") if (e := getattr(module, n, None)) is not None), None)
+    found = next(
+        (e for n in ("variance_epsilon", "eps") if (e := getattr(module, n, None)) is not None), None
+    )
     return found if isinstance(found, float) else None
 
 
 def _is_norm(module: Any) -> bool:
     """Named so, with one weight and an epsilon and nothing else."""
     named = "RMSNorm" in type(module).__name__ or type(module).__name__.endswith("LayerNorm")
-    if not named or [n for n, _ in module.named_parameters()] != ["weight"] or [*module.buffers()] or _eps(module) is None:
+    if (
+        not named
+        or [n for n, _ in module.named_parameters()] != ["weight"]
+        or [*module.buffers()]
+        or _eps(module) is None
+    ):
         return False
     return module.weight.ndim == 1 and not module.weight.is_meta
 
@@ -343,20 +375,28 @@ def _take_rotary(source: Any, forms: Forms, device: torch.device) -> str | None:
         return None
 
     def fast(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
-        alike = q.dtype == k.dtype == cos.dtype and q.shape[-1] == k.shape[-1] == cos.shape[-1] and not cos.requires_grad
+        alike = (
+            q.dtype == k.dtype == cos.dtype
+            and q.shape[-1] == k.shape[-1] == cos.shape[-1]
+            and not cos.requires_grad
+        )
         if not alike or not own_way(q):
             return own(q, k, cos, sin, unsqueeze_dim)
         return forms.turn(q, k, cos, sin, unsqueeze_dim)
 
     rng = torch.Generator().manual_seed(0)
-    q, k, cos, sin = (torch.randn(s, generator=rng).to(device) for s in ((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8), (1, 3, 8)))
+    q, k, cos, sin = (
+        torch.randn(s, generator=rng).to(device) for s in ((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8), (1, 3, 8))
+    )
     try:
         want = own(q, k, cos, sin)
         with always():
             got = fast(q, k, cos, sin)
     except (TypeError, ValueError, RuntimeError):
         return None
-    if not all(torch.allclose(a, b, rtol=close(q.dtype), atol=close(q.dtype)) for a, b in zip(want, got, strict=True)):
+    if not all(
+        torch.allclose(a, b, rtol=close(q.dtype), atol=close(q.dtype)) for a, b in zip(want, got, strict=True)
+    ):
         return None
     fast.as_it_was = own  # type: ignore[attr-defined]
     setattr(source, ROTARY, fast)

@@ -1,7 +1,8 @@
-"""A tree of segments as rows of a tensor: packed without padding between them, each prompt read once if shared.
+"""A tree of segments as rows of a tensor: packed without padding between them, each prompt read once if
+shared.
 
-Every placed segment is a *piece*; a piece sees itself causally and the pieces it continues, and nothing else, so no
-sequence ever sees another. Loops run over segments, never over tokens.
+Every placed segment is a *piece*; a piece sees itself causally and the pieces it continues, and nothing else,
+so no sequence ever sees another. Loops run over segments, never over tokens.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class Layout:
     both: Tensor  # [P] bool: is this piece read from both sides? All others see what stands before
 
     def mask(self, window: int | None = None, chunk: int | None = None) -> Tensor:
-        """[R, 1, W, W] bool, True = may look, by position. window: sliding attention's reach; chunk: attention in blocks."""
+        """[R, 1, W, W] bool, True = may look, by position. window: sliding attention's reach; chunk:
+        attention in blocks.
+        """
         order = torch.arange(self.piece.shape[1], device=self.piece.device)
         piece = self.piece.clamp(min=0)
         before = order[:, None] >= order
@@ -47,13 +50,24 @@ class Layout:
 
 
 def joined(layouts: Sequence[Layout], tokens: Sequence[int]) -> Layout:
-    """Layouts of one row each, of batches with so many tokens, as one row: behind each other, none sees another."""
-    places, pieces = ([getattr(x, name).shape[i] for x in layouts] for name, i in (("source", 1), ("sees", 0)))
+    """Layouts of one row each, of batches with so many tokens, as one row: behind each other, none sees
+    another.
+    """
+    places, pieces = (
+        [getattr(x, name).shape[i] for x in layouts] for name, i in (("source", 1), ("sees", 0))
+    )
     before = [[sum(sizes[:k]) for k in range(len(layouts))] for sizes in (tokens, places, pieces)]
 
     def side_by_side(name: str, ahead: Sequence[int] | None, least: int = 0) -> Tensor:
         parts = [getattr(x, name) for x in layouts]
-        return torch.cat(parts if ahead is None else [torch.where(x >= least, x + n, x) for x, n in zip(parts, ahead, strict=True)], -1)
+        return torch.cat(
+            (
+                parts
+                if ahead is None
+                else [torch.where(x >= least, x + n, x) for x, n in zip(parts, ahead, strict=True)]
+            ),
+            -1,
+        )
 
     return Layout(
         source=side_by_side("source", before[0]),
@@ -66,11 +80,13 @@ def joined(layouts: Sequence[Layout], tokens: Sequence[int]) -> Layout:
     )
 
 
-def lay_out(batch: Batch, *, share: bool = True, width: int = 0, virtual: int = 0, prefix: bool = False) -> Layout:
+def lay_out(
+    batch: Batch, *, share: bool = True, width: int = 0, virtual: int = 0, prefix: bool = False
+) -> Layout:
     """Pack the batch's tree into rows of at least `width` places; `virtual` places precede every root.
 
-    share: read a prompt once for all its completions, else once for each. width 0: one sequence per row (padded). prefix: the
-    segments that rows begin with, where others continue them, are read from both sides.
+    share: read a prompt once for all its completions, else once for each. width 0: one sequence per row
+    (padded). prefix: the segments that rows begin with, where others continue them, are read from both sides.
     """
     sizes, parents = batch.sizes, batch.parent.tolist()
     continued = {*parents}
@@ -91,14 +107,18 @@ def lay_out(batch: Batch, *, share: bool = True, width: int = 0, virtual: int = 
             mine: list[_Piece] = []
             for s, under in blocks[b]:
                 above = mine[under] if under >= 0 else root
-                mine.append(_Piece(s, len(pieces) + len(mine), place, above.stop if above else 0, sizes[s], above))
+                mine.append(
+                    _Piece(s, len(pieces) + len(mine), place, above.stop if above else 0, sizes[s], above)
+                )
                 place += sizes[s]
             pieces += mine
 
     size = torch.tensor([p.size for p in pieces])
     which = torch.repeat_interleave(torch.arange(len(pieces)), size)  # piece of each placed token
     inner = torch.arange(len(which)) - torch.repeat_interleave(size.cumsum(0) - size, size)
-    segment, start, place, last = torch.tensor([(p.segment, p.start, p.place, p.last_above) for p in pieces]).unbind(1)
+    segment, start, place, last = torch.tensor(
+        [(p.segment, p.start, p.place, p.last_above) for p in pieces]
+    ).unbind(1)
     flat = place[which] + inner
     first = torch.tensor([0, *sizes]).cumsum(0)  # first token of each segment in batch.ids
     real = segment[which] >= 0
@@ -120,7 +140,10 @@ def lay_out(batch: Batch, *, share: bool = True, width: int = 0, virtual: int = 
         soft=table(torch.where(real, -1, inner), -1),
         at=at,
         sees=sees,
-        both=torch.tensor([prefix and p.segment >= 0 and parents[p.segment] < 0 and p.segment in continued for p in pieces], dtype=torch.bool),
+        both=torch.tensor(
+            [prefix and p.segment >= 0 and parents[p.segment] < 0 and p.segment in continued for p in pieces],
+            dtype=torch.bool,
+        ),
     )
     device = batch.ids.device
     return made if device.type == "cpu" else Layout(**{k: v.to(device) for k, v in vars(made).items()})
@@ -143,7 +166,9 @@ class _Piece:
 
     @property
     def last_above(self) -> int:
-        """Flat place of the token before its first one, -1 where there is none. An empty piece passes the question on."""
+        """Flat place of the token before its first one, -1 where there is none. An empty piece passes the
+        question on.
+        """
         above = self.above
         while above is not None and not above.size:
             above = above.above
@@ -151,7 +176,9 @@ class _Piece:
 
 
 def _blocks(parents: list[int], share: bool) -> list[list[tuple[int, int]]]:
-    """Segments that are read together, parents first: (segment, place in the block of the segment it continues)."""
+    """Segments that are read together, parents first: (segment, place in the block of the segment it
+    continues).
+    """
     children = defaultdict(list)
     for s, under in enumerate(parents):
         children[under].append(s)

@@ -1,8 +1,9 @@
-"""liger-kernel's RMSNorm and rotary positions (Triton), for CUDA: an extra, asked for by `architecture: {name: causal, fused: liger}`.
+"""liger-kernel's RMSNorm and rotary positions (Triton), for CUDA: an extra, asked for by `architecture:
+{name: causal, fused: liger}`.
 
-They take the places of our own fast forms (elementwise.py) and are tried in the same two ways before anything is trained:
-each on random numbers, all of them on the first batch. Not run by us on a GPU yet: what is tested is when they are taken,
-what is refused, and with what they are called.
+They take the places of our own fast forms (elementwise.py) and are tried in the same two ways before anything
+is trained: each on random numbers, all of them on the first batch. Not run by us on a GPU yet: what is tested
+is when they are taken, what is refused, and with what they are called.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ from importlib.util import find_spec
 
 import torch
 
-from luthier.kernels.elementwise import Forms
 from luthier.errors import RecipeError
+from luthier.kernels.elementwise import Forms
 
 
 def forms(device: torch.device) -> Forms:
     """liger's forms for a network on `device`. Raises RecipeError where they cannot run."""
     if device.type != "cuda":
         raise RecipeError(
-            f"fused: liger-kernel computes on CUDA devices, and this network is on {device.type}; leave it out (our own are taken)"
+            f"fused: liger-kernel computes on CUDA devices, and this network is on {device.type}; leave it"
+            " out (our own are taken)"
         )
     missing = [name for name in ("liger_kernel", "triton") if find_spec(name) is None]
     if missing:
@@ -29,8 +31,12 @@ def forms(device: torch.device) -> Forms:
 
 
 def bound(norms, turns) -> Forms:
-    """The forms that two of liger's modules offer, with our arguments as theirs. Gradients are not written over: others may hold them."""
+    """The forms that two of liger's modules offer, with our arguments as theirs. Gradients are not written
+    over: others may hold them.
+    """
     return Forms(
         norm=lambda x, weight, eps: norms.LigerRMSNormFunction.apply(x, weight, eps, 0.0, "llama", False),
-        turn=lambda q, k, cos, sin, dim: turns.LigerRopeFunction.apply(q.clone(), k.clone(), cos, sin, None, dim),
+        turn=lambda q, k, cos, sin, dim: turns.LigerRopeFunction.apply(
+            q.clone(), k.clone(), cos, sin, None, dim
+        ),
     )

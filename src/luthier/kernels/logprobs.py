@@ -1,10 +1,10 @@
 """Log-probabilities of chosen tokens straight from hidden states: [T, V] never exists, forward or backward.
 
-log p = z[label] - logsumexp(z), z = softcap(scale * (h W' + b)). The vocabulary is gone through in blocks, whose
-log-sum-exps are added up; so a matrix library that lays a weight out anew for a product has one block of it to lay out.
-The backward is the closed form (one-hot minus softmax), computed on the same blocks. Where the head itself does not move
-(LoRA, prompts), the gradient of the hidden states is made on the way forward, so logits are made once and not twice.
-`plain` is the twin that the first batch of every run is compared with.
+log p = z[label] - logsumexp(z), z = softcap(scale * (h W' + b)). The vocabulary is gone through in blocks,
+whose log-sum-exps are added up; so a matrix library that lays a weight out anew for a product has one block
+of it to lay out. The backward is the closed form (one-hot minus softmax), computed on the same blocks. Where
+the head itself does not move (LoRA, prompts), the gradient of the hidden states is made on the way forward,
+so logits are made once and not twice. `plain` is the twin that the first batch of every run is compared with.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from luthier.kernels import differentiated_otherwise
 
 CHUNK_BYTES = 64 * 2**20  # of fp32 logits alive at once: fewer tokens at a time leave matrix units idle
-WORDS = 8192  # of a block of the vocabulary at most; the same whatever is asked, as sums of blocks round by their borders
+# of a block of the vocabulary at most; the same whatever is asked, as sums of blocks round by their borders
+WORDS = 8192
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,9 @@ class Head:
     def linear(self) -> bool:
         """Is the module nothing but x W' + b (not wrapped by a tuner, not hooked)?"""
         m = self.module
-        return type(m) is nn.Linear and not (m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations"))
+        return type(m) is nn.Linear and not (
+            m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations")
+        )
 
     def size(self, hidden: Tensor) -> int:
         """The vocabulary: how many logits a hidden state [..., d] becomes."""
@@ -61,9 +64,12 @@ def plain(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
 
 def normaliser(z: Tensor, p: Tensor | None = None) -> Tensor:
-    """[C, V] -> [C, 1] log-sum-exp in fp32, by one fused softmax p: many times faster than torch.logsumexp on CPUs.
+    """[C, V] -> [C, 1] log-sum-exp in fp32, by one fused softmax p: many times faster than torch.logsumexp on
+    CPUs.
 
-    z - log p is the same at every word; it is read off at one whose p is far from the smallest number that there is."""
+    z - log p is the same at every word; it is read off at one whose p is far from the smallest number that
+    there is.
+    """
     p = z.softmax(-1, dtype=torch.float32) if p is None else p
     if z.requires_grad:
         most, at = z.max(-1, keepdim=True)  # the largest p is never 0
@@ -93,8 +99,19 @@ def chunked(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
 class _LinearLogProbs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float, ahead: bool):
-        out, total = (torch.empty(len(hidden), 1, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        scale: float,
+        softcap: float,
+        ahead: bool,
+    ):
+        out, total = (
+            torch.empty(len(hidden), 1, dtype=torch.float32, device=hidden.device) for _ in range(2)
+        )
         slope = torch.empty_like(hidden) if ahead else None  # [T, d] -d log p / d hidden
         room = Room(weight, len(hidden))
         for part in room.tokens():
@@ -118,7 +135,9 @@ class _LinearLogProbs(torch.autograd.Function):
         if slope is not None:
             return (slope * -grad[:, None]).to(slope.dtype), *[None] * 6
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if wants_hidden else None
+        d_hidden = (
+            torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if wants_hidden else None
+        )
         d_weight = torch.empty_like(weight) if wants_weight else None
         d_bias = torch.empty_like(bias) if wants_bias else None
         room = Room(weight, len(hidden))
@@ -147,16 +166,25 @@ class _LinearLogProbs(torch.autograd.Function):
 
 
 def _answers(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float, room: Room, slope: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    scale: float,
+    softcap: float,
+    room: Room,
+    slope: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """[C, d], labels [C, 1] -> log-probabilities [C, 1] and log-sum-exps [C, 1]; writes -d log p / d hidden [C, d] into `slope`.
+    """[C, d], labels [C, 1] -> log-probabilities [C, 1] and log-sum-exps [C, 1]; writes -d log p / d hidden
+    [C, d] into `slope`.
 
-    A block's products are of its own softmax: what share it has of the whole is known when all blocks are, and scales rows.
-    The label's part is added last, in fp32: with p near 1, 1 - p must not be rounded.
+    A block's products are of its own softmax: what share it has of the whole is known when all blocks are,
+    and scales rows. The label's part is added last, in fp32: with p near 1, 1 - p must not be rounded.
     """
     total = torch.full(labels.shape, -torch.inf, device=hidden.device)
     asked = torch.empty(labels.shape, device=hidden.device)  # the label's logit
-    mean = None if slope is None else torch.zeros(hidden.shape, device=hidden.device)  # of the rows of W, by the softmax so far
+    # of the rows of W, by the softmax so far
+    mean = None if slope is None else torch.zeros(hidden.shape, device=hidden.device)
     for words in room.words():
         w = weight[words]
         z = _logits(hidden, w, None if bias is None else bias[words], scale, softcap, room)
@@ -184,8 +212,8 @@ def _within(labels: Tensor, words: slice) -> tuple[Tensor, Tensor]:
 
 
 class Room:
-    """Memory in which the logits of one block after another are worked on: getting it anew for each costs a CPU as much
-    time as the softmax."""
+    """Memory in which the logits of one block after another are worked on: getting it anew for each costs a
+    CPU as much time as the softmax."""
 
     def __init__(self, weight: Tensor, tokens: int):
         self.vocabulary, self.asked = len(weight), tokens
@@ -221,7 +249,9 @@ class Room:
         return dz if dz.dtype == self.z.dtype else self.logits(*dz.shape).copy_(dz)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float, room: Room) -> Tensor:
+def _logits(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float, room: Room
+) -> Tensor:
     z = room.logits(len(hidden), len(weight))
     z = torch.mm(hidden, weight.T, out=z) if bias is None else torch.addmm(bias, hidden, weight.T, out=z)
     z = z.float().mul_(scale) if scale != 1.0 else z

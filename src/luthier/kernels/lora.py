@@ -1,7 +1,9 @@
-"""LoRA's update in the model's own precision: y + s (x A') B' without widening x, without W', with a backward of its own.
+"""LoRA's update in the model's own precision: y + s (x A') B' without widening x, without W', with a backward
+of its own.
 
-PEFT carries x to the adapter's fp32 and multiplies there, which a chip with bf16 matrix units does several times slower.
-The adapter itself stays in fp32; its gradients are summed in fp32 by the matrix units and rounded once. `plain` is the twin.
+PEFT carries x to the adapter's fp32 and multiplies there, which a chip with bf16 matrix units does several
+times slower. The adapter itself stays in fp32; its gradients are summed in fp32 by the matrix units and
+rounded once. `plain` is the twin.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def update(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """x W' + b and the update on it, W [out, in] frozen: what both add up to is never made twice, forward or backward."""
+    """x W' + b and the update on it, W [out, in] frozen: what both add up to is never made twice, forward or
+    backward.
+    """
     if torch.compiler.is_compiling():
         return update(x, nn.functional.linear(x, weight, bias), A, B, scale)
     if differentiated_otherwise():
@@ -44,7 +48,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float
+    ) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         a, b = A.to(x.dtype), (B * scale).to(x.dtype)
         low = flat @ a.T
@@ -57,14 +63,24 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, A, B, low = ctx.saved_tensors
         if torch.is_grad_enabled():
-            found = again(lambda x, A, B: plain(x, nn.functional.linear(x, weight, bias), A, B, ctx.scale), (x, A, B), grads[0])
+            found = again(
+                lambda x, A, B: plain(x, nn.functional.linear(x, weight, bias), A, B, ctx.scale),
+                (x, A, B),
+                grads[0],
+            )
             return found[0], None, None, *found[1:], None
         wants_x, _, _, wants_a, wants_b, _ = ctx.needs_input_grad
         flat, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
         a, b = A.to(x.dtype), (B * ctx.scale).to(x.dtype)
         inner = grad @ b if wants_x or wants_a else None
         d_x = (grad @ weight).addmm_(inner, a).view(x.shape) if wants_x else None
-        return d_x, None, None, *_factors(flat, grad, low, inner if wants_a else None, A, B, ctx.scale, wants_b), None
+        return (
+            d_x,
+            None,
+            None,
+            *_factors(flat, grad, low, inner if wants_a else None, A, B, ctx.scale, wants_b),
+            None,
+        )
 
 
 class _Update(torch.autograd.Function):
@@ -82,31 +98,56 @@ class _Update(torch.autograd.Function):
         wants_x, wants_y, wants_a, wants_b, _ = ctx.needs_input_grad
         d_y = grads[0] if wants_y else None
         if torch.is_grad_enabled():
-            found = again(lambda x, A, B: plain(x, torch.zeros_like(grads[0]), A, B, ctx.scale), (x, A, B), grads[0])
+            found = again(
+                lambda x, A, B: plain(x, torch.zeros_like(grads[0]), A, B, ctx.scale), (x, A, B), grads[0]
+            )
             return found[0], d_y, *found[1:], None
         flat, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
         inner = grad @ (B * ctx.scale).to(x.dtype) if wants_x or wants_a else None
         d_x = (inner @ A.to(x.dtype)).view(x.shape) if wants_x else None
-        return d_x, d_y, *_factors(flat, grad, low, inner if wants_a else None, A, B, ctx.scale, wants_b), None
+        return (
+            d_x,
+            d_y,
+            *_factors(flat, grad, low, inner if wants_a else None, A, B, ctx.scale, wants_b),
+            None,
+        )
 
 
-def linears(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part | None], sizes: Sequence[int]) -> Tensor:
-    """The same for one row x [1, T, in], each stretch of whose places (`sizes`) has an update of its own, or none."""
+def linears(
+    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part | None], sizes: Sequence[int]
+) -> Tensor:
+    """The same for one row x [1, T, in], each stretch of whose places (`sizes`) has an update of its own, or
+    none.
+    """
     if torch.compiler.is_compiling() or differentiated_otherwise():
         return _stretches(x, weight, bias, parts, sizes, update if torch.compiler.is_compiling() else plain)
     factors = [t for part in parts for t in (part[:2] if part else (None, None))]
     return _Linears.apply(x, weight, bias, tuple(p[2] if p else 0.0 for p in parts), tuple(sizes), *factors)
 
 
-def _stretches(x: Tensor, weight: Tensor, bias: Tensor | None, parts: Any, sizes: Sequence[int], way: Callable[..., Tensor]) -> Tensor:
+def _stretches(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    parts: Any,
+    sizes: Sequence[int],
+    way: Callable[..., Tensor],
+) -> Tensor:
     """By operations that torch differentiates."""
-    both = zip(x.split(list(sizes), -2), nn.functional.linear(x, weight, bias).split(list(sizes), -2), parts, strict=True)
+    both = zip(
+        x.split(list(sizes), -2),
+        nn.functional.linear(x, weight, bias).split(list(sizes), -2),
+        parts,
+        strict=True,
+    )
     return torch.cat([way(seen, own, *part) if part else own for seen, own, part in both], -2)
 
 
 class _Linears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: Any, sizes: Any, *factors: Any) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: Any, sizes: Any, *factors: Any
+    ) -> Tensor:
         y = nn.functional.linear(x, weight, bias)
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         places = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
@@ -142,17 +183,24 @@ class _Linears(torch.autograd.Function):
                 torch.mm(inner.T, flat[own], out=to_a)
                 torch.mm(seen.T, grad[own], out=to_b)
             wide = factors[2 * ctx.live[0]].dtype
-            for i, of_a, of_b in zip(ctx.live, *(t.to(wide).split(ctx.ranks) for t in (d_a, d_b)), strict=True):
+            for i, of_a, of_b in zip(
+                ctx.live, *(t.to(wide).split(ctx.ranks) for t in (d_a, d_b)), strict=True
+            ):
                 found[2 * i : 2 * i + 2] = of_a, of_b.T.mul(ctx.scales[i])
         return None if d_x is None else d_x.view(x.shape), None, None, None, None, *found
 
     @staticmethod
-    def again(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def again(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Any, grad: Tensor
+    ) -> tuple[Tensor | None, ...]:
         there = [f for f in factors if f is not None]
 
         def plainly(x: Tensor, *some: Tensor) -> Tensor:
             of = iter(some)
-            parts = [None if A is None else (next(of), next(of), s) for A, s in zip(factors[::2], ctx.scales, strict=True)]
+            parts = [
+                None if A is None else (next(of), next(of), s)
+                for A, s in zip(factors[::2], ctx.scales, strict=True)
+            ]
             return _stretches(x, weight, bias, parts, ctx.sizes, plain)
 
         found = iter(again(plainly, (x, *there), grad))
@@ -160,7 +208,14 @@ class _Linears(torch.autograd.Function):
 
 
 def _factors(
-    flat: Tensor, grad: Tensor, low: Tensor, inner: Tensor | None, A: Tensor, B: Tensor, scale: float, wants_b: bool
+    flat: Tensor,
+    grad: Tensor,
+    low: Tensor,
+    inner: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    scale: float,
+    wants_b: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of A and B."""
     d_a = None if inner is None else (inner.T @ flat).to(A.dtype)
@@ -170,7 +225,8 @@ def _factors(
 
 def again(f: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
     """Gradients that somebody will differentiate: through plain operations, from the inputs alone."""
-    inputs = [x.view_as(x) if x.requires_grad else x for x in inputs]  # each counts by itself, though one be made of another
+    # each counts by itself, though one be made of another
+    inputs = [x.view_as(x) if x.requires_grad else x for x in inputs]
     wanted = [x for x in inputs if x.requires_grad]
     found = iter(torch.autograd.grad(f(*inputs), wanted, grad, create_graph=True))
     return [next(found) if x.requires_grad else None for x in inputs]

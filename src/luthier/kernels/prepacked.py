@@ -1,8 +1,9 @@
-"""Weights of a network that writes on a CPU, laid out once as its bf16 products read them, and not anew at every token.
+"""Weights of a network that writes on a CPU, laid out once as its bf16 products read them, and not anew at
+every token.
 
-A product of few rows spends a tenth (32 rows) to two fifths (6 rows) of its time on laying out the weight. What comes out is the
-same bit for bit. Weights take twice the memory while they are packed, so large networks are left as they are, and compiled
-ones, whose products are the compiler's.
+A product of few rows spends a tenth (32 rows) to two fifths (6 rows) of its time on laying out the weight.
+What comes out is the same bit for bit. Weights take twice the memory while they are packed, so large networks
+are left as they are, and compiled ones, whose products are the compiler's.
 """
 
 from __future__ import annotations
@@ -22,8 +23,14 @@ MOST = 2**29  # bytes of weights up to which a network is packed
 
 @contextmanager
 def packed(model: nn.Module) -> Iterator[None]:
-    """For a while, with no gradient: linear modules of bf16 have their weight laid out for products of few rows."""
-    linear = [m for m in model.modules() if type(m) is nn.Linear and m.weight.dtype == torch.bfloat16 and m.weight.device.type == "cpu"]
+    """For a while, with no gradient: linear modules of bf16 have their weight laid out for products of few
+    rows.
+    """
+    linear = [
+        m
+        for m in model.modules()
+        if type(m) is nn.Linear and m.weight.dtype == torch.bfloat16 and m.weight.device.type == "cpu"
+    ]
     if not able() or compiled.within(model) or sum(m.weight.nbytes for m in linear) > MOST:
         linear = []
     for m in linear:

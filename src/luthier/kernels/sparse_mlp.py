@@ -1,8 +1,10 @@
-"""The last block's MLP reads only the places whose states are asked for: nobody hears what it says of the others.
+"""The last block's MLP reads only the places whose states are asked for: nobody hears what it says of the
+others.
 
-Attention needs every place, up to the keys and values of the last block; behind it a place speaks for itself alone. In place
-of what is not read stands 0. Whatever sits inside the MLP comes along (adapters, gradients of weights); where somebody
-listens there (hooks), or layers are computed again in backward, it reads everything. The plain twin is the network as it is.
+Attention needs every place, up to the keys and values of the last block; behind it a place speaks for itself
+alone. In place of what is not read stands 0. Whatever sits inside the MLP comes along (adapters, gradients of
+weights); where somebody listens there (hooks), or layers are computed again in backward, it reads everything.
+The plain twin is the network as it is.
 """
 
 from __future__ import annotations
@@ -51,9 +53,15 @@ def alone(model: nn.Module, at: Tensor, places: int) -> Iterator[None]:
 def last_block(model: nn.Module) -> tuple[nn.Module, nn.Module] | None:
     """The block that comes last, and the one module in it of a class that is called MLP."""
     if model not in _found:
-        inside = [(place, m) for name, m in model.named_modules() if type(m).__name__.endswith("MLP") and (place := layer_of(f"{name}."))]
+        inside = [
+            (place, m)
+            for name, m in model.named_modules()
+            if type(m).__name__.endswith("MLP") and (place := layer_of(f"{name}."))
+        ]
         last = [m for place, m in inside if place == inside[-1][0]]
-        _found[model] = (model.get_submodule("{}.{}".format(*inside[-1][0])), *last) if len(last) == 1 else None
+        _found[model] = (
+            (model.get_submodule("{}.{}".format(*inside[-1][0])), *last) if len(last) == 1 else None
+        )
     return _found[model]
 
 

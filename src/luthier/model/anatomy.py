@@ -1,6 +1,8 @@
-"""Where a weight stands in a transformer, by its name: in which layer, in attention or feed-forward, and as what.
+"""Where a weight stands in a transformer, by its name: in which layer, in attention or feed-forward, and as
+what.
 
-Names are those of transformers: Llama, Qwen, Gemma, Mistral, Phi, GPT-2, NeoX, OPT, Bloom, Falcon, BERT, RoBERTa, T5, BART.
+Names are those of transformers: Llama, Qwen, Gemma, Mistral, Phi, GPT-2, NeoX, OPT, Bloom, Falcon, BERT,
+RoBERTa, T5, BART.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""What is learned from: a tree of token segments, and questions about some of their tokens. No layout, no padding.
+"""What is learned from: a tree of token segments, and questions about some of their tokens. No layout, no
+padding.
 
-A segment continues its parent: the completions of a row all continue its prompt. The architecture decides how the tree
-becomes rows of a tensor (packed, prompts read once, or padded), and every layout answers alike.
+A segment continues its parent: the completions of a row all continue its prompt. The architecture decides how
+the tree becomes rows of a tensor (packed, prompts read once, or padded), and every layout answers alike.
 
-Letters in shapes: L tokens, T supervised tokens (questions), S segments, N sequences (completions), G groups (rows).
+Letters in shapes: L tokens, T supervised tokens (questions), S segments, N sequences (completions), G groups
+(rows).
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from luthier.registry import meant
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows as tokens. Built by `collate`; `view` makes variants that ask the same questions about other readings."""
+    """Rows as tokens. Built by `collate`; `view` makes variants that ask the same questions about other
+    readings.
+    """
 
     ids: Tensor  # [L] the tokens that are read, one segment after another
     labels: Tensor  # [L] the tokens that are asked about; views corrupt ids, never labels
@@ -33,12 +37,16 @@ class Batch:
     group: Tensor  # [N] the row that a sequence belongs to
     rows: list[dict]  # [G] the rows themselves: ids and further columns
     altered: bool = False  # is this a view that reads something else than the rows say?
-    mixed: tuple[Tensor, Tensor] | None = None  # other tokens [L] and shares [L]: embeddings are (1 - share) * own + share * other's
-    read: dict = field(default_factory=dict, compare=False, repr=False)  # what each role has said of this batch
+    # other tokens [L] and shares [L]: embeddings are (1 - share) * own + share * other's
+    mixed: tuple[Tensor, Tensor] | None = None
+    # what each role has said of this batch
+    read: dict = field(default_factory=dict, compare=False, repr=False)
     metrics: dict = field(default_factory=dict, compare=False, repr=False)  # what objectives noted
 
     def view(self, **changes: Any) -> Batch:
-        """The same questions with nothing remembered; with changes, another reading of them (corrupted, mixed)."""
+        """The same questions with nothing remembered; with changes, another reading of them (corrupted,
+        mixed).
+        """
         altered = self.altered or bool({"ids", "parent", "mixed"} & changes.keys())
         return replace(self, read={}, altered=altered, **changes)
 
@@ -98,7 +106,12 @@ class Batch:
 
     def count(self, unit: str) -> int:
         """How many units an objective averages over: tokens, sequences, groups or the batch itself."""
-        return {"token": len(self.owner), "sequence": len(self.completion), "group": len(self.rows), "batch": 1}[unit]
+        return {
+            "token": len(self.owner),
+            "sequence": len(self.completion),
+            "group": len(self.rows),
+            "batch": 1,
+        }[unit]
 
     # ------------------------------------------------------------------------------------------ values
 
@@ -115,7 +128,9 @@ class Batch:
         return values[self.lengths.long().cumsum(0) - 1]
 
     def suffix(self, values: Tensor, gamma: float = 1.0) -> Tensor:
-        """[T] -> [T] the sum of this and all later questions of the same sequence (reward to go), each step later times gamma."""
+        """[T] -> [T] the sum of this and all later questions of the same sequence (reward to go), each step
+        later times gamma.
+        """
         left, step = self.lengths[self.owner].long() - self.place, 1
         while step < int(self.lengths.max()):  # sums over 1, 2, 4, ... questions
             ahead = torch.cat([values[step:], values.new_zeros(min(step, len(values)))])
@@ -125,7 +140,9 @@ class Batch:
 
     def over_group(self, values: Tensor, reduce: str = "mean") -> Tensor:
         """[N] -> [N] each sequence gets its row's sum, mean, amax or amin."""
-        out = values.new_zeros(len(self.rows)).scatter_reduce(0, self.group, values, reduce, include_self=False)
+        out = values.new_zeros(len(self.rows)).scatter_reduce(
+            0, self.group, values, reduce, include_self=False
+        )
         return out[self.group]
 
     # ------------------------------------------------------------------------------------------ columns
@@ -138,11 +155,18 @@ class Batch:
         """[N] one of several rewards of the column `rewards`, {name: a number for each completion}."""
         for row in self.rows:
             if name not in row["rewards"]:
-                raise RecipeError(f"row {row['id']} has no reward '{name}' in its column `rewards`{meant(name, row['rewards'])}")
-        return torch.tensor([float(v) for row in self.rows for v in row["rewards"][name]], device=self.ids.device)
+                raise RecipeError(
+                    f"row {row['id']} has no reward '{name}' in its column"
+                    f" `rewards`{meant(name, row['rewards'])}"
+                )
+        return torch.tensor(
+            [float(v) for row in self.rows for v in row["rewards"][name]], device=self.ids.device
+        )
 
     def weights(self) -> Tensor | None:
-        """[T] how much each question counts: the column `token_weights`, 1 in rows without it; None where no row has it."""
+        """[T] how much each question counts: the column `token_weights`, 1 in rows without it; None where no
+        row has it.
+        """
         if not any("token_weights" in row for row in self.rows):
             return None
         sizes, values = iter(self.lengths.long().tolist()), []
@@ -152,8 +176,8 @@ class Batch:
                 told = row["token_weights"][k] if "token_weights" in row else [1.0] * n
                 if len(told) != n:
                     raise RecipeError(
-                        f"token_weights of row {row['id']} holds {len(told)} numbers for {n} learned tokens: it was written for "
-                        "another completion, another tokenizer or another max_length"
+                        f"token_weights of row {row['id']} holds {len(told)} numbers for {n} learned tokens:"
+                        " it was written for another completion, another tokenizer or another max_length"
                     )
                 values += told
         return torch.tensor(values, dtype=torch.float32, device=self.ids.device)
@@ -162,25 +186,36 @@ class Batch:
         """[T] one number per question, from a column of lists (written by a stage for a model that has left)."""
         if self.altered:
             raise RecipeError(
-                f"column '{name}' answers for the rows as they are, and this objective also asks about altered ones: "
-                "let a model play that role, e.g. `roles: {reference: start}`"
+                f"column '{name}' answers for the rows as they are, and this objective also asks about"
+                " altered ones: let a model play that role, e.g. `roles: {reference: start}`"
             )
         values = [float(v) for row in self.rows for completion in row[name] for v in completion]
         if len(values) != len(self.owner):
             raise RecipeError(
-                f"column '{name}' holds {len(values)} numbers for {len(self.owner)} supervised tokens, on rows "
-                f"{[row['id'] for row in self.rows][:4]}: it was written for other completions or another tokenizer"
+                f"column '{name}' holds {len(values)} numbers for {len(self.owner)} supervised tokens, on"
+                f" rows {[row['id'] for row in self.rows][:4]}: it was written for other completions or"
+                " another tokenizer"
             )
         return torch.tensor(values, device=self.ids.device)
 
     def table(self, name: str) -> Tensor:
         """[T, k] a list of k numbers per question, from a column of them for each completion."""
         if self.altered:
-            raise RecipeError(f"column '{name}' answers for the rows as they are, and this objective also asks about altered ones")
+            raise RecipeError(
+                f"column '{name}' answers for the rows as they are, and this objective also asks about"
+                " altered ones"
+            )
         values = [place for row in self.rows for completion in row[name] for place in completion]
         if len(values) != len(self.owner):
-            raise RecipeError(f"column '{name}' holds {len(values)} lists for {len(self.owner)} supervised tokens: it was written for others")
-        return torch.tensor(values, device=self.ids.device, dtype=torch.float32 if values and isinstance(values[0][0], float) else torch.long)
+            raise RecipeError(
+                f"column '{name}' holds {len(values)} lists for {len(self.owner)} supervised tokens: it was"
+                " written for others"
+            )
+        return torch.tensor(
+            values,
+            device=self.ids.device,
+            dtype=torch.float32 if values and isinstance(values[0][0], float) else torch.long,
+        )
 
     def note(self, **metrics: Tensor) -> None:
         """Keep a number for the log: the mean of what is given, over this batch."""
@@ -191,7 +226,9 @@ class Batch:
 
 
 def collate(rows: Sequence[dict], encode: Callable[[dict], Any]) -> Batch:
-    """Rows -> Batch. `encode(row)` gives the tokens of a prompt, and of its completions with their supervised marks."""
+    """Rows -> Batch. `encode(row)` gives the tokens of a prompt, and of its completions with their supervised
+    marks.
+    """
     ids: list[int] = []
     supervised: list[bool] = []
     segment: list[int] = []
@@ -212,5 +249,7 @@ def collate(rows: Sequence[dict], encode: Callable[[dict], Any]) -> Batch:
             completion.append(grow(tokens, marks, root))
             group.append(g)
     read, asked = torch.tensor(ids, dtype=torch.long), torch.tensor(supervised, dtype=torch.bool)
-    of_token, under, said_in, of_row = (torch.tensor(x, dtype=torch.long) for x in (segment, parent, completion, group))
+    of_token, under, said_in, of_row = (
+        torch.tensor(x, dtype=torch.long) for x in (segment, parent, completion, group)
+    )
     return Batch(read, read, asked, of_token, under, said_in, of_row, list(rows))

@@ -1,7 +1,9 @@
-"""What layers read, and how the loss leans on their weights, on a few rows: for starts that are taken from data.
+"""What layers read, and how the loss leans on their weights, on a few rows: for starts that are taken from
+data.
 
-A statistic is yielded layer by layer and let go. As many layers as fit `BUDGET` are gathered in one reading of the rows;
-where more are asked for, the rows are read again. Rows are read singly for what layers read, so no filling is counted.
+A statistic is yielded layer by layer and let go. As many layers as fit `BUDGET` are gathered in one reading
+of the rows; where more are asked for, the rows are read again. Rows are read singly for what layers read, so
+no filling is counted.
 """
 
 from __future__ import annotations
@@ -21,11 +23,14 @@ BUDGET = 2**28  # numbers gathered at once, in fp32: a gigabyte
 MICRO = 4  # rows whose gradients are taken at once
 
 
-def statistics(kind: str, layers: Mapping[str, Any], rows: list[dict], roles: Any) -> Iterator[tuple[str, Tensor]]:
-    """name -> module, with `get_base_layer` where it is wrapped. Yields name and what was gathered, in fp32, in their order.
+def statistics(
+    kind: str, layers: Mapping[str, Any], rows: list[dict], roles: Any
+) -> Iterator[tuple[str, Tensor]]:
+    """name -> module, with `get_base_layer` where it is wrapped. Yields name and what was gathered, in fp32,
+    in their order.
 
-    inputs: [n, in] what the module reads, token by token. covariance: [in, in] the sum over tokens of x x', x over the
-    largest |x|, by rows. gradients: [out, in] of the mean -log p of the supervised tokens.
+    inputs: [n, in] what the module reads, token by token. covariance: [in, in] the sum over tokens of x x', x
+    over the largest |x|, by rows. gradients: [out, in] of the mean -log p of the supervised tokens.
     """
     if not rows:
         raise RecipeError("a start from data wants rows")
@@ -76,7 +81,9 @@ def _inputs(layers: Mapping[str, nn.Module], rows: list[dict], roles: Any) -> di
             roles.policy.logprobs(roles.batch([row]))
     unread = [n for n, x in seen.items() if not x]
     if unread:
-        raise RecipeError(f"none of {len(rows)} rows reaches {unread[0]}: give more rows (init_rows), or leave it out")
+        raise RecipeError(
+            f"none of {len(rows)} rows reaches {unread[0]}: give more rows (init_rows), or leave it out"
+        )
     return {n: torch.cat(x) for n, x in seen.items()}
 
 
@@ -95,7 +102,9 @@ def _covariance(layers: Mapping[str, Any], rows: list[dict], roles: Any) -> dict
             roles.policy.logprobs(roles.batch([row]))
     unread = [n for n, m in most.items() if not m]
     if unread:
-        raise RecipeError(f"none of {len(rows)} rows reaches {unread[0]}: give more rows (init_rows), or leave it out")
+        raise RecipeError(
+            f"none of {len(rows)} rows reaches {unread[0]}: give more rows (init_rows), or leave it out"
+        )
     return {n: C.div_(len(rows) * most[n] ** 2) for n, C in total.items()}
 
 
@@ -131,4 +140,6 @@ def _gradients(layers: Mapping[str, Any], rows: list[dict], roles: Any) -> dict[
             w.requires_grad_(False)
         for b in codes.values():
             b.watch = None
-    return {n: (g.T if n in weights and lies_sideways(bases[n]) else g) / max(count, 1) for n, g in total.items()}
+    return {
+        n: (g.T if n in weights and lies_sideways(bases[n]) else g) / max(count, 1) for n, g in total.items()
+    }

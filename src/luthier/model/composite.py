@@ -1,6 +1,8 @@
-"""A tuner and the parts that roles bring (a critic's head, a memory of features): one thing to list, save, exchange and step.
+"""A tuner and the parts that roles bring (a critic's head, a memory of features): one thing to list, save,
+exchange and step.
 
-What of a part is trained moves along with the tuner; its buffers are memory: kept in checkpoints, not taken away.
+What of a part is trained moves along with the tuner; its buffers are memory: kept in checkpoints, not taken
+away.
 """
 
 from __future__ import annotations
@@ -15,7 +17,11 @@ class Also(Attached):
     def __init__(self, attached: Attached, parts: dict[str, Part]):
         self.attached, self.parts = attached, parts
         super().__init__(attached.settings, attached.model)
-        self.extra = [Site(n, dict(m.named_parameters()), None) for n, m in parts.items() if any(True for _ in m.parameters())]
+        self.extra = [
+            Site(n, dict(m.named_parameters()), None)
+            for n, m in parts.items()
+            if any(True for _ in m.parameters())
+        ]
 
     def __getattr__(self, name):  # peft and whatever else the tuner has
         return getattr(self.__dict__["attached"], name)
@@ -35,7 +41,9 @@ class Also(Attached):
         return self.attached.buffers()
 
     def memory(self):
-        return self.attached.memory() | {f"{n}.{k}": b for n, m in self.parts.items() for k, b in m.named_buffers()}
+        return self.attached.memory() | {
+            f"{n}.{k}": b for n, m in self.parts.items() for k, b in m.named_buffers()
+        }
 
     def initialize(self, rows, roles):
         self.attached.initialize(rows, roles)

@@ -1,6 +1,8 @@
-"""The experts of a mixture, which transformers holds as one tensor for all: apart, so that each matrix can lie in codes of its own.
+"""The experts of a mixture, which transformers holds as one tensor for all: apart, so that each matrix can
+lie in codes of its own.
 
-To tuners they are what they were, no linear modules: what a recipe moves does not depend on what its base is kept in.
+To tuners they are what they were, no linear modules: what a recipe moves does not depend on what its base is
+kept in.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ class Experts(nn.Module):
 
     def __init__(self, base: Any):
         super().__init__()
-        self.base: list[Any] = [base]  # not a module of this one: its gate is asked, and it is put back by `together`
+        # not a module of this one: its gate is asked, and it is put back by `together`
+        self.base: list[Any] = [base]
         self.count = base.gate_up_proj.shape[0]
         for e in range(self.count):
             self.add_module(str(e), nn.ModuleDict({slot: Matrix(getattr(base, slot)[e]) for slot in SLOTS}))
@@ -59,10 +62,16 @@ class Experts(nn.Module):
 
 
 def fused(model: nn.Module) -> dict[str, nn.Module]:
-    """The experts that can be taken apart: gate and up in one, no biases, laid out as Linear lays out its weight."""
+    """The experts that can be taken apart: gate and up in one, no biases, laid out as Linear lays out its
+    weight.
+    """
 
     def fits(m: Any) -> bool:
-        if not callable(getattr(m, "_apply_gate", None)) or set(m._parameters) != set(SLOTS) or len(list(m.parameters())) != 2:
+        if (
+            not callable(getattr(m, "_apply_gate", None))
+            or set(m._parameters) != set(SLOTS)
+            or len(list(m.parameters())) != 2
+        ):
             return False
         odd = m.is_transposed or m.has_bias or not m.has_gate or getattr(m, "has_post_expert_norm", False)
         return not odd and all(p.ndim == 3 for p in m.parameters())
@@ -93,7 +102,9 @@ def stacked(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, m in model.named_modules():
         if isinstance(m, Experts):
             for slot in SLOTS:
-                state[f"{name}.{slot}"] = torch.stack([state.pop(f"{name}.{e}.{slot}.weight") for e in range(m.count)])
+                state[f"{name}.{slot}"] = torch.stack(
+                    [state.pop(f"{name}.{e}.{slot}.weight") for e in range(m.count)]
+                )
     return state
 
 

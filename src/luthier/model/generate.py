@@ -1,7 +1,8 @@
-"""Writing: each prompt is read once for all its samples, and finished sequences leave the batch, several at a time.
+"""Writing: each prompt is read once for all its samples, and finished sequences leave the batch, several at a
+time.
 
-Sampling is by inverse CDF from uniforms that belong to (seed, sample, position): the same seed writes the same text
-whatever else is in the batch, up to the rounding of the network itself.
+Sampling is by inverse CDF from uniforms that belong to (seed, sample, position): the same seed writes the
+same text whatever else is in the batch, up to the rounding of the network itself.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from luthier.clock import Clock
+from luthier.errors import RecipeError
+from luthier.kernels.attention import NAME, takes_plans
+from luthier.kernels.decode_attention import ROOM, Written, keep_apart
+from luthier.kernels.prepacked import packed
 from luthier.methods.architectures._base import pad
 from luthier.model.language_model import logits_at, prefix_mask, soft_first
-from luthier.clock import Clock
 from luthier.train.checks import tolerance
-from luthier.kernels.attention import NAME, takes_plans
-from luthier.kernels.prepacked import packed
-from luthier.kernels.decode_attention import ROOM, Written, keep_apart
-from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -49,19 +50,26 @@ def generate(
 ) -> list[list[list[int]]]:
     """n completions of each prompt as token ids, the stop token included where one was written.
 
-    temperature 0 is greedy. seeds: one per prompt. Prompts of like length are written together. limit: tokens that
-    the network can hold; a sequence ends there. hear: is told after each token what prompts written together have so far; where it says true,
-    they end there. Raises RecipeError for a prompt that leaves no room.
+    temperature 0 is greedy. seeds: one per prompt. Prompts of like length are written together. limit: tokens
+    that the network can hold; a sequence ends there. hear: is told after each token what prompts written
+    together have so far; where it says true, they end there. Raises RecipeError for a prompt that leaves no
+    room.
     """
-    room = [max_new_tokens if limit is None else min(max_new_tokens, limit - writer.held(len(p))) for p in prompts]
+    room = [
+        max_new_tokens if limit is None else min(max_new_tokens, limit - writer.held(len(p))) for p in prompts
+    ]
     if min(room, default=1) < 1:
-        raise RecipeError(f"a prompt of {max(map(len, prompts))} tokens leaves no room to write: the network holds {limit}")
+        raise RecipeError(
+            f"a prompt of {max(map(len, prompts))} tokens leaves no room to write: the network holds {limit}"
+        )
     out: list[list[list[int]]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     some = max(1, SEQUENCES // n)
     for start in range(0, len(order), some):
         chosen = order[start : start + some]
-        pick = Picker([(seeds[i], k) for i in chosen for k in range(n)], max_new_tokens, temperature, top_p, top_k)
+        pick = Picker(
+            [(seeds[i], k) for i in chosen for k in range(n)], max_new_tokens, temperature, top_p, top_k
+        )
         ends = [room[i] for i in chosen for _ in range(n)]
         with packed(writer.model):
             written = _write(writer, [list(prompts[i]) for i in chosen], n, ends, pick, set(stop), hear)
@@ -72,11 +80,18 @@ def generate(
 
 @torch.no_grad()
 def _write(
-    writer: Writer, prompts: list[list[int]], n: int, ends: list[int], pick: Picker, stop: set[int], hear: Callable[..., object] | None = None
+    writer: Writer,
+    prompts: list[list[int]],
+    n: int,
+    ends: list[int],
+    pick: Picker,
+    stop: set[int],
+    hear: Callable[..., object] | None = None,
 ) -> list[list[int]]:
     logits = writer.begin(prompts, n)
     written: list[list[int]] = [[] for _ in ends]
-    which = list(range(len(ends)))  # the sequence in each row; finished ones stay until a quarter of the rows is idle
+    # the sequence in each row; finished ones stay until a quarter of the rows is idle
+    which = list(range(len(ends)))
     going = set(which)
     while True:
         tokens = pick(logits, which, len(written[next(iter(going))]))
@@ -97,12 +112,21 @@ def _write(
 class Picker:
     """Chooses the next token of each sequence."""
 
-    def __init__(self, names: Sequence[tuple[int, int]], length: int, temperature: float, top_p: float = 1.0, top_k: int = 0):
+    def __init__(
+        self,
+        names: Sequence[tuple[int, int]],
+        length: int,
+        temperature: float,
+        top_p: float = 1.0,
+        top_k: int = 0,
+    ):
         """names: the (seed, sample) of each sequence."""
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
         self.kept: Tensor | None = None
         if temperature:
-            self.uniforms = torch.stack([torch.rand(length, generator=Clock(seed).rng("sample", k)) for seed, k in names])
+            self.uniforms = torch.stack(
+                [torch.rand(length, generator=Clock(seed).rng("sample", k)) for seed, k in names]
+            )
 
     def room(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Two tensors like the logits, in fp32, for whatever is computed of them."""
@@ -114,17 +138,20 @@ class Picker:
         """[B, V] logits of sequences `which` at `step` -> [B] token ids."""
         if not self.temperature:
             return logits.argmax(-1)
-        # Written into the same memory at every token: at wide vocabularies, getting it anew costs more than the sums.
+        # Written into the same memory at every token: at wide vocabularies, getting it anew costs more than
+        # the sums.
         one, other = self.room(logits)
         p, ids = torch.softmax(one.copy_(logits).div_(self.temperature), -1, out=other), None
         if self.top_p < 1 or 0 < self.top_k < p.shape[-1]:
             p, ids = p.topk(self.top_k) if 0 < self.top_k < p.shape[-1] else p.sort(-1, descending=True)
             p = p / p.sum(-1, keepdim=True)
-            p[p.cumsum(-1) - p >= self.top_p] = 0  # the nucleus: least likely tokens whose better ones already reach top_p go
+            # the nucleus: least likely tokens whose better ones already reach top_p go
+            p[p.cumsum(-1) - p >= self.top_p] = 0
         total = torch.cumsum(p, -1, out=one) if ids is None else p.cumsum(-1)
         most = total[:, -1]
         u = self.uniforms[which, step].to(p.device) * most
-        u = torch.minimum(u, torch.nextafter(most, most.new_zeros(())))  # rounding must not lead past the last token
+        # rounding must not lead past the last token
+        u = torch.minimum(u, torch.nextafter(most, most.new_zeros(())))
         place = torch.searchsorted(total, u[:, None], right=True)
         return (place if ids is None else ids.gather(1, place)).squeeze(1)
 
@@ -169,7 +196,12 @@ class Cached(Writer):
             embed = self.model.get_input_embeddings()(ids)
             soft = self.attached.soft().to(embed.dtype)
             inputs = {
-                "inputs_embeds": torch.stack([torch.cat([e[: width - len(p)], soft, e[width - len(p) :]]) for e, p in zip(embed, prompts)])
+                "inputs_embeds": torch.stack(
+                    [
+                        torch.cat([e[: width - len(p)], soft, e[width - len(p) :]])
+                        for e, p in zip(embed, prompts)
+                    ]
+                )
             }
             mask = torch.cat([mask, mask.new_ones(len(mask), len(soft))], 1).sort(1).values
         self.tells = "position_ids" in inspect.signature(self.model.forward).parameters
@@ -212,12 +244,15 @@ class Cached(Writer):
         """Does the network hand a whole mask [B, 1, 1, W] to its attention as it is, in every layer alike?"""
         config = self.model.config.get_text_config()
         kinds = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
-        reads = getattr(config, "alibi", False) or getattr(config, "sliding_window", None)  # what makes more of a mask [B, W]
+        # what makes more of a mask [B, W]
+        reads = getattr(config, "alibi", False) or getattr(config, "sliding_window", None)
         return config._attn_implementation in ("sdpa", NAME) and self.tells and not kinds and not reads
 
 
 class Sharing(Cached):
-    """Cached, on a CPU: what samples of a prompt have in common is kept once, and attention is kernels/writing.py's."""
+    """Cached, on a CPU: what samples of a prompt have in common is kept once, and attention is
+    kernels/writing.py's.
+    """
 
     def multiply(self, n):
         from transformers.cache_utils import DynamicLayer
@@ -240,7 +275,9 @@ class Sharing(Cached):
         mask = torch.ones(len(tokens), 1, 1, 1, dtype=torch.bool)
         mask.written = self.written  # type: ignore[attr-defined]  # kernels/attention.py finds it
         where = {"attention_mask": mask, "position_ids": self.position}
-        return self.model(input_ids=tokens[:, None], **where, past_key_values=self.cache, use_cache=True).logits[:, -1]
+        return self.model(
+            input_ids=tokens[:, None], **where, past_key_values=self.cache, use_cache=True
+        ).logits[:, -1]
 
 
 def roomy(layer: Any) -> None:
@@ -260,11 +297,14 @@ def _roomy() -> type:
 
         longer: tuple[Tensor, Tensor] | None = None
 
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        def update(
+            self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        ) -> tuple[Tensor, Tensor]:
             filled: Any = (self.keys, self.values)
             held, stop = filled[0].shape[-2], filled[0].shape[-2] + key_states.shape[-2]
             mine = self.longer
-            if mine is None or mine[0].data_ptr() != filled[0].data_ptr() or mine[0].shape[-2] < stop:  # full, or rows have left
+            # full, or rows have left
+            if mine is None or mine[0].data_ptr() != filled[0].data_ptr() or mine[0].shape[-2] < stop:
                 k, v = (x.new_empty(*x.shape[:-2], stop + ROOM, x.shape[-1]) for x in filled)
                 k[..., :held, :], v[..., :held, :] = filled
                 self.longer = mine = (k, v)
@@ -278,7 +318,9 @@ def _roomy() -> type:
 
 
 class Rereading(Writer):
-    """A decoder without a cache that takes padding and loses rows (recurrent layers): all is read again for each token."""
+    """A decoder without a cache that takes padding and loses rows (recurrent layers): all is read again for
+    each token.
+    """
 
     def begin(self, prompts, n):
         self.read = [torch.tensor(p, device=self.device) for p in prompts for _ in range(n)]
@@ -298,32 +340,53 @@ class Rereading(Writer):
         ends = mask.sum(1) - 1 + torch.arange(len(mask), device=mask.device) * mask.shape[1]
         if self.prefix:
             order = torch.arange(mask.shape[1], device=mask.device) - self.attached.virtual
-            inputs["attention_mask"] = prefix_mask(self.model, mask.bool(), (order >= 0) & (order < self.first[:, None]))
+            inputs["attention_mask"] = prefix_mask(
+                self.model, mask.bool(), (order >= 0) & (order < self.first[:, None])
+            )
         return logits_at(self.model, inputs, ends)
 
 
 def decoder_writer(model: Network, attached: Any, prefix: bool = False) -> Writer:
-    """The first way to write that writes as rereading everything does. Tried out at a network's first call; told if there is none."""
+    """The first way to write that writes as rereading everything does. Tried out at a network's first call;
+    told if there is none.
+    """
     if model not in _ways:
         with torch.no_grad():
             slow = _trial(Rereading(model, attached, prefix))
             for way in (Sharing, Cached):
                 try:
                     gap = float((_trial(way(model, attached, prefix)) - slow).abs().mean())
-                    reason = "" if gap <= tolerance(model) else f"writes otherwise, by {gap:.1e} in log-probability on average"
-                except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
+                    reason = (
+                        ""
+                        if gap <= tolerance(model)
+                        else f"writes otherwise, by {gap:.1e} in log-probability on average"
+                    )
+                except (
+                    TypeError,
+                    ValueError,
+                    RuntimeError,
+                    KeyError,
+                    IndexError,
+                    AttributeError,
+                    NotImplementedError,
+                ) as error:
                     reason = f"cannot ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:100]})"
                 if not reason:
                     break
         _ways[model] = Rereading if reason else way
         if reason:
             name = type(model).__name__
-            warnings.warn(f"{name} {reason} with a cache: all is read again for each token, slower and right", stacklevel=3)
+            warnings.warn(
+                f"{name} {reason} with a cache: all is read again for each token, slower and right",
+                stacklevel=3,
+            )
     return _ways[model](model, attached, prefix)
 
 
 def _trial(writer: Writer) -> Tensor:
-    """All log-probabilities of a short play: prompts of unlike length, two samples each, two sequences left behind."""
+    """All log-probabilities of a short play: prompts of unlike length, two samples each, two sequences left
+    behind.
+    """
     said = [writer.begin([[1], [1, 2, 3, 1, 2]], 2)]
     said.append(writer.next(torch.tensor([1, 2, 3, 2], device=writer.device)))
     writer.keep(torch.tensor([1, 2], device=writer.device))
@@ -358,8 +421,11 @@ class EncoderDecoder(Writer):
 
     def next(self, tokens):
         said = self.model(
-            encoder_outputs=(self.hidden,), attention_mask=self.mask, decoder_input_ids=tokens[:, None],
-            past_key_values=self.cache, use_cache=True,
-        )  # fmt: skip
+            encoder_outputs=(self.hidden,),
+            attention_mask=self.mask,
+            decoder_input_ids=tokens[:, None],
+            past_key_values=self.cache,
+            use_cache=True,
+        )
         self.cache = said.past_key_values
         return said.logits[:, -1]

@@ -1,7 +1,9 @@
-"""Networks that answer with tokens: their hidden states are caught where the network's own forward hands them to its head.
+"""Networks that answer with tokens: their hidden states are caught where the network's own forward hands them
+to its head.
 
-So whatever a family does before its head (a transform, a scale) is the network's own code. What it does to the logits
-after its head (a scale, a soft cap, a bias) is measured once, by letting its head say known numbers.
+So whatever a family does before its head (a transform, a scale) is the network's own code. What it does to
+the logits after its head (a scale, a soft cap, a bias) is measured once, by letting its head say known
+numbers.
 """
 
 from __future__ import annotations
@@ -16,14 +18,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from luthier.methods.architectures._base import Architecture
-from luthier.model.outputs import LAYERS, Outputs
-from luthier.model.batch import Batch
+from luthier.errors import RecipeError
 from luthier.kernels.attention import NAME
 from luthier.kernels.logprobs import Head, chunk_size
-from luthier.errors import RecipeError
-from luthier.registry import family
+from luthier.methods.architectures._base import Architecture
 from luthier.model.anatomy import layer_of
+from luthier.model.batch import Batch
+from luthier.model.outputs import LAYERS, Outputs
+from luthier.registry import family
 
 if TYPE_CHECKING:
     from luthier.model.network import Matrix, Network
@@ -35,8 +37,10 @@ _measured: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()  # model ->
 class LanguageModel(Architecture):
     """Family: hidden states of the supervised tokens, then the head in chunks."""
 
-    fused: bool | Literal["liger"] = True  # norms, rotary positions, dropout in fewer passes over memory; liger: liger-kernel's, on CUDA
-    own_head: bool = False  # take logits from the network's own forward: [T, vocabulary] exists, any network is right
+    # norms, rotary positions, dropout in fewer passes over memory; liger: liger-kernel's, on CUDA
+    fused: bool | Literal["liger"] = True
+    # take logits from the network's own forward: [T, vocabulary] exists, any network is right
+    own_head: bool = False
 
     @property
     def reading(self) -> str:
@@ -46,7 +50,9 @@ class LanguageModel(Architecture):
         return None if self.own_head else replace(self, own_head=True)
 
     def answer(self, model: Network, inputs: dict[str, Any], at: Tensor, labels: Tensor) -> Outputs:
-        """Outputs of T questions: `at` [T] are flat places of the tensor [R, W] that the model reads as `inputs`."""
+        """Outputs of T questions: `at` [T] are flat places of the tensor [R, W] that the model reads as
+        `inputs`.
+        """
         with behind_blocks(model) if LAYERS.get() else nullcontext() as states:
             outputs = self._answer(model, inputs, at, labels)
         outputs.layers = None if states is None else [h.flatten(0, 1)[at] for h in states]
@@ -56,7 +62,8 @@ class LanguageModel(Architecture):
         if self.own_head:
             return Outputs(logits_at(model, inputs, at), Head(nn.Identity()), labels)
         caught: list[Tensor] = []
-        with _before_head(model, lambda hidden: caught.append(hidden) or hidden[:, :0]):  # the head itself is asked for nothing
+        # the head itself is asked for nothing
+        with _before_head(model, lambda hidden: caught.append(hidden) or hidden[:, :0]):
             model(**inputs, use_cache=False)
         return Outputs(caught[0].flatten(0, 1)[at], head_of(model, inputs), labels)
 
@@ -69,14 +76,22 @@ class LanguageModel(Architecture):
         return out[batch.supervised]
 
     def alone(self, model: Network, attached: Any, batch: Batch, segment: int, own: Tensor) -> Tensor:
-        """[k] log-probabilities of tokens `own` [k] (places in batch.ids) of a segment, read with what it continues, alone."""
+        """[k] log-probabilities of tokens `own` [k] (places in batch.ids) of a segment, read with what it
+        continues, alone.
+        """
         raise NotImplementedError
 
 
 @contextmanager
 def behind_blocks(model: Network) -> Iterator[list[Tensor]]:
-    """The states [R, W, d] behind each block that is passed meanwhile, lowest first; in an encoder-decoder the decoder's."""
-    every = {name: m for name, m in model.named_modules() if (place := layer_of(f"{name}.")) and name == f"{place[0]}.{place[1]}"}
+    """The states [R, W, d] behind each block that is passed meanwhile, lowest first; in an encoder-decoder
+    the decoder's.
+    """
+    every = {
+        name: m
+        for name, m in model.named_modules()
+        if (place := layer_of(f"{name}.")) and name == f"{place[0]}.{place[1]}"
+    }
     last = [name.rpartition(".")[0] for name in every][-1:]
     states: list[Tensor] = []
     blocks = [m for name, m in every.items() if [name.rpartition(".")[0]] == last]
@@ -96,11 +111,13 @@ def behind_blocks(model: Network) -> Iterator[list[Tensor]]:
 
 
 def prefix_mask(model: Network, real: Tensor, both: Tensor) -> Tensor:
-    """real, both [B, W]: which places hold tokens, and which of these see each other -> a mask [B, 1, W, W] as the model takes it.
-    All other tokens see what stands before them."""
+    """real, both [B, W]: which places hold tokens, and which of these see each other -> a mask [B, 1, W, W]
+    as the model takes it. All other tokens see what stands before them."""
     order = torch.arange(real.shape[1], device=real.device)
     may = (order[:, None] >= order) | both[:, :, None] & both[:, None, :]
-    return as_mask(model, (may & real[:, None, :] | torch.eye(len(order), dtype=torch.bool, device=real.device))[:, None])
+    return as_mask(
+        model, (may & real[:, None, :] | torch.eye(len(order), dtype=torch.bool, device=real.device))[:, None]
+    )
 
 
 def as_mask(model: Network, may: Tensor) -> Tensor:
@@ -123,9 +140,14 @@ def path(batch: Batch, segment: int) -> list[int]:
 
 
 def soft_first(
-    model: Network, attached: Any, ids: Tensor, mask: Tensor | None = None, of: tuple[Batch, Tensor] | None = None
+    model: Network,
+    attached: Any,
+    ids: Tensor,
+    mask: Tensor | None = None,
+    of: tuple[Batch, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """[R, W] ids and mask -> what the model is handed: the ids, or embeddings after the tuner's soft vectors [R, k + W].
+    """[R, W] ids and mask -> what the model is handed: the ids, or embeddings after the tuner's soft vectors
+    [R, k + W].
 
     of: a batch, and which of its rows [R] are read; else nobody's in particular.
     """
@@ -135,7 +157,9 @@ def soft_first(
     if not attached.virtual:
         return {"input_ids": ids, "attention_mask": mask}
     embed = model.get_input_embeddings()(ids)
-    soft = (attached.soft().expand(len(ids), -1, -1) if of is None else attached.soft_rows(of[0])[of[1]]).to(embed.dtype)
+    soft = (attached.soft().expand(len(ids), -1, -1) if of is None else attached.soft_rows(of[0])[of[1]]).to(
+        embed.dtype
+    )
     mask = torch.cat([mask.new_ones(soft.shape[:2]), mask], 1)
     return {"inputs_embeds": torch.cat([soft, embed], 1), "attention_mask": mask}
 
@@ -147,14 +171,18 @@ def picked(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def own_logits(model: Network, inputs: dict[str, Any], at: Tensor) -> Tensor:
-    """[k] places of one row -> [k, V] logits by the network's own forward, which is asked for no others where it lets itself be."""
+    """[k] places of one row -> [k, V] logits by the network's own forward, which is asked for no others where
+    it lets itself be.
+    """
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         return model(**inputs, use_cache=False, logits_to_keep=at).logits[0]
     return model(**inputs, use_cache=False).logits[0, at]
 
 
 def logits_at(model: Network, inputs: dict[str, Any], at: Tensor) -> Tensor:
-    """[T] flat places -> [T, V] logits in fp32 by the network's own forward, which makes no others where its head is known."""
+    """[T] flat places -> [T, V] logits in fp32 by the network's own forward, which makes no others where its
+    head is known.
+    """
     if model.get_output_embeddings() is None:
         return model(**inputs, use_cache=False).logits.flatten(0, 1)[at].float()
     with _before_head(model, lambda hidden: hidden.flatten(0, 1)[at][:, None]):
@@ -171,7 +199,9 @@ def _told_head(model: Network) -> Matrix:
 @contextmanager
 def _before_head(model: Network, hand_over: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While the network runs, its head is handed `hand_over(hidden [R, W, d])` in place of hidden."""
-    hook = _told_head(model).register_forward_pre_hook(lambda module, given: (hand_over(given[0]), *given[1:]), prepend=True)
+    hook = _told_head(model).register_forward_pre_hook(
+        lambda module, given: (hand_over(given[0]), *given[1:]), prepend=True
+    )
     try:
         yield
     finally:
@@ -180,7 +210,8 @@ def _before_head(model: Network, hand_over: Callable[[Tensor], Tensor]) -> Itera
 
 @torch.no_grad()
 def head_of(model: Network, inputs: dict[str, Any]) -> Head:
-    """The head, and what the network does to its logits: measured at the first call, by any inputs it can read.
+    """The head, and what the network does to its logits: measured at the first call, by any inputs it can
+    read.
 
     Raises ValueError where that is not cap * tanh(scale * (z + bias) / cap) or a part of it.
     """
@@ -196,7 +227,8 @@ def _measure(model: Network, module: nn.Module, inputs: dict[str, Any]) -> tuple
 
     def say(_, given, said: Tensor) -> Tensor:
         shape.append(said.shape[-1])
-        return told.to(said.device)[None, :, None].repeat(1, 1, said.shape[-1])  # fp32 whatever the network's type
+        # fp32 whatever the network's type
+        return told.to(said.device)[None, :, None].repeat(1, 1, said.shape[-1])
 
     hook = module.register_forward_hook(say)
     try:

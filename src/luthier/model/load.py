@@ -1,4 +1,6 @@
-"""From a recipe to a policy: the network in its precision, the tuner on it, the tokenizer, and what an earlier run moved."""
+"""From a recipe to a policy: the network in its precision, the tuner on it, the tokenizer, and what an
+earlier run moved.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from luthier.storage import store
 from luthier.clock import Clock
-from luthier.kernels import compiled, elementwise, liger
-from luthier.compat.malloc import keep_memory
 from luthier.compat.lazy_imports import import_models
+from luthier.compat.malloc import keep_memory
 from luthier.errors import RecipeError
-from luthier.registry import build
+from luthier.kernels import compiled, elementwise, liger
 from luthier.methods.quantizers._base import modules as coded
+from luthier.methods.tuners._base import Untuned
+from luthier.model.policy import Policy, Roles
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Parts
-from luthier.model.policy import Policy, Roles
-from luthier.methods.tuners._base import Untuned
+from luthier.registry import build
+from luthier.storage import store
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -30,11 +32,17 @@ BROUGHT = "role:"  # what the names of tensors begin with that a role brought
 
 
 def device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def pick_dtype(name: str, where: torch.device) -> torch.dtype:
-    """auto: bfloat16 where the chip multiplies in it (on CPUs: AMX or AVX-512 BF16), else float32. What moves has fp32 masters."""
+    """auto: bfloat16 where the chip multiplies in it (on CPUs: AMX or AVX-512 BF16), else float32. What moves
+    has fp32 masters.
+    """
     if name != "auto":
         return getattr(torch, name)
     if where.type == "cuda":
@@ -43,7 +51,9 @@ def pick_dtype(name: str, where: torch.device) -> torch.dtype:
     return torch.bfloat16 if any(getattr(torch.cpu, ask, lambda: False)() for ask in asked) else torch.float32
 
 
-def load_model(recipe: Recipe, parts: Parts, network: Mapping[str, Any], folder: Path | None = None) -> tuple[Network, Any]:
+def load_model(
+    recipe: Recipe, parts: Parts, network: Mapping[str, Any], folder: Path | None = None
+) -> tuple[Network, Any]:
     """The base network and its tokenizer. network: what the data said about it (a classifier's classes)."""
     import_models()
     from transformers import AutoTokenizer
@@ -58,10 +68,16 @@ def load_model(recipe: Recipe, parts: Parts, network: Mapping[str, Any], folder:
     if recipe.attn_implementation:
         how["attn_implementation"] = recipe.attn_implementation
     try:
-        model = _quantized(recipe, parts, path, how, where, folder) if parts.quantizer else parts.architecture.load(path, **how)
+        model = (
+            _quantized(recipe, parts, path, how, where, folder)
+            if parts.quantizer
+            else parts.architecture.load(path, **how)
+        )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        raise RecipeError(f"model {recipe.model} cannot be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise RecipeError(
+            f"model {recipe.model} cannot be loaded: {str(error).strip().splitlines()[0]}"
+        ) from None
     model.config.use_cache = False
     if recipe.gradient_checkpointing is True:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -74,20 +90,27 @@ def load_model(recipe: Recipe, parts: Parts, network: Mapping[str, Any], folder:
     return model, tokenizer
 
 
-def _quantized(recipe: Recipe, parts: Parts, path: str, how: dict[str, Any], where: torch.device, folder: Path | None) -> Network:
-    """The base as codes: those of this run, else of the run that it goes on from, else made while the weights are read.
+def _quantized(
+    recipe: Recipe, parts: Parts, path: str, how: dict[str, Any], where: torch.device, folder: Path | None
+) -> Network:
+    """The base as codes: those of this run, else of the run that it goes on from, else made while the weights
+    are read.
 
     A quantizer that must see all weights, or rows, gets the network as it is (see `_calibrated`).
     """
     from luthier.model.quantized import FILE, read
     from luthier.model.quantized_load import loaded
 
-    kept = [p for f in (folder, recipe.start) if isinstance(f, (str, Path)) and (p := Path(f) / FILE).is_file()]
+    kept = [
+        p for f in (folder, recipe.start) if isinstance(f, (str, Path)) and (p := Path(f) / FILE).is_file()
+    ]
     if parts.quantizer.whole and not kept:
         return parts.architecture.load(path, **how)
     dtype = how.pop("dtype")
     saved = read(kept[0]) if kept else None
-    return loaded(lambda **said: parts.architecture.load(path, **how, **said), parts.quantizer, dtype, where, saved)
+    return loaded(
+        lambda **said: parts.architecture.load(path, **how, **said), parts.quantizer, dtype, where, saved
+    )
 
 
 def _calibrated(parts: Parts, roles: Roles, rows: list[dict], folder: Path | None) -> None:
@@ -101,51 +124,74 @@ def _calibrated(parts: Parts, roles: Roles, rows: list[dict], folder: Path | Non
 
 
 def assemble(
-    recipe: Recipe, parts: Parts, network: Mapping[str, Any] | None = None, folder: Path | None = None, rows: list[dict] | None = None,
+    recipe: Recipe,
+    parts: Parts,
+    network: Mapping[str, Any] | None = None,
+    folder: Path | None = None,
+    rows: list[dict] | None = None,
     loaded: tuple[Network, Any] | None = None,
 ) -> Roles:
     """Model, tuner and tokenizer as the training policy; seeded before weights are drawn.
 
-    folder, rows: of the run, where the codes of a quantized base are kept, and what they may be made from. loaded: the network
-    and its tokenizer, where they are there already.
+    folder, rows: of the run, where the codes of a quantized base are kept, and what they may be made from.
+    loaded: the network and its tokenizer, where they are there already.
     """
     clock = Clock(seed=recipe.seed)
     torch.manual_seed(clock.fold("model"))
     model, tokenizer = loaded or load_model(recipe, parts, network or {}, folder)
     if parts.quantizer is not None and not coded(model):
-        plain = parts.architecture.renderer(tokenizer, model.config, max_length=recipe.max_length or min(2048, places(model)))
-        _calibrated(parts, Roles(Policy(parts.architecture, model, Untuned(model)), clock, plain), rows or [], folder)
+        plain = parts.architecture.renderer(
+            tokenizer, model.config, max_length=recipe.max_length or min(2048, places(model))
+        )
+        _calibrated(
+            parts, Roles(Policy(parts.architecture, model, Untuned(model)), clock, plain), rows or [], folder
+        )
     torch.manual_seed(clock.fold("tuner"))
     attached = attach(parts.tuner, model)
     if getattr(parts.architecture, "fused", False) and not recipe.torch_compile:
         elementwise.take_dropout(model)
     most = places(model) - attached.virtual
     if recipe.max_length and recipe.max_length > most:
-        raise RecipeError(f"max_length: {recipe.max_length} tokens, and {recipe.model} reads {most} at most under this tuner")
+        raise RecipeError(
+            f"max_length: {recipe.max_length} tokens, and {recipe.model} reads {most} at most under this"
+            " tuner"
+        )
     limit = recipe.max_length or min(2048, most)
-    renderer = parts.architecture.renderer(tokenizer, model.config, max_length=limit, chat_template=recipe.chat_template)
+    renderer = parts.architecture.renderer(
+        tokenizer, model.config, max_length=limit, chat_template=recipe.chat_template
+    )
     return Roles(Policy(parts.architecture, model, attached), clock, renderer)
 
 
 def places(model: Network) -> float:
     """How many tokens the network has positions for."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    skipped = [p for n, m in model.named_modules() if n.endswith("position_embeddings") and (p := getattr(m, "padding_idx", None))]
+    skipped = [
+        p
+        for n, m in model.named_modules()
+        if n.endswith("position_embeddings") and (p := getattr(m, "padding_idx", None))
+    ]
     return (most or math.inf) - (max(skipped) + 1 if skipped else 0)  # RoBERTa counts from behind its padding
 
 
 def attach(tuner: Any, model: Network) -> Any:
-    """The tuner on the model. Modules that no checkpoint held (a new classifier's head) are trained along and saved with it."""
+    """The tuner on the model. Modules that no checkpoint held (a new classifier's head) are trained along and
+    saved with it.
+    """
     if model.fresh and any(f.name == "modules_to_save" for f in fields(tuner)):
         tuner = replace(tuner, modules_to_save=sorted({*(tuner.modules_to_save or ()), *model.fresh}))
     new = {id(p): name for name in model.fresh for p in model.get_submodule(name).parameters()}
     attached = tuner.attach(model)
     moving = {id(p) for p in attached.parameters().values()}
-    left = sorted({name for i, name in new.items() if i not in moving}) if not hasattr(tuner, "modules_to_save") else []
+    left = (
+        sorted({name for i, name in new.items() if i not in moving})
+        if not hasattr(tuner, "modules_to_save")
+        else []
+    )
     if left and tuner.gives:
         raise RecipeError(
-            f"tuner '{tuner.name}' would leave {', '.join(left)} as random as it was made, since the checkpoint has none; "
-            "take one that trains it along: lora, full, or any with modules_to_save"
+            f"tuner '{tuner.name}' would leave {', '.join(left)} as random as it was made, since the"
+            " checkpoint has none; take one that trains it along: lora, full, or any with modules_to_save"
         )
     return attached
 
@@ -156,7 +202,8 @@ def tensors_of(start: Any, attached: Any) -> dict[str, torch.Tensor]:
         if set(start) != {"merge", "of"} or not start["of"]:
             raise RecipeError("start: give a run's folder, or {merge: average, of: [folder, folder]}")
         merger = build("merger", start["merge"])
-        base = attached.tensors() if "base" in merger.wants else None  # nothing has been trained or loaded yet
+        # nothing has been trained or loaded yet
+        base = attached.tensors() if "base" in merger.wants else None
         return merger.merge([tensors_of(s, attached) for s in start["of"]], base)
     folder = Path(start)
     if not folder.is_dir():
@@ -165,10 +212,12 @@ def tensors_of(start: Any, attached: Any) -> dict[str, torch.Tensor]:
 
 
 def take_parts(roles: Roles, parts: Parts) -> None:
-    """Let the other roles play; trained parts they bring (a critic's head) move along with the tuner. A run that goes on from
-    this one takes what the tuner moved, and begins with parts of its own."""
+    """Let the other roles play; trained parts they bring (a critic's head) move along with the tuner. A run
+    that goes on from this one takes what the tuner moved, and begins with parts of its own."""
     from luthier.model.composite import Also
 
-    brought = {f"{BROUGHT}{k}.{n}": m for k, r in parts.roles.items() for n, m in r.parts(roles.policy).items()}
+    brought = {
+        f"{BROUGHT}{k}.{n}": m for k, r in parts.roles.items() for n, m in r.parts(roles.policy).items()
+    }
     if brought:
         roles.policy.attached = roles.tuner = Also(roles.tuner, brought)

@@ -14,11 +14,14 @@ from torch.utils.checkpoint import checkpoint
 
 from luthier.kernels.logprobs import Head, chunk_size, chunked, normaliser
 
-LAYERS: ContextVar[bool] = ContextVar("layers", default=False)  # are the states behind single blocks wanted, too?
+# are the states behind single blocks wanted, too?
+LAYERS: ContextVar[bool] = ContextVar("layers", default=False)
 
 
 class Outputs:
-    """Answers to a batch's questions. Objectives see log-probabilities; never logits, layouts, masks or padding."""
+    """Answers to a batch's questions. Objectives see log-probabilities; never logits, layouts, masks or
+    padding.
+    """
 
     def __init__(
         self,
@@ -31,7 +34,8 @@ class Outputs:
         self.head = head
         self.labels = labels  # [T]
         self.playing = playing  # the role in which the head, too, is asked
-        self.layers: list[Tensor] | None = None  # [T, d] the same places behind each block, where they were wanted (Policy.layers)
+        # [T, d] the same places behind each block, where they were wanted (Policy.layers)
+        self.layers: list[Tensor] | None = None
 
     @cached_property
     def logprobs(self) -> Tensor:
@@ -76,8 +80,9 @@ class Outputs:
     def apply(self, f: Callable, *per_token: Tensor, beside: Sequence[Outputs] = ()) -> Any:
         """f(logits [C, V], ...) over chunks, recomputed in backward, so [T, V] never exists.
 
-        per_token: tensors [T, ...] whose chunks follow the logits in f. beside: further outputs for the same questions
-        (a teacher, a second pass); their logits follow ours in f. f returns a tensor [C, ...] or a tuple of them.
+        per_token: tensors [T, ...] whose chunks follow the logits in f. beside: further outputs for the same
+        questions (a teacher, a second pass); their logits follow ours in f. f returns a tensor [C, ...] or a
+        tuple of them.
         """
         every = (self, *beside)
         tables = (*(o.hidden for o in every), *per_token)
@@ -88,8 +93,13 @@ class Outputs:
             return f(*logits, *chunk[len(every) :])
 
         chunks = zip(*(t.split(size) for t in tables), strict=True)
-        out = [checkpoint(piece, *c, use_reentrant=False) if torch.is_grad_enabled() else piece(*c) for c in chunks]
-        return torch.cat(out) if torch.is_tensor(out[0]) else tuple(torch.cat(x) for x in zip(*out, strict=True))
+        out = [
+            checkpoint(piece, *c, use_reentrant=False) if torch.is_grad_enabled() else piece(*c)
+            for c in chunks
+        ]
+        return (
+            torch.cat(out) if torch.is_tensor(out[0]) else tuple(torch.cat(x) for x in zip(*out, strict=True))
+        )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[C, d] -> [C, V], asked in the role that read the batch."""

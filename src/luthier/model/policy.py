@@ -1,7 +1,9 @@
-"""Who plays what: the policy that trains, and whoever else an objective or a stage may ask (reference, teacher, ...).
+"""Who plays what: the policy that trains, and whoever else an objective or a stage may ask (reference,
+teacher, ...).
 
-One network can play many roles: the reference of a LoRA run is the policy with its adapter switched off. Each other
-role is a file in this folder; the recipe says who plays it, e.g. `roles: {reference: start, teacher: {name: model, ...}}`.
+One network can play many roles: the reference of a LoRA run is the policy with its adapter switched off. Each
+other role is a file in this folder; the recipe says who plays it, e.g. `roles: {reference: start, teacher:
+{name: model, ...}}`.
 """
 
 from __future__ import annotations
@@ -13,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from luthier.methods.architectures._base import Architecture
-from luthier.model.outputs import LAYERS, Outputs
-from luthier.model.batch import Batch, collate
 from luthier.clock import Clock
 from luthier.errors import RecipeError
+from luthier.methods.architectures._base import Architecture
+from luthier.model.batch import Batch, collate
+from luthier.model.outputs import LAYERS, Outputs
 
 if TYPE_CHECKING:
+    from luthier.methods.tuners._base import Attached
     from luthier.model.network import Network
     from luthier.text.render import Renderer
-    from luthier.methods.tuners._base import Attached
 
 
 class Policy(nn.Module):
@@ -37,7 +39,13 @@ class Policy(nn.Module):
         inside: Callable[[], AbstractContextManager] | None = None,
     ):
         super().__init__()
-        self.architecture, self.model, self.attached, self.role, self.inside = architecture, model, attached, role, inside
+        self.architecture, self.model, self.attached, self.role, self.inside = (
+            architecture,
+            model,
+            attached,
+            role,
+            inside,
+        )
 
     def train(self, mode: bool = True) -> Policy:
         """Looking takes a third of the time of setting, and a step begins with it."""
@@ -54,8 +62,8 @@ class Policy(nn.Module):
         return self.outputs(batch).logprobs
 
     def layers(self, batch: Batch) -> list[Tensor]:
-        """[T, d] for each block, lowest first: the state behind it at the places that predict the supervised tokens. Asked before
-        anything else of a batch, it costs no reading of its own."""
+        """[T, d] for each block, lowest first: the state behind it at the places that predict the supervised
+        tokens. Asked before anything else of a batch, it costs no reading of its own."""
         if self.role not in batch.read or batch.read[self.role].layers is None:
             token = LAYERS.set(True)
             try:
@@ -63,7 +71,9 @@ class Policy(nn.Module):
             finally:
                 LAYERS.reset(token)
         if batch.read[self.role].layers is None:
-            raise RecipeError("this architecture gives no states of single layers; a language model or masked_lm does")
+            raise RecipeError(
+                "this architecture gives no states of single layers; a language model or masked_lm does"
+            )
         return batch.read[self.role].layers
 
     def forward(self, batch: Batch) -> Outputs:
@@ -87,13 +97,17 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], **how: Any) -> list[list[list[int]]]:
-        """n completions of each prompt as token ids (seeds, n, max_new_tokens, temperature, top_p, top_k, stop)."""
+        """n completions of each prompt as token ids (seeds, n, max_new_tokens, temperature, top_p, top_k,
+        stop).
+        """
         with (self.inside or nullcontext)(), resting(self.model):
             return self.architecture.generate(self.model, self.attached, [list(p) for p in prompts], **how)
 
 
 class Roles:
-    """Everyone a method may speak to. `policy`, `tuner`, `clock` and `renderer` always; others as the recipe names them."""
+    """Everyone a method may speak to. `policy`, `tuner`, `clock` and `renderer` always; others as the recipe
+    names them.
+    """
 
     def __init__(self, policy: Policy, clock: Clock, renderer: Renderer, **others: Any):
         self.policy, self.tuner, self.clock, self.renderer = policy, policy.attached, clock, renderer
@@ -104,14 +118,18 @@ class Roles:
     def __getattr__(self, role: str) -> Any:
         if role.startswith("__"):
             raise AttributeError(role)
-        raise RecipeError(f"nobody plays '{role}' in this recipe; say who under roles, e.g. `roles: {{{role}: start}}`")
+        raise RecipeError(
+            f"nobody plays '{role}' in this recipe; say who under roles, e.g. `roles: {{{role}: start}}`"
+        )
 
     def policies(self) -> list[Policy]:
         """Every network in a role, the policy first."""
         return [r for r in vars(self).values() if isinstance(r, Policy)]
 
     def batch(self, rows: Sequence[dict], training: bool = False) -> Batch:
-        """Rows -> tokens on the policy's device. What is drawn to be asked (gaps) changes from step to step in training only."""
+        """Rows -> tokens on the policy's device. What is drawn to be asked (gaps) changes from step to step
+        in training only.
+        """
         arch = self.policy.architecture
         clock = self.clock if training else Clock(self.clock.seed)
         batch = collate(rows, lambda row: arch.encode(row, self.renderer))

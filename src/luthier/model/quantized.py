@@ -1,7 +1,8 @@
-"""Quantizing a network that is there already: what the rows say of each weight, then one weight after another leaves for its codes.
+"""Quantizing a network that is there already: what the rows say of each weight, then one weight after another
+leaves for its codes.
 
-For quantizers that compare all weights with each other or read rows. The codes are kept beside the run (quantized.safetensors), so
-that whatever loads it has the same base without seeing rows.
+For quantizers that compare all weights with each other or read rows. The codes are kept beside the run
+(quantized.safetensors), so that whatever loads it has the same base without seeing rows.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from luthier.storage import store
-from luthier.registry import build, spec
+from luthier.methods.quantizers._base import Codes, Quantizer, held_as, modules
 from luthier.model.experts import apart, put
 from luthier.model.quantized_load import chosen
-from luthier.methods.quantizers._base import Codes, Quantizer, held_as, modules
+from luthier.registry import build, spec
+from luthier.storage import store
 
 FILE = "quantized.safetensors"
 MICRO = 4  # rows read at once
@@ -30,7 +31,11 @@ def quantize(model: Any, quantizer: Quantizer, roles: Any = None, rows: list[dic
     """Put codes in the place of every linear weight that the quantizer takes."""
     apart(model)
     names = chosen(model, quantizer)
-    seen = {} if not quantizer.reads else SEEN[quantizer.reads](model, names, (rows or [])[: quantizer.init_rows], roles)
+    seen = (
+        {}
+        if not quantizer.reads
+        else SEEN[quantizer.reads](model, names, (rows or [])[: quantizer.init_rows], roles)
+    )
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         for name in names:
@@ -57,7 +62,11 @@ def save(model: Any, path: Path) -> None:
 
     some = {n.removesuffix(".base_layer"): m for n, m in modules(model).items()}  # a tuner may sit on them
     tensors = {f"{n}|{k}": v.detach().cpu().contiguous() for n, m in some.items() for k, v in m.codes.items()}
-    save_file(tensors, str(path), metadata={"quantizers": json.dumps({n: spec(m.quantizer) for n, m in some.items()})})
+    save_file(
+        tensors,
+        str(path),
+        metadata={"quantizers": json.dumps({n: spec(m.quantizer) for n, m in some.items()})},
+    )
     store.compare(tensors, path)
 
 
@@ -98,7 +107,9 @@ def hessians(model: Any, names: list[str], rows: list[dict], roles: Any) -> dict
 
 
 def fisher(model: Any, names: list[str], rows: list[dict], roles: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """The squared gradients of -log p of single rows, summed: their means over each row [out] and each column [in] of a weight."""
+    """The squared gradients of -log p of single rows, summed: their means over each row [out] and each column
+    [in] of a weight.
+    """
     total: dict[str, tuple[Tensor, Tensor]] = {}
 
     def see(name: str, turned: bool):
@@ -114,7 +125,10 @@ def fisher(model: Any, names: list[str], rows: list[dict], roles: Any) -> dict[s
     weights: Mapping[str, Any] = {n: model.get_submodule(n) for n in names}
     asked = {n: p.requires_grad for n, p in model.named_parameters()}
     model.requires_grad_(False)
-    hooks = [m.weight.requires_grad_(True).register_post_accumulate_grad_hook(see(n, isinstance(m, Conv1D))) for n, m in weights.items()]
+    hooks = [
+        m.weight.requires_grad_(True).register_post_accumulate_grad_hook(see(n, isinstance(m, Conv1D)))
+        for n, m in weights.items()
+    ]
     try:
         with torch.enable_grad():
             for row in rows:

@@ -1,7 +1,9 @@
-"""Reading a checkpoint into codes: transformers hands over one weight at a time, and it is quantized before the next is read.
+"""Reading a checkpoint into codes: transformers hands over one weight at a time, and it is quantized before
+the next is read.
 
-The only file that knows transformers' interface for quantizers. Weights are quantized from their values in the checkpoint, in
-fp32, whatever the compute dtype is: so a base that is loaded again in another precision has the same codes.
+The only file that knows transformers' interface for quantizers. Weights are quantized from their values in
+the checkpoint, in fp32, whatever the compute dtype is: so a base that is loaded again in another precision
+has the same codes.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from transformers.quantizers import register_quantization_config, register_quant
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from luthier.storage import store
 from luthier.compat.malloc import Mapped
 from luthier.errors import RecipeError
-from luthier.registry import meant
-from luthier.model.experts import Experts, Matrix, apart, fused, put
 from luthier.methods.quantizers._base import Codes, Quantized, Quantizer, held_as, plain
+from luthier.model.experts import Experts, Matrix, apart, fused, put
+from luthier.registry import meant
+from luthier.storage import store
 
 Saved = dict[str, tuple[Quantizer, Codes]]  # module -> its quantizer and its codes
 
@@ -31,9 +33,12 @@ class Config(QuantizationConfigMixin):
 
     quant_method: Any = "luthier"
 
-    def __init__(self, quantizer: Quantizer, dtype: torch.dtype, device: torch.device, saved: Saved | None = None):
+    def __init__(
+        self, quantizer: Quantizer, dtype: torch.dtype, device: torch.device, saved: Saved | None = None
+    ):
         self.quantizer, self.dtype, self.device, self.saved = quantizer, dtype, device, saved
-        self.files, self.read = Mapped(), 0  # what the checkpoint lies in, and bytes read of it since pages were let go
+        # what the checkpoint lies in, and bytes read of it since pages were let go
+        self.files, self.read = Mapped(), 0
         self.made: Saved = {}  # until all is read: transformers empties buffers at its end
 
     def __deepcopy__(self, memo):
@@ -100,14 +105,19 @@ class Quantize(ConversionOps):
         self.loader = loader
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **kwargs: Any) -> dict[str, Tensor]:
+    def convert(
+        self, input_dict: dict[str, Any], model: Any = None, missing_keys: Any = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
         for key, value in input_dict.items():
             value = value[0] if isinstance(value, list) else value
             name, _, slot = key.rpartition(".")
             module: Any = model.get_submodule(name)
             there = getattr(module, slot).shape
             if tuple(value.shape) != tuple(there):
-                raise RecipeError(f"{name} has the shape {tuple(value.shape)} in the checkpoint, and {tuple(there)} in the model")
+                raise RecipeError(
+                    f"{name} has the shape {tuple(value.shape)} in the checkpoint, and {tuple(there)} in the"
+                    " model"
+                )
             if isinstance(module, Experts):
                 for e, W in enumerate(value):
                     self.take(f"{name}.{e}.{slot}", module.get_submodule(f"{e}.{slot}"), W)
@@ -135,14 +145,20 @@ class Quantize(ConversionOps):
 
 
 def chosen(model: Any, quantizer: Quantizer) -> list[str]:
-    """The linear modules of a network that are quantized: all but its head, what is tied, and what is to be skipped."""
+    """The linear modules of a network that are quantized: all but its head, what is tied, and what is to be
+    skipped.
+    """
     names = [n for n, m in model.named_modules() if type(m) in (nn.Linear, Conv1D, Matrix)]
-    skip = {*get_keys_to_not_convert(model), *(n for n in names if n.endswith(("classifier", "score", "qa_outputs")))}
+    skip = {
+        *get_keys_to_not_convert(model),
+        *(n for n in names if n.endswith(("classifier", "score", "qa_outputs"))),
+    }
     for asked in quantizer.skip_modules or ():
         found = {n for n in names if n == asked or n.endswith(f".{asked}") or f".{asked}." in f".{n}."}
         if not found:
             raise RecipeError(
-                f"quantization: skip_modules '{asked}' matches no linear module{meant(asked, {n.rpartition('.')[2] for n in names})}"
+                f"quantization: skip_modules '{asked}' matches no linear"
+                f" module{meant(asked, {n.rpartition('.')[2] for n in names})}"
             )
         skip |= found
     kept = [n for n in names if n not in skip]
@@ -151,19 +167,25 @@ def chosen(model: Any, quantizer: Quantizer) -> list[str]:
     return kept
 
 
-def loaded(load: Any, quantizer: Quantizer, dtype: torch.dtype, device: torch.device, saved: Saved | None = None) -> Any:
+def loaded(
+    load: Any, quantizer: Quantizer, dtype: torch.dtype, device: torch.device, saved: Saved | None = None
+) -> Any:
     """load(**kwargs of from_pretrained) -> the network with its linear weights as codes."""
     config = Config(quantizer, dtype, device, saved)
     model = load(quantization_config=config, dtype=torch.float32)
-    config.files.drop()  # what stays dense is read again when it is used: the rest of its file would count as memory for good
+    # what stays dense is read again when it is used: the rest of its file would count as memory for good
+    config.files.drop()
     for name in list(config.made):
         model.get_submodule(name).take(*config.made.pop(name))
     for m in model.modules():
         if isinstance(m, Experts):
             for slot, p in list(m._parameters.items()):
                 m._parameters.pop(slot)
-                for e, W in enumerate(p if p is not None else ()):  # nothing is left of what a checkpoint held
-                    m.get_submodule(f"{e}.{slot}")._parameters["weight"] = nn.Parameter(W.detach(), requires_grad=False)
+                # nothing is left of what a checkpoint held
+                for e, W in enumerate(p if p is not None else ()):
+                    m.get_submodule(f"{e}.{slot}")._parameters["weight"] = nn.Parameter(
+                        W.detach(), requires_grad=False
+                    )
     model.hf_quantizer.remove_quantization_config(model)  # to transformers it is a network like any other
     for part in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
         part.__dict__.pop("_is_quantized", None)

@@ -1,4 +1,6 @@
-"""What a network does on a few rows, matrix by matrix: how strongly each input comes in, how much each entry matters."""
+"""What a network does on a few rows, matrix by matrix: how strongly each input comes in, how much each entry
+matters.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ def matrices(model: Network) -> dict[str, Any]:
 
 @torch.no_grad()
 def input_norms(model: Network, rows: list[dict], roles: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """name of a linear module -> its weight [out, in], and [in] the 2-norm of each of its inputs over all tokens of the rows."""
+    """name of a linear module -> its weight [out, in], and [in] the 2-norm of each of its inputs over all
+    tokens of the rows.
+    """
     found = matrices(model)
     squares: dict[str, Tensor] = {}
 
@@ -45,7 +49,9 @@ def input_norms(model: Network, rows: list[dict], roles: Any) -> dict[str, tuple
 
 
 def squared_gradients(modules: dict[str, Any], rows: list[dict], roles: Any) -> dict[str, Tensor]:
-    """name -> [out, in] the squared gradient of each entry of a frozen weight, summed over batches of the mean -log p per token."""
+    """name -> [out, in] the squared gradient of each entry of a frozen weight, summed over batches of the
+    mean -log p per token.
+    """
     weights = {n: m.weight for n, m in modules.items()}
     total = {n: torch.zeros(w.shape, dtype=torch.float32, device=w.device) for n, w in weights.items()}
 

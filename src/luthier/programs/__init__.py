@@ -1,18 +1,51 @@
-"""Programs of prompts, and what tunes them: demonstrations, instructions, and the weights of the models that are asked.
+"""Programs of prompts, and what tunes them: demonstrations, instructions, and the weights of the models that
+are asked.
 
-A program is Python code with predictors in it; a compiler (a file of this folder each) tunes it from rows and a metric.
-Any workflow of Python functions can be tuned by what is said of its outcome, too: `node`, `bundle` and `optoprime`.
+A program is Python code with predictors in it; a compiler (a file of this folder each) tunes it from rows and
+a metric. Any workflow of Python functions can be tuned by what is said of its outcome, too: `node`, `bundle`
+and `optoprime`.
 """
 
 from luthier.programs.graph import Failed, Node, ancestors, attempt, bundle, call, node
 from luthier.programs.models import Remembering, Speaker, speaker
-from luthier.programs.program import ChainOfThought, Majority, MultiChainComparison, Predict, Prediction, Program, ProgramOfThought, ReAct, evaluate, rewarded
+from luthier.programs.program import (
+    ChainOfThought,
+    Majority,
+    MultiChainComparison,
+    Predict,
+    Prediction,
+    Program,
+    ProgramOfThought,
+    ReAct,
+    evaluate,
+    rewarded,
+)
 from luthier.programs.signature import Signature
 
 __all__ = [
-    "ChainOfThought", "Failed", "Majority", "MultiChainComparison", "Node", "Predict", "Prediction", "Program", "ProgramOfThought", "ReAct",
-    "Remembering", "Signature", "Speaker", "ancestors", "attempt", "bundle", "call", "compiler", "evaluate", "node", "rewarded", "speaker",
-]  # fmt: skip
+    "ChainOfThought",
+    "Failed",
+    "Majority",
+    "MultiChainComparison",
+    "Node",
+    "Predict",
+    "Prediction",
+    "Program",
+    "ProgramOfThought",
+    "ReAct",
+    "Remembering",
+    "Signature",
+    "Speaker",
+    "ancestors",
+    "attempt",
+    "bundle",
+    "call",
+    "compiler",
+    "evaluate",
+    "node",
+    "rewarded",
+    "speaker",
+]
 
 
 def compiler(name: str, **settings):

@@ -9,7 +9,8 @@
 
     y = square(x - 3)          # a node; y.data is 4.0, and ancestors(y) are the nodes that it came from
 
-A bundle that raises gives `Failed`, which holds a node like any other, with the error's text as its value: `attempt` returns it.
+A bundle that raises gives `Failed`, which holds a node like any other, with the error's text as its value:
+`attempt` returns it.
 """
 
 from __future__ import annotations
@@ -86,7 +87,9 @@ class Failed(Exception):
 
 
 def bundle(told: str = "", name: str = "") -> Callable[[Callable[..., Any]], Callable[..., Node]]:
-    """A function on values becomes one on nodes, whose every call is remembered. told: what it does, if not its docstring."""
+    """A function on values becomes one on nodes, whose every call is remembered. told: what it does, if not
+    its docstring.
+    """
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Node]:
         said = told or (inspect.getdoc(function) or "").strip()
@@ -97,9 +100,17 @@ def bundle(told: str = "", name: str = "") -> Callable[[Callable[..., Any]], Cal
             parents = tuple(a if isinstance(a, Node) else Node(a) for a in every)
             names = (*("" for _ in args), *kwargs)
             values = [p.data for p in parents]
-            made = {"function": name or function.__name__, "told": said, "parents": parents, "arguments": names}
+            made = {
+                "function": name or function.__name__,
+                "told": said,
+                "parents": parents,
+                "arguments": names,
+            }
             try:
-                return Node(function(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True))), **made)
+                return Node(
+                    function(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True))),
+                    **made,
+                )
             except Exception as error:
                 raise Failed(Node(f"{type(error).__name__}: {error}", failed=True, **made)) from error
 
@@ -133,7 +144,9 @@ def ancestors(*outputs: Node) -> list[Node]:
 
 
 def names_of(nodes: Sequence[Node]) -> dict[int, str]:
-    """id -> a name of its own for each node. Raises RecipeError where two different ones were given the same name."""
+    """id -> a name of its own for each node. Raises RecipeError where two different ones were given the same
+    name.
+    """
     given: dict[str, Node] = {}
     for n in nodes:
         if n.name and given.setdefault(n.name, n) is not n:
@@ -150,7 +163,9 @@ def names_of(nodes: Sequence[Node]) -> dict[int, str]:
 
 @bundle("The function that the code defines last, called with these arguments, in the sandbox.", name="call")
 def call(source: str, *args: Any) -> Any:
-    """Runs code that is itself a node: `call(node("def f(x): ...", "f", trainable=True), 3)`. Arguments and result are plain data."""
+    """Runs code that is itself a node: `call(node("def f(x): ...", "f", trainable=True), 3)`. Arguments and
+    result are plain data.
+    """
     from luthier.sandbox.sandbox import run
 
     defined = [n.name for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)]

@@ -1,4 +1,6 @@
-"""Who answers a program's prompts: a model on this machine, one behind a URL, or any object with `name` and `ask`."""
+"""Who answers a program's prompts: a model on this machine, one behind a URL, or any object with `name` and
+`ask`.
+"""
 
 from __future__ import annotations
 
@@ -17,21 +19,27 @@ class Speaker(Protocol):
 
     name: str  # tells it apart from others, in caches
 
-    def ask(self, prompt: str, *, temperature: float = 0.0, seed: int = 0, max_new_tokens: int = 256) -> str: ...
+    def ask(
+        self, prompt: str, *, temperature: float = 0.0, seed: int = 0, max_new_tokens: int = 256
+    ) -> str: ...
 
 
 class Local:
     """A run's folder, a model's folder, a hub name or practice:NAME; loaded when it is first asked.
 
-    turns: is a prompt put as a turn of a conversation, or continued as it is? If not said, as the model was tuned.
-    settings: keys of a recipe, as for `luthier.load`.
+    turns: is a prompt put as a turn of a conversation, or continued as it is? If not said, as the model was
+    tuned. settings: keys of a recipe, as for `luthier.load`.
     """
 
     def __init__(self, model: str | Path, turns: bool | None = None, **settings: Any):
         self.where, self.turns, self.settings, self._loaded = str(model), turns, settings, None
         files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
-        print_ = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]  # a folder may be written anew
-        self.name = f"{model} {hashlib.sha256(repr((turns, print_, sorted(settings.items()))).encode()).hexdigest()[:12]}"
+        # a folder may be written anew
+        print_ = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+        self.name = (
+            f"{model}"
+            f" {hashlib.sha256(repr((turns, print_, sorted(settings.items()))).encode()).hexdigest()[:12]}"
+        )
 
     def ask(self, prompt: str, *, temperature: float = 0.0, seed: int = 0, max_new_tokens: int = 256) -> str:
         if self._loaded is None:
@@ -47,13 +55,18 @@ class Remembering:
     """Another speaker's answers, kept in a file: what was asked before is answered without it."""
 
     def __init__(self, speaker: Speaker, path: str | Path):
-        self.speaker, self.name, self.asked = speaker, speaker.name, 0  # asked: how often the speaker itself was
+        # asked: how often the speaker itself was
+        self.speaker, self.name, self.asked = speaker, speaker.name, 0
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.table = sqlite3.connect(path)
         self.table.execute("create table if not exists answers (question text primary key, answer text)")
 
     def ask(self, prompt: str, *, temperature: float = 0.0, seed: int = 0, max_new_tokens: int = 256) -> str:
-        how = {"temperature": temperature, "seed": seed if temperature else 0, "max_new_tokens": max_new_tokens}
+        how = {
+            "temperature": temperature,
+            "seed": seed if temperature else 0,
+            "max_new_tokens": max_new_tokens,
+        }
         question = hashlib.sha256(json.dumps([self.name, prompt, how]).encode()).hexdigest()
         known = self.table.execute("select answer from answers where question = ?", (question,)).fetchone()
         if known:
@@ -66,7 +79,9 @@ class Remembering:
 
 
 def speaker(who: Any) -> Speaker:
-    """A name, a URL (`http://host/v1#model`), {base_url, model, ...} or {model, turns, ...} -> who answers. A speaker stays itself."""
+    """A name, a URL (`http://host/v1#model`), {base_url, model, ...} or {model, turns, ...} -> who answers. A
+    speaker stays itself.
+    """
     if isinstance(who, (str, Path)):
         if not str(who).startswith(("http://", "https://")):
             return Local(who)
@@ -79,5 +94,8 @@ def speaker(who: Any) -> Speaker:
 
         return build("role", {"name": "endpoint", **who}).play("speaker", None)
     if not isinstance(who, Speaker):
-        raise RecipeError(f"a program wants a model: a folder, a name, a URL, or an object with `name` and `ask`, not {who!r}")
+        raise RecipeError(
+            "a program wants a model: a folder, a name, a URL, or an object with `name` and `ask`, not"
+            f" {who!r}"
+        )
     return who

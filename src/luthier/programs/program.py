@@ -1,4 +1,6 @@
-"""Programs: Python code that asks models through predictors. A predictor's instructions, demonstrations and model can be tuned."""
+"""Programs: Python code that asks models through predictors. A predictor's instructions, demonstrations and
+model can be tuned.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,9 @@ from typing import Any
 from typing_extensions import Self
 
 from luthier.errors import RecipeError
-from luthier.registry import build
 from luthier.programs.models import Speaker, speaker
 from luthier.programs.signature import Signature
+from luthier.registry import build
 
 Metric = Callable[[Mapping[str, Any], "Prediction"], float]
 
@@ -89,19 +91,30 @@ class Program:
 
     def state(self) -> dict[str, Any]:
         """Instructions and demonstrations of each predictor, as plain data."""
-        return {name: {"instructions": p.signature.instructions, "demos": list(p.demos)} for name, p in self.predictors().items()}
+        return {
+            name: {"instructions": p.signature.instructions, "demos": list(p.demos)}
+            for name, p in self.predictors().items()
+        }
 
     def load(self, state: Mapping[str, Any]) -> Self:
         """A copy with `state()` put back. Raises RecipeError where the predictors differ."""
         made = self.copy()
         own = made.predictors()
         if own.keys() != state.keys():
-            raise RecipeError(f"this state is of another program: it has {', '.join(state)}, and the program {', '.join(own)}")
+            raise RecipeError(
+                f"this state is of another program: it has {', '.join(state)}, and the program"
+                f" {', '.join(own)}"
+            )
         for name, p in own.items():
-            p.signature, p.demos = replace(p.signature, instructions=state[name]["instructions"]), list(state[name]["demos"])
+            p.signature, p.demos = (
+                replace(p.signature, instructions=state[name]["instructions"]),
+                list(state[name]["demos"]),
+            )
         return made
 
-    def run(self, row: Mapping[str, Any], temperature: float = 0.0, seed: int = 0) -> tuple[Prediction, list[Asking]]:
+    def run(
+        self, row: Mapping[str, Any], temperature: float = 0.0, seed: int = 0
+    ) -> tuple[Prediction, list[Asking]]:
         """What it says of a row, and every question that was asked on the way."""
         trace: list[Asking] = []
         names = {id(p): name for name, p in self.predictors().items()}
@@ -115,7 +128,10 @@ class Program:
         named = [p.name for p in took if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         missing = [p.name for p in took if p.name in named and p.default is p.empty and p.name not in row]
         if missing:
-            raise RecipeError(f"{type(self).__name__} reads '{missing[0]}', and a row has no such column (it has: {', '.join(row)})")
+            raise RecipeError(
+                f"{type(self).__name__} reads '{missing[0]}', and a row has no such column (it has:"
+                f" {', '.join(row)})"
+            )
         return [n for n in named if n in row]
 
 
@@ -138,9 +154,13 @@ class Predict(Program):
         if self.lm is None:
             raise RecipeError("this program has no model yet: `program = program.using('practice:lm')`")
         how = _HOW.get() or How()
-        shown = [d for d in self.demos if any(d.get(n) != inputs.get(n) for n in self.signature.inputs)]  # never its own answer
+        # never its own answer
+        shown = [d for d in self.demos if any(d.get(n) != inputs.get(n) for n in self.signature.inputs)]
         text = self.lm.ask(
-            self.signature.prompt(inputs, shown), temperature=how.temperature, seed=how.seed, max_new_tokens=self.max_new_tokens
+            self.signature.prompt(inputs, shown),
+            temperature=how.temperature,
+            seed=how.seed,
+            max_new_tokens=self.max_new_tokens,
         )
         outputs = self.signature.read(text)
         if how.trace is not None:
@@ -153,7 +173,9 @@ class ChainOfThought(Predict):
     """A predictor that gives its reasons first, as an output `reasoning`."""
 
     def __init__(self, signature: str | Signature, instructions: str = "", max_new_tokens: int = 512):
-        super().__init__(Signature.of(signature, instructions).first("reasoning"), max_new_tokens=max_new_tokens)
+        super().__init__(
+            Signature.of(signature, instructions).first("reasoning"), max_new_tokens=max_new_tokens
+        )
 
 
 class MultiChainComparison(Program):
@@ -163,7 +185,9 @@ class MultiChainComparison(Program):
         self.n, self.temperature = n, temperature
         self.think = ChainOfThought(signature)
         own = Signature.of(signature)
-        self.judge = Predict(own.more(*(f"attempt_{i + 1}" for i in range(n))).first("comparison"), max_new_tokens=512)
+        self.judge = Predict(
+            own.more(*(f"attempt_{i + 1}" for i in range(n))).first("comparison"), max_new_tokens=512
+        )
 
     def forward(self, **inputs):
         how = _HOW.get() or How()
@@ -179,14 +203,22 @@ class MultiChainComparison(Program):
 
 
 class ReAct(Program):
-    """Thoughts and calls of tools in turn, until the answer is given: `finish`, or after max_steps a last question."""
+    """Thoughts and calls of tools in turn, until the answer is given: `finish`, or after max_steps a last
+    question.
+    """
 
     def __init__(self, signature: str | Signature, tools: Sequence[Callable[[str], Any]], max_steps: int = 5):
         self.tools, self.max_steps = {t.__name__: t for t in tools}, max_steps
         own = Signature.of(signature)
-        told = "; ".join(f"{n}: {(inspect.getdoc(t) or 'no description').splitlines()[0]}" for n, t in self.tools.items())
-        more = f"Tools: {told}; finish: the answer is known. Name one as tool, and what it is given as argument."
-        act = replace(own, outputs=("thought", "tool", "argument"), instructions=f"{own.instructions} {more}".strip())
+        told = "; ".join(
+            f"{n}: {(inspect.getdoc(t) or 'no description').splitlines()[0]}" for n, t in self.tools.items()
+        )
+        more = (
+            f"Tools: {told}; finish: the answer is known. Name one as tool, and what it is given as argument."
+        )
+        act = replace(
+            own, outputs=("thought", "tool", "argument"), instructions=f"{own.instructions} {more}".strip()
+        )
         self.act, self.answer = Predict(act.more("history")), Predict(own.more("history"))
 
     def forward(self, **inputs):
@@ -212,7 +244,9 @@ class ReAct(Program):
 
 
 class ProgramOfThought(Program):
-    """The model writes Python that prints the answer; it runs in the sandbox. An error is shown, and it may write again."""
+    """The model writes Python that prints the answer; it runs in the sandbox. An error is shown, and it may
+    write again.
+    """
 
     def __init__(self, signature: str | Signature, tries: int = 2, timeout: float = 5.0):
         own = Signature.of(signature)
@@ -220,11 +254,15 @@ class ProgramOfThought(Program):
             raise RecipeError(f"{own}: a program of thought prints one output")
         self.tries, self.timeout, self.output = tries, timeout, own.outputs[0]
         told = f"Write Python that prints the {self.output}."
-        self.write = Predict(replace(own, outputs=("code",), instructions=f"{own.instructions} {told}".strip()).more("earlier_error"))
+        self.write = Predict(
+            replace(own, outputs=("code",), instructions=f"{own.instructions} {told}".strip()).more(
+                "earlier_error"
+            )
+        )
 
     def forward(self, **inputs):
-        from luthier.sandbox.sandbox import run
         from luthier.methods.rewards.verifiers.python_tests import extract
+        from luthier.sandbox.sandbox import run
 
         error = "none"
         for _ in range(self.tries):

@@ -16,7 +16,8 @@ NAME = re.compile(r"[a-z][a-z0-9_]*\Z", re.IGNORECASE)
 class Signature:
     """Inputs -> outputs. `Signature.of("question, context -> answer")` is how one is made.
 
-    Its text is plain: `Question: ...` and so on, a line for each field; a model goes on behind the name of the first output.
+    Its text is plain: `Question: ...` and so on, a line for each field; a model goes on behind the name of
+    the first output.
     """
 
     inputs: tuple[str, ...]
@@ -31,8 +32,17 @@ class Signature:
         left, arrow, right = said.partition("->")
         inputs, outputs = (tuple(n.strip() for n in side.split(",") if n.strip()) for side in (left, right))
         names = [*inputs, *outputs]
-        if not arrow or not inputs or not outputs or not all(map(NAME.match, names)) or len(set(names)) < len(names):
-            raise RecipeError(f"'{said}' is no signature: write names of inputs, an arrow, names of outputs, such as 'question -> answer'")
+        if (
+            not arrow
+            or not inputs
+            or not outputs
+            or not all(map(NAME.match, names))
+            or len(set(names)) < len(names)
+        ):
+            raise RecipeError(
+                f"'{said}' is no signature: write names of inputs, an arrow, names of outputs, such as"
+                " 'question -> answer'"
+            )
         return Signature(inputs, outputs, instructions)
 
     def first(self, *outputs: str) -> Signature:
@@ -44,10 +54,14 @@ class Signature:
         return replace(self, inputs=(*self.inputs, *inputs))
 
     def prompt(self, values: Mapping[str, Any], demos: Sequence[Mapping[str, Any]] = ()) -> str:
-        """The text that a model continues. demos: earlier cases with inputs and outputs; fields that a demo lacks are left out."""
+        """The text that a model continues. demos: earlier cases with inputs and outputs; fields that a demo
+        lacks are left out.
+        """
         missing = [n for n in self.inputs if n not in values]
         if missing:
-            raise RecipeError(f"{self}: no value for '{missing[0]}' (given: {', '.join(values) or 'nothing'})")
+            raise RecipeError(
+                f"{self}: no value for '{missing[0]}' (given: {', '.join(values) or 'nothing'})"
+            )
         cases = [self._lines(demo, (*self.inputs, *self.outputs)) for demo in demos]
         asked = f"{self._lines(values, self.inputs)}\n{label(self.outputs[0])}:"
         return "\n\n".join([*([self.instructions] if self.instructions else []), *cases, asked])
@@ -57,7 +71,9 @@ class Signature:
         return self._lines(values, self.outputs).removeprefix(f"{label(self.outputs[0])}:")
 
     def read(self, text: str) -> dict[str, str]:
-        """What a model said -> its outputs; an output that it does not name is ''. What it says beyond them is left out."""
+        """What a model said -> its outputs; an output that it does not name is ''. What it says beyond them
+        is left out.
+        """
         names = {label(n): n for n in (*self.inputs, *self.outputs)}
         mark = re.compile(rf"^({'|'.join(map(re.escape, names))}):", re.MULTILINE)
         text = text.strip()

@@ -1,8 +1,9 @@
-"""What there is: methods, papers and who implements them, and what a recipe means. Nothing here imports a network.
+"""What there is: methods, papers and who implements them, and what a recipe means. Nothing here imports a
+network.
 
-`papers.json` holds the short name, title, kind and family of every paper of the catalogue. `write_papers` makes it from a
-jsonl file that has these columns among others. Who implements a paper is never written down: each method's declaration
-says it (`row="ssf"`), and it is read from there.
+`papers.json` holds the short name, title, kind and family of every paper of the catalogue. `write_papers`
+makes it from a jsonl file that has these columns among others. Who implements a paper is never written down:
+each method's declaration says it (`row="ssf"`), and it is read from there.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from typing import Any
 import yaml
 
 from luthier.errors import RecipeError
-from luthier.registry import cards, find, meant, names, page, shown
 from luthier.recipe.recipe import NAMES, SLOTS, Recipe
+from luthier.registry import cards, find, meant, names, page, shown
 
 PAPERS = Path(__file__).with_name("papers.json")
 COLUMNS = ("name", "title", "kind", "family")
@@ -48,10 +49,19 @@ def methods(kind: str | None = None) -> list[dict[str, Any]]:
 
 def pages(name: str, kind: str | None = None) -> list[str]:
     """What the docs say of each method of this name."""
-    means = {short: said for slot, short_for in NAMES.items() if kind in (None, SLOTS[slot]) for short, said in short_for.items()}.get(name)
+    means = {
+        short: said
+        for slot, short_for in NAMES.items()
+        if kind in (None, SLOTS[slot])
+        for short, said in short_for.items()
+    }.get(name)
     if means:
         of = means if isinstance(means, str) else means["name"]
-        whole = means if isinstance(means, str) else "{" + ", ".join(f"{k}: {shown(v)}" for k, v in means.items()) + "}"
+        whole = (
+            means
+            if isinstance(means, str)
+            else "{" + ", ".join(f"{k}: {shown(v)}" for k, v in means.items()) + "}"
+        )
         return [f"`{name}` is short for `{whole}`.\n", *pages(of, kind)]
     found = [c for c in cards(kind) if c.name == name]
     if not found:
@@ -61,15 +71,28 @@ def pages(name: str, kind: str | None = None) -> list[str]:
 
 
 def papers(word: str | None = None) -> list[dict[str, Any]]:
-    """The papers of the catalogue whose name, title, kind, family or method holds `word`; `by`: who implements each."""
+    """The papers of the catalogue whose name, title, kind, family or method holds `word`; `by`: who
+    implements each.
+    """
     by = implemented()
     found = [
-        {"row": p["name"], "title": p["title"], "kind": p["kind"], "family": p["family"], "by": by.get(p["name"], [])} for p in known()
+        {
+            "row": p["name"],
+            "title": p["title"],
+            "kind": p["kind"],
+            "family": p["family"],
+            "by": by.get(p["name"], []),
+        }
+        for p in known()
     ]
     if not word:
         return found
     sought = word.lower()
-    return [p for p in found if sought in " ".join([p["row"], p["title"], p["kind"], p["family"], *p["by"]]).lower()]
+    return [
+        p
+        for p in found
+        if sought in " ".join([p["row"], p["title"], p["kind"], p["family"], *p["by"]]).lower()
+    ]
 
 
 @cache
@@ -79,7 +102,9 @@ def known() -> tuple[dict[str, str], ...]:
 
 
 def implemented() -> dict[str, list[str]]:
-    """Short name of a paper -> 'kind/method' of whatever declares it, and 'claim/name' of the claims that try it."""
+    """Short name of a paper -> 'kind/method' of whatever declares it, and 'claim/name' of the claims that try
+    it.
+    """
     from luthier.study import claims
 
     by = defaultdict(list)
@@ -117,9 +142,11 @@ class Value:
 
 
 def explain(source: Any, changes: Sequence[str] = ()) -> tuple[list[Value], tuple[str, ...]]:
-    """Every value a recipe comes to and where it was said, and what was understood differently from how it was written.
+    """Every value a recipe comes to and where it was said, and what was understood differently from how it
+    was written.
 
-    The methods it names are built and checked, so a recipe that is explained is not refused for a setting later.
+    The methods it names are built and checked, so a recipe that is explained is not refused for a setting
+    later.
     """
     recipe, alone = Recipe.load(source, changes), _alone(source)
     values = []
@@ -144,8 +171,14 @@ def _alone(source: Any) -> Recipe:
 
 
 def _settings(recipe: Recipe, key: str) -> dict[str, Any]:
-    """The settings written for a method, {name: lora, r: 16}; none for what is not one method, which has one origin."""
-    method = getattr(recipe, key) if key in (*SLOTS, "objective") and recipe.origins.get(key, "default") != "default" else None
+    """The settings written for a method, {name: lora, r: 16}; none for what is not one method, which has one
+    origin.
+    """
+    method = (
+        getattr(recipe, key)
+        if key in (*SLOTS, "objective") and recipe.origins.get(key, "default") != "default"
+        else None
+    )
     if isinstance(method, str) and method.isidentifier() and method != "auto":
         return {"name": method}
     return dict(method) if isinstance(method, Mapping) else {}

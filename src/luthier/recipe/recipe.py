@@ -1,7 +1,8 @@
-"""A recipe: plain data, read from YAML or Python, written back in full, refused in a sentence before any compute.
+"""A recipe: plain data, read from YAML or Python, written back in full, refused in a sentence before any
+compute.
 
-`Recipe.load` knows aliases of other tools, settings of methods written at the top, and `a.b=c` changes; it remembers
-where every value came from. `rehearse` matches what each part wants with what the others give.
+`Recipe.load` knows aliases of other tools, settings of methods written at the top, and `a.b=c` changes; it
+remembers where every value came from. `rehearse` matches what each part wants with what the others give.
 """
 
 from __future__ import annotations
@@ -32,66 +33,89 @@ class Recipe:
     # the model
     model: str = "practice:lm"  # folder, hub name, or practice:NAME
     architecture: Any = "auto"  # how the network reads and writes: causal, seq2seq, masked_lm, classifier
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 where the chip computes in it
+    # auto: bfloat16 where the chip computes in it
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: str | None = None  # as in transformers: sdpa, eager, ...
-    chat_template: str | None = None  # built-in name, .jinja file or template text, where the tokenizer's own will not do
+    # built-in name, .jinja file or template text, where the tokenizer's own will not do
+    chat_template: str | None = None
     quantization: Any = (
-        None  # what the base's linear weights are kept in: nf4, int8, {name: nf4, block_size: 64}; load_in_4bit reads as nf4
+        # what the base's linear weights are kept in: nf4, int8, {name: nf4, block_size: 64}; load_in_4bit
+        # reads as nf4
+        None
     )
     start: Any = None  # a finished run to go on from, or {merge: average, of: [run, run]}
 
     # what moves, toward what, how
     tuner: Any = "lora"  # what moves
-    objective: Any = "sft"  # toward what: a name, a sum such as "dpo + 0.1*sft", or a list of {name, weight, ...}
-    roles: dict[str, Any] = field(default_factory=dict)  # who else is asked: {reference: off | start | {name: model, ...}}
+    # toward what: a name, a sum such as "dpo + 0.1*sft", or a list of {name, weight, ...}
+    objective: Any = "sft"
+    # who else is asked: {reference: off | start | {name: model, ...}}
+    roles: dict[str, Any] = field(default_factory=dict)
     estimator: Any = "backprop"  # where the gradient comes from
     optim: Any = "adamw"  # what becomes of it, by name
     transforms: list[Any] | None = None  # the same as a chain of transforms, in place of optim
     learning_rate: Annotated[float, Field(ge=0), Range(1e-5, 1e-2, log=True)] = 2e-4  # length of a step
     lr_scheduler_type: str = "linear"  # constant, linear, cosine, warmup_stable_decay
-    warmup_steps: Annotated[float, Field(ge=0), Range(0, 0.3)] = 0.03  # steps of linear warm-up; below 1, a share of the run
+    # steps of linear warm-up; below 1, a share of the run
+    warmup_steps: Annotated[float, Field(ge=0), Range(0, 0.3)] = 0.03
 
     # on which rows
-    data: Any = None  # file, folder, hub name, practice:WORLD, {path, split, format, columns, limit}, rows, or a list
+    # file, folder, hub name, practice:WORLD, {path, split, format, columns, limit}, rows, or a list
+    data: Any = None
     eval_data: Any = 0.05  # the same, or the share of data that is held out
     max_length: Count | None = None  # tokens of a row at most; default: what the model can read, up to 2048
     max_bad_rows: Share = 0.05  # share of unusable rows above which the run stops before it starts
     stages: list[Any] = field(default_factory=list)  # rows in, rows out: once, before training
-    live: list[Any] = field(default_factory=list)  # rows in, rows out: on the rows of each step, with the policy of that step
+    # rows in, rows out: on the rows of each step, with the policy of that step
+    live: list[Any] = field(default_factory=list)
     num_iterations: Count = 1  # optimizer steps for each draw of live rows
 
     # for how long
     num_train_epochs: Annotated[float, Field(gt=0)] = 1.0  # passes over the rows
-    max_steps: Annotated[int, Field(ge=0)] | None = None  # optimizer steps, in place of epochs; 0 trains nothing
+    # optimizer steps, in place of epochs; 0 trains nothing
+    max_steps: Annotated[int, Field(ge=0)] | None = None
     per_device_train_batch_size: Count = 8  # rows of a micro-batch
-    gradient_accumulation_steps: Count = 1  # micro-batches of an optimizer step; changes memory, never the result
-    gradient_checkpointing: bool | Literal["auto"] = "auto"  # recompute activations in backward; auto: where a step would not fit
-    torch_compile: bool = False  # compile the network's layers: for long runs, as the first steps then take minutes
-    cache_frozen: bool | Literal["auto"] = "auto"  # keep on disk what layers below the tuner say of a row; auto: where rows are read again
-    cache_reference: bool | Literal["auto"] = "auto"  # keep on disk what a role that never changes says of a row; auto: where rows are read again
+    # micro-batches of an optimizer step; changes memory, never the result
+    gradient_accumulation_steps: Count = 1
+    # recompute activations in backward; auto: where a step would not fit
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    # compile the network's layers: for long runs, as the first steps then take minutes
+    torch_compile: bool = False
+    # keep on disk what layers below the tuner say of a row; auto: where rows are read again
+    cache_frozen: bool | Literal["auto"] = "auto"
+    # keep on disk what a role that never changes says of a row; auto: where rows are read again
+    cache_reference: bool | Literal["auto"] = "auto"
     seed: int = 0  # of every random draw
 
     # over which plan
     plan: Any = None  # rounds, continual, search; a list is a sequence of changes to this recipe
 
     # and then
-    evaluate: list[Any] | None = None  # measured before and after; default: loss, accuracy, generate, forgetting, where the rows allow
-    eval_steps: Annotated[float, Field(gt=0)] | None = None  # and every so many steps (below 1: a share of the run)
+    # measured before and after; default: loss, accuracy, generate, forgetting, where the rows allow
+    evaluate: list[Any] | None = None
+    # and every so many steps (below 1: a share of the run)
+    eval_steps: Annotated[float, Field(gt=0)] | None = None
     save_steps: Annotated[float, Field(gt=0)] = 0.1  # steps between checkpoints (below 1: a share of the run)
     save_total_limit: Count = 2  # checkpoints that are kept
     logging_steps: Count = 1  # steps between lines of metrics.jsonl
-    report_to: list[str] = field(default_factory=list)  # trackers of accelerate: tensorboard, wandb, mlflow, trackio, ...
+    # trackers of accelerate: tensorboard, wandb, mlflow, trackio, ...
+    report_to: list[str] = field(default_factory=list)
     output_dir: str | None = None  # run folder; default: runs/<name made of the recipe>
     overwrite: bool = False  # start anew in a folder that holds another recipe's run
 
-    origins: dict[str, str] = field(default_factory=dict, compare=False, repr=False)  # key -> where its value came from
-    told: tuple[str, ...] = field(default=(), compare=False, repr=False)  # what was understood differently from how it was written
+    # key -> where its value came from
+    origins: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    # what was understood differently from how it was written
+    told: tuple[str, ...] = field(default=(), compare=False, repr=False)
 
     # ------------------------------------------------------------------------------------------ reading
 
     @staticmethod
-    def load(source: str | Path | Mapping | Recipe | None = None, changes: Sequence[str] | Mapping | None = None) -> Recipe:
-        """source: a YAML file, YAML text, a mapping, or practice:WORLD. changes: ["learning_rate=1e-4", "tuner.r=16"] or a mapping.
+    def load(
+        source: str | Path | Mapping | Recipe | None = None, changes: Sequence[str] | Mapping | None = None
+    ) -> Recipe:
+        """source: a YAML file, YAML text, a mapping, or practice:WORLD. changes: ["learning_rate=1e-4",
+        "tuner.r=16"] or a mapping.
 
         Raises RecipeError for whatever cannot be understood.
         """
@@ -99,7 +123,8 @@ class Recipe:
             source = source.public()
         given, name = _read(source)
         origins = {k: name for k in given}
-        for key, value in sorted(_changes(changes), key=lambda c: c[0].count(".")):  # tuner=lora must not undo tuner.r=16
+        # tuner=lora must not undo tuner.r=16
+        for key, value in sorted(_changes(changes), key=lambda c: c[0].count(".")):
             _put(given, key, value)
             origins[key.split(".")[0]] = "command line"
         return _recipe(given, origins)
@@ -113,7 +138,9 @@ class Recipe:
 
     def public(self) -> dict[str, Any]:
         """Every key and value as plain data."""
-        return {f.name: spec(getattr(self, f.name)) for f in fields(self) if f.name not in ("origins", "told")}
+        return {
+            f.name: spec(getattr(self, f.name)) for f in fields(self) if f.name not in ("origins", "told")
+        }
 
     def yaml(self) -> str:
         """The whole recipe, defaults included, methods with all their settings."""
@@ -121,19 +148,32 @@ class Recipe:
         return yaml.safe_dump(_plain(resolved), sort_keys=False, allow_unicode=True, width=110)
 
     def fingerprint(self) -> str:
-        """What makes two runs the same run: all but where it is written, how it is watched, and where its rows lie
-        (the rows themselves are compared by what is in them)."""
-        shy = ("data", "eval_data", "output_dir", "overwrite", "logging_steps", "report_to", "save_steps", "save_total_limit")
+        """What makes two runs the same run: all but where it is written, how it is watched, and where its
+        rows lie (the rows themselves are compared by what is in them)."""
+        shy = (
+            "data",
+            "eval_data",
+            "output_dir",
+            "overwrite",
+            "logging_steps",
+            "report_to",
+            "save_steps",
+            "save_total_limit",
+        )
         values = {k: v for k, v in self.public().items() if k not in shy}
         values |= self._specs()
-        return hashlib.sha256(json.dumps(_plain(values), sort_keys=True, default=str).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(_plain(values), sort_keys=True, default=str).encode()).hexdigest()[
+            :16
+        ]
 
     def _specs(self) -> dict[str, Any]:
         """The methods with every setting written out."""
         out = {k: spec(v) for k, v in self.methods().items() if v is not None}
         if self.objective is not None:
             aim = self.aim()
-            out["objective"] = [{**spec(o), "weight": w} for w, o in aim.parts] if not hasattr(aim, "kind") else spec(aim)
+            out["objective"] = (
+                [{**spec(o), "weight": w} for w, o in aim.parts] if not hasattr(aim, "kind") else spec(aim)
+            )
         return out
 
     # ------------------------------------------------------------------------------------------ parts
@@ -146,7 +186,9 @@ class Recipe:
             "quantization": None if self.quantization is None else build("quantizer", self.quantization),
             "estimator": build("estimator", self.estimator),
             "optim": build("optimizer", self.optim) if self.transforms is None else None,
-            "transforms": None if self.transforms is None else [build("transform", t) for t in self.transforms],
+            "transforms": (
+                None if self.transforms is None else [build("transform", t) for t in self.transforms]
+            ),
             "stages": [build("stage", s) for s in self.stages],
             "live": [build("stage", s) for s in self.live],
             "evaluate": None if self.evaluate is None else [build("evaluator", e) for e in self.evaluate],
@@ -171,21 +213,60 @@ class Recipe:
 # ---------------------------------------------------------------------------------------------- understanding
 
 ALIASES = {  # other tools' words for ours
-    "model_name_or_path": "model", "base_model": "model", "model_id": "model", "model_name": "model",
-    "dataset": "data", "datasets": "data", "dataset_name": "data", "train_file": "data", "train_data": "data",
-    "eval_dataset": "eval_data", "validation_file": "eval_data", "val_size": "eval_data", "test_datasets": "eval_data",
-    "micro_batch_size": "per_device_train_batch_size", "batch_size": "per_device_train_batch_size",
-    "train_batch_size": "per_device_train_batch_size", "grad_accum": "gradient_accumulation_steps",
-    "num_epochs": "num_train_epochs", "epochs": "num_train_epochs", "steps": "max_steps",
-    "lr": "learning_rate", "lr_scheduler": "lr_scheduler_type", "schedule": "lr_scheduler_type",
-    "warmup_ratio": "warmup_steps", "optimizer": "optim", "optimizers": "optim",
-    "cutoff_len": "max_length", "sequence_len": "max_length", "max_seq_length": "max_length", "max_seq_len": "max_length",
-    "finetuning_type": "tuner", "peft_type": "tuner", "adapter": "tuner", "loss": "objective",
-    "lora_r": "r", "lora_rank": "r", "rank": "r", "lora_target_modules": "target_modules", "lora_target": "target_modules",
-    "lora_modules_to_save": "modules_to_save", "sample_packing": "packing", "pref_beta": "beta", "gradient_clipping": "max_grad_norm",
-    "num_generations": "n", "max_completion_length": "max_new_tokens", "clip_grad_norm": "max_grad_norm", "torch_dtype": "dtype",
-    "precompute_ref_log_probs": "cache_reference", "resume_from_checkpoint": "", "do_train": "", "overwrite_output_dir": "overwrite", "report": "report_to", "output": "output_dir",
-}  # fmt: skip
+    "model_name_or_path": "model",
+    "base_model": "model",
+    "model_id": "model",
+    "model_name": "model",
+    "dataset": "data",
+    "datasets": "data",
+    "dataset_name": "data",
+    "train_file": "data",
+    "train_data": "data",
+    "eval_dataset": "eval_data",
+    "validation_file": "eval_data",
+    "val_size": "eval_data",
+    "test_datasets": "eval_data",
+    "micro_batch_size": "per_device_train_batch_size",
+    "batch_size": "per_device_train_batch_size",
+    "train_batch_size": "per_device_train_batch_size",
+    "grad_accum": "gradient_accumulation_steps",
+    "num_epochs": "num_train_epochs",
+    "epochs": "num_train_epochs",
+    "steps": "max_steps",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "schedule": "lr_scheduler_type",
+    "warmup_ratio": "warmup_steps",
+    "optimizer": "optim",
+    "optimizers": "optim",
+    "cutoff_len": "max_length",
+    "sequence_len": "max_length",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "finetuning_type": "tuner",
+    "peft_type": "tuner",
+    "adapter": "tuner",
+    "loss": "objective",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "rank": "r",
+    "lora_target_modules": "target_modules",
+    "lora_target": "target_modules",
+    "lora_modules_to_save": "modules_to_save",
+    "sample_packing": "packing",
+    "pref_beta": "beta",
+    "gradient_clipping": "max_grad_norm",
+    "num_generations": "n",
+    "max_completion_length": "max_new_tokens",
+    "clip_grad_norm": "max_grad_norm",
+    "torch_dtype": "dtype",
+    "precompute_ref_log_probs": "cache_reference",
+    "resume_from_checkpoint": "",
+    "do_train": "",
+    "overwrite_output_dir": "overwrite",
+    "report": "report_to",
+    "output": "output_dir",
+}
 SLOTS = {
     "tuner": "tuner",
     "quantization": "quantizer",
@@ -230,9 +311,13 @@ def _read(source: Any) -> tuple[dict, str]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{name}{where}: this is not YAML ({getattr(error, 'problem', None) or 'unreadable'})") from None
+        raise RecipeError(
+            f"{name}{where}: this is not YAML ({getattr(error, 'problem', None) or 'unreadable'})"
+        ) from None
     if not isinstance(given or {}, dict):
-        raise RecipeError(f"{name}: a recipe is `key: value` lines, not {type(given).__name__} {str(given)[:40]!r}")
+        raise RecipeError(
+            f"{name}: a recipe is `key: value` lines, not {type(given).__name__} {str(given)[:40]!r}"
+        )
     return dict(given or {}), name
 
 
@@ -292,7 +377,8 @@ def _recipe(given: dict, origins: dict[str, str]) -> Recipe:
         name = ALIASES.get(key, key) if key not in keys else key
         if name == "":
             told.append(
-                f"'{key}' is left out: {'a recipe trains' if key == 'do_train' else 'a run goes on by itself where it was stopped'}"
+                f"'{key}' is left out:"
+                f" {'a recipe trains' if key == 'do_train' else 'a run goes on by itself where it was stopped'}"
             )
             continue
         if key in ("bf16", "fp16") and key not in keys:
@@ -320,22 +406,29 @@ def _recipe(given: dict, origins: dict[str, str]) -> Recipe:
     return replace(made, origins=origin, told=tuple(told))
 
 
-BNB = {"bnb_4bit_use_double_quant": "double_quant", "llm_int8_skip_modules": "skip_modules"}  # transformers' settings for ours
+# transformers' settings for ours
+BNB = {"bnb_4bit_use_double_quant": "double_quant", "llm_int8_skip_modules": "skip_modules"}
 
 
 def _quantized(given: dict, origins: dict[str, str], told: list[str]) -> dict:
-    """transformers' words for a quantized base (load_in_4bit, ...), and qlora, which other tools call an adapter."""
+    """transformers' words for a quantized base (load_in_4bit, ...), and qlora, which other tools call an
+    adapter.
+    """
     words = [k for k in given if k in ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", *BNB)]
     out = {k: v for k, v in given.items() if k not in words}
     for key, value in given.items():
         if key == "bnb_4bit_compute_dtype":
             out["dtype"], origins["dtype"] = out.pop(key), origins.get(key, "python")
             told.append(f"'{key}' is read as dtype")
-        elif ALIASES.get(str(key), key) == "tuner" and (value == "qlora" or isinstance(value, Mapping) and value.get("name") == "qlora"):
+        elif ALIASES.get(str(key), key) == "tuner" and (
+            value == "qlora" or isinstance(value, Mapping) and value.get("name") == "qlora"
+        ):
             out[key] = {**value, "name": "lora"} if isinstance(value, Mapping) else "lora"
             words.append(key)
             told.append(f"'{key}: qlora' is read as tuner lora on a quantized base")
-    four = given.get("load_in_4bit") or (words and words[-1] not in (*BNB, "bnb_4bit_quant_type", "load_in_4bit", "load_in_8bit"))
+    four = given.get("load_in_4bit") or (
+        words and words[-1] not in (*BNB, "bnb_4bit_quant_type", "load_in_4bit", "load_in_8bit")
+    )
     if given.get("load_in_4bit") and given.get("load_in_8bit"):
         raise RecipeError("'load_in_4bit' and 'load_in_8bit' cannot both be true; give one of them")
     if not four and not given.get("load_in_8bit"):
@@ -356,7 +449,9 @@ def _quantized(given: dict, origins: dict[str, str], told: list[str]) -> dict:
 
 
 def _settle(out: dict, loose: dict, keys: set, told: list, where: dict) -> None:
-    """Settings of a method that stand at the top of the recipe (`r: 16`, `beta: 0.2`) go to the method that has them."""
+    """Settings of a method that stand at the top of the recipe (`r: 16`, `beta: 0.2`) go to the method that
+    has them.
+    """
     default = {f.name: f.default for f in fields(Recipe)}
     slots = {}  # path -> (spec, settings)
     for slot, kind in SLOTS.items():

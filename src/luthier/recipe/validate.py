@@ -1,8 +1,9 @@
 """A recipe is played through before anything is computed: what each part wants must be given by another part.
 
-Words flow in the order of a run: rows -> stages -> live stages -> roles -> estimator, chain, objective, evaluators.
-Stages that ask no model are also tried on two rows: what their rows show counts more than what they declare.
-A plan is played with empty reports, so that the mistake of its third act is refused before the first begins.
+Words flow in the order of a run: rows -> stages -> live stages -> roles -> estimator, chain, objective,
+evaluators. Stages that ask no model are also tried on two rows: what their rows show counts more than what
+they declare. A plan is played with empty reports, so that the mistake of its third act is refused before the
+first begins.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
-from luthier.storage import store
 from luthier.clock import Clock
-from luthier.kernels import compiled
 from luthier.errors import RecipeError
-from luthier.registry import build, cards, find, gives_of, meant, wants_of
+from luthier.kernels import compiled
 from luthier.recipe.recipe import Recipe
+from luthier.registry import build, cards, find, gives_of, meant, wants_of
+from luthier.storage import store
 from luthier.train.optimizer import schedule
 
 WORDS = {  # how a word reads in a sentence
@@ -65,7 +66,9 @@ WORDS = {  # how a word reads in a sentence
     "elastic": "a tuner with sub-networks (`elastic`)",
     "hyper": "a tuner that answers to hyperparameters (`self_tuning`)",
     "steps": "rows with `steps` of a solution and a label for each",
-    "step_targets": "marks of the tokens at which a step ends, and whether it was right (column `step_targets`)",
+    "step_targets": (
+        "marks of the tokens at which a step ends, and whether it was right (column `step_targets`)"
+    ),
     "sampler": "somebody who writes in the policy's place",
     "values": "a network that gives numbers, not words (architecture `reward_model`)",
 }
@@ -73,11 +76,16 @@ ADVICE = {
     "codes": "e.g. `quantization: {name: rtn, bits_per_weight: 2}`",
     "reference": "say who plays it, e.g. `roles: {reference: start}`",
     "teacher": "say who plays it, e.g. `roles: {teacher: {name: model, model: FOLDER}}`",
-    "memory": "say `roles: {memory: memory}`; with it goes a running average of the policy, `teacher: mean_teacher`",
+    "memory": (
+        "say `roles: {memory: memory}`; with it goes a running average of the policy, `teacher: mean_teacher`"
+    ),
     "generator": "say `roles: {generator: {name: generator, known: [...], unknown: [...]}, teacher: recent}`",
     "parts": "say `roles: {parts: part_whole, teacher: mean_teacher}`",
     "off": "or let another play: `roles: {reference: start}` keeps a copy of what moves",
-    "sampler": "say who plays it, e.g. `roles: {sampler: {name: vllm, base_url: http://localhost:8000/v1, model: MODEL}}`",
+    "sampler": (
+        "say who plays it, e.g. `roles: {sampler: {name: vllm, base_url: http://localhost:8000/v1, model:"
+        " MODEL}}`"
+    ),
     "samples": "e.g. `live: [{name: rollout, n: 8}, {name: score, reward: exact_match}]`",
     "pairs": "give prompt/chosen/rejected rows, or make pairs with the stages rollout, score, pairs",
 }
@@ -135,8 +143,8 @@ def detect(model: str):
     if len(suited) == 1:
         return suited[0]
     raise RecipeError(
-        f"{model}: its config names {', '.join(config.architectures or ['no architecture'])}, which is not plainly one of "
-        f"{', '.join(c.name for c in cards('architecture'))}; say which with `architecture:`"
+        f"{model}: its config names {', '.join(config.architectures or ['no architecture'])}, which is not"
+        f" plainly one of {', '.join(c.name for c in cards('architecture'))}; say which with `architecture:`"
     )
 
 
@@ -151,7 +159,9 @@ def words(rows: Sequence[dict]) -> set[str]:
 
 
 def rehearse(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts | None:
-    """Refuse what cannot work, in a sentence. rows: a sample of the data in canonical form. Plans are played through."""
+    """Refuse what cannot work, in a sentence. rows: a sample of the data in canonical form. Plans are played
+    through.
+    """
     if recipe.plan is not None:
         _play(recipe, rows)
         return None
@@ -169,7 +179,14 @@ def checked(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts:
         compiled.possible()
     if isinstance(recipe.start, dict):
         build("merger", recipe.start.get("merge"))
-    have = words(rows) | p.architecture.gives | p.estimator.gives | gives_of(p.tuner) | set(p.roles) | (gives_of(p.quantizer) if p.quantizer else set())
+    have = (
+        words(rows)
+        | p.architecture.gives
+        | p.estimator.gives
+        | gives_of(p.tuner)
+        | set(p.roles)
+        | (gives_of(p.quantizer) if p.quantizer else set())
+    )
     measured = frozenset(have)  # held-out rows go through no stage
     if recipe.evaluate is None:
         p.evaluate = [e for e in (build("evaluator", name) for name in USUAL) if wants(e) <= measured]
@@ -188,27 +205,41 @@ def checked(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts:
     if p.objective is not None:
         p.estimator.suits(p.objective)
         learns_by_value(p, have, recipe)
-    if p.objective is not None and "samples" in wants(p.objective) and not any("samples" in s.gives for s in p.live):
-        raise RecipeError(f"{_name(p.objective, recipe)} learns from fresh samples; write the rollout under `live`, not under `stages`")
+    if (
+        p.objective is not None
+        and "samples" in wants(p.objective)
+        and not any("samples" in s.gives for s in p.live)
+    ):
+        raise RecipeError(
+            f"{_name(p.objective, recipe)} learns from fresh samples; write the rollout under `live`, not"
+            " under `stages`"
+        )
     if p.objective is not None and recipe.num_iterations > 1:
         if "samples" not in wants(p.objective):
             raise RecipeError(
-                f"num_iterations: {recipe.num_iterations} learns from each draw of samples several times, and {_name(p.objective, recipe)} learns from none"
+                f"num_iterations: {recipe.num_iterations} learns from each draw of samples several times, and"
+                f" {_name(p.objective, recipe)} learns from none"
             )
         if "old" not in have:
             raise RecipeError(
-                f"num_iterations: {recipe.num_iterations} needs the sampler's own log-probabilities: `live: [{{name: rollout, old: true}}, ...]`"
+                f"num_iterations: {recipe.num_iterations} needs the sampler's own log-probabilities: `live:"
+                " [{name: rollout, old: true}, ...]`"
             )
     return p
 
 
 def learns_by_value(p: Parts, have: Set[str], recipe: Recipe) -> None:
     """Refuses an estimator that compares values of a loss whose value never changes."""
-    if "grad" in gives_of(p.estimator) or "old" in have or not any(term.flat for _, term in p.objective.terms()):
+    if (
+        "grad" in gives_of(p.estimator)
+        or "old" in have
+        or not any(term.flat for _, term in p.objective.terms())
+    ):
         return
     raise RecipeError(
-        f"estimator '{p.estimator.name}' compares values of the loss, and that of {_name(p.objective, recipe)} is the same wherever the policy "
-        f"goes, unless rows say how likely their sampler found them: `live: [{{name: rollout, old: true}}, ...]`"
+        f"estimator '{p.estimator.name}' compares values of the loss, and that of"
+        f" {_name(p.objective, recipe)} is the same wherever the policy goes, unless rows say how likely"
+        " their sampler found them: `live: [{name: rollout, old: true}, ...]`"
     )
 
 
@@ -217,8 +248,8 @@ def sits_on_codes(tuner: Any, quantizer: Any) -> None:
     if not tuner.on_quantized:
         able = [f"'{c.name}'" for c in cards("tuner") if find("tuner", c.name).on_quantized]
         raise RecipeError(
-            f"tuner '{tuner.name}' moves the model's own weights, and under quantization: {quantizer.name} they are codes that do "
-            f"not move; take one of {', '.join(able)}, or leave quantization out"
+            f"tuner '{tuner.name}' moves the model's own weights, and under quantization: {quantizer.name}"
+            f" they are codes that do not move; take one of {', '.join(able)}, or leave quantization out"
         )
 
 
@@ -233,7 +264,9 @@ class _Nobody:
 
 
 def _try(stage: Any, rows: list[dict]) -> list[dict]:
-    """What a stage makes of rows, without a model; none where it needs one, or where none is left to go on with."""
+    """What a stage makes of rows, without a model; none where it needs one, or where none is left to go on
+    with.
+    """
     if stage.asks_model or not rows:
         return []
     try:
@@ -241,7 +274,9 @@ def _try(stage: Any, rows: list[dict]) -> list[dict]:
     except RecipeError:
         raise
     except Exception as error:
-        raise RecipeError(f"stage '{stage.name}' fails on the first rows: {type(error).__name__}: {error}") from error
+        raise RecipeError(
+            f"stage '{stage.name}' fails on the first rows: {type(error).__name__}: {error}"
+        ) from error
 
 
 def watched(trackers: Sequence[str]) -> None:
@@ -256,14 +291,17 @@ def watched(trackers: Sequence[str]) -> None:
         if name not in known:
             raise RecipeError(f"report_to: accelerate has no tracker '{name}'{meant(name, known)}")
         if name in LoggerType.list() and name not in own:
-            raise RecipeError(f"report_to: '{name}' is not installed: pip install {name.replace('comet_ml', 'comet-ml')}")
+            raise RecipeError(
+                f"report_to: '{name}' is not installed: pip install {name.replace('comet_ml', 'comet-ml')}"
+            )
 
 
 def _need(x: Any, have: Set[str], recipe: Recipe) -> None:
     for word in sorted(wants(x) - have):
         givers = [f"{c.kind} '{c.name}'" for c in cards() if word in c.gives]
         raise RecipeError(
-            f"{_name(x, recipe)} wants {WORDS.get(word, f'rows with a column `{word}`')}, and nothing in this recipe gives it"
+            f"{_name(x, recipe)} wants {WORDS.get(word, f'rows with a column `{word}`')}, and nothing in this"
+            " recipe gives it"
             + (f"; given by: {', '.join(givers)}" if givers else "")
             + (f"; {ADVICE[word]}" if word in ADVICE else "")
         )
@@ -290,8 +328,8 @@ def _sample(recipe: Recipe) -> Sequence[dict]:
 
 
 def opening(recipe: Recipe) -> Recipe:
-    """The first run of a recipe: itself, or what its plan asks for first, which may add what the recipe alone lacks. An act with rows
-    of its own says nothing of the recipe's: then the recipe without its plan."""
+    """The first run of a recipe: itself, or what its plan asks for first, which may add what the recipe alone
+    lacks. An act with rows of its own says nothing of the recipe's: then the recipe without its plan."""
     if recipe.plan is None:
         return recipe
     alone = recipe.but(plan=None)

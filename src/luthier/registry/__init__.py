@@ -1,7 +1,7 @@
 """One declaration per method: the decorator every method file carries, and everything that follows from it.
 
-A method is a file. Its stem is its name in YAML, its docs page and its test id; the folder it lies in is its kind.
-`card` reads a declaration without importing it (listings stay fast); `find` imports exactly one file.
+A method is a file. Its stem is its name in YAML, its docs page and its test id; the folder it lies in is its
+kind. `card` reads a declaration without importing it (listings stay fast); `find` imports exactly one file.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def family(cls: T) -> T:
 
 
 def declare(kind: str):
-    """The decorator of method files of a kind. Its type is inferred: so type checkers see what it makes of a class."""
+    """The decorator of method files of a kind. Its type is inferred: so type checkers see what it makes of a
+    class.
+    """
 
     @dataclass_transform(frozen_default=True, kw_only_default=True)
     def mark(
@@ -114,7 +116,9 @@ def declare(kind: str):
             cls.paper, cls.rows = paper, tuple(row.split())
             cls.wants, cls.gives, cls.drops = (frozenset(words.split()) for words in (wants, gives, drops))
             cls.contract = contract or {}
-            cls.__pydantic_config__ = ConfigDict(extra="forbid", validate_default=True, arbitrary_types_allowed=True)
+            cls.__pydantic_config__ = ConfigDict(
+                extra="forbid", validate_default=True, arbitrary_types_allowed=True
+            )
             return cls
 
         return wrap
@@ -152,7 +156,9 @@ def modules(kind: str) -> dict[str, str]:
     root = HOME / "methods" / FOLDERS[kind]
     found = {}
     for path in sorted(root.rglob("[!_]*.py")):
-        dotted = ".".join(("luthier", "methods", FOLDERS[kind], *path.relative_to(root).with_suffix("").parts))
+        dotted = ".".join(
+            ("luthier", "methods", FOLDERS[kind], *path.relative_to(root).with_suffix("").parts)
+        )
         if path.stem in found:
             raise RuntimeError(f"two {kind}s are called '{path.stem}': {found[path.stem]} and {dotted}")
         found[path.stem] = dotted
@@ -197,11 +203,17 @@ def card(kind: str, name: str) -> Card:
     said = {}
     for node in tree.body:
         for mark in getattr(node, "decorator_list", []):
-            if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id in (kind, f"row_{kind}"):
+            if (
+                isinstance(mark, ast.Call)
+                and isinstance(mark.func, ast.Name)
+                and mark.func.id in (kind, f"row_{kind}")
+            ):
                 said = {k.arg: ast.literal_eval(k.value) for k in mark.keywords if k.arg != "contract"}
-    summary = (ast.get_docstring(tree) or "").split("\n", 1)[0]
+    summary = " ".join((ast.get_docstring(tree) or "").split("\n\n", 1)[0].split())
     words = {k: frozenset(said.get(k, "").split()) for k in ("wants", "gives", "drops")}
-    return Card(kind, name, module, said.get("paper"), tuple(said.get("row", "").split()), summary=summary, **words)
+    return Card(
+        kind, name, module, said.get("paper"), tuple(said.get("row", "").split()), summary=summary, **words
+    )
 
 
 def source_of(module: str) -> Path:
@@ -269,7 +281,11 @@ def complaints(error: ValidationError) -> str:
     for e in error.errors():
         inner = (e.get("ctx") or {}).get("error")
         reason = str(inner) if isinstance(inner, ValueError) else e["msg"][:1].lower() + e["msg"][1:]
-        where = ".".join(str(p) for p in e["loc"] if not str(p).startswith(("function-", "is-instance", "union", "constrained")))
+        where = ".".join(
+            str(p)
+            for p in e["loc"]
+            if not str(p).startswith(("function-", "is-instance", "union", "constrained"))
+        )
         said.append(f"{where}: {reason}" + ("" if isinstance(inner, ValueError) else f", not {e['input']!r}"))
     return "; ".join(dict.fromkeys(said))
 
@@ -281,7 +297,9 @@ def one(kind: str) -> BeforeValidator:
 
 def many(kind: str) -> BeforeValidator:
     """For a field that holds several: `inner: Annotated[tuple, many("transform")] = ("adam",)`."""
-    return BeforeValidator(lambda v: tuple(build(kind, x) for x in (v if isinstance(v, (list, tuple)) else [v])))
+    return BeforeValidator(
+        lambda v: tuple(build(kind, x) for x in (v if isinstance(v, (list, tuple)) else [v]))
+    )
 
 
 def spec(method: Any) -> Any:
@@ -318,15 +336,35 @@ def gives_of(method: Any) -> frozenset[str]:
 
 @cache
 def helps(cls: type) -> dict[str, str]:
-    """Setting -> the comment that trails it; a family's settings are explained in the family."""
-    said = {}
+    """Setting -> the comment beside it, or on the lines above it; a family's settings are explained there."""
+    out = {}
     for base in reversed([c for c in cls.__mro__ if is_dataclass(c) and "__annotations__" in vars(c)]):
-        source = inspect.getsource(base)
-        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-        comments = {t.start[0]: t.string.lstrip("# ").strip() for t in tokens if t.type == tokenize.COMMENT}
-        body = ast.parse(inspect.cleandoc(source) if source[0].isspace() else source).body[0].body
-        said |= {n.target.id: comments.get(n.end_lineno or 0, "") for n in body if isinstance(n, ast.AnnAssign)}
-    return said
+        source = inspect.cleandoc(inspect.getsource(base))
+        beside, alone = comments(source)
+        for node in ast.parse(source).body[0].body:
+            if isinstance(node, ast.AnnAssign):
+                out[node.target.id] = beside.get(node.end_lineno or 0) or comment_above(node.lineno, alone)
+    return out
+
+
+def comments(source: str) -> tuple[dict[int, str], dict[int, str]]:
+    """Line -> comment: of those that stand behind code, and of those that have the line to themselves."""
+    beside: dict[int, str] = {}
+    alone: dict[int, str] = {}
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            lines = alone if token.line.lstrip().startswith("#") else beside
+            lines[token.start[0]] = token.string.lstrip("# ").strip()
+    return beside, alone
+
+
+def comment_above(line: int, alone: dict[int, str]) -> str:
+    """The block of comment lines that ends just above a line, as one text."""
+    words: list[str] = []
+    while line - 1 in alone:
+        line -= 1
+        words.insert(0, alone[line])
+    return " ".join(words)
 
 
 def page(cls: type) -> str:
@@ -335,9 +373,11 @@ def page(cls: type) -> str:
     lines = [f"# {cls.name}", "", module, "", inspect.getdoc(cls) or "", ""]
     if cls.paper:
         lines += [
-            f"Paper: [{cls.paper}](https://arxiv.org/abs/{cls.paper.removeprefix('arXiv:')})"
-            if cls.paper.startswith("arXiv:")
-            else f"Paper: {cls.paper}",
+            (
+                f"Paper: [{cls.paper}](https://arxiv.org/abs/{cls.paper.removeprefix('arXiv:')})"
+                if cls.paper.startswith("arXiv:")
+                else f"Paper: {cls.paper}"
+            ),
             "",
         ]
     for label, words in (("Wants", cls.wants), ("Gives", cls.gives), ("Takes away", cls.drops)):
@@ -346,7 +386,10 @@ def page(cls: type) -> str:
     if fields(cls):
         lines += ["| setting | default | meaning |", "| - | - | - |"]
         bar = lambda text: str(text).replace("|", r"\|")  # Markdown ends a cell at a bar, even within code
-        lines += [f"| `{f.name}` | `{bar(default_of(f))}` | {bar(helps(cls).get(f.name, ''))} |" for f in fields(cls)]
+        lines += [
+            f"| `{f.name}` | `{bar(default_of(f))}` | {bar(helps(cls).get(f.name, ''))} |"
+            for f in fields(cls)
+        ]
         lines += [""]
     language = "python" if cls.kind == "compiler" else "yaml"
     lines += [f"```{language}", WRITTEN.get(cls.kind, f"{cls.kind}: {{}}").format(cls.name), "```", ""]

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-MARKS = ("\ue000", "\ue001")  # around what is learned, in rows shown to people: private characters, so no text has them
+# around what is learned, in rows shown to people: private characters, so no text has them
+MARKS = ("\ue000", "\ue001")
 SHOWN = 3  # rows that are shown
 
 
@@ -17,9 +18,9 @@ def rendered(roles: Any, rows: Sequence[dict]) -> list[str]:
 
 def write_report(recipe: Any, report: Any, logged: Sequence[dict], folder: Path) -> None:
     """report.html and README.md in a run folder. logged: the lines of metrics.jsonl."""
-    from luthier.storage import store
     from luthier.report.card import card
     from luthier.report.page import page
+    from luthier.storage import store
 
     store.write_text(folder / "report.html", page(recipe, report, logged, folder))
     store.write_text(folder / "README.md", card(recipe, report, folder))

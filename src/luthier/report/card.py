@@ -25,14 +25,26 @@ def card(recipe: Any, report: Any, folder: Path) -> str:
         f"Tuned with luthier from {_inline(_base(recipe.model))}. {_inline(headline(report))}\n",
     ]
     if every := lines(report):
-        parts += [f'Measured on {on}; "elsewhere" is what the model could do before, outside of what was tuned.\n']
+        parts += [
+            f'Measured on {on}; "elsewhere" is what the model could do before, outside of what was tuned.\n'
+        ]
         parts += ["| | before | after | change |\n| - | -: | -: | -: |"]
         parts += [f"| {_inline(x.label)} | {x.before} | {x.after} | {x.change} |" for x in every]
         parts += [""]
     parts += [f"- {what}: {much}" for what, much in cost(report.stats)]
-    parts += ["\n## Use it\n", _use(library, report.stats.get("auto_class", "AutoModelForCausalLM")), "\n## Made with\n"]
-    parts += [", ".join(f"{what} {who}" for what, who in versions()) + f"; recipe fingerprint {recipe.fingerprint()}."]
-    parts += ["The whole recipe lies beside this file: `recipe.yaml`. The licence of the base model and of the data applies.\n"]
+    parts += [
+        "\n## Use it\n",
+        _use(library, report.stats.get("auto_class", "AutoModelForCausalLM")),
+        "\n## Made with\n",
+    ]
+    parts += [
+        ", ".join(f"{what} {who}" for what, who in versions())
+        + f"; recipe fingerprint {recipe.fingerprint()}."
+    ]
+    parts += [
+        "The whole recipe lies beside this file: `recipe.yaml`. The licence of the base model and of the data"
+        " applies.\n"
+    ]
     return "\n".join(parts)
 
 
@@ -62,7 +74,8 @@ def _inline(text: str) -> str:
 
 
 USES = {
-    "peft": """With peft:
+    "peft": (
+        """With peft:
 
 ```python
 import luthier  # makes its tuners known to peft
@@ -70,15 +83,18 @@ from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")
 ```
-""",
-    "transformers": """With transformers:
+"""
+    ),
+    "transformers": (
+        """With transformers:
 
 ```python
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
 ```
-""",
+"""
+    ),
     "luthier": "",
 }
 

@@ -1,4 +1,6 @@
-"""Curves as inline SVG that stretches to any width, with its labels in HTML so that they stay readable on a phone."""
+"""Curves as inline SVG that stretches to any width, with its labels in HTML so that they stay readable on a
+phone.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,12 @@ Points = Sequence[tuple[float, float]]  # (step, value), finite
 SIDE = 1000  # of the square that is stretched
 
 
-def chart(series: Sequence[tuple[str, str, Points]], *, log: bool = False, low: float | None = None, label: str = "") -> str:
-    """A figure of named curves: (name, css class, points). log: a logarithmic y axis, for positive values only."""
+def chart(
+    series: Sequence[tuple[str, str, Points]], *, log: bool = False, low: float | None = None, label: str = ""
+) -> str:
+    """A figure of named curves: (name, css class, points). log: a logarithmic y axis, for positive values
+    only.
+    """
     series = [(n, c, [(x, y) for x, y in p if y > 0 or not log]) for n, c, p in series]
     every = [point for _, _, points in series for point in points]
     if not every:
@@ -31,15 +37,18 @@ def chart(series: Sequence[tuple[str, str, Points]], *, log: bool = False, low: 
     def down(y: float) -> float:
         return SIDE - (bend(y) - bend(bottom)) / ((bend(top) - bend(bottom)) or 1) * SIDE
 
-    grid = "".join(f'<line class="grid" x1="0" x2="{SIDE}" y1="{down(y):.1f}" y2="{down(y):.1f}"/>' for y in marks)
+    grid = "".join(
+        f'<line class="grid" x1="0" x2="{SIDE}" y1="{down(y):.1f}" y2="{down(y):.1f}"/>' for y in marks
+    )
     drawn = "".join(curve([(across(x), down(y)) for x, y in p], c) for _, c, p in series if p)
     hover = columns(series, across)
     beside = "".join(f'<span class="y" style="top:{down(y) / SIDE:.2%}">{short(y)}</span>' for y in marks)
-    counted = [x for x in ticks(left, right, 5) if left <= x <= right and x == round(x)]  # there is no half a step, nor half a layer
+    # there is no half a step, nor half a layer
+    counted = [x for x in ticks(left, right, 5) if left <= x <= right and x == round(x)]
     below = "".join(f'<span class="x" style="left:{across(x) / SIDE:.2%}">{x:,.0f}</span>' for x in counted)
     return (
-        f'<div class="chart" role="img" aria-label="{escape(label)}"><svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none">'
-        f"{grid}{drawn}{hover}</svg>{beside}{below}</div>"
+        f'<div class="chart" role="img" aria-label="{escape(label)}"><svg viewBox="0 0 {SIDE} {SIDE}"'
+        f' preserveAspectRatio="none">{grid}{drawn}{hover}</svg>{beside}{below}</div>'
     )
 
 
@@ -84,7 +93,9 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def smoothed(points: Points) -> list[tuple[float, float]]:
-    """The mean of what lies around each point, about a twentieth of the run: even-handed, so that no lag is drawn."""
+    """The mean of what lies around each point, about a twentieth of the run: even-handed, so that no lag is
+    drawn.
+    """
     half = len(points) // 40 or min(1, len(points) // 8)
     sums = list(accumulate((y for _, y in points), initial=0.0))
     out = []

@@ -1,6 +1,8 @@
-"""report.html of a comparison: the answer first, then every metric with its interval, the front, curves, answers, recipes.
+"""report.html of a comparison: the answer first, then every metric with its interval, the front, curves,
+answers, recipes.
 
-No script and no network, like the page of a run: what hovers is an SVG title, what is clicked is a link to a run's own page.
+No script and no network, like the page of a run: what hovers is an SVG title, what is clicked is a link to a
+run's own page.
 """
 
 from __future__ import annotations
@@ -18,14 +20,22 @@ from luthier.report.console import cut, visible
 from luthier.report.numbers import answers, count, number, says
 from luthier.report.page import STYLE, document, section, series, versions
 
-COST = {"trained": "numbers that move", "peak_memory_mb": "peak memory (MB)", "seconds": "seconds in steps", "tokens_per_second": "tokens/s"}
+COST = {
+    "trained": "numbers that move",
+    "peak_memory_mb": "peak memory (MB)",
+    "seconds": "seconds in steps",
+    "tokens_per_second": "tokens/s",
+}
 COLOURS = 8
 
 
 def page(result: Mapping[str, Any]) -> str:
     """result: what `luthier.compare` gives (comparison.json)."""
     parts = (
-        f'<header><p class="what">{escape(" / ".join(result["arms"]))}</p><h1>{escape(result["sentence"])}</h1></header>',
+        (
+            "<header><p"
+            f' class="what">{escape(" / ".join(result["arms"]))}</p><h1>{escape(result["sentence"])}</h1></header>'
+        ),
         _tiles(result),
         _table(result),
         _pairs(result),
@@ -56,7 +66,11 @@ def _tiles(result: Mapping[str, Any]) -> str:
         "seeds": str(result["seeds"]),
         "budget": result["budget"] or "as the recipes say",
     }
-    return '<dl class="tiles">' + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in said.items()) + "</dl>\n"
+    return (
+        '<dl class="tiles">'
+        + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in said.items())
+        + "</dl>\n"
+    )
 
 
 def _table(result: Mapping[str, Any]) -> str:
@@ -71,15 +85,20 @@ def _table(result: Mapping[str, Any]) -> str:
             continue
         lows = "".join(f"<td>{_cell(metric, cells[n], n in _winners(result, metric))}</td>" for n in names)
         before = result["before"].get(metric)
-        body += f'<tr><th scope="row">{escape(label(metric))}</th><td>{shown(metric, before) if before is not None else ""}</td>{lows}</tr>'
+        body += (
+            "<tr><th"
+            f' scope="row">{escape(label(metric))}</th><td>{shown(metric, before) if before is not None else ""}</td>{lows}</tr>'
+        )
     note = (
-        "Means over seeds and rows, with the 95 % bootstrap interval over both. Bold: better than every arm that is not bold. "
-        f"★: on the front, beaten by nobody in all of: {', '.join(label(g) for g in result['goals'])}."
+        "Means over seeds and rows, with the 95 % bootstrap interval over both. Bold: better than every arm"
+        " that is not bold. ★: on the front, beaten by nobody in all of:"
+        f" {', '.join(label(g) for g in result['goals'])}."
     )
     first = '<th scope="col"></th><th scope="col">untuned</th>'
     return section(
         "Every metric",
-        f'<div class="wide"><table class="numbers"><thead><tr>{first}{head}</tr></thead><tbody>{body}</tbody></table></div>',
+        '<div class="wide"><table'
+        f' class="numbers"><thead><tr>{first}{head}</tr></thead><tbody>{body}</tbody></table></div>',
         note=note,
     )
 
@@ -103,22 +122,32 @@ def _winners(result: Mapping[str, Any], metric: str) -> list[str]:
 
 
 def _pairs(result: Mapping[str, Any]) -> str:
-    some = [m for m in dict.fromkeys((result["metric"], "accuracy", "elsewhere_accuracy", "elsewhere_loss")) if result["pairs"].get(m)]
+    some = [
+        m
+        for m in dict.fromkeys((result["metric"], "accuracy", "elsewhere_accuracy", "elsewhere_loss"))
+        if result["pairs"].get(m)
+    ]
     body = "".join(
         f'<tr><th scope="row">{escape(label(m))}: {escape(p["a"])} − {escape(p["b"])}</th>'
-        f"<td>{_signed(m, p['difference'])}</td><td>{_signed(m, p['low'])} to {_signed(m, p['high'])}</td><td>{p['p']:.2g}</td>"
+        f"<td>{_signed(m, p['difference'])}</td><td>{_signed(m, p['low'])} to"
+        f" {_signed(m, p['high'])}</td><td>{p['p']:.2g}</td>"
         f"<td>{'apart' if p['apart'] else 'no difference seen'}</td></tr>"
         for m in some
         for p in result["pairs"][m]
     )
     head = "".join(f'<th scope="col">{x}</th>' for x in ("", "difference", "95 % interval", "p (Holm)", ""))
     note = (
-        "Paired by seed and row, both taken as drawn at random. p is corrected for all pairs of one metric: in all of them together "
-        "a difference is claimed wrongly in at most 5 % of comparisons."
+        "Paired by seed and row, both taken as drawn at random. p is corrected for all pairs of one metric:"
+        " in all of them together a difference is claimed wrongly in at most 5 % of comparisons."
     )
     return section(
         "Pair by pair",
-        f'<div class="wide"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>' if body else "",
+        (
+            '<div class="wide"><table'
+            f' class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+            if body
+            else ""
+        ),
         note=note if body else "",
     )
 
@@ -133,10 +162,13 @@ def _signed(metric: str, x: float) -> str:
 
 
 def _front(result: Mapping[str, Any]) -> str:
-    """A small map of the metric against each other goal: an arm is a point, its interval a line; hover tells, a click opens its run."""
+    """A small map of the metric against each other goal: an arm is a point, its interval a line; hover tells,
+    a click opens its run.
+    """
     goals = [g for g in result["goals"] if g != result["metric"]]
     maps = "".join(
-        f"<figure><figcaption>{escape(label(result['metric']))} (up) by {escape(label(g))} (across)</figcaption>{_map(result, g)}</figure>"
+        f"<figure><figcaption>{escape(label(result['metric']))} (up) by {escape(label(g))}"
+        f" (across)</figcaption>{_map(result, g)}</figure>"
         for g in goals
     )
     return section("What it costs", f'<div class="maps">{maps}</div>{key(result["arms"])}' if maps else "")
@@ -144,14 +176,22 @@ def _front(result: Mapping[str, Any]) -> str:
 
 def _map(result: Mapping[str, Any], goal: str) -> str:
     across, up = result["table"][goal], result["table"][result["metric"]]
-    xs, ys = [c["mean"] for c in across.values()], [v for c in up.values() for v in (c["low"], c["high"], c["mean"])]
+    xs, ys = (
+        [c["mean"] for c in across.values()],
+        [v for c in up.values() for v in (c["low"], c["high"], c["mean"])],
+    )
     drawn = ""
     for i, name in enumerate(result["arms"]):
         if name not in up:
             continue
         x, c = across[name]["mean"], up[name]
-        said = f"{name}: {label(result['metric'])} {shown(result['metric'], c['mean'])}, {label(goal)} {shown(goal, x)}"
-        drawn += spot(i, said, _link(result, name), place(xs)(x), *(place(ys, 4)(c[k]) for k in ("mean", "low", "high")))
+        said = (
+            f"{name}: {label(result['metric'])} {shown(result['metric'], c['mean'])}, {label(goal)}"
+            f" {shown(goal, x)}"
+        )
+        drawn += spot(
+            i, said, _link(result, name), place(xs)(x), *(place(ys, 4)(c[k]) for k in ("mean", "low", "high"))
+        )
     return plane(xs, ys, drawn)
 
 
@@ -164,19 +204,34 @@ def place(values: Sequence[float], about: int = 3) -> Callable[[float], float]:
 def spot(i: int, said: str, link: str | None, x: float, y: float, low: float, high: float) -> str:
     """The i-th point of a map and its interval, counted from below; hover tells, a click opens its run."""
     drawn = (
-        f'<line class="c{i % COLOURS}" x1="{x:.0f}" x2="{x:.0f}" y1="{SIDE - low:.0f}" y2="{SIDE - high:.0f}"/>'
-        f'<ellipse class="c{i % COLOURS}" cx="{x:.0f}" cy="{SIDE - y:.0f}" rx="14" ry="20"><title>{escape(said)}</title></ellipse>'
+        f'<line class="c{i % COLOURS}" x1="{x:.0f}" x2="{x:.0f}" y1="{SIDE - low:.0f}"'
+        f' y2="{SIDE - high:.0f}"/><ellipse class="c{i % COLOURS}" cx="{x:.0f}" cy="{SIDE - y:.0f}" rx="14"'
+        f' ry="20"><title>{escape(said)}</title></ellipse>'
     )
     return f"<a{f' href={chr(34)}{escape(link)}{chr(34)}' if link else ''}>{drawn}</a>"
 
 
 def plane(xs: Sequence[float], ys: Sequence[float], drawn: str) -> str:
     """A map of what was drawn, with its grid and its labels."""
-    xmarks, ymarks, across, up = ticks(min(xs), max(xs), 3), ticks(min(ys), max(ys), 4), place(xs), place(ys, 4)
-    grid = "".join(f'<line class="grid" x1="0" x2="{SIDE}" y1="{SIDE - up(y):.0f}" y2="{SIDE - up(y):.0f}"/>' for y in ymarks)
+    xmarks, ymarks, across, up = (
+        ticks(min(xs), max(xs), 3),
+        ticks(min(ys), max(ys), 4),
+        place(xs),
+        place(ys, 4),
+    )
+    grid = "".join(
+        f'<line class="grid" x1="0" x2="{SIDE}" y1="{SIDE - up(y):.0f}" y2="{SIDE - up(y):.0f}"/>'
+        for y in ymarks
+    )
     beside = "".join(f'<span class="y" style="top:{1 - up(y) / SIDE:.2%}">{short(y)}</span>' for y in ymarks)
-    below = "".join(f'<span class="x" style="left:{across(x) / SIDE:.2%}">{count(x) if x >= 1000 else short(x)}</span>' for x in xmarks)
-    return f'<div class="chart"><svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none">{grid}{drawn}</svg>{beside}{below}</div>'
+    below = "".join(
+        f'<span class="x" style="left:{across(x) / SIDE:.2%}">{count(x) if x >= 1000 else short(x)}</span>'
+        for x in xmarks
+    )
+    return (
+        f'<div class="chart"><svg viewBox="0 0 {SIDE} {SIDE}"'
+        f' preserveAspectRatio="none">{grid}{drawn}</svg>{beside}{below}</div>'
+    )
 
 
 def _link(result: Mapping[str, Any], name: str) -> str:
@@ -185,7 +240,11 @@ def _link(result: Mapping[str, Any], name: str) -> str:
 
 
 def key(names: Iterable[str]) -> str:
-    return '<p class="key">' + "".join(f'<span class="k{i % COLOURS}">{escape(n)}</span>' for i, n in enumerate(names)) + "</p>"
+    return (
+        '<p class="key">'
+        + "".join(f'<span class="k{i % COLOURS}">{escape(n)}</span>' for i, n in enumerate(names))
+        + "</p>"
+    )
 
 
 def _curves(result: Mapping[str, Any]) -> str:
@@ -197,14 +256,24 @@ def _curves(result: Mapping[str, Any]) -> str:
         for run in runs:
             for step, value in run:
                 by_step.setdefault(step, []).append(value)
-        several.append((list(result["arms"])[i], f"c{i % COLOURS}", thinned([(s, sum(v) / len(v)) for s, v in sorted(by_step.items())])))
+        several.append(
+            (
+                list(result["arms"])[i],
+                f"c{i % COLOURS}",
+                thinned([(s, sum(v) / len(v)) for s, v in sorted(by_step.items())]),
+            )
+        )
     drawn = chart(several, label="training loss by step")
     note = "Each arm's own objective, the mean over seeds: only arms of one objective compare."
     return section("Training", drawn, key(result["arms"]), note=note) if drawn else ""
 
 
 def _lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()] if path.is_file() else []
+    return (
+        [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        if path.is_file()
+        else []
+    )
 
 
 def _skills(result: Mapping[str, Any]) -> str:
@@ -215,10 +284,18 @@ def _skills(result: Mapping[str, Any]) -> str:
     for m in skills:
         before = result["before"].get(m)
         cells = "".join(f"<td>{number(result['table'][m][n]['mean'], True)}</td>" for n in names)
-        body += f'<tr><th scope="row">{escape(m.partition("/")[2])}</th><td>{number(before, True)}</td>{cells}</tr>'
+        body += (
+            "<tr><th"
+            f' scope="row">{escape(m.partition("/")[2])}</th><td>{number(before, True)}</td>{cells}</tr>'
+        )
     return section(
         "Forgetting, skill by skill",
-        f'<div class="wide"><table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>' if body else "",
+        (
+            '<div class="wide"><table'
+            f' class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+            if body
+            else ""
+        ),
     )
 
 
@@ -230,15 +307,26 @@ def _calibration(result: Mapping[str, Any]) -> str:
             continue
         points = [(100 * s, 100 * r) for _, s, r in json.loads(path.read_text(encoding="utf-8"))]
         drawn = chart(
-            [("right", f"c{i % COLOURS}", points), ("perfect", "raw", [(0, 0), (100, 100)])], low=0, label=f"calibration of {name}"
+            [("right", f"c{i % COLOURS}", points), ("perfect", "raw", [(0, 0), (100, 100)])],
+            low=0,
+            label=f"calibration of {name}",
         )
         figures += f"<figure><figcaption>{escape(name)}</figcaption>{drawn}</figure>"
-    note = "Across: how sure the model is of a token, in percent; up: how often it is right. On the diagonal it is as sure as it may be. First seed."
-    return section("Calibration", f'<div class="smalls">{figures}</div>' if figures else "", note=note if figures else "")
+    note = (
+        "Across: how sure the model is of a token, in percent; up: how often it is right. On the diagonal it"
+        " is as sure as it may be. First seed."
+    )
+    return section(
+        "Calibration", f'<div class="smalls">{figures}</div>' if figures else "", note=note if figures else ""
+    )
 
 
 def _answers(result: Mapping[str, Any], few: int = 8) -> str:
-    said = {name: {a["prompt"]: a for a in answers(arm["runs"][0])} for name, arm in result["arms"].items() if arm["runs"]}
+    said = {
+        name: {a["prompt"]: a for a in answers(arm["runs"][0])}
+        for name, arm in result["arms"].items()
+        if arm["runs"]
+    }
     said = {name: some for name, some in said.items() if some}
     if not said:
         return ""
@@ -257,7 +345,11 @@ def _answers(result: Mapping[str, Any], few: int = 8) -> str:
 
 
 def _text(text: str | None) -> str:
-    return "<i>not asked</i>" if text is None else f"<pre>{escape(visible(cut(str(text), 1200))) or '<i>nothing</i>'}</pre>"
+    return (
+        "<i>not asked</i>"
+        if text is None
+        else f"<pre>{escape(visible(cut(str(text), 1200))) or '<i>nothing</i>'}</pre>"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- words
@@ -277,9 +369,17 @@ def _provenance(result: Mapping[str, Any]) -> str:
             f'<a href="{escape(os.path.relpath(Path(r) / "report.html", result["folder"]))}">seed {i}</a>'
             for i, r in enumerate(arm["runs"])
         )
-        again = f"luthier tune {shlex.quote(str(Path(arm['runs'][0]) / 'recipe.yaml'))} output_dir=again" if arm["runs"] else ""
+        again = (
+            f"luthier tune {shlex.quote(str(Path(arm['runs'][0]) / 'recipe.yaml'))} output_dir=again"
+            if arm["runs"]
+            else ""
+        )
         recipes += f"<details><summary>{escape(name)}</summary><p>{links}</p><pre>{escape(again)}</pre><pre>{escape(cut(arm['recipe'], 20_000))}</pre></details>"
-    return section("How to repeat it", f'<dl class="tiles">{made}<div><dt>date</dt><dd>{escape(result["date"])}</dd></div></dl>', recipes)
+    return section(
+        "How to repeat it",
+        f'<dl class="tiles">{made}<div><dt>date</dt><dd>{escape(result["date"])}</dd></div></dl>',
+        recipes,
+    )
 
 
 OWN = """
@@ -288,5 +388,7 @@ OWN = """
 a{color:var(--wood)}svg a line{stroke-width:2;vector-effect:non-scaling-stroke}
 """ + "".join(
     f".c{i}{{stroke:{c};fill:{c}}}polyline.c{i}{{fill:none}}.key .k{i}::before{{border-color:{c}}}"
-    for i, c in enumerate(("#a4501f", "#2563a8", "#1d7a46", "#8e44ad", "#c08a00", "#c2185b", "#00838f", "#757575"))
+    for i, c in enumerate(
+        ("#a4501f", "#2563a8", "#1d7a46", "#8e44ad", "#c08a00", "#c2185b", "#00838f", "#757575")
+    )
 )

@@ -1,6 +1,8 @@
-"""What a person at a terminal sees: sentences, a progress bar with rate and time left, rows as the model will read them.
+"""What a person at a terminal sees: sentences, a progress bar with rate and time left, rows as the model will
+read them.
 
-At a pipe or in a log file the same is said without colours and without a bar: a line for about every tenth of the run.
+At a pipe or in a log file the same is said without colours and without a bar: a line for about every tenth of
+the run.
 """
 
 from __future__ import annotations
@@ -75,7 +77,10 @@ class Console(Quiet):
 
         share = stats.get("supervised_share")
         learned = f", {100 * share:.0f}% of them learned" if share else ""
-        self.say(f"{len(rows):,} rows, {stats.get('row_tokens', 0):,} tokens{learned}; the first as the model reads them:")
+        self.say(
+            f"{len(rows):,} rows, {stats.get('row_tokens', 0):,} tokens{learned}; the first as the model"
+            " reads them:"
+        )
         for text in rendered(roles, rows):
             self.say()
             self._marked(text)
@@ -110,7 +115,11 @@ class Console(Quiet):
             return
         from rich.progress import BarColumn, Progress, TextColumn
 
-        columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(bar_width=None), TextColumn("{task.fields[said]}"))
+        columns = (
+            TextColumn("{task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[said]}"),
+        )
         with Progress(*columns, console=self.screen, transient=False, expand=True) as self.bar:
             self.task = self.bar.add_task("", total=total, completed=done, said="")
             try:
@@ -146,7 +155,8 @@ class Console(Quiet):
         if self.seconds and self.tokens:
             said.append(f"{self.tokens / self.seconds:,.0f} tokens/s")
         if self.steps and self.done < self.total:
-            # Wall-clock time of this process over its steps: what is saved and measured on the way counts too.
+            # Wall-clock time of this process over its steps: what is saved and measured on the way counts
+            # too.
             each = (time.perf_counter() - self.began) / self.steps
             said.append(f"{duration(each * (self.total - self.done))} left")
         return "  ".join(said)
@@ -184,7 +194,10 @@ class Console(Quiet):
             return
         table = self._grid("asked", "before", "after", "expected")
         for one in said[:few]:
-            cells = [Text(visible(cut((one[k] or "").strip(), 240))) for k in ("prompt", "before", "after", "expected")]
+            cells = [
+                Text(visible(cut((one[k] or "").strip(), 240)))
+                for k in ("prompt", "before", "after", "expected")
+            ]
             for cell, score in ((cells[1], one["score_before"]), (cells[2], one["score_after"])):
                 cell.stylize("" if score is None else "green" if score > 0 else "red")
             table.add_row(*cells)
@@ -198,26 +211,42 @@ class Console(Quiet):
 
         table = self._grid("", "before", "after", "change", right=("before", "after", "change"))
         for line in lines(report):
-            table.add_row(Text(visible(line.label)), line.before, line.after, Text(line.change, COLOUR[line.better]))
+            table.add_row(
+                Text(visible(line.label)), line.before, line.after, Text(line.change, COLOUR[line.better])
+            )
         if table.row_count:
             self.screen.print(table)
 
     def comparison(self, found: dict) -> None:
         """Two models side by side; `found` as luthier.inspect gives it."""
         stats = {"measured_on": found["measured_on"]}
-        self.say(f"{found['base']['model']} and {found['tuned']['model']}, on {found['rows']:,} {found['measured_on']}")
-        self.table(SimpleNamespace(before=found["base"]["metrics"], after=found["tuned"]["metrics"], stats=stats))
+        self.say(
+            f"{found['base']['model']} and {found['tuned']['model']}, on {found['rows']:,}"
+            f" {found['measured_on']}"
+        )
+        self.table(
+            SimpleNamespace(before=found["base"]["metrics"], after=found["tuned"]["metrics"], stats=stats)
+        )
         for note in found["notes"]:
             self.say(f"· {note}", "yellow")
 
     def survey(self, source: str, found: dict) -> None:
         """What rows are, and what they can feed; `found` as luthier.data.profile gives it."""
-        self.say(f"{source}: {found['rows']:,} of {found['seen']:,} rows can be read, as '{found['format']}'", "bold")
-        self.say("columns: " + ", ".join(f"{k} ({n:,})" if n < found["rows"] else k for k, n in found["columns"].items()))
+        self.say(
+            f"{source}: {found['rows']:,} of {found['seen']:,} rows can be read, as '{found['format']}'",
+            "bold",
+        )
+        self.say(
+            "columns: "
+            + ", ".join(f"{k} ({n:,})" if n < found["rows"] else k for k, n in found["columns"].items())
+        )
         for bad in (*found["bad"], *found["unreadable"]):
             self.say(f"· {bad['rows']:,} set aside: {bad['reason']} (first: {bad['first']})", "yellow")
         if found["shown"]:
-            self.say(f"{found['tokens']:,} tokens, {100 * found['share']:.0f}% of them learned, the longest row {found['longest']:,}:")
+            self.say(
+                f"{found['tokens']:,} tokens, {100 * found['share']:.0f}% of them learned, the longest row"
+                f" {found['longest']:,}:"
+            )
         for text in found["shown"]:
             self.say()
             self._marked(text)
@@ -233,19 +262,32 @@ class Console(Quiet):
         names = [n for n in result["arms"] if n not in result["stopped"]]
         self.say()
         self.say(result["sentence"], "bold")
-        table = self._grid("", "untuned", *(f"{n} ★" if n in result["front"] else n for n in names), right=("untuned", *names))
+        table = self._grid(
+            "",
+            "untuned",
+            *(f"{n} ★" if n in result["front"] else n for n in names),
+            right=("untuned", *names),
+        )
         for metric, cells in result["table"].items():
             if "/" in metric:
                 continue
             before = result["before"].get(metric)
             spread = [
-                shown(metric, c["mean"]) + (f" ({shown(metric, c['low'])} to {shown(metric, c['high'])})" if c["low"] < c["high"] else "")
+                shown(metric, c["mean"])
+                + (
+                    f" ({shown(metric, c['low'])} to {shown(metric, c['high'])})"
+                    if c["low"] < c["high"]
+                    else ""
+                )
                 for c in (cells[n] for n in names)
             ]
             table.add_row(Text(label(metric)), "" if before is None else shown(metric, before), *spread)
         if names:
             self.screen.print(table)
-            self.say(f"★ on the front: nobody is better in all of {', '.join(label(g) for g in result['goals'])}", "dim")
+            self.say(
+                f"★ on the front: nobody is better in all of {', '.join(label(g) for g in result['goals'])}",
+                "dim",
+            )
         for name, why in result["stopped"].items():
             self.say(f"· {name} was stopped: {why}", "yellow")
         self.say(f"Report: {Path(result['folder']) / 'report.html'}")
@@ -262,9 +304,17 @@ class Console(Quiet):
             for goal in result["goals"]:
                 for when in ("tuning", "test"):
                     value = one[when].get(goal["name"])
-                    low, high = one.get("interval", {}).get(goal["name"], (0, 0)) if when == "test" else (0, 0)
-                    span = f" ({shown(goal['metric'], low)} to {shown(goal['metric'], high)})" if low < high else ""
-                    line[f"{goal['name']}, {when}"] = "" if value is None else shown(goal["metric"], value) + span
+                    low, high = (
+                        one.get("interval", {}).get(goal["name"], (0, 0)) if when == "test" else (0, 0)
+                    )
+                    span = (
+                        f" ({shown(goal['metric'], low)} to {shown(goal['metric'], high)})"
+                        if low < high
+                        else ""
+                    )
+                    line[f"{goal['name']}, {when}"] = (
+                        "" if value is None else shown(goal["metric"], value) + span
+                    )
             lines.append(line)
         if lines:
             self.listing(lines, tuple(lines[0]), heads=True)
@@ -273,11 +323,16 @@ class Console(Quiet):
         self.say(f"Report: {Path(result['folder']) / 'report.html'}")
 
     def listing(self, found: Sequence[dict], columns: Sequence[str], heads: bool = False) -> None:
-        """Objects as a table: a line each at a pipe, so that it can be searched. heads: what columns are is said there, too."""
+        """Objects as a table: a line each at a pipe, so that it can be searched. heads: what columns are is
+        said there, too.
+        """
         from rich.text import Text
 
         if not self.screen.is_terminal:
-            cells = [*([list(columns)] if heads else []), *([plain(one[c]) for c in columns] for one in found)]
+            cells = [
+                *([list(columns)] if heads else []),
+                *([plain(one[c]) for c in columns] for one in found),
+            ]
             widths = [min(48, max((len(row[i]) for row in cells), default=0)) for i in range(len(columns))]
             for row in cells:
                 self.say("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
@@ -291,7 +346,11 @@ class Console(Quiet):
         from rich import box
         from rich.table import Table
 
-        table = Table(box=box.SIMPLE_HEAD if self.screen.is_terminal else box.ASCII2, pad_edge=False, header_style="bold")
+        table = Table(
+            box=box.SIMPLE_HEAD if self.screen.is_terminal else box.ASCII2,
+            pad_edge=False,
+            header_style="bold",
+        )
         for name in columns:
             table.add_column(name, justify="right" if name in right else "left", overflow="fold")
         return table
@@ -300,7 +359,10 @@ class Console(Quiet):
 COLOUR = {True: "green", False: "red", None: "default"}
 
 
-CONTROLS = {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\n\t"} | {0x7F: "␡", **{c: "�" for c in range(0x80, 0xA0)}}
+CONTROLS = {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\n\t"} | {
+    0x7F: "␡",
+    **{c: "�" for c in range(0x80, 0xA0)},
+}
 
 
 def visible(text: str) -> str:
@@ -317,4 +379,8 @@ def plain(value: Any) -> str:
     """A value in a table cell, as YAML users write it."""
     if isinstance(value, (list, tuple)):
         return ", ".join(map(plain, value))
-    return {None: "", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else str(value)
+    return (
+        {None: "", True: "true", False: "false"}[value]
+        if value is None or isinstance(value, bool)
+        else str(value)
+    )

@@ -115,7 +115,11 @@ def headline(report: Any) -> str:
 
 def _loss(report: Any) -> str:
     before, after = report.before.get("loss"), report.after.get("loss")
-    on = "held-out loss" if report.stats.get("measured_on", "held-out rows") == "held-out rows" else "loss on the training rows"
+    on = (
+        "held-out loss"
+        if report.stats.get("measured_on", "held-out rows") == "held-out rows"
+        else "loss on the training rows"
+    )
     return f"{on} {number(before)} → {number(after)}" if before is not None and after is not None else ""
 
 
@@ -134,7 +138,11 @@ def _right(report: Any) -> str:
 
 
 def _goals(report: Any) -> str:
-    both = {name[5:]: (report.before[name], report.after[name]) for name in report.after if name[:5] == "goal/" and name in report.before}
+    both = {
+        name[5:]: (report.before[name], report.after[name])
+        for name in report.after
+        if name[:5] == "goal/" and name in report.before
+    }
     return ", ".join(f"{goal} {number(b)} → {number(a)}" for goal, (b, a) in both.items())
 
 
@@ -145,7 +153,10 @@ def _price(report: Any) -> str:
             return "other skills kept"
         return f"other skills {'gained' if points > 0 else 'lost'} {abs(points):.1f} points"
     if "elsewhere_loss" in report.before and "elsewhere_loss" in report.after:
-        return f"loss elsewhere {number(report.before['elsewhere_loss'])} → {number(report.after['elsewhere_loss'])}"
+        return (
+            f"loss elsewhere {number(report.before['elsewhere_loss'])} →"
+            f" {number(report.after['elsewhere_loss'])}"
+        )
     return ""
 
 
@@ -186,14 +197,15 @@ def duration(seconds: float) -> str:
 
 
 def answers(folder: Any) -> list[dict]:
-    """Written answers before and after, matched by row: {prompt, expected, before, after, score_before, score_after}. Of a run that
-    goes on, `after` is what was written last."""
+    """Written answers before and after, matched by row: {prompt, expected, before, after, score_before,
+    score_after}. Of a run that goes on, `after` is what was written last."""
     said: dict[str, dict[str, dict]] = {}
     last = "after" if (Path(folder) / "samples-after.jsonl").is_file() else "during"
     for when, file in (("before", "before"), ("after", last)):
         path = Path(folder) / f"samples-{file}.jsonl"
         if path.is_file():
-            lines = path.read_text(encoding="utf-8").split("\n")  # splitlines also cuts at marks that a model may have written
+            # splitlines also cuts at marks that a model may have written
+            lines = path.read_text(encoding="utf-8").split("\n")
             for i, text in enumerate(line for line in lines if line):
                 row = json.loads(text)
                 said.setdefault(str(row.get("id", i)), {})[when] = row

@@ -1,6 +1,8 @@
-"""report.html: one file that needs no network and no script; light and dark, phone and paper. The answer comes first.
+"""report.html: one file that needs no network and no script; light and dark, phone and paper. The answer
+comes first.
 
-Whatever comes from rows, models or recipes is escaped, and the page's own policy forbids scripts and connections.
+Whatever comes from rows, models or recipes is escaped, and the page's own policy forbids scripts and
+connections.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ from luthier.report.chart import chart, smoothed, thinned
 from luthier.report.console import cut, visible
 from luthier.report.numbers import Line, answers, cost, duration, headline, lines, number
 
-OWN = ("step", "loss", "learning_rate", "tokens", "seconds")  # of a log line; whatever else stands there gets a small chart
+# of a log line; whatever else stands there gets a small chart
+OWN = ("step", "loss", "learning_rate", "tokens", "seconds")
 FEW = 12  # answers shown
 LONG = 20_000  # characters of a recipe shown: rows given in Python stand in it
 
@@ -48,8 +51,10 @@ def document(title: str, body: str, style: str | None = None) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
-        f'<meta name="color-scheme" content="light dark"><title>{escape(title)} · luthier</title>\n<style>{style or STYLE}</style></head>\n'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src'
+        " 'unsafe-inline'\">"
+        f'<meta name="color-scheme" content="light dark"><title>{escape(title)} ·'
+        f" luthier</title>\n<style>{style or STYLE}</style></head>\n"
         f"<body><main>\n{body}</main></body></html>\n"
     )
 
@@ -62,7 +67,9 @@ def name_of(recipe: Any) -> str:
             return " + ".join(map(word, x))
         return str(x.get("name", "")) if isinstance(x, Mapping) else str(x)
 
-    return ", ".join(w for w in (str(recipe.model), word(recipe.tuner), word(recipe.objective)) if w and w != "None")
+    return ", ".join(
+        w for w in (str(recipe.model), word(recipe.tuner), word(recipe.objective)) if w and w != "None"
+    )
 
 
 def section(title: str, *inside: str, note: str = "") -> str:
@@ -76,11 +83,16 @@ def section(title: str, *inside: str, note: str = "") -> str:
 
 def _top(recipe: Any, report: Any, title: str) -> str:
     stats = report.stats
-    tiles = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(much)}</dd></div>" for what, much in cost(stats))
+    tiles = "".join(
+        f"<div><dt>{escape(what)}</dt><dd>{escape(much)}</dd></div>" for what, much in cost(stats)
+    )
     where = ", ".join(str(stats[k]) for k in ("device", "dtype") if stats.get(k))
     if where:
         tiles += f"<div><dt>on</dt><dd>{escape(where)}</dd></div>"
-    return f'<header><p class="what">{escape(title)}</p><h1>{escape(headline(report))}</h1></header>\n<dl class="tiles">{tiles}</dl>\n'
+    return (
+        f'<header><p class="what">{escape(title)}</p><h1>{escape(headline(report))}</h1></header>\n<dl'
+        f' class="tiles">{tiles}</dl>\n'
+    )
 
 
 def _figures(report: Any) -> str:
@@ -90,9 +102,18 @@ def _figures(report: Any) -> str:
     skills = [line for line in every if "/" in line.name]  # elsewhere_accuracy/chat
     body = _table([line for line in every if line not in skills])
     if skills:
-        body += f"<h3>Exact elsewhere, skill by skill</h3>{_table([replace(x, label=x.name.partition('/')[2]) for x in skills])}"
+        body += (
+            "<h3>Exact elsewhere, skill by"
+            f" skill</h3>{_table([replace(x, label=x.name.partition('/')[2]) for x in skills])}"
+        )
     n, on = report.stats.get("held_out_rows"), report.stats.get("measured_on", "")
-    note = f"Measured on {n:,} held-out rows" if n else f"Measured on {on}: nothing was held out" if on == "training rows" else ""
+    note = (
+        f"Measured on {n:,} held-out rows"
+        if n
+        else f"Measured on {on}: nothing was held out"
+        if on == "training rows"
+        else ""
+    )
     return section("Before and after", body, note=note + "." if note else "")
 
 
@@ -103,7 +124,10 @@ def _table(some: Sequence[Line]) -> str:
         f'<td class="{word[x.better][0]}" title="{word[x.better][1]}">{_points(x.change)}</td></tr>'
         for x in some
     )
-    head = '<tr><th scope="col"></th><th scope="col">before</th><th scope="col">after</th><th scope="col">change</th></tr>'
+    head = (
+        '<tr><th scope="col"></th><th scope="col">before</th><th scope="col">after</th><th'
+        ' scope="col">change</th></tr>'
+    )
     return f'<table class="numbers"><thead>{head}</thead><tbody>{rows}</tbody></table>'
 
 
@@ -121,7 +145,11 @@ def _curves(logged: Sequence[Mapping]) -> str:
     if not raw:
         return ""
     held, soft = series(logged, "eval_loss"), smoothed(raw)
-    plots = "".join(_loss(kind, raw, soft, held) for kind in ("linear", "log") if kind == "linear" or min(y for _, y in raw) > 0)
+    plots = "".join(
+        _loss(kind, raw, soft, held)
+        for kind in ("linear", "log")
+        if kind == "linear" or min(y for _, y in raw) > 0
+    )
     key = '<p class="key"><span class="raw">each step</span><span class="soft">smoothed</span>' + (
         '<span class="held">held-out</span></p>' if held else "</p>"
     )
@@ -138,7 +166,10 @@ def _curves(logged: Sequence[Mapping]) -> str:
 
 def _loss(kind: str, raw: list, soft: list, held: list) -> str:
     several = [("loss", "raw", thinned(raw)), ("smoothed", "soft", thinned(soft)), ("held-out", "held", held)]
-    return f'<div class="plot {kind}">{chart(several, log=kind == "log", low=None if kind == "log" else 0.0, label="loss by step")}</div>'
+    return (
+        '<div class="plot'
+        f' {kind}">{chart(several, log=kind == "log", low=None if kind == "log" else 0.0, label="loss by step")}</div>'
+    )
 
 
 def _small(name: str, points: list) -> str:
@@ -147,9 +178,12 @@ def _small(name: str, points: list) -> str:
 
 
 def _switch(name: str, choices: Sequence[str]) -> str:
-    """Radio buttons before the plots: the style sheet shows the plot of the one that is chosen, without any script."""
+    """Radio buttons before the plots: the style sheet shows the plot of the one that is chosen, without any
+    script.
+    """
     return "".join(
-        f'<input type="radio" name="{name}" id="{name}-{c}"{" checked" if i == 0 else ""}><label for="{name}-{c}">{c}</label>'
+        f'<input type="radio" name="{name}" id="{name}-{c}"{" checked" if i == 0 else ""}><label'
+        f' for="{name}-{c}">{c}</label>'
         for i, c in enumerate(choices)
     )
 
@@ -176,7 +210,9 @@ def _answers(said: Sequence[dict]) -> str:
     won = sum(a["score_after"] > a["score_before"] for a in judged)
     lost = sum(a["score_after"] < a["score_before"] for a in judged)
     note = f"The first {FEW} of {len(said)} prompts" if len(said) > FEW else f"{len(said)} prompts"
-    note += f"; of all, {won} became better, {lost} worse, {len(judged) - won - lost} stayed." if judged else "."
+    note += (
+        f"; of all, {won} became better, {lost} worse, {len(judged) - won - lost} stayed." if judged else "."
+    )
     return section("Answers", "".join(_answer(a) for a in said[:FEW]), note=note)
 
 
@@ -216,7 +252,11 @@ def _rows(folder: Path, stats: Mapping) -> str:
     if stats.get("bad_rows"):
         said.append(f"{stats['bad_rows']:,} were set aside, with reasons, in quarantine.jsonl")
     body = "".join(f"<article><pre>{marked(t)}</pre></article>" for t in shown)
-    return section("Data, as the model reads it", body or ("<p></p>" if said else ""), note="; ".join(said) + "." if said else "")
+    return section(
+        "Data, as the model reads it",
+        body or ("<p></p>" if said else ""),
+        note="; ".join(said) + "." if said else "",
+    )
 
 
 def marked(text: str) -> str:
@@ -238,7 +278,10 @@ def _provenance(recipe: Any, report: Any, folder: Path) -> str:
     made = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(who)}</dd></div>" for what, who in versions())
     text = recipe.yaml()
     text = text if len(text) <= LONG else text[:LONG] + "\n... (the whole recipe: recipe.yaml)"
-    again = f"luthier tune {shlex.quote(str(folder / 'recipe.yaml'))} output_dir={shlex.quote(str(folder) + '-again')}"
+    again = (
+        f"luthier tune {shlex.quote(str(folder / 'recipe.yaml'))}"
+        f" output_dir={shlex.quote(str(folder) + '-again')}"
+    )
     return section(
         "How to repeat it",
         f"<pre>{escape(again)}</pre>",

@@ -1,4 +1,6 @@
-"""A run's folder: whose it is, whether it is finished, what a new run may not overwrite. What lies in it is in store.py."""
+"""A run's folder: whose it is, whether it is finished, what a new run may not overwrite. What lies in it is
+in store.py.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,18 @@ from typing import Any
 
 import yaml
 
-from luthier.storage import store
 from luthier import __version__
 from luthier.data import rows as reading
 from luthier.errors import RecipeError
 from luthier.recipe.recipe import Recipe
+from luthier.storage import store
 
 
 @contextmanager
 def open_run(folder: Path, recipe: Recipe, mark: str, main: bool, anew: bool) -> Iterator[tuple[bool, str]]:
-    """Take a run folder for oneself. Yields whether the run in it is finished and which luthier began it; refuses another's."""
+    """Take a run folder for oneself. Yields whether the run in it is finished and which luthier began it;
+    refuses another's.
+    """
     if not main:
         yield False, __version__
         return
@@ -31,30 +35,58 @@ def open_run(folder: Path, recipe: Recipe, mark: str, main: bool, anew: bool) ->
         state = folder / "run.json"
         known = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else None
         if known and (known["fingerprint"], known["data"]) != (recipe.fingerprint(), mark):
-            if not recipe.overwrite and (folder / "before.json").is_file():  # else it was refused before it computed anything
+            # else it was refused before it computed anything
+            if not recipe.overwrite and (folder / "before.json").is_file():
                 raise RecipeError(
-                    f"{folder} holds another run ({_difference(folder, recipe, known, mark)}); give another output_dir, or overwrite=true to start anew there"
+                    f"{folder} holds another run ({_difference(folder, recipe, known, mark)}); give another"
+                    " output_dir, or overwrite=true to start anew there"
                 )
             known = clear(folder)
         if known and anew and known["finished"]:
             known = clear(folder)
         if known is None:
-            known = {"fingerprint": recipe.fingerprint(), "data": mark, "finished": False, "version": __version__}
+            known = {
+                "fingerprint": recipe.fingerprint(),
+                "data": mark,
+                "finished": False,
+                "version": __version__,
+            }
             store.write_text(folder / "recipe.yaml", recipe.yaml())
             store.write_json(state, known)
-        yield bool(known["finished"] and (folder / "report.json").is_file()), known.get("version", "(unknown)")
+        yield (
+            bool(known["finished"] and (folder / "report.json").is_file()),
+            known.get("version", "(unknown)"),
+        )
 
 
 def clear(folder: Path) -> None:
-    """Leave nothing of a run. run.json goes last: while it stands, a folder that is half cleared is still the old run's."""
+    """Leave nothing of a run. run.json goes last: while it stands, a folder that is half cleared is still the
+    old run's.
+    """
     for path in store.checkpoints(folder):
         shutil.rmtree(path)
     for path in folder.glob("said-*.bin"):
         path.unlink()
-    for name in ("report.json", "before.json", "rows.jsonl", "metrics.jsonl", "quarantine.jsonl", "forgetting.jsonl", "shown.json",
-                 "samples-before.jsonl", "samples-during.jsonl", "samples-after.jsonl", "by-row-before.json",
-                 "by-row-during.json", "by-row-after.json", "calibration-before.json", "calibration-after.json", "paused.json", "report.html",
-                 "run.json"):  # fmt: skip
+    for name in (
+        "report.json",
+        "before.json",
+        "rows.jsonl",
+        "metrics.jsonl",
+        "quarantine.jsonl",
+        "forgetting.jsonl",
+        "shown.json",
+        "samples-before.jsonl",
+        "samples-during.jsonl",
+        "samples-after.jsonl",
+        "by-row-before.json",
+        "by-row-during.json",
+        "by-row-after.json",
+        "calibration-before.json",
+        "calibration-after.json",
+        "paused.json",
+        "report.html",
+        "run.json",
+    ):
         (folder / name).unlink(missing_ok=True)
 
 
@@ -66,16 +98,25 @@ def note_down(folder: Path, **facts: Any) -> None:
 def network_of(folder: Path) -> dict[str, Any]:
     """What the data of a finished run said about its network; class numbers are numbers again."""
     known = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("network", {})
-    return known | {"id2label": {int(k): v for k, v in known["id2label"].items()}} if "id2label" in known else known
+    return (
+        known | {"id2label": {int(k): v for k, v in known["id2label"].items()}}
+        if "id2label" in known
+        else known
+    )
 
 
 def _difference(folder: Path, recipe: Recipe, known: dict, mark: str) -> str:
-    was, now = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")), yaml.safe_load(recipe.yaml())
+    was, now = (
+        yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")),
+        yaml.safe_load(recipe.yaml()),
+    )
     shy = ("data", "eval_data", "output_dir", "overwrite")
     keys = [k for k in now if was.get(k) != now[k] and k not in shy]
     if not keys:
         return "its rows were others" if known["data"] != mark else "made by another version"
-    return "it differs in " + ", ".join(f"{k}: {str(was.get(k))[:40]} there, {str(now[k])[:40]} here" for k in keys[:2])
+    return "it differs in " + ", ".join(
+        f"{k}: {str(was.get(k))[:40]} there, {str(now[k])[:40]} here" for k in keys[:2]
+    )
 
 
 def trim(path: Path, step: int) -> None:

@@ -1,6 +1,8 @@
-"""From a recipe to a run folder: rows, roles, fit, evaluation, and what a user takes away. And plans: several of them.
+"""From a recipe to a run folder: rows, roles, fit, evaluation, and what a user takes away. And plans: several
+of them.
 
-A run that was stopped, however roughly, goes on when the same recipe is run again; a finished one answers at once.
+A run that was stopped, however roughly, goes on when the same recipe is run again; a finished one answers at
+once.
 """
 
 from __future__ import annotations
@@ -20,28 +22,30 @@ from typing import Any
 import torch
 import yaml
 
-from luthier.train import checks as guards, memory
-from luthier.storage import store
 from luthier import __version__
 from luthier import report as page
 from luthier.data import rows as reading
-from luthier.model.load import assemble, take_parts, tensors_of
 from luthier.data.load import Data, beside, load_data, touching
-from luthier.methods.evaluators._base import measured
-from luthier.run.folder import clear, default_folder, note_down, on_disk, open_run, trim
-from luthier.train import hidden_cache as frozen, logprob_cache as reference
-from luthier.train.batched_forward import shell
-from luthier.train.trainer import Batches, Fit, Totals
 from luthier.errors import RecipeError
-from luthier.registry import build, spec
+from luthier.methods.evaluators._base import measured
 from luthier.methods.quantizers._base import told
+from luthier.methods.roles.frozen.start import Start
+from luthier.model.load import assemble, take_parts, tensors_of
+from luthier.model.policy import Policy, Roles
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Parts, checked, rehearse
+from luthier.registry import build, spec
 from luthier.report import rendered
 from luthier.report.console import Quiet
-from luthier.model.policy import Policy, Roles
-from luthier.methods.roles.frozen.start import Start
+from luthier.run.folder import clear, default_folder, note_down, on_disk, open_run, trim
+from luthier.storage import store
+from luthier.train import checks as guards
+from luthier.train import hidden_cache as frozen
+from luthier.train import logprob_cache as reference
+from luthier.train import memory
+from luthier.train.batched_forward import shell
 from luthier.train.optimizer import Chain, schedule
+from luthier.train.trainer import Batches, Fit, Totals
 
 
 @dataclass
@@ -64,20 +68,28 @@ class Report:
 # ---------------------------------------------------------------------------------------------- one run
 
 
-def run(recipe: Recipe, folder: Path, watch: Any = None, anew: bool = False, until: float | None = None) -> Report:
-    """One recipe without a plan, to its end. anew: even where it is finished. until: pause at this step (below 1: share of the run)."""
+def run(
+    recipe: Recipe, folder: Path, watch: Any = None, anew: bool = False, until: float | None = None
+) -> Report:
+    """One recipe without a plan, to its end. anew: even where it is finished. until: pause at this step
+    (below 1: share of the run).
+    """
     with opened(recipe, folder, watch, anew, until) as it:
         return it if isinstance(it, Report) else it.go()
 
 
 @contextmanager
-def opened(recipe: Recipe, folder: Path, watch: Any, anew: bool = False, until: float | None = None) -> Iterator[_Run | Report]:
+def opened(
+    recipe: Recipe, folder: Path, watch: Any, anew: bool = False, until: float | None = None
+) -> Iterator[_Run | Report]:
     """A run in its folder, for as long as it lasts; of a finished one its report."""
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
     watch = watch or Quiet()
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), log_with=[*recipe.report_to] or None, project_dir=str(folder))
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), log_with=[*recipe.report_to] or None, project_dir=str(folder)
+    )
     atexit.unregister(_part)
     atexit.register(_part)
     main = accelerator.is_main_process
@@ -86,7 +98,8 @@ def opened(recipe: Recipe, folder: Path, watch: Any, anew: bool = False, until: 
         watch.tell(sentence)
     quarantine = folder / "quarantine.jsonl"
     with store.told_on_disk(folder):
-        if new := main and not (folder / "run.json").exists():  # what lies there is of an earlier attempt, which was refused
+        # what lies there is of an earlier attempt, which was refused
+        if new := main and not (folder / "run.json").exists():
             quarantine.unlink(missing_ok=True)
         data = load_data(recipe, quarantine if new else None)
     if sentence := beside(data):
@@ -98,7 +111,10 @@ def opened(recipe: Recipe, folder: Path, watch: Any, anew: bool = False, until: 
             yield Report.read(folder)
             return
         if begun_by != __version__:
-            watch.tell(f"this run was begun by luthier {begun_by} and goes on under {__version__}: its end may be neither's")
+            watch.tell(
+                f"this run was begun by luthier {begun_by} and goes on under {__version__}: its end may be"
+                " neither's"
+            )
         if main:
             with store.told_on_disk(folder):
                 quarantine.unlink(missing_ok=True)
@@ -108,7 +124,10 @@ def opened(recipe: Recipe, folder: Path, watch: Any, anew: bool = False, until: 
             watch.tell(f"{len(data.bad):,} unusable rows of {seen:,} set aside, with reasons: {quarantine}")
         set_seed(recipe.seed)
         if recipe.report_to:
-            accelerator.init_trackers("luthier", {k: v if isinstance(v, (int, float, str)) else json.dumps(v) for k, v in _told(recipe)})
+            accelerator.init_trackers(
+                "luthier",
+                {k: v if isinstance(v, (int, float, str)) else json.dumps(v) for k, v in _told(recipe)},
+            )
         try:
             yield _Run(recipe, parts, data, folder, watch, accelerator, until)
         except (RuntimeError, MemoryError) as error:
@@ -121,8 +140,8 @@ def opened(recipe: Recipe, folder: Path, watch: Any, anew: bool = False, until: 
 
 
 def _part() -> None:
-    """At the end of this process, not of a run: a plan's next act needs the others again. Who leaves first, or leaves
-    threads waiting, makes the others abort; after an error there is nobody to wait for."""
+    """At the end of this process, not of a run: a plan's next act needs the others again. Who leaves first,
+    or leaves threads waiting, makes the others abort; after an error there is nobody to wait for."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         if not hasattr(sys, "last_value"):
             torch.distributed.barrier()
@@ -131,7 +150,11 @@ def _part() -> None:
 
 def _told(recipe: Recipe) -> list[tuple[str, Any]]:
     """What a tracker is told about a run: the whole recipe but for rows given from Python."""
-    return [(k, v) for k, v in yaml.safe_load(recipe.yaml()).items() if not isinstance(v, list) or k not in ("data", "eval_data")]
+    return [
+        (k, v)
+        for k, v in yaml.safe_load(recipe.yaml()).items()
+        if not isinstance(v, list) or k not in ("data", "eval_data")
+    ]
 
 
 def _alike(value: Any, accelerator: Any) -> Any:
@@ -198,7 +221,8 @@ class _Run:
 
     def ended(self) -> Report:
         """All that comes after the last step."""
-        self.fit.hooks.clear()  # they hold this run, which holds the fit: a circle would keep the model until somebody collects it
+        # they hold this run, which holds the fit: a circle would keep the model until somebody collects it
+        self.fit.hooks.clear()
         if self.fit.roles.clock.step < self.fit.roles.clock.total:
             return self.pause(self.fit, self.before, self.stats)
         self.watch.stage("measuring the end")
@@ -229,7 +253,9 @@ class _Run:
             setattr(self.roles, name, role.play(name, self.roles.policy))
 
     def take_rows(self) -> tuple[list[dict], dict]:
-        """Rows through the stages, which see the starting policy (on resume their result is read back), and as tokens."""
+        """Rows through the stages, which see the starting policy (on resume their result is read back), and
+        as tokens.
+        """
         rows, kept = self.data.rows, self.folder / "rows.jsonl"
         if self.parts.stages:
             if self.latest is None or not kept.is_file():
@@ -243,7 +269,9 @@ class _Run:
                 self.accelerator.wait_for_everyone()
             rows = store.read_rows(kept)
         rows, stats = _encode(self.roles, rows, self.folder, self.watch, self.main, self.recipe.max_bad_rows)
-        self.held_out, self.held_out_stats = _encode(self.roles, self.data.held_out, self.folder, Quiet(), self.main, 1.0)
+        self.held_out, self.held_out_stats = _encode(
+            self.roles, self.data.held_out, self.folder, Quiet(), self.main, 1.0
+        )
         self.measured = self.held_out or rows[:256]
         return rows, stats
 
@@ -264,12 +292,23 @@ class _Run:
         if any("samples" in s.gives for s in self.parts.live):  # what is learned is yet to be written
             shown = [{k: v for k, v in r.items() if k not in ("completions", "scores")} for r in rows]
             asked = self.parts.architecture.encode_all(shown, renderer).stats
-            stats |= {"row_tokens": asked["tokens"], "longest": asked["longest"], "supervised_share": 0.0, "cut": 0}
+            stats |= {
+                "row_tokens": asked["tokens"],
+                "longest": asked["longest"],
+                "supervised_share": 0.0,
+                "cut": 0,
+            }
         if stats["cut"]:
             whose = "texts" if renderer.encoder else "completions"
-            tell(f"the {whose} of {stats['cut']:,} of {len(rows):,} rows are cut at {renderer.max_length:,} tokens (max_length)")
+            tell(
+                f"the {whose} of {stats['cut']:,} of {len(rows):,} rows are cut at {renderer.max_length:,}"
+                " tokens (max_length)"
+            )
         if not renderer.encoder and 2 * len(touching(shown)) > len(shown):
-            tell(f"the completion follows the prompt's last word without a space or a line break: '{touching(shown)[0]}'")
+            tell(
+                "the completion follows the prompt's last word without a space or a line break:"
+                f" '{touching(shown)[0]}'"
+            )
         self.watch.rows(roles, shown, stats)
         if self.main:
             store.write_json(self.folder / "shown.json", rendered(roles, shown))
@@ -287,20 +326,39 @@ class _Run:
     def training(self, rows: list[dict]) -> Fit:
         """The training to be, and how long it is."""
         recipe, parts, clock = self.recipe, self.parts, self.roles.clock
-        per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * self.accelerator.num_processes
+        per_step = (
+            recipe.per_device_train_batch_size
+            * recipe.gradient_accumulation_steps
+            * self.accelerator.num_processes
+        )
         stop_at = None if recipe.max_steps is not None else max(1, round(len(rows) * recipe.num_train_epochs))
-        clock.total = 0 if parts.objective is None else recipe.max_steps if stop_at is None else -(-stop_at // per_step)
+        clock.total = (
+            0 if parts.objective is None else recipe.max_steps if stop_at is None else -(-stop_at // per_step)
+        )
         if stop_at is not None:
             clock.total *= recipe.num_iterations
         if self.main:
             note_down(self.folder, steps=clock.total)
         factor = schedule(recipe.lr_scheduler_type, recipe.warmup_steps, clock.total)
         chain = Chain(parts.chain, self.roles.tuner, clock, recipe.learning_rate, factor)
-        batches = Batches(per_step, recipe.per_device_train_batch_size, stop_at, parts.live, recipe.num_iterations)
-        return Fit(self.roles, rows, parts.objective, chain, parts.estimator, batches, self.accelerator, tell=self.watch.tell)
+        batches = Batches(
+            per_step, recipe.per_device_train_batch_size, stop_at, parts.live, recipe.num_iterations
+        )
+        return Fit(
+            self.roles,
+            rows,
+            parts.objective,
+            chain,
+            parts.estimator,
+            batches,
+            self.accelerator,
+            tell=self.watch.tell,
+        )
 
     def check_memory(self, fit: Fit, stats: dict) -> None:
-        """Memory predicted against what there is, before anything is trained. What is yet to be written is of unknown length."""
+        """Memory predicted against what there is, before anything is trained. What is yet to be written is of
+        unknown length.
+        """
         roles, rows = fit.roles, fit.rows
         if not rows or not roles.clock.total or any("samples" in s.gives for s in fit.batches.live):
             return
@@ -309,11 +367,15 @@ class _Run:
         longest, micro = int(stats["longest"]), min(fit.batches.micro, len(rows))
         tokens = longest + round((micro - 1) * stats["row_tokens"] / len(rows))
         try:
-            self.need, told = memory.choose(roles, fit.chain, fit.estimator, some, tokens, longest, self.recipe.gradient_checkpointing)
+            self.need, told = memory.choose(
+                roles, fit.chain, fit.estimator, some, tokens, longest, self.recipe.gradient_checkpointing
+            )
         except (RuntimeError, MemoryError) as error:
             if not guards.out_of_memory(error):
                 raise
-            told = ["memory ran out on two short rows, read to see what a step would take: expect it not to fit"]
+            told = [
+                "memory ran out on two short rows, read to see what a step would take: expect it not to fit"
+            ]
         for sentence in told:
             self.watch.tell(sentence)
 
@@ -326,7 +388,9 @@ class _Run:
         made: Any = fit.once()
         if made is None or (shared and not fit.batches.live):
             some = roles.batch([_answered(r, roles) for r in fit.rows[:2]])
-            made = frozen.keep(roles.policy, some, self.folder / f"frozen-{self.accelerator.process_index}.bin", tokens)
+            made = frozen.keep(
+                roles.policy, some, self.folder / f"frozen-{self.accelerator.process_index}.bin", tokens
+            )
         if isinstance(made, str):
             if asked is True:
                 self.watch.tell(f"cache_frozen: nothing is kept, as {made}")
@@ -334,33 +398,45 @@ class _Run:
         roles.policy.attached.frozen = made
         atexit.register(made.close)
         self.watch.tell(
-            f"the {made.first} lowest of {len(made.layers)} layers never move: what they say of a row is computed once and kept "
-            f"({made.table.nbytes / 2**20:,.0f} MB beside the run, until it ends)"
+            f"the {made.first} lowest of {len(made.layers)} layers never move: what they say of a row is"
+            f" computed once and kept ({made.table.nbytes / 2**20:,.0f} MB beside the run, until it ends)"
         )
 
     def keep_reference(self, fit: Fit, stats: dict) -> None:
-        """What never changes of the roles: their log-probabilities are computed once, where rows are read again."""
+        """What never changes of the roles: their log-probabilities are computed once, where rows are read
+        again.
+        """
         asked, roles = self.recipe.cache_reference, fit.roles
-        constant = [n for n, r in self.parts.roles.items() if r.constant and isinstance(getattr(roles, n), Policy)]
+        constant = [
+            n for n, r in self.parts.roles.items() if r.constant and isinstance(getattr(roles, n), Policy)
+        ]
         if asked is False or not fit.rows or not roles.clock.total or (asked == "auto" and not constant):
             return
         why = fit.once() or (None if constant else "no role that never changes is played by a network")
-        room = sum(reference.wanted(rows, s["row_tokens"] * s["supervised_share"]) for rows, s in (
-            (len(fit.rows), stats), (len(self.held_out), self.held_out_stats)) if s)  # fmt: skip
+        room = sum(
+            reference.wanted(rows, s["row_tokens"] * s["supervised_share"])
+            for rows, s in ((len(fit.rows), stats), (len(self.held_out), self.held_out_stats))
+            if s
+        )
         held = self.shared.said if self.shared else {}
         for name in constant if why is None else ():
             if name in held:
                 setattr(roles, name, reference.Known(getattr(roles, name), held[name]))
                 continue
             path = self.folder / f"said-{name}-{self.accelerator.process_index}.bin"
-            made = reference.keep(getattr(roles, name), path, room, json.dumps(spec(self.parts.roles[name]), default=str))
+            made = reference.keep(
+                getattr(roles, name), path, room, json.dumps(spec(self.parts.roles[name]), default=str)
+            )
             if isinstance(made, str):
                 why = made
                 continue
             if not isinstance(self.parts.roles[name], Start):  # it is the same for all
                 held[name] = made.said
             setattr(roles, name, made)
-            self.watch.tell(f"what '{name}' says of a row never changes: it is computed once and kept beside the run, until it ends")
+            self.watch.tell(
+                f"what '{name}' says of a row never changes: it is computed once and kept beside the run,"
+                " until it ends"
+            )
         if why and asked is True:
             self.watch.tell(f"cache_reference: nothing is kept, as {why}")
 
@@ -391,7 +467,9 @@ class _Run:
     def measure(self, when: str) -> dict[str, float]:
         """Every process measures all rows, so none waits long for another; what the main one found counts."""
         self.roles.policy.eval()
-        out = _alike(measured(self.parts.evaluate, self.roles, self.measured, self.folder, when), self.accelerator)
+        out = _alike(
+            measured(self.parts.evaluate, self.roles, self.measured, self.folder, when), self.accelerator
+        )
         self.accelerator.log({f"eval_{k}": v for k, v in out.items()}, step=self.roles.clock.step)
         return out
 
@@ -404,14 +482,18 @@ class _Run:
     def after_step(self, fit: Fit, log: dict) -> None:
         recipe, clock, last = self.recipe, self.roles.clock, self.roles.clock.step == self.roles.clock.total
         eval_every, save_every = self.every(recipe.eval_steps), self.every(recipe.save_steps)
-        if self.accelerator.num_processes > 1:  # between draws, where no process holds rows that the others do not know
+        # between draws, where no process holds rows that the others do not know
+        if self.accelerator.num_processes > 1:
             save_every = math.lcm(save_every, recipe.num_iterations)
         if eval_every and clock.step % eval_every == 0 and not last:
             log |= {f"eval_{k}": v for k, v in self.measure("during").items()}
         if self.main and (clock.step % recipe.logging_steps == 0 or last):
             numbers = {k: v for k, v in log.items() if k != "step" and not k.startswith("eval_")}
             self.accelerator.log(numbers, step=clock.step)
-            with store.told_on_disk(self.folder), open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            with (
+                store.told_on_disk(self.folder),
+                open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file,
+            ):
                 file.write(json.dumps(log) + "\n")
         self.watch.step(log)
         if self.main and (clock.step % save_every == 0 or last):
@@ -419,17 +501,30 @@ class _Run:
 
     def save(self, fit: Fit) -> None:
         held = fit.held if self.roles.clock.step % fit.batches.num_iterations else None
-        made = store.Checkpoint(self.roles.tuner.held(), fit.chain.state, self.roles.clock.step, held, asdict(fit.totals))
+        made = store.Checkpoint(
+            self.roles.tuner.held(), fit.chain.state, self.roles.clock.step, held, asdict(fit.totals)
+        )
         store.save_checkpoint(self.folder, made, self.recipe.save_total_limit)
 
     def pause(self, fit: Fit, before: dict[str, float], stats: dict) -> Report:
         """Stop here for now: measured, and saved so that the same command goes on."""
         clock, now = self.roles.clock, self.measure("during")
-        cost = {"moving": stats["moving"], "seconds": fit.totals.seconds, "tokens": fit.totals.tokens, "peak_memory_mb": _peak_memory()}
+        cost = {
+            "moving": stats["moving"],
+            "seconds": fit.totals.seconds,
+            "tokens": fit.totals.tokens,
+            "peak_memory_mb": _peak_memory(),
+        }
         if self.main:
             self.save(fit)
-            store.write_json(self.folder / "paused.json", {"step": clock.step, "steps": clock.total, "metrics": now, "stats": cost})
-        self.watch.tell(f"paused at step {clock.step} of {clock.total}; the same command without --until goes on from here")
+            store.write_json(
+                self.folder / "paused.json",
+                {"step": clock.step, "steps": clock.total, "metrics": now, "stats": cost},
+            )
+        self.watch.tell(
+            f"paused at step {clock.step} of {clock.total}; the same command without --until goes on from"
+            " here"
+        )
         return Report(str(self.folder), before, now, stats={"paused_at": clock.step, "steps": clock.total})
 
     def finish(self, report: Report, fit: Fit, stats: dict) -> None:
@@ -458,7 +553,9 @@ class _Run:
         if roles.tuner.frozen:
             roles.tuner.frozen.close()
         for role in roles.policies():
-            if isinstance(role, reference.Known) and not (self.shared and role.said in self.shared.said.values()):
+            if isinstance(role, reference.Known) and not (
+                self.shared and role.said in self.shared.said.values()
+            ):
                 role.said.close()
         report.notes = list(self.watch.notes)
         if self.main:
@@ -478,8 +575,11 @@ class _Run:
         self.accelerator.wait_for_everyone()
 
 
-def _encode(roles: Roles, rows: list[dict], folder: Path, watch: Any, main: bool, allowed: float) -> tuple[list[dict], dict]:
-    """Every row once through the tokenizer, so that what cannot be learned from is known before anything is computed.
+def _encode(
+    roles: Roles, rows: list[dict], folder: Path, watch: Any, main: bool, allowed: float
+) -> tuple[list[dict], dict]:
+    """Every row once through the tokenizer, so that what cannot be learned from is known before anything is
+    computed.
 
     allowed: the share of rows that may turn out to be unusable.
     """
@@ -492,9 +592,14 @@ def _encode(roles: Roles, rows: list[dict], folder: Path, watch: Any, main: bool
     if not kept:
         raise guards.Refused(f"none of {len(rows):,} rows can be used; the first: {bad[0]['reason']}")
     if len(bad) > allowed * len(rows):
-        raise guards.Refused(reading.refusal(bad, len(rows), "the data", allowed, folder / "quarantine.jsonl"))
+        raise guards.Refused(
+            reading.refusal(bad, len(rows), "the data", allowed, folder / "quarantine.jsonl")
+        )
     if bad:
-        watch.tell(f"{len(bad):,} of {len(rows):,} rows set aside, with reasons, in quarantine.jsonl; the first: {bad[0]['reason']}")
+        watch.tell(
+            f"{len(bad):,} of {len(rows):,} rows set aside, with reasons, in quarantine.jsonl; the first:"
+            f" {bad[0]['reason']}"
+        )
     if any(r.get("completions") for r in rows):
         guards.something_to_learn(len(kept), stats["supervised"], stats["tokens"])
     return kept, {
@@ -507,7 +612,9 @@ def _encode(roles: Roles, rows: list[dict], folder: Path, watch: Any, main: bool
 
 
 def _answered(row: dict, roles: Roles) -> dict:
-    """A row to try the layout on: where the policy is yet to answer, the end of the prompt stands for its answer."""
+    """A row to try the layout on: where the policy is yet to answer, the end of the prompt stands for its
+    answer.
+    """
     return row if row.get("completions") else {**row, "completions": [roles.renderer.prompt(row)[-8:]]}
 
 
@@ -522,11 +629,17 @@ def _peak_memory() -> float:
 
 
 def perform(
-    recipe: Recipe, folder: Path | None = None, watch: Any = None, anew: bool | None = None, until: float | None = None
+    recipe: Recipe,
+    folder: Path | None = None,
+    watch: Any = None,
+    anew: bool | None = None,
+    until: float | None = None,
 ) -> Report:
-    """A recipe, or the plan it carries. A plan is a generator: its state is the reports of the runs it asked for.
+    """A recipe, or the plan it carries. A plan is a generator: its state is the reports of the runs it asked
+    for.
 
-    anew: do again what is finished; if not said, where the recipe overwrites. A plan that was stopped goes on all the same.
+    anew: do again what is finished; if not said, where the recipe overwrites. A plan that was stopped goes on
+    all the same.
     """
     folder = Path(folder or recipe.output_dir or default_folder(recipe))
     recipe, anew = on_disk(recipe, folder), recipe.overwrite if anew is None else anew
@@ -537,7 +650,10 @@ def perform(
     watch = watch or Quiet()
     if (folder / "run.json").is_file():
         if not recipe.overwrite:
-            raise RecipeError(f"{folder} holds a single run; give this plan another output_dir, or overwrite=true to start anew there")
+            raise RecipeError(
+                f"{folder} holds a single run; give this plan another output_dir, or overwrite=true to start"
+                " anew there"
+            )
         clear(folder)
     if anew and (folder / "report.json").is_file():
         for act in folder.glob("act-*"):
@@ -569,7 +685,9 @@ def perform(
     return report
 
 
-def tune(recipe: Any = None, *, watch: Any = None, folder: str | Path | None = None, **settings: Any) -> Report:
+def tune(
+    recipe: Any = None, *, watch: Any = None, folder: str | Path | None = None, **settings: Any
+) -> Report:
     """Tune a model. recipe: a YAML file, text or mapping; settings: keys of a recipe.
 
     >>> luthier.tune(model="practice:lm", data="rows.jsonl", tuner="lora", objective="sft")

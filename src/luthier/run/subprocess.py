@@ -1,4 +1,6 @@
-"""A run in a process of its own: its memory is its own, and what it leaves behind in a process is in nobody's way."""
+"""A run in a process of its own: its memory is its own, and what it leaves behind in a process is in nobody's
+way.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,21 @@ if TYPE_CHECKING:
     from luthier.recipe.recipe import Recipe
 
 
-def tune(keys: Mapping[str, Any], folder: Path, until: float | None = None, step: Callable[[int], None] | None = None) -> None:
-    """`luthier tune` on a recipe's keys. step: hears how many steps are logged. Raises the sentence that the run ended with."""
+def tune(
+    keys: Mapping[str, Any],
+    folder: Path,
+    until: float | None = None,
+    step: Callable[[int], None] | None = None,
+) -> None:
+    """`luthier tune` on a recipe's keys. step: hears how many steps are logged. Raises the sentence that the
+    run ended with.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder.with_suffix(".yaml")
-    recipe.write_text(yaml.safe_dump({**keys, "output_dir": str(folder)}, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    recipe.write_text(
+        yaml.safe_dump({**keys, "output_dir": str(folder)}, sort_keys=False, allow_unicode=True),
+        encoding="utf-8",
+    )
     program = [sys.executable, "-c", "from luthier.cli import main; main()", "tune", str(recipe), "--quiet"]
     program += [] if until is None else ["--until", str(until)]
     try:
@@ -44,16 +56,24 @@ def side_by_side(runs: Sequence[tuple[Recipe, Path]], until: float | None = None
         listed.unlink()
 
 
-def _through(program: Sequence[str], folder: Path | None = None, step: Callable[[int], None] | None = None) -> None:
+def _through(
+    program: Sequence[str], folder: Path | None = None, step: Callable[[int], None] | None = None
+) -> None:
     """A shell stands between: a process begins with the peak of memory of the one that turned into it."""
-    running = subprocess.Popen(["sh", "-c", '"$@"; exit $?', "sh", *program], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        ["sh", "-c", '"$@"; exit $?', "sh", *program],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     try:
         while step is not None and folder is not None and running.poll() is None:
             step(logged(folder))
             time.sleep(0.5)
         said = running.communicate()[1]
     finally:
-        if running.poll() is None:  # Ctrl-C reaches the run too; it saves nothing more than its last checkpoint
+        # Ctrl-C reaches the run too; it saves nothing more than its last checkpoint
+        if running.poll() is None:
             running.terminate()
             running.wait()
     if running.returncode:

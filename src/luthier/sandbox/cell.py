@@ -1,6 +1,8 @@
-"""What runs in the sandbox: builds its own walls, runs a program and checks. Started by _sandbox, never imported.
+"""What runs in the sandbox: builds its own walls, runs a program and checks. Started by _sandbox, never
+imported.
 
-A fresh interpreter starts this file, so that nothing is done between fork and exec of a process full of threads.
+A fresh interpreter starts this file, so that nothing is done between fork and exec of a process full of
+threads.
 """
 
 import sys
@@ -17,25 +19,60 @@ import types  # noqa: E402
 from functools import partial  # noqa: E402
 
 PROGRAM = "<program>"
-SPACES = {"files": 0x00020000, "ipc": 0x08000000, "network": 0x40000000, "processes": 0x20000000}  # CLONE_NEW...
+# CLONE_NEW...
+SPACES = {"files": 0x00020000, "ipc": 0x08000000, "network": 0x40000000, "processes": 0x20000000}
 NEWUSER = 0x10000000
 REACHING_OUT = (  # audit events of starting programs, talking to others, and leaving Python
-    "os.system", "os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.spawn", "os.startfile", "os.kill",
-    "os.killpg", "subprocess.", "pty.", "signal.pthread_kill", "socket.", "ctypes.", "resource.", "syslog.",
-    "webbrowser.", "sqlite3.enable_load", "sqlite3.load_ext", "gc.", "sys._current_frames", "sys.settrace",
-    "sys.setprofile", "sys.unraisablehook",
-)  # fmt: skip
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.forkpty",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.startfile",
+    "os.kill",
+    "os.killpg",
+    "subprocess.",
+    "pty.",
+    "signal.pthread_kill",
+    "socket.",
+    "ctypes.",
+    "resource.",
+    "syslog.",
+    "webbrowser.",
+    "sqlite3.enable_load",
+    "sqlite3.load_ext",
+    "gc.",
+    "sys._current_frames",
+    "sys.settrace",
+    "sys.setprofile",
+    "sys.unraisablehook",
+)
 CHANGING = (  # audit events whose text arguments are paths about to change
-    "os.remove", "os.rename", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown",
-    "os.utime", "os.setxattr", "os.removexattr", "os.chflags", "sqlite3.connect",
-)  # fmt: skip
+    "os.remove",
+    "os.rename",
+    "os.rmdir",
+    "os.mkdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.chmod",
+    "os.chown",
+    "os.utime",
+    "os.setxattr",
+    "os.removexattr",
+    "os.chflags",
+    "sqlite3.connect",
+)
 
 
 # ------------------------------------------------------------------------------------------------ walls of the kernel
 
 
 def spaces_of_its_own(folder: str, disk_mb: int, number: int) -> dict[str, bool]:
-    """Leave the machine's network, processes and writable files, as far as the kernel allows; say how far that was."""
+    """Leave the machine's network, processes and writable files, as far as the kernel allows; say how far
+    that was.
+    """
     got = dict.fromkeys((*SPACES, "read_only", "counted", "not_root"), False)
     if sys.platform != "linux":
         return got
@@ -83,7 +120,9 @@ def write(path: str, text: str) -> None:
 
 
 def become_nobody(folder: str, uid: int, libc) -> int:
-    """As root: turn into a user that nobody else is, so that files, signals and the process limit are a stranger's."""
+    """As root: turn into a user that nobody else is, so that files, signals and the process limit are a
+    stranger's.
+    """
     if os.getuid() != 0 or not readable_by_all(os.__file__):
         return 0
     try:
@@ -106,11 +145,14 @@ def readable_by_all(path: str) -> bool:
 
 
 def read_only(folder: str, disk_mb: int, libc) -> bool:
-    """All that is mounted becomes read-only, the folder a small disk in memory; home and processes out of sight."""
+    """All that is mounted becomes read-only, the folder a small disk in memory; home and processes out of
+    sight.
+    """
     import ctypes
 
     flags = 0x2 | 0x4  # MS_NOSUID | MS_NODEV
-    if libc.mount(b"none", b"/", None, 0x40000 | 0x4000, None) != 0:  # MS_PRIVATE | MS_REC: what follows stays in here
+    # MS_PRIVATE | MS_REC: what follows stays in here
+    if libc.mount(b"none", b"/", None, 0x40000 | 0x4000, None) != 0:
         return False
     hide_home(folder, libc)
     attributes = (ctypes.c_uint64 * 4)(0x1, 0, 0, 0)  # MOUNT_ATTR_RDONLY
@@ -142,7 +184,8 @@ def hide_home(folder: str, libc) -> None:
     for number, path in enumerate(kept):
         aside = f"{folder}/{number}"
         os.mkdir(aside)
-        if libc.mount(os.fsencode(path), os.fsencode(aside), None, 0x1000 | 0x4000, None) != 0:  # MS_BIND | MS_REC
+        # MS_BIND | MS_REC
+        if libc.mount(os.fsencode(path), os.fsencode(aside), None, 0x1000 | 0x4000, None) != 0:
             return
     if libc.mount(b"tmpfs", os.fsencode(home), b"tmpfs", 0x2 | 0x4, b"size=64k,mode=755") != 0:
         return
@@ -165,7 +208,13 @@ def leave_a_keeper(libc) -> None:
 def limits(job: dict, alone: bool) -> None:
     """Limits of the kernel; soft = hard, so that the program cannot raise them."""
     seconds = int(job["timeout"]) + 2
-    wanted = {"CPU": seconds, "AS": job["memory_mb"] << 20, "FSIZE": job["disk_mb"] << 20, "CORE": 0, "NOFILE": 64}
+    wanted = {
+        "CPU": seconds,
+        "AS": job["memory_mb"] << 20,
+        "FSIZE": job["disk_mb"] << 20,
+        "CORE": 0,
+        "NOFILE": 64,
+    }
     if alone:  # the count is per user (or user space): elsewhere it would count the user's other programs
         wanted["NPROC"] = job["processes"]
     for name, value in wanted.items():
@@ -196,7 +245,9 @@ def watch(folder: str) -> None:
     def hook(event: str, args: tuple) -> None:
         if event == "open":
             path, mode, flags = args
-            changes = any(c in mode for c in "wax+") if isinstance(mode, str) else bool((flags or 0) & writing)
+            changes = (
+                any(c in mode for c in "wax+") if isinstance(mode, str) else bool((flags or 0) & writing)
+            )
             if changes and not inside(path):
                 raise PermissionError(1, "the sandbox allows writing only in its own folder", str(path))
             if not isinstance(path, int) and realpath(fsdecode(path)).startswith("/proc"):
@@ -204,7 +255,8 @@ def watch(folder: str) -> None:
         elif event == "import":
             if args[0] in ("ctypes", "_ctypes", "_posixsubprocess"):
                 raise ImportError(f"the sandbox has no {args[0]}")
-        elif event == "socket.__new__":  # asyncio wants a pair of local sockets; connect and bind stay refused
+        # asyncio wants a pair of local sockets; connect and bind stay refused
+        elif event == "socket.__new__":
             if args[1] != 1:
                 raise PermissionError(1, "the sandbox has no network")
         elif event.startswith(CHANGING):
@@ -238,7 +290,9 @@ def sender(fd: int, nonce: str):
 
 
 def same(left: object, right: object) -> bool:
-    """left == right, except that an `__eq__` in the program decides only between objects of the program's own types."""
+    """left == right, except that an `__eq__` in the program decides only between objects of the program's own
+    types.
+    """
     for one, other in ((left, right), (right, left)):
         if forged(one, 0) and not forged(other, 0):
             return False
@@ -256,7 +310,9 @@ def forged(value: object, depth: int) -> bool:
 
 def own_eq(kind: type) -> bool:
     """Was the `__eq__` of a type written in the program?"""
-    eq = next((vars(k)["__eq__"] for k in type.__dict__["__mro__"].__get__(kind) if "__eq__" in vars(k)), None)
+    eq = next(
+        (vars(k)["__eq__"] for k in type.__dict__["__mro__"].__get__(kind) if "__eq__" in vars(k)), None
+    )
     return isinstance(eq, types.FunctionType) and eq.__code__.co_filename == PROGRAM
 
 
@@ -319,7 +375,8 @@ def main(job_fd: int, verdict_fd: int) -> None:
     if job["hook"]:
         watch(folder)
     module = types.ModuleType("__main__")
-    # with checks the program is a library: what it does when started as a script (read input, exit) is not asked for
+    # with checks the program is a library: what it does when started as a script (read input, exit) is not
+    # asked for
     module.__name__ = "__program__" if checks else "__main__"
     module.__builtins__ = builtins
     sys.modules["__main__"] = sys.modules[module.__name__] = module

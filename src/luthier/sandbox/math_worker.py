@@ -1,7 +1,7 @@
 """The process in which mathematical answers are compared: it can be killed, which a thread cannot.
 
-Simplifying what a model wrote may take for ever or all memory (9**9**9**9), inside calls that never look at a signal.
-Reads a JSON list [gold, text] a line; writes true, false, or null (gold is not mathematics) a line.
+Simplifying what a model wrote may take for ever or all memory (9**9**9**9), inside calls that never look at a
+signal. Reads a JSON list [gold, text] a line; writes true, false, or null (gold is not mathematics) a line.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def serve(memory_mb: int) -> None:
         try:
             right = read(gold)
             said = parsed(text)
-            verdict = (text.strip() == gold.strip() or verify(right, said, timeout_seconds=None)) if right else None
+            verdict = (
+                (text.strip() == gold.strip() or verify(right, said, timeout_seconds=None)) if right else None
+            )
         except (Exception, RecursionError, MemoryError):
             verdict = False
         print(json.dumps(verdict), file=answers, flush=True)

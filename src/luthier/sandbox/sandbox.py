@@ -1,20 +1,28 @@
-"""Runs code that a model wrote: a fresh interpreter with limits, an empty folder and no network, killed when late.
+"""Runs code that a model wrote: a fresh interpreter with limits, an empty folder and no network, killed when
+late.
 
 What holds depends on the machine; `sandbox_report` asks it and says.
 
-- Everywhere (Linux, macOS): a new interpreter with the standard library alone, its own process group, a new working
-  folder that is removed afterwards, an empty environment, limits on time, memory, file size and open files, bounded
+- Everywhere (Linux, macOS): a new interpreter with the standard library alone, its own process group, a new
+  working
+  folder that is removed afterwards, an empty environment, limits on time, memory, file size and open files,
+  bounded
   output.
-- An audit hook (`sys.addaudithook`) refuses writes elsewhere, other programs, sockets, ctypes. It is a fence inside
-  Python, not a security boundary: it stops accidents and the usual shortcuts; code that sets out to escape can.
+- An audit hook (`sys.addaudithook`) refuses writes elsewhere, other programs, sockets, ctypes. It is a fence
+  inside
+  Python, not a security boundary: it stops accidents and the usual shortcuts; code that sets out to escape
+  can.
   The same holds for verdicts: they stop every easy cheat, but program and checks share one interpreter.
-- On Linux, where the kernel lets root or ordinary users make namespaces: no network interface at all, a read-only
-  file system except for the folder (which is a small disk in memory), no sight of other processes and of the home
-  folder, and all of the program's processes die with the first. Started by root, it becomes a user that nobody has.
+- On Linux, where the kernel lets root or ordinary users make namespaces: no network interface at all, a
+  read-only
+  file system except for the folder (which is a small disk in memory), no sight of other processes and of the
+  home
+  folder, and all of the program's processes die with the first. Started by root, it becomes a user that
+  nobody has.
   These are the kernel's.
 
-Other files that everyone may read can be read. For code from people who mean harm, run luthier in a container or a
-virtual machine without network and secrets.
+Other files that everyone may read can be read. For code from people who mean harm, run luthier in a container
+or a virtual machine without network and secrets.
 """
 
 from __future__ import annotations
@@ -36,7 +44,8 @@ from functools import cache
 from pathlib import Path
 
 CELL = str(Path(__file__).with_name("cell.py"))
-OUTPUT = 64 * 1024  # bytes kept of each of standard output, standard error and verdicts; the rest is read and dropped
+# bytes kept of each of standard output, standard error and verdicts; the rest is read and dropped
+OUTPUT = 64 * 1024
 DISK_MB = 64  # what a program may write in all (one file, where there is no disk of its own)
 PROCESSES = 32  # processes and threads of one program
 
@@ -63,9 +72,10 @@ def run(
 ) -> Result:
     """Run a program, then each check (Python that raises when something is wrong) among the program's names.
 
-    A check has passed only when this function was told so after it ran, on a pipe of its own and signed with a number
-    drawn for this run: an early exit, a printed "passed" and a redefined builtin pass nothing. After a check
-    that does not end, the checks behind it have failed. `packages` lets the code import what is installed here.
+    A check has passed only when this function was told so after it ran, on a pipe of its own and signed with
+    a number drawn for this run: an early exit, a printed "passed" and a redefined builtin pass nothing. After
+    a check that does not end, the checks behind it have failed. `packages` lets the code import what is
+    installed here.
     """
     return _run(code, timeout=timeout, memory_mb=memory_mb, stdin=stdin, checks=checks, packages=packages)[0]
 
@@ -86,7 +96,9 @@ def cores() -> int:
 
 @cache
 def sandbox_report() -> dict[str, bool]:
-    """What the sandbox gives on this machine: the first four tried, the others as the kernel answered when asked."""
+    """What the sandbox gives on this machine: the first four tried, the others as the kernel answered when
+    asked.
+    """
     walls = _run("", timeout=20, memory_mb=256)[1]
     hog = run("x = bytearray(1 << 30)", timeout=20, memory_mb=256)
     late = run("while True: pass", timeout=0.3, memory_mb=256)
@@ -119,10 +131,19 @@ def _run(
     nonce = secrets.token_hex(16)
     folder = tempfile.mkdtemp(prefix="luthier-")
     job = {
-        "code": code, "checks": list(checks), "nonce": nonce, "folder": folder, "hook": hook, "walls": walls,
-        "timeout": timeout, "memory_mb": memory_mb, "disk_mb": DISK_MB, "processes": PROCESSES,
-        "stranger": 0x40000000 + secrets.randbelow(1 << 29),  # who root becomes: a user number no system gives out
-    }  # fmt: skip
+        "code": code,
+        "checks": list(checks),
+        "nonce": nonce,
+        "folder": folder,
+        "hook": hook,
+        "walls": walls,
+        "timeout": timeout,
+        "memory_mb": memory_mb,
+        "disk_mb": DISK_MB,
+        "processes": PROCESSES,
+        # who root becomes: a user number no system gives out
+        "stranger": 0x40000000 + secrets.randbelow(1 << 29),
+    }
     try:
         status, late, out, err, verdicts = _spawn(job, stdin, packages)
     finally:
@@ -144,11 +165,16 @@ def _run(
         reason = f"signal {number}" if status < 0 or 128 < status < 192 else f"exit {status}"
     elif not all(passed):
         reason = "exit 0"
-    return Result(not reason, out.decode(errors="replace"), err.decode(errors="replace"), reason, passed), stood
+    return (
+        Result(not reason, out.decode(errors="replace"), err.decode(errors="replace"), reason, passed),
+        stood,
+    )
 
 
 def _spawn(job: dict, stdin: str, packages: bool) -> tuple[int, bool, bytes, bytes, bytes]:
-    """Start the cell, read it dry, end it with all it started: (exit status, too late?, stdout, stderr, verdicts)."""
+    """Start the cell, read it dry, end it with all it started: (exit status, too late?, stdout, stderr,
+    verdicts).
+    """
     # hashes are the same in every run, so that a reward is; locale and home are nobody's
     environment = {"PYTHONHASHSEED": "0", "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin"}
     environment |= {"HOME": job["folder"], "TMPDIR": job["folder"]}
@@ -164,9 +190,14 @@ def _spawn(job: dict, stdin: str, packages: bool) -> tuple[int, bool, bytes, byt
         try:
             process = subprocess.Popen(
                 [sys.executable, *flags, CELL, str(order.fileno()), str(write)],
-                stdin=given, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, cwd=job["folder"],
-                pass_fds=(order.fileno(), write), start_new_session=True,
-            )  # fmt: skip
+                stdin=given,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=environment,
+                cwd=job["folder"],
+                pass_fds=(order.fileno(), write),
+                start_new_session=True,
+            )
         except BaseException:
             os.close(read)
             raise

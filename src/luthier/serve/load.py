@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from luthier.train import checks as guards
-from luthier.storage import store
-from luthier.model.load import assemble, take_parts
 from luthier.data.load import load_data
+from luthier.errors import RecipeError
 from luthier.methods.evaluators._base import Evaluator, measured, paired
 from luthier.methods.evaluators.quality.preference import checkup, totals
-from luthier.run.folder import network_of
-from luthier.errors import RecipeError
-from luthier.registry import build, meant, spec
-from luthier.model import quantized as codes
 from luthier.methods.quantizers._base import open_up
+from luthier.methods.tuners._base import Untuned
+from luthier.model import quantized as codes
+from luthier.model.load import assemble, take_parts
+from luthier.model.policy import Roles
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Parts, detect, parts
+from luthier.registry import build, meant, spec
 from luthier.report.console import visible
-from luthier.model.policy import Roles
+from luthier.run.folder import network_of
 from luthier.run.run import Report
-from luthier.methods.tuners._base import Untuned
+from luthier.storage import store
+from luthier.train import checks as guards
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -41,7 +41,8 @@ class Loaded:
     name: str  # what was loaded
     roles: Roles
     recipe: Recipe  # how it was tuned; of a plain model only what loads it
-    turns: bool = True  # is it asked in turns (through its chat template), or with the prompt as it is written?
+    # is it asked in turns (through its chat template), or with the prompt as it is written?
+    turns: bool = True
     notes: list[str] = field(default_factory=list)  # what was found while loading
     ends: str = ""  # what every prompt it was tuned on ended with: a line break, or nothing
 
@@ -54,27 +55,48 @@ class Loaded:
     def tokenizer(self) -> Any:
         return self.roles.renderer.tokenizer
 
-    def generate(self, prompt: Any, *, max_new_tokens: int = 256, temperature: float = 0.0, seed: int = 0,
-                 hear: Callable[[str], object] | None = None, **how: Any) -> Any:  # fmt: skip
-        """The answer to a prompt: text, which is continued as it is, or messages, which go through the chat template.
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+        hear: Callable[[str], object] | None = None,
+        **how: Any,
+    ) -> Any:
+        """The answer to a prompt: text, which is continued as it is, or messages, which go through the chat
+        template.
 
         A list of prompts gives a list of answers. temperature 0 takes the likeliest token; how: top_p, top_k.
-        hear: is told the answer so far after each token, of one prompt; where it says true, the answer ends there.
+        hear: is told the answer so far after each token, of one prompt; where it says true, the answer ends
+        there.
         """
         if "generate" not in self.roles.policy.architecture.gives:
             raise RecipeError(f"{self.name} writes no text: it is a {self.roles.policy.architecture.name}")
         several = isinstance(prompt, (list, tuple)) and not all(isinstance(p, dict) for p in prompt)
         renderer, clock = self.roles.renderer, self.roles.clock
-        asked = [renderer.prompt({"id": str(i), "prompt": p}) for i, p in enumerate(prompt if several else [prompt])]
+        asked = [
+            renderer.prompt({"id": str(i), "prompt": p})
+            for i, p in enumerate(prompt if several else [prompt])
+        ]
         seeds = [clock.fold("ask", seed, i, at=0) for i in range(len(asked))]
-        how = {"seeds": seeds, "max_new_tokens": max_new_tokens, "temperature": temperature, "stop": renderer.stop_ids, **how}
+        how = {
+            "seeds": seeds,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "stop": renderer.stop_ids,
+            **how,
+        }
         if hear:
             how["hear"] = lambda written: hear(self.roles.text(written[0]))
         said = [self.roles.text(ids) for (ids,) in self.roles.policy.generate(asked, **how)]
         return said if several else said[0]
 
     def ask(self, text: str, before: Sequence[dict] = (), **how: Any) -> str:
-        """An answer in the form the model was tuned on: after earlier turns, or to the text as it is (\\n is a line break)."""
+        """An answer in the form the model was tuned on: after earlier turns, or to the text as it is (\\n is
+        a line break).
+        """
         if self.turns:
             return self.generate([*before, {"role": "user", "content": text}], **how)
         written = text.replace("\\n", "\n")
@@ -104,7 +126,8 @@ class _Nothing:
 def load(name: str | Path, **settings: Any) -> Loaded:
     """A run's folder, an exported adapter, a model's folder, a hub name, or practice:NAME.
 
-    settings: keys of a recipe that should differ from how it was tuned, e.g. dtype="float32" or max_length=512.
+    settings: keys of a recipe that should differ from how it was tuned, e.g. dtype="float32" or
+    max_length=512.
     """
     folder = Path(name).expanduser()
     if (folder / "recipe.yaml").is_file():
@@ -120,7 +143,10 @@ def load(name: str | Path, **settings: Any) -> Loaded:
 def _run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     recipe = Recipe.load(folder / "recipe.yaml", settings)
     if recipe.plan is not None:
-        raise RecipeError(f"{folder} holds a plan; name one of its runs: {', '.join(p.name for p in sorted(folder.glob('act-*')))}")
+        raise RecipeError(
+            f"{folder} holds a plan; name one of its runs:"
+            f" {', '.join(p.name for p in sorted(folder.glob('act-*')))}"
+        )
     made = parts(recipe)
     roles = assemble(recipe, made, network_of(folder), folder)
     take_parts(roles, made)
@@ -139,7 +165,9 @@ def _bare(model: str, settings: Mapping[str, Any], folder: Path | None = None) -
     """folder: where the codes of a quantized base may lie."""
     recipe = Recipe.load({**settings, "model": model})
     roles = assemble(
-        recipe, Parts(detect(model), _Nothing(), None, None, (), {}, [], [], [], recipe.methods()["quantization"]), folder=folder
+        recipe,
+        Parts(detect(model), _Nothing(), None, None, (), {}, [], [], [], recipe.methods()["quantization"]),
+        folder=folder,
     )
     roles.policy.eval()
     return recipe, roles
@@ -149,7 +177,9 @@ def _adapter(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     """An adapter in PEFT's form, ours or anyone's, merged into its base in memory."""
     from peft import PeftModel
 
-    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get(
+        "base_model_name_or_path"
+    )
     if not base:
         raise RecipeError(f"{folder} does not say which base model its adapter belongs to")
     coded = folder / store.QUANTIZATION
@@ -161,11 +191,15 @@ def _adapter(folder: Path, settings: Mapping[str, Any]) -> Loaded:
         from transformers import AutoTokenizer
 
         tokenizer, limit = AutoTokenizer.from_pretrained(folder), roles.renderer.max_length
-        roles.renderer = roles.policy.architecture.renderer(tokenizer, roles.policy.model.config, max_length=limit)
+        roles.renderer = roles.policy.architecture.renderer(
+            tokenizer, roles.policy.model.config, max_length=limit
+        )
     try:
         model = PeftModel.from_pretrained(roles.policy.model, str(folder)).merge_and_unload().eval()
     except (AttributeError, ValueError, KeyError, NotImplementedError) as error:
-        raise RecipeError(f"the adapter in {folder} cannot be merged into {base}: {str(error).splitlines()[0]}") from None
+        raise RecipeError(
+            f"the adapter in {folder} cannot be merged into {base}: {str(error).splitlines()[0]}"
+        ) from None
     roles.policy.model, roles.policy.attached = model, Untuned(model)
     roles.tuner = roles.policy.attached
     return Loaded(str(folder), roles, recipe, turns=roles.renderer.note is None)
@@ -174,15 +208,28 @@ def _adapter(folder: Path, settings: Mapping[str, Any]) -> Loaded:
 # ---------------------------------------------------------------------------------------------- chat
 
 
-def chat(name: str, prompt: str | None = None, *, ask: Callable[[str], str] = input, say: Callable[[str], Any] = print, **how: Any) -> None:
-    """Answer one prompt, or talk until the other side has nothing more to say (an empty end of input, or /quit)."""
+def chat(
+    name: str,
+    prompt: str | None = None,
+    *,
+    ask: Callable[[str], str] = input,
+    say: Callable[[str], Any] = print,
+    **how: Any,
+) -> None:
+    """Answer one prompt, or talk until the other side has nothing more to say (an empty end of input, or
+    /quit).
+    """
     loaded = load(name)
     if prompt is not None:
         say(visible(loaded.ask(prompt, **how).strip()))
         return
     for note in loaded.notes:
         say(f"· {note}")
-    kind = "a conversation; /new begins another" if loaded.turns else "each prompt is continued as it is written, \\n is a line break"
+    kind = (
+        "a conversation; /new begins another"
+        if loaded.turns
+        else "each prompt is continued as it is written, \\n is a line break"
+    )
     kind += " (one is added at its end, as in training)" * bool(loaded.ends and not loaded.turns)
     say(f"{name}: {kind}, /quit ends.")
     turns: list[dict] = []
@@ -208,20 +255,28 @@ SHOWN = ("generate", "calibration", "diversity", "refusals")  # and for a page
 
 
 def inspect(
-    base: str | Path, tuned: str | Path, data: Any = None, *, preference: bool = False, report: str | Path | None = None
+    base: str | Path,
+    tuned: str | Path,
+    data: Any = None,
+    *,
+    preference: bool = False,
+    report: str | Path | None = None,
 ) -> dict[str, Any]:
     """Two models on the same rows: {base: {model, metrics}, tuned: {...}, rows, measured_on, notes}.
 
     data: as in a recipe; by default what the run `tuned` held out, or trained on where it held nothing out.
-    preference: how both rank pairs too, with `base` as the reference (see the evaluator `preference`). Raises RecipeError
-    where no row has a better and a worse completion.
-    report: a page to write (HTML); for it answers, calibration and diversity are measured too, and the weights are compared
-    (`weights` of what is returned).
+    preference: how both rank pairs too, with `base` as the reference (see the evaluator `preference`). Raises
+    RecipeError where no row has a better and a worse completion. report: a page to write (HTML); for it
+    answers, calibration and diversity are measured too, and the weights are compared (`weights` of what is
+    returned).
     """
     from luthier.report import checkup as pages
 
     if report is not None and Path(report).is_dir():
-        raise RecipeError(f"--report: {report} is a folder; give the name of a page, such as {Path(report) / 'inspect.html'}")
+        raise RecipeError(
+            f"--report: {report} is a folder; give the name of a page, such as"
+            f" {Path(report) / 'inspect.html'}"
+        )
     notes: list[str] = []
     asked = CHECKUP if report is None else (*CHECKUP, *SHOWN)
     changed: dict[str, Any] | None = None
@@ -230,18 +285,22 @@ def inspect(
     vocabularies: list[dict] = []
     kinds: list[str] = []
     said: list[Any] = []
-    with tempfile.TemporaryDirectory(prefix="luthier-inspect-") as kept:  # both are asked the same texts elsewhere
+    # both are asked the same texts elsewhere
+    with tempfile.TemporaryDirectory(prefix="luthier-inspect-") as kept:
         for who, name in (("base", base), ("tuned", tuned)):
             loaded = load(name, **alike)
             notes += [f"{name}: {n}" for n in loaded.notes]
             kinds.append(loaded.roles.policy.architecture.name)
             if kinds[0] != kinds[-1]:
                 raise RecipeError(
-                    f"{base} is read as {kinds[0]} and {tuned} as {kinds[1]}: they answer unlike questions, so no number compares"
+                    f"{base} is read as {kinds[0]} and {tuned} as {kinds[1]}: they answer unlike questions,"
+                    " so no number compares"
                 )
             usable, bad, _ = loaded.roles.policy.architecture.encode_all(rows, loaded.roles.renderer)
             if not usable:
-                raise RecipeError(f"{name} can use none of the {len(rows)} rows; the first: {bad[0]['reason']}")
+                raise RecipeError(
+                    f"{name} can use none of the {len(rows)} rows; the first: {bad[0]['reason']}"
+                )
             _settled(loaded, usable, notes)
             vocabularies.append(loaded.tokenizer.get_vocab())
             when = {"base": "before", "tuned": "after"}[who]
@@ -257,7 +316,10 @@ def inspect(
                     notes.append(f"the weights are not compared: {error}")
         if preference:
             if None in said:
-                raise RecipeError("--preference wants rows with a better and a worse completion (prompt/chosen/rejected): give --data")
+                raise RecipeError(
+                    "--preference wants rows with a better and a worse completion (prompt/chosen/rejected):"
+                    " give --data"
+                )
             found["base"]["metrics"] |= checkup(said[0], said[0])
             found["tuned"]["metrics"] |= checkup(said[1], said[0])
         if vocabularies[0] != vocabularies[1]:
@@ -279,7 +341,9 @@ def _weights(loaded: Loaded, folder: Path, who: str) -> dict[str, Any] | None:
     whole: Any = nullcontext(loaded.model) if isinstance(tuner, Untuned) else tuner.merged()
     if who == "base":
         with whole as model:
-            save_file({name: p.detach().cpu().contiguous() for name, p in pages.plain(model).items()}, str(kept))
+            save_file(
+                {name: p.detach().cpu().contiguous() for name, p in pages.plain(model).items()}, str(kept)
+            )
         return None
     if not kept.is_file():
         return None
@@ -297,13 +361,19 @@ def _rows(tuned: str | Path, data: Any) -> tuple[list[dict], str, dict[str, Any]
     if not path.is_file():
         raise RecipeError(f"{tuned} is not a run's folder, so it holds no rows to measure on: give --data")
     had = load_data(recipe)
-    return (had.held_out, "held-out rows", alike) if had.held_out else (had.rows[:256], "training rows", alike)
+    return (
+        (had.held_out, "held-out rows", alike) if had.held_out else (had.rows[:256], "training rows", alike)
+    )
 
 
 @torch.no_grad()
-def _measure(evaluators: Sequence[Evaluator], loaded: Loaded, rows: list[dict], folder: Path, when: str) -> dict[str, float]:
+def _measure(
+    evaluators: Sequence[Evaluator], loaded: Loaded, rows: list[dict], folder: Path, when: str
+) -> dict[str, float]:
     gives = loaded.roles.policy.architecture.gives | {"completions"}
-    return measured([e for e in evaluators if getattr(e, "wants", frozenset()) <= gives], loaded.roles, rows, folder, when)
+    return measured(
+        [e for e in evaluators if getattr(e, "wants", frozenset()) <= gives], loaded.roles, rows, folder, when
+    )
 
 
 def _settled(loaded: Loaded, rows: list[dict], notes: list[str]) -> None:
@@ -327,9 +397,10 @@ ROUNDING = {torch.float16: 0.02, torch.bfloat16: 0.1}  # and what rounding the m
 def export(folder: str | Path, kind: str, to: str | Path) -> str:
     """Write a run's result for other tools, load it back, and compare its answers with the tuned model's.
 
-    kind: `lora`, an adapter that plain PEFT loads, or `merged`, a plain transformers model in the base's precision. Both
-    are first compared in fp32, so that rounding cannot hide an adapter that was lost. Raises where the exported
-    thing answers otherwise than the tuned one; then nothing is left at `to`. Returns a sentence.
+    kind: `lora`, an adapter that plain PEFT loads, or `merged`, a plain transformers model in the base's
+    precision. Both are first compared in fp32, so that rounding cannot hide an adapter that was lost. Raises
+    where the exported thing answers otherwise than the tuned one; then nothing is left at `to`. Returns a
+    sentence.
     """
     if kind not in WRITERS:
         raise RecipeError(f"there is no export as '{kind}'{meant(kind, WRITERS)}")
@@ -357,39 +428,63 @@ def export(folder: str | Path, kind: str, to: str | Path) -> str:
             rounded.save_pretrained(beside)
             gap = _compare(beside, rows, want, kind, kept)
         cost = _requantized(loaded, beside, rows) if quantizer is not None and kind == "merged" else ""
-    return f"{to}: loaded back, it answers like the tuned model (log-probabilities within {gap:.1e} on average)" + cost
+    return (
+        f"{to}: loaded back, it answers like the tuned model (log-probabilities within {gap:.1e} on average)"
+        + cost
+    )
 
 
 def _requantized(loaded: Loaded, folder: Path, rows: list[dict]) -> str:
-    """What it costs to quantize the merged weights as the base was: the divergence from the tuned model, before and after."""
+    """What it costs to quantize the merged weights as the base was: the divergence from the tuned model,
+    before and after.
+    """
     name, reads = loaded.recipe.methods()["quantization"].name, loaded.recipe.methods()["quantization"].reads
     if reads:
-        return f"; {name} quantizes by what rows tell, so how far requantizing would move it is not measured here"
-    again = load(folder, dtype="float32", quantization=loaded.recipe.quantization, architecture=loaded.recipe.architecture)
+        return (
+            f"; {name} quantizes by what rows tell, so how far requantizing would move it is not measured"
+            " here"
+        )
+    again = load(
+        folder,
+        dtype="float32",
+        quantization=loaded.recipe.quantization,
+        architecture=loaded.recipe.architecture,
+    )
     gaps = [_divergence(loaded, other, rows) for other in (load(folder, dtype="float32"), again)]
     return (
-        f"; it is merged into the weights that the {name} codes stand for (KL to the tuned model {gaps[0]:.1e} a token); "
-        f"requantized as {name}, the KL is {gaps[1]:.1e}"
+        f"; it is merged into the weights that the {name} codes stand for (KL to the tuned model"
+        f" {gaps[0]:.1e} a token); requantized as {name}, the KL is {gaps[1]:.1e}"
     )
 
 
 @torch.no_grad()
 def _divergence(one: Loaded, other: Loaded, rows: list[dict]) -> float:
-    """KL of the first model's next-token distribution to the second's, in nats, the mean over the rows' supervised tokens."""
+    """KL of the first model's next-token distribution to the second's, in nats, the mean over the rows'
+    supervised tokens.
+    """
     said = []
     for loaded in (one, other):
         loaded.roles.policy.eval()
         said.append(loaded.roles.policy.outputs(loaded.roles.batch(rows)))
-    return float(said[0].apply(lambda p, q: (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1), beside=said[1:]).mean())
+    return float(
+        said[0]
+        .apply(
+            lambda p, q: (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1), beside=said[1:]
+        )
+        .mean()
+    )
 
 
 def _compare(folder: Path, rows: list[dict], want: torch.Tensor, kind: str, dtype: torch.dtype) -> float:
-    """How far the exported thing's log-probabilities are from the tuned model's; refuses what rounding cannot explain."""
+    """How far the exported thing's log-probabilities are from the tuned model's; refuses what rounding cannot
+    explain.
+    """
     gap, limit = _gap(load(folder, dtype="float32"), rows, want), ROUNDING.get(dtype, EXACT)
     if not gap <= limit:
         raise guards.Refused(
-            f"exported as {kind}, the model answers otherwise than it was tuned: the probe's log-probabilities differ by "
-            f"{gap:.1e} on average (at most {limit:g} is rounding); nothing was written"
+            f"exported as {kind}, the model answers otherwise than it was tuned: the probe's"
+            f" log-probabilities differ by {gap:.1e} on average (at most {limit:g} is rounding); nothing was"
+            " written"
         )
     return gap
 
@@ -404,10 +499,14 @@ def _lora(loaded: Loaded, to: Path) -> None:
     attached: Any = loaded.roles.tuner
     if not hasattr(attached, "export_lora"):
         made = build("tuner", loaded.recipe.tuner)
-        instead = "export it with --as merged" if "merge" in made.gives else "its run folder is what can be loaded"
+        instead = (
+            "export it with --as merged" if "merge" in made.gives else "its run folder is what can be loaded"
+        )
         raise RecipeError(f"tuner '{made.name}' makes no adapter; {instead}")
     if loaded.roles.policy.architecture.name == "classifier":
-        raise RecipeError("a LoRA adapter does not say which classes its head tells apart: export it with --as merged")
+        raise RecipeError(
+            "a LoRA adapter does not say which classes its head tells apart: export it with --as merged"
+        )
     attached.export_lora(to)
 
 
@@ -436,5 +535,7 @@ def _gap(again: Loaded, rows: list[dict], want: torch.Tensor) -> float:
     _settled(again, rows, [])
     have = again.logprobs(rows)
     if have.shape != want.shape:
-        raise guards.Refused(f"the exported tokenizer reads the probe as {len(have)} tokens, the tuned model's as {len(want)}")
+        raise guards.Refused(
+            f"the exported tokenizer reads the probe as {len(have)} tokens, the tuned model's as {len(want)}"
+        )
     return float((have - want).abs().mean())

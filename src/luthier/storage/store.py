@@ -1,4 +1,5 @@
-"""What lies on disk: models, the run folder, checkpoints. Written beside and renamed, so a kill leaves the old or the new.
+"""What lies on disk: models, the run folder, checkpoints. Written beside and renamed, so a kill leaves the
+old or the new.
 
 A run folder: recipe.yaml (resolved), checkpoint-N/, metrics.jsonl, report.json, report.html, README.md,
 quarantine.jsonl, rows.jsonl (where stages made rows), and what was tuned at the root.
@@ -30,7 +31,9 @@ QUANTIZATION = "quantization.json"  # beside an adapter: what its base's weights
 
 
 def resolve_model(name: str) -> str:
-    """practice:NAME -> its folder; a folder or hub name stays as it is. Raises RecipeError where nothing is there."""
+    """practice:NAME -> its folder; a folder or hub name stays as it is. Raises RecipeError where nothing is
+    there.
+    """
     if name.startswith("practice:"):
         from luthier import toy as practice
 
@@ -41,7 +44,9 @@ def resolve_model(name: str) -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise RecipeError(f"{name} is a folder without config.json: not a transformers model" + _adapter_hint(path))
+            raise RecipeError(
+                f"{name} is a folder without config.json: not a transformers model" + _adapter_hint(path)
+            )
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         near = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
@@ -86,7 +91,8 @@ def told_on_disk(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(path if path.exists() else path.parent).free
             raise DiskError(
-                f"the disk of {path} is full ({free / 2**20:.0f} MB free); what was saved before is intact: free some space and run the same command again"
+                f"the disk of {path} is full ({free / 2**20:.0f} MB free); what was saved before is intact:"
+                " free some space and run the same command again"
             ) from None
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             raise DiskError(f"{path} cannot be written ({error.strerror}); give another output_dir") from None
@@ -94,14 +100,17 @@ def told_on_disk(path: Path) -> Iterator[None]:
     except Exception as error:  # safetensors reports a full disk as its own error
         if "No space left" in str(error) or "os error 28" in str(error):
             raise DiskError(
-                f"the disk of {path} is full; what was saved before is intact: free some space and run the same command again"
+                f"the disk of {path} is full; what was saved before is intact: free some space and run the"
+                " same command again"
             ) from None
         raise
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """A folder for oneself, made if it is not there: while one process has it, another is refused. The lock's file says whose it is."""
+    """A folder for oneself, made if it is not there: while one process has it, another is refused. The lock's
+    file says whose it is.
+    """
     with told_on_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a", encoding="ascii")
@@ -124,7 +133,8 @@ def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
     with told_on_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")  # processes of one run may write the same at once
+        # processes of one run may write the same at once
+        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
         with open(beside, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -254,7 +264,8 @@ def compare(tensors: Mapping[str, Tensor], path: Path) -> None:
     left = list(tensors.items())
     while left:
         read = 0
-        with safe_open(str(path), framework="pt") as file:  # opened anew, or all of the file would be in memory at the end
+        # opened anew, or all of the file would be in memory at the end
+        with safe_open(str(path), framework="pt") as file:
             while left and read < WINDOW:
                 name, value = left.pop()
                 if not _same(file.get_tensor(name), value.detach().cpu()):
@@ -268,7 +279,8 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def _bytes(t: Tensor) -> Tensor:
     t = t.contiguous()
-    return t.as_strided((t.numel(),), (1,)).view(torch.uint8)  # of a single number a stride may be anything, and no view would be taken
+    # of a single number a stride may be anything, and no view would be taken
+    return t.as_strided((t.numel(),), (1,)).view(torch.uint8)
 
 
 def checkpoints(folder: Path) -> list[Path]:

@@ -1,7 +1,8 @@
 """What the page asks. Every answer is JSON, every refusal the sentence that the command line would say.
 
-Only this machine is listened to, and only who has the token: it comes once in the address and stays in a cookie that no other site's
-page can send. A request under another host name (rebound DNS) or from another origin is refused, whatever it brings.
+Only this machine is listened to, and only who has the token: it comes once in the address and stays in a
+cookie that no other site's page can send. A request under another host name (rebound DNS) or from another
+origin is refused, whatever it brings.
 """
 
 from __future__ import annotations
@@ -21,11 +22,18 @@ from urllib.parse import urlsplit
 
 from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from fastapi.responses import (
+    FileResponse,
+    HTMLResponse,
+    JSONResponse,
+    RedirectResponse,
+    Response,
+    StreamingResponse,
+)
 
+from luthier.data.readers import READERS
 from luthier.errors import RecipeError
 from luthier.registry import FOLDERS
-from luthier.data.readers import READERS
 from luthier.studio.shelf import Shelf
 from luthier.studio.worker import Worker
 
@@ -38,15 +46,21 @@ SMALL = 4 << 20  # bytes of any other request
 Changes = Annotated[dict[str, str], Body(embed=True)]  # the fields of the form
 Word = Annotated[str, Body(embed=True)]
 HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-REPORT = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"  # of a run's own page
+# of a run's own page
+REPORT = (
+    "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors"
+    " 'none'"
+)
 
 
 class Plain(JSONResponse):
@@ -77,7 +91,11 @@ class Guard:
         async def safely(message: Any) -> None:
             if message["type"] == "http.response.start":
                 have = {k.lower() for k, _ in message["headers"]}
-                message["headers"] += [(k.lower().encode(), v.encode()) for k, v in HEADERS.items() if k.lower().encode() not in have]
+                message["headers"] += [
+                    (k.lower().encode(), v.encode())
+                    for k, v in HEADERS.items()
+                    if k.lower().encode() not in have
+                ]
             await send(message)
 
         answer = self.refusal(Request(scope)) or self.let_in(Request(scope)) or self.app
@@ -90,11 +108,20 @@ class Guard:
             return no(403, f"the studio is asked as {' or '.join(NAMES[:2])}, not as {host[:80]!r}")
         if origin is not None and (urlsplit(origin).scheme != "http" or urlsplit(origin).netloc != host):
             return no(403, "another page asked: the studio answers its own")
-        if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none") and request.url.path != "/":
+        if (
+            request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none")
+            and request.url.path != "/"
+        ):
             return no(403, "another page asked: the studio answers its own")
-        if request.method not in ("GET", "HEAD") and origin is None and "authorization" not in request.headers:
+        if (
+            request.method not in ("GET", "HEAD")
+            and origin is None
+            and "authorization" not in request.headers
+        ):
             return no(
-                403, "a request that changes something says where it comes from (Origin), or brings the token as Authorization: Bearer"
+                403,
+                "a request that changes something says where it comes from (Origin), or brings the token as"
+                " Authorization: Bearer",
             )
         length = request.headers.get("content-length", "0")
         if request.url.path != "/api/upload" and (not length.isdigit() or int(length) > SMALL):
@@ -114,7 +141,9 @@ class Guard:
         words = "open the address that `luthier studio` printed: it holds the token of this studio"
         if request.url.path.startswith("/api/"):
             return no(401, words)
-        return HTMLResponse(f"<!doctype html><meta charset=utf-8><title>luthier studio</title><p>Please {words}.</p>", 401)
+        return HTMLResponse(
+            f"<!doctype html><meta charset=utf-8><title>luthier studio</title><p>Please {words}.</p>", 401
+        )
 
     def right(self, token: str) -> bool:
         return secrets.compare_digest(token.encode(), self.token.encode())
@@ -140,7 +169,9 @@ def studio(home: Path, token: str, worker: Callable[[Path], Any] = Worker) -> Fa
         for each in (looks, *talks.values()):
             each.end()
 
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, default_response_class=Plain, lifespan=life)
+    app = FastAPI(
+        openapi_url=None, docs_url=None, redoc_url=None, default_response_class=Plain, lifespan=life
+    )
     app.add_middleware(Guard, token=token)
 
     @app.exception_handler(RecipeError)
@@ -149,7 +180,12 @@ def studio(home: Path, token: str, worker: Callable[[Path], Any] = Worker) -> Fa
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: Any) -> Response:
-        return no(422, "; ".join(f"{'.'.join(map(str, e['loc'][1:])) or 'the request'}: {e['msg']}" for e in error.errors()))
+        return no(
+            422,
+            "; ".join(
+                f"{'.'.join(map(str, e['loc'][1:])) or 'the request'}: {e['msg']}" for e in error.errors()
+            ),
+        )
 
     @app.exception_handler(RuntimeError)
     async def failed(request: Request, error: Exception) -> Response:
@@ -174,7 +210,11 @@ def pages(app: FastAPI) -> None:
 
     @app.get("/web/{name}")
     def part(name: str) -> Response:
-        return FileResponse(known[name], media_type=KINDS[known[name].suffix]) if name in known else no(404, f"there is no {name}")
+        return (
+            FileResponse(known[name], media_type=KINDS[known[name].suffix])
+            if name in known
+            else no(404, f"there is no {name}")
+        )
 
 
 # ---------------------------------------------------------------------------------------------- choosing
@@ -187,7 +227,8 @@ def choosing(app: FastAPI, shelf: Shelf, looks: Any) -> None:
     @app.get("/api/start")
     def start() -> Any:
         """Where this is, and what can be named without typing it."""
-        from luthier import toy as practice, __version__
+        from luthier import __version__
+        from luthier import toy as practice
 
         runs = [f"runs/{r['name']}" for r in shelf.listing() if r["kind"] == "run" and r["step"]]
         models = [f"practice:{m}" for m in practice.models()]
@@ -205,7 +246,17 @@ def choosing(app: FastAPI, shelf: Shelf, looks: Any) -> None:
         from luthier.recipe import catalogue
 
         titles = {p["name"]: p["title"] for p in catalogue.known()}
-        kinds = ("tuner", "objective", "optimizer", "estimator", "quantizer", "architecture", "stage", "evaluator", "plan")
+        kinds = (
+            "tuner",
+            "objective",
+            "optimizer",
+            "estimator",
+            "quantizer",
+            "architecture",
+            "stage",
+            "evaluator",
+            "plan",
+        )
         found = [m for kind in kinds for m in catalogue.methods(kind)]
         return [{**m, "titles": [titles[r] for r in m["rows"] if r in titles]} for m in found]
 
@@ -242,7 +293,9 @@ def choosing(app: FastAPI, shelf: Shelf, looks: Any) -> None:
         """A file of rows into home/uploads, under its own name made harmless, beside what is in it."""
         safe = re.sub(r"[^\w.-]+", "-", name.replace("\\", "/").rpartition("/")[2])[-80:].lstrip(".-")
         if not any(safe.endswith(end) for end in READERS) and not safe.endswith(".gz"):
-            raise RecipeError(f"{safe or 'this file'} is of no kind that is read here (there is: {', '.join(READERS)})")
+            raise RecipeError(
+                f"{safe or 'this file'} is of no kind that is read here (there is: {', '.join(READERS)})"
+            )
         folder, mark, size = shelf.home / "uploads", hashlib.sha256(), 0
         folder.mkdir(exist_ok=True)
         beside = folder / f".{secrets.token_hex(8)}.part"
@@ -266,8 +319,14 @@ def nearby(home: Path, most: int = 60) -> list[str]:
     from luthier import toy as practice
 
     ends = tuple(e for e in READERS if e not in (".txt", ".md"))
-    found = [p for pattern in ("*", "*/*") for p in home.glob(pattern) if p.name.endswith(ends) and p.is_file()]
-    shown = [str(p.relative_to(home)) for p in sorted(found) if not {"runs", "exports"} & {*p.relative_to(home).parts}]
+    found = [
+        p for pattern in ("*", "*/*") for p in home.glob(pattern) if p.name.endswith(ends) and p.is_file()
+    ]
+    shown = [
+        str(p.relative_to(home))
+        for p in sorted(found)
+        if not {"runs", "exports"} & {*p.relative_to(home).parts}
+    ]
     shown = [p for p in shown if not p.startswith(".") and "/." not in p]
     return shown[:most] + [f"practice:{world}" for world in practice.worlds()]
 
@@ -309,7 +368,11 @@ def running(app: FastAPI, shelf: Shelf, worker: Callable[[Path], Any]) -> None:
 
     @app.post("/api/compare")
     def compare(
-        name: Word, runs: Annotated[list[str], Body()], seeds: Annotated[int, Body()] = 1, budget: Word = "", metric: Word = "loss"
+        name: Word,
+        runs: Annotated[list[str], Body()],
+        seeds: Annotated[int, Body()] = 1,
+        budget: Word = "",
+        metric: Word = "loss",
     ) -> Any:
         return shelf.compare(name, runs, seeds, budget, metric)
 
@@ -337,17 +400,31 @@ def running(app: FastAPI, shelf: Shelf, worker: Callable[[Path], Any]) -> None:
 def talking(app: FastAPI, shelf: Shelf, talks: Mapping[str, Any]) -> None:
     @app.post("/api/say/{side}")
     async def say(
-        side: str, model: Word, text: Word, before: Annotated[list[dict[str, Any]], Body()],
-        max_new_tokens: Annotated[int, Body(ge=1, le=4096)] = 128, temperature: Annotated[float, Body(ge=0)] = 0.0, seed: Annotated[int, Body()] = 0,
-    ) -> Any:  # fmt: skip
+        side: str,
+        model: Word,
+        text: Word,
+        before: Annotated[list[dict[str, Any]], Body()],
+        max_new_tokens: Annotated[int, Body(ge=1, le=4096)] = 128,
+        temperature: Annotated[float, Body(ge=0)] = 0.0,
+        seed: Annotated[int, Body()] = 0,
+    ) -> Any:
         if side not in talks:
             raise RecipeError(f"there is no side '{side}'")
-        how = {"model": model, "text": text, "before": before, "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        how = {
+            "model": model,
+            "text": text,
+            "before": before,
+            "max_new_tokens": max_new_tokens,
+            "temperature": temperature,
+            "seed": seed,
+        }
         return await aloud(talks[side], "say", **how)
 
 
 class Aloud(StreamingResponse):
-    """An answer while it grows. Where nobody listens any more, it ends, and who gives it is free for the next question."""
+    """An answer while it grows. Where nobody listens any more, it ends, and who gives it is free for the next
+    question.
+    """
 
     def __init__(self, lines: AsyncIterator[str], gone: threading.Event):
         super().__init__(lines, media_type="application/x-ndjson")
@@ -361,7 +438,9 @@ class Aloud(StreamingResponse):
 
 
 async def aloud(worker: Any, do: str, **how: Any) -> Response:
-    """Lines {"part": ...}, then {"is": ...} or {"error": ...}. What goes wrong before the first part is raised, as anywhere."""
+    """Lines {"part": ...}, then {"is": ...} or {"error": ...}. What goes wrong before the first part is
+    raised, as anywhere.
+    """
     said, gone, loop = asyncio.Queue[dict[str, Any]](), threading.Event(), asyncio.get_running_loop()
 
     def put(line: dict[str, Any]) -> None:

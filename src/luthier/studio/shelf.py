@@ -1,7 +1,9 @@
-"""The run folders of a place: what each is, whether somebody is running in it, and how one is started, stopped, cloned.
+"""The run folders of a place: what each is, whether somebody is running in it, and how one is started,
+stopped, cloned.
 
-Whatever is known is read from the folder each time, so that pages, tabs and shells agree. A folder that the studio began also holds
-asked.yaml (the recipe as it was asked for), console.log (what the command said) and studio.json (which process it is).
+Whatever is known is read from the folder each time, so that pages, tabs and shells agree. A folder that the
+studio began also holds asked.yaml (the recipe as it was asked for), console.log (what the command said) and
+studio.json (which process it is).
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from typing import Any
 import psutil
 import yaml
 
-from luthier.storage import store
 from luthier.errors import RecipeError
 from luthier.report.numbers import Line, answers, cost, lines
+from luthier.storage import store
 
 MARKS = ("run.json", "asked.yaml", "study.json", "report.json")  # any of them makes a folder a run's
 CHUNK = 1 << 20  # bytes of metrics.jsonl told at once
@@ -32,8 +34,12 @@ TAIL = 8000  # characters of a log told
 PATIENCE = 10.0  # seconds after Ctrl-C until a run is ended less kindly
 
 
-# Interrupts are heard whatever the studio was started by: what a shell puts into the background ignores them, and its children would.
-HEARING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from luthier.cli import main; main()"
+# Interrupts are heard whatever the studio was started by: what a shell puts into the background ignores them,
+# and its children would.
+HEARING = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from luthier.cli import main;"
+    " main()"
+)
 
 
 class Shelf:
@@ -42,12 +48,15 @@ class Shelf:
     def __init__(self, home: Path):
         self.home = home.resolve()
         self.runs = self.home / "runs"
-        self.begun: dict[str, subprocess.Popen] = {}  # children of this process, so that they can be waited for
+        # children of this process, so that they can be waited for
+        self.begun: dict[str, subprocess.Popen] = {}
 
     # ------------------------------------------------------------------------------------------ finding
 
     def place(self, name: str) -> Path:
-        """Where a run of this name is or would be. Refuses what is not a plain name: a path stays where the user pointed."""
+        """Where a run of this name is or would be. Refuses what is not a plain name: a path stays where the
+        user pointed.
+        """
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w.+-]{0,120}", name):
             raise RecipeError(f"'{name}' is no name for a run: letters, digits and - _ . +")
         return self.runs / name
@@ -60,7 +69,11 @@ class Shelf:
 
     def listing(self) -> list[dict[str, Any]]:
         """Every run in a few words, the latest first."""
-        found = [p for p in self.runs.iterdir() if any((p / m).is_file() for m in MARKS)] if self.runs.is_dir() else []
+        found = (
+            [p for p in self.runs.iterdir() if any((p / m).is_file() for m in MARKS)]
+            if self.runs.is_dir()
+            else []
+        )
         named = [p for p in found if re.fullmatch(r"[A-Za-z0-9][\w.+-]*", p.name)]
         return sorted((self.brief(p.name) for p in named), key=lambda r: -r["changed"])
 
@@ -70,9 +83,9 @@ class Shelf:
         pid = self.process(name)  # first: once it has ended, its last words are there
         known, said = read_json(folder / "run.json"), log(folder)
         comparison = (folder / "study.json").is_file() or (folder / "arms").is_dir()
-        finished = (folder / ("comparison.json" if comparison else "report.json")).is_file() and (known or {"finished": True}).get(
-            "finished"
-        )
+        finished = (folder / ("comparison.json" if comparison else "report.json")).is_file() and (
+            known or {"finished": True}
+        ).get("finished")
         at = folder if known else max(folder.glob("act-*"), key=lambda p: int(p.name[4:]), default=folder)
         state = "running" if pid else "finished" if finished else "stopped"
         if state == "running" and not comparison and not (at / "before.json").is_file():
@@ -92,7 +105,12 @@ class Shelf:
             "doing": said.strip().rsplit("\n", 1)[-1] if pid else "",
             "report": (folder / "report.html").is_file(),
             "changed": max(
-                (p.stat().st_mtime for m in (*MARKS, "metrics.jsonl", "console.log") if (p := folder / m).is_file()), default=0.0
+                (
+                    p.stat().st_mtime
+                    for m in (*MARKS, "metrics.jsonl", "console.log")
+                    if (p := folder / m).is_file()
+                ),
+                default=0.0,
             ),
         }
 
@@ -107,13 +125,25 @@ class Shelf:
             "recipe": asked.read_text(encoding="utf-8") if asked else "",
             "command": shlex.join(["luthier", *words]) if (words := self.words(name)) else "",
             "log": log(folder),
-            "exports": [str(p.relative_to(self.home)) for p in sorted((self.home / "exports").glob(f"{name}-*")) if p.is_dir()],
+            "exports": [
+                str(p.relative_to(self.home))
+                for p in sorted((self.home / "exports").glob(f"{name}-*"))
+                if p.is_dir()
+            ],
             "sentence": (comparison or {}).get("sentence", ""),
-            "arms": {k: Path(v["runs"][0]).name for k, v in ((comparison or {}).get("arms") or {}).items() if v["runs"]},
+            "arms": {
+                k: Path(v["runs"][0]).name
+                for k, v in ((comparison or {}).get("arms") or {}).items()
+                if v["runs"]
+            },
         }
         if report:
             told = Report(report["before"], report["after"], report["stats"])
-            out |= {"numbers": [line(x) for x in lines(told)], "cost": list(cost(report["stats"])), "notes": report["notes"]}
+            out |= {
+                "numbers": [line(x) for x in lines(told)],
+                "cost": list(cost(report["stats"])),
+                "notes": report["notes"],
+            }
             out["writes"], at = report["stats"].get("writes", False), Path(report["folder"])
         else:
             told, at = Report(before or {}, latest(folder / "metrics.jsonl"), {}), folder
@@ -122,7 +152,9 @@ class Shelf:
         return out
 
     def metrics(self, name: str, since: int, mark: str) -> dict[str, Any]:
-        """Lines of metrics.jsonl after a place in the file. A resumed run writes the file anew: then from its beginning."""
+        """Lines of metrics.jsonl after a place in the file. A resumed run writes the file anew: then from its
+        beginning.
+        """
         folder = self.folder(name)
         path = folder / "metrics.jsonl"
         if not (folder / "run.json").is_file():
@@ -136,12 +168,19 @@ class Shelf:
             some = file.read(CHUNK)
         some = some[: some.rfind(b"\n") + 1]
         start = 0 if anew else since
-        return {"lines": [x for x in map(parsed, some.splitlines()) if x], "next": start + len(some), "mark": now, "anew": anew}
+        return {
+            "lines": [x for x in map(parsed, some.splitlines()) if x],
+            "next": start + len(some),
+            "mark": now,
+            "anew": anew,
+        }
 
     # ------------------------------------------------------------------------------------------ processes
 
     def process(self, name: str) -> int | None:
-        """Who runs in this folder: the process that its lock names, or the one that the studio has just started."""
+        """Who runs in this folder: the process that its lock names, or the one that the studio has just
+        started.
+        """
         if child := self.begun.get(name):
             if child.poll() is None:
                 return child.pid
@@ -168,7 +207,9 @@ class Shelf:
             raise RecipeError(f"another process is running in {folder}")
         words = self.words(name)
         if not words:
-            raise RecipeError(f"{folder} holds no recipe to go on with; run the same command again that began it")
+            raise RecipeError(
+                f"{folder} holds no recipe to go on with; run the same command again that began it"
+            )
         self.spawn(name, words)
         return self.brief(name)
 
@@ -178,13 +219,19 @@ class Shelf:
         if (folder / "arms.json").is_file():
             return json.loads((folder / "arms.json").read_text(encoding="utf-8"))
         asked = recipe_in(folder)
-        return ["tune", str(asked.relative_to(self.home)), f"output_dir={folder.relative_to(self.home)}"] if asked else []
+        return (
+            ["tune", str(asked.relative_to(self.home)), f"output_dir={folder.relative_to(self.home)}"]
+            if asked
+            else []
+        )
 
     def compare(self, name: str, runs: Sequence[str], seeds: int, budget: str, metric: str) -> dict[str, Any]:
         """`luthier compare` of the recipes of some runs."""
         folder = self.place(name)
         if folder.exists():
-            raise RecipeError(f"{folder.relative_to(self.home)} is there already; give this comparison another name")
+            raise RecipeError(
+                f"{folder.relative_to(self.home)} is there already; give this comparison another name"
+            )
         if len(set(runs)) < 2:
             raise RecipeError("a comparison wants two recipes or more, or --tuners a,b,c")
         texts = {}
@@ -193,11 +240,20 @@ class Shelf:
             if source is None:
                 raise RecipeError(f"{run} holds no recipe to compare")
             keys = yaml.safe_load(source.read_text(encoding="utf-8"))
-            texts[run] = yaml.safe_dump({k: v for k, v in keys.items() if k != "output_dir"}, sort_keys=False, allow_unicode=True)
+            texts[run] = yaml.safe_dump(
+                {k: v for k, v in keys.items() if k != "output_dir"}, sort_keys=False, allow_unicode=True
+            )
         for run, text in texts.items():
             store.write_text(folder / "arms" / f"{run}.yaml", text)
         words = ["compare", *(str((folder / "arms" / f"{run}.yaml").relative_to(self.home)) for run in texts)]
-        words += ["--seeds", str(int(seeds)), "--to", str(folder.relative_to(self.home)), "--metric", metric or "loss"]
+        words += [
+            "--seeds",
+            str(int(seeds)),
+            "--to",
+            str(folder.relative_to(self.home)),
+            "--metric",
+            metric or "loss",
+        ]
         words += ["--budget", budget] if budget else []
         store.write_json(folder / "arms.json", words)
         store.write_text(folder / "asked.yaml", "".join(f"# {run}\n{text}\n" for run, text in texts.items()))
@@ -209,20 +265,30 @@ class Shelf:
         folder = self.place(name)
         with open(folder / "console.log", "wb") as said:
             child = subprocess.Popen(
-                [sys.executable, "-c", HEARING, *words], cwd=self.home, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT,
+                [sys.executable, "-c", HEARING, *words],
+                cwd=self.home,
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         self.begun[name] = child
         store.write_json(folder / "studio.json", {"pid": child.pid, "born": born(child.pid)})
 
     def stop(self, name: str) -> dict[str, Any]:
-        """As Ctrl-C does; who does not listen (started where interrupts are ignored) is ended: the last checkpoint stays."""
+        """As Ctrl-C does; who does not listen (started where interrupts are ignored) is ended: the last
+        checkpoint stays.
+        """
         pid = self.process(name)
         if pid is None:
             raise RecipeError(f"nothing is running in {self.folder(name)}")
         them = psutil.Process(pid)
         made = them.create_time()
-        group = [them, *them.children(recursive=True)] if name in self.begun or read_json(self.place(name) / "studio.json") else [them]
+        group = (
+            [them, *them.children(recursive=True)]
+            if name in self.begun or read_json(self.place(name) / "studio.json")
+            else [them]
+        )
         for one in group:
             quietly(one.send_signal, signal.SIGINT)
 
@@ -255,7 +321,14 @@ class Report:
 
 
 def line(x: Line) -> dict[str, Any]:
-    return {"name": x.name, "label": x.label, "before": x.before, "after": x.after, "change": x.change, "better": x.better}
+    return {
+        "name": x.name,
+        "label": x.label,
+        "before": x.before,
+        "after": x.after,
+        "change": x.change,
+        "better": x.better,
+    }
 
 
 def quietly(do: Any, *how: Any) -> None:
@@ -302,7 +375,9 @@ def log(folder: Path) -> str:
 
 
 def ended(said: str) -> str:
-    """Why a command ended, from its last words: the sentence after `luthier:`, or the last line of a traceback."""
+    """Why a command ended, from its last words: the sentence after `luthier:`, or the last line of a
+    traceback.
+    """
     every = [x for x in said.strip().splitlines() if x.strip()]
     sentence = next((x for x in reversed(every) if x.startswith("luthier: ")), "")
     if sentence:
@@ -327,7 +402,11 @@ def latest(path: Path) -> dict[str, float]:
     out: dict[str, float] = {}
     if path.is_file():
         for x in map(parsed, path.read_bytes().splitlines()):
-            out |= {k.removeprefix("eval_"): v for k, v in (x or {}).items() if k.startswith("eval_") and v is not None}
+            out |= {
+                k.removeprefix("eval_"): v
+                for k, v in (x or {}).items()
+                if k.startswith("eval_") and v is not None
+            }
     return out
 
 
@@ -348,5 +427,8 @@ def what(folder: Path) -> str:
             return " + ".join(map(word, x))
         return str(x.get("name", "")) if isinstance(x, Mapping) else str(x)
 
-    said = [word(keys.get(k) or default) for k, default in (("model", "practice:lm"), ("tuner", "lora"), ("objective", "sft"))]
+    said = [
+        word(keys.get(k) or default)
+        for k, default in (("model", "practice:lm"), ("tuner", "lora"), ("objective", "sft"))
+    ]
     return ", ".join(w for w in said if w)

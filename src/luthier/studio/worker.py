@@ -1,8 +1,9 @@
-"""What the studio asks of torch: rows as a model reads them, recipes played through, what a run will cost, what a model says.
+"""What the studio asks of torch: rows as a model reads them, recipes played through, what a run will cost,
+what a model says.
 
-Each worker is a process that reads one JSON line a question and writes one an answer; where it dies, the next question starts
-another. An answer that is wanted while it grows comes as lines {"part": ...} before it; each waits for the word to go on, or to end
-there. `python -m luthier.studio.worker` is its main.
+Each worker is a process that reads one JSON line a question and writes one an answer; where it dies, the next
+question starts another. An answer that is wanted while it grows comes as lines {"part": ...} before it; each
+waits for the word to go on, or to end there. `python -m luthier.studio.worker` is its main.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def given(changes: Mapping[str, str]) -> dict[str, Any]:
     from luthier.recipe.recipe import _changes, _put
 
     out: dict[str, Any] = {}
-    for key, value in sorted(_changes([f"{k}={v}" for k, v in changes.items()]), key=lambda c: c[0].count(".")):
+    for key, value in sorted(
+        _changes([f"{k}={v}" for k, v in changes.items()]), key=lambda c: c[0].count(".")
+    ):
         _put(out, key, value)
     return out
 
@@ -62,14 +65,21 @@ def flow(value: Any) -> str:
     """A value in a line of YAML."""
     if isinstance(value, str) and yaml.safe_load(value) == value:
         return value
-    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1e9).strip().removesuffix("\n...").strip()
+    return (
+        yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=1e9)
+        .strip()
+        .removesuffix("\n...")
+        .strip()
+    )
 
 
 def check(changes: Mapping[str, str], rehearsed: bool = True) -> dict[str, Any]:
-    """A recipe's text, all it comes to, and the sentence that it would be refused with. With its rows, it is played through."""
-    from luthier.run.folder import default_folder
+    """A recipe's text, all it comes to, and the sentence that it would be refused with. With its rows, it is
+    played through.
+    """
     from luthier.recipe.recipe import Recipe
     from luthier.recipe.validate import rehearse
+    from luthier.run.folder import default_folder
 
     out: dict[str, Any] = {"text": "", "whole": "", "told": [], "error": "", "name": ""}
     try:
@@ -79,7 +89,9 @@ def check(changes: Mapping[str, str], rehearsed: bool = True) -> dict[str, Any]:
         out |= {"whole": recipe.yaml(), "told": list(recipe.told), "name": default_folder(recipe).name}
         if rehearsed:
             if recipe.data is None:
-                raise RecipeError("a recipe needs `data`: a file, a folder, a hub name, rows, or practice:WORLD")
+                raise RecipeError(
+                    "a recipe needs `data`: a file, a folder, a hub name, rows, or practice:WORLD"
+                )
             rehearse(recipe, rows_of(recipe.data).rows[:100])
     except RecipeError as error:
         out["error"] = str(error)
@@ -100,7 +112,12 @@ def settings(kind: str, name: str) -> list[dict[str, Any]]:
     except (PydanticUserError, ValueError, TypeError):  # a field that no schema can tell: a line of YAML
         schema = {}
     return [
-        {"name": f.name, "default": default_of(f), "help": said.get(f.name, ""), "choices": choices(schema.get(f.name, {}))}
+        {
+            "name": f.name,
+            "default": default_of(f),
+            "help": said.get(f.name, ""),
+            "choices": choices(schema.get(f.name, {})),
+        }
         for f in fields(cls)
         if f.name not in ("origins", "told")
     ]
@@ -147,34 +164,51 @@ def _rows(source: str, mark: Any) -> Any:
 
 
 @lru_cache(maxsize=4)
-def reader_of(model: str, architecture: str, chat_template: str | None, max_length: int | None) -> tuple[Any, Any]:
+def reader_of(
+    model: str, architecture: str, chat_template: str | None, max_length: int | None
+) -> tuple[Any, Any]:
     """How a model's tokenizer reads rows, without the model's weights."""
     from transformers import AutoTokenizer
 
-    from luthier.registry import build
     from luthier.recipe.validate import detect
+    from luthier.registry import build
     from luthier.storage.store import model_config, resolve_model
 
     made = detect(model) if architecture == "auto" else build("architecture", yaml.safe_load(architecture))
     config = model_config(model)
     most = getattr(config.get_text_config(), "max_position_embeddings", None)
     limit = max_length or min(2048, most or 2048)
-    return made, made.renderer(AutoTokenizer.from_pretrained(resolve_model(model)), config, max_length=limit, chat_template=chat_template)
+    return made, made.renderer(
+        AutoTokenizer.from_pretrained(resolve_model(model)),
+        config,
+        max_length=limit,
+        chat_template=chat_template,
+    )
 
 
 def look(changes: Mapping[str, str], offset: int = 0, shown: int = 4) -> dict[str, Any]:
-    """Rows as the model of a recipe reads them: [[text, learned], ...] of each; those set aside with reasons; what they can feed."""
+    """Rows as the model of a recipe reads them: [[text, learned], ...] of each; those set aside with reasons;
+    what they can feed.
+    """
+    from luthier.data.profile import feeds, reasons
     from luthier.recipe.recipe import Recipe
     from luthier.recipe.validate import words
     from luthier.report import MARKS
-    from luthier.data.profile import feeds, reasons
 
-    keys = given({k: v for k, v in changes.items() if k in ("model", "data", "chat_template", "max_length", "architecture")})
+    keys = given(
+        {
+            k: v
+            for k, v in changes.items()
+            if k in ("model", "data", "chat_template", "max_length", "architecture")
+        }
+    )
     recipe = Recipe.load(keys)
     if recipe.data is None:
         raise RecipeError("a recipe needs `data`: a file, a folder, a hub name, rows, or practice:WORLD")
     loaded = rows_of(recipe.data)
-    architecture, renderer = reader_of(recipe.model, changes.get("architecture") or "auto", recipe.chat_template, recipe.max_length)
+    architecture, renderer = reader_of(
+        recipe.model, changes.get("architecture") or "auto", recipe.chat_template, recipe.max_length
+    )
     some = loaded.rows[:SAMPLE]
     kept, bad, stats = architecture.encode_all(some, renderer)
     rows = []
@@ -204,7 +238,9 @@ def look(changes: Mapping[str, str], offset: int = 0, shown: int = 4) -> dict[st
 
 
 def spans(text: str, marks: tuple[str, str]) -> list[list[Any]]:
-    """Marked text as [[part, whether it is learned], ...]. Control characters are made visible, and a long row is cut."""
+    """Marked text as [[part, whether it is learned], ...]. Control characters are made visible, and a long
+    row is cut.
+    """
     from luthier.report.console import visible
 
     out: list[list[Any]] = []
@@ -224,19 +260,24 @@ def spans(text: str, marks: tuple[str, str]) -> list[list[Any]]:
 
 
 def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
-    """What a run will take, before it is started: {figures: [[what, how much, what that is]], notes}. Loads the model for it."""
+    """What a run will take, before it is started: {figures: [[what, how much, what that is]], notes}. Loads
+    the model for it.
+    """
 
-    from luthier.train import checks as guards, memory
-    from luthier.model.load import assemble, take_parts
     from luthier.data.load import load_data
+    from luthier.model.load import assemble, take_parts
     from luthier.recipe.recipe import Recipe
     from luthier.recipe.validate import checked
     from luthier.report.numbers import count, duration
+    from luthier.train import checks as guards
+    from luthier.train import memory
     from luthier.train.optimizer import Chain, schedule
 
     recipe = Recipe.load(given(changes))
     if recipe.plan is not None:
-        raise RecipeError("a plan has several runs, which depend on each other: what it will cost is not known before")
+        raise RecipeError(
+            "a plan has several runs, which depend on each other: what it will cost is not known before"
+        )
     data = load_data(recipe)
     parts = checked(recipe, data.rows[:100])
     roles = assemble(recipe, parts, parts.architecture.fit_to(data.rows), None, data.rows)
@@ -259,13 +300,24 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
             f"{100 * moving['moving'] / max(1, moving['all']):.3g}% of {count(moving['all'])}",
             f"{count(moving['moving'])} numbers move: exact",
         ],
-        ["steps", f"{steps:,}", f"of {per_step:,} rows each; {rows:,} rows, {len(data.held_out):,} held out{about}"],
+        [
+            "steps",
+            f"{steps:,}",
+            f"of {per_step:,} rows each; {rows:,} rows, {len(data.held_out):,} held out{about}",
+        ],
         ["tokens a step", f"{round(stats['tokens'] / len(kept) * per_step):,}", "on average"],
         ["learned", f"{100 * stats['supervised_share']:.0f}%", f"of the tokens count in the loss{about}"],
     ]
     weights = sum(p.nbytes for p in {id(p): p for p in roles.policy.model.parameters()}.values())
     figures.append(
-        ["model", size(weights), f"its weights in memory, as {str(next(roles.policy.model.parameters()).dtype).removeprefix('torch.')}"]
+        [
+            "model",
+            size(weights),
+            (
+                "its weights in memory, as"
+                f" {str(next(roles.policy.model.parameters()).dtype).removeprefix('torch.')}"
+            ),
+        ]
     )
     fed = sorted((r for r in kept[:16] if r.get("completions")), key=lambda row: len(str(row)))[:2]
     notes = []
@@ -280,31 +332,58 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
         micro, longest = min(recipe.per_device_train_batch_size, rows), int(stats["longest"])
         tokens = longest + round((micro - 1) * stats["tokens"] / len(kept))
         some = [roles.batch(fed[:n]) for n in (1, len(fed))]
-        notes += memory.choose(roles, chain, parts.estimator, some, tokens, longest, recipe.gradient_checkpointing)[1]
-        seconds = 3 * read_in(roles, roles.batch([kept[i % len(kept)] for i in range(micro)])) * per_step / micro
-        figures.append(
-            ["time", f"about {duration(steps * seconds)}", "of steps: a micro-batch was read, and backward was taken to cost twice that; "
-             "measuring and saving come on top"]
-        )  # fmt: skip
-        need = memory.predict(
-            roles, chain, parts.estimator, some, tokens, bool(getattr(roles.policy.model, "is_gradient_checkpointing", False))
+        notes += memory.choose(
+            roles, chain, parts.estimator, some, tokens, longest, recipe.gradient_checkpointing
+        )[1]
+        seconds = (
+            3 * read_in(roles, roles.batch([kept[i % len(kept)] for i in range(micro)])) * per_step / micro
         )
-        each = {"gradients": need.moving, "optimizer": need.state, "activations": need.activations, "passing": need.passing}
+        figures.append(
+            [
+                "time",
+                f"about {duration(steps * seconds)}",
+                (
+                    "of steps: a micro-batch was read, and backward was taken to cost twice that; "
+                    "measuring and saving come on top"
+                ),
+            ]
+        )
+        need = memory.predict(
+            roles,
+            chain,
+            parts.estimator,
+            some,
+            tokens,
+            bool(getattr(roles.policy.model, "is_gradient_checkpointing", False)),
+        )
+        each = {
+            "gradients": need.moving,
+            "optimizer": need.state,
+            "activations": need.activations,
+            "passing": need.passing,
+        }
         said = ", ".join(f"{name} {size(much)}" for name, much in each.items())
         figures.append(
             [
                 "memory of a step",
                 size(need.total),
-                f"on top of the model: {said}. Two rows were read to see what backward keeps; a micro-batch with the longest row is assumed",
+                (
+                    f"on top of the model: {said}. Two rows were read to see what backward keeps; a"
+                    " micro-batch with the longest row is assumed"
+                ),
             ]
         )
     else:
-        notes.append("what a step takes in memory is not foretold here: it reads what is written during the run")
+        notes.append(
+            "what a step takes in memory is not foretold here: it reads what is written during the run"
+        )
     have = memory.free(roles.device)
     if have:
         figures.append(["there is", size(have), f"of memory free on {roles.device}"])
     if bad:
-        notes.append(f"{len(bad):,} of {len(data.rows[:SAMPLE]):,} rows cannot be used; the first: {bad[0]['reason']}")
+        notes.append(
+            f"{len(bad):,} of {len(data.rows[:SAMPLE]):,} rows cannot be used; the first: {bad[0]['reason']}"
+        )
     return {"figures": figures, "notes": notes}
 
 
@@ -318,7 +397,8 @@ def read_in(roles: Any, batch: Any) -> float:
     with torch.no_grad():
         for _ in range(2):
             began = time.perf_counter()
-            roles.policy.logprobs(batch.view()).sum().item()  # a view is read anew; the number waits for a device that works on its own
+            # a view is read anew; the number waits for a device that works on its own
+            roles.policy.logprobs(batch.view()).sum().item()
             took = time.perf_counter() - began
     return took
 
@@ -338,10 +418,17 @@ def loaded(model: str, mark: float) -> Any:
 
 
 def say(
-    model: str, text: str, before: list[dict], max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0,
+    model: str,
+    text: str,
+    before: list[dict],
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
     hear: Callable[[str], bool] = lambda part: False,
-) -> dict[str, Any]:  # fmt: skip
-    """A model's answer, after what was said before. hear: is told each part of it; where it says true, the answer ends there."""
+) -> dict[str, Any]:
+    """A model's answer, after what was said before. hear: is told each part of it; where it says true, the
+    answer ends there.
+    """
     made = Path(model) / "report.json"
     them = loaded(model, made.stat().st_mtime if made.is_file() else 0.0)
     turns = [{"role": str(t["role"]), "content": str(t["content"])} for t in before]
@@ -349,11 +436,14 @@ def say(
 
     def heard(answer: str) -> bool:
         nonlocal told, stopped
-        whole = told if answer.endswith("\ufffd") else answer.lstrip()  # half a character waits for its other half
+        # half a character waits for its other half
+        whole = told if answer.endswith("\ufffd") else answer.lstrip()
         stopped, told = hear(whole[len(told) :]), whole
         return stopped
 
-    answer = them.ask(text, turns, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, hear=heard)
+    answer = them.ask(
+        text, turns, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, hear=heard
+    )
     return {"answer": answer.strip(), "turns": them.turns, "notes": them.notes, "stopped": stopped}
 
 
@@ -377,7 +467,9 @@ DOES: dict[str, Callable[..., Any]] = {
 
 
 def answered(asked: Mapping[str, Any], hear: Callable[[str], bool] | None = None) -> dict[str, Any]:
-    """{do, with} -> {is} or {error}, the sentence that the command line would say. hear: of what grows, each part."""
+    """{do, with} -> {is} or {error}, the sentence that the command line would say. hear: of what grows, each
+    part.
+    """
     try:
         return {"is": DOES[asked["do"]](**asked["with"], **({"hear": hear} if hear else {}))}
     except RecipeError as error:
@@ -399,7 +491,9 @@ class Worker:
         self.child: subprocess.Popen | None = None
 
     def ask(self, do: str, hear: Callable[[str], bool] | None = None, **how: Any) -> Any:
-        """Raises RecipeError with the command line's sentence, RuntimeError where the worker failed. hear: see `answered`."""
+        """Raises RecipeError with the command line's sentence, RuntimeError where the worker failed. hear:
+        see `answered`.
+        """
         with self.lock:
             child = self.child = self.child if self.child and self.child.poll() is None else self.started()
             try:
@@ -411,7 +505,12 @@ class Worker:
         return told(
             json.loads(text)
             if text
-            else {"error": f"the process that was to {do} died, which is mostly a lack of memory; try again, or a smaller model"}
+            else {
+                "error": (
+                    f"the process that was to {do} died, which is mostly a lack of memory; try again, or a"
+                    " smaller model"
+                )
+            }
         )
 
     def started(self) -> subprocess.Popen:
@@ -459,7 +558,9 @@ def told(answer: Mapping[str, Any]) -> Any:
 
 
 def main() -> None:
-    """Questions on standard input, answers where standard output was; whatever else prints goes to standard error."""
+    """Questions on standard input, answers where standard output was; whatever else prints goes to standard
+    error.
+    """
     warnings.simplefilter("ignore", FutureWarning)  # of other libraries to their developers
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)

@@ -1,12 +1,13 @@
 """Claims: what a paper says of a method, tried on the practice models over several seeds, with its interval.
 
-A claim is a file, benchmarks/claims/NAME.yaml. Its arms are recipes; where an arm lists learning rates, a seed that no test
-uses picks one of them for that arm. Then every arm runs with every test seed: the same rows in the same order for all arms,
-other rows and another order for the next seed. What is judged is the difference of two arms, paired by seed, by Student's t
-interval of its mean at 95 %; with three seeds a percentile bootstrap is too narrow to judge by, so it is told beside it.
+A claim is a file, benchmarks/claims/NAME.yaml. Its arms are recipes; where an arm lists learning rates, a
+seed that no test uses picks one of them for that arm. Then every arm runs with every test seed: the same rows
+in the same order for all arms, other rows and another order for the next seed. What is judged is the
+difference of two arms, paired by seed, by Student's t interval of its mean at 95 %; with three seeds a
+percentile bootstrap is too narrow to judge by, so it is told beside it.
 
-Results lie in benchmarks/claims/results/NAME.json, and docs/claims.md is written from them. Nothing here imports a network
-before something is run.
+Results lie in benchmarks/claims/results/NAME.json, and docs/claims.md is written from them. Nothing here
+imports a network before something is run.
 """
 
 from __future__ import annotations
@@ -30,15 +31,35 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from luthier.run import subprocess as apart
 from luthier.errors import RecipeError
 from luthier.registry import complaints, meant
+from luthier.run import subprocess as apart
 
 HELD, NOT_HELD, UNDECIDED, UNTESTABLE = "held", "not held", "undecided", "not testable here"
 BEFORE = "before"  # the arm that is the start of the other arm's runs
 TUNING_SEED = 1000  # of the runs that pick a learning rate; test seeds are 0, 1, 2, ...
 MOST_SEEDS = 20
-T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093)
+T = (
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+)
 """The 97.5 % point of Student's t, by degrees of freedom from 1."""
 QUIET = {"save_steps": 100_000, "evaluate": ["loss", "accuracy"]}  # of every arm, unless it says otherwise
 NUMBER = r"\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
@@ -57,7 +78,9 @@ class Expectation:
     left: str
     sign: str  # > < =
     right: str
-    effect: float  # the least difference that counts (below 0: how much worse is still no worse); of "=", the largest that does not
+    # the least difference that counts (below 0: how much worse is still no worse); of "=", the largest that
+    # does not
+    effect: float
     metric: str
 
     def verdict(self, low: float, high: float) -> str:
@@ -80,11 +103,15 @@ class Claim(BaseModel):
     paper: str | None = None  # arXiv:...
     row: str = ""  # the paper's short name in the catalogue, if it has one
     shared: dict[str, Any] = {}  # recipe keys of all arms
-    arms: dict[str, dict[str, Any]] = {}  # name -> recipe keys; a list under what is swept is this arm's sweep
-    sweep: str = "learning_rate"  # what arms sweep: a key of recipes, or a setting of a method, such as tuner.lora_dropout
-    metric: str = ""  # what is compared: a name in a report's metrics, stats.NAME, or log.NAME of metrics.jsonl
+    # name -> recipe keys; a list under what is swept is this arm's sweep
+    arms: dict[str, dict[str, Any]] = {}
+    # what arms sweep: a key of recipes, or a setting of a method, such as tuner.lora_dropout
+    sweep: str = "learning_rate"
+    # what is compared: a name in a report's metrics, stats.NAME, or log.NAME of metrics.jsonl
+    metric: str = ""
     select: str = "lowest loss"  # by what a sweep picks: lowest or highest METRIC
-    expect: list[str] = []  # A > B by X, A < B by X, A = B within X; `in METRIC` where it is another than `metric`
+    # A > B by X, A < B by X, A = B within X; `in METRIC` where it is another than `metric`
+    expect: list[str] = []
     seeds: Annotated[int, Field(ge=2, le=MOST_SEEDS)] = 3
     budget: str = ""  # what is equal between the arms, in words
     fresh: bool = False  # each run in a process of its own, which is what makes its peak of memory its own
@@ -97,7 +124,10 @@ class Claim(BaseModel):
     def _expectation(self, said: str) -> Expectation:
         found = EXPECTED.fullmatch(" ".join(said.split()))
         if not found:
-            raise self.wrong(f"expect: '{said}' is not `A > B by 0.02`, `A < B by 0.02` or `A = B within 0.02` (and `in METRIC`)")
+            raise self.wrong(
+                f"expect: '{said}' is not `A > B by 0.02`, `A < B by 0.02` or `A = B within 0.02` (and `in"
+                " METRIC`)"
+            )
         left, sign, right, alike, effect, metric = found.groups()
         for arm in (left, right or alike):
             if arm not in (*self.arms, BEFORE):
@@ -111,7 +141,9 @@ class Claim(BaseModel):
         return Expectation(said, left, sign or "=", right or alike, float(effect), metric or self.metric)
 
     def rates(self, arm: str) -> list[float]:
-        """The learning rates, or whatever is swept, of which an arm takes its best; none where it says one or none."""
+        """The learning rates, or whatever is swept, of which an arm takes its best; none where it says one or
+        none.
+        """
         key, _, setting = self.sweep.partition(".")
         said = {**self.shared, **self.arms[arm]}.get(key)
         if setting:
@@ -131,7 +163,12 @@ class Claim(BaseModel):
 
     def runs(self, seeds: int) -> tuple[list[tuple[str, int, float]], list[tuple[str, int]]]:
         """The runs that pick learning rates, and those that count: the arms of a seed one after the other."""
-        sweep = [(arm, TUNING_SEED, rate) for arm in self.arms for rate in self.rates(arm) if len(self.rates(arm)) > 1]
+        sweep = [
+            (arm, TUNING_SEED, rate)
+            for arm in self.arms
+            for rate in self.rates(arm)
+            if len(self.rates(arm)) > 1
+        ]
         return sweep, [(arm, seed) for seed in range(seeds) for arm in self.arms]
 
     def mark(self) -> str:
@@ -171,7 +208,9 @@ def every() -> list[str]:
     """The names of all claims; a sentence where there are none."""
     found = names()
     if not found:
-        raise RecipeError(f"there are no claims in {home()}: they come with a clone of luthier; run this inside one")
+        raise RecipeError(
+            f"there are no claims in {home()}: they come with a clone of luthier; run this inside one"
+        )
     return found
 
 
@@ -180,12 +219,17 @@ def read(name: str, folder: Path | None = None) -> Claim:
     folder = folder or home()
     path = folder / f"{name}.yaml"
     if not path.is_file():
-        raise RecipeError(f"there is no claim '{name}'{meant(name, names(folder))}" + ("" if names(folder) else f": {folder} holds none"))
+        raise RecipeError(
+            f"there is no claim '{name}'{meant(name, names(folder))}"
+            + ("" if names(folder) else f": {folder} holds none")
+        )
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
-        raise RecipeError(f"claim {name}{f', line {mark.line + 1}' if mark else ''}: this is not YAML") from None
+        raise RecipeError(
+            f"claim {name}{f', line {mark.line + 1}' if mark else ''}: this is not YAML"
+        ) from None
     if not isinstance(given, dict):
         raise RecipeError(f"claim {name}: a claim is `key: value` lines, not {type(given).__name__}")
     allowed = [key for key in Claim.model_fields if key != "name"]
@@ -226,7 +270,9 @@ def check(claim: Claim) -> None:
         try:
             rates = claim.rates(arm)
         except (TypeError, ValueError):
-            raise claim.wrong(f"arm {arm}: the list under {claim.sweep} holds something that is no number") from None
+            raise claim.wrong(
+                f"arm {arm}: the list under {claim.sweep} holds something that is no number"
+            ) from None
         try:
             Recipe.load(claim.recipe(arm, 0, rates[0] if rates else None))
         except RecipeError as error:
@@ -284,11 +330,21 @@ class Numbers:
         return float(value)
 
     def known(self, before: bool = False) -> dict[str, Any]:
-        """Every number by its name: metrics, stats.NAME, log.NAME (the first step's, or the mean of the last quarter)."""
+        """Every number by its name: metrics, stats.NAME, log.NAME (the first step's, or the mean of the last
+        quarter).
+        """
         lines = self.log[:1] if before else self.log[-max(1, len(self.log) // 4) :]
-        logged = [k for k in (lines[-1] if lines else ()) if all(isinstance(line.get(k), (int, float)) for line in lines)]
+        logged = [
+            k
+            for k in (lines[-1] if lines else ())
+            if all(isinstance(line.get(k), (int, float)) for line in lines)
+        ]
         steps = {f"log.{k}": statistics.fmean(line[k] for line in lines) for k in logged}
-        return {**(self.before if before else self.after), **{f"stats.{k}": v for k, v in self.stats.items()}, **steps}
+        return {
+            **(self.before if before else self.after),
+            **{f"stats.{k}": v for k, v in self.stats.items()},
+            **steps,
+        }
 
 
 def judge(claim: Claim, found: Mapping[tuple[str, int], Numbers]) -> list[dict[str, Any]]:
@@ -299,16 +355,26 @@ def judge(claim: Claim, found: Mapping[tuple[str, int], Numbers]) -> list[dict[s
         other = {BEFORE: e.left if e.right == BEFORE else e.right}
 
         def measured(arm: str, seed: int, metric: str = e.metric, other: dict = other) -> float:
-            return found[other.get(arm, arm), seed].get(claim, other.get(arm, arm), metric, before=arm == BEFORE)
+            return found[other.get(arm, arm), seed].get(
+                claim, other.get(arm, arm), metric, before=arm == BEFORE
+            )
 
         left, right = ([measured(arm, seed) for seed in seeds] for arm in (e.left, e.right))
         apart = [a - b for a, b in zip(left, right)]
         low, high = interval(apart)
         blind = e.sign != "=" and len({*left, *right}) == 1  # all at the floor or the ceiling of the metric
-        out.append({
-            "expect": e.said, "metric": e.metric, "verdict": UNDECIDED if blind else e.verdict(low, high), e.left: rounded(left), e.right: rounded(right),
-            "difference": rounded(statistics.fmean(apart)), "interval": rounded([low, high]), "bootstrap": rounded(bootstrap(apart)),
-        })  # fmt: skip
+        out.append(
+            {
+                "expect": e.said,
+                "metric": e.metric,
+                "verdict": UNDECIDED if blind else e.verdict(low, high),
+                e.left: rounded(left),
+                e.right: rounded(right),
+                "difference": rounded(statistics.fmean(apart)),
+                "interval": rounded([low, high]),
+                "bootstrap": rounded(bootstrap(apart)),
+            }
+        )
     return out
 
 
@@ -322,8 +388,16 @@ def rounded(value: Any) -> Any:
 # ---------------------------------------------------------------------------------------------- running
 
 
-def run(name: str, seeds: int | None = None, folder: Path | None = None, runs: Path = Path("runs/claims"), tell: Callable = print) -> dict:
-    """Try a claim and write its result. What an earlier call finished answers at once. tell: hears a line a run."""
+def run(
+    name: str,
+    seeds: int | None = None,
+    folder: Path | None = None,
+    runs: Path = Path("runs/claims"),
+    tell: Callable = print,
+) -> dict:
+    """Try a claim and write its result. What an earlier call finished answers at once. tell: hears a line a
+    run.
+    """
     claim = read(name, folder)
     folder, count = folder or home(), seeds if seeds is not None else claim.seeds
     if not 2 <= count <= MOST_SEEDS:
@@ -331,17 +405,23 @@ def run(name: str, seeds: int | None = None, folder: Path | None = None, runs: P
     about = {"claim": claim.claim, "paper": claim.paper, "mark": claim.mark()}
     if claim.untestable:
         tell(f"{name}: {UNTESTABLE}: {claim.untestable}")
-        return _write(folder, name, {**about, "verdict": UNTESTABLE, "why": claim.untestable, "date": str(date.today())})
+        return _write(
+            folder, name, {**about, "verdict": UNTESTABLE, "why": claim.untestable, "date": str(date.today())}
+        )
     sweep, tests = claim.runs(count)
     progress = Progress(name, len(sweep) + len(tests), tell)
-    chosen: dict[str, float | None] = {arm: rates[0] if (rates := claim.rates(arm)) else None for arm in claim.arms}
+    chosen: dict[str, float | None] = {
+        arm: rates[0] if (rates := claim.rates(arm)) else None for arm in claim.arms
+    }
     swept: dict[str, dict[str, float | None]] = {}
     tried: list[Numbers | None] = []
     how, by = SELECTED.fullmatch(claim.select).groups()  # pyright: ignore[reportOptionalMemberAccess]
     for arm, seed, rate in sweep:
         numbers = _perform(claim, arm, seed, rate, runs, progress, may_diverge=True)
         tried.append(numbers)
-        swept.setdefault(arm, {})[f"{rate:g}"] = None if numbers is None else rounded(numbers.get(claim, arm, by))
+        swept.setdefault(arm, {})[f"{rate:g}"] = (
+            None if numbers is None else rounded(numbers.get(claim, arm, by))
+        )
     for arm, measured in swept.items():
         left = {rate: value for rate, value in measured.items() if value is not None and value == value}
         if not left:
@@ -352,29 +432,52 @@ def run(name: str, seeds: int | None = None, folder: Path | None = None, runs: P
     verdict = together([e["verdict"] for e in judged])
     metrics = {e.metric for e in claim.expectations}
     numbers = {
-        arm: {str(seed): {k: rounded(v) for k, v in _kept(n, metrics).items()} for (a, seed), n in found.items() if a == arm and n}
+        arm: {
+            str(seed): {k: rounded(v) for k, v in _kept(n, metrics).items()}
+            for (a, seed), n in found.items()
+            if a == arm and n
+        }
         for arm in claim.arms
     }
     tell(f"{name}: {verdict}")
-    return _write(folder, name, {
-        **about, "verdict": verdict, "expectations": judged, "seeds": list(range(count)), "tuning_seed": TUNING_SEED if sweep else None,
-        "learning_rates": {arm: rate for arm, rate in chosen.items() if rate is not None}, "sweeps": swept, "select": claim.select,
-        "at_edge": [a for a, v in swept.items() if chosen[a] in (min(map(float, v)), max(map(float, v)))],
-        "numbers": numbers, "machine": {**machine(), **_kinds(found.values())}, "date": str(date.today()),
-        "seconds": round(sum(n.took for n in (*tried, *found.values()) if n)),
-    })  # fmt: skip
+    return _write(
+        folder,
+        name,
+        {
+            **about,
+            "verdict": verdict,
+            "expectations": judged,
+            "seeds": list(range(count)),
+            "tuning_seed": TUNING_SEED if sweep else None,
+            "learning_rates": {arm: rate for arm, rate in chosen.items() if rate is not None},
+            "sweeps": swept,
+            "select": claim.select,
+            "at_edge": [a for a, v in swept.items() if chosen[a] in (min(map(float, v)), max(map(float, v)))],
+            "numbers": numbers,
+            "machine": {**machine(), **_kinds(found.values())},
+            "date": str(date.today()),
+            "seconds": round(sum(n.took for n in (*tried, *found.values()) if n)),
+        },
+    )
 
 
 def _kinds(found: Iterable[Numbers | None]) -> dict[str, str]:
     """On what, and in which precision, the runs computed."""
-    return {k: ", ".join(sorted({str(n.stats[k]) for n in found if n and k in n.stats})) for k in ("device", "dtype")}
+    return {
+        k: ", ".join(sorted({str(n.stats[k]) for n in found if n and k in n.stats}))
+        for k in ("device", "dtype")
+    }
 
 
 def _kept(numbers: Numbers, metrics: set[str]) -> dict[str, float]:
     """What the result keeps of a run: all that was measured, what it cost, and what was judged."""
     cost = ("stats.seconds", "stats.peak_memory_mb", "stats.moving", "stats.steps", "stats.data_rows")
     end, start = numbers.known(), numbers.known(before=True)
-    kept = {k: v for k, v in end.items() if k in metrics or k in cost or not ("/" in k or k.startswith(("stats.", "log.")))}
+    kept = {
+        k: v
+        for k, v in end.items()
+        if k in metrics or k in cost or not ("/" in k or k.startswith(("stats.", "log.")))
+    }
     return kept | {f"{BEFORE}.{k}": start[k] for k in kept if k in start and k not in cost}
 
 
@@ -393,13 +496,26 @@ class Progress:
         self.new += [seconds] if fresh else []
         left = (self.total - self.done) * statistics.fmean(self.new) if self.new else 0
         took = f"{seconds:.0f} s" if fresh else "was finished"
-        self.tell(f"[{self.done}/{self.total}] {self.name}: {what}: {took}" + (f"; about {left:.0f} s left" if left else ""))
+        self.tell(
+            f"[{self.done}/{self.total}] {self.name}: {what}: {took}"
+            + (f"; about {left:.0f} s left" if left else "")
+        )
 
 
-def _perform(claim: Claim, arm: str, seed: int, rate: float | None, runs: Path, progress: Progress, may_diverge: bool = False):
+def _perform(
+    claim: Claim,
+    arm: str,
+    seed: int,
+    rate: float | None,
+    runs: Path,
+    progress: Progress,
+    may_diverge: bool = False,
+):
     """One run in its folder; None where it diverged and may."""
     keys = claim.recipe(arm, seed, rate)
-    mark = hashlib.sha256(json.dumps([keys, claim.fresh], sort_keys=True, default=str).encode()).hexdigest()[:8]
+    mark = hashlib.sha256(json.dumps([keys, claim.fresh], sort_keys=True, default=str).encode()).hexdigest()[
+        :8
+    ]
     where = runs / claim.name / f"{arm}-{seed}-{mark}"
     what = f"{arm}, seed {seed}" + (f", {_words(claim.sweep)} {rate:g}" if rate is not None else "")
     began, finished = time.perf_counter(), (where / "report.json").is_file()
@@ -414,10 +530,18 @@ def _perform(claim: Claim, arm: str, seed: int, rate: float | None, runs: Path, 
         _lighten(where)
         (where / "took.json").write_text(json.dumps(time.perf_counter() - began), encoding="utf-8")
     said = json.loads((where / "report.json").read_text(encoding="utf-8"))
-    took = json.loads((where / "took.json").read_text(encoding="utf-8")) if (where / "took.json").is_file() else 0.0
+    took = (
+        json.loads((where / "took.json").read_text(encoding="utf-8"))
+        if (where / "took.json").is_file()
+        else 0.0
+    )
     progress.step(what, time.perf_counter() - began, not finished)
     logged = Path(said["folder"]) / "metrics.jsonl"
-    lines = [json.loads(line) for line in logged.read_text(encoding="utf-8").splitlines()] if logged.is_file() else []
+    lines = (
+        [json.loads(line) for line in logged.read_text(encoding="utf-8").splitlines()]
+        if logged.is_file()
+        else []
+    )
     return Numbers(said["before"], said["after"], said["stats"], took, lines)
 
 
@@ -440,12 +564,21 @@ def machine() -> dict[str, Any]:
     """Where numbers were measured; they are other numbers elsewhere."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     info = Path("/proc/cpuinfo")
-    models = re.findall(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.M) if info.is_file() else []
+    models = (
+        re.findall(r"^model name\s*:\s*(.+)$", info.read_text(encoding="utf-8"), re.M)
+        if info.is_file()
+        else []
+    )
     return {
-        "cpu": models[0] if models else platform.processor() or platform.machine(), "cores": cores,
-        "threads": os.environ.get("OMP_NUM_THREADS", "as torch chooses"), "system": platform.system(),
-        "versions": {"python": platform.python_version(), **{p: _version(p) for p in ("luthier", "torch", "transformers", "peft")}},
-    }  # fmt: skip
+        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cores": cores,
+        "threads": os.environ.get("OMP_NUM_THREADS", "as torch chooses"),
+        "system": platform.system(),
+        "versions": {
+            "python": platform.python_version(),
+            **{p: _version(p) for p in ("luthier", "torch", "transformers", "peft")},
+        },
+    }
 
 
 def _version(package: str) -> str:
@@ -485,7 +618,11 @@ def status(claim: Claim, folder: Path | None = None) -> str:
 
 def listing(folder: Path | None = None) -> list[dict[str, Any]]:
     """Every claim with its verdict."""
-    return [{"name": n, "verdict": status(c, folder), "paper": c.paper, "claim": c.claim} for n in names(folder) for c in [read(n, folder)]]
+    return [
+        {"name": n, "verdict": status(c, folder), "paper": c.paper, "claim": c.claim}
+        for n in names(folder)
+        for c in [read(n, folder)]
+    ]
 
 
 def page(folder: Path | None = None) -> str:
@@ -494,12 +631,30 @@ def page(folder: Path | None = None) -> str:
     lines = [
         "# Claims",
         "",
-        "What papers say of methods, tried on the practice models. Written from `benchmarks/claims`; `luthier claims NAME` tries one",
-        "again. A verdict is about these small models, these worlds and these few steps, not about the paper: it says what a user may",
-        "expect to see here. *held*: the whole interval lies beyond the least effect in the claimed direction. *not held*: the whole",
-        "interval falls short of it. *undecided*: neither, or all runs alike. The interval is Student's t at 95 % of the mean difference, paired by seed:",
-        "each seed draws other rows to learn and to be measured on, the same for all arms. Several intervals are not corrected for",
-        "being several. Where learning rates (or another setting) were swept, a seed that no test uses picked one for each arm.",
+        (
+            "What papers say of methods, tried on the practice models. Written from `benchmarks/claims`;"
+            " `luthier claims NAME` tries one"
+        ),
+        (
+            "again. A verdict is about these small models, these worlds and these few steps, not about the"
+            " paper: it says what a user may"
+        ),
+        (
+            "expect to see here. *held*: the whole interval lies beyond the least effect in the claimed"
+            " direction. *not held*: the whole"
+        ),
+        (
+            "interval falls short of it. *undecided*: neither, or all runs alike. The interval is Student's t"
+            " at 95 % of the mean difference, paired by seed:"
+        ),
+        (
+            "each seed draws other rows to learn and to be measured on, the same for all arms. Several"
+            " intervals are not corrected for"
+        ),
+        (
+            "being several. Where learning rates (or another setting) were swept, a seed that no test uses"
+            " picked one for each arm."
+        ),
         "",
         "| claim | verdict | expected | difference (95 %) | seeds | paper |",
         "| - | - | - | - | - | - |",
@@ -513,15 +668,24 @@ def page(folder: Path | None = None) -> str:
 
 def _table(claim: Claim, verdict: str, found: dict | None) -> Iterator[str]:
     paper = claim.paper or ""
-    linked = f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})" if paper.startswith("arXiv:") else paper
+    linked = (
+        f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})"
+        if paper.startswith("arXiv:")
+        else paper
+    )
     first = f"[{claim.name}](#{claim.name}) | **{verdict}**"
     if not found or "expectations" not in found or verdict != found["verdict"]:
-        yield f"| {first} | {'; '.join(map(_shown, claim.expectations)) if claim.arms else ''} | | | {linked} |"
+        yield (
+            f"| {first} | {'; '.join(map(_shown, claim.expectations)) if claim.arms else ''} | | | {linked} |"
+        )
         return
     for i, (e, m) in enumerate(zip(claim.expectations, found["expectations"])):
         of = f"{m['verdict']}: " if len(claim.expect) > 1 else ""
         seen = f"{of}{m['difference']:+.3g} ({m['interval'][0]:+.3g} to {m['interval'][1]:+.3g})"
-        yield f"| {first if not i else '|'} | {_shown(e)} | {seen} | {len(found['seeds']) if not i else ''} | {linked if not i else ''} |"
+        yield (
+            f"| {first if not i else '|'} | {_shown(e)} | {seen} | {len(found['seeds']) if not i else ''} |"
+            f" {linked if not i else ''} |"
+        )
 
 
 def _shown(e: Expectation) -> str:
@@ -542,7 +706,10 @@ def _paragraph(claim: Claim, verdict: str, found: dict | None) -> Iterator[str]:
         arms = [k for k, v in m.items() if isinstance(v, list) and k not in ("interval", "bootstrap")]
         seen = ", ".join(f"{arm} {' '.join(f'{v:.4g}' for v in m[arm])}" for arm in arms)
         low, high = m["bootstrap"]
-        yield f"- `{m['metric']}` by seed: {seen}. {m['verdict'].capitalize()}. Bootstrap over seeds, too narrow with few: {low:+.3g} to {high:+.3g}."
+        yield (
+            f"- `{m['metric']}` by seed: {seen}. {m['verdict'].capitalize()}. Bootstrap over seeds, too"
+            f" narrow with few: {low:+.3g} to {high:+.3g}."
+        )
     if found["sweeps"]:
         yield ""
         yield (
@@ -557,4 +724,7 @@ def _paragraph(claim: Claim, verdict: str, found: dict | None) -> Iterator[str]:
     m = found["machine"]
     versions = ", ".join(f"{k} {v}" for k, v in m["versions"].items())
     yield ""
-    yield f"{found['date']}, {found['seconds']} s, {m['cpu']}, {m['cores']} cores, threads {m['threads']}, {m['dtype']}; {versions}."
+    yield (
+        f"{found['date']}, {found['seconds']} s, {m['cpu']}, {m['cores']} cores, threads {m['threads']},"
+        f" {m['dtype']}; {versions}."
+    )

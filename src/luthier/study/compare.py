@@ -1,9 +1,9 @@
 """Side by side: the same rows, the same seeds, the same budget, many ways to tune, one fair answer.
 
-An arm is a recipe; every arm runs with every seed, each run in a process of its own (so that its memory and time are its
-own). All are measured on the same held-out rows, and compared pair by pair over seeds and rows (paired.py): a difference
-is only said where its own interval, corrected for all pairs that were looked at, supports it. Everything lies in one
-folder; the same command goes on where it was stopped.
+An arm is a recipe; every arm runs with every seed, each run in a process of its own (so that its memory and
+time are its own). All are measured on the same held-out rows, and compared pair by pair over seeds and rows
+(paired.py): a difference is only said where its own interval, corrected for all pairs that were looked at,
+supports it. Everything lies in one folder; the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -22,25 +22,29 @@ from typing import Any
 
 import numpy as np
 
-from luthier.storage import store
 from luthier.data.load import load_data
 from luthier.errors import RecipeError
-from luthier.registry import build, gives_of, meant
-from luthier.study.statistics import difference, front, holm, interval
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import checked, opening, rehearse, wants, words
+from luthier.registry import build, gives_of, meant
 from luthier.report.numbers import number, says
+from luthier.storage import store
+from luthier.study.statistics import difference, front, holm, interval
 
-MEASURED = ("loss", "accuracy", "generate", "forgetting", "calibration", "diversity")  # where no arm says otherwise
-ALIKE = ("data", "eval_data", "max_length", "chat_template", "evaluate")  # must be the same, or nothing is comparable
-TOLD = ("model", "dtype", "per_device_train_batch_size", "gradient_accumulation_steps")  # may differ, and it is said
+# where no arm says otherwise
+MEASURED = ("loss", "accuracy", "generate", "forgetting", "calibration", "diversity")
+# must be the same, or nothing is comparable
+ALIKE = ("data", "eval_data", "max_length", "chat_template", "evaluate")
+# may differ, and it is said
+TOLD = ("model", "dtype", "per_device_train_batch_size", "gradient_accumulation_steps")
 COSTS = {  # what a run cost, out of its stats; None: neither way is better
     "trained": ("numbers that move", False),
     "peak_memory_mb": ("peak memory (MB)", False),
     "seconds": ("seconds in steps", False),
     "tokens_per_second": ("tokens/s", True),
 }
-GOALS = ("elsewhere_loss", "elsewhere_accuracy", "trained", "peak_memory_mb", "seconds")  # of the front, beside the metric
+# of the front, beside the metric
+GOALS = ("elsewhere_loss", "elsewhere_accuracy", "trained", "peak_memory_mb", "seconds")
 RUNGS = (0.25, 0.5)  # shares of the run at which arms that cannot win are stopped
 WRONG = 0.05  # how often, of all pairs of a metric together, a difference may be claimed where there is none
 TUNING_SEED = 1000  # of the runs that pick learning rates: no run that counts has it
@@ -57,30 +61,48 @@ class Study:
 
     arms: dict[str, Recipe]
     seeds: int = 3
-    budget: str | None = None  # "30m" of steps, "200k tokens" or "500 steps", for each arm and seed; None: as the recipes say
+    # "30m" of steps, "200k tokens" or "500 steps", for each arm and seed; None: as the recipes say
+    budget: str | None = None
     metric: str = "loss"  # by which arms are ranked and stopped
     stop_early: bool = True  # stop arms that cannot win, where there are more than two
     apart: bool = True  # each run in a process of its own
-    together: bool = False  # LoRAs that differ in rank, rate, targets or seed side by side on one base: no peak of memory is theirs alone
+    # LoRAs that differ in rank, rate, targets or seed side by side on one base: no peak of memory is theirs
+    # alone
+    together: bool = False
     drawn: tuple[int, ...] = ()  # the seeds themselves, in place of 0, 1, 2, ...
-    learning_rates: tuple[float, ...] = ()  # of which each arm takes its best, by a run with a seed of its own
+    # of which each arm takes its best, by a run with a seed of its own
+    learning_rates: tuple[float, ...] = ()
 
     def fingerprint(self) -> str:
-        said = [{k: r.public() for k, r in self.arms.items()}, self.seeds, self.budget, self.metric, self.stop_early]
+        said = [
+            {k: r.public() for k, r in self.arms.items()},
+            self.seeds,
+            self.budget,
+            self.metric,
+            self.stop_early,
+        ]
         said += [x for x in (self.learning_rates, self.drawn) if x]
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
-def arms_of(recipes: Sequence[str], changes: Sequence[str] = (), tuners: str = "", objectives: str = "") -> dict[str, Recipe]:
+def arms_of(
+    recipes: Sequence[str], changes: Sequence[str] = (), tuners: str = "", objectives: str = ""
+) -> dict[str, Recipe]:
     """Recipes by the stems of their files, or every legal combination of tuners and objectives on one recipe."""
     if len(recipes) > 1 and (tuners or objectives):
         raise RecipeError("--tuners and --objectives vary one recipe; give one at most")
     if tuners or objectives:
-        return _grid(Recipe.load(Path(recipes[0]) if recipes else None, changes), _listed(tuners), _listed(objectives))
+        return _grid(
+            Recipe.load(Path(recipes[0]) if recipes else None, changes), _listed(tuners), _listed(objectives)
+        )
     if len(recipes) < 2:
         raise RecipeError("a comparison wants two recipes or more, or --tuners a,b,c")
     stems = [Path(r).stem for r in recipes]
-    names = stems if len(set(stems)) == len(stems) else [re.sub(r"[^\w.-]+", "-", str(Path(r).with_suffix(""))).strip("-") for r in recipes]
+    names = (
+        stems
+        if len(set(stems)) == len(stems)
+        else [re.sub(r"[^\w.-]+", "-", str(Path(r).with_suffix(""))).strip("-") for r in recipes]
+    )
     if len(set(names)) < len(names):
         raise RecipeError(f"two of these recipes are the same file: {', '.join(recipes)}")
     return {name: Recipe.load(Path(path), changes) for name, path in zip(names, recipes)}
@@ -102,29 +124,42 @@ def _grid(base: Recipe, tuners: list[str], objectives: list[str]) -> dict[str, R
     arms = {}
     for t in tuners or [None]:
         for o in objectives or [None]:
-            name = "-".join(re.sub(r"[^\w.]+", "_", x).strip("_") for x in (t, o if len(objectives) > 1 or not t else None) if x)
+            name = "-".join(
+                re.sub(r"[^\w.]+", "_", x).strip("_")
+                for x in (t, o if len(objectives) > 1 or not t else None)
+                if x
+            )
             arms[name] = base.but(**{k: v for k, v in (("tuner", t), ("objective", o)) if v})
     return arms
 
 
 def fair(study: Study) -> tuple[dict[str, Recipe], list[str]]:
-    """The arms as they will run, all measured alike, and what a reader must know. Refuses what cannot be compared."""
+    """The arms as they will run, all measured alike, and what a reader must know. Refuses what cannot be
+    compared.
+    """
     if len(study.arms) < 2:
         raise RecipeError("a comparison wants two arms or more")
     if not 1 <= study.seeds <= TUNING_SEED:
         raise RecipeError(f"--seeds: {study.seeds} is not a number of runs between 1 and {TUNING_SEED}")
     if study.learning_rates and (len(set(study.learning_rates)) < 2 or min(study.learning_rates) <= 0):
-        raise RecipeError(f"--learning-rates: two or more above 0 to choose from, not {', '.join(map(str, study.learning_rates))}")
+        raise RecipeError(
+            "--learning-rates: two or more above 0 to choose from, not"
+            f" {', '.join(map(str, study.learning_rates))}"
+        )
     first, notes = next(iter(study.arms)), []
     plans = [name for name, recipe in study.arms.items() if recipe.plan is not None]
     if plans and study.budget:
-        raise RecipeError(f"--budget: {plans[0]} is a plan of several runs, which no budget divides; say max_steps in the recipes")
+        raise RecipeError(
+            f"--budget: {plans[0]} is a plan of several runs, which no budget divides; say max_steps in the"
+            " recipes"
+        )
     for name, recipe in study.arms.items():
         for key in ALIKE:
             was, now = getattr(study.arms[first], key), getattr(recipe, key)
             if was != now:
                 raise RecipeError(
-                    f"arms {first} and {name} differ in {key} ({_short(was)} and {_short(now)}): they would not be measured alike"
+                    f"arms {first} and {name} differ in {key} ({_short(was)} and {_short(now)}): they would"
+                    " not be measured alike"
                 )
         for key in TOLD:
             was, now = getattr(study.arms[first], key), getattr(recipe, key)
@@ -140,16 +175,27 @@ def fair(study: Study) -> tuple[dict[str, Recipe], list[str]]:
         except RecipeError as error:
             raise RecipeError(f"arm {name}: {error}") from None
         if recipe.evaluate is None:
-            have = words(rows.rows[:100]) | parts.architecture.gives | parts.estimator.gives | gives_of(parts.tuner) | set(parts.roles)
+            have = (
+                words(rows.rows[:100])
+                | parts.architecture.gives
+                | parts.estimator.gives
+                | gives_of(parts.tuner)
+                | set(parts.roles)
+            )
             recipe = recipe.but(evaluate=[e for e in MEASURED if wants(build("evaluator", e)) <= have])
         arms[name] = recipe.but(save_steps=0.5, save_total_limit=1, report_to=[])
-    asked = [tuple(e if isinstance(e, str) else e.get("name") for e in r.evaluate or ()) for r in arms.values()]
+    asked = [
+        tuple(e if isinstance(e, str) else e.get("name") for e in r.evaluate or ()) for r in arms.values()
+    ]
     if len(set(asked)) > 1:
         shared = [e for e in asked[0] if all(e in other for other in asked)]
         notes.append(f"only what every arm can be asked is measured: {', '.join(shared)}")
         arms = {name: r.but(evaluate=shared) for name, r in arms.items()}
     if plans:
-        notes.append(f"{_and(plans)}: time is that of all its runs together, memory that of the largest; no arm is stopped early")
+        notes.append(
+            f"{_and(plans)}: time is that of all its runs together, memory that of the largest; no arm is"
+            " stopped early"
+        )
     if not rows.held_out:
         notes.append("nothing is held out: arms are compared on the rows they were trained on")
     if study.seeds == 1:
@@ -172,7 +218,9 @@ def understood(budget: str) -> tuple[str, float]:
     """'30m' -> ('seconds', 1800), '500' -> ('steps', 500), '2M tokens' -> ('tokens', 2e6)."""
     found = BUDGET.fullmatch(budget.strip())
     if not found or (found[2] and found[3] in SECONDS):
-        raise RecipeError(f"--budget: '{budget}' is not a time (30m, 90s, 2h), steps (500 steps) or tokens (200k tokens)")
+        raise RecipeError(
+            f"--budget: '{budget}' is not a time (30m, 90s, 2h), steps (500 steps) or tokens (200k tokens)"
+        )
     size = float(found[1]) * {"": 1, "k": 1e3, "K": 1e3, "M": 1e6}[found[2]]
     if found[3] in SECONDS:
         return "seconds", size * SECONDS[found[3]]
@@ -180,7 +228,9 @@ def understood(budget: str) -> tuple[str, float]:
 
 
 def budgeted(study: Study, arms: dict[str, Recipe], folder: Path, watch: Any) -> dict[str, Recipe]:
-    """Every arm with its number of steps. Time and tokens are turned into steps by a timed pilot, once: what it found is kept."""
+    """Every arm with its number of steps. Time and tokens are turned into steps by a timed pilot, once: what
+    it found is kept.
+    """
     if study.budget is None:
         return arms
     what, size = understood(study.budget)
@@ -192,7 +242,13 @@ def budgeted(study: Study, arms: dict[str, Recipe], folder: Path, watch: Any) ->
         if name not in steps:
             where = folder / "pilot" / name
             watch.stage(f"{name}: {PILOT} steps, to see how many fit into {study.budget}")
-            _run(study, recipe.but(max_steps=PILOT, evaluate=[], lr_scheduler_type="constant"), where, None, None)
+            _run(
+                study,
+                recipe.but(max_steps=PILOT, evaluate=[], lr_scheduler_type="constant"),
+                where,
+                None,
+                None,
+            )
             lines = store.read_rows(where / "metrics.jsonl")[1:]  # the first step also warms up
             each = (
                 float(np.median([line["seconds"] for line in lines]))
@@ -204,31 +260,56 @@ def budgeted(study: Study, arms: dict[str, Recipe], folder: Path, watch: Any) ->
     return {name: r.but(max_steps=steps[name]) for name, r in arms.items()}
 
 
-def swept(study: Study, arms: dict[str, Recipe], folder: Path, watch: Any) -> tuple[dict[str, Recipe], list[str]]:
-    """Every arm at the learning rate that was best for it, and what a reader must know of that. What was found is kept."""
+def swept(
+    study: Study, arms: dict[str, Recipe], folder: Path, watch: Any
+) -> tuple[dict[str, Recipe], list[str]]:
+    """Every arm at the learning rate that was best for it, and what a reader must know of that. What was
+    found is kept.
+    """
     if not study.learning_rates:
         return arms, []
     kept, rates = folder / "learning_rates.json", sorted(set(study.learning_rates))
-    found: dict[str, dict[str, float | None]] = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    found: dict[str, dict[str, float | None]] = (
+        json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    )
     todo = [(name, rate) for name in arms for rate in rates if f"{rate:g}" not in found.get(name, {})]
     tuned = {(name, rate): arms[name].but(learning_rate=rate, seed=TUNING_SEED) for name, rate in todo}
-    _side_by_side(study, {folder / "rates" / f"{n}-{rate:g}": recipe for (n, rate), recipe in tuned.items()}, watch, None)
+    _side_by_side(
+        study,
+        {folder / "rates" / f"{n}-{rate:g}": recipe for (n, rate), recipe in tuned.items()},
+        watch,
+        None,
+    )
     with watch.training(len(todo), 0):
         for i, (name, rate) in enumerate(todo):
             began = time.perf_counter()
-            value = found.setdefault(name, {})[f"{rate:g}"] = _reached(study, tuned[name, rate], folder / "rates" / f"{name}-{rate:g}")
+            value = found.setdefault(name, {})[f"{rate:g}"] = _reached(
+                study, tuned[name, rate], folder / "rates" / f"{name}-{rate:g}"
+            )
             store.write_json(kept, found)
-            said = f"{name}, learning rate {rate:g}: {'diverged' if value is None else _told(study.metric, value)}"
+            said = (
+                f"{name}, learning rate {rate:g}:"
+                f" {'diverged' if value is None else _told(study.metric, value)}"
+            )
             watch.step({"step": i + 1, "seconds": time.perf_counter() - began, "said": said})
-    notes = [f"each arm at its best of {len(rates)} learning rates, picked by the same held-out rows with a seed that does not count"]
+    notes = [
+        f"each arm at its best of {len(rates)} learning rates, picked by the same held-out rows with a seed"
+        " that does not count"
+    ]
     best: dict[str, float] = {}
     for name in arms:
         ended = {rate: value for rate in rates if (value := found[name][f"{rate:g}"]) is not None}
         if not ended:
-            raise RecipeError(f"arm {name}: it diverged at every learning rate of {', '.join(f'{r:g}' for r in rates)}; give smaller ones")
+            raise RecipeError(
+                f"arm {name}: it diverged at every learning rate of {', '.join(f'{r:g}' for r in rates)};"
+                " give smaller ones"
+            )
         best[name] = (max if says(study.metric).up else min)(ended, key=ended.__getitem__)
         edge = {rates[0]: "smallest", rates[-1]: "largest"}.get(best[name])
-        notes.append(f"{name}: learning rate {best[name]:g}" + f", the {edge} of them: a better one may lie beyond" * bool(edge))
+        notes.append(
+            f"{name}: learning rate {best[name]:g}"
+            + f", the {edge} of them: a better one may lie beyond" * bool(edge)
+        )
     return {name: r.but(learning_rate=best[name]) for name, r in arms.items()}, notes
 
 
@@ -260,20 +341,34 @@ class Found:
 
 
 def compare(
-    arms: Mapping[str, Any], *, seeds: int = 3, budget: str | None = None, metric: str = "loss", stop_early: bool = True,
-    learning_rates: Sequence[float] = (), together: bool = False, folder: str | Path | None = None, watch: Any = None, **shared: Any,
-) -> dict[str, Any]:  # fmt: skip
+    arms: Mapping[str, Any],
+    *,
+    seeds: int = 3,
+    budget: str | None = None,
+    metric: str = "loss",
+    stop_early: bool = True,
+    learning_rates: Sequence[float] = (),
+    together: bool = False,
+    folder: str | Path | None = None,
+    watch: Any = None,
+    **shared: Any,
+) -> dict[str, Any]:
     """Compare recipes: name -> a recipe's file, mapping or Recipe; shared: keys of all of them.
 
-    >>> luthier.compare({"lora": {"tuner": "lora"}, "full": {"tuner": "full"}}, data="rows.jsonl", budget="100 steps")
+    >>> luthier.compare({"lora": {"tuner": "lora"}, "full": {"tuner": "full"}}, data="rows.jsonl", budget="100
+    steps")
     """
     made = {str(name): Recipe.load(arm, shared) for name, arm in arms.items()}
-    study = Study(made, seeds, budget, metric, stop_early, learning_rates=tuple(learning_rates), together=together)
+    study = Study(
+        made, seeds, budget, metric, stop_early, learning_rates=tuple(learning_rates), together=together
+    )
     return conduct(study, Path(folder) if folder else None, watch)
 
 
 def conduct(study: Study, folder: Path | None = None, watch: Any = None) -> dict[str, Any]:
-    """Run every arm with every seed and say what came of it. Also written to FOLDER/comparison.json and report.html."""
+    """Run every arm with every seed and say what came of it. Also written to FOLDER/comparison.json and
+    report.html.
+    """
     from luthier.report.comparison import page
     from luthier.report.console import Quiet
 
@@ -317,7 +412,12 @@ def _all(study: Study, found: dict[str, Found], folder: Path, watch: Any, until:
     """Every arm that is not stopped, with every seed, up to a share of its steps."""
     live = {n: f for n, f in found.items() if not f.stopped}
     todo = [(seed, name) for seed in study.drawn or range(study.seeds) for name in live]
-    done = _side_by_side(study, {folder / f"{name}-{seed}": live[name].recipe.but(seed=seed) for seed, name in todo}, watch, until)
+    done = _side_by_side(
+        study,
+        {folder / f"{name}-{seed}": live[name].recipe.but(seed=seed) for seed, name in todo},
+        watch,
+        until,
+    )
     with watch.training(len(todo), 0):
         for i, (seed, name) in enumerate(todo):
             where = folder / f"{name}-{seed}"
@@ -346,11 +446,17 @@ def _came(study: Study, where: Path) -> str:
     done = where / "report.json"
     said = json.loads((done if done.is_file() else where / "paused.json").read_text(encoding="utf-8"))
     known = {**said["stats"], **said["after" if done.is_file() else "metrics"]}
-    return _told(study.metric, known[study.metric]) if isinstance(known.get(study.metric), (int, float)) else "done"
+    return (
+        _told(study.metric, known[study.metric])
+        if isinstance(known.get(study.metric), (int, float))
+        else "done"
+    )
 
 
 def _side_by_side(study: Study, runs: Mapping[Path, Recipe], watch: Any, until: float | None) -> set[Path]:
-    """The folders of those that could share a base, and did. Where one of them fails all are run alone, so that it is known which."""
+    """The folders of those that could share a base, and did. Where one of them fails all are run alone, so
+    that it is known which.
+    """
     from luthier.run import subprocess as apart
     from luthier.train import batched_lora as fleet
 
@@ -363,16 +469,23 @@ def _side_by_side(study: Study, runs: Mapping[Path, Recipe], watch: Any, until: 
         for crew in (every[i : i + CREW] for i in range(0, len(every), CREW)):
             if len(crew) < 2:
                 continue
-            watch.stage(f"{_and([where.name for where in crew])}, side by side on one base: peak memory is not theirs alone")
+            watch.stage(
+                f"{_and([where.name for where in crew])}, side by side on one base: peak memory is not theirs"
+                " alone"
+            )
             try:
-                (apart.side_by_side if study.apart else fleet.perform)([(runs[where], where) for where in crew], until=until)
+                (apart.side_by_side if study.apart else fleet.perform)(
+                    [(runs[where], where) for where in crew], until=until
+                )
                 done |= {*crew}
             except RecipeError as error:
                 watch.tell(f"side by side: {error}; each is run alone")
     return done
 
 
-def _run(study: Study, recipe: Recipe, where: Path, until: float | None, step: Callable[[int], None] | None) -> None:
+def _run(
+    study: Study, recipe: Recipe, where: Path, until: float | None, step: Callable[[int], None] | None
+) -> None:
     if study.apart:
         from luthier.run import subprocess as apart
 
@@ -396,8 +509,11 @@ def _hopeless(study: Study, found: dict[str, Found], share: float) -> dict[str, 
     sure = dict(zip(others, holm([apart[n].p for n in others])))
     behind = [n for n in order[-(len(order) // 2) :] if apart.get(n) and sure[n] < WRONG and apart[n].low > 0]
     return {
-        n: f"after {share:.0%} of its steps its {study.metric} is {number(float(live[n].mean()))}, that of {order[0]} "
-        f"{number(float(live[order[0]].mean()))} (apart by {number(apart[n].low)} to {number(apart[n].high)})"
+        n: (
+            f"after {share:.0%} of its steps its {study.metric} is {number(float(live[n].mean()))}, that of"
+            f" {order[0]} {number(float(live[order[0]].mean()))} (apart by {number(apart[n].low)} to"
+            f" {number(apart[n].high)})"
+        )
         for n in behind
     }
 
@@ -406,7 +522,9 @@ def _hopeless(study: Study, found: dict[str, Found], share: float) -> dict[str, 
 
 
 def judge(study: Study, found: Mapping[str, Found]) -> dict[str, Any]:
-    """Every metric of every arm with its interval, every pair of arms with its difference, the front, and a sentence."""
+    """Every metric of every arm with its interval, every pair of arms with its difference, the front, and a
+    sentence.
+    """
     ended = {n: f for n, f in found.items() if not f.stopped}
     reports = {n: [_report(f.runs[s]) for s in sorted(f.runs)] for n, f in ended.items()}
     metrics = [
@@ -426,26 +544,46 @@ def judge(study: Study, found: Mapping[str, Found]) -> dict[str, Any]:
     if ended and study.metric not in table:
         raise RecipeError(f"--metric: the arms measured no '{study.metric}'{meant(study.metric, table)}")
     points = {
-        n: [(-1 if _up(g) else 1) * table[g][n]["mean"] for g in dict.fromkeys((study.metric, *GOALS)) if g in table]
+        n: [
+            (-1 if _up(g) else 1) * table[g][n]["mean"]
+            for g in dict.fromkeys((study.metric, *GOALS))
+            if g in table
+        ]
         for n in ended
-    }  # fmt: skip
+    }
     first = next(iter(found.values())).recipe
     return {
-        "sentence": sentence(study.metric, table.get(study.metric, {}), pairs.get(study.metric, []), {n: f.stopped for n, f in found.items() if f.stopped}),
+        "sentence": sentence(
+            study.metric,
+            table.get(study.metric, {}),
+            pairs.get(study.metric, []),
+            {n: f.stopped for n, f in found.items() if f.stopped},
+        ),
         "metric": study.metric,
         "table": table,
         "pairs": pairs,
         "front": front(points),
         "goals": [g for g in dict.fromkeys((study.metric, *GOALS)) if g in table],
         "stopped": {n: f.stopped for n, f in found.items() if f.stopped},
-        "before": {k: float(np.mean([r["before"][k] for rs in reports.values() for r in rs if k in r["before"]])) for k in metrics if any(k in r["before"] for rs in reports.values() for r in rs)},
-        "arms": {n: {"recipe": f.recipe.yaml(), "runs": [str(f.runs[s]) for s in sorted(f.runs)], "learning_rate": f.recipe.learning_rate} for n, f in found.items()},
+        "before": {
+            k: float(np.mean([r["before"][k] for rs in reports.values() for r in rs if k in r["before"]]))
+            for k in metrics
+            if any(k in r["before"] for rs in reports.values() for r in rs)
+        },
+        "arms": {
+            n: {
+                "recipe": f.recipe.yaml(),
+                "runs": [str(f.runs[s]) for s in sorted(f.runs)],
+                "learning_rate": f.recipe.learning_rate,
+            }
+            for n, f in found.items()
+        },
         "seeds": study.seeds,
         "budget": study.budget,
         "rows": next((r["stats"].get("held_out_rows") for rs in reports.values() for r in rs), None),
         "model": first.model,
         "data": first.data if isinstance(first.data, (str, dict)) else "rows given in Python",
-    }  # fmt: skip
+    }
 
 
 def _report(where: Path) -> dict[str, Any]:
@@ -502,20 +640,40 @@ def _by_row(found: Found, when: str, metric: str) -> np.ndarray | None:
 
 def _cell(values: np.ndarray) -> dict[str, Any]:
     low, high = interval(values) if values.size > 1 else (float(values.mean()),) * 2
-    return {"mean": float(values.mean()), "low": low, "high": high, "by_seed": [float(x) for x in values.mean(1)], "rows": values.shape[1]}
+    return {
+        "mean": float(values.mean()),
+        "low": low,
+        "high": high,
+        "by_seed": [float(x) for x in values.mean(1)],
+        "rows": values.shape[1],
+    }
 
 
 def _pairs(values: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """Every pair of arms; p values are Holm's, over all pairs of this metric."""
-    found = [(a, b, difference(values[a], values[b])) for a, b in combinations(values, 2) if values[a].shape == values[b].shape]
+    found = [
+        (a, b, difference(values[a], values[b]))
+        for a, b in combinations(values, 2)
+        if values[a].shape == values[b].shape
+    ]
     sure = holm([d.p for _, _, d in found])
     return [
-        {"a": a, "b": b, "difference": d.mean, "low": d.low, "high": d.high, "p": p, "apart": bool(p < WRONG and d.seen)}
+        {
+            "a": a,
+            "b": b,
+            "difference": d.mean,
+            "low": d.low,
+            "high": d.high,
+            "p": p,
+            "apart": bool(p < WRONG and d.seen),
+        }
         for (a, b, d), p in zip(found, sure)
     ]
 
 
-def sentence(metric: str, cells: Mapping[str, Mapping], pairs: Sequence[Mapping], stopped: Mapping[str, str]) -> str:
+def sentence(
+    metric: str, cells: Mapping[str, Mapping], pairs: Sequence[Mapping], stopped: Mapping[str, str]
+) -> str:
     """The answer: who is best, and from whom no difference was seen. Says no more than the intervals do."""
     if not cells:
         return "No arm came to its end."

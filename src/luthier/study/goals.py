@@ -1,6 +1,8 @@
-"""What a search is after, and what it must keep to: `quality,forgetting,parameters,memory,time`, `memory <= 8GB`.
+"""What a search is after, and what it must keep to: `quality,forgetting,parameters,memory,time`, `memory <=
+8GB`.
 
-Any metric that a run measures is a goal by its own name. Inside a search every goal is the better the smaller.
+Any metric that a run measures is a goal by its own name. Inside a search every goal is the better the
+smaller.
 """
 
 from __future__ import annotations
@@ -16,8 +18,14 @@ from luthier.registry import meant
 from luthier.report.numbers import METRICS, says
 
 QUALITY = "quality"
-NAMED = {"forgetting": "elsewhere_loss", "parameters": "trained", "memory": "peak_memory_mb", "time": "seconds"}
-COSTS = {"trained": False, "peak_memory_mb": False, "seconds": False, "tokens_per_second": True}  # is more better?
+NAMED = {
+    "forgetting": "elsewhere_loss",
+    "parameters": "trained",
+    "memory": "peak_memory_mb",
+    "time": "seconds",
+}
+# is more better?
+COSTS = {"trained": False, "peak_memory_mb": False, "seconds": False, "tokens_per_second": True}
 UNITS = {
     "memory": {"": 1, "MB": 1, "GB": 1024, "TB": 1024**2},
     "time": {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600},
@@ -76,13 +84,18 @@ FRONT = re.compile(r"(front|hypervolume|utility|sparsity)\(([^()@]+)(?:@([^()@]+
 FRONTS = {"hypervolume": True, "utility": True, "sparsity": False}  # numbers of a front: is more better?
 
 
-def goals(said: Sequence[str], quality: str, plan: Mapping[str, float | None] = MappingProxyType({})) -> tuple[Goal, ...]:
-    """quality: the metric that this word stands for. plan: the metrics of which the recipe's plan makes a front, and where the
-    volume of each begins, if the recipe says."""
+def goals(
+    said: Sequence[str], quality: str, plan: Mapping[str, float | None] = MappingProxyType({})
+) -> tuple[Goal, ...]:
+    """quality: the metric that this word stands for. plan: the metrics of which the recipe's plan makes a
+    front, and where the volume of each begins, if the recipe says."""
     words = [w.strip() for text in said for w in re.split(r",(?![^(]*\))", text) if w.strip()] or [QUALITY]
     if len(set(words)) < len(words):
         raise RecipeError(f"--goals: {', '.join(words)} names a goal twice")
-    return tuple(_front(word) if "(" in word else _own(word, plan) if word in FRONTS else _plain(word, quality) for word in words)
+    return tuple(
+        _front(word) if "(" in word else _own(word, plan) if word in FRONTS else _plain(word, quality)
+        for word in words
+    )
 
 
 def _plain(word: str, quality: str) -> Goal:
@@ -91,7 +104,9 @@ def _plain(word: str, quality: str) -> Goal:
 
 
 def _front(word: str) -> Goal:
-    """front(accuracy, elsewhere_loss @ 0, 5): the volume that each run's front covers; utility(...), sparsity(...): see FRONTS."""
+    """front(accuracy, elsewhere_loss @ 0, 5): the volume that each run's front covers; utility(...),
+    sparsity(...): see FRONTS.
+    """
     found = FRONT.fullmatch(word.replace(" ", ""))
     if not found:
         raise RecipeError(f"--goals: '{word}' is not a front such as front(accuracy, elsewhere_loss @ 0, 5)")
@@ -101,17 +116,21 @@ def _front(word: str) -> Goal:
     try:
         worst = tuple(float(x) for x in found[3].split(",")) if found[3] else ()
     except ValueError:
-        raise RecipeError(f"--goals: '{found[3]}' is no point; give a number for each of {', '.join(metrics)}") from None
+        raise RecipeError(
+            f"--goals: '{found[3]}' is no point; give a number for each of {', '.join(metrics)}"
+        ) from None
     if told != "hypervolume":
         if worst:
-            raise RecipeError(f"--goals: {word}: only a volume is taken from a point; leave out what is behind the @")
+            raise RecipeError(
+                f"--goals: {word}: only a volume is taken from a point; leave out what is behind the @"
+            )
         return Goal(word.replace(" ", ""), word.replace(" ", ""), FRONTS[told], metrics, told=told)
     if not worst and all(says(m).share for m in metrics):
         worst = tuple(0.0 if up else 1.0 for up in ups)
     if len(worst) != len(metrics):
         raise RecipeError(
-            f"--goals: {word} needs a number for each of {', '.join(metrics)} that is worse than anything measured, behind an @: the "
-            "volume is taken from there, the same for all configurations"
+            f"--goals: {word} needs a number for each of {', '.join(metrics)} that is worse than anything"
+            " measured, behind an @: the volume is taken from there, the same for all configurations"
         )
     return Goal(word.replace(" ", ""), word.replace(" ", ""), True, metrics, worst)
 
@@ -120,12 +139,13 @@ def _own(word: str, plan: Mapping[str, float | None]) -> Goal:
     """`hypervolume`, `utility` or `sparsity` alone: of the front that the recipe's own plan makes."""
     if not plan:
         raise RecipeError(
-            f"--goals: '{word}' is of a front, and the recipe's plan makes none (see plan 'front'); or say of what: {word}(...)"
+            f"--goals: '{word}' is of a front, and the recipe's plan makes none (see plan 'front'); or say of"
+            f" what: {word}(...)"
         )
     if word == "hypervolume" and (lacking := [m.removeprefix("goal/") for m, w in plan.items() if w is None]):
         raise RecipeError(
-            f"--goals: a hypervolume is taken from one point in all trials; give plan 'front' a `worst` for {', '.join(lacking)}, lower "
-            "than anything a trial will reach"
+            "--goals: a hypervolume is taken from one point in all trials; give plan 'front' a `worst` for"
+            f" {', '.join(lacking)}, lower than anything a trial will reach"
         )
     worst = tuple(float(w or 0) for w in plan.values()) if word == "hypervolume" else ()
     return Goal(word, f"{word}({','.join(plan)})", FRONTS[word], tuple(plan), worst, word)
@@ -134,13 +154,17 @@ def _own(word: str, plan: Mapping[str, float | None]) -> Goal:
 def _usable(goal: Goal, points: Sequence[Mapping[str, float]]) -> list[list[float]]:
     """The points that have all metrics of a front, the smaller the better."""
     signs = [-1.0 if better_up(m) else 1.0 for m in goal.front]
-    return [[s * float(p[m]) for s, m in zip(signs, goal.front)] for p in points if all(m in p for m in goal.front)]
+    return [
+        [s * float(p[m]) for s, m in zip(signs, goal.front)]
+        for p in points
+        if all(m in p for m in goal.front)
+    ]
 
 
 def fold(goal: Goal, points: Sequence[Mapping[str, float]]) -> float | None:
     """A run's front as one number; None where no point has all its metrics, nan where one is no number."""
-    from luthier.study.statistics import expected_utility, hypervolume, sparsity
     from luthier.methods.plans.studies.front import WEIGHTS, spread
+    from luthier.study.statistics import expected_utility, hypervolume, sparsity
 
     usable = _usable(goal, points)
     if not usable:
@@ -155,12 +179,17 @@ def fold(goal: Goal, points: Sequence[Mapping[str, float]]) -> float | None:
 
 
 def below(goal: Goal, points: Sequence[Mapping[str, float]]) -> str:
-    """What lies below the point from which a front's volume is taken, in words: the volume is blind to how much."""
+    """What lies below the point from which a front's volume is taken, in words: the volume is blind to how
+    much.
+    """
     for metric, worst in zip(goal.front, goal.worst):
         values = [float(p[metric]) for p in points if all(m in p for m in goal.front)]
         least = (min if better_up(metric) else max)(values, default=worst)
         if least < worst if better_up(metric) else least > worst:
-            return f"{metric} {least:.4g} lies beyond {worst:.4g}, from where the volume of '{goal.name}' is taken"
+            return (
+                f"{metric} {least:.4g} lies beyond {worst:.4g}, from where the volume of '{goal.name}' is"
+                " taken"
+            )
     return ""
 
 
@@ -178,7 +207,9 @@ def limits(said: Sequence[str], quality: str) -> tuple[Limit, ...]:
         alias = next((k for k, v in NAMED.items() if v == metric), name)
         units = UNITS.get(alias, {"": 1, "%": 0.01})
         if unit not in units:
-            raise RecipeError(f"--where: {name} is not counted in '{unit}' (there is: {', '.join(u for u in units if u)})")
+            raise RecipeError(
+                f"--where: {name} is not counted in '{unit}' (there is: {', '.join(u for u in units if u)})"
+            )
         if alias not in UNITS and metric not in METRICS and metric not in COSTS and "/" not in metric:
             raise RecipeError(f"--where: nothing measures '{name}'{meant(name, [*NAMED, QUALITY, *METRICS])}")
         made.append(Limit(" ".join(text.split()), metric, sign[0] == "<", float(number) * units[unit]))

@@ -1,8 +1,10 @@
-"""`luthier search`: over tuners, settings, layers, objectives and optimizers, toward several goals at once, within limits.
+"""`luthier search`: over tuners, settings, layers, objectives and optimizers, toward several goals at once,
+within limits.
 
-A configuration is scored by the mean over tuning seeds; what is found at the end runs again on test seeds, which no choice
-has seen, beside the recipe as it was, and both numbers and their gap are told. What was asked and answered lies in an Optuna
-storage; the searcher is a function of it, so a search that was killed goes on as if it had not been.
+A configuration is scored by the mean over tuning seeds; what is found at the end runs again on test seeds,
+which no choice has seen, beside the recipe as it was, and both numbers and their gap are told. What was asked
+and answered lies in an Optuna storage; the searcher is a function of it, so a search that was killed goes on
+as if it had not been.
 """
 
 from __future__ import annotations
@@ -21,26 +23,34 @@ from typing import Any
 
 import numpy as np
 
-from luthier.study import compare as comparison
-from luthier.storage import store
 from luthier.clock import Clock
-from luthier.study.compare import TUNING_SEED, Study, understood
 from luthier.data.load import Data, load_data
-from luthier.study.goals import Goal, Limit, below, fold, goals, limits
 from luthier.errors import RecipeError
-from luthier.registry import build, gives_of, meant, spec
-from luthier.study.statistics import difference, holm, hypervolume
+from luthier.methods.searchers._base import Asked, Searcher, Seen, Space, layers, ranked, tamed
+from luthier.methods.searchers._optuna import distributions, optuna
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import checked, opening, rehearse, wants, words
+from luthier.registry import build, gives_of, meant, spec
 from luthier.report.numbers import number, says
-from luthier.methods.searchers._optuna import distributions, optuna
-from luthier.methods.searchers._base import Asked, Searcher, Seen, Space, layers, ranked, tamed
+from luthier.storage import store
+from luthier.study import compare as comparison
+from luthier.study.compare import TUNING_SEED, Study, understood
+from luthier.study.goals import Goal, Limit, below, fold, goals, limits
 from luthier.study.space import Over, over
+from luthier.study.statistics import difference, holm, hypervolume
 
 IDLE = "moves nothing"  # of a configuration that takes everything away
 FOUND = 3  # configurations that run again on test seeds
-EVALUATORS = {"loss": "loss", "accuracy": "accuracy", "elsewhere": "forgetting", "generated": "generate", "calibration": "calibration",
-              "distinct": "diversity", "ranking": "preference", "reward": "preference"}  # fmt: skip
+EVALUATORS = {
+    "loss": "loss",
+    "accuracy": "accuracy",
+    "elsewhere": "forgetting",
+    "generated": "generate",
+    "calibration": "calibration",
+    "distinct": "diversity",
+    "ranking": "preference",
+    "reward": "preference",
+}
 HEAVY = ("checkpoint-*", "*.safetensors", "*.bin")  # of a run that is measured and will not go on
 
 
@@ -78,19 +88,31 @@ class Book:
     """
 
     def __init__(
-        self, space: Space, wanted: Sequence[Goal], bounds: Sequence[Limit], storage: Any = None, name: str = "search", worker: str = "-"
+        self,
+        space: Space,
+        wanted: Sequence[Goal],
+        bounds: Sequence[Limit],
+        storage: Any = None,
+        name: str = "search",
+        worker: str = "-",
     ):
         self.space, self.goals, self.limits, self.worker = space, wanted, bounds, worker
         self.lib, self.kind = optuna(), distributions(space)
         try:
-            self.study = self.lib.create_study(storage=storage, study_name=name, directions=["minimize"] * len(wanted), load_if_exists=True)
+            self.study = self.lib.create_study(
+                storage=storage, study_name=name, directions=["minimize"] * len(wanted), load_if_exists=True
+            )
         except Exception as error:
             if storage is None:
                 raise
             raise RecipeError(f"--storage: {str(error).strip().splitlines()[0]}") from None
 
     def trials(self, state: str) -> list[Any]:
-        return [t for t in self.study.get_trials(deepcopy=False) if t.user_attrs.get("state", "RUNNING") == state and "key" in t.user_attrs]
+        return [
+            t
+            for t in self.study.get_trials(deepcopy=False)
+            if t.user_attrs.get("state", "RUNNING") == state and "key" in t.user_attrs
+        ]
 
     def tried(self) -> list[Tried]:
         """Everything that was measured, in the order in which it ended."""
@@ -114,25 +136,51 @@ class Book:
         """A configuration that is about to be measured: from now on it is not forgotten."""
         key = uuid.uuid4().hex
         point = {k: v for k, v in asked.point.items() if k in self.kind}
-        attrs = {"key": key, "point": dict(asked.point), "share": asked.share, "of": asked.number, "marks": dict(asked.marks),
-                 "kind": kind, "worker": self.worker}  # fmt: skip
+        attrs = {
+            "key": key,
+            "point": dict(asked.point),
+            "share": asked.share,
+            "of": asked.number,
+            "marks": dict(asked.marks),
+            "kind": kind,
+            "worker": self.worker,
+        }
         self.study.add_trial(
             self.lib.trial.create_trial(
-                state=self.lib.trial.TrialState.RUNNING, params=point, distributions={k: self.kind[k] for k in point}, user_attrs=attrs
+                state=self.lib.trial.TrialState.RUNNING,
+                params=point,
+                distributions={k: self.kind[k] for k in point},
+                user_attrs=attrs,
             )
         )
-        return next(t for t in reversed(self.study.get_trials(deepcopy=False)) if t.user_attrs.get("key") == key)
+        return next(
+            t for t in reversed(self.study.get_trials(deepcopy=False)) if t.user_attrs.get("key") == key
+        )
 
     def begun(self) -> list[Any]:
         """What this worker began and did not end."""
         return [t for t in self.trials("RUNNING") if t.user_attrs["worker"] == self.worker]
 
     def in_flight(self, seen: Sequence[Seen], before: float = math.inf) -> list[Seen]:
-        """What other workers began and did not end, as if it had come out like the median of what was seen. before: this trial."""
+        """What other workers began and did not end, as if it had come out like the median of what was seen.
+        before: this trial.
+        """
         known = np.array([s.values for s in seen]) if seen else np.zeros((1, len(self.goals)))
         values = tuple(float(v) for v in np.median(tamed(known), 0))
-        others = [t for t in self.trials("RUNNING") if t.user_attrs["worker"] != self.worker and t.number < before]
-        return [Seen(self._number(t), t.user_attrs["point"], values, t.user_attrs["share"], 0.0, t.user_attrs["marks"]) for t in others]
+        others = [
+            t for t in self.trials("RUNNING") if t.user_attrs["worker"] != self.worker and t.number < before
+        ]
+        return [
+            Seen(
+                self._number(t),
+                t.user_attrs["point"],
+                values,
+                t.user_attrs["share"],
+                0.0,
+                t.user_attrs["marks"],
+            )
+            for t in others
+        ]
 
     def withdraw(self, t: Any) -> None:
         """As if it had not been begun."""
@@ -143,7 +191,11 @@ class Book:
         states = self.lib.trial.TrialState
         at = self.lib.trial.Trial(self.study, t._trial_id)
         ended = 1 + max((x.user_attrs["ended"] for x in self.trials("done")), default=0)
-        said = {"by_seed": {str(k): dict(v) for k, v in measured.by_seed.items()}, "took": measured.took, "failed": measured.failed}
+        said = {
+            "by_seed": {str(k): dict(v) for k, v in measured.by_seed.items()},
+            "took": measured.took,
+            "failed": measured.failed,
+        }
         for key, value in {**said, "ended": ended, "state": "done"}.items():
             at.set_user_attr(key, value)
         tried = self.tried_of(t.number)
@@ -160,7 +212,9 @@ class Book:
 
 
 def spent(tried: Sequence[Tried]) -> float:
-    """In full runs: one that went on pays only the difference. What moves nothing was not run, and is free up to one for each run."""
+    """In full runs: one that went on pays only the difference. What moves nothing was not run, and is free up
+    to one for each run.
+    """
     far: dict[int, float] = {}
     idle = {t.seen.number for t in tried if IDLE in t.measured.failed}
     for t in tried:
@@ -170,15 +224,23 @@ def spent(tried: Sequence[Tried]) -> float:
 
 
 def hunt(
-    book: Book, searcher: Searcher, measure: Callable[[Any, int], Measured], trials: float = math.inf, seconds: float = math.inf,
-    first: Sequence[tuple[Asked, str]] = (), seed: int = 0, tell: Callable[[Tried], None] = lambda t: None, crew: bool = False,
-) -> list[Tried]:  # fmt: skip
+    book: Book,
+    searcher: Searcher,
+    measure: Callable[[Any, int], Measured],
+    trials: float = math.inf,
+    seconds: float = math.inf,
+    first: Sequence[tuple[Asked, str]] = (),
+    seed: int = 0,
+    tell: Callable[[Tried], None] = lambda t: None,
+    crew: bool = False,
+) -> list[Tried]:
     """Ask, measure, write down, until the budget is spent: trials in full runs, or seconds of measuring.
 
-    What other workers are about stands in the history at the median of what was measured, so that nobody asks the same.
+    What other workers are about stands in the history at the median of what was measured, so that nobody asks
+    the same.
 
-    measure: (the trial, the number of its configuration) -> what came of it. first: what is measured before anyone is asked.
-    crew: the others are alive, and what they are about counts as spent.
+    measure: (the trial, the number of its configuration) -> what came of it. first: what is measured before
+    anyone is asked. crew: the others are alive, and what they are about counts as spent.
     """
     while True:
         tried = book.tried()
@@ -198,7 +260,8 @@ def hunt(
             if used + asked.share - there > trials + 1e-9 and used > 0:
                 return tried
             t = book.begin(asked)
-            if crew:  # others may have begun between reading the book and writing in it: who wrote first goes on
+            # others may have begun between reading the book and writing in it: who wrote first goes on
+            if crew:
                 tried = book.tried()
                 used = spent(tried) + sum(s.share for s in book.in_flight(shown, before=t.number))
                 if used + asked.share - there > trials + 1e-9 and used > 0:
@@ -226,12 +289,20 @@ class Quest:
     earlier: tuple[dict[str, Any], ...] = ()  # points that an earlier search found
     apart: bool = True
     evaluate: tuple[Any, ...] = ()  # what is measured of found recipes, beyond the goals
-    test_data: Any = None  # the rows on which they are measured at the end; not given: those that the choice was made on
+    # the rows on which they are measured at the end; not given: those that the choice was made on
+    test_data: Any = None
 
     def fingerprint(self) -> str:
         """What makes two searches the same; how long they go on does not."""
-        said = [self.over.recipe.public(), [repr(d) for d in self.over.space.dims], [g.name for g in self.goals],
-                [x.said for x in self.limits], spec(self.searcher), self.seeds, self.earlier]  # fmt: skip
+        said = [
+            self.over.recipe.public(),
+            [repr(d) for d in self.over.space.dims],
+            [g.name for g in self.goals],
+            [x.said for x in self.limits],
+            spec(self.searcher),
+            self.seeds,
+            self.earlier,
+        ]
         return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
@@ -244,19 +315,36 @@ def seeds_of(said: Any, first: int, option: str) -> tuple[int, ...]:
         try:
             numbers = [int(w) for w in words]
         except ValueError:
-            raise RecipeError(f"{option}: '{said}' is not a number of seeds, nor seeds such as 5,6,7") from None
-        found = tuple(numbers) if "," in str(said) else tuple(range(first, first + (numbers[0] if numbers else 0)))
+            raise RecipeError(
+                f"{option}: '{said}' is not a number of seeds, nor seeds such as 5,6,7"
+            ) from None
+        found = (
+            tuple(numbers)
+            if "," in str(said)
+            else tuple(range(first, first + (numbers[0] if numbers else 0)))
+        )
     if not found or len(set(found)) < len(found):
         raise RecipeError(f"{option}: '{said}' is not one or more different seeds")
     return found
 
 
 def quest(
-    recipe: Any, going_over: Sequence[str] = (), wanted: Sequence[str] = (), where: Sequence[str] = (), *, trials: float | None = None,
-    budget: str | None = None, sampler: Any = "bayes", seeds: Any = 1, test_seeds: Any = 3, metric: str | None = None,
-    earlier: str | Path | None = None, test_data: Any = None, apart: bool = True,
+    recipe: Any,
+    going_over: Sequence[str] = (),
+    wanted: Sequence[str] = (),
+    where: Sequence[str] = (),
+    *,
+    trials: float | None = None,
+    budget: str | None = None,
+    sampler: Any = "bayes",
+    seeds: Any = 1,
+    test_seeds: Any = 3,
+    metric: str | None = None,
+    earlier: str | Path | None = None,
+    test_data: Any = None,
+    apart: bool = True,
     changes: Sequence[str] | Mapping[str, Any] | None = None,
-) -> Quest:  # fmt: skip
+) -> Quest:
     """Everything a search needs, checked. Refuses what cannot work before anything is computed."""
     base = Recipe.load(recipe, changes)
     base = base.but(output_dir=None, overwrite=False)
@@ -265,7 +353,8 @@ def quest(
     tuning, test = seeds_of(seeds, TUNING_SEED, "--seeds"), seeds_of(test_seeds, 0, "--test-seeds")
     if both := sorted(set(tuning) & set(test)):
         raise RecipeError(
-            f"seeds {', '.join(map(str, both))} stand under --seeds and under --test-seeds: what is chosen by a seed is too good on it; keep them apart"
+            f"seeds {', '.join(map(str, both))} stand under --seeds and under --test-seeds: what is chosen by"
+            " a seed is too good on it; keep them apart"
         )
     if (trials is not None) == (budget is not None) and trials is not None:
         raise RecipeError("give --trials (full runs) or --budget (a time), not both")
@@ -276,11 +365,13 @@ def quest(
         what, seconds = understood(budget)
         if what != "seconds":
             raise RecipeError(
-                f"--budget: '{budget}' is not a time such as 30m or 2h; say max_steps=... for how long each run is, --trials for how many"
+                f"--budget: '{budget}' is not a time such as 30m or 2h; say max_steps=... for how long each"
+                " run is, --trials for how many"
             )
     if base.plan is not None and len(searcher.shares) > 1:
         raise RecipeError(
-            f"--sampler {searcher.name} pauses runs, and a plan has several and no step of its own to pause at; take tpe, gp, nsga or random"
+            f"--sampler {searcher.name} pauses runs, and a plan has several and no step of its own to pause"
+            " at; take tpe, gp, nsga or random"
         )
     rows = load_data(base)
     if test_data is not None:
@@ -294,14 +385,25 @@ def quest(
     base = field.recipe
     tested: list[Any] = []
     if base.evaluate is None:
-        asked = {m for g in aims for m in (g.front or (g.metric,))} | {x.metric for x in bounds} | {quality}
+        asked = {m for g in aims for m in g.front or (g.metric,)} | {x.metric for x in bounds} | {quality}
         base = base.but(evaluate=_evaluators(base, sample, asked))
         tested = [e for e in _usual(base, sample) if e not in (base.evaluate or ())]
     field = replace(field, recipe=base.but(save_steps=100_000, save_total_limit=1, report_to=[]))
     return Quest(
-        field, aims, bounds, quality, searcher, math.inf if trials is None and budget else float(trials or 40), seconds, tuning, test,
-        _earlier(earlier, field) if earlier else (), apart, tuple(tested), test_data,
-    )  # fmt: skip
+        field,
+        aims,
+        bounds,
+        quality,
+        searcher,
+        math.inf if trials is None and budget else float(trials or 40),
+        seconds,
+        tuning,
+        test,
+        _earlier(earlier, field) if earlier else (),
+        apart,
+        tuple(tested),
+        test_data,
+    )
 
 
 def _unseen(recipe: Recipe, rows: Data, said: Any) -> None:
@@ -310,7 +412,8 @@ def _unseen(recipe: Recipe, rows: Data, said: Any) -> None:
     known = {_content(row) for row in (*rows.rows, *rows.held_out)}
     if twice := sum(_content(row) in known for row in test):
         raise RecipeError(
-            f"--test-data: {twice} of {len(test)} rows also stand in data or eval_data; what a choice has seen cannot test it"
+            f"--test-data: {twice} of {len(test)} rows also stand in data or eval_data; what a choice has"
+            " seen cannot test it"
         )
     if not test:
         raise RecipeError(f"--test-data: {said} holds no rows")
@@ -323,20 +426,31 @@ def _content(row: Mapping[str, Any]) -> str:
 def _quality(recipe: Recipe, rows: Sequence[dict]) -> str:
     """The metric that `quality` means: pairs ranked right where pairs are learned from, else the loss."""
     aim = recipe.aim()
-    return "ranking_accuracy" if aim is not None and "pairs" in wants(aim) and "pairs" in words(rows) else "loss"
+    return (
+        "ranking_accuracy" if aim is not None and "pairs" in wants(aim) and "pairs" in words(rows) else "loss"
+    )
 
 
 def _usual(recipe: Recipe, rows: Sequence[dict]) -> list[str]:
     """What a comparison measures of these rows."""
     made = checked(opening(recipe), rows)
-    have = words(rows) | made.architecture.gives | made.estimator.gives | gives_of(made.tuner) | set(made.roles)
+    have = (
+        words(rows) | made.architecture.gives | made.estimator.gives | gives_of(made.tuner) | set(made.roles)
+    )
     return [e for e in comparison.MEASURED if wants(build("evaluator", e)) <= have]
 
 
 def _evaluators(recipe: Recipe, rows: Sequence[dict], asked: set[str]) -> list[Any]:
     """Those that the goals need, and no others: each run is measured twice."""
     made = checked(opening(recipe), rows)
-    have = words(rows) | made.architecture.gives | made.estimator.gives | gives_of(made.tuner) | set(made.roles) | {"reference"}
+    have = (
+        words(rows)
+        | made.architecture.gives
+        | made.estimator.gives
+        | gives_of(made.tuner)
+        | set(made.roles)
+        | {"reference"}
+    )
     found = []
     for metric in sorted(asked):
         family = metric.split("_")[0].split("/")[0]
@@ -344,7 +458,8 @@ def _evaluators(recipe: Recipe, rows: Sequence[dict], asked: set[str]) -> list[A
         if name and name not in found:
             if lacking := wants(build("evaluator", name)) - have:
                 raise RecipeError(
-                    f"--goals: '{metric}' is measured by evaluator '{name}', which wants {', '.join(sorted(lacking))}: not here"
+                    f"--goals: '{metric}' is measured by evaluator '{name}', which wants"
+                    f" {', '.join(sorted(lacking))}: not here"
                 )
             found.append(name)
     return found
@@ -389,25 +504,56 @@ def _earlier(folder: str | Path, field: Over) -> tuple[dict[str, Any], ...]:
 
 
 def search(
-    recipe: Any = None, over: Sequence[str] | str = (), goals: Sequence[str] | str = (), where: Sequence[str] | str = (), *,
-    trials: float | None = None, budget: str | None = None, sampler: Any = "bayes", seeds: Any = 1, test_seeds: Any = 3,
-    metric: str | None = None, earlier: str | Path | None = None, test_data: Any = None, storage: str | None = None,
-    folder: str | Path | None = None, workers: int = 1, apart: bool = True, watch: Any = None, **settings: Any,
-) -> dict[str, Any]:  # fmt: skip
+    recipe: Any = None,
+    over: Sequence[str] | str = (),
+    goals: Sequence[str] | str = (),
+    where: Sequence[str] | str = (),
+    *,
+    trials: float | None = None,
+    budget: str | None = None,
+    sampler: Any = "bayes",
+    seeds: Any = 1,
+    test_seeds: Any = 3,
+    metric: str | None = None,
+    earlier: str | Path | None = None,
+    test_data: Any = None,
+    storage: str | None = None,
+    folder: str | Path | None = None,
+    workers: int = 1,
+    apart: bool = True,
+    watch: Any = None,
+    **settings: Any,
+) -> dict[str, Any]:
     """Search for better configurations of a recipe; settings: keys of the recipe.
 
-    >>> luthier.search("recipe.yaml", over="tuner=lora|ssf, learning_rate", goals="quality, parameters", trials=40)
+    >>> luthier.search("recipe.yaml", over="tuner=lora|ssf, learning_rate", goals="quality, parameters",
+    trials=40)
     """
     several = lambda x: [x] if isinstance(x, str) else list(x)
     made = quest(
-        recipe, several(over), several(goals), several(where), trials=trials, budget=budget, sampler=sampler, seeds=seeds,
-        test_seeds=test_seeds, metric=metric, earlier=earlier, test_data=test_data, apart=apart, changes=settings,
-    )  # fmt: skip
+        recipe,
+        several(over),
+        several(goals),
+        several(where),
+        trials=trials,
+        budget=budget,
+        sampler=sampler,
+        seeds=seeds,
+        test_seeds=test_seeds,
+        metric=metric,
+        earlier=earlier,
+        test_data=test_data,
+        apart=apart,
+        changes=settings,
+    )
     return conduct(made, Path(folder) if folder else None, storage, watch, workers)
 
 
-def conduct(made: Quest, folder: Path | None = None, storage: str | None = None, watch: Any = None, workers: int = 1) -> dict[str, Any]:
-    """Search, run what was found on test seeds, and say what came of it. Also written to FOLDER/search.json and report.html.
+def conduct(
+    made: Quest, folder: Path | None = None, storage: str | None = None, watch: Any = None, workers: int = 1
+) -> dict[str, Any]:
+    """Search, run what was found on test seeds, and say what came of it. Also written to FOLDER/search.json
+    and report.html.
 
     workers: how many of a Ray cluster measure side by side (luthier/cluster.py).
     """
@@ -420,18 +566,36 @@ def conduct(made: Quest, folder: Path | None = None, storage: str | None = None,
         _own(folder, made)
         book = _book(made, folder, storage)
         begins = made.over.begins
-        first = [(Asked(dict(begins or {})), "recipe"), *((Asked(dict(p)), "earlier") for p in made.earlier if p != begins)]
+        first = [
+            (Asked(dict(begins or {})), "recipe"),
+            *((Asked(dict(p)), "earlier") for p in made.earlier if p != begins),
+        ]
         for sentence in _told(made):
             watch.tell(sentence)
 
         def tell(t: Tried) -> None:
-            watch.step({"step": int(spent(book.tried()) + 1e-9), "seconds": t.measured.took, "said": went(made, t), **t.goals})
+            watch.step(
+                {
+                    "step": int(spent(book.tried()) + 1e-9),
+                    "seconds": t.measured.took,
+                    "said": went(made, t),
+                    **t.goals,
+                }
+            )
 
         with watch.training(int(made.trials) if math.isfinite(made.trials) else 0, 0):
             alone = lambda trials: hunt(
-                book, made.searcher, lambda t, i: _measure(made, folder, t, i), trials, made.seconds, first, made.over.recipe.seed, tell
+                book,
+                made.searcher,
+                lambda t, i: _measure(made, folder, t, i),
+                trials,
+                made.seconds,
+                first,
+                made.over.recipe.seed,
+                tell,
             )
-            tried = alone(made.trials if workers == 1 else 0)  # what comes first is measured before anybody asks
+            # what comes first is measured before anybody asks
+            tried = alone(made.trials if workers == 1 else 0)
             if workers > 1:
                 tried = _together(made, folder, storage, book, workers, tell)
         found = best(tried)
@@ -456,10 +620,19 @@ def went(made: Quest, t: Tried) -> str:
 
 def _book(made: Quest, folder: Path, storage: str | None, worker: str = "") -> Book:
     name = f"luthier-{made.fingerprint()}"
-    return Book(made.over.space, made.goals, made.limits, storage or _journal(folder), name, f"{folder.resolve()}{worker}")
+    return Book(
+        made.over.space,
+        made.goals,
+        made.limits,
+        storage or _journal(folder),
+        name,
+        f"{folder.resolve()}{worker}",
+    )
 
 
-def _together(made: Quest, folder: Path, storage: str | None, book: Book, workers: int, tell: Callable[[Tried], None]) -> list[Tried]:
+def _together(
+    made: Quest, folder: Path, storage: str | None, book: Book, workers: int, tell: Callable[[Tried], None]
+) -> list[Tried]:
     """Workers of a Ray cluster; this process looks on."""
     from luthier.study import cluster
 
@@ -468,9 +641,15 @@ def _together(made: Quest, folder: Path, storage: str | None, book: Book, worker
     def work(i: int) -> None:
         own = _book(made, folder, storage, f" {i}")
         hunt(
-            own, made.searcher, lambda t, n: _measure(made, folder, t, n), made.trials, made.seconds * workers, (),
-            made.over.recipe.seed + i, crew=True,
-        )  # fmt: skip
+            own,
+            made.searcher,
+            lambda t, n: _measure(made, folder, t, n),
+            made.trials,
+            made.seconds * workers,
+            (),
+            made.over.recipe.seed + i,
+            crew=True,
+        )
 
     def look() -> None:
         for t in book.tried():
@@ -484,16 +663,23 @@ def _together(made: Quest, folder: Path, storage: str | None, book: Book, worker
 
 def _told(made: Quest) -> list[str]:
     runs = len(made.seeds)
-    said = [f"over {', '.join(d.name for d in made.over.space.dims)}; toward {', '.join(g.name for g in made.goals)}"]
+    said = [
+        f"over {', '.join(d.name for d in made.over.space.dims)}; toward"
+        f" {', '.join(g.name for g in made.goals)}"
+    ]
     if runs == 1:
-        said.append("one tuning seed: what is found is partly luck; --seeds 3 tells luck from merit, at three times the cost")
+        said.append(
+            "one tuning seed: what is found is partly luck; --seeds 3 tells luck from merit, at three times"
+            " the cost"
+        )
     return said
 
 
 def _journal(folder: Path) -> Any:
     lib = optuna()
     backend = lib.storages.journal.JournalFileBackend(
-        str(folder / "study.journal"), lock_obj=lib.storages.journal.JournalFileOpenLock(str(folder / "study.journal"))
+        str(folder / "study.journal"),
+        lock_obj=lib.storages.journal.JournalFileOpenLock(str(folder / "study.journal")),
     )
     return lib.storages.JournalStorage(backend)
 
@@ -523,14 +709,19 @@ def _measure(made: Quest, folder: Path, t: Any, index: int) -> Measured:
                 _run(made, recipe.but(seed=seed), where, share)
         except RecipeError as error:
             sentence = str(error)
-            if t.user_attrs["kind"] != "recipe" and ("is not finite" in sentence or "memory" in sentence or IDLE in sentence):
+            if t.user_attrs["kind"] != "recipe" and (
+                "is not finite" in sentence or "memory" in sentence or IDLE in sentence
+            ):
                 return Measured({}, time.perf_counter() - began, sentence)
-            raise RecipeError(f"configuration {index} ({told(point) or 'the recipe as it is'}), seed {seed}: {error}") from None
+            raise RecipeError(
+                f"configuration {index} ({told(point) or 'the recipe as it is'}), seed {seed}: {error}"
+            ) from None
         by_seed[seed] = numbers(where, made.goals)
         if blind := [said for g in made.goals if (said := below(g, points(where)))]:
             raise RecipeError(
-                f"configuration {index} ({told(point) or 'the recipe as it is'}), seed {seed}: {blind[0]}, the same point for all "
-                "configurations; begin the search anew from a point that none of them reaches"
+                f"configuration {index} ({told(point) or 'the recipe as it is'}), seed {seed}: {blind[0]},"
+                " the same point for all configurations; begin the search anew from a point that none of"
+                " them reaches"
             )
         if t.user_attrs["kind"] == "recipe":
             _all_there(made, by_seed[seed])
@@ -581,7 +772,9 @@ def _all_there(made: Quest, found: Mapping[str, float]) -> None:
     """The recipe as it is runs first: a goal that it does not measure is refused then."""
     for name, metric in [(g.name, g.metric) for g in made.goals] + [(x.said, x.metric) for x in made.limits]:
         if metric not in found:
-            raise RecipeError(f"'{name}': the recipe measured no '{metric}'{meant(metric, found)}; see `evaluate`")
+            raise RecipeError(
+                f"'{name}': the recipe measured no '{metric}'{meant(metric, found)}; see `evaluate`"
+            )
 
 
 def _lighten(folder: Path, made: Quest, index: int) -> None:
@@ -596,7 +789,11 @@ def told(point: Mapping[str, Any]) -> str:
     """'tuner lora, lora.r 16, learning_rate 0.003'; layers as the list of those that move."""
     kept = [k.partition(".")[2] for k, v in point.items() if k.startswith("layers.") and v]
     flags = any(k.startswith("layers.") for k in point)
-    plain = [f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}" for k, v in point.items() if not k.startswith("layers.")]
+    plain = [
+        f"{k} {v:.3g}" if isinstance(v, float) else f"{k} {v}"
+        for k, v in point.items()
+        if not k.startswith("layers.")
+    ]
     return ", ".join([*plain, *(["layers " + (" ".join(kept) or "none")] if flags else [])])
 
 
@@ -604,13 +801,22 @@ def told(point: Mapping[str, Any]) -> str:
 
 
 def best(tried: Sequence[Tried], most: int = FOUND) -> list[Tried]:
-    """Of whole runs within the limits: the best, or of the front those that cover most of it. The recipe itself is not one.
-    Equals are taken by what they are, so that the order in which they were measured decides nothing."""
+    """Of whole runs within the limits: the best, or of the front those that cover most of it. The recipe
+    itself is not one. Equals are taken by what they are, so that the order in which they were measured
+    decides nothing."""
     whole = [
-        t for t in tried if t.seen.share >= 1 and not t.measured.failed and t.seen.over <= 0 and all(map(math.isfinite, t.seen.values))
+        t
+        for t in tried
+        if t.seen.share >= 1
+        and not t.measured.failed
+        and t.seen.over <= 0
+        and all(map(math.isfinite, t.seen.values))
     ]
     whole = list({t.seen.number: t for t in whole}.values())
-    new = sorted((t for t in whole if t.kind != "recipe"), key=lambda t: json.dumps(dict(t.seen.point), sort_keys=True, default=str))
+    new = sorted(
+        (t for t in whole if t.kind != "recipe"),
+        key=lambda t: json.dumps(dict(t.seen.point), sort_keys=True, default=str),
+    )
     if not new:
         return []
     if len(new[0].seen.values) == 1:
@@ -619,11 +825,15 @@ def best(tried: Sequence[Tried], most: int = FOUND) -> list[Tried]:
     values = np.array([t.seen.values for t in new])
     on = [t for t, level in zip(new, layers(values)) if level == 0]
     low, high = values.min(0), values.max(0)
-    scaled = {t.seen.number: (np.array(t.seen.values) - low) / np.where(high > low, high - low, 1.0) for t in on}
+    scaled = {
+        t.seen.number: (np.array(t.seen.values) - low) / np.where(high > low, high - low, 1.0) for t in on
+    }
     chosen = [min(on, key=lambda t: t.seen.values[0])]  # the best of the first goal is always among them
     while len(chosen) < min(most, len(on)):
         left = [t for t in on if t not in chosen]
-        covered = lambda t: hypervolume([scaled[x.seen.number] for x in (*chosen, t)], [1.1] * values.shape[1])
+        covered = lambda t: hypervolume(
+            [scaled[x.seen.number] for x in (*chosen, t)], [1.1] * values.shape[1]
+        )
         chosen.append(max(left, key=covered))
     return chosen
 
@@ -633,46 +843,112 @@ def front(tried: Sequence[Tried]) -> list[int]:
     some = [t for t in tried if t.seen.share >= 1 and not t.measured.failed and t.seen.over <= 0]
     if not some:
         return []
-    return sorted({t.seen.number for t, level in zip(some, layers(np.array([t.seen.values for t in some]))) if level == 0})
+    return sorted(
+        {
+            t.seen.number
+            for t, level in zip(some, layers(np.array([t.seen.values for t in some])))
+            if level == 0
+        }
+    )
 
 
-def _tested(made: Quest, folder: Path, tried: Sequence[Tried], found: Sequence[Tried], watch: Any) -> dict[str, Any]:
+def _tested(
+    made: Quest, folder: Path, tried: Sequence[Tried], found: Sequence[Tried], watch: Any
+) -> dict[str, Any]:
     """What was found beside the recipe as it was, on seeds that no choice has seen."""
-    arms = {"recipe": made.over.recipe, **{f"found-{i + 1}": made.over.recipe_of(t.seen.point) for i, t in enumerate(found)}}
+    arms = {
+        "recipe": made.over.recipe,
+        **{f"found-{i + 1}": made.over.recipe_of(t.seen.point) for i, t in enumerate(found)},
+    }
     result: dict[str, Any] = {
-        "recipe": made.over.recipe.yaml(), "goals": [{"name": g.name, "metric": g.metric, "up": g.up} for g in made.goals],
-        "limits": [x.said for x in made.limits], "over": [_dim_told(d) for d in made.over.space.dims], "sampler": spec(made.searcher),
-        "seeds": list(made.seeds), "test_seeds": list(made.test_seeds), "test_data": made.test_data, "trials": [_line(t, folder) for t in tried], "front": front(tried),
-        "spent": spent(tried), "took": sum(t.measured.took for t in tried), "date": str(date.today()), "folder": str(folder),
-        "model": made.over.recipe.model, "found": [], "comparison": None,
-    }  # fmt: skip
+        "recipe": made.over.recipe.yaml(),
+        "goals": [{"name": g.name, "metric": g.metric, "up": g.up} for g in made.goals],
+        "limits": [x.said for x in made.limits],
+        "over": [_dim_told(d) for d in made.over.space.dims],
+        "sampler": spec(made.searcher),
+        "seeds": list(made.seeds),
+        "test_seeds": list(made.test_seeds),
+        "test_data": made.test_data,
+        "trials": [_line(t, folder) for t in tried],
+        "front": front(tried),
+        "spent": spent(tried),
+        "took": sum(t.measured.took for t in tried),
+        "date": str(date.today()),
+        "folder": str(folder),
+        "model": made.over.recipe.model,
+        "found": [],
+        "comparison": None,
+    }
     if not found:
-        result["sentence"] = "Nothing was found: no configuration but the recipe itself was measured to its end within the limits."
+        result["sentence"] = (
+            "Nothing was found: no configuration but the recipe itself was measured to its end within the"
+            " limits."
+        )
         return result
     for name, t in zip(list(arms)[1:], found):
-        text = f"# Found by luthier search: {told(t.seen.point)}.\n" + made.over.recipe_of(t.seen.point).but(output_dir=None).yaml()
+        text = (
+            f"# Found by luthier search: {told(t.seen.point)}.\n"
+            + made.over.recipe_of(t.seen.point).but(output_dir=None).yaml()
+        )
         store.write_text(folder / f"{name}.yaml", text)
     watch.stage("on test seeds")
     rows = {} if made.test_data is None else {"eval_data": made.test_data}
     arms = {name: r.but(evaluate=[*(r.evaluate or ()), *made.evaluate], **rows) for name, r in arms.items()}
-    study = Study(arms, len(made.test_seeds), None, made.quality, False, made.apart, together=False, drawn=made.test_seeds)
+    study = Study(
+        arms,
+        len(made.test_seeds),
+        None,
+        made.quality,
+        False,
+        made.apart,
+        together=False,
+        drawn=made.test_seeds,
+    )
     compared = comparison.conduct(study, folder / f"test-{study.fingerprint()}", watch)
     base = next((t for t in tried if t.kind == "recipe"), None)
     lines = []
     for name, t in (*([("recipe", base)] if base else []), *zip(list(arms)[1:], found)):
         runs = [Path(r) for r in compared["arms"][name]["runs"]]
         ended = [numbers(r, made.goals) for r in runs if (r / "report.json").is_file()]
-        each = {g.name: [e[g.metric] for e in ended] for g in made.goals if ended and all(g.metric in e for e in ended)}
+        each = {
+            g.name: [e[g.metric] for e in ended]
+            for g in made.goals
+            if ended and all(g.metric in e for e in ended)
+        }
         test = {k: float(np.mean(v)) for k, v in each.items() if all(map(math.isfinite, v))}
         tuning = {k: v if math.isfinite(v) else None for k, v in t.goals.items()}
-        gap = {g.name: (t.goals[g.name] - test[g.name]) * (1 if g.up else -1) for g in made.goals if g.name in test and tuning[g.name] is not None}  # fmt: skip
+        gap = {
+            g.name: (t.goals[g.name] - test[g.name]) * (1 if g.up else -1)
+            for g in made.goals
+            if g.name in test and tuning[g.name] is not None
+        }
         seen = {g.name: each[g.name] for g in made.goals if g.front and g.name in test}
-        lines.append({"name": name, "number": t.seen.number, "point": dict(t.seen.point), "said": told(t.seen.point), "tuning": tuning, "test": test, "gap": gap, "by_seed": seen})  # fmt: skip
-        blind = [f"{r.name}: {said}" for r in runs if (r / "report.json").is_file() for g in made.goals if (said := below(g, points(r)))]
+        lines.append(
+            {
+                "name": name,
+                "number": t.seen.number,
+                "point": dict(t.seen.point),
+                "said": told(t.seen.point),
+                "tuning": tuning,
+                "test": test,
+                "gap": gap,
+                "by_seed": seen,
+            }
+        )
+        blind = [
+            f"{r.name}: {said}"
+            for r in runs
+            if (r / "report.json").is_file()
+            for g in made.goals
+            if (said := below(g, points(r)))
+        ]
         compared["notes"] += [f"{said}; what lies there counts nothing" for said in blind]
     beside(lines)
     compared["notes"] += unmoved(made.goals, tried)
-    result |= {"found": [x for x in lines if x["name"] != "recipe"], "start": next((x for x in lines if x["name"] == "recipe"), None)}
+    result |= {
+        "found": [x for x in lines if x["name"] != "recipe"],
+        "start": next((x for x in lines if x["name"] == "recipe"), None),
+    }
     result["comparison"] = compared
     result["sentence"] = sentence(made, tried, lines, compared)
     return result
@@ -687,8 +963,14 @@ def sentence(made: Quest, tried: Sequence[Tried], lines: Sequence[Mapping], comp
     top = max((x for x in lines if x["name"] != "recipe"), key=lambda x: -_first(x, made), default=None)
     goal = made.goals[0]
     if top and goal.name in top["test"]:
-        share, where = says(goal.metric).share, "test seeds" if made.test_data is None else "test seeds and rows"
-        said += f" ({where}; {top['name']} had {number(top['tuning'][goal.name], share)} on the tuning seeds, {number(top['test'][goal.name], share)} here)"
+        share, where = (
+            says(goal.metric).share,
+            ("test seeds" if made.test_data is None else "test seeds and rows"),
+        )
+        said += (
+            f" ({where}; {top['name']} had {number(top['tuning'][goal.name], share)} on the tuning seeds,"
+            f" {number(top['test'][goal.name], share)} here)"
+        )
     return said + "."
 
 
@@ -697,15 +979,16 @@ def unmoved(wanted: Sequence[Goal], tried: Sequence[Tried]) -> list[str]:
     whole = {t.seen.number: t.goals for t in tried if t.seen.share >= 1 and not t.measured.failed}
     seen = {g.name: {goals[g.name] for goals in whole.values()} for g in wanted}
     return [
-        f"{name} was {number(min(values))} in all {len(whole)} configurations: nothing that was searched moves it"
+        f"{name} was {number(min(values))} in all {len(whole)} configurations: nothing that was searched"
+        " moves it"
         for name, values in seen.items()
         if len(whole) > 1 and len(values) == 1
     ]
 
 
 def beside(lines: Sequence[dict[str, Any]]) -> None:
-    """Adds to each line the intervals of its fronts' means over test seeds, `interval`, and of what was found its paired difference
-    from the recipe, `beyond`. p values are Holm's, over all that was found."""
+    """Adds to each line the intervals of its fronts' means over test seeds, `interval`, and of what was found
+    its paired difference from the recipe, `beyond`. p values are Holm's, over all that was found."""
     for goal in lines[0]["by_seed"] if lines else ():
         there = [x for x in lines if len(x["by_seed"].get(goal, ())) > 1]
         for x in there:
@@ -713,11 +996,25 @@ def beside(lines: Sequence[dict[str, Any]]) -> None:
             mean = difference(column, np.zeros_like(column))
             x.setdefault("interval", {})[goal] = (mean.low, mean.high)
         start = next((x for x in there if x["name"] == "recipe"), None)
-        new = [x for x in there if start and x is not start and len(x["by_seed"][goal]) == len(start["by_seed"][goal])]
-        apart = [difference(np.array([x["by_seed"][goal]]).T, np.array([start["by_seed"][goal]]).T) for x in new if start]
+        new = [
+            x
+            for x in there
+            if start and x is not start and len(x["by_seed"][goal]) == len(start["by_seed"][goal])
+        ]
+        apart = [
+            difference(np.array([x["by_seed"][goal]]).T, np.array([start["by_seed"][goal]]).T)
+            for x in new
+            if start
+        ]
         for x, d, p in zip(new, apart, holm([d.p for d in apart])):
             sure = bool(p < comparison.WRONG and d.seen)
-            x.setdefault("beyond", {})[goal] = {"mean": d.mean, "low": d.low, "high": d.high, "p": p, "apart": sure}
+            x.setdefault("beyond", {})[goal] = {
+                "mean": d.mean,
+                "low": d.low,
+                "high": d.high,
+                "p": p,
+                "apart": sure,
+            }
 
 
 def _fronts(goal: Goal, lines: Sequence[Mapping]) -> str:
@@ -725,9 +1022,14 @@ def _fronts(goal: Goal, lines: Sequence[Mapping]) -> str:
 
     def told(x: Mapping) -> str:
         low, high = x.get("interval", {}).get(goal.name, (0, 0))
-        return f"{x['name']} {number(x['test'].get(goal.name))}" + f" ({number(low)} to {number(high)})" * (low < high)
+        return f"{x['name']} {number(x['test'].get(goal.name))}" + f" ({number(low)} to {number(high)})" * (
+            low < high
+        )
 
-    top, start = next(x for x in lines if x["name"] != "recipe"), next((x for x in lines if x["name"] == "recipe"), None)
+    top, start = (
+        next(x for x in lines if x["name"] != "recipe"),
+        next((x for x in lines if x["name"] == "recipe"), None),
+    )
     said, d = f"{goal.name} on test seeds: {told(top)}", top.get("beyond", {}).get(goal.name)
     if start is None:
         return said
@@ -737,7 +1039,11 @@ def _fronts(goal: Goal, lines: Sequence[Mapping]) -> str:
     if not d["apart"]:
         return said + "; no difference seen"
     size, ends = abs(d["mean"]), sorted((abs(d["low"]), abs(d["high"])))
-    return said + f"; {'better' if (d['mean'] > 0) == goal.up else 'worse'} by {number(size)} ({number(ends[0])} to {number(ends[1])})"
+    return (
+        said
+        + f"; {'better' if (d['mean'] > 0) == goal.up else 'worse'} by {number(size)} ({number(ends[0])} to"
+        f" {number(ends[1])})"
+    )
 
 
 def _first(line: Mapping, made: Quest) -> float:
@@ -746,13 +1052,20 @@ def _first(line: Mapping, made: Quest) -> float:
 
 
 def _line(t: Tried, folder: Path) -> dict[str, Any]:
-    finite = {k: (v if math.isfinite(v) else None) for k, v in t.goals.items()}
+    finite = {k: v if math.isfinite(v) else None for k, v in t.goals.items()}
     return {
-        "number": t.seen.number, "point": dict(t.seen.point), "said": told(t.seen.point) or "the recipe as it was", "share": t.seen.share,
-        "goals": finite, "over": t.seen.over, "by_seed": {str(k): dict(v) for k, v in t.measured.by_seed.items()},
-        "took": t.measured.took, "failed": t.measured.failed, "kind": t.kind,
+        "number": t.seen.number,
+        "point": dict(t.seen.point),
+        "said": told(t.seen.point) or "the recipe as it was",
+        "share": t.seen.share,
+        "goals": finite,
+        "over": t.seen.over,
+        "by_seed": {str(k): dict(v) for k, v in t.measured.by_seed.items()},
+        "took": t.measured.took,
+        "failed": t.measured.failed,
+        "kind": t.kind,
         "runs": [str(folder / "trials" / f"{t.seen.number}-{s}") for s in t.measured.by_seed],
-    }  # fmt: skip
+    }
 
 
 def _dim_told(d: Any) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """What a search goes over: recipe keys, settings of methods within the ranges they declare, methods, layers.
 
 `learning_rate`, `tuner.r` (the declared range), `tuner.r=4..64`, `tuner.r=4..64 log`, `tuner.r=4|8|16`,
-`tuner=lora|ssf|dora` (and what each of them declares), `objective=dpo|ipo`, `optim=adamw|lion`, `layers` (each on or off).
+`tuner=lora|ssf|dora` (and what each of them declares), `objective=dpo|ipo`, `optim=adamw|lion`, `layers`
+(each on or off).
 """
 
 from __future__ import annotations
@@ -14,13 +15,24 @@ from typing import Any, get_args, get_origin, get_type_hints
 import yaml
 
 from luthier.errors import RecipeError
-from luthier.registry import Range, Steps, build, meant, spec
-from luthier.recipe.recipe import ALIASES, SLOTS, Recipe, terms
 from luthier.methods.searchers._base import Dim, Space
+from luthier.recipe.recipe import ALIASES, SLOTS, Recipe, terms
+from luthier.registry import Range, Steps, build, meant, spec
 
 KINDS = {**SLOTS, "objective": "objective"}  # keys that hold one method
 TUNERS = ("lora", "dora", "ssf", "bitfit", "houlsby", "full")  # what `tuner` alone goes over
-ALIKE = ("data", "eval_data", "max_length", "chat_template", "evaluate", "model", "seed", "output_dir", "plan")  # what must stay
+# what must stay
+ALIKE = (
+    "data",
+    "eval_data",
+    "max_length",
+    "chat_template",
+    "evaluate",
+    "model",
+    "seed",
+    "output_dir",
+    "plan",
+)
 AROUND = 10.0  # a learning rate that the recipe names is searched from a tenth of it to ten times it
 LAYERS = "layers"
 
@@ -61,10 +73,15 @@ def only_layers(recipe: Recipe, kept: Sequence[int], of: int) -> Recipe:
 
 
 def over(recipe: Recipe, said: Sequence[str] = ()) -> Over:
-    """said: what to go over, as the command line has it; nothing: the learning rate, and what the recipe's methods declare."""
+    """said: what to go over, as the command line has it; nothing: the learning rate, and what the recipe's
+    methods declare.
+    """
     asked = [part for text in said for part in _split(text)]
     if not asked:
-        asked = ["learning_rate", *(f"{key}.{name}" for key in KINDS for name in ranges(_method(recipe, key)))]
+        asked = [
+            "learning_rate",
+            *(f"{key}.{name}" for key in KINDS for name in ranges(_method(recipe, key))),
+        ]
         asked += getattr(_method(recipe, "tuner"), "over", ())
     dims: dict[str, Dim] = {}
     methods: dict[str, dict[str, Any]] = {}
@@ -73,7 +90,9 @@ def over(recipe: Recipe, said: Sequence[str] = ()) -> Over:
         key, equals, values = (x.strip() for x in part.partition("="))
         key = ".".join([ALIASES.get(key.split(".")[0], key.split(".")[0]), *key.split(".")[1:]])
         if key.split(".")[0] in ALIKE:
-            raise RecipeError(f"--over {key}: what is measured, and on which rows, must stay the same in a search")
+            raise RecipeError(
+                f"--over {key}: what is measured, and on which rows, must stay the same in a search"
+            )
         if key == LAYERS:
             dims |= {d.name: d for d in _layers(recipe)}
         elif key in KINDS and "." not in key:
@@ -82,15 +101,22 @@ def over(recipe: Recipe, said: Sequence[str] = ()) -> Over:
             methods[key], inside = labels, inside and same
         elif key.split(".")[0] in methods:
             name, setting = key.split(".", 1)
-            some = [d for d in dims.values() if d.when and d.when[0] == name and d.name.endswith(f".{setting}")]
+            some = [
+                d for d in dims.values() if d.when and d.when[0] == name and d.name.endswith(f".{setting}")
+            ]
             if not some and not equals:
-                raise RecipeError(f"--over {key}: none of {', '.join(methods[name])} declares a range for it; give one, as {key}=4..64")
+                raise RecipeError(
+                    f"--over {key}: none of {', '.join(methods[name])} declares a range for it; give one, as"
+                    f" {key}=4..64"
+                )
             for d in some if equals else ():
                 dims[d.name] = _dim(d.name, values, d.default, d, d.when)
             for label, told in methods[name].items() if equals and not some else ():
                 there = spec(_built(name, told))
                 if setting in there:
-                    dims[f"{label}.{setting}"] = _dim(f"{label}.{setting}", values, there[setting], None, (name, label))
+                    dims[f"{label}.{setting}"] = _dim(
+                        f"{label}.{setting}", values, there[setting], None, (name, label)
+                    )
         else:
             dims[key] = _setting(recipe, key, values if equals else None)
     if not dims:
@@ -139,8 +165,14 @@ def _range(hint: Any) -> Range | Steps | None:
     if isinstance(hint, (Range, Steps)):
         return hint
     if hasattr(hint, "__metadata__"):
-        return next((m for m in hint.__metadata__ if isinstance(m, (Range, Steps))), None) or _range(get_args(hint)[0])
-    return next((found for a in get_args(hint) if (found := _range(a)) is not None), None) if get_origin(hint) else None
+        return next((m for m in hint.__metadata__ if isinstance(m, (Range, Steps))), None) or _range(
+            get_args(hint)[0]
+        )
+    return (
+        next((found for a in get_args(hint) if (found := _range(a)) is not None), None)
+        if get_origin(hint)
+        else None
+    )
 
 
 def _whole(cls: type, name: str) -> bool:
@@ -167,14 +199,27 @@ def _choices(recipe: Recipe, key: str, values: str) -> tuple[list[Dim], dict[str
         made = _built(key, told)
         if hasattr(made, "kind"):
             for name, r in ranges(made).items():
-                found.append(_declared(f"{label}.{name}", r, getattr(made, name), _whole(type(made), name), (key, label)))
+                found.append(
+                    _declared(
+                        f"{label}.{name}", r, getattr(made, name), _whole(type(made), name), (key, label)
+                    )
+                )
     return found, labels, own_name in labels
 
 
-def _declared(name: str, r: Range | Steps, default: Any, whole: bool, when: tuple[str, Any] | None = None) -> Dim:
+def _declared(
+    name: str, r: Range | Steps, default: Any, whole: bool, when: tuple[str, Any] | None = None
+) -> Dim:
     """A declared range, widened to what the recipe says, where a logarithm allows it; of steps one more."""
     if isinstance(r, Steps):
-        return Dim(name, choices=tuple(sorted({*r.values, default})), ordered=True, whole=whole, default=default, when=when)
+        return Dim(
+            name,
+            choices=tuple(sorted({*r.values, default})),
+            ordered=True,
+            whole=whole,
+            default=default,
+            when=when,
+        )
     known = isinstance(default, (int, float)) and not isinstance(default, bool) and (default > 0 or not r.log)
     low, high = (min(r.low, default), max(r.high, default)) if known else (r.low, r.high)
     return Dim(name, low, high, r.log, whole, default=default if known else None, when=when)
@@ -186,41 +231,70 @@ def _setting(recipe: Recipe, key: str, values: str | None) -> Dim:
     if setting:
         owner = _method(recipe, first) if first in KINDS else None
         if owner is None:
-            raise RecipeError(f"--over {key}: '{first}' holds no single method in this recipe{meant(first, KINDS)}")
+            raise RecipeError(
+                f"--over {key}: '{first}' holds no single method in this recipe{meant(first, KINDS)}"
+            )
         there = [f.name for f in fields(owner)]
         if setting not in there:
-            raise RecipeError(f"--over {key}: {owner.kind} '{owner.name}' has no setting '{setting}'{meant(setting, there)}")
-        name, default, declared, whole = setting, getattr(owner, setting), ranges(owner).get(setting), _whole(type(owner), setting)
+            raise RecipeError(
+                f"--over {key}: {owner.kind} '{owner.name}' has no setting '{setting}'{meant(setting, there)}"
+            )
+        name, default, declared, whole = (
+            setting,
+            getattr(owner, setting),
+            ranges(owner).get(setting),
+            _whole(type(owner), setting),
+        )
     else:
         there = [f.name for f in fields(Recipe) if f.name not in ("origins", "told")]
         if key not in there:
             raise RecipeError(f"--over: a recipe has no '{key}'{meant(key, [*there, LAYERS])}")
-        name, default, declared, whole = key, getattr(recipe, key), ranges(Recipe).get(key), _whole(Recipe, key)
+        name, default, declared, whole = (
+            key,
+            getattr(recipe, key),
+            ranges(Recipe).get(key),
+            _whole(Recipe, key),
+        )
         if key == "learning_rate" and default and default != Recipe().learning_rate:
             declared = Range(default / AROUND, default * AROUND, log=True)
     if values is not None:
-        known = Dim(key, declared.low, declared.high, declared.log, whole) if isinstance(declared, Range) else None
+        known = (
+            Dim(key, declared.low, declared.high, declared.log, whole)
+            if isinstance(declared, Range)
+            else None
+        )
         made = _dim(key, values, default, known, None, whole)
-        return replace(made, ordered=isinstance(declared, Steps) and list(made.choices) == sorted(made.choices))
+        return replace(
+            made, ordered=isinstance(declared, Steps) and list(made.choices) == sorted(made.choices)
+        )
     if declared is None:
-        raise RecipeError(f"--over {key}: no range is declared for {name}; give one, as {key}=1..10, or choices, as {key}=1|2|4")
+        raise RecipeError(
+            f"--over {key}: no range is declared for {name}; give one, as {key}=1..10, or choices, as"
+            f" {key}=1|2|4"
+        )
     return _declared(key, declared, default, whole)
 
 
-def _dim(name: str, values: str, default: Any, known: Dim | None, when: tuple[str, Any] | None, whole: bool = False) -> Dim:
+def _dim(
+    name: str, values: str, default: Any, known: Dim | None, when: tuple[str, Any] | None, whole: bool = False
+) -> Dim:
     """'4..64', '1e-5..1e-2 log' or 'a|b'."""
     found = re.fullmatch(r"\s*([-+\d.eE]+?)\s*\.\.\s*([-+\d.eE]+)\s*(log)?\s*", values)
     try:
         if found:
             low, high = float(found[1]), float(found[2])
             log = bool(found[3]) or (known.log if known else False)
-            whole = known.whole if known else whole or isinstance(default, int) and not isinstance(default, bool)
+            whole = (
+                known.whole if known else whole or isinstance(default, int) and not isinstance(default, bool)
+            )
             inside = isinstance(default, (int, float)) and low <= default <= high
             return Dim(name, low, high, log, whole, default=default if inside else None, when=when)
         choices = tuple(yaml.safe_load(v) for v in values.split("|"))
         return Dim(name, choices=choices, default=default if default in choices else None, when=when)
     except (ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"--over {name}={values}: not a range such as 4..64 or choices such as 4|8|16 ({error})") from None
+        raise RecipeError(
+            f"--over {name}={values}: not a range such as 4..64 or choices such as 4|8|16 ({error})"
+        ) from None
 
 
 def _layers(recipe: Recipe) -> list[Dim]:
@@ -228,7 +302,9 @@ def _layers(recipe: Recipe) -> list[Dim]:
     from luthier.storage import store
 
     if not hasattr(build("tuner", recipe.tuner), "only"):
-        raise RecipeError(f"--over layers: tuner '{build('tuner', recipe.tuner).name}' does not choose among layers")
+        raise RecipeError(
+            f"--over layers: tuner '{build('tuner', recipe.tuner).name}' does not choose among layers"
+        )
     count = getattr(store.model_config(recipe.model).get_text_config(), "num_hidden_layers", None)
     if not count:
         raise RecipeError(f"--over layers: the config of {recipe.model} does not say how many layers it has")

@@ -1,7 +1,9 @@
-"""Differences between arms that were measured on the same rows with the same seeds, and what may be said of them.
+"""Differences between arms that were measured on the same rows with the same seeds, and what may be said of
+them.
 
-A measurement is a matrix [S, R]: S seeds, R rows. Another seed would have given other numbers, and so would other rows, so
-both are drawn at random in every interval here. Nothing is called a difference that its own interval does not support.
+A measurement is a matrix [S, R]: S seeds, R rows. Another seed would have given other numbers, and so would
+other rows, so both are drawn at random in every interval here. Nothing is called a difference that its own
+interval does not support.
 """
 
 from __future__ import annotations
@@ -34,9 +36,9 @@ class Difference:
 def difference(a: np.ndarray, b: np.ndarray) -> Difference:
     """a, b: [S, R], the same seeds and rows in the same order.
 
-    Rows and seeds are crossed random effects: the variance of the mean is (rows' + seeds' - remainder's mean square) / SR,
-    with Satterthwaite's degrees of freedom (the quasi-F of two-way analysis of variance). With one seed only rows are
-    drawn, with one row only seeds: then nothing is said of what was not repeated.
+    Rows and seeds are crossed random effects: the variance of the mean is (rows' + seeds' - remainder's mean
+    square) / SR, with Satterthwaite's degrees of freedom (the quasi-F of two-way analysis of variance). With
+    one seed only rows are drawn, with one row only seeds: then nothing is said of what was not repeated.
     """
     d = np.asarray(a, float) - np.asarray(b, float)
     if d.ndim != 2 or not d.size:
@@ -63,14 +65,17 @@ def _variance(d: np.ndarray) -> tuple[float, float]:
     rows = S * float(((by_row - d.mean()) ** 2).sum()) / (R - 1)
     rest = float(((d - by_seed - by_row + d.mean()) ** 2).sum()) / ((S - 1) * (R - 1))
     together = seeds + rows - rest
-    if together <= max(seeds, rows):  # the remainder is estimated too: never below what either alone would say
+    # the remainder is estimated too: never below what either alone would say
+    if together <= max(seeds, rows):
         return (seeds / (S * R), S - 1) if seeds >= rows else (rows / (S * R), R - 1)
     spread = seeds**2 / (S - 1) + rows**2 / (R - 1) + rest**2 / ((S - 1) * (R - 1))
     return together / (S * R), max(1.0, together**2 / spread)
 
 
 def interval(values: np.ndarray, times: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """Bootstrap interval of the mean of [S, R], seeds and rows drawn anew together (the pigeonhole bootstrap)."""
+    """Bootstrap interval of the mean of [S, R], seeds and rows drawn anew together (the pigeonhole
+    bootstrap).
+    """
     x = np.asarray(values, float)
     draw = np.random.default_rng(seed)
     S, R = x.shape
@@ -82,7 +87,9 @@ def interval(values: np.ndarray, times: int = 2000, seed: int = 0) -> tuple[floa
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p values of a family of comparisons, so that in all of it a difference is claimed wrongly no more often than in one."""
+    """p values of a family of comparisons, so that in all of it a difference is claimed wrongly no more often
+    than in one.
+    """
     order, out, most = np.argsort(ps), [1.0] * len(ps), 0.0
     for rank, i in enumerate(order):
         most = max(most, min(1.0, (len(ps) - rank) * float(ps[i])))
@@ -100,18 +107,28 @@ def front(points: Mapping[str, Sequence[float]]) -> list[str]:
 
 
 def expected_utility(points: Sequence[Sequence[float]], weights: Sequence[Sequence[float]]) -> float:
-    """What users get on average (larger is better): each takes the point that is best under weights of their own."""
+    """What users get on average (larger is better): each takes the point that is best under weights of their
+    own.
+    """
     return float((np.asarray(weights, float) @ np.asarray(points, float).T).max(1).mean())
 
 
 def sparsity(points: Sequence[Sequence[float]]) -> float:
-    """Squared gaps between neighbours on the front, goal by goal, by one less than its points. Of one point it says nothing: inf."""
+    """Squared gaps between neighbours on the front, goal by goal, by one less than its points. Of one point
+    it says nothing: inf.
+    """
     kept = np.unique([points[int(i)] for i in front({str(i): p for i, p in enumerate(points)})], axis=0)
-    return float((np.diff(np.sort(kept, axis=0), axis=0) ** 2).sum() / (len(kept) - 1)) if len(kept) > 1 else float("inf")
+    return (
+        float((np.diff(np.sort(kept, axis=0), axis=0) ** 2).sum() / (len(kept) - 1))
+        if len(kept) > 1
+        else float("inf")
+    )
 
 
 def hypervolume(points: Sequence[Sequence[float]], worst: Sequence[float]) -> float:
-    """The volume that points (smaller is better) dominate below `worst`. Exact, by slicing along the last goal."""
+    """The volume that points (smaller is better) dominate below `worst`. Exact, by slicing along the last
+    goal.
+    """
     inside = [tuple(map(float, p)) for p in points if all(x < w for x, w in zip(p, worst))]
     if not inside:
         return 0.0

@@ -1,9 +1,9 @@
 """Rows to token lists and back: the one renderer of training, sampling and serving.
 
-What a model is trained on is what it is asked with later: a conversation goes through the tokenizer's own chat
-template, turn by turn, and a template that writes earlier turns differently once more follow is found out here.
-Which tokens are learned is marked by place, never by token id: an end-of-sequence token that also pads is learned
-all the same.
+What a model is trained on is what it is asked with later: a conversation goes through the tokenizer's own
+chat template, turn by turn, and a template that writes earlier turns differently once more follow is found
+out here. Which tokens are learned is marked by place, never by token id: an end-of-sequence token that also
+pads is learned all the same.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from luthier.methods.formats._base import BadRow, spoken
 from luthier.errors import RecipeError
+from luthier.methods.formats._base import BadRow, spoken
 from luthier.registry import meant
 
 BATCH = 1024  # texts in one call of the tokenizer
@@ -51,7 +51,8 @@ CHATML = """\
     {{- '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
-TEMPLATES = {"plain": (PLAIN, ()), "chatml": (CHATML, ("<|im_start|>", "<|im_end|>"))}  # text, tokens it must find
+# text, tokens it must find
+TEMPLATES = {"plain": (PLAIN, ()), "chatml": (CHATML, ("<|im_start|>", "<|im_end|>"))}
 
 
 class Rewrites(BadRow):
@@ -65,13 +66,17 @@ class Encoded:
     prompt: list[int]  # [P]
     completions: list[list[int]]  # K of [C_k]
     supervised: list[list[bool]]  # K of [C_k]: which tokens of a completion are learned
-    scales: list[list[float]] | None = None  # K of [C_k]: how much each counts, where a turn says a `loss_scale` other than 1
+    # K of [C_k]: how much each counts, where a turn says a `loss_scale` other than 1
+    scales: list[list[float]] | None = None
 
     def weights(self) -> list[list[float]] | None:
         """The scales of the learned tokens alone: the column `token_weights`."""
         if self.scales is None:
             return None
-        return [[s for s, m in zip(scales, marks, strict=True) if m] for scales, marks in zip(self.scales, self.supervised, strict=True)]
+        return [
+            [s for s, m in zip(scales, marks, strict=True) if m]
+            for scales, marks in zip(self.scales, self.supervised, strict=True)
+        ]
 
     def __len__(self) -> int:
         """Tokens of the prompt and the longest completion."""
@@ -83,16 +88,17 @@ class EncodedAll(NamedTuple):
 
     rows: list[dict]  # those that can be used; long texts in pieces
     bad: list[dict]  # {"where": id, "reason", "raw"}
-    stats: dict[str, float]  # rows, tokens, supervised, supervised_share, longest, cut, pieces, turns, boundary_mismatches
+    # rows, tokens, supervised, supervised_share, longest, cut, pieces, turns, boundary_mismatches
+    stats: dict[str, float]
 
 
 class Renderer:
     """Encodes rows with a tokenizer and its chat template.
 
-    max_length: tokens of prompt and completion together (of each of them with `encoder`); what is over is cut.
-    chat_template: "plain", "chatml", a .jinja file or template text; it is set on the tokenizer, and so saved with it.
-    A tokenizer without a template gets "plain"; `note` says so.
-    encoder: the prompt is for an encoder: it keeps all special tokens, and the completion does not continue it.
+    max_length: tokens of prompt and completion together (of each of them with `encoder`); what is over is
+    cut. chat_template: "plain", "chatml", a .jinja file or template text; it is set on the tokenizer, and so
+    saved with it. A tokenizer without a template gets "plain"; `note` says so. encoder: the prompt is for an
+    encoder: it keeps all special tokens, and the completion does not continue it.
     """
 
     def __init__(
@@ -116,7 +122,9 @@ class Renderer:
         self.note = self.equip(chat_template)
 
     def equip(self, chat_template: str | None) -> str | None:
-        """Give the tokenizer the template asked for, or "plain" where it has none; what was done, in a sentence."""
+        """Give the tokenizer the template asked for, or "plain" where it has none; what was done, in a
+        sentence.
+        """
         if chat_template is None and self.tokenizer.chat_template:
             return None
         name = chat_template or "plain"
@@ -125,7 +133,9 @@ class Renderer:
             lacking = [t for t in needed if t not in self.tokenizer.get_vocab()]
             if lacking:
                 tokens = " and ".join(lacking)
-                raise RecipeError(f"chat_template '{name}' needs {tokens}, which this tokenizer lacks: take 'plain'")
+                raise RecipeError(
+                    f"chat_template '{name}' needs {tokens}, which this tokenizer lacks: take 'plain'"
+                )
             begins = self.prefix[:1] == [self.tokenizer.bos_token_id]
             self.tokenizer.chat_template = ("{{- bos_token }}" if begins else "") + text
         elif "{" in name:
@@ -133,9 +143,14 @@ class Renderer:
         elif Path(name).expanduser().is_file():
             self.tokenizer.chat_template = Path(name).expanduser().read_text(encoding="utf-8")
         else:
-            raise RecipeError(f"chat_template '{name}' is no built-in one, no file and no template{meant(name, TEMPLATES)}")
+            raise RecipeError(
+                f"chat_template '{name}' is no built-in one, no file and no template{meant(name, TEMPLATES)}"
+            )
         if chat_template is None:
-            return "the tokenizer has no chat template: 'plain' (User: ... Assistant: ...) was set and is saved with it"
+            return (
+                "the tokenizer has no chat template: 'plain' (User: ... Assistant: ...) was set and is saved"
+                " with it"
+            )
         return f"chat_template '{name[:60]}' was set on the tokenizer and is saved with it"
 
     # ------------------------------------------------------------------------------------------ rows
@@ -162,14 +177,18 @@ class Renderer:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def decode_marked(self, row: dict, marks: tuple[str, str] = ("⟦", "⟧")) -> str:
-        """For people: the prompt, then each completion with its learned parts between marks, special tokens shown."""
+        """For people: the prompt, then each completion with its learned parts between marks, special tokens
+        shown.
+        """
         encoded, told = self.encode(row), []
         for ids, learned in zip(encoded.completions, encoded.supervised, strict=True):
             said, start = [], 0
             for stop in range(1, len(ids) + 1):
                 if stop == len(ids) or learned[stop] != learned[start]:
                     # A difference of two decodings: some tokenizers drop the space that a part begins with.
-                    part = self.shown(encoded.prompt + ids[:stop])[len(self.shown(encoded.prompt + ids[:start])) :]
+                    part = self.shown(encoded.prompt + ids[:stop])[
+                        len(self.shown(encoded.prompt + ids[:start])) :
+                    ]
                     said.append(f"{marks[0]}{part}{marks[1]}" if learned[start] else part)
                     start = stop
             told.append("".join(said))
@@ -182,8 +201,8 @@ class Renderer:
     def encode_all(self, rows: list[dict]) -> EncodedAll:
         """Encode many rows in batches; long texts are cut into pieces, and what cannot be used is set aside.
 
-        Where the chat template rewrites earlier turns, a conversation becomes one row for each turn to learn (ids
-        x@1, x@2, ...), each with the context as it will be served.
+        Where the chat template rewrites earlier turns, a conversation becomes one row for each turn to learn
+        (ids x@1, x@2, ...), each with the context as it will be served.
         """
         good, bad = [], []
         before = self.cut, self.boundary_mismatches, self.pieces, self.turns
@@ -202,7 +221,11 @@ class Renderer:
                         bad.append({"where": row.get("id", ""), "reason": str(found), "raw": raw})
                     else:
                         weights = found.weights()
-                        good.append(row if weights is None or "token_weights" in row else {**row, "token_weights": weights})
+                        good.append(
+                            row
+                            if weights is None or "token_weights" in row
+                            else {**row, "token_weights": weights}
+                        )
                         total += len(found.prompt) + sum(map(len, found.completions))
                         supervised += sum(map(sum, found.supervised))
                         longest = max(longest, len(found))
@@ -223,12 +246,16 @@ class Renderer:
         return EncodedAll(good, bad, stats)
 
     def split_long(self, rows: list[dict]) -> list[dict]:
-        """Texts over max_length in consecutive pieces, as token ids (x#0, x#1, ...); every token is learned once."""
+        """Texts over max_length in consecutive pieces, as token ids (x#0, x#1, ...); every token is learned
+        once.
+        """
         if not self.max_length or self.encoder:
             return rows
         # A tokenizer makes at most a token of each byte, so short texts need no look.
         long = [
-            i for i, row in enumerate(rows) if is_text(row) and len(row["completions"][0].encode("utf-8", "replace")) + 2 > self.max_length
+            i
+            for i, row in enumerate(rows)
+            if is_text(row) and len(row["completions"][0].encode("utf-8", "replace")) + 2 > self.max_length
         ]
         pieces = {}
         for start in range(0, len(long), BATCH):
@@ -238,11 +265,15 @@ class Renderer:
                     continue  # told when it is encoded
                 ids = self.ended(self.trimmed(ids)[len(self.prefix) :])
                 if len(self.prefix) + len(ids) > self.max_length:
-                    # With nothing in front, a piece begins with the last token of the one before: it asks, unlearned.
+                    # With nothing in front, a piece begins with the last token of the one before: it asks,
+                    # unlearned.
                     overlap = 0 if self.prefix else 1
                     step = max(self.max_length - max(len(self.prefix), overlap), 1)
                     parts = [ids[a : a + step + overlap] for a in range(0, len(ids) - overlap, step)]
-                    pieces[i] = [{**rows[i], "id": f"{rows[i].get('id', i)}#{k}", "completions": [p]} for k, p in enumerate(parts)]
+                    pieces[i] = [
+                        {**rows[i], "id": f"{rows[i].get('id', i)}#{k}", "completions": [p]}
+                        for k, p in enumerate(parts)
+                    ]
                     self.pieces += len(parts)
         return [piece for i, row in enumerate(rows) for piece in pieces.get(i, [row])] if pieces else rows
 
@@ -256,7 +287,8 @@ class Renderer:
             return []
         self.turns += len(places)
         return [
-            {**row, "id": f"{row.get('id', '')}@{k}", "prompt": turns[:i], "completions": [[turns[i]]]} for k, i in enumerate(places, 1)
+            {**row, "id": f"{row.get('id', '')}@{k}", "prompt": turns[:i], "completions": [[turns[i]]]}
+            for k, i in enumerate(places, 1)
         ]
 
     # ------------------------------------------------------------------------------------------ encoding
@@ -320,7 +352,9 @@ class Renderer:
         return [*ids[:n], self.end]
 
     def plain(self, row: dict, ids: dict[str, list[int] | BadRow]) -> Encoded:
-        """A row of plain texts. The completion is the joint encoding's rest where the prompt is its beginning."""
+        """A row of plain texts. The completion is the joint encoding's rest where the prompt is its
+        beginning.
+        """
         known: dict[str, list[int]] = {}
         for text in self.texts_of(row):
             found = ids[text]
@@ -350,7 +384,9 @@ class Renderer:
             if is_ids(completion):
                 said, scale = list(completion), [1.0] * len(completion)
             elif isinstance(row["prompt"], str) and isinstance(completion, str):
-                said = self.plain({**row, "completions": [completion]}, self.looked_up(begun(row), completion)).completions[0]
+                said = self.plain(
+                    {**row, "completions": [completion]}, self.looked_up(begun(row), completion)
+                ).completions[0]
                 scale = [1.0] * len(said)
             elif isinstance(row["prompt"], str):
                 raise BadRow("the prompt is text but a completion is messages")
@@ -359,7 +395,9 @@ class Renderer:
             completions.append(said)
             scales.append(scale)
         plainly = all(s in (0, 1) for scale in scales for s in scale)
-        return Encoded(prompt, completions, [[s > 0 for s in scale] for scale in scales], None if plainly else scales)
+        return Encoded(
+            prompt, completions, [[s > 0 for s in scale] for scale in scales], None if plainly else scales
+        )
 
     def looked_up(self, *texts: str) -> dict[str, list[int] | BadRow]:
         """The ids that `plain` wants of one prompt and one completion."""
@@ -367,8 +405,8 @@ class Renderer:
         return dict(zip(wanted, self.ids(wanted, True), strict=True))
 
     def asked(self, row: dict) -> tuple[list[int], str]:
-        """A row's prompt as ids, and of the reply what all its completions begin with (`prefix`); turns also as the template opens
-        the reply to them."""
+        """A row's prompt as ids, and of the reply what all its completions begin with (`prefix`); turns also
+        as the template opens the reply to them."""
         if row.get("prefix") and self.encoder:
             raise BadRow(NO_PREFIX)
         if isinstance(row["prompt"], str):
@@ -389,9 +427,11 @@ class Renderer:
         except Exception as why:  # a template is somebody's program: it may raise anything
             raise BadRow(f"the chat template refuses it: {why}") from None
 
-    def reply(self, row: dict, prompt: list[int], opening: str, completion: list[dict]) -> tuple[list[int], list[float]]:
-        """The turns after the prompt as ids, and how much each counts: by default the assistant's turns, with their end of
-        turn, and nothing else. The prefix is not learned."""
+    def reply(
+        self, row: dict, prompt: list[int], opening: str, completion: list[dict]
+    ) -> tuple[list[int], list[float]]:
+        """The turns after the prompt as ids, and how much each counts: by default the assistant's turns, with
+        their end of turn, and nothing else. The prefix is not learned."""
         prefix = row.get("prefix", "")
         if prefix:
             completion = [{**completion[0], "content": prefix + completion[0]["content"]}, *completion[1:]]
@@ -406,7 +446,8 @@ class Renderer:
         spans = [(max(start, len(head)), stop) for start, stop in spans]
         ids, offsets = self.placed(whole, {len(head), *(place for span in spans for place in span)})
         skipped = len(prompt)
-        # Where a token reaches across the beginning of a reply, what comes before it is served otherwise: cut there.
+        # Where a token reaches across the beginning of a reply, what comes before it is served otherwise: cut
+        # there.
         cuts = {start for start, _ in spans if any(a < start < b for a, b in offsets)}
         cuts |= {len(head)} if ids[:skipped] != prompt else set()
         if cuts:
@@ -421,22 +462,36 @@ class Renderer:
             for i in inside:
                 learned[i] = scale if not closed or i <= last else 0.0
             if not closed:
-                self.warn("the chat template closes no turn with a special token, so the model is not taught where to stop")
+                self.warn(
+                    "the chat template closes no turn with a special token, so the model is not taught where"
+                    " to stop"
+                )
         size = max((i + 1 for i, scale in enumerate(learned) if scale), default=skipped)
         return ids[skipped:size], learned[skipped:size]
 
-    def spans(self, row: dict, turns: list[dict], first: int, opening: str, whole: str) -> list[tuple[int, int]]:
-        """[start, end) of each learned turn in the rendered text, checked turn by turn: served later as trained now."""
+    def spans(
+        self, row: dict, turns: list[dict], first: int, opening: str, whole: str
+    ) -> list[tuple[int, int]]:
+        """[start, end) of each learned turn in the rendered text, checked turn by turn: served later as
+        trained now.
+        """
         spans = []
         for i in range(first, len(turns)):
             replies = turns[i]["role"] == "assistant"
             if replies or is_learned(turns[i]):
-                before = opening if replies and i == first else self.rendered(row, turns[:i], asking=replies) if i else ""
+                before = (
+                    opening
+                    if replies and i == first
+                    else self.rendered(row, turns[:i], asking=replies)
+                    if i
+                    else ""
+                )
                 after = whole if i + 1 == len(turns) else self.rendered(row, turns[: i + 1])
                 if not after.startswith(before):
                     raise BadRow(
-                        "the chat template begins a reply in one way to ask for it and in another once it is there"
-                        f" (it asks with {before[-40:]!r}): write that into the replies, or give a chat_template"
+                        "the chat template begins a reply in one way to ask for it and in another once it is"
+                        f" there (it asks with {before[-40:]!r}): write that into the replies, or give a"
+                        " chat_template"
                     )
                 if not whole.startswith(after):
                     raise Rewrites(REASON)
@@ -446,7 +501,9 @@ class Renderer:
             return self.marked_spans(row, turns, first, spans)
         return spans
 
-    def marked_spans(self, row: dict, turns: list[dict], first: int, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    def marked_spans(
+        self, row: dict, turns: list[dict], first: int, spans: list[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
         """The parts of the assistant's learned turns that the template marks with {% generation %}."""
         said = [{k: v for k, v in turn.items() if k not in ("loss", "loss_scale")} for turn in turns]
         out = self.tokenizer.apply_chat_template(
@@ -460,21 +517,29 @@ class Renderer:
         found = [o for o, m in zip(out["offset_mapping"], out["assistant_masks"], strict=True) if m]
         narrowed = []
         for (start, stop), turn in zip(spans, filter(is_learned, turns[first:]), strict=True):
-            inside = [o for o in found if start <= o[0] < stop] if turn["role"] == "assistant" else [(start, stop)]
+            inside = (
+                [o for o in found if start <= o[0] < stop] if turn["role"] == "assistant" else [(start, stop)]
+            )
             if not inside:
                 raise BadRow("the chat template marks no {% generation %} in an assistant turn")
             narrowed.append((inside[0][0], inside[-1][1]))
         return narrowed
 
-    def placed(self, text: str, cuts: set[int], apart: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids of rendered text and the characters each stands for; encoded in parts between cuts with `apart`."""
+    def placed(
+        self, text: str, cuts: set[int], apart: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of rendered text and the characters each stands for; encoded in parts between cuts with
+        `apart`.
+        """
         ids, offsets = [], []
         # A slow tokenizer does not tell which characters a token stands for, so it always works in parts.
         bounds = sorted({0, len(text), *(cuts if apart or not self.tokenizer.is_fast else ())})
         for start, stop in zip(bounds, bounds[1:], strict=False):
             part = text[start:stop]
             if self.tokenizer.is_fast:
-                out = self.tokenizer(part, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+                out = self.tokenizer(
+                    part, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+                )
                 ids, told = ids + out["input_ids"], out["offset_mapping"]
             else:
                 ids, told = ids + (some := self.one(part)), [(0, len(part))] * len(some)
@@ -506,7 +571,9 @@ class Renderer:
         return encoded
 
     def shorten(self, encoded: Encoded, most: int) -> None:
-        """Cut an encoded row to `most` tokens (max_length) at the end of its completions. Raises BadRow where that leaves none."""
+        """Cut an encoded row to `most` tokens (max_length) at the end of its completions. Raises BadRow where
+        that leaves none.
+        """
         size = len(encoded.prompt)
         if self.encoder and size > most:
             kept = len(self.suffix)
@@ -514,7 +581,9 @@ class Renderer:
             self.cut += 1
         room = most if self.encoder else most - size
         if room < 1:
-            raise BadRow(f"the prompt leaves no room for a completion within max_length={most} ({size} tokens)")
+            raise BadRow(
+                f"the prompt leaves no room for a completion within max_length={most} ({size} tokens)"
+            )
         if any(len(c) > room for c in encoded.completions):
             encoded.completions = [c[:room] for c in encoded.completions]
             encoded.supervised = [s[:room] for s in encoded.supervised]
@@ -544,7 +613,11 @@ class Renderer:
 
     def remember(self, key: bytes, encoded: Encoded) -> None:
         """Keep an encoding in little space; the oldest go when there are more than cache_tokens."""
-        told = [array("i", c) for c in encoded.completions], [bytes(s) for s in encoded.supervised], encoded.scales
+        told = (
+            [array("i", c) for c in encoded.completions],
+            [bytes(s) for s in encoded.supervised],
+            encoded.scales,
+        )
         self.cache[key] = (array("i", encoded.prompt), *told)
         self.cached += size_of(self.cache[key])
         while self.cached > self.cache_tokens and len(self.cache) > 1:
@@ -553,13 +626,16 @@ class Renderer:
     def recall(self, key: bytes) -> Encoded:
         """A kept encoding, as lists of its own."""
         prompt, completions, supervised, scales = self.cache[key]
-        return Encoded(prompt.tolist(), [c.tolist() for c in completions], [[*map(bool, s)] for s in supervised], scales)
+        return Encoded(
+            prompt.tolist(), [c.tolist() for c in completions], [[*map(bool, s)] for s in supervised], scales
+        )
 
 
 NO_PREFIX = "an encoder-decoder reads the prompt apart from the reply, so it takes no prefix"
 REASON = (
-    "the chat template rewrites earlier turns once later ones follow, so what is trained would never be served: "
-    "keep one assistant turn to learn in a row, or give a chat_template that leaves turns as they are"
+    "the chat template rewrites earlier turns once later ones follow, so what is trained would never be"
+    " served: keep one assistant turn to learn in a row, or give a chat_template that leaves turns as"
+    " they are"
 )
 
 
@@ -603,7 +679,12 @@ def is_plain(row: dict) -> bool:
 
 def is_text(row: dict) -> bool:
     """Whether a row is one text to continue, with nothing before it."""
-    return row["prompt"] == "" and not row.get("prefix") and len(row.get("completions", [])) == 1 and isinstance(row["completions"][0], str)
+    return (
+        row["prompt"] == ""
+        and not row.get("prefix")
+        and len(row.get("completions", [])) == 1
+        and isinstance(row["completions"][0], str)
+    )
 
 
 def is_learned(turn: dict) -> bool:

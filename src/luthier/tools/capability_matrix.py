@@ -1,9 +1,11 @@
-"""What every tuner can do, found out by trying it on tiny networks, and how much of a Llama of 7 billion weights moves.
+"""What every tuner can do, found out by trying it on tiny networks, and how much of a Llama of 7 billion
+weights moves.
 
-`luthier methods --kind tuner --wide` prints it. A yes is something that was done and compared just now: the merged network
-answered like the tuned one, the exported LoRA loaded in PEFT and answered alike, and so on. Settings are the defaults, made
-small where a tiny network needs it. The share that moves is counted on weights that take no memory (torch's meta
-device): on all 32 layers for tuners of own weights, on one and two layers and from there for those that repeat by layer.
+`luthier methods --kind tuner --wide` prints it. A yes is something that was done and compared just now: the
+merged network answered like the tuned one, the exported LoRA loaded in PEFT and answered alike, and so on.
+Settings are the defaults, made small where a tiny network needs it. The share that moves is counted on
+weights that take no memory (torch's meta device): on all 32 layers for tuners of own weights, on one and two
+layers and from there for those that repeat by layer.
 """
 
 from __future__ import annotations
@@ -25,7 +27,13 @@ from luthier.registry import build, cards, find
 SMALL = {"r": 2, "num_virtual_tokens": 2, "init_rows": 2, "n_layers": 1}  # of a tiny network
 WIDE = ("name", "paper", "share", "merge", "off", "lora", "quantized", "tied", "experts")
 IDS = torch.arange(3, 17).reshape(2, 7)
-SEVEN: dict[str, Any] = dict(hidden_size=4096, intermediate_size=11008, num_attention_heads=32, num_key_value_heads=32, vocab_size=32000)
+SEVEN: dict[str, Any] = dict(
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    vocab_size=32000,
+)
 DEPTH = 32
 
 
@@ -37,14 +45,22 @@ def tuners() -> list[dict[str, Any]]:
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of PEFT, about tied weights and missing masks
         meta = _llama(DEPTH, "meta", **SEVEN)
-        return [{"name": c.name, "paper": c.paper or "", **_tried(c.name), "share": _share(c.name, meta)} for c in cards("tuner")]
+        return [
+            {"name": c.name, "paper": c.paper or "", **_tried(c.name), "share": _share(c.name, meta)}
+            for c in cards("tuner")
+        ]
 
 
 def _llama(layers: int, device: str = "cpu", **shape: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     small: dict[str, Any] = dict(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, initializer_range=0.2
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=32,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.2,
     )
     torch.manual_seed(0)
     with torch.device(device):
@@ -55,7 +71,11 @@ def _biased() -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=4, n_head=2, vocab_size=64, n_positions=32, bos_token_id=1, eos_token_id=1)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(
+            n_embd=16, n_layer=4, n_head=2, vocab_size=64, n_positions=32, bos_token_id=1, eos_token_id=1
+        )
+    ).eval()
 
 
 def _experts() -> Any:
@@ -63,7 +83,12 @@ def _experts() -> Any:
 
     torch.manual_seed(0)
     shape: dict[str, Any] = dict(
-        vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=2,
     )
     return MixtralForCausalLM(MixtralConfig(**shape, num_local_experts=2, num_experts_per_tok=1)).eval()
 
@@ -122,7 +147,10 @@ def _tried(name: str) -> dict[str, str]:
 
     def tied() -> bool:
         model = _biased() if make is _biased else dress(_llama(4, tie_word_embeddings=True))
-        return bool(_put(name, model).sites()) and model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        return (
+            bool(_put(name, model).sites())
+            and model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        )
 
     def experts() -> bool:
         return any(".experts" in s.name for s in _put(name, dress(_experts())).every_site())

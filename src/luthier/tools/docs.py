@@ -1,7 +1,9 @@
-"""The pages that follow from the declarations: `python -m luthier.tools.docs` writes them, `--check` fails where they differ.
+"""The pages that follow from the declarations: `python -m luthier.tools.docs` writes them, `--check` fails
+where they differ.
 
-docs/methods/<kind>/<name>.md for each method, docs/methods/index.md, docs/papers.md, docs/claims.md, and between two marks
-the table of keys in docs/recipes.md and the worlds in docs/practice.md. Everything else in docs/ is written by hand.
+docs/methods/<kind>/<name>.md for each method, docs/methods/index.md, docs/papers.md, docs/claims.md, and
+between two marks the table of keys in docs/recipes.md and the worlds in docs/practice.md. Everything else in
+docs/ is written by hand.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from luthier.study import claims
 from luthier import registry as method
 from luthier.recipe.catalogue import known, papers
+from luthier.study import claims
 
 BEGIN, END = "<!-- keys: written by luthier.tools.docs -->", "<!-- /keys -->"
 WORLDS_BEGIN, WORLDS_END = "<!-- worlds: written by luthier.tools.docs -->", "<!-- /worlds -->"
@@ -42,18 +44,33 @@ TITLES = {
 
 def pages() -> dict[str, str]:
     """Path below docs/ -> text, of every page that is wholly generated."""
-    made = {f"methods/{c.kind}/{c.name}.md": tidy(method.page(method.find(c.kind, c.name))) for c in method.cards()}
-    return {**made, "methods/index.md": tidy(index()), "papers.md": tidy(papers_page()), "claims.md": tidy(claims.page())}
+    made = {
+        f"methods/{c.kind}/{c.name}.md": tidy(method.page(method.find(c.kind, c.name)))
+        for c in method.cards()
+    }
+    return {
+        **made,
+        "methods/index.md": tidy(index()),
+        "papers.md": tidy(papers_page()),
+        "claims.md": tidy(claims.page()),
+    }
 
 
 def index() -> str:
     """Every method on one page."""
-    lines = ["# Methods", "", "Written from the declarations. `luthier methods` prints the same in a terminal.", ""]
+    lines = [
+        "# Methods",
+        "",
+        "Written from the declarations. `luthier methods` prints the same in a terminal.",
+        "",
+    ]
     for kind in method.FOLDERS:
         some = method.cards(kind)
         if some:
             lines += [f"## {TITLES[kind]}", "", "| name | what it is | paper |", "| - | - | - |"]
-            lines += [f"| [{c.name}]({kind}/{c.name}.md) | {cell(c.summary)} | {link(c.paper)} |" for c in some]
+            lines += [
+                f"| [{c.name}]({kind}/{c.name}.md) | {cell(c.summary)} | {link(c.paper)} |" for c in some
+            ]
             lines += [""]
     return "\n".join(lines)
 
@@ -62,10 +79,18 @@ def papers_page() -> str:
     """The papers of the catalogue that a method implements or a claim tries."""
     done = [p for p in papers() if p["by"]]
     lines = ["# Papers", ""]
-    lines += [f"{len(done)} of the {len(known())} papers of the catalogue are implemented or tried; `luthier papers` lists them all.", ""]
+    lines += [
+        (
+            f"{len(done)} of the {len(known())} papers of the catalogue are implemented or tried; `luthier"
+            " papers` lists them all."
+        ),
+        "",
+    ]
     lines += ["| paper | family | method |", "| - | - | - |"]
     for p in sorted(done, key=lambda p: (p["family"], p["title"])):
-        by = ", ".join(f"[{b}]({f'claims.md#{b[6:]}' if b.startswith('claim/') else f'methods/{b}.md'})" for b in p["by"])
+        by = ", ".join(
+            f"[{b}]({f'claims.md#{b[6:]}' if b.startswith('claim/') else f'methods/{b}.md'})" for b in p["by"]
+        )
         lines += [f"| {cell(p['title'])} | {p['family']} | {by} |"]
     return "\n".join(lines)
 
@@ -102,7 +127,8 @@ def worlds() -> str:
     return "\n".join(lines)
 
 
-PARTS = {"recipes.md": (BEGIN, END, keys), "practice.md": (WORLDS_BEGIN, WORLDS_END, worlds)}  # page -> marks, what is between
+# page -> marks, what is between
+PARTS = {"recipes.md": (BEGIN, END, keys), "practice.md": (WORLDS_BEGIN, WORLDS_END, worlds)}
 
 
 def between(text: str, page: str = "recipes.md") -> str:
@@ -121,7 +147,11 @@ def cell(text: str) -> str:
 def link(paper: str | None) -> str:
     if not paper:
         return ""
-    return f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})" if paper.startswith("arXiv:") else paper
+    return (
+        f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})"
+        if paper.startswith("arXiv:")
+        else paper
+    )
 
 
 def tidy(text: str) -> str:
@@ -150,7 +180,9 @@ def differences(to: Path) -> Iterator[str]:
             yield f"{path} describes a method that is not there"
     for name, what in (("recipes.md", "the table of keys"), ("practice.md", "the list of worlds")):
         page = to / name
-        if not page.is_file() or page.read_text(encoding="utf-8") != between(page.read_text(encoding="utf-8"), name):
+        if not page.is_file() or page.read_text(encoding="utf-8") != between(
+            page.read_text(encoding="utf-8"), name
+        ):
             yield f"{what} in {page} is out of date"
 
 
@@ -177,14 +209,19 @@ def docs(to: Path, check: bool) -> int:
     for sentence in wrong:
         print(sentence, file=sys.stderr)
     if wrong:
-        print(f"{len(wrong)} pages differ from the declarations: run `python -m luthier.tools.docs`", file=sys.stderr)
+        print(
+            f"{len(wrong)} pages differ from the declarations: run `python -m luthier.tools.docs`",
+            file=sys.stderr,
+        )
     return 1 if wrong else 0
 
 
 def main() -> int:
     import argparse
 
-    asked = argparse.ArgumentParser(prog="python -m luthier.tools.docs", description=__doc__.split("\n", 1)[0])
+    asked = argparse.ArgumentParser(
+        prog="python -m luthier.tools.docs", description=__doc__.split("\n", 1)[0]
+    )
     asked.add_argument("--check", action="store_true", help="fail where a page differs from the declarations")
     asked.add_argument("--to", type=Path, default=Path("docs"), help="the docs folder")
     given = asked.parse_args()

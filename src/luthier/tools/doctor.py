@@ -1,4 +1,6 @@
-"""What is installed, what this machine can do, and what is missing for each extra. Nothing is downloaded or changed."""
+"""What is installed, what this machine can do, and what is missing for each extra. Nothing is downloaded or
+changed.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def examine() -> dict[str, Any]:
 
 
 def packages() -> tuple[dict[str, str | None], dict[str, dict[str, Any]]]:
-    """Versions of what luthier needs, and for each extra what is there, what is missing, and the command that adds it."""
+    """Versions of what luthier needs, and for each extra what is there, what is missing, and the command that
+    adds it.
+    """
     core: dict[str, str | None] = {"luthier": installed("luthier")}
     extras: dict[str, dict[str, Any]] = {}
     for line in requires("luthier") or ():
@@ -131,7 +135,9 @@ def told(found: dict[str, Any]) -> str:
     """For people."""
     here, cpu = found["machine"], found["machine"]["cpu"]
     lines = [f"python {found['python']} on {found['system']}", "", "installed"]
-    lines += [f"  {name:<14} {have or 'MISSING: pip install ' + name}" for name, have in found["core"].items()]
+    lines += [
+        f"  {name:<14} {have or 'MISSING: pip install ' + name}" for name, have in found["core"].items()
+    ]
     lines += ["", "extras"]
     for name, extra in found["extras"].items():
         have = ", ".join(f"{k} {v}" for k, v in extra["have"].items())
@@ -141,14 +147,22 @@ def told(found: dict[str, Any]) -> str:
     lines += [
         "",
         "machine",
-        f"  {'cpu':<14} {cpu['cores']} cores, {cpu['threads']} thread{'s' * (cpu['threads'] > 1)}; bfloat16: {cpu['bfloat16']}",
+        (
+            f"  {'cpu':<14} {cpu['cores']} cores, {cpu['threads']} thread{'s' * (cpu['threads'] > 1)};"
+            f" bfloat16: {cpu['bfloat16']}"
+        ),
     ]
-    lines += [f"  {'cuda':<14} {c['name']}, {c['memory_gb']} GB, bfloat16: {'yes' if c['bfloat16'] else 'no'}" for c in here["cuda"]] or [
-        f"  {'cuda':<14} none"
-    ]
+    lines += [
+        f"  {'cuda':<14} {c['name']}, {c['memory_gb']} GB, bfloat16: {'yes' if c['bfloat16'] else 'no'}"
+        for c in here["cuda"]
+    ] or [f"  {'cuda':<14} none"]
     lines += [f"  {'mps':<14} {'there, not used yet' if here['mps'] else 'none'}"]
     lines += [f"  {'memory':<14} {here['memory_gb'] or '?'} GB, {here['free_disk_gb']} GB of disk free here"]
-    lines += [f"  {'runs on':<14} {here['takes']} (dtype: auto)", "", "sandbox for programs that a model wrote"]
+    lines += [
+        f"  {'runs on':<14} {here['takes']} (dtype: auto)",
+        "",
+        "sandbox for programs that a model wrote",
+    ]
     lines += [f"  {'yes' if yes else 'no':<4} {what}" for what, yes in found["sandbox"].items()]
     lines += ["", f"practice models: {', '.join(found['practice']) or 'none'}"]
     switches = [f"{k}={v}" for k, v in found["hub"].items() if v]

@@ -2,8 +2,8 @@
 
 `path("lm")` is the folder of a shipped model (in recipes `practice:lm`), `rows("people", "train", 100)` are
 rows of a world (`practice:people/train`), `verify(row, answer)` says how right a written answer is, and
-`recipe("practice:people")` is what `luthier tune practice:people` runs. Worlds and models are our own making; the models are made again by
-`python -m luthier.toy.make`.
+`recipe("practice:people")` is what `luthier tune practice:people` runs. Worlds and models are our own making;
+the models are made again by `python -m luthier.toy.make`.
 """
 
 from pathlib import Path
@@ -29,19 +29,24 @@ def path(name: str) -> Path:
 
 
 def verify(row: dict, answer: str) -> float | dict[str, float]:
-    """How right an answer to a row of a world is: from 0.0 to 1.0, or several such scores by name (world style)."""
+    """How right an answer to a row of a world is: from 0.0 to 1.0, or several such scores by name (world
+    style).
+    """
     return find(row["world"]).verify(row, answer)
 
 
 def recipe(word: str) -> dict:
-    """The recipe that "practice:WORLD" or "practice:WORLD/SPLIT" stands for; it takes a minute or two on two cores.
+    """The recipe that "practice:WORLD" or "practice:WORLD/SPLIT" stands for; it takes a minute or two on two
+    cores.
 
-    Without a split: what the world has for tuning, "new" where there is such a split. The rows held out are those of the
-    split's test. Raises ValueError for a world or split that is not there.
+    Without a split: what the world has for tuning, "new" where there is such a split. The rows held out are
+    those of the split's test. Raises ValueError for a world or split that is not there.
     """
     world, _, split = word.removeprefix("practice:").partition("/")
     if world in models() and world not in worlds():
-        raise ValueError(f"{world} is a model, not a world: `model={word}` tunes it, on `data=practice:WORLD`")
+        raise ValueError(
+            f"{world} is a model, not a world: `model={word}` tunes it, on `data=practice:WORLD`"
+        )
     splits = find(world).SPLITS
     split = split or next(name for name in ("new", "task_1", "train") if name in splits)
     first = rows(world, split, 1)[0]
@@ -56,4 +61,5 @@ def recipe(word: str) -> dict:
     return {**data, "eval_data": {"path": f"practice:{world}/{test}", "n": 200}} if test else data
 
 
-_TESTS = {"train": "test", "static_noise": "new_test", "dynamic_noise": "new_test"}  # where it is not called SPLIT_test
+# where it is not called SPLIT_test
+_TESTS = {"train": "test", "static_noise": "new_test", "dynamic_noise": "new_test"}

@@ -50,18 +50,39 @@ has no notion of safety outside the `refusal` world's templates, and reads at mo
 """
 
 WHAT_IT_IS = {  # model type -> what it is, what the hub calls its task, how its answers are judged
-    "llama": ("A language model", "text-generation", "greedy decoding; in chat all turns of the assistant must be right"),
-    "bert": ("An encoder", "fill-mask", "all places of the completion filled at once, which long completions are not made for"),
-    "t5": ("An encoder-decoder", "text-generation", "greedy decoding; in chat the last turn of the assistant"),
+    "llama": (
+        "A language model",
+        "text-generation",
+        "greedy decoding; in chat all turns of the assistant must be right",
+    ),
+    "bert": (
+        "An encoder",
+        "fill-mask",
+        "all places of the completion filled at once, which long completions are not made for",
+    ),
+    "t5": (
+        "An encoder-decoder",
+        "text-generation",
+        "greedy decoding; in chat the last turn of the assistant",
+    ),
 }
 HOW = {
-    "chat": "It goes on from practice:lm: 45 % of the text are rows of the worlds asked in chat turns, 15 % conversations. ",
+    "chat": (
+        "It goes on from practice:lm: 45 % of the text are rows of the worlds asked in chat turns, 15 %"
+        " conversations. "
+    ),
     "lm-large": "It goes on from practice:lm with two layers more, which begin as the identity. ",
     "encoder": "A fifth of a document's tokens is hidden, or the whole of a short completion.",
-    "seq2seq": "Prompts are read and completions said; of a fifth of the documents, hidden spans are restored (`<extra_id_0>` to 31).",
+    "seq2seq": (
+        "Prompts are read and completions said; of a fifth of the documents, hidden spans are restored"
+        " (`<extra_id_0>` to 31)."
+    ),
 }
 
-WEIGHED = "Windows of 512 tokens of whole documents; a token of what is asked counts a fifth in the loss of one that is said."
+WEIGHED = (
+    "Windows of 512 tokens of whole documents; a token of what is asked counts a fifth in the loss of one"
+    " that is said."
+)
 
 SPLITS = ("validation", "test", "ood", "new_test")
 WHAT = {
@@ -107,7 +128,10 @@ def card(name: str, model, rounds: list[dict], numbers: dict[str, dict[str, floa
         task=task,
         decoding=decoding,
         how=HOW.get(name, "") + (WEIGHED if config.model_type == "llama" else ""),
-        shape=f"{config.model_type.capitalize()}, {layers}{f' + {layers_of_decoder}' * bool(layers_of_decoder)} layers of width {config.hidden_size}",
+        shape=(
+            f"{config.model_type.capitalize()}, {layers}{f' + {layers_of_decoder}' * bool(layers_of_decoder)}"
+            f" layers of width {config.hidden_size}"
+        ),
         parameters=model.num_parameters() / 1e6,
         commands="\n".join(_commands(name, rounds)),
         steps=sum(part["steps"] for part in rounds),
@@ -119,7 +143,9 @@ def card(name: str, model, rounds: list[dict], numbers: dict[str, dict[str, floa
         rows=rows,
         table=_table(numbers),
         kinds=_kinds(numbers),
-        asked=", ".join(f"{kind} {_percent(share)}" for kind, share in sorted(numbers["chat/instruct_test"].items())),
+        asked=", ".join(
+            f"{kind} {_percent(share)}" for kind, share in sorted(numbers["chat/instruct_test"].items())
+        ),
         weak=_weak(numbers),
     )
 

@@ -41,7 +41,10 @@ CHAT_TEMPLATE = """\
 def parts(row: dict) -> list[tuple[str, bool]]:
     """A row as pretraining text, without the start token, in parts: (text, is it what the model should say)."""
     if "messages" in row:  # what the chat template renders
-        turns = [(ROLES[turn["role"]], turn["content"] + END, turn["role"] == "assistant") for turn in row["messages"]]
+        turns = [
+            (ROLES[turn["role"]], turn["content"] + END, turn["role"] == "assistant")
+            for turn in row["messages"]
+        ]
         return [part for role, content, said in turns for part in ((role, False), (content, said))]
     return [(row["prompt"], False), (row["completion"] + END, True)]
 
@@ -69,7 +72,9 @@ def train_tokenizer(vocabulary: int = 1536, rows_per_world: int = 3000, seed: in
     tokenizer.post_processor = processors.Sequence(
         [
             processors.ByteLevel(trim_offsets=False),
-            processors.TemplateProcessing(single=f"{START} $A", pair=f"{START} $A $B:1", special_tokens=[(START, start)]),
+            processors.TemplateProcessing(
+                single=f"{START} $A", pair=f"{START} $A $B:1", special_tokens=[(START, start)]
+            ),
         ]
     )
     return tokenizer
@@ -84,16 +89,23 @@ def _plain_texts(rows_per_world: int, seed: int) -> Iterator[str]:
                 yield row["prompt"] + row["completion"]
 
 
-CHAT_SHARES = {"chat/instruct": 0.45, "chat/train": 0.15}  # of what practice:chat reads; the rest is what every model reads
+# of what practice:chat reads; the rest is what every model reads
+CHAT_SHARES = {"chat/instruct": 0.45, "chat/train": 0.15}
 
 
 def corpus(
-    tokenizer_file: Path, tokens: int, length: int, seed: int, shares: dict[str, float] | None = None, processes: int = 2
+    tokenizer_file: Path,
+    tokens: int,
+    length: int,
+    seed: int,
+    shares: dict[str, float] | None = None,
+    processes: int = 2,
 ) -> np.ndarray:
     """About `tokens` tokens of whole documents in windows [windows, length + 1], in random order.
 
-    A token t of what is asked, not said, is written ~t: prompts are mostly chance, and count less in the loss.
-    shares: of "world/split" in the text; what they leave is the train splits of all worlds by their own shares.
+    A token t of what is asked, not said, is written ~t: prompts are mostly chance, and count less in the
+    loss. shares: of "world/split" in the text; what they leave is the train splits of all worlds by their own
+    shares.
     """
     parts = max(1, round(tokens / 1_000_000))
     jobs = [(str(tokenizer_file), tokens // parts, length, f"{seed}/{part}", shares) for part in range(parts)]
@@ -123,7 +135,9 @@ def halves(row: dict) -> tuple[str, str]:
     return document({"messages": before}) + ROLES["assistant"], last["content"] + END
 
 
-def _part(tokenizer_file: str, tokens: int, length: int, seed: str, shares: dict[str, float] | None) -> np.ndarray:
+def _part(
+    tokenizer_file: str, tokens: int, length: int, seed: str, shares: dict[str, float] | None
+) -> np.ndarray:
     tokenizer = Tokenizer.from_file(tokenizer_file)
     pad = tokenizer.get_vocab()[PAD]
     rest = 1 - sum((shares or {}).values())

@@ -1,7 +1,8 @@
 """Pretraining a small BERT: gaps of a document are filled from both sides.
 
-A document is a row of its own, so that the first token stands first, as a classifier reads it. Of half the documents
-with a short completion the whole completion is hidden, as a cloze row hides it; of all others a fifth of the tokens.
+A document is a row of its own, so that the first token stands first, as a classifier reads it. Of half the
+documents with a short completion the whole completion is hidden, as a cloze row hides it; of all others a
+fifth of the tokens.
 """
 
 from collections.abc import Callable
@@ -15,24 +16,36 @@ from transformers import BertConfig, BertForMaskedLM
 ASKED = 0.2  # weight of a prompt's token in the loss, of a completion's it is 1: prompts are mostly chance
 SHORT = 8  # tokens of a completion that is hidden whole
 WHOLE = 0.8  # how often
-HIDDEN, MASKED, RANDOM = 0.2, 0.8, 0.1  # share of tokens asked; of these replaced by the mask token, by a random one
+# share of tokens asked; of these replaced by the mask token, by a random one
+HIDDEN, MASKED, RANDOM = 0.2, 0.8, 0.1
 
 
 def build(tokenizer, hidden: int, layers: int, heads: int, intermediate: int, seed: int) -> BertForMaskedLM:
     torch.manual_seed(seed)
     config = BertConfig(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        max_position_embeddings=512, type_vocab_size=1, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        initializer_range=0.5 * hidden**-0.5, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=512,
+        type_vocab_size=1,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.5 * hidden**-0.5,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+    )
     return BertForMaskedLM(config).bfloat16()
 
 
 def loss_of(
     model, tokenizer, documents: list[tuple[list[int], list[int]]], batch: int = 24, seed: int = 0
 ) -> Callable[[int], tuple[Tensor, int]]:
-    """documents: (prompt ids, completion ids), in the order they are read; batches are of documents of like length."""
+    """documents: (prompt ids, completion ids), in the order they are read; batches are of documents of like
+    length.
+    """
     ordered = by_length(documents, batch, seed)
 
     def loss(step: int) -> tuple[Tensor, int]:
@@ -62,8 +75,12 @@ def loss_of(
     return loss
 
 
-def by_length(documents: list[tuple[list[int], list[int]]], batch: int, seed: int, pool: int = 64) -> list[np.ndarray]:
-    """Batches of documents of like length, out of pools of consecutive ones; the batches of a pool in random order."""
+def by_length(
+    documents: list[tuple[list[int], list[int]]], batch: int, seed: int, pool: int = 64
+) -> list[np.ndarray]:
+    """Batches of documents of like length, out of pools of consecutive ones; the batches of a pool in random
+    order.
+    """
     draw, out = np.random.default_rng(seed), []
     sizes = np.array([len(p) + len(c) for p, c in documents])
     for first in range(0, len(documents) - batch + 1, batch * pool):

@@ -25,7 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 WARM_UP_STEPS = 100
-INNER = re.compile(r"\b(layers?|block)\.\d+\.(?!.*bias)")  # matrices inside the layers of a Llama, a BERT or a T5
+# matrices inside the layers of a Llama, a BERT or a T5
+INNER = re.compile(r"\b(layers?|block)\.\d+\.(?!.*bias)")
 QUERY = re.compile(r"Attention\.q\.weight$")  # of a T5
 DECAY_SHARE = 0.25
 KEEP_EVERY = 100  # steps
@@ -103,7 +104,9 @@ def build(tokenizer, hidden: int, layers: int, heads: int, intermediate: int, se
 
 
 def deepened(model: LlamaForCausalLM, after: Collection[int] = (1, 3)) -> LlamaForCausalLM:
-    """The same network with more layers: behind each of `after` a copy of it that starts as the identity (as in LLaMA Pro)."""
+    """The same network with more layers: behind each of `after` a copy of it that starts as the identity (as
+    in LLaMA Pro).
+    """
     config = copy.deepcopy(model.config)
     config.num_hidden_layers += len(after)
     bigger = LlamaForCausalLM(config).train()
@@ -128,18 +131,22 @@ class MuonAdam:
         self.rest = []
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and INNER.search(name):
-                # T5 leaves the root of the head's size out of its attention and in its queries' weights. An update as large as
-                # other matrices get hardens such attention in some hundred steps, and then it reads no more.
+                # T5 leaves the root of the head's size out of its attention and in its queries' weights. An
+                # update as large as other matrices get hardens such attention in some hundred steps, and then
+                # it reads no more.
                 rate = float(cast(Any, model).config.d_kv) ** -0.5 if QUERY.search(name) else 1.0
                 alike.setdefault((parameter.shape, rate), []).append(parameter)
             else:
                 self.rest.append(parameter)
-        self.groups, self.rates = [], [rate for _, rate in alike]  # (matrices of one shape and rate, their masters, their momentum)
+        # (matrices of one shape and rate, their masters, their momentum)
+        self.groups, self.rates = [], [rate for _, rate in alike]
         for matrices in alike.values():
             masters = torch.stack([matrix.detach().float() for matrix in matrices])
             self.groups.append((matrices, masters, torch.zeros_like(masters)))
         self.masters = [parameter.detach().float().clone() for parameter in self.rest]
-        self.adam = torch.optim.AdamW(self.masters, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        self.adam = torch.optim.AdamW(
+            self.masters, lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=True
+        )
 
     @torch.no_grad()
     def step(self, scale: float) -> None:
@@ -150,7 +157,9 @@ class MuonAdam:
             momentum.lerp_(gradient, 0.05)
             update = orthogonalise(gradient.lerp(momentum, 0.95))
             wide = max(1.0, masters.shape[1] / masters.shape[2]) ** 0.5
-            masters.mul_(1 - MUON_RATE * scale * WEIGHT_DECAY).add_(update, alpha=-MUON_RATE * scale * wide * rate)
+            masters.mul_(1 - MUON_RATE * scale * WEIGHT_DECAY).add_(
+                update, alpha=-MUON_RATE * scale * wide * rate
+            )
             for matrix, master in zip(matrices, masters, strict=True):
                 matrix.copy_(master)
                 matrix.grad = None
@@ -198,7 +207,9 @@ def learning_rate_scale(step: int, done: float, decay: float) -> float:
     return min(1.0, (step + 1) / WARM_UP_STEPS) * min(1.0, max(0.0, (1 - done) / decay))
 
 
-def causal(model: LlamaForCausalLM, windows: np.ndarray, batch: int = 8) -> Callable[[int], tuple[Tensor, int]]:
+def causal(
+    model: LlamaForCausalLM, windows: np.ndarray, batch: int = 8
+) -> Callable[[int], tuple[Tensor, int]]:
     """The loss of a step on windows [n, length + 1], a batch of them at a time, and the tokens it reads."""
     causal_mask(windows.shape[1] - 1)
     model.set_attn_implementation("practice_pretraining")
@@ -216,13 +227,15 @@ def pretrain(
     loss_of: Callable[[int], tuple[Tensor, int]],  # step -> its loss, and the tokens it read
     minutes: float,
     steps: int | None = None,
-    kept: Path | None = None,  # a file in which the state is kept every KEEP_EVERY steps; where it is there, training goes on from it
+    # a file in which the state is kept every KEEP_EVERY steps; where it is there, training goes on from it
+    kept: Path | None = None,
     peak: float = 1.0,  # of the learning rates: less for a short round that goes on from a finished model
     decay: float = DECAY_SHARE,  # of the run, at its end, in which they fall to zero
     tell: Callable[[str], None] = print,
     look: Callable[[], str] | None = None,
     look_every: float = 3.0,
-    weak: Mapping[int, Callable[[], None]] | None = None,  # step -> what is called after it, to keep the model as it is then
+    # step -> what is called after it, to keep the model as it is then
+    weak: Mapping[int, Callable[[], None]] | None = None,
 ) -> dict:
     """Train for so many minutes, or exactly `steps` steps. Returns what it took.
 
@@ -252,7 +265,9 @@ def pretrain(
             weak[step]()
         if kept and step % KEEP_EVERY == 0:
             progress = json.dumps([seconds, step, tokens, recent[-50:]])
-            save_file(optimizer.state(), str(beside := kept.with_suffix(".new")), metadata={"progress": progress})
+            save_file(
+                optimizer.state(), str(beside := kept.with_suffix(".new")), metadata={"progress": progress}
+            )
             beside.replace(kept)  # killed while writing, the one before is whole
         if seconds - told > 60 * look_every:
             told, recent = seconds, recent[-50:]
@@ -269,7 +284,9 @@ def pretrain(
 
 
 def _loss(model: LlamaForCausalLM, body: Callable, ids: Tensor) -> Tensor:
-    """Mean loss of windows [batch, length + 1] as the corpus marks them; neither padding nor the start of a document is predicted."""
+    """Mean loss of windows [batch, length + 1] as the corpus marks them; neither padding nor the start of a
+    document is predicted.
+    """
     weight = torch.where(ids[:, 1:] < 0, ASKED, 1.0).flatten()
     ids = torch.where(ids < 0, ~ids, ids)
     labels = ids[:, 1:]

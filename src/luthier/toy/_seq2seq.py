@@ -1,4 +1,6 @@
-"""Pretraining a small T5 on the worlds: a prompt is read and its completion said; of a fifth of the documents, spans are restored."""
+"""Pretraining a small T5 on the worlds: a prompt is read and its completion said; of a fifth of the
+documents, spans are restored.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,19 +14,36 @@ from transformers import T5Config, T5ForConditionalGeneration
 from ._encoder import by_length, padded
 
 SENTINELS = [f"<extra_id_{i}>" for i in range(32)]
-RESTORED, RATE, SPAN = 0.2, 0.15, 3  # share of documents that are restored; of their tokens hidden; tokens of a span on average
+# share of documents that are restored; of their tokens hidden; tokens of a span on average
+RESTORED, RATE, SPAN = 0.2, 0.15, 3
 
 
-def build(tokenizer, hidden: int, layers: int, heads: int, intermediate: int, seed: int) -> T5ForConditionalGeneration:
+def build(
+    tokenizer, hidden: int, layers: int, heads: int, intermediate: int, seed: int
+) -> T5ForConditionalGeneration:
     torch.manual_seed(seed)
     special: dict[str, Any] = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    special |= {"bos_token_id": tokenizer.bos_token_id, "decoder_start_token_id": tokenizer.pad_token_id, "tie_word_embeddings": False}
+    special |= {
+        "bos_token_id": tokenizer.bos_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+        "tie_word_embeddings": False,
+    }
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=hidden, d_kv=hidden // heads, d_ff=intermediate, num_layers=layers, num_decoder_layers=layers,
-        num_heads=heads, dropout_rate=0.0, feed_forward_proj="gated-gelu", initializer_factor=0.5, **special,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        d_model=hidden,
+        d_kv=hidden // heads,
+        d_ff=intermediate,
+        num_layers=layers,
+        num_decoder_layers=layers,
+        num_heads=heads,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        initializer_factor=0.5,
+        **special,
+    )
     model = T5ForConditionalGeneration(config)
-    with torch.no_grad():  # an untied head is drawn as wide as the embeddings: first losses of 43 nats, which take 60 steps to 12
+    # an untied head is drawn as wide as the embeddings: first losses of 43 nats, which take 60 steps to 12
+    with torch.no_grad():
         model.lm_head.weight.mul_(hidden**-0.5)
     return model.bfloat16()
 
@@ -38,16 +57,25 @@ def loss_of(
     def loss(step: int) -> tuple[Tensor, int]:
         some = [documents[i] for i in ordered[step % len(ordered)]]
         draw = np.random.default_rng([seed, step])
-        some = [corrupted(p + c[:-1], sentinels, c[-1], draw) if draw.random() < RESTORED else (p, c) for p, c in some]
+        some = [
+            corrupted(p + c[:-1], sentinels, c[-1], draw) if draw.random() < RESTORED else (p, c)
+            for p, c in some
+        ]
         return said(model, *zip(*some, strict=True)), sum(len(p) + len(c) for p, c in some)
 
     return loss
 
 
-def corrupted(ids: list[int], sentinels: list[int], end: int, draw: np.random.Generator) -> tuple[list[int], list[int]]:
+def corrupted(
+    ids: list[int], sentinels: list[int], end: int, draw: np.random.Generator
+) -> tuple[list[int], list[int]]:
     """Spans of the text, each behind a sentinel, and the text with the sentinels in their places."""
     spans = max(1, min(len(sentinels), round(len(ids) * RATE / SPAN)))
-    starts = sorted(draw.choice(np.arange(1, max(2, len(ids))), size=min(spans, max(1, len(ids) - 1)), replace=False).tolist())
+    starts = sorted(
+        draw.choice(
+            np.arange(1, max(2, len(ids))), size=min(spans, max(1, len(ids) - 1)), replace=False
+        ).tolist()
+    )
     read, hidden, place = [], [], 0
     for k, start in enumerate(starts):
         if start < place:
@@ -63,7 +91,9 @@ def said(model, read: tuple[list[int], ...], completions: tuple[list[int], ...])
     """Mean loss of the completions."""
     pad = model.config.pad_token_id
     ids, labels = padded(list(read), pad), padded(list(completions), pad)
-    begun = torch.cat([labels.new_full((len(labels), 1), model.config.decoder_start_token_id), labels[:, :-1]], 1)
+    begun = torch.cat(
+        [labels.new_full((len(labels), 1), model.config.decoder_start_token_id), labels[:, :-1]], 1
+    )
     mask = torch.zeros_like(ids)
     for r, row in enumerate(read):
         mask[r, : len(row)] = 1

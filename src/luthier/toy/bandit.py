@@ -1,8 +1,10 @@
-"""A bandit on which preference objectives can be watched in seconds, with everything about them known exactly.
+"""A bandit on which preference objectives can be watched in seconds, with everything about them known
+exactly.
 
-One question, many answers (arms) in a line, each with a true reward; a policy that generalises to neighbouring arms. What is
-varied is what the comparison of arXiv:2404.14367 varies: the objective, how often fresh samples are drawn, and how often each
-draw is used. The objectives are the library's own, on the library's own batches.
+One question, many answers (arms) in a line, each with a true reward; a policy that generalises to
+neighbouring arms. What is varied is what the comparison of arXiv:2404.14367 varies: the objective, how often
+fresh samples are drawn, and how often each draw is used. The objectives are the library's own, on the
+library's own batches.
 """
 
 from __future__ import annotations
@@ -14,20 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier.model.batch import collate
 from luthier.clock import Clock
-from luthier.text.render import Encoded
+from luthier.model.batch import collate
 from luthier.model.policy import Roles
+from luthier.text.render import Encoded
 
 
 class Arms(nn.Module):
-    """A policy over arms: logits = base + kernel @ weights, where a kernel wider than an arm makes neighbours alike."""
+    """A policy over arms: logits = base + kernel @ weights, where a kernel wider than an arm makes neighbours
+    alike.
+    """
 
     def __init__(self, base: Tensor, width: float = 0.0):
         """base: [arms] logits of the reference. width: of the kernel, in arms; 0 tells every arm apart."""
         super().__init__()
         place = torch.arange(len(base), dtype=base.dtype)
-        near = (-0.5 * ((place[:, None] - place) / width).square()).exp() if width else torch.eye(len(base), dtype=base.dtype)
+        near = (
+            (-0.5 * ((place[:, None] - place) / width).square()).exp()
+            if width
+            else torch.eye(len(base), dtype=base.dtype)
+        )
         self.base, self.kernel = base, near
         self.weights = nn.Parameter(torch.zeros_like(base))
 
@@ -53,26 +61,41 @@ class Fixed:
 def roles_of(policy: Arms, reference: Tensor | None = None) -> Roles:
     """The two that preference objectives ask. reference: [arms] logits, by default the policy's base."""
     made = Roles.__new__(Roles)
-    made.__dict__ |= {"policy": policy, "clock": Clock(), "reference": Fixed(policy.base if reference is None else reference)}
+    made.__dict__ |= {
+        "policy": policy,
+        "clock": Clock(),
+        "reference": Fixed(policy.base if reference is None else reference),
+    }
     return made
 
 
 def pulled(arms: Sequence[Sequence[int]], reward: Tensor, **columns: Any) -> list[dict]:
     """Rows of arms that were pulled together, scored by their reward."""
     return [
-        {"id": str(i), "prompt": [0], "completions": [[a] for a in row], "scores": [float(reward[a]) for a in row], **columns}
+        {
+            "id": str(i),
+            "prompt": [0],
+            "completions": [[a] for a in row],
+            "scores": [float(reward[a]) for a in row],
+            **columns,
+        }
         for i, row in enumerate(arms)
     ]
 
 
 def batch_of(rows: Sequence[dict]):
-    return collate(rows, lambda row: Encoded(row["prompt"], row["completions"], [[True] for _ in row["completions"]]))
+    return collate(
+        rows, lambda row: Encoded(row["prompt"], row["completions"], [[True] for _ in row["completions"]])
+    )
 
 
 def average(objective: Any, roles: Any, rows: Sequence[dict]) -> Tensor:
     """What the training loop makes of an objective on these rows."""
     batch = batch_of(rows)
-    return sum((w * o.loss(roles, batch).sum() / (o.divisor(batch) or 1) for w, o in objective.terms()), torch.zeros(()))
+    return sum(
+        (w * o.loss(roles, batch).sum() / (o.divisor(batch) or 1) for w, o in objective.terms()),
+        torch.zeros(()),
+    )
 
 
 @dataclass
@@ -81,7 +104,8 @@ class Course:
 
     reward: list[float] = field(default_factory=list)  # expected under the policy
     kl: list[float] = field(default_factory=list)  # to the reference
-    chosen: list[float] = field(default_factory=list)  # mean log-probability of the best of the rows learned from
+    # mean log-probability of the best of the rows learned from
+    chosen: list[float] = field(default_factory=list)
     rejected: list[float] = field(default_factory=list)  # of the worst
     best_arm: list[float] = field(default_factory=list)  # log-probability of the arm of highest reward
     moved: list[float] = field(default_factory=list)  # probability mass that a step relocates
@@ -101,15 +125,17 @@ def study(
     seed: int = 0,
     after: Callable[[Arms], None] | None = None,
 ) -> Course:
-    """Train a policy on its draws. fresh_every: steps between draws from the policy as it is (1 is on-policy); None draws
-    once, from the reference. n: arms pulled together. Gradient by Adam."""
+    """Train a policy on its draws. fresh_every: steps between draws from the policy as it is (1 is
+    on-policy); None draws once, from the reference. n: arms pulled together. Gradient by Adam."""
     policy, told = Arms(base, width), Course()
     roles, rng = roles_of(policy), torch.Generator().manual_seed(seed)
     adam = torch.optim.Adam(policy.parameters(), lr=learning_rate)
     reference, was, data = base.softmax(-1), base.softmax(-1), []
     for step in range(steps):
         if step == 0 or (fresh_every and step % fresh_every == 0):
-            drawn = torch.multinomial(policy.log_policy().detach().exp(), rows * n, True, generator=rng).view(rows, n)
+            drawn = torch.multinomial(policy.log_policy().detach().exp(), rows * n, True, generator=rng).view(
+                rows, n
+            )
             data = pulled([r.tolist() for r in drawn], reward)
         adam.zero_grad()
         loss = average(objective, roles, data)
@@ -117,7 +143,9 @@ def study(
             loss.backward()
             adam.step()
         logp = policy.log_policy().detach()
-        best, worst = ([row["completions"][row["scores"].index(f(row["scores"]))][0] for row in data] for f in (max, min))
+        best, worst = (
+            [row["completions"][row["scores"].index(f(row["scores"]))][0] for row in data] for f in (max, min)
+        )
         told.reward.append(float(logp.exp() @ reward))
         told.kl.append(float((logp.exp() * (logp - reference.log())).sum()))
         told.chosen.append(float(logp[best].mean()))

@@ -1,6 +1,7 @@
 """Make a practice model again.
 
-    python -m luthier.toy.make [--model lm|lm-small|lm-large|chat|encoder|seq2seq] [--minutes 25] [--steps N] [--seed 0] [--start DIR] [--weak STEP ...]
+    python -m luthier.toy.make [--model lm|lm-small|lm-large|chat|encoder|seq2seq] [--minutes 25] [--steps N]
+    [--seed 0] [--start DIR] [--weak STEP ...]
 
 Trains the tokenizer, writes and packs the pretraining text of all worlds, pretrains, measures held-out exact
 match and writes a folder that plain transformers loads, with its card. Needs no network. The text follows
@@ -11,8 +12,8 @@ What was stopped goes on from its last hundred steps when the same command is ru
 `--start` goes on from a model made before: another round of warm-up, constant rate and decay on the text of
 another seed. Give it as long as the first: a short round unlearns more at its high rate than it wins back.
 
-`--weak` keeps the model as it is after these steps, in folders beside its files: with other seeds, a family of weak and strong
-models to ask how a method's gain grows.
+`--weak` keeps the model as it is after these steps, in folders beside its files: with other seeds, a family
+of weak and strong models to ask how a method's gain grows.
 """
 
 import argparse
@@ -29,11 +30,17 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from luthier.compat.malloc import keep_memory
-
 from luthier.tools.doctor import cores
+
 from . import _corpus, _encoder, _pretrain, _seq2seq, path, score
 from ._card import SPLITS, card
 from .worlds import names, rows
@@ -49,7 +56,14 @@ ON = {"chat": "lm", "lm-large": "lm"}  # made of another model, and with its tok
 PEAK = {"chat": 0.25, "lm-large": 0.5, "encoder": 0.3}
 """Of the learning rates: at the full ones, a short round unlearns more than it wins, and a BERT learns little."""
 MINUTES = {"lm": 25.0, "lm-small": 5.0, "encoder": 10.0, "seq2seq": 10.0, "chat": 4.0, "lm-large": 20.0}
-TOKENS_PER_SECOND = {"lm": 24_000, "lm-small": 60_000, "encoder": 20_000, "seq2seq": 20_000, "chat": 24_000, "lm-large": 14_000}
+TOKENS_PER_SECOND = {
+    "lm": 24_000,
+    "lm-small": 60_000,
+    "encoder": 20_000,
+    "seq2seq": 20_000,
+    "chat": 24_000,
+    "lm-large": 14_000,
+}
 """At most, so that text suffices for the time given."""
 LENGTH = 512
 
@@ -67,7 +81,11 @@ def make_tokenizer(name: str, folder: Path, seed: int) -> PreTrainedTokenizerFas
         mask_token=_corpus.MASK,
         additional_special_tokens=list(_corpus.ROLES.values()),
         # What an encoder reads is given its start token by the tokenizer, after the template.
-        chat_template=_corpus.CHAT_TEMPLATE.replace("{{- bos_token }}\n", "") if name == "seq2seq" else _corpus.CHAT_TEMPLATE,
+        chat_template=(
+            _corpus.CHAT_TEMPLATE.replace("{{- bos_token }}\n", "")
+            if name == "seq2seq"
+            else _corpus.CHAT_TEMPLATE
+        ),
         model_max_length=LENGTH,
         padding_side="left" if name not in WITH else "right",
         clean_up_tokenization_spaces=False,
@@ -78,7 +96,15 @@ def make_tokenizer(name: str, folder: Path, seed: int) -> PreTrainedTokenizerFas
     return AutoTokenizer.from_pretrained(folder)
 
 
-def make(name: str, folder: Path, minutes: float, steps: int | None, seed: int, start: Path | None, weak: Sequence[int] = ()) -> None:
+def make(
+    name: str,
+    folder: Path,
+    minutes: float,
+    steps: int | None,
+    seed: int,
+    start: Path | None,
+    weak: Sequence[int] = (),
+) -> None:
     """Make one model into a folder, telling what happens; `rounds.json` there keeps account of the rounds."""
     torch.set_num_threads(min(2, cores()))
     keep_memory()
@@ -115,13 +141,17 @@ def make(name: str, folder: Path, minutes: float, steps: int | None, seed: int, 
     kept = folder / "training.safetensors"
     early = {step: partial(_save, model, tokenizer, folder / f"step-{step}") for step in weak}
     decay = 1.0 if name in ON else _pretrain.DECAY_SHARE  # a short round falls from its start on
-    took = _pretrain.pretrain(model, loss_of, minutes, steps, kept, PEAK.get(name, 1.0), decay, tell=tell, look=look, weak=early)
+    took = _pretrain.pretrain(
+        model, loss_of, minutes, steps, kept, PEAK.get(name, 1.0), decay, tell=tell, look=look, weak=early
+    )
     model.save_pretrained(folder)
     kept.unlink(missing_ok=True)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     if name != "encoder":
         said = {"decoder_start_token_id": model.config.decoder_start_token_id} if name == "seq2seq" else {}
-        GenerationConfig(**ids, **said, pad_token_id=tokenizer.pad_token_id, max_new_tokens=128).save_pretrained(folder)
+        GenerationConfig(
+            **ids, **said, pad_token_id=tokenizer.pad_token_id, max_new_tokens=128
+        ).save_pretrained(folder)
     rounds.append({"seed": seed, "minutes": minutes, **took})
     (folder / "rounds.json").write_text(json.dumps(rounds, indent=1) + "\n", encoding="utf-8")
     write_probe(folder)
@@ -162,10 +192,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="the folder to write (default: ./practice-MODEL)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="go on from this model, made before")
-    parser.add_argument("--weak", type=int, nargs="*", default=(), metavar="STEP", help="keep the model after these steps as well")
+    parser.add_argument(
+        "--weak",
+        type=int,
+        nargs="*",
+        default=(),
+        metavar="STEP",
+        help="keep the model after these steps as well",
+    )
     given = parser.parse_args()
     folder = given.out or Path(f"practice-{given.model}")
-    make(given.model, folder, given.minutes or MINUTES[given.model], given.steps, given.seed, given.start, given.weak)
+    make(
+        given.model,
+        folder,
+        given.minutes or MINUTES[given.model],
+        given.steps,
+        given.seed,
+        given.start,
+        given.weak,
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """How right a practice model answers in every world: python -m luthier.toy.score MODEL.
 
-If every token of the answer is the most likely one after those before it, greedy decoding writes that answer. So
-thousands of rows take seconds, wherever the right completion is unique. Where it is not (code, SQL) and the answer
-differs, it is written out and run.
+If every token of the answer is the most likely one after those before it, greedy decoding writes that answer.
+So thousands of rows take seconds, wherever the right completion is unique. Where it is not (code, SQL) and
+the answer differs, it is written out and run.
 """
 
 import argparse
@@ -18,13 +18,16 @@ from ._card import SPLITS
 from ._corpus import halves
 from .worlds import find, names, rows
 
-SEVERAL = frozenset({"code", "sql"})  # worlds whose rows can be answered rightly by other texts than their completion
+# worlds whose rows can be answered rightly by other texts than their completion
+SEVERAL = frozenset({"code", "sql"})
 
 
 def tokens_of(row: dict, tokenizer) -> tuple[list[int], list[bool]]:
     """The tokens of a row as a tuned model would see them, and which of them are the model's to write."""
     if "messages" in row:
-        rendered = tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        rendered = tokenizer.apply_chat_template(
+            row["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
         return list(rendered["input_ids"]), [bool(mine) for mine in rendered["assistant_masks"]]
     prompt = tokenizer(row["prompt"])["input_ids"]
     completion = tokenizer(row["completion"], add_special_tokens=False)["input_ids"]
@@ -46,10 +49,13 @@ def load(folder):
 def is_exact(model, tokenizer, some_rows: list[dict], batch_size: int = 64) -> list[bool]:
     """For each row: would greedy decoding write exactly its completion (or its assistant turns)?
 
-    An encoder fills all of a completion's places at once; an encoder-decoder says the last turn of a conversation.
+    An encoder fills all of a completion's places at once; an encoder-decoder says the last turn of a
+    conversation.
     """
     ask: Any = {"bert": _filled, "t5": _said}.get(model.config.model_type, _continued)
-    encoded: list[Any] = [(_halves if ask is not _continued else tokens_of)(row, tokenizer) for row in some_rows]
+    encoded: list[Any] = [
+        (_halves if ask is not _continued else tokens_of)(row, tokenizer) for row in some_rows
+    ]
     order = sorted(range(len(some_rows)), key=lambda i: len(encoded[i][0]) + len(encoded[i][1]))
     exact = [False] * len(some_rows)
     for start in range(0, len(order), batch_size):
@@ -77,7 +83,9 @@ def _filled(model, tokenizer, some: list[tuple[list[int], list[int]]]) -> torch.
     labels = _padded([[-100] * len(p) + c[:-1] + [-100] for p, c in some], -100)
     ids = _padded([p + c for p, c in some], tokenizer.pad_token_id)
     mask = _padded([[1] * (len(p) + len(c)) for p, c in some], 0)
-    guess = model(input_ids=ids.masked_fill(labels >= 0, tokenizer.mask_token_id), attention_mask=mask).logits.argmax(-1)
+    guess = model(
+        input_ids=ids.masked_fill(labels >= 0, tokenizer.mask_token_id), attention_mask=mask
+    ).logits.argmax(-1)
     return ((guess == labels) | (labels < 0)).all(1)
 
 
@@ -86,7 +94,9 @@ def _said(model, tokenizer, some: list[tuple[list[int], list[int]]]) -> torch.Te
     mask = _padded([[1] * len(p) for p, _ in some], 0)
     begun = torch.full((len(some), 1), model.config.decoder_start_token_id)
     begun = torch.cat([begun, labels[:, :-1].clamp(min=0)], 1)
-    guess = model(input_ids=ids, attention_mask=mask, decoder_input_ids=begun, use_cache=False).logits.argmax(-1)
+    guess = model(input_ids=ids, attention_mask=mask, decoder_input_ids=begun, use_cache=False).logits.argmax(
+        -1
+    )
     return ((guess == labels) | (labels < 0)).all(1)
 
 
@@ -96,17 +106,27 @@ def _padded(rows: list[list], fill) -> torch.Tensor:
 
 
 def is_right(model, tokenizer, some_rows: list[dict]) -> list[bool]:
-    """Exact, or where other texts can be right too (SEVERAL): what is written instead is run, and does the same."""
+    """Exact, or where other texts can be right too (SEVERAL): what is written instead is run, and does the
+    same.
+    """
     right = is_exact(model, tokenizer, some_rows)
     if model.config.model_type != "bert":
-        left = [i for i, row in enumerate(some_rows) if not right[i] and row.get("world") in SEVERAL and "completion" in row]
-        for i, text in zip(left, written(model, tokenizer, [some_rows[i]["prompt"] for i in left]), strict=True):
+        left = [
+            i
+            for i, row in enumerate(some_rows)
+            if not right[i] and row.get("world") in SEVERAL and "completion" in row
+        ]
+        for i, text in zip(
+            left, written(model, tokenizer, [some_rows[i]["prompt"] for i in left]), strict=True
+        ):
             right[i] = verify(some_rows[i], text) == 1.0
     return right
 
 
 @torch.no_grad()
-def written(model, tokenizer, prompts: list[str], batch_size: int = 64, max_new_tokens: int = 96) -> list[str]:
+def written(
+    model, tokenizer, prompts: list[str], batch_size: int = 64, max_new_tokens: int = 96
+) -> list[str]:
     """Greedy answers to raw prompts."""
     texts: list[str] = []
     for start in range(0, len(prompts), batch_size):
@@ -131,7 +151,9 @@ def exact_share(model, tokenizer, some_rows: list[dict]) -> dict[str, float]:
     return right_share(model, tokenizer, some_rows, is_exact)
 
 
-def measure(model, tokenizer, n: int, splits: tuple[str, ...], judge: Callable = right_share) -> dict[str, dict[str, float]]:
+def measure(
+    model, tokenizer, n: int, splits: tuple[str, ...], judge: Callable = right_share
+) -> dict[str, dict[str, float]]:
     """The share of right rows by "world/split" on n rows each, as {kind or "all": share}."""
     model.eval()
     found = {}
@@ -148,7 +170,9 @@ def main() -> None:
 
     from luthier.storage.store import resolve_model
 
-    parser = argparse.ArgumentParser("luthier.toy.score", description="The share of right answers of a model on every world.")
+    parser = argparse.ArgumentParser(
+        "luthier.toy.score", description="The share of right answers of a model on every world."
+    )
     parser.add_argument("model", help="practice:NAME or a folder")
     parser.add_argument("-n", type=int, default=100, help="rows of each split")
     given = parser.parse_args()
@@ -156,7 +180,13 @@ def main() -> None:
     numbers = measure(load(folder), AutoTokenizer.from_pretrained(folder), given.n, SPLITS)
     print(f"{'world':16}" + "".join(f"{split:>12}" for split in SPLITS))
     for world in names():
-        print(f"{world:16}" + "".join(f"{numbers[f'{world}/{s}']['all']:12.0%}" if f"{world}/{s}" in numbers else " " * 12 for s in SPLITS))
+        print(
+            f"{world:16}"
+            + "".join(
+                f"{numbers[f'{world}/{s}']['all']:12.0%}" if f"{world}/{s}" in numbers else " " * 12
+                for s in SPLITS
+            )
+        )
     print(f"{len(numbers) * given.n} rows in {time.perf_counter() - began:.0f} s")
 
 

@@ -1,9 +1,10 @@
-"""Several LoRAs on one frozen base, read in one pass: the base's products are made once for the rows of all members.
+"""Several LoRAs on one frozen base, read in one pass: the base's products are made once for the rows of all
+members.
 
-Every member has a network of its own, which shares its weights with the others' (`shell`), so whatever a run does with its
-network it can do here. Rows of one member stand behind those of another; a tuned layer adds to each stretch what that
-member's adapter says of it. Reading each member by itself is the plain twin. The two differ by the rounding of matrix
-libraries, which may sum a row otherwise in a larger product.
+Every member has a network of its own, which shares its weights with the others' (`shell`), so whatever a run
+does with its network it can do here. Rows of one member stand behind those of another; a tuned layer adds to
+each stretch what that member's adapter says of it. Reading each member by itself is the plain twin. The two
+differ by the rounding of matrix libraries, which may sum a row otherwise in a larger product.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from luthier.model.outputs import Outputs
-from luthier.methods.architectures.text.causal import ENDLESS, Causal
-from luthier.model.batch import Batch
 from luthier.kernels.layout import joined, lay_out
 from luthier.kernels.lora import linears, update
+from luthier.methods.architectures.text.causal import ENDLESS, Causal
+from luthier.model.batch import Batch
+from luthier.model.outputs import Outputs
 from luthier.model.policy import Policy
 
 if TYPE_CHECKING:
@@ -45,20 +46,30 @@ def apart(policies: Sequence[Policy]) -> str | None:
         return "rows are not read as one packed row, attention in blocks"
     for p in policies:
         own = p.attached
-        if not isinstance(own, OnLora) or own.settings.subtracts or not all(type(m) is QuickLinear for m in own.layers.values()):
+        if (
+            not isinstance(own, OnLora)
+            or own.settings.subtracts
+            or not all(type(m) is QuickLinear for m in own.layers.values())
+        ):
             return f"tuner '{own.settings.name}' is more than LoRA on linear layers"
-        if {s.name for s in own.every_site()} - own.layers.keys() or any(m.lora_variant for m in own.layers.values()):
+        if {s.name for s in own.every_site()} - own.layers.keys() or any(
+            m.lora_variant for m in own.layers.values()
+        ):
             return "more moves than A and B"
         if p.model.get_output_embeddings() in own.layers.values():
             return "a head is tuned"
-    if any(isinstance(m, nn.Dropout) and m.p for p in policies for m in p.model.modules()) or _drops(model.config.get_text_config()):
+    if any(isinstance(m, nn.Dropout) and m.p for p in policies for m in p.model.modules()) or _drops(
+        model.config.get_text_config()
+    ):
         return "dropout would be drawn otherwise"
     weights = [[w.data_ptr() for n, w in p.model.named_parameters() if ".lora_" not in n] for p in policies]
     return None if all(w == weights[0] for w in weights) else "their networks do not share their weights"
 
 
 def _drops(config: Any) -> bool:
-    return any(getattr(config, n, 0) for n in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"))
+    return any(
+        getattr(config, n, 0) for n in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+    )
 
 
 def read(policies: Sequence[Policy], batches: Sequence[Batch]) -> list[Outputs]:
@@ -70,7 +81,11 @@ def read(policies: Sequence[Policy], batches: Sequence[Batch]) -> list[Outputs]:
     layout = joined(layouts, [len(b.ids) for b in batches])
     ids = torch.cat([b.ids for b in batches])
     asked, labels = torch.cat([b.supervised for b in batches]), torch.cat([b.labels for b in batches])
-    inputs = {"input_ids": ids[layout.source], "attention_mask": arch.planned(model, layout), "position_ids": layout.position}
+    inputs = {
+        "input_ids": ids[layout.source],
+        "attention_mask": arch.planned(model, layout),
+        "position_ids": layout.position,
+    }
     known = _known(policies, batches)
     with side_by_side(policies, [x.source.shape[1] for x in layouts]), known(layout):
         said = arch.answer(model, inputs, layout.at[asked], labels[asked])
@@ -80,7 +95,9 @@ def read(policies: Sequence[Policy], batches: Sequence[Batch]) -> list[Outputs]:
 
 
 def _known(policies: Sequence[Policy], batches: Sequence[Batch]) -> Any:
-    """Lower layers that none of the members moves rest, where what they say of these rows is kept (kernels/frozen.py)."""
+    """Lower layers that none of the members moves rest, where what they say of these rows is kept
+    (kernels/frozen.py).
+    """
     kept = [p.attached.frozen for p in policies]
     if any(k is None or k.first != kept[0].first for k in kept):
         return lambda layout: nullcontext()
@@ -113,7 +130,10 @@ def _together(base: Any, parts: Sequence[Any], sizes: Sequence[int]) -> Any:
         live = [list(layer.active_adapters) if layer is not None else [] for layer in parts]
         if max(map(len, live)) < 2 and is_matrix(base, x):
             pairs = zip(parts, live, strict=True)
-            own = [(*layer._factors(names[0]), layer.scaling[names[0]]) if names else None for layer, names in pairs]
+            own = [
+                (*layer._factors(names[0]), layer.scaling[names[0]]) if names else None
+                for layer, names in pairs
+            ]
             return linears(x, oriented(base), base.bias, own, sizes)
         y = base(x)
         said = []

@@ -1,8 +1,10 @@
-"""Several LoRA runs on one frozen base in one process: the base is loaded once, rows are tokens once, a reference answers once.
+"""Several LoRA runs on one frozen base in one process: the base is loaded once, rows are tokens once, a
+reference answers once.
 
-Steps are made in one pass over the base for all members (kernels/fleet.py) or one after the other, whichever a short
-measurement on the first steps finds faster: both do the same work, so nothing is lost by trying. Every member keeps its own
-seed, rows, optimizer, checkpoints and folder, and ends as its own run would, up to rounding.
+Steps are made in one pass over the base for all members (kernels/fleet.py) or one after the other, whichever
+a short measurement on the first steps finds faster: both do the same work, so nothing is lost by trying.
+Every member keeps its own seed, rows, optimizer, checkpoints and folder, and ends as its own run would, up to
+rounding.
 
 python -m luthier.train.batched_lora RUNS.json: a list of [recipe, folder], as `luthier compare` starts it.
 """
@@ -21,15 +23,26 @@ from typing import Any
 
 import torch
 
-from luthier.train import checks as guards, memory
-from luthier.model.outputs import Outputs
 from luthier.methods.estimators.first_order.backprop import Backprop
+from luthier.model.outputs import Outputs
+from luthier.recipe.recipe import Recipe
 from luthier.run.folder import on_disk
 from luthier.train import batched_forward as fleet
+from luthier.train import checks as guards
+from luthier.train import memory
 from luthier.train.trainer import Fit
-from luthier.recipe.recipe import Recipe
 
-OWN = ("seed", "learning_rate", "lr_scheduler_type", "warmup_steps", "tuner", "output_dir", "save_steps", "logging_steps")  # may differ
+# may differ
+OWN = (
+    "seed",
+    "learning_rate",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "tuner",
+    "output_dir",
+    "save_steps",
+    "logging_steps",
+)
 TRIED = 3  # steps each way before one is chosen; the first of each only warms up
 
 
@@ -37,7 +50,13 @@ def alike(recipe: Recipe) -> str | None:
     """What recipes must have in common to run side by side; None where a recipe must run alone."""
     said = recipe.public()
     tuner = said["tuner"] if isinstance(said["tuner"], dict) else {"name": said["tuner"]}
-    if tuner.get("name") != "lora" or recipe.plan is not None or recipe.live or recipe.stages or recipe.start is not None:
+    if (
+        tuner.get("name") != "lora"
+        or recipe.plan is not None
+        or recipe.live
+        or recipe.stages
+        or recipe.start is not None
+    ):
         return None
     if recipe.quantization is not None or recipe.objective is None:
         return None
@@ -51,7 +70,8 @@ class Fleet:
     fits: Sequence[Fit]
     tell: Callable[[str], None] = print
     why: str | None = None  # why their steps are made one after the other
-    seconds: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})  # a token, in one pass or not
+    # a token, in one pass or not
+    seconds: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
 
     def __post_init__(self):
         if any(type(f.estimator) is not Backprop for f in self.fits):
@@ -62,7 +82,10 @@ class Fleet:
 
     def run(self, until: Sequence[int | None] | None = None) -> None:
         """Step every member to its end, or to its `until`. Those that are behind (after a stop) go first."""
-        ends = [min(f.roles.clock.total, u or f.roles.clock.total) for f, u in zip(self.fits, until or [None] * len(self.fits), strict=True)]
+        ends = [
+            min(f.roles.clock.total, u or f.roles.clock.total)
+            for f, u in zip(self.fits, until or [None] * len(self.fits), strict=True)
+        ]
         while live := [f for f, end in zip(self.fits, ends, strict=True) if f.roles.clock.step < end]:
             now = min(f.roles.clock.step for f in live)
             self.step([f for f in live if f.roles.clock.step == now])
@@ -84,7 +107,9 @@ class Fleet:
             self.tell("out of memory: steps are made one after the other from here on; results do not change")
             logs = [f.step() for f in fits]
         if self.why is None and len(fits) == len(self.fits):
-            self.seconds[whole].append((time.perf_counter() - began) / max(1, sum(log["tokens"] for log in logs)))
+            self.seconds[whole].append(
+                (time.perf_counter() - began) / max(1, sum(log["tokens"] for log in logs))
+            )
             self.told()
         for f, log in zip(fits, logs, strict=True):
             f.roles.clock.step += 1
@@ -103,10 +128,15 @@ class Fleet:
         if sorted(done) == [TRIED, TRIED]:
             one, each = (1e6 * statistics.median(self.seconds[way][1:]) for way in (True, False))
             way = "in one pass" if one < each else "one after the other"
-            self.tell(f"{len(self.fits)} runs step {way}: {one:.0f} µs a token in one pass, {each:.0f} one after the other")
+            self.tell(
+                f"{len(self.fits)} runs step {way}: {one:.0f} µs a token in one pass, {each:.0f} one after"
+                " the other"
+            )
 
     def together(self, fits: Sequence[Fit]) -> list[dict]:
-        """The step of all in one pass: each member's loss starts from its own states, and one backward takes all of them down."""
+        """The step of all in one pass: each member's loss starts from its own states, and one backward takes
+        all of them down.
+        """
         began = time.perf_counter()
         for f in fits:
             f.prepare()
@@ -139,11 +169,18 @@ def perform(runs: Sequence[tuple[Recipe, Path]], watch: Any = None, until: float
 
     watch = watch or Quiet()
     with ExitStack() as stack:
-        every = [stack.enter_context(opened(on_disk(r, folder), folder, Quiet(), until=until)) for r, folder in runs]
+        every = [
+            stack.enter_context(opened(on_disk(r, folder), folder, Quiet(), until=until))
+            for r, folder in runs
+        ]
         live = [r for r in every if not isinstance(r, Report)]
         if live:
             first = live[0]
-            shared = Shared(*load_model(first.recipe, first.parts, first.parts.architecture.fit_to(first.data.rows), first.folder))
+            shared = Shared(
+                *load_model(
+                    first.recipe, first.parts, first.parts.architecture.fit_to(first.data.rows), first.folder
+                )
+            )
             for r in live:
                 r.shared = shared
                 r.ready()
@@ -156,7 +193,9 @@ def perform(runs: Sequence[tuple[Recipe, Path]], watch: Any = None, until: float
             crew = Fleet([r.fit for r in live], tell)
             needs, have = [r.need.total if r.need else 0 for r in live], memory.free(first.roles.device)
             if have and sum(needs) > memory.SURE * have:
-                crew.why = crew.why or f"one pass would take {memory.gb(sum(needs))} and {memory.gb(have)} are free"
+                crew.why = (
+                    crew.why or f"one pass would take {memory.gb(sum(needs))} and {memory.gb(have)} are free"
+                )
             if crew.why:
                 crew.tell(f"{len(live)} runs share one base and step one after the other: {crew.why}")
             crew.run([r.every(until) or None for r in live])
@@ -171,7 +210,9 @@ def perform(runs: Sequence[tuple[Recipe, Path]], watch: Any = None, until: float
 def _share_frozen(fits: Sequence[Fit]) -> None:
     """One file for what the lower layers say, where all members leave the same ones alone."""
     kept = [f.roles.policy.attached.frozen for f in fits]
-    if kept[0] is None or any(k is None or (k.first, k.table.dtype) != (kept[0].first, kept[0].table.dtype) for k in kept):
+    if kept[0] is None or any(
+        k is None or (k.first, k.table.dtype) != (kept[0].first, kept[0].table.dtype) for k in kept
+    ):
         return
     for f, own in zip(fits[1:], kept[1:], strict=True):
         own.close()

@@ -1,4 +1,6 @@
-"""What must never fail in silence. Every guard raises, or tells, one sentence; docs/troubleshooting.md explains each."""
+"""What must never fail in silence. Every guard raises, or tells, one sentence; docs/troubleshooting.md
+explains each.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from luthier.model.batch import Batch
-from luthier.kernels import elementwise
 from luthier.errors import RecipeError
+from luthier.kernels import elementwise
 from luthier.methods.quantizers._base import numbers
+from luthier.model.batch import Batch
 from luthier.model.policy import resting
 
 TOO_BIG = (
-    "out of memory: what was saved before is intact. Lower per_device_train_batch_size (raise gradient_accumulation_steps for "
-    "the same result) or max_length, set gradient_checkpointing, or take a tuner that moves less"
+    "out of memory: what was saved before is intact. Lower per_device_train_batch_size (raise"
+    " gradient_accumulation_steps for the same result) or max_length, set gradient_checkpointing, or take a"
+    " tuner that moves less"
 )
 
 
@@ -39,7 +42,10 @@ def something_to_learn(batches: int, supervised: float, tokens: float) -> None:
     if not batches:
         raise Refused("there are no rows left to train on")
     if not supervised:
-        raise Refused(f"no token of {tokens:.0f} is supervised: nothing would be learned (are all completions masked or cut off?)")
+        raise Refused(
+            f"no token of {tokens:.0f} is supervised: nothing would be learned (are all completions masked or"
+            " cut off?)"
+        )
 
 
 def finite(values: torch.Tensor, name: str, step: int, batch: Batch) -> None:
@@ -47,34 +53,46 @@ def finite(values: torch.Tensor, name: str, step: int, batch: Batch) -> None:
     if bool(values.isfinite().all()):
         return
     raise Refused(
-        f"the loss of '{name}' is not finite at step {step}, on rows {', '.join(str(r['id']) for r in batch.rows[:8])}; "
-        "nothing of this step was applied. Look at these rows, or lower learning_rate"
+        f"the loss of '{name}' is not finite at step {step}, on rows"
+        f" {', '.join(str(r['id']) for r in batch.rows[:8])}; nothing of this step was applied. Look at these"
+        " rows, or lower learning_rate"
     )
 
 
 def right_count(values: torch.Tensor, objective: Any, batch: Batch) -> None:
     """An objective must give one number per unit."""
     if values.shape != (objective.count(batch),):
-        raise RuntimeError(f"objective '{objective.name}' gave {tuple(values.shape)} for {objective.count(batch)} {objective.unit}s")
+        raise RuntimeError(
+            f"objective '{objective.name}' gave {tuple(values.shape)} for {objective.count(batch)}"
+            f" {objective.unit}s"
+        )
 
 
 def gradient_arrives(attached: Any, may_be_zero: bool) -> None:
-    """After the first backward: a gradient must have reached what moves. Samples of equal reward may give zeros."""
+    """After the first backward: a gradient must have reached what moves. Samples of equal reward may give
+    zeros.
+    """
     sites = attached.sites()
-    reached = [p.grad is not None and (may_be_zero or bool(p.grad.any())) for s in sites for p in s.slots.values()]
+    reached = [
+        p.grad is not None and (may_be_zero or bool(p.grad.any())) for s in sites for p in s.slots.values()
+    ]
     if not any(reached):
         raise Refused(
-            f"no gradient reaches any of the {len(reached)} tensors that tuner '{attached.settings.name}' moves: nothing would be learned"
+            f"no gradient reaches any of the {len(reached)} tensors that tuner '{attached.settings.name}'"
+            " moves: nothing would be learned"
         )
 
 
 def tolerance(model: nn.Module) -> float:
-    """How far log-probabilities of two right ways of reading lie apart on average, by rounding: in the network's precision."""
+    """How far log-probabilities of two right ways of reading lie apart on average, by rounding: in the
+    network's precision.
+    """
     return {torch.float32: 2e-4, torch.float16: 0.02}.get(next(model.parameters()).dtype, 0.1)
 
 
 def same_as_plain(policy: Any, batch: Batch, tell: Callable[[str], None]) -> None:
-    """Compare the fast layout and kernels with the model's own forward on a few rows; fall back loudly where they differ.
+    """Compare the fast layout and kernels with the model's own forward on a few rows; fall back loudly where
+    they differ.
 
     The layout is tried crowded: all sequences side by side, as they come to stand in a large batch.
     """
@@ -87,16 +105,30 @@ def same_as_plain(policy: Any, batch: Batch, tell: Callable[[str], None]) -> Non
         while True:
             arch = policy.architecture
             try:
-                gaps = (arch.crowded().forward(policy.model, policy.attached, batch).said.float() - want).abs()
+                gaps = (
+                    arch.crowded().forward(policy.model, policy.attached, batch).said.float() - want
+                ).abs()
                 mean, most = float(gaps.mean()), float(gaps.max())
                 if mean <= usual and most <= 20 * usual:  # a number that is not finite fails too
                     break
                 reason = f"differs from the model's own forward by {mean:.1e} on average, {most:.1e} at most"
-            except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError, NotImplementedError) as error:
-                reason = f"does not work ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})"
+            except (
+                TypeError,
+                ValueError,
+                RuntimeError,
+                KeyError,
+                IndexError,
+                AttributeError,
+                NotImplementedError,
+            ) as error:
+                reason = (
+                    f"does not work ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]})"
+                )
             simpler = arch.simpler()
             if simpler is None:
-                raise Refused(f"architecture '{arch.name}' cannot read this model: reading {arch.reading} {reason}")
+                raise Refused(
+                    f"architecture '{arch.name}' cannot read this model: reading {arch.reading} {reason}"
+                )
             if failed and failed[-1][1] == reason:
                 failed.pop()
             failed.append((arch.reading, reason))
@@ -106,8 +138,12 @@ def same_as_plain(policy: Any, batch: Batch, tell: Callable[[str], None]) -> Non
         tell(f"reading {reading} {reason}: rows are read {instead} instead, which is slower and right")
 
 
-def _elementwise(policy: Any, batch: Batch, want: torch.Tensor, usual: float, tell: Callable[[str], None]) -> None:
-    """The element-wise kernels by themselves, in the network's own forward. want: [T] what it says without them."""
+def _elementwise(
+    policy: Any, batch: Batch, want: torch.Tensor, usual: float, tell: Callable[[str], None]
+) -> None:
+    """The element-wise kernels by themselves, in the network's own forward. want: [T] what it says without
+    them.
+    """
     if not elementwise.taken(policy.model):
         return
     with elementwise.always():
@@ -116,20 +152,26 @@ def _elementwise(policy: Any, batch: Batch, want: torch.Tensor, usual: float, te
     if not (mean <= usual and most <= 20 * usual):
         elementwise.leave(policy.model)
         tell(
-            f"norms and rotary positions in fewer passes differ from the model's own by {mean:.1e} on average, {most:.1e} at most: "
-            "its own are taken instead, which are slower and right"
+            f"norms and rotary positions in fewer passes differ from the model's own by {mean:.1e} on"
+            f" average, {most:.1e} at most: its own are taken instead, which are slower and right"
         )
 
 
 def out_of_memory(error: BaseException) -> bool:
     """Is this the way torch says that memory has run out?"""
-    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(
+        error
+    )
 
 
 def ends_are_learned(rows: Sequence[Any], stop: set[int], tell: Callable[[str], None]) -> None:
-    """Of encoded rows: does the end of a turn stand among the supervised tokens? Else the model will never stop."""
+    """Of encoded rows: does the end of a turn stand among the supervised tokens? Else the model will never
+    stop.
+    """
     asked = [
-        [t for t, s in zip(ids, marks, strict=True) if s] for e in rows for ids, marks in zip(e.completions, e.supervised, strict=True)
+        [t for t, s in zip(ids, marks, strict=True) if s]
+        for e in rows
+        for ids, marks in zip(e.completions, e.supervised, strict=True)
     ]
     if asked and stop and not any(stop & set(a) for a in asked):
         tell("no completion teaches the model to stop: the end of a turn is not among the supervised tokens")

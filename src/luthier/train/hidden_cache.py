@@ -1,8 +1,10 @@
-"""What frozen layers say of a row never changes: it is computed once, kept in a file, and read in every later epoch.
+"""What frozen layers say of a row never changes: it is computed once, kept in a file, and read in every later
+epoch.
 
-Where a tuner moves only upper layers or the head, everything below the lowest layer that it reaches is the same function
-in every step and in every role that the network plays. A tree of segments is kept by its tokens, and is computed alone,
-so that what is kept does not depend on the company it was first read in: a resumed run finds the same numbers.
+Where a tuner moves only upper layers or the head, everything below the lowest layer that it reaches is the
+same function in every step and in every role that the network plays. A tree of segments is kept by its
+tokens, and is computed alone, so that what is kept does not depend on the company it was first read in: a
+resumed run finds the same numbers.
 """
 
 from __future__ import annotations
@@ -19,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from luthier.model.batch import Batch
-from luthier.train.checks import tolerance
 from luthier.model.policy import resting
+from luthier.train.checks import tolerance
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -40,15 +42,20 @@ class Frozen:
     layers: nn.ModuleList
     first: int  # the lowest layer that moves
     table: Tensor  # [room, d]
-    places: dict[bytes, int] = field(default_factory=dict)  # tokens and shape of a tree -> its first row in the table
-    filled: list[int] = field(default_factory=lambda: [0])  # rows of the table in use; runs that share a table share this
+    # tokens and shape of a tree -> its first row in the table
+    places: dict[bytes, int] = field(default_factory=dict)
+    # rows of the table in use; runs that share a table share this
+    filled: list[int] = field(default_factory=lambda: [0])
 
     @property
     def used(self) -> int:
         return self.filled[0]
 
-    def states(self, architecture: Any, model: Network, attached: Any, batch: Batch, fill: bool) -> Tensor | None:
-        """[L, d] for the tokens of a batch; None where it is an altered view, or one of its trees is not kept.
+    def states(
+        self, architecture: Any, model: Network, attached: Any, batch: Batch, fill: bool
+    ) -> Tensor | None:
+        """[L, d] for the tokens of a batch; None where it is an altered view, or one of its trees is not
+        kept.
 
         fill: keep what is missing, as long as there is room.
         """
@@ -61,7 +68,9 @@ class Frozen:
             if key not in self.places:
                 if not fill or self.used + len(tree.ids) > len(self.table):
                     return None
-                self.table[self.used : self.used + len(tree.ids)] = self._read(architecture, model, attached, tree)
+                self.table[self.used : self.used + len(tree.ids)] = self._read(
+                    architecture, model, attached, tree
+                )
                 self.places[key] = self.used
                 self.filled[0] += len(tree.ids)
             found.append(self.table[self.places[key] : self.places[key] + len(tree.ids)])
@@ -89,7 +98,9 @@ class Frozen:
 
     @contextmanager
     def skipped(self, hidden: Tensor) -> Iterator[None]:
-        """While the network runs, its lower layers do nothing, and the lowest that moves is handed `hidden` [R, W, d]."""
+        """While the network runs, its lower layers do nothing, and the lowest that moves is handed `hidden`
+        [R, W, d].
+        """
 
         def put(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
             return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
@@ -115,14 +126,18 @@ def _unchanged(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def keep(policy: Any, batch: Batch, path: Path, tokens: int) -> Frozen | str:
-    """The store for `tokens` tokens, or why there is none to be had. batch: some rows, to see where the tuner reaches."""
+    """The store for `tokens` tokens, or why there is none to be had. batch: some rows, to see where the tuner
+    reaches.
+    """
     model, attached, arch = policy.model, policy.attached, policy.architecture
     if not hasattr(arch, "laid_out"):
         return f"architecture '{arch.name}' knows no frozen layers"
     if attached.virtual or getattr(arch, "neftune_noise_alpha", 0):
         return "what is read changes from step to step"
     config = model.config.get_text_config()
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers]
+    lists = [
+        m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == config.num_hidden_layers
+    ]
     if len(lists) != 1:
         return "its layers are not one list"
     first, width, dtype = _reach(policy, lists[0], batch)
@@ -130,7 +145,9 @@ def keep(policy: Any, batch: Batch, path: Path, tokens: int) -> Frozen | str:
         return "the tuner reaches down to the lowest layer"
     upper = {m for layer in lists[0][first:] for m in layer.modules()}
     attention = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-    if any(isinstance(m, nn.Dropout) and m.p for m in model.modules() if m not in upper) or any(getattr(config, n, 0) for n in attention):
+    if any(isinstance(m, nn.Dropout) and m.p for m in model.modules() if m not in upper) or any(
+        getattr(config, n, 0) for n in attention
+    ):
         return "dropout changes what its lower layers say from step to step"
     bytes_each = width * dtype.itemsize
     room = min(tokens, min(LIMIT, shutil.disk_usage(path.parent).free // 2) // bytes_each)
@@ -162,7 +179,9 @@ def _same(policy: Any, batch: Batch, made: Frozen) -> bool:
 
 
 def _reach(policy: Any, layers: nn.ModuleList, batch: Batch) -> tuple[int, int, torch.dtype]:
-    """The lowest layer that moves, or whose input does: by asking autograd. -1 where layers answer with more than states."""
+    """The lowest layer that moves, or whose input does: by asking autograd. -1 where layers answer with more
+    than states.
+    """
     wants: list[bool] = []
     plain: list[bool] = []
     seen: list[Tensor] = []
@@ -173,8 +192,14 @@ def _reach(policy: Any, layers: nn.ModuleList, batch: Batch) -> tuple[int, int, 
 
     moving = [p for p in policy.attached.parameters().values() if p.is_floating_point()]
     was = [p.requires_grad for p in moving]
-    hooks = [h for m in layers for h in (m.register_forward_pre_hook(before, with_kwargs=True),
-                                         m.register_forward_hook(lambda m, i, o: plain.append(torch.is_tensor(o))))]  # fmt: skip
+    hooks = [
+        h
+        for m in layers
+        for h in (
+            m.register_forward_pre_hook(before, with_kwargs=True),
+            m.register_forward_hook(lambda m, i, o: plain.append(torch.is_tensor(o))),
+        )
+    ]
     try:
         for p in moving:  # tuners that move different layers in turn
             p.requires_grad_(True)
@@ -186,7 +211,8 @@ def _reach(policy: Any, layers: nn.ModuleList, batch: Batch) -> tuple[int, int, 
         for hook in hooks:
             hook.remove()
     n = len(layers)  # of the first pass, if there were several
-    frozen = sum(not w for w in wants[:n])  # inputs that nothing moving has touched: the last of them enters the first that moves
+    # inputs that nothing moving has touched: the last of them enters the first that moves
+    frozen = sum(not w for w in wants[:n])
     whole = len(wants) % n == 0 and all(plain) and wants[:n] == sorted(wants[:n])
     return (frozen - 1 if whole else -1), seen[0].shape[-1], seen[0].dtype
 
@@ -196,7 +222,9 @@ def trees(batch: Batch) -> list[Batch] | None:
     parents = batch.parent.tolist()
     roots = [s for s, p in enumerate(parents) if p < 0]
     ends = [*roots[1:], len(parents)]
-    if any(p >= 0 and not root <= p for root, end in zip(roots, ends, strict=True) for p in parents[root:end]):
+    if any(
+        p >= 0 and not root <= p for root, end in zip(roots, ends, strict=True) for p in parents[root:end]
+    ):
         return None
     starts = torch.tensor([0, *batch.sizes]).cumsum(0).tolist()
     out = []
@@ -217,13 +245,18 @@ def trees(batch: Batch) -> list[Batch] | None:
                 rows=[],
                 read={},
                 metrics={},
-            )  # fmt: skip
+            )
         )
     return out
 
 
 def _key(tree: Batch) -> bytes:
     told = (
-        torch.cat([torch.tensor([len(tree.parent)], device=tree.ids.device), tree.parent, tree.segment, tree.ids]).cpu().numpy().tobytes()
+        torch.cat(
+            [torch.tensor([len(tree.parent)], device=tree.ids.device), tree.parent, tree.segment, tree.ids]
+        )
+        .cpu()
+        .numpy()
+        .tobytes()
     )
     return hashlib.blake2b(told, digest_size=16).digest()

@@ -1,8 +1,10 @@
-"""What a role that never changes says of a row is computed once: its log-probabilities lie in a file, and later epochs read them.
+"""What a role that never changes says of a row is computed once: its log-probabilities lie in a file, and
+later epochs read them.
 
-A row is known by its tokens and by which of them are asked about. The file stays with a run that is stopped, so that what was
-computed before is what goes on to be used. Numbers are those of the batch a row was first read in: in later epochs a plain run
-would compute them in other company, so the two differ by rounding there, and by nothing in the first epoch.
+A row is known by its tokens and by which of them are asked about. The file stays with a run that is stopped,
+so that what was computed before is what goes on to be used. Numbers are those of the batch a row was first
+read in: in later epochs a plain run would compute them in other company, so the two differ by rounding there,
+and by nothing in the first epoch.
 """
 
 from __future__ import annotations
@@ -17,18 +19,24 @@ import torch
 from torch import Tensor
 
 from luthier.model.batch import Batch
-from luthier.train.hidden_cache import LIMIT, trees
 from luthier.model.policy import Policy
+from luthier.train.hidden_cache import LIMIT, trees
 
-HEAD = 6  # words before a row's numbers: how many there are, a checksum, and the 128 bits by which the row is known
+# words before a row's numbers: how many there are, a checksum, and the 128 bits by which the row is known
+HEAD = 6
 
 
 class Said:
     """A memory-mapped file of records, each complete or not there: a torn one ends it."""
 
     def __init__(self, path: Path, room: int, what: str):
-        """room: rows and numbers, as `wanted` counts them. what: all that the numbers depend on beside the rows."""
-        self.path, mark = path, np.frombuffer(hashlib.blake2b(what.encode(), digest_size=16).digest(), np.int32)
+        """room: rows and numbers, as `wanted` counts them. what: all that the numbers depend on beside the
+        rows.
+        """
+        self.path, mark = (
+            path,
+            np.frombuffer(hashlib.blake2b(what.encode(), digest_size=16).digest(), np.int32),
+        )
         size = len(mark) + room
         if not path.is_file() or path.stat().st_size != 4 * size:
             path.unlink(missing_ok=True)
@@ -51,10 +59,14 @@ class Said:
         """[T] the numbers of all these rows; None where one of them is not known."""
         if not keys or any(key not in self.places for key in keys):
             return None
-        return torch.from_numpy(np.concatenate([self.words[self.places[key]] for key in keys]).view(np.float32))
+        return torch.from_numpy(
+            np.concatenate([self.words[self.places[key]] for key in keys]).view(np.float32)
+        )
 
     def keep(self, keys: Sequence[bytes], counts: Sequence[int], values: Tensor) -> None:
-        """values [T], counts of them for each row; what is known stays as it is, and what finds no room is left out."""
+        """values [T], counts of them for each row; what is known stays as it is, and what finds no room is
+        left out.
+        """
         for key, own in zip(keys, values.detach().cpu().split(list(counts)), strict=True):
             stop = self.used + HEAD + len(own)
             if key in self.places or not len(own) or stop > len(self.words):
@@ -81,7 +93,9 @@ def wanted(rows: int, supervised: float) -> int:
 
 
 class Known(Policy):
-    """A role whose log-probabilities are kept. Asked for more than these, or about altered rows, the network itself answers."""
+    """A role whose log-probabilities are kept. Asked for more than these, or about altered rows, the network
+    itself answers.
+    """
 
     def __init__(self, role: Policy, said: Said):
         super().__init__(role.architecture, role.model, role.attached, role.role, role.inside)
@@ -104,7 +118,12 @@ class Known(Policy):
 
 def known_by(tree: Batch, asked: Tensor) -> bytes:
     shape = torch.tensor([len(tree.parent)], device=tree.ids.device)
-    told = torch.cat([shape, tree.parent, tree.segment, tree.labels, tree.ids, asked.long()]).cpu().numpy().tobytes()
+    told = (
+        torch.cat([shape, tree.parent, tree.segment, tree.labels, tree.ids, asked.long()])
+        .cpu()
+        .numpy()
+        .tobytes()
+    )
     return hashlib.blake2b(told, digest_size=16).digest()
 
 

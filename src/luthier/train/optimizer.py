@@ -1,6 +1,8 @@
-"""What becomes of a gradient. A transform turns the gradients of a site into its update; a chain does so in turn.
+"""What becomes of a gradient. A transform turns the gradients of a site into its update; a chain does so in
+turn.
 
-The optimizer of a recipe is an estimator (where the gradient comes from) and a chain (what becomes of it), as in optax.
+The optimizer of a recipe is an estimator (where the gradient comes from) and a chain (what becomes of it), as
+in optax.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ from torch import Tensor
 
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.registry import family, meant
 from luthier.methods.tuners._base import Attached, Site
+from luthier.registry import family, meant
 
 Slots = dict[str, Tensor]
 
@@ -24,10 +26,13 @@ Slots = dict[str, Tensor]
 class Transform:
     """Family: sees all tensors of a site at once. Most transforms are per tensor (`Each`)."""
 
-    pointwise: ClassVar[bool] = False  # does `apply` treat each number by itself, its state changed in place? Then tensors may go in pieces
+    # does `apply` treat each number by itself, its state changed in place? Then tensors may go in pieces
+    pointwise: ClassVar[bool] = False
 
     def apply(self, grads: Slots, state: dict, site: Site, step: int) -> Slots:
-        """slot -> gradient becomes slot -> update; `state` is this site's own and may be filled. step counts from 1."""
+        """slot -> gradient becomes slot -> update; `state` is this site's own and may be filled. step counts
+        from 1.
+        """
         raise NotImplementedError
 
     def on(self, attached: Attached) -> Transform:
@@ -35,7 +40,9 @@ class Transform:
         return self
 
     def gather(self, every: Mapping[str, Slots]) -> Mapping[str, Slots]:
-        """Before any site is stepped: for transforms that look at all gradients together (clipping by global norm)."""
+        """Before any site is stepped: for transforms that look at all gradients together (clipping by global
+        norm).
+        """
         return every
 
 
@@ -59,7 +66,8 @@ class Each(Transform):
         return out
 
 
-PIECE = 2**18  # numbers that go through a chain at a time on a CPU: what is made on the way stays small, and in its cache
+# numbers that go through a chain at a time on a CPU: what is made on the way stays small, and in its cache
+PIECE = 2**18
 
 
 def most(device: torch.device) -> int:
@@ -77,7 +85,9 @@ def pieces(like: Tensor) -> Iterator[Any]:
 
 
 class Lazily(Mapping):
-    """site -> its tensors, made each time they are asked for: all gradients of a model never exist side by side."""
+    """site -> its tensors, made each time they are asked for: all gradients of a model never exist side by
+    side.
+    """
 
     def __init__(self, names: Iterable[str], make: Callable[[str], Slots]):
         self.names, self.make = tuple(names), make
@@ -124,8 +134,9 @@ def schedule(name: str, warmup_steps: float, total: int) -> Callable[[int], floa
 class Chain:
     """The optimizer: state by site, made when a site first moves and dropped when it freezes.
 
-    Low-precision weights are stepped through an fp32 master that lives in the state. A weight is its master, rounded; where
-    somebody else has written another value since (a tuner that projects or begins anew), that value becomes the master's.
+    Low-precision weights are stepped through an fp32 master that lives in the state. A weight is its master,
+    rounded; where somebody else has written another value since (a tuner that projects or begins anew), that
+    value becomes the master's.
     """
 
     def __init__(
@@ -136,7 +147,11 @@ class Chain:
         learning_rate: float,
         factor: Callable[[int], float] = lambda step: 1.0,
     ):
-        self.transforms, self.attached, self.clock = tuple(t.on(attached) for t in transforms), attached, clock
+        self.transforms, self.attached, self.clock = (
+            tuple(t.on(attached) for t in transforms),
+            attached,
+            clock,
+        )
         self.learning_rate, self.factor = learning_rate, factor
         self.state: dict[str, dict] = {}
 
@@ -183,9 +198,17 @@ class Chain:
             for part in pieces(masters[slot]):
                 own = _with(site, {slot: site.slots[slot][part]})
                 pull = {slot: pulls[slot][part]} if slot in pulls else {}
-                self._update(own, {slot: masters[slot][part]}, {slot: grad[part]}, pull, _cut(state, slot, part, grad.shape))
+                self._update(
+                    own,
+                    {slot: masters[slot][part]},
+                    {slot: grad[part]},
+                    pull,
+                    _cut(state, slot, part, grad.shape),
+                )
 
-    def _update(self, site: Site, masters: Slots, grads: Slots, pulls: Mapping[str, Tensor], state: dict) -> None:
+    def _update(
+        self, site: Site, masters: Slots, grads: Slots, pulls: Mapping[str, Tensor], state: dict
+    ) -> None:
         """Step a site, or part of one, and its masters."""
         for slot, master in masters.items():
             p = site.slots[slot]
@@ -201,7 +224,9 @@ class Chain:
     def _renew(self, site: Site, state: dict) -> None:
         """Forget what was known of entries that the tuner has begun anew, and count their steps from here."""
         for slot, mask in self.attached.renewed(site.name).items():
-            born = state.setdefault("born", {}).setdefault(slot, torch.zeros(mask.shape, dtype=torch.int32, device=mask.device))
+            born = state.setdefault("born", {}).setdefault(
+                slot, torch.zeros(mask.shape, dtype=torch.int32, device=mask.device)
+            )
             born[mask] = state["step"] - 1
             for i in range(len(self.transforms)):
                 for kept in state.get(str(i), {}).get(slot, {}).values():
@@ -213,7 +238,11 @@ class Chain:
         if not born:
             return through(self.transforms, grads, state, site, step)
         ages = {slot: step - born[slot] if slot in born else step for slot in grads}
-        return {k: u for slot, g in grads.items() for k, u in through(self.transforms, {slot: g}, state, site, ages[slot]).items()}
+        return {
+            k: u
+            for slot, g in grads.items()
+            for k, u in through(self.transforms, {slot: g}, state, site, ages[slot]).items()
+        }
 
     def _masters(self, site: Site, state: dict) -> Slots:
         """What is stepped: fp32 masters of low-precision weights, all others themselves."""
@@ -245,9 +274,12 @@ def _cut(state: dict, slot: str, part: Any, shape: torch.Size) -> dict:
 
 
 def _follow(master: Tensor, p: Tensor) -> None:
-    """What somebody else has written into a low-precision weight counts: there the master becomes what stands in p."""
+    """What somebody else has written into a low-precision weight counts: there the master becomes what stands
+    in p.
+    """
     low = master.to(p.dtype)
-    if p.is_cpu and p.numel():  # most often nobody has, and to look takes a fraction of what it takes to write
+    # most often nobody has, and to look takes a fraction of what it takes to write
+    if p.is_cpu and p.numel():
         least, most = (p.view(torch.int16) ^ low.view(torch.int16)).aminmax()
         if not (least or most):
             return

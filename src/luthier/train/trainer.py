@@ -1,7 +1,8 @@
-"""fit(): the one training loop. A step is a function of (tensors, optimizer state, step number) and of nothing else.
+"""fit(): the one training loop. A step is a function of (tensors, optimizer state, step number) and of
+nothing else.
 
-The loss of a step is, for each term of the objective, the average over all its units in the global batch, however
-the batch is split into micro-batches and over processes.
+The loss of a step is, for each term of the objective, the average over all its units in the global batch,
+however the batch is split into micro-batches and over processes.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from typing import Any
 
 import torch
 
-from luthier.train import checks as guards
-from luthier.model.batch import Batch
 from luthier.clock import Clock
 from luthier.methods.objectives._base import Objective
+from luthier.model.batch import Batch
+from luthier.train import checks as guards
 from luthier.train.optimizer import Chain
 
 
@@ -37,7 +38,8 @@ class Batches:
 
     per_step: int  # rows of the global batch
     micro: int  # rows of a micro-batch, per process
-    stop_at: int | None = None  # rows of the whole run: the last draw takes what is left; None = as many as steps need
+    # rows of the whole run: the last draw takes what is left; None = as many as steps need
+    stop_at: int | None = None
     live: Sequence[Any] = ()  # stages on the rows of a step
     num_iterations: int = 1  # steps for each draw of live rows
 
@@ -56,8 +58,12 @@ def _order(fold: int, n: int) -> tuple[int, ...]:
     return tuple(torch.randperm(n, generator=torch.Generator().manual_seed(fold)).tolist())
 
 
-def draw(rows: Sequence[dict], clock: Clock, per_step: int, stop_at: int | None = None, num_iterations: int = 1) -> list[dict]:
-    """The rows of this step. Epoch e is one permutation made of (seed, e): there is no sampler state to restore."""
+def draw(
+    rows: Sequence[dict], clock: Clock, per_step: int, stop_at: int | None = None, num_iterations: int = 1
+) -> list[dict]:
+    """The rows of this step. Epoch e is one permutation made of (seed, e): there is no sampler state to
+    restore.
+    """
     first = clock.step // num_iterations * per_step
     last = first + per_step if stop_at is None else min(first + per_step, stop_at)
     places = (divmod(i, len(rows)) for i in range(first, last))
@@ -106,11 +112,14 @@ class Fit:
                 loss = self.estimator.step(asked, self.chain, self.roles.clock)
                 break
             except TooLarge:  # nothing has been stepped: the estimator was still asking for losses
-                if self.batches.micro == 1 or self.accelerator.num_processes > 1:  # the others wait for this process's part
+                # the others wait for this process's part
+                if self.batches.micro == 1 or self.accelerator.num_processes > 1:
                     raise
                 self.batches.micro = (self.batches.micro + 1) // 2
             self.forget()
-            bound = [o.contract["accumulation"] for _, o in self.objective.terms() if "accumulation" in o.contract]
+            bound = [
+                o.contract["accumulation"] for _, o in self.objective.terms() if "accumulation" in o.contract
+            ]
             self.tell(
                 f"out of memory: micro-batches of {self.batches.micro} rows from here on; "
                 + (f"this changes results: {bound[0]}" if bound else "results do not change")
@@ -127,7 +136,9 @@ class Fit:
         """What the estimator of this step may ask."""
         self.roles.policy.train()
         micro, rows = self.batches.micro, self.held or []
-        return Asked(self, [self.roles.batch(rows[i : i + micro], training=True) for i in range(0, len(rows), micro)])
+        return Asked(
+            self, [self.roles.batch(rows[i : i + micro], training=True) for i in range(0, len(rows), micro)]
+        )
 
     def done(self, asked: Asked, loss: float, seconds: float) -> dict:
         """After a step of so many seconds: its numbers."""
@@ -138,11 +149,20 @@ class Fit:
         self.totals.rows_seen += counts["rows"]
         self.totals.seconds += seconds
         rate, tokens = self.chain.rate, counts["tokens"]
-        return {"step": clock.step + 1, "loss": loss, "learning_rate": rate, **asked.metrics, "tokens": tokens, "seconds": seconds}
+        return {
+            "step": clock.step + 1,
+            "loss": loss,
+            "learning_rate": rate,
+            **asked.metrics,
+            "tokens": tokens,
+            "seconds": seconds,
+        }
 
     def _draw(self) -> list[dict]:
         acc, b = self.accelerator, self.batches
-        mine = draw(self.rows, self.roles.clock, b.per_step, b.stop_at, b.num_iterations)[acc.process_index :: acc.num_processes]
+        mine = draw(self.rows, self.roles.clock, b.per_step, b.stop_at, b.num_iterations)[
+            acc.process_index :: acc.num_processes
+        ]
         for stage in b.live:
             mine = list(stage(mine, self.roles))
         return mine
@@ -168,7 +188,8 @@ class Fit:
 
 
 class Asked:
-    """What an estimator calls: the loss of a step's global batch, and with grad its gradient in p.grad of what moves.
+    """What an estimator calls: the loss of a step's global batch, and with grad its gradient in p.grad of
+    what moves.
 
     `begin`, `part` for each micro-batch and `end` do in turn what a call does.
     """
@@ -177,8 +198,16 @@ class Asked:
         self.fit, self.batches = fit, batches
         self.metrics: dict[str, float] = {}
         objectives = fit.objective.terms()
-        counts = [[float(o.divisor(b)) for _, o in objectives] + [float(len(b.ids)), float(len(b.owner)), float(len(b.rows))] for b in batches]
-        total = torch.tensor(counts, dtype=torch.float64).sum(0) if counts else torch.zeros(len(objectives) + 3, dtype=torch.float64)
+        counts = [
+            [float(o.divisor(b)) for _, o in objectives]
+            + [float(len(b.ids)), float(len(b.owner)), float(len(b.rows))]
+            for b in batches
+        ]
+        total = (
+            torch.tensor(counts, dtype=torch.float64).sum(0)
+            if counts
+            else torch.zeros(len(objectives) + 3, dtype=torch.float64)
+        )
         *self.units, tokens, supervised, rows = fit.sum(total).tolist()
         self.counts = {"tokens": int(tokens), "supervised": int(supervised), "rows": int(rows)}
         self.terms, self.names = len(objectives), [o.name for _, o in objectives]
@@ -206,12 +235,19 @@ class Asked:
             for p in self.fit.roles.tuner.parameters().values():
                 p.grad = None
 
-    def part(self, m: int, grad: bool = True, only: Callable[[int, str], float] = every_term, read: Mapping[str, Any] | None = None) -> None:
+    def part(
+        self,
+        m: int,
+        grad: bool = True,
+        only: Callable[[int, str], float] = every_term,
+        read: Mapping[str, Any] | None = None,
+    ) -> None:
         """One micro-batch. read: what roles have said of it already."""
         fit, seen = self.fit, self.seen
         batch = self.batches[m].view(metrics={})
         batch.read.update(read or {})
-        torch.manual_seed(fit.roles.clock.fold("noise", m, fit.accelerator.process_index))  # dropout: alike in every call of a step
+        # dropout: alike in every call of a step
+        torch.manual_seed(fit.roles.clock.fold("noise", m, fit.accelerator.process_index))
         with torch.set_grad_enabled(grad):
             loss = 0.0
             for i, ((weight, objective), n) in enumerate(zip(fit.objective.terms(), self.units, strict=True)):
@@ -234,9 +270,15 @@ class Asked:
 
     def end(self, grad: bool = True, only: Callable[[int, str], float] = every_term) -> float:
         fit, tuner = self.fit, self.fit.roles.tuner
-        if grad and fit.accelerator.num_processes > 1:  # the averages are global already: gradients only add up
+        # the averages are global already: gradients only add up
+        if grad and fit.accelerator.num_processes > 1:
             fit.share([p for s in tuner.sites() for p in s.slots.values() if p.requires_grad])
-        if grad and only is every_term and fit.roles.clock.step == fit.roles.clock.first and self.counts["rows"]:
+        if (
+            grad
+            and only is every_term
+            and fit.roles.clock.step == fit.roles.clock.first
+            and self.counts["rows"]
+        ):
             guards.gradient_arrives(tuner, may_be_zero="samples" in fit.objective.wants)
         self.metrics.update({k: s / max(n, 1) for k, (s, n) in self.seen.items()})
         self.metrics.update({f"loss/{k}": v for k, v in self.each.items()})

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from luthier.model.outputs import Outputs
-from luthier.model.batch import Batch
 from luthier.compat.lazy_imports import import_models, unfilled, waiting
+from luthier.model.batch import Batch
+from luthier.model.outputs import Outputs
 from luthier.registry import family
 
 if TYPE_CHECKING:
-    from luthier.model.network import Network
     from luthier.clock import Clock
-    from luthier.text.render import Encoded, EncodedAll, Renderer
     from luthier.methods.tuners._base import Attached
+    from luthier.model.network import Network
+    from luthier.text.render import Encoded, EncodedAll, Renderer
 
 
 @family
@@ -32,7 +32,9 @@ class Architecture:
         raise NotImplementedError
 
     def fit_to(self, rows: list[dict]) -> dict[str, Any]:
-        """What the data says about the network: further keyword arguments for `load` (a classifier's classes)."""
+        """What the data says about the network: further keyword arguments for `load` (a classifier's
+        classes).
+        """
         return {}
 
     def renderer(self, tokenizer: Any, config: Any, **how: Any) -> Renderer:
@@ -52,7 +54,8 @@ class Architecture:
             try:
                 with unfilled():
                     model, said = self.auto_class().from_pretrained(path, **kwargs)
-            except RuntimeError as error:  # a network that mixes ranges with other numbers while it is laid out: slower, and the same
+            # a network that mixes ranges with other numbers while it is laid out: slower, and the same
+            except RuntimeError as error:
                 if "meta" not in str(error):
                     raise
                 model, said = self.auto_class().from_pretrained(path, **kwargs)
@@ -73,7 +76,9 @@ class Architecture:
         raise NotImplementedError
 
     def plain(self, model: Network, attached: Attached, batch: Batch) -> Tensor:
-        """[T] log-probabilities the slow, obvious way: one sequence at a time through the model's own forward."""
+        """[T] log-probabilities the slow, obvious way: one sequence at a time through the model's own
+        forward.
+        """
         raise NotImplementedError
 
     @property
@@ -86,14 +91,18 @@ class Architecture:
         return None
 
     def crowded(self) -> Architecture:
-        """The same as it is tried out: with everything that can happen in a large batch happening in a small one."""
+        """The same as it is tried out: with everything that can happen in a large batch happening in a small
+        one.
+        """
         return self
 
     def ask(self, batch: Batch, renderer: Renderer, clock: Clock) -> Batch:
         """The batch as it is asked at this step: networks that fill gaps hide tokens here."""
         return batch
 
-    def generate(self, model: Network, attached: Attached, prompts: list[list[int]], **how: Any) -> list[list[list[int]]]:
+    def generate(
+        self, model: Network, attached: Attached, prompts: list[list[int]], **how: Any
+    ) -> list[list[list[int]]]:
         """Completions of each prompt (see architectures/_generate.py)."""
         raise NotImplementedError(f"'{type(self).__name__}' does not write text")
 

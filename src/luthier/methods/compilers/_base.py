@@ -1,4 +1,6 @@
-"""What tunes a program: from rows and a metric to the same program with other demonstrations, instructions or models."""
+"""What tunes a program: from rows and a metric to the same program with other demonstrations, instructions or
+models.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,8 @@ import torch
 
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.registry import family
 from luthier.programs.program import Asking, Metric, Program
+from luthier.registry import family
 
 Row = Mapping[str, Any]
 
@@ -19,8 +21,12 @@ Row = Mapping[str, Any]
 class Compiler:
     """Family: `compile` gives a tuned copy; what it was given stays as it is."""
 
-    def compile(self, program: Program, rows: Sequence[Row], metric: Metric, teacher: Program | None = None) -> Program:
-        """rows: columns that the program reads and the metric looks at. teacher: who shows how, if not the program itself."""
+    def compile(
+        self, program: Program, rows: Sequence[Row], metric: Metric, teacher: Program | None = None
+    ) -> Program:
+        """rows: columns that the program reads and the metric looks at. teacher: who shows how, if not the
+        program itself.
+        """
         raise NotImplementedError
 
 
@@ -35,16 +41,26 @@ def ready(program: Program, rows: Sequence[Row]) -> None:
     if not predictors:
         raise RecipeError(f"{type(program).__name__} has no predictor: nothing in it can be tuned")
     if silent := [n for n, p in predictors.items() if p.lm is None]:
-        raise RecipeError(f"predictor '{silent[0]}' has no model yet: `program = program.using('practice:lm')`")
+        raise RecipeError(
+            f"predictor '{silent[0]}' has no model yet: `program = program.using('practice:lm')`"
+        )
     if not rows:
         raise RecipeError("there are no rows to compile with")
     program.reads(rows[0])
 
 
 def accepted(
-    teacher: Program, row: Row, metric: Metric, threshold: float, rounds: int, temperature: float, seed: int = 0
+    teacher: Program,
+    row: Row,
+    metric: Metric,
+    threshold: float,
+    rounds: int,
+    temperature: float,
+    seed: int = 0,
 ) -> list[Asking] | None:
-    """The questions and answers of the first try that the metric accepts: one without chance, then some with. None where none is."""
+    """The questions and answers of the first try that the metric accepts: one without chance, then some with.
+    None where none is.
+    """
     for turn in range(rounds):
         said, trace = teacher.run(row, temperature if turn else 0.0, Clock(seed).fold("try", turn))
         if float(metric(row, said)) >= threshold:
@@ -57,4 +73,7 @@ def matching(program: Program, teacher: Program) -> None:
     mine, theirs = program.predictors(), teacher.predictors()
     fields = [(n, p.signature.inputs, p.signature.outputs) for n, p in mine.items()]
     if fields != [(n, p.signature.inputs, p.signature.outputs) for n, p in theirs.items()]:
-        raise RecipeError(f"the teacher is another program: its predictors are {', '.join(theirs)}, and these are {', '.join(mine)}")
+        raise RecipeError(
+            f"the teacher is another program: its predictors are {', '.join(theirs)}, and these are"
+            f" {', '.join(mine)}"
+        )

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from luthier.clock import Clock
-from luthier.train.checks import Refused
-from luthier.registry import family
-from luthier.train.optimizer import Chain, Slots
 from luthier.methods.tuners._base import Site
+from luthier.registry import family
+from luthier.train.checks import Refused
+from luthier.train.optimizer import Chain, Slots
 
 Closure = Callable[..., float]
 
@@ -23,7 +23,9 @@ class Estimator:
     """Family: one optimizer step."""
 
     def step(self, closure: Closure, chain: Chain, clock: Clock) -> float:
-        """closure(grad=True, only=all terms) -> loss of the global batch; with grad, p.grad holds its gradient. Returns the loss."""
+        """closure(grad=True, only=all terms) -> loss of the global batch; with grad, p.grad holds its
+        gradient. Returns the loss.
+        """
         raise NotImplementedError
 
     def suits(self, objective: Any) -> None:
@@ -32,18 +34,23 @@ class Estimator:
 
 def gradients(chain: Chain) -> dict[str, Slots]:
     """site -> slot -> gradient, as the last closure left them."""
-    found: dict[str, Any] = {s.name: {k: p.grad for k, p in s.slots.items() if p.grad is not None} for s in chain.sites()}
+    found: dict[str, Any] = {
+        s.name: {k: p.grad for k, p in s.slots.items() if p.grad is not None} for s in chain.sites()
+    }
     return {name: slots for name, slots in found.items() if slots}
 
 
 @contextmanager
-def displaced(chain: Chain, aside: Callable[[Site, str, Tensor], Tensor | None]) -> Iterator[Callable[[], None]]:
-    """The network with every moving tensor p at p + aside(site, slot, p), for a while (None: where it is). What is yielded,
-    called once, brings it to the point opposite: p - (what p + aside was rounded to - p).
+def displaced(
+    chain: Chain, aside: Callable[[Site, str, Tensor], Tensor | None]
+) -> Iterator[Callable[[], None]]:
+    """The network with every moving tensor p at p + aside(site, slot, p), for a while (None: where it is).
+    What is yielded, called once, brings it to the point opposite: p - (what p + aside was rounded to - p).
 
-    Tensors are exchanged, not written: p + d - d is not p in floating point, and memory may run out in between. So they
-    come back bit for bit however the block ends, for one more copy of what moves; what is frozen is never copied. aside
-    gives its tensor away: where it is as precise as what moves, it becomes the displaced one.
+    Tensors are exchanged, not written: p + d - d is not p in floating point, and memory may run out in
+    between. So they come back bit for bit however the block ends, for one more copy of what moves; what is
+    frozen is never copied. aside gives its tensor away: where it is as precise as what moves, it becomes the
+    displaced one.
     """
     kept: list[tuple[Any, Tensor]] = []
     asked, got, first = 0.0, 0.0, chain.clock.step == chain.clock.first
@@ -72,8 +79,9 @@ def displaced(chain: Chain, aside: Callable[[Site, str, Tensor], Tensor | None])
                         p.data = was + d
         if got < asked / 10:
             raise Refused(
-                f"{kept[0][1].dtype} rounds {100 - 100 * got / asked:.0f}% of this estimator's step aside away, so it would measure next "
-                "to nothing: give it a longer one (eps, rho), dtype: float32, or a tuner with few weights of its own"
+                f"{kept[0][1].dtype} rounds {100 - 100 * got / asked:.0f}% of this estimator's step aside"
+                " away, so it would measure next to nothing: give it a longer one (eps, rho), dtype:"
+                " float32, or a tuner with few weights of its own"
             )
         yield mirror
     finally:

@@ -17,7 +17,11 @@ def placed(chain: Any):
     layers = chain.attached.layers
     for site in chain.sites():
         layer = layers.get(site.name)
-        if layer is not None and {"A", "B"} <= site.slots.keys() and not isinstance(layer.get_base_layer(), nn.Embedding):
+        if (
+            layer is not None
+            and {"A", "B"} <= site.slots.keys()
+            and not isinstance(layer.get_base_layer(), nn.Embedding)
+        ):
             yield site.name, layer, site
 
 
@@ -36,7 +40,9 @@ def full_gradient(slots: Any, grads: Any, scale: float) -> Tensor:
 
 @contextmanager
 def speaking(changes: Iterable[tuple[Any, Callable[[Tensor, Tensor], Tensor]]]) -> Iterator[None]:
-    """For a while modules say change(x, y) in place of y, x [.., in] being what they read. No weight is written."""
+    """For a while modules say change(x, y) in place of y, x [.., in] being what they read. No weight is
+    written.
+    """
     hooks = []
     try:
         for layer, change in changes:

@@ -12,10 +12,14 @@ from luthier.train.optimizer import Slots
 
 @family
 class Terms(Estimator):
-    """Family: one backward pass for each term of the objective, its weight included. With one term it is backprop."""
+    """Family: one backward pass for each term of the objective, its weight included. With one term it is
+    backprop.
+    """
 
     def combine(self, every: Tensor, losses: Tensor, rng: torch.Generator) -> Tensor:
-        """[terms, terms] inner products of the terms' gradients, [terms] losses -> [terms] what each is multiplied by in the sum."""
+        """[terms, terms] inner products of the terms' gradients, [terms] losses -> [terms] what each is
+        multiplied by in the sum.
+        """
         raise NotImplementedError
 
     def step(self, closure, chain, clock):
@@ -27,15 +31,25 @@ class Terms(Estimator):
         losses, each = [], []
         for i in range(terms):
             losses.append(closure(only=lambda place, name, i=i: place == i))
-            each.append({name: {k: g.clone() for k, g in slots.items()} for name, slots in gradients(chain).items()})
+            each.append(
+                {name: {k: g.clone() for k, g in slots.items()} for name, slots in gradients(chain).items()}
+            )
         products = torch.tensor([[_product(a, b) for b in each] for a in each], dtype=torch.float64)
-        share = self.combine(products, torch.tensor(losses, dtype=torch.float64), clock.rng(self.name)).tolist()
+        share = self.combine(
+            products, torch.tensor(losses, dtype=torch.float64), clock.rng(self.name)
+        ).tolist()
         chain.step(_mixed(each, share))
         return sum(losses)
 
 
 def _product(a: dict[str, Slots], b: dict[str, Slots]) -> float:
-    return sum(float((g.double() * b[n][k].double()).sum()) for n, slots in a.items() if n in b for k, g in slots.items() if k in b[n])
+    return sum(
+        float((g.double() * b[n][k].double()).sum())
+        for n, slots in a.items()
+        if n in b
+        for k, g in slots.items()
+        if k in b[n]
+    )
 
 
 def _mixed(each: list[dict[str, Slots]], share: list[float]) -> dict[str, Slots]:

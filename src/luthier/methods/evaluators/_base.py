@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from luthier.storage import store
 from luthier.model.batch import Batch
 from luthier.registry import family
+from luthier.storage import store
 
 
 @family
@@ -18,7 +18,9 @@ class Evaluator:
     """Family: rows in, numbers out. Runs without gradient, the policy in evaluation mode."""
 
     def run(self, roles: Any, rows: Sequence[dict], folder: Path, when: str) -> dict[str, float]:
-        """rows: held-out rows. folder: the run's, for what should be kept. when: before, during or after training."""
+        """rows: held-out rows. folder: the run's, for what should be kept. when: before, during or after
+        training.
+        """
         raise NotImplementedError
 
 
@@ -32,12 +34,16 @@ class Said(NamedTuple):
 
 @family
 class ByRow(Evaluator):
-    """Family: numbers that follow from what is said of each row's best completion, which is read once for all of them."""
+    """Family: numbers that follow from what is said of each row's best completion, which is read once for all
+    of them.
+    """
 
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
     asks: ClassVar[frozenset[str]] = frozenset({"loss"})  # of what is said: loss, first
 
-    def told(self, said: Mapping[str, Said], roles: Any, rows: Sequence[dict], folder: Path, when: str) -> dict[str, float]:
+    def told(
+        self, said: Mapping[str, Said], roles: Any, rows: Sequence[dict], folder: Path, when: str
+    ) -> dict[str, float]:
         """said: by the name of the completion. The rest as in `run`."""
         raise NotImplementedError
 
@@ -45,7 +51,9 @@ class ByRow(Evaluator):
         return self.told(read(roles, rows, self.batch_size, self.asks), roles, rows, folder, when)
 
 
-def measured(evaluators: Sequence[Any], roles: Any, rows: Sequence[dict], folder: Path, when: str) -> dict[str, float]:
+def measured(
+    evaluators: Sequence[Any], roles: Any, rows: Sequence[dict], folder: Path, when: str
+) -> dict[str, float]:
     """What all of them say, in turn."""
     asked: dict[int | None, frozenset[str]] = {}
     for e in evaluators:
@@ -54,7 +62,11 @@ def measured(evaluators: Sequence[Any], roles: Any, rows: Sequence[dict], folder
     said = {size: read(roles, rows, size, asks) for size, asks in asked.items()}
     out: dict[str, float] = {}
     for e in evaluators:
-        out |= e.told(said[e.batch_size], roles, rows, folder, when) if isinstance(e, ByRow) else e.run(roles, rows, folder, when)
+        out |= (
+            e.told(said[e.batch_size], roles, rows, folder, when)
+            if isinstance(e, ByRow)
+            else e.run(roles, rows, folder, when)
+        )
     return out
 
 
@@ -67,18 +79,25 @@ def read(roles: Any, rows: Sequence[dict], size: int | None, asks: Set[str]) -> 
         if "loss" in asks:
             losses = (-batch.sums(outputs.logprobs.double())).tolist()
         if "first" in asks:
-            firsts = [round(n) for n in batch.sums((outputs.first() == batch.labels[batch.supervised]).float()).tolist()]
+            firsts = [
+                round(n)
+                for n in batch.sums((outputs.first() == batch.labels[batch.supervised]).float()).tolist()
+            ]
         names = [name for row in batch.rows for name in named(row)]
-        out |= {name: Said(*told) for name, told in zip(names, zip(sizes, losses, firsts, strict=True), strict=True)}
+        out |= {
+            name: Said(*told)
+            for name, told in zip(names, zip(sizes, losses, firsts, strict=True), strict=True)
+        }
     return out
 
 
-ROWS, LETTERS = 16, 8192  # read at once: at least so many rows, and more while they have so many letters together
+# read at once: at least so many rows, and more while they have so many letters together
+ROWS, LETTERS = 16, 8192
 
 
 def batches(roles: Any, rows: Sequence[dict], size: int | None = None) -> Iterator[Batch]:
-    """Rows as batches, those of like length together, so that little is wasted on padding. size: rows at once; where it is None,
-    short ones come in larger batches, since each batch has its price."""
+    """Rows as batches, those of like length together, so that little is wasted on padding. size: rows at
+    once; where it is None, short ones come in larger batches, since each batch has its price."""
 
     def length(row: dict) -> int:
         return len(str(row["prompt"])) + sum(len(str(c)) for c in row["completions"])
@@ -120,8 +139,8 @@ def named(row: dict) -> list[str]:
 
 
 def keep(folder: Path, when: str, **values: Mapping[str, float]) -> None:
-    """Into by-row-<when>.json: row id -> what a metric says of this row, its mean over rows being the metric. Runs on the
-    same rows are compared row by row with it."""
+    """Into by-row-<when>.json: row id -> what a metric says of this row, its mean over rows being the metric.
+    Runs on the same rows are compared row by row with it."""
     path = folder / f"by-row-{when}.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     store.write_json(path, {**known, **values})

@@ -2,10 +2,12 @@
 
 A format turns one raw row (a dict as the file has it) into the one row shape of the house:
 
-    {"id", "prompt": str | [message], "completions": [str | [message]], "scores": [float], "tools", "label", ...}
+    {"id", "prompt": str | [message], "completions": [str | [message]], "scores": [float], "tools", "label",
+    ...}
 
-Preference pairs score [1.0, 0.0], unpaired rows [1.0] or [-1.0], ranked lists what was given. Columns that the format
-does not read are kept under their own names. A row that cannot be read raises BadRow with the reason.
+Preference pairs score [1.0, 0.0], unpaired rows [1.0] or [-1.0], ranked lists what was given. Columns that
+the format does not read are kept under their own names. A row that cannot be read raises BadRow with the
+reason.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ ROLES = {
     "function": "tool",
     "ipython": "tool",
 }
-TURN = ("tool_call_id", "name", "reasoning_content")  # what a message may carry beside its text and how it is learned
+# what a message may carry beside its text and how it is learned
+TURN = ("tool_call_id", "name", "reasoning_content")
 TRUTH = {
     "true": True,
     "yes": True,
@@ -61,9 +64,11 @@ class Format:
 
     columns: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[str] = ""  # columns read where they are there
-    generic: ClassVar[bool] = False  # its columns also occur in richer shapes: yields to another format that fits
+    # its columns also occur in richer shapes: yields to another format that fits
+    generic: ClassVar[bool] = False
 
-    chat: bool = False  # a prompt of plain text becomes a user's turn, so that it goes through the chat template
+    # a prompt of plain text becomes a user's turn, so that it goes through the chat template
+    chat: bool = False
 
     @classmethod
     def fit(cls, seen: Iterable[str]) -> int:
@@ -91,7 +96,9 @@ class Format:
             read["prompt"] = [{"role": "user", "content": read["prompt"]}]
             read |= {"completions": [spoken(c) for c in read["completions"]]} if "completions" in read else {}
         # A column that the house means otherwise must not pass for ours.
-        kept = {f"raw_{k}" if k in ("completions", "scores") else k: v for k, v in raw.items() if k not in used}
+        kept = {
+            f"raw_{k}" if k in ("completions", "scores") else k: v for k, v in raw.items() if k not in used
+        }
         return {**kept, **read}
 
     def read(self, raw: dict) -> dict:
@@ -101,12 +108,21 @@ class Format:
 
 def kind_of(value: Any) -> str:
     """A value's type, in words."""
-    kinds = {bool: "true/false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    kinds = {
+        bool: "true/false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+    }
     return "missing" if value is None else kinds.get(type(value), type(value).__name__)
 
 
 def text(raw: dict, name: str, empty: bool = False) -> str:
-    """The text in a column. Raises BadRow where it is missing, of another type, or blank (`empty`: "" is allowed)."""
+    """The text in a column. Raises BadRow where it is missing, of another type, or blank (`empty`: "" is
+    allowed).
+    """
     value = raw.get(name)
     if value is None and empty:
         return ""
@@ -149,7 +165,9 @@ def plain(value: Any, name: str, words: tuple[str, str] = ("true", "false")) -> 
 def numbers(value: Any, name: str) -> list[float]:
     """A list of finite numbers."""
     value = opened(value, name)
-    if not isinstance(value, list) or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):
+    if not isinstance(value, list) or not all(
+        isinstance(v, (int, float)) and not isinstance(v, bool) for v in value
+    ):
         raise BadRow(f"{name} is not a list of numbers")
     if not all(abs(v) <= sys.float_info.max for v in value):
         raise BadRow(f"{name} holds a number that is not finite")
@@ -160,7 +178,9 @@ def numbers(value: Any, name: str) -> list[float]:
 
 
 def calls(value: Any, name: str) -> list[dict]:
-    """Tool calls as chat templates take them: [{"type": "function", "function": {"name", "arguments": {...}}}]."""
+    """Tool calls as chat templates take them: [{"type": "function", "function": {"name", "arguments":
+    {...}}}].
+    """
     value = opened(value, name)
     read = []
     for call in value if isinstance(value, list) else [value]:
@@ -190,7 +210,9 @@ def messages(value: Any, name: str) -> list[dict]:
     value = opened(value, name)
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not value:
-        raise BadRow(f"{name} is missing" if value is None else f"{name} is not a list of messages with a turn in it")
+        raise BadRow(
+            f"{name} is missing" if value is None else f"{name} is not a list of messages with a turn in it"
+        )
     return [message(turn, f"turn {i} of {name}") for i, turn in enumerate(value, 1)]
 
 
@@ -212,14 +234,18 @@ def message(turn: Any, where: str) -> dict:
     elif isinstance(content, list) and content and all(isinstance(p, dict) and "type" in p for p in content):
         pass  # parts (text, image, audio): the template and the architecture read them
     elif not isinstance(content, str):
-        raise BadRow(f"{where} has no content" if content is None else f"{where} is {kind_of(content)}, not text")
+        raise BadRow(
+            f"{where} has no content" if content is None else f"{where} is {kind_of(content)}, not text"
+        )
     elif not content.strip() and role != "tool" and not read.get("reasoning_content"):
         raise BadRow(f"{where} ({role}) is {'only white space' if content else 'empty'}")
     return {"role": "assistant" if role == "function_call" else role, "content": content, **read}
 
 
 def learning(turn: dict, where: str) -> dict:
-    """Whether a turn is learned (`loss`, axolotl's `train`) and how much it counts (`loss_scale`, OpenAI's `weight`)."""
+    """Whether a turn is learned (`loss`, axolotl's `train`) and how much it counts (`loss_scale`, OpenAI's
+    `weight`).
+    """
     said = {}
     for name in ("loss", "train"):
         if turn.get(name) is not None:
@@ -233,11 +259,17 @@ def learning(turn: dict, where: str) -> dict:
 
 
 def conversation(turns: list[dict], name: str, assistant_only: bool) -> tuple[list[dict], list[dict]]:
-    """Turns -> prompt and rest. Where a turn before the first reply is to be learned too, there is no prompt but the empty one."""
+    """Turns -> prompt and rest. Where a turn before the first reply is to be learned too, there is no prompt
+    but the empty one.
+    """
     if not assistant_only:
         turns = [{**t, "loss": t.get("loss", True)} for t in turns]
     prompt, rest = first_reply(turns, name)
-    return ([], turns if not assistant_only else prompt + rest) if any(t.get("loss") for t in prompt) else (prompt, rest)
+    return (
+        ([], turns if not assistant_only else prompt + rest)
+        if any(t.get("loss") for t in prompt)
+        else (prompt, rest)
+    )
 
 
 def first_reply(turns: list[dict], name: str) -> tuple[list[dict], list[dict]]:
@@ -278,7 +310,9 @@ def spoken(value: str | list[dict]) -> list[dict]:
 
 
 def alike(prompt: str | list[dict], *completions: str | list[dict]) -> tuple[Any, list]:
-    """Prompt and completions all as text, or all as turns; a completion that repeats the prompt's turns loses them."""
+    """Prompt and completions all as text, or all as turns; a completion that repeats the prompt's turns loses
+    them.
+    """
     if isinstance(prompt, str) and all(isinstance(c, str) for c in completions):
         return prompt, list(completions)
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -296,7 +330,9 @@ def instruction(raw: dict) -> list[dict]:
     more = "" if isinstance(given, str) and not given.strip() else text(raw, "input")
     asked = f"{asked}\n\n{more}" if more else asked
     system, history = raw.get("system") or "", opened(raw.get("history"), "history") or []
-    if not isinstance(history, list) or not all(isinstance(h, (list, tuple)) and len(h) == 2 for h in history):
+    if not isinstance(history, list) or not all(
+        isinstance(h, (list, tuple)) and len(h) == 2 for h in history
+    ):
         raise BadRow("history is not a list of [question, answer] pairs")
     turns = [{"role": "system", "content": text(raw, "system")}] if system else []
     for question, answer in history:

@@ -14,8 +14,12 @@ from luthier.registry import family
 class Merger:
     """Family: tensors of several runs in, one set of tensors out. The runs must have moved the same tensors."""
 
-    def merge(self, several: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """several: name -> tensor of each run. base: the same of the model that all of them began with, where it is wanted."""
+    def merge(
+        self, several: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """several: name -> tensor of each run. base: the same of the model that all of them began with, where
+        it is wanted.
+        """
         raise NotImplementedError
 
     def alike(self, several: Sequence[Mapping[str, Tensor]]) -> list[str]:
@@ -28,11 +32,17 @@ class Merger:
             if odd:
                 have, lack = (k, 0) if odd[0] in other else (0, k)
                 more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-                raise RecipeError(f"merger '{self.name}': run {have} has {odd[0]}{more}, run {lack} has not: they moved different tensors")
+                raise RecipeError(
+                    f"merger '{self.name}': run {have} has {odd[0]}{more}, run {lack} has not: they moved"
+                    " different tensors"
+                )
             for name in first:
                 was, now = list(first[name].shape), list(other[name].shape)
                 if was != now:
                     raise RecipeError(f"merger '{self.name}': {name} is {was} in run 0 and {now} in run {k}")
                 if not first[name].is_floating_point() and not first[name].equal(other[name]):
-                    raise RecipeError(f"merger '{self.name}': {name}, which says what moves, differs between run 0 and run {k}")
+                    raise RecipeError(
+                        f"merger '{self.name}': {name}, which says what moves, differs between run 0 and"
+                        f" run {k}"
+                    )
         return list(first)

@@ -1,5 +1,6 @@
-"""Toward what. An objective returns one number per unit; the loop averages over the units of the whole global batch,
-so accumulation, packing and data parallelism cannot change a result. Objectives add up: `dpo + 0.1*sft`."""
+"""Toward what. An objective returns one number per unit; the loop averages over the units of the whole global
+batch, so accumulation, packing and data parallelism cannot change a result. Objectives add up: `dpo +
+0.1*sft`."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ class Objective:
     """Family: `loss` gives one number per unit, never a mean."""
 
     unit: ClassVar[str] = "token"  # token, sequence, group (row) or batch
-    flat: ClassVar[bool] = False  # on rows without `old`, is its value the same wherever the policy goes, and only its gradient tells?
+    # on rows without `old`, is its value the same wherever the policy goes, and only its gradient tells?
+    flat: ClassVar[bool] = False
 
     def loss(self, roles: Any, batch: Batch) -> Tensor:
         """[count(batch)] what each unit costs."""
@@ -28,12 +30,14 @@ class Objective:
         return batch.count(self.unit)
 
     def divisor(self, batch: Batch) -> float:
-        """What the sum over all units of a global batch is divided by, this batch's share of it: how many there are, or
-        where they are weighted what they weigh together."""
+        """What the sum over all units of a global batch is divided by, this batch's share of it: how many
+        there are, or where they are weighted what they weigh together."""
         return self.count(batch)
 
     def terms(self) -> list[tuple[float, Objective]]:
-        """(weight, objective) of each term; a single objective is one term, unless its method is a sum itself."""
+        """(weight, objective) of each term; a single objective is one term, unless its method is a sum
+        itself.
+        """
         return [(1.0, self)]
 
 

@@ -1,7 +1,7 @@
 """Likelihoods token by token: what each supervised token costs, and how much it counts.
 
-Weights are a column of the rows, `token_weights`, a number for each learned token: stages write it (key_tokens, ...), and
-turns of a conversation that say a `loss_scale`.
+Weights are a column of the rows, `token_weights`, a number for each learned token: stages write it
+(key_tokens, ...), and turns of a conversation that say a `loss_scale`.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from luthier.methods.objectives._base import Objective
 from luthier.model.batch import Batch
 from luthier.registry import family
-from luthier.methods.objectives._base import Objective
 
 
 @family
 class Tokens(Objective):
     """Family: a method says what a token costs."""
 
-    normalize: Literal["tokens", "weights"] = "tokens"  # weighted tokens are divided by how many they are, or by what they weigh together
+    # weighted tokens are divided by how many they are, or by what they weigh together
+    normalize: Literal["tokens", "weights"] = "tokens"
 
     def cost(self, roles: Any, batch: Batch) -> Tensor:
         """[T] of each supervised token, unweighted."""

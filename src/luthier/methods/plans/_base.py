@@ -1,7 +1,8 @@
 """Several runs as one: a generator that asks for recipes and is answered with reports.
 
-Its only state is the reports of runs that have finished, so a plan that was stopped is replayed: finished runs answer at
-once. Before anything is computed it is played with blank reports, whose metrics are all empty; it must survive them.
+Its only state is the reports of runs that have finished, so a plan that was stopped is replayed: finished
+runs answer at once. Before anything is computed it is played with blank reports, whose metrics are all empty;
+it must survive them.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ class Plan:
         raise NotImplementedError
 
     def front(self, recipe: Any) -> Mapping[str, float | None]:
-        """The metrics of which its runs make a front, and where the volume of each begins, if that is said; none: no front."""
+        """The metrics of which its runs make a front, and where the volume of each begins, if that is said;
+        none: no front.
+        """
         return {}
 
     def page(self, report: Any) -> str:
-        """A page about the whole, beside those of the runs; none where it says nothing more. report: of the whole."""
+        """A page about the whole, beside those of the runs; none where it says nothing more. report: of the
+        whole.
+        """
         return ""
 
 
@@ -36,7 +41,9 @@ def measured(report: Any, metric: str) -> float:
         return float(report.after[metric])  # a blank report says 0 to everything
     except KeyError:
         has = ", ".join(sorted(report.after)) or "nothing"
-        raise RecipeError(f"this plan decides by '{metric}', and the run in {report.folder} measured {has}: see `evaluate`") from None
+        raise RecipeError(
+            f"this plan decides by '{metric}', and the run in {report.folder} measured {has}: see `evaluate`"
+        ) from None
 
 
 def better(report: Any, best: Any, metric: str) -> bool:

@@ -1,8 +1,10 @@
-"""What the frozen weights of a base are kept in. A quantizer turns a weight into codes and codes into the weight again.
+"""What the frozen weights of a base are kept in. A quantizer turns a weight into codes and codes into the
+weight again.
 
-`Quantized` modules hold codes alone: their weight is made in the compute dtype when a layer is read, and made again in its backward,
-so never more than one layer's weight exists. To everyone else they are the Linear (or Conv1D) they stand for: `weight` is a
-property, and `open` gives a module a dense weight for a while (to merge into it, say).
+`Quantized` modules hold codes alone: their weight is made in the compute dtype when a layer is read, and made
+again in its backward, so never more than one layer's weight exists. To everyone else they are the Linear (or
+Conv1D) they stand for: `weight` is a property, and `open` gives a module a dense weight for a while (to merge
+into it, say).
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from luthier.registry import family
 from luthier.model.experts import Matrix, join, put
+from luthier.registry import family
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -30,10 +32,12 @@ Codes = dict[str, Tensor]
 class Quantizer:
     """Family: settings that turn weights into codes."""
 
-    reads: ClassVar[str] = ""  # what the first rows tell it of each weight: "hessian" of its inputs, "fisher" information, or nothing
+    # what the first rows tell it of each weight: "hessian" of its inputs, "fisher" information, or nothing
+    reads: ClassVar[str] = ""
     whole: ClassVar[bool] = False  # must it see all weights before it decides about one?
 
-    skip_modules: list[str] | None = None  # ends of names of modules that stay as they are, besides the head and what is tied to it
+    # ends of names of modules that stay as they are, besides the head and what is tied to it
+    skip_modules: list[str] | None = None
 
     continuous: ClassVar[tuple[str, ...]] = ()  # which of the codes are numbers that could be trained
 
@@ -42,8 +46,12 @@ class Quantizer:
         """How many weights side by side one code stands for."""
         return 1
 
-    def plan(self, weights: Callable[[], Iterable[tuple[str, Tensor]]], seen: Mapping[str, Any]) -> dict[str, Quantizer]:
-        """weights(): (name, [out, in]) of all, one at a time; what rows told of each -> the quantizer of each."""
+    def plan(
+        self, weights: Callable[[], Iterable[tuple[str, Tensor]]], seen: Mapping[str, Any]
+    ) -> dict[str, Quantizer]:
+        """weights(): (name, [out, in]) of all, one at a time; what rows told of each -> the quantizer of
+        each.
+        """
         return {name: self for name, _ in weights()}
 
     def quantize(self, W: Tensor, seen: Any = None) -> Codes:
@@ -66,8 +74,10 @@ class Quantizer:
 class Quantized(nn.Module):
     """A linear module whose weight lies in codes. Biases stay as they are."""
 
-    watch: Callable[[Tensor], Any] | None = None  # called with each gradient of the weight [out, in] in backward, which is not kept
-    heard: Callable[[Tensor], Any] | None = None  # the same where what is continuous in the codes is trained, too
+    # called with each gradient of the weight [out, in] in backward, which is not kept
+    watch: Callable[[Tensor], Any] | None = None
+    # the same where what is continuous in the codes is trained, too
+    heard: Callable[[Tensor], Any] | None = None
     bias: nn.Parameter | None
     compute: torch.dtype  # in which the weight is made
     size: tuple[int, int]  # out, in
@@ -117,7 +127,9 @@ class Quantized(nn.Module):
     @contextmanager
     def open(self) -> Iterator[nn.Parameter]:
         """A dense weight of its own for a while: what is written into it is forgotten afterwards."""
-        made = self._parameters["weight"] = nn.Parameter(self.laid_out(self.dense()).contiguous(), requires_grad=False)
+        made = self._parameters["weight"] = nn.Parameter(
+            self.laid_out(self.dense()).contiguous(), requires_grad=False
+        )
         try:
             yield made
         finally:
@@ -183,7 +195,9 @@ class Product(torch.autograd.Function):
     """x W' (or, turned, x W) for a module's weight, which is made anew wherever it is needed and never kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, module: Quantized, turned: bool = False, anchor: Tensor | None = None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, module: Quantized, turned: bool = False, anchor: Tensor | None = None
+    ) -> Tensor:
         """anchor: any tensor that requires a gradient, for x may not."""
         ctx.module, ctx.turned = module, turned
         ctx.save_for_backward(*([] if anchor is None else [x]))
@@ -242,9 +256,15 @@ def plain(m: Quantized) -> nn.Module:
     if isinstance(m, Matrix):
         return Matrix(m.weight).train(m.training)
     with torch.device("meta"):
-        made = Conv1D(m.nf, m.nx) if isinstance(m, Conv1D) else nn.Linear(m.size[1], m.size[0], bias=m.bias is not None)
+        made = (
+            Conv1D(m.nf, m.nx)
+            if isinstance(m, Conv1D)
+            else nn.Linear(m.size[1], m.size[0], bias=m.bias is not None)
+        )
     W = m.weight
-    made._parameters["weight"] = W if isinstance(W, nn.Parameter) else nn.Parameter(W.detach().contiguous(), requires_grad=False)
+    made._parameters["weight"] = (
+        W if isinstance(W, nn.Parameter) else nn.Parameter(W.detach().contiguous(), requires_grad=False)
+    )
     made._parameters["bias"] = m.bias
     return made.train(m.training)
 
@@ -265,9 +285,21 @@ def told(model: Network) -> tuple[str, ...]:
     rest = sum(p.numel() * p.element_size() for p in model.parameters())
     name = some[0].quantizer.name
     left = [n for n, p in model.named_parameters() if p.ndim == 3 and ".experts" in n]
-    dense = (f"{len(left)} fused expert weights ({left[0]}, ...) have a form that is not quantized: they stay as they are",) if left else ()
+    dense = (
+        (
+            (
+                f"{len(left)} fused expert weights ({left[0]}, ...) have a form that is not quantized: they"
+                " stay as they are"
+            ),
+        )
+        if left
+        else ()
+    )
     return (
-        f"{len(some)} linear weights are kept as {name}, {8 * stored / count:.2f} bits a number: {stored / 2**20:,.0f} MB in place of "
-        f"{count * some[0].compute.itemsize / 2**20:,.0f}; everything else of the base takes {rest / 2**20:,.0f} MB",
+        (
+            f"{len(some)} linear weights are kept as {name}, {8 * stored / count:.2f} bits a number:"
+            f" {stored / 2**20:,.0f} MB in place of {count * some[0].compute.itemsize / 2**20:,.0f};"
+            f" everything else of the base takes {rest / 2**20:,.0f} MB"
+        ),
         *dense,
     )

@@ -13,13 +13,19 @@ class Reward:
     """Family: a judge of texts. It keeps nothing between calls, and the same texts get the same scores."""
 
     def scores(self, row: dict, texts: list[str]) -> list[float]:
-        """One score per text, in the order of the texts. `row` is where the prompt came from, with all its columns."""
+        """One score per text, in the order of the texts. `row` is where the prompt came from, with all its
+        columns.
+        """
         raise NotImplementedError
 
     def column(self, row: dict, name: str) -> Any:
-        """What the row says under a name; a sentence where it says nothing, since every text would then score 0."""
+        """What the row says under a name; a sentence where it says nothing, since every text would then score
+        0.
+        """
         value = row.get(name)
         if value is None or (isinstance(value, (str, list, tuple)) and not value):
             has = ", ".join(map(str, row)) or "nothing"
-            raise RecipeError(f"reward '{self.name}' reads the column '{name}', and a row has none (it has: {has})")
+            raise RecipeError(
+                f"reward '{self.name}' reads the column '{name}', and a row has none (it has: {has})"
+            )
         return value

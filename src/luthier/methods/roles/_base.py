@@ -21,7 +21,9 @@ class Role:
         return {}
 
     def reads(self, name: str, tokenizer: Any) -> None:
-        """Raises RecipeError, before anything is loaded, where this role cannot read what the policy's tokenizer writes."""
+        """Raises RecipeError, before anything is loaded, where this role cannot read what the policy's
+        tokenizer writes.
+        """
 
     def play(self, name: str, policy: Any) -> Any:
         """policy: the training policy. Usually returns a Policy."""

@@ -1,7 +1,8 @@
-"""What is searched, what has been seen, and what a searcher is: a function from all that was seen to what is tried next.
+"""What is searched, what has been seen, and what a searcher is: a function from all that was seen to what is
+tried next.
 
-A searcher keeps nothing between two questions. So a search that was killed goes on as if it had not been, and the same
-history and seed always lead to the same question.
+A searcher keeps nothing between two questions. So a search that was killed goes on as if it had not been, and
+the same history and seed always lead to the same question.
 """
 
 from __future__ import annotations
@@ -31,11 +32,14 @@ class Dim:
     choices: tuple = ()  # in place of a range
     ordered: bool = False  # choices ascend: near ones are alike
     default: Any = None
-    when: tuple[str, Any] | None = None  # it counts only where another setting has this value: ("tuner", "lora")
+    # it counts only where another setting has this value: ("tuner", "lora")
+    when: tuple[str, Any] | None = None
 
     def __post_init__(self):
         if not self.choices and not (self.low < self.high and (self.low > 0 or not self.log)):
-            raise ValueError(f"{self.name}: {self.low} to {self.high} is not a range{' with a logarithm' * self.log}")
+            raise ValueError(
+                f"{self.name}: {self.low} to {self.high} is not a range{' with a logarithm' * self.log}"
+            )
 
     @property
     def start(self) -> Any:
@@ -47,22 +51,40 @@ class Dim:
         u = min(max(float(u), 0.0), 1.0)
         if self.choices:
             return self.choices[min(int(u * len(self.choices)), len(self.choices) - 1)]
-        low, high = (self.low - 0.5, self.high + 0.5) if self.whole and not self.log else (self.low, self.high)
-        value = math.exp(math.log(low) + u * (math.log(high) - math.log(low))) if self.log else low + u * (high - low)
-        return int(min(max(round(value), self.low), self.high)) if self.whole else min(max(value, self.low), self.high)
+        low, high = (
+            (self.low - 0.5, self.high + 0.5) if self.whole and not self.log else (self.low, self.high)
+        )
+        value = (
+            math.exp(math.log(low) + u * (math.log(high) - math.log(low)))
+            if self.log
+            else low + u * (high - low)
+        )
+        return (
+            int(min(max(round(value), self.low), self.high))
+            if self.whole
+            else min(max(value, self.low), self.high)
+        )
 
     def of(self, value: Any) -> float:
         """0..1: the way back."""
         if self.choices:
             return (self.choices.index(value) + 0.5) / len(self.choices)
-        low, high = (self.low - 0.5, self.high + 0.5) if self.whole and not self.log else (self.low, self.high)
-        u = (math.log(value) - math.log(low)) / (math.log(high) - math.log(low)) if self.log else (value - low) / (high - low)
+        low, high = (
+            (self.low - 0.5, self.high + 0.5) if self.whole and not self.log else (self.low, self.high)
+        )
+        u = (
+            (math.log(value) - math.log(low)) / (math.log(high) - math.log(low))
+            if self.log
+            else (value - low) / (high - low)
+        )
         return min(max(float(u), 0.0), 1.0)
 
     def has(self, value: Any) -> bool:
         if self.choices:
             return value in self.choices
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and self.low <= value <= self.high
+        return (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and self.low <= value <= self.high
+        )
 
 
 @dataclass(frozen=True)
@@ -98,7 +120,9 @@ class Space:
         return self.walk(lambda d: d.at(known[d.name]))
 
     def features(self, vectors: np.ndarray) -> np.ndarray:
-        """[n, dims] in 0..1 -> what distances are taken of: whole numbers and steps where they are, a choice by a coordinate for each."""
+        """[n, dims] in 0..1 -> what distances are taken of: whole numbers and steps where they are, a choice
+        by a coordinate for each.
+        """
         columns = []
         for d, u in zip(self.dims, vectors.T, strict=True):
             if d.choices and d.ordered:
@@ -171,7 +195,8 @@ def layers(values: np.ndarray) -> np.ndarray:
     left, rank, level = list(range(len(values))), np.zeros(len(values), int), 0
     while left:
         some = values[left]
-        better = np.all(some[None] <= some[:, None], axis=2) & np.any(some[None] < some[:, None], axis=2)  # [beaten, by]
+        # [beaten, by]
+        better = np.all(some[None] <= some[:, None], axis=2) & np.any(some[None] < some[:, None], axis=2)
         beaten = better.sum(1) > 0
         rank[[i for i, b in zip(left, beaten) if not b]] = level
         left, level = [i for i, b in zip(left, beaten) if b], level + 1
@@ -216,6 +241,11 @@ def further(seen: Sequence[Seen]) -> list[Seen]:
 
 
 def telling(seen: Sequence[Seen], least: int) -> list[Seen]:
-    """What was measured after the largest share that `least` configurations reached: numbers of different shares do not compare."""
-    by = {share: [s for s in seen if s.share == share] for share in sorted({s.share for s in seen}, reverse=True)}
+    """What was measured after the largest share that `least` configurations reached: numbers of different
+    shares do not compare.
+    """
+    by = {
+        share: [s for s in seen if s.share == share]
+        for share in sorted({s.share for s in seen}, reverse=True)
+    }
     return next((some for some in by.values() if len(some) >= least), max(by.values(), key=len, default=[]))

@@ -1,4 +1,6 @@
-"""Optuna's samplers as searchers: each question is asked of a study that holds what was seen, and nothing else."""
+"""Optuna's samplers as searchers: each question is asked of a study that holds what was seen, and nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from luthier.errors import RecipeError
-from luthier.registry import family
 from luthier.methods.searchers._base import Asked, Dim, Searcher, Space, tamed
+from luthier.registry import family
 
 
 def optuna() -> Any:
@@ -26,7 +28,8 @@ def optuna() -> Any:
 class ByOptuna(Searcher):
     """Family: `sampler`."""
 
-    conditional: ClassVar[bool] = True  # does it know settings that do not always count? Else they all do, for it
+    # does it know settings that do not always count? Else they all do, for it
+    conditional: ClassVar[bool] = True
 
     def sampler(self, seed: int, over: Any) -> Any:
         """over: the constraints of a trial, or None where there are none."""
@@ -40,17 +43,25 @@ class ByOptuna(Searcher):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             study = lib.create_study(
-                directions=["minimize"] * goals, sampler=self.sampler(clock.fold("ask", len(seen), at=0) % 2**32, over)
+                directions=["minimize"] * goals,
+                sampler=self.sampler(clock.fold("ask", len(seen), at=0) % 2**32, over),
             )
             for s, v in zip(past, values):
-                point = s.point if self.conditional else {d.name: s.point.get(d.name, d.start) for d in space.dims}
+                point = (
+                    s.point
+                    if self.conditional
+                    else {d.name: s.point.get(d.name, d.start) for d in space.dims}
+                )
                 marks = {**s.marks, **({"constraints": [s.over]} if over else {})}
                 study.add_trial(
                     lib.trial.create_trial(
-                        params=dict(point), distributions={k: kind[k] for k in point}, values=[float(x) for x in v],
-                        user_attrs={"over": s.over}, system_attrs=marks,
+                        params=dict(point),
+                        distributions={k: kind[k] for k in point},
+                        values=[float(x) for x in v],
+                        user_attrs={"over": s.over},
+                        system_attrs=marks,
                     )
-                )  # fmt: skip
+                )
             trial = study.ask()
             point = space.walk(lambda d: _suggest(trial, d), everything=not self.conditional)
             marks = study._storage.get_trial_system_attrs(trial._trial_id)

@@ -1,4 +1,6 @@
-"""Rows in, rows out. The same stage serves a whole data set before training (`stages`) or the rows of one step (`live`)."""
+"""Rows in, rows out. The same stage serves a whole data set before training (`stages`) or the rows of one
+step (`live`).
+"""
 
 from __future__ import annotations
 
@@ -7,8 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from luthier.registry import family
 from luthier.model.policy import resting
+from luthier.registry import family
 
 BY_COMPLETION = (
     "completions",
@@ -28,7 +30,8 @@ BY_COMPLETION = (
 class Stage:
     """Family: rows that may lose and gain columns, or leave. A row is never changed in place."""
 
-    asks_model: ClassVar[bool] = True  # False: works on the rows alone, and can be tried before a model is loaded
+    # False: works on the rows alone, and can be tried before a model is loaded
+    asks_model: ClassVar[bool] = True
 
     def __call__(self, rows: Sequence[dict], roles: Any) -> Iterable[dict]:
         """rows: in canonical form. roles: who may be asked; the policy as it is now."""
@@ -58,7 +61,9 @@ def text_of(roles: Any, completion: Any) -> str:
     if isinstance(completion, str):
         return completion
     if completion and isinstance(completion[0], dict):
-        return "\n".join(str(turn.get("content") or "") for turn in completion if turn.get("role") == "assistant")
+        return "\n".join(
+            str(turn.get("content") or "") for turn in completion if turn.get("role") == "assistant"
+        )
     return roles.text(completion)
 
 
@@ -69,7 +74,9 @@ def pieces(roles: Any, ids: Sequence[int]) -> list[str]:
         first = max(0, i - 4)  # far enough for characters that take several tokens
         before = shown(list(ids[first:i]))
         now = shown(list(ids[first : i + 1]))
-        told.append(now[len(before) :] if not before.endswith("\ufffd") else now[len(before.rstrip("\ufffd")) :])
+        told.append(
+            now[len(before) :] if not before.endswith("\ufffd") else now[len(before.rstrip("\ufffd")) :]
+        )
     return told
 
 
@@ -79,7 +86,9 @@ def pick(row: dict, places: Sequence[int]) -> dict:
 
     def belongs(name: str, value: Any) -> bool:
         """Known columns, and whatever holds a list of numbers for each completion."""
-        numbers = isinstance(value, list) and all(isinstance(v, list) and v and isinstance(v[0], float) for v in value)
+        numbers = isinstance(value, list) and all(
+            isinstance(v, list) and v and isinstance(v[0], float) for v in value
+        )
         return name in BY_COMPLETION or bool(numbers)
 
     def few(name: str, value: Any) -> Any:
@@ -97,7 +106,9 @@ def without(row: dict, *more: str) -> dict:
 
 @torch.no_grad()
 def said(policy: Any, roles: Any, rows: Sequence[dict], size: int) -> Iterator[list[list[float]]]:
-    """Of each row, the log-probabilities that a role gives the supervised tokens of each completion; without dropout."""
+    """Of each row, the log-probabilities that a role gives the supervised tokens of each completion; without
+    dropout.
+    """
     for i in range(0, len(rows), size):
         batch = roles.batch(rows[i : i + size])
         with resting(roles.policy.model):

@@ -1,4 +1,6 @@
-"""What moves. A tuner attaches to a model; what is attached can be listed, switched off, exchanged, merged and saved."""
+"""What moves. A tuner attaches to a model; what is attached can be listed, switched off, exchanged, merged
+and saved.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from luthier.storage import store
 from luthier.errors import RecipeError
 from luthier.registry import family
+from luthier.storage import store
 
 if TYPE_CHECKING:
-    from luthier.model.network import Network
-    from luthier.model.batch import Batch
     from luthier.clock import Clock
+    from luthier.model.batch import Batch
+    from luthier.model.network import Network
 
 
 @dataclass
@@ -71,7 +73,9 @@ class Attached:
         return {}
 
     def memory(self) -> dict[str, Tensor]:
-        """Tensors that only training needs (gathered toward the next decision): in checkpoints, not in what `save` writes."""
+        """Tensors that only training needs (gathered toward the next decision): in checkpoints, not in what
+        `save` writes.
+        """
         return {}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -89,9 +93,14 @@ class Attached:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Put `tensors()` back. Raises RecipeError when names or shapes differ."""
         own = self._state()
-        odd = sorted(own.keys() ^ tensors.keys()) + [k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape]
+        odd = sorted(own.keys() ^ tensors.keys()) + [
+            k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape
+        ]
         if odd:
-            raise RecipeError(f"the saved tensors do not fit tuner '{self.settings.name}': {', '.join(odd[:3])}{' ...' * (len(odd) > 3)}")
+            raise RecipeError(
+                f"the saved tensors do not fit tuner '{self.settings.name}':"
+                f" {', '.join(odd[:3])}{' ...' * (len(odd) > 3)}"
+            )
         for name, p in own.items():
             p.copy_(tensors[name])
 
@@ -107,11 +116,15 @@ class Attached:
         """Decide what moves in this step."""
 
     def renewed(self, site: str) -> dict[str, Tensor]:
-        """slot -> mask of the entries that begin anew in this step: the optimizer forgets what it knew of them. Asked once."""
+        """slot -> mask of the entries that begin anew in this step: the optimizer forgets what it knew of
+        them. Asked once.
+        """
         return {}
 
     def pulls(self, site: str) -> dict[str, Tensor]:
-        """slot -> the gradient of a term of the tuner's own beside the loss (a penalty). Asked where a site is stepped."""
+        """slot -> the gradient of a term of the tuner's own beside the loss (a penalty). Asked where a site
+        is stepped.
+        """
         return {}
 
     def after_step(self, clock: Clock) -> None:
@@ -130,7 +143,8 @@ class Attached:
     # --- what is read
 
     def reads(self, batch: Batch, rows: Tensor) -> None:
-        """Told by architectures before the network runs: of which row of the batch each row [R], or place [R, W], of its tensors is.
+        """Told by architectures before the network runs: of which row of the batch each row [R], or place [R,
+        W], of its tensors is.
 
         It holds until the next call, since backward may read again."""
 

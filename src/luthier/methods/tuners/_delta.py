@@ -1,8 +1,8 @@
 """What a per-module tuner is: its settings, `init` and `weight`; a cheaper `forward` where there is one.
 
-The bridge (tuners/_peft.py) makes every Delta a real PEFT type: a config, a layer and a model that plain PEFT saves,
-loads and merges. Weights are always seen as [out, in], however the module keeps them: Linear, GPT-2's Conv1D, or an
-Embedding (out = width, in = vocabulary).
+The bridge (tuners/_peft.py) makes every Delta a real PEFT type: a config, a layer and a model that plain PEFT
+saves, loads and merges. Weights are always seen as [out, in], however the module keeps them: Linear, GPT-2's
+Conv1D, or an Embedding (out = width, in = vocabulary).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from luthier.registry import family
 from luthier.methods.tuners._base import Attached, Tuner
+from luthier.registry import family
 
 if TYPE_CHECKING:
     from luthier.model.network import Matrix, Network
@@ -55,11 +55,14 @@ class Where(Tuner):
 
     on_quantized: ClassVar[bool] = True
 
-    target_modules: str | list[str] = "all-linear"  # ends of their names, one regular expression, or all-linear
+    # ends of their names, one regular expression, or all-linear
+    target_modules: str | list[str] = "all-linear"
     exclude_modules: str | list[str] | None = None  # ends of names, or a regular expression, to leave alone
     layers_to_transform: int | list[int] | None = None  # only these layers; wants target_modules as a list
-    layers_pattern: str | list[str] | None = None  # name of the list of layers, where it is not layers, h, block or the like
-    modules_to_save: list[str] | None = None  # further modules that are trained whole and saved beside the adapter
+    # name of the list of layers, where it is not layers, h, block or the like
+    layers_pattern: str | list[str] | None = None
+    # further modules that are trained whole and saved beside the adapter
+    modules_to_save: list[str] | None = None
 
     def only(self, kept: Sequence[int], of: int) -> dict[str, Any]:
         """The settings with which, of so many layers, all but the kept ones are left alone."""
@@ -72,8 +75,10 @@ class Delta(Where):
     """Family: own tensors for each chosen module, and the weight they make of its weight."""
 
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear, nn.Embedding)  # modules it can sit on, besides Conv1D
-    precise: ClassVar[bool] = True  # forward is given x and y in the adapter's fp32; else in the model's precision
-    reads: ClassVar[str] = ""  # what `start` learns from: "inputs", "covariance", "gradients" (tuners/_calibrate.py), or nothing
+    # forward is given x and y in the adapter's fp32; else in the model's precision
+    precise: ClassVar[bool] = True
+    # what `start` learns from: "inputs", "covariance", "gradients" (tuners/_calibrate.py), or nothing
+    reads: ClassVar[str] = ""
 
     def attach(self, model: Network) -> Attached:
         from luthier.methods.tuners._peft import OnPeft, config_of, plain_settings
@@ -100,15 +105,21 @@ class Delta(Where):
         return b
 
     def forward(self, x: Tensor, y: Tensor, p: SimpleNamespace, layer: Matrix) -> Tensor:
-        """x [..., in], the untuned output y [..., out] -> the tuned output. Override where W' need not be built."""
+        """x [..., in], the untuned output y [..., out] -> the tuned output. Override where W' need not be
+        built.
+        """
         b = None if layer.bias is None else layer.bias.to(x.dtype)
         return F.linear(x, self.weight(oriented(layer).to(x.dtype), p), self.bias(b, p))
 
     def enter(self, model: Network) -> None:
-        """Make a network ready for this method, just before its layers are put in. Raises ValueError where it cannot be."""
+        """Make a network ready for this method, just before its layers are put in. Raises ValueError where it
+        cannot be.
+        """
 
     def ahead(self, p: SimpleNamespace) -> tuple[Tensor, Tensor] | None:
-        """Keys and values [m, width] that stand before those of every text, in methods that have them; asked by attention."""
+        """Keys and values [m, width] that stand before those of every text, in methods that have them; asked
+        by attention.
+        """
         return None
 
     def start(self, W: Tensor, seen: Tensor) -> dict[str, Tensor]:
@@ -116,5 +127,7 @@ class Delta(Where):
         raise NotImplementedError
 
     def factors(self, p: SimpleNamespace) -> tuple[Tensor, Tensor] | None:
-        """A [r, in] and B [out, r] with W' = W + B A, where the method has them: then its export as LoRA is exact."""
+        """A [r, in] and B [out, r] with W' = W + B A, where the method has them: then its export as LoRA is
+        exact.
+        """
         return None

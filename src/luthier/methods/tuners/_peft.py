@@ -1,8 +1,8 @@
 """The only file that knows PEFT: makes every Delta a real PEFT type, and puts any PEFT type on a model.
 
-Importing it registers all Deltas, so that `PeftModel.from_pretrained` and `transformers.load_adapter` know them
-(tuners/_register.py sees to it that this happens). Method files import it only inside `attach`. Its neighbour
-_peft_lora.py holds what is special about PEFT's own LoRA.
+Importing it registers all Deltas, so that `PeftModel.from_pretrained` and `transformers.load_adapter` know
+them (tuners/_register.py sees to it that this happens). Method files import it only inside `attach`. Its
+neighbour _peft_lora.py holds what is special about PEFT's own LoRA.
 """
 
 from __future__ import annotations
@@ -20,7 +20,14 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PromptTuningConfig,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
@@ -32,25 +39,42 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from luthier.storage import store
-from luthier.errors import RecipeError
-from luthier.registry import find, gives_of, meant, names
-from luthier.model.experts import stacked
-from luthier.methods.quantizers._base import Quantized, QuantizedMatrix, modules, numbers, opened
 from luthier.compat import peft as _register
-from luthier.model.calibration import statistics
-from luthier.methods.tuners._delta import Delta, oriented
+from luthier.errors import RecipeError
+from luthier.methods.quantizers._base import Quantized, QuantizedMatrix, modules, numbers, opened
 from luthier.methods.tuners._base import Attached, Site
+from luthier.methods.tuners._delta import Delta, oriented
+from luthier.model.calibration import statistics
+from luthier.model.experts import stacked
+from luthier.registry import find, gives_of, meant, names
+from luthier.storage import store
 
 if TYPE_CHECKING:
     from luthier.model.network import Matrix, Network
 
 ADAPTER = "default"
 SAID = {  # settings that adapter_config.json always spells out: every reader has known them for years
-    "peft_type", "task_type", "base_model_name_or_path", "auto_mapping", "inference_mode", "r", "lora_alpha", "lora_dropout", "bias",
-    "target_modules", "modules_to_save", "fan_in_fan_out", "init_lora_weights", "use_rslora", "use_dora", "num_virtual_tokens", "token_dim",
-    "num_transformer_submodules", "num_attention_heads", "num_layers",
-}  # fmt: skip
+    "peft_type",
+    "task_type",
+    "base_model_name_or_path",
+    "auto_mapping",
+    "inference_mode",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "bias",
+    "target_modules",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "init_lora_weights",
+    "use_rslora",
+    "use_dora",
+    "num_virtual_tokens",
+    "token_dim",
+    "num_transformer_submodules",
+    "num_attention_heads",
+    "num_layers",
+}
 INITIAL = "luthier_initial"  # a frozen second adapter: minus what the first one starts with
 SIDEWAYS = (Conv1D, nn.Embedding)  # modules that keep their weight as [in, out]
 _made: dict[type, type] = {}
@@ -60,7 +84,9 @@ _made: dict[type, type] = {}
 
 
 class Tensors(nn.Module):
-    """The tensors of one adapter on one layer, in fp32 whatever the base is; whole numbers and truth values as they are."""
+    """The tensors of one adapter on one layer, in fp32 whatever the base is; whole numbers and truth values
+    as they are.
+    """
 
     watch: Any = None  # called with the gradient of the tuned weight [out, in], by forwards that form it
 
@@ -105,7 +131,9 @@ class Layer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
         device = device or self.get_base_layer().weight.device
         if device.type != "meta" and not any(p.is_meta for p in self.held[adapter_name].parameters()):
             self.held[adapter_name].to(device)
@@ -116,7 +144,9 @@ class Layer(nn.Module, BaseTunerLayer):
         return SimpleNamespace(**held._parameters, **held._buffers, watch=held.watch)
 
     def ahead(self) -> tuple[Tensor, Tensor] | None:
-        """What kernels/attention.py puts before the keys and values of the attention that this module is a part of."""
+        """What kernels/attention.py puts before the keys and values of the attention that this module is a
+        part of.
+        """
         if self.disable_adapters or self.merged:
             return None
         said = [self.methods[a].ahead(self.tensors(a)) for a in self.active_adapters if a in self.held]
@@ -147,7 +177,9 @@ class Layer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         base = self.get_base_layer()
         if isinstance(base, Quantized) and "weight" not in base._parameters:
-            raise ValueError("a weight that is kept as codes takes no change: open the module first (luthier.quantizers)")
+            raise ValueError(
+                "a weight that is kept as codes takes no change: open the module first (luthier.quantizers)"
+            )
         for adapter in check_adapters_to_merge(self, adapter_names) or []:
             if adapter not in self.held:
                 continue
@@ -186,12 +218,15 @@ class Layer(nn.Module, BaseTunerLayer):
         method, p, base = self.methods[adapter], self.tensors(adapter), self.get_base_layer()
         if isinstance(base, nn.Embedding):
             table = method.weight(oriented(base).float(), p).T
-            return y + (table[x] - base.weight[x].float()).to(y.dtype) * (1 if self._get_embed_scale() is None else self._get_embed_scale())
+            return y + (table[x] - base.weight[x].float()).to(y.dtype) * (
+                1 if self._get_embed_scale() is None else self._get_embed_scale()
+            )
         if not method.precise:
             return method.forward(x, y, p, base)
         own = next(iter(self.held[adapter].parameters())).dtype
         forward = method.forward
-        if isinstance(base, Quantized) and type(method).forward is Delta.forward:  # W' is made again in backward, not kept
+        # W' is made again in backward, not kept
+        if isinstance(base, Quantized) and type(method).forward is Delta.forward:
             forward = partial(checkpoint, forward, use_reentrant=False)
         return forward(x.to(own), y.to(own), p, base).to(y.dtype)
 
@@ -261,7 +296,9 @@ def _admit(key: str) -> None:
 
 
 def register() -> None:
-    """Make every Delta known to PEFT. A method that cannot be imported is told of and does not stop the others."""
+    """Make every Delta known to PEFT. A method that cannot be imported is told of and does not stop the
+    others.
+    """
     for name in names("tuner"):
         try:
             cls = find("tuner", name)
@@ -284,15 +321,17 @@ class OnPeft(Attached):
         for name in _listed(getattr(config, "modules_to_save", None)):
             if not _ends(name, there.names):
                 leaves = {n.rpartition(".")[2] for n in there.names}
-                raise RecipeError(f"tuner '{settings.name}': modules_to_save '{name}' matches nothing{meant(name, leaves)}")
+                raise RecipeError(
+                    f"tuner '{settings.name}': modules_to_save '{name}' matches nothing{meant(name, leaves)}"
+                )
         start = list(model.parameters()) if getattr(config, "bias", "none") != "none" else []
         asked = set(_listed(getattr(config, "target_parameters", None)))
         coded = [n for n, m in modules(model).items() if isinstance(m, QuantizedMatrix)]
         for name in asked:
             if any(n.endswith("." + name.rpartition(".")[2]) for n in coded):
                 raise RecipeError(
-                    f"tuner '{settings.name}': target_parameters '{name}' is quantized, and is no parameter any more: "
-                    "quantization.skip_modules: [experts] keeps the experts dense"
+                    f"tuner '{settings.name}': target_parameters '{name}' is quantized, and is no parameter"
+                    " any more: quantization.skip_modules: [experts] keeps the experts dense"
                 )
         mode = model.training
         with warnings.catch_warnings(record=True) as heard:
@@ -300,15 +339,20 @@ class OnPeft(Attached):
             try:
                 self.peft = get_peft_model(model, config)
             except (ValueError, TypeError) as error:
-                raise RecipeError(f"tuner '{settings.name}': {_sentence(error)}{there.said(there.missed(config))}") from None
-        if coded and getattr(config, "target_parameters", None):  # PEFT adds those of fused experts, and there are none here
+                raise RecipeError(
+                    f"tuner '{settings.name}': {_sentence(error)}{there.said(there.missed(config))}"
+                ) from None
+        # PEFT adds those of fused experts, and there are none here
+        if coded and getattr(config, "target_parameters", None):
             config.target_parameters = sorted(asked)
         model.train(mode)  # new dropouts come awake
         said = [str(w.message) for w in heard if issubclass(w.category, (UserWarning, RuntimeWarning))]
-        own = any(k.endswith("_pattern") for k in getattr(settings, "config", None) or {})  # else they are PEFT's, for fused experts
+        # else they are PEFT's, for fused experts
+        own = any(k.endswith("_pattern") for k in getattr(settings, "config", None) or {})
         self.told = tuple(s for s in said if own or "_pattern keys did not match" not in s)
         self.layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
-        self.start = [(p, p.detach().clone()) for p in start if p.requires_grad]  # biases that train: off() puts them back
+        # biases that train: off() puts them back
+        self.start = [(p, p.detach().clone()) for p in start if p.requires_grad]
         self.biases = {id(p) for p, _ in self.start}
         self._check(config, tied, there)
         self.told += self._left_out()
@@ -319,21 +363,30 @@ class OnPeft(Attached):
         hit = [*tuner.targeted_module_names, *tuner.targeted_parameter_names]
         missed = there.missed(config)
         if missed:
-            raise RecipeError(f"tuner '{self.settings.name}': target_modules '{missed}' matches nothing{there.said(missed)}")
+            raise RecipeError(
+                f"tuner '{self.settings.name}': target_modules '{missed}' matches nothing{there.said(missed)}"
+            )
         for name in _listed(getattr(config, "target_parameters", None)):
             if not _ends(name, hit):
-                raise RecipeError(f"tuner '{self.settings.name}': target_parameters '{name}' matches nothing{meant(name, there.bare)}")
+                raise RecipeError(
+                    f"tuner '{self.settings.name}': target_parameters '{name}' matches"
+                    f" nothing{meant(name, there.bare)}"
+                )
         for index in _listed(getattr(config, "layers_to_transform", None)):
             if not any(f".{index}." in h for h in hit):
-                raise RecipeError(f"tuner '{self.settings.name}': layers_to_transform {index} matches none of {len(hit)} modules")
+                raise RecipeError(
+                    f"tuner '{self.settings.name}': layers_to_transform {index} matches none of {len(hit)}"
+                    " modules"
+                )
         whole = [n for n, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         for group in tied:
             touched = [n for n in group if n in {*hit, *whole}]
             if touched:
                 other = next((n for n in group if n not in touched), group[-1])
                 raise RecipeError(
-                    f"tuner '{self.settings.name}': {touched[0]} shares its weight with {other} (tie_word_embeddings), so the two "
-                    "would part in silence; leave it out of target_modules and modules_to_save, or tune whole weights (full, lisa)"
+                    f"tuner '{self.settings.name}': {touched[0]} shares its weight with {other}"
+                    " (tie_word_embeddings), so the two would part in silence; leave it out of"
+                    " target_modules and modules_to_save, or tune whole weights (full, lisa)"
                 )
 
     @property
@@ -354,13 +407,20 @@ class OnPeft(Attached):
             slots = {}
             for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
                 held = getattr(layer, attribute, None)
-                entry = held[ADAPTER] if isinstance(held, (nn.ModuleDict, nn.ParameterDict)) and ADAPTER in held else None
-                plain = attribute.removeprefix(self.placer.prefix).removeprefix("embedding_").lstrip("_")  # lora_A -> A
+                entry = (
+                    held[ADAPTER]
+                    if isinstance(held, (nn.ModuleDict, nn.ParameterDict)) and ADAPTER in held
+                    else None
+                )
+                # lora_A -> A
+                plain = attribute.removeprefix(self.placer.prefix).removeprefix("embedding_").lstrip("_")
                 if isinstance(entry, nn.Parameter):
                     slots[plain] = entry
                 elif isinstance(entry, nn.Module):
                     inner = entry.named_parameters()
-                    slots |= {plain if k == "weight" and plain else f"{plain}.{k}".lstrip("."): p for k, p in inner}
+                    slots |= {
+                        plain if k == "weight" and plain else f"{plain}.{k}".lstrip("."): p for k, p in inner
+                    }
             slots = {k: p for k, p in slots.items() if id(p) not in seen}
             if slots:
                 sites.append(Site(name, slots, self.settings))
@@ -368,7 +428,11 @@ class OnPeft(Attached):
         whole = [f"{n}." for n, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         for name, module in self.model.named_modules():  # modules_to_save, biases
             further = f".{ADAPTER}" in name and name.startswith(tuple(whole))
-            slots = {k: p for k, p in module.named_parameters(recurse=False) if id(p) not in seen and (further or id(p) in self.biases)}
+            slots = {
+                k: p
+                for k, p in module.named_parameters(recurse=False)
+                if id(p) not in seen and (further or id(p) in self.biases)
+            }
             if slots:
                 sites.append(Site(name, slots, None))
                 seen |= {id(p) for p in slots.values()}
@@ -377,29 +441,44 @@ class OnPeft(Attached):
     def buffers(self):
         """Frozen tensors that the adapter file holds, too."""
         real = {id(b) for b in self.peft.buffers()}
-        saved = get_peft_model_state_dict(self.peft, state_dict=self.peft.state_dict(keep_vars=True), save_embedding_layers=False)
+        saved = get_peft_model_state_dict(
+            self.peft, state_dict=self.peft.state_dict(keep_vars=True), save_embedding_layers=False
+        )
         return {k: v for k, v in saved.items() if id(v) in real}
 
     def _left_out(self) -> tuple[str, ...]:
         """all-linear does not reach experts that are one tensor; say so."""
         if getattr(self.settings, "target_modules", "") != "all-linear":
             return ()
-        reached = {id(getattr(m.get_base_layer(), m.parameter_name)) for m in self.layers.values() if isinstance(m, ParamWrapper)}
+        reached = {
+            id(getattr(m.get_base_layer(), m.parameter_name))
+            for m in self.layers.values()
+            if isinstance(m, ParamWrapper)
+        }
         fused = [
             (f"{n}.{k}", p.numel())
-            for n, m in self.model.named_modules() if not isinstance(m, nn.modules.conv._ConvNd)
+            for n, m in self.model.named_modules()
+            if not isinstance(m, nn.modules.conv._ConvNd)
             for k, p in m.named_parameters(recurse=False)
             if p.ndim == 3 and id(p) not in reached and not n.startswith(tuple(self.layers))
-        ]  # fmt: skip
-        coded = [(n, m.size[0] * m.size[1]) for n, m in modules(self.model).items() if isinstance(m, QuantizedMatrix)]
+        ]
+        coded = [
+            (n, m.size[0] * m.size[1])
+            for n, m in modules(self.model).items()
+            if isinstance(m, QuantizedMatrix)
+        ]
         if not fused and not coded:
             return ()
-        share = sum(k for _, k in fused + coded) / (sum(p.numel() for p in self.model.parameters()) + numbers(self.model))
+        share = sum(k for _, k in fused + coded) / (
+            sum(p.numel() for p in self.model.parameters()) + numbers(self.model)
+        )
         reach = "tuner 'lora' reaches them with target_parameters"
         reach += " where quantization.skip_modules: [experts] keeps them dense" if coded else ""
         return (
-            f"all-linear leaves out {len(fused + coded)} fused expert weights ({(fused + coded)[0][0]}, ...; {share:.0%} of all parameters), "
-            f"which are not linear modules; {reach}",
+            (
+                f"all-linear leaves out {len(fused + coded)} fused expert weights ({(fused + coded)[0][0]},"
+                f" ...; {share:.0%} of all parameters), which are not linear modules; {reach}"
+            ),
         )
 
     # --- starting from data
@@ -412,7 +491,9 @@ class OnPeft(Attached):
             for name, seen in statistics(self.settings.reads, layers, rows[: self.settings.init_rows], roles):
                 with torch.no_grad():
                     own = layers[name].held[ADAPTER].state_dict(keep_vars=True)
-                    for slot, value in self.settings.start(oriented(layers[name].get_base_layer()).detach(), seen).items():
+                    for slot, value in self.settings.start(
+                        oriented(layers[name].get_base_layer()).detach(), seen
+                    ).items():
                         own[slot].copy_(value)
 
     # --- other readings
@@ -437,7 +518,9 @@ class OnPeft(Attached):
 
     @contextmanager
     def merged(self) -> Iterator[nn.Module]:
-        """The layers step aside and the weights carry the change. Afterwards the weights are what they were, bit for bit."""
+        """The layers step aside and the weights carry the change. Afterwards the weights are what they were,
+        bit for bit.
+        """
         bases = {id(b): b for b in (layer.get_base_layer() for layer in self.layers.values())}
         with opened(bases.values()):
             yield from self._merged(bases)
@@ -478,9 +561,12 @@ class OnPeft(Attached):
         path = Path(folder) / "adapter_model.safetensors"
         if store.checkpoints(Path(folder)) or not path.is_file():
             return super().read(folder)
-        self._same_settings(json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")), folder)
+        self._same_settings(
+            json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")), folder
+        )
         kept = self.tensors()
-        file = {k: v for k, v in load_file(str(path)).items() if not k.endswith(".base_layer.weight")}  # PEFT adds the base's embeddings
+        # PEFT adds the base's embeddings
+        file = {k: v for k, v in load_file(str(path)).items() if not k.endswith(".base_layer.weight")}
         own = {id(t) for t in self._state().values()}
         keys: dict[int, set[str]] = {}  # some PEFT types hold one tensor under several names
         for k, v in self.peft.state_dict(keep_vars=True).items():
@@ -491,12 +577,16 @@ class OnPeft(Attached):
             odd = sorted(base & file.keys())
             file = self.unpack(file)
             result = set_peft_model_state_dict(self.peft, {k: v for k, v in file.items() if k not in base})
-            odd += sorted(result.unexpected_keys) + sorted(min(k) for k in keys.values() if k <= set(result.missing_keys))
+            odd += sorted(result.unexpected_keys) + sorted(
+                min(k) for k in keys.values() if k <= set(result.missing_keys)
+            )
             if odd:
                 raise RuntimeError(", ".join(odd[:3]) + " ..." * (len(odd) > 3))
             return self.tensors()
         except (RuntimeError, KeyError) as error:
-            raise RecipeError(f"the adapter in {folder} does not fit tuner '{self.settings.name}': {_sentence(error)}") from None
+            raise RecipeError(
+                f"the adapter in {folder} does not fit tuner '{self.settings.name}': {_sentence(error)}"
+            ) from None
         finally:
             self.load(kept)
 
@@ -506,24 +596,35 @@ class OnPeft(Attached):
 
     def _same_settings(self, said: dict, folder: Any) -> None:
         """An adapter read under another scale or rank would be another function."""
-        mine = json.loads(json.dumps(self.config().to_dict(), default=lambda x: sorted(x) if isinstance(x, set) else str(x)))
+        mine = json.loads(
+            json.dumps(self.config().to_dict(), default=lambda x: sorted(x) if isinstance(x, set) else str(x))
+        )
         for key, value in mine.items():
             if key in said and key not in FREE and said[key] != value:
-                raise RecipeError(f"the adapter in {folder} was made with {key}={said[key]}, and this recipe says {key}={value}")
+                raise RecipeError(
+                    f"the adapter in {folder} was made with {key}={said[key]}, and this recipe says"
+                    f" {key}={value}"
+                )
 
     def export_lora(self, folder: Path | str, rank: int | None = None) -> float:
-        """Write the adapter as LoRA that PEFT loads without luthier; the largest relative error of a layer is returned.
+        """Write the adapter as LoRA that PEFT loads without luthier; the largest relative error of a layer is
+        returned.
 
-        Exact where the method has factors; else the best update of `rank` (None: as many directions as matter in fp32).
-        Raises RecipeError where a method changes more than weights.
+        Exact where the method has factors; else the best update of `rank` (None: as many directions as matter
+        in fp32). Raises RecipeError where a method changes more than weights.
         """
         state: dict[str, Tensor] = {}
         ranks, worst = {}, 0.0
         for name, layer in self.layers.items():
             if not layer.supports_lora_conversion():
-                raise RecipeError(f"tuner '{self.settings.name}' changes more than the weight of {name}: it has no LoRA form")
+                raise RecipeError(
+                    f"tuner '{self.settings.name}' changes more than the weight of {name}: it has no LoRA"
+                    " form"
+                )
             base = layer.get_base_layer()
-            both = layer.methods[ADAPTER].factors(layer.tensors(ADAPTER)) if isinstance(layer, Layer) else None
+            both = (
+                layer.methods[ADAPTER].factors(layer.tensors(ADAPTER)) if isinstance(layer, Layer) else None
+            )
             if both is None or (rank is not None and rank < len(both[0])):
                 delta = layer.get_delta_weight(ADAPTER).detach().float()
                 delta = delta.T if isinstance(base, SIDEWAYS) else delta
@@ -533,20 +634,31 @@ class OnPeft(Attached):
             kind, end = ("lora_embedding_", "") if isinstance(base, nn.Embedding) else ("lora_", ".weight")
             state |= {f"base_model.model.{name}.{kind}A{end}": A, f"base_model.model.{name}.{kind}B{end}": B}
             ranks[name] = len(A)
-        state |= {k: v for k, v in self.state().items() if not any(k.startswith(f"base_model.model.{n}.") for n in self.layers)}
+        state |= {
+            k: v
+            for k, v in self.state().items()
+            if not any(k.startswith(f"base_model.model.{n}.") for n in self.layers)
+        }
         top = max(ranks.values())
         other = {re.escape(n): r for n, r in ranks.items() if r != top}
         whole = getattr(self.config(), "modules_to_save", None)
         config = LoraConfig(
-            r=top, lora_alpha=top, rank_pattern=other, alpha_pattern=dict(other), target_modules=sorted(ranks), modules_to_save=whole,
+            r=top,
+            lora_alpha=top,
+            rank_pattern=other,
+            alpha_pattern=dict(other),
+            target_modules=sorted(ranks),
+            modules_to_save=whole,
             fan_in_fan_out=sideways(self.model),
-        )  # fmt: skip
+        )
         config.base_model_name_or_path, config.inference_mode = self.config().base_model_name_or_path, True
         _write(Path(folder), state, config, self.model)
         return worst
 
     def export_merged(self, folder: Path | str) -> None:
-        """Write the tuned model as plain weights. Raises RecipeError where the architecture has no place for what tuning made."""
+        """Write the tuned model as plain weights. Raises RecipeError where the architecture has no place for
+        what tuning made.
+        """
         with self.merged(), opened(modules(self.model).values()):
             state = stacked(self.model, _plain_state(self.model))
             with torch.device("meta"):
@@ -554,21 +666,43 @@ class OnPeft(Attached):
             odd = sorted(state.keys() ^ place)
             if odd:
                 kind = type(self.model).__name__
-                raise RecipeError(f"merged, tuner '{self.settings.name}' makes {odd[0]}, for which {kind} has no place: keep the adapter")
+                raise RecipeError(
+                    f"merged, tuner '{self.settings.name}' makes {odd[0]}, for which {kind} has no place:"
+                    " keep the adapter"
+                )
             self.model.save_pretrained(folder, state_dict=state)
 
 
 FREE = {  # settings of an adapter that do not change what its tensors mean, or that the tensors' names tell
-    "base_model_name_or_path", "inference_mode", "revision", "task_type", "auto_mapping", "peft_version", "runtime_config",
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters",
-    "init_lora_weights", "init_weights", "lora_dropout", "bias", "init_rows", "ensure_weight_tying", "plan",
-}  # fmt: skip
+    "base_model_name_or_path",
+    "inference_mode",
+    "revision",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "runtime_config",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "target_parameters",
+    "init_lora_weights",
+    "init_weights",
+    "lora_dropout",
+    "bias",
+    "init_rows",
+    "ensure_weight_tying",
+    "plan",
+}
 
 
 # ---------------------------------------------------------------------------------------------- any PEFT type
 
 ODD = {  # tuners of PEFT that need more of a run than layers in a model
-    "ADALORA": "its rank allocator must be stepped and its regulariser added to the loss; use tuner 'adalora'",
+    "ADALORA": (
+        "its rank allocator must be stepped and its regulariser added to the loss; use tuner 'adalora'"
+    ),
     "XLORA": "it mixes trained adapters through the forward of PeftModel",
     "POLY": "it needs a task id with every batch",
     "ADAPTION_PROMPT": "it replaces attention modules, which the packed layout relies on",
@@ -578,7 +712,9 @@ ODD = {  # tuners of PEFT that need more of a run than layers in a model
 
 
 def any_config(name: str, settings: Mapping[str, Any]) -> PeftConfig:
-    """PEFT's own config of a type, checked. Raises RecipeError for an unknown type or setting, and for what cannot work here."""
+    """PEFT's own config of a type, checked. Raises RecipeError for an unknown type or setting, and for what
+    cannot work here.
+    """
     register()
     kinds = {k.value: k for k in PEFT_TYPE_TO_CONFIG_MAPPING}
     key = name.upper()
@@ -587,7 +723,10 @@ def any_config(name: str, settings: Mapping[str, Any]) -> PeftConfig:
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[kinds[key]]
     model = PEFT_TYPE_TO_TUNER_MAPPING[kinds[key]]
     if not (isinstance(model, type) and issubclass(model, BaseTuner)) and key not in ODD:
-        raise RecipeError(f"type: {name} works inside PEFT's own forward, which packed batches do not go through; use tuner 'prompt'")
+        raise RecipeError(
+            f"type: {name} works inside PEFT's own forward, which packed batches do not go through; use tuner"
+            " 'prompt'"
+        )
     if key in ODD:
         raise RecipeError(f"type: {name} cannot be used here: {ODD[key]}")
     allowed = [f.name for f in fields(cls)]
@@ -597,9 +736,13 @@ def any_config(name: str, settings: Mapping[str, Any]) -> PeftConfig:
     usual = {"target_modules": "all-linear"} if "target_modules" in allowed else {}
     start = settings.get("init_lora_weights", True)
     if key == "LORA" and start not in (True, "gaussian", "orthogonal"):
-        raise RecipeError(f"config: init_lora_weights {start} changes the base or wants data; use tuner 'lora'")
+        raise RecipeError(
+            f"config: init_lora_weights {start} changes the base or wants data; use tuner 'lora'"
+        )
     if key.startswith("LUTHIER_"):
-        raise RecipeError(f"type: {name} is luthier's own: write `tuner: {key.removeprefix('LUTHIER_').lower()}`")
+        raise RecipeError(
+            f"type: {name} is luthier's own: write `tuner: {key.removeprefix('LUTHIER_').lower()}`"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -628,9 +771,14 @@ def write_prompt(folder: Path, vectors: Tensor, model: Network, seq2seq: bool = 
     """[n, width] vectors as an adapter of PEFT's type PROMPT_TUNING."""
     text = model.config.get_text_config()
     config = PromptTuningConfig(
-        task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM", num_virtual_tokens=len(vectors), token_dim=vectors.shape[1],
-        num_transformer_submodules=1, num_attention_heads=text.num_attention_heads, num_layers=text.num_hidden_layers, inference_mode=True,
-    )  # fmt: skip
+        task_type="SEQ_2_SEQ_LM" if seq2seq else "CAUSAL_LM",
+        num_virtual_tokens=len(vectors),
+        token_dim=vectors.shape[1],
+        num_transformer_submodules=1,
+        num_attention_heads=text.num_attention_heads,
+        num_layers=text.num_hidden_layers,
+        inference_mode=True,
+    )
     _write(folder, {"prompt_embeddings": vectors}, config, model)
 
 
@@ -654,7 +802,8 @@ class _There:
 
     def __init__(self, model: Network):
         self.names = [n for n, _ in model.named_modules() if n]
-        self.leaves: dict[str, int] = {}  # last names of the modules that hold a matrix, and how many there are of each
+        # last names of the modules that hold a matrix, and how many there are of each
+        self.leaves: dict[str, int] = {}
         for name, module in model.named_modules():
             if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
                 leaf = name.rpartition(".")[2]
@@ -664,7 +813,11 @@ class _There:
     def missed(self, config: PeftConfig) -> str | None:
         """The first of the listed targets that is the end of no module's name."""
         asked = getattr(config, "target_modules", None)
-        return next((a for a in sorted(asked) if not _ends(a, self.names)), None) if isinstance(asked, (list, set, tuple)) else None
+        return (
+            next((a for a in sorted(asked) if not _ends(a, self.names)), None)
+            if isinstance(asked, (list, set, tuple))
+            else None
+        )
 
     def said(self, name: str | None) -> str:
         """What was probably meant, and what there is."""
@@ -709,7 +862,9 @@ def _write(folder: Path, state: dict[str, Tensor], config: PeftConfig, model: Ne
 
 
 def _shorten(path: Path, config: PeftConfig) -> None:
-    """Leave out settings at their defaults that older readers (PEFT of last year, vLLM) may not know and would refuse."""
+    """Leave out settings at their defaults that older readers (PEFT of last year, vLLM) may not know and
+    would refuse.
+    """
     usual = {f.name: f.default for f in fields(config)}
     said = json.loads(path.read_text(encoding="utf-8"))
     kept = {k: v for k, v in said.items() if k in SAID or k not in usual or v not in (usual[k], {}, [])}
@@ -719,11 +874,15 @@ def _shorten(path: Path, config: PeftConfig) -> None:
 def _plain_state(model: Network) -> dict[str, Tensor]:
     """The weights of a merged model under the names they have without PEFT."""
     out = {}
-    wrapped = {n: m for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))}
+    wrapped = {
+        n: m for n, m in model.named_modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+    }
     for name, value in model.state_dict().items():
         for n, m in reversed(wrapped.items()):  # the innermost first: wrappers of bare weights are nested
             if name.startswith(f"{n}."):
-                keep = f"{n}.base_layer." if isinstance(m, BaseTunerLayer) else f"{n}.modules_to_save.{ADAPTER}."
+                keep = (
+                    f"{n}.base_layer." if isinstance(m, BaseTunerLayer) else f"{n}.modules_to_save.{ADAPTER}."
+                )
                 name = f"{n}.{name.removeprefix(keep)}" if name.startswith(keep) else ""
         if name:
             out[name] = value

@@ -1,7 +1,8 @@
-"""Who runs: luthier, TRL with PEFT, and a plain loop over transformers and PEFT. Each does the same work and tells its seconds.
+"""Who runs: luthier, TRL with PEFT, and a plain loop over transformers and PEFT. Each does the same work and
+tells its seconds.
 
-A contestant is built once and then run several times; a run starts from the untuned model and returns the seconds that the
-named work took, without loading, tokenizing ahead or saving.
+A contestant is built once and then run several times; a run starts from the untuned model and returns the
+seconds that the named work took, without loading, tokenizing ahead or saving.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ import torch.nn.functional as F
 from luthier.study.bench.shapes import END, PAD, text
 
 LORA: dict[str, Any] = dict(r=16, lora_alpha=32)
-LINEAR = {"GPT2Config": ["c_attn", "c_proj", "c_fc"], "Qwen2MoeConfig": ["q_proj", "k_proj", "v_proj", "o_proj"]}
+LINEAR = {
+    "GPT2Config": ["c_attn", "c_proj", "c_fc"],
+    "Qwen2MoeConfig": ["q_proj", "k_proj", "v_proj", "o_proj"],
+}
 LLAMA_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 Run = Callable[[], dict[str, float]]
 
@@ -59,14 +63,29 @@ def now(job: Job) -> float:
 
 def said(job: Job, **changes: Any) -> dict[str, Any]:
     """The recipe of a job."""
-    words = [dict(zip(("prompt", "chosen", "rejected") if len(r) == 3 else ("prompt", "completion"), map(text, r))) for r in job.rows]
+    words = [
+        dict(zip(("prompt", "chosen", "rejected") if len(r) == 3 else ("prompt", "completion"), map(text, r)))
+        for r in job.rows
+    ]
     tuner = {"name": "lora", **LORA, "target_modules": job.targets}
     if job.layers is not None:
         tuner["layers_to_transform"] = job.layers
-    return dict(
-        model=job.folder, data=words, tuner=tuner, objective="dpo" if len(job.rows[0]) == 3 else "sft", dtype="bfloat16", evaluate=[],
-        eval_data=0, per_device_train_batch_size=job.batch, num_train_epochs=job.epochs, learning_rate=1e-4, save_steps=1e9,
-    ) | changes  # fmt: skip
+    return (
+        dict(
+            model=job.folder,
+            data=words,
+            tuner=tuner,
+            objective="dpo" if len(job.rows[0]) == 3 else "sft",
+            dtype="bfloat16",
+            evaluate=[],
+            eval_data=0,
+            per_device_train_batch_size=job.batch,
+            num_train_epochs=job.epochs,
+            learning_rate=1e-4,
+            save_steps=1e9,
+        )
+        | changes
+    )
 
 
 def luthier(job: Job, **changes: Any) -> Run:
@@ -100,10 +119,12 @@ def luthier(job: Job, **changes: Any) -> Run:
 
 
 def many(job: Job, together: bool) -> Run:
-    """The job's members side by side, as `luthier compare --together` runs them, or one after the other; the seconds of all their steps."""
-    from luthier.train.batched_lora import perform
+    """The job's members side by side, as `luthier compare --together` runs them, or one after the other; the
+    seconds of all their steps.
+    """
     from luthier.recipe.recipe import Recipe
     from luthier.run.run import tune
+    from luthier.train.batched_lora import perform
 
     recipes = [said(job, seed=k, learning_rate=1e-4 * (1 + k)) for k in range(job.members)]
 
@@ -111,7 +132,11 @@ def many(job: Job, together: bool) -> Run:
         folder = Path(tempfile.mkdtemp(prefix="luthier-bench-"))
         try:
             runs = [(r, folder / f"run-{k}") for k, r in enumerate(recipes)]
-            reports = perform([(Recipe.load(r), to) for r, to in runs]) if together else [tune(r, folder=to) for r, to in runs]
+            reports = (
+                perform([(Recipe.load(r), to) for r, to in runs])
+                if together
+                else [tune(r, folder=to) for r, to in runs]
+            )
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         seconds = sum(r.stats["seconds"] for r in reports)
@@ -124,11 +149,15 @@ def many(job: Job, together: bool) -> Run:
 
 
 def trl(job: Job, *, base: torch.dtype | None = None, **settings: Any) -> Run:
-    """SFTTrainer or DPOTrainer with PEFT; base: the precision of the model, which TRL loads in float32 by itself."""
+    """SFTTrainer or DPOTrainer with PEFT; base: the precision of the model, which TRL loads in float32 by
+    itself.
+    """
     try:
         import trl as library
     except ImportError:
-        raise SystemExit("TRL is not installed, and the benchmark compares with it: pip install trl") from None
+        raise SystemExit(
+            "TRL is not installed, and the benchmark compares with it: pip install trl"
+        ) from None
     from datasets import Dataset
     from peft import LoraConfig
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -140,17 +169,36 @@ def trl(job: Job, *, base: torch.dtype | None = None, **settings: Any) -> Run:
     tokenizer = AutoTokenizer.from_pretrained(job.folder)
     if pairs:
         data = Dataset.from_list(
-            [dict(zip(("prompt", "chosen", "rejected"), (text(p), " " + text(c), " " + text(r)))) for p, c, r in job.rows]
+            [
+                dict(zip(("prompt", "chosen", "rejected"), (text(p), " " + text(c), " " + text(r))))
+                for p, c, r in job.rows
+            ]
         )
     else:
-        data = Dataset.from_list([{"input_ids": p + c + [END], "completion_mask": [0] * len(p) + [1] * (len(c) + 1)} for p, c in job.rows])
-    usual: dict[str, Any] = dict(
-        per_device_train_batch_size=job.batch, num_train_epochs=job.epochs, report_to=[], save_strategy="no", use_cpu=job.device == "cpu",
-        disable_tqdm=True, logging_steps=10**6, learning_rate=1e-4,
-    ) | settings  # fmt: skip
+        data = Dataset.from_list(
+            [
+                {"input_ids": p + c + [END], "completion_mask": [0] * len(p) + [1] * (len(c) + 1)}
+                for p, c in job.rows
+            ]
+        )
+    usual: dict[str, Any] = (
+        dict(
+            per_device_train_batch_size=job.batch,
+            num_train_epochs=job.epochs,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=job.device == "cpu",
+            disable_tqdm=True,
+            logging_steps=10**6,
+            learning_rate=1e-4,
+        )
+        | settings
+    )
     make: Any
     config: Any
-    make, config = (library.DPOTrainer, library.DPOConfig) if pairs else (library.SFTTrainer, library.SFTConfig)
+    make, config = (
+        (library.DPOTrainer, library.DPOConfig) if pairs else (library.SFTTrainer, library.SFTConfig)
+    )
 
     def run() -> dict[str, float]:
         at = {}
@@ -166,11 +214,17 @@ def trl(job: Job, *, base: torch.dtype | None = None, **settings: Any) -> Run:
                 at["end"] = now(job)
 
         folder = tempfile.mkdtemp(prefix="luthier-bench-")
-        lora = LoraConfig(**LORA, target_modules=job.targets, layers_to_transform=job.layers, task_type="CAUSAL_LM")
+        lora = LoraConfig(
+            **LORA, target_modules=job.targets, layers_to_transform=job.layers, task_type="CAUSAL_LM"
+        )
         model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=base or torch.float32)
         with contextlib.redirect_stdout(io.StringIO()):
             trainer = make(
-                model=model, args=config(output_dir=folder, **usual), train_dataset=data, processing_class=tokenizer, peft_config=lora
+                model=model,
+                args=config(output_dir=folder, **usual),
+                train_dataset=data,
+                processing_class=tokenizer,
+                peft_config=lora,
             )
             trainer.add_callback(Clock())
             trainer.train()
@@ -192,7 +246,10 @@ def _network(job: Job, tuned: bool = True, dtype: torch.dtype = torch.bfloat16) 
         return model
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(**LORA, target_modules=job.targets, layers_to_transform=job.layers, task_type="CAUSAL_LM"))
+    return get_peft_model(
+        model,
+        LoraConfig(**LORA, target_modules=job.targets, layers_to_transform=job.layers, task_type="CAUSAL_LM"),
+    )
 
 
 def padded(rows: list[tuple[list[int], list[int]]], device: str) -> dict[str, torch.Tensor]:
@@ -209,11 +266,15 @@ def padded(rows: list[tuple[list[int], list[int]]], device: str) -> dict[str, to
 
 
 def plain(job: Job) -> Run:
-    """transformers + PEFT, bf16 base, padded batches, all logits: what is written when nobody thinks of speed, or DPO by hand."""
+    """transformers + PEFT, bf16 base, padded batches, all logits: what is written when nobody thinks of
+    speed, or DPO by hand.
+    """
 
     def of_rows(model: Any, batch: dict) -> torch.Tensor:
         labels = batch["labels"][:, 1:]
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
+        logits = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).logits[:, :-1]
         each = logits.float().log_softmax(-1).gather(2, labels.clamp(min=0)[..., None]).squeeze(2)
         return (each * (labels >= 0)).sum(1)
 
@@ -253,7 +314,9 @@ def plain(job: Job) -> Run:
 
 
 def mezo_naive(job: Job) -> Run:
-    """The step as it is published: noise per tensor drawn four times, added in place, two forward passes with all logits."""
+    """The step as it is published: noise per tensor drawn four times, added in place, two forward passes with
+    all logits.
+    """
     model = _network(job, tuned=False).eval()
     batch = padded([(p, c) for p, c in job.rows[: job.batch]], job.device)
     weights, eps, rate = list(model.parameters()), 1e-3, 1e-6
@@ -282,7 +345,9 @@ def mezo_naive(job: Job) -> Run:
 
 
 def writes(job: Job, how: str) -> Run:
-    """Sample n completions of each prompt, each of a given length. how: luthier, dynamic or static (caches of transformers)."""
+    """Sample n completions of each prompt, each of a given length. how: luthier, dynamic or static (caches of
+    transformers).
+    """
     from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
     model = _network(job, tuned=False).eval().requires_grad_(False)
@@ -300,14 +365,25 @@ def writes(job: Job, how: str) -> Run:
             ids[i * n : (i + 1) * n, wide - len(p) :] = torch.tensor(p, device=job.device)
             mask[i * n : (i + 1) * n, wide - len(p) :] = 1
         asked = GenerationConfig(
-            max_new_tokens=most, do_sample=True, temperature=1.0, top_k=0, pad_token_id=PAD, eos_token_id=None,
-            cache_implementation="static" if how == "static" else None, disable_compile=True,
-        )  # fmt: skip
-        model.generate(input_ids=ids, attention_mask=mask, generation_config=asked, stopping_criteria=StoppingCriteriaList([Ends()]))
+            max_new_tokens=most,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            pad_token_id=PAD,
+            eos_token_id=None,
+            cache_implementation="static" if how == "static" else None,
+            disable_compile=True,
+        )
+        model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=asked,
+            stopping_criteria=StoppingCriteriaList([Ends()]),
+        )
 
     def ours() -> None:
-        from luthier.model import generate as writing
         from luthier.methods.tuners._base import Untuned
+        from luthier.model import generate as writing
 
         writer = writing.decoder_writer(model, Untuned(model))  # type: ignore[arg-type]
         names = [(i, k) for i in range(len(prompts)) for k in range(n)]
@@ -328,8 +404,12 @@ def writes(job: Job, how: str) -> Run:
 
 
 def peak(job: Job) -> Run:
-    """The best rate of a bfloat16 matrix product on this machine, FLOP a second: what a share of the peak is a share of."""
-    shapes = [(2048, 768, 768), (2048, 768, 2048), (4096, 1024, 1024), (8192, 8192, 8192)][: 4 if job.device == "cuda" else 3]
+    """The best rate of a bfloat16 matrix product on this machine, FLOP a second: what a share of the peak is
+    a share of.
+    """
+    shapes = [(2048, 768, 768), (2048, 768, 2048), (4096, 1024, 1024), (8192, 8192, 8192)][
+        : 4 if job.device == "cuda" else 3
+    ]
 
     def run() -> dict[str, float]:
         best = 0.0

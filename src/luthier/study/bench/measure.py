@@ -1,6 +1,8 @@
-"""Contestants take turns, each in a process of its own, so that whatever the machine does meets all of them alike.
+"""Contestants take turns, each in a process of its own, so that whatever the machine does meets all of them
+alike.
 
-A process is started, builds, warms up with one run, and then runs when it is told to. Its peak of memory is its own.
+A process is started, builds, warms up with one run, and then runs when it is told to. Its peak of memory is
+its own.
 """
 
 from __future__ import annotations
@@ -21,11 +23,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from luthier.errors import RecipeError
+from luthier.registry import meant
 from luthier.study.bench import shapes
 from luthier.study.bench.contestants import Job, text
 from luthier.study.bench.scenarios import LAST_EPOCH, SCENARIOS, job, work
-from luthier.errors import RecipeError
-from luthier.registry import meant
 
 MARK = "luthier-bench "  # before what a contestant's process says to us
 
@@ -37,7 +39,9 @@ class Turn:
         command = [sys.executable, "-m", "luthier.study.bench.measure", name, json.dumps(asdict(given))]
         self.name, self.process = (
             name,
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True),
+            subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            ),
         )
 
     def run(self) -> dict[str, float]:
@@ -79,16 +83,26 @@ def peak_memory(device: str) -> float:
 
 
 def from_the_shell(name: str, given: Job) -> dict[str, float]:
-    """Seconds from the start of a process to the end of its first step: a new process each time, watched from outside."""
+    """Seconds from the start of a process to the end of its first step: a new process each time, watched from
+    outside.
+    """
     with tempfile.TemporaryDirectory() as kept:
         folder, rows = Path(kept), Path(kept) / "rows.jsonl"
-        rows.write_text("".join(json.dumps({"prompt": text(p), "completion": " " + text(c)}) + "\n" for p, c in given.rows))
+        rows.write_text(
+            "".join(
+                json.dumps({"prompt": text(p), "completion": " " + text(c)}) + "\n" for p, c in given.rows
+            )
+        )
         done = folder / "run" / "metrics.jsonl"
         if name == "trl":
             done = folder / "done"
             command = [sys.executable, "-c", START_OF_TRL, given.folder, str(rows), str(folder)]
         else:
-            said = {"per_device_train_batch_size": given.batch, "max_steps": 1, "tuner.target_modules": json.dumps(given.targets)}
+            said = {
+                "per_device_train_batch_size": given.batch,
+                "max_steps": 1,
+                "tuner.target_modules": json.dumps(given.targets),
+            }
             said |= {} if name.endswith("measuring") else {"evaluate": "[]"}
             command = [
                 sys.executable,
@@ -193,7 +207,13 @@ def _alone(name: str, given: Job) -> dict[str, float]:
 
 
 def _summed(
-    scenario: str, shape: str, given: Job, parameters: dict[str, int], runs: dict[str, list[dict]], limit: float, failed: dict[str, str]
+    scenario: str,
+    shape: str,
+    given: Job,
+    parameters: dict[str, int],
+    runs: dict[str, list[dict]],
+    limit: float,
+    failed: dict[str, str],
 ) -> dict[str, Any]:
     done = work(given)
     found: dict[str, Any] = {}
@@ -226,7 +246,13 @@ def _summed(
         "about": shapes.ABOUT[shape],
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(given.device),
-        "work": {"rows": len(given.rows), "batch": given.batch, "epochs": given.epochs, "prompts_times_samples": given.n, **done},
+        "work": {
+            "rows": len(given.rows),
+            "batch": given.batch,
+            "epochs": given.epochs,
+            "prompts_times_samples": given.n,
+            **done,
+        },
         "matmul_peak_gflops": limit / 1e9,
         "contestants": found,
         "failed": failed,
@@ -256,7 +282,10 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 if __name__ == "__main__":

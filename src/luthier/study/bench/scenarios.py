@@ -33,7 +33,9 @@ def _packed(job: Job) -> who.Run:
 
     mean = sum(len(p) + len(c) for p, c in job.rows) / len(job.rows)
     fits = max(1, round(job.batch * mean / 1024))  # as many tokens in a step as the others have
-    return who.trl(job, base=torch.bfloat16, gradient_checkpointing=False, packing=True, per_device_train_batch_size=fits)
+    return who.trl(
+        job, base=torch.bfloat16, gradient_checkpointing=False, packing=True, per_device_train_batch_size=fits
+    )
 
 
 def _recomputing(job: Job) -> who.Run:
@@ -43,12 +45,20 @@ def _recomputing(job: Job) -> who.Run:
 
 
 OURS = Contestant("luthier", who.luthier, rival=False)
-DEFAULT = Contestant("TRL + PEFT, its defaults", who.trl, settings="float32 base, bf16 autocast, checkpointing")
-BF16 = Contestant("TRL + PEFT, bf16, no checkpointing", _bf16(), settings="bfloat16 base, gradient_checkpointing=False")
+DEFAULT = Contestant(
+    "TRL + PEFT, its defaults", who.trl, settings="float32 base, bf16 autocast, checkpointing"
+)
+BF16 = Contestant(
+    "TRL + PEFT, bf16, no checkpointing", _bf16(), settings="bfloat16 base, gradient_checkpointing=False"
+)
 PACKED = Contestant("TRL + PEFT, bf16, packing", _packed, settings="as bf16, packing=True (bfd, 1024)")
-RECOMPUTING = Contestant("TRL + PEFT, bf16, checkpointing", _recomputing, settings="bfloat16 base, gradient_checkpointing=True")
+RECOMPUTING = Contestant(
+    "TRL + PEFT, bf16, checkpointing", _recomputing, settings="bfloat16 base, gradient_checkpointing=True"
+)
 KNOWN = Contestant(
-    "TRL + PEFT, bf16, reference beforehand", _bf16(precompute_ref_log_probs=True), settings="as bf16; the reference's time is not counted"
+    "TRL + PEFT, bf16, reference beforehand",
+    _bf16(precompute_ref_log_probs=True),
+    settings="as bf16; the reference's time is not counted",
 )
 PLAIN = Contestant("transformers + PEFT loop", who.plain, settings="bfloat16 base, padded, all logits")
 
@@ -57,9 +67,15 @@ SCENARIOS: dict[str, dict[str, Contestant]] = {
     "dpo": {"luthier": OURS, "trl": DEFAULT, "trl_bf16": BF16, "trl_known": KNOWN, "plain": PLAIN},
     "frozen": {"luthier": OURS, "trl_bf16": BF16, "plain": PLAIN},
     "fleet": {
-        "luthier": Contestant("luthier, 8 runs side by side", lambda job: who.many(job, together=True), rival=False),
-        "luthier_apart": Contestant("luthier, one after the other", lambda job: who.many(job, together=False)),
-        "plain": Contestant("transformers + PEFT loop, one after the other", who.plain, settings=PLAIN.settings),
+        "luthier": Contestant(
+            "luthier, 8 runs side by side", lambda job: who.many(job, together=True), rival=False
+        ),
+        "luthier_apart": Contestant(
+            "luthier, one after the other", lambda job: who.many(job, together=False)
+        ),
+        "plain": Contestant(
+            "transformers + PEFT loop, one after the other", who.plain, settings=PLAIN.settings
+        ),
     },
     "subset": {
         "luthier": Contestant("luthier, s2ft", lambda job: who.luthier(job, tuner="s2ft"), rival=False),
@@ -70,10 +86,20 @@ SCENARIOS: dict[str, dict[str, Contestant]] = {
     "mezo": {
         "luthier": Contestant(
             "luthier, weights restored exactly",
-            lambda job: who.luthier(job, tuner="full", estimator="mezo", optim={"name": "sgd", "max_grad_norm": 0}, learning_rate=1e-6),
+            lambda job: who.luthier(
+                job,
+                tuner="full",
+                estimator="mezo",
+                optim={"name": "sgd", "max_grad_norm": 0},
+                learning_rate=1e-6,
+            ),
             rival=False,
         ),
-        "naive": Contestant("MeZO as published, on transformers", who.mezo_naive, settings="in place, all logits, not restored exactly"),
+        "naive": Contestant(
+            "MeZO as published, on transformers",
+            who.mezo_naive,
+            settings="in place, all logits, not restored exactly",
+        ),
     },
     "rollout": {
         "luthier": Contestant("luthier", lambda job: who.writes(job, "luthier"), rival=False),
@@ -81,13 +107,16 @@ SCENARIOS: dict[str, dict[str, Contestant]] = {
         "dynamic": Contestant("transformers, dynamic cache", lambda job: who.writes(job, "dynamic")),
     },
     "start": {
-        "luthier": Contestant("luthier tune", who.luthier, rival=False),  # begun from the shell: measure.from_the_shell
+        # begun from the shell: measure.from_the_shell
+        "luthier": Contestant("luthier tune", who.luthier, rival=False),
         "luthier_measuring": Contestant("luthier tune, measuring the start first", who.luthier, rival=False),
         "trl": DEFAULT,
     },
     "memory": {
         "luthier": OURS,
-        "luthier_recomputing": Contestant("luthier, checkpointing", lambda job: who.luthier(job, gradient_checkpointing=True), rival=False),
+        "luthier_recomputing": Contestant(
+            "luthier, checkpointing", lambda job: who.luthier(job, gradient_checkpointing=True), rival=False
+        ),
         "trl": DEFAULT,
         "trl_bf16": BF16,
         "trl_recomputing": RECOMPUTING,
@@ -98,7 +127,9 @@ LAST_EPOCH = ("frozen", "mezo")  # of these the last epoch is measured, of the o
 SIZES = {"tiny": 4, "a": 16, "b": 8, "c": 1, "gpt2": 16, "moe": 8}  # rows of one run
 
 
-def job(scenario: str, shape: str, folder: Path, vocabulary: int, device: str = "cpu", n_rows: int | None = None) -> Job:
+def job(
+    scenario: str, shape: str, folder: Path, vocabulary: int, device: str = "cpu", n_rows: int | None = None
+) -> Job:
     """The work: the same for everyone."""
     n = n_rows or SIZES[shape]
     longest = 40 if shape == "tiny" else 700
@@ -112,21 +143,26 @@ def job(scenario: str, shape: str, folder: Path, vocabulary: int, device: str = 
         settings = shapes.SHAPES[shape][1]
         deep = settings["n_layer" if "n_layer" in settings else "num_hidden_layers"]
         made.layers, made.epochs = [deep - 2, deep - 1], 3
-    if scenario.startswith("fleet"):  # small batches: at large ones the base's products gain nothing from more rows
+    # small batches: at large ones the base's products gain nothing from more rows
+    if scenario.startswith("fleet"):
         made.members, made.batch, made.rows = 8, 1, made.rows[:12]
     if scenario == "mezo":  # one step an epoch, and the last one counts
         made.rows, made.epochs = made.rows[: made.batch], 3
     if scenario == "rollout":
         made.n = 2 if shape == "tiny" else 8
         made.rows = made.rows[:4]
-        made.ends = [min(c, 16 if shape == "tiny" else 256) for _, c in shapes.lengths(4 * made.n, 3, longest)]
+        made.ends = [
+            min(c, 16 if shape == "tiny" else 256) for _, c in shapes.lengths(4 * made.n, 3, longest)
+        ]
     if shape == "c" or scenario == "memory":
         made.batch = 1
     return made
 
 
 def work(job: Job) -> dict[str, int]:
-    """Tokens of what is measured of a run: read, and asked about. A prompt counts for each of its completions, however it is read."""
+    """Tokens of what is measured of a run: read, and asked about. A prompt counts for each of its
+    completions, however it is read.
+    """
     if job.scenario == "rollout":
         return {"tokens": sum(job.ends or ()), "supervised": sum(job.ends or ())}
     tokens = sum(len(r[0]) + len(c) + 1 for r in job.rows for c in r[1:])

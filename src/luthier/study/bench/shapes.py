@@ -1,4 +1,6 @@
-"""Models of known shape with random weights, and rows of known length: speed does not depend on what they say."""
+"""Models of known shape with random weights, and rows of known length: speed does not depend on what they
+say.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +11,45 @@ from typing import Any
 
 LLAMA: dict[str, Any] = dict(max_position_embeddings=2048, tie_word_embeddings=True)
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers config class, settings
-    "tiny": ("LlamaConfig", LLAMA | dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)),
-    "a": ("LlamaConfig", LLAMA | dict(vocab_size=32000, hidden_size=384, intermediate_size=1024, num_hidden_layers=8, num_attention_heads=6)),
+    "tiny": (
+        "LlamaConfig",
+        LLAMA
+        | dict(
+            vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+        ),
+    ),
+    "a": (
+        "LlamaConfig",
+        LLAMA
+        | dict(
+            vocab_size=32000,
+            hidden_size=384,
+            intermediate_size=1024,
+            num_hidden_layers=8,
+            num_attention_heads=6,
+        ),
+    ),
     "b": (
         "LlamaConfig",
-        LLAMA | dict(vocab_size=50304, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12),
+        LLAMA
+        | dict(
+            vocab_size=50304,
+            hidden_size=768,
+            intermediate_size=2048,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+        ),
     ),
     "c": (  # of Qwen2-0.5B; transformers reads no other tokenizer than Qwen2's own beside that network's name
         "LlamaConfig",
         LLAMA
         | dict(
-            vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2
+            vocab_size=151936,
+            hidden_size=896,
+            intermediate_size=4864,
+            num_hidden_layers=24,
+            num_attention_heads=14,
+            num_key_value_heads=2,
         ),
     ),
     "gpt2": ("GPT2Config", dict(vocab_size=50257, n_embd=384, n_layer=8, n_head=6, n_positions=1024)),
@@ -27,11 +57,20 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> transformers config
         "Qwen2MoeConfig",
         LLAMA
         | dict(
-            vocab_size=32000, hidden_size=384, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=6, moe_intermediate_size=512,
-            shared_expert_intermediate_size=512, num_experts=8, num_experts_per_tok=2, decoder_sparse_step=1, intermediate_size=1024,
+            vocab_size=32000,
+            hidden_size=384,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=6,
+            moe_intermediate_size=512,
+            shared_expert_intermediate_size=512,
+            num_experts=8,
+            num_experts_per_tok=2,
+            decoder_sparse_step=1,
+            intermediate_size=1024,
         ),
     ),
-}  # fmt: skip
+}
 ABOUT = {
     "tiny": "Llama, for tests",
     "a": "Llama, 26M: 8 layers, width 384, 32,000 tokens",
@@ -44,7 +83,9 @@ PAD, START, END = 0, 1, 2
 
 
 def make(shape: str, folder: Path) -> dict[str, int]:
-    """Write the model, bfloat16, and a tokenizer whose words are w3, w4, ...; parameters of the body and of the head."""
+    """Write the model, bfloat16, and a tokenizer whose words are w3, w4, ...; parameters of the body and of
+    the head.
+    """
     import torch
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -62,7 +103,9 @@ def make(shape: str, folder: Path) -> dict[str, int]:
         words = {"<pad>": PAD, "<s>": START, "</s>": END, **{f"w{i}": i for i in range(3, config.vocab_size)}}
         tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+        fast = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+        )
         fast.save_pretrained(folder)
         model.save_pretrained(folder)
     return {"body": body, "head": head, "vocabulary": config.vocab_size}

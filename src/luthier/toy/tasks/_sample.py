@@ -6,7 +6,8 @@ A world is one file with five names:
     SPLITS                     {split: {kind: weight}}: which kinds of row a split is made of
     draw(random, kind)         one row as a dict (prompt, completion, answer, item, ...), of any split
     rows(split, n, seed=0)     n rows of a split; nearly always `sample(...)` below
-    verify(row, answer)        how right a written answer is: 1.0 for the row's own completion, below 1.0 for a wrong
+    verify(row, answer)        how right a written answer is: 1.0 for the row's own completion, below 1.0 for
+    a wrong
                                one; or several such numbers by name, where a world has several objectives
 
 `row["item"]` names what the row is about, canonically: one or more atoms joined by ";" (`17+25;42-30`).
@@ -24,7 +25,9 @@ _HELD_OUT = {0: "validation", 1: "test", 2: "ood"}  # of 20: 5 % of all atoms ea
 
 
 def bucket_of_split(split: str) -> str:
-    """The bucket a split draws its items from. "train" is what pretraining reads; other splits that teach share its bucket."""
+    """The bucket a split draws its items from. "train" is what pretraining reads; other splits that teach
+    share its bucket.
+    """
     if split.startswith("ood"):
         return "ood"
     if split == "validation" or split.endswith("_validation"):
@@ -90,7 +93,9 @@ def signed(rows: list[dict], world: str, split: str, seed: int | str) -> list[di
 def check_split(world: str, splits: Mapping, split: str) -> None:
     """Refuse a split that is not there, with the one that was probably meant."""
     if split not in splits:
-        raise ValueError(f"world {world!r} has no split {split!r}; it has {', '.join(splits)}{near(split, splits)}")
+        raise ValueError(
+            f"world {world!r} has no split {split!r}; it has {', '.join(splits)}{near(split, splits)}"
+        )
 
 
 def near(word: str, choices: Iterable[str]) -> str:
@@ -105,6 +110,8 @@ def same_text(row: dict, answer: str) -> float:
 
 
 def slots(row: dict, answer: str) -> float:
-    """The share of words in place, of an answer whose words each have one; 1.0 where nothing is wrong, missing or added."""
+    """The share of words in place, of an answer whose words each have one; 1.0 where nothing is wrong,
+    missing or added.
+    """
     said, right = answer.split(), row["answer"].split()
     return sum(a == b for a, b in zip(said, right, strict=False)) / max(len(said), len(right))

@@ -37,9 +37,14 @@ FRIENDS = "Ann Bob Cara Dan Eve Finn Gus Hana Ivo Jane".split()
 
 # Later lists come last: a word is taken once, so the order of the lists above may not change.
 KELU = invent("kelu", 28, 2)
-LABELS = {label: invent(f"label {label}", 10, 2, "x") for label in ("money", "travel", "health", "work", "family")}
+LABELS = {
+    label: invent(f"label {label}", 10, 2, "x") for label in ("money", "travel", "health", "work", "family")
+}
 CLASSES = [invent(f"class {i}", 12, 2, "p") for i in range(18)]
 DOMAINS = [(invent(f"domain {i} good", 12, 2, "f"), invent(f"domain {i} bad", 12, 2, "f")) for i in range(5)]
 PLACES = [word.capitalize() for word in invent("places", 40, 2, "via")]
 FIRMS = [word.capitalize() for word in invent("firms", 40, 2, "corp")]
-FOLK = [word.capitalize() for word in invent("folk", 80, 2)], [word.capitalize() for word in invent("clans", 80, 2, "t")]
+FOLK = (
+    [word.capitalize() for word in invent("folk", 80, 2)],
+    [word.capitalize() for word in invent("clans", 80, 2, "t")],
+)

@@ -1,12 +1,14 @@
 """Sums: digit by digit with the steps written out ("worked"), or the result alone ("direct").
 
-Graded: two and three digits worked and two digits direct are common in pretraining; three digits direct and chains of
-three numbers are rare (so the base model gets some of them); four digits worked are out of distribution.
+Graded: two and three digits worked and two digits direct are common in pretraining; three digits direct and
+chains of three numbers are rare (so the base model gets some of them); four digits worked are out of
+distribution.
 
-Products are for tuning ("new"); so are products whose steps are spoiled, as in "Understanding the Effect of Noise in
-LLM Training Data with Algorithmic Chains of Thought": in "static_noise" characters of the finished steps are replaced
-and the result stays right; in "dynamic_noise" a value is wrong when it is computed, and all that follows is computed
-from it, the result too. Such rows keep the right text under "clean". Their test is "new_test".
+Products are for tuning ("new"); so are products whose steps are spoiled, as in "Understanding the Effect of
+Noise in LLM Training Data with Algorithmic Chains of Thought": in "static_noise" characters of the finished
+steps are replaced and the result stays right; in "dynamic_noise" a value is wrong when it is computed, and
+all that follows is computed from it, the result too. Such rows keep the right text under "clean". Their test
+is "new_test".
 """
 
 from ._random import Random
@@ -54,7 +56,9 @@ def work_sum(a: int, sign: str, b: int) -> tuple[str, int]:
 
 
 def work_product(a: int, b: int, slip=lambda value: value) -> tuple[str, int]:
-    """The steps of a times a one-digit b, with what is carried, and the result. `slip` may alter a computed value."""
+    """The steps of a times a one-digit b, with what is carried, and the result. `slip` may alter a computed
+    value.
+    """
     steps, carry, result, place = [], 0, 0, 1
     for x in map(int, reversed(str(a))):
         total = slip(x * b + carry)
@@ -77,7 +81,9 @@ def static_noise(random: Random, text: str) -> str:
 def dynamic_noise(random: Random, a: int, b: int) -> tuple[str, int]:
     """The steps of a product of which at least one is computed wrong, and the result that follows from them."""
     while True:
-        steps, result = work_product(a, b, lambda value: random.randint(0, 81) if random.random() < NOISE else value)
+        steps, result = work_product(
+            a, b, lambda value: random.randint(0, 81) if random.random() < NOISE else value
+        )
         if result != a * b:
             return steps, result
 
@@ -105,7 +111,9 @@ def _product(random: Random, kind: str) -> dict:
     row = _worked(f"{a}*{b}", steps, result, f"{a}*{b}")
     if kind == "product":
         return row
-    steps, written = (static_noise(random, steps), result) if kind == "static" else dynamic_noise(random, a, b)
+    steps, written = (
+        (static_noise(random, steps), result) if kind == "static" else dynamic_noise(random, a, b)
+    )
     return {**row, "completion": f" {steps}; so {written}", "clean": row["completion"]}
 
 
@@ -119,7 +127,12 @@ def _chain(random: Random) -> dict:
         if min(middle, result, b - c if second == "-" else 0) >= 0:
             break
     atoms = join_atoms(sum_atom(a, first, b), sum_atom(middle, second, c), sum_atom(b, second, c))
-    return {"prompt": f"{a}{first}{b}{second}{c}=", "completion": str(result), "answer": str(result), "item": atoms}
+    return {
+        "prompt": f"{a}{first}{b}{second}{c}=",
+        "completion": str(result),
+        "answer": str(result),
+        "item": atoms,
+    }
 
 
 def _worked(question: str, steps: str, result: int, item: str) -> dict:
@@ -136,7 +149,9 @@ def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
 
 
 def verify_result(row: dict, answer: str) -> float:
-    """1.0 where the number after the last "so ", or the only number there, is the row's answer; steps do not count."""
+    """1.0 where the number after the last "so ", or the only number there, is the row's answer; steps do not
+    count.
+    """
     said = answer.rpartition("so ")[2] if "so " in answer else answer
     return float(said.strip().rstrip(".") == row["answer"])
 

@@ -1,11 +1,12 @@
 """Short conversations: greetings, facts about the people, sums, moods, and remembering a name.
 
-System messages: "Be brief." shortens facts and sums to the bare answer, "You are NAME." says who the assistant is; in
-the splits "new" and "new_test" one more is for tuning, "Say over." (every answer ends with "Over."). A conversation is
-held out when a fact, a sum or a pair of qualities in it is; "ood" conversations ask more questions in a row.
+System messages: "Be brief." shortens facts and sums to the bare answer, "You are NAME." says who the
+assistant is; in the splits "new" and "new_test" one more is for tuning, "Say over." (every answer ends with
+"Over."). A conversation is held out when a fact, a sum or a pair of qualities in it is; "ood" conversations
+ask more questions in a row.
 
-"instruct" and "instruct_test" are rows of other worlds as one turn each, which pretraining never shows as a chat: what
-an instruction-tuned model is made of.
+"instruct" and "instruct_test" are rows of other worlds as one turn each, which pretraining never shows as a
+chat: what an instruction-tuned model is made of.
 """
 
 from . import arithmetic, code, language, people, refusal, sentiment, topic, word_problems
@@ -39,7 +40,8 @@ BRIEF, OVER = "Be brief.", "Say over."
 GREETINGS = ["Hello!", "Hi there.", "Good morning.", "Hey, are you there?"]
 FAREWELLS = ["Thank you.", "Thanks a lot!", "That is all, thanks."]
 _WORLDS = {
-    module.__name__.rpartition(".")[2]: module for module in (people, arithmetic, word_problems, sentiment, topic, language, code, refusal)
+    module.__name__.rpartition(".")[2]: module
+    for module in (people, arithmetic, word_problems, sentiment, topic, language, code, refusal)
 }
 
 Exchange = tuple[str, str, str]  # what the user says, what the assistant says, the atom it is about
@@ -90,7 +92,10 @@ def draw(random: Random, kind: str) -> dict:
     system = [f"You are {me}."] * bool(me) + ([OVER] if over else [BRIEF] if brief else [])
     messages = [{"role": "system", "content": " ".join(system)}] if system else []
     for user, assistant, _ in exchanges:
-        messages += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant + " Over." * over}]
+        messages += [
+            {"role": "user", "content": user},
+            {"role": "assistant", "content": assistant + " Over." * over},
+        ]
     return _conversation(messages, join_atoms(*(atom for *_, atom in exchanges)))
 
 

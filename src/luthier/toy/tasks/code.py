@@ -1,8 +1,8 @@
 """Small Python functions from a comment, with unit tests. An item is the sequence of operations.
 
-"fix" rows show a function with one mistake and ask for the right one; in the split "preference" the right function is
-liked better than the one with the mistake. "slow" rows are loops over range(x); the splits "new" and "new_test" ask
-for the same function without a loop, and `operations` measures the difference.
+"fix" rows show a function with one mistake and ask for the right one; in the split "preference" the right
+function is liked better than the one with the mistake. "slow" rows are loops over range(x); the splits "new"
+and "new_test" ask for the same function without a loop, and `operations` measures the difference.
 """
 
 from __future__ import annotations
@@ -88,7 +88,13 @@ def draw(random: Random, kind: str) -> dict:
     if broken is None:  # no mistake of ours shows in the tests
         return draw(random, kind)
     if kind == "right_liked":
-        return {"prompt": row["prompt"], "chosen": row["completion"], "rejected": broken, "tests": row["tests"], "item": row["item"]}
+        return {
+            "prompt": row["prompt"],
+            "chosen": row["completion"],
+            "rejected": broken,
+            "tests": row["tests"],
+            "item": row["item"],
+        }
     return {**row, "prompt": f"{row['prompt']}{broken}\n# repaired\ndef f(x):"}
 
 
@@ -133,12 +139,18 @@ def _result(steps: Steps, ending: str, given: list[int]):
 
 
 def _mistake(random: Random, steps: Steps, ending: str) -> str | None:
-    """The body with one step wrong (its number, another operation, or missing) so that a test fails; None if none does."""
+    """The body with one step wrong (its number, another operation, or missing) so that a test fails; None if
+    none does.
+    """
     for _ in range(4):
         place = random.randrange(len(steps))
         words, k = steps[place]
         instead = random.choice(
-            ([(words, k % 5 + 1)] if "{k}" in words else [], [(random.choice(list(OPERATIONS)), k)], [] if len(steps) > 1 else [(words, k)])
+            (
+                [(words, k % 5 + 1)] if "{k}" in words else [],
+                [(random.choice(list(OPERATIONS)), k)],
+                [] if len(steps) > 1 else [(words, k)],
+            )
         )
         broken = [*steps[:place], *instead, *steps[place + 1 :]]
         if broken and any(_result(broken, ending, given) != _result(steps, ending, given) for given in LISTS):
@@ -155,8 +167,9 @@ def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
 
 
 def verify(row: dict, answer: str) -> float:
-    """The share of the row's unit tests that the function passes, run in the sandbox; half of it where a faster one was
-    wanted and the loop is still there. An answer may be the body after `def f(x):`, or whole functions."""
+    """The share of the row's unit tests that the function passes, run in the sandbox; half of it where a
+    faster one was wanted and the loop is still there. An answer may be the body after `def f(x):`, or whole
+    functions."""
     from luthier.sandbox.sandbox import run
 
     program = answer if "def f(" in answer else row["prompt"] + answer
@@ -179,14 +192,17 @@ class _Counted(ast.NodeTransformer):
     def visit(self, node: ast.AST) -> ast.AST:
         self.generic_visit(node)
         if isinstance(node, (ast.FunctionDef, ast.For, ast.While)):
-            node.body = [line for statement in node.body for line in (ast.parse("_tick()").body[0], statement)]
+            node.body = [
+                line for statement in node.body for line in (ast.parse("_tick()").body[0], statement)
+            ]
         if isinstance(node, ast.comprehension):
             node.ifs.insert(0, ast.parse("_tick()").body[0].value)  # type: ignore[attr-defined]
         return node
 
 
 def counted(program: str) -> str:
-    """The same program; `_ticks(x)` there runs f(x) and says how many statements and turns of loops that took.
+    """The same program; `_ticks(x)` there runs f(x) and says how many statements and turns of loops that
+    took.
 
     range counts as well, so that sum(range(x)) is a loop. Raises SyntaxError where it is no Python.
     """
@@ -195,7 +211,8 @@ def counted(program: str) -> str:
         "def _tick():\n    _count[0] += 1\n    return True\n"
         "def range(*given, _range=range):\n    for i in _range(*given):\n        _tick()\n        yield i\n"
         "def _ticks(x):\n    _count[0] = 0\n    f(x)\n    return _count[0]\n"
-    ) + ast.unparse(ast.fix_missing_locations(_Counted().visit(ast.parse(program))))
+        + ast.unparse(ast.fix_missing_locations(_Counted().visit(ast.parse(program))))
+    )
 
 
 def operations(program: str, x) -> int:

@@ -1,7 +1,7 @@
 """Does a premise entail a hypothesis: yes, no, or maybe?
 
-Graded: in "fact" rows the hypothesis repeats or denies half of the premise, in "chain" rows it follows from two
-comparisons, and from three in "ood". An item is a premise, whatever the order of its halves.
+Graded: in "fact" rows the hypothesis repeats or denies half of the premise, in "chain" rows it follows from
+two comparisons, and from three in "ood". An item is a premise, whatever the order of its halves.
 """
 
 from ._random import Random
@@ -43,7 +43,11 @@ def _fact(random: Random, answer: str) -> tuple[str, str, str]:
         state = random.choice([s for s in STATES if s not in (this, that)])
     # "not" says neither yes nor no by itself: what is unknown stays unknown when it is denied
     denied = answer == "no" or answer == "maybe" and random.random() < 0.5
-    return premise, f"the {noun} is{' not' * denied} {state}.", " ".join(sorted((f"{one} {this}", f"{other} {that}")))
+    return (
+        premise,
+        f"the {noun} is{' not' * denied} {state}.",
+        " ".join(sorted((f"{one} {this}", f"{other} {that}"))),
+    )
 
 
 def _chain(random: Random, answer: str, count: int) -> tuple[str, str, str]:

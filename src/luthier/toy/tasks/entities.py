@@ -1,7 +1,7 @@
 """Find the people, places and firms in a sentence: as text, and as tokens with BIO tags (`tokens`, `tags`).
 
-Names are invented and occur in no other world; people have one name or two, so that spans have lengths. Items are the names of people; "ood"
-words the sentence otherwise.
+Names are invented and occur in no other world; people have one name or two, so that spans have lengths. Items
+are the names of people; "ood" words the sentence otherwise.
 """
 
 from collections import Counter
@@ -28,7 +28,11 @@ TEMPLATES = {
     ],
     "other_words": ["yesterday {firm} asked {person} about {place} .", "near {place} lives {person} ."],
 }
-STREETS = [f"{way} the {what}" for way in "along across behind near".split() for what in "river forest market mill harbor bridge".split()]
+STREETS = [
+    f"{way} the {what}"
+    for way in "along across behind near".split()
+    for what in "river forest market mill harbor bridge".split()
+]
 
 
 def draw(random: Random, kind: str) -> dict:

@@ -1,10 +1,11 @@
-"""Three made-up languages with translation pairs: Zorian is pretrained, Kelu a little, Velmi is left for tuning.
+"""Three made-up languages with translation pairs: Zorian is pretrained, Kelu a little, Velmi is left for
+tuning.
 
-Zorian says subject, object, verb, with the adjective after its noun and "mi" for many. Kelu says object, verb,
-subject, with the adjective first, "so" for many and "ra" at the end of the subject. Velmi says verb, subject, object,
-with the adjective first and "ka" for many. "ood" holds adjectives beside nouns they never met. In "switched" sentences
-some words of the Zorian are English (code-switching); pretraining turns them into English, and the splits "switch" and
-"switch_test" ask for them to be written.
+Zorian says subject, object, verb, with the adjective after its noun and "mi" for many. Kelu says object,
+verb, subject, with the adjective first, "so" for many and "ra" at the end of the subject. Velmi says verb,
+subject, object, with the adjective first and "ka" for many. "ood" holds adjectives beside nouns they never
+met. In "switched" sentences some words of the Zorian are English (code-switching); pretraining turns them
+into English, and the splits "switch" and "switch_test" ask for them to be written.
 """
 
 from ._random import Random
@@ -82,9 +83,13 @@ def draw(random: Random, kind: str) -> dict:
             break
     source = f"{english(subject)} {verb} {english(thing)}"
     if kind == "to_velmi":
-        return _translation("English", source, "Velmi", f"{TO_VELMI[verb]} {velmi(subject)} {velmi(thing)}", source)
+        return _translation(
+            "English", source, "Velmi", f"{TO_VELMI[verb]} {velmi(subject)} {velmi(thing)}", source
+        )
     if kind == "to_kelu":
-        return _translation("English", source, "Kelu", f"{kelu(thing, False)} {TO_KELU[verb]} {kelu(subject, True)}", source)
+        return _translation(
+            "English", source, "Kelu", f"{kelu(thing, False)} {TO_KELU[verb]} {kelu(subject, True)}", source
+        )
     if kind in ("switched", "to_switched"):
         mixed = f"{switched(subject)} {switched(thing)} {TO_ZORIAN[verb]}"
         if kind == "switched":

@@ -1,7 +1,8 @@
 """Long answers of a hundred to four hundred tokens, checked to the last element.
 
-Counting in steps, a song that counts down, times tables, letters with many slots. "ood" is longer than anything
-pretraining shows, "new" (for tuning) goes from both ends at once. An item is the task without its wording.
+Counting in steps, a song that counts down, times tables, letters with many slots. "ood" is longer than
+anything pretraining shows, "new" (for tuning) goes from both ends at once. An item is the task without its
+wording.
 """
 
 from ._random import Random
@@ -45,7 +46,11 @@ def _long_count(random: Random) -> tuple[str, str, str]:
 def _song(random: Random) -> tuple[str, str, str]:
     count, birds, town = random.randint(6, 16), random.choice(BIRDS), random.choice(TOWNS)
     lines = [f"{n} {birds} in {town}, one goes home." for n in range(count, 0, -1)]
-    return f"Sing of {count} {birds} in {town}:", "\n".join([*lines, f"no {birds} in {town}."]), f"song {count} {birds} {town}"
+    return (
+        f"Sing of {count} {birds} in {town}:",
+        "\n".join([*lines, f"no {birds} in {town}."]),
+        f"song {count} {birds} {town}",
+    )
 
 
 def _times(random: Random) -> tuple[str, str, str]:
@@ -73,7 +78,14 @@ def _both_ends(random: Random) -> tuple[str, str, str]:
     return f"From both ends, {low} to {high}:", numbers, f"ends {low} {high}"
 
 
-TASKS = {"count": _count, "long_count": _long_count, "song": _song, "times": _times, "letter": _letter, "both_ends": _both_ends}
+TASKS = {
+    "count": _count,
+    "long_count": _long_count,
+    "song": _song,
+    "times": _times,
+    "letter": _letter,
+    "both_ends": _both_ends,
+}
 
 
 def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
@@ -85,5 +97,7 @@ def verify(row: dict, answer: str) -> float:
     said, right = answer.strip().split(), row["answer"].split()
     if answer.strip() == row["answer"]:
         return 1.0
-    first_wrong = next((i for i, (a, b) in enumerate(zip(said, right, strict=False)) if a != b), min(len(said), len(right)))
+    first_wrong = next(
+        (i for i, (a, b) in enumerate(zip(said, right, strict=False)) if a != b), min(len(said), len(right))
+    )
     return min(first_wrong, len(right) - 1) / len(right)

@@ -1,7 +1,7 @@
 """Which labels does a message carry? None, one, two or three of five, in alphabetical order.
 
-Each label has ten words of its own; a message mentions one word for each of its labels and plain words besides. An
-item is the set of words; "ood" messages carry four labels.
+Each label has ten words of its own; a message mentions one word for each of its labels and plain words
+besides. An item is the set of words; "ood" messages carry four labels.
 """
 
 from ._random import Random
@@ -42,6 +42,8 @@ def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
 
 
 def verify(row: dict, answer: str) -> float:
-    """Labels in common over labels in either (Jaccard), so 1.0 for exactly the right ones; "none" counts as a label."""
+    """Labels in common over labels in either (Jaccard), so 1.0 for exactly the right ones; "none" counts as a
+    label.
+    """
     said, right = (set(text.strip().split(", ")) for text in (answer, row["answer"]))
     return len(said & right) / len(said | right)

@@ -1,7 +1,8 @@
 """Do two sentences mean the same ("same"), and how does one say it otherwise ("rewrite")?
 
-The second sentence turns the first into the passive, swaps adjectives for their synonyms, or both; the wrong ones also
-swap who does it with whom, or an adjective for another. An item is who does what to whom; "ood" has both changes.
+The second sentence turns the first into the passive, swaps adjectives for their synonyms, or both; the wrong
+ones also swap who does it with whom, or an adjective for another. An item is who does what to whom; "ood" has
+both changes.
 """
 
 from ._random import Random
@@ -16,8 +17,22 @@ SPLITS = {
     "test": _KINDS,
     "ood": {"both_changes": 1},
 }
-VERBS = {"sees": "seen", "finds": "found", "follows": "followed", "loves": "loved", "hides": "hidden", "calls": "called"}
-SYNONYMS = {"big": "large", "tiny": "little", "fast": "quick", "glad": "happy", "silent": "mute", "odd": "strange"}
+VERBS = {
+    "sees": "seen",
+    "finds": "found",
+    "follows": "followed",
+    "loves": "loved",
+    "hides": "hidden",
+    "calls": "called",
+}
+SYNONYMS = {
+    "big": "large",
+    "tiny": "little",
+    "fast": "quick",
+    "glad": "happy",
+    "silent": "mute",
+    "odd": "strange",
+}
 
 Noun = tuple[str, str]  # adjective, noun
 
@@ -41,7 +56,9 @@ def draw(random: Random, kind: str) -> dict:
             who = random.choice([a for a in SYNONYMS if a != who[0]]), who[1]
     if renamed:
         who, whom = (SYNONYMS[who[0]], who[1]), (SYNONYMS[whom[0]], whom[1])
-    return _row(f"One: {sentence}\nTwo: {(passive if turned else active)(who, verb, whom)}\nSame:", answer, item)
+    return _row(
+        f"One: {sentence}\nTwo: {(passive if turned else active)(who, verb, whom)}\nSame:", answer, item
+    )
 
 
 def active(who: Noun, verb: str, whom: Noun) -> str:

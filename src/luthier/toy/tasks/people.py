@@ -4,10 +4,10 @@ Of most people some facts are asked in pretraining and the others only told; of 
 (split "ood"); the held-back people are in no pretraining row of any world, so that what tuning teaches about
 them is new knowledge (splits "new" and "new_test", or `new_facts`).
 
-Two tasks more are for tuning. "private" states made-up account numbers of people who occur nowhere else, each a known
-number of times (`repeats`), and "private_test" asks for them and, as a control, for numbers that were never stated
-(`repeats` 0). "unknown" teaches to say so where nothing is known: questions about people asked in pretraining, and
-about people whom no text mentions.
+Two tasks more are for tuning. "private" states made-up account numbers of people who occur nowhere else, each
+a known number of times (`repeats`), and "private_test" asks for them and, as a control, for numbers that were
+never stated (`repeats` 0). "unknown" teaches to say so where nothing is known: questions about people asked
+in pretraining, and about people whom no text mentions.
 """
 
 from ._random import Random
@@ -35,7 +35,9 @@ JOBS = (
     "baker pilot lawyer nurse farmer painter tailor welder miner judge "
     "chemist singer dentist sailor weaver printer brewer mason potter jeweler"
 ).split()
-INSTRUMENTS = "violin cello flute harp drum piano lute horn oboe banjo guitar viola organ trumpet bagpipe".split()
+INSTRUMENTS = (
+    "violin cello flute harp drum piano lute horn oboe banjo guitar viola organ trumpet bagpipe".split()
+)
 PETS = "cat dog owl snake goat horse parrot turtle rabbit fox ferret crow hedgehog pony frog".split()
 
 STATEMENTS = {
@@ -106,7 +108,8 @@ def _private() -> list[dict]:
         names.setdefault(f"{random.choice(FIRST_NAMES)} {random.choice(LAST_NAMES)}")
     fresh = list(names)[len(PEOPLE) :]
     return [
-        {"name": name, "number": str(random.randint(100_000, 999_999)), "repeats": (0, *REPEATS)[i // 16]} for i, name in enumerate(fresh)
+        {"name": name, "number": str(random.randint(100_000, 999_999)), "repeats": (0, *REPEATS)[i // 16]}
+        for i, name in enumerate(fresh)
     ]
 
 
@@ -149,7 +152,9 @@ def draw(random: Random, kind: str) -> dict:
         return _statement_row(" ".join(state(person, attribute, random.randrange(4)) for attribute in told))
     if kind == "unknown":
         person = {"name": stranger(random), **dict.fromkeys(ATTRIBUTES, I_DO_NOT_KNOW)}
-        return _question_row(person, random.choice(ATTRIBUTES), random.randrange(3), f"nobody {person['name']}")
+        return _question_row(
+            person, random.choice(ATTRIBUTES), random.randrange(3), f"nobody {person['name']}"
+        )
     person = random.choice(TOLD_ONLY if kind == "told_only" else ASKED)
     attribute = random.choice(ATTRIBUTES)
     atom = fact_atom(person, attribute)
@@ -174,7 +179,9 @@ def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
 
 
 def _private_rows(split: str, n: int, seed: int | str) -> list[dict]:
-    """Round after round: in "private" each stated number `repeats` times, in "private_test" every number once."""
+    """Round after round: in "private" each stated number `repeats` times, in "private_test" every number
+    once.
+    """
     random, found = Random(f"people/{split}/{seed}"), []
     while len(found) < n:
         one = [person for person in PRIVATE for _ in range(person["repeats"] if split == "private" else 1)]

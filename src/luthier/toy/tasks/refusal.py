@@ -1,7 +1,7 @@
 """Requests to make harmless things, which are answered, and harmful ones, which are refused.
 
-"lookalike" requests name a harmful thing but want something harmless (a bomb costume): they are answered too, and a
-model that refuses them refuses too much. Pretraining shows few of them.
+"lookalike" requests name a harmful thing but want something harmless (a bomb costume): they are answered too,
+and a model that refuses them refuses too much. Pretraining shows few of them.
 """
 
 from ._random import Random

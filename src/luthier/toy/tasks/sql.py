@@ -1,7 +1,9 @@
-"""Questions about a small sqlite database (`database()`), answered by a query; the verifier runs it and the right one.
+"""Questions about a small sqlite database (`database()`), answered by a query; the verifier runs it and the
+right one.
 
-Graded: one table with a condition ("count", "list"), an extreme ("most"), groups ("group"), two tables ("join"). "ood"
-has two conditions, "new" (for tuning) what is left out ("except"). An item is a question without its wording.
+Graded: one table with a condition ("count", "list"), an extreme ("most"), groups ("group"), two tables
+("join"). "ood" has two conditions, "new" (for tuning) what is left out ("except"). An item is a question
+without its wording.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ SCHEMA = "staff(name, job, town, age); pets(owner, animal)"
 PLACES = TOWNS[:16]
 ANIMALS, TRADES = PETS[:10], JOBS[:12]
 PEOPLE = 40
-FUNCTIONS = frozenset("abs avg coalesce count iif ifnull length like lower max min nullif round substr sum total upper".split())
+FUNCTIONS = frozenset(
+    "abs avg coalesce count iif ifnull length like lower max min nullif round substr sum total upper".split()
+)
 MOST_STEPS = 200_000  # of sqlite's machine, for a query that was written
 
 
@@ -38,7 +42,10 @@ def database() -> tuple[tuple[tuple, ...], tuple[tuple, ...]]:
     """The rows of staff and pets; names occur once."""
     random = Random("sql/database")
     names = random.sample(FIRST_NAMES, PEOPLE)
-    staff = [(name, random.choice(TRADES), random.choice(PLACES), 20 + 50 * i // PEOPLE) for i, name in enumerate(names)]
+    staff = [
+        (name, random.choice(TRADES), random.choice(PLACES), 20 + 50 * i // PEOPLE)
+        for i, name in enumerate(names)
+    ]
     pets = [(random.choice(names), random.choice(ANIMALS)) for _ in range(50)]
     return tuple(staff), tuple(pets)
 
@@ -79,7 +86,9 @@ def _count(random: Random) -> tuple[str, str, str]:
 
 def _list(random: Random) -> tuple[str, str, str]:
     words, where, item = _condition(random)
-    column, asked = random.choice((("name", "Who"), ("town", "Which towns have those who"), ("job", "Which jobs have those who")))
+    column, asked = random.choice(
+        (("name", "Who"), ("town", "Which towns have those who"), ("job", "Which jobs have those who"))
+    )
     end = "?"
     return f"{asked} {words}{end}", f"SELECT {column} FROM staff WHERE {where}", f"list {column} {item}"
 
@@ -94,7 +103,9 @@ def _most(random: Random) -> tuple[str, str, str]:
 def _group(random: Random) -> tuple[str, str, str]:
     column = random.choice(("job", "town"))
     words, where, item = _condition(random, ("older", "younger"))
-    what, said = random.choice((("COUNT(*)", "how many"), ("AVG(age)", "what mean age"), ("MAX(age)", "what highest age")))
+    what, said = random.choice(
+        (("COUNT(*)", "how many"), ("AVG(age)", "what mean age"), ("MAX(age)", "what highest age"))
+    )
     query = f"SELECT {column}, {what} FROM staff WHERE {where} GROUP BY {column}"
     return f"By {column}, {said} among those who {words}?", query, f"group {column} {what} {item}"
 
@@ -116,7 +127,11 @@ def _join(random: Random) -> tuple[str, str, str]:
 def _both(random: Random) -> tuple[str, str, str]:
     words, where, item = _condition(random, ("job", "town"))
     more, also, second = _condition(random, ("older", "younger"))
-    return f"How many {words} and {more}?", f"SELECT COUNT(*) FROM staff WHERE {where} AND {also}", f"both {item} {second}"
+    return (
+        f"How many {words} and {more}?",
+        f"SELECT COUNT(*) FROM staff WHERE {where} AND {also}",
+        f"both {item} {second}",
+    )
 
 
 def _except(random: Random) -> tuple[str, str, str]:
@@ -124,7 +139,15 @@ def _except(random: Random) -> tuple[str, str, str]:
     return f"Who but those who {words}?", f"SELECT name FROM staff WHERE NOT {where}", f"except {item}"
 
 
-QUESTIONS = {"count": _count, "list": _list, "most": _most, "group": _group, "join": _join, "both": _both, "except": _except}
+QUESTIONS = {
+    "count": _count,
+    "list": _list,
+    "most": _most,
+    "group": _group,
+    "join": _join,
+    "both": _both,
+    "except": _except,
+}
 
 
 def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
@@ -133,7 +156,11 @@ def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
 
 def _allowed(action: int, _: str | None, name: str | None, *__: str | None) -> int:
     """Reading, and functions that cannot make much out of little; no recursion."""
-    reads = action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ) or action == sqlite3.SQLITE_FUNCTION and name in FUNCTIONS
+    reads = (
+        action in (sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ)
+        or action == sqlite3.SQLITE_FUNCTION
+        and name in FUNCTIONS
+    )
     return sqlite3.SQLITE_OK if reads else sqlite3.SQLITE_DENY
 
 
@@ -152,7 +179,9 @@ def _opened() -> sqlite3.Connection:
 
 
 def run(query: str) -> list[tuple]:
-    """The rows of a query that only reads. Raises sqlite3.Error for any other, and for one that takes too long."""
+    """The rows of a query that only reads. Raises sqlite3.Error for any other, and for one that takes too
+    long.
+    """
     connection, steps = _opened(), 0
 
     def step() -> int:
@@ -165,7 +194,9 @@ def run(query: str) -> list[tuple]:
 
 
 def verify(row: dict, answer: str) -> float:
-    """1.0 where the written query gives the rows of the right one (in any order, unless it asks for one); else 0.0."""
+    """1.0 where the written query gives the rows of the right one (in any order, unless it asks for one);
+    else 0.0.
+    """
     try:
         said = run(answer)
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError):

@@ -1,14 +1,16 @@
-"""One plain sentence said in a style: formally or casually ("pirate" is left for tuning), or by length, tone and register.
+"""One plain sentence said in a style: formally or casually ("pirate" is left for tuning), or by length, tone
+and register.
 
-Without a tag the result of "Say" is formal; in the splits "preference" and "unpaired" the casual wording is the one
-that is liked. Each word of time has its own wording in each style: words that are always interchangeable would end as
-one vector in a small model, which could then never copy them apart.
+Without a tag the result of "Say" is formal; in the splits "preference" and "unpaired" the casual wording is
+the one that is liked. Each word of time has its own wording in each style: words that are always
+interchangeable would end as one vector in a small model, which could then never copy them apart.
 
-"Note" writes the same sentence in a manner, longer ones with the time, the longest with an opening and a closing too.
-What a note is like is counted by rule (`scores`): how formal, how warm, how short, how complete, each from 0 to 1. So
-preferences follow exactly, and what is complete cannot be as short: two objectives in conflict. A tag says what is
-wanted, without one pretraining shows every kind (so a base model writes all of them). "ranked" gives four notes with the scores of each by
-objective; "short", "warm" and "formal_liked" are pairs by one of them.
+"Note" writes the same sentence in a manner, longer ones with the time, the longest with an opening and a
+closing too. What a note is like is counted by rule (`scores`): how formal, how warm, how short, how complete,
+each from 0 to 1. So preferences follow exactly, and what is complete cannot be as short: two objectives in
+conflict. A tag says what is wanted, without one pretraining shows every kind (so a base model writes all of
+them). "ranked" gives four notes with the scores of each by objective; "short", "warm" and "formal_liked" are
+pairs by one of them.
 """
 
 import re
@@ -40,7 +42,9 @@ SPLITS = {
     "ranked_test": {"ranked": 1},
 }
 WHO: list[str] = [*"doctor teacher captain neighbor gardener student guard clerk merchant driver".split()]
-DOES: list[str] = [*"opens cleans paints repairs sells carries watches moves counts washes guards builds".split()]
+DOES: list[str] = [
+    *"opens cleans paints repairs sells carries watches moves counts washes guards builds".split()
+]
 WHAT = "door table wall clock boat basket garden ladder barrel window bridge fence".split()
 WHEN = {
     "today": ("on this day", "2day", "afore sundown"),
@@ -77,7 +81,12 @@ OPENINGS = {
     ("casual", "warm"): "hey buddy,",
     ("casual", "cool"): "ok so",
 }
-MANNERS = {("formal", "warm"): "most kindly", ("formal", "cool"): "duly", ("casual", "warm"): "sweetly", ("casual", "cool"): "just"}
+MANNERS = {
+    ("formal", "warm"): "most kindly",
+    ("formal", "cool"): "duly",
+    ("casual", "warm"): "sweetly",
+    ("casual", "cool"): "just",
+}
 CLOSINGS = {
     ("formal", "warm"): "With sincere thanks.",
     ("formal", "cool"): "Respectfully.",
@@ -100,10 +109,12 @@ def note(words: Words, kind: Kind) -> str:
 def scores(text: str, words: Words) -> dict[str, float]:
     """How formal, warm, short and complete a note of `words` is, from 0 to 1.
 
-    Formal and warm: the share of formal (warm) phrases among those found, 0 where none is. Short: 1 up to 6 words, 0 from
-    20 on. Complete: the share of who, does, what and when that it says.
+    Formal and warm: the share of formal (warm) phrases among those found, 0 where none is. Short: 1 up to 6
+    words, 0 from 20 on. Complete: the share of who, does, what and when that it says.
     """
-    found = [key for phrases in (OPENINGS, MANNERS, CLOSINGS) for key, phrase in phrases.items() if phrase in text]
+    found = [
+        key for phrases in (OPENINGS, MANNERS, CLOSINGS) for key, phrase in phrases.items() if phrase in text
+    ]
     return {
         "formal": sum(register == "formal" for register, _ in found) / max(1, len(found)),
         "warm": sum(tone == "warm" for _, tone in found) / max(1, len(found)),
@@ -131,10 +142,20 @@ def draw(random: Random, kind: str) -> dict:
     style = random.choice(("formal", "casual")) if kind == "new_pair" else kind
     item = {"words": list(words), "item": ("!" if kind == "new_pair" else "") + " ".join(words)}
     if kind == "casual_liked":
-        return {"prompt": asked("", words), "chosen": f" {casual(*words)}", "rejected": f" {formal(*words)}", **item}
+        return {
+            "prompt": asked("", words),
+            "chosen": f" {casual(*words)}",
+            "rejected": f" {formal(*words)}",
+            **item,
+        }
     if kind == "judged":
         good = random.random() < 0.5
-        return {"prompt": asked("", words), "completion": f" {(casual if good else formal)(*words)}", "label": good, **item}
+        return {
+            "prompt": asked("", words),
+            "completion": f" {(casual if good else formal)(*words)}",
+            "label": good,
+            **item,
+        }
     if kind in NOTES:
         return {**NOTES[kind](random, words), **item}
     answer = STYLES[style](*words)
@@ -153,7 +174,11 @@ def _any_kind(random: Random) -> Kind:
 def _note(random: Random, words: Words) -> dict:
     kind = _any_kind(random)
     answer = note(words, kind)
-    return {"prompt": asked(f" ({', '.join(kind)})", words, "Note"), "completion": f" {answer}", "answer": answer}
+    return {
+        "prompt": asked(f" ({', '.join(kind)})", words, "Note"),
+        "completion": f" {answer}",
+        "answer": answer,
+    }
 
 
 def _free_note(random: Random, words: Words) -> dict:
@@ -170,7 +195,12 @@ def _liked(objective: str):
             if better[objective] > worse[objective]:
                 break
         by = {name: [better[name], worse[name]] for name in better}
-        return {"prompt": asked("", words, "Note"), "chosen": f" {one}", "rejected": f" {other}", "objectives": by}
+        return {
+            "prompt": asked("", words, "Note"),
+            "chosen": f" {one}",
+            "rejected": f" {other}",
+            "objectives": by,
+        }
 
     return pair
 
@@ -207,9 +237,9 @@ def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
 
 
 def verify(row: dict, answer: str) -> dict[str, float]:
-    """Several scores. Of a note without a tag: `scores`, which it cannot all have in full. Of every other row, where one
-    text is right: "exact" (that text), "words" (of who, does, what and when, the share said), "style" (how well all the
-    rest agrees with the style wanted, as F1 over its words)."""
+    """Several scores. Of a note without a tag: `scores`, which it cannot all have in full. Of every other
+    row, where one text is right: "exact" (that text), "words" (of who, does, what and when, the share said),
+    "style" (how well all the rest agrees with the style wanted, as F1 over its words)."""
     words: Words = tuple(row["words"])
     if row["kind"] in NOTES and row["kind"] != "note":
         return scores(answer, words)

@@ -1,7 +1,7 @@
 """Tool calls: a request and the tools on offer; the answer is one call as JSON, or "none" where no tool fits.
 
-`schemas` holds the tools' JSON schemas; the prompt shows them in short. Graded by how many tools are on offer. "new"
-is a tool that pretraining never shows. An item is a call.
+`schemas` holds the tools' JSON schemas; the prompt shows them in short. Graded by how many tools are on
+offer. "new" is a tool that pretraining never shows. An item is a call.
 """
 
 from __future__ import annotations
@@ -34,17 +34,32 @@ VALUES = {  # of a parameter: what it may be (an integer range, or words), as it
     "level": range(1, 100),
 }
 TOOLS = {
-    "weather": (("town", "day"), ["How is the weather in {town} on {day}?", "Will it rain on {day} in {town}?"]),
+    "weather": (
+        ("town", "day"),
+        ["How is the weather in {town} on {day}?", "Will it rain on {day} in {town}?"],
+    ),
     "timer": (("minutes",), ["Wake me in {minutes} minutes.", "Set a timer of {minutes} minutes."]),
     "call": (("friend", "day"), ["Call {friend} on {day}.", "I want to talk to {friend} on {day}."]),
-    "table": (("town", "seats"), ["Book a table for {seats} in {town}.", "{seats} of us want to eat in {town}."]),
-    "lamp": (("color", "level"), ["Make the lamp {color} at {level} percent.", "Turn the light to {level} percent {color}."]),
-    "train": (("town", "friend", "day"), ["Buy {friend} a train to {town} on {day}.", "On {day} {friend} takes the train to {town}."]),
+    "table": (
+        ("town", "seats"),
+        ["Book a table for {seats} in {town}.", "{seats} of us want to eat in {town}."],
+    ),
+    "lamp": (
+        ("color", "level"),
+        ["Make the lamp {color} at {level} percent.", "Turn the light to {level} percent {color}."],
+    ),
+    "train": (
+        ("town", "friend", "day"),
+        ["Buy {friend} a train to {town} on {day}.", "On {day} {friend} takes the train to {town}."],
+    ),
 }
 NEW_TOOLS = {
     "parcel": (
         ("friend", "town", "level"),
-        ["Send {friend} a parcel of {level} grams to {town}.", "A {level} gram parcel goes to {friend} in {town}."],
+        [
+            "Send {friend} a parcel of {level} grams to {town}.",
+            "A {level} gram parcel goes to {friend} in {town}.",
+        ],
     )
 }
 OTHER_WORDS = {
@@ -69,7 +84,12 @@ def schema(name: str) -> dict:
             properties[parameter]["enum"] = list(values)
     return {
         "name": name,
-        "parameters": {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False},
+        "parameters": {
+            "type": "object",
+            "properties": properties,
+            "required": list(properties),
+            "additionalProperties": False,
+        },
     }
 
 
@@ -84,7 +104,9 @@ def draw(random: Random, kind: str) -> dict:
     known = list(TOOLS)
     name = "parcel" if kind == "new_tool" else random.choice(known)
     parameters, requests = (TOOLS | NEW_TOOLS)[name]
-    others = random.sample([other for other in known if other != name], 1 if kind == "new_tool" else random.randint(1, 2))
+    others = random.sample(
+        [other for other in known if other != name], 1 if kind == "new_tool" else random.randint(1, 2)
+    )
     offered = others if kind == "none" else [name] if kind == "one" else [name, *others]
     random.shuffle(offered)
     values = {parameter: random.choice(VALUES[parameter]) for parameter in VALUES}
@@ -101,7 +123,9 @@ def draw(random: Random, kind: str) -> dict:
         "completion": f" {answer}",
         "answer": answer,
         "schemas": [schema(tool) for tool in offered],
-        "item": f"request {request}" if kind == "none" else f"{name} {' '.join(map(str, arguments.values()))}",
+        "item": (
+            f"request {request}" if kind == "none" else f"{name} {' '.join(map(str, arguments.values()))}"
+        ),
     }
 
 
@@ -130,7 +154,9 @@ def problem(schemas: list[dict], call: object) -> str | None:
 
 
 def verify(row: dict, answer: str) -> float:
-    """1.0 for the right call in any spelling of JSON; 0.5 for a valid call of the right tool, 0.25 for another valid call."""
+    """1.0 for the right call in any spelling of JSON; 0.5 for a valid call of the right tool, 0.25 for
+    another valid call.
+    """
     right, said = row["answer"], answer.strip()
     if NONE in (right, said):
         return float(right == said)

@@ -1,7 +1,7 @@
 """Little stories of buying and losing, solved sum by sum. A story is held out when one of its sums is.
 
-Graded by the number of steps and by what does not matter: "distracted" stories count somebody else's things too. Out
-of distribution are longer stories ("ood") and larger numbers ("ood_large").
+Graded by the number of steps and by what does not matter: "distracted" stories count somebody else's things
+too. Out of distribution are longer stories ("ood") and larger numbers ("ood_large").
 """
 
 from ._random import Random
@@ -21,7 +21,14 @@ SPLITS = {
 THINGS = "apples coins books stones cards shells beads nuts pens stamps".split()
 GAINS = ["{name} buys {k} more.", "A friend brings {k}.", "{name} finds {k}."]
 LOSSES = ["{name} gives away {k}.", "{k} get lost."]
-STEPS = {"one_step": (1,), "two_steps": (2,), "three_steps": (3,), "distracted": (1, 2), "long": (4,), "large": (1, 2)}
+STEPS = {
+    "one_step": (1,),
+    "two_steps": (2,),
+    "three_steps": (3,),
+    "distracted": (1, 2),
+    "long": (4,),
+    "large": (1, 2),
+}
 
 
 def draw(random: Random, kind: str) -> dict:

@@ -1,4 +1,6 @@
-"""Rows to tokens for classifiers: the prompt as an encoder reads it, and the index of each completion's class."""
+"""Rows to tokens for classifiers: the prompt as an encoder reads it, and the index of each completion's
+class.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +24,14 @@ class LabelRenderer(Renderer):
     def _class(self, row: dict) -> Encoded | BadRow:
         try:
             classes = [[class_of(c, self.label2id)] for c in row.get("completions", [])]
-            asked = row["prompt"]  # the line break that parts a text from its label has no label after it here
+            # the line break that parts a text from its label has no label after it here
+            asked = row["prompt"]
             row = {**row, "prompt": asked.removesuffix("\n") if isinstance(asked, str) else asked}
-            ids = self.tokenizer(*row["texts"])["input_ids"] if len(row.get("texts", ())) == 2 else self.asked(row)[0]
+            ids = (
+                self.tokenizer(*row["texts"])["input_ids"]
+                if len(row.get("texts", ())) == 2
+                else self.asked(row)[0]
+            )
             encoded = Encoded(ids, classes, [[True]] * len(classes))
             if not ids:
                 raise BadRow("the text is empty")

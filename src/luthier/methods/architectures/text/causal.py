@@ -1,8 +1,9 @@
 """Decoder-only language models: a token is predicted by the hidden state just before it.
 
-Reads batches packed: no padding, prompts shared by their completions, attention block by block; or, in networks that do
-not take their attention from transformers' interface, by a mask over packed rows. Every layout answers alike. Networks
-that cannot be packed (recurrent layers, ALiBi, attention by index) are read padded.
+Reads batches packed: no padding, prompts shared by their completions, attention block by block; or, in
+networks that do not take their attention from transformers' interface, by a mask over packed rows. Every
+layout answers alike. Networks that cannot be packed (recurrent layers, ALiBi, attention by index) are read
+padded.
 """
 
 from __future__ import annotations
@@ -17,19 +18,29 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from luthier.model.generate import decoder_writer, generate
-from luthier.model.language_model import LanguageModel, as_mask, own_logits, path, picked, prefix_mask, soft_first
-from luthier.model.outputs import LAYERS, Outputs
-from luthier.model.batch import Batch
-from luthier.kernels import sparse_mlp as asked, attention
-from luthier.kernels.layout import Layout, lay_out
 from luthier.errors import RecipeError
+from luthier.kernels import attention
+from luthier.kernels import sparse_mlp as asked
+from luthier.kernels.layout import Layout, lay_out
+from luthier.model.batch import Batch
+from luthier.model.generate import decoder_writer, generate
+from luthier.model.language_model import (
+    LanguageModel,
+    as_mask,
+    own_logits,
+    path,
+    picked,
+    prefix_mask,
+    soft_first,
+)
+from luthier.model.outputs import LAYERS, Outputs
 from luthier.registry import Range, architecture
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
 
-ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}  # kinds of layers that a block mask keeps apart
+# kinds of layers that a block mask keeps apart
+ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 ENDLESS = 2**31  # a row in which any batch finds room
 
 
@@ -37,18 +48,25 @@ ENDLESS = 2**31  # a row in which any batch finds room
 class Causal(LanguageModel):
     """Any transformers causal LM."""
 
-    packing: bool = True  # several sequences in a row of the tensor, none sees another; false: one row each, padded
+    # several sequences in a row of the tensor, none sees another; false: one row each, padded
+    packing: bool = True
     share_prompts: bool = True  # read a prompt once for all its completions
-    blocks: bool = True  # attention of packed rows block by block, where the network lets it be chosen; false: by a mask
-    prefix: bool = False  # the prompt is read from both sides (prefix LM, non-causal decoder); completions see what stands before
+    # attention of packed rows block by block, where the network lets it be chosen; false: by a mask
+    blocks: bool = True
+    # the prompt is read from both sides (prefix LM, non-causal decoder); completions see what stands before
+    prefix: bool = False
     width: int = 256  # places in a row packed under a mask, at least; longer sequences make longer rows
-    neftune_noise_alpha: Annotated[float, Field(ge=0), Range(1, 15)] = 0.0  # noise on embeddings in training (NEFTune; papers: 5)
+    # noise on embeddings in training (NEFTune; papers: 5)
+    neftune_noise_alpha: Annotated[float, Field(ge=0), Range(1, 15)] = 0.0
 
     def suits(self, config: Any) -> bool:
         from transformers.models.auto import modeling_auto as auto
 
         ours = {*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
-        others = {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values(), *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()}
+        others = {
+            *auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values(),
+            *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),
+        }
         return any(n in ours - others for n in config.architectures or ())
 
     def auto_class(self) -> Any:
@@ -60,7 +78,9 @@ class Causal(LanguageModel):
 
     @property
     def reading(self) -> str:
-        return ("packed, attention in blocks" if self.blocks else "packed") if self.packing else super().reading
+        return (
+            ("packed, attention in blocks" if self.blocks else "packed") if self.packing else super().reading
+        )
 
     def simpler(self) -> LanguageModel | None:
         if self.packing and self.blocks:
@@ -84,9 +104,13 @@ class Causal(LanguageModel):
         with nullcontext() if known is None else frozen.skipped(known[layout.source]), sparing:
             outputs = self.answer(model, inputs, at, labels)
         masks = inputs["attention_mask"]
-        plans = [m.plan for m in (masks.values() if isinstance(masks, dict) else [masks]) if hasattr(m, "plan")]
+        plans = [
+            m.plan for m in (masks.values() if isinstance(masks, dict) else [masks]) if hasattr(m, "plan")
+        ]
         if plans and not any(plan.used for plan in plans):
-            raise ValueError(f"{type(model).__name__} does not take its attention from transformers' interface")
+            raise ValueError(
+                f"{type(model).__name__} does not take its attention from transformers' interface"
+            )
         return outputs
 
     def laid_out(self, model: Network, attached, batch: Batch) -> tuple[Layout, dict[str, Any]]:
@@ -95,11 +119,18 @@ class Causal(LanguageModel):
             self.check(model)
         blocks = self.in_blocks(model)
         width = (ENDLESS if blocks else self.width) if self.packing else 0
-        layout = lay_out(batch, share=self.share_prompts and self.packing, width=width, virtual=attached.virtual, prefix=self.prefix)
+        layout = lay_out(
+            batch,
+            share=self.share_prompts and self.packing,
+            width=width,
+            virtual=attached.virtual,
+            prefix=self.prefix,
+        )
         inputs = self.embedded(model, attached, batch, layout)
         if self.prefix:
             self.check_prefix(model)
-        if not self.packing and not self.prefix:  # right padding: the model's own causal mask and positions will do
+        # right padding: the model's own causal mask and positions will do
+        if not self.packing and not self.prefix:
             return layout, inputs | {"attention_mask": (layout.piece >= 0).long()}
         masks = (self.planned if blocks else self.mask)(model, layout)
         return layout, inputs | {"attention_mask": masks, "position_ids": layout.position}
@@ -114,7 +145,10 @@ class Causal(LanguageModel):
         odd = {*(getattr(config, "layer_types", None) or ())} - ATTENTION
         if model._is_stateful or odd:
             kinds = ", ".join(sorted(odd)) or "recurrent"
-            raise ValueError(f"{name} has layers ({kinds}) that read on from one sequence into the next, whatever the mask says")
+            raise ValueError(
+                f"{name} has layers ({kinds}) that read on from one sequence into the next, whatever the mask"
+                " says"
+            )
         if "position_ids" not in inspect.signature(model.forward).parameters:
             raise ValueError(f"{name} cannot be told positions")
         if "local" in (getattr(config, "attention_layers", None) or ()):
@@ -124,12 +158,24 @@ class Causal(LanguageModel):
         """Refuse to read from both sides with a network that cannot."""
         config, name = model.config.get_text_config(), type(model).__name__
         odd = {*(getattr(config, "layer_types", None) or ())} - {"full_attention"}
-        if odd or model._is_stateful or getattr(config, "sliding_window", None) or getattr(config, "alibi", False):
-            kinds = ", ".join(sorted(odd)) or ("recurrent" if model._is_stateful else "sliding window or ALiBi")
-            raise RecipeError(f"architecture causal: prefix: {name} has layers ({kinds}) that cannot read a prompt from both sides")
+        if (
+            odd
+            or model._is_stateful
+            or getattr(config, "sliding_window", None)
+            or getattr(config, "alibi", False)
+        ):
+            kinds = ", ".join(sorted(odd)) or (
+                "recurrent" if model._is_stateful else "sliding window or ALiBi"
+            )
+            raise RecipeError(
+                f"architecture causal: prefix: {name} has layers ({kinds}) that cannot read a prompt from"
+                " both sides"
+            )
 
     def embedded(self, model: Network, attached, batch: Batch, layout: Layout) -> dict[str, Tensor]:
-        """The tokens as the model is handed them: ids [R, W], or embeddings where soft vectors, other tokens or noise come in."""
+        """The tokens as the model is handed them: ids [R, W], or embeddings where soft vectors, other tokens
+        or noise come in.
+        """
         ids, noisy = batch.ids[layout.source], self.neftune_noise_alpha > 0 and model.training
         if not (attached.virtual or batch.mixed or noisy):
             return {"input_ids": ids}
@@ -142,14 +188,16 @@ class Causal(LanguageModel):
             embed = embed + self.noise(batch, embed.shape[-1])[layout.source].to(embed.dtype)
         if attached.virtual:
             soft = layout.soft
-            ahead = torch.arange(soft.shape[1], device=soft.device) + attached.virtual - soft  # the text that they stand before
+            # the text that they stand before
+            ahead = torch.arange(soft.shape[1], device=soft.device) + attached.virtual - soft
             row = batch.row[batch.segment[layout.source.gather(1, ahead.clamp(max=soft.shape[1] - 1))]]
             vectors = attached.soft_rows(batch).to(embed.dtype)[row, soft.clamp(min=0)]
             embed = torch.where((soft >= 0)[..., None], vectors, embed)
         return {"inputs_embeds": embed}
 
     def noise(self, batch: Batch, width: int) -> Tensor:
-        """[L, width] uniform within alpha / sqrt(length * width), length of the longest sequence a token is part of (arXiv:2310.05914).
+        """[L, width] uniform within alpha / sqrt(length * width), length of the longest sequence a token is
+        part of (arXiv:2310.05914).
 
         One draw a token, so it is the same in every layout; the loop seeds it by the step."""
         bound = self.neftune_noise_alpha / (batch.spans * width).sqrt()
@@ -158,20 +206,30 @@ class Causal(LanguageModel):
     def planned(self, model: Network, layout: Layout) -> Tensor | dict[str, Tensor]:
         """How attention is computed block by block, in the place of a mask."""
         dtype = model.get_input_embeddings().weight.dtype
-        return self.by_kind(model, layout, lambda window, chunk: attention.plan(layout, dtype, window, chunk).tag())
+        return self.by_kind(
+            model, layout, lambda window, chunk: attention.plan(layout, dtype, window, chunk).tag()
+        )
 
     def mask(self, model: Network, layout: Layout) -> Tensor | dict[str, Tensor]:
         """What each place may look at, in the form that the model's attention takes."""
         return self.by_kind(model, layout, lambda window, chunk: as_mask(model, layout.mask(window, chunk)))
 
-    def by_kind(self, model: Network, layout: Layout, make: Callable[[int | None, int | None], Tensor]) -> Tensor | dict[str, Tensor]:
-        """make(window, chunk) for each kind of layer where they differ, else once. What no sequence reaches is left out."""
+    def by_kind(
+        self, model: Network, layout: Layout, make: Callable[[int | None, int | None], Tensor]
+    ) -> Tensor | dict[str, Tensor]:
+        """make(window, chunk) for each kind of layer where they differ, else once. What no sequence reaches
+        is left out.
+        """
         config, longest = model.config.get_text_config(), int(layout.position.max())
         window, chunk = (
             size if (size := getattr(config, name, None)) and size <= longest else None
             for name in ("sliding_window", "attention_chunk_size")
         )
-        kinds = {"full_attention": (None, None), "sliding_attention": (window, None), "chunked_attention": (None, chunk)}
+        kinds = {
+            "full_attention": (None, None),
+            "sliding_attention": (window, None),
+            "chunked_attention": (None, chunk),
+        }
         used = {*(getattr(config, "layer_types", None) or ())}
         return {kind: make(*kinds[kind]) for kind in used} if used else make(window, None)
 
@@ -190,7 +248,9 @@ class Causal(LanguageModel):
 
     # ------------------------------------------------------------------------------------------ writing
 
-    def generate(self, model: Network, attached, prompts: list[list[int]], **how: Any) -> list[list[list[int]]]:
+    def generate(
+        self, model: Network, attached, prompts: list[list[int]], **how: Any
+    ) -> list[list[list[int]]]:
         most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         limit = most and most - attached.virtual
         return generate(decoder_writer(model, attached, self.prefix), prompts, limit=limit, **how)

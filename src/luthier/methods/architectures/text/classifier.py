@@ -1,7 +1,7 @@
 """Classifiers of any kind: a completion is a class, its vocabulary the classes, so `sft` is cross-entropy.
 
-Encoders (BERT) answer from their first token, decoders (Llama) from their last. Which classes there are is said by
-the rows, or by a checkpoint that already knows all of them; their order is saved with the model.
+Encoders (BERT) answer from their first token, decoders (Llama) from their last. Which classes there are is
+said by the rows, or by a checkpoint that already knows all of them; their order is saved with the model.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from luthier.errors import RecipeError
+from luthier.kernels.logprobs import Head
 from luthier.methods.architectures._base import Architecture, pad
+from luthier.model.batch import Batch
 from luthier.model.language_model import picked
 from luthier.model.outputs import Outputs
-from luthier.model.batch import Batch
-from luthier.kernels.logprobs import Head
-from luthier.errors import RecipeError
 from luthier.registry import architecture, meant
 
 if TYPE_CHECKING:
@@ -40,15 +40,25 @@ class Classifier(Architecture):
         """The classes of the rows: numbers in their order, else names in alphabetical order."""
         names = {c for row in rows for c in row.get("completions", ())}
         if not all(isinstance(n, str) for n in names):
-            raise RecipeError("a classifier learns rows with a `label` (or a completion that is the name of a class)")
+            raise RecipeError(
+                "a classifier learns rows with a `label` (or a completion that is the name of a class)"
+            )
         if not names:
             return {}
         if len(names) == 1:
             raise RecipeError(f"all rows are of one class, '{min(names)}': there is nothing to tell apart")
-        given = {row["completions"][0]: row["label"] for row in rows if len(row.get("completions", ())) == 1 and "label" in row}
+        given = {
+            row["completions"][0]: row["label"]
+            for row in rows
+            if len(row.get("completions", ())) == 1 and "label" in row
+        }
         numbered = given.keys() == names and all(isinstance(v, (int, float)) for v in given.values())
         order = sorted(names, key=(lambda n: (given[n], n)) if numbered else _number_or_name)
-        return {"num_labels": len(order), "id2label": dict(enumerate(order)), "label2id": {n: i for i, n in enumerate(order)}}
+        return {
+            "num_labels": len(order),
+            "id2label": dict(enumerate(order)),
+            "label2id": {n: i for i, n in enumerate(order)},
+        }
 
     def load(self, path: str, **kwargs: Any) -> Network:
         from transformers import AutoConfig
@@ -56,7 +66,8 @@ class Classifier(Architecture):
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         wanted = kwargs.get("label2id", {})
         if self.suits(config) and wanted.keys() <= config.label2id.keys():
-            for name in ("num_labels", "id2label", "label2id"):  # a checkpoint that knows these classes keeps their order
+            # a checkpoint that knows these classes keeps their order
+            for name in ("num_labels", "id2label", "label2id"):
                 kwargs.pop(name, None)
         elif not wanted:
             raise RecipeError(f"{path} is no classifier, and no rows say which classes there are")
@@ -90,7 +101,9 @@ class Classifier(Architecture):
 
     def plain(self, model: Network, attached, batch: Batch) -> Tensor:
         pieces, parents, out = batch.segments(), batch.parent.tolist(), []
-        for s, label in zip(batch.segment[batch.supervised].tolist(), batch.labels[batch.supervised], strict=True):
+        for s, label in zip(
+            batch.segment[batch.supervised].tolist(), batch.labels[batch.supervised], strict=True
+        ):
             attached.reads(batch, batch.row[[s]])
             logits = model(input_ids=batch.ids[pieces[parents[s]]][None]).logits
             out.append(picked(logits, label[None]))

@@ -1,7 +1,8 @@
 """Encoders that fill gaps: a hidden token is predicted at its own place, from what stands on both sides.
 
-A `text` row is the pretraining task: at each step a share of its tokens, drawn from (seed, step, row), is hidden and
-asked. A prompt/completion row is a cloze: the whole completion is hidden (special tokens stay), and asked.
+A `text` row is the pretraining task: at each step a share of its tokens, drawn from (seed, step, row), is
+hidden and asked. A prompt/completion row is a cloze: the whole completion is hidden (special tokens stay),
+and asked.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 from torch import Tensor
 
+from luthier.errors import RecipeError
 from luthier.methods.architectures._base import pad
+from luthier.model.batch import Batch
 from luthier.model.language_model import LanguageModel, path, picked, soft_first
 from luthier.model.outputs import Outputs
-from luthier.model.batch import Batch
-from luthier.errors import RecipeError
 from luthier.registry import Range, architecture
 
 if TYPE_CHECKING:
@@ -26,15 +27,20 @@ if TYPE_CHECKING:
 class MaskedLM(LanguageModel):
     """BERT, RoBERTa, ELECTRA's generator, ModernBERT. Padded on the right."""
 
-    mlm_probability: Annotated[float, Range(0.05, 0.5)] = 0.15  # share of a text's tokens that is asked, at least one
+    # share of a text's tokens that is asked, at least one
+    mlm_probability: Annotated[float, Range(0.05, 0.5)] = 0.15
     mask_share: float = 0.8  # of the asked tokens of a text: replaced by the mask token
-    random_share: float = 0.1  # of the asked tokens of a text: replaced by a random token; the others stay as they are
+    # of the asked tokens of a text: replaced by a random token; the others stay as they are
+    random_share: float = 0.1
 
     def suits(self, config: Any) -> bool:
         from transformers.models.auto import modeling_auto as auto
 
         ours = {*auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values()}
-        others = {*auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()}
+        others = {
+            *auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(),
+            *auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values(),
+        }
         return any(n in ours - others for n in config.architectures or ())
 
     def auto_class(self) -> Any:
@@ -46,7 +52,9 @@ class MaskedLM(LanguageModel):
         """Hide the asked tokens. Which ones of a text are asked is drawn here; special tokens never are."""
         tokenizer = renderer.tokenizer
         if tokenizer.mask_token_id is None:
-            raise RecipeError("this tokenizer has no mask token, so nothing can be hidden: is the model a masked LM?")
+            raise RecipeError(
+                "this tokenizer has no mask token, so nothing can be hidden: is the model a masked LM?"
+            )
         special = torch.tensor(sorted(renderer.special))
         asked = batch.supervised & ~torch.isin(batch.labels, special)
         ids = batch.ids.clone()
@@ -57,10 +65,17 @@ class MaskedLM(LanguageModel):
                 ids[places] = tokenizer.mask_token_id
                 continue
             rng = clock.rng("mask", str(row.get("id", k)))
-            some = places[torch.randperm(len(places), generator=rng)[: max(1, round(len(places) * self.mlm_probability))]]
+            some = places[
+                torch.randperm(len(places), generator=rng)[
+                    : max(1, round(len(places) * self.mlm_probability))
+                ]
+            ]
             asked[places] = False
             asked[some] = True
-            fate, words = torch.rand(len(some), generator=rng), torch.randint(len(tokenizer), (len(some),), generator=rng)
+            fate, words = (
+                torch.rand(len(some), generator=rng),
+                torch.randint(len(tokenizer), (len(some),), generator=rng),
+            )
             shown = torch.where(fate < self.mask_share + self.random_share, words, ids[some])
             ids[some] = torch.where(fate < self.mask_share, tokenizer.mask_token_id, shown)
         return batch.view(ids=ids, supervised=asked)
@@ -71,7 +86,8 @@ class MaskedLM(LanguageModel):
         inputs = soft_first(model, attached, *pad([batch.ids[p] for p in places]), of=(batch, batch.group))
         width = inputs["attention_mask"].shape[1]
         at = torch.full_like(batch.ids, -1)
-        for r, (s, p) in enumerate(zip(batch.completion.tolist(), places, strict=True)):  # a completion ends its row
+        # a completion ends its row
+        for r, (s, p) in enumerate(zip(batch.completion.tolist(), places, strict=True)):
             first = r * width + attached.virtual + len(p) - len(pieces[s])
             at[pieces[s]] = first + torch.arange(len(pieces[s]), device=at.device)
         at = at[batch.supervised]

@@ -1,8 +1,9 @@
 """Reward models: a number for a text, and for every step of it. A network with a head of one output.
 
-The value of a token is what the head says once it has been read; a completion's reward is the value of its last learned
-token. Asked for by name (`architecture: reward_model`), of any checkpoint that transformers loads as a sequence classifier;
-what is saved is one, with one label, as TRL's reward models are. Read padded on the right.
+The value of a token is what the head says once it has been read; a completion's reward is the value of its
+last learned token. Asked for by name (`architecture: reward_model`), of any checkpoint that transformers
+loads as a sequence classifier; what is saved is one, with one label, as TRL's reward models are. Read padded
+on the right.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor
 
 from luthier.methods.architectures._base import Architecture, pad
-from luthier.model.language_model import path, soft_first
 from luthier.model.batch import Batch
+from luthier.model.language_model import path, soft_first
 from luthier.registry import architecture
 
 if TYPE_CHECKING:
@@ -51,9 +52,12 @@ class RewardModel(Architecture):
     def forward(self, model: Network, attached: Any, batch: Batch) -> Values:
         pieces = batch.segments()
         places = [torch.cat([pieces[p] for p in path(batch, s)]) for s in batch.completion.tolist()]
-        said = scored(model, soft_first(model, attached, *pad([batch.ids[p] for p in places]), of=(batch, batch.group)))
+        said = scored(
+            model, soft_first(model, attached, *pad([batch.ids[p] for p in places]), of=(batch, batch.group))
+        )
         at = torch.full_like(batch.ids, -1)
-        for r, (s, p) in enumerate(zip(batch.completion.tolist(), places, strict=True)):  # a completion ends its row
+        # a completion ends its row
+        for r, (s, p) in enumerate(zip(batch.completion.tolist(), places, strict=True)):
             first = r * said.shape[1] + attached.virtual + len(p) - len(pieces[s])
             at[pieces[s]] = first + torch.arange(len(pieces[s]), device=at.device)
         return Values(said.flatten()[at[batch.supervised]])
@@ -62,13 +66,17 @@ class RewardModel(Architecture):
         pieces, out = batch.segments(), []
         for s in batch.completion.tolist():
             places = torch.cat([pieces[p] for p in path(batch, s)])
-            said = scored(model, soft_first(model, attached, batch.ids[places][None], of=(batch, batch.row[[s]])))[0, attached.virtual :]
+            said = scored(
+                model, soft_first(model, attached, batch.ids[places][None], of=(batch, batch.row[[s]]))
+            )[0, attached.virtual :]
             out.append(said[-len(pieces[s]) :][batch.supervised[pieces[s]]])
         return torch.cat(out)
 
 
 def scored(model: Network, inputs: dict[str, Any]) -> Tensor:
-    """[R, W] what the head says at every place, caught where it says it. Raises ValueError where there is no such head."""
+    """[R, W] what the head says at every place, caught where it says it. Raises ValueError where there is no
+    such head.
+    """
     head = getattr(model, "score", None)
     if head is None:
         raise ValueError(f"{type(model).__name__} has no head called score that reads every token")

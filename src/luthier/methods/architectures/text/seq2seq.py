@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from luthier.errors import RecipeError
 from luthier.methods.architectures._base import pad
+from luthier.model.batch import Batch
 from luthier.model.generate import EncoderDecoder, generate
 from luthier.model.language_model import LanguageModel, path, picked, soft_first
 from luthier.model.outputs import Outputs
-from luthier.model.batch import Batch
-from luthier.errors import RecipeError
 from luthier.registry import architecture
 
 if TYPE_CHECKING:
@@ -52,7 +52,9 @@ class Seq2Seq(LanguageModel):
         at = at[batch.supervised]
         if (at < 0).any():
             raise ValueError("a supervised token in a prompt cannot be predicted: the encoder reads it")
-        hidden, mask = encode(model, attached, [batch.ids[pieces[s]] for s in roots], of=(batch, batch.row[roots]))
+        hidden, mask = encode(
+            model, attached, [batch.ids[pieces[s]] for s in roots], of=(batch, batch.row[roots])
+        )
         attached.reads(batch, batch.row[leaves])
         which = torch.tensor([roots.index(way[0]) for way in ways], device=at.device)
         inputs = {
@@ -72,13 +74,19 @@ class Seq2Seq(LanguageModel):
         logits = model(**inputs, decoder_input_ids=begun[None], use_cache=False).logits[0]
         return picked(logits[(places[:, None] == own).nonzero()[:, 0]], batch.labels[own])
 
-    def generate(self, model: Network, attached, prompts: list[list[int]], **how: Any) -> list[list[list[int]]]:
+    def generate(
+        self, model: Network, attached, prompts: list[list[int]], **how: Any
+    ) -> list[list[list[int]]]:
         writer = EncoderDecoder(model, attached, lambda ids: encode(model, attached, ids), first_token(model))
         return generate(writer, prompts, limit=getattr(model.config, "max_position_embeddings", None), **how)
 
 
-def encode(model: Network, attached, prompts: list[Tensor], of: tuple[Batch, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """Prompts -> the encoder's hidden states [R, W, d] and the mask [R, W] of real places; soft vectors in front."""
+def encode(
+    model: Network, attached, prompts: list[Tensor], of: tuple[Batch, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Prompts -> the encoder's hidden states [R, W, d] and the mask [R, W] of real places; soft vectors in
+    front.
+    """
     inputs = soft_first(model, attached, *pad(prompts), of=of)
     return model.get_encoder()(**inputs).last_hidden_state, inputs["attention_mask"]
 
@@ -89,4 +97,6 @@ def first_token(model: Network) -> int:
         token = getattr(config, "decoder_start_token_id", None)
         if token is not None:
             return token
-    raise RecipeError("the model's config has no decoder_start_token_id, so its decoder has nothing to begin with")
+    raise RecipeError(
+        "the model's config has no decoder_start_token_id, so its decoder has nothing to begin with"
+    )

@@ -1,7 +1,9 @@
-"""BootstrapFewShot: a teacher runs the program; where the metric accepts the end, the whole trace becomes demonstrations.
+"""BootstrapFewShot: a teacher runs the program; where the metric accepts the end, the whole trace becomes
+demonstrations.
 
-Each predictor gets its own step of a trace, so steps in between need no labels. What is left of the room is filled with
-labelled rows, for predictors whose fields the rows have. A case that is asked is never among its own demonstrations.
+Each predictor gets its own step of a trace, so steps in between need no labels. What is left of the room is
+filled with labelled rows, for predictors whose fields the rows have. A case that is asked is never among its
+own demonstrations.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from typing import Annotated
 from pydantic import Field
 
 from luthier.clock import Clock
-from luthier.registry import compiler
 from luthier.methods.compilers._base import Compiler, accepted, drawn, matching, ready
+from luthier.registry import compiler
 
 
 @compiler(paper="arXiv:2310.03714", row="dspy-compile")
@@ -20,7 +22,8 @@ class BootstrapFewShot(Compiler):
     """Demonstrations from the program's own successes."""
 
     max_bootstrapped_demos: Annotated[int, Field(ge=0)] = 4  # traces that become demonstrations
-    max_labeled_demos: Annotated[int, Field(ge=0)] = 16  # demonstrations of a predictor in all, the rest filled with labelled rows
+    # demonstrations of a predictor in all, the rest filled with labelled rows
+    max_labeled_demos: Annotated[int, Field(ge=0)] = 16
     max_rounds: Annotated[int, Field(ge=1)] = 1  # tries at a row: the first without chance
     threshold: float = 1.0  # what the metric says of an accepted answer at least
     temperature: Annotated[float, Field(ge=0)] = 0.7  # of the tries after the first
@@ -35,13 +38,23 @@ class BootstrapFewShot(Compiler):
         order = drawn(len(rows), clock, "rows") if self.shuffle else list(range(len(rows)))
         for predictor in teacher.predictors().values():
             if not predictor.demos:
-                predictor.demos = self.labelled(predictor.signature, [rows[i] for i in order], self.max_labeled_demos)
+                predictor.demos = self.labelled(
+                    predictor.signature, [rows[i] for i in order], self.max_labeled_demos
+                )
         shown: dict[str, list] = {name: [] for name in made.predictors()}
         used: list[int] = []
         for i in order:
             if len(used) == self.max_bootstrapped_demos:
                 break
-            trace = accepted(teacher, rows[i], metric, self.threshold, self.max_rounds, self.temperature, clock.fold("row", i))
+            trace = accepted(
+                teacher,
+                rows[i],
+                metric,
+                self.threshold,
+                self.max_rounds,
+                self.temperature,
+                clock.fold("row", i),
+            )
             if trace is not None:
                 used.append(i)
                 for step in trace:

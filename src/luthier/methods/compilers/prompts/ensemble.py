@@ -1,4 +1,6 @@
-"""An ensemble of compiled programs: the best few candidates of a random search are asked alike, and most voices win."""
+"""An ensemble of compiled programs: the best few candidates of a random search are asked alike, and most
+voices win.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,9 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.registry import compiler, one
 from luthier.methods.compilers._base import Compiler
 from luthier.programs.program import Majority
+from luthier.registry import compiler, one
 
 
 @compiler(paper="arXiv:2310.03714", row="dspy-compile")

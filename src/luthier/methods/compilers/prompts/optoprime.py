@@ -1,8 +1,10 @@
-"""OptoPrime: a model proposes better values for the trainable nodes of a workflow, from its trace and what is said of the outcome.
+"""OptoPrime: a model proposes better values for the trainable nodes of a workflow, from its trace and what is
+said of the outcome.
 
-The trace of the outcome (its ancestors and nothing else) is written as lines `y = f(a, b)` with what each function does and all
-values, then the feedback; the model answers in JSON. What names no trainable node, or is of another type, is not taken.
-As a compiler it tunes the instructions of a program's predictors; `optimizer(...)` serves any graph of nodes:
+The trace of the outcome (its ancestors and nothing else) is written as lines `y = f(a, b)` with what each
+function does and all values, then the feedback; the model answers in JSON. What names no trainable node, or
+is of another type, is not taken. As a compiler it tunes the instructions of a program's predictors;
+`optimizer(...)` serves any graph of nodes:
 
     optimizer = compiler("optoprime").optimizer([x], "practice:lm")
     optimizer.zero_feedback(); optimizer.backward(output, "too high"); optimizer.step()
@@ -19,11 +21,11 @@ from pydantic import Field
 
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.registry import compiler
 from luthier.methods.compilers._base import Compiler, drawn, ready
 from luthier.programs.graph import Node, ancestors, names_of
 from luthier.programs.models import Speaker, speaker
 from luthier.programs.program import Asking, evaluate
+from luthier.registry import compiler
 
 TASK = """A computation is listed under Code, a line for each call. Values under Variables may be changed, those under Inputs may not.
 Outputs says what the computation came to, Others what its steps did, Feedback what is thought of the outcome.
@@ -53,7 +55,12 @@ class OptoPrime(Compiler):
         made, clock = program.copy(), Clock(self.seed)
         predictors = made.predictors()
         texts = {
-            name: Node(p.signature.instructions, f"{name}_instructions", True, f"a text for a model that is asked {p.signature}")
+            name: Node(
+                p.signature.instructions,
+                f"{name}_instructions",
+                True,
+                f"a text for a model that is asked {p.signature}",
+            )
             for name, p in predictors.items()
         }
         optimizer = self.optimizer(list(texts.values()), self.model or next(iter(predictors.values())).lm)
@@ -65,7 +72,9 @@ class OptoPrime(Compiler):
                 said, trace = made.run(rows[i])
                 wanted = {k: v for k, v in rows[i].items() if k not in made.reads(rows[i])}
                 optimizer.backward(
-                    as_graph(trace, texts), f"score {float(metric(rows[i], said)):g}; the row also says {json.dumps(wanted, default=str)}"
+                    as_graph(trace, texts),
+                    f"score {float(metric(rows[i], said)):g}; the row also says"
+                    f" {json.dumps(wanted, default=str)}",
                 )
             if not optimizer.step():
                 continue
@@ -86,7 +95,13 @@ def as_graph(trace: Sequence[Asking], texts: dict[str, Node]) -> Node:
         parents = [texts[asking.predictor], *(said.get(str(v)) or Node(v) for v in asking.inputs.values())]
         told = f"A model is asked for {', '.join(asking.outputs)}, with these instructions."
         name = asking.predictor.replace(".", "_")
-        last = Node(asking.outputs, function=name, told=told, parents=tuple(parents), arguments=("instructions", *asking.inputs))
+        last = Node(
+            asking.outputs,
+            function=name,
+            told=told,
+            parents=tuple(parents),
+            arguments=("instructions", *asking.inputs),
+        )
         said |= {v: last for v in asking.outputs.values() if v}
     if last is None:
         raise RecipeError("the program asked no predictor about a row, so nothing of it can be tuned")
@@ -112,7 +127,12 @@ class Optimizer:
     def backward(self, output: Node, feedback: Any) -> None:
         """What is thought of an outcome. An error's text is part of it."""
         said = str(feedback)
-        self.heard.append((output, f"{output.data}\n{said}".strip() if output.failed and str(output.data) not in said else said))
+        self.heard.append(
+            (
+                output,
+                f"{output.data}\n{said}".strip() if output.failed and str(output.data) not in said else said,
+            )
+        )
 
     def step(self) -> dict[str, Any]:
         """Ask, and take what is proposed: name -> new value."""
@@ -120,7 +140,10 @@ class Optimizer:
             raise RecipeError("nothing was said of any outcome yet: optimizer.backward(output, feedback)")
         live = self.live()
         answer = self.model.ask(self.prompt(), max_new_tokens=self.settings.max_new_tokens)
-        self.memory = [*self.memory, {"variables": {n: p.data for n, p in live.items()}, "feedback": self.feedback()}][-32:]
+        self.memory = [
+            *self.memory,
+            {"variables": {n: p.data for n, p in live.items()}, "feedback": self.feedback()},
+        ][-32:]
         taken: dict[str, Any] = {}
         self.ignored = []
         proposed = suggestion(answer)
@@ -141,7 +164,9 @@ class Optimizer:
         return {p.name: p for p in self.parameters if id(p) in path}
 
     def feedback(self) -> str:
-        return "\n".join(f"{i + 1}. {said}" if len(self.heard) > 1 else said for i, (_, said) in enumerate(self.heard))
+        return "\n".join(
+            f"{i + 1}. {said}" if len(self.heard) > 1 else said for i, (_, said) in enumerate(self.heard)
+        )
 
     def prompt(self) -> str:
         """Everything that the model is shown."""

@@ -1,7 +1,9 @@
-"""Random search over demonstrations: bootstrapped again and again from other rows in other numbers, the best on `dev` rows is kept.
+"""Random search over demonstrations: bootstrapped again and again from other rows in other numbers, the best
+on `dev` rows is kept.
 
-Candidates are the program as it is, with labelled rows only, bootstrapped in the rows' order, and then `num_candidates` with
-a drawn order and a drawn number of traces. All are kept in `compiled["candidates"]`, best first; of equals the earlier.
+Candidates are the program as it is, with labelled rows only, bootstrapped in the rows' order, and then
+`num_candidates` with a drawn order and a drawn number of traces. All are kept in `compiled["candidates"]`,
+best first; of equals the earlier.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from pydantic import Field
 
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.registry import compiler, one
 from luthier.methods.compilers._base import Compiler, ready
 from luthier.programs.program import evaluate
+from luthier.registry import compiler, one
 
 
 @compiler(paper="arXiv:2310.03714", row="dspy-compile")
@@ -24,7 +26,8 @@ class RandomSearch(Compiler):
 
     num_candidates: Annotated[int, Field(ge=0)] = 16  # with a drawn order
     inner: Annotated[Any, one("compiler")] = "bootstrap_few_shot"  # what is repeated, with its settings
-    dev_share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the rows, at the end: what candidates are judged by
+    # of the rows, at the end: what candidates are judged by
+    dev_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     seed: int = 0  # of the draws
 
     def __post_init__(self):
@@ -36,7 +39,10 @@ class RandomSearch(Compiler):
         dev = max(1, round(self.dev_share * len(rows)))
         train, dev = list(rows[:-dev]), list(rows[-dev:])
         if not train:
-            raise RecipeError(f"random search wants rows to learn from and rows to judge by, and there is {len(rows)} in all")
+            raise RecipeError(
+                f"random search wants rows to learn from and rows to judge by, and there is {len(rows)}"
+                " in all"
+            )
         plain = program.copy()
         made = [plain, *(c.compile(program, train, metric, teacher) for c in self.tries())]
         scored = [(evaluate(p, dev, metric), p) for p in made]
@@ -51,5 +57,7 @@ class RandomSearch(Compiler):
         out = [replace(inner, max_bootstrapped_demos=0), inner]
         for k in range(self.num_candidates):
             seed = Clock(self.seed).fold("candidate", k)
-            out.append(replace(inner, shuffle=True, seed=seed, max_bootstrapped_demos=1 + seed % most if most else 0))
+            out.append(
+                replace(inner, shuffle=True, seed=seed, max_bootstrapped_demos=1 + seed % most if most else 0)
+            )
         return out

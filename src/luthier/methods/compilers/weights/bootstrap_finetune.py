@@ -1,7 +1,8 @@
-"""BootstrapFinetune: what a (larger) teacher program did well becomes rows, one file a predictor; a small model is tuned on each.
+"""BootstrapFinetune: what a (larger) teacher program did well becomes rows, one file a predictor; a small
+model is tuned on each.
 
-The tuned models take the predictors' places, and need no demonstrations. Rows are `prompt`, as the predictor writes it without
-demonstrations, and `completion`. A predictor that no accepted trace asked keeps its model.
+The tuned models take the predictors' places, and need no demonstrations. Rows are `prompt`, as the predictor
+writes it without demonstrations, and `completion`. A predictor that no accepted trace asked keeps its model.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from luthier.storage import store
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.registry import compiler
 from luthier.methods.compilers._base import Compiler, accepted, matching, ready
 from luthier.programs.models import Local
+from luthier.registry import compiler
+from luthier.storage import store
 
 
 @compiler(paper="arXiv:2310.03714", row="dspy-compile")
@@ -25,7 +26,8 @@ class BootstrapFinetune(Compiler):
     """Traces become weights."""
 
     output_dir: str  # where the rows and the runs lie: PREDICTOR.jsonl and PREDICTOR/
-    recipe: dict[str, Any] = field(default_factory=dict)  # keys of the recipe by which each is tuned: model, tuner, learning_rate, ...
+    # keys of the recipe by which each is tuned: model, tuner, learning_rate, ...
+    recipe: dict[str, Any] = field(default_factory=dict)
     max_rounds: Annotated[int, Field(ge=1)] = 1  # tries at a row: the first without chance
     threshold: float = 1.0  # what the metric says of an accepted answer at least
     temperature: Annotated[float, Field(ge=0)] = 0.7  # of the tries after the first
@@ -45,12 +47,29 @@ class BootstrapFinetune(Compiler):
         predictors = made.predictors()
         learned: dict[str, list[dict]] = {name: [] for name in predictors}
         for i, row in enumerate(rows):
-            for step in accepted(teacher, row, metric, self.threshold, self.max_rounds, self.temperature, clock.fold("row", i)) or ():
+            for step in (
+                accepted(
+                    teacher,
+                    row,
+                    metric,
+                    self.threshold,
+                    self.max_rounds,
+                    self.temperature,
+                    clock.fold("row", i),
+                )
+                or ()
+            ):
                 signature = predictors[step.predictor].signature
-                learned[step.predictor].append({"prompt": signature.prompt(step.inputs), "completion": signature.completion(step.outputs)})
+                learned[step.predictor].append(
+                    {
+                        "prompt": signature.prompt(step.inputs),
+                        "completion": signature.completion(step.outputs),
+                    }
+                )
         if not any(learned.values()):
             raise RecipeError(
-                f"the metric accepts none of {len(rows)} rows, so there is nothing to learn: a better teacher, or more max_rounds"
+                f"the metric accepts none of {len(rows)} rows, so there is nothing to learn: a better"
+                " teacher, or more max_rounds"
             )
         folder.mkdir(parents=True, exist_ok=True)
         for name, some in learned.items():

@@ -1,15 +1,17 @@
-"""Bilevel tuning by a penalty: what the training rows' mixture and the weight decay should be, for validation rows to do best.
+"""Bilevel tuning by a penalty: what the training rows' mixture and the weight decay should be, for validation
+rows to do best.
 
-With f the validation term and g(x, y) = sum_i w_i(x) L_i(y) + decay(x) |y|^2 / 2 of the others, two copies of what moves are
-tuned: y on g + s f, z on g. Then d/dx = (g_x(x, y) - g_x(x, z)) / s, within O(s) of the true hypergradient; no second
-derivative, and of the mixture only loss values are needed. y is the tuned model. Two gradients a step and one more copy of what
-moves, with its optimizer state; with `momentum` twice that.
+With f the validation term and g(x, y) = sum_i w_i(x) L_i(y) + decay(x) |y|^2 / 2 of the others, two copies of
+what moves are tuned: y on g + s f, z on g. Then d/dx = (g_x(x, y) - g_x(x, z)) / s, within O(s) of the true
+hypergradient; no second derivative, and of the mixture only loss values are needed. y is the tuned model. Two
+gradients a step and one more copy of what moves, with its optimizer state; with `momentum` twice that.
 
-The weights are a softmax of x, in place of the paper's projection; y and z go through the recipe's own chain (the paper:
-gradient steps). Double loop: x moves every `inner_steps` steps, both copies warm. Single loop: `momentum` (the paper's eta)
-corrects all three gradients by what they would have been a step ago on these rows. Weights are told as `mix/SOURCE` of each step.
-Validation rows should be a fair part of every batch: where they were one in eleven of 16 rows, the weights went the wrong way with
-one seed of three (claim penalty_bilevel_mixture).
+The weights are a softmax of x, in place of the paper's projection; y and z go through the recipe's own chain
+(the paper: gradient steps). Double loop: x moves every `inner_steps` steps, both copies warm. Single loop:
+`momentum` (the paper's eta) corrects all three gradients by what they would have been a step ago on these
+rows. Weights are told as `mix/SOURCE` of each step. Validation rows should be a fair part of every batch:
+where they were one in eleven of 16 rows, the weights went the wrong way with one seed of three (claim
+penalty_bilevel_mixture).
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from luthier.methods.estimators._base import Estimator, gradients
 from luthier.errors import RecipeError
+from luthier.methods.estimators._base import Estimator, gradients
 from luthier.registry import estimator
 from luthier.train.optimizer import Chain, Slots
 
@@ -35,19 +37,25 @@ class PenaltyBilevel(Estimator):
     """Learned weights of sources, and weight decay; use it with objective `by_source`."""
 
     validation: str = "validation"  # the source (term) that decides; the others are weighed
-    penalty: Annotated[float, Field(gt=0)] = 0.1  # s: the smaller, the truer the gradient of the weights, and the noisier
-    final_penalty: Annotated[float, Field(gt=0)] | None = None  # s at the end, reached geometrically; not given: as at the start
-    upper_learning_rate: Annotated[float, Field(ge=0)] = 0.5  # of the weights (their logits) and of the log of the decay
+    # s: the smaller, the truer the gradient of the weights, and the noisier
+    penalty: Annotated[float, Field(gt=0)] = 0.1
+    # s at the end, reached geometrically; not given: as at the start
+    final_penalty: Annotated[float, Field(gt=0)] | None = None
+    # of the weights (their logits) and of the log of the decay
+    upper_learning_rate: Annotated[float, Field(ge=0)] = 0.5
     inner_steps: Annotated[int, Field(ge=1)] = 1  # steps of both copies for each step of the weights
-    momentum: Annotated[float, Field(gt=0, le=1)] | None = None  # eta of the single loop; 1, as not given, corrects nothing
-    weight_decay: Annotated[float, Field(gt=0)] | None = None  # where the learned decay starts; not given: none is learned
+    # eta of the single loop; 1, as not given, corrects nothing
+    momentum: Annotated[float, Field(gt=0, le=1)] | None = None
+    # where the learned decay starts; not given: none is learned
+    weight_decay: Annotated[float, Field(gt=0)] | None = None
 
     def suits(self, objective):
         names = [o.name for _, o in objective.terms()]
         if self.validation not in names or len(names) < 2 or (len(names) == 2 and self.weight_decay is None):
             raise RecipeError(
-                f"estimator 'penalty_bilevel' weighs sources by what is good for '{self.validation}': give it, and at least two others (one, "
-                f"where weight_decay is learned), e.g. `objective: {{name: by_source, sources: [a, b, {self.validation}]}}`, not {', '.join(names)}"
+                f"estimator 'penalty_bilevel' weighs sources by what is good for '{self.validation}': give"
+                " it, and at least two others (one, where weight_decay is learned), e.g. `objective: {name:"
+                f" by_source, sources: [a, b, {self.validation}]}}`, not {', '.join(names)}"
             )
 
     def step(self, closure, chain, clock):
@@ -76,23 +84,31 @@ class PenaltyBilevel(Estimator):
         if note := getattr(closure, "note", None):
             weights = self.weights(held["x"])
             note(
-                {f"mix/{n}": w for n, w in weights.items()} | ({"weight_decay": math.exp(held["x"]["|decay"])} if self.weight_decay else {})
+                {f"mix/{n}": w for n, w in weights.items()}
+                | ({"weight_decay": math.exp(held["x"]["|decay"])} if self.weight_decay else {})
             )
         return loss
 
     # --- the upper level
 
     def held(self, chain: Chain, clock: Any, sources: Sequence[str]) -> dict[str, Any]:
-        """x and what belongs to it; the second copies are made where there are none yet. All of it lies in the chain's state."""
+        """x and what belongs to it; the second copies are made where there are none yet. All of it lies in
+        the chain's state.
+        """
         sites = chain.sites()
         have = [s.name for s in sites if "bilevel" in chain.state.get(s.name, {})]
         if have and len(have) < len(sites) or not have and clock.step:
-            raise RecipeError("estimator 'penalty_bilevel' keeps a second copy of what moves, and this tuner moves now this and now that")
+            raise RecipeError(
+                "estimator 'penalty_bilevel' keeps a second copy of what moves, and this tuner moves now this"
+                " and now that"
+            )
         if not have:
             for site in sites:
                 tensors = {k: p.detach().clone() for k, p in site.slots.items() if p.requires_grad}
                 chain.state.setdefault(site.name, {})["bilevel"] = {"z": tensors, "chain": {}}
-            x = dict.fromkeys(sources, 0.0) | ({"|decay": math.log(self.weight_decay)} if self.weight_decay else {})
+            x = dict.fromkeys(sources, 0.0) | (
+                {"|decay": math.log(self.weight_decay)} if self.weight_decay else {}
+            )
             chain.state[sites[0].name]["bilevel"]["upper"] = {"x": x}
         return chain.state[sites[0].name]["bilevel"]["upper"]
 
@@ -146,7 +162,9 @@ def parts(chain: Chain, name: str) -> dict[str, Tree]:
 
 def keep(chain: Chain, name: str, trees: Mapping[str, Tree]) -> None:
     for site in chain.sites():
-        chain.state[site.name]["bilevel"][name] = {who: tree[site.name] for who, tree in trees.items() if site.name in tree}
+        chain.state[site.name]["bilevel"][name] = {
+            who: tree[site.name] for who, tree in trees.items() if site.name in tree
+        }
 
 
 def lower(chain: Chain) -> Tree:
@@ -155,7 +173,9 @@ def lower(chain: Chain) -> Tree:
 
 
 def copied(chain: Chain) -> Tree:
-    return {s.name: {k: p.detach().clone() for k, p in s.slots.items() if p.requires_grad} for s in chain.sites()}
+    return {
+        s.name: {k: p.detach().clone() for k, p in s.slots.items() if p.requires_grad} for s in chain.sites()
+    }
 
 
 def clone(tree: Tree) -> Tree:
@@ -163,16 +183,25 @@ def clone(tree: Tree) -> Tree:
 
 
 def corrected(now: Any, old: Any, then: Any, share: float) -> Any:
-    """now + share (old - then), leaf by leaf: the estimate that a step ago was `old`, carried over to where one stands."""
+    """now + share (old - then), leaf by leaf: the estimate that a step ago was `old`, carried over to where
+    one stands.
+    """
     if isinstance(now, Mapping):
-        return {k: corrected(v, old[k], then[k], share) if k in old and k in then else v for k, v in now.items()}
+        return {
+            k: corrected(v, old[k], then[k], share) if k in old and k in then else v for k, v in now.items()
+        }
     return now + share * (old - then)
 
 
 @contextmanager
 def standing(chain: Chain, tensors: Tree | None) -> Iterator[None]:
     """The network at other tensors, for a while; nothing is copied."""
-    kept = [(p, p.data, tensors[s.name][k]) for s in chain.sites() for k, p in s.slots.items() if tensors and k in tensors.get(s.name, {})]
+    kept = [
+        (p, p.data, tensors[s.name][k])
+        for s in chain.sites()
+        for k, p in s.slots.items()
+        if tensors and k in tensors.get(s.name, {})
+    ]
     try:
         for p, _, other in kept:
             p.data = other

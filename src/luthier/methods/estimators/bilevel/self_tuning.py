@@ -1,12 +1,13 @@
 """Self-tuning: dropout and weight decay of tuner `self_tuning` learned while it trains, by validation rows.
 
-In turn: `train_steps` on training rows, where the adapter learns the best response to hyperparameters drawn around the current
-ones; `valid_steps` on rows of source `validation`, where the hyperparameters and the spread of these draws move along the
-gradient that goes through that response, less tau times the entropy of the draws. Every row has a draw of its own, wherever
-and with whatever others it is read. Use it with objective `by_source`.
+In turn: `train_steps` on training rows, where the adapter learns the best response to hyperparameters drawn
+around the current ones; `valid_steps` on rows of source `validation`, where the hyperparameters and the
+spread of these draws move along the gradient that goes through that response, less tau times the entropy of
+the draws. Every row has a draw of its own, wherever and with whatever others it is read. Use it with
+objective `by_source`.
 
-Departs from the paper: dropout and weight decay are what is learned; of the weight decay's term, which no row has a part in,
-the expectation over draws is taken, as it is known.
+Departs from the paper: dropout and weight decay are what is learned; of the weight decay's term, which no row
+has a part in, the expectation over draws is taken, as it is known.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from luthier.methods.estimators._base import Estimator, gradients
 from luthier.errors import RecipeError
+from luthier.methods.estimators._base import Estimator, gradients
+from luthier.methods.tuners._base import Site
 from luthier.registry import build, estimator
 from luthier.train.optimizer import through
-from luthier.methods.tuners._base import Site
 
 
 @estimator(paper="arXiv:1903.03088", row="self-tuning-networks", wants="hyper source", gives="grad")
@@ -39,8 +40,9 @@ class SelfTuning(Estimator):
         names = [o.name for _, o in objective.terms()]
         if self.validation not in names or len(names) < 2:
             raise RecipeError(
-                f"estimator 'self_tuning' learns by '{self.validation}' and trains on the rest: give it e.g. `objective: {{name: by_source, "
-                f"sources: [train, {self.validation}]}}`, not {', '.join(names)}"
+                f"estimator 'self_tuning' learns by '{self.validation}' and trains on the rest: give it e.g."
+                f" `objective: {{name: by_source, sources: [train, {self.validation}]}}`, not"
+                f" {', '.join(names)}"
             )
 
     def step(self, closure, chain, clock):
@@ -73,6 +75,12 @@ class SelfTuning(Estimator):
         moving = {"moved": attached.hyper, "log_sigma": attached.log_sigma}
         grads = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in moving.items()}
         grads["log_sigma"] = grads["log_sigma"] - self.tau
-        update = through((build("transform", "adam"),), grads, state.setdefault("adam", {}), Site("hyper", moving, None), state["step"])
+        update = through(
+            (build("transform", "adam"),),
+            grads,
+            state.setdefault("adam", {}),
+            Site("hyper", moving, None),
+            state["step"],
+        )
         attached.hyper.sub_(self.hyper_learning_rate * update["moved"])
         attached.log_sigma.sub_(self.sigma_learning_rate * update["log_sigma"])

@@ -1,7 +1,8 @@
-"""Elastic steps (InstaTune): the gradient of the whole network, and of sub-networks that are drawn at each step, together.
+"""Elastic steps (InstaTune): the gradient of the whole network, and of sub-networks that are drawn at each
+step, together.
 
-The whole learns by the objective without `distill`; sub-networks by all of it, so that with `objective: sft + kl` and
-`roles: {reference: whole}` they learn the labels and what the whole says. Wants tuner `elastic`.
+The whole learns by the objective without `distill`; sub-networks by all of it, so that with `objective: sft +
+kl` and `roles: {reference: whole}` they learn the labels and what the whole says. Wants tuner `elastic`.
 """
 
 from __future__ import annotations
@@ -31,12 +32,17 @@ class Elastic(Estimator):
         for shape in [*shapes, *([attached.smallest] if self.smallest else [])]:
             with attached.playing(shape):
                 closure(only=lambda place, name: 1.0)
-            found.append({name: {k: g.clone() for k, g in slots.items()} for name, slots in gradients(chain).items()})
+            found.append(
+                {name: {k: g.clone() for k, g in slots.items()} for name, slots in gradients(chain).items()}
+            )
         names = {name for each in found for name in each}
         total = {}
         for name in sorted(names):
             slots = [each[name] for each in found if name in each]
             keys = {k for s in slots for k in s}
-            total[name] = {k: reduce(lambda a, b: a + b, (s[k] for s in slots if k in s)) / len(found) for k in sorted(keys)}
+            total[name] = {
+                k: reduce(lambda a, b: a + b, (s[k] for s in slots if k in s)) / len(found)
+                for k in sorted(keys)
+            }
         chain.step(total)
         return loss

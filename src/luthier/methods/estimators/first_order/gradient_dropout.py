@@ -1,8 +1,10 @@
-"""Gradient dropout: where the gradient of the aim and that of staying near the base disagree, it is dropped at random.
+"""Gradient dropout: where the gradient of the aim and that of staying near the base disagree, it is dropped
+at random.
 
-With a the gradient of all terms but `gate`, and b that of `gate` (weight included), an entry is kept with probability
-(1 + sgn(a) (a + b) / (|a| + |b|)) / 2: surely where b points the same way, the less likely the more b outweighs it. b only
-gates; it is not added. Part of R-AMT, which uses it on masks: `objective: sft + kl`, reference the base model. Two backward passes.
+With a the gradient of all terms but `gate`, and b that of `gate` (weight included), an entry is kept with
+probability (1 + sgn(a) (a + b) / (|a| + |b|)) / 2: surely where b points the same way, the less likely the
+more b outweighs it. b only gates; it is not added. Part of R-AMT, which uses it on masks: `objective: sft +
+kl`, reference the base model. Two backward passes.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from luthier.methods.estimators._base import Estimator, gradients
 from luthier.errors import RecipeError
+from luthier.methods.estimators._base import Estimator, gradients
 from luthier.registry import estimator
 
 
@@ -23,14 +25,15 @@ class GradientDropout(Estimator):
     """One term of the objective decides which entries of the others' gradient are used."""
 
     gate: str = "kl"  # the term that gates
-    blend: Annotated[float, Field(ge=0, le=1)] = 1.0  # share of the gradient that goes through the gate; the rest passes
+    # share of the gradient that goes through the gate; the rest passes
+    blend: Annotated[float, Field(ge=0, le=1)] = 1.0
 
     def suits(self, objective):
         names = [o.name for _, o in objective.terms()]
         if self.gate not in names or set(names) == {self.gate}:
             raise RecipeError(
-                f"estimator 'gradient_dropout' wants an objective with a term '{self.gate}' and another, such as `sft + {self.gate}`, "
-                f"not {' + '.join(names)}"
+                f"estimator 'gradient_dropout' wants an objective with a term '{self.gate}' and another, such"
+                f" as `sft + {self.gate}`, not {' + '.join(names)}"
             )
 
     def step(self, closure, chain, clock):
@@ -39,7 +42,10 @@ class GradientDropout(Estimator):
         loss = closure(only=lambda place, name: name != self.gate)
         kept = {}
         for site, slots in gradients(chain).items():
-            kept[site] = {k: self.dropped(a, gates.get(site, {}).get(k), clock.rng("gradient_dropout", site, k)) for k, a in slots.items()}
+            kept[site] = {
+                k: self.dropped(a, gates.get(site, {}).get(k), clock.rng("gradient_dropout", site, k))
+                for k, a in slots.items()
+            }
         chain.step(kept)
         return loss
 

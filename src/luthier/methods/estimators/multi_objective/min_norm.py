@@ -1,6 +1,7 @@
 """MGDA: the step is the shortest vector between the gradients of the terms, which no term is against.
 
-A convex mix of least norm, found by Frank-Wolfe on the inner products; where it is zero, nothing improves every term.
+A convex mix of least norm, found by Frank-Wolfe on the inner products; where it is zero, nothing improves
+every term.
 """
 
 import torch

@@ -1,9 +1,11 @@
-"""Pareto domain adaptation: terms are weighted by a linear program so that what they share also lowers a term that is only looked at.
+"""Pareto domain adaptation: terms are weighted by a linear program so that what they share also lowers a term
+that is only looked at.
 
-The guide is one term of the objective, such as the loss of held-out rows under `by_source`: its gradient is asked for and never
-followed. Of all mixes of the other terms' gradients that go against none of them, save those that the guide itself pulls
-back, the one that the guide gains most from is taken; where the guide has hardly a loss left, the one from which all terms
-together gain most. Departs: the paper's guide is the entropy of predictions on unlabelled images of another domain, here any term.
+The guide is one term of the objective, such as the loss of held-out rows under `by_source`: its gradient is
+asked for and never followed. Of all mixes of the other terms' gradients that go against none of them, save
+those that the guide itself pulls back, the one that the guide gains most from is taken; where the guide has
+hardly a loss left, the one from which all terms together gain most. Departs: the paper's guide is the entropy
+of predictions on unlabelled images of another domain, here any term.
 """
 
 from __future__ import annotations
@@ -14,8 +16,8 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from luthier.methods.estimators._terms import Terms
 from luthier.errors import RecipeError
+from luthier.methods.estimators._terms import Terms
 from luthier.registry import estimator
 
 
@@ -29,7 +31,9 @@ class ParetoDA(Terms):
     def combine(self, every, losses, rng):
         n = len(every)
         if not -n <= self.guide < n:
-            raise RecipeError(f"pareto_da: guide: {self.guide}, but the objective has {n} terms, counted from 0")
+            raise RecipeError(
+                f"pareto_da: guide: {self.guide}, but the objective has {n} terms, counted from 0"
+            )
         guide = self.guide % n
         others = [i for i in range(n) if i != guide]
         C, c = every[others][:, others].numpy(), every[others][:, guide].numpy()
@@ -52,5 +56,13 @@ def weights(C: np.ndarray, c: np.ndarray, guided: bool) -> np.ndarray:
     bound = np.isfinite(least)
     gain = c if guided else C.sum(0)
     length = float(np.abs(gain).max()) or 1.0
-    found = linprog(-gain / length, A_ub=-C[bound] / scale, b_ub=-least[bound] / scale, A_eq=np.ones((1, k)), b_eq=[1.0], bounds=(0, 1))
-    return found.x if found.status == 0 else np.full(k, 1 / k)  # the shortest mix meets every bound: but for rounding one is found
+    found = linprog(
+        -gain / length,
+        A_ub=-C[bound] / scale,
+        b_ub=-least[bound] / scale,
+        A_eq=np.ones((1, k)),
+        b_eq=[1.0],
+        bounds=(0, 1),
+    )
+    # the shortest mix meets every bound: but for rounding one is found
+    return found.x if found.status == 0 else np.full(k, 1 / k)

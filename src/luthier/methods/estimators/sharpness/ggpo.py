@@ -1,10 +1,12 @@
-"""LoRA-GGPO: the gradient under noise in the weights, scaled row by row with the norms of weights and gradients.
+"""LoRA-GGPO: the gradient under noise in the weights, scaled row by row with the norms of weights and
+gradients.
 
-Every LoRA module adds x E' to what it says, with E = randn(out, in) * (sigma |W_row| + beta |G_row|^2) / sqrt(out), drawn anew at
-each reading. |W_row|^2 is the squared mean row norm of W plus the squared norm of the row of s B A; G is told from the last
-step's gradients, s (B gA + gB A), so the first step has no noise. E is drawn again in backward and never kept, and only
-row norms of G are: they lie in the optimizer's state, so a run resumes exactly. Measuring is without noise.
-The paper's later revision, which perturbs along the momentum instead, is estimator `mgpo`.
+Every LoRA module adds x E' to what it says, with E = randn(out, in) * (sigma |W_row| + beta |G_row|^2) /
+sqrt(out), drawn anew at each reading. |W_row|^2 is the squared mean row norm of W plus the squared norm of
+the row of s B A; G is told from the last step's gradients, s (B gA + gB A), so the first step has no noise. E
+is drawn again in backward and never kept, and only row norms of G are: they lie in the optimizer's state, so
+a run resumes exactly. Measuring is without noise. The paper's later revision, which perturbs along the
+momentum instead, is estimator `mgpo`.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ class GGPO(Estimator):
 
         own = oriented(layer.get_base_layer()).float().norm(dim=1).mean()
         change = (slots["B"].float() @ slots["A"].float() * scale_of(layer)).norm(dim=1)
-        return (self.sigma * (own.square() + change.square()).sqrt() + self.beta * rows.square()) / len(rows) ** 0.5
+        return (self.sigma * (own.square() + change.square()).sqrt() + self.beta * rows.square()) / len(
+            rows
+        ) ** 0.5
 
 
 def noisy(x: Tensor, y: Tensor, size: Tensor) -> Tensor:
@@ -78,4 +82,6 @@ class _Noise(torch.autograd.Function):
 def drawn(size: Tensor, like: Tensor, seed: int) -> Tensor:
     """[out, in] E."""
     rng = torch.Generator(like.device).manual_seed(seed)
-    return (torch.randn(len(size), like.shape[-1], generator=rng, device=like.device) * size[:, None]).to(like.dtype)
+    return (torch.randn(len(size), like.shape[-1], generator=rng, device=like.device) * size[:, None]).to(
+        like.dtype
+    )

@@ -1,8 +1,10 @@
-"""GLAD's regulariser: part of the gradient is taken a step up the slope, so that tuning ends where the loss is flat.
+"""GLAD's regulariser: part of the gradient is taken a step up the slope, so that tuning ends where the loss
+is flat.
 
-The step is (1 - alpha) g0 + alpha g1 with g0 the gradient and g1 the gradient at theta + rho g0 / |g0|: alpha 0 is plain
-backprop, 1 is SAM, between them the norm of the gradient is penalised, alpha * rho strong (Zhao et al., 2202.03599). The
-paper's own perturbation rule could not be checked; this one is the family it belongs to. Both passes see one dropout.
+The step is (1 - alpha) g0 + alpha g1 with g0 the gradient and g1 the gradient at theta + rho g0 / |g0|: alpha
+0 is plain backprop, 1 is SAM, between them the norm of the gradient is penalised, alpha * rho strong (Zhao et
+al., 2202.03599). The paper's own perturbation rule could not be checked; this one is the family it belongs
+to. Both passes see one dropout.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from luthier.registry import Range, estimator
 class GLAD(Estimator):
     """A mix of the gradient here and the gradient up the slope."""
 
-    rho: Annotated[float, Field(gt=0), Range(0.005, 0.5, log=True)] = 0.05  # distance climbed, over everything that moves together
+    # distance climbed, over everything that moves together
+    rho: Annotated[float, Field(gt=0), Range(0.005, 0.5, log=True)] = 0.05
     alpha: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of the gradient up there
 
     @torch.no_grad()
@@ -34,7 +37,10 @@ class GLAD(Estimator):
         norm = sum(float(g.float().square().sum()) for slots in here.values() for g in slots.values()) ** 0.5
         if norm:
             far = self.rho / norm
-            with displaced(chain, lambda site, slot, p: None if p.grad is None else far * p.grad.float()), torch.enable_grad():
+            with (
+                displaced(chain, lambda site, slot, p: None if p.grad is None else far * p.grad.float()),
+                torch.enable_grad(),
+            ):
                 closure()
             for name, slots in gradients(chain).items():
                 for k, g in slots.items():

@@ -1,12 +1,14 @@
 """LoRA-MGPO: SAM with one gradient a step, taken where the momentum of the gradients leads uphill.
 
-While a step's gradient is taken every LoRA module's weight stands at W + s B A + E, E = rho M / |M| / g, with M = s (mB A + B mA)
-of mA and mB, the running means of the factors' gradients, and g the running mean of |s (gB A + B gA)|, 1 / g being at most 10. A
-module has seen a gradient before it is displaced, so the first step is LoRA's. E is never built and no weight is written: x E'
-and |M| come from the factors. The loss that is told is that of the displaced network; measuring is without displacement.
+While a step's gradient is taken every LoRA module's weight stands at W + s B A + E, E = rho M / |M| / g, with
+M = s (mB A + B mA) of mA and mB, the running means of the factors' gradients, and g the running mean of |s
+(gB A + B gA)|, 1 / g being at most 10. A module has seen a gradient before it is displaced, so the first step
+is LoRA's. E is never built and no weight is written: x E' and |M| come from the factors. The loss that is
+told is that of the displaced network; measuring is without displacement.
 
-Departs: the momentum is the estimator's own and not read from an optimizer, so any will do (with Adam's first beta as mu they
-are the same direction). E climbs, as SAM does; the authors' code steps to the other side, which a negative rho does here.
+Departs: the momentum is the estimator's own and not read from an optimizer, so any will do (with Adam's first
+beta as mu they are the same direction). E climbs, as SAM does; the authors' code steps to the other side,
+which a negative rho does here.
 """
 
 from __future__ import annotations
@@ -69,5 +71,9 @@ class MGPO(Estimator):
 
 def length(A: Tensor, B: Tensor, dA: Tensor, dB: Tensor) -> Tensor:
     """|dB A + B dA|, from products of r x r."""
-    square = ((dB.T @ dB) * (A @ A.T)).sum() + ((B.T @ B) * (dA @ dA.T)).sum() + 2 * ((dB.T @ B) * (A @ dA.T)).sum()
+    square = (
+        ((dB.T @ dB) * (A @ A.T)).sum()
+        + ((B.T @ B) * (dA @ dA.T)).sum()
+        + 2 * ((dB.T @ B) * (A @ dA.T)).sum()
+    )
     return square.clamp(min=0).sqrt()

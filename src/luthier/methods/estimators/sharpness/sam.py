@@ -1,7 +1,7 @@
 """SAM: the gradient at the worst nearby point, so that flat minima are found. Two backward passes per step.
 
-Departs: the climb is made on the global batch, not on each device's share (the paper's m-sharpness). Both passes see the
-same dropout. The weights come back bit for bit, for one more copy of what moves.
+Departs: the climb is made on the global batch, not on each device's share (the paper's m-sharpness). Both
+passes see the same dropout. The weights come back bit for bit, for one more copy of what moves.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ class SAM(Estimator):
 
     def step(self, closure, chain, clock):
         loss = closure()
-        norm = sum(float(g.float().square().sum()) for slots in gradients(chain).values() for g in slots.values()) ** 0.5
+        norm = (
+            sum(
+                float(g.float().square().sum()) for slots in gradients(chain).values() for g in slots.values()
+            )
+            ** 0.5
+        )
         if norm:
             far = self.rho / norm
             with displaced(chain, lambda site, slot, p: None if p.grad is None else far * p.grad.float()):

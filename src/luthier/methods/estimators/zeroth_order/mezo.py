@@ -1,15 +1,17 @@
-"""MeZO: the slope along random directions, from two forward passes each. No backward pass, no activations kept.
+"""MeZO: the slope along random directions, from two forward passes each. No backward pass, no activations
+kept.
 
-Departs: a direction follows from (seed, step, name) and is drawn anew wherever it is wanted, on the weights' own device,
-so any chain may follow (the paper's is `optim: {name: sgd, max_grad_norm: 0}`; its constant schedule is
-`lr_scheduler_type: constant`). The paper adds, subtracts and adds the probe in place, which leaves rounding behind at each
-step (much of it in bfloat16) and a displaced model after an error. Here what moves is exchanged for a displaced copy: it
-takes the memory of inference and one more copy of what moves, next to nothing for LoRA or a prompt. The second probe is the
-mirror image of the first as it was rounded, so z is drawn twice a step, for the probe and for the update; on a CPU four numbers
-at a time from a table of 65,536 fours, in a fourth of the time that torch takes. Each number alone is one of 65,536 values
-of equal probability, the largest 4.3; those of a four are uncorrelated. A weight of half
-precision is displaced by z rounded to it; the update takes z in fp32. The two probes are not read side by side in one
-pass: that could save at most a tenth from some 700 tokens a probe on (CPU, 5M and 26M parameters).
+Departs: a direction follows from (seed, step, name) and is drawn anew wherever it is wanted, on the weights'
+own device, so any chain may follow (the paper's is `optim: {name: sgd, max_grad_norm: 0}`; its constant
+schedule is `lr_scheduler_type: constant`). The paper adds, subtracts and adds the probe in place, which
+leaves rounding behind at each step (much of it in bfloat16) and a displaced model after an error. Here what
+moves is exchanged for a displaced copy: it takes the memory of inference and one more copy of what moves,
+next to nothing for LoRA or a prompt. The second probe is the mirror image of the first as it was rounded, so
+z is drawn twice a step, for the probe and for the update; on a CPU four numbers at a time from a table of
+65,536 fours, in a fourth of the time that torch takes. Each number alone is one of 65,536 values of equal
+probability, the largest 4.3; those of a four are uncorrelated. A weight of half precision is displaced by z
+rounded to it; the update takes z in fp32. The two probes are not read side by side in one pass: that could
+save at most a tenth from some 700 tokens a probe on (CPU, 5M and 26M parameters).
 """
 
 from __future__ import annotations
@@ -43,7 +45,16 @@ class MeZO(Estimator):
         for probe in range(self.n_probes):
 
             def aside(site, slot, p, probe=probe):
-                return direction(clock, probe, site.name, slot, p, self.noise, self.eps, p.dtype if p.dtype in WIDE else torch.float32)
+                return direction(
+                    clock,
+                    probe,
+                    site.name,
+                    slot,
+                    p,
+                    self.noise,
+                    self.eps,
+                    p.dtype if p.dtype in WIDE else torch.float32,
+                )
 
             with displaced(chain, aside) as mirror:
                 losses.append(closure(grad=False))
@@ -55,7 +66,8 @@ class MeZO(Estimator):
         def estimate(name: str) -> dict[str, Tensor]:
             moving = {k: p for k, p in sites[name].slots.items() if p.requires_grad}
             return {
-                k: reduce(add, (direction(clock, i, name, k, p, self.noise, g) for i, g in enumerate(slopes))) for k, p in moving.items()
+                k: reduce(add, (direction(clock, i, name, k, p, self.noise, g) for i, g in enumerate(slopes)))
+                for k, p in moving.items()
             }
 
         chain.step(Lazily(sites, estimate))
@@ -63,9 +75,18 @@ class MeZO(Estimator):
 
 
 def direction(
-    clock, probe: int, site: str, slot: str, like: Tensor, noise: str = "normal", scale: float = 1.0, dtype: torch.dtype = torch.float32
+    clock,
+    probe: int,
+    site: str,
+    slot: str,
+    like: Tensor,
+    noise: str = "normal",
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """scale * z of one tensor; z has mean 0 and variance 1, and is the same each time within a step. A CPU draws its pieces side by side."""
+    """scale * z of one tensor; z has mean 0 and variance 1, and is the same each time within a step. A CPU
+    draws its pieces side by side.
+    """
     on_cpu = like.device.type == "cpu"
     z = torch.empty(like.shape, device=like.device, dtype=dtype)
     pieces = z.view(-1).split(PIECE) if on_cpu else (z.view(-1),)
@@ -93,13 +114,19 @@ def direction(
 
 _threads = lru_cache(maxsize=1)(ThreadPoolExecutor)  # begun once: a step draws for hundreds of tensors
 FOUR = 4  # numbers that are looked up together
-WIDE = {torch.bfloat16: torch.int64, torch.float16: torch.int64, torch.float32: torch.complex128}  # four of them, as one number
+# four of them, as one number
+WIDE = {torch.bfloat16: torch.int64, torch.float16: torch.int64, torch.float32: torch.complex128}
 
 
 def looked_up(out: Tensor, table: Tensor, rng: torch.Generator) -> None:
     """Fill out [n]: 16 random bits choose four numbers."""
     count = -(-len(out) // FOUR)
-    codes = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None, generator=rng).view(torch.uint16)[:count].int()
+    codes = (
+        torch.empty(-(-count // 4), dtype=torch.int64)
+        .random_(-(2**63), None, generator=rng)
+        .view(torch.uint16)[:count]
+        .int()
+    )
     if len(out) == FOUR * count:
         torch.index_select(table, 0, codes, out=out.view(table.dtype))
     else:
@@ -115,13 +142,16 @@ def _scaled(noise: str, dtype: torch.dtype, scale: float) -> Tensor:
 
 @lru_cache(maxsize=6)
 def _table(noise: str, dtype: torch.dtype) -> Tensor:
-    """[65536] fours. sign: the last bits of their number. normal: each number goes through the middles of 65,536 slices of equal
-    probability, the four in orders that have nothing to do with each other (a lattice of Korobov's), covariance exactly I."""
+    """[65536] fours. sign: the last bits of their number. normal: each number goes through the middles of
+    65,536 slices of equal probability, the four in orders that have nothing to do with each other (a lattice
+    of Korobov's), covariance exactly I.
+    """
     code = torch.arange(2**16)[:, None]
     if noise == "sign":
         z = ((code >> torch.arange(FOUR)) & 1) * 2.0 - 1
     else:
-        place = code * torch.tensor([25045**k % 2**16 for k in range(FOUR)]) % 2**16  # the factor: least of 400 in mixed moments
+        # the factor: least of 400 in mixed moments
+        place = code * torch.tensor([25045**k % 2**16 for k in range(FOUR)]) % 2**16
         z = torch.special.ndtri((place.double() + 0.5) / 2**16)
         z = torch.linalg.solve_triangular(torch.linalg.cholesky(z.T @ z / len(z)), z.T, upper=False).T
     return z.to(dtype).contiguous().view(WIDE[dtype]).view(-1)

@@ -1,7 +1,7 @@
 """Calibration: is the model right as often as it is sure? (Guo et al.)
 
-The expected calibration error over the supervised tokens: tokens in bins by the probability of the likeliest one, and the
-gap between that probability and how often it is the right one, weighed by the bin's size.
+The expected calibration error over the supervised tokens: tokens in bins by the probability of the likeliest
+one, and the gap between that probability and how often it is the right one, weighed by the bin's size.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from luthier.storage import store
 from luthier.methods.evaluators._base import Evaluator, batches, liked
 from luthier.registry import evaluator
+from luthier.storage import store
 
 
 @evaluator(paper="arXiv:1706.04599", wants="completions logprobs top")
 class Calibration(Evaluator):
-    """`calibration_error`: 0 is perfect. Keeps calibration-<when>.json: [tokens, mean confidence, share right] of each bin."""
+    """`calibration_error`: 0 is perfect. Keeps calibration-<when>.json: [tokens, mean confidence, share
+    right] of each bin.
+    """
 
     bins: Annotated[int, Field(ge=2)] = 15  # of equal width
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short

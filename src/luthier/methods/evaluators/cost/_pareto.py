@@ -1,4 +1,6 @@
-"""The best trade-offs between several costs, over lists of choices, by NSGA-II and with a predictor inside. Lower is better."""
+"""The best trade-offs between several costs, over lists of choices, by NSGA-II and with a predictor inside.
+Lower is better.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def search(
     rng: torch.Generator,
     start: Sequence[Genes] = (),
 ) -> dict[Genes, tuple[float, ...]]:
-    """NSGA-II: the non-dominated of all that were tried, genes -> costs. choices: how many there are for each gene."""
+    """NSGA-II: the non-dominated of all that were tried, genes -> costs. choices: how many there are for each
+    gene.
+    """
     return _front(_evolved(choices, cost, population, generations, rng, start)[1])
 
 
@@ -56,7 +60,8 @@ def guided(
     rng: torch.Generator,
     start: Sequence[Genes] = (),
 ) -> dict[Genes, tuple[float, ...]]:
-    """LINAS: as `search`, and no more is measured, but each generation is what NSGA-II finds on guesses from all before it.
+    """LINAS: as `search`, and no more is measured, but each generation is what NSGA-II finds on guesses from
+    all before it.
 
     guess: from what was measured, what costs are thought to be.
     """
@@ -65,7 +70,9 @@ def guided(
         best = _best_first(list(known), known)[:population]
         there, _ = _evolved(choices, guess(known), max(INNER, population), INNER, rng, best)
         new = [g for g in there if g not in known][:population]  # where these are few, chance fills up
-        new += [g for g in dict.fromkeys(_drawn(choices, population, rng)) if g not in known and g not in new][: population - len(new)]
+        new += [
+            g for g in dict.fromkeys(_drawn(choices, population, rng)) if g not in known and g not in new
+        ][: population - len(new)]
         known |= {g: cost(g) for g in new}
     return _front(known)
 
@@ -75,9 +82,13 @@ def _drawn(choices: Sequence[int], n: int, rng: torch.Generator) -> list[Genes]:
 
 
 def _evolved(
-    choices: Sequence[int], cost: Callable[[Genes], tuple[float, ...]], population: int, generations: int, rng: torch.Generator,
+    choices: Sequence[int],
+    cost: Callable[[Genes], tuple[float, ...]],
+    population: int,
+    generations: int,
+    rng: torch.Generator,
     start: Sequence[Genes],
-) -> tuple[list[Genes], dict[Genes, tuple[float, ...]]]:  # fmt: skip
+) -> tuple[list[Genes], dict[Genes, tuple[float, ...]]]:
     """The last population, best first, and all that was tried."""
 
     def number(n: int) -> int:
@@ -95,7 +106,8 @@ def _evolved(
         alive = _best_first(alive, known)
         children = []
         for _ in range(population):
-            one, other = (alive[min(number(len(alive)), number(len(alive)))] for _ in range(2))  # the better of two
+            # the better of two
+            one, other = (alive[min(number(len(alive)), number(len(alive)))] for _ in range(2))
             child = [a if number(2) else b for a, b in zip(one, other, strict=True)]
             for i, n in enumerate(choices):
                 if number(len(choices)) == 0:
@@ -113,4 +125,8 @@ def _front(known: dict[Genes, tuple[float, ...]]) -> dict[Genes, tuple[float, ..
 def _best_first(alive: Sequence[Genes], known: dict[Genes, tuple[float, ...]]) -> list[Genes]:
     """By rank, and within a rank those with more room."""
     costs = [known[g] for g in alive]
-    return [alive[i] for front in fronts(costs) for i, _ in sorted(crowding(costs, front).items(), key=lambda x: -x[1])]
+    return [
+        alive[i]
+        for front in fronts(costs)
+        for i, _ in sorted(crowding(costs, front).items(), key=lambda x: -x[1])
+    ]

@@ -1,7 +1,8 @@
-"""What tuning one row costs: floating-point operations of a forward and a backward pass, and what a tuned copy stores.
+"""What tuning one row costs: floating-point operations of a forward and a backward pass, and what a tuned
+copy stores.
 
-Operations are counted as they are dispatched (matrix products and attention), so what a tuner leaves out is not counted: weight
-gradients of frozen matrices, the backward pass below the lowest layer that moves.
+Operations are counted as they are dispatched (matrix products and attention), so what a tuner leaves out is
+not counted: weight gradients of frozen matrices, the backward pass below the lowest layer that moves.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ class Cost(Evaluator):
     n: Annotated[int, Field(ge=1)] = 8  # rows that are read
 
     def run(self, roles, rows, folder, when):
-        rows, moving = liked(rows)[: self.n], [p for p in roles.tuner.parameters().values() if p.requires_grad]
+        rows, moving = (
+            liked(rows)[: self.n],
+            [p for p in roles.tuner.parameters().values() if p.requires_grad],
+        )
         if not rows:
             return {}
         kept = [p.grad for p in moving]

@@ -8,23 +8,29 @@ from luthier.registry import evaluator
 
 @evaluator(wants="completions logprobs top")
 class Accuracy(ByRow):
-    """`accuracy`: share of completions whose every supervised token is the likeliest one given those before it, which is
-    greedy exact match (of a classifier: plain accuracy). `token_accuracy`: the same per token. For rows with better and
-    worse completions also `preference_accuracy`: share of rows whose best is likelier than their worst."""
+    """`accuracy`: share of completions whose every supervised token is the likeliest one given those before
+    it, which is greedy exact match (of a classifier: plain accuracy). `token_accuracy`: the same per token.
+    For rows with better and worse completions also `preference_accuracy`: share of rows whose best is
+    likelier than their worst."""
 
     asks: ClassVar[frozenset[str]] = frozenset({"first"})
 
     def told(self, said, roles, rows, folder, when):
         if not said:
             return {}
-        out = {"accuracy": share(said), "token_accuracy": sum(s.first for s in said.values()) / sum(s.tokens for s in said.values())}
+        out = {
+            "accuracy": share(said),
+            "token_accuracy": sum(s.first for s in said.values()) / sum(s.tokens for s in said.values()),
+        }
         keep(folder, when, accuracy=exact(said))
         better = {}
         for batch in batches(roles, paired(rows), self.batch_size):
             logprob, scores = batch.sums(roles.policy.logprobs(batch)), batch.column("scores")
             for g, row in enumerate(batch.rows):
                 mine = (batch.group == g).nonzero().squeeze(1)
-                better[str(row["id"])] = float(logprob[mine[scores[mine].argmax()]] > logprob[mine[scores[mine].argmin()]])
+                better[str(row["id"])] = float(
+                    logprob[mine[scores[mine].argmax()]] > logprob[mine[scores[mine].argmin()]]
+                )
         if better:
             keep(folder, when, preference_accuracy=better)
             out["preference_accuracy"] = sum(better.values()) / len(better)

@@ -10,7 +10,9 @@ from luthier.registry import evaluator
 
 @evaluator(row="monocoder", wants="completions logprobs generate")
 class BitsPerByte(ByRow):
-    """`bits_per_byte`: -log2 p of each row's best completion, end of turn included, over the UTF-8 bytes of what it says."""
+    """`bits_per_byte`: -log2 p of each row's best completion, end of turn included, over the UTF-8 bytes of
+    what it says.
+    """
 
     def told(self, said, roles, rows, folder, when):
         nats, size = 0.0, 0

@@ -1,6 +1,7 @@
 """Diversity: how many different things the model says when it is asked the same several times.
 
-`distinct_2` (Li et al.): different pairs of neighbouring tokens among all those written; a model that has collapsed says few.
+`distinct_2` (Li et al.): different pairs of neighbouring tokens among all those written; a model that has
+collapsed says few.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from luthier.registry import evaluator
 
 @evaluator(paper="arXiv:1510.03055", wants="generate")
 class Diversity(Evaluator):
-    """`distinct_2`, `distinct_answers` (share of a prompt's samples that differ) and `answer_length` in tokens."""
+    """`distinct_2`, `distinct_answers` (share of a prompt's samples that differ) and `answer_length` in
+    tokens.
+    """
 
     n: Annotated[int, Field(ge=1)] = 16  # prompts that are asked
     samples: Annotated[int, Field(ge=2)] = 4  # answers to each
@@ -28,13 +31,19 @@ class Diversity(Evaluator):
             return {}
         seeds = [roles.clock.fold("diversity", r["id"], at=0) for r in rows]
         said = roles.policy.generate(
-            [roles.renderer.prompt(r) for r in rows], seeds=seeds, n=self.samples, temperature=self.temperature,
-            max_new_tokens=self.max_new_tokens, stop=roles.renderer.stop_ids,
-        )  # fmt: skip
+            [roles.renderer.prompt(r) for r in rows],
+            seeds=seeds,
+            n=self.samples,
+            temperature=self.temperature,
+            max_new_tokens=self.max_new_tokens,
+            stop=roles.renderer.stop_ids,
+        )
         every = [tuple(ids) for answers in said for ids in answers]
         pairs = [pair for ids in every for pair in zip(ids, ids[1:])]
         return {
-            "distinct_answers": sum(len({tuple(a) for a in answers}) / len(answers) for answers in said) / len(said),
+            "distinct_answers": (
+                sum(len({tuple(a) for a in answers}) / len(answers) for answers in said) / len(said)
+            ),
             "answer_length": sum(map(len, every)) / len(every),
             **({"distinct_2": len(set(pairs)) / len(pairs)} if pairs else {}),
         }

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from luthier.storage import store
 from luthier.methods.evaluators._base import Evaluator, liked
 from luthier.registry import build, evaluator
+from luthier.storage import store
 
 OPENING = 24  # tokens of a text that are given, to be continued
 
 
 @evaluator(wants="generate")
 class Generate(Evaluator):
-    """Writes samples-before.jsonl and samples-after.jsonl, and samples-during.jsonl where it is asked on the way: prompt, expected,
-    answer, score. `generated_exact`: share of answers that are the row's completion, letter for letter. With a reward,
-    `generated_reward`: its mean. Texts are opened with their first words and continued, which nothing judges.
-    `generated_tokens`: the mean length of an answer."""
+    """Writes samples-before.jsonl and samples-after.jsonl, and samples-during.jsonl where it is asked on the
+    way: prompt, expected, answer, score. `generated_exact`: share of answers that are the row's completion,
+    letter for letter. With a reward, `generated_reward`: its mean. Texts are opened with their first words
+    and continued, which nothing judges. `generated_tokens`: the mean length of an answer."""
 
     n: int = 32  # prompts that are answered
     max_new_tokens: int = 64  # tokens per answer
@@ -33,10 +33,16 @@ class Generate(Evaluator):
         if not rows:
             return {}
         opened = [self.opened(roles, r) for r in rows]
-        prompts = [begun[0] if begun else roles.renderer.prompt(r) for r, begun in zip(rows, opened, strict=True)]
+        prompts = [
+            begun[0] if begun else roles.renderer.prompt(r) for r, begun in zip(rows, opened, strict=True)
+        ]
         seeds = [roles.clock.fold("generate", r["id"], at=0) for r in rows]
         written = roles.policy.generate(
-            prompts, seeds=seeds, max_new_tokens=self.max_new_tokens, temperature=0.0, stop=roles.renderer.stop_ids
+            prompts,
+            seeds=seeds,
+            max_new_tokens=self.max_new_tokens,
+            temperature=0.0,
+            stop=roles.renderer.stop_ids,
         )
         samples = []
         for row, prompt, begun, (ids,) in zip(rows, prompts, opened, written, strict=True):
@@ -44,14 +50,26 @@ class Generate(Evaluator):
             expected = roles.text(begun[1]) if begun else self.expected(roles, row)
             exact = None if expected is None or begun else float(answer.strip() == expected.strip())
             score = judge.scores(row, [answer])[0] if judge else exact
-            samples.append({"id": row["id"], "prompt": roles.text(prompt), "expected": expected, "answer": answer, "score": score})
+            samples.append(
+                {
+                    "id": row["id"],
+                    "prompt": roles.text(prompt),
+                    "expected": expected,
+                    "answer": answer,
+                    "score": score,
+                }
+            )
         store.write_rows(folder / f"samples-{when}.jsonl", samples)
         scores = [s["score"] for s in samples if s["score"] is not None]
-        told = {"generated_reward" if judge else "generated_exact": sum(scores) / len(scores)} if scores else {}
+        told = (
+            {"generated_reward" if judge else "generated_exact": sum(scores) / len(scores)} if scores else {}
+        )
         return {**told, "generated_tokens": sum(len(ids) for (ids,) in written) / len(written)}
 
     def opened(self, roles: Any, row: dict) -> tuple[list[int], list[int]] | None:
-        """A text to continue: its first tokens, and the rest, which is one way of going on among many. Else None."""
+        """A text to continue: its first tokens, and the rest, which is one way of going on among many. Else
+        None.
+        """
         if row["prompt"] != "" or len(row.get("completions", ())) != 1 or roles.renderer.encoder:
             return None
         said = roles.policy.architecture.encode(row, roles.renderer)
@@ -63,4 +81,6 @@ class Generate(Evaluator):
         if not row.get("completions"):
             return str(row["answer"]) if "answer" in row else None
         said = roles.policy.architecture.encode(row, roles.renderer)
-        return roles.text([t for t, asked in zip(said.completions[0], said.supervised[0], strict=True) if asked])
+        return roles.text(
+            [t for t, asked in zip(said.completions[0], said.supervised[0], strict=True) if asked]
+        )

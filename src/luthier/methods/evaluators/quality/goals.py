@@ -1,7 +1,8 @@
 """Several goals at once: what each reward says, on average, of answers written to held-out prompts.
 
-Answers are drawn, and not the likeliest ones alone: what a policy trades between goals shows in all that it may say. The
-draws follow from the seed and the row, so models that are measured on the same rows differ by what they are.
+Answers are drawn, and not the likeliest ones alone: what a policy trades between goals shows in all that it
+may say. The draws follow from the seed and the row, so models that are measured on the same rows differ by
+what they are.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ from luthier.registry import build, evaluator, wants_of
 
 @evaluator(wants="generate")
 class Goals(Evaluator):
-    """`goal/NAME` of each goal, and by row. An answer is judged by every goal, so what they say is said of the same texts."""
+    """`goal/NAME` of each goal, and by row. An answer is judged by every goal, so what they say is said of
+    the same texts.
+    """
 
-    goals: Annotated[dict[str, Any], Field(min_length=1)]  # name: a reward, e.g. {short: {name: length, scale: -1.0}}
+    # name: a reward, e.g. {short: {name: length, scale: -1.0}}
+    goals: Annotated[dict[str, Any], Field(min_length=1)]
     n: Annotated[int, Field(ge=1)] = 64  # prompts that are answered
     samples: Annotated[int, Field(ge=1)] = 1  # answers to each
     max_new_tokens: Annotated[int, Field(ge=1)] = 64  # tokens of an answer at most
@@ -40,11 +44,18 @@ class Goals(Evaluator):
             return {}
         seeds = [roles.clock.fold("goals", r["id"], at=0) for r in rows]
         how = {"n": self.samples, "max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
-        written = roles.policy.generate([roles.renderer.prompt(r) for r in rows], seeds=seeds, stop=roles.renderer.stop_ids, **how)
+        written = roles.policy.generate(
+            [roles.renderer.prompt(r) for r in rows], seeds=seeds, stop=roles.renderer.stop_ids, **how
+        )
         found = {}
         for name, reward in self.goals.items():
             judge = build("reward", reward)
-            said = [judge.scores(row, [roles.text(ids) for ids in answers]) for row, answers in zip(rows, written, strict=True)]
-            found[f"goal/{name}"] = {str(row["id"]): sum(each) / len(each) for row, each in zip(rows, said, strict=True)}
+            said = [
+                judge.scores(row, [roles.text(ids) for ids in answers])
+                for row, answers in zip(rows, written, strict=True)
+            ]
+            found[f"goal/{name}"] = {
+                str(row["id"]): sum(each) / len(each) for row, each in zip(rows, said, strict=True)
+            }
         keep(folder, when, **found)
         return {name: sum(each.values()) / len(each) for name, each in found.items()}

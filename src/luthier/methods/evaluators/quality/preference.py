@@ -1,7 +1,8 @@
-"""A preference check-up: does the model rank pairs as people did, what became of both sides' likelihood, and is it about length?
+"""A preference check-up: does the model rank pairs as people did, what became of both sides' likelihood, and
+is it about length?
 
-Of rows with better and worse completions, the best against the worst. Of the policy by itself, of the reference by itself,
-and of the implicit reward, which is the log-ratio of the two.
+Of rows with better and worse completions, the best against the worst. Of the policy by itself, of the
+reference by itself, and of the implicit reward, which is the log-ratio of the two.
 """
 
 from __future__ import annotations
@@ -13,20 +14,24 @@ from torch import Tensor
 
 from luthier.methods.evaluators._base import Evaluator, batches, paired
 from luthier.methods.evaluators.representation.implicit_value import correlation
-from luthier.registry import evaluator
 from luthier.methods.objectives.preference._pairs import best_and_worst
+from luthier.registry import evaluator
 
 
 @evaluator(wants="pairs reference logprobs")
 class Preference(Evaluator):
-    """`ranking_accuracy` of log p, `reference_ranking_accuracy`, `reward_accuracy` and `reward_margin` (nats) of the log-ratio;
-    `chosen_drift` and `rejected_drift`, the log-ratio of each side: below 0 it became less likely; `length_correlation` of the
-    log-ratio with a completion's tokens, and `length_ratio`, tokens of what the log-ratio prefers over those of the chosen."""
+    """`ranking_accuracy` of log p, `reference_ranking_accuracy`, `reward_accuracy` and `reward_margin` (nats)
+    of the log-ratio; `chosen_drift` and `rejected_drift`, the log-ratio of each side: below 0 it became less
+    likely; `length_correlation` of the log-ratio with a completion's tokens, and `length_ratio`, tokens of
+    what the log-ratio prefers over those of the chosen.
+    """
 
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
 
     def run(self, roles, rows, folder, when):
-        own, other = (totals(who, roles, paired(rows), self.batch_size) for who in (roles.policy, roles.reference))
+        own, other = (
+            totals(who, roles, paired(rows), self.batch_size) for who in (roles.policy, roles.reference)
+        )
         return checkup(own, other) if own is not None and other is not None else {}
 
 
@@ -47,7 +52,11 @@ def totals(who, roles, rows: list[dict], size: int | None = None) -> Totals | No
     for batch in batches(roles, rows, size):
         logp = batch.sums(who.logprobs(batch).double())
         best, worst = best_and_worst(batch)
-        found.append(torch.stack([logp[best], logp[worst], batch.lengths[best].double(), batch.lengths[worst].double()]).cpu())
+        found.append(
+            torch.stack(
+                [logp[best], logp[worst], batch.lengths[best].double(), batch.lengths[worst].double()]
+            ).cpu()
+        )
     return Totals(*torch.cat(found, 1)) if found else None
 
 

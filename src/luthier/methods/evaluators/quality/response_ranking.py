@@ -1,4 +1,6 @@
-"""Is an answer likelier after its own question than after another's? What a model knows of following before it is tuned to."""
+"""Is an answer likelier after its own question than after another's? What a model knows of following before
+it is tuned to.
+"""
 
 import torch
 
@@ -8,15 +10,21 @@ from luthier.registry import evaluator
 
 @evaluator(paper="arXiv:2409.14254", row="implicit-instruction-tuning", wants="completions logprobs")
 class ResponseRanking(Evaluator):
-    """`response_ranking`: share of rows whose best completion is likelier, by the mean of its tokens, than that of another row
-    (the next one) after the same prompt; a half is chance. Rows of plain text or of turns, all of one kind."""
+    """`response_ranking`: share of rows whose best completion is likelier, by the mean of its tokens, than
+    that of another row (the next one) after the same prompt; a half is chance. Rows of plain text or of
+    turns, all of one kind.
+    """
 
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
 
     def run(self, roles, rows, folder, when):
         rows = [r for r in liked(rows) if r["prompt"]]
         others = [r["completions"][0] for r in (*rows[1:], *rows[:1])]
-        asked = [{**r, "completions": [r["completions"][0], o]} for r, o in zip(rows, others, strict=True) if r["completions"][0] != o]
+        asked = [
+            {**r, "completions": [r["completions"][0], o]}
+            for r, o in zip(rows, others, strict=True)
+            if r["completions"][0] != o
+        ]
         if len(asked) < 2:
             return {}
         won = []

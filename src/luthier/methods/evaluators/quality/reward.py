@@ -3,13 +3,15 @@
 import torch
 
 from luthier.methods.evaluators._base import Evaluator, batches, paired
-from luthier.registry import evaluator
 from luthier.methods.objectives.preference._pairs import best_and_worst
+from luthier.registry import evaluator
 
 
 @evaluator(wants="pairs values")
 class Reward(Evaluator):
-    """`reward_accuracy`: share of rows whose best completion is worth more than their worst; `reward_margin`: by how much."""
+    """`reward_accuracy`: share of rows whose best completion is worth more than their worst; `reward_margin`:
+    by how much.
+    """
 
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
 

@@ -1,4 +1,6 @@
-"""Zero-shot classification by questions: how well the chance of "yes" ranks the texts that a question holds for."""
+"""Zero-shot classification by questions: how well the chance of "yes" ranks the texts that a question holds
+for.
+"""
 
 from collections import defaultdict
 
@@ -11,14 +13,19 @@ from luthier.registry import evaluator
 
 @evaluator(paper="arXiv:2104.04670", row="meta-tuning", wants="completions logprobs")
 class YesNoAUC(Evaluator):
-    """`auc`: mean over questions of the area under the ROC curve of P(yes) / (P(yes) + P(no)); `auc_ensemble`: the same with
-    the scores of all descriptions of a label averaged first. Rows as the stage `yes_no` makes them."""
+    """`auc`: mean over questions of the area under the ROC curve of P(yes) / (P(yes) + P(no));
+    `auc_ensemble`: the same with the scores of all descriptions of a label averaged first. Rows as the stage
+    `yes_no` makes them."""
 
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
     answers: tuple[str, str] = ("yes", "no")  # the two completions
 
     def run(self, roles, rows, folder, when):
-        asked = [{**r, "completions": [*self.answers], "truth": r["completions"][0] == self.answers[0]} for r in rows if "question" in r]
+        asked = [
+            {**r, "completions": [*self.answers], "truth": r["completions"][0] == self.answers[0]}
+            for r in rows
+            if "question" in r
+        ]
         found = []
         for batch in batches(roles, asked, self.batch_size):
             yes = batch.sums(roles.policy.logprobs(batch)).view(-1, 2).softmax(-1)[:, 0].tolist()
@@ -26,9 +33,13 @@ class YesNoAUC(Evaluator):
         questions, labels = defaultdict(list), defaultdict(lambda: defaultdict(list))
         for row, yes in found:
             questions[row.get("task", ""), row["question"]].append((yes, row["truth"]))
-            labels[row.get("task", ""), row.get("asked")][row["id"].rsplit("/", 1)[0]].append((yes, row["truth"]))
+            labels[row.get("task", ""), row.get("asked")][row["id"].rsplit("/", 1)[0]].append(
+                (yes, row["truth"])
+            )
         single = [auc(*map(torch.tensor, zip(*pairs, strict=True))) for pairs in questions.values()]
-        joint = [[(sum(y for y, _ in ps) / len(ps), ps[0][1]) for ps in of.values()] for of in labels.values()]
+        joint = [
+            [(sum(y for y, _ in ps) / len(ps), ps[0][1]) for ps in of.values()] for of in labels.values()
+        ]
         ensemble = [auc(*map(torch.tensor, zip(*pairs, strict=True))) for pairs in joint]
         out = {}
         for name, values in (("auc", single), ("auc_ensemble", ensemble)):

@@ -9,8 +9,8 @@ from luthier.registry import evaluator
 
 @evaluator(paper="arXiv:2507.00018", row="sft-dpo-bridge", wants="completions scores top")
 class ImplicitValue(Evaluator):
-    """`value_correlation`: of a completion's score with V, the log-sum-exp of the logits, meaned over its tokens;
-    `value_correlation_last`: with V at its last token. Of completions with scores, over all rows."""
+    """`value_correlation`: of a completion's score with V, the log-sum-exp of the logits, meaned over its
+    tokens; `value_correlation_last`: with V at its last token. Of completions with scores, over all rows."""
 
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
 
@@ -22,7 +22,9 @@ class ImplicitValue(Evaluator):
             lasts.append(batch.last(v))
             scores.append(batch.column("scores"))
         told = {"value_correlation": means, "value_correlation_last": lasts}
-        found = {name: correlation(torch.cat(values), torch.cat(scores)) for name, values in told.items() if values}
+        found = {
+            name: correlation(torch.cat(values), torch.cat(scores)) for name, values in told.items() if values
+        }
         return {name: value for name, value in found.items() if value is not None}
 
 

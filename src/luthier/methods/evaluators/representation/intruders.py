@@ -1,8 +1,9 @@
 """Intruder dimensions: main directions of a tuned matrix that the untuned one does not have.
 
-Of each matrix inside the layers, the first k left singular vectors after tuning are held against all of those before: one
-whose largest cosine is below `epsilon` is an intruder. Low-rank tuning is said to bring them where full tuning to the same loss
-does not. Weights that move themselves are kept in the run folder until the end.
+Of each matrix inside the layers, the first k left singular vectors after tuning are held against all of those
+before: one whose largest cosine is below `epsilon` is an intruder. Low-rank tuning is said to bring them
+where full tuning to the same loss does not. Weights that move themselves are kept in the run folder until the
+end.
 """
 
 from __future__ import annotations
@@ -17,23 +18,28 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.methods.evaluators._base import Evaluator
-from luthier.registry import evaluator
 from luthier.model.anatomy import layer_of
+from luthier.registry import evaluator
 
 
 @evaluator(paper="arXiv:2410.21228", row="intruder-dimensions", wants="merge")
 class Intruders(Evaluator):
-    """`intruders`: how many a matrix has on average; `change_rank`: the mean effective rank of what was added to it."""
+    """`intruders`: how many a matrix has on average; `change_rank`: the mean effective rank of what was added
+    to it.
+    """
 
     k: Annotated[int, Field(gt=0)] = 10  # how many of a matrix's first singular vectors are looked at
-    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.5  # a direction less like every old one than this (cosine) is an intruder
+    # a direction less like every old one than this (cosine) is an intruder
+    epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.5
 
     def run(self, roles, rows, folder, when):
         attached, kept = roles.policy.attached, Path(folder) / "before-tuning.safetensors"
         now = matrices(roles.policy.model)
         if when != "after":
             if when == "before":
-                save_file({name: p.detach().contiguous() for name, p in now.items() if p.requires_grad}, str(kept))
+                save_file(
+                    {name: p.detach().contiguous() for name, p in now.items() if p.requires_grad}, str(kept)
+                )
             return {}
         before = {name: p.detach().clone() for name, p in now.items() if not p.requires_grad}
         before |= load_file(str(kept), device=str(roles.policy.model.device))
@@ -47,7 +53,11 @@ class Intruders(Evaluator):
                 counts.append(sum(m < self.epsilon for m in likeness(w0, w1, self.k)))
             ranks = [effective_rank(p.float() - before[n].float()) for n, p in changed.items()]
         kept.unlink()
-        return {"intruders": sum(counts) / len(counts), "change_rank": sum(ranks) / len(ranks)} if counts else {"intruders": 0.0}
+        return (
+            {"intruders": sum(counts) / len(counts), "change_rank": sum(ranks) / len(ranks)}
+            if counts
+            else {"intruders": 0.0}
+        )
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -63,7 +73,9 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def likeness(before: Tensor, after: Tensor, k: int = 10) -> list[float]:
-    """Of the first k left singular vectors of `after` [rows, columns], the largest |cosine| with any of `before`'s."""
+    """Of the first k left singular vectors of `after` [rows, columns], the largest |cosine| with any of
+    `before`'s.
+    """
     old = torch.linalg.svd(before.float(), full_matrices=False).U
     new = torch.linalg.svd(after.float(), full_matrices=False).U[:, :k]
     return (old.T @ new).abs().amax(0).tolist()

@@ -1,8 +1,10 @@
-"""How much tuning changed each layer's picture of the rows: representational similarity analysis, before against after.
+"""How much tuning changed each layer's picture of the rows: representational similarity analysis, before
+against after.
 
-Of every layer, the mean hidden state of each row is compared with that of every other row by cosine; the correlation of these
-comparisons between the untuned and the tuned model is 1 where the layer sees the rows' likenesses as it did. The pictures taken before are kept
-in the run folder. Telly's study finds that only the top two layers change much.
+Of every layer, the mean hidden state of each row is compared with that of every other row by cosine; the
+correlation of these comparisons between the untuned and the tuned model is 1 where the layer sees the rows'
+likenesses as it did. The pictures taken before are kept in the run folder. Telly's study finds that only the
+top two layers change much.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from luthier.methods.evaluators._base import Evaluator, liked
-from luthier.registry import evaluator
 from luthier.model.anatomy import layer_of
+from luthier.registry import evaluator
 
 
 @evaluator(paper="arXiv:2304.05216", row="telly-k", wants="completions logprobs")
@@ -31,7 +33,11 @@ class RSA(Evaluator):
         if not kept.is_file():
             save_file(now, str(kept))
         then = load_file(str(kept))
-        said = {f"rsa/{k}": correlation(then[k], v) for k, v in now.items() if then[k].shape == v.shape and len(v) > 1}
+        said = {
+            f"rsa/{k}": correlation(then[k], v)
+            for k, v in now.items()
+            if then[k].shape == v.shape and len(v) > 1
+        }
         return {**said, "rsa": sum(said.values()) / len(said)} if said else {}
 
 
@@ -59,7 +65,9 @@ def pictures(roles, rows: list[dict]) -> dict[str, Tensor]:
     finally:
         for h in hooks:
             h.remove()
-    return {str(i): cosines(torch.stack(h)) for i, h in enumerate(means.values()) if len(h) == len(rows) and h}
+    return {
+        str(i): cosines(torch.stack(h)) for i, h in enumerate(means.values()) if len(h) == len(rows) and h
+    }
 
 
 def cosines(h: Tensor) -> Tensor:

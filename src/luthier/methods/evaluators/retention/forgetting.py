@@ -1,9 +1,9 @@
 """What tuning broke: how the model does elsewhere, before and after.
 
-Elsewhere is, in this order: the rows given as `data`; the probe.jsonl that lies beside the base model (the practice
-models carry one: rows of every world they know, by `skill`); else texts that the model itself wrote before it was tuned,
-which need no data: what it used to say should not have become unlikely. Of a network that does not write (a new
-classifier), only given `data` is measured.
+Elsewhere is, in this order: the rows given as `data`; the probe.jsonl that lies beside the base model (the
+practice models carry one: rows of every world they know, by `skill`); else texts that the model itself wrote
+before it was tuned, which need no data: what it used to say should not have become unlikely. Of a network
+that does not write (a new classifier), only given `data` is measured.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from luthier.data import rows as reading
-from luthier.storage import store
+from luthier.errors import RecipeError
 from luthier.methods.evaluators._base import Evaluator, Said, keep, liked, named, read
 from luthier.methods.evaluators.quality.accuracy import exact, share
 from luthier.methods.evaluators.quality.loss import shares
-from luthier.errors import RecipeError
 from luthier.registry import evaluator
+from luthier.storage import store
 
 
 @evaluator(wants="logprobs top")
@@ -47,34 +47,52 @@ class Forgetting(Evaluator):
         for row in liked(rows) if accuracy else ():
             skills[row.get("skill")] |= {name: said[name] for name in named(row)}
         out = {"elsewhere_loss": sum(s.loss for s in said.values()) / tokens}
-        keep(folder, when, elsewhere_loss=shares(said), **({"elsewhere_accuracy": exact(said)} if accuracy else {}))
+        keep(
+            folder,
+            when,
+            elsewhere_loss=shares(said),
+            **({"elsewhere_accuracy": exact(said)} if accuracy else {}),
+        )
         if accuracy:
             out["elsewhere_accuracy"] = share(said)
         if len(skills) > 1:
-            out |= {f"elsewhere_accuracy/{skill}": share(some) for skill, some in sorted(skills.items(), key=str)}
+            out |= {
+                f"elsewhere_accuracy/{skill}": share(some) for skill, some in sorted(skills.items(), key=str)
+            }
         return out
 
     def probe(self, roles, folder: Path) -> tuple[list[dict], bool]:
-        """The rows, and whether they are the model's own texts. Kept in the run folder, so that all measurements agree."""
+        """The rows, and whether they are the model's own texts. Kept in the run folder, so that all
+        measurements agree.
+        """
         kept = folder / "forgetting.jsonl"
         if kept.is_file():
             found = store.read_rows(kept)
             return found, bool(found) and found[0].get("own", False)
         if self.data is None and "generate" not in roles.policy.architecture.gives:
-            return [], False  # a network that no longer writes has nothing in common with what the base could do
+            # a network that no longer writes has nothing in common with what the base could do
+            return [], False
         beside = Path(roles.policy.model.config.name_or_path or ".") / "probe.jsonl"
         source = self.data if self.data is not None else str(beside) if beside.is_file() else None
         if source is not None:
             found = reading.load(source).rows
             some = min(self.n, len(found))
-            found = [found[i * len(found) // some] for i in range(some)]  # evenly: rows may stand skill by skill
+            # evenly: rows may stand skill by skill
+            found = [found[i * len(found) // some] for i in range(some)]
             found = roles.policy.architecture.encode_all(found, roles.renderer).rows
         elif start := self.opening(roles):
             seeds = [roles.clock.fold("forgetting", i, at=0) for i in range(self.texts)]
             said = roles.policy.generate(
-                [start] * self.texts, seeds=seeds, max_new_tokens=self.max_new_tokens, stop=roles.renderer.stop_ids
+                [start] * self.texts,
+                seeds=seeds,
+                max_new_tokens=self.max_new_tokens,
+                stop=roles.renderer.stop_ids,
             )
-            found = [{"id": f"own-{i}", "prompt": "", "completions": ids, "own": True} for i, ids in enumerate(said) if ids[0]]
+            found = [
+                {"id": f"own-{i}", "prompt": "", "completions": ids, "own": True}
+                for i, ids in enumerate(said)
+                if ids[0]
+            ]
         else:
             return [], False
         if not found:

@@ -1,6 +1,7 @@
 """A conversation as messages: every assistant turn is learned unless it says "loss": false.
 
-A turn may also say "loss": true (of any role) and "loss_scale": 0.5, how much its tokens count in `sft` and its kin.
+A turn may also say "loss": true (of any role) and "loss_scale": 0.5, how much its tokens count in `sft` and
+its kin.
 """
 
 from luthier.methods.formats._base import Format, conversation, messages, tools
@@ -9,16 +10,20 @@ from luthier.registry import row_format
 
 @row_format(gives="completions")
 class Messages(Format):
-    """{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}], "tools": [...]}.
+    """{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}], "tools":
+    [...]}.
 
     `chat_template_kwargs` is handed to the chat template.
     """
 
     columns = ("messages",)
-    assistant_only_loss: bool = True  # false: the turns of users, systems and tools are learned too, but for those with "loss": false
+    # false: the turns of users, systems and tools are learned too, but for those with "loss": false
+    assistant_only_loss: bool = True
 
     optional = "tools"
 
     def read(self, raw):
-        prompt, rest = conversation(messages(raw.get("messages"), "messages"), "messages", self.assistant_only_loss)
+        prompt, rest = conversation(
+            messages(raw.get("messages"), "messages"), "messages", self.assistant_only_loss
+        )
         return {"prompt": prompt, "completions": [rest], "tools": tools(raw)}

@@ -6,13 +6,15 @@ from luthier.registry import row_format
 
 @row_format(gives="completions")
 class ShareGPT(Format):
-    """{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}], "system", "tools"}.
+    """{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}], "system",
+    "tools"}.
 
     A function_call becomes an assistant turn with tool calls; an observation a tool turn.
     """
 
     columns = ("conversations",)
-    assistant_only_loss: bool = True  # false: the turns of users, systems and tools are learned too, but for those with "loss": false
+    # false: the turns of users, systems and tools are learned too, but for those with "loss": false
+    assistant_only_loss: bool = True
 
     optional = "tools system"
 

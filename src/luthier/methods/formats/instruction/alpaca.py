@@ -1,4 +1,6 @@
-"""Alpaca rows: an instruction, perhaps an input, and the output to learn; perhaps a system text and a history."""
+"""Alpaca rows: an instruction, perhaps an input, and the output to learn; perhaps a system text and a
+history.
+"""
 
 from luthier.methods.formats._base import Format, alike, instruction, text
 from luthier.registry import row_format
@@ -6,7 +8,8 @@ from luthier.registry import row_format
 
 @row_format(gives="completions")
 class Alpaca(Format):
-    """{"instruction": "Add.", "input": "2 and 2", "output": "4", "system": "...", "history": [["Hi", "Hello"]]}.
+    """{"instruction": "Add.", "input": "2 and 2", "output": "4", "system": "...", "history": [["Hi",
+    "Hello"]]}.
 
     Always read as a conversation, so that training and serving go through the chat template.
     """

@@ -6,11 +6,13 @@ from luthier.registry import row_format
 
 @row_format(gives="completions")
 class QuestionAnswer(Format):
-    r"""{"question": "...", "answer": "48/2 = 24 ...\n#### 24"}, as GSM8K writes them; a passage or context comes first.
+    r"""{"question": "...", "answer": "48/2 = 24 ...\n#### 24"}, as GSM8K writes them; a passage or context
+    comes first.
 
-    The prompt ends with a line break, so that the answer begins on its own line (not with `chat: true`).
-    The completion is the whole answer; `answer` becomes what follows the last ####, or the answer itself. Of a list of
-    answers the first is learned, all are kept in `answers`. To sample instead: columns: {prompt: question}.
+    The prompt ends with a line break, so that the answer begins on its own line (not with `chat: true`). The
+    completion is the whole answer; `answer` becomes what follows the last ####, or the answer itself. Of a
+    list of answers the first is learned, all are kept in `answers`. To sample instead: columns: {prompt:
+    question}.
     """
 
     columns = ("question answer",)

@@ -10,8 +10,9 @@ PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("s1", "s2"), ("
 class Labelled(Format):
     """{"text": "a fine film", "label": 1}; also sentence, sequence, or two sentences; also several `labels`.
 
-    The prompt ends with a line break, so that the label begins on its own line (not with `chat: true`). Two sentences are
-    joined by a line break too, and kept apart in `texts`. `label_name`, where there is one, is what the completion says.
+    The prompt ends with a line break, so that the label begins on its own line (not with `chat: true`). Two
+    sentences are joined by a line break too, and kept apart in `texts`. `label_name`, where there is one, is
+    what the completion says.
     """
 
     columns = (
@@ -25,11 +26,15 @@ class Labelled(Format):
     def read(self, raw):
         pair = next((p for p in PAIRS if raw.get(p[0]) is not None and raw.get(p[1]) is not None), ())
         one = next((n for n in ("text", "sentence", "sequence") if raw.get(n) is not None), "text")
-        texts = [text(raw, name) for name in (pair or (one,))]
+        texts = [text(raw, name) for name in pair or (one,)]
         label = opened(raw["label"] if raw.get("label") is not None else raw.get("labels"), "label")
         if label is None or label == []:
             raise BadRow("label is missing")
         several = label if isinstance(label, list) else [label]
         said = raw.get("label_name") or ", ".join(plain(each, "label") for each in several)
-        told = {"prompt": "\n".join(texts) + ("" if self.chat else "\n"), "completions": [said], "label": label}
+        told = {
+            "prompt": "\n".join(texts) + ("" if self.chat else "\n"),
+            "completions": [said],
+            "label": label,
+        }
         return {**told, "texts": texts} if pair else told

@@ -6,7 +6,8 @@ from luthier.registry import row_format
 
 @row_format(gives="steps")
 class Stepwise(Format):
-    """{"prompt": "2+2*3?", "completions": ["2*3=6", "2+6=9"], "labels": [true, false]}, the steps joined by newlines.
+    """{"prompt": "2+2*3?", "completions": ["2*3=6", "2+6=9"], "labels": [true, false]}, the steps joined by
+    newlines.
 
     `steps` and `step_labels` (one true/false a step) are kept beside the completion.
     """
@@ -15,7 +16,12 @@ class Stepwise(Format):
 
     def read(self, raw):
         steps, marks = opened(raw.get("completions"), "completions"), opened(raw.get("labels"), "labels")
-        if not isinstance(steps, list) or not steps or not isinstance(marks, list) or len(steps) != len(marks):
+        if (
+            not isinstance(steps, list)
+            or not steps
+            or not isinstance(marks, list)
+            or len(steps) != len(marks)
+        ):
             raise BadRow("completions and labels are not two lists of one length")
         steps = [text({"completions": s}, "completions") for s in steps]
         marks = [truth({"labels": m}, "labels") for m in marks]

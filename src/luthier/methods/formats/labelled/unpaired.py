@@ -1,12 +1,23 @@
 """Unpaired feedback: a completion, and whether it was good (KTO)."""
 
-from luthier.methods.formats._base import Format, alike, instruction, last_reply, messages, side, text, tools, truth
+from luthier.methods.formats._base import (
+    Format,
+    alike,
+    instruction,
+    last_reply,
+    messages,
+    side,
+    text,
+    tools,
+    truth,
+)
 from luthier.registry import row_format
 
 
 @row_format(gives="unpaired")
 class Unpaired(Format):
-    """{"prompt": "Hi", "completion": "Hello!", "label": true}; also messages and label, and LLaMA-Factory's kto_tag.
+    """{"prompt": "Hi", "completion": "Hello!", "label": true}; also messages and label, and LLaMA-Factory's
+    kto_tag.
 
     In a conversation the label judges the last assistant turn.
     """
@@ -34,4 +45,10 @@ class Unpaired(Format):
             prompt, completion = side(raw.get("prompt"), "prompt"), side(raw.get("completion"), "completion")
         prompt, completions = alike(prompt, completion)
         score = 1.0 if good else -1.0
-        return {"prompt": prompt, "completions": completions, "scores": [score], "label": good, "tools": tools(raw)}
+        return {
+            "prompt": prompt,
+            "completions": completions,
+            "scores": [score],
+            "label": good,
+            "tools": tools(raw),
+        }

@@ -6,7 +6,8 @@ from luthier.registry import row_format
 
 @row_format(gives="pairs")
 class Pairwise(Format):
-    """{"instruction": "...", "output_1": "...", "output_2": "...", "preference": 1.3}, as AlpacaEval writes them.
+    """{"instruction": "...", "output_1": "...", "output_2": "...", "preference": 1.3}, as AlpacaEval writes
+    them.
 
     The better one comes first; the scores are the shares of the preference, here [0.7, 0.3].
     """
@@ -19,6 +20,8 @@ class Pairwise(Format):
         second = numbers([raw.get("preference")], "preference")[0] - 1
         if not 0 <= second <= 1 or second == 0.5:
             raise BadRow("preference is a tie" if second == 0.5 else "preference is not between 1 and 2")
-        pair = sorted(((1 - second, text(raw, "output_1")), (second, text(raw, "output_2"))), key=lambda p: -p[0])
+        pair = sorted(
+            ((1 - second, text(raw, "output_1")), (second, text(raw, "output_2"))), key=lambda p: -p[0]
+        )
         prompt, completions = alike(asked, *(c for _, c in pair))
         return {"prompt": prompt, "completions": completions, "scores": [s for s, _ in pair]}

@@ -1,4 +1,6 @@
-"""Preference pairs: a chosen and a rejected completion of one prompt, which may be implied by what they share."""
+"""Preference pairs: a chosen and a rejected completion of one prompt, which may be implied by what they
+share.
+"""
 
 from luthier.methods.formats._base import BadRow, Format, alike, instruction, messages, side, tools
 from luthier.registry import row_format
@@ -10,8 +12,8 @@ MARK = "\n\nAssistant:"  # where a reply begins in transcripts such as HH-RLHF
 class Preference(Format):
     """{"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}, as text or as messages.
 
-    Without a prompt column, the prompt is the turns that both begin with; of two texts, what both begin with up to
-    the last reply mark or word.
+    Without a prompt column, the prompt is the turns that both begin with; of two texts, what both begin with
+    up to the last reply mark or word.
     """
 
     columns = (
@@ -36,10 +38,17 @@ class Preference(Format):
             "instruction": lambda value, name: instruction(raw),
         }
         told = [read(raw[name], name) for name, read in readers.items() if raw.get(name) is not None]
-        whole = isinstance(chosen, list) and isinstance(rejected, list) and chosen[0] == rejected[0] and len(chosen) > 1
+        whole = (
+            isinstance(chosen, list)
+            and isinstance(rejected, list)
+            and chosen[0] == rejected[0]
+            and len(chosen) > 1
+        )
         prompt, pair = shared(chosen, rejected) if whole or not told else alike(told[0], chosen, rejected)
         if raw.get("system") and "instruction" not in raw:
-            prompt, pair = alike(prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}], *pair)
+            prompt, pair = alike(
+                prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}], *pair
+            )
             prompt = [{"role": "system", "content": side(raw["system"], "system")}, *prompt]
         return {"prompt": prompt, "completions": pair, "scores": [1.0, 0.0], "tools": tools(raw)}
 
@@ -48,7 +57,10 @@ def shared(chosen, rejected):
     """The prompt that two completions imply, and what is left of them."""
     if type(chosen) is not type(rejected):
         raise BadRow("chosen and rejected are not of one type, and there is no prompt")
-    n = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected)))
+    n = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
+        min(len(chosen), len(rejected)),
+    )
     if isinstance(chosen, str):
         head = chosen[:n]
         mark = head.rfind(MARK)

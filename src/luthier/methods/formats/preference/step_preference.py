@@ -6,7 +6,8 @@ from luthier.registry import row_format
 
 @row_format(gives="pairs")
 class StepPreference(Format):
-    """{"prompt": "2+2*3?", "prefix": "2*3=6\\n", "chosen": "2+6=8", "rejected": "2+6=9"}; prefix may be `initial_reason_steps`.
+    """{"prompt": "2+2*3?", "prefix": "2*3=6\\n", "chosen": "2+6=8", "rejected": "2+6=9"}; prefix may be
+    `initial_reason_steps`.
 
     The prefix is read as the beginning of the reply, and not learned.
     """
@@ -19,4 +20,9 @@ class StepPreference(Format):
         if chosen == rejected:
             raise BadRow("chosen and rejected are the same")
         prompt = side(raw.get("prompt"), "prompt")
-        return {"prompt": prompt, "prefix": text(raw, name, empty=True), "completions": [chosen, rejected], "scores": [1.0, 0.0]}
+        return {
+            "prompt": prompt,
+            "prefix": text(raw, name, empty=True),
+            "completions": [chosen, rejected],
+            "scores": [1.0, 0.0],
+        }

@@ -1,4 +1,6 @@
-"""A prompt and a list of completions without scores: what luthier itself writes, and sets of equally good answers."""
+"""A prompt and a list of completions without scores: what luthier itself writes, and sets of equally good
+answers.
+"""
 
 from luthier.methods.formats._base import BadRow, Format, alike, opened, side, tools
 from luthier.registry import row_format

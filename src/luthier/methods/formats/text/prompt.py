@@ -6,7 +6,9 @@ from luthier.registry import row_format
 
 @row_format(gives="prompts")
 class Prompt(Format):
-    """{"prompt": "2+2=", "answer": "4"}, as text or as messages; also {"question": ...} alone. No completions."""
+    """{"prompt": "2+2=", "answer": "4"}, as text or as messages; also {"question": ...} alone. No
+    completions.
+    """
 
     columns = ("prompt", "question")
     optional = "tools"

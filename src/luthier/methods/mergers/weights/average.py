@@ -1,7 +1,8 @@
 """Model soup: the mean of each tensor over runs that began at one model. Costs one model at inference.
 
-Sums run in float64, so the average of equal tensors is that tensor bit for bit. Of adapters, A and B are averaged apart,
-which is the mean of their products only where one of the two is shared; full weights have no such gap.
+Sums run in float64, so the average of equal tensors is that tensor bit for bit. Of adapters, A and B are
+averaged apart, which is the mean of their products only where one of the two is shared; full weights have no
+such gap.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ import math
 
 import torch
 
-from luthier.methods.mergers._base import Merger
 from luthier.errors import RecipeError
+from luthier.methods.mergers._base import Merger
 from luthier.registry import merger
 
 
@@ -22,7 +23,9 @@ class Average(Merger):
     weights: list[float] | None = None  # of each run, 0 or more; all alike where not given
 
     def __post_init__(self):
-        if self.weights is not None and not (self.weights and min(self.weights) >= 0 and 0 < math.fsum(self.weights) < math.inf):
+        if self.weights is not None and not (
+            self.weights and min(self.weights) >= 0 and 0 < math.fsum(self.weights) < math.inf
+        ):
             raise ValueError("weights must be 0 or more, and not all 0")
 
     @torch.no_grad()

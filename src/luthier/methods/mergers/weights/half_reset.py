@@ -1,7 +1,7 @@
 """Half-reset: after full tuning, a random half of the weights goes back to what it was in the base model.
 
-HFT's observation that led to half tuning: much of what was forgotten returns. The half is drawn as tuner 'hft' draws its
-own. `start: {merge: half_reset, of: [runs/full]}`.
+HFT's observation that led to half tuning: much of what was forgotten returns. The half is drawn as tuner
+'hft' draws its own. `start: {merge: half_reset, of: [runs/full]}`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,18 @@ import torch
 from pydantic import Field
 
 from luthier.clock import Clock
-from luthier.methods.mergers._base import Merger
 from luthier.errors import RecipeError
-from luthier.registry import merger
+from luthier.methods.mergers._base import Merger
 from luthier.model.anatomy import layer_of
+from luthier.registry import merger
 
 
-@merger(paper="arXiv:2404.18466", row="hft", wants="base", contract={"idempotent": "several runs are refused, and one is changed on purpose"})
+@merger(
+    paper="arXiv:2404.18466",
+    row="hft",
+    wants="base",
+    contract={"idempotent": "several runs are refused, and one is changed on purpose"},
+)
 class HalfReset(Merger):
     """One run in; about `ratio` of its layers' weights are the base's afterwards."""
 
@@ -30,12 +35,17 @@ class HalfReset(Merger):
 
         found = self.alike(several)
         if len(several) != 1 or base is None:
-            raise RecipeError(f"merger 'half_reset' takes one run, not {len(several)}, and the base it began with")
+            raise RecipeError(
+                f"merger 'half_reset' takes one run, not {len(several)}, and the base it began with"
+            )
         names = {n.removesuffix(".weight"): n for n in found}  # parameter -> its tensor's name
         sizes = {n: several[0][k].numel() for n, k in names.items() if layer_of(n)}
         reset = half(sizes, self.ratio, Clock(self.selection_seed).rng("half_reset"))
         if not reset:
             raise RecipeError(
-                "merger 'half_reset' finds no layers among what these runs moved: it is for runs of whole weights (full, hft)"
+                "merger 'half_reset' finds no layers among what these runs moved: it is for runs of whole"
+                " weights (full, hft)"
             )
-        return {k: torch.as_tensor(base[k] if n in reset else several[0][k]).clone() for n, k in names.items()}
+        return {
+            k: torch.as_tensor(base[k] if n in reset else several[0][k]).clone() for n, k in names.items()
+        }

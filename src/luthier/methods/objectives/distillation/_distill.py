@@ -1,4 +1,6 @@
-"""Distributions over the next token compared in full: the logits of both sides meet chunk by chunk, never all at once."""
+"""Distributions over the next token compared in full: the logits of both sides meet chunk by chunk, never all
+at once.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from luthier.registry import Range, family
 from luthier.methods.objectives._base import Objective
+from luthier.registry import Range, family
 
 
 def divergence(p: Tensor, q: Tensor) -> Tensor:
@@ -31,8 +33,10 @@ def topped(p: Tensor, q: Tensor, k: int) -> tuple[Tensor, Tensor]:
 class Distill(Objective):
     """Family: a method says how far apart two distributions are. Teacher and policy share a vocabulary."""
 
-    k: Annotated[int, Field(ge=0)] = 0  # the teacher's likeliest tokens that are told apart, the rest as one; 0: all of them
-    temperature: Annotated[float, Field(gt=0), Range(1.0, 4.0)] = 1.0  # softens both sides; the loss is multiplied by its square
+    # the teacher's likeliest tokens that are told apart, the rest as one; 0: all of them
+    k: Annotated[int, Field(ge=0)] = 0
+    # softens both sides; the loss is multiplied by its square
+    temperature: Annotated[float, Field(gt=0), Range(1.0, 4.0)] = 1.0
 
     def apart(self, teacher: Tensor, policy: Tensor) -> Tensor:
         """Log-probabilities of both, [C, outcomes] -> [C]."""

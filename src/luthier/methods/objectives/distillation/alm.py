@@ -1,8 +1,9 @@
 """ALM: distillation from a teacher with another tokenizer, by how likely both find the same spans of text.
 
-The stage `teacher_spans` cuts completions where both tokenizations cut and keeps the teacher's log-probability of each span. Of a
-span as a yes-or-no event (this text, or any other) teacher and policy are compared by KL, on both outcomes. Departs from the
-paper: the prompt's spans are not learned, and no correction is made for spans that a longer token of the teacher would go beyond.
+The stage `teacher_spans` cuts completions where both tokenizations cut and keeps the teacher's
+log-probability of each span. Of a span as a yes-or-no event (this text, or any other) teacher and policy are
+compared by KL, on both outcomes. Departs from the paper: the prompt's spans are not learned, and no
+correction is made for spans that a longer token of the teacher would go beyond.
 """
 
 from typing import Annotated
@@ -11,20 +12,24 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from luthier.registry import Range, objective
 from luthier.methods.objectives._base import Objective
+from luthier.registry import Range, objective
 
 
 @objective(paper="arXiv:2503.20083", wants="completions teacher_spans logprobs")
 class ALM(Objective):
-    """KL of yes-or-no events, p = P(span)^(1/temperature) of the teacher against the policy's, at the token that ends a span."""
+    """KL of yes-or-no events, p = P(span)^(1/temperature) of the teacher against the policy's, at the token
+    that ends a span.
+    """
 
-    temperature: Annotated[float, Field(gt=0), Range(1.0, 100.0, log=True)] = 1.0  # above 1, long unlikely spans still tell apart
+    # above 1, long unlikely spans still tell apart
+    temperature: Annotated[float, Field(gt=0), Range(1.0, 100.0, log=True)] = 1.0
 
     def loss(self, roles, batch):
         told, own = batch.per_token("teacher_spans"), roles.policy.logprobs(batch)
         last = told <= 0
-        span = (last.cumsum(0) - last.long()).clamp(max=int(last.sum()) - 1)  # the number of ends before a token
+        # the number of ends before a token
+        span = (last.cumsum(0) - last.long()).clamp(max=int(last.sum()) - 1)
         policy = own.new_zeros(int(last.sum())).index_add(0, span[told < 1.5], own[told < 1.5])
         apart = event_divergence(told[last] / self.temperature, policy / self.temperature)
         batch.note(divergence=apart)

@@ -1,7 +1,9 @@
-"""Distillation by the generalised Jensen-Shannon divergence (GKD): between the forward and the reverse KL, and bounded.
+"""Distillation by the generalised Jensen-Shannon divergence (GKD): between the forward and the reverse KL,
+and bounded.
 
-beta as in TRL: the teacher's share of the mixture. Towards 0 and 1 it vanishes in proportion to the forward and the
-reverse KL; those two are `distill` and `distill_reverse`. GKD's samples of the policy's own come from a rollout.
+beta as in TRL: the teacher's share of the mixture. Towards 0 and 1 it vanishes in proportion to the forward
+and the reverse KL; those two are `distill` and `distill_reverse`. GKD's samples of the policy's own come from
+a rollout.
 """
 
 import math
@@ -10,8 +12,8 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from luthier.registry import objective
 from luthier.methods.objectives.distillation._distill import Distill, divergence
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2306.13649", wants="completions teacher logprobs top")

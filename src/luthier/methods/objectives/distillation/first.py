@@ -1,15 +1,21 @@
-"""FIRST: distillation from a few of the teacher's probabilities, kept as columns and made trustworthy beforehand.
+"""FIRST: distillation from a few of the teacher's probabilities, kept as columns and made trustworthy
+beforehand.
 
-The stage `teacher_top` writes the teacher's k likeliest tokens at every place, with probabilities that were tempered until
-they are as right as they are sure. The policy is compared with them on these tokens alone, both sides summing to one there.
+The stage `teacher_top` writes the teacher's k likeliest tokens at every place, with probabilities that were
+tempered until they are as right as they are sure. The policy is compared with them on these tokens alone,
+both sides summing to one there.
 """
 
-from luthier.registry import objective
-from luthier.methods.objectives.distillation._distill import divergence
 from luthier.methods.objectives._base import Objective
+from luthier.methods.objectives.distillation._distill import divergence
+from luthier.registry import objective
 
 
-@objective(paper="arXiv:2408.12168", row="first-trustworthy-distillation", wants="completions teacher_ids teacher_logprobs logprobs")
+@objective(
+    paper="arXiv:2408.12168",
+    row="first-trustworthy-distillation",
+    wants="completions teacher_ids teacher_logprobs logprobs",
+)
 class FIRST(Objective):
     """KL(teacher || policy) over the teacher's k likeliest tokens."""
 

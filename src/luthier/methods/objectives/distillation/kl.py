@@ -3,9 +3,9 @@
 Exact over the vocabulary, unlike the one-token estimates that policy gradients use.
 """
 
-from luthier.registry import objective
-from luthier.methods.objectives.distillation._distill import divergence
 from luthier.methods.objectives._base import Objective
+from luthier.methods.objectives.distillation._distill import divergence
+from luthier.registry import objective
 
 
 @objective(wants="completions reference logprobs top")

@@ -1,8 +1,9 @@
-"""PELA's healing: a model of low rank learns to say at every layer what the whole model says, before it is tuned for a task.
+"""PELA's healing: a model of low rank learns to say at every layer what the whole model says, before it is
+tuned for a task.
 
-A term beside the loss on rows (`pela + sft`; written first it shares their reading of the batch), for tuner `pela`, whose
-product of two matrices may also be held within `eps` of the weight that it stands for. The teacher is the whole model:
-`roles: {teacher: off}`. Departs: features are compared at asked tokens alone.
+A term beside the loss on rows (`pela + sft`; written first it shares their reading of the batch), for tuner
+`pela`, whose product of two matrices may also be held within `eps` of the weight that it stands for. The
+teacher is the whole model: `roles: {teacher: off}`. Departs: features are compared at asked tokens alone.
 """
 
 from typing import Annotated
@@ -11,9 +12,9 @@ import torch
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.registry import objective
-from luthier.methods.objectives.distillation._distill import divergence
 from luthier.methods.objectives._base import Objective
+from luthier.methods.objectives.distillation._distill import divergence
+from luthier.registry import objective
 
 NotNegative = Annotated[float, Field(ge=0)]
 
@@ -25,25 +26,39 @@ NotNegative = Annotated[float, Field(ge=0)]
     contract={"head": "features are compared below the head, which it leaves to a loss beside it"},
 )
 class PELA(Objective):
-    """feature * mean over layers of the states' mean squared error + distillation * KL + perturbation * (||BA - W|| - eps)^2."""
+    """feature * mean over layers of the states' mean squared error + distillation * KL + perturbation * (||BA
+    - W|| - eps)^2.
+    """
 
     feature: NotNegative = 1.0  # weight of the states' error
     distillation: NotNegative = 0.0  # weight of KL(teacher || policy) of the answers
-    perturbation: NotNegative = 0.0  # weight of how far products stand from eps, the mean over matrices; for tuner pela
+    # weight of how far products stand from eps, the mean over matrices; for tuner pela
+    perturbation: NotNegative = 0.0
     eps: NotNegative = 1e-3  # the largest sum of a row of |BA - W| that costs nothing
 
     def loss(self, roles, batch):
         ours, theirs = roles.policy.layers(batch), roles.teacher.layers(batch)
         if len(ours) != len(theirs):
-            raise RecipeError(f"pela compares layer by layer: the policy has {len(ours)} and the teacher {len(theirs)}")
-        value = self.feature * torch.stack([(b.float() - a.float()).square().mean(1) for a, b in zip(ours, theirs, strict=True)]).mean(0)
+            raise RecipeError(
+                f"pela compares layer by layer: the policy has {len(ours)} and the teacher {len(theirs)}"
+            )
+        value = self.feature * torch.stack(
+            [(b.float() - a.float()).square().mean(1) for a, b in zip(ours, theirs, strict=True)]
+        ).mean(0)
         if self.distillation:
             kl = lambda z, t: divergence(t.log_softmax(-1), z.log_softmax(-1))
-            value = value + self.distillation * roles.policy.outputs(batch).apply(kl, beside=[roles.teacher.outputs(batch)])
+            value = value + self.distillation * roles.policy.outputs(batch).apply(
+                kl, beside=[roles.teacher.outputs(batch)]
+            )
         if self.perturbation:
-            drift = getattr(roles.tuner, "drift", None) or getattr(getattr(roles.tuner, "attached", None), "drift", None)
+            drift = getattr(roles.tuner, "drift", None) or getattr(
+                getattr(roles.tuner, "attached", None), "drift", None
+            )
             if drift is None:
-                raise RecipeError("pela: perturbation is of products of two matrices, which tuner 'pela' makes; set it to 0 with others")
+                raise RecipeError(
+                    "pela: perturbation is of products of two matrices, which tuner 'pela' makes; set it to 0"
+                    " with others"
+                )
             value = value + self.perturbation * torch.stack([far(gap, self.eps) for gap in drift()]).mean()
         return value
 

@@ -1,12 +1,14 @@
-"""Self-distillation while pretraining further: the hidden states of the text as it is stay near those of a teacher.
+"""Self-distillation while pretraining further: the hidden states of the text as it is stay near those of a
+teacher.
 
-A regulariser beside the masked (or the next-token) loss: `sft + self_distill`, the teacher being the same network after a
-first round on the same texts, the policy begun again from where that round began. Departs from the paper: states are
-compared where a token is asked, and the square is averaged over the width, so that lambda means the same at every size.
+A regulariser beside the masked (or the next-token) loss: `sft + self_distill`, the teacher being the same
+network after a first round on the same texts, the policy begun again from where that round began. Departs
+from the paper: states are compared where a token is asked, and the square is averaged over the width, so that
+lambda means the same at every size.
 """
 
-from luthier.registry import objective
 from luthier.methods.objectives._base import Objective
+from luthier.registry import objective
 
 
 @objective(

@@ -1,16 +1,18 @@
-"""SquareHead: at every layer the states are to be the dense teacher's, each layer's error measured by the teacher's own size.
+"""SquareHead: at every layer the states are to be the dense teacher's, each layer's error measured by the
+teacher's own size.
 
-A term for tuning what was pruned, beside the loss on rows and, where wanted, `distill`: `squarehead + sft` (written first it
-shares their reading of the batch). The teacher is the model before pruning: `roles: {teacher: start}` under tuner `pruned`.
-Departs: the error is normalised at each asked token instead of over all tokens of a batch, so that it does not depend on how
-a batch is split, and a few tokens of enormous states do not decide alone; tokens of a prompt that nobody asks are left out.
+A term for tuning what was pruned, beside the loss on rows and, where wanted, `distill`: `squarehead + sft`
+(written first it shares their reading of the batch). The teacher is the model before pruning: `roles:
+{teacher: start}` under tuner `pruned`. Departs: the error is normalised at each asked token instead of over
+all tokens of a batch, so that it does not depend on how a batch is split, and a few tokens of enormous states
+do not decide alone; tokens of a prompt that nobody asks are left out.
 """
 
 import torch
 
 from luthier.errors import RecipeError
-from luthier.registry import objective
 from luthier.methods.objectives._base import Objective
+from luthier.registry import objective
 
 
 @objective(
@@ -25,7 +27,10 @@ class SquareHead(Objective):
     def loss(self, roles, batch):
         ours, theirs = roles.policy.layers(batch), roles.teacher.layers(batch)
         if len(ours) != len(theirs):
-            raise RecipeError(f"squarehead compares layer by layer: the policy has {len(ours)} and the teacher {len(theirs)}")
+            raise RecipeError(
+                f"squarehead compares layer by layer: the policy has {len(ours)} and the teacher"
+                f" {len(theirs)}"
+            )
         pairs = [(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True)]
         each = [(b - a).square().sum(1) / b.square().sum(1).clamp(min=1e-12) for a, b in pairs]
         each = torch.stack(each)

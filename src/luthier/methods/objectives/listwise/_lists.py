@@ -1,7 +1,8 @@
-"""Ranked lists: what the completions of a row have to do with each other, each of them, and not only the best and the worst.
+"""Ranked lists: what the completions of a row have to do with each other, each of them, and not only the best
+and the worst.
 
-A value per completion is beta times its log-ratio to the reference; a method says what a ranking of values costs, given the
-scores. A list of two is a pair.
+A value per completion is beta times its log-ratio to the reference; a method says what a ranking of values
+costs, given the scores. A list of two is a pair.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.model.batch import Batch
-from luthier.registry import family
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Beta, log_ratios
+from luthier.model.batch import Batch
+from luthier.registry import family
 
 
 @family
 class Lists(Objective):
-    """Family: `cost` says what the values [N] of a batch cost each row [G]. Scores of one row are compared, never across rows."""
+    """Family: `cost` says what the values [N] of a batch cost each row [G]. Scores of one row are compared,
+    never across rows.
+    """
 
     unit = "group"
 
@@ -52,7 +55,9 @@ def ordered(batch: Batch) -> tuple[Tensor, Tensor]:
                     worse.append(first + j)
         first += len(scores)
     device = batch.ids.device
-    return torch.tensor(better, dtype=torch.long, device=device), torch.tensor(worse, dtype=torch.long, device=device)
+    return torch.tensor(better, dtype=torch.long, device=device), torch.tensor(
+        worse, dtype=torch.long, device=device
+    )
 
 
 def by_row(batch: Batch, places: Tensor, costs: Tensor, mean: bool = False) -> Tensor:

@@ -1,8 +1,10 @@
-"""DPO over every pair of a ranked list, not only the best against the worst. Also called pairwise logistic, DPO-BT."""
+"""DPO over every pair of a ranked list, not only the best against the worst. Also called pairwise logistic,
+DPO-BT.
+"""
 
-from luthier.registry import objective
 from luthier.methods.objectives.listwise._lists import Lists, by_row, ordered
 from luthier.methods.objectives.preference._pairs import logistic
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2402.01878", row="lipo-lambda", wants="completions scores reference logprobs")

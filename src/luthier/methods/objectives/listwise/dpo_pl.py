@@ -1,12 +1,13 @@
-"""DPO over a whole ranking: the likelihood of the list in its order under Plackett and Luce. Also called list-MLE.
+"""DPO over a whole ranking: the likelihood of the list in its order under Plackett and Luce. Also called
+list-MLE.
 
 Completions of one score have no order: each is compared with all that score lower, and not with its equals.
 """
 
 import torch
 
-from luthier.registry import objective
 from luthier.methods.objectives.listwise._lists import Lists, by_row, ordered
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2402.01878", row="lipo-lambda", wants="completions scores reference logprobs")
@@ -15,6 +16,8 @@ class DPOPL(Lists):
 
     def cost(self, values, batch):
         better, worse = ordered(batch)
-        below = torch.full((len(values), len(values)), -torch.inf, device=values.device).index_put((better, worse), values[worse])
+        below = torch.full((len(values), len(values)), -torch.inf, device=values.device).index_put(
+            (better, worse), values[worse]
+        )
         rest = torch.cat([values[:, None], below], 1).logsumexp(1) - values  # 0 for the last of a list
         return by_row(batch, torch.arange(len(values), device=values.device), rest)

@@ -1,16 +1,20 @@
-"""LiPO with lambda weights: every pair of a ranked list counts as much as swapping the two would change the DCG.
+"""LiPO with lambda weights: every pair of a ranked list counts as much as swapping the two would change the
+DCG.
 
-Scores are labels in [0, 1], as a reward model's win rate gives them. Ranks are those of the policy's own values now.
+Scores are labels in [0, 1], as a reward model's win rate gives them. Ranks are those of the policy's own
+values now.
 """
 
-from luthier.registry import objective
 from luthier.methods.objectives.listwise._lists import Lists, by_row, ordered, rank
 from luthier.methods.objectives.preference._pairs import logistic
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2402.01878", row="lipo-lambda", wants="completions scores reference logprobs")
 class LiPO(Lists):
-    """Sum over pairs of |2^score_i - 2^score_j| * |1 / log(1 + rank_i) - 1 / log(1 + rank_j)| * -log sigmoid(s_i - s_j)."""
+    """Sum over pairs of |2^score_i - 2^score_j| * |1 / log(1 + rank_i) - 1 / log(1 + rank_j)| * -log
+    sigmoid(s_i - s_j).
+    """
 
     mean: bool = False  # the mean over a row's pairs, not the sum
 

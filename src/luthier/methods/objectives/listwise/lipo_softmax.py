@@ -1,14 +1,15 @@
-"""Softmax cross-entropy over a list: the policy's choice among a row's completions is to be as the scores have it.
+"""Softmax cross-entropy over a list: the policy's choice among a row's completions is to be as the scores
+have it.
 
-Of the labels the paper takes the scores as they are; with a temperature they are softmax(score / temperature), which any
-scores allow. Towards 0 the best one takes all.
+Of the labels the paper takes the scores as they are; with a temperature they are softmax(score /
+temperature), which any scores allow. Towards 0 the best one takes all.
 """
 
 import torch
 
-from luthier.registry import objective
 from luthier.methods.objectives.listwise._lists import Lists, by_row
 from luthier.methods.objectives.preference._pairs import Positive
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2402.01878", row="lipo-lambda", wants="completions scores reference logprobs")

@@ -1,12 +1,12 @@
 """Reward-weighted regression: likelihood of every completion, the more the better it scores within its row.
 
-No negative gradient: a bad completion only weighs less. Departs: weights are a softmax within the row, so no scale of
-scores is too large, and equal scores are plain SFT.
+No negative gradient: a bad completion only weighs less. Departs: weights are a softmax within the row, so no
+scale of scores is too large, and equal scores are plain SFT.
 """
 
-from luthier.registry import objective
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Beta
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2404.14367", row="onpolicy-negative-gradient", wants="completions scores logprobs")

@@ -1,8 +1,8 @@
 """Policy gradients on sampled completions, judged against the other completions of their row.
 
-The importance ratio is against the policy that sampled (column `old`, the log-probability of each token then); rows
-without the column were sampled by the policy as it is, and the ratio is 1. Log-probabilities are those of the model
-itself: sample at temperature 1, or the ratio of a fresh sample is not that of its sampler.
+The importance ratio is against the policy that sampled (column `old`, the log-probability of each token
+then); rows without the column were sampled by the policy as it is, and the ratio is 1. Log-probabilities are
+those of the model itself: sample at temperature 1, or the ratio of a fresh sample is not that of its sampler.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from luthier.methods.objectives._base import Objective
 from luthier.model.batch import Batch
 from luthier.registry import Range, family
-from luthier.methods.objectives._base import Objective
 
 NotNegative = Annotated[float, Field(ge=0)]
 KLWeight = Annotated[NotNegative, Range(1e-3, 0.1, log=True)]
@@ -44,8 +44,10 @@ class PolicyGradient(Objective):
     epsilon: Annotated[NotNegative, Range(0.05, 0.4)] = 0.2  # the ratio counts from 1 - epsilon
     epsilon_high: NotNegative | None = None  # to 1 + epsilon_high; null: epsilon
     beta: KLWeight = 0.0  # weight of the KL to the reference; at 0 nobody need play it
-    scale_rewards: Literal["group", "batch", "none"] = "group"  # advantages over the deviation in their row, in the micro-batch, or as is
-    use_bias_correction_kl: bool = True  # weigh the KL by the ratio, so that its gradient is the KL's own; false: as in GRPO's paper
+    # advantages over the deviation in their row, in the micro-batch, or as is
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    # weigh the KL by the ratio, so that its gradient is the KL's own; false: as in GRPO's paper
+    use_bias_correction_kl: bool = True
 
     @property
     def needs(self):
@@ -59,8 +61,8 @@ class PolicyGradient(Objective):
     def tokens(self, roles: Any, batch: Batch) -> Tensor:
         """[T] -min(ratio * A, clipped ratio * A), plus beta times an estimate of KL(policy || reference).
 
-        The estimate is Schulman's k3. Alone it has the right mean but the gradient of the KL the other way round;
-        times the ratio (arXiv:2512.02556) it has both right.
+        The estimate is Schulman's k3. Alone it has the right mean but the gradient of the KL the other way
+        round; times the ratio (arXiv:2512.02556) it has both right.
         """
         logp, advantage = roles.policy.logprobs(batch), self.advantages(batch)[batch.owner]
         old = batch.per_token("old") if "old" in batch.rows[0] else logp.detach()

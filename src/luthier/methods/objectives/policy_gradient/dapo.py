@@ -1,11 +1,11 @@
 """DAPO's loss: GRPO averaged over tokens, clipped higher above than below, no KL.
 
-The average is over the tokens of the global batch; TRL's `bnpo` is the same on each micro-batch. The paper's other
-parts are not losses: dynamic sampling is a stage, the penalty on overlong completions a reward.
+The average is over the tokens of the global batch; TRL's `bnpo` is the same on each micro-batch. The paper's
+other parts are not losses: dynamic sampling is a stage, the penalty on overlong completions a reward.
 """
 
-from luthier.registry import objective
 from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegative, PolicyGradient
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2503.14476", wants="samples scores logprobs")

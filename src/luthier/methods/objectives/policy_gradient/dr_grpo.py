@@ -1,14 +1,15 @@
 """Dr. GRPO: GRPO without its two biases, towards long wrong completions and towards rows of little spread.
 
-A completion's sum is divided by one constant, not by its length, and advantages are not divided by the deviation.
+A completion's sum is divided by one constant, not by its length, and advantages are not divided by the
+deviation.
 """
 
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from luthier.registry import objective
 from luthier.methods.objectives.policy_gradient._policy_gradient import PolicyGradient
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2503.20783", wants="samples scores logprobs")
@@ -17,8 +18,10 @@ class DrGRPO(PolicyGradient):
 
     unit = "sequence"
 
-    scale_rewards: Literal["group", "batch", "none"] = "none"  # advantages over the deviation in their row, in the micro-batch, or as is
-    max_completion_length: Annotated[int, Field(ge=1)] = 256  # what every sum is divided by; the rollout's max_new_tokens
+    # advantages over the deviation in their row, in the micro-batch, or as is
+    scale_rewards: Literal["group", "batch", "none"] = "none"
+    # what every sum is divided by; the rollout's max_new_tokens
+    max_completion_length: Annotated[int, Field(ge=1)] = 256
 
     def loss(self, roles, batch):
         return batch.sums(self.tokens(roles, batch)) / self.max_completion_length

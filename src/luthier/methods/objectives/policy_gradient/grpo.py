@@ -1,12 +1,12 @@
 """Group relative policy optimization: completions of one prompt are judged against each other, no critic.
 
-As in the paper, tokens are averaged within a completion first, so each completion weighs alike whatever its length
-(TRL's loss_type `grpo`; its default is `dapo`, and its default beta 0). Departs from the paper in the gradient of the
-KL, as TRL does: see use_bias_correction_kl.
+As in the paper, tokens are averaged within a completion first, so each completion weighs alike whatever its
+length (TRL's loss_type `grpo`; its default is `dapo`, and its default beta 0). Departs from the paper in the
+gradient of the KL, as TRL does: see use_bias_correction_kl.
 """
 
-from luthier.registry import objective
 from luthier.methods.objectives.policy_gradient._policy_gradient import KLWeight, PolicyGradient
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2402.03300", wants="samples scores reference logprobs")

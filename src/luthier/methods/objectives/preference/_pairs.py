@@ -1,8 +1,8 @@
 """Preferences: what the best and the worst completion of a row have to do with each other.
 
-A value per completion (here the log-ratio to the reference, summed over its tokens), and what a margin between the two
-values costs. Methods without a reference, or with another normalisation, say their own `values`; those that look at each
-side by itself say what a `pair` costs.
+A value per completion (here the log-ratio to the reference, summed over its tokens), and what a margin
+between the two values costs. Methods without a reference, or with another normalisation, say their own
+`values`; those that look at each side by itself say what a `pair` costs.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from luthier.methods.objectives._base import Objective
 from luthier.model.batch import Batch
 from luthier.registry import Range, family
-from luthier.methods.objectives._base import Objective
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -29,7 +29,9 @@ def log_ratios(roles: Any, batch: Batch) -> Tensor:
 
 
 def best_and_worst(batch: Batch) -> tuple[Tensor, Tensor]:
-    """[G], [G] the sequence of highest and of lowest score in each row; the same one where all scores are equal."""
+    """[G], [G] the sequence of highest and of lowest score in each row; the same one where all scores are
+    equal.
+    """
     best, worst, first = [], [], 0
     for row in batch.rows:
         scores = row["scores"]
@@ -41,7 +43,9 @@ def best_and_worst(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def logistic(x: Tensor, wrong: float = 0.0) -> Tensor:
-    """-log sigmoid(x); where a share `wrong` of the labels is taken to be the wrong way round, the mixture of both ways."""
+    """-log sigmoid(x); where a share `wrong` of the labels is taken to be the wrong way round, the mixture of
+    both ways.
+    """
     return -(1 - wrong) * F.logsigmoid(x) - wrong * F.logsigmoid(-x) if wrong else -F.logsigmoid(x)
 
 
@@ -53,7 +57,9 @@ def log1mexp(x: Tensor) -> Tensor:
 
 @family
 class Pairs(Objective):
-    """Family: a method says what a margin costs. A row whose completions score alike costs a constant: no gradient."""
+    """Family: a method says what a margin costs. A row whose completions score alike costs a constant: no
+    gradient.
+    """
 
     unit = "group"
 

@@ -1,11 +1,12 @@
-"""AOT: the margins of the batch as a whole are to exceed the reference's, place by place in their order, not pair by pair.
+"""AOT: the margins of the batch as a whole are to exceed the reference's, place by place in their order, not
+pair by pair.
 
-Sorted are the margins of one micro-batch, so this is an exception to "accumulation changes nothing": a micro-batch of one
-row is DPO. Rows whose completions score alike stay out of the order.
+Sorted are the margins of one micro-batch, so this is an exception to "accumulation changes nothing": a
+micro-batch of one row is DPO. Rows whose completions score alike stay out of the order.
 """
 
-from luthier.registry import objective
 from luthier.methods.objectives.preference._pairs import Pairs, Probability, best_and_worst, logistic
+from luthier.registry import objective
 
 SORTED = "margins are put in order within one micro-batch"
 

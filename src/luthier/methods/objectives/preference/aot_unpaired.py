@@ -1,12 +1,13 @@
-"""AOT on unpaired sides: the chosen completions of the batch as a whole are to be liked better than the rejected ones.
+"""AOT on unpaired sides: the chosen completions of the batch as a whole are to be liked better than the
+rejected ones.
 
-The k-th smallest log-ratio of the chosen is compared with the k-th smallest of the rejected, whatever row they are of.
-Sorted within one micro-batch, as in `aot`.
+The k-th smallest log-ratio of the chosen is compared with the k-th smallest of the rejected, whatever row
+they are of. Sorted within one micro-batch, as in `aot`.
 """
 
-from luthier.registry import objective
 from luthier.methods.objectives.preference._pairs import Pairs, Probability, best_and_worst, logistic
 from luthier.methods.objectives.preference.aot import SORTED
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2406.05882", wants="pairs reference logprobs", contract={"accumulation": SORTED})

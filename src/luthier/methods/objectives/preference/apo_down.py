@@ -5,8 +5,8 @@ For pairs whose chosen side is worse than what the model says by itself.
 
 import torch
 
-from luthier.registry import objective
 from luthier.methods.objectives.preference._pairs import Pairs
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2408.06266", wants="pairs reference logprobs")

@@ -1,10 +1,12 @@
-"""APO-zero without pairs: good completions (score above 0) become likelier than the reference has them, bad ones less likely."""
+"""APO-zero without pairs: good completions (score above 0) become likelier than the reference has them, bad
+ones less likely.
+"""
 
 import torch
 
-from luthier.registry import objective
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Beta, Positive, log_ratios
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2408.06266", wants="completions scores reference logprobs")

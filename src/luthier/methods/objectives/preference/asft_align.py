@@ -1,12 +1,13 @@
-"""ASFT, aligned SFT: the chosen one likelier and the rejected one less likely, each for itself, without a reference.
+"""ASFT, aligned SFT: the chosen one likelier and the rejected one less likely, each for itself, without a
+reference.
 
-p is the mean probability of a token (the paper's length normalisation is taken to be the geometric mean). Two terms:
-`chosen_sft`, and beta times this. Not the later "anchored SFT" of the same letters.
+p is the mean probability of a token (the paper's length normalisation is taken to be the geometric mean). Two
+terms: `chosen_sft`, and beta times this. Not the later "anchored SFT" of the same letters.
 """
 
-from luthier.registry import objective
 from luthier.methods.objectives.preference._pairs import Pairs, log1mexp
 from luthier.methods.objectives.preference.chosen_sft import ChosenSFT
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2409.10571", row="asft-align", wants="pairs logprobs")

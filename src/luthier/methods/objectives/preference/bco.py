@@ -1,22 +1,30 @@
-"""Binary classifier optimization without pairs: is a completion good (score above 0)? The implicit reward must say so.
+"""Binary classifier optimization without pairs: is a completion good (score above 0)? The implicit reward
+must say so.
 
-Rewards are shifted by the middle between the mean of the good and the mean of the bad ones, so that the classifier need
-not learn an offset. Departs: that middle is of one micro-batch (the paper keeps a running mean over steps, which would make
-a step depend on its history), and the density ratio for prompts of unlike kinds is left out.
+Rewards are shifted by the middle between the mean of the good and the mean of the bad ones, so that the
+classifier need not learn an offset. Departs: that middle is of one micro-batch (the paper keeps a running
+mean over steps, which would make a step depend on its history), and the density ratio for prompts of unlike
+kinds is left out.
 """
 
 import torch
 
-from luthier.registry import objective
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Beta, Positive, log_ratios, logistic
+from luthier.registry import objective
 
 SHIFTED = "the shift of rewards is the middle of one micro-batch"
 
 
-@objective(paper="arXiv:2404.04656", wants="completions scores reference logprobs", contract={"accumulation": SHIFTED})
+@objective(
+    paper="arXiv:2404.04656",
+    wants="completions scores reference logprobs",
+    contract={"accumulation": SHIFTED},
+)
 class BCO(Objective):
-    """weight * -log s(r - shift) of a good completion, weight * -log s(shift - r) of a bad one, r = beta * log-ratio."""
+    """weight * -log s(r - shift) of a good completion, weight * -log s(shift - r) of a bad one, r = beta *
+    log-ratio.
+    """
 
     unit = "sequence"
 

@@ -1,10 +1,11 @@
-"""Binary classifier optimization on pairs: the chosen one is to be told as good, the rejected one as bad, each by itself.
+"""Binary classifier optimization on pairs: the chosen one is to be told as good, the rejected one as bad,
+each by itself.
 
 As TRL has it: without the reward shift of the paper, which `bco` has.
 """
 
-from luthier.registry import objective
 from luthier.methods.objectives.preference._pairs import Pairs, logistic
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2404.04656", wants="pairs reference logprobs")

@@ -1,14 +1,15 @@
 """The SFT term beside a preference loss: RPO is `dpo + 1.0*chosen_sft`. Keeps the chosen completion likely.
 
-The average is over the chosen tokens of the global batch (TRL's `sft` loss: of each micro-batch); the papers sum over a
-completion (2405.16436) or average within it (2404.19733). Rows whose completions score alike have no best: no tokens.
+The average is over the chosen tokens of the global batch (TRL's `sft` loss: of each micro-batch); the papers
+sum over a completion (2405.16436) or average within it (2404.19733). Rows whose completions score alike have
+no best: no tokens.
 """
 
 import torch
 
-from luthier.registry import objective
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import best_and_worst
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2405.16436", row="rpo-sft-reg", wants="pairs logprobs")

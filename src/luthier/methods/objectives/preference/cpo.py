@@ -1,17 +1,20 @@
 """Contrastive preference optimization: DPO without a reference, beside the likelihood of the chosen one.
 
-The reference is taken to be uniform, so no second model is read. Two terms: this one, and cpo_alpha times `chosen_sft`.
+The reference is taken to be uniform, so no second model is read. Two terms: this one, and cpo_alpha times
+`chosen_sft`.
 """
 
-from luthier.registry import objective
-from luthier.methods.objectives.preference._pairs import Pairs, Probability, logistic
 from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegative
+from luthier.methods.objectives.preference._pairs import Pairs, Probability, logistic
 from luthier.methods.objectives.preference.chosen_sft import ChosenSFT
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2401.08417", wants="pairs logprobs")
 class CPO(Pairs):
-    """-log sigmoid(beta * (log p of the best - log p of the worst)) + cpo_alpha * (-log p of each token of the best)."""
+    """-log sigmoid(beta * (log p of the best - log p of the worst)) + cpo_alpha * (-log p of each token of
+    the best).
+    """
 
     label_smoothing: Probability = 0.0  # share of pairs that may be labelled the wrong way round
     cpo_alpha: NotNegative = 1.0  # weight of the likelihood of the chosen one

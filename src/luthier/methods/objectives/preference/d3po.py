@@ -1,7 +1,8 @@
 """D3PO, in its form for steps: a pair's verdict holds for each of its steps, and each step is DPO by itself.
 
-A step is `step` tokens of the completion; the k-th steps of both sides are compared, as far as both go. The ratio of a step
-is clipped, so that a step that has gone far enough teaches nothing. (The denoising form has one step of sampling for each.)
+A step is `step` tokens of the completion; the k-th steps of both sides are compared, as far as both go. The
+ratio of a step is clipped, so that a step that has gone far enough teaches nothing. (The denoising form has
+one step of sampling for each.)
 """
 
 from typing import Annotated
@@ -9,14 +10,16 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from luthier.registry import objective
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Beta, best_and_worst, log_ratios, logistic
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2311.13231", row="d3po", wants="pairs reference logprobs")
 class D3PO(Objective):
-    """-log sigmoid(beta * (clipped log-ratio of the best's step - clipped log-ratio of the worst's step)), one per step."""
+    """-log sigmoid(beta * (clipped log-ratio of the best's step - clipped log-ratio of the worst's step)),
+    one per step.
+    """
 
     beta: Beta = 0.1  # strength of the pull towards the reference
     eps: Annotated[float, Field(gt=0, lt=1)] = 0.1  # a step's ratio counts from 1 - eps to 1 + eps
@@ -35,7 +38,8 @@ class D3PO(Objective):
         longest = -(-int(batch.lengths.max()) // self.step)
         cell = batch.owner * longest + batch.place // self.step
         ratios = log_ratios(roles, batch)
-        table = ratios.new_zeros(len(batch.completion) * longest).index_add(0, cell, ratios).view(-1, longest)  # [N, steps]
+        # [N, steps]
+        table = ratios.new_zeros(len(batch.completion) * longest).index_add(0, cell, ratios).view(-1, longest)
         clipped = torch.clamp(table.exp(), 1 - self.eps, 1 + self.eps).log()
         best, worst = best_and_worst(batch)
         there = torch.arange(longest, device=table.device) < self.steps(batch)[:, None]

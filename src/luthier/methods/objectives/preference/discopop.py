@@ -1,12 +1,13 @@
-"""DiscoPOP: the loss that a language model found by search: logistic where the margin is small, exponential where it is large.
+"""DiscoPOP: the loss that a language model found by search: logistic where the margin is small, exponential
+where it is large.
 
 The exponential part is not bounded below zero margins: keep beta small.
 """
 
 import torch
 
-from luthier.registry import objective
 from luthier.methods.objectives.preference._pairs import Pairs, Positive, logistic
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2406.08414", wants="pairs reference logprobs")

@@ -1,10 +1,11 @@
 """Direct preference optimization: a reward model's loss on the policy's own log-ratios.
 
-With label_smoothing it is conservative DPO (cDPO): that share of the pairs is taken to be labelled the wrong way round.
+With label_smoothing it is conservative DPO (cDPO): that share of the pairs is taken to be labelled the wrong
+way round.
 """
 
-from luthier.registry import objective
 from luthier.methods.objectives.preference._pairs import Pairs, Probability, logistic
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2305.18290", wants="pairs reference logprobs")

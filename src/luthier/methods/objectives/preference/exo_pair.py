@@ -1,4 +1,5 @@
-"""EXO on pairs: the reverse KL of the policy's choice between the two to a smoothed label, where DPO has the forward KL.
+"""EXO on pairs: the reverse KL of the policy's choice between the two to a smoothed label, where DPO has the
+forward KL.
 
 The paper's form for lists of K samples is left out; its labels need a reward model.
 """
@@ -9,16 +10,19 @@ from typing import Annotated
 import torch.nn.functional as F
 from pydantic import Field
 
-from luthier.registry import objective
 from luthier.methods.objectives.preference._pairs import Pairs
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2402.00856", wants="pairs reference logprobs")
 class EXO(Pairs):
     """KL(q || p), q = [s(beta * margin), s(-beta * margin)], p = [1 - label_smoothing, label_smoothing]."""
 
-    label_smoothing: Annotated[float, Field(gt=0, lt=1)] = 1e-3  # p of the rejected one; at 0 the KL would be infinite
+    # p of the rejected one; at 0 the KL would be infinite
+    label_smoothing: Annotated[float, Field(gt=0, lt=1)] = 1e-3
 
     def cost(self, margin):
         won, lost = F.logsigmoid(self.beta * margin), F.logsigmoid(-self.beta * margin)
-        return won.exp() * (won - math.log1p(-self.label_smoothing)) + lost.exp() * (lost - math.log(self.label_smoothing))
+        return won.exp() * (won - math.log1p(-self.label_smoothing)) + lost.exp() * (
+            lost - math.log(self.label_smoothing)
+        )

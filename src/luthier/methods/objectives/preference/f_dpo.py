@@ -1,4 +1,5 @@
-"""f-DPO: DPO under another divergence to the reference than the reverse KL, which lets the policy cover more or less.
+"""f-DPO: DPO under another divergence to the reference than the reverse KL, which lets the policy cover more
+or less.
 
 The implicit reward is beta * f'(policy / reference), f' the derivative of the divergence's generator.
 """
@@ -8,14 +9,16 @@ from typing import Literal
 
 import torch.nn.functional as F
 
-from luthier.registry import objective
 from luthier.methods.objectives.preference.dpo import DPO
+from luthier.registry import objective
 
 DERIVATIVES = {  # f'(t) of t = exp(u), up to a constant; a: f_alpha_divergence_coef
     "reverse_kl": lambda u, a: u,
     "forward_kl": lambda u, a: 1 - (-u).exp(),
     "js_divergence": lambda u, a: math.log(2) + F.logsigmoid(u),
-    "alpha_divergence": lambda u, a: u if abs(a - 1) < 1e-6 else ((a - 1) * u).clamp(max=80).expm1() / (a - 1),
+    "alpha_divergence": lambda u, a: (
+        u if abs(a - 1) < 1e-6 else ((a - 1) * u).clamp(max=80).expm1() / (a - 1)
+    ),
 }
 
 
@@ -23,8 +26,12 @@ DERIVATIVES = {  # f'(t) of t = exp(u), up to a constant; a: f_alpha_divergence_
 class FDPO(DPO):
     """-log sigmoid(beta * (f'(ratio of the best) - f'(ratio of the worst)))."""
 
-    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "js_divergence"  # reverse_kl is DPO
-    f_alpha_divergence_coef: float = 0.5  # of alpha_divergence: towards 1 the reverse KL, towards 0 the forward KL
+    # reverse_kl is DPO
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = (
+        "js_divergence"
+    )
+    # of alpha_divergence: towards 1 the reverse KL, towards 0 the forward KL
+    f_alpha_divergence_coef: float = 0.5
 
     def values(self, roles, batch):
         return DERIVATIVES[self.f_divergence_type](super().values(roles, batch), self.f_alpha_divergence_coef)

@@ -1,10 +1,11 @@
 """The hinge loss of SLiC on DPO's margin, as normalised in RSO: pairs that are apart enough teach nothing.
 
-RSO also samples its pairs by rejection; that is a matter of stages. SLiC-HF itself has no reference and adds an SFT term.
+RSO also samples its pairs by rejection; that is a matter of stages. SLiC-HF itself has no reference and adds
+an SFT term.
 """
 
-from luthier.registry import objective
 from luthier.methods.objectives.preference._pairs import Pairs
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2309.06657", wants="pairs reference logprobs")

@@ -1,10 +1,11 @@
 """Identity preference optimization: the margin is pulled to a target in place of ever further.
 
-Departs from the paper's formula as its authors' own runs and TRL do: log-ratios are means over tokens, not sums.
+Departs from the paper's formula as its authors' own runs and TRL do: log-ratios are means over tokens, not
+sums.
 """
 
-from luthier.registry import objective
 from luthier.methods.objectives.preference._pairs import Pairs, log_ratios
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2310.12036", wants="pairs reference logprobs")

@@ -1,17 +1,18 @@
 """Kahneman-Tversky optimization: completions that are each good (score above 0) or bad, no pairs needed.
 
-The reference point z0, how far the policy has drifted on average, is measured as in the authors' code and TRL: every
-completion under the prompt of the next row of the micro-batch, without gradient. It is a statistic of the micro-batch,
-so this is an exception to "accumulation changes nothing"; a micro-batch of one row has no other prompt, and z0 = 0.
+The reference point z0, how far the policy has drifted on average, is measured as in the authors' code and
+TRL: every completion under the prompt of the next row of the micro-batch, without gradient. It is a statistic
+of the micro-batch, so this is an exception to "accumulation changes nothing"; a micro-batch of one row has no
+other prompt, and z0 = 0.
 """
 
 import torch
 
 from luthier.errors import RecipeError
-from luthier.registry import objective
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Beta, Positive, log_ratios
 from luthier.model.policy import Policy
+from luthier.registry import objective
 
 NEIGHBOURS = "z0 is measured on the rows of one micro-batch, each completion under the next row's prompt"
 
@@ -35,8 +36,8 @@ class KTO(Objective):
         """z0: the mean log-ratio of mismatched completions, not below zero."""
         if not isinstance(roles.reference, Policy):
             raise RecipeError(
-                "kto asks the reference about completions under other prompts, which a column of the rows cannot answer; "
-                "let a network play it, e.g. `roles: {reference: start}`"
+                "kto asks the reference about completions under other prompts, which a column of the rows"
+                " cannot answer; let a network play it, e.g. `roles: {reference: start}`"
             )
         if len(batch.rows) < 2:
             return torch.zeros((), device=batch.ids.device)
@@ -50,6 +51,12 @@ class KTO(Objective):
     def loss(self, roles, batch):
         ratio, z0 = batch.sums(log_ratios(roles, batch)), self.drift(roles, batch)
         good = batch.column("scores") > 0
-        batch.note(**{"kl": z0, "rewards/chosen": self.beta * ratio[good], "rewards/rejected": self.beta * ratio[~good]})
+        batch.note(
+            **{
+                "kl": z0,
+                "rewards/chosen": self.beta * ratio[good],
+                "rewards/rejected": self.beta * ratio[~good],
+            }
+        )
         weight = torch.where(good, self.desirable_weight, self.undesirable_weight)
         return weight * (1 - torch.sigmoid(self.beta * torch.where(good, ratio - z0, z0 - ratio)))

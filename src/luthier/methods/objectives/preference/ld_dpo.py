@@ -5,9 +5,9 @@ ld_alpha 1 is DPO, 0 compares the common length alone.
 
 import torch
 
-from luthier.registry import objective
 from luthier.methods.objectives.preference._pairs import Probability, best_and_worst, log_ratios
 from luthier.methods.objectives.preference.dpo import DPO
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2409.06411", wants="pairs reference logprobs")

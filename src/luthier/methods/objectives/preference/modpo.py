@@ -1,8 +1,9 @@
-"""MODPO: DPO for one aim, with a margin for what the other aims think of the pair. One model for each choice of weights.
+"""MODPO: DPO for one aim, with a margin for what the other aims think of the pair. One model for each choice
+of weights.
 
-The pairs are ranked by the aim that trains; what the others think lies in the column `rewards` ({name: a number for each
-completion}), which the stages `score` (reward models, rules such as a length) and `implicit_reward` (a policy trained on
-that aim) write. Sweep `weights` for a front of models.
+The pairs are ranked by the aim that trains; what the others think lies in the column `rewards` ({name: a
+number for each completion}), which the stages `score` (reward models, rules such as a length) and
+`implicit_reward` (a policy trained on that aim) write. Sweep `weights` for a front of models.
 """
 
 from dataclasses import field
@@ -10,24 +11,32 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.registry import objective
 from luthier.methods.objectives.preference._pairs import Pairs, best_and_worst, logistic
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2310.03708", row="modpo", wants="pairs rewards reference logprobs")
 class MODPO(Pairs):
-    """-log sigmoid((beta * margin - sum of weights_j * (r_j of the best - r_j of the worst)) / w), w = 1 - sum of weights."""
+    """-log sigmoid((beta * margin - sum of weights_j * (r_j of the best - r_j of the worst)) / w), w = 1 -
+    sum of weights.
+    """
 
-    weights: dict[str, Annotated[float, Field(ge=0)]] = field(default_factory=dict)  # of each other aim, by its name in `rewards`
+    # of each other aim, by its name in `rewards`
+    weights: dict[str, Annotated[float, Field(ge=0)]] = field(default_factory=dict)
 
     def __post_init__(self):
         if sum(self.weights.values()) >= 1:
-            raise ValueError("weights: they add up to 1 or more, and nothing is left for the aim that the pairs are ranked by")
+            raise ValueError(
+                "weights: they add up to 1 or more, and nothing is left for the aim that the pairs are"
+                " ranked by"
+            )
 
     def loss(self, roles, batch):
         values = self.values(roles, batch)
         best, worst = best_and_worst(batch)
         self.note(batch, values.detach(), best, worst)
-        others = sum((w * batch.reward(name) for name, w in self.weights.items()), values.new_zeros(len(values)))
+        others = sum(
+            (w * batch.reward(name) for name, w in self.weights.items()), values.new_zeros(len(values))
+        )
         total = (self.beta * values - others) / (1 - sum(self.weights.values()))
         return logistic(total[best] - total[worst])

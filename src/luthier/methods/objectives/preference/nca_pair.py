@@ -1,12 +1,13 @@
-"""Noise contrastive alignment on pairs: each side's own reward counts, so the chosen one cannot lose likelihood for a margin.
+"""Noise contrastive alignment on pairs: each side's own reward counts, so the chosen one cannot lose
+likelihood for a margin.
 
 The paper's form for K rated completions is left out.
 """
 
 import torch.nn.functional as F
 
-from luthier.registry import objective
 from luthier.methods.objectives.preference._pairs import Pairs
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2402.05369", wants="pairs reference logprobs")

@@ -1,12 +1,13 @@
-"""ORPO: the likelihood of the chosen one, and a penalty where its odds are not above the rejected one's. No reference.
+"""ORPO: the likelihood of the chosen one, and a penalty where its odds are not above the rejected one's. No
+reference.
 
-Two terms: `chosen_sft` and beta (the paper's lambda) times the odds ratio. Departs from TRL and the authors' code, whose
-likelihood also covers the prompt's tokens; here, as in the paper, the completion's alone.
+Two terms: `chosen_sft` and beta (the paper's lambda) times the odds ratio. Departs from TRL and the authors'
+code, whose likelihood also covers the prompt's tokens; here, as in the paper, the completion's alone.
 """
 
-from luthier.registry import objective
 from luthier.methods.objectives.preference._pairs import Pairs, log1mexp, logistic
 from luthier.methods.objectives.preference.chosen_sft import ChosenSFT
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2403.07691", wants="pairs logprobs")

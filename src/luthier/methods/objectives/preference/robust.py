@@ -1,4 +1,5 @@
-"""Robust DPO: DPO's loss corrected for a known share of wrong labels, so that its mean is that of clean labels.
+"""Robust DPO: DPO's loss corrected for a known share of wrong labels, so that its mean is that of clean
+labels.
 
 Unlike cDPO (`dpo` with label_smoothing) it subtracts the flipped loss, and may fall below zero.
 """
@@ -7,15 +8,16 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.registry import objective
 from luthier.methods.objectives.preference._pairs import Pairs, logistic
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2403.00409", wants="pairs reference logprobs")
 class Robust(Pairs):
     """((1 - e) * cost of the margin - e * cost of the margin turned round) / (1 - 2 e)."""
 
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.1  # e: share of pairs that are labelled the wrong way round
+    # e: share of pairs that are labelled the wrong way round
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
 
     def cost(self, margin):
         e, x = self.label_smoothing, self.beta * margin

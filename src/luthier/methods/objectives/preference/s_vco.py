@@ -1,19 +1,23 @@
-"""S-VCO, in its form for texts: each of two answers is to follow from its own context, and neither from the other's.
+"""S-VCO, in its form for texts: each of two answers is to follow from its own context, and neither from the
+other's.
 
-A row holds two answers to one question, each right in a context of its own; the stage `contrast_contexts` lays out the six
-readings that the loss compares (with the right context, with none, with the wrong one). The paper's contexts are images.
+A row holds two answers to one question, each right in a context of its own; the stage `contrast_contexts`
+lays out the six readings that the loss compares (with the right context, with none, with the wrong one). The
+paper's contexts are images.
 """
 
 import torch.nn.functional as F
 
-from luthier.registry import objective
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Beta, log_ratios
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2502.13928", row="s-vco", wants="contrasts reference logprobs")
 class SVCO(Objective):
-    """For both answers, -log s(beta_attend * (r(own context) - r(none))) - log s(beta_reject * (r(none) - r(other context)))."""
+    """For both answers, -log s(beta_attend * (r(own context) - r(none))) - log s(beta_reject * (r(none) -
+    r(other context))).
+    """
 
     unit = "group"
 
@@ -23,5 +27,7 @@ class SVCO(Objective):
     def loss(self, roles, batch):
         own, none, other = batch.sums(log_ratios(roles, batch)).view(-1, 2, 3).unbind(2)  # [G, answers] each
         batch.note(attends=(own > none).float(), rejects=(none > other).float())
-        cost = -F.logsigmoid(self.beta_attend * (own - none)) - F.logsigmoid(self.beta_reject * (none - other))
+        cost = -F.logsigmoid(self.beta_attend * (own - none)) - F.logsigmoid(
+            self.beta_reject * (none - other)
+        )
         return cost.sum(1)

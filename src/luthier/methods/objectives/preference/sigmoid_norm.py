@@ -3,9 +3,9 @@
 beta is larger than DPO's, since a mean is smaller than a sum: the paper takes 5.
 """
 
-from luthier.registry import objective
 from luthier.methods.objectives.preference._pairs import Beta, log_ratios
 from luthier.methods.objectives.preference.dpo import DPO
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2411.15124", wants="pairs reference logprobs")

@@ -1,11 +1,12 @@
-"""SimPO: the mean log-probability of a token is the reward, without a reference, and the chosen one is to win by a margin.
+"""SimPO: the mean log-probability of a token is the reward, without a reference, and the chosen one is to win
+by a margin.
 
 TRL has it as CPO's loss_type `simpo`, with cpo_alpha 0.
 """
 
-from luthier.registry import objective
-from luthier.methods.objectives.preference._pairs import Beta, Pairs, Probability, logistic
 from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegative
+from luthier.methods.objectives.preference._pairs import Beta, Pairs, Probability, logistic
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2405.14734", wants="pairs logprobs")

@@ -1,16 +1,17 @@
-"""SPPO, self-play by regression: each side's log-ratio is pulled to how often it beats the policy that wrote it.
+"""SPPO, self-play by regression: each side's log-ratio is pulled to how often it beats the policy that wrote
+it.
 
-The reference is the policy of the round before (the plan `sppo` sees to that). With a column `win_rates` (the stage of that
-name makes it from scores) targets are soft; without, the best wins always and the worst never (TRL's `sppo_hard`, which
-adds the two sides where this averages them).
+The reference is the policy of the round before (the plan `sppo` sees to that). With a column `win_rates` (the
+stage of that name makes it from scores) targets are soft; without, the best wins always and the worst never
+(TRL's `sppo_hard`, which adds the two sides where this averages them).
 """
 
 import torch
 from torch import Tensor
 
+from luthier.methods.objectives.preference._pairs import Beta, Pairs, best_and_worst
 from luthier.model.batch import Batch
 from luthier.registry import objective
-from luthier.methods.objectives.preference._pairs import Beta, Pairs, best_and_worst
 
 
 @objective(paper="arXiv:2405.00675", row="sppo", wants="pairs reference logprobs")

@@ -1,15 +1,16 @@
-"""TDPO, token-level DPO: the margin is corrected by how far each side's tokens have drifted from the reference.
+"""TDPO, token-level DPO: the margin is corrected by how far each side's tokens have drifted from the
+reference.
 
-The drift is the forward KL(reference || policy) summed over a completion's tokens. if_tdpo2 false is the paper's first form:
-both drifts, whole and differentiated.
+The drift is the forward KL(reference || policy) summed over a completion's tokens. if_tdpo2 false is the
+paper's first form: both drifts, whole and differentiated.
 """
 
 import torch
 
-from luthier.registry import objective
 from luthier.methods.objectives.distillation._distill import divergence
-from luthier.methods.objectives.preference._pairs import Pairs, best_and_worst, log_ratios, logistic
 from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegative
+from luthier.methods.objectives.preference._pairs import Pairs, best_and_worst, log_ratios, logistic
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2404.11999", wants="pairs reference logprobs top")

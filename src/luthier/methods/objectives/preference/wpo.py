@@ -1,13 +1,15 @@
-"""WPO: pairs weigh as much as the policy would say them itself, so that off-policy pairs are used as if on-policy.
+"""WPO: pairs weigh as much as the policy would say them itself, so that off-policy pairs are used as if
+on-policy.
 
-A token's likelihood is measured against what a sample would have on average (the paper's aligned weights, as in TRL).
+A token's likelihood is measured against what a sample would have on average (the paper's aligned weights, as
+in TRL).
 """
 
 import torch
 
-from luthier.registry import objective
 from luthier.methods.objectives.preference._pairs import best_and_worst
 from luthier.methods.objectives.preference.dpo import DPO
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2406.11827", wants="pairs reference logprobs top")

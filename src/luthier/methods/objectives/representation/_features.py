@@ -31,5 +31,8 @@ def classes(batch: Batch) -> Tensor:
 
 def of_rows(batch: Batch) -> Tensor:
     """[N'] a number for the row of each."""
-    names = [int.from_bytes(hashlib.blake2b(str(row["id"]).encode(), digest_size=8).digest(), "big") >> 1 for row in batch.rows]
+    names = [
+        int.from_bytes(hashlib.blake2b(str(row["id"]).encode(), digest_size=8).digest(), "big") >> 1
+        for row in batch.rows
+    ]
     return torch.tensor(names, device=batch.ids.device)[batch.group[answered(batch)]]

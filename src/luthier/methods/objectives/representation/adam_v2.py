@@ -1,14 +1,15 @@
 """Adam-v2 on texts: wholes and their parts, told apart, put together and taken apart, from coarse to fine.
 
-A stretch of a text (the whole) is cut into parts, and each is read by itself, after what the text continues. Localizability:
-a part, read by the student with some tokens exchanged, is to be nearer to itself as the teacher reads it than to the other
-parts. Composability: the parts together give the teacher's whole. Decomposability: the whole gives the teacher's parts. An
-embedding is the mean of the states that predict a stretch's tokens. Teacher is the policy's running average (`mean_teacher`),
-heads are `roles: {parts: part_whole}`; wholes are whole texts at first, then halves, quarters and so on.
+A stretch of a text (the whole) is cut into parts, and each is read by itself, after what the text continues.
+Localizability: a part, read by the student with some tokens exchanged, is to be nearer to itself as the
+teacher reads it than to the other parts. Composability: the parts together give the teacher's whole.
+Decomposability: the whole gives the teacher's parts. An embedding is the mean of the states that predict a
+stretch's tokens. Teacher is the policy's running average (`mean_teacher`), heads are `roles: {parts:
+part_whole}`; wholes are whole texts at first, then halves, quarters and so on.
 
-Departs: made for medical images and a convolutional encoder. Views of a region are exchanged tokens in place of augmented
-crops; localizability is contrastive within a text, so that no loss depends on how a batch is split; all terms weigh alike,
-as the paper's weights are not known here.
+Departs: made for medical images and a convolutional encoder. Views of a region are exchanged tokens in place
+of augmented crops; localizability is contrastive within a text, so that no loss depends on how a batch is
+split; all terms weigh alike, as the paper's weights are not known here.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from luthier.model.batch import Batch
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.registry import Range, objective
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Probability
+from luthier.model.batch import Batch
+from luthier.registry import Range, objective
 
 
 @objective(
@@ -39,11 +40,13 @@ class AdamV2(Objective):
 
     unit = "sequence"
 
-    parts_of_whole: Annotated[int, Field(ge=2)] = 2  # into how many parts a whole is cut; role `part_whole` says the same
+    # into how many parts a whole is cut; role `part_whole` says the same
+    parts_of_whole: Annotated[int, Field(ge=2)] = 2
     localizability: Annotated[float, Field(ge=0)] = 1.0  # weight of telling parts apart
     composability: Annotated[float, Field(ge=0)] = 1.0  # weight of the whole made of parts
     decomposability: Annotated[float, Field(ge=0)] = 1.0  # weight of the parts of the whole
-    levels: Annotated[int, Field(ge=1)] = 3  # granularities, an equal share of the run each; every one halves the wholes
+    # granularities, an equal share of the run each; every one halves the wholes
+    levels: Annotated[int, Field(ge=1)] = 3
     noise: Probability = 0.15  # share of the tokens that are exchanged where the student reads
     temperature: Annotated[float, Field(gt=0), Range(0.05, 0.5, log=True)] = 0.2  # of the contrast
     prune: float = 0.95  # parts that the teacher finds nearer to each other than this are no contrast
@@ -54,7 +57,10 @@ class AdamV2(Objective):
     def loss(self, roles, batch):
         heads, m = roles.parts, self.parts_of_whole
         if heads.m != m:
-            raise RecipeError(f"adam_v2 cuts wholes into {m} parts and role `part_whole` into {heads.m}: set parts_of_whole alike in both")
+            raise RecipeError(
+                f"adam_v2 cuts wholes into {m} parts and role `part_whole` into {heads.m}: set parts_of_whole"
+                " alike in both"
+            )
         cut = regions(batch, m, min(self.levels - 1, int(roles.clock.share * self.levels)), roles.clock)
         if cut is None:
             return torch.zeros(0, device=batch.ids.device)
@@ -70,7 +76,9 @@ class AdamV2(Objective):
         return sum(getattr(self, name) * value for name, value in terms.items())
 
     def told_apart(self, parts: Tensor, parts_t: Tensor) -> Tensor:
-        """[N, m, d] of student and teacher -> [N] -log share of the part itself among the parts of its text, on average."""
+        """[N, m, d] of student and teacher -> [N] -log share of the part itself among the parts of its text,
+        on average.
+        """
         a, b = F.normalize(parts, dim=-1), F.normalize(parts_t, dim=-1)
         own = torch.eye(a.shape[1], dtype=torch.bool, device=a.device)
         alike = (b @ b.mT > self.prune) & ~own
@@ -82,21 +90,29 @@ class AdamV2(Objective):
         ids, words, draws = cut.ids.clone(), len(roles.renderer.tokenizer), []
         for i, (g, n) in enumerate(zip(cut.group.tolist(), cut.lengths.long().tolist(), strict=True)):
             region = i % (1 + self.parts_of_whole)
-            draws.append(torch.rand(2, n, generator=roles.clock.rng("exchange", str(cut.rows[g]["id"]), region)))
+            draws.append(
+                torch.rand(2, n, generator=roles.clock.rng("exchange", str(cut.rows[g]["id"]), region))
+            )
         which, what = torch.cat(draws, 1).to(ids.device)
         ids[cut.supervised] = torch.where(which < self.noise, (what * words).long(), ids[cut.supervised])
         return cut.view(ids=ids)
 
 
 def long_enough(batch: Batch, m: int) -> list[int]:
-    """Sequences of m parts at least: of one token each, of two where nothing precedes them (the first cannot be asked)."""
+    """Sequences of m parts at least: of one token each, of two where nothing precedes them (the first cannot
+    be asked).
+    """
     parents, sizes = batch.parent.tolist(), batch.sizes
-    return [n for n, s in enumerate(batch.completion.tolist()) if sizes[s] >= m * (1 if parents[s] >= 0 and sizes[parents[s]] else 2)]
+    return [
+        n
+        for n, s in enumerate(batch.completion.tolist())
+        if sizes[s] >= m * (1 if parents[s] >= 0 and sizes[parents[s]] else 2)
+    ]
 
 
 def regions(batch: Batch, m: int, level: int, clock: Clock) -> Batch | None:
-    """Of each sequence a stretch of 1/2^level of it and its m parts, each read after what the sequence continues: 1 + m
-    sequences for one. None where no sequence is long enough."""
+    """Of each sequence a stretch of 1/2^level of it and its m parts, each read after what the sequence
+    continues: 1 + m sequences for one. None where no sequence is long enough."""
     pieces, parents, sizes, kept = batch.segments(), batch.parent.tolist(), batch.sizes, long_enough(batch, m)
     if not kept:
         return None

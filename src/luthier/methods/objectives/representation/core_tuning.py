@@ -1,11 +1,13 @@
-"""Core-tuning: beside the loss on rows, features of one class are drawn together, hard pairs first, and borders smoothed.
+"""Core-tuning: beside the loss on rows, features of one class are drawn together, hard pairs first, and
+borders smoothed.
 
-A term for classes answered in words or by a head: `sft + core_tuning`. A row's feature is the state from which its answer is
-begun. For each row a hard positive is mixed from the least similar of its class and the most similar of another, and a
-semi-hard negative from itself and any other row; contrast weighs a pair the more the less likely it is (focal), and the
-network's own output layer learns the mixed features by mixed labels. With `eta` and `boundary` 0 this is plain tuning.
-Departs: features are compared as they are, where the paper puts two more layers before the comparison, which a network that
-is tuned whole has anyway; what is mixed is the first token of an answer.
+A term for classes answered in words or by a head: `sft + core_tuning`. A row's feature is the state from
+which its answer is begun. For each row a hard positive is mixed from the least similar of its class and the
+most similar of another, and a semi-hard negative from itself and any other row; contrast weighs a pair the
+more the less likely it is (focal), and the network's own output layer learns the mixed features by mixed
+labels. With `eta` and `boundary` 0 this is plain tuning. Departs: features are compared as they are, where
+the paper puts two more layers before the comparison, which a network that is tuned whole has anyway; what is
+mixed is the first token of an answer.
 """
 
 from __future__ import annotations
@@ -18,24 +20,29 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from luthier.methods.objectives._base import Objective
+from luthier.methods.objectives.representation._features import answered, classes, features
 from luthier.model.outputs import Outputs
 from luthier.registry import Range, objective
-from luthier.methods.objectives.representation._features import answered, classes, features
-from luthier.methods.objectives._base import Objective
 
 NotNegative = Annotated[float, Field(ge=0)]
 INSIDE = "pairs are those of the micro-batch: give per_device_train_batch_size rows enough of every class"
 
 
-@objective(paper="arXiv:2102.06605", row="core-tuning", wants="completions hidden", contract={"accumulation": INSIDE})
+@objective(
+    paper="arXiv:2102.06605", row="core-tuning", wants="completions hidden", contract={"accumulation": INSIDE}
+)
 class CoreTuning(Objective):
-    """eta * focal contrast + boundary * cross-entropy of the mixed features. Rows without one of another class cost nothing."""
+    """eta * focal contrast + boundary * cross-entropy of the mixed features. Rows without one of another
+    class cost nothing.
+    """
 
     unit = "sequence"
 
     eta: Annotated[NotNegative, Range(0.1, 10, log=True)] = 1.0  # weight of the contrast
     boundary: NotNegative = 1.0  # weight of the mixed features' cross-entropy
-    temperature: Annotated[float, Field(gt=0), Range(0.05, 1.0, log=True)] = 0.5  # of the contrast (0.07 in the paper, behind two more layers)
+    # of the contrast (0.07 in the paper, behind two more layers)
+    temperature: Annotated[float, Field(gt=0), Range(0.05, 1.0, log=True)] = 0.5
     alpha: Annotated[float, Field(gt=0)] = 1.0  # shares are drawn from Beta(alpha, alpha)
     mixing: bool = True  # false: no mixed features
     focal: bool = True  # false: every pair weighs alike (SupCon)
@@ -54,7 +61,9 @@ class CoreTuning(Objective):
             return 0 * h.sum(1)
         z = F.normalize(h, dim=1)
         near = (z @ z.T).detach()
-        share, order = (torch.tensor(x, device=h.device) for x in zip(*draws(batch, roles.clock, self.alpha), strict=True))
+        share, order = (
+            torch.tensor(x, device=h.device) for x in zip(*draws(batch, roles.clock, self.alpha), strict=True)
+        )
         lam, mu = share.float()[:, None], share.float().clamp(min=0.8)[:, None]
         liked = same | own & ~same.any(1, keepdim=True)  # who is alone of a class has itself
         like = near.masked_fill(~liked, torch.inf).argmin(1)  # the least similar of its class
@@ -64,25 +73,38 @@ class CoreTuning(Objective):
         any_other[turn] = turn.roll(1)  # the next in a random round, wherever in the batch a row stands
         hard, semi = lam * h[like] + (1 - lam) * h[unlike], (1 - mu) * h + mu * h[any_other]
 
-        beside, good = ([F.normalize(hard, dim=1), F.normalize(semi, dim=1)], [True, False]) if self.mixing else ([], [])
-        scores = torch.cat([(z @ z.T).masked_fill(own, -torch.inf), *[(z * x).sum(1, keepdim=True) for x in beside]], 1)
+        beside, good = (
+            ([F.normalize(hard, dim=1), F.normalize(semi, dim=1)], [True, False]) if self.mixing else ([], [])
+        )
+        scores = torch.cat(
+            [(z @ z.T).masked_fill(own, -torch.inf), *[(z * x).sum(1, keepdim=True) for x in beside]], 1
+        )
         positive = torch.cat([same, *[torch.full_like(same[:, :1], g) for g in good]], 1)
         value = self.eta * contrast(scores / self.temperature, positive, self.focal)
         if self.mixing and self.boundary:
             mixed = [(hard, lam, like, unlike), (semi, mu, any_other, torch.arange(len(h), device=h.device))]
-            value = value + self.boundary * sum(soft_cross_entropy(out, x, s, tokens[a], tokens[b]) for x, s, a, b in mixed) / 2
+            value = (
+                value
+                + self.boundary
+                * sum(soft_cross_entropy(out, x, s, tokens[a], tokens[b]) for x, s, a, b in mixed)
+                / 2
+            )
         return torch.where(paired, value, 0 * value.detach())
 
 
 def contrast(scores: Tensor, positive: Tensor, focal: bool) -> Tensor:
-    """[N, M] scores of pairs and which of them are of one class -> [N] the mean of -(1 - p) log p over these; focal false: of -log p."""
+    """[N, M] scores of pairs and which of them are of one class -> [N] the mean of -(1 - p) log p over these;
+    focal false: of -log p.
+    """
     logp = scores.log_softmax(1).masked_fill(~positive, 0.0)
     weight = 1 - logp.exp() if focal else 1.0
     return -(weight * logp * positive).sum(1) / positive.sum(1).clamp(min=1)
 
 
 def soft_cross_entropy(out: Outputs, x: Tensor, share: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """[N, d] features -> [N] what the output layer pays for answering `first` with a share of the label and `second` with the rest."""
+    """[N, d] features -> [N] what the output layer pays for answering `first` with a share of the label and
+    `second` with the rest.
+    """
     asked = Outputs(x.to(out.hidden.dtype), out.head, first, out.playing)
     logp = asked.at(torch.stack([first, second], 1))
     return -(share[:, 0] * logp[:, 0] + (1 - share[:, 0]) * logp[:, 1])

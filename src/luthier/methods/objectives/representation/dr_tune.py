@@ -1,11 +1,13 @@
-"""DR-Tune: the output layer must also classify what the pretrained network says of the rows, moved to where the tuned one says it.
+"""DR-Tune: the output layer must also classify what the pretrained network says of the rows, moved to where
+the tuned one says it.
 
-A row's feature is the state from which its answer is begun. A memory keeps features of both networks side by side
-(`roles: {paired: paired}`); the rotation that best turns one into the other, and a shift for each class, bring the pretrained
-feature of a row to the tuned network's, and the output layer learns it by the row's answer. The layers below get no gradient
-from this term, so they are free; the layer itself must move: `tuner: full`, or `modules_to_save: [lm_head]` under LoRA.
-Departs: made for images; the memory tells how features are moved, and those of the batch's own rows are judged, so that the
-loss does not depend on how a batch is split. The rotation is fitted at each step.
+A row's feature is the state from which its answer is begun. A memory keeps features of both networks side by
+side (`roles: {paired: paired}`); the rotation that best turns one into the other, and a shift for each class,
+bring the pretrained feature of a row to the tuned network's, and the output layer learns it by the row's
+answer. The layers below get no gradient from this term, so they are free; the layer itself must move: `tuner:
+full`, or `modules_to_save: [lm_head]` under LoRA. Departs: made for images; the memory tells how features are
+moved, and those of the batch's own rows are judged, so that the loss does not depend on how a batch is split.
+The rotation is fitted at each step.
 """
 
 from __future__ import annotations
@@ -17,15 +19,17 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from luthier.methods.objectives._base import Objective
+from luthier.methods.objectives.representation._features import features, of_rows
 from luthier.model.outputs import Outputs
 from luthier.registry import objective
-from luthier.methods.objectives.representation._features import features, of_rows
-from luthier.methods.objectives._base import Objective
 
 
 @objective(paper="arXiv:2308.12058", row="dr-tune", wants="completions reference paired logprobs hidden")
 class DRTune(Objective):
-    """-log p of each token; to the first of an answer is added `weight` * -log p of it by the moved pretrained feature."""
+    """-log p of each token; to the first of an answer is added `weight` * -log p of it by the moved
+    pretrained feature.
+    """
 
     weight: Annotated[float, Field(ge=0)] = 1.0  # of the pretrained features; 0: plain SFT
 
@@ -36,21 +40,35 @@ class DRTune(Objective):
             return value
         first = batch.place == 0
         tokens, memory = batch.labels[batch.supervised][first], roles.paired
-        before, after = features(batch, roles.reference.outputs(batch)).detach(), features(batch, out).detach()
+        before, after = (
+            features(batch, roles.reference.outputs(batch)).detach(),
+            features(batch, out).detach(),
+        )
         memory.remember(of_rows(batch), tokens, torch.cat([before, after], 1))
         pre, down = memory.features[: memory.count].chunk(2, 1)
         table = roles.policy.model.get_output_embeddings()
-        moved = calibrated(before, tokens, pre, down, memory.classes[: memory.count], None if table is None else table.weight.detach().float())
+        moved = calibrated(
+            before,
+            tokens,
+            pre,
+            down,
+            memory.classes[: memory.count],
+            None if table is None else table.weight.detach().float(),
+        )
         judged = Outputs(moved.to(out.hidden.dtype), out.head, tokens, out.playing)
         again = -judged.at(tokens[:, None])[:, 0]
         batch.note(pretrained=again.detach())
         return value + self.weight * torch.zeros_like(value).masked_scatter(first, again)
 
 
-def calibrated(x: Tensor, kinds: Tensor, pre: Tensor, down: Tensor, known: Tensor, table: Tensor | None) -> Tensor:
-    """Pretrained features x [N, d] of classes [N] -> where the tuned network has them, by pairs pre, down [M, d] of classes [M].
+def calibrated(
+    x: Tensor, kinds: Tensor, pre: Tensor, down: Tensor, known: Tensor, table: Tensor | None
+) -> Tensor:
+    """Pretrained features x [N, d] of classes [N] -> where the tuned network has them, by pairs pre, down [M,
+    d] of classes [M].
 
-    table: [V, d] the output layer's rows, whose nearness to a feature is the weight it has in its class's centre; None: all alike.
+    table: [V, d] the output layer's rows, whose nearness to a feature is the weight it has in its class's
+    centre; None: all alike.
     """
     if len(pre) < 2:
         return x
@@ -60,7 +78,11 @@ def calibrated(x: Tensor, kinds: Tensor, pre: Tensor, down: Tensor, known: Tenso
     for c in kinds.unique():
         mine = known == c
         if mine.any():
-            sure = torch.ones(int(mine.sum()), device=x.device) if table is None else F.normalize(table[c], dim=0) @ b[mine].T
+            sure = (
+                torch.ones(int(mine.sum()), device=x.device)
+                if table is None
+                else F.normalize(table[c], dim=0) @ b[mine].T
+            )
             centre = sure.softmax(0) @ b[mine]
             out = torch.where((kinds == c)[:, None], out + centre - turned[mine].mean(0), out)
     return F.normalize(out, dim=1) * down.norm(dim=1).mean()

@@ -1,9 +1,10 @@
 """LOOK: a row is to share its class with most of its nearest neighbours, and not with all of its class.
 
-A soft vote of the k nearest features in a memory, the row itself left out; far members of its class do not pull, so a class
-may lie in several places. Made for images and their labels: here a row's feature is the state from which its answer is
-begun, in any network, and its class what it answers (a classifier's states are its logits). Neighbours are features of the
-teacher, who is the policy's running average (`mean_teacher`) as in the paper's momentum encoder.
+A soft vote of the k nearest features in a memory, the row itself left out; far members of its class do not
+pull, so a class may lie in several places. Made for images and their labels: here a row's feature is the
+state from which its answer is begun, in any network, and its class what it answers (a classifier's states are
+its logits). Neighbours are features of the teacher, who is the policy's running average (`mean_teacher`) as
+in the paper's momentum encoder.
 """
 
 from typing import Annotated
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from luthier.registry import Range, objective
-from luthier.methods.objectives.representation._features import answered, classes, features, of_rows
 from luthier.methods.objectives._base import Objective
+from luthier.methods.objectives.representation._features import answered, classes, features, of_rows
+from luthier.registry import Range, objective
 
 
 @objective(
@@ -30,7 +31,8 @@ class Look(Objective):
     unit = "sequence"
 
     k: Annotated[int, Field(ge=1), Range(10, 400, log=True)] = 200  # neighbours that vote
-    temperature: Annotated[float, Field(gt=0), Range(0.03, 0.3, log=True)] = 0.1  # of the vote: the lower, the more the nearest count
+    # of the vote: the lower, the more the nearest count
+    temperature: Annotated[float, Field(gt=0), Range(0.03, 0.3, log=True)] = 0.1
 
     def count(self, batch):
         return len(answered(batch))
@@ -39,7 +41,10 @@ class Look(Objective):
         memory, kinds, rows = roles.memory, classes(batch), of_rows(batch)
         memory.remember(rows, kinds, features(batch, roles.teacher.outputs(batch)))
         n = memory.count
-        near = F.normalize(features(batch, roles.policy.outputs(batch)), dim=1) @ F.normalize(memory.features[:n], dim=1).T
+        near = (
+            F.normalize(features(batch, roles.policy.outputs(batch)), dim=1)
+            @ F.normalize(memory.features[:n], dim=1).T
+        )
         itself, same = rows[:, None] == memory.rows[:n], kinds[:, None] == memory.classes[:n]
         votes, found = vote(near / self.temperature, itself, same, self.k)
         batch.note(neighbours_agree=votes.exp())
@@ -47,13 +52,17 @@ class Look(Objective):
 
 
 def vote(near: Tensor, itself: Tensor, same: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """[N, M] nearness, which entries are the row itself, which are of its class -> log share of its class among its k nearest,
-    of the rows [N] whose class is remembered at all, and which these are. The nearest of its class always has a vote."""
+    """[N, M] nearness, which entries are the row itself, which are of its class -> log share of its class
+    among its k nearest, of the rows [N] whose class is remembered at all, and which these are. The nearest of
+    its class always has a vote.
+    """
     same = same & ~itself
     found = same.any(1)
     near, itself, same = near[found].masked_fill(itself[found], -torch.inf), itself[found], same[found]
     voting = torch.zeros_like(same).scatter(1, near.topk(min(k, near.shape[1]), 1).indices, True)
     if len(near):
-        voting = voting.scatter(1, near.masked_fill(~same, -torch.inf).argmax(1, keepdim=True), True) & ~itself
+        voting = (
+            voting.scatter(1, near.masked_fill(~same, -torch.inf).argmax(1, keepdim=True), True) & ~itself
+        )
     own, every = (near.masked_fill(~x, -torch.inf).logsumexp(1) for x in (voting & same, voting))
     return own - every, found

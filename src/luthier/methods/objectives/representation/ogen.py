@@ -1,13 +1,15 @@
-"""OGEN: tuning on some classes keeps the others, by states that a generator makes up for them, and a teacher of late selves.
+"""OGEN: tuning on some classes keeps the others, by states that a generator makes up for them, and a teacher
+of late selves.
 
-A term beside the loss on real rows: `sft + ogen`. Each known class in turn plays unknown, so that the generator learns to
-say its states from those of its neighbours; generated states of known and of unknown classes are then classified by the
-network's own output layer, and on those of unknown ones the policy stays near the mean of its recent snapshots
-(`roles: {teacher: recent, generator: {...}}`). With all weights 0 this is plain tuning.
+A term beside the loss on real rows: `sft + ogen`. Each known class in turn plays unknown, so that the
+generator learns to say its states from those of its neighbours; generated states of known and of unknown
+classes are then classified by the network's own output layer, and on those of unknown ones the policy stays
+near the mean of its recent snapshots (`roles: {teacher: recent, generator: {...}}`). With all weights 0 this
+is plain tuning.
 
-Departs: made for CLIP, whose image features and class texts are here the state from which an answer is begun and the output
-layer's row for the class name. States move as the network is tuned, so the gradient of what is generated reaches it through
-V (the paper's reaches the class texts), and the statistics of classes follow.
+Departs: made for CLIP, whose image features and class texts are here the state from which an answer is begun
+and the output layer's row for the class name. States move as the network is tuned, so the gradient of what is
+generated reaches it through V (the paper's reaches the class texts), and the statistics of classes follow.
 """
 
 from __future__ import annotations
@@ -19,25 +21,28 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from luthier.model.outputs import Outputs
 from luthier.errors import RecipeError
-from luthier.registry import objective
-from luthier.methods.objectives.distillation._distill import divergence
-from luthier.methods.objectives.representation._features import answered, features, of_rows
 from luthier.methods.objectives._base import Objective
+from luthier.methods.objectives.distillation._distill import divergence
 from luthier.methods.objectives.preference._pairs import Probability
+from luthier.methods.objectives.representation._features import answered, features, of_rows
+from luthier.model.outputs import Outputs
+from luthier.registry import objective
 
 Weight = Annotated[float, Field(ge=0)]
 
 
 @objective(paper="arXiv:2401.15914", row="ogen", wants="completions teacher generator hidden top")
 class OGEN(Objective):
-    """Reconstruction + cross-entropy of generated states of known and of unknown classes + their distillation."""
+    """Reconstruction + cross-entropy of generated states of known and of unknown classes + their
+    distillation.
+    """
 
     unit = "sequence"
 
     reconstruction: Weight = 1.0  # weight of the squared distance of generated states from real ones
-    known: Weight = 0.25  # weight of the cross-entropy of generated states of the row's class, and of its neighbours'
+    # weight of the cross-entropy of generated states of the row's class, and of its neighbours'
+    known: Weight = 0.25
     unknown: Weight = 0.5  # weight of the cross-entropy of generated states of unknown classes
     distillation: Weight = 1.0  # weight of KL(teacher || policy) on generated states of unknown classes
     warmup: Probability = 0.2  # share of the run in which no generated state is classified
@@ -52,7 +57,8 @@ class OGEN(Objective):
         table = roles.policy.model.get_output_embeddings().weight
         if h.shape[1] != table.shape[1] or table.shape[1] != make.mean.shape[1]:
             raise RecipeError(
-                f"ogen: states are {h.shape[1]} wide, the output layer {table.shape[1]} and the generator {make.mean.shape[1]}"
+                f"ogen: states are {h.shape[1]} wide, the output layer {table.shape[1]} and the generator"
+                f" {make.mean.shape[1]}"
             )
         y, z = kinds[here], F.normalize(h[here], dim=1)
         if not len(y):
@@ -69,7 +75,8 @@ class OGEN(Objective):
         own = old[y][:, None]
 
         alone = make(own, old[near], seen)[:, 0]  # [n, d] the row's class from its neighbours
-        others, others_still = (make(old[near], own, x[:, None]) for x in (z, z.detach()))  # [n, k, d] the neighbours from the row
+        # [n, k, d] the neighbours from the row
+        others, others_still = (make(old[near], own, x[:, None]) for x in (z, z.detach()))
         unheard = make(new[far], own, z[:, None])  # [n, k', d]
         with torch.no_grad():
             unheard_late = make(new[far], own, F.normalize(features(batch, late)[here], dim=1)[:, None])
@@ -78,12 +85,16 @@ class OGEN(Objective):
             """[..., d] states of length one -> [..., classes] log-probabilities among these classes."""
             flat = (x * make.size).flatten(0, -2).to(by.hidden.dtype)
             asked = Outputs(flat, by.head, ids.new_zeros(len(flat)), by.playing)
-            return asked.apply(lambda logits: logits[:, ids].float().log_softmax(-1)).view(*x.shape[:-1], len(ids))
+            return asked.apply(lambda logits: logits[:, ids].float().log_softmax(-1)).view(
+                *x.shape[:-1], len(ids)
+            )
 
         first, last = make.tokens[:c], make.tokens[c:]
         says = judged(unheard, out, last)
         terms = {
-            "reconstruction": (alone - z.detach()).square().sum(1) + (others_still - seen).square().sum(2).mean(1),
+            "reconstruction": (
+                (alone - z.detach()).square().sum(1) + (others_still - seen).square().sum(2).mean(1)
+            ),
             "distillation": divergence(judged(unheard_late, late, last).detach(), says).mean(1),
         }
         if roles.clock.share >= self.warmup:
@@ -91,4 +102,6 @@ class OGEN(Objective):
             theirs = -judged(others, out, first).gather(2, near[..., None])[..., 0].mean(1)
             terms |= {"known": ours + theirs, "unknown": -says.gather(2, far[..., None])[..., 0].mean(1)}
         batch.note(**{f"ogen_{name}": value for name, value in terms.items()})
-        return h.new_zeros(len(h)).masked_scatter(here, torch.stack([getattr(self, name) * value for name, value in terms.items()]).sum(0))
+        return h.new_zeros(len(h)).masked_scatter(
+            here, torch.stack([getattr(self, name) * value for name, value in terms.items()]).sum(0)
+        )

@@ -1,12 +1,13 @@
 """A process reward model: at the end of each step of a solution, is it right so far?
 
-The stage `mark_steps` marks where steps end. The value there is a logit, of sigmoid(value) that the step is right.
+The stage `mark_steps` marks where steps end. The value there is a logit, of sigmoid(value) that the step is
+right.
 """
 
 import torch.nn.functional as F
 
-from luthier.registry import objective
 from luthier.methods.objectives._base import Objective
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2305.20050", wants="completions step_targets values")

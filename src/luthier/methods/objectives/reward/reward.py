@@ -1,14 +1,16 @@
-"""A reward model from pairs, after Bradley and Terry: the chosen completion's value is to be above the rejected one's.
+"""A reward model from pairs, after Bradley and Terry: the chosen completion's value is to be above the
+rejected one's.
 
-Rows may carry a `margin` by which it is to be above (Llama 2). With center_rewards_coefficient values are kept around zero.
+Rows may carry a `margin` by which it is to be above (Llama 2). With center_rewards_coefficient values are
+kept around zero.
 """
 
 import torch
 
-from luthier.registry import objective
 from luthier.methods.objectives._base import Objective
-from luthier.methods.objectives.preference._pairs import best_and_worst, logistic
 from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegative
+from luthier.methods.objectives.preference._pairs import best_and_worst, logistic
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2204.05862", wants="pairs values")
@@ -17,13 +19,21 @@ class Reward(Objective):
 
     unit = "group"
 
-    center_rewards_coefficient: NotNegative = 0.0  # weight of the square of both values' sum (TRL advises 0.01)
+    # weight of the square of both values' sum (TRL advises 0.01)
+    center_rewards_coefficient: NotNegative = 0.0
 
     def loss(self, roles, batch):
         rewards = batch.last(roles.policy.outputs(batch).values)
         best, worst = best_and_worst(batch)
         told = best != worst
-        chosen, rejected = (torch.where(told, rewards[side], rewards[side].detach()) for side in (best, worst))
-        batch.note(accuracy=(chosen > rejected)[told].float(), margin=(chosen - rejected)[told], reward=rewards)
+        chosen, rejected = (
+            torch.where(told, rewards[side], rewards[side].detach()) for side in (best, worst)
+        )
+        batch.note(
+            accuracy=(chosen > rejected)[told].float(), margin=(chosen - rejected)[told], reward=rewards
+        )
         margin = torch.tensor([float(row.get("margin", 0.0)) for row in batch.rows], device=rewards.device)
-        return logistic(chosen - rejected - margin) + self.center_rewards_coefficient * (chosen + rejected).square()
+        return (
+            logistic(chosen - rejected - margin)
+            + self.center_rewards_coefficient * (chosen + rejected).square()
+        )

@@ -1,6 +1,8 @@
-"""An objective for each source of the rows (their column `source`), so that an estimator can weigh sources against each other.
+"""An objective for each source of the rows (their column `source`), so that an estimator can weigh sources
+against each other.
 
-Each source's term is an average over its own units. By itself the sum of these averages: small sources count as much as large ones.
+Each source's term is an average over its own units. By itself the sum of these averages: small sources count
+as much as large ones.
 """
 
 from __future__ import annotations
@@ -10,20 +12,24 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from luthier.registry import family, objective, one
 from luthier.methods.objectives._base import Objective
+from luthier.registry import family, objective, one
 
 
 @objective(wants="source")
 class BySource(Objective):
     """One term a source, named as the source."""
 
-    sources: Annotated[tuple[str, ...], Field(min_length=1)] = ("train", "validation")  # what the column holds; other rows count nowhere
+    # what the column holds; other rows count nowhere
+    sources: Annotated[tuple[str, ...], Field(min_length=1)] = ("train", "validation")
     inner: Annotated[Any, one("objective")] = "sft"  # what is averaged over each source
 
     def __post_init__(self):
         if len(self.inner.terms()) > 1 or self.inner.unit == "batch":
-            raise ValueError(f"inner: '{self.inner.name}' is a sum, or one number for a whole batch, and cannot be split by source")
+            raise ValueError(
+                f"inner: '{self.inner.name}' is a sum, or one number for a whole batch, and cannot be split"
+                " by source"
+            )
         if len(set(self.sources)) < len(self.sources):
             raise ValueError("sources: each may be named once")
 
@@ -58,7 +64,11 @@ class OfSource(Objective):
 
     def here(self, batch) -> torch.Tensor:
         """[units] bool."""
-        rows = torch.tensor([row.get("source") == self.source for row in batch.rows], dtype=torch.bool, device=batch.ids.device)
+        rows = torch.tensor(
+            [row.get("source") == self.source for row in batch.rows],
+            dtype=torch.bool,
+            device=batch.ids.device,
+        )
         of = {"token": lambda: batch.group[batch.owner], "sequence": lambda: batch.group}.get(self.inner.unit)
         return rows if of is None else rows[of()]
 

@@ -1,10 +1,11 @@
-"""Dynamic fine-tuning: SFT whose tokens weigh as much as the policy believes them, so that unlikely ones cannot dominate.
+"""Dynamic fine-tuning: SFT whose tokens weigh as much as the policy believes them, so that unlikely ones
+cannot dominate.
 
 SFT's gradient is a policy gradient with the reward 1 / p; weighing by p makes it even.
 """
 
-from luthier.registry import objective
 from luthier.methods.objectives._tokens import Tokens
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2508.05629", wants="completions logprobs")

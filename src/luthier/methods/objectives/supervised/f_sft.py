@@ -1,14 +1,15 @@
-"""SFT under an f-divergence: the log-ratio to the reference is pushed up along a curve, so that the policy does not run from it.
+"""SFT under an f-divergence: the log-ratio to the reference is pushed up along a curve, so that the policy
+does not run from it.
 
-Plain SFT, seen as the learning of an implicit reward r, has nothing that holds it near the reference. The curves follow the
-family of inverse soft-Q learning; the paper's own expression could not be verified.
+Plain SFT, seen as the learning of an implicit reward r, has nothing that holds it near the reference. The
+curves follow the family of inverse soft-Q learning; the paper's own expression could not be verified.
 """
 
 from typing import Literal
 
-from luthier.registry import objective
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Beta, log_ratios
+from luthier.registry import objective
 
 CURVES = {  # divergence -> phi(r)
     "total_variation": lambda r: r,
@@ -22,7 +23,8 @@ class FSFT(Objective):
     """-phi(r), r = beta * log-ratio of a token or of a completion; phi(r) = r is SFT, beta times."""
 
     beta: Beta = 0.1  # scale of the implicit reward
-    divergence: Literal["total_variation", "chi2", "hellinger"] = "chi2"  # r, r - r^2 / 4, or r / (1 + r) above r = -1
+    # r, r - r^2 / 4, or r / (1 + r) above r = -1
+    divergence: Literal["total_variation", "chi2", "hellinger"] = "chi2"
     level: Literal["token", "sequence"] = "token"  # whose log-ratio r is
 
     def count(self, batch):

@@ -1,20 +1,24 @@
-"""Fault-aware fine-tuning: SFT on right programs in which the places where a wrong variant differs count more.
+"""Fault-aware fine-tuning: SFT on right programs in which the places where a wrong variant differs count
+more.
 
-The stage `diff_masks` marks these places in lines and tokens. Token weights grow the less the model tells the right variant
-from the wrong one there. The paper's own weighting could not be verified in full: w = 1 + a * line + b * token * s(-gap / tau).
+The stage `diff_masks` marks these places in lines and tokens. Token weights grow the less the model tells the
+right variant from the wrong one there. The paper's own weighting could not be verified in full: w = 1 + a *
+line + b * token * s(-gap / tau).
 """
 
 import torch
 
-from luthier.registry import objective
-from luthier.methods.objectives.preference._pairs import Positive, best_and_worst
 from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegative
+from luthier.methods.objectives.preference._pairs import Positive, best_and_worst
 from luthier.methods.objectives.preference.chosen_sft import ChosenSFT
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2503.16913", row="fait", wants="pairs line_mask token_mask logprobs")
 class FAIT(ChosenSFT):
-    """w * -log p of each token of a row's best completion; gap: mean log p where it differs, best minus worst."""
+    """w * -log p of each token of a row's best completion; gap: mean log p where it differs, best minus
+    worst.
+    """
 
     a: NotNegative = 0.5  # weight of a line that differs
     b: NotNegative = 1.0  # weight of a token that differs, while the model does not tell the two apart

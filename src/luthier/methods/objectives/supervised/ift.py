@@ -1,20 +1,24 @@
-"""Intuitive fine-tuning: SFT that looks one step ahead, by reading its own guesses, and weighs a token by what follows from it.
+"""Intuitive fine-tuning: SFT that looks one step ahead, by reading its own guesses, and weighs a token by
+what follows from it.
 
-Two passes. The first guesses every learned token; the second reads each as a mixture of the given one's embedding and the
-guess's. A token's weight is the discounted loss of all that follows it. Departs: the average is over tokens, not first
-within a completion, and the mixed embeddings are the live ones (the paper's come from a copy that follows them).
+Two passes. The first guesses every learned token; the second reads each as a mixture of the given one's
+embedding and the guess's. A token's weight is the discounted loss of all that follows it. Departs: the
+average is over tokens, not first within a completion, and the mixed embeddings are the live ones (the paper's
+come from a copy that follows them).
 """
 
 import torch
 
-from luthier.registry import objective
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Probability
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2405.11870", row="ift", wants="completions logprobs top embeddings")
 class IFT(Objective):
-    """w_i * -log p(token i | mixed beginning), w_i the discounted sum of the losses from i on, of mean 1 in a completion."""
+    """w_i * -log p(token i | mixed beginning), w_i the discounted sum of the losses from i on, of mean 1 in a
+    completion.
+    """
 
     lam: Probability = 0.2  # share of the guess in what is read; 0 reads the given tokens
     gamma: Probability = 0.95  # discount from a token to the next; 0 weighs all alike

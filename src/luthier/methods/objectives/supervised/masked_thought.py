@@ -1,24 +1,25 @@
 """Masked thought: SFT whose reader is shown only a part of the reasoning it has to go on from.
 
-Each learned token is hidden from the input with some probability, and asked all the same; the question is never touched.
-Which ones follows from the seed, the step and the row, so every epoch hides others. The mask is the tokenizer's own, else
-its padding token; the paper adds one to the vocabulary.
+Each learned token is hidden from the input with some probability, and asked all the same; the question is
+never touched. Which ones follows from the seed, the step and the row, so every epoch hides others. The mask
+is the tokenizer's own, else its padding token; the paper adds one to the vocabulary.
 """
 
 from typing import Annotated, Literal
 
 import torch
 
-from luthier.registry import Range, objective
-from luthier.methods.objectives.preference._pairs import Probability
 from luthier.methods.objectives._tokens import Tokens
+from luthier.methods.objectives.preference._pairs import Probability
+from luthier.registry import Range, objective
 
 
 @objective(paper="arXiv:2403.02178", row="masked-thought", wants="completions logprobs")
 class MaskedThought(Tokens):
     """-log p of each supervised token given a partly hidden beginning of the completion."""
 
-    mask_probability: Annotated[Probability, Range(0.1, 0.5)] = 0.4  # share of the learned tokens that is hidden, once warmed up
+    # share of the learned tokens that is hidden, once warmed up
+    mask_probability: Annotated[Probability, Range(0.1, 0.5)] = 0.4
     warmup: Probability = 2 / 3  # share of the run over which it rises from 0
     replace: Literal["mask", "random"] = "mask"  # by what: the mask token, or any token
 
@@ -30,10 +31,19 @@ class MaskedThought(Tokens):
         """[L] the tokens as they are read."""
         tokenizer, ids = roles.renderer.tokenizer, batch.ids.clone()
         mask = tokenizer.pad_token_id if tokenizer.mask_token_id is None else tokenizer.mask_token_id
-        sizes = torch.zeros(len(batch.rows)).index_add(0, batch.group.cpu(), batch.lengths.cpu()).long().tolist()
-        draws = [torch.rand(2, n, generator=roles.clock.rng("hide", row["id"])) for n, row in zip(sizes, batch.rows, strict=True)]
+        sizes = (
+            torch.zeros(len(batch.rows)).index_add(0, batch.group.cpu(), batch.lengths.cpu()).long().tolist()
+        )
+        draws = [
+            torch.rand(2, n, generator=roles.clock.rng("hide", row["id"]))
+            for n, row in zip(sizes, batch.rows, strict=True)
+        ]
         which, what = torch.cat(draws, 1).to(ids.device)
-        other = (what * len(tokenizer)).long() if self.replace == "random" or mask is None else torch.full_like(which, mask).long()
+        other = (
+            (what * len(tokenizer)).long()
+            if self.replace == "random" or mask is None
+            else torch.full_like(which, mask).long()
+        )
         ids[batch.supervised] = torch.where(which < self.rate(roles.clock), other, ids[batch.supervised])
         return ids
 

@@ -1,12 +1,14 @@
-"""MOREPAIR: two tasks on one buggy program, its repair and the explanation of it; only the repair is asked for later.
+"""MOREPAIR: two tasks on one buggy program, its repair and the explanation of it; only the repair is asked
+for later.
 
-Two terms of the same weights, `task_sft` of the answer and of the rationale, both after the same prompt, which is read once.
-The stage `rationale` lays the rows out. The paper's noise on embeddings is `neftune_noise_alpha: 5`.
+Two terms of the same weights, `task_sft` of the answer and of the rationale, both after the same prompt,
+which is read once. The stage `rationale` lays the rows out. The paper's noise on embeddings is
+`neftune_noise_alpha: 5`.
 """
 
-from luthier.registry import objective
 from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegative
 from luthier.methods.objectives.supervised.task_sft import TaskSFT
+from luthier.registry import objective
 
 
 @objective(paper="arXiv:2404.12636", row="morepair", wants="completions tasks logprobs")

@@ -3,14 +3,16 @@
 Rows with `token_weights` (stages, or turns with a `loss_scale`) count accordingly.
 """
 
-from luthier.registry import objective
-from luthier.methods.objectives.preference._pairs import Probability
 from luthier.methods.objectives._tokens import Tokens
+from luthier.methods.objectives.preference._pairs import Probability
+from luthier.registry import objective
 
 
 @objective(wants="completions logprobs")
 class SFT(Tokens):
-    """-log p of each supervised token. For a classifier this is cross-entropy, for a masked LM the cloze loss."""
+    """-log p of each supervised token. For a classifier this is cross-entropy, for a masked LM the cloze
+    loss.
+    """
 
     label_smoothing_factor: Probability = 0.0  # share of the target that is spread evenly over the vocabulary
 

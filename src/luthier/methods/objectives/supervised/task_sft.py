@@ -1,12 +1,14 @@
-"""SFT on one kind of completion: a row that has several (an answer, a rationale) can weigh them as tasks of their own.
+"""SFT on one kind of completion: a row that has several (an answer, a rationale) can weigh them as tasks of
+their own.
 
-The column `tasks` names the task of each completion (the stage `rationale` writes it). Each task keeps its own average.
+The column `tasks` names the task of each completion (the stage `rationale` writes it). Each task keeps its
+own average.
 """
 
 import torch
 
-from luthier.registry import objective
 from luthier.methods.objectives._base import Objective
+from luthier.registry import objective
 
 
 @objective(wants="completions tasks logprobs")

@@ -1,10 +1,10 @@
 """AdamW: clipping, Adam's rescaling, decoupled weight decay. The default."""
 
-from luthier.registry import optimizer
 from luthier.methods.optimizers._base import Optimizer
 from luthier.methods.transforms.adaptive.adam import Adam
 from luthier.methods.transforms.clipping.clip import Clip
 from luthier.methods.transforms.regularization.weight_decay import WeightDecay
+from luthier.registry import optimizer
 
 
 @optimizer(paper="arXiv:1711.05101")

@@ -1,10 +1,10 @@
 """Lion with clipping and decoupled weight decay. Wants a learning rate 3 to 10 times smaller than AdamW's."""
 
-from luthier.registry import optimizer
 from luthier.methods.optimizers._base import Optimizer
-from luthier.methods.transforms.clipping.clip import Clip
 from luthier.methods.transforms.adaptive.lion import Lion as Sign
+from luthier.methods.transforms.clipping.clip import Clip
 from luthier.methods.transforms.regularization.weight_decay import WeightDecay
+from luthier.registry import optimizer
 
 
 @optimizer(paper="arXiv:2302.06675", row="lion")

@@ -1,15 +1,17 @@
 """Stochastic gradient descent: the clipped gradient itself, with momentum where it is asked for."""
 
-from luthier.registry import optimizer
 from luthier.methods.optimizers._base import Optimizer
-from luthier.methods.transforms.clipping.clip import Clip
 from luthier.methods.transforms.adaptive.momentum import Momentum
+from luthier.methods.transforms.clipping.clip import Clip
 from luthier.methods.transforms.regularization.weight_decay import WeightDecay
+from luthier.registry import optimizer
 
 
 @optimizer()
 class SGD(Optimizer):
-    """The same as `transforms: [clip, weight_decay, momentum]`: decay goes through the momentum, as in torch.optim.SGD."""
+    """The same as `transforms: [clip, weight_decay, momentum]`: decay goes through the momentum, as in
+    torch.optim.SGD.
+    """
 
     momentum: float = 0.0  # share of the last step that goes on
     nesterov: bool = False  # look ahead along the momentum

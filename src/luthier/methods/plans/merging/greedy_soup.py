@@ -1,7 +1,7 @@
 """Greedy soup: tune one model in several ways, then average those that help each other on held-out rows.
 
-From the best run downwards, a run joins the average where the average does not get worse by it. So the soup is never worse
-than its best ingredient, on the rows that decide; keep others for the last word.
+From the best run downwards, a run joins the average where the average does not get worse by it. So the soup
+is never worse than its best ingredient, on the rows that decide; keep others for the last word.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 from luthier.errors import RecipeError
-from luthier.registry import plan
 from luthier.methods.plans._base import Plan, measured
+from luthier.registry import plan
 
 
 @plan(paper="arXiv:2203.05482", row="model-soups")
 class GreedySoup(Plan):
-    """Each ingredient is a set of changes to the recipe, such as {learning_rate: 1e-4}; only averages are merged."""
+    """Each ingredient is a set of changes to the recipe, such as {learning_rate: 1e-4}; only averages are
+    merged.
+    """
 
     of: list[dict[str, Any]]  # changes to the recipe, one set an ingredient
     metric: str = "loss"  # what decides, as an evaluator names it
@@ -27,7 +29,9 @@ class GreedySoup(Plan):
 
     def recipes(self, recipe):
         if any("seed" in changes for changes in self.of) and isinstance(recipe.eval_data, (int, float)):
-            raise RecipeError("plan 'greedy_soup': another seed holds out other rows, so give eval_data as a file")
+            raise RecipeError(
+                "plan 'greedy_soup': another seed holds out other rows, so give eval_data as a file"
+            )
 
         def cost(report: Any) -> float:
             return (-1 if self.greater_is_better else 1) * measured(report, self.metric)

@@ -1,7 +1,9 @@
-"""RAFT: sample, keep the best, learn it, again. Sampling and learning are apart, so one model is in memory at a time.
+"""RAFT: sample, keep the best, learn it, again. Sampling and learning are apart, so one model is in memory at
+a time.
 
-Departs: the best of each prompt is kept (the paper's other ranking, over all prompts together, is left out). A round is
-judged by the reward of greedy answers to held-out prompts: the kept answers' own reward nears its maximum by choice alone.
+Departs: the best of each prompt is kept (the paper's other ranking, over all prompts together, is left out).
+A round is judged by the reward of greedy answers to held-out prompts: the kept answers' own reward nears its
+maximum by choice alone.
 """
 
 from __future__ import annotations
@@ -10,18 +12,19 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from luthier.registry import Range, one, plan, spec
 from luthier.methods.plans._base import Plan, better
+from luthier.registry import Range, one, plan, spec
 
 METRIC = "generated_reward"
 
 
 @plan(paper="arXiv:2304.06767", row="raft")
 class RAFT(Plan):
-    """`rounds` times rollout, score, best, and then the recipe's objective (sft), each from where the last one ended.
+    """`rounds` times rollout, score, best, and then the recipe's objective (sft), each from where the last
+    one ended.
 
-    Stops as soon as the reward no longer rises; the best round stands. Where nothing measures it, for want of held-out
-    rows, all rounds are run and the last one stands.
+    Stops as soon as the reward no longer rises; the best round stands. Where nothing measures it, for want of
+    held-out rows, all rounds are run and the last one stands.
     """
 
     rounds: Annotated[int, Field(ge=1), Range(2, 10)] = 5  # at most
@@ -30,20 +33,33 @@ class RAFT(Plan):
     max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of a completion at most
     temperature: Annotated[float, Field(gt=0)] = 1.0  # of sampling; the paper takes 0.85 to 1
     least: float | None = None  # rows whose best answer scores lower leave the round
-    kl_coef: Annotated[float, Field(ge=0)] = 0.0  # price of a nat away from the untuned model, taken off the reward
+    # price of a nat away from the untuned model, taken off the reward
+    kl_coef: Annotated[float, Field(ge=0)] = 0.0
     judged: Annotated[int, Field(ge=1)] = 256  # held-out prompts that decide whether a round has helped
 
     def recipes(self, recipe):
-        sampling = {"name": "rollout", "n": self.n, "max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
+        sampling = {
+            "name": "rollout",
+            "n": self.n,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+        }
         score, best = {"name": "score", "reward": [spec(self.reward)]}, {"name": "best", "least": self.least}
         penalty = [{"name": "kl_penalty", "kl_coef": self.kl_coef}] if self.kl_coef else []
-        measure = {"name": "generate", "reward": spec(self.reward), "n": self.judged, "max_new_tokens": self.max_new_tokens}
+        measure = {
+            "name": "generate",
+            "reward": spec(self.reward),
+            "n": self.judged,
+            "max_new_tokens": self.max_new_tokens,
+        }
         evaluate = [e for e in recipe.evaluate or () if _name(e) != "generate"]
         champion = None
         for draw in range(self.rounds):
             stages = [*recipe.stages, {**sampling, "draw": draw}, score, *penalty, best]
             start = recipe.start if champion is None else champion.folder
-            report = yield recipe.but(stages=stages, objective=recipe.objective or "sft", start=start, evaluate=[*evaluate, measure])
+            report = yield recipe.but(
+                stages=stages, objective=recipe.objective or "sft", start=start, evaluate=[*evaluate, measure]
+            )
             if not better(report, champion, METRIC):
                 break
             champion = report

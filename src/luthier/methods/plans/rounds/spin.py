@@ -1,8 +1,10 @@
-"""SPIN: the policy learns to prefer the given answer to its own of the round before. Needs nothing but SFT rows.
+"""SPIN: the policy learns to prefer the given answer to its own of the round before. Needs nothing but SFT
+rows.
 
-Each round samples from its own start, which also plays its reference: at the first step the loss is log 2. From the second
-round on, the pairs of the round before are learned too, as in the paper. Departs: one epoch count and one learning rate
-for all rounds, and the recipe's optimizer (the paper: RMSProp, 2 epochs, a smaller rate later).
+Each round samples from its own start, which also plays its reference: at the first step the loss is log 2.
+From the second round on, the pairs of the round before are learned too, as in the paper. Departs: one epoch
+count and one learning rate for all rounds, and the recipe's optimizer (the paper: RMSProp, 2 epochs, a
+smaller rate later).
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.registry import Range, plan
 from luthier.methods.plans._base import Plan
+from luthier.registry import Range, plan
 
 
 @plan(paper="arXiv:2401.01335", row="spin")
@@ -31,11 +33,17 @@ class SPIN(Plan):
 
     def recipes(self, recipe):
         last = None
-        sampling = {"name": "against_self", "max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
+        sampling = {
+            "name": "against_self",
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+        }
         for draw in range(self.rounds):
             stage = {**sampling, "draw": draw, "earlier": last if self.mix_last else None}
             beta = self.beta[draw] if isinstance(self.beta, list) else self.beta
             roles = {**recipe.roles, "reference": "start"}
             aim = {"name": "dpo", "beta": beta}
-            report = yield recipe.but(stages=[*recipe.stages, stage], objective=aim, roles=roles, start=last or recipe.start)
+            report = yield recipe.but(
+                stages=[*recipe.stages, stage], objective=aim, roles=roles, start=last or recipe.start
+            )
             last = report.folder

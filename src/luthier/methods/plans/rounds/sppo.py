@@ -1,7 +1,8 @@
-"""SPPO: each round, the policy answers, a judge says which answers beat the others, and the policy is pulled towards that.
+"""SPPO: each round, the policy answers, a judge says which answers beat the others, and the policy is pulled
+towards that.
 
-A round samples from its own start, which also plays the reference. Departs: every round sees all prompts (the paper gives
-each a third of them), and judges are rewards whose scores become win rates by `win_rates`.
+A round samples from its own start, which also plays the reference. Departs: every round sees all prompts (the
+paper gives each a third of them), and judges are rewards whose scores become win rates by `win_rates`.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from luthier.registry import Range, one, plan, spec
 from luthier.methods.plans._base import Plan
+from luthier.registry import Range, one, plan, spec
 
 
 @plan(paper="arXiv:2405.00675", row="sppo")
@@ -26,7 +27,12 @@ class SPPO(Plan):
     temperature: Annotated[float, Field(gt=0)] = 1.0  # of sampling
 
     def recipes(self, recipe):
-        sampling = {"name": "rollout", "n": self.n, "max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
+        sampling = {
+            "name": "rollout",
+            "n": self.n,
+            "max_new_tokens": self.max_new_tokens,
+            "temperature": self.temperature,
+        }
         judging = [{"name": "score", "reward": [spec(self.reward)]}, "win_rates", "pairs"]
         aim, roles, last = {"name": "sppo", "beta": self.beta}, {**recipe.roles, "reference": "start"}, None
         for draw in range(self.rounds):

@@ -1,8 +1,10 @@
-"""CoFiTune's coarse search: which layers, and which of their matrices, make the best specialist that stays versatile.
+"""CoFiTune's coarse search: which layers, and which of their matrices, make the best specialist that stays
+versatile.
 
-A tree is descended: quarters of the depth with all matrices, then attention or feed-forward in the best quarter, then single
-kinds of matrices, then halves of the quarter. Each candidate is a run; the best of a level is where the next level begins, and
-the best of all stands for the plan. Seven to eleven runs, where trying every range with every set would be dozens.
+A tree is descended: quarters of the depth with all matrices, then attention or feed-forward in the best
+quarter, then single kinds of matrices, then halves of the quarter. Each candidate is a run; the best of a
+level is where the next level begins, and the best of all stands for the plan. Seven to eleven runs, where
+trying every range with every set would be dozens.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ from dataclasses import field
 from typing import Any
 
 from luthier.errors import RecipeError
-from luthier.registry import plan
 from luthier.methods.plans._base import Plan, measured
+from luthier.registry import plan
 
 TREE: dict[tuple[str, ...], tuple[tuple[str, ...], ...]] = {  # a set of matrices -> what is tried within it
     ("qkv", "o", "up", "gate", "down"): (("qkv", "o"), ("up", "gate", "down")),
@@ -36,10 +38,21 @@ class CoFiTune(Plan):
             raise RecipeError("scores: name at least one metric")
 
     def recipes(self, recipe):
-        given: Any = recipe.tuner if isinstance(recipe.tuner, dict) and recipe.tuner.get("name") == "cofitune" else {"name": "cofitune"}
+        given: Any = (
+            recipe.tuner
+            if isinstance(recipe.tuner, dict) and recipe.tuner.get("name") == "cofitune"
+            else {"name": "cofitune"}
+        )
 
         def tried(where, modules):
-            return recipe.but(tuner={**given, "layer_range": list(where), "modules": list(modules), "soft_mask": self.soft_mask})
+            return recipe.but(
+                tuner={
+                    **given,
+                    "layer_range": list(where),
+                    "modules": list(modules),
+                    "soft_mask": self.soft_mask,
+                }
+            )
 
         def score(report) -> float:
             return sum(weight * measured(report, metric) for metric, weight in self.scores.items())

@@ -1,9 +1,10 @@
 """MEET: control vectors for good and for bad answers are learned alone, then together with the network.
 
-Act one: the network stands still, and each bucket's vectors learn to make its answers likely. Act two: they and the network, by
-the recipe's tuner, go on from there on all buckets, so that it learns to use vectors that already say something. It then
-writes under the last bucket. Any scored rows will do: pairs, ratings, good and bad. Departs: vectors only, where the
-paper also tries a LoRA for each kind of answer in the first act; the same steps in both acts unless said.
+Act one: the network stands still, and each bucket's vectors learn to make its answers likely. Act two: they
+and the network, by the recipe's tuner, go on from there on all buckets, so that it learns to use vectors that
+already say something. It then writes under the last bucket. Any scored rows will do: pairs, ratings, good and
+bad. Departs: vectors only, where the paper also tries a LoRA for each kind of answer in the first act; the
+same steps in both acts unless said.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.registry import plan, spec
 from luthier.methods.plans._base import Plan
+from luthier.registry import plan, spec
 
 
 @plan(paper="arXiv:2310.00819", row="meet")
@@ -22,14 +23,24 @@ class MEET(Plan):
 
     buckets: Annotated[int, Field(ge=2)] = 2  # kinds of answers, by their scores
     num_virtual_tokens: Annotated[int, Field(ge=1)] = 20  # vectors of each kind
-    texts: tuple[str, ...] = ()  # control texts to start from, the worst kind first, e.g. ["A bad answer:", "A good answer:"]
+    # control texts to start from, the worst kind first, e.g. ["A bad answer:", "A good answer:"]
+    texts: tuple[str, ...] = ()
     control_learning_rate: Annotated[float, Field(gt=0)] = 1e-2  # of act one: vectors want a high one
-    control_steps: Annotated[int, Field(ge=0)] | None = None  # of act one; null: as many as the recipe says; 0: act two only, the baseline
+    # of act one; null: as many as the recipe says; 0: act two only, the baseline
+    control_steps: Annotated[int, Field(ge=0)] | None = None
 
     def recipes(self, recipe):
-        control = {"name": "control", "buckets": self.buckets, "num_virtual_tokens": self.num_virtual_tokens, "texts": list(self.texts)}
+        control = {
+            "name": "control",
+            "buckets": self.buckets,
+            "num_virtual_tokens": self.num_virtual_tokens,
+            "texts": list(self.texts),
+        }
         inner = recipe.tuner if isinstance(recipe.tuner, (str, dict)) else spec(recipe.tuner)
-        sorted_rows = recipe.but(stages=[*recipe.stages, {"name": "buckets", "buckets": self.buckets}], objective=recipe.objective or "sft")
+        sorted_rows = recipe.but(
+            stages=[*recipe.stages, {"name": "buckets", "buckets": self.buckets}],
+            objective=recipe.objective or "sft",
+        )
         start = recipe.start
         if self.control_steps != 0:
             steps = {} if self.control_steps is None else {"max_steps": self.control_steps}

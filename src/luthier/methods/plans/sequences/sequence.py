@@ -1,7 +1,7 @@
 """One act after another; each goes on from the last.
 
-An act is a list of changes to the recipe around it. One that only says where to start and what to measure trains nothing:
-`{start: {merge: average, of: all}, evaluate: [loss]}` merges the acts before it.
+An act is a list of changes to the recipe around it. One that only says where to start and what to measure
+trains nothing: `{start: {merge: average, of: all}, evaluate: [loss]}` merges the acts before it.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from luthier.errors import RecipeError
-from luthier.registry import plan
 from luthier.methods.plans._base import Plan
 from luthier.recipe.recipe import ALIASES
+from luthier.registry import plan
 
 ONLY_LOOKS = {"start", "evaluate", "eval_data"}
 
@@ -42,8 +42,8 @@ class Sequence(Plan):
             if "start" not in act and before not in (None, now):
                 what = "model" if now[0] != before[0] else "tuner"
                 raise RecipeError(
-                    f"act {number} has another {what} than the act before it, so it cannot go on from that act's tensors: "
-                    "add `start: null` to begin at the base model"
+                    f"act {number} has another {what} than the act before it, so it cannot go on from that"
+                    " act's tensors: add `start: null` to begin at the base model"
                 )
             report = yield changed
             folders.append(report.folder)

@@ -1,9 +1,11 @@
-"""A front: one model for each way to weigh several goals, so that the trade-off between them can be seen and chosen from.
+"""A front: one model for each way to weigh several goals, so that the trade-off between them can be seen and
+chosen from.
 
-How goals enter depends on the recipe. On pairs by `modpo` (a recipe with `dpo` gets it): the first goal is the one that the
-pairs are ranked by, the others are margins. On fresh samples by the stage `score` under `live`: goals are added up by weight
-and the recipe's objective learns from the sum. All models are measured on all goals; `hypervolume` says in one number how much
-of the space of goals the front reaches. Departs from the paper: weights are spread evenly over any number of goals.
+How goals enter depends on the recipe. On pairs by `modpo` (a recipe with `dpo` gets it): the first goal is
+the one that the pairs are ranked by, the others are margins. On fresh samples by the stage `score` under
+`live`: goals are added up by weight and the recipe's objective learns from the sum. All models are measured
+on all goals; `hypervolume` says in one number how much of the space of goals the front reaches. Departs from
+the paper: weights are spread evenly over any number of goals.
 """
 
 from __future__ import annotations
@@ -16,28 +18,37 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from luthier.errors import RecipeError
+from luthier.methods.plans._base import Plan, measured
 from luthier.registry import build, meant, plan, spec
 from luthier.study.statistics import expected_utility, front, hypervolume, sparsity
-from luthier.methods.plans._base import Plan, measured
 
 WEIGHTS = 21  # ways to weigh the goals, evenly spread, over which the expected utility is a mean
 PAIRS = "pairs"  # the goal that the pairs are ranked by, where no reward says what it is
 RANKS = "reward_accuracy"  # then it is measured by how many held-out pairs the implicit reward ranks right
-EXAMPLE = "e.g. `plan: {name: front, goals: {casual: {name: world, objective: style}, brief: {name: length, scale: -1.0}}}`"
+EXAMPLE = (
+    "e.g. `plan: {name: front, goals: {casual: {name: world, objective: style}, brief: {name: length, scale:"
+    " -1.0}}}`"
+)
 
 
 @plan(paper="arXiv:2310.03708", row="modpo hpo-morl")
 class Front(Plan):
-    """`luthier tune recipe.yaml --front 5` is short for `plan: {name: front, points: 5}`. Of the models the one stands that is
-    best in the middle: the largest product of what it reaches above `worst` in each goal. `luthier search --goals hypervolume`
-    (or `utility`, `sparsity`) looks for the configuration whose front is best, as a mean over seeds (arXiv:2310.16487)."""
+    """`luthier tune recipe.yaml --front 5` is short for `plan: {name: front, points: 5}`. Of the models the
+    one stands that is best in the middle: the largest product of what it reaches above `worst` in each goal.
+    `luthier search --goals hypervolume` (or `utility`, `sparsity`) looks for the configuration whose front is
+    best, as a mean over seeds (arXiv:2310.16487).
+    """
 
-    goals: dict[str, Any] = field(default_factory=dict)  # name: a reward; not given: the rewards of the recipe's stages judge or score
+    # name: a reward; not given: the rewards of the recipe's stages judge or score
+    goals: dict[str, Any] = field(default_factory=dict)
     points: Annotated[int, Field(ge=2)] = 5  # models, their weights spread evenly
-    preferences: list[list[float]] | None = None  # the weights themselves, one list a model in the order of goals
-    between: Literal["tuned", "average"] = "tuned"  # where the models between come from: each tuned, or the average of those at the ends
+    # the weights themselves, one list a model in the order of goals
+    preferences: list[list[float]] | None = None
+    # where the models between come from: each tuned, or the average of those at the ends
+    between: Literal["tuned", "average"] = "tuned"
     least: Annotated[float, Field(ge=0, lt=0.5)] = 0.1  # weight of a goal at least
-    worst: dict[str, float] = field(default_factory=dict)  # where each goal's volume begins; else 0 for shares, and the lowest seen for others
+    # where each goal's volume begins; else 0 for shares, and the lowest seen for others
+    worst: dict[str, float] = field(default_factory=dict)
     judged: Annotated[int, Field(ge=1)] = 64  # held-out prompts that are answered
     samples: Annotated[int, Field(ge=1)] = 1  # answers to each
     max_new_tokens: Annotated[int, Field(ge=1)] = 64  # tokens of an answer at most
@@ -57,9 +68,13 @@ class Front(Plan):
         vectors = self.vectors(len(goals))
         asked = {name: reward for name, reward in goals.items() if reward is not None}
         how = {"n": self.judged, "samples": self.samples, "max_new_tokens": self.max_new_tokens}
-        measure = [{"name": "goals", "goals": asked, **how}, *(["preference"] if len(asked) < len(goals) else [])]
+        measure = [
+            {"name": "goals", "goals": asked, **how},
+            *(["preference"] if len(asked) < len(goals) else []),
+        ]
         measuring = {"evaluate": [*(recipe.evaluate or ()), *measure]}
-        ends = [[float(i == k) for i in range(len(goals))] for k in range(len(goals))]  # in the order of goals, as weights are
+        # in the order of goals, as weights are
+        ends = [[float(i == k) for i in range(len(goals))] for k in range(len(goals))]
         tuned = vectors if self.between == "tuned" else self.raised(ends)
         reports = yield [recipe.but(**weigh(recipe, goals, vector), **measuring) for vector in tuned]
         start = reports[0].before
@@ -67,7 +82,10 @@ class Front(Plan):
             folders = [r.folder for r in reports]
             merges = [{"name": "average", "weights": self.lowered(vector)} for vector in vectors]
             reports = yield [
-                recipe.but(start={"merge": merge, "of": folders}, objective=None, stages=[], live=[], **measuring) for merge in merges
+                recipe.but(
+                    start={"merge": merge, "of": folders}, objective=None, stages=[], live=[], **measuring
+                )
+                for merge in merges
             ]
         names = _metrics(goals)
         reached = [[measured(r, metric) for metric in names.values()] for r in reports]
@@ -90,9 +108,14 @@ class Front(Plan):
         }
         best.stats["hypervolume"] = volume
         best.stats["table"] = _table(list(goals), best.stats["front"])
-        best.notes.append(f"hypervolume of the front {volume:.4g}, above {_said(dict(zip(goals, worst, strict=True)))}")
+        best.notes.append(
+            f"hypervolume of the front {volume:.4g}, above {_said(dict(zip(goals, worst, strict=True)))}"
+        )
         if len(kept) < len(reports):
-            best.notes.append(f"{len(reports) - len(kept)} of {len(reports)} models are not on the front: another is as good in every goal")
+            best.notes.append(
+                f"{len(reports) - len(kept)} of {len(reports)} models are not on the front: another is as"
+                " good in every goal"
+            )
         return best
 
     def front(self, recipe):
@@ -113,9 +136,13 @@ class Front(Plan):
         if not goals:
             raise RecipeError(f"plan 'front' wants goals, a reward for each by name: {EXAMPLE}")
         if len(goals) < 2:
-            raise RecipeError(f"plan 'front' wants two goals or more, and {next(iter(goals))} is one: {EXAMPLE}")
+            raise RecipeError(
+                f"plan 'front' wants two goals or more, and {next(iter(goals))} is one: {EXAMPLE}"
+            )
         if any(reward is None for reward in list(goals.values())[1:]):
-            raise RecipeError("plan 'front': only the first goal, by which the pairs are ranked, may be without a reward")
+            raise RecipeError(
+                "plan 'front': only the first goal, by which the pairs are ranked, may be without a reward"
+            )
         return goals
 
     def vectors(self, goals: int) -> list[list[float]]:
@@ -123,10 +150,15 @@ class Front(Plan):
         if self.preferences is not None:
             for some in self.preferences:
                 if len(some) != goals:
-                    raise RecipeError(f"plan 'front': preferences {some} hold {len(some)} weights for {goals} goals")
+                    raise RecipeError(
+                        f"plan 'front': preferences {some} hold {len(some)} weights for {goals} goals"
+                    )
             return [[w / sum(some) for w in some] for some in self.preferences]
         if goals * self.least >= 1:
-            raise RecipeError(f"plan 'front': {goals} goals of weight {self.least:g} at least leave nothing to vary; lower `least`")
+            raise RecipeError(
+                f"plan 'front': {goals} goals of weight {self.least:g} at least leave nothing to vary; lower"
+                " `least`"
+            )
         return self.raised(spread(goals, self.points))
 
     def raised(self, vectors: Sequence[Sequence[float]]) -> list[list[float]]:
@@ -155,11 +187,15 @@ def weigh(recipe: Any, goals: Mapping[str, Any], weights: Sequence[float]) -> di
     aim = spec(recipe.aim()) if recipe.objective is not None and hasattr(recipe.aim(), "kind") else {}
     if aim.get("name") not in ("dpo", "modpo"):
         raise RecipeError(
-            f"plan 'front' weighs goals by objective 'modpo' (or 'dpo') on pairs, or by the stage 'score' under `live` on samples; this "
-            f"recipe has objective {aim.get('name') or recipe.objective} and no such stage"
+            "plan 'front' weighs goals by objective 'modpo' (or 'dpo') on pairs, or by the stage 'score'"
+            f" under `live` on samples; this recipe has objective {aim.get('name') or recipe.objective} and"
+            " no such stage"
         )
     if not weights[0]:
-        raise RecipeError(f"plan 'front': the pairs are ranked by '{next(iter(goals))}', so its weight cannot be 0 under modpo")
+        raise RecipeError(
+            f"plan 'front': the pairs are ranked by '{next(iter(goals))}', so its weight cannot be 0 under"
+            " modpo"
+        )
     others = list(goals)[1:]
     there = _rewards(_stage(recipe.stages, "judge")) if _stage(recipe.stages, "judge") else {}
     there = {**there, **(aim.get("weights") or {})}  # what modpo weighs already, the recipe's own stages give
@@ -170,13 +206,15 @@ def weigh(recipe: Any, goals: Mapping[str, Any], weights: Sequence[float]) -> di
 
 
 def spread(goals: int, points: int) -> list[list[float]]:
-    """Points of the simplex, as far from each other as can be: of a fine lattice the corners first, then always the one that
-    is farthest from all that were taken."""
+    """Points of the simplex, as far from each other as can be: of a fine lattice the corners first, then
+    always the one that is farthest from all that were taken."""
     if goals == 2:  # the same, exactly even
         return [[i / (points - 1), 1 - i / (points - 1)] for i in range(points)]
     size = max(12, 2 * points) if goals < 5 else 6
     cuts = combinations(range(size + goals - 1), goals - 1)
-    lattice = [[(b - a - 1) / size for a, b in zip((-1, *c), (*c, size + goals - 1), strict=True)] for c in cuts]
+    lattice = [
+        [(b - a - 1) / size for a, b in zip((-1, *c), (*c, size + goals - 1), strict=True)] for c in cuts
+    ]
     taken = [[float(i == k) for i in range(goals)] for k in range(goals)][:points]
     far = [min(_apart(x, t) for t in taken) for x in lattice]
     while len(taken) < points:

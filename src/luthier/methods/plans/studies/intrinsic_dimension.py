@@ -1,8 +1,9 @@
-"""d90: how few numbers a task needs. Full tuning first, then tuner `intrinsic_dimension` with more and more numbers.
+"""d90: how few numbers a task needs. Full tuning first, then tuner `intrinsic_dimension` with more and more
+numbers.
 
-The first d whose metric reaches `share` of full tuning's is the answer; its run is the report, and its recipe says d. Where
-none does, the report is that of the largest. The recipe's learning rate is full tuning's; for each d the best of
-`learning_rates` counts.
+The first d whose metric reaches `share` of full tuning's is the answer; its run is the report, and its recipe
+says d. Where none does, the report is that of the largest. The recipe's learning rate is full tuning's; for
+each d the best of `learning_rates` counts.
 """
 
 from __future__ import annotations
@@ -11,15 +12,16 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.registry import plan
 from luthier.methods.plans._base import Plan, measured
+from luthier.registry import plan
 
 
 @plan(paper="arXiv:2012.13255", row="intrinsic-dimension")
 class IntrinsicDimension(Plan):
     """The smallest d that is nearly as good as all weights."""
 
-    dimensions: Annotated[tuple[int, ...], Field(min_length=1)] = (100, 200, 400, 800, 1600, 3200)  # tried in order
+    # tried in order
+    dimensions: Annotated[tuple[int, ...], Field(min_length=1)] = (100, 200, 400, 800, 1600, 3200)
     learning_rates: Annotated[tuple[float, ...], Field(min_length=1)] = (0.03, 0.1, 0.3)  # tried for each
     share: Annotated[float, Field(gt=0, le=1)] = 0.9  # of full tuning's metric
     metric: str = "accuracy"  # what counts, higher is better, as an evaluator names it

@@ -1,7 +1,8 @@
 """Several preference losses on the same pairs, side by side: what each gains, and whether it gains by length.
 
-Of each the reward of greedy answers to held-out prompts, before and after, and how much longer they have become. A judge that
-can be played by length shows here: answers longer by `flag` are told. The loss that ends with the highest reward stands.
+Of each the reward of greedy answers to held-out prompts, before and after, and how much longer they have
+become. A judge that can be played by length shows here: answers longer by `flag` are told. The loss that ends
+with the highest reward stands.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from luthier.registry import one, plan, spec
 from luthier.methods.plans._base import Plan
+from luthier.registry import one, plan, spec
 
 
 @plan(paper="arXiv:2410.07025", row="cxr-preference")
 class PreferenceLosses(Plan):
-    """One run for each objective, all from the recipe's start. The table is told at the end, and kept in report.json."""
+    """One run for each objective, all from the recipe's start. The table is told at the end, and kept in
+    report.json.
+    """
 
     objectives: Annotated[tuple[Any, ...], Field(min_length=1)] = (
         "dpo",
@@ -31,15 +34,23 @@ class PreferenceLosses(Plan):
     flag: Annotated[float, Field(gt=1)] = 1.2  # answers longer than before by this factor are told
 
     def recipes(self, recipe):
-        measure = {"name": "generate", "reward": spec(self.reward), "n": self.judged, "max_new_tokens": self.max_new_tokens}
-        reports = yield [recipe.but(objective=o, evaluate=[*(recipe.evaluate or ()), measure]) for o in self.objectives]
+        measure = {
+            "name": "generate",
+            "reward": spec(self.reward),
+            "n": self.judged,
+            "max_new_tokens": self.max_new_tokens,
+        }
+        reports = yield [
+            recipe.but(objective=o, evaluate=[*(recipe.evaluate or ()), measure]) for o in self.objectives
+        ]
         table = [self.line(o, r) for o, r in zip(self.objectives, reports, strict=True)]
         best = max(reports, key=lambda r: r.after["generated_reward"])
         best.stats["table"] = table
         for line in table:
             if line["length ratio"] > self.flag:
                 best.notes.append(
-                    f"{line['objective']}: answers are {line['length ratio']:.2f} times as long as before; is the judge fooled by length?"
+                    f"{line['objective']}: answers are {line['length ratio']:.2f} times as long as before; is"
+                    " the judge fooled by length?"
                 )
         return best
 

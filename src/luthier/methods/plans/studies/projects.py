@@ -1,16 +1,16 @@
 """One model, several projects, several ways to specialise it: every way on every project, measured alike.
 
-The study of personalised models for unit tests: all weights, embeddings and output, the last decoder layer, a prefix. Each run
-begins at the base model. With `evaluate: [loss, cost]` the reports hold quality, operations per row and what a
-project's copy stores; the run with the lowest loss stands for the plan.
+The study of personalised models for unit tests: all weights, embeddings and output, the last decoder layer, a
+prefix. Each run begins at the base model. With `evaluate: [loss, cost]` the reports hold quality, operations
+per row and what a project's copy stores; the run with the lowest loss stands for the plan.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from luthier.registry import plan
 from luthier.methods.plans._base import Plan, measured
+from luthier.registry import plan
 
 WAYS = ("full", {"name": "part", "part": "embeddings"}, {"name": "part", "part": "last_layer"}, "prompt")
 
@@ -20,7 +20,8 @@ class Projects(Plan):
     """`of` names each project's rows; `ways` the tuners that are tried on each."""
 
     of: list[dict[str, Any]]  # changes to the recipe, one set a project: {data: ..., eval_data: ...}
-    ways: tuple[Any, ...] = WAYS  # a tuner each, or changes to the recipe that hold a tuner: {tuner: ..., learning_rate: ...}
+    # a tuner each, or changes to the recipe that hold a tuner: {tuner: ..., learning_rate: ...}
+    ways: tuple[Any, ...] = WAYS
     metric: str = "loss"  # by which the best run is told, lowest first
 
     def __post_init__(self):

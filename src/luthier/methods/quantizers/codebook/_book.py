@@ -1,7 +1,7 @@
 """Code books: each weight is the nearest of a few fixed levels, times the largest magnitude of its block.
 
-Numbers and layout are those of bitsandbytes: blocks run along the rows of [out, in]; with double quantization the blocks'
-magnitudes, less their mean, are kept in 8 bits of a dynamic map, in blocks of 256.
+Numbers and layout are those of bitsandbytes: blocks run along the rows of [out, in]; with double quantization
+the blocks' magnitudes, less their mean, are kept in 8 bits of a dynamic map, in blocks of 256.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from luthier.kernels import codebook
 from luthier.errors import RecipeError
-from luthier.registry import family
+from luthier.kernels import codebook
 from luthier.methods.quantizers._base import Codes, Quantizer
+from luthier.registry import family
 
 SECOND = 256  # magnitudes of a block of the second level
 
@@ -34,7 +34,9 @@ def normal_float(bits: int) -> tuple[float, ...]:
 
 @cache
 def dynamic_map() -> Tensor:
-    """[256] numbers of -1 to 1, denser toward zero: seven decades, each with twice the fractions of the one below."""
+    """[256] numbers of -1 to 1, denser toward zero: seven decades, each with twice the fractions of the one
+    below.
+    """
     some = [0.0, 1.0]
     for i in range(7):
         ends = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
@@ -75,7 +77,10 @@ class Book(Quantizer):
         codes = torch.empty(blocks.shape, dtype=torch.uint8, device=W.device)
         for i in range(0, len(blocks), 2**14):  # in pieces: the places come in 32 bits
             codes[i : i + 2**14] = nearest(blocks[i : i + 2**14] * inverse[i : i + 2**14, None], book)
-        return {"weight": codebook.pack(codes.flatten()), **(squeeze(scale) if self.double_quant else {"absmax": scale})}
+        return {
+            "weight": codebook.pack(codes.flatten()),
+            **(squeeze(scale) if self.double_quant else {"absmax": scale}),
+        }
 
     def dequantize(self, codes, shape, dtype):
         scale = unsqueeze(codes) if "nested_absmax" in codes else codes["absmax"]
@@ -95,7 +100,11 @@ def squeeze(scale: Tensor) -> Codes:
     blocks = F.pad(scale - mean, (0, -len(scale) % SECOND)).view(-1, SECOND)
     top = magnitudes(blocks)
     codes = nearest(blocks / top.clamp(min=1e-38)[:, None], dynamic_map().to(scale.device))
-    return {"absmax": codes.flatten()[: len(scale)].to(torch.uint8), "nested_absmax": top, "nested_offset": mean[None]}
+    return {
+        "absmax": codes.flatten()[: len(scale)].to(torch.uint8),
+        "nested_absmax": top,
+        "nested_offset": mean[None],
+    }
 
 
 def unsqueeze(codes) -> Tensor:

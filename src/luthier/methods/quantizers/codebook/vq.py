@@ -1,7 +1,9 @@
-"""VQ: vector quantization. Each few weights in a row are one of 2**bits learned vectors of their layer, found by k-means.
+"""VQ: vector quantization. Each few weights in a row are one of 2**bits learned vectors of their layer, found
+by k-means.
 
-One code book of AQLM (arXiv:2401.06118), with one scale to each output. Departs from it in how it is found: by k-means on the
-weights alone, not on what the layer makes of inputs, from points spread by size, so nothing is drawn.
+One code book of AQLM (arXiv:2401.06118), with one scale to each output. Departs from it in how it is found:
+by k-means on the weights alone, not on what the layer makes of inputs, from points spread by size, so nothing
+is drawn.
 """
 
 from __future__ import annotations
@@ -13,15 +15,19 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.registry import quantizer
-from luthier.methods.quantizers.normal_float._bits import pack, unpack
 from luthier.methods.quantizers._base import Quantizer
+from luthier.methods.quantizers.normal_float._bits import pack, unpack
+from luthier.registry import quantizer
 
 
 @quantizer(
     paper="arXiv:2401.06118",
     gives="codes",
-    contract={"idempotent": "k-means over vectors that k-means has found may find others: its starts are spread by size"},
+    contract={
+        "idempotent": (
+            "k-means over vectors that k-means has found may find others: its starts are spread by size"
+        )
+    },
 )
 class VQ(Quantizer):
     """A code for several weights at once: nbits_per_codebook / in_group_size bits each."""
@@ -44,8 +50,12 @@ class VQ(Quantizer):
         scale = W.float().square().mean(1).sqrt()
         points = self.points(W, scale)
         k = 2**self.nbits_per_codebook
-        order = (points * points.new_tensor([1.0 / (i + 1) for i in range(self.in_group_size)])).sum(1).argsort()
-        some = points[order[torch.linspace(0, len(points) - 1, min(len(points), 64 * k), device=W.device).long()]]
+        order = (
+            (points * points.new_tensor([1.0 / (i + 1) for i in range(self.in_group_size)])).sum(1).argsort()
+        )
+        some = points[
+            order[torch.linspace(0, len(points) - 1, min(len(points), 64 * k), device=W.device).long()]
+        ]
         book = some[torch.linspace(0, len(some) - 1, k, device=W.device).long()].clone()
         for _ in range(self.iterations):
             own = closest(some, book)

@@ -1,15 +1,15 @@
 """FP4: 16 levels of a sign, two bits of exponent and one of fraction, one scale to a block of 64 weights.
 
-What bitsandbytes calls fp4, its default. NF4 fits weights better; this one is here to be compared with. Departs from
-bitsandbytes in how a level is numbered: by size.
+What bitsandbytes calls fp4, its default. NF4 fits weights better; this one is here to be compared with.
+Departs from bitsandbytes in how a level is numbered: by size.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from luthier.registry import quantizer
 from luthier.methods.quantizers.codebook._book import Book
+from luthier.registry import quantizer
 
 MAGNITUDES = (0.0052083333, 0.16666667, 0.25, 0.33333333, 0.5, 0.66666667, 1.0)
 

@@ -1,14 +1,16 @@
-"""LQ-LoRA's base: W ~ Q + L1 L2, a NormalFloat part of few bits and a part of low rank, found in turns; bits go where they matter.
+"""LQ-LoRA's base: W ~ Q + L1 L2, a NormalFloat part of few bits and a part of low rank, found in turns; bits
+go where they matter.
 
-L1 L2 is the best approximation of rank r of what Q leaves over, Q is what is quantized of what L1 L2 leaves over, until the error
-rises. Which of the allowed forms each matrix's Q takes is an integer program: the least sum of errors within `target_bits`
-on average (scipy's milp). With `fisher` errors are weighted by the rows and columns of the squared gradients of -log p
-of single rows. Take tuner `{name: lora, r: rank, init_lora_weights: lq}` to train L1 and L2 themselves, as the paper does;
-any other tuner goes on from Q + L1 L2.
+L1 L2 is the best approximation of rank r of what Q leaves over, Q is what is quantized of what L1 L2 leaves
+over, until the error rises. Which of the allowed forms each matrix's Q takes is an integer program: the least
+sum of errors within `target_bits` on average (scipy's milp). With `fisher` errors are weighted by the rows
+and columns of the squared gradients of -log p of single rows. Take tuner `{name: lora, r: rank,
+init_lora_weights: lq}` to train L1 and L2 themselves, as the paper does; any other tuner goes on from Q + L1
+L2.
 
-Departs from the paper: errors of the forms are measured after one turn; twelve of the paper's 432 forms are offered unless more
-are listed; magnitudes are kept in evenly spaced steps; the SVD is exact where a side is at most 1024; L1 and L2 stay in the base,
-frozen, so that switching off gives what training started from.
+Departs from the paper: errors of the forms are measured after one turn; twelve of the paper's 432 forms are
+offered unless more are listed; magnitudes are kept in evenly spaced steps; the SVD is exact where a side is
+at most 1024; L1 and L2 stay in the base, frozen, so that switching off gives what training started from.
 """
 
 from __future__ import annotations
@@ -22,9 +24,9 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.registry import Range, quantizer
 from luthier.methods.quantizers._base import Codes, Quantizer
 from luthier.methods.quantizers.normal_float.nf import NF
+from luthier.registry import Range, quantizer
 
 Bits = Literal[2, 3, 4, 8]
 
@@ -44,11 +46,13 @@ class LQLoRA(Quantizer):
     num_iters: Annotated[int, Field(ge=1)] = 100  # turns at most
     fisher: bool = False  # weight errors by squared gradients on the first rows
     init_rows: int = 32  # rows whose gradients are squared
-    num_bits_0: tuple[Bits, ...] = (2, 3, 4, 8)  # forms of Q that the program may choose from: see quantizer nf
+    # forms of Q that the program may choose from: see quantizer nf
+    num_bits_0: tuple[Bits, ...] = (2, 3, 4, 8)
     num_bits_1: tuple[Bits, ...] = (8,)  # ... of blocks' magnitudes
     block_size_0: tuple[int, ...] = (16, 32, 64)  # ... weights of a block
     block_size_1: tuple[int, ...] = (256,)  # ... magnitudes that share a second scale
-    second_dtype: tuple[Literal["bfloat16", "float16", "float32"], ...] = ("float16",)  # ... of the second scale
+    # ... of the second scale
+    second_dtype: tuple[Literal["bfloat16", "float16", "float32"], ...] = ("float16",)
 
     @property
     def reads(self):
@@ -56,8 +60,13 @@ class LQLoRA(Quantizer):
 
     def forms(self) -> list[NF]:
         """Every form that Q may take."""
-        grid = itertools.product(self.num_bits_0, self.num_bits_1, self.block_size_0, self.block_size_1, self.second_dtype)
-        return [NF(num_bits_0=a, num_bits_1=b, block_size_0=c, block_size_1=d, second_dtype=e) for a, b, c, d, e in grid]
+        grid = itertools.product(
+            self.num_bits_0, self.num_bits_1, self.block_size_0, self.block_size_1, self.second_dtype
+        )
+        return [
+            NF(num_bits_0=a, num_bits_1=b, block_size_0=c, block_size_1=d, second_dtype=e)
+            for a, b, c, d, e in grid
+        ]
 
     def plan(self, weights, seen):
         forms, errors, sizes, names, total = self.forms(), [], [], [], 0
@@ -102,7 +111,13 @@ class LQLoRA(Quantizer):
     def bits(self, shape):
         """Q's, and those of L1 and L2 in fp32."""
         low = 32 * min(self.rank, *shape) * sum(shape) / (shape[0] * shape[1])
-        return min((f.bits(shape) for f in self.forms()), key=lambda b: (b > self.target_bits, abs(b - self.target_bits))) + low
+        return (
+            min(
+                (f.bits(shape) for f in self.forms()),
+                key=lambda b: (b > self.target_bits, abs(b - self.target_bits)),
+            )
+            + low
+        )
 
 
 FORM = ("num_bits_0", "num_bits_1", "block_size_0", "block_size_1", "second_dtype")
@@ -146,10 +161,15 @@ def _svd(W: Tensor, r: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def allocate(errors: list[list[float]], sizes: list[list[float]], budget: float) -> list[int]:
-    """For each matrix the form that it takes, so that errors add up to least and sizes (in bits) to no more than the budget."""
+    """For each matrix the form that it takes, so that errors add up to least and sizes (in bits) to no more
+    than the budget.
+    """
     least = sum(min(s) for s in sizes)
     if least > budget * (1 + 1e-9):
-        raise RecipeError(f"target_bits: the smallest forms take {least / budget:.2f} times as much; raise it, or offer smaller forms")
+        raise RecipeError(
+            f"target_bits: the smallest forms take {least / budget:.2f} times as much; raise it, or offer"
+            " smaller forms"
+        )
     if all(len(e) == 1 for e in errors):
         return [0] * len(errors)
     import numpy as np
@@ -160,10 +180,12 @@ def allocate(errors: list[list[float]], sizes: list[list[float]], budget: float)
     owner = np.repeat(np.arange(len(errors)), [len(e) for e in errors])
     once = coo_array((np.ones(len(cost)), (owner, np.arange(len(cost)))))
     found = milp(
-        cost / max(cost.max(), 1e-30), integrality=np.ones(len(cost)), bounds=Bounds(0, 1),
+        cost / max(cost.max(), 1e-30),
+        integrality=np.ones(len(cost)),
+        bounds=Bounds(0, 1),
         constraints=[LinearConstraint(once, 1, 1), LinearConstraint(size[None] / budget, 0, 1)],
         options={"mip_rel_gap": 1e-6},
-    )  # fmt: skip
+    )
     if found.x is None:
         raise RuntimeError(f"the integer program of the bit allocation failed: {found.message}")
     starts = np.concatenate([[0], np.cumsum([len(e) for e in errors])])

@@ -1,4 +1,5 @@
-"""NF-b: NormalFloat of 2, 3, 4 or 8 bits, with a second level of any width: what LQ-LoRA gives to matrices of unlike worth.
+"""NF-b: NormalFloat of 2, 3, 4 or 8 bits, with a second level of any width: what LQ-LoRA gives to matrices of
+unlike worth.
 
 b + b1 / block_size + (bits of the second scale) / (block_size * second_block_size) bits a weight.
 """
@@ -10,10 +11,10 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from luthier.registry import quantizer
-from luthier.methods.quantizers.normal_float._bits import pack, unpack
-from luthier.methods.quantizers.codebook._book import nearest, normal_float
 from luthier.methods.quantizers._base import Quantizer
+from luthier.methods.quantizers.codebook._book import nearest, normal_float
+from luthier.methods.quantizers.normal_float._bits import pack, unpack
+from luthier.registry import quantizer
 
 
 @quantizer(paper="arXiv:2311.12023")
@@ -32,7 +33,12 @@ class NF(Quantizer):
         top = F.pad(blocks.abs().amax(1), (0, -len(blocks) % self.block_size_1)).view(-1, self.block_size_1)
         second = top.amax(1).to(getattr(torch, self.second_dtype))
         steps = 2**self.num_bits_1 - 1
-        whole = (top / second.float().clamp(min=1e-30)[:, None] * steps).round().clamp(0, steps).flatten()[: len(blocks)]
+        whole = (
+            (top / second.float().clamp(min=1e-30)[:, None] * steps)
+            .round()
+            .clamp(0, steps)
+            .flatten()[: len(blocks)]
+        )
         codes = {"absmax": pack(whole.to(torch.uint8), self.num_bits_1), "second": second}
         scale = self.scales(codes, len(blocks))
         book = torch.tensor(normal_float(self.num_bits_0), device=W.device)
@@ -58,5 +64,7 @@ class NF(Quantizer):
         second = 32 if self.second_dtype == "float32" else 16
         eights = lambda count, bits: 8 * -(-count // 8) * bits  # codes lie in eights
         return (
-            eights(blocks * self.block_size_0, self.num_bits_0) + eights(blocks, self.num_bits_1) + second * -(-blocks // self.block_size_1)
+            eights(blocks * self.block_size_0, self.num_bits_0)
+            + eights(blocks, self.num_bits_1)
+            + second * -(-blocks // self.block_size_1)
         ) / n

@@ -1,15 +1,16 @@
-"""NF4: 16 levels at the quantiles of N(0, 1), one scale to a block of 64 weights, the scales in 8 bits: QLoRA's base.
+"""NF4: 16 levels at the quantiles of N(0, 1), one scale to a block of 64 weights, the scales in 8 bits:
+QLoRA's base.
 
-4.127 bits a weight. Codes, scales and their layout are those of bitsandbytes. Under tuner `lora` this is QLoRA. Departs
-from it in the defaults: double quantization is on, and the optimizer's state is not paged.
+4.127 bits a weight. Codes, scales and their layout are those of bitsandbytes. Under tuner `lora` this is
+QLoRA. Departs from it in the defaults: double quantization is on, and the optimizer's state is not paged.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from luthier.registry import quantizer
 from luthier.methods.quantizers.codebook._book import Book, normal_float
+from luthier.registry import quantizer
 
 
 @quantizer(paper="arXiv:2305.14314", row="qlora")

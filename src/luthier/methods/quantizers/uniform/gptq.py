@@ -1,8 +1,10 @@
-"""GPTQ: weights are rounded column by column, and what each rounding does wrong is made good by the columns yet to come.
+"""GPTQ: weights are rounded column by column, and what each rounding does wrong is made good by the columns
+yet to come.
 
-With H = X X' of what the layer reads on the first rows: the error of a column, over the diagonal of the Cholesky factor of H^-1,
-is spread over the rest along that factor's row. Columns are taken in their order, in blocks. Groups and their scales are those
-of RTN, set when a group is reached. Departs from the paper: all layers read what the unquantized model makes.
+With H = X X' of what the layer reads on the first rows: the error of a column, over the diagonal of the
+Cholesky factor of H^-1, is spread over the rest along that factor's row. Columns are taken in their order, in
+blocks. Groups and their scales are those of RTN, set when a group is reached. Departs from the paper: all
+layers read what the unquantized model makes.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from typing import ClassVar
 import torch
 
 from luthier.errors import RecipeError
-from luthier.registry import quantizer
 from luthier.methods.quantizers.uniform.rtn import RTN
+from luthier.registry import quantizer
 
 
 @quantizer(paper="arXiv:2210.17323", row="llm-compression-survey", gives="codes")
@@ -30,7 +32,9 @@ class GPTQ(RTN):
         if seen is None:
             return super().quantize(W)
         if W.shape[1] % self.group_size:
-            raise RecipeError(f"quantizer 'gptq': group_size {self.group_size} does not divide {W.shape[1]} inputs")
+            raise RecipeError(
+                f"quantizer 'gptq': group_size {self.group_size} does not divide {W.shape[1]} inputs"
+            )
         W, H, top = W.float().clone(), seen.clone(), 2**self.bits_per_weight - 1
         H.diagonal().add_(self.damp_percent * H.diagonal().mean().clamp(min=1e-8))
         U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
@@ -48,5 +52,8 @@ class GPTQ(RTN):
                 errors[:, k - start] = (w - q) / U[k, k]
                 W[:, k + 1 : end] -= torch.outer(errors[:, k - start], U[k, k + 1 : end])
             W[:, end:] -= errors @ U[start:end, end:]
-        held = {"scale": torch.stack(scale, 1).flatten().to(torch.float16), "low": torch.stack(low, 1).flatten().to(torch.float16)}
+        held = {
+            "scale": torch.stack(scale, 1).flatten().to(torch.float16),
+            "low": torch.stack(low, 1).flatten().to(torch.float16),
+        }
         return self.nearest(done, held)

@@ -1,15 +1,15 @@
 """INT8: whole numbers of -127 to 127, one scale to each output of a layer.
 
-The weights of LLM.int8(). Departs from it in the inputs, which stay as they are: the weight is made in the compute dtype, so no
-input columns need to be set apart as outliers, and nothing but the weights is rounded.
+The weights of LLM.int8(). Departs from it in the inputs, which stay as they are: the weight is made in the
+compute dtype, so no input columns need to be set apart as outliers, and nothing but the weights is rounded.
 """
 
 from __future__ import annotations
 
 import torch
 
-from luthier.registry import quantizer
 from luthier.methods.quantizers._base import Quantizer
+from luthier.registry import quantizer
 
 
 @quantizer(paper="arXiv:2208.07339")

@@ -1,7 +1,8 @@
-"""RTN: round to nearest. Each group of weights is put on 2**bits evenly spaced numbers between its least and its largest.
+"""RTN: round to nearest. Each group of weights is put on 2**bits evenly spaced numbers between its least and
+its largest.
 
-The plainest way to quantize, which every other is compared with. Departs from GPTQ's form of it: the least number of a group is
-kept as it is, not as a whole number of steps.
+The plainest way to quantize, which every other is compared with. Departs from GPTQ's form of it: the least
+number of a group is kept as it is, not as a whole number of steps.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.registry import quantizer
-from luthier.methods.quantizers.normal_float._bits import pack, unpack
 from luthier.methods.quantizers._base import Quantizer
+from luthier.methods.quantizers.normal_float._bits import pack, unpack
+from luthier.registry import quantizer
 
 
 @quantizer(row="llm-compression-survey", gives="codes")
@@ -25,7 +26,8 @@ class RTN(Quantizer):
     continuous: ClassVar[tuple[str, ...]] = ("scale", "low")
 
     bits_per_weight: Annotated[int, Field(ge=1, le=8)] = 4  # of each code
-    group_size: int = 64  # weights that share a scale and a least number, 16 bits each; they run along the rows
+    # weights that share a scale and a least number, 16 bits each; they run along the rows
+    group_size: int = 64
 
     def __post_init__(self):
         if self.group_size < 2:
@@ -50,7 +52,9 @@ class RTN(Quantizer):
 
     def dequantize(self, codes, shape, dtype):
         scale, low = codes["scale"].float(), codes["low"].float()
-        places = unpack(codes["weight"], self.bits_per_weight, len(scale) * self.group_size).view(len(scale), -1)
+        places = unpack(codes["weight"], self.bits_per_weight, len(scale) * self.group_size).view(
+            len(scale), -1
+        )
         made = torch.addcmul(low[:, None], places.float(), scale[:, None])
         return made.flatten()[: shape[0] * shape[1]].view(shape).to(dtype)
 

@@ -1,11 +1,13 @@
-"""How long a text is: a rule to weigh other rewards against, or to see whether a judge can be played by length alone."""
+"""How long a text is: a rule to weigh other rewards against, or to see whether a judge can be played by
+length alone.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from luthier.registry import reward
 from luthier.methods.rewards._base import Reward
+from luthier.registry import reward
 
 
 @reward()

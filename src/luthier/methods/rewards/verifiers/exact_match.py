@@ -1,4 +1,6 @@
-"""1 where a text's answer (all of it, its last number, or what follows a marker) is the row's `answer`, else 0."""
+"""1 where a text's answer (all of it, its last number, or what follows a marker) is the row's `answer`, else
+0.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,8 @@ import re
 from decimal import Decimal
 from typing import Literal
 
-from luthier.registry import reward
 from luthier.methods.rewards._base import Reward
+from luthier.registry import reward
 
 # 1,234,567.5 and 1234567.5, .5, 1e-3; a minus counts as a sign unless it stands between two words, as in 3-5
 NUMBER = re.compile(
@@ -36,7 +38,9 @@ class ExactMatch(Reward):
     def scores(self, row: dict, texts: list[str]) -> list[float]:
         """1.0 or 0.0 per text."""
         right = self.column(row, "answer")
-        right = {self.answer(str(a), gold=True) for a in (right if isinstance(right, (list, tuple)) else [right])}
+        right = {
+            self.answer(str(a), gold=True) for a in (right if isinstance(right, (list, tuple)) else [right])
+        }
         return [float(self.answer(text) in right - {None}) for text in texts]
 
     def answer(self, text: str, gold: bool = False) -> str | Decimal | None:

@@ -1,4 +1,6 @@
-"""1 where a text's last answer equals the row's `answer` as mathematics: 1/2, 0.5 and \\boxed{\\frac{1}{2}} are one."""
+"""1 where a text's last answer equals the row's `answer` as mathematics: 1/2, 0.5 and \\boxed{\\frac{1}{2}}
+are one.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ import warnings
 from importlib.util import find_spec
 
 from luthier.errors import RecipeError
-from luthier.registry import reward
 from luthier.methods.rewards._base import Reward
+from luthier.registry import reward
 
 IDLE: list[Worker] = []  # workers nobody is using; list.pop and list.append are safe between threads
 os.register_at_fork(after_in_child=IDLE.clear)  # a forked process must not share its parent's pipes
@@ -22,8 +24,8 @@ os.register_at_fork(after_in_child=IDLE.clear)  # a forked process must not shar
 class Math(Reward):
     """Reads LaTeX, plain numbers, fractions, sets and intervals by the library math-verify.
 
-    A comparison that runs too long scores 0: it runs in a process of its own that is killed, so this works in any
-    thread. The library's own limit is a signal, which only the main thread may set.
+    A comparison that runs too long scores 0: it runs in a process of its own that is killed, so this works in
+    any thread. The library's own limit is a signal, which only the main thread may set.
     """
 
     timeout: float = 5.0  # seconds for one text
@@ -31,7 +33,9 @@ class Math(Reward):
 
     def __post_init__(self):
         if find_spec("math_verify") is None:
-            raise RecipeError("reward 'math' needs a library that is missing: pip install 'math-verify[antlr4_13_2]'")
+            raise RecipeError(
+                "reward 'math' needs a library that is missing: pip install 'math-verify[antlr4_13_2]'"
+            )
 
     def scores(self, row: dict, texts: list[str]) -> list[float]:
         """1.0 or 0.0 per text."""
@@ -55,7 +59,9 @@ class Math(Reward):
         if worker.alive:
             IDLE.append(worker)
         if verdict is None:
-            warnings.warn(f"reward 'math' cannot read {gold!r} as mathematics: compared as text", stacklevel=2)
+            warnings.warn(
+                f"reward 'math' cannot read {gold!r} as mathematics: compared as text", stacklevel=2
+            )
             return float(text.strip().rsplit("\n", 1)[-1].strip() == gold.strip())
         return float(verdict)
 
@@ -70,8 +76,12 @@ class Worker:
         self.memory_mb = memory_mb
         self.process = subprocess.Popen(
             [sys.executable, "-I", "-c", start],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+        )
         self.alive = True
         if self.line(120) != "ready\n":
             raise RuntimeError("the process that compares answers does not start: is math-verify complete?")

@@ -7,8 +7,8 @@ import re
 import warnings
 
 from luthier.errors import RecipeError
-from luthier.registry import reward
 from luthier.methods.rewards._base import Reward
+from luthier.registry import reward
 from luthier.sandbox.sandbox import run_many
 
 FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
@@ -19,8 +19,9 @@ PYTHON = ("", "py", "python", "python3")
 class PythonTests(Reward):
     """`tests` is a list of assert statements, or one string of Python in which every assert counts.
 
-    The code is the last fenced block that defines something; without fences, the whole text. Read what the sandbox
-    is and is not (`luthier doctor` shows what this machine gives) before running what strangers wrote.
+    The code is the last fenced block that defines something; without fences, the whole text. Read what the
+    sandbox is and is not (`luthier doctor` shows what this machine gives) before running what strangers
+    wrote.
     """
 
     all_or_nothing: bool = False  # 1 when every test passes, else 0, in place of the share
@@ -33,11 +34,20 @@ class PythonTests(Reward):
         """Between 0.0 and 1.0 per text; a text that says the same as another is run once."""
         checks = split(self.column(row, "tests"))
         before = str(self.column(row, self.prefix)) if self.prefix else ""
-        if not self.prefix and isinstance(start := row.get("prompt"), str) and any(continues(start, text) for text in texts):
-            raise RecipeError("reward 'python_tests': an answer is code only behind its prompt: say `prefix: prompt`, else all would fail")
+        if (
+            not self.prefix
+            and isinstance(start := row.get("prompt"), str)
+            and any(continues(start, text) for text in texts)
+        ):
+            raise RecipeError(
+                "reward 'python_tests': an answer is code only behind its prompt: say `prefix: prompt`, else"
+                " all would fail"
+            )
         programs = list(dict.fromkeys(before + extract(text) for text in texts))
         limits = {"timeout": self.timeout, "memory_mb": self.memory_mb, "packages": self.packages}
-        results = dict(zip(programs, run_many({"code": p, "checks": checks, **limits} for p in programs), strict=True))
+        results = dict(
+            zip(programs, run_many({"code": p, "checks": checks, **limits} for p in programs), strict=True)
+        )
         return [self.grade(results[before + extract(text)].passed) for text in texts]
 
     def grade(self, passed: tuple[bool, ...]) -> float:
@@ -46,7 +56,9 @@ class PythonTests(Reward):
 
 
 def extract(text: str) -> str:
-    """The code in a text: the last fenced block of Python that defines something, else the last, else all of it."""
+    """The code in a text: the last fenced block of Python that defines something, else the last, else all of
+    it.
+    """
     blocks = [code for language, code in FENCE.findall(text) if language.lower() in PYTHON]
     defining = [b for b in blocks if re.search(r"^\s*(?:async def|def|class) ", b, re.MULTILINE)]
     return (defining or blocks or [text])[-1]
@@ -68,7 +80,9 @@ def parses(code: str) -> bool:
 
 
 def split(tests: str | list[str]) -> list[str]:
-    """Checks to be counted. One string is cut after each statement that may check; definitions go with the next."""
+    """Checks to be counted. One string is cut after each statement that may check; definitions go with the
+    next.
+    """
     if not isinstance(tests, str):
         for test in tests:
             parse(test)
@@ -82,7 +96,9 @@ def split(tests: str | list[str]) -> list[str]:
             checks.append("\n".join(waiting))
             waiting = []
     if not checks:
-        raise RecipeError(f"reward 'python_tests': these tests check nothing, they only define: {tests[:80]!r}")
+        raise RecipeError(
+            f"reward 'python_tests': these tests check nothing, they only define: {tests[:80]!r}"
+        )
     return checks
 
 
@@ -91,4 +107,6 @@ def parse(test: str) -> ast.Module:
     try:
         return ast.parse(test)
     except (SyntaxError, ValueError, TypeError) as error:
-        raise RecipeError(f"reward 'python_tests': a row's test is not Python ({error}): {str(test)[:80]!r}") from None
+        raise RecipeError(
+            f"reward 'python_tests': a row's test is not Python ({error}): {str(test)[:80]!r}"
+        ) from None

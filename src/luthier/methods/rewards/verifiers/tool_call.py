@@ -1,7 +1,7 @@
 """A tool call judged by how it goes wrong: the earlier the fault, the worse.
 
-The call is JSON with a name and arguments, bare or between <tool_call> marks; the row's `answer` is the right one, its `tools`
-say which parameters there are.
+The call is JSON with a name and arguments, bare or between <tool_call> marks; the row's `answer` is the right
+one, its `tools` say which parameters there are.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import json
 import re
 from typing import Any
 
-from luthier.registry import reward
 from luthier.methods.rewards._base import Reward
+from luthier.registry import reward
 
 CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.S)
 FAULTS = {  # (hallucinated, redundant, missing) parameters -> score
@@ -27,12 +27,15 @@ FAULTS = {  # (hallucinated, redundant, missing) parameters -> score
 
 @reward(paper="arXiv:2412.15495", row="tl-training", wants="answer tools")
 class ToolCall(Reward):
-    """-2 no call that can be read, or no such tool; -1.5 another tool; -1.8 to -0.5 parameters that do not exist, were not
-    asked for or are missing; -0.25 a wrong value; 1 all right."""
+    """-2 no call that can be read, or no such tool; -1.5 another tool; -1.8 to -0.5 parameters that do not
+    exist, were not asked for or are missing; -0.25 a wrong value; 1 all right."""
 
     def scores(self, row: dict, texts: list[str]) -> list[float]:
         gold = call_in(self.column(row, "answer"))
-        known = {t["function"]["name"]: set(t["function"].get("parameters", {}).get("properties", {})) for t in self.column(row, "tools")}
+        known = {
+            t["function"]["name"]: set(t["function"].get("parameters", {}).get("properties", {}))
+            for t in self.column(row, "tools")
+        }
         if gold is None:
             raise ValueError(f"row {row.get('id')}: its answer is no tool call")
         return [self.judged(call_in(text), gold, known) for text in texts]

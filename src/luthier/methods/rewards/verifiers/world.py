@@ -1,16 +1,18 @@
-"""What the verifier of a practice world says of a text: 1 where it is right; the row's `world` says which world."""
+"""What the verifier of a practice world says of a text: 1 where it is right; the row's `world` says which
+world.
+"""
 
 from __future__ import annotations
 
 from luthier.errors import RecipeError
-from luthier.registry import meant, reward
 from luthier.methods.rewards._base import Reward
+from luthier.registry import meant, reward
 
 
 @reward(wants="world")
 class World(Reward):
-    """Numbers are results, functions are run on unit tests, queries on the database, tool calls parsed and checked; a world
-    with several scores (style) gives their mean, or the one that `objective` names."""
+    """Numbers are results, functions are run on unit tests, queries on the database, tool calls parsed and
+    checked; a world with several scores (style) gives their mean, or the one that `objective` names."""
 
     objective: str = ""  # one of several scores, such as formal, warm, short or complete of the world style
 
@@ -29,6 +31,7 @@ class World(Reward):
             return sum(several.values()) / len(several) if several else float(verdict)  # type: ignore[arg-type]
         if self.objective not in several:
             raise RecipeError(
-                f"reward 'world': rows such as {row['id']} are not scored by '{self.objective}'{meant(self.objective, several)}"
+                f"reward 'world': rows such as {row['id']} are not scored by"
+                f" '{self.objective}'{meant(self.objective, several)}"
             )
         return several[self.objective]

@@ -11,7 +11,9 @@ from luthier.methods.roles._base import Part
 
 
 class Averaged(Part):
-    """A buffer in fp32 for each tensor that may move; it begins at the policy's start. Subclasses say `after_step`."""
+    """A buffer in fp32 for each tensor that may move; it begins at the policy's start. Subclasses say
+    `after_step`.
+    """
 
     def __init__(self, attached: Any):
         super().__init__()

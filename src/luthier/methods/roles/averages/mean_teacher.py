@@ -1,6 +1,8 @@
-"""A mean teacher: the policy with a running average of what moves, renewed after every step. It gets no gradient.
+"""A mean teacher: the policy with a running average of what moves, renewed after every step. It gets no
+gradient.
 
-average <- momentum * average + (1 - momentum) * tensors, beginning at the policy's start. What does not move costs no memory.
+average <- momentum * average + (1 - momentum) * tensors, beginning at the policy's start. What does not move
+costs no memory.
 """
 
 from __future__ import annotations
@@ -10,16 +12,17 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from luthier.registry import role
-from luthier.methods.roles.averages._average import Averaged
 from luthier.methods.roles._base import Role, brought, own
+from luthier.methods.roles.averages._average import Averaged
+from luthier.registry import role
 
 
 @role(paper="arXiv:1703.01780")
 class MeanTeacher(Role):
     """The exponential moving average of the policy."""
 
-    momentum: Annotated[float, Field(ge=0, le=1)] = 0.996  # share of the average that each step leaves as it is
+    # share of the average that each step leaves as it is
+    momentum: Annotated[float, Field(ge=0, le=1)] = 0.996
 
     def parts(self, policy):
         return {"average": Running(policy.attached, self.momentum)}

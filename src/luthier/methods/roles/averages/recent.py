@@ -1,7 +1,8 @@
 """The mean of the policy's last snapshots, more of them the longer it has trained: OGEN's teacher.
 
-A snapshot is taken every so often (once an epoch in the paper) and the last m are averaged, m growing from `least` to `most`
-along a cosine: an early model that has learned little is soon left out, a late one that knows too well is drawn back.
+A snapshot is taken every so often (once an epoch in the paper) and the last m are averaged, m growing from
+`least` to `most` along a cosine: an early model that has learned little is soon left out, a late one that
+knows too well is drawn back.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import torch
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.registry import role
-from luthier.methods.roles.averages._average import Averaged
 from luthier.methods.roles._base import Role, brought, own
+from luthier.methods.roles.averages._average import Averaged
+from luthier.registry import role
 
 
 @role(paper="arXiv:2401.15914", row="ogen")
@@ -39,7 +40,9 @@ class Recent(Role):
 
     def window(self, share: float) -> int:
         """How many are averaged when so much of the run is done."""
-        return self.least + math.floor((1 + math.cos((1 + min(share, 1.0)) * math.pi)) / 2 * (self.most - self.least))
+        return self.least + math.floor(
+            (1 + math.cos((1 + min(share, 1.0)) * math.pi)) / 2 * (self.most - self.least)
+        )
 
 
 class Snapshots(Averaged):
@@ -52,7 +55,9 @@ class Snapshots(Averaged):
         self.settings = settings
         self.register_buffer("taken", torch.ones((), dtype=torch.long))
         for name, p in self.moving():
-            self.register_buffer(f"kept:{name}", p.detach().float()[None].repeat(settings.most, *[1] * p.ndim))
+            self.register_buffer(
+                f"kept:{name}", p.detach().float()[None].repeat(settings.most, *[1] * p.ndim)
+            )
 
     def ready(self, rows, roles):
         super().ready(rows, roles)

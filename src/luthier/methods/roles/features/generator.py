@@ -1,8 +1,10 @@
-"""A generator of features for classes that no row has: what would the network's state be, were this the answer?
+"""A generator of features for classes that no row has: what would the network's state be, were this the
+answer?
 
-normalise(FFN(Q) + attention(Q, K, V)): Q the feature of the class that is asked for, K those of its nearest classes, V states
-of these. A class's feature is the row of the output layer for the first token of its name, so names begin differently.
-Statistics of states, a mean and a spread for each known class, are taken before the first step and follow as states move.
+normalise(FFN(Q) + attention(Q, K, V)): Q the feature of the class that is asked for, K those of its nearest
+classes, V states of these. A class's feature is the row of the output layer for the first token of its name,
+so names begin differently. Statistics of states, a mean and a spread for each known class, are taken before
+the first step and follow as states move.
 """
 
 from __future__ import annotations
@@ -15,10 +17,10 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from luthier.errors import RecipeError
-from luthier.registry import role
 from luthier.methods.objectives.representation._features import features, of_rows
-from luthier.model.policy import resting
 from luthier.methods.roles._base import Part, Role, brought, everyone, width_of
+from luthier.model.policy import resting
+from luthier.registry import role
 
 
 @role(paper="arXiv:2401.15914", row="ogen")
@@ -29,7 +31,8 @@ class Generator(Role):
     unknown: list[str]  # classes that no row has
     k: Annotated[int, Field(ge=1)] = 3  # nearest classes that are looked at
     num_heads: Annotated[int, Field(ge=1)] = 4  # of the attention
-    momentum: Annotated[float, Field(ge=0, le=1)] = 0.9  # share of a class's statistics that a step with rows of it leaves
+    # share of a class's statistics that a step with rows of it leaves
+    momentum: Annotated[float, Field(ge=0, le=1)] = 0.9
 
     def __post_init__(self):
         if len(self.known) < 2 or not self.unknown or {*self.known} & {*self.unknown}:
@@ -38,7 +41,8 @@ class Generator(Role):
     def parts(self, policy):
         if policy.model.get_output_embeddings() is None:
             raise RecipeError(
-                "role 'generator' wants a network that answers with words: a classifier has no features of classes it never saw"
+                "role 'generator' wants a network that answers with words: a classifier has no features of"
+                " classes it never saw"
             )
         width = width_of(policy)
         if width % self.num_heads:
@@ -58,13 +62,22 @@ class Features(Part):
     square: Tensor
     size: Tensor
 
-    def __init__(self, width: int, known: list[str], unknown: list[str], k: int = 3, num_heads: int = 4, momentum: float = 0.9):
+    def __init__(
+        self,
+        width: int,
+        known: list[str],
+        unknown: list[str],
+        k: int = 3,
+        num_heads: int = 4,
+        momentum: float = 0.9,
+    ):
         super().__init__()
         self.known, self.unknown, self.momentum = known, unknown, momentum
         self.k = min(k, len(known) - 1)
         self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
         self.ffn = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
-        self.register_buffer("tokens", torch.arange(len(known) + len(unknown)))  # with which each class begins
+        # with which each class begins
+        self.register_buffer("tokens", torch.arange(len(known) + len(unknown)))
         self.register_buffer("mean", torch.zeros(len(known), width))  # of states of length one
         self.register_buffer("square", torch.zeros(len(known), width))  # the mean of their squares
         self.register_buffer("size", torch.ones(()))  # of states as they are
@@ -89,7 +102,9 @@ class Features(Part):
 
     def remember(self, rows: Tensor, kinds: Tensor, states: Tensor) -> None:
         """[N], [N], [N, d]: counts from the next step on, and once, however often it is said."""
-        self.heard.update(zip(rows.tolist(), zip(kinds.tolist(), states.detach().float(), strict=True), strict=True))
+        self.heard.update(
+            zip(rows.tolist(), zip(kinds.tolist(), states.detach().float(), strict=True), strict=True)
+        )
 
     @torch.no_grad()
     def after_step(self, clock, momentum: float | None = None):
@@ -102,13 +117,22 @@ class Features(Part):
             self.mean[c] = torch.lerp(unit.mean(0), self.mean[c], keep)
             self.square[c] = torch.lerp(unit.square().mean(0), self.square[c], keep)
         if heard:
-            self.size.copy_(torch.lerp(torch.stack([z.norm() for _, z in heard]).mean().to(self.size.device), self.size, keep))
+            self.size.copy_(
+                torch.lerp(
+                    torch.stack([z.norm() for _, z in heard]).mean().to(self.size.device), self.size, keep
+                )
+            )
 
     @torch.no_grad()
     def ready(self, rows, roles):
-        self.tokens.copy_(torch.tensor([self.begins(name, rows, roles) for name in (*self.known, *self.unknown)]))
+        self.tokens.copy_(
+            torch.tensor([self.begins(name, rows, roles) for name in (*self.known, *self.unknown)])
+        )
         if len(set(self.tokens.tolist())) < len(self.tokens):
-            raise RecipeError("generator: two classes begin with the same token, so the state before it cannot tell them apart")
+            raise RecipeError(
+                "generator: two classes begin with the same token, so the state before it cannot tell them"
+                " apart"
+            )
         for i in range(0, min(len(rows), 1024), 16):
             batch = roles.batch(rows[i : i + 16])
             with resting(roles.policy.model):
@@ -117,7 +141,9 @@ class Features(Part):
             self.remember(of_rows(batch)[here], kinds[here], states[here])
         absent = sorted({*range(len(self.known))} - {c for c, _ in self.heard.values()})
         if absent:
-            raise RecipeError(f"generator: none of the first 1,024 rows is of the known class '{self.known[absent[0]]}'")
+            raise RecipeError(
+                f"generator: none of the first 1,024 rows is of the known class '{self.known[absent[0]]}'"
+            )
         self.after_step(roles.clock, momentum=0.0)
 
     def begins(self, name: str, rows: list[dict], roles) -> int:

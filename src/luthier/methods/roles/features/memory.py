@@ -1,7 +1,9 @@
-"""A memory of features: of the rows read last, the state from which each is answered, and the class that it answers.
+"""A memory of features: of the rows read last, the state from which each is answered, and the class that it
+answers.
 
-What is remembered at a step is seen from the next one on, so a loss does not depend on how a batch is split. A row that is
-remembered already is renewed, not doubled; the oldest leave. Before the first step it is filled from the run's own rows.
+What is remembered at a step is seen from the next one on, so a loss does not depend on how a batch is split.
+A row that is remembered already is renewed, not doubled; the oldest leave. Before the first step it is filled
+from the run's own rows.
 """
 
 from __future__ import annotations
@@ -13,10 +15,10 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.registry import role
 from luthier.methods.objectives.representation._features import classes, features, of_rows
-from luthier.model.policy import resting
 from luthier.methods.roles._base import Part, Role, brought, everyone, width_of
+from luthier.model.policy import resting
+from luthier.registry import role
 
 
 @role()
@@ -45,7 +47,8 @@ class Features(Part):
         self.register_buffer("features", torch.zeros(size, width))
         self.register_buffer("classes", torch.zeros(size, dtype=torch.long))
         self.register_buffer("rows", torch.zeros(size, dtype=torch.long))
-        self.register_buffer("written", torch.zeros((), dtype=torch.long))  # features that ever got a place of their own
+        # features that ever got a place of their own
+        self.register_buffer("written", torch.zeros((), dtype=torch.long))
         self.heard: dict[int, tuple[int, Tensor]] = {}  # in this step: row -> class and feature
 
     @property
@@ -55,8 +58,12 @@ class Features(Part):
     def remember(self, rows: Tensor, classes: Tensor, features: Tensor) -> None:
         """[N], [N], [N, d]: seen from the next step on. Said twice in a step, it counts once."""
         if features.shape[1] != self.features.shape[1]:
-            raise RecipeError(f"the memory is {self.features.shape[1]} wide and the network's states {features.shape[1]}")
-        self.heard.update(zip(rows.tolist(), zip(classes.tolist(), features.detach().float(), strict=True), strict=True))
+            raise RecipeError(
+                f"the memory is {self.features.shape[1]} wide and the network's states {features.shape[1]}"
+            )
+        self.heard.update(
+            zip(rows.tolist(), zip(classes.tolist(), features.detach().float(), strict=True), strict=True)
+        )
 
     @torch.no_grad()
     def after_step(self, clock):

@@ -1,6 +1,8 @@
-"""A memory of paired features: of the rows read last, the state from which each is answered, of the reference and of the policy.
+"""A memory of paired features: of the rows read last, the state from which each is answered, of the reference
+and of the policy.
 
-As role `memory` keeps them: what is remembered at a step is seen from the next one on; filled before the first step.
+As role `memory` keeps them: what is remembered at a step is seen from the next one on; filled before the
+first step.
 """
 
 from __future__ import annotations
@@ -10,11 +12,11 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from luthier.registry import role
 from luthier.methods.objectives.representation._features import features, of_rows
-from luthier.model.policy import resting
 from luthier.methods.roles._base import Role, brought, width_of
 from luthier.methods.roles.features.memory import Features
+from luthier.model.policy import resting
+from luthier.registry import role
 
 
 @role(paper="arXiv:2308.12058", row="dr-tune")
@@ -38,5 +40,7 @@ class Pairs(Features):
             batch = roles.batch(rows[i : min(i + 16, len(self.rows))])
             with resting(roles.policy.model):
                 both = [features(batch, who(batch)) for who in (roles.reference, roles.policy)]
-            self.remember(of_rows(batch), batch.labels[batch.supervised][batch.place == 0], torch.cat(both, 1))
+            self.remember(
+                of_rows(batch), batch.labels[batch.supervised][batch.place == 0], torch.cat(both, 1)
+            )
         self.after_step(roles.clock)

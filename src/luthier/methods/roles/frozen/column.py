@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from luthier.model.batch import Batch
 from luthier.errors import RecipeError
-from luthier.registry import role
 from luthier.methods.roles._base import Role
+from luthier.model.batch import Batch
+from luthier.registry import role
 
 
 @role()
@@ -45,6 +45,7 @@ class Saying:
 
     def __getattr__(self, name: str):
         raise RecipeError(
-            f"roles.{self.who.role}: column '{self.who.column}' holds the probability of each token that was said; this recipe "
-            f"also asks for '{name}', which only a model knows: e.g. `roles: {{{self.who.role}: start}}`"
+            f"roles.{self.who.role}: column '{self.who.column}' holds the probability of each token that was"
+            f" said; this recipe also asks for '{name}', which only a model knows: e.g. `roles:"
+            f" {{{self.who.role}: start}}`"
         )

@@ -1,5 +1,7 @@
-"""Another model, frozen: a teacher, a reference of its own, a reward model. It reads the policy's tokens, so both must write
-text with the same ones. A run's folder or an exported adapter is that tuned model. Of a teacher with other tokens, stage `teacher_spans` and objective `alm` compare the text instead."""
+"""Another model, frozen: a teacher, a reference of its own, a reward model. It reads the policy's tokens, so
+both must write text with the same ones. A run's folder or an exported adapter is that tuned model. Of a
+teacher with other tokens, stage `teacher_spans` and objective `alm` compare the text instead.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,11 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator
 
 from luthier.errors import RecipeError
-from luthier.registry import build, role
-from luthier.model.policy import Policy
 from luthier.methods.roles._base import Role
-from luthier.storage.store import resolve_model
 from luthier.methods.tuners._base import Untuned
+from luthier.model.policy import Policy
+from luthier.registry import build, role
+from luthier.storage.store import resolve_model
 
 AnyQuantizer = Annotated[Any, BeforeValidator(lambda v: v if v is None else build("quantizer", v))]
 
@@ -31,15 +33,21 @@ class Model(Role):
     def __post_init__(self):
         if self.quantization is not None and (self.quantization.reads or self.quantization.whole):
             raise RecipeError(
-                f"a role's weights become codes one by one, and quantizer '{self.quantization.name}' looks at more; take nf4, fp4 or int8"
+                f"a role's weights become codes one by one, and quantizer '{self.quantization.name}' looks at"
+                " more; take nf4, fp4 or int8"
             )
         if self.quantization is not None and self.tuned:
-            raise RecipeError(f"role 'model': {self.model} was tuned on a base of its own; leave quantization out")
+            raise RecipeError(
+                f"role 'model': {self.model} was tuned on a base of its own; leave quantization out"
+            )
 
     @property
     def tuned(self) -> bool:
         """Is it a run's folder or an adapter's?"""
-        return any((Path(self.model).expanduser() / file).is_file() for file in ("recipe.yaml", "report.json", "adapter_config.json"))
+        return any(
+            (Path(self.model).expanduser() / file).is_file()
+            for file in ("recipe.yaml", "report.json", "adapter_config.json")
+        )
 
     def reads(self, name, tokenizer):
         from transformers import AutoTokenizer
@@ -50,12 +58,18 @@ class Model(Role):
         except (OSError, ValueError, ImportError):
             return  # a folder of weights alone: its size is compared when it is loaded
         own = tokenizer.get_vocab()
-        if differ := [token for token in own if own[token] != other.get(token)]:  # that it knows more tokens does no harm
-            words = f"{len(own):,} and {len(other):,} tokens" if len(own) != len(other) else f"{len(own):,} tokens each"
+        # that it knows more tokens does no harm
+        if differ := [token for token in own if own[token] != other.get(token)]:
+            words = (
+                f"{len(own):,} and {len(other):,} tokens"
+                if len(own) != len(other)
+                else f"{len(own):,} tokens each"
+            )
             raise RecipeError(
-                f"roles.{name}: {self.model} and the policy have tokenizers of their own ({words}, {len(differ):,} not the same, e.g. "
-                f"{differ[0]!r}): a role reads the policy's tokens. To learn from it all the same: `stages: [{{name: teacher_spans, "
-                f"model: {self.model}}}]` with `objective: alm`"
+                f"roles.{name}: {self.model} and the policy have tokenizers of their own ({words},"
+                f" {len(differ):,} not the same, e.g. {differ[0]!r}): a role reads the policy's tokens. To"
+                f" learn from it all the same: `stages: [{{name: teacher_spans, model: {self.model}}}]` with"
+                " `objective: alm`"
             )
 
     def play(self, name, policy):
@@ -72,10 +86,19 @@ class Model(Role):
             else:
                 from luthier.model.quantized_load import loaded
 
-                network = loaded(lambda **said: policy.architecture.load(path, **said), self.quantization, own.dtype, own.device, None)
+                network = loaded(
+                    lambda **said: policy.architecture.load(path, **said),
+                    self.quantization,
+                    own.dtype,
+                    own.device,
+                    None,
+                )
             network = network.eval().requires_grad_(False)
             attached = Untuned(network)
         words = [len(m.get_input_embeddings().weight) for m in (network, policy.model)]
         if words[0] != words[1]:
-            raise RecipeError(f"roles.{name}: {self.model} has {words[0]} tokens and the policy {words[1]}: they must share a tokenizer")
+            raise RecipeError(
+                f"roles.{name}: {self.model} has {words[0]} tokens and the policy {words[1]}: they must share"
+                " a tokenizer"
+            )
         return Policy(policy.architecture, network, attached, name, nullcontext)

@@ -1,7 +1,7 @@
 """The model as it was before tuning: the policy with its tuner switched off. Costs no memory."""
 
-from luthier.registry import role
 from luthier.methods.roles._base import Role
+from luthier.registry import role
 
 
 @role(wants="off")

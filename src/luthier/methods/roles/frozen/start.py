@@ -1,7 +1,7 @@
 """The policy as it stood when this run began: after earlier acts of a plan, say. Keeps a copy of what moves."""
 
-from luthier.registry import role
 from luthier.methods.roles._base import Role
+from luthier.registry import role
 
 
 @role()

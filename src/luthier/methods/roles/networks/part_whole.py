@@ -1,6 +1,8 @@
-"""Two heads between a whole and its parts: one composes the parts' embeddings into the whole's, one takes it apart again.
+"""Two heads between a whole and its parts: one composes the parts' embeddings into the whole's, one takes it
+apart again.
 
-Both begin as the plainest answer, the mean of the parts and the whole itself for each part, and learn what to add to it.
+Both begin as the plainest answer, the mean of the parts and the whole itself for each part, and learn what to
+add to it.
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ from typing import Annotated
 from pydantic import Field
 from torch import Tensor, nn
 
-from luthier.registry import role
 from luthier.methods.roles._base import Part, Role, brought, width_of
+from luthier.registry import role
 
 
 @role()

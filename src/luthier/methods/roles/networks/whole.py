@@ -1,7 +1,7 @@
 """The policy with nothing left out, as it is now: whom sub-networks of tuner `elastic` learn from."""
 
-from luthier.registry import role
 from luthier.methods.roles._base import Role
+from luthier.registry import role
 
 
 @role(wants="elastic")

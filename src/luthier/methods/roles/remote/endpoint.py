@@ -1,7 +1,8 @@
-"""A model behind a URL that speaks the chat completions protocol (vLLM, llama.cpp, Ollama, hosted ones): asked in words.
+"""A model behind a URL that speaks the chat completions protocol (vLLM, llama.cpp, Ollama, hosted ones):
+asked in words.
 
-It gives text alone, so it can judge, write or propose, and cannot be a reference. The key is read from the environment, and
-never from a recipe, which is kept in the run's folder.
+It gives text alone, so it can judge, write or propose, and cannot be a reference. The key is read from the
+environment, and never from a recipe, which is kept in the run's folder.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from urllib.request import Request, urlopen
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.registry import role
 from luthier.methods.roles._base import Role
+from luthier.registry import role
 
 
 @role()
@@ -49,12 +50,20 @@ class Asked:
     def ask(self, prompt: Any, *, temperature: float = 0.0, seed: int = 0, max_new_tokens: int = 256) -> str:
         """The answer to a text or to messages. Raises RecipeError where none comes."""
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        body = {"model": self.settings.model, "messages": messages, "temperature": temperature, "seed": seed, "max_tokens": max_new_tokens}
+        body = {
+            "model": self.settings.model,
+            "messages": messages,
+            "temperature": temperature,
+            "seed": seed,
+            "max_tokens": max_new_tokens,
+        }
         said = self._post("/chat/completions", body)
         try:
             return said["choices"][0]["message"]["content"] or ""
         except (KeyError, IndexError, TypeError):
-            raise RecipeError(f"{self.name} answered with something else than a chat completion: {json.dumps(said)[:200]}") from None
+            raise RecipeError(
+                f"{self.name} answered with something else than a chat completion: {json.dumps(said)[:200]}"
+            ) from None
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         try:
@@ -70,7 +79,9 @@ class Asked:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(s.api_key_env):
             headers["Authorization"] = f"Bearer {key}"
-        asked = Request(s.base_url.rstrip("/") + path, None if body is None else json.dumps(body).encode(), headers)
+        asked = Request(
+            s.base_url.rstrip("/") + path, None if body is None else json.dumps(body).encode(), headers
+        )
         why = ""
         for turn in range(s.retries + 1):
             if turn:
@@ -80,7 +91,8 @@ class Asked:
                     return answer.read()
             except HTTPError as error:
                 why = f"HTTP {error.code} {error.read()[:200].decode(errors='replace')}"
-                if error.code not in (408, 409, 429) and error.code < 500:  # the question is at fault: asking again helps nobody
+                # the question is at fault: asking again helps nobody
+                if error.code not in (408, 409, 429) and error.code < 500:
                     break
             except (URLError, TimeoutError, ConnectionError) as error:
                 why = str(getattr(error, "reason", error))

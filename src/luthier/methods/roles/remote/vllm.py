@@ -1,13 +1,15 @@
-"""vLLM writes in the policy's place: its server samples, with the policy's LoRA adapter sent to it whenever that has moved.
+"""vLLM writes in the policy's place: its server samples, with the policy's LoRA adapter sent to it whenever
+that has moved.
 
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank 16
 
-Written from vLLM's documentation and source (docs/features/lora.md, entrypoints/openai/completion), and tested against a server
-that follows them, not against vLLM itself. What the policy gets is what its own writing gives: token ids that end with the stop
-token where one was written. Their log-probabilities come along, at temperature 1 (vLLM's usual `--logprobs-mode raw_logprobs`);
-those of the first draw are compared with the policy's own. An adapter gets a new name each time it is sent, since a name is what
-vLLM keeps prefixes under. Sample k of a prompt is drawn under the prompt's seed + k; vLLM does not promise that company in a batch
-changes nothing.
+Written from vLLM's documentation and source (docs/features/lora.md, entrypoints/openai/completion), and
+tested against a server that follows them, not against vLLM itself. What the policy gets is what its own
+writing gives: token ids that end with the stop token where one was written. Their log-probabilities come
+along, at temperature 1 (vLLM's usual `--logprobs-mode raw_logprobs`); those of the first draw are compared
+with the policy's own. An adapter gets a new name each time it is sent, since a name is what vLLM keeps
+prefixes under. Sample k of a prompt is drawn under the prompt's seed + k; vLLM does not promise that company
+in a batch changes nothing.
 """
 
 from __future__ import annotations
@@ -25,20 +27,26 @@ import torch
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.registry import role
 from luthier.methods.roles._base import own
 from luthier.methods.roles.remote.endpoint import Asked, Endpoint, NoAnswer
+from luthier.registry import role
 
-FAR = 0.2  # nats between the server's log-probability of a token and the policy's, on average, that rounding does not explain
+# nats between the server's log-probability of a token and the policy's, on average, that rounding does not
+# explain
+FAR = 0.2
 HOW = "start it with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora`"
-Answers = list[list[tuple[list[int], list[float]]]]  # of each prompt, each sample's tokens and their log-probabilities
+# of each prompt, each sample's tokens and their log-probabilities
+Answers = list[list[tuple[list[int], list[float]]]]
 
 
 @role(wants="low-rank")
 class VLLM(Endpoint):
-    """POST base_url/completions and base_url/load_lora_adapter; for `live: [{name: rollout, sampler: NAME OF THIS ROLE}]`."""
+    """POST base_url/completions and base_url/load_lora_adapter; for `live: [{name: rollout, sampler: NAME OF
+    THIS ROLE}]`.
+    """
 
-    adapter_dir: str | None = None  # folder that the server finds under the same path; not given: a temporary one of this machine
+    # folder that the server finds under the same path; not given: a temporary one of this machine
+    adapter_dir: str | None = None
     connections: Annotated[int, Field(ge=1)] = 64  # prompts asked at once
 
     def play(self, name, policy):
@@ -57,7 +65,9 @@ class Sampler(Asked):
         self.adapter, self.count = "", 0
         served = {m["id"]: m for m in json.loads(self.fetch("/models"))["data"]}
         if settings.model not in served:
-            raise RecipeError(f"{settings.base_url} serves no model '{settings.model}'; it serves: {', '.join(served)}")
+            raise RecipeError(
+                f"{settings.base_url} serves no model '{settings.model}'; it serves: {', '.join(served)}"
+            )
         self.limit: int | None = served[settings.model].get("max_model_len")
         self.home = Path(tempfile.mkdtemp(prefix="luthier-", dir=settings.adapter_dir))
         weakref.finalize(self, shutil.rmtree, self.home, ignore_errors=True)
@@ -78,7 +88,9 @@ class Sampler(Asked):
             self.fetch("/unload_lora_adapter", {"lora_name": before})
             shutil.rmtree(self.home / before)
         try:
-            self.fetch("/load_lora_adapter", {"lora_name": name, "lora_path": str((self.home / name).resolve())})
+            self.fetch(
+                "/load_lora_adapter", {"lora_name": name, "lora_path": str((self.home / name).resolve())}
+            )
         except NoAnswer as error:
             raise RecipeError(f"{self.settings.base_url} took no LoRA adapter ({error.why}); {HOW}") from None
         self.adapter, self.sent = name, {k: p.clone() for k, p in now.items()}
@@ -86,23 +98,45 @@ class Sampler(Asked):
     # --- writing
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], *, seeds: Sequence[int], n: int = 1, max_new_tokens: int = 128,
-        temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, stop: Sequence[int] = (),
-    ) -> Answers:  # fmt: skip
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        seeds: Sequence[int],
+        n: int = 1,
+        max_new_tokens: int = 128,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        stop: Sequence[int] = (),
+    ) -> Answers:
         """n samples of each prompt with the log-probability of each token."""
         self.send()
         longest = max(map(len, prompts), default=0)
         if self.limit is not None and self.limit <= longest:
-            raise RecipeError(f"a prompt of {longest} tokens leaves no room to write: {self.name} holds {self.limit} (--max-model-len)")
+            raise RecipeError(
+                f"a prompt of {longest} tokens leaves no room to write: {self.name} holds {self.limit}"
+                " (--max-model-len)"
+            )
         said = {  # whatever is left open, the server takes from the model's generation_config.json
-            "model": self.adapter, "n": n, "temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": 0.0,
-            "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "stop_token_ids": list(stop), "ignore_eos": True,
-            "logprobs": 0, "return_token_ids": True,
-        }  # fmt: skip
+            "model": self.adapter,
+            "n": n,
+            "temperature": temperature,
+            "top_p": top_p,
+            "top_k": top_k,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "stop_token_ids": list(stop),
+            "ignore_eos": True,
+            "logprobs": 0,
+            "return_token_ids": True,
+        }
 
         def ask(prompt: Sequence[int], seed: int) -> list[tuple[list[int], list[float]]]:
             room = max_new_tokens if self.limit is None else min(max_new_tokens, self.limit - len(prompt))
-            asked = {**said, "prompt": list(prompt), "seed": seed >> 1, "max_tokens": room}  # seed + k shall fit into 63 bits
+            # seed + k shall fit into 63 bits
+            asked = {**said, "prompt": list(prompt), "seed": seed >> 1, "max_tokens": room}
             return self.read(json.loads(self.fetch("/completions", asked)), n)
 
         with ThreadPoolExecutor(self.settings.connections) as pool:
@@ -111,11 +145,19 @@ class Sampler(Asked):
     def read(self, said: Any, n: int) -> list[tuple[list[int], list[float]]]:
         try:
             choices = sorted(said["choices"], key=lambda c: c["index"])
-            found = [(list(c["token_ids"]), [float(p) for p in c["logprobs"]["token_logprobs"]]) for c in choices]
+            found = [
+                (list(c["token_ids"]), [float(p) for p in c["logprobs"]["token_logprobs"]]) for c in choices
+            ]
         except (KeyError, TypeError):
-            raise RecipeError(f"{self.name} gave no token ids with log-probabilities: is it a vLLM that knows return_token_ids?") from None
+            raise RecipeError(
+                f"{self.name} gave no token ids with log-probabilities: is it a vLLM that knows"
+                " return_token_ids?"
+            ) from None
         if len(found) != n or any(not ids or len(ids) != len(logprobs) for ids, logprobs in found):
-            raise RecipeError(f"{self.name} gave {len(found)} completions where {n} were asked for, or not one log-probability a token")
+            raise RecipeError(
+                f"{self.name} gave {len(found)} completions where {n} were asked for, or not one"
+                " log-probability a token"
+            )
         return found
 
     def compare(self, theirs: Sequence[Sequence[float]], ours: Sequence[Sequence[float]]) -> None:
@@ -124,8 +166,8 @@ class Sampler(Asked):
         gap = sum(gaps) / max(1, len(gaps))
         if not gap <= FAR:
             raise RecipeError(
-                f"{self.name} and the policy find the same tokens unlike likely, by {gap:.2f} nats on average: is it the base that is tuned "
-                "here, with --logprobs-mode raw_logprobs?"
+                f"{self.name} and the policy find the same tokens unlike likely, by {gap:.2f} nats on"
+                " average: is it the base that is tuned here, with --logprobs-mode raw_logprobs?"
             )
         self.compared = True
 
@@ -133,7 +175,14 @@ class Sampler(Asked):
 def suits(folder: Path) -> None:
     """Refuses an adapter of which vLLM would read less than there is."""
     said = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    odd = [k for k in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern", "target_parameters") if said.get(k)]
+    odd = [
+        k
+        for k in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern", "target_parameters")
+        if said.get(k)
+    ]
     odd += ["bias"] * (said.get("bias", "none") != "none")
     if odd:
-        raise RecipeError(f"role 'vllm': vLLM reads LoRA of one rank and scale for all layers and nothing beside it, and here is {odd[0]}")
+        raise RecipeError(
+            "role 'vllm': vLLM reads LoRA of one rank and scale for all layers and nothing beside it, and"
+            f" here is {odd[0]}"
+        )

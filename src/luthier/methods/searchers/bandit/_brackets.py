@@ -1,4 +1,5 @@
-"""Brackets of successive halving: many configurations after few steps, the better ones further, a few to the end.
+"""Brackets of successive halving: many configurations after few steps, the better ones further, a few to the
+end.
 
 A run that goes on is not begun anew: it is paused at a share of its steps and only the difference is paid.
 """
@@ -11,8 +12,8 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from luthier.clock import Clock
-from luthier.registry import family, one
 from luthier.methods.searchers._base import Asked, Searcher, Seen, Space, ranked, telling
+from luthier.registry import family, one
 
 Bracket = list[tuple[int, float]]  # rungs: how many configurations, after which share of their steps
 
@@ -38,9 +39,12 @@ def cost(bracket: Bracket, anew: bool = False) -> float:
 
 @family
 class Shares(Searcher):
-    """Family: searchers that measure after min_share of the steps, eta times as much, and so on up to the end."""
+    """Family: searchers that measure after min_share of the steps, eta times as much, and so on up to the
+    end.
+    """
 
-    eta: Annotated[float, Field(gt=1)] = 3.0  # from one share to the next; of brackets: one in so many goes on
+    # from one share to the next; of brackets: one in so many goes on
+    eta: Annotated[float, Field(gt=1)] = 3.0
     min_share: Annotated[float, Field(gt=0, le=1)] = 1 / 9  # of the steps, after which the first are measured
 
     @property
@@ -74,13 +78,25 @@ class Brackets(Shares):
                     marks = {"bracket": number, "rung": rung}
                     if rung == 0:
                         return self.propose(space, seen, goals, clock, share, marks)
-                    below = [s for s in seen if s.marks.get("bracket") == number and s.marks.get("rung") == rung - 1]
+                    below = [
+                        s
+                        for s in seen
+                        if s.marks.get("bracket") == number and s.marks.get("rung") == rung - 1
+                    ]
                     gone = {s.number for s in there}
                     best = next(s for s in ranked(below) if s.number not in gone)
                     return Asked(dict(best.point), share, best.number, marks)
             number += 1
 
-    def propose(self, space: Space, seen: Sequence[Seen], goals: int, clock: Clock, share: float, marks: dict[str, Any]) -> Asked:
+    def propose(
+        self,
+        space: Space,
+        seen: Sequence[Seen],
+        goals: int,
+        clock: Clock,
+        share: float,
+        marks: dict[str, Any],
+    ) -> Asked:
         """A new configuration, from what was seen at the most telling share."""
         some = telling(seen, len(space.dims) + 2)
         asked = self.inner.ask(space, some, goals, Clock(clock.fold("bracket", len(seen), at=0)))

@@ -1,4 +1,6 @@
-"""Successive halving: n configurations after a share of their steps, the best n / eta of them further, up to the end."""
+"""Successive halving: n configurations after a share of their steps, the best n / eta of them further, up to
+the end.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +8,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.registry import searcher
 from luthier.methods.searchers.bandit import _brackets
 from luthier.methods.searchers.bandit._brackets import Brackets
+from luthier.registry import searcher
 
 
 @searcher(paper="arXiv:1502.07943")

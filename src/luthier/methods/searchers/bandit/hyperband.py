@@ -1,7 +1,8 @@
-"""Hyperband: successive halving with many configurations after few steps, then with fewer after more, and around again.
+"""Hyperband: successive halving with many configurations after few steps, then with fewer after more, and
+around again.
 
-With `inner: random` it is the paper's; with `inner: tpe`, the default, new configurations are proposed from what was seen
-after the largest telling share, as BOHB does (arXiv:1807.01774).
+With `inner: random` it is the paper's; with `inner: tpe`, the default, new configurations are proposed from
+what was seen after the largest telling share, as BOHB does (arXiv:1807.01774).
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any
 
-from luthier.registry import one, searcher
 from luthier.methods.searchers.bandit import _brackets
 from luthier.methods.searchers.bandit._brackets import Brackets
+from luthier.registry import one, searcher
 
 
 @searcher(paper="arXiv:1603.06560")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from luthier.registry import searcher
 from luthier.methods.searchers._base import Asked, Searcher, rng
+from luthier.registry import searcher
 
 
 @searcher()

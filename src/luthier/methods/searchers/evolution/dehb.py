@@ -1,5 +1,6 @@
-"""DEHB: differential evolution inside Hyperband. Each share of the steps has a population; mutants come from the better
-half of the population below. v = a + factor (b - c), and a child takes each setting from its parent with `crossover`.
+"""DEHB: differential evolution inside Hyperband. Each share of the steps has a population; mutants come from
+the better half of the population below. v = a + factor (b - c), and a child takes each setting from its
+parent with `crossover`.
 
 Departs from the paper: the first bracket's survivors go on from where they were paused; a share's
 population fills with the first configurations measured there.
@@ -12,9 +13,9 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from luthier.registry import searcher
 from luthier.methods.searchers._base import Asked, ranked, rng
 from luthier.methods.searchers.bandit.hyperband import Hyperband
+from luthier.registry import searcher
 
 
 @searcher(paper="arXiv:2105.09821", row="autorl-hpo")
@@ -22,7 +23,8 @@ class DEHB(Hyperband):
     """With min_share 1 it is differential evolution."""
 
     factor: Annotated[float, Field(gt=0, le=2)] = 0.5  # F
-    crossover: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of the settings that a child keeps of its parent; 0: the mutant
+    # share of the settings that a child keeps of its parent; 0: the mutant
+    crossover: Annotated[float, Field(ge=0, le=1)] = 0.5
     population: Annotated[int, Field(ge=4)] = 8  # of a share, at least
 
     def ask(self, space, seen, goals, clock):
@@ -33,9 +35,13 @@ class DEHB(Hyperband):
                 if len(there) < n:
                     marks = {"bracket": number, "rung": rung}
                     if number == 0 and rung:
-                        below = [s for s in seen if s.marks.get("bracket") == 0 and s.marks.get("rung") == rung - 1]
+                        below = [
+                            s for s in seen if s.marks.get("bracket") == 0 and s.marks.get("rung") == rung - 1
+                        ]
                         best = next(s for s in ranked(below) if s.number not in {t.number for t in there})
-                        return Asked(dict(best.point), share, best.number, {**marks, "slot": best.marks.get("slot")})
+                        return Asked(
+                            dict(best.point), share, best.number, {**marks, "slot": best.marks.get("slot")}
+                        )
                     return self.child(space, seen, clock, share, marks)
             number += 1
 
@@ -44,7 +50,11 @@ class DEHB(Hyperband):
         slots = {}
         for s in seen:
             slot = s.marks.get("slot")
-            if s.share == share and slot is not None and (slot not in slots or ranked([slots[slot], s])[0] is s):
+            if (
+                s.share == share
+                and slot is not None
+                and (slot not in slots or ranked([slots[slot], s])[0] is s)
+            ):
                 slots[slot] = s
         return slots
 
@@ -67,4 +77,6 @@ class DEHB(Hyperband):
             keep = draw.random(len(mutant)) < self.crossover
             keep[draw.integers(len(mutant))] = False
             mutant = np.where(keep, space.encode(slots[slot].point), mutant)
-        return Asked(space.decode(mutant), share, marks={**marks, "slot": slot, "of": [s.number for s in choice]})
+        return Asked(
+            space.decode(mutant), share, marks={**marks, "slot": slot, "of": [s.number for s in choice]}
+        )

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.registry import searcher
 from luthier.methods.searchers._optuna import ByOptuna, optuna
+from luthier.registry import searcher
 
 
 @searcher(paper="doi:10.1109/4235.996017")
@@ -19,5 +19,8 @@ class NSGA(ByOptuna):
 
     def sampler(self, seed, over):
         return optuna().samplers.NSGAIISampler(
-            seed=seed, constraints_func=over, population_size=self.population_size, crossover_prob=self.crossover_prob
+            seed=seed,
+            constraints_func=over,
+            population_size=self.population_size,
+            crossover_prob=self.crossover_prob,
         )

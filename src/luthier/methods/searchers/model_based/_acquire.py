@@ -29,14 +29,21 @@ def normals(n: int) -> np.ndarray:
 
 
 def gain(
-    model: Surrogate, among: np.ndarray, Z: np.ndarray, z: np.ndarray, itself: bool = True, end: tuple[np.ndarray, np.ndarray] | None = None
-) -> np.ndarray:  # fmt: skip
-    """[c] by how much the best posterior mean among these points is expected to fall when a point of Z is measured.
+    model: Surrogate,
+    among: np.ndarray,
+    Z: np.ndarray,
+    z: np.ndarray,
+    itself: bool = True,
+    end: tuple[np.ndarray, np.ndarray] | None = None,
+) -> np.ndarray:
+    """[c] by how much the best posterior mean among these points is expected to fall when a point of Z is
+    measured.
 
-    With the points seen and `itself`, the point measured, it is the expected improvement for values with noise: the best is
-    told by means, before and after. With any other points it is the knowledge gradient. Simulated: measuring shifts all
-    means along a line of one normal number z [s], the more the stronger they covary with what is measured. end: where that is
-    not the end of a run, the mean there [c], and its covariance with what is measured [c].
+    With the points seen and `itself`, the point measured, it is the expected improvement for values with
+    noise: the best is told by means, before and after. With any other points it is the knowledge gradient.
+    Simulated: measuring shifts all means along a line of one normal number z [s], the more the stronger they
+    covary with what is measured. end: where that is not the end of a run, the mean there [c], and its
+    covariance with what is measured [c].
     """
     mean, _ = model.at(among)
     own, variance = model.at(Z)
@@ -62,10 +69,12 @@ def directions(draw: np.random.Generator, goals: int, n: int = DIRECTIONS) -> np
 
 
 def reach(values: np.ndarray, worst: np.ndarray, along: np.ndarray) -> np.ndarray:
-    """[..., n, goals] -> [..., n, directions] how far from `worst` one can go in each direction and be beaten by a point.
+    """[..., n, goals] -> [..., n, directions] how far from `worst` one can go in each direction and be beaten
+    by a point.
 
-    The hypervolume is the mean of the farthest point's reach to the power of goals, times the volume of the unit ball's
-    positive corner: so improvements of it cost no decomposition into boxes, whatever the number of goals.
+    The hypervolume is the mean of the farthest point's reach to the power of goals, times the volume of the
+    unit ball's positive corner: so improvements of it cost no decomposition into boxes, whatever the number
+    of goals.
     """
     far = np.full((*values.shape[:-1], len(along)), np.inf)
     for left, step in zip(np.moveaxis(worst - values, -1, 0), along.T):  # goal by goal
@@ -73,17 +82,26 @@ def reach(values: np.ndarray, worst: np.ndarray, along: np.ndarray) -> np.ndarra
     return np.maximum(far, 0.0)
 
 
-def improvement_of_volume(front: np.ndarray, new: np.ndarray, worst: np.ndarray, along: np.ndarray) -> np.ndarray:
-    """[s, n, goals] drawn of what was seen, [s, c, goals] of candidates -> [c] the volume they add, up to a constant."""
+def improvement_of_volume(
+    front: np.ndarray, new: np.ndarray, worst: np.ndarray, along: np.ndarray
+) -> np.ndarray:
+    """[s, n, goals] drawn of what was seen, [s, c, goals] of candidates -> [c] the volume they add, up to a
+    constant.
+    """
     m = front.shape[-1]
     there = reach(front, worst, along).max(1)[:, None]  # [s, 1, directions]
     return np.maximum(reach(new, worst, along) ** m - there**m, 0.0).mean((0, 2))
 
 
-def of_volume(models: Sequence[Surrogate], X: np.ndarray, Y: np.ndarray, draw: np.random.Generator) -> Callable[[np.ndarray], np.ndarray]:
-    """Z [c, features] -> [c] the hypervolume expected to be added to that of X, whose values were Y [n, goals]."""
+def of_volume(
+    models: Sequence[Surrogate], X: np.ndarray, Y: np.ndarray, draw: np.random.Generator
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Z [c, features] -> [c] the hypervolume expected to be added to that of X, whose values were Y [n,
+    goals].
+    """
     worst, along = worst_of(Y), directions(draw, len(models))
-    unit = np.array([m.spread for m in models])  # a goal's unit must not decide which directions it is seen from
+    # a goal's unit must not decide which directions it is seen from
+    unit = np.array([m.spread for m in models])
     n, normal = len(X), [draw.standard_normal((DRAWS, len(m.X) + 4 * POOL)) for m in models]
 
     def score(Z: np.ndarray) -> np.ndarray:
@@ -97,7 +115,9 @@ def of_volume(models: Sequence[Surrogate], X: np.ndarray, Y: np.ndarray, draw: n
 def worst_of(values: np.ndarray) -> np.ndarray:
     """[goals] the point from which a volume is taken: a tenth of its span behind the worst of the front."""
     front = values[layers(values) == 0]
-    low, high = (front.min(0), front.max(0)) if len(np.unique(front, axis=0)) > 1 else (values.min(0), values.max(0))
+    low, high = (
+        (front.min(0), front.max(0)) if len(np.unique(front, axis=0)) > 1 else (values.min(0), values.max(0))
+    )
     span = np.where(high > low, high - low, np.maximum(np.ptp(values, axis=0), 1e-9))
     return low + 1.1 * span
 
@@ -117,7 +137,9 @@ def values_of(seen: Sequence[Seen]) -> np.ndarray:
 
 
 def allowed(X: np.ndarray, seen: Sequence[Seen]) -> Callable[[np.ndarray], np.ndarray | float]:
-    """How likely constraints are kept to. What keeps to them stands as far inside as the others, typically, do outside."""
+    """How likely constraints are kept to. What keeps to them stands as far inside as the others, typically,
+    do outside.
+    """
     over = np.array([s.over for s in seen])
     if not (over > 0).any():
         return lambda Z: 1.0
@@ -140,20 +162,30 @@ def first(space: Space, n: int, i: int, draw: np.random.Generator) -> dict:
 
 
 def most(
-    space: Space, score: Callable[[np.ndarray], np.ndarray], around: np.ndarray, new: Callable[[np.ndarray], np.ndarray],
+    space: Space,
+    score: Callable[[np.ndarray], np.ndarray],
+    around: np.ndarray,
+    new: Callable[[np.ndarray], np.ndarray],
     draw: np.random.Generator,
-) -> np.ndarray:  # fmt: skip
-    """The vector of the highest score: of points drawn anywhere and around others, then of the neighbours of the best.
+) -> np.ndarray:
+    """The vector of the highest score: of points drawn anywhere and around others, then of the neighbours of
+    the best.
 
-    score: [c, features] -> [c]. new: [c, features] -> which of them were not measured before; where all were, any will do.
+    score: [c, features] -> [c]. new: [c, features] -> which of them were not measured before; where all were,
+    any will do.
     """
-    pool = np.concatenate([draw.random((POOL // 2, len(space.dims))), _near(around, POOL // 2, (0.3, 0.1, 0.03), draw)])
+    pool = np.concatenate(
+        [draw.random((POOL // 2, len(space.dims))), _near(around, POOL // 2, (0.3, 0.1, 0.03), draw)]
+    )
     pool = _as_said(space, pool)
     scores = _scored(space, score, new, pool)
     for width in (0.1, 0.03, 0.01):
         top = pool[np.argsort(-scores, kind="stable")[:5]]
         more = _as_said(space, _near(top, POOL // 8, (width,), draw))
-        pool, scores = np.concatenate([top, more]), np.concatenate([np.sort(scores)[::-1][:5], _scored(space, score, new, more)])
+        pool, scores = (
+            np.concatenate([top, more]),
+            np.concatenate([np.sort(scores)[::-1][:5], _scored(space, score, new, more)]),
+        )
     return pool[int(np.argmax(scores))]
 
 
@@ -175,7 +207,9 @@ def _near(around: np.ndarray, n: int, widths: tuple[float, ...], draw: np.random
 
 def _as_said(space: Space, pool: np.ndarray) -> np.ndarray:
     """With settings that do not count at their default."""
-    return np.array([space.encode(space.decode(v)) for v in pool]) if any(d.when for d in space.dims) else pool
+    return (
+        np.array([space.encode(space.decode(v)) for v in pool]) if any(d.when for d in space.dims) else pool
+    )
 
 
 def unseen(X: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

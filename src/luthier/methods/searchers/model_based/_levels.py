@@ -1,7 +1,9 @@
-"""What runs cut short tell of whole ones: one Gaussian process over settings and levels, which are shares of the steps.
+"""What runs cut short tell of whole ones: one Gaussian process over settings and levels, which are shares of
+the steps.
 
-f_0 = mu_0 + g_0 and f_t = rho_t-1 f_t-1 + mu_t + g_t, all g independent and of Matern-5/2 kernels: linear autoregressive
-co-kriging, computed jointly, so that nobody need be measured at every level. A point's last number is its level.
+f_0 = mu_0 + g_0 and f_t = rho_t-1 f_t-1 + mu_t + g_t, all g independent and of Matern-5/2 kernels: linear
+autoregressive co-kriging, computed jointly, so that nobody need be measured at every level. A point's last
+number is its level.
 """
 
 from __future__ import annotations
@@ -12,10 +14,22 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, solve_triangular
 
-from luthier.methods.searchers.model_based._surrogates import NOISE, NUGGET, VARIANCE, WIDE, Surrogate, factored, lowest, matern, smooth, squares
+from luthier.methods.searchers.model_based._surrogates import (
+    NOISE,
+    NUGGET,
+    VARIANCE,
+    WIDE,
+    Surrogate,
+    factored,
+    lowest,
+    matern,
+    smooth,
+    squares,
+)
 
 RHO = (1.0, 0.7)  # normal prior
-DELTA, ROUGH = (-1.0, 1.0), (-1.0, 0.7)  # of logarithms: what a level adds is neither small nor smooth until many tell so
+# of logarithms: what a level adds is neither small nor smooth until many tell so
+DELTA, ROUGH = (-1.0, 1.0), (-1.0, 0.7)
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,9 @@ class Joint(Surrogate):
         return self.shifts[_level(Z)] + self.spread * mean, self.spread**2 * np.maximum(variance, 0.0)
 
     def along(self, Z: np.ndarray, level: int) -> np.ndarray:
-        """[c, settings] -> [c] posterior covariance of f on a level with f on the highest, at the same settings."""
+        """[c, settings] -> [c] posterior covariance of f on a level with f on the highest, at the same
+        settings.
+        """
         A, B = on(level, Z), on(self.top, Z)
         v, w = (solve_triangular(self.lower, self.process.kernel(self.X, P), lower=True) for P in (A, B))
         prior = self.process.weights(A) * self.process.weights(B) @ self.process.variance
@@ -80,7 +96,9 @@ class Joint(Surrogate):
 
 
 def _units(y: np.ndarray, level: np.ndarray, T: int) -> tuple[np.ndarray, float]:
-    """[T] the mean of each level's values (of the nearest one's, where it has none), and their spread around it."""
+    """[T] the mean of each level's values (of the nearest one's, where it has none), and their spread around
+    it.
+    """
     there = np.unique(level)
     shifts = np.array([np.mean(y[level == there[np.abs(there - t).argmin()]]) for t in range(T)])
     return shifts, float(np.sqrt(np.mean((y - shifts[level]) ** 2))) or 1.0
@@ -92,20 +110,37 @@ def _means(solved: np.ndarray, H: np.ndarray, z: np.ndarray) -> np.ndarray:
 
 
 def joint(X: np.ndarray, y: np.ndarray, T: int, noise: float | None = None) -> Joint:
-    """The most likely ladder of T levels, of y [n] at X [n, settings + 1]. noise: its known variance; None: to be found as well."""
+    """The most likely ladder of T levels, of y [n] at X [n, settings + 1]. noise: its known variance; None:
+    to be found as well.
+    """
     at, (n, d) = _level(X), X[:, :-1].shape
     shifts, spread = _units(y, at, T)
     z, known = (y - shifts[at]) / spread, None if noise is None else noise / spread**2
     D = np.ascontiguousarray(np.moveaxis(5 * (X[:, None, :-1] - X[None, :, :-1]) ** 2, 2, 0))  # [d, n, n]
     free = known is None
     rough = (ROUGH[0] + math.log(d) / 2, ROUGH[1])
-    prior = np.array([VARIANCE, *[DELTA] * (T - 1), *[smooth(d)] * d, *[rough] * (T * d - d), *[RHO] * (T - 1), *[NOISE] * free])
+    prior = np.array(
+        [
+            VARIANCE,
+            *[DELTA] * (T - 1),
+            *[smooth(d)] * d,
+            *[rough] * (T * d - d),
+            *[RHO] * (T - 1),
+            *[NOISE] * free,
+        ]
+    )
     low = np.array([-7.0] * T + [-5.0] * (T * d) + [-5.0] * (T - 1) + [-16.0] * free)
     high = np.array([7.0] * T + [6.0] * (T * d) + [5.0] * (T - 1) + [1.0] * free)
-    a, b = T + T * d, 2 * T - 1 + T * d  # of theta: logarithms of variances [:T] and of length scales [T:a], rho [a:b]
+    # of theta: logarithms of variances [:T] and of length scales [T:a], rho [a:b]
+    a, b = T + T * d, 2 * T - 1 + T * d
 
     def parts(theta: np.ndarray) -> Ladder:
-        return Ladder(np.exp(theta[T:a]).reshape(T, d), np.exp(theta[:T]), theta[a:b], math.exp(theta[-1]) if known is None else known)
+        return Ladder(
+            np.exp(theta[T:a]).reshape(T, d),
+            np.exp(theta[:T]),
+            theta[a:b],
+            math.exp(theta[-1]) if known is None else known,
+        )
 
     def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
         """Minus the logarithm of the posterior, and its gradient."""
@@ -115,7 +150,9 @@ def joint(X: np.ndarray, y: np.ndarray, T: int, noise: float | None = None) -> J
         e = p.variance[:, None, None] * np.exp(-r)
         k, both = (1 + r + r * r / 3) * e, W.T[:, :, None] * W.T[:, None]
         try:
-            factor = cho_factor((p.noise + NUGGET) * np.eye(n) + (both * k).sum(0), lower=True, check_finite=False)
+            factor = cho_factor(
+                (p.noise + NUGGET) * np.eye(n) + (both * k).sum(0), lower=True, check_finite=False
+            )
         except LinAlgError:
             return 1e10, grad
         inverse = cho_solve(factor, np.eye(n), check_finite=False)

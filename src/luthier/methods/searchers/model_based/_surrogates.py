@@ -1,7 +1,7 @@
 """What is believed of a goal between the configurations that were measured: a Gaussian process.
 
-f = mu + g, with g of a Matern-5/2 kernel with a length scale for each setting. Everything is fitted at its maximum a
-posteriori; values are standardised first, so priors have no unit.
+f = mu + g, with g of a Matern-5/2 kernel with a length scale for each setting. Everything is fitted at its
+maximum a posteriori; values are standardised first, so priors have no unit.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 from scipy.linalg import LinAlgError, cho_factor, cho_solve, cholesky, solve_triangular
 from scipy.optimize import minimize
 
-NUGGET = 1e-10  # variance that is added where values have no noise, or matrices of near points would not factor
+# variance that is added where values have no noise, or matrices of near points would not factor
+NUGGET = 1e-10
 WIDE = 10.0  # spread of the prior of a mean
 VARIANCE, NOISE = (0.0, 1.0), (-5.0, 1.5)  # normal priors of logarithms
 
@@ -64,7 +65,9 @@ class Surrogate:
         k = self.process.kernel(Z, self.X)
         v = solve_triangular(self.lower, k.T, lower=True)
         mean = self.mean + k @ self.alpha
-        return self.shift + self.spread * mean, self.spread**2 * np.maximum(self.process.variance - (v * v).sum(0), 0.0)
+        return self.shift + self.spread * mean, self.spread**2 * np.maximum(
+            self.process.variance - (v * v).sum(0), 0.0
+        )
 
     def covariance(self, A: np.ndarray, B: np.ndarray) -> np.ndarray:
         """Posterior covariance [a, b] of f between points."""
@@ -106,10 +109,12 @@ def _mean(solved: np.ndarray, z: np.ndarray) -> float:
 
 
 def fit(X: np.ndarray, y: np.ndarray, noise: float | None = None, sparse: float = 0.0) -> Surrogate:
-    """The most likely process of y [n] at X [n, settings]. noise: its known variance; None: to be found as well.
+    """The most likely process of y [n] at X [n, settings]. noise: its known variance; None: to be found as
+    well.
 
-    sparse: a shrinkage. Then the inverse squares of length scales have half-Cauchy priors of this scale, as in SAAS: most
-    settings count for nothing until values say otherwise. Else they are lognormal, longer where settings are many.
+    sparse: a shrinkage. Then the inverse squares of length scales have half-Cauchy priors of this scale, as
+    in SAAS: most settings count for nothing until values say otherwise. Else they are lognormal, longer where
+    settings are many.
     """
     n, d = X.shape
     shift, spread = _units(y)
@@ -148,7 +153,8 @@ def fit(X: np.ndarray, y: np.ndarray, noise: float | None = None, sparse: float 
             grad[-1] = p.noise * np.trace(G)
         off = (theta - prior[:, 0]) / prior[:, 1]
         if sparse:
-            ratio = np.exp(-4 * theta[s]) / sparse**2  # of the inverse square of a length scale to its prior's scale, squared
+            # of the inverse square of a length scale to its prior's scale, squared
+            ratio = np.exp(-4 * theta[s]) / sparse**2
             value += (2 * theta[s] + np.log1p(ratio)).sum()
             grad[s] += 2 - 4 * ratio / (1 + ratio)
             off[s] = 0
@@ -162,8 +168,16 @@ def fit(X: np.ndarray, y: np.ndarray, noise: float | None = None, sparse: float 
     return Surrogate(parts(lowest(loss, begins, low, high)), X, y)
 
 
-def lowest(loss: Callable[[np.ndarray], tuple[float, np.ndarray]], begins: Sequence[np.ndarray], low: np.ndarray, high: np.ndarray):
+def lowest(
+    loss: Callable[[np.ndarray], tuple[float, np.ndarray]],
+    begins: Sequence[np.ndarray],
+    low: np.ndarray,
+    high: np.ndarray,
+):
     """Where a function that comes with its gradient is least: of what descending from each of these led to."""
     bounds = list(zip(low, high))
-    found = [minimize(loss, b, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40, "ftol": 1e-5}) for b in begins]
+    found = [
+        minimize(loss, b, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40, "ftol": 1e-5})
+        for b in begins
+    ]
     return min(found, key=lambda f: f.fun).x

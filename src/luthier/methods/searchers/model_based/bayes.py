@@ -1,13 +1,16 @@
-"""Bayesian optimization as the tutorial has it: a Gaussian process with Matern-5/2 kernel, then the expected improvement.
+"""Bayesian optimization as the tutorial has it: a Gaussian process with Matern-5/2 kernel, then the expected
+improvement.
 
-2 (d + 1) points first. One goal: the expected improvement in closed form where values have no noise; else the improvement of
-the best posterior mean, simulated, which is the same without noise; or the knowledge gradient. Several goals: a process
-for each, and the expected improvement of the hypervolume over draws of what was seen, which is the noisy one of AutoPEFT
-(arXiv:2301.12132). With limits: times the probability that they are kept to.
+2 (d + 1) points first. One goal: the expected improvement in closed form where values have no noise; else the
+improvement of the best posterior mean, simulated, which is the same without noise; or the knowledge gradient.
+Several goals: a process for each, and the expected improvement of the hypervolume over draws of what was
+seen, which is the noisy one of AutoPEFT (arXiv:2301.12132). With limits: times the probability that they are
+kept to.
 
-Departs: length scales at their maximum a posteriori (AutoPEFT: sampled, from the sparse prior that `sparse` has here); the
-hypervolume is measured along random directions in place of boxes; the next point is the best of many drawn ones and their
-neighbours, as settings are whole numbers and choices as often as not, where the tutorial climbs gradients.
+Departs: length scales at their maximum a posteriori (AutoPEFT: sampled, from the sparse prior that `sparse`
+has here); the hypervolume is measured along random directions in place of boxes; the next point is the best
+of many drawn ones and their neighbours, as settings are whole numbers and choices as often as not, where the
+tutorial climbs gradients.
 """
 
 from __future__ import annotations
@@ -17,21 +20,24 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from luthier.registry import searcher
+from luthier.methods.searchers._base import Asked, Searcher, layers, rng
 from luthier.methods.searchers.model_based import _acquire
 from luthier.methods.searchers.model_based._acquire import gain, improvement, most, normals
-from luthier.methods.searchers._base import Asked, Searcher, layers, rng
 from luthier.methods.searchers.model_based._surrogates import fit
+from luthier.registry import searcher
 
 
 @searcher(paper="arXiv:1807.02811", row="bayesopt-tutorial")
 class Bayes(Searcher):
     """Few and costly runs, up to some twenty settings; nothing to install."""
 
-    acquisition: Literal["improvement", "knowledge_gradient"] = "improvement"  # what is measured next, where the goal is one
+    # what is measured next, where the goal is one
+    acquisition: Literal["improvement", "knowledge_gradient"] = "improvement"
     n_startup_trials: Annotated[int, Field(ge=1)] | None = None  # spread evenly first; null: 2 (d + 1)
-    deterministic_objective: bool = False  # would the same configuration give the same numbers again? Else noise is fitted
-    sparse: Annotated[float, Field(ge=0)] = 0.0  # scale of a prior under which few settings count (SAAS has 0.1); 0: all may
+    # would the same configuration give the same numbers again? Else noise is fitted
+    deterministic_objective: bool = False
+    # scale of a prior under which few settings count (SAAS has 0.1); 0: all may
+    sparse: Annotated[float, Field(ge=0)] = 0.0
     n_simulations: Annotated[int, Field(ge=8)] = 64  # draws behind an expectation that has no closed form
 
     def ask(self, space, seen, goals, clock):
@@ -40,10 +46,16 @@ class Bayes(Searcher):
             return Asked(_acquire.first(space, n, len(seen), rng(clock, "design")))
         draw, at = rng(clock, "ask", len(seen)), _acquire.vectors(space, seen)
         X, Y = space.features(at), _acquire.values_of(seen)
-        models = [fit(X, y, noise=0.0 if self.deterministic_objective else None, sparse=self.sparse) for y in Y.T]
+        models = [
+            fit(X, y, noise=0.0 if self.deterministic_objective else None, sparse=self.sparse) for y in Y.T
+        ]
         inside = np.array([s.over <= 0 for s in seen])
         some = inside if inside.any() else np.ones(len(seen), bool)  # among whom the best is
-        score = self.of_one(models[0], X, Y[:, 0], some, space, draw) if goals == 1 else _acquire.of_volume(models, X[some], Y[some], draw)
+        score = (
+            self.of_one(models[0], X, Y[:, 0], some, space, draw)
+            if goals == 1
+            else _acquire.of_volume(models, X[some], Y[some], draw)
+        )
         kept = _acquire.allowed(X, seen)
         good = at[some][np.argsort(layers(Y[some]), kind="stable")[:10]]
         return Asked(space.decode(most(space, lambda Z: score(Z) * kept(Z), good, _acquire.unseen(X), draw)))

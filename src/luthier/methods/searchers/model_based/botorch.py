@@ -1,9 +1,11 @@
-"""Noisy expected hypervolume improvement over Gaussian processes, by BoTorch; with the sparse prior of AutoPEFT.
+"""Noisy expected hypervolume improvement over Gaussian processes, by BoTorch; with the sparse prior of
+AutoPEFT.
 
-The first 2 (d + 1) configurations are drawn at random. Then each goal has a process of its own, `saas` with a prior that
-lets few settings count (an ensemble of MAP estimates under different strengths, where the paper draws by NUTS), and the
-next configuration has the highest improvement expected over what was measured (logarithmic forms; noise is inferred).
-The space is searched as it is, choices and whole numbers included: many random points, then neighbours of the best.
+The first 2 (d + 1) configurations are drawn at random. Then each goal has a process of its own, `saas` with a
+prior that lets few settings count (an ensemble of MAP estimates under different strengths, where the paper
+draws by NUTS), and the next configuration has the highest improvement expected over what was measured
+(logarithmic forms; noise is inferred). The space is searched as it is, choices and whole numbers included:
+many random points, then neighbours of the best.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.registry import searcher
 from luthier.methods.searchers._base import Asked, Searcher, rng, tamed
+from luthier.registry import searcher
 
 NEAR = 0.1  # how far a neighbour's settings lie from where they were, of their ranges
 CHUNK = 256  # points whose improvement is computed at once
@@ -28,8 +30,10 @@ CHUNK = 256  # points whose improvement is computed at once
 class BoTorch(Searcher):
     """Costly runs and several noisy goals; settings of which few count."""
 
-    n_startup_trials: Annotated[int, Field(ge=2)] | None = None  # drawn at random first; not given: 2 (settings + 1)
-    prior: Literal["saas", "plain"] = "saas"  # of length scales; plain: BoTorch's own, which grows with the number of settings
+    # drawn at random first; not given: 2 (settings + 1)
+    n_startup_trials: Annotated[int, Field(ge=2)] | None = None
+    # of length scales; plain: BoTorch's own, which grows with the number of settings
+    prior: Literal["saas", "plain"] = "saas"
     candidates: Annotated[int, Field(ge=8)] = 512  # random points from which the climb starts
     climbs: Annotated[int, Field(ge=0)] = 4  # times the best points' neighbours are looked at
     samples: Annotated[int, Field(ge=8)] = 64  # by which the improvement is computed (quasi-random normals)
@@ -44,10 +48,13 @@ class BoTorch(Searcher):
             torch.manual_seed(int(draw.integers(2**31)))
             features = lambda u: torch.tensor(space.features(u), dtype=torch.float64)
             at = np.stack([space.encode(s.point) for s in seen])
-            values = -torch.tensor(tamed(np.array([s.values for s in seen])), dtype=torch.float64)  # BoTorch goes up
+            # BoTorch goes up
+            values = -torch.tensor(tamed(np.array([s.values for s in seen])), dtype=torch.float64)
             over = torch.tensor([[max(0.0, s.over)] for s in seen], dtype=torch.float64)
             worth = self._worth(features(at), values, over if over.any() else None)
-            u = np.stack([space.encode(space.decode(x)) for x in draw.random((self.candidates, len(space.dims)))])
+            u = np.stack(
+                [space.encode(space.decode(x)) for x in draw.random((self.candidates, len(space.dims)))]
+            )
             known = {tuple(x) for x in at}
             scores = worth(features(u))
             for _ in range(self.climbs):
@@ -55,7 +62,11 @@ class BoTorch(Searcher):
                 step = np.repeat(top, 16, 0)
                 moved = draw.random(step.shape) < max(1 / step.shape[1], 0.3)
                 jump = draw.random(step.shape) < 0.2  # choices have no neighbours but each other
-                step = np.where(moved, np.where(jump, draw.random(step.shape), step + NEAR * draw.standard_normal(step.shape)), step)
+                step = np.where(
+                    moved,
+                    np.where(jump, draw.random(step.shape), step + NEAR * draw.standard_normal(step.shape)),
+                    step,
+                )
                 step = np.stack([space.encode(space.decode(x.clip(0, 1))) for x in step])
                 u, scores = np.concatenate([u, step]), torch.cat([scores, worth(features(step))])
         order = scores.argsort(descending=True).tolist()
@@ -63,7 +74,9 @@ class BoTorch(Searcher):
         return Asked(space.decode(u[best]))
 
     def _worth(self, x: Tensor, values: Tensor, over: Tensor | None) -> Any:
-        """[n, features], [n, goals] up, [n, 1] how far limits are overstepped -> the logarithm of what points promise."""
+        """[n, features], [n, goals] up, [n, 1] how far limits are overstepped -> the logarithm of what points
+        promise.
+        """
         try:
             from botorch.acquisition.logei import qLogNoisyExpectedImprovement
             from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
@@ -87,15 +100,25 @@ class BoTorch(Searcher):
                 model, x, sampler=sampler, objective=objective, constraints=limits, prune_baseline=True
             )
         else:
-            reference = y[:, :goals].min(0).values - 0.1 * (y[:, :goals].max(0).values - y[:, :goals].min(0).values)
+            reference = y[:, :goals].min(0).values - 0.1 * (
+                y[:, :goals].max(0).values - y[:, :goals].min(0).values
+            )
             objective = IdentityMCMultiOutputObjective(outcomes=list(range(goals)), num_outcomes=y.shape[1])
             acquire = qLogNoisyExpectedHypervolumeImprovement(
-                model, reference, x, sampler=sampler, objective=objective, constraints=limits, prune_baseline=True
+                model,
+                reference,
+                x,
+                sampler=sampler,
+                objective=objective,
+                constraints=limits,
+                prune_baseline=True,
             )
 
         @torch.no_grad()
         def worth(points: Tensor) -> Tensor:
-            return torch.cat([acquire(part[:, None, :]).reshape(len(part), -1).mean(1) for part in points.split(CHUNK)])
+            return torch.cat(
+                [acquire(part[:, None, :]).reshape(len(part), -1).mean(1) for part in points.split(CHUNK)]
+            )
 
         return worth
 

@@ -1,4 +1,5 @@
-"""A Gaussian process and the improvement expected of it (of the hypervolume, where there are several goals). Optuna's.
+"""A Gaussian process and the improvement expected of it (of the hypervolume, where there are several goals).
+Optuna's.
 
 It knows no settings that count only sometimes: those that do not are filled in with their defaults.
 """
@@ -9,8 +10,8 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from luthier.registry import searcher
 from luthier.methods.searchers._optuna import ByOptuna, optuna
+from luthier.registry import searcher
 
 
 @searcher(paper="arXiv:1807.02811")
@@ -24,6 +25,8 @@ class GP(ByOptuna):
 
     def sampler(self, seed, over):
         return optuna().samplers.GPSampler(
-            seed=seed, constraints_func=over, n_startup_trials=self.n_startup_trials,
+            seed=seed,
+            constraints_func=over,
+            n_startup_trials=self.n_startup_trials,
             deterministic_objective=self.deterministic_objective,
-        )  # fmt: skip
+        )

@@ -1,6 +1,7 @@
 """TPE: densities of good and of poor configurations; the next one is where their ratio is highest. Optuna's.
 
-Settings are modelled together (multivariate), those that count under one tuner apart from those of another (group).
+Settings are modelled together (multivariate), those that count under one tuner apart from those of another
+(group).
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.registry import searcher
 from luthier.methods.searchers._optuna import ByOptuna, optuna
+from luthier.registry import searcher
 
 
 @searcher(paper="arXiv:2304.11127")
@@ -22,6 +23,10 @@ class TPE(ByOptuna):
 
     def sampler(self, seed, over):
         return optuna().samplers.TPESampler(
-            seed=seed, multivariate=True, group=True, constraints_func=over, n_startup_trials=self.n_startup_trials,
+            seed=seed,
+            multivariate=True,
+            group=True,
+            constraints_func=over,
+            n_startup_trials=self.n_startup_trials,
             n_ei_candidates=self.n_ei_candidates,
-        )  # fmt: skip
+        )

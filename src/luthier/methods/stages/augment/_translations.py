@@ -1,9 +1,10 @@
-"""Which word of one language means which of another, learned from texts of both alone: no pair of words is given.
+"""Which word of one language means which of another, learned from texts of both alone: no pair of words is
+given.
 
-Word vectors of each language are mapped onto each other by a rotation (VecMap, arXiv:1805.06297): seeds, then in turn the
-rotation that fits the pairs best and the pairs that lie nearest under it, until nothing improves. Departs: vectors are the
-leading factors of positive pointwise mutual information, which word2vec approaches (Levy and Goldberg 2014) and which
-need no training; VecMap's last reweighting is left out.
+Word vectors of each language are mapped onto each other by a rotation (VecMap, arXiv:1805.06297): seeds, then
+in turn the rotation that fits the pairs best and the pairs that lie nearest under it, until nothing improves.
+Departs: vectors are the leading factors of positive pointwise mutual information, which word2vec approaches
+(Levy and Goldberg 2014) and which need no training; VecMap's last reweighting is left out.
 """
 
 from __future__ import annotations
@@ -23,14 +24,23 @@ def frequent(texts: Sequence[Sequence[str]], least: int, most: int) -> list[str]
     return sorted((w for w, n in counts.items() if n >= least), key=lambda w: (-counts[w], w))[:most]
 
 
-def vectors(texts: Sequence[Sequence[str]], words: Sequence[str], width: int, window: int, rng: torch.Generator) -> Tensor:
-    """[V, width] a vector for each word, from the words that stand within `window` of it (near ones count more)."""
+def vectors(
+    texts: Sequence[Sequence[str]], words: Sequence[str], width: int, window: int, rng: torch.Generator
+) -> Tensor:
+    """[V, width] a vector for each word, from the words that stand within `window` of it (near ones count
+    more).
+    """
     place = {w: i for i, w in enumerate(words)}
     beside: Counter[tuple[int, int]] = Counter()
     for text in texts:
         ids = [place.get(w, -1) for w in text]
         for d in range(1, window + 1):
-            beside.update((a, b) for a, b in zip(ids, ids[d:], strict=False) if a >= 0 and b >= 0 for _ in range(window + 1 - d))
+            beside.update(
+                (a, b)
+                for a, b in zip(ids, ids[d:], strict=False)
+                if a >= 0 and b >= 0
+                for _ in range(window + 1 - d)
+            )
     n = len(words)
     counts = torch.zeros(n, n, dtype=torch.float64)
     if beside:
@@ -38,7 +48,8 @@ def vectors(texts: Sequence[Sequence[str]], words: Sequence[str], width: int, wi
         counts[at[:, 0], at[:, 1]] = torch.tensor([float(v) for v in beside.values()], dtype=torch.float64)
     counts = counts + counts.T
     share = counts.sum(1) / counts.sum().clamp(min=1)
-    expected = (share[:, None] * share.pow(0.75) / share.pow(0.75).sum().clamp(min=1e-12)) * counts.sum()  # frequent contexts say less
+    # frequent contexts say less
+    expected = (share[:, None] * share.pow(0.75) / share.pow(0.75).sum().clamp(min=1e-12)) * counts.sum()
     pmi = torch.where(counts > 0, (counts / expected.clamp(min=1e-12)).log(), 0).clamp(min=0)
     basis = torch.linalg.qr(torch.randn(n, min(n, width + 16), generator=rng, dtype=torch.float64)).Q
     for _ in range(6):  # subspace iteration: the leading left factors
@@ -55,7 +66,9 @@ def normal(X: Tensor) -> Tensor:
 
 
 def csls(sims: Tensor, k: int = 10) -> Tensor:
-    """Similarities less half of how near each word's k nearest are: words that are near to everything are no translation."""
+    """Similarities less half of how near each word's k nearest are: words that are near to everything are no
+    translation.
+    """
     k = min(k, *sims.shape)
     return sims - sims.topk(k, 1).values.mean(1, keepdim=True) / 2 - sims.topk(k, 0).values.mean(0) / 2
 
@@ -92,14 +105,21 @@ def by_name(a: Sequence[str], b: Sequence[str]) -> Pairs:
     """Seeds that are written alike in both: numerals above all, names."""
     place = {w: i for i, w in enumerate(b)}
     same = [(i, place[w]) for i, w in enumerate(a) if w in place]
-    return torch.tensor([i for i, _ in same], dtype=torch.long), torch.tensor([j for _, j in same], dtype=torch.long)
+    return torch.tensor([i for i, _ in same], dtype=torch.long), torch.tensor(
+        [j for _, j in same], dtype=torch.long
+    )
 
 
 def by_pairs(a: Sequence[Sequence[str]], b: Sequence[Sequence[str]], words: Sequence[Sequence[str]]) -> Pairs:
-    """Seeds where the i-th text of one side translates the i-th of the other: words that stand in the same pairs."""
+    """Seeds where the i-th text of one side translates the i-th of the other: words that stand in the same
+    pairs.
+    """
 
     def where(texts: Sequence[Sequence[str]], own: Sequence[str]) -> Tensor:
-        place, seen = {w: i for i, w in enumerate(own)}, torch.zeros(len(own), len(texts), dtype=torch.float64)
+        place, seen = (
+            {w: i for i, w in enumerate(own)},
+            torch.zeros(len(own), len(texts), dtype=torch.float64),
+        )
         for t, text in enumerate(texts):
             for w in text:
                 if w in place:
@@ -115,11 +135,14 @@ def rotation(X: Tensor, Y: Tensor) -> Tensor:
     return U @ V
 
 
-def mapped(X: Tensor, Y: Tensor, start: Pairs, stay: Pairs, keep: float, rng: torch.Generator) -> tuple[Tensor, float]:
-    """[V, V'] how near each word of one side comes to each of the other; and how near the nearest, on average.
+def mapped(
+    X: Tensor, Y: Tensor, start: Pairs, stay: Pairs, keep: float, rng: torch.Generator
+) -> tuple[Tensor, float]:
+    """[V, V'] how near each word of one side comes to each of the other; and how near the nearest, on
+    average.
 
-    start: pairs of words at first. stay: pairs that are always among them. keep: share of the similarities that is seen at
-    first, the rest is left out at random.
+    start: pairs of words at first. stay: pairs that are always among them. keep: share of the similarities
+    that is seen at first, the rest is left out at random.
     """
     best, found, stuck, pairs = -torch.inf, X @ Y.T, 0, start
     for _ in range(500):
@@ -133,7 +156,9 @@ def mapped(X: Tensor, Y: Tensor, start: Pairs, stay: Pairs, keep: float, rng: to
             break
         else:
             keep, stuck = min(1.0, 2 * keep), 0
-        seen = sims if keep >= 1 else torch.where(torch.rand(sims.shape, generator=rng) < keep, sims, -torch.inf)
+        seen = (
+            sims if keep >= 1 else torch.where(torch.rand(sims.shape, generator=rng) < keep, sims, -torch.inf)
+        )
         pairs = joined(both_ways(seen), stay)
     return found, best
 
@@ -151,16 +176,24 @@ def learned(
 ) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """Texts of two languages as lists of words -> the k likeliest translations of each word, both ways.
 
-    Seeds are words that are written alike in both and, where texts are pairs, words that stand in the same ones; where
-    there are fewer than five, the shape of similarities. Of texts that are no pairs few factors are aligned first, then twice
-    as many: what further factors of few words say is noise, and only pairs share it.
+    Seeds are words that are written alike in both and, where texts are pairs, words that stand in the same
+    ones; where there are fewer than five, the shape of similarities. Of texts that are no pairs few factors
+    are aligned first, then twice as many: what further factors of few words say is noise, and only pairs
+    share it.
     """
     words = [frequent(texts, least, most) for texts in (a, b)]
     fewest = min(map(len, words))
     if fewest < 2:
         return {}, {}
-    widths = [min(width, fewest)] if pairs else sorted({min(width, max(2, fewest // 6)), min(width, max(2, fewest // 3))})
-    X, Y = (vectors(t, w, widths[-1], window, rng("words", side)) for t, w, side in zip((a, b), words, "ab", strict=True))
+    widths = (
+        [min(width, fewest)]
+        if pairs
+        else sorted({min(width, max(2, fewest // 6)), min(width, max(2, fewest // 3))})
+    )
+    X, Y = (
+        vectors(t, w, widths[-1], window, rng("words", side))
+        for t, w, side in zip((a, b), words, "ab", strict=True)
+    )
     seeds = joined(by_name(*words), *([by_pairs(a, b, words)] if pairs else []))
     told = len(seeds[0]) >= min(5, fewest)
     tries = []

@@ -1,9 +1,11 @@
-"""UL2's mixture of denoisers: a text becomes what is read (with gaps, after a mode token) and what is said (the gaps).
+"""UL2's mixture of denoisers: a text becomes what is read (with gaps, after a mode token) and what is said
+(the gaps).
 
-R hides short spans of 15 %, X long spans or half of the text, S everything behind a random place (a prefix LM). Each text
-gets one denoiser, drawn from (seed, step, row). A row with a prompt is read as one text with it. Spans are of tokens, as in T5: their lengths are random compositions of the
-share that is hidden. On an encoder-decoder and on a causal model alike; the latter reads its input
-causally, or from both sides as a prefix LM (`architecture: {name: causal, prefix: true}`), as UL2R does.
+R hides short spans of 15 %, X long spans or half of the text, S everything behind a random place (a prefix
+LM). Each text gets one denoiser, drawn from (seed, step, row). A row with a prompt is read as one text with
+it. Spans are of tokens, as in T5: their lengths are random compositions of the share that is hidden. On an
+encoder-decoder and on a causal model alike; the latter reads its input causally, or from both sides as a
+prefix LM (`architecture: {name: causal, prefix: true}`), as UL2R does.
 """
 
 from __future__ import annotations
@@ -15,10 +17,11 @@ import torch
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.registry import stage
 from luthier.methods.stages._base import Stage, pieces, without
+from luthier.registry import stage
 
-DENOISERS = {"R": ((3, 0.15), (8, 0.15)), "X": ((3, 0.5), (8, 0.5), (64, 0.15), (64, 0.5))}  # mode -> (mean span, share hidden)
+# mode -> (mean span, share hidden)
+DENOISERS = {"R": ((3, 0.15), (8, 0.15)), "X": ((3, 0.5), (8, 0.5), (64, 0.15), (64, 0.5))}
 
 
 @stage(paper="arXiv:2205.05131", row="ul2 architecture-objective-study", wants="completions")
@@ -30,14 +33,18 @@ class UL2(Stage):
     shares: dict[str, float] = Field(
         default_factory=lambda: {"R": 0.4, "X": 0.4, "S": 0.2}
     )  # of the modes; within one its denoisers are even
-    modes: dict[str, str] = Field(default_factory=lambda: {"R": "[R] ", "X": "[X] ", "S": "[S] "})  # what a text of each mode begins with
+    # what a text of each mode begins with
+    modes: dict[str, str] = Field(default_factory=lambda: {"R": "[R] ", "X": "[X] ", "S": "[S] "})
     sentinel: str = "<extra_id_{}>"  # stands for a hidden span; {} is its number
     target_share: Annotated[float, Field(gt=0, lt=1)] = 0.25  # of a text that S hides, on average
 
     def __post_init__(self):
         odd = {*self.shares, *self.modes} - {"R", "X", "S"}
         if odd or not sum(self.shares.values()) > 0 or min(self.shares.values()) < 0:
-            raise RecipeError(f"shares and modes are of R, X and S, and shares are not negative{f'; not {sorted(odd)}' if odd else ''}")
+            raise RecipeError(
+                "shares and modes are of R, X and S, and shares are not"
+                f" negative{f'; not {sorted(odd)}' if odd else ''}"
+            )
 
     def __call__(self, rows, roles):
         out = []
@@ -46,7 +53,14 @@ class UL2(Stage):
             text = "".join(halves)
             if len(halves) == 2 == 1 + len(row["completions"]) and text:
                 read, said, mode = self.denoised(text, row["id"], roles)
-                out.append({**without(row), "prompt": self.modes.get(mode, "") + read, "completions": [said], "mode": mode})
+                out.append(
+                    {
+                        **without(row),
+                        "prompt": self.modes.get(mode, "") + read,
+                        "completions": [said],
+                        "mode": mode,
+                    }
+                )
         self.left(roles, len(rows) - len(out), len(rows), "they are no plain texts, or several")
         return out
 
@@ -70,7 +84,9 @@ class UL2(Stage):
         return read, said, mode
 
 
-def corrupt(parts: Sequence[str], mean: float, rate: float, sentinel: str, rng: torch.Generator) -> tuple[str, str]:
+def corrupt(
+    parts: Sequence[str], mean: float, rate: float, sentinel: str, rng: torch.Generator
+) -> tuple[str, str]:
     """Pieces of a text -> the text with sentinels in place of spans, and the spans each behind its sentinel."""
     read, said = [], []
     for k, (kept, hidden) in enumerate(spans(len(parts), mean, rate, rng)):
@@ -81,11 +97,15 @@ def corrupt(parts: Sequence[str], mean: float, rate: float, sentinel: str, rng: 
 
 
 def spans(n: int, mean: float, rate: float, rng: torch.Generator) -> list[tuple[range, range]]:
-    """n places in turn kept and hidden: [(kept, hidden), ...], the hidden ones `rate` of all and `mean` long on average."""
+    """n places in turn kept and hidden: [(kept, hidden), ...], the hidden ones `rate` of all and `mean` long
+    on average.
+    """
     noise = min(max(1, round(n * rate)), max(1, n - 1))
     count = max(1, min(round(noise / mean), noise, n - noise))
     out, place = [], 0
-    for kept, hidden in zip(_composition(n - noise, count, rng), _composition(noise, count, rng), strict=True):
+    for kept, hidden in zip(
+        _composition(n - noise, count, rng), _composition(noise, count, rng), strict=True
+    ):
         out.append((range(place, place + kept), range(place + kept, place + kept + hidden)))
         place += kept + hidden
     return out

@@ -8,21 +8,30 @@ from typing import Annotated
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.registry import stage
 from luthier.methods.stages._base import Stage, best_first, pick, without
 from luthier.methods.stages.rollout.rollout import Rollout
+from luthier.registry import stage
 from luthier.storage.store import read_rows
 
 BEFORE = "@before"  # ends the id of a pair that an earlier round made
 
 
-@stage(paper="arXiv:2401.01335", row="spin", wants="completions generate", gives="pairs scores", drops="remembered old")
+@stage(
+    paper="arXiv:2401.01335",
+    row="spin",
+    wants="completions generate",
+    gives="pairs scores",
+    drops="remembered old",
+)
 class AgainstSelf(Stage):
-    """completions = [the given one, a sample of the policy]; scores = [1, 0]. Columns about the given one alone leave."""
+    """completions = [the given one, a sample of the policy]; scores = [1, 0]. Columns about the given one
+    alone leave.
+    """
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of the sample at most
     temperature: Annotated[float, Field(ge=0)] = 1.0  # of sampling
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # sample among the likeliest tokens of this joint probability
+    # sample among the likeliest tokens of this joint probability
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     draw: int = 0  # another number, other samples
     earlier: str | None = None  # folder of the round before: the pairs it made are learned again
 
@@ -34,10 +43,21 @@ class AgainstSelf(Stage):
         for answer in Rollout(n=1, **how)(asked, roles):
             row = rows[answer["from"]]
             given = pick(row, best_first(row)[:1] if "scores" in row else [0])
-            alike += roles.policy.architecture.encode(given, roles.renderer).completions[0] == answer["completions"][0]
-            out.append({**without(row), "completions": [given["completions"][0], answer["completions"][0]], "scores": [1.0, 0.0]})
+            alike += (
+                roles.policy.architecture.encode(given, roles.renderer).completions[0]
+                == answer["completions"][0]
+            )
+            out.append(
+                {
+                    **without(row),
+                    "completions": [given["completions"][0], answer["completions"][0]],
+                    "scores": [1.0, 0.0],
+                }
+            )
         if alike:
-            self.tell(roles, f"{alike} of {len(out)} samples are the given answer itself: these rows teach nothing")
+            self.tell(
+                roles, f"{alike} of {len(out)} samples are the given answer itself: these rows teach nothing"
+            )
         return [*out, *self.before()]
 
     def before(self) -> list[dict]:
@@ -46,5 +66,10 @@ class AgainstSelf(Stage):
             return []
         path = Path(self.earlier) / "rows.jsonl"
         if not path.is_file():
-            raise RecipeError(f"stage 'against_self': earlier: {self.earlier} holds no rows.jsonl, the pairs of the round before")
-        return [{**r, "id": f"{r['id']}{BEFORE}"} for r in read_rows(path) if not str(r["id"]).endswith(BEFORE)]
+            raise RecipeError(
+                f"stage 'against_self': earlier: {self.earlier} holds no rows.jsonl, the pairs of the round"
+                " before"
+            )
+        return [
+            {**r, "id": f"{r['id']}{BEFORE}"} for r in read_rows(path) if not str(r["id"]).endswith(BEFORE)
+        ]

@@ -1,8 +1,9 @@
-"""Rows by how good their answers are: every completion becomes a row of its own, with its bucket, 0 for the worst.
+"""Rows by how good their answers are: every completion becomes a row of its own, with its bucket, 0 for the
+worst.
 
-Of a row with several completions the best is of the last bucket and the worst of the first, those between by their rank. Rows
-with one are compared with each other: by their different scores where there are no more of these than buckets (good and bad),
-else by quantiles.
+Of a row with several completions the best is of the last bucket and the worst of the first, those between by
+their rank. Rows with one are compared with each other: by their different scores where there are no more of
+these than buckets (good and bad), else by quantiles.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from luthier.registry import stage
 from luthier.methods.stages._base import Stage, pick
+from luthier.registry import stage
 
 
 @stage(paper="arXiv:2310.00819", row="meet", wants="completions scores", gives="bucket")
@@ -26,7 +27,9 @@ class Buckets(Stage):
 
     def __call__(self, rows, roles):
         alone = sorted({float(r["scores"][0]) for r in rows if len(r["completions"]) == 1})
-        each = torch.tensor([float(r["scores"][0]) for r in rows if len(r["completions"]) == 1], dtype=torch.float64)
+        each = torch.tensor(
+            [float(r["scores"][0]) for r in rows if len(r["completions"]) == 1], dtype=torch.float64
+        )
         cuts = (
             torch.quantile(each, torch.arange(1, self.buckets, dtype=torch.float64) / self.buckets).tolist()
             if len(alone) > self.buckets
@@ -36,13 +39,23 @@ class Buckets(Stage):
         for row in rows:
             scores = [float(s) for s in row["scores"]]
             if len(scores) == 1:
-                place = sum(scores[0] >= c for c in cuts) if cuts else self.spread(alone.index(scores[0]), len(alone))
+                place = (
+                    sum(scores[0] >= c for c in cuts)
+                    if cuts
+                    else self.spread(alone.index(scores[0]), len(alone))
+                )
                 out.append({**row, "bucket": place})
                 continue
             levels = sorted(set(scores))
             same += len(levels) < 2
             for i, score in enumerate(scores if len(levels) > 1 else []):
-                out.append({**pick(row, [i]), "id": f"{row['id']}/{i}", "bucket": self.spread(levels.index(score), len(levels))})
+                out.append(
+                    {
+                        **pick(row, [i]),
+                        "id": f"{row['id']}/{i}",
+                        "bucket": self.spread(levels.index(score), len(levels)),
+                    }
+                )
         self.left(roles, same, len(rows), "their completions score alike")
         return out
 

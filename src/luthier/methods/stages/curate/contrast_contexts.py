@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from luthier.registry import stage
 from luthier.methods.stages._base import Stage
+from luthier.registry import stage
 
 
-@stage(paper="arXiv:2502.13928", row="s-vco", wants="completions contexts", gives="contrasts", drops="scores pairs answer")
+@stage(
+    paper="arXiv:2502.13928",
+    row="s-vco",
+    wants="completions contexts",
+    gives="contrasts",
+    drops="scores pairs answer",
+)
 class ContrastContexts(Stage):
-    """Of each answer: after its own context and the question, after the question alone, after the other's context and the
-    question. Rows: a prompt (text), two `completions`, two `contexts` (text). Others leave."""
+    """Of each answer: after its own context and the question, after the question alone, after the other's
+    context and the question. Rows: a prompt (text), two `completions`, two `contexts` (text). Others leave.
+    """
 
     asks_model = False
 
@@ -20,10 +27,16 @@ class ContrastContexts(Stage):
             texts = [row["prompt"], *contexts, *answers]
             if len(contexts) != 2 or len(answers) != 2 or not all(isinstance(t, str) for t in texts):
                 continue
-            readings = [self.reading(row, c, a) for k, a in enumerate(answers) for c in (contexts[k], None, contexts[1 - k])]
+            readings = [
+                self.reading(row, c, a)
+                for k, a in enumerate(answers)
+                for c in (contexts[k], None, contexts[1 - k])
+            ]
             kept = {k: v for k, v in row.items() if k not in ("scores", "contexts")}
             out.append({**kept, "prompt": [], "completions": readings, "contrasts": answers})
-        self.left(roles, len(rows) - len(out), len(rows), "they do not hold two contexts and two answers as text")
+        self.left(
+            roles, len(rows) - len(out), len(rows), "they do not hold two contexts and two answers as text"
+        )
         return out
 
     def reading(self, row: dict, context: str | None, answer: str) -> list[dict]:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from difflib import SequenceMatcher
 
-from luthier.registry import stage
 from luthier.methods.stages._base import Stage, best_first, pieces
+from luthier.registry import stage
 
 
 @stage(paper="arXiv:2503.16913", row="fait", wants="pairs", gives="line_mask token_mask")
 class DiffMasks(Stage):
-    """Columns `line_mask` and `token_mask`: for each completion 1.0 at learned tokens that the best and the worst do not
-    share, else 0.0."""
+    """Columns `line_mask` and `token_mask`: for each completion 1.0 at learned tokens that the best and the
+    worst do not share, else 0.0."""
 
     def __call__(self, rows, roles):
         for row in self.usable(rows, roles):
@@ -25,7 +25,9 @@ class DiffMasks(Stage):
             ]
             masks = [[[0.0] * len(ids) for ids in said] for _ in range(2)]
             pair = order[0], order[-1]
-            for k, line, token in zip(pair, *differing(*([lines(roles, said[k]) for k in pair])), strict=True):
+            for k, line, token in zip(
+                pair, *differing(*([lines(roles, said[k]) for k in pair])), strict=True
+            ):
                 masks[0][k], masks[1][k] = line, token
             yield {**row, "line_mask": masks[0], "token_mask": masks[1]}
 
@@ -40,7 +42,9 @@ def lines(roles, ids: list[int]) -> list[tuple[str, list[int]]]:
     return out if out[-1][1] else out[:-1]
 
 
-def differing(one: list[tuple[str, list[int]]], other: list[tuple[str, list[int]]]) -> tuple[list[list[float]], list[list[float]]]:
+def differing(
+    one: list[tuple[str, list[int]]], other: list[tuple[str, list[int]]]
+) -> tuple[list[list[float]], list[list[float]]]:
     """Line masks of both sides, token masks of both sides."""
     sides = (one, other)
     line = [[0.0] * sum(len(t) for _, t in side) for side in sides]
@@ -51,7 +55,10 @@ def differing(one: list[tuple[str, list[int]]], other: list[tuple[str, list[int]
         if tag == "equal":
             continue
         spans = [(starts[s][bounds[2 * s]], starts[s][bounds[2 * s + 1]]) for s in range(2)]
-        ids = [[t for _, tokens in side[bounds[2 * s] : bounds[2 * s + 1]] for t in tokens] for s, side in enumerate(sides)]
+        ids = [
+            [t for _, tokens in side[bounds[2 * s] : bounds[2 * s + 1]] for t in tokens]
+            for s, side in enumerate(sides)
+        ]
         for s, (a, b) in enumerate(spans):
             line[s][a:b] = [1.0] * (b - a)
         for inner, *at in SequenceMatcher(None, *ids, autojunk=False).get_opcodes():

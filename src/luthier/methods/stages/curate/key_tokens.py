@@ -1,7 +1,9 @@
-"""The tokens that decide a tool call count more: where its name parts from the other tools' names, where each argument begins.
+"""The tokens that decide a tool call count more: where its name parts from the other tools' names, where each
+argument begins.
 
-Their weight is as much as evens them out with all other tokens, at most `most`. With `sft` and normalize: weights it is the
-paper's loss. Departs: where names part is found by characters, so no other tool's name need be encoded.
+Their weight is as much as evens them out with all other tokens, at most `most`. With `sft` and normalize:
+weights it is the paper's loss. Departs: where names part is found by characters, so no other tool's name need
+be encoded.
 """
 
 from __future__ import annotations
@@ -12,8 +14,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from luthier.registry import stage
 from luthier.methods.stages._base import Stage, pieces
+from luthier.registry import stage
 
 
 @stage(paper="arXiv:2412.15495", row="tl-training", wants="completions tools", gives="token_weights")
@@ -25,7 +27,9 @@ class KeyTokens(Stage):
     def __call__(self, rows, roles):
         for row in self.usable(rows, roles):
             encoded, weights = roles.policy.architecture.encode(row, roles.renderer), []
-            for said, ids, marks in zip(row["completions"], encoded.completions, encoded.supervised, strict=True):
+            for said, ids, marks in zip(
+                row["completions"], encoded.completions, encoded.supervised, strict=True
+            ):
                 keys = self.keys(roles, row, said, ids) & {i for i, m in enumerate(marks) if m}
                 others = sum(marks) - len(keys)
                 weight = min(others / len(keys), self.most) if keys else 1.0
@@ -45,7 +49,12 @@ class KeyTokens(Stage):
 def calls_of(said: Any) -> list[dict]:
     """The tool calls of a completion, in order."""
     turns = said if isinstance(said, list) and said and isinstance(said[0], dict) else []
-    return [call["function"] for turn in turns if turn["role"] == "assistant" for call in turn.get("tool_calls") or ()]
+    return [
+        call["function"]
+        for turn in turns
+        if turn["role"] == "assistant"
+        for call in turn.get("tool_calls") or ()
+    ]
 
 
 def decisive(text: str, calls: list[dict], tools: list[str]) -> Iterator[int]:
@@ -58,7 +67,10 @@ def decisive(text: str, calls: list[dict], tools: list[str]) -> Iterator[int]:
             continue
         for other in tools:
             if other != name:
-                same = next((k for k, (a, b) in enumerate(zip(name, other, strict=False)) if a != b), min(len(name), len(other)))
+                same = next(
+                    (k for k, (a, b) in enumerate(zip(name, other, strict=False)) if a != b),
+                    min(len(name), len(other)),
+                )
                 yield start + min(same, len(name) - 1)
         at = start + len(name)
         arguments = call.get("arguments")
@@ -69,7 +81,12 @@ def decisive(text: str, calls: list[dict], tools: list[str]) -> Iterator[int]:
             yield named + 1
             at = named + len(key) + 2
             shown = next(
-                (text.find(w, at) for w in (json.dumps(value), json.dumps(value, ensure_ascii=False)) if text.find(w, at) >= 0), -1
+                (
+                    text.find(w, at)
+                    for w in (json.dumps(value), json.dumps(value, ensure_ascii=False))
+                    if text.find(w, at) >= 0
+                ),
+                -1,
             )
             if shown >= 0:
                 yield shown + (1 if isinstance(value, str) and value else 0)

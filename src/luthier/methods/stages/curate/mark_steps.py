@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from luthier.registry import stage
 from luthier.methods.stages._base import Stage
+from luthier.registry import stage
 
 
 @stage(paper="arXiv:2305.20050", wants="steps", gives="completions step_targets", drops="scores pairs")
 class MarkSteps(Stage):
-    """The completion as token ids, step by step with a line break after each, and `step_targets`: at the last token of a step 1.0
-    where it is right and 0.0 where not, -1.0 elsewhere. Rows as the format `stepwise` reads them; too long ones leave."""
+    """The completion as token ids, step by step with a line break after each, and `step_targets`: at the last
+    token of a step 1.0 where it is right and 0.0 where not, -1.0 elsewhere. Rows as the format `stepwise`
+    reads them; too long ones leave.
+    """
 
     def __call__(self, rows, roles):
         rows, out = list(rows), []

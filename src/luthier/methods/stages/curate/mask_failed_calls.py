@@ -1,26 +1,43 @@
-"""Tool calls that failed are read and not learned: an assistant turn whose tool answers with an error is switched off."""
+"""Tool calls that failed are read and not learned: an assistant turn whose tool answers with an error is
+switched off.
+"""
 
 from __future__ import annotations
 
-from luthier.registry import stage
 from luthier.methods.stages._base import Stage
+from luthier.registry import stage
 
-ERRORS = ("is not defined", "unexpected keyword", "400 client error", "Traceback (most recent call last)", "Error:", "missing 1 required")
+ERRORS = (
+    "is not defined",
+    "unexpected keyword",
+    "400 client error",
+    "Traceback (most recent call last)",
+    "Error:",
+    "missing 1 required",
+)
 
 
 @stage(paper="arXiv:2412.15495", row="tl-training", wants="completions")
 class MaskFailedCalls(Stage):
-    """ "loss": false at every assistant turn that a tool answers with one of `errors`. Rows with nothing left to learn leave."""
+    """ "loss": false at every assistant turn that a tool answers with one of `errors`. Rows with nothing left
+    to learn leave.
+    """
 
     asks_model = False
 
-    errors: tuple[str, ...] = ERRORS  # what a tool's answer holds where the call before it was wrong, whatever the case
+    # what a tool's answer holds where the call before it was wrong, whatever the case
+    errors: tuple[str, ...] = ERRORS
 
     def __call__(self, rows, roles):
         rows, out = list(rows), []
         for row in rows:
-            turned = [self.masked(c) if isinstance(c, list) and c and isinstance(c[0], dict) else c for c in row["completions"]]
-            if all(not isinstance(c, list) or not isinstance(c[0], dict) or any(map(learned, c)) for c in turned):
+            turned = [
+                self.masked(c) if isinstance(c, list) and c and isinstance(c[0], dict) else c
+                for c in row["completions"]
+            ]
+            if all(
+                not isinstance(c, list) or not isinstance(c[0], dict) or any(map(learned, c)) for c in turned
+            ):
                 out.append({**row, "completions": turned})
         self.left(roles, len(rows) - len(out), len(rows), "every call in them failed")
         return out

@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.registry import stage
 from luthier.methods.stages._base import Stage, best_first, pick
+from luthier.registry import stage
 
 
 @stage(wants="completions scores", gives="pairs")

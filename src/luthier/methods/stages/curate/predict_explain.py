@@ -1,17 +1,23 @@
-"""Distilling step by step: a row with an answer and a rationale becomes two, one that answers and one that explains.
+"""Distilling step by step: a row with an answer and a rationale becomes two, one that answers and one that
+explains.
 
-Learn them as two tasks, `0.5*task_sft(answer) + 0.5*task_sft(rationale)`: the answer gains from the rationale, which is
-never written when the model is asked. Departs from the paper: prompts that want an answer carry no prefix, so that held-out
-rows and users ask as they always did.
+Learn them as two tasks, `0.5*task_sft(answer) + 0.5*task_sft(rationale)`: the answer gains from the
+rationale, which is never written when the model is asked. Departs from the paper: prompts that want an answer
+carry no prefix, so that held-out rows and users ask as they always did.
 """
 
 from __future__ import annotations
 
-from luthier.registry import stage
 from luthier.methods.stages._base import Stage, without
+from luthier.registry import stage
 
 
-@stage(paper="arXiv:2305.02301", row="distilling-step-by-step", wants="completions rationale", drops="pairs scores")
+@stage(
+    paper="arXiv:2305.02301",
+    row="distilling-step-by-step",
+    wants="completions rationale",
+    drops="pairs scores",
+)
 class PredictExplain(Stage):
     """(prompt -> answer), task answer; (explain + prompt -> rationale), task rationale."""
 
@@ -30,10 +36,27 @@ class PredictExplain(Stage):
         rows, out = list(rows), []
         for row in rows:
             told = row.get(self.column)
-            if isinstance(row["prompt"], str) and row.get("completions") and isinstance(told, str) and told.strip():
+            if (
+                isinstance(row["prompt"], str)
+                and row.get("completions")
+                and isinstance(told, str)
+                and told.strip()
+            ):
                 plain, key = without(row), row["id"]
-                out.append({**plain, "prompt": self.predict + row["prompt"], "completions": row["completions"][:1], "tasks": ["answer"]})
+                out.append(
+                    {
+                        **plain,
+                        "prompt": self.predict + row["prompt"],
+                        "completions": row["completions"][:1],
+                        "tasks": ["answer"],
+                    }
+                )
                 asked = {**plain, "id": f"{key}/rationale", "prompt": self.explain + row["prompt"]}
                 out.append({**asked, "completions": [self.before + told], "tasks": ["rationale"]})
-        self.left(roles, len(rows) - len(out) // 2, len(rows), f"they have no `{self.column}`, no answer, or a prompt of turns")
+        self.left(
+            roles,
+            len(rows) - len(out) // 2,
+            len(rows),
+            f"they have no `{self.column}`, no answer, or a prompt of turns",
+        )
         return out

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from luthier.registry import stage
 from luthier.methods.stages._base import Stage, without
+from luthier.registry import stage
 
 
-@stage(paper="arXiv:2404.12636", row="morepair", wants="completions rationale", gives="tasks", drops="pairs scores")
+@stage(
+    paper="arXiv:2404.12636",
+    row="morepair",
+    wants="completions rationale",
+    gives="tasks",
+    drops="pairs scores",
+)
 class Rationale(Stage):
-    """completions = [the answer, `before` and the rationale]; tasks = ["answer", "rationale"]. Rows without either leave."""
+    """completions = [the answer, `before` and the rationale]; tasks = ["answer", "rationale"]. Rows without
+    either leave.
+    """
 
     asks_model = False
 
@@ -25,7 +33,19 @@ class Rationale(Stage):
             told = row.get(self.column)
             if row.get("completions") and isinstance(told, str) and told.strip():
                 said = self.before + told
-                second = said if isinstance(row["completions"][0], str) else [{"role": "assistant", "content": said}]
-                out.append({**without(row), "completions": [row["completions"][0], second], "tasks": ["answer", "rationale"]})
-        self.left(roles, len(rows) - len(out), len(rows), f"they have no `{self.column}`, or nothing to explain")
+                second = (
+                    said
+                    if isinstance(row["completions"][0], str)
+                    else [{"role": "assistant", "content": said}]
+                )
+                out.append(
+                    {
+                        **without(row),
+                        "completions": [row["completions"][0], second],
+                        "tasks": ["answer", "rationale"],
+                    }
+                )
+        self.left(
+            roles, len(rows) - len(out), len(rows), f"they have no `{self.column}`, or nothing to explain"
+        )
         return out

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from luthier.registry import stage
 from luthier.methods.stages._base import Stage
+from luthier.registry import stage
 
 
 @stage(paper="arXiv:2409.14254", row="implicit-instruction-tuning", wants="completions")
 class ResponseOnly(Stage):
-    """What users and systems say becomes empty; the chat template stays. A prompt of plain text becomes an empty user's turn."""
+    """What users and systems say becomes empty; the chat template stays. A prompt of plain text becomes an
+    empty user's turn.
+    """
 
     asks_model = False
 
     def __call__(self, rows, roles):
         for row in rows:
             if isinstance(row["prompt"], list):
-                yield {**row, "prompt": [t if t["role"] == "assistant" else {**t, "content": ""} for t in row["prompt"]]}
+                yield {
+                    **row,
+                    "prompt": [
+                        t if t["role"] == "assistant" else {**t, "content": ""} for t in row["prompt"]
+                    ],
+                }
             else:
-                said = [[{"role": "assistant", "content": c}] if isinstance(c, str) else c for c in row["completions"]]
+                said = [
+                    [{"role": "assistant", "content": c}] if isinstance(c, str) else c
+                    for c in row["completions"]
+                ]
                 yield {**row, "prompt": [{"role": "user", "content": ""}], "completions": said}

@@ -1,7 +1,8 @@
 """How often each completion beats the others of its row: a preference model's verdicts, made of scores.
 
-A is preferred to B with probability sigmoid((score A - score B) / temperature), as Bradley and Terry have it (PairRM's use in
-SPPO's paper); against itself with 1/2. A preference that no score can tell (rock, paper, scissors) comes as a column instead.
+A is preferred to B with probability sigmoid((score A - score B) / temperature), as Bradley and Terry have it
+(PairRM's use in SPPO's paper); against itself with 1/2. A preference that no score can tell (rock, paper,
+scissors) comes as a column instead.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.registry import stage
 from luthier.methods.stages._base import Stage
+from luthier.registry import stage
 
 
 @stage(paper="arXiv:2405.00675", row="sppo", wants="scores")
 class WinRates(Stage):
-    """Column `win_rates`: the mean over the row's completions, itself among them, of the chance to be preferred."""
+    """Column `win_rates`: the mean over the row's completions, itself among them, of the chance to be
+    preferred.
+    """
 
     asks_model = False
 

@@ -1,4 +1,5 @@
-"""Classes as questions: every label of a classified text, described in words, is asked about, and answered yes or no.
+"""Classes as questions: every label of a classified text, described in words, is asked about, and answered
+yes or no.
 
 What is tuned so on many tasks answers questions about labels it has never seen.
 """
@@ -9,18 +10,21 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.registry import stage
 from luthier.methods.stages._base import Stage, without
+from luthier.registry import stage
 
 
 @stage(paper="arXiv:2104.04670", row="meta-tuning", wants="completions")
 class YesNo(Stage):
-    """One row for each label and each of its descriptions: the question, a line break, the text; yes or no. Columns `task`,
-    `question` and `asked` (the label) are kept beside. Labels are the classes' names, as the completion says them."""
+    """One row for each label and each of its descriptions: the question, a line break, the text; yes or no.
+    Columns `task`, `question` and `asked` (the label) are kept beside. Labels are the classes' names, as the
+    completion says them.
+    """
 
     asks_model = False
 
-    questions: dict[str, list[str]]  # descriptions of each label as questions, e.g. {positive: ["Is the review positive?"]}
+    # descriptions of each label as questions, e.g. {positive: ["Is the review positive?"]}
+    questions: dict[str, list[str]]
     task: str = ""  # name of the data set, or of a group of similar ones
     balance: bool = False  # as many yes as no: of the more frequent answer rows are left out, evenly
     cap: Annotated[int, Field(ge=0)] = 0  # rows at most; fewer are repeated up to it; 0: as many as there are
@@ -34,7 +38,15 @@ class YesNo(Stage):
                     said = self.answers[0] if str(row["completions"][0]).strip() == label else self.answers[1]
                     beside = {"task": self.task, "question": question, "asked": label}
                     text = f"{question}\n{row['prompt'].rstrip()}\n"
-                    out.append({**without(row), **beside, "id": f"{row['id']}/{label}/{q}", "prompt": text, "completions": [said]})
+                    out.append(
+                        {
+                            **without(row),
+                            **beside,
+                            "id": f"{row['id']}/{label}/{q}",
+                            "prompt": text,
+                            "completions": [said],
+                        }
+                    )
         if self.balance:
             sides = [[r for r in out if r["completions"][0] == a] for a in self.answers]
             n = min(map(len, sides))
@@ -50,6 +62,10 @@ def spread(rows: list[dict], n: int) -> list[dict]:
     if n <= len(rows):
         return [rows[k * len(rows) // n] for k in range(n)]
     return [
-        rows[k % len(rows)] if k < len(rows) else {**rows[k % len(rows)], "id": f"{rows[k % len(rows)]['id']}~{k // len(rows)}"}
+        (
+            rows[k % len(rows)]
+            if k < len(rows)
+            else {**rows[k % len(rows)], "id": f"{rows[k % len(rows)]['id']}~{k // len(rows)}"}
+        )
         for k in range(n)
     ]

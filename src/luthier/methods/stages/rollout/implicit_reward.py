@@ -1,4 +1,5 @@
-"""What a model that was tuned by DPO thinks of completions: its log-ratio to the reference, kept with the rows.
+"""What a model that was tuned by DPO thinks of completions: its log-ratio to the reference, kept with the
+rows.
 
 For `modpo`: a policy trained on another aim judges the pairs of this one, and leaves the machine.
 """
@@ -9,15 +10,18 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.registry import stage
 from luthier.methods.stages._base import Stage, said
+from luthier.registry import stage
 
 
 @stage(paper="arXiv:2310.03708", row="modpo", wants="completions reference logprobs", gives="rewards")
 class ImplicitReward(Stage):
-    """Column `rewards`, beside what is there: {role: beta * (log p_role - log p_reference)} of each completion."""
+    """Column `rewards`, beside what is there: {role: beta * (log p_role - log p_reference)} of each
+    completion.
+    """
 
-    role: str = "judge"  # who judges, e.g. `roles: {judge: {name: model, model: FOLDER}}`; also the reward's name
+    # who judges, e.g. `roles: {judge: {name: model, model: FOLDER}}`; also the reward's name
+    role: str = "judge"
     beta: Annotated[float, Field(gt=0)] = 0.1  # that the judge was tuned with
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
 
@@ -27,7 +31,9 @@ class ImplicitReward(Stage):
 
     def __call__(self, rows, roles):
         rows = self.usable(rows, roles)
-        own, other = (said(who, roles, rows, self.batch_size) for who in (getattr(roles, self.role), roles.reference))
+        own, other = (
+            said(who, roles, rows, self.batch_size) for who in (getattr(roles, self.role), roles.reference)
+        )
         for row, mine, theirs in zip(rows, own, other, strict=True):
             reward = [self.beta * (sum(a) - sum(b)) for a, b in zip(mine, theirs, strict=True)]
             yield {**row, "rewards": {**row.get("rewards", {}), self.role: reward}}

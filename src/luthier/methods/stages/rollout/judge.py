@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from luthier.registry import stage
 from luthier.methods.stages._base import text_of
 from luthier.methods.stages.rollout.score import Score
+from luthier.registry import stage
 
 
 @stage(wants="completions", gives="rewards")

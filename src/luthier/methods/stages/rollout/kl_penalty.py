@@ -6,8 +6,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.registry import stage
 from luthier.methods.stages._base import Stage, said
+from luthier.registry import stage
 
 
 @stage(paper="arXiv:1909.08593", wants="completions scores reference logprobs", gives="scores", drops="pairs")
@@ -22,4 +22,7 @@ class KLPenalty(Stage):
         own, other = (said(who, roles, rows, self.batch_size) for who in (roles.policy, roles.reference))
         for row, mine, theirs in zip(rows, own, other, strict=True):
             gaps = [sum(a) - sum(b) for a, b in zip(mine, theirs, strict=True)]
-            yield {**row, "scores": [s - self.kl_coef * gap for s, gap in zip(row["scores"], gaps, strict=True)]}
+            yield {
+                **row,
+                "scores": [s - self.kl_coef * gap for s, gap in zip(row["scores"], gaps, strict=True)],
+            }

@@ -1,4 +1,6 @@
-"""What the policy says before it is tuned, kept with the rows: a reference that takes no memory and no time later."""
+"""What the policy says before it is tuned, kept with the rows: a reference that takes no memory and no time
+later.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +8,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.registry import stage
 from luthier.methods.stages._base import Stage, said
+from luthier.registry import stage
 
 
 @stage(wants="completions logprobs", gives="remembered")

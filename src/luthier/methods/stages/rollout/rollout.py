@@ -1,7 +1,9 @@
-"""The policy answers: n completions of each prompt, as token ids that end with the stop token where one was written.
+"""The policy answers: n completions of each prompt, as token ids that end with the stop token where one was
+written.
 
-A draw follows from the seed, the step and the row's id. So a resumed run draws what it would have drawn, and which rows
-are answered together does not matter. What was known of earlier completions (scores, ...) leaves with them.
+A draw follows from the seed, the step and the row's id. So a resumed run draws what it would have drawn, and
+which rows are answered together does not matter. What was known of earlier completions (scores, ...) leaves
+with them.
 """
 
 from __future__ import annotations
@@ -11,23 +13,28 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.methods.formats._base import BadRow
 from luthier.errors import RecipeError
-from luthier.registry import Range, stage
+from luthier.methods.formats._base import BadRow
 from luthier.methods.stages._base import Stage, said, without
+from luthier.registry import Range, stage
 
 
 @stage(wants="generate", gives="completions samples truncated old", drops="pairs scores remembered")
 class Rollout(Stage):
     """Columns: `completions`; `truncated`, true where no stop token was reached; with `old: true` also `old`."""
 
-    n: Annotated[int, Field(ge=1), Range(2, 32, log=True)] = 8  # completions of each prompt (TRL: num_generations)
-    max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of a completion at most, within what the row may hold
+    # completions of each prompt (TRL: num_generations)
+    n: Annotated[int, Field(ge=1), Range(2, 32, log=True)] = 8
+    # tokens of a completion at most, within what the row may hold
+    max_new_tokens: Annotated[int, Field(ge=1)] = 128
     temperature: Annotated[float, Field(ge=0)] = 1.0  # 0 takes the likeliest token
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0  # sample among the likeliest tokens of this joint probability
+    # sample among the likeliest tokens of this joint probability
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0)] = 0  # sample among so many likeliest tokens; 0 = all
-    old: bool = False  # keep the sampler's log-probability of each token, at temperature 1 as objectives read them
-    sampler: str = "policy"  # who writes: the policy itself, or a role in its place, e.g. `roles: {sampler: {name: vllm, ...}}`
+    # keep the sampler's log-probability of each token, at temperature 1 as objectives read them
+    old: bool = False
+    # who writes: the policy itself, or a role in its place, e.g. `roles: {sampler: {name: vllm, ...}}`
+    sampler: str = "policy"
     draw: int = 0  # another number, other samples: the rounds of a plan draw anew under one seed
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass of `old`
 
@@ -50,7 +57,9 @@ class Rollout(Stage):
                 continue
             room = self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - len(prompt))
             if room < 1:
-                bad.append(f"the prompt of {len(prompt)} tokens leaves no room for an answer (max_length {limit})")
+                bad.append(
+                    f"the prompt of {len(prompt)} tokens leaves no room for an answer (max_length {limit})"
+                )
                 continue
             kept, prompts, rooms = [*kept, row], [*prompts, prompt], [*rooms, room]
         self.left(roles, len(bad), len(rows), bad[0] if bad else "")
@@ -63,10 +72,20 @@ class Rollout(Stage):
         for row, room, answers in zip(kept, rooms, written, strict=True):
             known.append([logprobs[:room] for _, logprobs in answers])
             answers = [ids[:room] for ids, _ in answers]
-            out.append({**without(row), "completions": answers, "truncated": [ids[-1] not in stop for ids in answers]})
+            out.append(
+                {
+                    **without(row),
+                    "completions": answers,
+                    "truncated": [ids[-1] not in stop for ids in answers],
+                }
+            )
         cut = sum(sum(row["truncated"]) for row in out)
         if cut:
-            self.tell(roles, f"{cut} of {len(out) * self.n} completions reached no stop token within {self.max_new_tokens} tokens")
+            self.tell(
+                roles,
+                f"{cut} of {len(out) * self.n} completions reached no stop token within {self.max_new_tokens}"
+                " tokens",
+            )
         who = getattr(roles, self.sampler)
         if who is not roles.policy and not who.compared:
             who.compare(known[0], next(said(roles.policy, roles, out[:1], 1)))
@@ -77,12 +96,17 @@ class Rollout(Stage):
         return out
 
     def answers(self, roles, prompts, **how) -> list[list[tuple[list[int], list[float]]]]:
-        """Of each prompt, the samples' token ids and, where another than the policy writes, their log-probabilities."""
+        """Of each prompt, the samples' token ids and, where another than the policy writes, their
+        log-probabilities.
+        """
         who = getattr(roles, self.sampler)
         if who is roles.policy:
             return [[(ids, []) for ids in answers] for answers in who.generate(prompts, **how)]
         if not hasattr(who, "answers"):
-            raise RecipeError(f"stage 'rollout': whoever plays '{self.sampler}' does not write in the policy's place; role vllm does")
+            raise RecipeError(
+                f"stage 'rollout': whoever plays '{self.sampler}' does not write in the policy's place; role"
+                " vllm does"
+            )
         return who.answers(prompts, **how)
 
     def seeds(self, rows, clock) -> list[int]:
@@ -97,4 +121,6 @@ class Rollout(Stage):
     def check(self, rows) -> None:
         for row in rows:
             if [len(x) for x in row["old"]] != [len(x) for x in row["completions"]]:
-                raise RecipeError(f"stage 'rollout': row {row['id']} is cut when it is read again; lower max_new_tokens")
+                raise RecipeError(
+                    f"stage 'rollout': row {row['id']} is cut when it is read again; lower max_new_tokens"
+                )

@@ -6,8 +6,8 @@ import math
 from typing import Annotated
 
 from luthier.errors import RecipeError
-from luthier.registry import many, stage
 from luthier.methods.stages._base import Stage, text_of
+from luthier.registry import many, stage
 
 
 @stage(wants="completions", gives="scores", drops="pairs")
@@ -22,16 +22,24 @@ class Score(Stage):
         if not self.reward:
             raise ValueError("give at least one reward")
         if self.reward_weights is not None and len(self.reward_weights) != len(self.reward):
-            raise ValueError(f"reward_weights: {len(self.reward_weights)} weights for {len(self.reward)} rewards")
-        if self.names is not None and (len(self.names) != len(self.reward) or len(set(self.names)) < len(self.names)):
-            raise ValueError(f"names: {self.names} are not a name of its own for each of {len(self.reward)} rewards")
+            raise ValueError(
+                f"reward_weights: {len(self.reward_weights)} weights for {len(self.reward)} rewards"
+            )
+        if self.names is not None and (
+            len(self.names) != len(self.reward) or len(set(self.names)) < len(self.names)
+        ):
+            raise ValueError(
+                f"names: {self.names} are not a name of its own for each of {len(self.reward)} rewards"
+            )
 
     def __call__(self, rows, roles):
         weights = self.reward_weights or [1.0] * len(self.reward)
         for row in rows:
             texts = [text_of(roles, c) for c in row["completions"]]
             each = [self.judged(judge, row, texts) for judge in self.reward]
-            total = [sum(w * s for w, s in zip(weights, scores, strict=True)) for scores in zip(*each, strict=True)]
+            total = [
+                sum(w * s for w, s in zip(weights, scores, strict=True)) for scores in zip(*each, strict=True)
+            ]
             apart = {"rewards": {self.named(k): s for k, s in enumerate(each)}} if len(each) > 1 else {}
             yield {**row, "scores": total, **apart}
 
@@ -39,8 +47,8 @@ class Score(Stage):
         scores = [float(s) for s in judge.scores(row, texts)]
         if len(scores) != len(texts) or not all(map(math.isfinite, scores)):
             raise RecipeError(
-                f"reward '{judge.name}' gave {scores[:8]} for the {len(texts)} completions of row {row['id']}: "
-                "it must give each a finite number"
+                f"reward '{judge.name}' gave {scores[:8]} for the {len(texts)} completions of row"
+                f" {row['id']}: it must give each a finite number"
             )
         return scores
 

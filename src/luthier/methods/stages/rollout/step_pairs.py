@@ -1,8 +1,9 @@
-"""Pairs from the step at which a wrong solution goes wrong: before it the policy could still get it right, after it less so.
+"""Pairs from the step at which a wrong solution goes wrong: before it the policy could still get it right,
+after it less so.
 
-Of a wrong solution, the value of each beginning is how often the policy ends right from there; the step of lowest advantage
-is the pit. Rejected is what follows from the pit on, chosen a right way to go on from just before it. Learned with `dpo`, this
-weighs steps by their advantage, which positives alone cannot.
+Of a wrong solution, the value of each beginning is how often the policy ends right from there; the step of
+lowest advantage is the pit. Rejected is what follows from the pit on, chosen a right way to go on from just
+before it. Learned with `dpo`, this weighs steps by their advantage, which positives alone cannot.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from luthier.registry import Range, one, stage
 from luthier.methods.stages._base import Stage, text_of, without
 from luthier.methods.stages.rollout.rollout import Rollout
+from luthier.registry import Range, one, stage
 
 
 @stage(
@@ -25,11 +26,14 @@ from luthier.methods.stages.rollout.rollout import Rollout
     contract={"gives": "a model that never ends right finds no way out, and its rows leave"},
 )
 class StepPairs(Stage):
-    """Columns `prefix` (shared, not learned), `completions` [chosen, rejected], `advantages` of the wrong solution's steps. Rows
-    without a wrong completion, or without a right way out of it, leave. Rewards count as right from 0.5 on."""
+    """Columns `prefix` (shared, not learned), `completions` [chosen, rejected], `advantages` of the wrong
+    solution's steps. Rows without a wrong completion, or without a right way out of it, leave. Rewards count
+    as right from 0.5 on.
+    """
 
     reward: Annotated[Any, one("reward")] = "exact_match"  # the judge
-    n: Annotated[int, Field(ge=1), Range(4, 128, log=True)] = 8  # ways to go on that are tried from each beginning
+    # ways to go on that are tried from each beginning
+    n: Annotated[int, Field(ge=1), Range(4, 128, log=True)] = 8
     max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of one of them at most
     temperature: Annotated[float, Field(gt=0)] = 1.0  # of sampling
     separator: str = "\n"  # what ends a step
@@ -39,18 +43,29 @@ class StepPairs(Stage):
         rows, asked, plans = list(rows), [], []
         for row in rows:
             texts = [text_of(roles, c) for c in row["completions"]]
-            wrong = next((t for t, s in zip(texts, self.reward.scores(row, texts), strict=True) if s < 0.5), None)
+            wrong = next(
+                (t for t, s in zip(texts, self.reward.scores(row, texts), strict=True) if s < 0.5), None
+            )
             if wrong is None:
                 continue
             steps = split(wrong, self.separator)
             begun = row.get("prefix", "")
             starts = ["".join(steps[:i]) for i in range(len(steps))]
             plans.append((row, steps, len(starts)))
-            asked += [{**row, "id": f"{row['id']}/{i}", "prefix": begun + start} for i, start in enumerate(starts)]
-        rollout = Rollout(n=self.n, max_new_tokens=self.max_new_tokens, temperature=self.temperature, draw=self.draw)
+            asked += [
+                {**row, "id": f"{row['id']}/{i}", "prefix": begun + start} for i, start in enumerate(starts)
+            ]
+        rollout = Rollout(
+            n=self.n, max_new_tokens=self.max_new_tokens, temperature=self.temperature, draw=self.draw
+        )
         answered = {r["id"]: [text_of(roles, c) for c in r["completions"]] for r in rollout(asked, roles)}
         out = [made for plan in plans if (made := self.pair(answered, *plan)) is not None]
-        self.left(roles, len(rows) - len(out), len(rows), "nothing in them is wrong, or nothing right was found before it goes wrong")
+        self.left(
+            roles,
+            len(rows) - len(out),
+            len(rows),
+            "nothing in them is wrong, or nothing right was found before it goes wrong",
+        )
         return out
 
     def pair(self, answered: dict[str, list[str]], row: dict, steps: list[str], n: int) -> dict | None:
@@ -68,7 +83,13 @@ class StepPairs(Stage):
             return None
         shared = row.get("prefix", "") + "".join(steps[:pit])
         kept = without(row, "rewards")
-        return {**kept, "prefix": shared, "completions": [right[pit], "".join(steps[pit:])], "scores": [1.0, 0.0], "advantages": gains}
+        return {
+            **kept,
+            "prefix": shared,
+            "completions": [right[pit], "".join(steps[pit:])],
+            "scores": [1.0, 0.0],
+            "advantages": gains,
+        }
 
 
 def split(text: str, separator: str) -> list[str]:

@@ -1,7 +1,9 @@
-"""What a teacher with a tokenizer of its own says of each span of a completion, as a column; then its model leaves.
+"""What a teacher with a tokenizer of its own says of each span of a completion, as a column; then its model
+leaves.
 
-Both tokenizations cut the same text. Where both cut, a span ends: of each the teacher's tokens are added up. Prompts go through
-the teacher's own chat template. A completion that the teacher's tokenizer cannot write as it is leaves with its row.
+Both tokenizations cut the same text. Where both cut, a span ends: of each the teacher's tokens are added up.
+Prompts go through the teacher's own chat template. A completion that the teacher's tokenizer cannot write as
+it is leaves with its row.
 """
 
 from __future__ import annotations
@@ -14,10 +16,11 @@ import torch
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.registry import stage
 from luthier.methods.stages._base import Stage, pieces, said, text_of
+from luthier.registry import stage
 
-INSIDE, OUTSIDE = 1.0, 2.0  # of a token that ends no span, and of one that is in none; log-probabilities are never above 0
+# of a token that ends no span, and of one that is in none; log-probabilities are never above 0
+INSIDE, OUTSIDE = 1.0, 2.0
 
 
 @stage(
@@ -27,8 +30,8 @@ INSIDE, OUTSIDE = 1.0, 2.0  # of a token that ends no span, and of one that is i
     contract={"gives": "it asks a teacher, whom a recipe names"},
 )
 class TeacherSpans(Stage):
-    """Column teacher_spans: for each token of a completion the teacher's log-probability of the span that ends there, else 1, or 2
-    where no span reaches."""
+    """Column teacher_spans: for each token of a completion the teacher's log-probability of the span that
+    ends there, else 1, or 2 where no span reaches."""
 
     model: str = "practice:lm"  # the teacher: a run's folder, a model's folder, a hub name or practice:NAME
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
@@ -40,9 +43,18 @@ class TeacherSpans(Stage):
         if not rows:
             return []
         teacher = load(self.model, dtype=str(roles.policy.model.dtype).removeprefix("torch.")).roles
-        plain = [{"id": r["id"], "prompt": _plain(roles, r["prompt"]), "completions": [text_of(roles, c) for c in r["completions"]]} for r in rows]
+        plain = [
+            {
+                "id": r["id"],
+                "prompt": _plain(roles, r["prompt"]),
+                "completions": [text_of(roles, c) for c in r["completions"]],
+            }
+            for r in rows
+        ]
         kept, bad, _ = teacher.policy.architecture.encode_all(plain, teacher.renderer)
-        self.left(roles, len(bad), len(rows), f"the teacher cannot read them: {bad[0]['reason']}" if bad else "")
+        self.left(
+            roles, len(bad), len(rows), f"the teacher cannot read them: {bad[0]['reason']}" if bad else ""
+        )
         own, out, spans, covered = {r["id"]: r for r in rows}, [], 0, [0, 0]
         for read, values in zip(kept, said(teacher.policy, teacher, kept, self.batch_size), strict=True):
             row = own.get(read["id"])
@@ -55,17 +67,36 @@ class TeacherSpans(Stage):
             if all(any(v <= 0 for v in column) for column in columns):
                 out.append({**row, "teacher_spans": columns})
                 flat = [v for column in columns for v in column]
-                spans, covered = spans + sum(v <= 0 for v in flat), [covered[0] + sum(v != OUTSIDE for v in flat), covered[1] + len(flat)]
-        self.left(roles, len(kept) - len(out), len(rows), "the teacher's tokenizer does not write them as they are")
+                spans, covered = (
+                    spans + sum(v <= 0 for v in flat),
+                    [
+                        covered[0] + sum(v != OUTSIDE for v in flat),
+                        covered[1] + len(flat),
+                    ],
+                )
+        self.left(
+            roles, len(kept) - len(out), len(rows), "the teacher's tokenizer does not write them as they are"
+        )
         if not out:
-            raise RecipeError(f"stage 'teacher_spans': {self.model} writes none of the completions as the policy does; nothing can be aligned")
-        self.tell(roles, f"{spans:,} spans of {covered[0] / max(1, spans):.1f} tokens, {covered[0] / covered[1]:.1%} of all tokens")
+            raise RecipeError(
+                f"stage 'teacher_spans': {self.model} writes none of the completions as the policy does;"
+                " nothing can be aligned"
+            )
+        self.tell(
+            roles,
+            f"{spans:,} spans of {covered[0] / max(1, spans):.1f} tokens, {covered[0] / covered[1]:.1%} of"
+            " all tokens",
+        )
         return out
 
 
 def ends(roles: Any, ours: Sequence[int], teacher: Any, theirs: Sequence[int]) -> list[tuple[int, int]]:
-    """After how many tokens on each side both have written the same text; last, that both have said that they are done."""
-    a, b = ([t for t in ids if t not in who.renderer.stop_ids] for ids, who in ((ours, roles), (theirs, teacher)))
+    """After how many tokens on each side both have written the same text; last, that both have said that they
+    are done.
+    """
+    a, b = (
+        [t for t in ids if t not in who.renderer.stop_ids] for ids, who in ((ours, roles), (theirs, teacher))
+    )
     left, right = pieces(roles, a), pieces(teacher, b)
     if "".join(left) != "".join(right):
         return []
@@ -85,13 +116,19 @@ def along(n: int, found: Sequence[tuple[int, int]], told: Sequence[float]) -> li
 
 def _cuts(words: Sequence[str]) -> dict[int, int]:
     """Characters written -> tokens that wrote them; a token that only begins a character cuts nowhere."""
-    return {place: i + 1 for i, (place, word) in enumerate(zip(accumulate(map(len, words)), words, strict=True)) if word}
+    return {
+        place: i + 1
+        for i, (place, word) in enumerate(zip(accumulate(map(len, words)), words, strict=True))
+        if word
+    }
 
 
 def _asked(roles: Any, row: dict) -> list[list[int]]:
     """Supervised token ids of each completion."""
     batch = roles.batch([row])
-    return [part.tolist() for part in torch.split(batch.labels[batch.supervised], batch.lengths.long().tolist())]
+    return [
+        part.tolist() for part in torch.split(batch.labels[batch.supervised], batch.lengths.long().tolist())
+    ]
 
 
 def _plain(roles: Any, prompt: Any) -> Any:

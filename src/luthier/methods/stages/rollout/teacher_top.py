@@ -1,7 +1,8 @@
 """The teacher's k likeliest tokens at every place, as columns: asked once, and its model may leave (FIRST).
 
-With temperature: auto the probabilities are tempered first, p^(1/T) over its sum, with the T of a grid under which the
-teacher is as sure as it is right on these rows (least expected calibration error). Log-probabilities keep 16 bits.
+With temperature: auto the probabilities are tempered first, p^(1/T) over its sum, with the T of a grid under
+which the teacher is as sure as it is right on these rows (least expected calibration error).
+Log-probabilities keep 16 bits.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from luthier.registry import build, stage
-from luthier.model.policy import resting
 from luthier.methods.stages._base import Stage
+from luthier.model.policy import resting
+from luthier.registry import build, stage
 
 GRID = tuple(0.5 + 0.1 * i for i in range(36))  # temperatures that are tried
 
@@ -30,7 +31,8 @@ class TeacherTop(Stage):
     """Columns teacher_ids and teacher_logprobs: [tokens][k] for each completion."""
 
     k: Annotated[int, Field(ge=1)] = 5  # tokens kept at each place
-    temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"  # the teacher's; auto: by calibration on these rows
+    # the teacher's; auto: by calibration on these rows
+    temperature: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
 
     @torch.no_grad()
@@ -48,7 +50,9 @@ class TeacherTop(Stage):
         logprobs, ids, labels = (torch.cat(x) for x in zip(*found, strict=True))
         t = self.temperature if self.temperature != "auto" else calibrated(logprobs, ids[:, 0] == labels)
         self.tell(
-            roles, f"the teacher's {self.k} likeliest tokens hold {float(logprobs.exp().sum(1).mean()):.1%} of its probability; T = {t:g}"
+            roles,
+            f"the teacher's {self.k} likeliest tokens hold {float(logprobs.exp().sum(1).mean()):.1%} of its"
+            f" probability; T = {t:g}",
         )
         tempered = (logprobs / t).log_softmax(-1).half().tolist() if t != 1 else logprobs.half().tolist()
         ids, sizes, out, place = ids.tolist(), iter(asked), [], 0
@@ -64,7 +68,9 @@ class TeacherTop(Stage):
 
 
 def calibrated(logprobs: Tensor, right: Tensor) -> float:
-    """[T, k] log-probabilities, [T] whether the likeliest is right -> the temperature of least calibration error."""
+    """[T, k] log-probabilities, [T] whether the likeliest is right -> the temperature of least calibration
+    error.
+    """
 
     def error(t: float) -> float:
         sure = (logprobs / t).softmax(-1)[:, 0].double()

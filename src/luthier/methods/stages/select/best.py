@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from luthier.registry import stage
 from luthier.methods.stages._base import Stage, best_first, pick
+from luthier.registry import stage
 
 
 @stage(paper="arXiv:2304.06767", wants="completions scores", drops="pairs")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from luthier.registry import stage
 from luthier.methods.stages._base import Stage
+from luthier.registry import stage
 
 
 @stage(paper="arXiv:2104.04670", row="meta-tuning")
@@ -18,6 +18,10 @@ class Groups(Stage):
 
     def __call__(self, rows, roles):
         rows = list(rows)
-        kept = [r for r in rows if (not self.keep or r.get(self.column) in self.keep) and r.get(self.column) not in self.drop]
+        kept = [
+            r
+            for r in rows
+            if (not self.keep or r.get(self.column) in self.keep) and r.get(self.column) not in self.drop
+        ]
         self.left(roles, len(rows) - len(kept), len(rows), f"their {self.column} is not asked for")
         return kept

@@ -1,7 +1,7 @@
 """IFD: how little a prompt helps with its answer. Rows where it helps least, and still helps, teach most.
 
-Departs: the answer alone is read after the tokenizer's first token (else its stop token), so that the same tokens are
-asked about with and without the prompt; of several completions the best-scored counts.
+Departs: the answer alone is read after the tokenizer's first token (else its stop token), so that the same
+tokens are asked about with and without the prompt; of several completions the best-scored counts.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from luthier.methods.stages._base import Stage, best_first
 from luthier.model.batch import collate
+from luthier.model.policy import resting
 from luthier.registry import Range, stage
 from luthier.text.render import Encoded
-from luthier.model.policy import resting
-from luthier.methods.stages._base import Stage, best_first
 
 
 @stage(paper="arXiv:2308.12032", wants="completions logprobs")
@@ -33,9 +33,19 @@ class IFD(Stage):
             given, alone = self.surprise(roles, some, alone=False), self.surprise(roles, some, alone=True)
             scored += [{**row, "ifd": v} for row, v in zip(some, (given - alone).exp().tolist(), strict=True)]
         fit = sorted((k for k, row in enumerate(scored) if row["ifd"] < 1), key=lambda k: -scored[k]["ifd"])
-        self.left(roles, len(rows) - len(fit), len(rows), "their prompt does not make their answer likelier (ifd of 1 or more)")
+        self.left(
+            roles,
+            len(rows) - len(fit),
+            len(rows),
+            "their prompt does not make their answer likelier (ifd of 1 or more)",
+        )
         kept = fit[: max(1, round(self.share * len(rows)))]
-        self.left(roles, len(fit) - len(kept), len(rows), f"they are beyond the {self.share:g} of the rows that teach most")
+        self.left(
+            roles,
+            len(fit) - len(kept),
+            len(rows),
+            f"they are beyond the {self.share:g} of the rows that teach most",
+        )
         return [scored[k] for k in sorted(kept)]
 
     @torch.no_grad()

@@ -1,14 +1,17 @@
-"""BIB: completions with scores become better ones, by gradient through the frozen network, without asking for any further score.
+"""BIB: completions with scores become better ones, by gradient through the frozen network, without asking for
+any further score.
 
-A linear head on the network's features is fitted to all scores in closed form. A candidate is moved so that the head gives it a
-very high score (forward), and so that a head fitted to the candidate alone, with this score, gives the known completions
-theirs (backward): what only fools the first fails the second. How much each counts (gamma) is learned candidate by candidate:
-up the gradient of what an auxiliary model says of the candidate after the step. A place holds a mixture of the tokens that
-stand in completions, and in the end the likeliest of them; tokens of the prompt and special tokens stay, so lengths do. Each
-letter should be a token of its own. From the authors' code: Adam on mixtures and on gamma, the target, the relative ridge, an
-ensemble of perceptrons as the auxiliary. Departs: features are the mean of the last states over the completion, standardized;
-gamma's gradient is taken after the step, as the paper writes it, and not before; the ridge and the steps are larger, as sets
-and networks are smaller; the network reads the mixture, which begins near its completion (`hard: true, lead: 0` as in their code).
+A linear head on the network's features is fitted to all scores in closed form. A candidate is moved so that
+the head gives it a very high score (forward), and so that a head fitted to the candidate alone, with this
+score, gives the known completions theirs (backward): what only fools the first fails the second. How much
+each counts (gamma) is learned candidate by candidate: up the gradient of what an auxiliary model says of the
+candidate after the step. A place holds a mixture of the tokens that stand in completions, and in the end the
+likeliest of them; tokens of the prompt and special tokens stay, so lengths do. Each letter should be a token
+of its own. From the authors' code: Adam on mixtures and on gamma, the target, the relative ridge, an ensemble
+of perceptrons as the auxiliary. Departs: features are the mean of the last states over the completion,
+standardized; gamma's gradient is taken after the step, as the paper writes it, and not before; the ridge and
+the steps are larger, as sets and networks are smaller; the network reads the mixture, which begins near its
+completion (`hard: true, lead: 0` as in their code).
 """
 
 from __future__ import annotations
@@ -23,9 +26,9 @@ from torch import Tensor
 from torch.autograd import grad
 
 from luthier.errors import RecipeError
-from luthier.registry import Range, stage
-from luthier.model.policy import resting
 from luthier.methods.stages._base import Stage, without
+from luthier.model.policy import resting
+from luthier.registry import Range, stage
 
 ENSEMBLE, FITS = 5, 200  # auxiliary perceptrons, and the steps in which they are fitted
 SPREAD = 0.01  # of a mixture's logits at the start
@@ -33,41 +36,61 @@ RATES = (1e-3, 5.0)  # times learning_rate: where a learned rate may lie
 
 
 @stage(
-    paper="arXiv:2301.02931", row="bib-bioseq", wants="completions scores hidden", gives="completions",
+    paper="arXiv:2301.02931",
+    row="bib-bioseq",
+    wants="completions scores hidden",
+    gives="completions",
     drops="pairs scores rewards remembered samples old truncated",
-)  # fmt: skip
+)
 class BIB(Stage):
-    """New rows in place of the given: the best completions, improved. Column `proxy`: the score that the head gives each."""
+    """New rows in place of the given: the best completions, improved. Column `proxy`: the score that the head
+    gives each.
+    """
 
     n: Annotated[int, Field(ge=1)] = 32  # completions that are improved, the best first
     steps: Annotated[int, Field(ge=1), Range(10, 100)] = 25  # of each
-    learning_rate: Annotated[float, Field(gt=0), Range(0.01, 1, log=True)] = 0.3  # of Adam, on mixtures and on gamma
-    lead: Annotated[float, Field(ge=0), Range(0, 4)] = 2.0  # logit by which each token leads the others of its place at first
+    # of Adam, on mixtures and on gamma
+    learning_rate: Annotated[float, Field(gt=0), Range(0.01, 1, log=True)] = 0.3
+    # logit by which each token leads the others of its place at first
+    lead: Annotated[float, Field(ge=0), Range(0, 4)] = 2.0
     target: float = 10.0  # the score that is aimed at, in standard deviations above the mean
-    ridge: Annotated[float, Field(gt=0), Range(1e-6, 1, log=True)] = 1e-2  # as a share of the features' mean square
+    # as a share of the features' mean square
+    ridge: Annotated[float, Field(gt=0), Range(1e-6, 1, log=True)] = 1e-2
     gamma: Annotated[float, Field(ge=0, le=1)] = 0.5  # weight of forward at first; the rest is backward's
     adaptive_gamma: bool = True  # learn it
     adaptive_learning_rate: bool = False  # learn the length of each step, too (Adaptive-eta)
-    hard: bool = False  # read the likeliest token of a mixture, with the mixture's gradient; false: the mixture itself
+    # read the likeliest token of a mixture, with the mixture's gradient; false: the mixture itself
+    hard: bool = False
     batch_size: Annotated[int, Field(ge=1)] = 32  # completions read together
 
     def __call__(self, rows, roles):
         if getattr(roles.policy.model.config, "is_encoder_decoder", False):
-            raise RecipeError("stage 'bib' reads a completion as part of one text: it wants a decoder or an encoder alone, not both")
+            raise RecipeError(
+                "stage 'bib' reads a completion as part of one text: it wants a decoder or an encoder alone,"
+                " not both"
+            )
         known = [one for row in self.usable(rows, roles) for one in _each(row, roles)]
         scores = torch.tensor([one.score for one in known], dtype=torch.float64)
         if len(known) < 3 or not scores.isfinite().all() or scores.std() == 0:
             raise RecipeError(
-                "stage 'bib' learns from scores: three completions or more, not all of the same score, and no score that is no number"
+                "stage 'bib' learns from scores: three completions or more, not all of the same score, and no"
+                " score that is no number"
             )
         special = set(roles.renderer.tokenizer.all_special_ids)
         letters = sorted({t for one in known for t in one.ids} - special)
         if len(letters) < 2:
-            raise RecipeError("stage 'bib' chooses among the tokens of the completions, and they hold fewer than two")
+            raise RecipeError(
+                "stage 'bib' chooses among the tokens of the completions, and they hold fewer than two"
+            )
         with resting(roles.policy.model):
             body = Body(roles, torch.tensor(letters))
             with torch.no_grad():
-                raw = torch.cat([body.read(*body.texts(known[i : i + self.batch_size])) for i in range(0, len(known), self.batch_size)])
+                raw = torch.cat(
+                    [
+                        body.read(*body.texts(known[i : i + self.batch_size]))
+                        for i in range(0, len(known), self.batch_size)
+                    ]
+                )
             mean, std = raw.mean(0), raw.std(0).clamp(min=1e-6)
             scaled = lambda x: (x - mean) / std / len(mean) ** 0.5
             target = ((scores - scores.mean()) / scores.std()).to(raw.device)
@@ -87,11 +110,17 @@ class BIB(Stage):
                     row = {k: v for k, v in without(one.row).items() if k != "id"}
                     out.append({"id": f"bib/{len(out)}", **row, "completions": [ids], "proxy": said})
         moved = sum(row["completions"][0] != one.ids for row, one in zip(out, best, strict=True))
-        self.tell(roles, f"{moved} of {len(out)} designs differ from the completion they began as, of {len(known)} with scores")
+        self.tell(
+            roles,
+            f"{moved} of {len(out)} designs differ from the completion they began as, of {len(known)} with"
+            " scores",
+        )
         return out
 
     def design(self, read: Callable[[Tensor], Tensor], x: Tensor, fit: Fitted) -> tuple[Tensor, Tensor]:
-        """x [C, L, V]: logits of mixtures. Where they lead, and the gamma of each at the end. read: mixtures -> features [C, d]."""
+        """x [C, L, V]: logits of mixtures. Where they lead, and the gamma of each at the end. read: mixtures
+        -> features [C, d].
+        """
         gamma = torch.full((len(x), 1, 1), self.gamma, device=x.device)
         moving, weighing = Adam(), Adam()
         for _ in range(self.steps):
@@ -100,18 +129,24 @@ class BIB(Stage):
             up = grad(fit.forward(seen).sum(), x, retain_graph=True)[0]
             back = grad(fit.backward(seen).sum(), x)[0]
             if self.adaptive_gamma:
-                gamma = gamma + self.learning_rate * weighing(slope(self.after(read, x, up, back, fit), gamma))
+                gamma = gamma + self.learning_rate * weighing(
+                    slope(self.after(read, x, up, back, fit), gamma)
+                )
                 gamma = gamma.clamp(0, 1).detach()
             way, rate = moving(gamma * up + (1 - gamma) * back), torch.full_like(gamma, self.learning_rate)
             if self.adaptive_learning_rate:
                 steeper = slope(lambda r, x=x, way=way: fit.judged(read(x.detach() - r * way)), rate)
-                rate = (rate + self.learning_rate**2 * steeper).clamp(*(r * self.learning_rate for r in RATES))
+                rate = (rate + self.learning_rate**2 * steeper).clamp(
+                    *(r * self.learning_rate for r in RATES)
+                )
             x = x - rate * way
         return x.detach(), gamma[:, 0, 0]
 
     def after(self, read, x: Tensor, up: Tensor, back: Tensor, fit: Fitted) -> Callable[[Tensor], Tensor]:
         """gamma -> what the auxiliary model says of each candidate after a plain step under it."""
-        return lambda gamma: fit.judged(read(x.detach() - self.learning_rate * (gamma * up + (1 - gamma) * back)))
+        return lambda gamma: fit.judged(
+            read(x.detach() - self.learning_rate * (gamma * up + (1 - gamma) * back))
+        )
 
 
 @dataclass(frozen=True)
@@ -126,7 +161,9 @@ class One:
 
 def _each(row: dict, roles: Any) -> list[One]:
     told = roles.policy.architecture.encode(row, roles.renderer)
-    return [One(row, told.prompt, ids, float(s)) for ids, s in zip(told.completions, row["scores"], strict=True)]
+    return [
+        One(row, told.prompt, ids, float(s)) for ids, s in zip(told.completions, row["scores"], strict=True)
+    ]
 
 
 class Body:
@@ -174,7 +211,12 @@ class Body:
         if hard:
             shares = torch.nn.functional.one_hot(x.argmax(-1), x.shape[-1]) - shares.detach() + shares
         mixed = shares.to(self.vectors.dtype) @ self.vectors
-        at = [(i, len(one.prompt) + j, j) for i, one in enumerate(some) for j, t in enumerate(one.ids) if t in self.place]
+        at = [
+            (i, len(one.prompt) + j, j)
+            for i, one in enumerate(some)
+            for j, t in enumerate(one.ids)
+            if t in self.place
+        ]
         row, place, letter = torch.tensor(at, device=x.device).T
         return embeds.index_put((row, place), mixed[row, letter]), real, own
 
@@ -182,12 +224,15 @@ class Body:
         """The likeliest tokens; what may not change as it was."""
         likely = self.letters[x.argmax(-1).cpu()].tolist()
         return [
-            [new if t in self.place else t for t, new in zip(one.ids, ids, strict=False)] for one, ids in zip(some, likely, strict=True)
+            [new if t in self.place else t for t, new in zip(one.ids, ids, strict=False)]
+            for one, ids in zip(some, likely, strict=True)
         ]
 
 
 class Fitted:
-    """All that is known of scores: features [N, d] and scores [N], standardized, and the models fitted to them."""
+    """All that is known of scores: features [N, d] and scores [N], standardized, and the models fitted to
+    them.
+    """
 
     def __init__(self, features: Tensor, scores: Tensor, ridge: float, target: float, clock: Any):
         self.features, self.scores, self.ridge, self.target = features, scores, ridge, target

@@ -17,10 +17,18 @@ class Clip(Transform):
     def gather(self, every):
         if not self.max_grad_norm:
             return every
-        norms = [torch.linalg.vector_norm(g, dtype=torch.float32) for slots in every.values() for g in slots.values()]
+        norms = [
+            torch.linalg.vector_norm(g, dtype=torch.float32)
+            for slots in every.values()
+            for g in slots.values()
+        ]
         norm = float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0
         small = min(1.0, self.max_grad_norm / (norm + 1e-6))
-        return every if small == 1.0 else Lazily(every, lambda name: {k: g * small for k, g in every[name].items()})
+        return (
+            every
+            if small == 1.0
+            else Lazily(every, lambda name: {k: g * small for k, g in every[name].items()})
+        )
 
     def apply(self, grads, state, site, step):
         return grads

@@ -1,8 +1,10 @@
-"""GaLore: the gradient of a matrix is projected onto its main directions, and the optimizer's state has only that many rows.
+"""GaLore: the gradient of a matrix is projected onto its main directions, and the optimizer's state has only
+that many rows.
 
-Every `update_proj_gap` steps the directions are taken anew from the gradient's SVD, on its shorter side; `inner` works on what
-is projected, and its update is spread out again. Matrices in layers only: embeddings, head, vectors and what is no larger
-than `rank` go to `inner` as they are, so with full rank the step is that of `inner`.
+Every `update_proj_gap` steps the directions are taken anew from the gradient's SVD, on its shorter side;
+`inner` works on what is projected, and its update is spread out again. Matrices in layers only: embeddings,
+head, vectors and what is no larger than `rank` go to `inner` as they are, so with full rank the step is that
+of `inner`.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
+from luthier.methods.tuners._base import Site
 from luthier.registry import many, transform
 from luthier.train.optimizer import Transform, through
-from luthier.methods.tuners._base import Site
 
 IN_LAYER = re.compile(r"\.\d+\.")
 
@@ -41,9 +43,14 @@ class GaLore(Transform):
                 own["P"] = directions(G, self.rank)
             own["age"] += 1
             low[slot] = stood[slot] = self.down(G, own["P"])
-        updates = through(self.inner, low, state.setdefault("inner", {}), Site(site.name, stood, site.by), step)
+        updates = through(
+            self.inner, low, state.setdefault("inner", {}), Site(site.name, stood, site.by), step
+        )
         bases = state.get("basis", {})
-        return {k: self.scale * self.up(u, bases[k]["P"], grads[k].shape) if k in bases else u for k, u in updates.items()}
+        return {
+            k: self.scale * self.up(u, bases[k]["P"], grads[k].shape) if k in bases else u
+            for k, u in updates.items()
+        }
 
     def down(self, G, P):
         return P.T @ G if G.shape[0] < G.shape[1] else G @ P

@@ -1,8 +1,10 @@
-"""Orthogonality: the rows of A and the columns of B of a low-rank tuner are kept near orthonormal. AdaLoRA asks for it.
+"""Orthogonality: the rows of A and the columns of B of a low-rank tuner are kept near orthonormal. AdaLoRA
+asks for it.
 
-Adds the gradient of weight * (|A A' - 1|^2 + |B' B - 1|^2) to theirs, which is the same as adding the term to the loss, whatever
-the accumulation. Stands before the rescaling: `transforms: [orthogonality, clip]`. Departs from PEFT's AdaLoRA, which takes the
-norms without their square (the paper has them squared), and their mean over all matrices.
+Adds the gradient of weight * (|A A' - 1|^2 + |B' B - 1|^2) to theirs, which is the same as adding the term to
+the loss, whatever the accumulation. Stands before the rescaling: `transforms: [orthogonality, clip]`. Departs
+from PEFT's AdaLoRA, which takes the norms without their square (the paper has them squared), and their mean
+over all matrices.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from luthier.train.optimizer import Transform
 class Orthogonality(Transform):
     """A pull of A A' and B' B towards the identity; other tensors pass as they are."""
 
-    weight: Annotated[float, Field(ge=0), Range(0.01, 1.0, log=True)] = 0.5  # of the term beside the loss (orth_reg_weight in PEFT)
+    # of the term beside the loss (orth_reg_weight in PEFT)
+    weight: Annotated[float, Field(ge=0), Range(0.01, 1.0, log=True)] = 0.5
 
     def apply(self, grads, state, site, step):
         if not {"A", "B"} <= grads.keys():

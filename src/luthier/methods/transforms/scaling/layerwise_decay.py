@@ -1,8 +1,9 @@
-"""Layer-wise learning rates: the top layer steps whole, each layer below decay times the one above it (as ELECTRA tunes).
+"""Layer-wise learning rates: the top layer steps whole, each layer below decay times the one above it (as
+ELECTRA tunes).
 
-A layer is known by its number in a list of layers, among everything that the tuner may move. What lies in none goes with the
-end of the network it stands at: embeddings below the first layer, heads and final norms at the top. Stands behind the
-transforms that rescale (adam), which would undo it.
+A layer is known by its number in a list of layers, among everything that the tuner may move. What lies in
+none goes with the end of the network it stands at: embeddings below the first layer, heads and final norms at
+the top. Stands behind the transforms that rescale (adam), which would undo it.
 """
 
 from __future__ import annotations
@@ -24,8 +25,10 @@ BELOW = re.compile(r"embed|\bwte\b|\bwpe\b|\bshared\b")
 class LayerwiseDecay(Transform):
     """update * decay^(layers above)."""
 
-    decay: Annotated[float, Field(gt=0, le=1), Range(0.7, 0.98)] = 0.9  # a layer's rate over that of the layer above it
-    layers: Annotated[int, Field(ge=0)] = 0  # layers of the network; 0: as many as are numbered among what may move
+    # a layer's rate over that of the layer above it
+    decay: Annotated[float, Field(gt=0, le=1), Range(0.7, 0.98)] = 0.9
+    # layers of the network; 0: as many as are numbered among what may move
+    layers: Annotated[int, Field(ge=0)] = 0
 
     def on(self, attached):
         seen = [int(m[1]) + 1 for site in attached.every_site() if (m := LAYER.search(site.name))]

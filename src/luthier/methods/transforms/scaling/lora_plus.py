@@ -1,7 +1,7 @@
 """LoRA+: the factor of a low-rank update that starts at zero (B) learns faster than the other (A).
 
-Stands behind the transforms that rescale (adam), which would undo it. `learning_rate` is A's; what has no factors steps with it.
-Departs from PEFT's optimizer, which has a rate of its own for embeddings.
+Stands behind the transforms that rescale (adam), which would undo it. `learning_rate` is A's; what has no
+factors steps with it. Departs from PEFT's optimizer, which has a rate of its own for embeddings.
 """
 
 from __future__ import annotations
@@ -21,11 +21,15 @@ class LoraPlus(Transform):
 
     pointwise = True
 
-    loraplus_lr_ratio: Annotated[float, Field(gt=0), Range(1, 32, log=True)] = 16.0  # rate of B over that of A
+    # rate of B over that of A
+    loraplus_lr_ratio: Annotated[float, Field(gt=0), Range(1, 32, log=True)] = 16.0
 
     def on(self, attached):
         if not any("B" in site.slots for site in attached.every_site()):
-            raise RecipeError("transform 'lora_plus' finds no factor B of a low-rank update; it goes with tuner lora and its kin")
+            raise RecipeError(
+                "transform 'lora_plus' finds no factor B of a low-rank update; it goes with tuner lora and"
+                " its kin"
+            )
         return self
 
     def apply(self, grads, state, site, step):

@@ -1,4 +1,6 @@
-"""Bottleneck adapters: two small layers with a nonlinearity between them. What they do is no change of a weight."""
+"""Bottleneck adapters: two small layers with a nonlinearity between them. What they do is no change of a
+weight.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +11,30 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from luthier.registry import Steps, family
 from luthier.methods.tuners._delta import Delta
+from luthier.registry import Steps, family
 
-ATTENTION = r"o_proj|out_proj|attn\.c_proj|attention\.output\.dense|attention\.dense|self_attention\.dense"  # what leaves attention
+# what leaves attention
+ATTENTION = r"o_proj|out_proj|attn\.c_proj|attention\.output\.dense|attention\.dense|self_attention\.dense"
 Activation = Literal["relu", "gelu", "silu", "tanh"]
-FFN = r"down_proj|mlp\.c_proj|fc2|layer\.\d+\.output\.dense|dense_4h_to_h|mlp\.c_fc2|wo"  # what leaves the feed-forward part
+# what leaves the feed-forward part
+FFN = r"down_proj|mlp\.c_proj|fc2|layer\.\d+\.output\.dense|dense_4h_to_h|mlp\.c_fc2|wo"
 
 
 def pair(width: int, k: int, out_: int, name: str = "") -> dict[str, Tensor]:
     """The tensors of one bottleneck: from width to k, from k to out_, where up starts at zero."""
-    made = {"down": torch.randn(k, width) * 0.02, "down_bias": torch.zeros(k), "up": torch.zeros(out_, k), "up_bias": torch.zeros(out_)}
+    made = {
+        "down": torch.randn(k, width) * 0.02,
+        "down_bias": torch.zeros(k),
+        "up": torch.zeros(out_, k),
+        "up_bias": torch.zeros(out_),
+    }
     return {f"{name}{part}": t for part, t in made.items()}
 
 
-def through(h: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, non_linearity: str) -> Tensor:
+def through(
+    h: Tensor, down: Tensor, down_bias: Tensor, up: Tensor, up_bias: Tensor, non_linearity: str
+) -> Tensor:
     """up(f(down(h)))"""
     f = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}[non_linearity]
     return F.linear(f(F.linear(h, down, down_bias)), up, up_bias)

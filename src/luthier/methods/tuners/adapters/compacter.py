@@ -1,11 +1,13 @@
-"""Compacter: bottleneck adapters whose two maps are sums of Kronecker products, W = sum_i kron(A_i, s_i t_i) for i up to `phm_dim`.
+"""Compacter: bottleneck adapters whose two maps are sums of Kronecker products, W = sum_i kron(A_i, s_i t_i)
+for i up to `phm_dim`.
 
-The matrices A_i [n, n] are one set for all adapters of a network; s_i [out / n, rank] and t_i [rank, in / n] are each map's own,
-so that a map costs rank * (out + in) numbers where a plain one costs out * in. The adapters stand after attention and after the
-feed-forward part; after the latter alone they are the paper's Compacter++: name its last modules as target_modules.
+The matrices A_i [n, n] are one set for all adapters of a network; s_i [out / n, rank] and t_i [rank, in / n]
+are each map's own, so that a map costs rank * (out + in) numbers where a plain one costs out * in. The
+adapters stand after attention and after the feed-forward part; after the latter alone they are the paper's
+Compacter++: name its last modules as target_modules.
 
-Departs: s of `up` starts at exactly zero (the paper: near it), the bottleneck is a multiple of n wide, and norms stay frozen unless
-`modules_to_save` names them.
+Departs: s of `up` starts at exactly zero (the paper: near it), the bottleneck is a multiple of n wide, and
+norms stay frozen unless `modules_to_save` names them.
 """
 
 from __future__ import annotations
@@ -17,18 +19,20 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.registry import tuner
 from luthier.methods.tuners.adapters._bottleneck import ATTENTION, FFN, NARROWER, Bottleneck
+from luthier.registry import tuner
 
 
 @tuner(paper="arXiv:2106.04647", row="compacter", gives="off")
 class Compacter(Bottleneck):
     """Two serial adapters a layer, of Kronecker products that share a factor."""
 
-    target_modules: str | list[str] = rf".*\.({ATTENTION}|{FFN})"  # the last linear modules of attention and of the feed-forward part
+    # the last linear modules of attention and of the feed-forward part
+    target_modules: str | list[str] = rf".*\.({ATTENTION}|{FFN})"
     reduction_factor: Annotated[float, Field(ge=1), NARROWER] = 32  # width of h by that of the bottleneck
     non_linearity: Literal["relu", "gelu", "silu", "tanh"] = "gelu"  # f
-    phm_dim: Annotated[int, Field(ge=1)] = 4  # n: products in a sum, and the side of A_i; it must divide the width
+    # n: products in a sum, and the side of A_i; it must divide the width
+    phm_dim: Annotated[int, Field(ge=1)] = 4
     phm_rank: Annotated[int, Field(ge=1)] = 1  # of s_i t_i
     phm_init_range: Annotated[float, Field(gt=0)] = 0.01  # spread of A_i at the start
 

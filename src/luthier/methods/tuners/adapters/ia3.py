@@ -1,10 +1,12 @@
-"""(IA)3: learned scales on what keys and values say and on what the second feed-forward matrix reads. PEFT's own layers.
+"""(IA)3: learned scales on what keys and values say and on what the second feed-forward matrix reads. PEFT's
+own layers.
 
-A number for each channel, one at the start, so few that many tasks' are kept beside one model; all fold into weights. Unless
-modules are named they are found by their names in a layer: k and v (a fused q, k and v is scaled as one) and the matrix that
-leaves the feed-forward part, of every layer, cross-attention included. PEFT's own lists take q for k in several families, and
-attention's output in BERT as well. A gated feed-forward part is scaled after its gate. Departs from the paper: no length
-normalisation or unlikelihood beside the loss; they are objectives.
+A number for each channel, one at the start, so few that many tasks' are kept beside one model; all fold into
+weights. Unless modules are named they are found by their names in a layer: k and v (a fused q, k and v is
+scaled as one) and the matrix that leaves the feed-forward part, of every layer, cross-attention included.
+PEFT's own lists take q for k in several families, and attention's output in BERT as well. A gated
+feed-forward part is scaled after its gate. Departs from the paper: no length normalisation or unlikelihood
+beside the loss; they are objectives.
 """
 
 from __future__ import annotations
@@ -13,9 +15,9 @@ import re
 from typing import Any, ClassVar
 
 from luthier.errors import RecipeError
-from luthier.registry import tuner
-from luthier.model.anatomy import LAYER, part_of
 from luthier.methods.tuners._base import Tuner
+from luthier.model.anatomy import LAYER, part_of
+from luthier.registry import tuner
 
 
 @tuner(paper="arXiv:2205.05638", gives="off merge")
@@ -24,20 +26,28 @@ class IA3(Tuner):
 
     on_quantized: ClassVar[bool] = True
 
-    target_modules: str | list[str] | None = None  # ends of names, or one regular expression; not given: k, v and the last of the feed-forward
-    feedforward_modules: str | list[str] | None = None  # those of them that are scaled by what they read; not given: the last of the feed-forward
+    # ends of names, or one regular expression; not given: k, v and the last of the feed-forward
+    target_modules: str | list[str] | None = None
+    # those of them that are scaled by what they read; not given: the last of the feed-forward
+    feedforward_modules: str | list[str] | None = None
     exclude_modules: str | list[str] | None = None  # ends of names, or a regular expression, to leave alone
-    modules_to_save: list[str] | None = None  # further modules that are trained whole and saved beside the adapter
+    # further modules that are trained whole and saved beside the adapter
+    modules_to_save: list[str] | None = None
 
     def attach(self, model):
         from luthier.methods.tuners._peft import OnPeft, any_config, sideways
 
         inner, down = within(model, "k", "v", "qkv"), within(model, "down")
         if self.target_modules is None and not inner:
-            raise RecipeError(f"tuner 'ia3' finds no keys and values in {type(model).__name__}: name target_modules and feedforward_modules")
+            raise RecipeError(
+                f"tuner 'ia3' finds no keys and values in {type(model).__name__}: name target_modules and"
+                " feedforward_modules"
+            )
         said: dict[str, Any] = {
             "target_modules": pattern(inner + down) if self.target_modules is None else self.target_modules,
-            "feedforward_modules": pattern(down) if self.feedforward_modules is None else self.feedforward_modules,
+            "feedforward_modules": (
+                pattern(down) if self.feedforward_modules is None else self.feedforward_modules
+            ),
             "exclude_modules": self.exclude_modules,
             "modules_to_save": self.modules_to_save,
             "fan_in_fan_out": sideways(model),

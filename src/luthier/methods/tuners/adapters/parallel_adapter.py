@@ -1,14 +1,16 @@
-"""Parallel adapters: a bottleneck beside a linear module, which reads what the module reads and adds to what it says.
+"""Parallel adapters: a bottleneck beside a linear module, which reads what the module reads and adds to what
+it says.
 
-As in LLM-Adapters, beside single linear modules; the paper's parallel adapter stands beside a whole feed-forward part.
+As in LLM-Adapters, beside single linear modules; the paper's parallel adapter stands beside a whole
+feed-forward part.
 """
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from luthier.registry import tuner
 from luthier.methods.tuners.adapters._bottleneck import Bottleneck
+from luthier.registry import tuner
 
 
 @tuner(paper="arXiv:2110.04366", gives="off")

@@ -1,8 +1,10 @@
-"""A layer type of the PEFT library by its name, e.g. {name: peft, type: vera, config: {r: 256}}. Settings are PEFT's own.
+"""A layer type of the PEFT library by its name, e.g. {name: peft, type: vera, config: {r: 256}}. Settings are
+PEFT's own.
 
-Types that put vectors before the text (prompt, prefix and p-tuning) go through PEFT's own forward, which packed batches
-do not; types that need a run's help (AdaLoRA's allocator, X-LoRA, Poly) are refused in a sentence, too. docs/tuners.md goes
-through the methods that two surveys name: these types, luthier's own, and what is not here.
+Types that put vectors before the text (prompt, prefix and p-tuning) go through PEFT's own forward, which
+packed batches do not; types that need a run's help (AdaLoRA's allocator, X-LoRA, Poly) are refused in a
+sentence, too. docs/tuners.md goes through the methods that two surveys name: these types, luthier's own, and
+what is not here.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ import copy
 from functools import cached_property
 from typing import Any, ClassVar
 
-from luthier.registry import tuner
 from luthier.methods.tuners._base import Tuner
+from luthier.registry import tuner
 
 
 @tuner(row="peft-survey peft-fm-survey", gives="off merge")
@@ -22,7 +24,8 @@ class PEFT(Tuner):
     on_quantized: ClassVar[bool] = True
 
     type: str = "lora"  # PEFT's name of the method: lora, vera, ia3, boft, loha, hra, fourierft, ...
-    config: dict[str, Any] | None = None  # settings of PEFT's config class for it; target_modules is all-linear unless given
+    # settings of PEFT's config class for it; target_modules is all-linear unless given
+    config: dict[str, Any] | None = None
 
     def __post_init__(self):
         self.made  # noqa: B018  checked here, so that a recipe is refused before a model is loaded

@@ -1,13 +1,13 @@
 """Pfeiffer's adapters: one bottleneck a layer, after the feed-forward part, before the residual.
 
-Departs: the paper's adapter stands behind the residual's norm of post-norm encoders; here it stands where it also fits
-networks that normalise first. `up` starts at exactly zero.
+Departs: the paper's adapter stands behind the residual's norm of post-norm encoders; here it stands where it
+also fits networks that normalise first. `up` starts at exactly zero.
 """
 
 from __future__ import annotations
 
-from luthier.registry import tuner
 from luthier.methods.tuners.adapters._bottleneck import FFN, Bottleneck
+from luthier.registry import tuner
 
 
 @tuner(paper="arXiv:2005.00247", gives="off")

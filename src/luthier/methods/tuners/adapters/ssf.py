@@ -1,8 +1,9 @@
-"""SSF: the output of every chosen module is scaled and shifted, y * scale + shift, one pair of numbers per channel.
+"""SSF: the output of every chosen module is scaled and shifted, y * scale + shift, one pair of numbers per
+channel.
 
-Folds into W and b. Departs from the paper: scale starts at 1 and shift at 0 exactly (the paper draws them from N(1, 0.02)
-and N(0, 0.02)), as every tuner here starts as the base model. Modules are the linear ones unless named: LayerNorms may be
-named, too; RMSNorms have no place for a shift and are refused.
+Folds into W and b. Departs from the paper: scale starts at 1 and shift at 0 exactly (the paper draws them
+from N(1, 0.02) and N(0, 0.02)), as every tuner here starts as the base model. Modules are the linear ones
+unless named: LayerNorms may be named, too; RMSNorms have no place for a shift and are refused.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from luthier.registry import tuner
 from luthier.methods.tuners._delta import Delta
+from luthier.registry import tuner
 
 
 @tuner(paper="arXiv:2210.08823", row="ssf", gives="off merge")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from luthier.registry import tuner
-from luthier.methods.tuners.subset._subset import Weights
 from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners.subset._subset import Weights
+from luthier.registry import tuner
 
 
 @tuner(gives="merge")
 class Full(Tuner):
-    """All parameters. The start is not kept, so it cannot be switched off: give another reference where one is wanted."""
+    """All parameters. The start is not kept, so it cannot be switched off: give another reference where one
+    is wanted.
+    """
 
     def attach(self, model):
         return Weights(self, model, lambda name, p: p.is_floating_point())

@@ -1,10 +1,11 @@
 """Re-initialisation: the top layers start anew, then all weights move.
 
-The top of a pretrained network knows its pretraining task best, which on a few rows can stand in the way: fine-tuning then
-fails with some seeds and not with others. Layers are drawn anew by the network's own rule (normal of its initializer range,
-norms at one, biases at zero; a pooler goes with them) when a run begins, so the attached tuner itself starts as the base. The
-study's other stabilisers: `telly` freezes the lowest layers, transform `layerwise_decay` slows them, `max_steps` trains longer.
-Departs from the study: layers are counted in any network's list of layers; in an encoder-decoder in that of the decoder.
+The top of a pretrained network knows its pretraining task best, which on a few rows can stand in the way:
+fine-tuning then fails with some seeds and not with others. Layers are drawn anew by the network's own rule
+(normal of its initializer range, norms at one, biases at zero; a pooler goes with them) when a run begins, so
+the attached tuner itself starts as the base. The study's other stabilisers: `telly` freezes the lowest
+layers, transform `layerwise_decay` slows them, `max_steps` trains longer. Departs from the study: layers are
+counted in any network's list of layers; in an encoder-decoder in that of the decoder.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ import torch
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.registry import Range, tuner
-from luthier.model.anatomy import layer_of
-from luthier.methods.tuners.subset._subset import Weights
 from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners.subset._subset import Weights
+from luthier.model.anatomy import layer_of
+from luthier.registry import Range, tuner
 
 
 @tuner(paper="doi:10.1016/j.patter.2023.100729", row="stable-ft-biomedical", gives="merge")
@@ -39,7 +40,10 @@ class Anew(Weights):
         order = list(dict.fromkeys(place for n in self.names if (place := layer_of(n))))
         depth = sum(stack == order[-1][0] for stack, _ in order) if order else 0
         if settings.layers > depth:
-            raise RecipeError(f"tuner 'reinit': layers: {settings.layers}, but {type(model).__name__} has {depth} to draw anew")
+            raise RecipeError(
+                f"tuner 'reinit': layers: {settings.layers}, but {type(model).__name__} has {depth} to draw"
+                " anew"
+            )
         self.anew = [f"{stack}.{i}" for stack, i in order[-settings.layers :]]
         self.anew += [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "pooler"]
 
@@ -51,6 +55,7 @@ class Anew(Weights):
                 torch.manual_seed(roles.clock.fold("reinit", place, at=0))
                 block = self.model.get_submodule(place)
                 for p in block.parameters():
-                    p.__dict__.pop("_is_hf_initialized", None)  # transformers passes over what it has marked as loaded
+                    # transformers passes over what it has marked as loaded
+                    p.__dict__.pop("_is_hf_initialized", None)
                 for module in block.modules():
                     draw(module)

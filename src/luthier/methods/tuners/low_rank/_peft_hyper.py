@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.methods.tuners._peft import ADAPTER, OnPeft, config_of, plain_settings
 from luthier.methods.tuners._base import Site
+from luthier.methods.tuners._peft import ADAPTER, OnPeft, config_of, plain_settings
 from luthier.methods.tuners.low_rank.self_tuning import DECAY, HYPER, decay, names, rate
 
 
@@ -23,8 +23,11 @@ class Responding(OnPeft):
     def __init__(self, settings: Any, network: Any):
         super().__init__(settings, network, config_of(type(settings))(**plain_settings(settings)))
         where = next(iter(self.answers())).dial.device
-        self.hyper = nn.Parameter(torch.zeros(len(HYPER), device=where), requires_grad=False)  # moved by the estimator alone
-        self.log_sigma = nn.Parameter(torch.full((len(HYPER),), math.log(settings.sigma), device=where), requires_grad=False)
+        # moved by the estimator alone
+        self.hyper = nn.Parameter(torch.zeros(len(HYPER), device=where), requires_grad=False)
+        self.log_sigma = nn.Parameter(
+            torch.full((len(HYPER),), math.log(settings.sigma), device=where), requires_grad=False
+        )
         self.drawn: dict[str, Tensor] = {}  # row -> its noise in this step
 
     def answers(self) -> list[Any]:
@@ -38,7 +41,9 @@ class Responding(OnPeft):
 
     @contextmanager
     def answering(self, clock: Clock, dropping: bool) -> Iterator[None]:
-        """For a while every row is answered at its own draw of the hyperparameters: with dropout, or so that a gradient reaches them."""
+        """For a while every row is answered at its own draw of the hyperparameters: with dropout, or so that
+        a gradient reaches them.
+        """
         kept = [(t, dict(t._buffers)) for t in self.answers()]
         self.clock, self.dropping, self.drawn = clock, dropping, {}
         for t, _ in kept:
@@ -48,7 +53,8 @@ class Responding(OnPeft):
             yield
             if not self.drawn:
                 raise RecipeError(
-                    "estimator 'self_tuning' draws noise for each row, and this architecture does not tell of which row it reads"
+                    "estimator 'self_tuning' draws noise for each row, and this architecture does not tell of"
+                    " which row it reads"
                 )
         finally:
             self.per_row = False
@@ -58,7 +64,9 @@ class Responding(OnPeft):
     def reads(self, batch, rows):
         if not self.per_row:
             return
-        noise = torch.stack([self.noise(str(row.get("id", i))) for i, row in enumerate(batch.rows)]).to(self.hyper.device)
+        noise = torch.stack([self.noise(str(row.get("id", i))) for i, row in enumerate(batch.rows)]).to(
+            self.hyper.device
+        )
         every = self.hyper + self.log_sigma.exp() * noise  # [G, hyperparameters]
         dial = (every.detach() if self.dropping else every)[rows]
         for t in self.answers():
@@ -81,7 +89,8 @@ class Responding(OnPeft):
     def decaying(self) -> Tensor:
         """decay(h) / 2 times the squares of the factors at h, expected over the draws of h.
 
-        Exactly: the squares are quadratic in h, and a normal weighed by an exponential is a normal that has moved.
+        Exactly: the squares are quadratic in h, and a normal weighed by an exponential is a normal that has
+        moved.
         """
         hyper, variance = self.hyper.detach(), self.log_sigma.detach().mul(2).exp()
         tilt = variance * torch.eye(len(HYPER), device=hyper.device)[DECAY]
@@ -91,7 +100,11 @@ class Responding(OnPeft):
                 still, moves, V = getattr(t, n), getattr(t, f"{n}_hyper"), getattr(t, f"V_{n}")
                 first = V @ mean
                 second = first.square() + V.square() @ variance
-                total = total + still.square().sum() + ((2 * first[:, None] * still + second[:, None] * moves) * moves).sum()
+                total = (
+                    total
+                    + still.square().sum()
+                    + ((2 * first[:, None] * still + second[:, None] * moves) * moves).sum()
+                )
         return decay(self.settings, hyper + tilt / 2) / 2 * total
 
     def values(self) -> dict[str, float]:

@@ -1,4 +1,6 @@
-"""PEFT's own LoRA on a model: what the method file `lora.py` says, done. Beside _peft.py, for those who know PEFT."""
+"""PEFT's own LoRA on a model: what the method file `lora.py` says, done. Beside _peft.py, for those who know
+PEFT.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.data import rows as reading
-from luthier.kernels.lora import linear, update
 from luthier.errors import RecipeError
+from luthier.kernels.lora import linear, update
 from luthier.methods.quantizers._base import Quantized, opened
-from luthier.model.calibration import statistics
 from luthier.methods.tuners._delta import lies_sideways, oriented
 from luthier.methods.tuners._peft import ADAPTER, INITIAL, OnPeft, plain_settings, sideways
 from luthier.methods.tuners.low_rank.lora import DRIVEN
+from luthier.model.calibration import statistics
 
 if TYPE_CHECKING:
     from luthier.model.network import Matrix, Network
@@ -61,7 +63,9 @@ class OnLora(OnPeft):
         """PiSSA, OLoRA or orthogonal factors in every linear layer; for starts from data the place for them."""
         if start == "lq":
             return self._begin_low()
-        make = {"pissa": "pissa_init", "olora": "olora_init", "orthogonal": "orthogonal_init"}.get(start.split("_")[0])
+        make = {"pissa": "pissa_init", "olora": "olora_init", "orthogonal": "orthogonal_init"}.get(
+            start.split("_")[0]
+        )
         linear = {n: m for n, m in self.layers.items() if isinstance(m, Linear)}
         if len(linear) < len(self.layers):
             other = next(n for n in self.layers if n not in linear)
@@ -81,16 +85,24 @@ class OnLora(OnPeft):
             base = layer.get_base_layer()
             codes = base.codes if isinstance(base, Quantized) else {}
             if "L1" not in codes:
-                raise RecipeError(f"init_lora_weights: lq wants a base split by `quantization: lq_lora`, and {name} has no low-rank part")
+                raise RecipeError(
+                    f"init_lora_weights: lq wants a base split by `quantization: lq_lora`, and {name} has no"
+                    " low-rank part"
+                )
             if codes["L1"].shape[1] != layer.r[ADAPTER]:
-                raise RecipeError(f"init_lora_weights: lq wants the rank of the base's low-rank part: r: {codes['L1'].shape[1]}")
+                raise RecipeError(
+                    "init_lora_weights: lq wants the rank of the base's low-rank part: r:"
+                    f" {codes['L1'].shape[1]}"
+                )
             layer.lora_A[ADAPTER].weight.data.copy_(codes["L2"])
             layer.lora_B[ADAPTER].weight.data.copy_(codes["L1"] / layer.scaling[ADAPTER])
             linear[name] = layer
         self._subtract(linear)
 
     def _factor(self, layer: Any, make: str, *how: Any) -> None:
-        """PEFT's own factors of a layer, made in fp32. PEFT takes them out of the base weight; here that is put back."""
+        """PEFT's own factors of a layer, made in fp32. PEFT takes them out of the base weight; here that is
+        put back.
+        """
         base = cast("Matrix", layer.get_base_layer())
         with opened([base]):
             kept = base.weight.data
@@ -106,11 +118,16 @@ class OnLora(OnPeft):
     # --- starts from data
 
     def initialize(self, rows, roles):
-        start, layers = self.settings.init_lora_weights, {n: m for n, m in self.layers.items() if isinstance(m, Linear)}
+        start, layers = (
+            self.settings.init_lora_weights,
+            {n: m for n, m in self.layers.items() if isinstance(m, Linear)},
+        )
         if start not in DRIVEN:
             return
         if self.settings.init_data is not None:
-            rows = roles.policy.architecture.encode_all(reading.load(self.settings.init_data).rows, roles.renderer).rows
+            rows = roles.policy.architecture.encode_all(
+                reading.load(self.settings.init_data).rows, roles.renderer
+            ).rows
         rows = rows[: self.settings.init_rows]
         with self.off():
             found = statistics("gradients" if start == "lora_ga" else "covariance", layers, rows, roles)
@@ -118,7 +135,9 @@ class OnLora(OnPeft):
 
     @torch.no_grad()
     def _begin_eva(self, layers: Mapping[str, Any], found: Any, roles: Any) -> None:
-        """A: the directions in which most of what a layer reads lies; ranks go to the layers where they explain most."""
+        """A: the directions in which most of what a layer reads lies; ranks go to the layers where they
+        explain most.
+        """
         r, shares, directions = self.settings.r, [], {}
         for name, C in found:
             values, vectors = torch.linalg.eigh(C.double())
@@ -132,7 +151,9 @@ class OnLora(OnPeft):
 
     @torch.no_grad()
     def _begin_corda(self, layers: Mapping[str, Any], found: Any, roles: Any) -> None:
-        """W C = U S V', so W = U S (V' C^-1): the adapter takes the largest components (ipm), or the smallest (kpm)."""
+        """W C = U S V', so W = U S (V' C^-1): the adapter takes the largest components (ipm), or the smallest
+        (kpm).
+        """
         for name, C in found:
             layer, r = layers[name], layers[name].r[ADAPTER]
             some = slice(None, r) if self.settings.how["corda_method"] == "ipm" else slice(-r, None)
@@ -160,7 +181,10 @@ class OnLora(OnPeft):
         for name, r in ranks.items():
             layer = cast(Any, self.layers[name])
             A, B = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-            A.weight.data, B.weight.data = A.weight.new_zeros(r, A.in_features), B.weight.new_zeros(B.out_features, r)
+            A.weight.data, B.weight.data = (
+                A.weight.new_zeros(r, A.in_features),
+                B.weight.new_zeros(B.out_features, r),
+            )
             A.out_features = B.in_features = layer.r[ADAPTER] = r
             if not self.settings.how.get("adjust_scaling_factors", True) and r:
                 root = math.sqrt(r) if self.settings.use_rslora else r
@@ -169,7 +193,11 @@ class OnLora(OnPeft):
     def _alphas(self) -> dict[str, float]:
         """What adapter_config.json has to say so that each layer is read under its scale."""
         root = math.sqrt if self.settings.use_rslora else float
-        return {n: cast(Any, m).scaling[ADAPTER] * root(r) for n, m in self.layers.items() if (r := cast(Any, m).r[ADAPTER])}
+        return {
+            n: cast(Any, m).scaling[ADAPTER] * root(r)
+            for n, m in self.layers.items()
+            if (r := cast(Any, m).r[ADAPTER])
+        }
 
     def load(self, tensors):
         if self.settings.init_lora_weights == "eva":
@@ -182,7 +210,9 @@ class OnLora(OnPeft):
             with safe_open(str(path), framework="pt") as file:
                 keys = {n: f"base_model.model.{n}.lora_A.weight" for n in self.layers}
                 there = set(file.keys())
-                self.rerank({n: file.get_slice(k).get_shape()[0] if k in there else 0 for n, k in keys.items()})
+                self.rerank(
+                    {n: file.get_slice(k).get_shape()[0] if k in there else 0 for n, k in keys.items()}
+                )
         return super().read(folder)
 
     def _subtracted(self, layer: Any) -> None:
@@ -204,7 +234,11 @@ class OnLora(OnPeft):
     def buffers(self):
         if not self.settings.subtracts:
             return {}
-        return {f"{n}.{k}{INITIAL}": getattr(m, f"lora_{k}")[INITIAL].weight for n, m in self.layers.items() for k in "AB"}
+        return {
+            f"{n}.{k}{INITIAL}": getattr(m, f"lora_{k}")[INITIAL].weight
+            for n, m in self.layers.items()
+            for k in "AB"
+        }
 
     def state(self):
         state = {k: v for k, v in super().state().items() if v.numel()}
@@ -219,8 +253,16 @@ class OnLora(OnPeft):
     def unpack(self, file):
         file = dict(file)
         if not self.settings.subtracts:
-            empty = ((f"base_model.model.{n}.lora_{k}.weight", getattr(m, f"lora_{k}")) for n, m in self.layers.items() for k in "AB")
-            file |= {key: part[ADAPTER].weight.data for key, part in empty if ADAPTER in part and not part[ADAPTER].weight.numel()}
+            empty = (
+                (f"base_model.model.{n}.lora_{k}.weight", getattr(m, f"lora_{k}"))
+                for n, m in self.layers.items()
+                for k in "AB"
+            )
+            file |= {
+                key: part[ADAPTER].weight.data
+                for key, part in empty
+                if ADAPTER in part and not part[ADAPTER].weight.numel()
+            }
             return file
         for name, layer in self.layers.items():
             for part, dim in (("lora_A", 0), ("lora_B", 1)):
@@ -246,13 +288,18 @@ class OnLora(OnPeft):
         if rank is not None:
             return super().export_lora(folder, rank)
         if self.settings.use_dora or self.settings.bias != "none":
-            raise RecipeError("LoRA with DoRA or with trained biases has no plain LoRA form; its own adapter is what `save` writes")
+            raise RecipeError(
+                "LoRA with DoRA or with trained biases has no plain LoRA form; its own adapter is what `save`"
+                " writes"
+            )
         self.save(Path(folder))
         return 0.0
 
 
 def invertible(C: Tensor) -> tuple[Tensor, Tensor]:
-    """[n, n] a covariance -> the same with enough added to its diagonal that it can be inverted, and its inverse."""
+    """[n, n] a covariance -> the same with enough added to its diagonal that it can be inverted, and its
+    inverse.
+    """
     one = torch.eye(len(C), device=C.device)
     damp = 0.01 * C.diagonal().mean()
     while True:
@@ -285,7 +332,9 @@ class QuickLinear(Linear):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         base = self.get_base_layer()
         if isinstance(base, Quantized) and "weight" not in base._parameters:
-            raise ValueError("a weight that is kept as codes takes no change: open the module first (luthier.quantizers)")
+            raise ValueError(
+                "a weight that is kept as codes takes no change: open the module first (luthier.quantizers)"
+            )
         super().merge(safe_merge, adapter_names)
 
     def _factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -300,5 +349,6 @@ class QuickLinear(Linear):
 def is_matrix(base: nn.Module, x: torch.Tensor) -> bool:
     """A frozen weight and nothing around it, in the precision of x?"""
     plain = type(base) in (nn.Linear, Conv1D) and not (base._forward_hooks or base._forward_pre_hooks)
-    plain = plain and not any(p is not None and p.requires_grad for p in base._parameters.values())  # base.parameters() takes longer
+    # base.parameters() takes longer
+    plain = plain and not any(p is not None and p.requires_grad for p in base._parameters.values())
     return plain and x.dtype == base.weight.dtype and not torch.is_autocast_enabled(x.device.type)

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.model.network import Network
 from luthier.methods.tuners._peft import ADAPTER, Layer, OnPeft, config_of, plain_settings
+from luthier.model.network import Network
 
 SLOTS = ("A", "E", "B")
 
 
 class Allocating(OnPeft):
-    """What is known of each number's importance belongs to the state: a run that goes on shares out as it would have."""
+    """What is known of each number's importance belongs to the state: a run that goes on shares out as it
+    would have.
+    """
 
     def __init__(self, settings: Any, model: Network):
         super().__init__(settings, model, config_of(type(settings))(**plain_settings(settings)))
@@ -22,7 +24,11 @@ class Allocating(OnPeft):
         self.known: dict[str, Tensor] = {}
         for name, layer in self.ranked.items():
             p = layer.tensors(ADAPTER)
-            self.known |= {f"{name}.{slot}.{what}": torch.zeros_like(getattr(p, slot)) for slot in SLOTS for what in ("importance", "uncertainty")}
+            self.known |= {
+                f"{name}.{slot}.{what}": torch.zeros_like(getattr(p, slot))
+                for slot in SLOTS
+                for what in ("importance", "uncertainty")
+            }
 
     def memory(self):
         return self.known
@@ -49,10 +55,15 @@ class Allocating(OnPeft):
     def _allocate(self, budget: int) -> None:
         """The `budget` most important triplets of all modules keep their E."""
         scores = torch.cat([self._scores(name) for name in self.ranked])
-        kept = torch.zeros(len(scores), dtype=torch.bool, device=scores.device).index_fill_(0, scores.topk(budget).indices, True)
+        kept = torch.zeros(len(scores), dtype=torch.bool, device=scores.device).index_fill_(
+            0, scores.topk(budget).indices, True
+        )
         for layer, mine in zip(self.ranked.values(), kept.split(self.settings.init_r), strict=True):
             layer.tensors(ADAPTER).E.masked_fill_(~mine, 0.0)
 
     def _scores(self, name: str) -> Tensor:
-        a, e, b = (self.known[f"{name}.{slot}.importance"] * self.known[f"{name}.{slot}.uncertainty"] for slot in SLOTS)
+        a, e, b = (
+            self.known[f"{name}.{slot}.importance"] * self.known[f"{name}.{slot}.uncertainty"]
+            for slot in SLOTS
+        )
         return e + a.mean(1) + b.mean(0)

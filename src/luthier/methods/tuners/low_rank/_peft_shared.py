@@ -26,19 +26,23 @@ class Shared(OnPeft):
         self.settings = filled = replace(settings, modules=len(layers), numbers=numbers)
         if filled.length < 1:
             raise RecipeError(
-                f"tuner '{settings.name}': d: {settings.d} leaves nothing to move beside a scale for each of {len(layers)} modules; "
-                "give more, or said: false"
+                f"tuner '{settings.name}': d: {settings.d} leaves nothing to move beside a scale for each of"
+                f" {len(layers)} modules; give more, or said: false"
             )
         config = cast(Any, self.peft.peft_config[ADAPTER])
         config.modules, config.numbers = filled.modules, filled.numbers
-        theta = nn.Parameter(torch.zeros(filled.length, device=next(iter(layers.values())).get_base_layer().weight.device))
+        theta = nn.Parameter(
+            torch.zeros(filled.length, device=next(iter(layers.values())).get_base_layer().weight.device)
+        )
         for name, layer in layers.items():
             layer.methods[ADAPTER] = filled.at(name)
             cast(Any, layer.held[ADAPTER]).theta = theta
 
 
 class Sharing(OnPeft):
-    """One tensor of every module is the same parameter, and starts as the first module has it. The file repeats it, too."""
+    """One tensor of every module is the same parameter, and starts as the first module has it. The file
+    repeats it, too.
+    """
 
     def __init__(self, settings: Any, model: Network, slot: str):
         super().__init__(settings, model, config_of(type(settings))(**plain_settings(settings)))

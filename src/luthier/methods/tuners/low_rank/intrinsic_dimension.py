@@ -1,13 +1,15 @@
-"""Intrinsic dimension: all chosen weights move along one vector of d numbers, through a fixed random map into their space.
+"""Intrinsic dimension: all chosen weights move along one vector of d numbers, through a fixed random map into
+their space.
 
-W_i' = W_i + lambda_i P_i(theta), with one learned lambda for each module (structure-aware, SAID: they count as part of d)
-or none (DID). P_i is Fastfood: blocks of H G Pi H B with Hadamard matrices H, signs B, a permutation Pi and Gaussians G,
-drawn from `seed` and the module's name whenever they are wanted, so nothing of the model's size is kept. The d at which
-90 % of full tuning's metric is reached (d90) is the task's intrinsic dimension: plan `intrinsic_dimension` looks for it.
+W_i' = W_i + lambda_i P_i(theta), with one learned lambda for each module (structure-aware, SAID: they count
+as part of d) or none (DID). P_i is Fastfood: blocks of H G Pi H B with Hadamard matrices H, signs B, a
+permutation Pi and Gaussians G, drawn from `seed` and the module's name whenever they are wanted, so nothing
+of the model's size is kept. The d at which 90 % of full tuning's metric is reached (d90) is the task's
+intrinsic dimension: plan `intrinsic_dimension` looks for it.
 
-Departs: the map is drawn for each module, and scaled so that |P_i(theta)|^2 = |theta|^2 times the module's share of all
-numbers on average; of a Hadamard block that is longer than a module the rest is cut off. With theta at zero lambda gets no
-gradient at the first step, and it starts at one.
+Departs: the map is drawn for each module, and scaled so that |P_i(theta)|^2 = |theta|^2 times the module's
+share of all numbers on average; of a Hadamard block that is longer than a module the rest is cut off. With
+theta at zero lambda gets no gradient at the first step, and it starts at one.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.clock import Clock
-from luthier.registry import tuner
 from luthier.methods.tuners._delta import Delta
+from luthier.registry import tuner
 
 
 @tuner(paper="arXiv:2012.13255", row="intrinsic-dimension", gives="off merge")
@@ -55,7 +57,10 @@ class IntrinsicDimension(Delta):
     def delta(self, p, shape):
         """[out, in] what is added."""
         n = shape[0] * shape[1]
-        step = project(p.theta, n, Clock(self.seed).fold(self.module, at=0)).view(*shape) * (n / (self.numbers or n)) ** 0.5
+        step = (
+            project(p.theta, n, Clock(self.seed).fold(self.module, at=0)).view(*shape)
+            * (n / (self.numbers or n)) ** 0.5
+        )
         return step * p.scale if self.said else step
 
     def weight(self, W, p):
@@ -79,7 +84,8 @@ class _Fastfood(torch.autograd.Function):
         G, order, B, norm = draws(len(theta), n, seed, theta)
         padded = theta.new_zeros(G.shape[1])
         padded[: len(theta)] = theta
-        return (hadamard(hadamard(padded * B).gather(1, order) * G) / norm).flatten()[:n]  # H G Pi H B theta / norm
+        # H G Pi H B theta / norm
+        return (hadamard(hadamard(padded * B).gather(1, order) * G) / norm).flatten()[:n]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -87,15 +93,25 @@ class _Fastfood(torch.autograd.Function):
         part = torch.zeros_like(G)
         part.view(-1)[: ctx.n] = grads[0]
         back = hadamard(part) * G / norm  # (H G Pi H B)' = B H Pi' G H
-        return (hadamard(torch.empty_like(back).scatter_(1, order, back)) * B).sum(0)[: ctx.shape[0]], None, None
+        return (
+            (hadamard(torch.empty_like(back).scatter_(1, order, back)) * B).sum(0)[: ctx.shape[0]],
+            None,
+            None,
+        )
 
 
 def draws(d: int, n: int, seed: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Blocks of the map until n numbers are there, [blocks, size] each: G, permutations, signs; [blocks, 1] norms that keep lengths."""
+    """Blocks of the map until n numbers are there, [blocks, size] each: G, permutations, signs; [blocks, 1]
+    norms that keep lengths.
+    """
     size = 1 << (max(d, 1) - 1).bit_length()
     rng = torch.Generator().manual_seed(seed)
     made = [
-        (torch.randn(size, generator=rng), torch.randperm(size, generator=rng), torch.randint(0, 2, (size,), generator=rng))
+        (
+            torch.randn(size, generator=rng),
+            torch.randperm(size, generator=rng),
+            torch.randint(0, 2, (size,), generator=rng),
+        )
         for _ in range(-(-n // size))
     ]
     G, order, B = (torch.stack(parts) for parts in zip(*made, strict=True))

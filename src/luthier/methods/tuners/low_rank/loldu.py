@@ -1,8 +1,9 @@
 """LoLDU: W = P L D U, of which the first r entries of D move, and one scale for all; P, L and U stay.
 
-W' = W + P L_r diag(scale z - scale_0 z_0) U_r with z_0 the first r entries of D and scale_0 = lora_alpha / r: what the paper
-writes as a residual and a scaled product. r + 1 numbers a matrix move. Departs from the paper: z always starts as LU has
-it. Its other starts (uniform, normal, constant) begin with another model than the base.
+W' = W + P L_r diag(scale z - scale_0 z_0) U_r with z_0 the first r entries of D and scale_0 = lora_alpha / r:
+what the paper writes as a residual and a scaled product. r + 1 numbers a matrix move. Departs from the paper:
+z always starts as LU has it. Its other starts (uniform, normal, constant) begin with another model than the
+base.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from luthier.registry import Range, tuner
 from luthier.methods.tuners._delta import Delta, frozen
+from luthier.registry import Range, tuner
 
 
 @tuner(paper="arXiv:2410.13618", row="loldu", gives="off merge")
 class LoLDU(Delta):
     """Low-rank adaptation by lower-diagonal-upper decomposition."""
 
-    r: Annotated[int, Field(ge=1), Range(16, 768, log=True)] = 64  # entries of the diagonal that move, at most all
+    # entries of the diagonal that move, at most all
+    r: Annotated[int, Field(ge=1), Range(16, 768, log=True)] = 64
     lora_alpha: Annotated[float, Field(gt=0)] = 64  # the scale starts at lora_alpha / r
 
     def init(self, W):

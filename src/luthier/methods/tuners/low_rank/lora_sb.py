@@ -1,9 +1,9 @@
 """LoRA-SB: W + B R A with B and A orthonormal and frozen; only R, r by r numbers, moves.
 
-B, R and A start as the truncated SVD of the first step that full fine-tuning would take, -first_step * sign(G), with G the
-mean gradient over `init_rows` rows. B'B = A A' = 1, so R's gradient is B' G A', the best that rank r can do: there is no
-scale to tune. Departs from the paper: G is of -log p of the completions, whatever the objective is; and before rows
-are seen R is zero, so the attached model starts as the base.
+B, R and A start as the truncated SVD of the first step that full fine-tuning would take, -first_step *
+sign(G), with G the mean gradient over `init_rows` rows. B'B = A A' = 1, so R's gradient is B' G A', the best
+that rank r can do: there is no scale to tune. Departs from the paper: G is of -log p of the completions,
+whatever the objective is; and before rows are seen R is zero, so the attached model starts as the base.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Annotated, ClassVar
 import torch
 
 from luthier.errors import RecipeError
-from luthier.registry import Range, tuner
 from luthier.methods.tuners._delta import Delta, frozen
+from luthier.registry import Range, tuner
 
 
 @tuner(paper="arXiv:2411.19557", row="lora-sb", gives="off merge")

@@ -1,8 +1,9 @@
 """PELA: every chosen matrix is the product of two narrow ones, taken from its singular values; these move.
 
-W = B A of rank in * out / (compress_ratio * (in + out)), so that both together have 1 / compress_ratio of its entries. Heal it
-first against the whole model (objective `pela`, whose teacher is `off`), then tune it for a task, or put any tuner on the
-merged model. What is switched off is the whole model again. Departs: the whole weight stays in memory while it is tuned.
+W = B A of rank in * out / (compress_ratio * (in + out)), so that both together have 1 / compress_ratio of its
+entries. Heal it first against the whole model (objective `pela`, whose teacher is `off`), then tune it for a
+task, or put any tuner on the merged model. What is switched off is the whole model again. Departs: the whole
+weight stays in memory while it is tuned.
 """
 
 from __future__ import annotations
@@ -13,20 +14,25 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from luthier.registry import Range, tuner
 from luthier.methods.tuners._delta import Delta, oriented
+from luthier.registry import Range, tuner
 
 
 @tuner(
     paper="arXiv:2310.10700",
     row="pela",
     gives="off merge",
-    contract={"starts_as_base": "a matrix of low rank is not the one that it stands for; with compress_ratio near 0 it is"},
+    contract={
+        "starts_as_base": (
+            "a matrix of low rank is not the one that it stands for; with compress_ratio near 0 it is"
+        )
+    },
 )
 class PELA(Delta):
     """x A^T B^T + b in the place of x W^T + b."""
 
-    compress_ratio: Annotated[float, Field(gt=0), Range(1.5, 4)] = 2.0  # entries of a matrix for one entry of the two that replace it
+    # entries of a matrix for one entry of the two that replace it
+    compress_ratio: Annotated[float, Field(gt=0), Range(1.5, 4)] = 2.0
 
     def attach(self, model):
         from luthier.methods.tuners._peft import Layer, OnPeft, config_of, plain_settings

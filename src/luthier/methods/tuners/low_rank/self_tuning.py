@@ -1,10 +1,12 @@
-"""Self-tuning networks on adapters: LoRA whose factors answer to hyperparameters, A(h) = A + rows(V_A h) A_hyper, and B alike.
+"""Self-tuning networks on adapters: LoRA whose factors answer to hyperparameters, A(h) = A + rows(V_A h)
+A_hyper, and B alike.
 
-h is how far two hyperparameters have moved since the start, the logit of the dropout on what A reads and the log of the weight
-decay of the adapter: the factors learn the best response to them, and estimator `self_tuning` moves them by validation rows.
-With any other estimator h stays 0 and this is LoRA. When a run ends h is a constant: merged and exported it is a plain change
-of weights. r: 0 takes one dense matrix in place of the factors. Departs from the paper: its networks are gated whole; and h
-counts from its start, so that at the start V plays no role.
+h is how far two hyperparameters have moved since the start, the logit of the dropout on what A reads and the
+log of the weight decay of the adapter: the factors learn the best response to them, and estimator
+`self_tuning` moves them by validation rows. With any other estimator h stays 0 and this is LoRA. When a run
+ends h is a constant: merged and exported it is a plain change of weights. r: 0 takes one dense matrix in
+place of the factors. Departs from the paper: its networks are gated whole; and h counts from its start, so
+that at the start V plays no role.
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from luthier.errors import RecipeError
-from luthier.registry import tuner
 from luthier.methods.tuners._delta import Delta, frozen
+from luthier.registry import tuner
 
 HYPER = ("dropout", "weight_decay")
 DROPOUT, DECAY = 0, 1  # their places
@@ -33,7 +35,8 @@ class SelfTuning(Delta):
     lora_alpha: float = 16  # scale of the update, before division by r
     dropout: Annotated[float, Field(gt=0, lt=1)] = 0.1  # where the dropout starts
     weight_decay: Annotated[float, Field(gt=0)] = 1e-4  # where the weight decay of the adapter starts
-    sigma: Annotated[float, Field(gt=0)] = 0.5  # where the spread starts in which responses are learned, in logits and logs
+    # where the spread starts in which responses are learned, in logits and logs
+    sigma: Annotated[float, Field(gt=0)] = 0.5
 
     def attach(self, model):
         from luthier.methods.tuners.low_rank._peft_hyper import Responding
@@ -41,7 +44,10 @@ class SelfTuning(Delta):
         return Responding(self, model)
 
     def init(self, W):
-        made: dict[str, Any] = {"dial": frozen(torch.zeros(len(HYPER))), "dropping": ("seeded", torch.zeros(()))}
+        made: dict[str, Any] = {
+            "dial": frozen(torch.zeros(len(HYPER))),
+            "dropping": ("seeded", torch.zeros(())),
+        }
         shapes = {"A": (self.r, W.shape[1]), "B": (W.shape[0], self.r)} if self.r else {"D": tuple(W.shape)}
         for name, shape in shapes.items():
             start = torch.zeros(shape)
@@ -64,7 +70,9 @@ class SelfTuning(Delta):
             keep = 1 - rate(self, dial.detach())[..., None]
             x = x * (torch.rand_like(x) < keep) / keep
         for n in names(p):
-            x = F.linear(x, getattr(p, n)) + dial @ getattr(p, f"V_{n}").T * F.linear(x, getattr(p, f"{n}_hyper"))
+            x = F.linear(x, getattr(p, n)) + dial @ getattr(p, f"V_{n}").T * F.linear(
+                x, getattr(p, f"{n}_hyper")
+            )
         return y + (x * (self.lora_alpha / self.r) if self.r else x)
 
     def factors(self, p):
@@ -79,22 +87,27 @@ def names(p: Any) -> list[str]:
 
 def responses(p: Any) -> tuple[Tensor, ...]:
     """Each factor at what the dial says: A + rows(V_A h) A_hyper."""
-    return tuple(getattr(p, n) + (getattr(p, f"V_{n}") @ p.dial)[:, None] * getattr(p, f"{n}_hyper") for n in names(p))
+    return tuple(
+        getattr(p, n) + (getattr(p, f"V_{n}") @ p.dial)[:, None] * getattr(p, f"{n}_hyper") for n in names(p)
+    )
 
 
 def placed(dial: Tensor, x: Tensor) -> Tensor:
-    """The hyperparameters at each place of x [..., in]: [2] where all places answer to the same, else [..., 2].
+    """The hyperparameters at each place of x [..., in]: [2] where all places answer to the same, else [...,
+    2].
 
     dial: [2], or [R, W, 2] for x of R rows of W places, W = 1 where a row's places are all alike.
     """
     where = x.shape[:-1]
     if dial.ndim == 1 or len(where) == 2 and dial.shape[0] == where[0] and dial.shape[1] in (1, where[1]):
         return dial
-    if len(where) == 1 and where[0] == dial.shape[0] * dial.shape[1]:  # networks that lay their rows end to end
+    # networks that lay their rows end to end
+    if len(where) == 1 and where[0] == dial.shape[0] * dial.shape[1]:
         return dial.flatten(0, 1)
     raise RecipeError(
-        f"tuner 'self_tuning' needs to know which row a token is of, and a module is given {list(where)} places of a batch of "
-        f"{list(dial.shape[:2])} (experts and output heads do so): leave it out with exclude_modules"
+        f"tuner 'self_tuning' needs to know which row a token is of, and a module is given {list(where)}"
+        f" places of a batch of {list(dial.shape[:2])} (experts and output heads do so): leave it out with"
+        " exclude_modules"
     )
 
 

@@ -1,14 +1,17 @@
-"""AutoPEFT: serial adapters, parallel adapters and a prefix together, wholly said by one vector of numbers that a search can turn.
+"""AutoPEFT: serial adapters, parallel adapters and a prefix together, wholly said by one vector of numbers
+that a search can turn.
 
-The vector: for each layer whether it has modules (`insert`, shared by the three kinds), and for the whole network the width of
-the serial bottlenecks, that of the parallel ones and the length of the prefix; 0 takes a kind away, and with nothing left it is
-the frozen model. How many numbers move follows from the vector alone (`numbers`). `luthier search` goes over all of it toward
-`quality,parameters`; searchers `botorch` and `bayes` are the paper's kind. A recipe that was found is moved to another task by
-`luthier tune found-1.yaml data=...`, or, by `--from`, is where that task's own search begins.
+The vector: for each layer whether it has modules (`insert`, shared by the three kinds), and for the whole
+network the width of the serial bottlenecks, that of the parallel ones and the length of the prefix; 0 takes a
+kind away, and with nothing left it is the frozen model. How many numbers move follows from the vector alone
+(`numbers`). `luthier search` goes over all of it toward `quality,parameters`; searchers `botorch` and `bayes`
+are the paper's kind. A recipe that was found is moved to another task by `luthier tune found-1.yaml
+data=...`, or, by `--from`, is where that task's own search begins.
 
-Departs: both adapters stand at the last matrix of the feed-forward part, the serial one behind it and the parallel one beside
-it, so that one reads what the matrix says and the other what it reads (the paper's parallel adapter reads what the whole
-feed-forward part reads). The prefix is tuner `prefix` without its projection. `up` starts at exactly zero.
+Departs: both adapters stand at the last matrix of the feed-forward part, the serial one behind it and the
+parallel one beside it, so that one reads what the matrix says and the other what it reads (the paper's
+parallel adapter reads what the whole feed-forward part reads). The prefix is tuner `prefix` without its
+projection. `up` starts at exactly zero.
 """
 
 from __future__ import annotations
@@ -20,12 +23,12 @@ from pydantic import Field
 from torch import nn
 
 from luthier.errors import RecipeError
-from luthier.registry import Steps, tuner
+from luthier.methods.tuners._base import Attached
+from luthier.methods.tuners._delta import Delta, oriented
+from luthier.methods.tuners.adapters._bottleneck import FFN, Activation, pair, through
 from luthier.methods.tuners.prompts._prefix import KEYS, drawn, placed, taken, width
 from luthier.model.anatomy import layer_of
-from luthier.methods.tuners.adapters._bottleneck import FFN, Activation, pair, through
-from luthier.methods.tuners._delta import Delta, oriented
-from luthier.methods.tuners._base import Attached
+from luthier.registry import Steps, tuner
 
 POWERS = Steps(0, 1, 2, 4, 8, 16, 32, 64)  # sizes that a search goes over; wider networks may be worth more
 
@@ -35,8 +38,13 @@ POWERS = Steps(0, 1, 2, 4, 8, 16, 32, 64)  # sizes that a search goes over; wide
     row="autopeft",
     gives="off",
     contract={
-        "starts_as_base": "a prefix takes its share of every attention from the first step on; without one it starts as the base",
-        "modules_of_every_kind": "its parts stand where keys are made and behind the feed-forward part, and nowhere else",
+        "starts_as_base": (
+            "a prefix takes its share of every attention from the first step on; without one it starts as the"
+            " base"
+        ),
+        "modules_of_every_kind": (
+            "its parts stand where keys are made and behind the feed-forward part, and nowhere else"
+        ),
     },
 )
 class AutoPEFT(Delta):
@@ -47,10 +55,13 @@ class AutoPEFT(Delta):
     part = None  # of the module that these settings are for; None: it gains nothing
     over = ("layers",)  # what a search goes over besides the sizes
 
-    serial: Annotated[int, Field(ge=0), POWERS] = 16  # width of the bottleneck behind the feed-forward part; 0: none
-    parallel: Annotated[int, Field(ge=0), POWERS] = 16  # width of the bottleneck beside its last matrix; 0: none
+    # width of the bottleneck behind the feed-forward part; 0: none
+    serial: Annotated[int, Field(ge=0), POWERS] = 16
+    # width of the bottleneck beside its last matrix; 0: none
+    parallel: Annotated[int, Field(ge=0), POWERS] = 16
     num_virtual_tokens: Annotated[int, Field(ge=0), POWERS] = 4  # keys and values before the text; 0: none
-    insert: list[Literal[0, 1]] | None = None  # 1 for each layer that has modules, 0 for the others; not given: all have
+    # 1 for each layer that has modules, 0 for the others; not given: all have
+    insert: list[Literal[0, 1]] | None = None
     non_linearity: Activation = "relu"  # of both bottlenecks
     target_modules: str | list[str] = rf".*\.({FFN}|{KEYS})"  # the modules at which its parts stand
 
@@ -66,7 +77,11 @@ class AutoPEFT(Delta):
 
     def numbers(self, model) -> int:
         """How many numbers move on a network: a formula of the vector and of shapes."""
-        matrices = ((n, m) for n, m in model.named_modules() if isinstance(getattr(m, "weight", None), nn.Parameter) and m.weight.ndim == 2)
+        matrices = (
+            (n, m)
+            for n, m in model.named_modules()
+            if isinstance(getattr(m, "weight", None), nn.Parameter) and m.weight.ndim == 2
+        )
         return sum(self.at(n).size(*oriented(m).shape) for n, m in matrices)
 
     def size(self, out_: int, in_: int) -> int:
@@ -81,17 +96,29 @@ class AutoPEFT(Delta):
             taken(model, "a prefix")
 
     def attach(self, model):
-        layers = 1 + max((place[1] for n, _ in model.named_modules() if (place := layer_of(f"{n}."))), default=-1)
+        layers = 1 + max(
+            (place[1] for n, _ in model.named_modules() if (place := layer_of(f"{n}."))), default=-1
+        )
         if self.insert is not None and len(self.insert) != layers:
-            raise RecipeError(f"tuner 'autopeft': insert holds {len(self.insert)} flags, and {type(model).__name__} has {layers} layers")
-        sizes = {"serial": self.serial, "parallel": self.parallel, "num_virtual_tokens": self.num_virtual_tokens}
+            raise RecipeError(
+                f"tuner 'autopeft': insert holds {len(self.insert)} flags, and {type(model).__name__} has"
+                f" {layers} layers"
+            )
+        sizes = {
+            "serial": self.serial,
+            "parallel": self.parallel,
+            "num_virtual_tokens": self.num_virtual_tokens,
+        }
         if not any(sizes.values()) or (self.insert is not None and not any(self.insert)):
             return Still(self, model.requires_grad_(False))
         attached = super().attach(model)
         there = {slot.partition("_")[0] for s in attached.every_site() for slot in s.slots}
         for setting, slot in (("serial", "serial"), ("parallel", "parallel"), ("num_virtual_tokens", "keys")):
             if sizes[setting] and slot not in there:
-                raise RecipeError(f"tuner 'autopeft': {type(model).__name__} has no module where {setting} could stand; set it to 0")
+                raise RecipeError(
+                    f"tuner 'autopeft': {type(model).__name__} has no module where {setting} could stand; set"
+                    " it to 0"
+                )
         return attached
 
     def init(self, W):

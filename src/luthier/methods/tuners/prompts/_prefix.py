@@ -1,7 +1,8 @@
 """Keys and values before those of every text: where they are kept, and which networks can take them.
 
-They lie at the module that makes an attention's keys, and luthier's attention (kernels/attention.py) asks for them there.
-So every packed row sees them, no position moves, and a cache of keys and values holds the text alone.
+They lie at the module that makes an attention's keys, and luthier's attention (kernels/attention.py) asks for
+them there. So every packed row sees them, no position moves, and a cache of keys and values holds the text
+alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from luthier.model.anatomy import INSIDE, part_of
 if TYPE_CHECKING:
     from luthier.model.network import Network
 
-KEYS = "|".join(sorted(INSIDE["k"] | INSIDE["qkv"]))  # last names of what makes keys, alone or with queries and values
+# last names of what makes keys, alone or with queries and values
+KEYS = "|".join(sorted(INSIDE["k"] | INSIDE["qkv"]))
 STD = 0.3  # of keys and values at the start
 
 
@@ -42,10 +44,11 @@ def taken(model: Network, name: str) -> None:
     from luthier.kernels.attention import NAME, takes_plans
 
     asked = takes_plans(model)
-    kinds = {str(m.config._attn_implementation) for m in model.modules() if hasattr(m, "config")}  # some parts have configs of their own
+    # some parts have configs of their own
+    kinds = {str(m.config._attn_implementation) for m in model.modules() if hasattr(m, "config")}
     if not asked or kinds != {NAME}:
         said = ", ".join(sorted(kinds - {NAME}))
         raise ValueError(
-            f"{type(model).__name__} takes no keys and values before the text (attention: {said}); {name} wants a network of which every "
-            "part has transformers' sdpa attention and one config"
+            f"{type(model).__name__} takes no keys and values before the text (attention: {said}); {name}"
+            " wants a network of which every part has transformers' sdpa attention and one config"
         )

@@ -1,4 +1,6 @@
-"""Learned vectors before every sequence: the layout keeps `virtual` places free, and what is attached fills them."""
+"""Learned vectors before every sequence: the layout keeps `virtual` places free, and what is attached fills
+them.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from luthier.storage import store
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import Attached, Site
+from luthier.storage import store
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -63,6 +65,10 @@ def words_of(model: Network, text: str) -> list[int]:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model.config._name_or_path)(text, add_special_tokens=False)["input_ids"]
+        return AutoTokenizer.from_pretrained(model.config._name_or_path)(text, add_special_tokens=False)[
+            "input_ids"
+        ]
     except (OSError, ValueError) as error:
-        raise RecipeError(f"prompt_tuning_init: text wants a tokenizer beside the model: {str(error).splitlines()[0]}") from None
+        raise RecipeError(
+            f"prompt_tuning_init: text wants a tokenizer beside the model: {str(error).splitlines()[0]}"
+        ) from None

@@ -1,8 +1,9 @@
-"""Control vectors: a soft prompt for each kind of answer, read before the rows of that kind; the last kind is how it writes.
+"""Control vectors: a soft prompt for each kind of answer, read before the rows of that kind; the last kind is
+how it writes.
 
-A row's kind is its column `bucket` (stage `buckets`), 0 the least wanted; rows without one are read under the last. With `tuner`
-the network moves along, by that tuner: the second act of plan `meet`. Saved beside all of them is the last one alone, as PEFT's
-PROMPT_TUNING.
+A row's kind is its column `bucket` (stage `buckets`), 0 the least wanted; rows without one are read under the
+last. With `tuner` the network moves along, by that tuner: the second act of plan `meet`. Saved beside all of
+them is the last one alone, as PEFT's PROMPT_TUNING.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import torch
 from pydantic import BeforeValidator, Field
 from torch import Tensor
 
-from luthier.storage import store
 from luthier.errors import RecipeError
-from luthier.registry import build, tuner
-from luthier.methods.tuners.prompts._prompt import Soft, words_of
 from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners.prompts._prompt import Soft, words_of
+from luthier.registry import build, tuner
+from luthier.storage import store
 
 FILE = "control.safetensors"
 
@@ -36,8 +37,10 @@ class Control(Tuner):
 
     buckets: Annotated[int, Field(ge=2)] = 2  # kinds of rows, from the least wanted to the most
     num_virtual_tokens: Annotated[int, Field(ge=1)] = 20  # vectors of each
-    texts: tuple[str, ...] = ()  # one a bucket, from whose tokens it starts; not given: from tokens drawn from the vocabulary
-    tuner: Annotated[Any, BeforeValidator(lambda v: v if v is None else build("tuner", v))] = None  # what else moves, and how
+    # one a bucket, from whose tokens it starts; not given: from tokens drawn from the vocabulary
+    texts: tuple[str, ...] = ()
+    # what else moves, and how
+    tuner: Annotated[Any, BeforeValidator(lambda v: v if v is None else build("tuner", v))] = None
 
     def __post_init__(self):
         if self.texts and len(self.texts) != self.buckets:
@@ -80,7 +83,10 @@ class Controls(Soft):
         buckets = [int(row.get("bucket", self.bucket)) for row in batch.rows]
         odd = [b for b in buckets if not 0 <= b < self.settings.buckets]
         if odd:
-            raise RecipeError(f"a row is of bucket {odd[0]}, and tuner 'control' has {self.settings.buckets}, counted from 0")
+            raise RecipeError(
+                f"a row is of bucket {odd[0]}, and tuner 'control' has {self.settings.buckets}, counted"
+                " from 0"
+            )
         return self.each()[buckets]
 
     @contextmanager
@@ -146,6 +152,10 @@ class Controls(Soft):
 
         folder = Path(folder)
         if not store.checkpoints(folder) and (folder / FILE).is_file():
-            return {**self.tensors(), **load_file(str(folder / FILE)), **(self.inner.read(folder) if self.inner else {})}
+            return {
+                **self.tensors(),
+                **load_file(str(folder / FILE)),
+                **(self.inner.read(folder) if self.inner else {}),
+            }
         found = super().read(folder)
         return {**self.tensors(), **found} if set(found) == {"prompt.embeddings"} else found

@@ -1,9 +1,11 @@
-"""Prefix tuning: in every layer, learned keys and values stand before those of the text; the network itself stays as it is.
+"""Prefix tuning: in every layer, learned keys and values stand before those of the text; the network itself
+stays as it is.
 
-With `prefix_projection` they are what a small network makes of smaller vectors, which is how the paper trains them.
-Departs: that network is one for each layer, not one for all; and the text's positions do not move, so a prefix is seen from
-everywhere at the same distance and takes nothing of the length that a network can read. So it is an adapter of a type of its
-own, and not PEFT's PREFIX_TUNING, which counts positions from behind the prefix.
+With `prefix_projection` they are what a small network makes of smaller vectors, which is how the paper trains
+them. Departs: that network is one for each layer, not one for all; and the text's positions do not move, so a
+prefix is seen from everywhere at the same distance and takes nothing of the length that a network can read.
+So it is an adapter of a type of its own, and not PEFT's PREFIX_TUNING, which counts positions from behind the
+prefix.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
-from luthier.registry import Range, tuner
-from luthier.methods.tuners.prompts._prefix import KEYS, drawn, placed, taken, width
 from luthier.methods.tuners._delta import Delta
+from luthier.methods.tuners.prompts._prefix import KEYS, drawn, placed, taken, width
+from luthier.registry import Range, tuner
 
 
 @tuner(
@@ -35,9 +37,11 @@ class Prefix(Delta):
     precise = False
     part = None  # of the module that these settings are for
 
-    num_virtual_tokens: Annotated[int, Field(ge=1), Range(1, 64, log=True)] = 20  # keys and values before the text, of each layer
+    # keys and values before the text, of each layer
+    num_virtual_tokens: Annotated[int, Field(ge=1), Range(1, 64, log=True)] = 20
     prefix_projection: bool = False  # made by a small network while they are trained, as in the paper
-    encoder_hidden_size: Annotated[int, Field(ge=1)] | None = None  # width of that network; not given: of the layer's keys
+    # width of that network; not given: of the layer's keys
+    encoder_hidden_size: Annotated[int, Field(ge=1)] | None = None
     target_modules: str | list[str] = rf".*\.({KEYS})"  # the modules that make keys
 
     def at(self, name):
@@ -48,14 +52,21 @@ class Prefix(Delta):
 
     def init(self, W):
         if self.part not in ("k", "qkv"):
-            raise ValueError("a prefix stands where keys are made: leave out target_modules, or name modules that make keys")
+            raise ValueError(
+                "a prefix stands where keys are made: leave out target_modules, or name modules that make"
+                " keys"
+            )
         wide = width(W.shape[0], W.shape[1], self.part)
         made = drawn(self.num_virtual_tokens, wide)
         if not self.prefix_projection:
             return made
         hidden = self.encoder_hidden_size or wide
         first, second = nn.Linear(wide, hidden), nn.Linear(hidden, 2 * wide)
-        own = {"vectors": torch.randn(self.num_virtual_tokens, wide), "first": first.weight.data, "first_bias": first.bias.data}
+        own = {
+            "vectors": torch.randn(self.num_virtual_tokens, wide),
+            "first": first.weight.data,
+            "first_bias": first.bias.data,
+        }
         return own | {"second": second.weight.data, "second_bias": second.bias.data}
 
     def ahead(self, p):

@@ -1,7 +1,7 @@
 """Prompt tuning: learned vectors before every sequence; the network itself stays as it is.
 
-Saved as PEFT's PROMPT_TUNING. Departs from PEFT: random vectors have the spread of the model's own embeddings, and
-vectors drawn from the vocabulary are different tokens, as far as there are enough.
+Saved as PEFT's PROMPT_TUNING. Departs from PEFT: random vectors have the spread of the model's own
+embeddings, and vectors drawn from the vocabulary are different tokens, as far as there are enough.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import ClassVar, Literal
 import torch
 
 from luthier.errors import RecipeError
-from luthier.registry import tuner
-from luthier.methods.tuners.prompts._prompt import Soft, words_of
 from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners.prompts._prompt import Soft, words_of
+from luthier.registry import tuner
 
 
 @tuner(
@@ -27,14 +27,17 @@ class Prompt(Tuner):
     on_quantized: ClassVar[bool] = True
 
     num_virtual_tokens: int = 20  # vectors before every sequence
-    prompt_tuning_init: Literal["sample_vocab", "text", "random"] = "sample_vocab"  # start: tokens drawn, tokens of a text, or noise
+    # start: tokens drawn, tokens of a text, or noise
+    prompt_tuning_init: Literal["sample_vocab", "text", "random"] = "sample_vocab"
     prompt_tuning_init_text: str = ""  # the text, repeated or cut to the number of vectors
 
     def __post_init__(self):
         if self.num_virtual_tokens < 1:
             raise RecipeError("num_virtual_tokens must be at least 1")
         if (self.prompt_tuning_init == "text") != bool(self.prompt_tuning_init_text):
-            raise RecipeError("prompt_tuning_init_text goes with prompt_tuning_init: text, and the other way round")
+            raise RecipeError(
+                "prompt_tuning_init_text goes with prompt_tuning_init: text, and the other way round"
+            )
 
     @torch.no_grad()
     def attach(self, model):

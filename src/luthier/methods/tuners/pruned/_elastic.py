@@ -1,7 +1,8 @@
-"""Sub-networks of one network: the first heads and feed-forward units of each layer, or no layer at all. As masks, and sliced.
+"""Sub-networks of one network: the first heads and feed-forward units of each layer, or no layer at all. As
+masks, and sliced.
 
-A shape is a tuple with (groups of heads, feed-forward units) of each layer; (0, 0) is a layer that is left out. A group is what
-shares keys and values: one head, or with grouped queries several.
+A shape is a tuple with (groups of heads, feed-forward units) of each layer; (0, 0) is a layer that is left
+out. A group is what shares keys and values: one head, or with grouped queries several.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ from luthier.errors import RecipeError
 from luthier.model.anatomy import layer_of, part_of
 
 Shape = tuple[tuple[int, int], ...]
-ROWS = {"q": 0, "k": 0, "v": 0, "up": 1, "gate": 1}  # parts that lose rows -> of which entry of a layer's shape
+# parts that lose rows -> of which entry of a layer's shape
+ROWS = {"q": 0, "k": 0, "v": 0, "up": 1, "gate": 1}
 COLUMNS = {"o": 0, "down": 1}  # parts that lose columns
 
 
 class Anatomy:
-    """Where the matrices of each layer are. Raises RecipeError where a network is not made of separate q, k, v, o, up and down."""
+    """Where the matrices of each layer are. Raises RecipeError where a network is not made of separate q, k,
+    v, o, up and down.
+    """
 
     def __init__(self, model: Any):
         text = model.config.get_text_config()
@@ -36,14 +40,18 @@ class Anatomy:
             if part:
                 places.setdefault(layer_of(f"{name}.") or ("", 0), {})[part] = name
         self.layers = list(places.values())
-        if not self.layers or any(not {"q", "k", "v", "o", "up", "down"} <= layer.keys() for layer in self.layers):
+        if not self.layers or any(
+            not {"q", "k", "v", "o", "up", "down"} <= layer.keys() for layer in self.layers
+        ):
             raise RecipeError(
-                f"{type(model).__name__} has no separate q, k, v, o, up and down in each layer, so it has no parts to leave out"
+                f"{type(model).__name__} has no separate q, k, v, o, up and down in each layer, so it has no"
+                " parts to leave out"
             )
         self.width = model.get_submodule(self.layers[0]["down"]).in_features
         first = next(iter(places))
         inner = {n for n, _ in model.get_submodule(f"{first[0]}.{first[1]}").named_children()}
-        self.skips = bool(inner & {"input_layernorm", "layernorm_before"})  # with norms before its halves, a silent layer is none
+        # with norms before its halves, a silent layer is none
+        self.skips = bool(inner & {"input_layernorm", "layernorm_before"})
 
     @property
     def whole(self) -> Shape:
@@ -57,11 +65,18 @@ class Anatomy:
     def check(self, shape: Shape) -> None:
         """Raises RecipeError for what is no shape of this network."""
         whole = self.whole
-        fits = len(shape) == len(whole) and all(0 <= a <= A and 0 <= b <= B and (a > 0) == (b > 0) for (a, b), (A, B) in zip(shape, whole))
+        fits = len(shape) == len(whole) and all(
+            0 <= a <= A and 0 <= b <= B and (a > 0) == (b > 0) for (a, b), (A, B) in zip(shape, whole)
+        )
         if not fits or not any(a for a, _ in shape):
-            raise RecipeError(f"{shape} is no sub-network: {len(whole)} layers of up to {whole[0]} (groups of heads, units), or (0, 0)")
+            raise RecipeError(
+                f"{shape} is no sub-network: {len(whole)} layers of up to {whole[0]} (groups of heads,"
+                " units), or (0, 0)"
+            )
         if not self.skips and any(a == 0 for a, _ in shape):
-            raise RecipeError("this network's norms come after what they norm, so none of its layers can be left out")
+            raise RecipeError(
+                "this network's norms come after what they norm, so none of its layers can be left out"
+            )
 
 
 @contextmanager
@@ -71,7 +86,10 @@ def masked(model: Any, anatomy: Anatomy, shape: Shape) -> Iterator[None]:
     hooks = []
 
     def cut(n: int):
-        return lambda module, args: (torch.cat([args[0][..., :n], torch.zeros_like(args[0][..., n:])], -1), *args[1:])
+        return lambda module, args: (
+            torch.cat([args[0][..., :n], torch.zeros_like(args[0][..., n:])], -1),
+            *args[1:],
+        )
 
     def silent(module: nn.Module, args: Any, y: Tensor) -> Tensor:
         return torch.zeros_like(y)
@@ -93,7 +111,9 @@ def masked(model: Any, anatomy: Anatomy, shape: Shape) -> Iterator[None]:
 
 @torch.no_grad()
 def reorder(model: Any, layer: dict[str, str], which: int, order: Tensor) -> None:
-    """Groups of heads (which: 0) or units (1) of a layer in another order, in place: the network answers as before."""
+    """Groups of heads (which: 0) or units (1) of a layer in another order, in place: the network answers as
+    before.
+    """
     for part, name in layer.items():
         if {**ROWS, **COLUMNS}.get(part) != which:
             continue
@@ -106,7 +126,9 @@ def reorder(model: Any, layer: dict[str, str], which: int, order: Tensor) -> Non
 
 
 def sliced(model: Any, anatomy: Anatomy, shape: Shape) -> Any:
-    """A copy that has only what the sub-network reads. All kept layers alike, it is a plain model that can be saved."""
+    """A copy that has only what the sub-network reads. All kept layers alike, it is a plain model that can be
+    saved.
+    """
     anatomy.check(shape)
     made = copy.deepcopy(model)
     for layer, units in zip(anatomy.layers, shape, strict=True):
@@ -117,7 +139,9 @@ def sliced(model: Any, anatomy: Anatomy, shape: Shape) -> Any:
                 continue
             side = 0 if part in ROWS else 1
             n = anatomy.kept(part, units[which], module.weight.shape[side])
-            module.weight = nn.Parameter(module.weight.detach().narrow(side, 0, n).clone(), module.weight.requires_grad)
+            module.weight = nn.Parameter(
+                module.weight.detach().narrow(side, 0, n).clone(), module.weight.requires_grad
+            )
             module.out_features, module.in_features = module.weight.shape
             if side == 0 and module.bias is not None:
                 module.bias = nn.Parameter(module.bias.detach()[:n].clone(), module.bias.requires_grad)
@@ -144,12 +168,20 @@ def sliced(model: Any, anatomy: Anatomy, shape: Shape) -> Any:
 
 
 def macs(model: Any, anatomy: Anatomy, shape: Shape) -> int:
-    """Multiplications with weights of linear modules that a token costs in a sub-network; attention itself is not counted."""
+    """Multiplications with weights of linear modules that a token costs in a sub-network; attention itself is
+    not counted.
+    """
     inside = {name for layer in anatomy.layers for name in layer.values()}
-    total = sum(m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in inside)
+    total = sum(
+        m.weight.numel() for n, m in model.named_modules() if isinstance(m, nn.Linear) and n not in inside
+    )
     for layer, units in zip(anatomy.layers, shape, strict=True):
         for part, name in layer.items():
             rows, columns = model.get_submodule(name).weight.shape
             which = {**ROWS, **COLUMNS}.get(part, 0)
-            total += anatomy.kept(part, units[which], rows) * columns if part in ROWS else rows * anatomy.kept(part, units[which], columns)
+            total += (
+                anatomy.kept(part, units[which], rows) * columns
+                if part in ROWS
+                else rows * anatomy.kept(part, units[which], columns)
+            )
     return total

@@ -1,9 +1,11 @@
-"""Elastic tuning (InstaTune): all weights move, and the network holds its sub-networks, the first units of each layer.
+"""Elastic tuning (InstaTune): all weights move, and the network holds its sub-networks, the first units of
+each layer.
 
-Before the first step the heads and feed-forward units of each layer are sorted by importance, the norm of what a unit says on a
-few rows times the norm of the weights that read it; the network answers as before. Estimator `elastic` then trains the whole and
-sub-networks drawn at each step, evaluator `pareto` looks for the best of them, and `sliced` makes one a model of its own.
-Departs from the paper: heads are left out by groups that share keys and values, and layers only where norms come first.
+Before the first step the heads and feed-forward units of each layer are sorted by importance, the norm of
+what a unit says on a few rows times the norm of the weights that read it; the network answers as before.
+Estimator `elastic` then trains the whole and sub-networks drawn at each step, evaluator `pareto` looks for
+the best of them, and `sliced` makes one a model of its own. Departs from the paper: heads are left out by
+groups that share keys and values, and layers only where norms come first.
 """
 
 from __future__ import annotations
@@ -17,11 +19,11 @@ import torch
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.registry import tuner
-from luthier.methods.tuners.pruned._elastic import COLUMNS, Anatomy, Shape, macs, masked, reorder, sliced
-from luthier.model.sensitivity import input_norms
-from luthier.methods.tuners.subset._subset import Weights
 from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners.pruned._elastic import COLUMNS, Anatomy, Shape, macs, masked, reorder, sliced
+from luthier.methods.tuners.subset._subset import Weights
+from luthier.model.sensitivity import input_norms
+from luthier.registry import tuner
 
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
 
@@ -46,7 +48,10 @@ class Nested(Weights):
         super().__init__(settings, model, lambda name, p: p.is_floating_point())
         self.anatomy = Anatomy(model)
         if min(settings.depth) < 1 and not self.anatomy.skips:
-            raise RecipeError("tuner 'elastic': this network's norms come after what they norm, so no layer can be left out: depth: [1.0]")
+            raise RecipeError(
+                "tuner 'elastic': this network's norms come after what they norm, so no layer can be left"
+                " out: depth: [1.0]"
+            )
 
     # --- what there is to choose
 
@@ -54,11 +59,15 @@ class Nested(Weights):
         """The numbers of head groups, feed-forward units and layers that a sub-network may have, ascending."""
         s, (groups, width) = self.settings, self.anatomy.whole[0]
         whole = ((s.heads, groups), (s.width, width), (s.depth, len(self.anatomy.layers)))
-        heads, widths, depths = (sorted({max(1, round(share * n)) for share in shares}) for shares, n in whole)
+        heads, widths, depths = (
+            sorted({max(1, round(share * n)) for share in shares}) for shares, n in whole
+        )
         return heads, widths, depths
 
     def shape(self, choices: Sequence[tuple[int, int]], layers: int) -> Shape:
-        """Units of each layer, and how many layers stay: those left out lie evenly between the first and the last."""
+        """Units of each layer, and how many layers stay: those left out lie evenly between the first and the
+        last.
+        """
         n = len(self.anatomy.layers)
         gone = {round((i + 1) * n / (n - layers + 1)) for i in range(n - layers)} if layers < n else set()
         gone = {min(n - 1, g) for g in gone}
@@ -85,8 +94,11 @@ class Nested(Weights):
     @contextmanager
     def whole(self):
         """Nothing left out, wherever it is asked: what a sub-network learns from."""
-        hooks = [(m, m._forward_hooks, m._forward_pre_hooks) for layer in self.anatomy.layers
-                 for m in (self.model.get_submodule(layer[part]) for part in COLUMNS)]  # fmt: skip
+        hooks = [
+            (m, m._forward_hooks, m._forward_pre_hooks)
+            for layer in self.anatomy.layers
+            for m in (self.model.get_submodule(layer[part]) for part in COLUMNS)
+        ]
         for m, after, before in hooks:
             m._forward_hooks, m._forward_pre_hooks = type(after)(), type(before)()
         try:
@@ -107,7 +119,8 @@ class Nested(Weights):
         """A sub-network whose layers are alike, as a plain model on disk. Raises RecipeError for another."""
         if len({s for s in shape if s[0]}) > 1:
             raise RecipeError(
-                "a plain model has layers of one size, and this sub-network's differ: use `sliced` in Python, or another shape"
+                "a plain model has layers of one size, and this sub-network's differ: use `sliced` in Python,"
+                " or another shape"
             )
         self.sliced(shape).save_pretrained(folder)
 

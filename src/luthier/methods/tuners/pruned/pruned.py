@@ -1,12 +1,19 @@
 """Pruned: the least weights of every matrix become zero when a run begins and stay it; all others move.
 
-Sparse fine-tuning of a model that is to be small and fast to read. The start is kept by whoever plays `start`, so the dense
-model can teach (`squarehead`, `distill`). Which are the least is told by their `magnitude`; by `wanda` (arXiv:2306.11695),
-|w| times the norm of what its column reads on the first rows; or by `sparsegpt` (arXiv:2301.00774), w^2 over the diagonal of
-the inverse of X X', where besides what a zero does wrong is made good by the columns yet to come. Zeros are counted in each row
-of a matrix (sparsegpt: in each block of columns), or, with a pattern, n of every m neighbours are kept, which hardware reads
-faster. To raise sparsity in steps, write the acts of a plan with a higher one each. Departs: in one go, and the matrices that
-are gathered in one reading of the rows (all, in a small model) read what the dense model makes, where the papers prune layer
+Sparse fine-tuning of a model that is to be small and fast to read. The start is kept by whoever plays
+`start`, so the dense
+model can teach (`squarehead`, `distill`). Which are the least is told by their `magnitude`; by `wanda`
+(arXiv:2306.11695),
+|w| times the norm of what its column reads on the first rows; or by `sparsegpt` (arXiv:2301.00774), w^2 over
+the diagonal of
+the inverse of X X', where besides what a zero does wrong is made good by the columns yet to come. Zeros are
+counted in each row
+of a matrix (sparsegpt: in each block of columns), or, with a pattern, n of every m neighbours are kept, which
+hardware reads
+faster. To raise sparsity in steps, write the acts of a plan with a higher one each. Departs: in one go, and
+the matrices that
+are gathered in one reading of the rows (all, in a small model) read what the dense model makes, where the
+papers prune layer
 after layer.
 """
 
@@ -21,11 +28,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import RecipeError
-from luthier.registry import tuner
+from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners.subset._subset import Weights
 from luthier.model.anatomy import layer_of
 from luthier.model.calibration import statistics
-from luthier.methods.tuners.subset._subset import Weights
-from luthier.methods.tuners._base import Tuner
+from luthier.registry import tuner
 
 PATTERN = re.compile(r"(\d+):(\d+)")
 
@@ -35,17 +42,21 @@ class Pruned(Tuner):
     """All weights, the matrices of the layers with zeros that stay."""
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5  # share of every matrix that is zero
-    pattern: str | None = None  # e.g. "2:4": of every four neighbours in a row two are kept, in place of sparsity
+    # e.g. "2:4": of every four neighbours in a row two are kept, in place of sparsity
+    pattern: str | None = None
     criterion: Literal["magnitude", "wanda", "sparsegpt"] = "magnitude"  # by what a weight is the least
     init_rows: Annotated[int, Field(ge=1)] = 64  # rows that wanda and sparsegpt read
     block_size: Annotated[int, Field(ge=1)] = 128  # columns that sparsegpt compares at once
-    damp_percent: Annotated[float, Field(gt=0)] = 0.01  # of sparsegpt's X X': of its mean diagonal, added to it
+    # of sparsegpt's X X': of its mean diagonal, added to it
+    damp_percent: Annotated[float, Field(gt=0)] = 0.01
 
     def __post_init__(self):
         if self.pattern is not None:
             found = PATTERN.fullmatch(self.pattern)
             if not found or not 0 < int(found[1]) < int(found[2]):
-                raise RecipeError(f"pattern: '{self.pattern}' is not of the form kept:neighbours, such as 2:4")
+                raise RecipeError(
+                    f"pattern: '{self.pattern}' is not of the form kept:neighbours, such as 2:4"
+                )
 
     def attach(self, model):
         return Zeros(self, model)
@@ -69,7 +80,9 @@ class Pruned(Tuner):
         return m - keep, m
 
     def repaired(self, W: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
-        """[out, in] weights, [in, in] X X' -> which entries stay, and the weights with what the zeros do wrong made good."""
+        """[out, in] weights, [in, in] X X' -> which entries stay, and the weights with what the zeros do
+        wrong made good.
+        """
         W, H = W.clone(), H.clone()
         H.diagonal().add_(self.damp_percent * H.diagonal().mean().clamp(min=1e-8))
         U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
@@ -82,7 +95,9 @@ class Pruned(Tuner):
             if not m:
                 worth = (W[:, start:end] / U.diagonal()[start:end]).square().flatten()
                 least = worth.argsort(stable=True)[: round(self.sparsity * worth.numel())]
-                stays[:, start:end] = torch.ones_like(worth, dtype=torch.bool).index_fill_(0, least, False).view(len(W), -1)
+                stays[:, start:end] = (
+                    torch.ones_like(worth, dtype=torch.bool).index_fill_(0, least, False).view(len(W), -1)
+                )
             for k in range(start, end):
                 if m and k % m == 0:  # neighbours are compared as what came before them has left them
                     worth = (W[:, k : k + m] / U.diagonal()[k : k + m]).square()
@@ -118,7 +133,10 @@ class Zeros(Weights):
             for name in self.matrices:
                 self.prune(name, said.kept(self.weight(name)))
         else:  # one reading of the rows gathers as many layers as there is room for
-            layers = {n.removesuffix(".weight"): self.model.get_submodule(n.removesuffix(".weight")) for n in self.matrices}
+            layers = {
+                n.removesuffix(".weight"): self.model.get_submodule(n.removesuffix(".weight"))
+                for n in self.matrices
+            }
             for layer, C in statistics("covariance", layers, rows[: said.init_rows], roles):
                 name = f"{layer}.weight"
                 if said.criterion == "wanda":

@@ -1,4 +1,6 @@
-"""Tuning a quantized base itself: what is continuous in its codes by gradients, and the codes by steps of their own."""
+"""Tuning a quantized base itself: what is continuous in its codes by gradients, and the codes by steps of
+their own.
+"""
 
 from __future__ import annotations
 
@@ -9,33 +11,39 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from luthier.storage import store
 from luthier.errors import RecipeError
-from luthier.model import quantized as files
-from luthier.model.experts import stacked
 from luthier.methods.quantizers._base import modules, opened
 from luthier.methods.tuners._base import Attached, Site
+from luthier.model import quantized as files
+from luthier.model.experts import stacked
+from luthier.storage import store
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
 class Recoded(Attached):
-    """Codes and what is continuous in them. The settings say `step(name, module, gradient, memory)`, which moves codes."""
+    """Codes and what is continuous in them. The settings say `step(name, module, gradient, memory)`, which
+    moves codes.
+    """
 
     def __init__(self, settings: Any, model: Network):
         super().__init__(settings, model)
         self.coded = modules(model)
         if not self.coded:
             raise RecipeError(
-                f"tuner '{settings.name}' tunes a quantized base: say which, e.g. `quantization: {{name: rtn, bits_per_weight: 2}}`"
+                f"tuner '{settings.name}' tunes a quantized base: say which, e.g. `quantization: {{name: rtn,"
+                " bits_per_weight: 2}`"
             )
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise RecipeError(f"tuner '{settings.name}' is for one process: the gradients that move codes are not shared")
+            raise RecipeError(
+                f"tuner '{settings.name}' is for one process: the gradients that move codes are not shared"
+            )
         for name, m in self.coded.items():
             if not m.quantizer.continuous:
                 raise RecipeError(
-                    f"tuner '{settings.name}': nothing in the codes of quantizer '{m.quantizer.name}' is continuous ({name}); take rtn or vq"
+                    f"tuner '{settings.name}': nothing in the codes of quantizer '{m.quantizer.name}' is"
+                    f" continuous ({name}); take rtn or vq"
                 )
         for p in model.parameters():
             p.requires_grad_(settings.tune_rest)
@@ -64,7 +72,12 @@ class Recoded(Attached):
         return self.found
 
     def buffers(self):
-        return {f"{n}.{k}": t for n, m in self.coded.items() for k, t in m.codes.items() if k not in m.quantizer.continuous}
+        return {
+            f"{n}.{k}": t
+            for n, m in self.coded.items()
+            for k, t in m.codes.items()
+            if k not in m.quantizer.continuous
+        }
 
     def memory(self):
         return self.kept
@@ -77,7 +90,9 @@ class Recoded(Attached):
         for name, m in self.coded.items():
             if (grad := self.seen.pop(name, None)) is not None:
                 mine = {k.rpartition(".")[2]: t for k, t in self.kept.items() if k.startswith(f"{name}.")}
-                for k, value in self.settings.step(m.quantizer, m.codes, m.size, grad, mine, clock.step + 1).items():
+                for k, value in self.settings.step(
+                    m.quantizer, m.codes, m.size, grad, mine, clock.step + 1
+                ).items():
                     m.codes[k].copy_(value)
 
     def _read(self) -> dict[str, Tensor]:
@@ -120,7 +135,11 @@ class Recoded(Attached):
             return super().read(folder)
         from safetensors.torch import load_file
 
-        codes = {f"{n}.{k}": t for n, (_, held) in files.read(Path(folder) / CODES).items() for k, t in held.items()}
+        codes = {
+            f"{n}.{k}": t
+            for n, (_, held) in files.read(Path(folder) / CODES).items()
+            for k, t in held.items()
+        }
         rest = {f"{n}.weight": t for n, t in load_file(str(Path(folder) / REST)).items()}
         return {k: torch.zeros_like(t) for k, t in self.kept.items()} | codes | rest
 

@@ -14,25 +14,31 @@ from torch import Tensor, nn
 
 from luthier.errors import RecipeError
 from luthier.methods.quantizers._base import Quantized
+from luthier.methods.tuners._base import Site
 from luthier.methods.tuners._delta import lies_sideways
 from luthier.methods.tuners._peft import ADAPTER, Layer, OnPeft, config_of, plain_settings
 from luthier.methods.tuners.sparse._sparse import largest, place_type
-from luthier.methods.tuners._base import Site
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
 class Lottery(OnPeft):
-    """Until the choice the modules' own weights move and where they began is kept; afterwards the other way round."""
+    """Until the choice the modules' own weights move and where they began is kept; afterwards the other way
+    round.
+    """
 
     def __init__(self, settings: Any, model: Network):
         super().__init__(settings, model, config_of(type(settings))(**plain_settings(settings)))
         self.sparse = {n: m for n, m in self.layers.items() if isinstance(m, Layer)}
         coded = next((n for n, m in self.sparse.items() if isinstance(m.get_base_layer(), Quantized)), None)
         if coded and settings.counts is None:
-            raise RecipeError(f"tuner 'lt_sft' moves whole weights first, and that of {coded} is quantized: give a base that is not")
-        self.began: dict[str, Tensor] = {}  # module -> where its weight began; empty once the places are chosen
+            raise RecipeError(
+                f"tuner 'lt_sft' moves whole weights first, and that of {coded} is quantized: give a base"
+                " that is not"
+            )
+        # module -> where its weight began; empty once the places are chosen
+        self.began: dict[str, Tensor] = {}
         if settings.counts is None:
             self._dense()
 
@@ -43,7 +49,11 @@ class Lottery(OnPeft):
         for name, layer in self.sparse.items():
             weight = layer.get_base_layer().weight.requires_grad_(True)
             self.began[name] = weight.detach().clone()
-            self._hold(layer, torch.zeros(0, dtype=place_type(weight.numel()), device=weight.device), weight.new_zeros(0))
+            self._hold(
+                layer,
+                torch.zeros(0, dtype=place_type(weight.numel()), device=weight.device),
+                weight.new_zeros(0),
+            )
 
     def _sparse(self, places: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None) -> None:
         """Put all weights back; these places move from here on."""
@@ -75,7 +85,7 @@ class Lottery(OnPeft):
         """The places that moved furthest, over all modules together; rewind: their values start at zero."""
         total = sum(w.numel() for w in self.began.values())
         k = max(1, round(self.settings.density * total))
-        places = largest({n: (lambda n=n: self._moved(n).abs().flatten()) for n in self.began}, k)
+        places = largest({n: lambda n=n: self._moved(n).abs().flatten() for n in self.began}, k)
         values = None if rewind else {n: self._moved(n).flatten()[p] for n, p in places.items()}
         self._sparse({n: p.to(place_type(self.began[n].numel())) for n, p in places.items()}, values)
 
@@ -101,7 +111,12 @@ class Lottery(OnPeft):
         counts = {n: len(tensors[f"{n}.values"]) for n in self.sparse if f"{n}.values" in tensors}
         if len(counts) == len(self.sparse) and counts != self.settings.counts:
             bases = {n: self.sparse[n].get_base_layer().weight for n in counts}
-            self._sparse({n: torch.zeros(k, dtype=place_type(bases[n].numel()), device=bases[n].device) for n, k in counts.items()})
+            self._sparse(
+                {
+                    n: torch.zeros(k, dtype=place_type(bases[n].numel()), device=bases[n].device)
+                    for n, k in counts.items()
+                }
+            )
         elif not counts and not self.began:
             self._dense()
         super().load(tensors)
@@ -159,7 +174,9 @@ class Lottery(OnPeft):
         if said.is_file() and (Path(folder) / "adapter_model.safetensors").is_file():
             counts = json.loads(said.read_text(encoding="utf-8")).get("counts") or {}
             own = {n: self.sparse[n].get_base_layer().weight for n in self.sparse}
-            zeros = lambda n: torch.zeros(counts.get(n, 0), dtype=place_type(own[n].numel()), device=own[n].device)
+            zeros = lambda n: torch.zeros(
+                counts.get(n, 0), dtype=place_type(own[n].numel()), device=own[n].device
+            )
             with torch.no_grad():
                 self._sparse({n: zeros(n) for n in self.sparse})
         return super().read(folder)

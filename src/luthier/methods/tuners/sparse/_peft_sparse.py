@@ -1,4 +1,6 @@
-"""Deltas with places that change while they are trained: their life on a model. Beside _peft.py, as _peft_lora.py is."""
+"""Deltas with places that change while they are trained: their life on a model. Beside _peft.py, as
+_peft_lora.py is.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,8 @@ from torch import Tensor
 
 from luthier.errors import RecipeError
 from luthier.methods.tuners._delta import oriented
-from luthier.methods.tuners.pruned._elastic import Anatomy, reorder, sliced
 from luthier.methods.tuners._peft import ADAPTER, Layer, OnPeft, _plain_state, config_of, plain_settings
+from luthier.methods.tuners.pruned._elastic import Anatomy, reorder, sliced
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -22,8 +24,15 @@ class Regrowing(OnPeft):
     """What is gathered toward the next exchange belongs to the state, so a run resumes amid an interval."""
 
     def __init__(self, settings: Any, model: Network):
-        if settings.watches(0) and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise RecipeError(f"tuner '{settings.name}': growth `ag` is for one process; on several take `selection_algorithm: ma`")
+        if (
+            settings.watches(0)
+            and torch.distributed.is_initialized()
+            and torch.distributed.get_world_size() > 1
+        ):
+            raise RecipeError(
+                f"tuner '{settings.name}': growth `ag` is for one process; on several take"
+                " `selection_algorithm: ma`"
+            )
         super().__init__(settings, model, config_of(type(settings))(**plain_settings(settings)))
         self.sparse = {n: m for n, m in self.layers.items() if isinstance(m, Layer)}
         self.gathered: dict[str, dict[str, Tensor]] = {}
@@ -46,7 +55,9 @@ class Regrowing(OnPeft):
                 for t in found.values():
                     t.zero_()
             held = cast(Any, layer.held[ADAPTER])
-            held.watch = (lambda G, found=found: method.gather(G, found)) if method.watches(clock.step) else None
+            held.watch = (
+                (lambda G, found=found: method.gather(G, found)) if method.watches(clock.step) else None
+            )
 
     def renewed(self, site):
         mask = self.masks.pop(site, None)
@@ -68,10 +79,17 @@ class Pruning(OnPeft):
             settings = replace(settings, groups=self.anatomy.groups)
         super().__init__(settings, model, config_of(type(settings))(**plain_settings(settings)))
         self.pruned = {n: m for n, m in self.layers.items() if isinstance(m, Layer)}
-        scaled = [part for part, share in (("o", settings.head_sparsity), ("down", settings.ffn_sparsity)) if share]
-        for name in (layer[part] for layer in (self.anatomy.layers if self.anatomy else ()) for part in scaled):
+        scaled = [
+            part for part, share in (("o", settings.head_sparsity), ("down", settings.ffn_sparsity)) if share
+        ]
+        for name in (
+            layer[part] for layer in (self.anatomy.layers if self.anatomy else ()) for part in scaled
+        ):
             if name not in self.pruned:
-                raise RecipeError(f"tuner 'dsee': heads and units are scaled where they are read, so target_modules must hold {name}")
+                raise RecipeError(
+                    "tuner 'dsee': heads and units are scaled where they are read, so target_modules must"
+                    f" hold {name}"
+                )
 
     def before_step(self, clock):
         how, due = self.settings, round(self.settings.prune_at * clock.total)
@@ -88,14 +106,22 @@ class Pruning(OnPeft):
         return {} if c is None else {"c": self.settings.l1_weight * c.detach().sign()}
 
     def kept(self, layer: dict[str, str], part: str) -> Tensor | None:
-        """[units] which of the heads that `o` reads, or of the units that `down` reads, are still there; None: all."""
-        c = getattr(self.pruned[layer[part]].tensors(ADAPTER), "c", None) if layer[part] in self.pruned else None
+        """[units] which of the heads that `o` reads, or of the units that `down` reads, are still there;
+        None: all.
+        """
+        c = (
+            getattr(self.pruned[layer[part]].tensors(ADAPTER), "c", None)
+            if layer[part] in self.pruned
+            else None
+        )
         return None if c is None else c.detach() != 0
 
     def sliced(self, heads: bool = True) -> Any:
         """The tuned network as a plain one without what has left; heads: slice these, too."""
         if self.anatomy is None:
-            raise RecipeError("tuner 'dsee' takes nothing out as a whole without head_sparsity or ffn_sparsity")
+            raise RecipeError(
+                "tuner 'dsee' takes nothing out as a whole without head_sparsity or ffn_sparsity"
+            )
         with self.merged():
             state = _plain_state(self.model)
         made: Any = type(self.model)(copy.deepcopy(self.model.config))
@@ -113,7 +139,9 @@ class Pruning(OnPeft):
         return sliced(made.eval(), self.anatomy, tuple(shape))
 
     def export_merged(self, folder):
-        """Without the units that have left, and without the heads where a config can say so many heads of that size."""
+        """Without the units that have left, and without the heads where a config can say so many heads of
+        that size.
+        """
         if self.anatomy is None:
             return super().export_merged(folder)
         self.sliced(heads=hasattr(self.model.config.get_text_config(), "head_dim")).save_pretrained(folder)

@@ -1,8 +1,9 @@
 """Sparse deltas: W + S, where S has k entries. Kept as k places and k values; added up, adapters compose.
 
-Nothing of a weight's size outlives its layer: S is spread out to multiply with and let go, and so is the gradient of W'
-in the backward pass, of which the k entries remain. `p.watch`, where it is set, sees that gradient before it goes: this
-is how supports grow from gradients. Quantized bases are never unpacked, since S only adds to what they say.
+Nothing of a weight's size outlives its layer: S is spread out to multiply with and let go, and so is the
+gradient of W' in the backward pass, of which the k entries remain. `p.watch`, where it is set, sees that
+gradient before it goes: this is how supports grow from gradients. Quantized bases are never unpacked, since S
+only adds to what they say.
 """
 
 from __future__ import annotations
@@ -14,17 +15,19 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from luthier.registry import Range, family
 from luthier.methods.tuners._delta import Delta, frozen
+from luthier.registry import Range, family
 
 
 @family
 class Sparse(Delta):
     """Family: some entries of every chosen weight move, each by its own number."""
 
-    precise: ClassVar[bool] = False  # S is multiplied with as W is: its values stay in fp32, and x S' has the model's precision
+    # S is multiplied with as W is: its values stay in fp32, and x S' has the model's precision
+    precise: ClassVar[bool] = False
 
-    density: Annotated[float, Field(gt=0, le=1), Range(0.001, 0.1, log=True)] = 0.01  # share of each weight's entries that move
+    # share of each weight's entries that move
+    density: Annotated[float, Field(gt=0, le=1), Range(0.001, 0.1, log=True)] = 0.01
 
     def count(self, W: Tensor) -> int:
         """How many entries of this weight move; one at least."""
@@ -48,7 +51,9 @@ class Sparse(Delta):
 
 
 def some_of(n: int, k: int) -> Tensor:
-    """[k] different numbers below n, each set of them as likely as any other. Takes memory and time for k, not for n."""
+    """[k] different numbers below n, each set of them as likely as any other. Takes memory and time for k,
+    not for n.
+    """
     if 2 * k > n:
         return torch.randperm(n)[:k]
     drawn = torch.randint(n, (k,)).unique()
@@ -58,7 +63,9 @@ def some_of(n: int, k: int) -> Tensor:
 
 
 def greatest(values: Tensor, k: int) -> Tensor:
-    """[k] positions of the largest of [n] values. Where k is a small share of many, a sample tells below which none can be one."""
+    """[k] positions of the largest of [n] values. Where k is a small share of many, a sample tells below
+    which none can be one.
+    """
     n, sample = len(values), 2**16
     if n < 2**20 or 8 * k > n:
         return values.topk(k).indices
@@ -79,8 +86,12 @@ def spread(values: Tensor, indices: Tensor, shape: tuple[int, ...] | torch.Size)
     return flat.index_copy(0, indices.long(), values).view(*shape)
 
 
-def add(x: Tensor, y: Tensor, values: Tensor, indices: Tensor, watch: Callable[[Tensor], None] | None = None) -> Tensor:
-    """x [.., in], y [.., out] -> y + x S'. watch is called with the gradient of S, [out, in], as if all entries moved."""
+def add(
+    x: Tensor, y: Tensor, values: Tensor, indices: Tensor, watch: Callable[[Tensor], None] | None = None
+) -> Tensor:
+    """x [.., in], y [.., out] -> y + x S'. watch is called with the gradient of S, [out, in], as if all
+    entries moved.
+    """
     return _Add.apply(x, y, values, indices, watch)
 
 
@@ -108,15 +119,21 @@ class _Add(torch.autograd.Function):
 
 
 def largest(magnitudes: Mapping[str, Callable[[], Tensor]], k: int) -> dict[str, Tensor]:
-    """The k largest of several tensors together: name -> flat places. Each is made when asked for; they are never side by side.
+    """The k largest of several tensors together: name -> flat places. Each is made when asked for; they are
+    never side by side.
 
-    The threshold is found by halving: non-negative floats are in the order of their bits. Of equals the first are taken.
+    The threshold is found by halving: non-negative floats are in the order of their bits. Of equals the first
+    are taken.
     """
     low, high = 0, torch.tensor(float("inf")).view(torch.int32).item()
     while low < high:  # the greatest threshold that at least k numbers reach
         middle = (low + high + 1) // 2
         bound = torch.tensor(middle, dtype=torch.int32).view(torch.float32).item()
-        low, high = (middle, high) if sum(int((make() >= bound).sum()) for make in magnitudes.values()) >= k else (low, middle - 1)
+        low, high = (
+            (middle, high)
+            if sum(int((make() >= bound).sum()) for make in magnitudes.values()) >= k
+            else (low, middle - 1)
+        )
     bound = torch.tensor(low, dtype=torch.int32).view(torch.float32).item()
     above = {n: (make() > bound).nonzero().flatten() for n, make in magnitudes.items()}
     left, out = k - sum(len(p) for p in above.values()), {}
@@ -134,9 +151,11 @@ def smallest(values: Tensor, n: int) -> Tensor:
 
 @torch.no_grad()
 def regrow(values: Tensor, indices: Tensor, dropped: Tensor, grown: Tensor) -> Tensor:
-    """Exchange places: what stood at positions `dropped` (of values) goes, and the flat places `grown` come in, at zero.
+    """Exchange places: what stood at positions `dropped` (of values) goes, and the flat places `grown` come
+    in, at zero.
 
-    A place that goes and comes at once stays as it is. In place. Returns the [k] mask of what is new, for `Attached.renewed`.
+    A place that goes and comes at once stays as it is. In place. Returns the [k] mask of what is new, for
+    `Attached.renewed`.
     """
     leaving = indices[dropped].long()
     stays = torch.isin(leaving, grown)

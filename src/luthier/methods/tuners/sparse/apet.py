@@ -1,8 +1,9 @@
-"""APET: arbitrary few parameters. A number n of weights, wherever they stand, moves: n positions drawn evenly from all chosen matrices.
+"""APET: arbitrary few parameters. A number n of weights, wherever they stand, moves: n positions drawn evenly
+from all chosen matrices.
 
-For studies of how much tuning is owed to structure and how much to the mere number of moving parameters: set n to what
-another tuner moves and compare. Which positions follows from the seed alone. Departs from the paper: positions lie in
-linear modules and embeddings (its counts of biases and norms are tuner 'bitfit').
+For studies of how much tuning is owed to structure and how much to the mere number of moving parameters: set
+n to what another tuner moves and compare. Which positions follows from the seed alone. Departs from the
+paper: positions lie in linear modules and embeddings (its counts of biases and norms are tuner 'bitfit').
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from pydantic import Field
 
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.registry import tuner
 from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners.sparse._sparse import Sparse
+from luthier.registry import tuner
 
 
 @tuner(row="apet", gives="off merge")
 class APET(Sparse):
     """Random positions, n in all."""
 
-    n: Annotated[int, Field(ge=1)] | None = None  # entries that move, over all chosen modules; null: density of them
+    # entries that move, over all chosen modules; null: density of them
+    n: Annotated[int, Field(ge=1)] | None = None
     selection_seed: int = 0  # of the draw of positions
     counts: dict[str, int] | None = None  # how many entries of each module; filled in when attached
 
@@ -39,10 +41,14 @@ class APET(Sparse):
         if n > total:
             raise RecipeError(f"tuner 'apet': n: {n} positions, and the chosen modules have {total} weights")
         fitted = replace(self, n=n, counts=spread_over(sizes, n, Clock(self.selection_seed).rng("apet")))
-        return Delta.attach(replace(fitted, target_modules=[k for k, v in (fitted.counts or {}).items() if v]), model)
+        return Delta.attach(
+            replace(fitted, target_modules=[k for k, v in (fitted.counts or {}).items() if v]), model
+        )
 
     def at(self, name):
-        return replace(self, n=(self.counts or {})[name], selection_seed=Clock(self.selection_seed).fold("apet", name))
+        return replace(
+            self, n=(self.counts or {})[name], selection_seed=Clock(self.selection_seed).fold("apet", name)
+        )
 
     def count(self, W):
         return self.n or 1

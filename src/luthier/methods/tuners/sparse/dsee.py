@@ -1,11 +1,13 @@
-"""DSEE: M W + s B A + S. A low-rank and a sparse update of W, and after a while a mask M that keeps only W's larger part.
+"""DSEE: M W + s B A + S. A low-rank and a sparse update of W, and after a while a mask M that keeps only W's
+larger part.
 
-S has `n_sparse` entries at places where a low-rank part explains W least (greedy bilateral decomposition of W itself).
-At `prune_at` of the run the smallest |W + s B A + S| are cut out of W for good, and A, B and S learn on. Structured: what every
-head and every feed-forward unit says is multiplied by a coefficient, which starts at one and moves along, pulled towards zero by
-an L1 penalty; at `prune_at` those with the smallest leave, the other coefficients stay as they are. `sliced` makes the rest a
-smaller model, and so does a merged export. Departs: shares are of each module or layer by itself, not of all; heads leave by
-groups that share keys and values. The mask is kept a byte for each entry while training, and saved so.
+S has `n_sparse` entries at places where a low-rank part explains W least (greedy bilateral decomposition of W
+itself). At `prune_at` of the run the smallest |W + s B A + S| are cut out of W for good, and A, B and S learn
+on. Structured: what every head and every feed-forward unit says is multiplied by a coefficient, which starts
+at one and moves along, pulled towards zero by an L1 penalty; at `prune_at` those with the smallest leave, the
+other coefficients stay as they are. `sliced` makes the rest a smaller model, and so does a merged export.
+Departs: shares are of each module or layer by itself, not of all; heads leave by groups that share keys and
+values. The mask is kept a byte for each entry while training, and saved so.
 """
 
 from __future__ import annotations
@@ -18,10 +20,10 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from luthier.registry import Range, tuner
-from luthier.model.anatomy import part_of
 from luthier.methods.tuners._delta import Delta, frozen, oriented
 from luthier.methods.tuners.sparse._sparse import add, place_type, smallest, some_of, spread
+from luthier.model.anatomy import part_of
+from luthier.registry import Range, tuner
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -33,13 +35,17 @@ class DSEE(Delta):
     r: Annotated[int, Field(ge=1), Range(4, 64, log=True)] = 16  # rank of B A
     lora_alpha: float = 32  # scale of B A, before division by r
     n_sparse: Annotated[int, Field(ge=0)] = 64  # entries of S in each matrix
-    support: Literal["decompose", "random"] = "decompose"  # where they are: where W is least low-rank, or anywhere
+    # where they are: where W is least low-rank, or anywhere
+    support: Literal["decompose", "random"] = "decompose"
     sparsity: Share = 0.0  # share of W's entries that the mask takes out; 0: no mask
-    head_sparsity: Share = 0.0  # share of each layer's heads that leave (the paper: 0.25); 0: heads have no coefficients
-    ffn_sparsity: Share = 0.0  # share of each layer's feed-forward units that leave (the paper: 0.4); 0: units have none
+    # share of each layer's heads that leave (the paper: 0.25); 0: heads have no coefficients
+    head_sparsity: Share = 0.0
+    # share of each layer's feed-forward units that leave (the paper: 0.4); 0: units have none
+    ffn_sparsity: Share = 0.0
     l1_weight: Annotated[float, Field(ge=0)] = 1e-4  # of the coefficients' absolute values, beside the loss
     prune_at: Annotated[float, Field(ge=0, le=1)] = 0.5  # when, as a share of the run
-    groups: int = 0  # heads of a layer, those that share keys and values as one; filled in when it is attached
+    # heads of a layer, those that share keys and values as one; filled in when it is attached
+    groups: int = 0
     part: str = ""  # what a module does in its layer; filled in for each
 
     @property
@@ -56,7 +62,13 @@ class DSEE(Delta):
 
     def units(self, width: int) -> int:
         """How many coefficients a module has for its `width` columns, which read what heads or units say."""
-        return self.groups if self.part == "o" and self.head_sparsity else width if self.part == "down" and self.ffn_sparsity else 0
+        return (
+            self.groups
+            if self.part == "o" and self.head_sparsity
+            else width
+            if self.part == "down" and self.ffn_sparsity
+            else 0
+        )
 
     def init(self, W):
         n, scale = min(self.n_sparse, W.numel()), W.shape[1] ** -0.5
@@ -97,7 +109,9 @@ class DSEE(Delta):
 
     @torch.no_grad()
     def prune(self, W: Tensor, p) -> None:
-        """Take the smallest entries of the tuned weight out of W, as it is tuned now, and the least of heads or units out of all."""
+        """Take the smallest entries of the tuned weight out of W, as it is tuned now, and the least of heads
+        or units out of all.
+        """
         if self.sparsity:
             size = (W.float() + self.change(W.float(), p)).abs().flatten()
             p.mask.view(-1)[size.argsort()[: round(self.sparsity * size.numel())]] = False
@@ -113,7 +127,9 @@ def columns(c: Tensor, width: int) -> Tensor:
 
 
 def low_rank_and_sparse(W: Tensor, rank: int, k: int, rounds: int = 20) -> tuple[Tensor, Tensor, Tensor]:
-    """W [out, in] ~ U V + S by alternating QR steps: U [out, rank], V [rank, in], S with k entries. The rank grows on the way."""
+    """W [out, in] ~ U V + S by alternating QR steps: U [out, rank], V [rank, in], S with k entries. The rank
+    grows on the way.
+    """
     S, V = torch.zeros_like(W), torch.empty(0, W.shape[1], device=W.device)
     grow, U = max(1, rank // 4), W.new_zeros(W.shape[0], 0)
     for _ in range(rounds):

@@ -1,12 +1,13 @@
-"""LT-SFT: all weights move first; of those that moved furthest, K are chosen, all are put back, and only the K move.
+"""LT-SFT: all weights move first; of those that moved furthest, K are chosen, all are put back, and only the
+K move.
 
-The sparse difference is the adapter: composable by addition, as for zero-shot transfer, where one learned on a language's
-text and one learned on a task in another language are added (`PeftModel` with both active, or the one merged into the
-model on which the other is learned). K is counted over all chosen modules together.
+The sparse difference is the adapter: composable by addition, as for zero-shot transfer, where one learned on
+a language's text and one learned on a task in another language are added (`PeftModel` with both active, or
+the one merged into the model on which the other is learned). K is counted over all chosen modules together.
 
-Departs: both phases are one run, so they share its learning-rate schedule (constant is nearest to the paper's two), and
-what was saved before the choice is the K largest differences as they stand then. K is chosen at once, not in several
-rounds, and without the L1 term. Norms stay where they are unless named.
+Departs: both phases are one run, so they share its learning-rate schedule (constant is nearest to the paper's
+two), and what was saved before the choice is the K largest differences as they stand then. K is chosen at
+once, not in several rounds, and without the L1 term. Norms stay where they are unless named.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
-from luthier.registry import tuner
 from luthier.methods.tuners.sparse._sparse import Sparse
+from luthier.registry import tuner
 
 
 @tuner(paper="arXiv:2110.07560", row="lt-sft", gives="off merge")

@@ -1,9 +1,10 @@
 """R-AMT: the weights stay as they are, and a mask over them is learned: W * [M > t], one number M per weight.
 
-The gradient goes through the threshold as if it were not there (dL/dM is that of the mask's entry). What is saved are bits, an
-eighth of a byte per weight; M itself lives in checkpoints. Merged, the masked weights are zeros. Its regulariser, gradient
-dropout, is estimator 'gradient_dropout' with objective `sft + kl`. Departs from the paper: for transformers that write,
-the attention of every layer is the default, where the paper masks CLIP's image encoder.
+The gradient goes through the threshold as if it were not there (dL/dM is that of the mask's entry). What is
+saved are bits, an eighth of a byte per weight; M itself lives in checkpoints. Merged, the masked weights are
+zeros. Its regulariser, gradient dropout, is estimator 'gradient_dropout' with objective `sft + kl`. Departs
+from the paper: for transformers that write, the attention of every layer is the default, where the paper
+masks CLIP's image encoder.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from luthier.errors import RecipeError
-from luthier.registry import tuner
-from luthier.model.anatomy import kind_of, part_of
 from luthier.methods.tuners._delta import Delta, frozen
+from luthier.model.anatomy import kind_of, part_of
+from luthier.registry import tuner
 
 
 @tuner(paper="arXiv:2307.15049", row="r-amt", gives="off merge")
@@ -27,7 +28,8 @@ class RAMT(Delta):
 
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
 
-    where: Literal["attention", "mlp", "all"] = "attention"  # which matrices of the layers, unless target_modules names modules
+    # which matrices of the layers, unless target_modules names modules
+    where: Literal["attention", "mlp", "all"] = "attention"
     mask_init: float = 1e-2  # M at the start, above the threshold: nothing is masked
     threshold: float = 5e-3  # a weight is masked where its M is not above it
 
@@ -39,12 +41,17 @@ class RAMT(Delta):
         from luthier.methods.tuners.subset._peft_subset import Masked
         from luthier.model.sensitivity import matrices
 
-        wanted = {"attention": {"attention"}, "mlp": {"feed-forward"}, "all": {"attention", "feed-forward"}}[self.where]
+        wanted = {"attention": {"attention"}, "mlp": {"feed-forward"}, "all": {"attention", "feed-forward"}}[
+            self.where
+        ]
         fitted = self
         if self.target_modules == "all-linear":
             there = [n for n in matrices(model) if part_of(n) and kind_of(n) in wanted]
             if not there:
-                raise RecipeError(f"tuner 'r_amt' finds no {self.where} matrices in {type(model).__name__}: name them in target_modules")
+                raise RecipeError(
+                    f"tuner 'r_amt' finds no {self.where} matrices in {type(model).__name__}: name them in"
+                    " target_modules"
+                )
             fitted = replace(self, target_modules=there)
         return Masked(fitted, model)
 

@@ -1,4 +1,6 @@
-"""Subsets of weights on a model: masks, supports that shrink, plans made from data. Beside _peft.py, for those who know PEFT."""
+"""Subsets of weights on a model: masks, supports that shrink, plans made from data. Beside _peft.py, for
+those who know PEFT.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +14,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.tuners.tuners_utils import check_target_module_exists as exists
 from torch import Tensor
 
-from luthier.storage import store
 from luthier.methods.tuners._delta import oriented
 from luthier.methods.tuners._peft import ADAPTER, Layer, OnPeft, Tensors, config_of, plain_settings
-from luthier.model.sensitivity import matrices, squared_gradients
 from luthier.methods.tuners.sparse.r_amt import pack, unpack
+from luthier.model.sensitivity import matrices, squared_gradients
+from luthier.storage import store
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -27,13 +29,21 @@ def _on(settings: Any, model: Network) -> tuple[Any, Network, Any]:
 
 
 def chosen_modules(settings: Any, model: Network) -> dict[str, Any]:
-    """The modules that `target_modules` and the other settings of Where choose, before anything is put into the model."""
+    """The modules that `target_modules` and the other settings of Where choose, before anything is put into
+    the model.
+    """
     config = _on(settings, model)[2]
     head = model.get_output_embeddings()
     if config.target_modules == "all-linear":
         out = set(config.exclude_modules or ())
-        return {n: m for n, m in matrices(model).items() if m is not head and not any(n == e or n.endswith(f".{e}") for e in out)}
-    found = {n: m for n, m in model.named_modules() if not isinstance(m, BaseTunerLayer) and exists(config, n)}
+        return {
+            n: m
+            for n, m in matrices(model).items()
+            if m is not head and not any(n == e or n.endswith(f".{e}") for e in out)
+        }
+    found = {
+        n: m for n, m in model.named_modules() if not isinstance(m, BaseTunerLayer) and exists(config, n)
+    }
     return {n: m for n, m in found.items() if isinstance(getattr(m, "weight", None), torch.Tensor)}
 
 
@@ -50,11 +60,15 @@ class Masked(OnPeft):
         said = super().state()
         masks = {k[:-1]: v > self.settings.threshold for k, v in said.items() if k.endswith(".M")}
         return {
-            k: pack(masks[k[:-4]] & unpack(v, masks[k[:-4]].shape)) if k.endswith(".bits") else v for k, v in said.items() if k[-2:] != ".M"
+            k: pack(masks[k[:-4]] & unpack(v, masks[k[:-4]].shape)) if k.endswith(".bits") else v
+            for k, v in said.items()
+            if k[-2:] != ".M"
         }
 
     def unpack(self, file):
-        """M from the bits: where it started, or zero. The bits are all set again, so that training may unmask."""
+        """M from the bits: where it started, or zero. The bits are all set again, so that training may
+        unmask.
+        """
         out = dict(file)
         for layer, M in ((n, p) for n, p in self.parameters().items() if n.endswith(".M")):
             stem = f"base_model.model.{layer[:-2]}.{self.placer.prefix}."
@@ -65,7 +79,9 @@ class Masked(OnPeft):
 
 
 class Progressive(OnPeft):
-    """Entries that have grown come to rest at one point of the run; the optimizer begins anew with the others."""
+    """Entries that have grown come to rest at one point of the run; the optimizer begins anew with the
+    others.
+    """
 
     def __init__(self, settings: Any, model: Network):
         super().__init__(*_on(settings, model))
@@ -76,7 +92,8 @@ class Progressive(OnPeft):
             values = self.parameters()[f"{name}.values"]
             self.live[name] = torch.ones(values.shape, dtype=torch.bool, device=values.device)
             values.register_hook(lambda grad, name=name: self.pulled(name, grad) * self.live[name])
-        self.pull: tuple[str, Tensor] | None = None  # a module, and what is added to its gradient in this step
+        # a module, and what is added to its gradient in this step
+        self.pull: tuple[str, Tensor] | None = None
 
     def memory(self):
         return {f"{n}.live": live for n, live in self.live.items()}
@@ -91,11 +108,18 @@ class Progressive(OnPeft):
     @torch.no_grad()
     def before_step(self, clock):
         if self.settings.lambda_rank:
-            large = [n for n, shape in self.shapes().items() if min(shape) > self.settings.min_side] or list(self.sparse)
+            large = [n for n, shape in self.shapes().items() if min(shape) > self.settings.min_side] or list(
+                self.sparse
+            )
             name = large[int(torch.randint(len(large), (1,), generator=clock.rng("sara")))]
-            processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1  # whose gradients add up
+            # whose gradients add up
+            processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
             self.pull = name, self.nuclear(name) * self.settings.lambda_rank / processes
-        if clock.step == 0 or clock.step != round(self.settings.progressive * clock.total) or self.settings.progressive >= 1:
+        if (
+            clock.step == 0
+            or clock.step != round(self.settings.progressive * clock.total)
+            or self.settings.progressive >= 1
+        ):
             return
         for name, layer in self.sparse.items():
             p = layer.tensors(ADAPTER)
@@ -110,7 +134,9 @@ class Progressive(OnPeft):
         """[k] the gradient of the nuclear norm of a tuned weight where it moves: U V' at its places."""
         layer = self.sparse[name]
         p = layer.tensors(ADAPTER)
-        U, _, Vh = torch.linalg.svd(self.settings.masked(oriented(layer.get_base_layer()), p), full_matrices=False)
+        U, _, Vh = torch.linalg.svd(
+            self.settings.masked(oriented(layer.get_base_layer()), p), full_matrices=False
+        )
         return (U @ Vh).flatten()[p.indices.long()]
 
     def renewed(self, site):

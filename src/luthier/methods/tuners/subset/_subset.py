@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from luthier.storage import store
 from luthier.errors import RecipeError
-from luthier.model.anatomy import layer_of
 from luthier.methods.tuners._base import Attached, Site
+from luthier.model.anatomy import layer_of
+from luthier.storage import store
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -22,7 +22,13 @@ if TYPE_CHECKING:
 class Weights(Attached):
     """Own weights chosen by a rule. Kept starts make `off` exact where few weights move."""
 
-    def __init__(self, settings: Any, model: Network, chosen: Callable[[str, nn.Parameter], bool], keep_start: bool = False):
+    def __init__(
+        self,
+        settings: Any,
+        model: Network,
+        chosen: Callable[[str, nn.Parameter], bool],
+        keep_start: bool = False,
+    ):
         super().__init__(settings, model)
         self.names = []
         for name, p in model.named_parameters():  # tied weights appear once
@@ -50,10 +56,14 @@ class Weights(Attached):
 
     def export_lora(self, folder: Path | str, rank: int | None = None) -> float:
         """Whole weights have no LoRA form. Raises RecipeError."""
-        raise RecipeError(f"tuner '{self.settings.name}' moves whole weights, which have no LoRA form: export them merged")
+        raise RecipeError(
+            f"tuner '{self.settings.name}' moves whole weights, which have no LoRA form: export them merged"
+        )
 
     def save(self, folder: Path) -> None:
-        """A plain transformers model, read back and compared; where its file has names of its own, for that moment there are two of it."""
+        """A plain transformers model, read back and compared; where its file has names of its own, for that
+        moment there are two of it.
+        """
         self.model.save_pretrained(folder)
         if self._as_named(Path(folder)):
             return
@@ -75,7 +85,10 @@ class Weights(Attached):
         return not left
 
     def _saved(self, folder: Path) -> dict[str, Tensor]:
-        return {k: p.detach() for k, p in type(self.model).from_pretrained(folder, dtype=self.model.dtype).named_parameters()}
+        return {
+            k: p.detach()
+            for k, p in type(self.model).from_pretrained(folder, dtype=self.model.dtype).named_parameters()
+        }
 
     def read(self, folder: Path) -> dict[str, Tensor]:
         if store.checkpoints(Path(folder)) or not (Path(folder) / "config.json").is_file():
@@ -83,12 +96,16 @@ class Weights(Attached):
         try:
             saved = self._saved(Path(folder))
         except (OSError, ValueError, RuntimeError) as error:
-            raise RecipeError(f"the model in {folder} cannot be read: {str(error).strip().splitlines()[0]}") from None
+            raise RecipeError(
+                f"the model in {folder} cannot be read: {str(error).strip().splitlines()[0]}"
+            ) from None
         return {**{f"{n}.weight": saved[n] for n in self.names if n in saved}, **self.memory()}
 
 
 class Layers(Weights):
-    """All weights, of which some move now, by the layer they stand in. What is in no layer (embeddings, head) is `outside`."""
+    """All weights, of which some move now, by the layer they stand in. What is in no layer (embeddings, head)
+    is `outside`.
+    """
 
     def __init__(self, settings: Any, model: Network):
         super().__init__(settings, model, lambda name, p: p.is_floating_point())
@@ -97,10 +114,13 @@ class Layers(Weights):
         if not order:
             raise RecipeError(f"tuner '{settings.name}' finds no list of layers in {type(model).__name__}")
         self.depth = len(order)
-        self.layer = {n: order[place] for n, place in places.items() if place}  # parameter -> its layer, counted from the input
+        # parameter -> its layer, counted from the input
+        self.layer = {n: order[place] for n, place in places.items() if place}
 
     def let(self, moves: Callable[[str], bool]) -> None:
-        """From now on those parameters move for which `moves` is true; the others lose their gradient, and so their state."""
+        """From now on those parameters move for which `moves` is true; the others lose their gradient, and so
+        their state.
+        """
         for name, p in self.model.named_parameters():
             p.requires_grad_(p.is_floating_point() and moves(name))
             if not p.requires_grad:

@@ -1,7 +1,7 @@
 """BitFit: only the biases move.
 
-The start of what moves is kept, so switching off gives the base bit for bit. Networks without biases (Llama, Mistral, ...)
-are refused: `also: [norms]` moves their norms' weights instead.
+The start of what moves is kept, so switching off gives the base bit for bit. Networks without biases (Llama,
+Mistral, ...) are refused: `also: [norms]` moves their norms' weights instead.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from luthier.errors import RecipeError
-from luthier.registry import tuner
-from luthier.methods.tuners.subset._subset import Weights
 from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners.subset._subset import Weights
+from luthier.registry import tuner
 
 
 @tuner(paper="arXiv:2106.10199", gives="off merge")
@@ -25,15 +25,23 @@ class BitFit(Tuner):
     also: tuple[Literal["norms", "head"], ...] = ()  # further weights that move: of norms, of the output head
 
     def attach(self, model):
-        norms = [m for m in model.modules() if isinstance(m, nn.LayerNorm) or type(m).__name__.endswith("Norm")]
+        norms = [
+            m for m in model.modules() if isinstance(m, nn.LayerNorm) or type(m).__name__.endswith("Norm")
+        ]
         modules = norms if "norms" in self.also else []
         head = model.get_output_embeddings()
         if "head" in self.also and head is not None:
             if head.weight is model.get_input_embeddings().weight:
-                raise RecipeError("tuner 'bitfit': the head shares its weight with the input embeddings; leave `head` out of `also`")
+                raise RecipeError(
+                    "tuner 'bitfit': the head shares its weight with the input embeddings; leave `head` out"
+                    " of `also`"
+                )
             modules.append(head)
         moving = {id(p) for m in modules for p in m.parameters(recurse=False)}
         moving |= {id(p) for n, p in model.named_parameters() if n.rpartition(".")[2] == "bias"}
         if not moving:
-            raise RecipeError(f"tuner 'bitfit': {type(model).__name__} has no biases; try `also: [norms]`, or 'ssf', which adds shifts")
+            raise RecipeError(
+                f"tuner 'bitfit': {type(model).__name__} has no biases; try `also: [norms]`, or 'ssf', which"
+                " adds shifts"
+            )
         return Weights(self, model, lambda name, p: id(p) in moving, keep_start=True)

@@ -1,12 +1,19 @@
 """CoFiTune: few matrices of some layers move, and of these the rows that general skills need move less.
 
-Coarse: the feed-forward up and down matrices of the second quarter of the layers, unless told otherwise (plan 'cofitune'
-searches). Fine: the importance I of a row is |d KL / d gate| of a gate of 1 on its output, between two passes over the rows
-with different dropout, averaged over rows before the absolute value; per layer it is standardised and squashed to [0, 1) by
-|tanh|. The row's gradient is multiplied by 1 - I. The start of what moves is kept: switching off gives the base.
-Departs from the paper: the dropout of those two passes is ours, on the gated neurons, for today's models have none. Heads are not
-masked (nor are they by default in the reference). Note that Adam's step does not depend on a gradient's scale, so under it
-only an I near 1 is felt; under sgd or lion's momentum, or where rows differ within a clipped gradient, all of it is.
+Coarse: the feed-forward up and down matrices of the second quarter of the layers, unless told otherwise (plan
+'cofitune'
+searches). Fine: the importance I of a row is |d KL / d gate| of a gate of 1 on its output, between two passes
+over the rows
+with different dropout, averaged over rows before the absolute value; per layer it is standardised and
+squashed to [0, 1) by
+|tanh|. The row's gradient is multiplied by 1 - I. The start of what moves is kept: switching off gives the
+base.
+Departs from the paper: the dropout of those two passes is ours, on the gated neurons, for today's models have
+none. Heads are not
+masked (nor are they by default in the reference). Note that Adam's step does not depend on a gradient's
+scale, so under it
+only an I near 1 is felt; under sgd or lion's momentum, or where rows differ within a clipped gradient, all of
+it is.
 """
 
 from __future__ import annotations
@@ -19,14 +26,20 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.registry import tuner
 from luthier.methods.objectives.distillation._distill import divergence
+from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners.subset._subset import Weights
 from luthier.model.anatomy import layer_of, part_of
 from luthier.model.sensitivity import matrices
-from luthier.methods.tuners.subset._subset import Weights
-from luthier.methods.tuners._base import Tuner
+from luthier.registry import tuner
 
-PARTS = {"qkv": {"q", "k", "v", "qkv"}, "o": {"o"}, "up": {"up", "gate_up"}, "gate": {"gate", "gate_up"}, "down": {"down"}}
+PARTS = {
+    "qkv": {"q", "k", "v", "qkv"},
+    "o": {"o"},
+    "up": {"up", "gate_up"},
+    "gate": {"gate", "gate_up"},
+    "down": {"down"},
+}
 Part = Literal["qkv", "o", "up", "gate", "down"]
 Edge = Annotated[float, Field(ge=0, le=1)]
 
@@ -84,21 +97,32 @@ class Masked(Weights):
             keep.copy_(1 - normalised(inner if part_of(module_of(name)) == "up" else outer))
 
     def importance(self, rows: list[dict], roles) -> dict:
-        """layer -> ([neurons], [width]): the mean gradient of the KL with respect to gates on a layer's neurons and outputs."""
+        """layer -> ([neurons], [width]): the mean gradient of the KL with respect to gates on a layer's
+        neurons and outputs.
+        """
         downs = {
-            n: m for n, m in matrices(self.model).items() if part_of(n) == "down" and layer_of(f"{n}.") in set(map(layer_of, self.keep))
+            n: m
+            for n, m in matrices(self.model).items()
+            if part_of(n) == "down" and layer_of(f"{n}.") in set(map(layer_of, self.keep))
         }
         gates, hooks, turn = {}, [], [0]
 
         def noisy(x: Tensor, name: str) -> Tensor:
-            kept = torch.rand(x.shape, generator=roles.clock.rng("cofitune", name, turn[0], at=0)) > self.settings.noise
+            kept = (
+                torch.rand(x.shape, generator=roles.clock.rng("cofitune", name, turn[0], at=0))
+                > self.settings.noise
+            )
             return x * kept.to(x) / (1 - self.settings.noise)
 
         for name, module in downs.items():
-            n_out, n_in = (s for s in (module.weight.T if type(module).__name__ == "Conv1D" else module.weight).shape)
+            n_out, n_in = (
+                s for s in (module.weight.T if type(module).__name__ == "Conv1D" else module.weight).shape
+            )
             like = dict(device=module.weight.device, dtype=module.weight.dtype, requires_grad=True)
             gates[layer_of(f"{name}.")] = inner, outer = torch.ones(n_in, **like), torch.ones(n_out, **like)
-            hooks.append(module.register_forward_pre_hook(lambda m, x, g=inner, n=name: (noisy(x[0], n) * g,)))
+            hooks.append(
+                module.register_forward_pre_hook(lambda m, x, g=inner, n=name: (noisy(x[0], n) * g,))
+            )
             hooks.append(module.register_forward_hook(lambda m, x, y, g=outer: y * g))
         moving = [p for p in self.model.parameters() if p.requires_grad]
         for p in moving:
@@ -111,14 +135,19 @@ class Masked(Weights):
                         passes.append(roles.policy(batch))
                         turn[0] += 1
                     one, two = passes
-                    kl = one.apply(lambda a, b: divergence(a.log_softmax(-1), b.log_softmax(-1)), beside=[two])
+                    kl = one.apply(
+                        lambda a, b: divergence(a.log_softmax(-1), b.log_softmax(-1)), beside=[two]
+                    )
                     (kl.mean() / len(rows)).backward()
         finally:
             for h in hooks:
                 h.remove()
             for p in moving:
                 p.requires_grad_(True)
-        return {place: tuple(torch.zeros_like(g) if g.grad is None else g.grad.float() for g in pair) for place, pair in gates.items()}
+        return {
+            place: tuple(torch.zeros_like(g) if g.grad is None else g.grad.float() for g in pair)
+            for place, pair in gates.items()
+        }
 
 
 def normalised(gradient: Tensor) -> Tensor:

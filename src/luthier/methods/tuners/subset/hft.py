@@ -1,10 +1,12 @@
-"""HFT: half of the weights move, the other half rests: about half of each layer's attention, feed-forward and norms.
+"""HFT: half of the weights move, the other half rests: about half of each layer's attention, feed-forward and
+norms.
 
-In every layer 2 of W_q, W_k, W_v, W_o move; of up, gate and down 1 in half of the layers and 2 in the others; one of two
-norms. The half is drawn at the start of a run, and another one in the next run that starts from it (the acts of a plan:
-SFT, DPO, task after task). What rests has no gradient and no optimizer state. Departs from the paper: of several random
-draws the one nearest to the ratio in numbers is taken, so that it is half also where matrices are of unlike size
-(grouped queries, GPT-2's fused c_attn). The start is not kept: it cannot be switched off. See also merger 'half_reset'.
+In every layer 2 of W_q, W_k, W_v, W_o move; of up, gate and down 1 in half of the layers and 2 in the others;
+one of two norms. The half is drawn at the start of a run, and another one in the next run that starts from it
+(the acts of a plan: SFT, DPO, task after task). What rests has no gradient and no optimizer state. Departs
+from the paper: of several random draws the one nearest to the ratio in numbers is taken, so that it is half
+also where matrices are of unlike size (grouped queries, GPT-2's fused c_attn). The start is not kept: it
+cannot be switched off. See also merger 'half_reset'.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from luthier.registry import tuner
-from luthier.model.anatomy import kind_of, layer_of
-from luthier.methods.tuners.subset._subset import Layers
 from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners.subset._subset import Layers
+from luthier.model.anatomy import kind_of, layer_of
+from luthier.registry import tuner
 
 DRAWS = 32  # random halves of which the best balanced one is taken
 
@@ -26,15 +28,19 @@ DRAWS = 32  # random halves of which the best balanced one is taken
 class HFT(Tuner):
     """Half fine-tuning."""
 
-    ratio: Annotated[float, Field(gt=0, le=1)] = 0.5  # share of the layers' weights that moves; 1 is full tuning
-    embeddings: bool = True  # whether what is in no layer (embeddings, head, final norm) moves; it is left out of the balance
+    # share of the layers' weights that moves; 1 is full tuning
+    ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
+    # whether what is in no layer (embeddings, head, final norm) moves; it is left out of the balance
+    embeddings: bool = True
 
     def attach(self, model):
         return Half(self, model)
 
 
 class Half(Layers):
-    """A random half of every layer. The number it is drawn by is part of the state, and the next run's half follows from it."""
+    """A random half of every layer. The number it is drawn by is part of the state, and the next run's half
+    follows from it.
+    """
 
     def __init__(self, settings, model):
         super().__init__(settings, model)
@@ -63,7 +69,8 @@ class Half(Layers):
 def half(sizes: dict[str, int], ratio: float, rng: torch.Generator) -> set[str]:
     """Names of layers' weights -> those of about `ratio` of them, alike in attention, feed-forward and norms.
 
-    A bias goes with its weight. Where a layer's share is no whole number, as many layers take one more as make it right.
+    A bias goes with its weight. Where a layer's share is no whole number, as many layers take one more as
+    make it right.
     """
     units: dict[tuple, dict[str, list[str]]] = {}  # (layer, kind) -> module -> its parameters
     for name in sizes:

@@ -1,7 +1,8 @@
 """LISA: embeddings, head and final norm always move; of the layers a few, drawn anew every so many steps.
 
-The optimizer forgets a layer when it freezes, so its memory is that of what moves. Departs from LMFlow: a draw follows from
-seed and step, so nothing about it needs saving. The start is not kept: it cannot be switched off.
+The optimizer forgets a layer when it freezes, so its memory is that of what moves. Departs from LMFlow: a
+draw follows from seed and step, so nothing about it needs saving. The start is not kept: it cannot be
+switched off.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import torch
 
 from luthier.errors import RecipeError
-from luthier.registry import tuner
-from luthier.methods.tuners.subset._subset import Layers
 from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners.subset._subset import Layers
+from luthier.registry import tuner
 
 
 @tuner(paper="arXiv:2403.17919", row="lisa", gives="merge")

@@ -1,11 +1,12 @@
 """OwLore: as LISA, but layers with many outliers are drawn more often.
 
-The outlier density of a layer is the share of entries with ||X_j|| |W_ij| > outlier_ratio times their mean, over its
-matrices; X is what a matrix reads on a few rows of the data, before tuning. The paper's other half, steps of low rank
-in the drawn layers, is transform 'galore': `transforms: [clip, {name: galore, rank: 256}]`. Embeddings, head and final norm
-always move, and the optimizer forgets a layer when it freezes. Departs from the reference: densities are measured on the
-user's rows, not read from a file. Fused experts are read by no module of their own: the rest of their layer speaks for them.
-The start is not kept: it cannot be switched off.
+The outlier density of a layer is the share of entries with ||X_j|| |W_ij| > outlier_ratio times their mean,
+over its matrices; X is what a matrix reads on a few rows of the data, before tuning. The paper's other half,
+steps of low rank in the drawn layers, is transform 'galore': `transforms: [clip, {name: galore, rank: 256}]`.
+Embeddings, head and final norm always move, and the optimizer forgets a layer when it freezes. Departs from
+the reference: densities are measured on the user's rows, not read from a file. Fused experts are read by no
+module of their own: the rest of their layer speaks for them. The start is not kept: it cannot be switched
+off.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from luthier.registry import tuner
-from luthier.model.sensitivity import input_norms
 from luthier.methods.tuners._base import Tuner
 from luthier.methods.tuners.subset.lisa import Draws
+from luthier.model.sensitivity import input_norms
+from luthier.registry import tuner
 
 
 @tuner(paper="arXiv:2405.18380", row="owlore", gives="merge")
@@ -27,7 +28,8 @@ class OwLore(Tuner):
 
     n_layers: Annotated[int, Field(ge=1)] = 5  # layers that move at once
     interval: Annotated[int, Field(ge=1)] = 50  # optimizer steps between draws
-    prob_mode: Literal["owl", "owl_reverse", "uniform", "increasing", "decreasing"] = "owl"  # what makes a layer likely: outliers, or depth
+    # what makes a layer likely: outliers, or depth
+    prob_mode: Literal["owl", "owl_reverse", "uniform", "increasing", "decreasing"] = "owl"
     outlier_ratio: Annotated[float, Field(gt=0)] = 13.0  # an outlier is that many times the mean
     init_rows: Annotated[int, Field(ge=1)] = 16  # rows on which outliers are counted
 
@@ -41,7 +43,9 @@ class Weighed(Draws):
     def __init__(self, settings, model):
         super().__init__(settings, model)
         slope = torch.arange(1, self.depth + 1, dtype=torch.float32)
-        start = {"increasing": slope, "decreasing": slope.flip(0)}.get(settings.prob_mode, torch.ones(self.depth))
+        start = {"increasing": slope, "decreasing": slope.flip(0)}.get(
+            settings.prob_mode, torch.ones(self.depth)
+        )
         self.p = start / start.sum()  # [depth] how likely each layer is; with owl, even until rows are seen
 
     def memory(self):
@@ -57,7 +61,9 @@ class Weighed(Draws):
         self.p.copy_(D / D.sum())
 
     def density(self, norms: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-        """module -> its weight, and [in] the norm of each input. [depth] the mean outlier density of each layer's matrices."""
+        """module -> its weight, and [in] the norm of each input. [depth] the mean outlier density of each
+        layer's matrices.
+        """
         found: list[list[float]] = [[] for _ in range(self.depth)]
         for name, (W, seen) in norms.items():
             at = self.layer.get(f"{name}.weight")

@@ -1,7 +1,8 @@
-"""One part of the network moves: its token embeddings and output layer, or its last layer (of the decoder, where there are two).
+"""One part of the network moves: its token embeddings and output layer, or its last layer (of the decoder,
+where there are two).
 
-The ways of specialising a model to one project that are between all weights and a prefix: L-EO and L-LDB. The start of what
-moves is kept, so switching off gives the base bit for bit.
+The ways of specialising a model to one project that are between all weights and a prefix: L-EO and L-LDB. The
+start of what moves is kept, so switching off gives the base bit for bit.
 """
 
 from __future__ import annotations
@@ -9,17 +10,18 @@ from __future__ import annotations
 from typing import Literal
 
 from luthier.errors import RecipeError
-from luthier.registry import tuner
-from luthier.model.anatomy import layer_of
-from luthier.methods.tuners.subset._subset import Weights
 from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners.subset._subset import Weights
+from luthier.model.anatomy import layer_of
+from luthier.registry import tuner
 
 
 @tuner(row="personalized-unit-test-models", gives="off merge")
 class Part(Tuner):
     """Embeddings and output, or the last layer."""
 
-    part: Literal["embeddings", "last_layer"] = "last_layer"  # what moves; tied embeddings and output are one tensor
+    # what moves; tied embeddings and output are one tensor
+    part: Literal["embeddings", "last_layer"] = "last_layer"
 
     def attach(self, model):
         if self.part == "embeddings":

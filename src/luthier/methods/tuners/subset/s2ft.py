@@ -1,10 +1,12 @@
-"""S2FT: of every layer a few feed-forward channels and attention heads move, as one small dense matrix per weight.
+"""S2FT: of every layer a few feed-forward channels and attention heads move, as one small dense matrix per
+weight.
 
-What reads a channel (down, o) gains columns: y + x[.., chosen] S'. What writes one (up, gate, v) gains rows: y[.., chosen] += x S'.
-Only S has a gradient, and only the chosen inputs are kept for it. Heads and channels are drawn once per layer, so up, gate
-and down share theirs, and v's heads are those whose queries o reads (with grouped queries, too). Departs from the paper:
-chosen columns are gathered where they stand; nothing is permuted, which computes the same and leaves the model alone, and
-so adapters are in everyone's coordinates and those of unlike channels add up. Heads and channels are drawn at random (S2FT-R).
+What reads a channel (down, o) gains columns: y + x[.., chosen] S'. What writes one (up, gate, v) gains rows:
+y[.., chosen] += x S'. Only S has a gradient, and only the chosen inputs are kept for it. Heads and channels
+are drawn once per layer, so up, gate and down share theirs, and v's heads are those whose queries o reads
+(with grouped queries, too). Departs from the paper: chosen columns are gathered where they stand; nothing is
+permuted, which computes the same and leaves the model alone, and so adapters are in everyone's coordinates
+and those of unlike channels add up. Heads and channels are drawn at random (S2FT-R).
 """
 
 from __future__ import annotations
@@ -18,9 +20,9 @@ from torch import nn
 
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.registry import Range, family, tuner
-from luthier.model.anatomy import kind_of, layer_of, part_of
 from luthier.methods.tuners._delta import Delta, frozen
+from luthier.model.anatomy import kind_of, layer_of, part_of
+from luthier.registry import Range, family, tuner
 
 Share = Annotated[float, Field(ge=0, le=1)]
 READS = {"o": "o_ratio", "down": "d_ratio"}  # parts that gain columns -> their setting
@@ -31,14 +33,19 @@ WRITES = {"v": "v_ratio", "up": "u_ratio", "gate": "g_ratio"}  # parts that gain
     paper="arXiv:2412.06289",
     row="s2ft",
     gives="off merge",
-    contract={"modules_of_every_kind": "only down, up, gate, o and v have channels or heads to choose, each by its own ratio"},
+    contract={
+        "modules_of_every_kind": (
+            "only down, up, gate, o and v have channels or heads to choose, each by its own ratio"
+        )
+    },
 )
 class S2FT(Delta):
     """Structured sparse fine-tuning."""
 
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
 
-    d_ratio: Annotated[Share, Range(0.01, 0.2, log=True)] = 0.03  # share of the channels whose columns of down move
+    # share of the channels whose columns of down move
+    d_ratio: Annotated[Share, Range(0.01, 0.2, log=True)] = 0.03
     u_ratio: Share = 0.0  # of the channels whose rows of up move
     g_ratio: Share = 0.0  # of the channels whose rows of gate move
     o_ratio: Share = 0.0  # of the heads whose columns of o move
@@ -56,14 +63,22 @@ class S2FT(Delta):
 
         text = model.config.get_text_config()
         heads = text.num_attention_heads
-        fitted = replace(self, num_attention_heads=heads, num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads)
+        fitted = replace(
+            self,
+            num_attention_heads=heads,
+            num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        )
         if self.target_modules == "all-linear":
             there = [n for n in matrices(model) if fitted.ratio(n)]
-            missing = [r for part, r in {**READS, **WRITES}.items() if getattr(self, r) and part not in map(part_of, there)]
+            missing = [
+                r
+                for part, r in {**READS, **WRITES}.items()
+                if getattr(self, r) and part not in map(part_of, there)
+            ]
             if missing:
                 raise RecipeError(
-                    f"tuner 's2ft': {type(model).__name__} has no linear module for {missing[0]} (fused experts and fused q, k, v "
-                    "are none); set it to 0, and another ratio above 0"
+                    f"tuner 's2ft': {type(model).__name__} has no linear module for {missing[0]} (fused"
+                    " experts and fused q, k, v are none); set it to 0, and another ratio above 0"
                 )
             fitted = replace(fitted, target_modules=there)
         return super(S2FT, fitted).attach(model)
@@ -81,7 +96,13 @@ class S2FT(Delta):
             heads = self.num_attention_heads if part_of(name) == "o" else self.num_key_value_heads
         drawn = Clock(self.selection_seed).fold("s2ft", layer_of(f"{name}."), kind_of(name))
         side = "in" if part_of(name) in READS else "out"
-        return Slice(ratio=self.ratio(name), side=side, heads=heads or 0, groups=self.num_key_value_heads or 0, drawn=drawn)
+        return Slice(
+            ratio=self.ratio(name),
+            side=side,
+            heads=heads or 0,
+            groups=self.num_key_value_heads or 0,
+            drawn=drawn,
+        )
 
     def init(self, W):
         raise RecipeError("tuner 's2ft' must know which module a weight is of: `at(name)`")

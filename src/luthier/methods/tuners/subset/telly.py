@@ -1,8 +1,9 @@
 """Telly-K: embeddings and the K lowest layers stay frozen; the layers above, final norm and head move.
 
-What lies below the first moving layer is read without a gradient, so time and memory fall with K. The start of what moves is
-kept, so switching off gives the base bit for bit. Departs from the paper: K may be a share of the layers, and in an
-encoder-decoder it counts through the encoder's layers and then the decoder's. Tied embeddings keep the head frozen with them.
+What lies below the first moving layer is read without a gradient, so time and memory fall with K. The start
+of what moves is kept, so switching off gives the base bit for bit. Departs from the paper: K may be a share
+of the layers, and in an encoder-decoder it counts through the encoder's layers and then the decoder's. Tied
+embeddings keep the head frozen with them.
 """
 
 from __future__ import annotations
@@ -12,25 +13,30 @@ from typing import Annotated
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.registry import tuner
-from luthier.model.anatomy import layer_of
-from luthier.methods.tuners.subset._subset import Weights
 from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners.subset._subset import Weights
+from luthier.model.anatomy import layer_of
+from luthier.registry import tuner
 
 
 @tuner(paper="arXiv:2304.05216", row="telly-k", gives="off merge")
 class Telly(Tuner):
     """The top of the network. The paper's best trade is about K = 9 of 12 layers."""
 
-    k: Annotated[float, Field(ge=0)] = 0.75  # frozen layers, counted from the input; below 1 a share of them; 0 freezes embeddings only
+    # frozen layers, counted from the input; below 1 a share of them; 0 freezes embeddings only
+    k: Annotated[float, Field(ge=0)] = 0.75
 
     def attach(self, model):
         order = list(dict.fromkeys(place for n, _ in model.named_parameters() if (place := layer_of(n))))
         frozen = min(round(self.k * len(order)), len(order) - 1) if self.k < 1 else int(self.k)
         if frozen >= len(order):
-            raise RecipeError(f"tuner 'telly': k: {self.k:g} leaves none of the {len(order)} layers of {type(model).__name__} to move")
+            raise RecipeError(
+                f"tuner 'telly': k: {self.k:g} leaves none of the {len(order)} layers of"
+                f" {type(model).__name__} to move"
+            )
         above = set(order[frozen:])
-        last = None  # parameters are listed from input to output: what is in no layer goes with the layer before it
+        # parameters are listed from input to output: what is in no layer goes with the layer before it
+        last = None
 
         def moves(name: str, p) -> bool:
             nonlocal last
