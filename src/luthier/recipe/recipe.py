@@ -38,11 +38,9 @@ class Recipe:
     attn_implementation: str | None = None  # as in transformers: sdpa, eager, ...
     # built-in name, .jinja file or template text, where the tokenizer's own will not do
     chat_template: str | None = None
-    quantization: Any = (
-        # what the base's linear weights are kept in: nf4, int8, {name: nf4, block_size: 64}; load_in_4bit
-        # reads as nf4
-        None
-    )
+    # what the base's linear weights are kept in: nf4, int8, {name: nf4, block_size: 64}; load_in_4bit
+    # reads as nf4
+    quantization: Any = None
     start: Any = None  # a finished run to go on from, or {merge: average, of: [run, run]}
 
     # what moves, toward what, how

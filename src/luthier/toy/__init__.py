@@ -8,8 +8,8 @@ the models are made again by `python -m luthier.toy.make`.
 
 from pathlib import Path
 
-from .worlds import find, rows
-from .worlds import names as worlds
+from .tasks import find, rows
+from .tasks import names as worlds
 
 __all__ = ["models", "path", "recipe", "rows", "verify", "worlds"]
 

@@ -1,6 +1,6 @@
 """The card of a practice model: how it was made, and in numbers what it can and cannot do."""
 
-from .worlds import find
+from .tasks import find
 
 CARD = """\
 ---

@@ -14,7 +14,7 @@ from random import Random
 import numpy as np
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from .worlds import find, names, rows
+from .tasks import find, names, rows
 
 START, END, PAD, MASK = "<|start|>", "<|end|>", "<|pad|>", "<|mask|>"
 ROLES = {role: f"<|{role}|>" for role in ("system", "user", "assistant")}

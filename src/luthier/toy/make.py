@@ -43,7 +43,7 @@ from luthier.tools.doctor import cores
 
 from . import _corpus, _encoder, _pretrain, _seq2seq, path, score
 from ._card import SPLITS, card
-from .worlds import names, rows
+from .tasks import names, rows
 
 SIZES = {  # a Llama, unless WITH says otherwise
     "lm": {"hidden": 256, "layers": 4, "heads": 4, "intermediate": 640},

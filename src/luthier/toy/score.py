@@ -16,7 +16,7 @@ import torch
 from . import verify
 from ._card import SPLITS
 from ._corpus import halves
-from .worlds import find, names, rows
+from .tasks import find, names, rows
 
 # worlds whose rows can be answered rightly by other texts than their completion
 SEVERAL = frozenset({"code", "sql"})
