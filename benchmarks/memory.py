@@ -59,7 +59,7 @@ def cell(size: str, way: str, again: str = "") -> None:
     from luthier.registry import build
     from luthier.train import memory
     from luthier.train.optimizer import Chain
-    from luthier.train.trainer import Batches, Fit
+    from luthier.train.trainer import BatchSchedule, Trainer
 
     keep_memory()  # as a run does
     torch.manual_seed(0)
@@ -87,7 +87,9 @@ def cell(size: str, way: str, again: str = "") -> None:
     need = memory.predict(
         roles, chain, how, [roles.batch(rows[:1]), roles.batch(rows[:2])], n * length, bool(again)
     )
-    fit = Fit(roles, rows, build("objective", "sft"), chain, how, Batches(n, n), Accelerator(cpu=True))
+    fit = Trainer(
+        roles, rows, build("objective", "sft"), chain, how, BatchSchedule(n, n), Accelerator(cpu=True)
+    )
     fit.run()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     said = before + need.total / 2**30

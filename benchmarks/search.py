@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from luthier.study.search import _book, _measure, hunt, quest
+from luthier.study.search import _book, _measure, optimize, quest
 
 OVER = "learning_rate=1e-5..1 log, tuner.r=1..32 log, tuner.lora_alpha=1..128 log"
 
@@ -41,7 +41,7 @@ def seen(world: str, sampler: str, seed: int, trials: int, folder: Path) -> list
         apart=False,
     )
     book = _book(made, folder, None)
-    done = hunt(book, made.searcher, lambda t, i: _measure(made, folder, t, i), trials=trials, seed=seed)
+    done = optimize(book, made.searcher, lambda t, i: _measure(made, folder, t, i), trials=trials, seed=seed)
     return [t.seen.values[0] for t in done]
 
 

@@ -32,7 +32,7 @@ def test_what_is_declared_was_done(table):
     """A file that says merge or off does it, and one that does not is refused."""
     for c in cards("tuner"):
         for word in ("merge", "off"):
-            assert (table[c.name][word] == "yes") == (word in c.gives), (c.name, word)
+            assert (table[c.name][word] == "yes") == (word in c.provides), (c.name, word)
 
 
 def test_shares_of_seven_billion(table):

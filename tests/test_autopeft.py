@@ -55,7 +55,7 @@ def test_what_moves_is_what_the_vector_says(kind, settings):
     said, attached = vector(**settings).numbers(model), vector(**settings).attach(model)
     assert said == moving(attached) > 0
     flags = settings.get("insert", [1, 1])
-    assert {i for i in (0, 1) if any(f".{i}." in s.name for s in attached.sites())} == {
+    assert {i for i in (0, 1) if any(f".{i}." in s.name for s in attached.param_groups())} == {
         i for i in (0, 1) if flags[i]
     }
 
@@ -70,7 +70,7 @@ def test_numbers_by_hand():
 @pytest.mark.parametrize("settings", ZERO)
 def test_zeros_are_the_frozen_model(settings, tiny):
     attached = vector(**settings).attach(base())
-    assert not attached.sites() and vector(**settings).numbers(base()) == 0
+    assert not attached.param_groups() and vector(**settings).numbers(base()) == 0
     assert not any(p.requires_grad for p in attached.model.parameters())
     assert torch.equal(says(attached), says(Untuned(base())))
     settings = {k: v * 2 if k == "insert" else v for k, v in settings.items()}  # four layers

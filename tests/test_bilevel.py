@@ -17,7 +17,7 @@ from luthier.data.rows import load
 from luthier.errors import RecipeError
 from luthier.methods.tuners.subset._subset import Weights
 from luthier.recipe.recipe import Recipe
-from luthier.recipe.validate import rehearse
+from luthier.recipe.validate import validate
 from luthier.registry import build
 from luthier.storage import store
 from luthier.train.optimizer import Chain
@@ -213,9 +213,9 @@ def test_what_cannot_be_weighed_is_refused(base, tmp_path):
     rows = load([{**r, "source": "clean"} for r in SUMS]).rows
     ask = {"estimator": "penalty_bilevel"}
     with pytest.raises(RecipeError, match="at least two others"):
-        rehearse(Recipe.load(base | ask), rows)
+        validate(Recipe.load(base | ask), rows)
     with pytest.raises(RecipeError, match="rows with a `source`"):
-        rehearse(
+        validate(
             Recipe.load(
                 base | ask | {"objective": {"name": "by_source", "sources": ["a", "b", "validation"]}}
             ),

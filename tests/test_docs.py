@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import luthier
-from luthier import registry as method
+from luthier import registry
 from luthier.tools import docs
 
 ROOT = Path(__file__).parents[1]
@@ -43,10 +43,10 @@ def test_check_tells_what_differs(tmp_path, capsys):
 
 def test_every_method_has_a_page_with_every_setting():
     made = docs.pages()
-    for c in method.cards():
+    for c in registry.cards():
         text = made[f"methods/{c.kind}/{c.name}.md"]
         assert c.summary in text
-        assert all(f"| `{f.name}` |" in text for f in fields(method.find(c.kind, c.name)))
+        assert all(f"| `{f.name}` |" in text for f in fields(registry.find(c.kind, c.name)))
 
 
 def test_every_key_is_in_the_table():

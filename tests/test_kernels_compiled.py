@@ -52,8 +52,8 @@ def test_compiled_layers_answer_alike(tmp_path):
             }
         )
         roles = assemble(recipe, parts(recipe), {})
-        for s in roles.tuner.sites():
-            torch.nn.init.normal_(s.slots["B"], std=0.1, generator=torch.Generator().manual_seed(0))
+        for s in roles.tuner.param_groups():
+            torch.nn.init.normal_(s.params["B"], std=0.1, generator=torch.Generator().manual_seed(0))
         said = []
         for text in ("123456", "12345678901"):
             rows = [

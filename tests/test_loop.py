@@ -27,7 +27,7 @@ from luthier.model.load import pick_dtype
 from luthier.storage import store
 from luthier.train import checks as guards
 from luthier.train import memory
-from luthier.train.trainer import Fit, draw
+from luthier.train.trainer import Trainer, draw
 
 
 @pytest.fixture(scope="session")
@@ -341,11 +341,11 @@ def test_a_checkpoint_half_written_is_no_checkpoint(base, tmp_path):
 
 
 def test_another_version_going_on_is_told(base, tmp_path, monkeypatch):
-    real = Fit.step
-    monkeypatch.setattr(Fit, "step", lambda self: real(self) if self.roles.clock.step < 4 else 1 / 0)
+    real = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self: real(self) if self.roles.clock.step < 4 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         luthier.tune(base, folder=tmp_path)
-    monkeypatch.setattr(Fit, "step", real)
+    monkeypatch.setattr(Trainer, "step", real)
     state = json.loads((tmp_path / "run.json").read_text())
     assert state["version"] == luthier.__version__
     store.write_json(tmp_path / "run.json", state | {"version": "0.0.9"})
@@ -437,11 +437,11 @@ def test_memory_that_runs_out_while_weights_are_stepped_ends_in_a_sentence(base,
 
     real, pushed = Chain.push, []
 
-    def full(self, site, grads):
-        pushed.append(site.name)
+    def full(self, group, grads):
+        pushed.append(group.name)
         if len(pushed) == 40:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-        return real(self, site, grads)
+        return real(self, group, grads)
 
     monkeypatch.setattr(Chain, "push", full)
     with pytest.raises(guards.Refused, match="out of memory: what was saved before is intact"):
@@ -682,7 +682,7 @@ def test_a_folder_half_cleared_leaves_nothing_to_the_next_run(base, tmp_path, mo
 
 
 def test_rows_of_one_step_do_not_depend_on_history():
-    assert Fit.__dataclass_fields__["held"].default is None
+    assert Trainer.__dataclass_fields__["held"].default is None
     rows = [{"id": i} for i in range(50)]
     at = Clock(seed=1, step=5)
     assert draw(rows, at, 4) == draw(rows, Clock(seed=1, step=5), 4) != draw(rows, Clock(seed=2, step=5), 4)

@@ -9,7 +9,7 @@ import luthier
 from conftest import make_llama
 from luthier.errors import RecipeError
 from luthier.methods.architectures.text.causal import Causal
-from luthier.recipe.validate import _Nobody
+from luthier.recipe.validate import DryRunRoles
 from luthier.registry import build
 from test_objectives import batch_of, make_rows
 
@@ -21,7 +21,7 @@ PAIRS = [
 
 
 def test_buckets_sort_completions_by_rank_by_kind_and_by_quantile():
-    stage = lambda n, rows: build("stage", {"name": "buckets", "buckets": n})(rows, _Nobody())
+    stage = lambda n, rows: build("stage", {"name": "buckets", "buckets": n})(rows, DryRunRoles())
     pair = {"id": "p", "prompt": "a", "completions": ["x", "y"], "scores": [0.0, 1.0]}
     assert [(r["id"], r["completions"], r["bucket"]) for r in stage(2, [pair])] == [
         ("p/0", ["x"], 0),

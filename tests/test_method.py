@@ -12,9 +12,9 @@ from dataclasses import MISSING, fields
 
 import pytest
 
-from luthier import registry as method
+from luthier import registry
 from luthier.errors import RecipeError
-from luthier.registry import FOLDERS, build, card, cards, find, helps, names, page, spec
+from luthier.registry import KINDS, build, card, cards, find, helps, names, page, spec
 
 EVERY = [(c.kind, c.name) for c in cards()]
 
@@ -25,7 +25,7 @@ def test_a_declaration_is_whole(kind, name):
     cls, said = find(kind, name), card(kind, name)
     assert cls.name == name and cls.kind == kind
     assert (said.paper, said.rows) == (cls.paper, cls.rows)
-    assert (said.wants, said.gives, said.drops) == (cls.wants, cls.gives, cls.drops)
+    assert (said.requires, said.provides, said.removes) == (cls.requires, cls.provides, cls.removes)
     assert said.summary and said.summary.endswith((".", ".)")) or ":" in said.summary, (
         f"{said.module}: the file opens with a sentence"
     )
@@ -47,7 +47,7 @@ def test_an_unknown_setting_is_refused(kind, name):
 
 
 def test_every_kind_has_a_method():
-    assert [k for k in FOLDERS if not names(k)] in ([], ["decoder"])
+    assert [k for k in KINDS if not names(k)] in ([], ["decoder"])
 
 
 def test_defaults_survive_being_written_out():
@@ -75,7 +75,7 @@ def test_other_packages_can_bring_methods(tmp_path, monkeypatch):
         from luthier.registry import objective
         from luthier.methods.objectives._base import Objective
 
-        @objective(wants="completions logprobs")
+        @objective(requires="completions logprobs")
         class Twice(Objective):
             """-2 log p."""
 
@@ -88,7 +88,7 @@ def test_other_packages_can_bring_methods(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[luthier.objectives]\noutside = outside\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    for found in (method.modules, method.announced):
+    for found in (registry.modules, registry.announced):
         found.cache_clear()
     try:
         assert (
@@ -96,7 +96,7 @@ def test_other_packages_can_bring_methods(tmp_path, monkeypatch):
             and card("objective", "outside").summary == "Twice the loss."
         )
     finally:
-        for found in (method.modules, method.announced):
+        for found in (registry.modules, registry.announced):
             found.cache_clear()
 
 

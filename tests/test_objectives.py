@@ -31,14 +31,14 @@ from luthier.model.policy import Policy, Roles
 from luthier.model.quantized import quantize
 from luthier.recipe.recipe import terms
 from luthier.recipe.validate import WORDS
-from luthier.registry import build, card, find, helps, names, page, wants_of
+from luthier.registry import build, card, find, helps, names, page, requires_of
 from luthier.text.render import Renderer
 from luthier.train.optimizer import Chain
 
 torch.set_num_threads(1)
 V = 40  # tokens of the tiny vocabulary
 # those ask another kind of network
-OBJECTIVES = [n for n in names("objective") if "values" not in card("objective", n).wants]
+OBJECTIVES = [n for n in names("objective") if "values" not in card("objective", n).requires]
 
 
 # ------------------------------------------------------------------------------------------------ a tiny world
@@ -232,9 +232,9 @@ GIVEN = {
 def contract_rows(objective) -> list[dict]:
     """Rows with all that the objective wants; one of them has a completion that is only partly supervised."""
     rng = torch.Generator().manual_seed(5)
-    rows = make_rows(4, k=6 if "contrasts" in wants_of(objective) else 3)
+    rows = make_rows(4, k=6 if "contrasts" in requires_of(objective) else 3)
     rows[1]["supervised"] = [[True] * (len(c) - 1) + [j != 1] for j, c in enumerate(rows[1]["completions"])]
-    for word in sorted(wants_of(objective) - GIVEN):
+    for word in sorted(requires_of(objective) - GIVEN):
         assert word in COLUMNS, (
             f"'{objective.name}' wants '{word}': say in COLUMNS or GIVEN of this test how a row answers it"
         )
@@ -323,7 +323,7 @@ def tuned(tuner: str, net: torch.nn.Module | None = None) -> Roles:
     attached = build("tuner", tuner).attach(net)
     clock = Clock()
     policy = Policy(Causal(), net, attached)
-    reference = build("role", "off" if "off" in attached.settings.gives else "start").play(
+    reference = build("role", "off" if "off" in attached.settings.provides else "start").play(
         "reference", policy
     )
     roles = cast(reference=reference)
@@ -337,7 +337,7 @@ def test_runs_with_every_kind_of_tuner_and_without_a_gradient(name, tuner):
     objective, roles = build("objective", name), tuned(tuner)
     rows, rng = contract_rows(objective), torch.Generator().manual_seed(6)
     # against the policy as it is, the value of a ratio does not tell where it leads
-    if "samples" in wants_of(objective):
+    if "samples" in requires_of(objective):
         rows = [
             {k: v for k, v in r.items() if k != "supervised"} | {"old": COLUMNS["old"](r, rng)} for r in rows
         ]
@@ -386,8 +386,8 @@ def test_declaration_is_complete(name):
     # what a dataclass says where nobody does
     made_up = f"{cls.__name__}{inspect.signature(cls)}".replace(" -> None", "")
     assert said.summary and cls.__doc__ != made_up, "the file and the class say what they do"
-    assert said.wants <= set(WORDS), "words that a sentence can explain"
-    assert said.wants == cls.wants
+    assert said.requires <= set(WORDS), "words that a sentence can explain"
+    assert said.requires == cls.requires
     assert all(cls.contract.values()), "an exception has its reason"
     assert f"# {name}" in page(cls)
 
@@ -555,7 +555,7 @@ def test_equal_rewards_teach_nothing(name, scale):
 def test_no_reference_is_wanted_where_nobody_asks_it():
     for name in ("grpo", "dapo", "dr_grpo"):
         without, with_ = (build("objective", {"name": name, "beta": b}) for b in (0.0, 0.1))
-        assert "reference" not in wants_of(without) and "reference" in wants_of(with_)
+        assert "reference" not in requires_of(without) and "reference" in requires_of(with_)
         without.loss(Roles(cast().policy, Clock(), Renderer(tokenizer())), batch_of(make_rows(2, k=3)))
 
 

@@ -71,9 +71,9 @@ def test_a_mean_teacher_is_the_running_average_and_gets_no_gradient(base, tmp_pa
 
 
 def stops(step: int):
-    from luthier.report.console import Quiet
+    from luthier.report.console import Callback
 
-    class Watch(Quiet):
+    class Watch(Callback):
         def step(self, log):
             if log["step"] == step:
                 raise KeyboardInterrupt

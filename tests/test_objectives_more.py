@@ -369,16 +369,16 @@ def test_glad_without_its_share_is_backprop_and_with_all_of_it_sam(base, tmp_pat
 
 
 def test_glad_on_a_quadratic_is_its_closed_form():
-    from luthier.methods.tuners._base import Attached, Site
+    from luthier.methods.tuners._base import ParamGroup, TunedModel
     from luthier.train.optimizer import Chain
 
     torch.manual_seed(0)
     A = torch.randn(6, 6)
     H, p = A @ A.T / 6, torch.nn.Parameter(torch.randn(6))
 
-    class One(Attached):
-        def every_site(self):
-            return [Site("p", {"weight": p})]
+    class One(TunedModel):
+        def all_param_groups(self):
+            return [ParamGroup("p", {"weight": p})]
 
     seen = {}
 
@@ -389,7 +389,7 @@ def test_glad_on_a_quadratic_is_its_closed_form():
         def gather(self, every):
             return every
 
-        def apply(self, grads, state, site, step):
+        def apply(self, grads, state, group, step):
             seen.update(grads)
             return grads
 
@@ -419,7 +419,7 @@ def test_layerwise_rates_are_the_formula():
     chain = Chain(
         [build("transform", {"name": "layerwise_decay", "decay": 0.5})], attached, Clock(seed=0, total=1), 0.1
     )
-    chain.step({s.name: {k: torch.ones_like(p) for k, p in s.slots.items()} for s in chain.sites()})
+    chain.step({s.name: {k: torch.ones_like(p) for k, p in s.params.items()} for s in chain.param_groups()})
     step = {k: float((before[k] - p).mean()) for k, p in model.named_parameters()}
     assert [step[f"model.layers.{i}.mlp.up_proj.weight"] for i in range(4)] == pytest.approx(
         [0.1 * 0.5 ** (3 - i) for i in range(4)], rel=1e-3

@@ -612,10 +612,10 @@ def test_sppo_stays_near_the_equilibrium_of_rock_paper_scissors():
 
 
 def test_win_rates_of_scores():
-    from luthier.recipe.validate import _Nobody
+    from luthier.recipe.validate import DryRunRoles
 
     row = {"id": "a", "prompt": "p", "completions": ["x", "y", "z"], "scores": [2.0, 0.0, 0.0]}
-    (out,) = build("stage", "win_rates")([row], _Nobody())
+    (out,) = build("stage", "win_rates")([row], DryRunRoles())
     two = float(torch.sigmoid(torch.tensor(2.0)))
     assert out["win_rates"] == pytest.approx([(0.5 + 2 * two) / 3, (1 - two + 1) / 3, (1 - two + 1) / 3])
     assert sum(out["win_rates"]) == pytest.approx(1.5)

@@ -19,7 +19,7 @@ from luthier.methods.tuners._base import Untuned
 from luthier.model.load import assemble
 from luthier.model.policy import Policy, Roles
 from luthier.recipe.recipe import Recipe, terms
-from luthier.recipe.validate import _Nobody, rehearse
+from luthier.recipe.validate import DryRunRoles, validate
 from luthier.registry import build
 from luthier.text.render import Renderer
 from test_objectives import (
@@ -39,7 +39,7 @@ from test_objectives import (
 def roles(tiny):
     """Roles of a tiny model; everything moves."""
     recipe = Recipe.load({"model": tiny, "tuner": "full", "dtype": "float32"})
-    return assemble(recipe, rehearse(recipe, load([{"prompt": "a", "completion": "b"}]).rows))
+    return assemble(recipe, validate(recipe, load([{"prompt": "a", "completion": "b"}]).rows))
 
 
 # ------------------------------------------------------------------------------------------------ weights
@@ -528,12 +528,12 @@ def test_failed_calls_are_read_and_not_learned():
         call("4"),
     ]
     row = {"id": "a", "prompt": [{"role": "user", "content": "2+2"}], "completions": [turns]}
-    (out,) = build("stage", "mask_failed_calls")([row], _Nobody())
+    (out,) = build("stage", "mask_failed_calls")([row], DryRunRoles())
     assert [t.get("loss") for t in out["completions"][0] if t["role"] == "assistant"] == [False, None, None]
     assert "⟦two" in Renderer(make_tokenizer()).decode_marked(out) and "⟦one" not in Renderer(
         make_tokenizer()
     ).decode_marked(out)
-    assert not build("stage", "mask_failed_calls")([{**row, "completions": [turns[:2]]}], _Nobody())
+    assert not build("stage", "mask_failed_calls")([{**row, "completions": [turns[:2]]}], DryRunRoles())
 
 
 @pytest.fixture(scope="module")
@@ -619,7 +619,7 @@ def test_morepair_learns_both():
 def test_a_rationale_becomes_a_second_completion():
     row = {"id": "a", "prompt": "fix: ", "completions": ["x = 1"], "rationale": "x was 2", "scores": [1.0]}
     stage = build("stage", {"name": "rationale", "before": "# "})
-    (out,) = stage([row, {**row, "rationale": ""}], _Nobody())
+    (out,) = stage([row, {**row, "rationale": ""}], DryRunRoles())
     assert (
         out["completions"] == ["x = 1", "# x was 2"]
         and out["tasks"] == ["answer", "rationale"]
@@ -637,18 +637,18 @@ def test_yes_no_asks_about_every_label():
     ]
     questions = {"good": ["Is it good?", "Is it liked?"], "bad": ["Is it bad?"]}
     stage = {"name": "yes_no", "questions": questions, "task": "films"}
-    out = build("stage", stage)(rows, _Nobody())
+    out = build("stage", stage)(rows, DryRunRoles())
     assert len(out) == 9 * 3 and len({r["id"] for r in out}) == 27
     assert all(
         (r["completions"] == ["yes"]) == (r["asked"] == ("good" if int(r["id"][1]) % 3 else "bad"))
         for r in out
     )
-    even = build("stage", {**stage, "balance": True, "cap": 40})(rows, _Nobody())
+    even = build("stage", {**stage, "balance": True, "cap": 40})(rows, DryRunRoles())
     assert len(even) == 40 and len({r["id"] for r in even}) == 40
     assert sum(r["completions"] == ["yes"] for r in even) == pytest.approx(20, abs=2)
     other = [{**r, "task": "books"} for r in out]
-    kept = build("stage", {"name": "groups", "drop": ["books"]})([*out, *other], _Nobody())
-    held = build("stage", {"name": "groups", "keep": ["books"]})([*out, *other], _Nobody())
+    kept = build("stage", {"name": "groups", "drop": ["books"]})([*out, *other], DryRunRoles())
+    held = build("stage", {"name": "groups", "keep": ["books"]})([*out, *other], DryRunRoles())
     assert {r["task"] for r in kept} & {r["task"] for r in held} == set() and len(kept) == len(held) == 27
 
 
@@ -706,7 +706,7 @@ def test_meta_tuning_answers_questions_it_was_not_tuned_on(roles, tmp_path):
     words = [
         {"id": f"{i}", "prompt": f"{w}\n", "completions": [w]} for i, w in enumerate(("good", "bad", "good"))
     ]
-    rows = build("stage", {"name": "yes_no", "questions": {"good": ["Good?", "Fine?"]}})(words, _Nobody())
+    rows = build("stage", {"name": "yes_no", "questions": {"good": ["Good?", "Fine?"]}})(words, DryRunRoles())
     with torch.no_grad():
         out = build("evaluator", "yes_no_auc").run(roles, rows, tmp_path, "after")
     assert set(out) == {"auc", "auc_ensemble"} and all(0 <= v <= 1 for v in out.values())
@@ -723,7 +723,7 @@ def test_response_only_shows_no_question():
         "prompt": [{"role": "system", "content": "be"}, {"role": "user", "content": "2+2?"}],
         "completions": ["4"],
     }
-    one, two = build("stage", "response_only")([text, turns], _Nobody())
+    one, two = build("stage", "response_only")([text, turns], DryRunRoles())
     assert renderer.decode_marked(one) == "<|user|><|end|><|assistant|>⟦4<|end|>⟧"
     assert renderer.decode_marked(two) == "<|system|><|end|><|user|><|end|><|assistant|>⟦4<|end|>⟧"
 

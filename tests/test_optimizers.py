@@ -17,17 +17,17 @@ import luthier
 from conftest import SUMS
 from luthier.clock import Clock
 from luthier.methods.estimators.zeroth_order.mezo import direction
-from luthier.methods.tuners._base import Site
+from luthier.methods.tuners._base import ParamGroup
 from luthier.methods.tuners.subset._subset import Weights
 from luthier.registry import build, find, helps, names
 from luthier.storage import store
 from luthier.train import optimizer as _chain
 from luthier.train.checks import Refused
 from luthier.train.optimizer import Chain, Lazily, Transform, schedule
-from luthier.train.trainer import Fit, draw
+from luthier.train.trainer import Trainer, draw
 
 ESTIMATORS = [
-    n for n in names("estimator") if not find("estimator", n).wants
+    n for n in names("estimator") if not find("estimator", n).requires
 ]  # others want more than any moving tensors: tested where it is
 TRANSFORMS, OPTIMIZERS = names("transform"), names("optimizer")
 
@@ -51,14 +51,14 @@ class Moving(Weights):
             SimpleNamespace(name="toy", r=2, lora_alpha=2), model, lambda name, p: name != "frozen"
         )
 
-    def every_site(self):
+    def all_param_groups(self):
         m = self.model
         slots = {
             "weight": {"weight": m.weight},
             "bias | norm": {"weight": m.bias},
             "low": {"A": m.A, "B": m.B},
         }
-        return [Site(name, tensors, self.settings) for name, tensors in slots.items()]
+        return [ParamGroup(name, tensors, self.settings) for name, tensors in slots.items()]
 
 
 class Rig:
@@ -190,16 +190,16 @@ def test_transforms_keep_their_promises(name, tmp_path):
         return Rig(transforms=(build("transform", name),))
 
     rig = make()
-    sites = {s.name: s for s in rig.chain.sites()}
+    param_groups = {s.name: s for s in rig.chain.param_groups()}
     rig.closure()
-    grads = {n: {k: p.grad for k, p in s.slots.items()} for n, s in sites.items()}
+    grads = {n: {k: p.grad for k, p in s.params.items()} for n, s in param_groups.items()}
     kept = {n: {k: g.clone() for k, g in slots.items()} for n, slots in grads.items()}
     weights = rig.tuner.tensors()
     transform = rig.chain.transforms[0]
     gathered = transform.gather(grads)
-    for n, site in sites.items():
-        out = transform.apply(gathered[n], {}, site, 1)
-        assert all(u.shape == site.slots[k].shape and u.isfinite().all() for k, u in out.items())
+    for n, group in param_groups.items():
+        out = transform.apply(gathered[n], {}, group, 1)
+        assert all(u.shape == group.params[k].shape and u.isfinite().all() for k, u in out.items())
         assert all(torch.equal(grads[n][k], kept[n][k]) for k in kept[n])
     assert all(torch.equal(p, weights[k]) for k, p in rig.tuner.parameters().items())
     assert same(make().go(8), make().go(3).kill_and_load(tmp_path, make).go(5))
@@ -316,11 +316,11 @@ def test_bfloat16_moves_through_float32_masters():
     rig = Rig(transforms=(build("transform", "adam"),), dtype=torch.bfloat16, learning_rate=1e-4, total=40)
     start = rig.tuner.tensors()
     rig.go(40)
-    for site in rig.tuner.sites():
-        for slot, p in site.slots.items():
-            master = rig.chain.state[site.name]["master"][slot]
+    for group in rig.tuner.param_groups():
+        for slot, p in group.params.items():
+            master = rig.chain.state[group.name]["master"][slot]
             assert master.dtype == torch.float32 and torch.equal(p, master.bfloat16())
-            assert not torch.equal(master, start[f"{site.name}.{slot}"].float())
+            assert not torch.equal(master, start[f"{group.name}.{slot}"].float())
     assert rig.distance() < 0.9999 * Rig(dtype=torch.bfloat16).distance()
 
 
@@ -387,7 +387,7 @@ def test_state_comes_back_where_its_weights_are():
 def test_clipping_holds_no_second_copy_of_the_gradients():
     rig = Rig(transforms=(clip := build("transform", {"name": "clip", "max_grad_norm": 0.1}),))
     rig.closure()
-    grads = {s.name: {k: p.grad for k, p in s.slots.items()} for s in rig.chain.sites()}
+    grads = {s.name: {k: p.grad for k, p in s.params.items()} for s in rig.chain.param_groups()}
     small = clip.gather(grads)
     assert isinstance(small, Lazily) and len(small) == 3
     assert sum(
@@ -404,8 +404,8 @@ class Seen(Transform):
     def __init__(self):
         object.__setattr__(self, "grads", {})
 
-    def apply(self, grads, state, site, step):
-        self.grads.update({f"{site.name}.{k}": g.clone() for k, g in grads.items()})
+    def apply(self, grads, state, group, step):
+        self.grads.update({f"{group.name}.{k}": g.clone() for k, g in grads.items()})
         return grads
 
 
@@ -420,8 +420,8 @@ def test_mezo_is_the_finite_difference_along_its_directions(n_probes):
     for probe in range(n_probes):
         z = {
             f"{s.name}.{k}": direction(clock, probe, s.name, k, p)
-            for s in rig.tuner.sites()
-            for k, p in s.slots.items()
+            for s in rig.tuner.param_groups()
+            for k, p in s.params.items()
         }
         sides = []
         for sign in (1, -1):
@@ -441,7 +441,7 @@ def test_mezo_points_along_the_gradient_on_average():
     total = torch.zeros(64)
 
     class Sum(Seen):
-        def apply(self, grads, state, site, step):
+        def apply(self, grads, state, group, step):
             total.add_(grads["weight"][0])
             return {k: torch.zeros_like(g) for k, g in grads.items()}
 
@@ -532,7 +532,7 @@ def test_a_run_with_mezo_takes_the_memory_of_inference_and_of_what_moves(base, t
     """Measured on every step of luthier.tune, on the rows of that step; a run with a backward pass takes
     more.
     """
-    found, step = {"mezo": [], "backprop": []}, Fit.step
+    found, step = {"mezo": [], "backprop": []}, Trainer.step
 
     def measured(self):
         roles, clock = self.roles, self.roles.clock
@@ -546,7 +546,7 @@ def test_a_run_with_mezo_takes_the_memory_of_inference_and_of_what_moves(base, t
         found[name].append((whole.peak, inference.peak, sum(moving), max(moving)))
         return log
 
-    monkeypatch.setattr(Fit, "step", measured)
+    monkeypatch.setattr(Trainer, "step", measured)
     for name in found:
         asked = base | {
             "tuner": tuner,
@@ -596,12 +596,14 @@ def test_what_is_pointwise_may_go_in_pieces(name, dtype, monkeypatch):
         monkeypatch.setattr(_chain, "PIECE", piece)
         rig = Rig([build("transform", name)], dtype=dtype)
         monkeypatch.setattr(
-            rig.tuner, "renewed", lambda site: {"weight": rig.model.weight > 0.5} if site == "weight" else {}
+            rig.tuner,
+            "reset_masks",
+            lambda group: {"weight": rig.model.weight > 0.5} if group == "weight" else {},
         )
         monkeypatch.setattr(
             rig.tuner,
-            "pulls",
-            lambda site: {"weight": 0.1 * rig.model.weight.detach().float()} if site == "weight" else {},
+            "extra_grads",
+            lambda group: {"weight": 0.1 * rig.model.weight.detach().float()} if group == "weight" else {},
         )
         return rig.go(4)
 

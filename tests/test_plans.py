@@ -18,12 +18,12 @@ from luthier.data.rows import load
 from luthier.errors import RecipeError
 from luthier.methods.plans.studies.front import spread, weigh
 from luthier.recipe.recipe import Recipe
-from luthier.recipe.validate import rehearse
+from luthier.recipe.validate import validate
 from luthier.registry import build, find, helps, names
 from luthier.serve import load as use
 from luthier.storage import store
 from luthier.study.statistics import hypervolume
-from luthier.train.trainer import Fit
+from luthier.train.trainer import Trainer
 
 NEEDED = {
     "preference_losses": {"objectives": ["sft", "dft"]},  # rows without pairs will do for these
@@ -76,7 +76,7 @@ def recipe(tiny):
 @pytest.mark.parametrize("name", names("plan"))
 def test_plans_survive_a_rehearsal_and_ask_for_legal_recipes(name, recipe):
     plan, recipe = {"name": name, **NEEDED.get(name, {})}, recipe.but(**PLAYED_ON.get(name, {}))
-    rehearse(recipe.but(plan=plan), ROWS)
+    validate(recipe.but(plan=plan), ROWS)
     blank = [
         SimpleNamespace(
             folder="x", **{k: defaultdict(float) for k in ("before", "after", "metrics", "stats")}, notes=[]
@@ -86,7 +86,7 @@ def test_plans_survive_a_rehearsal_and_ask_for_legal_recipes(name, recipe):
     asked, _ = played(plan, recipe, blank)
     for one in (r for some in asked for r in (some if isinstance(some, list) else [some])):
         assert one.plan is None and Recipe.load(one.yaml()).fingerprint() == one.fingerprint()
-        rehearse(one, ROWS)
+        validate(one, ROWS)
 
 
 @pytest.mark.parametrize("kind", ["plan", "merger"])
@@ -134,11 +134,11 @@ def test_each_act_goes_on_from_the_last(recipe):
 )
 def test_impossible_acts_are_refused_before_the_first_begins(recipe, acts, words):
     with pytest.raises(RecipeError, match=words):
-        rehearse(Recipe.load(recipe, {"plan": acts}), ROWS)
+        validate(Recipe.load(recipe, {"plan": acts}), ROWS)
 
 
 def test_another_tuner_may_begin_anew(recipe):
-    rehearse(
+    validate(
         recipe.but(
             plan=[{"objective": "sft"}, {"tuner": "full", "start": None}, {"tuner": "full", "lr": 1e-5}]
         ),
@@ -184,7 +184,7 @@ def test_a_plan_stopped_in_its_second_act_goes_on_there(base, tmp_path, monkeypa
     }
     asked |= {"data": SUMS[:24], "evaluate": ["loss"]}
     whole = luthier.tune(asked, folder=tmp_path / "whole")
-    real, made, stops = Fit.step, [], [True]
+    real, made, stops = Trainer.step, [], [True]
 
     def stepping(self):
         if stops and made.count(0) == 2 and made[-1] == 2:
@@ -192,7 +192,7 @@ def test_a_plan_stopped_in_its_second_act_goes_on_there(base, tmp_path, monkeypa
         made.append(self.roles.clock.step)
         return real(self)
 
-    monkeypatch.setattr(Fit, "step", stepping)
+    monkeypatch.setattr(Trainer, "step", stepping)
     with pytest.raises(ZeroDivisionError):
         luthier.tune(asked, folder=tmp_path / "broken")
     before, made[:] = len(made), []
@@ -284,7 +284,7 @@ def test_raft_of_one_sample_is_sft_on_own_samples(base, tmp_path):
 
 
 def test_a_price_on_leaving_the_base_model_wants_a_reference(recipe):
-    rehearse(recipe.but(plan=raft(kl_coef=0.1)), ROWS)
+    validate(recipe.but(plan=raft(kl_coef=0.1)), ROWS)
     asked, _ = played(raft(kl_coef=0.1, rounds=1), recipe, [report("x")])
     assert [s if isinstance(s, str) else s["name"] for s in asked[0].stages] == [
         "rollout",
@@ -332,10 +332,10 @@ def test_spin_begins_each_round_at_log_two(base, tmp_path, tuner):
 def test_learning_to_prefer_what_is_said_anyway_changes_nothing(base, tmp_path):
     """Given and own answer are the same: the loss is log 2 and no weight moves."""
     from luthier.model.load import assemble
-    from luthier.recipe.validate import rehearse
+    from luthier.recipe.validate import validate
 
     made = Recipe.load({k: v for k, v in base.items() if k != "data"} | {"objective": "dpo"})
-    roles = assemble(made, rehearse(made, load([{"prompt": "1+1=", "chosen": "2", "rejected": "3"}]).rows))
+    roles = assemble(made, validate(made, load([{"prompt": "1+1=", "chosen": "2", "rejected": "3"}]).rows))
     roles.reference = roles.policy.as_role("reference")
     ids = roles.renderer.encode({"id": 0, "prompt": "1+1=", "completions": ["2"]}).completions[0]
     row = {"id": 0, "prompt": "1+1=", "completions": ["2", ids], "scores": [1.0, 0.0]}
@@ -377,7 +377,7 @@ def test_a_greedy_soup_takes_what_helps(recipe):
     with pytest.raises(RecipeError, match="decides by 'loss', and the run in s0 measured accuracy"):
         played({"name": "greedy_soup", "of": of[:2]}, recipe, [[report("s0", accuracy=1.0), report("s1")]])
     with pytest.raises(RecipeError, match="give eval_data as a file"):
-        rehearse(recipe.but(plan={"name": "greedy_soup", "of": [{"seed": 1}, {"seed": 2}]}), ROWS)
+        validate(recipe.but(plan={"name": "greedy_soup", "of": [{"seed": 1}, {"seed": 2}]}), ROWS)
 
 
 def test_a_greedy_soup_is_never_worse_than_its_best_ingredient(base, tmp_path):
@@ -536,5 +536,5 @@ def test_a_front_is_measured_drawn_and_goes_on(tmp_path, monkeypatch):
         for n, t in middle.items()
     )
     assert any(not torch.equal(first[n], t) for n, t in middle.items())
-    monkeypatch.setattr(Fit, "run", lambda *a, **k: pytest.fail("all of this was known"))
+    monkeypatch.setattr(Trainer, "run", lambda *a, **k: pytest.fail("all of this was known"))
     assert luthier.tune(asked, folder=tmp_path / "f").stats["front"] == front

@@ -153,5 +153,5 @@ def test_counts_and_names():
     attached = put(zoo.make("llama"))
     # layers, vectors, keys and values, width of 2 heads
     assert sum(p.numel() for p in attached.parameters().values()) == 2 * 3 * 2 * 16
-    assert all(".k_proj" in s.name and set(s.slots) == {"keys", "values"} for s in attached.sites())
+    assert all(".k_proj" in s.name and set(s.params) == {"keys", "values"} for s in attached.param_groups())
     assert all(ADAPTER in layer.held for layer in attached.layers.values())

@@ -24,7 +24,7 @@ from luthier.model.quantized import quantize
 from luthier.model.quantized_load import chosen
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import checked
-from luthier.registry import build, find, gives_of, helps, names
+from luthier.registry import build, find, helps, names, provides_of
 from luthier.storage import store
 from test_tuners import base, logprobs, put, train
 
@@ -225,7 +225,7 @@ def test_bitsandbytes_says_the_same():
 ON_CODES = [
     n
     for n in names("tuner")
-    if find("tuner", n).on_quantized and "codes" not in find("tuner", n).wants and n != "bitfit"
+    if find("tuner", n).on_quantized and "codes" not in find("tuner", n).requires and n != "bitfit"
 ]
 
 
@@ -247,13 +247,13 @@ def test_a_tuner_on_codes_is_the_tuner_on_their_weights(name, kind):
         train(attached), train(twin)
     tuned = logprobs(attached)
     assert torch.allclose(tuned, logprobs(twin), atol=1e-3) and not torch.allclose(tuned, untuned, atol=1e-4)
-    if "off" in gives_of(attached.settings) and name != "prompt":
+    if "off" in provides_of(attached.settings) and name != "prompt":
         with attached.off():
             assert (
                 torch.allclose(logprobs(attached), untuned, atol=1e-6)
                 or "starts_as_base" in find("tuner", name).contract
             )
-    if "merge" in gives_of(attached.settings):
+    if "merge" in provides_of(attached.settings):
         with attached.merged():
             assert torch.allclose(logprobs(attached), tuned, atol=2e-5)
     assert torch.equal(logprobs(attached), tuned)
@@ -512,9 +512,11 @@ def test_tuners_beside_experts_that_are_codes():
     dense, coded = base("mixtral"), base("mixtral")
     quantize(coded, build("quantizer", "nf4"))
     once = copy.deepcopy(coded)
-    assert {s.name for s in put("ssf", dense).sites()} == {s.name for s in put("ssf", once).sites()}
+    assert {s.name for s in put("ssf", dense).param_groups()} == {
+        s.name for s in put("ssf", once).param_groups()
+    }
     attached = put("lora", coded, target_modules="all-linear")
-    assert not any("experts" in s.name for s in attached.sites())
+    assert not any("experts" in s.name for s in attached.param_groups())
     assert any("skip_modules" in t and "fused expert weights" in t for t in attached.told)
     with torch.enable_grad():
         train(attached)

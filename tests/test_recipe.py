@@ -10,7 +10,7 @@ from luthier.data.rows import load
 from luthier.errors import RecipeError
 from luthier.methods.stages.select.best import Best
 from luthier.recipe.recipe import Recipe, terms
-from luthier.recipe.validate import rehearse
+from luthier.recipe.validate import validate
 from luthier.registry import build
 
 ROLLOUT, SCORE = {"name": "rollout", "n": 4}, {"name": "score", "reward": "exact_match"}
@@ -19,7 +19,7 @@ ROLLOUT, SCORE = {"name": "rollout", "n": 4}, {"name": "score", "reward": "exact
 def refused(recipe, rows=SUMS) -> str:
     with pytest.raises(RecipeError) as told:
         made = Recipe.load(recipe)
-        rehearse(made, load(rows, max_bad_rows=1).rows)
+        validate(made, load(rows, max_bad_rows=1).rows)
     return str(told.value)
 
 
@@ -133,7 +133,7 @@ def test_a_recipe_may_be_legal(tiny):
             SUMS,
         ),
     ):
-        rehearse(Recipe.load({"model": tiny} | recipe), load(rows).rows)
+        validate(Recipe.load({"model": tiny} | recipe), load(rows).rows)
 
 
 def test_words_of_other_tools_are_understood_and_told():
@@ -186,16 +186,16 @@ def test_stages_that_ask_no_model_are_tried_on_two_rows(monkeypatch):
         )
 
     rows = load(UNPAIRED).rows
-    rehearse(Recipe.load(recipe), rows)
+    validate(Recipe.load(recipe), rows)
     putting(lambda row: {k: v for k, v in row.items() if k != "scores"})
     with pytest.raises(RecipeError, match="'kto' wants a score for each completion"):
-        rehearse(Recipe.load(recipe), rows)
+        validate(Recipe.load(recipe), rows)
     putting(lambda row: row["nothing"])
     with pytest.raises(RecipeError, match="stage 'best' fails on the first rows: KeyError: 'nothing'"):
-        rehearse(Recipe.load(recipe), rows)
+        validate(Recipe.load(recipe), rows)
     assert seen == [2, 2]
     with pytest.raises(RecipeError, match="'dpo' wants rows with at least two completions"):
-        rehearse(Recipe.load({"objective": "dpo", "stages": [ROLLOUT, SCORE, "best"]}), load(SUMS).rows)
+        validate(Recipe.load({"objective": "dpo", "stages": [ROLLOUT, SCORE, "best"]}), load(SUMS).rows)
 
 
 def test_changes_and_origins():

@@ -15,7 +15,7 @@ import yaml
 from luthier.recipe.recipe import Recipe
 from luthier.report import MARKS, write_report
 from luthier.report.chart import chart, log_ticks, short, smoothed, thinned, ticks
-from luthier.report.console import Console, Quiet
+from luthier.report.console import Callback, Console
 from luthier.report.numbers import answers, cost, duration, headline, line, lines, number
 from luthier.report.page import marked, page
 from luthier.run.run import Report
@@ -286,7 +286,7 @@ class Roles:
 def test_at_a_pipe_ten_lines_and_no_colours(tmp_path):
     out = io.StringIO()
     console = Console(out)
-    console.tell("a [bold]sentence[/bold] with marks")
+    console.warn("a [bold]sentence[/bold] with marks")
     console.rows(Roles, [{"prompt": "2+2=", "said": " 4"}], {"row_tokens": 5, "supervised_share": 0.4})
     with console.training(100, 0):
         for i in range(100):
@@ -315,7 +315,7 @@ def test_at_a_terminal_a_bar_and_colours(monkeypatch):
     console = Console(out)
     with console.training(10, 4):
         console.step({"step": 5, "loss": 1.0, "tokens": 50, "seconds": 0.01})
-        console.tell("told beside the bar")
+        console.warn("told beside the bar")
     assert "\x1b[" in out.getvalue() and "5/10" in out.getvalue() and "told beside the bar" in out.getvalue()
 
 
@@ -330,13 +330,13 @@ def test_what_a_model_writes_cannot_steer_the_terminal(tmp_path):
     (tmp_path / "samples-after.jsonl").write_text(json.dumps(sample) + "\n")
     out = io.StringIO()
     Console(out).finish(a_report(tmp_path))
-    Console(out).tell("\x1b[31mred")
+    Console(out).warn("\x1b[31mred")
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", out.getvalue()) and "␛" in out.getvalue()
 
 
 def test_quiet_keeps_what_was_told(capsys):
-    quiet = Quiet()
-    quiet.tell("one")
+    quiet = Callback()
+    quiet.warn("one")
     with quiet.training(3, 0):
         quiet.step({"step": 1})
     quiet.finish(Report("x"))

@@ -24,7 +24,7 @@ from luthier.recipe.recipe import Recipe
 from luthier.registry import build, names
 from luthier.study import search as searching
 from luthier.study.goals import below, fold, goals, limits
-from luthier.study.search import Book, Measured, hunt, quest, seeds_of
+from luthier.study.search import Book, Measured, optimize, quest, seeds_of
 from luthier.study.space import only_layers, over
 from luthier.study.statistics import expected_utility, hypervolume, sparsity
 
@@ -224,7 +224,7 @@ def bandit(seeds: int, trials: int = 40, seed: int = 0):
     def measure(t, index):
         return Measured({s: f(t.user_attrs["point"]["x"], s) for s in range(1000, 1000 + seeds)}, 1.0)
 
-    top = searching.best(hunt(book, build("searcher", "tpe"), measure, trials, seed=seed))[0]
+    top = searching.best(optimize(book, build("searcher", "tpe"), measure, trials, seed=seed))[0]
     return float(np.mean([f(top.seen.point["x"], s)["loss"] for s in range(50)])) - top.goals["loss"]
 
 
@@ -312,16 +312,16 @@ def test_a_search_over_fronts_finds_more_than_the_default():
         {s: front_of(t.user_attrs["point"]["temperature"], s) for s in (1000, 1001, 1002)}
     )
     book = Book(space, (goal,), ())
-    tried = hunt(book, build("searcher", "tpe"), measure, 25)
+    tried = optimize(book, build("searcher", "tpe"), measure, 25)
     at = searching.best(tried)[0].seen.point["temperature"]
     assert np.mean([front_of(at, s)[goal.metric] - front_of(10.0, s)[goal.metric] for s in range(20)]) > 0.05
     asked = [(Asked(dict(t.seen.point)), "earlier") for t in tried]
     for order in (asked[::-1], [asked[i] for i in np.random.default_rng(0).permutation(len(asked))]):
-        again = hunt(Book(space, (goal,), ()), build("searcher", "tpe"), measure, len(asked), first=order)
+        again = optimize(Book(space, (goal,), ()), build("searcher", "tpe"), measure, len(asked), first=order)
         assert searching.best(again)[0].seen.point["temperature"] == at
     flat = lambda t, i: Measured({1000: {goal.metric: 1.0}})  # all alike: still the same one
     ends = [
-        searching.best(hunt(Book(space, (goal,), ()), build("searcher", "tpe"), flat, 25, first=o))[0]
+        searching.best(optimize(Book(space, (goal,), ()), build("searcher", "tpe"), flat, 25, first=o))[0]
         for o in (asked, asked[::-1])
     ]
     assert ends[0].seen.point == ends[1].seen.point
@@ -493,8 +493,12 @@ def test_layers_are_left_alone(tiny):
 
     made = flags.recipe_of({"layers.0": True, "layers.1": False, "layers.2": True, "layers.3": False})
     assert made.yaml() == only_layers(base, [0, 2], 4).yaml()
-    sites = [s.name for s in assemble(made, parts(made)).tuner.sites()]
-    assert sites and all(".0." in s or ".2." in s for s in sites) and any(".2." in s for s in sites)
+    param_groups = [s.name for s in assemble(made, parts(made)).tuner.param_groups()]
+    assert (
+        param_groups
+        and all(".0." in s or ".2." in s for s in param_groups)
+        and any(".2." in s for s in param_groups)
+    )
 
 
 @pytest.mark.parametrize(
@@ -659,9 +663,9 @@ def test_a_database_is_shared_by_workers(tmp_path):
     books = [Book(space, wanted, (), url, "s", worker) for worker in ("a", "b")]
     measure = lambda t, i: Measured({1000: {"loss": t.user_attrs["point"]["x"]}})
     left = books[0].begin(Asked({"x": 0.5}))
-    hunt(books[1], build("searcher", "random"), measure, 3)
+    optimize(books[1], build("searcher", "random"), measure, 3)
     assert len(books[1].tried()) == 3 and len(books[0].begun()) == 1 and not books[1].begun()
-    done = hunt(books[0], build("searcher", "random"), measure, 4)
+    done = optimize(books[0], build("searcher", "random"), measure, 4)
     assert len(done) == 4 and done[-1].seen.number == left.number
     with pytest.raises(RecipeError, match="--storage"):
         Book(space, wanted, (), "nonsense://", "s")
@@ -680,10 +684,12 @@ def test_workers_do_not_ask_the_same(name):
         """While one measures, the other asks."""
         asked.append(t.user_attrs["point"]["x"])
         if len(asked) % 2:
-            hunt(books[1], build("searcher", name), measure, searching.spent(books[1].tried()) + 2, crew=True)
+            optimize(
+                books[1], build("searcher", name), measure, searching.spent(books[1].tried()) + 2, crew=True
+            )
         return Measured({1000: {"loss": t.user_attrs["point"]["x"]}})
 
-    hunt(books[0], build("searcher", name), measure, 8, crew=True)
+    optimize(books[0], build("searcher", name), measure, 8, crew=True)
     assert len(asked) >= 8 and len(set(asked)) == len(asked)
 
 
@@ -717,9 +723,9 @@ def test_the_last_run_of_a_budget_is_begun_by_one_worker_only():
             books[0].begin(Asked({"x": 0.25}))
             return searcher.ask(*of)
 
-    hunt(books[0], searcher, measure, 2)
-    assert len(hunt(books[1], Slow(), measure, 3, crew=True)) == 2 and not books[1].begun()  # type: ignore[arg-type]
-    assert len(hunt(books[0], searcher, measure, 3, crew=True)) == 3
+    optimize(books[0], searcher, measure, 2)
+    assert len(optimize(books[1], Slow(), measure, 3, crew=True)) == 2 and not books[1].begun()  # type: ignore[arg-type]
+    assert len(optimize(books[0], searcher, measure, 3, crew=True)) == 3
     assert [t.measured.by_seed[1000]["loss"] for t in books[0].tried()][-1] == 0.25
 
 
@@ -750,9 +756,9 @@ def test_a_run_that_diverges_is_no_end(tmp_path):
         if i % 3
         else Measured({1000: {"loss": t.user_attrs["point"]["x"]}}, 1.0)
     )
-    tried = hunt(book, build("searcher", "tpe"), measure, 20)
+    tried = optimize(book, build("searcher", "tpe"), measure, 20)
     assert sum(bool(t.measured.failed) for t in tried) == 13 and not searching.best(tried)[0].measured.failed
-    assert hunt(book, build("searcher", "tpe"), measure, seconds=22.0)[-1].seen.number == 21
+    assert optimize(book, build("searcher", "tpe"), measure, seconds=22.0)[-1].seen.number == 21
 
 
 def test_what_moves_nothing_is_told_and_not_paid_for():
@@ -760,9 +766,9 @@ def test_what_moves_nothing_is_told_and_not_paid_for():
     idle = lambda t, i: (
         Measured({}, 0.0, "tuner 'autopeft' moves nothing") if i % 2 else Measured({1000: {"loss": 0.5}}, 1.0)
     )
-    tried = hunt(book, build("searcher", "random"), idle, 4)
+    tried = optimize(book, build("searcher", "random"), idle, 4)
     assert searching.spent(tried) == 4 and len(tried) == 7
-    never = hunt(
+    never = optimize(
         Book(Space((Dim("x"),)), goals(["loss"], "loss"), ()),
         build("searcher", "random"),
         lambda t, i: idle(t, 1),

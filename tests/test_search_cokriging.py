@@ -15,7 +15,7 @@ from luthier.methods.searchers.model_based._levels import Joint, Ladder, joint, 
 from luthier.methods.searchers.model_based._surrogates import fit
 from luthier.registry import build
 from luthier.study.goals import goals
-from luthier.study.search import Book, Measured, hunt
+from luthier.study.search import Book, Measured, optimize
 from test_search import MIXED, PLANE, play
 
 LINE = Space((Dim("x"),))
@@ -180,7 +180,7 @@ def test_the_book_of_a_search_goes_on_with_paused_runs():
         )
         return [
             (t.seen.number, t.seen.share, t.seen.point)
-            for t in hunt(book, build("searcher", spec), measure, trials)
+            for t in optimize(book, build("searcher", spec), measure, trials)
         ]
 
     spec = {"name": "cokriging", "eta": 4, "min_share": 0.25, **EXACT}

@@ -62,7 +62,7 @@ class Rig:
 
     def go(self, steps):
         def closure(grad=True, only=None):
-            torch.default_generator.manual_seed(self.clock.fold("noise"))
+            torch.default_generator.manual_seed(self.clock.derive_seed("noise"))
             for p in self.attached.parameters().values():
                 p.grad = None
             value = self.loss("train" if only and only(0, "train") else "validation")

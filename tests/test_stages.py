@@ -20,8 +20,8 @@ from luthier.methods.rewards._base import Reward
 from luthier.methods.stages._base import pick, said, text_of
 from luthier.model.load import assemble
 from luthier.recipe.recipe import Recipe
-from luthier.recipe.validate import rehearse, words
-from luthier.registry import build, find, gives_of, helps, names, wants_of
+from luthier.recipe.validate import validate, words
+from luthier.registry import build, find, helps, names, provides_of, requires_of
 
 STAGES = names("stage")
 COLUMNS = {
@@ -45,7 +45,7 @@ COLUMNS = {
 def roles(tiny):
     """Roles of a tiny model with itself, untuned, as the reference; `told` keeps what is said."""
     recipe = Recipe.load({"model": tiny, "tuner": "full", "dtype": "float32"})
-    made = assemble(recipe, rehearse(recipe, load(SUMS).rows))
+    made = assemble(recipe, validate(recipe, load(SUMS).rows))
     made.reference, made.judge = made.policy.as_role("reference"), made.policy.as_role("judge")
     return made
 
@@ -53,7 +53,7 @@ def roles(tiny):
 @pytest.fixture(autouse=True)
 def told(roles):
     sentences = []
-    roles.tell, roles.clock.step = sentences.append, 0
+    roles.warn, roles.clock.step = sentences.append, 0
     return sentences
 
 
@@ -105,12 +105,12 @@ def test_stages_give_what_they_say_and_leave_their_rows_alone(name, roles):
     stage = small(name)
     if "gives" in stage.contract:
         pytest.skip(stage.contract["gives"])
-    rows = rows_with(wants_of(stage) & COLUMNS)
+    rows = rows_with(requires_of(stage) & COLUMNS)
     kept = copy.deepcopy(rows)
     out = list(stage(rows, roles))
     assert out and rows == kept
-    assert gives_of(stage) & COLUMNS <= words(out) and not (
-        stage.drops - gives_of(stage) - {"pairs"}
+    assert provides_of(stage) & COLUMNS <= words(out) and not (
+        stage.removes - provides_of(stage) - {"pairs"}
     ) & words(out)
     assert all("id" in r and "prompt" in r for r in out)
 
@@ -118,7 +118,7 @@ def test_stages_give_what_they_say_and_leave_their_rows_alone(name, roles):
 @pytest.mark.parametrize("name", STAGES)
 def test_stages_need_what_they_want(name, roles):
     stage = small(name)
-    wanted = wants_of(stage) & COLUMNS
+    wanted = requires_of(stage) & COLUMNS
     for word in wanted - {"pairs"}:
         rows = [{k: v for k, v in r.items() if k != word} for r in rows_with(wanted)]
         try:
@@ -132,7 +132,7 @@ def test_stages_without_a_model_need_none(name):
     stage = small(name)
     if not stage.asks_model:
         nobody = SimpleNamespace(clock=Clock(), tell=lambda sentence: None)
-        assert list(stage(rows_with(wants_of(stage) & COLUMNS), nobody))
+        assert list(stage(rows_with(requires_of(stage) & COLUMNS), nobody))
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -192,8 +192,8 @@ def test_old_is_what_the_policy_says(roles):
         assert row["old"][0] == pytest.approx(values[0], abs=1e-5)
     assert (
         "old" not in rollout()(rows_with(set()), roles)[0]
-        and "old" not in gives_of(rollout())
-        and "old" in gives_of(rollout(old=True))
+        and "old" not in provides_of(rollout())
+        and "old" in provides_of(rollout(old=True))
     )
 
 
@@ -376,7 +376,7 @@ def test_ifd_by_its_closed_form(roles, told):
         renderer=roles.renderer,
         device=roles.device,
         clock=roles.clock,
-        tell=roles.tell,
+        tell=roles.warn,
     )
     out = build("stage", {"name": "ifd", "share": 1.0, "batch_size": 3})(rows, hand)
     assert [r["id"] for r in out] == [0, 2, 3]

@@ -139,7 +139,7 @@ def test_short_rows_are_measured_in_larger_batches_with_the_same_numbers(shallow
     from luthier.methods.evaluators._base import LETTERS, batches, measured
     from luthier.model.load import assemble
     from luthier.recipe.recipe import Recipe
-    from luthier.recipe.validate import rehearse
+    from luthier.recipe.validate import validate
     from luthier.registry import build
 
     def of(lengths: list[int], size: int | None = None) -> list[list[int]]:
@@ -157,7 +157,7 @@ def test_short_rows_are_measured_in_larger_batches_with_the_same_numbers(shallow
     rows = [
         {"id": f"{i}", "prompt": f"{i}+{i}=", "completions": [str(i + i) * (i % 3 + 1)]} for i in range(40)
     ]
-    roles = assemble(recipe, rehearse(recipe, rows))
+    roles = assemble(recipe, validate(recipe, rows))
     for name in ("loss", "accuracy"):
         small, large = ({"name": name, "batch_size": size} for size in (1, None))
         with torch.no_grad():

@@ -83,7 +83,7 @@ class Nobody:
     def __init__(self):
         self.clock, self.told = Clock(), []
 
-    def tell(self, sentence: str) -> None:
+    def warn(self, sentence: str) -> None:
         self.told.append(sentence)
 
 

@@ -43,7 +43,7 @@ from luthier.methods.tuners._peft import OnPeft
 from luthier.model.batch import collate
 from luthier.model.policy import Policy
 from luthier.model.quantized import quantize
-from luthier.registry import build, find, gives_of, helps, names, tuner
+from luthier.registry import build, find, helps, names, provides_of, tuner
 from luthier.storage import store
 from luthier.train.optimizer import Chain
 
@@ -166,7 +166,7 @@ def test_only_its_own_tensors_move(name):
 @torch.no_grad()
 def test_off_is_the_base(name):
     attached, kind = anywhere(name)
-    if "off" not in gives_of(attached.settings):
+    if "off" not in provides_of(attached.settings):
         with pytest.raises(RecipeError, match="cannot be switched off"), attached.off():
             pass
         return
@@ -185,7 +185,7 @@ def test_merged_is_the_tuned_forward_and_is_undone_exactly(name):
     attached, _ = anywhere(name)
     with torch.enable_grad():
         train(attached)
-    if "merge" not in gives_of(attached.settings):
+    if "merge" not in provides_of(attached.settings):
         with pytest.raises(RecipeError, match="cannot be merged"), attached.merged():
             pass
         return
@@ -347,7 +347,7 @@ def test_modules_of_every_kind(name, kind, where, tmp_path):
     tuned = logprobs(attached)
     with attached.off():
         assert torch.equal(logprobs(attached), logprobs(Untuned(base(kind))))
-    if "merge" in gives_of(attached.settings):
+    if "merge" in provides_of(attached.settings):
         with attached.merged():
             assert torch.allclose(logprobs(attached), tuned, atol=2e-5)
     assert torch.equal(logprobs(attached), tuned)
@@ -368,7 +368,7 @@ def test_fused_experts(tmp_path):
         target_modules=["q_proj"],
         target_parameters=["experts.gate_up_proj", "experts.down_proj"],
     )
-    assert any("experts" in s.name for s in attached.sites())
+    assert any("experts" in s.name for s in attached.param_groups())
     with torch.enable_grad():
         train(attached)
     tuned = logprobs(attached)
@@ -424,7 +424,7 @@ def test_where(name, tmp_path):
         "layers_to_transform": [1],
     }
     attached = put(name, **where, modules_to_save=["lm_head"])
-    assert [s.name for s in attached.sites()] == [
+    assert [s.name for s in attached.param_groups()] == [
         "model.layers.1.self_attn.q_proj",
         "lm_head.modules_to_save.default",
     ]
@@ -486,7 +486,7 @@ def test_lora_settings():
     ]:
         with pytest.raises(RecipeError, match=said):
             build("tuner", {"name": "lora", **settings})
-    assert "low-rank" in gives_of(build("tuner", "lora")) and "low-rank" not in gives_of(
+    assert "low-rank" in provides_of(build("tuner", "lora")) and "low-rank" not in provides_of(
         build("tuner", {"name": "lora", "use_dora": True})
     )
     layer = put("lora", r=4, lora_alpha=8, use_rslora=True).layers["model.layers.0.mlp.up_proj"]
@@ -673,7 +673,7 @@ def test_lora_sb_starts_as_the_first_full_step(kind):
     assert logprobs(attached).mean() > logprobs(Untuned(full)).mean()
 
 
-@tuner(gives="off merge")
+@tuner(provides="off merge")
 class Reads(Delta):
     """Its rows are the main directions of what a module reads."""
 
@@ -760,7 +760,7 @@ def test_lisa_draws_evenly_and_forgets_nothing_when_all_move():
     counts = torch.zeros(2)
     for step in range(500):
         attached.before_step(Clock(seed=0, step=step))
-        live = {k.split(".")[2] for s in attached.sites() for k in [s.name] if ".layers." in k}
+        live = {k.split(".")[2] for s in attached.param_groups() for k in [s.name] if ".layers." in k}
         counts[int(live.pop())] += 1
     assert abs(counts[0] / 500 - 0.5) < 3 * (0.25 / 500) ** 0.5
     one, two = train(put("lisa", n_layers=2, interval=1), 4), train(put("full"), 4)
@@ -1078,7 +1078,7 @@ def test_on_every_shape(name, kind, tmp_path):
         assert len(str(refusal)) > 40  # a sentence
         return
     model, untuned = attached.model, fresh()
-    nothing, off = Untuned(untuned), "off" in gives_of(attached.settings)
+    nothing, off = Untuned(untuned), "off" in provides_of(attached.settings)
     with torch.no_grad():
         was = asked(untuned, nothing)
         if "starts_as_base" not in find("tuner", name).contract:
@@ -1103,7 +1103,7 @@ def test_on_every_shape(name, kind, tmp_path):
         if off:
             with attached.off():
                 assert torch.equal(asked(model, attached), was)
-        if "merge" in gives_of(attached.settings):
+        if "merge" in provides_of(attached.settings):
             with attached.merged():
                 assert torch.allclose(asked(model, attached), tuned, atol=0.3 if low else 2e-5)
         attached.save(tmp_path)

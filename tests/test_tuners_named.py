@@ -23,9 +23,9 @@ from transformers import (
 
 from luthier.errors import RecipeError
 from luthier.methods.transforms.scaling.lora_plus import LoraPlus
-from luthier.methods.tuners._base import Site
+from luthier.methods.tuners._base import ParamGroup
 from luthier.model.quantized import quantize
-from luthier.registry import build, find, gives_of
+from luthier.registry import build, find, provides_of
 
 PAGE = (Path(__file__).parents[1] / "docs" / "tuners.md").read_text(encoding="utf-8")
 LINES = [
@@ -106,9 +106,9 @@ def test_named(name, spec, base):
     except RecipeError as error:  # biases, which this network has not
         assert "bias" in str(error), error
         attached = moved(put(spec, "bert"))
-    assert attached.sites()
+    assert attached.param_groups()
     tuned = answer(attached.model)
-    if "merge" in gives_of(attached.settings):
+    if "merge" in provides_of(attached.settings):
         with attached.merged() as merged:
             assert torch.allclose(answer(merged), tuned, atol=1e-4)
     else:
@@ -124,7 +124,7 @@ def test_every_category_on_every_kind_of_network(kind, spec):
     """
     untuned = answer(network(kind))
     attached = moved(put(spec, kind))
-    assert attached.sites() and not torch.equal(answer(attached.model), untuned)
+    assert attached.param_groups() and not torch.equal(answer(attached.model), untuned)
 
 
 def test_counts_are_the_formulas():
@@ -141,7 +141,9 @@ def test_counts_are_the_formulas():
 def test_b_learns_faster():
     """LoRA+: the update of B times its ratio, that of A and of everything else as it is."""
     grads = {"A": torch.ones(2, 3), "B": torch.ones(4, 2), "weight": torch.ones(3)}
-    out = LoraPlus(loraplus_lr_ratio=8.0).apply(dict(grads), {}, Site("layer", {}, SimpleNamespace()), 1)
+    out = LoraPlus(loraplus_lr_ratio=8.0).apply(
+        dict(grads), {}, ParamGroup("layer", {}, SimpleNamespace()), 1
+    )
     assert torch.equal(out["B"], 8 * grads["B"]) and all(
         torch.equal(out[k], grads[k]) for k in ("A", "weight")
     )

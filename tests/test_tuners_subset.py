@@ -31,7 +31,7 @@ from luthier.methods.tuners.subset.hft import half
 from luthier.model.anatomy import kind_of, layer_of, part_of
 from luthier.model.batch import collate
 from luthier.model.policy import Policy
-from luthier.registry import build, find, gives_of
+from luthier.registry import build, find, provides_of
 from luthier.storage import store
 from luthier.train.optimizer import Chain
 
@@ -223,7 +223,7 @@ def test_contract(name, kind, dtype, checkpointing, tmp_path):
     train(again, 4, first=2, chain=SimpleNamespace(state=state), total=4)
     assert all(torch.equal(v, again.tensors()[k]) for k, v in attached.tensors().items())
 
-    if "off" in gives_of(attached.settings):
+    if "off" in provides_of(attached.settings):
         with attached.off():
             assert torch.equal(say(attached.model), untuned)
         assert torch.equal(say(attached.model), tuned)
@@ -319,7 +319,7 @@ def test_hft_rests_and_redraws():
     chain = train(attached, 3, seed=4)
     moved = {k for k, v in attached.tensors().items() if not torch.equal(v, before[k])} - {"draw"}
     assert (
-        moved == set(s.name + ".weight" for s in attached.sites())
+        moved == set(s.name + ".weight" for s in attached.param_groups())
         and {f"{n}.weight" for n in chain.state} == moved
     )
     full = train(put("full"), 3)
@@ -327,9 +327,9 @@ def test_hft_rests_and_redraws():
     other = put("hft", embeddings=False)
     train(other, 3, seed=4)
     # the same seed, the same half
-    assert {s.name for s in other.sites()} == {s.name for s in attached.sites()}
+    assert {s.name for s in other.param_groups()} == {s.name for s in attached.param_groups()}
     attached.before_step(clock)  # the next stage goes on from here
-    assert {s.name for s in attached.sites()} != {s.name for s in other.sites()}
+    assert {s.name for s in attached.param_groups()} != {s.name for s in other.param_groups()}
 
 
 def test_hft_with_everything_is_full_tuning():
@@ -361,7 +361,7 @@ def test_lisa_keeps_state_of_what_moves_only():
         live = {layer_of(n) for n in chain.state if layer_of(n)}
         sizes.append(state_bytes(chain.state))
         assert len(live) == 1
-    moving = sum(p.numel() for s in attached.sites() for p in s.slots.values())
+    moving = sum(p.numel() for s in attached.param_groups() for p in s.params.values())
     assert set(sizes) == {8 * moving} and sizes[0] < 0.5 * state_bytes(train(put("full"), 1).state)
 
 

@@ -789,7 +789,7 @@ def walk(estimator, steps: int = 4, **settings):
         def closure(grad: bool = True) -> float:
             for p in attached.parameters().values():
                 p.grad = None
-            torch.manual_seed(clock.fold("noise"))
+            torch.manual_seed(clock.derive_seed("noise"))
             loss = logprobs(attached).mean().neg()
             loss.backward()
             return loss.item()
@@ -817,11 +817,11 @@ def test_ggpo_noise_has_the_spread_it_says():
 
     torch.manual_seed(0)
     attached, chain, _ = walk("ggpo", 1)
-    layer, site = attached.layers[Q], next(s for s in chain.sites() if s.name == Q)
+    layer, group = attached.layers[Q], next(s for s in chain.param_groups() if s.name == Q)
     rows = torch.rand(32)
-    size = build("estimator", {"name": "ggpo", "sigma": 0.5, "beta": 0.1}).size(layer, site.slots, rows)
+    size = build("estimator", {"name": "ggpo", "sigma": 0.5, "beta": 0.1}).size(layer, group.params, rows)
     W = layer.get_base_layer().weight
-    change = (4.0 * site.slots["B"] @ site.slots["A"]).norm(dim=1)
+    change = (4.0 * group.params["B"] @ group.params["A"]).norm(dim=1)
     want = (0.5 * (W.norm(dim=1).mean().square() + change.square()).sqrt() + 0.1 * rows.square()) / 32**0.5
     assert torch.allclose(size, want, atol=1e-6)
     x = torch.randn(1, 32, requires_grad=True)
@@ -842,7 +842,10 @@ def test_mgpo_takes_one_gradient_where_the_momentum_leads():
                 chain.state[name]["mgpo"][slot], chain.state[name]["0"][slot]["m"], atol=1e-8
             )
     kept = {n: chain.state[n]["mgpo"] for n in attached.layers}
-    sizes, slots = {n: k["size"].clone() for n, k in kept.items()}, {s.name: s.slots for s in chain.sites()}
+    sizes, slots = (
+        {n: k["size"].clone() for n, k in kept.items()},
+        {s.name: s.params for s in chain.param_groups()},
+    )
     start, E = {}, {}
     for n, layer in attached.layers.items():
         M = 4.0 * (kept[n]["B"] @ slots[n]["A"] + slots[n]["B"] @ kept[n]["A"]).detach()
@@ -905,7 +908,7 @@ def flatness(estimator, seed: int) -> float:
         def closure() -> float:
             for p in attached.parameters().values():
                 p.grad = None
-            torch.manual_seed(clock.fold("noise"))
+            torch.manual_seed(clock.derive_seed("noise"))
             loss = (attached.model(x) - y).square().mean()
             loss.backward()
             return loss.item()
@@ -1240,13 +1243,13 @@ def test_orthogonality_is_the_gradient_of_its_term_and_nothing_where_it_holds():
     attached = build(
         "tuner", {"name": "adalora", "init_r": 3, "target_r": 2, "target_modules": ["fc"]}
     ).attach(model)
-    (site,) = attached.every_site()
-    A, B = site.slots["A"], site.slots["B"]
+    (group,) = attached.all_param_groups()
+    A, B = group.params["A"], group.params["B"]
     A.data.normal_(), B.data.normal_()
     term = (A @ A.T - torch.eye(3)).square().sum() + (B.T @ B - torch.eye(3)).square().sum()
     want = torch.autograd.grad(0.3 * term, [A, B])
-    zero = {slot: torch.zeros_like(p) for slot, p in site.slots.items()}
-    got = build("transform", {"name": "orthogonality", "weight": 0.3}).apply(zero, {}, site, 1)
+    zero = {slot: torch.zeros_like(p) for slot, p in group.params.items()}
+    got = build("transform", {"name": "orthogonality", "weight": 0.3}).apply(zero, {}, group, 1)
     assert (
         torch.allclose(got["A"], want[0], rtol=1e-4)
         and torch.allclose(got["B"], want[1], rtol=1e-4)
@@ -1256,7 +1259,7 @@ def test_orthogonality_is_the_gradient_of_its_term_and_nothing_where_it_holds():
         torch.linalg.qr(torch.randn(6, 3))[0].T.contiguous(),
         torch.linalg.qr(torch.randn(8, 3))[0],
     )
-    still = build("transform", "orthogonality").apply(zero, {}, site, 1)
+    still = build("transform", "orthogonality").apply(zero, {}, group, 1)
     assert max(float(g.abs().max()) for g in still.values()) < 1e-5
 
 

@@ -13,7 +13,7 @@ import zoo
 from luthier.clock import Clock
 from luthier.kernels import lora
 from luthier.kernels import prepacked as packing
-from luthier.methods.estimators._base import displaced
+from luthier.methods.estimators._base import perturbed
 from luthier.methods.estimators.zeroth_order.mezo import _table, direction
 from luthier.methods.tuners._base import Untuned
 from luthier.methods.tuners.subset._subset import Weights
@@ -131,8 +131,8 @@ def test_the_mirror_of_fp32_is_exact_where_rounding_allows():
     model = zoo.make("llama")
     tuner = Weights(build("tuner", "full"), model, lambda name, p: True)
     chain = Chain((), tuner, Clock(), 0.0)
-    with displaced(chain, lambda site, slot, p: torch.full(p.shape, 0.5)) as mirror:
-        mirror()
+    with perturbed(chain, lambda group, slot, p: torch.full(p.shape, 0.5)) as flip:
+        flip()
         far = {k: p.detach().clone() for k, p in model.named_parameters()}
     for k, p in model.named_parameters():
         assert torch.allclose(far[k], p - 0.5, atol=1e-6)

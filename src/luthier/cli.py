@@ -95,10 +95,10 @@ def tune(
         words, model=model, data=data, tuner=tuner, objective=objective, output_dir=output_dir
     )
     recipe = Recipe.load(source, [*changes, *(("plan.name=front", f"plan.points={front}") if front else ())])
-    from luthier.report.console import Console, Quiet
+    from luthier.report.console import Callback, Console
     from luthier.run.run import perform
 
-    watch = Quiet() if quiet else Console()
+    watch = Callback() if quiet else Console()
     report = perform(recipe, watch=watch, until=until)
     if "paused_at" not in report.stats:
         watch.finish(report)
@@ -273,7 +273,7 @@ def compare(
     """Compare ways to tune on the same rows, seeds and budget. What was stopped goes on when the same command
     is run again.
     """
-    from luthier.report.console import Console, Quiet
+    from luthier.report.console import Callback, Console
     from luthier.study.compare import Study, arms_of, conduct, rates_of
 
     files = [w for w in words or () if "=" not in w or Path(w).is_file()]
@@ -290,7 +290,7 @@ def compare(
         learning_rates=rates_of(learning_rates),
         together=together,
     )
-    found = conduct(study, to, Quiet() if as_json else Console())
+    found = conduct(study, to, Callback() if as_json else Console())
     typer.echo(dumped(found)) if as_json else Console().arms(found)
 
 
@@ -358,7 +358,7 @@ def search(
     """
     import yaml
 
-    from luthier.report.console import Console, Quiet
+    from luthier.report.console import Callback, Console
     from luthier.study.search import conduct, quest
 
     source, changes = asked(words)
@@ -377,7 +377,7 @@ def search(
         test_data=test_data,
         changes=changes,
     )
-    found = conduct(made, to, storage, Quiet() if as_json else Console(), workers)
+    found = conduct(made, to, storage, Callback() if as_json else Console(), workers)
     typer.echo(dumped(found)) if as_json else Console().found(found)
 
 

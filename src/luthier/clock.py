@@ -19,14 +19,14 @@ class Clock:
     total: int = 1  # optimizer steps of the whole run
     first: int = 0  # the step at which this process began
 
-    def fold(self, *names: object, at: int | None = None) -> int:
+    def derive_seed(self, *names: object, at: int | None = None) -> int:
         """A 63-bit number made of the seed, the step (or `at`) and names; alike on every machine and process."""
         words = repr((self.seed, self.step if at is None else at, *names)).encode()
         return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "big") >> 1
 
     def rng(self, *names: object, at: int | None = None) -> torch.Generator:
         """A CPU generator for one draw."""
-        return torch.Generator().manual_seed(self.fold(*names, at=at))
+        return torch.Generator().manual_seed(self.derive_seed(*names, at=at))
 
     @property
     def share(self) -> float:

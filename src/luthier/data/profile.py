@@ -8,7 +8,7 @@ from typing import Any
 
 from luthier.data import rows as reading
 from luthier.recipe.validate import WORDS, words
-from luthier.registry import build, cards, wants_of
+from luthier.registry import build, cards, requires_of
 
 # given by roles, tuners and estimators, not by rows
 ELSEWHERE = {"reference", "teacher", "critic", "off", "merge", "low-rank", "grad"}
@@ -49,14 +49,14 @@ def reasons(bad: list[dict]) -> list[dict]:
 
 def feeds(have: Set[str]) -> list[dict[str, str]]:
     """Every objective, and whether rows with these words are enough for it on a causal model."""
-    network = build("architecture", "causal").gives | ELSEWHERE | {"values"}
+    network = build("architecture", "causal").provides | ELSEWHERE | {"values"}
     stages = [build_or_none(c.name) for c in cards("stage")]
     out = []
     for c in cards("objective"):
-        wanted = wants_of(build("objective", c.name))
+        wanted = requires_of(build("objective", c.name))
         missing = sorted(wanted - have - network)
         through = {
-            w: [s.name for s in stages if s and w in s.gives and wants_of(s) - network <= have]
+            w: [s.name for s in stages if s and w in s.provides and requires_of(s) - network <= have]
             for w in missing
         }
         if not missing:
@@ -84,8 +84,8 @@ def feeds(have: Set[str]) -> list[dict[str, str]]:
 def made_of(word: str, stages: list, have: Set[str]) -> str:
     """Which stage would give it, and of what."""
     for stage in stages:
-        if stage and word in stage.gives:
-            return f" (stage {stage.name} makes it of {', '.join(sorted(wants_of(stage) - have))})"
+        if stage and word in stage.provides:
+            return f" (stage {stage.name} makes it of {', '.join(sorted(requires_of(stage) - have))})"
     return ""
 
 

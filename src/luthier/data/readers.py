@@ -20,7 +20,7 @@ from typing import Any
 
 from luthier.errors import RecipeError
 from luthier.methods.formats._base import fitting
-from luthier.registry import meant
+from luthier.registry import did_you_mean
 
 PIECE = 4000  # characters of running text that make one row of a .txt file
 UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
@@ -53,7 +53,7 @@ def read_file(path: Path, max_row_chars: int) -> Read:
     """
     kind = suffix(path)
     if kind not in READERS:
-        raise RecipeError(f"{path} is of no kind that is read here{meant(kind, READERS)}")
+        raise RecipeError(f"{path} is of no kind that is read here{did_you_mean(kind, READERS)}")
     if kind != ".parquet":
         refuse_utf16(path)
     try:

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from luthier.data.readers import READERS, Bad, Read, objected, over, read_file, suffix
 from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow, Format, fitting, format_class, telling
-from luthier.registry import build, complaints, meant, names
+from luthier.registry import build, did_you_mean, format_errors, names
 
 AXOLOTL_TYPES = {"alpaca": "alpaca", "completion": "text", "sharegpt": "sharegpt", "chat_template": None}
 LF_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
@@ -136,7 +136,9 @@ def load_one(
         raise RecipeError(f"{label} holds no rows")
     absent = next((theirs for theirs in source.columns.values() if raws and theirs not in columns), None)
     if absent is not None:
-        raise RecipeError(f"{label} has no column '{absent}', which columns: maps{meant(absent, columns)}")
+        raise RecipeError(
+            f"{label} has no column '{absent}', which columns: maps{did_you_mean(absent, columns)}"
+        )
     fixed = bool(source.format)
     chosen: Any = (
         build("format", source.format)
@@ -249,7 +251,7 @@ def unrecognised(columns: Iterable[str], label: str) -> str:
     # Those that share the largest part of their columns; where none shares any, the plainest.
     near = sorted(
         shapes,
-        key=lambda s: (-len({*s[1]} & {*columns}) / len(s[1]), s[0].gives != {"completions"}, len(s[1])),
+        key=lambda s: (-len({*s[1]} & {*columns}) / len(s[1]), s[0].provides != {"completions"}, len(s[1])),
     )
     wanted = {c.name: f"{c.name} wants {' + '.join(shape)}" for c, shape in reversed(near)}
     listed = ", ".join(columns[:20]) + (f" and {len(columns) - 20} more" if len(columns) > 20 else "")
@@ -270,7 +272,7 @@ def reader(raw: dict, chosen: Format, fixed: bool) -> Format:
     """
     if chosen.matches(raw):
         return chosen
-    other = next((c for c in fitting(raw) if not fixed and c.gives == chosen.gives), None)
+    other = next((c for c in fitting(raw) if not fixed and c.provides == chosen.provides), None)
     if other is None:
         seen = ", ".join(sorted(raw)) or "(none)"
         raise BadRow(f"the columns {seen[:200]} do not fit the file's format, {chosen.name}")
@@ -347,7 +349,9 @@ def resolve(source: Any) -> Source:
         return found.model_copy(update={k: v for k, v in spec.items() if k not in ("path", "name")})
     unknown = sorted(spec.keys() - Source.model_fields)
     if unknown:
-        raise RecipeError(f"data: there is no setting '{unknown[0]}'{meant(unknown[0], Source.model_fields)}")
+        raise RecipeError(
+            f"data: there is no setting '{unknown[0]}'{did_you_mean(unknown[0], Source.model_fields)}"
+        )
     return validated(spec, "data")
 
 
@@ -358,7 +362,7 @@ def validated(spec: dict, label: str) -> Source:
             {k: str(v) if isinstance(v, Path) else v for k, v in spec.items() if v is not None}
         )
     except ValidationError as error:
-        raise RecipeError(f"{label}: {complaints(error)}") from None
+        raise RecipeError(f"{label}: {format_errors(error)}") from None
 
 
 def of_axolotl(spec: dict) -> dict:
@@ -405,7 +409,7 @@ def of_dataset_info(path: Path, name: str | None) -> Source:
     name = name or (next(iter(entries)) if len(entries) == 1 else None)
     if name not in entries:
         asked = (
-            f"has no data set '{name}'{meant(name, entries)}"
+            f"has no data set '{name}'{did_you_mean(name, entries)}"
             if name
             else f"lists several data sets: {', '.join(entries)}"
         )
@@ -434,7 +438,9 @@ def existing(path: Path) -> Path:
     folder = path.parent
     if not folder.is_dir():
         raise RecipeError(f"there is no folder {folder}, so no {path.name} in it")
-    raise RecipeError(f"there is no file {path}{meant(path.name, sorted(p.name for p in folder.iterdir()))}")
+    raise RecipeError(
+        f"there is no file {path}{did_you_mean(path.name, sorted(p.name for p in folder.iterdir()))}"
+    )
 
 
 def read(source: Source, max_row_chars: int) -> Read:
@@ -493,7 +499,7 @@ def read_hub(source: Source) -> Read:
         )
     except Exception as why:  # anything from a network error to a wrong split; each says what is wrong
         reason = str(why).strip().split("\n", 1)[0]
-        near = meant(path, sorted(p.name for p in Path().iterdir()))
+        near = did_you_mean(path, sorted(p.name for p in Path().iterdir()))
         raise RecipeError(
             f"'{path}' is no file here{near} and no data set that could be loaded: {reason}"
         ) from None

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.registry import meant
+from luthier.registry import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ class Batch:
             if name not in row["rewards"]:
                 raise RecipeError(
                     f"row {row['id']} has no reward '{name}' in its column"
-                    f" `rewards`{meant(name, row['rewards'])}"
+                    f" `rewards`{did_you_mean(name, row['rewards'])}"
                 )
         return torch.tensor(
             [float(v) for row in self.rows for v in row["rewards"][name]], device=self.ids.device

@@ -8,17 +8,17 @@ away.
 from __future__ import annotations
 
 from luthier.methods.roles._base import Part
-from luthier.methods.tuners._base import Attached, Site
+from luthier.methods.tuners._base import ParamGroup, TunedModel
 
 
-class Also(Attached):
+class Also(TunedModel):
     """Everything of the tuner, and the parts that roles brought."""
 
-    def __init__(self, attached: Attached, parts: dict[str, Part]):
+    def __init__(self, attached: TunedModel, parts: dict[str, Part]):
         self.attached, self.parts = attached, parts
         super().__init__(attached.settings, attached.model)
         self.extra = [
-            Site(n, dict(m.named_parameters()), None)
+            ParamGroup(n, dict(m.named_parameters()), None)
             for n, m in parts.items()
             if any(True for _ in m.parameters())
         ]
@@ -34,8 +34,8 @@ class Also(Attached):
     def told(self):
         return self.attached.told
 
-    def every_site(self):
-        return [*self.attached.every_site(), *self.extra]
+    def all_param_groups(self):
+        return [*self.attached.all_param_groups(), *self.extra]
 
     def buffers(self):
         return self.attached.buffers()
@@ -55,11 +55,11 @@ class Also(Attached):
     def before_step(self, clock):
         self.attached.before_step(clock)
 
-    def renewed(self, site):
-        return self.attached.renewed(site)
+    def reset_masks(self, group):
+        return self.attached.reset_masks(group)
 
-    def pulls(self, site):
-        return self.attached.pulls(site)
+    def extra_grads(self, group):
+        return self.attached.extra_grads(group)
 
     def after_step(self, clock):
         self.attached.after_step(clock)

@@ -137,7 +137,7 @@ def assemble(
     loaded: the network and its tokenizer, where they are there already.
     """
     clock = Clock(seed=recipe.seed)
-    torch.manual_seed(clock.fold("model"))
+    torch.manual_seed(clock.derive_seed("model"))
     model, tokenizer = loaded or load_model(recipe, parts, network or {}, folder)
     if parts.quantizer is not None and not coded(model):
         plain = parts.architecture.renderer(
@@ -146,7 +146,7 @@ def assemble(
         _calibrated(
             parts, Roles(Policy(parts.architecture, model, Untuned(model)), clock, plain), rows or [], folder
         )
-    torch.manual_seed(clock.fold("tuner"))
+    torch.manual_seed(clock.derive_seed("tuner"))
     attached = attach(parts.tuner, model)
     if getattr(parts.architecture, "fused", False) and not recipe.torch_compile:
         elementwise.take_dropout(model)
@@ -188,7 +188,7 @@ def attach(tuner: Any, model: Network) -> Any:
         if not hasattr(tuner, "modules_to_save")
         else []
     )
-    if left and tuner.gives:
+    if left and tuner.provides:
         raise RecipeError(
             f"tuner '{tuner.name}' would leave {', '.join(left)} as random as it was made, since the"
             " checkpoint has none; take one that trains it along: lora, full, or any with modules_to_save"
@@ -203,7 +203,7 @@ def tensors_of(start: Any, attached: Any) -> dict[str, torch.Tensor]:
             raise RecipeError("start: give a run's folder, or {merge: average, of: [folder, folder]}")
         merger = build("merger", start["merge"])
         # nothing has been trained or loaded yet
-        base = attached.tensors() if "base" in merger.wants else None
+        base = attached.tensors() if "base" in merger.requires else None
         return merger.merge([tensors_of(s, attached) for s in start["of"]], base)
     folder = Path(start)
     if not folder.is_dir():

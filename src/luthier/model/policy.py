@@ -22,7 +22,7 @@ from luthier.model.batch import Batch, collate
 from luthier.model.outputs import LAYERS, Outputs
 
 if TYPE_CHECKING:
-    from luthier.methods.tuners._base import Attached
+    from luthier.methods.tuners._base import TunedModel
     from luthier.model.network import Network
     from luthier.text.render import Renderer
 
@@ -34,7 +34,7 @@ class Policy(nn.Module):
         self,
         architecture: Architecture,
         model: Network,
-        attached: Attached,
+        attached: TunedModel,
         role: str = "policy",
         inside: Callable[[], AbstractContextManager] | None = None,
     ):
@@ -88,7 +88,7 @@ class Policy(nn.Module):
         if self.inside is None:
             yield
             return
-        with self.inside(), resting(self.model), torch.no_grad():
+        with self.inside(), eval_mode(self.model), torch.no_grad():
             yield
 
     def as_role(self, role: str, inside: Callable[[], AbstractContextManager] = nullcontext) -> Policy:
@@ -100,7 +100,7 @@ class Policy(nn.Module):
         """n completions of each prompt as token ids (seeds, n, max_new_tokens, temperature, top_p, top_k,
         stop).
         """
-        with (self.inside or nullcontext)(), resting(self.model):
+        with (self.inside or nullcontext)(), eval_mode(self.model):
             return self.architecture.generate(self.model, self.attached, [list(p) for p in prompts], **how)
 
 
@@ -112,7 +112,7 @@ class Roles:
     def __init__(self, policy: Policy, clock: Clock, renderer: Renderer, **others: Any):
         self.policy, self.tuner, self.clock, self.renderer = policy, policy.attached, clock, renderer
         self.device = next(policy.model.parameters()).device
-        self.tell: Callable[[str], None] = lambda sentence: None  # where what the user should know is said
+        self.warn: Callable[[str], None] = lambda sentence: None  # where what the user should know is said
         self.__dict__.update(others)
 
     def __getattr__(self, role: str) -> Any:
@@ -140,7 +140,7 @@ class Roles:
 
 
 @contextmanager
-def resting(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """Evaluation mode for a while."""
     was = [m for m in module.modules() if m.training]
     module.eval()

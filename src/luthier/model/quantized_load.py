@@ -22,7 +22,7 @@ from luthier.compat.malloc import Mapped
 from luthier.errors import RecipeError
 from luthier.methods.quantizers._base import Codes, Quantized, Quantizer, held_as, plain
 from luthier.model.experts import Experts, Matrix, apart, fused, put
-from luthier.registry import meant
+from luthier.registry import did_you_mean
 from luthier.storage import store
 
 Saved = dict[str, tuple[Quantizer, Codes]]  # module -> its quantizer and its codes
@@ -158,7 +158,7 @@ def chosen(model: Any, quantizer: Quantizer) -> list[str]:
         if not found:
             raise RecipeError(
                 f"quantization: skip_modules '{asked}' matches no linear"
-                f" module{meant(asked, {n.rpartition('.')[2] for n in names})}"
+                f" module{did_you_mean(asked, {n.rpartition('.')[2] for n in names})}"
             )
         skip |= found
     kept = [n for n in names if n not in skip]

@@ -20,7 +20,7 @@ import yaml
 
 from luthier.errors import RecipeError
 from luthier.recipe.recipe import NAMES, SLOTS, Recipe
-from luthier.registry import cards, find, meant, names, page, shown
+from luthier.registry import cards, did_you_mean, find, format_value, names, page
 
 PAPERS = Path(__file__).with_name("papers.json")
 COLUMNS = ("name", "title", "kind", "family")
@@ -39,8 +39,8 @@ def methods(kind: str | None = None) -> list[dict[str, Any]]:
             "name": c.name,
             "paper": c.paper,
             "rows": list(c.rows),
-            "wants": sorted(c.wants),
-            "gives": sorted(c.gives),
+            "requires": sorted(c.requires),
+            "provides": sorted(c.provides),
             "summary": c.summary,
         }
         for c in cards(kind)
@@ -60,13 +60,13 @@ def pages(name: str, kind: str | None = None) -> list[str]:
         whole = (
             means
             if isinstance(means, str)
-            else "{" + ", ".join(f"{k}: {shown(v)}" for k, v in means.items()) + "}"
+            else "{" + ", ".join(f"{k}: {format_value(v)}" for k, v in means.items()) + "}"
         )
         return [f"`{name}` is short for `{whole}`.\n", *pages(of, kind)]
     found = [c for c in cards(kind) if c.name == name]
     if not found:
         every = {c.name for c in cards(kind)}
-        raise RecipeError(f"there is no {kind or 'method'} '{name}'{meant(name, every)}")
+        raise RecipeError(f"there is no {kind or 'method'} '{name}'{did_you_mean(name, every)}")
     return [page(find(c.kind, c.name)).replace(r"\|", "|") for c in found]
 
 
@@ -138,7 +138,7 @@ class Value:
 
     def told(self) -> dict[str, str]:
         """For people: the value as YAML users write it."""
-        return {"key": self.key, "value": shown(self.value), "origin": self.origin}
+        return {"key": self.key, "value": format_value(self.value), "origin": self.origin}
 
 
 def explain(source: Any, changes: Sequence[str] = ()) -> tuple[list[Value], tuple[str, ...]]:

@@ -20,7 +20,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from luthier.errors import RecipeError
-from luthier.registry import Range, build, cards, complaints, find, meant, names, spec
+from luthier.registry import Range, build, cards, did_you_mean, find, format_errors, names, spec
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -299,7 +299,7 @@ def _read(source: Any) -> tuple[dict, str]:
         path = Path(source)
         if not path.is_file():
             near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
-            raise RecipeError(f"there is no recipe {path}{meant(path.name, near)}")
+            raise RecipeError(f"there is no recipe {path}{did_you_mean(path.name, near)}")
         try:
             text, name = path.read_text(encoding="utf-8"), path.name
         except (OSError, UnicodeDecodeError) as error:
@@ -399,7 +399,7 @@ def _recipe(given: dict, origins: dict[str, str]) -> Recipe:
     try:
         made = _ADAPTER.validate_python(out)
     except ValidationError as error:
-        raise RecipeError(f"recipe: {complaints(error)}") from None
+        raise RecipeError(f"recipe: {format_errors(error)}") from None
     origin = {k: where.get(k, "default") for k in keys}
     return replace(made, origins=origin, told=tuple(told))
 
@@ -483,7 +483,7 @@ def _settle(out: dict, loose: dict, keys: set, told: list, where: dict) -> None:
             hint = (
                 f"; it is a setting of {', '.join(hidden[:3])}"
                 if hidden
-                else meant(key, every | {s for _, ss in slots.values() for s in ss})
+                else did_you_mean(key, every | {s for _, ss in slots.values() for s in ss})
             )
             raise RecipeError(f"a recipe has no '{key}'{hint}")
         if len(homes) > 1:

@@ -17,7 +17,7 @@ from luthier.clock import Clock
 from luthier.errors import RecipeError
 from luthier.kernels import compiled
 from luthier.recipe.recipe import Recipe
-from luthier.registry import build, cards, find, gives_of, meant, wants_of
+from luthier.registry import build, cards, did_you_mean, find, provides_of, requires_of
 from luthier.storage import store
 from luthier.train.optimizer import schedule
 
@@ -114,7 +114,7 @@ def parts(recipe: Recipe) -> Parts:
     roles = dict(made["roles"])
     asks = [x for x in (aim, *made["stages"], *made["live"], *(made["evaluate"] or ())) if x is not None]
     if "reference" not in roles and any("reference" in wants(x) for x in asks):
-        roles["reference"] = build("role", "off" if "off" in gives_of(made["tuner"]) else "start")
+        roles["reference"] = build("role", "off" if "off" in provides_of(made["tuner"]) else "start")
     return Parts(
         architecture=made["architecture"] or detect(recipe.model),
         tuner=made["tuner"],
@@ -133,7 +133,7 @@ USUAL = ("loss", "accuracy", "generate", "forgetting")  # evaluators, where a re
 
 
 def wants(x: Any) -> frozenset[str]:
-    return x.wants if not hasattr(x, "kind") else wants_of(x)
+    return x.requires if not hasattr(x, "kind") else requires_of(x)
 
 
 def detect(model: str):
@@ -158,7 +158,7 @@ def words(rows: Sequence[dict]) -> set[str]:
     return have
 
 
-def rehearse(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts | None:
+def validate(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts | None:
     """Refuse what cannot work, in a sentence. rows: a sample of the data in canonical form. Plans are played
     through.
     """
@@ -181,11 +181,11 @@ def checked(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts:
         build("merger", recipe.start.get("merge"))
     have = (
         words(rows)
-        | p.architecture.gives
-        | p.estimator.gives
-        | gives_of(p.tuner)
+        | p.architecture.provides
+        | p.estimator.provides
+        | provides_of(p.tuner)
         | set(p.roles)
-        | (gives_of(p.quantizer) if p.quantizer else set())
+        | (provides_of(p.quantizer) if p.quantizer else set())
     )
     measured = frozenset(have)  # held-out rows go through no stage
     if recipe.evaluate is None:
@@ -196,7 +196,7 @@ def checked(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts:
     tried = list(rows[:2])
     for s in (*p.stages, *p.live):
         _need(s, have, recipe)
-        have = (have - s.drops) | gives_of(s)
+        have = (have - s.removes) | provides_of(s)
         before, tried = words(tried), _try(s, tried)
         if tried:
             have = (have - (before - words(tried))) | (words(tried) - before)
@@ -208,7 +208,7 @@ def checked(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts:
     if (
         p.objective is not None
         and "samples" in wants(p.objective)
-        and not any("samples" in s.gives for s in p.live)
+        and not any("samples" in s.provides for s in p.live)
     ):
         raise RecipeError(
             f"{_name(p.objective, recipe)} learns from fresh samples; write the rollout under `live`, not"
@@ -231,7 +231,7 @@ def checked(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts:
 def learns_by_value(p: Parts, have: Set[str], recipe: Recipe) -> None:
     """Refuses an estimator that compares values of a loss whose value never changes."""
     if (
-        "grad" in gives_of(p.estimator)
+        "grad" in provides_of(p.estimator)
         or "old" in have
         or not any(term.flat for _, term in p.objective.terms())
     ):
@@ -253,13 +253,13 @@ def sits_on_codes(tuner: Any, quantizer: Any) -> None:
         )
 
 
-class _Nobody:
+class DryRunRoles:
     """Whom a stage may ask while it is tried: nobody; what it has to tell, it will tell in the run."""
 
     def __init__(self):
         self.clock = Clock()
 
-    def tell(self, sentence: str) -> None:
+    def warn(self, sentence: str) -> None:
         pass
 
 
@@ -270,7 +270,7 @@ def _try(stage: Any, rows: list[dict]) -> list[dict]:
     if stage.asks_model or not rows:
         return []
     try:
-        return list(stage(rows, _Nobody()))
+        return list(stage(rows, DryRunRoles()))
     except RecipeError:
         raise
     except Exception as error:
@@ -289,7 +289,7 @@ def watched(trackers: Sequence[str]) -> None:
     known, own = [str(t) for t in LOGGER_TYPE_TO_CLASS], {str(t) for t in get_available_trackers()}
     for name in trackers:
         if name not in known:
-            raise RecipeError(f"report_to: accelerate has no tracker '{name}'{meant(name, known)}")
+            raise RecipeError(f"report_to: accelerate has no tracker '{name}'{did_you_mean(name, known)}")
         if name in LoggerType.list() and name not in own:
             raise RecipeError(
                 f"report_to: '{name}' is not installed: pip install {name.replace('comet_ml', 'comet-ml')}"
@@ -298,7 +298,7 @@ def watched(trackers: Sequence[str]) -> None:
 
 def _need(x: Any, have: Set[str], recipe: Recipe) -> None:
     for word in sorted(wants(x) - have):
-        givers = [f"{c.kind} '{c.name}'" for c in cards() if word in c.gives]
+        givers = [f"{c.kind} '{c.name}'" for c in cards() if word in c.provides]
         raise RecipeError(
             f"{_name(x, recipe)} wants {WORDS.get(word, f'rows with a column `{word}`')}, and nothing in this"
             " recipe gives it"
@@ -311,7 +311,7 @@ def _name(x: Any, recipe: Recipe) -> str:
     return f"{x.kind} '{x.name}'" if hasattr(x, "kind") else f"objective '{recipe.objective}'"
 
 
-class _Blank:
+class DryRunReport:
     """A report of a run that has not happened."""
 
     folder = "rehearsal"
@@ -345,7 +345,9 @@ def _play(recipe: Recipe, rows: Sequence[dict]) -> None:
         while True:
             several = isinstance(asked, list)
             for r in asked if several else [asked]:
-                rehearse(r, rows if r.data == recipe.data or _Blank.folder in str(r.data) else _sample(r))
-            asked = play.send([_Blank() for _ in asked] if several else _Blank())
+                validate(
+                    r, rows if r.data == recipe.data or DryRunReport.folder in str(r.data) else _sample(r)
+                )
+            asked = play.send([DryRunReport() for _ in asked] if several else DryRunReport())
     except StopIteration:
         return

@@ -15,13 +15,13 @@ from types import SimpleNamespace
 from typing import Any
 
 
-class Quiet:
+class Callback:
     """Sees everything, keeps the sentences, prints nothing."""
 
     def __init__(self):
         self.notes: list[str] = []
 
-    def tell(self, sentence: str) -> None:
+    def warn(self, sentence: str) -> None:
         """Something the user should know."""
         self.notes.append(sentence)
 
@@ -43,7 +43,7 @@ class Quiet:
         """What came of it."""
 
 
-class Console(Quiet):
+class Console(Callback):
     """Prints. `file` is for tests; rich finds out by itself whether it speaks to a terminal."""
 
     def __init__(self, file: Any = None):
@@ -65,8 +65,8 @@ class Console(Quiet):
         """Text as it is: user text must not be read as markup, and at a pipe no line is broken."""
         self.screen.print(visible(text), style=style, markup=False, soft_wrap=not self.screen.is_terminal)
 
-    def tell(self, sentence: str) -> None:
-        super().tell(sentence)
+    def warn(self, sentence: str) -> None:
+        super().warn(sentence)
         self.say(f"· {sentence}", "yellow")
 
     def stage(self, name: str) -> None:

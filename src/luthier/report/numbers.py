@@ -11,7 +11,7 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Says:
+class Metric:
     """How a metric is told."""
 
     label: str  # "{on}" becomes what it was measured on
@@ -20,35 +20,35 @@ class Says:
 
 
 METRICS = {
-    "loss": Says("loss on {on}", up=False),
-    "accuracy": Says("exact on {on}", share=True, up=True),
-    "token_accuracy": Says("tokens right on {on}", share=True, up=True),
-    "preference_accuracy": Says("prefers the better answer", share=True, up=True),
-    "generated_exact": Says("written answers exact", share=True, up=True),
-    "generated_reward": Says("reward of written answers", up=True),
-    "goal": Says("goal", up=True),
-    "generated_tokens": Says("tokens of written answers"),
-    "ranking_accuracy": Says("ranks pairs right", share=True, up=True),
-    "reference_ranking_accuracy": Says("the reference ranks pairs right", share=True),
-    "reward_accuracy": Says("likes the better answer more than the reference does", share=True, up=True),
-    "reward_margin": Says("margin of the implicit reward, nats", up=True),
-    "chosen_drift": Says("the better answer became likelier by, nats", up=True),
-    "rejected_drift": Says("the worse answer became likelier by, nats"),
-    "length_correlation": Says("implicit reward goes with length"),
-    "length_ratio": Says("length of what it prefers, by the better answers'"),
-    "calibration_error": Says("calibration error on {on}", share=True, up=False),
-    "elsewhere_loss": Says("loss elsewhere", up=False),
-    "elsewhere_accuracy": Says("exact elsewhere", share=True, up=True),
-    "distinct_2": Says("different pairs of tokens in samples", share=True),
-    "distinct_answers": Says("different answers to one prompt", share=True),
-    "answer_length": Says("tokens of a sampled answer"),
-    "refused_unsafe": Says("unsafe requests declined", share=True, up=True),
-    "refused_safe": Says("safe requests declined", share=True, up=False),
+    "loss": Metric("loss on {on}", up=False),
+    "accuracy": Metric("exact on {on}", share=True, up=True),
+    "token_accuracy": Metric("tokens right on {on}", share=True, up=True),
+    "preference_accuracy": Metric("prefers the better answer", share=True, up=True),
+    "generated_exact": Metric("written answers exact", share=True, up=True),
+    "generated_reward": Metric("reward of written answers", up=True),
+    "goal": Metric("goal", up=True),
+    "generated_tokens": Metric("tokens of written answers"),
+    "ranking_accuracy": Metric("ranks pairs right", share=True, up=True),
+    "reference_ranking_accuracy": Metric("the reference ranks pairs right", share=True),
+    "reward_accuracy": Metric("likes the better answer more than the reference does", share=True, up=True),
+    "reward_margin": Metric("margin of the implicit reward, nats", up=True),
+    "chosen_drift": Metric("the better answer became likelier by, nats", up=True),
+    "rejected_drift": Metric("the worse answer became likelier by, nats"),
+    "length_correlation": Metric("implicit reward goes with length"),
+    "length_ratio": Metric("length of what it prefers, by the better answers'"),
+    "calibration_error": Metric("calibration error on {on}", share=True, up=False),
+    "elsewhere_loss": Metric("loss elsewhere", up=False),
+    "elsewhere_accuracy": Metric("exact elsewhere", share=True, up=True),
+    "distinct_2": Metric("different pairs of tokens in samples", share=True),
+    "distinct_answers": Metric("different answers to one prompt", share=True),
+    "answer_length": Metric("tokens of a sampled answer"),
+    "refused_unsafe": Metric("unsafe requests declined", share=True, up=True),
+    "refused_safe": Metric("safe requests declined", share=True, up=False),
 }
 
 
 @dataclass(frozen=True)
-class Line:
+class MetricRow:
     """One metric, before and after."""
 
     name: str
@@ -59,14 +59,14 @@ class Line:
     better: bool | None  # None: no change worth the word, or neither way is better
 
 
-def says(name: str, on: str = "held-out rows") -> Says:
+def says(name: str, on: str = "held-out rows") -> Metric:
     """How a metric is told; one that nobody described keeps its own name."""
     if "(" in name:  # of a front: what it is made of is its name
-        return Says(name, up=not name.startswith("sparsity"))
+        return Metric(name, up=not name.startswith("sparsity"))
     family, _, skill = name.partition("/")
-    known = METRICS.get(family, Says(family.replace("_", " ")))
+    known = METRICS.get(family, Metric(family.replace("_", " ")))
     label = known.label.format(on=on) + (f": {skill}" if skill else "")
-    return Says(label, known.share, known.up)
+    return Metric(label, known.share, known.up)
 
 
 def number(x: float | None, share: bool = False) -> str:
@@ -82,7 +82,7 @@ def number(x: float | None, share: bool = False) -> str:
     return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}" if abs(x) >= 10 else f"{x:.2f}"
 
 
-def lines(report: Any) -> list[Line]:
+def lines(report: Any) -> list[MetricRow]:
     """Every metric that was measured, in the order of METRICS, skills last."""
     on = report.stats.get("measured_on", "held-out rows")
     names = list(dict.fromkeys([*report.before, *report.after]))
@@ -91,7 +91,7 @@ def lines(report: Any) -> list[Line]:
     return [line(name, report.before.get(name), report.after.get(name), on) for name in names]
 
 
-def line(name: str, before: float | None, after: float | None, on: str = "held-out rows") -> Line:
+def line(name: str, before: float | None, after: float | None, on: str = "held-out rows") -> MetricRow:
     """One metric before and after. The change is of the numbers as measured, not as rounded."""
     how = says(name, on)
     change, better = "", None
@@ -101,7 +101,7 @@ def line(name: str, before: float | None, after: float | None, on: str = "held-o
         flat = abs(gap) < (5e-4 if how.share else 5e-3 * max(1e-9, abs(before)))
         change = "same" if gap == 0 else f"{'+' if gap > 0 else '−'}{size}{' points' if how.share else ''}"
         better = None if how.up is None or flat else (gap > 0) == how.up
-    return Line(name, how.label, number(before, how.share), number(after, how.share), change, better)
+    return MetricRow(name, how.label, number(before, how.share), number(after, how.share), change, better)
 
 
 def headline(report: Any) -> str:

@@ -22,7 +22,7 @@ from typing import Any
 from luthier.report import MARKS
 from luthier.report.chart import chart, smoothed, thinned
 from luthier.report.console import cut, visible
-from luthier.report.numbers import Line, answers, cost, duration, headline, lines, number
+from luthier.report.numbers import MetricRow, answers, cost, duration, headline, lines, number
 
 # of a log line; whatever else stands there gets a small chart
 OWN = ("step", "loss", "learning_rate", "tokens", "seconds")
@@ -117,7 +117,7 @@ def _figures(report: Any) -> str:
     return section("Before and after", body, note=note + "." if note else "")
 
 
-def _table(some: Sequence[Line]) -> str:
+def _table(some: Sequence[MetricRow]) -> str:
     word = {True: ("good", "better"), False: ("bad", "worse"), None: ("", "")}
     rows = "".join(
         f'<tr><th scope="row">{escape(x.label)}</th><td>{escape(x.before)}</td><td>{escape(x.after)}</td>'

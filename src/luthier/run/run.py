@@ -33,10 +33,10 @@ from luthier.methods.roles.frozen.start import Start
 from luthier.model.load import assemble, take_parts, tensors_of
 from luthier.model.policy import Policy, Roles
 from luthier.recipe.recipe import Recipe
-from luthier.recipe.validate import Parts, checked, rehearse
+from luthier.recipe.validate import Parts, checked, validate
 from luthier.registry import build, spec
 from luthier.report import rendered
-from luthier.report.console import Quiet
+from luthier.report.console import Callback
 from luthier.run.folder import clear, default_folder, note_down, on_disk, open_run, trim
 from luthier.storage import store
 from luthier.train import checks as guards
@@ -45,7 +45,7 @@ from luthier.train import logprob_cache as reference
 from luthier.train import memory
 from luthier.train.batched_forward import shell
 from luthier.train.optimizer import Chain, schedule
-from luthier.train.trainer import Batches, Fit, Totals
+from luthier.train.trainer import BatchSchedule, Totals, Trainer
 
 
 @dataclass
@@ -86,42 +86,42 @@ def opened(
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
-    watch = watch or Quiet()
+    watch = watch or Callback()
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(), log_with=[*recipe.report_to] or None, project_dir=str(folder)
     )
     atexit.unregister(_part)
     atexit.register(_part)
     main = accelerator.is_main_process
-    watch = watch if main else Quiet()
+    watch = watch if main else Callback()
     for sentence in recipe.told:
-        watch.tell(sentence)
+        watch.warn(sentence)
     quarantine = folder / "quarantine.jsonl"
-    with store.told_on_disk(folder):
+    with store.disk_errors(folder):
         # what lies there is of an earlier attempt, which was refused
         if new := main and not (folder / "run.json").exists():
             quarantine.unlink(missing_ok=True)
         data = load_data(recipe, quarantine if new else None)
     if sentence := beside(data):
-        watch.tell(sentence)
+        watch.warn(sentence)
     parts = checked(recipe, data.rows[:100])
     with open_run(folder, recipe, data.mark, main, anew) as (finished, begun_by):
         if _alike(finished, accelerator):
-            watch.tell(f"{folder} holds this run, finished: nothing to do (overwrite=true starts anew)")
+            watch.warn(f"{folder} holds this run, finished: nothing to do (overwrite=true starts anew)")
             yield Report.read(folder)
             return
         if begun_by != __version__:
-            watch.tell(
+            watch.warn(
                 f"this run was begun by luthier {begun_by} and goes on under {__version__}: its end may be"
                 " neither's"
             )
         if main:
-            with store.told_on_disk(folder):
+            with store.disk_errors(folder):
                 quarantine.unlink(missing_ok=True)
                 reading.write_quarantine(data.bad, quarantine)
         if data.bad:
             seen = len(data.bad) + len(data.rows) + len(data.held_out)
-            watch.tell(f"{len(data.bad):,} unusable rows of {seen:,} set aside, with reasons: {quarantine}")
+            watch.warn(f"{len(data.bad):,} unusable rows of {seen:,} set aside, with reasons: {quarantine}")
         set_seed(recipe.seed)
         if recipe.report_to:
             accelerator.init_trackers(
@@ -241,9 +241,9 @@ class _Run:
         self.roles = assemble(self.recipe, self.parts, network, self.folder, self.data.rows, loaded)
         if self.shared:
             self.roles.renderer = self.shared.renderer = self.shared.renderer or self.roles.renderer
-        self.roles.tell = self.watch.tell
+        self.roles.warn = self.watch.warn
         for sentence in told(self.roles.policy.model):
-            self.watch.tell(sentence)
+            self.watch.warn(sentence)
         if self.recipe.start is not None:
             self.roles.tuner.load(tensors_of(self.recipe.start, self.roles.tuner))
         take_parts(self.roles, self.parts)
@@ -270,15 +270,15 @@ class _Run:
             rows = store.read_rows(kept)
         rows, stats = _encode(self.roles, rows, self.folder, self.watch, self.main, self.recipe.max_bad_rows)
         self.held_out, self.held_out_stats = _encode(
-            self.roles, self.data.held_out, self.folder, Quiet(), self.main, 1.0
+            self.roles, self.data.held_out, self.folder, Callback(), self.main, 1.0
         )
         self.measured = self.held_out or rows[:256]
         return rows, stats
 
     def tell_rows(self, rows: list[dict], stats: dict) -> None:
         """What a person should see of the rows before they are learned."""
-        roles, renderer, tell = self.roles, self.roles.renderer, self.watch.tell
-        if "generate" in self.parts.architecture.gives:
+        roles, renderer, tell = self.roles, self.roles.renderer, self.watch.warn
+        if "generate" in self.parts.architecture.provides:
             some = [self.parts.architecture.encode(r, renderer) for r in rows[:64] if r.get("completions")]
             guards.ends_are_learned(some, set(renderer.stop_ids), tell)
         turns = any(not isinstance(r["prompt"], str) for r in rows)
@@ -289,7 +289,7 @@ class _Run:
             starts = "these start random and are" if len(fresh) > 1 else "it starts random and is"
             tell(f"the checkpoint has no weights for {', '.join(fresh)}: {starts} trained along")
         shown = rows
-        if any("samples" in s.gives for s in self.parts.live):  # what is learned is yet to be written
+        if any("samples" in s.provides for s in self.parts.live):  # what is learned is yet to be written
             shown = [{k: v for k, v in r.items() if k not in ("completions", "scores")} for r in rows]
             asked = self.parts.architecture.encode_all(shown, renderer).stats
             stats |= {
@@ -317,13 +317,13 @@ class _Run:
 
     def check(self, rows: list[dict]) -> dict[str, int]:
         """The guards of a start; counts of what moves and of all."""
-        roles, tell = self.roles, self.watch.tell
+        roles, tell = self.roles, self.watch.warn
         moving = guards.something_moves(roles.tuner)
         for player in roles.policies():  # each by itself: a teacher may be another kind of network
             guards.same_as_plain(player, roles.batch([_answered(r, roles) for r in rows[:2]]), tell)
         return moving
 
-    def training(self, rows: list[dict]) -> Fit:
+    def training(self, rows: list[dict]) -> Trainer:
         """The training to be, and how long it is."""
         recipe, parts, clock = self.recipe, self.parts, self.roles.clock
         per_step = (
@@ -341,10 +341,10 @@ class _Run:
             note_down(self.folder, steps=clock.total)
         factor = schedule(recipe.lr_scheduler_type, recipe.warmup_steps, clock.total)
         chain = Chain(parts.chain, self.roles.tuner, clock, recipe.learning_rate, factor)
-        batches = Batches(
+        batches = BatchSchedule(
             per_step, recipe.per_device_train_batch_size, stop_at, parts.live, recipe.num_iterations
         )
-        return Fit(
+        return Trainer(
             self.roles,
             rows,
             parts.objective,
@@ -352,15 +352,15 @@ class _Run:
             parts.estimator,
             batches,
             self.accelerator,
-            tell=self.watch.tell,
+            tell=self.watch.warn,
         )
 
-    def check_memory(self, fit: Fit, stats: dict) -> None:
+    def check_memory(self, fit: Trainer, stats: dict) -> None:
         """Memory predicted against what there is, before anything is trained. What is yet to be written is of
         unknown length.
         """
         roles, rows = fit.roles, fit.rows
-        if not rows or not roles.clock.total or any("samples" in s.gives for s in fit.batches.live):
+        if not rows or not roles.clock.total or any("samples" in s.provides for s in fit.batches.live):
             return
         short = sorted(rows[:16], key=lambda row: len(str(row)))[:2]  # what may not fit is not tried out
         some = [roles.batch([_answered(r, roles) for r in short[:n]]) for n in (1, len(short))]
@@ -377,9 +377,9 @@ class _Run:
                 "memory ran out on two short rows, read to see what a step would take: expect it not to fit"
             ]
         for sentence in told:
-            self.watch.tell(sentence)
+            self.watch.warn(sentence)
 
-    def keep_frozen(self, fit: Fit, tokens: int) -> None:
+    def keep_frozen(self, fit: Trainer, tokens: int) -> None:
         """Lower layers that never move: their answers are computed once, where rows are read again."""
         asked, roles = self.recipe.cache_frozen, fit.roles
         shared = sum(p.model is roles.policy.model for p in roles.policies()) > 1
@@ -393,16 +393,16 @@ class _Run:
             )
         if isinstance(made, str):
             if asked is True:
-                self.watch.tell(f"cache_frozen: nothing is kept, as {made}")
+                self.watch.warn(f"cache_frozen: nothing is kept, as {made}")
             return
         roles.policy.attached.frozen = made
         atexit.register(made.close)
-        self.watch.tell(
+        self.watch.warn(
             f"the {made.first} lowest of {len(made.layers)} layers never move: what they say of a row is"
             f" computed once and kept ({made.table.nbytes / 2**20:,.0f} MB beside the run, until it ends)"
         )
 
-    def keep_reference(self, fit: Fit, stats: dict) -> None:
+    def keep_reference(self, fit: Trainer, stats: dict) -> None:
         """What never changes of the roles: their log-probabilities are computed once, where rows are read
         again.
         """
@@ -433,14 +433,14 @@ class _Run:
             if not isinstance(self.parts.roles[name], Start):  # it is the same for all
                 held[name] = made.said
             setattr(roles, name, made)
-            self.watch.tell(
+            self.watch.warn(
                 f"what '{name}' says of a row never changes: it is computed once and kept beside the run,"
                 " until it ends"
             )
         if why and asked is True:
-            self.watch.tell(f"cache_reference: nothing is kept, as {why}")
+            self.watch.warn(f"cache_reference: nothing is kept, as {why}")
 
-    def begin(self, fit: Fit) -> dict[str, float]:
+    def begin(self, fit: Trainer) -> dict[str, float]:
         """Measure the start, once; then go on from the last checkpoint, if there is one."""
         path = self.folder / "before.json"
         if self.latest is None or not path.is_file():
@@ -456,7 +456,7 @@ class _Run:
             self.roles.tuner.load(was.tensors)
             fit.chain.load(was.state)
             clock.step, clock.first, fit.held, fit.totals = was.step, was.step, was.held, Totals(**was.totals)
-            self.watch.tell(f"going on from {self.latest.name} of {clock.total} steps")
+            self.watch.warn(f"going on from {self.latest.name} of {clock.total} steps")
         if self.main:
             trim(self.folder / "metrics.jsonl", clock.step)
         return before
@@ -479,7 +479,7 @@ class _Run:
             return 0
         return max(1, round(steps * self.roles.clock.total) if steps < 1 else int(steps))
 
-    def after_step(self, fit: Fit, log: dict) -> None:
+    def after_step(self, fit: Trainer, log: dict) -> None:
         recipe, clock, last = self.recipe, self.roles.clock, self.roles.clock.step == self.roles.clock.total
         eval_every, save_every = self.every(recipe.eval_steps), self.every(recipe.save_steps)
         # between draws, where no process holds rows that the others do not know
@@ -491,7 +491,7 @@ class _Run:
             numbers = {k: v for k, v in log.items() if k != "step" and not k.startswith("eval_")}
             self.accelerator.log(numbers, step=clock.step)
             with (
-                store.told_on_disk(self.folder),
+                store.disk_errors(self.folder),
                 open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file,
             ):
                 file.write(json.dumps(log) + "\n")
@@ -499,14 +499,14 @@ class _Run:
         if self.main and (clock.step % save_every == 0 or last):
             self.save(fit)
 
-    def save(self, fit: Fit) -> None:
+    def save(self, fit: Trainer) -> None:
         held = fit.held if self.roles.clock.step % fit.batches.num_iterations else None
         made = store.Checkpoint(
             self.roles.tuner.held(), fit.chain.state, self.roles.clock.step, held, asdict(fit.totals)
         )
         store.save_checkpoint(self.folder, made, self.recipe.save_total_limit)
 
-    def pause(self, fit: Fit, before: dict[str, float], stats: dict) -> Report:
+    def pause(self, fit: Trainer, before: dict[str, float], stats: dict) -> Report:
         """Stop here for now: measured, and saved so that the same command goes on."""
         clock, now = self.roles.clock, self.measure("during")
         cost = {
@@ -521,13 +521,13 @@ class _Run:
                 self.folder / "paused.json",
                 {"step": clock.step, "steps": clock.total, "metrics": now, "stats": cost},
             )
-        self.watch.tell(
+        self.watch.warn(
             f"paused at step {clock.step} of {clock.total}; the same command without --until goes on from"
             " here"
         )
         return Report(str(self.folder), before, now, stats={"paused_at": clock.step, "steps": clock.total})
 
-    def finish(self, report: Report, fit: Fit, stats: dict) -> None:
+    def finish(self, report: Report, fit: Trainer, stats: dict) -> None:
         """The report, what a user takes away, and the page."""
         roles, folder, rows = self.roles, self.folder, fit.rows
         logged = store.read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
@@ -543,7 +543,7 @@ class _Run:
             "measured_on": "held-out rows" if self.held_out else "training rows",
             "turns": bool(rows) and isinstance(prompts[0], list),
             "ends": "\n" if rows and all(isinstance(p, str) and p.endswith("\n") for p in prompts) else "",
-            "writes": "generate" in roles.policy.architecture.gives,
+            "writes": "generate" in roles.policy.architecture.provides,
             "auto_class": roles.policy.architecture.auto_class().__name__,
             "tokens_per_second": fit.totals.tokens / max(fit.totals.seconds, 1e-9),
             "peak_memory_mb": None if self.shared else _peak_memory(),  # side by side it is nobody's own
@@ -564,7 +564,7 @@ class _Run:
             if moved and (not saved or store.load_meta(saved[-1])["step"] != roles.clock.total):
                 self.save(fit)
             self.watch.stage("saving")
-            with store.told_on_disk(folder):
+            with store.disk_errors(folder):
                 roles.tuner.save(folder)
                 roles.renderer.tokenizer.save_pretrained(folder)
                 if self.parts.quantizer is not None:
@@ -587,7 +587,7 @@ def _encode(
         return [], {}
     kept, bad, stats = roles.policy.architecture.encode_all(rows, roles.renderer)
     if bad and main:
-        with store.told_on_disk(folder):
+        with store.disk_errors(folder):
             reading.write_quarantine(bad, folder / "quarantine.jsonl")
     if not kept:
         raise guards.Refused(f"none of {len(rows):,} rows can be used; the first: {bad[0]['reason']}")
@@ -596,7 +596,7 @@ def _encode(
             reading.refusal(bad, len(rows), "the data", allowed, folder / "quarantine.jsonl")
         )
     if bad:
-        watch.tell(
+        watch.warn(
             f"{len(bad):,} of {len(rows):,} rows set aside, with reasons, in quarantine.jsonl; the first:"
             f" {bad[0]['reason']}"
         )
@@ -647,7 +647,7 @@ def perform(
         return run(recipe, folder, watch, anew, until)
     if until is not None:
         raise RecipeError("until: a plan has several runs and no step of its own to pause at")
-    watch = watch or Quiet()
+    watch = watch or Callback()
     if (folder / "run.json").is_file():
         if not recipe.overwrite:
             raise RecipeError(
@@ -659,7 +659,7 @@ def perform(
         for act in folder.glob("act-*"):
             shutil.rmtree(act)
         (folder / "report.json").unlink()
-    rehearse(recipe, load_data(recipe).rows[:100] if recipe.data is not None else ())
+    validate(recipe, load_data(recipe).rows[:100] if recipe.data is not None else ())
     plan = build("plan", recipe.plan_spec())
     play = plan.recipes(replace(recipe, plan=None))
     acts: list[str] = []

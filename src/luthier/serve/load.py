@@ -23,7 +23,7 @@ from luthier.model.load import assemble, take_parts
 from luthier.model.policy import Roles
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Parts, detect, parts
-from luthier.registry import build, meant, spec
+from luthier.registry import build, did_you_mean, spec
 from luthier.report.console import visible
 from luthier.run.folder import network_of
 from luthier.run.run import Report
@@ -72,7 +72,7 @@ class Loaded:
         hear: is told the answer so far after each token, of one prompt; where it says true, the answer ends
         there.
         """
-        if "generate" not in self.roles.policy.architecture.gives:
+        if "generate" not in self.roles.policy.architecture.provides:
             raise RecipeError(f"{self.name} writes no text: it is a {self.roles.policy.architecture.name}")
         several = isinstance(prompt, (list, tuple)) and not all(isinstance(p, dict) for p in prompt)
         renderer, clock = self.roles.renderer, self.roles.clock
@@ -80,7 +80,7 @@ class Loaded:
             renderer.prompt({"id": str(i), "prompt": p})
             for i, p in enumerate(prompt if several else [prompt])
         ]
-        seeds = [clock.fold("ask", seed, i, at=0) for i in range(len(asked))]
+        seeds = [clock.derive_seed("ask", seed, i, at=0) for i in range(len(asked))]
         how = {
             "seeds": seeds,
             "max_new_tokens": max_new_tokens,
@@ -117,7 +117,7 @@ class _Nothing:
     """Stands where a tuner would: the model is as it is."""
 
     name: str = "nothing"
-    gives: frozenset = frozenset({"off", "merge"})
+    provides: frozenset = frozenset({"off", "merge"})
 
     def attach(self, model: Network) -> Untuned:
         return Untuned(model)
@@ -370,9 +370,13 @@ def _rows(tuned: str | Path, data: Any) -> tuple[list[dict], str, dict[str, Any]
 def _measure(
     evaluators: Sequence[Evaluator], loaded: Loaded, rows: list[dict], folder: Path, when: str
 ) -> dict[str, float]:
-    gives = loaded.roles.policy.architecture.gives | {"completions"}
+    gives = loaded.roles.policy.architecture.provides | {"completions"}
     return measured(
-        [e for e in evaluators if getattr(e, "wants", frozenset()) <= gives], loaded.roles, rows, folder, when
+        [e for e in evaluators if getattr(e, "requires", frozenset()) <= gives],
+        loaded.roles,
+        rows,
+        folder,
+        when,
     )
 
 
@@ -403,7 +407,7 @@ def export(folder: str | Path, kind: str, to: str | Path) -> str:
     sentence.
     """
     if kind not in WRITERS:
-        raise RecipeError(f"there is no export as '{kind}'{meant(kind, WRITERS)}")
+        raise RecipeError(f"there is no export as '{kind}'{did_you_mean(kind, WRITERS)}")
     to = Path(to)
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise RecipeError(f"{to} is there already and not empty; give another folder")
@@ -500,7 +504,9 @@ def _lora(loaded: Loaded, to: Path) -> None:
     if not hasattr(attached, "export_lora"):
         made = build("tuner", loaded.recipe.tuner)
         instead = (
-            "export it with --as merged" if "merge" in made.gives else "its run folder is what can be loaded"
+            "export it with --as merged"
+            if "merge" in made.provides
+            else "its run folder is what can be loaded"
         )
         raise RecipeError(f"tuner '{made.name}' makes no adapter; {instead}")
     if loaded.roles.policy.architecture.name == "classifier":
@@ -524,7 +530,7 @@ WRITERS = {"lora": _lora, "merged": _merged}
 
 def _probe(loaded: Loaded) -> list[dict]:
     """The fixed texts as rows; where a network does not write, rows it was tuned on."""
-    if "generate" in loaded.roles.policy.architecture.gives:
+    if "generate" in loaded.roles.policy.architecture.provides:
         halves = [(t[: len(t) // 2], t[len(t) // 2 :]) for t in PROBE]
         return [{"id": f"probe-{i}", "prompt": a, "completions": [b]} for i, (a, b) in enumerate(halves)]
     rows = load_data(replace(loaded.recipe, eval_data=0)).rows[:16]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from luthier.compat.lazy_imports import import_models
 from luthier.errors import RecipeError
-from luthier.registry import meant
+from luthier.registry import did_you_mean
 
 QUANTIZATION = "quantization.json"  # beside an adapter: what its base's weights were kept in
 
@@ -39,7 +39,7 @@ def resolve_model(name: str) -> str:
 
         known = name.removeprefix("practice:")
         if known not in practice.models():
-            raise RecipeError(f"there is no practice model '{known}'{meant(known, practice.models())}")
+            raise RecipeError(f"there is no practice model '{known}'{did_you_mean(known, practice.models())}")
         return str(practice.path(known))
     path = Path(name).expanduser()
     if path.is_dir():
@@ -50,7 +50,7 @@ def resolve_model(name: str) -> str:
         return str(path)
     if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         near = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-        raise RecipeError(f"model: there is no folder {name}{meant(path.name, near)}")
+        raise RecipeError(f"model: there is no folder {name}{did_you_mean(path.name, near)}")
     return name
 
 
@@ -83,7 +83,7 @@ class DiskError(RecipeError):
 
 
 @contextmanager
-def told_on_disk(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Turn a failing disk into a sentence."""
     try:
         yield
@@ -111,7 +111,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     """A folder for oneself, made if it is not there: while one process has it, another is refused. The lock's
     file says whose it is.
     """
-    with told_on_disk(folder):
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a", encoding="ascii")
     with lock:
@@ -119,7 +119,7 @@ def alone_in(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RecipeError(f"another process is running in {folder}") from None
-        with told_on_disk(folder):
+        with disk_errors(folder):
             lock.truncate(0)
             lock.write(str(os.getpid()))
             lock.flush()
@@ -131,7 +131,7 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 def write_text(path: Path, text: str) -> None:
     """Whole or not at all."""
-    with told_on_disk(path):
+    with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # processes of one run may write the same at once
         beside = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -160,7 +160,7 @@ def read_rows(path: Path) -> list[dict]:
 def new_folder(path: Path) -> Iterator[Path]:
     """A folder that appears under its name only when all of it is written."""
     beside = path.with_name(path.name + ".part")
-    with told_on_disk(path):
+    with disk_errors(path):
         shutil.rmtree(beside, ignore_errors=True)
         try:
             beside.mkdir(parents=True)

@@ -33,12 +33,12 @@ from fastapi.responses import (
 
 from luthier.data.readers import READERS
 from luthier.errors import RecipeError
-from luthier.registry import FOLDERS
+from luthier.registry import KINDS
 from luthier.studio.shelf import Shelf
 from luthier.studio.worker import Worker
 
 WEB = Path(__file__).with_name("web")
-KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+MIME = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 NAMES = ("127.0.0.1", "localhost", "[::1]")  # under which this machine may be asked
 COOKIE = "luthier-studio"
 LARGEST = 1 << 30  # bytes of an uploaded file
@@ -211,7 +211,7 @@ def pages(app: FastAPI) -> None:
     @app.get("/web/{name}")
     def part(name: str) -> Response:
         return (
-            FileResponse(known[name], media_type=KINDS[known[name].suffix])
+            FileResponse(known[name], media_type=MIME[known[name].suffix])
             if name in known
             else no(404, f"there is no {name}")
         )
@@ -262,10 +262,10 @@ def choosing(app: FastAPI, shelf: Shelf, looks: Any) -> None:
 
     @app.get("/api/settings/{kind}/{name}")
     def settings(kind: str, name: str) -> Any:
-        from luthier.registry import known
+        from luthier.registry import module_of as known
 
         if kind != "recipe":
-            if kind not in FOLDERS:
+            if kind not in KINDS:
                 raise RecipeError(f"there is no kind '{kind}'")
             known(kind, name)
         if (kind, name) not in remembered:

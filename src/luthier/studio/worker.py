@@ -78,7 +78,7 @@ def check(changes: Mapping[str, str], rehearsed: bool = True) -> dict[str, Any]:
     played through.
     """
     from luthier.recipe.recipe import Recipe
-    from luthier.recipe.validate import rehearse
+    from luthier.recipe.validate import validate
     from luthier.run.folder import default_folder
 
     out: dict[str, Any] = {"text": "", "whole": "", "told": [], "error": "", "name": ""}
@@ -92,7 +92,7 @@ def check(changes: Mapping[str, str], rehearsed: bool = True) -> dict[str, Any]:
                 raise RecipeError(
                     "a recipe needs `data`: a file, a folder, a hub name, rows, or practice:WORLD"
                 )
-            rehearse(recipe, rows_of(recipe.data).rows[:100])
+            validate(recipe, rows_of(recipe.data).rows[:100])
     except RecipeError as error:
         out["error"] = str(error)
     return out

@@ -32,7 +32,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from luthier.errors import RecipeError
-from luthier.registry import complaints, meant
+from luthier.registry import did_you_mean, format_errors
 from luthier.run import subprocess as apart
 
 HELD, NOT_HELD, UNDECIDED, UNTESTABLE = "held", "not held", "undecided", "not testable here"
@@ -131,7 +131,7 @@ class Claim(BaseModel):
         left, sign, right, alike, effect, metric = found.groups()
         for arm in (left, right or alike):
             if arm not in (*self.arms, BEFORE):
-                raise self.wrong(f"expect: there is no arm '{arm}'{meant(arm, [*self.arms, BEFORE])}")
+                raise self.wrong(f"expect: there is no arm '{arm}'{did_you_mean(arm, [*self.arms, BEFORE])}")
         if alike and float(effect) < 0:
             raise self.wrong(f"expect: '{said}': nothing lies within less than 0")
         if left == (right or alike):
@@ -220,7 +220,7 @@ def read(name: str, folder: Path | None = None) -> Claim:
     path = folder / f"{name}.yaml"
     if not path.is_file():
         raise RecipeError(
-            f"there is no claim '{name}'{meant(name, names(folder))}"
+            f"there is no claim '{name}'{did_you_mean(name, names(folder))}"
             + ("" if names(folder) else f": {folder} holds none")
         )
     try:
@@ -235,13 +235,13 @@ def read(name: str, folder: Path | None = None) -> Claim:
     allowed = [key for key in Claim.model_fields if key != "name"]
     for key in given:
         if key not in allowed:
-            raise RecipeError(f"claim {name}: a claim has no '{key}'{meant(key, allowed)}")
+            raise RecipeError(f"claim {name}: a claim has no '{key}'{did_you_mean(key, allowed)}")
     if isinstance(given.get("expect"), str):
         given["expect"] = [given["expect"]]
     try:
         claim = Claim(name=name, **given)
     except ValidationError as error:
-        raise RecipeError(f"claim {name}: {complaints(error)}") from None
+        raise RecipeError(f"claim {name}: {format_errors(error)}") from None
     check(claim)
     return claim
 
@@ -254,7 +254,7 @@ def check(claim: Claim) -> None:
     rows = [paper["name"] for paper in known()]
     for row in claim.row.split():
         if row not in rows:
-            raise claim.wrong(f"row: the catalogue has no '{row}'{meant(row, rows)}")
+            raise claim.wrong(f"row: the catalogue has no '{row}'{did_you_mean(row, rows)}")
     if claim.untestable:
         return
     if not claim.arms or not claim.expect:
@@ -326,7 +326,7 @@ class Numbers:
         value = self.known(before).get(metric)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             has = [k for k, v in self.known(before).items() if isinstance(v, (int, float))]
-            raise claim.wrong(f"arm {arm} measured no '{metric}'{meant(metric, has)}")
+            raise claim.wrong(f"arm {arm} measured no '{metric}'{did_you_mean(metric, has)}")
         return float(value)
 
     def known(self, before: bool = False) -> dict[str, Any]:
@@ -496,7 +496,7 @@ class Progress:
         self.new += [seconds] if fresh else []
         left = (self.total - self.done) * statistics.fmean(self.new) if self.new else 0
         took = f"{seconds:.0f} s" if fresh else "was finished"
-        self.tell(
+        self.warn(
             f"[{self.done}/{self.total}] {self.name}: {what}: {took}"
             + (f"; about {left:.0f} s left" if left else "")
         )

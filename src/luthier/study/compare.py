@@ -25,8 +25,8 @@ import numpy as np
 from luthier.data.load import load_data
 from luthier.errors import RecipeError
 from luthier.recipe.recipe import Recipe
-from luthier.recipe.validate import checked, opening, rehearse, wants, words
-from luthier.registry import build, gives_of, meant
+from luthier.recipe.validate import checked, opening, validate, wants, words
+from luthier.registry import build, did_you_mean, provides_of
 from luthier.report.numbers import number, says
 from luthier.storage import store
 from luthier.study.statistics import difference, front, holm, interval
@@ -170,16 +170,16 @@ def fair(study: Study) -> tuple[dict[str, Recipe], list[str]]:
     for name, recipe in study.arms.items():
         try:
             if recipe.plan is not None:
-                rehearse(recipe, rows.rows[:100])
+                validate(recipe, rows.rows[:100])
             parts = checked(opening(recipe), rows.rows[:100])
         except RecipeError as error:
             raise RecipeError(f"arm {name}: {error}") from None
         if recipe.evaluate is None:
             have = (
                 words(rows.rows[:100])
-                | parts.architecture.gives
-                | parts.estimator.gives
-                | gives_of(parts.tuner)
+                | parts.architecture.provides
+                | parts.estimator.provides
+                | provides_of(parts.tuner)
                 | set(parts.roles)
             )
             recipe = recipe.but(evaluate=[e for e in MEASURED if wants(build("evaluator", e)) <= have])
@@ -324,7 +324,9 @@ def _reached(study: Study, recipe: Recipe, where: Path) -> float | None:
         raise
     after = _report(where)["after"]
     if study.metric not in after:
-        raise RecipeError(f"--metric: the arms measured no '{study.metric}'{meant(study.metric, after)}")
+        raise RecipeError(
+            f"--metric: the arms measured no '{study.metric}'{did_you_mean(study.metric, after)}"
+        )
     return float(after[study.metric])
 
 
@@ -370,23 +372,23 @@ def conduct(study: Study, folder: Path | None = None, watch: Any = None) -> dict
     report.html.
     """
     from luthier.report.comparison import page
-    from luthier.report.console import Quiet
+    from luthier.report.console import Callback
 
-    watch = watch or Quiet()
+    watch = watch or Callback()
     arms, notes = fair(study)
     folder = Path(folder or Path("runs") / f"compare-{study.fingerprint()}")
     with _taken(folder, study):
         arms, picked = swept(study, budgeted(study, arms, folder, watch), folder, watch)
         notes += picked
         for sentence in notes:
-            watch.tell(sentence)
+            watch.warn(sentence)
         found = {name: Found(recipe) for name, recipe in arms.items()}
         early = study.stop_early and len(arms) > 2 and not any(r.plan for r in arms.values())
         for share in RUNGS if early else ():
             _all(study, found, folder, watch, share)
             for name, why in _hopeless(study, found, share).items():
                 found[name].stopped = why
-                watch.tell(f"{name} is stopped: {why}")
+                watch.warn(f"{name} is stopped: {why}")
         _all(study, found, folder, watch, None)
         result = {**judge(study, found), "notes": notes, "date": str(date.today()), "folder": str(folder)}
         store.write_json(folder / "comparison.json", result)
@@ -430,7 +432,7 @@ def _all(study: Study, found: dict[str, Found], folder: Path, watch: Any, until:
                     if "is not finite" not in str(error):
                         raise RecipeError(f"arm {name}, seed {seed}: {error}") from None
                     live[name].stopped = f"it diverged with seed {seed}: {error}"
-                    watch.tell(f"{name} is stopped: {live[name].stopped}")
+                    watch.warn(f"{name} is stopped: {live[name].stopped}")
             far = "" if until is None else f", {100 * until:.0f}% of the steps"
             said = f"{name}, seed {seed}{far}: {'diverged' if live[name].stopped else _came(study, where)}"
             watch.step({"step": i + 1, "seconds": time.perf_counter() - began, "said": said})
@@ -479,7 +481,7 @@ def _side_by_side(study: Study, runs: Mapping[Path, Recipe], watch: Any, until: 
                 )
                 done |= {*crew}
             except RecipeError as error:
-                watch.tell(f"side by side: {error}; each is run alone")
+                watch.warn(f"side by side: {error}; each is run alone")
     return done
 
 
@@ -542,7 +544,9 @@ def judge(study: Study, found: Mapping[str, Found]) -> dict[str, Any]:
         if metric not in COSTS and "/" not in metric:
             pairs[metric] = _pairs(values)
     if ended and study.metric not in table:
-        raise RecipeError(f"--metric: the arms measured no '{study.metric}'{meant(study.metric, table)}")
+        raise RecipeError(
+            f"--metric: the arms measured no '{study.metric}'{did_you_mean(study.metric, table)}"
+        )
     points = {
         n: [
             (-1 if _up(g) else 1) * table[g][n]["mean"]

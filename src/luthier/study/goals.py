@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from luthier.errors import RecipeError
-from luthier.registry import meant
+from luthier.registry import did_you_mean
 from luthier.report.numbers import METRICS, says
 
 QUALITY = "quality"
@@ -76,7 +76,9 @@ def better_up(metric: str) -> bool:
     up = COSTS[metric] if metric in COSTS else says(metric).up
     if up is None:
         known = [*NAMED, QUALITY, *METRICS]
-        raise RecipeError(f"--goals: of '{metric}' neither more nor less is better{meant(metric, known)}")
+        raise RecipeError(
+            f"--goals: of '{metric}' neither more nor less is better{did_you_mean(metric, known)}"
+        )
     return up
 
 
@@ -211,6 +213,8 @@ def limits(said: Sequence[str], quality: str) -> tuple[Limit, ...]:
                 f"--where: {name} is not counted in '{unit}' (there is: {', '.join(u for u in units if u)})"
             )
         if alias not in UNITS and metric not in METRICS and metric not in COSTS and "/" not in metric:
-            raise RecipeError(f"--where: nothing measures '{name}'{meant(name, [*NAMED, QUALITY, *METRICS])}")
+            raise RecipeError(
+                f"--where: nothing measures '{name}'{did_you_mean(name, [*NAMED, QUALITY, *METRICS])}"
+            )
         made.append(Limit(" ".join(text.split()), metric, sign[0] == "<", float(number) * units[unit]))
     return tuple(made)

@@ -29,14 +29,14 @@ from luthier.errors import RecipeError
 from luthier.methods.searchers._base import Asked, Searcher, Seen, Space, layers, ranked, tamed
 from luthier.methods.searchers._optuna import distributions, optuna
 from luthier.recipe.recipe import Recipe
-from luthier.recipe.validate import checked, opening, rehearse, wants, words
-from luthier.registry import build, gives_of, meant, spec
+from luthier.recipe.validate import checked, opening, validate, wants, words
+from luthier.registry import build, did_you_mean, provides_of, spec
 from luthier.report.numbers import number, says
 from luthier.storage import store
 from luthier.study import compare as comparison
 from luthier.study.compare import TUNING_SEED, Study, understood
 from luthier.study.goals import Goal, Limit, below, fold, goals, limits
-from luthier.study.space import Over, over
+from luthier.study.space import SearchSpace, over
 from luthier.study.statistics import difference, holm, hypervolume
 
 IDLE = "moves nothing"  # of a configuration that takes everything away
@@ -69,7 +69,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Tried:
+class Trial:
     """One line of the book: a configuration, measured."""
 
     seen: Seen
@@ -81,7 +81,7 @@ class Tried:
 # ---------------------------------------------------------------------------------------------- the book
 
 
-class Book:
+class TrialStore:
     """What was asked and answered, in an Optuna storage: a journal in the search's folder, or any database.
 
     Several workers may share a database; each goes on only with what it began itself.
@@ -114,19 +114,19 @@ class Book:
             if t.user_attrs.get("state", "RUNNING") == state and "key" in t.user_attrs
         ]
 
-    def tried(self) -> list[Tried]:
+    def tried(self) -> list[Trial]:
         """Everything that was measured, in the order in which it ended."""
         done = sorted(self.trials("done"), key=lambda t: (t.user_attrs["ended"], t.number))
         return [self._tried(t) for t in done]
 
-    def _tried(self, t: Any) -> Tried:
+    def _tried(self, t: Any) -> Trial:
         a = t.user_attrs
         measured = Measured({int(k): v for k, v in a["by_seed"].items()}, a["took"], a["failed"])
         mean = measured.mean()
         values = tuple(math.inf if a["failed"] else g.value(mean) for g in self.goals)
         over = sum(limit.over(mean) for limit in self.limits) if not a["failed"] else 1.0 * bool(self.limits)
         seen = Seen(self._number(t), a["point"], values, a["share"], over, a["marks"])
-        return Tried(seen, measured, {g.name: g.shown(v) for g, v in zip(self.goals, values)}, a["kind"])
+        return Trial(seen, measured, {g.name: g.shown(v) for g, v in zip(self.goals, values)}, a["kind"])
 
     def _number(self, t: Any) -> int:
         of = t.user_attrs["of"]
@@ -187,7 +187,7 @@ class Book:
         self.lib.trial.Trial(self.study, t._trial_id).set_user_attr("state", "withdrawn")
         self.study.tell(t.number, state=self.lib.trial.TrialState.FAIL)
 
-    def end(self, t: Any, measured: Measured) -> Tried:
+    def end(self, t: Any, measured: Measured) -> Trial:
         states = self.lib.trial.TrialState
         at = self.lib.trial.Trial(self.study, t._trial_id)
         ended = 1 + max((x.user_attrs["ended"] for x in self.trials("done")), default=0)
@@ -207,11 +207,11 @@ class Book:
             self.study.tell(t.number, list(tried.seen.values))
         return tried
 
-    def tried_of(self, number: int) -> Tried:
+    def tried_of(self, number: int) -> Trial:
         return self._tried(next(t for t in self.study.get_trials(deepcopy=False) if t.number == number))
 
 
-def spent(tried: Sequence[Tried]) -> float:
+def spent(tried: Sequence[Trial]) -> float:
     """In full runs: one that went on pays only the difference. What moves nothing was not run, and is free up
     to one for each run.
     """
@@ -223,17 +223,17 @@ def spent(tried: Sequence[Tried]) -> float:
     return paid + max(0.0, len(idle) - paid)
 
 
-def hunt(
-    book: Book,
+def optimize(
+    book: TrialStore,
     searcher: Searcher,
     measure: Callable[[Any, int], Measured],
     trials: float = math.inf,
     seconds: float = math.inf,
     first: Sequence[tuple[Asked, str]] = (),
     seed: int = 0,
-    tell: Callable[[Tried], None] = lambda t: None,
+    tell: Callable[[Trial], None] = lambda t: None,
     crew: bool = False,
-) -> list[Tried]:
+) -> list[Trial]:
     """Ask, measure, write down, until the budget is spent: trials in full runs, or seconds of measuring.
 
     What other workers are about stands in the history at the median of what was measured, so that nobody asks
@@ -274,10 +274,10 @@ def hunt(
 
 
 @dataclass(frozen=True)
-class Quest:
+class SearchSpec:
     """A search, wholly said."""
 
-    over: Over
+    over: SearchSpace
     goals: tuple[Goal, ...]
     limits: tuple[Limit, ...]
     quality: str  # the metric that found recipes are compared by
@@ -344,7 +344,7 @@ def quest(
     test_data: Any = None,
     apart: bool = True,
     changes: Sequence[str] | Mapping[str, Any] | None = None,
-) -> Quest:
+) -> SearchSpec:
     """Everything a search needs, checked. Refuses what cannot work before anything is computed."""
     base = Recipe.load(recipe, changes)
     base = base.but(output_dir=None, overwrite=False)
@@ -389,7 +389,7 @@ def quest(
         base = base.but(evaluate=_evaluators(base, sample, asked))
         tested = [e for e in _usual(base, sample) if e not in (base.evaluate or ())]
     field = replace(field, recipe=base.but(save_steps=100_000, save_total_limit=1, report_to=[]))
-    return Quest(
+    return SearchSpec(
         field,
         aims,
         bounds,
@@ -435,7 +435,11 @@ def _usual(recipe: Recipe, rows: Sequence[dict]) -> list[str]:
     """What a comparison measures of these rows."""
     made = checked(opening(recipe), rows)
     have = (
-        words(rows) | made.architecture.gives | made.estimator.gives | gives_of(made.tuner) | set(made.roles)
+        words(rows)
+        | made.architecture.provides
+        | made.estimator.provides
+        | provides_of(made.tuner)
+        | set(made.roles)
     )
     return [e for e in comparison.MEASURED if wants(build("evaluator", e)) <= have]
 
@@ -445,9 +449,9 @@ def _evaluators(recipe: Recipe, rows: Sequence[dict], asked: set[str]) -> list[A
     made = checked(opening(recipe), rows)
     have = (
         words(rows)
-        | made.architecture.gives
-        | made.estimator.gives
-        | gives_of(made.tuner)
+        | made.architecture.provides
+        | made.estimator.provides
+        | provides_of(made.tuner)
         | set(made.roles)
         | {"reference"}
     )
@@ -465,7 +469,7 @@ def _evaluators(recipe: Recipe, rows: Sequence[dict], asked: set[str]) -> list[A
     return found
 
 
-def _legal(field: Over, rows: Sequence[dict]) -> Over:
+def _legal(field: SearchSpace, rows: Sequence[dict]) -> SearchSpace:
     """Every choice of methods is rehearsed once; one that cannot work is refused, with its name."""
     space = field.space
     start = space.start()
@@ -474,7 +478,7 @@ def _legal(field: Over, rows: Sequence[dict]) -> Over:
             try:
                 made = field.recipe_of(space.active({**start, dim.name: value}))
                 if made.plan is not None:
-                    rehearse(made, rows)
+                    validate(made, rows)
                 checked(opening(made), rows)
             except RecipeError as error:
                 raise RecipeError(f"--over {dim.name}={value}: {error}") from None
@@ -485,7 +489,7 @@ def _legal(field: Over, rows: Sequence[dict]) -> Over:
     return field
 
 
-def _earlier(folder: str | Path, field: Over) -> tuple[dict[str, Any], ...]:
+def _earlier(folder: str | Path, field: SearchSpace) -> tuple[dict[str, Any], ...]:
     """Points that an earlier search found, as far as this space has their settings."""
     path = Path(folder) / "search.json"
     if not path.is_file():
@@ -550,17 +554,21 @@ def search(
 
 
 def conduct(
-    made: Quest, folder: Path | None = None, storage: str | None = None, watch: Any = None, workers: int = 1
+    made: SearchSpec,
+    folder: Path | None = None,
+    storage: str | None = None,
+    watch: Any = None,
+    workers: int = 1,
 ) -> dict[str, Any]:
     """Search, run what was found on test seeds, and say what came of it. Also written to FOLDER/search.json
     and report.html.
 
     workers: how many of a Ray cluster measure side by side (luthier/cluster.py).
     """
-    from luthier.report.console import Quiet
+    from luthier.report.console import Callback
     from luthier.report.search import page
 
-    watch = watch or Quiet()
+    watch = watch or Callback()
     folder = Path(folder or Path("runs") / f"search-{made.fingerprint()}")
     with store.alone_in(folder):
         _own(folder, made)
@@ -571,9 +579,9 @@ def conduct(
             *((Asked(dict(p)), "earlier") for p in made.earlier if p != begins),
         ]
         for sentence in _told(made):
-            watch.tell(sentence)
+            watch.warn(sentence)
 
-        def tell(t: Tried) -> None:
+        def tell(t: Trial) -> None:
             watch.step(
                 {
                     "step": int(spent(book.tried()) + 1e-9),
@@ -584,7 +592,7 @@ def conduct(
             )
 
         with watch.training(int(made.trials) if math.isfinite(made.trials) else 0, 0):
-            alone = lambda trials: hunt(
+            alone = lambda trials: optimize(
                 book,
                 made.searcher,
                 lambda t, i: _measure(made, folder, t, i),
@@ -607,7 +615,7 @@ def conduct(
     return result
 
 
-def went(made: Quest, t: Tried) -> str:
+def went(made: SearchSpec, t: Trial) -> str:
     """What was tried, and what came of it, in a line."""
     what = "the recipe as it is" if t.kind == "recipe" else told(t.seen.point)
     far = f" ({number(t.seen.share, True)} of the steps)" if t.seen.share < 1 else ""
@@ -618,9 +626,9 @@ def went(made: Quest, t: Tried) -> str:
     return f"{t.seen.number}. {what}{far}: {came}"
 
 
-def _book(made: Quest, folder: Path, storage: str | None, worker: str = "") -> Book:
+def _book(made: SearchSpec, folder: Path, storage: str | None, worker: str = "") -> TrialStore:
     name = f"luthier-{made.fingerprint()}"
-    return Book(
+    return TrialStore(
         made.over.space,
         made.goals,
         made.limits,
@@ -631,8 +639,13 @@ def _book(made: Quest, folder: Path, storage: str | None, worker: str = "") -> B
 
 
 def _together(
-    made: Quest, folder: Path, storage: str | None, book: Book, workers: int, tell: Callable[[Tried], None]
-) -> list[Tried]:
+    made: SearchSpec,
+    folder: Path,
+    storage: str | None,
+    book: TrialStore,
+    workers: int,
+    tell: Callable[[Trial], None],
+) -> list[Trial]:
     """Workers of a Ray cluster; this process looks on."""
     from luthier.study import cluster
 
@@ -640,7 +653,7 @@ def _together(
 
     def work(i: int) -> None:
         own = _book(made, folder, storage, f" {i}")
-        hunt(
+        optimize(
             own,
             made.searcher,
             lambda t, n: _measure(made, folder, t, n),
@@ -661,7 +674,7 @@ def _together(
     return book.tried()
 
 
-def _told(made: Quest) -> list[str]:
+def _told(made: SearchSpec) -> list[str]:
     runs = len(made.seeds)
     said = [
         f"over {', '.join(d.name for d in made.over.space.dims)}; toward"
@@ -684,7 +697,7 @@ def _journal(folder: Path) -> Any:
     return lib.storages.JournalStorage(backend)
 
 
-def _own(folder: Path, made: Quest) -> None:
+def _own(folder: Path, made: SearchSpec) -> None:
     state = folder / "quest.json"
     known = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else None
     if known and known["fingerprint"] != made.fingerprint():
@@ -696,7 +709,7 @@ def _own(folder: Path, made: Quest) -> None:
 # ---------------------------------------------------------------------------------------------- measuring
 
 
-def _measure(made: Quest, folder: Path, t: Any, index: int) -> Measured:
+def _measure(made: SearchSpec, folder: Path, t: Any, index: int) -> Measured:
     """A configuration on every tuning seed, each in a run of its own, up to its share of the steps."""
     point, share = t.user_attrs["point"], t.user_attrs["share"]
     recipe = made.over.recipe if t.user_attrs["kind"] == "recipe" else made.over.recipe_of(point)
@@ -730,7 +743,7 @@ def _measure(made: Quest, folder: Path, t: Any, index: int) -> Measured:
     return Measured(by_seed, time.perf_counter() - began)
 
 
-def _run(made: Quest, recipe: Recipe, where: Path, share: float) -> None:
+def _run(made: SearchSpec, recipe: Recipe, where: Path, share: float) -> None:
     until = share if share < 1 else None
     if made.apart:
         from luthier.run import subprocess as apart
@@ -768,16 +781,16 @@ def numbers(run: Path, wanted: Sequence[Goal] = ()) -> dict[str, float]:
     return found
 
 
-def _all_there(made: Quest, found: Mapping[str, float]) -> None:
+def _all_there(made: SearchSpec, found: Mapping[str, float]) -> None:
     """The recipe as it is runs first: a goal that it does not measure is refused then."""
     for name, metric in [(g.name, g.metric) for g in made.goals] + [(x.said, x.metric) for x in made.limits]:
         if metric not in found:
             raise RecipeError(
-                f"'{name}': the recipe measured no '{metric}'{meant(metric, found)}; see `evaluate`"
+                f"'{name}': the recipe measured no '{metric}'{did_you_mean(metric, found)}; see `evaluate`"
             )
 
 
-def _lighten(folder: Path, made: Quest, index: int) -> None:
+def _lighten(folder: Path, made: SearchSpec, index: int) -> None:
     """A run that is measured and will not go on leaves its numbers, not its weights."""
     for seed in made.seeds:
         for pattern in HEAVY:
@@ -800,7 +813,7 @@ def told(point: Mapping[str, Any]) -> str:
 # ---------------------------------------------------------------------------------------------- what was found
 
 
-def best(tried: Sequence[Tried], most: int = FOUND) -> list[Tried]:
+def best(tried: Sequence[Trial], most: int = FOUND) -> list[Trial]:
     """Of whole runs within the limits: the best, or of the front those that cover most of it. The recipe
     itself is not one. Equals are taken by what they are, so that the order in which they were measured
     decides nothing."""
@@ -838,7 +851,7 @@ def best(tried: Sequence[Tried], most: int = FOUND) -> list[Tried]:
     return chosen
 
 
-def front(tried: Sequence[Tried]) -> list[int]:
+def front(tried: Sequence[Trial]) -> list[int]:
     """Numbers of the whole runs within the limits that nobody beats in every goal."""
     some = [t for t in tried if t.seen.share >= 1 and not t.measured.failed and t.seen.over <= 0]
     if not some:
@@ -853,7 +866,7 @@ def front(tried: Sequence[Tried]) -> list[int]:
 
 
 def _tested(
-    made: Quest, folder: Path, tried: Sequence[Tried], found: Sequence[Tried], watch: Any
+    made: SearchSpec, folder: Path, tried: Sequence[Trial], found: Sequence[Trial], watch: Any
 ) -> dict[str, Any]:
     """What was found beside the recipe as it was, on seeds that no choice has seen."""
     arms = {
@@ -954,7 +967,7 @@ def _tested(
     return result
 
 
-def sentence(made: Quest, tried: Sequence[Tried], lines: Sequence[Mapping], compared: Mapping) -> str:
+def sentence(made: SearchSpec, tried: Sequence[Trial], lines: Sequence[Mapping], compared: Mapping) -> str:
     """The answer, on test seeds; what it was on tuning seeds, where the goal is one."""
     said = f"{len({t.seen.number for t in tried})} configurations, {spent(tried):.3g} full runs: "
     said += compared["sentence"][0].lower() + compared["sentence"][1:].rstrip(".")
@@ -974,7 +987,7 @@ def sentence(made: Quest, tried: Sequence[Tried], lines: Sequence[Mapping], comp
     return said + "."
 
 
-def unmoved(wanted: Sequence[Goal], tried: Sequence[Tried]) -> list[str]:
+def unmoved(wanted: Sequence[Goal], tried: Sequence[Trial]) -> list[str]:
     """Goals that came out alike whatever was tried, where more than one thing was."""
     whole = {t.seen.number: t.goals for t in tried if t.seen.share >= 1 and not t.measured.failed}
     seen = {g.name: {goals[g.name] for goals in whole.values()} for g in wanted}
@@ -1046,12 +1059,12 @@ def _fronts(goal: Goal, lines: Sequence[Mapping]) -> str:
     )
 
 
-def _first(line: Mapping, made: Quest) -> float:
+def _first(line: Mapping, made: SearchSpec) -> float:
     goal = made.goals[0]
     return goal.value({goal.metric: line["test"].get(goal.name, math.nan)})
 
 
-def _line(t: Tried, folder: Path) -> dict[str, Any]:
+def _line(t: Trial, folder: Path) -> dict[str, Any]:
     finite = {k: v if math.isfinite(v) else None for k, v in t.goals.items()}
     return {
         "number": t.seen.number,

@@ -17,7 +17,7 @@ import yaml
 from luthier.errors import RecipeError
 from luthier.methods.searchers._base import Dim, Space
 from luthier.recipe.recipe import ALIASES, SLOTS, Recipe, terms
-from luthier.registry import Range, Steps, build, meant, spec
+from luthier.registry import Choices, Range, build, did_you_mean, spec
 
 KINDS = {**SLOTS, "objective": "objective"}  # keys that hold one method
 TUNERS = ("lora", "dora", "ssf", "bitfit", "houlsby", "full")  # what `tuner` alone goes over
@@ -38,7 +38,7 @@ LAYERS = "layers"
 
 
 @dataclass(frozen=True)
-class Over:
+class SearchSpace:
     """A recipe and the settings that vary on it."""
 
     recipe: Recipe
@@ -72,7 +72,7 @@ def only_layers(recipe: Recipe, kept: Sequence[int], of: int) -> Recipe:
     return recipe.but(**{f"tuner.{k}": v for k, v in build("tuner", recipe.tuner).only(kept, of).items()})
 
 
-def over(recipe: Recipe, said: Sequence[str] = ()) -> Over:
+def over(recipe: Recipe, said: Sequence[str] = ()) -> SearchSpace:
     """said: what to go over, as the command line has it; nothing: the learning rate, and what the recipe's
     methods declare.
     """
@@ -123,7 +123,7 @@ def over(recipe: Recipe, said: Sequence[str] = ()) -> Over:
         raise RecipeError("--over: nothing varies")
     space = Space(tuple(sorted(dims.values(), key=lambda d: d.when is not None)))
     inside = inside and all(d.default is not None for d in space.dims)
-    return Over(recipe, space, methods, space.start() if inside else None)
+    return SearchSpace(recipe, space, methods, space.start() if inside else None)
 
 
 def _split(text: str) -> list[str]:
@@ -152,7 +152,7 @@ def _method(recipe: Recipe, key: str) -> Any:
     return made if hasattr(made, "kind") else None
 
 
-def ranges(method: Any) -> dict[str, Range | Steps]:
+def ranges(method: Any) -> dict[str, Range | Choices]:
     """Setting -> the range, or the steps, that a method (or Recipe) declares for it."""
     if method is None:
         return {}
@@ -161,11 +161,11 @@ def ranges(method: Any) -> dict[str, Range | Steps]:
     return {f.name: found for f in fields(cls) if (found := _range(hints.get(f.name))) is not None}
 
 
-def _range(hint: Any) -> Range | Steps | None:
-    if isinstance(hint, (Range, Steps)):
+def _range(hint: Any) -> Range | Choices | None:
+    if isinstance(hint, (Range, Choices)):
         return hint
     if hasattr(hint, "__metadata__"):
-        return next((m for m in hint.__metadata__ if isinstance(m, (Range, Steps))), None) or _range(
+        return next((m for m in hint.__metadata__ if isinstance(m, (Range, Choices))), None) or _range(
             get_args(hint)[0]
         )
     return (
@@ -208,10 +208,10 @@ def _choices(recipe: Recipe, key: str, values: str) -> tuple[list[Dim], dict[str
 
 
 def _declared(
-    name: str, r: Range | Steps, default: Any, whole: bool, when: tuple[str, Any] | None = None
+    name: str, r: Range | Choices, default: Any, whole: bool, when: tuple[str, Any] | None = None
 ) -> Dim:
     """A declared range, widened to what the recipe says, where a logarithm allows it; of steps one more."""
-    if isinstance(r, Steps):
+    if isinstance(r, Choices):
         return Dim(
             name,
             choices=tuple(sorted({*r.values, default})),
@@ -232,12 +232,12 @@ def _setting(recipe: Recipe, key: str, values: str | None) -> Dim:
         owner = _method(recipe, first) if first in KINDS else None
         if owner is None:
             raise RecipeError(
-                f"--over {key}: '{first}' holds no single method in this recipe{meant(first, KINDS)}"
+                f"--over {key}: '{first}' holds no single method in this recipe{did_you_mean(first, KINDS)}"
             )
         there = [f.name for f in fields(owner)]
         if setting not in there:
             raise RecipeError(
-                f"--over {key}: {owner.kind} '{owner.name}' has no setting '{setting}'{meant(setting, there)}"
+                f"--over {key}: {owner.kind} '{owner.name}' has no setting '{setting}'{did_you_mean(setting, there)}"
             )
         name, default, declared, whole = (
             setting,
@@ -248,7 +248,7 @@ def _setting(recipe: Recipe, key: str, values: str | None) -> Dim:
     else:
         there = [f.name for f in fields(Recipe) if f.name not in ("origins", "told")]
         if key not in there:
-            raise RecipeError(f"--over: a recipe has no '{key}'{meant(key, [*there, LAYERS])}")
+            raise RecipeError(f"--over: a recipe has no '{key}'{did_you_mean(key, [*there, LAYERS])}")
         name, default, declared, whole = (
             key,
             getattr(recipe, key),
@@ -265,7 +265,7 @@ def _setting(recipe: Recipe, key: str, values: str | None) -> Dim:
         )
         made = _dim(key, values, default, known, None, whole)
         return replace(
-            made, ordered=isinstance(declared, Steps) and list(made.choices) == sorted(made.choices)
+            made, ordered=isinstance(declared, Choices) and list(made.choices) == sorted(made.choices)
         )
     if declared is None:
         raise RecipeError(

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow, spoken
-from luthier.registry import meant
+from luthier.registry import did_you_mean
 
 BATCH = 1024  # texts in one call of the tokenizer
 # A turn a line. The reply begins after "Assistant:" and ends with the end-of-sequence token.
@@ -144,7 +144,7 @@ class Renderer:
             self.tokenizer.chat_template = Path(name).expanduser().read_text(encoding="utf-8")
         else:
             raise RecipeError(
-                f"chat_template '{name}' is no built-in one, no file and no template{meant(name, TEMPLATES)}"
+                f"chat_template '{name}' is no built-in one, no file and no template{did_you_mean(name, TEMPLATES)}"
             )
         if chat_template is None:
             return (

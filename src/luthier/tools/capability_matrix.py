@@ -114,7 +114,7 @@ def _yes(done: Callable[[], Any]) -> str:
 
 def _tried(name: str) -> dict[str, str]:
     cls: Any = find("tuner", name)
-    dress: Callable[[Any], Any] = _coded if "codes" in cls.wants else lambda model: model
+    dress: Callable[[Any], Any] = _coded if "codes" in cls.requires else lambda model: model
     make: Callable[[], Any] = lambda: dress(_llama(4))
     try:
         attached = _put(name, make())
@@ -148,12 +148,12 @@ def _tried(name: str) -> dict[str, str]:
     def tied() -> bool:
         model = _biased() if make is _biased else dress(_llama(4, tie_word_embeddings=True))
         return (
-            bool(_put(name, model).sites())
+            bool(_put(name, model).param_groups())
             and model.get_output_embeddings().weight is model.get_input_embeddings().weight
         )
 
     def experts() -> bool:
-        return any(".experts" in s.name for s in _put(name, dress(_experts())).every_site())
+        return any(".experts" in s.name for s in _put(name, dress(_experts())).all_param_groups())
 
     named = any(f.name == "target_parameters" for f in fields(cls))
     can_export = hasattr(attached, "export_lora")
@@ -177,7 +177,7 @@ def _coded(model: Any) -> Any:
 
 def _on_codes(name: str, model: Any) -> bool:
     """Does a gradient reach it on a base whose linear weights are codes?"""
-    if "codes" not in find("tuner", name).wants:
+    if "codes" not in find("tuner", name).requires:
         _coded(model)
     attached = _put(name, model)
     if attached.virtual:
@@ -187,7 +187,7 @@ def _on_codes(name: str, model: Any) -> bool:
 
 
 def _moving(attached: Any) -> int:
-    return sum(p.numel() for s in attached.sites() for p in s.slots.values() if p.requires_grad)
+    return sum(p.numel() for s in attached.param_groups() for p in s.params.values() if p.requires_grad)
 
 
 def _share(name: str, meta: nn.Module) -> str:

@@ -15,38 +15,19 @@ from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from luthier import registry as method
+from luthier import registry
 from luthier.recipe.catalogue import known, papers
 from luthier.study import claims
 
 BEGIN, END = "<!-- keys: written by luthier.tools.docs -->", "<!-- /keys -->"
 WORLDS_BEGIN, WORLDS_END = "<!-- worlds: written by luthier.tools.docs -->", "<!-- /worlds -->"
-TITLES = {
-    "tuner": "Tuners: what moves",
-    "quantizer": "Quantizers: what the frozen weights are kept in",
-    "objective": "Objectives: toward what",
-    "estimator": "Estimators: where the gradient comes from",
-    "transform": "Transforms: what becomes of a gradient",
-    "optimizer": "Optimizers: an estimator's gradient through a chain of transforms, by name",
-    "stage": "Stages: rows in, rows out",
-    "reward": "Rewards: how good a text is",
-    "role": "Roles: who else is asked",
-    "plan": "Plans: several runs",
-    "compiler": "Compilers: programs of prompts, tuned",
-    "merger": "Mergers: one out of several",
-    "decoder": "Decoders: how text is written",
-    "evaluator": "Evaluators: what is measured",
-    "architecture": "Architectures: how a network reads and writes",
-    "format": "Formats: how rows are recognised",
-    "searcher": "Searchers: which configuration to try next",
-}
 
 
 def pages() -> dict[str, str]:
     """Path below docs/ -> text, of every page that is wholly generated."""
     made = {
-        f"methods/{c.kind}/{c.name}.md": tidy(method.page(method.find(c.kind, c.name)))
-        for c in method.cards()
+        f"methods/{c.kind}/{c.name}.md": tidy(registry.page(registry.find(c.kind, c.name)))
+        for c in registry.cards()
     }
     return {
         **made,
@@ -64,10 +45,15 @@ def index() -> str:
         "Written from the declarations. `luthier methods` prints the same in a terminal.",
         "",
     ]
-    for kind in method.FOLDERS:
-        some = method.cards(kind)
+    for kind in registry.KINDS:
+        some = registry.cards(kind)
         if some:
-            lines += [f"## {TITLES[kind]}", "", "| name | what it is | paper |", "| - | - | - |"]
+            lines += [
+                f"## {registry.KINDS[kind].title}",
+                "",
+                "| name | what it is | paper |",
+                "| - | - | - |",
+            ]
             lines += [
                 f"| [{c.name}]({kind}/{c.name}.md) | {cell(c.summary)} | {link(c.paper)} |" for c in some
             ]
@@ -99,12 +85,12 @@ def keys() -> str:
     """A table of every key of a recipe, from the fields of Recipe and their comments."""
     from luthier.recipe.recipe import Recipe
 
-    said = method.helps(Recipe)
+    said = registry.helps(Recipe)
     lines = ["| key | default | meaning |", "| - | - | - |"]
     for f in fields(Recipe):
         if f.name in ("origins", "told"):
             continue
-        lines += [f"| `{f.name}` | `{method.default_of(f)}` | {cell(said[f.name])} |"]
+        lines += [f"| `{f.name}` | `{registry.default_of(f)}` | {cell(said[f.name])} |"]
     return "\n".join(lines)
 
 

@@ -52,7 +52,7 @@ def apart(policies: Sequence[Policy]) -> str | None:
             or not all(type(m) is QuickLinear for m in own.layers.values())
         ):
             return f"tuner '{own.settings.name}' is more than LoRA on linear layers"
-        if {s.name for s in own.every_site()} - own.layers.keys() or any(
+        if {s.name for s in own.all_param_groups()} - own.layers.keys() or any(
             m.lora_variant for m in own.layers.values()
         ):
             return "more moves than A and B"

@@ -30,7 +30,7 @@ from luthier.run.folder import on_disk
 from luthier.train import batched_forward as fleet
 from luthier.train import checks as guards
 from luthier.train import memory
-from luthier.train.trainer import Fit
+from luthier.train.trainer import Trainer
 
 # may differ
 OWN = (
@@ -67,7 +67,7 @@ def alike(recipe: Recipe) -> str | None:
 class Fleet:
     """Fits side by side."""
 
-    fits: Sequence[Fit]
+    fits: Sequence[Trainer]
     tell: Callable[[str], None] = print
     why: str | None = None  # why their steps are made one after the other
     # a token, in one pass or not
@@ -90,7 +90,7 @@ class Fleet:
             now = min(f.roles.clock.step for f in live)
             self.step([f for f in live if f.roles.clock.step == now])
 
-    def step(self, fits: Sequence[Fit]) -> None:
+    def step(self, fits: Sequence[Trainer]) -> None:
         """One step of each."""
         whole = self.why is None and len(fits) > 1
         if whole and (tried := self.tried()) is not None:
@@ -104,7 +104,7 @@ class Fleet:
             self.why = "memory ran out"
             for f in fits:
                 f.forget()
-            self.tell("out of memory: steps are made one after the other from here on; results do not change")
+            self.warn("out of memory: steps are made one after the other from here on; results do not change")
             logs = [f.step() for f in fits]
         if self.why is None and len(fits) == len(self.fits):
             self.seconds[whole].append(
@@ -128,12 +128,12 @@ class Fleet:
         if sorted(done) == [TRIED, TRIED]:
             one, each = (1e6 * statistics.median(self.seconds[way][1:]) for way in (True, False))
             way = "in one pass" if one < each else "one after the other"
-            self.tell(
+            self.warn(
                 f"{len(self.fits)} runs step {way}: {one:.0f} µs a token in one pass, {each:.0f} one after"
                 " the other"
             )
 
-    def together(self, fits: Sequence[Fit]) -> list[dict]:
+    def together(self, fits: Sequence[Trainer]) -> list[dict]:
         """The step of all in one pass: each member's loss starts from its own states, and one backward takes
         all of them down.
         """
@@ -164,13 +164,13 @@ class Fleet:
 def perform(runs: Sequence[tuple[Recipe, Path]], watch: Any = None, until: float | None = None) -> list[Any]:
     """Runs that are `alike`, to their ends or paused at `until`: their reports, in order."""
     from luthier.model.load import load_model
-    from luthier.report.console import Quiet
+    from luthier.report.console import Callback
     from luthier.run.run import Report, Shared, opened
 
-    watch = watch or Quiet()
+    watch = watch or Callback()
     with ExitStack() as stack:
         every = [
-            stack.enter_context(opened(on_disk(r, folder), folder, Quiet(), until=until))
+            stack.enter_context(opened(on_disk(r, folder), folder, Callback(), until=until))
             for r, folder in runs
         ]
         live = [r for r in every if not isinstance(r, Report)]
@@ -188,7 +188,7 @@ def perform(runs: Sequence[tuple[Recipe, Path]], watch: Any = None, until: float
 
             def tell(sentence: str) -> None:
                 for listener in (watch, *(r.watch for r in live)):
-                    listener.tell(sentence)
+                    listener.warn(sentence)
 
             crew = Fleet([r.fit for r in live], tell)
             needs, have = [r.need.total if r.need else 0 for r in live], memory.free(first.roles.device)
@@ -197,7 +197,7 @@ def perform(runs: Sequence[tuple[Recipe, Path]], watch: Any = None, until: float
                     crew.why or f"one pass would take {memory.gb(sum(needs))} and {memory.gb(have)} are free"
                 )
             if crew.why:
-                crew.tell(f"{len(live)} runs share one base and step one after the other: {crew.why}")
+                crew.warn(f"{len(live)} runs share one base and step one after the other: {crew.why}")
             crew.run([r.every(until) or None for r in live])
             ended = {id(r): r.ended() for r in live}
             if all(r.fit.roles.clock.step == r.fit.roles.clock.total for r in live):
@@ -207,7 +207,7 @@ def perform(runs: Sequence[tuple[Recipe, Path]], watch: Any = None, until: float
     return every
 
 
-def _share_frozen(fits: Sequence[Fit]) -> None:
+def _share_frozen(fits: Sequence[Trainer]) -> None:
     """One file for what the lower layers say, where all members leave the same ones alone."""
     kept = [f.roles.policy.attached.frozen for f in fits]
     if kept[0] is None or any(

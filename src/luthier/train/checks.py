@@ -14,7 +14,7 @@ from luthier.errors import RecipeError
 from luthier.kernels import elementwise
 from luthier.methods.quantizers._base import numbers
 from luthier.model.batch import Batch
-from luthier.model.policy import resting
+from luthier.model.policy import eval_mode
 
 TOO_BIG = (
     "out of memory: what was saved before is intact. Lower per_device_train_batch_size (raise"
@@ -29,7 +29,7 @@ class Refused(RecipeError):
 
 def something_moves(attached: Any) -> dict[str, int]:
     """Counts of moving and of all parameters; refuses a tuner that moves nothing."""
-    moving = sum(p.numel() for s in attached.sites() for p in s.slots.values() if p.requires_grad)
+    moving = sum(p.numel() for s in attached.param_groups() for p in s.params.values() if p.requires_grad)
     every = {id(p): p.numel() for p in (*attached.model.parameters(), *attached.parameters().values())}
     total = sum(every.values()) + numbers(attached.model)
     if not moving:
@@ -72,9 +72,11 @@ def gradient_arrives(attached: Any, may_be_zero: bool) -> None:
     """After the first backward: a gradient must have reached what moves. Samples of equal reward may give
     zeros.
     """
-    sites = attached.sites()
+    param_groups = attached.param_groups()
     reached = [
-        p.grad is not None and (may_be_zero or bool(p.grad.any())) for s in sites for p in s.slots.values()
+        p.grad is not None and (may_be_zero or bool(p.grad.any()))
+        for s in param_groups
+        for p in s.params.values()
     ]
     if not any(reached):
         raise Refused(
@@ -98,7 +100,7 @@ def same_as_plain(policy: Any, batch: Batch, tell: Callable[[str], None]) -> Non
     """
     usual = tolerance(policy.model)
     failed: list[tuple[str, str]] = []  # a reading and why it will not do
-    with torch.no_grad(), resting(policy.model), policy.playing():
+    with torch.no_grad(), eval_mode(policy.model), policy.playing():
         with elementwise.plainly():
             want = policy.architecture.plain(policy.model, policy.attached, batch).float()
         _elementwise(policy, batch, want, usual, tell)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.model.batch import Batch
-from luthier.model.policy import resting
+from luthier.model.policy import eval_mode
 from luthier.train.checks import tolerance
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LIMIT = 8 * 2**30  # bytes of the file at most, and never more than half of the free disk
 
 
-class Reached(Exception):
+class StopForward(Exception):
     """The first layer that moves was handed its hidden states: no need to go on."""
 
 
@@ -82,13 +82,13 @@ class Frozen:
 
         def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
             heard.append(args[0] if args else kwargs["hidden_states"])
-            raise Reached
+            raise StopForward
 
         layout, inputs = architecture.laid_out(model, attached, tree)
         hook = self.layers[self.first].register_forward_pre_hook(stop, with_kwargs=True)
         try:
             model(**inputs, use_cache=False)
-        except Reached:
+        except StopForward:
             pass
         finally:
             hook.remove()
@@ -166,7 +166,7 @@ def keep(policy: Any, batch: Batch, path: Path, tokens: int) -> Frozen | str:
 def _same(policy: Any, batch: Batch, made: Frozen) -> bool:
     """Does the network answer as it does without?"""
     model, attached, arch = policy.model, policy.attached, policy.architecture
-    with resting(model):
+    with eval_mode(model):
         want = arch.forward(model, attached, batch).logprobs
         if made.states(arch, model, attached, batch, fill=True) is None:
             return True  # no room even for these

@@ -61,9 +61,9 @@ def predict(
     recompute: with gradient checkpointing; a backward pass then holds what enters each layer, and all of one
     layer.
     """
-    moving = [p for s in roles.tuner.sites() for p in s.slots.values() if p.requires_grad]
+    moving = [p for s in roles.tuner.param_groups() for p in s.params.values() if p.requires_grad]
     model = roles.policy.model
-    backward = "grad" in estimator.gives
+    backward = "grad" in estimator.provides
     count, largest = sum(p.numel() for p in moving), max((p.numel() for p in moving), default=0)
     low = sum(p.numel() for p in moving if p.dtype.itemsize < 4)
     asked, size = len(some[-1].owner) / max(1, len(some[-1].ids)), next(model.parameters()).dtype.itemsize
@@ -127,7 +127,7 @@ def choose(
     def need(recompute: bool, tokens: int) -> Need:
         return predict(roles, chain, estimator, some, tokens, recompute)
 
-    can = getattr(model, "supports_gradient_checkpointing", False) and "grad" in estimator.gives
+    can = getattr(model, "supports_gradient_checkpointing", False) and "grad" in estimator.provides
     plain, again = need(asked is True, tokens), asked is True
     if (
         asked == "auto"

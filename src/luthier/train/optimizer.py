@@ -16,10 +16,10 @@ from torch import Tensor
 
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.methods.tuners._base import Attached, Site
-from luthier.registry import family, meant
+from luthier.methods.tuners._base import ParamGroup, TunedModel
+from luthier.registry import did_you_mean, family
 
-Slots = dict[str, Tensor]
+Params = dict[str, Tensor]
 
 
 @family
@@ -29,17 +29,17 @@ class Transform:
     # does `apply` treat each number by itself, its state changed in place? Then tensors may go in pieces
     pointwise: ClassVar[bool] = False
 
-    def apply(self, grads: Slots, state: dict, site: Site, step: int) -> Slots:
+    def apply(self, grads: Params, state: dict, group: ParamGroup, step: int) -> Params:
         """slot -> gradient becomes slot -> update; `state` is this site's own and may be filled. step counts
         from 1.
         """
         raise NotImplementedError
 
-    def on(self, attached: Attached) -> Transform:
+    def on(self, attached: TunedModel) -> Transform:
         """This transform, knowing what it will be applied to."""
         return self
 
-    def gather(self, every: Mapping[str, Slots]) -> Mapping[str, Slots]:
+    def gather(self, every: Mapping[str, Params]) -> Mapping[str, Params]:
         """Before any site is stepped: for transforms that look at all gradients together (clipping by global
         norm).
         """
@@ -57,12 +57,12 @@ class Each(Transform):
     def update(self, grad: Tensor, state: dict, param: Tensor, step: int) -> Tensor:
         raise NotImplementedError
 
-    def apply(self, grads, state, site, step):
+    def apply(self, grads, state, group, step):
         out = {}
         for slot, grad in grads.items():
             if slot not in state:
                 state[slot] = self.init(grad)
-            out[slot] = self.update(grad, state[slot], site.slots[slot], step)
+            out[slot] = self.update(grad, state[slot], group.params[slot], step)
         return out
 
 
@@ -89,10 +89,10 @@ class Lazily(Mapping):
     side.
     """
 
-    def __init__(self, names: Iterable[str], make: Callable[[str], Slots]):
+    def __init__(self, names: Iterable[str], make: Callable[[str], Params]):
         self.names, self.make = tuple(names), make
 
-    def __getitem__(self, name: str) -> Slots:
+    def __getitem__(self, name: str) -> Params:
         return self.make(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -102,10 +102,10 @@ class Lazily(Mapping):
         return len(self.names)
 
 
-def through(chain: Sequence[Transform], grads: Slots, state: dict, site: Site, step: int) -> Slots:
+def through(chain: Sequence[Transform], grads: Params, state: dict, group: ParamGroup, step: int) -> Params:
     """One site through a chain; state is kept by the place in the chain."""
     for i, transform in enumerate(chain):
-        grads = transform.apply(grads, state.setdefault(str(i), {}), site, step)
+        grads = transform.apply(grads, state.setdefault(str(i), {}), group, step)
     return grads
 
 
@@ -120,7 +120,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 def schedule(name: str, warmup_steps: float, total: int) -> Callable[[int], float]:
     """step -> factor of the learning rate. warmup_steps below 1 is a share of the run."""
     if name not in SCHEDULES:
-        raise RecipeError(f"lr_scheduler_type: there is no '{name}'{meant(name, SCHEDULES)}")
+        raise RecipeError(f"lr_scheduler_type: there is no '{name}'{did_you_mean(name, SCHEDULES)}")
     warm = round(warmup_steps * total) if warmup_steps < 1 else int(warmup_steps)
 
     def factor(step: int) -> float:
@@ -142,7 +142,7 @@ class Chain:
     def __init__(
         self,
         transforms: Sequence[Transform],
-        attached: Attached,
+        attached: TunedModel,
         clock: Clock,
         learning_rate: float,
         factor: Callable[[int], float] = lambda step: 1.0,
@@ -160,35 +160,35 @@ class Chain:
         """The learning rate of this step."""
         return self.learning_rate * self.factor(self.clock.step)
 
-    def sites(self) -> list[Site]:
+    def param_groups(self) -> list[ParamGroup]:
         """The sites that move now; the state of all others is dropped."""
-        live = self.attached.sites()
+        live = self.attached.param_groups()
         self.state = {s.name: self.state[s.name] for s in live if s.name in self.state}
         return live
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from saved state, on the devices of what it belongs to."""
-        homes = {s.name: next(iter(s.slots.values())).device for s in self.attached.every_site()}
+        homes = {s.name: next(iter(s.params.values())).device for s in self.attached.all_param_groups()}
         self.state = {name: _to(kept, homes[name]) for name, kept in state.items() if name in homes}
 
-    def step(self, grads: Mapping[str, Slots]) -> None:
+    def step(self, grads: Mapping[str, Params]) -> None:
         """site -> slot -> gradient of the global batch: update every site."""
-        sites = {s.name: s for s in self.sites()}
+        param_groups = {s.name: s for s in self.param_groups()}
         for transform in self.transforms:
             grads = transform.gather(grads)
         for name, slots in grads.items():
-            self.push(sites[name], slots)
+            self.push(param_groups[name], slots)
 
     @torch.no_grad()
-    def push(self, site: Site, grads: Slots) -> None:
+    def push(self, group: ParamGroup, grads: Params) -> None:
         """Update one site."""
-        state = self.state.setdefault(site.name, {})
+        state = self.state.setdefault(group.name, {})
         state["step"] = state.get("step", 0) + 1
-        self._renew(site, state)
-        masters, pulls = self._masters(site, state), self.attached.pulls(site.name)
+        self._renew(group, state)
+        masters, extra_grads = self._masters(group, state), self.attached.extra_grads(group.name)
         small = all(g.numel() <= PIECE for g in grads.values())
         if small or not all(t.pointwise for t in self.transforms):
-            self._update(site, masters, grads, pulls, state)
+            self._update(group, masters, grads, extra_grads, state)
             return
         for slot, grad in grads.items():
             for i, transform in enumerate(self.transforms):
@@ -196,8 +196,8 @@ class Chain:
                 if isinstance(transform, Each) and slot not in kept:
                     kept[slot] = transform.init(masters[slot])
             for part in pieces(masters[slot]):
-                own = _with(site, {slot: site.slots[slot][part]})
-                pull = {slot: pulls[slot][part]} if slot in pulls else {}
+                own = _with(group, {slot: group.params[slot][part]})
+                pull = {slot: extra_grads[slot][part]} if slot in extra_grads else {}
                 self._update(
                     own,
                     {slot: masters[slot][part]},
@@ -207,23 +207,28 @@ class Chain:
                 )
 
     def _update(
-        self, site: Site, masters: Slots, grads: Slots, pulls: Mapping[str, Tensor], state: dict
+        self,
+        group: ParamGroup,
+        masters: Params,
+        grads: Params,
+        extra_grads: Mapping[str, Tensor],
+        state: dict,
     ) -> None:
         """Step a site, or part of one, and its masters."""
         for slot, master in masters.items():
-            p = site.slots[slot]
+            p = group.params[slot]
             if p.dtype != master.dtype:
                 _follow(master, p)
         grads = {k: g.to(masters[k].dtype) for k, g in grads.items()}
-        grads |= {k: grads[k] + pull for k, pull in pulls.items() if k in grads}
-        for slot, update in self._updates(grads, state, _with(site, masters)).items():
+        grads |= {k: grads[k] + pull for k, pull in extra_grads.items() if k in grads}
+        for slot, update in self._updates(grads, state, _with(group, masters)).items():
             masters[slot].add_(update, alpha=-self.rate)
-            if site.slots[slot].dtype != masters[slot].dtype:
-                site.slots[slot].copy_(masters[slot])
+            if group.params[slot].dtype != masters[slot].dtype:
+                group.params[slot].copy_(masters[slot])
 
-    def _renew(self, site: Site, state: dict) -> None:
+    def _renew(self, group: ParamGroup, state: dict) -> None:
         """Forget what was known of entries that the tuner has begun anew, and count their steps from here."""
-        for slot, mask in self.attached.renewed(site.name).items():
+        for slot, mask in self.attached.reset_masks(group.name).items():
             born = state.setdefault("born", {}).setdefault(
                 slot, torch.zeros(mask.shape, dtype=torch.int32, device=mask.device)
             )
@@ -233,32 +238,32 @@ class Chain:
                     if torch.is_tensor(kept) and kept.shape == mask.shape:
                         kept[mask] = 0
 
-    def _updates(self, grads: Slots, state: dict, site: Site) -> Slots:
+    def _updates(self, grads: Params, state: dict, group: ParamGroup) -> Params:
         born, step = state.get("born", {}), state["step"]
         if not born:
-            return through(self.transforms, grads, state, site, step)
+            return through(self.transforms, grads, state, group, step)
         ages = {slot: step - born[slot] if slot in born else step for slot in grads}
         return {
             k: u
             for slot, g in grads.items()
-            for k, u in through(self.transforms, {slot: g}, state, site, ages[slot]).items()
+            for k, u in through(self.transforms, {slot: g}, state, group, ages[slot]).items()
         }
 
-    def _masters(self, site: Site, state: dict) -> Slots:
+    def _masters(self, group: ParamGroup, state: dict) -> Params:
         """What is stepped: fp32 masters of low-precision weights, all others themselves."""
-        low = {k: p for k, p in site.slots.items() if p.dtype in (torch.bfloat16, torch.float16)}
+        low = {k: p for k, p in group.params.items() if p.dtype in (torch.bfloat16, torch.float16)}
         if not low:
-            return dict(site.slots)
+            return dict(group.params)
         kept = state.setdefault("master", {})
         for k, p in low.items():
             if k not in kept:
                 kept[k] = p.detach().float()
-        return {**site.slots, **kept}
+        return {**group.params, **kept}
 
 
-def _with(site: Site, slots: Any) -> Site:
+def _with(group: ParamGroup, slots: Any) -> ParamGroup:
     """A site with other tensors in its slots."""
-    return Site(site.name, slots, site.by)
+    return ParamGroup(group.name, slots, group.by)
 
 
 def _cut(state: dict, slot: str, part: Any, shape: torch.Size) -> dict:

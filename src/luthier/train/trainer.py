@@ -33,7 +33,7 @@ class Totals:
 
 
 @dataclass
-class Batches:
+class BatchSchedule:
     """How rows become steps."""
 
     per_step: int  # rows of the global batch
@@ -67,11 +67,11 @@ def draw(
     first = clock.step // num_iterations * per_step
     last = first + per_step if stop_at is None else min(first + per_step, stop_at)
     places = (divmod(i, len(rows)) for i in range(first, last))
-    return [rows[_order(clock.fold("order", at=epoch), len(rows))[k]] for epoch, k in places]
+    return [rows[_order(clock.derive_seed("order", at=epoch), len(rows))[k]] for epoch, k in places]
 
 
 @dataclass
-class Fit:
+class Trainer:
     """One training run in progress."""
 
     roles: Any
@@ -79,9 +79,9 @@ class Fit:
     objective: Objective | None  # None: nothing is trained, and no step made
     chain: Chain
     estimator: Any
-    batches: Batches
+    batches: BatchSchedule
     accelerator: Any
-    hooks: Sequence[Callable[[Fit, dict], None]] = ()  # called after every step with its numbers
+    hooks: Sequence[Callable[[Trainer, dict], None]] = ()  # called after every step with its numbers
     tell: Callable[[str], None] = print
     held: list[dict] | None = None  # this process's rows of the current draw
     totals: Totals = field(default_factory=Totals)
@@ -120,7 +120,7 @@ class Fit:
             bound = [
                 o.contract["accumulation"] for _, o in self.objective.terms() if "accumulation" in o.contract
             ]
-            self.tell(
+            self.warn(
                 f"out of memory: micro-batches of {self.batches.micro} rows from here on; "
                 + (f"this changes results: {bound[0]}" if bound else "results do not change")
             )
@@ -194,7 +194,7 @@ class Asked:
     `begin`, `part` for each micro-batch and `end` do in turn what a call does.
     """
 
-    def __init__(self, fit: Fit, batches: list[Batch]):
+    def __init__(self, fit: Trainer, batches: list[Batch]):
         self.fit, self.batches = fit, batches
         self.metrics: dict[str, float] = {}
         objectives = fit.objective.terms()
@@ -247,7 +247,7 @@ class Asked:
         batch = self.batches[m].view(metrics={})
         batch.read.update(read or {})
         # dropout: alike in every call of a step
-        torch.manual_seed(fit.roles.clock.fold("noise", m, fit.accelerator.process_index))
+        torch.manual_seed(fit.roles.clock.derive_seed("noise", m, fit.accelerator.process_index))
         with torch.set_grad_enabled(grad):
             loss = 0.0
             for i, ((weight, objective), n) in enumerate(zip(fit.objective.terms(), self.units, strict=True)):
@@ -272,14 +272,14 @@ class Asked:
         fit, tuner = self.fit, self.fit.roles.tuner
         # the averages are global already: gradients only add up
         if grad and fit.accelerator.num_processes > 1:
-            fit.share([p for s in tuner.sites() for p in s.slots.values() if p.requires_grad])
+            fit.share([p for s in tuner.param_groups() for p in s.params.values() if p.requires_grad])
         if (
             grad
             and only is every_term
             and fit.roles.clock.step == fit.roles.clock.first
             and self.counts["rows"]
         ):
-            guards.gradient_arrives(tuner, may_be_zero="samples" in fit.objective.wants)
+            guards.gradient_arrives(tuner, may_be_zero="samples" in fit.objective.requires)
         self.metrics.update({k: s / max(n, 1) for k, (s, n) in self.seen.items()})
         self.metrics.update({f"loss/{k}": v for k, v in self.each.items()})
         whole, *alone = fit.sum(torch.tensor([self.value, *self.alone], dtype=torch.float64)).tolist()

@@ -14,7 +14,7 @@ from luthier.registry import family
 
 if TYPE_CHECKING:
     from luthier.clock import Clock
-    from luthier.methods.tuners._base import Attached
+    from luthier.methods.tuners._base import TunedModel
     from luthier.model.network import Network
     from luthier.text.render import Encoded, EncodedAll, Renderer
 
@@ -71,11 +71,11 @@ class Architecture:
         """Every row once: those that can be used, those that cannot with the reason, and statistics."""
         return renderer.encode_all(rows)
 
-    def forward(self, model: Network, attached: Attached, batch: Batch) -> Outputs:
+    def forward(self, model: Network, attached: TunedModel, batch: Batch) -> Outputs:
         """Read a batch and answer its questions."""
         raise NotImplementedError
 
-    def plain(self, model: Network, attached: Attached, batch: Batch) -> Tensor:
+    def plain(self, model: Network, attached: TunedModel, batch: Batch) -> Tensor:
         """[T] log-probabilities the slow, obvious way: one sequence at a time through the model's own
         forward.
         """
@@ -101,7 +101,7 @@ class Architecture:
         return batch
 
     def generate(
-        self, model: Network, attached: Attached, prompts: list[list[int]], **how: Any
+        self, model: Network, attached: TunedModel, prompts: list[list[int]], **how: Any
     ) -> list[list[list[int]]]:
         """Completions of each prompt (see architectures/_generate.py)."""
         raise NotImplementedError(f"'{type(self).__name__}' does not write text")

@@ -62,7 +62,7 @@ def accepted(
     None where none is.
     """
     for turn in range(rounds):
-        said, trace = teacher.run(row, temperature if turn else 0.0, Clock(seed).fold("try", turn))
+        said, trace = teacher.run(row, temperature if turn else 0.0, Clock(seed).derive_seed("try", turn))
         if float(metric(row, said)) >= threshold:
             return trace
     return None

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from luthier.clock import Clock
-from luthier.methods.tuners._base import Site
+from luthier.methods.tuners._base import ParamGroup
 from luthier.registry import family
 from luthier.train.checks import Refused
-from luthier.train.optimizer import Chain, Slots
+from luthier.train.optimizer import Chain, Params
 
 Closure = Callable[..., float]
 
@@ -32,17 +32,17 @@ class Estimator:
         """Raises RecipeError, before anything is computed, where this estimator cannot serve an objective."""
 
 
-def gradients(chain: Chain) -> dict[str, Slots]:
+def gradients(chain: Chain) -> dict[str, Params]:
     """site -> slot -> gradient, as the last closure left them."""
     found: dict[str, Any] = {
-        s.name: {k: p.grad for k, p in s.slots.items() if p.grad is not None} for s in chain.sites()
+        s.name: {k: p.grad for k, p in s.params.items() if p.grad is not None} for s in chain.param_groups()
     }
     return {name: slots for name, slots in found.items() if slots}
 
 
 @contextmanager
-def displaced(
-    chain: Chain, aside: Callable[[Site, str, Tensor], Tensor | None]
+def perturbed(
+    chain: Chain, aside: Callable[[ParamGroup, str, Tensor], Tensor | None]
 ) -> Iterator[Callable[[], None]]:
     """The network with every moving tensor p at p + aside(site, slot, p), for a while (None: where it is).
     What is yielded, called once, brings it to the point opposite: p - (what p + aside was rounded to - p).
@@ -55,16 +55,16 @@ def displaced(
     kept: list[tuple[Any, Tensor]] = []
     asked, got, first = 0.0, 0.0, chain.clock.step == chain.clock.first
 
-    def mirror() -> None:
+    def flip() -> None:
         with torch.no_grad():
             for p, was in kept:
                 p.data.lerp_(was, 2.0)
 
     try:
         with torch.no_grad():
-            for site in chain.sites():
-                for slot, p in site.slots.items():
-                    d = aside(site, slot, p) if p.requires_grad else None
+            for group in chain.param_groups():
+                for slot, p in group.params.items():
+                    d = aside(group, slot, p) if p.requires_grad else None
                     if d is None:
                         continue
                     was = p.data
@@ -83,7 +83,7 @@ def displaced(
                 " away, so it would measure next to nothing: give it a longer one (eps, rho), dtype:"
                 " float32, or a tuner with few weights of its own"
             )
-        yield mirror
+        yield flip
     finally:
         for p, was in kept:
             p.data = was

@@ -15,14 +15,14 @@ from luthier.errors import RecipeError
 def placed(chain: Any):
     """Name, module and site of every LoRA that moves on a linear module."""
     layers = chain.attached.layers
-    for site in chain.sites():
-        layer = layers.get(site.name)
+    for group in chain.param_groups():
+        layer = layers.get(group.name)
         if (
             layer is not None
-            and {"A", "B"} <= site.slots.keys()
+            and {"A", "B"} <= group.params.keys()
             and not isinstance(layer.get_base_layer(), nn.Embedding)
         ):
-            yield site.name, layer, site
+            yield group.name, layer, group
 
 
 def scale_of(layer: Any) -> float:

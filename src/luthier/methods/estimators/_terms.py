@@ -7,7 +7,7 @@ from torch import Tensor
 
 from luthier.methods.estimators._base import Estimator, gradients
 from luthier.registry import family
-from luthier.train.optimizer import Slots
+from luthier.train.optimizer import Params
 
 
 @family
@@ -42,7 +42,7 @@ class Terms(Estimator):
         return sum(losses)
 
 
-def _product(a: dict[str, Slots], b: dict[str, Slots]) -> float:
+def _product(a: dict[str, Params], b: dict[str, Params]) -> float:
     return sum(
         float((g.double() * b[n][k].double()).sum())
         for n, slots in a.items()
@@ -52,8 +52,8 @@ def _product(a: dict[str, Slots], b: dict[str, Slots]) -> float:
     )
 
 
-def _mixed(each: list[dict[str, Slots]], share: list[float]) -> dict[str, Slots]:
-    out: dict[str, Slots] = {}
+def _mixed(each: list[dict[str, Params]], share: list[float]) -> dict[str, Params]:
+    out: dict[str, Params] = {}
     for grads, weight in zip(each, share, strict=True):
         for name, slots in grads.items():
             for k, g in slots.items():

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from luthier.model.batch import Batch
-from luthier.registry import family, wants_of
+from luthier.registry import family, requires_of
 
 
 @family
@@ -50,8 +50,8 @@ class Sum(Objective):
     name: ClassVar[str] = "sum"
 
     @property
-    def wants(self) -> frozenset[str]:
-        return frozenset().union(*(wants_of(o) for _, o in self.parts))
+    def requires(self) -> frozenset[str]:
+        return frozenset().union(*(requires_of(o) for _, o in self.parts))
 
     def terms(self) -> list[tuple[float, Objective]]:
         return [(w * inner, term) for w, part in self.parts for inner, term in part.terms()]

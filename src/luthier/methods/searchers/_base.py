@@ -174,7 +174,7 @@ class Searcher:
 
 
 def rng(clock: Clock, *names: object) -> np.random.Generator:
-    return np.random.default_rng(clock.fold(*names, at=0))
+    return np.random.default_rng(clock.derive_seed(*names, at=0))
 
 
 # ---------------------------------------------------------------------------------------------- judging what was seen

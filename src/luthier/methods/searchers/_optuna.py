@@ -44,7 +44,7 @@ class ByOptuna(Searcher):
             warnings.simplefilter("ignore")
             study = lib.create_study(
                 directions=["minimize"] * goals,
-                sampler=self.sampler(clock.fold("ask", len(seen), at=0) % 2**32, over),
+                sampler=self.sampler(clock.derive_seed("ask", len(seen), at=0) % 2**32, over),
             )
             for s, v in zip(past, values):
                 point = (

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from luthier.model.policy import resting
+from luthier.model.policy import eval_mode
 from luthier.registry import family
 
 BY_COMPLETION = (
@@ -40,12 +40,12 @@ class Stage:
     def left(self, roles: Any, gone: int, total: int, why: str) -> None:
         """Tell how many rows leave and why: what is thrown away is never thrown away in silence."""
         if gone:
-            self.tell(roles, f"{gone} of {total} rows leave: {why}")
+            self.warn(roles, f"{gone} of {total} rows leave: {why}")
 
-    def tell(self, roles: Any, sentence: str) -> None:
+    def warn(self, roles: Any, sentence: str) -> None:
         """Say something about the rows; of a live stage, which meets rows at every step, only the first time."""
         if roles.clock.step == roles.clock.first:
-            roles.tell(f"stage '{self.name}': {sentence}")
+            roles.warn(f"stage '{self.name}': {sentence}")
 
     def usable(self, rows: Sequence[dict], roles: Any) -> list[dict]:
         """The rows as the network will read them: long texts in pieces, without those that cannot be read."""
@@ -111,7 +111,7 @@ def said(policy: Any, roles: Any, rows: Sequence[dict], size: int) -> Iterator[l
     """
     for i in range(0, len(rows), size):
         batch = roles.batch(rows[i : i + size])
-        with resting(roles.policy.model):
+        with eval_mode(roles.policy.model):
             flat = policy.logprobs(batch).float().tolist()
         feed, sizes = iter(flat), iter(batch.lengths.long().tolist())
         for row in batch.rows:

@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Site:
+class ParamGroup:
     """Tensors that belong together: a weight alone, or the A and B of one layer."""
 
     name: str
-    slots: dict[str, nn.Parameter]  # e.g. {"A": ..., "B": ...} or {"weight": ...}
+    params: dict[str, nn.Parameter]  # e.g. {"A": ..., "B": ...} or {"weight": ...}
     by: Any = None  # the settings of the tuner that made it (LoRA: r, lora_alpha)
 
 
@@ -38,12 +38,12 @@ class Tuner:
 
     on_quantized: ClassVar[bool] = False  # can it sit on a base whose linear weights are codes?
 
-    def attach(self, model: Network) -> Attached:
+    def attach(self, model: Network) -> TunedModel:
         """Put the tuner on the model, in place. The tuned model starts as the base model."""
         raise NotImplementedError
 
 
-class Attached:
+class TunedModel:
     """A tuner on a model. Subclasses say `every_site`; most also `off` and `merged`."""
 
     virtual = 0  # places the layout keeps free before every sequence (soft prompts)
@@ -56,17 +56,17 @@ class Attached:
 
     # --- what moves
 
-    def every_site(self) -> list[Site]:
+    def all_param_groups(self) -> list[ParamGroup]:
         """All sites, in a fixed order."""
         raise NotImplementedError
 
-    def sites(self) -> list[Site]:
+    def param_groups(self) -> list[ParamGroup]:
         """The sites that move now."""
-        return [s for s in self.every_site() if any(p.requires_grad for p in s.slots.values())]
+        return [s for s in self.all_param_groups() if any(p.requires_grad for p in s.params.values())]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """'site.slot' -> parameter, of all sites."""
-        return {f"{s.name}.{k}": p for s in self.every_site() for k, p in s.slots.items()}
+        return {f"{s.name}.{k}": p for s in self.all_param_groups() for k, p in s.params.items()}
 
     def buffers(self) -> dict[str, Tensor]:
         """Tensors that never move and yet belong to the state (frozen factors that were made from data)."""
@@ -115,13 +115,13 @@ class Attached:
     def before_step(self, clock: Clock) -> None:
         """Decide what moves in this step."""
 
-    def renewed(self, site: str) -> dict[str, Tensor]:
+    def reset_masks(self, group: str) -> dict[str, Tensor]:
         """slot -> mask of the entries that begin anew in this step: the optimizer forgets what it knew of
         them. Asked once.
         """
         return {}
 
-    def pulls(self, site: str) -> dict[str, Tensor]:
+    def extra_grads(self, group: str) -> dict[str, Tensor]:
         """slot -> the gradient of a term of the tuner's own beside the loss (a penalty). Asked where a site
         is stepped.
         """
@@ -185,13 +185,13 @@ class Attached:
         raise NotImplementedError
 
 
-class Untuned(Attached):
+class Untuned(TunedModel):
     """A model on which nothing moves: a teacher, a frozen reference."""
 
     def __init__(self, model: Network):
         super().__init__(None, model)
 
-    def every_site(self) -> list[Site]:
+    def all_param_groups(self) -> list[ParamGroup]:
         return []
 
     def off(self) -> AbstractContextManager:

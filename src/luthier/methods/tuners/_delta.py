@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from luthier.methods.tuners._base import Attached, Tuner
+from luthier.methods.tuners._base import TunedModel, Tuner
 from luthier.registry import family
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def oriented(layer: Matrix) -> Tensor:
 
 
 @family
-class Where(Tuner):
+class TargetModules(Tuner):
     """Family: which modules of a network are tuned, in the words of PEFT."""
 
     on_quantized: ClassVar[bool] = True
@@ -71,7 +71,7 @@ class Where(Tuner):
 
 
 @family
-class Delta(Where):
+class Delta(TargetModules):
     """Family: own tensors for each chosen module, and the weight they make of its weight."""
 
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear, nn.Embedding)  # modules it can sit on, besides Conv1D
@@ -80,7 +80,7 @@ class Delta(Where):
     # what `start` learns from: "inputs", "covariance", "gradients" (tuners/_calibrate.py), or nothing
     reads: ClassVar[str] = ""
 
-    def attach(self, model: Network) -> Attached:
+    def attach(self, model: Network) -> TunedModel:
         from luthier.methods.tuners._peft import OnPeft, config_of, plain_settings
 
         return OnPeft(self, model, config_of(type(self))(**plain_settings(self)))

@@ -42,11 +42,11 @@ from transformers.pytorch_utils import Conv1D
 from luthier.compat import peft as _register
 from luthier.errors import RecipeError
 from luthier.methods.quantizers._base import Quantized, QuantizedMatrix, modules, numbers, opened
-from luthier.methods.tuners._base import Attached, Site
+from luthier.methods.tuners._base import ParamGroup, TunedModel
 from luthier.methods.tuners._delta import Delta, oriented
 from luthier.model.calibration import statistics
 from luthier.model.experts import stacked
-from luthier.registry import find, gives_of, meant, names
+from luthier.registry import did_you_mean, find, names, provides_of
 from luthier.storage import store
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ class Layer(nn.Module, BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = ADAPTER) -> bool:
         """True where the weight alone changes."""
         return (
-            "merge" in gives_of(self.methods[adapter_name])
+            "merge" in provides_of(self.methods[adapter_name])
             and type(self.methods[adapter_name]).bias is Delta.bias
             and self.get_base_layer().weight.ndim == 2
         )
@@ -312,7 +312,7 @@ def register() -> None:
 # ---------------------------------------------------------------------------------------------- on a model
 
 
-class OnPeft(Attached):
+class OnPeft(TunedModel):
     """A PEFT type on a model. The model stays the transformers model, with layers put into it."""
 
     def __init__(self, settings: Any, model: Network, config: PeftConfig):
@@ -322,7 +322,7 @@ class OnPeft(Attached):
             if not _ends(name, there.names):
                 leaves = {n.rpartition(".")[2] for n in there.names}
                 raise RecipeError(
-                    f"tuner '{settings.name}': modules_to_save '{name}' matches nothing{meant(name, leaves)}"
+                    f"tuner '{settings.name}': modules_to_save '{name}' matches nothing{did_you_mean(name, leaves)}"
                 )
         start = list(model.parameters()) if getattr(config, "bias", "none") != "none" else []
         asked = set(_listed(getattr(config, "target_parameters", None)))
@@ -370,7 +370,7 @@ class OnPeft(Attached):
             if not _ends(name, hit):
                 raise RecipeError(
                     f"tuner '{self.settings.name}': target_parameters '{name}' matches"
-                    f" nothing{meant(name, there.bare)}"
+                    f" nothing{did_you_mean(name, there.bare)}"
                 )
         for index in _listed(getattr(config, "layers_to_transform", None)):
             if not any(f".{index}." in h for h in hit):
@@ -396,13 +396,13 @@ class OnPeft(Attached):
 
     # --- what moves
 
-    def every_site(self):
+    def all_param_groups(self):
         return self.found
 
     @cached_property
-    def found(self) -> list[Site]:
+    def found(self) -> list[ParamGroup]:
         """A and B of a layer together; then whole modules and biases."""
-        sites, seen = [], set()
+        param_groups, seen = [], set()
         for name, layer in self.layers.items():
             slots = {}
             for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
@@ -423,7 +423,7 @@ class OnPeft(Attached):
                     }
             slots = {k: p for k, p in slots.items() if id(p) not in seen}
             if slots:
-                sites.append(Site(name, slots, self.settings))
+                param_groups.append(ParamGroup(name, slots, self.settings))
                 seen |= {id(p) for p in slots.values()}
         whole = [f"{n}." for n, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         for name, module in self.model.named_modules():  # modules_to_save, biases
@@ -434,9 +434,9 @@ class OnPeft(Attached):
                 if id(p) not in seen and (further or id(p) in self.biases)
             }
             if slots:
-                sites.append(Site(name, slots, None))
+                param_groups.append(ParamGroup(name, slots, None))
                 seen |= {id(p) for p in slots.values()}
-        return sites
+        return param_groups
 
     def buffers(self):
         """Frozen tensors that the adapter file holds, too."""
@@ -719,7 +719,7 @@ def any_config(name: str, settings: Mapping[str, Any]) -> PeftConfig:
     kinds = {k.value: k for k in PEFT_TYPE_TO_CONFIG_MAPPING}
     key = name.upper()
     if key not in kinds:
-        raise RecipeError(f"type: PEFT has no '{name}'{meant(key, kinds).lower()}")
+        raise RecipeError(f"type: PEFT has no '{name}'{did_you_mean(key, kinds).lower()}")
     cls = PEFT_TYPE_TO_CONFIG_MAPPING[kinds[key]]
     model = PEFT_TYPE_TO_TUNER_MAPPING[kinds[key]]
     if not (isinstance(model, type) and issubclass(model, BaseTuner)) and key not in ODD:
@@ -732,7 +732,7 @@ def any_config(name: str, settings: Mapping[str, Any]) -> PeftConfig:
     allowed = [f.name for f in fields(cls)]
     for k in settings:
         if k not in allowed:
-            raise RecipeError(f"config: PEFT's {cls.__name__} has no setting '{k}'{meant(k, allowed)}")
+            raise RecipeError(f"config: PEFT's {cls.__name__} has no setting '{k}'{did_you_mean(k, allowed)}")
     usual = {"target_modules": "all-linear"} if "target_modules" in allowed else {}
     start = settings.get("init_lora_weights", True)
     if key == "LORA" and start not in (True, "gaussian", "orthogonal"):
@@ -821,7 +821,7 @@ class _There:
 
     def said(self, name: str | None) -> str:
         """What was probably meant, and what there is."""
-        near = meant(name.rpartition(".")[2], self.leaves) if name else ""
+        near = did_you_mean(name.rpartition(".")[2], self.leaves) if name else ""
         near = near if near.startswith(";") else ""
         return f"{near} (the model has: {', '.join(f'{k} {n}x' for k, n in self.leaves.items())})"
 

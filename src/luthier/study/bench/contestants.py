@@ -90,12 +90,12 @@ def said(job: Job, **changes: Any) -> dict[str, Any]:
 
 def luthier(job: Job, **changes: Any) -> Run:
     """`luthier.tune` as a user calls it; the seconds of its steps."""
-    from luthier.report.console import Quiet
+    from luthier.report.console import Callback
     from luthier.run.run import tune
 
     recipe = said(job, **changes)
 
-    class Watch(Quiet):
+    class Watch(Callback):
         def __init__(self):
             super().__init__()
             self.seconds: list[float] = []

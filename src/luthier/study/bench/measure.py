@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier.errors import RecipeError
-from luthier.registry import meant
+from luthier.registry import did_you_mean
 from luthier.study.bench import shapes
 from luthier.study.bench.contestants import Job, text
 from luthier.study.bench.scenarios import LAST_EPOCH, SCENARIOS, job, work
@@ -160,7 +160,7 @@ def compare(
     """All contestants of a scenario on one shape, in turns: everything that was measured, as plain data."""
     for kind, name, known in (("scenario", scenario, SCENARIOS), ("shape", shape, shapes.SHAPES)):
         if name not in known:
-            raise RecipeError(f"there is no {kind} '{name}'{meant(name, known)}")
+            raise RecipeError(f"there is no {kind} '{name}'{did_you_mean(name, known)}")
     taking = {k: c for k, c in SCENARIOS[scenario].items() if not only or k in only}
     with tempfile.TemporaryDirectory(prefix="luthier-bench-") as kept:
         parameters = shapes.make(shape, Path(kept))

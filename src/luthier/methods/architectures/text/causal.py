@@ -44,7 +44,7 @@ ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 ENDLESS = 2**31  # a row in which any batch finds room
 
 
-@architecture(gives="logprobs entropy top hidden generate embeddings")
+@architecture(provides="logprobs entropy top hidden generate embeddings")
 class Causal(LanguageModel):
     """Any transformers causal LM."""
 

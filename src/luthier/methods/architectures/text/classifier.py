@@ -17,14 +17,14 @@ from luthier.methods.architectures._base import Architecture, pad
 from luthier.model.batch import Batch
 from luthier.model.language_model import picked
 from luthier.model.outputs import Outputs
-from luthier.registry import architecture, meant
+from luthier.registry import architecture, did_you_mean
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
     from luthier.text.render import Renderer
 
 
-@architecture(gives="logprobs entropy top hidden")
+@architecture(provides="logprobs entropy top hidden")
 class Classifier(Architecture):
     """AutoModelForSequenceClassification, one class of several. `hidden` are its logits [N, classes]."""
 
@@ -122,5 +122,5 @@ def class_of(name: Any, label2id: dict[str, int]) -> int:
     if not isinstance(name, str):
         raise ValueError("a completion is not the name of a class")
     if name not in label2id:
-        raise ValueError(f"'{name}' is none of this classifier's classes{meant(name, label2id)}")
+        raise ValueError(f"'{name}' is none of this classifier's classes{did_you_mean(name, label2id)}")
     return label2id[name]

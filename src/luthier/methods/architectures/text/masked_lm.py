@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-@architecture(paper="arXiv:1810.04805", gives="logprobs entropy top hidden")
+@architecture(paper="arXiv:1810.04805", provides="logprobs entropy top hidden")
 class MaskedLM(LanguageModel):
     """BERT, RoBERTa, ELECTRA's generator, ModernBERT. Padded on the right."""
 

@@ -29,7 +29,7 @@ class Values:
         self.values = self.said = values  # [T] in fp32, one for each supervised token
 
 
-@architecture(gives="values")
+@architecture(provides="values")
 class RewardModel(Architecture):
     """AutoModelForSequenceClassification with one label, a decoder's."""
 

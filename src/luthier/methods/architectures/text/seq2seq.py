@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-@architecture(gives="logprobs entropy top hidden generate")
+@architecture(provides="logprobs entropy top hidden generate")
 class Seq2Seq(LanguageModel):
     """T5, BART and their kin. A completion that continues another is one text for the decoder."""
 

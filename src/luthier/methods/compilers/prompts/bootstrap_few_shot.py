@@ -53,7 +53,7 @@ class BootstrapFewShot(Compiler):
                 self.threshold,
                 self.max_rounds,
                 self.temperature,
-                clock.fold("row", i),
+                clock.derive_seed("row", i),
             )
             if trace is not None:
                 used.append(i)

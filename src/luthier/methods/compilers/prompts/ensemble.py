@@ -11,7 +11,7 @@ from pydantic import Field
 from luthier.errors import RecipeError
 from luthier.methods.compilers._base import Compiler
 from luthier.programs.program import Majority
-from luthier.registry import compiler, one
+from luthier.registry import compiler, nested
 
 
 @compiler(paper="arXiv:2310.03714", row="dspy-compile")
@@ -19,7 +19,7 @@ class Ensemble(Compiler):
     """A majority of candidates. `Majority([...])` does the same with programs of one's own choice."""
 
     size: Annotated[int, Field(ge=1)] = 3  # programs that vote
-    inner: Annotated[Any, one("compiler")] = "random_search"  # what makes the candidates
+    inner: Annotated[Any, nested("compiler")] = "random_search"  # what makes the candidates
 
     def compile(self, program, rows, metric, teacher=None):
         found = self.inner.compile(program, rows, metric, teacher).compiled.get("candidates")

@@ -17,7 +17,7 @@ from luthier.clock import Clock
 from luthier.errors import RecipeError
 from luthier.methods.compilers._base import Compiler, ready
 from luthier.programs.program import evaluate
-from luthier.registry import compiler, one
+from luthier.registry import compiler, nested
 
 
 @compiler(paper="arXiv:2310.03714", row="dspy-compile")
@@ -25,7 +25,7 @@ class RandomSearch(Compiler):
     """BootstrapFewShot, many times."""
 
     num_candidates: Annotated[int, Field(ge=0)] = 16  # with a drawn order
-    inner: Annotated[Any, one("compiler")] = "bootstrap_few_shot"  # what is repeated, with its settings
+    inner: Annotated[Any, nested("compiler")] = "bootstrap_few_shot"  # what is repeated, with its settings
     # of the rows, at the end: what candidates are judged by
     dev_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     seed: int = 0  # of the draws
@@ -56,7 +56,7 @@ class RandomSearch(Compiler):
         inner, most = self.inner, self.inner.max_bootstrapped_demos
         out = [replace(inner, max_bootstrapped_demos=0), inner]
         for k in range(self.num_candidates):
-            seed = Clock(self.seed).fold("candidate", k)
+            seed = Clock(self.seed).derive_seed("candidate", k)
             out.append(
                 replace(inner, shuffle=True, seed=seed, max_bootstrapped_demos=1 + seed % most if most else 0)
             )

@@ -55,7 +55,7 @@ class BootstrapFinetune(Compiler):
                     self.threshold,
                     self.max_rounds,
                     self.temperature,
-                    clock.fold("row", i),
+                    clock.derive_seed("row", i),
                 )
                 or ()
             ):

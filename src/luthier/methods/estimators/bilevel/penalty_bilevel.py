@@ -27,12 +27,12 @@ from pydantic import Field
 from luthier.errors import RecipeError
 from luthier.methods.estimators._base import Estimator, gradients
 from luthier.registry import estimator
-from luthier.train.optimizer import Chain, Slots
+from luthier.train.optimizer import Chain, Params
 
-Tree = dict[str, Slots]  # site -> slot -> tensor
+Tree = dict[str, Params]  # site -> slot -> tensor
 
 
-@estimator(paper="arXiv:2309.01753", row="penalty-bilevel", wants="source", gives="grad")
+@estimator(paper="arXiv:2309.01753", row="penalty-bilevel", requires="source", provides="grad")
 class PenaltyBilevel(Estimator):
     """Learned weights of sources, and weight decay; use it with objective `by_source`."""
 
@@ -95,22 +95,22 @@ class PenaltyBilevel(Estimator):
         """x and what belongs to it; the second copies are made where there are none yet. All of it lies in
         the chain's state.
         """
-        sites = chain.sites()
-        have = [s.name for s in sites if "bilevel" in chain.state.get(s.name, {})]
-        if have and len(have) < len(sites) or not have and clock.step:
+        param_groups = chain.param_groups()
+        have = [s.name for s in param_groups if "bilevel" in chain.state.get(s.name, {})]
+        if have and len(have) < len(param_groups) or not have and clock.step:
             raise RecipeError(
                 "estimator 'penalty_bilevel' keeps a second copy of what moves, and this tuner moves now this"
                 " and now that"
             )
         if not have:
-            for site in sites:
-                tensors = {k: p.detach().clone() for k, p in site.slots.items() if p.requires_grad}
-                chain.state.setdefault(site.name, {})["bilevel"] = {"z": tensors, "chain": {}}
+            for group in param_groups:
+                tensors = {k: p.detach().clone() for k, p in group.params.items() if p.requires_grad}
+                chain.state.setdefault(group.name, {})["bilevel"] = {"z": tensors, "chain": {}}
             x = dict.fromkeys(sources, 0.0) | (
                 {"|decay": math.log(self.weight_decay)} if self.weight_decay else {}
             )
-            chain.state[sites[0].name]["bilevel"]["upper"] = {"x": x}
-        return chain.state[sites[0].name]["bilevel"]["upper"]
+            chain.state[param_groups[0].name]["bilevel"]["upper"] = {"x": x}
+        return chain.state[param_groups[0].name]["bilevel"]["upper"]
 
     def weights(self, x: Mapping[str, float]) -> dict[str, float]:
         """Softmax of the sources' logits."""
@@ -132,10 +132,10 @@ class PenaltyBilevel(Estimator):
                     0.0,
                 )
                 with torch.no_grad():
-                    for site in chain.sites() if decay else ():
-                        for k, g in found.get(site.name, {}).items():
-                            g.add_(site.slots[k], alpha=decay)
-                            square += float(site.slots[k].double().square().sum())
+                    for group in chain.param_groups() if decay else ():
+                        for k, g in found.get(group.name, {}).items():
+                            g.add_(group.params[k], alpha=decay)
+                            square += float(group.params[k].double().square().sum())
             return loss, found, values, square / 2
 
         loss, grad_y, at_y, size_y = at(y, s)
@@ -154,27 +154,28 @@ class PenaltyBilevel(Estimator):
 def parts(chain: Chain, name: str) -> dict[str, Tree]:
     """What is kept under a name beside each site, turned around: y or z -> site -> slot."""
     out: dict[str, Tree] = {}
-    for site in chain.sites():
-        for who, slots in chain.state[site.name]["bilevel"].get(name, {}).items():
-            out.setdefault(who, {})[site.name] = slots
+    for group in chain.param_groups():
+        for who, slots in chain.state[group.name]["bilevel"].get(name, {}).items():
+            out.setdefault(who, {})[group.name] = slots
     return out
 
 
 def keep(chain: Chain, name: str, trees: Mapping[str, Tree]) -> None:
-    for site in chain.sites():
-        chain.state[site.name]["bilevel"][name] = {
-            who: tree[site.name] for who, tree in trees.items() if site.name in tree
+    for group in chain.param_groups():
+        chain.state[group.name]["bilevel"][name] = {
+            who: tree[group.name] for who, tree in trees.items() if group.name in tree
         }
 
 
 def lower(chain: Chain) -> Tree:
     """z, itself."""
-    return {s.name: chain.state[s.name]["bilevel"]["z"] for s in chain.sites()}
+    return {s.name: chain.state[s.name]["bilevel"]["z"] for s in chain.param_groups()}
 
 
 def copied(chain: Chain) -> Tree:
     return {
-        s.name: {k: p.detach().clone() for k, p in s.slots.items() if p.requires_grad} for s in chain.sites()
+        s.name: {k: p.detach().clone() for k, p in s.params.items() if p.requires_grad}
+        for s in chain.param_groups()
     }
 
 
@@ -198,8 +199,8 @@ def standing(chain: Chain, tensors: Tree | None) -> Iterator[None]:
     """The network at other tensors, for a while; nothing is copied."""
     kept = [
         (p, p.data, tensors[s.name][k])
-        for s in chain.sites()
-        for k, p in s.slots.items()
+        for s in chain.param_groups()
+        for k, p in s.params.items()
         if tensors and k in tensors.get(s.name, {})
     ]
     try:

@@ -19,12 +19,12 @@ from pydantic import Field
 
 from luthier.errors import RecipeError
 from luthier.methods.estimators._base import Estimator, gradients
-from luthier.methods.tuners._base import Site
+from luthier.methods.tuners._base import ParamGroup
 from luthier.registry import build, estimator
 from luthier.train.optimizer import through
 
 
-@estimator(paper="arXiv:1903.03088", row="self-tuning-networks", wants="hyper source", gives="grad")
+@estimator(paper="arXiv:1903.03088", row="self-tuning-networks", requires="hyper source", provides="grad")
 class SelfTuning(Estimator):
     """Online hyperparameters through a learned best response."""
 
@@ -79,7 +79,7 @@ class SelfTuning(Estimator):
             (build("transform", "adam"),),
             grads,
             state.setdefault("adam", {}),
-            Site("hyper", moving, None),
+            ParamGroup("hyper", moving, None),
             state["step"],
         )
         attached.hyper.sub_(self.hyper_learning_rate * update["moved"])

@@ -4,7 +4,7 @@ from luthier.methods.estimators._base import Estimator, gradients
 from luthier.registry import estimator
 
 
-@estimator(gives="grad")
+@estimator(provides="grad")
 class Backprop(Estimator):
     """Reverse-mode differentiation."""
 

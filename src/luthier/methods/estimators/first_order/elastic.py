@@ -16,7 +16,7 @@ from luthier.methods.estimators._base import Estimator, gradients
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2308.15609", row="instatune", wants="elastic", gives="grad")
+@estimator(paper="arXiv:2308.15609", row="instatune", requires="elastic", provides="grad")
 class Elastic(Estimator):
     """One backward pass for the whole and for each sub-network."""
 

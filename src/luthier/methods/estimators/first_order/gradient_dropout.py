@@ -20,7 +20,7 @@ from luthier.methods.estimators._base import Estimator, gradients
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2307.15049", row="r-amt", gives="grad")
+@estimator(paper="arXiv:2307.15049", row="r-amt", provides="grad")
 class GradientDropout(Estimator):
     """One term of the objective decides which entries of the others' gradient are used."""
 
@@ -38,12 +38,12 @@ class GradientDropout(Estimator):
 
     def step(self, closure, chain, clock):
         closure(only=lambda place, name: name == self.gate)
-        gates = {site: {k: g.clone() for k, g in slots.items()} for site, slots in gradients(chain).items()}
+        gates = {group: {k: g.clone() for k, g in slots.items()} for group, slots in gradients(chain).items()}
         loss = closure(only=lambda place, name: name != self.gate)
         kept = {}
-        for site, slots in gradients(chain).items():
-            kept[site] = {
-                k: self.dropped(a, gates.get(site, {}).get(k), clock.rng("gradient_dropout", site, k))
+        for group, slots in gradients(chain).items():
+            kept[group] = {
+                k: self.dropped(a, gates.get(group, {}).get(k), clock.rng("gradient_dropout", group, k))
                 for k, a in slots.items()
             }
         chain.step(kept)

@@ -10,7 +10,7 @@ from luthier.methods.estimators._terms import Terms
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:1810.04650", gives="grad")
+@estimator(paper="arXiv:1810.04650", provides="grad")
 class MinNorm(Terms):
     """Multiple-gradient descent."""
 

@@ -21,7 +21,7 @@ from luthier.methods.estimators._terms import Terms
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2112.04137", row="pareto-da", gives="grad")
+@estimator(paper="arXiv:2112.04137", row="pareto-da", provides="grad")
 class ParetoDA(Terms):
     """The step is `terms` times the mix, as long as a sum of all would be."""
 

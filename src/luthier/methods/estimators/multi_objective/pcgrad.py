@@ -11,7 +11,7 @@ from luthier.methods.estimators._terms import Terms
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2001.06782", gives="grad")
+@estimator(paper="arXiv:2001.06782", provides="grad")
 class PCGrad(Terms):
     """Gradient surgery."""
 

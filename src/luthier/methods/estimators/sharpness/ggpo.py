@@ -22,7 +22,7 @@ from luthier.methods.estimators._lora import full_gradient, placed, scale_of, sp
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2502.14538", row="lora-ggpo", wants="low-rank", gives="grad")
+@estimator(paper="arXiv:2502.14538", row="lora-ggpo", requires="low-rank", provides="grad")
 class GGPO(Estimator):
     """Gradient-guided perturbation of LoRA."""
 
@@ -34,9 +34,9 @@ class GGPO(Estimator):
             loss = closure()
         found = gradients(chain)
         if self.sigma or self.beta:
-            for name, layer, site in placed(chain):
+            for name, layer, group in placed(chain):
                 if found.get(name, {}).keys() >= {"A", "B"}:
-                    G = full_gradient(site.slots, found[name], scale_of(layer))
+                    G = full_gradient(group.params, found[name], scale_of(layer))
                     chain.state.setdefault(name, {})["ggpo"] = {"rows": G.norm(dim=1)}
         chain.step(found)
         return loss
@@ -44,9 +44,9 @@ class GGPO(Estimator):
     def noise(self, chain):
         """For a while every module that has seen a gradient speaks under noise."""
         changes = []
-        for name, layer, site in placed(chain) if self.sigma or self.beta else ():
+        for name, layer, group in placed(chain) if self.sigma or self.beta else ():
             if "ggpo" in chain.state.get(name, {}):
-                size = self.size(layer, site.slots, chain.state[name]["ggpo"]["rows"])
+                size = self.size(layer, group.params, chain.state[name]["ggpo"]["rows"])
                 changes.append((layer, lambda x, y, size=size: noisy(x, y, size)))
         return speaking(changes)
 

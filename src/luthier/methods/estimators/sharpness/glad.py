@@ -14,11 +14,11 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from luthier.methods.estimators._base import Estimator, displaced, gradients
+from luthier.methods.estimators._base import Estimator, gradients, perturbed
 from luthier.registry import Range, estimator
 
 
-@estimator(paper="arXiv:2507.13089", row="glad", gives="grad")
+@estimator(paper="arXiv:2507.13089", row="glad", provides="grad")
 class GLAD(Estimator):
     """A mix of the gradient here and the gradient up the slope."""
 
@@ -38,7 +38,7 @@ class GLAD(Estimator):
         if norm:
             far = self.rho / norm
             with (
-                displaced(chain, lambda site, slot, p: None if p.grad is None else far * p.grad.float()),
+                perturbed(chain, lambda group, slot, p: None if p.grad is None else far * p.grad.float()),
                 torch.enable_grad(),
             ):
                 closure()

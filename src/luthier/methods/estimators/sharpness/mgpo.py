@@ -24,7 +24,7 @@ from luthier.methods.estimators._lora import placed, scale_of, speaking
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2502.14538", row="lora-ggpo", wants="low-rank", gives="grad")
+@estimator(paper="arXiv:2502.14538", row="lora-ggpo", requires="low-rank", provides="grad")
 class MGPO(Estimator):
     """Momentum-guided perturbation of LoRA."""
 
@@ -36,9 +36,9 @@ class MGPO(Estimator):
         with speaking(self.displacements(chain)):
             loss = closure()
         found = gradients(chain)
-        for name, layer, site in placed(chain) if self.rho else ():
+        for name, layer, group in placed(chain) if self.rho else ():
             if found.get(name, {}).keys() >= {"A", "B"}:
-                self.follow(chain.state.setdefault(name, {}), site.slots, found[name], scale_of(layer))
+                self.follow(chain.state.setdefault(name, {}), group.params, found[name], scale_of(layer))
         chain.step(found)
         return loss
 
@@ -57,11 +57,11 @@ class MGPO(Estimator):
     @torch.no_grad()
     def displacements(self, chain):
         """Of every module that has seen a gradient: how it speaks with E in its weight."""
-        for name, layer, site in placed(chain) if self.rho else ():
+        for name, layer, group in placed(chain) if self.rho else ():
             kept = chain.state.get(name, {}).get("mgpo")
             if kept is None:
                 continue
-            A, B = site.slots["A"].detach().float(), site.slots["B"].detach().float()
+            A, B = group.params["A"].detach().float(), group.params["B"].detach().float()
             whole = length(A, B, kept["A"], kept["B"])
             if whole > 0:
                 far = self.rho / whole * (1 / kept["size"]).clamp(max=10)  # s is in both lengths of M / |M|

@@ -10,11 +10,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.methods.estimators._base import Estimator, displaced, gradients
+from luthier.methods.estimators._base import Estimator, gradients, perturbed
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2010.01412", gives="grad")
+@estimator(paper="arXiv:2010.01412", provides="grad")
 class SAM(Estimator):
     """Climb rho along the gradient, take the gradient there, come back, step."""
 
@@ -30,7 +30,7 @@ class SAM(Estimator):
         )
         if norm:
             far = self.rho / norm
-            with displaced(chain, lambda site, slot, p: None if p.grad is None else far * p.grad.float()):
+            with perturbed(chain, lambda group, slot, p: None if p.grad is None else far * p.grad.float()):
                 closure()
         chain.step(gradients(chain))
         return loss

@@ -25,7 +25,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from luthier.methods.estimators._base import Estimator, displaced
+from luthier.methods.estimators._base import Estimator, perturbed
 from luthier.registry import estimator
 from luthier.train.optimizer import Lazily
 
@@ -44,11 +44,11 @@ class MeZO(Estimator):
         losses, slopes = [], []
         for probe in range(self.n_probes):
 
-            def aside(site, slot, p, probe=probe):
+            def aside(group, slot, p, probe=probe):
                 return direction(
                     clock,
                     probe,
-                    site.name,
+                    group.name,
                     slot,
                     p,
                     self.noise,
@@ -56,28 +56,28 @@ class MeZO(Estimator):
                     p.dtype if p.dtype in WIDE else torch.float32,
                 )
 
-            with displaced(chain, aside) as mirror:
+            with perturbed(chain, aside) as flip:
                 losses.append(closure(grad=False))
-                mirror()
+                flip()
                 losses.append(closure(grad=False))
             slopes.append((losses[-2] - losses[-1]) / (2 * self.eps * self.n_probes))
-        sites = {s.name: s for s in chain.sites()}
+        param_groups = {s.name: s for s in chain.param_groups()}
 
         def estimate(name: str) -> dict[str, Tensor]:
-            moving = {k: p for k, p in sites[name].slots.items() if p.requires_grad}
+            moving = {k: p for k, p in param_groups[name].params.items() if p.requires_grad}
             return {
                 k: reduce(add, (direction(clock, i, name, k, p, self.noise, g) for i, g in enumerate(slopes)))
                 for k, p in moving.items()
             }
 
-        chain.step(Lazily(sites, estimate))
+        chain.step(Lazily(param_groups, estimate))
         return sum(losses) / len(losses)
 
 
 def direction(
     clock,
     probe: int,
-    site: str,
+    group: str,
     slot: str,
     like: Tensor,
     noise: str = "normal",
@@ -93,8 +93,8 @@ def direction(
     table = z if not on_cpu else _table(noise, dtype) if len(pieces) == 1 else _scaled(noise, dtype, scale)
 
     def fill(k: int) -> None:
-        names = (probe, site, slot, k) if k else (probe, site, slot)
-        rng = torch.Generator(like.device).manual_seed(clock.fold("mezo", *names))
+        names = (probe, group, slot, k) if k else (probe, group, slot)
+        rng = torch.Generator(like.device).manual_seed(clock.derive_seed("mezo", *names))
         if on_cpu:
             looked_up(pieces[k], table, rng)
             if len(pieces) == 1:

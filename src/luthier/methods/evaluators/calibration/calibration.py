@@ -16,7 +16,7 @@ from luthier.registry import evaluator
 from luthier.storage import store
 
 
-@evaluator(paper="arXiv:1706.04599", wants="completions logprobs top")
+@evaluator(paper="arXiv:1706.04599", requires="completions logprobs top")
 class Calibration(Evaluator):
     """`calibration_error`: 0 is perfect. Keeps calibration-<when>.json: [tokens, mean confidence, share
     right] of each bin.

@@ -17,7 +17,7 @@ from luthier.methods.evaluators._base import Evaluator, liked
 from luthier.registry import evaluator
 
 
-@evaluator(row="personalized-unit-test-models", wants="completions logprobs")
+@evaluator(row="personalized-unit-test-models", requires="completions logprobs")
 class Cost(Evaluator):
     """`gflops_per_row` of a training pass of -log p, and `stored_mb` of the tensors that move."""
 

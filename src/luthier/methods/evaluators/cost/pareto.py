@@ -23,7 +23,7 @@ from luthier.registry import evaluator
 from luthier.storage import store
 
 
-@evaluator(paper="arXiv:2308.15609", row="instatune", wants="elastic completions logprobs")
+@evaluator(paper="arXiv:2308.15609", row="instatune", requires="elastic completions logprobs")
 class Pareto(Evaluator):
     """`pareto_size`, and of the cheapest member `pareto_cheapest_loss` and `pareto_cheapest_share` of the
     multiplications.

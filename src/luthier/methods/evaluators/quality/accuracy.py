@@ -6,7 +6,7 @@ from luthier.methods.evaluators._base import ByRow, batches, keep, paired
 from luthier.registry import evaluator
 
 
-@evaluator(wants="completions logprobs top")
+@evaluator(requires="completions logprobs top")
 class Accuracy(ByRow):
     """`accuracy`: share of completions whose every supervised token is the likeliest one given those before
     it, which is greedy exact match (of a classifier: plain accuracy). `token_accuracy`: the same per token.

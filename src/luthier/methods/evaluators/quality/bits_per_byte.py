@@ -8,7 +8,7 @@ from luthier.methods.evaluators._base import ByRow, liked, named
 from luthier.registry import evaluator
 
 
-@evaluator(row="monocoder", wants="completions logprobs generate")
+@evaluator(row="monocoder", requires="completions logprobs generate")
 class BitsPerByte(ByRow):
     """`bits_per_byte`: -log2 p of each row's best completion, end of turn included, over the UTF-8 bytes of
     what it says.

@@ -14,7 +14,7 @@ from luthier.methods.evaluators._base import Evaluator
 from luthier.registry import evaluator
 
 
-@evaluator(paper="arXiv:1510.03055", wants="generate")
+@evaluator(paper="arXiv:1510.03055", requires="generate")
 class Diversity(Evaluator):
     """`distinct_2`, `distinct_answers` (share of a prompt's samples that differ) and `answer_length` in
     tokens.
@@ -29,7 +29,7 @@ class Diversity(Evaluator):
         rows = [r for r in rows if r["prompt"]][: self.n]
         if not rows:
             return {}
-        seeds = [roles.clock.fold("diversity", r["id"], at=0) for r in rows]
+        seeds = [roles.clock.derive_seed("diversity", r["id"], at=0) for r in rows]
         said = roles.policy.generate(
             [roles.renderer.prompt(r) for r in rows],
             seeds=seeds,

@@ -11,7 +11,7 @@ from luthier.storage import store
 OPENING = 24  # tokens of a text that are given, to be continued
 
 
-@evaluator(wants="generate")
+@evaluator(requires="generate")
 class Generate(Evaluator):
     """Writes samples-before.jsonl and samples-after.jsonl, and samples-during.jsonl where it is asked on the
     way: prompt, expected, answer, score. `generated_exact`: share of answers that are the row's completion,
@@ -23,8 +23,8 @@ class Generate(Evaluator):
     reward: Any = None  # a reward to judge answers by, e.g. exact_match
 
     @property
-    def needs(self):
-        return self.wants | (build("reward", self.reward).wants if self.reward else frozenset())
+    def active_requires(self):
+        return self.requires | (build("reward", self.reward).requires if self.reward else frozenset())
 
     def run(self, roles, rows, folder, when):
         judge = build("reward", self.reward) if self.reward else None
@@ -36,7 +36,7 @@ class Generate(Evaluator):
         prompts = [
             begun[0] if begun else roles.renderer.prompt(r) for r, begun in zip(rows, opened, strict=True)
         ]
-        seeds = [roles.clock.fold("generate", r["id"], at=0) for r in rows]
+        seeds = [roles.clock.derive_seed("generate", r["id"], at=0) for r in rows]
         written = roles.policy.generate(
             prompts,
             seeds=seeds,

@@ -12,10 +12,10 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from luthier.methods.evaluators._base import Evaluator, keep
-from luthier.registry import build, evaluator, wants_of
+from luthier.registry import build, evaluator, requires_of
 
 
-@evaluator(wants="generate")
+@evaluator(requires="generate")
 class Goals(Evaluator):
     """`goal/NAME` of each goal, and by row. An answer is judged by every goal, so what they say is said of
     the same texts.
@@ -35,14 +35,14 @@ class Goals(Evaluator):
                 raise ValueError(f"goals: '{name}' holds a slash, which parts a metric from its kind")
 
     @property
-    def needs(self):
-        return self.wants.union(*(wants_of(build("reward", r)) for r in self.goals.values()))
+    def active_requires(self):
+        return self.requires.union(*(requires_of(build("reward", r)) for r in self.goals.values()))
 
     def run(self, roles, rows, folder, when):
         rows = [r for r in rows if r["prompt"] not in ("", [])][: self.n]
         if not rows:
             return {}
-        seeds = [roles.clock.fold("goals", r["id"], at=0) for r in rows]
+        seeds = [roles.clock.derive_seed("goals", r["id"], at=0) for r in rows]
         how = {"n": self.samples, "max_new_tokens": self.max_new_tokens, "temperature": self.temperature}
         written = roles.policy.generate(
             [roles.renderer.prompt(r) for r in rows], seeds=seeds, stop=roles.renderer.stop_ids, **how

@@ -4,7 +4,7 @@ from luthier.methods.evaluators._base import ByRow, keep
 from luthier.registry import evaluator
 
 
-@evaluator(wants="completions logprobs")
+@evaluator(requires="completions logprobs")
 class Loss(ByRow):
     """`loss`: mean -log p per supervised token, over all tokens of each row's best completion."""
 

@@ -18,7 +18,7 @@ from luthier.methods.objectives.preference._pairs import best_and_worst
 from luthier.registry import evaluator
 
 
-@evaluator(wants="pairs reference logprobs")
+@evaluator(requires="pairs reference logprobs")
 class Preference(Evaluator):
     """`ranking_accuracy` of log p, `reference_ranking_accuracy`, `reward_accuracy` and `reward_margin` (nats)
     of the log-ratio; `chosen_drift` and `rejected_drift`, the log-ratio of each side: below 0 it became less

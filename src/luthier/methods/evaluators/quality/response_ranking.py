@@ -8,7 +8,7 @@ from luthier.methods.evaluators._base import Evaluator, batches, liked
 from luthier.registry import evaluator
 
 
-@evaluator(paper="arXiv:2409.14254", row="implicit-instruction-tuning", wants="completions logprobs")
+@evaluator(paper="arXiv:2409.14254", row="implicit-instruction-tuning", requires="completions logprobs")
 class ResponseRanking(Evaluator):
     """`response_ranking`: share of rows whose best completion is likelier, by the mean of its tokens, than
     that of another row (the next one) after the same prompt; a half is chance. Rows of plain text or of

@@ -7,7 +7,7 @@ from luthier.methods.objectives.preference._pairs import best_and_worst
 from luthier.registry import evaluator
 
 
-@evaluator(wants="pairs values")
+@evaluator(requires="pairs values")
 class Reward(Evaluator):
     """`reward_accuracy`: share of rows whose best completion is worth more than their worst; `reward_margin`:
     by how much.

@@ -11,7 +11,7 @@ from luthier.methods.evaluators._base import Evaluator, batches
 from luthier.registry import evaluator
 
 
-@evaluator(paper="arXiv:2104.04670", row="meta-tuning", wants="completions logprobs")
+@evaluator(paper="arXiv:2104.04670", row="meta-tuning", requires="completions logprobs")
 class YesNoAUC(Evaluator):
     """`auc`: mean over questions of the area under the ROC curve of P(yes) / (P(yes) + P(no));
     `auc_ensemble`: the same with the scores of all descriptions of a label averaged first. Rows as the stage

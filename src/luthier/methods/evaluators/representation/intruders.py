@@ -22,7 +22,7 @@ from luthier.model.anatomy import layer_of
 from luthier.registry import evaluator
 
 
-@evaluator(paper="arXiv:2410.21228", row="intruder-dimensions", wants="merge")
+@evaluator(paper="arXiv:2410.21228", row="intruder-dimensions", requires="merge")
 class Intruders(Evaluator):
     """`intruders`: how many a matrix has on average; `change_rank`: the mean effective rank of what was added
     to it.

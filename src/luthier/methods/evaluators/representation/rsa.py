@@ -22,7 +22,7 @@ from luthier.model.anatomy import layer_of
 from luthier.registry import evaluator
 
 
-@evaluator(paper="arXiv:2304.05216", row="telly-k", wants="completions logprobs")
+@evaluator(paper="arXiv:2304.05216", row="telly-k", requires="completions logprobs")
 class RSA(Evaluator):
     """`rsa/N` of layer N counted from the input, and their mean `rsa`: 1 at the start."""
 

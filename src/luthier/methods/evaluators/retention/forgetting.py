@@ -21,7 +21,7 @@ from luthier.registry import evaluator
 from luthier.storage import store
 
 
-@evaluator(wants="logprobs top")
+@evaluator(requires="logprobs top")
 class Forgetting(Evaluator):
     """`elsewhere_loss` and `elsewhere_accuracy` (not for own texts), and per skill where rows name one."""
 
@@ -69,7 +69,7 @@ class Forgetting(Evaluator):
         if kept.is_file():
             found = store.read_rows(kept)
             return found, bool(found) and found[0].get("own", False)
-        if self.data is None and "generate" not in roles.policy.architecture.gives:
+        if self.data is None and "generate" not in roles.policy.architecture.provides:
             # a network that no longer writes has nothing in common with what the base could do
             return [], False
         beside = Path(roles.policy.model.config.name_or_path or ".") / "probe.jsonl"
@@ -81,7 +81,7 @@ class Forgetting(Evaluator):
             found = [found[i * len(found) // some] for i in range(some)]
             found = roles.policy.architecture.encode_all(found, roles.renderer).rows
         elif start := self.opening(roles):
-            seeds = [roles.clock.fold("forgetting", i, at=0) for i in range(self.texts)]
+            seeds = [roles.clock.derive_seed("forgetting", i, at=0) for i in range(self.texts)]
             said = roles.policy.generate(
                 [start] * self.texts,
                 seeds=seeds,

@@ -43,7 +43,7 @@ OPENINGS = (
 )
 
 
-@evaluator(wants="generate")
+@evaluator(requires="generate")
 class Refusals(Evaluator):
     """`refused_unsafe` and `refused_safe`: shares of requests of each kind that are declined. Writes
     refusals-<when>.jsonl.

@@ -8,7 +8,7 @@ from luthier.methods.formats._base import Format, conversation, messages, tools
 from luthier.registry import row_format
 
 
-@row_format(gives="completions")
+@row_format(provides="completions")
 class Messages(Format):
     """{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}], "tools":
     [...]}.

@@ -4,7 +4,7 @@ from luthier.methods.formats._base import BadRow, Format, conversation, messages
 from luthier.registry import row_format
 
 
-@row_format(gives="completions")
+@row_format(provides="completions")
 class ShareGPT(Format):
     """{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}], "system",
     "tools"}.

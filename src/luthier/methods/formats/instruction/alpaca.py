@@ -6,7 +6,7 @@ from luthier.methods.formats._base import Format, alike, instruction, text
 from luthier.registry import row_format
 
 
-@row_format(gives="completions")
+@row_format(provides="completions")
 class Alpaca(Format):
     """{"instruction": "Add.", "input": "2 and 2", "output": "4", "system": "...", "history": [["Hi",
     "Hello"]]}.

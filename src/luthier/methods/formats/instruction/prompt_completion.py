@@ -4,7 +4,7 @@ from luthier.methods.formats._base import Format, alike, side, tools
 from luthier.registry import row_format
 
 
-@row_format(gives="completions")
+@row_format(provides="completions")
 class PromptCompletion(Format):
     """{"prompt": "2+2=", "completion": " 4"}; an empty prompt is allowed. Nothing is put between the two."""
 

@@ -4,7 +4,7 @@ from luthier.methods.formats._base import BadRow, Format, opened, plain, text
 from luthier.registry import row_format
 
 
-@row_format(gives="completions")
+@row_format(provides="completions")
 class QuestionAnswer(Format):
     r"""{"question": "...", "answer": "48/2 = 24 ...\n#### 24"}, as GSM8K writes them; a passage or context
     comes first.

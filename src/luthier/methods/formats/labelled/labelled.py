@@ -6,7 +6,7 @@ from luthier.registry import row_format
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("s1", "s2"), ("question1", "question2"))
 
 
-@row_format(gives="labelled")
+@row_format(provides="labelled")
 class Labelled(Format):
     """{"text": "a fine film", "label": 1}; also sentence, sequence, or two sentences; also several `labels`.
 

@@ -4,7 +4,7 @@ from luthier.methods.formats._base import BadRow, Format, opened, side, text, tr
 from luthier.registry import row_format
 
 
-@row_format(gives="steps")
+@row_format(provides="steps")
 class Stepwise(Format):
     """{"prompt": "2+2*3?", "completions": ["2*3=6", "2+6=9"], "labels": [true, false]}, the steps joined by
     newlines.

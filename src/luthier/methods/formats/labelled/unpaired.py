@@ -14,7 +14,7 @@ from luthier.methods.formats._base import (
 from luthier.registry import row_format
 
 
-@row_format(gives="unpaired")
+@row_format(provides="unpaired")
 class Unpaired(Format):
     """{"prompt": "Hi", "completion": "Hello!", "label": true}; also messages and label, and LLaMA-Factory's
     kto_tag.

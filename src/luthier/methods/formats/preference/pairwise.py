@@ -4,7 +4,7 @@ from luthier.methods.formats._base import BadRow, Format, alike, instruction, nu
 from luthier.registry import row_format
 
 
-@row_format(gives="pairs")
+@row_format(provides="pairs")
 class Pairwise(Format):
     """{"instruction": "...", "output_1": "...", "output_2": "...", "preference": 1.3}, as AlpacaEval writes
     them.

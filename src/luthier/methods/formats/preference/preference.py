@@ -8,7 +8,7 @@ from luthier.registry import row_format
 MARK = "\n\nAssistant:"  # where a reply begins in transcripts such as HH-RLHF
 
 
-@row_format(gives="pairs")
+@row_format(provides="pairs")
 class Preference(Format):
     """{"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}, as text or as messages.
 

@@ -4,7 +4,7 @@ from luthier.methods.formats._base import BadRow, Format, alike, numbers, opened
 from luthier.registry import row_format
 
 
-@row_format(gives="ranked")
+@row_format(provides="ranked")
 class Ranked(Format):
     """{"prompt": "Hi", "completions": ["Hello!", "What?"], "scores": [0.9, 0.2]}; higher is better."""
 

@@ -4,7 +4,7 @@ from luthier.methods.formats._base import BadRow, Format, side, text
 from luthier.registry import row_format
 
 
-@row_format(gives="pairs")
+@row_format(provides="pairs")
 class StepPreference(Format):
     """{"prompt": "2+2*3?", "prefix": "2*3=6\\n", "chosen": "2+6=8", "rejected": "2+6=9"}; prefix may be
     `initial_reason_steps`.

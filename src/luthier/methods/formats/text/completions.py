@@ -6,7 +6,7 @@ from luthier.methods.formats._base import BadRow, Format, alike, opened, side, t
 from luthier.registry import row_format
 
 
-@row_format(gives="completions")
+@row_format(provides="completions")
 class Completions(Format):
     """{"prompt": "Hi", "completions": ["Hello!"]}; every completion is one to learn."""
 

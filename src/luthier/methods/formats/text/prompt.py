@@ -4,7 +4,7 @@ from luthier.methods.formats._base import Format, side, tools
 from luthier.registry import row_format
 
 
-@row_format(gives="prompts")
+@row_format(provides="prompts")
 class Prompt(Format):
     """{"prompt": "2+2=", "answer": "4"}, as text or as messages; also {"question": ...} alone. No
     completions.

@@ -4,7 +4,7 @@ from luthier.methods.formats._base import Format, text
 from luthier.registry import row_format
 
 
-@row_format(gives="completions")
+@row_format(provides="completions")
 class Text(Format):
     """{"text": "Once upon a time ..."}. Rows longer than max_length are cut into consecutive pieces."""
 

@@ -21,7 +21,7 @@ from luthier.registry import merger
 @merger(
     paper="arXiv:2404.18466",
     row="hft",
-    wants="base",
+    requires="base",
     contract={"idempotent": "several runs are refused, and one is changed on purpose"},
 )
 class HalfReset(Merger):

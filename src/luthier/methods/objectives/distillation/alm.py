@@ -16,7 +16,7 @@ from luthier.methods.objectives._base import Objective
 from luthier.registry import Range, objective
 
 
-@objective(paper="arXiv:2503.20083", wants="completions teacher_spans logprobs")
+@objective(paper="arXiv:2503.20083", requires="completions teacher_spans logprobs")
 class ALM(Objective):
     """KL of yes-or-no events, p = P(span)^(1/temperature) of the teacher against the policy's, at the token
     that ends a span.

@@ -9,7 +9,7 @@ from luthier.methods.objectives.distillation._distill import Distill, divergence
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:1503.02531", wants="completions teacher logprobs top")
+@objective(paper="arXiv:1503.02531", requires="completions teacher logprobs top")
 class ForwardKL(Distill):
     """KL(teacher || policy) of each token."""
 

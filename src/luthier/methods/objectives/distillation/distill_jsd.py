@@ -16,7 +16,7 @@ from luthier.methods.objectives.distillation._distill import Distill, divergence
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2306.13649", wants="completions teacher logprobs top")
+@objective(paper="arXiv:2306.13649", requires="completions teacher logprobs top")
 class JSD(Distill):
     """beta KL(teacher || m) + (1 - beta) KL(policy || m), m = beta teacher + (1 - beta) policy."""
 

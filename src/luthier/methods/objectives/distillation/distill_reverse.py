@@ -9,7 +9,7 @@ from luthier.methods.objectives.distillation._distill import Distill, divergence
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2306.08543", wants="completions teacher logprobs top")
+@objective(paper="arXiv:2306.08543", requires="completions teacher logprobs top")
 class ReverseKL(Distill):
     """KL(policy || teacher) of each token."""
 

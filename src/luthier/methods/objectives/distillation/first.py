@@ -14,7 +14,7 @@ from luthier.registry import objective
 @objective(
     paper="arXiv:2408.12168",
     row="first-trustworthy-distillation",
-    wants="completions teacher_ids teacher_logprobs logprobs",
+    requires="completions teacher_ids teacher_logprobs logprobs",
 )
 class FIRST(Objective):
     """KL(teacher || policy) over the teacher's k likeliest tokens."""

@@ -8,7 +8,7 @@ from luthier.methods.objectives.distillation._distill import divergence
 from luthier.registry import objective
 
 
-@objective(wants="completions reference logprobs top")
+@objective(requires="completions reference logprobs top")
 class KL(Objective):
     """KL(policy || reference) of each token's distribution."""
 

@@ -22,7 +22,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 @objective(
     paper="arXiv:2310.10700",
     row="pela",
-    wants="completions teacher hidden top",
+    requires="completions teacher hidden top",
     contract={"head": "features are compared below the head, which it leaves to a loss beside it"},
 )
 class PELA(Objective):

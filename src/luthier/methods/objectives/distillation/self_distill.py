@@ -14,7 +14,7 @@ from luthier.registry import objective
 @objective(
     paper="arXiv:2210.02871",
     row="self-distill-further-pretrain",
-    wants="completions teacher hidden",
+    requires="completions teacher hidden",
     contract={"head": "states are compared before the head, which it leaves to the loss beside it"},
 )
 class SelfDistill(Objective):

@@ -18,7 +18,7 @@ from luthier.registry import objective
 @objective(
     paper="arXiv:2310.06927",
     row="squarehead",
-    wants="completions teacher hidden",
+    requires="completions teacher hidden",
     contract={"head": "states are compared below the head, which it leaves to a loss beside it"},
 )
 class SquareHead(Objective):

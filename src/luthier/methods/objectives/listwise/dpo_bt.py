@@ -7,7 +7,7 @@ from luthier.methods.objectives.preference._pairs import logistic
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.01878", row="lipo-lambda", wants="completions scores reference logprobs")
+@objective(paper="arXiv:2402.01878", row="lipo-lambda", requires="completions scores reference logprobs")
 class DPOBT(Lists):
     """-log sigmoid(s_i - s_j) of each pair in which i has the higher score."""
 

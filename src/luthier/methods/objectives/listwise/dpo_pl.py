@@ -10,7 +10,7 @@ from luthier.methods.objectives.listwise._lists import Lists, by_row, ordered
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.01878", row="lipo-lambda", wants="completions scores reference logprobs")
+@objective(paper="arXiv:2402.01878", row="lipo-lambda", requires="completions scores reference logprobs")
 class DPOPL(Lists):
     """-log of the product over the list of exp(s_i) / (exp(s_i) + sum of exp(s_j) over all j of lower score)."""
 

@@ -10,7 +10,7 @@ from luthier.methods.objectives.preference._pairs import logistic
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.01878", row="lipo-lambda", wants="completions scores reference logprobs")
+@objective(paper="arXiv:2402.01878", row="lipo-lambda", requires="completions scores reference logprobs")
 class LiPO(Lists):
     """Sum over pairs of |2^score_i - 2^score_j| * |1 / log(1 + rank_i) - 1 / log(1 + rank_j)| * -log
     sigmoid(s_i - s_j).

@@ -12,7 +12,7 @@ from luthier.methods.objectives.preference._pairs import Positive
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.01878", row="lipo-lambda", wants="completions scores reference logprobs")
+@objective(paper="arXiv:2402.01878", row="lipo-lambda", requires="completions scores reference logprobs")
 class LiPOSoftmax(Lists):
     """-sum over a row of softmax(score / temperature) * log softmax(s)."""
 

@@ -9,7 +9,7 @@ from luthier.methods.objectives.preference._pairs import Beta
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2404.14367", row="onpolicy-negative-gradient", wants="completions scores logprobs")
+@objective(paper="arXiv:2404.14367", row="onpolicy-negative-gradient", requires="completions scores logprobs")
 class RWR(Objective):
     """n * softmax(score / beta) * -log p of a completion, n completions in the row."""
 

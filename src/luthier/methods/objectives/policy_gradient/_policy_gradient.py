@@ -50,8 +50,8 @@ class PolicyGradient(Objective):
     use_bias_correction_kl: bool = True
 
     @property
-    def needs(self):
-        return self.wants | {"reference"} if self.beta else self.wants - {"reference"}
+    def active_requires(self):
+        return self.requires | {"reference"} if self.beta else self.requires - {"reference"}
 
     def advantages(self, batch: Batch) -> Tensor:
         """[N] how much better than its row a completion did."""

@@ -8,7 +8,7 @@ from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegat
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2503.14476", wants="samples scores logprobs")
+@objective(paper="arXiv:2503.14476", requires="samples scores logprobs")
 class DAPO(PolicyGradient):
     """The clipped surrogate of each token."""
 

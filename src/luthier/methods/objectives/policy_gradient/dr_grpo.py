@@ -12,7 +12,7 @@ from luthier.methods.objectives.policy_gradient._policy_gradient import PolicyGr
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2503.20783", wants="samples scores logprobs")
+@objective(paper="arXiv:2503.20783", requires="samples scores logprobs")
 class DrGRPO(PolicyGradient):
     """Sum over a completion's tokens of the clipped surrogate, over max_completion_length."""
 

@@ -9,7 +9,7 @@ from luthier.methods.objectives.policy_gradient._policy_gradient import KLWeight
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.03300", wants="samples scores reference logprobs")
+@objective(paper="arXiv:2402.03300", requires="samples scores reference logprobs")
 class GRPO(PolicyGradient):
     """Mean over a completion's tokens of the clipped surrogate and beta times the KL."""
 

@@ -11,7 +11,7 @@ from luthier.registry import objective
 SORTED = "margins are put in order within one micro-batch"
 
 
-@objective(paper="arXiv:2406.05882", wants="pairs reference logprobs", contract={"accumulation": SORTED})
+@objective(paper="arXiv:2406.05882", requires="pairs reference logprobs", contract={"accumulation": SORTED})
 class AOT(Pairs):
     """Logistic loss of the k-th smallest margin of the policy minus the k-th smallest of the reference."""
 

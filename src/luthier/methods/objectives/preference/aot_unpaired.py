@@ -10,7 +10,7 @@ from luthier.methods.objectives.preference.aot import SORTED
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2406.05882", wants="pairs reference logprobs", contract={"accumulation": SORTED})
+@objective(paper="arXiv:2406.05882", requires="pairs reference logprobs", contract={"accumulation": SORTED})
 class AOTUnpaired(Pairs):
     """Logistic loss of the k-th smallest log-ratio of the chosen minus the k-th smallest of the rejected."""
 

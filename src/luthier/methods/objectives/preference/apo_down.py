@@ -9,7 +9,7 @@ from luthier.methods.objectives.preference._pairs import Pairs
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2408.06266", wants="pairs reference logprobs")
+@objective(paper="arXiv:2408.06266", requires="pairs reference logprobs")
 class APODown(Pairs):
     """s(r_chosen) + 1 - s(r_chosen - r_rejected), r = beta * log-ratio."""
 

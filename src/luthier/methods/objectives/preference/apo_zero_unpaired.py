@@ -9,7 +9,7 @@ from luthier.methods.objectives.preference._pairs import Beta, Positive, log_rat
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2408.06266", wants="completions scores reference logprobs")
+@objective(paper="arXiv:2408.06266", requires="completions scores reference logprobs")
 class APOZeroUnpaired(Objective):
     """weight * (1 - s(r)) of a good completion, weight * s(r) of a bad one, r = beta * log-ratio."""
 

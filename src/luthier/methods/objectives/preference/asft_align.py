@@ -10,7 +10,7 @@ from luthier.methods.objectives.preference.chosen_sft import ChosenSFT
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2409.10571", row="asft-align", wants="pairs logprobs")
+@objective(paper="arXiv:2409.10571", row="asft-align", requires="pairs logprobs")
 class ASFT(Pairs):
     """-log p of each token of the best + beta * (-log p(best) - log(1 - p(worst)))."""
 

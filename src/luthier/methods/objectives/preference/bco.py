@@ -18,7 +18,7 @@ SHIFTED = "the shift of rewards is the middle of one micro-batch"
 
 @objective(
     paper="arXiv:2404.04656",
-    wants="completions scores reference logprobs",
+    requires="completions scores reference logprobs",
     contract={"accumulation": SHIFTED},
 )
 class BCO(Objective):

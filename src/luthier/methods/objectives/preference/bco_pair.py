@@ -8,7 +8,7 @@ from luthier.methods.objectives.preference._pairs import Pairs, logistic
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2404.04656", wants="pairs reference logprobs")
+@objective(paper="arXiv:2404.04656", requires="pairs reference logprobs")
 class BCOPair(Pairs):
     """-log s(r_chosen) - log s(-r_rejected), r = beta * log-ratio."""
 

@@ -12,7 +12,7 @@ from luthier.methods.objectives.preference._pairs import best_and_worst
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2405.16436", row="rpo-sft-reg", wants="pairs logprobs")
+@objective(paper="arXiv:2405.16436", row="rpo-sft-reg", requires="pairs logprobs")
 class ChosenSFT(Objective):
     """-log p of each token of a row's best completion."""
 

@@ -10,7 +10,7 @@ from luthier.methods.objectives.preference.chosen_sft import ChosenSFT
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2401.08417", wants="pairs logprobs")
+@objective(paper="arXiv:2401.08417", requires="pairs logprobs")
 class CPO(Pairs):
     """-log sigmoid(beta * (log p of the best - log p of the worst)) + cpo_alpha * (-log p of each token of
     the best).

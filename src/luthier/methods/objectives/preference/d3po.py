@@ -15,7 +15,7 @@ from luthier.methods.objectives.preference._pairs import Beta, best_and_worst, l
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2311.13231", row="d3po", wants="pairs reference logprobs")
+@objective(paper="arXiv:2311.13231", row="d3po", requires="pairs reference logprobs")
 class D3PO(Objective):
     """-log sigmoid(beta * (clipped log-ratio of the best's step - clipped log-ratio of the worst's step)),
     one per step.

@@ -10,7 +10,7 @@ from luthier.methods.objectives.preference._pairs import Pairs, Positive, logist
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2406.08414", wants="pairs reference logprobs")
+@objective(paper="arXiv:2406.08414", requires="pairs reference logprobs")
 class DiscoPOP(Pairs):
     """(1 - m) * logistic(x) + m * exp(-x), x = beta * margin, m = s(x / discopop_tau)."""
 

@@ -8,7 +8,7 @@ from luthier.methods.objectives.preference._pairs import Pairs, Probability, log
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2305.18290", wants="pairs reference logprobs")
+@objective(paper="arXiv:2305.18290", requires="pairs reference logprobs")
 class DPO(Pairs):
     """-log sigmoid(beta * (log-ratio of the best - log-ratio of the worst))."""
 

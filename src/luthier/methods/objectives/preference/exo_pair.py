@@ -14,7 +14,7 @@ from luthier.methods.objectives.preference._pairs import Pairs
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.00856", wants="pairs reference logprobs")
+@objective(paper="arXiv:2402.00856", requires="pairs reference logprobs")
 class EXO(Pairs):
     """KL(q || p), q = [s(beta * margin), s(-beta * margin)], p = [1 - label_smoothing, label_smoothing]."""
 

@@ -22,7 +22,7 @@ DERIVATIVES = {  # f'(t) of t = exp(u), up to a constant; a: f_alpha_divergence_
 }
 
 
-@objective(paper="arXiv:2309.16240", wants="pairs reference logprobs")
+@objective(paper="arXiv:2309.16240", requires="pairs reference logprobs")
 class FDPO(DPO):
     """-log sigmoid(beta * (f'(ratio of the best) - f'(ratio of the worst)))."""
 

@@ -8,7 +8,7 @@ from luthier.methods.objectives.preference._pairs import Pairs
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2309.06657", wants="pairs reference logprobs")
+@objective(paper="arXiv:2309.06657", requires="pairs reference logprobs")
 class Hinge(Pairs):
     """max(0, 1 - beta * margin)."""
 

@@ -8,7 +8,7 @@ from luthier.methods.objectives.preference._pairs import Pairs, log_ratios
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2310.12036", wants="pairs reference logprobs")
+@objective(paper="arXiv:2310.12036", requires="pairs reference logprobs")
 class IPO(Pairs):
     """(margin - 1 / (2 beta))^2; beta is the paper's tau."""
 

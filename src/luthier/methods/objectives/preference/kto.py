@@ -19,7 +19,7 @@ NEIGHBOURS = "z0 is measured on the rows of one micro-batch, each completion und
 
 @objective(
     paper="arXiv:2402.01306",
-    wants="completions scores reference logprobs",
+    requires="completions scores reference logprobs",
     contract={"accumulation": NEIGHBOURS, "order": NEIGHBOURS},
 )
 class KTO(Objective):

@@ -10,7 +10,7 @@ from luthier.methods.objectives.preference.dpo import DPO
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2409.06411", wants="pairs reference logprobs")
+@objective(paper="arXiv:2409.06411", requires="pairs reference logprobs")
 class LDDPO(DPO):
     """DPO on log-ratios whose tokens past the shorter side's length weigh ld_alpha."""
 

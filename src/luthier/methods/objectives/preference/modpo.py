@@ -15,7 +15,7 @@ from luthier.methods.objectives.preference._pairs import Pairs, best_and_worst, 
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2310.03708", row="modpo", wants="pairs rewards reference logprobs")
+@objective(paper="arXiv:2310.03708", row="modpo", requires="pairs rewards reference logprobs")
 class MODPO(Pairs):
     """-log sigmoid((beta * margin - sum of weights_j * (r_j of the best - r_j of the worst)) / w), w = 1 -
     sum of weights.

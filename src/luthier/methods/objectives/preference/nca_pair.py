@@ -10,7 +10,7 @@ from luthier.methods.objectives.preference._pairs import Pairs
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.05369", wants="pairs reference logprobs")
+@objective(paper="arXiv:2402.05369", requires="pairs reference logprobs")
 class NCA(Pairs):
     """-log s(r_chosen) - log s(-r_chosen) / 2 - log s(-r_rejected) / 2, r = beta * log-ratio."""
 

@@ -10,7 +10,7 @@ from luthier.methods.objectives.preference.chosen_sft import ChosenSFT
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2403.07691", wants="pairs logprobs")
+@objective(paper="arXiv:2403.07691", requires="pairs logprobs")
 class ORPO(Pairs):
     """-log p of each token of the best + beta * -log sigmoid(log odds of the best - log odds of the worst)."""
 

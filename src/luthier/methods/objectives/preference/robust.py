@@ -12,7 +12,7 @@ from luthier.methods.objectives.preference._pairs import Pairs, logistic
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2403.00409", wants="pairs reference logprobs")
+@objective(paper="arXiv:2403.00409", requires="pairs reference logprobs")
 class Robust(Pairs):
     """((1 - e) * cost of the margin - e * cost of the margin turned round) / (1 - 2 e)."""
 

@@ -13,7 +13,7 @@ from luthier.methods.objectives.preference._pairs import Beta, log_ratios
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2502.13928", row="s-vco", wants="contrasts reference logprobs")
+@objective(paper="arXiv:2502.13928", row="s-vco", requires="contrasts reference logprobs")
 class SVCO(Objective):
     """For both answers, -log s(beta_attend * (r(own context) - r(none))) - log s(beta_reject * (r(none) -
     r(other context))).

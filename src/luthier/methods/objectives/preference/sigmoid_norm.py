@@ -8,7 +8,7 @@ from luthier.methods.objectives.preference.dpo import DPO
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2411.15124", wants="pairs reference logprobs")
+@objective(paper="arXiv:2411.15124", requires="pairs reference logprobs")
 class SigmoidNorm(DPO):
     """-log sigmoid(beta * (mean log-ratio of the best - mean log-ratio of the worst))."""
 

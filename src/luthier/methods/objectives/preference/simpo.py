@@ -9,7 +9,7 @@ from luthier.methods.objectives.preference._pairs import Beta, Pairs, Probabilit
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2405.14734", wants="pairs logprobs")
+@objective(paper="arXiv:2405.14734", requires="pairs logprobs")
 class SimPO(Pairs):
     """-log sigmoid(beta * (mean log p of the best - mean log p of the worst) - simpo_gamma)."""
 

@@ -14,7 +14,7 @@ from luthier.model.batch import Batch
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2405.00675", row="sppo", wants="pairs reference logprobs")
+@objective(paper="arXiv:2405.00675", row="sppo", requires="pairs reference logprobs")
 class SPPO(Pairs):
     """The mean over both sides of (log-ratio - (win rate - 1/2) / beta)^2."""
 

@@ -13,7 +13,7 @@ from luthier.methods.objectives.preference._pairs import Pairs, best_and_worst, 
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2404.11999", wants="pairs reference logprobs top")
+@objective(paper="arXiv:2404.11999", requires="pairs reference logprobs top")
 class TDPO(Pairs):
     """-log sigmoid(beta * (margin - alpha * (drift of the worst - drift of the best, held fixed)))."""
 

@@ -12,7 +12,7 @@ from luthier.methods.objectives.preference.dpo import DPO
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2406.11827", wants="pairs reference logprobs top")
+@objective(paper="arXiv:2406.11827", requires="pairs reference logprobs top")
 class WPO(DPO):
     """w_chosen * w_rejected * DPO, w = exp(mean over tokens of log p - log sum_v p(v)^2), not differentiated."""
 

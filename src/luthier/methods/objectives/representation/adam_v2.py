@@ -32,7 +32,7 @@ from luthier.registry import Range, objective
 @objective(
     paper="arXiv:2404.15672",
     row="adam-v2-anatomy",
-    wants="completions teacher parts hidden",
+    requires="completions teacher parts hidden",
     contract={"head": "embeddings are taken before the head, which it leaves to a loss beside it"},
 )
 class AdamV2(Objective):

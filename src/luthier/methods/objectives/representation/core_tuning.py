@@ -30,7 +30,10 @@ INSIDE = "pairs are those of the micro-batch: give per_device_train_batch_size r
 
 
 @objective(
-    paper="arXiv:2102.06605", row="core-tuning", wants="completions hidden", contract={"accumulation": INSIDE}
+    paper="arXiv:2102.06605",
+    row="core-tuning",
+    requires="completions hidden",
+    contract={"accumulation": INSIDE},
 )
 class CoreTuning(Objective):
     """eta * focal contrast + boundary * cross-entropy of the mixed features. Rows without one of another
@@ -117,6 +120,6 @@ def draws(batch, clock, alpha: float) -> list[tuple[float, float]]:
     for g in batch.group[answered(batch)].tolist():
         name = str(batch.rows[g]["id"])
         seen[name] = seen.get(name, -1) + 1
-        rng = np.random.default_rng(clock.fold("core_tuning", name, seen[name]))
+        rng = np.random.default_rng(clock.derive_seed("core_tuning", name, seen[name]))
         out.append((float(rng.beta(alpha, alpha)), float(rng.random())))
     return out

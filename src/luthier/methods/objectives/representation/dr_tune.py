@@ -25,7 +25,7 @@ from luthier.model.outputs import Outputs
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2308.12058", row="dr-tune", wants="completions reference paired logprobs hidden")
+@objective(paper="arXiv:2308.12058", row="dr-tune", requires="completions reference paired logprobs hidden")
 class DRTune(Objective):
     """-log p of each token; to the first of an answer is added `weight` * -log p of it by the moved
     pretrained feature.

@@ -22,7 +22,7 @@ from luthier.registry import Range, objective
 @objective(
     paper="arXiv:2110.06014",
     row="look-supervised-pretraining",
-    wants="completions teacher memory hidden",
+    requires="completions teacher memory hidden",
     contract={"head": "features are taken before the head, which it leaves to a loss beside it"},
 )
 class Look(Objective):

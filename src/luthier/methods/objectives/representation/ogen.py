@@ -32,7 +32,7 @@ from luthier.registry import objective
 Weight = Annotated[float, Field(ge=0)]
 
 
-@objective(paper="arXiv:2401.15914", row="ogen", wants="completions teacher generator hidden top")
+@objective(paper="arXiv:2401.15914", row="ogen", requires="completions teacher generator hidden top")
 class OGEN(Objective):
     """Reconstruction + cross-entropy of generated states of known and of unknown classes + their
     distillation.

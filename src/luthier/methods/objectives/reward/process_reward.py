@@ -10,7 +10,7 @@ from luthier.methods.objectives._base import Objective
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2305.20050", wants="completions step_targets values")
+@objective(paper="arXiv:2305.20050", requires="completions step_targets values")
 class ProcessReward(Objective):
     """Cross-entropy of each step's value with its label."""
 

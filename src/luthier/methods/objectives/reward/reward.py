@@ -13,7 +13,7 @@ from luthier.methods.objectives.preference._pairs import best_and_worst, logisti
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2204.05862", wants="pairs values")
+@objective(paper="arXiv:2204.05862", requires="pairs values")
 class Reward(Objective):
     """-log sigmoid(r_chosen - r_rejected - margin) + center_rewards_coefficient * (r_chosen + r_rejected)^2."""
 

@@ -13,16 +13,16 @@ import torch
 from pydantic import Field
 
 from luthier.methods.objectives._base import Objective
-from luthier.registry import family, objective, one
+from luthier.registry import family, nested, objective
 
 
-@objective(wants="source")
+@objective(requires="source")
 class BySource(Objective):
     """One term a source, named as the source."""
 
     # what the column holds; other rows count nowhere
     sources: Annotated[tuple[str, ...], Field(min_length=1)] = ("train", "validation")
-    inner: Annotated[Any, one("objective")] = "sft"  # what is averaged over each source
+    inner: Annotated[Any, nested("objective")] = "sft"  # what is averaged over each source
 
     def __post_init__(self):
         if len(self.inner.terms()) > 1 or self.inner.unit == "batch":
@@ -56,7 +56,7 @@ class OfSource(Objective):
 
     @property
     def wants(self) -> frozenset[str]:
-        return self.inner.wants
+        return self.inner.requires
 
     @property
     def contract(self) -> dict[str, str]:

@@ -8,7 +8,7 @@ from luthier.methods.objectives._tokens import Tokens
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2508.05629", wants="completions logprobs")
+@objective(paper="arXiv:2508.05629", requires="completions logprobs")
 class DFT(Tokens):
     """-p log p of each supervised token, p not differentiated."""
 

@@ -18,7 +18,7 @@ CURVES = {  # divergence -> phi(r)
 }
 
 
-@objective(paper="arXiv:2507.00018", row="sft-dpo-bridge", wants="completions reference logprobs")
+@objective(paper="arXiv:2507.00018", row="sft-dpo-bridge", requires="completions reference logprobs")
 class FSFT(Objective):
     """-phi(r), r = beta * log-ratio of a token or of a completion; phi(r) = r is SFT, beta times."""
 

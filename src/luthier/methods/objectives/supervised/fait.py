@@ -14,7 +14,7 @@ from luthier.methods.objectives.preference.chosen_sft import ChosenSFT
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2503.16913", row="fait", wants="pairs line_mask token_mask logprobs")
+@objective(paper="arXiv:2503.16913", row="fait", requires="pairs line_mask token_mask logprobs")
 class FAIT(ChosenSFT):
     """w * -log p of each token of a row's best completion; gap: mean log p where it differs, best minus
     worst.

@@ -14,7 +14,7 @@ from luthier.methods.objectives.preference._pairs import Probability
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2405.11870", row="ift", wants="completions logprobs top embeddings")
+@objective(paper="arXiv:2405.11870", row="ift", requires="completions logprobs top embeddings")
 class IFT(Objective):
     """w_i * -log p(token i | mixed beginning), w_i the discounted sum of the losses from i on, of mean 1 in a
     completion.

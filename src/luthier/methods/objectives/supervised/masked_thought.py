@@ -14,7 +14,7 @@ from luthier.methods.objectives.preference._pairs import Probability
 from luthier.registry import Range, objective
 
 
-@objective(paper="arXiv:2403.02178", row="masked-thought", wants="completions logprobs")
+@objective(paper="arXiv:2403.02178", row="masked-thought", requires="completions logprobs")
 class MaskedThought(Tokens):
     """-log p of each supervised token given a partly hidden beginning of the completion."""
 

@@ -11,7 +11,7 @@ from luthier.methods.objectives.supervised.task_sft import TaskSFT
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2404.12636", row="morepair", wants="completions tasks logprobs")
+@objective(paper="arXiv:2404.12636", row="morepair", requires="completions tasks logprobs")
 class MOREPAIR(TaskSFT):
     """(likelihood of the answers + beta * likelihood of the rationales) / (1 + beta)."""
 

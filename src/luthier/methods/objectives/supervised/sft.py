@@ -8,7 +8,7 @@ from luthier.methods.objectives.preference._pairs import Probability
 from luthier.registry import objective
 
 
-@objective(wants="completions logprobs")
+@objective(requires="completions logprobs")
 class SFT(Tokens):
     """-log p of each supervised token. For a classifier this is cross-entropy, for a masked LM the cloze
     loss.
@@ -17,8 +17,8 @@ class SFT(Tokens):
     label_smoothing_factor: Probability = 0.0  # share of the target that is spread evenly over the vocabulary
 
     @property
-    def needs(self):
-        return self.wants | {"top"} if self.label_smoothing_factor else self.wants
+    def active_requires(self):
+        return self.requires | {"top"} if self.label_smoothing_factor else self.requires
 
     def cost(self, roles, batch):
         cost = -roles.policy.logprobs(batch)

@@ -11,7 +11,7 @@ from luthier.methods.objectives._base import Objective
 from luthier.registry import objective
 
 
-@objective(wants="completions tasks logprobs")
+@objective(requires="completions tasks logprobs")
 class TaskSFT(Objective):
     """-log p of each supervised token of the completions of a task."""
 

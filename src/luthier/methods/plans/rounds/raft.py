@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from luthier.methods.plans._base import Plan, better
-from luthier.registry import Range, one, plan, spec
+from luthier.registry import Range, nested, plan, spec
 
 METRIC = "generated_reward"
 
@@ -28,7 +28,7 @@ class RAFT(Plan):
     """
 
     rounds: Annotated[int, Field(ge=1), Range(2, 10)] = 5  # at most
-    reward: Annotated[Any, one("reward")] = "exact_match"  # the judge
+    reward: Annotated[Any, nested("reward")] = "exact_match"  # the judge
     n: Annotated[int, Field(ge=1), Range(4, 32, log=True)] = 8  # completions of each prompt
     max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of a completion at most
     temperature: Annotated[float, Field(gt=0)] = 1.0  # of sampling; the paper takes 0.85 to 1

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from luthier.methods.plans._base import Plan
-from luthier.registry import Range, one, plan, spec
+from luthier.registry import Range, nested, plan, spec
 
 
 @plan(paper="arXiv:2405.00675", row="sppo")
@@ -20,7 +20,7 @@ class SPPO(Plan):
     """`rounds` times rollout, score, win_rates and the objective `sppo`, each from where the last one ended."""
 
     rounds: Annotated[int, Field(ge=1), Range(1, 5)] = 3  # of self-play
-    reward: Annotated[Any, one("reward")] = "exact_match"  # the judge
+    reward: Annotated[Any, nested("reward")] = "exact_match"  # the judge
     beta: Annotated[float, Field(gt=0), Range(1e-4, 1.0, log=True)] = 1e-3  # 1 / eta of the paper
     n: Annotated[int, Field(ge=2)] = 5  # completions of each prompt; the best and the worst are learned from
     max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of a completion at most

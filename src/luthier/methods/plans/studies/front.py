@@ -19,7 +19,7 @@ from pydantic import Field
 
 from luthier.errors import RecipeError
 from luthier.methods.plans._base import Plan, measured
-from luthier.registry import build, meant, plan, spec
+from luthier.registry import build, did_you_mean, plan, spec
 from luthier.study.statistics import expected_utility, front, hypervolume, sparsity
 
 WEIGHTS = 21  # ways to weigh the goals, evenly spread, over which the expected utility is a mean
@@ -61,7 +61,7 @@ class Front(Plan):
             if any(w < 0 for w in some) or not sum(some):
                 raise ValueError(f"preferences: {some} are not weights of 0 or more")
         if unknown := [name for name in self.worst if self.goals and name not in self.goals]:
-            raise ValueError(f"worst: there is no goal '{unknown[0]}'{meant(unknown[0], self.goals)}")
+            raise ValueError(f"worst: there is no goal '{unknown[0]}'{did_you_mean(unknown[0], self.goals)}")
 
     def recipes(self, recipe):
         goals = self.of(recipe)

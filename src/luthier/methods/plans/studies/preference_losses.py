@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from luthier.methods.plans._base import Plan
-from luthier.registry import one, plan, spec
+from luthier.registry import nested, plan, spec
 
 
 @plan(paper="arXiv:2410.07025", row="cxr-preference")
@@ -28,7 +28,7 @@ class PreferenceLosses(Plan):
         "simpo",
         "orpo",
     )  # the losses, as a recipe names them
-    reward: Annotated[Any, one("reward")] = "exact_match"  # the judge
+    reward: Annotated[Any, nested("reward")] = "exact_match"  # the judge
     judged: Annotated[int, Field(ge=1)] = 64  # held-out prompts that are answered
     max_new_tokens: Annotated[int, Field(ge=1)] = 64  # tokens of an answer at most
     flag: Annotated[float, Field(gt=1)] = 1.2  # answers longer than before by this factor are told

@@ -22,7 +22,7 @@ from luthier.registry import quantizer
 
 @quantizer(
     paper="arXiv:2401.06118",
-    gives="codes",
+    provides="codes",
     contract={
         "idempotent": (
             "k-means over vectors that k-means has found may find others: its starts are spread by size"

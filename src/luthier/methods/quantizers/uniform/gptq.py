@@ -18,7 +18,7 @@ from luthier.methods.quantizers.uniform.rtn import RTN
 from luthier.registry import quantizer
 
 
-@quantizer(paper="arXiv:2210.17323", row="llm-compression-survey", gives="codes")
+@quantizer(paper="arXiv:2210.17323", row="llm-compression-survey", provides="codes")
 class GPTQ(RTN):
     """Rounding with second-order repair."""
 

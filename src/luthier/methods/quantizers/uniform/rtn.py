@@ -19,7 +19,7 @@ from luthier.methods.quantizers.normal_float._bits import pack, unpack
 from luthier.registry import quantizer
 
 
-@quantizer(row="llm-compression-survey", gives="codes")
+@quantizer(row="llm-compression-survey", provides="codes")
 class RTN(Quantizer):
     """Round to nearest, per group of a row's weights."""
 

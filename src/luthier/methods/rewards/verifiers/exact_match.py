@@ -18,7 +18,7 @@ NUMBER = re.compile(
 )
 
 
-@reward(wants="answer")
+@reward(requires="answer")
 class ExactMatch(Reward):
     """Compares the answer in the text with `answer`, which may be a list of answers that all count as right.
 

@@ -20,7 +20,7 @@ IDLE: list[Worker] = []  # workers nobody is using; list.pop and list.append are
 os.register_at_fork(after_in_child=IDLE.clear)  # a forked process must not share its parent's pipes
 
 
-@reward(wants="answer")
+@reward(requires="answer")
 class Math(Reward):
     """Reads LaTeX, plain numbers, fractions, sets and intervals by the library math-verify.
 

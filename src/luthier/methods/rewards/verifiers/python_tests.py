@@ -15,7 +15,7 @@ FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTA
 PYTHON = ("", "py", "python", "python3")
 
 
-@reward(wants="tests")
+@reward(requires="tests")
 class PythonTests(Reward):
     """`tests` is a list of assert statements, or one string of Python in which every assert counts.
 

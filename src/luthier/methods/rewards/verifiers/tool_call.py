@@ -25,7 +25,7 @@ FAULTS = {  # (hallucinated, redundant, missing) parameters -> score
 }
 
 
-@reward(paper="arXiv:2412.15495", row="tl-training", wants="answer tools")
+@reward(paper="arXiv:2412.15495", row="tl-training", requires="answer tools")
 class ToolCall(Reward):
     """-2 no call that can be read, or no such tool; -1.5 another tool; -1.8 to -0.5 parameters that do not
     exist, were not asked for or are missing; -0.25 a wrong value; 1 all right."""

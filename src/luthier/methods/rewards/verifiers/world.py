@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from luthier.errors import RecipeError
 from luthier.methods.rewards._base import Reward
-from luthier.registry import meant, reward
+from luthier.registry import did_you_mean, reward
 
 
-@reward(wants="world")
+@reward(requires="world")
 class World(Reward):
     """Numbers are results, functions are run on unit tests, queries on the database, tool calls parsed and
     checked; a world with several scores (style) gives their mean, or the one that `objective` names."""
@@ -32,6 +32,6 @@ class World(Reward):
         if self.objective not in several:
             raise RecipeError(
                 f"reward 'world': rows such as {row['id']} are not scored by"
-                f" '{self.objective}'{meant(self.objective, several)}"
+                f" '{self.objective}'{did_you_mean(self.objective, several)}"
             )
         return several[self.objective]

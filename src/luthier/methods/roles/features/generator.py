@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from luthier.errors import RecipeError
 from luthier.methods.objectives.representation._features import features, of_rows
 from luthier.methods.roles._base import Part, Role, brought, everyone, width_of
-from luthier.model.policy import resting
+from luthier.model.policy import eval_mode
 from luthier.registry import role
 
 
@@ -135,7 +135,7 @@ class Features(Part):
             )
         for i in range(0, min(len(rows), 1024), 16):
             batch = roles.batch(rows[i : i + 16])
-            with resting(roles.policy.model):
+            with eval_mode(roles.policy.model):
                 states = features(batch, roles.policy(batch))
             kinds, here = self.kind(batch.labels[batch.supervised][batch.place == 0])
             self.remember(of_rows(batch)[here], kinds[here], states[here])

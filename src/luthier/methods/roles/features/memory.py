@@ -17,7 +17,7 @@ from torch import Tensor
 from luthier.errors import RecipeError
 from luthier.methods.objectives.representation._features import classes, features, of_rows
 from luthier.methods.roles._base import Part, Role, brought, everyone, width_of
-from luthier.model.policy import resting
+from luthier.model.policy import eval_mode
 from luthier.registry import role
 
 
@@ -85,6 +85,6 @@ class Features(Part):
         self.written.zero_()
         for i in range(0, min(len(rows), len(self.rows)), 16):
             batch = roles.batch(rows[i : min(i + 16, len(self.rows))])
-            with resting(roles.policy.model):
+            with eval_mode(roles.policy.model):
                 self.remember(of_rows(batch), classes(batch), features(batch, roles.policy(batch)))
         self.after_step(roles.clock)

@@ -15,7 +15,7 @@ from pydantic import Field
 from luthier.methods.objectives.representation._features import features, of_rows
 from luthier.methods.roles._base import Role, brought, width_of
 from luthier.methods.roles.features.memory import Features
-from luthier.model.policy import resting
+from luthier.model.policy import eval_mode
 from luthier.registry import role
 
 
@@ -38,7 +38,7 @@ class Pairs(Features):
         self.written.zero_()
         for i in range(0, min(len(rows), len(self.rows)), 16):
             batch = roles.batch(rows[i : min(i + 16, len(self.rows))])
-            with resting(roles.policy.model):
+            with eval_mode(roles.policy.model):
                 both = [features(batch, who(batch)) for who in (roles.reference, roles.policy)]
             self.remember(
                 of_rows(batch), batch.labels[batch.supervised][batch.place == 0], torch.cat(both, 1)

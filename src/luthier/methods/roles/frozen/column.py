@@ -17,7 +17,7 @@ class Column(Role):
     column: str = "remembered"  # rows[column]: one list of numbers per completion
 
     @property
-    def needs(self):
+    def active_requires(self):
         return {self.column}
 
     def play(self, name, policy):

@@ -4,7 +4,7 @@ from luthier.methods.roles._base import Role
 from luthier.registry import role
 
 
-@role(wants="off")
+@role(requires="off")
 class Off(Role):
     """The policy's own network, untuned. The default reference."""
 

@@ -4,7 +4,7 @@ from luthier.methods.roles._base import Role
 from luthier.registry import role
 
 
-@role(wants="elastic")
+@role(requires="elastic")
 class Whole(Role):
     """The full network, while sub-networks play the policy. Costs no memory."""
 

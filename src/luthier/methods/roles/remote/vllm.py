@@ -39,7 +39,7 @@ HOW = "start it with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --e
 Answers = list[list[tuple[list[int], list[float]]]]
 
 
-@role(wants="low-rank")
+@role(requires="low-rank")
 class VLLM(Endpoint):
     """POST base_url/completions and base_url/load_lora_adapter; for `live: [{name: rollout, sampler: NAME OF
     THIS ROLE}]`.

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from luthier.clock import Clock
 from luthier.methods.searchers._base import Asked, Searcher, Seen, Space, ranked, telling
-from luthier.registry import family, one
+from luthier.registry import family, nested
 
 Bracket = list[tuple[int, float]]  # rungs: how many configurations, after which share of their steps
 
@@ -64,7 +64,7 @@ class Shares(Searcher):
 class Brackets(Shares):
     """Family: `bracket` says the rungs of the n-th bracket."""
 
-    inner: Annotated[Any, one("searcher")] = "random"  # who proposes new configurations
+    inner: Annotated[Any, nested("searcher")] = "random"  # who proposes new configurations
 
     def bracket(self, number: int) -> Bracket:
         raise NotImplementedError
@@ -99,5 +99,5 @@ class Brackets(Shares):
     ) -> Asked:
         """A new configuration, from what was seen at the most telling share."""
         some = telling(seen, len(space.dims) + 2)
-        asked = self.inner.ask(space, some, goals, Clock(clock.fold("bracket", len(seen), at=0)))
+        asked = self.inner.ask(space, some, goals, Clock(clock.derive_seed("bracket", len(seen), at=0)))
         return Asked(asked.point, share, marks={**asked.marks, **marks})

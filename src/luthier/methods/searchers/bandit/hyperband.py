@@ -12,14 +12,14 @@ from typing import Annotated, Any
 
 from luthier.methods.searchers.bandit import _brackets
 from luthier.methods.searchers.bandit._brackets import Brackets
-from luthier.registry import one, searcher
+from luthier.registry import nested, searcher
 
 
 @searcher(paper="arXiv:1603.06560")
 class Hyperband(Brackets):
     """Brackets s = s_max .. 0: ceil((s_max + 1) / (s + 1) * eta^s) configurations that begin at eta^-s."""
 
-    inner: Annotated[Any, one("searcher")] = "tpe"  # who proposes new configurations
+    inner: Annotated[Any, nested("searcher")] = "tpe"  # who proposes new configurations
 
     def bracket(self, number):
         most = self.rungs

@@ -24,7 +24,7 @@ from luthier.registry import stage
 LEARN = "learn"
 
 
-@stage(row="csr", wants="completions")
+@stage(row="csr", requires="completions")
 class CodeSwitch(Stage):
     """Texts, or what completions say, become (text with exchanged words -> text)."""
 
@@ -120,7 +120,7 @@ class CodeSwitch(Stage):
             least=self.min_count,
         )
         some = ", ".join(f"{w} = {known[0][w][0]}" for w in list(known[0])[:5])
-        self.tell(
+        self.warn(
             roles,
             f"translations of {len(known[0])} and {len(known[1])} words are learned"
             + (f", such as {some}" if some else ""),

@@ -19,9 +19,9 @@ BEFORE = "@before"  # ends the id of a pair that an earlier round made
 @stage(
     paper="arXiv:2401.01335",
     row="spin",
-    wants="completions generate",
-    gives="pairs scores",
-    drops="remembered old",
+    requires="completions generate",
+    provides="pairs scores",
+    removes="remembered old",
 )
 class AgainstSelf(Stage):
     """completions = [the given one, a sample of the policy]; scores = [1, 0]. Columns about the given one
@@ -55,7 +55,7 @@ class AgainstSelf(Stage):
                 }
             )
         if alike:
-            self.tell(
+            self.warn(
                 roles, f"{alike} of {len(out)} samples are the given answer itself: these rows teach nothing"
             )
         return [*out, *self.before()]

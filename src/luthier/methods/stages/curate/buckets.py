@@ -17,7 +17,7 @@ from luthier.methods.stages._base import Stage, pick
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:2310.00819", row="meet", wants="completions scores", gives="bucket")
+@stage(paper="arXiv:2310.00819", row="meet", requires="completions scores", provides="bucket")
 class Buckets(Stage):
     """Completions with a score become rows with a `bucket`."""
 

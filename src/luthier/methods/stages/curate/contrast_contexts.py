@@ -9,9 +9,9 @@ from luthier.registry import stage
 @stage(
     paper="arXiv:2502.13928",
     row="s-vco",
-    wants="completions contexts",
-    gives="contrasts",
-    drops="scores pairs answer",
+    requires="completions contexts",
+    provides="contrasts",
+    removes="scores pairs answer",
 )
 class ContrastContexts(Stage):
     """Of each answer: after its own context and the question, after the question alone, after the other's

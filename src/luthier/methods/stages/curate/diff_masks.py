@@ -11,7 +11,7 @@ from luthier.methods.stages._base import Stage, best_first, pieces
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:2503.16913", row="fait", wants="pairs", gives="line_mask token_mask")
+@stage(paper="arXiv:2503.16913", row="fait", requires="pairs", provides="line_mask token_mask")
 class DiffMasks(Stage):
     """Columns `line_mask` and `token_mask`: for each completion 1.0 at learned tokens that the best and the
     worst do not share, else 0.0."""

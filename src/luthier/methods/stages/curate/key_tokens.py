@@ -18,7 +18,7 @@ from luthier.methods.stages._base import Stage, pieces
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:2412.15495", row="tl-training", wants="completions tools", gives="token_weights")
+@stage(paper="arXiv:2412.15495", row="tl-training", requires="completions tools", provides="token_weights")
 class KeyTokens(Stage):
     """Column `token_weights`: min(others / keys, most) at key tokens, 1 elsewhere, for each learned token."""
 

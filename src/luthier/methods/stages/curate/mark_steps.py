@@ -6,7 +6,9 @@ from luthier.methods.stages._base import Stage
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:2305.20050", wants="steps", gives="completions step_targets", drops="scores pairs")
+@stage(
+    paper="arXiv:2305.20050", requires="steps", provides="completions step_targets", removes="scores pairs"
+)
 class MarkSteps(Stage):
     """The completion as token ids, step by step with a line break after each, and `step_targets`: at the last
     token of a step 1.0 where it is right and 0.0 where not, -1.0 elsewhere. Rows as the format `stepwise`

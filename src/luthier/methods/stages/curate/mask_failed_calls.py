@@ -17,7 +17,7 @@ ERRORS = (
 )
 
 
-@stage(paper="arXiv:2412.15495", row="tl-training", wants="completions")
+@stage(paper="arXiv:2412.15495", row="tl-training", requires="completions")
 class MaskFailedCalls(Stage):
     """ "loss": false at every assistant turn that a tool answers with one of `errors`. Rows with nothing left
     to learn leave.

@@ -10,7 +10,7 @@ from luthier.methods.stages._base import Stage, best_first, pick
 from luthier.registry import stage
 
 
-@stage(wants="completions scores", gives="pairs")
+@stage(requires="completions scores", provides="pairs")
 class Pairs(Stage):
     """Two completions per row, the better first, with their scores. Rows whose completions score alike leave."""
 

@@ -15,8 +15,8 @@ from luthier.registry import stage
 @stage(
     paper="arXiv:2305.02301",
     row="distilling-step-by-step",
-    wants="completions rationale",
-    drops="pairs scores",
+    requires="completions rationale",
+    removes="pairs scores",
 )
 class PredictExplain(Stage):
     """(prompt -> answer), task answer; (explain + prompt -> rationale), task rationale."""
@@ -29,7 +29,7 @@ class PredictExplain(Stage):
     before: str = ""  # what a rationale begins with (a blank, where the prompt ends without one)
 
     @property
-    def needs(self):
+    def active_requires(self):
         return frozenset({"completions", self.column})
 
     def __call__(self, rows, roles):

@@ -9,9 +9,9 @@ from luthier.registry import stage
 @stage(
     paper="arXiv:2404.12636",
     row="morepair",
-    wants="completions rationale",
-    gives="tasks",
-    drops="pairs scores",
+    requires="completions rationale",
+    provides="tasks",
+    removes="pairs scores",
 )
 class Rationale(Stage):
     """completions = [the answer, `before` and the rationale]; tasks = ["answer", "rationale"]. Rows without
@@ -24,7 +24,7 @@ class Rationale(Stage):
     before: str = ""  # what a rationale begins with, so that the two can be told apart
 
     @property
-    def needs(self):
+    def active_requires(self):
         return frozenset({"completions", self.column})
 
     def __call__(self, rows, roles):

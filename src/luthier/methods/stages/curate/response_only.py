@@ -6,7 +6,7 @@ from luthier.methods.stages._base import Stage
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:2409.14254", row="implicit-instruction-tuning", wants="completions")
+@stage(paper="arXiv:2409.14254", row="implicit-instruction-tuning", requires="completions")
 class ResponseOnly(Stage):
     """What users and systems say becomes empty; the chat template stays. A prompt of plain text becomes an
     empty user's turn.

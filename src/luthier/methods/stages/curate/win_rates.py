@@ -16,7 +16,7 @@ from luthier.methods.stages._base import Stage
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:2405.00675", row="sppo", wants="scores")
+@stage(paper="arXiv:2405.00675", row="sppo", requires="scores")
 class WinRates(Stage):
     """Column `win_rates`: the mean over the row's completions, itself among them, of the chance to be
     preferred.

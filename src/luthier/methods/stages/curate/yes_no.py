@@ -14,7 +14,7 @@ from luthier.methods.stages._base import Stage, without
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:2104.04670", row="meta-tuning", wants="completions")
+@stage(paper="arXiv:2104.04670", row="meta-tuning", requires="completions")
 class YesNo(Stage):
     """One row for each label and each of its descriptions: the question, a line break, the text; yes or no.
     Columns `task`, `question` and `asked` (the label) are kept beside. Labels are the classes' names, as the
@@ -51,7 +51,7 @@ class YesNo(Stage):
             sides = [[r for r in out if r["completions"][0] == a] for a in self.answers]
             n = min(map(len, sides))
             out = [r for pair in zip(*(spread(side, n) for side in sides), strict=True) for r in pair]
-            self.tell(roles, f"{n} rows of yes and as many of no")
+            self.warn(roles, f"{n} rows of yes and as many of no")
         return spread(out, self.cap) if self.cap else out
 
 

@@ -14,7 +14,7 @@ from luthier.methods.stages._base import Stage, said
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:2310.03708", row="modpo", wants="completions reference logprobs", gives="rewards")
+@stage(paper="arXiv:2310.03708", row="modpo", requires="completions reference logprobs", provides="rewards")
 class ImplicitReward(Stage):
     """Column `rewards`, beside what is there: {role: beta * (log p_role - log p_reference)} of each
     completion.
@@ -26,8 +26,8 @@ class ImplicitReward(Stage):
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
 
     @property
-    def needs(self):
-        return self.wants | {self.role}
+    def active_requires(self):
+        return self.requires | {self.role}
 
     def __call__(self, rows, roles):
         rows = self.usable(rows, roles)

@@ -7,7 +7,7 @@ from luthier.methods.stages.rollout.score import Score
 from luthier.registry import stage
 
 
-@stage(wants="completions", gives="rewards")
+@stage(requires="completions", provides="rewards")
 class Judge(Score):
     """Column `rewards`, beside what is there: {name of the reward: a number for each completion}."""
 

@@ -10,7 +10,12 @@ from luthier.methods.stages._base import Stage, said
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:1909.08593", wants="completions scores reference logprobs", gives="scores", drops="pairs")
+@stage(
+    paper="arXiv:1909.08593",
+    requires="completions scores reference logprobs",
+    provides="scores",
+    removes="pairs",
+)
 class KLPenalty(Stage):
     """scores - kl_coef * (log p_policy - log p_reference), summed over the tokens of each completion."""
 

@@ -12,7 +12,7 @@ from luthier.methods.stages._base import Stage, said
 from luthier.registry import stage
 
 
-@stage(wants="completions logprobs", gives="remembered")
+@stage(requires="completions logprobs", provides="remembered")
 class Remember(Stage):
     """Per-token log-probabilities of every completion; play them with `roles: {reference: column}`."""
 
@@ -20,7 +20,7 @@ class Remember(Stage):
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
 
     @property
-    def provides(self):
+    def active_provides(self):
         return frozenset({self.column})
 
     def __call__(self, rows, roles):

@@ -19,7 +19,7 @@ from luthier.methods.stages._base import Stage, said, without
 from luthier.registry import Range, stage
 
 
-@stage(wants="generate", gives="completions samples truncated old", drops="pairs scores remembered")
+@stage(requires="generate", provides="completions samples truncated old", removes="pairs scores remembered")
 class Rollout(Stage):
     """Columns: `completions`; `truncated`, true where no stop token was reached; with `old: true` also `old`."""
 
@@ -39,12 +39,12 @@ class Rollout(Stage):
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass of `old`
 
     @property
-    def needs(self):
-        return self.wants if self.sampler == "policy" else self.wants | {self.sampler}
+    def active_requires(self):
+        return self.requires if self.sampler == "policy" else self.requires | {self.sampler}
 
     @property
-    def provides(self):
-        return self.gives if self.old else self.gives - {"old"}
+    def active_provides(self):
+        return self.provides if self.old else self.provides - {"old"}
 
     def __call__(self, rows, roles):
         kept, prompts, rooms, bad = [], [], [], []
@@ -81,7 +81,7 @@ class Rollout(Stage):
             )
         cut = sum(sum(row["truncated"]) for row in out)
         if cut:
-            self.tell(
+            self.warn(
                 roles,
                 f"{cut} of {len(out) * self.n} completions reached no stop token within {self.max_new_tokens}"
                 " tokens",
@@ -114,7 +114,7 @@ class Rollout(Stage):
         seen: Counter = Counter()
         out = []
         for row in rows:
-            out.append(clock.fold("rollout", self.draw, row["id"], seen[row["id"]]))
+            out.append(clock.derive_seed("rollout", self.draw, row["id"], seen[row["id"]]))
             seen[row["id"]] += 1
         return out
 

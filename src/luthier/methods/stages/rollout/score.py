@@ -7,14 +7,14 @@ from typing import Annotated
 
 from luthier.errors import RecipeError
 from luthier.methods.stages._base import Stage, text_of
-from luthier.registry import many, stage
+from luthier.registry import nested_list, stage
 
 
-@stage(wants="completions", gives="scores", drops="pairs")
+@stage(requires="completions", provides="scores", removes="pairs")
 class Score(Stage):
     """Column `scores`; of several rewards also `rewards`, each by its name."""
 
-    reward: Annotated[tuple, many("reward")] = ("exact_match",)  # the judge, or a list of them
+    reward: Annotated[tuple, nested_list("reward")] = ("exact_match",)  # the judge, or a list of them
     reward_weights: list[float] | None = None  # of each reward in `scores`; all 1 where not given
     names: list[str] | None = None  # of each reward in `rewards`; its method's name where not given
 

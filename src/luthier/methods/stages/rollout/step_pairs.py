@@ -14,15 +14,15 @@ from pydantic import Field
 
 from luthier.methods.stages._base import Stage, text_of, without
 from luthier.methods.stages.rollout.rollout import Rollout
-from luthier.registry import Range, one, stage
+from luthier.registry import Range, nested, stage
 
 
 @stage(
     paper="arXiv:2406.14532",
     row="per-step-dpo-negatives",
-    wants="completions generate",
-    gives="pairs scores",
-    drops="old remembered samples",
+    requires="completions generate",
+    provides="pairs scores",
+    removes="old remembered samples",
     contract={"gives": "a model that never ends right finds no way out, and its rows leave"},
 )
 class StepPairs(Stage):
@@ -31,7 +31,7 @@ class StepPairs(Stage):
     as right from 0.5 on.
     """
 
-    reward: Annotated[Any, one("reward")] = "exact_match"  # the judge
+    reward: Annotated[Any, nested("reward")] = "exact_match"  # the judge
     # ways to go on that are tried from each beginning
     n: Annotated[int, Field(ge=1), Range(4, 128, log=True)] = 8
     max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of one of them at most

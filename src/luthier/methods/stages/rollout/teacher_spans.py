@@ -25,8 +25,8 @@ INSIDE, OUTSIDE = 1.0, 2.0
 
 @stage(
     paper="arXiv:2503.20083",
-    wants="completions logprobs",
-    gives="teacher_spans",
+    requires="completions logprobs",
+    provides="teacher_spans",
     contract={"gives": "it asks a teacher, whom a recipe names"},
 )
 class TeacherSpans(Stage):
@@ -82,7 +82,7 @@ class TeacherSpans(Stage):
                 f"stage 'teacher_spans': {self.model} writes none of the completions as the policy does;"
                 " nothing can be aligned"
             )
-        self.tell(
+        self.warn(
             roles,
             f"{spans:,} spans of {covered[0] / max(1, spans):.1f} tokens, {covered[0] / covered[1]:.1%} of"
             " all tokens",

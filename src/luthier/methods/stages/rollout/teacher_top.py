@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.methods.stages._base import Stage
-from luthier.model.policy import resting
+from luthier.model.policy import eval_mode
 from luthier.registry import build, stage
 
 GRID = tuple(0.5 + 0.1 * i for i in range(36))  # temperatures that are tried
@@ -23,8 +23,8 @@ GRID = tuple(0.5 + 0.1 * i for i in range(36))  # temperatures that are tried
 @stage(
     paper="arXiv:2408.12168",
     row="first-trustworthy-distillation",
-    wants="completions teacher top",
-    gives="teacher_ids teacher_logprobs",
+    requires="completions teacher top",
+    provides="teacher_ids teacher_logprobs",
     contract={"gives": "it asks a teacher, whom a recipe names"},
 )
 class TeacherTop(Stage):
@@ -41,7 +41,7 @@ class TeacherTop(Stage):
         asked, found = [], []
         for i in range(0, len(rows), self.batch_size):
             batch = roles.batch(rows[i : i + self.batch_size])
-            with resting(roles.policy.model):
+            with eval_mode(roles.policy.model):
                 logprobs, ids = roles.teacher.outputs(batch).top(self.k)
             found.append((logprobs.float().cpu(), ids.cpu(), batch.labels[batch.supervised].cpu()))
             asked += batch.lengths.long().tolist()
@@ -49,7 +49,7 @@ class TeacherTop(Stage):
             return []
         logprobs, ids, labels = (torch.cat(x) for x in zip(*found, strict=True))
         t = self.temperature if self.temperature != "auto" else calibrated(logprobs, ids[:, 0] == labels)
-        self.tell(
+        self.warn(
             roles,
             f"the teacher's {self.k} likeliest tokens hold {float(logprobs.exp().sum(1).mean()):.1%} of its"
             f" probability; T = {t:g}",

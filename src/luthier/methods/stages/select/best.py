@@ -6,7 +6,7 @@ from luthier.methods.stages._base import Stage, best_first, pick
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:2304.06767", wants="completions scores", drops="pairs")
+@stage(paper="arXiv:2304.06767", requires="completions scores", removes="pairs")
 class Best(Stage):
     """One completion per row, the highest scored (of equals the first). Rows without a good enough one leave."""
 

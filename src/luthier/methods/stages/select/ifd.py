@@ -13,12 +13,12 @@ from pydantic import Field
 
 from luthier.methods.stages._base import Stage, best_first
 from luthier.model.batch import collate
-from luthier.model.policy import resting
+from luthier.model.policy import eval_mode
 from luthier.registry import Range, stage
 from luthier.text.render import Encoded
 
 
-@stage(paper="arXiv:2308.12032", wants="completions logprobs")
+@stage(paper="arXiv:2308.12032", requires="completions logprobs")
 class IFD(Stage):
     """Keeps the share of rows with the highest ppl(answer | prompt) / ppl(answer) below one; column `ifd`."""
 
@@ -64,5 +64,5 @@ class IFD(Stage):
             return Encoded(full.prompt, [ids], [marks])
 
         batch = collate(rows, encode).to(roles.device)
-        with resting(roles.policy.model):
+        with eval_mode(roles.policy.model):
             return -batch.means(roles.policy.logprobs(batch).float()).cpu()

@@ -27,7 +27,7 @@ from torch.autograd import grad
 
 from luthier.errors import RecipeError
 from luthier.methods.stages._base import Stage, without
-from luthier.model.policy import resting
+from luthier.model.policy import eval_mode
 from luthier.registry import Range, stage
 
 ENSEMBLE, FITS = 5, 200  # auxiliary perceptrons, and the steps in which they are fitted
@@ -38,9 +38,9 @@ RATES = (1e-3, 5.0)  # times learning_rate: where a learned rate may lie
 @stage(
     paper="arXiv:2301.02931",
     row="bib-bioseq",
-    wants="completions scores hidden",
-    gives="completions",
-    drops="pairs scores rewards remembered samples old truncated",
+    requires="completions scores hidden",
+    provides="completions",
+    removes="pairs scores rewards remembered samples old truncated",
 )
 class BIB(Stage):
     """New rows in place of the given: the best completions, improved. Column `proxy`: the score that the head
@@ -82,7 +82,7 @@ class BIB(Stage):
             raise RecipeError(
                 "stage 'bib' chooses among the tokens of the completions, and they hold fewer than two"
             )
-        with resting(roles.policy.model):
+        with eval_mode(roles.policy.model):
             body = Body(roles, torch.tensor(letters))
             with torch.no_grad():
                 raw = torch.cat(
@@ -110,7 +110,7 @@ class BIB(Stage):
                     row = {k: v for k, v in without(one.row).items() if k != "id"}
                     out.append({"id": f"bib/{len(out)}", **row, "completions": [ids], "proxy": said})
         moved = sum(row["completions"][0] != one.ids for row, one in zip(out, best, strict=True))
-        self.tell(
+        self.warn(
             roles,
             f"{moved} of {len(out)} designs differ from the completion they began as, of {len(known)} with"
             " scores",

@@ -30,5 +30,5 @@ class Clip(Transform):
             else Lazily(every, lambda name: {k: g * small for k, g in every[name].items()})
         )
 
-    def apply(self, grads, state, site, step):
+    def apply(self, grads, state, group, step):
         return grads

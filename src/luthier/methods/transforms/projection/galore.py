@@ -15,8 +15,8 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from luthier.methods.tuners._base import Site
-from luthier.registry import many, transform
+from luthier.methods.tuners._base import ParamGroup
+from luthier.registry import nested_list, transform
 from luthier.train.optimizer import Transform, through
 
 IN_LAYER = re.compile(r"\.\d+\.")
@@ -29,14 +29,16 @@ class GaLore(Transform):
     rank: Annotated[int, Field(ge=1)] = 128  # directions that are kept
     update_proj_gap: Annotated[int, Field(ge=1)] = 200  # steps between two choices of directions
     scale: float = 0.25  # of projected updates; OwLore takes 1
-    inner: Annotated[tuple[Any, ...], many("transform")] = ("adam",)  # what becomes of the projected gradient
+    inner: Annotated[tuple[Any, ...], nested_list("transform")] = (
+        "adam",
+    )  # what becomes of the projected gradient
 
-    def apply(self, grads, state, site, step):
+    def apply(self, grads, state, group, step):
         low, stood = {}, {}
-        fit = IN_LAYER.search(f"{site.name}.") is not None
+        fit = IN_LAYER.search(f"{group.name}.") is not None
         for slot, G in grads.items():
             if not fit or G.ndim != 2 or min(G.shape) <= self.rank:
-                low[slot], stood[slot] = G, site.slots[slot]
+                low[slot], stood[slot] = G, group.params[slot]
                 continue
             own = state.setdefault("basis", {}).setdefault(slot, {"age": 0})
             if own["age"] % self.update_proj_gap == 0:
@@ -44,7 +46,7 @@ class GaLore(Transform):
             own["age"] += 1
             low[slot] = stood[slot] = self.down(G, own["P"])
         updates = through(
-            self.inner, low, state.setdefault("inner", {}), Site(site.name, stood, site.by), step
+            self.inner, low, state.setdefault("inner", {}), ParamGroup(group.name, stood, group.by), step
         )
         bases = state.get("basis", {})
         return {

@@ -26,10 +26,10 @@ class Orthogonality(Transform):
     # of the term beside the loss (orth_reg_weight in PEFT)
     weight: Annotated[float, Field(ge=0), Range(0.01, 1.0, log=True)] = 0.5
 
-    def apply(self, grads, state, site, step):
+    def apply(self, grads, state, group, step):
         if not {"A", "B"} <= grads.keys():
             return grads
-        a, b = site.slots["A"], site.slots["B"]
+        a, b = group.params["A"], group.params["B"]
         return {**grads, "A": grads["A"] + self.weight * pull(a), "B": grads["B"] + self.weight * pull(b.T).T}
 
 

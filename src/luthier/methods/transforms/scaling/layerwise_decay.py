@@ -31,10 +31,10 @@ class LayerwiseDecay(Transform):
     layers: Annotated[int, Field(ge=0)] = 0
 
     def on(self, attached):
-        seen = [int(m[1]) + 1 for site in attached.every_site() if (m := LAYER.search(site.name))]
+        seen = [int(m[1]) + 1 for group in attached.all_param_groups() if (m := LAYER.search(group.name))]
         return self if self.layers else replace(self, layers=max(seen, default=0))
 
-    def apply(self, grads, state, site, step):
-        found = LAYER.search(site.name)
-        above = self.layers - 1 - int(found[1]) if found else self.layers if BELOW.search(site.name) else 0
+    def apply(self, grads, state, group, step):
+        found = LAYER.search(group.name)
+        above = self.layers - 1 - int(found[1]) if found else self.layers if BELOW.search(group.name) else 0
         return {slot: grad * self.decay ** max(0, above) for slot, grad in grads.items()}

@@ -25,12 +25,12 @@ class LoraPlus(Transform):
     loraplus_lr_ratio: Annotated[float, Field(gt=0), Range(1, 32, log=True)] = 16.0
 
     def on(self, attached):
-        if not any("B" in site.slots for site in attached.every_site()):
+        if not any("B" in group.params for group in attached.all_param_groups()):
             raise RecipeError(
                 "transform 'lora_plus' finds no factor B of a low-rank update; it goes with tuner lora and"
                 " its kin"
             )
         return self
 
-    def apply(self, grads, state, site, step):
+    def apply(self, grads, state, group, step):
         return {slot: g * self.loraplus_lr_ratio if slot == "B" else g for slot, g in grads.items()}

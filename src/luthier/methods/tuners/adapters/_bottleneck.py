@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from luthier.methods.tuners._delta import Delta
-from luthier.registry import Steps, family
+from luthier.registry import Choices, family
 
 # what leaves attention
 ATTENTION = r"o_proj|out_proj|attn\.c_proj|attention\.output\.dense|attention\.dense|self_attention\.dense"
@@ -40,7 +40,7 @@ def through(
     return F.linear(f(F.linear(h, down, down_bias)), up, up_bias)
 
 
-NARROWER = Steps(2, 4, 8, 16, 32, 64)  # times; what a search goes over
+NARROWER = Choices(2, 4, 8, 16, 32, 64)  # times; what a search goes over
 
 
 @family

@@ -23,7 +23,7 @@ from luthier.methods.tuners.adapters._bottleneck import ATTENTION, FFN, NARROWER
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2106.04647", row="compacter", gives="off")
+@tuner(paper="arXiv:2106.04647", row="compacter", provides="off")
 class Compacter(Bottleneck):
     """Two serial adapters a layer, of Kronecker products that share a factor."""
 

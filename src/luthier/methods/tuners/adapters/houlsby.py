@@ -11,7 +11,7 @@ from luthier.methods.tuners.adapters._bottleneck import ATTENTION, FFN, Bottlene
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:1902.00751", gives="off")
+@tuner(paper="arXiv:1902.00751", provides="off")
 class Houlsby(Bottleneck):
     """Two serial adapters a layer."""
 

@@ -20,7 +20,7 @@ from luthier.model.anatomy import LAYER, part_of
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2205.05638", gives="off merge")
+@tuner(paper="arXiv:2205.05638", provides="off merge")
 class IA3(Tuner):
     """Inhibit and amplify inner activations."""
 

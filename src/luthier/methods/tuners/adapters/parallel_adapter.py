@@ -13,7 +13,7 @@ from luthier.methods.tuners.adapters._bottleneck import Bottleneck
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2110.04366", gives="off")
+@tuner(paper="arXiv:2110.04366", provides="off")
 class ParallelAdapter(Bottleneck):
     """Adapters beside linear modules."""
 

@@ -17,7 +17,7 @@ from luthier.methods.tuners._base import Tuner
 from luthier.registry import tuner
 
 
-@tuner(row="peft-survey peft-fm-survey", gives="off merge")
+@tuner(row="peft-survey peft-fm-survey", provides="off merge")
 class PEFT(Tuner):
     """PEFT's layers on a model; read and written as PEFT does."""
 
@@ -37,7 +37,7 @@ class PEFT(Tuner):
         return any_config(self.type, self.config or {})
 
     @property
-    def provides(self):
+    def active_provides(self):
         """Some types cannot be merged; LoRA without DoRA is made of A and B."""
         from luthier.methods.tuners._peft import merges
 

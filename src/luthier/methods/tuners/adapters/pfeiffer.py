@@ -10,7 +10,7 @@ from luthier.methods.tuners.adapters._bottleneck import FFN, Bottleneck
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2005.00247", gives="off")
+@tuner(paper="arXiv:2005.00247", provides="off")
 class Pfeiffer(Bottleneck):
     """One serial adapter a layer."""
 

@@ -17,7 +17,7 @@ from luthier.methods.tuners._delta import Delta
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2210.08823", row="ssf", gives="off merge")
+@tuner(paper="arXiv:2210.08823", row="ssf", provides="off merge")
 class SSF(Delta):
     """Scale and shift features. Two numbers per output channel move."""
 

@@ -7,7 +7,7 @@ from luthier.methods.tuners.subset._subset import Weights
 from luthier.registry import tuner
 
 
-@tuner(gives="merge")
+@tuner(provides="merge")
 class Full(Tuner):
     """All parameters. The start is not kept, so it cannot be switched off: give another reference where one
     is wanted.

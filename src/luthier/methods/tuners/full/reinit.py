@@ -22,7 +22,7 @@ from luthier.model.anatomy import layer_of
 from luthier.registry import Range, tuner
 
 
-@tuner(paper="doi:10.1016/j.patter.2023.100729", row="stable-ft-biomedical", gives="merge")
+@tuner(paper="doi:10.1016/j.patter.2023.100729", row="stable-ft-biomedical", provides="merge")
 class Reinit(Tuner):
     """Full tuning with new top layers. On small sets of rows one or two layers help most."""
 
@@ -52,7 +52,7 @@ class Anew(Weights):
         draw = cast(Any, self.model)._init_weights
         for place in self.anew:
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(roles.clock.fold("reinit", place, at=0))
+                torch.manual_seed(roles.clock.derive_seed("reinit", place, at=0))
                 block = self.model.get_submodule(place)
                 for p in block.parameters():
                     # transformers passes over what it has marked as loaded

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.methods.tuners._base import Site
+from luthier.methods.tuners._base import ParamGroup
 from luthier.methods.tuners._peft import ADAPTER, OnPeft, config_of, plain_settings
 from luthier.methods.tuners.low_rank.self_tuning import DECAY, HYPER, decay, names, rate
 
@@ -34,8 +34,8 @@ class Responding(OnPeft):
         """The tensors of every layer."""
         return [layer.held[ADAPTER] for layer in self.layers.values() if hasattr(layer, "held")]
 
-    def every_site(self):
-        return [*self.found, Site("hyper", {"moved": self.hyper, "log_sigma": self.log_sigma}, None)]
+    def all_param_groups(self):
+        return [*self.found, ParamGroup("hyper", {"moved": self.hyper, "log_sigma": self.log_sigma}, None)]
 
     # --- noise, a row at a time
 

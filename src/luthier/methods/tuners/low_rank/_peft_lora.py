@@ -171,7 +171,7 @@ class OnLora(OnPeft):
             base = layers[name].get_base_layer()
             base._peft_loraga_grad = G.T if lies_sideways(base) else G
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(roles.clock.fold("lora_ga", name, at=0))
+                torch.manual_seed(roles.clock.derive_seed("lora_ga", name, at=0))
                 self._factor(layers[name], "lora_ga_init", how)
             self._subtracted(layers[name])
 

@@ -20,7 +20,7 @@ from luthier.methods.tuners._delta import Delta
 from luthier.registry import Range, tuner
 
 
-@tuner(paper="arXiv:2303.10512", gives="off merge low-rank")
+@tuner(paper="arXiv:2303.10512", provides="off merge low-rank")
 class AdaLoRA(Delta):
     """Low rank, shared out between modules by importance."""
 

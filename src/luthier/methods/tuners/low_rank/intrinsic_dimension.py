@@ -26,7 +26,7 @@ from luthier.methods.tuners._delta import Delta
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2012.13255", row="intrinsic-dimension", gives="off merge")
+@tuner(paper="arXiv:2012.13255", row="intrinsic-dimension", provides="off merge")
 class IntrinsicDimension(Delta):
     """d numbers move a whole network."""
 
@@ -58,7 +58,7 @@ class IntrinsicDimension(Delta):
         """[out, in] what is added."""
         n = shape[0] * shape[1]
         step = (
-            project(p.theta, n, Clock(self.seed).fold(self.module, at=0)).view(*shape)
+            project(p.theta, n, Clock(self.seed).derive_seed(self.module, at=0)).view(*shape)
             * (n / (self.numbers or n)) ** 0.5
         )
         return step * p.scale if self.said else step

@@ -17,7 +17,7 @@ from luthier.methods.tuners._delta import Delta, frozen
 from luthier.registry import Range, tuner
 
 
-@tuner(paper="arXiv:2410.13618", row="loldu", gives="off merge")
+@tuner(paper="arXiv:2410.13618", row="loldu", provides="off merge")
 class LoLDU(Delta):
     """Low-rank adaptation by lower-diagonal-upper decomposition."""
 

@@ -22,8 +22,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.methods.tuners._delta import Where
-from luthier.registry import Range, meant, tuner
+from luthier.methods.tuners._delta import TargetModules
+from luthier.registry import Range, did_you_mean, tuner
 
 STARTS = ("gaussian", "pissa", "olora", "orthogonal", "lq", "eva", "corda", "lora_ga")
 DRIVEN = {  # starts that are taken from data, with their settings
@@ -38,8 +38,8 @@ CHOICES = {
 }
 
 
-@tuner(paper="arXiv:2106.09685", row="eva corda", gives="off merge low-rank")
-class LoRA(Where):
+@tuner(paper="arXiv:2106.09685", row="eva corda", provides="off merge low-rank")
+class LoRA(TargetModules):
     """Low-rank adaptation."""
 
     r: Annotated[int, Range(4, 64, log=True)] = 8  # rank of the update
@@ -61,9 +61,9 @@ class LoRA(Where):
     target_parameters: list[str] | None = None
 
     @property
-    def provides(self):
+    def active_provides(self):
         """With DoRA the update is more than B A."""
-        return self.gives - {"low-rank"} if self.use_dora else self.gives
+        return self.provides - {"low-rank"} if self.use_dora else self.provides
 
     def __post_init__(self):
         start = self.init_lora_weights
@@ -88,7 +88,7 @@ class LoRA(Where):
                 raise RecipeError(f"{name}_config goes with init_lora_weights: {name}")
             for key, value in given.items():
                 if key not in usual:
-                    raise RecipeError(f"{name}_config has no setting '{key}'{meant(key, usual)}")
+                    raise RecipeError(f"{name}_config has no setting '{key}'{did_you_mean(key, usual)}")
                 if key in CHOICES and value not in CHOICES[key]:
                     raise RecipeError(
                         f"{name}_config: {key} is one of {', '.join(CHOICES[key])}, not {value!r}"

@@ -17,7 +17,7 @@ from luthier.methods.tuners._delta import Delta, frozen
 from luthier.registry import Range, tuner
 
 
-@tuner(paper="arXiv:2411.19557", row="lora-sb", gives="off merge")
+@tuner(paper="arXiv:2411.19557", row="lora-sb", provides="off merge")
 class LoRASB(Delta):
     """r * r numbers per module, in the directions in which full fine-tuning would begin to move."""
 

@@ -21,7 +21,7 @@ from luthier.registry import Range, tuner
 @tuner(
     paper="arXiv:2310.10700",
     row="pela",
-    gives="off merge",
+    provides="off merge",
     contract={
         "starts_as_base": (
             "a matrix of low rank is not the one that it stands for; with compress_ratio near 0 it is"

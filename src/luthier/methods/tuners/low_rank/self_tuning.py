@@ -27,7 +27,7 @@ HYPER = ("dropout", "weight_decay")
 DROPOUT, DECAY = 0, 1  # their places
 
 
-@tuner(paper="arXiv:1903.03088", row="self-tuning-networks", gives="off merge hyper")
+@tuner(paper="arXiv:1903.03088", row="self-tuning-networks", provides="off merge hyper")
 class SelfTuning(Delta):
     """LoRA that knows its hyperparameters."""
 

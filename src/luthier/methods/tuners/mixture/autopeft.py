@@ -23,20 +23,20 @@ from pydantic import Field
 from torch import nn
 
 from luthier.errors import RecipeError
-from luthier.methods.tuners._base import Attached
+from luthier.methods.tuners._base import TunedModel
 from luthier.methods.tuners._delta import Delta, oriented
 from luthier.methods.tuners.adapters._bottleneck import FFN, Activation, pair, through
 from luthier.methods.tuners.prompts._prefix import KEYS, drawn, placed, taken, width
 from luthier.model.anatomy import layer_of
-from luthier.registry import Steps, tuner
+from luthier.registry import Choices, tuner
 
-POWERS = Steps(0, 1, 2, 4, 8, 16, 32, 64)  # sizes that a search goes over; wider networks may be worth more
+POWERS = Choices(0, 1, 2, 4, 8, 16, 32, 64)  # sizes that a search goes over; wider networks may be worth more
 
 
 @tuner(
     paper="arXiv:2301.12132",
     row="autopeft",
-    gives="off",
+    provides="off",
     contract={
         "starts_as_base": (
             "a prefix takes its share of every attention from the first step on; without one it starts as the"
@@ -112,7 +112,7 @@ class AutoPEFT(Delta):
         if not any(sizes.values()) or (self.insert is not None and not any(self.insert)):
             return Still(self, model.requires_grad_(False))
         attached = super().attach(model)
-        there = {slot.partition("_")[0] for s in attached.every_site() for slot in s.slots}
+        there = {slot.partition("_")[0] for s in attached.all_param_groups() for slot in s.params}
         for setting, slot in (("serial", "serial"), ("parallel", "parallel"), ("num_virtual_tokens", "keys")):
             if sizes[setting] and slot not in there:
                 raise RecipeError(
@@ -142,10 +142,10 @@ class AutoPEFT(Delta):
         return y
 
 
-class Still(Attached):
+class Still(TunedModel):
     """The vector of zeros: the frozen model, of which nothing moves."""
 
-    def every_site(self):
+    def all_param_groups(self):
         return []
 
     def off(self):

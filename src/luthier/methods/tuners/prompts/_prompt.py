@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import RecipeError
-from luthier.methods.tuners._base import Attached, Site
+from luthier.methods.tuners._base import ParamGroup, TunedModel
 from luthier.storage import store
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-class Soft(Attached):
+class Soft(TunedModel):
     """[virtual, width] vectors in fp32, on a frozen model."""
 
     def __init__(self, settings, model: Network, vectors: Tensor):
@@ -31,8 +31,8 @@ class Soft(Attached):
         """[virtual, width] what stands before every sequence."""
         return self.prompt
 
-    def every_site(self):
-        return [Site("prompt", {"embeddings": self.prompt}, self.settings)]
+    def all_param_groups(self):
+        return [ParamGroup("prompt", {"embeddings": self.prompt}, self.settings)]
 
     @contextmanager
     def off(self):

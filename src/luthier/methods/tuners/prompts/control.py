@@ -29,7 +29,7 @@ FILE = "control.safetensors"
 @tuner(
     paper="arXiv:2310.00819",
     row="meet",
-    gives="off",
+    provides="off",
     contract={"starts_as_base": "vectors before the text change what is read from the first step on"},
 )
 class Control(Tuner):
@@ -49,8 +49,8 @@ class Control(Tuner):
             raise RecipeError(f"control: tuner '{self.tuner.name}' puts vectors before the text, too")
 
     @property
-    def provides(self):
-        return self.gives if self.tuner is None or "off" in self.tuner.gives else frozenset()
+    def active_provides(self):
+        return self.provides if self.tuner is None or "off" in self.tuner.provides else frozenset()
 
     @torch.no_grad()
     def attach(self, model):
@@ -98,8 +98,8 @@ class Controls(Soft):
         finally:
             self.bucket = kept
 
-    def every_site(self):
-        return [*super().every_site(), *(self.inner.every_site() if self.inner else [])]
+    def all_param_groups(self):
+        return [*super().all_param_groups(), *(self.inner.all_param_groups() if self.inner else [])]
 
     def buffers(self):
         return self.inner.buffers() if self.inner else {}
@@ -115,11 +115,11 @@ class Controls(Soft):
         if self.inner:
             self.inner.before_step(clock)
 
-    def renewed(self, site):
-        return self.inner.renewed(site) if self.inner and site != "prompt" else {}
+    def reset_masks(self, group):
+        return self.inner.reset_masks(group) if self.inner and group != "prompt" else {}
 
-    def pulls(self, site):
-        return self.inner.pulls(site) if self.inner and site != "prompt" else {}
+    def extra_grads(self, group):
+        return self.inner.extra_grads(group) if self.inner and group != "prompt" else {}
 
     def after_step(self, clock):
         if self.inner:
@@ -127,7 +127,7 @@ class Controls(Soft):
 
     @contextmanager
     def off(self):
-        if "off" not in self.settings.provides:
+        if "off" not in self.settings.active_provides:
             raise RecipeError(f"tuner 'control' with '{self.settings.tuner.name}' cannot be switched off")
         with ExitStack() as stack:
             stack.enter_context(super().off())

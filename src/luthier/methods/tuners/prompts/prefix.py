@@ -24,7 +24,7 @@ from luthier.registry import Range, tuner
 
 @tuner(
     paper="arXiv:2101.00190",
-    gives="off",
+    provides="off",
     contract={
         "starts_as_base": "keys before the text take their share of every attention from the first step on",
         "modules_of_every_kind": "it stands where keys are made, and at no other module",

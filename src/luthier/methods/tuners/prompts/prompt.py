@@ -18,7 +18,7 @@ from luthier.registry import tuner
 
 @tuner(
     paper="arXiv:2104.08691",
-    gives="off",
+    provides="off",
     contract={"starts_as_base": "vectors before the text change what is read from the first step on"},
 )
 class Prompt(Tuner):

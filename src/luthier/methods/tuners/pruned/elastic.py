@@ -28,7 +28,7 @@ from luthier.registry import tuner
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
 
 
-@tuner(paper="arXiv:2308.15609", row="instatune", gives="merge elastic")
+@tuner(paper="arXiv:2308.15609", row="instatune", provides="merge elastic")
 class Elastic(Tuner):
     """Full tuning of a network with sub-networks."""
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from luthier.errors import RecipeError
 from luthier.methods.quantizers._base import modules, opened
-from luthier.methods.tuners._base import Attached, Site
+from luthier.methods.tuners._base import ParamGroup, TunedModel
 from luthier.model import quantized as files
 from luthier.model.experts import stacked
 from luthier.storage import store
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-class Recoded(Attached):
+class Recoded(TunedModel):
     """Codes and what is continuous in them. The settings say `step(name, module, gradient, memory)`, which
     moves codes.
     """
@@ -48,7 +48,9 @@ class Recoded(Attached):
         for p in model.parameters():
             p.requires_grad_(settings.tune_rest)
         self.rest = [n for n, _ in model.named_parameters()] if settings.tune_rest else []
-        self.found = [Site(n, {"weight": dict(model.named_parameters())[n]}, settings) for n in self.rest]
+        self.found = [
+            ParamGroup(n, {"weight": dict(model.named_parameters())[n]}, settings) for n in self.rest
+        ]
         self.seen: dict[str, Tensor] = {}  # gradients of weights in this step
         self.kept: dict[str, Tensor] = {}  # what the steps of codes remember
         for name, m in self.coded.items():
@@ -57,7 +59,7 @@ class Recoded(Attached):
                 value = m._buffers.pop(f"q_{k}")
                 slots[k] = nn.Parameter(value.float())
                 m.register_parameter(f"q_{k}", slots[k])
-            self.found.append(Site(name, slots, settings))
+            self.found.append(ParamGroup(name, slots, settings))
             m.heard = self._hear(name)
             self.kept |= {f"{name}.{k}": t.to(value.device) for k, t in settings.nothing(m.size).items()}
         self.start = {k: t.detach().clone() for k, t in self._read().items()}
@@ -68,7 +70,7 @@ class Recoded(Attached):
 
         return hear
 
-    def every_site(self):
+    def all_param_groups(self):
         return self.found
 
     def buffers(self):

@@ -23,7 +23,7 @@ from luthier.methods.tuners._base import Tuner
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2405.14852", row="pv-tuning", wants="codes", gives="off merge")
+@tuner(paper="arXiv:2405.14852", row="pv-tuning", requires="codes", provides="off merge")
 class PVTuning(Tuner):
     """Codes, and what is continuous in them."""
 

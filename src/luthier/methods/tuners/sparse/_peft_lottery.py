@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from luthier.errors import RecipeError
 from luthier.methods.quantizers._base import Quantized
-from luthier.methods.tuners._base import Site
+from luthier.methods.tuners._base import ParamGroup
 from luthier.methods.tuners._delta import lies_sideways
 from luthier.methods.tuners._peft import ADAPTER, Layer, OnPeft, config_of, plain_settings
 from luthier.methods.tuners.sparse._sparse import largest, place_type
@@ -95,12 +95,14 @@ class Lottery(OnPeft):
 
     # --- what moves
 
-    def every_site(self):
+    def all_param_groups(self):
         sparse = self.found
         if not self.began:
             return sparse
         bases = ((n, m.get_base_layer().weight) for n, m in self.sparse.items())
-        dense = [Site(f"{n}.base_layer", {"weight": cast(nn.Parameter, w)}, self.settings) for n, w in bases]
+        dense = [
+            ParamGroup(f"{n}.base_layer", {"weight": cast(nn.Parameter, w)}, self.settings) for n, w in bases
+        ]
         return [*dense, *(s for s in sparse if s.name not in self.sparse)]
 
     def buffers(self):

@@ -59,8 +59,8 @@ class Regrowing(OnPeft):
                 (lambda G, found=found: method.gather(G, found)) if method.watches(clock.step) else None
             )
 
-    def renewed(self, site):
-        mask = self.masks.pop(site, None)
+    def reset_masks(self, group):
+        mask = self.masks.pop(group, None)
         return {} if mask is None else {"values": mask}
 
     def after_step(self, clock):
@@ -101,8 +101,8 @@ class Pruning(OnPeft):
                 p.c.requires_grad_(clock.step < due)
                 p.c.grad = None
 
-    def pulls(self, site):
-        c = getattr(self.pruned[site].tensors(ADAPTER), "c", None) if site in self.pruned else None
+    def extra_grads(self, group):
+        c = getattr(self.pruned[group].tensors(ADAPTER), "c", None) if group in self.pruned else None
         return {} if c is None else {"c": self.settings.l1_weight * c.detach().sign()}
 
     def kept(self, layer: dict[str, str], part: str) -> Tensor | None:

@@ -21,7 +21,7 @@ from luthier.methods.tuners.sparse._sparse import Sparse
 from luthier.registry import tuner
 
 
-@tuner(row="apet", gives="off merge")
+@tuner(row="apet", provides="off merge")
 class APET(Sparse):
     """Random positions, n in all."""
 
@@ -47,7 +47,9 @@ class APET(Sparse):
 
     def at(self, name):
         return replace(
-            self, n=(self.counts or {})[name], selection_seed=Clock(self.selection_seed).fold("apet", name)
+            self,
+            n=(self.counts or {})[name],
+            selection_seed=Clock(self.selection_seed).derive_seed("apet", name),
         )
 
     def count(self, W):

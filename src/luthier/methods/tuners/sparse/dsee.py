@@ -28,7 +28,7 @@ from luthier.registry import Range, tuner
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-@tuner(paper="arXiv:2111.00160", row="dsee", gives="off merge")
+@tuner(paper="arXiv:2111.00160", row="dsee", provides="off merge")
 class DSEE(Delta):
     """Dually sparsity-embedded efficient tuning."""
 

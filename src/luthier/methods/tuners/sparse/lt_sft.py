@@ -22,7 +22,7 @@ from luthier.methods.tuners.sparse._sparse import Sparse
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2110.07560", row="lt-sft", gives="off merge")
+@tuner(paper="arXiv:2110.07560", row="lt-sft", provides="off merge")
 class LTSFT(Sparse):
     """Lottery-ticket sparse fine-tuning."""
 

@@ -22,7 +22,7 @@ from luthier.model.anatomy import kind_of, part_of
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2307.15049", row="r-amt", gives="off merge")
+@tuner(paper="arXiv:2307.15049", row="r-amt", provides="off merge")
 class RAMT(Delta):
     """Regularized mask tuning."""
 

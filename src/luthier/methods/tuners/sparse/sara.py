@@ -19,7 +19,7 @@ from luthier.methods.tuners.sparse._sparse import Sparse, spread
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2409.06633", row="sara-sparse", gives="off merge")
+@tuner(paper="arXiv:2409.06633", row="sara-sparse", provides="off merge")
 class SaRA(Sparse):
     """Progressive sparse low-rank adaptation."""
 

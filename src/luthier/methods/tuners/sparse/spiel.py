@@ -26,7 +26,7 @@ from luthier.methods.tuners.sparse._sparse import Sparse, greatest, regrow, smal
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2401.16405", row="spiel", gives="off merge")
+@tuner(paper="arXiv:2401.16405", row="spiel", provides="off merge")
 class SpIEL(Sparse):
     """Sparse fine-tuning with a moving set of indices."""
 

@@ -24,7 +24,7 @@ from luthier.methods.tuners.sparse._sparse import Sparse
 from luthier.registry import family, tuner
 
 
-@tuner(paper="arXiv:2303.08566", row="spt-sensitivity", gives="off merge")
+@tuner(paper="arXiv:2303.08566", row="spt-sensitivity", provides="off merge")
 class SPT(Sparse):
     """Sensitivity-aware tuning."""
 

@@ -139,11 +139,11 @@ class Progressive(OnPeft):
         )
         return (U @ Vh).flatten()[p.indices.long()]
 
-    def renewed(self, site):
-        if site not in self.anew:
+    def reset_masks(self, group):
+        if group not in self.anew:
             return {}
-        self.anew.discard(site)
-        values = self.parameters()[f"{site}.values"]
+        self.anew.discard(group)
+        values = self.parameters()[f"{group}.values"]
         return {"values": torch.ones(values.shape, dtype=torch.bool, device=values.device)}
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import RecipeError
-from luthier.methods.tuners._base import Attached, Site
+from luthier.methods.tuners._base import ParamGroup, TunedModel
 from luthier.model.anatomy import layer_of
 from luthier.storage import store
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-class Weights(Attached):
+class Weights(TunedModel):
     """Own weights chosen by a rule. Kept starts make `off` exact where few weights move."""
 
     def __init__(
@@ -39,9 +39,9 @@ class Weights(Attached):
             raise RecipeError(f"tuner '{settings.name}' found nothing to move in {type(model).__name__}")
         self.start = {k: p.detach().clone() for k, p in self.parameters().items()} if keep_start else None
 
-    def every_site(self) -> list[Site]:
+    def all_param_groups(self) -> list[ParamGroup]:
         own = dict(self.model.named_parameters())
-        return [Site(n, {"weight": own[n]}, self.settings) for n in self.names]
+        return [ParamGroup(n, {"weight": own[n]}, self.settings) for n in self.names]
 
     @contextmanager
     def off(self):

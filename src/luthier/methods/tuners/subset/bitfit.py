@@ -16,7 +16,7 @@ from luthier.methods.tuners.subset._subset import Weights
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2106.10199", gives="off merge")
+@tuner(paper="arXiv:2106.10199", provides="off merge")
 class BitFit(Tuner):
     """Every bias of the network, and what `also` names."""
 

@@ -24,7 +24,7 @@ from luthier.registry import tuner
 DRAWS = 32  # random halves of which the best balanced one is taken
 
 
-@tuner(paper="arXiv:2404.18466", row="hft", gives="merge")
+@tuner(paper="arXiv:2404.18466", row="hft", provides="merge")
 class HFT(Tuner):
     """Half fine-tuning."""
 
@@ -56,7 +56,7 @@ class Half(Layers):
 
     def before_step(self, clock):
         if clock.step == 0:  # a new stage
-            self.draw.fill_(clock.fold("hft", int(self.draw)))
+            self.draw.fill_(clock.derive_seed("hft", int(self.draw)))
             self.choose()
 
     def choose(self) -> None:

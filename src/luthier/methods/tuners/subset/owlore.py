@@ -22,7 +22,7 @@ from luthier.model.sensitivity import input_norms
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2405.18380", row="owlore", gives="merge")
+@tuner(paper="arXiv:2405.18380", row="owlore", provides="merge")
 class OwLore(Tuner):
     """Outlier-weighed layerwise sampling."""
 

@@ -16,7 +16,7 @@ from luthier.model.anatomy import layer_of
 from luthier.registry import tuner
 
 
-@tuner(row="personalized-unit-test-models", gives="off merge")
+@tuner(row="personalized-unit-test-models", provides="off merge")
 class Part(Tuner):
     """Embeddings and output, or the last layer."""
 

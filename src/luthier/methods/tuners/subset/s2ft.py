@@ -32,7 +32,7 @@ WRITES = {"v": "v_ratio", "up": "u_ratio", "gate": "g_ratio"}  # parts that gain
 @tuner(
     paper="arXiv:2412.06289",
     row="s2ft",
-    gives="off merge",
+    provides="off merge",
     contract={
         "modules_of_every_kind": (
             "only down, up, gate, o and v have channels or heads to choose, each by its own ratio"
@@ -94,7 +94,7 @@ class S2FT(Delta):
         heads = 0
         if kind_of(name) == "attention":
             heads = self.num_attention_heads if part_of(name) == "o" else self.num_key_value_heads
-        drawn = Clock(self.selection_seed).fold("s2ft", layer_of(f"{name}."), kind_of(name))
+        drawn = Clock(self.selection_seed).derive_seed("s2ft", layer_of(f"{name}."), kind_of(name))
         side = "in" if part_of(name) in READS else "out"
         return Slice(
             ratio=self.ratio(name),

@@ -19,7 +19,7 @@ from luthier.model.anatomy import layer_of
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2304.05216", row="telly-k", gives="off merge")
+@tuner(paper="arXiv:2304.05216", row="telly-k", provides="off merge")
 class Telly(Tuner):
     """The top of the network. The paper's best trade is about K = 9 of 12 layers."""
 

@@ -1,0 +1,111 @@
+"""The decorator that every method file carries: it makes a class a method with frozen, checked settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import ConfigDict
+from typing_extensions import dataclass_transform
+
+T = TypeVar("T", bound=type)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Where a setting is worth searching: `r: Annotated[int, Range(4, 64, log=True)] = 8`."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+@dataclass(frozen=True, init=False)
+class Choices:
+    """Values worth searching, ascending: `width: Annotated[int, Choices(0, 1, 2, 4)] = 4`."""
+
+    values: tuple[float, ...]
+
+    def __init__(self, *values: float):
+        object.__setattr__(self, "values", values)
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def family(cls: T) -> T:
+    """Settings and code that several method files share."""
+    return dataclass(frozen=True, kw_only=True)(cls)
+
+
+def words(value: str | Iterable[str]) -> frozenset[str]:
+    """Capabilities and columns: objects, or names in one string with spaces between them."""
+    return frozenset(value.split() if type(value) is str else value)
+
+
+def declare(kind: str):
+    """The decorator of method files of a kind.
+
+    Its return type is inferred, so that type checkers see what it makes of a class.
+    """
+
+    @dataclass_transform(frozen_default=True, kw_only_default=True)
+    def method(
+        *,
+        paper: str | None = None,
+        row: str = "",
+        requires: str | Iterable[str] = (),
+        provides: str | Iterable[str] = (),
+        removes: str | Iterable[str] = (),
+        metrics: Iterable[Any] = (),
+        artifacts: Iterable[Any] = (),
+        example: Mapping[str, Any] | None = None,
+        contract: dict[str, str] | None = None,
+    ) -> Callable[[T], T]:
+        """Make a class a method.
+
+        paper: where it comes from. row: its short names in the catalogue of papers. requires, provides, removes:
+        capabilities and columns (registry/words.py). metrics, artifacts: what an evaluator measures, which files
+        it leaves. example: small settings with which tests build it, where the defaults do not suit a tiny
+        model. contract: contract tests that do not hold for it, each with the reason.
+        """
+
+        def wrap(cls: T) -> T:
+            cls = family(cls)
+            cls.kind = kind
+            cls.name = cls.__module__.rsplit(".", 1)[-1]
+            cls.paper = paper
+            cls.rows = tuple(row.split())
+            cls.requires = words(requires)
+            cls.provides = words(provides)
+            cls.removes = words(removes)
+            cls.metrics = tuple(metrics)
+            cls.artifacts = tuple(artifacts)
+            cls.example = dict(example or {})
+            cls.contract = contract or {}
+            cls.__pydantic_config__ = ConfigDict(
+                extra="forbid", validate_default=True, arbitrary_types_allowed=True
+            )
+            return cls
+
+        return wrap
+
+    return method
+
+
+tuner = declare("tuner")
+quantizer = declare("quantizer")
+objective = declare("objective")
+estimator = declare("estimator")
+transform = declare("transform")
+optimizer = declare("optimizer")
+stage = declare("stage")
+reward = declare("reward")
+role = declare("role")
+plan = declare("plan")
+compiler = declare("compiler")
+merger = declare("merger")
+decoder = declare("decoder")
+evaluator = declare("evaluator")
+architecture = declare("architecture")
+row_format = declare("format")
+searcher = declare("searcher")
