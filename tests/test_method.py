@@ -12,7 +12,7 @@ from dataclasses import MISSING, fields
 
 import pytest
 
-from luthier import registry
+from luthier.registry import discover
 from luthier.errors import RecipeError
 from luthier.registry import KINDS, build, card, cards, find, helps, names, page, spec
 
@@ -88,7 +88,7 @@ def test_other_packages_can_bring_methods(tmp_path, monkeypatch):
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[luthier.objectives]\noutside = outside\n")
     monkeypatch.syspath_prepend(str(tmp_path))
-    for found in (registry.modules, registry.announced):
+    for found in (discover.modules, discover.announced, discover.every_entry_point):
         found.cache_clear()
     try:
         assert (
@@ -96,7 +96,7 @@ def test_other_packages_can_bring_methods(tmp_path, monkeypatch):
             and card("objective", "outside").summary == "Twice the loss."
         )
     finally:
-        for found in (registry.modules, registry.announced):
+        for found in (discover.modules, discover.announced, discover.every_entry_point):
             found.cache_clear()
 
 

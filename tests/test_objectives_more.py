@@ -41,7 +41,7 @@ def roles(step: int = 0):
     tokenizer = make_tokenizer()
     shown = lambda ids: tokenizer.decode(ids)
     return SimpleNamespace(
-        clock=Clock(seed=1), renderer=SimpleNamespace(tokenizer=tokenizer, shown=shown), tell=lambda s: None
+        clock=Clock(seed=1), renderer=SimpleNamespace(tokenizer=tokenizer, shown=shown), warn=lambda s: None
     )
 
 

@@ -131,7 +131,7 @@ def test_stages_need_what_they_want(name, roles):
 def test_stages_without_a_model_need_none(name):
     stage = small(name)
     if not stage.asks_model:
-        nobody = SimpleNamespace(clock=Clock(), tell=lambda sentence: None)
+        nobody = SimpleNamespace(clock=Clock(), warn=lambda sentence: None)
         assert list(stage(rows_with(requires_of(stage) & COLUMNS), nobody))
 
 
@@ -376,7 +376,7 @@ def test_ifd_by_its_closed_form(roles, told):
         renderer=roles.renderer,
         device=roles.device,
         clock=roles.clock,
-        tell=roles.warn,
+        warn=roles.warn,
     )
     out = build("stage", {"name": "ifd", "share": 1.0, "batch_size": 3})(rows, hand)
     assert [r["id"] for r in out] == [0, 2, 3]

@@ -21,8 +21,8 @@ WAIT = ("torch._dynamo", "torch.distributed.tensor", "torch.distributed._functio
 WAIT += ("luthier.methods.tuners.adapters.ssf", "luthier.methods.tuners.adapters.houlsby")
 from luthier.run.run import tune
 seen = []
-from luthier.report.console import Quiet
-class Watch(Quiet):
+from luthier.report.console import Callback
+class Watch(Callback):
     def step(self, log):
         seen.append([m for m in WAIT if m in sys.modules])
         assert gc.get_threshold() == often and gc.get_freeze_count() > 100_000 > len(gc.get_objects())

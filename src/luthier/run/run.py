@@ -352,7 +352,7 @@ class _Run:
             parts.estimator,
             batches,
             self.accelerator,
-            tell=self.watch.warn,
+            warn=self.watch.warn,
         )
 
     def check_memory(self, fit: Trainer, stats: dict) -> None:

@@ -68,7 +68,7 @@ class Fleet:
     """Fits side by side."""
 
     fits: Sequence[Trainer]
-    tell: Callable[[str], None] = print
+    warn: Callable[[str], None] = print
     why: str | None = None  # why their steps are made one after the other
     # a token, in one pass or not
     seconds: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})

@@ -82,7 +82,7 @@ class Trainer:
     batches: BatchSchedule
     accelerator: Any
     hooks: Sequence[Callable[[Trainer, dict], None]] = ()  # called after every step with its numbers
-    tell: Callable[[str], None] = print
+    warn: Callable[[str], None] = print
     held: list[dict] | None = None  # this process's rows of the current draw
     totals: Totals = field(default_factory=Totals)
 

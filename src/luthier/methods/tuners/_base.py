@@ -44,7 +44,7 @@ class Tuner:
 
 
 class TunedModel:
-    """A tuner on a model. Subclasses say `every_site`; most also `off` and `merged`."""
+    """A tuner on a model. Subclasses define `all_param_groups`; most also `off` and `merged`."""
 
     virtual = 0  # places the layout keeps free before every sequence (soft prompts)
     frozen: Any = None  # what layers below all that moves say of rows, kept by a run (kernels/frozen.py)
