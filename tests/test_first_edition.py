@@ -26,7 +26,7 @@ ROWS = [
 
 
 def make_base(folder: Path) -> Path:
-    """The tiny Llama that the fixtures were trained on, its weights drawn by NumPy: the same on every machine."""
+    """The tiny Llama of the fixtures, its weights drawn by NumPy: the same on every machine."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -71,12 +71,13 @@ def placed(kind: str, name: str, folder: Path, base: Path) -> Path:
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_answer_as_they_did(name, base, tmp_path):
-    """Through `luthier.load`, which merges an adapter unless its recipe lies beside it, and through plain PEFT."""
+    """Through `luthier.load`, merged unless a recipe lies beside the adapter, and through plain PEFT."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     folder, expected = placed("adapters", name, tmp_path, base), EXPECTED["adapters"][name]
-    assert expected["logprobs"] != pytest.approx(EXPECTED["base"]["logprobs"], abs=0.02), "the adapter does something"
+    untuned = EXPECTED["base"]["logprobs"]
+    assert expected["logprobs"] != pytest.approx(untuned, abs=0.02), "the adapter does something"
     assert answers(luthier.load(folder, dtype="float32")) == pytest.approx(expected["logprobs"], abs=CLOSE)
     if "logits" in expected:  # not on a quantized base, which PEFT does not know of
         network = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
