@@ -8,6 +8,7 @@ import random
 
 import pytest
 import torch
+from scipy import stats
 
 from luthier.clock import Clock
 from luthier.data.rows import load
@@ -118,27 +119,38 @@ def roles():
     return assemble(recipe, parts(recipe))
 
 
+# of sequences, drawn anew: which designs one set leads to hangs on rounding, and with it on the processor
+SETS = 6
+
+
 def test_designs_hold_more_of_a_motif_than_anything_that_was_shown(roles):
-    rng = random.Random(0)
-    every = sorted((" " + " ".join(rng.choice("acgt") for _ in range(10)) for _ in range(400)), key=motif)
-    shown = every[:280]  # the best are kept back
-    rows = load([{"prompt": "dna", "completions": [s], "scores": [motif(s)]} for s in shown]).rows
-    out = build("stage", {"name": "bib", "n": 8})(rows, roles)
-    mean = sum(motif(roles.text(row["completions"][0])) for row in out) / 8
-    assert len(out) == 8 and mean > motif(shown[-1]), (
-        "on average, what is designed beats the best that was shown"
-    )
-    assert mean > sum(map(motif, every)) / 400 + 0.8, "and what chance writes by far"
-    known = set(sum((roles.policy.architecture.encode(r, roles.renderer).completions[0] for r in rows), []))
-    for row in out:
-        ids = row["completions"][0]
-        assert (
-            len(ids) == 11
-            and ids[-1] == 2
-            and set(ids) <= known
-            and row["prompt"] == "dna"
-            and "scores" not in row
+    """On average over a set's designs, and that in 95% of all draws of sets."""
+    above_best, above_chance = [], []
+    for seed in range(SETS):
+        rng = random.Random(seed)
+        every = sorted((" " + " ".join(rng.choice("acgt") for _ in range(10)) for _ in range(400)), key=motif)
+        shown = every[:280]  # the best are left out
+        rows = load([{"prompt": "dna", "completions": [s], "scores": [motif(s)]} for s in shown]).rows
+        out = build("stage", {"name": "bib", "n": 8})(rows, roles)
+        assert len(out) == 8
+        mean = sum(motif(roles.text(row["completions"][0])) for row in out) / 8
+        above_best.append(mean - motif(shown[-1]))
+        above_chance.append(mean - sum(map(motif, every)) / 400)
+        known = set(
+            sum((roles.policy.architecture.encode(r, roles.renderer).completions[0] for r in rows), [])
         )
+        for row in out:
+            ids = row["completions"][0]
+            assert (
+                len(ids) == 11
+                and ids[-1] == 2
+                and set(ids) <= known
+                and row["prompt"] == "dna"
+                and "scores" not in row
+            )
+    low = stats.ttest_1samp(above_best, 0, alternative="greater").confidence_interval(0.95).low
+    assert low > 0, f"designs should beat the best that was shown: {above_best}"
+    assert sum(above_chance) / SETS > 0.8, f"and what chance writes by far: {above_chance}"
     assert build("stage", {"name": "bib", "n": 8})(rows, roles) == out, "the same again"
 
 

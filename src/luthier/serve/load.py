@@ -197,9 +197,8 @@ def _adapter(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     try:
         model = PeftModel.from_pretrained(roles.policy.model, str(folder)).merge_and_unload().eval()
     except (AttributeError, ValueError, KeyError, NotImplementedError) as error:
-        raise RecipeError(
-            f"the adapter in {folder} cannot be merged into {base}: {str(error).splitlines()[0]}"
-        ) from None
+        reason = str(error).partition("\n")[0] or "no weight of the base can hold what its method adds"
+        raise RecipeError(f"the adapter in {folder} cannot be merged into {base}: {reason}") from None
     roles.policy.model, roles.policy.attached = model, Untuned(model)
     roles.tuner = roles.policy.attached
     return Loaded(str(folder), roles, recipe, turns=roles.renderer.note is None)
