@@ -225,13 +225,13 @@ def test_plain_loop_of_transformers_is_ours(base, tmp_path, tiny):
 KILLED = """
 import json, os, signal, sys
 import luthier
-from luthier.train.trainer import Fit
+from luthier.train.trainer import Trainer
 after = int(sys.argv[3])
-step = Fit.step
+step = Trainer.step
 def stepping(self):
     if self.roles.clock.step == after: os.kill(os.getpid(), signal.SIGKILL)
     return step(self)
-Fit.step = stepping
+Trainer.step = stepping
 luthier.tune(json.load(open(sys.argv[1])), folder=sys.argv[2])
 """
 RECIPES = {

@@ -696,7 +696,7 @@ def test_workers_do_not_ask_the_same(name):
 def test_a_goal_that_nothing_moves_is_told():
     wanted = goals(["loss", "trained"], "loss")
     tried = [
-        searching.Tried(
+        searching.Trial(
             Seen(i, {"x": i}, (float(i), 5.0)),
             Measured({1: {"loss": float(i), "trained": 5.0}}),
             {"loss": float(i), "trained": 5.0},
@@ -779,7 +779,7 @@ def test_what_moves_nothing_is_told_and_not_paid_for():
     assert searching.went(made, tried[1]).startswith(
         "1. x 0."
     ) and "left out, tuner 'autopeft' moves nothing" in searching.went(made, tried[1])
-    told = searching.Tried(
+    told = searching.Trial(
         Seen(3, {"x": 0.25}, (0.5, 1234.0), share=1 / 3),
         Measured({}),
         {"accuracy": 0.5, "parameters": 1234.0},

@@ -2,7 +2,7 @@
 compute.
 
 `Recipe.load` knows aliases of other tools, settings of methods written at the top, and `a.b=c` changes; it
-remembers where every value came from. `rehearse` matches what each part wants with what the others give.
+remembers where every value came from. `validate` matches what each part wants with what the others give.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class Entries(Sparse):
     """Some entries of a weight."""
 
     name: ClassVar[str] = "spt"
-    gives: ClassVar[frozenset[str]] = frozenset({"off", "merge"})
+    provides: ClassVar[frozenset[str]] = frozenset({"off", "merge"})
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
     n: int  # of them
 

@@ -113,7 +113,7 @@ class Slice(Delta):
     """The part of one weight that moves."""
 
     name: ClassVar[str] = "s2ft"
-    gives: ClassVar[frozenset[str]] = frozenset({"off", "merge"})
+    provides: ClassVar[frozenset[str]] = frozenset({"off", "merge"})
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
     precise: ClassVar[bool] = False
 
