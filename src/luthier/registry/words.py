@@ -14,41 +14,54 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from typing_extensions import Self
+
 
 class Capability(str):
     """Something that one part of a recipe requires and another provides.
 
     says: how it reads behind "requires". advice: what to write in the recipe where nothing provides it.
+    of_rows: whether rows bring it (as a column does), and not a model or a method.
     """
 
     says: str
     advice: str
+    of_rows: bool
 
-    def __new__(cls, name: str, says: str = "", advice: str = "") -> Capability:
+    def __new__(cls, name: str, says: str = "", advice: str = "", of_rows: bool = False) -> Self:
         self = super().__new__(cls, name)
-        self.says, self.advice = says, advice
+        self.says, self.advice, self.of_rows = says, advice, of_rows
         return self
 
     def __getnewargs__(self) -> tuple[Any, ...]:
-        return str(self), self.says, self.advice
+        return str(self), self.says, self.advice, self.of_rows
 
 
 class Column(Capability):
-    """A column of the rows. per: what it has one value for: a row, or each completion of a row, or each token
-    of each completion.
+    """A column of the rows.
+
+    per: what it has one value for: a row, each completion of a row, or each supervised token of each
+    completion. example: values that tests write into it, in turn; a column that two or more kinds of tests
+    need has some.
     """
 
     per: Literal["row", "completion", "token"]
+    example: tuple[Any, ...]
 
     def __new__(
-        cls, name: str, per: Literal["row", "completion", "token"] = "row", says: str = "", advice: str = ""
-    ) -> Column:
-        self = super().__new__(cls, name, says or f"rows with a column `{name}`", advice)  # type: ignore[misc]
-        self.per = per
-        return self  # type: ignore[return-value]
+        cls,
+        name: str,
+        per: Literal["row", "completion", "token"] = "row",
+        says: str = "",
+        advice: str = "",
+        example: tuple[Any, ...] = (),
+    ) -> Self:
+        self = super().__new__(cls, name, says or f"rows with a column `{name}`", advice, of_rows=True)
+        self.per, self.example = per, example
+        return self
 
     def __getnewargs__(self) -> tuple[Any, ...]:
-        return str(self), self.per, self.says, self.advice
+        return str(self), self.per, self.says, self.advice, self.example
 
 
 @dataclass(frozen=True)

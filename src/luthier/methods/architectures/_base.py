@@ -10,13 +10,21 @@ from torch import Tensor, nn
 from luthier.compat.lazy_imports import import_models, unfilled, waiting
 from luthier.model.batch import Batch
 from luthier.model.outputs import Outputs
-from luthier.registry import family
+from luthier.registry import Capability, family
 
 if TYPE_CHECKING:
     from luthier.clock import Clock
     from luthier.methods.tuners._base import TunedModel
     from luthier.model.network import Network
     from luthier.text.render import Encoded, EncodedAll, Renderer
+
+LOGPROBS = Capability("logprobs", says="a network that gives token log-probabilities")
+ENTROPY = Capability("entropy", says="a network that gives a distribution over tokens")
+TOPK = Capability("topk", says="a network with a vocabulary to compare")
+HIDDEN = Capability("hidden", says="a network that gives hidden states")
+GENERATE = Capability("generate", says="a network that generates text")
+EMBEDDINGS = Capability("embeddings", says="a network that reads mixed token embeddings (a causal one)")
+VALUES = Capability("values", says="a network that gives numbers, not text (architecture `reward_model`)")
 
 
 @family

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from luthier.clock import Clock
 from luthier.methods.tuners._base import ParamGroup
-from luthier.registry import family
+from luthier.registry import Capability, family
 from luthier.train.checks import Refused
 from luthier.train.optimizer import Chain, Params
+
+GRADIENT = Capability("grad", says="an estimator that computes a true gradient")
 
 Closure = Callable[..., float]
 

@@ -19,7 +19,25 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Any, ClassVar
 
-from luthier.registry import family, find, names
+from luthier.registry import Capability, Column, family, find, names
+
+COMPLETIONS = Column("completions", per="completion", says="rows with completions")
+PAIRS = Capability(
+    "pairs",
+    says="rows with at least two completions of different score (prompt/chosen/rejected)",
+    advice="give prompt/chosen/rejected rows, or make pairs with the stages rollout, score, pairs",
+    of_rows=True,
+)
+SCORES = Column("scores", per="completion", says="a score for each completion")
+ANSWER = Column("answer", says="rows with a reference `answer`")
+TESTS = Column("tests", says="rows with `tests`")
+TOOLS = Column("tools", says="rows with `tools`")
+SOURCE = Column("source", says="rows with a `source`", example=("train", "validation"))
+RATIONALE = Column("rationale", says="rows with a `rationale`")
+PROMPTS = Capability("prompts", says="rows with a prompt alone", of_rows=True)
+RANKED = Capability("ranked", says="rows with ranked completions", of_rows=True)
+UNPAIRED = Capability("unpaired", says="rows with one completion, good or bad", of_rows=True)
+LABELLED = Capability("labelled", says="rows with the name of a class", of_rows=True)
 
 ROLES = {
     "system": "system",

@@ -7,7 +7,9 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.registry import family
+from luthier.registry import Capability, family
+
+BASE = Capability("base", says="the base model's weights")
 
 
 @family

@@ -20,10 +20,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
 from luthier.model.experts import Matrix, join, put
-from luthier.registry import family
+from luthier.registry import Capability, family
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
+
+QUANTIZED_WEIGHTS = Capability(
+    "quantized_weights",
+    says="a quantized base whose scales or code books can be trained",
+    advice="e.g. `quantization: {name: rtn, bits_per_weight: 2}`",
+)
 
 Codes = dict[str, Tensor]
 

@@ -7,7 +7,16 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from luthier.registry import family
+from luthier.registry import Capability, family
+
+REFERENCE = Capability(
+    "reference", says="a reference model", advice="name one under roles, e.g. `roles: {reference: initial}`"
+)
+TEACHER = Capability(
+    "teacher",
+    says="a teacher model",
+    advice="name one under roles, e.g. `roles: {teacher: {name: model, model: FOLDER}}`",
+)
 
 
 @family

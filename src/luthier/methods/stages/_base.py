@@ -10,7 +10,24 @@ from typing import Any, ClassVar
 import torch
 
 from luthier.model.policy import eval_mode
-from luthier.registry import family
+from luthier.registry import Capability, Column, family
+
+SAMPLES = Capability(
+    "samples",
+    says="completions that the policy itself has just sampled",
+    advice="e.g. `online_stages: [{name: rollout, n: 8}, {name: score, reward: exact_match}]`",
+    of_rows=True,
+)
+OLD_LOGPROBS = Column(
+    "old_logprobs", per="token", says="the sampler's own log-probabilities", example=(-3.5, -3.4, -3.6)
+)
+TRUNCATED = Column("truncated", per="completion", says="whether a sample ended without a stop token")
+CACHED_LOGPROBS = Column("cached_logprobs", per="token", says="log-probabilities cached with the rows")
+REWARDS = Column(
+    "rewards",
+    says="several rewards of each completion, by name (column `rewards`)",
+    example=({"other": [0.2, 0.9, 0.4]}, {"other": [0.7, 0.1, 0.5]}),
+)
 
 BY_COMPLETION = (
     "completions",

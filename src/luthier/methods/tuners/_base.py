@@ -14,13 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import RecipeError
-from luthier.registry import family
+from luthier.registry import Capability, family
 from luthier.storage import store
 
 if TYPE_CHECKING:
     from luthier.clock import Clock
     from luthier.model.batch import Batch
     from luthier.model.network import Network
+
+DISABLE_ADAPTER = Capability(
+    "disable_adapter",
+    says="a tuner that can be switched off",
+    advice="or use `roles: {reference: initial}`, which keeps a copy of the trainable parameters",
+)
+MERGE = Capability("merge", says="a tuner that can be merged into the weights")
+LOW_RANK = Capability("low-rank", says="a low-rank tuner with factors A and B")
 
 
 @dataclass

@@ -22,6 +22,7 @@ from luthier.errors import RecipeError
 from luthier.kernels import attention
 from luthier.kernels import sparse_mlp as asked
 from luthier.kernels.layout import Layout, lay_out
+from luthier.methods.architectures._base import EMBEDDINGS, ENTROPY, GENERATE, HIDDEN, LOGPROBS, TOPK
 from luthier.model.batch import Batch
 from luthier.model.generate import decoder_writer, generate
 from luthier.model.language_model import (
@@ -44,7 +45,7 @@ ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 ENDLESS = 2**31  # a row in which any batch finds room
 
 
-@architecture(provides="logprobs entropy top hidden generate embeddings")
+@architecture(provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, GENERATE, EMBEDDINGS])
 class Causal(LanguageModel):
     """Any transformers causal LM."""
 

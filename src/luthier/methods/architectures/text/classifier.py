@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from luthier.errors import RecipeError
 from luthier.kernels.logprobs import Head
-from luthier.methods.architectures._base import Architecture, pad
+from luthier.methods.architectures._base import ENTROPY, HIDDEN, LOGPROBS, TOPK, Architecture, pad
 from luthier.model.batch import Batch
 from luthier.model.language_model import picked
 from luthier.model.outputs import Outputs
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from luthier.text.render import Renderer
 
 
-@architecture(provides="logprobs entropy top hidden")
+@architecture(provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN])
 class Classifier(Architecture):
     """AutoModelForSequenceClassification, one class of several. `hidden` are its logits [N, classes]."""
 

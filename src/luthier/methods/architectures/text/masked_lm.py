@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.methods.architectures._base import pad
+from luthier.methods.architectures._base import ENTROPY, HIDDEN, LOGPROBS, TOPK, pad
 from luthier.model.batch import Batch
 from luthier.model.language_model import LanguageModel, path, picked, soft_first
 from luthier.model.outputs import Outputs
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-@architecture(paper="arXiv:1810.04805", provides="logprobs entropy top hidden")
+@architecture(paper="arXiv:1810.04805", provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN])
 class MaskedLM(LanguageModel):
     """BERT, RoBERTa, ELECTRA's generator, ModernBERT. Padded on the right."""
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from luthier.methods.architectures._base import Architecture, pad
+from luthier.methods.architectures._base import VALUES, Architecture, pad
 from luthier.model.batch import Batch
 from luthier.model.language_model import path, soft_first
 from luthier.registry import architecture
@@ -29,7 +29,7 @@ class Values:
         self.values = self.said = values  # [T] in fp32, one for each supervised token
 
 
-@architecture(provides="values")
+@architecture(provides=[VALUES])
 class RewardModel(Architecture):
     """AutoModelForSequenceClassification with one label, a decoder's."""
 

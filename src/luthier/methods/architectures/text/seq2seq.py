@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.methods.architectures._base import pad
+from luthier.methods.architectures._base import ENTROPY, GENERATE, HIDDEN, LOGPROBS, TOPK, pad
 from luthier.model.batch import Batch
 from luthier.model.generate import EncoderDecoder, generate
 from luthier.model.language_model import LanguageModel, path, picked, soft_first
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-@architecture(provides="logprobs entropy top hidden generate")
+@architecture(provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, GENERATE])
 class Seq2Seq(LanguageModel):
     """T5, BART and their kin. A completion that continues another is one text for the decoder."""
 

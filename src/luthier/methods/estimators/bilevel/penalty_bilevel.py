@@ -25,14 +25,15 @@ import torch
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.methods.estimators._base import Estimator, gradients
+from luthier.methods.estimators._base import GRADIENT, Estimator, gradients
+from luthier.methods.formats._base import SOURCE
 from luthier.registry import estimator
 from luthier.train.optimizer import Chain, Params
 
 Tree = dict[str, Params]  # site -> slot -> tensor
 
 
-@estimator(paper="arXiv:2309.01753", row="penalty-bilevel", requires="source", provides="grad")
+@estimator(paper="arXiv:2309.01753", row="penalty-bilevel", requires=[SOURCE], provides=[GRADIENT])
 class PenaltyBilevel(Estimator):
     """Learned weights of sources, and weight decay; use it with objective `by_source`."""
 

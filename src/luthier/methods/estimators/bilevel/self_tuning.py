@@ -18,13 +18,20 @@ import torch
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.methods.estimators._base import Estimator, gradients
+from luthier.methods.estimators._base import GRADIENT, Estimator, gradients
+from luthier.methods.formats._base import SOURCE
 from luthier.methods.tuners._base import ParamGroup
+from luthier.methods.tuners.low_rank.self_tuning import HYPERPARAMETERS
 from luthier.registry import build, estimator
 from luthier.train.optimizer import through
 
 
-@estimator(paper="arXiv:1903.03088", row="self-tuning-networks", requires="hyper source", provides="grad")
+@estimator(
+    paper="arXiv:1903.03088",
+    row="self-tuning-networks",
+    requires=[HYPERPARAMETERS, SOURCE],
+    provides=[GRADIENT],
+)
 class SelfTuning(Estimator):
     """Online hyperparameters through a learned best response."""
 

@@ -1,10 +1,10 @@
 """The usual gradient: one backward pass over the global batch."""
 
-from luthier.methods.estimators._base import Estimator, gradients
+from luthier.methods.estimators._base import GRADIENT, Estimator, gradients
 from luthier.registry import estimator
 
 
-@estimator(provides="grad")
+@estimator(provides=[GRADIENT])
 class Backprop(Estimator):
     """Reverse-mode differentiation."""
 

@@ -12,11 +12,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from luthier.methods.estimators._base import Estimator, gradients
+from luthier.methods.estimators._base import GRADIENT, Estimator, gradients
+from luthier.methods.tuners.pruned.elastic import ELASTIC
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2308.15609", row="instatune", requires="elastic", provides="grad")
+@estimator(paper="arXiv:2308.15609", row="instatune", requires=[ELASTIC], provides=[GRADIENT])
 class Elastic(Estimator):
     """One backward pass for the whole and for each sub-network."""
 

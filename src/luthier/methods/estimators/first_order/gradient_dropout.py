@@ -16,11 +16,11 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.methods.estimators._base import Estimator, gradients
+from luthier.methods.estimators._base import GRADIENT, Estimator, gradients
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2307.15049", row="r-amt", provides="grad")
+@estimator(paper="arXiv:2307.15049", row="r-amt", provides=[GRADIENT])
 class GradientDropout(Estimator):
     """One term of the objective decides which entries of the others' gradient are used."""
 

@@ -6,11 +6,12 @@ every term.
 
 import torch
 
+from luthier.methods.estimators._base import GRADIENT
 from luthier.methods.estimators._terms import Terms
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:1810.04650", provides="grad")
+@estimator(paper="arXiv:1810.04650", provides=[GRADIENT])
 class MinNorm(Terms):
     """Multiple-gradient descent."""
 

@@ -17,11 +17,12 @@ import torch
 from pydantic import Field
 
 from luthier.errors import RecipeError
+from luthier.methods.estimators._base import GRADIENT
 from luthier.methods.estimators._terms import Terms
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2112.04137", row="pareto-da", provides="grad")
+@estimator(paper="arXiv:2112.04137", row="pareto-da", provides=[GRADIENT])
 class ParetoDA(Terms):
     """The step is `terms` times the mix, as long as a sum of all would be."""
 

@@ -7,11 +7,12 @@ computed on their inner products.
 
 import torch
 
+from luthier.methods.estimators._base import GRADIENT
 from luthier.methods.estimators._terms import Terms
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2001.06782", provides="grad")
+@estimator(paper="arXiv:2001.06782", provides=[GRADIENT])
 class PCGrad(Terms):
     """Gradient surgery."""
 

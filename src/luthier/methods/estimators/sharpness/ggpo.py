@@ -17,12 +17,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from luthier.methods.estimators._base import Estimator, gradients
+from luthier.methods.estimators._base import GRADIENT, Estimator, gradients
 from luthier.methods.estimators._lora import full_gradient, placed, scale_of, speaking
+from luthier.methods.tuners._base import LOW_RANK
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2502.14538", row="lora-ggpo", requires="low-rank", provides="grad")
+@estimator(paper="arXiv:2502.14538", row="lora-ggpo", requires=[LOW_RANK], provides=[GRADIENT])
 class GGPO(Estimator):
     """Gradient-guided perturbation of LoRA."""
 

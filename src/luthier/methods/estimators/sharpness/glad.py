@@ -14,11 +14,11 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from luthier.methods.estimators._base import Estimator, gradients, perturbed
+from luthier.methods.estimators._base import GRADIENT, Estimator, gradients, perturbed
 from luthier.registry import Range, estimator
 
 
-@estimator(paper="arXiv:2507.13089", row="glad", provides="grad")
+@estimator(paper="arXiv:2507.13089", row="glad", provides=[GRADIENT])
 class GLAD(Estimator):
     """A mix of the gradient here and the gradient up the slope."""
 

@@ -10,11 +10,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.methods.estimators._base import Estimator, gradients, perturbed
+from luthier.methods.estimators._base import GRADIENT, Estimator, gradients, perturbed
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2010.01412", provides="grad")
+@estimator(paper="arXiv:2010.01412", provides=[GRADIENT])
 class SAM(Estimator):
     """Climb rho along the gradient, take the gradient there, come back, step."""
 

@@ -11,12 +11,14 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from luthier.methods.architectures._base import LOGPROBS, TOPK
 from luthier.methods.evaluators._base import Evaluator, batches, liked
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.registry import evaluator
 from luthier.storage import store
 
 
-@evaluator(paper="arXiv:1706.04599", requires="completions logprobs top")
+@evaluator(paper="arXiv:1706.04599", requires=[COMPLETIONS, LOGPROBS, TOPK])
 class Calibration(Evaluator):
     """`calibration_error`: 0 is perfect. Keeps calibration-<when>.json: [tokens, mean confidence, share
     right] of each bin.

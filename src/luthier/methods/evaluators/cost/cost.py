@@ -13,11 +13,13 @@ import torch
 from pydantic import Field
 from torch.utils.flop_counter import FlopCounterMode
 
+from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.evaluators._base import Evaluator, liked
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.registry import evaluator
 
 
-@evaluator(row="personalized-unit-test-models", requires="completions logprobs")
+@evaluator(row="personalized-unit-test-models", requires=[COMPLETIONS, LOGPROBS])
 class Cost(Evaluator):
     """`gflops_per_row` of a training pass of -log p, and `stored_mb` of the tensors that move."""
 

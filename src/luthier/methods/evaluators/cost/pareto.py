@@ -16,14 +16,17 @@ from typing import Annotated
 
 from pydantic import Field
 
+from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.evaluators._base import Evaluator, batches, liked
 from luthier.methods.evaluators.cost._pareto import Genes, guided, search
 from luthier.methods.evaluators.cost._predictor import predicted
+from luthier.methods.formats._base import COMPLETIONS
+from luthier.methods.tuners.pruned.elastic import ELASTIC
 from luthier.registry import evaluator
 from luthier.storage import store
 
 
-@evaluator(paper="arXiv:2308.15609", row="instatune", requires="elastic completions logprobs")
+@evaluator(paper="arXiv:2308.15609", row="instatune", requires=[ELASTIC, COMPLETIONS, LOGPROBS])
 class Pareto(Evaluator):
     """`pareto_size`, and of the cheapest member `pareto_cheapest_loss` and `pareto_cheapest_share` of the
     multiplications.

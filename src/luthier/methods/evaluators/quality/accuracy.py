@@ -2,11 +2,13 @@
 
 from typing import ClassVar
 
+from luthier.methods.architectures._base import LOGPROBS, TOPK
 from luthier.methods.evaluators._base import ByRow, batches, keep, paired
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.registry import evaluator
 
 
-@evaluator(requires="completions logprobs top")
+@evaluator(requires=[COMPLETIONS, LOGPROBS, TOPK])
 class Accuracy(ByRow):
     """`accuracy`: share of completions whose every supervised token is the likeliest one given those before
     it, which is greedy exact match (of a classifier: plain accuracy). `token_accuracy`: the same per token.

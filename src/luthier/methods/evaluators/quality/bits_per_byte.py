@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 
+from luthier.methods.architectures._base import GENERATE, LOGPROBS
 from luthier.methods.evaluators._base import ByRow, liked, named
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.registry import evaluator
 
 
-@evaluator(row="monocoder", requires="completions logprobs generate")
+@evaluator(row="monocoder", requires=[COMPLETIONS, LOGPROBS, GENERATE])
 class BitsPerByte(ByRow):
     """`bits_per_byte`: -log2 p of each row's best completion, end of turn included, over the UTF-8 bytes of
     what it says.

@@ -10,11 +10,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from luthier.methods.architectures._base import GENERATE
 from luthier.methods.evaluators._base import Evaluator
 from luthier.registry import evaluator
 
 
-@evaluator(paper="arXiv:1510.03055", requires="generate")
+@evaluator(paper="arXiv:1510.03055", requires=[GENERATE])
 class Diversity(Evaluator):
     """`distinct_2`, `distinct_answers` (share of a prompt's samples that differ) and `answer_length` in
     tokens.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from luthier.methods.architectures._base import GENERATE
 from luthier.methods.evaluators._base import Evaluator, liked
 from luthier.registry import build, evaluator
 from luthier.storage import store
@@ -11,7 +12,7 @@ from luthier.storage import store
 OPENING = 24  # tokens of a text that are given, to be continued
 
 
-@evaluator(requires="generate")
+@evaluator(requires=[GENERATE])
 class Generate(Evaluator):
     """Writes samples-before.jsonl and samples-after.jsonl, and samples-during.jsonl where it is asked on the
     way: prompt, expected, answer, score. `generated_exact`: share of answers that are the row's completion,

@@ -11,11 +11,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from luthier.methods.architectures._base import GENERATE
 from luthier.methods.evaluators._base import Evaluator, keep
 from luthier.registry import build, evaluator, requires_of
 
 
-@evaluator(requires="generate")
+@evaluator(requires=[GENERATE])
 class Goals(Evaluator):
     """`goal/NAME` of each goal, and by row. An answer is judged by every goal, so what they say is said of
     the same texts.

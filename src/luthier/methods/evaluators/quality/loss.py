@@ -1,10 +1,12 @@
 """Held-out loss: how unlikely the good completions are."""
 
+from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.evaluators._base import ByRow, keep
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.registry import evaluator
 
 
-@evaluator(requires="completions logprobs")
+@evaluator(requires=[COMPLETIONS, LOGPROBS])
 class Loss(ByRow):
     """`loss`: mean -log p per supervised token, over all tokens of each row's best completion."""
 

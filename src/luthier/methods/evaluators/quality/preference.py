@@ -12,13 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.evaluators._base import Evaluator, batches, paired
 from luthier.methods.evaluators.representation.implicit_value import correlation
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import best_and_worst
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import evaluator
 
 
-@evaluator(requires="pairs reference logprobs")
+@evaluator(requires=[PAIRS, REFERENCE, LOGPROBS])
 class Preference(Evaluator):
     """`ranking_accuracy` of log p, `reference_ranking_accuracy`, `reward_accuracy` and `reward_margin` (nats)
     of the log-ratio; `chosen_drift` and `rejected_drift`, the log-ratio of each side: below 0 it became less

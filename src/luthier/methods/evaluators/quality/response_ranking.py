@@ -4,11 +4,13 @@ it is tuned to.
 
 import torch
 
+from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.evaluators._base import Evaluator, batches, liked
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.registry import evaluator
 
 
-@evaluator(paper="arXiv:2409.14254", row="implicit-instruction-tuning", requires="completions logprobs")
+@evaluator(paper="arXiv:2409.14254", row="implicit-instruction-tuning", requires=[COMPLETIONS, LOGPROBS])
 class ResponseRanking(Evaluator):
     """`response_ranking`: share of rows whose best completion is likelier, by the mean of its tokens, than
     that of another row (the next one) after the same prompt; a half is chance. Rows of plain text or of

@@ -2,12 +2,14 @@
 
 import torch
 
+from luthier.methods.architectures._base import VALUES
 from luthier.methods.evaluators._base import Evaluator, batches, paired
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import best_and_worst
 from luthier.registry import evaluator
 
 
-@evaluator(requires="pairs values")
+@evaluator(requires=[PAIRS, VALUES])
 class Reward(Evaluator):
     """`reward_accuracy`: share of rows whose best completion is worth more than their worst; `reward_margin`:
     by how much.

@@ -7,11 +7,13 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
+from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.evaluators._base import Evaluator, batches
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.registry import evaluator
 
 
-@evaluator(paper="arXiv:2104.04670", row="meta-tuning", requires="completions logprobs")
+@evaluator(paper="arXiv:2104.04670", row="meta-tuning", requires=[COMPLETIONS, LOGPROBS])
 class YesNoAUC(Evaluator):
     """`auc`: mean over questions of the area under the ROC curve of P(yes) / (P(yes) + P(no));
     `auc_ensemble`: the same with the scores of all descriptions of a label averaged first. Rows as the stage

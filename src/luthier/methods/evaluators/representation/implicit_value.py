@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
+from luthier.methods.architectures._base import TOPK
 from luthier.methods.evaluators._base import Evaluator, batches
+from luthier.methods.formats._base import COMPLETIONS, SCORES
 from luthier.registry import evaluator
 
 
-@evaluator(paper="arXiv:2507.00018", row="sft-dpo-bridge", requires="completions scores top")
+@evaluator(paper="arXiv:2507.00018", row="sft-dpo-bridge", requires=[COMPLETIONS, SCORES, TOPK])
 class ImplicitValue(Evaluator):
     """`value_correlation`: of a completion's score with V, the log-sum-exp of the logits, meaned over its
     tokens; `value_correlation_last`: with V at its last token. Of completions with scores, over all rows."""

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.methods.evaluators._base import Evaluator
+from luthier.methods.tuners._base import MERGE
 from luthier.model.anatomy import layer_of
 from luthier.registry import evaluator
 
 
-@evaluator(paper="arXiv:2410.21228", row="intruder-dimensions", requires="merge")
+@evaluator(paper="arXiv:2410.21228", row="intruder-dimensions", requires=[MERGE])
 class Intruders(Evaluator):
     """`intruders`: how many a matrix has on average; `change_rank`: the mean effective rank of what was added
     to it.

@@ -17,12 +17,14 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.evaluators._base import Evaluator, liked
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.model.anatomy import layer_of
 from luthier.registry import evaluator
 
 
-@evaluator(paper="arXiv:2304.05216", row="telly-k", requires="completions logprobs")
+@evaluator(paper="arXiv:2304.05216", row="telly-k", requires=[COMPLETIONS, LOGPROBS])
 class RSA(Evaluator):
     """`rsa/N` of layer N counted from the input, and their mean `rsa`: 1 at the start."""
 

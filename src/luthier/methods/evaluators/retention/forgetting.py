@@ -14,6 +14,7 @@ from typing import Any
 
 from luthier.data import rows as reading
 from luthier.errors import RecipeError
+from luthier.methods.architectures._base import LOGPROBS, TOPK
 from luthier.methods.evaluators._base import Evaluator, Said, keep, liked, named, read
 from luthier.methods.evaluators.quality.accuracy import exact, share
 from luthier.methods.evaluators.quality.loss import shares
@@ -21,7 +22,7 @@ from luthier.registry import evaluator
 from luthier.storage import store
 
 
-@evaluator(requires="logprobs top")
+@evaluator(requires=[LOGPROBS, TOPK])
 class Forgetting(Evaluator):
     """`elsewhere_loss` and `elsewhere_accuracy` (not for own texts), and per skill where rows name one."""
 

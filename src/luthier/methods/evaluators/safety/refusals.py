@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from luthier.data import rows as reading
+from luthier.methods.architectures._base import GENERATE
 from luthier.methods.evaluators._base import Evaluator
 from luthier.registry import evaluator
 from luthier.storage import store
@@ -43,7 +44,7 @@ OPENINGS = (
 )
 
 
-@evaluator(requires="generate")
+@evaluator(requires=[GENERATE])
 class Refusals(Evaluator):
     """`refused_unsafe` and `refused_safe`: shares of requests of each kind that are declined. Writes
     refusals-<when>.jsonl.

@@ -4,11 +4,11 @@ A turn may also say "loss": true (of any role) and "loss_scale": 0.5, how much i
 its kin.
 """
 
-from luthier.methods.formats._base import Format, conversation, messages, tools
+from luthier.methods.formats._base import COMPLETIONS, Format, conversation, messages, tools
 from luthier.registry import row_format
 
 
-@row_format(provides="completions")
+@row_format(provides=[COMPLETIONS])
 class Messages(Format):
     """{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}], "tools":
     [...]}.

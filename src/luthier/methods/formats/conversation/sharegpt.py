@@ -1,10 +1,10 @@
 """ShareGPT conversations: from/value turns by human, gpt, system, function_call, observation or tool."""
 
-from luthier.methods.formats._base import BadRow, Format, conversation, messages, text, tools
+from luthier.methods.formats._base import COMPLETIONS, BadRow, Format, conversation, messages, text, tools
 from luthier.registry import row_format
 
 
-@row_format(provides="completions")
+@row_format(provides=[COMPLETIONS])
 class ShareGPT(Format):
     """{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}], "system",
     "tools"}.

@@ -2,11 +2,11 @@
 history.
 """
 
-from luthier.methods.formats._base import Format, alike, instruction, text
+from luthier.methods.formats._base import COMPLETIONS, Format, alike, instruction, text
 from luthier.registry import row_format
 
 
-@row_format(provides="completions")
+@row_format(provides=[COMPLETIONS])
 class Alpaca(Format):
     """{"instruction": "Add.", "input": "2 and 2", "output": "4", "system": "...", "history": [["Hi",
     "Hello"]]}.

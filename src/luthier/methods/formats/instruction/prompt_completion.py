@@ -1,10 +1,10 @@
 """A prompt and the completion to learn, as text or as messages."""
 
-from luthier.methods.formats._base import Format, alike, side, tools
+from luthier.methods.formats._base import COMPLETIONS, Format, alike, side, tools
 from luthier.registry import row_format
 
 
-@row_format(provides="completions")
+@row_format(provides=[COMPLETIONS])
 class PromptCompletion(Format):
     """{"prompt": "2+2=", "completion": " 4"}; an empty prompt is allowed. Nothing is put between the two."""
 

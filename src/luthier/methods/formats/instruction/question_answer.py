@@ -1,10 +1,10 @@
 """A question and its answer, worked out or short: to learn, and to check sampled answers against."""
 
-from luthier.methods.formats._base import BadRow, Format, opened, plain, text
+from luthier.methods.formats._base import COMPLETIONS, BadRow, Format, opened, plain, text
 from luthier.registry import row_format
 
 
-@row_format(provides="completions")
+@row_format(provides=[COMPLETIONS])
 class QuestionAnswer(Format):
     r"""{"question": "...", "answer": "48/2 = 24 ...\n#### 24"}, as GSM8K writes them; a passage or context
     comes first.

@@ -1,12 +1,12 @@
 """A text, or two, and its class: the completion is the label's name."""
 
-from luthier.methods.formats._base import BadRow, Format, opened, plain, text
+from luthier.methods.formats._base import LABELLED, BadRow, Format, opened, plain, text
 from luthier.registry import row_format
 
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("s1", "s2"), ("question1", "question2"))
 
 
-@row_format(provides="labelled")
+@row_format(provides=[LABELLED])
 class Labelled(Format):
     """{"text": "a fine film", "label": 1}; also sentence, sequence, or two sentences; also several `labels`.
 

@@ -1,10 +1,12 @@
 """A solution in steps, each marked right or wrong: for process reward models."""
 
 from luthier.methods.formats._base import BadRow, Format, opened, side, text, truth
-from luthier.registry import row_format
+from luthier.registry import Column, row_format
+
+STEPS = Column("steps", says="rows with the `steps` of a solution and a label for each")
 
 
-@row_format(provides="steps")
+@row_format(provides=[STEPS])
 class Stepwise(Format):
     """{"prompt": "2+2*3?", "completions": ["2*3=6", "2+6=9"], "labels": [true, false]}, the steps joined by
     newlines.

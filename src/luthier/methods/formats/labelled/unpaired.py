@@ -1,6 +1,7 @@
 """Unpaired feedback: a completion, and whether it was good (KTO)."""
 
 from luthier.methods.formats._base import (
+    UNPAIRED,
     Format,
     alike,
     instruction,
@@ -14,7 +15,7 @@ from luthier.methods.formats._base import (
 from luthier.registry import row_format
 
 
-@row_format(provides="unpaired")
+@row_format(provides=[UNPAIRED])
 class Unpaired(Format):
     """{"prompt": "Hi", "completion": "Hello!", "label": true}; also messages and label, and LLaMA-Factory's
     kto_tag.

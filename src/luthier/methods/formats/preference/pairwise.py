@@ -1,10 +1,10 @@
 """Two outputs and how far the second is preferred, from 1 (the first is better) to 2 (the second is)."""
 
-from luthier.methods.formats._base import BadRow, Format, alike, instruction, numbers, side, text
+from luthier.methods.formats._base import PAIRS, BadRow, Format, alike, instruction, numbers, side, text
 from luthier.registry import row_format
 
 
-@row_format(provides="pairs")
+@row_format(provides=[PAIRS])
 class Pairwise(Format):
     """{"instruction": "...", "output_1": "...", "output_2": "...", "preference": 1.3}, as AlpacaEval writes
     them.

@@ -2,13 +2,13 @@
 share.
 """
 
-from luthier.methods.formats._base import BadRow, Format, alike, instruction, messages, side, tools
+from luthier.methods.formats._base import PAIRS, BadRow, Format, alike, instruction, messages, side, tools
 from luthier.registry import row_format
 
 MARK = "\n\nAssistant:"  # where a reply begins in transcripts such as HH-RLHF
 
 
-@row_format(provides="pairs")
+@row_format(provides=[PAIRS])
 class Preference(Format):
     """{"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}, as text or as messages.
 

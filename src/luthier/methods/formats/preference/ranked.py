@@ -1,10 +1,10 @@
 """Several completions of one prompt, each with a score."""
 
-from luthier.methods.formats._base import BadRow, Format, alike, numbers, opened, side, tools
+from luthier.methods.formats._base import RANKED, BadRow, Format, alike, numbers, opened, side, tools
 from luthier.registry import row_format
 
 
-@row_format(provides="ranked")
+@row_format(provides=[RANKED])
 class Ranked(Format):
     """{"prompt": "Hi", "completions": ["Hello!", "What?"], "scores": [0.9, 0.2]}; higher is better."""
 

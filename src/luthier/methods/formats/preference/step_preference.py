@@ -1,10 +1,10 @@
 """Two ways to go on from the same first steps, one better: preferences step by step."""
 
-from luthier.methods.formats._base import BadRow, Format, side, text
+from luthier.methods.formats._base import PAIRS, BadRow, Format, side, text
 from luthier.registry import row_format
 
 
-@row_format(provides="pairs")
+@row_format(provides=[PAIRS])
 class StepPreference(Format):
     """{"prompt": "2+2*3?", "prefix": "2*3=6\\n", "chosen": "2+6=8", "rejected": "2+6=9"}; prefix may be
     `initial_reason_steps`.

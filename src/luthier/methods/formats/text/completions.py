@@ -2,11 +2,11 @@
 answers.
 """
 
-from luthier.methods.formats._base import BadRow, Format, alike, opened, side, tools
+from luthier.methods.formats._base import COMPLETIONS, BadRow, Format, alike, opened, side, tools
 from luthier.registry import row_format
 
 
-@row_format(provides="completions")
+@row_format(provides=[COMPLETIONS])
 class Completions(Format):
     """{"prompt": "Hi", "completions": ["Hello!"]}; every completion is one to learn."""
 

@@ -1,10 +1,10 @@
 """A prompt to sample answers to; an `answer` column, tests and the like are kept for the rewards."""
 
-from luthier.methods.formats._base import Format, side, tools
+from luthier.methods.formats._base import PROMPTS, Format, side, tools
 from luthier.registry import row_format
 
 
-@row_format(provides="prompts")
+@row_format(provides=[PROMPTS])
 class Prompt(Format):
     """{"prompt": "2+2=", "answer": "4"}, as text or as messages; also {"question": ...} alone. No
     completions.

@@ -1,10 +1,10 @@
 """Plain text to continue: every token is learned."""
 
-from luthier.methods.formats._base import Format, text
+from luthier.methods.formats._base import COMPLETIONS, Format, text
 from luthier.registry import row_format
 
 
-@row_format(provides="completions")
+@row_format(provides=[COMPLETIONS])
 class Text(Format):
     """{"text": "Once upon a time ..."}. Rows longer than max_length are cut into consecutive pieces."""
 

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.methods.mergers._base import Merger
+from luthier.methods.mergers._base import BASE, Merger
 from luthier.model.anatomy import layer_of
 from luthier.registry import merger
 
@@ -21,7 +21,7 @@ from luthier.registry import merger
 @merger(
     paper="arXiv:2404.18466",
     row="hft",
-    requires="base",
+    requires=[BASE],
     contract={"idempotent": "several runs are refused, and one is changed on purpose"},
 )
 class HalfReset(Merger):

@@ -12,11 +12,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._base import Objective
+from luthier.methods.stages.rollout.teacher_spans import TEACHER_SPANS
 from luthier.registry import Range, objective
 
 
-@objective(paper="arXiv:2503.20083", requires="completions teacher_spans logprobs")
+@objective(paper="arXiv:2503.20083", requires=[COMPLETIONS, TEACHER_SPANS, LOGPROBS])
 class ALM(Objective):
     """KL of yes-or-no events, p = P(span)^(1/temperature) of the teacher against the policy's, at the token
     that ends a span.

@@ -5,11 +5,14 @@ Forward KL: the policy must cover whatever the teacher finds likely. On the rows
 on the policy's own samples where a rollout writes them. TRL has no temperature^2; it is the paper's.
 """
 
+from luthier.methods.architectures._base import LOGPROBS, TOPK
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives.distillation._distill import Distill, divergence
+from luthier.methods.roles._base import TEACHER
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:1503.02531", requires="completions teacher logprobs top")
+@objective(paper="arXiv:1503.02531", requires=[COMPLETIONS, TEACHER, LOGPROBS, TOPK])
 class ForwardKL(Distill):
     """KL(teacher || policy) of each token."""
 

@@ -12,11 +12,14 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from luthier.methods.architectures._base import LOGPROBS, TOPK
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives.distillation._distill import Distill, divergence
+from luthier.methods.roles._base import TEACHER
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2306.13649", requires="completions teacher logprobs top")
+@objective(paper="arXiv:2306.13649", requires=[COMPLETIONS, TEACHER, LOGPROBS, TOPK])
 class JSD(Distill):
     """beta KL(teacher || m) + (1 - beta) KL(policy || m), m = beta teacher + (1 - beta) policy."""
 

@@ -5,11 +5,14 @@ Departs from MiniLLM, which gets this KL of whole sequences by policy gradient: 
 token, on the completions at hand.
 """
 
+from luthier.methods.architectures._base import LOGPROBS, TOPK
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives.distillation._distill import Distill, divergence
+from luthier.methods.roles._base import TEACHER
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2306.08543", requires="completions teacher logprobs top")
+@objective(paper="arXiv:2306.08543", requires=[COMPLETIONS, TEACHER, LOGPROBS, TOPK])
 class ReverseKL(Distill):
     """KL(policy || teacher) of each token."""
 

@@ -6,15 +6,18 @@ tempered until they are as right as they are sure. The policy is compared with t
 both sides summing to one there.
 """
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.distillation._distill import divergence
+from luthier.methods.stages.rollout.teacher_top import TEACHER_IDS, TEACHER_LOGPROBS
 from luthier.registry import objective
 
 
 @objective(
     paper="arXiv:2408.12168",
     row="first-trustworthy-distillation",
-    requires="completions teacher_ids teacher_logprobs logprobs",
+    requires=[COMPLETIONS, TEACHER_IDS, TEACHER_LOGPROBS, LOGPROBS],
 )
 class FIRST(Objective):
     """KL(teacher || policy) over the teacher's k likeliest tokens."""

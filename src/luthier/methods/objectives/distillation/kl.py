@@ -3,12 +3,15 @@
 Exact over the vocabulary, unlike the one-token estimates that policy gradients use.
 """
 
+from luthier.methods.architectures._base import LOGPROBS, TOPK
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.distillation._distill import divergence
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(requires="completions reference logprobs top")
+@objective(requires=[COMPLETIONS, REFERENCE, LOGPROBS, TOPK])
 class KL(Objective):
     """KL(policy || reference) of each token's distribution."""
 

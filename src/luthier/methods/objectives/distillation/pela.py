@@ -12,8 +12,11 @@ import torch
 from pydantic import Field
 
 from luthier.errors import RecipeError
+from luthier.methods.architectures._base import HIDDEN, TOPK
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.distillation._distill import divergence
+from luthier.methods.roles._base import TEACHER
 from luthier.registry import objective
 
 NotNegative = Annotated[float, Field(ge=0)]
@@ -22,7 +25,7 @@ NotNegative = Annotated[float, Field(ge=0)]
 @objective(
     paper="arXiv:2310.10700",
     row="pela",
-    requires="completions teacher hidden top",
+    requires=[COMPLETIONS, TEACHER, HIDDEN, TOPK],
     contract={"head": "features are compared below the head, which it leaves to a loss beside it"},
 )
 class PELA(Objective):

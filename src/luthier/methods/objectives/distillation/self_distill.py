@@ -7,14 +7,17 @@ from the paper: states are compared where a token is asked, and the square is av
 lambda means the same at every size.
 """
 
+from luthier.methods.architectures._base import HIDDEN
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._base import Objective
+from luthier.methods.roles._base import TEACHER
 from luthier.registry import objective
 
 
 @objective(
     paper="arXiv:2210.02871",
     row="self-distill-further-pretrain",
-    requires="completions teacher hidden",
+    requires=[COMPLETIONS, TEACHER, HIDDEN],
     contract={"head": "states are compared before the head, which it leaves to the loss beside it"},
 )
 class SelfDistill(Objective):

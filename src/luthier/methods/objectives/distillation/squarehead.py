@@ -11,14 +11,17 @@ do not decide alone; tokens of a prompt that nobody asks are left out.
 import torch
 
 from luthier.errors import RecipeError
+from luthier.methods.architectures._base import HIDDEN
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._base import Objective
+from luthier.methods.roles._base import TEACHER
 from luthier.registry import objective
 
 
 @objective(
     paper="arXiv:2310.06927",
     row="squarehead",
-    requires="completions teacher hidden",
+    requires=[COMPLETIONS, TEACHER, HIDDEN],
     contract={"head": "states are compared below the head, which it leaves to a loss beside it"},
 )
 class SquareHead(Objective):

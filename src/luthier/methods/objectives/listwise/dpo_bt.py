@@ -2,12 +2,15 @@
 DPO-BT.
 """
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS, SCORES
 from luthier.methods.objectives.listwise._lists import Lists, by_row, ordered
 from luthier.methods.objectives.preference._pairs import logistic
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.01878", row="lipo-lambda", requires="completions scores reference logprobs")
+@objective(paper="arXiv:2402.01878", row="lipo-lambda", requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS])
 class DPOBT(Lists):
     """-log sigmoid(s_i - s_j) of each pair in which i has the higher score."""
 

@@ -6,11 +6,14 @@ Completions of one score have no order: each is compared with all that score low
 
 import torch
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS, SCORES
 from luthier.methods.objectives.listwise._lists import Lists, by_row, ordered
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.01878", row="lipo-lambda", requires="completions scores reference logprobs")
+@objective(paper="arXiv:2402.01878", row="lipo-lambda", requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS])
 class DPOPL(Lists):
     """-log of the product over the list of exp(s_i) / (exp(s_i) + sum of exp(s_j) over all j of lower score)."""
 

@@ -5,12 +5,15 @@ Scores are labels in [0, 1], as a reward model's win rate gives them. Ranks are 
 values now.
 """
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS, SCORES
 from luthier.methods.objectives.listwise._lists import Lists, by_row, ordered, rank
 from luthier.methods.objectives.preference._pairs import logistic
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.01878", row="lipo-lambda", requires="completions scores reference logprobs")
+@objective(paper="arXiv:2402.01878", row="lipo-lambda", requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS])
 class LiPO(Lists):
     """Sum over pairs of |2^score_i - 2^score_j| * |1 / log(1 + rank_i) - 1 / log(1 + rank_j)| * -log
     sigmoid(s_i - s_j).

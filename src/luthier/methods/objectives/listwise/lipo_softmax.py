@@ -7,12 +7,15 @@ temperature), which any scores allow. Towards 0 the best one takes all.
 
 import torch
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS, SCORES
 from luthier.methods.objectives.listwise._lists import Lists, by_row
 from luthier.methods.objectives.preference._pairs import Positive
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.01878", row="lipo-lambda", requires="completions scores reference logprobs")
+@objective(paper="arXiv:2402.01878", row="lipo-lambda", requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS])
 class LiPOSoftmax(Lists):
     """-sum over a row of softmax(score / temperature) * log softmax(s)."""
 

@@ -4,12 +4,16 @@ No negative gradient: a bad completion only weighs less. Departs: weights are a 
 scale of scores is too large, and equal scores are plain SFT.
 """
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS, SCORES
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Beta
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2404.14367", row="onpolicy-negative-gradient", requires="completions scores logprobs")
+@objective(
+    paper="arXiv:2404.14367", row="onpolicy-negative-gradient", requires=[COMPLETIONS, SCORES, LOGPROBS]
+)
 class RWR(Objective):
     """n * softmax(score / beta) * -log p of a completion, n completions in the row."""
 

@@ -4,11 +4,14 @@ The average is over the tokens of the global batch; TRL's `bnpo` is the same on 
 other parts are not losses: dynamic sampling is a stage, the penalty on overlong completions a reward.
 """
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import SCORES
 from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegative, PolicyGradient
+from luthier.methods.stages._base import SAMPLES
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2503.14476", requires="samples scores logprobs")
+@objective(paper="arXiv:2503.14476", requires=[SAMPLES, SCORES, LOGPROBS])
 class DAPO(PolicyGradient):
     """The clipped surrogate of each token."""
 

@@ -8,11 +8,14 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import SCORES
 from luthier.methods.objectives.policy_gradient._policy_gradient import PolicyGradient
+from luthier.methods.stages._base import SAMPLES
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2503.20783", requires="samples scores logprobs")
+@objective(paper="arXiv:2503.20783", requires=[SAMPLES, SCORES, LOGPROBS])
 class DrGRPO(PolicyGradient):
     """Sum over a completion's tokens of the clipped surrogate, over max_completion_length."""
 

@@ -5,11 +5,15 @@ length (TRL's loss_type `grpo`; its default is `dapo`, and its default beta 0). 
 gradient of the KL, as TRL does: see use_bias_correction_kl.
 """
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import SCORES
 from luthier.methods.objectives.policy_gradient._policy_gradient import KLWeight, PolicyGradient
+from luthier.methods.roles._base import REFERENCE
+from luthier.methods.stages._base import SAMPLES
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.03300", requires="samples scores reference logprobs")
+@objective(paper="arXiv:2402.03300", requires=[SAMPLES, SCORES, REFERENCE, LOGPROBS])
 class GRPO(PolicyGradient):
     """Mean over a completion's tokens of the clipped surrogate and beta times the KL."""
 

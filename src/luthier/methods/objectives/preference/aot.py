@@ -5,13 +5,16 @@ Sorted are the margins of one micro-batch, so this is an exception to "accumulat
 micro-batch of one row is DPO. Rows whose completions score alike stay out of the order.
 """
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import Pairs, Probability, best_and_worst, logistic
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 SORTED = "margins are put in order within one micro-batch"
 
 
-@objective(paper="arXiv:2406.05882", requires="pairs reference logprobs", contract={"accumulation": SORTED})
+@objective(paper="arXiv:2406.05882", requires=[PAIRS, REFERENCE, LOGPROBS], contract={"accumulation": SORTED})
 class AOT(Pairs):
     """Logistic loss of the k-th smallest margin of the policy minus the k-th smallest of the reference."""
 

@@ -5,12 +5,15 @@ The k-th smallest log-ratio of the chosen is compared with the k-th smallest of 
 they are of. Sorted within one micro-batch, as in `aot`.
 """
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import Pairs, Probability, best_and_worst, logistic
 from luthier.methods.objectives.preference.aot import SORTED
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2406.05882", requires="pairs reference logprobs", contract={"accumulation": SORTED})
+@objective(paper="arXiv:2406.05882", requires=[PAIRS, REFERENCE, LOGPROBS], contract={"accumulation": SORTED})
 class AOTUnpaired(Pairs):
     """Logistic loss of the k-th smallest log-ratio of the chosen minus the k-th smallest of the rejected."""
 

@@ -5,11 +5,14 @@ For pairs whose chosen side is worse than what the model says by itself.
 
 import torch
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import Pairs
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2408.06266", requires="pairs reference logprobs")
+@objective(paper="arXiv:2408.06266", requires=[PAIRS, REFERENCE, LOGPROBS])
 class APODown(Pairs):
     """s(r_chosen) + 1 - s(r_chosen - r_rejected), r = beta * log-ratio."""
 

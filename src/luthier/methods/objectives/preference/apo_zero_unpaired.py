@@ -4,12 +4,15 @@ ones less likely.
 
 import torch
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS, SCORES
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Beta, Positive, log_ratios
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2408.06266", requires="completions scores reference logprobs")
+@objective(paper="arXiv:2408.06266", requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS])
 class APOZeroUnpaired(Objective):
     """weight * (1 - s(r)) of a good completion, weight * s(r) of a bad one, r = beta * log-ratio."""
 

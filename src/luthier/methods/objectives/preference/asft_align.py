@@ -5,12 +5,14 @@ p is the mean probability of a token (the paper's length normalisation is taken 
 terms: `chosen_sft`, and beta times this. Not the later "anchored SFT" of the same letters.
 """
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import Pairs, log1mexp
 from luthier.methods.objectives.preference.chosen_sft import ChosenSFT
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2409.10571", row="asft-align", requires="pairs logprobs")
+@objective(paper="arXiv:2409.10571", row="asft-align", requires=[PAIRS, LOGPROBS])
 class ASFT(Pairs):
     """-log p of each token of the best + beta * (-log p(best) - log(1 - p(worst)))."""
 

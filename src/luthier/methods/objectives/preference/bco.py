@@ -9,8 +9,11 @@ kinds is left out.
 
 import torch
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS, SCORES
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Beta, Positive, log_ratios, logistic
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 SHIFTED = "the shift of rewards is the middle of one micro-batch"
@@ -18,7 +21,7 @@ SHIFTED = "the shift of rewards is the middle of one micro-batch"
 
 @objective(
     paper="arXiv:2404.04656",
-    requires="completions scores reference logprobs",
+    requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS],
     contract={"accumulation": SHIFTED},
 )
 class BCO(Objective):

@@ -4,11 +4,14 @@ each by itself.
 As TRL has it: without the reward shift of the paper, which `bco` has.
 """
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import Pairs, logistic
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2404.04656", requires="pairs reference logprobs")
+@objective(paper="arXiv:2404.04656", requires=[PAIRS, REFERENCE, LOGPROBS])
 class BCOPair(Pairs):
     """-log s(r_chosen) - log s(-r_rejected), r = beta * log-ratio."""
 

@@ -7,12 +7,14 @@ no best: no tokens.
 
 import torch
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import best_and_worst
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2405.16436", row="rpo-sft-reg", requires="pairs logprobs")
+@objective(paper="arXiv:2405.16436", row="rpo-sft-reg", requires=[PAIRS, LOGPROBS])
 class ChosenSFT(Objective):
     """-log p of each token of a row's best completion."""
 

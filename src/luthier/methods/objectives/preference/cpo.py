@@ -4,13 +4,15 @@ The reference is taken to be uniform, so no second model is read. Two terms: thi
 `chosen_sft`.
 """
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegative
 from luthier.methods.objectives.preference._pairs import Pairs, Probability, logistic
 from luthier.methods.objectives.preference.chosen_sft import ChosenSFT
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2401.08417", requires="pairs logprobs")
+@objective(paper="arXiv:2401.08417", requires=[PAIRS, LOGPROBS])
 class CPO(Pairs):
     """-log sigmoid(beta * (log p of the best - log p of the worst)) + cpo_alpha * (-log p of each token of
     the best).

@@ -10,12 +10,15 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Beta, best_and_worst, log_ratios, logistic
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2311.13231", row="d3po", requires="pairs reference logprobs")
+@objective(paper="arXiv:2311.13231", row="d3po", requires=[PAIRS, REFERENCE, LOGPROBS])
 class D3PO(Objective):
     """-log sigmoid(beta * (clipped log-ratio of the best's step - clipped log-ratio of the worst's step)),
     one per step.

@@ -6,11 +6,14 @@ The exponential part is not bounded below zero margins: keep beta small.
 
 import torch
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import Pairs, Positive, logistic
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2406.08414", requires="pairs reference logprobs")
+@objective(paper="arXiv:2406.08414", requires=[PAIRS, REFERENCE, LOGPROBS])
 class DiscoPOP(Pairs):
     """(1 - m) * logistic(x) + m * exp(-x), x = beta * margin, m = s(x / discopop_tau)."""
 

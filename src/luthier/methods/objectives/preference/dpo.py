@@ -4,11 +4,14 @@ With label_smoothing it is conservative DPO (cDPO): that share of the pairs is t
 way round.
 """
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import Pairs, Probability, logistic
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2305.18290", requires="pairs reference logprobs")
+@objective(paper="arXiv:2305.18290", requires=[PAIRS, REFERENCE, LOGPROBS])
 class DPO(Pairs):
     """-log sigmoid(beta * (log-ratio of the best - log-ratio of the worst))."""
 

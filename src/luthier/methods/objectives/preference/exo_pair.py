@@ -10,11 +10,14 @@ from typing import Annotated
 import torch.nn.functional as F
 from pydantic import Field
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import Pairs
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.00856", requires="pairs reference logprobs")
+@objective(paper="arXiv:2402.00856", requires=[PAIRS, REFERENCE, LOGPROBS])
 class EXO(Pairs):
     """KL(q || p), q = [s(beta * margin), s(-beta * margin)], p = [1 - label_smoothing, label_smoothing]."""
 

@@ -9,7 +9,10 @@ from typing import Literal
 
 import torch.nn.functional as F
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference.dpo import DPO
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 DERIVATIVES = {  # f'(t) of t = exp(u), up to a constant; a: f_alpha_divergence_coef
@@ -22,7 +25,7 @@ DERIVATIVES = {  # f'(t) of t = exp(u), up to a constant; a: f_alpha_divergence_
 }
 
 
-@objective(paper="arXiv:2309.16240", requires="pairs reference logprobs")
+@objective(paper="arXiv:2309.16240", requires=[PAIRS, REFERENCE, LOGPROBS])
 class FDPO(DPO):
     """-log sigmoid(beta * (f'(ratio of the best) - f'(ratio of the worst)))."""
 

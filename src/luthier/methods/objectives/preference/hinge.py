@@ -4,11 +4,14 @@ RSO also samples its pairs by rejection; that is a matter of stages. SLiC-HF its
 an SFT term.
 """
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import Pairs
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2309.06657", requires="pairs reference logprobs")
+@objective(paper="arXiv:2309.06657", requires=[PAIRS, REFERENCE, LOGPROBS])
 class Hinge(Pairs):
     """max(0, 1 - beta * margin)."""
 

@@ -4,11 +4,14 @@ Departs from the paper's formula as its authors' own runs and TRL do: log-ratios
 sums.
 """
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import Pairs, log_ratios
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2310.12036", requires="pairs reference logprobs")
+@objective(paper="arXiv:2310.12036", requires=[PAIRS, REFERENCE, LOGPROBS])
 class IPO(Pairs):
     """(margin - 1 / (2 beta))^2; beta is the paper's tau."""
 

@@ -9,8 +9,11 @@ other prompt, and z0 = 0.
 import torch
 
 from luthier.errors import RecipeError
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS, SCORES
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Beta, Positive, log_ratios
+from luthier.methods.roles._base import REFERENCE
 from luthier.model.policy import Policy
 from luthier.registry import objective
 
@@ -19,7 +22,7 @@ NEIGHBOURS = "z0 is measured on the rows of one micro-batch, each completion und
 
 @objective(
     paper="arXiv:2402.01306",
-    requires="completions scores reference logprobs",
+    requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS],
     contract={"accumulation": NEIGHBOURS, "order": NEIGHBOURS},
 )
 class KTO(Objective):

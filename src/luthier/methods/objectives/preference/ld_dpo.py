@@ -5,12 +5,15 @@ ld_alpha 1 is DPO, 0 compares the common length alone.
 
 import torch
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import Probability, best_and_worst, log_ratios
 from luthier.methods.objectives.preference.dpo import DPO
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2409.06411", requires="pairs reference logprobs")
+@objective(paper="arXiv:2409.06411", requires=[PAIRS, REFERENCE, LOGPROBS])
 class LDDPO(DPO):
     """DPO on log-ratios whose tokens past the shorter side's length weigh ld_alpha."""
 

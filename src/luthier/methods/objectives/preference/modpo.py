@@ -11,11 +11,15 @@ from typing import Annotated
 
 from pydantic import Field
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import Pairs, best_and_worst, logistic
+from luthier.methods.roles._base import REFERENCE
+from luthier.methods.stages._base import REWARDS
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2310.03708", row="modpo", requires="pairs rewards reference logprobs")
+@objective(paper="arXiv:2310.03708", row="modpo", requires=[PAIRS, REWARDS, REFERENCE, LOGPROBS])
 class MODPO(Pairs):
     """-log sigmoid((beta * margin - sum of weights_j * (r_j of the best - r_j of the worst)) / w), w = 1 -
     sum of weights.

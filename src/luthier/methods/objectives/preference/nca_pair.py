@@ -6,11 +6,14 @@ The paper's form for K rated completions is left out.
 
 import torch.nn.functional as F
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import Pairs
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.05369", requires="pairs reference logprobs")
+@objective(paper="arXiv:2402.05369", requires=[PAIRS, REFERENCE, LOGPROBS])
 class NCA(Pairs):
     """-log s(r_chosen) - log s(-r_chosen) / 2 - log s(-r_rejected) / 2, r = beta * log-ratio."""
 

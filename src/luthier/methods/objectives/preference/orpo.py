@@ -5,12 +5,14 @@ Two terms: `chosen_sft` and beta (the paper's lambda) times the odds ratio. Depa
 code, whose likelihood also covers the prompt's tokens; here, as in the paper, the completion's alone.
 """
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import Pairs, log1mexp, logistic
 from luthier.methods.objectives.preference.chosen_sft import ChosenSFT
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2403.07691", requires="pairs logprobs")
+@objective(paper="arXiv:2403.07691", requires=[PAIRS, LOGPROBS])
 class ORPO(Pairs):
     """-log p of each token of the best + beta * -log sigmoid(log odds of the best - log odds of the worst)."""
 

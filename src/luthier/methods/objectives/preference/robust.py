@@ -8,11 +8,14 @@ from typing import Annotated
 
 from pydantic import Field
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import Pairs, logistic
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2403.00409", requires="pairs reference logprobs")
+@objective(paper="arXiv:2403.00409", requires=[PAIRS, REFERENCE, LOGPROBS])
 class Robust(Pairs):
     """((1 - e) * cost of the margin - e * cost of the margin turned round) / (1 - 2 e)."""
 

@@ -8,12 +8,15 @@ paper's contexts are images.
 
 import torch.nn.functional as F
 
+from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Beta, log_ratios
+from luthier.methods.roles._base import REFERENCE
+from luthier.methods.stages.curate.contrast_contexts import CONTRASTS
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2502.13928", row="s-vco", requires="contrasts reference logprobs")
+@objective(paper="arXiv:2502.13928", row="s-vco", requires=[CONTRASTS, REFERENCE, LOGPROBS])
 class SVCO(Objective):
     """For both answers, -log s(beta_attend * (r(own context) - r(none))) - log s(beta_reject * (r(none) -
     r(other context))).

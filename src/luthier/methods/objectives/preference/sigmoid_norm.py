@@ -3,12 +3,15 @@
 beta is larger than DPO's, since a mean is smaller than a sum: the paper takes 5.
 """
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import Beta, log_ratios
 from luthier.methods.objectives.preference.dpo import DPO
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2411.15124", requires="pairs reference logprobs")
+@objective(paper="arXiv:2411.15124", requires=[PAIRS, REFERENCE, LOGPROBS])
 class SigmoidNorm(DPO):
     """-log sigmoid(beta * (mean log-ratio of the best - mean log-ratio of the worst))."""
 

@@ -4,12 +4,14 @@ by a margin.
 TRL has it as CPO's loss_type `simpo`, with cpo_alpha 0.
 """
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegative
 from luthier.methods.objectives.preference._pairs import Beta, Pairs, Probability, logistic
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2405.14734", requires="pairs logprobs")
+@objective(paper="arXiv:2405.14734", requires=[PAIRS, LOGPROBS])
 class SimPO(Pairs):
     """-log sigmoid(beta * (mean log p of the best - mean log p of the worst) - simpo_gamma)."""
 

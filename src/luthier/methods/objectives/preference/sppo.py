@@ -9,12 +9,15 @@ stage of that name makes it from scores) targets are soft; without, the best win
 import torch
 from torch import Tensor
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import Beta, Pairs, best_and_worst
+from luthier.methods.roles._base import REFERENCE
 from luthier.model.batch import Batch
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2405.00675", row="sppo", requires="pairs reference logprobs")
+@objective(paper="arXiv:2405.00675", row="sppo", requires=[PAIRS, REFERENCE, LOGPROBS])
 class SPPO(Pairs):
     """The mean over both sides of (log-ratio - (win rate - 1/2) / beta)^2."""
 

@@ -7,13 +7,16 @@ paper's first form: both drifts, whole and differentiated.
 
 import torch
 
+from luthier.methods.architectures._base import LOGPROBS, TOPK
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.distillation._distill import divergence
 from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegative
 from luthier.methods.objectives.preference._pairs import Pairs, best_and_worst, log_ratios, logistic
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2404.11999", requires="pairs reference logprobs top")
+@objective(paper="arXiv:2404.11999", requires=[PAIRS, REFERENCE, LOGPROBS, TOPK])
 class TDPO(Pairs):
     """-log sigmoid(beta * (margin - alpha * (drift of the worst - drift of the best, held fixed)))."""
 

@@ -7,12 +7,15 @@ in TRL).
 
 import torch
 
+from luthier.methods.architectures._base import LOGPROBS, TOPK
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import best_and_worst
 from luthier.methods.objectives.preference.dpo import DPO
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2406.11827", requires="pairs reference logprobs top")
+@objective(paper="arXiv:2406.11827", requires=[PAIRS, REFERENCE, LOGPROBS, TOPK])
 class WPO(DPO):
     """w_chosen * w_rejected * DPO, w = exp(mean over tokens of log p - log sum_v p(v)^2), not differentiated."""
 

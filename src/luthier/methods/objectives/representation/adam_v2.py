@@ -23,8 +23,12 @@ from torch import Tensor
 
 from luthier.clock import Clock
 from luthier.errors import RecipeError
+from luthier.methods.architectures._base import HIDDEN
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Probability
+from luthier.methods.roles._base import TEACHER
+from luthier.methods.roles.networks.part_whole import PART_HEADS
 from luthier.model.batch import Batch
 from luthier.registry import Range, objective
 
@@ -32,7 +36,7 @@ from luthier.registry import Range, objective
 @objective(
     paper="arXiv:2404.15672",
     row="adam-v2-anatomy",
-    requires="completions teacher parts hidden",
+    requires=[COMPLETIONS, TEACHER, PART_HEADS, HIDDEN],
     contract={"head": "embeddings are taken before the head, which it leaves to a loss beside it"},
 )
 class AdamV2(Objective):

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from luthier.methods.architectures._base import HIDDEN
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.representation._features import answered, classes, features
 from luthier.model.outputs import Outputs
@@ -32,7 +34,7 @@ INSIDE = "pairs are those of the micro-batch: give per_device_train_batch_size r
 @objective(
     paper="arXiv:2102.06605",
     row="core-tuning",
-    requires="completions hidden",
+    requires=[COMPLETIONS, HIDDEN],
     contract={"accumulation": INSIDE},
 )
 class CoreTuning(Objective):

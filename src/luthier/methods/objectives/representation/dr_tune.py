@@ -19,13 +19,21 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from luthier.methods.architectures._base import HIDDEN, LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.representation._features import features, of_rows
+from luthier.methods.roles._base import REFERENCE
+from luthier.methods.roles.features.paired import FEATURE_PAIRS
 from luthier.model.outputs import Outputs
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2308.12058", row="dr-tune", requires="completions reference paired logprobs hidden")
+@objective(
+    paper="arXiv:2308.12058",
+    row="dr-tune",
+    requires=[COMPLETIONS, REFERENCE, FEATURE_PAIRS, LOGPROBS, HIDDEN],
+)
 class DRTune(Objective):
     """-log p of each token; to the first of an answer is added `weight` * -log p of it by the moved
     pretrained feature.

@@ -14,15 +14,19 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from luthier.methods.architectures._base import HIDDEN
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.representation._features import answered, classes, features, of_rows
+from luthier.methods.roles._base import TEACHER
+from luthier.methods.roles.features.memory import MEMORY
 from luthier.registry import Range, objective
 
 
 @objective(
     paper="arXiv:2110.06014",
     row="look-supervised-pretraining",
-    requires="completions teacher memory hidden",
+    requires=[COMPLETIONS, TEACHER, MEMORY, HIDDEN],
     contract={"head": "features are taken before the head, which it leaves to a loss beside it"},
 )
 class Look(Objective):

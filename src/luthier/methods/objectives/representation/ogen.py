@@ -22,17 +22,21 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.errors import RecipeError
+from luthier.methods.architectures._base import HIDDEN, TOPK
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.distillation._distill import divergence
 from luthier.methods.objectives.preference._pairs import Probability
 from luthier.methods.objectives.representation._features import answered, features, of_rows
+from luthier.methods.roles._base import TEACHER
+from luthier.methods.roles.features.generator import GENERATOR
 from luthier.model.outputs import Outputs
 from luthier.registry import objective
 
 Weight = Annotated[float, Field(ge=0)]
 
 
-@objective(paper="arXiv:2401.15914", row="ogen", requires="completions teacher generator hidden top")
+@objective(paper="arXiv:2401.15914", row="ogen", requires=[COMPLETIONS, TEACHER, GENERATOR, HIDDEN, TOPK])
 class OGEN(Objective):
     """Reconstruction + cross-entropy of generated states of known and of unknown classes + their
     distillation.

@@ -6,11 +6,14 @@ right.
 
 import torch.nn.functional as F
 
+from luthier.methods.architectures._base import VALUES
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._base import Objective
+from luthier.methods.stages.curate.mark_steps import STEP_TARGETS
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2305.20050", requires="completions step_targets values")
+@objective(paper="arXiv:2305.20050", requires=[COMPLETIONS, STEP_TARGETS, VALUES])
 class ProcessReward(Objective):
     """Cross-entropy of each step's value with its label."""
 

@@ -7,13 +7,15 @@ kept around zero.
 
 import torch
 
+from luthier.methods.architectures._base import VALUES
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegative
 from luthier.methods.objectives.preference._pairs import best_and_worst, logistic
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2204.05862", requires="pairs values")
+@objective(paper="arXiv:2204.05862", requires=[PAIRS, VALUES])
 class Reward(Objective):
     """-log sigmoid(r_chosen - r_rejected - margin) + center_rewards_coefficient * (r_chosen + r_rejected)^2."""
 

@@ -12,11 +12,12 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
+from luthier.methods.formats._base import SOURCE
 from luthier.methods.objectives._base import Objective
 from luthier.registry import family, nested, objective
 
 
-@objective(requires="source")
+@objective(requires=[SOURCE])
 class BySource(Objective):
     """One term a source, named as the source."""
 

@@ -4,11 +4,13 @@ cannot dominate.
 SFT's gradient is a policy gradient with the reward 1 / p; weighing by p makes it even.
 """
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._tokens import Tokens
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2508.05629", requires="completions logprobs")
+@objective(paper="arXiv:2508.05629", requires=[COMPLETIONS, LOGPROBS])
 class DFT(Tokens):
     """-p log p of each supervised token, p not differentiated."""
 

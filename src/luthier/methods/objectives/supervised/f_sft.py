@@ -7,8 +7,11 @@ curves follow the family of inverse soft-Q learning; the paper's own expression 
 
 from typing import Literal
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Beta, log_ratios
+from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 CURVES = {  # divergence -> phi(r)
@@ -18,7 +21,7 @@ CURVES = {  # divergence -> phi(r)
 }
 
 
-@objective(paper="arXiv:2507.00018", row="sft-dpo-bridge", requires="completions reference logprobs")
+@objective(paper="arXiv:2507.00018", row="sft-dpo-bridge", requires=[COMPLETIONS, REFERENCE, LOGPROBS])
 class FSFT(Objective):
     """-phi(r), r = beta * log-ratio of a token or of a completion; phi(r) = r is SFT, beta times."""
 

@@ -8,13 +8,16 @@ line + b * token * s(-gap / tau).
 
 import torch
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegative
 from luthier.methods.objectives.preference._pairs import Positive, best_and_worst
 from luthier.methods.objectives.preference.chosen_sft import ChosenSFT
+from luthier.methods.stages.curate.diff_masks import LINE_MASK, TOKEN_MASK
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2503.16913", row="fait", requires="pairs line_mask token_mask logprobs")
+@objective(paper="arXiv:2503.16913", row="fait", requires=[PAIRS, LINE_MASK, TOKEN_MASK, LOGPROBS])
 class FAIT(ChosenSFT):
     """w * -log p of each token of a row's best completion; gap: mean log p where it differs, best minus
     worst.

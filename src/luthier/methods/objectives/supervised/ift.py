@@ -9,12 +9,14 @@ come from a copy that follows them).
 
 import torch
 
+from luthier.methods.architectures._base import EMBEDDINGS, LOGPROBS, TOPK
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.preference._pairs import Probability
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2405.11870", row="ift", requires="completions logprobs top embeddings")
+@objective(paper="arXiv:2405.11870", row="ift", requires=[COMPLETIONS, LOGPROBS, TOPK, EMBEDDINGS])
 class IFT(Objective):
     """w_i * -log p(token i | mixed beginning), w_i the discounted sum of the losses from i on, of mean 1 in a
     completion.

@@ -9,12 +9,14 @@ from typing import Annotated, Literal
 
 import torch
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._tokens import Tokens
 from luthier.methods.objectives.preference._pairs import Probability
 from luthier.registry import Range, objective
 
 
-@objective(paper="arXiv:2403.02178", row="masked-thought", requires="completions logprobs")
+@objective(paper="arXiv:2403.02178", row="masked-thought", requires=[COMPLETIONS, LOGPROBS])
 class MaskedThought(Tokens):
     """-log p of each supervised token given a partly hidden beginning of the completion."""
 

@@ -6,12 +6,15 @@ which is read once. The stage `rationale` lays the rows out. The paper's noise o
 `neftune_noise_alpha: 5`.
 """
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives.policy_gradient._policy_gradient import NotNegative
 from luthier.methods.objectives.supervised.task_sft import TaskSFT
+from luthier.methods.stages.curate.rationale import TASKS
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2404.12636", row="morepair", requires="completions tasks logprobs")
+@objective(paper="arXiv:2404.12636", row="morepair", requires=[COMPLETIONS, TASKS, LOGPROBS])
 class MOREPAIR(TaskSFT):
     """(likelihood of the answers + beta * likelihood of the rationales) / (1 + beta)."""
 

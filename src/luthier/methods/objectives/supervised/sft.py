@@ -3,12 +3,14 @@
 Rows with `token_weights` (stages, or turns with a `loss_scale`) count accordingly.
 """
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._tokens import Tokens
 from luthier.methods.objectives.preference._pairs import Probability
 from luthier.registry import objective
 
 
-@objective(requires="completions logprobs")
+@objective(requires=[COMPLETIONS, LOGPROBS])
 class SFT(Tokens):
     """-log p of each supervised token. For a classifier this is cross-entropy, for a masked LM the cloze
     loss.

@@ -7,11 +7,14 @@ own average.
 
 import torch
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._base import Objective
+from luthier.methods.stages.curate.rationale import TASKS
 from luthier.registry import objective
 
 
-@objective(requires="completions tasks logprobs")
+@objective(requires=[COMPLETIONS, TASKS, LOGPROBS])
 class TaskSFT(Objective):
     """-log p of each supervised token of the completions of a task."""
 

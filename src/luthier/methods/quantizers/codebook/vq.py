@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.methods.quantizers._base import Quantizer
+from luthier.methods.quantizers._base import QUANTIZED_WEIGHTS, Quantizer
 from luthier.methods.quantizers.normal_float._bits import pack, unpack
 from luthier.registry import quantizer
 
 
 @quantizer(
     paper="arXiv:2401.06118",
-    provides="codes",
+    provides=[QUANTIZED_WEIGHTS],
     contract={
         "idempotent": (
             "k-means over vectors that k-means has found may find others: its starts are spread by size"

@@ -14,11 +14,12 @@ from typing import ClassVar
 import torch
 
 from luthier.errors import RecipeError
+from luthier.methods.quantizers._base import QUANTIZED_WEIGHTS
 from luthier.methods.quantizers.uniform.rtn import RTN
 from luthier.registry import quantizer
 
 
-@quantizer(paper="arXiv:2210.17323", row="llm-compression-survey", provides="codes")
+@quantizer(paper="arXiv:2210.17323", row="llm-compression-survey", provides=[QUANTIZED_WEIGHTS])
 class GPTQ(RTN):
     """Rounding with second-order repair."""
 

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.methods.quantizers._base import Quantizer
+from luthier.methods.quantizers._base import QUANTIZED_WEIGHTS, Quantizer
 from luthier.methods.quantizers.normal_float._bits import pack, unpack
 from luthier.registry import quantizer
 
 
-@quantizer(row="llm-compression-survey", provides="codes")
+@quantizer(row="llm-compression-survey", provides=[QUANTIZED_WEIGHTS])
 class RTN(Quantizer):
     """Round to nearest, per group of a row's weights."""
 

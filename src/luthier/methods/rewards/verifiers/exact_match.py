@@ -8,6 +8,7 @@ import re
 from decimal import Decimal
 from typing import Literal
 
+from luthier.methods.formats._base import ANSWER
 from luthier.methods.rewards._base import Reward
 from luthier.registry import reward
 
@@ -18,7 +19,7 @@ NUMBER = re.compile(
 )
 
 
-@reward(requires="answer")
+@reward(requires=[ANSWER])
 class ExactMatch(Reward):
     """Compares the answer in the text with `answer`, which may be a list of answers that all count as right.
 

@@ -13,6 +13,7 @@ import warnings
 from importlib.util import find_spec
 
 from luthier.errors import RecipeError
+from luthier.methods.formats._base import ANSWER
 from luthier.methods.rewards._base import Reward
 from luthier.registry import reward
 
@@ -20,7 +21,7 @@ IDLE: list[Worker] = []  # workers nobody is using; list.pop and list.append are
 os.register_at_fork(after_in_child=IDLE.clear)  # a forked process must not share its parent's pipes
 
 
-@reward(requires="answer")
+@reward(requires=[ANSWER])
 class Math(Reward):
     """Reads LaTeX, plain numbers, fractions, sets and intervals by the library math-verify.
 

@@ -7,6 +7,7 @@ import re
 import warnings
 
 from luthier.errors import RecipeError
+from luthier.methods.formats._base import TESTS
 from luthier.methods.rewards._base import Reward
 from luthier.registry import reward
 from luthier.sandbox.sandbox import run_many
@@ -15,7 +16,7 @@ FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTA
 PYTHON = ("", "py", "python", "python3")
 
 
-@reward(requires="tests")
+@reward(requires=[TESTS])
 class PythonTests(Reward):
     """`tests` is a list of assert statements, or one string of Python in which every assert counts.
 

@@ -10,6 +10,7 @@ import json
 import re
 from typing import Any
 
+from luthier.methods.formats._base import ANSWER, TOOLS
 from luthier.methods.rewards._base import Reward
 from luthier.registry import reward
 
@@ -25,7 +26,7 @@ FAULTS = {  # (hallucinated, redundant, missing) parameters -> score
 }
 
 
-@reward(paper="arXiv:2412.15495", row="tl-training", requires="answer tools")
+@reward(paper="arXiv:2412.15495", row="tl-training", requires=[ANSWER, TOOLS])
 class ToolCall(Reward):
     """-2 no call that can be read, or no such tool; -1.5 another tool; -1.8 to -0.5 parameters that do not
     exist, were not asked for or are missing; -0.25 a wrong value; 1 all right."""

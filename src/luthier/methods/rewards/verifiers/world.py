@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from luthier.errors import RecipeError
 from luthier.methods.rewards._base import Reward
-from luthier.registry import did_you_mean, reward
+from luthier.registry import Column, did_you_mean, reward
+
+WORLD = Column("world", says="rows of a toy task")
 
 
-@reward(requires="world")
+@reward(requires=[WORLD])
 class World(Reward):
     """Numbers are results, functions are run on unit tests, queries on the database, tool calls parsed and
     checked; a world with several scores (style) gives their mean, or the one that `objective` names."""

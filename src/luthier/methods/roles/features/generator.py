@@ -20,7 +20,13 @@ from luthier.errors import RecipeError
 from luthier.methods.objectives.representation._features import features, of_rows
 from luthier.methods.roles._base import Part, Role, brought, everyone, width_of
 from luthier.model.policy import eval_mode
-from luthier.registry import role
+from luthier.registry import Capability, role
+
+GENERATOR = Capability(
+    "generator",
+    says="a generator of features for classes that no row has",
+    advice="use `roles: {generator: {name: generator, known: [...], unknown: [...]}, teacher: snapshot_average}`",
+)
 
 
 @role(paper="arXiv:2401.15914", row="ogen")

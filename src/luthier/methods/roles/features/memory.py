@@ -18,7 +18,13 @@ from luthier.errors import RecipeError
 from luthier.methods.objectives.representation._features import classes, features, of_rows
 from luthier.methods.roles._base import Part, Role, brought, everyone, width_of
 from luthier.model.policy import eval_mode
-from luthier.registry import role
+from luthier.registry import Capability, role
+
+MEMORY = Capability(
+    "memory",
+    says="a memory of features",
+    advice="use `roles: {memory: memory}`, with a running average of the policy as `teacher: mean_teacher`",
+)
 
 
 @role()

@@ -16,7 +16,13 @@ from luthier.methods.objectives.representation._features import features, of_row
 from luthier.methods.roles._base import Role, brought, width_of
 from luthier.methods.roles.features.memory import Features
 from luthier.model.policy import eval_mode
-from luthier.registry import role
+from luthier.registry import Capability, role
+
+FEATURE_PAIRS = Capability(
+    "feature_pairs",
+    says="features of the reference and of the policy side by side (role `feature_pairs`)",
+    advice="use `roles: {feature_pairs: feature_pairs}`",
+)
 
 
 @role(paper="arXiv:2308.12058", row="dr-tune")

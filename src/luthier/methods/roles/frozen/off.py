@@ -1,10 +1,11 @@
 """The model as it was before tuning: the policy with its tuner switched off. Costs no memory."""
 
 from luthier.methods.roles._base import Role
+from luthier.methods.tuners._base import DISABLE_ADAPTER
 from luthier.registry import role
 
 
-@role(requires="off")
+@role(requires=[DISABLE_ADAPTER])
 class Off(Role):
     """The policy's own network, untuned. The default reference."""
 

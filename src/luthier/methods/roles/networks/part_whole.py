@@ -13,7 +13,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from luthier.methods.roles._base import Part, Role, brought, width_of
-from luthier.registry import role
+from luthier.registry import Capability, role
+
+PART_HEADS = Capability(
+    "part_heads",
+    says="heads that compose parts into a whole and take it apart",
+    advice="use `roles: {part_heads: part_whole, teacher: mean_teacher}`",
+)
 
 
 @role()

@@ -1,10 +1,11 @@
 """The policy with nothing left out, as it is now: whom sub-networks of tuner `elastic` learn from."""
 
 from luthier.methods.roles._base import Role
+from luthier.methods.tuners.pruned.elastic import ELASTIC
 from luthier.registry import role
 
 
-@role(requires="elastic")
+@role(requires=[ELASTIC])
 class Whole(Role):
     """The full network, while sub-networks play the policy. Costs no memory."""
 

@@ -29,7 +29,14 @@ from pydantic import Field
 from luthier.errors import RecipeError
 from luthier.methods.roles._base import own
 from luthier.methods.roles.remote.endpoint import Asked, Endpoint, NoAnswer
-from luthier.registry import role
+from luthier.methods.tuners._base import LOW_RANK
+from luthier.registry import Capability, role
+
+SAMPLER = Capability(
+    "sampler",
+    says="a model that samples in the policy's place",
+    advice="e.g. `roles: {sampler: {name: vllm, base_url: http://localhost:8000/v1, model: MODEL}}`",
+)
 
 # nats between the server's log-probability of a token and the policy's, on average, that rounding does not
 # explain
@@ -39,7 +46,7 @@ HOW = "start it with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --e
 Answers = list[list[tuple[list[int], list[float]]]]
 
 
-@role(requires="low-rank")
+@role(requires=[LOW_RANK])
 class VLLM(Endpoint):
     """POST base_url/completions and base_url/load_lora_adapter; for `live: [{name: rollout, sampler: NAME OF
     THIS ROLE}]`.

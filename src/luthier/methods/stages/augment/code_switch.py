@@ -18,13 +18,14 @@ import torch
 from pydantic import Field
 
 from luthier.errors import RecipeError
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.stages._base import Stage, without
 from luthier.registry import stage
 
 LEARN = "learn"
 
 
-@stage(row="csr", requires="completions")
+@stage(row="csr", requires=[COMPLETIONS])
 class CodeSwitch(Stage):
     """Texts, or what completions say, become (text with exchanged words -> text)."""
 

@@ -17,6 +17,7 @@ import torch
 from pydantic import Field
 
 from luthier.errors import RecipeError
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.stages._base import Stage, pieces, without
 from luthier.registry import stage
 
@@ -24,7 +25,7 @@ from luthier.registry import stage
 DENOISERS = {"R": ((3, 0.15), (8, 0.15)), "X": ((3, 0.5), (8, 0.5), (64, 0.15), (64, 0.5))}
 
 
-@stage(paper="arXiv:2205.05131", row="ul2 architecture-objective-study", requires="completions")
+@stage(paper="arXiv:2205.05131", row="ul2 architecture-objective-study", requires=[COMPLETIONS])
 class UL2(Stage):
     """Texts become prompt and completion, by one of seven denoisers."""
 

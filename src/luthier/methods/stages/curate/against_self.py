@@ -8,7 +8,9 @@ from typing import Annotated
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.methods.stages._base import Stage, best_first, pick, without
+from luthier.methods.architectures._base import GENERATE
+from luthier.methods.formats._base import COMPLETIONS, PAIRS, SCORES
+from luthier.methods.stages._base import CACHED_LOGPROBS, OLD_LOGPROBS, Stage, best_first, pick, without
 from luthier.methods.stages.rollout.rollout import Rollout
 from luthier.registry import stage
 from luthier.storage.store import read_rows
@@ -19,9 +21,9 @@ BEFORE = "@before"  # ends the id of a pair that an earlier round made
 @stage(
     paper="arXiv:2401.01335",
     row="spin",
-    requires="completions generate",
-    provides="pairs scores",
-    removes="remembered old",
+    requires=[COMPLETIONS, GENERATE],
+    provides=[PAIRS, SCORES],
+    removes=[CACHED_LOGPROBS, OLD_LOGPROBS],
 )
 class AgainstSelf(Stage):
     """completions = [the given one, a sample of the policy]; scores = [1, 0]. Columns about the given one

@@ -13,11 +13,14 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from luthier.methods.formats._base import COMPLETIONS, SCORES
 from luthier.methods.stages._base import Stage, pick
-from luthier.registry import stage
+from luthier.registry import Column, stage
+
+QUALITY_BIN = Column("quality_bin", says="rows with a `quality_bin` (stage buckets)")
 
 
-@stage(paper="arXiv:2310.00819", row="meet", requires="completions scores", provides="bucket")
+@stage(paper="arXiv:2310.00819", row="meet", requires=[COMPLETIONS, SCORES], provides=[QUALITY_BIN])
 class Buckets(Stage):
     """Completions with a score become rows with a `bucket`."""
 

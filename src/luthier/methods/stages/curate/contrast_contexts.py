@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from luthier.methods.formats._base import ANSWER, COMPLETIONS, PAIRS, SCORES
 from luthier.methods.stages._base import Stage
-from luthier.registry import stage
+from luthier.registry import Column, stage
+
+CONTEXTS = Column("contexts", says="rows with two `contexts`, one for each of two completions")
+CONTRASTS = Column(
+    "contrasts",
+    says="answers read with the right context, with none and with the wrong one (column `contrasts`)",
+    example=([0, 1],),
+)
 
 
 @stage(
     paper="arXiv:2502.13928",
     row="s-vco",
-    requires="completions contexts",
-    provides="contrasts",
-    removes="scores pairs answer",
+    requires=[COMPLETIONS, CONTEXTS],
+    provides=[CONTRASTS],
+    removes=[SCORES, PAIRS, ANSWER],
 )
 class ContrastContexts(Stage):
     """Of each answer: after its own context and the question, after the question alone, after the other's

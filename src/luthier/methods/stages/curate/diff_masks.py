@@ -7,11 +7,25 @@ from __future__ import annotations
 
 from difflib import SequenceMatcher
 
+from luthier.methods.formats._base import PAIRS
 from luthier.methods.stages._base import Stage, best_first, pieces
-from luthier.registry import stage
+from luthier.registry import Column, stage
+
+LINE_MASK = Column(
+    "line_mask",
+    per="token",
+    says="marks of the lines in which a right and a wrong program differ (column `line_mask`)",
+    example=(1.0, 0.0, 0.0),
+)
+TOKEN_MASK = Column(
+    "token_mask",
+    per="token",
+    says="marks of the tokens in which a right and a wrong program differ (column `token_mask`)",
+    example=(0.0, 1.0, 1.0),
+)
 
 
-@stage(paper="arXiv:2503.16913", row="fait", requires="pairs", provides="line_mask token_mask")
+@stage(paper="arXiv:2503.16913", row="fait", requires=[PAIRS], provides=[LINE_MASK, TOKEN_MASK])
 class DiffMasks(Stage):
     """Columns `line_mask` and `token_mask`: for each completion 1.0 at learned tokens that the best and the
     worst do not share, else 0.0."""

@@ -14,11 +14,14 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from luthier.methods.formats._base import COMPLETIONS, TOOLS
 from luthier.methods.stages._base import Stage, pieces
-from luthier.registry import stage
+from luthier.registry import Column, stage
+
+TOKEN_WEIGHTS = Column("token_weights", per="token", says="a weight for each supervised token")
 
 
-@stage(paper="arXiv:2412.15495", row="tl-training", requires="completions tools", provides="token_weights")
+@stage(paper="arXiv:2412.15495", row="tl-training", requires=[COMPLETIONS, TOOLS], provides=[TOKEN_WEIGHTS])
 class KeyTokens(Stage):
     """Column `token_weights`: min(others / keys, most) at key tokens, 1 elsewhere, for each learned token."""
 

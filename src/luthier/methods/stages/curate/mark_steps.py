@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from luthier.methods.formats._base import COMPLETIONS, PAIRS, SCORES
+from luthier.methods.formats.labelled.stepwise import STEPS
 from luthier.methods.stages._base import Stage
-from luthier.registry import stage
+from luthier.registry import Column, stage
+
+STEP_TARGETS = Column(
+    "step_targets",
+    says="marks of the tokens at which a step ends, and whether it was right (column `step_targets`)",
+)
 
 
 @stage(
-    paper="arXiv:2305.20050", requires="steps", provides="completions step_targets", removes="scores pairs"
+    paper="arXiv:2305.20050", requires=[STEPS], provides=[COMPLETIONS, STEP_TARGETS], removes=[SCORES, PAIRS]
 )
 class MarkSteps(Stage):
     """The completion as token ids, step by step with a line break after each, and `step_targets`: at the last

@@ -4,6 +4,7 @@ switched off.
 
 from __future__ import annotations
 
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.stages._base import Stage
 from luthier.registry import stage
 
@@ -17,7 +18,7 @@ ERRORS = (
 )
 
 
-@stage(paper="arXiv:2412.15495", row="tl-training", requires="completions")
+@stage(paper="arXiv:2412.15495", row="tl-training", requires=[COMPLETIONS])
 class MaskFailedCalls(Stage):
     """ "loss": false at every assistant turn that a tool answers with one of `errors`. Rows with nothing left
     to learn leave.

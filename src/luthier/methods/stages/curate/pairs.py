@@ -6,11 +6,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from luthier.methods.formats._base import COMPLETIONS, PAIRS, SCORES
 from luthier.methods.stages._base import Stage, best_first, pick
 from luthier.registry import stage
 
 
-@stage(requires="completions scores", provides="pairs")
+@stage(requires=[COMPLETIONS, SCORES], provides=[PAIRS])
 class Pairs(Stage):
     """Two completions per row, the better first, with their scores. Rows whose completions score alike leave."""
 

@@ -8,6 +8,7 @@ carry no prefix, so that held-out rows and users ask as they always did.
 
 from __future__ import annotations
 
+from luthier.methods.formats._base import COMPLETIONS, PAIRS, RATIONALE, SCORES
 from luthier.methods.stages._base import Stage, without
 from luthier.registry import stage
 
@@ -15,8 +16,8 @@ from luthier.registry import stage
 @stage(
     paper="arXiv:2305.02301",
     row="distilling-step-by-step",
-    requires="completions rationale",
-    removes="pairs scores",
+    requires=[COMPLETIONS, RATIONALE],
+    removes=[PAIRS, SCORES],
 )
 class PredictExplain(Stage):
     """(prompt -> answer), task answer; (explain + prompt -> rationale), task rationale."""

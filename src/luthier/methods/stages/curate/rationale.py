@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from luthier.methods.formats._base import COMPLETIONS, PAIRS, RATIONALE, SCORES
 from luthier.methods.stages._base import Stage, without
-from luthier.registry import stage
+from luthier.registry import Column, stage
+
+TASKS = Column(
+    "tasks",
+    per="completion",
+    says="completions that name their task (column `tasks`)",
+    example=("answer", "rationale"),
+)
 
 
 @stage(
     paper="arXiv:2404.12636",
     row="morepair",
-    requires="completions rationale",
-    provides="tasks",
-    removes="pairs scores",
+    requires=[COMPLETIONS, RATIONALE],
+    provides=[TASKS],
+    removes=[PAIRS, SCORES],
 )
 class Rationale(Stage):
     """completions = [the answer, `before` and the rationale]; tasks = ["answer", "rationale"]. Rows without

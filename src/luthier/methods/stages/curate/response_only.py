@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.stages._base import Stage
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:2409.14254", row="implicit-instruction-tuning", requires="completions")
+@stage(paper="arXiv:2409.14254", row="implicit-instruction-tuning", requires=[COMPLETIONS])
 class ResponseOnly(Stage):
     """What users and systems say becomes empty; the chat template stays. A prompt of plain text becomes an
     empty user's turn.

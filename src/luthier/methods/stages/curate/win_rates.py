@@ -12,11 +12,14 @@ from typing import Annotated
 
 from pydantic import Field
 
+from luthier.methods.formats._base import SCORES
 from luthier.methods.stages._base import Stage
-from luthier.registry import stage
+from luthier.registry import Column, stage
+
+WIN_RATES = Column("win_rates", per="completion", says="how often each completion beats the others")
 
 
-@stage(paper="arXiv:2405.00675", row="sppo", requires="scores")
+@stage(paper="arXiv:2405.00675", row="sppo", requires=[SCORES])
 class WinRates(Stage):
     """Column `win_rates`: the mean over the row's completions, itself among them, of the chance to be
     preferred.

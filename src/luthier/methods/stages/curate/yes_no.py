@@ -10,11 +10,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.stages._base import Stage, without
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:2104.04670", row="meta-tuning", requires="completions")
+@stage(paper="arXiv:2104.04670", row="meta-tuning", requires=[COMPLETIONS])
 class YesNo(Stage):
     """One row for each label and each of its descriptions: the question, a line break, the text; yes or no.
     Columns `task`, `question` and `asked` (the label) are kept beside. Labels are the classes' names, as the

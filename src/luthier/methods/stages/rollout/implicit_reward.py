@@ -10,11 +10,14 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.methods.stages._base import Stage, said
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS
+from luthier.methods.roles._base import REFERENCE
+from luthier.methods.stages._base import REWARDS, Stage, said
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:2310.03708", row="modpo", requires="completions reference logprobs", provides="rewards")
+@stage(paper="arXiv:2310.03708", row="modpo", requires=[COMPLETIONS, REFERENCE, LOGPROBS], provides=[REWARDS])
 class ImplicitReward(Stage):
     """Column `rewards`, beside what is there: {role: beta * (log p_role - log p_reference)} of each
     completion.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from luthier.methods.stages._base import text_of
+from luthier.methods.formats._base import COMPLETIONS
+from luthier.methods.stages._base import REWARDS, text_of
 from luthier.methods.stages.rollout.score import Score
 from luthier.registry import stage
 
 
-@stage(requires="completions", provides="rewards")
+@stage(requires=[COMPLETIONS], provides=[REWARDS])
 class Judge(Score):
     """Column `rewards`, beside what is there: {name of the reward: a number for each completion}."""
 

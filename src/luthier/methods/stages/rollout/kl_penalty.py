@@ -6,15 +6,18 @@ from typing import Annotated
 
 from pydantic import Field
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS, PAIRS, SCORES
+from luthier.methods.roles._base import REFERENCE
 from luthier.methods.stages._base import Stage, said
 from luthier.registry import stage
 
 
 @stage(
     paper="arXiv:1909.08593",
-    requires="completions scores reference logprobs",
-    provides="scores",
-    removes="pairs",
+    requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS],
+    provides=[SCORES],
+    removes=[PAIRS],
 )
 class KLPenalty(Stage):
     """scores - kl_coef * (log p_policy - log p_reference), summed over the tokens of each completion."""

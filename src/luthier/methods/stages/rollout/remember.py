@@ -8,11 +8,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.methods.stages._base import Stage, said
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS
+from luthier.methods.stages._base import CACHED_LOGPROBS, Stage, said
 from luthier.registry import stage
 
 
-@stage(requires="completions logprobs", provides="remembered")
+@stage(requires=[COMPLETIONS, LOGPROBS], provides=[CACHED_LOGPROBS])
 class Remember(Stage):
     """Per-token log-probabilities of every completion; play them with `roles: {reference: column}`."""
 

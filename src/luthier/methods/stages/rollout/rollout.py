@@ -14,12 +14,25 @@ from typing import Annotated
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.methods.formats._base import BadRow
-from luthier.methods.stages._base import Stage, said, without
+from luthier.methods.architectures._base import GENERATE
+from luthier.methods.formats._base import COMPLETIONS, PAIRS, SCORES, BadRow
+from luthier.methods.stages._base import (
+    CACHED_LOGPROBS,
+    OLD_LOGPROBS,
+    SAMPLES,
+    TRUNCATED,
+    Stage,
+    said,
+    without,
+)
 from luthier.registry import Range, stage
 
 
-@stage(requires="generate", provides="completions samples truncated old", removes="pairs scores remembered")
+@stage(
+    requires=[GENERATE],
+    provides=[COMPLETIONS, SAMPLES, TRUNCATED, OLD_LOGPROBS],
+    removes=[PAIRS, SCORES, CACHED_LOGPROBS],
+)
 class Rollout(Stage):
     """Columns: `completions`; `truncated`, true where no stop token was reached; with `old: true` also `old`."""
 

@@ -6,11 +6,12 @@ import math
 from typing import Annotated
 
 from luthier.errors import RecipeError
+from luthier.methods.formats._base import COMPLETIONS, PAIRS, SCORES
 from luthier.methods.stages._base import Stage, text_of
 from luthier.registry import nested_list, stage
 
 
-@stage(requires="completions", provides="scores", removes="pairs")
+@stage(requires=[COMPLETIONS], provides=[SCORES], removes=[PAIRS])
 class Score(Stage):
     """Column `scores`; of several rewards also `rewards`, each by its name."""
 

@@ -12,7 +12,9 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from luthier.methods.stages._base import Stage, text_of, without
+from luthier.methods.architectures._base import GENERATE
+from luthier.methods.formats._base import COMPLETIONS, PAIRS, SCORES
+from luthier.methods.stages._base import CACHED_LOGPROBS, OLD_LOGPROBS, SAMPLES, Stage, text_of, without
 from luthier.methods.stages.rollout.rollout import Rollout
 from luthier.registry import Range, nested, stage
 
@@ -20,9 +22,9 @@ from luthier.registry import Range, nested, stage
 @stage(
     paper="arXiv:2406.14532",
     row="per-step-dpo-negatives",
-    requires="completions generate",
-    provides="pairs scores",
-    removes="old remembered samples",
+    requires=[COMPLETIONS, GENERATE],
+    provides=[PAIRS, SCORES],
+    removes=[OLD_LOGPROBS, CACHED_LOGPROBS, SAMPLES],
     contract={"gives": "a model that never ends right finds no way out, and its rows leave"},
 )
 class StepPairs(Stage):

@@ -16,8 +16,16 @@ import torch
 from pydantic import Field
 
 from luthier.errors import RecipeError
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.stages._base import Stage, pieces, said, text_of
-from luthier.registry import stage
+from luthier.registry import Column, stage
+
+TEACHER_SPANS = Column(
+    "teacher_spans",
+    per="completion",
+    says="a teacher's log-probabilities of spans of text (stage teacher_spans)",
+)
 
 # of a token that ends no span, and of one that is in none; log-probabilities are never above 0
 INSIDE, OUTSIDE = 1.0, 2.0
@@ -25,8 +33,8 @@ INSIDE, OUTSIDE = 1.0, 2.0
 
 @stage(
     paper="arXiv:2503.20083",
-    requires="completions logprobs",
-    provides="teacher_spans",
+    requires=[COMPLETIONS, LOGPROBS],
+    provides=[TEACHER_SPANS],
     contract={"gives": "it asks a teacher, whom a recipe names"},
 )
 class TeacherSpans(Stage):

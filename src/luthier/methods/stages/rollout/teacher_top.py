@@ -13,9 +13,25 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from luthier.methods.architectures._base import TOPK
+from luthier.methods.formats._base import COMPLETIONS
+from luthier.methods.roles._base import TEACHER
 from luthier.methods.stages._base import Stage
 from luthier.model.policy import eval_mode
-from luthier.registry import build, stage
+from luthier.registry import Column, build, stage
+
+TEACHER_IDS = Column(
+    "teacher_ids",
+    per="token",
+    says="a teacher's likeliest tokens, stored with the rows",
+    example=([1, 7, 3], [9, 2, 4], [11, 5, 8]),
+)
+TEACHER_LOGPROBS = Column(
+    "teacher_logprobs",
+    per="token",
+    says="a teacher's log-probabilities of them",
+    example=([-0.5, -1.5, -2.5], [-0.2, -2.0, -3.0]),
+)
 
 GRID = tuple(0.5 + 0.1 * i for i in range(36))  # temperatures that are tried
 
@@ -23,8 +39,8 @@ GRID = tuple(0.5 + 0.1 * i for i in range(36))  # temperatures that are tried
 @stage(
     paper="arXiv:2408.12168",
     row="first-trustworthy-distillation",
-    requires="completions teacher top",
-    provides="teacher_ids teacher_logprobs",
+    requires=[COMPLETIONS, TEACHER, TOPK],
+    provides=[TEACHER_IDS, TEACHER_LOGPROBS],
     contract={"gives": "it asks a teacher, whom a recipe names"},
 )
 class TeacherTop(Stage):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from luthier.methods.formats._base import COMPLETIONS, PAIRS, SCORES
 from luthier.methods.stages._base import Stage, best_first, pick
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:2304.06767", requires="completions scores", removes="pairs")
+@stage(paper="arXiv:2304.06767", requires=[COMPLETIONS, SCORES], removes=[PAIRS])
 class Best(Stage):
     """One completion per row, the highest scored (of equals the first). Rows without a good enough one leave."""
 

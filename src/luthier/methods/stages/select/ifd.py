@@ -11,6 +11,8 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.stages._base import Stage, best_first
 from luthier.model.batch import collate
 from luthier.model.policy import eval_mode
@@ -18,7 +20,7 @@ from luthier.registry import Range, stage
 from luthier.text.render import Encoded
 
 
-@stage(paper="arXiv:2308.12032", requires="completions logprobs")
+@stage(paper="arXiv:2308.12032", requires=[COMPLETIONS, LOGPROBS])
 class IFD(Stage):
     """Keeps the share of rows with the highest ppl(answer | prompt) / ppl(answer) below one; column `ifd`."""
 

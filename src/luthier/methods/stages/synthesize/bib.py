@@ -26,7 +26,17 @@ from torch import Tensor
 from torch.autograd import grad
 
 from luthier.errors import RecipeError
-from luthier.methods.stages._base import Stage, without
+from luthier.methods.architectures._base import HIDDEN
+from luthier.methods.formats._base import COMPLETIONS, PAIRS, SCORES
+from luthier.methods.stages._base import (
+    CACHED_LOGPROBS,
+    OLD_LOGPROBS,
+    REWARDS,
+    SAMPLES,
+    TRUNCATED,
+    Stage,
+    without,
+)
 from luthier.model.policy import eval_mode
 from luthier.registry import Range, stage
 
@@ -38,9 +48,9 @@ RATES = (1e-3, 5.0)  # times learning_rate: where a learned rate may lie
 @stage(
     paper="arXiv:2301.02931",
     row="bib-bioseq",
-    requires="completions scores hidden",
-    provides="completions",
-    removes="pairs scores rewards remembered samples old truncated",
+    requires=[COMPLETIONS, SCORES, HIDDEN],
+    provides=[COMPLETIONS],
+    removes=[PAIRS, SCORES, REWARDS, CACHED_LOGPROBS, SAMPLES, OLD_LOGPROBS, TRUNCATED],
 )
 class BIB(Stage):
     """New rows in place of the given: the best completions, improved. Column `proxy`: the score that the head

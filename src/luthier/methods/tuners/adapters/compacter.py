@@ -19,11 +19,12 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.errors import RecipeError
+from luthier.methods.tuners._base import DISABLE_ADAPTER
 from luthier.methods.tuners.adapters._bottleneck import ATTENTION, FFN, NARROWER, Bottleneck
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2106.04647", row="compacter", provides="off")
+@tuner(paper="arXiv:2106.04647", row="compacter", provides=[DISABLE_ADAPTER])
 class Compacter(Bottleneck):
     """Two serial adapters a layer, of Kronecker products that share a factor."""
 

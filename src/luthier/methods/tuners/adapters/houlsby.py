@@ -7,11 +7,12 @@ names them.
 
 from __future__ import annotations
 
+from luthier.methods.tuners._base import DISABLE_ADAPTER
 from luthier.methods.tuners.adapters._bottleneck import ATTENTION, FFN, Bottleneck
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:1902.00751", provides="off")
+@tuner(paper="arXiv:1902.00751", provides=[DISABLE_ADAPTER])
 class Houlsby(Bottleneck):
     """Two serial adapters a layer."""
 

@@ -15,12 +15,12 @@ import re
 from typing import Any, ClassVar
 
 from luthier.errors import RecipeError
-from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE, Tuner
 from luthier.model.anatomy import LAYER, part_of
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2205.05638", provides="off merge")
+@tuner(paper="arXiv:2205.05638", provides=[DISABLE_ADAPTER, MERGE])
 class IA3(Tuner):
     """Inhibit and amplify inner activations."""
 

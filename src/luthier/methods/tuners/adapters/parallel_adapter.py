@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from luthier.methods.tuners._base import DISABLE_ADAPTER
 from luthier.methods.tuners.adapters._bottleneck import Bottleneck
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2110.04366", provides="off")
+@tuner(paper="arXiv:2110.04366", provides=[DISABLE_ADAPTER])
 class ParallelAdapter(Bottleneck):
     """Adapters beside linear modules."""
 

@@ -13,11 +13,11 @@ import copy
 from functools import cached_property
 from typing import Any, ClassVar
 
-from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE, Tuner
 from luthier.registry import tuner
 
 
-@tuner(row="peft-survey peft-fm-survey", provides="off merge")
+@tuner(row="peft-survey peft-fm-survey", provides=[DISABLE_ADAPTER, MERGE])
 class PEFT(Tuner):
     """PEFT's layers on a model; read and written as PEFT does."""
 

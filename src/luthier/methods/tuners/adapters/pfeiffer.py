@@ -6,11 +6,12 @@ also fits networks that normalise first. `up` starts at exactly zero.
 
 from __future__ import annotations
 
+from luthier.methods.tuners._base import DISABLE_ADAPTER
 from luthier.methods.tuners.adapters._bottleneck import FFN, Bottleneck
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2005.00247", provides="off")
+@tuner(paper="arXiv:2005.00247", provides=[DISABLE_ADAPTER])
 class Pfeiffer(Bottleneck):
     """One serial adapter a layer."""
 

@@ -13,11 +13,12 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2210.08823", row="ssf", provides="off merge")
+@tuner(paper="arXiv:2210.08823", row="ssf", provides=[DISABLE_ADAPTER, MERGE])
 class SSF(Delta):
     """Scale and shift features. Two numbers per output channel move."""
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners._base import MERGE, Tuner
 from luthier.methods.tuners.subset._subset import Weights
 from luthier.registry import tuner
 
 
-@tuner(provides="merge")
+@tuner(provides=[MERGE])
 class Full(Tuner):
     """All parameters. The start is not kept, so it cannot be switched off: give another reference where one
     is wanted.

@@ -16,13 +16,13 @@ import torch
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners._base import MERGE, Tuner
 from luthier.methods.tuners.subset._subset import Weights
 from luthier.model.anatomy import layer_of
 from luthier.registry import Range, tuner
 
 
-@tuner(paper="doi:10.1016/j.patter.2023.100729", row="stable-ft-biomedical", provides="merge")
+@tuner(paper="doi:10.1016/j.patter.2023.100729", row="stable-ft-biomedical", provides=[MERGE])
 class Reinit(Tuner):
     """Full tuning with new top layers. On small sets of rows one or two layers help most."""
 

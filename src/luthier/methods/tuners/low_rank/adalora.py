@@ -16,11 +16,12 @@ import torch
 from pydantic import Field
 
 from luthier.errors import RecipeError
+from luthier.methods.tuners._base import DISABLE_ADAPTER, LOW_RANK, MERGE
 from luthier.methods.tuners._delta import Delta
 from luthier.registry import Range, tuner
 
 
-@tuner(paper="arXiv:2303.10512", provides="off merge low-rank")
+@tuner(paper="arXiv:2303.10512", provides=[DISABLE_ADAPTER, MERGE, LOW_RANK])
 class AdaLoRA(Delta):
     """Low rank, shared out between modules by importance."""
 

@@ -22,11 +22,12 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.clock import Clock
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2012.13255", row="intrinsic-dimension", provides="off merge")
+@tuner(paper="arXiv:2012.13255", row="intrinsic-dimension", provides=[DISABLE_ADAPTER, MERGE])
 class IntrinsicDimension(Delta):
     """d numbers move a whole network."""
 

@@ -13,11 +13,12 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta, frozen
 from luthier.registry import Range, tuner
 
 
-@tuner(paper="arXiv:2410.13618", row="loldu", provides="off merge")
+@tuner(paper="arXiv:2410.13618", row="loldu", provides=[DISABLE_ADAPTER, MERGE])
 class LoLDU(Delta):
     """Low-rank adaptation by lower-diagonal-upper decomposition."""
 

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from luthier.errors import RecipeError
+from luthier.methods.tuners._base import DISABLE_ADAPTER, LOW_RANK, MERGE
 from luthier.methods.tuners._delta import TargetModules
 from luthier.registry import Range, did_you_mean, tuner
 
@@ -38,7 +39,7 @@ CHOICES = {
 }
 
 
-@tuner(paper="arXiv:2106.09685", row="eva corda", provides="off merge low-rank")
+@tuner(paper="arXiv:2106.09685", row="eva corda", provides=[DISABLE_ADAPTER, MERGE, LOW_RANK])
 class LoRA(TargetModules):
     """Low-rank adaptation."""
 

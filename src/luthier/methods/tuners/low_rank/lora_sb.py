@@ -13,11 +13,12 @@ from typing import Annotated, ClassVar
 import torch
 
 from luthier.errors import RecipeError
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta, frozen
 from luthier.registry import Range, tuner
 
 
-@tuner(paper="arXiv:2411.19557", row="lora-sb", provides="off merge")
+@tuner(paper="arXiv:2411.19557", row="lora-sb", provides=[DISABLE_ADAPTER, MERGE])
 class LoRASB(Delta):
     """r * r numbers per module, in the directions in which full fine-tuning would begin to move."""
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta, oriented
 from luthier.registry import Range, tuner
 
@@ -21,7 +22,7 @@ from luthier.registry import Range, tuner
 @tuner(
     paper="arXiv:2310.10700",
     row="pela",
-    provides="off merge",
+    provides=[DISABLE_ADAPTER, MERGE],
     contract={
         "starts_as_base": (
             "a matrix of low rank is not the one that it stands for; with compress_ratio near 0 it is"

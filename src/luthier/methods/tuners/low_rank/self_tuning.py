@@ -20,14 +20,21 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from luthier.errors import RecipeError
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta, frozen
-from luthier.registry import tuner
+from luthier.registry import Capability, tuner
+
+HYPERPARAMETERS = Capability(
+    "hyperparameters", says="a tuner whose factors depend on hyperparameters (`self_tuning`)"
+)
 
 HYPER = ("dropout", "weight_decay")
 DROPOUT, DECAY = 0, 1  # their places
 
 
-@tuner(paper="arXiv:1903.03088", row="self-tuning-networks", provides="off merge hyper")
+@tuner(
+    paper="arXiv:1903.03088", row="self-tuning-networks", provides=[DISABLE_ADAPTER, MERGE, HYPERPARAMETERS]
+)
 class SelfTuning(Delta):
     """LoRA that knows its hyperparameters."""
 

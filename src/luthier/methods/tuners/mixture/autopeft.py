@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import nn
 
 from luthier.errors import RecipeError
-from luthier.methods.tuners._base import TunedModel
+from luthier.methods.tuners._base import DISABLE_ADAPTER, TunedModel
 from luthier.methods.tuners._delta import Delta, oriented
 from luthier.methods.tuners.adapters._bottleneck import FFN, Activation, pair, through
 from luthier.methods.tuners.prompts._prefix import KEYS, drawn, placed, taken, width
@@ -36,7 +36,7 @@ POWERS = Choices(0, 1, 2, 4, 8, 16, 32, 64)  # sizes that a search goes over; wi
 @tuner(
     paper="arXiv:2301.12132",
     row="autopeft",
-    provides="off",
+    provides=[DISABLE_ADAPTER],
     contract={
         "starts_as_base": (
             "a prefix takes its share of every attention from the first step on; without one it starts as the"

@@ -18,7 +18,7 @@ from pydantic import BeforeValidator, Field
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners._base import DISABLE_ADAPTER, Tuner
 from luthier.methods.tuners.prompts._prompt import Soft, words_of
 from luthier.registry import build, tuner
 from luthier.storage import store
@@ -29,7 +29,7 @@ FILE = "control.safetensors"
 @tuner(
     paper="arXiv:2310.00819",
     row="meet",
-    provides="off",
+    provides=[DISABLE_ADAPTER],
     contract={"starts_as_base": "vectors before the text change what is read from the first step on"},
 )
 class Control(Tuner):

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import nn
 
+from luthier.methods.tuners._base import DISABLE_ADAPTER
 from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners.prompts._prefix import KEYS, drawn, placed, taken, width
 from luthier.registry import Range, tuner
@@ -24,7 +25,7 @@ from luthier.registry import Range, tuner
 
 @tuner(
     paper="arXiv:2101.00190",
-    provides="off",
+    provides=[DISABLE_ADAPTER],
     contract={
         "starts_as_base": "keys before the text take their share of every attention from the first step on",
         "modules_of_every_kind": "it stands where keys are made, and at no other module",

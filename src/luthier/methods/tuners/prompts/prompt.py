@@ -11,14 +11,14 @@ from typing import ClassVar, Literal
 import torch
 
 from luthier.errors import RecipeError
-from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners._base import DISABLE_ADAPTER, Tuner
 from luthier.methods.tuners.prompts._prompt import Soft, words_of
 from luthier.registry import tuner
 
 
 @tuner(
     paper="arXiv:2104.08691",
-    provides="off",
+    provides=[DISABLE_ADAPTER],
     contract={"starts_as_base": "vectors before the text change what is read from the first step on"},
 )
 class Prompt(Tuner):

@@ -19,16 +19,18 @@ import torch
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners._base import MERGE, Tuner
 from luthier.methods.tuners.pruned._elastic import COLUMNS, Anatomy, Shape, macs, masked, reorder, sliced
 from luthier.methods.tuners.subset._subset import Weights
 from luthier.model.sensitivity import input_norms
-from luthier.registry import tuner
+from luthier.registry import Capability, tuner
+
+ELASTIC = Capability("elastic", says="a tuner with sub-networks (`elastic`)")
 
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
 
 
-@tuner(paper="arXiv:2308.15609", row="instatune", provides="merge elastic")
+@tuner(paper="arXiv:2308.15609", row="instatune", provides=[MERGE, ELASTIC])
 class Elastic(Tuner):
     """Full tuning of a network with sub-networks."""
 

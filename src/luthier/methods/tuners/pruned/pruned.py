@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import RecipeError
-from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners._base import MERGE, Tuner
 from luthier.methods.tuners.subset._subset import Weights
 from luthier.model.anatomy import layer_of
 from luthier.model.calibration import statistics
@@ -37,7 +37,7 @@ from luthier.registry import tuner
 PATTERN = re.compile(r"(\d+):(\d+)")
 
 
-@tuner(paper="arXiv:2310.06927", row="squarehead", provides="merge")
+@tuner(paper="arXiv:2310.06927", row="squarehead", provides=[MERGE])
 class Pruned(Tuner):
     """All weights, the matrices of the layers with zeros that stay."""
 

@@ -19,11 +19,14 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from luthier.methods.tuners._base import Tuner
+from luthier.methods.quantizers._base import QUANTIZED_WEIGHTS
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE, Tuner
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2405.14852", row="pv-tuning", requires="codes", provides="off merge")
+@tuner(
+    paper="arXiv:2405.14852", row="pv-tuning", requires=[QUANTIZED_WEIGHTS], provides=[DISABLE_ADAPTER, MERGE]
+)
 class PVTuning(Tuner):
     """Codes, and what is continuous in them."""
 

@@ -16,12 +16,13 @@ from pydantic import Field
 
 from luthier.clock import Clock
 from luthier.errors import RecipeError
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners.sparse._sparse import Sparse
 from luthier.registry import tuner
 
 
-@tuner(row="apet", provides="off merge")
+@tuner(row="apet", provides=[DISABLE_ADAPTER, MERGE])
 class APET(Sparse):
     """Random positions, n in all."""
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta, frozen, oriented
 from luthier.methods.tuners.sparse._sparse import add, place_type, smallest, some_of, spread
 from luthier.model.anatomy import part_of
@@ -28,7 +29,7 @@ from luthier.registry import Range, tuner
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-@tuner(paper="arXiv:2111.00160", row="dsee", provides="off merge")
+@tuner(paper="arXiv:2111.00160", row="dsee", provides=[DISABLE_ADAPTER, MERGE])
 class DSEE(Delta):
     """Dually sparsity-embedded efficient tuning."""
 

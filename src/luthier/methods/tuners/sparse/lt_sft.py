@@ -18,11 +18,12 @@ from typing import Annotated, ClassVar
 import torch
 from pydantic import Field
 
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners.sparse._sparse import Sparse
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2110.07560", row="lt-sft", provides="off merge")
+@tuner(paper="arXiv:2110.07560", row="lt-sft", provides=[DISABLE_ADAPTER, MERGE])
 class LTSFT(Sparse):
     """Lottery-ticket sparse fine-tuning."""
 

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from luthier.errors import RecipeError
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta, frozen
 from luthier.model.anatomy import kind_of, part_of
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2307.15049", row="r-amt", provides="off merge")
+@tuner(paper="arXiv:2307.15049", row="r-amt", provides=[DISABLE_ADAPTER, MERGE])
 class RAMT(Delta):
     """Regularized mask tuning."""
 

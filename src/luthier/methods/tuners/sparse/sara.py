@@ -15,11 +15,12 @@ from pydantic import Field
 from torch import nn
 
 from luthier.errors import RecipeError
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners.sparse._sparse import Sparse, spread
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2409.06633", row="sara-sparse", provides="off merge")
+@tuner(paper="arXiv:2409.06633", row="sara-sparse", provides=[DISABLE_ADAPTER, MERGE])
 class SaRA(Sparse):
     """Progressive sparse low-rank adaptation."""
 

@@ -22,11 +22,12 @@ from pydantic import Field
 from torch import nn
 
 from luthier.errors import RecipeError
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners.sparse._sparse import Sparse, greatest, regrow, smallest
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2401.16405", row="spiel", provides="off merge")
+@tuner(paper="arXiv:2401.16405", row="spiel", provides=[DISABLE_ADAPTER, MERGE])
 class SpIEL(Sparse):
     """Sparse fine-tuning with a moving set of indices."""
 

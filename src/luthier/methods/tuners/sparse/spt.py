@@ -19,12 +19,13 @@ from pydantic import Field
 from torch import nn
 
 from luthier.errors import RecipeError
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners.sparse._sparse import Sparse
 from luthier.registry import family, tuner
 
 
-@tuner(paper="arXiv:2303.08566", row="spt-sensitivity", provides="off merge")
+@tuner(paper="arXiv:2303.08566", row="spt-sensitivity", provides=[DISABLE_ADAPTER, MERGE])
 class SPT(Sparse):
     """Sensitivity-aware tuning."""
 

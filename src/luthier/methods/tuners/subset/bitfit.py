@@ -11,12 +11,12 @@ from typing import ClassVar, Literal
 from torch import nn
 
 from luthier.errors import RecipeError
-from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE, Tuner
 from luthier.methods.tuners.subset._subset import Weights
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2106.10199", provides="off merge")
+@tuner(paper="arXiv:2106.10199", provides=[DISABLE_ADAPTER, MERGE])
 class BitFit(Tuner):
     """Every bias of the network, and what `also` names."""
 

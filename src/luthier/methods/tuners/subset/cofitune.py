@@ -27,7 +27,7 @@ from torch import Tensor
 
 from luthier.errors import RecipeError
 from luthier.methods.objectives.distillation._distill import divergence
-from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE, Tuner
 from luthier.methods.tuners.subset._subset import Weights
 from luthier.model.anatomy import layer_of, part_of
 from luthier.model.sensitivity import matrices
@@ -44,7 +44,7 @@ Part = Literal["qkv", "o", "up", "gate", "down"]
 Edge = Annotated[float, Field(ge=0, le=1)]
 
 
-@tuner(paper="arXiv:2404.10306", row="cofitune", provides="off merge")
+@tuner(paper="arXiv:2404.10306", row="cofitune", provides=[DISABLE_ADAPTER, MERGE])
 class CoFiTune(Tuner):
     """Coarse to fine."""
 

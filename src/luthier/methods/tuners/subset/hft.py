@@ -16,7 +16,7 @@ from typing import Annotated
 import torch
 from pydantic import Field
 
-from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners._base import MERGE, Tuner
 from luthier.methods.tuners.subset._subset import Layers
 from luthier.model.anatomy import kind_of, layer_of
 from luthier.registry import tuner
@@ -24,7 +24,7 @@ from luthier.registry import tuner
 DRAWS = 32  # random halves of which the best balanced one is taken
 
 
-@tuner(paper="arXiv:2404.18466", row="hft", provides="merge")
+@tuner(paper="arXiv:2404.18466", row="hft", provides=[MERGE])
 class HFT(Tuner):
     """Half fine-tuning."""
 

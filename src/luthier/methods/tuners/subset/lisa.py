@@ -10,12 +10,12 @@ from __future__ import annotations
 import torch
 
 from luthier.errors import RecipeError
-from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners._base import MERGE, Tuner
 from luthier.methods.tuners.subset._subset import Layers
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2403.17919", row="lisa", provides="merge")
+@tuner(paper="arXiv:2403.17919", row="lisa", provides=[MERGE])
 class LISA(Tuner):
     """Layerwise importance sampling."""
 

@@ -16,13 +16,13 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
-from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners._base import MERGE, Tuner
 from luthier.methods.tuners.subset.lisa import Draws
 from luthier.model.sensitivity import input_norms
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2405.18380", row="owlore", provides="merge")
+@tuner(paper="arXiv:2405.18380", row="owlore", provides=[MERGE])
 class OwLore(Tuner):
     """Outlier-weighed layerwise sampling."""
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import Literal
 
 from luthier.errors import RecipeError
-from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE, Tuner
 from luthier.methods.tuners.subset._subset import Weights
 from luthier.model.anatomy import layer_of
 from luthier.registry import tuner
 
 
-@tuner(row="personalized-unit-test-models", provides="off merge")
+@tuner(row="personalized-unit-test-models", provides=[DISABLE_ADAPTER, MERGE])
 class Part(Tuner):
     """Embeddings and output, or the last layer."""
 

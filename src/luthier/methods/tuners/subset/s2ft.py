@@ -20,6 +20,7 @@ from torch import nn
 
 from luthier.clock import Clock
 from luthier.errors import RecipeError
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta, frozen
 from luthier.model.anatomy import kind_of, layer_of, part_of
 from luthier.registry import Range, family, tuner
@@ -32,7 +33,7 @@ WRITES = {"v": "v_ratio", "up": "u_ratio", "gate": "g_ratio"}  # parts that gain
 @tuner(
     paper="arXiv:2412.06289",
     row="s2ft",
-    provides="off merge",
+    provides=[DISABLE_ADAPTER, MERGE],
     contract={
         "modules_of_every_kind": (
             "only down, up, gate, o and v have channels or heads to choose, each by its own ratio"

@@ -13,13 +13,13 @@ from typing import Annotated
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.methods.tuners._base import Tuner
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE, Tuner
 from luthier.methods.tuners.subset._subset import Weights
 from luthier.model.anatomy import layer_of
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2304.05216", row="telly-k", provides="off merge")
+@tuner(paper="arXiv:2304.05216", row="telly-k", provides=[DISABLE_ADAPTER, MERGE])
 class Telly(Tuner):
     """The top of the network. The paper's best trade is about K = 9 of 12 layers."""
 
