@@ -31,8 +31,8 @@ def test_every_tuner_has_a_row_and_a_share(table):
 def test_what_is_declared_was_done(table):
     """A file that says merge or off does it, and one that does not is refused."""
     for c in cards("tuner"):
-        for word in ("merge", "off"):
-            assert (table[c.name][word] == "yes") == (word in c.provides), (c.name, word)
+        for word, declared in (("merge", "merge"), ("off", "disable_adapter")):
+            assert (table[c.name][word] == "yes") == (declared in c.provides), (c.name, word)
 
 
 def test_shares_of_seven_billion(table):

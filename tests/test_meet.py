@@ -23,18 +23,18 @@ PAIRS = [
 def test_buckets_sort_completions_by_rank_by_kind_and_by_quantile():
     stage = lambda n, rows: build("stage", {"name": "buckets", "buckets": n})(rows, DryRunRoles())
     pair = {"id": "p", "prompt": "a", "completions": ["x", "y"], "scores": [0.0, 1.0]}
-    assert [(r["id"], r["completions"], r["bucket"]) for r in stage(2, [pair])] == [
+    assert [(r["id"], r["completions"], r["quality_bin"]) for r in stage(2, [pair])] == [
         ("p/0", ["x"], 0),
         ("p/1", ["y"], 1),
     ]
     ranked = {"id": "r", "prompt": "a", "completions": [*"abcde"], "scores": [5.0, 4.0, 3.0, 2.0, 1.0]}
-    assert [r["bucket"] for r in stage(5, [ranked])] == [4, 3, 2, 1, 0]
+    assert [r["quality_bin"] for r in stage(5, [ranked])] == [4, 3, 2, 1, 0]
     rated = [
         {"id": i, "prompt": "a", "completions": ["x"], "scores": [s]} for i, s in enumerate([-1.0, -1.0, 1.0])
     ]
-    assert [r["bucket"] for r in stage(2, rated)] == [0, 0, 1]
+    assert [r["quality_bin"] for r in stage(2, rated)] == [0, 0, 1]
     many = [{"id": i, "prompt": "a", "completions": ["x"], "scores": [float(i)]} for i in range(9)]
-    assert [r["bucket"] for r in stage(3, many)] == [0] * 3 + [1] * 3 + [2] * 3
+    assert [r["quality_bin"] for r in stage(3, many)] == [0] * 3 + [1] * 3 + [2] * 3
     assert stage(2, [{**pair, "scores": [1.0, 1.0]}]) == []
 
 
@@ -47,7 +47,7 @@ def test_each_row_is_read_under_its_own_vectors_in_every_layout(layout):
     torch.manual_seed(0)
     attached = build("tuner", {"name": "control", "num_virtual_tokens": 3, "buckets": 3}).attach(make_llama())
     # the last says none
-    rows = [{**r, "bucket": i % 3} for i, r in enumerate(make_rows(5, k=2))] + make_rows(6, k=1)[5:]
+    rows = [{**r, "quality_bin": i % 3} for i, r in enumerate(make_rows(5, k=2))] + make_rows(6, k=1)[5:]
     batch = batch_of(rows)
     with torch.no_grad():
         got, want = (
@@ -57,15 +57,17 @@ def test_each_row_is_read_under_its_own_vectors_in_every_layout(layout):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
         alone = []
         for row in rows:
-            with attached.under(row.get("bucket", 2)):
+            with attached.under(row.get("quality_bin", 2)):
                 alone.append(
                     layout.forward(
-                        attached.model, attached, batch_of([{k: v for k, v in row.items() if k != "bucket"}])
+                        attached.model,
+                        attached,
+                        batch_of([{k: v for k, v in row.items() if k != "quality_bin"}]),
                     ).logprobs
                 )
     torch.testing.assert_close(got, torch.cat(alone), atol=1e-4, rtol=1e-4)
     with pytest.raises(RecipeError, match="bucket 7"):
-        layout.forward(attached.model, attached, batch_of([{**rows[0], "bucket": 7}]))
+        layout.forward(attached.model, attached, batch_of([{**rows[0], "quality_bin": 7}]))
 
 
 def test_meet(base, tiny, tmp_path):
@@ -89,7 +91,9 @@ def test_meet(base, tiny, tmp_path):
             return torch.tensor(
                 [
                     [
-                        -float(roles.policy.logprobs(roles.batch([{**r, "bucket": b} for r in some])).mean())
+                        -float(
+                            roles.policy.logprobs(roles.batch([{**r, "quality_bin": b} for r in some])).mean()
+                        )
                         for b in (0, 1)
                     ]
                     for some in rows

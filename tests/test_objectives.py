@@ -323,7 +323,7 @@ def tuned(tuner: str, net: torch.nn.Module | None = None) -> Roles:
     attached = build("tuner", tuner).attach(net)
     clock = Clock()
     policy = Policy(Causal(), net, attached)
-    reference = build("role", "off" if "off" in attached.settings.provides else "start").play(
+    reference = build("role", "off" if "disable_adapter" in attached.settings.provides else "start").play(
         "reference", policy
     )
     roles = cast(reference=reference)
@@ -564,7 +564,7 @@ def test_clipping_stops_the_gradient_where_the_ratio_has_gone_far_enough():
     rows[0]["scores"] = [1.0, 0.0]
     logp = roles.policy.logprobs(batch_of(rows)).detach().split([len(c) for c in rows[0]["completions"]])
     # better ones grew, worse ones shrank: beyond both bounds
-    rows[0]["old"] = [(logp[0] - 1).tolist(), (logp[1] + 1).tolist()]
+    rows[0]["old_logprobs"] = [(logp[0] - 1).tolist(), (logp[1] + 1).tolist()]
     batch = batch_of(rows)
     build("objective", "dapo").loss(roles, batch).sum().backward()
     assert all(not g.any() for g in gradients(roles.policy.model).values())
@@ -633,7 +633,7 @@ def test_kto_alone_in_a_micro_batch_has_no_drift_to_measure():
 
 
 def test_kto_refuses_a_reference_that_cannot_read():
-    rows = [{**r, "remembered": [[-1.0] * len(r["completions"][0])]} for r in kto_rows()]
+    rows = [{**r, "cached_logprobs": [[-1.0] * len(r["completions"][0])]} for r in kto_rows()]
     with pytest.raises(RecipeError, match="let a network play it"):
         loss_of("kto", cast(reference=Column().play("reference", None)), rows)
 
@@ -644,7 +644,7 @@ def test_a_reference_may_be_remembered():
     with torch.no_grad():
         told = iter(roles.reference.logprobs(batch_of(rows)).tolist())
     for row in rows:
-        row["remembered"] = [[next(told) for _ in c] for c in row["completions"]]
+        row["cached_logprobs"] = [[next(told) for _ in c] for c in row["completions"]]
     torch.testing.assert_close(loss_of("dpo", cast(reference=Column().play("reference", None)), rows), want)
 
 
@@ -868,7 +868,7 @@ def test_policy_gradients_are_trls(trl, tmp_path, ours, settings, old):
         padded = torch.nn.utils.rnn.pad_sequence(list(sampled), batch_first=True)
         inputs["old_per_token_logps"] = padded
         parts = [s.tolist() for s in sampled]
-        rows = [{**r, "old": parts[4 * i : 4 * i + 4]} for i, r in enumerate(rows)]
+        rows = [{**r, "old_logprobs": parts[4 * i : 4 * i + 4]} for i, r in enumerate(rows)]
     agree(build("objective", ours), rows, made.model, made.compute_loss(made.model, inputs))
 
 

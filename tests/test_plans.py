@@ -14,6 +14,7 @@ import torch
 
 import luthier
 from conftest import SUMS
+from luthier.data.load import sample_rows
 from luthier.data.rows import load
 from luthier.errors import RecipeError
 from luthier.methods.plans.studies.front import spread, weigh
@@ -76,7 +77,7 @@ def recipe(tiny):
 @pytest.mark.parametrize("name", names("plan"))
 def test_plans_survive_a_rehearsal_and_ask_for_legal_recipes(name, recipe):
     plan, recipe = {"name": name, **NEEDED.get(name, {})}, recipe.but(**PLAYED_ON.get(name, {}))
-    validate(recipe.but(plan=plan), ROWS)
+    validate(recipe.but(plan=plan), ROWS, sample_rows)
     blank = [
         SimpleNamespace(
             folder="x", **{k: defaultdict(float) for k in ("before", "after", "metrics", "stats")}, notes=[]

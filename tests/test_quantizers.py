@@ -225,7 +225,9 @@ def test_bitsandbytes_says_the_same():
 ON_CODES = [
     n
     for n in names("tuner")
-    if find("tuner", n).on_quantized and "codes" not in find("tuner", n).requires and n != "bitfit"
+    if find("tuner", n).on_quantized
+    and "quantized_weights" not in find("tuner", n).requires
+    and n != "bitfit"
 ]
 
 
@@ -247,7 +249,7 @@ def test_a_tuner_on_codes_is_the_tuner_on_their_weights(name, kind):
         train(attached), train(twin)
     tuned = logprobs(attached)
     assert torch.allclose(tuned, logprobs(twin), atol=1e-3) and not torch.allclose(tuned, untuned, atol=1e-4)
-    if "off" in provides_of(attached.settings) and name != "prompt":
+    if "disable_adapter" in provides_of(attached.settings) and name != "prompt":
         with attached.off():
             assert (
                 torch.allclose(logprobs(attached), untuned, atol=1e-6)

@@ -57,28 +57,28 @@ WRONG = [
     ({"lr_scheduler_type": "cosin"}, ["no 'cosin'", "'cosine'"]),
     ({"lr": 1e-3, "learning_rate": 1e-3}, ["same key"]),
     ({"warp_speed": 9}, ["no 'warp_speed'"]),
-    ({"objective": "dpo"}, ["objective 'dpo' wants", "prompt/chosen/rejected"]),
-    ({"objective": "distill"}, ["'distill' wants a teacher", "roles: {teacher"]),
+    ({"objective": "dpo"}, ["objective 'dpo' requires", "prompt/chosen/rejected"]),
+    ({"objective": "distill"}, ["'distill' requires a teacher", "roles: {teacher"]),
     (
         {"objective": "grpo"},
-        ["'grpo' wants completions that the policy itself has just written", "rollout", "live"],
+        ["'grpo' requires completions that the policy itself has just written", "rollout", "live"],
     ),
-    ({"objective": "grpo", "live": [ROLLOUT]}, ["'grpo' wants a score for each completion", "stage 'score'"]),
+    ({"objective": "grpo", "live": [ROLLOUT]}, ["'grpo' requires a score for each completion", "stage 'score'"]),
     ({"objective": "grpo", "stages": [ROLLOUT, SCORE]}, ["fresh samples", "`live`, not under `stages`"]),
     (
         {"objective": "grpo", "live": [ROLLOUT, SCORE], "estimator": "mezo"},
         ["'mezo' compares values", "the same wherever", "old: true"],
     ),
-    ({"objective": "dpo", "stages": [ROLLOUT, SCORE, "best"]}, ["'dpo' wants", "different score"]),
-    ({"objective": "kto"}, ["'kto' wants a score"]),
+    ({"objective": "dpo", "stages": [ROLLOUT, SCORE, "best"]}, ["'dpo' requires", "different score"]),
+    ({"objective": "kto"}, ["'kto' requires a score"]),
     (
         {"tuner": "full", "roles": {"reference": "off"}, "objective": "sft + 0.1*kl"},
-        ["role 'off' wants a tuner that can be switched off", "start"],
+        ["role 'base' requires a tuner that can be switched off", "initial"],
     ),
     ({"roles": {"reference": "of"}}, ["no role 'of'", "'off'"]),
     ({"live": [{"name": "score", "reward": "exat_match"}]}, ["no reward 'exat_match'", "'exact_match'"]),
     ({"live": [{"name": "score", "reward": "python_tests"}]}, ["`tests`"]),
-    ({"plan": [{"objective": "sft"}, {"objective": "dpo"}]}, ["'dpo' wants", "different score"]),
+    ({"plan": [{"objective": "sft"}, {"objective": "dpo"}]}, ["'dpo' requires", "different score"]),
     ({"plan": [{"objective": "sft"}, {"tuner": "lorra"}]}, ["no tuner 'lorra'"]),
     ({"report_to": ["tensorbord"]}, ["no tracker 'tensorbord'", "'tensorboard'"]),
     ({"report_to": ["clearml"]}, ["'clearml' is not installed", "pip install clearml"]),
@@ -188,13 +188,13 @@ def test_stages_that_ask_no_model_are_tried_on_two_rows(monkeypatch):
     rows = load(UNPAIRED).rows
     validate(Recipe.load(recipe), rows)
     putting(lambda row: {k: v for k, v in row.items() if k != "scores"})
-    with pytest.raises(RecipeError, match="'kto' wants a score for each completion"):
+    with pytest.raises(RecipeError, match="'kto' requires a score for each completion"):
         validate(Recipe.load(recipe), rows)
     putting(lambda row: row["nothing"])
     with pytest.raises(RecipeError, match="stage 'best' fails on the first rows: KeyError: 'nothing'"):
         validate(Recipe.load(recipe), rows)
     assert seen == [2, 2]
-    with pytest.raises(RecipeError, match="'dpo' wants rows with at least two completions"):
+    with pytest.raises(RecipeError, match="'dpo' requires rows with at least two completions"):
         validate(Recipe.load({"objective": "dpo", "stages": [ROLLOUT, SCORE, "best"]}), load(SUMS).rows)
 
 

@@ -31,7 +31,7 @@ COLUMNS = {
     "answer",
     "tests",
     "old",
-    "remembered",
+    "cached_logprobs",
     "truncated",
     "contexts",
     "label",
@@ -188,8 +188,8 @@ def test_old_is_what_the_policy_says(roles):
     again = list(said(roles.policy, roles, rows, 6))
     roles.policy.eval()
     for row, values in zip(rows, again, strict=True):
-        assert [len(v) for v in row["old"]] == [len(c) for c in row["completions"]]
-        assert row["old"][0] == pytest.approx(values[0], abs=1e-5)
+        assert [len(v) for v in row["old_logprobs"]] == [len(c) for c in row["completions"]]
+        assert row["old_logprobs"][0] == pytest.approx(values[0], abs=1e-5)
     assert (
         "old" not in rollout()(rows_with(set()), roles)[0]
         and "old" not in provides_of(rollout())
@@ -209,11 +209,11 @@ def test_greedy_rollouts_agree_and_settings_are_heard(roles):
 
 def test_what_was_known_of_earlier_completions_leaves(roles):
     rows = [
-        {**r, "remembered": [[0.0]], "old": [[0.0]], "rewards": {"a": [1.0]}}
+        {**r, "cached_logprobs": [[0.0]], "old": [[0.0]], "rewards": {"a": [1.0]}}
         for r in rows_with({"completions", "scores", "answer"})
     ]
     out = rollout()(rows, roles)
-    assert not {"scores", "remembered", "old", "rewards"} & out[0].keys() and out[0]["answer"] == "0"
+    assert not {"scores", "cached_logprobs", "old", "rewards"} & out[0].keys() and out[0]["answer"] == "0"
 
 
 def test_rollouts_stay_within_what_a_row_may_hold(roles, told, monkeypatch):
@@ -427,7 +427,7 @@ def test_long_texts_are_remembered_in_the_pieces_that_are_learned(base, tmp_path
     from luthier.storage.store import read_rows
 
     kept = read_rows(tmp_path / "rows.jsonl")
-    assert len(kept) > 8 and all(len(r["remembered"]) == 1 for r in kept)
+    assert len(kept) > 8 and all(len(r["cached_logprobs"]) == 1 for r in kept)
 
 
 def test_pairs_against_oneself(roles, told, tmp_path):

@@ -166,7 +166,7 @@ def test_only_its_own_tensors_move(name):
 @torch.no_grad()
 def test_off_is_the_base(name):
     attached, kind = anywhere(name)
-    if "off" not in provides_of(attached.settings):
+    if "disable_adapter" not in provides_of(attached.settings):
         with pytest.raises(RecipeError, match="cannot be switched off"), attached.off():
             pass
         return
@@ -1078,7 +1078,7 @@ def test_on_every_shape(name, kind, tmp_path):
         assert len(str(refusal)) > 40  # a sentence
         return
     model, untuned = attached.model, fresh()
-    nothing, off = Untuned(untuned), "off" in provides_of(attached.settings)
+    nothing, off = Untuned(untuned), "disable_adapter" in provides_of(attached.settings)
     with torch.no_grad():
         was = asked(untuned, nothing)
         if "starts_as_base" not in find("tuner", name).contract:

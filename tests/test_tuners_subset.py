@@ -240,7 +240,7 @@ def test_contract(name, kind, dtype, checkpointing, tmp_path):
     train(again, 4, first=2, chain=SimpleNamespace(state=state), total=4)
     assert all(torch.equal(v, again.tensors()[k]) for k, v in attached.tensors().items())
 
-    if "off" in provides_of(attached.settings):
+    if "disable_adapter" in provides_of(attached.settings):
         with attached.off():
             assert torch.equal(say(attached.model), untuned)
         assert torch.equal(say(attached.model), tuned)
@@ -888,8 +888,7 @@ def test_sara_threshold_and_nuclear_norm():
 
 
 def test_small_weights_carry_little():
-    """Without its smallest tenth a trained model is nearly what it was; without as many large ones it is not.
-    """
+    """Without its smallest tenth a trained model is nearly what it was; without as many large ones it is not."""
     tuned = luthier.load("practice:lm-small")
     rows = reading.load(str(Path(store.resolve_model("practice:lm-small")) / "probe.jsonl")).rows[::40]
     model, tokenizer = tuned.model, tuned.tokenizer

@@ -75,3 +75,8 @@ def beside(data: Data) -> str | None:
         f"rows are read as '{data.shape}'; what else they hold is kept and not learned from:"
         f" {', '.join([*seen][:12])}"
     )
+
+
+def sample_rows(recipe: Recipe) -> list[dict]:
+    """The first hundred rows of a recipe, to validate it with; none where it names no data."""
+    return load_data(recipe).rows[:100] if recipe.data is not None else []

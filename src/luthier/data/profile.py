@@ -7,11 +7,9 @@ from collections.abc import Set
 from typing import Any
 
 from luthier.data import rows as reading
-from luthier.recipe.validate import WORDS, words
+from luthier.recipe.capabilities import columns_of, sentence
 from luthier.registry import build, cards, requires_of
 
-# given by roles, tuners and estimators, not by rows
-ELSEWHERE = {"reference", "teacher", "critic", "off", "merge", "low-rank", "grad"}
 ROLES = ("reference", "teacher", "critic")
 
 
@@ -33,7 +31,7 @@ def survey(
         "bad": reasons(loaded.bad),
     }
     some = loaded.rows[:100]
-    found["feeds"] = feeds(words(some))
+    found["feeds"] = feeds(columns_of(some))
     return found | rendered(loaded.rows, model, chat_template, shown)
 
 
@@ -49,14 +47,13 @@ def reasons(bad: list[dict]) -> list[dict]:
 
 def feeds(have: Set[str]) -> list[dict[str, str]]:
     """Every objective, and whether rows with these words are enough for it on a causal model."""
-    network = build("architecture", "causal").provides | ELSEWHERE | {"values"}
     stages = [build_or_none(c.name) for c in cards("stage")]
     out = []
     for c in cards("objective"):
         wanted = requires_of(build("objective", c.name))
-        missing = sorted(wanted - have - network)
+        missing = sorted(w for w in wanted - have if getattr(w, "of_rows", True))
         through = {
-            w: [s.name for s in stages if s and w in s.provides and requires_of(s) - network <= have]
+            w: [s.name for s in stages if s and w in s.provides and of_rows(requires_of(s)) <= have]
             for w in missing
         }
         if not missing:
@@ -72,20 +69,23 @@ def feeds(have: Set[str]) -> list[dict[str, str]]:
             given = ", ".join(f"{s[0]} gives {w}" for w, s in through.items())
             out.append({"objective": c.name, "feeds": "through a stage", "why": given})
         else:
-            lacking = [
-                WORDS.get(w, f"rows with a column `{w}`") + made_of(w, stages, have | network)
-                for w in missing
-                if not through[w]
-            ]
+            lacking = [sentence(w) + made_of(w, stages, have) for w in missing if not through[w]]
             out.append({"objective": c.name, "feeds": "no", "why": f"wants {'; '.join(lacking)}"})
     return sorted(out, key=lambda o: ("yes", "through a stage", "no").index(o["feeds"]))
+
+
+def of_rows(words: Set[str]) -> set[str]:
+    """Of capabilities and columns those that rows bring."""
+    return {w for w in words if getattr(w, "of_rows", True)}
 
 
 def made_of(word: str, stages: list, have: Set[str]) -> str:
     """Which stage would give it, and of what."""
     for stage in stages:
         if stage and word in stage.provides:
-            return f" (stage {stage.name} makes it of {', '.join(sorted(requires_of(stage) - have))})"
+            return (
+                f" (stage {stage.name} makes it of {', '.join(sorted(of_rows(requires_of(stage)) - have))})"
+            )
     return ""
 
 

@@ -21,7 +21,7 @@ from luthier.methods.quantizers._base import modules as coded
 from luthier.methods.tuners._base import Untuned
 from luthier.model.policy import Policy, Roles
 from luthier.recipe.recipe import Recipe
-from luthier.recipe.validate import Parts
+from luthier.recipe.validate import Methods
 from luthier.registry import build
 from luthier.storage import store
 
@@ -52,7 +52,7 @@ def pick_dtype(name: str, where: torch.device) -> torch.dtype:
 
 
 def load_model(
-    recipe: Recipe, parts: Parts, network: Mapping[str, Any], folder: Path | None = None
+    recipe: Recipe, parts: Methods, network: Mapping[str, Any], folder: Path | None = None
 ) -> tuple[Network, Any]:
     """The base network and its tokenizer. network: what the data said about it (a classifier's classes)."""
     import_models()
@@ -91,7 +91,7 @@ def load_model(
 
 
 def _quantized(
-    recipe: Recipe, parts: Parts, path: str, how: dict[str, Any], where: torch.device, folder: Path | None
+    recipe: Recipe, parts: Methods, path: str, how: dict[str, Any], where: torch.device, folder: Path | None
 ) -> Network:
     """The base as codes: those of this run, else of the run that it goes on from, else made while the weights
     are read.
@@ -102,7 +102,9 @@ def _quantized(
     from luthier.model.quantized_load import loaded
 
     kept = [
-        p for f in (folder, recipe.start) if isinstance(f, (str, Path)) and (p := Path(f) / FILE).is_file()
+        p
+        for f in (folder, recipe.init_from)
+        if isinstance(f, (str, Path)) and (p := Path(f) / FILE).is_file()
     ]
     if parts.quantizer.whole and not kept:
         return parts.architecture.load(path, **how)
@@ -113,7 +115,7 @@ def _quantized(
     )
 
 
-def _calibrated(parts: Parts, roles: Roles, rows: list[dict], folder: Path | None) -> None:
+def _calibrated(parts: Methods, roles: Roles, rows: list[dict], folder: Path | None) -> None:
     from luthier.model.quantized import FILE, quantize, save
 
     if parts.quantizer.reads and not rows:
@@ -125,7 +127,7 @@ def _calibrated(parts: Parts, roles: Roles, rows: list[dict], folder: Path | Non
 
 def assemble(
     recipe: Recipe,
-    parts: Parts,
+    parts: Methods,
     network: Mapping[str, Any] | None = None,
     folder: Path | None = None,
     rows: list[dict] | None = None,
@@ -211,7 +213,7 @@ def tensors_of(start: Any, attached: Any) -> dict[str, torch.Tensor]:
     return {k: v for k, v in attached.read(folder).items() if not k.startswith(BROUGHT)}
 
 
-def take_parts(roles: Roles, parts: Parts) -> None:
+def take_parts(roles: Roles, parts: Methods) -> None:
     """Let the other roles play; trained parts they bring (a critic's head) move along with the tuner. A run
     that goes on from this one takes what the tuner moved, and begins with parts of its own."""
     from luthier.model.composite import Also

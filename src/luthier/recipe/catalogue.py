@@ -19,7 +19,8 @@ from typing import Any
 import yaml
 
 from luthier.errors import RecipeError
-from luthier.recipe.recipe import NAMES, SLOTS, Recipe
+from luthier.recipe.aliases import METHOD_KEYS, NAMES
+from luthier.recipe.recipe import Recipe
 from luthier.registry import cards, did_you_mean, find, format_value, names, page
 
 PAPERS = Path(__file__).with_name("papers.json")
@@ -52,7 +53,7 @@ def pages(name: str, kind: str | None = None) -> list[str]:
     means = {
         short: said
         for slot, short_for in NAMES.items()
-        if kind in (None, SLOTS[slot])
+        if kind in (None, METHOD_KEYS[slot])
         for short, said in short_for.items()
     }.get(name)
     if means:
@@ -159,7 +160,7 @@ def explain(source: Any, changes: Sequence[str] = ()) -> tuple[list[Value], tupl
                 unchanged = setting in was and setting in now and was[setting] == now[setting]
                 origin = "default" if setting not in now else alone.origins[key] if unchanged else origin
             values.append(Value(path, leaf, origin))
-    return values, recipe.told
+    return values, recipe.warnings
 
 
 def _alone(source: Any) -> Recipe:
@@ -176,7 +177,7 @@ def _settings(recipe: Recipe, key: str) -> dict[str, Any]:
     """
     method = (
         getattr(recipe, key)
-        if key in (*SLOTS, "objective") and recipe.origins.get(key, "default") != "default"
+        if key in (*METHOD_KEYS, "objective") and recipe.origins.get(key, "default") != "default"
         else None
     )
     if isinstance(method, str) and method.isidentifier() and method != "auto":

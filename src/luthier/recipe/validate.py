@@ -1,272 +1,166 @@
-"""A recipe is played through before anything is computed: what each part wants must be given by another part.
+"""A recipe is checked before anything is computed: what each method requires must be provided by another.
 
-Words flow in the order of a run: rows -> stages -> live stages -> roles -> estimator, chain, objective,
-evaluators. Stages that ask no model are also tried on two rows: what their rows show counts more than what
-they declare. A plan is played with empty reports, so that the mistake of its third act is refused before the
-first begins.
+Capabilities flow in the order of a run: rows -> stages -> online stages -> roles -> tuner, estimator, optimizer,
+objective, evaluators. Stages that ask no model are also tried on two rows: what their rows show counts more
+than what they declare. A plan is gone through with empty reports, so that the mistake of its third run is
+refused before the first begins.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from luthier.clock import Clock
 from luthier.errors import RecipeError
 from luthier.kernels import compiled
+from luthier.recipe.capabilities import columns_of, require, requirements
 from luthier.recipe.recipe import Recipe
-from luthier.registry import build, cards, did_you_mean, find, provides_of, requires_of
+from luthier.registry import build, cards, did_you_mean, find, provides_of
 from luthier.storage import store
 from luthier.train.optimizer import schedule
 
-WORDS = {  # how a word reads in a sentence
-    "completions": "rows with completions",
-    "pairs": "rows with at least two completions of different score (prompt/chosen/rejected)",
-    "scores": "a score for each completion",
-    "rewards": "several rewards of each completion, by name (column `rewards`)",
-    "contexts": "rows with two `contexts`, one for each of two completions",
-    "contrasts": "answers read with the right context, with none and with the wrong one (column `contrasts`)",
-    "samples": "completions that the policy itself has just written",
-    "old": "the sampler's own log-probabilities",
-    "answer": "rows with a known `answer`",
-    "tests": "rows with `tests`",
-    "label": "rows with a `label`",
-    "world": "rows of a practice world",
-    "remembered": "remembered log-probabilities",
-    "teacher_ids": "a teacher's likeliest tokens, kept with the rows",
-    "teacher_logprobs": "a teacher's log-probabilities of them",
-    "teacher_spans": "a teacher's log-probabilities of spans of text (stage teacher_spans)",
-    "reference": "a reference model",
-    "teacher": "a teacher model",
-    "critic": "a critic",
-    "bucket": "rows with a `bucket` (stage buckets)",
-    "memory": "a memory of features",
-    "paired": "features of the reference and of the policy, side by side (role `paired`)",
-    "generator": "a generator of features for classes that no row has",
-    "parts": "heads that put parts together and take wholes apart",
-    "off": "a tuner that can be switched off",
-    "codes": "a quantized base whose scales or code books can be trained",
-    "merge": "a tuner that can be merged",
-    "low-rank": "a tuner made of A and B",
-    "grad": "a true gradient",
-    "logprobs": "token probabilities",
-    "entropy": "a distribution over tokens",
-    "top": "a vocabulary to compare",
-    "hidden": "hidden states",
-    "generate": "a network that writes text",
-    "embeddings": "a network whose tokens can be read mixed (a causal one)",
-    "line_mask": "marks of the lines in which a right and a wrong program differ (column `line_mask`)",
-    "token_mask": "marks of the tokens in which a right and a wrong program differ (column `token_mask`)",
-    "rationale": "rows with a `rationale`",
-    "tasks": "completions told apart by task (column `tasks`)",
-    "tools": "rows with `tools`",
-    "source": "rows with a `source`",
-    "elastic": "a tuner with sub-networks (`elastic`)",
-    "hyper": "a tuner that answers to hyperparameters (`self_tuning`)",
-    "steps": "rows with `steps` of a solution and a label for each",
-    "step_targets": (
-        "marks of the tokens at which a step ends, and whether it was right (column `step_targets`)"
-    ),
-    "sampler": "somebody who writes in the policy's place",
-    "values": "a network that gives numbers, not words (architecture `reward_model`)",
-}
-ADVICE = {
-    "codes": "e.g. `quantization: {name: rtn, bits_per_weight: 2}`",
-    "reference": "say who plays it, e.g. `roles: {reference: start}`",
-    "teacher": "say who plays it, e.g. `roles: {teacher: {name: model, model: FOLDER}}`",
-    "memory": (
-        "say `roles: {memory: memory}`; with it goes a running average of the policy, `teacher: mean_teacher`"
-    ),
-    "generator": "say `roles: {generator: {name: generator, known: [...], unknown: [...]}, teacher: recent}`",
-    "parts": "say `roles: {parts: part_whole, teacher: mean_teacher}`",
-    "off": "or let another play: `roles: {reference: start}` keeps a copy of what moves",
-    "sampler": (
-        "say who plays it, e.g. `roles: {sampler: {name: vllm, base_url: http://localhost:8000/v1, model:"
-        " MODEL}}`"
-    ),
-    "samples": "e.g. `live: [{name: rollout, n: 8}, {name: score, reward: exact_match}]`",
-    "pairs": "give prompt/chosen/rejected rows, or make pairs with the stages rollout, score, pairs",
-}
+DEFAULT_EVALUATORS = ("loss", "accuracy", "generate", "forgetting")
+DRY_RUN = "dry-run"  # folder of a run that has not happened
 
 
 @dataclass
-class Parts:
+class Methods:
     """Every method of a recipe, built and checked."""
 
     architecture: Any
     tuner: Any
     objective: Any  # None where nothing is trained
     estimator: Any
-    chain: tuple
+    chain: tuple  # the transforms of the optimizer
     roles: dict[str, Any]
     stages: list
-    live: list
-    evaluate: list  # where the recipe names none: whatever of the usual the rows allow, decided by `checked`
+    online_stages: list
+    evaluate: list  # where the recipe names none: those of the default ones that the rows allow
     quantizer: Any = None  # what the base's linear weights are kept in
 
+    def provide(self) -> set[str]:
+        """What the methods provide before any stage has seen a row."""
+        out = set(self.roles) | self.architecture.provides | self.estimator.provides | provides_of(self.tuner)
+        return out if self.quantizer is None else out | provides_of(self.quantizer)
 
-def parts(recipe: Recipe) -> Parts:
-    """Build every method; decide what the recipe left open (architecture, who plays the reference)."""
-    made = recipe.methods()
-    aim = recipe.aim()
-    roles = dict(made["roles"])
-    asks = [x for x in (aim, *made["stages"], *made["live"], *(made["evaluate"] or ())) if x is not None]
-    if "reference" not in roles and any("reference" in wants(x) for x in asks):
-        roles["reference"] = build("role", "off" if "off" in provides_of(made["tuner"]) else "start")
-    return Parts(
-        architecture=made["architecture"] or detect(recipe.model),
-        tuner=made["tuner"],
-        objective=aim,
-        estimator=made["estimator"],
+
+def no_rows(recipe: Recipe) -> Sequence[dict]:
+    """Where the rows of a plan's runs cannot be read."""
+    return ()
+
+
+def validate(
+    recipe: Recipe, rows: Sequence[dict] = (), load_rows: Callable[[Recipe], Sequence[dict]] = no_rows
+) -> Methods | None:
+    """Refuse what cannot work, in a sentence. rows: a sample of the data in canonical form.
+
+    Plans are gone through; load_rows gives a sample for runs that have data of their own.
+    """
+    if recipe.plan is None:
+        return dry_run(recipe, rows)
+    dry_run_plan(recipe, rows, load_rows)
+    return None
+
+
+def build_methods(recipe: Recipe) -> Methods:
+    """Build every method; decide what the recipe left open (architecture, who is the reference)."""
+    built, objective = recipe.methods(), recipe.aim()
+    users = [objective, *built["stages"], *built["online_stages"], *(built["evaluate"] or ())]
+    roles = dict(built["roles"])
+    needed = any("reference" in requirements(user) for user in users if user is not None)
+    if needed and "reference" not in roles:
+        able = "disable_adapter" in provides_of(built["tuner"])
+        roles["reference"] = build("role", "base" if able else "initial")
+    return Methods(
+        architecture=built["architecture"] or detect(recipe.model),
+        tuner=built["tuner"],
+        objective=objective,
+        estimator=built["estimator"],
         chain=recipe.chain(),
         roles=roles,
-        stages=made["stages"],
-        live=made["live"],
-        evaluate=made["evaluate"] or [],
-        quantizer=made["quantization"],
+        stages=built["stages"],
+        online_stages=built["online_stages"],
+        evaluate=list(built["evaluate"] or []),
+        quantizer=built["quantization"],
     )
 
 
-USUAL = ("loss", "accuracy", "generate", "forgetting")  # evaluators, where a recipe names none
-
-
-def wants(x: Any) -> frozenset[str]:
-    return x.requires if not hasattr(x, "kind") else requires_of(x)
-
-
-def detect(model: str):
+def detect(model: str) -> Any:
     """The architecture of a checkpoint, by its config."""
     config = store.model_config(model)
-    suited = [a for a in (build("architecture", c.name) for c in cards("architecture")) if a.suits(config)]
+    every = [build("architecture", card.name) for card in cards("architecture")]
+    suited = [architecture for architecture in every if architecture.suits(config)]
     if len(suited) == 1:
         return suited[0]
+    classes = ", ".join(config.architectures or ["no architecture"])
+    choices = ", ".join(architecture.name for architecture in every)
     raise RecipeError(
-        f"{model}: its config names {', '.join(config.architectures or ['no architecture'])}, which is not"
-        f" plainly one of {', '.join(c.name for c in cards('architecture'))}; say which with `architecture:`"
+        f"{model}: its config names {classes}, which is not plainly one of {choices}; say which with `architecture:`"
     )
 
 
-def words(rows: Sequence[dict]) -> set[str]:
-    """What every one of these rows offers."""
-    have = set.intersection(*(set(r) for r in rows)) if rows else set()
-    if not all(r.get("completions") for r in rows):
-        have.discard("completions")
-    if rows and all(len(r.get("completions", ())) > 1 and len(set(r.get("scores", ()))) > 1 for r in rows):
-        have.add("pairs")
-    return have
+# ------------------------------------------------------------------------------------------------ one run
 
 
-def validate(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts | None:
-    """Refuse what cannot work, in a sentence. rows: a sample of the data in canonical form. Plans are played
-    through.
-    """
-    if recipe.plan is not None:
-        _play(recipe, rows)
-        return None
-    return checked(recipe, rows)
-
-
-def checked(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts:
-    """The parts of a recipe without a plan, each given what it wants."""
-    p = parts(recipe)
+def dry_run(recipe: Recipe, rows: Sequence[dict] = ()) -> Methods:
+    """The methods of a recipe without a plan, each provided with what it requires."""
+    methods = build_methods(recipe)
     store.resolve_model(recipe.model)
-    if p.quantizer is not None:
-        sits_on_codes(p.tuner, p.quantizer)
+    check_settings(recipe, methods)
+    available = columns_of(rows) | methods.provide()
+    choose_evaluators(recipe, methods, frozenset(available))
+    available = run_stages(recipe, methods, available, rows)
+    users = [methods.tuner, *methods.roles.values(), methods.estimator, *methods.chain]
+    if methods.objective is not None:
+        users.append(methods.objective)
+    for user in users:
+        require(user, available, label(user, recipe))
+    if methods.objective is not None:
+        methods.estimator.suits(methods.objective)
+        check_values(methods, available, recipe)
+        check_samples(methods, available, recipe)
+    return methods
+
+
+def check_settings(recipe: Recipe, methods: Methods) -> None:
+    """Refuse settings of the recipe itself that cannot work."""
+    if methods.quantizer is not None:
+        check_quantized(methods.tuner, methods.quantizer)
     schedule(recipe.lr_scheduler_type, recipe.warmup_steps, 1)
     if recipe.torch_compile:
         compiled.possible()
-    if isinstance(recipe.start, dict):
-        build("merger", recipe.start.get("merge"))
-    have = (
-        words(rows)
-        | p.architecture.provides
-        | p.estimator.provides
-        | provides_of(p.tuner)
-        | set(p.roles)
-        | (provides_of(p.quantizer) if p.quantizer else set())
-    )
-    measured = frozenset(have)  # held-out rows go through no stage
+    if isinstance(recipe.init_from, dict):
+        build("merger", recipe.init_from.get("merge"))
+    check_trackers(recipe.report_to)
+
+
+def choose_evaluators(recipe: Recipe, methods: Methods, available: frozenset[str]) -> None:
+    """The default evaluators where the recipe names none; held-out rows go through no stage."""
     if recipe.evaluate is None:
-        p.evaluate = [e for e in (build("evaluator", name) for name in USUAL) if wants(e) <= measured]
-    for e in p.evaluate:
-        _need(e, measured, recipe)
-    watched(recipe.report_to)
-    tried = list(rows[:2])
-    for s in (*p.stages, *p.live):
-        _need(s, have, recipe)
-        have = (have - s.removes) | provides_of(s)
-        before, tried = words(tried), _try(s, tried)
-        if tried:
-            have = (have - (before - words(tried))) | (words(tried) - before)
-    for x in (p.tuner, *p.roles.values(), p.estimator, *p.chain, *([p.objective] if p.objective else [])):
-        _need(x, have, recipe)
-    if p.objective is not None:
-        p.estimator.suits(p.objective)
-        learns_by_value(p, have, recipe)
-    if (
-        p.objective is not None
-        and "samples" in wants(p.objective)
-        and not any("samples" in s.provides for s in p.live)
-    ):
-        raise RecipeError(
-            f"{_name(p.objective, recipe)} learns from fresh samples; write the rollout under `live`, not"
-            " under `stages`"
-        )
-    if p.objective is not None and recipe.num_iterations > 1:
-        if "samples" not in wants(p.objective):
-            raise RecipeError(
-                f"num_iterations: {recipe.num_iterations} learns from each draw of samples several times, and"
-                f" {_name(p.objective, recipe)} learns from none"
-            )
-        if "old" not in have:
-            raise RecipeError(
-                f"num_iterations: {recipe.num_iterations} needs the sampler's own log-probabilities: `live:"
-                " [{name: rollout, old: true}, ...]`"
-            )
-    return p
+        default = [build("evaluator", name) for name in DEFAULT_EVALUATORS]
+        methods.evaluate = [e for e in default if requirements(e) <= available]
+    for evaluator in methods.evaluate:
+        require(evaluator, available, label(evaluator, recipe))
 
 
-def learns_by_value(p: Parts, have: Set[str], recipe: Recipe) -> None:
-    """Refuses an estimator that compares values of a loss whose value never changes."""
-    if (
-        "grad" in provides_of(p.estimator)
-        or "old" in have
-        or not any(term.flat for _, term in p.objective.terms())
-    ):
-        return
-    raise RecipeError(
-        f"estimator '{p.estimator.name}' compares values of the loss, and that of"
-        f" {_name(p.objective, recipe)} is the same wherever the policy goes, unless rows say how likely"
-        " their sampler found them: `live: [{name: rollout, old: true}, ...]`"
-    )
+def run_stages(recipe: Recipe, methods: Methods, available: set[str], rows: Sequence[dict]) -> set[str]:
+    """What is available behind the stages; those that ask no model are tried on two rows."""
+    sample = list(rows[:2])
+    for stage in (*methods.stages, *methods.online_stages):
+        require(stage, available, label(stage, recipe))
+        available = (available - stage.removes) | provides_of(stage)
+        before, sample = columns_of(sample), try_stage(stage, sample)
+        if sample:
+            after = columns_of(sample)
+            available = (available - (before - after)) | (after - before)
+    return available
 
 
-def sits_on_codes(tuner: Any, quantizer: Any) -> None:
-    """Refuses a tuner that moves the very weights that a quantized base keeps as codes."""
-    if not tuner.on_quantized:
-        able = [f"'{c.name}'" for c in cards("tuner") if find("tuner", c.name).on_quantized]
-        raise RecipeError(
-            f"tuner '{tuner.name}' moves the model's own weights, and under quantization: {quantizer.name}"
-            f" they are codes that do not move; take one of {', '.join(able)}, or leave quantization out"
-        )
-
-
-class DryRunRoles:
-    """Whom a stage may ask while it is tried: nobody; what it has to tell, it will tell in the run."""
-
-    def __init__(self):
-        self.clock = Clock()
-
-    def warn(self, sentence: str) -> None:
-        pass
-
-
-def _try(stage: Any, rows: list[dict]) -> list[dict]:
-    """What a stage makes of rows, without a model; none where it needs one, or where none is left to go on
-    with.
-    """
+def try_stage(stage: Any, rows: list[dict]) -> list[dict]:
+    """What a stage makes of rows, without a model; none where it needs one, or where none is left."""
     if stage.asks_model or not rows:
         return []
     try:
@@ -274,80 +168,124 @@ def _try(stage: Any, rows: list[dict]) -> list[dict]:
     except RecipeError:
         raise
     except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise RecipeError(f"stage '{stage.name}' fails on the first rows: {reason}") from error
+
+
+class DryRunRoles:
+    """The roles of a stage that is tried: no model, and its warnings wait for the run."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+
+    def warn(self, sentence: str) -> None:
+        pass
+
+
+def check_values(methods: Methods, available: Set[str], recipe: Recipe) -> None:
+    """Refuse an estimator that compares values of a loss whose value never changes."""
+    if "grad" in provides_of(methods.estimator) or "old_logprobs" in available:
+        return
+    if any(term.flat for _, term in methods.objective.terms()):
         raise RecipeError(
-            f"stage '{stage.name}' fails on the first rows: {type(error).__name__}: {error}"
-        ) from error
+            f"estimator '{methods.estimator.name}' compares values of the loss, and that of"
+            f" {label(methods.objective, recipe)} is the same for every policy, unless rows hold their sampler's"
+            " log-probabilities: `online_stages: [{name: rollout, old: true}]`"
+        )
 
 
-def watched(trackers: Sequence[str]) -> None:
-    """Refuses trackers that are not there: accelerate would leave them out with no word."""
+def check_samples(methods: Methods, available: Set[str], recipe: Recipe) -> None:
+    """Refuse an objective of fresh samples without a rollout in each step, and reuse of samples without them."""
+    name = label(methods.objective, recipe)
+    on_policy = "samples" in requirements(methods.objective)
+    if on_policy and not any("samples" in stage.provides for stage in methods.online_stages):
+        raise RecipeError(
+            f"{name} learns from fresh samples; write the rollout under `online_stages`, not under `stages`"
+        )
+    if recipe.num_iterations == 1:
+        return
+    if not on_policy:
+        raise RecipeError(
+            f"num_iterations: {recipe.num_iterations} learns from each draw of samples several times, and"
+            f" {name} learns from none"
+        )
+    if "old_logprobs" not in available:
+        raise RecipeError(
+            f"num_iterations: {recipe.num_iterations} needs the sampler's own log-probabilities:"
+            " `online_stages: [{name: rollout, old: true}, ...]`"
+        )
+
+
+def check_quantized(tuner: Any, quantizer: Any) -> None:
+    """Refuse a tuner that trains the very weights that a quantized base keeps as codes."""
+    if tuner.on_quantized:
+        return
+    able = [f"'{card.name}'" for card in cards("tuner") if find("tuner", card.name).on_quantized]
+    raise RecipeError(
+        f"tuner '{tuner.name}' trains the model's own weights, and under quantization: {quantizer.name} they are"
+        f" codes, which cannot be trained; take one of {', '.join(able)}, or leave quantization out"
+    )
+
+
+def check_trackers(trackers: Sequence[str]) -> None:
+    """Refuse trackers that are not installed: accelerate would leave them out without a word."""
     if not trackers:
         return
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
     from accelerate.utils import LoggerType
 
-    known, own = [str(t) for t in LOGGER_TYPE_TO_CLASS], {str(t) for t in get_available_trackers()}
+    every = [str(t) for t in LOGGER_TYPE_TO_CLASS]
+    installed = {str(t) for t in get_available_trackers()}
     for name in trackers:
-        if name not in known:
-            raise RecipeError(f"report_to: accelerate has no tracker '{name}'{did_you_mean(name, known)}")
-        if name in LoggerType.list() and name not in own:
-            raise RecipeError(
-                f"report_to: '{name}' is not installed: pip install {name.replace('comet_ml', 'comet-ml')}"
-            )
+        if name not in every:
+            raise RecipeError(f"report_to: accelerate has no tracker '{name}'{did_you_mean(name, every)}")
+        if name in LoggerType.list() and name not in installed:
+            package = name.replace("comet_ml", "comet-ml")
+            raise RecipeError(f"report_to: '{name}' is not installed: pip install {package}")
 
 
-def _need(x: Any, have: Set[str], recipe: Recipe) -> None:
-    for word in sorted(wants(x) - have):
-        givers = [f"{c.kind} '{c.name}'" for c in cards() if word in c.provides]
-        raise RecipeError(
-            f"{_name(x, recipe)} wants {WORDS.get(word, f'rows with a column `{word}`')}, and nothing in this"
-            " recipe gives it"
-            + (f"; given by: {', '.join(givers)}" if givers else "")
-            + (f"; {ADVICE[word]}" if word in ADVICE else "")
-        )
+def label(method: Any, recipe: Recipe) -> str:
+    """What a method is called in a sentence."""
+    return f"{method.kind} '{method.name}'" if hasattr(method, "kind") else f"objective '{recipe.objective}'"
 
 
-def _name(x: Any, recipe: Recipe) -> str:
-    return f"{x.kind} '{x.name}'" if hasattr(x, "kind") else f"objective '{recipe.objective}'"
+# ------------------------------------------------------------------------------------------------ plans
 
 
 class DryRunReport:
     """A report of a run that has not happened."""
 
-    folder = "rehearsal"
+    folder = DRY_RUN
 
-    def __init__(self):
-        self.before, self.after, self.stats, self.notes = defaultdict(float), defaultdict(float), {}, []
-
-
-def _sample(recipe: Recipe) -> Sequence[dict]:
-    """Rows of an act that has data of its own."""
-    from luthier.data.load import load_data
-
-    return load_data(recipe).rows[:100] if recipe.data is not None else ()
+    def __init__(self) -> None:
+        self.before: dict[str, float] = defaultdict(float)
+        self.after: dict[str, float] = defaultdict(float)
+        self.stats: dict[str, Any] = {}
+        self.notes: list[str] = []
 
 
-def opening(recipe: Recipe) -> Recipe:
+def first_run(recipe: Recipe) -> Recipe:
     """The first run of a recipe: itself, or what its plan asks for first, which may add what the recipe alone
-    lacks. An act with rows of its own says nothing of the recipe's: then the recipe without its plan."""
+    lacks. A run with rows of its own says nothing of the recipe's: then the recipe without its plan.
+    """
     if recipe.plan is None:
         return recipe
     alone = recipe.but(plan=None)
-    asked = next(build("plan", recipe.plan_spec()).recipes(alone), alone)
-    first = opening(asked[0] if isinstance(asked, list) else asked)
+    runs = next(build("plan", recipe.plan_spec()).recipes(alone), alone)
+    first = first_run(runs[0] if isinstance(runs, list) else runs)
     return first if first.data == recipe.data else alone
 
 
-def _play(recipe: Recipe, rows: Sequence[dict]) -> None:
-    play = build("plan", recipe.plan_spec()).recipes(recipe.but(plan=None))
+def dry_run_plan(recipe: Recipe, rows: Sequence[dict], load_rows: Callable[[Recipe], Sequence[dict]]) -> None:
+    """Go through the runs of a plan with empty reports, and validate each."""
+    runs = build("plan", recipe.plan_spec()).recipes(recipe.but(plan=None))
     try:
-        asked = next(play)
+        request = next(runs)
         while True:
-            several = isinstance(asked, list)
-            for r in asked if several else [asked]:
-                validate(
-                    r, rows if r.data == recipe.data or DryRunReport.folder in str(r.data) else _sample(r)
-                )
-            asked = play.send([DryRunReport() for _ in asked] if several else DryRunReport())
+            several = isinstance(request, list)
+            for run in request if several else [request]:
+                same = run.data == recipe.data or DRY_RUN in str(run.data)
+                validate(run, rows if same else load_rows(run), load_rows)
+            request = runs.send([DryRunReport() for _ in request] if several else DryRunReport())
     except StopIteration:
         return

@@ -35,6 +35,17 @@ from luthier.registry.declare import (
     tuner,
 )
 from luthier.registry.describe import default_of, format_value, helps, page
-from luthier.registry.discover import Card, card, cards, did_you_mean, find, module_of, modules, names
+from luthier.registry.discover import (
+    Card,
+    card,
+    cards,
+    declared_words,
+    did_you_mean,
+    find,
+    former_names,
+    module_of,
+    modules,
+    names,
+)
 from luthier.registry.kinds import KINDS, Kind
 from luthier.registry.words import Artifact, Capability, Column, Metric

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache, partial
@@ -26,8 +27,16 @@ def build(kind: str, spec: Any) -> Any:
         spec = {"name": spec}
     if not isinstance(spec, dict) or "name" not in spec:
         raise RecipeError(f"{kind}: give a name or {{name: ..., setting: ...}}, not {spec!r}")
-    settings = {k: v for k, v in spec.items() if k != "name"}
     cls = find(kind, spec["name"])
+    if spec["name"] in cls.former:
+        warn_of_former(kind, spec["name"], cls.name)
+    settings = {}
+    for key, value in spec.items():
+        if key in cls.former_settings:
+            warn_of_former(f"{kind} '{cls.name}': setting", key, cls.former_settings[key])
+            settings[cls.former_settings[key]] = value
+        elif key != "name":
+            settings[key] = value
     allowed = [f.name for f in fields(cls)]
     for key in settings:
         if key not in allowed:
@@ -36,6 +45,12 @@ def build(kind: str, spec: Any) -> Any:
         return _validator(cls).validate_python(settings)
     except ValidationError as error:
         raise RecipeError(f"{kind} '{cls.name}': {format_errors(error)}") from None
+
+
+@cache
+def warn_of_former(label: str, old: str, new: str) -> None:
+    """Say once that a name has changed."""
+    warnings.warn(f"{label} '{old}' is now called '{new}'", FutureWarning, stacklevel=3)
 
 
 @cache

@@ -59,6 +59,8 @@ def declare(kind: str):
         metrics: Iterable[Any] = (),
         artifacts: Iterable[Any] = (),
         example: Mapping[str, Any] | None = None,
+        former: str = "",
+        former_settings: Mapping[str, str] | None = None,
         contract: dict[str, str] | None = None,
     ) -> Callable[[T], T]:
         """Make a class a method.
@@ -66,7 +68,8 @@ def declare(kind: str):
         paper: where it comes from. row: its short names in the catalogue of papers. requires, provides, removes:
         capabilities and columns (registry/words.py). metrics, artifacts: what an evaluator measures, which files
         it leaves. example: small settings with which tests build it, where the defaults do not suit a tiny
-        model. contract: contract tests that do not hold for it, each with the reason.
+        model. former, former_settings: what it and its settings were once called; these names go on working,
+        with a warning. contract: contract tests that do not hold for it, each with the reason.
         """
 
         def wrap(cls: T) -> T:
@@ -81,6 +84,8 @@ def declare(kind: str):
             cls.metrics = tuple(metrics)
             cls.artifacts = tuple(artifacts)
             cls.example = dict(example or {})
+            cls.former = tuple(former.split())
+            cls.former_settings = dict(former_settings or {})
             cls.contract = contract or {}
             cls.__pydantic_config__ = ConfigDict(
                 extra="forbid", validate_default=True, arbitrary_types_allowed=True

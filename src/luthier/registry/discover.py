@@ -37,6 +37,7 @@ class Card:
     summary: str  # first paragraph of the file
     paper: str | None = None  # "arXiv:2106.09685", or None where no paper introduced it
     rows: tuple[str, ...] = ()  # short names in the catalogue of papers
+    former: tuple[str, ...] = ()  # names that it once had
     requires: frozenset[str] = frozenset()
     provides: frozenset[str] = frozenset()
     removes: frozenset[str] = frozenset()
@@ -113,9 +114,50 @@ def names(kind: str) -> list[str]:
 
 def module_of(kind: str, name: str) -> str:
     """The module of a method; a sentence with the nearest name where there is none."""
-    if not isinstance(name, str) or name not in modules(kind):
-        raise RecipeError(f"there is no {kind} '{name}'{did_you_mean(name, names(kind))}")
-    return modules(kind)[name]
+    places = modules(kind)
+    if isinstance(name, str) and name in places:
+        return places[name]
+    if isinstance(name, str) and name in former_names(kind):
+        return places[former_names(kind)[name]]
+    raise RecipeError(f"there is no {kind} '{name}'{did_you_mean(name, names(kind))}")
+
+
+@cache
+def former_names(kind: str) -> dict[str, str]:
+    """Name that a method once had -> its name."""
+    out = {}
+    for c in cards(kind):
+        for name in c.former:
+            out[name] = c.name
+    return out
+
+
+@cache
+def declared_words(kind: str) -> dict[str, Any]:
+    """Every object of a declared type ("Column", "Capability") in method files: name -> object."""
+    out = {}
+    for k in KINDS:
+        for path in sources(k):
+            text = path.read_text(encoding="utf-8")
+            if f"{kind}(" not in text:
+                continue
+            for node in ast.parse(text).body:
+                value = getattr(node, "value", None)
+                if isinstance(node, ast.Assign) and isinstance(value, ast.Call) and called(value) == kind:
+                    word = declared(value, str(path))
+                    out[str(word)] = word
+    return out
+
+
+def called(node: ast.Call) -> str:
+    """The name of the function that a call calls; "" where it has none."""
+    return node.func.id if isinstance(node.func, ast.Name) else ""
+
+
+def sources(kind: str) -> list[Path]:
+    """Every file of a kind: methods, families, the protocol, and those of other packages."""
+    own = sorted((PACKAGE / "methods" / KINDS[kind].folder).rglob("*.py"))
+    return own + [source_of(point.value.partition(":")[0]) for point in announced(kind)]
 
 
 @cache
@@ -172,6 +214,7 @@ def card(kind: str, name: str) -> Card:
         summary,
         paper=literal(keywords.get("paper")),
         rows=tuple((literal(keywords.get("row")) or "").split()),
+        former=tuple((literal(keywords.get("former")) or "").split()),
         requires=frozenset(lists["requires"]),
         provides=frozenset(lists["provides"]),
         removes=frozenset(lists["removes"]),

@@ -25,15 +25,15 @@ import yaml
 from luthier import __version__
 from luthier import report as page
 from luthier.data import rows as reading
-from luthier.data.load import Data, beside, load_data, touching
+from luthier.data.load import Data, beside, load_data, sample_rows, touching
 from luthier.errors import RecipeError
 from luthier.methods.evaluators._base import measured
 from luthier.methods.quantizers._base import told
-from luthier.methods.roles.frozen.start import Start
+from luthier.methods.roles.frozen.initial import Start
 from luthier.model.load import assemble, take_parts, tensors_of
 from luthier.model.policy import Policy, Roles
 from luthier.recipe.recipe import Recipe
-from luthier.recipe.validate import Parts, checked, validate
+from luthier.recipe.validate import Methods, dry_run, validate
 from luthier.registry import build, spec
 from luthier.report import rendered
 from luthier.report.console import Callback
@@ -94,7 +94,7 @@ def opened(
     atexit.register(_part)
     main = accelerator.is_main_process
     watch = watch if main else Callback()
-    for sentence in recipe.told:
+    for sentence in recipe.warnings:
         watch.warn(sentence)
     quarantine = folder / "quarantine.jsonl"
     with store.disk_errors(folder):
@@ -104,7 +104,7 @@ def opened(
         data = load_data(recipe, quarantine if new else None)
     if sentence := beside(data):
         watch.warn(sentence)
-    parts = checked(recipe, data.rows[:100])
+    parts = dry_run(recipe, data.rows[:100])
     with open_run(folder, recipe, data.mark, main, anew) as (finished, begun_by):
         if _alike(finished, accelerator):
             watch.warn(f"{folder} holds this run, finished: nothing to do (overwrite=true starts anew)")
@@ -184,7 +184,7 @@ class _Run:
     """One run in progress, part by part in the order of `go`."""
 
     recipe: Recipe
-    parts: Parts
+    parts: Methods
     data: Data
     folder: Path
     watch: Any
@@ -209,7 +209,7 @@ class _Run:
         rows, stats = self.take_rows()
         self.tell_rows(rows, stats)
         stats |= self.check(rows)
-        if self.recipe.start is None:
+        if self.recipe.init_from is None:
             self.roles.tuner.initialize(rows, self.roles)
         self.roles.tuner.ready(rows, self.roles)
         self.fit, self.stats = self.training(rows), stats
@@ -244,8 +244,8 @@ class _Run:
         self.roles.warn = self.watch.warn
         for sentence in told(self.roles.policy.model):
             self.watch.warn(sentence)
-        if self.recipe.start is not None:
-            self.roles.tuner.load(tensors_of(self.recipe.start, self.roles.tuner))
+        if self.recipe.init_from is not None:
+            self.roles.tuner.load(tensors_of(self.recipe.init_from, self.roles.tuner))
         take_parts(self.roles, self.parts)
         for name, role in self.parts.roles.items():
             role.reads(name, self.roles.renderer.tokenizer)
@@ -289,7 +289,9 @@ class _Run:
             starts = "these start random and are" if len(fresh) > 1 else "it starts random and is"
             tell(f"the checkpoint has no weights for {', '.join(fresh)}: {starts} trained along")
         shown = rows
-        if any("samples" in s.provides for s in self.parts.live):  # what is learned is yet to be written
+        if any(
+            "samples" in s.provides for s in self.parts.online_stages
+        ):  # what is learned is yet to be written
             shown = [{k: v for k, v in r.items() if k not in ("completions", "scores")} for r in rows]
             asked = self.parts.architecture.encode_all(shown, renderer).stats
             stats |= {
@@ -342,7 +344,7 @@ class _Run:
         factor = schedule(recipe.lr_scheduler_type, recipe.warmup_steps, clock.total)
         chain = Chain(parts.chain, self.roles.tuner, clock, recipe.learning_rate, factor)
         batches = BatchSchedule(
-            per_step, recipe.per_device_train_batch_size, stop_at, parts.live, recipe.num_iterations
+            per_step, recipe.per_device_train_batch_size, stop_at, parts.online_stages, recipe.num_iterations
         )
         return Trainer(
             self.roles,
@@ -560,7 +562,7 @@ class _Run:
         report.notes = list(self.watch.notes)
         if self.main:
             saved = store.checkpoints(folder)
-            moved = roles.clock.total or self.recipe.start is not None
+            moved = roles.clock.total or self.recipe.init_from is not None
             if moved and (not saved or store.load_meta(saved[-1])["step"] != roles.clock.total):
                 self.save(fit)
             self.watch.stage("saving")
@@ -659,7 +661,7 @@ def perform(
         for act in folder.glob("act-*"):
             shutil.rmtree(act)
         (folder / "report.json").unlink()
-    validate(recipe, load_data(recipe).rows[:100] if recipe.data is not None else ())
+    validate(recipe, sample_rows(recipe), sample_rows)
     plan = build("plan", recipe.plan_spec())
     play = plan.recipes(replace(recipe, plan=None))
     acts: list[str] = []

@@ -22,7 +22,7 @@ from luthier.model import quantized as codes
 from luthier.model.load import assemble, take_parts
 from luthier.model.policy import Roles
 from luthier.recipe.recipe import Recipe
-from luthier.recipe.validate import Parts, detect, parts
+from luthier.recipe.validate import Methods, build_methods, detect
 from luthier.registry import build, did_you_mean, spec
 from luthier.report.console import visible
 from luthier.run.folder import network_of
@@ -117,7 +117,7 @@ class _Nothing:
     """Stands where a tuner would: the model is as it is."""
 
     name: str = "nothing"
-    provides: frozenset = frozenset({"off", "merge"})
+    provides: frozenset = frozenset({"disable_adapter", "merge"})
 
     def attach(self, model: Network) -> Untuned:
         return Untuned(model)
@@ -147,7 +147,7 @@ def _run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
             f"{folder} holds a plan; name one of its runs:"
             f" {', '.join(p.name for p in sorted(folder.glob('act-*')))}"
         )
-    made = parts(recipe)
+    made = build_methods(recipe)
     roles = assemble(recipe, made, network_of(folder), folder)
     take_parts(roles, made)
     roles.tuner.load(roles.tuner.read(folder))
@@ -166,7 +166,7 @@ def _bare(model: str, settings: Mapping[str, Any], folder: Path | None = None) -
     recipe = Recipe.load({**settings, "model": model})
     roles = assemble(
         recipe,
-        Parts(detect(model), _Nothing(), None, None, (), {}, [], [], [], recipe.methods()["quantization"]),
+        Methods(detect(model), _Nothing(), None, None, (), {}, [], [], [], recipe.methods()["quantization"]),
         folder=folder,
     )
     roles.policy.eval()

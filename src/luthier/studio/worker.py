@@ -36,24 +36,27 @@ GO_ON, STOP = "on", "stop"  # what a part of an answer is answered with
 
 def given(changes: Mapping[str, str]) -> dict[str, Any]:
     """The fields of the form, `tuner.r` -> "16", as the mapping that a recipe's file would hold."""
-    from luthier.recipe.recipe import _changes, _put
+    from luthier.recipe.read import put, read_changes
+    from luthier.recipe.recipe import DEFAULTS
 
     out: dict[str, Any] = {}
     for key, value in sorted(
-        _changes([f"{k}={v}" for k, v in changes.items()]), key=lambda c: c[0].count(".")
+        read_changes([f"{k}={v}" for k, v in changes.items()]), key=lambda c: c[0].count(".")
     ):
-        _put(out, key, value)
+        put(out, key, value, DEFAULTS)
     return out
 
 
 def fields_of(text: str) -> dict[str, str]:
     """The way back: a recipe's text as fields of the form."""
-    from luthier.recipe.recipe import SLOTS, Recipe, _read
+    from luthier.recipe.aliases import METHOD_KEYS
+    from luthier.recipe.read import read_source
+    from luthier.recipe.recipe import Recipe
 
     Recipe.load(text if "\n" in text else text + "\n")
     out = {}
-    for key, value in _read(text if "\n" in text else text + "\n")[0].items():
-        if key in (*SLOTS, "objective") and isinstance(value, Mapping) and "name" in value:
+    for key, value in read_source(text if "\n" in text else text + "\n")[0].items():
+        if key in (*METHOD_KEYS, "objective") and isinstance(value, Mapping) and "name" in value:
             out[key] = str(value["name"])
             out |= {f"{key}.{k}": flow(v) for k, v in value.items() if k != "name"}
         else:
@@ -77,6 +80,7 @@ def check(changes: Mapping[str, str], rehearsed: bool = True) -> dict[str, Any]:
     """A recipe's text, all it comes to, and the sentence that it would be refused with. With its rows, it is
     played through.
     """
+    from luthier.data.load import sample_rows
     from luthier.recipe.recipe import Recipe
     from luthier.recipe.validate import validate
     from luthier.run.folder import default_folder
@@ -86,13 +90,13 @@ def check(changes: Mapping[str, str], rehearsed: bool = True) -> dict[str, Any]:
         keys = given({k: v for k, v in changes.items() if k != "output_dir"})
         out["text"] = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True, width=110) if keys else ""
         recipe = Recipe.load(keys)
-        out |= {"whole": recipe.yaml(), "told": list(recipe.told), "name": default_folder(recipe).name}
+        out |= {"whole": recipe.yaml(), "told": list(recipe.warnings), "name": default_folder(recipe).name}
         if rehearsed:
             if recipe.data is None:
                 raise RecipeError(
                     "a recipe needs `data`: a file, a folder, a hub name, rows, or practice:WORLD"
                 )
-            validate(recipe, rows_of(recipe.data).rows[:100])
+            validate(recipe, rows_of(recipe.data).rows[:100], sample_rows)
     except RecipeError as error:
         out["error"] = str(error)
     return out
@@ -192,7 +196,7 @@ def look(changes: Mapping[str, str], offset: int = 0, shown: int = 4) -> dict[st
     """
     from luthier.data.profile import feeds, reasons
     from luthier.recipe.recipe import Recipe
-    from luthier.recipe.validate import words
+    from luthier.recipe.validate import columns_of
     from luthier.report import MARKS
 
     keys = given(
@@ -233,7 +237,7 @@ def look(changes: Mapping[str, str], offset: int = 0, shown: int = 4) -> dict[st
         "bad": len(every),
         "reasons": reasons(every),
         "aside": [{k: str(b.get(k, ""))[:600] for k in ("where", "reason", "raw")} for b in every[:KEPT]],
-        "feeds": {f["objective"]: [f["feeds"], f["why"]] for f in feeds(words(loaded.rows[:100]))},
+        "feeds": {f["objective"]: [f["feeds"], f["why"]] for f in feeds(columns_of(loaded.rows[:100]))},
     }
 
 
@@ -267,7 +271,7 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
     from luthier.data.load import load_data
     from luthier.model.load import assemble, take_parts
     from luthier.recipe.recipe import Recipe
-    from luthier.recipe.validate import checked
+    from luthier.recipe.validate import dry_run
     from luthier.report.numbers import count, duration
     from luthier.train import checks as guards
     from luthier.train import memory
@@ -279,7 +283,7 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
             "a plan has several runs, which depend on each other: what it will cost is not known before"
         )
     data = load_data(recipe)
-    parts = checked(recipe, data.rows[:100])
+    parts = dry_run(recipe, data.rows[:100])
     roles = assemble(recipe, parts, parts.architecture.fit_to(data.rows), None, data.rows)
     take_parts(roles, parts)
     kept, bad, stats = parts.architecture.encode_all(data.rows[:SAMPLE], roles.renderer)
@@ -321,7 +325,7 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
     )
     fed = sorted((r for r in kept[:16] if r.get("completions")), key=lambda row: len(str(row)))[:2]
     notes = []
-    if fed and parts.objective is not None and not parts.live:
+    if fed and parts.objective is not None and not parts.online_stages:
         chain = Chain(
             parts.chain,
             roles.tuner,

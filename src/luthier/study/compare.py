@@ -22,10 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from luthier.data.load import load_data
+from luthier.data.load import load_data, sample_rows
 from luthier.errors import RecipeError
+from luthier.recipe.capabilities import columns_of, requirements
 from luthier.recipe.recipe import Recipe
-from luthier.recipe.validate import checked, opening, validate, wants, words
+from luthier.recipe.validate import dry_run, first_run, validate
 from luthier.registry import build, did_you_mean, provides_of
 from luthier.report.numbers import number, says
 from luthier.storage import store
@@ -170,19 +171,19 @@ def fair(study: Study) -> tuple[dict[str, Recipe], list[str]]:
     for name, recipe in study.arms.items():
         try:
             if recipe.plan is not None:
-                validate(recipe, rows.rows[:100])
-            parts = checked(opening(recipe), rows.rows[:100])
+                validate(recipe, rows.rows[:100], sample_rows)
+            parts = dry_run(first_run(recipe), rows.rows[:100])
         except RecipeError as error:
             raise RecipeError(f"arm {name}: {error}") from None
         if recipe.evaluate is None:
             have = (
-                words(rows.rows[:100])
+                columns_of(rows.rows[:100])
                 | parts.architecture.provides
                 | parts.estimator.provides
                 | provides_of(parts.tuner)
                 | set(parts.roles)
             )
-            recipe = recipe.but(evaluate=[e for e in MEASURED if wants(build("evaluator", e)) <= have])
+            recipe = recipe.but(evaluate=[e for e in MEASURED if requirements(build("evaluator", e)) <= have])
         arms[name] = recipe.but(save_steps=0.5, save_total_limit=1, report_to=[])
     asked = [
         tuple(e if isinstance(e, str) else e.get("name") for e in r.evaluate or ()) for r in arms.values()

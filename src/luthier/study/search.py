@@ -24,12 +24,13 @@ from typing import Any
 import numpy as np
 
 from luthier.clock import Clock
-from luthier.data.load import Data, load_data
+from luthier.data.load import Data, load_data, sample_rows
 from luthier.errors import RecipeError
 from luthier.methods.searchers._base import Asked, Searcher, Seen, Space, layers, ranked, tamed
 from luthier.methods.searchers._optuna import distributions, optuna
+from luthier.recipe.capabilities import columns_of, requirements
 from luthier.recipe.recipe import Recipe
-from luthier.recipe.validate import checked, opening, validate, wants, words
+from luthier.recipe.validate import dry_run, first_run, validate
 from luthier.registry import build, did_you_mean, provides_of, spec
 from luthier.report.numbers import number, says
 from luthier.storage import store
@@ -427,28 +428,30 @@ def _quality(recipe: Recipe, rows: Sequence[dict]) -> str:
     """The metric that `quality` means: pairs ranked right where pairs are learned from, else the loss."""
     aim = recipe.aim()
     return (
-        "ranking_accuracy" if aim is not None and "pairs" in wants(aim) and "pairs" in words(rows) else "loss"
+        "ranking_accuracy"
+        if aim is not None and "pairs" in requirements(aim) and "pairs" in columns_of(rows)
+        else "loss"
     )
 
 
 def _usual(recipe: Recipe, rows: Sequence[dict]) -> list[str]:
     """What a comparison measures of these rows."""
-    made = checked(opening(recipe), rows)
+    made = dry_run(first_run(recipe), rows)
     have = (
-        words(rows)
+        columns_of(rows)
         | made.architecture.provides
         | made.estimator.provides
         | provides_of(made.tuner)
         | set(made.roles)
     )
-    return [e for e in comparison.MEASURED if wants(build("evaluator", e)) <= have]
+    return [e for e in comparison.MEASURED if requirements(build("evaluator", e)) <= have]
 
 
 def _evaluators(recipe: Recipe, rows: Sequence[dict], asked: set[str]) -> list[Any]:
     """Those that the goals need, and no others: each run is measured twice."""
-    made = checked(opening(recipe), rows)
+    made = dry_run(first_run(recipe), rows)
     have = (
-        words(rows)
+        columns_of(rows)
         | made.architecture.provides
         | made.estimator.provides
         | provides_of(made.tuner)
@@ -460,7 +463,7 @@ def _evaluators(recipe: Recipe, rows: Sequence[dict], asked: set[str]) -> list[A
         family = metric.split("_")[0].split("/")[0]
         name = EVALUATORS.get(family)
         if name and name not in found:
-            if lacking := wants(build("evaluator", name)) - have:
+            if lacking := requirements(build("evaluator", name)) - have:
                 raise RecipeError(
                     f"--goals: '{metric}' is measured by evaluator '{name}', which wants"
                     f" {', '.join(sorted(lacking))}: not here"
@@ -478,8 +481,8 @@ def _legal(field: SearchSpace, rows: Sequence[dict]) -> SearchSpace:
             try:
                 made = field.recipe_of(space.active({**start, dim.name: value}))
                 if made.plan is not None:
-                    validate(made, rows)
-                checked(opening(made), rows)
+                    validate(made, rows, sample_rows)
+                dry_run(first_run(made), rows)
             except RecipeError as error:
                 raise RecipeError(f"--over {dim.name}={value}: {error}") from None
     for end in (0.0, 1.0):

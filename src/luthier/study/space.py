@@ -16,10 +16,11 @@ import yaml
 
 from luthier.errors import RecipeError
 from luthier.methods.searchers._base import Dim, Space
-from luthier.recipe.recipe import ALIASES, SLOTS, Recipe, terms
+from luthier.recipe.aliases import METHOD_KEYS
+from luthier.recipe.recipe import Recipe, key_of, terms
 from luthier.registry import Choices, Range, build, did_you_mean, spec
 
-KINDS = {**SLOTS, "objective": "objective"}  # keys that hold one method
+KINDS = {**METHOD_KEYS, "objective": "objective"}  # keys that hold one method
 TUNERS = ("lora", "dora", "ssf", "bitfit", "houlsby", "full")  # what `tuner` alone goes over
 # what must stay
 ALIKE = (
@@ -88,7 +89,7 @@ def over(recipe: Recipe, said: Sequence[str] = ()) -> SearchSpace:
     inside = True
     for part in sorted(asked, key=lambda p: "." in p.partition("=")[0]):  # methods before their settings
         key, equals, values = (x.strip() for x in part.partition("="))
-        key = ".".join([ALIASES.get(key.split(".")[0], key.split(".")[0]), *key.split(".")[1:]])
+        key = ".".join([key_of(key.split(".")[0]), *key.split(".")[1:]])
         if key.split(".")[0] in ALIKE:
             raise RecipeError(
                 f"--over {key}: what is measured, and on which rows, must stay the same in a search"
@@ -146,7 +147,7 @@ def _built(key: str, told: Any) -> Any:
 def _method(recipe: Recipe, key: str) -> Any:
     """What a recipe's key holds, built; None where that is not one method."""
     told = getattr(recipe, key)
-    if told in (None, "auto") or (key == "optim" and recipe.transforms is not None):
+    if told in (None, "auto") or (key == "optim" and isinstance(recipe.optim, list)):
         return None
     made = _built(key, told)
     return made if hasattr(made, "kind") else None

@@ -114,7 +114,7 @@ def _yes(done: Callable[[], Any]) -> str:
 
 def _tried(name: str) -> dict[str, str]:
     cls: Any = find("tuner", name)
-    dress: Callable[[Any], Any] = _coded if "codes" in cls.requires else lambda model: model
+    dress: Callable[[Any], Any] = _coded if "quantized_weights" in cls.requires else lambda model: model
     make: Callable[[], Any] = lambda: dress(_llama(4))
     try:
         attached = _put(name, make())
@@ -177,7 +177,7 @@ def _coded(model: Any) -> Any:
 
 def _on_codes(name: str, model: Any) -> bool:
     """Does a gradient reach it on a base whose linear weights are codes?"""
-    if "codes" not in find("tuner", name).requires:
+    if "quantized_weights" not in find("tuner", name).requires:
         _coded(model)
     attached = _put(name, model)
     if attached.virtual:

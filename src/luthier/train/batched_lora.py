@@ -53,9 +53,9 @@ def alike(recipe: Recipe) -> str | None:
     if (
         tuner.get("name") != "lora"
         or recipe.plan is not None
-        or recipe.live
+        or recipe.online_stages
         or recipe.stages
-        or recipe.start is not None
+        or recipe.init_from is not None
     ):
         return None
     if recipe.quantization is not None or recipe.objective is None:

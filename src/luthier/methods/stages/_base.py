@@ -5,12 +5,13 @@ step (`live`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
 
 from luthier.model.policy import eval_mode
-from luthier.registry import Capability, Column, family
+from luthier.registry import Capability, Column, declared_words, family
 
 SAMPLES = Capability(
     "samples",
@@ -29,18 +30,11 @@ REWARDS = Column(
     example=({"other": [0.2, 0.9, 0.4]}, {"other": [0.7, 0.1, 0.5]}),
 )
 
-BY_COMPLETION = (
-    "completions",
-    "scores",
-    "truncated",
-    "old",
-    "remembered",
-    "token_weights",
-    "win_rates",
-    "teacher_ids",
-    "teacher_logprobs",
-    "teacher_spans",
-)  # columns with an entry for each completion
+
+@cache
+def completion_columns() -> frozenset[str]:
+    """Columns with an entry for each completion, of every method that declares one."""
+    return frozenset(name for name, column in declared_words("Column").items() if column.per != "row")
 
 
 @family
@@ -106,7 +100,7 @@ def pick(row: dict, places: Sequence[int]) -> dict:
         numbers = isinstance(value, list) and all(
             isinstance(v, list) and v and isinstance(v[0], float) for v in value
         )
-        return name in BY_COMPLETION or bool(numbers)
+        return name in completion_columns() or bool(numbers)
 
     def few(name: str, value: Any) -> Any:
         if name == "rewards" and isinstance(value, dict):
@@ -118,7 +112,7 @@ def pick(row: dict, places: Sequence[int]) -> dict:
 
 def without(row: dict, *more: str) -> dict:
     """A row without what was said about its completions, which are about to be others."""
-    return {k: v for k, v in row.items() if k not in (*BY_COMPLETION, "rewards", *more)}
+    return {k: v for k, v in row.items() if k not in (*completion_columns(), "rewards", *more)}
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.methods.objectives._base import Objective
+from luthier.methods.roles._base import REFERENCE
 from luthier.model.batch import Batch
 from luthier.registry import Range, family
 
@@ -51,7 +52,7 @@ class PolicyGradient(Objective):
 
     @property
     def active_requires(self):
-        return self.requires | {"reference"} if self.beta else self.requires - {"reference"}
+        return self.requires | {REFERENCE} if self.beta else self.requires - {REFERENCE}
 
     def advantages(self, batch: Batch) -> Tensor:
         """[N] how much better than its row a completion did."""
@@ -65,7 +66,7 @@ class PolicyGradient(Objective):
         round; times the ratio (arXiv:2512.02556) it has both right.
         """
         logp, advantage = roles.policy.logprobs(batch), self.advantages(batch)[batch.owner]
-        old = batch.per_token("old") if "old" in batch.rows[0] else logp.detach()
+        old = batch.per_token("old_logprobs") if "old_logprobs" in batch.rows[0] else logp.detach()
         low, high = 1 - self.epsilon, 1 + (self.epsilon if self.epsilon_high is None else self.epsilon_high)
         ratio = (logp - old).exp()
         loss = -torch.min(ratio * advantage, ratio.clamp(low, high) * advantage)

@@ -59,7 +59,7 @@ class AdamV2(Objective):
         return len(long_enough(batch, self.parts_of_whole))
 
     def loss(self, roles, batch):
-        heads, m = roles.parts, self.parts_of_whole
+        heads, m = roles.part_heads, self.parts_of_whole
         if heads.m != m:
             raise RecipeError(
                 f"adam_v2 cuts wholes into {m} parts and role `part_whole` into {heads.m}: set parts_of_whole"

@@ -24,7 +24,7 @@ from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._base import Objective
 from luthier.methods.objectives.representation._features import features, of_rows
 from luthier.methods.roles._base import REFERENCE
-from luthier.methods.roles.features.paired import FEATURE_PAIRS
+from luthier.methods.roles.features.feature_pairs import FEATURE_PAIRS
 from luthier.model.outputs import Outputs
 from luthier.registry import objective
 
@@ -47,7 +47,7 @@ class DRTune(Objective):
         if not self.weight:
             return value
         first = batch.place == 0
-        tokens, memory = batch.labels[batch.supervised][first], roles.paired
+        tokens, memory = batch.labels[batch.supervised][first], roles.feature_pairs
         before, after = (
             features(batch, roles.reference.outputs(batch)).detach(),
             features(batch, out).detach(),

@@ -3,7 +3,7 @@
 Rows with `token_weights` (stages, or turns with a `loss_scale`) count accordingly.
 """
 
-from luthier.methods.architectures._base import LOGPROBS
+from luthier.methods.architectures._base import LOGPROBS, TOPK
 from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.objectives._tokens import Tokens
 from luthier.methods.objectives.preference._pairs import Probability
@@ -20,7 +20,7 @@ class SFT(Tokens):
 
     @property
     def active_requires(self):
-        return self.requires | {"top"} if self.label_smoothing_factor else self.requires
+        return self.requires | {TOPK} if self.label_smoothing_factor else self.requires
 
     def cost(self, roles, batch):
         cost = -roles.policy.logprobs(batch)

@@ -56,9 +56,12 @@ class RAFT(Plan):
         champion = None
         for draw in range(self.rounds):
             stages = [*recipe.stages, {**sampling, "draw": draw}, score, *penalty, best]
-            start = recipe.start if champion is None else champion.folder
+            start = recipe.init_from if champion is None else champion.folder
             report = yield recipe.but(
-                stages=stages, objective=recipe.objective or "sft", start=start, evaluate=[*evaluate, measure]
+                stages=stages,
+                objective=recipe.objective or "sft",
+                init_from=start,
+                evaluate=[*evaluate, measure],
             )
             if not better(report, champion, METRIC):
                 break

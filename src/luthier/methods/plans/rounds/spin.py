@@ -41,9 +41,9 @@ class SPIN(Plan):
         for draw in range(self.rounds):
             stage = {**sampling, "draw": draw, "earlier": last if self.mix_last else None}
             beta = self.beta[draw] if isinstance(self.beta, list) else self.beta
-            roles = {**recipe.roles, "reference": "start"}
+            roles = {**recipe.roles, "reference": "initial"}
             aim = {"name": "dpo", "beta": beta}
             report = yield recipe.but(
-                stages=[*recipe.stages, stage], objective=aim, roles=roles, start=last or recipe.start
+                stages=[*recipe.stages, stage], objective=aim, roles=roles, init_from=last or recipe.init_from
             )
             last = report.folder

@@ -34,8 +34,10 @@ class SPPO(Plan):
             "temperature": self.temperature,
         }
         judging = [{"name": "score", "reward": [spec(self.reward)]}, "win_rates", "pairs"]
-        aim, roles, last = {"name": "sppo", "beta": self.beta}, {**recipe.roles, "reference": "start"}, None
+        aim, roles, last = {"name": "sppo", "beta": self.beta}, {**recipe.roles, "reference": "initial"}, None
         for draw in range(self.rounds):
             stages = [*recipe.stages, {**sampling, "draw": draw}, *judging]
-            report = yield recipe.but(stages=stages, objective=aim, roles=roles, start=last or recipe.start)
+            report = yield recipe.but(
+                stages=stages, objective=aim, roles=roles, init_from=last or recipe.init_from
+            )
             last = report.folder

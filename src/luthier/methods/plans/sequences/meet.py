@@ -41,9 +41,9 @@ class MEET(Plan):
             stages=[*recipe.stages, {"name": "buckets", "buckets": self.buckets}],
             objective=recipe.objective or "sft",
         )
-        start = recipe.start
+        start = recipe.init_from
         if self.control_steps != 0:
             steps = {} if self.control_steps is None else {"max_steps": self.control_steps}
             report = yield sorted_rows.but(tuner=control, learning_rate=self.control_learning_rate, **steps)
             start = report.folder
-        yield sorted_rows.but(tuner={**control, "tuner": inner}, start=start)
+        yield sorted_rows.but(tuner={**control, "tuner": inner}, init_from=start)

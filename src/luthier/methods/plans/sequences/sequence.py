@@ -1,7 +1,7 @@
-"""One act after another; each goes on from the last.
+"""One run after another; each starts from the adapter of the last.
 
-An act is a list of changes to the recipe around it. One that only says where to start and what to measure
-trains nothing: `{start: {merge: average, of: all}, evaluate: [loss]}` merges the acts before it.
+A run is a set of changes to the recipe around it. One that only says where to start and what to measure
+trains nothing: `{init_from: {merge: average, of: all}, evaluate: [loss]}` merges the runs before it.
 """
 
 from __future__ import annotations
@@ -10,40 +10,40 @@ from typing import Any
 
 from luthier.errors import RecipeError
 from luthier.methods.plans._base import Plan
-from luthier.recipe.recipe import ALIASES
+from luthier.recipe.recipe import key_of
 from luthier.registry import plan
 
-ONLY_LOOKS = {"start", "evaluate", "eval_data"}
+MEASURES_ONLY = {"init_from", "evaluate", "eval_data"}
 
 
-@plan()
+@plan(former_settings={"acts": "runs"})
 class Sequence(Plan):
-    """`plan: [{...}, {...}]` is short for it. `start: null` begins an act at the base model again."""
+    """`plan: [{...}, {...}]` is short for it. `init_from: null` begins a run at the base model again."""
 
-    acts: list[dict[str, Any]]  # changes to the recipe, one set an act
+    runs: list[dict[str, Any]]  # changes to the recipe, one set a run
 
     def __post_init__(self):
-        if not self.acts:
-            raise ValueError("a plan needs at least one act")
+        if not self.runs:
+            raise ValueError("a plan needs at least one run")
 
     def recipes(self, recipe):
-        folders, last, before = [], recipe.start, None
-        for number, act in enumerate(self.acts):
-            named = {ALIASES.get(key, key) for key in act}
-            start = act.get("start", last)
-            if isinstance(start, dict) and start.get("of") == "all":
+        folders, last, before = [], recipe.init_from, None
+        for number, run in enumerate(self.runs):
+            changes = {key_of(key): value for key, value in run.items()}
+            init_from = changes.get("init_from", last)
+            if isinstance(init_from, dict) and init_from.get("of") == "all":
                 if not folders:
-                    raise RecipeError(f"act {number} merges all acts before it, and there is none")
-                start = {**start, "of": list(folders)}
-            changed = recipe.but(**{**act, "start": start})
-            if act and named <= ONLY_LOOKS:
+                    raise RecipeError(f"run {number} merges all runs before it, and there is none")
+                init_from = {**init_from, "of": list(folders)}
+            changed = recipe.but(**{**changes, "init_from": init_from})
+            if changes and changes.keys() <= MEASURES_ONLY:
                 changed = changed.but(objective=None)
             now = (changed.model, changed.methods()["tuner"])
-            if "start" not in act and before not in (None, now):
+            if "init_from" not in changes and before not in (None, now):
                 what = "model" if now[0] != before[0] else "tuner"
                 raise RecipeError(
-                    f"act {number} has another {what} than the act before it, so it cannot go on from that"
-                    " act's tensors: add `start: null` to begin at the base model"
+                    f"run {number} has another {what} than the run before it, so it cannot start from that run's"
+                    " tensors: add `init_from: null` to begin at the base model"
                 )
             report = yield changed
             folders.append(report.folder)

@@ -83,7 +83,11 @@ class Front(Plan):
             merges = [{"name": "average", "weights": self.lowered(vector)} for vector in vectors]
             reports = yield [
                 recipe.but(
-                    start={"merge": merge, "of": folders}, objective=None, stages=[], live=[], **measuring
+                    init_from={"merge": merge, "of": folders},
+                    objective=None,
+                    stages=[],
+                    online_stages=[],
+                    **measuring,
                 )
                 for merge in merges
             ]
@@ -129,9 +133,9 @@ class Front(Plan):
     def of(self, recipe: Any) -> dict[str, Any]:
         """Name -> reward as plain data, None for what only the pairs say."""
         goals = {name: spec(reward) for name, reward in self.goals.items()}
-        if not goals and (score := _stage(recipe.live, "score")):
+        if not goals and (score := _stage(recipe.online_stages, "score")):
             goals = _rewards(score)
-        elif not goals and (judge := _stage(recipe.stages, "judge")):
+        elif not goals and (judge := _stage(recipe.stages, "score_with")):
             goals = {PAIRS: None, **_rewards(judge)}
         if not goals:
             raise RecipeError(f"plan 'front' wants goals, a reward for each by name: {EXAMPLE}")
@@ -179,11 +183,15 @@ class Front(Plan):
 
 def weigh(recipe: Any, goals: Mapping[str, Any], weights: Sequence[float]) -> dict[str, Any]:
     """The changes that make a recipe go for goals by these weights."""
-    if _stage(recipe.live, "score"):
+    if _stage(recipe.online_stages, "score"):
         if None in goals.values():
             raise RecipeError("plan 'front': on samples every goal wants a reward")
         told = {"reward": list(goals.values()), "names": list(goals), "reward_weights": list(weights)}
-        return {"live": [{"name": "score", **told} if _name(s) == "score" else s for s in recipe.live]}
+        return {
+            "online_stages": [
+                {"name": "score", **told} if _name(s) == "score" else s for s in recipe.online_stages
+            ]
+        }
     aim = spec(recipe.aim()) if recipe.objective is not None and hasattr(recipe.aim(), "kind") else {}
     if aim.get("name") not in ("dpo", "modpo"):
         raise RecipeError(
@@ -197,10 +205,10 @@ def weigh(recipe: Any, goals: Mapping[str, Any], weights: Sequence[float]) -> di
             " modpo"
         )
     others = list(goals)[1:]
-    there = _rewards(_stage(recipe.stages, "judge")) if _stage(recipe.stages, "judge") else {}
+    there = _rewards(_stage(recipe.stages, "score_with")) if _stage(recipe.stages, "score_with") else {}
     there = {**there, **(aim.get("weights") or {})}  # what modpo weighs already, the recipe's own stages give
     new = [name for name in others if name not in there]
-    judge = [{"name": "judge", "reward": [goals[name] for name in new], "names": new}] if new else []
+    judge = [{"name": "score_with", "reward": [goals[name] for name in new], "names": new}] if new else []
     objective = {"name": "modpo", "beta": aim["beta"], "weights": dict(zip(others, weights[1:], strict=True))}
     return {"objective": objective, "stages": [*recipe.stages, *judge]}
 

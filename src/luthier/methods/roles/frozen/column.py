@@ -14,7 +14,7 @@ from luthier.registry import role
 class Column(Role):
     """Per-token log-probabilities from a column (the stage `remember` writes one)."""
 
-    column: str = "remembered"  # rows[column]: one list of numbers per completion
+    column: str = "cached_logprobs"  # rows[column]: one list of numbers per completion
 
     @property
     def active_requires(self):

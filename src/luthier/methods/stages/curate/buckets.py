@@ -47,7 +47,7 @@ class Buckets(Stage):
                     if cuts
                     else self.spread(alone.index(scores[0]), len(alone))
                 )
-                out.append({**row, "bucket": place})
+                out.append({**row, "quality_bin": place})
                 continue
             levels = sorted(set(scores))
             same += len(levels) < 2
@@ -56,7 +56,7 @@ class Buckets(Stage):
                     {
                         **pick(row, [i]),
                         "id": f"{row['id']}/{i}",
-                        "bucket": self.spread(levels.index(score), len(levels)),
+                        "quality_bin": self.spread(levels.index(score), len(levels)),
                     }
                 )
         self.left(roles, same, len(rows), "their completions score alike")

@@ -34,7 +34,7 @@ from luthier.registry import Range, stage
     removes=[PAIRS, SCORES, CACHED_LOGPROBS],
 )
 class Rollout(Stage):
-    """Columns: `completions`; `truncated`, true where no stop token was reached; with `old: true` also `old`."""
+    """Columns: `completions`; `truncated`, true where no stop token was reached; with `old: true` also `old_logprobs`."""
 
     # completions of each prompt (TRL: num_generations)
     n: Annotated[int, Field(ge=1), Range(2, 32, log=True)] = 8
@@ -57,7 +57,7 @@ class Rollout(Stage):
 
     @property
     def active_provides(self):
-        return self.provides if self.old else self.provides - {"old"}
+        return self.provides if self.old else self.provides - {OLD_LOGPROBS}
 
     def __call__(self, rows, roles):
         kept, prompts, rooms, bad = [], [], [], []
@@ -104,7 +104,7 @@ class Rollout(Stage):
             who.compare(known[0], next(said(roles.policy, roles, out[:1], 1)))
         if self.old:
             known = known if who is not roles.policy else said(roles.policy, roles, out, self.batch_size)
-            out = [{**row, "old": old} for row, old in zip(out, known, strict=True)]
+            out = [{**row, "old_logprobs": old} for row, old in zip(out, known, strict=True)]
             self.check(out)
         return out
 
@@ -133,7 +133,7 @@ class Rollout(Stage):
 
     def check(self, rows) -> None:
         for row in rows:
-            if [len(x) for x in row["old"]] != [len(x) for x in row["completions"]]:
+            if [len(x) for x in row["old_logprobs"]] != [len(x) for x in row["completions"]]:
                 raise RecipeError(
                     f"stage 'rollout': row {row['id']} is cut when it is read again; lower max_new_tokens"
                 )

@@ -13,7 +13,7 @@ import copy
 from functools import cached_property
 from typing import Any, ClassVar
 
-from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE, Tuner
+from luthier.methods.tuners._base import DISABLE_ADAPTER, LOW_RANK, MERGE, Tuner
 from luthier.registry import tuner
 
 
@@ -42,7 +42,9 @@ class PEFT(Tuner):
         from luthier.methods.tuners._peft import merges
 
         plain = self.type.lower() == "lora" and not (self.config or {}).get("use_dora")
-        return frozenset({"off", *(["merge"] if merges(self.made) else []), *(["low-rank"] if plain else [])})
+        return frozenset(
+            {DISABLE_ADAPTER, *([MERGE] if merges(self.made) else []), *([LOW_RANK] if plain else [])}
+        )
 
     def attach(self, model):
         from luthier.methods.tuners._peft import OnPeft

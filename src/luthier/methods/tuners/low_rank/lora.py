@@ -64,7 +64,7 @@ class LoRA(TargetModules):
     @property
     def active_provides(self):
         """With DoRA the update is more than B A."""
-        return self.provides - {"low-rank"} if self.use_dora else self.provides
+        return self.provides - {LOW_RANK} if self.use_dora else self.provides
 
     def __post_init__(self):
         start = self.init_lora_weights

@@ -50,7 +50,7 @@ class Control(Tuner):
 
     @property
     def active_provides(self):
-        return self.provides if self.tuner is None or "off" in self.tuner.provides else frozenset()
+        return self.provides if self.tuner is None or DISABLE_ADAPTER in self.tuner.provides else frozenset()
 
     @torch.no_grad()
     def attach(self, model):
@@ -80,7 +80,7 @@ class Controls(Soft):
         return self.each()[self.bucket]
 
     def soft_rows(self, batch):
-        buckets = [int(row.get("bucket", self.bucket)) for row in batch.rows]
+        buckets = [int(row.get("quality_bin", self.bucket)) for row in batch.rows]
         odd = [b for b in buckets if not 0 <= b < self.settings.buckets]
         if odd:
             raise RecipeError(
@@ -127,7 +127,7 @@ class Controls(Soft):
 
     @contextmanager
     def off(self):
-        if "off" not in self.settings.active_provides:
+        if DISABLE_ADAPTER not in self.settings.active_provides:
             raise RecipeError(f"tuner 'control' with '{self.settings.tuner.name}' cannot be switched off")
         with ExitStack() as stack:
             stack.enter_context(super().off())

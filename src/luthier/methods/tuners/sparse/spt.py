@@ -100,7 +100,7 @@ class Entries(Sparse):
     """Some entries of a weight."""
 
     name: ClassVar[str] = "spt"
-    provides: ClassVar[frozenset[str]] = frozenset({"off", "merge"})
+    provides: ClassVar[frozenset[str]] = frozenset({DISABLE_ADAPTER, MERGE})
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
     n: int  # of them
 

@@ -114,7 +114,7 @@ class Slice(Delta):
     """The part of one weight that moves."""
 
     name: ClassVar[str] = "s2ft"
-    provides: ClassVar[frozenset[str]] = frozenset({"off", "merge"})
+    provides: ClassVar[frozenset[str]] = frozenset({DISABLE_ADAPTER, MERGE})
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
     precise: ClassVar[bool] = False
 

@@ -19,7 +19,7 @@ from luthier.methods.roles.averages._average import Averaged
 from luthier.registry import role
 
 
-@role(paper="arXiv:2401.15914", row="ogen")
+@role(former="recent", paper="arXiv:2401.15914", row="ogen")
 class Recent(Role):
     """An average over a window of snapshots. Each costs a copy of what moves."""
 

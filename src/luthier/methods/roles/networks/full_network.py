@@ -5,7 +5,7 @@ from luthier.methods.tuners.pruned.elastic import ELASTIC
 from luthier.registry import role
 
 
-@role(requires=[ELASTIC])
+@role(former="whole", requires=[ELASTIC])
 class Whole(Role):
     """The full network, while sub-networks play the policy. Costs no memory."""
 

@@ -25,7 +25,7 @@ FEATURE_PAIRS = Capability(
 )
 
 
-@role(paper="arXiv:2308.12058", row="dr-tune")
+@role(former="paired", paper="arXiv:2308.12058", row="dr-tune")
 class Paired(Role):
     """[size, 2 * width], and the token that begins each answer."""
 

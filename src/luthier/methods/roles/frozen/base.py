@@ -5,7 +5,7 @@ from luthier.methods.tuners._base import DISABLE_ADAPTER
 from luthier.registry import role
 
 
-@role(requires=[DISABLE_ADAPTER])
+@role(former="off", requires=[DISABLE_ADAPTER])
 class Off(Role):
     """The policy's own network, untuned. The default reference."""
 

@@ -14,11 +14,11 @@ from luthier.methods.stages._base import CACHED_LOGPROBS, Stage, said
 from luthier.registry import stage
 
 
-@stage(requires=[COMPLETIONS, LOGPROBS], provides=[CACHED_LOGPROBS])
+@stage(former="remember", requires=[COMPLETIONS, LOGPROBS], provides=[CACHED_LOGPROBS])
 class Remember(Stage):
     """Per-token log-probabilities of every completion; play them with `roles: {reference: column}`."""
 
-    column: str = "remembered"  # where they go
+    column: str = "cached_logprobs"  # where they go
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
 
     @property

@@ -4,7 +4,7 @@ from luthier.methods.roles._base import Role
 from luthier.registry import role
 
 
-@role()
+@role(former="start")
 class Start(Role):
     """The policy with the tensors it began with. Under full tuning this is a second copy of the model."""
 

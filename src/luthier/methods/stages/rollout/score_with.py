@@ -8,7 +8,7 @@ from luthier.methods.stages.rollout.score import Score
 from luthier.registry import stage
 
 
-@stage(requires=[COMPLETIONS], provides=[REWARDS])
+@stage(former="judge", requires=[COMPLETIONS], provides=[REWARDS])
 class Judge(Score):
     """Column `rewards`, beside what is there: {name of the reward: a number for each completion}."""
 

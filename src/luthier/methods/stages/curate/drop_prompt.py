@@ -7,7 +7,12 @@ from luthier.methods.stages._base import Stage
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:2409.14254", row="implicit-instruction-tuning", requires=[COMPLETIONS])
+@stage(
+    former="response_only",
+    paper="arXiv:2409.14254",
+    row="implicit-instruction-tuning",
+    requires=[COMPLETIONS],
+)
 class ResponseOnly(Stage):
     """What users and systems say becomes empty; the chat template stays. A prompt of plain text becomes an
     empty user's turn.

@@ -1,0 +1,295 @@
+"""From YAML, a mapping and changes to a Recipe: keys of other tools and of luthier 0.1 are understood, settings
+of methods may stand at the top, and every value remembers where it came from.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from luthier.errors import RecipeError
+from luthier.recipe.aliases import ALIASES, FORMER_KEYS, FORMER_ROLES, METHOD_KEYS, NAMES, QUANTIZATION
+from luthier.registry import cards, did_you_mean, find, names
+
+
+def read(source: Any, changes: Any, defaults: Mapping[str, Any]) -> Reading:
+    """Keys and values of a recipe as `Recipe.load` takes them. defaults: every key of a recipe -> its default."""
+    values, name = read_source(source)
+    origins = dict.fromkeys(values, name)
+    # short keys first: tuner=lora must not undo tuner.r=16
+    for key, value in sorted(read_changes(changes), key=lambda change: change[0].count(".")):
+        put(values, key, value, defaults)
+        origins[key.split(".")[0]] = "command line"
+    reading = Reading(paths_as_text(values), origins, defaults)
+    reading.read_quantization()
+    for key, value in reading.values.items():
+        reading.read_key(str(key), value)
+    reading.settle()
+    return reading
+
+
+# ------------------------------------------------------------------------------------------------ source
+
+
+def read_source(source: Any) -> tuple[dict[str, Any], str]:
+    """Keys and values as they were written, and what to call their place: a file's name, "yaml", "python"."""
+    if source is None:
+        return {}, "python"
+    if isinstance(source, Mapping):
+        return dict(source), "python"
+    text, name = str(source), "yaml"
+    if isinstance(source, str) and text.startswith(("toy:", "practice:")):
+        return toy_recipe(text), text
+    if isinstance(source, Path) or ("\n" not in text and text.endswith((".yaml", ".yml", ".json"))):
+        text, name = read_file(Path(source))
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "unreadable"
+        raise RecipeError(f"{name}{line}: this is not YAML ({problem})") from None
+    if not isinstance(values or {}, dict):
+        shape = type(values).__name__
+        raise RecipeError(f"{name}: a recipe is `key: value` lines, not {shape} {str(values)[:40]!r}")
+    return dict(values or {}), name
+
+
+def toy_recipe(name: str) -> dict[str, Any]:
+    """The recipe of a toy task, by its name."""
+    from importlib import import_module
+
+    try:
+        return import_module("luthier.toy").recipe(name)
+    except ValueError as error:
+        raise RecipeError(f"{name}: {error}") from None
+
+
+def read_file(path: Path) -> tuple[str, str]:
+    """Text and name of a recipe's file."""
+    if not path.is_file():
+        near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        raise RecipeError(f"there is no recipe {path}{did_you_mean(path.name, near)}")
+    try:
+        return path.read_text(encoding="utf-8"), path.name
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read: {error}") from None
+
+
+def read_changes(changes: Any) -> Iterable[tuple[str, Any]]:
+    """Changes as (key, value), from a mapping or from texts such as "tuner.r=16"."""
+    if isinstance(changes, Mapping):
+        yield from changes.items()
+        return
+    for change in changes or ():
+        key, equals, value = change.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError(f"'{change}' is not a change such as learning_rate=1e-4 or tuner.r=16")
+        try:
+            yield key.strip(), yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise RecipeError(f"'{change}': the value is not YAML") from None
+
+
+def put(values: dict, key: str, value: Any, defaults: Mapping[str, Any]) -> None:
+    """Set a.b=c; a method named by a string becomes {name: ...} so that its settings have a place."""
+    first, *rest = key.split(".")
+    if not rest:
+        values[first] = value
+        return
+    old = values.get(first)
+    if first in METHOD_KEYS or first == "objective":
+        old = defaults.get(first) if old is None else old
+    if old is None:
+        old = {}
+    if isinstance(old, str) and (first in METHOD_KEYS or first in ("objective", "plan")):
+        old = {"name": old}
+    if not isinstance(old, dict):
+        raise RecipeError(f"'{key}': {first} holds {old!r}, which has no settings")
+    inner = dict(old)
+    put(inner, ".".join(rest), value, {})
+    values[first] = inner
+
+
+def paths_as_text(value: Any) -> Any:
+    """Paths as text, at any depth: from Python they come as `Path`."""
+    if isinstance(value, Mapping):
+        return {k: paths_as_text(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [paths_as_text(v) for v in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+
+# ------------------------------------------------------------------------------------------------ keys
+
+
+@dataclass
+class Reading:
+    """Values on their way to a recipe: `out` by keys of a recipe, and what the user is to know of it."""
+
+    values: dict[str, Any]  # as written
+    sources: dict[str, str]  # key as written -> its place
+    defaults: Mapping[str, Any]  # of every key of a recipe
+    out: dict[str, Any] = field(default_factory=dict)  # key of a recipe -> value
+    loose: dict[str, Any] = field(default_factory=dict)  # settings of methods at the top
+    origins: dict[str, str] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def read_key(self, key: str, value: Any) -> None:
+        """One key as written: a recipe's, an alias, or a setting of a method."""
+        if key == "transforms" and value is None:
+            return  # 0.1 wrote it out where `optim` was meant
+        name = key if key in self.defaults else FORMER_KEYS.get(key, ALIASES.get(key, key))
+        if name == "":
+            why = "a recipe trains" if key == "do_train" else "a run resumes by itself where it was stopped"
+            self.warnings.append(f"'{key}' is left out: {why}")
+            return
+        if key in ("bf16", "fp16"):
+            others = {"dtype", "torch_dtype", "bf16", "fp16"} & (self.values.keys() - {key})
+            if not value and others:
+                return  # `bf16: true, fp16: false` says one thing
+            name = "dtype"
+            value = {"bf16": "bfloat16", "fp16": "float16"}[key] if value else "auto"
+        if isinstance(value, str):
+            value = NAMES.get(name, {}).get(value, value)
+        if name == "roles" and isinstance(value, Mapping):
+            value = self.read_roles(value)
+        if key in FORMER_KEYS and name != key:
+            self.warnings.append(f"'{key}' is now called {name}")
+        elif name != key:
+            self.warnings.append(f"'{key}' is read as {name}")
+        self.origins[name] = self.sources.get(key, "python")
+        if name not in self.defaults:
+            self.loose[name] = value
+        elif name not in self.out or (key == "transforms" and name == "optim"):
+            self.out[name] = value
+        elif not (name == "optim" and isinstance(self.out[name], list)):
+            raise RecipeError(f"'{key}' and '{name}' are the same key; give one of them")
+
+    def read_roles(self, roles: Mapping[str, Any]) -> dict[str, Any]:
+        """Roles under the names that they have now."""
+        out = {}
+        for name, role in roles.items():
+            new = FORMER_ROLES.get(name, name)
+            if new != name:
+                self.warnings.append(f"role '{name}' is now called '{new}'")
+            out[new] = role
+        return out
+
+    def read_quantization(self) -> None:
+        """transformers' words for a quantized base (load_in_4bit, ...), and qlora, which others call an adapter."""
+        values = self.values
+        qlora = [k for k, v in values.items() if ALIASES.get(str(k), k) == "tuner" and name_of(v) == "qlora"]
+        for key in qlora:
+            values[key] = {**values[key], "name": "lora"} if isinstance(values[key], Mapping) else "lora"
+            self.warnings.append(f"'{key}: qlora' is read as tuner lora on a quantized base")
+        if "bnb_4bit_compute_dtype" in values:
+            values["dtype"] = values.pop("bnb_4bit_compute_dtype")
+            self.sources["dtype"] = self.sources.get("bnb_4bit_compute_dtype", "python")
+            self.warnings.append("'bnb_4bit_compute_dtype' is read as dtype")
+        words = [
+            k for k in values if k in ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", *QUANTIZATION)
+        ]
+        theirs = {k: values.pop(k) for k in words}
+        four, eight = theirs.get("load_in_4bit"), theirs.get("load_in_8bit")
+        if four and eight:
+            raise RecipeError("'load_in_4bit' and 'load_in_8bit' cannot both be true; give one of them")
+        if not (four or eight or qlora):
+            if theirs.keys() - {"load_in_4bit", "load_in_8bit"}:
+                left = ", ".join(words)
+                self.warnings.append(f"{left}: left out, since the base is not quantized (load_in_4bit)")
+            return
+        if values.get("quantization") is not None:
+            if four or eight:
+                raise RecipeError(f"'{words[0]}' and 'quantization' say the same thing; give one of them")
+            return
+        settings = {"name": "int8" if eight else theirs.get("bnb_4bit_quant_type", "nf4")}
+        settings |= {ours: theirs[key] for key, ours in QUANTIZATION.items() if key in theirs}
+        if eight:
+            settings.pop("double_quant", None)
+        source = [*words, *qlora]
+        values["quantization"] = settings
+        self.sources["quantization"] = self.sources.get(str(source[0]), "python")
+        self.warnings.append(f"{', '.join(repr(str(k)) for k in source)}: read as quantization {settings}")
+
+    # -------------------------------------------------------------------------------------------- settings
+
+    def settle(self) -> None:
+        """Settings of a method that stand at the top of the recipe (`r: 16`, `beta: 0.2`) go to the method that
+        has them.
+        """
+        if not self.loose:
+            return
+        places = self.places()
+        for key, value in self.loose.items():
+            homes = [place for place, settings in places.items() if key in settings]
+            if not homes:
+                raise RecipeError(f"a recipe has no '{key}'{self.hint(key, places)}")
+            if len(homes) > 1:
+                choices = " or ".join(f"{home}.{key}" for home in homes)
+                raise RecipeError(f"'{key}' could mean {choices}; write which")
+            self.set_in(homes[0], key, value)
+            self.origins[homes[0].split(".")[0]] = self.origins[key]
+            self.warnings.append(f"'{key}' is read as {homes[0]}.{key}")
+
+    def places(self) -> dict[str, set[str]]:
+        """Where a setting may belong: key, or key.number in a list of stages -> the settings of its method."""
+        places: dict[str, set[str]] = {}
+        for key, kind in METHOD_KEYS.items():
+            name = name_of(self.out.get(key, self.defaults[key]))
+            if key == "architecture" and name in ("auto", None):
+                name = "causal"
+            if isinstance(name, str):
+                places[key] = settings_of(kind, name)
+        objective = self.out.get("objective", self.defaults["objective"])
+        if isinstance(objective, dict) or objective in names("objective"):
+            places["objective"] = settings_of("objective", name_of(objective))
+        for key in ("online_stages", "stages"):
+            for i, value in enumerate(self.out.get(key) or ()):
+                if name_of(value) in names("stage"):
+                    places[f"{key}.{i}"] = settings_of("stage", name_of(value))
+        return places
+
+    def hint(self, key: str, places: Mapping[str, set[str]]) -> str:
+        """What a key that nothing here has may have meant."""
+        owners = []
+        for kind in ("tuner", "objective", "optimizer", "estimator"):
+            for card in cards(kind):
+                if key in settings_of(kind, card.name):
+                    owners.append(f"{kind} '{card.name}'")
+        if owners:
+            return f"; it is a setting of {', '.join(owners[:3])}"
+        return did_you_mean(key, {*self.defaults, *ALIASES}.union(*places.values()))
+
+    def set_in(self, place: str, key: str, value: Any) -> None:
+        """Set a method's setting, at a key or at a place of a list of stages."""
+        first, _, number = place.partition(".")
+        if number:
+            stages = list(self.out[first])
+            stages[int(number)] = {**as_spec(stages[int(number)]), key: value}
+            self.out[first] = stages
+            return
+        method = self.out.get(first, self.defaults[first])
+        if method == "auto":
+            method = "causal"
+        self.out[first] = {**as_spec(method), key: value}
+
+
+def as_spec(value: Any) -> dict[str, Any]:
+    """A method as {name: ..., setting: ...}."""
+    return {"name": value} if isinstance(value, str) else dict(value)
+
+
+def name_of(value: Any) -> Any:
+    """The name of a method, written as text or as {name: ...}."""
+    return value.get("name") if isinstance(value, Mapping) else value
+
+
+def settings_of(kind: str, name: Any) -> set[str]:
+    """The settings that a method has."""
+    return {f.name for f in fields(find(kind, name))}
