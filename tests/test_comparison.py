@@ -14,7 +14,14 @@ from conftest import SUMS
 from luthier.errors import RecipeError
 from luthier.recipe.recipe import Recipe
 from luthier.report.console import Console
-from luthier.study.compare import Study, arms_of, conduct, fair, sentence, understood
+from luthier.study.compare import (
+    ComparisonSpec,
+    arms_of,
+    parse_budget,
+    resolve_arms,
+    run_comparison,
+    sentence,
+)
 
 
 @pytest.fixture
@@ -31,13 +38,14 @@ def shared(shallow) -> dict:
     }
 
 
-def study(shared, arms: dict, **how) -> Study:
-    return Study({k: Recipe.load({**shared, **v}) for k, v in arms.items()}, apart=False, **how)
+def spec(shared, arms: dict, **how) -> ComparisonSpec:
+    recipes = {name: Recipe.load({**shared, **keys}) for name, keys in arms.items()}
+    return ComparisonSpec(recipes, subprocesses=False, **how)
 
 
 def test_the_same_recipe_twice_is_no_difference(shared, tmp_path):
     arm = {"tuner": "lora", "learning_rate": 1e-2}
-    found = conduct(study(shared, {"a": arm, "b": arm}, seeds=2, together=False), tmp_path / "c")
+    found = run_comparison(spec(shared, {"a": arm, "b": arm}, seeds=2, together=False), tmp_path / "c")
     assert not any(p["apart"] for pairs in found["pairs"].values() for p in pairs)
     assert "no difference seen" in found["sentence"] and "no winner" in found["sentence"]
     assert found["front"] and set(found["table"]["loss"]) == {"a", "b"}
@@ -52,10 +60,10 @@ def test_an_arm_made_worse_is_found_and_stopped(shared, tmp_path):
         "worse": {"tuner": "lora", "learning_rate": 1e-7},
         "awful": {"tuner": "full", "learning_rate": 3e-1},
     }
-    found = conduct(study({**shared, "max_steps": 24}, arms, seeds=3), tmp_path / "c")
+    found = run_comparison(spec({**shared, "max_steps": 24}, arms, seeds=3), tmp_path / "c")
     assert "awful" in found["stopped"] or "worse" in found["stopped"]
-    kept = conduct(
-        study({**shared, "max_steps": 24}, {k: arms[k] for k in ("good", "worse")}, seeds=3), tmp_path / "d"
+    kept = run_comparison(
+        spec({**shared, "max_steps": 24}, {k: arms[k] for k in ("good", "worse")}, seeds=3), tmp_path / "d"
     )
     assert (
         kept["sentence"].startswith("Loss on held-out rows: good") and "better than worse" in kept["sentence"]
@@ -99,26 +107,26 @@ def test_a_killed_comparison_goes_on(shared, tmp_path, monkeypatch):
 
     monkeypatch.setattr(run, "perform", dies)
     with pytest.raises(KeyboardInterrupt):
-        conduct(study(shared, arms, seeds=2), tmp_path / "c")
+        run_comparison(spec(shared, arms, seeds=2), tmp_path / "c")
     monkeypatch.setattr(
         run,
         "perform",
         lambda recipe, folder, *r, **h: (calls.append(folder.name), real(recipe, folder, *r, **h))[1],
     )
-    found = conduct(study(shared, arms, seeds=2), tmp_path / "c")
+    found = run_comparison(spec(shared, arms, seeds=2), tmp_path / "c")
     assert sorted(calls) == ["a-0", "a-1", "b-0", "b-1"]  # nothing was run twice
     assert found["table"]["loss"]["a"]["by_seed"]
 
 
 def test_a_budget_of_tokens_gives_each_arm_its_steps(shared, tmp_path):
     arms = {"a": {"tuner": "full"}, "b": {"tuner": "lora", "per_device_train_batch_size": 4}}
-    found = conduct(study(shared, arms, seeds=1, budget="600 tokens"), tmp_path / "c")
+    found = run_comparison(spec(shared, arms, seeds=1, budget="600 tokens"), tmp_path / "c")
     steps = json.loads((tmp_path / "c" / "budget.json").read_text())
     assert steps["b"] > 1.5 * steps["a"]
     assert any("per_device_train_batch_size" in n for n in found["notes"]) and any(
         "one seed" in n for n in found["notes"]
     )
-    assert [understood(x) for x in ("30m", "2h", "500", "2k tokens")] == [
+    assert [parse_budget(x) for x in ("30m", "2h", "500", "2k tokens")] == [
         ("seconds", 1800),
         ("seconds", 7200),
         ("steps", 500),
@@ -142,7 +150,7 @@ def test_each_arm_takes_its_own_best_rate(shared, tmp_path, monkeypatch):
     arms = {"full": {"tuner": "full"}, "lora": {"tuner": "lora"}}
     how = {"seeds": 1, "learning_rates": (1e-6, 3e-3, 3.0)}
     told = StringIO()
-    found = conduct(study(shared, arms, **how), tmp_path / "c", Console(told))
+    found = run_comparison(spec(shared, arms, **how), tmp_path / "c", Console(told))
     lines = [line for line in told.getvalue().splitlines() if not line.startswith("·")]
     value = json.loads((tmp_path / "c" / "learning_rates.json").read_text())["full"]["0.003"]
     assert len(lines) == 8 and any(
@@ -159,9 +167,11 @@ def test_each_arm_takes_its_own_best_rate(shared, tmp_path, monkeypatch):
         "learning rate 0.003" in note for note in found["notes"]
     )
     monkeypatch.setattr("luthier.run.run.perform", lambda *a, **k: pytest.fail("all of this was known"))
-    assert conduct(study(shared, arms, **how), tmp_path / "c")["table"]["loss"] == found["table"]["loss"]
+    assert (
+        run_comparison(spec(shared, arms, **how), tmp_path / "c")["table"]["loss"] == found["table"]["loss"]
+    )
     with pytest.raises(RecipeError, match="two or more above 0"):
-        fair(study(shared, arms, learning_rates=(1e-3,)))
+        resolve_arms(spec(shared, arms, learning_rates=(1e-3,)))
 
 
 def test_a_plan_is_an_arm_like_others(shared, tmp_path):
@@ -170,7 +180,7 @@ def test_a_plan_is_an_arm_like_others(shared, tmp_path):
         "twice": {"tuner": "full", "learning_rate": 1e-3, "plan": {"name": "sequence", "acts": [{}, {}]}},
         "same": {"tuner": "full", "learning_rate": 1e-3},
     }
-    found = conduct(study(shared, arms, seeds=2), tmp_path / "c")
+    found = run_comparison(spec(shared, arms, seeds=2), tmp_path / "c")
     assert (
         found["table"]["loss"]["twice"]["mean"] < found["table"]["loss"]["once"]["mean"]
         and found["table"]["loss"]["twice"]["rows"] > 1
@@ -182,14 +192,14 @@ def test_a_plan_is_an_arm_like_others(shared, tmp_path):
     ]
     assert found["table"]["seconds"]["twice"]["by_seed"][0] == pytest.approx(sum(acts))
     with pytest.raises(RecipeError, match="which no budget divides"):
-        fair(study(shared, arms, budget="5 steps"))
+        resolve_arms(spec(shared, arms, budget="5 steps"))
 
 
 def test_the_page_answers_first_and_runs_nothing(shared, tmp_path):
     rows = [{**r, "prompt": r["prompt"] + "<script>alert(1)</script>"} for r in SUMS]
     arms = {"a": {"tuner": "full"}, "b<i>": {"tuner": "lora"}}
-    found = conduct(
-        study(
+    found = run_comparison(
+        spec(
             {**shared, "data": rows, "evaluate": ["loss", "generate"]},
             {"a": arms["a"], "b": arms["b<i>"]},
             seeds=1,
@@ -219,7 +229,7 @@ def test_the_page_answers_first_and_runs_nothing(shared, tmp_path):
 )
 def test_what_cannot_be_compared_is_refused(shared, tmp_path, arms, how, said):
     with pytest.raises(RecipeError, match=said):
-        conduct(study({**shared, "max_steps": 1}, arms, **{"seeds": 1, **how}), tmp_path / "c")
+        run_comparison(spec({**shared, "max_steps": 1}, arms, **{"seeds": 1, **how}), tmp_path / "c")
 
 
 def test_two_commands_do_not_share_a_folder(shared, tmp_path):
@@ -229,7 +239,7 @@ def test_two_commands_do_not_share_a_folder(shared, tmp_path):
     with open(tmp_path / "c" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(RecipeError, match="another process"):
-            conduct(study(shared, {"a": {}, "b": {}}), tmp_path / "c")
+            run_comparison(spec(shared, {"a": {}, "b": {}}), tmp_path / "c")
 
 
 def test_arms_from_the_command_line(tmp_path, tiny):
@@ -246,7 +256,7 @@ def test_arms_from_the_command_line(tmp_path, tiny):
     assert "no winner" in sentence(
         "loss", {"a": {"mean": 1}, "b": {"mean": 2}}, [{"a": "a", "b": "b", "apart": False}], {}
     )
-    assert fair(Study({k: r.but(data=SUMS) for k, r in arms.items()}))[0]["one"].evaluate
+    assert resolve_arms(ComparisonSpec({k: r.but(data=SUMS) for k, r in arms.items()}))[0]["one"].evaluate
 
 
 def test_arms_that_share_a_base_run_side_by_side_and_find_the_same(shared, tmp_path):
@@ -258,7 +268,8 @@ def test_arms_that_share_a_base_run_side_by_side_and_find_the_same(shared, tmp_p
         "full": {"tuner": "full"},
     }
     both = {
-        way: conduct(study(shared, arms, seeds=2, together=way), tmp_path / str(way)) for way in (True, False)
+        way: run_comparison(spec(shared, arms, seeds=2, together=way), tmp_path / str(way))
+        for way in (True, False)
     }
     assert both[True]["stopped"].keys() == both[False]["stopped"].keys()
     for arm, want in both[False]["table"]["loss"].items():
@@ -273,5 +284,5 @@ def test_a_crew_of_which_one_diverges_is_run_alone(shared, tmp_path):
         "b": {"tuner": "lora", "learning_rate": 1e30, "optim": "sgd"},
         "c": {"tuner": "lora", "learning_rate": 1e-3, "optim": "sgd"},
     }
-    found = conduct(study(shared, arms, seeds=1, stop_early=False), tmp_path / "c")
+    found = run_comparison(spec(shared, arms, seeds=1, stop_early=False), tmp_path / "c")
     assert list(found["stopped"]) == ["b"] and {"a", "c"} <= set(found["table"]["loss"])

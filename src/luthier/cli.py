@@ -274,23 +274,23 @@ def compare(
     is run again.
     """
     from luthier.report.console import Callback, Console
-    from luthier.study.compare import Study, arms_of, conduct, rates_of
+    from luthier.study.compare import ComparisonSpec, arms_of, parse_learning_rates, run_comparison
 
     files = [w for w in words or () if "=" not in w or Path(w).is_file()]
     changes = [w for w in words or () if w not in files] + [
         f"{k}={json.dumps(v)}" for k, v in (("model", model), ("data", data)) if v
     ]
     arms = arms_of(files, changes, tuners, objectives)
-    study = Study(
+    spec = ComparisonSpec(
         arms,
         seeds,
         budget,
         metric,
         stop_early=not keep_all,
-        learning_rates=rates_of(learning_rates),
+        learning_rates=parse_learning_rates(learning_rates),
         together=together,
     )
-    found = conduct(study, to, Callback() if as_json else Console())
+    found = run_comparison(spec, to, Callback() if as_json else Console())
     typer.echo(dumped(found)) if as_json else Console().arms(found)
 
 

@@ -35,7 +35,7 @@ from luthier.registry import build, did_you_mean, provides_of, spec
 from luthier.report.numbers import number, says
 from luthier.storage import store
 from luthier.study import compare as comparison
-from luthier.study.compare import TUNING_SEED, Study, understood
+from luthier.study.compare import TUNING_SEED, ComparisonSpec, parse_budget
 from luthier.study.goals import Goal, Limit, below, fold, goals, limits
 from luthier.study.space import SearchSpace, over
 from luthier.study.statistics import difference, holm, hypervolume
@@ -363,7 +363,7 @@ def quest(
         raise RecipeError(f"--trials: {trials} is less than one run")
     seconds = math.inf
     if budget is not None:
-        what, seconds = understood(budget)
+        what, seconds = parse_budget(budget)
         if what != "seconds":
             raise RecipeError(
                 f"--budget: '{budget}' is not a time such as 30m or 2h; say max_steps=... for how long each"
@@ -444,7 +444,7 @@ def _usual(recipe: Recipe, rows: Sequence[dict]) -> list[str]:
         | provides_of(made.tuner)
         | set(made.roles)
     )
-    return [e for e in comparison.MEASURED if requirements(build("evaluator", e)) <= have]
+    return [e for e in comparison.DEFAULT_EVALUATORS if requirements(build("evaluator", e)) <= have]
 
 
 def _evaluators(recipe: Recipe, rows: Sequence[dict], asked: set[str]) -> list[Any]:
@@ -910,7 +910,7 @@ def _tested(
     watch.stage("on test seeds")
     rows = {} if made.test_data is None else {"eval_data": made.test_data}
     arms = {name: r.but(evaluate=[*(r.evaluate or ()), *made.evaluate], **rows) for name, r in arms.items()}
-    study = Study(
+    study = ComparisonSpec(
         arms,
         len(made.test_seeds),
         None,
@@ -918,9 +918,9 @@ def _tested(
         False,
         made.apart,
         together=False,
-        drawn=made.test_seeds,
+        seed_values=made.test_seeds,
     )
-    compared = comparison.conduct(study, folder / f"test-{study.fingerprint()}", watch)
+    compared = comparison.run_comparison(study, folder / f"test-{study.fingerprint()}", watch)
     base = next((t for t in tried if t.kind == "recipe"), None)
     lines = []
     for name, t in (*([("recipe", base)] if base else []), *zip(list(arms)[1:], found)):
@@ -1023,7 +1023,7 @@ def beside(lines: Sequence[dict[str, Any]]) -> None:
             if start
         ]
         for x, d, p in zip(new, apart, holm([d.p for d in apart])):
-            sure = bool(p < comparison.WRONG and d.seen)
+            sure = bool(p < comparison.ALPHA and d.seen)
             x.setdefault("beyond", {})[goal] = {
                 "mean": d.mean,
                 "low": d.low,

@@ -1,0 +1,307 @@
+"""Runs every arm with every seed in one folder, resumably, and hands the reports to judge.py.
+
+FOLDER/study.json says which comparison lies here, ARM-SEED/ are the runs, budget.json and learning_rates.json
+what the pilots measured, comparison.json and report.html the result.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from luthier.errors import RecipeError
+from luthier.recipe.recipe import Recipe
+from luthier.report.numbers import number
+from luthier.storage import store
+from luthier.study.compare.judge import ArmResult, arms_behind, judge, no_metric, read_report
+from luthier.study.compare.spec import (
+    COSTS,
+    TUNING_SEED,
+    ComparisonSpec,
+    join_names,
+    metric_of,
+    parse_budget,
+    resolve_arms,
+)
+
+RUNGS = (0.25, 0.5)  # shares of the steps at which arms that cannot win are stopped
+BATCHED_RUNS = 8  # side by side at most
+PILOT_STEPS = 6  # by which a budget of time or tokens is turned into steps
+
+
+def run_comparison(spec: ComparisonSpec, folder: Path | None = None, callback: Any = None) -> dict[str, Any]:
+    """Run every arm with every seed and judge them; the result as plain data, also written to
+    FOLDER/comparison.json and report.html.
+    """
+    from luthier.report.comparison import page
+    from luthier.report.console import Callback
+
+    arms, notes = resolve_arms(spec)
+    folder = Path(folder or Path("runs") / f"compare-{spec.fingerprint()}")
+    runner = Runner(spec, folder, callback or Callback())
+    with _exclusive(folder, spec):
+        arms = runner.apply_budget(arms)
+        arms, picked = runner.pick_learning_rates(arms)
+        notes += picked
+        for note in notes:
+            runner.callback.warn(note)
+        results = {name: ArmResult(recipe) for name, recipe in arms.items()}
+        if spec.stop_early and len(arms) > 2 and not any(recipe.plan for recipe in arms.values()):
+            for share in RUNGS:
+                runner.run_all(results, share)
+                runner.stop_arms(results, share)
+        runner.run_all(results)
+        result = {**judge(spec, results), "notes": notes, "date": str(date.today()), "folder": str(folder)}
+        store.write_json(folder / "comparison.json", result)
+        store.write_text(folder / "report.html", page(result))
+    return result
+
+
+@contextmanager
+def _exclusive(folder: Path, spec: ComparisonSpec) -> Iterator[None]:
+    """The folder for one process; another process in it is refused, and so is another comparison."""
+    with store.alone_in(folder):
+        path = folder / "study.json"
+        if path.is_file():
+            if _read_json(path)["fingerprint"] != spec.fingerprint():
+                raise RecipeError(f"{folder} holds another comparison; choose another folder")
+        else:
+            arms = {name: recipe.yaml() for name, recipe in spec.arms.items()}
+            store.write_json(path, {"fingerprint": spec.fingerprint(), "arms": arms, "seeds": spec.seeds})
+        yield
+
+
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@dataclass
+class Runner:
+    """Executes the runs of a comparison in its folder."""
+
+    spec: ComparisonSpec
+    folder: Path
+    callback: Any
+
+    # ----------------------------------------------------------------------------- before the runs
+
+    def apply_budget(self, arms: dict[str, Recipe]) -> dict[str, Recipe]:
+        """Every arm with its number of steps. Time and tokens are turned into steps by a timed pilot run of
+        each arm, once: budget.json keeps the number.
+        """
+        if self.spec.budget is None:
+            return arms
+        unit, size = parse_budget(self.spec.budget)
+        if unit == "steps":
+            return {name: recipe.but(max_steps=max(1, int(size))) for name, recipe in arms.items()}
+        path = self.folder / "budget.json"
+        steps = _read_json(path) if path.is_file() else {}
+        for name, recipe in arms.items():
+            if name not in steps:
+                steps[name] = max(1, int(size / self._pilot(name, recipe, unit)))
+                store.write_json(path, steps)
+        return {name: recipe.but(max_steps=steps[name]) for name, recipe in arms.items()}
+
+    def _pilot(self, name: str, recipe: Recipe, unit: str) -> float:
+        """Seconds (median) or tokens (mean) of a step, by a short run."""
+        run = self.folder / "pilot" / name
+        self.callback.stage(f"{name}: {PILOT_STEPS} steps, to see how many fit into {self.spec.budget}")
+        self.perform(recipe.but(max_steps=PILOT_STEPS, evaluate=[], lr_scheduler_type="constant"), run)
+        logs = store.read_rows(run / "metrics.jsonl")[1:]  # the first step also warms up
+        values = [log[unit] for log in logs]
+        if unit == "seconds":
+            return float(np.median(values))
+        return float(np.mean(values))
+
+    def pick_learning_rates(self, arms: dict[str, Recipe]) -> tuple[dict[str, Recipe], list[str]]:
+        """Every arm at its best learning rate, and notes for the reader. learning_rates.json keeps what was
+        measured.
+        """
+        if not self.spec.learning_rates:
+            return arms, []
+        rates = sorted(set(self.spec.learning_rates))
+        measured = self._measure_learning_rates(arms, rates)
+        notes = [
+            f"each arm at its best of {len(rates)} learning rates, picked on the same held-out rows with a"
+            " seed that is not reported"
+        ]
+        better = max if metric_of(self.spec.metric).up else min
+        edges = {rates[0]: "smallest", rates[-1]: "largest"}
+        picked = {}
+        for name, recipe in arms.items():
+            finite = {rate: measured[name][f"{rate:g}"] for rate in rates}
+            finite = {rate: value for rate, value in finite.items() if value is not None}
+            if not finite:
+                raise RecipeError(
+                    f"arm {name}: it diverged at every learning rate of"
+                    f" {', '.join(f'{rate:g}' for rate in rates)}; give smaller ones"
+                )
+            best = better(finite, key=finite.__getitem__)
+            note = f"{name}: learning rate {best:g}"
+            if best in edges:
+                note += f", the {edges[best]} of them: a better one may lie beyond"
+            notes.append(note)
+            picked[name] = recipe.but(learning_rate=best)
+        return picked, notes
+
+    def _measure_learning_rates(
+        self, arms: dict[str, Recipe], rates: list[float]
+    ) -> dict[str, dict[str, float | None]]:
+        """arm -> learning rate, as text -> the metric that its run ended with; None where it diverged."""
+        path = self.folder / "learning_rates.json"
+        measured: dict[str, dict[str, float | None]] = _read_json(path) if path.is_file() else {}
+        runs: dict[Path, tuple[str, str, Recipe]] = {}
+        for name, recipe in arms.items():
+            for rate in rates:
+                label = f"{rate:g}"
+                if label not in measured.get(name, {}):
+                    run = self.folder / "rates" / f"{name}-{label}"
+                    runs[run] = name, label, recipe.but(learning_rate=rate, seed=TUNING_SEED)
+        self._run_batched({run: recipe for run, (_, _, recipe) in runs.items()}, None)
+        with self.callback.training(len(runs), 0):
+            for i, (run, (name, label, recipe)) in enumerate(runs.items()):
+                began = time.perf_counter()
+                value = self._final_metric(recipe, run)
+                measured.setdefault(name, {})[label] = value
+                store.write_json(path, measured)
+                outcome = "diverged" if value is None else self._format(value)
+                self._report(i + 1, began, f"{name}, learning rate {label}: {outcome}")
+        return measured
+
+    def _final_metric(self, recipe: Recipe, run: Path) -> float | None:
+        """The metric that a run ends with; None where it diverged."""
+        try:
+            if not (run / "report.json").is_file():
+                self.perform(recipe, run)
+        except RecipeError as error:
+            if not diverged(error):
+                raise
+            return None
+        after = read_report(run)["after"]
+        if self.spec.metric not in after:
+            raise no_metric(self.spec.metric, after)
+        return float(after[self.spec.metric])
+
+    # ------------------------------------------------------------------------------------ the runs
+
+    def run_all(self, results: dict[str, ArmResult], until: float | None = None) -> None:
+        """Every arm that is not stopped, with every seed, to its end or up to a share of its steps."""
+        active = {name: arm for name, arm in results.items() if not arm.stopped}
+        recipes: dict[Path, Recipe] = {}
+        order: list[tuple[str, int, Path]] = []
+        for seed in self.spec.seed_values or range(self.spec.seeds):
+            for name, arm in active.items():
+                run = self.folder / f"{name}-{seed}"
+                recipes[run] = arm.recipe.but(seed=seed)
+                order.append((name, seed, run))
+        done = self._run_batched(recipes, until)
+        progress = "" if until is None else f", {100 * until:.0f}% of the steps"
+        with self.callback.training(len(order), 0):
+            for i, (name, seed, run) in enumerate(order):
+                arm, began = active[name], time.perf_counter()
+                arm.runs[seed] = run
+                if run not in done and not (run / "report.json").is_file():
+                    self._run_one(name, arm, seed, run, until)
+                outcome = "diverged" if arm.stopped else self._last_metric(run)
+                self._report(i + 1, began, f"{name}, seed {seed}{progress}: {outcome}")
+
+    def _run_one(self, name: str, arm: ArmResult, seed: int, run: Path, until: float | None) -> None:
+        """One run of an arm; an arm that diverges is stopped."""
+        try:
+            self.perform(arm.recipe.but(seed=seed), run, until)
+        except RecipeError as error:
+            if not diverged(error):
+                raise RecipeError(f"arm {name}, seed {seed}: {error}") from None
+            arm.stopped = f"it diverged with seed {seed}: {error}"
+            self.callback.warn(f"{name} is stopped: {arm.stopped}")
+
+    def stop_arms(self, results: dict[str, ArmResult], share: float) -> None:
+        """Stop the arms that cannot win any more."""
+        for name, why in arms_behind(self.spec, results, share).items():
+            results[name].stopped = why
+            self.callback.warn(f"{name} is stopped: {why}")
+
+    def perform(self, recipe: Recipe, run: Path, until: float | None = None) -> None:
+        """One run, in a process of its own unless the spec says otherwise. Raises what it ends with."""
+        if self.spec.subprocesses:
+            from luthier.run import subprocess
+
+            keys = {key: value for key, value in recipe.public().items() if key != "output_dir"}
+            subprocess.tune(keys, run, until)
+        else:
+            from luthier.run.run import perform
+
+            perform(recipe, run, until=until)
+
+    def _run_batched(self, runs: Mapping[Path, Recipe], until: float | None) -> set[Path]:
+        """Runs that share a base model, side by side in one process: the folders of those that ended so.
+
+        Where one of a batch fails, all of it are run alone afterwards, so that it is known which.
+        """
+        if not self.spec.together or self.spec.metric in COSTS:
+            return set()
+        from luthier.train import batched_lora
+
+        alike: dict[str, list[Path]] = {}
+        for run, recipe in runs.items():
+            key = batched_lora.alike(recipe)
+            if key and not (run / "report.json").is_file():
+                alike.setdefault(key, []).append(run)
+        done: set[Path] = set()
+        for group in alike.values():
+            for start in range(0, len(group), BATCHED_RUNS):
+                batch = group[start : start + BATCHED_RUNS]
+                if len(batch) > 1 and self._run_batch({run: runs[run] for run in batch}, until):
+                    done.update(batch)
+        return done
+
+    def _run_batch(self, batch: Mapping[Path, Recipe], until: float | None) -> bool:
+        """Several runs in one process; whether all of them ended."""
+        from luthier.run import subprocess
+        from luthier.train import batched_lora
+
+        names = join_names([run.name for run in batch])
+        self.callback.stage(f"{names}: side by side on one base model; peak memory is that of all of them")
+        perform = subprocess.side_by_side if self.spec.subprocesses else batched_lora.perform
+        try:
+            perform([(recipe, run) for run, recipe in batch.items()], until=until)
+        except RecipeError as error:
+            self.callback.warn(f"side by side: {error}; each is run alone")
+            return False
+        return True
+
+    # ------------------------------------------------------------------------------------ progress
+
+    def _report(self, step: int, began: float, line: str) -> None:
+        """A line of progress for a run."""
+        self.callback.step({"step": step, "seconds": time.perf_counter() - began, "said": line})
+
+    def _format(self, value: Any) -> str:
+        how = metric_of(self.spec.metric)
+        return f"{how.label} {number(value, how.share)}"
+
+    def _last_metric(self, run: Path) -> str:
+        """What a run measured last, finished or paused."""
+        if (run / "report.json").is_file():
+            report = _read_json(run / "report.json")
+            measured = {**report["stats"], **report["after"]}
+        else:
+            report = _read_json(run / "paused.json")
+            measured = {**report["stats"], **report["metrics"]}
+        value = measured.get(self.spec.metric)
+        if isinstance(value, (int, float)):
+            return self._format(value)
+        return "done"
+
+
+def diverged(error: RecipeError) -> bool:
+    """Did a run end because its loss was not finite?"""
+    return "is not finite" in str(error)

@@ -1,0 +1,263 @@
+"""What is compared: arms, seeds, budget and metric; and what must be equal between arms for a comparison."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from luthier.data.load import load_data
+from luthier.errors import RecipeError
+from luthier.recipe.capabilities import columns_of, requirements
+from luthier.recipe.recipe import Recipe
+from luthier.recipe.validate import dry_run, first_run, validate
+from luthier.registry import build, provides_of
+from luthier.report.numbers import Metric, says
+
+DEFAULT_EVALUATORS = ("loss", "accuracy", "generate", "forgetting", "calibration", "diversity")
+# recipe keys that must be the same in all arms, or nothing is comparable
+MUST_MATCH = ("data", "eval_data", "max_length", "chat_template", "evaluate")
+# recipe keys that may differ; the result notes where they do
+MAY_DIFFER = ("model", "dtype", "per_device_train_batch_size", "gradient_accumulation_steps")
+RETENTION = ("elsewhere_loss", "elsewhere_accuracy")
+COSTS = {  # what a run cost, by its report's stats
+    "trained": Metric("trainable parameters", up=False),
+    "peak_memory_mb": Metric("peak memory (MB)", up=False),
+    "seconds": Metric("seconds in steps", up=False),
+    "tokens_per_second": Metric("tokens/s", up=True),
+}
+# the axes of the Pareto front, beside the metric
+FRONT_METRICS = (*RETENTION, "trained", "peak_memory_mb", "seconds")
+ALPHA = 0.05  # family-wise error rate over all pairs of a metric
+TUNING_SEED = 1000  # of the runs that pick learning rates; no reported run has it
+SAMPLE = 100  # rows by which recipes are validated
+
+BUDGET = re.compile(r"([\d.]+)\s*([kKM]?)\s*(s|m|min|h|steps?|tokens?|)")
+MULTIPLES = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6}
+SECONDS = {"s": 1, "m": 60, "min": 60, "h": 3600}
+
+
+@dataclass(frozen=True)
+class ComparisonSpec:
+    """Arms, and how they are compared."""
+
+    arms: dict[str, Recipe]
+    seeds: int = 3
+    # "30m" of steps, "200k tokens" or "500 steps", for each arm and seed; None: as the recipes say
+    budget: str | None = None
+    metric: str = "loss"  # by which arms are ranked and stopped
+    stop_early: bool = True  # stop arms that cannot win, where there are more than two
+    subprocesses: bool = True  # each run in a process of its own
+    # LoRA runs that share a base model train side by side; their peak memory is then not known
+    together: bool = False
+    seed_values: tuple[int, ...] = ()  # in place of 0, 1, 2, ...
+    # of which each arm takes its best, by a run with TUNING_SEED
+    learning_rates: tuple[float, ...] = ()
+
+    def fingerprint(self) -> str:
+        """Of everything that decides the result; a folder holds one comparison."""
+        parts = [
+            {name: recipe.public() for name, recipe in self.arms.items()},
+            self.seeds,
+            self.budget,
+            self.metric,
+            self.stop_early,
+        ]
+        parts += [x for x in (self.learning_rates, self.seed_values) if x]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
+
+
+def metric_of(name: str) -> Metric:
+    """How a metric or a cost is labelled, and which way is better."""
+    return COSTS.get(name) or says(name)
+
+
+def join_names(names: Sequence[str]) -> str:
+    """'a', 'a and b', 'a, b and c'."""
+    if len(names) == 1:
+        return names[0]
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+# ------------------------------------------------------------------------------------------- arms
+
+
+def arms_of(
+    recipes: Sequence[str], changes: Sequence[str] = (), tuners: str = "", objectives: str = ""
+) -> dict[str, Recipe]:
+    """Recipes by the stems of their files, or every combination of tuners and objectives on one recipe.
+
+    recipes: files. changes: "key=value" for all of them. tuners, objectives: comma-separated names.
+    """
+    if len(recipes) > 1 and (tuners or objectives):
+        raise RecipeError("--tuners and --objectives vary one recipe; give one at most")
+    if tuners or objectives:
+        base = Recipe.load(Path(recipes[0]) if recipes else None, changes)
+        return _grid(base, _split(tuners), _split(objectives))
+    if len(recipes) < 2:
+        raise RecipeError("a comparison needs two recipes or more, or --tuners a,b,c")
+    names = [Path(recipe).stem for recipe in recipes]
+    if len(set(names)) < len(names):
+        paths = [str(Path(recipe).with_suffix("")) for recipe in recipes]
+        names = [re.sub(r"[^\w.-]+", "-", path).strip("-") for path in paths]
+    if len(set(names)) < len(names):
+        raise RecipeError(f"two of these recipes are the same file: {', '.join(recipes)}")
+    return {name: Recipe.load(Path(path), changes) for name, path in zip(names, recipes)}
+
+
+def _grid(base: Recipe, tuners: list[str], objectives: list[str]) -> dict[str, Recipe]:
+    """Every tuner with every objective; an arm is called after what varies."""
+    arms = {}
+    for tuner in tuners or [None]:
+        for objective in objectives or [None]:
+            changes = {}
+            if tuner:
+                changes["tuner"] = tuner
+            if objective:
+                changes["objective"] = objective
+            labels = [tuner] if tuner else []
+            if objective and (len(objectives) > 1 or not tuner):
+                labels.append(objective)
+            name = "-".join(re.sub(r"[^\w.]+", "_", label).strip("_") for label in labels)
+            arms[name] = base.but(**changes)
+    return arms
+
+
+def _split(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def parse_learning_rates(text: str) -> tuple[float, ...]:
+    """'1e-4,1e-3' -> (1e-4, 1e-3). Raises RecipeError for anything but numbers."""
+    try:
+        return tuple(float(word) for word in _split(text))
+    except ValueError:
+        raise RecipeError(f"--learning-rates: '{text}' is not numbers such as 1e-4,1e-3") from None
+
+
+def parse_budget(budget: str) -> tuple[str, float]:
+    """'30m' -> ('seconds', 1800), '500' -> ('steps', 500), '2M tokens' -> ('tokens', 2e6)."""
+    match = BUDGET.fullmatch(budget.strip())
+    if not match or (match[2] and match[3] in SECONDS):
+        raise RecipeError(
+            f"--budget: '{budget}' is not a time (30m, 90s, 2h), steps (500 steps) or tokens (200k tokens)"
+        )
+    size = float(match[1]) * MULTIPLES[match[2]]
+    if match[3] in SECONDS:
+        return "seconds", size * SECONDS[match[3]]
+    if match[3].startswith("token"):
+        return "tokens", size
+    return "steps", size
+
+
+# ----------------------------------------------------------------------------- what must be equal
+
+
+def resolve_arms(spec: ComparisonSpec) -> tuple[dict[str, Recipe], list[str]]:
+    """The arms as they will run, all measured alike, and notes for the reader. Raises RecipeError for what
+    cannot be compared.
+    """
+    _check_settings(spec)
+    notes = _check_keys(spec.arms)
+    data = load_data(next(iter(spec.arms.values())))
+    arms = {name: _resolve_arm(name, recipe, data.rows[:SAMPLE]) for name, recipe in spec.arms.items()}
+    arms, shared = _share_evaluators(arms)
+    if shared is not None:
+        notes.append(f"measured by the evaluators that every arm allows: {', '.join(shared)}")
+    plans = _plans(spec.arms)
+    if plans:
+        notes.append(
+            f"{join_names(plans)}: time is that of all its runs together, memory that of the largest; no arm"
+            " is stopped early"
+        )
+    if not data.held_out:
+        notes.append("no rows are held out: arms are compared on the rows they were trained on")
+    if spec.seeds == 1:
+        notes.append("one seed: differences are those of these runs, and another seed may show others")
+    return arms, notes
+
+
+def _check_settings(spec: ComparisonSpec) -> None:
+    """Refuse numbers of arms, seeds and learning rates that make no comparison."""
+    if len(spec.arms) < 2:
+        raise RecipeError("a comparison needs two arms or more")
+    if not 1 <= spec.seeds <= TUNING_SEED:
+        raise RecipeError(f"--seeds: {spec.seeds} is not a number of runs between 1 and {TUNING_SEED}")
+    rates = spec.learning_rates
+    if rates and (len(set(rates)) < 2 or min(rates) <= 0):
+        raise RecipeError(
+            f"--learning-rates: two or more above 0 to choose from, not {', '.join(map(str, rates))}"
+        )
+    plans = _plans(spec.arms)
+    if plans and spec.budget:
+        raise RecipeError(
+            f"--budget: {plans[0]} is a plan of several runs, which no budget divides; set max_steps in the"
+            " recipes"
+        )
+
+
+def _plans(arms: Mapping[str, Recipe]) -> list[str]:
+    return [name for name, recipe in arms.items() if recipe.plan is not None]
+
+
+def _check_keys(arms: Mapping[str, Recipe]) -> list[str]:
+    """Refuse arms that would not be measured alike; notes of other keys that differ from the first arm's."""
+    notes = []
+    first, reference = next(iter(arms.items()))
+    for name, recipe in arms.items():
+        for key in MUST_MATCH:
+            ours, theirs = getattr(reference, key), getattr(recipe, key)
+            if ours != theirs:
+                raise RecipeError(
+                    f"arms {first} and {name} differ in {key} ({_short(ours)} and {_short(theirs)}): they"
+                    " would not be measured alike"
+                )
+        for key in MAY_DIFFER:
+            ours, theirs = getattr(reference, key), getattr(recipe, key)
+            if ours != theirs:
+                notes.append(f"{name} differs from {first} in {key}: {_short(theirs)}, not {_short(ours)}")
+    return notes
+
+
+def _short(value: Any) -> str:
+    return str(value)[:60]
+
+
+def _resolve_arm(name: str, recipe: Recipe, rows: Sequence[dict]) -> Recipe:
+    """The arm's recipe, validated on some rows, with the evaluators that suit it."""
+    try:
+        if recipe.plan is not None:
+            validate(recipe, rows)
+        built = dry_run(first_run(recipe), rows)
+    except RecipeError as error:
+        raise RecipeError(f"arm {name}: {error}") from None
+    if recipe.evaluate is None:
+        recipe = recipe.but(evaluate=default_evaluators(built, rows))
+    return recipe.but(save_steps=0.5, save_total_limit=1, report_to=[])
+
+
+def default_evaluators(built: Any, rows: Sequence[dict]) -> list[str]:
+    """Those of DEFAULT_EVALUATORS whose requirements the built methods of a recipe and its rows meet."""
+    available = (
+        columns_of(rows)
+        | built.architecture.provides
+        | built.estimator.provides
+        | provides_of(built.tuner)
+        | set(built.roles)
+    )
+    return [name for name in DEFAULT_EVALUATORS if requirements(build("evaluator", name)) <= available]
+
+
+def _share_evaluators(arms: dict[str, Recipe]) -> tuple[dict[str, Recipe], list[str] | None]:
+    """Arms that all have the same evaluators, and these where some arm had others; else None."""
+    evaluators = []
+    for recipe in arms.values():
+        evaluators.append([e if isinstance(e, str) else e.get("name") for e in recipe.evaluate or ()])
+    if all(names == evaluators[0] for names in evaluators):
+        return arms, None
+    shared = [name for name in evaluators[0] if all(name in names for names in evaluators)]
+    return {name: recipe.but(evaluate=shared) for name, recipe in arms.items()}, shared
