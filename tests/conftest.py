@@ -149,3 +149,14 @@ def recipe_of(model: str) -> dict:
 def base(tiny) -> dict:
     """A recipe that runs in a second, on the tiny Llama."""
     return recipe_of(tiny)
+
+
+def example_value(column, row: dict, place: int = 0):
+    """What a declared column holds in a row of a test: its examples in turn, of tokens from the last one back."""
+    values = column.example
+    if column.per == "row":
+        return values[place % len(values)]
+    if column.per == "completion":
+        return [values[k % len(values)] for k in range(len(row["completions"]))]
+    masks = row.get("supervised") or [[True] * len(c) for c in row["completions"]]
+    return [[values[(sum(m) - 1 - t) % len(values)] for t in range(sum(m))] for m in masks]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from conftest import example_value
 from luthier.clock import Clock
 from luthier.errors import RecipeError
 from luthier.methods.architectures.text.causal import Causal
@@ -23,15 +24,15 @@ from luthier.methods.objectives.representation._features import classes
 from luthier.methods.quantizers._base import Quantized
 from luthier.methods.roles.features.generator import Features as Made
 from luthier.methods.roles.features.memory import Features
-from luthier.methods.roles.frozen.column import Column
+from luthier.methods.roles.frozen.column import Column as ColumnRole
 from luthier.methods.roles.networks.part_whole import Heads
+from luthier.methods.stages._base import OLD_LOGPROBS
 from luthier.methods.tuners._base import Untuned
 from luthier.model.batch import collate
 from luthier.model.policy import Policy, Roles
 from luthier.model.quantized import quantize
 from luthier.recipe.recipe import terms
-from luthier.recipe.validate import WORDS
-from luthier.registry import build, card, find, helps, names, page, requires_of
+from luthier.registry import Capability, Column, build, card, find, helps, names, page, requires_of
 from luthier.text.render import Renderer
 from luthier.train.optimizer import Chain
 
@@ -81,9 +82,9 @@ def cast(**others) -> Roles:
         "reference": network(off_by=0.05),
         "teacher": network(seed=7),
         "memory": memory(),
-        "parts": heads(),
+        "part_heads": heads(),
         "generator": generator(),
-        "paired": pairs(),
+        "feature_pairs": pairs(),
     } | others
     roles = {k: role(net, k) if isinstance(net, LlamaForCausalLM) else net for k, net in made.items()}
     return Roles(Policy(Causal(), policy, Untuned(policy)), Clock(), Renderer(tokenizer()), **roles)
@@ -181,27 +182,6 @@ def same(a: dict, b: dict, atol: float = 1e-6) -> None:
 
 # ------------------------------------------------------------------------------------------------ contracts
 
-COLUMNS = {  # a word that rows must answer -> what this file writes into them
-    "source": lambda row, rng: "train" if row["id"] in ("r0", "r2") else "validation",
-    "rewards": lambda row, rng: {
-        "other": [float(x) for x in torch.rand(len(row["completions"]), generator=rng)]
-    },
-    "contrasts": lambda row, rng: [0, 1],
-    "line_mask": lambda row, rng: marks(row, rng),
-    "token_mask": lambda row, rng: marks(row, rng),
-    "tasks": lambda row, rng: ["answer", "rationale", "answer"],
-    "teacher_ids": lambda row, rng: [
-        [torch.randperm(20, generator=rng)[:3].tolist() for _ in m] for m in marks(row, rng)
-    ],
-    "teacher_logprobs": lambda row, rng: [
-        [torch.randn(3, generator=rng).tolist() for _ in m] for m in marks(row, rng)
-    ],
-    "teacher_spans": lambda row, rng: [[1.0] * (len(m) - 1) + [-4.0] for m in marks(row, rng)],
-    "old": lambda row, rng: [
-        [-3.5 + 0.1 * float(torch.randn((), generator=rng)) for _ in c] for c in row["completions"]
-    ],
-}
-
 
 def marks(row, rng) -> list[list[float]]:
     """0 or 1 for each learned token."""
@@ -209,37 +189,16 @@ def marks(row, rng) -> list[list[float]]:
     return [[float(torch.rand((), generator=rng) > 0.5) for _ in range(sum(m))] for m in learned]
 
 
-GIVEN = {
-    "completions",
-    "pairs",
-    "scores",
-    "samples",
-    "reference",
-    "teacher",
-    "memory",
-    "parts",
-    "generator",
-    "paired",
-    "logprobs",
-    "entropy",
-    "top",
-    "hidden",
-    "generate",
-    "embeddings",
-}
-
-
 def contract_rows(objective) -> list[dict]:
     """Rows with all that the objective wants; one of them has a completion that is only partly supervised."""
-    rng = torch.Generator().manual_seed(5)
     rows = make_rows(4, k=6 if "contrasts" in requires_of(objective) else 3)
     rows[1]["supervised"] = [[True] * (len(c) - 1) + [j != 1] for j, c in enumerate(rows[1]["completions"])]
-    for word in sorted(requires_of(objective) - GIVEN):
-        assert word in COLUMNS, (
-            f"'{objective.name}' wants '{word}': say in COLUMNS or GIVEN of this test how a row answers it"
-        )
-        for row in rows:
-            row[word] = COLUMNS[word](row, rng)
+    for word in sorted(requires_of(objective)):
+        if not isinstance(word, Column) or word in rows[0]:
+            continue
+        assert word.example, f"column '{word}' needs an example where it is declared"
+        for place, row in enumerate(rows):
+            row[word] = example_value(word, row, place)
     return rows
 
 
@@ -327,7 +286,7 @@ def tuned(tuner: str, net: torch.nn.Module | None = None) -> Roles:
         "reference", policy
     )
     roles = cast(reference=reference)
-    brought = {name: getattr(roles, name) for name in ("memory", "parts", "generator", "paired")}
+    brought = {name: getattr(roles, name) for name in ("memory", "part_heads", "generator", "feature_pairs")}
     return Roles(policy, clock, roles.renderer, reference=reference, teacher=roles.teacher, **brought)
 
 
@@ -335,12 +294,11 @@ def tuned(tuner: str, net: torch.nn.Module | None = None) -> Roles:
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_runs_with_every_kind_of_tuner_and_without_a_gradient(name, tuner):
     objective, roles = build("objective", name), tuned(tuner)
-    rows, rng = contract_rows(objective), torch.Generator().manual_seed(6)
+    rows = contract_rows(objective)
     # against the policy as it is, the value of a ratio does not tell where it leads
     if "samples" in requires_of(objective):
-        rows = [
-            {k: v for k, v in r.items() if k != "supervised"} | {"old": COLUMNS["old"](r, rng)} for r in rows
-        ]
+        rows = [{k: v for k, v in r.items() if k != "supervised"} for r in rows]
+        rows = [{**r, "old_logprobs": example_value(OLD_LOGPROBS, r)} for r in rows]
     moving = roles.tuner.parameters()
 
     def closure(grad: bool = True) -> float:
@@ -386,7 +344,8 @@ def test_declaration_is_complete(name):
     # what a dataclass says where nobody does
     made_up = f"{cls.__name__}{inspect.signature(cls)}".replace(" -> None", "")
     assert said.summary and cls.__doc__ != made_up, "the file and the class say what they do"
-    assert said.requires <= set(WORDS), "words that a sentence can explain"
+    for word in said.requires:
+        assert isinstance(word, Capability) and word.says, "what a sentence can explain"
     assert said.requires == cls.requires
     assert all(cls.contract.values()), "an exception has its reason"
     assert f"# {name}" in page(cls)
@@ -635,7 +594,7 @@ def test_kto_alone_in_a_micro_batch_has_no_drift_to_measure():
 def test_kto_refuses_a_reference_that_cannot_read():
     rows = [{**r, "cached_logprobs": [[-1.0] * len(r["completions"][0])]} for r in kto_rows()]
     with pytest.raises(RecipeError, match="let a network play it"):
-        loss_of("kto", cast(reference=Column().play("reference", None)), rows)
+        loss_of("kto", cast(reference=ColumnRole().play("reference", None)), rows)
 
 
 def test_a_reference_may_be_remembered():
@@ -645,7 +604,9 @@ def test_a_reference_may_be_remembered():
         told = iter(roles.reference.logprobs(batch_of(rows)).tolist())
     for row in rows:
         row["cached_logprobs"] = [[next(told) for _ in c] for c in row["completions"]]
-    torch.testing.assert_close(loss_of("dpo", cast(reference=Column().play("reference", None)), rows), want)
+    torch.testing.assert_close(
+        loss_of("dpo", cast(reference=ColumnRole().play("reference", None)), rows), want
+    )
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_each_act_goes_on_from_the_last(recipe):
     asked, _ = played(
         {"name": "sequence", "acts": acts}, recipe.but(start="first"), [report(f"act-{k}") for k in range(4)]
     )
-    assert [r.start for r in asked] == [
+    assert [r.init_from for r in asked] == [
         "first",
         "act-0",
         {"merge": "average", "of": ["act-0", "act-1"]},
@@ -125,10 +125,10 @@ def test_each_act_goes_on_from_the_last(recipe):
 @pytest.mark.parametrize(
     "acts, words",
     [
-        ([], "at least one act"),
-        ([{"objective": "sft"}, {"tuner": "full"}], "act 1 has another tuner .* `start: null`"),
-        ([{"objective": "sft"}, {"tuner.r": 2}], "act 1 has another tuner"),
-        ([{"start": {"merge": "average", "of": "all"}}], "act 0 merges all acts before it"),
+        ([], "at least one run"),
+        ([{"objective": "sft"}, {"tuner": "full"}], "run 1 has another tuner .* `init_from: null`"),
+        ([{"objective": "sft"}, {"tuner.r": 2}], "run 1 has another tuner"),
+        ([{"start": {"merge": "average", "of": "all"}}], "run 0 merges all runs before it"),
         ([{"objective": "sft"}, {"learning_rat": 1}], "no 'learning_rat'"),
         ([{"start": {"merge": "averag", "of": ["a"]}}], "no merger 'averag'"),
     ],
@@ -242,7 +242,7 @@ def test_raft_stops_when_the_reward_no_longer_rises(recipe, rewards, runs, stand
     ]
     asked, end = played(raft(), recipe.but(start="s", evaluate=["loss", "generate"]), reports)
     assert len(asked) == runs and end.folder == stands
-    assert [r.start for r in asked] == ["s", "r0", "r1", "r2", "r3"][:runs]
+    assert [r.init_from for r in asked] == ["s", "r0", "r1", "r2", "r3"][:runs]
     # one held-out split
     assert [r.stages[0]["draw"] for r in asked] == list(range(runs)) and len({r.seed for r in asked}) == 1
     assert [e if isinstance(e, str) else e["name"] for e in asked[0].evaluate] == ["loss", "generate"]
@@ -302,13 +302,15 @@ def test_spin_asks_for_dpo_against_each_rounds_own_start(recipe):
     asked, _ = played(
         {"name": "spin", "rounds": 3, "beta": [0.1, 0.1, 5.0]}, recipe, [report(f"r{k}") for k in range(3)]
     )
-    assert [r.start for r in asked] == [None, "r0", "r1"] and [r.stages[-1]["earlier"] for r in asked] == [
+    assert [r.init_from for r in asked] == [None, "r0", "r1"] and [
+        r.stages[-1]["earlier"] for r in asked
+    ] == [
         None,
         "r0",
         "r1",
     ]
     assert [r.objective["beta"] for r in asked] == [0.1, 0.1, 5.0] and all(
-        r.roles["reference"] == "start" for r in asked
+        r.roles["reference"] == "initial" for r in asked
     )
     with pytest.raises(RecipeError, match="beta: 1 values for 3 rounds"):
         build("plan", {"name": "spin", "beta": [0.1]})
@@ -343,7 +345,7 @@ def test_learning_to_prefer_what_is_said_anyway_changes_nothing(base, tmp_path):
     loss = build("objective", "dpo").loss(roles, roles.batch([row]))
     loss.sum().backward()
     assert float(loss.detach()) == pytest.approx(math.log(2), abs=1e-6)
-    assert all(p.grad is None or float(p.grad.abs().max()) < 1e-7 for p in roles.tuner.parameters().values())
+    assert all(p.grad is None or float(p.grad.abs().max()) < 1e-6 for p in roles.tuner.parameters().values())
 
 
 # ------------------------------------------------------------------------------------------ greedy soup
@@ -355,7 +357,7 @@ def test_a_greedy_soup_takes_what_helps(recipe):
     singles = [report(f"s{k}", loss=v) for k, v in enumerate((0.5, 0.3, 0.4, 0.6))]
     answers = [singles, report("m1", loss=0.35), report("m2", loss=0.25), report("m3", loss=0.25)]
     asked, end = played({"name": "greedy_soup", "of": of}, recipe, answers)
-    assert [r.start["of"] for r in asked[1:]] == [
+    assert [r.init_from["of"] for r in asked[1:]] == [
         ["s1", "s2"],
         ["s1", "s0"],
         ["s1", "s0", "s3"],
@@ -471,8 +473,8 @@ def test_goals_enter_by_margins_or_by_sums(recipe):
     pairs = {"short": {"name": "length", "scale": -1.0}, "right": "exact_match"}
     changed = weigh(recipe.but(objective={"name": "dpo", "beta": 0.2}), pairs, [0.75, 0.25])
     assert changed["objective"] == {"name": "modpo", "beta": 0.2, "weights": {"right": 0.25}}
-    assert changed["stages"][-1]["name"] == "judge" and changed["stages"][-1]["names"] == ["right"]
-    rolled = weigh(recipe.but(**SAMPLES), GOALS, [0.75, 0.25])["live"]
+    assert changed["stages"][-1]["name"] == "score_with" and changed["stages"][-1]["names"] == ["right"]
+    rolled = weigh(recipe.but(**SAMPLES), GOALS, [0.75, 0.25])["online_stages"]
     assert (
         rolled[0]["name"] == "rollout"
         and rolled[1]["reward_weights"] == [0.75, 0.25]

@@ -327,7 +327,7 @@ def test_transformers_words():
     ]:
         recipe = read(**given)
         assert recipe.quantization == want and recipe.methods()["tuner"].name == "lora", given
-        assert not want or want == "int8" or any("quantiz" in t for t in recipe.told)
+        assert not want or want == "int8" or any("quantiz" in t for t in recipe.warnings)
     assert read(load_in_4bit=True, bnb_4bit_compute_dtype="bfloat16").dtype == "bfloat16"
     assert Recipe.load(read(load_in_4bit=True).yaml()).fingerprint() == read(load_in_4bit=True).fingerprint()
     assert (

@@ -61,13 +61,19 @@ WRONG = [
     ({"objective": "distill"}, ["'distill' requires a teacher", "roles: {teacher"]),
     (
         {"objective": "grpo"},
-        ["'grpo' requires completions that the policy itself has just written", "rollout", "live"],
+        ["'grpo' requires completions that the policy itself has just sampled", "rollout", "online_stages"],
     ),
-    ({"objective": "grpo", "live": [ROLLOUT]}, ["'grpo' requires a score for each completion", "stage 'score'"]),
-    ({"objective": "grpo", "stages": [ROLLOUT, SCORE]}, ["fresh samples", "`live`, not under `stages`"]),
+    (
+        {"objective": "grpo", "live": [ROLLOUT]},
+        ["'grpo' requires a score for each completion", "stage 'score'"],
+    ),
+    (
+        {"objective": "grpo", "stages": [ROLLOUT, SCORE]},
+        ["fresh samples", "`online_stages`, not under `stages`"],
+    ),
     (
         {"objective": "grpo", "live": [ROLLOUT, SCORE], "estimator": "mezo"},
-        ["'mezo' compares values", "the same wherever", "old: true"],
+        ["'mezo' compares values", "the same for every policy", "old: true"],
     ),
     ({"objective": "dpo", "stages": [ROLLOUT, SCORE, "best"]}, ["'dpo' requires", "different score"]),
     ({"objective": "kto"}, ["'kto' requires a score"]),
@@ -75,7 +81,7 @@ WRONG = [
         {"tuner": "full", "roles": {"reference": "off"}, "objective": "sft + 0.1*kl"},
         ["role 'base' requires a tuner that can be switched off", "initial"],
     ),
-    ({"roles": {"reference": "of"}}, ["no role 'of'", "'off'"]),
+    ({"roles": {"reference": "of"}}, ["no role 'of'", "base"]),
     ({"live": [{"name": "score", "reward": "exat_match"}]}, ["no reward 'exat_match'", "'exact_match'"]),
     ({"live": [{"name": "score", "reward": "python_tests"}]}, ["`tests`"]),
     ({"plan": [{"objective": "sft"}, {"objective": "dpo"}]}, ["'dpo' requires", "different score"]),
@@ -84,7 +90,7 @@ WRONG = [
     ({"report_to": ["clearml"]}, ["'clearml' is not installed", "pip install clearml"]),
     ({"adapter": "qloar"}, ["no tuner 'qloar'"]),
     ({"finetuning_type": "freeze"}, ["no tuner 'freeze'"]),
-    ({"load_in_4bit": True, "tuner": "full"}, ["codes that do not move"]),
+    ({"load_in_4bit": True, "tuner": "full"}, ["codes, which cannot be trained"]),
     ({"start": {"merge": "averag", "of": ["a"]}}, ["no merger 'averag'", "'average'"]),
 ]
 
@@ -161,7 +167,7 @@ def test_words_of_other_tools_are_understood_and_told():
     parts = made.methods()
     assert (parts["tuner"].r, parts["tuner"].lora_alpha, parts["tuner"].target_modules) == (4, 8, ["q_proj"])
     assert (parts["optim"].weight_decay, parts["optim"].adam_beta2, made.num_train_epochs) == (0.1, 0.95, 2)
-    assert "'base_model' is read as model" in made.told and "'lora_rank' is read as r" in made.told
+    assert "'base_model' is read as model" in made.warnings and "'lora_rank' is read as r" in made.warnings
 
 
 def test_precision_said_twice_is_said_once():

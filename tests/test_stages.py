@@ -12,33 +12,20 @@ import pytest
 import torch
 
 import luthier
-from conftest import SUMS
+from conftest import SUMS, example_value
 from luthier.clock import Clock
 from luthier.data.rows import load
 from luthier.errors import RecipeError
 from luthier.methods.rewards._base import Reward
 from luthier.methods.stages._base import pick, said, text_of
 from luthier.model.load import assemble
+from luthier.recipe.capabilities import columns_of
 from luthier.recipe.recipe import Recipe
-from luthier.recipe.validate import validate, words
-from luthier.registry import build, find, helps, names, provides_of, requires_of
+from luthier.recipe.validate import validate
+from luthier.registry import build, declared_words, find, helps, names, provides_of, requires_of
 
 STAGES = names("stage")
-COLUMNS = {
-    "completions",
-    "scores",
-    "pairs",
-    "answer",
-    "tests",
-    "old",
-    "cached_logprobs",
-    "truncated",
-    "contexts",
-    "label",
-    "rationale",
-    "tools",
-    "steps",
-}  # words that rows carry
+COLUMNS = {*declared_words("Column"), "pairs"}  # what rows bring
 
 
 @pytest.fixture(scope="module")
@@ -64,37 +51,25 @@ def rows_with(columns: set[str], n: int = 6) -> list[dict]:
     ]
     if "contexts" in columns:
         answers = [["yes", "no"] for _ in range(n)]
-    all_columns = {
-        "completions": lambda a: answers[a],
-        "scores": lambda a: [0.5, 0.25, -1.0],
-        "answer": lambda a: f"{a}",
-        "tests": lambda a: "assert True",
-        "steps": lambda a: ["one", "two"],
-        "label": lambda a: "no",
-        "rationale": lambda a: "because",
-        "tools": lambda a: [],
-        "contexts": lambda a: ["so it is", "so it is not"],
-    }
     wanted = columns | ({"completions", "scores"} if "pairs" in columns else set())
-    more = {"step_labels": [True, False]} if "steps" in columns else {}
-    return [
-        {
-            "id": f"r{a}",
-            "prompt": f"what is {a}?",
-            **more,
-            **{k: f(a) for k, f in all_columns.items() if k in wanted},
-        }
-        for a in range(n)
-    ]
+    rows = []
+    for a in range(n):
+        row = {"id": f"r{a}", "prompt": f"what is {a}?"}
+        if "steps" in wanted:
+            row["step_labels"] = [True, False]
+        if "completions" in wanted:
+            row["completions"] = answers[a]
+        if "scores" in wanted:
+            row["scores"] = [0.5, 0.25, -1.0]
+        for name in sorted(wanted - {"completions", "scores", "pairs"}):
+            row[name] = example_value(declared_words("Column")[name], row, a)
+        rows.append(row)
+    return rows
 
 
 def small(name: str):
     """A stage with settings that make it quick."""
-    quick = {"n": 2, "max_new_tokens": 3, "share": 1.0, "questions": {"no": ["is it not?"]}}
-    return build(
-        "stage",
-        {"name": name, **{k: v for k, v in quick.items() if k in {f for f in helps(find("stage", name))}}},
-    )
+    return build("stage", {"name": name, **find("stage", name).example})
 
 
 # ------------------------------------------------------------------------------------------ contracts
@@ -109,9 +84,9 @@ def test_stages_give_what_they_say_and_leave_their_rows_alone(name, roles):
     kept = copy.deepcopy(rows)
     out = list(stage(rows, roles))
     assert out and rows == kept
-    assert provides_of(stage) & COLUMNS <= words(out) and not (
+    assert provides_of(stage) & COLUMNS <= columns_of(out) and not (
         stage.removes - provides_of(stage) - {"pairs"}
-    ) & words(out)
+    ) & columns_of(out)
     assert all("id" in r and "prompt" in r for r in out)
 
 
@@ -191,9 +166,9 @@ def test_old_is_what_the_policy_says(roles):
         assert [len(v) for v in row["old_logprobs"]] == [len(c) for c in row["completions"]]
         assert row["old_logprobs"][0] == pytest.approx(values[0], abs=1e-5)
     assert (
-        "old" not in rollout()(rows_with(set()), roles)[0]
-        and "old" not in provides_of(rollout())
-        and "old" in provides_of(rollout(old=True))
+        "old_logprobs" not in rollout()(rows_with(set()), roles)[0]
+        and "old_logprobs" not in provides_of(rollout())
+        and "old_logprobs" in provides_of(rollout(old=True))
     )
 
 
@@ -209,11 +184,14 @@ def test_greedy_rollouts_agree_and_settings_are_heard(roles):
 
 def test_what_was_known_of_earlier_completions_leaves(roles):
     rows = [
-        {**r, "cached_logprobs": [[0.0]], "old": [[0.0]], "rewards": {"a": [1.0]}}
+        {**r, "cached_logprobs": [[0.0]], "old_logprobs": [[0.0]], "rewards": {"a": [1.0]}}
         for r in rows_with({"completions", "scores", "answer"})
     ]
     out = rollout()(rows, roles)
-    assert not {"scores", "cached_logprobs", "old", "rewards"} & out[0].keys() and out[0]["answer"] == "0"
+    assert (
+        not {"scores", "cached_logprobs", "old_logprobs", "rewards"} & out[0].keys()
+        and out[0]["answer"] == "0"
+    )
 
 
 def test_rollouts_stay_within_what_a_row_may_hold(roles, told, monkeypatch):
@@ -277,7 +255,7 @@ def test_what_belongs_to_a_completion_goes_with_it():
         "prompt": "p",
         "completions": ["x", "y", "z"],
         "scores": [1.0, 3.0, 2.0],
-        "old": [[0.1], [0.2], [0.3]],
+        "old_logprobs": [[0.1], [0.2], [0.3]],
         "teacher": [[1.0], [2.0], [3.0]],
         "answer": ["1", "2", "3"],
         "truncated": [True, False, True],
@@ -287,7 +265,7 @@ def test_what_belongs_to_a_completion_goes_with_it():
         "prompt": "p",
         "completions": ["y", "x"],
         "scores": [3.0, 1.0],
-        "old": [[0.2], [0.1]],
+        "old_logprobs": [[0.2], [0.1]],
         "teacher": [[2.0], [1.0]],
         "answer": ["1", "2", "3"],
         "truncated": [False, True],

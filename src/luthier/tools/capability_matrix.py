@@ -24,7 +24,6 @@ from torch import nn
 from luthier.errors import RecipeError
 from luthier.registry import build, cards, find
 
-SMALL = {"r": 2, "num_virtual_tokens": 2, "init_rows": 2, "n_layers": 1}  # of a tiny network
 WIDE = ("name", "paper", "share", "merge", "off", "lora", "quantized", "tied", "experts")
 IDS = torch.arange(3, 17).reshape(2, 7)
 SEVEN: dict[str, Any] = dict(
@@ -94,9 +93,8 @@ def _experts() -> Any:
 
 
 def _put(name: str, model: Any) -> Any:
-    own = {f.name for f in fields(find("tuner", name))}
     torch.manual_seed(1)
-    return build("tuner", {"name": name, **{k: v for k, v in SMALL.items() if k in own}}).attach(model)
+    return build("tuner", {"name": name, **find("tuner", name).example}).attach(model)
 
 
 def _says(attached: Any) -> torch.Tensor:

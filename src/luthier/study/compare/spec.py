@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from luthier.data.load import load_data
+from luthier.data.load import load_data, sample_rows
 from luthier.errors import RecipeError
 from luthier.recipe.capabilities import columns_of, requirements
 from luthier.recipe.recipe import Recipe
@@ -231,7 +231,7 @@ def _resolve_arm(name: str, recipe: Recipe, rows: Sequence[dict]) -> Recipe:
     """The arm's recipe, validated on some rows, with the evaluators that suit it."""
     try:
         if recipe.plan is not None:
-            validate(recipe, rows)
+            validate(recipe, rows, sample_rows)
         built = dry_run(first_run(recipe), rows)
     except RecipeError as error:
         raise RecipeError(f"arm {name}: {error}") from None

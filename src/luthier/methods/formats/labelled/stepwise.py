@@ -3,7 +3,9 @@
 from luthier.methods.formats._base import BadRow, Format, opened, side, text, truth
 from luthier.registry import Column, row_format
 
-STEPS = Column("steps", says="rows with the `steps` of a solution and a label for each")
+STEPS = Column(
+    "steps", says="rows with the `steps` of a solution and a label for each", example=(["one", "two"],)
+)
 
 
 @row_format(provides=[STEPS])

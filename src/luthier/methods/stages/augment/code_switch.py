@@ -25,7 +25,7 @@ from luthier.registry import stage
 LEARN = "learn"
 
 
-@stage(row="csr", requires=[COMPLETIONS])
+@stage(example={"share": 1.0}, row="csr", requires=[COMPLETIONS])
 class CodeSwitch(Stage):
     """Texts, or what completions say, become (text with exchanged words -> text)."""
 

@@ -19,6 +19,7 @@ BEFORE = "@before"  # ends the id of a pair that an earlier round made
 
 
 @stage(
+    example={"max_new_tokens": 3},
     paper="arXiv:2401.01335",
     row="spin",
     requires=[COMPLETIONS, GENERATE],

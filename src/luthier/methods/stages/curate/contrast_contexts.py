@@ -6,7 +6,11 @@ from luthier.methods.formats._base import ANSWER, COMPLETIONS, PAIRS, SCORES
 from luthier.methods.stages._base import Stage
 from luthier.registry import Column, stage
 
-CONTEXTS = Column("contexts", says="rows with two `contexts`, one for each of two completions")
+CONTEXTS = Column(
+    "contexts",
+    says="rows with two `contexts`, one for each of two completions",
+    example=(["so it is", "so it is not"],),
+)
 CONTRASTS = Column(
     "contrasts",
     says="answers read with the right context, with none and with the wrong one (column `contrasts`)",

@@ -15,7 +15,12 @@ from luthier.methods.stages._base import Stage, without
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:2104.04670", row="meta-tuning", requires=[COMPLETIONS])
+@stage(
+    example={"questions": {"no": ["is it not?"]}},
+    paper="arXiv:2104.04670",
+    row="meta-tuning",
+    requires=[COMPLETIONS],
+)
 class YesNo(Stage):
     """One row for each label and each of its descriptions: the question, a line break, the text; yes or no.
     Columns `task`, `question` and `asked` (the label) are kept beside. Labels are the classes' names, as the

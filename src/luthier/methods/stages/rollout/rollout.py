@@ -29,6 +29,7 @@ from luthier.registry import Range, stage
 
 
 @stage(
+    example={"n": 2, "max_new_tokens": 3},
     requires=[GENERATE],
     provides=[COMPLETIONS, SAMPLES, TRUNCATED, OLD_LOGPROBS],
     removes=[PAIRS, SCORES, CACHED_LOGPROBS],

@@ -20,6 +20,7 @@ from luthier.registry import Range, nested, stage
 
 
 @stage(
+    example={"n": 2, "max_new_tokens": 3},
     paper="arXiv:2406.14532",
     row="per-step-dpo-negatives",
     requires=[COMPLETIONS, GENERATE],

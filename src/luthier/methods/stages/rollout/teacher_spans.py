@@ -23,7 +23,8 @@ from luthier.registry import Column, stage
 
 TEACHER_SPANS = Column(
     "teacher_spans",
-    per="completion",
+    per="token",
+    example=(-4.0, 1.0, 1.0),
     says="a teacher's log-probabilities of spans of text (stage teacher_spans)",
 )
 

@@ -20,7 +20,7 @@ from luthier.registry import Range, stage
 from luthier.text.render import Encoded
 
 
-@stage(paper="arXiv:2308.12032", requires=[COMPLETIONS, LOGPROBS])
+@stage(example={"share": 1.0}, paper="arXiv:2308.12032", requires=[COMPLETIONS, LOGPROBS])
 class IFD(Stage):
     """Keeps the share of rows with the highest ppl(answer | prompt) / ppl(answer) below one; column `ifd`."""
 

@@ -46,6 +46,7 @@ RATES = (1e-3, 5.0)  # times learning_rate: where a learned rate may lie
 
 
 @stage(
+    example={"n": 2},
     paper="arXiv:2301.02931",
     row="bib-bioseq",
     requires=[COMPLETIONS, SCORES, HIDDEN],

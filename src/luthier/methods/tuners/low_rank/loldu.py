@@ -18,7 +18,7 @@ from luthier.methods.tuners._delta import Delta, frozen
 from luthier.registry import Range, tuner
 
 
-@tuner(paper="arXiv:2410.13618", row="loldu", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(example={"r": 2}, paper="arXiv:2410.13618", row="loldu", provides=[DISABLE_ADAPTER, MERGE])
 class LoLDU(Delta):
     """Low-rank adaptation by lower-diagonal-upper decomposition."""
 

@@ -39,7 +39,12 @@ CHOICES = {
 }
 
 
-@tuner(paper="arXiv:2106.09685", row="eva corda", provides=[DISABLE_ADAPTER, MERGE, LOW_RANK])
+@tuner(
+    example={"r": 2, "init_rows": 2},
+    paper="arXiv:2106.09685",
+    row="eva corda",
+    provides=[DISABLE_ADAPTER, MERGE, LOW_RANK],
+)
 class LoRA(TargetModules):
     """Low-rank adaptation."""
 

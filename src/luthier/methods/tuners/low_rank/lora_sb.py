@@ -18,7 +18,12 @@ from luthier.methods.tuners._delta import Delta, frozen
 from luthier.registry import Range, tuner
 
 
-@tuner(paper="arXiv:2411.19557", row="lora-sb", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    example={"r": 2, "init_rows": 2},
+    paper="arXiv:2411.19557",
+    row="lora-sb",
+    provides=[DISABLE_ADAPTER, MERGE],
+)
 class LoRASB(Delta):
     """r * r numbers per module, in the directions in which full fine-tuning would begin to move."""
 

@@ -33,7 +33,10 @@ DROPOUT, DECAY = 0, 1  # their places
 
 
 @tuner(
-    paper="arXiv:1903.03088", row="self-tuning-networks", provides=[DISABLE_ADAPTER, MERGE, HYPERPARAMETERS]
+    example={"r": 2},
+    paper="arXiv:1903.03088",
+    row="self-tuning-networks",
+    provides=[DISABLE_ADAPTER, MERGE, HYPERPARAMETERS],
 )
 class SelfTuning(Delta):
     """LoRA that knows its hyperparameters."""

@@ -34,6 +34,7 @@ POWERS = Choices(0, 1, 2, 4, 8, 16, 32, 64)  # sizes that a search goes over; wi
 
 
 @tuner(
+    example={"num_virtual_tokens": 2, "parallel": 4, "serial": 4},
     paper="arXiv:2301.12132",
     row="autopeft",
     provides=[DISABLE_ADAPTER],

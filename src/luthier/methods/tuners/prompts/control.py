@@ -27,6 +27,7 @@ FILE = "control.safetensors"
 
 
 @tuner(
+    example={"num_virtual_tokens": 2},
     paper="arXiv:2310.00819",
     row="meet",
     provides=[DISABLE_ADAPTER],

@@ -24,6 +24,7 @@ from luthier.registry import Range, tuner
 
 
 @tuner(
+    example={"num_virtual_tokens": 2},
     paper="arXiv:2101.00190",
     provides=[DISABLE_ADAPTER],
     contract={

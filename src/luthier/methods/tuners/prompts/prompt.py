@@ -17,6 +17,7 @@ from luthier.registry import tuner
 
 
 @tuner(
+    example={"num_virtual_tokens": 2},
     paper="arXiv:2104.08691",
     provides=[DISABLE_ADAPTER],
     contract={"starts_as_base": "vectors before the text change what is read from the first step on"},

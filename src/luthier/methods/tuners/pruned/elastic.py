@@ -30,7 +30,7 @@ ELASTIC = Capability("elastic", says="a tuner with sub-networks (`elastic`)")
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
 
 
-@tuner(paper="arXiv:2308.15609", row="instatune", provides=[MERGE, ELASTIC])
+@tuner(example={"init_rows": 2}, paper="arXiv:2308.15609", row="instatune", provides=[MERGE, ELASTIC])
 class Elastic(Tuner):
     """Full tuning of a network with sub-networks."""
 

@@ -37,7 +37,7 @@ from luthier.registry import tuner
 PATTERN = re.compile(r"(\d+):(\d+)")
 
 
-@tuner(paper="arXiv:2310.06927", row="squarehead", provides=[MERGE])
+@tuner(example={"init_rows": 2}, paper="arXiv:2310.06927", row="squarehead", provides=[MERGE])
 class Pruned(Tuner):
     """All weights, the matrices of the layers with zeros that stay."""
 

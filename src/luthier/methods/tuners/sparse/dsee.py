@@ -29,7 +29,7 @@ from luthier.registry import Range, tuner
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-@tuner(paper="arXiv:2111.00160", row="dsee", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(example={"r": 2}, paper="arXiv:2111.00160", row="dsee", provides=[DISABLE_ADAPTER, MERGE])
 class DSEE(Delta):
     """Dually sparsity-embedded efficient tuning."""
 

@@ -25,7 +25,12 @@ from luthier.methods.tuners.sparse._sparse import Sparse
 from luthier.registry import family, tuner
 
 
-@tuner(paper="arXiv:2303.08566", row="spt-sensitivity", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    example={"r": 2, "init_rows": 2},
+    paper="arXiv:2303.08566",
+    row="spt-sensitivity",
+    provides=[DISABLE_ADAPTER, MERGE],
+)
 class SPT(Sparse):
     """Sensitivity-aware tuning."""
 

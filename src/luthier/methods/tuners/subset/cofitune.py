@@ -44,7 +44,7 @@ Part = Literal["qkv", "o", "up", "gate", "down"]
 Edge = Annotated[float, Field(ge=0, le=1)]
 
 
-@tuner(paper="arXiv:2404.10306", row="cofitune", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(example={"init_rows": 2}, paper="arXiv:2404.10306", row="cofitune", provides=[DISABLE_ADAPTER, MERGE])
 class CoFiTune(Tuner):
     """Coarse to fine."""
 

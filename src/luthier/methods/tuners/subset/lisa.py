@@ -15,7 +15,7 @@ from luthier.methods.tuners.subset._subset import Layers
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2403.17919", row="lisa", provides=[MERGE])
+@tuner(example={"n_layers": 1}, paper="arXiv:2403.17919", row="lisa", provides=[MERGE])
 class LISA(Tuner):
     """Layerwise importance sampling."""
 

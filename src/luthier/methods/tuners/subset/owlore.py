@@ -22,7 +22,7 @@ from luthier.model.sensitivity import input_norms
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2405.18380", row="owlore", provides=[MERGE])
+@tuner(example={"init_rows": 2, "n_layers": 1}, paper="arXiv:2405.18380", row="owlore", provides=[MERGE])
 class OwLore(Tuner):
     """Outlier-weighed layerwise sampling."""
 
