@@ -37,7 +37,7 @@ from luthier.study import compare as comparison
 from luthier.study.compare import TUNING_SEED, ComparisonSpec, parse_budget
 from luthier.study.goals import Goal, Limit, below, fold, goals, limits
 from luthier.study.space import SearchSpace, over
-from luthier.study.statistics import difference, holm, hypervolume
+from luthier.study.statistics import holm, hypervolume, paired_difference
 
 IDLE = "moves nothing"  # of a configuration that takes everything away
 FOUND = 3  # configurations that run again on test seeds
@@ -1006,7 +1006,7 @@ def beside(lines: Sequence[dict[str, Any]]) -> None:
         there = [x for x in lines if len(x["by_seed"].get(goal, ())) > 1]
         for x in there:
             column = np.array([x["by_seed"][goal]]).T
-            mean = difference(column, np.zeros_like(column))
+            mean = paired_difference(column, np.zeros_like(column))
             x.setdefault("interval", {})[goal] = (mean.low, mean.high)
         start = next((x for x in there if x["name"] == "recipe"), None)
         new = [
@@ -1015,12 +1015,12 @@ def beside(lines: Sequence[dict[str, Any]]) -> None:
             if start and x is not start and len(x["by_seed"][goal]) == len(start["by_seed"][goal])
         ]
         apart = [
-            difference(np.array([x["by_seed"][goal]]).T, np.array([start["by_seed"][goal]]).T)
+            paired_difference(np.array([x["by_seed"][goal]]).T, np.array([start["by_seed"][goal]]).T)
             for x in new
             if start
         ]
         for x, d, p in zip(new, apart, holm([d.p for d in apart])):
-            sure = bool(p < comparison.ALPHA and d.seen)
+            sure = bool(p < comparison.ALPHA and d.excludes_zero)
             x.setdefault("beyond", {})[goal] = {
                 "mean": d.mean,
                 "low": d.low,

@@ -15,12 +15,13 @@ from dataclasses import field
 from itertools import combinations
 from typing import Annotated, Any, Literal
 
+import moocore
+import numpy as np
 from pydantic import Field
 
 from luthier.errors import RecipeError
 from luthier.methods.plans._base import Plan, measured
 from luthier.registry import build, did_you_mean, plan, spec
-from luthier.study.statistics import expected_utility, front, hypervolume, sparsity
 
 WEIGHTS = 21  # ways to weigh the goals, evenly spread, over which the expected utility is a mean
 PAIRS = "pairs"  # the goal that the pairs are ranked by, where no reward says what it is
@@ -92,19 +93,19 @@ class Front(Plan):
         before = [float(start[metric]) for metric in names.values()]
         worst = self.floor(list(goals), [before, *reached])
         best = max(zip(reports, reached, strict=True), key=lambda both: _box(both[1], worst))[0]
-        kept = front({str(i): [-v for v in values] for i, values in enumerate(reached)})
-        volume = hypervolume([[-v for v in values] for values in reached], [-w for w in worst])
+        kept = best_of(reached)
+        volume = hypervolume(reached, worst)
         best.stats["front"] = {
             "metrics": names,
             "preferences": vectors,
             "reached": reached,
             "before": before,
             "folders": [r.folder for r in reports],
-            "kept": [int(i) for i in kept],
+            "kept": kept,
             "worst": worst,
             "hypervolume": volume,
             "utility": expected_utility(reached, spread(len(goals), WEIGHTS)),
-            "sparsity": sparsity([[-v for v in values] for values in reached]) if len(kept) > 1 else None,
+            "sparsity": sparsity(reached) if len(kept) > 1 else None,
         }
         best.stats["hypervolume"] = volume
         best.stats["table"] = _table(list(goals), best.stats["front"])
@@ -120,6 +121,17 @@ class Front(Plan):
 
     def front(self, recipe):
         return {metric: self.worst.get(name) for name, metric in _metrics(self.of(recipe)).items()}
+
+    @staticmethod
+    def figure(name: str, values: Sequence[Sequence[float]], worst: Sequence[float] = ()) -> float:
+        """A front in one number: its `hypervolume` above `worst`, `utility` or `sparsity`. values: [points,
+        goals], each goal the larger the better.
+        """
+        if name == "hypervolume":
+            return hypervolume(values, worst)
+        if name == "utility":
+            return expected_utility(values, spread(len(values[0]), WEIGHTS))
+        return sparsity(values)
 
     def page(self, report):
         from luthier.report.front import page
@@ -223,6 +235,32 @@ def spread(goals: int, points: int) -> list[list[float]]:
     return taken
 
 
+def best_of(values: Sequence[Sequence[float]]) -> list[int]:
+    """The points that no other beats; equal ones stay together. values: the larger the better."""
+    best = moocore.is_nondominated(np.asarray(values, float), maximise=True, keep_weakly=True)
+    return np.flatnonzero(best).tolist()
+
+
+def hypervolume(values: Sequence[Sequence[float]], worst: Sequence[float]) -> float:
+    """The volume between a front and `worst`; points that do not lie above it in every goal add nothing."""
+    return float(moocore.hypervolume(np.asarray(values, float), ref=np.asarray(worst, float), maximise=True))
+
+
+def expected_utility(values: Sequence[Sequence[float]], weights: Sequence[Sequence[float]]) -> float:
+    """What users get on average: each takes the point that is best under weights of their own."""
+    return float((np.asarray(weights, float) @ np.asarray(values, float).T).max(1).mean())
+
+
+def sparsity(values: Sequence[Sequence[float]]) -> float:
+    """Squared gaps between neighbours on the front, goal by goal, by one less than its points. Of one point
+    it says nothing: inf.
+    """
+    points = np.unique(np.asarray(values, float)[best_of(values)], axis=0)
+    if len(points) < 2:
+        return float("inf")
+    return float((np.diff(np.sort(points, axis=0), axis=0) ** 2).sum() / (len(points) - 1))
+
+
 def _metrics(goals: Mapping[str, Any]) -> dict[str, str]:
     """What each goal is measured by."""
     return {name: RANKS if reward is None else f"goal/{name}" for name, reward in goals.items()}
@@ -234,7 +272,7 @@ def _apart(a: Sequence[float], b: Sequence[float]) -> float:
 
 def _box(values: Sequence[float], worst: Sequence[float]) -> float:
     """The volume that a point alone reaches."""
-    return hypervolume([[-v for v in values]], [-w for w in worst])
+    return hypervolume([values], worst)
 
 
 def _name(method: Any) -> Any:
