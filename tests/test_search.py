@@ -25,7 +25,7 @@ from luthier.recipe.recipe import Recipe
 from luthier.registry import build, names
 from luthier.study import search as searching
 from luthier.study.goals import below, fold, goals, limits
-from luthier.study.search import TrialStore, Measured, optimize, quest, seeds_of
+from luthier.study.search import Measured, TrialStore, optimize, quest, seeds_of
 from luthier.study.space import only_layers, over
 from luthier.study.statistics import hypervolume
 

@@ -15,7 +15,7 @@ from luthier.methods.searchers.model_based._levels import Joint, Ladder, joint, 
 from luthier.methods.searchers.model_based._surrogates import fit
 from luthier.registry import build
 from luthier.study.goals import goals
-from luthier.study.search import TrialStore, Measured, optimize
+from luthier.study.search import Measured, TrialStore, optimize
 from test_search import MIXED, PLANE, play
 
 LINE = Space((Dim("x"),))
