@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import zoo
 from luthier.clock import Clock
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, Refused
 from luthier.methods.tuners._base import Untuned
 from luthier.model.batch import collate
 from luthier.model.generate import Picker, Sharing, decoder_writer
@@ -160,7 +160,7 @@ def test_an_unknown_head_falls_back_to_the_networks_own():
 def test_a_network_that_no_reading_suits_is_refused(monkeypatch):
     model = zoo.make("llama")
     monkeypatch.setattr(type(CAUSAL), "plain", lambda self, m, a, b: torch.zeros(len(b.owner)))
-    with pytest.raises(guards.Refused, match="cannot read"):
+    with pytest.raises(Refused, match="cannot read"):
         guards.same_as_plain(Policy(CAUSAL, model, Untuned(model)), zoo.rows(), lambda s: None)
 
 

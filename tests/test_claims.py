@@ -14,7 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from luthier.cli import app
-from luthier.errors import RecipeError
+from luthier.errors import NotFinite, RecipeError
 from luthier.recipe import catalogue
 from luthier.recipe.recipe import Recipe
 from luthier.run import subprocess as apart
@@ -116,6 +116,11 @@ def test_a_fresh_run_measures_its_own_memory(folder):
     assert 100 < said["stats"]["peak_memory_mb"] < 900
     with pytest.raises(RecipeError, match="no practice world .nowhere."):
         apart.tune({**claim.recipe("a", 0), "data": "practice:nowhere"}, folder / "runs/b")
+    with pytest.raises(NotFinite, match="is not finite at step"):  # the type comes through, not a sentence
+        apart.tune(
+            {**claim.recipe("a", 0), "max_steps": 4, "learning_rate": 1e30, "warmup_steps": 0},
+            folder / "runs/c",
+        )
 
 
 # ---------------------------------------------------------------------------------------------- verdicts

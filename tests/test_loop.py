@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 import luthier
 from conftest import PAIRS, SUMS, UNPAIRED, recipe_of
 from luthier.clock import Clock
-from luthier.errors import RecipeError
+from luthier.errors import DiskError, NotFinite, OutOfMemory, RecipeError, Refused
 from luthier.model.load import pick_dtype
-from luthier.storage import store
+from luthier.storage import checkpoints, files
 from luthier.train import checks as guards
 from luthier.train import memory
 from luthier.train.trainer import Trainer, draw
@@ -36,7 +36,7 @@ def tiny(shallow) -> str:
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(str(store.checkpoints(Path(folder))[-1] / "tensors.safetensors"))
+    return load_file(str(checkpoints.paths(Path(folder))[-1] / "tensors.safetensors"))
 
 
 def near(a, b, atol) -> bool:
@@ -279,8 +279,8 @@ def test_killed_and_resumed_is_uninterrupted(base, tmp_path, forks, name):
 MOMENTS = {  # the process dies at the first call of this, which the second process passes
     "measuring the start": "luthier.methods.evaluators.quality.generate.Generate.run",
     "a stage": "luthier.methods.stages.select.ifd.IFD.__call__",
-    "writing a checkpoint": "luthier.storage.store.compare",
-    "naming a checkpoint": "luthier.storage.store.checkpoints",
+    "writing a checkpoint": "luthier.storage.checkpoints.verify",
+    "naming a checkpoint": "luthier.storage.checkpoints.paths",
     "taking the adapter away": "luthier.methods.tuners._peft.OnPeft.save",
     "the report": "luthier.report.write_report",
 }
@@ -333,11 +333,11 @@ def test_killed_anywhere_goes_on(never_killed, tmp_path, forks, moment):
 
 def test_a_checkpoint_half_written_is_no_checkpoint(base, tmp_path):
     luthier.tune(base, folder=tmp_path)
-    whole = store.checkpoints(tmp_path)
+    whole = checkpoints.paths(tmp_path)
     for name in ("checkpoint-9.part", "checkpoint-9.old", "checkpoint-10"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-9.part" / "state.json").write_text("{}")
-    assert store.checkpoints(tmp_path) == whole
+    assert checkpoints.paths(tmp_path) == whole
 
 
 def test_another_version_going_on_is_told(base, tmp_path, monkeypatch):
@@ -348,7 +348,7 @@ def test_another_version_going_on_is_told(base, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "step", real)
     state = json.loads((tmp_path / "run.json").read_text())
     assert state["version"] == luthier.__version__
-    store.write_json(tmp_path / "run.json", state | {"version": "0.0.9"})
+    files.write_json(tmp_path / "run.json", state | {"version": "0.0.9"})
     assert any("begun by luthier 0.0.9" in n for n in luthier.tune(base, folder=tmp_path).notes)
 
 
@@ -444,7 +444,7 @@ def test_memory_that_runs_out_while_weights_are_stepped_ends_in_a_sentence(base,
         return real(self, group, grads)
 
     monkeypatch.setattr(Chain, "push", full)
-    with pytest.raises(guards.Refused, match="out of memory: what was saved before is intact"):
+    with pytest.raises(OutOfMemory, match="out of memory: what was saved before is intact"):
         luthier.tune(base, folder=tmp_path / "b")
     assert len(pushed) == 40
     monkeypatch.setattr(Chain, "push", real)
@@ -559,26 +559,31 @@ def test_a_loss_that_is_no_number_names_its_rows(base, tmp_path, monkeypatch):
         "loss",
         lambda self, roles, batch: real(self, roles, batch) * (float("nan") if roles.clock.step == 3 else 1),
     )
-    with pytest.raises(guards.Refused, match="not finite at step 3, on rows .*:"):
+    with pytest.raises(NotFinite, match="not finite at step 3, on rows .*:"):
         luthier.tune(base, folder=tmp_path)
-    assert store.load_checkpoint(store.checkpoints(tmp_path)[-1]).step == 2  # what was saved stays
+    assert checkpoints.load(checkpoints.paths(tmp_path)[-1]).step == 2  # what was saved stays
+    left = files.read_json(tmp_path / "failed.json")
+    assert left["code"] == "not_finite" and "at step 3" in left["message"]
+    monkeypatch.setattr(SFT, "loss", real)
+    assert len(luthier.tune(base, folder=tmp_path).losses) == 6
+    assert not (tmp_path / "failed.json").exists(), "it has gone on"
 
 
 def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_stays(base, tmp_path, monkeypatch):
     import errno
 
-    real = store.write_json
+    real = files.write_json
 
     def full(path, value):
         if path.name == "state.json" and value["step"] == 4:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, value)
 
-    monkeypatch.setattr(store, "write_json", full)
-    with pytest.raises(RecipeError, match="is full .*saved before is intact"):
+    monkeypatch.setattr(files, "write_json", full)
+    with pytest.raises(DiskError, match="is full .*saved before is intact"):
         luthier.tune(base, folder=tmp_path)
-    assert [p.name for p in store.checkpoints(tmp_path)] == ["checkpoint-2"]
-    monkeypatch.setattr(store, "write_json", real)
+    assert [p.name for p in checkpoints.paths(tmp_path)] == ["checkpoint-2"]
+    monkeypatch.setattr(files, "write_json", real)
     assert len(luthier.tune(base, folder=tmp_path).losses) == 6
 
 
@@ -605,7 +610,7 @@ def test_a_gradient_that_does_not_arrive_is_refused(base, tmp_path, monkeypatch)
     from luthier.methods.objectives.supervised.sft import SFT
 
     monkeypatch.setattr(SFT, "loss", lambda self, roles, batch: roles.policy.logprobs(batch) * 0.0)
-    with pytest.raises(guards.Refused, match="no gradient reaches"):
+    with pytest.raises(Refused, match="no gradient reaches"):
         luthier.tune(base, folder=tmp_path)
 
 
@@ -637,7 +642,7 @@ def test_bfloat16_is_stepped_through_masters(base, tmp_path):
         base | {"dtype": "bfloat16", "learning_rate": 2e-5, "max_steps": 40, "lr_scheduler_type": "constant"},
         folder=tmp_path,
     )
-    saved = store.load_checkpoint(store.checkpoints(tmp_path)[-1])
+    saved = checkpoints.load(checkpoints.paths(tmp_path)[-1])
     masters = {k: s["master"]["weight"] for k, s in saved.state.items()}
     assert all(m.dtype == torch.float32 for m in masters.values())
     assert all(torch.equal(saved.tensors[f"{k}.weight"], m.bfloat16()) for k, m in masters.items())
@@ -656,7 +661,7 @@ def test_rows_that_are_yet_to_be_answered_are_read_right_too(base, tmp_path, mon
 
 def test_old_checkpoints_leave(base, tmp_path):
     luthier.tune(base | {"save_steps": 1, "save_total_limit": 3}, folder=tmp_path)
-    assert [p.name for p in store.checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-5", "checkpoint-6"]
+    assert [p.name for p in checkpoints.paths(tmp_path)] == ["checkpoint-4", "checkpoint-5", "checkpoint-6"]
 
 
 def test_a_folder_half_cleared_leaves_nothing_to_the_next_run(base, tmp_path, monkeypatch):
@@ -673,7 +678,7 @@ def test_a_folder_half_cleared_leaves_nothing_to_the_next_run(base, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         luthier.tune(other, folder=tmp_path / "a")
     monkeypatch.setattr(Path, "unlink", real)
-    store.write_json(
+    files.write_json(
         tmp_path / "a" / "forgetting.jsonl",
         {"id": "old", "prompt": "", "completions": [[70, 71]], "own": True},
     )

@@ -36,7 +36,7 @@ from luthier.programs import (
 from luthier.programs.graph import Node
 from luthier.programs.models import Local
 from luthier.registry import build, names
-from luthier.storage.store import read_rows
+from luthier.storage.files import read_rows
 
 WORDS = ["cat", "dog", "owl", "hen", "fox", "bee", "ant", "cow"]
 ROWS = [{"word": w, "answer": w.upper()[::-1]} for w in WORDS]  # no row says what the step in between is

@@ -25,7 +25,7 @@ from luthier.model.quantized_load import chosen
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import checked
 from luthier.registry import build, find, helps, names, provides_of
-from luthier.storage import store
+from luthier.storage import checkpoints
 from test_tuners import base, logprobs, put, train
 
 torch.set_num_threads(1)
@@ -362,13 +362,13 @@ def test_in_a_run(spec, tiny, tmp_path):
     }
     whole = luthier.tune(**recipe, output_dir=str(tmp_path / "whole"))
     assert sum(whole.losses[-2:]) < sum(whole.losses[:2]) and any(f"kept as {spec}" in s for s in whole.notes)
-    last = store.load_checkpoint(store.checkpoints(tmp_path / "whole")[-1])
-    shutil.rmtree(store.checkpoints(tmp_path / "whole")[-1])
+    last = checkpoints.load(checkpoints.paths(tmp_path / "whole")[-1])
+    shutil.rmtree(checkpoints.paths(tmp_path / "whole")[-1])
     (tmp_path / "whole" / "report.json").unlink()
     state = tmp_path / "whole" / "run.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "finished": False}))
     luthier.tune(**recipe, output_dir=str(tmp_path / "whole"))
-    again = store.load_checkpoint(store.checkpoints(tmp_path / "whole")[-1])
+    again = checkpoints.load(checkpoints.paths(tmp_path / "whole")[-1])
     assert all(torch.equal(v, again.tensors[k]) for k, v in last.tensors.items())
     loaded = luthier.load(tmp_path / "whole")
     assert numbers(loaded.model) > 0 and loaded.generate("1+1=", max_new_tokens=2) is not None
@@ -712,13 +712,13 @@ def test_in_a_run_that_calibrates(spec, tuner, tiny, tmp_path):
     }
     whole = luthier.tune(**recipe, output_dir=str(tmp_path / "whole"))
     assert sum(whole.losses[-2:]) < sum(whole.losses[:2])
-    last = store.load_checkpoint(store.checkpoints(tmp_path / "whole")[-1])
-    shutil.rmtree(store.checkpoints(tmp_path / "whole")[-1])
+    last = checkpoints.load(checkpoints.paths(tmp_path / "whole")[-1])
+    shutil.rmtree(checkpoints.paths(tmp_path / "whole")[-1])
     (tmp_path / "whole" / "report.json").unlink()
     state = tmp_path / "whole" / "run.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "finished": False}))
     luthier.tune(**recipe, output_dir=str(tmp_path / "whole"))
-    again = store.load_checkpoint(store.checkpoints(tmp_path / "whole")[-1])
+    again = checkpoints.load(checkpoints.paths(tmp_path / "whole")[-1])
     assert all(torch.equal(v, again.tensors[k]) for k, v in last.tensors.items())
     rows = [{"id": "0", "prompt": "1+2=", "completions": ["3"]}]
     loaded = luthier.load(tmp_path / "whole")

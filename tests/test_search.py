@@ -763,7 +763,8 @@ def test_a_run_that_diverges_is_no_end(tmp_path):
 def test_what_moves_nothing_is_told_and_not_paid_for():
     book = TrialStore(Space((Dim("x"),)), goals(["loss"], "loss"), ())
     idle = lambda t, i: (
-        Measured({}, 0.0, "tuner 'autopeft' moves nothing") if i % 2 else Measured({1000: {"loss": 0.5}}, 1.0)
+        Measured({}, 0.0, "tuner 'autopeft' moves nothing", "nothing_moves")
+        if i % 2 else Measured({1000: {"loss": 0.5}}, 1.0)
     )
     tried = optimize(book, build("searcher", "random"), idle, 4)
     assert searching.spent(tried) == 4 and len(tried) == 7

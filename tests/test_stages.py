@@ -424,14 +424,14 @@ def test_long_texts_are_remembered_in_the_pieces_that_are_learned(base, tmp_path
     rows = [{"text": "abc " * 40}] * 8
     change = {"data": rows, "max_length": 64, "stages": ["remember"], "max_steps": 2}
     luthier.tune(base | change, folder=tmp_path)
-    from luthier.storage.store import read_rows
+    from luthier.storage.files import read_rows
 
     kept = read_rows(tmp_path / "rows.jsonl")
     assert len(kept) > 8 and all(len(r["remembered"]) == 1 for r in kept)
 
 
 def test_pairs_against_oneself(roles, told, tmp_path):
-    from luthier.storage.store import write_rows
+    from luthier.storage.files import write_rows
 
     rows = [{"id": "a", "prompt": "1+1=", "completions": ["3", "2"], "scores": [0.0, 1.0]}]
     rows += [{"id": "b", "prompt": "1+2=", "completions": ["3"]}]

@@ -14,7 +14,7 @@ from luthier.cli import app
 from luthier.data.profile import feeds, survey
 from luthier.methods.evaluators.quality.preference import Totals, checkup
 from luthier.registry import names
-from luthier.storage import store
+from luthier.storage import files
 
 
 def luth(*words):
@@ -166,7 +166,7 @@ def test_what_is_declined_before_and_after(tmp_path):
         "evaluator", {"name": "refusals", "data": {"path": "practice:chat/test", "n": 300}, "n": 12}
     ).run(loaded.roles, rows, tmp_path, "before")
     assert found["refused_unsafe"] > 0.8 and found["refused_safe"] < 0.2
-    told = store.read_rows(tmp_path / "refusals-before.jsonl")
+    told = files.read_rows(tmp_path / "refusals-before.jsonl")
     assert {t["unsafe"] for t in told} == {True, False} and all(t["answer"] for t in told)
     again = build("evaluator", "refusals").run(loaded.roles, [], tmp_path, "after")
     assert again == found, "the same requests, kept"

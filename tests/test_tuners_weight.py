@@ -219,7 +219,7 @@ def test_spiel_finds_planted_places(growth):
 
 def test_spiel_resumes_amid_an_interval(tmp_path, base):
     import luthier
-    from luthier.storage import store
+    from luthier.storage import checkpoints
 
     spec = {"name": "spiel", "density": 0.05, "reselection_steps": 4, "selection_accumulation_steps": 2}
     recipe = {
@@ -231,10 +231,10 @@ def test_spiel_resumes_amid_an_interval(tmp_path, base):
         "lr_scheduler_type": "constant",
     }
     luthier.tune(**recipe, output_dir=str(tmp_path / "run"))
-    last = store.load_checkpoint(store.checkpoints(tmp_path / "run")[-1])
+    last = checkpoints.load(checkpoints.paths(tmp_path / "run")[-1])
     unfinish(tmp_path / "run")
     luthier.tune(**recipe, output_dir=str(tmp_path / "run"))
-    again = store.load_checkpoint(store.checkpoints(tmp_path / "run")[-1])
+    again = checkpoints.load(checkpoints.paths(tmp_path / "run")[-1])
     assert last.step == again.step == 7 and last.tensors.keys() == again.tensors.keys()
     assert all(torch.equal(v, again.tensors[k]) for k, v in last.tensors.items())
 
@@ -244,9 +244,9 @@ def unfinish(folder) -> None:
     import json
     import shutil
 
-    from luthier.storage import store
+    from luthier.storage import checkpoints
 
-    shutil.rmtree(store.checkpoints(folder)[-1])
+    shutil.rmtree(checkpoints.paths(folder)[-1])
     (folder / "report.json").unlink()
     (folder / "run.json").write_text(
         json.dumps({**json.loads((folder / "run.json").read_text()), "finished": False})
@@ -486,7 +486,7 @@ def test_a_start_from_data_in_a_run(how, tmp_path):
     import shutil
 
     import luthier
-    from luthier.storage import store
+    from luthier.storage import checkpoints
 
     data = {"path": "practice:style/new", "n": 24}
     if "init_data" in how:
@@ -505,12 +505,12 @@ def test_a_start_from_data_in_a_run(how, tmp_path):
     )
     folder = tmp_path / "run"
     luthier.tune(**recipe, output_dir=str(folder))
-    last = store.load_checkpoint(store.checkpoints(folder)[-1])
+    last = checkpoints.load(checkpoints.paths(folder)[-1])
     unfinish(folder)
     luthier.tune(**recipe, output_dir=str(folder))
-    again = store.load_checkpoint(store.checkpoints(folder)[-1])
+    again = checkpoints.load(checkpoints.paths(folder)[-1])
     assert again.step == 4 and all(torch.equal(v, again.tensors[k]) for k, v in last.tensors.items())
-    for checkpoint in store.checkpoints(folder):
+    for checkpoint in checkpoints.paths(folder):
         shutil.rmtree(checkpoint)
     further = luthier.tune(
         **{**recipe, "max_steps": 1}, start=str(folder), output_dir=str(tmp_path / "further")
@@ -629,7 +629,7 @@ def test_lt_sft_with_all_places_is_full_tuning_from_the_start():
 @pytest.mark.parametrize("steps", [7, 3])
 def test_lt_sft_resumes_in_either_phase(steps, base, tmp_path):
     import luthier
-    from luthier.storage import store
+    from luthier.storage import checkpoints
 
     tuner = {"name": "lt_sft", "density": 0.05, "dense_share": 0.6}
     recipe = {
@@ -641,10 +641,10 @@ def test_lt_sft_resumes_in_either_phase(steps, base, tmp_path):
         "lr_scheduler_type": "constant",
     }
     luthier.tune(**recipe, output_dir=str(tmp_path / "run"))
-    last = store.load_checkpoint(store.checkpoints(tmp_path / "run")[-1])
+    last = checkpoints.load(checkpoints.paths(tmp_path / "run")[-1])
     unfinish(tmp_path / "run")
     luthier.tune(**recipe, output_dir=str(tmp_path / "run"))
-    again = store.load_checkpoint(store.checkpoints(tmp_path / "run")[-1])
+    again = checkpoints.load(checkpoints.paths(tmp_path / "run")[-1])
     assert last.step == again.step == steps and all(
         torch.equal(v, again.tensors[k]) for k, v in last.tensors.items()
     )

@@ -16,9 +16,9 @@ from typing import Any
 from luthier.clock import Clock
 from luthier.errors import RecipeError
 from luthier.kernels import compiled
+from luthier.recipe import model_names
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build, cards, did_you_mean, find, provides_of, requires_of
-from luthier.storage import store
 from luthier.train.optimizer import schedule
 
 WORDS = {  # how a word reads in a sentence
@@ -138,7 +138,7 @@ def wants(x: Any) -> frozenset[str]:
 
 def detect(model: str):
     """The architecture of a checkpoint, by its config."""
-    config = store.model_config(model)
+    config = model_names.model_config(model)
     suited = [a for a in (build("architecture", c.name) for c in cards("architecture")) if a.suits(config)]
     if len(suited) == 1:
         return suited[0]
@@ -171,7 +171,7 @@ def validate(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts | None:
 def checked(recipe: Recipe, rows: Sequence[dict] = ()) -> Parts:
     """The parts of a recipe without a plan, each given what it wants."""
     p = parts(recipe)
-    store.resolve_model(recipe.model)
+    model_names.resolve_model(recipe.model)
     if p.quantizer is not None:
         sits_on_codes(p.tuner, p.quantizer)
     schedule(recipe.lr_scheduler_type, recipe.warmup_steps, 1)

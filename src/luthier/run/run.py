@@ -26,7 +26,7 @@ from luthier import __version__
 from luthier import report as page
 from luthier.data import rows as reading
 from luthier.data.load import Data, beside, load_data, touching
-from luthier.errors import RecipeError
+from luthier.errors import OutOfMemory, RecipeError, Refused
 from luthier.methods.evaluators._base import measured
 from luthier.methods.quantizers._base import told
 from luthier.methods.roles.frozen.start import Start
@@ -37,8 +37,8 @@ from luthier.recipe.validate import Parts, checked, validate
 from luthier.registry import build, spec
 from luthier.report import rendered
 from luthier.report.console import Callback
-from luthier.run.folder import clear, default_folder, note_down, on_disk, open_run, trim
-from luthier.storage import store
+from luthier.run.folder import FAILED, clear, default_folder, note_down, note_failure, on_disk, open_run, trim
+from luthier.storage import checkpoints, files
 from luthier.train import checks as guards
 from luthier.train import hidden_cache as frozen
 from luthier.train import logprob_cache as reference
@@ -97,7 +97,7 @@ def opened(
     for sentence in recipe.told:
         watch.warn(sentence)
     quarantine = folder / "quarantine.jsonl"
-    with store.disk_errors(folder):
+    with files.disk_errors(folder):
         # what lies there is of an earlier attempt, which was refused
         if new := main and not (folder / "run.json").exists():
             quarantine.unlink(missing_ok=True)
@@ -116,7 +116,7 @@ def opened(
                 " neither's"
             )
         if main:
-            with store.disk_errors(folder):
+            with files.disk_errors(folder):
                 quarantine.unlink(missing_ok=True)
                 reading.write_quarantine(data.bad, quarantine)
         if data.bad:
@@ -130,10 +130,13 @@ def opened(
             )
         try:
             yield _Run(recipe, parts, data, folder, watch, accelerator, until)
-        except (RuntimeError, MemoryError) as error:
-            if guards.out_of_memory(error):
-                raise guards.Refused(guards.TOO_BIG) from None
-            raise
+        except Exception as error:
+            outcome = OutOfMemory(guards.TOO_BIG) if guards.out_of_memory(error) else error
+            if main:
+                note_failure(folder, outcome)
+            if outcome is error:
+                raise
+            raise outcome from None
         finally:
             for tracker in accelerator.trackers:
                 tracker.finish()
@@ -203,7 +206,7 @@ class _Run:
     def ready(self) -> None:
         """All that comes before the first step."""
         self.main = self.accelerator.is_main_process
-        self.latest = (store.checkpoints(self.folder) or [None])[-1]
+        self.latest = (checkpoints.paths(self.folder) or [None])[-1]
         self.watch.stage("loading the model")
         self.take_roles()
         rows, stats = self.take_rows()
@@ -265,9 +268,9 @@ class _Run:
                 if not rows:
                     raise RecipeError(f"the stages {[s.name for s in self.parts.stages]} left no row")
                 if self.main:
-                    store.write_rows(kept, rows)
+                    files.write_rows(kept, rows)
                 self.accelerator.wait_for_everyone()
-            rows = store.read_rows(kept)
+            rows = files.read_rows(kept)
         rows, stats = _encode(self.roles, rows, self.folder, self.watch, self.main, self.recipe.max_bad_rows)
         self.held_out, self.held_out_stats = _encode(
             self.roles, self.data.held_out, self.folder, Callback(), self.main, 1.0
@@ -311,7 +314,7 @@ class _Run:
             )
         self.watch.rows(roles, shown, stats)
         if self.main:
-            store.write_json(self.folder / "shown.json", rendered(roles, shown))
+            files.write_json(self.folder / "shown.json", rendered(roles, shown))
         for sentence in roles.tuner.told:
             tell(sentence)
 
@@ -447,15 +450,15 @@ class _Run:
             self.watch.stage("measuring the start")
             before = self.measure("before")
             if self.main:
-                store.write_json(path, before)
+                files.write_json(path, before)
         else:
             before = json.loads(path.read_text(encoding="utf-8"))
         clock = self.roles.clock
         if self.latest is not None:
-            was = store.load_checkpoint(self.latest)
+            was = checkpoints.load(self.latest)
             self.roles.tuner.load(was.tensors)
             fit.chain.load(was.state)
-            clock.step, clock.first, fit.held, fit.totals = was.step, was.step, was.held, Totals(**was.totals)
+            clock.step, clock.first, fit.held, fit.totals = was.step, was.step, was.draw, Totals(**was.totals)
             self.watch.warn(f"going on from {self.latest.name} of {clock.total} steps")
         if self.main:
             trim(self.folder / "metrics.jsonl", clock.step)
@@ -491,7 +494,7 @@ class _Run:
             numbers = {k: v for k, v in log.items() if k != "step" and not k.startswith("eval_")}
             self.accelerator.log(numbers, step=clock.step)
             with (
-                store.disk_errors(self.folder),
+                files.disk_errors(self.folder),
                 open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file,
             ):
                 file.write(json.dumps(log) + "\n")
@@ -501,10 +504,10 @@ class _Run:
 
     def save(self, fit: Trainer) -> None:
         held = fit.held if self.roles.clock.step % fit.batches.num_iterations else None
-        made = store.Checkpoint(
+        made = checkpoints.Checkpoint(
             self.roles.tuner.held(), fit.chain.state, self.roles.clock.step, held, asdict(fit.totals)
         )
-        store.save_checkpoint(self.folder, made, self.recipe.save_total_limit)
+        checkpoints.save(self.folder, made, self.recipe.save_total_limit)
 
     def pause(self, fit: Trainer, before: dict[str, float], stats: dict) -> Report:
         """Stop here for now: measured, and saved so that the same command goes on."""
@@ -517,7 +520,7 @@ class _Run:
         }
         if self.main:
             self.save(fit)
-            store.write_json(
+            files.write_json(
                 self.folder / "paused.json",
                 {"step": clock.step, "steps": clock.total, "metrics": now, "stats": cost},
             )
@@ -530,7 +533,7 @@ class _Run:
     def finish(self, report: Report, fit: Trainer, stats: dict) -> None:
         """The report, what a user takes away, and the page."""
         roles, folder, rows = self.roles, self.folder, fit.rows
-        logged = store.read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+        logged = files.read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
         report.losses = [line["loss"] for line in logged if "loss" in line]
         prompts = [r["prompt"] for r in rows]
         report.stats = {
@@ -559,18 +562,18 @@ class _Run:
                 role.said.close()
         report.notes = list(self.watch.notes)
         if self.main:
-            saved = store.checkpoints(folder)
+            saved = checkpoints.paths(folder)
             moved = roles.clock.total or self.recipe.start is not None
-            if moved and (not saved or store.load_meta(saved[-1])["step"] != roles.clock.total):
+            if moved and (not saved or checkpoints.read_meta(saved[-1])["step"] != roles.clock.total):
                 self.save(fit)
             self.watch.stage("saving")
-            with store.disk_errors(folder):
+            with files.disk_errors(folder):
                 roles.tuner.save(folder)
                 roles.renderer.tokenizer.save_pretrained(folder)
                 if self.parts.quantizer is not None:
-                    store.write_json(folder / store.QUANTIZATION, spec(self.parts.quantizer))
+                    files.write_json(folder / files.QUANTIZATION, spec(self.parts.quantizer))
             page.write_report(self.recipe, report, logged, folder)
-            store.write_json(folder / "report.json", asdict(report))
+            files.write_json(folder / "report.json", asdict(report))
             note_down(folder, finished=True)
         self.accelerator.wait_for_everyone()
 
@@ -587,12 +590,12 @@ def _encode(
         return [], {}
     kept, bad, stats = roles.policy.architecture.encode_all(rows, roles.renderer)
     if bad and main:
-        with store.disk_errors(folder):
+        with files.disk_errors(folder):
             reading.write_quarantine(bad, folder / "quarantine.jsonl")
     if not kept:
-        raise guards.Refused(f"none of {len(rows):,} rows can be used; the first: {bad[0]['reason']}")
+        raise Refused(f"none of {len(rows):,} rows can be used; the first: {bad[0]['reason']}")
     if len(bad) > allowed * len(rows):
-        raise guards.Refused(
+        raise Refused(
             reading.refusal(bad, len(rows), "the data", allowed, folder / "quarantine.jsonl")
         )
     if bad:
@@ -662,6 +665,7 @@ def perform(
     validate(recipe, load_data(recipe).rows[:100] if recipe.data is not None else ())
     plan = build("plan", recipe.plan_spec())
     play = plan.recipes(replace(recipe, plan=None))
+    (folder / FAILED).unlink(missing_ok=True)
     acts: list[str] = []
     last: Any = None
     asked = next(play)
@@ -678,10 +682,13 @@ def perform(
             asked = play.send(last)
     except StopIteration as end:
         final = end.value or (last[-1] if isinstance(last, list) else last)
+    except Exception as error:
+        note_failure(folder, error)
+        raise
     report = replace(final, acts=acts, folder=final.folder)
     if drawn := plan.page(report):
-        store.write_text(folder / "report.html", drawn)
-    store.write_json(folder / "report.json", asdict(report))
+        files.write_text(folder / "report.html", drawn)
+    files.write_json(folder / "report.json", asdict(report))
     return report
 
 

@@ -170,9 +170,9 @@ def reader_of(
     """How a model's tokenizer reads rows, without the model's weights."""
     from transformers import AutoTokenizer
 
+    from luthier.recipe.model_names import model_config, resolve_model
     from luthier.recipe.validate import detect
     from luthier.registry import build
-    from luthier.storage.store import model_config, resolve_model
 
     made = detect(model) if architecture == "auto" else build("architecture", yaml.safe_load(architecture))
     config = model_config(model)

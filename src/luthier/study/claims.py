@@ -31,7 +31,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from luthier.errors import RecipeError
+from luthier.errors import NotFinite, RecipeError
 from luthier.registry import did_you_mean, format_errors
 from luthier.run import subprocess as apart
 
@@ -523,7 +523,7 @@ def _perform(
         try:
             (apart.tune if claim.fresh else _here)(keys, where)
         except RecipeError as error:
-            if not (may_diverge and "is not finite" in str(error)):
+            if not (may_diverge and isinstance(error, NotFinite)):
                 raise claim.wrong(f"arm {arm}, seed {seed}: {error}") from None
             progress.step(f"{what}, diverged", time.perf_counter() - began, True)
             return None

@@ -25,21 +25,21 @@ import numpy as np
 
 from luthier.clock import Clock
 from luthier.data.load import Data, load_data
-from luthier.errors import RecipeError
+from luthier.errors import NotFinite, NothingMoves, OutOfMemory, RecipeError
 from luthier.methods.searchers._base import Asked, Searcher, Seen, Space, layers, ranked, tamed
 from luthier.methods.searchers._optuna import distributions, optuna
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import checked, opening, validate, wants, words
 from luthier.registry import build, did_you_mean, provides_of, spec
 from luthier.report.numbers import number, says
-from luthier.storage import store
+from luthier.storage import files
 from luthier.study import compare as comparison
 from luthier.study.compare import TUNING_SEED, ComparisonSpec, parse_budget
 from luthier.study.goals import Goal, Limit, below, fold, goals, limits
 from luthier.study.space import SearchSpace, over
 from luthier.study.statistics import holm, hypervolume, paired_difference
 
-IDLE = "moves nothing"  # of a configuration that takes everything away
+NO_NUMBERS = (NotFinite, OutOfMemory, NothingMoves)  # a configuration that ends so is left out
 FOUND = 3  # configurations that run again on test seeds
 EVALUATORS = {
     "loss": "loss",
@@ -61,6 +61,7 @@ class Measured:
     by_seed: Mapping[int, Mapping[str, float]]  # tuning seed -> metric -> value
     took: float = 0.0  # seconds, loading and measuring included
     failed: str = ""  # why it has no numbers, if so
+    code: str = ""  # and which outcome that is (luthier.errors)
 
     def mean(self) -> dict[str, float]:
         said = list(self.by_seed.values())
@@ -121,7 +122,7 @@ class TrialStore:
 
     def _tried(self, t: Any) -> Trial:
         a = t.user_attrs
-        measured = Measured({int(k): v for k, v in a["by_seed"].items()}, a["took"], a["failed"])
+        measured = Measured({int(k): v for k, v in a["by_seed"].items()}, a["took"], a["failed"], a.get("code", ""))
         mean = measured.mean()
         values = tuple(math.inf if a["failed"] else g.value(mean) for g in self.goals)
         over = sum(limit.over(mean) for limit in self.limits) if not a["failed"] else 1.0 * bool(self.limits)
@@ -195,6 +196,7 @@ class TrialStore:
             "by_seed": {str(k): dict(v) for k, v in measured.by_seed.items()},
             "took": measured.took,
             "failed": measured.failed,
+            "code": measured.code,
         }
         for key, value in {**said, "ended": ended, "state": "done"}.items():
             at.set_user_attr(key, value)
@@ -216,7 +218,7 @@ def spent(tried: Sequence[Trial]) -> float:
     to one for each run.
     """
     far: dict[int, float] = {}
-    idle = {t.seen.number for t in tried if IDLE in t.measured.failed}
+    idle = {t.seen.number for t in tried if t.measured.code == NothingMoves.code}
     for t in tried:
         far[t.seen.number] = max(far.get(t.seen.number, 0.0), t.seen.share)
     paid = sum(share for number, share in far.items() if number not in idle)
@@ -570,7 +572,7 @@ def conduct(
 
     watch = watch or Callback()
     folder = Path(folder or Path("runs") / f"search-{made.fingerprint()}")
-    with store.alone_in(folder):
+    with files.exclusive(folder):
         _own(folder, made)
         book = _book(made, folder, storage)
         begins = made.over.begins
@@ -610,8 +612,8 @@ def conduct(
         for t in tried:
             _lighten(folder, made, t.seen.number)
         result = _tested(made, folder, tried, found, watch)
-        store.write_json(folder / "search.json", result)
-        store.write_text(folder / "report.html", page(result))
+        files.write_json(folder / "search.json", result)
+        files.write_text(folder / "report.html", page(result))
     return result
 
 
@@ -620,7 +622,7 @@ def went(made: SearchSpec, t: Trial) -> str:
     what = "the recipe as it is" if t.kind == "recipe" else told(t.seen.point)
     far = f" ({number(t.seen.share, True)} of the steps)" if t.seen.share < 1 else ""
     if t.measured.failed:
-        came = f"{'left out' if IDLE in t.measured.failed else 'no numbers'}, {t.measured.failed}"
+        came = f"{'left out' if t.measured.code == NothingMoves.code else 'no numbers'}, {t.measured.failed}"
     else:
         came = ", ".join(f"{g.name} {number(t.goals[g.name], says(g.metric).share)}" for g in made.goals)
     return f"{t.seen.number}. {what}{far}: {came}"
@@ -703,7 +705,7 @@ def _own(folder: Path, made: SearchSpec) -> None:
     if known and known["fingerprint"] != made.fingerprint():
         raise RecipeError(f"{folder} holds another search; give another --to")
     if known is None:
-        store.write_json(state, {"fingerprint": made.fingerprint(), "recipe": made.over.recipe.yaml()})
+        files.write_json(state, {"fingerprint": made.fingerprint(), "recipe": made.over.recipe.yaml()})
 
 
 # ---------------------------------------------------------------------------------------------- measuring
@@ -721,11 +723,8 @@ def _measure(made: SearchSpec, folder: Path, t: Any, index: int) -> Measured:
             if not (where / "report.json").is_file():
                 _run(made, recipe.but(seed=seed), where, share)
         except RecipeError as error:
-            sentence = str(error)
-            if t.user_attrs["kind"] != "recipe" and (
-                "is not finite" in sentence or "memory" in sentence or IDLE in sentence
-            ):
-                return Measured({}, time.perf_counter() - began, sentence)
+            if t.user_attrs["kind"] != "recipe" and isinstance(error, NO_NUMBERS):
+                return Measured({}, time.perf_counter() - began, str(error), error.code)
             raise RecipeError(
                 f"configuration {index} ({told(point) or 'the recipe as it is'}), seed {seed}: {error}"
             ) from None
@@ -903,7 +902,7 @@ def _tested(
             f"# Found by luthier search: {told(t.seen.point)}.\n"
             + made.over.recipe_of(t.seen.point).but(output_dir=None).yaml()
         )
-        store.write_text(folder / f"{name}.yaml", text)
+        files.write_text(folder / f"{name}.yaml", text)
     watch.stage("on test seeds")
     rows = {} if made.test_data is None else {"eval_data": made.test_data}
     arms = {name: r.but(evaluate=[*(r.evaluate or ()), *made.evaluate], **rows) for name, r in arms.items()}
@@ -1076,6 +1075,7 @@ def _line(t: Trial, folder: Path) -> dict[str, Any]:
         "by_seed": {str(k): dict(v) for k, v in t.measured.by_seed.items()},
         "took": t.measured.took,
         "failed": t.measured.failed,
+        "code": t.measured.code,
         "kind": t.kind,
         "runs": [str(folder / "trials" / f"{t.seen.number}-{s}") for s in t.measured.by_seed],
     }

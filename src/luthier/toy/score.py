@@ -168,7 +168,7 @@ def main() -> None:
     """python -m luthier.toy.score MODEL: a table of all worlds, in seconds."""
     from transformers import AutoTokenizer
 
-    from luthier.storage.store import resolve_model
+    from luthier.recipe.model_names import resolve_model
 
     parser = argparse.ArgumentParser(
         "luthier.toy.score", description="The share of right answers of a model on every world."

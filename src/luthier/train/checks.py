@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from luthier.errors import RecipeError
+from luthier.errors import NotFinite, NothingMoves, Refused
 from luthier.kernels import elementwise
 from luthier.methods.quantizers._base import numbers
 from luthier.model.batch import Batch
@@ -23,28 +23,25 @@ TOO_BIG = (
 )
 
 
-class Refused(RecipeError):
-    """A run that would have looked like a success without being one."""
-
-
 def something_moves(attached: Any) -> dict[str, int]:
     """Counts of moving and of all parameters; refuses a tuner that moves nothing."""
     moving = sum(p.numel() for s in attached.param_groups() for p in s.params.values() if p.requires_grad)
     every = {id(p): p.numel() for p in (*attached.model.parameters(), *attached.parameters().values())}
     total = sum(every.values()) + numbers(attached.model)
     if not moving:
-        raise Refused(f"tuner '{attached.settings.name}' moves nothing: 0 of {total} parameters")
+        raise NothingMoves(f"tuner '{attached.settings.name}' moves nothing: 0 of {total} parameters")
     return {"moving": moving, "all": total}
 
 
 def something_to_learn(batches: int, supervised: float, tokens: float) -> None:
     """Refuses data in which no token is supervised."""
     if not batches:
-        raise Refused("there are no rows left to train on")
+        raise Refused("there are no rows left to train on", "no_rows")
     if not supervised:
         raise Refused(
             f"no token of {tokens:.0f} is supervised: nothing would be learned (are all completions masked or"
-            " cut off?)"
+            " cut off?)",
+            "nothing_supervised",
         )
 
 
@@ -52,7 +49,7 @@ def finite(values: torch.Tensor, name: str, step: int, batch: Batch) -> None:
     """Refuses a loss that is not a number, naming the rows it came from."""
     if bool(values.isfinite().all()):
         return
-    raise Refused(
+    raise NotFinite(
         f"the loss of '{name}' is not finite at step {step}, on rows"
         f" {', '.join(str(r['id']) for r in batch.rows[:8])}; nothing of this step was applied. Look at these"
         " rows, or lower learning_rate"
@@ -81,7 +78,8 @@ def gradient_arrives(attached: Any, may_be_zero: bool) -> None:
     if not any(reached):
         raise Refused(
             f"no gradient reaches any of the {len(reached)} tensors that tuner '{attached.settings.name}'"
-            " moves: nothing would be learned"
+            " moves: nothing would be learned",
+            "no_gradient",
         )
 
 
@@ -129,7 +127,8 @@ def same_as_plain(policy: Any, batch: Batch, tell: Callable[[str], None]) -> Non
             simpler = arch.simpler()
             if simpler is None:
                 raise Refused(
-                    f"architecture '{arch.name}' cannot read this model: reading {arch.reading} {reason}"
+                    f"architecture '{arch.name}' cannot read this model: reading {arch.reading} {reason}",
+                    "unreadable",
                 )
             if failed and failed[-1][1] == reason:
                 failed.pop()

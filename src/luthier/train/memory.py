@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from luthier.errors import OutOfMemory
 from luthier.kernels import logprobs
 from luthier.model.batch import Batch
 from luthier.model.policy import Roles
-from luthier.train.checks import Refused
 from luthier.train.optimizer import Chain, most
 
 # bytes that matrix libraries and late imports take, with a backward pass and without
@@ -117,7 +117,7 @@ def choose(
     person should know of it.
 
     tokens: of a micro-batch. longest: of a row. asked: true, false or auto. some: as in `predict`.
-    Raises Refused where not even one row would fit.
+    Raises OutOfMemory where not even one row would fit.
     """
     model, have = roles.policy.model, free(roles.device)
     told: list[str] = []
@@ -146,7 +146,7 @@ def choose(
         return plain, told
     one = need(again, longest)
     if one.total > have / SURE + swap(roles.device):
-        raise Refused(
+        raise OutOfMemory(
             f"memory: one row alone is predicted to take {gb(one.total)} ({one.told()}) beside the model, and"
             f" {gb(have)} are free. Take a tuner that moves less, an optimizer that keeps less, a lower"
             " max_length or a smaller or quantized model"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from luthier.clock import Clock
+from luthier.errors import Refused
 from luthier.methods.tuners._base import ParamGroup
 from luthier.registry import family
-from luthier.train.checks import Refused
 from luthier.train.optimizer import Chain, Params
 
 Closure = Callable[..., float]

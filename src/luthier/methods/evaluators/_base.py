@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from luthier.model.batch import Batch
 from luthier.registry import family
-from luthier.storage import store
+from luthier.storage import files
 
 
 @family
@@ -143,4 +143,4 @@ def keep(folder: Path, when: str, **values: Mapping[str, float]) -> None:
     Runs on the same rows are compared row by row with it."""
     path = folder / f"by-row-{when}.json"
     known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    store.write_json(path, {**known, **values})
+    files.write_json(path, {**known, **values})

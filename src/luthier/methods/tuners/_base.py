@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from luthier.errors import RecipeError
 from luthier.registry import family
-from luthier.storage import store
+from luthier.storage import checkpoints
 
 if TYPE_CHECKING:
     from luthier.clock import Clock
@@ -175,10 +175,10 @@ class TunedModel:
 
     def read(self, folder: Path) -> dict[str, Tensor]:
         """The tensors that a run in `folder` ended with, for `load`."""
-        found = store.checkpoints(folder)
+        found = checkpoints.paths(folder)
         if not found:
             raise RecipeError(f"{folder} holds no checkpoint to start from")
-        return store.load_checkpoint(found[-1]).tensors
+        return checkpoints.load(found[-1]).tensors
 
     def save(self, folder: Path) -> None:
         """Write what a user takes away: an adapter, or the whole model."""

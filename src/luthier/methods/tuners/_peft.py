@@ -47,7 +47,7 @@ from luthier.methods.tuners._delta import Delta, oriented
 from luthier.model.calibration import statistics
 from luthier.model.experts import stacked
 from luthier.registry import did_you_mean, find, names, provides_of
-from luthier.storage import store
+from luthier.storage import checkpoints
 
 if TYPE_CHECKING:
     from luthier.model.network import Matrix, Network
@@ -559,7 +559,7 @@ class OnPeft(TunedModel):
 
     def read(self, folder):
         path = Path(folder) / "adapter_model.safetensors"
-        if store.checkpoints(Path(folder)) or not path.is_file():
+        if checkpoints.paths(Path(folder)) or not path.is_file():
             return super().read(folder)
         self._same_settings(
             json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")), folder
@@ -854,7 +854,7 @@ def _write(folder: Path, state: dict[str, Tensor], config: PeftConfig, model: Ne
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
     save_file(state, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
-    store.compare(state, folder / "adapter_model.safetensors")
+    checkpoints.verify(state, folder / "adapter_model.safetensors")
     config.base_model_name_or_path = config.base_model_name_or_path or model.config._name_or_path or None
     made_for = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     config.save_pretrained(str(folder), auto_mapping_dict=made_for)

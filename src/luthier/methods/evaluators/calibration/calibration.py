@@ -13,7 +13,7 @@ from pydantic import Field
 
 from luthier.methods.evaluators._base import Evaluator, batches, liked
 from luthier.registry import evaluator
-from luthier.storage import store
+from luthier.storage import files
 
 
 @evaluator(paper="arXiv:1706.04599", requires="completions logprobs top")
@@ -35,7 +35,7 @@ class Calibration(Evaluator):
             return {}
         table = self.table(torch.cat(sure), torch.cat(right))
         if when != "during":
-            store.write_json(folder / f"calibration-{when}.json", table)
+            files.write_json(folder / f"calibration-{when}.json", table)
         total = sum(n for n, _, _ in table)
         return {"calibration_error": sum(n / total * abs(s - r) for n, s, r in table)}
 

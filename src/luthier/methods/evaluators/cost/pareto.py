@@ -20,7 +20,7 @@ from luthier.methods.evaluators._base import Evaluator, batches, liked
 from luthier.methods.evaluators.cost._pareto import Genes, guided, search
 from luthier.methods.evaluators.cost._predictor import predicted
 from luthier.registry import evaluator
-from luthier.storage import store
+from luthier.storage import files
 
 
 @evaluator(paper="arXiv:2308.15609", row="instatune", requires="elastic completions logprobs")
@@ -71,7 +71,7 @@ class Pareto(Evaluator):
             {"loss": a, "macs": b, "share": b / whole, "shape": shape(g)}
             for g, (a, b) in sorted(found.items(), key=lambda x: x[1][1])
         ]
-        store.write_json(folder / "pareto.json", table)
+        files.write_json(folder / "pareto.json", table)
         return {
             "pareto_size": float(len(table)),
             "pareto_cheapest_loss": table[0]["loss"],

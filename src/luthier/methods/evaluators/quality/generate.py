@@ -6,7 +6,7 @@ from typing import Any
 
 from luthier.methods.evaluators._base import Evaluator, liked
 from luthier.registry import build, evaluator
-from luthier.storage import store
+from luthier.storage import files
 
 OPENING = 24  # tokens of a text that are given, to be continued
 
@@ -59,7 +59,7 @@ class Generate(Evaluator):
                     "score": score,
                 }
             )
-        store.write_rows(folder / f"samples-{when}.jsonl", samples)
+        files.write_rows(folder / f"samples-{when}.jsonl", samples)
         scores = [s["score"] for s in samples if s["score"] is not None]
         told = (
             {"generated_reward" if judge else "generated_exact": sum(scores) / len(scores)} if scores else {}

@@ -18,7 +18,7 @@ from luthier.methods.evaluators._base import Evaluator, Said, keep, liked, named
 from luthier.methods.evaluators.quality.accuracy import exact, share
 from luthier.methods.evaluators.quality.loss import shares
 from luthier.registry import evaluator
-from luthier.storage import store
+from luthier.storage import files
 
 
 @evaluator(requires="logprobs top")
@@ -67,7 +67,7 @@ class Forgetting(Evaluator):
         """
         kept = folder / "forgetting.jsonl"
         if kept.is_file():
-            found = store.read_rows(kept)
+            found = files.read_rows(kept)
             return found, bool(found) and found[0].get("own", False)
         if self.data is None and "generate" not in roles.policy.architecture.provides:
             # a network that no longer writes has nothing in common with what the base could do
@@ -97,7 +97,7 @@ class Forgetting(Evaluator):
             return [], False
         if not found:
             raise RecipeError("evaluator 'forgetting': its data holds no usable row")
-        store.write_rows(kept, found)
+        files.write_rows(kept, found)
         return found, found[0].get("own", False)
 
     def opening(self, roles) -> list[int]:

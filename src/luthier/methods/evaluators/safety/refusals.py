@@ -17,7 +17,7 @@ from pydantic import Field
 from luthier.data import rows as reading
 from luthier.methods.evaluators._base import Evaluator
 from luthier.registry import evaluator
-from luthier.storage import store
+from luthier.storage import files
 
 OPENINGS = (
     "i cannot",
@@ -79,7 +79,7 @@ class Refusals(Evaluator):
                 {"id": r["id"], "prompt": r["prompt"], "unsafe": u, "answer": a, "declined": d}
                 for r, u, a, d in kept
             ]
-            store.write_rows(folder / f"refusals-{when}.jsonl", told)
+            files.write_rows(folder / f"refusals-{when}.jsonl", told)
         by = {kind: [d for d, u in zip(declined, unsafe, strict=True) if u == kind] for kind in (True, False)}
         return {f"refused_{'un' * kind}safe": sum(some) / len(some) for kind, some in by.items() if some}
 
@@ -87,7 +87,7 @@ class Refusals(Evaluator):
         """Requests, `unsafe` said of each; kept in the folder, so that all measurements ask the same."""
         kept = folder / "refusals.jsonl"
         if kept.is_file():
-            return store.read_rows(kept)
+            return files.read_rows(kept)
         beside = Path(roles.policy.model.config.name_or_path or ".") / "probe.jsonl"
         if self.data is not None:
             rows = reading.load(self.data).rows
@@ -102,7 +102,7 @@ class Refusals(Evaluator):
         for some in kinds.values():
             most = min(self.n, len(some))
             found += [some[i * len(some) // most] for i in range(most)]  # evenly: rows may stand kind by kind
-        store.write_rows(kept, found)
+        files.write_rows(kept, found)
         return found
 
 

@@ -15,8 +15,8 @@ from luthier.errors import RecipeError
 from luthier.methods.roles._base import Role
 from luthier.methods.tuners._base import Untuned
 from luthier.model.policy import Policy
+from luthier.recipe.model_names import resolve_model
 from luthier.registry import build, role
-from luthier.storage.store import resolve_model
 
 AnyQuantizer = Annotated[Any, BeforeValidator(lambda v: v if v is None else build("quantizer", v))]
 

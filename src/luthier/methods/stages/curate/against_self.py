@@ -11,7 +11,7 @@ from luthier.errors import RecipeError
 from luthier.methods.stages._base import Stage, best_first, pick, without
 from luthier.methods.stages.rollout.rollout import Rollout
 from luthier.registry import stage
-from luthier.storage.store import read_rows
+from luthier.storage.files import read_rows
 
 BEFORE = "@before"  # ends the id of a pair that an earlier round made
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import ParamGroup, TunedModel
-from luthier.storage import store
+from luthier.storage import checkpoints
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -52,7 +52,7 @@ class Soft(TunedModel):
         from safetensors.torch import load_file
 
         path = Path(folder) / "adapter_model.safetensors"
-        if store.checkpoints(Path(folder)) or not path.is_file():
+        if checkpoints.paths(Path(folder)) or not path.is_file():
             return super().read(folder)
         file = load_file(str(path))
         if set(file) != {"prompt_embeddings"}:

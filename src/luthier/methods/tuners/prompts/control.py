@@ -21,7 +21,7 @@ from luthier.errors import RecipeError
 from luthier.methods.tuners._base import Tuner
 from luthier.methods.tuners.prompts._prompt import Soft, words_of
 from luthier.registry import build, tuner
-from luthier.storage import store
+from luthier.storage import checkpoints
 
 FILE = "control.safetensors"
 
@@ -151,7 +151,7 @@ class Controls(Soft):
         from safetensors.torch import load_file
 
         folder = Path(folder)
-        if not store.checkpoints(folder) and (folder / FILE).is_file():
+        if not checkpoints.paths(folder) and (folder / FILE).is_file():
             return {
                 **self.tensors(),
                 **load_file(str(folder / FILE)),

@@ -16,7 +16,7 @@ from luthier.methods.quantizers._base import modules, opened
 from luthier.methods.tuners._base import ParamGroup, TunedModel
 from luthier.model import quantized as files
 from luthier.model.experts import stacked
-from luthier.storage import store
+from luthier.storage import checkpoints
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -124,7 +124,7 @@ class Recoded(TunedModel):
         self.export_merged(folder)
         files.save(self.model, Path(folder) / CODES)
         rest = {n: self.model.get_parameter(n) for n in self.rest}
-        store._save_checked(_save_file(), {n: p.detach() for n, p in rest.items()}, Path(folder) / REST)
+        checkpoints.save_tensors(rest, Path(folder) / REST)
 
     def export_merged(self, folder: Path | str) -> None:
         with self.merged():
@@ -133,7 +133,7 @@ class Recoded(TunedModel):
             self.model.save_pretrained(folder, state_dict=stacked(self.model, state))
 
     def read(self, folder):
-        if store.checkpoints(Path(folder)) or not (Path(folder) / REST).is_file():
+        if checkpoints.paths(Path(folder)) or not (Path(folder) / REST).is_file():
             return super().read(folder)
         from safetensors.torch import load_file
 
@@ -148,9 +148,3 @@ class Recoded(TunedModel):
 
 CODES = "codes.safetensors"  # as tuned
 REST = "rest.safetensors"  # norms, embeddings and so on, as tuned
-
-
-def _save_file() -> Any:
-    from safetensors.torch import save_file
-
-    return save_file

@@ -18,7 +18,7 @@ from luthier.methods.tuners._delta import oriented
 from luthier.methods.tuners._peft import ADAPTER, Layer, OnPeft, Tensors, config_of, plain_settings
 from luthier.methods.tuners.sparse.r_amt import pack, unpack
 from luthier.model.sensitivity import matrices, squared_gradients
-from luthier.storage import store
+from luthier.storage import checkpoints
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -177,7 +177,7 @@ class Sensitive(OnPeft):
 
     def read(self, folder):
         path = Path(folder) / "adapter_config.json"
-        if not store.checkpoints(Path(folder)) and path.is_file():
+        if not checkpoints.paths(Path(folder)) and path.is_file():
             plan = json.loads(path.read_text(encoding="utf-8")).get("plan")
             if isinstance(plan, dict) and plan.keys() == self.settings.plan.keys():
                 self.follow(plan)
