@@ -496,7 +496,7 @@ class Progress:
         self.new += [seconds] if fresh else []
         left = (self.total - self.done) * statistics.fmean(self.new) if self.new else 0
         took = f"{seconds:.0f} s" if fresh else "was finished"
-        self.warn(
+        self.tell(
             f"[{self.done}/{self.total}] {self.name}: {what}: {took}"
             + (f"; about {left:.0f} s left" if left else "")
         )
