@@ -199,12 +199,12 @@ def test_a_kernel_that_is_wrong_is_found_and_told(tiny, monkeypatch):
     hook = roles.policy.model.model.register_forward_hook(lambda *_: passes.append(1))
     roles.policy.logprobs(rows.view())  # the head is known from here on
     passes.clear()
-    guards.same_as_plain(roles.policy, rows, told.append)
+    guards.check_forward(roles.policy, rows, told.append)
     hook.remove()
     assert not told and fast.taken(roles.policy.model)
     assert len(passes) == 3, "its own forward, that with the kernels in it, and the layout: each once"
     monkeypatch.setattr(fast, "rms_norm", lambda x, w, eps: 2 * fast.plain_norm(x, w, eps))
-    guards.same_as_plain(roles.policy, rows, told.append)
+    guards.check_forward(roles.policy, rows, told.append)
     assert len(told) == 1 and "differ from the model's own" in told[0] and not fast.taken(roles.policy.model)
 
 

@@ -435,7 +435,7 @@ def test_memory_that_runs_out_while_weights_are_stepped_ends_in_a_sentence(base,
     """Some sites have moved already: to do the step again would move them twice."""
     from luthier.train.optimizer import Chain
 
-    real, pushed = Chain.push, []
+    real, pushed = Chain.step_group, []
 
     def full(self, group, grads):
         pushed.append(group.name)
@@ -443,21 +443,21 @@ def test_memory_that_runs_out_while_weights_are_stepped_ends_in_a_sentence(base,
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return real(self, group, grads)
 
-    monkeypatch.setattr(Chain, "push", full)
+    monkeypatch.setattr(Chain, "step_group", full)
     with pytest.raises(OutOfMemory, match="out of memory: what was saved before is intact"):
         luthier.tune(base, folder=tmp_path / "b")
     assert len(pushed) == 40
-    monkeypatch.setattr(Chain, "push", real)
+    monkeypatch.setattr(Chain, "step_group", real)
     again, whole = luthier.tune(base, folder=tmp_path / "b"), luthier.tune(base, folder=tmp_path / "a")
     assert again.losses == whole.losses
 
 
 def test_completions_that_never_end_are_told(base, tmp_path, monkeypatch):
     """Every run shows its rows to the guard, as tokens; and the guard speaks where no end is learned."""
-    shown, real = [], guards.ends_are_learned
+    shown, real = [], guards.check_stop_token
     monkeypatch.setattr(
         guards,
-        "ends_are_learned",
+        "check_stop_token",
         lambda rows, stop, tell: shown.append((rows, stop)) or real(rows, stop, tell),
     )
     report = luthier.tune(base, folder=tmp_path)
@@ -687,7 +687,7 @@ def test_a_folder_half_cleared_leaves_nothing_to_the_next_run(base, tmp_path, mo
 
 
 def test_rows_of_one_step_do_not_depend_on_history():
-    assert Trainer.__dataclass_fields__["held"].default is None
+    assert Trainer.__dataclass_fields__["drawn_rows"].default is None
     rows = [{"id": i} for i in range(50)]
     at = Clock(seed=1, step=5)
     assert draw(rows, at, 4) == draw(rows, Clock(seed=1, step=5), 4) != draw(rows, Clock(seed=2, step=5), 4)

@@ -18,12 +18,14 @@ from conftest import SUMS
 from luthier.clock import Clock
 from luthier.errors import Refused
 from luthier.methods.estimators.zeroth_order.mezo import direction
+from luthier.methods.transforms._base import LazyGradients, Transform
 from luthier.methods.tuners._base import ParamGroup
 from luthier.methods.tuners.subset._subset import Weights
+from luthier.recipe.schedule import schedule
 from luthier.registry import build, find, helps, names
 from luthier.storage import checkpoints
 from luthier.train import optimizer as _chain
-from luthier.train.optimizer import Chain, Lazily, Transform, schedule
+from luthier.train.optimizer import Chain
 from luthier.train.trainer import Trainer, draw
 
 ESTIMATORS = [
@@ -389,7 +391,7 @@ def test_clipping_holds_no_second_copy_of_the_gradients():
     rig.closure()
     grads = {s.name: {k: p.grad for k, p in s.params.items()} for s in rig.chain.param_groups()}
     small = clip.gather(grads)
-    assert isinstance(small, Lazily) and len(small) == 3
+    assert isinstance(small, LazyGradients) and len(small) == 3
     assert sum(
         float(g.square().sum()) for slots in small.values() for g in slots.values()
     ) ** 0.5 == pytest.approx(0.1, rel=1e-4)

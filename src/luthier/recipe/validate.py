@@ -18,8 +18,8 @@ from luthier.errors import RecipeError
 from luthier.kernels import compiled
 from luthier.recipe import model_names
 from luthier.recipe.recipe import Recipe
+from luthier.recipe.schedule import schedule
 from luthier.registry import build, cards, did_you_mean, find, provides_of, requires_of
-from luthier.train.optimizer import schedule
 
 WORDS = {  # how a word reads in a sentence
     "completions": "rows with completions",

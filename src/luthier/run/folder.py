@@ -66,8 +66,9 @@ def clear(folder: Path) -> None:
     """
     for path in checkpoints.paths(folder):
         shutil.rmtree(path)
-    for path in folder.glob("said-*.bin"):
-        path.unlink()
+    for pattern in ("logprob_cache-*.bin", "hidden_cache-*.bin", "said-*.bin", "frozen-*.bin"):
+        for path in folder.glob(pattern):
+            path.unlink()
     for name in (
         "report.json",
         "before.json",

@@ -33,6 +33,7 @@ from luthier.methods.roles.frozen.start import Start
 from luthier.model.load import assemble, take_parts, tensors_of
 from luthier.model.policy import Policy, Roles
 from luthier.recipe.recipe import Recipe
+from luthier.recipe.schedule import schedule
 from luthier.recipe.validate import Parts, checked, validate
 from luthier.registry import build, spec
 from luthier.report import rendered
@@ -40,11 +41,9 @@ from luthier.report.console import Callback
 from luthier.run.folder import FAILED, clear, default_folder, note_down, note_failure, on_disk, open_run, trim
 from luthier.storage import checkpoints, files
 from luthier.train import checks as guards
-from luthier.train import hidden_cache as frozen
-from luthier.train import logprob_cache as reference
-from luthier.train import memory
-from luthier.train.batched_forward import shell
-from luthier.train.optimizer import Chain, schedule
+from luthier.train import hidden_cache, logprob_cache, memory
+from luthier.train.batched_forward import share_weights
+from luthier.train.optimizer import Chain
 from luthier.train.trainer import BatchSchedule, Totals, Trainer
 
 
@@ -176,10 +175,10 @@ class Shared:
     model: Any  # the base, with nothing on it
     tokenizer: Any
     renderer: Any = None  # and with it rows as tokens
-    said: dict[str, reference.Said] = field(default_factory=dict)  # role -> what it says of rows
+    logprob_caches: dict[str, logprob_cache.LogprobCache] = field(default_factory=dict)  # by role
 
     def network(self) -> tuple[Any, Any]:
-        return shell(self.model), self.tokenizer
+        return share_weights(self.model), self.tokenizer
 
 
 @dataclass
@@ -283,7 +282,7 @@ class _Run:
         roles, renderer, tell = self.roles, self.roles.renderer, self.watch.warn
         if "generate" in self.parts.architecture.provides:
             some = [self.parts.architecture.encode(r, renderer) for r in rows[:64] if r.get("completions")]
-            guards.ends_are_learned(some, set(renderer.stop_ids), tell)
+            guards.check_stop_token(some, set(renderer.stop_ids), tell)
         turns = any(not isinstance(r["prompt"], str) for r in rows)
         for sentence in (renderer.note if turns or self.recipe.chat_template else None, *renderer.warnings):
             if sentence:
@@ -321,9 +320,9 @@ class _Run:
     def check(self, rows: list[dict]) -> dict[str, int]:
         """The guards of a start; counts of what moves and of all."""
         roles, tell = self.roles, self.watch.warn
-        moving = guards.something_moves(roles.tuner)
+        moving = guards.check_trainable(roles.tuner)
         for player in roles.policies():  # each by itself: a teacher may be another kind of network
-            guards.same_as_plain(player, roles.batch([_answered(r, roles) for r in rows[:2]]), tell)
+            guards.check_forward(player, roles.batch([_answered(r, roles) for r in rows[:2]]), tell)
         return moving
 
     def training(self, rows: list[dict]) -> Trainer:
@@ -388,17 +387,17 @@ class _Run:
         shared = sum(p.model is roles.policy.model for p in roles.policies()) > 1
         if asked is False or not fit.rows or not roles.clock.total:
             return
-        made: Any = fit.once()
+        made: Any = fit.no_reuse()
         if made is None or (shared and not fit.batches.live):
             some = roles.batch([_answered(r, roles) for r in fit.rows[:2]])
-            made = frozen.keep(
-                roles.policy, some, self.folder / f"frozen-{self.accelerator.process_index}.bin", tokens
+            made = hidden_cache.open_cache(
+                roles.policy, some, self.folder / f"hidden_cache-{self.accelerator.process_index}.bin", tokens
             )
         if isinstance(made, str):
             if asked is True:
                 self.watch.warn(f"cache_frozen: nothing is kept, as {made}")
             return
-        roles.policy.attached.frozen = made
+        roles.policy.attached.hidden_cache = made
         atexit.register(made.close)
         self.watch.warn(
             f"the {made.first} lowest of {len(made.layers)} layers never move: what they say of a row is"
@@ -415,26 +414,26 @@ class _Run:
         ]
         if asked is False or not fit.rows or not roles.clock.total or (asked == "auto" and not constant):
             return
-        why = fit.once() or (None if constant else "no role that never changes is played by a network")
+        why = fit.no_reuse() or (None if constant else "no role that never changes is played by a network")
         room = sum(
-            reference.wanted(rows, s["row_tokens"] * s["supervised_share"])
+            logprob_cache.words_needed(rows, s["row_tokens"] * s["supervised_share"])
             for rows, s in ((len(fit.rows), stats), (len(self.held_out), self.held_out_stats))
             if s
         )
-        held = self.shared.said if self.shared else {}
+        held = self.shared.logprob_caches if self.shared else {}
         for name in constant if why is None else ():
             if name in held:
-                setattr(roles, name, reference.Known(getattr(roles, name), held[name]))
+                setattr(roles, name, logprob_cache.CachedPolicy(getattr(roles, name), held[name]))
                 continue
-            path = self.folder / f"said-{name}-{self.accelerator.process_index}.bin"
-            made = reference.keep(
+            path = self.folder / f"logprob_cache-{name}-{self.accelerator.process_index}.bin"
+            made = logprob_cache.open_cache(
                 getattr(roles, name), path, room, json.dumps(spec(self.parts.roles[name]), default=str)
             )
             if isinstance(made, str):
                 why = made
                 continue
             if not isinstance(self.parts.roles[name], Start):  # it is the same for all
-                held[name] = made.said
+                held[name] = made.cache
             setattr(roles, name, made)
             self.watch.warn(
                 f"what '{name}' says of a row never changes: it is computed once and kept beside the run,"
@@ -458,7 +457,7 @@ class _Run:
             was = checkpoints.load(self.latest)
             self.roles.tuner.load(was.tensors)
             fit.chain.load(was.state)
-            clock.step, clock.first, fit.held, fit.totals = was.step, was.step, was.draw, Totals(**was.totals)
+            clock.step, clock.first, fit.drawn_rows, fit.totals = was.step, was.step, was.draw, Totals(**was.totals)
             self.watch.warn(f"going on from {self.latest.name} of {clock.total} steps")
         if self.main:
             trim(self.folder / "metrics.jsonl", clock.step)
@@ -503,7 +502,7 @@ class _Run:
             self.save(fit)
 
     def save(self, fit: Trainer) -> None:
-        held = fit.held if self.roles.clock.step % fit.batches.num_iterations else None
+        held = fit.drawn_rows if self.roles.clock.step % fit.batches.num_iterations else None
         made = checkpoints.Checkpoint(
             self.roles.tuner.held(), fit.chain.state, self.roles.clock.step, held, asdict(fit.totals)
         )
@@ -553,13 +552,13 @@ class _Run:
             "device": str(roles.device),
             "dtype": str(next(roles.policy.model.parameters()).dtype).removeprefix("torch."),
         }
-        if roles.tuner.frozen:
-            roles.tuner.frozen.close()
+        if roles.tuner.hidden_cache:
+            roles.tuner.hidden_cache.close()
         for role in roles.policies():
-            if isinstance(role, reference.Known) and not (
-                self.shared and role.said in self.shared.said.values()
+            if isinstance(role, logprob_cache.CachedPolicy) and not (
+                self.shared and role.cache in self.shared.logprob_caches.values()
             ):
-                role.said.close()
+                role.cache.close()
         report.notes = list(self.watch.notes)
         if self.main:
             saved = checkpoints.paths(folder)
@@ -604,7 +603,7 @@ def _encode(
             f" {bad[0]['reason']}"
         )
     if any(r.get("completions") for r in rows):
-        guards.something_to_learn(len(kept), stats["supervised"], stats["tokens"])
+        guards.check_supervised(len(kept), stats["supervised"], stats["tokens"])
     return kept, {
         "rows": len(kept),
         "row_tokens": stats["tokens"],

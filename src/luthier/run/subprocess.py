@@ -45,7 +45,7 @@ def tune(
 
 
 def side_by_side(runs: Sequence[tuple[Recipe, Path]], until: float | None = None) -> None:
-    """Runs that share a base in one process (train/batched_lora.py). Raises what the first of them that
+    """Runs that share a base in one process (run/batched.py). Raises what the first of them that
     failed ended with, as its type.
     """
     folders = [folder for _, folder in runs]
@@ -57,7 +57,7 @@ def side_by_side(runs: Sequence[tuple[Recipe, Path]], until: float | None = None
         entries.append([keys, str(folder)])
     listing.write_text(json.dumps({"runs": entries, "until": until}, default=str), encoding="utf-8")
     try:
-        _wait_for([sys.executable, "-m", "luthier.train.batched_lora", str(listing)], folders)
+        _wait_for([sys.executable, "-m", "luthier.run.batched", str(listing)], folders)
     finally:
         listing.unlink()
 

@@ -382,7 +382,7 @@ def _measure(
 
 def _settled(loaded: Loaded, rows: list[dict], notes: list[str]) -> None:
     """Read in a layout that this model can take, as a run would."""
-    guards.same_as_plain(loaded.roles.policy, loaded.roles.batch(rows[:2]), notes.append)
+    guards.check_forward(loaded.roles.policy, loaded.roles.batch(rows[:2]), notes.append)
 
 
 # ---------------------------------------------------------------------------------------------- export

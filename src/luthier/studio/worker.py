@@ -267,11 +267,12 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
     from luthier.data.load import load_data
     from luthier.model.load import assemble, take_parts
     from luthier.recipe.recipe import Recipe
+    from luthier.recipe.schedule import schedule
     from luthier.recipe.validate import checked
     from luthier.report.numbers import count, duration
     from luthier.train import checks as guards
     from luthier.train import memory
-    from luthier.train.optimizer import Chain, schedule
+    from luthier.train.optimizer import Chain
 
     recipe = Recipe.load(given(changes))
     if recipe.plan is not None:
@@ -285,7 +286,7 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
     kept, bad, stats = parts.architecture.encode_all(data.rows[:SAMPLE], roles.renderer)
     if not kept:
         raise RecipeError(f"none of {len(data.rows):,} rows can be used; the first: {bad[0]['reason']}")
-    moving = guards.something_moves(roles.tuner)
+    moving = guards.check_trainable(roles.tuner)
     per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
     rows = round(len(data.rows) * len(kept) / max(1, len(data.rows[:SAMPLE])))
     steps = (

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from luthier.clock import Clock
 from luthier.errors import Refused
+from luthier.methods.transforms._base import Params
 from luthier.methods.tuners._base import ParamGroup
 from luthier.registry import family
-from luthier.train.optimizer import Chain, Params
+
+if TYPE_CHECKING:
+    from luthier.train.optimizer import Chain
 
 Closure = Callable[..., float]
 
@@ -21,6 +24,9 @@ Closure = Callable[..., float]
 @family
 class Estimator:
     """Family: one optimizer step."""
+
+    # is a step one call of the closure, with gradients, and one step of the chain?
+    single_backward: ClassVar[bool] = False
 
     def step(self, closure: Closure, chain: Chain, clock: Clock) -> float:
         """closure(grad=True, only=all terms) -> loss of the global batch; with grad, p.grad holds its

@@ -47,7 +47,8 @@ class TunedModel:
     """A tuner on a model. Subclasses define `all_param_groups`; most also `off` and `merged`."""
 
     virtual = 0  # places the layout keeps free before every sequence (soft prompts)
-    frozen: Any = None  # what layers below all that moves say of rows, kept by a run (kernels/frozen.py)
+    # hidden states below all layers that move, cached by a run (train/hidden_cache.py)
+    hidden_cache: Any = None
     per_row = False  # must `reads` be told where the rows of a batch lie?
     told: tuple[str, ...] = ()  # sentences about what was attached, for whoever watches the run
 
@@ -170,6 +171,12 @@ class TunedModel:
     def merged(self) -> AbstractContextManager:
         """The tuned model as one plain network, for a while: yields it, and undoes the merge afterwards."""
         raise RecipeError(f"tuner '{self.settings.name}' cannot be merged into the weights")
+
+    def why_not_batched(self) -> str | None:
+        """Why runs with this tuner cannot share one pass over their base (train/batched_forward.py); None where
+        they can: each of `layers` then has a `batched_forward`.
+        """
+        return f"tuner '{self.settings.name}' is more than LoRA on linear layers"
 
     # --- files
 

@@ -246,11 +246,11 @@ class Runner:
         """
         if not self.spec.together or self.spec.metric in COSTS:
             return set()
-        from luthier.train import batched_lora
+        from luthier.run import batched
 
         alike: dict[str, list[Path]] = {}
         for run, recipe in runs.items():
-            key = batched_lora.alike(recipe)
+            key = batched.shared_key(recipe)
             if key and not (run / "report.json").is_file():
                 alike.setdefault(key, []).append(run)
         done: set[Path] = set()
@@ -263,12 +263,11 @@ class Runner:
 
     def _run_batch(self, batch: Mapping[Path, Recipe], until: float | None) -> bool:
         """Several runs in one process; whether all of them ended."""
-        from luthier.run import subprocess
-        from luthier.train import batched_lora
+        from luthier.run import batched, subprocess
 
         names = join_names([run.name for run in batch])
         self.callback.stage(f"{names}: side by side on one base model; peak memory is that of all of them")
-        perform = subprocess.side_by_side if self.spec.subprocesses else batched_lora.perform
+        perform = subprocess.side_by_side if self.spec.subprocesses else batched.perform
         try:
             perform([(recipe, run) for run, recipe in batch.items()], until=until)
         except RecipeError as error:

@@ -26,8 +26,9 @@ from pydantic import Field
 
 from luthier.errors import RecipeError
 from luthier.methods.estimators._base import Estimator, gradients
+from luthier.methods.transforms._base import Params
 from luthier.registry import estimator
-from luthier.train.optimizer import Chain, Params
+from luthier.train.optimizer import Chain
 
 Tree = dict[str, Params]  # site -> slot -> tensor
 
@@ -61,7 +62,7 @@ class PenaltyBilevel(Estimator):
     def step(self, closure, chain, clock):
         sources = [n for n in closure.names if n != self.validation]
         held = self.held(chain, clock, sources)
-        s = self.penalty * ((self.final_penalty or self.penalty) / self.penalty) ** clock.share
+        s = self.penalty * ((self.final_penalty or self.penalty) / self.penalty) ** clock.progress
         loss, *gradient = self.directions(closure, chain, held["x"], s, None, lower(chain))
         now: list[Any] = gradient
         if self.momentum is not None and self.momentum < 1:

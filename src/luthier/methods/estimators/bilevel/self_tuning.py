@@ -19,9 +19,9 @@ from pydantic import Field
 
 from luthier.errors import RecipeError
 from luthier.methods.estimators._base import Estimator, gradients
+from luthier.methods.transforms._base import apply_chain
 from luthier.methods.tuners._base import ParamGroup
 from luthier.registry import build, estimator
-from luthier.train.optimizer import through
 
 
 @estimator(paper="arXiv:1903.03088", row="self-tuning-networks", requires="hyper source", provides="grad")
@@ -75,7 +75,7 @@ class SelfTuning(Estimator):
         moving = {"moved": attached.hyper, "log_sigma": attached.log_sigma}
         grads = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in moving.items()}
         grads["log_sigma"] = grads["log_sigma"] - self.tau
-        update = through(
+        update = apply_chain(
             (build("transform", "adam"),),
             grads,
             state.setdefault("adam", {}),

@@ -1,7 +1,7 @@
 """Lion: the sign of a mix of momentum and gradient. One moment per weight, half of Adam's state."""
 
+from luthier.methods.transforms._base import Each
 from luthier.registry import transform
-from luthier.train.optimizer import Each
 
 
 @transform(paper="arXiv:2302.06675", row="lion")

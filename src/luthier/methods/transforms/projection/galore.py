@@ -15,9 +15,9 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
+from luthier.methods.transforms._base import Transform, apply_chain
 from luthier.methods.tuners._base import ParamGroup
 from luthier.registry import nested_list, transform
-from luthier.train.optimizer import Transform, through
 
 IN_LAYER = re.compile(r"\.\d+\.")
 
@@ -45,7 +45,7 @@ class GaLore(Transform):
                 own["P"] = directions(G, self.rank)
             own["age"] += 1
             low[slot] = stood[slot] = self.down(G, own["P"])
-        updates = through(
+        updates = apply_chain(
             self.inner, low, state.setdefault("inner", {}), ParamGroup(group.name, stood, group.by), step
         )
         bases = state.get("basis", {})

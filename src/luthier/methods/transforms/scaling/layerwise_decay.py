@@ -14,8 +14,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from luthier.methods.transforms._base import Transform
 from luthier.registry import Range, transform
-from luthier.train.optimizer import Transform
 
 LAYER = re.compile(r"\b(?:layers?|h|blocks?)\.(\d+)\b")
 BELOW = re.compile(r"embed|\bwte\b|\bwpe\b|\bshared\b")
@@ -30,7 +30,7 @@ class LayerwiseDecay(Transform):
     # layers of the network; 0: as many as are numbered among what may move
     layers: Annotated[int, Field(ge=0)] = 0
 
-    def on(self, attached):
+    def bind(self, attached):
         seen = [int(m[1]) + 1 for group in attached.all_param_groups() if (m := LAYER.search(group.name))]
         return self if self.layers else replace(self, layers=max(seen, default=0))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.data import rows as reading
 from luthier.errors import RecipeError
-from luthier.kernels.lora import linear, update
+from luthier.kernels.lora import linear, linears, update
 from luthier.methods.quantizers._base import Quantized, opened
 from luthier.methods.tuners._delta import lies_sideways, oriented
 from luthier.methods.tuners._peft import ADAPTER, INITIAL, OnPeft, plain_settings, sideways
@@ -57,6 +57,17 @@ def _task(model: Network) -> str | None:
 
 class OnLora(OnPeft):
     """LoRA, with a start of its own."""
+
+    def why_not_batched(self) -> str | None:
+        layers: dict[str, Any] = dict(self.layers)
+        if self.settings.subtracts or any(type(m) is not QuickLinear for m in layers.values()):
+            return super().why_not_batched()
+        groups = {g.name for g in self.all_param_groups()}
+        if groups - layers.keys() or any(m.lora_variant for m in layers.values()):
+            return "more moves than A and B"
+        if self.model.get_output_embeddings() in layers.values():
+            return "a head is tuned"
+        return None
 
     @torch.no_grad()
     def begin(self, start: str) -> None:
@@ -328,6 +339,35 @@ class QuickLinear(Linear):
         for a in live:
             y = update(x, y, *self._factors(a), self.scaling[a])
         return y
+
+    def batched_forward(
+        self, layers: Sequence[QuickLinear | None], sizes: Sequence[int]
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """A forward of x [1, T, in] for several of these layers around one base: each stretch of `sizes`
+        positions gains what its own layer's adapters add (None: nothing).
+        """
+        base = cast("Matrix", self.get_base_layer())
+        lengths = list(sizes)
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            live = [list(layer.active_adapters) if layer is not None else [] for layer in layers]
+            if max(map(len, live)) < 2 and is_matrix(base, x):
+                parts: list[Any] = [None] * len(layers)
+                for i, layer in enumerate(layers):
+                    if layer is not None and live[i]:
+                        adapter = live[i][0]
+                        parts[i] = (*layer._factors(adapter), layer.scaling[adapter])
+                return linears(x, oriented(base), base.bias, parts, sizes)
+            y = base(x)
+            out = []
+            for i, (own, stretch) in enumerate(zip(y.split(lengths, 1), x.split(lengths, 1), strict=True)):
+                for adapter in live[i]:
+                    layer = cast(QuickLinear, layers[i])
+                    own = update(stretch, own, *layer._factors(adapter), layer.scaling[adapter])
+                out.append(own)
+            return torch.cat(out, 1)
+
+        return forward
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         base = self.get_base_layer()
