@@ -115,7 +115,7 @@ def motif(text: str) -> float:
 
 @pytest.fixture(scope="module")
 def roles():
-    recipe = Recipe.load({"model": "practice:lm-small", "tuner": "lora"})
+    recipe = Recipe.load({"model": "toy:lm-small", "tuner": "lora"})
     return assemble(recipe, parts(recipe))
 
 

@@ -26,9 +26,9 @@ TOY = {
     "row": "lisa",
     "budget": "Equal rows.",
     "shared": {
-        "model": "practice:lm-small",
-        "data": {"path": "practice:style/new", "n": 8},
-        "eval_data": {"path": "practice:style/new_test", "n": 4},
+        "model": "toy:lm-small",
+        "data": {"path": "toy:style/new", "n": 8},
+        "eval_data": {"path": "toy:style/new_test", "n": 4},
         "tuner": "ssf",
         "per_device_train_batch_size": 2,
         "evaluate": ["loss"],
@@ -114,8 +114,8 @@ def test_a_fresh_run_measures_its_own_memory(folder):
     apart.tune(claim.recipe("a", 0), folder / "runs/a")
     said = json.loads((folder / "runs/a/report.json").read_text(encoding="utf-8"))
     assert 100 < said["stats"]["peak_memory_mb"] < 900
-    with pytest.raises(RecipeError, match="no practice world .nowhere."):
-        apart.tune({**claim.recipe("a", 0), "data": "practice:nowhere"}, folder / "runs/b")
+    with pytest.raises(RecipeError, match="no toy task .nowhere."):
+        apart.tune({**claim.recipe("a", 0), "data": "toy:nowhere"}, folder / "runs/b")
     with pytest.raises(NotFinite, match="is not finite at step"):  # the type comes through, not a sentence
         apart.tune(
             {**claim.recipe("a", 0), "max_steps": 4, "learning_rate": 1e30, "warmup_steps": 0},
@@ -264,7 +264,7 @@ def test_what_cannot_be_tried_says_why(folder):
 def test_a_seed_draws_rows_for_all_arms_alike(folder):
     claim = claims.read("toy", folder)
     first, second = claim.recipe("two", 3, 1e-3), claim.recipe("none", 3)
-    assert first["data"] == second["data"] == {"path": "practice:style/new", "n": 8, "seed": 3}
+    assert first["data"] == second["data"] == {"path": "toy:style/new", "n": 8, "seed": 3}
     assert first["eval_data"]["seed"] == 3 and first["seed"] == 3 and first["learning_rate"] == 1e-3
     sweep, tests = claim.runs(2)
     assert sweep == [("two", 1000, 1e-4), ("two", 1000, 1e-2)] and tests == [

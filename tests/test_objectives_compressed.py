@@ -164,9 +164,9 @@ def test_what_rows_say_of_weights():
 
 def test_pruning_by_rows_breaks_less(tmp_path):
     common = dict(
-        model="practice:lm-small",
-        data={"path": "practice:people/train", "n": 64},
-        eval_data={"path": "practice:people/test", "n": 60},
+        model="toy:lm-small",
+        data={"path": "toy:people/train", "n": 64},
+        eval_data={"path": "toy:people/test", "n": 60},
         max_steps=1,
         learning_rate=1e-7,
         evaluate=["loss"],
@@ -181,9 +181,9 @@ def test_pruning_by_rows_breaks_less(tmp_path):
 
 def test_squarehead_heals_what_pruning_broke(tmp_path):
     common = dict(
-        model="practice:lm-small",
-        data={"path": "practice:people/train", "n": 400},
-        eval_data={"path": "practice:people/test", "n": 80},
+        model="toy:lm-small",
+        data={"path": "toy:people/train", "n": 400},
+        eval_data={"path": "toy:people/test", "n": 80},
         tuner={"name": "pruned", "sparsity": 0.75},
         max_steps=40,
         learning_rate=2e-3,
@@ -347,9 +347,9 @@ def test_the_pretrained_features_teach_the_output_layer_alone():
 
 def test_dr_tune_and_core_tuning_run(tmp_path):
     common = dict(
-        model="practice:lm-small",
-        data={"path": "practice:topic", "n": 48},
-        eval_data={"path": "practice:topic/test", "n": 24},
+        model="toy:lm-small",
+        data={"path": "toy:topic", "n": 48},
+        eval_data={"path": "toy:topic/test", "n": 24},
         max_steps=3,
     )
     report = tune(
@@ -364,7 +364,7 @@ def test_dr_tune_and_core_tuning_run(tmp_path):
     assert math.isfinite(
         tune(tmp_path, "core", objective="sft + core_tuning", tuner="lora", **common).losses[-1]
     )
-    encoder = common | {"model": "practice:encoder", "architecture": "classifier", "tuner": "full"}
+    encoder = common | {"model": "toy:encoder", "architecture": "classifier", "tuner": "full"}
     assert math.isfinite(tune(tmp_path, "c", objective="sft + core_tuning", **encoder).losses[-1])
     assert math.isfinite(
         tune(tmp_path, "d", objective="dr_tune", roles={"paired": "paired"}, **encoder).losses[-1]

@@ -494,9 +494,9 @@ def test_goals_enter_by_margins_or_by_sums(recipe):
 
 def test_a_front_is_measured_drawn_and_goes_on(tmp_path, monkeypatch):
     asked = {
-        "model": "practice:lm-small",
-        "data": {"path": "practice:style/short", "n": 32},
-        "eval_data": {"path": "practice:style/short_test", "n": 8},
+        "model": "toy:lm-small",
+        "data": {"path": "toy:style/short", "n": 32},
+        "eval_data": {"path": "toy:style/short_test", "n": 8},
         "objective": "dpo",
         "learning_rate": 1e-3,
         "max_steps": 3,

@@ -406,9 +406,9 @@ def test_a_plan_is_searched_by_its_front(tmp_path):
         "goals": {"short": short, "complete": complete},
     }
     base = {
-        "model": "practice:lm-small",
-        "data": {"path": "practice:style/short", "n": 8},
-        "eval_data": {"path": "practice:style/short_test", "n": 2},
+        "model": "toy:lm-small",
+        "data": {"path": "toy:style/short", "n": 8},
+        "eval_data": {"path": "toy:style/short_test", "n": 2},
         "objective": "dpo",
         "max_steps": 1,
         "per_device_train_batch_size": 2,
@@ -794,6 +794,6 @@ def test_the_command_line_knows_it(tiny):
     from luthier.cli import app
 
     out = CliRunner().invoke(
-        app, ["search", f"model={tiny}", "data=practice:people/new", "--over", "tuner.q"]
+        app, ["search", f"model={tiny}", "data=toy:people/new", "--over", "tuner.q"]
     )
     assert out.exit_code == 2 and "has no setting 'q'" in out.output

@@ -479,7 +479,7 @@ def test_calibration_in_parts_is_calibration_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "how", [{"init_lora_weights": "eva"}, {"init_lora_weights": "corda", "init_data": "practice:style/new"}]
+    "how", [{"init_lora_weights": "eva"}, {"init_lora_weights": "corda", "init_data": "toy:style/new"}]
 )
 def test_a_start_from_data_in_a_run(how, tmp_path):
     """Ranks and factors come back after a kill, and a later run goes on from the adapter alone."""
@@ -488,11 +488,11 @@ def test_a_start_from_data_in_a_run(how, tmp_path):
     import luthier
     from luthier.storage import checkpoints
 
-    data = {"path": "practice:style/new", "n": 24}
+    data = {"path": "toy:style/new", "n": 24}
     if "init_data" in how:
-        how = {**how, "init_data": {"path": "practice:people/test", "n": 8}}
+        how = {**how, "init_data": {"path": "toy:people/test", "n": 8}}
     recipe = dict(
-        model="practice:lm-small",
+        model="toy:lm-small",
         data=data,
         tuner={"name": "lora", "r": 4, "init_rows": 4, **how},
         per_device_train_batch_size=2,
@@ -1217,7 +1217,7 @@ def test_adalora_goes_on_bit_for_bit(tmp_path):
     from conftest import SUMS
 
     keys = {
-        "model": "practice:lm-small",
+        "model": "toy:lm-small",
         "data": SUMS,
         "tuner": {"name": "adalora", "init_r": 4, "target_r": 2},
         "learning_rate": 1e-2,

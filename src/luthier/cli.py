@@ -15,12 +15,13 @@ from typer.core import TyperGroup
 from luthier.compat.lazy_imports import rarely
 from luthier.compat.peft import lazily
 from luthier.errors import RecipeError
+from luthier.storage.toy import is_toy
 
 Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[RECIPE] [KEY=VALUE]...",
-        help="A recipe (or a run's folder, or practice:WORLD), and changes.",
+        help="A recipe (or a run's folder, or toy:TASK), and changes.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
@@ -74,8 +75,8 @@ def top(
 @app.command()
 def tune(
     words: Words = None,
-    model: Annotated[str | None, typer.Option(help="Folder, hub name or practice:NAME.")] = None,
-    data: Annotated[str | None, typer.Option(help="File, folder, hub name or practice:WORLD.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder, hub name or toy:NAME.")] = None,
+    data: Annotated[str | None, typer.Option(help="File, folder, hub name or toy:TASK.")] = None,
     tuner: Annotated[str | None, typer.Option(help="What moves; `luthier methods --kind tuner`.")] = None,
     objective: Annotated[str | None, typer.Option(help="Toward what, e.g. sft or 'dpo + 0.1*sft'.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="The run's folder.")] = None,
@@ -109,7 +110,7 @@ def tune(
 @app.command()
 def chat(
     model: Annotated[
-        str, typer.Argument(help="A run's folder, a model folder, a hub name or practice:NAME.")
+        str, typer.Argument(help="A run's folder, a model folder, a hub name or toy:NAME.")
     ],
     prompt: Annotated[str | None, typer.Option(help="Answer this once instead of asking.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
@@ -190,7 +191,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command()
 def inspect(
-    base: Annotated[str, typer.Argument(help="The model before: a folder, hub name, practice:NAME or run.")],
+    base: Annotated[str, typer.Argument(help="The model before: a folder, hub name, toy:NAME or run.")],
     tuned: Annotated[str, typer.Argument(help="The model after.")],
     data: Annotated[
         str | None, typer.Option(help="Rows to measure on; default: what the run held out.")
@@ -215,8 +216,8 @@ def inspect(
 
 @app.command()
 def data(
-    source: Annotated[str, typer.Argument(help="A file, folder, hub name or practice:WORLD.")],
-    model: Annotated[str, typer.Option(help="Whose tokenizer shows the rows.")] = "practice:lm",
+    source: Annotated[str, typer.Argument(help="A file, folder, hub name or toy:TASK.")],
+    model: Annotated[str, typer.Option(help="Whose tokenizer shows the rows.")] = "toy:lm",
     chat_template: Annotated[str | None, typer.Option(help="As in a recipe.")] = None,
     shown: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
     as_json: AsJson = False,
@@ -242,7 +243,7 @@ def compare(
         typer.Argument(metavar="[RECIPE]... [KEY=VALUE]...", help="Recipes, and changes to all."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Folder, hub name or practice:NAME, for every arm.")
+        str | None, typer.Option(help="Folder, hub name or toy:NAME, for every arm.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Rows, for every arm.")] = None,
     tuners: Annotated[str, typer.Option(help="Arms that differ in what moves, e.g. lora,ssf,full.")] = "",
@@ -479,7 +480,7 @@ def docs(
 
 
 def asked(words: list[str] | None, **options: str | None) -> tuple[Path | str | None, list[str]]:
-    """A recipe's path or practice:WORLD, if one was named, and every change: key=value words, then options."""
+    """A recipe's path or toy:TASK, if one was named, and every change: key=value words, then options."""
     files = [w for w in words or () if "=" not in w or Path(w).is_file()]
     if len(files) > 1:
         raise RecipeError(f"one recipe at a time, not {' and '.join(files)} (changes are written key=value)")
@@ -489,7 +490,7 @@ def asked(words: list[str] | None, **options: str | None) -> tuple[Path | str | 
     changes += [w for w in words or () if w not in files]
     if not files:
         return None, changes
-    if files[0].startswith("practice:"):
+    if is_toy(files[0]):
         return files[0], changes
     path = Path(files[0])
     return path / "recipe.yaml" if path.is_dir() else path, changes

@@ -16,7 +16,7 @@ ROLES = ("reference", "teacher", "critic")
 
 
 def survey(
-    source: Any, model: str = "practice:lm", chat_template: str | None = None, shown: int = 3
+    source: Any, model: str = "toy:lm", chat_template: str | None = None, shown: int = 3
 ) -> dict[str, Any]:
     """A source of rows, as in a recipe's `data`.
 

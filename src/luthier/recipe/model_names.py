@@ -1,24 +1,25 @@
-"""What `model:` may be: a folder, a hub name, or a small model made for practice."""
+"""What `model:` may be: a folder, a hub name, or a toy model."""
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from luthier.compat.lazy_imports import import_models
 from luthier.errors import RecipeError
 from luthier.registry import did_you_mean
-
-TOY = "practice:"
+from luthier.storage.toy import is_toy, toy_name, toy_package
 
 
 def resolve_model(name: str) -> str:
-    """practice:NAME -> its folder; a folder or hub name stays as it is. Raises RecipeError where nothing is
+    """toy:NAME -> its folder; a folder or hub name stays as it is. Raises RecipeError where nothing is
     there.
     """
-    if name.startswith(TOY):
-        return _toy_folder(name.removeprefix(TOY))
+    if is_toy(name):
+        toy, model = toy_package(), toy_name(name)
+        if model not in toy.models():
+            raise RecipeError(f"there is no toy model '{model}'{did_you_mean(model, toy.models())}")
+        return str(toy.path(model))
     path = Path(name).expanduser()
     if path.is_dir():
         if (path / "config.json").is_file():
@@ -33,15 +34,6 @@ def resolve_model(name: str) -> str:
             near = [p.name for p in path.parent.iterdir() if p.is_dir()]
         raise RecipeError(f"model: there is no folder {name}{did_you_mean(path.name, near)}")
     return name
-
-
-def _toy_folder(name: str) -> str:
-    # by name: the toy models stand on a floor above this one
-    toy = import_module("luthier.toy")
-    models = toy.models()
-    if name not in models:
-        raise RecipeError(f"there is no practice model '{name}'{did_you_mean(name, models)}")
-    return str(toy.path(name))
 
 
 def model_config(name: str) -> Any:

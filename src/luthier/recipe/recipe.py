@@ -21,6 +21,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from luthier.errors import RecipeError
 from luthier.registry import Range, build, cards, did_you_mean, find, format_errors, names, spec
+from luthier.storage.toy import is_toy, toy_name, toy_package
 
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -31,7 +32,7 @@ class Recipe:
     """One run; with `plan`, several. Every field is a key of the YAML file."""
 
     # the model
-    model: str = "practice:lm"  # folder, hub name, or practice:NAME
+    model: str = "toy:lm"  # folder, hub name, or toy:NAME
     architecture: Any = "auto"  # how the network reads and writes: causal, seq2seq, masked_lm, classifier
     # auto: bfloat16 where the chip computes in it
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -58,7 +59,7 @@ class Recipe:
     warmup_steps: Annotated[float, Field(ge=0), Range(0, 0.3)] = 0.03
 
     # on which rows
-    # file, folder, hub name, practice:WORLD, {path, split, format, columns, limit}, rows, or a list
+    # file, folder, hub name, toy:TASK, {path, split, format, columns, limit}, rows, or a list
     data: Any = None
     eval_data: Any = 0.05  # the same, or the share of data that is held out
     max_length: Count | None = None  # tokens of a row at most; default: what the model can read, up to 2048
@@ -112,7 +113,7 @@ class Recipe:
     def load(
         source: str | Path | Mapping | Recipe | None = None, changes: Sequence[str] | Mapping | None = None
     ) -> Recipe:
-        """source: a YAML file, YAML text, a mapping, or practice:WORLD. changes: ["learning_rate=1e-4",
+        """source: a YAML file, YAML text, a mapping, or toy:TASK. changes: ["learning_rate=1e-4",
         "tuner.r=16"] or a mapping.
 
         Raises RecipeError for whatever cannot be understood.
@@ -288,11 +289,9 @@ def _read(source: Any) -> tuple[dict, str]:
     if isinstance(source, Mapping):
         return dict(source), "python"
     text, name = str(source), "yaml"
-    if text.startswith("practice:") and isinstance(source, str):
-        from luthier import toy as practice
-
+    if is_toy(source):
         try:
-            return practice.recipe(text), text
+            return toy_package().recipe(toy_name(text)), text
         except ValueError as error:
             raise RecipeError(f"{text}: {error}") from None
     if isinstance(source, Path) or ("\n" not in text and text.endswith((".yaml", ".yml", ".json"))):

@@ -696,7 +696,7 @@ def tune(
 ) -> Report:
     """Tune a model. recipe: a YAML file, text or mapping; settings: keys of a recipe.
 
-    >>> luthier.tune(model="practice:lm", data="rows.jsonl", tuner="lora", objective="sft")
+    >>> luthier.tune(model="toy:lm", data="rows.jsonl", tuner="lora", objective="sft")
     """
     made = Recipe.load(recipe, settings)
     return perform(made, Path(folder) if folder else None, watch)

@@ -125,7 +125,7 @@ class _Nothing:
 
 
 def load(name: str | Path, **settings: Any) -> Loaded:
-    """A run's folder, an exported adapter, a model's folder, a hub name, or practice:NAME.
+    """A run's folder, an exported adapter, a model's folder, a hub name, or toy:NAME.
 
     settings: keys of a recipe that should differ from how it was tuned, e.g. dtype="float32" or
     max_length=512.

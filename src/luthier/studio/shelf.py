@@ -411,7 +411,7 @@ def latest(path: Path) -> dict[str, float]:
 
 
 def what(folder: Path) -> str:
-    """'practice:lm, lora, sft' of a run, the arms of a comparison."""
+    """'toy:lm, lora, sft' of a run, the arms of a comparison."""
     if (folder / "arms").is_dir():
         return " / ".join(sorted(p.stem for p in (folder / "arms").glob("*.yaml")))
     asked = recipe_in(folder)
@@ -429,6 +429,6 @@ def what(folder: Path) -> str:
 
     said = [
         word(keys.get(k) or default)
-        for k, default in (("model", "practice:lm"), ("tuner", "lora"), ("objective", "sft"))
+        for k, default in (("model", "toy:lm"), ("tuner", "lora"), ("objective", "sft"))
     ]
     return ", ".join(w for w in said if w)

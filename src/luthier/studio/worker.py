@@ -90,7 +90,7 @@ def check(changes: Mapping[str, str], rehearsed: bool = True) -> dict[str, Any]:
         if rehearsed:
             if recipe.data is None:
                 raise RecipeError(
-                    "a recipe needs `data`: a file, a folder, a hub name, rows, or practice:WORLD"
+                    "a recipe needs `data`: a file, a folder, a hub name, rows, or toy:TASK"
                 )
             validate(recipe, rows_of(recipe.data).rows[:100])
     except RecipeError as error:
@@ -204,7 +204,7 @@ def look(changes: Mapping[str, str], offset: int = 0, shown: int = 4) -> dict[st
     )
     recipe = Recipe.load(keys)
     if recipe.data is None:
-        raise RecipeError("a recipe needs `data`: a file, a folder, a hub name, rows, or practice:WORLD")
+        raise RecipeError("a recipe needs `data`: a file, a folder, a hub name, rows, or toy:TASK")
     loaded = rows_of(recipe.data)
     architecture, renderer = reader_of(
         recipe.model, changes.get("architecture") or "auto", recipe.chat_template, recipe.max_length

@@ -34,6 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from luthier.errors import NotFinite, RecipeError
 from luthier.registry import did_you_mean, format_errors
 from luthier.run import subprocess as apart
+from luthier.storage.toy import is_toy
 
 HELD, NOT_HELD, UNDECIDED, UNTESTABLE = "held", "not held", "undecided", "not testable here"
 BEFORE = "before"  # the arm that is the start of the other arm's runs
@@ -186,12 +187,12 @@ def _words(key: str) -> str:
 
 
 def _drawn(rows: Any, seed: int) -> Any:
-    """`data` whose practice worlds are drawn by a seed, where the file does not say another."""
+    """`data` whose toy tasks are drawn by a seed, where the file does not say another."""
     if isinstance(rows, list):
         return [_drawn(each, seed) for each in rows]
     named = {"path": rows} if isinstance(rows, str) else rows
-    world = isinstance(named, Mapping) and str(named.get("path")).startswith("practice:")
-    return {"seed": seed, **named} if world else rows
+    generated = isinstance(named, Mapping) and is_toy(named.get("path"))
+    return {"seed": seed, **named} if generated else rows
 
 
 def home() -> Path:

@@ -42,7 +42,7 @@ def ready(program: Program, rows: Sequence[Row]) -> None:
         raise RecipeError(f"{type(program).__name__} has no predictor: nothing in it can be tuned")
     if silent := [n for n, p in predictors.items() if p.lm is None]:
         raise RecipeError(
-            f"predictor '{silent[0]}' has no model yet: `program = program.using('practice:lm')`"
+            f"predictor '{silent[0]}' has no model yet: `program = program.using('toy:lm')`"
         )
     if not rows:
         raise RecipeError("there are no rows to compile with")

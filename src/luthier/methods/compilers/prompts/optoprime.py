@@ -6,7 +6,7 @@ function does and all values, then the feedback; the model answers in JSON. What
 is of another type, is not taken. As a compiler it tunes the instructions of a program's predictors;
 `optimizer(...)` serves any graph of nodes:
 
-    optimizer = compiler("optoprime").optimizer([x], "practice:lm")
+    optimizer = compiler("optoprime").optimizer([x], "toy:lm")
     optimizer.zero_feedback(); optimizer.backward(output, "too high"); optimizer.step()
 """
 

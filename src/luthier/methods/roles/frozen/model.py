@@ -27,7 +27,7 @@ class Model(Role):
 
     constant = True
 
-    model: str = "practice:lm"  # folder of a model, a run or an adapter; hub name, or practice:NAME
+    model: str = "toy:lm"  # folder of a model, a run or an adapter; hub name, or toy:NAME
     quantization: AnyQuantizer = None  # of its linear weights, e.g. nf4; null: as they are
 
     def __post_init__(self):
