@@ -14,8 +14,8 @@ from torch import nn
 import luthier
 from conftest import SUMS, make_llama
 from luthier.errors import RecipeError
-from luthier.methods.evaluators.cost._pareto import dominates, fronts, guided, search
-from luthier.methods.evaluators.cost._predictor import gaussian, left_out, linear, onehot, predicted
+from luthier.methods.evaluators.cost.pareto.genetic import dominates, fronts, guided, search
+from luthier.methods.evaluators.cost.pareto.predictor import gaussian, left_out, linear, onehot, predicted
 from luthier.methods.tuners.pruned._elastic import Anatomy, macs, masked, sliced
 from luthier.registry import build
 from luthier.study.statistics import hypervolume

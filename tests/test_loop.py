@@ -281,7 +281,7 @@ MOMENTS = {  # the process dies at the first call of this, which the second proc
     "a stage": "luthier.methods.stages.select.ifd.IFD.__call__",
     "writing a checkpoint": "luthier.storage.checkpoints.verify",
     "naming a checkpoint": "luthier.storage.checkpoints.paths",
-    "taking the adapter away": "luthier.methods.tuners._peft.OnPeft.save",
+    "taking the adapter away": "luthier.methods.tuners._peft.PeftTunedModel.save",
     "the report": "luthier.report.write_report",
 }
 DIES = """

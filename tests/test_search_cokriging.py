@@ -10,9 +10,9 @@ pytest.importorskip("optuna")
 
 from luthier.clock import Clock
 from luthier.methods.searchers._base import Dim, Seen, Space
-from luthier.methods.searchers.model_based import _levels
-from luthier.methods.searchers.model_based._levels import Joint, Ladder, joint, on
 from luthier.methods.searchers.model_based._surrogates import fit
+from luthier.methods.searchers.model_based.cokriging import levels as _levels
+from luthier.methods.searchers.model_based.cokriging.levels import Joint, Ladder, joint, on
 from luthier.registry import build
 from luthier.study.goals import goals
 from luthier.study.search import Measured, TrialStore, optimize

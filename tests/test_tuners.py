@@ -39,7 +39,7 @@ from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.estimators._base import gradients
 from luthier.methods.tuners._base import Untuned
 from luthier.methods.tuners._delta import Delta
-from luthier.methods.tuners._peft import OnPeft
+from luthier.methods.tuners._peft import PeftTunedModel
 from luthier.model.batch import collate
 from luthier.model.policy import Policy
 from luthier.model.quantized import quantize
@@ -279,7 +279,7 @@ def test_plain_peft_and_transformers_load_it(name, tmp_path):
 def test_bfloat16_base(name):
     attached, kind = anywhere(name)
     attached = build("tuner", attached.settings).attach(base(kind).bfloat16())
-    if isinstance(attached, OnPeft):
+    if isinstance(attached, PeftTunedModel):
         assert all(
             p.dtype == torch.float32 for k, p in attached.parameters().items() if ".base_layer." not in k
         )

@@ -35,7 +35,7 @@ class IA3(Tuner):
     modules_to_save: list[str] | None = None
 
     def attach(self, model):
-        from luthier.methods.tuners._peft import OnPeft, any_config, sideways
+        from luthier.methods.tuners._peft import PeftTunedModel, any_config, sideways
 
         inner, down = within(model, "k", "v", "qkv"), within(model, "down")
         if self.target_modules is None and not inner:
@@ -52,7 +52,7 @@ class IA3(Tuner):
             "modules_to_save": self.modules_to_save,
             "fan_in_fan_out": sideways(model),
         }
-        return OnPeft(self, model, any_config("ia3", said))
+        return PeftTunedModel(self, model, any_config("ia3", said))
 
 
 def within(model: Any, *parts: str) -> list[str]:

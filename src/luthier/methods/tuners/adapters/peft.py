@@ -45,6 +45,6 @@ class PEFT(Tuner):
         return frozenset({"off", *(["merge"] if merges(self.made) else []), *(["low-rank"] if plain else [])})
 
     def attach(self, model):
-        from luthier.methods.tuners._peft import OnPeft
+        from luthier.methods.tuners._peft import PeftTunedModel
 
-        return OnPeft(self, model, copy.deepcopy(self.made))
+        return PeftTunedModel(self, model, copy.deepcopy(self.made))

@@ -31,7 +31,7 @@ class APET(Sparse):
     counts: dict[str, int] | None = None  # how many entries of each module; filled in when attached
 
     def attach(self, model):
-        from luthier.methods.tuners.subset._peft_subset import chosen_modules
+        from luthier.methods.tuners.sparse._targets import chosen_modules
 
         if self.counts is not None:
             return super().attach(model)
