@@ -15,7 +15,7 @@ from conftest import SUMS
 from luthier.clock import Clock
 from luthier.data.rows import load
 from luthier.errors import RecipeError
-from luthier.methods.tuners.subset._subset import Weights
+from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import validate
 from luthier.registry import build
@@ -38,7 +38,7 @@ class Level:
         self.model, self.terms = Vector(n), terms
         if start is not None:
             self.model.weight.data.copy_(start)
-        self.tuner = Weights(SimpleNamespace(name="vector"), self.model, lambda name, p: True)
+        self.tuner = TunedWeights(SimpleNamespace(name="vector"), self.model, lambda name, p: True)
         self.clock = Clock(seed=1, total=total)
         self.chain = Chain([build("transform", c) for c in chain], self.tuner, self.clock, learning_rate)
         self.estimator, self.told = build("estimator", {"name": estimator, **settings}), {}

@@ -20,7 +20,7 @@ from luthier.errors import Refused
 from luthier.methods.estimators.zeroth_order.mezo import direction
 from luthier.methods.transforms._base import LazyGradients, Transform
 from luthier.methods.tuners._base import ParamGroup
-from luthier.methods.tuners.subset._subset import Weights
+from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.recipe.schedule import schedule
 from luthier.registry import build, find, helps, names
 from luthier.storage import checkpoints
@@ -45,7 +45,7 @@ class Toy(nn.Module):
         self.frozen = nn.Parameter(torch.randn(64, 64))
 
 
-class Moving(Weights):
+class Moving(TunedWeights):
     """A tuner on the toy: each tensor a site of its own, A and B together."""
 
     def __init__(self, model):
@@ -439,7 +439,7 @@ def test_mezo_points_along_the_gradient_on_average():
     torch.manual_seed(0)
     goal = torch.randn(64)
     model = nn.Linear(64, 1, bias=False)
-    tuner = Weights(SimpleNamespace(name="toy"), model, lambda name, p: True)
+    tuner = TunedWeights(SimpleNamespace(name="toy"), model, lambda name, p: True)
     total = torch.zeros(64)
 
     class Sum(Seen):
@@ -500,7 +500,7 @@ def test_mezo_takes_one_copy_of_what_moves_and_nothing_of_what_is_frozen():
     model = nn.Sequential(
         *(nn.Linear(32, 32, bias=False) for _ in range(20)), nn.Linear(400, 400, bias=False)
     )
-    tuner = Weights(SimpleNamespace(name="toy"), model, lambda name, p: not name.startswith("20."))
+    tuner = TunedWeights(SimpleNamespace(name="toy"), model, lambda name, p: not name.startswith("20."))
     chain = Chain(build("optimizer", {"name": "sgd", "max_grad_norm": 0.1}).chain(), tuner, Clock(), 0.1)
     one, moving = 4 * 32 * 32, 4 * 20 * 32 * 32
     direction(chain.clock, 0, "", "", torch.empty(4))  # a table is made once a process

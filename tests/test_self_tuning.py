@@ -21,7 +21,7 @@ import zoo
 from conftest import SUMS
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.methods.tuners.low_rank.self_tuning import decay, responses
+from luthier.methods.tuners.low_rank.self_tuning.maths import decay, responses
 from luthier.registry import build
 from luthier.storage import checkpoints, files
 from luthier.train.optimizer import Chain
@@ -244,7 +244,7 @@ def test_the_term_of_the_weight_decay_is_its_mean_over_draws():
 
 
 def test_a_module_that_lost_track_of_rows_is_named():
-    from luthier.methods.tuners.low_rank.self_tuning import placed
+    from luthier.methods.tuners.low_rank.self_tuning.maths import placed
 
     for shape, dial in (((7, 6), (2, 5, 2)), ((3, 4, 6), (2, 1, 2))):
         with pytest.raises(RecipeError, match="exclude_modules"):

@@ -577,7 +577,7 @@ def test_intrinsic_dimension_moves_d_numbers():
     one, other = put("intrinsic_dimension", d=100), put("intrinsic_dimension", d=100, seed=1)
     deltas = []
     for attached in (one, other):
-        next(iter(attached.layers.values())).held["default"].theta.data.normal_(
+        next(iter(attached.layers.values())).adapter_params["default"].theta.data.normal_(
             generator=torch.Generator().manual_seed(0)
         )
         deltas.append([layer.get_delta_weight("default").detach() for layer in attached.layers.values()])
@@ -1022,7 +1022,7 @@ def test_compacter_is_its_kronecker_sums():
     assert sum(p.numel() for p in attached.parameters().values()) == n**3 + len(layers) * (
         2 * r * sum(shape) + sum(shape)
     )
-    held = [layer.held["default"] for layer in layers.values()]
+    held = [layer.adapter_params["default"] for layer in layers.values()]
     assert len({id(h.A) for h in held}) == 1  # one parameter, whose gradient is the sum of all
     torch.manual_seed(1)
     for k, p in attached.parameters().items():

@@ -66,9 +66,9 @@ class TargetModules(Tuner):
     # further modules that are trained whole and saved beside the adapter
     modules_to_save: list[str] | None = None
 
-    def only(self, kept: Sequence[int], of: int) -> dict[str, Any]:
+    def only(self, layers: Sequence[int], of: int) -> dict[str, Any]:
         """The settings with which, of so many layers, all but the kept ones are left alone."""
-        left = "|".join(str(i) for i in range(of) if i not in kept)
+        left = "|".join(str(i) for i in range(of) if i not in layers)
         return {"exclude_modules": rf"(.*\.)?(layers?|h|blocks?)\.({left})\..*"}
 
 
@@ -122,8 +122,8 @@ class Delta(TargetModules):
         """
         return None
 
-    def start(self, W: Tensor, seen: Tensor) -> dict[str, Tensor]:
-        """Better starting tensors of a layer, from the first `init_rows` rows: `seen` is what `reads` names."""
+    def start(self, W: Tensor, stats: Tensor) -> dict[str, Tensor]:
+        """Better starting tensors of a layer, from the first `init_rows` rows: `stats` is what `reads` names."""
         raise NotImplementedError
 
     def factors(self, p: SimpleNamespace) -> tuple[Tensor, Tensor] | None:

@@ -19,8 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.kernels import attention
-from luthier.kernels import sparse_mlp as asked
+from luthier.kernels import attention, sparse_mlp
 from luthier.kernels.layout import Layout, joined, lay_out
 from luthier.model.batch import Batch
 from luthier.model.generate import decoder_writer, generate
@@ -100,7 +99,7 @@ class Causal(LanguageModel):
         if attached.per_row:
             attached.reads(batch, batch.row[batch.segment[layout.source]])
         few = self.in_blocks(model) and not (attached.per_row or self.own_head)
-        sparing = asked.alone(model, at, layout.source.numel()) if few else nullcontext()
+        sparing = sparse_mlp.alone(model, at, layout.source.numel()) if few else nullcontext()
         with nullcontext() if states is None else cache.skipped(states[layout.source]), sparing:
             outputs = self.answer(model, inputs, at, labels)
         masks = inputs["attention_mask"]

@@ -61,11 +61,13 @@ def _shorten(path: Path, config: PeftConfig) -> None:
     would refuse.
     """
     usual = {f.name: f.default for f in fields(config)}
-    said = json.loads(path.read_text(encoding="utf-8"))
-    kept = {
-        k: v for k, v in said.items() if k in ALWAYS_WRITTEN or k not in usual or v not in (usual[k], {}, [])
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    shortened = {
+        k: v
+        for k, v in settings.items()
+        if k in ALWAYS_WRITTEN or k not in usual or v not in (usual[k], {}, [])
     }
-    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(shortened, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_prompt(folder: Path, vectors: Tensor, model: Network, seq2seq: bool = False) -> None:

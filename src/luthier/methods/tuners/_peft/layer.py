@@ -33,12 +33,12 @@ class DeltaParams(nn.Module):
 
     watch: Any = None  # called with the gradient of the tuned weight [out, in], by forwards that form it
 
-    def __init__(self, made: Mapping[str, Any]):
+    def __init__(self, tensors: Mapping[str, Any]):
         super().__init__()
-        for name, value in made.items():
+        for name, value in tensors.items():
             if isinstance(value, tuple):
-                kept = value[1].float() if value[1].is_floating_point() else value[1]
-                self.register_buffer(name, kept.contiguous(), persistent=value[0] == "frozen")
+                buffer = value[1].float() if value[1].is_floating_point() else value[1]
+                self.register_buffer(name, buffer.contiguous(), persistent=value[0] == "frozen")
             else:
                 setattr(self, name, nn.Parameter(value.float().contiguous()))
 
@@ -56,7 +56,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.update_layer(adapter, config, name)
 
     @property
-    def held(self) -> nn.ModuleDict:
+    def adapter_params(self) -> nn.ModuleDict:
         return getattr(self, self.slot)
 
     def get_base_layer(self) -> Matrix:
@@ -66,11 +66,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """Add an adapter. name: of this module in the network."""
         method = config.settings().at(name)
         base = self.get_base_layer()
-        known = isinstance(base, (*method.kinds, Conv1D)) and base.weight.is_floating_point()
-        if not known or base.weight.ndim > 2:
+        fits = isinstance(base, (*method.kinds, Conv1D)) and base.weight.is_floating_point()
+        if not fits or base.weight.ndim > 2:
             raise ValueError(f"tuner '{method.name}' cannot sit on a {type(base).__name__}")
         self.methods[adapter] = method
-        self.held[adapter] = DeltaParams(method.init(oriented(base).detach()))
+        self.adapter_params[adapter] = DeltaParams(method.init(oriented(base).detach()))
         self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -78,13 +78,15 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
         device = device or self.get_base_layer().weight.device
-        if device.type != "meta" and not any(p.is_meta for p in self.held[adapter_name].parameters()):
-            self.held[adapter_name].to(device)
+        if device.type != "meta" and not any(
+            p.is_meta for p in self.adapter_params[adapter_name].parameters()
+        ):
+            self.adapter_params[adapter_name].to(device)
 
     def tensors(self, adapter: str) -> SimpleNamespace:
         """What a Delta calls p."""
-        held = self.held[adapter]
-        return SimpleNamespace(**held._parameters, **held._buffers, watch=held.watch)
+        params = self.adapter_params[adapter]
+        return SimpleNamespace(**params._parameters, **params._buffers, watch=params.watch)
 
     def ahead(self) -> tuple[Tensor, Tensor] | None:
         """What kernels/attention.py puts before the keys and values of the attention that this module is a
@@ -92,9 +94,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """
         if self.disable_adapters or self.merged:
             return None
-        said = [self.methods[a].ahead(self.tensors(a)) for a in self.active_adapters if a in self.held]
-        there = [both for both in said if both is not None]
-        return (torch.cat([k for k, _ in there]), torch.cat([v for _, v in there])) if there else None
+        prefixes = [
+            self.methods[a].ahead(self.tensors(a)) for a in self.active_adapters if a in self.adapter_params
+        ]
+        present = [both for both in prefixes if both is not None]
+        return (torch.cat([k for k, _ in present]), torch.cat([v for _, v in present])) if present else None
 
     def tuned(self, adapter: str) -> tuple[Tensor, Tensor | None]:
         """The tuned weight [out, in] and bias, in fp32."""
@@ -124,7 +128,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 "a weight that is kept as codes takes no change: open the module first (luthier.quantizers)"
             )
         for adapter in check_adapters_to_merge(self, adapter_names) or []:
-            if adapter not in self.held:
+            if adapter not in self.adapter_params:
                 continue
             weight, bias = self.tuned(adapter)
             if safe_merge and not weight.isfinite().all():
@@ -151,7 +155,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         y = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters or self.merged:
             return y
-        live = [a for a in self.active_adapters if a in self.held]
+        live = [a for a in self.active_adapters if a in self.adapter_params]
         if len(live) == 1:
             return self.update(live[0], x, y)
         return y + sum((self.update(a, x, y) - y for a in live), torch.zeros_like(y))
@@ -166,7 +170,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             )
         if not method.precise:
             return method.forward(x, y, p, base)
-        own = next(iter(self.held[adapter].parameters())).dtype
+        own = next(iter(self.adapter_params[adapter].parameters())).dtype
         forward = method.forward
         # W' is made again in backward, not kept
         if isinstance(base, Quantized) and type(method).forward is Delta.forward:

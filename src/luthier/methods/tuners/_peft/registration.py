@@ -38,8 +38,8 @@ def config_of(cls: type) -> type:
             raise ValueError("layers_to_transform wants target_modules as a list of names")
 
     def settings(self) -> Any:
-        said = {k: getattr(self, k) for k in own}
-        return cls(**{k: sorted(v) if isinstance(v, set) else v for k, v in said.items()})
+        values = {k: getattr(self, k) for k in own}
+        return cls(**{k: sorted(v) if isinstance(v, set) else v for k, v in values.items()})
 
     columns = [(f.name, object, field(default=f.default)) for f in fields(cls)]
     methods = {"__post_init__": finish, "settings": settings}

@@ -40,16 +40,16 @@ class ModuleNames:
                 self.leaves[leaf] = self.leaves.get(leaf, 0) + 1
         self.bare = sorted({re.sub(r"^.*\.\d+\.", "", n) for n, p in model.named_parameters() if p.ndim > 1})
 
-    def missed(self, config: PeftConfig) -> str | None:
+    def missing(self, config: PeftConfig) -> str | None:
         """The first of the listed targets that is the end of no module's name."""
-        asked = getattr(config, "target_modules", None)
+        targets = getattr(config, "target_modules", None)
         return (
-            next((a for a in sorted(asked) if not ends_one(a, self.names)), None)
-            if isinstance(asked, (list, set, tuple))
+            next((a for a in sorted(targets) if not ends_one(a, self.names)), None)
+            if isinstance(targets, (list, set, tuple))
             else None
         )
 
-    def said(self, name: str | None) -> str:
+    def hint(self, name: str | None) -> str:
         """What was probably meant, and what there is."""
         near = did_you_mean(name.rpartition(".")[2], self.leaves) if name else ""
         near = near if near.startswith(";") else ""

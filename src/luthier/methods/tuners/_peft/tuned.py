@@ -41,60 +41,60 @@ class PeftTunedModel(TunedModel):
 
     def __init__(self, settings: Any, model: Network, config: PeftConfig):
         super().__init__(settings, model)
-        tied, there = tied_modules(model), ModuleNames(model)
+        tied, present = tied_modules(model), ModuleNames(model)
         for name in as_list(getattr(config, "modules_to_save", None)):
-            if not ends_one(name, there.names):
-                leaves = {n.rpartition(".")[2] for n in there.names}
+            if not ends_one(name, present.names):
+                leaves = {n.rpartition(".")[2] for n in present.names}
                 raise RecipeError(
                     f"tuner '{settings.name}': modules_to_save '{name}' matches nothing{did_you_mean(name, leaves)}"
                 )
         start = list(model.parameters()) if getattr(config, "bias", "none") != "none" else []
-        asked = set(as_list(getattr(config, "target_parameters", None)))
+        target_parameters = set(as_list(getattr(config, "target_parameters", None)))
         coded = [n for n, m in modules(model).items() if isinstance(m, QuantizedMatrix)]
-        for name in asked:
+        for name in target_parameters:
             if any(n.endswith("." + name.rpartition(".")[2]) for n in coded):
                 raise RecipeError(
                     f"tuner '{settings.name}': target_parameters '{name}' is quantized, and is no parameter"
                     " any more: quantization.skip_modules: [experts] keeps the experts dense"
                 )
         mode = model.training
-        with warnings.catch_warnings(record=True) as heard:
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", UserWarning)
             try:
                 self.peft = get_peft_model(model, config)
             except (ValueError, TypeError) as error:
                 raise RecipeError(
-                    f"tuner '{settings.name}': {first_line(error)}{there.said(there.missed(config))}"
+                    f"tuner '{settings.name}': {first_line(error)}{present.hint(present.missing(config))}"
                 ) from None
         # PEFT adds those of fused experts, and there are none here
         if coded and getattr(config, "target_parameters", None):
-            config.target_parameters = sorted(asked)
+            config.target_parameters = sorted(target_parameters)
         model.train(mode)  # new dropouts come awake
-        said = [str(w.message) for w in heard if issubclass(w.category, (UserWarning, RuntimeWarning))]
+        messages = [str(w.message) for w in caught if issubclass(w.category, (UserWarning, RuntimeWarning))]
         # else they are PEFT's, for fused experts
         own = any(k.endswith("_pattern") for k in getattr(settings, "config", None) or {})
-        self.told = tuple(s for s in said if own or "_pattern keys did not match" not in s)
+        self.told = tuple(s for s in messages if own or "_pattern keys did not match" not in s)
         self.layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
         # biases that train: off() puts them back
         self.start = [(p, p.detach().clone()) for p in start if p.requires_grad]
         self.biases = {id(p) for p, _ in self.start}
-        self._check(config, tied, there)
+        self._check(config, tied, present)
         self.told += self._left_out()
 
-    def _check(self, config: PeftConfig, tied: list[list[str]], there: ModuleNames) -> None:
+    def _check(self, config: PeftConfig, tied: list[list[str]], present: ModuleNames) -> None:
         """What was asked for is there, and touches nothing else."""
         tuner = self.placer
         hit = [*tuner.targeted_module_names, *tuner.targeted_parameter_names]
-        missed = there.missed(config)
-        if missed:
+        missing = present.missing(config)
+        if missing:
             raise RecipeError(
-                f"tuner '{self.settings.name}': target_modules '{missed}' matches nothing{there.said(missed)}"
+                f"tuner '{self.settings.name}': target_modules '{missing}' matches nothing{present.hint(missing)}"
             )
         for name in as_list(getattr(config, "target_parameters", None)):
             if not ends_one(name, hit):
                 raise RecipeError(
                     f"tuner '{self.settings.name}': target_parameters '{name}' matches"
-                    f" nothing{did_you_mean(name, there.bare)}"
+                    f" nothing{did_you_mean(name, present.bare)}"
                 )
         for index in as_list(getattr(config, "layers_to_transform", None)):
             if not any(f".{index}." in h for h in hit):
@@ -121,19 +121,19 @@ class PeftTunedModel(TunedModel):
     # --- what moves
 
     def all_param_groups(self):
-        return self.found
+        return self.own_param_groups
 
     @cached_property
-    def found(self) -> list[ParamGroup]:
+    def own_param_groups(self) -> list[ParamGroup]:
         """A and B of a layer together; then whole modules and biases."""
-        param_groups, seen = [], set()
+        param_groups, assigned = [], set()
         for name, layer in self.layers.items():
             slots = {}
             for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
-                held = getattr(layer, attribute, None)
+                adapters = getattr(layer, attribute, None)
                 entry = (
-                    held[ADAPTER]
-                    if isinstance(held, (nn.ModuleDict, nn.ParameterDict)) and ADAPTER in held
+                    adapters[ADAPTER]
+                    if isinstance(adapters, (nn.ModuleDict, nn.ParameterDict)) and ADAPTER in adapters
                     else None
                 )
                 # lora_A -> A
@@ -145,21 +145,21 @@ class PeftTunedModel(TunedModel):
                     slots |= {
                         plain if k == "weight" and plain else f"{plain}.{k}".lstrip("."): p for k, p in inner
                     }
-            slots = {k: p for k, p in slots.items() if id(p) not in seen}
+            slots = {k: p for k, p in slots.items() if id(p) not in assigned}
             if slots:
                 param_groups.append(ParamGroup(name, slots, self.settings))
-                seen |= {id(p) for p in slots.values()}
+                assigned |= {id(p) for p in slots.values()}
         whole = [f"{n}." for n, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         for name, module in self.model.named_modules():  # modules_to_save, biases
             further = f".{ADAPTER}" in name and name.startswith(tuple(whole))
             slots = {
                 k: p
                 for k, p in module.named_parameters(recurse=False)
-                if id(p) not in seen and (further or id(p) in self.biases)
+                if id(p) not in assigned and (further or id(p) in self.biases)
             }
             if slots:
                 param_groups.append(ParamGroup(name, slots, None))
-                seen |= {id(p) for p in slots.values()}
+                assigned |= {id(p) for p in slots.values()}
         return param_groups
 
     def buffers(self):
@@ -212,11 +212,13 @@ class PeftTunedModel(TunedModel):
             return
         layers = {n: m for n, m in self.layers.items() if isinstance(m, DeltaLayer)}
         with self.off():
-            for name, seen in statistics(self.settings.reads, layers, rows[: self.settings.init_rows], roles):
+            for name, stats in statistics(
+                self.settings.reads, layers, rows[: self.settings.init_rows], roles
+            ):
                 with torch.no_grad():
-                    own = layers[name].held[ADAPTER].state_dict(keep_vars=True)
+                    own = layers[name].adapter_params[ADAPTER].state_dict(keep_vars=True)
                     for slot, value in self.settings.start(
-                        oriented(layers[name].get_base_layer()).detach(), seen
+                        oriented(layers[name].get_base_layer()).detach(), stats
                     ).items():
                         own[slot].copy_(value)
 
@@ -227,7 +229,7 @@ class PeftTunedModel(TunedModel):
         """The base model, exactly. Flags only: what requires a gradient stays as it is."""
         parts = [m for m in self.model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
         was = [m._disable_adapters for m in parts]
-        kept = [(p, p.data) for p, _ in self.start]
+        originals = [(p, p.data) for p, _ in self.start]
         try:
             for m in parts:
                 m._disable_adapters = True
@@ -237,7 +239,7 @@ class PeftTunedModel(TunedModel):
         finally:
             for m, before in zip(parts, was, strict=True):
                 m._disable_adapters = before
-            for p, data in kept:
+            for p, data in originals:
                 p.data = data
 
     @contextmanager
@@ -250,8 +252,8 @@ class PeftTunedModel(TunedModel):
             yield from self._merged(bases)
 
     def _merged(self, bases: dict[int, nn.Module]) -> Iterator[nn.Module]:
-        kept = [(p, p.data) for b in bases.values() for p in b.parameters(recurse=False)]
-        for p, data in kept:
+        originals = [(p, p.data) for b in bases.values() for p in b.parameters(recurse=False)]
+        for p, data in originals:
             p.data = data.clone()
         try:
             try:
@@ -263,7 +265,7 @@ class PeftTunedModel(TunedModel):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)
                 self.peft.unmerge_adapter()
-            for p, data in kept:
+            for p, data in originals:
                 p.data = data
 
     # --- files
@@ -288,7 +290,7 @@ class PeftTunedModel(TunedModel):
         self._same_settings(
             json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8")), folder
         )
-        kept = self.tensors()
+        before = self.tensors()
         # PEFT adds the base's embeddings
         file = {k: v for k, v in load_file(str(path)).items() if not k.endswith(".base_layer.weight")}
         own = {id(t) for t in self._state().values()}
@@ -312,21 +314,21 @@ class PeftTunedModel(TunedModel):
                 f"the adapter in {folder} does not fit tuner '{self.settings.name}': {first_line(error)}"
             ) from None
         finally:
-            self.load(kept)
+            self.load(before)
 
     def unpack(self, file: dict[str, Tensor]) -> dict[str, Tensor]:
         """The way back from `state` where it is more than PEFT's."""
         return file
 
-    def _same_settings(self, said: dict, folder: Any) -> None:
+    def _same_settings(self, saved: dict, folder: Any) -> None:
         """An adapter read under another scale or rank would be another function."""
         mine = json.loads(
             json.dumps(self.config().to_dict(), default=lambda x: sorted(x) if isinstance(x, set) else str(x))
         )
         for key, value in mine.items():
-            if key in said and key not in COMPATIBLE and said[key] != value:
+            if key in saved and key not in COMPATIBLE and saved[key] != value:
                 raise RecipeError(
-                    f"the adapter in {folder} was made with {key}={said[key]}, and this recipe says"
+                    f"the adapter in {folder} was made with {key}={saved[key]}, and this recipe says"
                     f" {key}={value}"
                 )
 

@@ -28,10 +28,10 @@ class PEFT(Tuner):
     config: dict[str, Any] | None = None
 
     def __post_init__(self):
-        self.made  # noqa: B018  checked here, so that a recipe is refused before a model is loaded
+        self.peft_config  # noqa: B018  checked here, so that a recipe is refused before a model is loaded
 
     @cached_property
-    def made(self):
+    def peft_config(self):
         from luthier.methods.tuners._peft import any_config
 
         return any_config(self.type, self.config or {})
@@ -42,9 +42,11 @@ class PEFT(Tuner):
         from luthier.methods.tuners._peft import merges
 
         plain = self.type.lower() == "lora" and not (self.config or {}).get("use_dora")
-        return frozenset({"off", *(["merge"] if merges(self.made) else []), *(["low-rank"] if plain else [])})
+        return frozenset(
+            {"off", *(["merge"] if merges(self.peft_config) else []), *(["low-rank"] if plain else [])}
+        )
 
     def attach(self, model):
         from luthier.methods.tuners._peft import PeftTunedModel
 
-        return PeftTunedModel(self, model, copy.deepcopy(self.made))
+        return PeftTunedModel(self, model, copy.deepcopy(self.peft_config))

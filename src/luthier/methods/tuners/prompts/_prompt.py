@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-class Soft(TunedModel):
+class SoftPrompt(TunedModel):
     """[virtual, width] vectors in fp32, on a frozen model."""
 
     def __init__(self, settings, model: Network, vectors: Tensor):
@@ -36,11 +36,11 @@ class Soft(TunedModel):
 
     @contextmanager
     def off(self):
-        kept, self.virtual = self.virtual, 0
+        virtual, self.virtual = self.virtual, 0
         try:
             yield
         finally:
-            self.virtual = kept
+            self.virtual = virtual
 
     def save(self, folder):
         from luthier.methods.tuners._peft import write_prompt

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import Tuner
-from luthier.methods.tuners.prompts._prompt import Soft, words_of
+from luthier.methods.tuners.prompts._prompt import SoftPrompt, words_of
 from luthier.registry import build, tuner
 from luthier.storage import checkpoints
 
@@ -55,16 +55,16 @@ class Control(Tuner):
     @torch.no_grad()
     def attach(self, model):
         table, n = model.get_input_embeddings(), self.num_virtual_tokens
-        made = []
+        vectors = []
         for b in range(self.buckets):
             ids = words_of(model, self.texts[b]) if self.texts else torch.randperm(len(table.weight)).tolist()
             if not ids:
                 raise RecipeError(f"texts: that of bucket {b} holds no token")
-            made.append(table(torch.tensor((ids * -(-n // len(ids)))[:n], device=table.weight.device)))
-        return Controls(self, model, torch.cat(made))
+            vectors.append(table(torch.tensor((ids * -(-n // len(ids)))[:n], device=table.weight.device)))
+        return ControlPrompts(self, model, torch.cat(vectors))
 
 
-class Controls(Soft):
+class ControlPrompts(SoftPrompt):
     """[buckets * n, width] vectors, and what another tuner attached."""
 
     def __init__(self, settings: Control, model: Any, vectors: Tensor):
@@ -92,11 +92,11 @@ class Controls(Soft):
     @contextmanager
     def under(self, bucket: int) -> Iterator[None]:
         """Rows that say none are read and answered under this bucket, for a while."""
-        kept, self.bucket = self.bucket, bucket
+        before, self.bucket = self.bucket, bucket
         try:
             yield
         finally:
-            self.bucket = kept
+            self.bucket = before
 
     def all_param_groups(self):
         return [*super().all_param_groups(), *(self.inner.all_param_groups() if self.inner else [])]
@@ -157,5 +157,5 @@ class Controls(Soft):
                 **load_file(str(folder / FILE)),
                 **(self.inner.read(folder) if self.inner else {}),
             }
-        found = super().read(folder)
-        return {**self.tensors(), **found} if set(found) == {"prompt.embeddings"} else found
+        tensors = super().read(folder)
+        return {**self.tensors(), **tensors} if set(tensors) == {"prompt.embeddings"} else tensors

@@ -26,7 +26,7 @@ def chosen_modules(settings: Any, model: Network) -> dict[str, Any]:
             for n, m in matrices(model).items()
             if m is not head and not any(n == e or n.endswith(f".{e}") for e in out)
         }
-    found = {
+    matches = {
         n: m for n, m in model.named_modules() if not isinstance(m, BaseTunerLayer) and exists(config, n)
     }
-    return {n: m for n, m in found.items() if isinstance(getattr(m, "weight", None), torch.Tensor)}
+    return {n: m for n, m in matches.items() if isinstance(getattr(m, "weight", None), torch.Tensor)}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-class Weights(TunedModel):
+class TunedWeights(TunedModel):
     """Own weights chosen by a rule. Kept starts make `off` exact where few weights move."""
 
     def __init__(
@@ -102,7 +102,7 @@ class Weights(TunedModel):
         return {**{f"{n}.weight": saved[n] for n in self.names if n in saved}, **self.memory()}
 
 
-class Layers(Weights):
+class LayerwiseWeights(TunedWeights):
     """All weights, of which some move now, by the layer they stand in. What is in no layer (embeddings, head)
     is `outside`.
     """

@@ -47,13 +47,13 @@ class Classifier(Architecture):
             return {}
         if len(names) == 1:
             raise RecipeError(f"all rows are of one class, '{min(names)}': there is nothing to tell apart")
-        given = {
+        numbers = {
             row["completions"][0]: row["label"]
             for row in rows
             if len(row.get("completions", ())) == 1 and "label" in row
         }
-        numbered = given.keys() == names and all(isinstance(v, (int, float)) for v in given.values())
-        order = sorted(names, key=(lambda n: (given[n], n)) if numbered else _number_or_name)
+        numbered = numbers.keys() == names and all(isinstance(v, (int, float)) for v in numbers.values())
+        order = sorted(names, key=(lambda n: (numbers[n], n)) if numbered else _number_or_name)
         return {
             "num_labels": len(order),
             "id2label": dict(enumerate(order)),
@@ -64,12 +64,12 @@ class Classifier(Architecture):
         from transformers import AutoConfig
 
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        wanted = kwargs.get("label2id", {})
-        if self.suits(config) and wanted.keys() <= config.label2id.keys():
+        label2id = kwargs.get("label2id", {})
+        if self.suits(config) and label2id.keys() <= config.label2id.keys():
             # a checkpoint that knows these classes keeps their order
             for name in ("num_labels", "id2label", "label2id"):
                 kwargs.pop(name, None)
-        elif not wanted:
+        elif not label2id:
             raise RecipeError(f"{path} is no classifier, and no rows say which classes there are")
         model = super().load(path, ignore_mismatched_sizes=True, **kwargs)
         config = model.config.get_text_config()
@@ -85,14 +85,14 @@ class Classifier(Architecture):
 
     def forward(self, model: Network, attached, batch: Batch) -> Outputs:
         pieces, parents = batch.segments(), batch.parent.tolist()
-        asked = batch.segment[batch.supervised].tolist()
-        roots = sorted({parents[s] for s in asked})
+        completions = batch.segment[batch.supervised].tolist()
+        roots = sorted({parents[s] for s in completions})
         ids, mask = pad([batch.ids[pieces[s]] for s in roots], self.padding(model))
         if attached.virtual:
             raise ValueError("a classifier takes no soft prompt")
         attached.reads(batch, batch.row[roots])
         logits = model(input_ids=ids, attention_mask=mask).logits
-        which = torch.tensor([roots.index(parents[s]) for s in asked], device=ids.device)
+        which = torch.tensor([roots.index(parents[s]) for s in completions], device=ids.device)
         return Outputs(logits[which].float(), Head(nn.Identity()), batch.labels[batch.supervised])
 
     def padding(self, model: Network) -> int:

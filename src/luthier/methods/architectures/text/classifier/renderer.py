@@ -25,8 +25,8 @@ class LabelRenderer(Renderer):
         try:
             classes = [[class_of(c, self.label2id)] for c in row.get("completions", [])]
             # the line break that parts a text from its label has no label after it here
-            asked = row["prompt"]
-            row = {**row, "prompt": asked.removesuffix("\n") if isinstance(asked, str) else asked}
+            prompt = row["prompt"]
+            row = {**row, "prompt": prompt.removesuffix("\n") if isinstance(prompt, str) else prompt}
             ids = (
                 self.tokenizer(*row["texts"])["input_ids"]
                 if len(row.get("texts", ())) == 2
@@ -44,14 +44,14 @@ class LabelRenderer(Renderer):
     def decode_marked(self, row: dict, marks: tuple[str, str] = ("⟦", "⟧")) -> str:
         """For people: the text as it is read, then the names of its classes between marks."""
         encoded, names = self.encode(row), {i: name for name, i in self.label2id.items()}
-        told = "\n---\n".join(f"{marks[0]}{names[ids[0]]}{marks[1]}" for ids in encoded.completions)
-        return f"{self.shown(encoded.prompt)} → {told}"
+        labels = "\n---\n".join(f"{marks[0]}{names[ids[0]]}{marks[1]}" for ids in encoded.completions)
+        return f"{self.shown(encoded.prompt)} → {labels}"
 
     def prompt(self, row: dict) -> list[int]:
-        found = self._class({**row, "completions": []})
-        if isinstance(found, BadRow):
-            raise found
-        return found.prompt
+        encoded = self._class({**row, "completions": []})
+        if isinstance(encoded, BadRow):
+            raise encoded
+        return encoded.prompt
 
 
 def class_of(name: Any, label2id: dict[str, int]) -> int:

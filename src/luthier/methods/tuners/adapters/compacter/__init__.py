@@ -37,9 +37,9 @@ class Compacter(Bottleneck):
     phm_init_range: Annotated[float, Field(gt=0)] = 0.01  # spread of A_i at the start
 
     def attach(self, model):
-        from luthier.methods.tuners.adapters.compacter.tuned import Sharing
+        from luthier.methods.tuners.adapters.compacter.tuned import CompacterModel
 
-        return Sharing(self, model, "A")
+        return CompacterModel(self, model, "A")
 
     def widths(self, W):
         n, width = self.phm_dim, W.shape[0]

@@ -10,13 +10,15 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-class Sharing(PeftTunedModel):
+class CompacterModel(PeftTunedModel):
     """One tensor of every module is the same parameter, and starts as the first module has it. The file
     repeats it, too.
     """
 
     def __init__(self, settings: Any, model: Network, slot: str):
         super().__init__(settings, model, config_for(settings))
-        held = [cast(Any, m.held[ADAPTER]) for m in self.layers.values() if isinstance(m, DeltaLayer)]
-        for tensors in held[1:]:
-            setattr(tensors, slot, getattr(held[0], slot))
+        params = [
+            cast(Any, m.adapter_params[ADAPTER]) for m in self.layers.values() if isinstance(m, DeltaLayer)
+        ]
+        for tensors in params[1:]:
+            setattr(tensors, slot, getattr(params[0], slot))

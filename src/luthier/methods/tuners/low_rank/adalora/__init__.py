@@ -44,9 +44,9 @@ class AdaLoRA(Delta):
             raise RecipeError("tinit and tfinal are the whole run: nothing is left to share ranks out in")
 
     def attach(self, model):
-        from luthier.methods.tuners.low_rank.adalora.tuned import Allocating
+        from luthier.methods.tuners.low_rank.adalora.tuned import AdaLoRAModel
 
-        return Allocating(self, model)
+        return AdaLoRAModel(self, model)
 
     def init(self, W):
         return {

@@ -13,7 +13,7 @@ from luthier.model.network import Network
 SLOTS = ("A", "E", "B")
 
 
-class Allocating(PeftTunedModel):
+class AdaLoRAModel(PeftTunedModel):
     """What is known of each number's importance belongs to the state: a run that goes on shares out as it
     would have.
     """
@@ -21,17 +21,17 @@ class Allocating(PeftTunedModel):
     def __init__(self, settings: Any, model: Network):
         super().__init__(settings, model, config_for(settings))
         self.ranked = {name: layer for name, layer in self.layers.items() if isinstance(layer, DeltaLayer)}
-        self.known: dict[str, Tensor] = {}
+        self.smoothed: dict[str, Tensor] = {}
         for name, layer in self.ranked.items():
             p = layer.tensors(ADAPTER)
-            self.known |= {
+            self.smoothed |= {
                 f"{name}.{slot}.{what}": torch.zeros_like(getattr(p, slot))
                 for slot in SLOTS
                 for what in ("importance", "uncertainty")
             }
 
     def memory(self):
-        return self.known
+        return self.smoothed
 
     @torch.no_grad()
     def after_step(self, clock):
@@ -47,23 +47,23 @@ class Allocating(PeftTunedModel):
         if budget is not None:
             self._allocate(budget)
 
-    def _follow(self, name: str, seen: Tensor) -> None:
-        importance, uncertainty = self.known[f"{name}.importance"], self.known[f"{name}.uncertainty"]
-        importance.lerp_(seen, 1 - self.settings.beta1)
-        uncertainty.lerp_((seen - importance).abs(), 1 - self.settings.beta2)
+    def _follow(self, name: str, sensitivity: Tensor) -> None:
+        importance, uncertainty = self.smoothed[f"{name}.importance"], self.smoothed[f"{name}.uncertainty"]
+        importance.lerp_(sensitivity, 1 - self.settings.beta1)
+        uncertainty.lerp_((sensitivity - importance).abs(), 1 - self.settings.beta2)
 
     def _allocate(self, budget: int) -> None:
         """The `budget` most important triplets of all modules keep their E."""
         scores = torch.cat([self._scores(name) for name in self.ranked])
-        kept = torch.zeros(len(scores), dtype=torch.bool, device=scores.device).index_fill_(
+        keep = torch.zeros(len(scores), dtype=torch.bool, device=scores.device).index_fill_(
             0, scores.topk(budget).indices, True
         )
-        for layer, mine in zip(self.ranked.values(), kept.split(self.settings.init_r), strict=True):
+        for layer, mine in zip(self.ranked.values(), keep.split(self.settings.init_r), strict=True):
             layer.tensors(ADAPTER).E.masked_fill_(~mine, 0.0)
 
     def _scores(self, name: str) -> Tensor:
         a, e, b = (
-            self.known[f"{name}.{slot}.importance"] * self.known[f"{name}.{slot}.uncertainty"]
+            self.smoothed[f"{name}.{slot}.importance"] * self.smoothed[f"{name}.{slot}.uncertainty"]
             for slot in SLOTS
         )
         return e + a.mean(1) + b.mean(0)

@@ -41,9 +41,9 @@ class IntrinsicDimension(Delta):
         return replace(self, module=name)
 
     def attach(self, model):
-        from luthier.methods.tuners.low_rank.intrinsic_dimension.tuned import Shared
+        from luthier.methods.tuners.low_rank.intrinsic_dimension.tuned import IntrinsicDimensionModel
 
-        return Shared(self, model)
+        return IntrinsicDimensionModel(self, model)
 
     @property
     def length(self):
@@ -106,7 +106,7 @@ def draws(d: int, n: int, seed: int, like: Tensor) -> tuple[Tensor, Tensor, Tens
     """
     size = 1 << (max(d, 1) - 1).bit_length()
     rng = torch.Generator().manual_seed(seed)
-    made = [
+    blocks = [
         (
             torch.randn(size, generator=rng),
             torch.randperm(size, generator=rng),
@@ -114,7 +114,7 @@ def draws(d: int, n: int, seed: int, like: Tensor) -> tuple[Tensor, Tensor, Tens
         )
         for _ in range(-(-n // size))
     ]
-    G, order, B = (torch.stack(parts) for parts in zip(*made, strict=True))
+    G, order, B = (torch.stack(parts) for parts in zip(*blocks, strict=True))
     norm = G.square().mean(1, keepdim=True).sqrt() * (size * n) ** 0.5
     return G.to(like), order.to(like.device), (B * 2.0 - 1).to(like), norm.to(like)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-class Shared(PeftTunedModel):
+class IntrinsicDimensionModel(PeftTunedModel):
     """Every module's `theta` is the same parameter. The adapter file repeats it, so that any reader finds it."""
 
     def __init__(self, settings: Any, model: Network):
@@ -36,4 +36,4 @@ class Shared(PeftTunedModel):
         )
         for name, layer in layers.items():
             layer.methods[ADAPTER] = filled.at(name)
-            cast(Any, layer.held[ADAPTER]).theta = theta
+            cast(Any, layer.adapter_params[ADAPTER]).theta = theta

@@ -72,10 +72,10 @@ class LoRA(TargetModules):
         if start == "eva" and self.target_parameters:
             raise RecipeError("init_lora_weights: eva does not go with target_parameters")
         for name, usual in DRIVEN.items():
-            given = getattr(self, f"{name}_config") or {}
-            if given and name != start:
+            settings = getattr(self, f"{name}_config") or {}
+            if settings and name != start:
                 raise RecipeError(f"{name}_config goes with init_lora_weights: {name}")
-            for key, value in given.items():
+            for key, value in settings.items():
                 if key not in usual:
                     raise RecipeError(f"{name}_config has no setting '{key}'{did_you_mean(key, usual)}")
                 if key in CHOICES and value not in CHOICES[key]:

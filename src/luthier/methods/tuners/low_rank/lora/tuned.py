@@ -31,15 +31,17 @@ if TYPE_CHECKING:
 
 
 def attach(settings: Any, model: Network) -> PeftTunedModel:
-    said = plain_settings(settings)
-    start = said["init_lora_weights"]
+    options = plain_settings(settings)
+    start = options["init_lora_weights"]
     own = isinstance(start, str) and start != "gaussian"  # made below, in fp32, and without touching the base
     for key in ("eva_config", "corda_config", "lora_ga_config", "init_rows", "init_data"):
-        del said[key]
-    if said["lora_alpha"] == int(said["lora_alpha"]):
-        said["lora_alpha"] = int(said["lora_alpha"])  # other readers of adapter_config.json expect an integer
+        del options[key]
+    if options["lora_alpha"] == int(options["lora_alpha"]):
+        options["lora_alpha"] = int(
+            options["lora_alpha"]
+        )  # other readers of adapter_config.json expect an integer
     about = {"task_type": _task(model), "fan_in_fan_out": sideways(model)}
-    config = LoraConfig(**{**said, "init_lora_weights": True if own else start, **about})
+    config = LoraConfig(**{**options, "init_lora_weights": True if own else start, **about})
     attached = LoraTunedModel(settings, model, config)
     for layer in attached.layers.values():
         if type(layer) is Linear:
@@ -114,15 +116,15 @@ class LoraTunedModel(PeftTunedModel):
         """
         base = cast("Matrix", layer.get_base_layer())
         with opened([base]):
-            kept = base.weight.data
+            original = base.weight.data
             turn = make == "olora_init" and isinstance(base, Conv1D)  # PEFT factors the weight as it lies
-            base.weight.data = (oriented(base) if turn else kept).detach().float().clone()
+            base.weight.data = (oriented(base) if turn else original).detach().float().clone()
             try:
                 getattr(layer, make)(ADAPTER, *how)
             except ValueError as error:
                 raise RecipeError(f"init_lora_weights: {error}") from None
             finally:
-                base.weight.data = kept
+                base.weight.data = original
 
     # --- starts from data
 
@@ -139,31 +141,31 @@ class LoraTunedModel(PeftTunedModel):
             ).rows
         rows = rows[: self.settings.init_rows]
         with self.off():
-            found = statistics("gradients" if start == "lora_ga" else "covariance", layers, rows, roles)
-            getattr(self, f"_begin_{start}")(layers, found, roles)
+            stats = statistics("gradients" if start == "lora_ga" else "covariance", layers, rows, roles)
+            getattr(self, f"_begin_{start}")(layers, stats, roles)
 
     @torch.no_grad()
-    def _begin_eva(self, layers: Mapping[str, Any], found: Any, roles: Any) -> None:
+    def _begin_eva(self, layers: Mapping[str, Any], stats: Any, roles: Any) -> None:
         """A: the directions in which most of what a layer reads lies; ranks go to the layers where they
         explain most.
         """
         r, shares, directions = self.settings.r, [], {}
-        for name, C in found:
+        for name, C in stats:
             values, vectors = torch.linalg.eigh(C.double())
             top = min(round(r * self.settings.how["rho"]), len(values))
             directions[name] = vectors.flip(1)[:, :top].T.float()
             shares += [(float(v), name) for v in values.flip(0)[:top] / values.sum()]
-        kept = [name for _, name in sorted(shares, key=lambda pair: -pair[0])[: r * len(layers)]]
-        self.rerank({name: kept.count(name) for name in layers})
+        chosen = [name for _, name in sorted(shares, key=lambda pair: -pair[0])[: r * len(layers)]]
+        self.rerank({name: chosen.count(name) for name in layers})
         for name, layer in layers.items():
             layer.lora_A[ADAPTER].weight.copy_(directions[name][: layer.r[ADAPTER]])
 
     @torch.no_grad()
-    def _begin_corda(self, layers: Mapping[str, Any], found: Any, roles: Any) -> None:
+    def _begin_corda(self, layers: Mapping[str, Any], stats: Any, roles: Any) -> None:
         """W C = U S V', so W = U S (V' C^-1): the adapter takes the largest components (ipm), or the smallest
         (kpm).
         """
-        for name, C in found:
+        for name, C in stats:
             layer, r = layers[name], layers[name].r[ADAPTER]
             some = slice(None, r) if self.settings.how["corda_method"] == "ipm" else slice(-r, None)
             C, inverse = invertible(C)
@@ -174,9 +176,9 @@ class LoraTunedModel(PeftTunedModel):
             self._subtracted(layer)
 
     @torch.no_grad()
-    def _begin_lora_ga(self, layers: Mapping[str, Any], found: Any, roles: Any) -> None:
+    def _begin_lora_ga(self, layers: Mapping[str, Any], stats: Any, roles: Any) -> None:
         how = LoraGAConfig(**self.settings.how)
-        for name, G in found:
+        for name, G in stats:
             base = layers[name].get_base_layer()
             base._peft_loraga_grad = G.T if lies_sideways(base) else G
             with torch.random.fork_rng(devices=[]):

@@ -35,30 +35,33 @@ class SelfTuning(Delta):
     sigma: Annotated[float, Field(gt=0)] = 0.5
 
     def attach(self, model):
-        from luthier.methods.tuners.low_rank.self_tuning.tuned import Responding
+        from luthier.methods.tuners.low_rank.self_tuning.tuned import SelfTuningModel
 
-        return Responding(self, model)
+        return SelfTuningModel(self, model)
 
     def init(self, W):
-        made: dict[str, Any] = {
+        tensors: dict[str, Any] = {
             "dial": frozen(torch.zeros(len(HYPER))),
             "dropping": ("seeded", torch.zeros(())),
         }
         shapes = {"A": (self.r, W.shape[1]), "B": (W.shape[0], self.r)} if self.r else {"D": tuple(W.shape)}
         for name, shape in shapes.items():
             start = torch.zeros(shape)
-            made[name] = nn.init.kaiming_uniform_(start, a=5**0.5) if name == "A" else start
-            made[f"{name}_hyper"], made[f"V_{name}"] = torch.zeros(shape), torch.randn(shape[0], len(HYPER))
-        return made
+            tensors[name] = nn.init.kaiming_uniform_(start, a=5**0.5) if name == "A" else start
+            tensors[f"{name}_hyper"], tensors[f"V_{name}"] = (
+                torch.zeros(shape),
+                torch.randn(shape[0], len(HYPER)),
+            )
+        return tensors
 
     def change(self, p: Any) -> tuple[Tensor, ...]:
         """The factors as they answer now, scaled."""
-        found = responses(p)
-        return (found[0], found[1] * (self.lora_alpha / self.r)) if self.r else found
+        factors = responses(p)
+        return (factors[0], factors[1] * (self.lora_alpha / self.r)) if self.r else factors
 
     def weight(self, W, p):
-        found = self.change(p)
-        return W + (found[1] @ found[0] if self.r else found[0]).to(W.dtype)
+        factors = self.change(p)
+        return W + (factors[1] @ factors[0] if self.r else factors[0]).to(W.dtype)
 
     def forward(self, x, y, p, layer):
         dial = placed(p.dial, x)
@@ -72,5 +75,5 @@ class SelfTuning(Delta):
         return y + (x * (self.lora_alpha / self.r) if self.r else x)
 
     def factors(self, p):
-        found = self.change(p)
-        return (found[0], found[1]) if self.r else None
+        factors = self.change(p)
+        return (factors[0], factors[1]) if self.r else None

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from luthier.clock import Clock
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import ParamGroup
-from luthier.methods.tuners._peft import ADAPTER, PeftTunedModel, config_for
+from luthier.methods.tuners._peft import ADAPTER, DeltaLayer, PeftTunedModel, config_for
 from luthier.methods.tuners.low_rank.self_tuning.maths import DECAY, HYPER, decay, names, rate
 
 
-class Responding(PeftTunedModel):
+class SelfTuningModel(PeftTunedModel):
     """A Delta on a model, and the hyperparameters that its layers answer to."""
 
     def __init__(self, settings: Any, network: Any):
@@ -32,10 +32,13 @@ class Responding(PeftTunedModel):
 
     def answers(self) -> list[Any]:
         """The tensors of every layer."""
-        return [layer.held[ADAPTER] for layer in self.layers.values() if hasattr(layer, "held")]
+        return [m.adapter_params[ADAPTER] for m in self.layers.values() if isinstance(m, DeltaLayer)]
 
     def all_param_groups(self):
-        return [*self.found, ParamGroup("hyper", {"moved": self.hyper, "log_sigma": self.log_sigma}, None)]
+        return [
+            *self.own_param_groups,
+            ParamGroup("hyper", {"moved": self.hyper, "log_sigma": self.log_sigma}, None),
+        ]
 
     # --- noise, a row at a time
 
@@ -44,9 +47,9 @@ class Responding(PeftTunedModel):
         """For a while every row is answered at its own draw of the hyperparameters: with dropout, or so that
         a gradient reaches them.
         """
-        kept = [(t, dict(t._buffers)) for t in self.answers()]
+        buffers = [(t, dict(t._buffers)) for t in self.answers()]
         self.clock, self.dropping, self.drawn = clock, dropping, {}
-        for t, _ in kept:
+        for t, _ in buffers:
             t._buffers["dropping"] = torch.tensor(float(dropping))
         self.per_row = True
         try:
@@ -58,7 +61,7 @@ class Responding(PeftTunedModel):
                 )
         finally:
             self.per_row = False
-            for t, was in kept:
+            for t, was in buffers:
                 t._buffers.update(was)
 
     def reads(self, batch, rows):

@@ -39,9 +39,9 @@ class PVTuning(Tuner):
     tune_rest: bool = True  # norms, embeddings, head and biases move as well
 
     def attach(self, model):
-        from luthier.methods.tuners.quantized.pv_tuning.tuned import Recoded
+        from luthier.methods.tuners.quantized.pv_tuning.tuned import CodeTunedModel
 
-        return Recoded(self, model)
+        return CodeTunedModel(self, model)
 
     def nothing(self, size):
         """What a step remembers of a weight, at first."""
@@ -55,11 +55,13 @@ class PVTuning(Tuner):
         size_now = (memory["square"] / (1 - self.code_beta2**step)).sqrt_().add_(1e-8)
         W = quantizer.dequantize(codes, size, torch.float32)
         target = W + memory["delta"] - self.code_lr * grad / size_now
-        made = recode(quantizer, codes, size, target, self.max_code_change_per_step, self.code_trust_ratio)
-        memory["delta"].copy_(
-            (target - quantizer.dequantize(made, size, torch.float32)) * (1 - self.delta_decay)
+        new_codes = recode(
+            quantizer, codes, size, target, self.max_code_change_per_step, self.code_trust_ratio
         )
-        return made
+        memory["delta"].copy_(
+            (target - quantizer.dequantize(new_codes, size, torch.float32)) * (1 - self.delta_decay)
+        )
+        return new_codes
 
 
 @torch.no_grad()

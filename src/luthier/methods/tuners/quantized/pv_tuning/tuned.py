@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-class Recoded(TunedModel):
+class CodeTunedModel(TunedModel):
     """Codes and what is continuous in them. The settings say `step(name, module, gradient, memory)`, which
     moves codes.
     """
@@ -48,30 +48,34 @@ class Recoded(TunedModel):
         for p in model.parameters():
             p.requires_grad_(settings.tune_rest)
         self.rest = [n for n, _ in model.named_parameters()] if settings.tune_rest else []
-        self.found = [
+        self.groups = [
             ParamGroup(n, {"weight": dict(model.named_parameters())[n]}, settings) for n in self.rest
         ]
-        self.seen: dict[str, Tensor] = {}  # gradients of weights in this step
-        self.kept: dict[str, Tensor] = {}  # what the steps of codes remember
+        self.weight_grads: dict[str, Tensor] = {}  # gradients of weights in this step
+        self.code_memory: dict[str, Tensor] = {}  # what the steps of codes remember
         for name, m in self.coded.items():
             slots = {}
             for k in m.quantizer.continuous:
                 value = m._buffers.pop(f"q_{k}")
                 slots[k] = nn.Parameter(value.float())
                 m.register_parameter(f"q_{k}", slots[k])
-            self.found.append(ParamGroup(name, slots, settings))
+            self.groups.append(ParamGroup(name, slots, settings))
             m.heard = self._hear(name)
-            self.kept |= {f"{name}.{k}": t.to(value.device) for k, t in settings.nothing(m.size).items()}
+            self.code_memory |= {
+                f"{name}.{k}": t.to(value.device) for k, t in settings.nothing(m.size).items()
+            }
         self.start = {k: t.detach().clone() for k, t in self._read().items()}
 
     def _hear(self, name: str):
         def hear(grad: Tensor) -> None:
-            self.seen[name] = self.seen[name] + grad.float() if name in self.seen else grad.float()
+            self.weight_grads[name] = (
+                self.weight_grads[name] + grad.float() if name in self.weight_grads else grad.float()
+            )
 
         return hear
 
     def all_param_groups(self):
-        return self.found
+        return self.groups
 
     def buffers(self):
         return {
@@ -82,16 +86,18 @@ class Recoded(TunedModel):
         }
 
     def memory(self):
-        return self.kept
+        return self.code_memory
 
     def before_step(self, clock):
-        self.seen.clear()
+        self.weight_grads.clear()
 
     @torch.no_grad()
     def after_step(self, clock):
         for name, m in self.coded.items():
-            if (grad := self.seen.pop(name, None)) is not None:
-                mine = {k.rpartition(".")[2]: t for k, t in self.kept.items() if k.startswith(f"{name}.")}
+            if (grad := self.weight_grads.pop(name, None)) is not None:
+                mine = {
+                    k.rpartition(".")[2]: t for k, t in self.code_memory.items() if k.startswith(f"{name}.")
+                }
                 for k, value in self.settings.step(
                     m.quantizer, m.codes, m.size, grad, mine, clock.step + 1
                 ).items():
@@ -104,14 +110,14 @@ class Recoded(TunedModel):
     @contextmanager
     def off(self):
         own = self._read()
-        kept = {k: t.data for k, t in own.items()}
+        originals = {k: t.data for k, t in own.items()}
         try:
             for k, t in own.items():
                 t.data = self.start[k]
             yield
         finally:
             for k, t in own.items():
-                t.data = kept[k]
+                t.data = originals[k]
 
     @contextmanager
     def merged(self):
@@ -139,11 +145,11 @@ class Recoded(TunedModel):
 
         codes = {
             f"{n}.{k}": t
-            for n, (_, held) in files.read(Path(folder) / CODES).items()
-            for k, t in held.items()
+            for n, (_, tensors) in files.read(Path(folder) / CODES).items()
+            for k, t in tensors.items()
         }
         rest = {f"{n}.weight": t for n, t in load_file(str(Path(folder) / REST)).items()}
-        return {k: torch.zeros_like(t) for k, t in self.kept.items()} | codes | rest
+        return {k: torch.zeros_like(t) for k, t in self.code_memory.items()} | codes | rest
 
 
 CODES = "codes.safetensors"  # as tuned

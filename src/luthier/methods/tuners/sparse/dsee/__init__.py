@@ -56,9 +56,9 @@ class DSEE(Delta):
         return replace(self, part=part_of(name) or "") if self.structured else self
 
     def attach(self, model):
-        from luthier.methods.tuners.sparse.dsee.tuned import Pruning
+        from luthier.methods.tuners.sparse.dsee.tuned import DSEEModel
 
-        return Pruning(self, model)
+        return DSEEModel(self, model)
 
     def units(self, width: int) -> int:
         """How many coefficients a module has for its `width` columns, which read what heads or units say."""
@@ -77,17 +77,17 @@ class DSEE(Delta):
             places = S.abs().flatten().topk(n).indices
         else:
             places = some_of(W.numel(), n)
-        made = {
+        tensors = {
             "A": torch.empty(self.r, W.shape[1]).uniform_(-scale, scale),
             "B": torch.zeros(W.shape[0], self.r),
             "indices": frozen(places.sort().values.to(place_type(W.numel()))),
             "values": torch.zeros(n),
         }
         if self.sparsity:
-            made["mask"] = frozen(torch.ones(W.shape, dtype=torch.bool))
+            tensors["mask"] = frozen(torch.ones(W.shape, dtype=torch.bool))
         if self.units(W.shape[1]):
-            made["c"] = torch.ones(self.units(W.shape[1]))
-        return made
+            tensors["c"] = torch.ones(self.units(W.shape[1]))
+        return tensors
 
     def change(self, W: Tensor, p) -> Tensor:
         """s B A + S."""

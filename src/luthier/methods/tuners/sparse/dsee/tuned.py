@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-class Pruning(PeftTunedModel):
+class DSEEModel(PeftTunedModel):
     """The masks are part of the state: a run that goes on after the pruning finds them."""
 
     def __init__(self, settings: Any, model: Network):
@@ -53,7 +53,7 @@ class Pruning(PeftTunedModel):
         c = getattr(self.pruned[group].tensors(ADAPTER), "c", None) if group in self.pruned else None
         return {} if c is None else {"c": self.settings.l1_weight * c.detach().sign()}
 
-    def kept(self, layer: dict[str, str], part: str) -> Tensor | None:
+    def unit_mask(self, layer: dict[str, str], part: str) -> Tensor | None:
         """[units] which of the heads that `o` reads, or of the units that `down` reads, are still there;
         None: all.
         """
@@ -72,19 +72,19 @@ class Pruning(PeftTunedModel):
             )
         with self.merged():
             state = plain_state(self.model)
-        made: Any = type(self.model)(copy.deepcopy(self.model.config))
-        made = made.to(next(iter(state.values())).device, self.model.dtype)
-        made.load_state_dict(state)
+        plain: Any = type(self.model)(copy.deepcopy(self.model.config))
+        plain = plain.to(next(iter(state.values())).device, self.model.dtype)
+        plain.load_state_dict(state)
         shape = []
         for layer in self.anatomy.layers:
             left = [*self.anatomy.whole[0]]
             for which, part in enumerate(("o", "down")):
-                kept = self.kept(layer, part) if heads or part == "down" else None
-                if kept is not None:
-                    reorder(made, layer, which, kept.logical_not().to(torch.uint8).argsort(stable=True))
-                    left[which] = int(kept.sum())
+                mask = self.unit_mask(layer, part) if heads or part == "down" else None
+                if mask is not None:
+                    reorder(plain, layer, which, mask.logical_not().to(torch.uint8).argsort(stable=True))
+                    left[which] = int(mask.sum())
             shape.append(tuple(left))
-        return sliced(made.eval(), self.anatomy, tuple(shape))
+        return sliced(plain.eval(), self.anatomy, tuple(shape))
 
     def export_merged(self, folder):
         """Without the units that have left, and without the heads where a config can say so many heads of

@@ -32,9 +32,9 @@ class LTSFT(Sparse):
     counts: dict[str, int] | None = None  # entries of each module; filled in when they are chosen
 
     def attach(self, model):
-        from luthier.methods.tuners.sparse.lt_sft.tuned import Lottery
+        from luthier.methods.tuners.sparse.lt_sft.tuned import LotteryTicketModel
 
-        return Lottery(self, model)
+        return LotteryTicketModel(self, model)
 
     def at(self, name):
         return replace(self, counts={"": (self.counts or {}).get(name, 0)})

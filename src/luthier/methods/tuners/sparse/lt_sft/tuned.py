@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-class Lottery(PeftTunedModel):
+class LotteryTicketModel(PeftTunedModel):
     """Until the choice the modules' own weights move and where they began is kept; afterwards the other way
     round.
     """
@@ -45,7 +45,7 @@ class Lottery(PeftTunedModel):
     # --- the two phases
 
     def _dense(self) -> None:
-        self._told(None)
+        self._set_counts(None)
         for name, layer in self.sparse.items():
             weight = layer.get_base_layer().weight.requires_grad_(True)
             self.began[name] = weight.detach().clone()
@@ -57,7 +57,7 @@ class Lottery(PeftTunedModel):
 
     def _sparse(self, places: Mapping[str, Tensor], values: Mapping[str, Tensor] | None = None) -> None:
         """Put all weights back; these places move from here on."""
-        self._told({n: len(p) for n, p in places.items()})
+        self._set_counts({n: len(p) for n, p in places.items()})
         for name, layer in self.sparse.items():
             weight, at = layer.get_base_layer().weight, places[name]
             if name in self.began:
@@ -65,14 +65,14 @@ class Lottery(PeftTunedModel):
                 weight.grad = None
             self._hold(layer, at, weight.new_zeros(len(at)) if values is None else values[name])
 
-    def _told(self, counts: dict[str, int] | None) -> None:
+    def _set_counts(self, counts: dict[str, int] | None) -> None:
         self.settings = replace(self.settings, counts=counts)
         cast(Any, self.peft.peft_config[ADAPTER]).counts = counts
-        self.__dict__.pop("found", None)
+        self.__dict__.pop("own_param_groups", None)
 
     def _hold(self, layer: DeltaLayer, places: Tensor, values: Tensor) -> None:
-        held = cast(Any, layer.held[ADAPTER])
-        held.indices, held.values = places, nn.Parameter(values.detach().float().clone())
+        params = cast(Any, layer.adapter_params[ADAPTER])
+        params.indices, params.values = places, nn.Parameter(values.detach().float().clone())
 
     def _moved(self, name: str) -> Tensor:
         """[out, in] how far a weight is from where it began."""
@@ -96,7 +96,7 @@ class Lottery(PeftTunedModel):
     # --- what moves
 
     def all_param_groups(self):
-        sparse = self.found
+        sparse = self.own_param_groups
         if not self.began:
             return sparse
         bases = ((n, m.get_base_layer().weight) for n, m in self.sparse.items())
@@ -129,23 +129,23 @@ class Lottery(PeftTunedModel):
             with super().using(tensors):
                 yield
             return
-        kept = self.tensors()
+        before = self.tensors()
         self.load(tensors)
         try:
             yield
         finally:
-            self.load(kept)
+            self.load(before)
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        kept = {n: self.sparse[n].get_base_layer().weight.data for n in self.began}
+        weights = {n: self.sparse[n].get_base_layer().weight.data for n in self.began}
         try:
-            for n in kept:
+            for n in weights:
                 self.sparse[n].get_base_layer().weight.data = self.began[n]
             with super().off():
                 yield
         finally:
-            for n, data in kept.items():
+            for n, data in weights.items():
                 self.sparse[n].get_base_layer().weight.data = data
 
     # --- files
@@ -156,12 +156,12 @@ class Lottery(PeftTunedModel):
         if not self.began:
             yield
             return
-        kept = self.tensors()
+        before = self.tensors()
         self.choose(rewind=False)
         try:
             yield
         finally:
-            self.load(kept)
+            self.load(before)
 
     def save(self, folder):
         with self._chosen():
@@ -172,9 +172,9 @@ class Lottery(PeftTunedModel):
             return super().export_lora(folder, rank)
 
     def read(self, folder):
-        said = Path(folder) / "adapter_config.json"
-        if said.is_file() and (Path(folder) / "adapter_model.safetensors").is_file():
-            counts = json.loads(said.read_text(encoding="utf-8")).get("counts") or {}
+        path = Path(folder) / "adapter_config.json"
+        if path.is_file() and (Path(folder) / "adapter_model.safetensors").is_file():
+            counts = json.loads(path.read_text(encoding="utf-8")).get("counts") or {}
             own = {n: self.sparse[n].get_base_layer().weight for n in self.sparse}
             zeros = lambda n: torch.zeros(
                 counts.get(n, 0), dtype=place_type(own[n].numel()), device=own[n].device

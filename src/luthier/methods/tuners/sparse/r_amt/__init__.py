@@ -38,22 +38,22 @@ class RAMT(Delta):
             raise RecipeError("mask_init must be above threshold, else the start is not the base")
 
     def attach(self, model):
-        from luthier.methods.tuners.sparse.r_amt.tuned import Masked
+        from luthier.methods.tuners.sparse.r_amt.tuned import MaskTunedModel
         from luthier.model.sensitivity import matrices
 
-        wanted = {"attention": {"attention"}, "mlp": {"feed-forward"}, "all": {"attention", "feed-forward"}}[
+        kinds = {"attention": {"attention"}, "mlp": {"feed-forward"}, "all": {"attention", "feed-forward"}}[
             self.where
         ]
         fitted = self
         if self.target_modules == "all-linear":
-            there = [n for n in matrices(model) if part_of(n) and kind_of(n) in wanted]
+            there = [n for n in matrices(model) if part_of(n) and kind_of(n) in kinds]
             if not there:
                 raise RecipeError(
                     f"tuner 'r_amt' finds no {self.where} matrices in {type(model).__name__}: name them in"
                     " target_modules"
                 )
             fitted = replace(self, target_modules=there)
-        return Masked(fitted, model)
+        return MaskTunedModel(fitted, model)
 
     def init(self, W):
         ones = torch.ones(W.shape, dtype=torch.bool)

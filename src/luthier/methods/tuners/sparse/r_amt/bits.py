@@ -12,5 +12,5 @@ def pack(mask: torch.Tensor) -> torch.Tensor:
 
 def unpack(bits: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """The way back."""
-    found = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
-    return found.flatten()[: shape.numel()].view(shape).bool()
+    flags = (bits[:, None] >> torch.arange(8, dtype=torch.uint8, device=bits.device)) & 1
+    return flags.flatten()[: shape.numel()].view(shape).bool()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-class Masked(PeftTunedModel):
+class MaskTunedModel(PeftTunedModel):
     """Masks in adapter files are bits."""
 
     def __init__(self, settings: Any, model: Network):
@@ -23,11 +23,11 @@ class Masked(PeftTunedModel):
         return {k: p for k, p in self.parameters().items() if k.endswith(".M")}
 
     def state(self):
-        said = super().state()
-        masks = {k[:-1]: v > self.settings.threshold for k, v in said.items() if k.endswith(".M")}
+        state = super().state()
+        masks = {k[:-1]: v > self.settings.threshold for k, v in state.items() if k.endswith(".M")}
         return {
             k: pack(masks[k[:-4]] & unpack(v, masks[k[:-4]].shape)) if k.endswith(".bits") else v
-            for k, v in said.items()
+            for k, v in state.items()
             if k[-2:] != ".M"
         }
 

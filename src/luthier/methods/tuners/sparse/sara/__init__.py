@@ -36,9 +36,9 @@ class SaRA(Sparse):
     progressive: Annotated[float, Field(ge=0, le=1)] = 0.5
 
     def attach(self, model):
-        from luthier.methods.tuners.sparse.sara.tuned import Progressive
+        from luthier.methods.tuners.sparse.sara.tuned import SaRAModel
 
-        return Progressive(self, model)
+        return SaRAModel(self, model)
 
     def count(self, W):
         return super().count(W) if self.threshold is None else int((W.float().abs() < self.threshold).sum())

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-class Progressive(PeftTunedModel):
+class SaRAModel(PeftTunedModel):
     """Entries that have grown come to rest at one point of the run; the optimizer begins anew with the
     others.
     """

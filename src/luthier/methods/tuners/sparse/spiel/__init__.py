@@ -46,9 +46,9 @@ class SpIEL(Sparse):
             raise RecipeError("selection_accumulation_steps must be less than reselection_steps")
 
     def attach(self, model):
-        from luthier.methods.tuners.sparse.spiel.tuned import Regrowing
+        from luthier.methods.tuners.sparse.spiel.tuned import SpIELModel
 
-        return Regrowing(self, model)
+        return SpIELModel(self, model)
 
     def share(self, step: int, total: int) -> float:
         """The share of places exchanged before this step (counted from 0); 0 where none is."""
@@ -82,40 +82,40 @@ class SpIEL(Sparse):
         }
 
     @torch.no_grad()
-    def gather(self, G, found):
+    def gather(self, G, stats):
         """G [out, in], a gradient passing by -> candidates and the sums of their gradients."""
         flat = G.flatten()
-        if not found["passes"]:
-            found["candidates"].copy_(greatest(flat.abs(), len(found["candidates"])))
-        found["passes"] += 1
-        found["sums"] += flat[found["candidates"].long()].float()
+        if not stats["passes"]:
+            stats["candidates"].copy_(greatest(flat.abs(), len(stats["candidates"])))
+        stats["passes"] += 1
+        stats["sums"] += flat[stats["candidates"].long()].float()
 
     @torch.no_grad()
-    def follow(self, grad, indices, found):
+    def follow(self, grad, indices, stats):
         """[k] gradients of the values -> the statistics of rows and columns."""
         if self.selection_algorithm == "ag":
             return
-        width = len(found["columns"])
+        width = len(stats["columns"])
         rows, columns = indices.long() // width, indices.long() % width
-        seen = torch.minimum(found["rows"][rows], found["columns"][columns]) + grad.float().square()
-        found["rows"].scatter_reduce_(0, rows, seen, "amax")
-        found["columns"].scatter_reduce_(0, columns, seen, "amax")
+        estimate = torch.minimum(stats["rows"][rows], stats["columns"][columns]) + grad.float().square()
+        stats["rows"].scatter_reduce_(0, rows, estimate, "amax")
+        stats["columns"].scatter_reduce_(0, columns, estimate, "amax")
 
     @torch.no_grad()
-    def exchange(self, share, values, indices, found):
+    def exchange(self, share, values, indices, stats):
         """Drop and grow one weight's places, in place; the mask of those that are new."""
         dropped = smallest(values, int(len(values) * share))
         if self.selection_algorithm == "ag":
-            if not found["passes"]:  # no row reached this weight (an expert)
+            if not stats["passes"]:  # no row reached this weight (an expert)
                 return torch.zeros(len(values), dtype=torch.bool, device=values.device)
             stay = torch.ones(len(values), dtype=torch.bool, device=values.device).index_fill_(
                 0, dropped, False
             )
-            free = ~torch.isin(found["candidates"], indices[stay])
-            candidates, scores = found["candidates"][free].long(), found["sums"][free].abs()
+            free = ~torch.isin(stats["candidates"], indices[stay])
+            candidates, scores = stats["candidates"][free].long(), stats["sums"][free].abs()
             grown = candidates[scores.topk(min(len(dropped), len(scores))).indices]
         else:
-            scores = torch.outer(found["rows"], found["columns"]).flatten()
+            scores = torch.outer(stats["rows"], stats["columns"]).flatten()
             scores[indices.long()] = 0  # what moves already is not grown, nor what nothing speaks for
             best = greatest(scores, min(len(dropped), len(scores)))
             grown = best[scores[best] > 0]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-class Regrowing(PeftTunedModel):
+class SpIELModel(PeftTunedModel):
     """What is gathered toward the next exchange belongs to the state, so a run resumes amid an interval."""
 
     def __init__(self, settings: Any, model: Network):
@@ -33,25 +33,25 @@ class Regrowing(PeftTunedModel):
         self.gathered: dict[str, dict[str, Tensor]] = {}
         for name, layer in self.sparse.items():
             p, shape = layer.tensors(ADAPTER), tuple(oriented(layer.get_base_layer()).shape)
-            found = settings.nothing(shape, len(p.values), p.indices.dtype)
-            self.gathered[name] = {k: t.to(p.values.device) for k, t in found.items()}
+            stats = settings.nothing(shape, len(p.values), p.indices.dtype)
+            self.gathered[name] = {k: t.to(p.values.device) for k, t in stats.items()}
         self.masks: dict[str, Tensor] = {}
 
     def memory(self):
-        return {f"{n}.{k}": t for n, found in self.gathered.items() for k, t in found.items()}
+        return {f"{n}.{k}": t for n, stats in self.gathered.items() for k, t in stats.items()}
 
     def before_step(self, clock):
         method, share = self.settings, self.settings.share(clock.step, clock.total)
         for name, layer in self.sparse.items():
-            p, found = layer.tensors(ADAPTER), self.gathered[name]
+            p, stats = layer.tensors(ADAPTER), self.gathered[name]
             if share:
-                self.masks[name] = method.exchange(share, p.values, p.indices, found)
+                self.masks[name] = method.exchange(share, p.values, p.indices, stats)
             if method.begins(clock.step):
-                for t in found.values():
+                for t in stats.values():
                     t.zero_()
-            held = cast(Any, layer.held[ADAPTER])
-            held.watch = (
-                (lambda G, found=found: method.gather(G, found)) if method.watches(clock.step) else None
+            params = cast(Any, layer.adapter_params[ADAPTER])
+            params.watch = (
+                (lambda G, stats=stats: method.gather(G, stats)) if method.watches(clock.step) else None
             )
 
     def reset_masks(self, group):

@@ -42,7 +42,7 @@ class SPT(Sparse):
 
     def attach(self, model):
         from luthier.methods.tuners.sparse._targets import chosen_modules
-        from luthier.methods.tuners.sparse.spt.tuned import Sensitive
+        from luthier.methods.tuners.sparse.spt.tuned import SPTModel
 
         fitted = self
         if self.plan is None:
@@ -55,11 +55,11 @@ class SPT(Sparse):
                 )
             even = {n: max(1, round(budget * s / sum(sizes.values()))) for n, s in sizes.items()}
             fitted = replace(self, budget=budget, plan=even, target_modules=list(sizes))
-        return Sensitive(fitted, model)
+        return SPTModel(fitted, model)
 
     def at(self, name):
-        said = (self.plan or {}).get(name, 0)
-        return LowRank(r=-said) if said < 0 else Entries(n=said)
+        count = (self.plan or {}).get(name, 0)
+        return LowRank(r=-count) if count < 0 else Entries(n=count)
 
     def planned(self, scores: dict[str, torch.Tensor]) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
         """module -> [out, in] sensitivities: the plan, and the flat places of each module that moves entry by

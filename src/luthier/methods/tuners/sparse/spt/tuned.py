@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-class Sensitive(PeftTunedModel):
+class SPTModel(PeftTunedModel):
     """Layers get their tensors from a plan, which is made when rows are seen."""
 
     def __init__(self, settings: Any, model: Network):
@@ -29,7 +29,7 @@ class Sensitive(PeftTunedModel):
         plan, places = self.settings.planned({n: s.cpu() for n, s in scores.items()})
         self.follow(plan)
         for name, at in places.items():
-            indices = self.layers[name].held[ADAPTER].indices  # pyright: ignore
+            indices = self.layers[name].adapter_params[ADAPTER].indices  # pyright: ignore
             indices.copy_(at.sort().values.to(indices.dtype))
 
     def follow(self, plan: dict[str, int]) -> None:
@@ -41,8 +41,8 @@ class Sensitive(PeftTunedModel):
             assert isinstance(layer, DeltaLayer)
             W = oriented(layer.get_base_layer()).detach()
             layer.methods[ADAPTER] = method = self.settings.at(name)
-            layer.held[ADAPTER] = DeltaParams(method.init(W)).to(W.device)
-        self.__dict__.pop("found", None)
+            layer.adapter_params[ADAPTER] = DeltaParams(method.init(W)).to(W.device)
+        self.__dict__.pop("own_param_groups", None)
 
     def read(self, folder):
         path = Path(folder) / "adapter_config.json"
