@@ -130,7 +130,7 @@ def test_zeros_stay_while_all_else_moves(tiny, tmp_path, settings):
     )
     for wrong, said in ((dict(pattern="4:2"), "kept:neighbours"), (dict(pattern="2:7"), "does not divide")):
         with pytest.raises((RecipeError, ValueError), match=said):
-            build("tuner", {"name": "pruned", **wrong}).kept(torch.ones(3, 8))
+            build("tuner", {"name": "pruned", **wrong}).mask(torch.ones(3, 8))
 
 
 def test_what_rows_say_of_weights():
@@ -142,7 +142,7 @@ def test_what_rows_say_of_weights():
     W, H = torch.randn(24, 32), X.T @ X
     size = W.abs() * X.norm(dim=0)
     made = lambda **said: build("tuner", {"name": "pruned", **said})
-    wanda = made().kept(W * H.diagonal().sqrt())
+    wanda = made().mask(W * H.diagonal().sqrt())
     assert torch.equal(wanda, torch.stack([r >= r.sort().values[16] for r in size]))
     wrong = lambda kept: float(((kept - W) @ X.T).norm())
     stays, repaired = made(criterion="sparsegpt", block_size=8).repaired(W, H)
@@ -151,7 +151,7 @@ def test_what_rows_say_of_weights():
         and not repaired[~stays].any()
         and not torch.equal(repaired[stays], W[stays])
     )
-    assert wrong(repaired) < 0.9 * wrong(W * wanda) and wrong(W * wanda) < wrong(W * made().kept(W))
+    assert wrong(repaired) < 0.9 * wrong(W * wanda) and wrong(W * wanda) < wrong(W * made().mask(W))
     best = torch.zeros_like(W)
     for i, s in enumerate(stays):
         best[i, s] = torch.linalg.lstsq(X[:, s], (X @ W[i])[:, None]).solution[:, 0]
@@ -159,7 +159,7 @@ def test_what_rows_say_of_weights():
     by_four = made(criterion="sparsegpt", pattern="2:4").repaired(W, H)[0]
     assert (by_four.view(24, -1, 4).sum(-1) == 2).all()
     alike, same = made(criterion="sparsegpt", pattern="2:4").repaired(W, 5 * torch.eye(32))
-    assert torch.equal(alike, made(pattern="2:4").kept(W)) and torch.allclose(same, W * alike)
+    assert torch.equal(alike, made(pattern="2:4").mask(W)) and torch.allclose(same, W * alike)
 
 
 def test_pruning_by_rows_breaks_less(tmp_path):

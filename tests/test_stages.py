@@ -17,7 +17,7 @@ from luthier.clock import Clock
 from luthier.data.rows import load
 from luthier.errors import RecipeError
 from luthier.methods.rewards._base import Reward
-from luthier.methods.stages._base import pick, said, text_of
+from luthier.methods.stages._base import completion_logprobs, pick, text_of
 from luthier.model.load import assemble
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import validate, words
@@ -185,7 +185,7 @@ def test_rollouts_end_with_their_stop_token_or_say_that_they_were_cut(roles, tol
 def test_old_is_what_the_policy_says(roles):
     rows = rollout(old=True, batch_size=2)(rows_with(set()), roles)
     roles.policy.train()
-    again = list(said(roles.policy, roles, rows, 6))
+    again = list(completion_logprobs(roles.policy, roles, rows, 6))
     roles.policy.eval()
     for row, values in zip(rows, again, strict=True):
         assert [len(v) for v in row["old"]] == [len(c) for c in row["completions"]]

@@ -27,7 +27,7 @@ from luthier import report as page
 from luthier.data import rows as reading
 from luthier.data.load import Data, beside, load_data, touching
 from luthier.errors import OutOfMemory, RecipeError, Refused
-from luthier.methods.evaluators._base import measured
+from luthier.methods.evaluators._base import run_all
 from luthier.methods.quantizers._base import told
 from luthier.methods.roles.frozen.start import Start
 from luthier.model.load import assemble, take_parts, tensors_of
@@ -470,7 +470,7 @@ class _Run:
         """Every process measures all rows, so none waits long for another; what the main one found counts."""
         self.roles.policy.eval()
         out = _alike(
-            measured(self.parts.evaluate, self.roles, self.measured, self.folder, when), self.accelerator
+            run_all(self.parts.evaluate, self.roles, self.measured, self.folder, when), self.accelerator
         )
         self.accelerator.log({f"eval_{k}": v for k, v in out.items()}, step=self.roles.clock.step)
         return out

@@ -14,7 +14,7 @@ import torch
 
 from luthier.data.load import load_data
 from luthier.errors import RecipeError, Refused
-from luthier.methods.evaluators._base import Evaluator, measured, paired
+from luthier.methods.evaluators._base import Evaluator, paired, run_all
 from luthier.methods.evaluators.quality.preference import checkup, totals
 from luthier.methods.quantizers._base import open_up
 from luthier.methods.tuners._base import Untuned
@@ -371,7 +371,7 @@ def _measure(
     evaluators: Sequence[Evaluator], loaded: Loaded, rows: list[dict], folder: Path, when: str
 ) -> dict[str, float]:
     gives = loaded.roles.policy.architecture.provides | {"completions"}
-    return measured(
+    return run_all(
         [e for e in evaluators if getattr(e, "requires", frozenset()) <= gives],
         loaded.roles,
         rows,

@@ -40,7 +40,7 @@ class GreedySoup(Plan):
         soup, best = runs[:1], runs[0]
         for run in runs[1:]:
             merged = {"merge": "average", "of": [r.folder for r in (*soup, run)]}
-            tried = yield recipe.but(start=merged, objective=None, stages=[], live=[])
-            if cost(tried) <= cost(best):
-                soup, best = [*soup, run], tried
+            trial = yield recipe.but(start=merged, objective=None, stages=[], live=[])
+            if cost(trial) <= cost(best):
+                soup, best = [*soup, run], trial
         return best

@@ -67,11 +67,11 @@ class Front(Plan):
     def recipes(self, recipe):
         goals = self.of(recipe)
         vectors = self.vectors(len(goals))
-        asked = {name: reward for name, reward in goals.items() if reward is not None}
+        rewards = {name: reward for name, reward in goals.items() if reward is not None}
         how = {"n": self.judged, "samples": self.samples, "max_new_tokens": self.max_new_tokens}
         measure = [
-            {"name": "goals", "goals": asked, **how},
-            *(["preference"] if len(asked) < len(goals) else []),
+            {"name": "goals", "goals": rewards, **how},
+            *(["preference"] if len(rewards) < len(goals) else []),
         ]
         measuring = {"evaluate": [*(recipe.evaluate or ()), *measure]}
         # in the order of goals, as weights are
@@ -93,7 +93,7 @@ class Front(Plan):
         before = [float(start[metric]) for metric in names.values()]
         worst = self.floor(list(goals), [before, *reached])
         best = max(zip(reports, reached, strict=True), key=lambda both: _box(both[1], worst))[0]
-        kept = best_of(reached)
+        on_front = best_of(reached)
         volume = hypervolume(reached, worst)
         best.stats["front"] = {
             "metrics": names,
@@ -101,20 +101,20 @@ class Front(Plan):
             "reached": reached,
             "before": before,
             "folders": [r.folder for r in reports],
-            "kept": kept,
+            "kept": on_front,
             "worst": worst,
             "hypervolume": volume,
             "utility": expected_utility(reached, spread(len(goals), WEIGHTS)),
-            "sparsity": sparsity(reached) if len(kept) > 1 else None,
+            "sparsity": sparsity(reached) if len(on_front) > 1 else None,
         }
         best.stats["hypervolume"] = volume
         best.stats["table"] = _table(list(goals), best.stats["front"])
         best.notes.append(
-            f"hypervolume of the front {volume:.4g}, above {_said(dict(zip(goals, worst, strict=True)))}"
+            f"hypervolume of the front {volume:.4g}, above {_formatted(dict(zip(goals, worst, strict=True)))}"
         )
-        if len(kept) < len(reports):
+        if len(on_front) < len(reports):
             best.notes.append(
-                f"{len(reports) - len(kept)} of {len(reports)} models are not on the front: another is as"
+                f"{len(reports) - len(on_front)} of {len(reports)} models are not on the front: another is as"
                 " good in every goal"
             )
         return best
@@ -182,9 +182,9 @@ class Front(Plan):
         shares = [max(0.0, w - self.least) for w in weights]
         return shares if sum(shares) else [1.0] * len(shares)
 
-    def floor(self, names: Sequence[str], seen: Sequence[Sequence[float]]) -> list[float]:
+    def floor(self, names: Sequence[str], points: Sequence[Sequence[float]]) -> list[float]:
         """Where the volume begins in each goal."""
-        columns = zip(*seen, strict=True)
+        columns = zip(*points, strict=True)
         usual = [0.0 if all(0 <= v <= 1 for v in column) else min(column) for column in columns]
         return [self.worst.get(name, value) for name, value in zip(names, usual, strict=True)]
 
@@ -194,8 +194,8 @@ def weigh(recipe: Any, goals: Mapping[str, Any], weights: Sequence[float]) -> di
     if _stage(recipe.live, "score"):
         if None in goals.values():
             raise RecipeError("plan 'front': on samples every goal wants a reward")
-        told = {"reward": list(goals.values()), "names": list(goals), "reward_weights": list(weights)}
-        return {"live": [{"name": "score", **told} if _name(s) == "score" else s for s in recipe.live]}
+        score = {"reward": list(goals.values()), "names": list(goals), "reward_weights": list(weights)}
+        return {"live": [{"name": "score", **score} if _name(s) == "score" else s for s in recipe.live]}
     aim = spec(recipe.aim()) if recipe.objective is not None and hasattr(recipe.aim(), "kind") else {}
     if aim.get("name") not in ("dpo", "modpo"):
         raise RecipeError(
@@ -228,10 +228,10 @@ def spread(goals: int, points: int) -> list[list[float]]:
         [(b - a - 1) / size for a, b in zip((-1, *c), (*c, size + goals - 1), strict=True)] for c in cuts
     ]
     taken = [[float(i == k) for i in range(goals)] for k in range(goals)][:points]
-    far = [min(_apart(x, t) for t in taken) for x in lattice]
+    distances = [min(_apart(x, t) for t in taken) for x in lattice]
     while len(taken) < points:
-        taken.append(lattice[max(range(len(lattice)), key=far.__getitem__)])
-        far = [min(d, _apart(x, taken[-1])) for d, x in zip(far, lattice, strict=True)]
+        taken.append(lattice[max(range(len(lattice)), key=distances.__getitem__)])
+        distances = [min(d, _apart(x, taken[-1])) for d, x in zip(distances, lattice, strict=True)]
     return taken
 
 
@@ -289,17 +289,17 @@ def _rewards(stage: Any) -> dict[str, Any]:
     return {stage.named(k): spec(reward) for k, reward in enumerate(stage.reward)}
 
 
-def _said(values: Mapping[str, float]) -> str:
+def _formatted(values: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
 
 
-def _table(names: Sequence[str], found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _table(names: Sequence[str], stats: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the console lists: weights, what was reached, and whether it is on the front."""
     return [
         {
-            "weights": _said(dict(zip(names, weights, strict=True))),
+            "weights": _formatted(dict(zip(names, weights, strict=True))),
             **{name: f"{value:.3f}" for name, value in zip(names, values, strict=True)},
-            "front": "yes" if i in found["kept"] else "",
+            "front": "yes" if i in stats["kept"] else "",
         }
-        for i, (weights, values) in enumerate(zip(found["preferences"], found["reached"], strict=True))
+        for i, (weights, values) in enumerate(zip(stats["preferences"], stats["reached"], strict=True))
     ]

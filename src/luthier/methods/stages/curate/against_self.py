@@ -38,19 +38,19 @@ class AgainstSelf(Stage):
     def __call__(self, rows, roles):
         rows = self.usable(rows, roles)
         how = {k: getattr(self, k) for k in ("max_new_tokens", "temperature", "top_p", "draw")}
-        asked = [{**row, "from": place} for place, row in enumerate(rows)]
+        requests = [{**row, "from": place} for place, row in enumerate(rows)]
         alike, out = 0, []
-        for answer in Rollout(n=1, **how)(asked, roles):
+        for answer in Rollout(n=1, **how)(requests, roles):
             row = rows[answer["from"]]
-            given = pick(row, best_first(row)[:1] if "scores" in row else [0])
+            reference = pick(row, best_first(row)[:1] if "scores" in row else [0])
             alike += (
-                roles.policy.architecture.encode(given, roles.renderer).completions[0]
+                roles.policy.architecture.encode(reference, roles.renderer).completions[0]
                 == answer["completions"][0]
             )
             out.append(
                 {
                     **without(row),
-                    "completions": [given["completions"][0], answer["completions"][0]],
+                    "completions": [reference["completions"][0], answer["completions"][0]],
                     "scores": [1.0, 0.0],
                 }
             )

@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.methods.stages._base import Stage, said
+from luthier.methods.stages._base import Stage, completion_logprobs
 from luthier.registry import stage
 
 
@@ -32,7 +32,8 @@ class ImplicitReward(Stage):
     def __call__(self, rows, roles):
         rows = self.usable(rows, roles)
         own, other = (
-            said(who, roles, rows, self.batch_size) for who in (getattr(roles, self.role), roles.reference)
+            completion_logprobs(who, roles, rows, self.batch_size)
+            for who in (getattr(roles, self.role), roles.reference)
         )
         for row, mine, theirs in zip(rows, own, other, strict=True):
             reward = [self.beta * (sum(a) - sum(b)) for a, b in zip(mine, theirs, strict=True)]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.methods.stages._base import Stage, said
+from luthier.methods.stages._base import Stage, completion_logprobs
 from luthier.registry import stage
 
 
@@ -25,5 +25,7 @@ class Remember(Stage):
 
     def __call__(self, rows, roles):
         rows = self.usable(rows, roles)  # pieces of long texts must be the rows that training reads
-        for row, values in zip(rows, said(roles.policy, roles, rows, self.batch_size), strict=True):
+        for row, values in zip(
+            rows, completion_logprobs(roles.policy, roles, rows, self.batch_size), strict=True
+        ):
             yield {**row, self.column: values}

@@ -17,6 +17,6 @@ class Lion(Each):
         return {"m": like.new_zeros(like.shape)}
 
     def update(self, grad, state, param, step):
-        said = state["m"].lerp(grad, 1 - self.beta1).sign_()
+        direction = state["m"].lerp(grad, 1 - self.beta1).sign_()
         state["m"].lerp_(grad, 1 - self.beta2)
-        return said
+        return direction

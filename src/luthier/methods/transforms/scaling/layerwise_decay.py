@@ -31,10 +31,10 @@ class LayerwiseDecay(Transform):
     layers: Annotated[int, Field(ge=0)] = 0
 
     def bind(self, attached):
-        seen = [int(m[1]) + 1 for group in attached.all_param_groups() if (m := LAYER.search(group.name))]
-        return self if self.layers else replace(self, layers=max(seen, default=0))
+        numbers = [int(m[1]) + 1 for group in attached.all_param_groups() if (m := LAYER.search(group.name))]
+        return self if self.layers else replace(self, layers=max(numbers, default=0))
 
     def apply(self, grads, state, group, step):
-        found = LAYER.search(group.name)
-        above = self.layers - 1 - int(found[1]) if found else self.layers if BELOW.search(group.name) else 0
+        match = LAYER.search(group.name)
+        above = self.layers - 1 - int(match[1]) if match else self.layers if BELOW.search(group.name) else 0
         return {slot: grad * self.decay ** max(0, above) for slot, grad in grads.items()}

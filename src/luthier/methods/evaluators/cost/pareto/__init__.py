@@ -53,23 +53,23 @@ class Pareto(Evaluator):
 
         def cost(genes: Genes) -> tuple[float, float]:
             with attached.playing(shape(genes)):
-                said = [-roles.policy.logprobs(b) for b in batches(roles, some, 16)]
-            return sum(float(s.sum()) for s in said) / max(1, sum(len(s) for s in said)), float(
+                losses = [-roles.policy.logprobs(b) for b in batches(roles, some, 16)]
+            return sum(float(s.sum()) for s in losses) / max(1, sum(len(s) for s in losses)), float(
                 attached.macs(shape(genes))
             )
 
         ends = [tuple(n - 1 for n in choices), (0,) * len(choices)]
         how = (self.population, self.generations, roles.clock.rng("pareto", at=0), ends)
 
-        def guess(known):
-            loss = predicted(choices, list(known), [c[0] for c in known.values()])
+        def guess(measured):
+            loss = predicted(choices, list(measured), [c[0] for c in measured.values()])
             return lambda genes: (loss(genes), float(attached.macs(shape(genes))))
 
-        found = guided(choices, cost, guess, *how) if self.predictor else search(choices, cost, *how)
+        best = guided(choices, cost, guess, *how) if self.predictor else search(choices, cost, *how)
         whole = attached.macs(attached.anatomy.whole)
         table = [
             {"loss": a, "macs": b, "share": b / whole, "shape": shape(g)}
-            for g, (a, b) in sorted(found.items(), key=lambda x: x[1][1])
+            for g, (a, b) in sorted(best.items(), key=lambda x: x[1][1])
         ]
         files.write_json(folder / "pareto.json", table)
         return {

@@ -65,16 +65,16 @@ def guided(
 
     guess: from what was measured, what costs are thought to be.
     """
-    known = {g: cost(g) for g in dict.fromkeys([*start, *_drawn(choices, population, rng)])}
+    measured = {g: cost(g) for g in dict.fromkeys([*start, *_drawn(choices, population, rng)])}
     for _ in range(rounds):
-        best = _best_first(list(known), known)[:population]
-        there, _ = _evolved(choices, guess(known), max(INNER, population), INNER, rng, best)
-        new = [g for g in there if g not in known][:population]  # where these are few, chance fills up
+        best = _best_first(list(measured), measured)[:population]
+        there, _ = _evolved(choices, guess(measured), max(INNER, population), INNER, rng, best)
+        new = [g for g in there if g not in measured][:population]  # where these are few, chance fills up
         new += [
-            g for g in dict.fromkeys(_drawn(choices, population, rng)) if g not in known and g not in new
+            g for g in dict.fromkeys(_drawn(choices, population, rng)) if g not in measured and g not in new
         ][: population - len(new)]
-        known |= {g: cost(g) for g in new}
-    return _front(known)
+        measured |= {g: cost(g) for g in new}
+    return _front(measured)
 
 
 def _drawn(choices: Sequence[int], n: int, rng: torch.Generator) -> list[Genes]:
@@ -94,16 +94,16 @@ def _evolved(
     def number(n: int) -> int:
         return int(torch.randint(n, (), generator=rng))
 
-    known: dict[Genes, tuple[float, ...]] = {}
+    measured: dict[Genes, tuple[float, ...]] = {}
 
-    def tried(genes: Genes) -> Genes:
-        if genes not in known:
-            known[genes] = cost(genes)
+    def measure(genes: Genes) -> Genes:
+        if genes not in measured:
+            measured[genes] = cost(genes)
         return genes
 
-    alive = [tried(g) for g in dict.fromkeys([*start, *_drawn(choices, population, rng)])]
+    alive = [measure(g) for g in dict.fromkeys([*start, *_drawn(choices, population, rng)])]
     for _ in range(generations):
-        alive = _best_first(alive, known)
+        alive = _best_first(alive, measured)
         children = []
         for _ in range(population):
             # the better of two
@@ -112,19 +112,19 @@ def _evolved(
             for i, n in enumerate(choices):
                 if number(len(choices)) == 0:
                     child[i] = number(n)
-            children.append(tried(tuple(child)))
-        alive = _best_first(list(dict.fromkeys([*alive, *children])), known)[:population]
-    return alive, known
+            children.append(measure(tuple(child)))
+        alive = _best_first(list(dict.fromkeys([*alive, *children])), measured)[:population]
+    return alive, measured
 
 
-def _front(known: dict[Genes, tuple[float, ...]]) -> dict[Genes, tuple[float, ...]]:
-    every = list(known)
-    return {every[i]: known[every[i]] for i in fronts([known[g] for g in every])[0]}
+def _front(measured: dict[Genes, tuple[float, ...]]) -> dict[Genes, tuple[float, ...]]:
+    every = list(measured)
+    return {every[i]: measured[every[i]] for i in fronts([measured[g] for g in every])[0]}
 
 
-def _best_first(alive: Sequence[Genes], known: dict[Genes, tuple[float, ...]]) -> list[Genes]:
+def _best_first(alive: Sequence[Genes], measured: dict[Genes, tuple[float, ...]]) -> list[Genes]:
     """By rank, and within a rank those with more room."""
-    costs = [known[g] for g in alive]
+    costs = [measured[g] for g in alive]
     return [
         alive[i]
         for front in fronts(costs)

@@ -43,12 +43,12 @@ def predicted(
     """genes -> the value expected. Values around their mean, so that whoever shrinks wholly says that."""
     X, y = onehot(choices, genes), np.array(values, float)
     mean = y.mean()
-    tried = [
+    candidates = [
         (float(np.mean(left_out(k(X, X), y - mean, r) ** 2)), i, r)
         for i, k in enumerate((linear, gaussian))
         for r in RIDGES
     ]
-    _, i, ridge = min(tried)
+    _, i, ridge = min(candidates)
     kernel = (linear, gaussian)[i]
     weights = np.linalg.solve(kernel(X, X) + ridge * np.eye(len(X)), y - mean)
     return lambda g: float(mean + kernel(onehot(choices, [g]), X)[0] @ weights)

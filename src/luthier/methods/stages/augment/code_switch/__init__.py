@@ -46,16 +46,16 @@ class CodeSwitch(Stage):
             raise RecipeError("languages: goes with `dictionary: learn`")
 
     def words(self) -> dict[str, list[str]]:
-        said = self.dictionary
-        if isinstance(said, str):
-            if not Path(said).is_file():
+        dictionary = self.dictionary
+        if isinstance(dictionary, str):
+            if not Path(dictionary).is_file():
                 raise RecipeError(
-                    f"dictionary: there is no file {said} (and `learn` learns one from the rows)"
+                    f"dictionary: there is no file {dictionary} (and `learn` learns one from the rows)"
                 )
-            said = json.loads(Path(said).read_text(encoding="utf-8"))
-        if not isinstance(said, dict):
+            dictionary = json.loads(Path(dictionary).read_text(encoding="utf-8"))
+        if not isinstance(dictionary, dict):
             raise RecipeError("dictionary: {word: [translation, ...]}, a JSON file of that, or learn")
-        return {w: [t] if isinstance(t, str) else list(t) for w, t in said.items()}
+        return {w: [t] if isinstance(t, str) else list(t) for w, t in dictionary.items()}
 
     def __call__(self, rows, roles):
         texts = list(self.texts(rows))
@@ -65,16 +65,16 @@ class CodeSwitch(Stage):
             len(rows),
             "what they say is no single plain text",
         )
-        known = self.learned(texts, roles) if self.dictionary == LEARN else (self.words(),)
+        translations = self.learned(texts, roles) if self.dictionary == LEARN else (self.words(),)
         out = []
         for row, side, text in texts:
             name = str(row["id"]) if self.dictionary != LEARN or self.languages else f"{row['id']}/{side}"
-            asked = self.switched(text, known[side], roles.clock.rng("code_switch", name))
+            prompt = self.switched(text, translations[side], roles.clock.rng("code_switch", name))
             out.append(
                 {
                     **without(row),
                     "id": name if self.dictionary == LEARN else row["id"],
-                    "prompt": asked,
+                    "prompt": prompt,
                     "completions": [text],
                 }
             )
@@ -85,8 +85,8 @@ class CodeSwitch(Stage):
         for both.
         """
         for row in rows:
-            said = row.get("completions") or []
-            both = [row["prompt"], said[0]] if len(said) == 1 else []
+            completions = row.get("completions") or []
+            both = [row["prompt"], completions[0]] if len(completions) == 1 else []
             if not all(isinstance(t, str) for t in both[1:]) or not any(both[1:]):
                 continue
             if self.dictionary != LEARN:
@@ -110,7 +110,7 @@ class CodeSwitch(Stage):
             )
             raise RecipeError(f"stage 'code_switch' learns its dictionary from {where}, and there are none")
         pairs = self.languages is None
-        known = learned(
+        translations = learned(
             sides[0],
             sides[1],
             roles.clock.rng,
@@ -119,18 +119,18 @@ class CodeSwitch(Stage):
             window=self.window,
             least=self.min_count,
         )
-        some = ", ".join(f"{w} = {known[0][w][0]}" for w in list(known[0])[:5])
+        some = ", ".join(f"{w} = {translations[0][w][0]}" for w in list(translations[0])[:5])
         self.warn(
             roles,
-            f"translations of {len(known[0])} and {len(known[1])} words are learned"
+            f"translations of {len(translations[0])} and {len(translations[1])} words are learned"
             + (f", such as {some}" if some else ""),
         )
-        return known
+        return translations
 
-    def switched(self, text: str, known: dict[str, list[str]], rng: torch.Generator) -> str:
+    def switched(self, text: str, translations: dict[str, list[str]], rng: torch.Generator) -> str:
         words = text.split(" ")
         for i in torch.randperm(len(words), generator=rng)[: round(self.share * len(words))].tolist():
-            others = known.get(words[i])
+            others = translations.get(words[i])
             if others:
                 words[i] = others[int(torch.randint(len(others), (), generator=rng))]
         return " ".join(words)

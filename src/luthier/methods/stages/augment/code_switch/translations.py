@@ -116,15 +116,15 @@ def by_pairs(a: Sequence[Sequence[str]], b: Sequence[Sequence[str]], words: Sequ
     """
 
     def where(texts: Sequence[Sequence[str]], own: Sequence[str]) -> Tensor:
-        place, seen = (
+        place, matrix = (
             {w: i for i, w in enumerate(own)},
             torch.zeros(len(own), len(texts), dtype=torch.float64),
         )
         for t, text in enumerate(texts):
             for w in text:
                 if w in place:
-                    seen[place[w], t] = 1.0
-        return seen / seen.norm(dim=1, keepdim=True)
+                    matrix[place[w], t] = 1.0
+        return matrix / matrix.norm(dim=1, keepdim=True)
 
     return mutual(where(a, words[0]) @ where(b, words[1]).T)
 
@@ -144,23 +144,23 @@ def mapped(
     start: pairs of words at first. stay: pairs that are always among them. keep: share of the similarities
     that is seen at first, the rest is left out at random.
     """
-    best, found, stuck, pairs = -torch.inf, X @ Y.T, 0, start
+    best, best_sims, stuck, pairs = -torch.inf, X @ Y.T, 0, start
     for _ in range(500):
         sims = csls(X @ rotation(X[pairs[0]], Y[pairs[1]]) @ Y.T)
         score = float(sims.amax(1).mean() + sims.amax(0).mean()) / 2
         if score > best + 1e-6:
-            best, found, stuck = score, sims, 0
+            best, best_sims, stuck = score, sims, 0
         elif stuck < 5:
             stuck += 1
         elif keep >= 1:
             break
         else:
             keep, stuck = min(1.0, 2 * keep), 0
-        seen = (
+        visible = (
             sims if keep >= 1 else torch.where(torch.rand(sims.shape, generator=rng) < keep, sims, -torch.inf)
         )
-        pairs = joined(both_ways(seen), stay)
-    return found, best
+        pairs = joined(both_ways(visible), stay)
+    return best_sims, best
 
 
 def learned(
@@ -195,14 +195,14 @@ def learned(
         for t, w, side in zip((a, b), words, "ab", strict=True)
     )
     seeds = joined(by_name(*words), *([by_pairs(a, b, words)] if pairs else []))
-    told = len(seeds[0]) >= min(5, fewest)
+    seeded = len(seeds[0]) >= min(5, fewest)
     tries = []
-    for keep in (1.0,) if told else (1.0, 0.3, 0.1):
-        start, found = seeds if told else by_shape(normal(X), normal(Y)), (X @ Y.T, 0.0)
+    for keep in (1.0,) if seeded else (1.0, 0.3, 0.1):
+        start, mapping = seeds if seeded else by_shape(normal(X), normal(Y)), (X @ Y.T, 0.0)
         for n in widths:
-            found = mapped(normal(X[:, :n]), normal(Y[:, :n]), start, seeds, keep, rng("pairs", keep, n))
-            start = joined(both_ways(found[0]), seeds)
-        tries.append(found)
+            mapping = mapped(normal(X[:, :n]), normal(Y[:, :n]), start, seeds, keep, rng("pairs", keep, n))
+            start = joined(both_ways(mapping[0]), seeds)
+        tries.append(mapping)
     sims = max(tries, key=lambda t: t[1])[0]
 
     def near(S: Tensor, own: list[str], other: list[str]) -> dict[str, list[str]]:
