@@ -411,9 +411,9 @@ def studio(
 
 
 @app.command()
-def claims(
+def reproduce(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Claims to try; default: all.")
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Claims to reproduce; default: all.")
     ] = None,
     seeds: Annotated[
         int | None, typer.Option(help="Test seeds, in place of what the claim's file says.")
@@ -421,20 +421,22 @@ def claims(
     listed: Annotated[bool, typer.Option("--list", help="Only list the claims and their verdicts.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Try what papers claim on the practice models. What was stopped goes on when the same command is run
-    again.
-    """
-    from luthier.study import claims
+    """Reproduce a paper's claim on small models. The same command resumes what was stopped."""
+    from luthier.study.reproduce.page import listing
+    from luthier.study.reproduce.run import reproduce
+    from luthier.study.reproduce.spec import all_claims
 
     if listed:
-        show(claims.listing(), as_json, ("name", "verdict", "paper", "claim"))
+        show(listing(), as_json, ("name", "verdict", "paper", "claim"))
         return
-    found = {
-        name: claims.run(name, seeds, tell=lambda line: typer.echo(line, err=as_json))
-        for name in names or claims.every()
-    }
+    results = {}
+    for name in names or all_claims():
+        results[name] = reproduce(name, seeds, tell=lambda line: typer.echo(line, err=as_json))
     if as_json:
-        typer.echo(dumped(found))
+        typer.echo(dumped(results))
+
+
+app.command("claims", hidden=True)(reproduce)  # its former name
 
 
 @app.command()

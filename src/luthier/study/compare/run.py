@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.errors import NotFinite, RecipeError
+from luthier.errors import NotFinite, RecipeError, from_code
 from luthier.recipe.recipe import Recipe
 from luthier.report.numbers import number
 from luthier.storage import files
@@ -219,7 +219,7 @@ class Runner:
             arm.stopped = f"it diverged with seed {seed}: {error}"
             self.callback.warn(f"{name} is stopped: {arm.stopped}")
         except RecipeError as error:
-            raise RecipeError(f"arm {name}, seed {seed}: {error}", error.code) from None
+            raise from_code(error.code, f"arm {name}, seed {seed}: {error}") from None
 
     def stop_arms(self, results: dict[str, ArmResult], share: float) -> None:
         """Stop the arms that cannot win any more."""
