@@ -423,12 +423,13 @@ def reproduce(
 ) -> None:
     """Reproduce a paper's claim on small models. The same command resumes what was stopped."""
     from luthier.study.reproduce.page import listing
-    from luthier.study.reproduce.run import reproduce
     from luthier.study.reproduce.spec import all_claims
 
     if listed:
         show(listing(), as_json, ("name", "verdict", "paper", "claim"))
         return
+    from luthier.study.reproduce.run import reproduce
+
     results = {}
     for name in names or all_claims():
         results[name] = reproduce(name, seeds, tell=lambda line: typer.echo(line, err=as_json))
