@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from luthier.errors import RecipeError
 from luthier.recipe.catalogue import claims_folder
 from luthier.registry import did_you_mean, format_errors
-from luthier.storage.toy import is_toy
+from luthier.storage.toy import OLD_PREFIX, PREFIX, is_toy
 
 HOLDS, FAILS, UNDECIDED, UNTESTABLE = "held", "not held", "undecided", "not testable here"
 BEFORE = "before"  # the arm that is the other arm before training
@@ -161,7 +161,9 @@ class Claim(BaseModel):
         fields = self.model_dump(include={"shared", "arms", "metric", "select", "expect", "fresh"})
         if self.sweep != "learning_rate":
             fields["sweep"] = self.sweep
-        return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:12]
+        text = json.dumps(fields, sort_keys=True, default=str)
+        text = text.replace(f'"{PREFIX}', f'"{OLD_PREFIX}')  # results of version 0.1 stand
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def error(self, why: str) -> RecipeError:
         return RecipeError(f"claim {self.name}: {why}")
