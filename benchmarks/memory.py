@@ -95,7 +95,7 @@ def cell(size: str, way: str, again: str = "") -> None:
     said = before + need.total / 2**30
     print(
         f"{size}  {way:<5} {again and 'recomputing':<11} predicted {said:5.2f} GB  measured {peak:5.2f} GB "
-        f" {said / peak - 1:+.0%}  (of it {need.told()})",
+        f" {said / peak - 1:+.0%}  (of it {need.describe()})",
         flush=True,
     )
 

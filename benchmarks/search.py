@@ -24,8 +24,8 @@ OVER = "learning_rate=1e-5..1 log, tuner.r=1..32 log, tuner.lora_alpha=1..128 lo
 def seen(world: str, sampler: str, seed: int, trials: int, folder: Path) -> list[float]:
     """Held-out losses in the order in which they were measured."""
     recipe = {
-        "model": "practice:lm-small",
-        "data": {"path": f"practice:{world}/new", "n": 300},
+        "model": "toy:lm-small",
+        "data": {"path": f"toy:{world}/new", "n": 300},
         "tuner": "lora",
         "max_steps": 20,
         "seed": seed,

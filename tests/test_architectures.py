@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import zoo
 from luthier.clock import Clock
-from luthier.errors import RecipeError
+from luthier.errors import RecipeError, Refused
 from luthier.methods.tuners._base import Untuned
 from luthier.model.batch import collate
 from luthier.model.generate import Picker, Sharing, decoder_writer
@@ -100,7 +100,7 @@ def test_gradients_too(name):
 def test_the_guard_falls_back_where_it_must_and_only_there(name):
     model, told = zoo.make(name), []
     policy = Policy(CAUSAL, model, Untuned(model))
-    guards.same_as_plain(policy, zoo.rows(), told.append)
+    guards.check_forward(policy, zoo.rows(), told.append)
     assert policy.architecture.packing == (name not in zoo.PADDED), told
     assert not policy.architecture.own_head
     assert bool(told) == (name in zoo.PADDED)
@@ -112,14 +112,14 @@ def test_the_guard_sees_what_packing_would_break(name, monkeypatch):
     monkeypatch.setattr(type(CAUSAL), "check", lambda self, model: None)
     model, told = zoo.make(name), []
     policy = Policy(CAUSAL, model, Untuned(model))
-    guards.same_as_plain(policy, zoo.rows(), told.append)
+    guards.check_forward(policy, zoo.rows(), told.append)
     assert not policy.architecture.packing and told
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "mixtral"])
 def test_half_precision_does_not_alarm_the_guard(name):
     model, told = zoo.make(name).to(torch.bfloat16), []
-    guards.same_as_plain(Policy(CAUSAL, model, Untuned(model)), zoo.rows(), told.append)
+    guards.check_forward(Policy(CAUSAL, model, Untuned(model)), zoo.rows(), told.append)
     assert not told
 
 
@@ -151,7 +151,7 @@ def test_an_unknown_head_falls_back_to_the_networks_own():
     torch.manual_seed(0)
     model = Odd(t.LlamaConfig(**zoo.SMALL)).eval()
     policy, told = Policy(CAUSAL, model, Untuned(model)), []
-    guards.same_as_plain(policy, zoo.rows(), told.append)
+    guards.check_forward(policy, zoo.rows(), told.append)
     assert policy.architecture.own_head and len(told) == 2 and "own head" in told[1]
     got = policy.architecture.forward(model, policy.attached, zoo.rows()).logprobs
     torch.testing.assert_close(got, CAUSAL.plain(model, policy.attached, zoo.rows()), atol=1e-5, rtol=1e-5)
@@ -160,8 +160,8 @@ def test_an_unknown_head_falls_back_to_the_networks_own():
 def test_a_network_that_no_reading_suits_is_refused(monkeypatch):
     model = zoo.make("llama")
     monkeypatch.setattr(type(CAUSAL), "plain", lambda self, m, a, b: torch.zeros(len(b.owner)))
-    with pytest.raises(guards.Refused, match="cannot read"):
-        guards.same_as_plain(Policy(CAUSAL, model, Untuned(model)), zoo.rows(), lambda s: None)
+    with pytest.raises(Refused, match="cannot read"):
+        guards.check_forward(Policy(CAUSAL, model, Untuned(model)), zoo.rows(), lambda s: None)
 
 
 def test_an_empty_prompt_passes_its_question_on():
@@ -426,7 +426,7 @@ def test_seq2seq_reads_right(name):
     for got, expected in zip(gradient(model, arch, attached, batch), want, strict=True):
         assert (got - expected).abs().max() <= 1e-4 * max(1.0, float(expected.abs().max()))
     told = []
-    guards.same_as_plain(Policy(arch, model, Untuned(model)), zoo.rows(), told.append)
+    guards.check_forward(Policy(arch, model, Untuned(model)), zoo.rows(), told.append)
     assert not told
     prompt, labels = zoo.tokens(6, 1), zoo.tokens(5, 2)
     one = collate(
@@ -524,7 +524,7 @@ def test_masked_lm_reads_right(name):
         rtol=1e-5,
     )
     told = []
-    guards.same_as_plain(Policy(arch, model, Untuned(model)), hidden, told.append)
+    guards.check_forward(Policy(arch, model, Untuned(model)), hidden, told.append)
     assert not told
     ids, labels = torch.tensor([zoo.tokens(9, 1)]), torch.full((1, 9), -100)
     labels[0, [2, 5, 6]] = torch.tensor([11, 12, 13])
@@ -639,7 +639,7 @@ def test_classifiers_read_right(name):
     own = model(input_ids=torch.tensor([texts[3]]), labels=torch.tensor([2])).loss
     torch.testing.assert_close(-outputs.logprobs[-1], own, atol=1e-5, rtol=1e-5)
     told = []
-    guards.same_as_plain(Policy(arch, model, Untuned(model)), batch, told.append)
+    guards.check_forward(Policy(arch, model, Untuned(model)), batch, told.append)
     assert not told
 
 

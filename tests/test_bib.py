@@ -16,7 +16,7 @@ from luthier.errors import RecipeError
 from luthier.methods.stages.synthesize.bib import Adam, Fitted, slope
 from luthier.model.load import assemble
 from luthier.recipe.recipe import Recipe
-from luthier.recipe.validate import parts
+from luthier.recipe.validate import build_methods
 from luthier.registry import build
 
 
@@ -115,8 +115,8 @@ def motif(text: str) -> float:
 
 @pytest.fixture(scope="module")
 def roles():
-    recipe = Recipe.load({"model": "practice:lm-small", "tuner": "lora"})
-    return assemble(recipe, parts(recipe))
+    recipe = Recipe.load({"model": "toy:lm-small", "tuner": "lora"})
+    return assemble(recipe, build_methods(recipe))
 
 
 # of sequences, drawn anew: which designs one set leads to hangs on rounding, and with it on the processor

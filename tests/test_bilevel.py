@@ -15,11 +15,11 @@ from conftest import SUMS
 from luthier.clock import Clock
 from luthier.data.rows import load
 from luthier.errors import RecipeError
-from luthier.methods.tuners.subset._subset import Weights
+from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import validate
 from luthier.registry import build
-from luthier.storage import store
+from luthier.storage import checkpoints, files
 from luthier.train.optimizer import Chain
 
 
@@ -38,7 +38,7 @@ class Level:
         self.model, self.terms = Vector(n), terms
         if start is not None:
             self.model.weight.data.copy_(start)
-        self.tuner = Weights(SimpleNamespace(name="vector"), self.model, lambda name, p: True)
+        self.tuner = TunedWeights(SimpleNamespace(name="vector"), self.model, lambda name, p: True)
         self.clock = Clock(seed=1, total=total)
         self.chain = Chain([build("transform", c) for c in chain], self.tuner, self.clock, learning_rate)
         self.estimator, self.told = build("estimator", {"name": estimator, **settings}), {}
@@ -176,8 +176,8 @@ def test_it_goes_on_bit_for_bit(momentum, tmp_path):
         )
 
     whole, broken = make().go(8), make().go(3)
-    made = store.Checkpoint(broken.tuner.tensors(), broken.chain.state, 3, None, {})
-    was, other = store.load_checkpoint(store.save_checkpoint(tmp_path, made, 2)), make()
+    made = checkpoints.Checkpoint(broken.tuner.tensors(), broken.chain.state, 3, None, {})
+    was, other = checkpoints.load(checkpoints.save(tmp_path, made, 2)), make()
     other.tuner.load(was.tensors)
     other.chain.load(was.state)
     other.clock.step = other.clock.first = 3
@@ -204,7 +204,7 @@ def test_a_run_learns_its_mixture(base, tmp_path):
         "learning_rate": 3e-3,
     }
     report = luthier.tune(base | change, folder=tmp_path)
-    logged = [line["mix/clean"] for line in store.read_rows(tmp_path / "metrics.jsonl")]
+    logged = [line["mix/clean"] for line in files.read_rows(tmp_path / "metrics.jsonl")]
     assert logged[0] == pytest.approx(0.5, abs=0.02) and logged[-1] > 0.55, logged
     assert report.losses[-1] < report.losses[0]
 

@@ -119,7 +119,7 @@ def test_version_and_help():
         (["methods", "lora", "--kind", "objective"], "there is no objective 'lora'"),
         (["chat", "./nowhere"], "there is no folder ./nowhere"),
         (["export", "./nowhere", "--to", "x", "--as", "gguf"], "there is no export as 'gguf'"),
-        (["inspect", "practice:lm", "practice:lm"], "give --data"),
+        (["inspect", "toy:lm", "toy:lm"], "give --data"),
     ],
 )
 def test_what_cannot_work_is_one_sentence_and_exit_2(words, sentence, tmp_path, monkeypatch):

@@ -14,8 +14,8 @@ from torch import nn
 import luthier
 from conftest import SUMS, make_llama
 from luthier.errors import RecipeError
-from luthier.methods.evaluators.cost._pareto import dominates, fronts, guided, search
-from luthier.methods.evaluators.cost._predictor import gaussian, left_out, linear, onehot, predicted
+from luthier.methods.evaluators.cost.pareto.genetic import dominates, fronts, guided, search
+from luthier.methods.evaluators.cost.pareto.predictor import gaussian, left_out, linear, onehot, predicted
 from luthier.methods.tuners.pruned._elastic import Anatomy, macs, masked, sliced
 from luthier.registry import build
 from luthier.study.statistics import hypervolume
@@ -205,10 +205,10 @@ def test_half_the_width_is_better_after_elastic_tuning_and_the_best_parts_are_ke
 def test_sorting_changes_no_answer_and_puts_the_important_first(base, tmp_path):
     from luthier.model.load import assemble
     from luthier.recipe.recipe import Recipe
-    from luthier.recipe.validate import parts
+    from luthier.recipe.validate import build_methods
 
     recipe = Recipe.load(base | {"tuner": "elastic"})
-    roles = assemble(recipe, parts(recipe))
+    roles = assemble(recipe, build_methods(recipe))
     rows = [
         {"id": str(i), "prompt": r["prompt"], "completions": [r["completion"]]}
         for i, r in enumerate(SUMS[:8])

@@ -16,8 +16,9 @@ from conftest import PAIRS, SUMS
 from luthier.model.policy import Policy
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build
-from luthier.train import batched_forward as kernel
-from luthier.train import batched_lora as fleet
+from luthier.run import batched
+from luthier.train.batched_forward import joint_outputs, share_weights, why_not_joined
+from luthier.train.batched_lora import BatchedTrainer
 from test_loop import near, weights
 
 CAUSAL = build("architecture", "causal")
@@ -42,7 +43,7 @@ def crew(name="llama"):
     return [
         Policy(CAUSAL, model, build("tuner", m["tuner"]).attach(model))
         for m in MEMBERS.values()
-        for model in [kernel.shell(base)]
+        for model in [share_weights(base)]
     ]
 
 
@@ -53,8 +54,8 @@ def test_one_pass_says_what_each_says_alone(name):
     for p in policies:
         for k, slot in enumerate(p.attached.parameters().values()):
             torch.nn.init.normal_(slot, std=0.1, generator=torch.Generator().manual_seed(k))
-    assert kernel.apart(policies) is None
-    said = [o.logprobs for o in kernel.read(policies, batches)]
+    assert why_not_joined(policies) is None
+    said = [o.logprobs for o in joint_outputs(policies, batches)]
     want = [p.logprobs(b.view()) for p, b in zip(policies, batches, strict=True)]
     moving = [list(p.attached.parameters().values()) for p in policies]
     got = torch.autograd.grad(sum(x.sin().sum() for x in said), [t for m in moving for t in m])
@@ -68,14 +69,14 @@ def test_what_cannot_be_read_in_one_pass():
     policies = crew()
     other = zoo.make("llama")
     stranger = Policy(CAUSAL, other, build("tuner", "lora").attach(other))
-    dora = kernel.shell(other)
+    dora = share_weights(other)
     full = zoo.make("llama")
     for crowd, why in (
         ([*policies, stranger], "share their weights"),
         ([Policy(CAUSAL, dora, build("tuner", {"name": "lora", "use_dora": True}).attach(dora))], "A and B"),
         ([Policy(CAUSAL, full, build("tuner", "full").attach(full))], "more than LoRA"),
     ):
-        assert why in str(kernel.apart(crowd))
+        assert why in str(why_not_joined(crowd))
 
 
 @pytest.mark.parametrize("objective, data", [("sft", SUMS), ("dpo", PAIRS)])
@@ -84,7 +85,7 @@ def test_each_ends_as_its_own_run(base, tmp_path, monkeypatch, objective, data, 
     """In one pass and one after the other; over epochs, with accumulation, a shared reference and a shared
     store.
     """
-    monkeypatch.setattr(fleet.Fleet, "tried", lambda self: way)
+    monkeypatch.setattr(BatchedTrainer, "prefers_joint", lambda self: way)
     base |= {
         "objective": objective,
         "data": data[:12],
@@ -94,8 +95,11 @@ def test_each_ends_as_its_own_run(base, tmp_path, monkeypatch, objective, data, 
         "per_device_train_batch_size": 2,
     }
     recipes = {k: Recipe.load({**base, **m}) for k, m in MEMBERS.items()}
-    assert len({fleet.alike(r) for r in recipes.values()}) == 1 and fleet.alike(Recipe.load(base)) is None
-    reports = fleet.perform([(r, tmp_path / "fleet" / k) for k, r in recipes.items()])
+    assert (
+        len({batched.shared_key(r) for r in recipes.values()}) == 1
+        and batched.shared_key(Recipe.load(base)) is None
+    )
+    reports = batched.perform([(r, tmp_path / "fleet" / k) for k, r in recipes.items()])
     for (name, recipe), got in zip(recipes.items(), reports, strict=True):
         want = luthier.tune(recipe, folder=tmp_path / name)
         assert got.losses == pytest.approx(want.losses, abs=1e-5) and got.after == pytest.approx(
@@ -106,7 +110,7 @@ def test_each_ends_as_its_own_run(base, tmp_path, monkeypatch, objective, data, 
             want.stats["tokens"],
             want.stats["rows_seen"],
         )
-    assert not list((tmp_path / "fleet").glob("*/said-*"))
+    assert not list((tmp_path / "fleet").glob("*/logprob_cache-*"))
 
 
 def test_paused_and_killed_ones_go_on(base, tmp_path):
@@ -116,17 +120,17 @@ def test_paused_and_killed_ones_go_on(base, tmp_path):
     from luthier.run.run import perform
 
     perform(runs[1][0], runs[1][1], until=4)
-    paused = fleet.perform(runs, until=0.75)
+    paused = batched.perform(runs, until=0.75)
     assert [r.stats["paused_at"] for r in paused] == [6, 6, 6]
-    for (recipe, folder), got in zip(runs, fleet.perform(runs), strict=True):
+    for (recipe, folder), got in zip(runs, batched.perform(runs), strict=True):
         assert got.losses == pytest.approx(
             luthier.tune(recipe, folder=tmp_path / "alone" / folder.name).losses, abs=1e-5
         )
     # finished: nothing to do
-    assert [r.losses for r in fleet.perform(runs)] == [luthier.Report.read(f).losses for _, f in runs]
+    assert [r.losses for r in batched.perform(runs)] == [luthier.Report.read(f).losses for _, f in runs]
 
 
 def test_the_faster_way_is_measured_and_told(base, tmp_path):
     runs = [(Recipe.load({**base, **m, "max_steps": 7}), tmp_path / k) for k, m in MEMBERS.items()]
-    notes = fleet.perform(runs)[0].notes
+    notes = batched.perform(runs)[0].notes
     assert any("3 runs step" in n and "µs a token" in n for n in notes)

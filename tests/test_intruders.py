@@ -50,9 +50,9 @@ def test_low_rank_brings_more_of_them_than_full_tuning(tmp_path):
     found = {}
     for name, tuner, rate in (("lora", {"name": "lora", "r": 1}, 4e-2), ("full", "full", 2e-3)):
         found[name] = luthier.tune(
-            model="practice:lm-small",
-            data={"path": "practice:people/new", "n": 160},
-            eval_data={"path": "practice:people/new", "n": 40},
+            model="toy:lm-small",
+            data={"path": "toy:people/new", "n": 160},
+            eval_data={"path": "toy:people/new", "n": 40},
             tuner=tuner,
             learning_rate=rate,
             per_device_train_batch_size=16,

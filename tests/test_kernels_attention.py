@@ -176,7 +176,7 @@ def test_who_gets_it(name):
     model, ids, told = zoo.make(name), torch.tensor([zoo.tokens(9, 1)]), []
     before = model(input_ids=ids, use_cache=False).logits
     policy = Policy(CAUSAL, model, Untuned(model))
-    guards.same_as_plain(policy, zoo.rows(), told.append)
+    guards.check_forward(policy, zoo.rows(), told.append)
     with torch.no_grad():
         policy.logprobs(zoo.rows())
     assert (model.config._attn_implementation == attention.NAME and policy.architecture.blocks) == (
@@ -190,7 +190,7 @@ def test_a_network_that_does_not_ask_is_found_out(monkeypatch):
     model, told = zoo.make("falcon"), []
     monkeypatch.setattr(attention, "takes_plans", lambda model: True)
     policy = Policy(CAUSAL, model, Untuned(model))
-    guards.same_as_plain(policy, zoo.rows(), told.append)
+    guards.check_forward(policy, zoo.rows(), told.append)
     assert not policy.architecture.blocks and policy.architecture.packing and told
 
 

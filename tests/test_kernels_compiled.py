@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from conftest import SUMS, make_llama, make_tokenizer
+from luthier.compat.compiler import check_compiler
 from luthier.errors import RecipeError
 from luthier.kernels import compiled
 from luthier.model.load import assemble
 from luthier.recipe.recipe import Recipe
-from luthier.recipe.validate import checked, parts
+from luthier.recipe.validate import build_methods, dry_run
 
 
 def test_refused_in_a_sentence_without_a_compiler(tiny, monkeypatch):
@@ -22,10 +23,10 @@ def test_refused_in_a_sentence_without_a_compiler(tiny, monkeypatch):
     recipe = Recipe.load({"model": tiny, "data": SUMS, "torch_compile": True})
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(RecipeError, match="no C.. compiler here"):
-        checked(recipe, [{"id": "0", "prompt": "1+1=", "completions": ["2"], "scores": [1.0]}])
+        dry_run(recipe, [{"id": "0", "prompt": "1+1=", "completions": ["2"], "scores": [1.0]}])
     monkeypatch.setenv("CXX", "/nowhere/cc")
     with pytest.raises(RecipeError, match="CXX names /nowhere/cc"):
-        compiled.possible()
+        check_compiler()
 
 
 def test_a_network_without_known_layers_is_refused():
@@ -51,7 +52,7 @@ def test_compiled_layers_answer_alike(tmp_path):
                 "torch_compile": asked,
             }
         )
-        roles = assemble(recipe, parts(recipe), {})
+        roles = assemble(recipe, build_methods(recipe), {})
         for s in roles.tuner.param_groups():
             torch.nn.init.normal_(s.params["B"], std=0.1, generator=torch.Generator().manual_seed(0))
         said = []

@@ -188,23 +188,23 @@ def test_a_kernel_that_is_wrong_is_found_and_told(tiny, monkeypatch):
     from conftest import SUMS
     from luthier.model.load import assemble
     from luthier.recipe.recipe import Recipe
-    from luthier.recipe.validate import parts
+    from luthier.recipe.validate import build_methods
     from luthier.train import checks as guards
 
     recipe = Recipe.load({"model": tiny, "data": SUMS, "dtype": "float32"})
-    roles = assemble(recipe, parts(recipe), {})
+    roles = assemble(recipe, build_methods(recipe), {})
     rows = roles.batch([{"id": "0", "prompt": "1+1=", "completions": ["2"], "scores": [1.0]}])
     told: list[str] = []
     passes: list[int] = []
     hook = roles.policy.model.model.register_forward_hook(lambda *_: passes.append(1))
     roles.policy.logprobs(rows.view())  # the head is known from here on
     passes.clear()
-    guards.same_as_plain(roles.policy, rows, told.append)
+    guards.check_forward(roles.policy, rows, told.append)
     hook.remove()
     assert not told and fast.taken(roles.policy.model)
     assert len(passes) == 3, "its own forward, that with the kernels in it, and the layout: each once"
     monkeypatch.setattr(fast, "rms_norm", lambda x, w, eps: 2 * fast.plain_norm(x, w, eps))
-    guards.same_as_plain(roles.policy, rows, told.append)
+    guards.check_forward(roles.policy, rows, told.append)
     assert len(told) == 1 and "differ from the model's own" in told[0] and not fast.taken(roles.policy.model)
 
 
@@ -212,12 +212,12 @@ def test_liger_is_refused_in_a_sentence_where_it_cannot_run(tiny, monkeypatch):
     from luthier.kernels import liger
     from luthier.model.load import load_model
     from luthier.recipe.recipe import Recipe
-    from luthier.recipe.validate import parts
+    from luthier.recipe.validate import build_methods
 
     recipe = Recipe.load({"model": tiny, "architecture": {"name": "causal", "fused": "liger"}})
     if not torch.cuda.is_available():
         with pytest.raises(RecipeError, match="on CUDA devices, and this network is on cpu"):
-            load_model(recipe, parts(recipe), {})
+            load_model(recipe, build_methods(recipe), {})
     monkeypatch.setattr(liger, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r"pip install 'luthier\[liger\]'"):
         liger.forms(torch.device("cuda"))

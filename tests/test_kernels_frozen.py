@@ -16,7 +16,7 @@ import zoo
 from conftest import PAIRS, SUMS
 from luthier.model.policy import Policy
 from luthier.registry import build
-from luthier.train import hidden_cache as frozen
+from luthier.train import hidden_cache
 
 CAUSAL = build("architecture", "causal")
 TOP = {"name": "lora", "target_modules": ["q_proj", "o_proj"], "layers_to_transform": [1]}
@@ -34,15 +34,19 @@ def test_the_same_numbers_and_gradients(name, make, tmp_path):
     model, attached = policy.model, policy.attached
     for p in attached.parameters().values():
         torch.nn.init.normal_(p, std=0.1)
-    kept = frozen.keep(policy, batch, tmp_path / "f.bin", 1000)
-    assert isinstance(kept, frozen.Frozen) and kept.first == 1 and 0 < kept.used <= len(batch.ids)
+    kept = hidden_cache.open_cache(policy, batch, tmp_path / "f.bin", 1000)
+    assert (
+        isinstance(kept, hidden_cache.HiddenStateCache)
+        and kept.first == 1
+        and 0 < kept.used <= len(batch.ids)
+    )
 
     def asked():
         out = CAUSAL.forward(model, attached, batch).logprobs
         return [out, *torch.autograd.grad(out.sin().sum(), list(attached.parameters().values()))]
 
     want = asked()
-    attached.frozen, lower, calls = kept, model.get_decoder().layers[0].self_attn, []
+    attached.hidden_cache, lower, calls = kept, model.get_decoder().layers[0].self_attn, []
     lower.register_forward_hook(lambda *_: calls.append(1))
     got = asked()
     assert not calls  # the lower layer rests
@@ -56,9 +60,9 @@ def test_the_same_numbers_and_gradients(name, make, tmp_path):
 
 def test_no_room_no_harm(tmp_path):
     policy, batch = on_top(), zoo.rows()
-    kept = frozen.keep(policy, batch, tmp_path / "f.bin", 12)
+    kept = hidden_cache.open_cache(policy, batch, tmp_path / "f.bin", 12)
     want = CAUSAL.forward(policy.model, policy.attached, batch).logprobs
-    policy.attached.frozen = kept
+    policy.attached.hidden_cache = kept
     policy.model.train()
     assert (
         torch.equal(CAUSAL.forward(policy.model, policy.attached, batch).logprobs, want) and kept.used <= 12
@@ -75,15 +79,15 @@ def test_no_room_no_harm(tmp_path):
     ],
 )
 def test_where_something_below_moves_nothing_is_kept(tuner, why, tmp_path):
-    assert why in frozen.keep(on_top(tuner=tuner), zoo.rows(), tmp_path / "f.bin", 1000)
+    assert why in hidden_cache.open_cache(on_top(tuner=tuner), zoo.rows(), tmp_path / "f.bin", 1000)
 
 
 def test_dropout_below(tmp_path):
     policy = on_top()
     policy.model.config.attention_dropout = 0.1
-    assert "dropout" in frozen.keep(policy, zoo.rows(), tmp_path / "f.bin", 1000)
+    assert "dropout" in hidden_cache.open_cache(policy, zoo.rows(), tmp_path / "f.bin", 1000)
     noisy = Policy(replace(CAUSAL, neftune_noise_alpha=5.0), policy.model, policy.attached)
-    assert "step to step" in frozen.keep(noisy, zoo.rows(), tmp_path / "f.bin", 1000)
+    assert "step to step" in hidden_cache.open_cache(noisy, zoo.rows(), tmp_path / "f.bin", 1000)
 
 
 @pytest.mark.parametrize("objective, data", [("sft", SUMS), ("dpo", PAIRS)])
@@ -102,4 +106,4 @@ def test_a_run_is_the_same_run(base, tmp_path, objective, data):
     kept = luthier.tune(base, folder=tmp_path / "b")
     assert any("never move" in n for n in kept.notes) and not any("never move" in n for n in plain.notes)
     assert kept.losses == pytest.approx(plain.losses, abs=1e-5)
-    assert not list((tmp_path / "b").glob("frozen-*"))
+    assert not list((tmp_path / "b").glob("hidden_cache-*"))

@@ -19,7 +19,7 @@ import zoo
 from conftest import PAIRS
 from luthier.model.policy import Policy
 from luthier.registry import build
-from luthier.train import logprob_cache as reference
+from luthier.train import logprob_cache
 from test_loop import KILLED, weights
 
 CAUSAL = build("architecture", "causal")
@@ -33,8 +33,8 @@ def tiny(shallow) -> str:
 def known(path, room=1000, what="w", seed=0):
     model = zoo.make("llama", seed=seed)
     off = build("role", "off").play("reference", Policy(CAUSAL, model, build("tuner", "lora").attach(model)))
-    made = reference.keep(off, path, room, what)
-    assert isinstance(made, reference.Known)
+    made = logprob_cache.open_cache(off, path, room, what)
+    assert isinstance(made, logprob_cache.CachedPolicy)
     return made, off
 
 
@@ -44,7 +44,7 @@ def test_the_same_numbers(make, tmp_path):
     role, plain = known(tmp_path / "s.bin")
     want = plain.logprobs(batch)
     batch = batch.view()
-    assert torch.equal(role.logprobs(batch), want) and role.said.places
+    assert torch.equal(role.logprobs(batch), want) and role.cache.slices
     calls = []
     role.model.get_decoder().register_forward_hook(lambda *_: calls.append(1))
     assert torch.equal(role.logprobs(batch.view()), want) and not calls  # read
@@ -56,17 +56,17 @@ def test_the_same_numbers(make, tmp_path):
 def test_a_file_is_taken_up_again_and_a_torn_one_only_as_far_as_it_is_whole(tmp_path):
     batch, path = zoo.rows(), tmp_path / "s.bin"
     role, plain = known(path)
-    want, first = role.logprobs(batch), len(role.said.places)
-    role.said.words.flush()
+    want, first = role.logprobs(batch), len(role.cache.slices)
+    role.cache.words.flush()
     again, _ = known(path, seed=1)  # another network: what comes out can only be what was kept
     assert torch.equal(again.logprobs(batch.view()), want)
-    last = list(again.said.places.values())[-1]
-    again.said.words[last.start] += 1
+    last = list(again.cache.slices.values())[-1]
+    again.cache.words[last.start] += 1
     torn, _ = known(path)
-    assert len(torn.said.places) == first - 1 and torch.equal(torn.logprobs(batch.view()), want)
+    assert len(torn.cache.slices) == first - 1 and torch.equal(torn.logprobs(batch.view()), want)
     other, _ = known(path, what="another reference")
-    assert not other.said.places
-    other.said.close()
+    assert not other.cache.slices
+    other.cache.close()
     assert not path.exists()
 
 
@@ -75,7 +75,7 @@ def test_no_room_no_harm(tmp_path):
     role, plain = known(tmp_path / "s.bin", room=12)
     want = plain.logprobs(batch.view())
     assert torch.equal(role.logprobs(batch.view()), want) and torch.equal(role.logprobs(batch.view()), want)
-    assert "GB of disk" in reference.keep(plain, tmp_path / "t.bin", 2**40, "")
+    assert "GB of disk" in logprob_cache.open_cache(plain, tmp_path / "t.bin", 2**40, "")
 
 
 @pytest.mark.parametrize("tuner, role", [("full", "start"), ("lora", "off"), ("lora", "model")])
@@ -96,7 +96,7 @@ def test_a_run_is_the_same_run(base, tmp_path, tuner, role, tiny):
     )
     once = -(-len(PAIRS) // 4)
     assert kept.losses[:once] == plain.losses[:once] and kept.losses == pytest.approx(plain.losses, abs=1e-5)
-    assert not list((tmp_path / "b").glob("said-*"))
+    assert not list((tmp_path / "b").glob("logprob_cache-*"))
 
 
 def test_killed_and_resumed_is_uninterrupted(base, tmp_path, forks):
@@ -112,7 +112,7 @@ def test_killed_and_resumed_is_uninterrupted(base, tmp_path, forks):
     (tmp_path / "recipe.json").write_text(json.dumps(recipe))
     dead = forks(KILLED, tmp_path, "recipe.json", "broken", "5")
     assert dead.wait() == -signal.SIGKILL, dead.said()
-    assert list((tmp_path / "broken").glob("said-reference-*"))
+    assert list((tmp_path / "broken").glob("logprob_cache-reference-*"))
     resumed = luthier.tune(recipe, folder=tmp_path / "broken")
     assert resumed.losses == whole.losses
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "broken")

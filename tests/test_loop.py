@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 import luthier
 from conftest import PAIRS, SUMS, UNPAIRED, recipe_of
 from luthier.clock import Clock
-from luthier.errors import RecipeError
+from luthier.errors import DiskError, NotFinite, OutOfMemory, RecipeError, Refused
 from luthier.model.load import pick_dtype
-from luthier.storage import store
+from luthier.storage import checkpoints, files
 from luthier.train import checks as guards
 from luthier.train import memory
 from luthier.train.trainer import Trainer, draw
@@ -36,7 +36,7 @@ def tiny(shallow) -> str:
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(str(store.checkpoints(Path(folder))[-1] / "tensors.safetensors"))
+    return load_file(str(checkpoints.paths(Path(folder))[-1] / "tensors.safetensors"))
 
 
 def near(a, b, atol) -> bool:
@@ -279,9 +279,9 @@ def test_killed_and_resumed_is_uninterrupted(base, tmp_path, forks, name):
 MOMENTS = {  # the process dies at the first call of this, which the second process passes
     "measuring the start": "luthier.methods.evaluators.quality.generate.Generate.run",
     "a stage": "luthier.methods.stages.select.ifd.IFD.__call__",
-    "writing a checkpoint": "luthier.storage.store.compare",
-    "naming a checkpoint": "luthier.storage.store.checkpoints",
-    "taking the adapter away": "luthier.methods.tuners._peft.OnPeft.save",
+    "writing a checkpoint": "luthier.storage.checkpoints.verify",
+    "naming a checkpoint": "luthier.storage.checkpoints.paths",
+    "taking the adapter away": "luthier.methods.tuners._peft.PeftTunedModel.save",
     "the report": "luthier.report.write_report",
 }
 DIES = """
@@ -333,11 +333,11 @@ def test_killed_anywhere_goes_on(never_killed, tmp_path, forks, moment):
 
 def test_a_checkpoint_half_written_is_no_checkpoint(base, tmp_path):
     luthier.tune(base, folder=tmp_path)
-    whole = store.checkpoints(tmp_path)
+    whole = checkpoints.paths(tmp_path)
     for name in ("checkpoint-9.part", "checkpoint-9.old", "checkpoint-10"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-9.part" / "state.json").write_text("{}")
-    assert store.checkpoints(tmp_path) == whole
+    assert checkpoints.paths(tmp_path) == whole
 
 
 def test_another_version_going_on_is_told(base, tmp_path, monkeypatch):
@@ -348,7 +348,7 @@ def test_another_version_going_on_is_told(base, tmp_path, monkeypatch):
     monkeypatch.setattr(Trainer, "step", real)
     state = json.loads((tmp_path / "run.json").read_text())
     assert state["version"] == luthier.__version__
-    store.write_json(tmp_path / "run.json", state | {"version": "0.0.9"})
+    files.write_json(tmp_path / "run.json", state | {"version": "0.0.9"})
     assert any("begun by luthier 0.0.9" in n for n in luthier.tune(base, folder=tmp_path).notes)
 
 
@@ -435,7 +435,7 @@ def test_memory_that_runs_out_while_weights_are_stepped_ends_in_a_sentence(base,
     """Some sites have moved already: to do the step again would move them twice."""
     from luthier.train.optimizer import Chain
 
-    real, pushed = Chain.push, []
+    real, pushed = Chain.step_group, []
 
     def full(self, group, grads):
         pushed.append(group.name)
@@ -443,21 +443,21 @@ def test_memory_that_runs_out_while_weights_are_stepped_ends_in_a_sentence(base,
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
         return real(self, group, grads)
 
-    monkeypatch.setattr(Chain, "push", full)
-    with pytest.raises(guards.Refused, match="out of memory: what was saved before is intact"):
+    monkeypatch.setattr(Chain, "step_group", full)
+    with pytest.raises(OutOfMemory, match="out of memory: what was saved before is intact"):
         luthier.tune(base, folder=tmp_path / "b")
     assert len(pushed) == 40
-    monkeypatch.setattr(Chain, "push", real)
+    monkeypatch.setattr(Chain, "step_group", real)
     again, whole = luthier.tune(base, folder=tmp_path / "b"), luthier.tune(base, folder=tmp_path / "a")
     assert again.losses == whole.losses
 
 
 def test_completions_that_never_end_are_told(base, tmp_path, monkeypatch):
     """Every run shows its rows to the guard, as tokens; and the guard speaks where no end is learned."""
-    shown, real = [], guards.ends_are_learned
+    shown, real = [], guards.check_stop_token
     monkeypatch.setattr(
         guards,
-        "ends_are_learned",
+        "check_stop_token",
         lambda rows, stop, tell: shown.append((rows, stop)) or real(rows, stop, tell),
     )
     report = luthier.tune(base, folder=tmp_path)
@@ -559,26 +559,31 @@ def test_a_loss_that_is_no_number_names_its_rows(base, tmp_path, monkeypatch):
         "loss",
         lambda self, roles, batch: real(self, roles, batch) * (float("nan") if roles.clock.step == 3 else 1),
     )
-    with pytest.raises(guards.Refused, match="not finite at step 3, on rows .*:"):
+    with pytest.raises(NotFinite, match="not finite at step 3, on rows .*:"):
         luthier.tune(base, folder=tmp_path)
-    assert store.load_checkpoint(store.checkpoints(tmp_path)[-1]).step == 2  # what was saved stays
+    assert checkpoints.load(checkpoints.paths(tmp_path)[-1]).step == 2  # what was saved stays
+    left = files.read_json(tmp_path / "failed.json")
+    assert left["code"] == "not_finite" and "at step 3" in left["message"]
+    monkeypatch.setattr(SFT, "loss", real)
+    assert len(luthier.tune(base, folder=tmp_path).losses) == 6
+    assert not (tmp_path / "failed.json").exists(), "it has gone on"
 
 
 def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_stays(base, tmp_path, monkeypatch):
     import errno
 
-    real = store.write_json
+    real = files.write_json
 
     def full(path, value):
         if path.name == "state.json" and value["step"] == 4:
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, value)
 
-    monkeypatch.setattr(store, "write_json", full)
-    with pytest.raises(RecipeError, match="is full .*saved before is intact"):
+    monkeypatch.setattr(files, "write_json", full)
+    with pytest.raises(DiskError, match="is full .*saved before is intact"):
         luthier.tune(base, folder=tmp_path)
-    assert [p.name for p in store.checkpoints(tmp_path)] == ["checkpoint-2"]
-    monkeypatch.setattr(store, "write_json", real)
+    assert [p.name for p in checkpoints.paths(tmp_path)] == ["checkpoint-2"]
+    monkeypatch.setattr(files, "write_json", real)
     assert len(luthier.tune(base, folder=tmp_path).losses) == 6
 
 
@@ -605,7 +610,7 @@ def test_a_gradient_that_does_not_arrive_is_refused(base, tmp_path, monkeypatch)
     from luthier.methods.objectives.supervised.sft import SFT
 
     monkeypatch.setattr(SFT, "loss", lambda self, roles, batch: roles.policy.logprobs(batch) * 0.0)
-    with pytest.raises(guards.Refused, match="no gradient reaches"):
+    with pytest.raises(Refused, match="no gradient reaches"):
         luthier.tune(base, folder=tmp_path)
 
 
@@ -637,7 +642,7 @@ def test_bfloat16_is_stepped_through_masters(base, tmp_path):
         base | {"dtype": "bfloat16", "learning_rate": 2e-5, "max_steps": 40, "lr_scheduler_type": "constant"},
         folder=tmp_path,
     )
-    saved = store.load_checkpoint(store.checkpoints(tmp_path)[-1])
+    saved = checkpoints.load(checkpoints.paths(tmp_path)[-1])
     masters = {k: s["master"]["weight"] for k, s in saved.state.items()}
     assert all(m.dtype == torch.float32 for m in masters.values())
     assert all(torch.equal(saved.tensors[f"{k}.weight"], m.bfloat16()) for k, m in masters.items())
@@ -656,7 +661,7 @@ def test_rows_that_are_yet_to_be_answered_are_read_right_too(base, tmp_path, mon
 
 def test_old_checkpoints_leave(base, tmp_path):
     luthier.tune(base | {"save_steps": 1, "save_total_limit": 3}, folder=tmp_path)
-    assert [p.name for p in store.checkpoints(tmp_path)] == ["checkpoint-4", "checkpoint-5", "checkpoint-6"]
+    assert [p.name for p in checkpoints.paths(tmp_path)] == ["checkpoint-4", "checkpoint-5", "checkpoint-6"]
 
 
 def test_a_folder_half_cleared_leaves_nothing_to_the_next_run(base, tmp_path, monkeypatch):
@@ -673,7 +678,7 @@ def test_a_folder_half_cleared_leaves_nothing_to_the_next_run(base, tmp_path, mo
     with pytest.raises(KeyboardInterrupt):
         luthier.tune(other, folder=tmp_path / "a")
     monkeypatch.setattr(Path, "unlink", real)
-    store.write_json(
+    files.write_json(
         tmp_path / "a" / "forgetting.jsonl",
         {"id": "old", "prompt": "", "completions": [[70, 71]], "own": True},
     )
@@ -682,7 +687,7 @@ def test_a_folder_half_cleared_leaves_nothing_to_the_next_run(base, tmp_path, mo
 
 
 def test_rows_of_one_step_do_not_depend_on_history():
-    assert Trainer.__dataclass_fields__["held"].default is None
+    assert Trainer.__dataclass_fields__["drawn_rows"].default is None
     rows = [{"id": i} for i in range(50)]
     at = Clock(seed=1, step=5)
     assert draw(rows, at, 4) == draw(rows, Clock(seed=1, step=5), 4) != draw(rows, Clock(seed=2, step=5), 4)

@@ -62,8 +62,8 @@ def test_what_backward_keeps():
 
 def test_what_does_not_grow_with_the_tokens_is_not_multiplied():
     """A tuned weight is kept once, however many tokens it meets; a dozen rows tell what a hundred take."""
-    assert memory._grown([(10, 1100), (20, 1200)], 1000) == 1000 + 10 * 1000
-    assert memory._grown([(10, 100)], 30) == 300
+    assert memory._extrapolate([(10, 1100), (20, 1200)], 1000) == 1000 + 10 * 1000
+    assert memory._extrapolate([(10, 100)], 30) == 300
 
 
 # ------------------------------------------------------------------------------------------ in a run

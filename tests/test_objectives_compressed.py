@@ -130,7 +130,7 @@ def test_zeros_stay_while_all_else_moves(tiny, tmp_path, settings):
     )
     for wrong, said in ((dict(pattern="4:2"), "kept:neighbours"), (dict(pattern="2:7"), "does not divide")):
         with pytest.raises((RecipeError, ValueError), match=said):
-            build("tuner", {"name": "pruned", **wrong}).kept(torch.ones(3, 8))
+            build("tuner", {"name": "pruned", **wrong}).mask(torch.ones(3, 8))
 
 
 def test_what_rows_say_of_weights():
@@ -142,7 +142,7 @@ def test_what_rows_say_of_weights():
     W, H = torch.randn(24, 32), X.T @ X
     size = W.abs() * X.norm(dim=0)
     made = lambda **said: build("tuner", {"name": "pruned", **said})
-    wanda = made().kept(W * H.diagonal().sqrt())
+    wanda = made().mask(W * H.diagonal().sqrt())
     assert torch.equal(wanda, torch.stack([r >= r.sort().values[16] for r in size]))
     wrong = lambda kept: float(((kept - W) @ X.T).norm())
     stays, repaired = made(criterion="sparsegpt", block_size=8).repaired(W, H)
@@ -151,7 +151,7 @@ def test_what_rows_say_of_weights():
         and not repaired[~stays].any()
         and not torch.equal(repaired[stays], W[stays])
     )
-    assert wrong(repaired) < 0.9 * wrong(W * wanda) and wrong(W * wanda) < wrong(W * made().kept(W))
+    assert wrong(repaired) < 0.9 * wrong(W * wanda) and wrong(W * wanda) < wrong(W * made().mask(W))
     best = torch.zeros_like(W)
     for i, s in enumerate(stays):
         best[i, s] = torch.linalg.lstsq(X[:, s], (X @ W[i])[:, None]).solution[:, 0]
@@ -159,14 +159,14 @@ def test_what_rows_say_of_weights():
     by_four = made(criterion="sparsegpt", pattern="2:4").repaired(W, H)[0]
     assert (by_four.view(24, -1, 4).sum(-1) == 2).all()
     alike, same = made(criterion="sparsegpt", pattern="2:4").repaired(W, 5 * torch.eye(32))
-    assert torch.equal(alike, made(pattern="2:4").kept(W)) and torch.allclose(same, W * alike)
+    assert torch.equal(alike, made(pattern="2:4").mask(W)) and torch.allclose(same, W * alike)
 
 
 def test_pruning_by_rows_breaks_less(tmp_path):
     common = dict(
-        model="practice:lm-small",
-        data={"path": "practice:people/train", "n": 64},
-        eval_data={"path": "practice:people/test", "n": 60},
+        model="toy:lm-small",
+        data={"path": "toy:people/train", "n": 64},
+        eval_data={"path": "toy:people/test", "n": 60},
         max_steps=1,
         learning_rate=1e-7,
         evaluate=["loss"],
@@ -181,9 +181,9 @@ def test_pruning_by_rows_breaks_less(tmp_path):
 
 def test_squarehead_heals_what_pruning_broke(tmp_path):
     common = dict(
-        model="practice:lm-small",
-        data={"path": "practice:people/train", "n": 400},
-        eval_data={"path": "practice:people/test", "n": 80},
+        model="toy:lm-small",
+        data={"path": "toy:people/train", "n": 400},
+        eval_data={"path": "toy:people/test", "n": 80},
         tuner={"name": "pruned", "sparsity": 0.75},
         max_steps=40,
         learning_rate=2e-3,
@@ -347,9 +347,9 @@ def test_the_pretrained_features_teach_the_output_layer_alone():
 
 def test_dr_tune_and_core_tuning_run(tmp_path):
     common = dict(
-        model="practice:lm-small",
-        data={"path": "practice:topic", "n": 48},
-        eval_data={"path": "practice:topic/test", "n": 24},
+        model="toy:lm-small",
+        data={"path": "toy:topic", "n": 48},
+        eval_data={"path": "toy:topic/test", "n": 24},
         max_steps=3,
     )
     report = tune(
@@ -364,7 +364,7 @@ def test_dr_tune_and_core_tuning_run(tmp_path):
     assert math.isfinite(
         tune(tmp_path, "core", objective="sft + core_tuning", tuner="lora", **common).losses[-1]
     )
-    encoder = common | {"model": "practice:encoder", "architecture": "classifier", "tuner": "full"}
+    encoder = common | {"model": "toy:encoder", "architecture": "classifier", "tuner": "full"}
     assert math.isfinite(tune(tmp_path, "c", objective="sft + core_tuning", **encoder).losses[-1])
     assert math.isfinite(
         tune(tmp_path, "d", objective="dr_tune", roles={"paired": "paired"}, **encoder).losses[-1]

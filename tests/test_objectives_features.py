@@ -23,7 +23,7 @@ from luthier.methods.roles.features.generator import Features as Made
 from luthier.methods.roles.features.memory import Features
 from luthier.methods.roles.networks.part_whole import Heads
 from luthier.registry import build
-from luthier.storage.store import checkpoints, load_checkpoint
+from luthier.storage import checkpoints
 from test_objectives import batch_of, cast, make_rows
 
 # ------------------------------------------------------------------------------------------------ roles
@@ -44,7 +44,7 @@ def test_a_mean_teacher_is_the_running_average_and_gets_no_gradient(base, tmp_pa
         "learning_rate": 1e-2,
     }
     report = luthier.tune(recipe, folder=tmp_path / "a")
-    steps = [load_checkpoint(p).tensors for p in checkpoints(tmp_path / "a")]
+    steps = [checkpoints.load(p).tensors for p in checkpoints.paths(tmp_path / "a")]
     moving = [k for k in steps[0] if k.endswith(".B")]
     assert len(steps) == 5 and moving
     for k in moving:

@@ -383,7 +383,7 @@ def test_glad_on_a_quadratic_is_its_closed_form():
     seen = {}
 
     class Keep:
-        def on(self, attached):
+        def bind(self, attached):
             return self
 
         def gather(self, every):

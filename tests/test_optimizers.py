@@ -16,14 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import luthier
 from conftest import SUMS
 from luthier.clock import Clock
+from luthier.errors import Refused
 from luthier.methods.estimators.zeroth_order.mezo import direction
+from luthier.methods.transforms._base import LazyGradients, Transform
 from luthier.methods.tuners._base import ParamGroup
-from luthier.methods.tuners.subset._subset import Weights
+from luthier.methods.tuners.subset._subset import TunedWeights
+from luthier.recipe.schedule import schedule
 from luthier.registry import build, find, helps, names
-from luthier.storage import store
+from luthier.storage import checkpoints
 from luthier.train import optimizer as _chain
-from luthier.train.checks import Refused
-from luthier.train.optimizer import Chain, Lazily, Transform, schedule
+from luthier.train.optimizer import Chain
 from luthier.train.trainer import Trainer, draw
 
 ESTIMATORS = [
@@ -43,7 +45,7 @@ class Toy(nn.Module):
         self.frozen = nn.Parameter(torch.randn(64, 64))
 
 
-class Moving(Weights):
+class Moving(TunedWeights):
     """A tuner on the toy: each tensor a site of its own, A and B together."""
 
     def __init__(self, model):
@@ -103,8 +105,8 @@ class Rig:
 
     def kill_and_load(self, folder, make) -> Rig:
         """Through a checkpoint on disk into a new process."""
-        made = store.Checkpoint(self.tuner.tensors(), self.chain.state, self.clock.step, None, {})
-        was = store.load_checkpoint(store.save_checkpoint(folder, made, 2))
+        made = checkpoints.Checkpoint(self.tuner.tensors(), self.chain.state, self.clock.step, None, {})
+        was = checkpoints.load(checkpoints.save(folder, made, 2))
         other = make()
         other.tuner.load(was.tensors)
         other.chain.load(was.state)
@@ -304,7 +306,7 @@ def test_lion_moves_every_weight_alike_and_without_memory_is_the_sign():
         rig.go(1)
         for k, p in rig.tuner.parameters().items():
             assert torch.allclose(before[k] - p, rate * p.grad.sign(), atol=1e-6)
-    size = lambda chain: sum(t.numel() for t in store.flatten(chain.state)[0].values())
+    size = lambda chain: sum(t.numel() for t in checkpoints.flatten(chain.state)[0].values())
     assert 2 * size(rig.chain) == size(Rig(transforms=(build("transform", "adam"),)).go(1).chain)
 
 
@@ -359,8 +361,8 @@ def test_state_survives_the_disk_as_it_is(tmp_path):
         "a | b||c": {"step": 3, "0": {"w": {"m": torch.ones(2), "share": 0.1}}, "on": True},
         "x": {"step": 1},
     }
-    made = store.Checkpoint({"w": torch.ones(1)}, state, 5, None, {})
-    back = store.load_checkpoint(store.save_checkpoint(tmp_path, made, 1)).state
+    made = checkpoints.Checkpoint({"w": torch.ones(1)}, state, 5, None, {})
+    back = checkpoints.load(checkpoints.save(tmp_path, made, 1)).state
     assert (
         back["a | b||c"]["step"] == 3
         and type(back["a | b||c"]["step"]) is int
@@ -376,7 +378,7 @@ def test_state_comes_back_where_its_weights_are():
     rig, other = Rig(transforms=(build("transform", "adam"),)).go(1), Rig()
     other.model.to("meta")
     other.chain.load({**rig.chain.state, "gone": {"step": 3}})
-    tensors, leaves = store.flatten(other.chain.state)
+    tensors, leaves = checkpoints.flatten(other.chain.state)
     assert (
         {t.device.type for t in tensors.values()} == {"meta"}
         and leaves["low | step"] == 1
@@ -389,7 +391,7 @@ def test_clipping_holds_no_second_copy_of_the_gradients():
     rig.closure()
     grads = {s.name: {k: p.grad for k, p in s.params.items()} for s in rig.chain.param_groups()}
     small = clip.gather(grads)
-    assert isinstance(small, Lazily) and len(small) == 3
+    assert isinstance(small, LazyGradients) and len(small) == 3
     assert sum(
         float(g.square().sum()) for slots in small.values() for g in slots.values()
     ) ** 0.5 == pytest.approx(0.1, rel=1e-4)
@@ -437,7 +439,7 @@ def test_mezo_points_along_the_gradient_on_average():
     torch.manual_seed(0)
     goal = torch.randn(64)
     model = nn.Linear(64, 1, bias=False)
-    tuner = Weights(SimpleNamespace(name="toy"), model, lambda name, p: True)
+    tuner = TunedWeights(SimpleNamespace(name="toy"), model, lambda name, p: True)
     total = torch.zeros(64)
 
     class Sum(Seen):
@@ -498,7 +500,7 @@ def test_mezo_takes_one_copy_of_what_moves_and_nothing_of_what_is_frozen():
     model = nn.Sequential(
         *(nn.Linear(32, 32, bias=False) for _ in range(20)), nn.Linear(400, 400, bias=False)
     )
-    tuner = Weights(SimpleNamespace(name="toy"), model, lambda name, p: not name.startswith("20."))
+    tuner = TunedWeights(SimpleNamespace(name="toy"), model, lambda name, p: not name.startswith("20."))
     chain = Chain(build("optimizer", {"name": "sgd", "max_grad_norm": 0.1}).chain(), tuner, Clock(), 0.1)
     one, moving = 4 * 32 * 32, 4 * 20 * 32 * 32
     direction(chain.clock, 0, "", "", torch.empty(4))  # a table is made once a process
@@ -611,6 +613,6 @@ def test_what_is_pointwise_may_go_in_pieces(name, dtype, monkeypatch):
     assert all(
         torch.equal(p, q) for p, q in zip(whole.model.parameters(), parts.model.parameters(), strict=True)
     )
-    a, b = (store.flatten(r.chain.state)[0] for r in (whole, parts))
+    a, b = (checkpoints.flatten(r.chain.state)[0] for r in (whole, parts))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert not torch.equal(whole.model.weight, Rig([build("transform", name)], dtype=dtype).model.weight)

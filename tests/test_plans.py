@@ -22,7 +22,7 @@ from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import validate
 from luthier.registry import build, find, helps, names
 from luthier.serve import load as use
-from luthier.storage import store
+from luthier.storage import checkpoints, files
 from luthier.study.statistics import hypervolume
 from luthier.train.trainer import Trainer
 
@@ -153,7 +153,7 @@ def test_acts_run_and_merge(base, tmp_path):
     plan = [{"max_steps": 2}, {"seed": 5, "max_steps": 3}, soup, {"max_steps": 0}]
     done = luthier.tune(base | {"plan": plan, "eval_data": 0.2}, folder=tmp_path)
     assert len(done.acts) == 4
-    ends = [store.load_checkpoint(store.checkpoints(Path(act))[-1]).tensors for act in done.acts]
+    ends = [checkpoints.load(checkpoints.paths(Path(act))[-1]).tensors for act in done.acts]
     for k, merged in ends[2].items():
         assert torch.allclose(merged, (ends[0][k] + ends[1][k]) / 2, atol=1e-7) and torch.equal(
             merged, ends[3][k]
@@ -161,7 +161,7 @@ def test_acts_run_and_merge(base, tmp_path):
     measured = luthier.Report.read(done.acts[2])
     assert measured.losses == [] and measured.after["loss"] == measured.before["loss"]
     again = luthier.tune(base | {"plan": plan, "eval_data": 0.2}, folder=tmp_path)
-    assert again.acts == done.acts and [store.checkpoints(Path(a))[-1].stat().st_mtime for a in done.acts]
+    assert again.acts == done.acts and [checkpoints.paths(Path(a))[-1].stat().st_mtime for a in done.acts]
 
 
 STOPPED = {
@@ -202,8 +202,7 @@ def test_a_plan_stopped_in_its_second_act_goes_on_there(base, tmp_path, monkeypa
     assert made[0] and before + len(made) <= 2 + sum(len(luthier.Report.read(a).losses) for a in whole.acts)
     assert (resumed.after, resumed.losses) == (whole.after, whole.losses)
     ends = [
-        [store.load_checkpoint(store.checkpoints(Path(a))[-1]).tensors for a in r.acts]
-        for r in (whole, resumed)
+        [checkpoints.load(checkpoints.paths(Path(a))[-1]).tensors for a in r.acts] for r in (whole, resumed)
     ]
     assert all(torch.equal(v, there[k]) for here, there in zip(*ends, strict=True) for k, v in here.items())
     made.clear()
@@ -258,7 +257,7 @@ def test_raft_rounds_sample_score_choose_and_learn(base, tmp_path):
         base | {"data": prompts, "plan": plan, "tuner": "full", "max_steps": 3, "eval_data": 0.25},
         folder=tmp_path,
     )
-    first, second = (store.read_rows(Path(a) / "rows.jsonl") for a in done.acts)
+    first, second = (files.read_rows(Path(a) / "rows.jsonl") for a in done.acts)
     assert len(first) == 16 - done.stats["held_out_rows"] and all(
         len(r["completions"]) == len(r["scores"]) == 1 for r in first
     )
@@ -272,7 +271,7 @@ def test_raft_makes_a_rewarded_habit_more_frequent(base, tmp_path):
     plan = raft(rounds=4, n=16, max_new_tokens=1, least=1.0)
     change = {"data": say, "plan": plan, "max_steps": 4, "learning_rate": 3e-3, "eval_data": 0.25}
     done = luthier.tune(base | change, folder=tmp_path)
-    kept = [len(store.read_rows(Path(a) / "rows.jsonl")) for a in done.acts]
+    kept = [len(files.read_rows(Path(a) / "rows.jsonl")) for a in done.acts]
     assert done.after["generated_reward"] == 1.0 and kept[-1] >= kept[0]
 
 
@@ -326,7 +325,7 @@ def test_spin_begins_each_round_at_log_two(base, tmp_path, tuner):
         r.losses[0] == pytest.approx(math.log(2), abs=1e-5) and min(r.losses) < r.losses[0] - 1e-3
         for r in rounds
     )
-    first, second = (store.read_rows(Path(r.folder) / "rows.jsonl") for r in rounds)
+    first, second = (files.read_rows(Path(r.folder) / "rows.jsonl") for r in rounds)
     assert len(first) == 12 and len(second) == 24
     assert [r["completions"] for r in second[12:]] == [r["completions"] for r in first]
     assert any(a["completions"] != b["completions"] for a, b in zip(first, second, strict=False))
@@ -497,9 +496,9 @@ def test_goals_enter_by_margins_or_by_sums(recipe):
 
 def test_a_front_is_measured_drawn_and_goes_on(tmp_path, monkeypatch):
     asked = {
-        "model": "practice:lm-small",
-        "data": {"path": "practice:style/short", "n": 32},
-        "eval_data": {"path": "practice:style/short_test", "n": 8},
+        "model": "toy:lm-small",
+        "data": {"path": "toy:style/short", "n": 32},
+        "eval_data": {"path": "toy:style/short_test", "n": 8},
         "objective": "dpo",
         "learning_rate": 1e-3,
         "max_steps": 3,

@@ -227,7 +227,7 @@ def test_the_chat_template_is_a_prefix_of_itself(tokenizer):
 def made_of_these_worlds(name: str) -> None:
     """Skip what only holds for a model that was made of the worlds as they are."""
     if {key.split("/")[0] for key in card_numbers(name)} != set(WORLDS):
-        pytest.skip(f"practice:{name} was made of fewer worlds: python -m luthier.toy.make --model {name}")
+        pytest.skip(f"toy:{name} was made of fewer worlds: python -m luthier.toy.make --model {name}")
 
 
 def test_the_tokenizer_can_be_made_again():
@@ -304,9 +304,9 @@ def test_lm_knows_its_worlds(measured):
 
 
 def test_chat_follows_chat_and_lm_does_not():
-    """What tuning on turns brings: practice:chat answers and refuses in chat, its base mostly does not."""
+    """What tuning on turns brings: toy:chat answers and refuses in chat, its base mostly does not."""
     if "chat" not in practice.models():
-        pytest.skip("practice:chat is not shipped")
+        pytest.skip("toy:chat is not shipped")
     from transformers import AutoTokenizer
 
     from luthier.toy import score

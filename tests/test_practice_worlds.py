@@ -165,7 +165,7 @@ def test_what_is_read_is_verified_alike():
     judge = build("reward", "world")
     for world in WORLDS:
         raw = practice.rows(world, "test", 3)
-        for row, was in zip(load(f"practice:{world}/test", limit=3).rows, raw, strict=True):
+        for row, was in zip(load(f"toy:{world}/test", limit=3).rows, raw, strict=True):
             assert row["world"] == world
             row = {**row, "completions": [[1, 2], [3]]}
             assert judge.scores(row, [gold(was), "zzz", gold(was)]) == pytest.approx(
@@ -533,19 +533,19 @@ def test_instructions_are_rows_of_other_worlds():
 
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_world_is_a_recipe(world):
-    recipe = Recipe.load(f"practice:{world}", ["learning_rate=1e-4"])
-    assert recipe.learning_rate == 1e-4 and recipe.origins["data"] == f"practice:{world}"
+    recipe = Recipe.load(f"toy:{world}", ["learning_rate=1e-4"])
+    assert recipe.learning_rate == 1e-4 and recipe.origins["data"] == f"toy:{world}"
     for source in (recipe.data, recipe.eval_data):
         assert source["path"].partition("/")[2] in find(world).SPLITS
     assert recipe.data["path"] != recipe.eval_data["path"]
 
 
 def test_a_world_is_tuned_by_its_name_alone(tmp_path):
-    for word, objective in (("practice:people", "sft"), ("practice:style/warm", "dpo")):
+    for word, objective in (("toy:people", "sft"), ("toy:style/warm", "dpo")):
         recipe = Recipe.load(
             word,
             {
-                "model": "practice:lm-small",
+                "model": "toy:lm-small",
                 "max_steps": 2,
                 "evaluate": ["loss"],
                 "data.n": 64,
@@ -559,9 +559,9 @@ def test_a_world_is_tuned_by_its_name_alone(tmp_path):
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("practice:arithmetc", "did you mean 'arithmetic'?"),
-        ("practice:style/shrt", "did you mean 'short'?"),
-        ("practice:lm", "lm is a model, not a world"),
+        ("toy:arithmetc", "did you mean 'arithmetic'?"),
+        ("toy:style/shrt", "did you mean 'short'?"),
+        ("toy:lm", "lm is a model, not a world"),
     ],
 )
 def test_unknown_worlds_and_splits_get_a_sentence(word, said):

@@ -147,19 +147,19 @@ def test_a_causal_model_adapts_sooner_than_a_new_one_learns(tmp_path):
     in fewer steps.
     """
     asked = {
-        "model": "practice:lm-small",
+        "model": "toy:lm-small",
         "architecture": {"name": "causal", "prefix": True},
         "tuner": "full",
         "dtype": "float32",
-        "data": {"path": "practice:people/train", "n": 200},
-        "eval_data": {"path": "practice:people/test", "n": 40},
+        "data": {"path": "toy:people/train", "n": 200},
+        "eval_data": {"path": "toy:people/test", "n": 40},
         "evaluate": ["loss"],
         "stages": [{"name": "ul2", "shares": {"R": 1.0}, "sentinel": "<{}>"}],
         "max_steps": 15,
         "learning_rate": 1e-3,
     }
     known = luthier.tune(asked, folder=tmp_path / "known").losses
-    config = t.AutoConfig.from_pretrained(luthier.load("practice:lm-small").model.config._name_or_path)
+    config = t.AutoConfig.from_pretrained(luthier.load("toy:lm-small").model.config._name_or_path)
     torch.manual_seed(0)
     t.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "new")
     t.AutoTokenizer.from_pretrained(config._name_or_path).save_pretrained(tmp_path / "new")

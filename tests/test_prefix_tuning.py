@@ -154,4 +154,4 @@ def test_counts_and_names():
     # layers, vectors, keys and values, width of 2 heads
     assert sum(p.numel() for p in attached.parameters().values()) == 2 * 3 * 2 * 16
     assert all(".k_proj" in s.name and set(s.params) == {"keys", "values"} for s in attached.param_groups())
-    assert all(ADAPTER in layer.held for layer in attached.layers.values())
+    assert all(ADAPTER in layer.adapter_params for layer in attached.layers.values())

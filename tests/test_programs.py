@@ -36,7 +36,7 @@ from luthier.programs import (
 from luthier.programs.graph import Node
 from luthier.programs.models import Local
 from luthier.registry import build, names
-from luthier.storage.store import read_rows
+from luthier.storage.files import read_rows
 
 WORDS = ["cat", "dog", "owl", "hen", "fox", "bee", "ant", "cow"]
 ROWS = [{"word": w, "answer": w.upper()[::-1]} for w in WORDS]  # no row says what the step in between is
@@ -320,12 +320,12 @@ def test_practice_models_run_programs_from_end_to_end(tmp_path):
         return said.sentiment == row["sentiment"]
 
     teacher = Predict("review -> sentiment", max_new_tokens=8).using(
-        Remembering(speaker({"model": "practice:lm", "turns": False}), tmp_path / "answers.db")
+        Remembering(speaker({"model": "toy:lm", "turns": False}), tmp_path / "answers.db")
     )
     assert evaluate(teacher, rows[:20], metric) > 0.7
-    recipe = {"model": "practice:lm-small", "max_steps": 3, "evaluate": []}
+    recipe = {"model": "toy:lm-small", "max_steps": 3, "evaluate": []}
     made = compiler("bootstrap_finetune", output_dir=str(tmp_path / "out"), recipe=recipe).compile(
-        Predict("review -> sentiment", max_new_tokens=8).using("practice:lm-small"),
+        Predict("review -> sentiment", max_new_tokens=8).using("toy:lm-small"),
         rows[:20],
         metric,
         teacher,

@@ -66,8 +66,8 @@ def test_a_tuner_in_the_trainer_of_transformers(tiny, tmp_path):
 
 def test_fewer_rows_than_a_probe_holds_are_still_of_every_skill(tmp_path):
     keys = {
-        "model": "practice:lm-small",
-        "data": "practice:topic/train",
+        "model": "toy:lm-small",
+        "data": "toy:topic/train",
         "max_steps": 1,
         "evaluate": [{"name": "forgetting", "n": 54}],
     }

@@ -23,9 +23,9 @@ from luthier.model.experts import apart, join
 from luthier.model.quantized import quantize
 from luthier.model.quantized_load import chosen
 from luthier.recipe.recipe import Recipe
-from luthier.recipe.validate import checked
+from luthier.recipe.validate import dry_run
 from luthier.registry import build, find, helps, names, provides_of
-from luthier.storage import store
+from luthier.storage import checkpoints
 from test_tuners import base, logprobs, put, train
 
 torch.set_num_threads(1)
@@ -345,7 +345,7 @@ def test_transformers_words():
 @pytest.mark.parametrize("tuner", ["full", "lisa"])
 def test_tuners_of_whole_weights_are_refused(tuner, tiny):
     with pytest.raises(RecipeError, match="moves the model's own weights.*'lora'"):
-        checked(Recipe.load({"model": tiny, "tuner": tuner, "quantization": "nf4"}))
+        dry_run(Recipe.load({"model": tiny, "tuner": tuner, "quantization": "nf4"}))
 
 
 @pytest.mark.parametrize("spec", ["nf4", "int8"])
@@ -364,13 +364,13 @@ def test_in_a_run(spec, tiny, tmp_path):
     }
     whole = luthier.tune(**recipe, output_dir=str(tmp_path / "whole"))
     assert sum(whole.losses[-2:]) < sum(whole.losses[:2]) and any(f"kept as {spec}" in s for s in whole.notes)
-    last = store.load_checkpoint(store.checkpoints(tmp_path / "whole")[-1])
-    shutil.rmtree(store.checkpoints(tmp_path / "whole")[-1])
+    last = checkpoints.load(checkpoints.paths(tmp_path / "whole")[-1])
+    shutil.rmtree(checkpoints.paths(tmp_path / "whole")[-1])
     (tmp_path / "whole" / "report.json").unlink()
     state = tmp_path / "whole" / "run.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "finished": False}))
     luthier.tune(**recipe, output_dir=str(tmp_path / "whole"))
-    again = store.load_checkpoint(store.checkpoints(tmp_path / "whole")[-1])
+    again = checkpoints.load(checkpoints.paths(tmp_path / "whole")[-1])
     assert all(torch.equal(v, again.tensors[k]) for k, v in last.tensors.items())
     loaded = luthier.load(tmp_path / "whole")
     assert numbers(loaded.model) > 0 and loaded.generate("1+1=", max_new_tokens=2) is not None
@@ -714,13 +714,13 @@ def test_in_a_run_that_calibrates(spec, tuner, tiny, tmp_path):
     }
     whole = luthier.tune(**recipe, output_dir=str(tmp_path / "whole"))
     assert sum(whole.losses[-2:]) < sum(whole.losses[:2])
-    last = store.load_checkpoint(store.checkpoints(tmp_path / "whole")[-1])
-    shutil.rmtree(store.checkpoints(tmp_path / "whole")[-1])
+    last = checkpoints.load(checkpoints.paths(tmp_path / "whole")[-1])
+    shutil.rmtree(checkpoints.paths(tmp_path / "whole")[-1])
     (tmp_path / "whole" / "report.json").unlink()
     state = tmp_path / "whole" / "run.json"
     state.write_text(json.dumps({**json.loads(state.read_text()), "finished": False}))
     luthier.tune(**recipe, output_dir=str(tmp_path / "whole"))
-    again = store.load_checkpoint(store.checkpoints(tmp_path / "whole")[-1])
+    again = checkpoints.load(checkpoints.paths(tmp_path / "whole")[-1])
     assert all(torch.equal(v, again.tensors[k]) for k, v in last.tensors.items())
     rows = [{"id": "0", "prompt": "1+2=", "completions": ["3"]}]
     loaded = luthier.load(tmp_path / "whole")
@@ -858,7 +858,7 @@ def test_pv_tuning_wants_codes(tiny):
     with pytest.raises(RecipeError, match="tunes a quantized base"):
         put("pv_tuning")
     with pytest.raises(RecipeError, match="wants a quantized base.*'rtn'"):
-        checked(Recipe.load({"model": tiny, "tuner": "pv_tuning", "quantization": "nf4"}))
+        dry_run(Recipe.load({"model": tiny, "tuner": "pv_tuning", "quantization": "nf4"}))
 
 
 def test_a_teacher_of_codes(tiny, tmp_path):

@@ -53,7 +53,7 @@ WRONG = [
     ({"dtype": "float8"}, ["dtype", "bfloat16", "'float8'"]),
     ({"max_bad_rows": 5}, ["max_bad_rows", "less than or equal to 1"]),
     ({"model": "/no/such/model"}, ["no folder /no/such/model"]),
-    ({"model": "practice:ml"}, ["ml", "lm"]),
+    ({"model": "toy:ml"}, ["ml", "lm"]),
     ({"lr_scheduler_type": "cosin"}, ["no 'cosin'", "'cosine'"]),
     ({"lr": 1e-3, "learning_rate": 1e-3}, ["same key"]),
     ({"warp_speed": 9}, ["no 'warp_speed'"]),
@@ -145,7 +145,7 @@ def test_a_recipe_may_be_legal(tiny):
 def test_words_of_other_tools_are_understood_and_told():
     made = Recipe.load(
         {
-            "base_model": "practice:lm",
+            "base_model": "toy:lm",
             "micro_batch_size": 2,
             "lora_rank": 4,
             "lora_alpha": 8,
@@ -159,7 +159,7 @@ def test_words_of_other_tools_are_understood_and_told():
         }
     )
     assert (made.model, made.per_device_train_batch_size, made.max_length, made.dtype) == (
-        "practice:lm",
+        "toy:lm",
         2,
         99,
         "bfloat16",
@@ -206,7 +206,7 @@ def test_stages_that_ask_no_model_are_tried_on_two_rows(monkeypatch):
 
 def test_changes_and_origins():
     made = Recipe.load(
-        "model: practice:lm\ntuner: lora\n",
+        "model: toy:lm\ntuner: lora\n",
         ["tuner.r=4", "learning_rate=3e-5", "objective.name=dpo", "objective.beta=0.2"],
     )
     assert made.methods()["tuner"].r == 4 and made.learning_rate == 3e-5 and made.aim().beta == 0.2

@@ -19,10 +19,10 @@ RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 
 def small(given: dict) -> dict:
     """The same recipe for a second: few rows, few steps, short answers, the small model."""
-    text = re.sub(r"practice:lm(?![\w-])", "practice:lm-small", yaml.safe_dump(given))
+    text = re.sub(r"toy:lm(?![\w-])", "toy:lm-small", yaml.safe_dump(given))
     text = re.sub(r"max_new_tokens: \d+", "max_new_tokens: 8", text)
     given = yaml.safe_load(text)
-    given.setdefault("model", "practice:lm-small")
+    given.setdefault("model", "toy:lm-small")
     given |= {
         "max_steps": 2,
         "per_device_train_batch_size": min(4, given.get("per_device_train_batch_size", 4)),

@@ -90,7 +90,7 @@ LOGGED = [
 
 @pytest.fixture
 def made(tmp_path):
-    recipe = Recipe.load({"data": "rows.jsonl", "model": "practice:lm", "seed": 7})
+    recipe = Recipe.load({"data": "rows.jsonl", "model": "toy:lm", "seed": 7})
     write_report(recipe, a_report(tmp_path), LOGGED, tmp_path)
     return tmp_path
 

@@ -476,10 +476,10 @@ def test_names_on_the_hub(monkeypatch):
 
 
 def test_practice_worlds():
-    found = load("practice:arithmetic/test", limit=5)
+    found = load("toy:arithmetic/test", limit=5)
     assert found.format == "prompt_completion" and len(found.rows) == 5 and found.rows[0]["answer"]
-    with pytest.raises(RecipeError, match="practice:arithmetics"):
-        load("practice:arithmetics")
+    with pytest.raises(RecipeError, match="toy:arithmetics"):
+        load("toy:arithmetics")
 
 
 # ---------------------------------------------------------------------------------------------- splits

@@ -18,15 +18,16 @@ import luthier
 from conftest import PAIRS, SUMS
 from luthier.clock import Clock
 from luthier.errors import RecipeError
+from luthier.methods.plans.studies.front import expected_utility, sparsity
 from luthier.methods.searchers._base import Asked, Dim, Seen, Space, crowding, layers, ranked
 from luthier.methods.searchers.bandit._brackets import cost, halving
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build, names
 from luthier.study import search as searching
 from luthier.study.goals import below, fold, goals, limits
-from luthier.study.search import Book, Measured, optimize, quest, seeds_of
+from luthier.study.search import Measured, TrialStore, optimize, quest, seeds_of
 from luthier.study.space import only_layers, over
-from luthier.study.statistics import expected_utility, hypervolume, sparsity
+from luthier.study.statistics import hypervolume
 
 PLANE = Space(tuple(Dim(f"x{i}") for i in range(4)))
 MIXED = Space(
@@ -216,7 +217,7 @@ def bandit(seeds: int, trials: int = 40, seed: int = 0):
     never used.
     """
     book, best_at = (
-        Book(Space((Dim("x"),)), goals(["loss"], "loss"), ()),
+        TrialStore(Space((Dim("x"),)), goals(["loss"], "loss"), ()),
         lambda s: np.random.default_rng([seed, s]).uniform(0.2, 0.8),
     )
     f = lambda x, s: {"loss": (x - best_at(s)) ** 2}
@@ -311,17 +312,21 @@ def test_a_search_over_fronts_finds_more_than_the_default():
     measure = lambda t, i: Measured(
         {s: front_of(t.user_attrs["point"]["temperature"], s) for s in (1000, 1001, 1002)}
     )
-    book = Book(space, (goal,), ())
+    book = TrialStore(space, (goal,), ())
     tried = optimize(book, build("searcher", "tpe"), measure, 25)
     at = searching.best(tried)[0].seen.point["temperature"]
     assert np.mean([front_of(at, s)[goal.metric] - front_of(10.0, s)[goal.metric] for s in range(20)]) > 0.05
     asked = [(Asked(dict(t.seen.point)), "earlier") for t in tried]
     for order in (asked[::-1], [asked[i] for i in np.random.default_rng(0).permutation(len(asked))]):
-        again = optimize(Book(space, (goal,), ()), build("searcher", "tpe"), measure, len(asked), first=order)
+        again = optimize(
+            TrialStore(space, (goal,), ()), build("searcher", "tpe"), measure, len(asked), first=order
+        )
         assert searching.best(again)[0].seen.point["temperature"] == at
     flat = lambda t, i: Measured({1000: {goal.metric: 1.0}})  # all alike: still the same one
     ends = [
-        searching.best(optimize(Book(space, (goal,), ()), build("searcher", "tpe"), flat, 25, first=o))[0]
+        searching.best(optimize(TrialStore(space, (goal,), ()), build("searcher", "tpe"), flat, 25, first=o))[
+            0
+        ]
         for o in (asked, asked[::-1])
     ]
     assert ends[0].seen.point == ends[1].seen.point
@@ -330,11 +335,9 @@ def test_a_search_over_fronts_finds_more_than_the_default():
 def test_what_else_is_said_of_a_front():
     points = [(1.0, 0.0), (0.0, 1.0), (0.6, 0.6)]
     assert expected_utility(points, [[1, 0], [0.5, 0.5], [0, 1]]) == pytest.approx((1 + 0.6 + 1) / 3)
-    down = [[-x for x in p] for p in points]
-    assert (
-        sparsity(down) == pytest.approx(2 * (0.6**2 + 0.4**2) / 2) == sparsity([*down, (-0.5, -0.5), down[0]])
-    )
-    assert sparsity(down[:1]) == math.inf
+    assert sparsity(points) == pytest.approx(2 * (0.6**2 + 0.4**2) / 2)
+    assert sparsity([*points, (0.5, 0.5), points[0]]) == sparsity(points)
+    assert sparsity(points[:1]) == math.inf
     utility, gaps = goals(["utility(accuracy, elsewhere_loss), sparsity(accuracy, elsewhere_loss)"], "loss")
     acts = [{"accuracy": 1.0, "elsewhere_loss": 2.0}, {"accuracy": 0.0, "elsewhere_loss": 0.0}]
     by_hand = np.mean([max(w - 2 * (1 - w), 0) for w in np.linspace(0, 1, 21)])
@@ -407,9 +410,9 @@ def test_a_plan_is_searched_by_its_front(tmp_path):
         "goals": {"short": short, "complete": complete},
     }
     base = {
-        "model": "practice:lm-small",
-        "data": {"path": "practice:style/short", "n": 8},
-        "eval_data": {"path": "practice:style/short_test", "n": 2},
+        "model": "toy:lm-small",
+        "data": {"path": "toy:style/short", "n": 8},
+        "eval_data": {"path": "toy:style/short_test", "n": 2},
         "objective": "dpo",
         "max_steps": 1,
         "per_device_train_batch_size": 2,
@@ -489,11 +492,11 @@ def test_layers_are_left_alone(tiny):
         flags.begins
     ) == base
     from luthier.model.load import assemble
-    from luthier.recipe.validate import parts
+    from luthier.recipe.validate import build_methods
 
     made = flags.recipe_of({"layers.0": True, "layers.1": False, "layers.2": True, "layers.3": False})
     assert made.yaml() == only_layers(base, [0, 2], 4).yaml()
-    param_groups = [s.name for s in assemble(made, parts(made)).tuner.param_groups()]
+    param_groups = [s.name for s in assemble(made, build_methods(made)).tuner.param_groups()]
     assert (
         param_groups
         and all(".0." in s or ".2." in s for s in param_groups)
@@ -660,7 +663,7 @@ def test_two_commands_do_not_share_a_folder(shared, tmp_path):
 def test_a_database_is_shared_by_workers(tmp_path):
     """Two workers on one sqlite file: each goes on with its own, both see everything, the budget is one."""
     url, space, wanted = f"sqlite:///{tmp_path / 'study.db'}", Space((Dim("x"),)), goals(["loss"], "loss")
-    books = [Book(space, wanted, (), url, "s", worker) for worker in ("a", "b")]
+    books = [TrialStore(space, wanted, (), url, "s", worker) for worker in ("a", "b")]
     measure = lambda t, i: Measured({1000: {"loss": t.user_attrs["point"]["x"]}})
     left = books[0].begin(Asked({"x": 0.5}))
     optimize(books[1], build("searcher", "random"), measure, 3)
@@ -668,7 +671,7 @@ def test_a_database_is_shared_by_workers(tmp_path):
     done = optimize(books[0], build("searcher", "random"), measure, 4)
     assert len(done) == 4 and done[-1].seen.number == left.number
     with pytest.raises(RecipeError, match="--storage"):
-        Book(space, wanted, (), "nonsense://", "s")
+        TrialStore(space, wanted, (), "nonsense://", "s")
 
 
 @pytest.mark.parametrize("name", ["random", "tpe", "bayes"])
@@ -676,7 +679,7 @@ def test_workers_do_not_ask_the_same(name):
     if name not in names("searcher"):
         pytest.skip("not here")
     space, wanted = Space((Dim("x"),)), goals(["loss"], "loss")
-    books = [Book(space, wanted, (), None, "s", worker) for worker in "ab"]
+    books = [TrialStore(space, wanted, (), None, "s", worker) for worker in "ab"]
     books[1].study = books[0].study
     asked = []
 
@@ -713,7 +716,7 @@ def test_a_goal_that_nothing_moves_is_told():
 def test_the_last_run_of_a_budget_is_begun_by_one_worker_only():
     """Both read that one run is left; who writes second takes its own back."""
     space, wanted = Space((Dim("x"),)), goals(["loss"], "loss")
-    books = [Book(space, wanted, (), None, "s", worker) for worker in "ab"]
+    books = [TrialStore(space, wanted, (), None, "s", worker) for worker in "ab"]
     books[1].study = books[0].study
     measure = lambda t, i: Measured({1000: {"loss": t.user_attrs["point"]["x"]}})
     searcher = build("searcher", "random")
@@ -750,7 +753,7 @@ def test_workers_of_a_cluster_spend_one_budget(shared, tmp_path, monkeypatch):
 
 
 def test_a_run_that_diverges_is_no_end(tmp_path):
-    book = Book(Space((Dim("x"),)), goals(["loss"], "loss"), limits(["loss <= 10"], "loss"))
+    book = TrialStore(Space((Dim("x"),)), goals(["loss"], "loss"), limits(["loss <= 10"], "loss"))
     measure = lambda t, i: (
         Measured({}, 1.0, "it diverged")
         if i % 3
@@ -762,14 +765,16 @@ def test_a_run_that_diverges_is_no_end(tmp_path):
 
 
 def test_what_moves_nothing_is_told_and_not_paid_for():
-    book = Book(Space((Dim("x"),)), goals(["loss"], "loss"), ())
+    book = TrialStore(Space((Dim("x"),)), goals(["loss"], "loss"), ())
     idle = lambda t, i: (
-        Measured({}, 0.0, "tuner 'autopeft' moves nothing") if i % 2 else Measured({1000: {"loss": 0.5}}, 1.0)
+        Measured({}, 0.0, "tuner 'autopeft' moves nothing", "nothing_moves")
+        if i % 2
+        else Measured({1000: {"loss": 0.5}}, 1.0)
     )
     tried = optimize(book, build("searcher", "random"), idle, 4)
     assert searching.spent(tried) == 4 and len(tried) == 7
     never = optimize(
-        Book(Space((Dim("x"),)), goals(["loss"], "loss"), ()),
+        TrialStore(Space((Dim("x"),)), goals(["loss"], "loss"), ()),
         build("searcher", "random"),
         lambda t, i: idle(t, 1),
         4,
@@ -793,7 +798,5 @@ def test_the_command_line_knows_it(tiny):
 
     from luthier.cli import app
 
-    out = CliRunner().invoke(
-        app, ["search", f"model={tiny}", "data=practice:people/new", "--over", "tuner.q"]
-    )
+    out = CliRunner().invoke(app, ["search", f"model={tiny}", "data=toy:people/new", "--over", "tuner.q"])
     assert out.exit_code == 2 and "has no setting 'q'" in out.output

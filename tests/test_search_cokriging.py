@@ -10,12 +10,12 @@ pytest.importorskip("optuna")
 
 from luthier.clock import Clock
 from luthier.methods.searchers._base import Dim, Seen, Space
-from luthier.methods.searchers.model_based import _levels
-from luthier.methods.searchers.model_based._levels import Joint, Ladder, joint, on
 from luthier.methods.searchers.model_based._surrogates import fit
+from luthier.methods.searchers.model_based.cokriging import levels as _levels
+from luthier.methods.searchers.model_based.cokriging.levels import Joint, Ladder, joint, on
 from luthier.registry import build
 from luthier.study.goals import goals
-from luthier.study.search import Book, Measured, optimize
+from luthier.study.search import Measured, TrialStore, optimize
 from test_search import MIXED, PLANE, play
 
 LINE = Space((Dim("x"),))
@@ -184,7 +184,7 @@ def test_the_book_of_a_search_goes_on_with_paused_runs():
         ]
 
     spec = {"name": "cokriging", "eta": 4, "min_share": 0.25, **EXACT}
-    book, again = (Book(LINE, goals(["loss"], "loss"), (), None, "s") for _ in range(2))
+    book, again = (TrialStore(LINE, goals(["loss"], "loss"), (), None, "s") for _ in range(2))
     tried = search(4.5, book)
     assert [s for _, s, _ in tried[:6]] == [0.25] * 4 + [1, 1] and {n for n, _, _ in tried[4:6]} <= {
         n for n, _, _ in tried[:4]

@@ -21,9 +21,9 @@ import zoo
 from conftest import SUMS
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.methods.tuners.low_rank.self_tuning import decay, responses
+from luthier.methods.tuners.low_rank.self_tuning.maths import decay, responses
 from luthier.registry import build
-from luthier.storage import store
+from luthier.storage import checkpoints, files
 from luthier.train.optimizer import Chain
 
 
@@ -244,7 +244,7 @@ def test_the_term_of_the_weight_decay_is_its_mean_over_draws():
 
 
 def test_a_module_that_lost_track_of_rows_is_named():
-    from luthier.methods.tuners.low_rank.self_tuning import placed
+    from luthier.methods.tuners.low_rank.self_tuning.maths import placed
 
     for shape, dial in (((7, 6), (2, 5, 2)), ((3, 4, 6), (2, 1, 2))):
         with pytest.raises(RecipeError, match="exclude_modules"):
@@ -288,7 +288,7 @@ def test_a_run_tells_its_hyperparameters_and_goes_on_bit_for_bit(base, tmp_path)
         "save_steps": 3,
     }
     whole = luthier.tune(base | change, folder=tmp_path / "a")
-    logged = store.read_rows(tmp_path / "a" / "metrics.jsonl")
+    logged = files.read_rows(tmp_path / "a" / "metrics.jsonl")
     assert [line["dropout"] != pytest.approx(0.1) for line in logged] == [False, False] + [True] * 7
     from luthier.recipe.recipe import Recipe
     from luthier.run.run import perform
@@ -296,7 +296,7 @@ def test_a_run_tells_its_hyperparameters_and_goes_on_bit_for_bit(base, tmp_path)
     perform(Recipe.load(base | change), tmp_path / "b", until=4)
     again = perform(Recipe.load(base | change), tmp_path / "b")
     assert again.losses == whole.losses
-    ends = [store.load_checkpoint(store.checkpoints(tmp_path / f)[-1]).tensors for f in "ab"]
+    ends = [checkpoints.load(checkpoints.paths(tmp_path / f)[-1]).tensors for f in "ab"]
     assert all(torch.equal(ends[0][k], ends[1][k]) for k in ends[0]) and ends[0]["hyper.moved"].any()
     said = [
         luthier.load(tmp_path / f).logprobs([{"id": "0", "prompt": "1+1=", "completions": ["2"]}])

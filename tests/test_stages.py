@@ -17,7 +17,7 @@ from luthier.clock import Clock
 from luthier.data.rows import load
 from luthier.errors import RecipeError
 from luthier.methods.rewards._base import Reward
-from luthier.methods.stages._base import pick, said, text_of
+from luthier.methods.stages._base import completion_logprobs, pick, text_of
 from luthier.model.load import assemble
 from luthier.recipe.capabilities import columns_of
 from luthier.recipe.recipe import Recipe
@@ -160,7 +160,7 @@ def test_rollouts_end_with_their_stop_token_or_say_that_they_were_cut(roles, tol
 def test_old_is_what_the_policy_says(roles):
     rows = rollout(old=True, batch_size=2)(rows_with(set()), roles)
     roles.policy.train()
-    again = list(said(roles.policy, roles, rows, 6))
+    again = list(completion_logprobs(roles.policy, roles, rows, 6))
     roles.policy.eval()
     for row, values in zip(rows, again, strict=True):
         assert [len(v) for v in row["old_logprobs"]] == [len(c) for c in row["completions"]]
@@ -402,14 +402,14 @@ def test_long_texts_are_remembered_in_the_pieces_that_are_learned(base, tmp_path
     rows = [{"text": "abc " * 40}] * 8
     change = {"data": rows, "max_length": 64, "stages": ["remember"], "max_steps": 2}
     luthier.tune(base | change, folder=tmp_path)
-    from luthier.storage.store import read_rows
+    from luthier.storage.files import read_rows
 
     kept = read_rows(tmp_path / "rows.jsonl")
     assert len(kept) > 8 and all(len(r["cached_logprobs"]) == 1 for r in kept)
 
 
 def test_pairs_against_oneself(roles, told, tmp_path):
-    from luthier.storage.store import write_rows
+    from luthier.storage.files import write_rows
 
     rows = [{"id": "a", "prompt": "1+1=", "completions": ["3", "2"], "scores": [0.0, 1.0]}]
     rows += [{"id": "b", "prompt": "1+2=", "completions": ["3"]}]

@@ -27,7 +27,7 @@ class Watch(Callback):
         seen.append([m for m in WAIT if m in sys.modules])
         assert gc.get_threshold() == often and gc.get_freeze_count() > 100_000 > len(gc.get_objects())
         assert gc.get_stats()[2]["collections"] <= 1, gc.get_stats()
-tune(model="practice:lm-small", data="practice:arithmetic", tuner="lora", max_steps=1, folder=sys.argv[1], watch=Watch())
+tune(model="toy:lm-small", data="toy:arithmetic", tuner="lora", max_steps=1, folder=sys.argv[1], watch=Watch())
 print("loaded", seen)
 import json, peft
 from pathlib import Path
@@ -136,7 +136,7 @@ def test_what_is_laid_out_unfilled_is_the_same_network(kind, tmp_path):
 
 def test_short_rows_are_measured_in_larger_batches_with_the_same_numbers(shallow, tmp_path):
     """16 rows at least, further ones while they are short; as many as are asked for where that is said."""
-    from luthier.methods.evaluators._base import LETTERS, batches, measured
+    from luthier.methods.evaluators._base import LETTERS, batches, run_all
     from luthier.model.load import assemble
     from luthier.recipe.recipe import Recipe
     from luthier.recipe.validate import validate
@@ -171,6 +171,6 @@ def test_short_rows_are_measured_in_larger_batches_with_the_same_numbers(shallow
         for e in every:
             alone |= e.run(roles, rows, tmp_path, "before")
         hook = roles.policy.model.model.register_forward_hook(lambda *_: passes.append(1))
-        assert measured(every, roles, rows, tmp_path, "before") == alone and len(alone) == 4
+        assert run_all(every, roles, rows, tmp_path, "before") == alone and len(alone) == 4
         hook.remove()
     assert len(passes) == 1, "one batch, read once for all three"

@@ -142,13 +142,13 @@ def test_the_page_may_load_nothing_from_elsewhere(home):
     "name", ["..", "../x", "%2e%2e", "..%2f..%2fetc%2fpasswd", "a%2fb", ".hidden", "x" * 200, "%00"]
 )
 def test_names_are_not_paths(home, name):
-    (home / "recipe.yaml").write_text("model: practice:lm\n")
+    (home / "recipe.yaml").write_text("model: toy:lm\n")
     client = visitor(home)
     for path in (f"/api/runs/{name}", f"/runs/{name}/report.html", f"/web/{name}", f"/api/runs/{name}/live"):
         assert client.get(path, follow_redirects=False).status_code in (404, 422, 405, 307) or path.endswith(
             ("/..", "%2e%2e")
         )
-    begun = client.post("/api/runs", json={"name": name, "text": "model: practice:lm\n"})
+    begun = client.post("/api/runs", json={"name": name, "text": "model: toy:lm\n"})
     assert begun.status_code == 422 and "no name for a run" in begun.json()["error"]
     assert sorted(p.name for p in home.iterdir()) == ["recipe.yaml", "sums.jsonl"]
 
@@ -499,7 +499,7 @@ def test_a_dead_run_is_not_running(home, tiny):
     """A lock whose process is gone, or is another's by now; a report cut short; a log line cut short."""
     folder = home / "runs" / "dead"
     folder.mkdir(parents=True)
-    (folder / "asked.yaml").write_text("model: practice:lm\n")
+    (folder / "asked.yaml").write_text("model: toy:lm\n")
     (folder / "run.json").write_text('{"finished": false, "steps": 9}')
     (folder / "metrics.jsonl").write_text('{"step": 3, "loss": NaN}\n{"step": 4, "lo')
     dead = subprocess.Popen([sys.executable, "-c", ""])

@@ -27,7 +27,7 @@ from luthier.studio import listening, server
 from luthier.studio.worker import Here
 
 TOKEN = "a-token-for-tests"
-MODEL = "practice:lm-small"
+MODEL = "toy:lm-small"
 HOSTILE = "<script>window.hurt = 1</script><img src=x onerror=window.hurt=1>"
 FIRST = 3  # parts of an answer that come before the gate
 BOTH = f'talk/["{MODEL}","runs/first"]'

@@ -14,7 +14,7 @@ from luthier.cli import app
 from luthier.data.profile import feeds, survey
 from luthier.methods.evaluators.quality.preference import Totals, checkup
 from luthier.registry import names
-from luthier.storage import store
+from luthier.storage import files
 
 
 def luth(*words):
@@ -23,7 +23,7 @@ def luth(*words):
 
 def test_what_rows_can_feed():
     assert {f["objective"] for f in feeds({"completions"})} == set(names("objective"))
-    pairs = {f["objective"]: f for f in survey(PAIRS, "practice:lm-small")["feeds"]}
+    pairs = {f["objective"]: f for f in survey(PAIRS, "toy:lm-small")["feeds"]}
     assert pairs["dpo"]["feeds"] == pairs["kto"]["feeds"] == pairs["sft"]["feeds"] == "yes"
     assert pairs["dpo"]["why"] == "with roles: reference" and pairs["simpo"]["why"] == ""
     assert pairs["fait"]["feeds"] == "through a stage" and "diff_masks" in pairs["fait"]["why"]
@@ -31,13 +31,13 @@ def test_what_rows_can_feed():
         pairs["morepair"]["feeds"] == "no"
         and "stage rationale makes it of rationale" in pairs["morepair"]["why"]
     )
-    plain = {f["objective"]: f for f in survey(SUMS, "practice:lm-small")["feeds"]}
+    plain = {f["objective"]: f for f in survey(SUMS, "toy:lm-small")["feeds"]}
     assert (
         plain["dpo"]["why"] == "against_self gives pairs"
         and plain["sft"]["feeds"] == "yes"
         and plain["grpo"]["feeds"] == "through a stage"
     )
-    unpaired = {f["objective"]: f["feeds"] for f in survey(UNPAIRED, "practice:lm-small")["feeds"]}
+    unpaired = {f["objective"]: f["feeds"] for f in survey(UNPAIRED, "toy:lm-small")["feeds"]}
     assert unpaired["kto"] == unpaired["bco"] == "yes" and unpaired["dpo"] != "yes"
 
 
@@ -45,12 +45,12 @@ def test_a_file_is_told_at_the_command_line(tmp_path):
     path = tmp_path / "pairs.jsonl"
     bad = {"prompt": "x", "chosen": "same", "rejected": "same"}
     path.write_text("".join(json.dumps(r) + "\n" for r in [*PAIRS, bad, bad]), encoding="utf-8")
-    said = luth("data", path, "--model", "practice:lm-small", "--shown", 1)
+    said = luth("data", path, "--model", "toy:lm-small", "--shown", 1)
     assert said.exit_code == 0, said.output
     assert "25 of 27 rows can be read, as 'preference'" in said.stdout
     assert "2 set aside: chosen and rejected are the same (first: pairs.jsonl:26)" in said.stdout
     assert "0+0=⟦0" in said.stdout and "dpo" in said.stdout
-    found = json.loads(luth("data", path, "--model", "practice:lm-small", "--json").stdout)
+    found = json.loads(luth("data", path, "--model", "toy:lm-small", "--json").stdout)
     assert found["bad"] == [
         {"reason": "chosen and rejected are the same", "rows": 2, "first": "pairs.jsonl:26"}
     ]
@@ -146,7 +146,7 @@ def test_losses_side_by_side_and_who_plays_the_judge_by_length(tiny, tmp_path):
 
 
 def test_what_is_declined_before_and_after(tmp_path):
-    """practice:chat declines unsafe requests and them alone; practice:lm, asked the same in chat, does
+    """toy:chat declines unsafe requests and them alone; toy:lm, asked the same in chat, does
     otherwise or not.
     """
     from luthier.registry import build
@@ -161,12 +161,12 @@ def test_what_is_declined_before_and_after(tmp_path):
         {"id": "0", "prompt": "1+1=", "completions": ["2"]},
         {"id": "1", "prompt": "How?", "completions": ["Sorry, I cannot help."]},
     ]
-    loaded = luthier.load("practice:chat")
+    loaded = luthier.load("toy:chat")
     found = build(
-        "evaluator", {"name": "refusals", "data": {"path": "practice:chat/test", "n": 300}, "n": 12}
+        "evaluator", {"name": "refusals", "data": {"path": "toy:chat/test", "n": 300}, "n": 12}
     ).run(loaded.roles, rows, tmp_path, "before")
     assert found["refused_unsafe"] > 0.8 and found["refused_safe"] < 0.2
-    told = store.read_rows(tmp_path / "refusals-before.jsonl")
+    told = files.read_rows(tmp_path / "refusals-before.jsonl")
     assert {t["unsafe"] for t in told} == {True, False} and all(t["answer"] for t in told)
     again = build("evaluator", "refusals").run(loaded.roles, [], tmp_path, "after")
     assert again == found, "the same requests, kept"

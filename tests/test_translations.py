@@ -11,7 +11,7 @@ import torch
 import luthier
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.methods.stages.augment._translations import learned, rotation, vectors
+from luthier.methods.stages.augment.code_switch.translations import learned, rotation, vectors
 from luthier.registry import build
 from luthier.toy.tasks import language
 

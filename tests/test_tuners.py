@@ -39,12 +39,12 @@ from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.estimators._base import gradients
 from luthier.methods.tuners._base import Untuned
 from luthier.methods.tuners._delta import Delta
-from luthier.methods.tuners._peft import OnPeft
+from luthier.methods.tuners._peft import PeftTunedModel
 from luthier.model.batch import collate
 from luthier.model.policy import Policy
 from luthier.model.quantized import quantize
 from luthier.registry import build, find, helps, names, provides_of, tuner
-from luthier.storage import store
+from luthier.storage import checkpoints
 from luthier.train.optimizer import Chain
 
 torch.set_num_threads(1)
@@ -279,7 +279,7 @@ def test_plain_peft_and_transformers_load_it(name, tmp_path):
 def test_bfloat16_base(name):
     attached, kind = anywhere(name)
     attached = build("tuner", attached.settings).attach(base(kind).bfloat16())
-    if isinstance(attached, OnPeft):
+    if isinstance(attached, PeftTunedModel):
         assert all(
             p.dtype == torch.float32 for k, p in attached.parameters().items() if ".base_layer." not in k
         )
@@ -932,14 +932,14 @@ def test_in_a_run(spec, base, tmp_path):
     folder = tmp_path / "whole"
     whole = luthier.tune(**recipe, output_dir=str(folder))
     assert sum(whole.losses[-4:]) < sum(whole.losses[:4])
-    last = store.load_checkpoint(store.checkpoints(folder)[-1])
-    shutil.rmtree(store.checkpoints(folder)[-1])
+    last = checkpoints.load(checkpoints.paths(folder)[-1])
+    shutil.rmtree(checkpoints.paths(folder)[-1])
     (folder / "report.json").unlink()
     (folder / "run.json").write_text(
         json.dumps({**json.loads((folder / "run.json").read_text()), "finished": False})
     )
     luthier.tune(**recipe, output_dir=str(folder))
-    again = store.load_checkpoint(store.checkpoints(folder)[-1])
+    again = checkpoints.load(checkpoints.paths(folder)[-1])
     assert again.step == last.step == 24 and all(
         torch.equal(v, again.tensors[k]) for k, v in last.tensors.items()
     )
@@ -1003,7 +1003,7 @@ def test_every_tuner_goes_on_bit_for_bit(name, base, tmp_path):
             any(f"going on from checkpoint-{step}" in note for note in again.notes)
             and again.losses == whole.losses
         )
-        ends = [store.load_checkpoint(store.checkpoints(f)[-1]).tensors for f in (tmp_path / "whole", folder)]
+        ends = [checkpoints.load(checkpoints.paths(f)[-1]).tensors for f in (tmp_path / "whole", folder)]
         assert ends[0].keys() == ends[1].keys() and all(
             torch.equal(v, ends[1][k]) for k, v in ends[0].items()
         )
@@ -1012,7 +1012,7 @@ def test_every_tuner_goes_on_bit_for_bit(name, base, tmp_path):
 def undone(whole: Path, folder: Path, step: int) -> None:
     """A copy of a run's folder as a kill after this step leaves it."""
     shutil.copytree(whole, folder)
-    for checkpoint in store.checkpoints(folder):
+    for checkpoint in checkpoints.paths(folder):
         if int(checkpoint.name.rpartition("-")[2]) > step:
             shutil.rmtree(checkpoint)
     (folder / "report.json").unlink()

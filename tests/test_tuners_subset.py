@@ -31,8 +31,8 @@ from luthier.methods.tuners.subset.hft import half
 from luthier.model.anatomy import kind_of, layer_of, part_of
 from luthier.model.batch import collate
 from luthier.model.policy import Policy
+from luthier.recipe import model_names
 from luthier.registry import build, find, provides_of
-from luthier.storage import store
 from luthier.train.optimizer import Chain
 
 torch.set_num_threads(1)
@@ -889,8 +889,8 @@ def test_sara_threshold_and_nuclear_norm():
 
 def test_small_weights_carry_little():
     """Without its smallest tenth a trained model is nearly what it was; without as many large ones it is not."""
-    tuned = luthier.load("practice:lm-small")
-    rows = reading.load(str(Path(store.resolve_model("practice:lm-small")) / "probe.jsonl")).rows[::40]
+    tuned = luthier.load("toy:lm-small")
+    rows = reading.load(str(Path(model_names.resolve_model("toy:lm-small")) / "probe.jsonl")).rows[::40]
     model, tokenizer = tuned.model, tuned.tokenizer
     texts = [
         tokenizer(r["prompt"] + r["completions"][0], return_tensors="pt").input_ids

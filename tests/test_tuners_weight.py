@@ -219,7 +219,7 @@ def test_spiel_finds_planted_places(growth):
 
 def test_spiel_resumes_amid_an_interval(tmp_path, base):
     import luthier
-    from luthier.storage import store
+    from luthier.storage import checkpoints
 
     spec = {"name": "spiel", "density": 0.05, "reselection_steps": 4, "selection_accumulation_steps": 2}
     recipe = {
@@ -231,10 +231,10 @@ def test_spiel_resumes_amid_an_interval(tmp_path, base):
         "lr_scheduler_type": "constant",
     }
     luthier.tune(**recipe, output_dir=str(tmp_path / "run"))
-    last = store.load_checkpoint(store.checkpoints(tmp_path / "run")[-1])
+    last = checkpoints.load(checkpoints.paths(tmp_path / "run")[-1])
     unfinish(tmp_path / "run")
     luthier.tune(**recipe, output_dir=str(tmp_path / "run"))
-    again = store.load_checkpoint(store.checkpoints(tmp_path / "run")[-1])
+    again = checkpoints.load(checkpoints.paths(tmp_path / "run")[-1])
     assert last.step == again.step == 7 and last.tensors.keys() == again.tensors.keys()
     assert all(torch.equal(v, again.tensors[k]) for k, v in last.tensors.items())
 
@@ -244,9 +244,9 @@ def unfinish(folder) -> None:
     import json
     import shutil
 
-    from luthier.storage import store
+    from luthier.storage import checkpoints
 
-    shutil.rmtree(store.checkpoints(folder)[-1])
+    shutil.rmtree(checkpoints.paths(folder)[-1])
     (folder / "report.json").unlink()
     (folder / "run.json").write_text(
         json.dumps({**json.loads((folder / "run.json").read_text()), "finished": False})
@@ -479,20 +479,20 @@ def test_calibration_in_parts_is_calibration_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "how", [{"init_lora_weights": "eva"}, {"init_lora_weights": "corda", "init_data": "practice:style/new"}]
+    "how", [{"init_lora_weights": "eva"}, {"init_lora_weights": "corda", "init_data": "toy:style/new"}]
 )
 def test_a_start_from_data_in_a_run(how, tmp_path):
     """Ranks and factors come back after a kill, and a later run goes on from the adapter alone."""
     import shutil
 
     import luthier
-    from luthier.storage import store
+    from luthier.storage import checkpoints
 
-    data = {"path": "practice:style/new", "n": 24}
+    data = {"path": "toy:style/new", "n": 24}
     if "init_data" in how:
-        how = {**how, "init_data": {"path": "practice:people/test", "n": 8}}
+        how = {**how, "init_data": {"path": "toy:people/test", "n": 8}}
     recipe = dict(
-        model="practice:lm-small",
+        model="toy:lm-small",
         data=data,
         tuner={"name": "lora", "r": 4, "init_rows": 4, **how},
         per_device_train_batch_size=2,
@@ -505,12 +505,12 @@ def test_a_start_from_data_in_a_run(how, tmp_path):
     )
     folder = tmp_path / "run"
     luthier.tune(**recipe, output_dir=str(folder))
-    last = store.load_checkpoint(store.checkpoints(folder)[-1])
+    last = checkpoints.load(checkpoints.paths(folder)[-1])
     unfinish(folder)
     luthier.tune(**recipe, output_dir=str(folder))
-    again = store.load_checkpoint(store.checkpoints(folder)[-1])
+    again = checkpoints.load(checkpoints.paths(folder)[-1])
     assert again.step == 4 and all(torch.equal(v, again.tensors[k]) for k, v in last.tensors.items())
-    for checkpoint in store.checkpoints(folder):
+    for checkpoint in checkpoints.paths(folder):
         shutil.rmtree(checkpoint)
     further = luthier.tune(
         **{**recipe, "max_steps": 1}, start=str(folder), output_dir=str(tmp_path / "further")
@@ -577,7 +577,7 @@ def test_intrinsic_dimension_moves_d_numbers():
     one, other = put("intrinsic_dimension", d=100), put("intrinsic_dimension", d=100, seed=1)
     deltas = []
     for attached in (one, other):
-        next(iter(attached.layers.values())).held["default"].theta.data.normal_(
+        next(iter(attached.layers.values())).adapter_params["default"].theta.data.normal_(
             generator=torch.Generator().manual_seed(0)
         )
         deltas.append([layer.get_delta_weight("default").detach() for layer in attached.layers.values()])
@@ -629,7 +629,7 @@ def test_lt_sft_with_all_places_is_full_tuning_from_the_start():
 @pytest.mark.parametrize("steps", [7, 3])
 def test_lt_sft_resumes_in_either_phase(steps, base, tmp_path):
     import luthier
-    from luthier.storage import store
+    from luthier.storage import checkpoints
 
     tuner = {"name": "lt_sft", "density": 0.05, "dense_share": 0.6}
     recipe = {
@@ -641,10 +641,10 @@ def test_lt_sft_resumes_in_either_phase(steps, base, tmp_path):
         "lr_scheduler_type": "constant",
     }
     luthier.tune(**recipe, output_dir=str(tmp_path / "run"))
-    last = store.load_checkpoint(store.checkpoints(tmp_path / "run")[-1])
+    last = checkpoints.load(checkpoints.paths(tmp_path / "run")[-1])
     unfinish(tmp_path / "run")
     luthier.tune(**recipe, output_dir=str(tmp_path / "run"))
-    again = store.load_checkpoint(store.checkpoints(tmp_path / "run")[-1])
+    again = checkpoints.load(checkpoints.paths(tmp_path / "run")[-1])
     assert last.step == again.step == steps and all(
         torch.equal(v, again.tensors[k]) for k, v in last.tensors.items()
     )
@@ -1022,7 +1022,7 @@ def test_compacter_is_its_kronecker_sums():
     assert sum(p.numel() for p in attached.parameters().values()) == n**3 + len(layers) * (
         2 * r * sum(shape) + sum(shape)
     )
-    held = [layer.held["default"] for layer in layers.values()]
+    held = [layer.adapter_params["default"] for layer in layers.values()]
     assert len({id(h.A) for h in held}) == 1  # one parameter, whose gradient is the sum of all
     torch.manual_seed(1)
     for k, p in attached.parameters().items():
@@ -1217,7 +1217,7 @@ def test_adalora_goes_on_bit_for_bit(tmp_path):
     from conftest import SUMS
 
     keys = {
-        "model": "practice:lm-small",
+        "model": "toy:lm-small",
         "data": SUMS,
         "tuner": {"name": "adalora", "init_r": 4, "target_r": 2},
         "learning_rate": 1e-2,

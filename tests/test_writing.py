@@ -16,7 +16,7 @@ from luthier.kernels import prepacked as packing
 from luthier.methods.estimators._base import perturbed
 from luthier.methods.estimators.zeroth_order.mezo import _table, direction
 from luthier.methods.tuners._base import Untuned
-from luthier.methods.tuners.subset._subset import Weights
+from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.model import generate as writing
 from luthier.registry import build
 from luthier.train.optimizer import Chain
@@ -106,7 +106,7 @@ def test_mezo_leaves_every_bit_where_it_was(dtype):
     were.
     """
     model = zoo.make("llama").to(dtype)
-    tuner = Weights(build("tuner", "full"), model, lambda name, p: True)
+    tuner = TunedWeights(build("tuner", "full"), model, lambda name, p: True)
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
     chain, seen = Chain((), tuner, Clock(), 0.0), []
 
@@ -129,7 +129,7 @@ def test_mezo_leaves_every_bit_where_it_was(dtype):
 
 def test_the_mirror_of_fp32_is_exact_where_rounding_allows():
     model = zoo.make("llama")
-    tuner = Weights(build("tuner", "full"), model, lambda name, p: True)
+    tuner = TunedWeights(build("tuner", "full"), model, lambda name, p: True)
     chain = Chain((), tuner, Clock(), 0.0)
     with perturbed(chain, lambda group, slot, p: torch.full(p.shape, 0.5)) as flip:
         flip()

@@ -15,12 +15,13 @@ from typer.core import TyperGroup
 from luthier.compat.lazy_imports import rarely
 from luthier.compat.peft import lazily
 from luthier.errors import RecipeError
+from luthier.storage.toy import is_toy
 
 Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[RECIPE] [KEY=VALUE]...",
-        help="A recipe (or a run's folder, or practice:WORLD), and changes.",
+        help="A recipe (or a run's folder, or toy:TASK), and changes.",
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
@@ -74,8 +75,8 @@ def top(
 @app.command()
 def tune(
     words: Words = None,
-    model: Annotated[str | None, typer.Option(help="Folder, hub name or practice:NAME.")] = None,
-    data: Annotated[str | None, typer.Option(help="File, folder, hub name or practice:WORLD.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder, hub name or toy:NAME.")] = None,
+    data: Annotated[str | None, typer.Option(help="File, folder, hub name or toy:TASK.")] = None,
     tuner: Annotated[str | None, typer.Option(help="What moves; `luthier methods --kind tuner`.")] = None,
     objective: Annotated[str | None, typer.Option(help="Toward what, e.g. sft or 'dpo + 0.1*sft'.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="The run's folder.")] = None,
@@ -108,9 +109,7 @@ def tune(
 
 @app.command()
 def chat(
-    model: Annotated[
-        str, typer.Argument(help="A run's folder, a model folder, a hub name or practice:NAME.")
-    ],
+    model: Annotated[str, typer.Argument(help="A run's folder, a model folder, a hub name or toy:NAME.")],
     prompt: Annotated[str | None, typer.Option(help="Answer this once instead of asking.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.0,
@@ -190,7 +189,7 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command()
 def inspect(
-    base: Annotated[str, typer.Argument(help="The model before: a folder, hub name, practice:NAME or run.")],
+    base: Annotated[str, typer.Argument(help="The model before: a folder, hub name, toy:NAME or run.")],
     tuned: Annotated[str, typer.Argument(help="The model after.")],
     data: Annotated[
         str | None, typer.Option(help="Rows to measure on; default: what the run held out.")
@@ -215,8 +214,8 @@ def inspect(
 
 @app.command()
 def data(
-    source: Annotated[str, typer.Argument(help="A file, folder, hub name or practice:WORLD.")],
-    model: Annotated[str, typer.Option(help="Whose tokenizer shows the rows.")] = "practice:lm",
+    source: Annotated[str, typer.Argument(help="A file, folder, hub name or toy:TASK.")],
+    model: Annotated[str, typer.Option(help="Whose tokenizer shows the rows.")] = "toy:lm",
     chat_template: Annotated[str | None, typer.Option(help="As in a recipe.")] = None,
     shown: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
     as_json: AsJson = False,
@@ -241,9 +240,7 @@ def compare(
         list[str] | None,
         typer.Argument(metavar="[RECIPE]... [KEY=VALUE]...", help="Recipes, and changes to all."),
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Folder, hub name or practice:NAME, for every arm.")
-    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder, hub name or toy:NAME, for every arm.")] = None,
     data: Annotated[str | None, typer.Option(help="Rows, for every arm.")] = None,
     tuners: Annotated[str, typer.Option(help="Arms that differ in what moves, e.g. lora,ssf,full.")] = "",
     objectives: Annotated[str, typer.Option(help="Arms that differ in the objective, e.g. dpo,ipo.")] = "",
@@ -410,9 +407,9 @@ def studio(
 
 
 @app.command()
-def claims(
+def reproduce(
     names: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME]...", help="Claims to try; default: all.")
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Claims to reproduce; default: all.")
     ] = None,
     seeds: Annotated[
         int | None, typer.Option(help="Test seeds, in place of what the claim's file says.")
@@ -420,20 +417,23 @@ def claims(
     listed: Annotated[bool, typer.Option("--list", help="Only list the claims and their verdicts.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Try what papers claim on the practice models. What was stopped goes on when the same command is run
-    again.
-    """
-    from luthier.study import claims
+    """Reproduce a paper's claim on small models. The same command resumes what was stopped."""
+    from luthier.study.reproduce.page import listing
+    from luthier.study.reproduce.spec import all_claims
 
     if listed:
-        show(claims.listing(), as_json, ("name", "verdict", "paper", "claim"))
+        show(listing(), as_json, ("name", "verdict", "paper", "claim"))
         return
-    found = {
-        name: claims.run(name, seeds, tell=lambda line: typer.echo(line, err=as_json))
-        for name in names or claims.every()
-    }
+    from luthier.study.reproduce.run import reproduce
+
+    results = {}
+    for name in names or all_claims():
+        results[name] = reproduce(name, seeds, tell=lambda line: typer.echo(line, err=as_json))
     if as_json:
-        typer.echo(dumped(found))
+        typer.echo(dumped(results))
+
+
+app.command("claims", hidden=True)(reproduce)  # its former name
 
 
 @app.command()
@@ -479,7 +479,7 @@ def docs(
 
 
 def asked(words: list[str] | None, **options: str | None) -> tuple[Path | str | None, list[str]]:
-    """A recipe's path or practice:WORLD, if one was named, and every change: key=value words, then options."""
+    """A recipe's path or toy:TASK, if one was named, and every change: key=value words, then options."""
     files = [w for w in words or () if "=" not in w or Path(w).is_file()]
     if len(files) > 1:
         raise RecipeError(f"one recipe at a time, not {' and '.join(files)} (changes are written key=value)")
@@ -489,7 +489,7 @@ def asked(words: list[str] | None, **options: str | None) -> tuple[Path | str | 
     changes += [w for w in words or () if w not in files]
     if not files:
         return None, changes
-    if files[0].startswith("practice:"):
+    if is_toy(files[0]):
         return files[0], changes
     path = Path(files[0])
     return path / "recipe.yaml" if path.is_dir() else path, changes

@@ -1,4 +1,4 @@
-"""Where a run stands, and the only source of chance: every draw follows from (seed, step, names), never from
+"""The step of a run, and the only source of chance: every draw follows from (seed, step, names), never from
 history.
 """
 
@@ -21,14 +21,16 @@ class Clock:
 
     def derive_seed(self, *names: object, at: int | None = None) -> int:
         """A 63-bit number made of the seed, the step (or `at`) and names; alike on every machine and process."""
-        words = repr((self.seed, self.step if at is None else at, *names)).encode()
-        return int.from_bytes(hashlib.blake2b(words, digest_size=8).digest(), "big") >> 1
+        step = self.step if at is None else at
+        text = repr((self.seed, step, *names))
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "big") >> 1
 
     def rng(self, *names: object, at: int | None = None) -> torch.Generator:
         """A CPU generator for one draw."""
         return torch.Generator().manual_seed(self.derive_seed(*names, at=at))
 
     @property
-    def share(self) -> float:
+    def progress(self) -> float:
         """How much of the run is done, 0 to 1."""
         return self.step / max(self.total, 1)

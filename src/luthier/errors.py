@@ -1,9 +1,63 @@
-"""What a user is told in place of a traceback: each outcome is a type, so that callers never search
-sentences.
+"""What a user is told in place of a traceback. Each outcome is a type with a code, so that callers never
+search sentences.
+
+A run that failed leaves its code and its message in its folder as failed.json, from which `from_code` makes
+the same type again in another process.
 """
 
 from __future__ import annotations
 
 
 class RecipeError(ValueError):
-    """A recipe that cannot work. The message says where, what was meant, and what to do (exit code 2)."""
+    """A recipe that cannot work. The message says where, what was meant, and what to do (exit code 2).
+
+    code: which outcome it is, in one word; a type of its own has a code of its own.
+    """
+
+    code = "recipe"
+
+    def __init__(self, message: str = "", code: str | None = None):
+        super().__init__(message)
+        if code is not None:
+            self.code = code
+
+
+class Refused(RecipeError):
+    """A run that would have looked like a success without being one."""
+
+    code = "refused"
+
+
+class NotFinite(Refused):
+    """The loss is no longer a number: the run has diverged."""
+
+    code = "not_finite"
+
+
+class OutOfMemory(Refused):
+    """Memory ran out, and nothing smaller could be tried."""
+
+    code = "out_of_memory"
+
+
+class NothingMoves(Refused):
+    """The tuner leaves no parameter to be trained."""
+
+    code = "nothing_moves"
+
+
+class DiskError(RecipeError):
+    """The disk is full or may not be written. What was there before is intact."""
+
+    code = "disk"
+
+
+TYPES: dict[str, type[RecipeError]] = {
+    kind.code: kind for kind in (RecipeError, Refused, NotFinite, OutOfMemory, NothingMoves, DiskError)
+}
+
+
+def from_code(code: str, message: str) -> RecipeError:
+    """The outcome that another process wrote down. A code without a type of its own makes a RecipeError."""
+    kind = TYPES.get(code, RecipeError)
+    return kind(message, code)

@@ -30,7 +30,7 @@ class Data:
 def load_data(recipe: Recipe, quarantine: Path | None = None) -> Data:
     """The recipe's rows in canonical form, split, with the bad ones apart (and written to `quarantine`)."""
     if recipe.data is None:
-        raise RecipeError("a recipe needs `data`: a file, a folder, a hub name, rows, or practice:WORLD")
+        raise RecipeError("a recipe needs `data`: a file, a folder, a hub name, rows, or toy:TASK")
     loaded = reading.load(recipe.data, max_bad_rows=recipe.max_bad_rows, quarantine=quarantine)
     rows, bad, held = loaded.rows, loaded.bad, []
     if isinstance(recipe.eval_data, (int, float)) and not isinstance(recipe.eval_data, bool):

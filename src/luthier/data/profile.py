@@ -14,7 +14,7 @@ ROLES = ("reference", "teacher", "critic")
 
 
 def survey(
-    source: Any, model: str = "practice:lm", chat_template: str | None = None, shown: int = 3
+    source: Any, model: str = "toy:lm", chat_template: str | None = None, shown: int = 3
 ) -> dict[str, Any]:
     """A source of rows, as in a recipe's `data`.
 
@@ -103,8 +103,8 @@ def rendered(rows: list[dict], model: str, chat_template: str | None, shown: int
     """The first rows as the model's tokenizer reads them, and how many of all rows it can use."""
     from transformers import AutoTokenizer
 
+    from luthier.recipe.model_names import resolve_model
     from luthier.report import MARKS
-    from luthier.storage.store import resolve_model
     from luthier.text.render import Renderer
 
     asked = [row for row in rows if row.get("completions")]

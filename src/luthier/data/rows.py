@@ -24,6 +24,7 @@ from luthier.data.readers import READERS, Bad, Read, objected, over, read_file, 
 from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow, Format, fitting, format_class, telling
 from luthier.registry import build, did_you_mean, format_errors, names
+from luthier.storage.toy import is_toy, toy_name, toy_package
 
 AXOLOTL_TYPES = {"alpaca": "alpaca", "completion": "text", "sharegpt": "sharegpt", "chat_template": None}
 LF_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
@@ -63,16 +64,16 @@ class Source(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    path: str | list  # a file, a folder, practice:WORLD/SPLIT, a hub name, or the rows themselves
-    split: str | None = None  # a split of a hub data set, a saved data set or a practice world (train)
+    path: str | list  # a file, a folder, toy:TASK/SPLIT, a hub name, or the rows themselves
+    split: str | None = None  # a split of a hub data set, a saved data set or a toy task (train)
     name: str | None = None  # the configuration of a hub data set, or the entry of a dataset_info.json
     # a format's name or {name, settings}; recognised by columns where not given
     format: str | dict | None = None
     columns: dict[str, str] = {}  # our name of a column: the file's name of it
     tags: dict[str, str] = {}  # the file's names of roles and keys in messages: ours
     limit: int | None = Field(default=None, ge=1)  # rows to read at most
-    n: int = Field(default=1000, ge=1)  # rows to generate of a practice world
-    seed: int = 0  # of a practice world
+    n: int = Field(default=1000, ge=1)  # rows to generate of a toy task
+    seed: int = 0  # of a toy task
     source: str | None = None  # what the column `source` of its rows says, for objective by_source
 
 
@@ -89,7 +90,7 @@ def load(
     """Rows of a source, or of a list of sources, in the house's shape.
 
     A source is a list of rows; a path to .jsonl, .json, .csv, .tsv, .parquet or .txt (.gz too); a folder of
-    such files or one written by `save_to_disk`; `practice:WORLD/SPLIT`; the name of a data set on the hub; an
+    such files or one written by `save_to_disk`; `toy:TASK/SPLIT`; the name of a data set on the hub; an
     entry of LLaMA-Factory's dataset_info.json (`dataset_info.json:NAME`) or of axolotl's `datasets:`; or
     {path, split, name, format, columns, tags, limit}.
 
@@ -447,8 +448,8 @@ def read(source: Source, max_row_chars: int) -> Read:
     """(place, raw row) of a source, in order."""
     if not isinstance(source.path, str):
         return ((f"rows:{i}", objected(r)) for i, r in enumerate(source.path, 1))
-    if source.path.startswith("practice:"):
-        return read_practice(source)
+    if is_toy(source.path):
+        return read_toy(source)
     path = Path(source.path).expanduser()
     if path.is_dir():
         return read_folder(path, source, max_row_chars)
@@ -457,17 +458,15 @@ def read(source: Source, max_row_chars: int) -> Read:
     return read_hub(source)
 
 
-def read_practice(source: Source) -> Read:
-    """Rows of a built-in world."""
-    from luthier import toy as practice
-
-    world, _, split = source.path.removeprefix("practice:").partition("/")
-    wanted = source.split or split or "train"
+def read_toy(source: Source) -> Read:
+    """Rows generated for a toy task."""
+    task, _, split = toy_name(str(source.path)).partition("/")
+    split = source.split or split or "train"
     try:
-        rows = practice.rows(world, wanted, min(source.n, source.limit or source.n), source.seed)
+        rows = toy_package().rows(task, split, min(source.n, source.limit or source.n), source.seed)
     except (ValueError, KeyError) as why:
         raise RecipeError(f"{source.path}: {why}") from None
-    return ((f"{world}/{wanted}:{i}", row) for i, row in enumerate(rows, 1))
+    return ((f"{task}/{split}:{i}", row) for i, row in enumerate(rows, 1))
 
 
 def read_folder(folder: Path, source: Source, max_row_chars: int) -> Read:

@@ -9,10 +9,7 @@ the compiler to fuse. The first batch is compared with the network's own code, a
 
 from __future__ import annotations
 
-import os
-import shutil
 from contextlib import AbstractContextManager, nullcontext
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,25 +20,6 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 _used = False  # has anything been compiled in this process?
-
-
-def possible() -> None:
-    """Raises RecipeError where nothing can be compiled."""
-    if torch.cuda.is_available():
-        if find_spec("triton") is None:
-            raise RecipeError(
-                "torch_compile: on a GPU torch compiles through triton, which is not installed; leave"
-                " torch_compile out"
-            )
-        return
-    asked = os.environ.get("CXX")
-    if not any(shutil.which(name) for name in ([asked] if asked else ["g++", "clang++", "c++"])):
-        what = (
-            f"CXX names {asked}, which is not there"
-            if asked
-            else "there is no C++ compiler here (g++ or clang++)"
-        )
-        raise RecipeError(f"torch_compile: {what}; install one, or leave torch_compile out")
 
 
 def compile_blocks(model: Network) -> int:

@@ -5,7 +5,7 @@ Composed of torch operations, each of these writes and keeps several tensors as 
 them in fp32. Here each is one autograd function with a closed-form backward that keeps only its inputs (a
 norm: x and one number a row), worked through in stretches that stay in the cache; nothing is compiled.
 Modules of any transformers network are found by what they hold, and taken only where the fast form answers as
-the module does on random numbers; the first batch of every run is compared besides (guards.py), and `plainly`
+the module does on random numbers; the first batch of every run is compared besides (train/checks.py), and `plainly`
 is the network's own code for a while. Dropout on a CPU takes 16 random bits for each number, so a share is
 met to 1/65,536; torch's own draws there took five times as long.
 

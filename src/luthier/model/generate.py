@@ -22,9 +22,9 @@ from luthier.errors import RecipeError
 from luthier.kernels.attention import NAME, takes_plans
 from luthier.kernels.decode_attention import ROOM, Written, keep_apart
 from luthier.kernels.prepacked import packed
+from luthier.kernels.tolerance import logprob_tolerance
 from luthier.methods.architectures._base import pad
 from luthier.model.language_model import logits_at, prefix_mask, soft_first
-from luthier.train.checks import tolerance
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -358,7 +358,7 @@ def decoder_writer(model: Network, attached: Any, prefix: bool = False) -> Write
                     gap = float((_trial(way(model, attached, prefix)) - slow).abs().mean())
                     reason = (
                         ""
-                        if gap <= tolerance(model)
+                        if gap <= logprob_tolerance(model)
                         else f"writes otherwise, by {gap:.1e} in log-probability on average"
                     )
                 except (

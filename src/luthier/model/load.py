@@ -20,10 +20,10 @@ from luthier.kernels import compiled, elementwise, liger
 from luthier.methods.quantizers._base import modules as coded
 from luthier.methods.tuners._base import Untuned
 from luthier.model.policy import Policy, Roles
+from luthier.recipe import model_names
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods
 from luthier.registry import build
-from luthier.storage import store
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -61,7 +61,7 @@ def load_model(
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # what it warns of when loading is told by us, or refused
-    path, where = store.resolve_model(recipe.model), device()
+    path, where = model_names.resolve_model(recipe.model), device()
     if where.type == "cpu":
         keep_memory()
     how = {"dtype": pick_dtype(recipe.dtype, where), **network}

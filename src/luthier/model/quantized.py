@@ -20,7 +20,7 @@ from luthier.methods.quantizers._base import Codes, Quantizer, held_as, modules
 from luthier.model.experts import apart, put
 from luthier.model.quantized_load import chosen
 from luthier.registry import build, spec
-from luthier.storage import store
+from luthier.storage import checkpoints
 
 FILE = "quantized.safetensors"
 MICRO = 4  # rows read at once
@@ -67,7 +67,7 @@ def save(model: Any, path: Path) -> None:
         str(path),
         metadata={"quantizers": json.dumps({n: spec(m.quantizer) for n, m in some.items()})},
     )
-    store.compare(tensors, path)
+    checkpoints.verify(tensors, path)
 
 
 def read(path: Path) -> dict[str, tuple[Quantizer, Codes]]:

@@ -23,7 +23,7 @@ from luthier.errors import RecipeError
 from luthier.methods.quantizers._base import Codes, Quantized, Quantizer, held_as, plain
 from luthier.model.experts import Experts, Matrix, apart, fused, put
 from luthier.registry import did_you_mean
-from luthier.storage import store
+from luthier.storage import checkpoints
 
 Saved = dict[str, tuple[Quantizer, Codes]]  # module -> its quantizer and its codes
 
@@ -132,7 +132,7 @@ class Quantize(ConversionOps):
         """The codes of one weight, as its module lays it out."""
         said = self.loader.quantization_config
         said.read += W.nbytes
-        if said.read > store.WINDOW:
+        if said.read > checkpoints.WINDOW:
             said.files.drop()
             said.read = 0
         if not isinstance(module, Quantized):

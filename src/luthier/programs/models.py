@@ -25,7 +25,7 @@ class Speaker(Protocol):
 
 
 class Local:
-    """A run's folder, a model's folder, a hub name or practice:NAME; loaded when it is first asked.
+    """A run's folder, a model's folder, a hub name or toy:NAME; loaded when it is first asked.
 
     turns: is a prompt put as a turn of a conversation, or continued as it is? If not said, as the model was
     tuned. settings: keys of a recipe, as for `luthier.load`.

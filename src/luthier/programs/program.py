@@ -152,7 +152,7 @@ class Predict(Program):
 
     def forward(self, **inputs):
         if self.lm is None:
-            raise RecipeError("this program has no model yet: `program = program.using('practice:lm')`")
+            raise RecipeError("this program has no model yet: `program = program.using('toy:lm')`")
         how = _HOW.get() or How()
         # never its own answer
         shown = [d for d in self.demos if any(d.get(n) != inputs.get(n) for n in self.signature.inputs)]

@@ -15,6 +15,7 @@ import yaml
 from luthier.errors import RecipeError
 from luthier.recipe.aliases import ALIASES, FORMER_KEYS, FORMER_ROLES, METHOD_KEYS, NAMES, QUANTIZATION
 from luthier.registry import cards, did_you_mean, find, names
+from luthier.storage.toy import is_toy, toy_name, toy_package
 
 
 def read(source: Any, changes: Any, defaults: Mapping[str, Any]) -> Reading:
@@ -43,7 +44,7 @@ def read_source(source: Any) -> tuple[dict[str, Any], str]:
     if isinstance(source, Mapping):
         return dict(source), "python"
     text, name = str(source), "yaml"
-    if isinstance(source, str) and text.startswith(("toy:", "practice:")):
+    if is_toy(source):
         return toy_recipe(text), text
     if isinstance(source, Path) or ("\n" not in text and text.endswith((".yaml", ".yml", ".json"))):
         text, name = read_file(Path(source))
@@ -62,10 +63,8 @@ def read_source(source: Any) -> tuple[dict[str, Any], str]:
 
 def toy_recipe(name: str) -> dict[str, Any]:
     """The recipe of a toy task, by its name."""
-    from importlib import import_module
-
     try:
-        return import_module("luthier.toy").recipe(name)
+        return toy_package().recipe(toy_name(name))
     except ValueError as error:
         raise RecipeError(f"{name}: {error}") from None
 

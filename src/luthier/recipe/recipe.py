@@ -45,7 +45,7 @@ class Recipe:
     """One run; with `plan`, several. Every field is a key of the YAML file."""
 
     # the model
-    model: str = "practice:lm"  # folder, hub name, or practice:NAME
+    model: str = "toy:lm"  # folder, hub name, or toy:NAME
     architecture: Any = "auto"  # how the network reads and writes: causal, seq2seq, masked_lm, classifier
     # auto: bfloat16 where the chip computes in it
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -73,7 +73,7 @@ class Recipe:
     warmup_steps: Annotated[float, Field(ge=0), Range(0, 0.3)] = 0.03
 
     # on which rows
-    # file, folder, hub name, practice:WORLD, {path, split, format, columns, limit}, rows, or a list
+    # file, folder, hub name, toy:TASK, {path, split, format, columns, limit}, rows, or a list
     data: Any = None
     eval_data: Any = 0.05  # the same, or the share of data that is held out
     max_length: Count | None = None  # tokens of a row at most; default: what the model can read, up to 2048

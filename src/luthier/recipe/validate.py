@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from luthier.clock import Clock
+from luthier.compat.compiler import check_compiler
 from luthier.errors import RecipeError
-from luthier.kernels import compiled
+from luthier.recipe import model_names
 from luthier.recipe.capabilities import columns_of, require, requirements
 from luthier.recipe.recipe import Recipe
+from luthier.recipe.schedule import schedule
 from luthier.registry import build, cards, did_you_mean, find, provides_of
-from luthier.storage import store
-from luthier.train.optimizer import schedule
 
 DEFAULT_EVALUATORS = ("loss", "accuracy", "generate", "forgetting")
 DRY_RUN = "dry-run"  # folder of a run that has not happened
@@ -90,7 +90,7 @@ def build_methods(recipe: Recipe) -> Methods:
 
 def detect(model: str) -> Any:
     """The architecture of a checkpoint, by its config."""
-    config = store.model_config(model)
+    config = model_names.model_config(model)
     every = [build("architecture", card.name) for card in cards("architecture")]
     suited = [architecture for architecture in every if architecture.suits(config)]
     if len(suited) == 1:
@@ -108,7 +108,7 @@ def detect(model: str) -> Any:
 def dry_run(recipe: Recipe, rows: Sequence[dict] = ()) -> Methods:
     """The methods of a recipe without a plan, each provided with what it requires."""
     methods = build_methods(recipe)
-    store.resolve_model(recipe.model)
+    model_names.resolve_model(recipe.model)
     check_settings(recipe, methods)
     available = columns_of(rows) | methods.provide()
     choose_evaluators(recipe, methods, frozenset(available))
@@ -131,7 +131,7 @@ def check_settings(recipe: Recipe, methods: Methods) -> None:
         check_quantized(methods.tuner, methods.quantizer)
     schedule(recipe.lr_scheduler_type, recipe.warmup_steps, 1)
     if recipe.torch_compile:
-        compiled.possible()
+        check_compiler()
     if isinstance(recipe.init_from, dict):
         build("merger", recipe.init_from.get("merge"))
     check_trackers(recipe.report_to)

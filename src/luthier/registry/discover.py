@@ -67,7 +67,9 @@ def own_modules(kind: str) -> dict[str, str]:
         inner = path.relative_to(root).with_suffix("").parts
         if inner[-1] == "__init__":
             inner = inner[:-1]
-        elif inner[-1].startswith("_") or (path.parent / "__init__.py").is_file():
+        elif (path.parent / "__init__.py").is_file():
+            continue
+        if any(part.startswith("_") for part in inner):
             continue
         name, dotted = inner[-1], ".".join(("luthier", "methods", KINDS[kind].folder, *inner))
         if name in places:

@@ -20,7 +20,7 @@ def write_report(recipe: Any, report: Any, logged: Sequence[dict], folder: Path)
     """report.html and README.md in a run folder. logged: the lines of metrics.jsonl."""
     from luthier.report.card import card
     from luthier.report.page import page
-    from luthier.storage import store
+    from luthier.storage import files
 
-    store.write_text(folder / "report.html", page(recipe, report, logged, folder))
-    store.write_text(folder / "README.md", card(recipe, report, folder))
+    files.write_text(folder / "report.html", page(recipe, report, logged, folder))
+    files.write_text(folder / "README.md", card(recipe, report, folder))

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.stats import bootstrap
 
 from luthier.report.chart import SIDE
 from luthier.report.comparison import OWN, key, label, place, plane, shown, spot
 from luthier.report.page import STYLE, document, section, versions
-from luthier.study.statistics import interval
 
 BEFORE = "untuned"
 
@@ -62,7 +62,11 @@ def _cells(run: Path, metrics: Sequence[str], values: Sequence[float]) -> list[t
     out = []
     for metric, value in zip(metrics, values, strict=True):
         each = list(rows.get(metric, {}).values())
-        out.append((value, *(interval(np.array([each])) if len(each) > 1 else (value, value))))
+        low, high = value, value
+        if len(each) > 1:
+            drawn = bootstrap((each,), np.mean, n_resamples=2000, method="percentile", rng=0)
+            low, high = map(float, drawn.confidence_interval)
+        out.append((value, low, high))
     return out
 
 

@@ -60,7 +60,7 @@ def document(title: str, body: str, style: str | None = None) -> str:
 
 
 def name_of(recipe: Any) -> str:
-    """'practice:lm, lora, sft': what a run is called."""
+    """'toy:lm, lora, sft': what a run is called."""
 
     def word(x: Any) -> str:
         if isinstance(x, (list, tuple)):

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ import yaml
 
 from luthier import __version__
 from luthier.data import rows as reading
-from luthier.errors import RecipeError
+from luthier.errors import DiskError, RecipeError, from_code
 from luthier.recipe.recipe import Recipe
-from luthier.storage import store
+from luthier.storage import checkpoints, files
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def open_run(folder: Path, recipe: Recipe, mark: str, main: bool, anew: bool) ->
     if not main:
         yield False, __version__
         return
-    with store.alone_in(folder):
+    with files.exclusive(folder):
         state = folder / "run.json"
         known = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else None
         if known and (known["fingerprint"], known["data"]) != (recipe.fingerprint(), mark):
@@ -51,8 +51,9 @@ def open_run(folder: Path, recipe: Recipe, mark: str, main: bool, anew: bool) ->
                 "finished": False,
                 "version": __version__,
             }
-            store.write_text(folder / "recipe.yaml", recipe.yaml())
-            store.write_json(state, known)
+            files.write_text(folder / "recipe.yaml", recipe.yaml())
+            files.write_json(state, known)
+        (folder / FAILED).unlink(missing_ok=True)
         yield (
             bool(known["finished"] and (folder / "report.json").is_file()),
             known.get("version", "(unknown)"),
@@ -63,10 +64,11 @@ def clear(folder: Path) -> None:
     """Leave nothing of a run. run.json goes last: while it stands, a folder that is half cleared is still the
     old run's.
     """
-    for path in store.checkpoints(folder):
+    for path in checkpoints.paths(folder):
         shutil.rmtree(path)
-    for path in folder.glob("said-*.bin"):
-        path.unlink()
+    for pattern in ("logprob_cache-*.bin", "hidden_cache-*.bin", "said-*.bin", "frozen-*.bin"):
+        for path in folder.glob(pattern):
+            path.unlink()
     for name in (
         "report.json",
         "before.json",
@@ -85,14 +87,35 @@ def clear(folder: Path) -> None:
         "calibration-after.json",
         "paused.json",
         "report.html",
+        FAILED,
         "run.json",
     ):
         (folder / name).unlink(missing_ok=True)
 
 
+FAILED = "failed.json"  # of a run that failed: which outcome it was, and the sentence
+
+
+def note_failure(folder: Path, error: Exception) -> None:
+    """Leave {code, message} in the folder of a run that failed, for whoever waits for it in another process."""
+    outcome = {"code": "crash", "message": f"{type(error).__name__}: {error}"}
+    if isinstance(error, RecipeError):
+        outcome = {"code": error.code, "message": str(error)}
+    with suppress(DiskError):  # a full disk may be what it failed of
+        files.write_json(folder / FAILED, outcome)
+
+
+def read_failure(folder: Path) -> RecipeError | None:
+    """What the run in this folder failed of, as its type; None where it did not, or has gone on since."""
+    if not (folder / FAILED).is_file():
+        return None
+    outcome = files.read_json(folder / FAILED)
+    return from_code(outcome["code"], outcome["message"])
+
+
 def note_down(folder: Path, **facts: Any) -> None:
     state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    store.write_json(folder / "run.json", {**state, **facts})
+    files.write_json(folder / "run.json", {**state, **facts})
 
 
 def network_of(folder: Path) -> dict[str, Any]:
@@ -129,7 +152,7 @@ def trim(path: Path, step: int) -> None:
                     lines.append(line)
             except (json.JSONDecodeError, KeyError):
                 break  # the line that was being written when the process died
-        store.write_text(path, "".join(f"{line}\n" for line in lines))
+        files.write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def default_folder(recipe: Recipe) -> Path:
@@ -151,6 +174,6 @@ def on_disk(recipe: Recipe, folder: Path) -> Recipe:
         if isinstance(rows, (list, tuple)) and rows and all(reading.looks_like_row(r) for r in rows):
             text = "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in rows)
             path = folder.resolve() / f"{key}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl"
-            store.write_text(path, text)
+            files.write_text(path, text)
             recipe = replace(recipe, **{key: str(path)})
     return recipe

@@ -26,25 +26,24 @@ from luthier import __version__
 from luthier import report as page
 from luthier.data import rows as reading
 from luthier.data.load import Data, beside, load_data, sample_rows, touching
-from luthier.errors import RecipeError
-from luthier.methods.evaluators._base import measured
+from luthier.errors import OutOfMemory, RecipeError, Refused
+from luthier.methods.evaluators._base import run_all
 from luthier.methods.quantizers._base import told
 from luthier.methods.roles.frozen.initial import Start
 from luthier.model.load import assemble, take_parts, tensors_of
 from luthier.model.policy import Policy, Roles
 from luthier.recipe.recipe import Recipe
+from luthier.recipe.schedule import schedule
 from luthier.recipe.validate import Methods, dry_run, validate
 from luthier.registry import build, spec
 from luthier.report import rendered
 from luthier.report.console import Callback
-from luthier.run.folder import clear, default_folder, note_down, on_disk, open_run, trim
-from luthier.storage import store
+from luthier.run.folder import FAILED, clear, default_folder, note_down, note_failure, on_disk, open_run, trim
+from luthier.storage import checkpoints, files
 from luthier.train import checks as guards
-from luthier.train import hidden_cache as frozen
-from luthier.train import logprob_cache as reference
-from luthier.train import memory
-from luthier.train.batched_forward import shell
-from luthier.train.optimizer import Chain, schedule
+from luthier.train import hidden_cache, logprob_cache, memory
+from luthier.train.batched_forward import share_weights
+from luthier.train.optimizer import Chain
 from luthier.train.trainer import BatchSchedule, Totals, Trainer
 
 
@@ -97,7 +96,7 @@ def opened(
     for sentence in recipe.warnings:
         watch.warn(sentence)
     quarantine = folder / "quarantine.jsonl"
-    with store.disk_errors(folder):
+    with files.disk_errors(folder):
         # what lies there is of an earlier attempt, which was refused
         if new := main and not (folder / "run.json").exists():
             quarantine.unlink(missing_ok=True)
@@ -116,7 +115,7 @@ def opened(
                 " neither's"
             )
         if main:
-            with store.disk_errors(folder):
+            with files.disk_errors(folder):
                 quarantine.unlink(missing_ok=True)
                 reading.write_quarantine(data.bad, quarantine)
         if data.bad:
@@ -130,10 +129,13 @@ def opened(
             )
         try:
             yield _Run(recipe, parts, data, folder, watch, accelerator, until)
-        except (RuntimeError, MemoryError) as error:
-            if guards.out_of_memory(error):
-                raise guards.Refused(guards.TOO_BIG) from None
-            raise
+        except Exception as error:
+            outcome = OutOfMemory(guards.TOO_BIG) if guards.out_of_memory(error) else error
+            if main:
+                note_failure(folder, outcome)
+            if outcome is error:
+                raise
+            raise outcome from None
         finally:
             for tracker in accelerator.trackers:
                 tracker.finish()
@@ -173,10 +175,10 @@ class Shared:
     model: Any  # the base, with nothing on it
     tokenizer: Any
     renderer: Any = None  # and with it rows as tokens
-    said: dict[str, reference.Said] = field(default_factory=dict)  # role -> what it says of rows
+    logprob_caches: dict[str, logprob_cache.LogprobCache] = field(default_factory=dict)  # by role
 
     def network(self) -> tuple[Any, Any]:
-        return shell(self.model), self.tokenizer
+        return share_weights(self.model), self.tokenizer
 
 
 @dataclass
@@ -203,7 +205,7 @@ class _Run:
     def ready(self) -> None:
         """All that comes before the first step."""
         self.main = self.accelerator.is_main_process
-        self.latest = (store.checkpoints(self.folder) or [None])[-1]
+        self.latest = (checkpoints.paths(self.folder) or [None])[-1]
         self.watch.stage("loading the model")
         self.take_roles()
         rows, stats = self.take_rows()
@@ -265,9 +267,9 @@ class _Run:
                 if not rows:
                     raise RecipeError(f"the stages {[s.name for s in self.parts.stages]} left no row")
                 if self.main:
-                    store.write_rows(kept, rows)
+                    files.write_rows(kept, rows)
                 self.accelerator.wait_for_everyone()
-            rows = store.read_rows(kept)
+            rows = files.read_rows(kept)
         rows, stats = _encode(self.roles, rows, self.folder, self.watch, self.main, self.recipe.max_bad_rows)
         self.held_out, self.held_out_stats = _encode(
             self.roles, self.data.held_out, self.folder, Callback(), self.main, 1.0
@@ -280,7 +282,7 @@ class _Run:
         roles, renderer, tell = self.roles, self.roles.renderer, self.watch.warn
         if "generate" in self.parts.architecture.provides:
             some = [self.parts.architecture.encode(r, renderer) for r in rows[:64] if r.get("completions")]
-            guards.ends_are_learned(some, set(renderer.stop_ids), tell)
+            guards.check_stop_token(some, set(renderer.stop_ids), tell)
         turns = any(not isinstance(r["prompt"], str) for r in rows)
         for sentence in (renderer.note if turns or self.recipe.chat_template else None, *renderer.warnings):
             if sentence:
@@ -313,16 +315,16 @@ class _Run:
             )
         self.watch.rows(roles, shown, stats)
         if self.main:
-            store.write_json(self.folder / "shown.json", rendered(roles, shown))
+            files.write_json(self.folder / "shown.json", rendered(roles, shown))
         for sentence in roles.tuner.told:
             tell(sentence)
 
     def check(self, rows: list[dict]) -> dict[str, int]:
         """The guards of a start; counts of what moves and of all."""
         roles, tell = self.roles, self.watch.warn
-        moving = guards.something_moves(roles.tuner)
+        moving = guards.check_trainable(roles.tuner)
         for player in roles.policies():  # each by itself: a teacher may be another kind of network
-            guards.same_as_plain(player, roles.batch([_answered(r, roles) for r in rows[:2]]), tell)
+            guards.check_forward(player, roles.batch([_answered(r, roles) for r in rows[:2]]), tell)
         return moving
 
     def training(self, rows: list[dict]) -> Trainer:
@@ -387,17 +389,17 @@ class _Run:
         shared = sum(p.model is roles.policy.model for p in roles.policies()) > 1
         if asked is False or not fit.rows or not roles.clock.total:
             return
-        made: Any = fit.once()
+        made: Any = fit.no_reuse()
         if made is None or (shared and not fit.batches.live):
             some = roles.batch([_answered(r, roles) for r in fit.rows[:2]])
-            made = frozen.keep(
-                roles.policy, some, self.folder / f"frozen-{self.accelerator.process_index}.bin", tokens
+            made = hidden_cache.open_cache(
+                roles.policy, some, self.folder / f"hidden_cache-{self.accelerator.process_index}.bin", tokens
             )
         if isinstance(made, str):
             if asked is True:
                 self.watch.warn(f"cache_frozen: nothing is kept, as {made}")
             return
-        roles.policy.attached.frozen = made
+        roles.policy.attached.hidden_cache = made
         atexit.register(made.close)
         self.watch.warn(
             f"the {made.first} lowest of {len(made.layers)} layers never move: what they say of a row is"
@@ -414,26 +416,26 @@ class _Run:
         ]
         if asked is False or not fit.rows or not roles.clock.total or (asked == "auto" and not constant):
             return
-        why = fit.once() or (None if constant else "no role that never changes is played by a network")
+        why = fit.no_reuse() or (None if constant else "no role that never changes is played by a network")
         room = sum(
-            reference.wanted(rows, s["row_tokens"] * s["supervised_share"])
+            logprob_cache.words_needed(rows, s["row_tokens"] * s["supervised_share"])
             for rows, s in ((len(fit.rows), stats), (len(self.held_out), self.held_out_stats))
             if s
         )
-        held = self.shared.said if self.shared else {}
+        held = self.shared.logprob_caches if self.shared else {}
         for name in constant if why is None else ():
             if name in held:
-                setattr(roles, name, reference.Known(getattr(roles, name), held[name]))
+                setattr(roles, name, logprob_cache.CachedPolicy(getattr(roles, name), held[name]))
                 continue
-            path = self.folder / f"said-{name}-{self.accelerator.process_index}.bin"
-            made = reference.keep(
+            path = self.folder / f"logprob_cache-{name}-{self.accelerator.process_index}.bin"
+            made = logprob_cache.open_cache(
                 getattr(roles, name), path, room, json.dumps(spec(self.parts.roles[name]), default=str)
             )
             if isinstance(made, str):
                 why = made
                 continue
             if not isinstance(self.parts.roles[name], Start):  # it is the same for all
-                held[name] = made.said
+                held[name] = made.cache
             setattr(roles, name, made)
             self.watch.warn(
                 f"what '{name}' says of a row never changes: it is computed once and kept beside the run,"
@@ -449,15 +451,20 @@ class _Run:
             self.watch.stage("measuring the start")
             before = self.measure("before")
             if self.main:
-                store.write_json(path, before)
+                files.write_json(path, before)
         else:
             before = json.loads(path.read_text(encoding="utf-8"))
         clock = self.roles.clock
         if self.latest is not None:
-            was = store.load_checkpoint(self.latest)
+            was = checkpoints.load(self.latest)
             self.roles.tuner.load(was.tensors)
             fit.chain.load(was.state)
-            clock.step, clock.first, fit.held, fit.totals = was.step, was.step, was.held, Totals(**was.totals)
+            clock.step, clock.first, fit.drawn_rows, fit.totals = (
+                was.step,
+                was.step,
+                was.draw,
+                Totals(**was.totals),
+            )
             self.watch.warn(f"going on from {self.latest.name} of {clock.total} steps")
         if self.main:
             trim(self.folder / "metrics.jsonl", clock.step)
@@ -470,7 +477,7 @@ class _Run:
         """Every process measures all rows, so none waits long for another; what the main one found counts."""
         self.roles.policy.eval()
         out = _alike(
-            measured(self.parts.evaluate, self.roles, self.measured, self.folder, when), self.accelerator
+            run_all(self.parts.evaluate, self.roles, self.measured, self.folder, when), self.accelerator
         )
         self.accelerator.log({f"eval_{k}": v for k, v in out.items()}, step=self.roles.clock.step)
         return out
@@ -493,7 +500,7 @@ class _Run:
             numbers = {k: v for k, v in log.items() if k != "step" and not k.startswith("eval_")}
             self.accelerator.log(numbers, step=clock.step)
             with (
-                store.disk_errors(self.folder),
+                files.disk_errors(self.folder),
                 open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file,
             ):
                 file.write(json.dumps(log) + "\n")
@@ -502,11 +509,11 @@ class _Run:
             self.save(fit)
 
     def save(self, fit: Trainer) -> None:
-        held = fit.held if self.roles.clock.step % fit.batches.num_iterations else None
-        made = store.Checkpoint(
+        held = fit.drawn_rows if self.roles.clock.step % fit.batches.num_iterations else None
+        made = checkpoints.Checkpoint(
             self.roles.tuner.held(), fit.chain.state, self.roles.clock.step, held, asdict(fit.totals)
         )
-        store.save_checkpoint(self.folder, made, self.recipe.save_total_limit)
+        checkpoints.save(self.folder, made, self.recipe.save_total_limit)
 
     def pause(self, fit: Trainer, before: dict[str, float], stats: dict) -> Report:
         """Stop here for now: measured, and saved so that the same command goes on."""
@@ -519,7 +526,7 @@ class _Run:
         }
         if self.main:
             self.save(fit)
-            store.write_json(
+            files.write_json(
                 self.folder / "paused.json",
                 {"step": clock.step, "steps": clock.total, "metrics": now, "stats": cost},
             )
@@ -532,7 +539,7 @@ class _Run:
     def finish(self, report: Report, fit: Trainer, stats: dict) -> None:
         """The report, what a user takes away, and the page."""
         roles, folder, rows = self.roles, self.folder, fit.rows
-        logged = store.read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
+        logged = files.read_rows(folder / "metrics.jsonl") if (folder / "metrics.jsonl").is_file() else []
         report.losses = [line["loss"] for line in logged if "loss" in line]
         prompts = [r["prompt"] for r in rows]
         report.stats = {
@@ -552,27 +559,27 @@ class _Run:
             "device": str(roles.device),
             "dtype": str(next(roles.policy.model.parameters()).dtype).removeprefix("torch."),
         }
-        if roles.tuner.frozen:
-            roles.tuner.frozen.close()
+        if roles.tuner.hidden_cache:
+            roles.tuner.hidden_cache.close()
         for role in roles.policies():
-            if isinstance(role, reference.Known) and not (
-                self.shared and role.said in self.shared.said.values()
+            if isinstance(role, logprob_cache.CachedPolicy) and not (
+                self.shared and role.cache in self.shared.logprob_caches.values()
             ):
-                role.said.close()
+                role.cache.close()
         report.notes = list(self.watch.notes)
         if self.main:
-            saved = store.checkpoints(folder)
+            saved = checkpoints.paths(folder)
             moved = roles.clock.total or self.recipe.init_from is not None
-            if moved and (not saved or store.load_meta(saved[-1])["step"] != roles.clock.total):
+            if moved and (not saved or checkpoints.read_meta(saved[-1])["step"] != roles.clock.total):
                 self.save(fit)
             self.watch.stage("saving")
-            with store.disk_errors(folder):
+            with files.disk_errors(folder):
                 roles.tuner.save(folder)
                 roles.renderer.tokenizer.save_pretrained(folder)
                 if self.parts.quantizer is not None:
-                    store.write_json(folder / store.QUANTIZATION, spec(self.parts.quantizer))
+                    files.write_json(folder / files.QUANTIZATION, spec(self.parts.quantizer))
             page.write_report(self.recipe, report, logged, folder)
-            store.write_json(folder / "report.json", asdict(report))
+            files.write_json(folder / "report.json", asdict(report))
             note_down(folder, finished=True)
         self.accelerator.wait_for_everyone()
 
@@ -589,21 +596,19 @@ def _encode(
         return [], {}
     kept, bad, stats = roles.policy.architecture.encode_all(rows, roles.renderer)
     if bad and main:
-        with store.disk_errors(folder):
+        with files.disk_errors(folder):
             reading.write_quarantine(bad, folder / "quarantine.jsonl")
     if not kept:
-        raise guards.Refused(f"none of {len(rows):,} rows can be used; the first: {bad[0]['reason']}")
+        raise Refused(f"none of {len(rows):,} rows can be used; the first: {bad[0]['reason']}")
     if len(bad) > allowed * len(rows):
-        raise guards.Refused(
-            reading.refusal(bad, len(rows), "the data", allowed, folder / "quarantine.jsonl")
-        )
+        raise Refused(reading.refusal(bad, len(rows), "the data", allowed, folder / "quarantine.jsonl"))
     if bad:
         watch.warn(
             f"{len(bad):,} of {len(rows):,} rows set aside, with reasons, in quarantine.jsonl; the first:"
             f" {bad[0]['reason']}"
         )
     if any(r.get("completions") for r in rows):
-        guards.something_to_learn(len(kept), stats["supervised"], stats["tokens"])
+        guards.check_supervised(len(kept), stats["supervised"], stats["tokens"])
     return kept, {
         "rows": len(kept),
         "row_tokens": stats["tokens"],
@@ -664,6 +669,7 @@ def perform(
     validate(recipe, sample_rows(recipe), sample_rows)
     plan = build("plan", recipe.plan_spec())
     play = plan.recipes(replace(recipe, plan=None))
+    (folder / FAILED).unlink(missing_ok=True)
     acts: list[str] = []
     last: Any = None
     asked = next(play)
@@ -680,10 +686,13 @@ def perform(
             asked = play.send(last)
     except StopIteration as end:
         final = end.value or (last[-1] if isinstance(last, list) else last)
+    except Exception as error:
+        note_failure(folder, error)
+        raise
     report = replace(final, acts=acts, folder=final.folder)
     if drawn := plan.page(report):
-        store.write_text(folder / "report.html", drawn)
-    store.write_json(folder / "report.json", asdict(report))
+        files.write_text(folder / "report.html", drawn)
+    files.write_json(folder / "report.json", asdict(report))
     return report
 
 
@@ -692,7 +701,7 @@ def tune(
 ) -> Report:
     """Tune a model. recipe: a YAML file, text or mapping; settings: keys of a recipe.
 
-    >>> luthier.tune(model="practice:lm", data="rows.jsonl", tuner="lora", objective="sft")
+    >>> luthier.tune(model="toy:lm", data="rows.jsonl", tuner="lora", objective="sft")
     """
     made = Recipe.load(recipe, settings)
     return perform(made, Path(folder) if folder else None, watch)

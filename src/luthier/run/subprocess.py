@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from luthier.errors import RecipeError
+from luthier.run.folder import FAILED, read_failure
 
 if TYPE_CHECKING:
     from luthier.recipe.recipe import Recipe
@@ -26,40 +27,48 @@ def tune(
     until: float | None = None,
     step: Callable[[int], None] | None = None,
 ) -> None:
-    """`luthier tune` on a recipe's keys. step: hears how many steps are logged. Raises the sentence that the
-    run ended with.
+    """`luthier tune` on a recipe's keys. Raises what the run ended with, as its type.
+
+    step: called every half second with how many steps are logged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     recipe = folder.with_suffix(".yaml")
-    recipe.write_text(
-        yaml.safe_dump({**keys, "output_dir": str(folder)}, sort_keys=False, allow_unicode=True),
-        encoding="utf-8",
-    )
+    text = yaml.safe_dump({**keys, "output_dir": str(folder)}, sort_keys=False, allow_unicode=True)
+    recipe.write_text(text, encoding="utf-8")
     program = [sys.executable, "-c", "from luthier.cli import main; main()", "tune", str(recipe), "--quiet"]
-    program += [] if until is None else ["--until", str(until)]
+    if until is not None:
+        program += ["--until", str(until)]
     try:
-        _through(program, folder, step)
+        _wait_for(program, [folder], step)
     finally:
         recipe.unlink()
 
 
 def side_by_side(runs: Sequence[tuple[Recipe, Path]], until: float | None = None) -> None:
-    """Runs that share a base in one process (luthier/fleet.py). Raises the sentence that it ended with."""
-    first = runs[0][1]
-    first.parent.mkdir(parents=True, exist_ok=True)
-    listed = first.with_name(f"{first.name}-crew.json")
-    told = [[{k: v for k, v in r.public().items() if k != "output_dir"}, str(folder)] for r, folder in runs]
-    listed.write_text(json.dumps({"runs": told, "until": until}, default=str), encoding="utf-8")
+    """Runs that share a base in one process (run/batched.py). Raises what the first of them that
+    failed ended with, as its type.
+    """
+    folders = [folder for _, folder in runs]
+    listing = folders[0].with_name(f"{folders[0].name}-crew.json")
+    listing.parent.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for recipe, folder in runs:
+        keys = {k: v for k, v in recipe.public().items() if k != "output_dir"}
+        entries.append([keys, str(folder)])
+    listing.write_text(json.dumps({"runs": entries, "until": until}, default=str), encoding="utf-8")
     try:
-        _through([sys.executable, "-m", "luthier.train.batched_lora", str(listed)])
+        _wait_for([sys.executable, "-m", "luthier.run.batched", str(listing)], folders)
     finally:
-        listed.unlink()
+        listing.unlink()
 
 
-def _through(
-    program: Sequence[str], folder: Path | None = None, step: Callable[[int], None] | None = None
+def _wait_for(
+    program: Sequence[str], folders: Sequence[Path], step: Callable[[int], None] | None = None
 ) -> None:
-    """A shell stands between: a process begins with the peak of memory of the one that turned into it."""
+    """Run a program to its end. Raises what it left in one of the folders, where it failed."""
+    for folder in folders:
+        (folder / FAILED).unlink(missing_ok=True)  # of an earlier attempt
+    # a shell stands between: a process begins with the peak of memory of the one that turned into it
     running = subprocess.Popen(
         ["sh", "-c", '"$@"; exit $?', "sh", *program],
         stdout=subprocess.DEVNULL,
@@ -67,25 +76,30 @@ def _through(
         text=True,
     )
     try:
-        while step is not None and folder is not None and running.poll() is None:
-            step(logged(folder))
+        while step is not None and running.poll() is None:
+            step(logged_steps(folders[0]))
             time.sleep(0.5)
-        said = running.communicate()[1]
+        errors = running.communicate()[1]
     finally:
         # Ctrl-C reaches the run too; it saves nothing more than its last checkpoint
         if running.poll() is None:
             running.terminate()
             running.wait()
     if running.returncode:
-        lines = said.strip().splitlines() or [f"it ended with {running.returncode}"]
+        for folder in folders:
+            if failure := read_failure(folder):
+                raise failure
+        # refused before it had a folder, or killed: what it said last is all that is known
+        lines = errors.strip().splitlines() or [f"it ended with {running.returncode}"]
         raise RecipeError(lines[-1].removeprefix("luthier: "))
 
 
-def logged(folder: Path) -> int:
+def logged_steps(folder: Path) -> int:
     """The last step in metrics.jsonl; 0 where there is none."""
     path = folder / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    for line in reversed(lines[-2:]):
+    if not path.is_file():
+        return 0
+    for line in reversed(path.read_text(encoding="utf-8").splitlines()[-2:]):
         try:
             return int(json.loads(line)["step"])
         except (ValueError, KeyError):

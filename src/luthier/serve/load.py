@@ -13,21 +13,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from luthier.data.load import load_data
-from luthier.errors import RecipeError
-from luthier.methods.evaluators._base import Evaluator, measured, paired
+from luthier.errors import RecipeError, Refused
+from luthier.methods.evaluators._base import Evaluator, paired, run_all
 from luthier.methods.evaluators.quality.preference import checkup, totals
 from luthier.methods.quantizers._base import open_up
 from luthier.methods.tuners._base import Untuned
 from luthier.model import quantized as codes
 from luthier.model.load import assemble, take_parts
 from luthier.model.policy import Roles
+from luthier.recipe import model_names
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods, build_methods, detect
 from luthier.registry import build, did_you_mean, spec
 from luthier.report.console import visible
 from luthier.run.folder import network_of
 from luthier.run.run import Report
-from luthier.storage import store
+from luthier.storage import files
 from luthier.train import checks as guards
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ class _Nothing:
 
 
 def load(name: str | Path, **settings: Any) -> Loaded:
-    """A run's folder, an exported adapter, a model's folder, a hub name, or practice:NAME.
+    """A run's folder, an exported adapter, a model's folder, a hub name, or toy:NAME.
 
     settings: keys of a recipe that should differ from how it was tuned, e.g. dtype="float32" or
     max_length=512.
@@ -182,7 +183,7 @@ def _adapter(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     )
     if not base:
         raise RecipeError(f"{folder} does not say which base model its adapter belongs to")
-    coded = folder / store.QUANTIZATION
+    coded = folder / files.QUANTIZATION
     if coded.is_file():  # it was trained on the weights that the base's codes stand for
         settings = {"quantization": json.loads(coded.read_text(encoding="utf-8")), **settings}
     recipe, roles = _bare(base, settings, folder)
@@ -326,7 +327,7 @@ def inspect(
         found |= {"rows": found["tuned"]["rows"], "measured_on": on, "notes": list(dict.fromkeys(notes))}
         if report is not None:
             found["weights"] = changed
-            store.write_text(Path(report), pages.page(found, Path(kept)))
+            files.write_text(Path(report), pages.page(found, Path(kept)))
     return found
 
 
@@ -370,7 +371,7 @@ def _measure(
     evaluators: Sequence[Evaluator], loaded: Loaded, rows: list[dict], folder: Path, when: str
 ) -> dict[str, float]:
     gives = loaded.roles.policy.architecture.provides | {"completions"}
-    return measured(
+    return run_all(
         [e for e in evaluators if getattr(e, "requires", frozenset()) <= gives],
         loaded.roles,
         rows,
@@ -381,7 +382,7 @@ def _measure(
 
 def _settled(loaded: Loaded, rows: list[dict], notes: list[str]) -> None:
     """Read in a layout that this model can take, as a run would."""
-    guards.same_as_plain(loaded.roles.policy, loaded.roles.batch(rows[:2]), notes.append)
+    guards.check_forward(loaded.roles.policy, loaded.roles.batch(rows[:2]), notes.append)
 
 
 # ---------------------------------------------------------------------------------------------- export
@@ -418,11 +419,11 @@ def export(folder: str | Path, kind: str, to: str | Path) -> str:
     rows = _probe(loaded)
     _settled(loaded, rows, [])
     want = loaded.logprobs(rows)
-    with store.new_folder(to) as beside:
+    with files.new_folder(to) as beside:
         WRITERS[kind](loaded, beside)
         loaded.tokenizer.save_pretrained(beside)
         if quantizer is not None and kind == "lora":
-            store.write_json(beside / store.QUANTIZATION, spec(quantizer))
+            files.write_json(beside / files.QUANTIZATION, spec(quantizer))
             if quantizer.whole:
                 codes.save(loaded.model, beside / codes.FILE)
         gap = _compare(beside, rows, want, kind, torch.float32)
@@ -484,7 +485,7 @@ def _compare(folder: Path, rows: list[dict], want: torch.Tensor, kind: str, dtyp
     """
     gap, limit = _gap(load(folder, dtype="float32"), rows, want), ROUNDING.get(dtype, EXACT)
     if not gap <= limit:
-        raise guards.Refused(
+        raise Refused(
             f"exported as {kind}, the model answers otherwise than it was tuned: the probe's"
             f" log-probabilities differ by {gap:.1e} on average (at most {limit:g} is rounding); nothing was"
             " written"
@@ -494,7 +495,7 @@ def _compare(folder: Path, rows: list[dict], want: torch.Tensor, kind: str, dtyp
 
 def _written_in(model: str) -> torch.dtype:
     """The precision of the base model's files, in which a merged model is written too."""
-    said = getattr(store.model_config(model).get_text_config(), "dtype", None)
+    said = getattr(model_names.model_config(model).get_text_config(), "dtype", None)
     return getattr(torch, said) if isinstance(said, str) else said or torch.float32
 
 
@@ -540,7 +541,7 @@ def _gap(again: Loaded, rows: list[dict], want: torch.Tensor) -> float:
     _settled(again, rows, [])
     have = again.logprobs(rows)
     if have.shape != want.shape:
-        raise guards.Refused(
+        raise Refused(
             f"the exported tokenizer reads the probe as {len(have)} tokens, the tuned model's as {len(want)}"
         )
     return float((have - want).abs().mean())

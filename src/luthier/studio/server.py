@@ -231,7 +231,7 @@ def choosing(app: FastAPI, shelf: Shelf, looks: Any) -> None:
         from luthier import toy as practice
 
         runs = [f"runs/{r['name']}" for r in shelf.listing() if r["kind"] == "run" and r["step"]]
-        models = [f"practice:{m}" for m in practice.models()]
+        models = [f"toy:{m}" for m in practice.models()]
         return {
             "home": str(shelf.home),
             "version": __version__,
@@ -328,7 +328,7 @@ def nearby(home: Path, most: int = 60) -> list[str]:
         if not {"runs", "exports"} & {*p.relative_to(home).parts}
     ]
     shown = [p for p in shown if not p.startswith(".") and "/." not in p]
-    return shown[:most] + [f"practice:{world}" for world in practice.worlds()]
+    return shown[:most] + [f"toy:{world}" for world in practice.worlds()]
 
 
 # ---------------------------------------------------------------------------------------------- running

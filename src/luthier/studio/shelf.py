@@ -26,7 +26,7 @@ import yaml
 
 from luthier.errors import RecipeError
 from luthier.report.numbers import Line, answers, cost, lines
-from luthier.storage import store
+from luthier.storage import files
 
 MARKS = ("run.json", "asked.yaml", "study.json", "report.json")  # any of them makes a folder a run's
 CHUNK = 1 << 20  # bytes of metrics.jsonl told at once
@@ -197,7 +197,7 @@ class Shelf:
         folder = self.place(name)
         if any((folder / m).is_file() for m in MARKS):
             raise RecipeError(f"{folder.relative_to(self.home)} is there already; give this run another name")
-        store.write_text(folder / "asked.yaml", text)
+        files.write_text(folder / "asked.yaml", text)
         return self.go_on(name)
 
     def go_on(self, name: str) -> dict[str, Any]:
@@ -244,7 +244,7 @@ class Shelf:
                 {k: v for k, v in keys.items() if k != "output_dir"}, sort_keys=False, allow_unicode=True
             )
         for run, text in texts.items():
-            store.write_text(folder / "arms" / f"{run}.yaml", text)
+            files.write_text(folder / "arms" / f"{run}.yaml", text)
         words = ["compare", *(str((folder / "arms" / f"{run}.yaml").relative_to(self.home)) for run in texts)]
         words += [
             "--seeds",
@@ -255,8 +255,8 @@ class Shelf:
             metric or "loss",
         ]
         words += ["--budget", budget] if budget else []
-        store.write_json(folder / "arms.json", words)
-        store.write_text(folder / "asked.yaml", "".join(f"# {run}\n{text}\n" for run, text in texts.items()))
+        files.write_json(folder / "arms.json", words)
+        files.write_text(folder / "asked.yaml", "".join(f"# {run}\n{text}\n" for run, text in texts.items()))
         self.spawn(name, words)
         return self.brief(name)
 
@@ -273,7 +273,7 @@ class Shelf:
                 start_new_session=True,
             )
         self.begun[name] = child
-        store.write_json(folder / "studio.json", {"pid": child.pid, "born": born(child.pid)})
+        files.write_json(folder / "studio.json", {"pid": child.pid, "born": born(child.pid)})
 
     def stop(self, name: str) -> dict[str, Any]:
         """As Ctrl-C does; who does not listen (started where interrupts are ignored) is ended: the last
@@ -411,7 +411,7 @@ def latest(path: Path) -> dict[str, float]:
 
 
 def what(folder: Path) -> str:
-    """'practice:lm, lora, sft' of a run, the arms of a comparison."""
+    """'toy:lm, lora, sft' of a run, the arms of a comparison."""
     if (folder / "arms").is_dir():
         return " / ".join(sorted(p.stem for p in (folder / "arms").glob("*.yaml")))
     asked = recipe_in(folder)
@@ -429,6 +429,6 @@ def what(folder: Path) -> str:
 
     said = [
         word(keys.get(k) or default)
-        for k, default in (("model", "practice:lm"), ("tuner", "lora"), ("objective", "sft"))
+        for k, default in (("model", "toy:lm"), ("tuner", "lora"), ("objective", "sft"))
     ]
     return ", ".join(w for w in said if w)

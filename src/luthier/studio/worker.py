@@ -93,9 +93,7 @@ def check(changes: Mapping[str, str], rehearsed: bool = True) -> dict[str, Any]:
         out |= {"whole": recipe.yaml(), "told": list(recipe.warnings), "name": default_folder(recipe).name}
         if rehearsed:
             if recipe.data is None:
-                raise RecipeError(
-                    "a recipe needs `data`: a file, a folder, a hub name, rows, or practice:WORLD"
-                )
+                raise RecipeError("a recipe needs `data`: a file, a folder, a hub name, rows, or toy:TASK")
             validate(recipe, rows_of(recipe.data).rows[:100], sample_rows)
     except RecipeError as error:
         out["error"] = str(error)
@@ -174,9 +172,9 @@ def reader_of(
     """How a model's tokenizer reads rows, without the model's weights."""
     from transformers import AutoTokenizer
 
+    from luthier.recipe.model_names import model_config, resolve_model
     from luthier.recipe.validate import detect
     from luthier.registry import build
-    from luthier.storage.store import model_config, resolve_model
 
     made = detect(model) if architecture == "auto" else build("architecture", yaml.safe_load(architecture))
     config = model_config(model)
@@ -208,7 +206,7 @@ def look(changes: Mapping[str, str], offset: int = 0, shown: int = 4) -> dict[st
     )
     recipe = Recipe.load(keys)
     if recipe.data is None:
-        raise RecipeError("a recipe needs `data`: a file, a folder, a hub name, rows, or practice:WORLD")
+        raise RecipeError("a recipe needs `data`: a file, a folder, a hub name, rows, or toy:TASK")
     loaded = rows_of(recipe.data)
     architecture, renderer = reader_of(
         recipe.model, changes.get("architecture") or "auto", recipe.chat_template, recipe.max_length
@@ -271,11 +269,12 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
     from luthier.data.load import load_data
     from luthier.model.load import assemble, take_parts
     from luthier.recipe.recipe import Recipe
+    from luthier.recipe.schedule import schedule
     from luthier.recipe.validate import dry_run
     from luthier.report.numbers import count, duration
     from luthier.train import checks as guards
     from luthier.train import memory
-    from luthier.train.optimizer import Chain, schedule
+    from luthier.train.optimizer import Chain
 
     recipe = Recipe.load(given(changes))
     if recipe.plan is not None:
@@ -289,7 +288,7 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
     kept, bad, stats = parts.architecture.encode_all(data.rows[:SAMPLE], roles.renderer)
     if not kept:
         raise RecipeError(f"none of {len(data.rows):,} rows can be used; the first: {bad[0]['reason']}")
-    moving = guards.something_moves(roles.tuner)
+    moving = guards.check_trainable(roles.tuner)
     per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
     rows = round(len(data.rows) * len(kept) / max(1, len(data.rows[:SAMPLE])))
     steps = (

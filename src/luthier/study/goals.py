@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from luthier.errors import RecipeError
-from luthier.registry import did_you_mean
+from luthier.registry import did_you_mean, find
 from luthier.report.numbers import METRICS, says
 
 QUALITY = "quality"
@@ -154,8 +154,8 @@ def _own(word: str, plan: Mapping[str, float | None]) -> Goal:
 
 
 def _usable(goal: Goal, points: Sequence[Mapping[str, float]]) -> list[list[float]]:
-    """The points that have all metrics of a front, the smaller the better."""
-    signs = [-1.0 if better_up(m) else 1.0 for m in goal.front]
+    """The points that have all metrics of a front, the larger the better."""
+    signs = [1.0 if better_up(m) else -1.0 for m in goal.front]
     return [
         [s * float(p[m]) for s, m in zip(signs, goal.front)]
         for p in points
@@ -165,19 +165,13 @@ def _usable(goal: Goal, points: Sequence[Mapping[str, float]]) -> list[list[floa
 
 def fold(goal: Goal, points: Sequence[Mapping[str, float]]) -> float | None:
     """A run's front as one number; None where no point has all its metrics, nan where one is no number."""
-    from luthier.methods.plans.studies.front import WEIGHTS, spread
-    from luthier.study.statistics import expected_utility, hypervolume, sparsity
-
     usable = _usable(goal, points)
     if not usable:
         return None
     if not all(math.isfinite(x) for p in usable for x in p):
         return math.nan
-    if goal.told == "utility":
-        return expected_utility([[-x for x in p] for p in usable], spread(len(goal.front), WEIGHTS))
-    if goal.told == "sparsity":
-        return sparsity(usable)
-    return hypervolume(usable, [-w if better_up(m) else w for w, m in zip(goal.worst, goal.front)])
+    worst = [w if better_up(m) else -w for w, m in zip(goal.worst, goal.front)]
+    return find("plan", "front").figure(goal.told, usable, worst)
 
 
 def below(goal: Goal, points: Sequence[Mapping[str, float]]) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 
 from luthier.clock import Clock
 from luthier.data.load import Data, load_data, sample_rows
-from luthier.errors import RecipeError
+from luthier.errors import NotFinite, NothingMoves, OutOfMemory, RecipeError
 from luthier.methods.searchers._base import Asked, Searcher, Seen, Space, layers, ranked, tamed
 from luthier.methods.searchers._optuna import distributions, optuna
 from luthier.recipe.capabilities import columns_of, requirements
@@ -33,14 +33,14 @@ from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import dry_run, first_run, validate
 from luthier.registry import build, did_you_mean, provides_of, spec
 from luthier.report.numbers import number, says
-from luthier.storage import store
+from luthier.storage import files
 from luthier.study import compare as comparison
 from luthier.study.compare import TUNING_SEED, ComparisonSpec, parse_budget
 from luthier.study.goals import Goal, Limit, below, fold, goals, limits
 from luthier.study.space import SearchSpace, over
-from luthier.study.statistics import difference, holm, hypervolume
+from luthier.study.statistics import holm, hypervolume, paired_difference
 
-IDLE = "moves nothing"  # of a configuration that takes everything away
+NO_NUMBERS = (NotFinite, OutOfMemory, NothingMoves)  # a configuration that ends so is left out
 FOUND = 3  # configurations that run again on test seeds
 EVALUATORS = {
     "loss": "loss",
@@ -62,6 +62,7 @@ class Measured:
     by_seed: Mapping[int, Mapping[str, float]]  # tuning seed -> metric -> value
     took: float = 0.0  # seconds, loading and measuring included
     failed: str = ""  # why it has no numbers, if so
+    code: str = ""  # and which outcome that is (luthier.errors)
 
     def mean(self) -> dict[str, float]:
         said = list(self.by_seed.values())
@@ -122,7 +123,9 @@ class TrialStore:
 
     def _tried(self, t: Any) -> Trial:
         a = t.user_attrs
-        measured = Measured({int(k): v for k, v in a["by_seed"].items()}, a["took"], a["failed"])
+        measured = Measured(
+            {int(k): v for k, v in a["by_seed"].items()}, a["took"], a["failed"], a.get("code", "")
+        )
         mean = measured.mean()
         values = tuple(math.inf if a["failed"] else g.value(mean) for g in self.goals)
         over = sum(limit.over(mean) for limit in self.limits) if not a["failed"] else 1.0 * bool(self.limits)
@@ -196,6 +199,7 @@ class TrialStore:
             "by_seed": {str(k): dict(v) for k, v in measured.by_seed.items()},
             "took": measured.took,
             "failed": measured.failed,
+            "code": measured.code,
         }
         for key, value in {**said, "ended": ended, "state": "done"}.items():
             at.set_user_attr(key, value)
@@ -217,7 +221,7 @@ def spent(tried: Sequence[Trial]) -> float:
     to one for each run.
     """
     far: dict[int, float] = {}
-    idle = {t.seen.number for t in tried if IDLE in t.measured.failed}
+    idle = {t.seen.number for t in tried if t.measured.code == NothingMoves.code}
     for t in tried:
         far[t.seen.number] = max(far.get(t.seen.number, 0.0), t.seen.share)
     paid = sum(share for number, share in far.items() if number not in idle)
@@ -573,7 +577,7 @@ def conduct(
 
     watch = watch or Callback()
     folder = Path(folder or Path("runs") / f"search-{made.fingerprint()}")
-    with store.alone_in(folder):
+    with files.exclusive(folder):
         _own(folder, made)
         book = _book(made, folder, storage)
         begins = made.over.begins
@@ -613,8 +617,8 @@ def conduct(
         for t in tried:
             _lighten(folder, made, t.seen.number)
         result = _tested(made, folder, tried, found, watch)
-        store.write_json(folder / "search.json", result)
-        store.write_text(folder / "report.html", page(result))
+        files.write_json(folder / "search.json", result)
+        files.write_text(folder / "report.html", page(result))
     return result
 
 
@@ -623,7 +627,7 @@ def went(made: SearchSpec, t: Trial) -> str:
     what = "the recipe as it is" if t.kind == "recipe" else told(t.seen.point)
     far = f" ({number(t.seen.share, True)} of the steps)" if t.seen.share < 1 else ""
     if t.measured.failed:
-        came = f"{'left out' if IDLE in t.measured.failed else 'no numbers'}, {t.measured.failed}"
+        came = f"{'left out' if t.measured.code == NothingMoves.code else 'no numbers'}, {t.measured.failed}"
     else:
         came = ", ".join(f"{g.name} {number(t.goals[g.name], says(g.metric).share)}" for g in made.goals)
     return f"{t.seen.number}. {what}{far}: {came}"
@@ -706,7 +710,7 @@ def _own(folder: Path, made: SearchSpec) -> None:
     if known and known["fingerprint"] != made.fingerprint():
         raise RecipeError(f"{folder} holds another search; give another --to")
     if known is None:
-        store.write_json(state, {"fingerprint": made.fingerprint(), "recipe": made.over.recipe.yaml()})
+        files.write_json(state, {"fingerprint": made.fingerprint(), "recipe": made.over.recipe.yaml()})
 
 
 # ---------------------------------------------------------------------------------------------- measuring
@@ -724,11 +728,8 @@ def _measure(made: SearchSpec, folder: Path, t: Any, index: int) -> Measured:
             if not (where / "report.json").is_file():
                 _run(made, recipe.but(seed=seed), where, share)
         except RecipeError as error:
-            sentence = str(error)
-            if t.user_attrs["kind"] != "recipe" and (
-                "is not finite" in sentence or "memory" in sentence or IDLE in sentence
-            ):
-                return Measured({}, time.perf_counter() - began, sentence)
+            if t.user_attrs["kind"] != "recipe" and isinstance(error, NO_NUMBERS):
+                return Measured({}, time.perf_counter() - began, str(error), error.code)
             raise RecipeError(
                 f"configuration {index} ({told(point) or 'the recipe as it is'}), seed {seed}: {error}"
             ) from None
@@ -906,7 +907,7 @@ def _tested(
             f"# Found by luthier search: {told(t.seen.point)}.\n"
             + made.over.recipe_of(t.seen.point).but(output_dir=None).yaml()
         )
-        store.write_text(folder / f"{name}.yaml", text)
+        files.write_text(folder / f"{name}.yaml", text)
     watch.stage("on test seeds")
     rows = {} if made.test_data is None else {"eval_data": made.test_data}
     arms = {name: r.but(evaluate=[*(r.evaluate or ()), *made.evaluate], **rows) for name, r in arms.items()}
@@ -1009,7 +1010,7 @@ def beside(lines: Sequence[dict[str, Any]]) -> None:
         there = [x for x in lines if len(x["by_seed"].get(goal, ())) > 1]
         for x in there:
             column = np.array([x["by_seed"][goal]]).T
-            mean = difference(column, np.zeros_like(column))
+            mean = paired_difference(column, np.zeros_like(column))
             x.setdefault("interval", {})[goal] = (mean.low, mean.high)
         start = next((x for x in there if x["name"] == "recipe"), None)
         new = [
@@ -1018,12 +1019,12 @@ def beside(lines: Sequence[dict[str, Any]]) -> None:
             if start and x is not start and len(x["by_seed"][goal]) == len(start["by_seed"][goal])
         ]
         apart = [
-            difference(np.array([x["by_seed"][goal]]).T, np.array([start["by_seed"][goal]]).T)
+            paired_difference(np.array([x["by_seed"][goal]]).T, np.array([start["by_seed"][goal]]).T)
             for x in new
             if start
         ]
         for x, d, p in zip(new, apart, holm([d.p for d in apart])):
-            sure = bool(p < comparison.ALPHA and d.seen)
+            sure = bool(p < comparison.ALPHA and d.excludes_zero)
             x.setdefault("beyond", {})[goal] = {
                 "mean": d.mean,
                 "low": d.low,
@@ -1079,6 +1080,7 @@ def _line(t: Trial, folder: Path) -> dict[str, Any]:
         "by_seed": {str(k): dict(v) for k, v in t.measured.by_seed.items()},
         "took": t.measured.took,
         "failed": t.measured.failed,
+        "code": t.measured.code,
         "kind": t.kind,
         "runs": [str(folder / "trials" / f"{t.seen.number}-{s}") for s in t.measured.by_seed],
     }

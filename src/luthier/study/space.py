@@ -300,13 +300,13 @@ def _dim(
 
 def _layers(recipe: Recipe) -> list[Dim]:
     """Each layer, tuned or not."""
-    from luthier.storage import store
+    from luthier.recipe import model_names
 
     if not hasattr(build("tuner", recipe.tuner), "only"):
         raise RecipeError(
             f"--over layers: tuner '{build('tuner', recipe.tuner).name}' does not choose among layers"
         )
-    count = getattr(store.model_config(recipe.model).get_text_config(), "num_hidden_layers", None)
+    count = getattr(model_names.model_config(recipe.model).get_text_config(), "num_hidden_layers", None)
     if not count:
         raise RecipeError(f"--over layers: the config of {recipe.model} does not say how many layers it has")
     return [Dim(f"{LAYERS}.{i}", choices=(True, False), default=True) for i in range(count)]

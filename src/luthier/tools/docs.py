@@ -17,7 +17,7 @@ from pathlib import Path
 
 from luthier import registry
 from luthier.recipe.catalogue import known, papers
-from luthier.study import claims
+from luthier.study.reproduce.page import page as claims_page
 
 BEGIN, END = "<!-- keys: written by luthier.tools.docs -->", "<!-- /keys -->"
 WORLDS_BEGIN, WORLDS_END = "<!-- worlds: written by luthier.tools.docs -->", "<!-- /worlds -->"
@@ -33,7 +33,7 @@ def pages() -> dict[str, str]:
         **made,
         "methods/index.md": tidy(index()),
         "papers.md": tidy(papers_page()),
-        "claims.md": tidy(claims.page()),
+        "claims.md": tidy(claims_page()),
     }
 
 

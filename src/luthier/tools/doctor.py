@@ -125,7 +125,7 @@ def practice() -> list[str]:
     """The models that came along."""
     from luthier.toy import models
 
-    return [f"practice:{name}" for name in models()]
+    return [f"toy:{name}" for name in models()]
 
 
 # ---------------------------------------------------------------------------------------------- in words

@@ -1,8 +1,8 @@
 """Practice: generated worlds and small models pretrained on them, so that everything can be tried offline.
 
-`path("lm")` is the folder of a shipped model (in recipes `practice:lm`), `rows("people", "train", 100)` are
-rows of a world (`practice:people/train`), `verify(row, answer)` says how right a written answer is, and
-`recipe("practice:people")` is what `luthier tune practice:people` runs. Worlds and models are our own making;
+`path("lm")` is the folder of a shipped model (in recipes `toy:lm`), `rows("people", "train", 100)` are
+rows of a world (`toy:people/train`), `verify(row, answer)` says how right a written answer is, and
+`recipe("toy:people")` is what `luthier tune toy:people` runs. Worlds and models are our own making;
 the models are made again by `python -m luthier.toy.make`.
 """
 
@@ -24,7 +24,7 @@ def models() -> list[str]:
 def path(name: str) -> Path:
     """The folder of a shipped model; an unknown name is answered by the known ones."""
     if name not in models():
-        raise ValueError(f"no practice model {name!r}; there are {', '.join(models()) or 'none'}")
+        raise ValueError(f"no toy model {name!r}; there are {', '.join(models()) or 'none'}")
     return _MODELS / name
 
 
@@ -36,29 +36,27 @@ def verify(row: dict, answer: str) -> float | dict[str, float]:
 
 
 def recipe(word: str) -> dict:
-    """The recipe that "practice:WORLD" or "practice:WORLD/SPLIT" stands for; it takes a minute or two on two
+    """The recipe that "toy:TASK" or "toy:TASK/SPLIT" stands for; it takes a minute or two on two
     cores.
 
     Without a split: what the world has for tuning, "new" where there is such a split. The rows held out are
     those of the split's test. Raises ValueError for a world or split that is not there.
     """
-    world, _, split = word.removeprefix("practice:").partition("/")
+    world, _, split = word.removeprefix("toy:").partition("/")
     if world in models() and world not in worlds():
-        raise ValueError(
-            f"{world} is a model, not a world: `model={word}` tunes it, on `data=practice:WORLD`"
-        )
+        raise ValueError(f"{world} is a model, not a task: `model=toy:{world}` tunes it, on `data=toy:TASK`")
     splits = find(world).SPLITS
     split = split or next(name for name in ("new", "task_1", "train") if name in splits)
     first = rows(world, split, 1)[0]
     objective = "dpo" if first.keys() & {"chosen", "scores"} else "kto" if "label" in first else "sft"
     test = next((name for name in (f"{split}_test", _TESTS.get(split, "")) if name in splits), "")
     data = {
-        "data": {"path": f"practice:{world}/{split}", "n": 4000 if objective == "sft" else 1600},
+        "data": {"path": f"toy:{world}/{split}", "n": 4000 if objective == "sft" else 1600},
         "objective": objective,
         "learning_rate": 1e-2 if objective == "sft" else 1e-3,
         "per_device_train_batch_size": 32,
     }
-    return {**data, "eval_data": {"path": f"practice:{world}/{test}", "n": 200}} if test else data
+    return {**data, "eval_data": {"path": f"toy:{world}/{test}", "n": 200}} if test else data
 
 
 # where it is not called SPLIT_test

@@ -8,7 +8,7 @@ license: apache-2.0
 library_name: transformers
 pipeline_tag: {task}
 ---
-# practice:{name}
+# toy:{name}
 
 {what} of {parameters:.2f}M parameters, made from scratch by luthier on generated text about
 invented people, sums, little stories, small Python functions, requests, tools, tables, made-up words and made-up
@@ -40,7 +40,7 @@ what no pretraining row mentions at all.
 
 Within `test`, by kind of row: {kinds}.
 
-Asked in chat, as one turn (`practice:chat/instruct_test`): {asked}.
+Asked in chat, as one turn (`toy:chat/instruct_test`): {asked}.
 
 ## What it cannot do
 {weak}
@@ -68,10 +68,10 @@ WHAT_IT_IS = {  # model type -> what it is, what the hub calls its task, how its
 }
 HOW = {
     "chat": (
-        "It goes on from practice:lm: 45 % of the text are rows of the worlds asked in chat turns, 15 %"
+        "It goes on from toy:lm: 45 % of the text are rows of the worlds asked in chat turns, 15 %"
         " conversations. "
     ),
-    "lm-large": "It goes on from practice:lm with two layers more, which begin as the identity. ",
+    "lm-large": "It goes on from toy:lm with two layers more, which begin as the identity. ",
     "encoder": "A fifth of a document's tokens is hidden, or the whole of a short completion.",
     "seq2seq": (
         "Prompts are read and completions said; of a fifth of the documents, hidden spans are restored"
@@ -187,7 +187,7 @@ def _kinds(numbers: dict[str, dict[str, float]]) -> str:
 def _weak(numbers: dict[str, dict[str, float]]) -> str:
     """What is below 80 percent, in words."""
     weak = [
-        f"- {WHAT.get(key, key + ', in distribution')}: {_percent(by_kind['all'])} (`practice:{key}`)"
+        f"- {WHAT.get(key, key + ', in distribution')}: {_percent(by_kind['all'])} (`toy:{key}`)"
         for key, by_kind in numbers.items()
         if by_kind["all"] < 0.8 and not key.endswith("/validation")
     ]

@@ -89,7 +89,7 @@ def _plain_texts(rows_per_world: int, seed: int) -> Iterator[str]:
                 yield row["prompt"] + row["completion"]
 
 
-# of what practice:chat reads; the rest is what every model reads
+# of what toy:chat reads; the rest is what every model reads
 CHAT_SHARES = {"chat/instruct": 0.45, "chat/train": 0.15}
 
 

@@ -168,12 +168,12 @@ def main() -> None:
     """python -m luthier.toy.score MODEL: a table of all worlds, in seconds."""
     from transformers import AutoTokenizer
 
-    from luthier.storage.store import resolve_model
+    from luthier.recipe.model_names import resolve_model
 
     parser = argparse.ArgumentParser(
         "luthier.toy.score", description="The share of right answers of a model on every world."
     )
-    parser.add_argument("model", help="practice:NAME or a folder")
+    parser.add_argument("model", help="toy:NAME or a folder")
     parser.add_argument("-n", type=int, default=100, help="rows of each split")
     given = parser.parse_args()
     folder, began = resolve_model(given.model), time.perf_counter()

@@ -1,17 +1,16 @@
-"""What frozen layers say of a row never changes: it is computed once, kept in a file, and read in every later
-epoch.
+"""Hidden states below the lowest layer that is trained: computed once for each row, kept in a file, and read
+in every later epoch.
 
-Where a tuner moves only upper layers or the head, everything below the lowest layer that it reaches is the
-same function in every step and in every role that the network plays. A tree of segments is kept by its
-tokens, and is computed alone, so that what is kept does not depend on the company it was first read in: a
-resumed run finds the same numbers.
+Where a tuner moves only upper layers or the head, everything below is the same function in every step and in
+every role that the network plays. A tree of segments is stored under its tokens and is computed alone, so that
+what is stored does not depend on the batch it was first read in: a resumed run reads the same numbers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,68 +19,70 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from luthier.kernels.tolerance import logprob_tolerance
 from luthier.model.batch import Batch
 from luthier.model.policy import eval_mode
-from luthier.train.checks import tolerance
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
 
 LIMIT = 8 * 2**30  # bytes of the file at most, and never more than half of the free disk
+ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 
 class StopForward(Exception):
-    """The first layer that moves was handed its hidden states: no need to go on."""
+    """The lowest trained layer was handed its hidden states: no need to go on."""
 
 
 @dataclass
-class Frozen:
-    """Hidden states [tokens, d] as they enter the lowest layer that moves, in a memory-mapped file."""
+class HiddenStateCache:
+    """Hidden states [tokens, d] as they enter the lowest trained layer, in a memory-mapped file."""
 
     path: Path
     layers: nn.ModuleList
-    first: int  # the lowest layer that moves
-    table: Tensor  # [room, d]
+    first: int  # the lowest trained layer
+    table: Tensor  # [tokens, d]
     # tokens and shape of a tree -> its first row in the table
-    places: dict[bytes, int] = field(default_factory=dict)
-    # rows of the table in use; runs that share a table share this
-    filled: list[int] = field(default_factory=lambda: [0])
+    starts: dict[bytes, int] = field(default_factory=dict)
+    # [rows of the table in use]; runs that share a table share this list
+    fill_level: list[int] = field(default_factory=lambda: [0])
 
     @property
     def used(self) -> int:
-        return self.filled[0]
+        """Rows of the table in use."""
+        return self.fill_level[0]
 
     def states(
         self, architecture: Any, model: Network, attached: Any, batch: Batch, fill: bool
     ) -> Tensor | None:
         """[L, d] for the tokens of a batch; None where it is an altered view, or one of its trees is not
-        kept.
+        stored.
 
-        fill: keep what is missing, as long as there is room.
+        fill: compute and store what is missing, as long as there is room.
         """
         alone = None if batch.altered else trees(batch)
         if alone is None:
             return None
-        found = []
+        states = []
         for tree in alone:
-            key = _key(tree)
-            if key not in self.places:
-                if not fill or self.used + len(tree.ids) > len(self.table):
+            key, size = _key(tree), len(tree.ids)
+            if key not in self.starts:
+                if not fill or self.used + size > len(self.table):
                     return None
-                self.table[self.used : self.used + len(tree.ids)] = self._read(
-                    architecture, model, attached, tree
-                )
-                self.places[key] = self.used
-                self.filled[0] += len(tree.ids)
-            found.append(self.table[self.places[key] : self.places[key] + len(tree.ids)])
-        return torch.cat(found).to(batch.ids.device)
+                computed = self._compute(architecture, model, attached, tree)
+                self.table[self.used : self.used + size] = computed
+                self.starts[key] = self.used
+                self.fill_level[0] += size
+            start = self.starts[key]
+            states.append(self.table[start : start + size])
+        return torch.cat(states).to(batch.ids.device)
 
     @torch.no_grad()
-    def _read(self, architecture: Any, model: Network, attached: Any, tree: Batch) -> Tensor:
-        heard: list[Tensor] = []
+    def _compute(self, architecture: Any, model: Network, attached: Any, tree: Batch) -> Tensor:
+        states: list[Tensor] = []
 
         def stop(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            heard.append(args[0] if args else kwargs["hidden_states"])
+            states.append(args[0] if args else kwargs["hidden_states"])
             raise StopForward
 
         layout, inputs = architecture.laid_out(model, attached, tree)
@@ -93,17 +94,19 @@ class Frozen:
         finally:
             hook.remove()
         real = (layout.piece >= 0).flatten()
-        out = heard[0].new_empty(len(tree.ids), heard[0].shape[-1])
-        return out.index_copy_(0, layout.source.flatten()[real], heard[0].flatten(0, 1)[real]).cpu()
+        out = states[0].new_empty(len(tree.ids), states[0].shape[-1])
+        return out.index_copy_(0, layout.source.flatten()[real], states[0].flatten(0, 1)[real]).cpu()
 
     @contextmanager
     def skipped(self, hidden: Tensor) -> Iterator[None]:
-        """While the network runs, its lower layers do nothing, and the lowest that moves is handed `hidden`
+        """While the network runs, the layers below do nothing, and the lowest trained one is handed `hidden`
         [R, W, d].
         """
 
         def put(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-            return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+            if args:
+                return (hidden, *args[1:]), kwargs
+            return args, {**kwargs, "hidden_states": hidden}
 
         lower = list(self.layers[: self.first])
         hook = self.layers[self.first].register_forward_pre_hook(put, with_kwargs=True)
@@ -117,7 +120,7 @@ class Frozen:
                 del layer.forward
 
     def close(self) -> None:
-        """Give the file back."""
+        """Delete the file."""
         self.path.unlink(missing_ok=True)
 
 
@@ -125,9 +128,9 @@ def _unchanged(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return hidden_states
 
 
-def keep(policy: Any, batch: Batch, path: Path, tokens: int) -> Frozen | str:
-    """The store for `tokens` tokens, or why there is none to be had. batch: some rows, to see where the tuner
-    reaches.
+def open_cache(policy: Any, batch: Batch, path: Path, tokens: int) -> HiddenStateCache | str:
+    """A cache for `tokens` tokens, or why there can be none. batch: some rows, to see which layers the tuner
+    trains.
     """
     model, attached, arch = policy.model, policy.attached, policy.architecture
     if not hasattr(arch, "laid_out"):
@@ -140,105 +143,109 @@ def keep(policy: Any, batch: Batch, path: Path, tokens: int) -> Frozen | str:
     ]
     if len(lists) != 1:
         return "its layers are not one list"
-    first, width, dtype = _reach(policy, lists[0], batch)
+    first, width, dtype = _lowest_trained(policy, lists[0], batch)
     if first < 1:
         return "the tuner reaches down to the lowest layer"
-    upper = {m for layer in lists[0][first:] for m in layer.modules()}
-    attention = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-    if any(isinstance(m, nn.Dropout) and m.p for m in model.modules() if m not in upper) or any(
-        getattr(config, n, 0) for n in attention
-    ):
+    if has_dropout(model, outside=lists[0][first:]):
         return "dropout changes what its lower layers say from step to step"
-    bytes_each = width * dtype.itemsize
-    room = min(tokens, min(LIMIT, shutil.disk_usage(path.parent).free // 2) // bytes_each)
+    available = min(LIMIT, shutil.disk_usage(path.parent).free // 2)
+    room = min(tokens, available // (width * dtype.itemsize))
     if room < 1:
         return "there is no room on the disk"
     path.unlink(missing_ok=True)
     table = torch.from_file(str(path), shared=True, size=room * width, dtype=dtype).view(room, width)
-    made = Frozen(path, lists[0], first, table)
-    if not _same(policy, batch, made):
-        made.close()
+    cache = HiddenStateCache(path, lists[0], first, table)
+    if not _agrees(policy, batch, cache):
+        cache.close()
         return "what is kept is not what the network computes"
-    return made
+    return cache
+
+
+def has_dropout(model: Network, outside: Iterable[nn.Module] = ()) -> bool:
+    """Does a network leave out numbers at random anywhere outside of these layers?"""
+    ignored = {m for layer in outside for m in layer.modules()}
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p and module not in ignored:
+            return True
+    config = model.config.get_text_config()
+    return any(getattr(config, name, 0) for name in ATTENTION_DROPOUT)
 
 
 @torch.no_grad()
-def _same(policy: Any, batch: Batch, made: Frozen) -> bool:
-    """Does the network answer as it does without?"""
+def _agrees(policy: Any, batch: Batch, cache: HiddenStateCache) -> bool:
+    """Does the network answer as it does without the cache?"""
     model, attached, arch = policy.model, policy.attached, policy.architecture
     with eval_mode(model):
-        want = arch.forward(model, attached, batch).logprobs
-        if made.states(arch, model, attached, batch, fill=True) is None:
+        expected = arch.forward(model, attached, batch).logprobs
+        if cache.states(arch, model, attached, batch, fill=True) is None:
             return True  # no room even for these
-        attached.frozen = made
+        attached.hidden_cache = cache
         try:
-            got = arch.forward(model, attached, batch).logprobs
+            logprobs = arch.forward(model, attached, batch).logprobs
         finally:
-            attached.frozen = None
-    return float((got - want).abs().mean()) <= tolerance(model)
+            attached.hidden_cache = None
+    return float((logprobs - expected).abs().mean()) <= logprob_tolerance(model)
 
 
-def _reach(policy: Any, layers: nn.ModuleList, batch: Batch) -> tuple[int, int, torch.dtype]:
-    """The lowest layer that moves, or whose input does: by asking autograd. -1 where layers answer with more
-    than states.
+def _lowest_trained(policy: Any, layers: nn.ModuleList, batch: Batch) -> tuple[int, int, torch.dtype]:
+    """The lowest layer that is trained, or whose input depends on what is: by asking autograd; -1 where layers
+    return more than states. With it the width and precision of hidden states.
     """
-    wants: list[bool] = []
+    inputs: list[Tensor] = []
+    depends: list[bool] = []  # does this input depend on what is trained?
     plain: list[bool] = []
-    seen: list[Tensor] = []
 
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen.append(args[0] if args else kwargs["hidden_states"])
-        wants.append(seen[-1].requires_grad)
+        inputs.append(args[0] if args else kwargs["hidden_states"])
+        depends.append(inputs[-1].requires_grad)
+
+    def after(module: nn.Module, args: tuple, output: Any) -> None:
+        plain.append(torch.is_tensor(output))
 
     moving = [p for p in policy.attached.parameters().values() if p.is_floating_point()]
-    was = [p.requires_grad for p in moving]
-    hooks = [
-        h
-        for m in layers
-        for h in (
-            m.register_forward_pre_hook(before, with_kwargs=True),
-            m.register_forward_hook(lambda m, i, o: plain.append(torch.is_tensor(o))),
-        )
-    ]
+    flags = [p.requires_grad for p in moving]
+    hooks: list[Any] = []
+    for layer in layers:
+        hooks.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        hooks.append(layer.register_forward_hook(after))
     try:
         for p in moving:  # tuners that move different layers in turn
             p.requires_grad_(True)
         with torch.enable_grad():
             policy.architecture.forward(policy.model, policy.attached, batch)
     finally:
-        for p, before_it in zip(moving, was, strict=True):
-            p.requires_grad_(before_it)
+        for p, flag in zip(moving, flags, strict=True):
+            p.requires_grad_(flag)
         for hook in hooks:
             hook.remove()
-    n = len(layers)  # of the first pass, if there were several
-    # inputs that nothing moving has touched: the last of them enters the first that moves
-    frozen = sum(not w for w in wants[:n])
-    whole = len(wants) % n == 0 and all(plain) and wants[:n] == sorted(wants[:n])
-    return (frozen - 1 if whole else -1), seen[0].shape[-1], seen[0].dtype
+    width, dtype = inputs[0].shape[-1], inputs[0].dtype
+    passes, depends = len(inputs) / len(layers), depends[: len(layers)]  # of the first pass
+    if passes != int(passes) or not all(plain) or depends != sorted(depends):
+        return -1, width, dtype
+    # inputs that nothing trained has touched: the last of them enters the first layer that is trained
+    return depends.count(False) - 1, width, dtype
 
 
 def trees(batch: Batch) -> list[Batch] | None:
     """Each root with what continues it, as a batch of its own; None where trees are not one after the other."""
     parents = batch.parent.tolist()
     roots = [s for s, p in enumerate(parents) if p < 0]
-    ends = [*roots[1:], len(parents)]
-    if any(
-        p >= 0 and not root <= p for root, end in zip(roots, ends, strict=True) for p in parents[root:end]
-    ):
-        return None
     starts = torch.tensor([0, *batch.sizes]).cumsum(0).tolist()
     out = []
-    for root, end in zip(roots, ends, strict=True):
-        own = slice(starts[root], starts[end])
-        parent = torch.tensor([p - root if p >= 0 else -1 for p in parents[root:end]])
-        asked = torch.zeros(starts[end] - starts[root], dtype=torch.bool, device=batch.ids.device)
+    for root, end in zip(roots, [*roots[1:], len(parents)], strict=True):
+        parent = torch.tensor(parents[root:end]) - root
+        parent[0] = -1
+        if any(p < 0 for p in parent.tolist()[1:]):
+            return None
+        tokens = slice(starts[root], starts[end])
+        supervised = torch.zeros(starts[end] - starts[root], dtype=torch.bool, device=batch.ids.device)
         out.append(
             replace(
                 batch,
-                ids=batch.ids[own],
-                labels=batch.labels[own],
-                supervised=asked,
-                segment=batch.segment[own] - root,
+                ids=batch.ids[tokens],
+                labels=batch.labels[tokens],
+                supervised=supervised,
+                segment=batch.segment[tokens] - root,
                 parent=parent.to(batch.ids.device),
                 completion=batch.completion[:0],
                 group=batch.group[:0],
@@ -250,13 +257,11 @@ def trees(batch: Batch) -> list[Batch] | None:
     return out
 
 
+def digest(*tensors: Tensor) -> bytes:
+    """128 bits that stand for the numbers of integer tensors."""
+    return hashlib.blake2b(torch.cat(tensors).cpu().numpy().tobytes(), digest_size=16).digest()
+
+
 def _key(tree: Batch) -> bytes:
-    told = (
-        torch.cat(
-            [torch.tensor([len(tree.parent)], device=tree.ids.device), tree.parent, tree.segment, tree.ids]
-        )
-        .cpu()
-        .numpy()
-        .tobytes()
-    )
-    return hashlib.blake2b(told, digest_size=16).digest()
+    segments = torch.tensor([len(tree.parent)], device=tree.ids.device)
+    return digest(segments, tree.parent, tree.segment, tree.ids)

@@ -1,10 +1,10 @@
-"""What a role that never changes says of a row is computed once: its log-probabilities lie in a file, and
-later epochs read them.
+"""Log-probabilities of a role that never changes: computed once for each row, kept in a file, and read in later
+epochs.
 
-A row is known by its tokens and by which of them are asked about. The file stays with a run that is stopped,
-so that what was computed before is what goes on to be used. Numbers are those of the batch a row was first
-read in: in later epochs a plain run would compute them in other company, so the two differ by rounding there,
-and by nothing in the first epoch.
+A row is stored under its tokens and which of them are supervised. The file stays with a run that is stopped, so
+that it goes on with the same numbers. These are those of the batch a row was first read in: in later epochs a
+run without the cache would compute them in other batches, so the two differ by rounding there, and by nothing in
+the first epoch.
 """
 
 from __future__ import annotations
@@ -20,23 +20,22 @@ from torch import Tensor
 
 from luthier.model.batch import Batch
 from luthier.model.policy import Policy
-from luthier.train.hidden_cache import LIMIT, trees
+from luthier.train.hidden_cache import LIMIT, digest, trees
 
-# words before a row's numbers: how many there are, a checksum, and the 128 bits by which the row is known
+# words before a row's numbers: how many there are, a checksum, and the 128 bits of its key
 HEAD = 6
 
 
-class Said:
+class LogprobCache:
     """A memory-mapped file of records, each complete or not there: a torn one ends it."""
 
-    def __init__(self, path: Path, room: int, what: str):
-        """room: rows and numbers, as `wanted` counts them. what: all that the numbers depend on beside the
-        rows.
+    def __init__(self, path: Path, room: int, about: str):
+        """room: 32-bit words, as `words_needed` counts them. about: all that the numbers depend on beside the
+        rows; a file about something else is emptied.
         """
-        self.path, mark = (
-            path,
-            np.frombuffer(hashlib.blake2b(what.encode(), digest_size=16).digest(), np.int32),
-        )
+        self.path = path
+        self.slices: dict[bytes, slice] = {}  # key of a row -> its numbers in the file
+        mark = np.frombuffer(hashlib.blake2b(about.encode(), digest_size=16).digest(), np.int32)
         size = len(mark) + room
         if not path.is_file() or path.stat().st_size != 4 * size:
             path.unlink(missing_ok=True)
@@ -46,40 +45,44 @@ class Said:
         if not np.array_equal(self.words[: len(mark)], mark):
             self.words[:] = 0
             self.words[: len(mark)] = mark
-        self.places: dict[bytes, slice] = {}
         self.used = len(mark)
+        self._index()
+
+    def _index(self) -> None:
+        """List the records of the file, up to the first that is torn."""
+        size = len(self.words)
         while self.used + HEAD <= size and (n := int(self.words[self.used])) > 0:
+            head = self.words[self.used : self.used + HEAD]
             values = slice(self.used + HEAD, self.used + HEAD + n)
-            if values.stop > size or self.words[self.used + 1] != checksum(self.words[values]):
-                break
-            self.places[self.words[self.used + 2 : self.used + HEAD].tobytes()] = values
+            if values.stop > size or head[1] != checksum(self.words[values]):
+                return
+            self.slices[head[2:].tobytes()] = values
             self.used = values.stop
 
     def find(self, keys: Sequence[bytes]) -> Tensor | None:
-        """[T] the numbers of all these rows; None where one of them is not known."""
-        if not keys or any(key not in self.places for key in keys):
+        """[T] the numbers of all these rows, one row after another; None where one of them is not stored."""
+        if not keys or any(key not in self.slices for key in keys):
             return None
-        return torch.from_numpy(
-            np.concatenate([self.words[self.places[key]] for key in keys]).view(np.float32)
-        )
+        words = np.concatenate([self.words[self.slices[key]] for key in keys])
+        return torch.from_numpy(words.view(np.float32))
 
-    def keep(self, keys: Sequence[bytes], counts: Sequence[int], values: Tensor) -> None:
-        """values [T], counts of them for each row; what is known stays as it is, and what finds no room is
+    def store(self, keys: Sequence[bytes], counts: Sequence[int], values: Tensor) -> None:
+        """values [T], counts of them for each row. What is stored stays as it is, and what finds no room is
         left out.
         """
-        for key, own in zip(keys, values.detach().cpu().split(list(counts)), strict=True):
-            stop = self.used + HEAD + len(own)
-            if key in self.places or not len(own) or stop > len(self.words):
+        for key, numbers in zip(keys, values.detach().cpu().split(list(counts)), strict=True):
+            stop = self.used + HEAD + len(numbers)
+            if key in self.slices or not len(numbers) or stop > len(self.words):
                 continue
-            place = slice(self.used + HEAD, stop)
-            self.words[place] = own.numpy().view(np.int32)
-            self.words[self.used + 1] = checksum(self.words[place])
+            record = slice(self.used + HEAD, stop)
+            self.words[record] = numbers.numpy().view(np.int32)
+            self.words[self.used + 1] = checksum(self.words[record])
             self.words[self.used + 2 : self.used + HEAD] = np.frombuffer(key, np.int32)
-            self.words[self.used] = len(own)  # last: from here on it is there
-            self.places[key], self.used = place, stop
+            self.words[self.used] = len(numbers)  # last: from here on the record is there
+            self.slices[key], self.used = record, stop
 
     def close(self) -> None:
-        """Give the file back."""
+        """Delete the file."""
         self.path.unlink(missing_ok=True)
 
 
@@ -87,48 +90,46 @@ def checksum(words: np.ndarray) -> np.int32:
     return np.frombuffer(hashlib.blake2b(words.tobytes(), digest_size=4).digest(), np.int32)[0]
 
 
-def wanted(rows: int, supervised: float) -> int:
-    """Words for so many rows with so many questions in all."""
+def words_needed(rows: int, supervised: float) -> int:
+    """32-bit words for so many rows with so many supervised tokens in all."""
     return rows * HEAD + round(supervised)
 
 
-class Known(Policy):
-    """A role whose log-probabilities are kept. Asked for more than these, or about altered rows, the network
-    itself answers.
+class CachedPolicy(Policy):
+    """A role whose log-probabilities are cached. For anything else, and for altered rows, the network itself
+    answers.
     """
 
-    def __init__(self, role: Policy, said: Said):
+    def __init__(self, role: Policy, cache: LogprobCache):
         super().__init__(role.architecture, role.model, role.attached, role.role, role.inside)
-        self.said = said
+        self.cache = cache
 
     def logprobs(self, batch: Batch) -> Tensor:
-        alone = None if batch.altered or self.role in batch.read else trees(batch)
+        alone = None
+        if not batch.altered and self.role not in batch.read:
+            alone = trees(batch)
         if alone is None:
             return super().logprobs(batch)
-        marks = batch.supervised.split([len(tree.ids) for tree in alone])
-        keys = [known_by(tree, asked) for tree, asked in zip(alone, marks, strict=True)]
-        found = self.said.find(keys)
-        if found is not None:
-            return found.to(batch.ids.device)
-        said = super().logprobs(batch)
-        if said.dtype == torch.float32:
-            self.said.keep(keys, [int(asked.sum()) for asked in marks], said)
-        return said
+        supervised = batch.supervised.split([len(tree.ids) for tree in alone])
+        keys = list(map(row_key, alone, supervised))
+        cached = self.cache.find(keys)
+        if cached is not None:
+            return cached.to(batch.ids.device)
+        values = super().logprobs(batch)
+        if values.dtype == torch.float32:
+            self.cache.store(keys, [int(marks.sum()) for marks in supervised], values)
+        return values
 
 
-def known_by(tree: Batch, asked: Tensor) -> bytes:
-    shape = torch.tensor([len(tree.parent)], device=tree.ids.device)
-    told = (
-        torch.cat([shape, tree.parent, tree.segment, tree.labels, tree.ids, asked.long()])
-        .cpu()
-        .numpy()
-        .tobytes()
-    )
-    return hashlib.blake2b(told, digest_size=16).digest()
+def row_key(tree: Batch, supervised: Tensor) -> bytes:
+    """What a row is stored under: its tokens, its shape, and which tokens are supervised."""
+    segments = torch.tensor([len(tree.parent)], device=tree.ids.device)
+    return digest(segments, tree.parent, tree.segment, tree.labels, tree.ids, supervised.long())
 
 
-def keep(role: Policy, path: Path, room: int, what: str) -> Known | str:
-    """The role, remembering; or why it cannot."""
+def open_cache(role: Policy, path: Path, room: int, about: str) -> CachedPolicy | str:
+    """The role with a cache of `room` words at `path`, or why there can be none. about: settings of the role."""
     if 4 * room > min(LIMIT, shutil.disk_usage(path.parent).free // 2):
         return f"its numbers would take {4 * room / 2**30:.1f} GB of disk"
-    return Known(role, Said(path, room, f"{what} {next(role.model.parameters()).dtype} {role.architecture}"))
+    dtype = next(role.model.parameters()).dtype
+    return CachedPolicy(role, LogprobCache(path, room, f"{about} {dtype} {role.architecture}"))

@@ -104,6 +104,12 @@ class Architecture:
         """
         return self
 
+    def why_not_joined(self, model: Network) -> str | None:
+        """Why batches of several runs on one base cannot be read in one pass (train/batched_forward.py); None
+        where they can, by `laid_out_jointly` and `answer`.
+        """
+        return "only causal networks that are read alike can be"
+
     def ask(self, batch: Batch, renderer: Renderer, clock: Clock) -> Batch:
         """The batch as it is asked at this step: networks that fill gaps hide tokens here."""
         return batch

@@ -41,9 +41,7 @@ def ready(program: Program, rows: Sequence[Row]) -> None:
     if not predictors:
         raise RecipeError(f"{type(program).__name__} has no predictor: nothing in it can be tuned")
     if silent := [n for n, p in predictors.items() if p.lm is None]:
-        raise RecipeError(
-            f"predictor '{silent[0]}' has no model yet: `program = program.using('practice:lm')`"
-        )
+        raise RecipeError(f"predictor '{silent[0]}' has no model yet: `program = program.using('toy:lm')`")
     if not rows:
         raise RecipeError("there are no rows to compile with")
     program.reads(rows[0])
@@ -62,8 +60,10 @@ def accepted(
     None where none is.
     """
     for turn in range(rounds):
-        said, trace = teacher.run(row, temperature if turn else 0.0, Clock(seed).derive_seed("try", turn))
-        if float(metric(row, said)) >= threshold:
+        prediction, trace = teacher.run(
+            row, temperature if turn else 0.0, Clock(seed).derive_seed("try", turn)
+        )
+        if float(metric(row, prediction)) >= threshold:
             return trace
     return None
 

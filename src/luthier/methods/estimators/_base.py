@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from luthier.clock import Clock
+from luthier.errors import Refused
+from luthier.methods.transforms._base import Params
 from luthier.methods.tuners._base import ParamGroup
 from luthier.registry import Capability, family
-from luthier.train.checks import Refused
-from luthier.train.optimizer import Chain, Params
+
+if TYPE_CHECKING:
+    from luthier.train.optimizer import Chain
 
 GRADIENT = Capability("grad", says="an estimator that computes a true gradient")
 
@@ -23,6 +26,9 @@ Closure = Callable[..., float]
 @family
 class Estimator:
     """Family: one optimizer step."""
+
+    # is a step one call of the closure, with gradients, and one step of the chain?
+    single_backward: ClassVar[bool] = False
 
     def step(self, closure: Closure, chain: Chain, clock: Clock) -> float:
         """closure(grad=True, only=all terms) -> loss of the global batch; with grad, p.grad holds its
@@ -36,10 +42,10 @@ class Estimator:
 
 def gradients(chain: Chain) -> dict[str, Params]:
     """site -> slot -> gradient, as the last closure left them."""
-    found: dict[str, Any] = {
+    grads: dict[str, Any] = {
         s.name: {k: p.grad for k, p in s.params.items() if p.grad is not None} for s in chain.param_groups()
     }
-    return {name: slots for name, slots in found.items() if slots}
+    return {name: slots for name, slots in grads.items() if slots}
 
 
 @contextmanager
@@ -54,12 +60,12 @@ def perturbed(
     frozen is never copied. aside gives its tensor away: where it is as precise as what moves, it becomes the
     displaced one.
     """
-    kept: list[tuple[Any, Tensor]] = []
-    asked, got, first = 0.0, 0.0, chain.clock.step == chain.clock.first
+    originals: list[tuple[Any, Tensor]] = []
+    intended, achieved, first = 0.0, 0.0, chain.clock.step == chain.clock.first
 
     def flip() -> None:
         with torch.no_grad():
-            for p, was in kept:
+            for p, was in originals:
                 p.data.lerp_(was, 2.0)
 
     try:
@@ -70,22 +76,22 @@ def perturbed(
                     if d is None:
                         continue
                     was = p.data
-                    kept.append((p, was))
+                    originals.append((p, was))
                     if first and was.dtype.itemsize < 4:
                         p.data, d = (was + d).to(was.dtype), d.float()
-                        asked += float(d.square().sum())
-                        got += float(((p.data.float() - was.float()) * d).sum())
+                        intended += float(d.square().sum())
+                        achieved += float(((p.data.float() - was.float()) * d).sum())
                     elif was.dtype.itemsize <= d.dtype.itemsize:
                         p.data = d.add_(was).to(was.dtype)
                     else:
                         p.data = was + d
-        if got < asked / 10:
+        if achieved < intended / 10:
             raise Refused(
-                f"{kept[0][1].dtype} rounds {100 - 100 * got / asked:.0f}% of this estimator's step aside"
+                f"{originals[0][1].dtype} rounds {100 - 100 * achieved / intended:.0f}% of this estimator's step aside"
                 " away, so it would measure next to nothing: give it a longer one (eps, rho), dtype:"
                 " float32, or a tuner with few weights of its own"
             )
         yield flip
     finally:
-        for p, was in kept:
+        for p, was in originals:
             p.data = was

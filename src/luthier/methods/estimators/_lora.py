@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from luthier.errors import RecipeError
 
 
-def placed(chain: Any):
+def lora_groups(chain: Any):
     """Name, module and site of every LoRA that moves on a linear module."""
     layers = chain.attached.layers
     for group in chain.param_groups():
@@ -39,14 +39,14 @@ def full_gradient(slots: Any, grads: Any, scale: float) -> Tensor:
 
 
 @contextmanager
-def speaking(changes: Iterable[tuple[Any, Callable[[Tensor, Tensor], Tensor]]]) -> Iterator[None]:
+def modified_outputs(changes: Iterable[tuple[Any, Callable[[Tensor, Tensor], Tensor]]]) -> Iterator[None]:
     """For a while modules say change(x, y) in place of y, x [.., in] being what they read. No weight is
     written.
     """
     hooks = []
     try:
         for layer, change in changes:
-            hooks.append(layer.register_forward_hook(lambda m, given, y, change=change: change(given[0], y)))
+            hooks.append(layer.register_forward_hook(lambda m, args, y, change=change: change(args[0], y)))
         yield
     finally:
         for h in hooks:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from luthier.methods.estimators._base import Estimator, gradients
+from luthier.methods.transforms._base import Params
 from luthier.registry import family
-from luthier.train.optimizer import Params
 
 
 @family

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from luthier.model.batch import Batch
 from luthier.registry import family
-from luthier.storage import store
+from luthier.storage import files
 
 
 @family
@@ -24,7 +24,7 @@ class Evaluator:
         raise NotImplementedError
 
 
-class Said(NamedTuple):
+class TokenStats(NamedTuple):
     """Of a completion; nan where it was not asked."""
 
     tokens: int  # supervised ones
@@ -33,7 +33,7 @@ class Said(NamedTuple):
 
 
 @family
-class ByRow(Evaluator):
+class PerExample(Evaluator):
     """Family: numbers that follow from what is said of each row's best completion, which is read once for all
     of them.
     """
@@ -41,38 +41,38 @@ class ByRow(Evaluator):
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
     asks: ClassVar[frozenset[str]] = frozenset({"loss"})  # of what is said: loss, first
 
-    def told(
-        self, said: Mapping[str, Said], roles: Any, rows: Sequence[dict], folder: Path, when: str
+    def summarize(
+        self, stats: Mapping[str, TokenStats], roles: Any, rows: Sequence[dict], folder: Path, when: str
     ) -> dict[str, float]:
         """said: by the name of the completion. The rest as in `run`."""
         raise NotImplementedError
 
     def run(self, roles, rows, folder, when):
-        return self.told(read(roles, rows, self.batch_size, self.asks), roles, rows, folder, when)
+        return self.summarize(read(roles, rows, self.batch_size, self.asks), roles, rows, folder, when)
 
 
-def measured(
+def run_all(
     evaluators: Sequence[Any], roles: Any, rows: Sequence[dict], folder: Path, when: str
 ) -> dict[str, float]:
     """What all of them say, in turn."""
-    asked: dict[int | None, frozenset[str]] = {}
+    needs: dict[int | None, frozenset[str]] = {}
     for e in evaluators:
-        if isinstance(e, ByRow):
-            asked[e.batch_size] = asked.get(e.batch_size, frozenset()) | e.asks
-    said = {size: read(roles, rows, size, asks) for size, asks in asked.items()}
+        if isinstance(e, PerExample):
+            needs[e.batch_size] = needs.get(e.batch_size, frozenset()) | e.asks
+    stats = {size: read(roles, rows, size, asks) for size, asks in needs.items()}
     out: dict[str, float] = {}
     for e in evaluators:
         out |= (
-            e.told(said[e.batch_size], roles, rows, folder, when)
-            if isinstance(e, ByRow)
+            e.summarize(stats[e.batch_size], roles, rows, folder, when)
+            if isinstance(e, PerExample)
             else e.run(roles, rows, folder, when)
         )
     return out
 
 
-def read(roles: Any, rows: Sequence[dict], size: int | None, asks: Set[str]) -> dict[str, Said]:
+def read(roles: Any, rows: Sequence[dict], size: int | None, asks: Set[str]) -> dict[str, TokenStats]:
     """Of each row's best completion, by its name."""
-    out: dict[str, Said] = {}
+    out: dict[str, TokenStats] = {}
     for batch in batches(roles, liked(rows), size):
         outputs, sizes = roles.policy.outputs(batch), [int(n) for n in batch.lengths.tolist()]
         losses = firsts = [math.nan] * len(sizes)
@@ -85,8 +85,8 @@ def read(roles: Any, rows: Sequence[dict], size: int | None, asks: Set[str]) -> 
             ]
         names = [name for row in batch.rows for name in named(row)]
         out |= {
-            name: Said(*told)
-            for name, told in zip(names, zip(sizes, losses, firsts, strict=True), strict=True)
+            name: TokenStats(*values)
+            for name, values in zip(names, zip(sizes, losses, firsts, strict=True), strict=True)
         }
     return out
 
@@ -142,5 +142,5 @@ def keep(folder: Path, when: str, **values: Mapping[str, float]) -> None:
     """Into by-row-<when>.json: row id -> what a metric says of this row, its mean over rows being the metric.
     Runs on the same rows are compared row by row with it."""
     path = folder / f"by-row-{when}.json"
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    store.write_json(path, {**known, **values})
+    saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    files.write_json(path, {**saved, **values})

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from luthier.methods.transforms._base import Transform
 from luthier.registry import family
-from luthier.train.optimizer import Transform
 
 
 @family

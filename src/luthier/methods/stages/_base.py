@@ -48,10 +48,10 @@ class Stage:
         """rows: in canonical form. roles: who may be asked; the policy as it is now."""
         raise NotImplementedError
 
-    def left(self, roles: Any, gone: int, total: int, why: str) -> None:
+    def left(self, roles: Any, count: int, total: int, why: str) -> None:
         """Tell how many rows leave and why: what is thrown away is never thrown away in silence."""
-        if gone:
-            self.warn(roles, f"{gone} of {total} rows leave: {why}")
+        if count:
+            self.warn(roles, f"{count} of {total} rows leave: {why}")
 
     def warn(self, roles: Any, sentence: str) -> None:
         """Say something about the rows; of a live stage, which meets rows at every step, only the first time."""
@@ -62,9 +62,9 @@ class Stage:
         """The rows as the network will read them: long texts in pieces, without those that cannot be read."""
         answered = [row for row in rows if row.get("completions")]
         self.left(roles, len(rows) - len(answered), len(rows), "they have no completion")
-        kept, bad, _ = roles.policy.architecture.encode_all(answered, roles.renderer)
+        readable, bad, _ = roles.policy.architecture.encode_all(answered, roles.renderer)
         self.left(roles, len(bad), len(rows), bad[0]["reason"] if bad else "")
-        return kept
+        return readable
 
 
 def text_of(roles: Any, completion: Any) -> str:
@@ -80,15 +80,15 @@ def text_of(roles: Any, completion: Any) -> str:
 
 def pieces(roles: Any, ids: Sequence[int]) -> list[str]:
     """The text of each token, as it adds to those before it; joined they are the whole, special tokens shown."""
-    told, shown = [], roles.renderer.shown
+    texts, decode = [], roles.renderer.shown
     for i in range(len(ids)):
         first = max(0, i - 4)  # far enough for characters that take several tokens
-        before = shown(list(ids[first:i]))
-        now = shown(list(ids[first : i + 1]))
-        told.append(
+        before = decode(list(ids[first:i]))
+        now = decode(list(ids[first : i + 1]))
+        texts.append(
             now[len(before) :] if not before.endswith("\ufffd") else now[len(before.rstrip("\ufffd")) :]
         )
-    return told
+    return texts
 
 
 def pick(row: dict, places: Sequence[int]) -> dict:
@@ -116,7 +116,9 @@ def without(row: dict, *more: str) -> dict:
 
 
 @torch.no_grad()
-def said(policy: Any, roles: Any, rows: Sequence[dict], size: int) -> Iterator[list[list[float]]]:
+def completion_logprobs(
+    policy: Any, roles: Any, rows: Sequence[dict], size: int
+) -> Iterator[list[list[float]]]:
     """Of each row, the log-probabilities that a role gives the supervised tokens of each completion; without
     dropout.
     """

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from luthier.errors import RecipeError
 from luthier.registry import Capability, family
-from luthier.storage import store
+from luthier.storage import checkpoints
 
 if TYPE_CHECKING:
     from luthier.clock import Clock
@@ -55,7 +55,8 @@ class TunedModel:
     """A tuner on a model. Subclasses define `all_param_groups`; most also `off` and `merged`."""
 
     virtual = 0  # places the layout keeps free before every sequence (soft prompts)
-    frozen: Any = None  # what layers below all that moves say of rows, kept by a run (kernels/frozen.py)
+    # hidden states below all layers that move, cached by a run (train/hidden_cache.py)
+    hidden_cache: Any = None
     per_row = False  # must `reads` be told where the rows of a batch lie?
     told: tuple[str, ...] = ()  # sentences about what was attached, for whoever watches the run
 
@@ -179,14 +180,20 @@ class TunedModel:
         """The tuned model as one plain network, for a while: yields it, and undoes the merge afterwards."""
         raise RecipeError(f"tuner '{self.settings.name}' cannot be merged into the weights")
 
+    def why_not_batched(self) -> str | None:
+        """Why runs with this tuner cannot share one pass over their base (train/batched_forward.py); None where
+        they can: each of `layers` then has a `batched_forward`.
+        """
+        return f"tuner '{self.settings.name}' is more than LoRA on linear layers"
+
     # --- files
 
     def read(self, folder: Path) -> dict[str, Tensor]:
         """The tensors that a run in `folder` ended with, for `load`."""
-        found = store.checkpoints(folder)
+        found = checkpoints.paths(folder)
         if not found:
             raise RecipeError(f"{folder} holds no checkpoint to start from")
-        return store.load_checkpoint(found[-1]).tensors
+        return checkpoints.load(found[-1]).tensors
 
     def save(self, folder: Path) -> None:
         """Write what a user takes away: an adapter, or the whole model."""

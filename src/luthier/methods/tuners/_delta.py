@@ -1,6 +1,6 @@
 """What a per-module tuner is: its settings, `init` and `weight`; a cheaper `forward` where there is one.
 
-The bridge (tuners/_peft.py) makes every Delta a real PEFT type: a config, a layer and a model that plain PEFT
+The bridge (tuners/_peft/, reached by name: it stands on this file) makes every Delta a real PEFT type: a config, a layer and a model that plain PEFT
 saves, loads and merges. Weights are always seen as [out, in], however the module keeps them: Linear, GPT-2's
 Conv1D, or an Embedding (out = width, in = vocabulary).
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from importlib import import_module
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from luthier.compat.peft import BRIDGE
 from luthier.methods.tuners._base import TunedModel, Tuner
 from luthier.registry import family
 
@@ -64,9 +66,9 @@ class TargetModules(Tuner):
     # further modules that are trained whole and saved beside the adapter
     modules_to_save: list[str] | None = None
 
-    def only(self, kept: Sequence[int], of: int) -> dict[str, Any]:
+    def only(self, layers: Sequence[int], of: int) -> dict[str, Any]:
         """The settings with which, of so many layers, all but the kept ones are left alone."""
-        left = "|".join(str(i) for i in range(of) if i not in kept)
+        left = "|".join(str(i) for i in range(of) if i not in layers)
         return {"exclude_modules": rf"(.*\.)?(layers?|h|blocks?)\.({left})\..*"}
 
 
@@ -81,9 +83,7 @@ class Delta(TargetModules):
     reads: ClassVar[str] = ""
 
     def attach(self, model: Network) -> TunedModel:
-        from luthier.methods.tuners._peft import OnPeft, config_of, plain_settings
-
-        return OnPeft(self, model, config_of(type(self))(**plain_settings(self)))
+        return import_module(BRIDGE).attach(self, model)
 
     def at(self, name: str) -> Self:
         """These settings as they are for the module of this name, where modules differ."""
@@ -122,8 +122,8 @@ class Delta(TargetModules):
         """
         return None
 
-    def start(self, W: Tensor, seen: Tensor) -> dict[str, Tensor]:
-        """Better starting tensors of a layer, from the first `init_rows` rows: `seen` is what `reads` names."""
+    def start(self, W: Tensor, stats: Tensor) -> dict[str, Tensor]:
+        """Better starting tensors of a layer, from the first `init_rows` rows: `stats` is what `reads` names."""
         raise NotImplementedError
 
     def factors(self, p: SimpleNamespace) -> tuple[Tensor, Tensor] | None:

@@ -22,7 +22,7 @@ export async function clone(text) {
 
 export async function begin(_, signal) {
   const [start, methods] = await Promise.all([ask("/api/start"), ask("/api/methods")]);
-  const draft = kept.get("draft", { model: "practice:lm-small" });
+  const draft = kept.get("draft", { model: "toy:lm-small" });
   const asides = { check() {}, feeds: {} };
   let timer = 0;
   const put = (key, value) => {
@@ -50,7 +50,7 @@ export async function begin(_, signal) {
 
 function rows(draft, put, start, asides, signal) {
   const said = complaint();
-  const [model, models] = suggested(start.models, { value: draft.model ?? "", placeholder: "practice:lm", onchange: (e) => { put("model", e.target.value); } });
+  const [model, models] = suggested(start.models, { value: draft.model ?? "", placeholder: "toy:lm", onchange: (e) => { put("model", e.target.value); } });
   const [data, files] = suggested(start.data, { value: draft.data ?? "", placeholder: "rows.jsonl", onchange: (e) => { put("data", e.target.value); if (e.target.value) look(0); } });
   const shown = h("div", { class: "shown" });
   const file = h("input", { type: "file", class: "hidden", id: "upload", accept: [...start.ends, ".gz"].join(","), onchange: () => file.files[0] && upload(file.files[0]) });
@@ -74,7 +74,7 @@ function rows(draft, put, start, asides, signal) {
     said.say("");
     shown.setAttribute("aria-busy", "true");
     try {
-      const found = await ask("/api/look", { changes: { ...draft, model: model.value || "practice:lm" }, offset }, { signal });
+      const found = await ask("/api/look", { changes: { ...draft, model: model.value || "toy:lm" }, offset }, { signal });
       if (mine !== asked) return;
       fill(shown, seen(found, look));
       asides.feeds = found.feeds;
@@ -87,8 +87,8 @@ function rows(draft, put, start, asides, signal) {
 
   const section = h("section", { "aria-labelledby": "s-rows" }, h("h2", { id: "s-rows" }, "Model and rows"),
     h("div", { class: "fields two" },
-      field("Model", model, "A folder, a hub name, or practice:NAME"), models,
-      field("Rows", data, "A path on this machine, a hub name, or practice:WORLD"), files),
+      field("Model", model, "A folder, a hub name, or toy:NAME"), models,
+      field("Rows", data, "A path on this machine, a hub name, or toy:TASK"), files),
     h("p", { class: "buttons" }, button("Look at the rows", () => look(0), said, { class: "quiet" }), file, pick),
     said.box, shown);
   for (const kind of ["dragover", "drop"]) section.addEventListener(kind, (e) => {
@@ -270,5 +270,5 @@ function recipe(draft, asides, signal) {
     h("p", { class: "buttons" }, start, foretell), went.box, cost,
     h("p", { class: "note" }, "The same from a shell: ", command),
     h("details", {}, h("summary", {}, "Every value it comes to"), whole), pasted,
-    h("p", { class: "buttons" }, h("button", { type: "button", class: "quiet", onclick: () => { kept.set("draft", { model: "practice:lm-small" }); window.dispatchEvent(new HashChangeEvent("hashchange")); } }, "Begin anew")));
+    h("p", { class: "buttons" }, h("button", { type: "button", class: "quiet", onclick: () => { kept.set("draft", { model: "toy:lm-small" }); window.dispatchEvent(new HashChangeEvent("hashchange")); } }, "Begin anew")));
 }

@@ -107,7 +107,7 @@ export async function run(name, signal) {
 
 /** The model a recipe starts from, for talking to both. */
 function modelOf(text) {
-  return /^model: *(.+?) *$/m.exec(text)?.[1].replace(/^['"]|['"]$/g, "") ?? "practice:lm";
+  return /^model: *(.+?) *$/m.exec(text)?.[1].replace(/^['"]|['"]$/g, "") ?? "toy:lm";
 }
 
 function table(lines, finished) {

@@ -4,7 +4,7 @@ import { announce, ask, complaint, field, fill, h, kept, listen, shell, suggeste
 
 export async function talk(rest, signal) {
   const start = await ask("/api/start");
-  const was = kept.get("talk", { models: ["practice:lm-small", ""], turns: [[], []] });
+  const was = kept.get("talk", { models: ["toy:lm-small", ""], turns: [[], []] });
   let given = null;
   try { given = rest ? JSON.parse(rest) : null; } catch { /* an address somebody typed */ }
   if (given && String(given) !== String(was.models)) { was.models = given.map(String); was.turns = [[], []]; }
@@ -51,7 +51,7 @@ export async function talk(rest, signal) {
 
 function panel(side, i, was, models, keep) {
   const said = complaint(), turns = h("div", { class: "turns", role: "log", tabindex: "0", "aria-label": `Conversation, ${side}` });
-  const [model, list] = suggested(models, { value: was.models[i] ?? "", placeholder: i ? "nobody" : "practice:lm", onchange: () => { was.models[i] = model.value.trim(); was.turns[i] = []; keep(); show(); } });
+  const [model, list] = suggested(models, { value: was.models[i] ?? "", placeholder: i ? "nobody" : "toy:lm", onchange: () => { was.models[i] = model.value.trim(); was.turns[i] = []; keep(); show(); } });
   const turn = (t, name) => h("div", { class: `turn ${t.role}` }, h("p", { class: "who" }, t.role === "user" ? "you" : name), h("pre", {}, t.content || "(nothing)"), t.stopped && h("p", { class: "note" }, "stopped here"));
   function show() {
     fill(turns, was.turns[i].map((t) => turn(t, was.models[i])));

@@ -123,8 +123,8 @@ def many(job: Job, together: bool) -> Run:
     seconds of all their steps.
     """
     from luthier.recipe.recipe import Recipe
+    from luthier.run.batched import perform
     from luthier.run.run import tune
-    from luthier.train.batched_lora import perform
 
     recipes = [said(job, seed=k, learning_rate=1e-4 * (1 + k)) for k in range(job.members)]
 

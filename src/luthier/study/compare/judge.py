@@ -18,7 +18,7 @@ from luthier.recipe.recipe import Recipe
 from luthier.registry import did_you_mean
 from luthier.report.numbers import number
 from luthier.study.compare.spec import ALPHA, COSTS, FRONT_METRICS, ComparisonSpec, join_names, metric_of
-from luthier.study.statistics import difference, front, holm, interval
+from luthier.study.statistics import bootstrap_interval, holm, paired_difference, pareto_front
 
 Report = dict[str, Any]
 
@@ -65,7 +65,7 @@ def judge(spec: ComparisonSpec, results: Mapping[str, ArmResult]) -> dict[str, A
         "metric": spec.metric,
         "table": table,
         "pairs": pairs,
-        "front": front({name: _point(table, goals, name) for name in finished}),
+        "front": pareto_front({name: _point(table, goals, name) for name in finished}),
         "goals": goals,
         "stopped": stopped,
         "before": {metric: mean for metric, mean in before.items() if mean is not None},
@@ -186,7 +186,7 @@ def _per_row(arm: ArmResult, when: str, metric: str) -> np.ndarray | None:
 def _cell(values: np.ndarray) -> dict[str, Any]:
     """One metric of one arm; values [seeds, rows]."""
     mean = float(values.mean())
-    low, high = interval(values) if values.size > 1 else (mean, mean)
+    low, high = bootstrap_interval(values) if values.size > 1 else (mean, mean)
     return {
         "mean": mean,
         "low": low,
@@ -201,7 +201,7 @@ def _pairs(values: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     tests = []
     for a, b in combinations(values, 2):
         if values[a].shape == values[b].shape:
-            tests.append((a, b, difference(values[a], values[b])))
+            tests.append((a, b, paired_difference(values[a], values[b])))
     corrected = holm([test.p for _, _, test in tests])
     pairs = []
     for (a, b, test), p in zip(tests, corrected):
@@ -213,7 +213,7 @@ def _pairs(values: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
                 "low": test.low,
                 "high": test.high,
                 "p": p,
-                "apart": bool(p < ALPHA and test.seen),
+                "apart": bool(p < ALPHA and test.excludes_zero),
             }
         )
     return pairs
@@ -232,7 +232,7 @@ def arms_behind(spec: ComparisonSpec, results: Mapping[str, ArmResult], share: f
         return {}
     sign = -1 if metric_of(spec.metric).up else 1
     best, *others = sorted(active, key=lambda name: sign * float(active[name].mean()))
-    tests = [difference(sign * active[name], sign * active[best]) for name in others]
+    tests = [paired_difference(sign * active[name], sign * active[best]) for name in others]
     corrected = holm([test.p for test in tests])
     worse_half = others[-(len(active) // 2) :]
     reasons = {}

@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from luthier.errors import RecipeError
+from luthier.errors import NotFinite, RecipeError, from_code
 from luthier.recipe.recipe import Recipe
 from luthier.report.numbers import number
-from luthier.storage import store
+from luthier.storage import files
 from luthier.study.compare.judge import ArmResult, arms_behind, judge, no_metric, read_report
 from luthier.study.compare.spec import (
     COSTS,
@@ -60,22 +60,22 @@ def run_comparison(spec: ComparisonSpec, folder: Path | None = None, callback: A
                 runner.stop_arms(results, share)
         runner.run_all(results)
         result = {**judge(spec, results), "notes": notes, "date": str(date.today()), "folder": str(folder)}
-        store.write_json(folder / "comparison.json", result)
-        store.write_text(folder / "report.html", page(result))
+        files.write_json(folder / "comparison.json", result)
+        files.write_text(folder / "report.html", page(result))
     return result
 
 
 @contextmanager
 def _exclusive(folder: Path, spec: ComparisonSpec) -> Iterator[None]:
     """The folder for one process; another process in it is refused, and so is another comparison."""
-    with store.alone_in(folder):
+    with files.exclusive(folder):
         path = folder / "study.json"
         if path.is_file():
             if _read_json(path)["fingerprint"] != spec.fingerprint():
                 raise RecipeError(f"{folder} holds another comparison; choose another folder")
         else:
             arms = {name: recipe.yaml() for name, recipe in spec.arms.items()}
-            store.write_json(path, {"fingerprint": spec.fingerprint(), "arms": arms, "seeds": spec.seeds})
+            files.write_json(path, {"fingerprint": spec.fingerprint(), "arms": arms, "seeds": spec.seeds})
         yield
 
 
@@ -107,7 +107,7 @@ class Runner:
         for name, recipe in arms.items():
             if name not in steps:
                 steps[name] = max(1, int(size / self._pilot(name, recipe, unit)))
-                store.write_json(path, steps)
+                files.write_json(path, steps)
         return {name: recipe.but(max_steps=steps[name]) for name, recipe in arms.items()}
 
     def _pilot(self, name: str, recipe: Recipe, unit: str) -> float:
@@ -115,7 +115,7 @@ class Runner:
         run = self.folder / "pilot" / name
         self.callback.stage(f"{name}: {PILOT_STEPS} steps, to see how many fit into {self.spec.budget}")
         self.perform(recipe.but(max_steps=PILOT_STEPS, evaluate=[], lr_scheduler_type="constant"), run)
-        logs = store.read_rows(run / "metrics.jsonl")[1:]  # the first step also warms up
+        logs = files.read_rows(run / "metrics.jsonl")[1:]  # the first step also warms up
         values = [log[unit] for log in logs]
         if unit == "seconds":
             return float(np.median(values))
@@ -171,7 +171,7 @@ class Runner:
                 began = time.perf_counter()
                 value = self._final_metric(recipe, run)
                 measured.setdefault(name, {})[label] = value
-                store.write_json(path, measured)
+                files.write_json(path, measured)
                 outcome = "diverged" if value is None else self._format(value)
                 self._report(i + 1, began, f"{name}, learning rate {label}: {outcome}")
         return measured
@@ -181,9 +181,7 @@ class Runner:
         try:
             if not (run / "report.json").is_file():
                 self.perform(recipe, run)
-        except RecipeError as error:
-            if not diverged(error):
-                raise
+        except NotFinite:
             return None
         after = read_report(run)["after"]
         if self.spec.metric not in after:
@@ -217,11 +215,11 @@ class Runner:
         """One run of an arm; an arm that diverges is stopped."""
         try:
             self.perform(arm.recipe.but(seed=seed), run, until)
-        except RecipeError as error:
-            if not diverged(error):
-                raise RecipeError(f"arm {name}, seed {seed}: {error}") from None
+        except NotFinite as error:
             arm.stopped = f"it diverged with seed {seed}: {error}"
             self.callback.warn(f"{name} is stopped: {arm.stopped}")
+        except RecipeError as error:
+            raise from_code(error.code, f"arm {name}, seed {seed}: {error}") from None
 
     def stop_arms(self, results: dict[str, ArmResult], share: float) -> None:
         """Stop the arms that cannot win any more."""
@@ -248,11 +246,11 @@ class Runner:
         """
         if not self.spec.together or self.spec.metric in COSTS:
             return set()
-        from luthier.train import batched_lora
+        from luthier.run import batched
 
         alike: dict[str, list[Path]] = {}
         for run, recipe in runs.items():
-            key = batched_lora.alike(recipe)
+            key = batched.shared_key(recipe)
             if key and not (run / "report.json").is_file():
                 alike.setdefault(key, []).append(run)
         done: set[Path] = set()
@@ -265,12 +263,11 @@ class Runner:
 
     def _run_batch(self, batch: Mapping[Path, Recipe], until: float | None) -> bool:
         """Several runs in one process; whether all of them ended."""
-        from luthier.run import subprocess
-        from luthier.train import batched_lora
+        from luthier.run import batched, subprocess
 
         names = join_names([run.name for run in batch])
         self.callback.stage(f"{names}: side by side on one base model; peak memory is that of all of them")
-        perform = subprocess.side_by_side if self.spec.subprocesses else batched_lora.perform
+        perform = subprocess.side_by_side if self.spec.subprocesses else batched.perform
         try:
             perform([(recipe, run) for run, recipe in batch.items()], until=until)
         except RecipeError as error:
@@ -300,8 +297,3 @@ class Runner:
         if isinstance(value, (int, float)):
             return self._format(value)
         return "done"
-
-
-def diverged(error: RecipeError) -> bool:
-    """Did a run end because its loss was not finite?"""
-    return "is not finite" in str(error)

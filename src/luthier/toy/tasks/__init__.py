@@ -15,7 +15,7 @@ def names() -> list[str]:
 def find(name: str) -> ModuleType:
     """The module of a world; an unknown name is answered by the known ones."""
     if name not in names():
-        raise ValueError(f"no practice world {name!r}; there are {', '.join(names())}{near(name, names())}")
+        raise ValueError(f"no toy task {name!r}; there are {', '.join(names())}{near(name, names())}")
     return import_module(f"{__name__}.{name}")
 
 

@@ -9,7 +9,7 @@ padded.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,9 +19,8 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.kernels import attention
-from luthier.kernels import sparse_mlp as asked
-from luthier.kernels.layout import Layout, lay_out
+from luthier.kernels import attention, sparse_mlp
+from luthier.kernels.layout import Layout, joined, lay_out
 from luthier.methods.architectures._base import EMBEDDINGS, ENTROPY, GENERATE, HIDDEN, LOGPROBS, TOPK
 from luthier.model.batch import Batch
 from luthier.model.generate import decoder_writer, generate
@@ -96,13 +95,13 @@ class Causal(LanguageModel):
         at, labels = layout.at[batch.supervised], batch.labels[batch.supervised]
         if (at < 0).any():
             raise ValueError("a supervised token that nothing precedes cannot be predicted")
-        frozen = None if LAYERS.get() else attached.frozen
-        known = frozen.states(self, model, attached, batch, fill=model.training) if frozen else None
+        cache = None if LAYERS.get() else attached.hidden_cache
+        states = cache.states(self, model, attached, batch, fill=model.training) if cache else None
         if attached.per_row:
             attached.reads(batch, batch.row[batch.segment[layout.source]])
         few = self.in_blocks(model) and not (attached.per_row or self.own_head)
-        sparing = asked.alone(model, at, layout.source.numel()) if few else nullcontext()
-        with nullcontext() if known is None else frozen.skipped(known[layout.source]), sparing:
+        sparing = sparse_mlp.alone(model, at, layout.source.numel()) if few else nullcontext()
+        with nullcontext() if states is None else cache.skipped(states[layout.source]), sparing:
             outputs = self.answer(model, inputs, at, labels)
         masks = inputs["attention_mask"]
         plans = [
@@ -135,6 +134,28 @@ class Causal(LanguageModel):
             return layout, inputs | {"attention_mask": (layout.piece >= 0).long()}
         masks = (self.planned if blocks else self.mask)(model, layout)
         return layout, inputs | {"attention_mask": masks, "position_ids": layout.position}
+
+    def why_not_joined(self, model: Network) -> str | None:
+        if not self.in_blocks(model) or self.own_head or self.neftune_noise_alpha:
+            return "rows are not read as one packed row, attention in blocks"
+        return None
+
+    def laid_out_jointly(
+        self, model: Network, batches: Sequence[Batch]
+    ) -> tuple[Layout, list[int], dict[str, Any]]:
+        """Several batches as one packed row: its layout, the positions of each batch in it, and what the model
+        is handed to read it.
+        """
+        self.check(model)
+        layouts = [lay_out(b, share=self.share_prompts, width=ENDLESS) for b in batches]
+        layout = joined(layouts, [len(b.ids) for b in batches])
+        ids = torch.cat([b.ids for b in batches])
+        inputs = {
+            "input_ids": ids[layout.source],
+            "attention_mask": self.planned(model, layout),
+            "position_ids": layout.position,
+        }
+        return layout, [x.source.shape[1] for x in layouts], inputs
 
     def in_blocks(self, model: Network) -> bool:
         """Is everything read as one row, attention block by block?"""

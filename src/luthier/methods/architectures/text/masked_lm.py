@@ -56,11 +56,11 @@ class MaskedLM(LanguageModel):
                 "this tokenizer has no mask token, so nothing can be hidden: is the model a masked LM?"
             )
         special = torch.tensor(sorted(renderer.special))
-        asked = batch.supervised & ~torch.isin(batch.labels, special)
+        supervised = batch.supervised & ~torch.isin(batch.labels, special)
         ids = batch.ids.clone()
         pieces = batch.segments()
         for k, (s, g) in enumerate(zip(batch.completion.tolist(), batch.group.tolist(), strict=True)):
-            row, places = batch.rows[g], pieces[s][asked[pieces[s]]]
+            row, places = batch.rows[g], pieces[s][supervised[pieces[s]]]
             if row["prompt"] != "":
                 ids[places] = tokenizer.mask_token_id
                 continue
@@ -70,15 +70,15 @@ class MaskedLM(LanguageModel):
                     : max(1, round(len(places) * self.mlm_probability))
                 ]
             ]
-            asked[places] = False
-            asked[some] = True
+            supervised[places] = False
+            supervised[some] = True
             fate, words = (
                 torch.rand(len(some), generator=rng),
                 torch.randint(len(tokenizer), (len(some),), generator=rng),
             )
-            shown = torch.where(fate < self.mask_share + self.random_share, words, ids[some])
-            ids[some] = torch.where(fate < self.mask_share, tokenizer.mask_token_id, shown)
-        return batch.view(ids=ids, supervised=asked)
+            replacements = torch.where(fate < self.mask_share + self.random_share, words, ids[some])
+            ids[some] = torch.where(fate < self.mask_share, tokenizer.mask_token_id, replacements)
+        return batch.view(ids=ids, supervised=supervised)
 
     def forward(self, model: Network, attached, batch: Batch) -> Outputs:
         pieces = batch.segments()

@@ -52,24 +52,24 @@ class RewardModel(Architecture):
     def forward(self, model: Network, attached: Any, batch: Batch) -> Values:
         pieces = batch.segments()
         places = [torch.cat([pieces[p] for p in path(batch, s)]) for s in batch.completion.tolist()]
-        said = scored(
+        values = scored(
             model, soft_first(model, attached, *pad([batch.ids[p] for p in places]), of=(batch, batch.group))
         )
         at = torch.full_like(batch.ids, -1)
         # a completion ends its row
         for r, (s, p) in enumerate(zip(batch.completion.tolist(), places, strict=True)):
-            first = r * said.shape[1] + attached.virtual + len(p) - len(pieces[s])
+            first = r * values.shape[1] + attached.virtual + len(p) - len(pieces[s])
             at[pieces[s]] = first + torch.arange(len(pieces[s]), device=at.device)
-        return Values(said.flatten()[at[batch.supervised]])
+        return Values(values.flatten()[at[batch.supervised]])
 
     def plain(self, model: Network, attached: Any, batch: Batch) -> Tensor:
         pieces, out = batch.segments(), []
         for s in batch.completion.tolist():
             places = torch.cat([pieces[p] for p in path(batch, s)])
-            said = scored(
+            values = scored(
                 model, soft_first(model, attached, batch.ids[places][None], of=(batch, batch.row[[s]]))
             )[0, attached.virtual :]
-            out.append(said[-len(pieces[s]) :][batch.supervised[pieces[s]]])
+            out.append(values[-len(pieces[s]) :][batch.supervised[pieces[s]]])
         return torch.cat(out)
 
 
@@ -81,7 +81,7 @@ def scored(model: Network, inputs: dict[str, Any]) -> Tensor:
     if head is None:
         raise ValueError(f"{type(model).__name__} has no head called score that reads every token")
     caught: list[Tensor] = []
-    hook = head.register_forward_hook(lambda module, given, said: caught.append(said))
+    hook = head.register_forward_hook(lambda module, args, output: caught.append(output))
     try:
         model(**inputs, use_cache=False)
     finally:

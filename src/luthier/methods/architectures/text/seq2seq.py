@@ -44,8 +44,8 @@ class Seq2Seq(LanguageModel):
         leaves = [s for s, above in enumerate(parents) if above >= 0 and s not in has_children]
         ways = [path(batch, s) for s in leaves]
         places = [torch.cat([pieces[s] for s in way[1:]]) for way in ways]
-        said, _ = pad([batch.ids[p] for p in places])
-        width = said.shape[1]
+        targets, _ = pad([batch.ids[p] for p in places])
+        width = targets.shape[1]
         at = torch.full_like(batch.ids, -1)
         for r, p in enumerate(places):  # the decoder's place k has read k tokens and answers token k
             at[p] = r * width + torch.arange(len(p), device=at.device)
@@ -60,7 +60,7 @@ class Seq2Seq(LanguageModel):
         inputs = {
             "encoder_outputs": (hidden[which],),
             "attention_mask": mask[which],
-            "decoder_input_ids": torch.cat([said.new_full((len(said), 1), start), said[:, :-1]], 1),
+            "decoder_input_ids": torch.cat([targets.new_full((len(targets), 1), start), targets[:, :-1]], 1),
         }
         return self.answer(model, inputs, at, batch.labels[batch.supervised])
 

@@ -34,14 +34,14 @@ class BootstrapFewShot(Compiler):
         teacher = (teacher or program).copy()
         ready(teacher, rows)
         matching(program, teacher)
-        clock, made = Clock(self.seed), program.copy()
+        clock, compiled = Clock(self.seed), program.copy()
         order = drawn(len(rows), clock, "rows") if self.shuffle else list(range(len(rows)))
         for predictor in teacher.predictors().values():
             if not predictor.demos:
                 predictor.demos = self.labelled(
                     predictor.signature, [rows[i] for i in order], self.max_labeled_demos
                 )
-        shown: dict[str, list] = {name: [] for name in made.predictors()}
+        demos: dict[str, list] = {name: [] for name in compiled.predictors()}
         used: list[int] = []
         for i in order:
             if len(used) == self.max_bootstrapped_demos:
@@ -58,13 +58,13 @@ class BootstrapFewShot(Compiler):
             if trace is not None:
                 used.append(i)
                 for step in trace:
-                    shown[step.predictor].append({**step.inputs, **step.outputs})
+                    demos[step.predictor].append({**step.inputs, **step.outputs})
         left = [rows[i] for i in order if i not in used]
-        for name, predictor in made.predictors().items():
-            room = max(0, self.max_labeled_demos - len(shown[name]))
-            predictor.demos = [*shown[name], *self.labelled(predictor.signature, left, room)]
-        made.compiled = {"bootstrapped": len(used), "rows": used}
-        return made
+        for name, predictor in compiled.predictors().items():
+            room = max(0, self.max_labeled_demos - len(demos[name]))
+            predictor.demos = [*demos[name], *self.labelled(predictor.signature, left, room)]
+        compiled.compiled = {"bootstrapped": len(used), "rows": used}
+        return compiled
 
     @staticmethod
     def labelled(signature, rows, most: int) -> list[dict]:

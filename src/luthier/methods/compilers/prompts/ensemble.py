@@ -22,9 +22,9 @@ class Ensemble(Compiler):
     inner: Annotated[Any, nested("compiler")] = "random_search"  # what makes the candidates
 
     def compile(self, program, rows, metric, teacher=None):
-        found = self.inner.compile(program, rows, metric, teacher).compiled.get("candidates")
-        if not found:
+        candidates = self.inner.compile(program, rows, metric, teacher).compiled.get("candidates")
+        if not candidates:
             raise RecipeError(f"compiler '{self.inner.name}' keeps no candidates to vote: take random_search")
-        made = Majority([p.copy() for _, p in found[: self.size]])
-        made.compiled = {"scores": [score for score, _ in found[: self.size]]}
-        return made
+        majority = Majority([p.copy() for _, p in candidates[: self.size]])
+        majority.compiled = {"scores": [score for score, _ in candidates[: self.size]]}
+        return majority

@@ -6,7 +6,7 @@ function does and all values, then the feedback; the model answers in JSON. What
 is of another type, is not taken. As a compiler it tunes the instructions of a program's predictors;
 `optimizer(...)` serves any graph of nodes:
 
-    optimizer = compiler("optoprime").optimizer([x], "practice:lm")
+    optimizer = compiler("optoprime").optimizer([x], "toy:lm")
     optimizer.zero_feedback(); optimizer.backward(output, "too high"); optimizer.step()
 """
 
@@ -52,8 +52,8 @@ class OptoPrime(Compiler):
 
     def compile(self, program, rows, metric, teacher=None):
         ready(program, rows)
-        made, clock = program.copy(), Clock(self.seed)
-        predictors = made.predictors()
+        tuned, clock = program.copy(), Clock(self.seed)
+        predictors = tuned.predictors()
         texts = {
             name: Node(
                 p.signature.instructions,
@@ -64,45 +64,45 @@ class OptoPrime(Compiler):
             for name, p in predictors.items()
         }
         optimizer = self.optimizer(list(texts.values()), self.model or next(iter(predictors.values())).lm)
-        best, best_score = made.copy(), evaluate(made, rows, metric)
+        best, best_score = tuned.copy(), evaluate(tuned, rows, metric)
         scores = [best_score]
         for step in range(self.steps):
             optimizer.zero_feedback()
             for i in drawn(len(rows), clock, "rows", step)[: self.batch_size]:
-                said, trace = made.run(rows[i])
-                wanted = {k: v for k, v in rows[i].items() if k not in made.reads(rows[i])}
+                prediction, trace = tuned.run(rows[i])
+                labels = {k: v for k, v in rows[i].items() if k not in tuned.reads(rows[i])}
                 optimizer.backward(
                     as_graph(trace, texts),
-                    f"score {float(metric(rows[i], said)):g}; the row also says"
-                    f" {json.dumps(wanted, default=str)}",
+                    f"score {float(metric(rows[i], prediction)):g}; the row also says"
+                    f" {json.dumps(labels, default=str)}",
                 )
             if not optimizer.step():
                 continue
             for name, p in predictors.items():
                 p.signature = replace(p.signature, instructions=texts[name].data)
-            scores.append(evaluate(made, rows, metric))
+            scores.append(evaluate(tuned, rows, metric))
             if scores[-1] > best_score:
-                best, best_score = made.copy(), scores[-1]
+                best, best_score = tuned.copy(), scores[-1]
         best.compiled = {"score": best_score, "scores": scores}
         return best
 
 
 def as_graph(trace: Sequence[Asking], texts: dict[str, Node]) -> Node:
     """The last answer as a node. An input that an earlier answer said word for word came from it."""
-    said: dict[str, Node] = {}
+    sources: dict[str, Node] = {}
     last: Node | None = None
     for asking in trace:
-        parents = [texts[asking.predictor], *(said.get(str(v)) or Node(v) for v in asking.inputs.values())]
-        told = f"A model is asked for {', '.join(asking.outputs)}, with these instructions."
+        parents = [texts[asking.predictor], *(sources.get(str(v)) or Node(v) for v in asking.inputs.values())]
+        description = f"A model is asked for {', '.join(asking.outputs)}, with these instructions."
         name = asking.predictor.replace(".", "_")
         last = Node(
             asking.outputs,
             function=name,
-            told=told,
+            told=description,
             parents=tuple(parents),
             arguments=("instructions", *asking.inputs),
         )
-        said |= {v: last for v in asking.outputs.values() if v}
+        sources |= {v: last for v in asking.outputs.values() if v}
     if last is None:
         raise RecipeError("the program asked no predictor about a row, so nothing of it can be tuned")
     return last
@@ -116,27 +116,27 @@ class Optimizer:
             raise RecipeError("an optimizer wants trainable nodes: node(value, name='...', trainable=True)")
         names_of(parameters)
         self.settings, self.parameters, self.model = settings, parameters, model
-        self.heard: list[tuple[Node, str]] = []
+        self.outcomes: list[tuple[Node, str]] = []
         self.memory: list[dict[str, Any]] = []
         self.ignored: list[str] = []  # what of the last answer was not taken, and why
 
     def zero_feedback(self) -> None:
         """Forget what was said of outcomes."""
-        self.heard = []
+        self.outcomes = []
 
     def backward(self, output: Node, feedback: Any) -> None:
         """What is thought of an outcome. An error's text is part of it."""
-        said = str(feedback)
-        self.heard.append(
+        text = str(feedback)
+        self.outcomes.append(
             (
                 output,
-                f"{output.data}\n{said}".strip() if output.failed and str(output.data) not in said else said,
+                f"{output.data}\n{text}".strip() if output.failed and str(output.data) not in text else text,
             )
         )
 
     def step(self) -> dict[str, Any]:
         """Ask, and take what is proposed: name -> new value."""
-        if not self.heard:
+        if not self.outcomes:
             raise RecipeError("nothing was said of any outcome yet: optimizer.backward(output, feedback)")
         live = self.live()
         answer = self.model.ask(self.prompt(), max_new_tokens=self.settings.max_new_tokens)
@@ -160,31 +160,32 @@ class Optimizer:
 
     def live(self) -> dict[str, Node]:
         """The parameters that the outcomes came from, by name."""
-        path = {id(n) for n in ancestors(*(n for n, _ in self.heard))}
+        path = {id(n) for n in ancestors(*(n for n, _ in self.outcomes))}
         return {p.name: p for p in self.parameters if id(p) in path}
 
     def feedback(self) -> str:
         return "\n".join(
-            f"{i + 1}. {said}" if len(self.heard) > 1 else said for i, (_, said) in enumerate(self.heard)
+            f"{i + 1}. {text}" if len(self.outcomes) > 1 else text
+            for i, (_, text) in enumerate(self.outcomes)
         )
 
     def prompt(self) -> str:
         """Everything that the model is shown."""
-        outputs = [n for n, _ in self.heard]
+        outputs = [n for n, _ in self.outcomes]
         nodes = ancestors(*outputs)
         names, ends, live = names_of(nodes), {id(n) for n in outputs}, self.live()
-        made = [n for n in nodes if n.function]
-        told = dict.fromkeys(f"{n.function}: {n.told}" for n in made if n.told)
-        given = [n for n in nodes if not n.function and n.name not in live]
+        calls = [n for n in nodes if n.function]
+        documentation = dict.fromkeys(f"{n.function}: {n.told}" for n in calls if n.told)
+        inputs = [n for n in nodes if not n.function and n.name not in live]
         earlier = self.memory[-self.settings.memory_size :] if self.settings.memory_size else []
         sections = {
             "Task": f"{TASK}\n{self.settings.objective}",
-            "Code": "\n".join(line(n, names) for n in made),
-            "Documentation": "\n".join(told),
+            "Code": "\n".join(line(n, names) for n in calls),
+            "Documentation": "\n".join(documentation),
             "Variables": dump({name: p.data for name, p in live.items()}),
             "Constraints": dump({name: p.constraint for name, p in live.items() if p.constraint}),
-            "Inputs": dump({names[id(n)]: n.data for n in given}),
-            "Others": dump({names[id(n)]: n.data for n in made if id(n) not in ends}),
+            "Inputs": dump({names[id(n)]: n.data for n in inputs}),
+            "Others": dump({names[id(n)]: n.data for n in calls if id(n) not in ends}),
             "Outputs": dump({names[id(n)]: n.data for n in outputs}),
             "Earlier": "\n".join(map(dump, earlier)),
             "Feedback": self.feedback(),
@@ -194,8 +195,10 @@ class Optimizer:
 
 def line(n: Node, names: dict[int, str]) -> str:
     """y = f(a, b=c)"""
-    said = [f"{a}={names[id(p)]}" if a else names[id(p)] for a, p in zip(n.arguments, n.parents, strict=True)]
-    return f"{names[id(n)]} = {n.function}({', '.join(said)})"
+    arguments = [
+        f"{a}={names[id(p)]}" if a else names[id(p)] for a, p in zip(n.arguments, n.parents, strict=True)
+    ]
+    return f"{names[id(n)]} = {n.function}({', '.join(arguments)})"
 
 
 def dump(values: Any) -> str:
@@ -208,11 +211,11 @@ def suggestion(answer: str) -> dict[str, Any] | None:
     for at, letter in enumerate(answer):
         if letter == "{":
             try:
-                found, _ = decoder.raw_decode(answer, at)
+                parsed, _ = decoder.raw_decode(answer, at)
             except ValueError:
                 continue
-            if isinstance(found, dict) and isinstance(found.get("suggestion"), dict):
-                return found["suggestion"]
+            if isinstance(parsed, dict) and isinstance(parsed.get("suggestion"), dict):
+                return parsed["suggestion"]
     return None
 
 

@@ -44,8 +44,8 @@ class RandomSearch(Compiler):
                 " in all"
             )
         plain = program.copy()
-        made = [plain, *(c.compile(program, train, metric, teacher) for c in self.tries())]
-        scored = [(evaluate(p, dev, metric), p) for p in made]
+        candidates = [plain, *(c.compile(program, train, metric, teacher) for c in self.tries())]
+        scored = [(evaluate(p, dev, metric), p) for p in candidates]
         scored.sort(key=lambda pair: -pair[0])  # stable: of equals the earlier
         best = scored[0][1].copy()
         best.compiled = {**best.compiled, "score": scored[0][0], "candidates": scored}

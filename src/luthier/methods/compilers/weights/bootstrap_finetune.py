@@ -18,7 +18,7 @@ from luthier.errors import RecipeError
 from luthier.methods.compilers._base import Compiler, accepted, matching, ready
 from luthier.programs.models import Local
 from luthier.registry import compiler
-from luthier.storage import store
+from luthier.storage import files
 
 
 @compiler(paper="arXiv:2310.03714", row="dspy-compile")
@@ -43,8 +43,8 @@ class BootstrapFinetune(Compiler):
         teacher = teacher or program
         ready(teacher, rows)
         matching(program, teacher)
-        clock, made, folder = Clock(self.seed), program.copy(), Path(self.output_dir)
-        predictors = made.predictors()
+        clock, compiled, folder = Clock(self.seed), program.copy(), Path(self.output_dir)
+        predictors = compiled.predictors()
         learned: dict[str, list[dict]] = {name: [] for name in predictors}
         for i, row in enumerate(rows):
             for step in (
@@ -75,8 +75,8 @@ class BootstrapFinetune(Compiler):
         for name, some in learned.items():
             if some:
                 file = folder / f"{name}.jsonl"
-                store.write_rows(file, some)
+                files.write_rows(file, some)
                 report = tune({"eval_data": 0, **self.recipe, "data": str(file)}, folder=folder / name)
                 predictors[name].lm, predictors[name].demos = Local(report.folder), []
-        made.compiled = {"rows": {name: len(some) for name, some in learned.items()}}
-        return made
+        compiled.compiled = {"rows": {name: len(some) for name, some in learned.items()}}
+        return compiled

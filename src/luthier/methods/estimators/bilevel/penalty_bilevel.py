@@ -27,8 +27,9 @@ from pydantic import Field
 from luthier.errors import RecipeError
 from luthier.methods.estimators._base import GRADIENT, Estimator, gradients
 from luthier.methods.formats._base import SOURCE
+from luthier.methods.transforms._base import Params
 from luthier.registry import estimator
-from luthier.train.optimizer import Chain, Params
+from luthier.train.optimizer import Chain
 
 Tree = dict[str, Params]  # site -> slot -> tensor
 
@@ -61,38 +62,38 @@ class PenaltyBilevel(Estimator):
 
     def step(self, closure, chain, clock):
         sources = [n for n in closure.names if n != self.validation]
-        held = self.held(chain, clock, sources)
-        s = self.penalty * ((self.final_penalty or self.penalty) / self.penalty) ** clock.share
-        loss, *gradient = self.directions(closure, chain, held["x"], s, None, lower(chain))
+        upper = self.upper_state(chain, clock, sources)
+        s = self.penalty * ((self.final_penalty or self.penalty) / self.penalty) ** clock.progress
+        loss, *gradient = self.directions(closure, chain, upper["x"], s, None, lower(chain))
         now: list[Any] = gradient
         if self.momentum is not None and self.momentum < 1:
-            was = held["was"] if "was" in held else None
+            was = upper["was"] if "was" in upper else None
             before = parts(chain, "before")
             if was is not None and before:
                 _, *then = self.directions(closure, chain, was, s, before["y"], before["z"])
-                old = [parts(chain, "direction")["y"], parts(chain, "direction")["z"], held["direction"]]
+                old = [parts(chain, "direction")["y"], parts(chain, "direction")["z"], upper["direction"]]
                 now = [corrected(n, o, t, 1 - self.momentum) for n, o, t in zip(now, old, then, strict=True)]
             keep(chain, "before", {"y": copied(chain), "z": clone(lower(chain))})
             keep(chain, "direction", {"y": clone(now[0]), "z": clone(now[1])})
-            held["was"], held["direction"] = dict(held["x"]), dict(now[2])
+            upper["was"], upper["direction"] = dict(upper["x"]), dict(now[2])
         ahead_y, ahead_z, ahead_x = now
         chain.step(ahead_y)
         with as_lower(chain):
             chain.step(ahead_z)
-        held["hypergradient"] = ahead_x
+        upper["hypergradient"] = ahead_x
         if (clock.step + 1) % self.inner_steps == 0:
-            held["x"] = {k: v - self.upper_learning_rate * ahead_x[k] for k, v in held["x"].items()}
+            upper["x"] = {k: v - self.upper_learning_rate * ahead_x[k] for k, v in upper["x"].items()}
         if note := getattr(closure, "note", None):
-            weights = self.weights(held["x"])
+            weights = self.weights(upper["x"])
             note(
                 {f"mix/{n}": w for n, w in weights.items()}
-                | ({"weight_decay": math.exp(held["x"]["|decay"])} if self.weight_decay else {})
+                | ({"weight_decay": math.exp(upper["x"]["|decay"])} if self.weight_decay else {})
             )
         return loss
 
     # --- the upper level
 
-    def held(self, chain: Chain, clock: Any, sources: Sequence[str]) -> dict[str, Any]:
+    def upper_state(self, chain: Chain, clock: Any, sources: Sequence[str]) -> dict[str, Any]:
         """x and what belongs to it; the second copies are made where there are none yet. All of it lies in
         the chain's state.
         """
@@ -125,19 +126,19 @@ class PenaltyBilevel(Estimator):
         weights, decay = self.weights(x), math.exp(x["|decay"]) if "|decay" in x else 0.0
 
         def at(tensors: Tree | None, share: float) -> tuple[float, Tree, dict[str, float], float]:
-            with standing(chain, tensors):
+            with at_tensors(chain, tensors):
                 loss = closure(only=lambda place, name: share if name == self.validation else weights[name])
-                found, values, square = (
+                grads, values, square = (
                     {n: {k: g.clone() for k, g in g.items()} for n, g in gradients(chain).items()},
                     dict(closure.values),
                     0.0,
                 )
                 with torch.no_grad():
                     for group in chain.param_groups() if decay else ():
-                        for k, g in found.get(group.name, {}).items():
+                        for k, g in grads.get(group.name, {}).items():
                             g.add_(group.params[k], alpha=decay)
                             square += float(group.params[k].double().square().sum())
-            return loss, found, values, square / 2
+            return loss, grads, values, square / 2
 
         loss, grad_y, at_y, size_y = at(y, s)
         _, grad_z, at_z, size_z = at(z, 0.0)
@@ -196,20 +197,20 @@ def corrected(now: Any, old: Any, then: Any, share: float) -> Any:
 
 
 @contextmanager
-def standing(chain: Chain, tensors: Tree | None) -> Iterator[None]:
+def at_tensors(chain: Chain, tensors: Tree | None) -> Iterator[None]:
     """The network at other tensors, for a while; nothing is copied."""
-    kept = [
+    originals = [
         (p, p.data, tensors[s.name][k])
         for s in chain.param_groups()
         for k, p in s.params.items()
         if tensors and k in tensors.get(s.name, {})
     ]
     try:
-        for p, _, other in kept:
+        for p, _, other in originals:
             p.data = other
         yield
     finally:
-        for p, own, _ in kept:
+        for p, own, _ in originals:
             p.data = own
 
 
@@ -217,11 +218,11 @@ def standing(chain: Chain, tensors: Tree | None) -> Iterator[None]:
 def as_lower(chain: Chain) -> Iterator[None]:
     """The network as z, and the optimizer as that of z: a step in here moves z."""
     outer = chain.state
-    with standing(chain, lower(chain)):
-        chain.state = {n: kept["bilevel"]["chain"] for n, kept in outer.items()}
+    with at_tensors(chain, lower(chain)):
+        chain.state = {n: state["bilevel"]["chain"] for n, state in outer.items()}
         try:
             yield
         finally:
-            for n, kept in chain.state.items():
-                outer[n]["bilevel"]["chain"] = kept
+            for n, state in chain.state.items():
+                outer[n]["bilevel"]["chain"] = state
             chain.state = outer

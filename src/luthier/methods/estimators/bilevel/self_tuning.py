@@ -20,10 +20,10 @@ from pydantic import Field
 from luthier.errors import RecipeError
 from luthier.methods.estimators._base import GRADIENT, Estimator, gradients
 from luthier.methods.formats._base import SOURCE
+from luthier.methods.transforms._base import apply_chain
 from luthier.methods.tuners._base import ParamGroup
 from luthier.methods.tuners.low_rank.self_tuning import HYPERPARAMETERS
 from luthier.registry import build, estimator
-from luthier.train.optimizer import through
 
 
 @estimator(
@@ -82,7 +82,7 @@ class SelfTuning(Estimator):
         moving = {"moved": attached.hyper, "log_sigma": attached.log_sigma}
         grads = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in moving.items()}
         grads["log_sigma"] = grads["log_sigma"] - self.tau
-        update = through(
+        update = apply_chain(
             (build("transform", "adam"),),
             grads,
             state.setdefault("adam", {}),

@@ -8,6 +8,8 @@ from luthier.registry import estimator
 class Backprop(Estimator):
     """Reverse-mode differentiation."""
 
+    single_backward = True
+
     def step(self, closure, chain, clock):
         loss = closure()
         chain.step(gradients(chain))

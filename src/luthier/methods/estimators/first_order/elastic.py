@@ -28,21 +28,21 @@ class Elastic(Estimator):
     def step(self, closure, chain, clock):
         attached: Any = chain.attached
         loss = closure(only=lambda place, name: name != self.distill)
-        found = [{name: {k: g.clone() for k, g in slots.items()} for name, slots in gradients(chain).items()}]
+        grads = [{name: {k: g.clone() for k, g in slots.items()} for name, slots in gradients(chain).items()}]
         shapes = [attached.draw(clock.rng("elastic", k)) for k in range(self.samples)]
         for shape in [*shapes, *([attached.smallest] if self.smallest else [])]:
             with attached.playing(shape):
                 closure(only=lambda place, name: 1.0)
-            found.append(
+            grads.append(
                 {name: {k: g.clone() for k, g in slots.items()} for name, slots in gradients(chain).items()}
             )
-        names = {name for each in found for name in each}
+        names = {name for each in grads for name in each}
         total = {}
         for name in sorted(names):
-            slots = [each[name] for each in found if name in each]
+            slots = [each[name] for each in grads if name in each]
             keys = {k for s in slots for k in s}
             total[name] = {
-                k: reduce(lambda a, b: a + b, (s[k] for s in slots if k in s)) / len(found)
+                k: reduce(lambda a, b: a + b, (s[k] for s in slots if k in s)) / len(grads)
                 for k in sorted(keys)
             }
         chain.step(total)

@@ -40,13 +40,13 @@ class GradientDropout(Estimator):
         closure(only=lambda place, name: name == self.gate)
         gates = {group: {k: g.clone() for k, g in slots.items()} for group, slots in gradients(chain).items()}
         loss = closure(only=lambda place, name: name != self.gate)
-        kept = {}
+        gated = {}
         for group, slots in gradients(chain).items():
-            kept[group] = {
+            gated[group] = {
                 k: self.dropped(a, gates.get(group, {}).get(k), clock.rng("gradient_dropout", group, k))
                 for k, a in slots.items()
             }
-        chain.step(kept)
+        chain.step(gated)
         return loss
 
     def dropped(self, a: Tensor, b: Tensor | None, rng: torch.Generator) -> Tensor:

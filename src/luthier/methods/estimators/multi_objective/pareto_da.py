@@ -57,7 +57,7 @@ def weights(C: np.ndarray, c: np.ndarray, guided: bool) -> np.ndarray:
     bound = np.isfinite(least)
     gain = c if guided else C.sum(0)
     length = float(np.abs(gain).max()) or 1.0
-    found = linprog(
+    solution = linprog(
         -gain / length,
         A_ub=-C[bound] / scale,
         b_ub=-least[bound] / scale,
@@ -66,4 +66,4 @@ def weights(C: np.ndarray, c: np.ndarray, guided: bool) -> np.ndarray:
         bounds=(0, 1),
     )
     # the shortest mix meets every bound: but for rounding one is found
-    return found.x if found.status == 0 else np.full(k, 1 / k)
+    return solution.x if solution.status == 0 else np.full(k, 1 / k)

@@ -18,7 +18,12 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.methods.estimators._base import GRADIENT, Estimator, gradients
-from luthier.methods.estimators._lora import full_gradient, placed, scale_of, speaking
+from luthier.methods.estimators._lora import (
+    full_gradient,
+    lora_groups,
+    modified_outputs,
+    scale_of,
+)
 from luthier.methods.tuners._base import LOW_RANK
 from luthier.registry import estimator
 
@@ -33,23 +38,23 @@ class GGPO(Estimator):
     def step(self, closure, chain, clock):
         with self.noise(chain):
             loss = closure()
-        found = gradients(chain)
+        grads = gradients(chain)
         if self.sigma or self.beta:
-            for name, layer, group in placed(chain):
-                if found.get(name, {}).keys() >= {"A", "B"}:
-                    G = full_gradient(group.params, found[name], scale_of(layer))
+            for name, layer, group in lora_groups(chain):
+                if grads.get(name, {}).keys() >= {"A", "B"}:
+                    G = full_gradient(group.params, grads[name], scale_of(layer))
                     chain.state.setdefault(name, {})["ggpo"] = {"rows": G.norm(dim=1)}
-        chain.step(found)
+        chain.step(grads)
         return loss
 
     def noise(self, chain):
         """For a while every module that has seen a gradient speaks under noise."""
         changes = []
-        for name, layer, group in placed(chain) if self.sigma or self.beta else ():
+        for name, layer, group in lora_groups(chain) if self.sigma or self.beta else ():
             if "ggpo" in chain.state.get(name, {}):
                 size = self.size(layer, group.params, chain.state[name]["ggpo"]["rows"])
                 changes.append((layer, lambda x, y, size=size: noisy(x, y, size)))
-        return speaking(changes)
+        return modified_outputs(changes)
 
     @torch.no_grad()
     def size(self, layer: Any, slots: Any, rows: Tensor) -> Tensor:

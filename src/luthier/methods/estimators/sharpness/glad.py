@@ -36,9 +36,9 @@ class GLAD(Estimator):
         here = {name: {k: g.clone() for k, g in slots.items()} for name, slots in gradients(chain).items()}
         norm = sum(float(g.float().square().sum()) for slots in here.values() for g in slots.values()) ** 0.5
         if norm:
-            far = self.rho / norm
+            climb = self.rho / norm
             with (
-                perturbed(chain, lambda group, slot, p: None if p.grad is None else far * p.grad.float()),
+                perturbed(chain, lambda group, slot, p: None if p.grad is None else climb * p.grad.float()),
                 torch.enable_grad(),
             ):
                 closure()

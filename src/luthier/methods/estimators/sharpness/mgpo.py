@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.methods.estimators._base import GRADIENT, Estimator, gradients
-from luthier.methods.estimators._lora import placed, scale_of, speaking
+from luthier.methods.estimators._lora import lora_groups, modified_outputs, scale_of
 from luthier.methods.tuners._base import LOW_RANK
 from luthier.registry import estimator
 
@@ -34,13 +34,13 @@ class MGPO(Estimator):
     beta: Annotated[float, Field(ge=0, lt=1)] = 0.9  # memory of the gradients' length
 
     def step(self, closure, chain, clock):
-        with speaking(self.displacements(chain)):
+        with modified_outputs(self.displacements(chain)):
             loss = closure()
-        found = gradients(chain)
-        for name, layer, group in placed(chain) if self.rho else ():
-            if found.get(name, {}).keys() >= {"A", "B"}:
-                self.follow(chain.state.setdefault(name, {}), group.params, found[name], scale_of(layer))
-        chain.step(found)
+        grads = gradients(chain)
+        for name, layer, group in lora_groups(chain) if self.rho else ():
+            if grads.get(name, {}).keys() >= {"A", "B"}:
+                self.follow(chain.state.setdefault(name, {}), group.params, grads[name], scale_of(layer))
+        chain.step(grads)
         return loss
 
     @torch.no_grad()
@@ -50,23 +50,25 @@ class MGPO(Estimator):
         size = scale * length(slots["A"].float(), slots["B"].float(), g["A"], g["B"])
         if "mgpo" not in state:
             state["mgpo"] = {"A": torch.zeros_like(g["A"]), "B": torch.zeros_like(g["B"]), "size": size}
-        kept = state["mgpo"]
-        kept["A"].lerp_(g["A"], 1 - self.mu)
-        kept["B"].lerp_(g["B"], 1 - self.mu)
-        kept["size"] = kept["size"].lerp(size, 1 - self.beta)
+        momentum = state["mgpo"]
+        momentum["A"].lerp_(g["A"], 1 - self.mu)
+        momentum["B"].lerp_(g["B"], 1 - self.mu)
+        momentum["size"] = momentum["size"].lerp(size, 1 - self.beta)
 
     @torch.no_grad()
     def displacements(self, chain):
         """Of every module that has seen a gradient: how it speaks with E in its weight."""
-        for name, layer, group in placed(chain) if self.rho else ():
-            kept = chain.state.get(name, {}).get("mgpo")
-            if kept is None:
+        for name, layer, group in lora_groups(chain) if self.rho else ():
+            momentum = chain.state.get(name, {}).get("mgpo")
+            if momentum is None:
                 continue
             A, B = group.params["A"].detach().float(), group.params["B"].detach().float()
-            whole = length(A, B, kept["A"], kept["B"])
+            whole = length(A, B, momentum["A"], momentum["B"])
             if whole > 0:
-                far = self.rho / whole * (1 / kept["size"]).clamp(max=10)  # s is in both lengths of M / |M|
-                low, high = torch.cat([A, kept["A"]]), torch.cat([kept["B"], B], 1) * far
+                factor = (
+                    self.rho / whole * (1 / momentum["size"]).clamp(max=10)
+                )  # s is in both lengths of M / |M|
+                low, high = torch.cat([A, momentum["A"]]), torch.cat([momentum["B"], B], 1) * factor
                 yield layer, lambda x, y, low=low, high=high: y + (x @ low.T.to(x.dtype)) @ high.T.to(x.dtype)
 
 

@@ -29,8 +29,8 @@ class SAM(Estimator):
             ** 0.5
         )
         if norm:
-            far = self.rho / norm
-            with perturbed(chain, lambda group, slot, p: None if p.grad is None else far * p.grad.float()):
+            climb = self.rho / norm
+            with perturbed(chain, lambda group, slot, p: None if p.grad is None else climb * p.grad.float()):
                 closure()
         chain.step(gradients(chain))
         return loss

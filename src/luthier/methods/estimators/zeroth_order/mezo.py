@@ -26,8 +26,8 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.methods.estimators._base import Estimator, perturbed
+from luthier.methods.transforms._base import LazyGradients
 from luthier.registry import estimator
-from luthier.train.optimizer import Lazily
 
 PIECE = 2**17  # numbers that follow from one seed; on a CPU what is made on the way stays in the cache
 
@@ -70,7 +70,7 @@ class MeZO(Estimator):
                 for k, p in moving.items()
             }
 
-        chain.step(Lazily(param_groups, estimate))
+        chain.step(LazyGradients(param_groups, estimate))
         return sum(losses) / len(losses)
 
 

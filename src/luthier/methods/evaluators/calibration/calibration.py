@@ -15,7 +15,7 @@ from luthier.methods.architectures._base import LOGPROBS, TOPK
 from luthier.methods.evaluators._base import Evaluator, batches, liked
 from luthier.methods.formats._base import COMPLETIONS
 from luthier.registry import evaluator
-from luthier.storage import store
+from luthier.storage import files
 
 
 @evaluator(paper="arXiv:1706.04599", requires=[COMPLETIONS, LOGPROBS, TOPK])
@@ -37,7 +37,7 @@ class Calibration(Evaluator):
             return {}
         table = self.table(torch.cat(sure), torch.cat(right))
         if when != "during":
-            store.write_json(folder / f"calibration-{when}.json", table)
+            files.write_json(folder / f"calibration-{when}.json", table)
         total = sum(n for n, _, _ in table)
         return {"calibration_error": sum(n / total * abs(s - r) for n, s, r in table)}
 

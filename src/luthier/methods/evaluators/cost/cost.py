@@ -32,12 +32,12 @@ class Cost(Evaluator):
         )
         if not rows:
             return {}
-        kept = [p.grad for p in moving]
+        grads = [p.grad for p in moving]
         with torch.enable_grad(), FlopCounterMode(display=False) as counted:
             loss = roles.policy.logprobs(roles.batch(rows)).sum()
             if loss.requires_grad:
                 torch.autograd.grad(loss, moving, allow_unused=True)
-        for p, g in zip(moving, kept, strict=True):
+        for p, g in zip(moving, grads, strict=True):
             p.grad = g
         stored = sum(p.numel() * p.element_size() for p in moving)
         return {"gflops_per_row": counted.get_total_flops() / len(rows) / 1e9, "stored_mb": stored / 2**20}

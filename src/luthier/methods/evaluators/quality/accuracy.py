@@ -3,13 +3,13 @@
 from typing import ClassVar
 
 from luthier.methods.architectures._base import LOGPROBS, TOPK
-from luthier.methods.evaluators._base import ByRow, batches, keep, paired
+from luthier.methods.evaluators._base import PerExample, batches, keep, paired
 from luthier.methods.formats._base import COMPLETIONS
 from luthier.registry import evaluator
 
 
 @evaluator(requires=[COMPLETIONS, LOGPROBS, TOPK])
-class Accuracy(ByRow):
+class Accuracy(PerExample):
     """`accuracy`: share of completions whose every supervised token is the likeliest one given those before
     it, which is greedy exact match (of a classifier: plain accuracy). `token_accuracy`: the same per token.
     For rows with better and worse completions also `preference_accuracy`: share of rows whose best is
@@ -17,14 +17,14 @@ class Accuracy(ByRow):
 
     asks: ClassVar[frozenset[str]] = frozenset({"first"})
 
-    def told(self, said, roles, rows, folder, when):
-        if not said:
+    def summarize(self, stats, roles, rows, folder, when):
+        if not stats:
             return {}
         out = {
-            "accuracy": share(said),
-            "token_accuracy": sum(s.first for s in said.values()) / sum(s.tokens for s in said.values()),
+            "accuracy": share(stats),
+            "token_accuracy": sum(s.first for s in stats.values()) / sum(s.tokens for s in stats.values()),
         }
-        keep(folder, when, accuracy=exact(said))
+        keep(folder, when, accuracy=exact(stats))
         better = {}
         for batch in batches(roles, paired(rows), self.batch_size):
             logprob, scores = batch.sums(roles.policy.logprobs(batch)), batch.column("scores")
@@ -39,11 +39,11 @@ class Accuracy(ByRow):
         return out
 
 
-def exact(said):
+def exact(stats):
     """Row id -> 1 where every token is right."""
-    return {i: float(s.first == s.tokens) for i, s in said.items()}
+    return {i: float(s.first == s.tokens) for i, s in stats.items()}
 
 
-def share(said):
+def share(stats):
     """Of rows whose every token is right."""
-    return sum(exact(said).values()) / len(said)
+    return sum(exact(stats).values()) / len(stats)

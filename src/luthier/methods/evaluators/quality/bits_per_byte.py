@@ -5,22 +5,22 @@ from __future__ import annotations
 import math
 
 from luthier.methods.architectures._base import GENERATE, LOGPROBS
-from luthier.methods.evaluators._base import ByRow, liked, named
+from luthier.methods.evaluators._base import PerExample, liked, named
 from luthier.methods.formats._base import COMPLETIONS
 from luthier.registry import evaluator
 
 
 @evaluator(row="monocoder", requires=[COMPLETIONS, LOGPROBS, GENERATE])
-class BitsPerByte(ByRow):
+class BitsPerByte(PerExample):
     """`bits_per_byte`: -log2 p of each row's best completion, end of turn included, over the UTF-8 bytes of
     what it says.
     """
 
-    def told(self, said, roles, rows, folder, when):
+    def summarize(self, stats, roles, rows, folder, when):
         nats, size = 0.0, 0
         for row in liked(rows):
             encoded = roles.policy.architecture.encode(row, roles.renderer)
             for name, tokens, marks in zip(named(row), encoded.completions, encoded.supervised, strict=True):
-                asked = [t for t, mark in zip(tokens, marks, strict=True) if mark]
-                nats, size = nats + said[name].loss, size + len(roles.text(asked).encode())
+                supervised = [t for t, mark in zip(tokens, marks, strict=True) if mark]
+                nats, size = nats + stats[name].loss, size + len(roles.text(supervised).encode())
         return {"bits_per_byte": nats / math.log(2) / size} if size else {}

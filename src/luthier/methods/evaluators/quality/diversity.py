@@ -31,7 +31,7 @@ class Diversity(Evaluator):
         if not rows:
             return {}
         seeds = [roles.clock.derive_seed("diversity", r["id"], at=0) for r in rows]
-        said = roles.policy.generate(
+        written = roles.policy.generate(
             [roles.renderer.prompt(r) for r in rows],
             seeds=seeds,
             n=self.samples,
@@ -39,11 +39,11 @@ class Diversity(Evaluator):
             max_new_tokens=self.max_new_tokens,
             stop=roles.renderer.stop_ids,
         )
-        every = [tuple(ids) for answers in said for ids in answers]
+        every = [tuple(ids) for answers in written for ids in answers]
         pairs = [pair for ids in every for pair in zip(ids, ids[1:])]
         return {
             "distinct_answers": (
-                sum(len({tuple(a) for a in answers}) / len(answers) for answers in said) / len(said)
+                sum(len({tuple(a) for a in answers}) / len(answers) for answers in written) / len(written)
             ),
             "answer_length": sum(map(len, every)) / len(every),
             **({"distinct_2": len(set(pairs)) / len(pairs)} if pairs else {}),

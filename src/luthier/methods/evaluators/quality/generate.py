@@ -7,7 +7,7 @@ from typing import Any
 from luthier.methods.architectures._base import GENERATE
 from luthier.methods.evaluators._base import Evaluator, liked
 from luthier.registry import build, evaluator
-from luthier.storage import store
+from luthier.storage import files
 
 OPENING = 24  # tokens of a text that are given, to be continued
 
@@ -60,12 +60,12 @@ class Generate(Evaluator):
                     "score": score,
                 }
             )
-        store.write_rows(folder / f"samples-{when}.jsonl", samples)
+        files.write_rows(folder / f"samples-{when}.jsonl", samples)
         scores = [s["score"] for s in samples if s["score"] is not None]
-        told = (
+        metrics = (
             {"generated_reward" if judge else "generated_exact": sum(scores) / len(scores)} if scores else {}
         )
-        return {**told, "generated_tokens": sum(len(ids) for (ids,) in written) / len(written)}
+        return {**metrics, "generated_tokens": sum(len(ids) for (ids,) in written) / len(written)}
 
     def opened(self, roles: Any, row: dict) -> tuple[list[int], list[int]] | None:
         """A text to continue: its first tokens, and the rest, which is one way of going on among many. Else
@@ -73,15 +73,19 @@ class Generate(Evaluator):
         """
         if row["prompt"] != "" or len(row.get("completions", ())) != 1 or roles.renderer.encoder:
             return None
-        said = roles.policy.architecture.encode(row, roles.renderer)
-        first = min(OPENING, len(said.completions[0]) // 2)
-        return said.prompt + said.completions[0][:first], said.completions[0][first:]
+        encoded = roles.policy.architecture.encode(row, roles.renderer)
+        first = min(OPENING, len(encoded.completions[0]) // 2)
+        return encoded.prompt + encoded.completions[0][:first], encoded.completions[0][first:]
 
     def expected(self, roles: Any, row: dict) -> str | None:
         """What the row says the answer is, as text."""
         if not row.get("completions"):
             return str(row["answer"]) if "answer" in row else None
-        said = roles.policy.architecture.encode(row, roles.renderer)
+        encoded = roles.policy.architecture.encode(row, roles.renderer)
         return roles.text(
-            [t for t, asked in zip(said.completions[0], said.supervised[0], strict=True) if asked]
+            [
+                t
+                for t, supervised in zip(encoded.completions[0], encoded.supervised[0], strict=True)
+                if supervised
+            ]
         )

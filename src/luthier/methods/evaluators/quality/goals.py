@@ -48,15 +48,15 @@ class Goals(Evaluator):
         written = roles.policy.generate(
             [roles.renderer.prompt(r) for r in rows], seeds=seeds, stop=roles.renderer.stop_ids, **how
         )
-        found = {}
+        by_goal = {}
         for name, reward in self.goals.items():
             judge = build("reward", reward)
-            said = [
+            scores = [
                 judge.scores(row, [roles.text(ids) for ids in answers])
                 for row, answers in zip(rows, written, strict=True)
             ]
-            found[f"goal/{name}"] = {
-                str(row["id"]): sum(each) / len(each) for row, each in zip(rows, said, strict=True)
+            by_goal[f"goal/{name}"] = {
+                str(row["id"]): sum(each) / len(each) for row, each in zip(rows, scores, strict=True)
             }
-        keep(folder, when, **found)
-        return {name: sum(each.values()) / len(each) for name, each in found.items()}
+        keep(folder, when, **by_goal)
+        return {name: sum(each.values()) / len(each) for name, each in by_goal.items()}

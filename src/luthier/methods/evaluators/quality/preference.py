@@ -51,16 +51,16 @@ class Totals:
 @torch.no_grad()
 def totals(who, roles, rows: list[dict], size: int | None = None) -> Totals | None:
     """The best and the worst completion of each row, as a role reads them; None where no row tells two apart."""
-    found = []
+    parts = []
     for batch in batches(roles, rows, size):
         logp = batch.sums(who.logprobs(batch).double())
         best, worst = best_and_worst(batch)
-        found.append(
+        parts.append(
             torch.stack(
                 [logp[best], logp[worst], batch.lengths[best].double(), batch.lengths[worst].double()]
             ).cpu()
         )
-    return Totals(*torch.cat(found, 1)) if found else None
+    return Totals(*torch.cat(parts, 1)) if parts else None
 
 
 def ranked(better: Tensor, worse: Tensor) -> float:
@@ -72,7 +72,7 @@ def checkup(own: Totals, other: Totals) -> dict[str, float]:
     """The policy's and the reference's totals on the same rows -> numbers."""
     chosen, rejected = own.chosen - other.chosen, own.rejected - other.rejected
     preferred = torch.where(chosen >= rejected, own.chosen_tokens, own.rejected_tokens)
-    found = {
+    metrics = {
         "ranking_accuracy": ranked(own.chosen, own.rejected),
         "reference_ranking_accuracy": ranked(other.chosen, other.rejected),
         "reward_accuracy": ranked(chosen, rejected),
@@ -82,4 +82,4 @@ def checkup(own: Totals, other: Totals) -> dict[str, float]:
         "length_ratio": float(preferred.sum() / own.chosen_tokens.sum()),
     }
     about = correlation(torch.cat([chosen, rejected]), torch.cat([own.chosen_tokens, own.rejected_tokens]))
-    return found if about is None else {**found, "length_correlation": about}
+    return metrics if about is None else {**metrics, "length_correlation": about}

@@ -22,15 +22,15 @@ class ResponseRanking(Evaluator):
     def run(self, roles, rows, folder, when):
         rows = [r for r in liked(rows) if r["prompt"]]
         others = [r["completions"][0] for r in (*rows[1:], *rows[:1])]
-        asked = [
+        pairs = [
             {**r, "completions": [r["completions"][0], o]}
             for r, o in zip(rows, others, strict=True)
             if r["completions"][0] != o
         ]
-        if len(asked) < 2:
+        if len(pairs) < 2:
             return {}
         won = []
-        for batch in batches(roles, asked, self.batch_size):
+        for batch in batches(roles, pairs, self.batch_size):
             own, other = batch.means(roles.policy.logprobs(batch)).view(-1, 2).unbind(1)
             won.append((own > other).float() + 0.5 * (own == other).float())
         return {"response_ranking": float(torch.cat(won).mean())}

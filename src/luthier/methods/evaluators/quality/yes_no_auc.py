@@ -23,17 +23,17 @@ class YesNoAUC(Evaluator):
     answers: tuple[str, str] = ("yes", "no")  # the two completions
 
     def run(self, roles, rows, folder, when):
-        asked = [
+        prompts = [
             {**r, "completions": [*self.answers], "truth": r["completions"][0] == self.answers[0]}
             for r in rows
             if "question" in r
         ]
-        found = []
-        for batch in batches(roles, asked, self.batch_size):
+        scored = []
+        for batch in batches(roles, prompts, self.batch_size):
             yes = batch.sums(roles.policy.logprobs(batch)).view(-1, 2).softmax(-1)[:, 0].tolist()
-            found += [(r, y) for r, y in zip(batch.rows, yes, strict=True)]
+            scored += [(r, y) for r, y in zip(batch.rows, yes, strict=True)]
         questions, labels = defaultdict(list), defaultdict(lambda: defaultdict(list))
-        for row, yes in found:
+        for row, yes in scored:
             questions[row.get("task", ""), row["question"]].append((yes, row["truth"]))
             labels[row.get("task", ""), row.get("asked")][row["id"].rsplit("/", 1)[0]].append(
                 (yes, row["truth"])
@@ -45,8 +45,8 @@ class YesNoAUC(Evaluator):
         ensemble = [auc(*map(torch.tensor, zip(*pairs, strict=True))) for pairs in joint]
         out = {}
         for name, values in (("auc", single), ("auc_ensemble", ensemble)):
-            told = [v for v in values if v is not None]
-            out |= {name: sum(told) / len(told)} if told else {}
+            defined = [v for v in values if v is not None]
+            out |= {name: sum(defined) / len(defined)} if defined else {}
         return out
 
 

@@ -23,11 +23,13 @@ class ImplicitValue(Evaluator):
             means.append(batch.means(v))
             lasts.append(batch.last(v))
             scores.append(batch.column("scores"))
-        told = {"value_correlation": means, "value_correlation_last": lasts}
-        found = {
-            name: correlation(torch.cat(values), torch.cat(scores)) for name, values in told.items() if values
+        columns = {"value_correlation": means, "value_correlation_last": lasts}
+        metrics = {
+            name: correlation(torch.cat(values), torch.cat(scores))
+            for name, values in columns.items()
+            if values
         }
-        return {name: value for name, value in found.items() if value is not None}
+        return {name: value for name, value in metrics.items() if value is not None}
 
 
 def correlation(x: Tensor, y: Tensor) -> float | None:

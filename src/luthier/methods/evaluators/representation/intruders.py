@@ -34,16 +34,16 @@ class Intruders(Evaluator):
     epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.5
 
     def run(self, roles, rows, folder, when):
-        attached, kept = roles.policy.attached, Path(folder) / "before-tuning.safetensors"
+        attached, path = roles.policy.attached, Path(folder) / "before-tuning.safetensors"
         now = matrices(roles.policy.model)
         if when != "after":
             if when == "before":
                 save_file(
-                    {name: p.detach().contiguous() for name, p in now.items() if p.requires_grad}, str(kept)
+                    {name: p.detach().contiguous() for name, p in now.items() if p.requires_grad}, str(path)
                 )
             return {}
         before = {name: p.detach().clone() for name, p in now.items() if not p.requires_grad}
-        before |= load_file(str(kept), device=str(roles.policy.model.device))
+        before |= load_file(str(path), device=str(roles.policy.model.device))
         with attached.merged() as model:
             after = matrices(model)
             changed = {name: p for name, p in after.items() if not torch.equal(p, before[name])}
@@ -53,7 +53,7 @@ class Intruders(Evaluator):
                 w0, w1 = (before[n].T, p.T) if n.rpartition(".")[0] in turned else (before[n], p)
                 counts.append(sum(m < self.epsilon for m in likeness(w0, w1, self.k)))
             ranks = [effective_rank(p.float() - before[n].float()) for n, p in changed.items()]
-        kept.unlink()
+        path.unlink()
         return (
             {"intruders": sum(counts) / len(counts), "change_rank": sum(ranks) / len(ranks)}
             if counts

@@ -31,16 +31,16 @@ class RSA(Evaluator):
     n: Annotated[int, Field(ge=3)] = 48  # rows
 
     def run(self, roles, rows, folder, when):
-        kept, now = Path(folder) / "rsa.safetensors", pictures(roles, liked(rows)[: self.n])
-        if not kept.is_file():
-            save_file(now, str(kept))
-        then = load_file(str(kept))
-        said = {
+        path, now = Path(folder) / "rsa.safetensors", pictures(roles, liked(rows)[: self.n])
+        if not path.is_file():
+            save_file(now, str(path))
+        then = load_file(str(path))
+        metrics = {
             f"rsa/{k}": correlation(then[k], v)
             for k, v in now.items()
             if then[k].shape == v.shape and len(v) > 1
         }
-        return {**said, "rsa": sum(said.values()) / len(said)} if said else {}
+        return {**metrics, "rsa": sum(metrics.values()) / len(metrics)} if metrics else {}
 
 
 def pictures(roles, rows: list[dict]) -> dict[str, Tensor]:

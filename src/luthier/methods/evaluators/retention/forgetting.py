@@ -15,11 +15,11 @@ from typing import Any
 from luthier.data import rows as reading
 from luthier.errors import RecipeError
 from luthier.methods.architectures._base import LOGPROBS, TOPK
-from luthier.methods.evaluators._base import Evaluator, Said, keep, liked, named, read
+from luthier.methods.evaluators._base import Evaluator, TokenStats, keep, liked, named, read
 from luthier.methods.evaluators.quality.accuracy import exact, share
 from luthier.methods.evaluators.quality.loss import shares
 from luthier.registry import evaluator
-from luthier.storage import store
+from luthier.storage import files
 
 
 @evaluator(requires=[LOGPROBS, TOPK])
@@ -40,22 +40,22 @@ class Forgetting(Evaluator):
 
     def measure(self, roles, rows, folder: Path, when: str, accuracy: bool) -> dict[str, float]:
         """Every row is read once, whatever is asked of it."""
-        said = read(roles, rows, self.batch_size, {"loss", "first"} if accuracy else {"loss"})
-        tokens = sum(s.tokens for s in said.values())
+        stats = read(roles, rows, self.batch_size, {"loss", "first"} if accuracy else {"loss"})
+        tokens = sum(s.tokens for s in stats.values())
         if not tokens:
             return {}
-        skills: dict[Any, dict[str, Said]] = defaultdict(dict)
+        skills: dict[Any, dict[str, TokenStats]] = defaultdict(dict)
         for row in liked(rows) if accuracy else ():
-            skills[row.get("skill")] |= {name: said[name] for name in named(row)}
-        out = {"elsewhere_loss": sum(s.loss for s in said.values()) / tokens}
+            skills[row.get("skill")] |= {name: stats[name] for name in named(row)}
+        out = {"elsewhere_loss": sum(s.loss for s in stats.values()) / tokens}
         keep(
             folder,
             when,
-            elsewhere_loss=shares(said),
-            **({"elsewhere_accuracy": exact(said)} if accuracy else {}),
+            elsewhere_loss=shares(stats),
+            **({"elsewhere_accuracy": exact(stats)} if accuracy else {}),
         )
         if accuracy:
-            out["elsewhere_accuracy"] = share(said)
+            out["elsewhere_accuracy"] = share(stats)
         if len(skills) > 1:
             out |= {
                 f"elsewhere_accuracy/{skill}": share(some) for skill, some in sorted(skills.items(), key=str)
@@ -66,40 +66,40 @@ class Forgetting(Evaluator):
         """The rows, and whether they are the model's own texts. Kept in the run folder, so that all
         measurements agree.
         """
-        kept = folder / "forgetting.jsonl"
-        if kept.is_file():
-            found = store.read_rows(kept)
-            return found, bool(found) and found[0].get("own", False)
+        path = folder / "forgetting.jsonl"
+        if path.is_file():
+            rows = files.read_rows(path)
+            return rows, bool(rows) and rows[0].get("own", False)
         if self.data is None and "generate" not in roles.policy.architecture.provides:
             # a network that no longer writes has nothing in common with what the base could do
             return [], False
         beside = Path(roles.policy.model.config.name_or_path or ".") / "probe.jsonl"
         source = self.data if self.data is not None else str(beside) if beside.is_file() else None
         if source is not None:
-            found = reading.load(source).rows
-            some = min(self.n, len(found))
+            rows = reading.load(source).rows
+            some = min(self.n, len(rows))
             # evenly: rows may stand skill by skill
-            found = [found[i * len(found) // some] for i in range(some)]
-            found = roles.policy.architecture.encode_all(found, roles.renderer).rows
+            rows = [rows[i * len(rows) // some] for i in range(some)]
+            rows = roles.policy.architecture.encode_all(rows, roles.renderer).rows
         elif start := self.opening(roles):
             seeds = [roles.clock.derive_seed("forgetting", i, at=0) for i in range(self.texts)]
-            said = roles.policy.generate(
+            written = roles.policy.generate(
                 [start] * self.texts,
                 seeds=seeds,
                 max_new_tokens=self.max_new_tokens,
                 stop=roles.renderer.stop_ids,
             )
-            found = [
+            rows = [
                 {"id": f"own-{i}", "prompt": "", "completions": ids, "own": True}
-                for i, ids in enumerate(said)
+                for i, ids in enumerate(written)
                 if ids[0]
             ]
         else:
             return [], False
-        if not found:
+        if not rows:
             raise RecipeError("evaluator 'forgetting': its data holds no usable row")
-        store.write_rows(kept, found)
-        return found, found[0].get("own", False)
+        files.write_rows(path, rows)
+        return rows, rows[0].get("own", False)
 
     def opening(self, roles) -> list[int]:
         """What an empty page begins with: the tokenizer's first token, if it has one."""

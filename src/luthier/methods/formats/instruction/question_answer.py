@@ -20,11 +20,11 @@ class QuestionAnswer(Format):
 
     def read(self, raw):
         before = [text(raw, name) for name in ("passage", "context") if raw.get(name)]
-        given = opened(raw.get("answer"), "answer")
-        several = given if isinstance(given, list) else None
-        if several == [] or isinstance(given, dict):
+        answer = opened(raw.get("answer"), "answer")
+        several = answer if isinstance(answer, list) else None
+        if several == [] or isinstance(answer, dict):
             raise BadRow("answer is empty" if several == [] else "answer is an object, not text")
-        said = plain(several[0] if several else given, "answer", ("yes", "no"))
-        final = said.rsplit("####", 1)[-1].strip() if "####" in said else said
+        solution = plain(several[0] if several else answer, "answer", ("yes", "no"))
+        final = solution.rsplit("####", 1)[-1].strip() if "####" in solution else solution
         prompt = "\n\n".join([*before, text(raw, "question")]) + ("" if self.chat else "\n")
-        return {"prompt": prompt, "completions": [said], "answer": final, "answers": several}
+        return {"prompt": prompt, "completions": [solution], "answer": final, "answers": several}

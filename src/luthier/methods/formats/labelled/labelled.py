@@ -31,10 +31,10 @@ class Labelled(Format):
         if label is None or label == []:
             raise BadRow("label is missing")
         several = label if isinstance(label, list) else [label]
-        said = raw.get("label_name") or ", ".join(plain(each, "label") for each in several)
-        told = {
+        names = raw.get("label_name") or ", ".join(plain(each, "label") for each in several)
+        row = {
             "prompt": "\n".join(texts) + ("" if self.chat else "\n"),
-            "completions": [said],
+            "completions": [names],
             "label": label,
         }
-        return {**told, "texts": texts} if pair else told
+        return {**row, "texts": texts} if pair else row

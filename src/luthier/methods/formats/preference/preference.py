@@ -37,14 +37,16 @@ class Preference(Format):
             "conversations": messages,
             "instruction": lambda value, name: instruction(raw),
         }
-        told = [read(raw[name], name) for name, read in readers.items() if raw.get(name) is not None]
+        prompts = [read(raw[name], name) for name, read in readers.items() if raw.get(name) is not None]
         whole = (
             isinstance(chosen, list)
             and isinstance(rejected, list)
             and chosen[0] == rejected[0]
             and len(chosen) > 1
         )
-        prompt, pair = shared(chosen, rejected) if whole or not told else alike(told[0], chosen, rejected)
+        prompt, pair = (
+            shared(chosen, rejected) if whole or not prompts else alike(prompts[0], chosen, rejected)
+        )
         if raw.get("system") and "instruction" not in raw:
             prompt, pair = alike(
                 prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}], *pair

@@ -12,11 +12,11 @@ class Ranked(Format):
     optional = "tools"
 
     def read(self, raw):
-        given, scores = opened(raw.get("completions"), "completions"), numbers(raw.get("scores"), "scores")
-        if not isinstance(given, list) or not given:
+        texts, scores = opened(raw.get("completions"), "completions"), numbers(raw.get("scores"), "scores")
+        if not isinstance(texts, list) or not texts:
             raise BadRow("completions is not a list of completions")
-        if len(given) != len(scores):
-            raise BadRow(f"there are {len(given)} completions but {len(scores)} scores")
+        if len(texts) != len(scores):
+            raise BadRow(f"there are {len(texts)} completions but {len(scores)} scores")
         prompt = "" if raw.get("prompt") == "" else side(raw.get("prompt"), "prompt")
-        prompt, completions = alike(prompt, *(side(c, "completions") for c in given))
+        prompt, completions = alike(prompt, *(side(c, "completions") for c in texts))
         return {"prompt": prompt, "completions": completions, "scores": scores, "tools": tools(raw)}

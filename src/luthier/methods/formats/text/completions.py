@@ -14,9 +14,9 @@ class Completions(Format):
     optional = "tools"
 
     def read(self, raw):
-        given = opened(raw.get("completions"), "completions")
-        if not isinstance(given, list) or not given:
+        texts = opened(raw.get("completions"), "completions")
+        if not isinstance(texts, list) or not texts:
             raise BadRow("completions is not a list of completions")
         prompt = "" if raw.get("prompt") == "" else side(raw.get("prompt"), "prompt")
-        prompt, completions = alike(prompt, *(side(c, "completions") for c in given))
+        prompt, completions = alike(prompt, *(side(c, "completions") for c in texts))
         return {"prompt": prompt, "completions": completions, "tools": tools(raw)}

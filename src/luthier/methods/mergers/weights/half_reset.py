@@ -33,12 +33,12 @@ class HalfReset(Merger):
     def merge(self, several, base=None):
         from luthier.methods.tuners.subset.hft import half
 
-        found = self.alike(several)
+        tensors = self.alike(several)
         if len(several) != 1 or base is None:
             raise RecipeError(
                 f"merger 'half_reset' takes one run, not {len(several)}, and the base it began with"
             )
-        names = {n.removesuffix(".weight"): n for n in found}  # parameter -> its tensor's name
+        names = {n.removesuffix(".weight"): n for n in tensors}  # parameter -> its tensor's name
         sizes = {n: several[0][k].numel() for n, k in names.items() if layer_of(n)}
         reset = half(sizes, self.ratio, Clock(self.selection_seed).rng("half_reset"))
         if not reset:

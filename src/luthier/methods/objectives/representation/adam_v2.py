@@ -65,7 +65,7 @@ class AdamV2(Objective):
                 f"adam_v2 cuts wholes into {m} parts and role `part_whole` into {heads.m}: set parts_of_whole"
                 " alike in both"
             )
-        cut = regions(batch, m, min(self.levels - 1, int(roles.clock.share * self.levels)), roles.clock)
+        cut = regions(batch, m, min(self.levels - 1, int(roles.clock.progress * self.levels)), roles.clock)
         if cut is None:
             return torch.zeros(0, device=batch.ids.device)
         student = means(cut, roles.policy.outputs(self.exchanged(cut, roles)), m)

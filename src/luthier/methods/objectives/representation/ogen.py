@@ -101,7 +101,7 @@ class OGEN(Objective):
             ),
             "distillation": divergence(judged(unheard_late, late, last).detach(), says).mean(1),
         }
-        if roles.clock.share >= self.warmup:
+        if roles.clock.progress >= self.warmup:
             ours = -judged(alone, out, first).gather(1, y[:, None])[:, 0]
             theirs = -judged(others, out, first).gather(2, near[..., None])[..., 0].mean(1)
             terms |= {"known": ours + theirs, "unknown": -says.gather(2, far[..., None])[..., 0].mean(1)}

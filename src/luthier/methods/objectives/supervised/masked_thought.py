@@ -27,7 +27,7 @@ class MaskedThought(Tokens):
 
     def rate(self, clock) -> float:
         """The share that is hidden at this step."""
-        return self.mask_probability * min(1.0, clock.share / self.warmup if self.warmup else 1.0)
+        return self.mask_probability * min(1.0, clock.progress / self.warmup if self.warmup else 1.0)
 
     def hidden(self, roles, batch):
         """[L] the tokens as they are read."""

@@ -40,7 +40,7 @@ class GreedySoup(Plan):
         soup, best = runs[:1], runs[0]
         for run in runs[1:]:
             merged = {"merge": "average", "of": [r.folder for r in (*soup, run)]}
-            tried = yield recipe.but(init_from=merged, objective=None, stages=[], online_stages=[])
-            if cost(tried) <= cost(best):
-                soup, best = [*soup, run], tried
+            trial = yield recipe.but(init_from=merged, objective=None, stages=[], online_stages=[])
+            if cost(trial) <= cost(best):
+                soup, best = [*soup, run], trial
         return best

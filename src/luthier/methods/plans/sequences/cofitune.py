@@ -38,16 +38,16 @@ class CoFiTune(Plan):
             raise RecipeError("scores: name at least one metric")
 
     def recipes(self, recipe):
-        given: Any = (
+        tuner: Any = (
             recipe.tuner
             if isinstance(recipe.tuner, dict) and recipe.tuner.get("name") == "cofitune"
             else {"name": "cofitune"}
         )
 
-        def tried(where, modules):
+        def candidate(where, modules):
             return recipe.but(
                 tuner={
-                    **given,
+                    **tuner,
                     "layer_range": list(where),
                     "modules": list(modules),
                     "soft_mask": self.soft_mask,
@@ -62,7 +62,7 @@ class CoFiTune(Plan):
         level = [((q / 4, (q + 1) / 4), modules) for q in range(4)]
         halved = False
         while level:
-            reports = yield [tried(*node) for node in level]
+            reports = yield [candidate(*node) for node in level]
             top = max(range(len(level)), key=lambda i: score(reports[i]))
             better = best is None or score(reports[top]) > score(best)
             if better:

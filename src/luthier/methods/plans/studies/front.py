@@ -15,12 +15,13 @@ from dataclasses import field
 from itertools import combinations
 from typing import Annotated, Any, Literal
 
+import moocore
+import numpy as np
 from pydantic import Field
 
 from luthier.errors import RecipeError
 from luthier.methods.plans._base import Plan, measured
 from luthier.registry import build, did_you_mean, plan, spec
-from luthier.study.statistics import expected_utility, front, hypervolume, sparsity
 
 WEIGHTS = 21  # ways to weigh the goals, evenly spread, over which the expected utility is a mean
 PAIRS = "pairs"  # the goal that the pairs are ranked by, where no reward says what it is
@@ -66,11 +67,11 @@ class Front(Plan):
     def recipes(self, recipe):
         goals = self.of(recipe)
         vectors = self.vectors(len(goals))
-        asked = {name: reward for name, reward in goals.items() if reward is not None}
+        rewards = {name: reward for name, reward in goals.items() if reward is not None}
         how = {"n": self.judged, "samples": self.samples, "max_new_tokens": self.max_new_tokens}
         measure = [
-            {"name": "goals", "goals": asked, **how},
-            *(["preference"] if len(asked) < len(goals) else []),
+            {"name": "goals", "goals": rewards, **how},
+            *(["preference"] if len(rewards) < len(goals) else []),
         ]
         measuring = {"evaluate": [*(recipe.evaluate or ()), *measure]}
         # in the order of goals, as weights are
@@ -96,34 +97,45 @@ class Front(Plan):
         before = [float(start[metric]) for metric in names.values()]
         worst = self.floor(list(goals), [before, *reached])
         best = max(zip(reports, reached, strict=True), key=lambda both: _box(both[1], worst))[0]
-        kept = front({str(i): [-v for v in values] for i, values in enumerate(reached)})
-        volume = hypervolume([[-v for v in values] for values in reached], [-w for w in worst])
+        on_front = best_of(reached)
+        volume = hypervolume(reached, worst)
         best.stats["front"] = {
             "metrics": names,
             "preferences": vectors,
             "reached": reached,
             "before": before,
             "folders": [r.folder for r in reports],
-            "kept": [int(i) for i in kept],
+            "kept": on_front,
             "worst": worst,
             "hypervolume": volume,
             "utility": expected_utility(reached, spread(len(goals), WEIGHTS)),
-            "sparsity": sparsity([[-v for v in values] for values in reached]) if len(kept) > 1 else None,
+            "sparsity": sparsity(reached) if len(on_front) > 1 else None,
         }
         best.stats["hypervolume"] = volume
         best.stats["table"] = _table(list(goals), best.stats["front"])
         best.notes.append(
-            f"hypervolume of the front {volume:.4g}, above {_said(dict(zip(goals, worst, strict=True)))}"
+            f"hypervolume of the front {volume:.4g}, above {_formatted(dict(zip(goals, worst, strict=True)))}"
         )
-        if len(kept) < len(reports):
+        if len(on_front) < len(reports):
             best.notes.append(
-                f"{len(reports) - len(kept)} of {len(reports)} models are not on the front: another is as"
+                f"{len(reports) - len(on_front)} of {len(reports)} models are not on the front: another is as"
                 " good in every goal"
             )
         return best
 
     def front(self, recipe):
         return {metric: self.worst.get(name) for name, metric in _metrics(self.of(recipe)).items()}
+
+    @staticmethod
+    def figure(name: str, values: Sequence[Sequence[float]], worst: Sequence[float] = ()) -> float:
+        """A front in one number: its `hypervolume` above `worst`, `utility` or `sparsity`. values: [points,
+        goals], each goal the larger the better.
+        """
+        if name == "hypervolume":
+            return hypervolume(values, worst)
+        if name == "utility":
+            return expected_utility(values, spread(len(values[0]), WEIGHTS))
+        return sparsity(values)
 
     def page(self, report):
         from luthier.report.front import page
@@ -174,9 +186,9 @@ class Front(Plan):
         shares = [max(0.0, w - self.least) for w in weights]
         return shares if sum(shares) else [1.0] * len(shares)
 
-    def floor(self, names: Sequence[str], seen: Sequence[Sequence[float]]) -> list[float]:
+    def floor(self, names: Sequence[str], points: Sequence[Sequence[float]]) -> list[float]:
         """Where the volume begins in each goal."""
-        columns = zip(*seen, strict=True)
+        columns = zip(*points, strict=True)
         usual = [0.0 if all(0 <= v <= 1 for v in column) else min(column) for column in columns]
         return [self.worst.get(name, value) for name, value in zip(names, usual, strict=True)]
 
@@ -186,12 +198,9 @@ def weigh(recipe: Any, goals: Mapping[str, Any], weights: Sequence[float]) -> di
     if _stage(recipe.online_stages, "score"):
         if None in goals.values():
             raise RecipeError("plan 'front': on samples every goal wants a reward")
-        told = {"reward": list(goals.values()), "names": list(goals), "reward_weights": list(weights)}
-        return {
-            "online_stages": [
-                {"name": "score", **told} if _name(s) == "score" else s for s in recipe.online_stages
-            ]
-        }
+        score = {"reward": list(goals.values()), "names": list(goals), "reward_weights": list(weights)}
+        stages = [{"name": "score", **score} if _name(s) == "score" else s for s in recipe.online_stages]
+        return {"online_stages": stages}
     aim = spec(recipe.aim()) if recipe.objective is not None and hasattr(recipe.aim(), "kind") else {}
     if aim.get("name") not in ("dpo", "modpo"):
         raise RecipeError(
@@ -224,11 +233,37 @@ def spread(goals: int, points: int) -> list[list[float]]:
         [(b - a - 1) / size for a, b in zip((-1, *c), (*c, size + goals - 1), strict=True)] for c in cuts
     ]
     taken = [[float(i == k) for i in range(goals)] for k in range(goals)][:points]
-    far = [min(_apart(x, t) for t in taken) for x in lattice]
+    distances = [min(_apart(x, t) for t in taken) for x in lattice]
     while len(taken) < points:
-        taken.append(lattice[max(range(len(lattice)), key=far.__getitem__)])
-        far = [min(d, _apart(x, taken[-1])) for d, x in zip(far, lattice, strict=True)]
+        taken.append(lattice[max(range(len(lattice)), key=distances.__getitem__)])
+        distances = [min(d, _apart(x, taken[-1])) for d, x in zip(distances, lattice, strict=True)]
     return taken
+
+
+def best_of(values: Sequence[Sequence[float]]) -> list[int]:
+    """The points that no other beats; equal ones stay together. values: the larger the better."""
+    best = moocore.is_nondominated(np.asarray(values, float), maximise=True, keep_weakly=True)
+    return np.flatnonzero(best).tolist()
+
+
+def hypervolume(values: Sequence[Sequence[float]], worst: Sequence[float]) -> float:
+    """The volume between a front and `worst`; points that do not lie above it in every goal add nothing."""
+    return float(moocore.hypervolume(np.asarray(values, float), ref=np.asarray(worst, float), maximise=True))
+
+
+def expected_utility(values: Sequence[Sequence[float]], weights: Sequence[Sequence[float]]) -> float:
+    """What users get on average: each takes the point that is best under weights of their own."""
+    return float((np.asarray(weights, float) @ np.asarray(values, float).T).max(1).mean())
+
+
+def sparsity(values: Sequence[Sequence[float]]) -> float:
+    """Squared gaps between neighbours on the front, goal by goal, by one less than its points. Of one point
+    it says nothing: inf.
+    """
+    points = np.unique(np.asarray(values, float)[best_of(values)], axis=0)
+    if len(points) < 2:
+        return float("inf")
+    return float((np.diff(np.sort(points, axis=0), axis=0) ** 2).sum() / (len(points) - 1))
 
 
 def _metrics(goals: Mapping[str, Any]) -> dict[str, str]:
@@ -242,7 +277,7 @@ def _apart(a: Sequence[float], b: Sequence[float]) -> float:
 
 def _box(values: Sequence[float], worst: Sequence[float]) -> float:
     """The volume that a point alone reaches."""
-    return hypervolume([[-v for v in values]], [-w for w in worst])
+    return hypervolume([values], worst)
 
 
 def _name(method: Any) -> Any:
@@ -259,17 +294,17 @@ def _rewards(stage: Any) -> dict[str, Any]:
     return {stage.named(k): spec(reward) for k, reward in enumerate(stage.reward)}
 
 
-def _said(values: Mapping[str, float]) -> str:
+def _formatted(values: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.3g}" for name, value in values.items())
 
 
-def _table(names: Sequence[str], found: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _table(names: Sequence[str], stats: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What the console lists: weights, what was reached, and whether it is on the front."""
     return [
         {
-            "weights": _said(dict(zip(names, weights, strict=True))),
+            "weights": _formatted(dict(zip(names, weights, strict=True))),
             **{name: f"{value:.3f}" for name, value in zip(names, values, strict=True)},
-            "front": "yes" if i in found["kept"] else "",
+            "front": "yes" if i in stats["kept"] else "",
         }
-        for i, (weights, values) in enumerate(zip(found["preferences"], found["reached"], strict=True))
+        for i, (weights, values) in enumerate(zip(stats["preferences"], stats["reached"], strict=True))
     ]

@@ -33,46 +33,46 @@ class ToolCall(Reward):
 
     def scores(self, row: dict, texts: list[str]) -> list[float]:
         gold = call_in(self.column(row, "answer"))
-        known = {
+        parameters = {
             t["function"]["name"]: set(t["function"].get("parameters", {}).get("properties", {}))
             for t in self.column(row, "tools")
         }
         if gold is None:
             raise ValueError(f"row {row.get('id')}: its answer is no tool call")
-        return [self.judged(call_in(text), gold, known) for text in texts]
+        return [self.judged(call_in(text), gold, parameters) for text in texts]
 
-    def judged(self, call: dict | None, gold: dict, known: dict[str, set[str]]) -> float:
-        if call is None or call["name"] not in known:
+    def judged(self, call: dict | None, gold: dict, parameters: dict[str, set[str]]) -> float:
+        if call is None or call["name"] not in parameters:
             return -2.0
         if call["name"] != gold["name"]:
             return -1.5
-        said, wanted = call["arguments"].keys(), gold["arguments"].keys()
-        exists = known[call["name"]] | wanted
-        faults = (bool(said - exists), bool((said & exists) - wanted), bool(wanted - said))
+        called, required = call["arguments"].keys(), gold["arguments"].keys()
+        exists = parameters[call["name"]] | required
+        faults = (bool(called - exists), bool((called & exists) - required), bool(required - called))
         if any(faults):
             return FAULTS[faults]
         return 1.0 if call["arguments"] == gold["arguments"] else -0.25
 
 
-def call_in(said: Any) -> dict | None:
+def call_in(value: Any) -> dict | None:
     """{"name", "arguments"} out of text, JSON or a call as messages carry it; None where there is none."""
-    if isinstance(said, str):
-        marked = CALL.search(said)
-        inside = (marked.group(1) if marked else said).strip()
+    if isinstance(value, str):
+        marked = CALL.search(value)
+        inside = (marked.group(1) if marked else value).strip()
         begins = inside.find("{")
         try:
-            said = json.JSONDecoder().raw_decode(inside[begins:])[0] if begins >= 0 else None
+            value = json.JSONDecoder().raw_decode(inside[begins:])[0] if begins >= 0 else None
         except ValueError:
             return None
-    if isinstance(said, list):
-        said = said[0] if said else None
-    said = said.get("function", said) if isinstance(said, dict) else None
-    if not isinstance(said, dict) or not isinstance(said.get("name"), str):
+    if isinstance(value, list):
+        value = value[0] if value else None
+    value = value.get("function", value) if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
-    arguments = said.get("arguments", {})
+    arguments = value.get("arguments", {})
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
         except ValueError:
             return None
-    return {"name": said["name"], "arguments": arguments} if isinstance(arguments, dict) else None
+    return {"name": value["name"], "arguments": arguments} if isinstance(arguments, dict) else None

@@ -23,8 +23,8 @@ class World(Reward):
         from luthier.toy.tasks import find
 
         verify = find(self.column(row, "world")).verify
-        found = {text: self.one(verify(row, text), row) for text in dict.fromkeys(texts)}
-        return [found[text] for text in texts]
+        by_text = {text: self.one(verify(row, text), row) for text in dict.fromkeys(texts)}
+        return [by_text[text] for text in texts]
 
     def one(self, verdict: float | dict[str, float], row: dict) -> float:
         """One number of a verdict; a sentence where it has no such objective."""

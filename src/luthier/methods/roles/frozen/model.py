@@ -15,8 +15,8 @@ from luthier.errors import RecipeError
 from luthier.methods.roles._base import Role
 from luthier.methods.tuners._base import Untuned
 from luthier.model.policy import Policy
+from luthier.recipe.model_names import resolve_model
 from luthier.registry import build, role
-from luthier.storage.store import resolve_model
 
 AnyQuantizer = Annotated[Any, BeforeValidator(lambda v: v if v is None else build("quantizer", v))]
 
@@ -27,7 +27,7 @@ class Model(Role):
 
     constant = True
 
-    model: str = "practice:lm"  # folder of a model, a run or an adapter; hub name, or practice:NAME
+    model: str = "toy:lm"  # folder of a model, a run or an adapter; hub name, or toy:NAME
     quantization: AnyQuantizer = None  # of its linear weights, e.g. nf4; null: as they are
 
     def __post_init__(self):

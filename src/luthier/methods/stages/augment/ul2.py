@@ -53,12 +53,12 @@ class UL2(Stage):
             halves = [half for half in (row["prompt"], *row["completions"]) if isinstance(half, str)]
             text = "".join(halves)
             if len(halves) == 2 == 1 + len(row["completions"]) and text:
-                read, said, mode = self.denoised(text, row["id"], roles)
+                read, target, mode = self.denoised(text, row["id"], roles)
                 out.append(
                     {
                         **without(row),
                         "prompt": self.modes.get(mode, "") + read,
-                        "completions": [said],
+                        "completions": [target],
                         "mode": mode,
                     }
                 )
@@ -81,20 +81,20 @@ class UL2(Stage):
             return "".join(parts[:cut]), "".join(parts[cut:]), mode
         kinds = DENOISERS[mode]
         mean, rate = kinds[int(torch.randint(len(kinds), (), generator=rng))]
-        read, said = corrupt(parts, mean, rate, self.sentinel, rng)
-        return read, said, mode
+        read, target = corrupt(parts, mean, rate, self.sentinel, rng)
+        return read, target, mode
 
 
 def corrupt(
     parts: Sequence[str], mean: float, rate: float, sentinel: str, rng: torch.Generator
 ) -> tuple[str, str]:
     """Pieces of a text -> the text with sentinels in place of spans, and the spans each behind its sentinel."""
-    read, said = [], []
-    for k, (kept, hidden) in enumerate(spans(len(parts), mean, rate, rng)):
+    read, target = [], []
+    for k, (visible, hidden) in enumerate(spans(len(parts), mean, rate, rng)):
         mark = sentinel.format(k)
-        read += [*(parts[i] for i in kept), mark]
-        said += [mark, *(parts[i] for i in hidden)]
-    return "".join(read), "".join(said)
+        read += [*(parts[i] for i in visible), mark]
+        target += [mark, *(parts[i] for i in hidden)]
+    return "".join(read), "".join(target)
 
 
 def spans(n: int, mean: float, rate: float, rng: torch.Generator) -> list[tuple[range, range]]:
@@ -104,11 +104,11 @@ def spans(n: int, mean: float, rate: float, rng: torch.Generator) -> list[tuple[
     noise = min(max(1, round(n * rate)), max(1, n - 1))
     count = max(1, min(round(noise / mean), noise, n - noise))
     out, place = [], 0
-    for kept, hidden in zip(
+    for visible, hidden in zip(
         _composition(n - noise, count, rng), _composition(noise, count, rng), strict=True
     ):
-        out.append((range(place, place + kept), range(place + kept, place + kept + hidden)))
-        place += kept + hidden
+        out.append((range(place, place + visible), range(place + visible, place + visible + hidden)))
+        place += visible + hidden
     return out
 
 
@@ -120,13 +120,13 @@ def _composition(total: int, parts: int, rng: torch.Generator) -> list[int]:
     return [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
 
 
-def restored(read: str, said: str, sentinel: str = "<extra_id_{}>") -> str:
+def restored(read: str, target: str, sentinel: str = "<extra_id_{}>") -> str:
     """The text that `corrupt` was given."""
     k = 0
-    while (mark := sentinel.format(k)) in said:
-        _, _, rest = said.partition(mark)
+    while (mark := sentinel.format(k)) in target:
+        _, _, rest = target.partition(mark)
         span, following, more = rest.partition(sentinel.format(k + 1))
         read = read.replace(mark, span, 1)
-        said = following + more
+        target = following + more
         k += 1
     return read

@@ -13,7 +13,7 @@ from luthier.methods.formats._base import COMPLETIONS, PAIRS, SCORES
 from luthier.methods.stages._base import CACHED_LOGPROBS, OLD_LOGPROBS, Stage, best_first, pick, without
 from luthier.methods.stages.rollout.rollout import Rollout
 from luthier.registry import stage
-from luthier.storage.store import read_rows
+from luthier.storage.files import read_rows
 
 BEFORE = "@before"  # ends the id of a pair that an earlier round made
 
@@ -41,19 +41,19 @@ class AgainstSelf(Stage):
     def __call__(self, rows, roles):
         rows = self.usable(rows, roles)
         how = {k: getattr(self, k) for k in ("max_new_tokens", "temperature", "top_p", "draw")}
-        asked = [{**row, "from": place} for place, row in enumerate(rows)]
+        requests = [{**row, "from": place} for place, row in enumerate(rows)]
         alike, out = 0, []
-        for answer in Rollout(n=1, **how)(asked, roles):
+        for answer in Rollout(n=1, **how)(requests, roles):
             row = rows[answer["from"]]
-            given = pick(row, best_first(row)[:1] if "scores" in row else [0])
+            reference = pick(row, best_first(row)[:1] if "scores" in row else [0])
             alike += (
-                roles.policy.architecture.encode(given, roles.renderer).completions[0]
+                roles.policy.architecture.encode(reference, roles.renderer).completions[0]
                 == answer["completions"][0]
             )
             out.append(
                 {
                     **without(row),
-                    "completions": [given["completions"][0], answer["completions"][0]],
+                    "completions": [reference["completions"][0], answer["completions"][0]],
                     "scores": [1.0, 0.0],
                 }
             )

@@ -44,13 +44,13 @@ class ContrastContexts(Stage):
                 for k, a in enumerate(answers)
                 for c in (contexts[k], None, contexts[1 - k])
             ]
-            kept = {k: v for k, v in row.items() if k not in ("scores", "contexts")}
-            out.append({**kept, "prompt": [], "completions": readings, "contrasts": answers})
+            rest = {k: v for k, v in row.items() if k not in ("scores", "contexts")}
+            out.append({**rest, "prompt": [], "completions": readings, "contrasts": answers})
         self.left(
             roles, len(rows) - len(out), len(rows), "they do not hold two contexts and two answers as text"
         )
         return out
 
     def reading(self, row: dict, context: str | None, answer: str) -> list[dict]:
-        asked = f"{context}\n\n{row['prompt']}" if context else row["prompt"]
-        return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+        question = f"{context}\n\n{row['prompt']}" if context else row["prompt"]
+        return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -33,14 +33,14 @@ class DiffMasks(Stage):
     def __call__(self, rows, roles):
         for row in self.usable(rows, roles):
             encoded, order = roles.policy.architecture.encode(row, roles.renderer), best_first(row)
-            said = [
+            tokens = [
                 [t for t, m in zip(ids, marks, strict=True) if m]
                 for ids, marks in zip(encoded.completions, encoded.supervised, strict=True)
             ]
-            masks = [[[0.0] * len(ids) for ids in said] for _ in range(2)]
+            masks = [[[0.0] * len(ids) for ids in tokens] for _ in range(2)]
             pair = order[0], order[-1]
             for k, line, token in zip(
-                pair, *differing(*([lines(roles, said[k]) for k in pair])), strict=True
+                pair, *differing(*([lines(roles, tokens[k]) for k in pair])), strict=True
             ):
                 masks[0][k], masks[1][k] = line, token
             yield {**row, "line_mask": masks[0], "token_mask": masks[1]}

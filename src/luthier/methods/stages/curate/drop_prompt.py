@@ -30,8 +30,8 @@ class ResponseOnly(Stage):
                     ],
                 }
             else:
-                said = [
+                turns = [
                     [{"role": "assistant", "content": c}] if isinstance(c, str) else c
                     for c in row["completions"]
                 ]
-                yield {**row, "prompt": [{"role": "user", "content": ""}], "completions": said}
+                yield {**row, "prompt": [{"role": "user", "content": ""}], "completions": turns}

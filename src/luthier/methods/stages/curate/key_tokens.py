@@ -30,28 +30,30 @@ class KeyTokens(Stage):
     def __call__(self, rows, roles):
         for row in self.usable(rows, roles):
             encoded, weights = roles.policy.architecture.encode(row, roles.renderer), []
-            for said, ids, marks in zip(
+            for completion, ids, marks in zip(
                 row["completions"], encoded.completions, encoded.supervised, strict=True
             ):
-                keys = self.keys(roles, row, said, ids) & {i for i, m in enumerate(marks) if m}
+                keys = self.keys(roles, row, completion, ids) & {i for i, m in enumerate(marks) if m}
                 others = sum(marks) - len(keys)
                 weight = min(others / len(keys), self.most) if keys else 1.0
                 weights.append([weight if i in keys else 1.0 for i, m in enumerate(marks) if m])
             yield {**row, "token_weights": weights}
 
-    def keys(self, roles: Any, row: dict, said: Any, ids: list[int]) -> set[int]:
+    def keys(self, roles: Any, row: dict, completion: Any, ids: list[int]) -> set[int]:
         """Places of the key tokens of a completion."""
         texts = pieces(roles, ids)
         ends = [0]
         for text in texts:
             ends.append(ends[-1] + len(text))
-        places = decisive("".join(texts), calls_of(said), [t["function"]["name"] for t in row["tools"]])
+        places = decisive("".join(texts), calls_of(completion), [t["function"]["name"] for t in row["tools"]])
         return {next(i for i in range(len(texts)) if ends[i] <= place < ends[i + 1]) for place in places}
 
 
-def calls_of(said: Any) -> list[dict]:
+def calls_of(completion: Any) -> list[dict]:
     """The tool calls of a completion, in order."""
-    turns = said if isinstance(said, list) and said and isinstance(said[0], dict) else []
+    turns = (
+        completion if isinstance(completion, list) and completion and isinstance(completion[0], dict) else []
+    )
     return [
         call["function"]
         for turn in turns
@@ -83,7 +85,7 @@ def decisive(text: str, calls: list[dict], tools: list[str]) -> Iterator[int]:
                 continue
             yield named + 1
             at = named + len(key) + 2
-            shown = next(
+            begin = next(
                 (
                     text.find(w, at)
                     for w in (json.dumps(value), json.dumps(value, ensure_ascii=False))
@@ -91,6 +93,6 @@ def decisive(text: str, calls: list[dict], tools: list[str]) -> Iterator[int]:
                 ),
                 -1,
             )
-            if shown >= 0:
-                yield shown + (1 if isinstance(value, str) and value else 0)
-                at = shown + 1
+            if begin >= 0:
+                yield begin + (1 if isinstance(value, str) and value else 0)
+                at = begin + 1

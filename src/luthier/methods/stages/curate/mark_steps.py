@@ -28,9 +28,9 @@ class MarkSteps(Stage):
         for row in rows:
             ids, targets = [], []
             for step, right in zip(row["steps"], row["step_labels"], strict=True):
-                said = roles.renderer.one(step + "\n")
-                ids += said
-                targets += [-1.0] * (len(said) - 1) + [float(right)]
+                tokens = roles.renderer.one(step + "\n")
+                ids += tokens
+                targets += [-1.0] * (len(tokens) - 1) + [float(right)]
             if len(roles.renderer.prompt(row)) + len(ids) <= most:
                 out.append({**row, "completions": [ids], "step_targets": [targets]})
         self.left(roles, len(rows) - len(out), len(rows), f"they are longer than {most} tokens")

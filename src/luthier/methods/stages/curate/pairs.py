@@ -20,11 +20,11 @@ class Pairs(Stage):
     margin: Annotated[float, Field(ge=0)] = 0.0  # the two scores differ by more than this
 
     def __call__(self, rows, roles):
-        rows, kept = list(rows), []
+        rows, pairs = list(rows), []
         for row in rows:
             order = best_first(row)
             if row["scores"][order[0]] - row["scores"][order[-1]] > self.margin:
-                kept.append(pick(row, (order[0], order[-1])))
+                pairs.append(pick(row, (order[0], order[-1])))
         gap = f" (they differ by {self.margin:g} or less)" if self.margin else ""
-        self.left(roles, len(rows) - len(kept), len(rows), f"all their completions score alike{gap}")
-        return kept
+        self.left(roles, len(rows) - len(pairs), len(rows), f"all their completions score alike{gap}")
+        return pairs

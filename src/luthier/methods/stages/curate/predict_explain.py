@@ -36,12 +36,12 @@ class PredictExplain(Stage):
     def __call__(self, rows, roles):
         rows, out = list(rows), []
         for row in rows:
-            told = row.get(self.column)
+            rationale = row.get(self.column)
             if (
                 isinstance(row["prompt"], str)
                 and row.get("completions")
-                and isinstance(told, str)
-                and told.strip()
+                and isinstance(rationale, str)
+                and rationale.strip()
             ):
                 plain, key = without(row), row["id"]
                 out.append(
@@ -52,8 +52,8 @@ class PredictExplain(Stage):
                         "tasks": ["answer"],
                     }
                 )
-                asked = {**plain, "id": f"{key}/rationale", "prompt": self.explain + row["prompt"]}
-                out.append({**asked, "completions": [self.before + told], "tasks": ["rationale"]})
+                explaining = {**plain, "id": f"{key}/rationale", "prompt": self.explain + row["prompt"]}
+                out.append({**explaining, "completions": [self.before + rationale], "tasks": ["rationale"]})
         self.left(
             roles,
             len(rows) - len(out) // 2,

@@ -38,13 +38,13 @@ class Rationale(Stage):
     def __call__(self, rows, roles):
         rows, out = list(rows), []
         for row in rows:
-            told = row.get(self.column)
-            if row.get("completions") and isinstance(told, str) and told.strip():
-                said = self.before + told
+            rationale = row.get(self.column)
+            if row.get("completions") and isinstance(rationale, str) and rationale.strip():
+                text = self.before + rationale
                 second = (
-                    said
+                    text
                     if isinstance(row["completions"][0], str)
-                    else [{"role": "assistant", "content": said}]
+                    else [{"role": "assistant", "content": text}]
                 )
                 out.append(
                     {

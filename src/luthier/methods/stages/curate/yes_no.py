@@ -41,7 +41,9 @@ class YesNo(Stage):
         for row in rows:
             for label, described in self.questions.items():
                 for q, question in enumerate(described):
-                    said = self.answers[0] if str(row["completions"][0]).strip() == label else self.answers[1]
+                    answer = (
+                        self.answers[0] if str(row["completions"][0]).strip() == label else self.answers[1]
+                    )
                     beside = {"task": self.task, "question": question, "asked": label}
                     text = f"{question}\n{row['prompt'].rstrip()}\n"
                     out.append(
@@ -50,7 +52,7 @@ class YesNo(Stage):
                             **beside,
                             "id": f"{row['id']}/{label}/{q}",
                             "prompt": text,
-                            "completions": [said],
+                            "completions": [answer],
                         }
                     )
         if self.balance:

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.formats._base import COMPLETIONS
-from luthier.methods.stages._base import CACHED_LOGPROBS, Stage, said
+from luthier.methods.stages._base import CACHED_LOGPROBS, Stage, completion_logprobs
 from luthier.registry import stage
 
 
@@ -27,5 +27,7 @@ class Remember(Stage):
 
     def __call__(self, rows, roles):
         rows = self.usable(rows, roles)  # pieces of long texts must be the rows that training reads
-        for row, values in zip(rows, said(roles.policy, roles, rows, self.batch_size), strict=True):
+        for row, values in zip(
+            rows, completion_logprobs(roles.policy, roles, rows, self.batch_size), strict=True
+        ):
             yield {**row, self.column: values}

@@ -13,7 +13,7 @@ from pydantic import Field
 from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.formats._base import COMPLETIONS
 from luthier.methods.roles._base import REFERENCE
-from luthier.methods.stages._base import REWARDS, Stage, said
+from luthier.methods.stages._base import REWARDS, Stage, completion_logprobs
 from luthier.registry import stage
 
 
@@ -35,7 +35,8 @@ class ImplicitReward(Stage):
     def __call__(self, rows, roles):
         rows = self.usable(rows, roles)
         own, other = (
-            said(who, roles, rows, self.batch_size) for who in (getattr(roles, self.role), roles.reference)
+            completion_logprobs(who, roles, rows, self.batch_size)
+            for who in (getattr(roles, self.role), roles.reference)
         )
         for row, mine, theirs in zip(rows, own, other, strict=True):
             reward = [self.beta * (sum(a) - sum(b)) for a, b in zip(mine, theirs, strict=True)]

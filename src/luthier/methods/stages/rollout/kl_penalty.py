@@ -9,7 +9,7 @@ from pydantic import Field
 from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.formats._base import COMPLETIONS, PAIRS, SCORES
 from luthier.methods.roles._base import REFERENCE
-from luthier.methods.stages._base import Stage, said
+from luthier.methods.stages._base import Stage, completion_logprobs
 from luthier.registry import stage
 
 
@@ -27,7 +27,9 @@ class KLPenalty(Stage):
 
     def __call__(self, rows, roles):
         rows = list(rows)
-        own, other = (said(who, roles, rows, self.batch_size) for who in (roles.policy, roles.reference))
+        own, other = (
+            completion_logprobs(who, roles, rows, self.batch_size) for who in (roles.policy, roles.reference)
+        )
         for row, mine, theirs in zip(rows, own, other, strict=True):
             gaps = [sum(a) - sum(b) for a, b in zip(mine, theirs, strict=True)]
             yield {

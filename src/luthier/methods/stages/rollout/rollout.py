@@ -22,7 +22,7 @@ from luthier.methods.stages._base import (
     SAMPLES,
     TRUNCATED,
     Stage,
-    said,
+    completion_logprobs,
     without,
 )
 from luthier.registry import Range, stage
@@ -61,7 +61,7 @@ class Rollout(Stage):
         return self.provides if self.old else self.provides - {OLD_LOGPROBS}
 
     def __call__(self, rows, roles):
-        kept, prompts, rooms, bad = [], [], [], []
+        answerable, prompts, rooms, bad = [], [], [], []
         limit = getattr(roles.renderer, "max_length", None)
         for row in rows:
             try:
@@ -75,16 +75,16 @@ class Rollout(Stage):
                     f"the prompt of {len(prompt)} tokens leaves no room for an answer (max_length {limit})"
                 )
                 continue
-            kept, prompts, rooms = [*kept, row], [*prompts, prompt], [*rooms, room]
+            answerable, prompts, rooms = [*answerable, row], [*prompts, prompt], [*rooms, room]
         self.left(roles, len(bad), len(rows), bad[0] if bad else "")
-        if not kept:
+        if not answerable:
             return []
         stop = list(roles.renderer.stop_ids)
         how = {k: getattr(self, k) for k in ("n", "max_new_tokens", "temperature", "top_p", "top_k")}
-        written = self.answers(roles, prompts, seeds=self.seeds(kept, roles.clock), stop=stop, **how)
-        out, known = [], []
-        for row, room, answers in zip(kept, rooms, written, strict=True):
-            known.append([logprobs[:room] for _, logprobs in answers])
+        written = self.answers(roles, prompts, seeds=self.seeds(answerable, roles.clock), stop=stop, **how)
+        out, old_logprobs = [], []
+        for row, room, answers in zip(answerable, rooms, written, strict=True):
+            old_logprobs.append([logprobs[:room] for _, logprobs in answers])
             answers = [ids[:room] for ids, _ in answers]
             out.append(
                 {
@@ -102,10 +102,11 @@ class Rollout(Stage):
             )
         who = getattr(roles, self.sampler)
         if who is not roles.policy and not who.compared:
-            who.compare(known[0], next(said(roles.policy, roles, out[:1], 1)))
+            who.compare(old_logprobs[0], next(completion_logprobs(roles.policy, roles, out[:1], 1)))
         if self.old:
-            known = known if who is not roles.policy else said(roles.policy, roles, out, self.batch_size)
-            out = [{**row, "old_logprobs": old} for row, old in zip(out, known, strict=True)]
+            if who is roles.policy:
+                old_logprobs = completion_logprobs(roles.policy, roles, out, self.batch_size)
+            out = [{**row, "old_logprobs": old} for row, old in zip(out, old_logprobs, strict=True)]
             self.check(out)
         return out
 
@@ -125,11 +126,11 @@ class Rollout(Stage):
 
     def seeds(self, rows, clock) -> list[int]:
         """One per row. A row that is there twice is answered differently each time."""
-        seen: Counter = Counter()
+        counts: Counter = Counter()
         out = []
         for row in rows:
-            out.append(clock.derive_seed("rollout", self.draw, row["id"], seen[row["id"]]))
-            seen[row["id"]] += 1
+            out.append(clock.derive_seed("rollout", self.draw, row["id"], counts[row["id"]]))
+            counts[row["id"]] += 1
         return out
 
     def check(self, rows) -> None:

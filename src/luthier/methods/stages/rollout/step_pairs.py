@@ -43,7 +43,7 @@ class StepPairs(Stage):
     draw: int = 0  # another number, other samples
 
     def __call__(self, rows, roles):
-        rows, asked, plans = list(rows), [], []
+        rows, requests, plans = list(rows), [], []
         for row in rows:
             texts = [text_of(roles, c) for c in row["completions"]]
             wrong = next(
@@ -55,14 +55,14 @@ class StepPairs(Stage):
             begun = row.get("prefix", "")
             starts = ["".join(steps[:i]) for i in range(len(steps))]
             plans.append((row, steps, len(starts)))
-            asked += [
+            requests += [
                 {**row, "id": f"{row['id']}/{i}", "prefix": begun + start} for i, start in enumerate(starts)
             ]
         rollout = Rollout(
             n=self.n, max_new_tokens=self.max_new_tokens, temperature=self.temperature, draw=self.draw
         )
-        answered = {r["id"]: [text_of(roles, c) for c in r["completions"]] for r in rollout(asked, roles)}
-        out = [made for plan in plans if (made := self.pair(answered, *plan)) is not None]
+        answered = {r["id"]: [text_of(roles, c) for c in r["completions"]] for r in rollout(requests, roles)}
+        out = [pair for plan in plans if (pair := self.pair(answered, *plan)) is not None]
         self.left(
             roles,
             len(rows) - len(out),
@@ -85,9 +85,9 @@ class StepPairs(Stage):
         if right[pit] is None:
             return None
         shared = row.get("prefix", "") + "".join(steps[:pit])
-        kept = without(row, "rewards")
+        rest = without(row, "rewards")
         return {
-            **kept,
+            **rest,
             "prefix": shared,
             "completions": [right[pit], "".join(steps[pit:])],
             "scores": [1.0, 0.0],

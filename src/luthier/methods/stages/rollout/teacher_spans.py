@@ -18,7 +18,7 @@ from pydantic import Field
 from luthier.errors import RecipeError
 from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.formats._base import COMPLETIONS
-from luthier.methods.stages._base import Stage, pieces, said, text_of
+from luthier.methods.stages._base import Stage, completion_logprobs, pieces, text_of
 from luthier.registry import Column, stage
 
 TEACHER_SPANS = Column(
@@ -42,7 +42,7 @@ class TeacherSpans(Stage):
     """Column teacher_spans: for each token of a completion the teacher's log-probability of the span that
     ends there, else 1, or 2 where no span reaches."""
 
-    model: str = "practice:lm"  # the teacher: a run's folder, a model's folder, a hub name or practice:NAME
+    model: str = "toy:lm"  # the teacher: a run's folder, a model's folder, a hub name or toy:NAME
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
 
     def __call__(self, rows, roles):
@@ -60,18 +60,22 @@ class TeacherSpans(Stage):
             }
             for r in rows
         ]
-        kept, bad, _ = teacher.policy.architecture.encode_all(plain, teacher.renderer)
+        encoded, bad, _ = teacher.policy.architecture.encode_all(plain, teacher.renderer)
         self.left(
             roles, len(bad), len(rows), f"the teacher cannot read them: {bad[0]['reason']}" if bad else ""
         )
         own, out, spans, covered = {r["id"]: r for r in rows}, [], 0, [0, 0]
-        for read, values in zip(kept, said(teacher.policy, teacher, kept, self.batch_size), strict=True):
+        for read, values in zip(
+            encoded, completion_logprobs(teacher.policy, teacher, encoded, self.batch_size), strict=True
+        ):
             row = own.get(read["id"])
             if row is None:  # a conversation that the teacher's template would cut into several
                 continue
             columns = [
-                along(len(ours), ends(roles, ours, teacher, theirs), told)
-                for ours, theirs, told in zip(_asked(roles, row), _asked(teacher, read), values, strict=True)
+                along(len(ours), ends(roles, ours, teacher, theirs), logprobs)
+                for ours, theirs, logprobs in zip(
+                    _supervised_ids(roles, row), _supervised_ids(teacher, read), values, strict=True
+                )
             ]
             if all(any(v <= 0 for v in column) for column in columns):
                 out.append({**row, "teacher_spans": columns})
@@ -84,7 +88,10 @@ class TeacherSpans(Stage):
                     ],
                 )
         self.left(
-            roles, len(kept) - len(out), len(rows), "the teacher's tokenizer does not write them as they are"
+            roles,
+            len(encoded) - len(out),
+            len(rows),
+            "the teacher's tokenizer does not write them as they are",
         )
         if not out:
             raise RecipeError(
@@ -110,15 +117,15 @@ def ends(roles: Any, ours: Sequence[int], teacher: Any, theirs: Sequence[int]) -
     if "".join(left) != "".join(right):
         return []
     there = _cuts(right)
-    found = [(i, there[place]) for place, i in _cuts(left).items() if place in there]
-    return [*found, (len(ours), len(theirs))] if len(a) < len(ours) and len(b) < len(theirs) else found
+    cuts = [(i, there[place]) for place, i in _cuts(left).items() if place in there]
+    return [*cuts, (len(ours), len(theirs))] if len(a) < len(ours) and len(b) < len(theirs) else cuts
 
 
-def along(n: int, found: Sequence[tuple[int, int]], told: Sequence[float]) -> list[float]:
+def along(n: int, cuts: Sequence[tuple[int, int]], logprobs: Sequence[float]) -> list[float]:
     """The column of one completion of n tokens; told: the teacher's log-probability of each of its own."""
     column, last = [INSIDE] * n, (0, 0)
-    for end in found:
-        column[end[0] - 1] = min(0.0, sum(told[last[1] : end[1]]))
+    for end in cuts:
+        column[end[0] - 1] = min(0.0, sum(logprobs[last[1] : end[1]]))
         last = end
     return column[: last[0]] + [OUTSIDE] * (n - last[0])
 
@@ -132,7 +139,7 @@ def _cuts(words: Sequence[str]) -> dict[int, int]:
     }
 
 
-def _asked(roles: Any, row: dict) -> list[list[int]]:
+def _supervised_ids(roles: Any, row: dict) -> list[list[int]]:
     """Supervised token ids of each completion."""
     batch = roles.batch([row])
     return [

@@ -54,16 +54,16 @@ class TeacherTop(Stage):
     @torch.no_grad()
     def __call__(self, rows, roles):
         rows = self.usable(rows, roles)
-        asked, found = [], []
+        lengths, parts = [], []
         for i in range(0, len(rows), self.batch_size):
             batch = roles.batch(rows[i : i + self.batch_size])
             with eval_mode(roles.policy.model):
                 logprobs, ids = roles.teacher.outputs(batch).top(self.k)
-            found.append((logprobs.float().cpu(), ids.cpu(), batch.labels[batch.supervised].cpu()))
-            asked += batch.lengths.long().tolist()
-        if not found:
+            parts.append((logprobs.float().cpu(), ids.cpu(), batch.labels[batch.supervised].cpu()))
+            lengths += batch.lengths.long().tolist()
+        if not parts:
             return []
-        logprobs, ids, labels = (torch.cat(x) for x in zip(*found, strict=True))
+        logprobs, ids, labels = (torch.cat(x) for x in zip(*parts, strict=True))
         t = self.temperature if self.temperature != "auto" else calibrated(logprobs, ids[:, 0] == labels)
         self.warn(
             roles,
@@ -71,7 +71,7 @@ class TeacherTop(Stage):
             f" probability; T = {t:g}",
         )
         tempered = (logprobs / t).log_softmax(-1).half().tolist() if t != 1 else logprobs.half().tolist()
-        ids, sizes, out, place = ids.tolist(), iter(asked), [], 0
+        ids, sizes, out, place = ids.tolist(), iter(lengths), [], 0
         for row in rows:
             columns = {"teacher_ids": [], "teacher_logprobs": []}
             for _ in row["completions"]:

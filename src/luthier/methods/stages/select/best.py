@@ -18,6 +18,6 @@ class Best(Stage):
     def __call__(self, rows, roles):
         rows = list(rows)
         best = [pick(row, best_first(row)[:1]) for row in rows]
-        kept = [row for row in best if self.least is None or row["scores"][0] >= self.least]
-        self.left(roles, len(rows) - len(kept), len(rows), f"their best score is below {self.least}")
-        return kept
+        chosen = [row for row in best if self.least is None or row["scores"][0] >= self.least]
+        self.left(roles, len(rows) - len(chosen), len(rows), f"their best score is below {self.least}")
+        return chosen

@@ -18,10 +18,10 @@ class Groups(Stage):
 
     def __call__(self, rows, roles):
         rows = list(rows)
-        kept = [
+        chosen = [
             r
             for r in rows
             if (not self.keep or r.get(self.column) in self.keep) and r.get(self.column) not in self.drop
         ]
-        self.left(roles, len(rows) - len(kept), len(rows), f"their {self.column} is not asked for")
-        return kept
+        self.left(roles, len(rows) - len(chosen), len(rows), f"their {self.column} is not asked for")
+        return chosen

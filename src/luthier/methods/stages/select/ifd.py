@@ -32,8 +32,13 @@ class IFD(Stage):
         scored = []
         for i in range(0, len(rows), self.batch_size):
             some = rows[i : i + self.batch_size]
-            given, alone = self.surprise(roles, some, alone=False), self.surprise(roles, some, alone=True)
-            scored += [{**row, "ifd": v} for row, v in zip(some, (given - alone).exp().tolist(), strict=True)]
+            after_prompt, alone = (
+                self.surprise(roles, some, alone=False),
+                self.surprise(roles, some, alone=True),
+            )
+            scored += [
+                {**row, "ifd": v} for row, v in zip(some, (after_prompt - alone).exp().tolist(), strict=True)
+            ]
         fit = sorted((k for k, row in enumerate(scored) if row["ifd"] < 1), key=lambda k: -scored[k]["ifd"])
         self.left(
             roles,
@@ -41,14 +46,14 @@ class IFD(Stage):
             len(rows),
             "their prompt does not make their answer likelier (ifd of 1 or more)",
         )
-        kept = fit[: max(1, round(self.share * len(rows)))]
+        chosen = fit[: max(1, round(self.share * len(rows)))]
         self.left(
             roles,
-            len(fit) - len(kept),
+            len(fit) - len(chosen),
             len(rows),
             f"they are beyond the {self.share:g} of the rows that teach most",
         )
-        return [scored[k] for k in sorted(kept)]
+        return [scored[k] for k in sorted(chosen)]
 
     @torch.no_grad()
     def surprise(self, roles, rows: list[dict], alone: bool) -> torch.Tensor:
@@ -61,7 +66,7 @@ class IFD(Stage):
             k = best_first(row)[0] if "scores" in row else 0
             ids, marks = full.completions[k], full.supervised[k]
             if alone:
-                ids = [t for t, asked in zip(ids, marks, strict=True) if asked]
+                ids = [t for t, supervised in zip(ids, marks, strict=True) if supervised]
                 return Encoded(first or ids[:1], [ids], [[bool(first) or i > 0 for i in range(len(ids))]])
             return Encoded(full.prompt, [ids], [marks])
 

@@ -80,15 +80,15 @@ class BIB(Stage):
                 "stage 'bib' reads a completion as part of one text: it wants a decoder or an encoder alone,"
                 " not both"
             )
-        known = [one for row in self.usable(rows, roles) for one in _each(row, roles)]
-        scores = torch.tensor([one.score for one in known], dtype=torch.float64)
-        if len(known) < 3 or not scores.isfinite().all() or scores.std() == 0:
+        scored = [one for row in self.usable(rows, roles) for one in _each(row, roles)]
+        scores = torch.tensor([one.score for one in scored], dtype=torch.float64)
+        if len(scored) < 3 or not scores.isfinite().all() or scores.std() == 0:
             raise RecipeError(
                 "stage 'bib' learns from scores: three completions or more, not all of the same score, and no"
                 " score that is no number"
             )
         special = set(roles.renderer.tokenizer.all_special_ids)
-        letters = sorted({t for one in known for t in one.ids} - special)
+        letters = sorted({t for one in scored for t in one.ids} - special)
         if len(letters) < 2:
             raise RecipeError(
                 "stage 'bib' chooses among the tokens of the completions, and they hold fewer than two"
@@ -98,8 +98,8 @@ class BIB(Stage):
             with torch.no_grad():
                 raw = torch.cat(
                     [
-                        body.read(*body.texts(known[i : i + self.batch_size]))
-                        for i in range(0, len(known), self.batch_size)
+                        body.read(*body.texts(scored[i : i + self.batch_size]))
+                        for i in range(0, len(scored), self.batch_size)
                     ]
                 )
             mean, std = raw.mean(0), raw.std(0).clamp(min=1e-6)
@@ -108,7 +108,7 @@ class BIB(Stage):
             fit = Fitted(scaled(raw), target, self.ridge, self.target, roles.clock)
             first: dict[tuple, One] = {}
             for k in scores.argsort(descending=True, stable=True).tolist():
-                first.setdefault((tuple(known[k].prompt), tuple(known[k].ids)), known[k])
+                first.setdefault((tuple(scored[k].prompt), tuple(scored[k].ids)), scored[k])
             best, out = list(first.values())[: self.n], []
             for i in range(0, len(best), self.batch_size):
                 some = best[i : i + self.batch_size]
@@ -117,13 +117,13 @@ class BIB(Stage):
                 logits, _ = self.design(read, start, fit)
                 with torch.no_grad():
                     says = (fit.proxy(read(logits)) * scores.std() + scores.mean()).tolist()
-                for one, ids, said in zip(some, body.told(logits, some), says, strict=True):
+                for one, ids, score in zip(some, body.decode(logits, some), says, strict=True):
                     row = {k: v for k, v in without(one.row).items() if k != "id"}
-                    out.append({"id": f"bib/{len(out)}", **row, "completions": [ids], "proxy": said})
+                    out.append({"id": f"bib/{len(out)}", **row, "completions": [ids], "proxy": score})
         moved = sum(row["completions"][0] != one.ids for row, one in zip(out, best, strict=True))
         self.warn(
             roles,
-            f"{moved} of {len(out)} designs differ from the completion they began as, of {len(known)} with"
+            f"{moved} of {len(out)} designs differ from the completion they began as, of {len(scored)} with"
             " scores",
         )
         return out
@@ -136,9 +136,9 @@ class BIB(Stage):
         moving, weighing = Adam(), Adam()
         for _ in range(self.steps):
             x = x.detach().requires_grad_()
-            seen = read(x)
-            up = grad(fit.forward(seen).sum(), x, retain_graph=True)[0]
-            back = grad(fit.backward(seen).sum(), x)[0]
+            features = read(x)
+            up = grad(fit.forward(features).sum(), x, retain_graph=True)[0]
+            back = grad(fit.backward(features).sum(), x)[0]
             if self.adaptive_gamma:
                 gamma = gamma + self.learning_rate * weighing(
                     slope(self.after(read, x, up, back, fit), gamma)
@@ -171,9 +171,10 @@ class One:
 
 
 def _each(row: dict, roles: Any) -> list[One]:
-    told = roles.policy.architecture.encode(row, roles.renderer)
+    encoded = roles.policy.architecture.encode(row, roles.renderer)
     return [
-        One(row, told.prompt, ids, float(s)) for ids, s in zip(told.completions, row["scores"], strict=True)
+        One(row, encoded.prompt, ids, float(s))
+        for ids, s in zip(encoded.completions, row["scores"], strict=True)
     ]
 
 
@@ -231,7 +232,7 @@ class Body:
         row, place, letter = torch.tensor(at, device=x.device).T
         return embeds.index_put((row, place), mixed[row, letter]), real, own
 
-    def told(self, x: Tensor, some: Sequence[One]) -> list[list[int]]:
+    def decode(self, x: Tensor, some: Sequence[One]) -> list[list[int]]:
         """The likeliest tokens; what may not change as it was."""
         likely = self.letters[x.argmax(-1).cpu()].tolist()
         return [
@@ -250,18 +251,18 @@ class Fitted:
         self.head = head(features, scores, ridge)
         self.judged = auxiliary(features, scores, clock)
 
-    def proxy(self, seen: Tensor) -> Tensor:
-        return seen @ self.head
+    def proxy(self, features: Tensor) -> Tensor:
+        return features @ self.head
 
-    def forward(self, seen: Tensor) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """[C] (target - K_hl (K_ll + b I)^-1 y_l)^2: the known completions predict the candidate's score."""
-        return (self.target - self.proxy(seen)).square()
+        return (self.target - self.proxy(features)).square()
 
-    def backward(self, seen: Tensor) -> Tensor:
+    def backward(self, features: Tensor) -> Tensor:
         """[C] mean of (y_l - K_lh (K_hh + b I)^-1 target)^2: the candidate alone predicts the known scores."""
-        itself = seen.square().sum(-1)
-        told = (seen @ self.features.T) * (self.target / ((1 + self.ridge) * itself))[:, None]
-        return (self.scores - told).square().mean(-1)
+        itself = features.square().sum(-1)
+        predicted = (features @ self.features.T) * (self.target / ((1 + self.ridge) * itself))[:, None]
+        return (self.scores - predicted).square().mean(-1)
 
 
 def head(features: Tensor, scores: Tensor, ridge: float) -> Tensor:
@@ -284,7 +285,7 @@ def auxiliary(features: Tensor, scores: Tensor, clock: Any) -> Callable[[Tensor]
         draw(ENSEMBLE, max(1, d // 2), 1) / max(1, d // 2) ** 0.5,
     ]
 
-    def said(x: Tensor) -> Tensor:
+    def predict(x: Tensor) -> Tensor:
         inner, shift, outer = weights
         return (torch.relu(x @ inner + shift) @ outer)[..., 0]  # [ENSEMBLE, C]
 
@@ -294,10 +295,10 @@ def auxiliary(features: Tensor, scores: Tensor, clock: Any) -> Callable[[Tensor]
         adam = torch.optim.Adam(weights, lr=1e-2, weight_decay=1e-3)
         for _ in range(FITS):
             adam.zero_grad()
-            (said(features) - scores).square().mean().backward()
+            (predict(features) - scores).square().mean().backward()
             adam.step()
     weights = [w.detach() for w in weights]
-    return lambda x: said(x).mean(0)
+    return lambda x: predict(x).mean(0)
 
 
 class Adam:

@@ -2,8 +2,8 @@
 
 import torch
 
+from luthier.methods.transforms._base import Each
 from luthier.registry import transform
-from luthier.train.optimizer import Each
 
 
 @transform(paper="arXiv:1412.6980")

@@ -1,7 +1,7 @@
 """Lion: the sign of a mix of momentum and gradient. One moment per weight, half of Adam's state."""
 
+from luthier.methods.transforms._base import Each
 from luthier.registry import transform
-from luthier.train.optimizer import Each
 
 
 @transform(paper="arXiv:2302.06675", row="lion")
@@ -17,6 +17,6 @@ class Lion(Each):
         return {"m": like.new_zeros(like.shape)}
 
     def update(self, grad, state, param, step):
-        said = state["m"].lerp(grad, 1 - self.beta1).sign_()
+        direction = state["m"].lerp(grad, 1 - self.beta1).sign_()
         state["m"].lerp_(grad, 1 - self.beta2)
-        return said
+        return direction

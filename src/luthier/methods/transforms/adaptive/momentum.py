@@ -1,7 +1,7 @@
 """Heavy-ball momentum: steps add up in a direction that stays and cancel where it turns."""
 
+from luthier.methods.transforms._base import Each
 from luthier.registry import transform
-from luthier.train.optimizer import Each
 
 
 @transform()

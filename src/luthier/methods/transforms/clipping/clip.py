@@ -2,8 +2,8 @@
 
 import torch
 
+from luthier.methods.transforms._base import LazyGradients, Transform
 from luthier.registry import transform
-from luthier.train.optimizer import Lazily, Transform
 
 
 @transform(paper="arXiv:1211.5063")
@@ -27,7 +27,7 @@ class Clip(Transform):
         return (
             every
             if small == 1.0
-            else Lazily(every, lambda name: {k: g * small for k, g in every[name].items()})
+            else LazyGradients(every, lambda name: {k: g * small for k, g in every[name].items()})
         )
 
     def apply(self, grads, state, group, step):

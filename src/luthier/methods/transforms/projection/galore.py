@@ -15,9 +15,9 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
+from luthier.methods.transforms._base import Transform, apply_chain
 from luthier.methods.tuners._base import ParamGroup
 from luthier.registry import nested_list, transform
-from luthier.train.optimizer import Transform, through
 
 IN_LAYER = re.compile(r"\.\d+\.")
 
@@ -34,19 +34,23 @@ class GaLore(Transform):
     )  # what becomes of the projected gradient
 
     def apply(self, grads, state, group, step):
-        low, stood = {}, {}
+        projected, params = {}, {}
         fit = IN_LAYER.search(f"{group.name}.") is not None
         for slot, G in grads.items():
             if not fit or G.ndim != 2 or min(G.shape) <= self.rank:
-                low[slot], stood[slot] = G, group.params[slot]
+                projected[slot], params[slot] = G, group.params[slot]
                 continue
             own = state.setdefault("basis", {}).setdefault(slot, {"age": 0})
             if own["age"] % self.update_proj_gap == 0:
                 own["P"] = directions(G, self.rank)
             own["age"] += 1
-            low[slot] = stood[slot] = self.down(G, own["P"])
-        updates = through(
-            self.inner, low, state.setdefault("inner", {}), ParamGroup(group.name, stood, group.by), step
+            projected[slot] = params[slot] = self.down(G, own["P"])
+        updates = apply_chain(
+            self.inner,
+            projected,
+            state.setdefault("inner", {}),
+            ParamGroup(group.name, params, group.by),
+            step,
         )
         bases = state.get("basis", {})
         return {

@@ -15,8 +15,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from luthier.methods.transforms._base import Transform
 from luthier.registry import Range, transform
-from luthier.train.optimizer import Transform
 
 
 @transform(paper="arXiv:2303.10512")

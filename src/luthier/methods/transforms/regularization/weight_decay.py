@@ -1,7 +1,7 @@
 """Decoupled weight decay: a pull towards zero beside the gradient's step, not through its statistics."""
 
+from luthier.methods.transforms._base import Each
 from luthier.registry import transform
-from luthier.train.optimizer import Each
 
 
 @transform(paper="arXiv:1711.05101")

@@ -14,8 +14,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+from luthier.methods.transforms._base import Transform
 from luthier.registry import Range, transform
-from luthier.train.optimizer import Transform
 
 LAYER = re.compile(r"\b(?:layers?|h|blocks?)\.(\d+)\b")
 BELOW = re.compile(r"embed|\bwte\b|\bwpe\b|\bshared\b")
@@ -30,11 +30,11 @@ class LayerwiseDecay(Transform):
     # layers of the network; 0: as many as are numbered among what may move
     layers: Annotated[int, Field(ge=0)] = 0
 
-    def on(self, attached):
-        seen = [int(m[1]) + 1 for group in attached.all_param_groups() if (m := LAYER.search(group.name))]
-        return self if self.layers else replace(self, layers=max(seen, default=0))
+    def bind(self, attached):
+        numbers = [int(m[1]) + 1 for group in attached.all_param_groups() if (m := LAYER.search(group.name))]
+        return self if self.layers else replace(self, layers=max(numbers, default=0))
 
     def apply(self, grads, state, group, step):
-        found = LAYER.search(group.name)
-        above = self.layers - 1 - int(found[1]) if found else self.layers if BELOW.search(group.name) else 0
+        match = LAYER.search(group.name)
+        above = self.layers - 1 - int(match[1]) if match else self.layers if BELOW.search(group.name) else 0
         return {slot: grad * self.decay ** max(0, above) for slot, grad in grads.items()}

@@ -11,8 +11,8 @@ from typing import Annotated
 from pydantic import Field
 
 from luthier.errors import RecipeError
+from luthier.methods.transforms._base import Transform
 from luthier.registry import Range, transform
-from luthier.train.optimizer import Transform
 
 
 @transform(paper="arXiv:2402.12354")
@@ -24,7 +24,7 @@ class LoraPlus(Transform):
     # rate of B over that of A
     loraplus_lr_ratio: Annotated[float, Field(gt=0), Range(1, 32, log=True)] = 16.0
 
-    def on(self, attached):
+    def bind(self, attached):
         if not any("B" in group.params for group in attached.all_param_groups()):
             raise RecipeError(
                 "transform 'lora_plus' finds no factor B of a low-rank update; it goes with tuner lora and"

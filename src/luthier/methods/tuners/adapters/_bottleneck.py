@@ -23,13 +23,13 @@ FFN = r"down_proj|mlp\.c_proj|fc2|layer\.\d+\.output\.dense|dense_4h_to_h|mlp\.c
 
 def pair(width: int, k: int, out_: int, name: str = "") -> dict[str, Tensor]:
     """The tensors of one bottleneck: from width to k, from k to out_, where up starts at zero."""
-    made = {
+    tensors = {
         "down": torch.randn(k, width) * 0.02,
         "down_bias": torch.zeros(k),
         "up": torch.zeros(out_, k),
         "up_bias": torch.zeros(out_),
     }
-    return {f"{name}{part}": t for part, t in made.items()}
+    return {f"{name}{part}": t for part, t in tensors.items()}
 
 
 def through(

@@ -35,7 +35,7 @@ class IA3(Tuner):
     modules_to_save: list[str] | None = None
 
     def attach(self, model):
-        from luthier.methods.tuners._peft import OnPeft, any_config, sideways
+        from luthier.methods.tuners._peft import PeftTunedModel, any_config, sideways
 
         inner, down = within(model, "k", "v", "qkv"), within(model, "down")
         if self.target_modules is None and not inner:
@@ -43,7 +43,7 @@ class IA3(Tuner):
                 f"tuner 'ia3' finds no keys and values in {type(model).__name__}: name target_modules and"
                 " feedforward_modules"
             )
-        said: dict[str, Any] = {
+        settings: dict[str, Any] = {
             "target_modules": pattern(inner + down) if self.target_modules is None else self.target_modules,
             "feedforward_modules": (
                 pattern(down) if self.feedforward_modules is None else self.feedforward_modules
@@ -52,7 +52,7 @@ class IA3(Tuner):
             "modules_to_save": self.modules_to_save,
             "fan_in_fan_out": sideways(model),
         }
-        return OnPeft(self, model, any_config("ia3", said))
+        return PeftTunedModel(self, model, any_config("ia3", settings))
 
 
 def within(model: Any, *parts: str) -> list[str]:

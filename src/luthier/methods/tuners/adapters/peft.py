@@ -28,10 +28,10 @@ class PEFT(Tuner):
     config: dict[str, Any] | None = None
 
     def __post_init__(self):
-        self.made  # noqa: B018  checked here, so that a recipe is refused before a model is loaded
+        self.peft_config  # noqa: B018  checked here, so that a recipe is refused before a model is loaded
 
     @cached_property
-    def made(self):
+    def peft_config(self):
         from luthier.methods.tuners._peft import any_config
 
         return any_config(self.type, self.config or {})
@@ -43,10 +43,10 @@ class PEFT(Tuner):
 
         plain = self.type.lower() == "lora" and not (self.config or {}).get("use_dora")
         return frozenset(
-            {DISABLE_ADAPTER, *([MERGE] if merges(self.made) else []), *([LOW_RANK] if plain else [])}
+            {DISABLE_ADAPTER, *([MERGE] if merges(self.peft_config) else []), *([LOW_RANK] if plain else [])}
         )
 
     def attach(self, model):
-        from luthier.methods.tuners._peft import OnPeft
+        from luthier.methods.tuners._peft import PeftTunedModel
 
-        return OnPeft(self, model, copy.deepcopy(self.made))
+        return PeftTunedModel(self, model, copy.deepcopy(self.peft_config))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from luthier.methods.tuners._base import MERGE, Tuner
-from luthier.methods.tuners.subset._subset import Weights
+from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.registry import tuner
 
 
@@ -14,4 +14,4 @@ class Full(Tuner):
     """
 
     def attach(self, model):
-        return Weights(self, model, lambda name, p: p.is_floating_point())
+        return TunedWeights(self, model, lambda name, p: p.is_floating_point())

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import MERGE, Tuner
-from luthier.methods.tuners.subset._subset import Weights
+from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.model.anatomy import layer_of
 from luthier.registry import Range, tuner
 
@@ -29,10 +29,10 @@ class Reinit(Tuner):
     layers: Annotated[int, Field(ge=1), Range(1, 4)] = 1  # top layers that start anew
 
     def attach(self, model):
-        return Anew(self, model)
+        return ReinitializedModel(self, model)
 
 
-class Anew(Weights):
+class ReinitializedModel(TunedWeights):
     """All weights; the blocks at the top forget what they knew once, before the first step."""
 
     def __init__(self, settings, model):

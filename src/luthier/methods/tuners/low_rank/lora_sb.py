@@ -43,8 +43,8 @@ class LoRASB(Delta):
         A = torch.linalg.qr(torch.randn(W.shape[1], r))[0].T
         return {"A": frozen(A), "R": torch.zeros(r, r), "B": frozen(B)}
 
-    def start(self, W, seen):
-        U, S, Vh = torch.linalg.svd(-self.first_step * seen.sign(), full_matrices=False)
+    def start(self, W, gradient):
+        U, S, Vh = torch.linalg.svd(-self.first_step * gradient.sign(), full_matrices=False)
         r = min(self.r, *W.shape)
         return {"B": U[:, :r], "R": torch.diag(S[:r]), "A": Vh[:r]}
 

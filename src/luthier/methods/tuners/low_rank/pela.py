@@ -36,17 +36,17 @@ class PELA(Delta):
     compress_ratio: Annotated[float, Field(gt=0), Range(1.5, 4)] = 2.0
 
     def attach(self, model):
-        from luthier.methods.tuners._peft import Layer, OnPeft, config_of, plain_settings
+        from luthier.methods.tuners._peft import DeltaLayer, PeftTunedModel, config_for
 
-        class Factored(OnPeft):
+        class Factored(PeftTunedModel):
             def drift(self):
                 """BA - W [out, in] of each matrix, by way of its factors."""
                 for layer in self.layers.values():
-                    if isinstance(layer, Layer):
+                    if isinstance(layer, DeltaLayer):
                         p = layer.tensors(layer.active_adapters[0])
                         yield p.B @ p.A - oriented(layer.get_base_layer()).detach().float()
 
-        return Factored(self, model, config_of(type(self))(**plain_settings(self)))
+        return Factored(self, model, config_for(self))
 
     def rank(self, wide: int, high: int) -> int:
         """Of a matrix [high, wide]."""

@@ -66,15 +66,15 @@ class AutoPEFT(Delta):
     non_linearity: Activation = "relu"  # of both bottlenecks
     target_modules: str | list[str] = rf".*\.({FFN}|{KEYS})"  # the modules at which its parts stand
 
-    def only(self, kept, of):
-        return {"insert": [int(i in kept) for i in range(of)]}
+    def only(self, layers, of):
+        return {"insert": [int(i in layers) for i in range(of)]}
 
     def at(self, name):
         place = layer_of(f"{name}.")
-        made = placed(self, name)
+        settings = placed(self, name)
         if place is None or (self.insert is not None and not self.insert[place[1]]):
-            object.__setattr__(made, "part", None)
-        return made
+            object.__setattr__(settings, "part", None)
+        return settings
 
     def numbers(self, model) -> int:
         """How many numbers move on a network: a formula of the vector and of shapes."""
@@ -111,7 +111,7 @@ class AutoPEFT(Delta):
             "num_virtual_tokens": self.num_virtual_tokens,
         }
         if not any(sizes.values()) or (self.insert is not None and not any(self.insert)):
-            return Still(self, model.requires_grad_(False))
+            return FrozenModel(self, model.requires_grad_(False))
         attached = super().attach(model)
         there = {slot.partition("_")[0] for s in attached.all_param_groups() for slot in s.params}
         for setting, slot in (("serial", "serial"), ("parallel", "parallel"), ("num_virtual_tokens", "keys")):
@@ -124,13 +124,13 @@ class AutoPEFT(Delta):
 
     def init(self, W):
         out_, in_ = W.shape
-        made = {}
+        tensors = {}
         if self.part == "down":
-            made |= pair(out_, self.serial, out_, "serial_") if self.serial else {}
-            made |= pair(in_, self.parallel, out_, "parallel_") if self.parallel else {}
+            tensors |= pair(out_, self.serial, out_, "serial_") if self.serial else {}
+            tensors |= pair(in_, self.parallel, out_, "parallel_") if self.parallel else {}
         elif self.part in ("k", "qkv") and self.num_virtual_tokens:
-            made |= drawn(self.num_virtual_tokens, width(out_, in_, self.part))
-        return made
+            tensors |= drawn(self.num_virtual_tokens, width(out_, in_, self.part))
+        return tensors
 
     def ahead(self, p):
         return (p.keys, p.values) if hasattr(p, "keys") else None
@@ -143,7 +143,7 @@ class AutoPEFT(Delta):
         return y
 
 
-class Still(TunedModel):
+class FrozenModel(TunedModel):
     """The vector of zeros: the frozen model, of which nothing moves."""
 
     def all_param_groups(self):

@@ -25,9 +25,9 @@ STD = 0.3  # of keys and values at the start
 
 def placed(settings: Any, name: str) -> Any:
     """A copy of a method's settings that knows what its module does in its layer."""
-    made = copy.copy(settings)
-    object.__setattr__(made, "part", part_of(name))
-    return made
+    copied = copy.copy(settings)
+    object.__setattr__(copied, "part", part_of(name))
+    return copied
 
 
 def width(out_: int, in_: int, part: str | None) -> int:
@@ -43,12 +43,12 @@ def taken(model: Network, name: str) -> None:
     """Have a network take its attention from luthier."""
     from luthier.kernels.attention import NAME, takes_plans
 
-    asked = takes_plans(model)
+    ready = takes_plans(model)
     # some parts have configs of their own
     kinds = {str(m.config._attn_implementation) for m in model.modules() if hasattr(m, "config")}
-    if not asked or kinds != {NAME}:
-        said = ", ".join(sorted(kinds - {NAME}))
+    if not ready or kinds != {NAME}:
+        others = ", ".join(sorted(kinds - {NAME}))
         raise ValueError(
-            f"{type(model).__name__} takes no keys and values before the text (attention: {said}); {name}"
+            f"{type(model).__name__} takes no keys and values before the text (attention: {others}); {name}"
             " wants a network of which every part has transformers' sdpa attention and one config"
         )

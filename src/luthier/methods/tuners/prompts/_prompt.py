@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import ParamGroup, TunedModel
-from luthier.storage import store
+from luthier.storage import checkpoints
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-class Soft(TunedModel):
+class SoftPrompt(TunedModel):
     """[virtual, width] vectors in fp32, on a frozen model."""
 
     def __init__(self, settings, model: Network, vectors: Tensor):
@@ -36,11 +36,11 @@ class Soft(TunedModel):
 
     @contextmanager
     def off(self):
-        kept, self.virtual = self.virtual, 0
+        virtual, self.virtual = self.virtual, 0
         try:
             yield
         finally:
-            self.virtual = kept
+            self.virtual = virtual
 
     def save(self, folder):
         from luthier.methods.tuners._peft import write_prompt
@@ -52,7 +52,7 @@ class Soft(TunedModel):
         from safetensors.torch import load_file
 
         path = Path(folder) / "adapter_model.safetensors"
-        if store.checkpoints(Path(folder)) or not path.is_file():
+        if checkpoints.paths(Path(folder)) or not path.is_file():
             return super().read(folder)
         file = load_file(str(path))
         if set(file) != {"prompt_embeddings"}:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER, Tuner
-from luthier.methods.tuners.prompts._prompt import Soft, words_of
+from luthier.methods.tuners.prompts._prompt import SoftPrompt, words_of
 from luthier.registry import build, tuner
-from luthier.storage import store
+from luthier.storage import checkpoints
 
 FILE = "control.safetensors"
 
@@ -56,16 +56,16 @@ class Control(Tuner):
     @torch.no_grad()
     def attach(self, model):
         table, n = model.get_input_embeddings(), self.num_virtual_tokens
-        made = []
+        vectors = []
         for b in range(self.buckets):
             ids = words_of(model, self.texts[b]) if self.texts else torch.randperm(len(table.weight)).tolist()
             if not ids:
                 raise RecipeError(f"texts: that of bucket {b} holds no token")
-            made.append(table(torch.tensor((ids * -(-n // len(ids)))[:n], device=table.weight.device)))
-        return Controls(self, model, torch.cat(made))
+            vectors.append(table(torch.tensor((ids * -(-n // len(ids)))[:n], device=table.weight.device)))
+        return ControlPrompts(self, model, torch.cat(vectors))
 
 
-class Controls(Soft):
+class ControlPrompts(SoftPrompt):
     """[buckets * n, width] vectors, and what another tuner attached."""
 
     def __init__(self, settings: Control, model: Any, vectors: Tensor):
@@ -93,11 +93,11 @@ class Controls(Soft):
     @contextmanager
     def under(self, bucket: int) -> Iterator[None]:
         """Rows that say none are read and answered under this bucket, for a while."""
-        kept, self.bucket = self.bucket, bucket
+        before, self.bucket = self.bucket, bucket
         try:
             yield
         finally:
-            self.bucket = kept
+            self.bucket = before
 
     def all_param_groups(self):
         return [*super().all_param_groups(), *(self.inner.all_param_groups() if self.inner else [])]
@@ -152,11 +152,11 @@ class Controls(Soft):
         from safetensors.torch import load_file
 
         folder = Path(folder)
-        if not store.checkpoints(folder) and (folder / FILE).is_file():
+        if not checkpoints.paths(folder) and (folder / FILE).is_file():
             return {
                 **self.tensors(),
                 **load_file(str(folder / FILE)),
                 **(self.inner.read(folder) if self.inner else {}),
             }
-        found = super().read(folder)
-        return {**self.tensors(), **found} if set(found) == {"prompt.embeddings"} else found
+        tensors = super().read(folder)
+        return {**self.tensors(), **tensors} if set(tensors) == {"prompt.embeddings"} else tensors

@@ -59,9 +59,9 @@ class Prefix(Delta):
                 " keys"
             )
         wide = width(W.shape[0], W.shape[1], self.part)
-        made = drawn(self.num_virtual_tokens, wide)
+        tensors = drawn(self.num_virtual_tokens, wide)
         if not self.prefix_projection:
-            return made
+            return tensors
         hidden = self.encoder_hidden_size or wide
         first, second = nn.Linear(wide, hidden), nn.Linear(hidden, 2 * wide)
         own = {
@@ -74,8 +74,8 @@ class Prefix(Delta):
     def ahead(self, p):
         if not self.prefix_projection:
             return p.keys, p.values
-        made = F.linear(torch.tanh(F.linear(p.vectors, p.first, p.first_bias)), p.second, p.second_bias)
-        keys, values = made.chunk(2, -1)
+        both = F.linear(torch.tanh(F.linear(p.vectors, p.first, p.first_bias)), p.second, p.second_bias)
+        keys, values = both.chunk(2, -1)
         return keys, values
 
     def forward(self, x, y, p, layer):

@@ -12,7 +12,7 @@ import torch
 
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER, Tuner
-from luthier.methods.tuners.prompts._prompt import Soft, words_of
+from luthier.methods.tuners.prompts._prompt import SoftPrompt, words_of
 from luthier.registry import tuner
 
 
@@ -45,7 +45,9 @@ class Prompt(Tuner):
         embed, n = model.get_input_embeddings(), self.num_virtual_tokens
         table = embed.weight
         if self.prompt_tuning_init == "random":
-            return Soft(self, model, torch.randn(n, table.shape[1]).to(table.device) * table.float().std())
+            return SoftPrompt(
+                self, model, torch.randn(n, table.shape[1]).to(table.device) * table.float().std()
+            )
         if self.prompt_tuning_init == "text":
             ids = words_of(model, self.prompt_tuning_init_text)
             if not ids:
@@ -53,4 +55,4 @@ class Prompt(Tuner):
         else:
             ids = torch.randperm(len(table)).tolist()
         ids = (ids * -(-n // len(ids)))[:n]
-        return Soft(self, model, embed(torch.tensor(ids, device=table.device)))
+        return SoftPrompt(self, model, embed(torch.tensor(ids, device=table.device)))

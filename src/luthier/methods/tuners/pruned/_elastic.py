@@ -57,7 +57,7 @@ class Anatomy:
     def whole(self) -> Shape:
         return ((self.groups, self.width),) * len(self.layers)
 
-    def kept(self, part: str, n: int, size: int) -> int:
+    def slice_size(self, part: str, n: int, size: int) -> int:
         """How many of a matrix's `size` rows or columns n units are."""
         units = self.groups if {**ROWS, **COLUMNS}[part] == 0 else self.width
         return size // units * n
@@ -98,7 +98,7 @@ def masked(model: Any, anatomy: Anatomy, shape: Shape) -> Iterator[None]:
         for layer, units in zip(anatomy.layers, shape, strict=True):
             for part, which in COLUMNS.items():
                 module = model.get_submodule(layer[part])
-                n = anatomy.kept(part, units[which], module.in_features)
+                n = anatomy.slice_size(part, units[which], module.in_features)
                 if not n:
                     hooks.append(module.register_forward_hook(silent))
                 elif n < module.in_features:
@@ -130,41 +130,41 @@ def sliced(model: Any, anatomy: Anatomy, shape: Shape) -> Any:
     saved.
     """
     anatomy.check(shape)
-    made = copy.deepcopy(model)
+    smaller = copy.deepcopy(model)
     for layer, units in zip(anatomy.layers, shape, strict=True):
         for part, name in layer.items():
-            module: Any = made.get_submodule(name)
+            module: Any = smaller.get_submodule(name)
             which = {**ROWS, **COLUMNS}.get(part)
             if which is None or not units[which]:
                 continue
             side = 0 if part in ROWS else 1
-            n = anatomy.kept(part, units[which], module.weight.shape[side])
+            n = anatomy.slice_size(part, units[which], module.weight.shape[side])
             module.weight = nn.Parameter(
                 module.weight.detach().narrow(side, 0, n).clone(), module.weight.requires_grad
             )
             module.out_features, module.in_features = module.weight.shape
             if side == 0 and module.bias is not None:
                 module.bias = nn.Parameter(module.bias.detach()[:n].clone(), module.bias.requires_grad)
-    kept = [i for i, (a, _) in enumerate(shape) if a]
+    remaining = [i for i, (a, _) in enumerate(shape) if a]
     where = (layer_of(f"{anatomy.layers[0]['o']}.") or ("", 0))[0]
     above, _, leaf = where.rpartition(".")
-    layers = [made.get_submodule(f"{where}.{i}") for i in kept]
+    layers = [smaller.get_submodule(f"{where}.{i}") for i in remaining]
     for i, layer in enumerate(layers):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = i
-    setattr(made.get_submodule(above), leaf, nn.ModuleList(layers))
-    text = made.config.get_text_config()
-    text.num_hidden_layers = len(kept)
+    setattr(smaller.get_submodule(above), leaf, nn.ModuleList(layers))
+    text = smaller.config.get_text_config()
+    text.num_hidden_layers = len(remaining)
     if getattr(text, "layer_types", None):
-        text.layer_types = [text.layer_types[i] for i in kept]
-    if len({shape[i] for i in kept}) == 1:
-        groups, width = shape[kept[0]]
+        text.layer_types = [text.layer_types[i] for i in remaining]
+    if len({shape[i] for i in remaining}) == 1:
+        groups, width = shape[remaining[0]]
         text.head_dim = getattr(text, "head_dim", None) or text.hidden_size // anatomy.heads
         text.num_attention_heads, text.intermediate_size = anatomy.heads // anatomy.groups * groups, width
         if getattr(text, "num_key_value_heads", None):
             text.num_key_value_heads = groups
-    return made
+    return smaller
 
 
 def macs(model: Any, anatomy: Anatomy, shape: Shape) -> int:
@@ -180,8 +180,8 @@ def macs(model: Any, anatomy: Anatomy, shape: Shape) -> int:
             rows, columns = model.get_submodule(name).weight.shape
             which = {**ROWS, **COLUMNS}.get(part, 0)
             total += (
-                anatomy.kept(part, units[which], rows) * columns
+                anatomy.slice_size(part, units[which], rows) * columns
                 if part in ROWS
-                else rows * anatomy.kept(part, units[which], columns)
+                else rows * anatomy.slice_size(part, units[which], columns)
             )
     return total

@@ -21,7 +21,7 @@ from pydantic import Field
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import MERGE, Tuner
 from luthier.methods.tuners.pruned._elastic import COLUMNS, Anatomy, Shape, macs, masked, reorder, sliced
-from luthier.methods.tuners.subset._subset import Weights
+from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.model.sensitivity import input_norms
 from luthier.registry import Capability, tuner
 
@@ -40,10 +40,10 @@ class Elastic(Tuner):
     init_rows: Annotated[int, Field(ge=1)] = 16  # rows by which units are sorted
 
     def attach(self, model):
-        return Nested(self, model)
+        return ElasticModel(self, model)
 
 
-class Nested(Weights):
+class ElasticModel(TunedWeights):
     """All weights of a network, and its sub-networks."""
 
     def __init__(self, settings: Any, model: Any):
@@ -71,9 +71,9 @@ class Nested(Weights):
         last.
         """
         n = len(self.anatomy.layers)
-        gone = {round((i + 1) * n / (n - layers + 1)) for i in range(n - layers)} if layers < n else set()
-        gone = {min(n - 1, g) for g in gone}
-        return tuple((0, 0) if i in gone else tuple(c) for i, c in enumerate(choices))  # type: ignore[return-value]  # pairs stay pairs
+        dropped = {round((i + 1) * n / (n - layers + 1)) for i in range(n - layers)} if layers < n else set()
+        dropped = {min(n - 1, g) for g in dropped}
+        return tuple((0, 0) if i in dropped else tuple(c) for i, c in enumerate(choices))  # type: ignore[return-value]  # pairs stay pairs
 
     def draw(self, rng: torch.Generator) -> Shape:
         """A sub-network of chance, each layer by itself."""
@@ -133,8 +133,8 @@ class Nested(Weights):
         norms = input_norms(self.model, rows[: self.settings.init_rows], roles)
         for layer in self.anatomy.layers:
             for part, which in COLUMNS.items():
-                W, seen = norms[layer[part]]
+                W, norm = norms[layer[part]]
                 units = self.anatomy.groups if which == 0 else self.anatomy.width
-                worth = (seen * W.float().norm(dim=0)).square().view(units, -1).sum(1)
+                worth = (norm * W.float().norm(dim=0)).square().view(units, -1).sum(1)
                 order = worth.argsort(descending=True, stable=True)
                 reorder(self.model, layer, which, order)

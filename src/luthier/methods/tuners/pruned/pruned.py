@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import MERGE, Tuner
-from luthier.methods.tuners.subset._subset import Weights
+from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.model.anatomy import layer_of
 from luthier.model.calibration import statistics
 from luthier.registry import tuner
@@ -52,16 +52,16 @@ class Pruned(Tuner):
 
     def __post_init__(self):
         if self.pattern is not None:
-            found = PATTERN.fullmatch(self.pattern)
-            if not found or not 0 < int(found[1]) < int(found[2]):
+            match = PATTERN.fullmatch(self.pattern)
+            if not match or not 0 < int(match[1]) < int(match[2]):
                 raise RecipeError(
                     f"pattern: '{self.pattern}' is not of the form kept:neighbours, such as 2:4"
                 )
 
     def attach(self, model):
-        return Zeros(self, model)
+        return PrunedModel(self, model)
 
-    def kept(self, W: Tensor) -> Tensor:
+    def mask(self, W: Tensor) -> Tensor:
         """[out, in] sizes -> which entries stay."""
         size = W.abs()
         if self.pattern is None:
@@ -69,8 +69,8 @@ class Pruned(Tuner):
         else:
             n, m = self.few(W.shape[1])
             groups = size.view(len(W), -1, m)
-        gone = groups.argsort(dim=-1, stable=True)[..., :n]  # of equals the first
-        return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, gone, False).view_as(W)
+        dropped = groups.argsort(dim=-1, stable=True)[..., :n]  # of equals the first
+        return torch.ones_like(groups, dtype=torch.bool).scatter_(-1, dropped, False).view_as(W)
 
     def few(self, width: int) -> tuple[int, int]:
         """How many of how many neighbours leave, by the pattern."""
@@ -87,7 +87,7 @@ class Pruned(Tuner):
         H.diagonal().add_(self.damp_percent * H.diagonal().mean().clamp(min=1e-8))
         U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
         stays = torch.ones_like(W, dtype=torch.bool)
-        gone, m = (0, 0) if self.pattern is None else self.few(W.shape[1])
+        dropped, m = (0, 0) if self.pattern is None else self.few(W.shape[1])
         size = self.block_size if not m else m * max(1, self.block_size // m)
         for start in range(0, W.shape[1], size):
             end = min(start + size, W.shape[1])
@@ -101,7 +101,7 @@ class Pruned(Tuner):
             for k in range(start, end):
                 if m and k % m == 0:  # neighbours are compared as what came before them has left them
                     worth = (W[:, k : k + m] / U.diagonal()[k : k + m]).square()
-                    stays[:, k : k + m].scatter_(1, worth.argsort(dim=1, stable=True)[:, :gone], False)
+                    stays[:, k : k + m].scatter_(1, worth.argsort(dim=1, stable=True)[:, :dropped], False)
                 wrong = torch.where(stays[:, k], 0.0, W[:, k]) / U[k, k]
                 errors[:, k - start] = wrong
                 W[:, k:end] -= torch.outer(wrong, U[k, k:end])
@@ -109,7 +109,7 @@ class Pruned(Tuner):
         return stays, W * stays
 
 
-class Zeros(Weights):
+class PrunedModel(TunedWeights):
     """Which weights stay belongs to the state."""
 
     def __init__(self, settings, model):
@@ -128,21 +128,21 @@ class Zeros(Weights):
 
     @torch.no_grad()
     def initialize(self, rows, roles):
-        said = self.settings
-        if said.criterion == "magnitude":
+        settings = self.settings
+        if settings.criterion == "magnitude":
             for name in self.matrices:
-                self.prune(name, said.kept(self.weight(name)))
+                self.prune(name, settings.mask(self.weight(name)))
         else:  # one reading of the rows gathers as many layers as there is room for
             layers = {
                 n.removesuffix(".weight"): self.model.get_submodule(n.removesuffix(".weight"))
                 for n in self.matrices
             }
-            for layer, C in statistics("covariance", layers, rows[: said.init_rows], roles):
+            for layer, C in statistics("covariance", layers, rows[: settings.init_rows], roles):
                 name = f"{layer}.weight"
-                if said.criterion == "wanda":
-                    self.prune(name, said.kept(self.weight(name) * C.diagonal().sqrt()))
+                if settings.criterion == "wanda":
+                    self.prune(name, settings.mask(self.weight(name) * C.diagonal().sqrt()))
                 else:
-                    self.prune(name, *said.repaired(self.weight(name), C))
+                    self.prune(name, *settings.repaired(self.weight(name), C))
         self.after_step(roles.clock)
 
     def weight(self, name: str) -> Tensor:

@@ -32,7 +32,7 @@ class APET(Sparse):
     counts: dict[str, int] | None = None  # how many entries of each module; filled in when attached
 
     def attach(self, model):
-        from luthier.methods.tuners.subset._peft_subset import chosen_modules
+        from luthier.methods.tuners.sparse._targets import chosen_modules
 
         if self.counts is not None:
             return super().attach(model)
@@ -65,10 +65,10 @@ def draw(total: int, n: int, rng: torch.Generator) -> torch.Tensor:
     """[n] different numbers below total, all sets alike likely, in memory of n where n is small beside total."""
     if n > total // 4:
         return torch.randperm(total, generator=rng)[:n]
-    found = torch.randint(total, (n,), generator=rng).unique()
-    while len(found) < n:
-        found = torch.cat([found, torch.randint(total, (n - len(found),), generator=rng)]).unique()
-    return found
+    chosen = torch.randint(total, (n,), generator=rng).unique()
+    while len(chosen) < n:
+        chosen = torch.cat([chosen, torch.randint(total, (n - len(chosen),), generator=rng)]).unique()
+    return chosen
 
 
 def spread_over(sizes: dict[str, int], n: int, rng: torch.Generator) -> dict[str, int]:

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import ParamGroup, TunedModel
 from luthier.model.anatomy import layer_of
-from luthier.storage import store
+from luthier.storage import checkpoints
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-class Weights(TunedModel):
+class TunedWeights(TunedModel):
     """Own weights chosen by a rule. Kept starts make `off` exact where few weights move."""
 
     def __init__(
@@ -80,7 +80,7 @@ class Weights(TunedModel):
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(str(path), framework="pt") as file:
                 here = left & set(file.keys())
-            store.compare({n: self.model.get_parameter(n) for n in here}, path)
+            checkpoints.verify({n: self.model.get_parameter(n) for n in here}, path)
             left -= here
         return not left
 
@@ -91,7 +91,7 @@ class Weights(TunedModel):
         }
 
     def read(self, folder: Path) -> dict[str, Tensor]:
-        if store.checkpoints(Path(folder)) or not (Path(folder) / "config.json").is_file():
+        if checkpoints.paths(Path(folder)) or not (Path(folder) / "config.json").is_file():
             return super().read(folder)
         try:
             saved = self._saved(Path(folder))
@@ -102,7 +102,7 @@ class Weights(TunedModel):
         return {**{f"{n}.weight": saved[n] for n in self.names if n in saved}, **self.memory()}
 
 
-class Layers(Weights):
+class LayerwiseWeights(TunedWeights):
     """All weights, of which some move now, by the layer they stand in. What is in no layer (embeddings, head)
     is `outside`.
     """

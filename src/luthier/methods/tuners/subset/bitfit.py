@@ -12,7 +12,7 @@ from torch import nn
 
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE, Tuner
-from luthier.methods.tuners.subset._subset import Weights
+from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.registry import tuner
 
 
@@ -44,4 +44,4 @@ class BitFit(Tuner):
                 f"tuner 'bitfit': {type(model).__name__} has no biases; try `also: [norms]`, or 'ssf', which"
                 " adds shifts"
             )
-        return Weights(self, model, lambda name, p: id(p) in moving, keep_start=True)
+        return TunedWeights(self, model, lambda name, p: id(p) in moving, keep_start=True)

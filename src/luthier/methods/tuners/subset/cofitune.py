@@ -28,7 +28,7 @@ from torch import Tensor
 from luthier.errors import RecipeError
 from luthier.methods.objectives.distillation._distill import divergence
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE, Tuner
-from luthier.methods.tuners.subset._subset import Weights
+from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.model.anatomy import layer_of, part_of
 from luthier.model.sensitivity import matrices
 from luthier.registry import tuner
@@ -55,10 +55,10 @@ class CoFiTune(Tuner):
     init_rows: Annotated[int, Field(ge=1)] = 64  # rows on which importance is measured
 
     def attach(self, model):
-        return Masked(self, model)
+        return SoftMaskedWeights(self, model)
 
 
-class Masked(Weights):
+class SoftMaskedWeights(TunedWeights):
     """Some matrices; each has for its outputs the share of the gradient that is used."""
 
     def __init__(self, settings, model):
@@ -91,9 +91,9 @@ class Masked(Weights):
     def initialize(self, rows, roles):
         if not self.keep:
             return
-        found = self.importance(rows[: self.settings.init_rows], roles)
+        importance = self.importance(rows[: self.settings.init_rows], roles)
         for name, keep in self.keep.items():
-            inner, outer = found[layer_of(name)]
+            inner, outer = importance[layer_of(name)]
             keep.copy_(1 - normalised(inner if part_of(module_of(name)) == "up" else outer))
 
     def importance(self, rows: list[dict], roles) -> dict:
@@ -108,11 +108,11 @@ class Masked(Weights):
         gates, hooks, turn = {}, [], [0]
 
         def noisy(x: Tensor, name: str) -> Tensor:
-            kept = (
+            keep = (
                 torch.rand(x.shape, generator=roles.clock.rng("cofitune", name, turn[0], at=0))
                 > self.settings.noise
             )
-            return x * kept.to(x) / (1 - self.settings.noise)
+            return x * keep.to(x) / (1 - self.settings.noise)
 
         for name, module in downs.items():
             n_out, n_in = (

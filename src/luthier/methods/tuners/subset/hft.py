@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 
 from luthier.methods.tuners._base import MERGE, Tuner
-from luthier.methods.tuners.subset._subset import Layers
+from luthier.methods.tuners.subset._subset import LayerwiseWeights
 from luthier.model.anatomy import kind_of, layer_of
 from luthier.registry import tuner
 
@@ -34,10 +34,10 @@ class HFT(Tuner):
     embeddings: bool = True
 
     def attach(self, model):
-        return Half(self, model)
+        return HalfTunedWeights(self, model)
 
 
-class Half(Layers):
+class HalfTunedWeights(LayerwiseWeights):
     """A random half of every layer. The number it is drawn by is part of the state, and the next run's half
     follows from it.
     """

@@ -11,7 +11,7 @@ import torch
 
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import MERGE, Tuner
-from luthier.methods.tuners.subset._subset import Layers
+from luthier.methods.tuners.subset._subset import LayerwiseWeights
 from luthier.registry import tuner
 
 
@@ -27,10 +27,10 @@ class LISA(Tuner):
             raise RecipeError("n_layers and interval must be at least 1")
 
     def attach(self, model):
-        return Draws(self, model)
+        return SampledLayers(self, model)
 
 
-class Draws(Layers):
+class SampledLayers(LayerwiseWeights):
     """A few layers at a time, all equally likely."""
 
     def __init__(self, settings, model):

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 
 from luthier.methods.tuners._base import MERGE, Tuner
-from luthier.methods.tuners.subset.lisa import Draws
+from luthier.methods.tuners.subset.lisa import SampledLayers
 from luthier.model.sensitivity import input_norms
 from luthier.registry import tuner
 
@@ -34,10 +34,10 @@ class OwLore(Tuner):
     init_rows: Annotated[int, Field(ge=1)] = 16  # rows on which outliers are counted
 
     def attach(self, model):
-        return Weighed(self, model)
+        return OutlierSampledLayers(self, model)
 
 
-class Weighed(Draws):
+class OutlierSampledLayers(SampledLayers):
     """A few layers at a time, each as likely as it is dense in outliers."""
 
     def __init__(self, settings, model):
@@ -64,13 +64,13 @@ class Weighed(Draws):
         """module -> its weight, and [in] the norm of each input. [depth] the mean outlier density of each
         layer's matrices.
         """
-        found: list[list[float]] = [[] for _ in range(self.depth)]
-        for name, (W, seen) in norms.items():
+        densities: list[list[float]] = [[] for _ in range(self.depth)]
+        for name, (W, norm) in norms.items():
             at = self.layer.get(f"{name}.weight")
             if at is not None:
-                A = W.detach().float().abs() * seen
-                found[at].append(float((A > self.settings.outlier_ratio * A.mean()).float().mean()))
-        return torch.tensor([sum(d) / len(d) if d else 0.0 for d in found])
+                A = W.detach().float().abs() * norm
+                densities[at].append(float((A > self.settings.outlier_ratio * A.mean()).float().mean()))
+        return torch.tensor([sum(d) / len(d) if d else 0.0 for d in densities])
 
     def drawn(self, rng):
         n = min(self.settings.n_layers, self.depth)

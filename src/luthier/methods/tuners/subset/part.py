@@ -11,7 +11,7 @@ from typing import Literal
 
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE, Tuner
-from luthier.methods.tuners.subset._subset import Weights
+from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.model.anatomy import layer_of
 from luthier.registry import tuner
 
@@ -27,8 +27,8 @@ class Part(Tuner):
         if self.part == "embeddings":
             ends = [model.get_input_embeddings(), model.get_output_embeddings()]
             mine = {id(p) for m in ends if m is not None for p in m.parameters()}
-            return Weights(self, model, lambda name, p: id(p) in mine, keep_start=True)
+            return TunedWeights(self, model, lambda name, p: id(p) in mine, keep_start=True)
         order = list(dict.fromkeys(place for n, _ in model.named_parameters() if (place := layer_of(n))))
         if not order:
             raise RecipeError(f"tuner 'part' finds no list of layers in {type(model).__name__}")
-        return Weights(self, model, lambda name, p: layer_of(name) == order[-1], keep_start=True)
+        return TunedWeights(self, model, lambda name, p: layer_of(name) == order[-1], keep_start=True)

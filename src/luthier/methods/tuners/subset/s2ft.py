@@ -97,7 +97,7 @@ class S2FT(Delta):
             heads = self.num_attention_heads if part_of(name) == "o" else self.num_key_value_heads
         drawn = Clock(self.selection_seed).derive_seed("s2ft", layer_of(f"{name}."), kind_of(name))
         side = "in" if part_of(name) in READS else "out"
-        return Slice(
+        return WeightSlice(
             ratio=self.ratio(name),
             side=side,
             heads=heads or 0,
@@ -110,7 +110,7 @@ class S2FT(Delta):
 
 
 @family
-class Slice(Delta):
+class WeightSlice(Delta):
     """The part of one weight that moves."""
 
     name: ClassVar[str] = "s2ft"

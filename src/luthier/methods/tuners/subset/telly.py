@@ -14,7 +14,7 @@ from pydantic import Field
 
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE, Tuner
-from luthier.methods.tuners.subset._subset import Weights
+from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.model.anatomy import layer_of
 from luthier.registry import tuner
 
@@ -43,4 +43,4 @@ class Telly(Tuner):
             last = layer_of(name) or last
             return last in above and p.is_floating_point()
 
-        return Weights(self, model, moves, keep_start=True)
+        return TunedWeights(self, model, moves, keep_start=True)

@@ -1,0 +1,29 @@
+"""Whether torch.compile can work on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from importlib.util import find_spec
+
+from luthier.errors import RecipeError
+
+
+def check_compiler() -> None:
+    """Raises RecipeError where torch has nothing to compile with: triton on a GPU, a C++ compiler on a CPU."""
+    import torch
+
+    if torch.cuda.is_available():
+        if find_spec("triton") is None:
+            raise RecipeError(
+                "torch_compile: on a GPU torch compiles through triton, which is not installed; leave"
+                " torch_compile out"
+            )
+        return
+    named = os.environ.get("CXX")
+    if any(shutil.which(name) for name in ([named] if named else ["g++", "clang++", "c++"])):
+        return
+    missing = "there is no C++ compiler here (g++ or clang++)"
+    if named:
+        missing = f"CXX names {named}, which is not there"
+    raise RecipeError(f"torch_compile: {missing}; install one, or leave torch_compile out")

@@ -1,0 +1,117 @@
+"""Classifiers of any kind: a completion is a class, its vocabulary the classes, so `sft` is cross-entropy.
+
+Encoders (BERT) answer from their first token, decoders (Llama) from their last. Which classes there are is
+said by the rows, or by a checkpoint that already knows all of them; their order is saved with the model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.errors import RecipeError
+from luthier.kernels.logprobs import Head
+from luthier.methods.architectures._base import ENTROPY, HIDDEN, LOGPROBS, TOPK, Architecture, pad
+from luthier.model.batch import Batch
+from luthier.model.language_model import picked
+from luthier.model.outputs import Outputs
+from luthier.registry import architecture
+
+if TYPE_CHECKING:
+    from luthier.model.network import Network
+    from luthier.text.render import Renderer
+
+
+@architecture(provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN])
+class Classifier(Architecture):
+    """AutoModelForSequenceClassification, one class of several. `hidden` are its logits [N, classes]."""
+
+    def suits(self, config: Any) -> bool:
+        return any(n.endswith("ForSequenceClassification") for n in config.architectures or ())
+
+    def auto_class(self) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification
+
+    def fit_to(self, rows: list[dict]) -> dict[str, Any]:
+        """The classes of the rows: numbers in their order, else names in alphabetical order."""
+        names = {c for row in rows for c in row.get("completions", ())}
+        if not all(isinstance(n, str) for n in names):
+            raise RecipeError(
+                "a classifier learns rows with a `label` (or a completion that is the name of a class)"
+            )
+        if not names:
+            return {}
+        if len(names) == 1:
+            raise RecipeError(f"all rows are of one class, '{min(names)}': there is nothing to tell apart")
+        numbers = {
+            row["completions"][0]: row["label"]
+            for row in rows
+            if len(row.get("completions", ())) == 1 and "label" in row
+        }
+        numbered = numbers.keys() == names and all(isinstance(v, (int, float)) for v in numbers.values())
+        order = sorted(names, key=(lambda n: (numbers[n], n)) if numbered else _number_or_name)
+        return {
+            "num_labels": len(order),
+            "id2label": dict(enumerate(order)),
+            "label2id": {n: i for i, n in enumerate(order)},
+        }
+
+    def load(self, path: str, **kwargs: Any) -> Network:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        label2id = kwargs.get("label2id", {})
+        if self.suits(config) and label2id.keys() <= config.label2id.keys():
+            # a checkpoint that knows these classes keeps their order
+            for name in ("num_labels", "id2label", "label2id"):
+                kwargs.pop(name, None)
+        elif not label2id:
+            raise RecipeError(f"{path} is no classifier, and no rows say which classes there are")
+        model = super().load(path, ignore_mismatched_sizes=True, **kwargs)
+        config = model.config.get_text_config()
+        if config.pad_token_id is None:  # a decoder finds a row's last token by what is not padding
+            ends = config.eos_token_id
+            config.pad_token_id = ends[0] if isinstance(ends, list) else ends
+        return model
+
+    def renderer(self, tokenizer: Any, config: Any, **how: Any) -> Renderer:
+        from luthier.methods.architectures.text.classifier.renderer import LabelRenderer
+
+        return LabelRenderer(tokenizer, config.label2id, **how)
+
+    def forward(self, model: Network, attached, batch: Batch) -> Outputs:
+        pieces, parents = batch.segments(), batch.parent.tolist()
+        completions = batch.segment[batch.supervised].tolist()
+        roots = sorted({parents[s] for s in completions})
+        ids, mask = pad([batch.ids[pieces[s]] for s in roots], self.padding(model))
+        if attached.virtual:
+            raise ValueError("a classifier takes no soft prompt")
+        attached.reads(batch, batch.row[roots])
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        which = torch.tensor([roots.index(parents[s]) for s in completions], device=ids.device)
+        return Outputs(logits[which].float(), Head(nn.Identity()), batch.labels[batch.supervised])
+
+    def padding(self, model: Network) -> int:
+        token = model.config.get_text_config().pad_token_id
+        return 0 if token is None else token
+
+    def plain(self, model: Network, attached, batch: Batch) -> Tensor:
+        pieces, parents, out = batch.segments(), batch.parent.tolist(), []
+        for s, label in zip(
+            batch.segment[batch.supervised].tolist(), batch.labels[batch.supervised], strict=True
+        ):
+            attached.reads(batch, batch.row[[s]])
+            logits = model(input_ids=batch.ids[pieces[parents[s]]][None]).logits
+            out.append(picked(logits, label[None]))
+        return torch.cat(out)
+
+
+def _number_or_name(name: str) -> tuple[float, str]:
+    try:
+        return float(name), name
+    except ValueError:
+        return float("inf"), name

@@ -1,0 +1,123 @@
+"""Co-kriging: runs cut short tell of whole ones, and what is measured next, and how far, is what promises
+most for its cost.
+
+A linear autoregressive model joins all shares of the steps (f_t = rho f_t-1 + delta), so what a configuration
+is worth after a ninth of its steps moves what is believed of its end. First many are measured briefly, and a
+few of them further. Then for each configuration and share, by what it costs: the improvement expected at the
+end times the correlation of what would be measured with the end (augmented expected improvement), or by how
+much the best mean at the end is expected to fall (knowledge gradient). A run that was paused goes on, and
+costs only the difference.
+
+Departs from the augmented improvement: noise counts within the correlation, in place of a factor of its own.
+Several goals: the improvement is that of the hypervolume, the correlation the mean over goals. Limits are
+taken to be the same at every share.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import Field
+
+from luthier.methods.searchers._base import Asked, further, layers, ranked, rng
+from luthier.methods.searchers.bandit._brackets import Shares
+from luthier.methods.searchers.model_based import _acquire
+from luthier.methods.searchers.model_based._acquire import gain, improvement, most, normals
+from luthier.methods.searchers.model_based.cokriging.levels import joint, on
+from luthier.registry import searcher
+
+
+@searcher(paper="arXiv:2311.13050", row="mf-bayesopt-survey")
+class CoKriging(Shares):
+    """Few and costly runs whose first part already tells something."""
+
+    # the latter where the goal is one
+    acquisition: Literal["augmented_improvement", "knowledge_gradient"] = "augmented_improvement"
+    # measured after min_share first; null: 2 (d + 1)
+    n_startup_trials: Annotated[int, Field(ge=1)] | None = None
+    # would the same configuration give the same numbers again? Else noise is fitted
+    deterministic_objective: bool = False
+    n_simulations: Annotated[int, Field(ge=8)] = 64  # draws behind an expectation that has no closed form
+
+    def ask(self, space, seen, goals, clock):
+        begin = self.begin(space, seen, rng(clock, "design"))
+        if begin is not None:
+            return begin
+        draw, at, shares = rng(clock, "ask", len(seen)), _acquire.vectors(space, seen), np.array(self.shares)
+        level = np.array([np.abs(shares - s.share).argmin() for s in seen])
+        X, Y = space.features(at), np.empty((len(seen), goals))
+        for t in set(level.tolist()):  # what is an outlier is told by its own share
+            Y[level == t] = _acquire.values_of([s for s, u in zip(seen, level) if u == t])
+        noise = 0.0 if self.deterministic_objective else None
+        models = [joint(np.column_stack([X, level]), y, len(shares), noise) for y in Y.T]
+        promise, kept = self.promise(models, X, level, seen, draw), _acquire.allowed(X, seen)
+
+        def each(Z, paid):
+            """[c, T] what is promised at each share by what it costs, -inf where it was paid already."""
+            cost = shares - np.reshape(paid, (-1, 1))
+            return np.where(
+                cost > 1e-6, promise(Z) * np.reshape(kept(Z), (-1, 1)) / np.maximum(cost, 1e-6), -np.inf
+            )
+
+        end = np.stack([m.at(on(m.top, X))[0] for m in models], 1)
+        good = at[np.argsort(layers(end), kind="stable")[:10]]
+        new = most(space, lambda Z: each(Z, 0.0).max(1), good, _acquire.unseen(X), draw)
+        paused = [s for s in further(seen) if s.share < 1 - 1e-9]
+        vectors = np.array([new, *(space.encode(s.point) for s in paused)])
+        worth = each(space.features(vectors), [0.0, *(s.share for s in paused)])
+        best, t = np.unravel_index(int(worth.argmax()), worth.shape)
+        if best == 0:
+            return Asked(space.decode(new), float(shares[t]))
+        return Asked(dict(paused[best - 1].point), float(shares[t]), paused[best - 1].number)
+
+    def begin(self, space, seen, draw):
+        """Fewer at each share, but at least two, far apart, as one alone says nothing of rho; None when that
+        is done.
+        """
+        n, shares, last = self.n_startup_trials or 2 * (len(space.dims) + 1), self.shares, further(seen)
+        for rung, share in enumerate(shares):
+            there = [s for s in last if s.share > share - 1e-9]
+            if rung == 0 and len(there) < n:
+                return Asked(_acquire.first(space, n, len(there), draw), share)
+            if len(there) < min(n, max(2, int(n / self.eta**rung))):
+                below = ranked([s for s in last if shares[rung - 1] - 1e-9 < s.share < share - 1e-9])
+                at = [space.encode(s.point) for s in there]
+                best = below[0]  # of all; the second one is what is farthest from it
+                if len(at) == 1:
+                    best = max(
+                        below, key=lambda s, at=at: float(np.linalg.norm(space.encode(s.point) - at[0]))
+                    )
+                return Asked(dict(best.point), share, best.number)
+        return None
+
+    def promise(self, models, X, level, seen, draw):
+        """Z [c, features] -> [c, T] what measuring at each share promises for the end."""
+        top, z = models[0].top, normals(self.n_simulations)
+        if self.acquisition == "knowledge_gradient" and len(models) == 1:
+            (model,), ends = models, on(top, X)
+            of = lambda Z, t: gain(model, ends, on(t, Z), z, end=(model.at(on(top, Z))[0], model.along(Z, t)))
+            return lambda Z: np.stack([of(Z, t) for t in range(top + 1)], 1)
+        inside = np.array([s.over <= 0 for s in seen])
+        # what is to be beaten
+        whole = next(x for x in ((level == top) & inside, level == top, inside, level >= 0) if x.any())
+        ends = on(top, X[whole])
+        means = np.stack([m.at(ends)[0] for m in models], 1)
+        volume = _acquire.of_volume(models, ends, means, draw) if len(models) > 1 else None
+
+        def improve(Z):
+            if volume is not None:
+                return volume(on(top, Z))
+            mean, variance = models[0].at(on(top, Z))
+            return improvement(mean, np.sqrt(variance), float(means.min()))
+
+        return lambda Z: improve(Z)[:, None] * np.mean([self.tells(m, Z) for m in models], 0)
+
+    def tells(self, model, Z):
+        """[c, T] how much a measurement at each share correlates with the function at the end."""
+        end = model.at(on(model.top, Z))[1]
+        of = [
+            model.along(Z, t) / np.sqrt((model.at(on(t, Z))[1] + model.noise) * end + 1e-24)
+            for t in range(model.top + 1)
+        ]
+        return np.clip(np.stack(of, 1), 0.0, 1.0)

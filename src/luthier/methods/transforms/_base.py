@@ -1,0 +1,86 @@
+"""What becomes of a gradient. A transform turns the gradients of a parameter group into its update; a chain of
+transforms does so in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from luthier.registry import family
+
+if TYPE_CHECKING:
+    from luthier.methods.tuners._base import ParamGroup, TunedModel
+
+Params = dict[str, Tensor]  # parameter of a group -> tensor
+
+
+@family
+class Transform:
+    """Family: sees all tensors of a group at once. Most transforms are per tensor (`Each`)."""
+
+    # does `apply` treat each number by itself, its state changed in place? Then tensors may go in pieces
+    pointwise: ClassVar[bool] = False
+
+    def apply(self, grads: Params, state: dict, group: ParamGroup, step: int) -> Params:
+        """Gradients of a group become updates. `state` is this group's own and may be filled; step counts
+        from 1.
+        """
+        raise NotImplementedError
+
+    def bind(self, attached: TunedModel) -> Transform:
+        """This transform, knowing what it will be applied to."""
+        return self
+
+    def gather(self, every: Mapping[str, Params]) -> Mapping[str, Params]:
+        """Before any group is stepped: for transforms that look at all gradients together (clipping by global
+        norm).
+        """
+        return every
+
+
+@family
+class Each(Transform):
+    """Family: a transform of one tensor."""
+
+    def init(self, like: Tensor) -> dict[str, Tensor]:
+        """The state of one tensor."""
+        return {}
+
+    def update(self, grad: Tensor, state: dict, param: Tensor, step: int) -> Tensor:
+        raise NotImplementedError
+
+    def apply(self, grads, state, group, step):
+        updates = {}
+        for name, grad in grads.items():
+            if name not in state:
+                state[name] = self.init(grad)
+            updates[name] = self.update(grad, state[name], group.params[name], step)
+        return updates
+
+
+class LazyGradients(Mapping):
+    """Group -> its gradients, made each time they are read: all gradients of a model never exist side by side."""
+
+    def __init__(self, groups: Iterable[str], make: Callable[[str], Params]):
+        self.groups, self.make = tuple(groups), make
+
+    def __getitem__(self, group: str) -> Params:
+        return self.make(group)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+
+def apply_chain(
+    chain: Sequence[Transform], grads: Params, state: dict, group: ParamGroup, step: int
+) -> Params:
+    """One group through a chain; each transform's state is kept under its index in the chain."""
+    for i, transform in enumerate(chain):
+        grads = transform.apply(grads, state.setdefault(str(i), {}), group, step)
+    return grads

@@ -1,0 +1,80 @@
+"""Makes every Delta a PEFT type: its config class, its layer and model classes, and its member of PeftType."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import field, fields, make_dataclass
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils.peft_types import PeftType, register_peft_method
+
+from luthier.methods.tuners._delta import Delta
+from luthier.methods.tuners._peft.layer import DeltaLayer, DeltaModel
+from luthier.registry import find, names
+
+CONFIGS: dict[type, type] = {}  # Delta -> its config class
+
+
+def plain_settings(settings: Any) -> dict[str, Any]:
+    return {f.name: copy.copy(getattr(settings, f.name)) for f in fields(settings)}
+
+
+def config_of(cls: type) -> type:
+    """The PEFT config class of a Delta; made and registered with PEFT on first use."""
+    if cls in CONFIGS:
+        return CONFIGS[cls]
+    name, own = f"luthier_{cls.name}", [f.name for f in fields(cls)]
+    slot = f"{name}_tensors"
+
+    def finish(self) -> None:
+        PeftConfig.__post_init__(self)
+        self.peft_type = PeftType(name.upper())
+        for k in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, k), (list, tuple)):
+                setattr(self, k, set(getattr(self, k)))
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform wants target_modules as a list of names")
+
+    def settings(self) -> Any:
+        values = {k: getattr(self, k) for k in own}
+        return cls(**{k: sorted(v) if isinstance(v, set) else v for k, v in values.items()})
+
+    columns = [(f.name, object, field(default=f.default)) for f in fields(cls)]
+    methods = {"__post_init__": finish, "settings": settings}
+    config = make_dataclass(f"{cls.__name__}Config", columns, bases=(PeftConfig,), namespace=methods)
+    layer = type(f"{cls.__name__}DeltaLayer", (DeltaLayer,), {"slot": slot, "adapter_layer_names": (slot,)})
+    model = type(f"{cls.__name__}Model", (DeltaModel,), {"prefix": slot, "tuner_layer_cls": layer})
+    _admit(name.upper())
+    register_peft_method(name=name, config_cls=config, model_cls=model, prefix=slot)
+    return CONFIGS.setdefault(cls, config)
+
+
+def config_for(settings: Any) -> PeftConfig:
+    """The PEFT config of a Delta's settings."""
+    return config_of(type(settings))(**plain_settings(settings))
+
+
+def _admit(key: str) -> None:
+    """PeftType is a closed enum, and register_peft_method insists on a member of it."""
+    member = str.__new__(PeftType, key)
+    member._name_ = member._value_ = key
+    member.__objclass__, member._sort_order_ = PeftType, len(PeftType)
+    type.__setattr__(PeftType, key, member)
+    PeftType._member_names_.append(key)
+    PeftType._member_map_[key] = PeftType._value2member_map_[key] = member
+
+
+def register() -> None:
+    """Make every Delta known to PEFT. A method that cannot be imported is told of and does not stop the
+    others.
+    """
+    for name in names("tuner"):
+        try:
+            cls = find("tuner", name)
+        except Exception as error:  # another package's tuner must not break `import peft`
+            warnings.warn(f"luthier's tuner '{name}' is not known to PEFT: {error}", stacklevel=2)
+            continue
+        if issubclass(cls, Delta):
+            config_of(cls)

@@ -1,0 +1,66 @@
+"""Which modules a network has, and whether the modules that settings name are among them."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from peft import PeftConfig
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from luthier.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from luthier.model.network import Network
+
+
+def as_list(value: Any) -> list:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple, set)) else [value]
+
+
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
+def ends_one(name: str, every: Any) -> bool:
+    return any(n == name or n.endswith(f".{name}") for n in every)
+
+
+class ModuleNames:
+    """What a model holds before anything is put into it."""
+
+    def __init__(self, model: Network):
+        self.names = [n for n, _ in model.named_modules() if n]
+        # last names of the modules that hold a matrix, and how many there are of each
+        self.leaves: dict[str, int] = {}
+        for name, module in model.named_modules():
+            if isinstance(module, (nn.Linear, Conv1D, nn.Embedding)):
+                leaf = name.rpartition(".")[2]
+                self.leaves[leaf] = self.leaves.get(leaf, 0) + 1
+        self.bare = sorted({re.sub(r"^.*\.\d+\.", "", n) for n, p in model.named_parameters() if p.ndim > 1})
+
+    def missing(self, config: PeftConfig) -> str | None:
+        """The first of the listed targets that is the end of no module's name."""
+        targets = getattr(config, "target_modules", None)
+        return (
+            next((a for a in sorted(targets) if not ends_one(a, self.names)), None)
+            if isinstance(targets, (list, set, tuple))
+            else None
+        )
+
+    def hint(self, name: str | None) -> str:
+        """What was probably meant, and what there is."""
+        near = did_you_mean(name.rpartition(".")[2], self.leaves) if name else ""
+        near = near if near.startswith(";") else ""
+        return f"{near} (the model has: {', '.join(f'{k} {n}x' for k, n in self.leaves.items())})"
+
+
+def tied_modules(model: Network) -> list[list[str]]:
+    """Groups of modules that hold the same parameter."""
+    groups: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for p in module._parameters.values():
+            if p is not None:
+                groups.setdefault(id(p), []).append(name)
+    return [g for g in groups.values() if len(g) > 1]

@@ -1,0 +1,24 @@
+"""Compacter on a model: one tensor that all adapters share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from luthier.methods.tuners._peft import ADAPTER, DeltaLayer, PeftTunedModel, config_for
+
+if TYPE_CHECKING:
+    from luthier.model.network import Network
+
+
+class CompacterModel(PeftTunedModel):
+    """One tensor of every module is the same parameter, and starts as the first module has it. The file
+    repeats it, too.
+    """
+
+    def __init__(self, settings: Any, model: Network, slot: str):
+        super().__init__(settings, model, config_for(settings))
+        params = [
+            cast(Any, m.adapter_params[ADAPTER]) for m in self.layers.values() if isinstance(m, DeltaLayer)
+        ]
+        for tensors in params[1:]:
+            setattr(tensors, slot, getattr(params[0], slot))

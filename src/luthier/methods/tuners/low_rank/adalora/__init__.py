@@ -1,0 +1,83 @@
+"""AdaLoRA: W + s B diag(E) A, whose ranks go where they matter. A run begins with `init_r` in each module and
+ends with `target_r` on average: triplets (a row of A, an entry of E, a column of B) of least importance lose
+their E.
+
+Importance is |number * gradient|, smoothed, times its smoothed uncertainty, as in PEFT's allocator, which the
+tests compare with. E of a triplet that lost may grow again, and win again, while ranks are still being shared
+out. Departs from the paper: steps are shares of the run, and the orthogonality of A and B is a transform of
+their gradients: `transforms: [orthogonality, clip]`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+from pydantic import Field
+
+from luthier.errors import RecipeError
+from luthier.methods.tuners._base import DISABLE_ADAPTER, LOW_RANK, MERGE
+from luthier.methods.tuners._delta import Delta
+from luthier.registry import Range, tuner
+
+
+@tuner(paper="arXiv:2303.10512", provides=[DISABLE_ADAPTER, MERGE, LOW_RANK])
+class AdaLoRA(Delta):
+    """Low rank, shared out between modules by importance."""
+
+    # ranks of a module at the end, on average
+    target_r: Annotated[int, Field(ge=1), Range(4, 64, log=True)] = 8
+    init_r: Annotated[int, Field(ge=1)] = 12  # ranks of each module at the start
+    lora_alpha: float = 32  # scale of B E A, before division by init_r
+    tinit: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the run before ranks begin to go
+    # share of the run, at its end, in which they stay as they are
+    tfinal: Annotated[float, Field(ge=0, lt=1)] = 0.3
+    deltaT: Annotated[int, Field(ge=1)] = 1  # steps between two allocations
+    beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85  # smoothing of importance
+    beta2: Annotated[float, Field(gt=0, lt=1)] = 0.85  # smoothing of its uncertainty
+
+    def __post_init__(self):
+        if self.target_r > self.init_r:
+            raise RecipeError(
+                f"target_r ({self.target_r}) is more than init_r ({self.init_r}): ranks only go"
+            )
+        if self.tinit + self.tfinal >= 1:
+            raise RecipeError("tinit and tfinal are the whole run: nothing is left to share ranks out in")
+
+    def attach(self, model):
+        from luthier.methods.tuners.low_rank.adalora.tuned import AdaLoRAModel
+
+        return AdaLoRAModel(self, model)
+
+    def init(self, W):
+        return {
+            "A": 0.02 * torch.randn(self.init_r, W.shape[1]),
+            "E": torch.zeros(self.init_r),
+            "B": 0.02 * torch.randn(W.shape[0], self.init_r),
+        }
+
+    @property
+    def scale(self) -> float:
+        return self.lora_alpha / self.init_r
+
+    def weight(self, W, p):
+        return W + self.scale * (p.B * p.E) @ p.A
+
+    def forward(self, x, y, p, layer):
+        return y + ((x @ p.A.T) * (self.scale * p.E)) @ p.B.T
+
+    def factors(self, p):
+        return p.A, self.scale * p.B * p.E
+
+    def budget(self, step: int, total: int, modules: int) -> int | None:
+        """Ranks of all modules together after `step` of `total` (counted from 1); None where none are shared
+        out.
+        """
+        begin, end = round(self.tinit * total), total - round(self.tfinal * total)
+        whole, least = self.init_r * modules, self.target_r * modules
+        if step <= begin:
+            return None
+        if step > end:
+            return least
+        left = (1 - (step - begin) / (end - begin)) ** 3
+        return int((whole - least) * left + least) if step % self.deltaT == 0 else None

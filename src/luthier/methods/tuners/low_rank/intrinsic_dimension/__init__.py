@@ -1,0 +1,129 @@
+"""Intrinsic dimension: all chosen weights move along one vector of d numbers, through a fixed random map into
+their space.
+
+W_i' = W_i + lambda_i P_i(theta), with one learned lambda for each module (structure-aware, SAID: they count
+as part of d) or none (DID). P_i is Fastfood: blocks of H G Pi H B with Hadamard matrices H, signs B, a
+permutation Pi and Gaussians G, drawn from `seed` and the module's name whenever they are wanted, so nothing
+of the model's size is kept. The d at which 90 % of full tuning's metric is reached (d90) is the task's
+intrinsic dimension: plan `intrinsic_dimension` looks for it.
+
+Departs: the map is drawn for each module, and scaled so that |P_i(theta)|^2 = |theta|^2 times the module's
+share of all numbers on average; of a Hadamard block that is longer than a module the rest is cut off. With
+theta at zero lambda gets no gradient at the first step, and it starts at one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from luthier.clock import Clock
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
+from luthier.methods.tuners._delta import Delta
+from luthier.registry import tuner
+
+
+@tuner(paper="arXiv:2012.13255", row="intrinsic-dimension", provides=[DISABLE_ADAPTER, MERGE])
+class IntrinsicDimension(Delta):
+    """d numbers move a whole network."""
+
+    d: Annotated[int, Field(ge=1)] = 1000  # numbers that move, scales of modules included
+    said: bool = True  # a scale of its own for each module
+    seed: int = 0  # of the random map; an adapter is read under the seed it was made with
+    modules: int = 0  # how many modules share the d numbers; filled in when it is attached
+    numbers: int = 0  # how many numbers these modules hold; filled in when it is attached
+    module: str = ""  # the module whose map this is; filled in for each
+
+    def at(self, name):
+        return replace(self, module=name)
+
+    def attach(self, model):
+        from luthier.methods.tuners.low_rank.intrinsic_dimension.tuned import IntrinsicDimensionModel
+
+        return IntrinsicDimensionModel(self, model)
+
+    @property
+    def length(self):
+        """How many numbers the shared vector has."""
+        return self.d - self.modules * self.said
+
+    def init(self, W):
+        scale = {"scale": torch.ones(1)} if self.said else {}
+        return {"theta": torch.zeros(self.length), **scale}
+
+    def delta(self, p, shape):
+        """[out, in] what is added."""
+        n = shape[0] * shape[1]
+        step = (
+            project(p.theta, n, Clock(self.seed).derive_seed(self.module, at=0)).view(*shape)
+            * (n / (self.numbers or n)) ** 0.5
+        )
+        return step * p.scale if self.said else step
+
+    def weight(self, W, p):
+        return W + self.delta(p, W.shape).to(W.dtype)
+
+    def forward(self, x, y, p, layer):
+        return y + x @ self.delta(p, (y.shape[-1], x.shape[-1])).T
+
+
+def project(theta: Tensor, n: int, seed: int) -> Tensor:
+    """[d] -> [n]: Fastfood's random map, |result|^2 = |theta|^2 on average."""
+    return _Fastfood.apply(theta, n, seed)
+
+
+class _Fastfood(torch.autograd.Function):
+    """The map and, backward, its transpose; the random parts are drawn again each time. All blocks at once."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, n: int, seed: int) -> Tensor:
+        ctx.shape, ctx.n, ctx.seed = theta.shape, n, seed
+        G, order, B, norm = draws(len(theta), n, seed, theta)
+        padded = theta.new_zeros(G.shape[1])
+        padded[: len(theta)] = theta
+        # H G Pi H B theta / norm
+        return (hadamard(hadamard(padded * B).gather(1, order) * G) / norm).flatten()[:n]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        G, order, B, norm = draws(ctx.shape[0], ctx.n, ctx.seed, grads[0])
+        part = torch.zeros_like(G)
+        part.view(-1)[: ctx.n] = grads[0]
+        back = hadamard(part) * G / norm  # (H G Pi H B)' = B H Pi' G H
+        return (
+            (hadamard(torch.empty_like(back).scatter_(1, order, back)) * B).sum(0)[: ctx.shape[0]],
+            None,
+            None,
+        )
+
+
+def draws(d: int, n: int, seed: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Blocks of the map until n numbers are there, [blocks, size] each: G, permutations, signs; [blocks, 1]
+    norms that keep lengths.
+    """
+    size = 1 << (max(d, 1) - 1).bit_length()
+    rng = torch.Generator().manual_seed(seed)
+    blocks = [
+        (
+            torch.randn(size, generator=rng),
+            torch.randperm(size, generator=rng),
+            torch.randint(0, 2, (size,), generator=rng),
+        )
+        for _ in range(-(-n // size))
+    ]
+    G, order, B = (torch.stack(parts) for parts in zip(*blocks, strict=True))
+    norm = G.square().mean(1, keepdim=True).sqrt() * (size * n) ** 0.5
+    return G.to(like), order.to(like.device), (B * 2.0 - 1).to(like), norm.to(like)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """[blocks, 2^k] -> H x of each block, H of ones and minus ones (Sylvester's), in k passes."""
+    shape, h = x.shape, 1
+    while h < shape[-1]:
+        pair = x.reshape(-1, 2, h)
+        x, h = torch.stack([pair[:, 0] + pair[:, 1], pair[:, 0] - pair[:, 1]], 1), 2 * h
+    return x.reshape(shape)

@@ -1,0 +1,110 @@
+"""LoRA: W + s B A with B zero at the start, s = lora_alpha / r. PEFT's own layers, so its adapters are
+everyone's.
+
+Variants by settings: rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353), and the starts PiSSA
+(arXiv:2404.02948), OLoRA (arXiv:2406.01775), orthogonal, and three from the first `init_rows` rows (or those
+of `init_data`): EVA, CorDA (arXiv:2406.05223) and LoRA-GA (arXiv:2407.05000). CorDA keeps what `init_data`
+holds (kpm) or previews the task (ipm).
+
+Departs from PEFT for PiSSA, OLoRA, CorDA and LoRA-GA: the base weight is left alone, and what the factors
+start with is subtracted by a second, frozen adapter. So the tuned model starts as the base, switching off
+gives the base bit for bit, and the saved adapter (rank 2r: [B, -B0] [A; A0]) loads on the original base.
+Statistics are gathered a few layers at a time. LoRA-GA's factors are PEFT's own computation; CorDA's are the
+same sums (PEFT's module wants a package that PEFT does not install). EVA is not PEFT's: the second moments of
+what a layer reads are gathered in one pass, and their eigenvectors are the singular vectors that its
+incremental SVD approaches; nothing has to converge, there is no tau, and no filling is read.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from luthier.errors import RecipeError
+from luthier.methods.tuners._base import DISABLE_ADAPTER, LOW_RANK, MERGE
+from luthier.methods.tuners._delta import TargetModules
+from luthier.methods.tuners.low_rank.lora.starts import CHOICES, DRIVEN, STARTS
+from luthier.registry import Range, did_you_mean, tuner
+
+
+@tuner(
+    example={"r": 2, "init_rows": 2},
+    paper="arXiv:2106.09685",
+    row="eva corda",
+    provides=[DISABLE_ADAPTER, MERGE, LOW_RANK],
+)
+class LoRA(TargetModules):
+    """Low-rank adaptation."""
+
+    r: Annotated[int, Range(4, 64, log=True)] = 8  # rank of the update
+    lora_alpha: float = 16  # scale of the update, before division by r (by its root with use_rslora)
+    lora_dropout: float = 0.0  # dropout on what A reads
+    use_rslora: bool = False  # divide lora_alpha by the root of r
+    use_dora: bool = False  # DoRA: the norm of each output's weights is trained apart from its direction
+    # true (B = 0), gaussian, pissa, pissa_niter_16 (fast SVD), olora, orthogonal, lq, eva, corda, lora_ga
+    init_lora_weights: bool | str = True
+    # rho: ranks may grow to rho * r, their sum stays (1: all r); adjust_scaling_factors
+    eva_config: dict[str, Any] | None = None
+    # corda_method: ipm (learn the task faster) or kpm (keep what the rows hold)
+    corda_config: dict[str, Any] | None = None
+    lora_ga_config: dict[str, Any] | None = None  # direction, scale, stable_gamma
+    init_rows: Annotated[int, Field(ge=1)] = 64  # rows from which eva, corda and lora_ga start
+    init_data: Any = None  # where these rows come from, as in a recipe's `data`; not given: the run's own
+    bias: Literal["none", "all", "lora_only"] = "none"  # which biases train as well
+    # ends of names of bare weights, e.g. mlp.experts.down_proj: the fused experts of a MoE
+    target_parameters: list[str] | None = None
+
+    @property
+    def active_provides(self):
+        """With DoRA the update is more than B A."""
+        return self.provides - {LOW_RANK} if self.use_dora else self.provides
+
+    def __post_init__(self):
+        start = self.init_lora_weights
+        if self.r < 1:
+            raise RecipeError(f"r: {self.r} is not a rank")
+        if isinstance(start, str) and not start.startswith("pissa_niter_") and start not in STARTS:
+            why = (
+                " wants the weights from before the base was quantized" if start == "loftq" else " is unknown"
+            )
+            raise RecipeError(
+                f"init_lora_weights: '{start}'{why}; there is: true, {', '.join(STARTS)}, pissa_niter_N"
+            )
+        if start is False:
+            raise RecipeError("init_lora_weights: false would start from another model than the base")
+        if self.subtracts and (self.use_dora or self.target_parameters):
+            raise RecipeError(f"init_lora_weights: {start} does not go with use_dora or target_parameters")
+        if start == "eva" and self.target_parameters:
+            raise RecipeError("init_lora_weights: eva does not go with target_parameters")
+        for name, usual in DRIVEN.items():
+            settings = getattr(self, f"{name}_config") or {}
+            if settings and name != start:
+                raise RecipeError(f"{name}_config goes with init_lora_weights: {name}")
+            for key, value in settings.items():
+                if key not in usual:
+                    raise RecipeError(f"{name}_config has no setting '{key}'{did_you_mean(key, usual)}")
+                if key in CHOICES and value not in CHOICES[key]:
+                    raise RecipeError(
+                        f"{name}_config: {key} is one of {', '.join(CHOICES[key])}, not {value!r}"
+                    )
+        if self.how.get("rho", 1) < 1:
+            raise RecipeError("eva_config: rho must be at least 1")
+
+    @property
+    def subtracts(self):
+        """Does the start of B A have to be taken away again?"""
+        return isinstance(self.init_lora_weights, str) and self.init_lora_weights.startswith(
+            ("pissa", "olora", "lq", "corda", "lora_ga")
+        )
+
+    @property
+    def how(self):
+        """The settings of a start that is taken from data."""
+        start = str(self.init_lora_weights)
+        return {**DRIVEN[start], **(getattr(self, f"{start}_config") or {})} if start in DRIVEN else {}
+
+    def attach(self, model):
+        from luthier.methods.tuners.low_rank.lora.tuned import attach
+
+        return attach(self, model)

@@ -1,0 +1,86 @@
+"""PV-Tuning: a quantized base is tuned in both its parts, scales and code books by gradients (P), codes by
+steps of their own (V).
+
+V: an Adam step on the weight that the codes stand for gives a target; of the codes whose nearest to it is
+another, only the few with the largest update move, and no further than a share of the weight's length. The
+others keep their code: rounding all of them (straight-through) stalls, since small steps round back. What
+does not move is carried to the next step (`delta_decay`). The objective is the recipe's: the paper's is `kl`
+to the unquantized model as teacher.
+
+Departs from the paper: codes that would not change do not count among the few, and new codes are the nearest
+ones (beam size 1). Beside the codes two numbers a weight are kept while it trains.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+
+from luthier.methods.quantizers._base import QUANTIZED_WEIGHTS
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE, Tuner
+from luthier.registry import tuner
+
+
+@tuner(
+    paper="arXiv:2405.14852", row="pv-tuning", requires=[QUANTIZED_WEIGHTS], provides=[DISABLE_ADAPTER, MERGE]
+)
+class PVTuning(Tuner):
+    """Codes, and what is continuous in them."""
+
+    on_quantized: ClassVar[bool] = True
+
+    code_lr: float = 1e-2  # length of the codes' Adam step, in the weights' own unit
+    code_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95  # of its second moment; its first has no memory
+    # share of a weight's codes that may change in a step
+    max_code_change_per_step: Annotated[float, Field(gt=0, le=1)] = 0.01
+    # by how much of its length a weight may change in a step
+    code_trust_ratio: Annotated[float, Field(gt=0)] = 0.01
+    delta_decay: Annotated[float, Field(ge=0, le=1)] = 0.0  # of what was asked and not done; 1 forgets it
+    tune_rest: bool = True  # norms, embeddings, head and biases move as well
+
+    def attach(self, model):
+        from luthier.methods.tuners.quantized.pv_tuning.tuned import CodeTunedModel
+
+        return CodeTunedModel(self, model)
+
+    def nothing(self, size):
+        """What a step remembers of a weight, at first."""
+        return {"square": torch.zeros(size), "delta": torch.zeros(size)}
+
+    def step(self, quantizer, codes, size, grad, memory, step):
+        """Codes after one V step. grad [out, in] of the loss with respect to the weight; memory is changed in
+        place.
+        """
+        memory["square"].mul_(self.code_beta2).addcmul_(grad, grad, value=1 - self.code_beta2)
+        size_now = (memory["square"] / (1 - self.code_beta2**step)).sqrt_().add_(1e-8)
+        W = quantizer.dequantize(codes, size, torch.float32)
+        target = W + memory["delta"] - self.code_lr * grad / size_now
+        new_codes = recode(
+            quantizer, codes, size, target, self.max_code_change_per_step, self.code_trust_ratio
+        )
+        memory["delta"].copy_(
+            (target - quantizer.dequantize(new_codes, size, torch.float32)) * (1 - self.delta_decay)
+        )
+        return new_codes
+
+
+@torch.no_grad()
+def recode(quantizer, codes, size, target, share: float = 1.0, trust: float = float("inf")):
+    """Codes nearer to target [out, in]: at most `share` of them others, the weight's change at most `trust`
+    of its length.
+    """
+    W = quantizer.dequantize(codes, size, torch.float32)
+    new = quantizer.dequantize(quantizer.nearest(target, codes), size, torch.float32)
+    d = quantizer.together
+    units = lambda x: F.pad(x, (0, -size[1] % d)).view(-1, d)
+    far, moved = units(target - W).square().sum(1), units(new - W).square().sum(1)
+    order = torch.where(moved > 0, far, -1.0).topk(max(int(share * len(far)), 0))
+    order = order.indices[order.values >= 0]
+    order = order[moved[order].cumsum(0) <= trust**2 * W.square().sum()]
+    picked = torch.zeros(len(far), dtype=torch.bool, device=W.device)
+    picked[order] = True
+    mask = picked[:, None].expand(-1, d).reshape(size[0], -1)[:, : size[1]]
+    return quantizer.nearest(torch.where(mask, new, W), codes)

@@ -1,0 +1,47 @@
+"""LT-SFT: all weights move first; of those that moved furthest, K are chosen, all are put back, and only the
+K move.
+
+The sparse difference is the adapter: composable by addition, as for zero-shot transfer, where one learned on
+a language's text and one learned on a task in another language are added (`PeftModel` with both active, or
+the one merged into the model on which the other is learned). K is counted over all chosen modules together.
+
+Departs: both phases are one run, so they share its learning-rate schedule (constant is nearest to the paper's
+two), and what was saved before the choice is the K largest differences as they stand then. K is chosen at
+once, not in several rounds, and without the L1 term. Norms stay where they are unless named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
+from luthier.methods.tuners.sparse._sparse import Sparse
+from luthier.registry import tuner
+
+
+@tuner(paper="arXiv:2110.07560", row="lt-sft", provides=[DISABLE_ADAPTER, MERGE])
+class LTSFT(Sparse):
+    """Lottery-ticket sparse fine-tuning."""
+
+    on_quantized: ClassVar[bool] = False  # its first phase moves whole weights
+
+    dense_share: Annotated[float, Field(ge=0, lt=1)] = 0.5  # of the run's steps: how long all weights move
+    counts: dict[str, int] | None = None  # entries of each module; filled in when they are chosen
+
+    def attach(self, model):
+        from luthier.methods.tuners.sparse.lt_sft.tuned import LotteryTicketModel
+
+        return LotteryTicketModel(self, model)
+
+    def at(self, name):
+        return replace(self, counts={"": (self.counts or {}).get(name, 0)})
+
+    def count(self, W):
+        return (self.counts or {}).get("", 0)
+
+    def support(self, W):
+        return torch.arange(self.count(W))

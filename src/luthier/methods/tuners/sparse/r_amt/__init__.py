@@ -1,0 +1,67 @@
+"""R-AMT: the weights stay as they are, and a mask over them is learned: W * [M > t], one number M per weight.
+
+The gradient goes through the threshold as if it were not there (dL/dM is that of the mask's entry). What is
+saved are bits, an eighth of a byte per weight; M itself lives in checkpoints. Merged, the masked weights are
+zeros. Its regulariser, gradient dropout, is estimator 'gradient_dropout' with objective `sft + kl`. Departs
+from the paper: for transformers that write, the attention of every layer is the default, where the paper
+masks CLIP's image encoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from luthier.errors import RecipeError
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
+from luthier.methods.tuners._delta import Delta, frozen
+from luthier.methods.tuners.sparse.r_amt.bits import pack, unpack
+from luthier.model.anatomy import kind_of, part_of
+from luthier.registry import tuner
+
+
+@tuner(paper="arXiv:2307.15049", row="r-amt", provides=[DISABLE_ADAPTER, MERGE])
+class RAMT(Delta):
+    """Regularized mask tuning."""
+
+    kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
+
+    # which matrices of the layers, unless target_modules names modules
+    where: Literal["attention", "mlp", "all"] = "attention"
+    mask_init: float = 1e-2  # M at the start, above the threshold: nothing is masked
+    threshold: float = 5e-3  # a weight is masked where its M is not above it
+
+    def __post_init__(self):
+        if self.mask_init <= self.threshold:
+            raise RecipeError("mask_init must be above threshold, else the start is not the base")
+
+    def attach(self, model):
+        from luthier.methods.tuners.sparse.r_amt.tuned import MaskTunedModel
+        from luthier.model.sensitivity import matrices
+
+        kinds = {"attention": {"attention"}, "mlp": {"feed-forward"}, "all": {"attention", "feed-forward"}}[
+            self.where
+        ]
+        fitted = self
+        if self.target_modules == "all-linear":
+            there = [n for n in matrices(model) if part_of(n) and kind_of(n) in kinds]
+            if not there:
+                raise RecipeError(
+                    f"tuner 'r_amt' finds no {self.where} matrices in {type(model).__name__}: name them in"
+                    " target_modules"
+                )
+            fitted = replace(self, target_modules=there)
+        return MaskTunedModel(fitted, model)
+
+    def init(self, W):
+        ones = torch.ones(W.shape, dtype=torch.bool)
+        return {"M": torch.full(W.shape, self.mask_init), "bits": frozen(pack(ones))}
+
+    def weight(self, W, p):
+        mask = unpack(p.bits, W.shape)
+        if p.M.is_meta:  # loaded by PEFT without a first filling: the bits say all
+            return W * mask.to(W.dtype)
+        return W * ((mask & (p.M > self.threshold)).to(p.M.dtype) + (p.M - p.M.detach())).to(W.dtype)

@@ -1,0 +1,68 @@
+"""SaRA: of every weight the smallest entries move, which do least in the base; the rest stays as it is.
+
+Kept as places and values, so gradients and optimizer state are of what moves. Halfway, entries that have
+grown past the threshold keep their value and rest, and the optimizer begins anew with those that are still
+small. In each step the gradient of one weight, drawn anew, is joined by that of lambda_rank times the nuclear
+norm of its moving part: U V'. Departs from the paper: it has one threshold for Stable Diffusion's weights
+(2e-3); here it is that or, per weight, the size of the largest of its smallest `density` entries.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+from torch import nn
+
+from luthier.errors import RecipeError
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
+from luthier.methods.tuners.sparse._sparse import Sparse, spread
+from luthier.registry import tuner
+
+
+@tuner(paper="arXiv:2409.06633", row="sara-sparse", provides=[DISABLE_ADAPTER, MERGE])
+class SaRA(Sparse):
+    """Progressive sparse low-rank adaptation."""
+
+    kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
+
+    # share of each weight that moves, where no threshold is given
+    density: Annotated[float, Field(gt=0, le=1)] = 0.1
+    # entries below it in magnitude move; in place of density
+    threshold: Annotated[float, Field(gt=0)] | None = None
+    # weight of the nuclear norm, which favours low rank; 0 = none
+    lambda_rank: Annotated[float, Field(ge=0)] = 5e-4
+    min_side: int = 64  # weights whose shorter side is more are drawn for it; all, where there is none
+    # when entries that have grown come to rest, as a share of the run; 1 = never
+    progressive: Annotated[float, Field(ge=0, le=1)] = 0.5
+
+    def attach(self, model):
+        from luthier.methods.tuners.sparse.sara.tuned import SaRAModel
+
+        return SaRAModel(self, model)
+
+    def count(self, W):
+        return super().count(W) if self.threshold is None else int((W.float().abs() < self.threshold).sum())
+
+    def support(self, W):
+        k = self.count(W)
+        if not k:
+            raise RecipeError(
+                f"tuner 'sara': no entry of a {tuple(W.shape)} weight is below threshold {self.threshold:g};"
+                " raise it, or use density"
+            )
+        return W.float().abs().flatten().topk(k, largest=False).indices
+
+    def entries(self, W, p):
+        """[k] the tuned entries."""
+        return W.flatten()[p.indices.long()].float() + p.values
+
+    def small(self, W, p):
+        """[k] which entries are still below the threshold."""
+        start = W.flatten()[p.indices.long()].float().abs()
+        limit = self.threshold if self.threshold is not None else start.max()
+        return self.entries(W, p).abs() <= limit
+
+    def masked(self, W, p):
+        """[out, in] the tuned weight where it moves, zero elsewhere."""
+        return spread(self.entries(W, p), p.indices, W.shape)

@@ -1,0 +1,123 @@
+"""SpIEL: a sparse delta whose support moves. Now and then the smallest values go, and as many promising
+places come in.
+
+Growth `ag`: in the first steps of every interval the gradient of a whole weight is looked at as it passes;
+the k largest entries of the first one are the candidates, whose gradients are added up. Growth `ma`: row and
+column maxima of squared gradients in the manner of SM3 tell where more is to be gained, and no further
+gradient is needed. A new place starts at zero, as does what the optimizer knows of it, with its own count of
+steps. The first exchange replaces all that is not grown again; then the share falls linearly to zero.
+
+Departs: the paper seeds Adam's moments of a new place from what was gathered; here they start at zero,
+whichever optimizer follows (nor does `ma` bring SM3 along). Candidates come from the first micro-batch of an
+interval, so `ag` is not quite the same under another split of the global batch, and it is for one process;
+`ma` has neither limit.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from luthier.errors import RecipeError
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
+from luthier.methods.tuners.sparse._sparse import Sparse, greatest, regrow, smallest
+from luthier.registry import tuner
+
+
+@tuner(paper="arXiv:2401.16405", row="spiel", provides=[DISABLE_ADAPTER, MERGE])
+class SpIEL(Sparse):
+    """Sparse fine-tuning with a moving set of indices."""
+
+    kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
+
+    # growth by accumulated gradients, or by SM3's row and column statistics
+    selection_algorithm: Literal["ag", "ma"] = "ag"
+    # optimizer steps between two exchanges; more than the run has: never
+    reselection_steps: Annotated[int, Field(ge=1)] = 20
+    # steps at the start of an interval in which gradients are gathered
+    selection_accumulation_steps: Annotated[int, Field(ge=1)] = 5
+    # share exchanged, falling to 0 over the run
+    initial_reselection_rate: Annotated[float, Field(ge=0, le=1)] = 0.2
+
+    def __post_init__(self):
+        if self.selection_accumulation_steps >= self.reselection_steps:
+            raise RecipeError("selection_accumulation_steps must be less than reselection_steps")
+
+    def attach(self, model):
+        from luthier.methods.tuners.sparse.spiel.tuned import SpIELModel
+
+        return SpIELModel(self, model)
+
+    def share(self, step: int, total: int) -> float:
+        """The share of places exchanged before this step (counted from 0); 0 where none is."""
+        if step % self.reselection_steps != self.selection_accumulation_steps:
+            return 0.0
+        return (
+            1.0
+            if step == self.selection_accumulation_steps
+            else self.initial_reselection_rate * (1 - step / total)
+        )
+
+    def watches(self, step: int) -> bool:
+        """Are gradients of whole weights gathered in this step?"""
+        return (
+            self.selection_algorithm == "ag"
+            and step % self.reselection_steps < self.selection_accumulation_steps
+        )
+
+    def begins(self, step: int) -> bool:
+        """Is what was gathered forgotten before this step?"""
+        return self.selection_algorithm == "ag" and step % self.reselection_steps == 0
+
+    def nothing(self, shape, k, places):
+        """What is known of a weight [out, in] with k places before anything was gathered."""
+        if self.selection_algorithm == "ma":
+            return {"rows": torch.zeros(shape[0]), "columns": torch.zeros(shape[1])}
+        return {
+            "passes": torch.zeros((), dtype=torch.int32),
+            "candidates": torch.zeros(k, dtype=places),
+            "sums": torch.zeros(k),
+        }
+
+    @torch.no_grad()
+    def gather(self, G, stats):
+        """G [out, in], a gradient passing by -> candidates and the sums of their gradients."""
+        flat = G.flatten()
+        if not stats["passes"]:
+            stats["candidates"].copy_(greatest(flat.abs(), len(stats["candidates"])))
+        stats["passes"] += 1
+        stats["sums"] += flat[stats["candidates"].long()].float()
+
+    @torch.no_grad()
+    def follow(self, grad, indices, stats):
+        """[k] gradients of the values -> the statistics of rows and columns."""
+        if self.selection_algorithm == "ag":
+            return
+        width = len(stats["columns"])
+        rows, columns = indices.long() // width, indices.long() % width
+        estimate = torch.minimum(stats["rows"][rows], stats["columns"][columns]) + grad.float().square()
+        stats["rows"].scatter_reduce_(0, rows, estimate, "amax")
+        stats["columns"].scatter_reduce_(0, columns, estimate, "amax")
+
+    @torch.no_grad()
+    def exchange(self, share, values, indices, stats):
+        """Drop and grow one weight's places, in place; the mask of those that are new."""
+        dropped = smallest(values, int(len(values) * share))
+        if self.selection_algorithm == "ag":
+            if not stats["passes"]:  # no row reached this weight (an expert)
+                return torch.zeros(len(values), dtype=torch.bool, device=values.device)
+            stay = torch.ones(len(values), dtype=torch.bool, device=values.device).index_fill_(
+                0, dropped, False
+            )
+            free = ~torch.isin(stats["candidates"], indices[stay])
+            candidates, scores = stats["candidates"][free].long(), stats["sums"][free].abs()
+            grown = candidates[scores.topk(min(len(dropped), len(scores))).indices]
+        else:
+            scores = torch.outer(stats["rows"], stats["columns"]).flatten()
+            scores[indices.long()] = 0  # what moves already is not grown, nor what nothing speaks for
+            best = greatest(scores, min(len(dropped), len(scores)))
+            grown = best[scores[best] > 0]
+        return regrow(values, indices, dropped, grown)

@@ -1,0 +1,65 @@
+"""SpIEL on a model: statistics gathered between exchanges, and the exchanges."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from luthier.errors import RecipeError
+from luthier.methods.tuners._delta import oriented
+from luthier.methods.tuners._peft import ADAPTER, DeltaLayer, PeftTunedModel, config_for
+
+if TYPE_CHECKING:
+    from luthier.model.network import Network
+
+
+class SpIELModel(PeftTunedModel):
+    """What is gathered toward the next exchange belongs to the state, so a run resumes amid an interval."""
+
+    def __init__(self, settings: Any, model: Network):
+        if (
+            settings.watches(0)
+            and torch.distributed.is_initialized()
+            and torch.distributed.get_world_size() > 1
+        ):
+            raise RecipeError(
+                f"tuner '{settings.name}': growth `ag` is for one process; on several take"
+                " `selection_algorithm: ma`"
+            )
+        super().__init__(settings, model, config_for(settings))
+        self.sparse = {n: m for n, m in self.layers.items() if isinstance(m, DeltaLayer)}
+        self.gathered: dict[str, dict[str, Tensor]] = {}
+        for name, layer in self.sparse.items():
+            p, shape = layer.tensors(ADAPTER), tuple(oriented(layer.get_base_layer()).shape)
+            stats = settings.nothing(shape, len(p.values), p.indices.dtype)
+            self.gathered[name] = {k: t.to(p.values.device) for k, t in stats.items()}
+        self.masks: dict[str, Tensor] = {}
+
+    def memory(self):
+        return {f"{n}.{k}": t for n, stats in self.gathered.items() for k, t in stats.items()}
+
+    def before_step(self, clock):
+        method, share = self.settings, self.settings.share(clock.step, clock.total)
+        for name, layer in self.sparse.items():
+            p, stats = layer.tensors(ADAPTER), self.gathered[name]
+            if share:
+                self.masks[name] = method.exchange(share, p.values, p.indices, stats)
+            if method.begins(clock.step):
+                for t in stats.values():
+                    t.zero_()
+            params = cast(Any, layer.adapter_params[ADAPTER])
+            params.watch = (
+                (lambda G, stats=stats: method.gather(G, stats)) if method.watches(clock.step) else None
+            )
+
+    def reset_masks(self, group):
+        mask = self.masks.pop(group, None)
+        return {} if mask is None else {"values": mask}
+
+    def after_step(self, clock):
+        for name, layer in self.sparse.items():
+            p = layer.tensors(ADAPTER)
+            if p.values.grad is not None:
+                self.settings.follow(p.values.grad, p.indices, self.gathered[name])

@@ -1,0 +1,135 @@
+"""SPT: a budget of parameters goes where the loss is most sensitive: to single entries, or to LoRA where a
+weight has many.
+
+The sensitivity of an entry is its squared gradient, summed over a few batches of the data. The most sensitive
+entries of all chosen weights are marked; a weight with at least (parameters of its LoRA) / alpha of them gets
+the LoRA instead, the others move entry by entry. How many are marked is sought so that what moves is the
+budget. Before rows are seen, entries are drawn at random. Departs from the paper: matrices only, no vectors;
+LoRA as the structured part (the paper also has adapters); the count that the LoRAs leave is used up exactly.
+The sensitivities take one fp32 number per weight while they are compared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, ClassVar
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from luthier.errors import RecipeError
+from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
+from luthier.methods.tuners._delta import Delta
+from luthier.methods.tuners.sparse._sparse import Sparse
+from luthier.registry import family, tuner
+
+
+@tuner(
+    example={"r": 2, "init_rows": 2},
+    paper="arXiv:2303.08566",
+    row="spt-sensitivity",
+    provides=[DISABLE_ADAPTER, MERGE],
+)
+class SPT(Sparse):
+    """Sensitivity-aware tuning."""
+
+    kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
+    on_quantized: ClassVar[bool] = False  # sensitivities are gradients of dense weights
+
+    # parameters that move; null: density of the chosen weights
+    budget: Annotated[int, Field(ge=1)] | None = None
+    # LoRA where its parameters are at most alpha per sensitive entry; 0 = never
+    alpha: Annotated[float, Field(ge=0)] = 10.0
+    r: Annotated[int, Field(ge=1)] = 8  # rank of the LoRAs
+    init_rows: Annotated[int, Field(ge=1)] = 64  # rows on which sensitivities are measured
+    # module -> entries that move, or minus the rank of its LoRA; filled in from the rows
+    plan: dict[str, int] | None = None
+
+    def attach(self, model):
+        from luthier.methods.tuners.sparse._targets import chosen_modules
+        from luthier.methods.tuners.sparse.spt.tuned import SPTModel
+
+        fitted = self
+        if self.plan is None:
+            sizes = {n: m.weight.numel() for n, m in chosen_modules(self, model).items()}
+            budget = self.budget or max(1, round(self.density * sum(sizes.values())))
+            if budget > sum(sizes.values()):
+                raise RecipeError(
+                    f"tuner 'spt': a budget of {budget}, and the chosen modules have {sum(sizes.values())}"
+                    " weights"
+                )
+            even = {n: max(1, round(budget * s / sum(sizes.values()))) for n, s in sizes.items()}
+            fitted = replace(self, budget=budget, plan=even, target_modules=list(sizes))
+        return SPTModel(fitted, model)
+
+    def at(self, name):
+        count = (self.plan or {}).get(name, 0)
+        return LowRank(r=-count) if count < 0 else Entries(n=count)
+
+    def planned(self, scores: dict[str, torch.Tensor]) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+        """module -> [out, in] sensitivities: the plan, and the flat places of each module that moves entry by
+        entry.
+        """
+        budget = self.budget or 1
+        every = torch.cat([s.flatten() for s in scores.values()])
+        order, ends = (
+            every.argsort(descending=True),
+            torch.tensor([s.numel() for s in scores.values()]).cumsum(0),
+        )
+        owner = torch.searchsorted(ends, order, right=True)  # whose each entry is, the most sensitive first
+        costs = {n: self.r * sum(s.shape) for n, s in scores.items()}
+
+        def layout(tau: int) -> tuple[dict[str, int], int]:
+            counts = dict(
+                zip(scores, torch.bincount(owner[:tau], minlength=len(scores)).tolist(), strict=True)
+            )
+            plan = {n: -self.r if c and c * self.alpha >= costs[n] else c for n, c in counts.items()}
+            return plan, sum(costs[n] if c < 0 else c for n, c in plan.items())
+
+        low, high = 1, len(order)
+        while low < high:  # the largest tau within the budget
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if layout(middle)[1] <= budget else (low, middle - 1)
+        plan = layout(low)[0]
+        left = budget - sum(costs[n] for n, c in plan.items() if c < 0)
+        starts = ends - torch.tensor([s.numel() for s in scores.values()])
+        single = torch.tensor([c > 0 for c in plan.values()])
+        taken = order[single[owner]][: max(0, left)]
+        mine = torch.searchsorted(ends, taken, right=True)
+        places = {n: taken[mine == i] - starts[i] for i, n in enumerate(scores) if plan[n] > 0}
+        return {n: len(places[n]) if n in places else c for n, c in plan.items()}, places
+
+
+@family
+class Entries(Sparse):
+    """Some entries of a weight."""
+
+    name: ClassVar[str] = "spt"
+    provides: ClassVar[frozenset[str]] = frozenset({DISABLE_ADAPTER, MERGE})
+    kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
+    n: int  # of them
+
+    def count(self, W):
+        return self.n
+
+
+@family
+class LowRank(Delta):
+    """W + B A, B zero at the start."""
+
+    name: ClassVar[str] = "spt"
+    kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
+    r: int  # rank
+
+    def init(self, W):
+        return {"A": torch.randn(self.r, W.shape[1]) / self.r, "B": torch.zeros(W.shape[0], self.r)}
+
+    def weight(self, W, p):
+        return W + (p.B @ p.A).to(W.dtype)
+
+    def forward(self, x, y, p, layer):
+        return y + (x @ p.A.T) @ p.B.T
+
+    def factors(self, p):
+        return p.A, p.B

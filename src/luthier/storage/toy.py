@@ -1,0 +1,37 @@
+"""Toy tasks and models by name, `toy:NAME`, for whatever loads rows and models.
+
+The package luthier.toy stands above them, so they reach it here, by its name.
+"""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+PREFIX = "toy:"
+OLD_PREFIX = "practice:"  # of version 0.1
+
+
+def is_toy(name: Any) -> bool:
+    """Whether a name is `toy:NAME`, or `practice:NAME` as version 0.1 wrote it."""
+    return isinstance(name, str) and name.startswith((PREFIX, OLD_PREFIX))
+
+
+def toy_name(name: str) -> str:
+    """NAME of `toy:NAME`. Warns, once in a process, of the old spelling."""
+    if name.startswith(OLD_PREFIX):
+        warn_of_old_prefix()
+    return name.partition(":")[2]
+
+
+@cache
+def warn_of_old_prefix() -> None:
+    warnings.warn(f"`{OLD_PREFIX}NAME` is now written `{PREFIX}NAME`", stacklevel=4)
+
+
+def toy_package() -> ModuleType:
+    """The package luthier.toy: its `models()`, `path(NAME)`, `rows(TASK, split, n, seed)`, `recipe(name)`."""
+    return importlib.import_module("luthier.toy")

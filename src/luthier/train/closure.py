@@ -1,0 +1,133 @@
+"""What an estimator calls: the loss of a step's global batch, and its gradient.
+
+The loss is, for each term of the objective, the average over all its units in the global batch, however the
+batch is split into micro-batches and over processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from luthier.model.batch import Batch
+from luthier.train import checks
+
+if TYPE_CHECKING:
+    from luthier.train.trainer import Trainer
+
+
+class MicroBatchTooLarge(MemoryError):
+    """Memory ran out while a micro-batch was read: smaller ones may do."""
+
+
+def every_term(index: int, name: str) -> float:
+    """The default of `only`: all terms of an objective, at their own weights."""
+    return 1.0
+
+
+class LossClosure:
+    """The loss of a step's global batch; with grad, its gradient in p.grad of what moves.
+
+    A call is `begin`, `micro_batch` for each of them, and `end`; batched LoRA runs make these in turn.
+    """
+
+    def __init__(self, trainer: Trainer, batches: list[Batch]):
+        """batches: this process's micro-batches."""
+        self.trainer, self.batches = trainer, batches
+        self.metrics: dict[str, float] = {}
+        self.values: dict[str, float] = {}  # each term's own average, by name, as of the last call
+        self.names = [objective.name for _, objective in trainer.objective.terms()]
+        sizes = torch.zeros(len(batches), len(self.names) + 3, dtype=torch.float64)
+        for row, batch in zip(sizes, batches, strict=True):
+            for i, (_, objective) in enumerate(trainer.objective.terms()):
+                row[i] = float(objective.divisor(batch))
+            row[-3], row[-2], row[-1] = len(batch.ids), len(batch.owner), len(batch.rows)
+        *self.units, tokens, supervised, rows = trainer.all_reduce(sizes.sum(0)).tolist()
+        self.counts = {"tokens": int(tokens), "supervised": int(supervised), "rows": int(rows)}
+
+    def note(self, metrics: Mapping[str, float]) -> None:
+        """Further numbers for the log."""
+        self.metrics.update(metrics)
+
+    def __call__(self, grad: bool = True, only: Callable[[int, str], float] = every_term) -> float:
+        """only: (index, name) of a term -> how much it counts; 0 leaves it out, True is its own weight.
+
+        Raises MicroBatchTooLarge where memory runs out.
+        """
+        try:
+            self.begin(grad)
+            for i in range(len(self.batches)):
+                self.micro_batch(i, grad, only)
+            return self.end(grad, only)
+        except (RuntimeError, MemoryError) as error:
+            if checks.out_of_memory(error):
+                raise MicroBatchTooLarge(str(error)) from None
+            raise
+
+    def begin(self, grad: bool) -> None:
+        """Clear the sums, and gradients if there are to be new ones."""
+        self.total = 0.0
+        self.term_totals = [0.0] * len(self.names)
+        self.term_losses: dict[str, float] = {}  # where there are several
+        self.sums: dict[str, tuple[float, int]] = {}  # metric -> sum and count
+        if grad:
+            for p in self.trainer.roles.tuner.parameters().values():
+                p.grad = None
+
+    def micro_batch(
+        self,
+        index: int,
+        grad: bool = True,
+        only: Callable[[int, str], float] = every_term,
+        outputs: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Add one micro-batch. outputs: role -> its outputs, where they are there already."""
+        trainer, clock = self.trainer, self.trainer.roles.clock
+        batch = self.batches[index].view(metrics={})
+        batch.read.update(outputs or {})
+        # dropout: alike in every call of a step
+        torch.manual_seed(clock.derive_seed("noise", index, trainer.accelerator.process_index))
+        with torch.set_grad_enabled(grad):
+            loss: Any = 0.0
+            for i, (weight, objective) in enumerate(trainer.objective.terms()):
+                factor = only(i, objective.name)
+                if not factor:
+                    continue
+                values = objective.loss(trainer.roles, batch)
+                checks.check_unit_count(values, objective, batch)
+                checks.check_finite(values.detach(), objective.name, clock.step, batch)
+                term = values.sum() / (self.units[i] or 1.0)
+                loss = loss + float(factor) * weight * term
+                self.term_totals[i] += float(term.detach())
+                if len(self.names) > 1:
+                    name = f"loss/{objective.name}"
+                    self.term_losses[name] = self.term_losses.get(name, 0.0) + float(term.detach())
+            if torch.is_tensor(loss):
+                self.total += float(loss.detach())
+                if grad and loss.requires_grad:
+                    loss.backward()
+        for name, (value, count) in batch.metrics.items():
+            total, n = self.sums.get(name, (0.0, 0))
+            self.sums[name] = (total + value, n + count)
+
+    def end(self, grad: bool = True, only: Callable[[int, str], float] = every_term) -> float:
+        """Sum over processes, check the first gradient of a run, and return the loss."""
+        trainer, roles = self.trainer, self.trainer.roles
+        # the averages are global already: gradients only add up
+        if grad and trainer.accelerator.num_processes > 1:
+            moving = []
+            for group in roles.tuner.param_groups():
+                moving += [p for p in group.params.values() if p.requires_grad]
+            trainer.all_reduce_gradients(moving)
+        first = roles.clock.step == roles.clock.first
+        if grad and only is every_term and first and self.counts["rows"]:
+            checks.check_gradient(roles.tuner, may_be_zero="samples" in trainer.objective.requires)
+        for name, (value, count) in self.sums.items():
+            self.metrics[name] = value / max(count, 1)
+        self.metrics.update(self.term_losses)
+        totals = torch.tensor([self.total, *self.term_totals], dtype=torch.float64)
+        loss, *terms = trainer.all_reduce(totals).tolist()
+        self.values = dict(zip(self.names, terms, strict=True))
+        return loss
