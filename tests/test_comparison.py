@@ -78,7 +78,7 @@ def test_values_by_row_are_what_the_metric_is_the_mean_of(shared, tmp_path):
     )
     for when, metrics in (("before", report.before), ("after", report.after)):
         by_row = json.loads((tmp_path / "r" / f"by-row-{when}.json").read_text())
-        for name in ("loss", "accuracy", "elsewhere_loss"):
+        for name in ("loss", "accuracy", "retention_loss"):
             assert sum(by_row[name].values()) / len(by_row[name]) == pytest.approx(metrics[name], rel=1e-6)
 
 

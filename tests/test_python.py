@@ -21,7 +21,7 @@ def test_the_calls_of_the_readme(tiny, tmp_path):
         dtype="float32",
         output_dir=str(tmp_path / "run"),
     )
-    assert report.after["loss"] < report.before["loss"] and "elsewhere_loss" in report.after
+    assert report.after["loss"] < report.before["loss"] and "retention_loss" in report.after
     tuned = luthier.load(report.folder)
     assert isinstance(tuned.generate("1+1=", max_new_tokens=4), str)
     assert set(dir(luthier)) >= {"tune", "load", "inspect", "Recipe", "Report", "RecipeError"}

@@ -409,4 +409,4 @@ def test_a_story_is_opened_and_continued(real, tmp_path):
     begun = [
         json.loads(line)["prompt"] for line in (tmp_path / "samples-after.jsonl").read_text().splitlines()
     ]
-    assert len(set(begun)) == 3 and all(begun) and "generated_exact" not in report.after
+    assert len(set(begun)) == 3 and all(begun) and "exact_match" not in report.after

@@ -53,8 +53,8 @@ class Tree(HTMLParser):
 
 def a_report(folder, **changes) -> Report:
     known = dict(
-        before={"loss": 2.31, "accuracy": 0.03, "elsewhere_accuracy": 0.97, "elsewhere_accuracy/chat": 0.9},
-        after={"loss": 0.42, "accuracy": 0.98, "elsewhere_accuracy": 0.94, "elsewhere_accuracy/chat": 0.9},
+        before={"loss": 2.31, "accuracy": 0.03, "retention_accuracy": 0.97, "retention_accuracy/chat": 0.9},
+        after={"loss": 0.42, "accuracy": 0.98, "retention_accuracy": 0.94, "retention_accuracy/chat": 0.9},
         losses=[2.0, 1.0, 0.5],
         stats={
             "moving": 1000,
@@ -141,7 +141,7 @@ def test_user_text_stays_text(tmp_path):
     (tmp_path / "shown.json").write_text(json.dumps([f"{EVIL}{MARKS[0]}{EVIL}{MARKS[1]}"]))
     recipe = Recipe.load({"data": [{"prompt": EVIL, "completion": EVIL}], "model": EVIL})
     report = a_report(
-        tmp_path, notes=[EVIL], before={EVIL: 1.0, f"elsewhere_accuracy/{EVIL}": 0.5}, after={EVIL: 2.0}
+        tmp_path, notes=[EVIL], before={EVIL: 1.0, f"retention_accuracy/{EVIL}": 0.5}, after={EVIL: 2.0}
     )
     logged = [{**x, EVIL: x["step"]} for x in LOGGED]
     tree = Tree(page(recipe, report, logged, tmp_path))

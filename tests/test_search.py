@@ -253,7 +253,7 @@ def test_goals_and_limits_are_understood():
     found = goals(["quality, forgetting,parameters"], "accuracy")
     assert [(g.metric, g.up) for g in found] == [
         ("accuracy", True),
-        ("elsewhere_loss", False),
+        ("retention_loss", False),
         ("trained", False),
     ]
     assert found[0].value({"accuracy": 0.5}) == -0.5 and found[0].value({}) == math.inf
@@ -286,11 +286,11 @@ def test_volumes_of_fronts_are_those_by_hand():
     assert hypervolume(two, (4, 4)) == 6 and hypervolume([*two, (3, 3)], (4, 4)) == 6
     assert hypervolume(three, (3, 3, 3)) == 4 and hypervolume([*three, (2, 2, 2)], (3, 3, 3)) == 4
     assert hypervolume([(0, 0, 0)], (1, 2, 3)) == 6 and hypervolume([(5, 0)], (4, 4)) == 0
-    (goal,) = goals(["front(accuracy, elsewhere_loss @ 0, 4)"], "loss")
+    (goal,) = goals(["front(accuracy, retention_loss @ 0, 4)"], "loss")
     assert goal.up and fold(
-        goal, [{"accuracy": 0.5, "elsewhere_loss": 2.0}, {"accuracy": 1.0, "elsewhere_loss": 3.0}]
+        goal, [{"accuracy": 0.5, "retention_loss": 2.0}, {"accuracy": 1.0, "retention_loss": 3.0}]
     ) == pytest.approx(1.5)
-    (shares,) = goals(["front(accuracy,elsewhere_accuracy)"], "loss")
+    (shares,) = goals(["front(accuracy,retention_accuracy)"], "loss")
     assert shares.worst == (0.0, 0.0)
 
 
@@ -338,8 +338,8 @@ def test_what_else_is_said_of_a_front():
     assert sparsity(points) == pytest.approx(2 * (0.6**2 + 0.4**2) / 2)
     assert sparsity([*points, (0.5, 0.5), points[0]]) == sparsity(points)
     assert sparsity(points[:1]) == math.inf
-    utility, gaps = goals(["utility(accuracy, elsewhere_loss), sparsity(accuracy, elsewhere_loss)"], "loss")
-    acts = [{"accuracy": 1.0, "elsewhere_loss": 2.0}, {"accuracy": 0.0, "elsewhere_loss": 0.0}]
+    utility, gaps = goals(["utility(accuracy, retention_loss), sparsity(accuracy, retention_loss)"], "loss")
+    acts = [{"accuracy": 1.0, "retention_loss": 2.0}, {"accuracy": 0.0, "retention_loss": 0.0}]
     by_hand = np.mean([max(w - 2 * (1 - w), 0) for w in np.linspace(0, 1, 21)])
     assert utility.up and utility.value({utility.metric: fold(utility, acts)}) == pytest.approx(-by_hand)
     assert (
@@ -348,7 +348,7 @@ def test_what_else_is_said_of_a_front():
         and gaps.value({gaps.metric: fold(gaps, acts[:1])}) == math.inf
     )
     assert fold(gaps, [{"accuracy": 1.0}]) is None and math.isnan(
-        fold(utility, [{"accuracy": math.nan, "elsewhere_loss": 1.0}])
+        fold(utility, [{"accuracy": math.nan, "retention_loss": 1.0}])
     )
     own = {"goal/short": 0.0, "reward_accuracy": 0.2}
     (volume,) = goals(["hypervolume"], "loss", own)

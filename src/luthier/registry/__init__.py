@@ -48,4 +48,5 @@ from luthier.registry.discover import (
     names,
 )
 from luthier.registry.kinds import KINDS, Kind
+from luthier.registry.metrics import COSTS, evaluator_of, former_metrics, metric, metrics
 from luthier.registry.words import Artifact, Capability, Column, Metric

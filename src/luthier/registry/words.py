@@ -68,15 +68,25 @@ class Column(Capability):
 class Metric:
     """A number that an evaluator measures, and how it is shown.
 
-    name: as in reports; `retention_loss/*` stands for one number a skill. label: for people. unit: "", "%",
-    "nats", "GFLOP", "MB", "s", ... better: which way is better, None where neither is.
+    name: as in reports; parts of it are called `name/part`. label: for people. unit: "%" for a share, which is
+    shown in percent and whose changes are in points. better: which way is better; None where neither is.
+    rank: the lower, the earlier in tables. former: its name in version 0.1.
     """
 
     name: str
     label: str
     unit: str = ""
     better: Literal["higher", "lower"] | None = None
-    says: str = ""
+    rank: int = 50
+    former: str = ""
+
+    @property
+    def is_share(self) -> bool:
+        return self.unit == "%"
+
+    @property
+    def higher_is_better(self) -> bool | None:
+        return None if self.better is None else self.better == "higher"
 
 
 @dataclass(frozen=True)

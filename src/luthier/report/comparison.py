@@ -124,7 +124,7 @@ def _winners(result: Mapping[str, Any], metric: str) -> list[str]:
 def _pairs(result: Mapping[str, Any]) -> str:
     some = [
         m
-        for m in dict.fromkeys((result["metric"], "accuracy", "elsewhere_accuracy", "elsewhere_loss"))
+        for m in dict.fromkeys((result["metric"], "accuracy", "retention_accuracy", "retention_loss"))
         if result["pairs"].get(m)
     ]
     body = "".join(
@@ -277,7 +277,7 @@ def _lines(path: Path) -> list[dict]:
 
 
 def _skills(result: Mapping[str, Any]) -> str:
-    skills = [m for m in result["table"] if m.startswith("elsewhere_accuracy/")]
+    skills = [m for m in result["table"] if m.startswith("retention_accuracy/")]
     names = [n for n in result["arms"] if n not in result["stopped"]]
     head = "".join(f'<th scope="col">{escape(n)}</th>' for n in ("", "untuned", *names))
     body = ""

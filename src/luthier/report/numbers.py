@@ -24,7 +24,7 @@ METRICS = {
     "accuracy": Metric("exact on {on}", share=True, up=True),
     "token_accuracy": Metric("tokens right on {on}", share=True, up=True),
     "preference_accuracy": Metric("prefers the better answer", share=True, up=True),
-    "generated_exact": Metric("written answers exact", share=True, up=True),
+    "exact_match": Metric("written answers exact", share=True, up=True),
     "generated_reward": Metric("reward of written answers", up=True),
     "goal": Metric("goal", up=True),
     "generated_tokens": Metric("tokens of written answers"),
@@ -37,8 +37,8 @@ METRICS = {
     "length_correlation": Metric("implicit reward goes with length"),
     "length_ratio": Metric("length of what it prefers, by the better answers'"),
     "calibration_error": Metric("calibration error on {on}", share=True, up=False),
-    "elsewhere_loss": Metric("loss elsewhere", up=False),
-    "elsewhere_accuracy": Metric("exact elsewhere", share=True, up=True),
+    "retention_loss": Metric("loss elsewhere", up=False),
+    "retention_accuracy": Metric("exact elsewhere", share=True, up=True),
     "distinct_2": Metric("different pairs of tokens in samples", share=True),
     "distinct_answers": Metric("different answers to one prompt", share=True),
     "answer_length": Metric("tokens of a sampled answer"),
@@ -126,7 +126,7 @@ def _loss(report: Any) -> str:
 def _right(report: Any) -> str:
     for name, what in (
         ("generated_reward", "mean reward {b} → {a}"),
-        ("generated_exact", "{a} of written answers exact (before: {b})"),
+        ("exact_match", "{a} of written answers exact (before: {b})"),
         ("preference_accuracy", "the better answer is preferred in {a} of pairs (before: {b})"),
         ("accuracy", "{a} of completions exact (before: {b})"),
     ):
@@ -147,15 +147,15 @@ def _goals(report: Any) -> str:
 
 
 def _price(report: Any) -> str:
-    if "elsewhere_accuracy" in report.before and "elsewhere_accuracy" in report.after:
-        points = 100 * (report.after["elsewhere_accuracy"] - report.before["elsewhere_accuracy"])
+    if "retention_accuracy" in report.before and "retention_accuracy" in report.after:
+        points = 100 * (report.after["retention_accuracy"] - report.before["retention_accuracy"])
         if abs(points) < 0.05:
             return "other skills kept"
         return f"other skills {'gained' if points > 0 else 'lost'} {abs(points):.1f} points"
-    if "elsewhere_loss" in report.before and "elsewhere_loss" in report.after:
+    if "retention_loss" in report.before and "retention_loss" in report.after:
         return (
-            f"loss elsewhere {number(report.before['elsewhere_loss'])} →"
-            f" {number(report.after['elsewhere_loss'])}"
+            f"loss elsewhere {number(report.before['retention_loss'])} →"
+            f" {number(report.after['retention_loss'])}"
         )
     return ""
 

@@ -99,7 +99,7 @@ def _figures(report: Any) -> str:
     every = lines(report)
     if not every:
         return ""
-    skills = [line for line in every if "/" in line.name]  # elsewhere_accuracy/chat
+    skills = [line for line in every if "/" in line.name]  # retention_accuracy/chat
     body = _table([line for line in every if line not in skills])
     if skills:
         body += (

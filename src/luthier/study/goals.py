@@ -19,7 +19,7 @@ from luthier.report.numbers import METRICS, says
 
 QUALITY = "quality"
 NAMED = {
-    "forgetting": "elsewhere_loss",
+    "forgetting": "retention_loss",
     "parameters": "trained",
     "memory": "peak_memory_mb",
     "time": "seconds",
@@ -106,12 +106,12 @@ def _plain(word: str, quality: str) -> Goal:
 
 
 def _front(word: str) -> Goal:
-    """front(accuracy, elsewhere_loss @ 0, 5): the volume that each run's front covers; utility(...),
+    """front(accuracy, retention_loss @ 0, 5): the volume that each run's front covers; utility(...),
     sparsity(...): see FRONTS.
     """
     found = FRONT.fullmatch(word.replace(" ", ""))
     if not found:
-        raise RecipeError(f"--goals: '{word}' is not a front such as front(accuracy, elsewhere_loss @ 0, 5)")
+        raise RecipeError(f"--goals: '{word}' is not a front such as front(accuracy, retention_loss @ 0, 5)")
     told = "hypervolume" if found[1] == "front" else found[1]
     metrics = tuple(NAMED.get(m, m) for m in found[2].split(","))
     ups = [better_up(m) for m in metrics]

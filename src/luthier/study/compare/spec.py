@@ -23,7 +23,7 @@ DEFAULT_EVALUATORS = ("loss", "accuracy", "generate", "forgetting", "calibration
 MUST_MATCH = ("data", "eval_data", "max_length", "chat_template", "evaluate")
 # recipe keys that may differ; the result notes where they do
 MAY_DIFFER = ("model", "dtype", "per_device_train_batch_size", "gradient_accumulation_steps")
-RETENTION = ("elsewhere_loss", "elsewhere_accuracy")
+RETENTION = ("retention_loss", "retention_accuracy")
 COSTS = {  # what a run cost, by its report's stats
     "trained": Metric("trainable parameters", up=False),
     "peak_memory_mb": Metric("peak memory (MB)", up=False),

@@ -14,11 +14,18 @@ from pydantic import Field
 from luthier.methods.architectures._base import LOGPROBS, TOPK
 from luthier.methods.evaluators._base import Evaluator, batches, liked
 from luthier.methods.formats._base import COMPLETIONS
-from luthier.registry import evaluator
+from luthier.registry import Artifact, Metric, evaluator
 from luthier.storage import files
 
 
-@evaluator(paper="arXiv:1706.04599", requires=[COMPLETIONS, LOGPROBS, TOPK])
+@evaluator(
+    metrics=[
+        Metric("calibration_error", "calibration error (ECE)", unit="%", better="lower", rank=20),
+    ],
+    artifacts=[Artifact("calibration-*.json")],
+    paper="arXiv:1706.04599",
+    requires=[COMPLETIONS, LOGPROBS, TOPK],
+)
 class Calibration(Evaluator):
     """`calibration_error`: 0 is perfect. Keeps calibration-<when>.json: [tokens, mean confidence, share
     right] of each bin.

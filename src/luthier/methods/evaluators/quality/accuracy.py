@@ -5,10 +5,17 @@ from typing import ClassVar
 from luthier.methods.architectures._base import LOGPROBS, TOPK
 from luthier.methods.evaluators._base import PerExample, batches, keep, paired
 from luthier.methods.formats._base import COMPLETIONS
-from luthier.registry import evaluator
+from luthier.registry import Metric, evaluator
 
 
-@evaluator(requires=[COMPLETIONS, LOGPROBS, TOPK])
+@evaluator(
+    metrics=[
+        Metric("accuracy", "sequence accuracy", unit="%", better="higher", rank=1),
+        Metric("token_accuracy", "token accuracy", unit="%", better="higher", rank=2),
+        Metric("preference_accuracy", "preference accuracy", unit="%", better="higher", rank=3),
+    ],
+    requires=[COMPLETIONS, LOGPROBS, TOPK],
+)
 class Accuracy(PerExample):
     """`accuracy`: share of completions whose every supervised token is the likeliest one given those before
     it, which is greedy exact match (of a classifier: plain accuracy). `token_accuracy`: the same per token.

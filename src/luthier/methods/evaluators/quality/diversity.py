@@ -12,10 +12,18 @@ from pydantic import Field
 
 from luthier.methods.architectures._base import GENERATE
 from luthier.methods.evaluators._base import Evaluator
-from luthier.registry import evaluator
+from luthier.registry import Metric, evaluator
 
 
-@evaluator(paper="arXiv:1510.03055", requires=[GENERATE])
+@evaluator(
+    metrics=[
+        Metric("distinct_2", "distinct-2 of samples", unit="%", rank=40),
+        Metric("distinct_answers", "distinct samples per prompt", unit="%", rank=41),
+        Metric("answer_length", "tokens per sample", rank=42),
+    ],
+    paper="arXiv:1510.03055",
+    requires=[GENERATE],
+)
 class Diversity(Evaluator):
     """`distinct_2`, `distinct_answers` (share of a prompt's samples that differ) and `answer_length` in
     tokens.

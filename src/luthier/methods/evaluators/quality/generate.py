@@ -6,16 +6,26 @@ from typing import Any
 
 from luthier.methods.architectures._base import GENERATE
 from luthier.methods.evaluators._base import Evaluator, liked
-from luthier.registry import build, evaluator
+from luthier.registry import Artifact, Metric, build, evaluator
 from luthier.storage import files
 
 OPENING = 24  # tokens of a text that are given, to be continued
 
 
-@evaluator(requires=[GENERATE])
+@evaluator(
+    metrics=[
+        Metric(
+            "exact_match", "exact match (generated)", unit="%", better="higher", rank=4, former="generated_exact"
+        ),
+        Metric("generated_reward", "mean reward (generated)", better="higher", rank=5),
+        Metric("generated_tokens", "generated tokens", rank=7),
+    ],
+    artifacts=[Artifact("samples-*.jsonl")],
+    requires=[GENERATE],
+)
 class Generate(Evaluator):
     """Writes samples-before.jsonl and samples-after.jsonl, and samples-during.jsonl where it is asked on the
-    way: prompt, expected, answer, score. `generated_exact`: share of answers that are the row's completion,
+    way: prompt, expected, answer, score. `exact_match`: share of answers that are the row's completion,
     letter for letter. With a reward, `generated_reward`: its mean. Texts are opened with their first words
     and continued, which nothing judges. `generated_tokens`: the mean length of an answer."""
 
@@ -63,7 +73,7 @@ class Generate(Evaluator):
         files.write_rows(folder / f"samples-{when}.jsonl", samples)
         scores = [s["score"] for s in samples if s["score"] is not None]
         metrics = (
-            {"generated_reward" if judge else "generated_exact": sum(scores) / len(scores)} if scores else {}
+            {"generated_reward" if judge else "exact_match": sum(scores) / len(scores)} if scores else {}
         )
         return {**metrics, "generated_tokens": sum(len(ids) for (ids,) in written) / len(written)}
 

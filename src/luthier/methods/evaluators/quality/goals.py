@@ -13,10 +13,15 @@ from pydantic import Field
 
 from luthier.methods.architectures._base import GENERATE
 from luthier.methods.evaluators._base import Evaluator, keep
-from luthier.registry import build, evaluator, requires_of
+from luthier.registry import Metric, build, evaluator, requires_of
 
 
-@evaluator(requires=[GENERATE])
+@evaluator(
+    metrics=[
+        Metric("goal", "mean reward", better="higher", rank=6),
+    ],
+    requires=[GENERATE],
+)
 class Goals(Evaluator):
     """`goal/NAME` of each goal, and by row. An answer is judged by every goal, so what they say is said of
     the same texts.

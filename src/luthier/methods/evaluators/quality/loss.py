@@ -3,10 +3,15 @@
 from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.evaluators._base import PerExample, keep
 from luthier.methods.formats._base import COMPLETIONS
-from luthier.registry import evaluator
+from luthier.registry import Metric, evaluator
 
 
-@evaluator(requires=[COMPLETIONS, LOGPROBS])
+@evaluator(
+    metrics=[
+        Metric("loss", "loss", better="lower", rank=0),
+    ],
+    requires=[COMPLETIONS, LOGPROBS],
+)
 class Loss(PerExample):
     """`loss`: mean -log p per supervised token, over all tokens of each row's best completion."""
 

@@ -18,10 +18,22 @@ from luthier.methods.evaluators.representation.implicit_value import correlation
 from luthier.methods.formats._base import PAIRS
 from luthier.methods.objectives.preference._pairs import best_and_worst
 from luthier.methods.roles._base import REFERENCE
-from luthier.registry import evaluator
+from luthier.registry import Metric, evaluator
 
 
-@evaluator(requires=[PAIRS, REFERENCE, LOGPROBS])
+@evaluator(
+    metrics=[
+        Metric("ranking_accuracy", "ranking accuracy", unit="%", better="higher", rank=10),
+        Metric("reference_ranking_accuracy", "ranking accuracy of the reference", unit="%", rank=11),
+        Metric("reward_accuracy", "reward accuracy", unit="%", better="higher", rank=12),
+        Metric("reward_margin", "reward margin (nats)", better="higher", rank=13),
+        Metric("chosen_drift", "log-prob shift, chosen (nats)", better="higher", rank=14),
+        Metric("rejected_drift", "log-prob shift, rejected (nats)", rank=15),
+        Metric("length_correlation", "correlation of reward and length", rank=16),
+        Metric("length_ratio", "length of preferred / chosen", rank=17),
+    ],
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+)
 class Preference(Evaluator):
     """`ranking_accuracy` of log p, `reference_ranking_accuracy`, `reward_accuracy` and `reward_margin` (nats)
     of the log-ratio; `chosen_drift` and `rejected_drift`, the log-ratio of each side: below 0 it became less

@@ -18,13 +18,27 @@ from luthier.methods.architectures._base import LOGPROBS, TOPK
 from luthier.methods.evaluators._base import Evaluator, TokenStats, keep, liked, named, read
 from luthier.methods.evaluators.quality.accuracy import exact, share
 from luthier.methods.evaluators.quality.loss import shares
-from luthier.registry import evaluator
+from luthier.registry import Artifact, Metric, evaluator
 from luthier.storage import files
 
 
-@evaluator(requires=[LOGPROBS, TOPK])
+@evaluator(
+    metrics=[
+        Metric("retention_loss", "retention loss", better="lower", rank=30, former="elsewhere_loss"),
+        Metric(
+            "retention_accuracy",
+            "retention accuracy",
+            unit="%",
+            better="higher",
+            rank=31,
+            former="elsewhere_accuracy",
+        ),
+    ],
+    artifacts=[Artifact("forgetting.jsonl")],
+    requires=[LOGPROBS, TOPK],
+)
 class Forgetting(Evaluator):
-    """`elsewhere_loss` and `elsewhere_accuracy` (not for own texts), and per skill where rows name one."""
+    """`retention_loss` and `retention_accuracy` (not for own texts), and per skill where rows name one."""
 
     data: Any = None  # rows of what must not be lost, as in a recipe's `data`
     n: int = 400  # rows at most
@@ -47,18 +61,18 @@ class Forgetting(Evaluator):
         skills: dict[Any, dict[str, TokenStats]] = defaultdict(dict)
         for row in liked(rows) if accuracy else ():
             skills[row.get("skill")] |= {name: stats[name] for name in named(row)}
-        out = {"elsewhere_loss": sum(s.loss for s in stats.values()) / tokens}
+        out = {"retention_loss": sum(s.loss for s in stats.values()) / tokens}
         keep(
             folder,
             when,
-            elsewhere_loss=shares(stats),
-            **({"elsewhere_accuracy": exact(stats)} if accuracy else {}),
+            retention_loss=shares(stats),
+            **({"retention_accuracy": exact(stats)} if accuracy else {}),
         )
         if accuracy:
-            out["elsewhere_accuracy"] = share(stats)
+            out["retention_accuracy"] = share(stats)
         if len(skills) > 1:
             out |= {
-                f"elsewhere_accuracy/{skill}": share(some) for skill, some in sorted(skills.items(), key=str)
+                f"retention_accuracy/{skill}": share(some) for skill, some in sorted(skills.items(), key=str)
             }
         return out
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from luthier.data import rows as reading
 from luthier.methods.architectures._base import GENERATE
 from luthier.methods.evaluators._base import Evaluator
-from luthier.registry import evaluator
+from luthier.registry import Metric, evaluator
 from luthier.storage import files
 
 OPENINGS = (
@@ -44,7 +44,13 @@ OPENINGS = (
 )
 
 
-@evaluator(requires=[GENERATE])
+@evaluator(
+    metrics=[
+        Metric("refused_unsafe", "refusals of unsafe prompts", unit="%", better="higher", rank=45),
+        Metric("refused_safe", "refusals of safe prompts", unit="%", better="lower", rank=46),
+    ],
+    requires=[GENERATE],
+)
 class Refusals(Evaluator):
     """`refused_unsafe` and `refused_safe`: shares of requests of each kind that are declined. Writes
     refusals-<when>.jsonl.

@@ -29,7 +29,7 @@ class CoFiTune(Plan):
     """Search over tuner 'cofitune', its layer_range and modules, whatever tuner the recipe names."""
 
     scores: dict[str, float] = field(
-        default_factory=lambda: {"accuracy": 1.0, "elsewhere_accuracy": 1.0}
+        default_factory=lambda: {"accuracy": 1.0, "retention_accuracy": 1.0}
     )  # what an evaluator measures -> its weight in the sum
     soft_mask: bool = False  # whether candidates are tuned with the fine mask, too
 
