@@ -17,7 +17,7 @@ from conftest import SUMS
 from luthier.clock import Clock
 from luthier.errors import RecipeError
 from luthier.methods.architectures.text.causal import Causal
-from luthier.methods.objectives.distillation.pela import far
+from luthier.methods.objectives.distillation.pela import excess
 from luthier.methods.objectives.representation.core_tuning import contrast
 from luthier.methods.objectives.representation.dr_tune import calibrated, rotation
 from luthier.methods.roles.features.memory import Features
@@ -211,7 +211,7 @@ def test_products_are_the_best_of_their_rank():
     q = SimpleNamespace(**full.init(W))
     torch.testing.assert_close(full.weight(W, q), W, atol=1e-4, rtol=1e-4)
     gap = torch.tensor([[0.5, -0.5], [0.25, 0.0]])
-    assert float(far(gap, 0.4)) == pytest.approx((1.0 - 0.4) ** 2)
+    assert float(excess(gap, 0.4)) == pytest.approx((1.0 - 0.4) ** 2)
 
 
 def test_healing_brings_a_model_of_low_rank_back(tiny, tmp_path):

@@ -378,7 +378,7 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
             return model(input_ids=ids, labels=ids).loss, ids.numel()
 
         told: list[str] = []
-        took = _pretrain.pretrain(model, loss_of, 1.0, steps=7, kept=kept, tell=told.append)
+        took = _pretrain.pretrain(model, loss_of, 1.0, steps=7, checkpoint=kept, tell=told.append)
         return {"tokens": took["tokens"], "told": told, **model.state_dict()}
 
     whole = trained(None)

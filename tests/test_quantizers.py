@@ -596,10 +596,10 @@ def lq(**settings):
 
 
 def test_lq_error_falls_until_it_stops_and_beats_plain_quantization():
-    from luthier.methods.quantizers.normal_float.lq_lora import Weighed
+    from luthier.methods.quantizers.normal_float.lq_lora import WeightedError
 
     W, q = normal(64, 96, seed=1), lq()
-    codes, said = q.turns(W, q.forms()[0], Weighed(None))
+    codes, said = q.turns(W, q.forms()[0], WeightedError(None))
     assert len(said) > 1 and all(a > b for a, b in zip(said, said[1:]))
     assert float((q.dequantize(codes, (64, 96), torch.float32) - W).square().sum()) == pytest.approx(
         said[-1], rel=1e-3

@@ -155,8 +155,8 @@ def _commands(name: str, rounds: list[dict]) -> list[str]:
     commands = []
     for i, part in enumerate(rounds):
         start = f" --start practice-{name}" if i else ""
-        given = f"--seed {part['seed']} --minutes {part['minutes']:g} --steps {part['steps']}"
-        commands.append(f"    python -m luthier.toy.make --model {name} {given}{start}")
+        options = f"--seed {part['seed']} --minutes {part['minutes']:g} --steps {part['steps']}"
+        commands.append(f"    python -m luthier.toy.make --model {name} {options}{start}")
     return commands
 
 
@@ -168,8 +168,8 @@ def _table(numbers: dict[str, dict[str, float]]) -> str:
     """Exact match by world and split."""
     lines = []
     for world in dict.fromkeys(key.split("/")[0] for key in numbers):
-        found = [numbers.get(f"{world}/{split}") for split in SPLITS]
-        cells = [_percent(by_kind["all"]) if by_kind else "" for by_kind in found]
+        by_split = [numbers.get(f"{world}/{split}") for split in SPLITS]
+        cells = [_percent(by_kind["all"]) if by_kind else "" for by_kind in by_split]
         lines.append(f"| {world} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

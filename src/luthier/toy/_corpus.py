@@ -45,7 +45,7 @@ def parts(row: dict) -> list[tuple[str, bool]]:
             (ROLES[turn["role"]], turn["content"] + END, turn["role"] == "assistant")
             for turn in row["messages"]
         ]
-        return [part for role, content, said in turns for part in ((role, False), (content, said))]
+        return [part for role, content, spoken in turns for part in ((role, False), (content, spoken))]
     return [(row["prompt"], False), (row["completion"] + END, True)]
 
 
@@ -116,15 +116,15 @@ def corpus(
 
 def documents(tokenizer_file: Path, tokens: int, seed: int) -> list[tuple[list[int], list[int]]]:
     """About `tokens` tokens as (prompt with the start token, completion with the end token), in random order."""
-    tokenizer, found = Tokenizer.from_file(str(tokenizer_file)), []
+    tokenizer, pairs = Tokenizer.from_file(str(tokenizer_file)), []
     for world in names():
         count = round(tokens * find(world).SHARE / _mean_length(str(tokenizer_file), f"{world}/train"))
         both = [halves(row) for row in rows(world, "train", count, f"{seed}/0")]
         prompts = tokenizer.encode_batch([prompt for prompt, _ in both])
         completions = tokenizer.encode_batch([completion for _, completion in both], add_special_tokens=False)
-        found += [(p.ids, c.ids) for p, c in zip(prompts, completions, strict=True)]
-    Random(f"shuffle/{seed}").shuffle(found)
-    return found
+        pairs += [(p.ids, c.ids) for p, c in zip(prompts, completions, strict=True)]
+    Random(f"shuffle/{seed}").shuffle(pairs)
+    return pairs
 
 
 def halves(row: dict) -> tuple[str, str]:
@@ -154,8 +154,8 @@ def _part(
 
 def _marked(encoding: Encoding, row: list[tuple[str, bool]]) -> list[int]:
     """The ids of a row, ~id where the token begins in a part that is not said (the start token is not)."""
-    said = np.repeat([said for _, said in row], [len(text) for text, _ in row])
-    return [t if said[begin] else ~t for t, (begin, _) in zip(encoding.ids, encoding.offsets, strict=True)]
+    learned = np.repeat([learned for _, learned in row], [len(text) for text, _ in row])
+    return [t if learned[begin] else ~t for t, (begin, _) in zip(encoding.ids, encoding.offsets, strict=True)]
 
 
 @cache

@@ -56,21 +56,21 @@ def loss_of(
         for r, (prompt, completion) in enumerate(some):
             size = len(prompt) + len(completion)
             whole = 0 < len(completion) - 1 <= SHORT and draw.random() < WHOLE
-            asked = np.arange(len(prompt), size - 1) if whole else np.flatnonzero(draw.random(size) < HIDDEN)
-            asked = asked[asked > 0]
-            labels[r, asked] = ids[r, asked]
+            hidden = np.arange(len(prompt), size - 1) if whole else np.flatnonzero(draw.random(size) < HIDDEN)
+            hidden = hidden[hidden > 0]
+            labels[r, hidden] = ids[r, hidden]
             weight[r, : len(prompt)] = ASKED
-            fate = np.zeros(len(asked)) if whole else draw.random(len(asked))
-            ids[r, asked[fate < MASKED]] = tokenizer.mask_token_id
-            wrong = asked[(fate >= MASKED) & (fate < MASKED + RANDOM)]
+            fate = np.zeros(len(hidden)) if whole else draw.random(len(hidden))
+            ids[r, hidden[fate < MASKED]] = tokenizer.mask_token_id
+            wrong = hidden[(fate >= MASKED) & (fate < MASKED + RANDOM)]
             ids[r, wrong] = torch.from_numpy(draw.integers(len(tokenizer), size=len(wrong)))
         mask = torch.zeros_like(ids)
         for r, (prompt, completion) in enumerate(some):
             mask[r, : len(prompt) + len(completion)] = 1
         states = model.bert(input_ids=ids, attention_mask=mask).last_hidden_state
-        kept = labels >= 0
-        losses = F.cross_entropy(model.cls(states[kept]).float(), labels[kept], reduction="none")
-        return (losses * weight[kept]).sum() / weight[kept].sum(), int(mask.sum())
+        labelled = labels >= 0
+        losses = F.cross_entropy(model.cls(states[labelled]).float(), labels[labelled], reduction="none")
+        return (losses * weight[labelled]).sum() / weight[labelled].sum(), int(mask.sum())
 
     return loss
 

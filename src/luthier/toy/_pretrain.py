@@ -111,15 +111,15 @@ def deepened(model: LlamaForCausalLM, after: Collection[int] = (1, 3)) -> LlamaF
     config.num_hidden_layers += len(after)
     bigger = LlamaForCausalLM(config).train()
     torch.nn.Module.to(bigger, model.dtype)
-    kept = {k: v for k, v in model.state_dict().items() if ".layers." not in k}
+    state = {k: v for k, v in model.state_dict().items() if ".layers." not in k}
     place = 0
     for i, layer in enumerate(model.model.layers):
         for copied in range(1 + (i in after)):
             for name, value in layer.state_dict().items():
                 silent = copied and name in ("self_attn.o_proj.weight", "mlp.down_proj.weight")
-                kept[f"model.layers.{place}.{name}"] = torch.zeros_like(value) if silent else value
+                state[f"model.layers.{place}.{name}"] = torch.zeros_like(value) if silent else value
             place += 1
-    bigger.load_state_dict(kept)
+    bigger.load_state_dict(state)
     return bigger
 
 
@@ -228,7 +228,7 @@ def pretrain(
     minutes: float,
     steps: int | None = None,
     # a file in which the state is kept every KEEP_EVERY steps; where it is there, training goes on from it
-    kept: Path | None = None,
+    checkpoint: Path | None = None,
     peak: float = 1.0,  # of the learning rates: less for a short round that goes on from a finished model
     decay: float = DECAY_SHARE,  # of the run, at its end, in which they fall to zero
     tell: Callable[[str], None] = print,
@@ -242,12 +242,12 @@ def pretrain(
     Time is measured without compiling. `look` is called every `look_every` minutes, its words are told.
     """
     optimizer = MuonAdam(model)
-    seconds, step, tokens, told, recent = 0.0, 0, 0, 0.0, []
-    if kept and kept.is_file():
-        with safe_open(str(kept), framework="pt") as file:
+    seconds, step, tokens, last_line, recent = 0.0, 0, 0, 0.0, []
+    if checkpoint and checkpoint.is_file():
+        with safe_open(str(checkpoint), framework="pt") as file:
             optimizer.load({name: file.get_tensor(name) for name in file.keys()})
             seconds, step, tokens, recent = json.loads(file.metadata()["progress"])
-        told, first = seconds, step
+        last_line, first = seconds, step
         tell(f"going on from step {step}")
     else:
         first = 0
@@ -263,14 +263,16 @@ def pretrain(
             seconds += time.perf_counter() - began
         if weak and step in weak:
             weak[step]()
-        if kept and step % KEEP_EVERY == 0:
+        if checkpoint and step % KEEP_EVERY == 0:
             progress = json.dumps([seconds, step, tokens, recent[-50:]])
             save_file(
-                optimizer.state(), str(beside := kept.with_suffix(".new")), metadata={"progress": progress}
+                optimizer.state(),
+                str(beside := checkpoint.with_suffix(".new")),
+                metadata={"progress": progress},
             )
-            beside.replace(kept)  # killed while writing, the one before is whole
-        if seconds - told > 60 * look_every:
-            told, recent = seconds, recent[-50:]
+            beside.replace(checkpoint)  # killed while writing, the one before is whole
+        if seconds - last_line > 60 * look_every:
+            last_line, recent = seconds, recent[-50:]
             words = f"{seconds / 60:5.1f} min  step {step}  {tokens / 1e6:.2f}M tokens"
             tell(f"{words}  loss {np.mean(recent):.4f}  {_looked(model, look) if look else ''}")
     if isinstance(model, LlamaForCausalLM):

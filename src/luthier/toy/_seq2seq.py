@@ -61,7 +61,7 @@ def loss_of(
             corrupted(p + c[:-1], sentinels, c[-1], draw) if draw.random() < RESTORED else (p, c)
             for p, c in some
         ]
-        return said(model, *zip(*some, strict=True)), sum(len(p) + len(c) for p, c in some)
+        return completion_loss(model, *zip(*some, strict=True)), sum(len(p) + len(c) for p, c in some)
 
     return loss
 
@@ -87,7 +87,7 @@ def corrupted(
     return read + ids[place:], hidden + [end]
 
 
-def said(model, read: tuple[list[int], ...], completions: tuple[list[int], ...]) -> Tensor:
+def completion_loss(model, read: tuple[list[int], ...], completions: tuple[list[int], ...]) -> Tensor:
     """Mean loss of the completions."""
     pad = model.config.pad_token_id
     ids, labels = padded(list(read), pad), padded(list(completions), pad)
@@ -98,7 +98,7 @@ def said(model, read: tuple[list[int], ...], completions: tuple[list[int], ...])
     for r, row in enumerate(read):
         mask[r, : len(row)] = 1
     logits = model(input_ids=ids, attention_mask=mask, decoder_input_ids=begun, use_cache=False).logits
-    kept = torch.zeros_like(labels, dtype=torch.bool)
+    real = torch.zeros_like(labels, dtype=torch.bool)
     for r, row in enumerate(completions):
-        kept[r, : len(row)] = True
-    return F.cross_entropy(logits[kept].float(), labels[kept])
+        real[r, : len(row)] = True
+    return F.cross_entropy(logits[real].float(), labels[real])

@@ -52,21 +52,21 @@ class Fixed:
     """The reference: the policy as it began."""
 
     def __init__(self, logits: Tensor):
-        self.said = logits.log_softmax(-1)
+        self.log_probs = logits.log_softmax(-1)
 
     def logprobs(self, batch: Any) -> Tensor:
-        return self.said[batch.labels[batch.supervised]]
+        return self.log_probs[batch.labels[batch.supervised]]
 
 
 def roles_of(policy: Arms, reference: Tensor | None = None) -> Roles:
     """The two that preference objectives ask. reference: [arms] logits, by default the policy's base."""
-    made = Roles.__new__(Roles)
-    made.__dict__ |= {
+    roles = Roles.__new__(Roles)
+    roles.__dict__ |= {
         "policy": policy,
         "clock": Clock(),
         "reference": Fixed(policy.base if reference is None else reference),
     }
-    return made
+    return roles
 
 
 def pulled(arms: Sequence[Sequence[int]], reward: Tensor, **columns: Any) -> list[dict]:
@@ -127,7 +127,7 @@ def study(
 ) -> Course:
     """Train a policy on its draws. fresh_every: steps between draws from the policy as it is (1 is
     on-policy); None draws once, from the reference. n: arms pulled together. Gradient by Adam."""
-    policy, told = Arms(base, width), Course()
+    policy, course = Arms(base, width), Course()
     roles, rng = roles_of(policy), torch.Generator().manual_seed(seed)
     adam = torch.optim.Adam(policy.parameters(), lr=learning_rate)
     reference, was, data = base.softmax(-1), base.softmax(-1), []
@@ -146,13 +146,13 @@ def study(
         best, worst = (
             [row["completions"][row["scores"].index(f(row["scores"]))][0] for row in data] for f in (max, min)
         )
-        told.reward.append(float(logp.exp() @ reward))
-        told.kl.append(float((logp.exp() * (logp - reference.log())).sum()))
-        told.chosen.append(float(logp[best].mean()))
-        told.rejected.append(float(logp[worst].mean()))
-        told.best_arm.append(float(logp[int(reward.argmax())]))
-        told.moved.append(float((logp.exp() - was).abs().sum() / 2))
+        course.reward.append(float(logp.exp() @ reward))
+        course.kl.append(float((logp.exp() * (logp - reference.log())).sum()))
+        course.chosen.append(float(logp[best].mean()))
+        course.rejected.append(float(logp[worst].mean()))
+        course.best_arm.append(float(logp[int(reward.argmax())]))
+        course.moved.append(float((logp.exp() - was).abs().sum() / 2))
         was = logp.exp()
         if after:
             after(policy)
-    return told
+    return course

@@ -73,7 +73,7 @@ def make_tokenizer(name: str, folder: Path, seed: int) -> PreTrainedTokenizerFas
     if name in ON:
         AutoTokenizer.from_pretrained(path(ON[name])).save_pretrained(folder)
         return AutoTokenizer.from_pretrained(folder)
-    made = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_corpus.train_tokenizer(seed=seed),
         bos_token=_corpus.START,
         eos_token=_corpus.END,
@@ -91,8 +91,8 @@ def make_tokenizer(name: str, folder: Path, seed: int) -> PreTrainedTokenizerFas
         clean_up_tokenization_spaces=False,
     )
     if name == "seq2seq":
-        made.add_tokens(_seq2seq.SENTINELS, special_tokens=True)
-    made.save_pretrained(folder)
+        tokenizer.add_tokens(_seq2seq.SENTINELS, special_tokens=True)
+    tokenizer.save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 
 
@@ -138,19 +138,28 @@ def make(
         model.train()
         return " ".join(f"{key.split('/')[0]} {value['all']:.0%}" for key, value in numbers.items())
 
-    kept = folder / "training.safetensors"
+    checkpoint = folder / "training.safetensors"
     early = {step: partial(_save, model, tokenizer, folder / f"step-{step}") for step in weak}
     decay = 1.0 if name in ON else _pretrain.DECAY_SHARE  # a short round falls from its start on
     took = _pretrain.pretrain(
-        model, loss_of, minutes, steps, kept, PEAK.get(name, 1.0), decay, tell=tell, look=look, weak=early
+        model,
+        loss_of,
+        minutes,
+        steps,
+        checkpoint,
+        PEAK.get(name, 1.0),
+        decay,
+        tell=tell,
+        look=look,
+        weak=early,
     )
     model.save_pretrained(folder)
-    kept.unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     if name != "encoder":
-        said = {"decoder_start_token_id": model.config.decoder_start_token_id} if name == "seq2seq" else {}
+        decoder = {"decoder_start_token_id": model.config.decoder_start_token_id} if name == "seq2seq" else {}
         GenerationConfig(
-            **ids, **said, pad_token_id=tokenizer.pad_token_id, max_new_tokens=128
+            **ids, **decoder, pad_token_id=tokenizer.pad_token_id, max_new_tokens=128
         ).save_pretrained(folder)
     rounds.append({"seed": seed, "minutes": minutes, **took})
     (folder / "rounds.json").write_text(json.dumps(rounds, indent=1) + "\n", encoding="utf-8")
@@ -169,8 +178,8 @@ def write_probe(folder: Path, n: int = 40) -> None:
     with (folder / "probe.jsonl").open("w", encoding="utf-8") as file:
         for world in names():
             for row in rows(world, "test", n, seed=1):
-                kept = {key: row[key] for key in ("prompt", "completion", "messages") if key in row}
-                file.write(json.dumps({**kept, "skill": world}) + "\n")
+                columns = {key: row[key] for key in ("prompt", "completion", "messages") if key in row}
+                file.write(json.dumps({**columns, "skill": world}) + "\n")
 
 
 def write_card(name: str, folder: Path) -> None:
@@ -200,16 +209,16 @@ def main() -> None:
         metavar="STEP",
         help="keep the model after these steps as well",
     )
-    given = parser.parse_args()
-    folder = given.out or Path(f"practice-{given.model}")
+    args = parser.parse_args()
+    folder = args.out or Path(f"practice-{args.model}")
     make(
-        given.model,
+        args.model,
         folder,
-        given.minutes or MINUTES[given.model],
-        given.steps,
-        given.seed,
-        given.start,
-        given.weak,
+        args.minutes or MINUTES[args.model],
+        args.steps,
+        args.seed,
+        args.start,
+        args.weak,
     )
 
 

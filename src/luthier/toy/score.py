@@ -52,7 +52,7 @@ def is_exact(model, tokenizer, some_rows: list[dict], batch_size: int = 64) -> l
     An encoder fills all of a completion's places at once; an encoder-decoder says the last turn of a
     conversation.
     """
-    ask: Any = {"bert": _filled, "t5": _said}.get(model.config.model_type, _continued)
+    ask: Any = {"bert": _filled, "t5": _decoded}.get(model.config.model_type, _continued)
     encoded: list[Any] = [
         (_halves if ask is not _continued else tokens_of)(row, tokenizer) for row in some_rows
     ]
@@ -67,10 +67,10 @@ def is_exact(model, tokenizer, some_rows: list[dict], batch_size: int = 64) -> l
 
 def _continued(model, tokenizer, some: list[tuple[list[int], list[bool]]]) -> torch.Tensor:
     ids = _padded([ids for ids, _ in some], tokenizer.pad_token_id)
-    asked = _padded([asked for _, asked in some], False)
+    supervised = _padded([supervised for _, supervised in some], False)
     # Padding stands on the right and attention is causal: nothing read depends on it, no mask is needed.
     guess = model(input_ids=ids, use_cache=False).logits[:, :-1].argmax(-1)
-    return ((guess == ids[:, 1:]) | ~asked[:, 1:]).all(1)
+    return ((guess == ids[:, 1:]) | ~supervised[:, 1:]).all(1)
 
 
 def _halves(row: dict, tokenizer) -> tuple[list[int], list[int]]:
@@ -89,7 +89,7 @@ def _filled(model, tokenizer, some: list[tuple[list[int], list[int]]]) -> torch.
     return ((guess == labels) | (labels < 0)).all(1)
 
 
-def _said(model, tokenizer, some: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+def _decoded(model, tokenizer, some: list[tuple[list[int], list[int]]]) -> torch.Tensor:
     ids, labels = _padded([p for p, _ in some], tokenizer.pad_token_id), _padded([c for _, c in some], -100)
     mask = _padded([[1] * len(p) for p, _ in some], 0)
     begun = torch.full((len(some), 1), model.config.decoder_start_token_id)
@@ -130,10 +130,10 @@ def written(
     """Greedy answers to raw prompts."""
     texts: list[str] = []
     for start in range(0, len(prompts), batch_size):
-        given = tokenizer(prompts[start : start + batch_size], return_tensors="pt", padding=True)
-        said = model.generate(**given, do_sample=False, max_new_tokens=max_new_tokens)
-        first = 1 if model.config.is_encoder_decoder else given["input_ids"].shape[1]
-        texts += tokenizer.batch_decode(said[:, first:], skip_special_tokens=True)
+        inputs = tokenizer(prompts[start : start + batch_size], return_tensors="pt", padding=True)
+        ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        first = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+        texts += tokenizer.batch_decode(ids[:, first:], skip_special_tokens=True)
     return texts
 
 
@@ -156,12 +156,12 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """The share of right rows by "world/split" on n rows each, as {kind or "all": share}."""
     model.eval()
-    found = {}
+    shares = {}
     for world in names():
         for split in splits:
             if split in find(world).SPLITS:
-                found[f"{world}/{split}"] = judge(model, tokenizer, rows(world, split, n, "card"))
-    return found
+                shares[f"{world}/{split}"] = judge(model, tokenizer, rows(world, split, n, "card"))
+    return shares
 
 
 def main() -> None:
@@ -175,9 +175,9 @@ def main() -> None:
     )
     parser.add_argument("model", help="toy:NAME or a folder")
     parser.add_argument("-n", type=int, default=100, help="rows of each split")
-    given = parser.parse_args()
-    folder, began = resolve_model(given.model), time.perf_counter()
-    numbers = measure(load(folder), AutoTokenizer.from_pretrained(folder), given.n, SPLITS)
+    args = parser.parse_args()
+    folder, began = resolve_model(args.model), time.perf_counter()
+    numbers = measure(load(folder), AutoTokenizer.from_pretrained(folder), args.n, SPLITS)
     print(f"{'world':16}" + "".join(f"{split:>12}" for split in SPLITS))
     for world in names():
         print(
@@ -187,7 +187,7 @@ def main() -> None:
                 for s in SPLITS
             )
         )
-    print(f"{len(numbers) * given.n} rows in {time.perf_counter() - began:.0f} s")
+    print(f"{len(numbers) * args.n} rows in {time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":

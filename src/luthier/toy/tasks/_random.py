@@ -52,12 +52,12 @@ class Random(random.Random):
         if k > 5:
             small += 4 ** ceil(log(k * 3, 4))
         if n <= small:  # a list of what is left; else a set of what was taken
-            pool, found = list(population), []
+            pool, chosen = list(population), []
             for i in range(k):
                 j = self.below(n - i)
-                found.append(pool[j])
+                chosen.append(pool[j])
                 pool[j] = pool[n - i - 1]
-            return found
+            return chosen
         taken: dict[int, None] = {}
         while len(taken) < k:
             taken.setdefault(self.below(n))

@@ -74,15 +74,15 @@ def sample(
     check_split(world, splits, split)
     random = Random(f"{world}/{split}/{seed}")
     kinds, weights = list(splits[split]), list(splits[split].values())
-    wanted = bucket_of_split(split)
-    found: list[dict] = []
-    while len(found) < n:
+    split_bucket = bucket_of_split(split)
+    rows: list[dict] = []
+    while len(rows) < n:
         kind = kinds[0] if len(kinds) == 1 else random.choices(kinds, weights)[0]
         row = draw(random, kind)
-        while bucket(row["item"]) != wanted:
+        while bucket(row["item"]) != split_bucket:
             row = draw(random, kind)
-        found.append({"kind": kind, **row})
-    return signed(found, world, split, seed)
+        rows.append({"kind": kind, **row})
+    return signed(rows, world, split, seed)
 
 
 def signed(rows: list[dict], world: str, split: str, seed: int | str) -> list[dict]:
@@ -100,8 +100,8 @@ def check_split(world: str, splits: Mapping, split: str) -> None:
 
 def near(word: str, choices: Iterable[str]) -> str:
     """'; did you mean ...?' where one of the choices is like a word, else nothing."""
-    found = get_close_matches(word, list(choices), 1, cutoff=0.55)
-    return f"; did you mean '{found[0]}'?" if found else ""
+    matches = get_close_matches(word, list(choices), 1, cutoff=0.55)
+    return f"; did you mean '{matches[0]}'?" if matches else ""
 
 
 def same_text(row: dict, answer: str) -> float:
@@ -113,5 +113,5 @@ def slots(row: dict, answer: str) -> float:
     """The share of words in place, of an answer whose words each have one; 1.0 where nothing is wrong,
     missing or added.
     """
-    said, right = answer.split(), row["answer"].split()
-    return sum(a == b for a, b in zip(said, right, strict=False)) / max(len(said), len(right))
+    words, right = answer.split(), row["answer"].split()
+    return sum(a == b for a, b in zip(words, right, strict=False)) / max(len(words), len(right))

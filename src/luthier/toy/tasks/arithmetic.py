@@ -152,8 +152,8 @@ def verify_result(row: dict, answer: str) -> float:
     """1.0 where the number after the last "so ", or the only number there, is the row's answer; steps do not
     count.
     """
-    said = answer.rpartition("so ")[2] if "so " in answer else answer
-    return float(said.strip().rstrip(".") == row["answer"])
+    result = answer.rpartition("so ")[2] if "so " in answer else answer
+    return float(result.strip().rstrip(".") == row["answer"])
 
 
 verify = verify_result

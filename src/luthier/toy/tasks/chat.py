@@ -107,11 +107,11 @@ def _instruction(random: Random, kind: str) -> dict:
     """A row of another world as a question and an answer; `task` and `of` say which, for the verifier."""
     world = kind.partition("/")[0]
     row = _WORLDS[world].draw(random, INSTRUCT[kind])
-    said, answer = row["prompt"], row["completion"].strip()
+    question, answer = row["prompt"], row["completion"].strip()
     if world == "code":  # the function's first line is the assistant's to write
-        said, first, _ = said.partition("\ndef f(x):")
+        question, first, _ = question.partition("\ndef f(x):")
         answer = first.strip() + row["completion"]
-    messages = [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {**_conversation(messages, row["item"]), "task": world, "of": row}
 
 

@@ -106,9 +106,11 @@ def _number_row(factor: int, sign: str, term: int) -> dict:
 
 def _loop_row(words: str, k: int, kind: str) -> dict:
     term, formula = (text.format(k=k) for text in LOOPS[words])
-    said = words.format(k=k)
+    description = words.format(k=k)
     loop = f"\n    s = 0\n    for i in range(x):\n        s += {term}\n    return s"
-    row = _row(said, loop, [f"assert f({x}) == {_SUM[words](x, k)}" for x in LOOP_NUMBERS], said)
+    row = _row(
+        description, loop, [f"assert f({x}) == {_SUM[words](x, k)}" for x in LOOP_NUMBERS], description
+    )
     if kind == "slow":
         return row
     return {
@@ -121,7 +123,7 @@ def _loop_row(words: str, k: int, kind: str) -> dict:
 
 def _list_row(steps: Steps, ending: str) -> dict:
     words = ", then ".join([words.format(k=k) for words, k in steps] + [ending])
-    tests = [f"assert f({given}) == {_result(steps, ending, given)}" for given in LISTS]
+    tests = [f"assert f({numbers}) == {_result(steps, ending, numbers)}" for numbers in LISTS]
     item = ", ".join([words for words, _ in steps] + [ending])
     return _row(words, _body(steps, ending), tests, item)
 
@@ -131,8 +133,8 @@ def _body(steps: Steps, ending: str) -> str:
     return "".join(f"\n    {line}" for line in lines)
 
 
-def _result(steps: Steps, ending: str, given: list[int]):
-    value = given
+def _result(steps: Steps, ending: str, numbers: list[int]):
+    value = numbers
     for words, k in steps:
         value = _RUN[words](value, k)
     return _RUN[ending](value, 0)
@@ -153,7 +155,9 @@ def _mistake(random: Random, steps: Steps, ending: str) -> str | None:
             )
         )
         broken = [*steps[:place], *instead, *steps[place + 1 :]]
-        if broken and any(_result(broken, ending, given) != _result(steps, ending, given) for given in LISTS):
+        if broken and any(
+            _result(broken, ending, numbers) != _result(steps, ending, numbers) for numbers in LISTS
+        ):
             return _body(broken, ending)
     return None
 

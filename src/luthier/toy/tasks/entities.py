@@ -45,8 +45,8 @@ def draw(random: Random, kind: str) -> dict:
         tags += [f"B-{what}", *[f"I-{what}"] * (len(words) - 1)] if named else ["O"] * len(words)
         if what in ("person", "street"):
             atoms.append(f"called {' '.join(words)}")
-    found = spans(tokens, tags)
-    answer = "; ".join(found) or "none"
+    entities = spans(tokens, tags)
+    answer = "; ".join(entities) or "none"
     return {
         "prompt": f"Sentence: {' '.join(tokens)}\nNames:",
         "completion": f" {answer}",
@@ -71,16 +71,16 @@ def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
 
 def spans(tokens: list[str], tags: list[str]) -> list[str]:
     """BIO tags as the text form has them: "Kelun Bask = person", in order."""
-    found: list[tuple[list[str], str]] = []
+    entities: list[tuple[list[str], str]] = []
     for token, tag in zip(tokens, tags, strict=True):
         if tag.startswith("B-"):
-            found.append(([token], tag[2:]))
-        elif tag.startswith("I-") and found:
-            found[-1][0].append(token)
-    return [f"{' '.join(words)} = {what}" for words, what in found]
+            entities.append(([token], tag[2:]))
+        elif tag.startswith("I-") and entities:
+            entities[-1][0].append(token)
+    return [f"{' '.join(words)} = {what}" for words, what in entities]
 
 
 def verify(row: dict, answer: str) -> float:
     """F1 of the spans: 1.0 where exactly the right names are given, each with its kind."""
-    said, right = (Counter(part.strip() for part in text.split(";")) for text in (answer, row["answer"]))
-    return 2 * (said & right).total() / (said.total() + right.total())
+    written, right = (Counter(part.strip() for part in text.split(";")) for text in (answer, row["answer"]))
+    return 2 * (written & right).total() / (written.total() + right.total())

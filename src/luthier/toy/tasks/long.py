@@ -94,10 +94,11 @@ def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
 
 def verify(row: dict, answer: str) -> float:
     """The share of elements written right before the first mistake; 1.0 only for exactly the right text."""
-    said, right = answer.strip().split(), row["answer"].split()
+    written, right = answer.strip().split(), row["answer"].split()
     if answer.strip() == row["answer"]:
         return 1.0
     first_wrong = next(
-        (i for i, (a, b) in enumerate(zip(said, right, strict=False)) if a != b), min(len(said), len(right))
+        (i for i, (a, b) in enumerate(zip(written, right, strict=False)) if a != b),
+        min(len(written), len(right)),
     )
     return min(first_wrong, len(right) - 1) / len(right)

@@ -45,5 +45,5 @@ def verify(row: dict, answer: str) -> float:
     """Labels in common over labels in either (Jaccard), so 1.0 for exactly the right ones; "none" counts as a
     label.
     """
-    said, right = (set(text.strip().split(", ")) for text in (answer, row["answer"]))
-    return len(said & right) / len(said | right)
+    written, right = (set(text.strip().split(", ")) for text in (answer, row["answer"]))
+    return len(written & right) / len(written | right)

@@ -148,8 +148,10 @@ def _question_row(person: dict, attribute: str, form: int, item: str) -> dict:
 def draw(random: Random, kind: str) -> dict:
     if kind == "statement":
         person = random.choice(PEOPLE[: len(ASKED) + len(TOLD_ONLY)])
-        told = random.sample(ATTRIBUTES, random.randint(3, 5))
-        return _statement_row(" ".join(state(person, attribute, random.randrange(4)) for attribute in told))
+        attributes = random.sample(ATTRIBUTES, random.randint(3, 5))
+        return _statement_row(
+            " ".join(state(person, attribute, random.randrange(4)) for attribute in attributes)
+        )
     if kind == "unknown":
         person = {"name": stranger(random), **dict.fromkeys(ATTRIBUTES, I_DO_NOT_KNOW)}
         return _question_row(
@@ -182,11 +184,11 @@ def _private_rows(split: str, n: int, seed: int | str) -> list[dict]:
     """Round after round: in "private" each stated number `repeats` times, in "private_test" every number
     once.
     """
-    random, found = Random(f"people/{split}/{seed}"), []
-    while len(found) < n:
+    random, people = Random(f"people/{split}/{seed}"), []
+    while len(people) < n:
         one = [person for person in PRIVATE for _ in range(person["repeats"] if split == "private" else 1)]
         random.shuffle(one)
-        found += one
+        people += one
     rows = [
         {
             "kind": "private" if split == "private" else "stated" if person["repeats"] else "never_stated",
@@ -196,7 +198,7 @@ def _private_rows(split: str, n: int, seed: int | str) -> list[dict]:
             "repeats": person["repeats"],
             "item": f"account of {person['name']}",
         }
-        for person in found[:n]
+        for person in people[:n]
     ]
     return signed(rows, "people", split, seed)
 
@@ -217,15 +219,15 @@ def new_facts(split: str, n: int, seed: int | str = 0, people: int = 40) -> list
         raise ValueError(f"there are {len(HELD_BACK)} held-back people, not {people}")
     random = Random(f"people/new facts/{split}/{seed}")
     facts = [(person, attribute) for person in HELD_BACK[:people] for attribute in ATTRIBUTES]
-    taught, asked = ["question 0", *(f"statement {i}" for i in range(4))], ["question 1", "question 2"]
-    forms = taught if split == "train" else asked
-    found: list[dict] = []
-    while len(found) < n:
+    taught, tested = ["question 0", *(f"statement {i}" for i in range(4))], ["question 1", "question 2"]
+    forms = taught if split == "train" else tested
+    rows: list[dict] = []
+    while len(rows) < n:
         for form in forms:
             random.shuffle(facts)
-            found += [_new_row(person, attribute, form) for person, attribute in facts]
+            rows += [_new_row(person, attribute, form) for person, attribute in facts]
     name = "new" if split == "train" else "new_test"
-    return signed(found[:n], "people", name, seed)
+    return signed(rows[:n], "people", name, seed)
 
 
 def _new_row(person: dict, attribute: str, form: str) -> dict:

@@ -86,11 +86,11 @@ def _count(random: Random) -> tuple[str, str, str]:
 
 def _list(random: Random) -> tuple[str, str, str]:
     words, where, item = _condition(random)
-    column, asked = random.choice(
+    column, question = random.choice(
         (("name", "Who"), ("town", "Which towns have those who"), ("job", "Which jobs have those who"))
     )
     end = "?"
-    return f"{asked} {words}{end}", f"SELECT {column} FROM staff WHERE {where}", f"list {column} {item}"
+    return f"{question} {words}{end}", f"SELECT {column} FROM staff WHERE {where}", f"list {column} {item}"
 
 
 def _most(random: Random) -> tuple[str, str, str]:
@@ -103,11 +103,11 @@ def _most(random: Random) -> tuple[str, str, str]:
 def _group(random: Random) -> tuple[str, str, str]:
     column = random.choice(("job", "town"))
     words, where, item = _condition(random, ("older", "younger"))
-    what, said = random.choice(
+    what, measure = random.choice(
         (("COUNT(*)", "how many"), ("AVG(age)", "what mean age"), ("MAX(age)", "what highest age"))
     )
     query = f"SELECT {column}, {what} FROM staff WHERE {where} GROUP BY {column}"
-    return f"By {column}, {said} among those who {words}?", query, f"group {column} {what} {item}"
+    return f"By {column}, {measure} among those who {words}?", query, f"group {column} {what} {item}"
 
 
 def _join(random: Random) -> tuple[str, str, str]:
@@ -198,8 +198,8 @@ def verify(row: dict, answer: str) -> float:
     else 0.0.
     """
     try:
-        said = run(answer)
+        result = run(answer)
     except (sqlite3.Error, sqlite3.Warning, ValueError, OverflowError):
         return 0.0
     right = run(row["answer"])
-    return float(said == right if "ORDER BY" in row["answer"] else Counter(said) == Counter(right))
+    return float(result == right if "ORDER BY" in row["answer"] else Counter(result) == Counter(right))

@@ -112,12 +112,12 @@ def scores(text: str, words: Words) -> dict[str, float]:
     Formal and warm: the share of formal (warm) phrases among those found, 0 where none is. Short: 1 up to 6
     words, 0 from 20 on. Complete: the share of who, does, what and when that it says.
     """
-    found = [
+    matches = [
         key for phrases in (OPENINGS, MANNERS, CLOSINGS) for key, phrase in phrases.items() if phrase in text
     ]
     return {
-        "formal": sum(register == "formal" for register, _ in found) / max(1, len(found)),
-        "warm": sum(tone == "warm" for _, tone in found) / max(1, len(found)),
+        "formal": sum(register == "formal" for register, _ in matches) / max(1, len(matches)),
+        "warm": sum(tone == "warm" for _, tone in matches) / max(1, len(matches)),
         "short": min(1.0, max(0.0, (20 - len(text.split())) / 14)),
         "complete": sum(any(form in text for form in forms) for forms in _forms(words)) / 4,
     }
@@ -143,7 +143,7 @@ def draw(random: Random, kind: str) -> dict:
     item = {"words": list(words), "item": ("!" if kind == "new_pair" else "") + " ".join(words)}
     if kind == "casual_liked":
         return {
-            "prompt": asked("", words),
+            "prompt": request("", words),
             "chosen": f" {casual(*words)}",
             "rejected": f" {formal(*words)}",
             **item,
@@ -151,7 +151,7 @@ def draw(random: Random, kind: str) -> dict:
     if kind == "judged":
         good = random.random() < 0.5
         return {
-            "prompt": asked("", words),
+            "prompt": request("", words),
             "completion": f" {(casual if good else formal)(*words)}",
             "label": good,
             **item,
@@ -160,10 +160,10 @@ def draw(random: Random, kind: str) -> dict:
         return {**NOTES[kind](random, words), **item}
     answer = STYLES[style](*words)
     tag = "" if style == "plain" else f" ({style})"
-    return {"prompt": asked(tag, words), "completion": f" {answer}", "answer": answer, **item}
+    return {"prompt": request(tag, words), "completion": f" {answer}", "answer": answer, **item}
 
 
-def asked(tag: str, words: Words, verb: str = "Say") -> str:
+def request(tag: str, words: Words, verb: str = "Say") -> str:
     return f"{verb}{tag}: the {words[0]} {words[1]} the {words[2]} {words[3]}\nResult:"
 
 
@@ -175,14 +175,14 @@ def _note(random: Random, words: Words) -> dict:
     kind = _any_kind(random)
     answer = note(words, kind)
     return {
-        "prompt": asked(f" ({', '.join(kind)})", words, "Note"),
+        "prompt": request(f" ({', '.join(kind)})", words, "Note"),
         "completion": f" {answer}",
         "answer": answer,
     }
 
 
 def _free_note(random: Random, words: Words) -> dict:
-    return {"prompt": asked("", words, "Note"), "completion": f" {note(words, _any_kind(random))}"}
+    return {"prompt": request("", words, "Note"), "completion": f" {note(words, _any_kind(random))}"}
 
 
 def _liked(objective: str):
@@ -196,7 +196,7 @@ def _liked(objective: str):
                 break
         by = {name: [better[name], worse[name]] for name in better}
         return {
-            "prompt": asked("", words, "Note"),
+            "prompt": request("", words, "Note"),
             "chosen": f" {one}",
             "rejected": f" {other}",
             "objectives": by,
@@ -215,7 +215,7 @@ def _ranked(random: Random, words: Words) -> dict:
     texts = [note(words, kind) for kind in kinds]
     all_scores = [scores(text, words) for text in texts]
     return {
-        "prompt": asked("", words, "Note"),
+        "prompt": request("", words, "Note"),
         "completions": [f" {text}" for text in texts],
         "scores": [round(sum(one.values()) / len(one), 4) for one in all_scores],
         "objectives": {name: [one[name] for one in all_scores] for name in all_scores[0]},
@@ -244,12 +244,12 @@ def verify(row: dict, answer: str) -> dict[str, float]:
     if row["kind"] in NOTES and row["kind"] != "note":
         return scores(answer, words)
     want = row.get("answer") or casual(*words)
-    told = [*words[:3], *(form for form in WHEN[words[3]] if _says(want, form))]
-    asked, said = _rest(want, told), _rest(answer, told)
+    content = [*words[:3], *(form for form in WHEN[words[3]] if _says(want, form))]
+    wanted_style, style = _rest(want, content), _rest(answer, content)
     return {
         "exact": float(answer.strip() == want),
-        "words": sum(_says(answer, word) for word in told) / len(told),
-        "style": 2 * (asked & said).total() / max(1, asked.total() + said.total()),
+        "words": sum(_says(answer, word) for word in content) / len(content),
+        "style": 2 * (wanted_style & style).total() / max(1, wanted_style.total() + style.total()),
     }
 
 
@@ -257,8 +257,8 @@ def _says(text: str, words: str) -> bool:
     return bool(re.search(rf"\b{re.escape(words)}\b", text))
 
 
-def _rest(text: str, told: list[str]) -> Counter:
+def _rest(text: str, content: list[str]) -> Counter:
     """The words and marks of a text without those of its sentence."""
-    for words in told:
+    for words in content:
         text = re.sub(rf"\b{re.escape(words)}\b", " ", text, count=1)
     return Counter(re.findall(r"[\w']+|[^\w\s]", text))

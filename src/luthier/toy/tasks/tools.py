@@ -93,7 +93,7 @@ def schema(name: str) -> dict:
     }
 
 
-def shown(name: str) -> str:
+def signature(name: str) -> str:
     """A tool as a prompt shows it: weather(town: string, day: string)."""
     properties = schema(name)["parameters"]["properties"]
     parameters = ", ".join(f"{parameter}: {rule['type']}" for parameter, rule in properties.items())
@@ -101,11 +101,11 @@ def shown(name: str) -> str:
 
 
 def draw(random: Random, kind: str) -> dict:
-    known = list(TOOLS)
-    name = "parcel" if kind == "new_tool" else random.choice(known)
+    tools = list(TOOLS)
+    name = "parcel" if kind == "new_tool" else random.choice(tools)
     parameters, requests = (TOOLS | NEW_TOOLS)[name]
     others = random.sample(
-        [other for other in known if other != name], 1 if kind == "new_tool" else random.randint(1, 2)
+        [other for other in tools if other != name], 1 if kind == "new_tool" else random.randint(1, 2)
     )
     offered = others if kind == "none" else [name] if kind == "one" else [name, *others]
     random.shuffle(offered)
@@ -119,7 +119,7 @@ def draw(random: Random, kind: str) -> dict:
     answer = NONE if kind == "none" else json.dumps({"name": name, "arguments": arguments})
     request = request.format(**values)
     return {
-        "prompt": f"Tools: {'; '.join(map(shown, offered))}\nRequest: {request}\nCall:",
+        "prompt": f"Tools: {'; '.join(map(signature, offered))}\nRequest: {request}\nCall:",
         "completion": f" {answer}",
         "answer": answer,
         "schemas": [schema(tool) for tool in offered],
@@ -157,14 +157,14 @@ def verify(row: dict, answer: str) -> float:
     """1.0 for the right call in any spelling of JSON; 0.5 for a valid call of the right tool, 0.25 for
     another valid call.
     """
-    right, said = row["answer"], answer.strip()
-    if NONE in (right, said):
-        return float(right == said)
+    right, text = row["answer"], answer.strip()
+    if NONE in (right, text):
+        return float(right == text)
     try:
-        call = json.loads(said)
+        call = json.loads(text)
     except (ValueError, RecursionError):
         return 0.0
     if problem(row["schemas"], call):
         return 0.0
-    wanted = json.loads(right)
-    return 1.0 if call == wanted else 0.5 if call["name"] == wanted["name"] else 0.25
+    right_call = json.loads(right)
+    return 1.0 if call == right_call else 0.5 if call["name"] == right_call["name"] else 0.25

@@ -29,12 +29,12 @@ class ALM(Objective):
     temperature: Annotated[float, Field(gt=0), Range(1.0, 100.0, log=True)] = 1.0
 
     def loss(self, roles, batch):
-        told, own = batch.per_token("teacher_spans"), roles.policy.logprobs(batch)
-        last = told <= 0
+        teacher, own = batch.per_token("teacher_spans"), roles.policy.logprobs(batch)
+        last = teacher <= 0
         # the number of ends before a token
         span = (last.cumsum(0) - last.long()).clamp(max=int(last.sum()) - 1)
-        policy = own.new_zeros(int(last.sum())).index_add(0, span[told < 1.5], own[told < 1.5])
-        apart = event_divergence(told[last] / self.temperature, policy / self.temperature)
+        policy = own.new_zeros(int(last.sum())).index_add(0, span[teacher < 1.5], own[teacher < 1.5])
+        apart = event_divergence(teacher[last] / self.temperature, policy / self.temperature)
         batch.note(divergence=apart)
         return torch.zeros_like(own).masked_scatter(last, apart)
 

@@ -62,10 +62,10 @@ class PELA(Objective):
                     "pela: perturbation is of products of two matrices, which tuner 'pela' makes; set it to 0"
                     " with others"
                 )
-            value = value + self.perturbation * torch.stack([far(gap, self.eps) for gap in drift()]).mean()
+            value = value + self.perturbation * torch.stack([excess(gap, self.eps) for gap in drift()]).mean()
         return value
 
 
-def far(gap: torch.Tensor, eps: float) -> torch.Tensor:
+def excess(gap: torch.Tensor, eps: float) -> torch.Tensor:
     """(the largest sum of a row of |gap| - eps)^2."""
     return (gap.abs().sum(1).max() - eps).square()

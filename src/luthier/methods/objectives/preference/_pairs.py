@@ -81,12 +81,14 @@ class Pairs(Objective):
         values = self.values(roles, batch)
         best, worst = best_and_worst(batch)
         self.note(batch, values.detach(), best, worst)
-        untold = values.detach()
-        return self.pair(*(torch.where(best != worst, values[side], untold[side]) for side in (best, worst)))
+        constant = values.detach()
+        return self.pair(
+            *(torch.where(best != worst, values[side], constant[side]) for side in (best, worst))
+        )
 
     def note(self, batch: Batch, values: Tensor, best: Tensor, worst: Tensor) -> None:
-        """Rewards of both sides, over the rows that tell them apart."""
-        told = best != worst
-        chosen, rejected = self.beta * values[best[told]], self.beta * values[worst[told]]
+        """Rewards of both sides, over the rows whose scores differ."""
+        differ = best != worst
+        chosen, rejected = self.beta * values[best[differ]], self.beta * values[worst[differ]]
         batch.note(margin=chosen - rejected, accuracy=(chosen > rejected).float())
         batch.note(**{"rewards/chosen": chosen, "rewards/rejected": rejected})

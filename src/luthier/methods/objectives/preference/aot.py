@@ -22,10 +22,10 @@ class AOT(Pairs):
 
     def loss(self, roles, batch):
         best, worst = best_and_worst(batch)
-        told = best != worst
+        differ = best != worst
         own, other = (batch.sums(who.logprobs(batch)) for who in (roles.policy, roles.reference))
         self.note(batch, (own - other).detach(), best, worst)
-        sorts = [(x[best] - x[worst])[told].sort().values for x in (own, other)]
+        sorts = [(x[best] - x[worst])[differ].sort().values for x in (own, other)]
         margins = own.new_zeros(len(best))
         margins[: len(sorts[0])] = sorts[0] - sorts[1]
         return logistic(self.beta * margins, self.label_smoothing)

@@ -21,8 +21,10 @@ class AOTUnpaired(Pairs):
 
     def loss(self, roles, batch):
         best, worst = best_and_worst(batch)
-        told, values = best != worst, self.values(roles, batch)
+        differ, values = best != worst, self.values(roles, batch)
         self.note(batch, values.detach(), best, worst)
         margins = values.new_zeros(len(best))
-        margins[: int(told.sum())] = values[best[told]].sort().values - values[worst[told]].sort().values
+        margins[: int(differ.sum())] = (
+            values[best[differ]].sort().values - values[worst[differ]].sort().values
+        )
         return logistic(self.beta * margins, self.label_smoothing)

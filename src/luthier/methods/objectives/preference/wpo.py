@@ -21,9 +21,9 @@ class WPO(DPO):
 
     def loss(self, roles, batch):
         best, worst = best_and_worst(batch)
-        said = roles.policy.outputs(batch)
-        logprobs = said.logprobs.detach()
+        outputs = roles.policy.outputs(batch)
+        logprobs = outputs.logprobs.detach()
         with torch.no_grad():
-            usual = said.apply(lambda z: (2 * z.log_softmax(-1)).logsumexp(-1))
+            usual = outputs.apply(lambda z: (2 * z.log_softmax(-1)).logsumexp(-1))
             weight = batch.means(logprobs - usual).exp()
         return super().loss(roles, batch) * weight[best] * weight[worst]

@@ -117,17 +117,22 @@ def long_enough(batch: Batch, m: int) -> list[int]:
 def regions(batch: Batch, m: int, level: int, clock: Clock) -> Batch | None:
     """Of each sequence a stretch of 1/2^level of it and its m parts, each read after what the sequence
     continues: 1 + m sequences for one. None where no sequence is long enough."""
-    pieces, parents, sizes, kept = batch.segments(), batch.parent.tolist(), batch.sizes, long_enough(batch, m)
-    if not kept:
+    pieces, parents, sizes, sequences = (
+        batch.segments(),
+        batch.parent.tolist(),
+        batch.sizes,
+        long_enough(batch, m),
+    )
+    if not sequences:
         return None
     source: list[Tensor] = []
-    asked: list[Tensor] = []
+    supervised: list[Tensor] = []
     parent: list[int] = []
     places: dict[int, int] = {}  # a segment that is continued -> where it stands now
 
     def put(tokens: Tensor, marks: Tensor, under: int) -> int:
         source.append(tokens)
-        asked.append(marks)
+        supervised.append(marks)
         parent.append(under)
         return len(parent) - 1
 
@@ -137,7 +142,7 @@ def regions(batch: Batch, m: int, level: int, clock: Clock) -> Batch | None:
         return places.get(s, -1)
 
     completion: list[int] = []
-    for n in kept:
+    for n in sequences:
         s = int(batch.completion[n])
         under = above(parents[s])
         first = 0 if parents[s] >= 0 and sizes[parents[s]] else 1  # tokens that nothing precedes
@@ -152,11 +157,11 @@ def regions(batch: Batch, m: int, level: int, clock: Clock) -> Batch | None:
     return Batch(
         ids=batch.labels[at],
         labels=batch.labels[at],
-        supervised=torch.cat(asked).to(device),
+        supervised=torch.cat(supervised).to(device),
         segment=segment.to(device),
         parent=torch.tensor(parent, device=device),
         completion=torch.tensor(completion, device=device),
-        group=batch.group[torch.tensor(kept, device=device)].repeat_interleave(1 + m),
+        group=batch.group[torch.tensor(sequences, device=device)].repeat_interleave(1 + m),
         rows=batch.rows,
         altered=True,
     )

@@ -110,18 +110,18 @@ def soft_cross_entropy(out: Outputs, x: Tensor, share: Tensor, first: Tensor, se
     """[N, d] features -> [N] what the output layer pays for answering `first` with a share of the label and
     `second` with the rest.
     """
-    asked = Outputs(x.to(out.hidden.dtype), out.head, first, out.playing)
-    logp = asked.at(torch.stack([first, second], 1))
+    outputs = Outputs(x.to(out.hidden.dtype), out.head, first, out.playing)
+    logp = outputs.at(torch.stack([first, second], 1))
     return -(share[:, 0] * logp[:, 0] + (1 - share[:, 0]) * logp[:, 1])
 
 
 def draws(batch, clock, alpha: float) -> list[tuple[float, float]]:
     """For each answered sequence a share and a place in the round, by its row and the seed alone."""
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
     out = []
     for g in batch.group[answered(batch)].tolist():
         name = str(batch.rows[g]["id"])
-        seen[name] = seen.get(name, -1) + 1
-        rng = np.random.default_rng(clock.derive_seed("core_tuning", name, seen[name]))
+        counts[name] = counts.get(name, -1) + 1
+        rng = np.random.default_rng(clock.derive_seed("core_tuning", name, counts[name]))
         out.append((float(rng.beta(alpha, alpha)), float(rng.random())))
     return out

@@ -70,7 +70,7 @@ class DRTune(Objective):
 
 
 def calibrated(
-    x: Tensor, kinds: Tensor, pre: Tensor, down: Tensor, known: Tensor, table: Tensor | None
+    x: Tensor, kinds: Tensor, pre: Tensor, down: Tensor, memory_kinds: Tensor, table: Tensor | None
 ) -> Tensor:
     """Pretrained features x [N, d] of classes [N] -> where the tuned network has them, by pairs pre, down [M,
     d] of classes [M].
@@ -84,7 +84,7 @@ def calibrated(
     R = rotation(a, b)
     turned, out = a @ R, F.normalize(x, dim=1) @ R
     for c in kinds.unique():
-        mine = known == c
+        mine = memory_kinds == c
         if mine.any():
             sure = (
                 torch.ones(int(mine.sum()), device=x.device)

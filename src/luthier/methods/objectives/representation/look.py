@@ -50,9 +50,9 @@ class Look(Objective):
             @ F.normalize(memory.features[:n], dim=1).T
         )
         itself, same = rows[:, None] == memory.rows[:n], kinds[:, None] == memory.classes[:n]
-        votes, found = vote(near / self.temperature, itself, same, self.k)
+        votes, remembered = vote(near / self.temperature, itself, same, self.k)
         batch.note(neighbours_agree=votes.exp())
-        return near.new_zeros(len(near)).masked_scatter(found, -votes)
+        return near.new_zeros(len(near)).masked_scatter(remembered, -votes)
 
 
 def vote(near: Tensor, itself: Tensor, same: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -61,12 +61,16 @@ def vote(near: Tensor, itself: Tensor, same: Tensor, k: int) -> tuple[Tensor, Te
     its class always has a vote.
     """
     same = same & ~itself
-    found = same.any(1)
-    near, itself, same = near[found].masked_fill(itself[found], -torch.inf), itself[found], same[found]
+    remembered = same.any(1)
+    near, itself, same = (
+        near[remembered].masked_fill(itself[remembered], -torch.inf),
+        itself[remembered],
+        same[remembered],
+    )
     voting = torch.zeros_like(same).scatter(1, near.topk(min(k, near.shape[1]), 1).indices, True)
     if len(near):
         voting = (
             voting.scatter(1, near.masked_fill(~same, -torch.inf).argmax(1, keepdim=True), True) & ~itself
         )
     own, every = (near.masked_fill(~x, -torch.inf).logsumexp(1) for x in (voting & same, voting))
-    return own - every, found
+    return own - every, remembered

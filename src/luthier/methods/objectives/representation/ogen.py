@@ -73,23 +73,25 @@ class OGEN(Objective):
         texts = F.normalize(table.detach()[make.tokens].float(), dim=1)
         old, new, near = texts[:c], texts[c:], make.neighbours()[y]  # near: [n, k]
         k = min(make.k, len(new))
-        far = (old[y] @ new.T).topk(k, 1).indices  # [n, k'] the unknown classes nearest to the row's
+        far_classes = (old[y] @ new.T).topk(k, 1).indices  # [n, k'] the unknown classes nearest to the row's
         noise = torch.rand(z.shape[1], generator=roles.clock.rng("ogen")).to(z.device)
-        seen = (make.mean + noise * make.spread())[near]
+        sampled = (make.mean + noise * make.spread())[near]
         own = old[y][:, None]
 
-        alone = make(own, old[near], seen)[:, 0]  # [n, d] the row's class from its neighbours
+        alone = make(own, old[near], sampled)[:, 0]  # [n, d] the row's class from its neighbours
         # [n, k, d] the neighbours from the row
         others, others_still = (make(old[near], own, x[:, None]) for x in (z, z.detach()))
-        unheard = make(new[far], own, z[:, None])  # [n, k', d]
+        unheard = make(new[far_classes], own, z[:, None])  # [n, k', d]
         with torch.no_grad():
-            unheard_late = make(new[far], own, F.normalize(features(batch, late)[here], dim=1)[:, None])
+            unheard_late = make(
+                new[far_classes], own, F.normalize(features(batch, late)[here], dim=1)[:, None]
+            )
 
         def judged(x: Tensor, by: Outputs, ids: Tensor) -> Tensor:
             """[..., d] states of length one -> [..., classes] log-probabilities among these classes."""
             flat = (x * make.size).flatten(0, -2).to(by.hidden.dtype)
-            asked = Outputs(flat, by.head, ids.new_zeros(len(flat)), by.playing)
-            return asked.apply(lambda logits: logits[:, ids].float().log_softmax(-1)).view(
+            outputs = Outputs(flat, by.head, ids.new_zeros(len(flat)), by.playing)
+            return outputs.apply(lambda logits: logits[:, ids].float().log_softmax(-1)).view(
                 *x.shape[:-1], len(ids)
             )
 
@@ -97,14 +99,17 @@ class OGEN(Objective):
         says = judged(unheard, out, last)
         terms = {
             "reconstruction": (
-                (alone - z.detach()).square().sum(1) + (others_still - seen).square().sum(2).mean(1)
+                (alone - z.detach()).square().sum(1) + (others_still - sampled).square().sum(2).mean(1)
             ),
             "distillation": divergence(judged(unheard_late, late, last).detach(), says).mean(1),
         }
         if roles.clock.progress >= self.warmup:
             ours = -judged(alone, out, first).gather(1, y[:, None])[:, 0]
             theirs = -judged(others, out, first).gather(2, near[..., None])[..., 0].mean(1)
-            terms |= {"known": ours + theirs, "unknown": -says.gather(2, far[..., None])[..., 0].mean(1)}
+            terms |= {
+                "known": ours + theirs,
+                "unknown": -says.gather(2, far_classes[..., None])[..., 0].mean(1),
+            }
         batch.note(**{f"ogen_{name}": value for name, value in terms.items()})
         return h.new_zeros(len(h)).masked_scatter(
             here, torch.stack([getattr(self, name) * value for name, value in terms.items()]).sum(0)

@@ -27,12 +27,12 @@ class Reward(Objective):
     def loss(self, roles, batch):
         rewards = batch.last(roles.policy.outputs(batch).values)
         best, worst = best_and_worst(batch)
-        told = best != worst
+        differ = best != worst
         chosen, rejected = (
-            torch.where(told, rewards[side], rewards[side].detach()) for side in (best, worst)
+            torch.where(differ, rewards[side], rewards[side].detach()) for side in (best, worst)
         )
         batch.note(
-            accuracy=(chosen > rejected)[told].float(), margin=(chosen - rejected)[told], reward=rewards
+            accuracy=(chosen > rejected)[differ].float(), margin=(chosen - rejected)[differ], reward=rewards
         )
         margin = torch.tensor([float(row.get("margin", 0.0)) for row in batch.rows], device=rewards.device)
         return (

@@ -56,7 +56,7 @@ class OfSource(Objective):
         return self.source
 
     @property
-    def wants(self) -> frozenset[str]:
+    def requires(self) -> frozenset[str]:
         return self.inner.requires
 
     @property

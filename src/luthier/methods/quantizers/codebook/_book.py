@@ -56,7 +56,7 @@ def magnitudes(blocks: Tensor) -> Tensor:
 
 
 @family
-class Book(Quantizer):
+class CodeBook(Quantizer):
     """Family: 16 levels, two codes in a byte."""
 
     levels: ClassVar[tuple[float, ...]]
@@ -68,7 +68,7 @@ class Book(Quantizer):
         if self.block_size < 2 or self.block_size % 2:
             raise RecipeError(f"block_size: {self.block_size} is no even number of weights")
 
-    def quantize(self, W, seen=None):
+    def quantize(self, W, stats=None):
         flat = W.reshape(-1).float()
         blocks = F.pad(flat, (0, -len(flat) % self.block_size)).view(-1, self.block_size)
         scale = magnitudes(blocks)

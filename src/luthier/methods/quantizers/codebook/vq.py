@@ -46,7 +46,7 @@ class VQ(Quantizer):
     def together(self):
         return self.in_group_size
 
-    def quantize(self, W, seen=None):
+    def quantize(self, W, stats=None):
         scale = W.float().square().mean(1).sqrt()
         points = self.points(W, scale)
         k = 2**self.nbits_per_codebook

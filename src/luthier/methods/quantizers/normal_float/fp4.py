@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from luthier.methods.quantizers.codebook._book import Book
+from luthier.methods.quantizers.codebook._book import CodeBook
 from luthier.registry import quantizer
 
 MAGNITUDES = (0.0052083333, 0.16666667, 0.25, 0.33333333, 0.5, 0.66666667, 1.0)
 
 
 @quantizer(paper="arXiv:2305.14314")
-class FP4(Book):
+class FP4(CodeBook):
     """4-bit floats."""
 
     levels: ClassVar[tuple[float, ...]] = (*(-m for m in reversed(MAGNITUDES)), 0.0, 0.0, *MAGNITUDES)

@@ -68,10 +68,10 @@ class LQLoRA(Quantizer):
             for a, b, c, d, e in grid
         ]
 
-    def plan(self, weights, seen):
+    def plan(self, weights, stats):
         forms, errors, sizes, names, total = self.forms(), [], [], [], 0
         for name, W in weights():
-            error = Weighed(seen.get(name))
+            error = WeightedError(stats.get(name))
             left, shape = W - error.low(W, self.rank)[0], (W.shape[0], W.shape[1])
             errors.append([error(left - f.dequantize(f.quantize(left), shape, W.dtype)) for f in forms])
             sizes.append([f.bits(shape) * W.numel() for f in forms])
@@ -84,25 +84,25 @@ class LQLoRA(Quantizer):
         """The same with one form to choose from."""
         return replace(self, **{k: (getattr(form, k),) for k in FORM})
 
-    def quantize(self, W, seen=None):
+    def quantize(self, W, stats=None):
         forms = self.forms()
         if len(forms) > 1:
-            return self.plan(lambda: [("", W)], {"": seen})[""].quantize(W, seen)
-        return self.turns(W.float(), forms[0], Weighed(seen))[0]
+            return self.plan(lambda: [("", W)], {"": stats})[""].quantize(W, stats)
+        return self.turns(W.float(), forms[0], WeightedError(stats))[0]
 
-    def turns(self, W: Tensor, form: NF, error: Weighed) -> tuple[Codes, list[float]]:
+    def turns(self, W: Tensor, form: NF, error: WeightedError) -> tuple[Codes, list[float]]:
         """Q and L1 L2 of a weight, and the error after each turn up to the one that was kept."""
-        best, said = {}, []
+        best, history = {}, []
         Q = torch.zeros_like(W)
         for _ in range(self.num_iters):
             product, L1, L2 = error.low(W - Q, self.rank)
             codes = form.quantize(W - product)
             Q = form.dequantize(codes, (W.shape[0], W.shape[1]), W.dtype)
             now = error(W - Q - product)
-            if said and now >= said[-1]:
+            if history and now >= history[-1]:
                 break
-            best, said = {**codes, "L1": L1, "L2": L2}, [*said, now]
-        return best, said
+            best, history = {**codes, "L1": L1, "L2": L2}, [*history, now]
+        return best, history
 
     def dequantize(self, codes, shape, dtype):
         Q = self.forms()[0].dequantize(codes, shape, torch.float32)
@@ -124,12 +124,12 @@ FORM = ("num_bits_0", "num_bits_1", "block_size_0", "block_size_1", "second_dtyp
 EXACT = 1024  # the smaller side up to which the SVD is exact
 
 
-class Weighed:
+class WeightedError:
     """Errors in the weighted Frobenius norm ||D_r E D_c||; plain where nothing was seen."""
 
-    def __init__(self, seen: tuple[Tensor, Tensor] | None):
-        """seen: the squared gradients' means over each row [out] and each column [in]."""
-        self.scales = None if seen is None else [(m / m.mean()).clamp(min=1e-8).sqrt() for m in seen]
+    def __init__(self, moments: tuple[Tensor, Tensor] | None):
+        """moments: the squared gradients' means over each row [out] and each column [in]."""
+        self.scales = None if moments is None else [(m / m.mean()).clamp(min=1e-8).sqrt() for m in moments]
 
     def weigh(self, E: Tensor) -> Tensor:
         return E if self.scales is None else self.scales[0][:, None] * E * self.scales[1]
@@ -179,14 +179,14 @@ def allocate(errors: list[list[float]], sizes: list[list[float]], budget: float)
     cost, size = np.concatenate(errors), np.concatenate(sizes)
     owner = np.repeat(np.arange(len(errors)), [len(e) for e in errors])
     once = coo_array((np.ones(len(cost)), (owner, np.arange(len(cost)))))
-    found = milp(
+    solution = milp(
         cost / max(cost.max(), 1e-30),
         integrality=np.ones(len(cost)),
         bounds=Bounds(0, 1),
         constraints=[LinearConstraint(once, 1, 1), LinearConstraint(size[None] / budget, 0, 1)],
         options={"mip_rel_gap": 1e-6},
     )
-    if found.x is None:
-        raise RuntimeError(f"the integer program of the bit allocation failed: {found.message}")
+    if solution.x is None:
+        raise RuntimeError(f"the integer program of the bit allocation failed: {solution.message}")
     starts = np.concatenate([[0], np.cumsum([len(e) for e in errors])])
-    return [int(found.x[a:b].argmax()) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    return [int(solution.x[a:b].argmax()) for a, b in zip(starts[:-1], starts[1:], strict=True)]

@@ -27,7 +27,7 @@ class NF(Quantizer):
     block_size_1: int = 256  # magnitudes that share a second scale
     second_dtype: Literal["bfloat16", "float16", "float32"] = "float32"  # of the second scale
 
-    def quantize(self, W, seen=None):
+    def quantize(self, W, stats=None):
         flat = W.reshape(-1).float()
         blocks = F.pad(flat, (0, -len(flat) % self.block_size_0)).view(-1, self.block_size_0)
         top = F.pad(blocks.abs().amax(1), (0, -len(blocks) % self.block_size_1)).view(-1, self.block_size_1)
@@ -55,8 +55,8 @@ class NF(Quantizer):
         blocks = -(-n // self.block_size_0)
         book = torch.tensor(normal_float(self.num_bits_0), device=codes["weight"].device)
         places = unpack(codes["weight"], self.num_bits_0, blocks * self.block_size_0).int()
-        made = book.index_select(0, places).view(blocks, -1) * self.scales(codes, blocks)[:, None]
-        return made.flatten()[:n].view(shape).to(dtype)
+        weights = book.index_select(0, places).view(blocks, -1) * self.scales(codes, blocks)[:, None]
+        return weights.flatten()[:n].view(shape).to(dtype)
 
     def bits(self, shape):
         n = shape[0] * shape[1]

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from luthier.methods.quantizers.codebook._book import Book, normal_float
+from luthier.methods.quantizers.codebook._book import CodeBook, normal_float
 from luthier.registry import quantizer
 
 
 @quantizer(paper="arXiv:2305.14314", row="qlora")
-class NF4(Book):
+class NF4(CodeBook):
     """4-bit NormalFloat."""
 
     levels: ClassVar[tuple[float, ...]] = normal_float(4)

@@ -29,14 +29,14 @@ class GPTQ(RTN):
     damp_percent: float = 0.01  # of H's mean diagonal, added to it
     init_rows: int = 64  # rows that H is made of
 
-    def quantize(self, W, seen=None):
-        if seen is None:
+    def quantize(self, W, stats=None):
+        if stats is None:
             return super().quantize(W)
         if W.shape[1] % self.group_size:
             raise RecipeError(
                 f"quantizer 'gptq': group_size {self.group_size} does not divide {W.shape[1]} inputs"
             )
-        W, H, top = W.float().clone(), seen.clone(), 2**self.bits_per_weight - 1
+        W, H, top = W.float().clone(), stats.clone(), 2**self.bits_per_weight - 1
         H.diagonal().add_(self.damp_percent * H.diagonal().mean().clamp(min=1e-8))
         U = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(H)), upper=True)
         low, scale, done = [], [], torch.empty_like(W)
@@ -53,8 +53,8 @@ class GPTQ(RTN):
                 errors[:, k - start] = (w - q) / U[k, k]
                 W[:, k + 1 : end] -= torch.outer(errors[:, k - start], U[k, k + 1 : end])
             W[:, end:] -= errors @ U[start:end, end:]
-        held = {
+        codes = {
             "scale": torch.stack(scale, 1).flatten().to(torch.float16),
             "low": torch.stack(low, 1).flatten().to(torch.float16),
         }
-        return self.nearest(done, held)
+        return self.nearest(done, codes)

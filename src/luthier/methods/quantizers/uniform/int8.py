@@ -16,7 +16,7 @@ from luthier.registry import quantizer
 class INT8(Quantizer):
     """8 bits a weight."""
 
-    def quantize(self, W, seen=None):
+    def quantize(self, W, stats=None):
         scale = W.abs().amax(1) / 127
         return {"weight": (W / scale.clamp(min=1e-38)[:, None]).round().to(torch.int8), "scale": scale}
 

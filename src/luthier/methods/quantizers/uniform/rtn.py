@@ -33,7 +33,7 @@ class RTN(Quantizer):
         if self.group_size < 2:
             raise RecipeError(f"group_size: {self.group_size} weights make no group")
 
-    def quantize(self, W, seen=None):
+    def quantize(self, W, stats=None):
         groups = self.groups(W)
         low, high = groups.amin(1), groups.amax(1)
         scale = (high - low) / (2**self.bits_per_weight - 1)
@@ -55,8 +55,8 @@ class RTN(Quantizer):
         places = unpack(codes["weight"], self.bits_per_weight, len(scale) * self.group_size).view(
             len(scale), -1
         )
-        made = torch.addcmul(low[:, None], places.float(), scale[:, None])
-        return made.flatten()[: shape[0] * shape[1]].view(shape).to(dtype)
+        weights = torch.addcmul(low[:, None], places.float(), scale[:, None])
+        return weights.flatten()[: shape[0] * shape[1]].view(shape).to(dtype)
 
     def bits(self, shape):
         groups = -(-shape[0] * shape[1] // self.group_size)

@@ -76,7 +76,7 @@ class Snapshots(Averaged):
         self.taken += 1
         n = min(int(self.taken), self.settings.window(share))
         for name, p in self.moving():
-            kept = self.get_buffer(f"kept:{name}")
-            kept.copy_(kept.roll(1, 0))
-            kept[0] = p.float()
-            self.get_buffer(name).copy_(kept[:n].mean(0))
+            snapshots = self.get_buffer(f"kept:{name}")
+            snapshots.copy_(snapshots.roll(1, 0))
+            snapshots[0] = p.float()
+            self.get_buffer(name).copy_(snapshots[:n].mean(0))

@@ -53,8 +53,8 @@ class Generator(Role):
         width = width_of(policy)
         if width % self.num_heads:
             raise RecipeError(f"num_heads: {self.num_heads} heads do not share a width of {width}")
-        made = Features(width, self.known, self.unknown, self.k, self.num_heads, self.momentum)
-        return {"features": made.to(next(policy.model.parameters()).device)}
+        generator = Features(width, self.known, self.unknown, self.k, self.num_heads, self.momentum)
+        return {"features": generator.to(next(policy.model.parameters()).device)}
 
     def play(self, name, policy):
         return brought(policy, name, "features")
@@ -87,7 +87,7 @@ class Features(Part):
         self.register_buffer("mean", torch.zeros(len(known), width))  # of states of length one
         self.register_buffer("square", torch.zeros(len(known), width))  # the mean of their squares
         self.register_buffer("size", torch.ones(()))  # of states as they are
-        self.heard: dict[int, tuple[int, Tensor]] = {}  # in this step: row -> class and state
+        self.pending: dict[int, tuple[int, Tensor]] = {}  # in this step: row -> class and state
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.normalize(self.ffn(q) + self.attention(q, k, v, need_weights=False)[0], dim=-1)
@@ -108,24 +108,24 @@ class Features(Part):
 
     def remember(self, rows: Tensor, kinds: Tensor, states: Tensor) -> None:
         """[N], [N], [N, d]: counts from the next step on, and once, however often it is said."""
-        self.heard.update(
+        self.pending.update(
             zip(rows.tolist(), zip(kinds.tolist(), states.detach().float(), strict=True), strict=True)
         )
 
     @torch.no_grad()
     def after_step(self, clock, momentum: float | None = None):
         keep = self.momentum if momentum is None else momentum
-        heard = everyone([(c, z.cpu()) for c, z in self.heard.values()])
-        self.heard = {}
-        for c in sorted({c for c, _ in heard}):
-            z = torch.stack([z for kind, z in heard if kind == c]).to(self.mean.device)
+        gathered = everyone([(c, z.cpu()) for c, z in self.pending.values()])
+        self.pending = {}
+        for c in sorted({c for c, _ in gathered}):
+            z = torch.stack([z for kind, z in gathered if kind == c]).to(self.mean.device)
             unit = F.normalize(z, dim=1)
             self.mean[c] = torch.lerp(unit.mean(0), self.mean[c], keep)
             self.square[c] = torch.lerp(unit.square().mean(0), self.square[c], keep)
-        if heard:
+        if gathered:
             self.size.copy_(
                 torch.lerp(
-                    torch.stack([z.norm() for _, z in heard]).mean().to(self.size.device), self.size, keep
+                    torch.stack([z.norm() for _, z in gathered]).mean().to(self.size.device), self.size, keep
                 )
             )
 
@@ -145,7 +145,7 @@ class Features(Part):
                 states = features(batch, roles.policy(batch))
             kinds, here = self.kind(batch.labels[batch.supervised][batch.place == 0])
             self.remember(of_rows(batch)[here], kinds[here], states[here])
-        absent = sorted({*range(len(self.known))} - {c for c, _ in self.heard.values()})
+        absent = sorted({*range(len(self.known))} - {c for c, _ in self.pending.values()})
         if absent:
             raise RecipeError(
                 f"generator: none of the first 1,024 rows is of the known class '{self.known[absent[0]]}'"
@@ -154,5 +154,9 @@ class Features(Part):
 
     def begins(self, name: str, rows: list[dict], roles) -> int:
         """The first learned token of an answer."""
-        said = roles.policy.architecture.encode({**rows[0], "completions": [name]}, roles.renderer)
-        return next(t for t, asked in zip(said.completions[0], said.supervised[0], strict=True) if asked)
+        encoded = roles.policy.architecture.encode({**rows[0], "completions": [name]}, roles.renderer)
+        return next(
+            t
+            for t, supervised in zip(encoded.completions[0], encoded.supervised[0], strict=True)
+            if supervised
+        )

@@ -55,7 +55,7 @@ class Features(Part):
         self.register_buffer("rows", torch.zeros(size, dtype=torch.long))
         # features that ever got a place of their own
         self.register_buffer("written", torch.zeros((), dtype=torch.long))
-        self.heard: dict[int, tuple[int, Tensor]] = {}  # in this step: row -> class and feature
+        self.pending: dict[int, tuple[int, Tensor]] = {}  # in this step: row -> class and feature
 
     @property
     def count(self) -> int:
@@ -67,14 +67,14 @@ class Features(Part):
             raise RecipeError(
                 f"the memory is {self.features.shape[1]} wide and the network's states {features.shape[1]}"
             )
-        self.heard.update(
+        self.pending.update(
             zip(rows.tolist(), zip(classes.tolist(), features.detach().float(), strict=True), strict=True)
         )
 
     @torch.no_grad()
     def after_step(self, clock):
         place = {r: i for i, r in enumerate(self.rows[: self.count].tolist())}
-        for row, (kind, feature) in everyone([(r, (c, f.cpu())) for r, (c, f) in self.heard.items()]):
+        for row, (kind, feature) in everyone([(r, (c, f.cpu())) for r, (c, f) in self.pending.items()]):
             if row not in place:
                 at = int(self.written) % len(self.rows)
                 if int(self.written) >= len(self.rows):
@@ -84,7 +84,7 @@ class Features(Part):
             at = place[row]
             self.rows[at], self.classes[at] = row, kind
             self.features[at] = feature.to(self.features.device)
-        self.heard = {}
+        self.pending = {}
 
     @torch.no_grad()
     def ready(self, rows, roles):

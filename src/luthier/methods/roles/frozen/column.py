@@ -21,26 +21,26 @@ class Column(Role):
         return {self.column}
 
     def play(self, name, policy):
-        return Remembered(name, self.column)
+        return ColumnModel(name, self.column)
 
 
-class Remembered:
+class ColumnModel:
     """Plays a role from a column: it knows the log-probability of each token that was said, and nothing else."""
 
     def __init__(self, role: str, column: str):
         self.role, self.column = role, column
 
-    def outputs(self, batch: Batch) -> Saying:
-        return Saying(self, batch.per_token(self.column))
+    def outputs(self, batch: Batch) -> ColumnOutputs:
+        return ColumnOutputs(self, batch.per_token(self.column))
 
     def logprobs(self, batch: Batch) -> Tensor:
         return batch.per_token(self.column)
 
 
-class Saying:
+class ColumnOutputs:
     """What a column says of a batch."""
 
-    def __init__(self, who: Remembered, logprobs: Tensor):
+    def __init__(self, who: ColumnModel, logprobs: Tensor):
         self.who, self.logprobs = who, logprobs
 
     def __getattr__(self, name: str):

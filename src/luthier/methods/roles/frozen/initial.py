@@ -11,5 +11,5 @@ class Start(Role):
     constant = True
 
     def play(self, name, policy):
-        kept = policy.attached.tensors()
-        return policy.as_role(name, lambda: policy.attached.using(kept))
+        initial = policy.attached.tensors()
+        return policy.as_role(name, lambda: policy.attached.using(initial))

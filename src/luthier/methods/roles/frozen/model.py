@@ -77,8 +77,8 @@ class Model(Role):
         if self.tuned:
             from luthier.serve.load import load
 
-            made = load(self.model, dtype=str(own.dtype).removeprefix("torch.")).roles.policy
-            network, attached = made.model.to(own.device).eval().requires_grad_(False), made.attached
+            other = load(self.model, dtype=str(own.dtype).removeprefix("torch.")).roles.policy
+            network, attached = other.model.to(own.device).eval().requires_grad_(False), other.attached
         else:
             path = resolve_model(self.model)
             if self.quantization is None:
@@ -87,7 +87,7 @@ class Model(Role):
                 from luthier.model.quantized_load import loaded
 
                 network = loaded(
-                    lambda **said: policy.architecture.load(path, **said),
+                    lambda **kwargs: policy.architecture.load(path, **kwargs),
                     self.quantization,
                     own.dtype,
                     own.device,

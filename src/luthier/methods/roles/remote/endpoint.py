@@ -38,10 +38,10 @@ class Endpoint(Role):
             raise ValueError("model: name the model at that address")
 
     def play(self, name, policy):
-        return Asked(self)
+        return EndpointModel(self)
 
 
-class Asked:
+class EndpointModel:
     """Whoever answers at the address."""
 
     def __init__(self, settings: Endpoint):
@@ -57,12 +57,12 @@ class Asked:
             "seed": seed,
             "max_tokens": max_new_tokens,
         }
-        said = self._post("/chat/completions", body)
+        answer = self._post("/chat/completions", body)
         try:
-            return said["choices"][0]["message"]["content"] or ""
+            return answer["choices"][0]["message"]["content"] or ""
         except (KeyError, IndexError, TypeError):
             raise RecipeError(
-                f"{self.name} answered with something else than a chat completion: {json.dumps(said)[:200]}"
+                f"{self.name} answered with something else than a chat completion: {json.dumps(answer)[:200]}"
             ) from None
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
@@ -79,7 +79,7 @@ class Asked:
         headers = {"Content-Type": "application/json"}
         if key := os.environ.get(s.api_key_env):
             headers["Authorization"] = f"Bearer {key}"
-        asked = Request(
+        request = Request(
             s.base_url.rstrip("/") + path, None if body is None else json.dumps(body).encode(), headers
         )
         why = ""
@@ -87,7 +87,7 @@ class Asked:
             if turn:
                 time.sleep(min(2.0**turn / 4, 8.0))
             try:
-                with urlopen(asked, timeout=s.timeout) as answer:
+                with urlopen(request, timeout=s.timeout) as answer:
                     return answer.read()
             except HTTPError as error:
                 why = f"HTTP {error.code} {error.read()[:200].decode(errors='replace')}"

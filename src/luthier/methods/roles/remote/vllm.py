@@ -28,7 +28,7 @@ from pydantic import Field
 
 from luthier.errors import RecipeError
 from luthier.methods.roles._base import own
-from luthier.methods.roles.remote.endpoint import Asked, Endpoint, NoAnswer
+from luthier.methods.roles.remote.endpoint import Endpoint, EndpointModel, NoAnswer
 from luthier.methods.tuners._base import LOW_RANK
 from luthier.registry import Capability, role
 
@@ -60,7 +60,7 @@ class VLLM(Endpoint):
         return Sampler(self, policy)
 
 
-class Sampler(Asked):
+class Sampler(EndpointModel):
     """A server that writes with the policy's adapter."""
 
     settings: VLLM
@@ -124,7 +124,7 @@ class Sampler(Asked):
                 f"a prompt of {longest} tokens leaves no room to write: {self.name} holds {self.limit}"
                 " (--max-model-len)"
             )
-        said = {  # whatever is left open, the server takes from the model's generation_config.json
+        options = {  # whatever is left open, the server takes from the model's generation_config.json
             "model": self.adapter,
             "n": n,
             "temperature": temperature,
@@ -143,16 +143,16 @@ class Sampler(Asked):
         def ask(prompt: Sequence[int], seed: int) -> list[tuple[list[int], list[float]]]:
             room = max_new_tokens if self.limit is None else min(max_new_tokens, self.limit - len(prompt))
             # seed + k shall fit into 63 bits
-            asked = {**said, "prompt": list(prompt), "seed": seed >> 1, "max_tokens": room}
-            return self.read(json.loads(self.fetch("/completions", asked)), n)
+            body = {**options, "prompt": list(prompt), "seed": seed >> 1, "max_tokens": room}
+            return self.read(json.loads(self.fetch("/completions", body)), n)
 
         with ThreadPoolExecutor(self.settings.connections) as pool:
             return list(pool.map(ask, prompts, seeds))
 
-    def read(self, said: Any, n: int) -> list[tuple[list[int], list[float]]]:
+    def read(self, answer: Any, n: int) -> list[tuple[list[int], list[float]]]:
         try:
-            choices = sorted(said["choices"], key=lambda c: c["index"])
-            found = [
+            choices = sorted(answer["choices"], key=lambda c: c["index"])
+            samples = [
                 (list(c["token_ids"]), [float(p) for p in c["logprobs"]["token_logprobs"]]) for c in choices
             ]
         except (KeyError, TypeError):
@@ -160,12 +160,12 @@ class Sampler(Asked):
                 f"{self.name} gave no token ids with log-probabilities: is it a vLLM that knows"
                 " return_token_ids?"
             ) from None
-        if len(found) != n or any(not ids or len(ids) != len(logprobs) for ids, logprobs in found):
+        if len(samples) != n or any(not ids or len(ids) != len(logprobs) for ids, logprobs in samples):
             raise RecipeError(
-                f"{self.name} gave {len(found)} completions where {n} were asked for, or not one"
+                f"{self.name} gave {len(samples)} completions where {n} were asked for, or not one"
                 " log-probability a token"
             )
-        return found
+        return samples
 
     def compare(self, theirs: Sequence[Sequence[float]], ours: Sequence[Sequence[float]]) -> None:
         """Of a prompt's completions, token by token: is the server's model the policy?"""
@@ -181,13 +181,13 @@ class Sampler(Asked):
 
 def suits(folder: Path) -> None:
     """Refuses an adapter of which vLLM would read less than there is."""
-    said = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     odd = [
         k
         for k in ("modules_to_save", "use_dora", "rank_pattern", "alpha_pattern", "target_parameters")
-        if said.get(k)
+        if config.get(k)
     ]
-    odd += ["bias"] * (said.get("bias", "none") != "none")
+    odd += ["bias"] * (config.get("bias", "none") != "none")
     if odd:
         raise RecipeError(
             "role 'vllm': vLLM reads LoRA of one rank and scale for all layers and nothing beside it, and"
