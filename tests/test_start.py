@@ -6,17 +6,17 @@ import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 RUN = """
 import gc, sys
+from luthier import compat
 from luthier.compat.lazy_imports import rarely
-from luthier.compat.peft import lazily
 often = gc.get_threshold()
-rarely(), lazily()  # as the command line begins
+compat.keep(), rarely()  # as the command line begins
 WAIT = ("torch._dynamo", "torch.distributed.tensor", "torch.distributed._functional_collectives", "datasets", "scipy.optimize", "sympy", "trl")
 WAIT += ("luthier.methods.tuners.adapters.ssf", "luthier.methods.tuners.adapters.houlsby")
 from luthier.run.run import tune
@@ -29,19 +29,11 @@ class Watch(Callback):
         assert gc.get_stats()[2]["collections"] <= 1, gc.get_stats()
 tune(model="toy:lm-small", data="toy:arithmetic", tuner="lora", max_steps=1, folder=sys.argv[1], watch=Watch())
 print("loaded", seen)
-import json, peft
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
-Path(sys.argv[1], "adapter_config.json").write_text(json.dumps({"peft_type": "LUTHIER_SSF"}))
-config = peft.PeftConfig.from_pretrained(sys.argv[1])
-assert type(config).__name__ == "SSFConfig" and peft.PeftType("LUTHIER_SSF") is config.peft_type
-try:
-    peft.get_peft_config({"peft_type": "LUTHIER_NONE"})
-except KeyError as error:
-    print("unknown", error)
 """
 
 KINDS = """
+from luthier import compat
+compat.keep()
 from luthier.compat.lazy_imports import Later, import_models, waiting
 import_models()
 import sys, torch, transformers.masking_utils as masks, transformers.distributed.sharding_utils as sharding
@@ -73,15 +65,7 @@ def run(code: str, *args: str) -> str:
 
 def test_the_compiler_and_sharded_tensors_are_not_loaded_and_modules_not_searched_for_garbage(tmp_path: Path):
     said = run(RUN, str(tmp_path / "run"))
-    assert "loaded [[]]" in said and "unknown 'LUTHIER_NONE'" in said
-
-
-def test_a_peft_that_keeps_its_types_otherwise_is_told_of_all_at_once():
-    from luthier.compat import peft as _register
-
-    was = _register.eager
-    _register.wait(ModuleType("peft.mapping"))
-    assert _register.eager is was
+    assert "loaded [[]]" in said
 
 
 def test_what_waits_becomes_the_real_thing():
@@ -91,14 +75,16 @@ def test_what_waits_becomes_the_real_thing():
 def test_what_transformers_offers_is_found_by_reading_its_files_once():
     """Transformers' own way beside ours, and that ours reads no file again."""
     import transformers.models
-    from transformers.utils import import_utils as ours
+    from transformers.utils import import_utils as own
 
-    import luthier  # noqa: F401, which sees to it
+    from luthier.compat.lazy_imports import read_once
 
-    spec = spec_from_file_location("transformers.utils.plain", ours.__file__)
+    spec = spec_from_file_location("transformers.utils.plain", own.__file__)
     assert spec and spec.loader
-    plain = module_from_spec(spec)
+    plain, ours = module_from_spec(spec), module_from_spec(spec)
     spec.loader.exec_module(plain)
+    spec.loader.exec_module(ours)
+    read_once(ours)
     folder = Path(transformers.models.__file__).parent
     found = ours.create_import_structure_from_path(folder)
     assert len(found) > 200 and found == plain.create_import_structure_from_path(folder)

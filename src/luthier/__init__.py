@@ -7,9 +7,6 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
-from luthier.compat.lazy_imports import READER, after, read_once
-from luthier.compat.peft import watch
-
 # read when huggingface_hub is imported: nobody is told what is tuned here
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
@@ -21,13 +18,26 @@ _WHERE = {  # what the package offers, imported when first asked for
     "Recipe": "luthier.recipe.recipe",
     "RecipeError": "luthier.errors",
     "load": "luthier.serve.load",
+    "register_peft": "luthier.compat.peft",
     "inspect": "luthier.serve.load",
     "compare": "luthier.study.compare",
     "search": "luthier.study.search",
 }
-__all__ = ["Recipe", "RecipeError", "Report", "__version__", "compare", "inspect", "load", "search", "tune"]
+__all__ = [
+    "Recipe",
+    "RecipeError",
+    "Report",
+    "__version__",
+    "compare",
+    "inspect",
+    "load",
+    "register_peft",
+    "search",
+    "tune",
+]
 
 if TYPE_CHECKING:
+    from luthier.compat.peft import register_peft
     from luthier.errors import RecipeError
     from luthier.recipe.recipe import Recipe
     from luthier.run.run import Report, tune
@@ -46,7 +56,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-watch()  # plain PEFT shall know our tuners; costs nothing until PEFT is imported
-after(READER, read_once)  # and nothing until transformers is

@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from luthier.compat.lazy_imports import rarely
-from luthier.compat.peft import lazily
+from luthier import compat
+from luthier.compat.lazy_imports import READER, after, rarely, read_once
 from luthier.errors import RecipeError
 from luthier.storage.toy import is_toy
 
@@ -56,8 +56,9 @@ app = typer.Typer(
 
 
 def main() -> None:
+    compat.keep()
     rarely()
-    lazily()
+    after(READER, read_once)
     app()
 
 

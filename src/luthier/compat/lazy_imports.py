@@ -1,4 +1,4 @@
-"""What transformers imports and one process on one machine does not use can wait: torch's compiler, sharded
+"""Start-up of the command line: what transformers imports and one process on one machine does not use can wait: torch's compiler, sharded
 tensors, scipy.
 
 Together they take two thirds of the time in which a model class is imported. While transformers is imported,
@@ -21,6 +21,8 @@ from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
+
+from luthier import compat
 
 WAITING = (
     "torch._dynamo",
@@ -48,7 +50,7 @@ MODELS = (
 
 def import_models() -> None:
     """Import what every transformers model needs; what only some need waits."""
-    if MODELS[0] not in sys.modules:
+    if MODELS[0] not in sys.modules and compat.keeps():
         with waiting():
             for name in MODELS:
                 import_module(name)
@@ -156,6 +158,9 @@ def waiting() -> Iterator[None]:
     """Stand-ins for a while, for what nobody has imported yet."""
     import torch  # it uses some of these modules itself, and then they are the real ones
 
+    if not compat.keeps():
+        yield
+        return
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
     put = {
         name: Waiting(name)

@@ -7,13 +7,16 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from typing import Any
+
+from luthier import compat
 
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # as in malloc.h
 DONTNEED = 4  # as in mman.h
 
 
 def keep_memory() -> bool:
-    """Ask glibc for it, for the rest of this process; not where its user has said how it shall keep memory
+    """Ask glibc for it, for as long as a run lasts (in the command line: the process); not where its user has said how it shall keep memory
     (MALLOC_...).
     """
     if sys.platform != "linux" or any(k.startswith("MALLOC_") for k in os.environ):
@@ -22,7 +25,16 @@ def keep_memory() -> bool:
         ask = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):  # another C library
         return False
+    if not compat.active():
+        return False
+    compat.on_exit(lambda: give_back(ask))
     return bool(ask(MMAP_MAX, 0) and ask(TRIM_THRESHOLD, 2**31 - 1))
+
+
+def give_back(mallopt: Any) -> None:
+    """glibc's own settings again."""
+    mallopt(MMAP_MAX, 65536)
+    mallopt(TRIM_THRESHOLD, 128 * 1024)
 
 
 class Mapped:

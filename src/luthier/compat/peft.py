@@ -1,63 +1,74 @@
-"""Lets plain PEFT load what luthier saved: after `import luthier`, whichever of the two came first.
+"""PEFT's table of types: our tuners become members of it, and leave it again.
 
-`import luthier` must cost nothing, so nothing is imported here: a finder waits for the first `import peft`
-and has tuners/_peft.py register our types right after it. Call `watch()` once, as the last line of
-luthier/__init__.py.
+PeftType is a closed enum and `register_peft_method` insists on a member of it, so a member is added by hand.
+Within a run the types that it uses are registered and taken back at its end. `register_peft()` makes all of
+them known for good: for plain PEFT to load what luthier saved.
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from importlib import import_module
-from types import ModuleType
-from typing import Any
 
-from luthier.compat.lazy_imports import after
+from peft import mapping
+from peft.utils import peft_types
+from peft.utils.peft_types import PeftType, register_peft_method
 
-BRIDGE = "luthier.methods.tuners._peft"  # registers every Delta, when it is imported or asked to
-eager = True  # the first
+from luthier import compat
+
+TUNERS = "luthier.methods.tuners._peft"  # whose `register` makes every Delta known
 
 
-def register(peft: ModuleType) -> None:
-    """A PEFT that we do not know must still be usable without us."""
-    if not eager:
+def add_type(name: str, config: type, model: type, prefix: str) -> None:
+    """Make a tuner a PEFT type; taken back at the end of a run.
+
+    name: luthier_<tuner>. prefix: of its tensors' names.
+    """
+    key = name.upper()
+    if key in PeftType.__members__:
         return
+    member = str.__new__(PeftType, key)
+    member._name_ = member._value_ = key
+    member.__objclass__, member._sort_order_ = PeftType, len(PeftType)
+    type.__setattr__(PeftType, key, member)
+    PeftType._member_names_.append(key)
+    PeftType._member_map_[key] = PeftType._value2member_map_[key] = member
+    register_peft_method(name=name, config_cls=config, model_cls=model, prefix=prefix)
+    compat.on_exit(lambda: remove_type(key))
+
+
+def remove_type(key: str) -> None:
+    """Leave PEFT as it was before `add_type`."""
+    member = PeftType._member_map_.pop(key)
+    PeftType._value2member_map_.pop(key)
+    PeftType._member_names_.remove(key)
+    type.__delattr__(PeftType, key)
+    for table in tables():
+        table.pop(member, None)
+
+
+def tables() -> list[dict]:
+    """PEFT's mappings from a type to its classes."""
+    tables_by_id = {}
+    for module in (mapping, peft_types):
+        for name, value in vars(module).items():
+            if name.startswith("PEFT_TYPE_TO_") and isinstance(value, dict):
+                tables_by_id[id(value)] = value
+    return list(tables_by_id.values())
+
+
+def register_type(peft_type: str) -> None:
+    """Make one of our tuners known, by the `peft_type` of its adapter_config.json; PEFT's own are left alone."""
+    name = peft_type.lower().removeprefix("luthier_")
+    if name != peft_type.lower():
+        import_module(TUNERS).register_one(name)
+
+
+def register_peft() -> None:
+    """Make every tuner of luthier known to PEFT in this process, for good: then `PeftModel.from_pretrained` loads
+    what luthier saved.
+    """
     try:
-        import_module(BRIDGE)
+        import_module(TUNERS).register()
     except Exception as error:
         warnings.warn(f"PEFT does not know luthier's adapters in this process: {error}", stacklevel=2)
-
-
-def watch() -> None:
-    """Register our tuners with PEFT: now where it is imported already, else as soon as it is."""
-    after("peft", register)
-
-
-def lazily() -> None:
-    """In a process of our own, before PEFT is imported: all of them only when PEFT looks for a type that it
-    does not know. A run uses one, and importing the others would take it longer than its first step."""
-    if "peft" not in sys.modules:
-        after("peft.mapping", wait)
-
-
-def wait(mapping: ModuleType) -> None:
-    """Where PEFT keeps its types as we know it."""
-    global eager
-    known = getattr(mapping, TYPES, None)
-    if isinstance(known, dict):
-        setattr(mapping, TYPES, Types(known))
-        eager = False
-
-
-TYPES = "PEFT_TYPE_TO_CONFIG_MAPPING"
-
-
-class Types(dict):
-    """PEFT's types, and ours once they are asked for."""
-
-    def __missing__(self, key: Any) -> Any:
-        import_module(BRIDGE).register()
-        if key not in self:
-            raise KeyError(key)
-        return self[key]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from luthier.compat.transformers import add_entry
 from luthier.kernels import differentiated_otherwise
 from luthier.kernels.decode_attention import one_token
 from luthier.kernels.elementwise import dropout as leave_out
@@ -532,7 +533,7 @@ def takes_plans(model: Any) -> bool:
     asks = any("ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[kind.__module__]) for kind in kinds)
     if config._attn_implementation != "sdpa" or not asks:
         return False
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    add_entry(AttentionInterface._global_mapping, NAME, attention)
+    add_entry(AttentionMaskInterface._global_mapping, NAME, sdpa_mask)
     config._attn_implementation = NAME
     return True

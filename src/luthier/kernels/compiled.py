@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from luthier.compat.transformers import set_entry
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ def compile_blocks(model: Network) -> int:
     if attention.takes_plans(model):
         from transformers import AttentionInterface
 
-        AttentionInterface.register(attention.NAME, torch.compiler.disable(attention.attention))
+        plain = torch.compiler.disable(attention.attention)
+        set_entry(AttentionInterface._global_mapping, attention.NAME, plain)
     for block in blocks:
         block.compile(dynamic=True)
     global _used

@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from luthier import compat
+from luthier.compat.transformers import replace_function
 from luthier.kernels import differentiated_otherwise
 from luthier.kernels.compiled import uncompiled
 from luthier.kernels.lora import again
@@ -369,7 +371,7 @@ ROTARY = "apply_rotary_pos_emb"  # as transformers' modelling files call it
 def _take_rotary(source: Any, forms: Forms, device: torch.device) -> str | None:
     """Let a modelling file turn queries and keys the fast way, where that is the plain turn of halves."""
     own: Any = getattr(source, ROTARY, None)
-    if own is None or hasattr(own, "as_it_was"):
+    if own is None or hasattr(own, "as_it_was") or not compat.active():
         return None
     if [*inspect.signature(own).parameters] != ["q", "k", "cos", "sin", "unsqueeze_dim"]:
         return None
@@ -399,5 +401,5 @@ def _take_rotary(source: Any, forms: Forms, device: torch.device) -> str | None:
     ):
         return None
     fast.as_it_was = own  # type: ignore[attr-defined]
-    setattr(source, ROTARY, fast)
+    replace_function(source, ROTARY, fast)
     return ROTARY

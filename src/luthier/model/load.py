@@ -15,6 +15,7 @@ import torch
 from luthier.clock import Clock
 from luthier.compat.lazy_imports import import_models
 from luthier.compat.malloc import keep_memory
+from luthier.compat.transformers import quiet_transformers
 from luthier.errors import RecipeError
 from luthier.kernels import compiled, elementwise, liger
 from luthier.methods.quantizers._base import modules as coded
@@ -57,10 +58,8 @@ def load_model(
     """The base network and its tokenizer. network: what the data said about it (a classifier's classes)."""
     import_models()
     from transformers import AutoTokenizer
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()  # what it warns of when loading is told by us, or refused
+    quiet_transformers()  # what it warns of when loading is reported by us, or refused
     path, where = model_names.resolve_model(recipe.model), device()
     if where.type == "cpu":
         keep_memory()

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from luthier import compat
 from luthier.errors import RecipeError
 from luthier.model.load import load_model
 from luthier.recipe.recipe import Recipe
@@ -50,6 +51,7 @@ def shared_key(recipe: Recipe) -> str | None:
     return json.dumps(common, sort_keys=True, default=str)
 
 
+@compat.session()
 def perform(runs: Sequence[tuple[Recipe, Path]], watch: Any = None, until: float | None = None) -> list[Any]:
     """Runs of one `shared_key`, to their ends or paused at `until`: their reports, in order."""
     with ExitStack() as stack:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import yaml
 
-from luthier import __version__
+from luthier import __version__, compat
 from luthier import report as page
 from luthier.data import rows as reading
 from luthier.data.load import Data, beside, load_data, sample_rows, touching
@@ -635,6 +635,7 @@ def _peak_memory() -> float:
 # ---------------------------------------------------------------------------------------------- plans
 
 
+@compat.session()
 def perform(
     recipe: Recipe,
     folder: Path | None = None,

@@ -178,9 +178,10 @@ def _adapter(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     """An adapter in PEFT's form, ours or anyone's, merged into its base in memory."""
     from peft import PeftModel
 
-    base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get(
-        "base_model_name_or_path"
-    )
+    from luthier.compat.peft import register_type
+
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    base = config.get("base_model_name_or_path")
     if not base:
         raise RecipeError(f"{folder} does not say which base model its adapter belongs to")
     coded = folder / files.QUANTIZATION
@@ -195,6 +196,7 @@ def _adapter(folder: Path, settings: Mapping[str, Any]) -> Loaded:
         roles.renderer = roles.policy.architecture.renderer(
             tokenizer, roles.policy.model.config, max_length=limit
         )
+    register_type(str(config.get("peft_type", "")))
     try:
         model = PeftModel.from_pretrained(roles.policy.model, str(folder)).merge_and_unload().eval()
     except (AttributeError, ValueError, KeyError, NotImplementedError) as error:

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from luthier.compat.peft import BRIDGE
 from luthier.methods.tuners._base import TunedModel, Tuner
 from luthier.registry import family
 
@@ -83,7 +82,7 @@ class Delta(TargetModules):
     reads: ClassVar[str] = ""
 
     def attach(self, model: Network) -> TunedModel:
-        return import_module(BRIDGE).attach(self, model)
+        return import_module("luthier.methods.tuners._peft").attach(self, model)
 
     def at(self, name: str) -> Self:
         """These settings as they are for the module of this name, where modules differ."""

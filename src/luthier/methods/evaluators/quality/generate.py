@@ -15,7 +15,12 @@ OPENING = 24  # tokens of a text that are given, to be continued
 @evaluator(
     metrics=[
         Metric(
-            "exact_match", "exact match (generated)", unit="%", better="higher", rank=4, former="generated_exact"
+            "exact_match",
+            "exact match (generated)",
+            unit="%",
+            better="higher",
+            rank=4,
+            former="generated_exact",
         ),
         Metric("generated_reward", "mean reward (generated)", better="higher", rank=5),
         Metric("generated_tokens", "generated tokens", rank=7),

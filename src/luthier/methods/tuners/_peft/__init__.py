@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from luthier.compat import peft as compat
 from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners._peft.foreign import any_config, merges
 from luthier.methods.tuners._peft.io import plain_state, write_prompt
 from luthier.methods.tuners._peft.layer import ADAPTER, INITIAL, DeltaLayer, DeltaParams, sideways
-from luthier.methods.tuners._peft.registration import config_for, config_of, plain_settings, register
+from luthier.methods.tuners._peft.registration import (
+    config_for,
+    config_of,
+    plain_settings,
+    register,
+    register_one,
+)
 from luthier.methods.tuners._peft.tuned import PeftTunedModel
 
 if TYPE_CHECKING:
@@ -33,6 +38,7 @@ __all__ = [
     "plain_settings",
     "plain_state",
     "register",
+    "register_one",
     "sideways",
     "write_prompt",
 ]
@@ -41,7 +47,3 @@ __all__ = [
 def attach(settings: Delta, model: Network) -> PeftTunedModel:
     """A Delta put on a model, in place."""
     return PeftTunedModel(settings, model, config_for(settings))
-
-
-if compat.eager:
-    register()

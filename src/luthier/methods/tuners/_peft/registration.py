@@ -8,13 +8,14 @@ from dataclasses import field, fields, make_dataclass
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils.peft_types import PeftType, register_peft_method
+from peft.utils.peft_types import PeftType
 
+from luthier.compat.peft import add_type
 from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners._peft.layer import DeltaLayer, DeltaModel
 from luthier.registry import find, names
 
-CONFIGS: dict[type, type] = {}  # Delta -> its config class
+CLASSES: dict[type, tuple[type, type]] = {}  # Delta -> its PEFT config and model class
 
 
 def plain_settings(settings: Any) -> dict[str, Any]:
@@ -22,9 +23,16 @@ def plain_settings(settings: Any) -> dict[str, Any]:
 
 
 def config_of(cls: type) -> type:
-    """The PEFT config class of a Delta; made and registered with PEFT on first use."""
-    if cls in CONFIGS:
-        return CONFIGS[cls]
+    """The PEFT config class of a Delta; registered with PEFT, for a run or for good."""
+    if cls not in CLASSES:
+        CLASSES[cls] = _make_classes(cls)
+    config, model = CLASSES[cls]
+    add_type(f"luthier_{cls.name}", config, model, model.prefix)
+    return config
+
+
+def _make_classes(cls: type) -> tuple[type, type]:
+    """The PEFT config and model class of a Delta."""
     name, own = f"luthier_{cls.name}", [f.name for f in fields(cls)]
     slot = f"{name}_tensors"
 
@@ -46,9 +54,7 @@ def config_of(cls: type) -> type:
     config = make_dataclass(f"{cls.__name__}Config", columns, bases=(PeftConfig,), namespace=methods)
     layer = type(f"{cls.__name__}DeltaLayer", (DeltaLayer,), {"slot": slot, "adapter_layer_names": (slot,)})
     model = type(f"{cls.__name__}Model", (DeltaModel,), {"prefix": slot, "tuner_layer_cls": layer})
-    _admit(name.upper())
-    register_peft_method(name=name, config_cls=config, model_cls=model, prefix=slot)
-    return CONFIGS.setdefault(cls, config)
+    return config, model
 
 
 def config_for(settings: Any) -> PeftConfig:
@@ -56,14 +62,9 @@ def config_for(settings: Any) -> PeftConfig:
     return config_of(type(settings))(**plain_settings(settings))
 
 
-def _admit(key: str) -> None:
-    """PeftType is a closed enum, and register_peft_method insists on a member of it."""
-    member = str.__new__(PeftType, key)
-    member._name_ = member._value_ = key
-    member.__objclass__, member._sort_order_ = PeftType, len(PeftType)
-    type.__setattr__(PeftType, key, member)
-    PeftType._member_names_.append(key)
-    PeftType._member_map_[key] = PeftType._value2member_map_[key] = member
+def register_one(name: str) -> None:
+    """Make one tuner known to PEFT, by its name in recipes."""
+    config_of(find("tuner", name))
 
 
 def register() -> None:
