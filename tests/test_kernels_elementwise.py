@@ -13,6 +13,7 @@ from torch import nn
 
 import zoo
 from conftest import make_llama
+from luthier import compat
 from luthier.compat.malloc import keep_memory
 from luthier.errors import RecipeError
 from luthier.kernels import elementwise as fast
@@ -21,6 +22,13 @@ KINDS = {  # name -> fast, plain, shapes of what moves, what does not
     "norm": (fast.rms_norm, fast.plain_norm, [(2, 7, 12), (12,)], [1e-6]),
     "rotary": (fast.rotary, fast.plain_rotary, [(1, 2, 7, 8)], ["cos", "sin"]),
 }
+
+
+@pytest.fixture(autouse=True)
+def session():
+    """As within a run: other libraries' functions may be replaced."""
+    with compat.session():
+        yield
 
 
 def given(kind, dtype=torch.float32):
@@ -252,7 +260,7 @@ def test_liger_is_taken_only_where_it_agrees():
 
 def test_memory_is_kept_unless_somebody_said_how(monkeypatch):
     """In a process of its own: what it says is for good."""
-    code = "from luthier.compat.malloc import keep_memory; print(keep_memory())"
+    code = "from luthier import compat; compat.keep(); from luthier.compat.malloc import keep_memory; print(keep_memory())"
     said = [
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **more}

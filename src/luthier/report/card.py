@@ -78,7 +78,7 @@ USES = {
         """With peft:
 
 ```python
-import luthier  # makes its tuners known to peft
+import luthier
 from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")
