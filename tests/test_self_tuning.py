@@ -293,7 +293,7 @@ def test_a_run_tells_its_hyperparameters_and_goes_on_bit_for_bit(base, tmp_path)
     from luthier.recipe.recipe import Recipe
     from luthier.run.run import perform
 
-    perform(Recipe.load(base | change), tmp_path / "b", until=4)
+    perform(Recipe.load(base | change), tmp_path / "b", stop_at=4)
     again = perform(Recipe.load(base | change), tmp_path / "b")
     assert again.losses == whole.losses
     ends = [checkpoints.load(checkpoints.paths(tmp_path / f)[-1]).tensors for f in "ab"]

@@ -1018,7 +1018,7 @@ def test_projects_compare_ways(shallow, tmp_path):
     luthier.tune(**recipe, plan={"name": "projects", "of": of, "ways": ways}, output_dir=str(tmp_path))
     from luthier.run.run import Report
 
-    reports = [Report.read(tmp_path / f"act-{i}") for i in range(12)]
+    reports = [Report.read(tmp_path / f"run-{i}") for i in range(12)]
     for project in (reports[i : i + 4] for i in range(0, 12, 4)):
         loss = [r.after["loss"] for r in project]
         assert all(r.after["loss"] < r.before["loss"] for r in project) and min(loss) == loss[0]

@@ -1230,7 +1230,7 @@ def test_adalora_goes_on_bit_for_bit(tmp_path):
     whole = luthier.tune(keys, folder=tmp_path / "whole")
     from luthier.run.run import perform
 
-    perform(luthier.Recipe.load(keys), tmp_path / "parts", until=4)
+    perform(luthier.Recipe.load(keys), tmp_path / "parts", stop_at=4)
     parts = luthier.tune(keys, folder=tmp_path / "parts")
     a, b = (luthier.load(r.folder).roles.tuner.tensors() for r in (whole, parts))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.compat.lazy_imports import READER, after, read_once
 from luthier.compat.peft import watch
+from luthier.version import __version__
 
 # read when huggingface_hub is imported: nobody is told what is tuned here
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-__version__ = "0.1.0"
 
 _WHERE = {  # what the package offers, imported when first asked for
     "tune": "luthier.run.run",

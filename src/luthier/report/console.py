@@ -176,11 +176,11 @@ class Console(Callback):
             self.listing(compared, tuple(compared[0]), heads=True)
         page = Path(report.folder) / "report.html"
         self.say()
-        for act in report.acts:
-            self.say(f"  {act}")
+        for run in report.runs:
+            self.say(f"  {run}")
         if page.is_file():
             self.say(f"Report: {page}")
-        whole = Path(report.acts[0]).parent / "report.html" if report.acts else page
+        whole = Path(report.runs[0]).parent / "report.html" if report.runs else page
         if whole != page and whole.is_file():
             self.say(f"Of all: {whole}")
         if report.stats.get("writes", True):

@@ -26,8 +26,9 @@ from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods, build_methods, detect
 from luthier.registry import build, did_you_mean, spec
 from luthier.report.console import visible
-from luthier.run.folder import network_of
-from luthier.run.run import Report
+from luthier.run.folder import saved_network
+from luthier.run.layout import run_folders
+from luthier.run.report import Report
 from luthier.storage import files
 from luthier.train import checks as guards
 
@@ -146,10 +147,10 @@ def _run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     if recipe.plan is not None:
         raise RecipeError(
             f"{folder} holds a plan; name one of its runs:"
-            f" {', '.join(p.name for p in sorted(folder.glob('act-*')))}"
+            f" {', '.join(run.name for run in run_folders(folder))}"
         )
     made = build_methods(recipe)
-    roles = assemble(recipe, made, network_of(folder), folder)
+    roles = assemble(recipe, made, saved_network(folder), folder)
     take_parts(roles, made)
     roles.tuner.load(roles.tuner.read(folder))
     roles.policy.eval()

@@ -24,6 +24,7 @@ class Role:
     """Family: `play` answers with whatever `roles.<name>` shall be."""
 
     constant: ClassVar[bool] = False  # does it say the same of a row at every step of a run?
+    per_run: ClassVar[bool] = False  # does what it says depend on what the run began with?
 
     def parts(self, policy: Any) -> dict[str, Part]:
         """Parts that this role brings, by name. policy: before anything is brought."""

@@ -17,6 +17,7 @@ from luthier.errors import RecipeError
 from luthier.recipe.recipe import Recipe
 from luthier.registry import did_you_mean
 from luthier.report.numbers import number
+from luthier.run.report import plan_runs
 from luthier.study.compare.spec import ALPHA, COSTS, FRONT_METRICS, ComparisonSpec, join_names, metric_of
 from luthier.study.statistics import bootstrap_interval, holm, paired_difference, pareto_front
 
@@ -118,7 +119,7 @@ def _point(table: Mapping[str, Mapping[str, Any]], goals: Sequence[str], name: s
 def read_report(run: Path) -> Report:
     """A run's report.json; of a plan: before its first run, after its last, and what all of them cost."""
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    steps = [read_report(Path(act)) for act in report.get("acts") or ()]
+    steps = [read_report(run) for run in plan_runs(report)]
     if not steps:
         return report
     seconds, tokens, peak = 0.0, 0.0, 0.0
@@ -141,7 +142,7 @@ def _final_folder(run: Path) -> Path:
     if not path.is_file():
         return run
     report = json.loads(path.read_text(encoding="utf-8"))
-    if report.get("acts"):
+    if plan_runs(report):
         return Path(report["folder"])
     return run
 

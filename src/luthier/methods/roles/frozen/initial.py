@@ -9,6 +9,7 @@ class Start(Role):
     """The policy with the tensors it began with. Under full tuning this is a second copy of the model."""
 
     constant = True
+    per_run = True
 
     def play(self, name, policy):
         initial = policy.attached.tensors()
