@@ -339,7 +339,7 @@ def test_learning_to_prefer_what_is_said_anyway_changes_nothing(base, tmp_path):
 
     made = Recipe.load({k: v for k, v in base.items() if k != "data"} | {"objective": "dpo"})
     roles = assemble(made, validate(made, load([{"prompt": "1+1=", "chosen": "2", "rejected": "3"}]).rows))
-    roles.reference = roles.policy.as_role("reference")
+    roles.players["reference"] = roles.policy.as_role("reference")
     ids = roles.renderer.encode({"id": 0, "prompt": "1+1=", "completions": ["2"]}).completions[0]
     row = {"id": 0, "prompt": "1+1=", "completions": ["2", ids], "scores": [1.0, 0.0]}
     loss = build("objective", "dpo").loss(roles, roles.batch([row]))

@@ -283,7 +283,7 @@ def test_pairs_come_from_where_it_goes_wrong(tmp_path):
     before, found = spurious(), {}
     reference = make_llama()
     reference.load_state_dict(start)
-    roles.reference = Policy(
+    roles.players["reference"] = Policy(
         build("architecture", "causal"), reference, Untuned(reference), "reference", torch.no_grad
     )
     for name, objective, some in (

@@ -55,7 +55,7 @@ class Rig:
 
     def loss(self, name):
         x, y = self.rows[name]
-        self.attached.reads(
+        self.attached.announce_rows(
             SimpleNamespace(rows=[{"id": f"{name}-{i}"} for i in range(len(x))]), torch.arange(len(x))
         )
         return (self.model(x) - y).square().mean() / 2
@@ -254,7 +254,7 @@ def test_a_module_that_lost_track_of_rows_is_named():
     ).shape == (2,)
     x = torch.randn(5, 6)
     rig = Rig((x, x[:, 0]), (x, x[:, 0]))
-    rig.attached.reads = lambda *told: None
+    rig.attached.on_rows = lambda *told: None
     with pytest.raises(RecipeError, match="of which row"):
         rig.go(1)
 

@@ -146,12 +146,12 @@ def train(
     made = Chain([build("transform", transform)] if transform else [], attached, clock, rate)
     made.state = chain.state if chain else made.state
     for clock.step in range(first, steps):
-        attached.before_step(clock)
+        attached.begin_step(clock)
         for p in attached.parameters().values():
             p.grad = None
         loss_of(attached.model).backward()
         made.step(gradients(made))
-        attached.after_step(clock)
+        attached.end_step(clock)
     return made
 
 
@@ -345,7 +345,7 @@ def test_hft_rests_and_redraws():
     train(other, 3, seed=4)
     # the same seed, the same half
     assert {s.name for s in other.param_groups()} == {s.name for s in attached.param_groups()}
-    attached.before_step(clock)  # the next stage goes on from here
+    attached.begin_step(clock)  # the next stage goes on from here
     assert {s.name for s in attached.param_groups()} != {s.name for s in other.param_groups()}
 
 
@@ -761,7 +761,7 @@ def test_r_amt_is_kept_as_bits(tmp_path):
     train(attached, 10, rate=1e-3)
     attached.save(tmp_path)
     numbers = sum(p.numel() for p in attached.parameters().values())
-    held = attached.state()
+    held = attached.adapter_state()
     assert sum(v.numel() for v in held.values()) == numbers // 8 and {v.dtype for v in held.values()} == {
         torch.uint8
     }

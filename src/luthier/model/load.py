@@ -18,6 +18,7 @@ from luthier.compat.malloc import keep_memory
 from luthier.errors import RecipeError
 from luthier.kernels import compiled, elementwise, liger
 from luthier.methods.quantizers._base import modules as coded
+from luthier.methods.roles._base import PREFIX, bring
 from luthier.methods.tuners._base import Untuned
 from luthier.model.policy import Policy, Roles
 from luthier.recipe import model_names
@@ -27,8 +28,6 @@ from luthier.registry import build
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
-
-BROUGHT = "role:"  # what the names of tensors begin with that a role brought
 
 
 def device() -> torch.device:
@@ -210,16 +209,12 @@ def tensors_of(start: Any, attached: Any) -> dict[str, torch.Tensor]:
     folder = Path(start)
     if not folder.is_dir():
         raise RecipeError(f"start: there is no folder {folder}")
-    return {k: v for k, v in attached.read(folder).items() if not k.startswith(BROUGHT)}
+    return {k: v for k, v in attached.read(folder).items() if not k.startswith(PREFIX)}
 
 
 def take_parts(roles: Roles, parts: Methods) -> None:
     """Let the other roles play; trained parts they bring (a critic's head) move along with the tuner. A run
     that goes on from this one takes what the tuner moved, and begins with parts of its own."""
-    from luthier.model.composite import Also
-
-    brought = {
-        f"{BROUGHT}{k}.{n}": m for k, r in parts.roles.items() for n, m in r.parts(roles.policy).items()
-    }
-    if brought:
-        roles.policy.attached = roles.tuner = Also(roles.tuner, brought)
+    brought = [(name, role.parts(roles.policy)) for name, role in parts.roles.items()]
+    for name, some in brought:
+        bring(roles.tuner, name, some)

@@ -67,7 +67,7 @@ def cache_logprobs(
     setting, roles = session.recipe.cache_reference, trainer.roles
     constant = []
     for name, role in session.methods.roles.items():
-        if role.constant and isinstance(getattr(roles, name), Policy):
+        if role.constant and isinstance(roles.players[name], Policy):
             constant.append(name)
     if setting is False or not trainer.rows or not roles.clock.total or (setting == "auto" and not constant):
         return
@@ -88,10 +88,10 @@ def cache_logprobs(
 
 def _cache_role(session: Session, roles: Any, name: str, room: int, shared: SharedBase | None) -> str | None:
     """Put a cache before a constant role; returns why it could not be."""
-    player, role = getattr(roles, name), session.methods.roles[name]
+    player, role = roles.players[name], session.methods.roles[name]
     caches = shared.logprob_caches if shared else {}
     if name in caches:
-        setattr(roles, name, logprob_cache.CachedPolicy(player, caches[name]))
+        roles.players[name] = logprob_cache.CachedPolicy(player, caches[name])
         return None
     path = session.folder / f"logprob_cache-{name}-{session.accelerator.process_index}.bin"
     cached = logprob_cache.open_cache(player, path, room, json.dumps(spec(role), default=str))
@@ -99,7 +99,7 @@ def _cache_role(session: Session, roles: Any, name: str, room: int, shared: Shar
         return cached
     if not role.per_run:
         caches[name] = cached.cache
-    setattr(roles, name, cached)
+    roles.players[name] = cached
     session.warn(
         f"what '{name}' says of a row never changes: it is computed once and kept beside the run, until it"
         " ends"

@@ -47,8 +47,10 @@ def prepare(session: Session, shared: SharedBase | None = None) -> Prepared:
     rows = training.rows
     parameters = _check_model(session, roles, rows)
     if session.recipe.init_from is None:
-        roles.tuner.initialize(rows, roles)
-    roles.tuner.ready(rows, roles)
+        for component in roles.tuner.components:
+            component.initialize(rows, roles)
+    for component in roles.tuner.components:
+        component.ready(rows, roles)
     trainer = _build_trainer(session, roles, rows)
     memory_need = _check_memory(session, trainer, training)
     cache_hidden_states(session, trainer, training.stats.get("row_tokens", 0))
@@ -80,7 +82,7 @@ def _load_roles(session: Session, shared: SharedBase | None) -> Roles:
     for name, role in methods.roles.items():
         role.reads(name, roles.renderer.tokenizer)
     for name, role in methods.roles.items():
-        setattr(roles, name, role.play(name, roles.policy))
+        roles.players[name] = role.play(name, roles.policy)
     return roles
 
 

@@ -52,6 +52,6 @@ def save(session: Session, trainer: Trainer) -> None:
     # rows of the current draw are needed where the next step still trains on them
     draw = trainer.drawn_rows if clock.step % trainer.batches.num_iterations else None
     moment = checkpoints.Checkpoint(
-        trainer.roles.tuner.held(), trainer.chain.state, clock.step, draw, asdict(trainer.totals)
+        trainer.roles.tuner.state(), trainer.chain.state, clock.step, draw, asdict(trainer.totals)
     )
     checkpoints.save(session.folder, moment, session.recipe.save_total_limit)

@@ -130,8 +130,9 @@ def describe_rows(session: Session, roles: Roles, training: EncodedRows) -> Enco
     session.callback.rows(roles, visible.rows, visible.stats)
     if session.main:
         files.write_json(session.folder / "shown.json", rendered(roles, visible.rows))
-    for sentence in roles.tuner.told:
-        session.warn(sentence)
+    for component in roles.tuner.components:
+        for sentence in component.warnings:
+            session.warn(sentence)
     return replace(training, stats=visible.stats)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from luthier.errors import RecipeError
 from luthier.recipe.recipe import Recipe
+from luthier.recipe.validate import build_methods, check_roles
 from luthier.report.console import Callback
 from luthier.run.finish import finish
 from luthier.run.folder import default_folder, write_inline_rows
@@ -34,6 +35,19 @@ def perform(
     callback: hears what happens (report.console.Callback). overwrite: do again what is finished; by default
     where the recipe says so. stop_at: pause at this step; below 1 a share of the run. Raises RecipeError.
     """
+    if recipe.plan is None:
+        check_roles(recipe, build_methods(recipe).require())  # of a plan, by `validate`
+    return _perform(recipe, folder, callback, overwrite, stop_at)
+
+
+def _perform(
+    recipe: Recipe,
+    folder: str | Path | None = None,
+    callback: Any = None,
+    overwrite: bool | None = None,
+    stop_at: float | None = None,
+) -> Report:
+    """A run of a plan may leave roles unused that others of its runs require."""
     folder = Path(folder or recipe.output_dir or default_folder(recipe))
     recipe = write_inline_rows(recipe, folder)
     if overwrite is None:
@@ -41,7 +55,7 @@ def perform(
     if recipe.plan is not None:
         if stop_at is not None:
             raise RecipeError("stop_at: a plan has several runs and no step of its own to pause at")
-        return perform_plan(recipe, folder, callback or Callback(), overwrite, perform)
+        return perform_plan(recipe, folder, callback or Callback(), overwrite, _perform)
     with open_session(recipe, folder, callback, overwrite, stop_at) as session:
         if isinstance(session, Report):
             return session

@@ -19,7 +19,7 @@ from luthier.methods.evaluators.quality.preference import checkup, totals
 from luthier.methods.quantizers._base import open_up
 from luthier.methods.tuners._base import Untuned
 from luthier.model import quantized as codes
-from luthier.model.load import assemble, take_parts
+from luthier.model.load import assemble, tensors_of
 from luthier.model.policy import Roles
 from luthier.recipe import model_names
 from luthier.recipe.recipe import Recipe
@@ -151,8 +151,7 @@ def _run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
         )
     made = build_methods(recipe)
     roles = assemble(recipe, made, saved_network(folder), folder)
-    take_parts(roles, made)
-    roles.tuner.load(roles.tuner.read(folder))
+    roles.tuner.load(tensors_of(folder, roles.tuner))
     roles.policy.eval()
     notes, turns, ends = [], roles.renderer.note is None, ""
     if (folder / "report.json").is_file():
@@ -202,7 +201,6 @@ def _adapter(folder: Path, settings: Mapping[str, Any]) -> Loaded:
         reason = str(error).partition("\n")[0] or "no weight of the base can hold what its method adds"
         raise RecipeError(f"the adapter in {folder} cannot be merged into {base}: {reason}") from None
     roles.policy.model, roles.policy.attached = model, Untuned(model)
-    roles.tuner = roles.policy.attached
     return Loaded(str(folder), roles, recipe, turns=roles.renderer.note is None)
 
 

@@ -97,9 +97,9 @@ class Causal(LanguageModel):
             raise ValueError("a supervised token that nothing precedes cannot be predicted")
         cache = None if LAYERS.get() else attached.hidden_cache
         states = cache.states(self, model, attached, batch, fill=model.training) if cache else None
-        if attached.per_row:
-            attached.reads(batch, batch.row[batch.segment[layout.source]])
-        few = self.in_blocks(model) and not (attached.per_row or self.own_head)
+        if attached.follows_rows():
+            attached.announce_rows(batch, batch.row[batch.segment[layout.source]])
+        few = self.in_blocks(model) and not (attached.follows_rows() or self.own_head)
         sparing = sparse_mlp.alone(model, at, layout.source.numel()) if few else nullcontext()
         with nullcontext() if states is None else cache.skipped(states[layout.source]), sparing:
             outputs = self.answer(model, inputs, at, labels)

@@ -55,7 +55,7 @@ class Seq2Seq(LanguageModel):
         hidden, mask = encode(
             model, attached, [batch.ids[pieces[s]] for s in roots], of=(batch, batch.row[roots])
         )
-        attached.reads(batch, batch.row[leaves])
+        attached.announce_rows(batch, batch.row[leaves])
         which = torch.tensor([roots.index(way[0]) for way in ways], device=at.device)
         inputs = {
             "encoder_outputs": (hidden[which],),

@@ -12,5 +12,5 @@ class Start(Role):
     per_run = True
 
     def play(self, name, policy):
-        initial = policy.attached.tensors()
+        initial = policy.attached.tensors(parts=False)
         return policy.as_role(name, lambda: policy.attached.using(initial))

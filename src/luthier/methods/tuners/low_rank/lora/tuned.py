@@ -210,10 +210,9 @@ class LoraTunedModel(PeftTunedModel):
             if (r := cast(Any, m).r[ADAPTER])
         }
 
-    def load(self, tensors):
+    def prepare_load(self, tensors):
         if self.settings.init_lora_weights == "eva":
             self.rerank({n: len(tensors[f"{n}.A"]) for n in self.layers if f"{n}.A" in tensors})
-        super().load(tensors)
 
     def read(self, folder):
         path = Path(folder) / "adapter_model.safetensors"
@@ -242,7 +241,7 @@ class LoraTunedModel(PeftTunedModel):
             for part in (layer.lora_A, layer.lora_B):
                 part[INITIAL].requires_grad_(False)
 
-    def buffers(self):
+    def frozen_tensors(self):
         if not self.settings.subtracts:
             return {}
         return {
@@ -251,8 +250,8 @@ class LoraTunedModel(PeftTunedModel):
             for k in "AB"
         }
 
-    def state(self):
-        state = {k: v for k, v in super().state().items() if v.numel()}
+    def adapter_state(self):
+        state = {k: v for k, v in super().adapter_state().items() if v.numel()}
         if not self.settings.subtracts:
             return state
         for name, layer in self.layers.items():

@@ -64,7 +64,7 @@ class SelfTuningModel(PeftTunedModel):
             for t, was in buffers:
                 t._buffers.update(was)
 
-    def reads(self, batch, rows):
+    def on_rows(self, batch, rows):
         if not self.per_row:
             return
         noise = torch.stack([self.noise(str(row.get("id", i))) for i, row in enumerate(batch.rows)]).to(
