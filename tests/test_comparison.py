@@ -77,7 +77,7 @@ def test_values_by_row_are_what_the_metric_is_the_mean_of(shared, tmp_path):
         {**shared, "tuner": "full", "evaluate": ["loss", "accuracy", "forgetting"]}, folder=tmp_path / "r"
     )
     for when, metrics in (("before", report.before), ("after", report.after)):
-        by_row = json.loads((tmp_path / "r" / f"by-row-{when}.json").read_text())
+        by_row = json.loads((tmp_path / "r" / f"per_example-{when}.json").read_text())
         for name in ("loss", "accuracy", "retention_loss"):
             assert sum(by_row[name].values()) / len(by_row[name]) == pytest.approx(metrics[name], rel=1e-6)
 

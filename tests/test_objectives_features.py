@@ -447,7 +447,7 @@ def tuned_on_known(seed: int, **weights) -> tuple[float, torch.Tensor]:
     return float((said.argmax(1) == y[new] - 6).float().mean()), net[0].weight.detach()
 
 
-OFF = {"reconstruction": 0, "known": 0, "unknown": 0, "distillation": 0}
+OFF = {"reconstruction": 0, "base_classes": 0, "new_classes": 0, "distillation": 0}
 
 
 def test_ogen_keeps_classes_that_are_not_tuned_on():

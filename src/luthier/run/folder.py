@@ -35,7 +35,10 @@ FILES = (
     "samples-before.jsonl",
     "samples-during.jsonl",
     "samples-after.jsonl",
-    "by-row-before.json",
+    "per_example-before.json",
+    "per_example-during.json",
+    "per_example-after.json",
+    "by-row-before.json",  # as version 0.1 called them
     "by-row-during.json",
     "by-row-after.json",
     "calibration-before.json",

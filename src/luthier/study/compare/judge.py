@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from luthier.errors import RecipeError
+from luthier.methods.evaluators._base import per_example_file
 from luthier.recipe.recipe import Recipe
 from luthier.registry import did_you_mean
 from luthier.report.numbers import number
@@ -166,7 +167,7 @@ def _per_row(arm: ArmResult, when: str, metric: str) -> np.ndarray | None:
     """[seeds, rows] of a metric before, during or after training; None unless every run has the same rows."""
     of_seeds = []
     for run in arm.folders():
-        path = _final_folder(run) / f"by-row-{when}.json"
+        path = per_example_file(_final_folder(run), when)
         values = None
         if path.is_file():
             values = json.loads(path.read_text(encoding="utf-8")).get(metric)

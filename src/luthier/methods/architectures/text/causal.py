@@ -143,8 +143,8 @@ class Causal(LanguageModel):
     def laid_out_jointly(
         self, model: Network, batches: Sequence[Batch]
     ) -> tuple[Layout, list[int], dict[str, Any]]:
-        """Several batches as one packed row: its layout, the positions of each batch in it, and what the model
-        is handed to read it.
+        """Several batches as one packed row: its layout, the positions of each batch in it, and what the
+        model is handed to read it.
         """
         self.check(model)
         layouts = [lay_out(b, share=self.share_prompts, width=ENDLESS) for b in batches]

@@ -1,4 +1,6 @@
-"""Encoder-decoder models: the encoder reads a prompt once, the decoder answers for each of its completions."""
+"""Encoder-decoder models: the encoder reads a prompt once, the decoder answers for each of its
+completions.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Greedy answers to held-out prompts, kept beside the run so that before and after can be read side by side."""
+"""Greedy answers to held-out prompts, kept beside the run so that before and after can be read side
+by side.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,12 @@ OPENING = 24  # tokens of a text that are given, to be continued
 @evaluator(
     metrics=[
         Metric(
-            "exact_match", "exact match (generated)", unit="%", better="higher", rank=4, former="generated_exact"
+            "exact_match",
+            "exact match (generated)",
+            unit="%",
+            better="higher",
+            rank=4,
+            former="generated_exact",
         ),
         Metric("generated_reward", "mean reward (generated)", better="higher", rank=5),
         Metric("generated_tokens", "generated tokens", rank=7),

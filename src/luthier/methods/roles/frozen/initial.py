@@ -1,4 +1,6 @@
-"""The policy as it stood when this run began: after earlier acts of a plan, say. Keeps a copy of what moves."""
+"""The policy as it stood when this run began: after earlier acts of a plan, say. Keeps a copy of
+what moves.
+"""
 
 from luthier.methods.roles._base import Role
 from luthier.registry import role

@@ -1,4 +1,6 @@
-"""A module under one or several Deltas, as PEFT's kind of layer, and the PEFT model class that puts it in place."""
+"""A module under one or several Deltas, as PEFT's kind of layer, and the PEFT model class that puts it in
+place.
+"""
 
 from __future__ import annotations
 

@@ -46,7 +46,8 @@ class PeftTunedModel(TunedModel):
             if not ends_one(name, present.names):
                 leaves = {n.rpartition(".")[2] for n in present.names}
                 raise RecipeError(
-                    f"tuner '{settings.name}': modules_to_save '{name}' matches nothing{did_you_mean(name, leaves)}"
+                    f"tuner '{settings.name}': modules_to_save '{name}' matches"
+                    f" nothing{did_you_mean(name, leaves)}"
                 )
         start = list(model.parameters()) if getattr(config, "bias", "none") != "none" else []
         target_parameters = set(as_list(getattr(config, "target_parameters", None)))
@@ -88,7 +89,8 @@ class PeftTunedModel(TunedModel):
         missing = present.missing(config)
         if missing:
             raise RecipeError(
-                f"tuner '{self.settings.name}': target_modules '{missing}' matches nothing{present.hint(missing)}"
+                f"tuner '{self.settings.name}': target_modules '{missing}' matches"
+                f" nothing{present.hint(missing)}"
             )
         for name in as_list(getattr(config, "target_parameters", None)):
             if not ends_one(name, hit):
@@ -401,7 +403,8 @@ class PeftTunedModel(TunedModel):
             self.model.save_pretrained(folder, state_dict=state)
 
 
-COMPATIBLE = {  # settings of an adapter that do not change what its tensors mean, or that the tensors' names tell
+# settings of an adapter that do not change what its tensors mean, or that the tensors' names tell
+COMPATIBLE = {
     "base_model_name_or_path",
     "inference_mode",
     "revision",

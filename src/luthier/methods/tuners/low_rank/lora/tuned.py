@@ -71,7 +71,9 @@ class LoraTunedModel(PeftTunedModel):
 
     @torch.no_grad()
     def begin(self, start: str) -> None:
-        """PiSSA, OLoRA or orthogonal factors in every linear layer; for starts from data the place for them."""
+        """PiSSA, OLoRA or orthogonal factors in every linear layer; for starts from data the place
+        for them.
+        """
         if start == "lq":
             return self._begin_low()
         make = {"pissa": "pissa_init", "olora": "olora_init", "orthogonal": "orthogonal_init"}.get(

@@ -1,4 +1,6 @@
-"""A Delta whose layers answer to hyperparameters that move with it: what tuner `self_tuning` is on a model."""
+"""A Delta whose layers answer to hyperparameters that move with it: what tuner `self_tuning` is on
+a model.
+"""
 
 from __future__ import annotations
 
