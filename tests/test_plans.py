@@ -14,8 +14,8 @@ import torch
 
 import luthier
 from conftest import SUMS
+from luthier.data.load import load_rows as load
 from luthier.data.load import sample_rows
-from luthier.data.rows import load
 from luthier.errors import RecipeError
 from luthier.methods.plans.studies.front import spread, weigh
 from luthier.recipe.recipe import Recipe

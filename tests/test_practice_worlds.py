@@ -160,7 +160,7 @@ def test_the_right_answer_verifies_and_wrong_ones_do_not(world, split):
 
 def test_what_is_read_is_verified_alike():
     """Rows as the house reads them, and with samples in place of the completions, as in a rollout."""
-    from luthier.data.rows import load
+    from luthier.data.load import load_rows as load
 
     judge = build("reward", "world")
     for world in WORLDS:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import luthier
 from conftest import PAIRS, make_llama, make_tokenizer
 from luthier.clock import Clock
-from luthier.data.rows import load
+from luthier.data.load import load_rows as load
 from luthier.methods.architectures.text.reward_model import RewardModel
 from luthier.methods.stages.rollout.step_pairs import advantages, split
 from luthier.methods.tuners._base import Untuned

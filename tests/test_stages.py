@@ -14,7 +14,7 @@ import torch
 import luthier
 from conftest import SUMS, example_value
 from luthier.clock import Clock
-from luthier.data.rows import load
+from luthier.data.load import load_rows as load
 from luthier.errors import RecipeError
 from luthier.methods.rewards._base import Reward
 from luthier.methods.stages._base import completion_logprobs, pick, text_of

@@ -18,7 +18,7 @@ from torch import nn
 import luthier
 from conftest import recipe_of
 from luthier.clock import Clock
-from luthier.data.load import rows as reading
+from luthier.data.load import load_rows
 from luthier.errors import RecipeError
 from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.estimators._base import gradients
@@ -890,7 +890,7 @@ def test_sara_threshold_and_nuclear_norm():
 def test_small_weights_carry_little():
     """Without its smallest tenth a trained model is nearly what it was; without as many large ones it is not."""
     tuned = luthier.load("toy:lm-small")
-    rows = reading.load(str(Path(model_names.resolve_model("toy:lm-small")) / "probe.jsonl")).rows[::40]
+    rows = load_rows(str(Path(model_names.resolve_model("toy:lm-small")) / "probe.jsonl")).rows[::40]
     model, tokenizer = tuned.model, tuned.tokenizer
     texts = [
         tokenizer(r["prompt"] + r["completions"][0], return_tensors="pt").input_ids

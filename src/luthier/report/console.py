@@ -233,7 +233,7 @@ class Console(Callback):
     def survey(self, source: str, found: dict) -> None:
         """What rows are, and what they can feed; `found` as luthier.data.profile gives it."""
         self.say(
-            f"{source}: {found['rows']:,} of {found['seen']:,} rows can be read, as '{found['format']}'",
+            f"{source}: {found['rows']:,} of {found['total']:,} rows can be read, as '{found['format']}'",
             "bold",
         )
         self.say(

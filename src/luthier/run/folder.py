@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from luthier.data import rows as reading
+from luthier.data.sources import is_row
 from luthier.errors import DiskError, RecipeError, from_code
 from luthier.recipe.recipe import Recipe
 from luthier.run.layout import BEFORE, FAILED, LOG, PAUSED, QUARANTINE, REPORT, ROWS, STATE
@@ -201,7 +201,7 @@ def write_inline_rows(recipe: Recipe, folder: Path) -> Recipe:
     """Rows given from Python are written beside the run, so that its recipe can be repeated from a shell."""
     for key in ("data", "eval_data"):
         rows = getattr(recipe, key)
-        if not isinstance(rows, (list, tuple)) or not rows or not all(map(reading.looks_like_row, rows)):
+        if not isinstance(rows, (list, tuple)) or not rows or not all(map(is_row, rows)):
             continue
         lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
         text = "".join(lines)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from luthier.data import rows as reading
-from luthier.data.load import touching
+from luthier.data.checks import glued_words
+from luthier.data.quarantine import too_many, write_quarantine
 from luthier.errors import RecipeError, Refused
 from luthier.model.policy import Roles
 from luthier.report import rendered
@@ -72,13 +72,13 @@ def _encode(
     quarantine = session.folder / QUARANTINE
     if bad and session.main:
         with files.disk_errors(session.folder):
-            reading.write_quarantine(bad, quarantine)
+            write_quarantine(bad, quarantine)
     if not usable:
         raise Refused(
             f"none of {len(rows):,} rows can be used; the first: {bad[0]['reason']}", "unusable_rows"
         )
     if len(bad) > max_bad_rows * len(rows):
-        reason = reading.refusal(bad, len(rows), "the data", max_bad_rows, quarantine)
+        reason = too_many(bad, len(rows), "the data", max_bad_rows, quarantine)
         raise Refused(reason, "unusable_rows")
     if bad:
         callback.warn(
@@ -163,7 +163,7 @@ def _warn_cut(session: Session, roles: Roles, visible: EncodedRows) -> None:
             f"the {what} of {visible.stats['cut']:,} of {len(rows):,} rows are cut at"
             f" {renderer.max_length:,} tokens (max_length)"
         )
-    joined = touching(rows)
+    joined = glued_words(rows)
     if not renderer.encoder and 2 * len(joined) > len(rows):
         session.warn(
             f"the completion follows the prompt's last word without a space or a line break: '{joined[0]}'"

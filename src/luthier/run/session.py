@@ -15,8 +15,9 @@ from typing import Any
 import torch
 import yaml
 
-from luthier.data import rows as reading
-from luthier.data.load import Data, beside, load_data
+from luthier.data.checks import unused_columns
+from luthier.data.load import Data, load_data
+from luthier.data.quarantine import write_quarantine
 from luthier.errors import OutOfMemory
 from luthier.methods.evaluators._base import run_all
 from luthier.model.policy import Roles
@@ -108,10 +109,10 @@ def open_session(
     for sentence in recipe.warnings:
         callback.warn(sentence)
     data = _load_data(recipe, folder, main)
-    if sentence := beside(data):
+    if sentence := unused_columns(data):
         callback.warn(sentence)
     methods = dry_run(recipe, data.rows[:100])
-    with open_folder(folder, recipe, data.mark, main, overwrite) as state:
+    with open_folder(folder, recipe, data.fingerprint, main, overwrite) as state:
         if _broadcast(state.finished, accelerator):
             callback.warn(f"{folder} holds this run, finished: nothing to do (overwrite=true starts anew)")
             yield Report.read(folder)
@@ -157,7 +158,7 @@ def _quarantine(session: Session) -> None:
     if session.main:
         with files.disk_errors(session.folder):
             path.unlink(missing_ok=True)
-            reading.write_quarantine(data.bad, path)
+            write_quarantine(data.bad, path)
     if data.bad:
         total = len(data.bad) + len(data.rows) + len(data.held_out)
         session.warn(f"{len(data.bad):,} unusable rows of {total:,} set aside, with reasons: {path}")

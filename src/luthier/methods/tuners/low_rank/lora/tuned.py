@@ -17,7 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from luthier.data import rows as reading
+from luthier.data.load import load_rows
 from luthier.errors import RecipeError
 from luthier.kernels.lora import linear, linears, update
 from luthier.methods.quantizers._base import Quantized, opened
@@ -139,7 +139,7 @@ class LoraTunedModel(PeftTunedModel):
             return
         if self.settings.init_data is not None:
             rows = roles.policy.architecture.encode_all(
-                reading.load(self.settings.init_data).rows, roles.renderer
+                load_rows(self.settings.init_data).rows, roles.renderer
             ).rows
         rows = rows[: self.settings.init_rows]
         with self.off():
