@@ -561,7 +561,7 @@ def test_a_world_is_tuned_by_its_name_alone(tmp_path):
     [
         ("toy:arithmetc", "did you mean 'arithmetic'?"),
         ("toy:style/shrt", "did you mean 'short'?"),
-        ("toy:lm", "lm is a model, not a world"),
+        ("toy:lm", "lm is a model, not a task"),
     ],
 )
 def test_unknown_worlds_and_splits_get_a_sentence(word, said):
