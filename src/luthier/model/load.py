@@ -16,7 +16,7 @@ from luthier.clock import Clock
 from luthier.compat.lazy_imports import import_models
 from luthier.compat.malloc import keep_memory
 from luthier.errors import RecipeError
-from luthier.kernels import compiled, elementwise, liger
+from luthier.kernels import attention, compiled, elementwise, liger
 from luthier.methods.quantizers._base import modules as coded
 from luthier.methods.roles._base import PREFIX, bring
 from luthier.methods.tuners._base import Untuned
@@ -84,8 +84,9 @@ def load_model(
     fused = getattr(parts.architecture, "fused", False)
     if recipe.torch_compile:
         compiled.compile_blocks(model)
+        attention.exclude_from_compile(model)
     elif fused:
-        elementwise.take(model, liger.forms(where) if fused == "liger" else elementwise.OWN)
+        elementwise.install(model, liger.forms(where) if fused == "liger" else elementwise.OWN)
     return model, tokenizer
 
 
@@ -150,7 +151,7 @@ def assemble(
     torch.manual_seed(clock.derive_seed("tuner"))
     attached = attach(parts.tuner, model)
     if getattr(parts.architecture, "fused", False) and not recipe.torch_compile:
-        elementwise.take_dropout(model)
+        elementwise.install_dropout(model)
     most = places(model) - attached.virtual
     if recipe.max_length and recipe.max_length > most:
         raise RecipeError(

@@ -116,7 +116,7 @@ class Delta(TargetModules):
         cannot be.
         """
 
-    def ahead(self, p: SimpleNamespace) -> tuple[Tensor, Tensor] | None:
+    def prefix_kv(self, p: SimpleNamespace) -> tuple[Tensor, Tensor] | None:
         """Keys and values [m, width] that stand before those of every text, in methods that have them; asked
         by attention.
         """

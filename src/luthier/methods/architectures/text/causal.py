@@ -20,8 +20,9 @@ from torch import Tensor
 
 from luthier.errors import RecipeError
 from luthier.kernels import attention, sparse_mlp
-from luthier.kernels.layout import Layout, joined, lay_out
+from luthier.kernels.layout import Layout, joined
 from luthier.methods.architectures._base import EMBEDDINGS, ENTROPY, GENERATE, HIDDEN, LOGPROBS, TOPK
+from luthier.model.anatomy import last_mlp
 from luthier.model.batch import Batch
 from luthier.model.generate import decoder_writer, generate
 from luthier.model.language_model import (
@@ -33,6 +34,7 @@ from luthier.model.language_model import (
     prefix_mask,
     soft_first,
 )
+from luthier.model.layout import lay_out
 from luthier.model.outputs import LAYERS, Outputs
 from luthier.registry import Range, architecture
 
@@ -100,7 +102,9 @@ class Causal(LanguageModel):
         if attached.follows_rows():
             attached.announce_rows(batch, batch.row[batch.segment[layout.source]])
         few = self.in_blocks(model) and not (attached.follows_rows() or self.own_head)
-        sparing = sparse_mlp.alone(model, at, layout.source.numel()) if few else nullcontext()
+        sparing = nullcontext()
+        if few:
+            sparing = sparse_mlp.read_only(last_mlp(model), at, layout.source.numel())
         with nullcontext() if states is None else cache.skipped(states[layout.source]), sparing:
             outputs = self.answer(model, inputs, at, labels)
         masks = inputs["attention_mask"]

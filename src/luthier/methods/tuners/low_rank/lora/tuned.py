@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.data.load import load_rows
 from luthier.errors import RecipeError
-from luthier.kernels.lora import linear, linears, update
+from luthier.kernels.lora import batched_linear, linear, update
 from luthier.methods.quantizers._base import Quantized, opened
 from luthier.methods.tuners._delta import lies_sideways, oriented
 from luthier.methods.tuners._peft import ADAPTER, INITIAL, PeftTunedModel, plain_settings, sideways
@@ -358,7 +358,7 @@ class QuickLinear(Linear):
                     if layer is not None and live[i]:
                         adapter = live[i][0]
                         parts[i] = (*layer._factors(adapter), layer.scaling[adapter])
-                return linears(x, oriented(base), base.bias, parts, sizes)
+                return batched_linear(x, oriented(base), base.bias, parts, sizes)
             y = base(x)
             out = []
             for i, (own, stretch) in enumerate(zip(y.split(lengths, 1), x.split(lengths, 1), strict=True)):
