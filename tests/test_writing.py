@@ -66,18 +66,18 @@ def test_packed_weights_answer_bit_for_bit_and_are_gone_afterwards(tuner, monkey
     used, own = [], packing.product
     for home in (packing, lora):
         monkeypatch.setattr(
-            home, "product", lambda x, w, b: used.append(hasattr(w, "packed")) or own(x, w, b)
+            home, "product", lambda x, w, b: used.append(hasattr(w, "prepacked")) or own(x, w, b)
         )
     how = {"seeds": [1, 2, 3, 4], "n": 3, "max_new_tokens": 12}
     fast = writing.generate(writing.decoder_writer(model, attached), PROMPTS, **how)
     assert used and all(used)
-    assert not any(hasattr(p, "packed") for p in model.parameters()) and not any(
+    assert not any(hasattr(p, "prepacked") for p in model.parameters()) and not any(
         "forward" in vars(m) for m in model.modules()
     )
     layer = model.get_submodule("model.layers.0")
     layer.compile(dynamic=True)  # when it is first run
     with packing.prepacked(model):
-        assert not any(hasattr(p, "packed") for p in model.parameters())
+        assert not any(hasattr(p, "prepacked") for p in model.parameters())
     layer._compiled_call_impl = None
     monkeypatch.setattr(packing, "is_supported", lambda: False)
     assert writing.generate(writing.decoder_writer(model, attached), PROMPTS, **how) == fast
