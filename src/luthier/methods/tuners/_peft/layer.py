@@ -97,7 +97,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged:
             return None
         prefixes = [
-            self.methods[a].prefix_kv(self.tensors(a)) for a in self.active_adapters if a in self.adapter_params
+            self.methods[a].prefix_kv(self.tensors(a))
+            for a in self.active_adapters
+            if a in self.adapter_params
         ]
         present = [both for both in prefixes if both is not None]
         return (torch.cat([k for k, _ in present]), torch.cat([v for _, v in present])) if present else None
