@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 
 from luthier.clock import Clock
-from luthier.data.rows import load
+from luthier.data.load import load_rows as load
 from luthier.errors import RecipeError
 from luthier.methods.stages.synthesize.bib import Adam, Fitted, slope
 from luthier.model.load import assemble

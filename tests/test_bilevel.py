@@ -13,7 +13,7 @@ from torch import nn
 import luthier
 from conftest import SUMS
 from luthier.clock import Clock
-from luthier.data.rows import load
+from luthier.data.load import load_rows as load
 from luthier.errors import RecipeError
 from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.recipe.recipe import Recipe

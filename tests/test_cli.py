@@ -357,8 +357,8 @@ def test_a_plan_is_tuned_loaded_and_told(tiny, rows, tmp_path):
     )
     said = luth("tune", plan, "--output-dir", tmp_path / "p")
     assert said.exit_code == 0, said.output
-    assert str(tmp_path / "p" / "act-1") in said.stdout
-    assert use.load(tmp_path / "p").name == str(tmp_path / "p" / "act-1")
+    assert str(tmp_path / "p" / "run-1") in said.stdout
+    assert use.load(tmp_path / "p").name == str(tmp_path / "p" / "run-1")
 
 
 # ---------------------------------------------------------------------------------------------- doctor

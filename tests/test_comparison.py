@@ -77,7 +77,7 @@ def test_values_by_row_are_what_the_metric_is_the_mean_of(shared, tmp_path):
         {**shared, "tuner": "full", "evaluate": ["loss", "accuracy", "forgetting"]}, folder=tmp_path / "r"
     )
     for when, metrics in (("before", report.before), ("after", report.after)):
-        by_row = json.loads((tmp_path / "r" / f"by-row-{when}.json").read_text())
+        by_row = json.loads((tmp_path / "r" / f"per_example-{when}.json").read_text())
         for name in ("loss", "accuracy", "retention_loss"):
             assert sum(by_row[name].values()) / len(by_row[name]) == pytest.approx(metrics[name], rel=1e-6)
 
@@ -87,7 +87,7 @@ def test_a_paused_run_ends_as_one_that_was_not(shared, tmp_path):
     paused = luthier.tune({**recipe}, folder=tmp_path / "a")
     from luthier.run.run import perform
 
-    half = perform(Recipe.load(recipe), tmp_path / "b", until=0.5)
+    half = perform(Recipe.load(recipe), tmp_path / "b", stop_at=0.5)
     assert half.stats["paused_at"] == 4 and not (tmp_path / "b" / "report.json").exists()
     whole = perform(Recipe.load(recipe), tmp_path / "b")
     assert whole.after == paused.after and whole.losses == paused.losses
@@ -187,7 +187,7 @@ def test_a_plan_is_an_arm_like_others(shared, tmp_path):
     )
     assert found["table"]["loss"]["same"] == found["table"]["loss"]["once"] and not found["stopped"]
     acts = [
-        json.loads((tmp_path / "c" / "twice-0" / f"act-{k}" / "report.json").read_text())["stats"]["seconds"]
+        json.loads((tmp_path / "c" / "twice-0" / f"run-{k}" / "report.json").read_text())["stats"]["seconds"]
         for k in (0, 1)
     ]
     assert found["table"]["seconds"]["twice"]["by_seed"][0] == pytest.approx(sum(acts))

@@ -119,8 +119,8 @@ def test_paused_and_killed_ones_go_on(base, tmp_path):
     runs = [(Recipe.load({**base, **m}), tmp_path / k) for k, m in MEMBERS.items()]
     from luthier.run.run import perform
 
-    perform(runs[1][0], runs[1][1], until=4)
-    paused = batched.perform(runs, until=0.75)
+    perform(runs[1][0], runs[1][1], stop_at=4)
+    paused = batched.perform(runs, stop_at=0.75)
     assert [r.stats["paused_at"] for r in paused] == [6, 6, 6]
     for (recipe, folder), got in zip(runs, batched.perform(runs), strict=True):
         assert got.losses == pytest.approx(

@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import zoo
 from luthier.kernels import logprobs as kernel
-from luthier.kernels.layout import lay_out
 from luthier.kernels.logprobs import Head, chunked, plain
+from luthier.model.layout import lay_out
 from luthier.model.outputs import Outputs
 
 T, D, V = 37, 16, 61

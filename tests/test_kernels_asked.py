@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import zoo
-from luthier.kernels import sparse_mlp as asked
+from luthier.kernels import sparse_mlp
 from luthier.methods.tuners._base import Untuned
+from luthier.model.anatomy import last_mlp
 from luthier.registry import build
 
 CAUSAL = build("architecture", "causal")
@@ -25,9 +26,9 @@ def said(model, batch):
 def test_answers_and_gradients_are_those_of_the_network_as_it_is(name, monkeypatch):
     model, batch = zoo.make(name).requires_grad_(True).eval(), zoo.rows()
     with monkeypatch.context() as whole:
-        whole.setattr(asked, "MOST", 0.0)
+        whole.setattr(sparse_mlp, "MOST", 0.0)
         want = said(model, batch)
-    found, heard = asked.last_block(model), []
+    found, heard = last_mlp(model), []
     assert found is not None
     forward = type(found[1]).forward
     monkeypatch.setattr(
@@ -43,8 +44,8 @@ def test_answers_and_gradients_are_those_of_the_network_as_it_is(name, monkeypat
 
 def test_whoever_listens_hears_everything():
     model, batch, heard = zoo.make("llama"), zoo.rows(), set()
-    up = asked.last_block(model)[1].up_proj
+    up = last_mlp(model)[1].up_proj
     hook = up.register_forward_pre_hook(lambda module, given: heard.add(given[0].shape[1]))
     CAUSAL.forward(model, Untuned(model), batch)
     hook.remove()
-    assert heard == {len(batch.ids)} and not asked.last_block(model)[1]._forward_hooks
+    assert heard == {len(batch.ids)} and not last_mlp(model)[1]._forward_hooks

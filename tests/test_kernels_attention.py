@@ -12,11 +12,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import zoo
-from luthier.kernels import attention, elementwise
-from luthier.kernels.decode_attention import Written, one_token
-from luthier.kernels.layout import lay_out
+from luthier.kernels import _switch, attention
+from luthier.kernels.decode_attention import Decoding, attend_one_token
 from luthier.methods.tuners._base import Untuned
 from luthier.model.batch import collate
+from luthier.model.layout import lay_out
 from luthier.model.policy import Policy
 from luthier.registry import build
 from luthier.train import checks as guards
@@ -121,14 +121,14 @@ def test_dropout_is_that_of_operations_torch_differentiates(monkeypatch):
     both = []
     for way in (attention.attend, attention._composed):
         torch.manual_seed(0)
-        with elementwise.always():
+        with _switch.always():
             out = way(*inputs, how, 0.3, 0.25)
         first = torch.autograd.grad((out * weight).sum(), inputs, create_graph=True)
         both.append([out, *first, *torch.autograd.grad(first[0].square().sum(), inputs)])
         plainly = torch.autograd.grad((way(*inputs, how, 0.3) * weight).sum(), inputs)
         assert not torch.allclose(first[0], plainly[0], atol=1e-2)
         torch.manual_seed(0)
-        with elementwise.always():
+        with _switch.always():
             again = way(*inputs, how, 0.3, 0.25)
         # the closed form, not what is differentiated twice
         both[-1] += torch.autograd.grad((again * weight).sum(), inputs)
@@ -230,9 +230,9 @@ def test_one_token_of_each_sample_is_what_sdpa_says(heads):
         [some(5, heads, 4, 8) for _ in "kv"],
     )
     read = torch.tensor([[True] * 5, [False] * 2 + [True] * 3])
-    written = Written(torch.arange(6), 3, read).keep(torch.tensor([0, 1, 2, 3, 5]))[0]
+    written = Decoding(torch.arange(6), 3, read).keep(torch.tensor([0, 1, 2, 3, 5]))[0]
     own[0].prompt = prompt
-    said = one_token(q, *own, written, 0.3)
+    said = attend_one_token(q, *own, written, 0.3)
     of = torch.tensor([0, 0, 0, 1, 1])
     k, v = (torch.cat([p[of], o], 2) for p, o in zip(prompt, own, strict=True))
     mask = torch.cat([read[of], torch.ones(5, 4, dtype=torch.bool)], 1)[:, None, None]
@@ -244,6 +244,6 @@ def test_one_token_of_each_sample_is_what_sdpa_says(heads):
     left, prompts = written.keep(torch.tensor([3, 4]))
     assert (
         prompts.tolist() == [1]
-        and left.place.tolist() == [0, 2]
-        and left.prompt.tolist() == [[False] * 2 + [True] * 3]
+        and left.sequence.tolist() == [0, 2]
+        and left.prompt_mask.tolist() == [[False] * 2 + [True] * 3]
     )

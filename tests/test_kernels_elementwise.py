@@ -16,6 +16,7 @@ from conftest import make_llama
 from luthier import compat
 from luthier.compat.malloc import keep_memory
 from luthier.errors import RecipeError
+from luthier.kernels import _switch
 from luthier.kernels import elementwise as fast
 
 KINDS = {  # name -> fast, plain, shapes of what moves, what does not
@@ -86,7 +87,7 @@ def test_a_network_takes_them_and_answers_alike():
     """
     model = make_llama().requires_grad_(False)
     # rotary positions belong to the modelling file: a run before this one may have left it the fast form
-    fast.leave(model)
+    fast.uninstall(model)
     kinds = [type(m) for m in model.modules()]
     was = sys.modules[kinds[0].__module__].apply_rotary_pos_emb
     embed = torch.randn(2, 9, 48, generator=torch.Generator().manual_seed(0))
@@ -99,20 +100,20 @@ def test_a_network_takes_them_and_answers_alike():
 
     want = said(model)
     try:
-        assert fast.take(model) == {"LlamaRMSNorm": 9, fast.ROTARY: 1} and fast.take(model) == {}
-        assert fast.taken(model)
+        assert fast.install(model) == {"LlamaRMSNorm": 9, fast.ROTARY: 1} and fast.install(model) == {}
+        assert fast.is_installed(model)
         twin = copy.deepcopy(model)
         nn.init.zeros_(twin.model.norm.weight)
         calls = []
         with (
-            fast.always(),
+            _switch.always(),
             torch.autograd.graph.saved_tensors_hooks(lambda t: calls.append(t) or t, lambda t: t),
         ):
             got = said(model)
             assert not said(twin)[0].any()
         few, calls[:] = len(calls), []
         with (
-            fast.plainly(),
+            _switch.plainly(),
             torch.autograd.graph.saved_tensors_hooks(lambda t: calls.append(t) or t, lambda t: t),
         ):
             said(model), said(model)
@@ -120,11 +121,11 @@ def test_a_network_takes_them_and_answers_alike():
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     finally:
-        fast.leave(model)
+        fast.uninstall(model)
     assert [type(m) for m in model.modules()] == kinds and sys.modules[
         kinds[0].__module__
     ].apply_rotary_pos_emb is was
-    assert not fast.taken(model)
+    assert not fast.is_installed(model)
 
 
 def test_gelu_of_eight_operations_is_one():
@@ -135,8 +136,8 @@ def test_gelu_of_eight_operations_is_one():
     act = next(m for m in model.modules() if type(m).__name__ == fast.GELU)
     want = act(x)
     try:
-        assert fast.take(model)[fast.GELU] == 2
-        with fast.always():
+        assert fast.install(model)[fast.GELU] == 2
+        with _switch.always():
             got = act(x)
         # small tensors: as they were
         assert got.grad_fn.name() == "GeluBackward0" and act(x).grad_fn.name() != "GeluBackward0"
@@ -147,7 +148,7 @@ def test_gelu_of_eight_operations_is_one():
         ):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
     finally:
-        fast.leave(model)
+        fast.uninstall(model)
     assert {type(m) for m in model.modules()} == own
 
 
@@ -155,8 +156,8 @@ def test_gelu_of_eight_operations_is_one():
 def test_dropout_leaves_out_its_share_and_keeps_the_mean(dtype):
     """Gradients go where numbers stayed; the seed decides; where nothing is trained, nothing is left out."""
     model = nn.Sequential(nn.Dropout(0.1))
-    fast.take_dropout(model)
-    assert isinstance(model[0], nn.Dropout) and not fast.taken(model)
+    fast.install_dropout(model)
+    assert isinstance(model[0], nn.Dropout) and not fast.is_installed(model)
     x = torch.ones(2**18, dtype=dtype).view(2, -1).requires_grad_()
     torch.manual_seed(0)
     out = model(x)
@@ -170,7 +171,7 @@ def test_dropout_leaves_out_its_share_and_keeps_the_mean(dtype):
     both = kept.view(-1, 4).float()
     assert (torch.corrcoef(both.T) - torch.eye(4)).abs().max() < 0.03  # four come from one draw
     assert torch.equal(model.eval()(x), x)
-    fast.leave(model)
+    fast.uninstall(model)
     assert type(model[0]) is nn.Dropout
 
 
@@ -186,7 +187,7 @@ def test_what_answers_otherwise_is_left_alone():
             return fast.plain_norm(x, 1 + self.weight, self.eps)
 
     model = nn.Sequential(OddRMSNorm())
-    assert fast.take(model) == {} and type(model[0]) is OddRMSNorm
+    assert fast.install(model) == {} and type(model[0]) is OddRMSNorm
 
 
 def test_a_kernel_that_is_wrong_is_found_and_told(tiny, monkeypatch):
@@ -209,11 +210,15 @@ def test_a_kernel_that_is_wrong_is_found_and_told(tiny, monkeypatch):
     passes.clear()
     guards.check_forward(roles.policy, rows, told.append)
     hook.remove()
-    assert not told and fast.taken(roles.policy.model)
+    assert not told and fast.is_installed(roles.policy.model)
     assert len(passes) == 3, "its own forward, that with the kernels in it, and the layout: each once"
     monkeypatch.setattr(fast, "rms_norm", lambda x, w, eps: 2 * fast.plain_norm(x, w, eps))
     guards.check_forward(roles.policy, rows, told.append)
-    assert len(told) == 1 and "differ from the model's own" in told[0] and not fast.taken(roles.policy.model)
+    assert (
+        len(told) == 1
+        and "differ from the model's own" in told[0]
+        and not fast.is_installed(roles.policy.model)
+    )
 
 
 def test_liger_is_refused_in_a_sentence_where_it_cannot_run(tiny, monkeypatch):
@@ -251,11 +256,11 @@ def test_liger_is_taken_only_where_it_agrees():
     turns = SimpleNamespace(LigerRopeFunction=SimpleNamespace(apply=rope))
     for right, want in ((True, {"LlamaRMSNorm": 9, fast.ROTARY: 1}), (False, {fast.ROTARY: 1})):
         model = make_llama()
-        fast.leave(model)
+        fast.uninstall(model)
         try:
-            assert fast.take(model, liger.bound(norm(right), turns)) == want
+            assert fast.install(model, liger.bound(norm(right), turns)) == want
         finally:
-            fast.leave(model)
+            fast.uninstall(model)
 
 
 def test_memory_is_kept_unless_somebody_said_how(monkeypatch):

@@ -75,7 +75,7 @@ def test_stretches_meet_their_own_updates(dtype, atol, bias):
                 1,
             )
         else:
-            y = lora.linears(x, weight, b, parts, sizes)
+            y = lora.batched_linear(x, weight, b, parts, sizes)
         aim = torch.randn(y.shape, generator=g)
         found.append([y, *torch.autograd.grad((y.float() * aim).sum(), moving, create_graph=way == "twice")])
     for others in zip(*found, strict=True):
@@ -95,7 +95,7 @@ def test_derivatives_of_every_kind(way):
     fast = {
         "linear": lambda x, A, B: lora.linear(x, weight, bias, A, B, 0.7),
         "update": lambda x, A, B: lora.update(x, y, A, B, 0.7),
-        "linears": lambda x, A, B: lora.linears(
+        "linears": lambda x, A, B: lora.batched_linear(
             x.view(1, 10, 12), weight, bias, [(A, B, 0.7), (B.T[:, :1] + A, B, 0.7)], (4, 6)
         ),
     }[way]

@@ -100,7 +100,7 @@ def test_meet(base, tiny, tmp_path):
                 ]
             )
 
-    first = luthier.load(both.acts[0], dtype="float32")
+    first = luthier.load(both.runs[0], dtype="float32")
     weights = load_file(f"{tiny}/model.safetensors")
     own = dict(first.roles.policy.model.named_parameters())
     assert all(torch.equal(own[k], w) for k, w in weights.items() if k in own)

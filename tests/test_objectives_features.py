@@ -60,7 +60,7 @@ def test_a_mean_teacher_is_the_running_average_and_gets_no_gradient(base, tmp_pa
     ]
     assert gaps[0] == 0 and gaps[-1] > 0
     with pytest.raises(KeyboardInterrupt):
-        luthier.tune(recipe, folder=tmp_path / "b", watch=stops(3))
+        luthier.tune(recipe, folder=tmp_path / "b", callback=stops(3))
     again = luthier.tune(recipe, folder=tmp_path / "b")
     assert again.losses == report.losses, "what a role brings is kept in checkpoints"
     assert luthier.load(tmp_path / "b").ask("1+1=") is not None
@@ -447,7 +447,7 @@ def tuned_on_known(seed: int, **weights) -> tuple[float, torch.Tensor]:
     return float((said.argmax(1) == y[new] - 6).float().mean()), net[0].weight.detach()
 
 
-OFF = {"reconstruction": 0, "known": 0, "unknown": 0, "distillation": 0}
+OFF = {"reconstruction": 0, "base_classes": 0, "new_classes": 0, "distillation": 0}
 
 
 def test_ogen_keeps_classes_that_are_not_tuned_on():

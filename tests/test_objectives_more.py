@@ -435,8 +435,8 @@ def test_bits_per_byte_are_those_of_the_text(base, tmp_path):
         folder=tmp_path / "a",
     )
     by_row = (
-        json.loads((tmp_path / "a" / "by-row-before.json").read_text())
-        if (tmp_path / "a" / "by-row-before.json").is_file()
+        json.loads((tmp_path / "a" / "per_example-before.json").read_text())
+        if (tmp_path / "a" / "per_example-before.json").is_file()
         else None
     )
     assert report.before["bits_per_byte"] > 0 and (by_row is None or len(by_row["loss"]) > 3)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from conftest import make_llama, make_tokenizer
 from luthier.clock import Clock
-from luthier.data.rows import load
+from luthier.data.load import load_rows as load
 from luthier.errors import RecipeError
 from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.formats._base import BadRow

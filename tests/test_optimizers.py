@@ -599,15 +599,13 @@ def test_what_is_pointwise_may_go_in_pieces(name, dtype, monkeypatch):
         rig = Rig([build("transform", name)], dtype=dtype)
         monkeypatch.setattr(
             rig.tuner,
-            "reset_masks",
-            lambda group: {"weight": rig.model.weight > 0.5} if group == "weight" else {},
-        )
-        monkeypatch.setattr(
-            rig.tuner,
             "extra_grads",
             lambda group: {"weight": 0.1 * rig.model.weight.detach().float()} if group == "weight" else {},
         )
-        return rig.go(4)
+        for _ in range(4):
+            rig.tuner.resets = {"weight.weight": rig.model.weight > 0.5}
+            rig.go(1)
+        return rig
 
     whole, parts = trained(10**9), trained(9)
     assert all(

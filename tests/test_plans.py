@@ -14,8 +14,8 @@ import torch
 
 import luthier
 from conftest import SUMS
+from luthier.data.load import load_rows as load
 from luthier.data.load import sample_rows
-from luthier.data.rows import load
 from luthier.errors import RecipeError
 from luthier.methods.plans.studies.front import spread, weigh
 from luthier.recipe.recipe import Recipe
@@ -152,16 +152,16 @@ def test_acts_run_and_merge(base, tmp_path):
     soup = {"start": {"merge": "average", "of": "all"}, "evaluate": ["loss"]}
     plan = [{"max_steps": 2}, {"seed": 5, "max_steps": 3}, soup, {"max_steps": 0}]
     done = luthier.tune(base | {"plan": plan, "eval_data": 0.2}, folder=tmp_path)
-    assert len(done.acts) == 4
-    ends = [checkpoints.load(checkpoints.paths(Path(act))[-1]).tensors for act in done.acts]
+    assert len(done.runs) == 4
+    ends = [checkpoints.load(checkpoints.paths(Path(act))[-1]).tensors for act in done.runs]
     for k, merged in ends[2].items():
         assert torch.allclose(merged, (ends[0][k] + ends[1][k]) / 2, atol=1e-7) and torch.equal(
             merged, ends[3][k]
         )
-    measured = luthier.Report.read(done.acts[2])
+    measured = luthier.Report.read(done.runs[2])
     assert measured.losses == [] and measured.after["loss"] == measured.before["loss"]
     again = luthier.tune(base | {"plan": plan, "eval_data": 0.2}, folder=tmp_path)
-    assert again.acts == done.acts and [checkpoints.paths(Path(a))[-1].stat().st_mtime for a in done.acts]
+    assert again.runs == done.runs and [checkpoints.paths(Path(a))[-1].stat().st_mtime for a in done.runs]
 
 
 STOPPED = {
@@ -199,10 +199,10 @@ def test_a_plan_stopped_in_its_second_act_goes_on_there(base, tmp_path, monkeypa
     before, made[:] = len(made), []
     resumed = luthier.tune(asked, folder=tmp_path / "broken")
     # nothing finished is redone
-    assert made[0] and before + len(made) <= 2 + sum(len(luthier.Report.read(a).losses) for a in whole.acts)
+    assert made[0] and before + len(made) <= 2 + sum(len(luthier.Report.read(a).losses) for a in whole.runs)
     assert (resumed.after, resumed.losses) == (whole.after, whole.losses)
     ends = [
-        [checkpoints.load(checkpoints.paths(Path(a))[-1]).tensors for a in r.acts] for r in (whole, resumed)
+        [checkpoints.load(checkpoints.paths(Path(a))[-1]).tensors for a in r.runs] for r in (whole, resumed)
     ]
     assert all(torch.equal(v, there[k]) for here, there in zip(*ends, strict=True) for k, v in here.items())
     made.clear()
@@ -216,7 +216,7 @@ def test_a_plan_and_a_single_run_do_not_share_a_folder(base, tmp_path):
     with pytest.raises(RecipeError, match="holds a single run; give this plan another output_dir"):
         luthier.tune(planned, folder=tmp_path)
     luthier.tune(planned | {"overwrite": True}, folder=tmp_path)
-    assert luthier.tune(planned | {"overwrite": False}, folder=tmp_path).acts
+    assert luthier.tune(planned | {"overwrite": False}, folder=tmp_path).runs
 
 
 # ------------------------------------------------------------------------------------------ raft
@@ -257,7 +257,7 @@ def test_raft_rounds_sample_score_choose_and_learn(base, tmp_path):
         base | {"data": prompts, "plan": plan, "tuner": "full", "max_steps": 3, "eval_data": 0.25},
         folder=tmp_path,
     )
-    first, second = (files.read_rows(Path(a) / "rows.jsonl") for a in done.acts)
+    first, second = (files.read_rows(Path(a) / "rows.jsonl") for a in done.runs)
     assert len(first) == 16 - done.stats["held_out_rows"] and all(
         len(r["completions"]) == len(r["scores"]) == 1 for r in first
     )
@@ -271,7 +271,7 @@ def test_raft_makes_a_rewarded_habit_more_frequent(base, tmp_path):
     plan = raft(rounds=4, n=16, max_new_tokens=1, least=1.0)
     change = {"data": say, "plan": plan, "max_steps": 4, "learning_rate": 3e-3, "eval_data": 0.25}
     done = luthier.tune(base | change, folder=tmp_path)
-    kept = [len(files.read_rows(Path(a) / "rows.jsonl")) for a in done.acts]
+    kept = [len(files.read_rows(Path(a) / "rows.jsonl")) for a in done.runs]
     assert done.after["generated_reward"] == 1.0 and kept[-1] >= kept[0]
 
 
@@ -280,7 +280,7 @@ def test_raft_of_one_sample_is_sft_on_own_samples(base, tmp_path):
     done = luthier.tune(base | {"plan": plan, "eval_data": 0.25}, folder=tmp_path / "raft")
     own = {"stages": [{"name": "rollout", "n": 1, "max_new_tokens": 3}], "eval_data": 0.25}
     plain = luthier.tune(base | own, folder=tmp_path / "sft")
-    assert luthier.Report.read(done.acts[0]).losses == plain.losses
+    assert luthier.Report.read(done.runs[0]).losses == plain.losses
 
 
 def test_a_price_on_leaving_the_base_model_wants_a_reference(recipe):
@@ -320,7 +320,7 @@ def test_spin_begins_each_round_at_log_two(base, tmp_path, tuner):
     plan = {"name": "spin", "rounds": 2, "max_new_tokens": 4}
     change = {"tuner": tuner, "plan": plan, "data": SUMS[:12], "max_steps": 6, "learning_rate": 5e-4}
     done = luthier.tune(base | change, folder=tmp_path)
-    rounds = [luthier.Report.read(a) for a in done.acts]
+    rounds = [luthier.Report.read(a) for a in done.runs]
     assert all(
         r.losses[0] == pytest.approx(math.log(2), abs=1e-5) and min(r.losses) < r.losses[0] - 1e-3
         for r in rounds
@@ -338,7 +338,7 @@ def test_learning_to_prefer_what_is_said_anyway_changes_nothing(base, tmp_path):
 
     made = Recipe.load({k: v for k, v in base.items() if k != "data"} | {"objective": "dpo"})
     roles = assemble(made, validate(made, load([{"prompt": "1+1=", "chosen": "2", "rejected": "3"}]).rows))
-    roles.reference = roles.policy.as_role("reference")
+    roles.players["reference"] = roles.policy.as_role("reference")
     ids = roles.renderer.encode({"id": 0, "prompt": "1+1=", "completions": ["2"]}).completions[0]
     row = {"id": 0, "prompt": "1+1=", "completions": ["2", ids], "scores": [1.0, 0.0]}
     loss = build("objective", "dpo").loss(roles, roles.batch([row]))
@@ -388,8 +388,8 @@ def test_a_greedy_soup_is_never_worse_than_its_best_ingredient(base, tmp_path):
         base | {"plan": {"name": "greedy_soup", "of": of}, "evaluate": ["loss"], "eval_data": 0.2},
         folder=tmp_path,
     )
-    singles = [luthier.Report.read(a).after["loss"] for a in done.acts[:3]]
-    assert len(done.acts) == 5 and done.after["loss"] <= min(singles)
+    singles = [luthier.Report.read(a).after["loss"] for a in done.runs[:3]]
+    assert len(done.runs) == 5 and done.after["loss"] <= min(singles)
 
 
 # ------------------------------------------------------------------------------------------ mergers

@@ -160,7 +160,7 @@ def test_the_right_answer_verifies_and_wrong_ones_do_not(world, split):
 
 def test_what_is_read_is_verified_alike():
     """Rows as the house reads them, and with samples in place of the completions, as in a rollout."""
-    from luthier.data.rows import load
+    from luthier.data.load import load_rows as load
 
     judge = build("reward", "world")
     for world in WORLDS:
@@ -561,7 +561,7 @@ def test_a_world_is_tuned_by_its_name_alone(tmp_path):
     [
         ("toy:arithmetc", "did you mean 'arithmetic'?"),
         ("toy:style/shrt", "did you mean 'short'?"),
-        ("toy:lm", "lm is a model, not a world"),
+        ("toy:lm", "lm is a model, not a task"),
     ],
 )
 def test_unknown_worlds_and_splits_get_a_sentence(word, said):

@@ -10,9 +10,9 @@ import luthier
 from conftest import SUMS
 from luthier.errors import RecipeError
 from luthier.kernels import attention
-from luthier.kernels.layout import lay_out
 from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.tuners._base import Untuned
+from luthier.model.layout import lay_out
 from luthier.model.policy import Policy
 from luthier.registry import build
 from test_objectives import batch_of, make_rows, network

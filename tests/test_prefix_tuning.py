@@ -11,10 +11,10 @@ import transformers as t
 import zoo
 from luthier.errors import RecipeError
 from luthier.kernels.attention import attend, plain, plan
-from luthier.kernels.layout import lay_out
 from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.tuners._peft import ADAPTER
 from luthier.model.generate import Cached, Rereading, Sharing, _trial
+from luthier.model.layout import lay_out
 from luthier.registry import build
 
 torch.set_num_threads(1)
@@ -33,7 +33,7 @@ def put(model, std: float = 0.7, **settings):
 
 def kept(attached) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Keys and values of each layer."""
-    return [layer.ahead() for layer in attached.layers.values()]
+    return [layer.prefix_kv() for layer in attached.layers.values()]
 
 
 @pytest.mark.parametrize("kind", KINDS[:-1])
@@ -104,7 +104,7 @@ def test_blocks_are_the_mask_by_hand_and_so_are_their_gradients():
     )
     how = plan(layout, torch.float64)
     given, weight = (q, k, v, *ahead), torch.randn(rows, width, 4, 8, generator=rng, dtype=torch.float64)
-    both = [(f(q, k, v, how, 0.3, ahead=ahead) * weight).sum() for f in (attend, plain)]
+    both = [(f(q, k, v, how, 0.3, prefix=ahead) * weight).sum() for f in (attend, plain)]
     grads = [torch.autograd.grad(x, given, create_graph=True) for x in both]
     torch.testing.assert_close(*both)
     torch.testing.assert_close(*grads)

@@ -519,7 +519,7 @@ def test_tuners_beside_experts_that_are_codes():
     }
     attached = put("lora", coded, target_modules="all-linear")
     assert not any("experts" in s.name for s in attached.param_groups())
-    assert any("skip_modules" in t and "fused expert weights" in t for t in attached.told)
+    assert any("skip_modules" in t and "fused expert weights" in t for t in attached.warnings)
     with torch.enable_grad():
         train(attached)
     tuned = logprobs(attached)
@@ -815,7 +815,7 @@ def distil(steps: int = 40, **settings):
     clock, said, shares = Clock(seed=0, total=steps), [], []
     chain = Chain([build("transform", "adam")], attached, clock, 3e-4)
     for clock.step in range(steps):
-        attached.before_step(clock)
+        attached.begin_step(clock)
         for p in attached.parameters().values():
             p.grad = None
         loss = kl()
@@ -823,7 +823,7 @@ def distil(steps: int = 40, **settings):
         loss.backward()
         before = {n: places(m) for n, m in attached.coded.items()}
         chain.step(gradients(chain))
-        attached.after_step(clock)
+        attached.end_step(clock)
         shares += [float((places(m) != before[n]).float().mean()) for n, m in attached.coded.items()]
     return [*said, float(kl().detach())], attached, shares
 

@@ -300,7 +300,7 @@ def test_real_rows_tune_the_story_model(real, tmp_path, file):
     } | more
     report = luthier.tune(asked, folder=tmp_path)
     data = load_data(luthier.Recipe.load(asked))
-    assert data.shape == shape and len(report.losses) == 2 and all(map(math.isfinite, report.losses))
+    assert data.format == shape and len(report.losses) == 2 and all(map(math.isfinite, report.losses))
     assert 0 < report.stats["supervised_share"] <= 1
     assert any("are cut at 512 tokens" in n for n in report.notes) == (report.stats["cut"] > 0)
     assert report.stats["longest"] <= 512

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from conftest import PAIRS, SUMS, UNPAIRED
-from luthier.data.rows import load
+from luthier.data.load import load_rows as load
 from luthier.errors import RecipeError
 from luthier.methods.stages.select.best import Best
 from luthier.recipe.recipe import Recipe, terms

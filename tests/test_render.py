@@ -7,7 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from luthier.data.rows import load
+from luthier.data.load import load_rows as load
 from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow
 from luthier.text.render import Renderer, Rewrites

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import luthier
 from conftest import PAIRS, make_llama, make_tokenizer
 from luthier.clock import Clock
-from luthier.data.rows import load
+from luthier.data.load import load_rows as load
 from luthier.methods.architectures.text.reward_model import RewardModel
 from luthier.methods.stages.rollout.step_pairs import advantages, split
 from luthier.methods.tuners._base import Untuned
@@ -283,7 +283,7 @@ def test_pairs_come_from_where_it_goes_wrong(tmp_path):
     before, found = spurious(), {}
     reference = make_llama()
     reference.load_state_dict(start)
-    roles.reference = Policy(
+    roles.players["reference"] = Policy(
         build("architecture", "causal"), reference, Untuned(reference), "reference", torch.no_grad
     )
     for name, objective, some in (

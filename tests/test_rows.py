@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from luthier.data.rows import TooManyBadRows, content_key, load, resolve, split, write_quarantine
+from luthier.data.load import load_rows as load
+from luthier.data.quarantine import TooManyBadRows, write_quarantine
+from luthier.data.sources import resolve_source
+from luthier.data.split import content_key, split
 from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow
 from luthier.registry import build, names
@@ -171,7 +174,7 @@ def test_unknown_and_ambiguous_columns():
         RecipeError, match=r"no format fits the columns buggy, fixed; the nearest: .*columns: \{prompt: buggy"
     ):
         load([{"buggy": "a", "fixed": "b"}])
-    with pytest.raises(RecipeError, match="alpaca wants instruction \\+ output"):
+    with pytest.raises(RecipeError, match="alpaca needs instruction \\+ output"):
         load([{"instruction": "a", "result": "b"}])
     with pytest.raises(RecipeError, match="fit messages and sharegpt alike"):
         load([{"messages": [USER, BOT], "conversations": [USER, BOT]}])
@@ -222,7 +225,7 @@ def test_each_bad_row_has_its_line_and_its_reason(tmp_path):
         lines.insert(3 + 5 * i, line)
     path = jsonl(tmp_path, lines)
     found = load(path)
-    assert len(found.rows) == 400 and found.seen == 400 + len(BROKEN)
+    assert len(found.rows) == 400 and found.total == 400 + len(BROKEN)
     told = {b["where"]: b for b in found.bad}
     for i, (_, reason) in enumerate(BROKEN):
         b = told[f"rows.jsonl:{4 + 5 * i}"]
@@ -401,7 +404,7 @@ def test_folders_lists_limits(tmp_path):
         load({"path": str(tmp_path / "splits"), "split": "dev"})
     path = jsonl(tmp_path, [GOOD] * 9)
     both = load([{"path": str(path), "limit": 2}, str(tmp_path / "saved")])
-    assert both.format == "messages + labelled" and len(both.rows) == 4 == both.seen
+    assert both.format == "messages + labelled" and len(both.rows) == 4 == both.total
     assert [r["id"] for r in load([str(path)] * 2, limit=1).rows] == ["rows.jsonl:1", "rows.jsonl:1~2"]
 
 
@@ -451,7 +454,7 @@ def test_entries_of_axolotl(tmp_path):
         load([{"path": "json", "data_files": text, "type": "completion", "field": "body"}]).rows[0]["prompt"]
         == ""
     )
-    assert resolve({"path": "x.jsonl", "type": "alpaca"}).format == "alpaca"
+    assert resolve_source({"path": "x.jsonl", "type": "alpaca"}).format == "alpaca"
 
 
 def test_names_on_the_hub(monkeypatch):
@@ -523,5 +526,5 @@ def test_real_rows(name):
     if not (DATA / name).exists():
         pytest.skip(f"{name} is not here")
     found = load(DATA / name, limit=500)
-    assert found.format == REAL[name] and len(found.rows) >= 0.97 * found.seen
+    assert found.format == REAL[name] and len(found.rows) >= 0.97 * found.total
     assert len({r["id"] for r in found.rows}) == len(found.rows)

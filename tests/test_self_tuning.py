@@ -55,7 +55,7 @@ class Rig:
 
     def loss(self, name):
         x, y = self.rows[name]
-        self.attached.reads(
+        self.attached.announce_rows(
             SimpleNamespace(rows=[{"id": f"{name}-{i}"} for i in range(len(x))]), torch.arange(len(x))
         )
         return (self.model(x) - y).square().mean() / 2
@@ -254,7 +254,7 @@ def test_a_module_that_lost_track_of_rows_is_named():
     ).shape == (2,)
     x = torch.randn(5, 6)
     rig = Rig((x, x[:, 0]), (x, x[:, 0]))
-    rig.attached.reads = lambda *told: None
+    rig.attached.on_rows = lambda *told: None
     with pytest.raises(RecipeError, match="of which row"):
         rig.go(1)
 
@@ -293,7 +293,7 @@ def test_a_run_tells_its_hyperparameters_and_goes_on_bit_for_bit(base, tmp_path)
     from luthier.recipe.recipe import Recipe
     from luthier.run.run import perform
 
-    perform(Recipe.load(base | change), tmp_path / "b", until=4)
+    perform(Recipe.load(base | change), tmp_path / "b", stop_at=4)
     again = perform(Recipe.load(base | change), tmp_path / "b")
     assert again.losses == whole.losses
     ends = [checkpoints.load(checkpoints.paths(tmp_path / f)[-1]).tensors for f in "ab"]

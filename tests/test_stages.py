@@ -14,7 +14,7 @@ import torch
 import luthier
 from conftest import SUMS, example_value
 from luthier.clock import Clock
-from luthier.data.rows import load
+from luthier.data.load import load_rows as load
 from luthier.errors import RecipeError
 from luthier.methods.rewards._base import Reward
 from luthier.methods.stages._base import completion_logprobs, pick, text_of
@@ -304,10 +304,8 @@ def test_the_price_of_leaving_the_reference(roles):
         k: p.detach() + 0.05 * torch.randn(p.shape, generator=rng)
         for k, p in roles.tuner.parameters().items()
     }
-    was, roles.reference = (
-        roles.reference,
-        roles.policy.as_role("reference", lambda: roles.tuner.using(shift)),
-    )
+    was = roles.reference
+    roles.players["reference"] = roles.policy.as_role("reference", lambda: roles.tuner.using(shift))
     out = list(build("stage", {"name": "kl_penalty", "kl_coef": 50.0})(rows, roles))
     picked = list(build("stage", "best")(out, roles))
     for row, new, kept in zip(rows, out, picked, strict=True):
@@ -319,7 +317,7 @@ def test_the_price_of_leaving_the_reference(roles):
             hand.append(float(row["scores"][k] - 50 * gap))
         assert new["scores"] == pytest.approx(hand, abs=1e-2)
         assert kept["completions"] == [row["completions"][max(range(4), key=hand.__getitem__)]]
-    roles.reference = was
+    roles.players["reference"] = was
 
 
 # ------------------------------------------------------------------------------------------ ifd, remember, against_self

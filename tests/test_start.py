@@ -27,7 +27,7 @@ class Watch(Callback):
         seen.append([m for m in WAIT if m in sys.modules])
         assert gc.get_threshold() == often and gc.get_freeze_count() > 100_000 > len(gc.get_objects())
         assert gc.get_stats()[2]["collections"] <= 1, gc.get_stats()
-tune(model="toy:lm-small", data="toy:arithmetic", tuner="lora", max_steps=1, folder=sys.argv[1], watch=Watch())
+tune(model="toy:lm-small", data="toy:arithmetic", tuner="lora", max_steps=1, folder=sys.argv[1], callback=Watch())
 print("loaded", seen)
 """
 

@@ -197,5 +197,5 @@ def test_restoring_before_translating_helps_and_brings_languages_together(tmp_pa
         far = torch.cdist(a, b)
         return float(far.diagonal().mean() / far.mean())
 
-    stage_one = json.loads((tmp_path / "both" / "report.json").read_text())["acts"][0]
+    stage_one = json.loads((tmp_path / "both" / "report.json").read_text())["runs"][0]
     assert apart(stage_one) < apart(base["model"])

@@ -122,12 +122,12 @@ def train(attached, steps: int = 2, rate: float = 0.05):
     clock = Clock(seed=3, total=steps)
     chain = Chain([build("transform", "adam")], attached, clock, rate)
     for clock.step in range(steps):
-        attached.before_step(clock)
+        attached.begin_step(clock)
         for p in attached.parameters().values():
             p.grad = None
         (-logprobs(attached)).mean().backward()
         chain.step(gradients(chain))
-        attached.after_step(clock)
+        attached.end_step(clock)
     return attached
 
 
@@ -152,7 +152,7 @@ def test_starts_as_the_base(name):
 @each
 def test_only_its_own_tensors_move(name):
     attached, _ = anywhere(name)
-    own = {id(t) for t in (*attached.parameters().values(), *attached.buffers().values())}
+    own = {id(t) for t in (*attached.parameters().values(), *attached.frozen_tensors().values())}
     every = (*attached.model.named_parameters(), *attached.model.named_buffers())
     before = {n: (t, t.detach().clone()) for n, t in every if id(t) not in own}
     start, was = attached.tensors(), logprobs(attached).detach()
@@ -384,9 +384,9 @@ def test_fused_experts(tmp_path):
     )
     with pytest.raises(RecipeError, match="'experts.down_prj' matches nothing"):
         put("lora", base("mixtral"), target_modules=["q_proj"], target_parameters=["experts.down_prj"])
-    told = put("ssf", base("mixtral")).told
+    told = put("ssf", base("mixtral")).warnings
     assert any("fused expert" in t for t in told)
-    assert not any("fused expert" in t for t in put("lora", base("mixtral")).told)
+    assert not any("fused expert" in t for t in put("lora", base("mixtral")).warnings)
 
 
 def test_what_matches_nothing_is_refused():
@@ -737,7 +737,7 @@ def test_lisa_moves_what_it_says():
     seen = []
     for clock.step in range(18):
         before = attached.tensors()
-        attached.before_step(clock)
+        attached.begin_step(clock)
         (-logprobs(attached)).mean().backward()
         chain.step(gradients(chain))
         for p in attached.parameters().values():
@@ -759,7 +759,7 @@ def test_lisa_draws_evenly_and_forgets_nothing_when_all_move():
     attached = put("lisa", base(), n_layers=1, interval=1)
     counts = torch.zeros(2)
     for step in range(500):
-        attached.before_step(Clock(seed=0, step=step))
+        attached.begin_step(Clock(seed=0, step=step))
         live = {k.split(".")[2] for s in attached.param_groups() for k in [s.name] if ".layers." in k}
         counts[int(live.pop())] += 1
     assert abs(counts[0] / 500 - 0.5) < 3 * (0.25 / 500) ** 0.5
@@ -1089,12 +1089,12 @@ def test_on_every_shape(name, kind, tmp_path):
     chain = Chain([build("transform", "adam")], attached, clock, 0.02)
     model.train()
     for clock.step in range(2):
-        attached.before_step(clock)
+        attached.begin_step(clock)
         for p in attached.parameters().values():
             p.grad = None
         asked(model, attached).mean().neg().backward()
         chain.step(gradients(chain))
-        attached.after_step(clock)
+        attached.end_step(clock)
     model.eval()
     assert all(torch.equal(p, before) for p, before in kept)
     with torch.no_grad():

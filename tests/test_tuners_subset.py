@@ -18,7 +18,7 @@ from torch import nn
 import luthier
 from conftest import recipe_of
 from luthier.clock import Clock
-from luthier.data.load import rows as reading
+from luthier.data.load import load_rows
 from luthier.errors import RecipeError
 from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.estimators._base import gradients
@@ -146,12 +146,12 @@ def train(
     made = Chain([build("transform", transform)] if transform else [], attached, clock, rate)
     made.state = chain.state if chain else made.state
     for clock.step in range(first, steps):
-        attached.before_step(clock)
+        attached.begin_step(clock)
         for p in attached.parameters().values():
             p.grad = None
         loss_of(attached.model).backward()
         made.step(gradients(made))
-        attached.after_step(clock)
+        attached.end_step(clock)
     return made
 
 
@@ -345,7 +345,7 @@ def test_hft_rests_and_redraws():
     train(other, 3, seed=4)
     # the same seed, the same half
     assert {s.name for s in other.param_groups()} == {s.name for s in attached.param_groups()}
-    attached.before_step(clock)  # the next stage goes on from here
+    attached.begin_step(clock)  # the next stage goes on from here
     assert {s.name for s in attached.param_groups()} != {s.name for s in other.param_groups()}
 
 
@@ -761,7 +761,7 @@ def test_r_amt_is_kept_as_bits(tmp_path):
     train(attached, 10, rate=1e-3)
     attached.save(tmp_path)
     numbers = sum(p.numel() for p in attached.parameters().values())
-    held = attached.state()
+    held = attached.adapter_state()
     assert sum(v.numel() for v in held.values()) == numbers // 8 and {v.dtype for v in held.values()} == {
         torch.uint8
     }
@@ -890,7 +890,7 @@ def test_sara_threshold_and_nuclear_norm():
 def test_small_weights_carry_little():
     """Without its smallest tenth a trained model is nearly what it was; without as many large ones it is not."""
     tuned = luthier.load("toy:lm-small")
-    rows = reading.load(str(Path(model_names.resolve_model("toy:lm-small")) / "probe.jsonl")).rows[::40]
+    rows = load_rows(str(Path(model_names.resolve_model("toy:lm-small")) / "probe.jsonl")).rows[::40]
     model, tokenizer = tuned.model, tuned.tokenizer
     texts = [
         tokenizer(r["prompt"] + r["completions"][0], return_tensors="pt").input_ids
@@ -1018,7 +1018,7 @@ def test_projects_compare_ways(shallow, tmp_path):
     luthier.tune(**recipe, plan={"name": "projects", "of": of, "ways": ways}, output_dir=str(tmp_path))
     from luthier.run.run import Report
 
-    reports = [Report.read(tmp_path / f"act-{i}") for i in range(12)]
+    reports = [Report.read(tmp_path / f"run-{i}") for i in range(12)]
     for project in (reports[i : i + 4] for i in range(0, 12, 4)):
         loss = [r.after["loss"] for r in project]
         assert all(r.after["loss"] < r.before["loss"] for r in project) and min(loss) == loss[0]

@@ -44,12 +44,12 @@ def descend(attached, loss, steps: int, rate: float, transform: str = "adam"):
     clock = Clock(seed=3, total=steps)
     chain = Chain([build("transform", transform)], attached, clock, rate)
     for clock.step in range(steps):
-        attached.before_step(clock)
+        attached.begin_step(clock)
         for p in attached.parameters().values():
             p.grad = None
         loss().backward()
         chain.step(gradients(chain))
-        attached.after_step(clock)
+        attached.end_step(clock)
         yield chain
 
 
@@ -101,7 +101,7 @@ def test_spiel_keeps_its_number_of_places(growth):
             n: (layer.tensors("default").indices.clone(), layer.tensors("default").values.detach().clone())
             for n, layer in attached.layers.items()
         }
-        attached.before_step(clock)
+        attached.begin_step(clock)
         share = attached.settings.share(clock.step, 12)
         for n, layer in attached.layers.items():
             p, (indices, values) = layer.tensors("default"), was[n]
@@ -120,7 +120,7 @@ def test_spiel_keeps_its_number_of_places(growth):
             p.grad = None
         logprobs(attached).mean().neg().backward()
         chain.step(gradients(chain))
-        attached.after_step(clock)
+        attached.end_step(clock)
     assert sum(news) > 0 and any(
         not torch.equal(layer.tensors("default").indices, start[n]) for n, layer in attached.layers.items()
     )
@@ -149,7 +149,7 @@ def test_spiel_forgets_what_the_optimizer_knew_of_a_place():
     clock = Clock(seed=3, total=12)
     chain = Chain([build("transform", "adam")], attached, clock, 0.01)
     for clock.step in range(9):
-        attached.before_step(clock)
+        attached.begin_step(clock)
         new = attached.masks.get(Q)
         before = attached.layers[Q].tensors("default").values.detach().clone()
         for p in attached.parameters().values():
@@ -157,7 +157,7 @@ def test_spiel_forgets_what_the_optimizer_knew_of_a_place():
         logprobs(attached).mean().neg().backward()
         grad = attached.layers[Q].tensors("default").values.grad.clone()
         chain.step(gradients(chain))
-        attached.after_step(clock)
+        attached.end_step(clock)
         # the first step of a new place is Adam's first: its size is the rate
         if new is not None and new.any():
             moved = (attached.layers[Q].tensors("default").values.detach() - before)[new]
@@ -1230,7 +1230,7 @@ def test_adalora_goes_on_bit_for_bit(tmp_path):
     whole = luthier.tune(keys, folder=tmp_path / "whole")
     from luthier.run.run import perform
 
-    perform(luthier.Recipe.load(keys), tmp_path / "parts", until=4)
+    perform(luthier.Recipe.load(keys), tmp_path / "parts", stop_at=4)
     parts = luthier.tune(keys, folder=tmp_path / "parts")
     a, b = (luthier.load(r.folder).roles.tuner.tensors() for r in (whole, parts))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

@@ -56,7 +56,9 @@ def test_a_shared_prompt_writes_what_separate_ones_do(name):
         assert write(name, [prompt], [5 + i], n=3) == [together[i]]
 
 
-@pytest.mark.skipif(not packing.able(), reason="this chip or this torch has no layout of bf16 weights")
+@pytest.mark.skipif(
+    not packing.is_supported(), reason="this chip or this torch has no layout of bf16 weights"
+)
 @pytest.mark.parametrize("tuner", [None, {"name": "lora", "r": 4}])
 def test_packed_weights_answer_bit_for_bit_and_are_gone_afterwards(tuner, monkeypatch):
     model = zoo.make("llama").to(torch.bfloat16)
@@ -66,20 +68,20 @@ def test_packed_weights_answer_bit_for_bit_and_are_gone_afterwards(tuner, monkey
     used, own = [], packing.product
     for home in (packing, lora):
         monkeypatch.setattr(
-            home, "product", lambda x, w, b: used.append(hasattr(w, "packed")) or own(x, w, b)
+            home, "product", lambda x, w, b: used.append(hasattr(w, "prepacked")) or own(x, w, b)
         )
     how = {"seeds": [1, 2, 3, 4], "n": 3, "max_new_tokens": 12}
     fast = writing.generate(writing.decoder_writer(model, attached), PROMPTS, **how)
     assert used and all(used)
-    assert not any(hasattr(p, "packed") for p in model.parameters()) and not any(
+    assert not any(hasattr(p, "prepacked") for p in model.parameters()) and not any(
         "forward" in vars(m) for m in model.modules()
     )
     layer = model.get_submodule("model.layers.0")
     layer.compile(dynamic=True)  # when it is first run
-    with packing.packed(model):
-        assert not any(hasattr(p, "packed") for p in model.parameters())
+    with packing.prepacked(model):
+        assert not any(hasattr(p, "prepacked") for p in model.parameters())
     layer._compiled_call_impl = None
-    monkeypatch.setattr(packing, "able", lambda: False)
+    monkeypatch.setattr(packing, "is_supported", lambda: False)
     assert writing.generate(writing.decoder_writer(model, attached), PROMPTS, **how) == fast
 
 

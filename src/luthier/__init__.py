@@ -7,10 +7,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+from luthier.version import __version__
+
 # read when huggingface_hub is imported: nobody is told what is tuned here
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-__version__ = "0.1.0"
 
 _WHERE = {  # what the package offers, imported when first asked for
     "tune": "luthier.run.run",

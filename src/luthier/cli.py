@@ -85,8 +85,11 @@ def tune(
         int | None,
         typer.Option(min=2, help="So many models, each with other weights of the goals; see plan front."),
     ] = None,
-    until: Annotated[
-        float | None, typer.Option(help="Pause at this step (below 1: share of the run), to go on later.")
+    stop_at: Annotated[
+        float | None,
+        typer.Option(
+            "--stop-at", "--until", help="Pause at this step (below 1: share of the run), to go on later."
+        ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the run's folder, nothing else.")] = False,
 ) -> None:
@@ -100,10 +103,10 @@ def tune(
     from luthier.report.console import Callback, Console
     from luthier.run.run import perform
 
-    watch = Callback() if quiet else Console()
-    report = perform(recipe, watch=watch, until=until)
+    callback = Callback() if quiet else Console()
+    report = perform(recipe, callback=callback, stop_at=stop_at)
     if "paused_at" not in report.stats:
-        watch.finish(report)
+        callback.finish(report)
     if quiet:
         typer.echo(report.folder)
 

@@ -1,80 +1,241 @@
-"""The rows of a run: read, split into those that are learned and those that are held out, looked at for silly
-things.
+"""Rows of a run: sources read into rows of one canonical form, and split into training and held-out rows.
+
+One bad row never ends a run: it is set aside with its place and the reason. Too many do.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
-from luthier.data import rows as reading
+from luthier.data.files import BadLine, too_long
+from luthier.data.quarantine import bad_row, check_bad_rows, write_quarantine
+from luthier.data.recognise import format_of_row, recognise_format
+from luthier.data.sources import Source, is_row, read_source, resolve_source
+from luthier.data.split import split
 from luthier.errors import RecipeError
+from luthier.methods.formats._base import BadRow, Format
 from luthier.recipe.recipe import Recipe
+from luthier.registry import build, did_you_mean
+
+MIN_HELD_OUT = 4  # fewer rows measure nothing, so none are held out
+
+
+@dataclass
+class LoadedRows:
+    """Rows of one or several sources in canonical form."""
+
+    rows: list[dict]
+    bad: list[dict] = field(default_factory=list)  # as `bad_row` makes them
+    format: str = ""  # the name of the format; several joined by " + "
+    total: int = 0  # rows read, good and bad
 
 
 @dataclass
 class Data:
-    """Rows of a run, before and beside training."""
+    """The rows of a run."""
 
-    rows: list[dict]
+    rows: list[dict]  # to train on
     held_out: list[dict]
-    bad: list[dict]
-    mark: str  # what these rows are; a resumed run must find the same
-    shape: str = ""  # the format they were read as
+    bad: list[dict]  # as `bad_row` makes them
+    fingerprint: str  # of rows and held_out; a resumed run must have the same
+    format: str = ""  # what they were read as
 
 
 def load_data(recipe: Recipe, quarantine: Path | None = None) -> Data:
-    """The recipe's rows in canonical form, split, with the bad ones apart (and written to `quarantine`)."""
+    """The recipe's rows in canonical form, split, with the bad ones apart (and written to `quarantine`).
+
+    Raises RecipeError where there is no data, or an eval_data that makes no sense, and as `load_rows` does.
+    """
     if recipe.data is None:
         raise RecipeError("a recipe needs `data`: a file, a folder, a hub name, rows, or toy:TASK")
-    loaded = reading.load(recipe.data, max_bad_rows=recipe.max_bad_rows, quarantine=quarantine)
-    rows, bad, held = loaded.rows, loaded.bad, []
-    if isinstance(recipe.eval_data, (int, float)) and not isinstance(recipe.eval_data, bool):
-        if not 0 <= recipe.eval_data < 1:
-            raise RecipeError(f"eval_data: {recipe.eval_data} is not a share below 1 (nor a file)")
-        if recipe.eval_data and len(rows) * recipe.eval_data >= 4:
+    loaded = load_rows(recipe.data, max_bad_rows=recipe.max_bad_rows, quarantine=quarantine)
+    rows, bad = loaded.rows, loaded.bad
+    held_out: list[dict] = []
+    eval_data = recipe.eval_data
+    if isinstance(eval_data, (int, float)) and not isinstance(eval_data, bool):
+        if not 0 <= eval_data < 1:
+            raise RecipeError(f"eval_data: {eval_data} is not a share below 1 (nor a file)")
+        if eval_data and len(rows) * eval_data >= MIN_HELD_OUT:
             # whatever the seed: runs with other seeds are measured on the same rows
-            rows, held = reading.split(rows, recipe.eval_data)
-    elif recipe.eval_data:
-        other = reading.load(recipe.eval_data, max_bad_rows=recipe.max_bad_rows, quarantine=quarantine)
-        held, bad = other.rows, [*bad, *other.bad]
-    mark = hashlib.sha256(json.dumps([rows, held], sort_keys=True, default=str).encode()).hexdigest()[:16]
-    return Data(rows, held, bad, mark, loaded.format)
+            rows, held_out = split(rows, eval_data)
+    elif eval_data:
+        other = load_rows(eval_data, max_bad_rows=recipe.max_bad_rows, quarantine=quarantine)
+        held_out, bad = other.rows, [*bad, *other.bad]
+    content = json.dumps([rows, held_out], sort_keys=True, default=str)
+    fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return Data(rows, held_out, bad, fingerprint, loaded.format)
 
 
-def touching(rows: Sequence[dict]) -> list[str]:
-    """Where a prompt's last word and the completion's first run into each other: "...said Annaworld"."""
-    plain = (
-        (r["prompt"], c)
-        for r in rows
-        for c in r.get("completions", ())[:1]
-        if isinstance(r["prompt"], str) and isinstance(c, str)
-    )
-    ends, goes_on = re.compile(r"""[A-Za-z0-9.!?"']\Z"""), re.compile(r"[^\s.,;:!?)]")
-    return [f"…{p[-20:]}{c[:20]}…" for p, c in plain if ends.search(p) and goes_on.match(c)]
+# ---------------------------------------------------------------------------------------------- sources
 
 
-# columns of text that are no news beside a row
-READ = {"id", "prompt", "answer", "label", "kind", "item", "skill", "world"}
+def load_rows(
+    source: Any,
+    *,
+    max_bad_rows: float = 0.05,
+    max_row_chars: int = 1_000_000,
+    format: str | dict | None = None,
+    columns: dict[str, str] | None = None,
+    limit: int | None = None,
+    quarantine: str | Path | None = None,
+) -> LoadedRows:
+    """Rows of a source, or of a list of sources, in canonical form.
 
+    A source is a list of rows; a path to .jsonl, .json, .csv, .tsv, .parquet or .txt (.gz too); a folder of
+    such files or one written by `save_to_disk`; `toy:TASK/SPLIT`; the name of a data set on the hub; an entry
+    of LLaMA-Factory's dataset_info.json (`dataset_info.json:NAME`) or of axolotl's `datasets:`; or {path,
+    split, name, format, columns, tags, limit}.
 
-def beside(data: Data) -> str | None:
-    """The columns of text that are kept but not learned from, in a sentence: what a user meant may be one of
-    them.
+    max_bad_rows: the share of a source's rows that may be bad. quarantine: where the bad rows are written.
+    Raises RecipeError for what cannot be found or recognised, TooManyBadRows where more are bad.
     """
-    seen = {
-        k: None for row in data.rows[:100] for k, v in row.items() if isinstance(v, str) and k not in READ
-    }
-    if not seen or " + " in data.shape:
-        return None
-    return (
-        f"rows are read as '{data.shape}'; what else they hold is kept and not learned from:"
-        f" {', '.join([*seen][:12])}"
-    )
+    settings = {"format": format, "columns": columns, "limit": limit}
+    settings = {key: value for key, value in settings.items() if value is not None}
+    whole = LoadedRows([])
+    formats: dict[str, None] = {}  # in the order of the sources, each once
+    ids: set[str] = set()
+    for each in list_of_sources(source):
+        resolved = resolve_source(each).model_copy(update=settings)
+        loaded = load_source(resolved, ids, max_bad_rows, max_row_chars, quarantine)
+        whole.rows += loaded.rows
+        whole.bad += loaded.bad
+        whole.total += loaded.total
+        formats[loaded.format] = None
+    whole.format = " + ".join(formats)
+    if quarantine is not None:
+        write_quarantine(whole.bad, quarantine)
+    return whole
+
+
+def list_of_sources(source: Any) -> Sequence[Any]:
+    """The sources of a list of them; anything else, a list of rows too, is one source."""
+    several = isinstance(source, (list, tuple)) and source and not any(map(is_row, source))
+    return source if several else [source]
+
+
+def load_source(
+    source: Source, ids: set[str], max_bad_rows: float, max_row_chars: int, quarantine: str | Path | None
+) -> LoadedRows:
+    """One source. ids: those of rows loaded before, to which its own are added."""
+    raw_rows, bad = read_raw_rows(source, max_row_chars)
+    total = len(raw_rows) + len(bad)
+    if not total:
+        raise RecipeError(f"{source.label} holds no rows")
+    if not raw_rows:
+        check_bad_rows(bad, total, source.label, max_bad_rows, quarantine)
+    file_format = format_of_source(source, raw_rows)
+    rows: list[dict] = []
+    for where, raw in raw_rows:
+        try:
+            row = format_of_row(raw, file_format, bool(source.format)).row(raw)
+        except BadRow as why:
+            bad.append(bad_row(where, str(why), raw))
+            continue
+        if source.source:
+            row["source"] = source.source
+        row["id"] = unique_id(raw.get("id"), where, ids)
+        rows.append(row)
+    check_bad_rows(bad, total, source.label, max_bad_rows, quarantine)
+    return LoadedRows(rows, bad, file_format.name, total)
+
+
+def read_raw_rows(source: Source, max_row_chars: int) -> tuple[list[tuple[str, dict]], list[dict]]:
+    """((place, raw row), bad rows) of a source: each row under our names, and those that no format can read
+    apart.
+    """
+    raw_rows: list[tuple[str, dict]] = []
+    bad: list[dict] = []
+    columns: set[str] = set()
+    for where, raw in islice(read_source(source, max_row_chars), source.limit):
+        if isinstance(raw, BadLine):
+            bad.append(bad_row(where, raw.reason, raw.raw))
+        elif problem := problem_of(raw, max_row_chars):
+            bad.append(bad_row(where, problem, raw))
+        else:
+            columns.update(raw)
+            raw_rows.append((where, apply_names(raw, source)))
+    for theirs in source.columns.values():
+        if raw_rows and theirs not in columns:
+            raise RecipeError(
+                f"{source.label} has no column '{theirs}', which columns: maps{did_you_mean(theirs, columns)}"
+            )
+    return raw_rows, bad
+
+
+def format_of_source(source: Source, raw_rows: Sequence[tuple[str, dict]]) -> Format:
+    """The format that a source names, or the one that its rows have by their columns."""
+    if source.format:
+        return build("format", source.format)
+    return recognise_format([raw for _, raw in raw_rows], source.label)
+
+
+def problem_of(raw: dict, max_row_chars: int) -> str | None:
+    """Why no format can read a row: too long, NUL bytes, text that no encoding can write."""
+    total = 0
+    stack = list(raw.values())
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str):
+            total += len(value)
+            if "\0" in value:
+                return "holds a NUL byte"
+            if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+                return "holds half a character (a lone surrogate)"
+        elif isinstance(value, dict):
+            stack += value.values()
+        elif isinstance(value, list):
+            stack += value
+    return too_long(max_row_chars) if total > max_row_chars else None
+
+
+def apply_names(raw: dict, source: Source) -> dict:
+    """A row under our names of columns, roles and keys, without columns that are null in it (parquet and csv
+    give every row every column).
+    """
+    if source.columns:
+        row = {}
+        mapped = set(source.columns.values())
+        for name, value in raw.items():
+            if name not in mapped and name not in source.columns:
+                row[name] = value
+        for ours, theirs in source.columns.items():
+            if theirs in raw:
+                row[ours] = raw[theirs]
+        raw = row
+    if source.tags:
+        raw = {name: apply_tags(value, source.tags) for name, value in raw.items()}
+    return {name: value for name, value in raw.items() if value is not None}
+
+
+def apply_tags(value: Any, tags: dict[str, str]) -> Any:
+    """Messages whose keys and roles are renamed; anything else as it is."""
+    if isinstance(value, list):
+        return [apply_tags(inner, tags) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    turn = {tags.get(key, key): inner for key, inner in value.items()}
+    role = turn.get("role")
+    if isinstance(role, str):
+        turn["role"] = tags.get(role, role)
+    return turn
+
+
+def unique_id(own: Any, where: str, ids: set[str]) -> str:
+    """A row's own id, or its place; one that is there already gets ~2, ~3, ... It is added to `ids`."""
+    base = str(own) if isinstance(own, (str, int)) and str(own).strip() else where
+    name = base
+    n = 2
+    while name in ids:
+        name = f"{base}~{n}"
+        n += 1
+    ids.add(name)
+    return name
 
 
 def sample_rows(recipe: Recipe) -> list[dict]:

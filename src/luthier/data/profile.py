@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Set
 from typing import Any
 
-from luthier.data import rows as reading
+from luthier.data.load import load_rows
+from luthier.data.quarantine import count_reasons
 from luthier.recipe.capabilities import columns_of, sentence
 from luthier.registry import build, cards, requires_of
 
@@ -22,27 +23,17 @@ def survey(
     tokens, share, ...}. `feeds` is "yes", "through a stage" or "no". model: whose tokenizer shows the first
     rows, what is learned between marks.
     """
-    loaded = reading.load(source, max_bad_rows=1.0)
+    loaded = load_rows(source, max_bad_rows=1.0)
     found: dict[str, Any] = {
         "format": loaded.format,
-        "seen": loaded.seen,
+        "total": loaded.total,
         "rows": len(loaded.rows),
         "columns": dict(Counter(k for row in loaded.rows for k in row if k != "id").most_common()),
-        "bad": reasons(loaded.bad),
+        "bad": count_reasons(loaded.bad),
     }
     some = loaded.rows[:100]
     found["feeds"] = feeds(columns_of(some))
     return found | rendered(loaded.rows, model, chat_template, shown)
-
-
-def reasons(bad: list[dict]) -> list[dict]:
-    """Why rows cannot be used, the commonest first, with the first place of each."""
-    by: dict[str, list[str]] = {}
-    for b in bad:
-        by.setdefault(b["reason"], []).append(b["where"])
-    return [
-        {"reason": r, "rows": len(w), "first": w[0]} for r, w in sorted(by.items(), key=lambda x: -len(x[1]))
-    ]
 
 
 def feeds(have: Set[str]) -> list[dict[str, str]]:
@@ -117,5 +108,5 @@ def rendered(rows: list[dict], model: str, chat_template: str | None, shown: int
         "tokens": stats["tokens"],
         "share": stats["supervised_share"],
         "longest": stats["longest"],
-        "unreadable": reasons(bad),
+        "unreadable": count_reasons(bad),
     }

@@ -2,18 +2,21 @@
 others.
 
 A mask over a packed row costs the square of its width, though nearly all of it says no. Here a tree of pieces
-is cut into blocks; a block knows the places of its queries and of their keys (its own pieces and those they
+is cut into blocks; a block knows the positions of its queries and of their keys (its own pieces and those they
 continue), and blocks of like size are computed together as batched matrix products, whose backward is 2 to 4
 times faster on CPUs than that of the fused kernel. Any network of transformers that takes its attention from
 the interface of that name gets it: `attention` is registered there and does what SDPA does, except where the
 mask it is handed is a `tag` that carries a plan. `plain` is the twin that the tests compare with; every run
-compares its log-probabilities with the network's own. Where the mask says that the network is writing,
-kernels/writing.py answers. Keys and values that a tuner puts before those of every text (`ahead`) are met by
-all queries, whatever the mask; they are no places of the layout, and no position changes.
+compares its log-probabilities with the network's own. Where the mask says that the network is decoding,
+decode_attention.py answers. Keys and values that a tuner puts before those of every text (`prefix_kv`) are met
+by all queries, whatever the mask; they are no positions of the layout, and no position changes.
+
+Positions here are flat: of [R, W] read as one row.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,11 +25,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from luthier.compat.transformers import add_entry
-from luthier.kernels import differentiated_otherwise
-from luthier.kernels.decode_attention import one_token
-from luthier.kernels.elementwise import dropout as leave_out
-from luthier.kernels.elementwise import stays
+from luthier.compat.transformers import add_entry, set_entry
+from luthier.kernels._switch import differentiated_otherwise
+from luthier.kernels.decode_attention import attend_one_token
+from luthier.kernels.elementwise import dropout as random_dropout
+from luthier.kernels.elementwise import dropout_mask
 from luthier.kernels.layout import Layout
 
 NAME = "luthier_sdpa"  # as transformers knows it
@@ -34,44 +37,46 @@ QUERIES = 256  # of a block at most: causal attention of long sequences skips wh
 WHOLE = 96  # tokens up to which a tree of pieces is one block, whatever part of its square is masked
 EVEN = 32  # a CPU works on so many numbers at once; scores in rows of other lengths took it a third longer
 SCORES = 2**22  # of a group at most, per head: what lives at once stays near the cache
-Ahead = tuple[Tensor, Tensor]  # keys and values [K, m, d] before those of every text
-# keys of a query up to which its probabilities are kept for backward; above they are computed again
+# keys of a query up to which its probabilities are stored for backward; above they are computed again
 KEEP = 512
+UNSUPPORTED = ("s_aux", "position_bias", "softcap")  # arguments of attention that change the scores
+PrefixKV = tuple[Tensor, Tensor]  # keys and values [K, m, d] before those of every text
+# (block, index of its first key, first position, length, seen before?) of an unbroken stretch of keys
+Range = tuple[int, int, int, int, bool]
 
 
 @dataclass(frozen=True)
 class Group:
     """n blocks of q queries and k keys, shorter ones filled up."""
 
-    queries: Tensor  # [n, q] flat places
-    keys: Tensor  # [n, k] flat places
+    queries: Tensor  # [n, q] positions
+    keys: Tensor  # [n, k] positions
     # [n or 1, 1, 1, q, m] added to the scores of the last m keys: 0 or very negative; all queries see those
     # before
     mask: Tensor
     real_queries: Tensor | None  # [n, 1, 1, q, 1] 1 or 0; None: all are real
-    to_queries: Tensor  # [n * q] where results go: their place, filled up ones behind the last place
+    to_queries: Tensor  # [n * q] where results go: their position, filled up ones behind the last
     to_keys: Tensor  # [n * k]
-    # (block, first key, first place, length, met before?); None: none is
-    ranges: tuple[tuple[int, int, int, int, bool], ...] | None
+    ranges: tuple[Range, ...] | None  # None: no key is in an earlier block
 
 
 @dataclass
 class Plan:
-    """How attention over `places` flat places is computed."""
+    """How attention over `size` positions is computed."""
 
-    places: int
+    size: int
     groups: list[Group]
     layout: Layout
     reach: tuple[int | None, int | None]  # window, chunk
-    shared: bool  # is any key met in several blocks? Then sums of its gradients are made in fp32
-    padded: bool  # are there places that nobody asks about?
-    used: bool = field(default=False)  # has the network asked for it?
+    shared: bool  # is any key in several blocks? Then sums of its gradients are made in fp32
+    padded: bool  # are there positions that are no token?
+    used: bool = field(default=False)  # has the network used it?
 
     def tag(self) -> Tensor:
         """What a network is handed as its mask, and hands on to its attention."""
-        made: Any = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
-        made.plan = self
-        return made
+        tag: Any = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+        tag.plan = self
+        return tag
 
 
 # ---------------------------------------------------------------------------------------------- cutting
@@ -79,7 +84,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Block:
-    """Places of queries and keys; keys ascend, and those in the same piece keep their order."""
+    """Positions of queries and keys; keys ascend, and those in the same piece keep their order."""
 
     queries: Tensor
     keys: Tensor
@@ -87,58 +92,90 @@ class Block:
     straight: bool  # does query i see the keys up to the one at before + i, and no others?
 
 
+@dataclass(frozen=True)
+class _Pieces:
+    """A layout on the CPU, and how far a token looks."""
+
+    piece: Tensor  # [T] of each position
+    position: Tensor  # [T] in the sequence
+    sees: Tensor  # [P, P]
+    both: Tensor  # [P]
+    window: int | None
+    chunk: int | None
+
+    def allowed(self, a: Tensor, b: Tensor) -> Tensor:
+        """[n, q, 1], [n, 1, k] positions (-1: filled up) -> [n, q, k] may a look at b?"""
+        of_a, of_b = self.piece[a.clamp(min=0)], self.piece[b.clamp(min=0)]
+        may = self.sees[of_a, of_b] & ((a >= b) | self.both[of_a] & (of_a == of_b)) & (b >= 0)
+        if self.window:
+            may &= self.position[a] - self.position[b] < self.window
+        if self.chunk:
+            may &= self.position[a] // self.chunk == self.position[b] // self.chunk
+        return may | (a < 0)  # filled up queries look at anything: no NaN
+
+
 def plan(layout: Layout, dtype: torch.dtype, window: int | None = None, chunk: int | None = None) -> Plan:
     """Cut a layout into blocks. window: how far a token looks back; chunk: attention stays within chunks of
     positions.
     """
-    position, piece = layout.position.flatten().cpu(), layout.piece.flatten().cpu()
-    sees, both = layout.sees.cpu(), layout.both.cpu()
-    device, places = layout.source.device, len(piece)
-    groups, met = [], torch.zeros(places, dtype=torch.bool)
-    lowest, shared = torch.finfo(dtype).min / 2, False
+    pieces = _Pieces(
+        layout.piece.flatten().cpu(),
+        layout.position.flatten().cpu(),
+        layout.sees.cpu(),
+        layout.both.cpu(),
+        window,
+        chunk,
+    )
+    size = len(pieces.piece)
+    seen = torch.zeros(size, dtype=torch.bool)  # keys of the groups so far
     side = max(QUERIES, WHOLE)
-    straight = torch.full((side, side + EVEN), lowest, dtype=dtype).triu_(1)
-    for some in _alike(_blocks(piece, position, sees, both, window, chunk)):
-        n, q, k = len(some), max(len(b.queries) for b in some), _even(max(len(b.keys) for b in some))
-        queries, keys, ranges = torch.full((n, q), -1), torch.full((n, k), -1), []
-        for i, block in enumerate(some):
-            queries[i, : len(block.queries)] = block.queries
-            keys[i, : len(block.keys)] = block.keys
-            ranges += _ranges(i, block.keys, met)
-            met[block.keys] = True
-        before = min(block.before for block in some)
-        if all(block.straight and block.before == before for block in some):
-            mask = straight[:q, : k - before][None]
-        else:
-            a, b = queries[:, :, None], keys[:, None, before:]
-            of_a, of_b = piece[a.clamp(min=0)], piece[b.clamp(min=0)]
-            may = sees[of_a, of_b] & ((a >= b) | both[of_a] & (of_a == of_b)) & (b >= 0)
-            if window:
-                may &= position[a] - position[b] < window
-            if chunk:
-                may &= position[a] // chunk == position[b] // chunk
-            may |= a < 0  # filled up queries look at anything: no NaN
-            mask = torch.zeros(may.shape, dtype=dtype).masked_fill_(~may, lowest)
-        real = (
-            None
-            if bool((queries >= 0).all())
-            else (queries >= 0).to(dtype)[:, None, None, :, None].to(device)
-        )
-        to_queries, to_keys = (torch.where(x < 0, places, x).flatten().to(device) for x in (queries, keys))
-        again = any(r[-1] for r in ranges)
-        shared |= again
-        read = queries.clamp(min=0).to(device), keys.clamp(min=0).to(device)
-        groups.append(
-            Group(
-                *read,
-                mask[:, None, None].to(device),
-                real,
-                to_queries,
-                to_keys,
-                tuple(ranges) if again else None,
-            )
-        )
-    return Plan(places, groups, layout, (window, chunk), shared, bool((piece < 0).any()))
+    straight = torch.full((side, side + EVEN), _lowest(dtype), dtype=dtype).triu_(1)
+    groups = []
+    for blocks in _alike(_blocks(pieces)):
+        groups.append(_group(blocks, pieces, seen, straight, layout.source.device))
+    shared = any(group.ranges is not None for group in groups)
+    return Plan(size, groups, layout, (window, chunk), shared, bool((pieces.piece < 0).any()))
+
+
+def _group(
+    blocks: list[Block], pieces: _Pieces, seen: Tensor, straight: Tensor, device: torch.device
+) -> Group:
+    """Blocks filled up to one size. seen: keys of the groups before, to which this one's are added. straight: the
+    mask of a causal block, [q or more, k or more].
+    """
+    q = max(len(b.queries) for b in blocks)
+    k = _even(max(len(b.keys) for b in blocks))
+    queries, keys = torch.full((len(blocks), q), -1), torch.full((len(blocks), k), -1)
+    ranges: list[Range] = []
+    for i, block in enumerate(blocks):
+        queries[i, : len(block.queries)] = block.queries
+        keys[i, : len(block.keys)] = block.keys
+        ranges += _ranges(i, block.keys, seen)
+        seen[block.keys] = True
+    before = min(block.before for block in blocks)
+    if all(block.straight and block.before == before for block in blocks):
+        mask = straight[:q, : k - before][None]
+    else:
+        may = pieces.allowed(queries[:, :, None], keys[:, None, before:])
+        mask = torch.zeros(may.shape, dtype=straight.dtype).masked_fill_(~may, _lowest(straight.dtype))
+    real = None
+    if not bool((queries >= 0).all()):
+        real = (queries >= 0).to(straight.dtype)[:, None, None, :, None].to(device)
+    last = len(pieces.piece)
+    return Group(
+        queries.clamp(min=0).to(device),
+        keys.clamp(min=0).to(device),
+        mask[:, None, None].to(device),
+        real,
+        torch.where(queries < 0, last, queries).flatten().to(device),
+        torch.where(keys < 0, last, keys).flatten().to(device),
+        tuple(ranges) if any(again for *_, again in ranges) else None,
+    )
+
+
+def _lowest(dtype: torch.dtype) -> float:
+    """Added to a score, this leaves nothing of its probability, and does not overflow."""
+    return torch.finfo(dtype).min / 2
 
 
 def _even(n: int) -> int:
@@ -147,97 +184,106 @@ def _even(n: int) -> int:
     return more if 8 * more <= 9 * n else n
 
 
-def _ranges(block: int, places: Tensor, met: Tensor) -> Iterator[tuple[int, int, int, int, bool]]:
-    """Ascending places as (block, index of the first, first place, length, met before?) of each unbroken
-    stretch.
-    """
-    known = met[places]
-    ends = [
-        *(((places[1:] - places[:-1] != 1) | (known[1:] != known[:-1])).nonzero().squeeze(1) + 1).tolist(),
-        len(places),
-    ]
-    for a, b in zip([0, *ends], ends, strict=False):
-        yield block, a, int(places[a]), b - a, bool(known[a])
+def _ranges(block: int, positions: Tensor, seen: Tensor) -> Iterator[Range]:
+    """Unbroken stretches of ascending positions that were all seen before, or all not."""
+    again = seen[positions]
+    breaks = (positions[1:] - positions[:-1] != 1) | (again[1:] != again[:-1])
+    ends = [*(breaks.nonzero().squeeze(1) + 1).tolist(), len(positions)]
+    start = 0
+    for end in ends:
+        yield block, start, int(positions[start]), end - start, bool(again[start])
+        start = end
 
 
-def _blocks(
-    piece: Tensor, position: Tensor, sees: Tensor, both: Tensor, window: int | None, chunk: int | None
-) -> Iterator[Block]:
+def _blocks(pieces: _Pieces) -> Iterator[Block]:
+    piece, sees = pieces.piece, pieces.sees
     real = (piece >= 0).nonzero().squeeze(1)
     order = piece[real].argsort(stable=True)
     sizes = torch.bincount(piece[real], minlength=len(sees)).tolist()
-    places = real[order].split(sizes)  # of each piece
+    positions = real[order].split(sizes)  # of each piece
     # what a piece sees, itself last: parents come first
     above = [row.nonzero().squeeze(1).tolist() for row in sees]
-    causal = not (window or chunk or bool(both.any()))
-    roots: dict[int, list[int]] = {}
+    causal = not (pieces.window or pieces.chunk or bool(pieces.both.any()))
+    trees: dict[int, list[int]] = {}  # root -> its pieces
     for p, line in enumerate(above):
-        roots.setdefault(line[0], []).append(p)
-    for tree in roots.values():
-        whole = torch.cat([places[p] for p in tree])
-        least = sum(sizes[p] * sum(sizes[x] for x in above[p]) for p in tree)
-        if len(whole) <= QUERIES and (len(whole) <= WHOLE or len(whole) ** 2 <= 1.3 * least):
+        trees.setdefault(line[0], []).append(p)
+    for tree in trees.values():
+        whole = torch.cat([positions[p] for p in tree])
+        needed = 0  # scores that are not masked, about
+        for p in tree:
+            needed += sizes[p] * sum(sizes[x] for x in above[p])
+        if len(whole) <= QUERIES and (len(whole) <= WHOLE or len(whole) ** 2 <= 1.3 * needed):
             if len(whole):
                 yield Block(whole, whole, 0, causal and len(above[tree[-1]]) == len(tree))
             continue
         for run in _runs(tree, above):
-            own = torch.cat([places[p] for p in run])
-            if not len(own):
-                continue
-            seen = torch.cat([own[:0], *(places[p] for p in above[run[0]][:-1])])
-            # where each piece of the run begins in it
-            begun = [(p, sum(sizes[x] for x in run[:i])) for i, p in enumerate(run)]
-            parts = -(-len(own) // QUERIES)  # of about the same size
-            most = min(QUERIES, -(-len(own) // (parts * EVEN)) * EVEN)
-            for part in range(0, len(own), most):
-                queries = own[part : part + most]
-                ahead = max(
-                    (start + sizes[p] for p, start in begun if both[p] and start <= part + most - 1),
-                    default=0,
-                )
-                keys = torch.cat([seen, own[: max(part + most, ahead)]])
-                first = int(position[queries[0]])
-                if window:
-                    keys = keys[position[keys] > first - window]
-                if chunk:
-                    keys = keys[position[keys] >= first // chunk * chunk]
-                yield Block(queries, keys, 0 if window or chunk else len(seen) + part, causal)
+            yield from _blocks_of_run(run, above[run[0]][:-1], positions, sizes, causal, pieces)
+
+
+def _blocks_of_run(
+    run: list[int],
+    parents: list[int],
+    positions: Sequence[Tensor],
+    sizes: list[int],
+    causal: bool,
+    pieces: _Pieces,
+) -> Iterator[Block]:
+    """Blocks of about the same size. run: pieces one after the other; parents: what all of them continue."""
+    own = torch.cat([positions[p] for p in run])
+    if not len(own):
+        return
+    above = torch.cat([own[:0], *(positions[p] for p in parents)])
+    parts = -(-len(own) // QUERIES)
+    size = min(QUERIES, -(-len(own) // (parts * EVEN)) * EVEN)
+    for start in range(0, len(own), size):
+        stop = start + size
+        keys_end, begun = stop, 0
+        for p in run:  # of pieces read from both sides, all of what has begun
+            if pieces.both[p] and begun <= stop - 1:
+                keys_end = max(keys_end, begun + sizes[p])
+            begun += sizes[p]
+        queries, keys = own[start:stop], torch.cat([above, own[:keys_end]])
+        first = int(pieces.position[queries[0]])
+        before = len(above) + start
+        if pieces.window:
+            keys, before = keys[pieces.position[keys] > first - pieces.window], 0
+        if pieces.chunk:
+            keys, before = keys[pieces.position[keys] >= first // pieces.chunk * pieces.chunk], 0
+        yield Block(queries, keys, before, causal)
 
 
 def _runs(tree: list[int], above: list[list[int]]) -> Iterator[list[int]]:
     """Pieces that follow each other without a branch are one run."""
-    under: dict[int, list[int]] = {}
+    children: dict[int, list[int]] = {}
     for p in tree:
         if len(above[p]) > 1:
-            under.setdefault(above[p][-2], []).append(p)
+            children.setdefault(above[p][-2], []).append(p)
     for p in tree:
-        if len(above[p]) > 1 and len(under[above[p][-2]]) == 1:
+        if len(above[p]) > 1 and len(children[above[p][-2]]) == 1:
             continue
         run = [p]
-        while len(under.get(run[-1], ())) == 1:
-            run += under[run[-1]]
+        while len(children.get(run[-1], ())) == 1:
+            run += children[run[-1]]
         yield run
 
 
 def _alike(blocks: Iterator[Block]) -> Iterator[list[Block]]:
     """Blocks of about the same size, largest first."""
-    some: list[Block] = []
+    group: list[Block] = []
     q = k = 0
     for block in sorted(blocks, key=lambda b: (-len(b.keys), -len(b.queries))):
-        mine = len(block.queries), len(block.keys)
-        near = all(
-            big - small <= max(16, 0.12 * big)
-            for big, small in ((max(q, mine[0]), min(q, mine[0])), (k, mine[1]))
-        )
-        if some and near and max(q, mine[0]) * k * (len(some) + 1) <= SCORES:
-            some.append(block)
-            q = max(q, mine[0])
+        own_q, own_k = len(block.queries), len(block.keys)
+        widest = max(q, own_q)
+        near = widest - min(q, own_q) <= max(16, 0.12 * widest) and k - own_k <= max(16, 0.12 * k)
+        if group and near and widest * k * (len(group) + 1) <= SCORES:
+            group.append(block)
+            q = widest
             continue
-        if some:
-            yield some
-        some, (q, k) = [block], mine
-    if some:
-        yield some
+        if group:
+            yield group
+        group, q, k = [block], own_q, own_k
+    if group:
+        yield group
 
 
 # ---------------------------------------------------------------------------------------------- computing
@@ -250,29 +296,33 @@ def attend(
     how: Plan,
     scale: float,
     dropout: float = 0.0,
-    ahead: Ahead | None = None,
+    prefix: PrefixKV | None = None,
 ) -> Tensor:
     """query [R, H, W, d], key and value [R, K, W, d], K a divisor of H -> [R, W, H, d]. Padding answers 0."""
     if differentiated_otherwise() or dropout >= 1:
-        return _composed(query, key, value, how, scale, dropout, ahead)
-    return _Attend.apply(query, key, value, how, scale, *(ahead or (None, None)), dropout)
+        return _composed(query, key, value, how, scale, dropout, prefix)
+    prefix_k, prefix_v = prefix or (None, None)
+    return _Attend.apply(query, key, value, how, scale, prefix_k, prefix_v, dropout)
 
 
 def plain(
-    query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, ahead: Ahead | None = None
+    query: Tensor, key: Tensor, value: Tensor, how: Plan, scale: float, prefix: PrefixKV | None = None
 ) -> Tensor:
     """The same by a mask over whole rows."""
     may = how.layout.mask(*how.reach)
-    if ahead is not None:
-        key, value = (
-            torch.cat([a.expand(len(x), -1, -1, -1), x], 2) for a, x in zip(ahead, (key, value), strict=True)
-        )
-        may = F.pad(may, (ahead[0].shape[1], 0), value=True)
-    more = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(more, 1) for x in (key, value))
+    if prefix is not None:
+        key, value = _with_prefix(key, prefix[0]), _with_prefix(value, prefix[1])
+        may = F.pad(may, (prefix[0].shape[1], 0), value=True)
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     scores = (query @ key.transpose(2, 3) * scale).masked_fill(~may, -torch.inf)
     real = (how.layout.piece >= 0)[:, :, None, None]
     return torch.where(real, (scores.softmax(-1) @ value).transpose(1, 2), 0.0)
+
+
+def _with_prefix(x: Tensor, prefix: Tensor) -> Tensor:
+    """[B, K, W, d] with [K, m, d] before it."""
+    return torch.cat([prefix.expand(len(x), -1, -1, -1), x], 2)
 
 
 def _flat(x: Tensor, heads: int) -> Tensor:
@@ -281,10 +331,10 @@ def _flat(x: Tensor, heads: int) -> Tensor:
     return x.transpose(1, 2).reshape(r * w, heads, h // heads, d)
 
 
-def _take(x: Tensor, places: Tensor) -> Tensor:
+def _take(x: Tensor, positions: Tensor) -> Tensor:
     """[T, K, g, d] and [n, L] -> [n * K, g * L, d]"""
-    (n, length), (_, heads, g, d) = places.shape, x.shape
-    rows = x.flatten(1).index_select(0, places.flatten()).view(n, length, heads, g, d)
+    (n, length), (_, heads, g, d) = positions.shape, x.shape
+    rows = x.flatten(1).index_select(0, positions.flatten()).view(n, length, heads, g, d)
     # else each product would copy it, for n = 1
     return rows.permute(0, 2, 3, 1, 4).reshape(n * heads, g * length, d).contiguous()
 
@@ -296,19 +346,20 @@ def _rows(x: Tensor, n: int, heads: int, g: int) -> Tensor:
 
 
 def _probabilities(q: Tensor, k: Tensor, group: Group, heads: int, g: int, scale: float) -> Tensor:
-    """[n * K, g * q, d], [n * K, k, d] -> [n * K, g * q, k]; of the keys those that stand ahead are seen by
+    """[n * K, g * q, d], [n * K, k, d] -> [n * K, g * q, k]; those of a prefix, which come first, are seen by
     all.
     """
     scores = torch.baddbmm(q.new_empty(()), q, k.transpose(1, 2), beta=0, alpha=scale)
-    scores.view(-1, heads, g, *group.queries.shape[1:], k.shape[1])[
-        ..., k.shape[1] - group.mask.shape[-1] :
-    ].add_(group.mask)
+    by_block = scores.view(-1, heads, g, *group.queries.shape[1:], k.shape[1])
+    by_block[..., k.shape[1] - group.mask.shape[-1] :].add_(group.mask)
     return scores.softmax(-1)
 
 
-def _after(ahead: Tensor | None, x: Tensor) -> Tensor:
+def _after(prefix: Tensor | None, x: Tensor) -> Tensor:
     """[K, m, d] before each of [n * K, k, d]."""
-    return x if ahead is None else torch.cat([ahead.repeat(len(x) // len(ahead), 1, 1), x], 1)
+    if prefix is None:
+        return x
+    return torch.cat([prefix.repeat(len(x) // len(prefix), 1, 1), x], 1)
 
 
 class _Attend(torch.autograd.Function):
@@ -320,100 +371,123 @@ class _Attend(torch.autograd.Function):
         value: Tensor,
         how: Plan,
         scale: float,
-        ahead_k: Tensor | None,
-        ahead_v: Tensor | None,
+        prefix_k: Tensor | None,
+        prefix_v: Tensor | None,
         dropout: float,
     ) -> Tensor:
         r, h, w, _ = query.shape
         heads, size = key.shape[1], value.shape[3]
         q, k, v = _flat(query, heads), _flat(key, heads), _flat(value, heads)
         g = h // heads
-        make = torch.zeros if how.padded else torch.empty
-        out = make(r * w + 1, h * size, dtype=value.dtype, device=value.device)
-        kept, stay = [], []  # probabilities, and which of them are not left out
+        out = _empty(how, h * size, dtype=value.dtype, device=value.device)
+        differentiated = any(ctx.needs_input_grad)
+        stored: list[Tensor | None] = []  # probabilities of each group, or None: computed again in backward
+        masks: list[Tensor | None] = []  # which of them dropout leaves
         for group in how.groups:
-            p = _probabilities(
-                _take(q, group.queries), _after(ahead_k, _take(k, group.keys)), group, heads, g, scale
-            )
-            stay.append(stays(p, dropout) if dropout else None)
-            mixed = torch.bmm(_some(p, stay[-1]), _after(ahead_v, _take(v, group.keys)))
+            keys, values = _after(prefix_k, _take(k, group.keys)), _after(prefix_v, _take(v, group.keys))
+            p = _probabilities(_take(q, group.queries), keys, group, heads, g, scale)
+            mask = dropout_mask(p, dropout) if dropout else None
+            mixed = torch.bmm(_masked(p, mask), values)
             out.index_copy_(0, group.to_queries, _rows(mixed, len(group.keys), heads, g))
-            kept.append(p if p.shape[-1] <= KEEP and any(ctx.needs_input_grad) else None)
-        ctx.save_for_backward(query, key, value, ahead_k, ahead_v, *kept, *stay)
+            masks.append(mask)
+            stored.append(p if differentiated and p.shape[-1] <= KEEP else None)
+        ctx.save_for_backward(query, key, value, prefix_k, prefix_v, *stored, *masks)
         ctx.how, ctx.scale, ctx.dropout = how, scale, dropout
-        return (out.mul_(1 / (1 - dropout)) if dropout else out)[:-1].view(r, w, h, size)
+        if dropout:
+            out.mul_(1 / (1 - dropout))
+        return out[:-1].view(r, w, h, size)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, ahead_k, ahead_v, *rest = ctx.saved_tensors
-        how, scale, dropout = ctx.how, ctx.scale, ctx.dropout
-        kept, stay = rest[: len(how.groups)], rest[len(how.groups) :]
-        ahead = None if ahead_k is None else (ahead_k, ahead_v)
         if torch.is_grad_enabled():  # create_graph: somebody will differentiate this gradient
-            given = (query, key, value, None, None, ahead_k, ahead_v, None)
-            wanted = [x for x, w in zip(given, ctx.needs_input_grad, strict=True) if w and x is not None]
-            out = _composed(query, key, value, how, scale, dropout, ahead, stay)
-            found = iter(torch.autograd.grad(out, wanted, grads[0], create_graph=True))
-            return tuple(next(found) if w else None for w in ctx.needs_input_grad)
+            return _differentiable_grads(ctx, grads[0])
+        query, key, value, prefix_k, prefix_v, *rest = ctx.saved_tensors
+        how, scale, dropout = ctx.how, ctx.scale, ctx.dropout
+        stored, masks = rest[: len(how.groups)], rest[len(how.groups) :]
         r, h, w, d = query.shape
         heads, size = key.shape[1], value.shape[3]
         g = h // heads
         q, k, v = _flat(query, heads), _flat(key, heads), _flat(value, heads)
-        grad = (grads[0] * (1 / (1 - dropout)) if dropout else grads[0]).reshape(r * w, heads, g, size)
-        make = torch.zeros if how.padded else torch.empty
-        d_q = make(r * w + 1, h * d, dtype=query.dtype, device=query.device)
+        grad = grads[0]
+        if dropout:
+            grad = grad * (1 / (1 - dropout))
+        grad = grad.reshape(r * w, heads, g, size)
         sums = torch.float32 if how.shared else key.dtype
-        d_k, d_v = (make(r * w + 1, heads, x.shape[3], dtype=sums, device=x.device) for x in (key, value))
-        more_k, more_v = (
-            None if x is None else torch.zeros_like(x, dtype=torch.float32) for x in (ahead_k, ahead_v)
-        )
-        for group, p, some in zip(how.groups, kept, stay, strict=True):
+        d_q = _empty(how, h * d, dtype=query.dtype, device=query.device)
+        d_k = _empty(how, heads, d, dtype=sums, device=key.device)
+        d_v = _empty(how, heads, size, dtype=sums, device=value.device)
+        d_prefix_k = d_prefix_v = None
+        if prefix_k is not None:
+            d_prefix_k = torch.zeros_like(prefix_k, dtype=torch.float32)
+            d_prefix_v = torch.zeros_like(prefix_v, dtype=torch.float32)
+        for group, p, mask in zip(how.groups, stored, masks, strict=True):
             n = len(group.keys)
             qs, gs = _take(q, group.queries), _take(grad, group.queries)
-            ks, vs = _after(ahead_k, _take(k, group.keys)), _after(ahead_v, _take(v, group.keys))
+            ks, vs = _after(prefix_k, _take(k, group.keys)), _after(prefix_v, _take(v, group.keys))
             if group.real_queries is not None:
                 gs.view(n, heads, g, -1, size).mul_(group.real_queries)
-            p = _probabilities(qs, ks, group, heads, g, scale) if p is None else p
-            _add(d_v, torch.bmm(_some(p, some).transpose(1, 2), gs), group, more_v)
-            ds = _some(torch.bmm(gs, vs.transpose(1, 2)), some)
+            if p is None:
+                p = _probabilities(qs, ks, group, heads, g, scale)
+            _add(d_v, torch.bmm(_masked(p, mask).transpose(1, 2), gs), group, d_prefix_v)
+            ds = _masked(torch.bmm(gs, vs.transpose(1, 2)), mask)
             ds = torch.ops.aten._softmax_backward_data(ds, p, -1, p.dtype)
             d_q.index_copy_(0, group.to_queries, _rows(torch.bmm(ds, ks).mul_(scale), n, heads, g))
-            _add(d_k, torch.bmm(ds.transpose(1, 2), qs).mul_(scale), group, more_k)
-
-        def back(x: Tensor, like: Tensor) -> Tensor:
-            return x[:-1].to(like.dtype).view(r, w, heads, -1).transpose(1, 2)
-
-        both = (None if x is None else x.to(a.dtype) for x, a in ((more_k, ahead_k), (more_v, ahead_v)))
+            _add(d_k, torch.bmm(ds.transpose(1, 2), qs).mul_(scale), group, d_prefix_k)
+        if prefix_k is not None and d_prefix_k is not None and d_prefix_v is not None:
+            d_prefix_k, d_prefix_v = d_prefix_k.to(prefix_k.dtype), d_prefix_v.to(prefix_v.dtype)
         return (
             d_q[:-1].view(r, w, h, d).transpose(1, 2),
-            back(d_k, key),
-            back(d_v, value),
+            d_k[:-1].to(key.dtype).view(r, w, heads, -1).transpose(1, 2),
+            d_v[:-1].to(value.dtype).view(r, w, heads, -1).transpose(1, 2),
             None,
             None,
-            *both,
+            d_prefix_k,
+            d_prefix_v,
             None,
         )
 
 
-def _some(p: Tensor, stay: Tensor | None) -> Tensor:
-    return p if stay is None else p * stay
+def _empty(how: Plan, *shape: int, **options: Any) -> Tensor:
+    """[T + 1, ...] that blocks write into; the last row is for what was filled up."""
+    make = torch.zeros if how.padded else torch.empty
+    return make(how.size + 1, *shape, **options)
 
 
-def _add(total: Tensor, part: Tensor, group: Group, ahead: Tensor | None = None) -> None:
-    """total [T + 1, K, d] += part [n * K, k, d] at the places of its keys; ahead [K, m, d] += what comes
+def _differentiable_grads(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of `_Attend`, by operations that torch differentiates."""
+    query, key, value, prefix_k, prefix_v, *rest = ctx.saved_tensors
+    masks = rest[len(ctx.how.groups) :]
+    prefix = None if prefix_k is None else (prefix_k, prefix_v)
+    out = _composed(query, key, value, ctx.how, ctx.scale, ctx.dropout, prefix, masks)
+    inputs = (query, key, value, None, None, prefix_k, prefix_v, None)
+    needed = [x for x, need in zip(inputs, ctx.needs_input_grad, strict=True) if need and x is not None]
+    grads = list(torch.autograd.grad(out, needed, grad, create_graph=True))
+    return tuple(grads.pop(0) if need else None for need in ctx.needs_input_grad)
+
+
+def _masked(p: Tensor, mask: Tensor | None) -> Tensor:
+    return p if mask is None else p * mask
+
+
+def _add(total: Tensor, part: Tensor, group: Group, prefix: Tensor | None = None) -> None:
+    """total [T + 1, K, d] += part [n * K, k, d] at the positions of its keys; prefix [K, m, d] += what comes
     before these.
     """
     _, heads, d = total.shape
     part = part.view(len(group.keys), heads, -1, d)
-    if ahead is not None:
-        ahead += part[:, :, : ahead.shape[1]].sum(0)
-        part = part[:, :, ahead.shape[1] :]
+    if prefix is not None:
+        prefix += part[:, :, : prefix.shape[1]].sum(0)
+        part = part[:, :, prefix.shape[1] :]
     if group.ranges is None:
         total.index_copy_(0, group.to_keys, part.transpose(1, 2).reshape(-1, heads, d).to(total.dtype))
         return
-    for block, first, place, length, met in group.ranges:
-        here, more = total[place : place + length], part[block, :, first : first + length].transpose(0, 1)
-        here.add_(more) if met else here.copy_(more)
+    for block, first, position, length, again in group.ranges:
+        here = total[position : position + length]
+        more = part[block, :, first : first + length].transpose(0, 1)
+        if again:
+            here.add_(more)
+        else:
+            here.copy_(more)
 
 
 def _composed(
@@ -423,117 +497,121 @@ def _composed(
     how: Plan,
     scale: float,
     dropout: float = 0.0,
-    ahead: Ahead | None = None,
-    stay: Sequence[Tensor | None] | None = None,
+    prefix: PrefixKV | None = None,
+    masks: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    """The same of operations that torch differentiates by itself. stay: what dropout left, where that is
+    """The same of operations that torch differentiates by itself. masks: what dropout left, where that is
     known.
     """
-    ahead_k, ahead_v = ahead or (None, None)
+    prefix_k, prefix_v = prefix or (None, None)
     r, h, w, _ = query.shape
     heads, size = key.shape[1], value.shape[3]
     q, k, v = _flat(query, heads), _flat(key, heads), _flat(value, heads)
     out = value.new_zeros(r * w + 1, h * size)
-    for group, some in zip(how.groups, stay or [None] * len(how.groups), strict=True):
+    for i, group in enumerate(how.groups):
         n, g = len(group.keys), h // heads
-        scores = _take(q, group.queries) @ _after(ahead_k, _take(k, group.keys)).transpose(1, 2) * scale
+        scores = _take(q, group.queries) @ _after(prefix_k, _take(k, group.keys)).transpose(1, 2) * scale
         mask = F.pad(group.mask, (scores.shape[-1] - group.mask.shape[-1], 0))
         scores = (scores.view(n, heads, g, -1, mask.shape[-1]) + mask).view_as(scores)
         p = scores.softmax(-1)
         if dropout:
-            p = leave_out(p, dropout) if some is None else p * some * (1 / (1 - dropout))
-        out = out.index_copy(
-            0, group.to_queries, _rows(p @ _after(ahead_v, _take(v, group.keys)), n, heads, g)
-        )
+            left = masks[i] if masks else None
+            p = random_dropout(p, dropout) if left is None else p * left * (1 / (1 - dropout))
+        mixed = p @ _after(prefix_v, _take(v, group.keys))
+        out = out.index_copy(0, group.to_queries, _rows(mixed, n, heads, g))
     return out[:-1].view(r, w, h, size)
 
 
-# ---------------------------------------------------------------------------------------------- as transformers asks for it
+# ---------------------------------------------------------------------------------------------- in transformers
 
 
 def attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
     """transformers' attention interface. Without a plan on its mask it is SDPA."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    found, written = getattr(attention_mask, "plan", None), getattr(attention_mask, "written", None)
-    ahead = ahead_of(module, key, value)
-    if written is not None:
-        return one_token(query, key, value, written, how.get("scaling"), ahead).transpose(1, 2), None
-    if found is None:
-        if ahead is not None:
-            key, value, attention_mask = behind(
-                module, query, key, value, attention_mask, ahead, how.get("is_causal")
+    prefix = prefix_of(module, key, value)
+    scale = options.get("scaling")
+    decoding = getattr(attention_mask, "decoding", None)
+    if decoding is not None:
+        out = attend_one_token(query, key, value, decoding, scale, prefix)
+        return out.transpose(1, 2), None
+    how = getattr(attention_mask, "plan", None)
+    if how is None:
+        if prefix is not None:
+            attention_mask = _mask_with_prefix(
+                module, query, key, attention_mask, prefix, options.get("is_causal")
             )
-            how["is_causal"] = False
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
-    odd = [name for name in ("s_aux", "position_bias", "softcap") if how.get(name) is not None]
-    if odd:
-        raise NotImplementedError(f"attention with {odd[0]} is not computed block by block")
-    found.used = True
-    scale = how.get("scaling")
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    return attend(query, key, value, found, scale, float(how.get("dropout") or 0.0), ahead), None
+            key, value = _with_prefix(key, prefix[0]), _with_prefix(value, prefix[1])
+            options["is_causal"] = False
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    for name in UNSUPPORTED:
+        if options.get(name) is not None:
+            raise NotImplementedError(f"attention with {name} is not computed block by block")
+    how.used = True
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    dropout = float(options.get("dropout") or 0.0)
+    return attend(query, key, value, how, float(scale), dropout, prefix), None
 
 
-def ahead_of(module: Any, key: Tensor, value: Tensor) -> Ahead | None:
+def prefix_of(module: Any, key: Tensor, value: Tensor) -> PrefixKV | None:
     """What a part of an attention module puts before every text's keys and values."""
     for part in module.children():
-        said = part.ahead() if hasattr(part, "ahead") else None
-        if said is not None:
-            k, v = (
-                x.to(own.dtype).view(len(x), own.shape[1], -1).transpose(0, 1)
-                for x, own in zip(said, (key, value), strict=True)
-            )
-            return k, v
+        prefix = part.prefix_kv() if hasattr(part, "prefix_kv") else None
+        if prefix is not None:
+            return _by_head(prefix[0], key), _by_head(prefix[1], value)
     return None
 
 
-def behind(
+def _by_head(prefix: Tensor, like: Tensor) -> Tensor:
+    """[m, K * d] -> [K, m, d], in the precision of `like` [R, K, W, d]."""
+    return prefix.to(like.dtype).view(len(prefix), like.shape[1], -1).transpose(0, 1)
+
+
+def _mask_with_prefix(
     module: Any,
     query: Tensor,
     key: Tensor,
-    value: Tensor,
     mask: Tensor | None,
-    ahead: Ahead,
+    prefix: PrefixKV,
     causal: bool | None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys, values and mask [.., Q, k] with what stands ahead of them, which every query sees."""
+) -> Tensor | None:
+    """A mask [.., Q, k] for keys with a prefix before them, which every query sees."""
     q, k = query.shape[2], key.shape[2]
-    if mask is None and q > 1 and (getattr(module, "is_causal", True) if causal is None else causal):
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    if mask is None and q > 1 and causal:
         mask = torch.ones(q, k, dtype=torch.bool, device=query.device).tril(k - q)[None, None]
-    key, value = (
-        torch.cat([a.expand(len(x), -1, -1, -1), x], 2) for a, x in zip(ahead, (key, value), strict=True)
-    )
-    return (
-        key,
-        value,
-        (
-            None
-            if mask is None
-            else F.pad(mask, (ahead[0].shape[1], 0), value=True if mask.dtype == torch.bool else 0.0)
-        ),
-    )
+    if mask is None:
+        return None
+    return F.pad(mask, (prefix[0].shape[1], 0), value=True if mask.dtype == torch.bool else 0.0)
 
 
 def takes_plans(model: Any) -> bool:
     """Can this network be handed a plan? Registers the attention with transformers, and with a network that
     uses SDPA.
     """
-    import sys
-
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     config = model.config.get_text_config()
     if config._attn_implementation == NAME:
         return True
-    kinds = {type(m) for m in model.modules()}
-    asks = any("ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[kind.__module__]) for kind in kinds)
-    if config._attn_implementation != "sdpa" or not asks:
+    sources = {type(m).__module__ for m in model.modules()}
+    chooses = any("ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[source]) for source in sources)
+    if config._attn_implementation != "sdpa" or not chooses:
         return False
     add_entry(AttentionInterface._global_mapping, NAME, attention)
     add_entry(AttentionMaskInterface._global_mapping, NAME, sdpa_mask)
     config._attn_implementation = NAME
     return True
+
+
+def exclude_from_compile(model: Any) -> None:
+    """Where a network takes plans: torch.compile leaves its attention as it is."""
+    if takes_plans(model):
+        from transformers import AttentionInterface
+
+        set_entry(AttentionInterface._global_mapping, NAME, torch.compiler.disable(attention))

@@ -29,8 +29,9 @@ def plain(
     then rounded.
     """
     codes = torch.stack([packed >> 4, packed & 15], 1).long()
-    book = torch.tensor(levels, dtype=torch.float32, device=packed.device)
-    return (book[codes].view(len(scale), -1) * scale[:, None]).flatten().to(dtype)
+    table = torch.tensor(levels, dtype=torch.float32, device=packed.device)
+    blocks = table[codes].view(len(scale), -1)
+    return (blocks * scale[:, None]).flatten().to(dtype)
 
 
 def expand(
@@ -39,24 +40,26 @@ def expand(
     """The same, by pairs."""
     pairs = _pairs(levels, packed.device)
     if dtype == torch.float32:
-        return _some(packed, pairs, scale).flatten()
+        return _look_up(packed, pairs, scale).flatten()
     out = torch.empty(2 * len(packed), dtype=dtype, device=packed.device)
     block = 2 * len(packed) // len(scale)
     step = max(1, CHUNK // block) * block  # bytes of whole blocks
-    for i in range(0, len(packed), step):
-        piece = _some(packed[i : i + step], pairs, scale[2 * i // block : 2 * (i + step) // block])
-        out[2 * i : 2 * (i + step)].view(piece.shape).copy_(piece)
+    for start in range(0, len(packed), step):
+        stop = start + step
+        piece = _look_up(packed[start:stop], pairs, scale[2 * start // block : 2 * stop // block])
+        out[2 * start : 2 * stop].view(piece.shape).copy_(piece)
     return out
 
 
-def _some(packed: Tensor, pairs: Tensor, scale: Tensor) -> Tensor:
-    return pairs.index_select(0, packed.int()).view(torch.float32).view(len(scale), -1).mul_(scale[:, None])
+def _look_up(packed: Tensor, pairs: Tensor, scale: Tensor) -> Tensor:
+    """[n / 2] bytes, [256] pairs, [n / block] scales -> [n / block, block] fp32."""
+    levels = pairs.index_select(0, packed.int()).view(torch.float32)
+    return levels.view(len(scale), -1).mul_(scale[:, None])
 
 
 @lru_cache(maxsize=32)
 def _pairs(levels: tuple[float, ...], device: torch.device) -> Tensor:
     """[256] pairs of fp32 levels, each seen as one 64-bit number."""
-    book, byte = torch.tensor(levels, dtype=torch.float32), torch.arange(256)
-    return (
-        torch.stack([book[byte >> 4], book[byte & 15]], 1).contiguous().view(torch.int64).flatten().to(device)
-    )
+    table, byte = torch.tensor(levels, dtype=torch.float32), torch.arange(256)
+    pairs = torch.stack([table[byte >> 4], table[byte & 15]], 1)
+    return pairs.contiguous().view(torch.int64).flatten().to(device)

@@ -1,8 +1,8 @@
-"""Attention of networks that write on a CPU: one token of each sequence at a time, prompts read once for all
+"""Attention of networks that decode on a CPU: one token of each sequence at a time, prompts read once for all
 their samples.
 
 The fused kernel of CPUs takes five times as long for a single query as two batched matrix products in fp32,
-over keys and values that the cache keeps in fp32. And what n samples of a prompt have in common is kept once:
+over keys and values that the cache keeps in fp32. And what n samples of a prompt have in common is stored once:
 their queries meet the prompt's keys together, as one matrix, and each meets the keys of its own tokens alone.
 Both parts end in one softmax.
 """
@@ -16,101 +16,106 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ROOM = 64  # tokens that a cache gains at a time
+ROOM = 64  # tokens that a cache grows by at a time
 
 
 @dataclass(frozen=True)
-class Written:
-    """Which sequences are being written. Every token of their own is read, and of their prompt's what is not
+class Decoding:
+    """Which sequences are being decoded. All of their own tokens are read, and of their prompt's what is not
     padding.
     """
 
-    place: Tensor  # [B] prompt * n + sample, of each sequence that still goes on
+    sequence: Tensor  # [B] prompt * n + sample, of each sequence that still goes on
     n: int  # samples of a prompt
-    prompt: Tensor  # [P, W] True where a prompt has a token
+    prompt_mask: Tensor  # [P, W] True where a prompt has a token
 
-    def keep(self, rows: Tensor) -> tuple[Written, Tensor]:
+    def keep(self, rows: Tensor) -> tuple[Decoding, Tensor]:
         """The same with only these rows, and which prompts they have."""
-        place = self.place[rows]
-        prompts, mine = (place // self.n).unique(return_inverse=True)
-        return Written(mine * self.n + place % self.n, self.n, self.prompt[prompts]), prompts
+        sequence = self.sequence[rows]
+        prompts, own = (sequence // self.n).unique(return_inverse=True)
+        return Decoding(own * self.n + sequence % self.n, self.n, self.prompt_mask[prompts]), prompts
 
-    def together(self, x: Tensor) -> Tensor:
+    def by_prompt(self, x: Tensor) -> Tensor:
         """[B, H, g, d] by sequence -> [P, H, n g, d] by prompt; samples that ended are zero."""
         b, h, g, d = x.shape
-        spread = x.new_zeros(len(self.prompt) * self.n, h, g, d).index_copy(0, self.place, x)
+        spread = x.new_zeros(len(self.prompt_mask) * self.n, h, g, d).index_copy(0, self.sequence, x)
         return spread.view(-1, self.n, h, g, d).transpose(1, 2).reshape(-1, h, self.n * g, d)
 
-    def apart(self, x: Tensor) -> Tensor:
+    def by_sequence(self, x: Tensor) -> Tensor:
         """[P, H, n g, d] by prompt -> [B, H, g, d] by sequence."""
         p, h, ng, d = x.shape
-        return x.view(p, h, self.n, ng // self.n, d).transpose(1, 2).reshape(p * self.n, h, -1, d)[self.place]
+        samples = x.view(p, h, self.n, ng // self.n, d).transpose(1, 2)
+        return samples.reshape(p * self.n, h, -1, d)[self.sequence]
 
 
-def one_token(
+def attend_one_token(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    written: Written,
+    decoding: Decoding,
     scale: float | None = None,
-    ahead: tuple[Tensor, Tensor] | None = None,
+    prefix: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """[B, H, 1, D] of one query each [B, H, 1, D]. key, value: [B, H / g, W, D] of the own tokens;
-    `key.prompt` holds those of the prompts [P, H / g, V, D]. ahead: keys and values [H / g, m, D] that every
-    query meets besides."""
+    `key.prompt` holds those of the prompts [P, H / g, V, D]. prefix: keys and values [H / g, m, D] that every
+    query meets besides.
+    """
     b, h, _, d = query.shape
-    of_keys, of_values = key.prompt  # type: ignore[attr-defined]  # set by the cache
-    q = query.reshape(b, key.shape[1], -1, d).float() * (d**-0.5 if scale is None else scale)
-    first = written.together(q) @ of_keys.transpose(2, 3)
-    first = written.apart(first.masked_fill_(~written.prompt[:, None, None], float("-inf")))
-    others = [] if ahead is None else [q @ ahead[0].float().transpose(1, 2)]
-    p = torch.cat([first, q @ key.transpose(2, 3), *others], -1).softmax(-1)
-    first, own, *others = p.split([of_keys.shape[2], key.shape[2], *(x.shape[-1] for x in others)], -1)
-    out = written.apart(written.together(first) @ of_values) + own @ value
-    if ahead is not None:
-        out = out + others[0] @ ahead[1].float()
+    prompt_key, prompt_value = key.prompt  # type: ignore[attr-defined]  # set by the cache
+    factor = d**-0.5 if scale is None else scale
+    q = query.reshape(b, key.shape[1], -1, d).float() * factor
+    of_prompt = decoding.by_prompt(q) @ prompt_key.transpose(2, 3)
+    of_prompt = of_prompt.masked_fill_(~decoding.prompt_mask[:, None, None], float("-inf"))
+    scores = [decoding.by_sequence(of_prompt), q @ key.transpose(2, 3)]
+    if prefix is not None:
+        scores.append(q @ prefix[0].float().transpose(1, 2))
+    p = torch.cat(scores, -1).softmax(-1)
+    of_prompt, own, *of_prefix = p.split([x.shape[-1] for x in scores], -1)
+    out = decoding.by_sequence(decoding.by_prompt(of_prompt) @ prompt_value) + own @ value
+    if prefix is not None:
+        out = out + of_prefix[0] @ prefix[1].float()
     return out.view(b, h, 1, -1).to(query.dtype)
 
 
-def keep_apart(layer: Any, n: int) -> None:
+def split_layer(layer: Any, n: int) -> None:
     """A layer of transformers' dynamic cache that has read the prompts goes on with n samples of each."""
     layer.prompt = layer.keys.float(), layer.values.float()
-    layer.longer = tuple(x.new_empty(len(x) * n, x.shape[1], ROOM, x.shape[3]) for x in layer.prompt)
-    layer.filled, layer.__class__ = 0, _apart()
+    layer.own = tuple(x.new_empty(len(x) * n, x.shape[1], ROOM, x.shape[3]) for x in layer.prompt)
+    layer.used, layer.__class__ = 0, _split_layer()
 
 
 @lru_cache(maxsize=1)
-def _apart() -> type:
+def _split_layer() -> type:
     from transformers.cache_utils import DynamicLayer
 
-    class Apart(DynamicLayer):
-        """`prompt`: what was read [P, H, V, D]; `longer`: the own tokens [B, H, W or more, D], of which
-        `filled` are there.
+    class SplitLayer(DynamicLayer):
+        """Keys and values. `prompt`: of the prompts [P, H, V, D]; `own`: of the sequences' own tokens [B, H, W or
+        more, D], `used` of W.
         """
 
         prompt: tuple[Tensor, ...]
-        longer: tuple[Tensor, ...]
-        filled: int
+        own: tuple[Tensor, ...]
+        used: int
 
         def update(
             self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
-            start, self.filled = self.filled, self.filled + key_states.shape[2]
-            if self.filled > self.longer[0].shape[2]:
-                self.longer = tuple(
-                    torch.cat([x, x.new_empty(*x.shape[:2], ROOM, x.shape[3])], 2) for x in self.longer
+            start, self.used = self.used, self.used + key_states.shape[2]
+            if self.used > self.own[0].shape[2]:
+                self.own = tuple(
+                    torch.cat([x, x.new_empty(*x.shape[:2], ROOM, x.shape[3])], 2) for x in self.own
                 )
-            k, v = (x[:, :, : self.filled] for x in self.longer)
+            k, v = (x[:, :, : self.used] for x in self.own)
             k[:, :, start:], v[:, :, start:] = key_states, value_states
-            k.prompt = self.prompt  # type: ignore[attr-defined]  # travels with the keys to `one_token`
+            k.prompt = self.prompt  # type: ignore[attr-defined]  # goes with the keys to `attend_one_token`
             return k, v
 
         def keep(self, rows: Tensor, prompts: Tensor) -> None:
-            self.longer = tuple(x[rows] for x in self.longer)
+            self.own = tuple(x[rows] for x in self.own)
             if len(prompts) < len(self.prompt[0]):
                 self.prompt = tuple(x[prompts] for x in self.prompt)
 
         def get_seq_length(self, *args: Any, **kwargs: Any) -> int:
-            return self.prompt[0].shape[2] + self.filled
+            return self.prompt[0].shape[2] + self.used
 
-    return Apart
+    return SplitLayer

@@ -16,10 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from luthier.kernels import differentiated_otherwise
+from luthier.kernels._switch import differentiated_otherwise
 
 CHUNK_BYTES = 64 * 2**20  # of fp32 logits alive at once: fewer tokens at a time leave matrix units idle
-# of a block of the vocabulary at most; the same whatever is asked, as sums of blocks round by their borders
+# of a block of the vocabulary at most; the same whatever is computed, as sums of blocks round by their borders
 WORDS = 8192
 
 
@@ -35,17 +35,18 @@ class Head:
     def __call__(self, hidden: Tensor) -> Tensor:
         """[..., d] -> [..., V] logits in fp32."""
         z = self.module(hidden).float()
-        z = z if self.bias is None else z + self.bias
-        z = z * self.scale if self.scale != 1.0 else z
-        return _bent(z, self.softcap)
+        if self.bias is not None:
+            z = z + self.bias
+        if self.scale != 1.0:
+            z = z * self.scale
+        return _capped(z, self.softcap)
 
     @property
     def linear(self) -> bool:
         """Is the module nothing but x W' + b (not wrapped by a tuner, not hooked)?"""
         m = self.module
-        return type(m) is nn.Linear and not (
-            m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations")
-        )
+        hooked = m._forward_hooks or m._forward_pre_hooks or hasattr(m, "parametrizations")
+        return type(m) is nn.Linear and not hooked
 
     def size(self, hidden: Tensor) -> int:
         """The vocabulary: how many logits a hidden state [..., d] becomes."""
@@ -70,14 +71,15 @@ def normaliser(z: Tensor, p: Tensor | None = None) -> Tensor:
     z - log p is the same at every word; it is read off at one whose p is far from the smallest number that
     there is.
     """
-    p = z.softmax(-1, dtype=torch.float32) if p is None else p
+    if p is None:
+        p = z.softmax(-1, dtype=torch.float32)
     if z.requires_grad:
-        most, at = z.max(-1, keepdim=True)  # the largest p is never 0
-        return most.float() - p.gather(1, at).log()
+        largest, at = z.max(-1, keepdim=True)  # its p is never 0
+        return largest.float() - p.gather(1, at).log()
     at = z[:, :64].argmax(-1, keepdim=True)
-    sure = p.gather(1, at)
-    if not p.is_cuda and bool((sure > 1e-30).all()):
-        return z.gather(1, at).float() - sure.log_()
+    probability = p.gather(1, at)
+    if not p.is_cuda and bool((probability > 1e-30).all()):
+        return z.gather(1, at).float() - probability.log_()
     return z.amax(-1, keepdim=True).float() - p.amax(-1, keepdim=True).log()
 
 
@@ -91,10 +93,11 @@ def chunked(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
     module = cast(nn.Linear, head.module)
     weight, bias = module.weight, module.bias
     if head.bias is not None:
-        bias = head.bias.to(weight.dtype) if bias is None else bias + head.bias.to(weight.dtype)
+        more = head.bias.to(weight.dtype)
+        bias = more if bias is None else bias + more
     moves = weight.requires_grad or (bias is not None and bias.requires_grad)
-    ahead = torch.is_grad_enabled() and hidden.requires_grad and not moves
-    return _LinearLogProbs.apply(hidden, weight, bias, labels, head.scale, head.softcap, ahead)
+    in_forward = torch.is_grad_enabled() and hidden.requires_grad and not moves
+    return _LinearLogProbs.apply(hidden, weight, bias, labels, head.scale, head.softcap, in_forward)
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -107,19 +110,24 @@ class _LinearLogProbs(torch.autograd.Function):
         labels: Tensor,
         scale: float,
         softcap: float,
-        ahead: bool,
+        in_forward: bool,
     ):
-        out, total = (
-            torch.empty(len(hidden), 1, dtype=torch.float32, device=hidden.device) for _ in range(2)
-        )
-        slope = torch.empty_like(hidden) if ahead else None  # [T, d] -d log p / d hidden
-        room = Room(weight, len(hidden))
-        for part in room.tokens():
-            own = hidden[part], weight, bias, labels[part, None], scale, softcap, room
-            out[part], total[part] = _answers(*own, slope=None if slope is None else slope[part])
+        """in_forward: make the gradient of hidden states on the way."""
+        logp = torch.empty(len(hidden), 1, dtype=torch.float32, device=hidden.device)
+        total = torch.empty_like(logp)
+        slope = part_slope = None
+        if in_forward:
+            slope = torch.empty_like(hidden)  # [T, d] -d log p / d hidden
+        space = Workspace(weight, len(hidden))
+        for part in space.tokens():
+            if slope is not None:
+                part_slope = slope[part]
+            logp[part], total[part] = _logprobs(
+                hidden[part], weight, bias, labels[part, None], scale, softcap, space, part_slope
+            )
         ctx.save_for_backward(hidden, weight, bias, labels, slope, total)
         ctx.settings = scale, softcap
-        return out.squeeze(1)
+        return logp.squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -127,33 +135,34 @@ class _LinearLogProbs(torch.autograd.Function):
         hidden, weight, bias, labels, slope, total = ctx.saved_tensors
         scale, softcap = ctx.settings
         if torch.is_grad_enabled():  # create_graph: somebody will differentiate this gradient
-            tensors = [t for t, wanted in zip((hidden, weight, bias), ctx.needs_input_grad) if wanted]
-            z = _bent(nn.functional.linear(hidden, weight, bias).float() * scale, softcap)
-            logp = z.gather(1, labels[:, None]).squeeze(1) - z.logsumexp(-1)
-            found = iter(torch.autograd.grad(logp, tensors, grad, create_graph=True))
-            return *(next(found) if wanted else None for wanted in ctx.needs_input_grad[:3]), *[None] * 4
+            return *_differentiable_grads(ctx, grad), *[None] * 4
         if slope is not None:
             return (slope * -grad[:, None]).to(slope.dtype), *[None] * 6
-        wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
-        d_hidden = (
-            torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device) if wants_hidden else None
-        )
-        d_weight = torch.empty_like(weight) if wants_weight else None
-        d_bias = torch.empty_like(bias) if wants_bias else None
-        room = Room(weight, len(hidden))
-        for words in room.words():
-            w, b = weight[words], None if bias is None else bias[words]
-            sum_w = torch.zeros(w.shape, dtype=torch.float32, device=w.device) if wants_weight else None
-            sum_b = torch.zeros(len(w), dtype=torch.float32, device=w.device) if wants_bias else None
-            for part in room.tokens():
-                z = _logits(hidden[part], w, b, scale, softcap, room)
-                dz = room.wide(z).sub_(total[part]).exp_()
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        d_hidden = d_weight = d_bias = None
+        if needs_hidden:
+            d_hidden = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+        if needs_weight:
+            d_weight = torch.empty_like(weight)
+        if needs_bias:
+            d_bias = torch.empty_like(bias)
+        space = Workspace(weight, len(hidden))
+        for words in space.words():
+            w, b = weight[words], _block(bias, words)
+            sum_w = sum_b = None
+            if needs_weight:
+                sum_w = torch.zeros(w.shape, dtype=torch.float32, device=w.device)
+            if needs_bias:
+                sum_b = torch.zeros(len(w), dtype=torch.float32, device=w.device)
+            for part in space.tokens():
+                z = _logits(hidden[part], w, b, scale, softcap, space)
+                dz = space.wide(z).sub_(total[part]).exp_()
                 at, inside = _within(labels[part, None], words)
                 dz.scatter_add_(1, at, -inside.float())
-                dz = _through(dz, z, scale, softcap).mul_(-grad[part, None])
+                dz = _before_cap(dz, z, scale, softcap).mul_(-grad[part, None])
                 if sum_b is not None:
                     sum_b += dz.sum(0)
-                dz = room.narrow(dz)
+                dz = space.narrow(dz)
                 if d_hidden is not None:
                     d_hidden[part] += dz @ w
                 if sum_w is not None:
@@ -162,17 +171,31 @@ class _LinearLogProbs(torch.autograd.Function):
                 d_weight[words] = sum_w
             if d_bias is not None and sum_b is not None:
                 d_bias[words] = sum_b
-        return None if d_hidden is None else d_hidden.to(hidden.dtype), d_weight, d_bias, *[None] * 4
+        if d_hidden is not None:
+            d_hidden = d_hidden.to(hidden.dtype)
+        return d_hidden, d_weight, d_bias, *[None] * 4
 
 
-def _answers(
+def _differentiable_grads(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """Of hidden, weight and bias, by plain operations."""
+    hidden, weight, bias, labels, *_ = ctx.saved_tensors
+    scale, softcap = ctx.settings
+    needed = ctx.needs_input_grad[:3]
+    z = _capped(nn.functional.linear(hidden, weight, bias).float() * scale, softcap)
+    logp = z.gather(1, labels[:, None]).squeeze(1) - z.logsumexp(-1)
+    inputs = [x for x, need in zip((hidden, weight, bias), needed, strict=True) if need]
+    grads = list(torch.autograd.grad(logp, inputs, grad, create_graph=True))
+    return [grads.pop(0) if need else None for need in needed]
+
+
+def _logprobs(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
     scale: float,
     softcap: float,
-    room: Room,
+    space: Workspace,
     slope: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """[C, d], labels [C, 1] -> log-probabilities [C, 1] and log-sum-exps [C, 1]; writes -d log p / d hidden
@@ -182,54 +205,62 @@ def _answers(
     and scales rows. The label's part is added last, in fp32: with p near 1, 1 - p must not be rounded.
     """
     total = torch.full(labels.shape, -torch.inf, device=hidden.device)
-    asked = torch.empty(labels.shape, device=hidden.device)  # the label's logit
-    # of the rows of W, by the softmax so far
-    mean = None if slope is None else torch.zeros(hidden.shape, device=hidden.device)
-    for words in room.words():
+    label_logit = torch.empty(labels.shape, device=hidden.device)
+    mean = None  # of the rows of W, by the softmax so far
+    if slope is not None:
+        mean = torch.zeros(hidden.shape, device=hidden.device)
+    for words in space.words():
         w = weight[words]
-        z = _logits(hidden, w, None if bias is None else bias[words], scale, softcap, room)
-        p = room.softmax(z)
+        z = _logits(hidden, w, _block(bias, words), scale, softcap, space)
+        p = space.softmax(z)
         own = normaliser(z, p)
         at, inside = _within(labels, words)
-        asked = torch.where(inside, z.gather(1, at).float(), asked)
+        label_logit = torch.where(inside, z.gather(1, at).float(), label_logit)
         more = torch.logaddexp(total, own)
         if mean is not None:
             p.scatter_(1, at, p.gather(1, at).masked_fill_(inside, 0.0))
-            said = torch.mm(room.narrow(_through(p, z, 1.0, softcap)), w)
-            mean.mul_((total - more).exp_()).addcmul_(said, (own - more).exp_())
+            product = torch.mm(space.narrow(_before_cap(p, z, 1.0, softcap)), w)
+            mean.mul_((total - more).exp_()).addcmul_(product, (own - more).exp_())
         total = more
-    logp = asked - total
+    logp = label_logit - total
     if mean is not None and slope is not None:
-        missing = _through(logp.expm1(), asked, 1.0, softcap)
+        missing = _before_cap(logp.expm1(), label_logit, 1.0, softcap)
         slope.copy_(mean.addcmul_(weight[labels.squeeze(1)], missing).mul_(scale))
     return logp, total
 
 
+def _block(bias: Tensor | None, words: slice) -> Tensor | None:
+    return None if bias is None else bias[words]
+
+
 def _within(labels: Tensor, words: slice) -> tuple[Tensor, Tensor]:
-    """[C, 1] places of labels in a block of the vocabulary, and whether they are in it."""
+    """[C, 1] indices of labels in a block of the vocabulary, and whether they are in it."""
     inside = (labels >= words.start) & (labels < words.stop)
     return torch.where(inside, labels - words.start, 0), inside
 
 
-class Room:
-    """Memory in which the logits of one block after another are worked on: getting it anew for each costs a
-    CPU as much time as the softmax."""
+class Workspace:
+    """Memory in which the logits of one block after another are computed: getting it anew for each costs a CPU
+    as much time as the softmax.
+    """
 
     def __init__(self, weight: Tensor, tokens: int):
-        self.vocabulary, self.asked = len(weight), tokens
-        n = max(1, -(-self.vocabulary // WORDS))
-        self.block = min(self.vocabulary, -(-self.vocabulary // n // 64) * 64)
+        self.vocabulary, self.n_tokens = len(weight), tokens
+        blocks = max(1, -(-self.vocabulary // WORDS))
+        self.block = min(self.vocabulary, -(-self.vocabulary // blocks // 64) * 64)
         self.chunk = max(1, min(tokens, chunk_size(self.block)))
         self.z = weight.new_empty(self.chunk * self.block)
         self.p = torch.empty(self.chunk * self.block, dtype=torch.float32, device=weight.device)
 
     def words(self) -> Iterator[slice]:
-        for i in range(0, self.vocabulary, self.block):
-            yield slice(i, min(i + self.block, self.vocabulary))
+        """Blocks of the vocabulary."""
+        for start in range(0, self.vocabulary, self.block):
+            yield slice(start, min(start + self.block, self.vocabulary))
 
     def tokens(self) -> Iterator[slice]:
-        for i in range(0, self.asked, self.chunk):
-            yield slice(i, i + self.chunk)
+        """Chunks of the tokens."""
+        for start in range(0, self.n_tokens, self.chunk):
+            yield slice(start, start + self.chunk)
 
     def logits(self, tokens: int, words: int) -> Tensor:
         """[C, B] to write them into."""
@@ -246,23 +277,34 @@ class Room:
 
     def narrow(self, dz: Tensor) -> Tensor:
         """In the weight's precision; written over the logits, which nobody needs any more."""
-        return dz if dz.dtype == self.z.dtype else self.logits(*dz.shape).copy_(dz)
+        if dz.dtype == self.z.dtype:
+            return dz
+        return self.logits(*dz.shape).copy_(dz)
 
 
 def _logits(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float, room: Room
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float, space: Workspace
 ) -> Tensor:
-    z = room.logits(len(hidden), len(weight))
-    z = torch.mm(hidden, weight.T, out=z) if bias is None else torch.addmm(bias, hidden, weight.T, out=z)
-    z = z.float().mul_(scale) if scale != 1.0 else z
-    return z.float().div_(softcap).tanh_().mul_(softcap) if softcap else z
+    z = space.logits(len(hidden), len(weight))
+    if bias is None:
+        torch.mm(hidden, weight.T, out=z)
+    else:
+        torch.addmm(bias, hidden, weight.T, out=z)
+    if scale != 1.0:
+        z = z.float().mul_(scale)
+    if softcap:
+        z = z.float().div_(softcap).tanh_().mul_(softcap)
+    return z
 
 
-def _bent(z: Tensor, softcap: float) -> Tensor:
+def _capped(z: Tensor, softcap: float) -> Tensor:
     return softcap * torch.tanh(z / softcap) if softcap else z
 
 
-def _through(dz: Tensor, z: Tensor, scale: float, softcap: float) -> Tensor:
-    """Slopes by what a token gets, in place to slopes by what the head's product says."""
-    dz = dz.mul_(1 - (z / softcap).square()) if softcap else dz
-    return dz.mul_(scale) if scale != 1.0 else dz
+def _before_cap(dz: Tensor, z: Tensor, scale: float, softcap: float) -> Tensor:
+    """Slopes by capped and scaled logits z become, in place, slopes by what the head's product gives."""
+    if softcap:
+        dz = dz.mul_(1 - (z / softcap).square())
+    if scale != 1.0:
+        dz = dz.mul_(scale)
+    return dz

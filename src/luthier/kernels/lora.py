@@ -9,16 +9,15 @@ rounded once. `plain` is the twin.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from luthier.kernels import differentiated_otherwise
+from luthier.kernels._switch import differentiated_otherwise
 from luthier.kernels.prepacked import product
 
-Part = tuple[Tensor, Tensor, float]  # A, B, scale
+Part = tuple[Tensor, Tensor, float]  # A [r, in], B [out, r], scale
 
 
 def plain(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -30,7 +29,9 @@ def update(x: Tensor, y: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """The same in the precision of x and y."""
     if torch.compiler.is_compiling():
         return y + (x @ A.to(x.dtype).T) @ (B * scale).to(x.dtype).T
-    return plain(x, y, A, B, scale) if differentiated_otherwise() else _Update.apply(x, y, A, B, scale)
+    if differentiated_otherwise():
+        return plain(x, y, A, B, scale)
+    return _Update.apply(x, y, A, B, scale)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
@@ -41,9 +42,44 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
         return update(x, nn.functional.linear(x, weight, bias), A, B, scale)
     if differentiated_otherwise():
         return plain(x, nn.functional.linear(x, weight, bias), A, B, scale)
-    if hasattr(weight, "packed") and not torch.is_grad_enabled():
+    if hasattr(weight, "prepacked") and not torch.is_grad_enabled():
         return update(x, product(x, weight, bias), A, B, scale)
     return _Linear.apply(x, weight, bias, A, B, scale)
+
+
+def batched_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part | None], sizes: Sequence[int]
+) -> Tensor:
+    """The same for one row x [1, T, in], each stretch of whose positions (`sizes`) has an update of its own, or
+    none.
+    """
+    if torch.compiler.is_compiling():
+        return _stretch_by_stretch(x, weight, bias, parts, sizes, update)
+    if differentiated_otherwise():
+        return _stretch_by_stretch(x, weight, bias, parts, sizes, plain)
+    factors: list[Tensor | None] = []
+    scales: list[float] = []
+    for part in parts:
+        A, B, scale = part or (None, None, 0.0)
+        factors += A, B
+        scales.append(scale)
+    return _BatchedLinear.apply(x, weight, bias, tuple(scales), tuple(sizes), *factors)
+
+
+def _stretch_by_stretch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    parts: Sequence[Part | None],
+    sizes: Sequence[int],
+    way: Callable[..., Tensor],
+) -> Tensor:
+    """By operations that torch differentiates. way: `update` or `plain`."""
+    y = nn.functional.linear(x, weight, bias)
+    out = []
+    for x_own, y_own, part in zip(x.split(list(sizes), -2), y.split(list(sizes), -2), parts, strict=True):
+        out.append(y_own if part is None else way(x_own, y_own, *part))
+    return torch.cat(out, -2)
 
 
 class _Linear(torch.autograd.Function):
@@ -54,7 +90,10 @@ class _Linear(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         a, b = A.to(x.dtype), (B * scale).to(x.dtype)
         low = flat @ a.T
-        y = flat @ weight.T if bias is None else torch.addmm(bias, flat, weight.T)
+        if bias is None:
+            y = flat @ weight.T
+        else:
+            y = torch.addmm(bias, flat, weight.T)
         ctx.save_for_backward(x, weight, bias, A, B, low)
         ctx.scale = scale
         return y.addmm_(low, b.T).view(*x.shape[:-1], -1)
@@ -63,24 +102,25 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, A, B, low = ctx.saved_tensors
         if torch.is_grad_enabled():
-            found = again(
-                lambda x, A, B: plain(x, nn.functional.linear(x, weight, bias), A, B, ctx.scale),
-                (x, A, B),
-                grads[0],
-            )
-            return found[0], None, None, *found[1:], None
-        wants_x, _, _, wants_a, wants_b, _ = ctx.needs_input_grad
+
+            def twin(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+                return plain(x, nn.functional.linear(x, weight, bias), A, B, ctx.scale)
+
+            d_x, d_A, d_B = differentiable_grads(twin, (x, A, B), grads[0])
+            return d_x, None, None, d_A, d_B, None
+        needs_x, _, _, needs_A, needs_B, _ = ctx.needs_input_grad
         flat, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
         a, b = A.to(x.dtype), (B * ctx.scale).to(x.dtype)
-        inner = grad @ b if wants_x or wants_a else None
-        d_x = (grad @ weight).addmm_(inner, a).view(x.shape) if wants_x else None
-        return (
-            d_x,
-            None,
-            None,
-            *_factors(flat, grad, low, inner if wants_a else None, A, B, ctx.scale, wants_b),
-            None,
-        )
+        d_x = d_A = d_B = inner = None
+        if needs_x or needs_A:
+            inner = grad @ b
+        if needs_x:
+            d_x = (grad @ weight).addmm_(inner, a).view(x.shape)
+        if needs_A:
+            d_A = _grad_A(inner, flat, A)
+        if needs_B:
+            d_B = _grad_B(low, grad, B, ctx.scale)
+        return d_x, None, None, d_A, d_B, None
 
 
 class _Update(torch.autograd.Function):
@@ -95,73 +135,58 @@ class _Update(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, low = ctx.saved_tensors
-        wants_x, wants_y, wants_a, wants_b, _ = ctx.needs_input_grad
-        d_y = grads[0] if wants_y else None
+        needs_x, needs_y, needs_A, needs_B, _ = ctx.needs_input_grad
+        d_x = d_A = d_B = inner = None
+        d_y = grads[0] if needs_y else None
         if torch.is_grad_enabled():
-            found = again(
-                lambda x, A, B: plain(x, torch.zeros_like(grads[0]), A, B, ctx.scale), (x, A, B), grads[0]
-            )
-            return found[0], d_y, *found[1:], None
+
+            def twin(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+                return plain(x, torch.zeros_like(grads[0]), A, B, ctx.scale)
+
+            d_x, d_A, d_B = differentiable_grads(twin, (x, A, B), grads[0])
+            return d_x, d_y, d_A, d_B, None
         flat, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
-        inner = grad @ (B * ctx.scale).to(x.dtype) if wants_x or wants_a else None
-        d_x = (inner @ A.to(x.dtype)).view(x.shape) if wants_x else None
-        return (
-            d_x,
-            d_y,
-            *_factors(flat, grad, low, inner if wants_a else None, A, B, ctx.scale, wants_b),
-            None,
-        )
+        if needs_x or needs_A:
+            inner = grad @ (B * ctx.scale).to(x.dtype)
+        if inner is not None and needs_x:
+            d_x = (inner @ A.to(x.dtype)).view(x.shape)
+        if needs_A:
+            d_A = _grad_A(inner, flat, A)
+        if needs_B:
+            d_B = _grad_B(low, grad, B, ctx.scale)
+        return d_x, d_y, d_A, d_B, None
 
 
-def linears(
-    x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part | None], sizes: Sequence[int]
-) -> Tensor:
-    """The same for one row x [1, T, in], each stretch of whose places (`sizes`) has an update of its own, or
-    none.
-    """
-    if torch.compiler.is_compiling() or differentiated_otherwise():
-        return _stretches(x, weight, bias, parts, sizes, update if torch.compiler.is_compiling() else plain)
-    factors = [t for part in parts for t in (part[:2] if part else (None, None))]
-    return _Linears.apply(x, weight, bias, tuple(p[2] if p else 0.0 for p in parts), tuple(sizes), *factors)
+class _BatchedLinear(torch.autograd.Function):
+    """factors: A and B of each stretch in turn, None and None where it has no update."""
 
-
-def _stretches(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    parts: Any,
-    sizes: Sequence[int],
-    way: Callable[..., Tensor],
-) -> Tensor:
-    """By operations that torch differentiates."""
-    both = zip(
-        x.split(list(sizes), -2),
-        nn.functional.linear(x, weight, bias).split(list(sizes), -2),
-        parts,
-        strict=True,
-    )
-    return torch.cat([way(seen, own, *part) if part else own for seen, own, part in both], -2)
-
-
-class _Linears(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, scales: Any, sizes: Any, *factors: Any
     ) -> Tensor:
         y = nn.functional.linear(x, weight, bias)
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        places = [slice(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
-        live = [i for i, A in enumerate(factors[::2]) if A is not None]
-        ctx.places, ctx.ranks = [places[i] for i in live], [len(factors[2 * i]) for i in live]
-        low = a = b = None
-        if live:  # all factors are cast at once, [sum of ranks, in] and [sum of ranks, out]
-            a = torch.cat([factors[2 * i] for i in live]).to(x.dtype)
-            b = torch.cat([factors[2 * i + 1].T * scales[i] for i in live]).to(x.dtype)
-            low = [flat[own] @ part.T for own, part in zip(ctx.places, a.split(ctx.ranks), strict=True)]
-            for own, seen, part in zip(ctx.places, low, b.split(ctx.ranks), strict=True):
-                out[own].addmm_(seen, part)
-        ctx.save_for_backward(x, weight, bias, a, b, *factors, *(low or ()))
-        ctx.live, ctx.scales, ctx.sizes = live, scales, sizes
+        updated, rows, As, Bs = [], [], [], []  # stretches with an update: number, rows of x, factors
+        start = 0
+        for i, size in enumerate(sizes):
+            A, B = factors[2 * i : 2 * i + 2]
+            if A is not None:
+                updated.append(i)
+                rows.append(slice(start, start + size))
+                As.append(A)
+                Bs.append(B.T * scales[i])
+            start += size
+        ctx.updated, ctx.rows, ctx.ranks = updated, rows, [len(A) for A in As]
+        ctx.scales, ctx.sizes = scales, sizes
+        a = b = None
+        low: list[Tensor] = []
+        if updated:  # all factors are cast at once, [sum of ranks, in] and [sum of ranks, out]
+            a, b = torch.cat(As).to(x.dtype), torch.cat(Bs).to(x.dtype)
+            for own, a_own in zip(rows, a.split(ctx.ranks), strict=True):
+                low.append(flat[own] @ a_own.T)
+            for own, low_own, b_own in zip(rows, low, b.split(ctx.ranks), strict=True):
+                out[own].addmm_(low_own, b_own)
+        ctx.save_for_backward(x, weight, bias, a, b, *factors, *low)
         return y
 
     @staticmethod
@@ -169,64 +194,64 @@ class _Linears(torch.autograd.Function):
         x, weight, bias, a, b, *rest = ctx.saved_tensors
         factors, low = rest[: 2 * len(ctx.sizes)], rest[2 * len(ctx.sizes) :]
         if torch.is_grad_enabled():
-            return _Linears.again(ctx, x, weight, bias, factors, grads[0])
+            return _BatchedLinear._differentiable(ctx, x, weight, bias, factors, grads[0])
         flat, grad = x.reshape(-1, x.shape[-1]), grads[0].reshape(-1, grads[0].shape[-1])
         d_x = grad @ weight if ctx.needs_input_grad[0] else None
-        found: list[Tensor | None] = [None] * len(factors)
-        if ctx.live:
+        d_factors: list[Tensor | None] = [None] * len(factors)
+        if ctx.updated:
             d_a, d_b = torch.empty_like(a), torch.empty_like(b)
-            each = zip(ctx.places, low, *(t.split(ctx.ranks) for t in (a, b, d_a, d_b)), strict=True)
-            for own, seen, part_a, part_b, to_a, to_b in each:
-                inner = grad[own] @ part_b.T
+            by_stretch = zip(ctx.rows, low, *(t.split(ctx.ranks) for t in (a, b, d_a, d_b)), strict=True)
+            for own, low_own, a_own, b_own, d_a_own, d_b_own in by_stretch:
+                inner = grad[own] @ b_own.T
                 if d_x is not None:
-                    d_x[own].addmm_(inner, part_a)
-                torch.mm(inner.T, flat[own], out=to_a)
-                torch.mm(seen.T, grad[own], out=to_b)
-            wide = factors[2 * ctx.live[0]].dtype
-            for i, of_a, of_b in zip(
-                ctx.live, *(t.to(wide).split(ctx.ranks) for t in (d_a, d_b)), strict=True
-            ):
-                found[2 * i : 2 * i + 2] = of_a, of_b.T.mul(ctx.scales[i])
-        return None if d_x is None else d_x.view(x.shape), None, None, None, None, *found
+                    d_x[own].addmm_(inner, a_own)
+                torch.mm(inner.T, flat[own], out=d_a_own)
+                torch.mm(low_own.T, grad[own], out=d_b_own)
+            wide = factors[2 * ctx.updated[0]].dtype
+            d_As, d_Bs = d_a.to(wide).split(ctx.ranks), d_b.to(wide).split(ctx.ranks)
+            for i, d_A, d_B in zip(ctx.updated, d_As, d_Bs, strict=True):
+                d_factors[2 * i] = d_A
+                d_factors[2 * i + 1] = d_B.T.mul(ctx.scales[i])
+        if d_x is not None:
+            d_x = d_x.view(x.shape)
+        return d_x, None, None, None, None, *d_factors
 
     @staticmethod
-    def again(
+    def _differentiable(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, factors: Any, grad: Tensor
     ) -> tuple[Tensor | None, ...]:
-        there = [f for f in factors if f is not None]
+        present = [f for f in factors if f is not None]
 
-        def plainly(x: Tensor, *some: Tensor) -> Tensor:
-            of = iter(some)
-            parts = [
-                None if A is None else (next(of), next(of), s)
-                for A, s in zip(factors[::2], ctx.scales, strict=True)
-            ]
-            return _stretches(x, weight, bias, parts, ctx.sizes, plain)
+        def twin(x: Tensor, *present: Tensor) -> Tensor:
+            remaining = iter(present)
+            parts: list[Part | None] = []
+            for A, scale in zip(factors[::2], ctx.scales, strict=True):
+                parts.append(None if A is None else (next(remaining), next(remaining), scale))
+            return _stretch_by_stretch(x, weight, bias, parts, ctx.sizes, plain)
 
-        found = iter(again(plainly, (x, *there), grad))
-        return next(found), None, None, None, None, *(None if f is None else next(found) for f in factors)
-
-
-def _factors(
-    flat: Tensor,
-    grad: Tensor,
-    low: Tensor,
-    inner: Tensor | None,
-    A: Tensor,
-    B: Tensor,
-    scale: float,
-    wants_b: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of A and B."""
-    d_a = None if inner is None else (inner.T @ flat).to(A.dtype)
-    d_b = (low.T @ grad).T.to(B.dtype, memory_format=torch.contiguous_format).mul_(scale) if wants_b else None
-    return d_a, d_b
+        d_x, *d_present = differentiable_grads(twin, (x, *present), grad)
+        d_factors: list[Tensor | None] = []
+        for factor in factors:
+            d_factors.append(None if factor is None else d_present.pop(0))
+        return d_x, None, None, None, None, *d_factors
 
 
-def again(f: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor | None]:
+def _grad_A(inner: Any, flat: Tensor, A: Tensor) -> Tensor:
+    """inner [T, r]: the gradient of x A'."""
+    return (inner.T @ flat).to(A.dtype)
+
+
+def _grad_B(low: Tensor, grad: Tensor, B: Tensor, scale: float) -> Tensor:
+    """low [T, r]: x A'."""
+    return (low.T @ grad).T.to(B.dtype, memory_format=torch.contiguous_format).mul_(scale)
+
+
+def differentiable_grads(
+    f: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
+) -> list[Tensor | None]:
     """Gradients that somebody will differentiate: through plain operations, from the inputs alone."""
     # each counts by itself, though one be made of another
     inputs = [x.view_as(x) if x.requires_grad else x for x in inputs]
-    wanted = [x for x in inputs if x.requires_grad]
-    found = iter(torch.autograd.grad(f(*inputs), wanted, grad, create_graph=True))
-    return [next(found) if x.requires_grad else None for x in inputs]
+    moving = [x for x in inputs if x.requires_grad]
+    grads = list(torch.autograd.grad(f(*inputs), moving, grad, create_graph=True))
+    return [grads.pop(0) if x.requires_grad else None for x in inputs]

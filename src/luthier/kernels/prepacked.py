@@ -1,8 +1,8 @@
-"""Weights of a network that writes on a CPU, laid out once as its bf16 products read them, and not anew at
+"""Weights of a network that decodes on a CPU, laid out once as its bf16 products read them, and not anew at
 every token.
 
 A product of few rows spends a tenth (32 rows) to two fifths (6 rows) of its time on laying out the weight.
-What comes out is the same bit for bit. Weights take twice the memory while they are packed, so large networks
+What comes out is the same bit for bit. Weights take twice the memory while they are prepacked, so large networks
 are left as they are, and compiled ones, whose products are the compiler's.
 """
 
@@ -16,48 +16,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from luthier.kernels import compiled
+from luthier.kernels.compiled import is_compiled
 
-MOST = 2**29  # bytes of weights up to which a network is packed
+MOST = 2**29  # bytes of weights up to which a network is prepacked
 
 
 @contextmanager
-def packed(model: nn.Module) -> Iterator[None]:
+def prepacked(model: nn.Module) -> Iterator[None]:
     """For a while, with no gradient: linear modules of bf16 have their weight laid out for products of few
     rows.
     """
-    linear = [
-        m
-        for m in model.modules()
-        if type(m) is nn.Linear and m.weight.dtype == torch.bfloat16 and m.weight.device.type == "cpu"
-    ]
-    if not able() or compiled.within(model) or sum(m.weight.nbytes for m in linear) > MOST:
-        linear = []
-    for m in linear:
-        m.weight.packed = torch.ops.mkldnn._reorder_linear_weight(m.weight.detach(), None)  # type: ignore[attr-defined]
-        m.forward = partial(_forward, m)
+    modules: list[Any] = []
+    if is_supported() and not is_compiled(model):
+        modules = [m for m in model.modules() if _can_prepack(m)]
+    if sum(m.weight.nbytes for m in modules) > MOST:
+        modules = []
+    for module in modules:
+        weight = module.weight
+        weight.prepacked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        module.forward = partial(_forward, module)
     try:
         yield
     finally:
-        for m in linear:
-            del m.forward
-            if hasattr(m.weight, "packed"):  # tied weights are one
-                del m.weight.packed
+        for module in modules:
+            del module.forward
+            if hasattr(module.weight, "prepacked"):  # tied weights are one
+                del module.weight.prepacked
 
 
-def able() -> bool:
+def _can_prepack(module: nn.Module) -> bool:
+    if type(module) is not nn.Linear:
+        return False
+    return module.weight.dtype == torch.bfloat16 and module.weight.device.type == "cpu"
+
+
+def is_supported() -> bool:
     """Does this torch know such layouts, and the chip bf16?"""
-    own = torch.ops.mkldnn
-    known = hasattr(own, "_linear_pointwise") and bool(torch.backends.mkldnn.enabled)
-    return known and torch.cpu._is_avx512_bf16_supported()
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise") or not torch.backends.mkldnn.enabled:
+        return False
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x W' + b, W packed or not."""
-    laid_out = getattr(weight, "packed", None)
-    if laid_out is None or torch.is_grad_enabled():
+    """x W' + b, W prepacked or not."""
+    layout = getattr(weight, "prepacked", None)
+    if layout is None or torch.is_grad_enabled():
         return nn.functional.linear(x, weight, bias)
-    return torch.ops.mkldnn._linear_pointwise(x, laid_out, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, layout, bias, "none", [], "")
 
 
 def _forward(module: Any, x: Tensor) -> Tensor:

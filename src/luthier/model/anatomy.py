@@ -8,6 +8,8 @@ RoBERTa, T5, BART.
 from __future__ import annotations
 
 import re
+from typing import Any
+from weakref import WeakKeyDictionary
 
 LAYER = re.compile(r"^(.*?(?:layers?|\bh|blocks?))\.(\d+)\.")
 NORM = re.compile(r"norm|\bln_", re.IGNORECASE)
@@ -26,6 +28,7 @@ OUTSIDE = {  # feed-forward
     "down": {"down_proj", "c_proj", "fc2", "wo", "dense_4h_to_h", "lin2", "w2"},
 }
 BERTS = {"intermediate": "up", "output": "down"}  # whose two matrices are both called dense
+_last_mlps: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # network -> its last block, and the MLP in it
 
 
 def layer_of(name: str) -> tuple[str, int] | None:
@@ -49,3 +52,22 @@ def part_of(module: str) -> str | None:
     if leaf == "dense" and not inside:
         return BERTS.get(above)
     return next((part for part, names in (INSIDE if inside else OUTSIDE).items() if leaf in names), None)
+
+
+def last_mlp(model: Any) -> tuple[Any, Any] | None:
+    """The block of a network that comes last, and the one module in it of a class that is called MLP; None where
+    there is not exactly one.
+    """
+    if model not in _last_mlps:
+        layers, mlps = [], []
+        for name, module in model.named_modules():
+            layer = layer_of(f"{name}.")
+            if layer is not None and type(module).__name__.endswith("MLP"):
+                layers.append(layer)
+                mlps.append(module)
+        last = None
+        if layers and layers.count(layers[-1]) == 1:
+            path, index = layers[-1]
+            last = model.get_submodule(f"{path}.{index}"), mlps[-1]
+        _last_mlps[model] = last
+    return _last_mlps[model]

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from luthier.clock import Clock
 from luthier.errors import RecipeError
 from luthier.kernels.attention import NAME, takes_plans
-from luthier.kernels.decode_attention import ROOM, Written, keep_apart
-from luthier.kernels.prepacked import packed
+from luthier.kernels.decode_attention import ROOM, Decoding, split_layer
+from luthier.kernels.prepacked import prepacked
 from luthier.kernels.tolerance import logprob_tolerance
 from luthier.methods.architectures._base import pad
 from luthier.model.language_model import logits_at, prefix_mask, soft_first
@@ -71,7 +71,7 @@ def generate(
             [(seeds[i], k) for i in chosen for k in range(n)], max_new_tokens, temperature, top_p, top_k
         )
         ends = [room[i] for i in chosen for _ in range(n)]
-        with packed(writer.model):
+        with prepacked(writer.model):
             written = _write(writer, [list(prompts[i]) for i in chosen], n, ends, pick, set(stop), hear)
         for k, i in enumerate(chosen):
             out[i] = written[k * n : (k + 1) * n]
@@ -251,7 +251,7 @@ class Cached(Writer):
 
 class Sharing(Cached):
     """Cached, on a CPU: what samples of a prompt have in common is kept once, and attention is
-    kernels/writing.py's.
+    kernels/decode_attention.py's.
     """
 
     def multiply(self, n):
@@ -261,19 +261,19 @@ class Sharing(Cached):
             raise NotImplementedError("this network's attention is not asked one token at a time")
         if any(type(layer) is not DynamicLayer for layer in self.cache.layers):
             raise NotImplementedError("this network keeps more than keys and values")
-        self.written = Written(torch.arange(len(self.mask) * n), n, self.mask.bool())
+        self.decoding = Decoding(torch.arange(len(self.mask) * n), n, self.mask.bool())
         for layer in self.cache.layers:
-            keep_apart(layer, n)
+            split_layer(layer, n)
 
     def keep(self, rows):
-        self.position, (self.written, prompts) = self.position[rows], self.written.keep(rows)
+        self.position, (self.decoding, prompts) = self.position[rows], self.decoding.keep(rows)
         for layer in self.cache.layers:
             layer.keep(rows, prompts)
 
     def next(self, tokens):
         self.position = self.position + 1
         mask = torch.ones(len(tokens), 1, 1, 1, dtype=torch.bool)
-        mask.written = self.written  # type: ignore[attr-defined]  # kernels/attention.py finds it
+        mask.decoding = self.decoding  # type: ignore[attr-defined]  # kernels/attention.py finds it
         where = {"attention_mask": mask, "position_ids": self.position}
         return self.model(
             input_ids=tokens[:, None], **where, past_key_values=self.cache, use_cache=True

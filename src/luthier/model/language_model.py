@@ -152,7 +152,7 @@ def soft_first(
     of: a batch, and which of its rows [R] are read; else nobody's in particular.
     """
     if of is not None:
-        attached.reads(*of)
+        attached.announce_rows(*of)
     mask = torch.ones_like(ids) if mask is None else mask
     if not attached.virtual:
         return {"input_ids": ids, "attention_mask": mask}

@@ -17,8 +17,9 @@ from luthier.compat.lazy_imports import import_models
 from luthier.compat.malloc import keep_memory
 from luthier.compat.transformers import quiet_transformers
 from luthier.errors import RecipeError
-from luthier.kernels import compiled, elementwise, liger
+from luthier.kernels import attention, compiled, elementwise, liger
 from luthier.methods.quantizers._base import modules as coded
+from luthier.methods.roles._base import PREFIX, bring
 from luthier.methods.tuners._base import Untuned
 from luthier.model.policy import Policy, Roles
 from luthier.recipe import model_names
@@ -28,8 +29,6 @@ from luthier.registry import build
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
-
-BROUGHT = "role:"  # what the names of tensors begin with that a role brought
 
 
 def device() -> torch.device:
@@ -84,8 +83,9 @@ def load_model(
     fused = getattr(parts.architecture, "fused", False)
     if recipe.torch_compile:
         compiled.compile_blocks(model)
+        attention.exclude_from_compile(model)
     elif fused:
-        elementwise.take(model, liger.forms(where) if fused == "liger" else elementwise.OWN)
+        elementwise.install(model, liger.forms(where) if fused == "liger" else elementwise.OWN)
     return model, tokenizer
 
 
@@ -150,7 +150,7 @@ def assemble(
     torch.manual_seed(clock.derive_seed("tuner"))
     attached = attach(parts.tuner, model)
     if getattr(parts.architecture, "fused", False) and not recipe.torch_compile:
-        elementwise.take_dropout(model)
+        elementwise.install_dropout(model)
     most = places(model) - attached.virtual
     if recipe.max_length and recipe.max_length > most:
         raise RecipeError(
@@ -209,16 +209,12 @@ def tensors_of(start: Any, attached: Any) -> dict[str, torch.Tensor]:
     folder = Path(start)
     if not folder.is_dir():
         raise RecipeError(f"start: there is no folder {folder}")
-    return {k: v for k, v in attached.read(folder).items() if not k.startswith(BROUGHT)}
+    return {k: v for k, v in attached.read(folder).items() if not k.startswith(PREFIX)}
 
 
 def take_parts(roles: Roles, parts: Methods) -> None:
     """Let the other roles play; trained parts they bring (a critic's head) move along with the tuner. A run
     that goes on from this one takes what the tuner moved, and begins with parts of its own."""
-    from luthier.model.composite import Also
-
-    brought = {
-        f"{BROUGHT}{k}.{n}": m for k, r in parts.roles.items() for n, m in r.parts(roles.policy).items()
-    }
-    if brought:
-        roles.policy.attached = roles.tuner = Also(roles.tuner, brought)
+    brought = [(name, role.parts(roles.policy)) for name, role in parts.roles.items()]
+    for name, some in brought:
+        bring(roles.tuner, name, some)

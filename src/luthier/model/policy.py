@@ -105,26 +105,33 @@ class Policy(nn.Module):
 
 
 class Roles:
-    """Everyone a method may speak to. `policy`, `tuner`, `clock` and `renderer` always; others as the recipe
-    names them.
+    """Everyone a method may speak to: `policy`, `tuner`, `clock`, `renderer`, `device` and `warn` always, and
+    in `players` whoever the recipe names under `roles`. `roles.reference` is `roles.players["reference"]`.
     """
 
-    def __init__(self, policy: Policy, clock: Clock, renderer: Renderer, **others: Any):
-        self.policy, self.tuner, self.clock, self.renderer = policy, policy.attached, clock, renderer
+    def __init__(self, policy: Policy, clock: Clock, renderer: Renderer, **players: Any):
+        self.policy, self.clock, self.renderer = policy, clock, renderer
+        self.players: dict[str, Any] = players
         self.device = next(policy.model.parameters()).device
         self.warn: Callable[[str], None] = lambda sentence: None  # where what the user should know is said
-        self.__dict__.update(others)
+
+    @property
+    def tuner(self) -> TunedModel:
+        """What trains."""
+        return self.policy.attached
 
     def __getattr__(self, role: str) -> Any:
         if role.startswith("__"):
             raise AttributeError(role)
+        if role in self.__dict__.get("players", ()):
+            return self.players[role]
         raise RecipeError(
             f"nobody plays '{role}' in this recipe; say who under roles, e.g. `roles: {{{role}: start}}`"
         )
 
     def policies(self) -> list[Policy]:
         """Every network in a role, the policy first."""
-        return [r for r in vars(self).values() if isinstance(r, Policy)]
+        return [self.policy, *(player for player in self.players.values() if isinstance(player, Policy))]
 
     def batch(self, rows: Sequence[dict], training: bool = False) -> Batch:
         """Rows -> tokens on the policy's device. What is drawn to be asked (gaps) changes from step to step

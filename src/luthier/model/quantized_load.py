@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from luthier.compat.malloc import Mapped
+from luthier.compat.transformers import add_entry
 from luthier.errors import RecipeError
 from luthier.methods.quantizers._base import Codes, Quantized, Quantizer, held_as, plain
 from luthier.model.experts import Experts, Matrix, apart, fused, put
@@ -171,6 +172,7 @@ def loaded(
     load: Any, quantizer: Quantizer, dtype: torch.dtype, device: torch.device, saved: Saved | None = None
 ) -> Any:
     """load(**kwargs of from_pretrained) -> the network with its linear weights as codes."""
+    register_loader()
     config = Config(quantizer, dtype, device, saved)
     model = load(quantization_config=config, dtype=torch.float32)
     # what stays dense is read again when it is used: the rest of its file would count as memory for good
@@ -196,5 +198,7 @@ def loaded(
     return model
 
 
-register_quantization_config("luthier")(Config)
-register_quantizer("luthier")(Loader)
+def register_loader() -> None:
+    """Make transformers read a checkpoint into codes, for as long as a run lasts."""
+    add_entry(AUTO_QUANTIZATION_CONFIG_MAPPING, "luthier", Config)
+    add_entry(AUTO_QUANTIZER_MAPPING, "luthier", Loader)

@@ -23,6 +23,7 @@ from luthier.recipe.schedule import schedule
 from luthier.registry import build, cards, did_you_mean, find, provides_of
 
 DEFAULT_EVALUATORS = ("loss", "accuracy", "generate", "forgetting")
+FIXED = frozenset("policy tuner clock renderer device warn players policies batch text".split())  # of roles
 DRY_RUN = "dry-run"  # folder of a run that has not happened
 
 
@@ -46,6 +47,14 @@ class Methods:
         out = set(self.roles) | self.architecture.provides | self.estimator.provides | provides_of(self.tuner)
         return out if self.quantizer is None else out | provides_of(self.quantizer)
 
+    def require(self) -> frozenset[str]:
+        """What the methods require, roles among it."""
+        users = [self.tuner, self.estimator, *self.chain, *self.roles.values(), *self.stages]
+        users += [*self.online_stages, *self.evaluate]
+        if self.objective is not None:
+            users.append(self.objective)
+        return frozenset().union(*(requirements(user) for user in users))
+
 
 def no_rows(recipe: Recipe) -> Sequence[dict]:
     """Where the rows of a plan's runs cannot be read."""
@@ -59,10 +68,28 @@ def validate(
 
     Plans are gone through; load_rows gives a sample for runs that have data of their own.
     """
-    if recipe.plan is None:
-        return dry_run(recipe, rows)
-    dry_run_plan(recipe, rows, load_rows)
-    return None
+    if recipe.plan is not None:
+        check_roles(recipe, dry_run_plan(recipe, rows, load_rows))
+        return None
+    methods = dry_run(recipe, rows)
+    check_roles(recipe, methods.require())
+    return methods
+
+
+def check_roles(recipe: Recipe, required: Set[str]) -> None:
+    """Refuse a role that no method of the recipe requires: nobody would ask it, as with a misspelt name.
+
+    required: by all methods of the recipe, in every run of its plan if it has one.
+    """
+    for name in recipe.roles:
+        if name in FIXED:
+            raise RecipeError(f"roles: '{name}' is no role that can be chosen: every recipe has its own")
+        if name not in required:
+            provided = {word for card in cards() for word in card.provides}
+            others = {word for card in cards() for word in card.requires}
+            roles = required - provided or others - provided
+            hint = did_you_mean(name, roles)
+            raise RecipeError(f"roles: no method of this recipe requires '{name}'{hint}")
 
 
 def build_methods(recipe: Recipe) -> Methods:
@@ -276,16 +303,25 @@ def first_run(recipe: Recipe) -> Recipe:
     return first if first.data == recipe.data else alone
 
 
-def dry_run_plan(recipe: Recipe, rows: Sequence[dict], load_rows: Callable[[Recipe], Sequence[dict]]) -> None:
-    """Go through the runs of a plan with empty reports, and validate each."""
+def dry_run_plan(
+    recipe: Recipe, rows: Sequence[dict], load_rows: Callable[[Recipe], Sequence[dict]]
+) -> frozenset[str]:
+    """Go through the runs of a plan with empty reports, and validate each. Returns what their methods require:
+    a run may leave a role unused that another one requires.
+    """
     runs = build("plan", recipe.plan_spec()).recipes(recipe.but(plan=None))
+    required: frozenset[str] = frozenset()
     try:
         request = next(runs)
         while True:
             several = isinstance(request, list)
             for run in request if several else [request]:
                 same = run.data == recipe.data or DRY_RUN in str(run.data)
-                validate(run, rows if same else load_rows(run), load_rows)
+                some = rows if same else load_rows(run)
+                if run.plan is None:
+                    required |= dry_run(run, some).require()
+                else:
+                    required |= dry_run_plan(run, some, load_rows)
             request = runs.send([DryRunReport() for _ in request] if several else DryRunReport())
     except StopIteration:
-        return
+        return required

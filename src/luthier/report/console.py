@@ -176,11 +176,11 @@ class Console(Callback):
             self.listing(compared, tuple(compared[0]), heads=True)
         page = Path(report.folder) / "report.html"
         self.say()
-        for act in report.acts:
-            self.say(f"  {act}")
+        for run in report.runs:
+            self.say(f"  {run}")
         if page.is_file():
             self.say(f"Report: {page}")
-        whole = Path(report.acts[0]).parent / "report.html" if report.acts else page
+        whole = Path(report.runs[0]).parent / "report.html" if report.runs else page
         if whole != page and whole.is_file():
             self.say(f"Of all: {whole}")
         if report.stats.get("writes", True):
@@ -233,7 +233,7 @@ class Console(Callback):
     def survey(self, source: str, found: dict) -> None:
         """What rows are, and what they can feed; `found` as luthier.data.profile gives it."""
         self.say(
-            f"{source}: {found['rows']:,} of {found['seen']:,} rows can be read, as '{found['format']}'",
+            f"{source}: {found['rows']:,} of {found['total']:,} rows can be read, as '{found['format']}'",
             "bold",
         )
         self.say(

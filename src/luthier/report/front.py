@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import bootstrap
 
+from luthier.methods.evaluators._base import per_example_file
 from luthier.report.chart import SIDE
 from luthier.report.comparison import OWN, key, label, place, plane, shown, spot
 from luthier.report.page import STYLE, document, section, versions
@@ -57,7 +58,7 @@ def page(report: Any) -> str:
 
 def _cells(run: Path, metrics: Sequence[str], values: Sequence[float]) -> list[tuple[float, float, float]]:
     """(mean, low, high) of each metric; the interval over rows, where they were kept."""
-    path = run / "by-row-after.json"
+    path = per_example_file(run, "after")
     rows = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     out = []
     for metric, value in zip(metrics, values, strict=True):

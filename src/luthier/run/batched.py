@@ -1,10 +1,11 @@
 """Several LoRA runs on one frozen base in one process: the base is loaded once, rows are tokenized once, a
 reference is read once, and steps are made together (train/batched_lora.py).
 
-Every run has its own folder, seed, rows, optimizer and checkpoints, and ends as it would alone, up to rounding.
+Every run has its own folder, seed, rows, optimizer and checkpoints, and ends as it would alone, up to
+rounding.
 
-python -m luthier.run.batched RUNS.json: {"runs": [[recipe, folder], ...], "until": ...}, as `luthier compare`
-starts it.
+python -m luthier.run.batched RUNS.json: {"runs": [[recipe, folder], ...], "stop_at": ...}, as `luthier
+compare` starts it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,14 @@ from luthier.errors import RecipeError
 from luthier.model.load import load_model
 from luthier.recipe.recipe import Recipe
 from luthier.report.console import Callback
-from luthier.run.folder import on_disk
-from luthier.run.run import Report, Shared, opened
+from luthier.run.caches import SharedBase
+from luthier.run.finish import finish
+from luthier.run.folder import write_inline_rows
+from luthier.run.prepare import Prepared, prepare
+from luthier.run.report import Report
+from luthier.run.session import Session, open_session, step_count
+from luthier.run.training import Trained, recorded
+from luthier.storage import files
 from luthier.train import memory
 from luthier.train.batched_lora import BatchedTrainer, share_hidden_cache
 
@@ -52,57 +59,75 @@ def shared_key(recipe: Recipe) -> str | None:
 
 
 @compat.session()
-def perform(runs: Sequence[tuple[Recipe, Path]], watch: Any = None, until: float | None = None) -> list[Any]:
-    """Runs of one `shared_key`, to their ends or paused at `until`: their reports, in order."""
+def perform(
+    runs: Sequence[tuple[Recipe, Path]], callback: Any = None, stop_at: float | None = None
+) -> list[Report]:
+    """Runs of one `shared_key`, to their ends or to where they pause: their reports, in order."""
+    callback = callback or Callback()
+    reports: dict[Path, Report] = {}
+    sessions: list[Session] = []
     with ExitStack() as stack:
-        every: list[Any] = []
         for recipe, folder in runs:
-            run = opened(on_disk(recipe, folder), folder, Callback(), until=until)
-            every.append(stack.enter_context(run))
-        unfinished = [run for run in every if not isinstance(run, Report)]
-        if not unfinished:
-            return every
-        shared = _train(unfinished, watch or Callback(), until)
-        reports = [run if isinstance(run, Report) else run.ended() for run in every]
-        clocks = [run.fit.roles.clock for run in unfinished]
-        if all(clock.step == clock.total for clock in clocks):
-            for cache in shared.logprob_caches.values():
-                cache.close()
-    return reports
+            recipe = write_inline_rows(recipe, folder)
+            session = stack.enter_context(open_session(recipe, folder, stop_at=stop_at))
+            if isinstance(session, Report):
+                reports[folder] = session
+            else:
+                sessions.append(session)
+        if sessions:
+            shared = _load_base(sessions[0])
+            prepared = [prepare(session, shared) for session in sessions]
+            trained = _train(prepared, callback)
+            for run in trained:
+                reports[run.prepared.session.folder] = finish(run).report
+            if all(run.complete for run in trained):
+                for cache in shared.logprob_caches.values():
+                    cache.close()
+    return [reports[folder] for _, folder in runs]
 
 
-def _train(runs: Sequence[Any], watch: Any, until: float | None) -> Shared:
-    """Load the base, make the runs ready on it and step them. What they share."""
-    first = runs[0]
-    parts = first.parts
-    shared = Shared(
-        *load_model(first.recipe, parts, parts.architecture.fit_to(first.data.rows), first.folder)
-    )
-    for run in runs:
-        run.shared = shared
-        run.ready()
-    trainers = [run.fit for run in runs]
+def _load_base(session: Session) -> SharedBase:
+    """The model that all runs share, by the recipe of the first."""
+    network = session.methods.architecture.fit_to(session.data.rows)
+    model, tokenizer = load_model(session.recipe, session.methods, network, session.folder)
+    return SharedBase(model, tokenizer)
+
+
+def _train(runs: Sequence[Prepared], callback: Any) -> list[Trained]:
+    """Step all runs to their ends or to where they pause, in one pass over the base where that is faster."""
+    trainers = [run.trainer for run in runs]
     share_hidden_cache(trainers)
 
     def warn(sentence: str) -> None:
-        for listener in (watch, *(run.watch for run in runs)):
+        for listener in (callback, *(run.session.callback for run in runs)):
             listener.warn(sentence)
 
     batched = BatchedTrainer(trainers, warn)
-    need, available = sum(run.need.total for run in runs if run.need), memory.free(first.roles.device)
+    need = sum(run.memory_need.total for run in runs if run.memory_need)
+    available = memory.free(trainers[0].roles.device)
     if batched.why_not_joint is None and available and need > memory.SURE * available:
         batched.why_not_joint = f"one pass would take {memory.gb(need)} and {memory.gb(available)} are free"
     if batched.why_not_joint:
         warn(f"{len(runs)} runs share one base and step one after the other: {batched.why_not_joint}")
-    batched.run([run.every(until) or None for run in runs])
-    return shared
+    clocks = [trainer.roles.clock for trainer in trainers]
+    with ExitStack() as stack:
+        for run in runs:
+            stack.enter_context(recorded(run))
+        last_steps = []
+        for run, clock in zip(runs, clocks, strict=True):
+            last_steps.append(step_count(run.session.stop_at, clock.total) or None)
+        batched.run(last_steps)
+    trained = []
+    for run, clock in zip(runs, clocks, strict=True):
+        trained.append(Trained(run, clock.step >= clock.total))
+    return trained
 
 
 def main(path: str) -> None:
     """Perform the runs that a file lists."""
-    listed = json.loads(Path(path).read_text(encoding="utf-8"))
-    runs = [(Recipe.load(settings), Path(folder)) for settings, folder in listed["runs"]]
-    perform(runs, until=listed["until"])
+    listing = files.read_json(Path(path))
+    runs = [(Recipe.load(settings), Path(folder)) for settings, folder in listing["runs"]]
+    perform(runs, stop_at=listing["stop_at"])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""A run's folder: whose it is, whether it is finished, what a new run may not overwrite. What lies in it is
-in store.py.
+"""A run's folder: whose it is, whether it is finished, what a new run may not overwrite. How files are
+written is in storage/.
 """
 
 from __future__ import annotations
@@ -10,54 +10,116 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from luthier import __version__
-from luthier.data import rows as reading
+from luthier.data.sources import is_row
 from luthier.errors import DiskError, RecipeError, from_code
 from luthier.recipe.recipe import Recipe
+from luthier.run.layout import BEFORE, FAILED, LOG, PAUSED, QUARANTINE, REPORT, ROWS, STATE
 from luthier.storage import checkpoints, files
+from luthier.version import __version__
+
+# what `clear` deletes beside the checkpoints
+FILES = (
+    REPORT,
+    BEFORE,
+    ROWS,
+    LOG,
+    QUARANTINE,
+    "forgetting.jsonl",
+    "shown.json",
+    "samples-before.jsonl",
+    "samples-during.jsonl",
+    "samples-after.jsonl",
+    "per_example-before.json",
+    "per_example-during.json",
+    "per_example-after.json",
+    "by-row-before.json",  # as version 0.1 called them
+    "by-row-during.json",
+    "by-row-after.json",
+    "calibration-before.json",
+    "calibration-after.json",
+    PAUSED,
+    "report.html",
+    FAILED,
+)
+CACHES = ("logprob_cache-*.bin", "hidden_cache-*.bin", "said-*.bin", "frozen-*.bin")  # the last two of 0.1
+
+
+@dataclass(frozen=True)
+class FolderState:
+    """What a run finds in its folder."""
+
+    finished: bool = False
+    version: str = __version__  # of the luthier that began the run
 
 
 @contextmanager
-def open_run(folder: Path, recipe: Recipe, mark: str, main: bool, anew: bool) -> Iterator[tuple[bool, str]]:
-    """Take a run folder for oneself. Yields whether the run in it is finished and which luthier began it;
-    refuses another's.
+def open_folder(
+    folder: Path, recipe: Recipe, data_mark: str, main: bool, overwrite: bool
+) -> Iterator[FolderState]:
+    """A run's folder for oneself, as long as the run lasts.
+
+    data_mark: of the rows, as load_data made it. main: is this the main process? Others look at nothing.
+    overwrite: start anew where the same run is finished. Raises RecipeError where the folder holds another
+    run, or another process is running in it.
     """
     if not main:
-        yield False, __version__
+        yield FolderState()
         return
     with files.exclusive(folder):
-        state = folder / "run.json"
-        known = json.loads(state.read_text(encoding="utf-8")) if state.is_file() else None
-        if known and (known["fingerprint"], known["data"]) != (recipe.fingerprint(), mark):
-            # else it was refused before it computed anything
-            if not recipe.overwrite and (folder / "before.json").is_file():
-                raise RecipeError(
-                    f"{folder} holds another run ({_difference(folder, recipe, known, mark)}); give another"
-                    " output_dir, or overwrite=true to start anew there"
-                )
-            known = clear(folder)
-        if known and anew and known["finished"]:
-            known = clear(folder)
-        if known is None:
-            known = {
+        state = _read_state(folder, recipe, data_mark, overwrite)
+        if state is None:
+            state = {
                 "fingerprint": recipe.fingerprint(),
-                "data": mark,
+                "data": data_mark,
                 "finished": False,
                 "version": __version__,
             }
             files.write_text(folder / "recipe.yaml", recipe.yaml())
-            files.write_json(state, known)
+            files.write_json(folder / STATE, state)
         (folder / FAILED).unlink(missing_ok=True)
-        yield (
-            bool(known["finished"] and (folder / "report.json").is_file()),
-            known.get("version", "(unknown)"),
+        finished = state["finished"] and (folder / REPORT).is_file()
+        yield FolderState(finished, state.get("version", "(unknown)"))
+
+
+def _read_state(folder: Path, recipe: Recipe, data_mark: str, overwrite: bool) -> dict[str, Any] | None:
+    """run.json where it is this run's and the run goes on; else None, and the folder is cleared."""
+    if not (folder / STATE).is_file():
+        return None
+    state = files.read_json(folder / STATE)
+    same = (state["fingerprint"], state["data"]) == (recipe.fingerprint(), data_mark)
+    if same and not (overwrite and state["finished"]):
+        return state
+    # a run that was refused before it computed anything is no loss
+    if not same and not recipe.overwrite and (folder / BEFORE).is_file():
+        difference = _difference(folder, recipe, state, data_mark)
+        raise RecipeError(
+            f"{folder} holds another run ({difference}); give another output_dir, or overwrite=true to start"
+            " anew there",
+            "another_run",
         )
+    clear(folder)
+    return None
+
+
+def _difference(folder: Path, recipe: Recipe, state: dict, data_mark: str) -> str:
+    """In which keys two recipes differ, for a sentence."""
+    there = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    here = yaml.safe_load(recipe.yaml())
+    differences = []
+    for key, value in here.items():
+        if there.get(key) != value and key not in ("data", "eval_data", "output_dir", "overwrite"):
+            differences.append(f"{key}: {str(there.get(key))[:40]} there, {str(value)[:40]} here")
+    if differences:
+        return "it differs in " + ", ".join(differences[:2])
+    if state["data"] != data_mark:
+        return "its rows were others"
+    return "made by another version"
 
 
 def clear(folder: Path) -> None:
@@ -66,38 +128,28 @@ def clear(folder: Path) -> None:
     """
     for path in checkpoints.paths(folder):
         shutil.rmtree(path)
-    for pattern in ("logprob_cache-*.bin", "hidden_cache-*.bin", "said-*.bin", "frozen-*.bin"):
+    for pattern in CACHES:
         for path in folder.glob(pattern):
             path.unlink()
-    for name in (
-        "report.json",
-        "before.json",
-        "rows.jsonl",
-        "metrics.jsonl",
-        "quarantine.jsonl",
-        "forgetting.jsonl",
-        "shown.json",
-        "samples-before.jsonl",
-        "samples-during.jsonl",
-        "samples-after.jsonl",
-        "by-row-before.json",
-        "by-row-during.json",
-        "by-row-after.json",
-        "calibration-before.json",
-        "calibration-after.json",
-        "paused.json",
-        "report.html",
-        FAILED,
-        "run.json",
-    ):
+    for name in (*FILES, STATE):
         (folder / name).unlink(missing_ok=True)
 
 
-FAILED = "failed.json"  # of a run that failed: which outcome it was, and the sentence
+def update_state(folder: Path, **facts: Any) -> None:
+    """Facts about the run into run.json."""
+    files.write_json(folder / STATE, {**files.read_json(folder / STATE), **facts})
 
 
-def note_failure(folder: Path, error: Exception) -> None:
-    """Leave {code, message} in the folder of a run that failed, for whoever waits for it in another process."""
+def saved_network(folder: Path) -> dict[str, Any]:
+    """What the data of a finished run implied for its network; class numbers are numbers again."""
+    network = files.read_json(folder / STATE).get("network", {})
+    if "id2label" in network:
+        network = {**network, "id2label": {int(k): v for k, v in network["id2label"].items()}}
+    return network
+
+
+def write_failure(folder: Path, error: Exception) -> None:
+    """Leave {code, message} in the folder of a run that failed, for whoever waits for it elsewhere."""
     outcome = {"code": "crash", "message": f"{type(error).__name__}: {error}"}
     if isinstance(error, RecipeError):
         outcome = {"code": error.code, "message": str(error)}
@@ -113,67 +165,47 @@ def read_failure(folder: Path) -> RecipeError | None:
     return from_code(outcome["code"], outcome["message"])
 
 
-def note_down(folder: Path, **facts: Any) -> None:
-    state = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    files.write_json(folder / "run.json", {**state, **facts})
-
-
-def network_of(folder: Path) -> dict[str, Any]:
-    """What the data of a finished run said about its network; class numbers are numbers again."""
-    known = json.loads((folder / "run.json").read_text(encoding="utf-8")).get("network", {})
-    return (
-        known | {"id2label": {int(k): v for k, v in known["id2label"].items()}}
-        if "id2label" in known
-        else known
-    )
-
-
-def _difference(folder: Path, recipe: Recipe, known: dict, mark: str) -> str:
-    was, now = (
-        yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")),
-        yaml.safe_load(recipe.yaml()),
-    )
-    shy = ("data", "eval_data", "output_dir", "overwrite")
-    keys = [k for k in now if was.get(k) != now[k] and k not in shy]
-    if not keys:
-        return "its rows were others" if known["data"] != mark else "made by another version"
-    return "it differs in " + ", ".join(
-        f"{k}: {str(was.get(k))[:40]} there, {str(now[k])[:40]} here" for k in keys[:2]
-    )
-
-
-def trim(path: Path, step: int) -> None:
-    """Lines of steps that a kill has undone leave."""
-    if path.is_file():
-        lines = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    lines.append(line)
-            except (json.JSONDecodeError, KeyError):
-                break  # the line that was being written when the process died
-        files.write_text(path, "".join(f"{line}\n" for line in lines))
+def truncate_log(path: Path, step: int) -> None:
+    """Delete the lines of steps that a kill has undone."""
+    if not path.is_file():
+        return
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                lines.append(f"{line}\n")
+        except (json.JSONDecodeError, KeyError):
+            break  # the line that was being written when the process died
+    files.write_text(path, "".join(lines))
 
 
 def default_folder(recipe: Recipe) -> Path:
     """runs/<model>-<tuner>-<objective>-<fingerprint>: the same recipe finds its run again."""
-
-    def word(x: Any) -> str:
-        x = x.get("name", "") if isinstance(x, dict) else x if isinstance(x, str) else "mix"
-        return re.sub(r"[^A-Za-z0-9]+", "-", x).strip("-")
-
-    model = word(Path(recipe.model).name if "/" in recipe.model else recipe.model)
-    mark = hashlib.sha256(f"{recipe.fingerprint()} {recipe.data} {recipe.eval_data}".encode()).hexdigest()[:6]
-    return Path("runs") / "-".join(w for w in (model, word(recipe.tuner), word(recipe.objective), mark) if w)
+    model = Path(recipe.model).name if "/" in recipe.model else recipe.model
+    identity = f"{recipe.fingerprint()} {recipe.data} {recipe.eval_data}"
+    words = [_slug(model), _slug(recipe.tuner), _slug(recipe.objective)]
+    words.append(hashlib.sha256(identity.encode()).hexdigest()[:6])
+    return Path("runs") / "-".join(filter(None, words))
 
 
-def on_disk(recipe: Recipe, folder: Path) -> Recipe:
+def _slug(method: Any) -> str:
+    """A method's name as part of a folder's name; `mix` of several."""
+    if isinstance(method, dict):
+        method = method.get("name", "")
+    if not isinstance(method, str):
+        method = "mix"
+    return re.sub(r"[^A-Za-z0-9]+", "-", method).strip("-")
+
+
+def write_inline_rows(recipe: Recipe, folder: Path) -> Recipe:
     """Rows given from Python are written beside the run, so that its recipe can be repeated from a shell."""
     for key in ("data", "eval_data"):
         rows = getattr(recipe, key)
-        if isinstance(rows, (list, tuple)) and rows and all(reading.looks_like_row(r) for r in rows):
-            text = "".join(json.dumps(r, ensure_ascii=False, default=str) + "\n" for r in rows)
-            path = folder.resolve() / f"{key}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl"
-            files.write_text(path, text)
-            recipe = replace(recipe, **{key: str(path)})
+        if not isinstance(rows, (list, tuple)) or not rows or not all(map(is_row, rows)):
+            continue
+        lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+        text = "".join(lines)
+        path = folder.resolve() / f"{key}-{hashlib.sha256(text.encode()).hexdigest()[:8]}.jsonl"
+        files.write_text(path, text)
+        recipe = replace(recipe, **{key: str(path)})
     return recipe

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from luthier.errors import RecipeError
-from luthier.run.folder import FAILED, read_failure
+from luthier.run.folder import read_failure
+from luthier.run.layout import FAILED, LOG
 
 if TYPE_CHECKING:
     from luthier.recipe.recipe import Recipe
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 def tune(
     keys: Mapping[str, Any],
     folder: Path,
-    until: float | None = None,
+    stop_at: float | None = None,
     step: Callable[[int], None] | None = None,
 ) -> None:
     """`luthier tune` on a recipe's keys. Raises what the run ended with, as its type.
@@ -36,15 +37,15 @@ def tune(
     text = yaml.safe_dump({**keys, "output_dir": str(folder)}, sort_keys=False, allow_unicode=True)
     recipe.write_text(text, encoding="utf-8")
     program = [sys.executable, "-c", "from luthier.cli import main; main()", "tune", str(recipe), "--quiet"]
-    if until is not None:
-        program += ["--until", str(until)]
+    if stop_at is not None:
+        program += ["--stop-at", str(stop_at)]
     try:
         _wait_for(program, [folder], step)
     finally:
         recipe.unlink()
 
 
-def side_by_side(runs: Sequence[tuple[Recipe, Path]], until: float | None = None) -> None:
+def side_by_side(runs: Sequence[tuple[Recipe, Path]], stop_at: float | None = None) -> None:
     """Runs that share a base in one process (run/batched.py). Raises what the first of them that
     failed ended with, as its type.
     """
@@ -55,7 +56,7 @@ def side_by_side(runs: Sequence[tuple[Recipe, Path]], until: float | None = None
     for recipe, folder in runs:
         keys = {k: v for k, v in recipe.public().items() if k != "output_dir"}
         entries.append([keys, str(folder)])
-    listing.write_text(json.dumps({"runs": entries, "until": until}, default=str), encoding="utf-8")
+    listing.write_text(json.dumps({"runs": entries, "stop_at": stop_at}, default=str), encoding="utf-8")
     try:
         _wait_for([sys.executable, "-m", "luthier.run.batched", str(listing)], folders)
     finally:
@@ -96,7 +97,7 @@ def _wait_for(
 
 def logged_steps(folder: Path) -> int:
     """The last step in metrics.jsonl; 0 where there is none."""
-    path = folder / "metrics.jsonl"
+    path = folder / LOG
     if not path.is_file():
         return 0
     for line in reversed(path.read_text(encoding="utf-8").splitlines()[-2:]):

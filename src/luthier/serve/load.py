@@ -19,15 +19,16 @@ from luthier.methods.evaluators.quality.preference import checkup, totals
 from luthier.methods.quantizers._base import open_up
 from luthier.methods.tuners._base import Untuned
 from luthier.model import quantized as codes
-from luthier.model.load import assemble, take_parts
+from luthier.model.load import assemble, tensors_of
 from luthier.model.policy import Roles
 from luthier.recipe import model_names
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods, build_methods, detect
 from luthier.registry import build, did_you_mean, spec
 from luthier.report.console import visible
-from luthier.run.folder import network_of
-from luthier.run.run import Report
+from luthier.run.folder import saved_network
+from luthier.run.layout import run_folders
+from luthier.run.report import Report
 from luthier.storage import files
 from luthier.train import checks as guards
 
@@ -146,12 +147,11 @@ def _run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     if recipe.plan is not None:
         raise RecipeError(
             f"{folder} holds a plan; name one of its runs:"
-            f" {', '.join(p.name for p in sorted(folder.glob('act-*')))}"
+            f" {', '.join(run.name for run in run_folders(folder))}"
         )
     made = build_methods(recipe)
-    roles = assemble(recipe, made, network_of(folder), folder)
-    take_parts(roles, made)
-    roles.tuner.load(roles.tuner.read(folder))
+    roles = assemble(recipe, made, saved_network(folder), folder)
+    roles.tuner.load(tensors_of(folder, roles.tuner))
     roles.policy.eval()
     notes, turns, ends = [], roles.renderer.note is None, ""
     if (folder / "report.json").is_file():
@@ -203,7 +203,6 @@ def _adapter(folder: Path, settings: Mapping[str, Any]) -> Loaded:
         reason = str(error).partition("\n")[0] or "no weight of the base can hold what its method adds"
         raise RecipeError(f"the adapter in {folder} cannot be merged into {base}: {reason}") from None
     roles.policy.model, roles.policy.attached = model, Untuned(model)
-    roles.tuner = roles.policy.attached
     return Loaded(str(folder), roles, recipe, turns=roles.renderer.note is None)
 
 

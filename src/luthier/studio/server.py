@@ -31,7 +31,7 @@ from fastapi.responses import (
     StreamingResponse,
 )
 
-from luthier.data.readers import READERS
+from luthier.data.files import READERS
 from luthier.errors import RecipeError
 from luthier.registry import KINDS
 from luthier.studio.shelf import Shelf

@@ -26,6 +26,7 @@ import yaml
 
 from luthier.errors import RecipeError
 from luthier.report.numbers import Line, answers, cost, lines
+from luthier.run.layout import run_folders
 from luthier.storage import files
 
 MARKS = ("run.json", "asked.yaml", "study.json", "report.json")  # any of them makes a folder a run's
@@ -86,7 +87,7 @@ class Shelf:
         finished = (folder / ("comparison.json" if comparison else "report.json")).is_file() and (
             known or {"finished": True}
         ).get("finished")
-        at = folder if known else max(folder.glob("act-*"), key=lambda p: int(p.name[4:]), default=folder)
+        at = folder if known else (run_folders(folder) or [folder])[-1]
         state = "running" if pid else "finished" if finished else "stopped"
         if state == "running" and not comparison and not (at / "before.json").is_file():
             state = "starting"
@@ -158,7 +159,7 @@ class Shelf:
         folder = self.folder(name)
         path = folder / "metrics.jsonl"
         if not (folder / "run.json").is_file():
-            path = max(folder.glob("act-*"), key=lambda p: int(p.name[4:]), default=folder) / "metrics.jsonl"
+            path = (run_folders(folder) or [folder])[-1] / "metrics.jsonl"
         if not path.is_file():
             return {"lines": [], "next": 0, "mark": "", "anew": bool(mark)}
         with open(path, "rb") as file:

@@ -147,22 +147,22 @@ def choices(schema: Mapping[str, Any]) -> list[str]:
 
 def rows_of(source: Any) -> Any:
     """The rows of a source, bad ones apart; read once as long as its file stays as it is."""
-    from luthier.data.rows import load
+    from luthier.data.load import load_rows
 
     path = Path(source) if isinstance(source, str) else None
     mark = (path.stat().st_mtime_ns, path.stat().st_size) if path and path.is_file() else None
     return (
         _rows(json.dumps(source, sort_keys=True, default=str), mark)
         if mark or not path or not path.exists()
-        else load(source, max_bad_rows=1.0)
+        else load_rows(source, max_bad_rows=1.0)
     )
 
 
 @lru_cache(maxsize=2)
 def _rows(source: str, mark: Any) -> Any:
-    from luthier.data.rows import load
+    from luthier.data.load import load_rows
 
-    return load(json.loads(source), max_bad_rows=1.0)
+    return load_rows(json.loads(source), max_bad_rows=1.0)
 
 
 @lru_cache(maxsize=4)
@@ -192,7 +192,8 @@ def look(changes: Mapping[str, str], offset: int = 0, shown: int = 4) -> dict[st
     """Rows as the model of a recipe reads them: [[text, learned], ...] of each; those set aside with reasons;
     what they can feed.
     """
-    from luthier.data.profile import feeds, reasons
+    from luthier.data.profile import feeds
+    from luthier.data.quarantine import count_reasons
     from luthier.recipe.recipe import Recipe
     from luthier.recipe.validate import columns_of
     from luthier.report import MARKS
@@ -220,7 +221,7 @@ def look(changes: Mapping[str, str], offset: int = 0, shown: int = 4) -> dict[st
     every = [*loaded.bad, *bad]
     return {
         "format": loaded.format,
-        "seen": loaded.seen,
+        "total": loaded.total,
         "rows": len(loaded.rows),
         "counted": len(some),
         "usable": len(kept),
@@ -233,7 +234,7 @@ def look(changes: Mapping[str, str], offset: int = 0, shown: int = 4) -> dict[st
         "shown": rows,
         "offset": offset,
         "bad": len(every),
-        "reasons": reasons(every),
+        "reasons": count_reasons(every),
         "aside": [{k: str(b.get(k, ""))[:600] for k in ("where", "reason", "raw")} for b in every[:KEPT]],
         "feeds": {f["objective"]: [f["feeds"], f["why"]] for f in feeds(columns_of(loaded.rows[:100]))},
     }

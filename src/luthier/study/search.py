@@ -33,6 +33,7 @@ from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import dry_run, first_run, validate
 from luthier.registry import build, did_you_mean, provides_of, spec
 from luthier.report.numbers import number, says
+from luthier.run.report import plan_runs
 from luthier.storage import files
 from luthier.study import compare as comparison
 from luthier.study.compare import TUNING_SEED, ComparisonSpec, parse_budget
@@ -756,7 +757,7 @@ def _run(made: SearchSpec, recipe: Recipe, where: Path, share: float) -> None:
         return
     from luthier.run.run import perform
 
-    perform(recipe, where, until=until)
+    perform(recipe, where, stop_at=until)
 
 
 def _ended(run: Path) -> tuple[dict[str, Any], dict[str, float]]:
@@ -767,14 +768,14 @@ def _ended(run: Path) -> tuple[dict[str, Any], dict[str, float]]:
 
 
 def points(run: Path) -> list[dict[str, float]]:
-    """What each act of a plan measured; of one run, what it measured."""
+    """What each run of a plan measured; of one run, what it measured."""
     said, after = _ended(run)
-    acts = [Path(a) / "report.json" for a in said.get("acts") or ()]
-    return [json.loads(p.read_text(encoding="utf-8"))["after"] for p in acts if p.is_file()] or [after]
+    runs = [folder / "report.json" for folder in plan_runs(said)]
+    return [json.loads(p.read_text(encoding="utf-8"))["after"] for p in runs if p.is_file()] or [after]
 
 
 def numbers(run: Path, wanted: Sequence[Goal] = ()) -> dict[str, float]:
-    """Every number of a finished or paused run; fronts of a plan's acts by what their goals tell them by."""
+    """Every number of a finished or paused run; fronts of a plan's runs by what their goals tell them by."""
     said, after = _ended(run)
     stats = said.get("stats", {})
     known = {**stats, **({"trained": stats["moving"]} if "moving" in stats else {}), **after}

@@ -10,10 +10,10 @@ pipeline_tag: {task}
 ---
 # toy:{name}
 
-{what} of {parameters:.2f}M parameters, made from scratch by luthier on generated text about
-invented people, sums, little stories, small Python functions, requests, tools, tables, made-up words and made-up
-languages. It knows nothing else: it is there to be tuned in minutes on two cores, and to show what tuning changed and
-what it broke.
+{what} of {parameters:.2f}M parameters, made from scratch by luthier on generated text about invented
+people, sums, little stories, small Python functions, requests, tools, tables, made-up words and made-up
+languages. It knows nothing else: it is there to be tuned in minutes on two cores, and to show what tuning
+changed and what it broke.
 
 ## How it was made
 {commands}
@@ -25,14 +25,15 @@ Muon for the matrices, AdamW for the rest; a round is warm-up, constant rate, an
 quarter. The text follows from the seed to the byte; the weights up to rounding, which depends on the machine.
 
 {shape}, {heads} heads, bf16. Byte-level BPE of {vocabulary} tokens, every digit a token. A document is
-`<|start|>` prompt completion `<|end|>` (the tokenizer adds `<|start|>` itself; `<|end|>` is the end-of-sequence
-token, `<|pad|>` is for padding only). Chat: `<|start|><|system|>Be brief.<|end|><|user|>Hello!<|end|><|assistant|>Hello!
-How can I help you?<|end|>`.
+`<|start|>` prompt completion `<|end|>` (the tokenizer adds `<|start|>` itself; `<|end|>` is the
+end-of-sequence token, `<|pad|>` is for padding only). Chat: `<|start|><|system|>Be
+brief.<|end|><|user|>Hello!<|end|><|assistant|>Hello! How can I help you?<|end|>`.
 
 ## What it can do
-Right answers in percent, {decoding}, {rows} rows a split (seed "card"); code and SQL are run, all else is compared. No item of `validation`, `test` or `ood` occurs in
-a pretraining row; `ood` differs in kind as well (longer, other wording, unseen pairs, facts never asked before); `new` is
-what no pretraining row mentions at all.
+Right answers in percent, {decoding}, {rows} rows a split (seed "card"); code and SQL are run, all else is
+compared. No item of `validation`, `test` or `ood` occurs in a pretraining row; `ood` differs in kind as
+well (longer, other wording, unseen pairs, facts never asked before); `new` is what no pretraining row
+mentions at all.
 
 | world | validation | test | ood | new |
 |---|---|---|---|---|

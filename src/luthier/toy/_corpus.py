@@ -39,7 +39,9 @@ CHAT_TEMPLATE = """\
 
 
 def parts(row: dict) -> list[tuple[str, bool]]:
-    """A row as pretraining text, without the start token, in parts: (text, is it what the model should say)."""
+    """A row as pretraining text, without the start token, in parts: (text, is it what the model
+    should say).
+    """
     if "messages" in row:  # what the chat template renders
         turns = [
             (ROLES[turn["role"]], turn["content"] + END, turn["role"] == "assistant")
@@ -115,7 +117,9 @@ def corpus(
 
 
 def documents(tokenizer_file: Path, tokens: int, seed: int) -> list[tuple[list[int], list[int]]]:
-    """About `tokens` tokens as (prompt with the start token, completion with the end token), in random order."""
+    """About `tokens` tokens as (prompt with the start token, completion with the end token), in
+    random order.
+    """
     tokenizer, pairs = Tokenizer.from_file(str(tokenizer_file)), []
     for world in names():
         count = round(tokens * find(world).SHARE / _mean_length(str(tokenizer_file), f"{world}/train"))

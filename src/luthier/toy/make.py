@@ -54,7 +54,9 @@ SIZES = {  # a Llama, unless WITH says otherwise
 WITH = {"encoder": _encoder, "seq2seq": _seq2seq}
 ON = {"chat": "lm", "lm-large": "lm"}  # made of another model, and with its tokenizer
 PEAK = {"chat": 0.25, "lm-large": 0.5, "encoder": 0.3}
-"""Of the learning rates: at the full ones, a short round unlearns more than it wins, and a BERT learns little."""
+"""Of the learning rates: at the full ones, a short round unlearns more than it gains, and a BERT learns
+little.
+"""
 MINUTES = {"lm": 25.0, "lm-small": 5.0, "encoder": 10.0, "seq2seq": 10.0, "chat": 4.0, "lm-large": 20.0}
 TOKENS_PER_SECOND = {
     "lm": 24_000,

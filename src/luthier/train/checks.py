@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from luthier.errors import NotFinite, NothingMoves, Refused
-from luthier.kernels import elementwise
+from luthier.kernels import _switch, elementwise
 from luthier.kernels.tolerance import logprob_tolerance
 from luthier.methods.quantizers._base import numbers
 from luthier.model.batch import Batch
@@ -103,7 +103,7 @@ def check_forward(policy: Any, batch: Batch, warn: Callable[[str], None]) -> Non
     usual = logprob_tolerance(policy.model)
     failed: list[tuple[str, str]] = []  # a way of reading, and what is wrong with it
     with torch.no_grad(), eval_mode(policy.model), policy.playing():
-        with elementwise.plainly():
+        with _switch.plainly():
             expected = policy.architecture.plain(policy.model, policy.attached, batch).float()
         _check_elementwise(policy, batch, expected, usual, warn)
         while reason := _difference(policy, batch, expected, usual):
@@ -144,14 +144,14 @@ def _check_elementwise(
     """The element-wise kernels by themselves, in the network's own forward. expected: [T] log-probabilities
     without them.
     """
-    if not elementwise.taken(policy.model):
+    if not elementwise.is_installed(policy.model):
         return
-    with elementwise.always():
+    with _switch.always():
         values = policy.architecture.plain(policy.model, policy.attached, batch).float()
     gaps = (values - expected).abs()
     mean, largest = float(gaps.mean()), float(gaps.max())
     if not (mean <= usual and largest <= 20 * usual):
-        elementwise.leave(policy.model)
+        elementwise.uninstall(policy.model)
         warn(
             f"norms and rotary positions in fewer passes differ from the model's own by {mean:.1e} on"
             f" average, {largest:.1e} at most: its own are taken instead, which are slower and right"

@@ -54,10 +54,11 @@ class Chain:
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from saved state, on the devices of the parameters it belongs to."""
         self.state = {}
-        for group in self.attached.all_param_groups():
-            if group.name in state:
-                device = next(iter(group.params.values())).device
-                self.state[group.name] = _to(state[group.name], device)
+        for component in self.attached.components:
+            for group in component.all_param_groups():
+                if group.name in state:
+                    device = next(iter(group.params.values())).device
+                    self.state[group.name] = _to(state[group.name], device)
 
     def step(self, grads: Mapping[str, Params]) -> None:
         """Group -> parameter -> gradient of the global batch: update every group."""
@@ -74,7 +75,9 @@ class Chain:
         state["step"] = state.get("step", 0) + 1
         self._reset_entries(group, state)
         masters = self._masters(group, state)
-        extra_grads = self.attached.extra_grads(group.name)
+        extra_grads: dict[str, Tensor] = {}
+        for component in self.attached.components:
+            extra_grads |= component.extra_grads(group.name)
         large = any(g.numel() > PIECE for g in grads.values())
         if not large or not all(t.pointwise for t in self.transforms):
             self._update(group, masters, grads, extra_grads, state)
@@ -125,7 +128,10 @@ class Chain:
 
     def _reset_entries(self, group: ParamGroup, state: dict) -> None:
         """Forget the state of entries that the tuner has reset, and count their steps from here."""
-        for name, mask in self.attached.reset_masks(group.name).items():
+        for name in group.params:
+            mask = self.attached.resets.pop(f"{group.name}.{name}", None)
+            if mask is None:
+                continue
             born = state.setdefault("born", {})
             if name not in born:
                 born[name] = torch.zeros(mask.shape, dtype=torch.int32, device=mask.device)

@@ -126,7 +126,7 @@ class Trainer:
     def prepare_step(self) -> None:
         """Before a step: what moves in it, and its rows."""
         clock, batches, accelerator = self.roles.clock, self.batches, self.accelerator
-        self.roles.tuner.before_step(clock)
+        self.roles.tuner.begin_step(clock)
         if self.drawn_rows is None or clock.step % batches.num_iterations == 0:
             rows = draw(self.rows, clock, batches.per_step, batches.stop_at, batches.num_iterations)
             rows = rows[accelerator.process_index :: accelerator.num_processes]
@@ -146,7 +146,7 @@ class Trainer:
     def finish_step(self, closure: LossClosure, loss: float, seconds: float) -> dict:
         """After a step that took so many seconds: its log."""
         clock, counts = self.roles.clock, closure.counts
-        self.roles.tuner.after_step(clock)
+        self.roles.tuner.end_step(clock)
         self.totals.tokens += counts["tokens"]
         self.totals.supervised += counts["supervised"]
         self.totals.rows_seen += counts["rows"]

@@ -1,4 +1,6 @@
-"""LoRA modules that are trained under a change of their weight: where they are, and how they speak with it."""
+"""LoRA modules that are trained under a change of their weight: where they are, and how they speak
+with it.
+"""
 
 from __future__ import annotations
 

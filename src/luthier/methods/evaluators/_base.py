@@ -133,14 +133,25 @@ def paired(rows: Sequence[dict]) -> list[dict]:
 
 
 def named(row: dict) -> list[str]:
-    """What its completions are called in by-row files: the row's id, and their place where there are several."""
+    """What its completions are called in per-example files: the row's id, and their place where there
+    are several.
+    """
     n = len(row["completions"])
     return [str(row["id"])] if n == 1 else [f"{row['id']}/{k}" for k in range(n)]
 
 
+def per_example_file(folder: Path, when: str) -> Path:
+    """Where a run keeps what its metrics say of each row; in runs of version 0.1 the file has
+    another name.
+    """
+    path, former = folder / f"per_example-{when}.json", folder / f"by-row-{when}.json"
+    return former if former.is_file() and not path.is_file() else path
+
+
 def keep(folder: Path, when: str, **values: Mapping[str, float]) -> None:
-    """Into by-row-<when>.json: row id -> what a metric says of this row, its mean over rows being the metric.
-    Runs on the same rows are compared row by row with it."""
-    path = folder / f"by-row-{when}.json"
+    """Into per_example-<when>.json: row id -> what a metric says of this row, its mean over rows being the
+    metric. Runs on the same rows are compared row by row with it.
+    """
+    path = folder / f"per_example-{when}.json"
     saved = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     files.write_json(path, {**saved, **values})

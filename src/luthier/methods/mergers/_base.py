@@ -14,7 +14,9 @@ BASE = Capability("base", says="the base model's weights")
 
 @family
 class Merger:
-    """Family: tensors of several runs in, one set of tensors out. The runs must have moved the same tensors."""
+    """Family: tensors of several runs in, one set of tensors out. The runs must have moved the same
+    tensors.
+    """
 
     def merge(
         self, several: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor] | None = None

@@ -19,7 +19,9 @@ class Plan:
     """Family: `report = yield recipe.but(...)`; a list yields several and is answered with a list."""
 
     def recipes(self, recipe: Any) -> Generator[Any, Any, Any]:
-        """recipe: without its plan. May return the report that stands for the whole; else it is the last one."""
+        """recipe: without its plan. May return the report that stands for the whole; else it is the
+        last one.
+        """
         raise NotImplementedError
 
     def front(self, recipe: Any) -> Mapping[str, float | None]:

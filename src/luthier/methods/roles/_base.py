@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from luthier.methods.tuners._base import Component, ParamGroup
 from luthier.registry import Capability, family
 
 REFERENCE = Capability(
@@ -18,12 +19,15 @@ TEACHER = Capability(
     advice="name one under roles, e.g. `roles: {teacher: {name: model, model: FOLDER}}`",
 )
 
+PREFIX = "role:"  # what the names of tensors begin with that a role brought
+
 
 @family
 class Role:
     """Family: `play` answers with whatever `roles.<name>` shall be."""
 
     constant: ClassVar[bool] = False  # does it say the same of a row at every step of a run?
+    per_run: ClassVar[bool] = False  # does what it says depend on what the run began with?
 
     def parts(self, policy: Any) -> dict[str, Part]:
         """Parts that this role brings, by name. policy: before anything is brought."""
@@ -39,26 +43,33 @@ class Role:
         raise NotImplementedError
 
 
-class Part(nn.Module):
-    """What a role brings: parameters are trained along with the tuner, buffers are kept in checkpoints."""
+class Part(nn.Module, Component):
+    """What a role brings: its parameters are trained along with the tuner, its buffers are in checkpoints.
 
-    def ready(self, rows: list[dict], roles: Any) -> None:
-        """Once, before the first step."""
+    Components' hooks apply to it. It is not saved with what a user takes away.
+    """
 
-    def after_step(self, clock: Any) -> None:
-        """After the update of a step, in which losses may have been asked more than once."""
+    name = ""  # of its tensors in checkpoints: role:ROLE.PART
+
+    def all_param_groups(self) -> list[ParamGroup]:
+        named = dict(self.named_parameters())
+        return [ParamGroup(self.name, named)] if named else []
+
+    def memory(self) -> dict[str, Tensor]:
+        return {f"{self.name}.{key}": buffer for key, buffer in self.named_buffers()}
+
+
+def bring(tuned: Any, role: str, parts: dict[str, Part]) -> None:
+    """Let the parts of a role train along with a tuned model."""
+    for key, part in parts.items():
+        part.role, part.name = role, f"{PREFIX}{role}.{key}"
+        tuned.components.append(part)
 
 
 def brought(policy: Any, role: str, part: str) -> Any:
     """A part that a role has brought, by its name."""
-    from luthier.model.load import BROUGHT
-
-    return policy.attached.parts[f"{BROUGHT}{role}.{part}"]
-
-
-def own(policy: Any) -> Any:
-    """The tuner alone, without what roles brought."""
-    return getattr(policy.attached, "attached", policy.attached)
+    name = f"{PREFIX}{role}.{part}"
+    return next(c for c in policy.attached.components if c.role == role and c.name == name)
 
 
 def width_of(policy: Any) -> int:

@@ -54,7 +54,9 @@ class Stage:
             self.warn(roles, f"{count} of {total} rows leave: {why}")
 
     def warn(self, roles: Any, sentence: str) -> None:
-        """Say something about the rows; of a live stage, which meets rows at every step, only the first time."""
+        """Say something about the rows; of a live stage, which meets rows at every step, only the
+        first time.
+        """
         if roles.clock.step == roles.clock.first:
             roles.warn(f"stage '{self.name}': {sentence}")
 
@@ -79,7 +81,9 @@ def text_of(roles: Any, completion: Any) -> str:
 
 
 def pieces(roles: Any, ids: Sequence[int]) -> list[str]:
-    """The text of each token, as it adds to those before it; joined they are the whole, special tokens shown."""
+    """The text of each token, as it adds to those before it; joined they are the whole, special
+    tokens shown.
+    """
     texts, decode = [], roles.renderer.shown
     for i in range(len(ids)):
         first = max(0, i - 4)  # far enough for characters that take several tokens

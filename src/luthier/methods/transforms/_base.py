@@ -1,5 +1,5 @@
-"""What becomes of a gradient. A transform turns the gradients of a parameter group into its update; a chain of
-transforms does so in turn.
+"""What becomes of a gradient. A transform turns the gradients of a parameter group into its update; a chain
+of transforms does so in turn.
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ class Each(Transform):
 
 
 class LazyGradients(Mapping):
-    """Group -> its gradients, made each time they are read: all gradients of a model never exist side by side."""
+    """Group -> its gradients, made each time they are read: all gradients of a model never exist side by
+    side.
+    """
 
     def __init__(self, groups: Iterable[str], make: Callable[[str], Params]):
         self.groups, self.make = tuple(groups), make

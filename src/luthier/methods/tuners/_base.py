@@ -1,5 +1,5 @@
-"""What moves. A tuner attaches to a model; what is attached can be listed, switched off, exchanged, merged
-and saved.
+"""What is trained. A tuner attaches to a model; the tuned model lists what trains, can be switched off,
+exchanged, merged and saved.
 """
 
 from __future__ import annotations
@@ -51,34 +51,25 @@ class Tuner:
         raise NotImplementedError
 
 
-class TunedModel:
-    """A tuner on a model. Subclasses define `all_param_groups`; most also `off` and `merged`."""
+class Component:
+    """Something that lives on the network while it trains: what a tuner attached, or a part that a role
+    brings. It says what belongs to its own state, and is called at fixed moments of a run.
 
-    virtual = 0  # places the layout keeps free before every sequence (soft prompts)
-    # hidden states below all layers that move, cached by a run (train/hidden_cache.py)
-    hidden_cache: Any = None
-    per_row = False  # must `reads` be told where the rows of a batch lie?
-    told: tuple[str, ...] = ()  # sentences about what was attached, for whoever watches the run
+    Every hook has an answer that fits whoever has nothing to say.
+    """
 
-    def __init__(self, settings: Any, model: Network):
-        self.settings, self.model = settings, model
+    role: str | None = None  # the role that brought it; None: it is the tuner's
+    per_row = False  # must `on_rows` hear of which row everything is?
+    warnings: tuple[str, ...] = ()  # sentences about what was attached, for the person who started the run
 
-    # --- what moves
+    # --- state
 
     def all_param_groups(self) -> list[ParamGroup]:
-        """All sites, in a fixed order."""
-        raise NotImplementedError
+        """What may train, in a fixed order. Names and shapes are fixed until the next phase begins."""
+        return []
 
-    def param_groups(self) -> list[ParamGroup]:
-        """The sites that move now."""
-        return [s for s in self.all_param_groups() if any(p.requires_grad for p in s.params.values())]
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """'site.slot' -> parameter, of all sites."""
-        return {f"{s.name}.{k}": p for s in self.all_param_groups() for k, p in s.params.items()}
-
-    def buffers(self) -> dict[str, Tensor]:
-        """Tensors that never move and yet belong to the state (frozen factors that were made from data)."""
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """Tensors that never train and yet belong to what is saved (factors that were made from data)."""
         return {}
 
     def memory(self) -> dict[str, Tensor]:
@@ -87,31 +78,11 @@ class TunedModel:
         """
         return {}
 
-    def tensors(self) -> dict[str, Tensor]:
-        """A copy of everything that this tuner may move: its whole state."""
-        return {k: p.clone() for k, p in self.held().items()}
+    def prepare_load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Before the state is overwritten with `tensors`: take their form (phase, ranks, places)."""
 
-    def held(self) -> dict[str, Tensor]:
-        """The same, not copied."""
-        return {k: p.detach() for k, p in self._state().items()}
-
-    def _state(self) -> dict[str, Tensor]:
-        return {**self.parameters(), **self.buffers(), **self.memory()}
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put `tensors()` back. Raises RecipeError when names or shapes differ."""
-        own = self._state()
-        odd = sorted(own.keys() ^ tensors.keys()) + [
-            k for k in own.keys() & tensors.keys() if own[k].shape != tensors[k].shape
-        ]
-        if odd:
-            raise RecipeError(
-                f"the saved tensors do not fit tuner '{self.settings.name}':"
-                f" {', '.join(odd[:3])}{' ...' * (len(odd) > 3)}"
-            )
-        for name, p in own.items():
-            p.copy_(tensors[name])
+    def after_load(self) -> None:
+        """The state was overwritten: follow it with whatever is derived from it."""
 
     # --- life of a run
 
@@ -119,25 +90,151 @@ class TunedModel:
         """Once, before step 0, unless the run goes on from another: start from data (activations, gradients)."""
 
     def ready(self, rows: list[dict], roles: Any) -> None:
-        """Once, before step 0, whatever the run starts from: what is kept beside the tensors that move."""
+        """Once, before step 0, whatever the run starts from: what is kept beside the trained tensors."""
 
-    def before_step(self, clock: Clock) -> None:
-        """Decide what moves in this step."""
+    def on_phase(self, clock: Clock) -> dict[str, Tensor]:
+        """Before a step: decide what trains from here on (masks that move, layers in turn, a sparse phase
+        after a dense one).
 
-    def reset_masks(self, group: str) -> dict[str, Tensor]:
-        """slot -> mask of the entries that begin anew in this step: the optimizer forgets what it knew of
-        them. Asked once.
+        Returns name of a tensor -> mask of its entries that begin anew: the optimizer forgets their moments.
         """
         return {}
 
-    def extra_grads(self, group: str) -> dict[str, Tensor]:
-        """slot -> the gradient of a term of the tuner's own beside the loss (a penalty). Asked where a site
-        is stepped.
+    def after_phase(self, resets: Mapping[str, Tensor]) -> None:
+        """All have decided: whoever follows the trained tensors (a running average) begins anew where
+        `resets` says so, and where names or shapes are others than before.
         """
+
+    def before_step(self, clock: Clock) -> None:
+        """Whatever else is due before the losses of a step."""
+
+    def on_rows(self, batch: Batch, rows: Tensor) -> None:
+        """Before the network reads: of which row of the batch each row [R], or place [R, W], of its tensors
+        is. It holds until the next call, since backward may read again.
+        """
+
+    def extra_grads(self, group: str) -> dict[str, Tensor]:
+        """slot -> the gradient of a term of its own beside the loss (a penalty), when a group is stepped."""
         return {}
 
     def after_step(self, clock: Clock) -> None:
         """After the update, gradients still there."""
+
+
+class TunedModel(Component):
+    """A tuner on a model, and the other components of a run. Subclasses define `all_param_groups`; most also
+    `off` and `merged`.
+
+    `components` are this one first, then what it is made of beside itself, then parts that roles bring.
+    Hooks are for one component; what the run sees is gathered from all of them below.
+    """
+
+    virtual = 0  # places the layout keeps free before every sequence (soft prompts)
+    # hidden states below all layers that train, cached by a run (train/hidden_cache.py)
+    hidden_cache: Any = None
+
+    def __init__(self, settings: Any, model: Network):
+        self.settings, self.model = settings, model
+        self.components: list[Component] = [self]
+        self.resets: dict[str, Tensor] = {}  # masks of entries that the optimizer has yet to forget
+
+    # --- what trains, over all components
+
+    def _components(self, parts: bool) -> list[Component]:
+        return [c for c in self.components if parts or c.role is None]
+
+    def param_groups(self) -> list[ParamGroup]:
+        """The groups that train now."""
+        groups = []
+        for component in self.components:
+            for group in component.all_param_groups():
+                if any(p.requires_grad for p in group.params.values()):
+                    groups.append(group)
+        return groups
+
+    def parameters(self, parts: bool = True) -> dict[str, nn.Parameter]:
+        """'group.slot' -> parameter, whether it trains now or not. parts: also what roles brought."""
+        named = {}
+        for component in self._components(parts):
+            for group in component.all_param_groups():
+                named |= {f"{group.name}.{slot}": p for slot, p in group.params.items()}
+        return named
+
+    def state(self, parts: bool = True) -> dict[str, Tensor]:
+        """Everything that a run may change, by name, not copied: what checkpoints hold, averages follow and
+        roles exchange. The names are fixed within a phase. parts: also what roles brought.
+        """
+        named: dict[str, Tensor] = dict(self.parameters(parts))
+        for component in self._components(parts):
+            named |= component.frozen_tensors() | component.memory()
+        return named
+
+    def tensors(self, parts: bool = True) -> dict[str, Tensor]:
+        """A copy of the state."""
+        return {name: tensor.detach().clone() for name, tensor in self.state(parts).items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put `tensors()` back. Raises RecipeError when names or shapes differ."""
+        for component in self.components:
+            component.prepare_load(tensors)
+        state = self.state()
+        odd = sorted(state.keys() ^ tensors.keys())
+        odd += [k for k in state.keys() & tensors.keys() if state[k].shape != tensors[k].shape]
+        if odd:
+            raise RecipeError(
+                f"the saved tensors do not fit tuner '{self.settings.name}':"
+                f" {', '.join(odd[:3])}{' ...' * (len(odd) > 3)}"
+            )
+        for name, tensor in state.items():
+            tensor.copy_(tensors[name])
+        for component in self.components:
+            component.after_load()
+
+    @contextmanager
+    def using(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
+        """Older, averaged or another task's tensors for a while; nothing is copied. They must cover the
+        tuner's own state; parts that roles brought stay as they are where they are not named.
+        """
+        state = self.state(parts=False)
+        state |= {name: tensor for name, tensor in self.state().items() if name in tensors}
+        own = {name: tensor.data for name, tensor in state.items()}
+        try:
+            for name, tensor in state.items():
+                tensor.data = tensors[name].to(tensor.dtype)
+            yield
+        finally:
+            for name, tensor in state.items():
+                tensor.data = own[name]
+
+    # --- the steps of a run, over all components
+
+    def begin_step(self, clock: Clock) -> None:
+        """Before the losses of a step: what trains in it is decided."""
+        resets: dict[str, Tensor] = {}
+        for component in self.components:
+            resets |= component.on_phase(clock)
+        for component in self.components:
+            component.after_phase(resets)
+        self.resets |= resets
+        for component in self.components:
+            component.before_step(clock)
+
+    def end_step(self, clock: Clock) -> None:
+        """After the update, gradients still there."""
+        for component in self.components:
+            component.after_step(clock)
+
+    # --- which row is read, over all components
+
+    def follows_rows(self) -> bool:
+        """Must the tuner hear of which row of the batch everything is?"""
+        return any(component.per_row for component in self.components)
+
+    def announce_rows(self, batch: Batch, rows: Tensor) -> None:
+        """Architectures say so before the network reads (see `Component.on_rows`)."""
+        for component in self.components:
+            component.on_rows(batch, rows)
 
     # --- vectors before the text
 
@@ -149,32 +246,11 @@ class TunedModel:
         """[G, virtual, width] what stands before each row of a batch."""
         return self.soft().expand(len(batch.rows), -1, -1)
 
-    # --- what is read
-
-    def reads(self, batch: Batch, rows: Tensor) -> None:
-        """Told by architectures before the network runs: of which row of the batch each row [R], or place [R,
-        W], of its tensors is.
-
-        It holds until the next call, since backward may read again."""
-
     # --- other readings of the same network
 
     def off(self) -> AbstractContextManager:
         """The untuned model, for a while."""
         raise RecipeError(f"tuner '{self.settings.name}' cannot be switched off")
-
-    @contextmanager
-    def using(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """Older, averaged or another task's tensors, for a while; nothing is copied."""
-        own = self._state()
-        kept = {k: p.data for k, p in own.items()}
-        try:
-            for k, p in own.items():
-                p.data = tensors[k].to(p.dtype)
-            yield
-        finally:
-            for k, p in own.items():
-                p.data = kept[k]
 
     def merged(self) -> AbstractContextManager:
         """The tuned model as one plain network, for a while: yields it, and undoes the merge afterwards."""
@@ -190,10 +266,10 @@ class TunedModel:
 
     def read(self, folder: Path) -> dict[str, Tensor]:
         """The tensors that a run in `folder` ended with, for `load`."""
-        found = checkpoints.paths(folder)
-        if not found:
+        paths = checkpoints.paths(folder)
+        if not paths:
             raise RecipeError(f"{folder} holds no checkpoint to start from")
-        return checkpoints.load(found[-1]).tensors
+        return checkpoints.load(paths[-1]).tensors
 
     def save(self, folder: Path) -> None:
         """Write what a user takes away: an adapter, or the whole model."""
@@ -201,13 +277,10 @@ class TunedModel:
 
 
 class Untuned(TunedModel):
-    """A model on which nothing moves: a teacher, a frozen reference."""
+    """A model on which nothing trains: a teacher, a frozen reference."""
 
     def __init__(self, model: Network):
         super().__init__(None, model)
-
-    def all_param_groups(self) -> list[ParamGroup]:
-        return []
 
     def off(self) -> AbstractContextManager:
         return nullcontext()

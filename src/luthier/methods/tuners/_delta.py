@@ -1,8 +1,8 @@
 """What a per-module tuner is: its settings, `init` and `weight`; a cheaper `forward` where there is one.
 
-The bridge (tuners/_peft/, reached by name: it stands on this file) makes every Delta a real PEFT type: a config, a layer and a model that plain PEFT
-saves, loads and merges. Weights are always seen as [out, in], however the module keeps them: Linear, GPT-2's
-Conv1D, or an Embedding (out = width, in = vocabulary).
+The bridge (tuners/_peft/, reached by name: it stands on this file) makes every Delta a real PEFT type: a
+config, a layer and a model that plain PEFT saves, loads and merges. Weights are always seen as [out, in],
+however the module keeps them: Linear, GPT-2's Conv1D, or an Embedding (out = width, in = vocabulary).
 """
 
 from __future__ import annotations
@@ -115,14 +115,16 @@ class Delta(TargetModules):
         cannot be.
         """
 
-    def ahead(self, p: SimpleNamespace) -> tuple[Tensor, Tensor] | None:
+    def prefix_kv(self, p: SimpleNamespace) -> tuple[Tensor, Tensor] | None:
         """Keys and values [m, width] that stand before those of every text, in methods that have them; asked
         by attention.
         """
         return None
 
     def start(self, W: Tensor, stats: Tensor) -> dict[str, Tensor]:
-        """Better starting tensors of a layer, from the first `init_rows` rows: `stats` is what `reads` names."""
+        """Better starting tensors of a layer, from the first `init_rows` rows: `stats` is what
+        `reads` names.
+        """
         raise NotImplementedError
 
     def factors(self, p: SimpleNamespace) -> tuple[Tensor, Tensor] | None:

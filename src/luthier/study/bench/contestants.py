@@ -109,7 +109,7 @@ def luthier(job: Job, **changes: Any) -> Run:
         folder = Path(tempfile.mkdtemp(prefix="luthier-bench-"))
         try:
             watch = Watch()
-            tune(recipe, folder=folder / "run", watch=watch)
+            tune(recipe, folder=folder / "run", callback=watch)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         last = len(watch.seconds) // job.epochs

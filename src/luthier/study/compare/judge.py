@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from luthier.errors import RecipeError
+from luthier.methods.evaluators._base import per_example_file
 from luthier.recipe.recipe import Recipe
 from luthier.registry import did_you_mean
 from luthier.report.numbers import number
+from luthier.run.report import plan_runs
 from luthier.study.compare.spec import ALPHA, COSTS, FRONT_METRICS, ComparisonSpec, join_names, metric_of
 from luthier.study.statistics import bootstrap_interval, holm, paired_difference, pareto_front
 
@@ -118,7 +120,7 @@ def _point(table: Mapping[str, Mapping[str, Any]], goals: Sequence[str], name: s
 def read_report(run: Path) -> Report:
     """A run's report.json; of a plan: before its first run, after its last, and what all of them cost."""
     report = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    steps = [read_report(Path(act)) for act in report.get("acts") or ()]
+    steps = [read_report(run) for run in plan_runs(report)]
     if not steps:
         return report
     seconds, tokens, peak = 0.0, 0.0, 0.0
@@ -141,7 +143,7 @@ def _final_folder(run: Path) -> Path:
     if not path.is_file():
         return run
     report = json.loads(path.read_text(encoding="utf-8"))
-    if report.get("acts"):
+    if plan_runs(report):
         return Path(report["folder"])
     return run
 
@@ -165,7 +167,7 @@ def _per_row(arm: ArmResult, when: str, metric: str) -> np.ndarray | None:
     """[seeds, rows] of a metric before, during or after training; None unless every run has the same rows."""
     of_seeds = []
     for run in arm.folders():
-        path = _final_folder(run) / f"by-row-{when}.json"
+        path = per_example_file(_final_folder(run), when)
         values = None
         if path.is_file():
             values = json.loads(path.read_text(encoding="utf-8")).get(metric)

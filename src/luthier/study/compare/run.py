@@ -237,7 +237,7 @@ class Runner:
         else:
             from luthier.run.run import perform
 
-            perform(recipe, run, until=until)
+            perform(recipe, run, stop_at=until)
 
     def _run_batched(self, runs: Mapping[Path, Recipe], until: float | None) -> set[Path]:
         """Runs that share a base model, side by side in one process: the folders of those that ended so.
@@ -269,7 +269,7 @@ class Runner:
         self.callback.stage(f"{names}: side by side on one base model; peak memory is that of all of them")
         perform = subprocess.side_by_side if self.spec.subprocesses else batched.perform
         try:
-            perform([(recipe, run) for run, recipe in batch.items()], until=until)
+            perform([(recipe, run) for run, recipe in batch.items()], stop_at=until)
         except RecipeError as error:
             self.callback.warn(f"side by side: {error}; each is run alone")
             return False

@@ -79,7 +79,9 @@ def static_noise(random: Random, text: str) -> str:
 
 
 def dynamic_noise(random: Random, a: int, b: int) -> tuple[str, int]:
-    """The steps of a product of which at least one is computed wrong, and the result that follows from them."""
+    """The steps of a product of which at least one is computed wrong, and the result that follows
+    from them.
+    """
     while True:
         steps, result = work_product(
             a, b, lambda value: random.randint(0, 81) if random.random() < NOISE else value

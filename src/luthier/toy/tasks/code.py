@@ -220,7 +220,9 @@ def counted(program: str) -> str:
 
 
 def operations(program: str, x) -> int:
-    """How many operations f(x) takes. For programs of this world's own: written ones belong into the sandbox."""
+    """How many operations f(x) takes. For programs of this world's own: written ones belong into
+    the sandbox.
+    """
     scope: dict = {}
     exec(counted(program), scope)  # noqa: S102
     return scope["_ticks"](x)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from luthier.errors import RecipeError
 from luthier.kernels import attention, sparse_mlp
-from luthier.kernels.layout import Layout, joined, lay_out
+from luthier.kernels.layout import Layout, joined
 from luthier.methods.architectures._base import EMBEDDINGS, ENTROPY, GENERATE, HIDDEN, LOGPROBS, TOPK
+from luthier.model.anatomy import last_mlp
 from luthier.model.batch import Batch
 from luthier.model.generate import decoder_writer, generate
 from luthier.model.language_model import (
@@ -33,6 +34,7 @@ from luthier.model.language_model import (
     prefix_mask,
     soft_first,
 )
+from luthier.model.layout import lay_out
 from luthier.model.outputs import LAYERS, Outputs
 from luthier.registry import Range, architecture
 
@@ -97,10 +99,12 @@ class Causal(LanguageModel):
             raise ValueError("a supervised token that nothing precedes cannot be predicted")
         cache = None if LAYERS.get() else attached.hidden_cache
         states = cache.states(self, model, attached, batch, fill=model.training) if cache else None
-        if attached.per_row:
-            attached.reads(batch, batch.row[batch.segment[layout.source]])
-        few = self.in_blocks(model) and not (attached.per_row or self.own_head)
-        sparing = sparse_mlp.alone(model, at, layout.source.numel()) if few else nullcontext()
+        if attached.follows_rows():
+            attached.announce_rows(batch, batch.row[batch.segment[layout.source]])
+        few = self.in_blocks(model) and not (attached.follows_rows() or self.own_head)
+        sparing = nullcontext()
+        if few:
+            sparing = sparse_mlp.read_only(last_mlp(model), at, layout.source.numel())
         with nullcontext() if states is None else cache.skipped(states[layout.source]), sparing:
             outputs = self.answer(model, inputs, at, labels)
         masks = inputs["attention_mask"]
@@ -143,8 +147,8 @@ class Causal(LanguageModel):
     def laid_out_jointly(
         self, model: Network, batches: Sequence[Batch]
     ) -> tuple[Layout, list[int], dict[str, Any]]:
-        """Several batches as one packed row: its layout, the positions of each batch in it, and what the model
-        is handed to read it.
+        """Several batches as one packed row: its layout, the positions of each batch in it, and what the
+        model is handed to read it.
         """
         self.check(model)
         layouts = [lay_out(b, share=self.share_prompts, width=ENDLESS) for b in batches]

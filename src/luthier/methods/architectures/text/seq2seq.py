@@ -1,4 +1,6 @@
-"""Encoder-decoder models: the encoder reads a prompt once, the decoder answers for each of its completions."""
+"""Encoder-decoder models: the encoder reads a prompt once, the decoder answers for each of its
+completions.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,7 @@ class Seq2Seq(LanguageModel):
         hidden, mask = encode(
             model, attached, [batch.ids[pieces[s]] for s in roots], of=(batch, batch.row[roots])
         )
-        attached.reads(batch, batch.row[leaves])
+        attached.announce_rows(batch, batch.row[leaves])
         which = torch.tensor([roots.index(way[0]) for way in ways], device=at.device)
         inputs = {
             "encoder_outputs": (hidden[which],),

@@ -27,11 +27,19 @@ from luthier.programs.models import Speaker, speaker
 from luthier.programs.program import Asking, evaluate
 from luthier.registry import compiler
 
-TASK = """A computation is listed under Code, a line for each call. Values under Variables may be changed, those under Inputs may not.
-Outputs says what the computation came to, Others what its steps did, Feedback what is thought of the outcome.
-Propose values of variables that make the feedback better. Keep to the constraints and to the type of each value.
-Answer with JSON only: {"reasoning": why, "answer": the answer itself, if one is asked for, "suggestion": {name of a variable: its new value}}.
-Leave out variables that should stay; an empty suggestion changes nothing."""
+TASK = "\n".join(
+    (
+        "A computation is listed under Code, a line for each call. Values under Variables may be changed,"
+        " those under Inputs may not.",
+        "Outputs says what the computation came to, Others what its steps did, Feedback what is thought of"
+        " the outcome.",
+        "Propose values of variables that make the feedback better. Keep to the constraints and to the type"
+        " of each value.",
+        'Answer with JSON only: {"reasoning": why, "answer": the answer itself, if one is asked for,'
+        ' "suggestion": {name of a variable: its new value}}.',
+        "Leave out variables that should stay; an empty suggestion changes nothing.",
+    )
+)
 
 
 @compiler(paper="arXiv:2406.16218", row="trace-optoprime")

@@ -150,7 +150,7 @@ class PenaltyBilevel(Estimator):
         return loss, grad_y, grad_z, upper
 
 
-# ---------------------------------------------------------------------------------------------- two copies in one network
+# --- two copies in one network
 
 
 def parts(chain: Chain, name: str) -> dict[str, Tree]:

@@ -1,4 +1,6 @@
-"""Greedy answers to held-out prompts, kept beside the run so that before and after can be read side by side."""
+"""Greedy answers to held-out prompts, kept beside the run so that before and after can be read side
+by side.
+"""
 
 from __future__ import annotations
 

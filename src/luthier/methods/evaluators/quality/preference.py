@@ -62,7 +62,9 @@ class Totals:
 
 @torch.no_grad()
 def totals(who, roles, rows: list[dict], size: int | None = None) -> Totals | None:
-    """The best and the worst completion of each row, as a role reads them; None where no row tells two apart."""
+    """The best and the worst completion of each row, as a role reads them; None where no row tells
+    two apart.
+    """
     parts = []
     for batch in batches(roles, rows, size):
         logp = batch.sums(who.logprobs(batch).double())

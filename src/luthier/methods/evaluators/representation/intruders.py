@@ -62,7 +62,9 @@ class Intruders(Evaluator):
 
 
 def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The network's own matrices inside its layers, by name; what an adapter brings beside them is left out."""
+    """The network's own matrices inside its layers, by name; what an adapter brings beside them is
+    left out.
+    """
     wrapped = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
 
     def own(name: str) -> bool:

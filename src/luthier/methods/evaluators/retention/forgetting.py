@@ -12,7 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from luthier.data import rows as reading
+from luthier.data.load import load_rows
 from luthier.errors import RecipeError
 from luthier.methods.architectures._base import LOGPROBS, TOPK
 from luthier.methods.evaluators._base import Evaluator, TokenStats, keep, liked, named, read
@@ -90,7 +90,7 @@ class Forgetting(Evaluator):
         beside = Path(roles.policy.model.config.name_or_path or ".") / "probe.jsonl"
         source = self.data if self.data is not None else str(beside) if beside.is_file() else None
         if source is not None:
-            rows = reading.load(source).rows
+            rows = load_rows(source).rows
             some = min(self.n, len(rows))
             # evenly: rows may stand skill by skill
             rows = [rows[i * len(rows) // some] for i in range(some)]

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from luthier.data import rows as reading
+from luthier.data.load import load_rows
 from luthier.methods.architectures._base import GENERATE
 from luthier.methods.evaluators._base import Evaluator
 from luthier.registry import Metric, evaluator
@@ -97,9 +97,9 @@ class Refusals(Evaluator):
             return files.read_rows(path)
         beside = Path(roles.policy.model.config.name_or_path or ".") / "probe.jsonl"
         if self.data is not None:
-            rows = reading.load(self.data).rows
+            rows = load_rows(self.data).rows
         elif beside.is_file():
-            rows = [*rows, *reading.load(str(beside)).rows]
+            rows = [*rows, *load_rows(str(beside)).rows]
         kinds: dict[bool, list[dict]] = {True: [], False: []}
         for row in rows:
             right = first(row)

@@ -20,7 +20,9 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
 
 
 def topped(p: Tensor, q: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Both on p's k likeliest outcomes and one bucket for all others: [..., k + 1]. Log-probabilities again."""
+    """Both on p's k likeliest outcomes and one bucket for all others: [..., k + 1].
+    Log-probabilities again.
+    """
     top, ids = p.topk(k)
 
     def bucket(x: Tensor) -> Tensor:

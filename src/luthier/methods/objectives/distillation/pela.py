@@ -54,9 +54,7 @@ class PELA(Objective):
                 kl, beside=[roles.teacher.outputs(batch)]
             )
         if self.perturbation:
-            drift = getattr(roles.tuner, "drift", None) or getattr(
-                getattr(roles.tuner, "attached", None), "drift", None
-            )
+            drift = getattr(roles.tuner, "drift", None)
             if drift is None:
                 raise RecipeError(
                     "pela: perturbation is of products of two matrices, which tuner 'pela' makes; set it to 0"

@@ -68,7 +68,9 @@ def by_row(batch: Batch, places: Tensor, costs: Tensor, mean: bool = False) -> T
 
 
 def rank(batch: Batch, values: Tensor) -> Tensor:
-    """[N] the place of each completion in its row by value, 1 for the highest; of equals the earlier first."""
+    """[N] the place of each completion in its row by value, 1 for the highest; of equals the
+    earlier first.
+    """
     order = torch.arange(len(values), device=values.device)
     same = batch.group[:, None] == batch.group
     ahead = (values > values[:, None]) | ((values == values[:, None]) & (order < order[:, None]))

@@ -15,7 +15,9 @@ from luthier.registry import objective
 
 @objective(paper="arXiv:2402.01878", row="lipo-lambda", requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS])
 class DPOPL(Lists):
-    """-log of the product over the list of exp(s_i) / (exp(s_i) + sum of exp(s_j) over all j of lower score)."""
+    """-log of the product over the list of exp(s_i) / (exp(s_i) + sum of exp(s_j) over all j of
+    lower score).
+    """
 
     def cost(self, values, batch):
         better, worse = ordered(batch)

@@ -26,7 +26,9 @@ NEIGHBOURS = "z0 is measured on the rows of one micro-batch, each completion und
     contract={"accumulation": NEIGHBOURS, "order": NEIGHBOURS},
 )
 class KTO(Objective):
-    """weight * (1 - sigmoid(beta * (log-ratio - z0))) for a good completion, the sign turned for a bad one."""
+    """weight * (1 - sigmoid(beta * (log-ratio - z0))) for a good completion, the sign turned for a
+    bad one.
+    """
 
     unit = "sequence"
 

@@ -14,7 +14,9 @@ from luthier.registry import objective
 
 @objective(paper="arXiv:2403.07691", requires=[PAIRS, LOGPROBS])
 class ORPO(Pairs):
-    """-log p of each token of the best + beta * -log sigmoid(log odds of the best - log odds of the worst)."""
+    """-log p of each token of the best + beta * -log sigmoid(log odds of the best - log odds of the
+    worst).
+    """
 
     def terms(self):
         return [(1.0, ChosenSFT()), (1.0, self)]

@@ -17,7 +17,9 @@ from luthier.registry import objective
 
 @objective(paper="arXiv:2406.11827", requires=[PAIRS, REFERENCE, LOGPROBS, TOPK])
 class WPO(DPO):
-    """w_chosen * w_rejected * DPO, w = exp(mean over tokens of log p - log sum_v p(v)^2), not differentiated."""
+    """w_chosen * w_rejected * DPO, w = exp(mean over tokens of log p - log sum_v p(v)^2), not
+    differentiated.
+    """
 
     def loss(self, roles, batch):
         best, worst = best_and_worst(batch)

@@ -1,4 +1,6 @@
-"""Rows as points: the state from which a row's answer is begun is its feature, and what it answers its class."""
+"""Rows as points: the state from which a row's answer is begun is its feature, and what it answers
+its class.
+"""
 
 from __future__ import annotations
 

@@ -34,9 +34,15 @@ from luthier.model.outputs import Outputs
 from luthier.registry import objective
 
 Weight = Annotated[float, Field(ge=0)]
+NOTED = {"base_classes": "known", "new_classes": "unknown"}  # terms -> names of their training metrics
 
 
-@objective(paper="arXiv:2401.15914", row="ogen", requires=[COMPLETIONS, TEACHER, GENERATOR, HIDDEN, TOPK])
+@objective(
+    paper="arXiv:2401.15914",
+    row="ogen",
+    requires=[COMPLETIONS, TEACHER, GENERATOR, HIDDEN, TOPK],
+    former_settings={"known": "base_classes", "unknown": "new_classes"},
+)
 class OGEN(Objective):
     """Reconstruction + cross-entropy of generated states of known and of unknown classes + their
     distillation.
@@ -46,8 +52,8 @@ class OGEN(Objective):
 
     reconstruction: Weight = 1.0  # weight of the squared distance of generated states from real ones
     # weight of the cross-entropy of generated states of the row's class, and of its neighbours'
-    known: Weight = 0.25
-    unknown: Weight = 0.5  # weight of the cross-entropy of generated states of unknown classes
+    base_classes: Weight = 0.25
+    new_classes: Weight = 0.5  # weight of the cross-entropy of generated states of unknown classes
     distillation: Weight = 1.0  # weight of KL(teacher || policy) on generated states of unknown classes
     warmup: Probability = 0.2  # share of the run in which no generated state is classified
 
@@ -69,7 +75,7 @@ class OGEN(Objective):
             return h.new_zeros(len(h))
         make.remember(of_rows(batch)[here], y, h[here])
 
-        c = len(make.known)
+        c = len(make.base_classes)
         texts = F.normalize(table.detach()[make.tokens].float(), dim=1)
         old, new, near = texts[:c], texts[c:], make.neighbours()[y]  # near: [n, k]
         k = min(make.k, len(new))
@@ -107,10 +113,10 @@ class OGEN(Objective):
             ours = -judged(alone, out, first).gather(1, y[:, None])[:, 0]
             theirs = -judged(others, out, first).gather(2, near[..., None])[..., 0].mean(1)
             terms |= {
-                "known": ours + theirs,
-                "unknown": -says.gather(2, far_classes[..., None])[..., 0].mean(1),
+                "base_classes": ours + theirs,
+                "new_classes": -says.gather(2, far_classes[..., None])[..., 0].mean(1),
             }
-        batch.note(**{f"ogen_{name}": value for name, value in terms.items()})
+        batch.note(**{f"ogen_{NOTED.get(name, name)}": value for name, value in terms.items()})
         return h.new_zeros(len(h)).masked_scatter(
             here, torch.stack([getattr(self, name) * value for name, value in terms.items()]).sum(0)
         )

@@ -17,7 +17,9 @@ from luthier.registry import objective
 
 @objective(paper="arXiv:2204.05862", requires=[PAIRS, VALUES])
 class Reward(Objective):
-    """-log sigmoid(r_chosen - r_rejected - margin) + center_rewards_coefficient * (r_chosen + r_rejected)^2."""
+    """-log sigmoid(r_chosen - r_rejected - margin) + center_rewards_coefficient * (r_chosen +
+    r_rejected)^2.
+    """
 
     unit = "group"
 

@@ -17,7 +17,9 @@ from luthier.registry import Range, nested, plan, spec
 
 @plan(paper="arXiv:2405.00675", row="sppo")
 class SPPO(Plan):
-    """`rounds` times rollout, score, win_rates and the objective `sppo`, each from where the last one ended."""
+    """`rounds` times rollout, score, win_rates and the objective `sppo`, each from where the last
+    one ended.
+    """
 
     rounds: Annotated[int, Field(ge=1), Range(1, 5)] = 3  # of self-play
     reward: Annotated[Any, nested("reward")] = "exact_match"  # the judge

@@ -42,8 +42,8 @@ class Sequence(Plan):
             if "init_from" not in changes and before not in (None, now):
                 what = "model" if now[0] != before[0] else "tuner"
                 raise RecipeError(
-                    f"run {number} has another {what} than the run before it, so it cannot start from that run's"
-                    " tensors: add `init_from: null` to begin at the base model"
+                    f"run {number} has another {what} than the run before it, so it cannot start from that"
+                    " run's tensors: add `init_from: null` to begin at the base model"
                 )
             report = yield changed
             folders.append(report.folder)

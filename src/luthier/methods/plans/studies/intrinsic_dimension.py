@@ -16,7 +16,7 @@ from luthier.methods.plans._base import Plan, measured
 from luthier.registry import plan
 
 
-@plan(paper="arXiv:2012.13255", row="intrinsic-dimension")
+@plan(paper="arXiv:2012.13255", row="intrinsic-dimension", former_settings={"said": "structure_aware"})
 class IntrinsicDimension(Plan):
     """The smallest d that is nearly as good as all weights."""
 
@@ -25,13 +25,13 @@ class IntrinsicDimension(Plan):
     learning_rates: Annotated[tuple[float, ...], Field(min_length=1)] = (0.03, 0.1, 0.3)  # tried for each
     share: Annotated[float, Field(gt=0, le=1)] = 0.9  # of full tuning's metric
     metric: str = "accuracy"  # what counts, higher is better, as an evaluator names it
-    said: bool = True  # a scale of its own for each module
+    structure_aware: bool = True  # a scale of its own for each module
 
     def recipes(self, recipe):
         full = yield recipe.but(tuner="full")
         best = full
         for d in sorted(self.dimensions):
-            tuner = {"name": "intrinsic_dimension", "d": d, "said": self.said}
+            tuner = {"name": "intrinsic_dimension", "d": d, "structure_aware": self.structure_aware}
             runs = yield [recipe.but(tuner=tuner, learning_rate=rate) for rate in self.learning_rates]
             best = max(runs, key=lambda run: measured(run, self.metric))
             if measured(best, self.metric) >= self.share * measured(full, self.metric):

@@ -71,7 +71,7 @@ class Worker:
     """A process that compares; it ends with its parent, because its input ends."""
 
     def __init__(self, memory_mb: int):
-        # -I and the path by hand: started any other way, the folder of this file could hide Python's own `math`
+        # -I and the path by hand: started any other way, the folder of this file could hide Python's `math`
         serve = f"from luthier.sandbox.math_worker import serve; serve({memory_mb})"
         start = f"import sys; sys.path[:] = {sys.path!r}; {serve}"
         self.memory_mb = memory_mb

@@ -1,7 +1,8 @@
-"""An average of what a tuner may move, beside it: what mean teachers keep."""
+"""An average of what a tuner trains, beside it: what mean teachers keep."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,26 +12,68 @@ from luthier.methods.roles._base import Part
 
 
 class Averaged(Part):
-    """A buffer in fp32 for each tensor that may move; it begins at the policy's start. Subclasses say
+    """A tensor in fp32 for each one that may train; it begins at the policy's start. Subclasses say
     `after_step`.
+
+    It follows the tuner's phases: where a tensor has another name or shape than before, or entries of it begin
+    anew, their average begins anew.
     """
 
-    def __init__(self, attached: Any):
+    def __init__(self, tuned: Any):
         super().__init__()
-        self.of = (attached,)  # in a tuple: what is averaged is no part of this
-        for name, p in self.moving():
-            self.register_buffer(name, p.detach().float().clone())
+        self.of = (tuned,)  # in a tuple: what is averaged is no part of this
+        self.average: dict[str, Tensor] = {}
+        self.follow()
 
-    def moving(self) -> list[tuple[str, Tensor]]:
-        """(name of its buffer, tensor) of what may move. A buffer's name has no dots."""
-        return [(k.replace(".", "/"), p) for k, p in self.of[0].parameters().items()]
+    def trained(self) -> dict[str, Tensor]:
+        """What is averaged: the tuner's parameters, without what roles brought."""
+        return {name: p.detach() for name, p in self.of[0].parameters(parts=False).items()}
+
+    def follow(self) -> None:
+        """Averages of exactly the tensors that there are now; of new ones they begin here."""
+        trained = self.trained()
+        for name in [n for n, a in self.average.items() if n not in trained or a.shape != trained[n].shape]:
+            self.end(name)
+        for name, p in trained.items():
+            if name not in self.average:
+                self.begin(name, p)
+
+    def begin(self, name: str, p: Tensor) -> None:
+        """The average of a tensor begins."""
+        self.average[name] = p.float().clone()
+
+    def end(self, name: str) -> None:
+        """A tensor is there no more."""
+        del self.average[name]
+
+    def restart(self, name: str, p: Tensor, mask: Tensor) -> None:
+        """Entries of a tensor begin anew."""
+        self.average[name][mask] = p.float()[mask]
+
+    def memory(self) -> dict[str, Tensor]:
+        return super().memory() | {f"{self.name}.{_flat(name)}": a for name, a in self.average.items()}
+
+    def prepare_load(self, tensors: Mapping[str, Tensor]) -> None:
+        self.follow()  # the tuner has taken the phase of what is loaded
 
     @torch.no_grad()
     def ready(self, rows: list[dict], roles: Any) -> None:
-        for name, p in self.moving():
-            self.get_buffer(name).copy_(p)
+        self.follow()
+        for name, p in self.trained().items():
+            self.average[name].copy_(p)
+
+    @torch.no_grad()
+    def after_phase(self, resets: Mapping[str, Tensor]) -> None:
+        self.follow()
+        trained = self.trained()
+        for name, mask in resets.items():
+            self.restart(name, trained[name], mask)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tuner's whole state, what moves as its average."""
-        attached = self.of[0]
-        return attached._state() | {k: self.get_buffer(k.replace(".", "/")) for k in attached.parameters()}
+        """The tuner's whole state, what trains as its average."""
+        return self.of[0].state(parts=False) | self.average
+
+
+def _flat(name: str) -> str:
+    """The name of an average in a checkpoint has no dots."""
+    return name.replace(".", "/")

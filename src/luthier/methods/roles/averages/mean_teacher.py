@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from luthier.methods.roles._base import Role, brought, own
+from luthier.methods.roles._base import Role, brought
 from luthier.methods.roles.averages._average import Averaged
 from luthier.registry import role
 
@@ -28,18 +28,18 @@ class MeanTeacher(Role):
         return {"average": Running(policy.attached, self.momentum)}
 
     def play(self, name, policy):
-        average, tuner = brought(policy, name, "average"), own(policy)
-        return policy.as_role(name, lambda: tuner.using(average.tensors()))
+        average = brought(policy, name, "average")
+        return policy.as_role(name, lambda: policy.attached.using(average.tensors()))
 
 
 class Running(Averaged):
     """Over all steps, the later the more."""
 
-    def __init__(self, attached: Any, momentum: float):
-        super().__init__(attached)
+    def __init__(self, tuned: Any, momentum: float):
+        super().__init__(tuned)
         self.momentum = momentum
 
     @torch.no_grad()
     def after_step(self, clock):
-        for name, p in self.moving():
-            self.get_buffer(name).lerp_(p.float(), 1 - self.momentum)
+        for name, p in self.trained().items():
+            self.average[name].lerp_(p.float(), 1 - self.momentum)

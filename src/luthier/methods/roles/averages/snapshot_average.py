@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.methods.roles._base import Role, brought, own
-from luthier.methods.roles.averages._average import Averaged
+from luthier.methods.roles._base import Role, brought
+from luthier.methods.roles.averages._average import Averaged, _flat
 from luthier.registry import role
 
 
@@ -35,8 +35,8 @@ class Recent(Role):
         return {"snapshots": Snapshots(policy.attached, self)}
 
     def play(self, name, policy):
-        snapshots, tuner = brought(policy, name, "snapshots"), own(policy)
-        return policy.as_role(name, lambda: tuner.using(snapshots.tensors()))
+        snapshots = brought(policy, name, "snapshots")
+        return policy.as_role(name, lambda: policy.attached.using(snapshots.tensors()))
 
     def window(self, share: float) -> int:
         """How many are averaged when so much of the run is done."""
@@ -49,15 +49,28 @@ class Snapshots(Averaged):
     """The last few, the newest first, and their mean."""
 
     taken: torch.Tensor
+    snapshots: dict[str, torch.Tensor]  # name -> [most, ...] the newest first
 
-    def __init__(self, attached: Any, settings: Recent):
-        super().__init__(attached)
-        self.settings = settings
+    def __init__(self, tuned: Any, settings: Recent):
+        self.settings, self.snapshots = settings, {}
+        super().__init__(tuned)
         self.register_buffer("taken", torch.ones((), dtype=torch.long))
-        for name, p in self.moving():
-            self.register_buffer(
-                f"kept:{name}", p.detach().float()[None].repeat(settings.most, *[1] * p.ndim)
-            )
+
+    def begin(self, name, p):
+        super().begin(name, p)
+        self.snapshots[name] = p.float()[None].repeat(self.settings.most, *[1] * p.ndim)
+
+    def end(self, name):
+        super().end(name)
+        del self.snapshots[name]
+
+    def restart(self, name, p, mask):
+        super().restart(name, p, mask)
+        self.snapshots[name][:, mask] = p.float()[mask]
+
+    def memory(self):
+        snapshots = {f"{self.name}.kept:{_flat(name)}": some for name, some in self.snapshots.items()}
+        return super().memory() | snapshots
 
     def ready(self, rows, roles):
         super().ready(rows, roles)
@@ -75,8 +88,8 @@ class Snapshots(Averaged):
         """Another snapshot, now."""
         self.taken += 1
         n = min(int(self.taken), self.settings.window(share))
-        for name, p in self.moving():
-            snapshots = self.get_buffer(f"kept:{name}")
+        for name, p in self.trained().items():
+            snapshots = self.snapshots[name]
             snapshots.copy_(snapshots.roll(1, 0))
             snapshots[0] = p.float()
-            self.get_buffer(name).copy_(snapshots[:n].mean(0))
+            self.average[name].copy_(snapshots[:n].mean(0))

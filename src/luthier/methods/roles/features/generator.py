@@ -25,23 +25,30 @@ from luthier.registry import Capability, role
 GENERATOR = Capability(
     "generator",
     says="a generator of features for classes that no row has",
-    advice="use `roles: {generator: {name: generator, known: [...], unknown: [...]}, teacher: snapshot_average}`",
+    advice=(
+        "use `roles: {generator: {name: generator, base_classes: [...], new_classes: [...]},"
+        " teacher: snapshot_average}`"
+    ),
 )
 
 
-@role(paper="arXiv:2401.15914", row="ogen")
+@role(
+    paper="arXiv:2401.15914",
+    row="ogen",
+    former_settings={"known": "base_classes", "unknown": "new_classes"},
+)
 class Generator(Role):
     """Cross attention from a class to its neighbours, trained along."""
 
-    known: list[str]  # classes that the rows have, as they are answered
-    unknown: list[str]  # classes that no row has
+    base_classes: list[str]  # classes that the rows have, as they are answered
+    new_classes: list[str]  # classes that no row has
     k: Annotated[int, Field(ge=1)] = 3  # nearest classes that are looked at
     num_heads: Annotated[int, Field(ge=1)] = 4  # of the attention
     # share of a class's statistics that a step with rows of it leaves
     momentum: Annotated[float, Field(ge=0, le=1)] = 0.9
 
     def __post_init__(self):
-        if len(self.known) < 2 or not self.unknown or {*self.known} & {*self.unknown}:
+        if len(self.base_classes) < 2 or not self.new_classes or {*self.base_classes} & {*self.new_classes}:
             raise RecipeError("generator: name at least two known classes and one unknown, none of them both")
 
     def parts(self, policy):
@@ -53,7 +60,9 @@ class Generator(Role):
         width = width_of(policy)
         if width % self.num_heads:
             raise RecipeError(f"num_heads: {self.num_heads} heads do not share a width of {width}")
-        generator = Features(width, self.known, self.unknown, self.k, self.num_heads, self.momentum)
+        generator = Features(
+            width, self.base_classes, self.new_classes, self.k, self.num_heads, self.momentum
+        )
         return {"features": generator.to(next(policy.model.parameters()).device)}
 
     def play(self, name, policy):
@@ -71,21 +80,21 @@ class Features(Part):
     def __init__(
         self,
         width: int,
-        known: list[str],
-        unknown: list[str],
+        base_classes: list[str],
+        new_classes: list[str],
         k: int = 3,
         num_heads: int = 4,
         momentum: float = 0.9,
     ):
         super().__init__()
-        self.known, self.unknown, self.momentum = known, unknown, momentum
-        self.k = min(k, len(known) - 1)
+        self.base_classes, self.new_classes, self.momentum = base_classes, new_classes, momentum
+        self.k = min(k, len(base_classes) - 1)
         self.attention = nn.MultiheadAttention(width, num_heads, batch_first=True)
         self.ffn = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, width))
         # with which each class begins
-        self.register_buffer("tokens", torch.arange(len(known) + len(unknown)))
-        self.register_buffer("mean", torch.zeros(len(known), width))  # of states of length one
-        self.register_buffer("square", torch.zeros(len(known), width))  # the mean of their squares
+        self.register_buffer("tokens", torch.arange(len(base_classes) + len(new_classes)))
+        self.register_buffer("mean", torch.zeros(len(base_classes), width))  # of states of length one
+        self.register_buffer("square", torch.zeros(len(base_classes), width))  # the mean of their squares
         self.register_buffer("size", torch.ones(()))  # of states as they are
         self.pending: dict[int, tuple[int, Tensor]] = {}  # in this step: row -> class and state
 
@@ -103,7 +112,7 @@ class Features(Part):
 
     def kind(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """[N] first tokens -> the known class of each, and which are of one."""
-        same = tokens[:, None] == self.tokens[: len(self.known)]
+        same = tokens[:, None] == self.tokens[: len(self.base_classes)]
         return same.float().argmax(1), same.any(1)
 
     def remember(self, rows: Tensor, kinds: Tensor, states: Tensor) -> None:
@@ -132,7 +141,7 @@ class Features(Part):
     @torch.no_grad()
     def ready(self, rows, roles):
         self.tokens.copy_(
-            torch.tensor([self.begins(name, rows, roles) for name in (*self.known, *self.unknown)])
+            torch.tensor([self.begins(name, rows, roles) for name in (*self.base_classes, *self.new_classes)])
         )
         if len(set(self.tokens.tolist())) < len(self.tokens):
             raise RecipeError(
@@ -145,10 +154,11 @@ class Features(Part):
                 states = features(batch, roles.policy(batch))
             kinds, here = self.kind(batch.labels[batch.supervised][batch.place == 0])
             self.remember(of_rows(batch)[here], kinds[here], states[here])
-        absent = sorted({*range(len(self.known))} - {c for c, _ in self.pending.values()})
+        absent = sorted({*range(len(self.base_classes))} - {c for c, _ in self.pending.values()})
         if absent:
             raise RecipeError(
-                f"generator: none of the first 1,024 rows is of the known class '{self.known[absent[0]]}'"
+                "generator: none of the first 1,024 rows is of the known class"
+                f" '{self.base_classes[absent[0]]}'"
             )
         self.after_step(roles.clock, momentum=0.0)
 

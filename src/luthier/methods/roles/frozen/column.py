@@ -25,7 +25,9 @@ class Column(Role):
 
 
 class ColumnModel:
-    """Plays a role from a column: it knows the log-probability of each token that was said, and nothing else."""
+    """Plays a role from a column: it knows the log-probability of each token that was said, and
+    nothing else.
+    """
 
     def __init__(self, role: str, column: str):
         self.role, self.column = role, column

@@ -1,4 +1,6 @@
-"""The policy as it stood when this run began: after earlier acts of a plan, say. Keeps a copy of what moves."""
+"""The policy as it stood when this run began: after earlier acts of a plan, say. Keeps a copy of
+what moves.
+"""
 
 from luthier.methods.roles._base import Role
 from luthier.registry import role
@@ -9,7 +11,8 @@ class Start(Role):
     """The policy with the tensors it began with. Under full tuning this is a second copy of the model."""
 
     constant = True
+    per_run = True
 
     def play(self, name, policy):
-        initial = policy.attached.tensors()
+        initial = policy.attached.tensors(parts=False)
         return policy.as_role(name, lambda: policy.attached.using(initial))

@@ -27,7 +27,6 @@ import torch
 from pydantic import Field
 
 from luthier.errors import RecipeError
-from luthier.methods.roles._base import own
 from luthier.methods.roles.remote.endpoint import Endpoint, EndpointModel, NoAnswer
 from luthier.methods.tuners._base import LOW_RANK
 from luthier.registry import Capability, role
@@ -84,8 +83,8 @@ class Sampler(EndpointModel):
 
     def send(self) -> None:
         """Let the server have the adapter as it is now; the one before leaves."""
-        tuner = own(self.policy)
-        now = {k: p.detach().cpu() for k, p in tuner.parameters().items()}
+        tuner = self.policy.attached
+        now = {k: p.detach().cpu() for k, p in tuner.parameters(parts=False).items()}
         if self.adapter and all(torch.equal(p, self.sent[k]) for k, p in now.items()):
             return
         name, before, self.count = f"{self.home.name}-{self.count}", self.adapter, self.count + 1

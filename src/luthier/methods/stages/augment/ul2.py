@@ -88,7 +88,9 @@ class UL2(Stage):
 def corrupt(
     parts: Sequence[str], mean: float, rate: float, sentinel: str, rng: torch.Generator
 ) -> tuple[str, str]:
-    """Pieces of a text -> the text with sentinels in place of spans, and the spans each behind its sentinel."""
+    """Pieces of a text -> the text with sentinels in place of spans, and the spans each behind its
+    sentinel.
+    """
     read, target = [], []
     for k, (visible, hidden) in enumerate(spans(len(parts), mean, rate, rng)):
         mark = sentinel.format(k)

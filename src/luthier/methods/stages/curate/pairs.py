@@ -13,7 +13,9 @@ from luthier.registry import stage
 
 @stage(requires=[COMPLETIONS, SCORES], provides=[PAIRS])
 class Pairs(Stage):
-    """Two completions per row, the better first, with their scores. Rows whose completions score alike leave."""
+    """Two completions per row, the better first, with their scores. Rows whose completions score
+    alike leave.
+    """
 
     asks_model = False
 

@@ -35,7 +35,9 @@ from luthier.registry import Range, stage
     removes=[PAIRS, SCORES, CACHED_LOGPROBS],
 )
 class Rollout(Stage):
-    """Columns: `completions`; `truncated`, true where no stop token was reached; with `old: true` also `old_logprobs`."""
+    """Columns: `completions`; `truncated`, true where no stop token was reached; with `old: true` also
+    `old_logprobs`.
+    """
 
     # completions of each prompt (TRL: num_generations)
     n: Annotated[int, Field(ge=1), Range(2, 32, log=True)] = 8

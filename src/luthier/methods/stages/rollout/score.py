@@ -1,4 +1,6 @@
-"""Rewards judge completions: one number each, the higher the better. Several rewards are added up by weight."""
+"""Rewards judge completions: one number each, the higher the better. Several rewards are added up
+by weight.
+"""
 
 from __future__ import annotations
 

@@ -259,7 +259,9 @@ class Fitted:
         return (self.target - self.proxy(features)).square()
 
     def backward(self, features: Tensor) -> Tensor:
-        """[C] mean of (y_l - K_lh (K_hh + b I)^-1 target)^2: the candidate alone predicts the known scores."""
+        """[C] mean of (y_l - K_lh (K_hh + b I)^-1 target)^2: the candidate alone predicts the known
+        scores.
+        """
         itself = features.square().sum(-1)
         predicted = (features @ self.features.T) * (self.target / ((1 + self.ridge) * itself))[:, None]
         return (self.scores - predicted).square().mean(-1)

@@ -1,4 +1,6 @@
-"""PEFT's own tuner types by name: their configs, checked before a model is loaded, and which of them can be merged."""
+"""PEFT's own tuner types by name: their configs, checked before a model is loaded, and which of them can be
+merged.
+"""
 
 from __future__ import annotations
 

@@ -20,7 +20,8 @@ from luthier.storage import checkpoints
 if TYPE_CHECKING:
     from luthier.model.network import Network
 
-ALWAYS_WRITTEN = {  # settings that adapter_config.json always spells out: every reader has known them for years
+# settings that adapter_config.json always spells out: every reader has known them for years
+ALWAYS_WRITTEN = {
     "peft_type",
     "task_type",
     "base_model_name_or_path",

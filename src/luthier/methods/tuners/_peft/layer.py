@@ -1,4 +1,6 @@
-"""A module under one or several Deltas, as PEFT's kind of layer, and the PEFT model class that puts it in place."""
+"""A module under one or several Deltas, as PEFT's kind of layer, and the PEFT model class that puts it in
+place.
+"""
 
 from __future__ import annotations
 
@@ -88,14 +90,16 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         params = self.adapter_params[adapter]
         return SimpleNamespace(**params._parameters, **params._buffers, watch=params.watch)
 
-    def ahead(self) -> tuple[Tensor, Tensor] | None:
+    def prefix_kv(self) -> tuple[Tensor, Tensor] | None:
         """What kernels/attention.py puts before the keys and values of the attention that this module is a
         part of.
         """
         if self.disable_adapters or self.merged:
             return None
         prefixes = [
-            self.methods[a].ahead(self.tensors(a)) for a in self.active_adapters if a in self.adapter_params
+            self.methods[a].prefix_kv(self.tensors(a))
+            for a in self.active_adapters
+            if a in self.adapter_params
         ]
         present = [both for both in prefixes if both is not None]
         return (torch.cat([k for k, _ in present]), torch.cat([v for _, v in present])) if present else None

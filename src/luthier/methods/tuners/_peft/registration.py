@@ -1,10 +1,14 @@
-"""Makes every Delta a PEFT type: its config class, its layer and model classes, and its member of PeftType."""
+"""Makes every Delta a PEFT type: its config class, its layer and model classes, and its member of
+PeftType.
+"""
 
 from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Mapping
 from dataclasses import field, fields, make_dataclass
+from functools import wraps
 from typing import Any
 
 from peft import PeftConfig
@@ -52,9 +56,23 @@ def _make_classes(cls: type) -> tuple[type, type]:
     columns = [(f.name, object, field(default=f.default)) for f in fields(cls)]
     methods = {"__post_init__": finish, "settings": settings}
     config = make_dataclass(f"{cls.__name__}Config", columns, bases=(PeftConfig,), namespace=methods)
-    layer = type(f"{cls.__name__}DeltaLayer", (DeltaLayer,), {"slot": slot, "adapter_layer_names": (slot,)})
+    accept_former_settings(config, getattr(cls, "former_settings", {}))
+    layer = type(f"{cls.__name__}Layer", (DeltaLayer,), {"slot": slot, "adapter_layer_names": (slot,)})
     model = type(f"{cls.__name__}Model", (DeltaModel,), {"prefix": slot, "tuner_layer_cls": layer})
     return config, model
+
+
+def accept_former_settings(config: type, former: Mapping[str, str]) -> None:
+    """Let a config class read adapters whose settings were saved under the names that they once had."""
+    if not former:
+        return
+    init = config.__init__
+
+    @wraps(init)
+    def renamed(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **{former.get(name, name): value for name, value in kwargs.items()})
+
+    config.__init__ = renamed
 
 
 def config_for(settings: Any) -> PeftConfig:

@@ -46,7 +46,8 @@ class PeftTunedModel(TunedModel):
             if not ends_one(name, present.names):
                 leaves = {n.rpartition(".")[2] for n in present.names}
                 raise RecipeError(
-                    f"tuner '{settings.name}': modules_to_save '{name}' matches nothing{did_you_mean(name, leaves)}"
+                    f"tuner '{settings.name}': modules_to_save '{name}' matches"
+                    f" nothing{did_you_mean(name, leaves)}"
                 )
         start = list(model.parameters()) if getattr(config, "bias", "none") != "none" else []
         target_parameters = set(as_list(getattr(config, "target_parameters", None)))
@@ -73,13 +74,13 @@ class PeftTunedModel(TunedModel):
         messages = [str(w.message) for w in caught if issubclass(w.category, (UserWarning, RuntimeWarning))]
         # else they are PEFT's, for fused experts
         own = any(k.endswith("_pattern") for k in getattr(settings, "config", None) or {})
-        self.told = tuple(s for s in messages if own or "_pattern keys did not match" not in s)
+        self.warnings = tuple(s for s in messages if own or "_pattern keys did not match" not in s)
         self.layers = {n: m for n, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
         # biases that train: off() puts them back
         self.start = [(p, p.detach().clone()) for p in start if p.requires_grad]
         self.biases = {id(p) for p, _ in self.start}
         self._check(config, tied, present)
-        self.told += self._left_out()
+        self.warnings += self._left_out()
 
     def _check(self, config: PeftConfig, tied: list[list[str]], present: ModuleNames) -> None:
         """What was asked for is there, and touches nothing else."""
@@ -88,7 +89,8 @@ class PeftTunedModel(TunedModel):
         missing = present.missing(config)
         if missing:
             raise RecipeError(
-                f"tuner '{self.settings.name}': target_modules '{missing}' matches nothing{present.hint(missing)}"
+                f"tuner '{self.settings.name}': target_modules '{missing}' matches"
+                f" nothing{present.hint(missing)}"
             )
         for name in as_list(getattr(config, "target_parameters", None)):
             if not ends_one(name, hit):
@@ -162,7 +164,7 @@ class PeftTunedModel(TunedModel):
                 assigned |= {id(p) for p in slots.values()}
         return param_groups
 
-    def buffers(self):
+    def frozen_tensors(self):
         """Frozen tensors that the adapter file holds, too."""
         real = {id(b) for b in self.peft.buffers()}
         saved = get_peft_model_state_dict(
@@ -270,7 +272,7 @@ class PeftTunedModel(TunedModel):
 
     # --- files
 
-    def state(self) -> dict[str, Tensor]:
+    def adapter_state(self) -> dict[str, Tensor]:
         """The tensors of adapter_model.safetensors."""
         return get_peft_model_state_dict(self.peft, save_embedding_layers=False)
 
@@ -281,7 +283,7 @@ class PeftTunedModel(TunedModel):
         return config
 
     def save(self, folder):
-        write_adapter(Path(folder), self.state(), self.config(), self.model)
+        write_adapter(Path(folder), self.adapter_state(), self.config(), self.model)
 
     def read(self, folder):
         path = Path(folder) / "adapter_model.safetensors"
@@ -293,7 +295,7 @@ class PeftTunedModel(TunedModel):
         before = self.tensors()
         # PEFT adds the base's embeddings
         file = {k: v for k, v in load_file(str(path)).items() if not k.endswith(".base_layer.weight")}
-        own = {id(t) for t in self._state().values()}
+        own = {id(t) for t in self.state().values()}
         keys: dict[int, set[str]] = {}  # some PEFT types hold one tensor under several names
         for k, v in self.peft.state_dict(keep_vars=True).items():
             if id(v) in own and f".{INITIAL}" not in k:
@@ -364,7 +366,7 @@ class PeftTunedModel(TunedModel):
             ranks[name] = len(A)
         state |= {
             k: v
-            for k, v in self.state().items()
+            for k, v in self.adapter_state().items()
             if not any(k.startswith(f"base_model.model.{n}.") for n in self.layers)
         }
         top = max(ranks.values())
@@ -401,7 +403,8 @@ class PeftTunedModel(TunedModel):
             self.model.save_pretrained(folder, state_dict=state)
 
 
-COMPATIBLE = {  # settings of an adapter that do not change what its tensors mean, or that the tensors' names tell
+# settings of an adapter that do not change what its tensors mean, or that the tensors' names tell
+COMPATIBLE = {
     "base_model_name_or_path",
     "inference_mode",
     "revision",

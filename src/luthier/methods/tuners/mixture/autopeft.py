@@ -132,7 +132,7 @@ class AutoPEFT(Delta):
             tensors |= drawn(self.num_virtual_tokens, width(out_, in_, self.part))
         return tensors
 
-    def ahead(self, p):
+    def prefix_kv(self, p):
         return (p.keys, p.values) if hasattr(p, "keys") else None
 
     def forward(self, x, y, p, layer):

@@ -31,7 +31,9 @@ def placed(settings: Any, name: str) -> Any:
 
 
 def width(out_: int, in_: int, part: str | None) -> int:
-    """Of the keys of one token: a fused module says queries as wide as what it reads, then keys and values."""
+    """Of the keys of one token: a fused module says queries as wide as what it reads, then keys and
+    values.
+    """
     return out_ if part == "k" else (out_ - in_) // 2
 
 

@@ -9,7 +9,7 @@ them is the last one alone, as PEFT's PROMPT_TUNING.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -66,12 +66,14 @@ class Control(Tuner):
 
 
 class ControlPrompts(SoftPrompt):
-    """[buckets * n, width] vectors, and what another tuner attached."""
+    """[buckets * n, width] vectors, and the components of another tuner."""
 
     def __init__(self, settings: Control, model: Any, vectors: Tensor):
         super().__init__(settings, model, vectors)
         self.virtual, self.bucket = settings.num_virtual_tokens, settings.buckets - 1
-        self.inner = None if settings.tuner is None else settings.tuner.attach(model)
+        self.network = None if settings.tuner is None else settings.tuner.attach(model)
+        if self.network is not None:
+            self.components += self.network.components
 
     def each(self) -> Tensor:
         """[buckets, n, width]"""
@@ -92,57 +94,29 @@ class ControlPrompts(SoftPrompt):
 
     @contextmanager
     def under(self, bucket: int) -> Iterator[None]:
-        """Rows that say none are read and answered under this bucket, for a while."""
-        before, self.bucket = self.bucket, bucket
+        """Rows without a bucket are read and answered under this one, for a while."""
+        usual, self.bucket = self.bucket, bucket
         try:
             yield
         finally:
-            self.bucket = before
-
-    def all_param_groups(self):
-        return [*super().all_param_groups(), *(self.inner.all_param_groups() if self.inner else [])]
-
-    def buffers(self):
-        return self.inner.buffers() if self.inner else {}
-
-    def memory(self):
-        return self.inner.memory() if self.inner else {}
-
-    def initialize(self, rows, roles):
-        if self.inner:
-            self.inner.initialize(rows, roles)
-
-    def before_step(self, clock):
-        if self.inner:
-            self.inner.before_step(clock)
-
-    def reset_masks(self, group):
-        return self.inner.reset_masks(group) if self.inner and group != "prompt" else {}
-
-    def extra_grads(self, group):
-        return self.inner.extra_grads(group) if self.inner and group != "prompt" else {}
-
-    def after_step(self, clock):
-        if self.inner:
-            self.inner.after_step(clock)
+            self.bucket = usual
 
     @contextmanager
     def off(self):
         if DISABLE_ADAPTER not in self.settings.active_provides:
             raise RecipeError(f"tuner 'control' with '{self.settings.tuner.name}' cannot be switched off")
-        with ExitStack() as stack:
-            stack.enter_context(super().off())
-            if self.inner:
-                stack.enter_context(self.inner.off())
+        network = nullcontext() if self.network is None else self.network.off()
+        with super().off(), network:
             yield
 
     def save(self, folder):
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        if self.inner:
-            self.inner.save(folder)
-        beside = folder / "control" if self.inner else folder
+        beside = folder
+        if self.network is not None:
+            self.network.save(folder)
+            beside = folder / "control"
         beside.mkdir(parents=True, exist_ok=True)
         super().save(beside)
         save_file({"prompt.embeddings": self.prompt.detach().cpu().contiguous()}, str(folder / FILE))
@@ -151,12 +125,13 @@ class ControlPrompts(SoftPrompt):
         """Also what vectors alone have come to: the rest stays as it starts."""
         from safetensors.torch import load_file
 
-        folder = Path(folder)
+        folder, tensors = Path(folder), self.tensors()
         if not checkpoints.paths(folder) and (folder / FILE).is_file():
-            return {
-                **self.tensors(),
-                **load_file(str(folder / FILE)),
-                **(self.inner.read(folder) if self.inner else {}),
-            }
-        tensors = super().read(folder)
-        return {**self.tensors(), **tensors} if set(tensors) == {"prompt.embeddings"} else tensors
+            tensors |= load_file(str(folder / FILE))
+            if self.network is not None:
+                tensors |= self.network.read(folder)
+            return tensors
+        saved = super().read(folder)
+        if set(saved) == {"prompt.embeddings"}:
+            return tensors | saved
+        return saved

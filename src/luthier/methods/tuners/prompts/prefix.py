@@ -71,7 +71,7 @@ class Prefix(Delta):
         }
         return own | {"second": second.weight.data, "second_bias": second.bias.data}
 
-    def ahead(self, p):
+    def prefix_kv(self, p):
         if not self.prefix_projection:
             return p.keys, p.values
         both = F.linear(torch.tanh(F.linear(p.vectors, p.first, p.first_bias)), p.second, p.second_bias)

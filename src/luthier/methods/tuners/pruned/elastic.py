@@ -58,7 +58,9 @@ class ElasticModel(TunedWeights):
     # --- what there is to choose
 
     def units(self) -> tuple[list[int], list[int], list[int]]:
-        """The numbers of head groups, feed-forward units and layers that a sub-network may have, ascending."""
+        """The numbers of head groups, feed-forward units and layers that a sub-network may have,
+        ascending.
+        """
         s, (groups, width) = self.settings, self.anatomy.whole[0]
         whole = ((s.heads, groups), (s.width, width), (s.depth, len(self.anatomy.layers)))
         heads, widths, depths = (

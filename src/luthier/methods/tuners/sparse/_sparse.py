@@ -155,7 +155,7 @@ def regrow(values: Tensor, indices: Tensor, dropped: Tensor, grown: Tensor) -> T
     in, at zero.
 
     A place that goes and comes at once stays as it is. In place. Returns the [k] mask of what is new, for
-    `TunedModel.reset_masks`.
+    `Component.on_phase`.
     """
     leaving = indices[dropped].long()
     stays = torch.isin(leaving, grown)

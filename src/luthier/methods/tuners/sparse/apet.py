@@ -62,7 +62,9 @@ class APET(Sparse):
 
 
 def draw(total: int, n: int, rng: torch.Generator) -> torch.Tensor:
-    """[n] different numbers below total, all sets alike likely, in memory of n where n is small beside total."""
+    """[n] different numbers below total, all sets alike likely, in memory of n where n is small
+    beside total.
+    """
     if n > total // 4:
         return torch.randperm(total, generator=rng)[:n]
     chosen = torch.randint(total, (n,), generator=rng).unique()

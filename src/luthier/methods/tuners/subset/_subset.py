@@ -73,7 +73,9 @@ class TunedWeights(TunedModel):
                 raise RuntimeError(f"{folder}: {name} was not saved as it is")
 
     def _as_named(self, folder: Path) -> bool:
-        """Compare what moves with a file that has it under the names it has here; False where there is none."""
+        """Compare what moves with a file that has it under the names it has here; False where there
+        is none.
+        """
         from safetensors import safe_open
 
         left = set(self.names)

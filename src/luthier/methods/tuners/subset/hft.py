@@ -50,14 +50,14 @@ class HalfTunedWeights(LayerwiseWeights):
     def memory(self):
         return {"draw": self.draw}
 
-    def load(self, tensors):
-        super().load(tensors)
+    def after_load(self):
         self.choose()
 
-    def before_step(self, clock):
+    def on_phase(self, clock):
         if clock.step == 0:  # a new stage
             self.draw.fill_(clock.derive_seed("hft", int(self.draw)))
             self.choose()
+        return {}
 
     def choose(self) -> None:
         """The half that this draw makes."""

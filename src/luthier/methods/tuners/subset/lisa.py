@@ -37,9 +37,10 @@ class SampledLayers(LayerwiseWeights):
         super().__init__(settings, model)
         self.move(range(min(settings.n_layers, self.depth)))  # until the first draw
 
-    def before_step(self, clock):
+    def on_phase(self, clock):
         draw = clock.rng(self.settings.name, at=clock.step // self.settings.interval)
         self.move(self.drawn(draw))
+        return {}
 
     def drawn(self, rng: torch.Generator) -> list[int]:
         """The layers of one draw."""

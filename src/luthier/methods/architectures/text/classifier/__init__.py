@@ -90,7 +90,7 @@ class Classifier(Architecture):
         ids, mask = pad([batch.ids[pieces[s]] for s in roots], self.padding(model))
         if attached.virtual:
             raise ValueError("a classifier takes no soft prompt")
-        attached.reads(batch, batch.row[roots])
+        attached.announce_rows(batch, batch.row[roots])
         logits = model(input_ids=ids, attention_mask=mask).logits
         which = torch.tensor([roots.index(parents[s]) for s in completions], device=ids.device)
         return Outputs(logits[which].float(), Head(nn.Identity()), batch.labels[batch.supervised])
@@ -104,7 +104,7 @@ class Classifier(Architecture):
         for s, label in zip(
             batch.segment[batch.supervised].tolist(), batch.labels[batch.supervised], strict=True
         ):
-            attached.reads(batch, batch.row[[s]])
+            attached.announce_rows(batch, batch.row[[s]])
             logits = model(input_ids=batch.ids[pieces[parents[s]]][None]).logits
             out.append(picked(logits, label[None]))
         return torch.cat(out)

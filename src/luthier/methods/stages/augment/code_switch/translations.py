@@ -91,7 +91,9 @@ def mutual(sims: Tensor) -> Pairs:
 
 
 def by_shape(X: Tensor, Y: Tensor) -> Pairs:
-    """Seeds where nothing is shared: how near all others lie to a word, sorted, is alike for its translation."""
+    """Seeds where nothing is shared: how near all others lie to a word, sorted, is alike for its
+    translation.
+    """
     n = min(len(X), len(Y))  # the most frequent of both
 
     def shape(Z: Tensor) -> Tensor:

@@ -27,12 +27,17 @@ from luthier.methods.tuners._delta import Delta
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2012.13255", row="intrinsic-dimension", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    paper="arXiv:2012.13255",
+    row="intrinsic-dimension",
+    provides=[DISABLE_ADAPTER, MERGE],
+    former_settings={"said": "structure_aware"},
+)
 class IntrinsicDimension(Delta):
     """d numbers move a whole network."""
 
     d: Annotated[int, Field(ge=1)] = 1000  # numbers that move, scales of modules included
-    said: bool = True  # a scale of its own for each module
+    structure_aware: bool = True  # a scale of its own for each module
     seed: int = 0  # of the random map; an adapter is read under the seed it was made with
     modules: int = 0  # how many modules share the d numbers; filled in when it is attached
     numbers: int = 0  # how many numbers these modules hold; filled in when it is attached
@@ -49,10 +54,10 @@ class IntrinsicDimension(Delta):
     @property
     def length(self):
         """How many numbers the shared vector has."""
-        return self.d - self.modules * self.said
+        return self.d - self.modules * self.structure_aware
 
     def init(self, W):
-        scale = {"scale": torch.ones(1)} if self.said else {}
+        scale = {"scale": torch.ones(1)} if self.structure_aware else {}
         return {"theta": torch.zeros(self.length), **scale}
 
     def delta(self, p, shape):
@@ -62,7 +67,7 @@ class IntrinsicDimension(Delta):
             project(p.theta, n, Clock(self.seed).derive_seed(self.module, at=0)).view(*shape)
             * (n / (self.numbers or n)) ** 0.5
         )
-        return step * p.scale if self.said else step
+        return step * p.scale if self.structure_aware else step
 
     def weight(self, W, p):
         return W + self.delta(p, W.shape).to(W.dtype)
@@ -77,7 +82,9 @@ def project(theta: Tensor, n: int, seed: int) -> Tensor:
 
 
 class _Fastfood(torch.autograd.Function):
-    """The map and, backward, its transpose; the random parts are drawn again each time. All blocks at once."""
+    """The map and, backward, its transpose; the random parts are drawn again each time. All blocks
+    at once.
+    """
 
     @staticmethod
     def forward(ctx: Any, theta: Tensor, n: int, seed: int) -> Tensor:

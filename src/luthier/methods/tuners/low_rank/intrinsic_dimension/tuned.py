@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 
 class IntrinsicDimensionModel(PeftTunedModel):
-    """Every module's `theta` is the same parameter. The adapter file repeats it, so that any reader finds it."""
+    """Every module's `theta` is the same parameter. The adapter file repeats it, so that any reader
+    finds it.
+    """
 
     def __init__(self, settings: Any, model: Network):
         super().__init__(settings, model, config_for(settings))
@@ -27,7 +29,7 @@ class IntrinsicDimensionModel(PeftTunedModel):
         if filled.length < 1:
             raise RecipeError(
                 f"tuner '{settings.name}': d: {settings.d} leaves nothing to move beside a scale for each of"
-                f" {len(layers)} modules; give more, or said: false"
+                f" {len(layers)} modules; give more, or structure_aware: false"
             )
         config = cast(Any, self.peft.peft_config[ADAPTER])
         config.modules, config.numbers = filled.modules, filled.numbers

@@ -17,9 +17,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from luthier.data import rows as reading
+from luthier.data.load import load_rows
 from luthier.errors import RecipeError
-from luthier.kernels.lora import linear, linears, update
+from luthier.kernels.lora import batched_linear, linear, update
 from luthier.methods.quantizers._base import Quantized, opened
 from luthier.methods.tuners._delta import lies_sideways, oriented
 from luthier.methods.tuners._peft import ADAPTER, INITIAL, PeftTunedModel, plain_settings, sideways
@@ -71,7 +71,9 @@ class LoraTunedModel(PeftTunedModel):
 
     @torch.no_grad()
     def begin(self, start: str) -> None:
-        """PiSSA, OLoRA or orthogonal factors in every linear layer; for starts from data the place for them."""
+        """PiSSA, OLoRA or orthogonal factors in every linear layer; for starts from data the place
+        for them.
+        """
         if start == "lq":
             return self._begin_low()
         make = {"pissa": "pissa_init", "olora": "olora_init", "orthogonal": "orthogonal_init"}.get(
@@ -137,7 +139,7 @@ class LoraTunedModel(PeftTunedModel):
             return
         if self.settings.init_data is not None:
             rows = roles.policy.architecture.encode_all(
-                reading.load(self.settings.init_data).rows, roles.renderer
+                load_rows(self.settings.init_data).rows, roles.renderer
             ).rows
         rows = rows[: self.settings.init_rows]
         with self.off():
@@ -210,10 +212,9 @@ class LoraTunedModel(PeftTunedModel):
             if (r := cast(Any, m).r[ADAPTER])
         }
 
-    def load(self, tensors):
+    def prepare_load(self, tensors):
         if self.settings.init_lora_weights == "eva":
             self.rerank({n: len(tensors[f"{n}.A"]) for n in self.layers if f"{n}.A" in tensors})
-        super().load(tensors)
 
     def read(self, folder):
         path = Path(folder) / "adapter_model.safetensors"
@@ -242,7 +243,7 @@ class LoraTunedModel(PeftTunedModel):
             for part in (layer.lora_A, layer.lora_B):
                 part[INITIAL].requires_grad_(False)
 
-    def buffers(self):
+    def frozen_tensors(self):
         if not self.settings.subtracts:
             return {}
         return {
@@ -251,8 +252,8 @@ class LoraTunedModel(PeftTunedModel):
             for k in "AB"
         }
 
-    def state(self):
-        state = {k: v for k, v in super().state().items() if v.numel()}
+    def adapter_state(self):
+        state = {k: v for k, v in super().adapter_state().items() if v.numel()}
         if not self.settings.subtracts:
             return state
         for name, layer in self.layers.items():
@@ -357,7 +358,7 @@ class QuickLinear(Linear):
                     if layer is not None and live[i]:
                         adapter = live[i][0]
                         parts[i] = (*layer._factors(adapter), layer.scaling[adapter])
-                return linears(x, oriented(base), base.bias, parts, sizes)
+                return batched_linear(x, oriented(base), base.bias, parts, sizes)
             y = base(x)
             out = []
             for i, (own, stretch) in enumerate(zip(y.split(lengths, 1), x.split(lengths, 1), strict=True)):

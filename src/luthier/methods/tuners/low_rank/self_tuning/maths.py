@@ -1,4 +1,6 @@
-"""The best response of self-tuning factors: each factor as a function of the hyperparameters that move with it."""
+"""The best response of self-tuning factors: each factor as a function of the hyperparameters that move with
+it.
+"""
 
 from __future__ import annotations
 

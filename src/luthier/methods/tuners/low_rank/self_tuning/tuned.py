@@ -1,4 +1,6 @@
-"""A Delta whose layers answer to hyperparameters that move with it: what tuner `self_tuning` is on a model."""
+"""A Delta whose layers answer to hyperparameters that move with it: what tuner `self_tuning` is on
+a model.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,7 @@ class SelfTuningModel(PeftTunedModel):
             for t, was in buffers:
                 t._buffers.update(was)
 
-    def reads(self, batch, rows):
+    def on_rows(self, batch, rows):
         if not self.per_row:
             return
         noise = torch.stack([self.noise(str(row.get("id", i))) for i, row in enumerate(batch.rows)]).to(

@@ -77,7 +77,7 @@ class CodeTunedModel(TunedModel):
     def all_param_groups(self):
         return self.groups
 
-    def buffers(self):
+    def frozen_tensors(self):
         return {
             f"{n}.{k}": t
             for n, m in self.coded.items()
@@ -105,7 +105,7 @@ class CodeTunedModel(TunedModel):
 
     def _read(self) -> dict[str, Tensor]:
         """All that the network reads."""
-        return {**self.parameters(), **self.buffers()}
+        return {**self.parameters(parts=False), **self.frozen_tensors()}
 
     @contextmanager
     def off(self):

@@ -39,7 +39,7 @@ class DSEEModel(PeftTunedModel):
                     f" hold {name}"
                 )
 
-    def before_step(self, clock):
+    def on_phase(self, clock):
         how, due = self.settings, round(self.settings.prune_at * clock.total)
         for layer in self.pruned.values():
             p = layer.tensors(ADAPTER)
@@ -48,6 +48,7 @@ class DSEEModel(PeftTunedModel):
             if hasattr(p, "c"):
                 p.c.requires_grad_(clock.step < due)
                 p.c.grad = None
+        return {}
 
     def extra_grads(self, group):
         c = getattr(self.pruned[group].tensors(ADAPTER), "c", None) if group in self.pruned else None

@@ -89,9 +89,10 @@ class LotteryTicketModel(PeftTunedModel):
         values = None if rewind else {n: self._moved(n).flatten()[p] for n, p in places.items()}
         self._sparse({n: p.to(place_type(self.began[n].numel())) for n, p in places.items()}, values)
 
-    def before_step(self, clock):
+    def on_phase(self, clock):
         if self.began and clock.step >= round(self.settings.dense_share * clock.total):
             self.choose()
+        return {}
 
     # --- what moves
 
@@ -105,36 +106,46 @@ class LotteryTicketModel(PeftTunedModel):
         ]
         return [*dense, *(s for s in sparse if s.name not in self.sparse)]
 
-    def buffers(self):
-        return {} if self.began else super().buffers()
+    def frozen_tensors(self):
+        return {} if self.began else super().frozen_tensors()
 
     @torch.no_grad()
-    def load(self, tensors):
+    def prepare_load(self, tensors):
+        """Into the phase of what is loaded: it shows in the names, and in how many places were chosen."""
         counts = {n: len(tensors[f"{n}.values"]) for n in self.sparse if f"{n}.values" in tensors}
         if len(counts) == len(self.sparse) and counts != self.settings.counts:
-            bases = {n: self.sparse[n].get_base_layer().weight for n in counts}
-            self._sparse(
-                {
-                    n: torch.zeros(k, dtype=place_type(bases[n].numel()), device=bases[n].device)
-                    for n, k in counts.items()
-                }
-            )
+            places = {}
+            for name, k in counts.items():
+                weight = self.sparse[name].get_base_layer().weight
+                places[name] = torch.zeros(k, dtype=place_type(weight.numel()), device=weight.device)
+            self._sparse(places)
         elif not counts and not self.began:
             self._dense()
-        super().load(tensors)
 
     @contextmanager
     def using(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        if all(k in tensors and tensors[k].shape == v.shape for k, v in self._state().items()):
+        """Also whole weights of the dense phase while sparse ones train: they stand in for base and
+        difference together. No parameter is exchanged for another, since a step may be amid its losses.
+        """
+        state = self.state(parts=False)
+        if all(k in tensors and tensors[k].shape == v.shape for k, v in state.items()):
             with super().using(tensors):
                 yield
             return
-        before = self.tensors()
-        self.load(tensors)
+        if self.began:
+            raise RecipeError("tuner 'lt_sft': chosen entries cannot be read before they are chosen")
+        weights = {n: m.get_base_layer().weight for n, m in self.sparse.items()}
+        own = {n: w.data for n, w in weights.items()}
         try:
-            yield
+            for name, weight in weights.items():
+                weight.data = tensors[f"{name}.base_layer.weight"].to(weight.dtype)
+                self.sparse[name]._disable_adapters = True
+            with super().using({**state, **tensors}):
+                yield
         finally:
-            self.load(before)
+            for name, weight in weights.items():
+                weight.data = own[name]
+                self.sparse[name]._disable_adapters = False
 
     @contextmanager
     def off(self) -> Iterator[None]:

@@ -22,8 +22,8 @@ class MaskTunedModel(PeftTunedModel):
     def memory(self):
         return {k: p for k, p in self.parameters().items() if k.endswith(".M")}
 
-    def state(self):
-        state = super().state()
+    def adapter_state(self):
+        state = super().adapter_state()
         masks = {k[:-1]: v > self.settings.threshold for k, v in state.items() if k.endswith(".M")}
         return {
             k: pack(masks[k[:-4]] & unpack(v, masks[k[:-4]].shape)) if k.endswith(".bits") else v

@@ -21,7 +21,6 @@ class SaRAModel(PeftTunedModel):
 
     def __init__(self, settings: Any, model: Network):
         super().__init__(settings, model, config_for(settings))
-        self.anew: set[str] = set()
         self.sparse = {n: m for n, m in self.layers.items() if isinstance(m, DeltaLayer)}
         self.live: dict[str, Tensor] = {}  # module -> [k] which of its entries have not come to rest
         for name in self.sparse:
@@ -51,16 +50,19 @@ class SaRAModel(PeftTunedModel):
             # whose gradients add up
             processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
             self.pull = name, self.nuclear(name) * self.settings.lambda_rank / processes
-        if (
-            clock.step == 0
-            or clock.step != round(self.settings.progressive * clock.total)
-            or self.settings.progressive >= 1
-        ):
-            return
+
+    @torch.no_grad()
+    def on_phase(self, clock):
+        settings = self.settings
+        due = clock.step == round(settings.progressive * clock.total) and settings.progressive < 1
+        if clock.step == 0 or not due:
+            return {}
+        resets = {}
         for name, layer in self.sparse.items():
             p = layer.tensors(ADAPTER)
-            self.live[name].logical_and_(self.settings.small(oriented(layer.get_base_layer()), p))
-            self.anew.add(name)
+            self.live[name].logical_and_(settings.small(oriented(layer.get_base_layer()), p))
+            resets[f"{name}.values"] = torch.ones_like(p.values, dtype=torch.bool)
+        return resets
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """[out, in] of every tuned weight."""
@@ -74,10 +76,3 @@ class SaRAModel(PeftTunedModel):
             self.settings.masked(oriented(layer.get_base_layer()), p), full_matrices=False
         )
         return (U @ Vh).flatten()[p.indices.long()]
-
-    def reset_masks(self, group):
-        if group not in self.anew:
-            return {}
-        self.anew.discard(group)
-        values = self.parameters()[f"{group}.values"]
-        return {"values": torch.ones(values.shape, dtype=torch.bool, device=values.device)}

@@ -35,28 +35,30 @@ class SpIELModel(PeftTunedModel):
             p, shape = layer.tensors(ADAPTER), tuple(oriented(layer.get_base_layer()).shape)
             stats = settings.nothing(shape, len(p.values), p.indices.dtype)
             self.gathered[name] = {k: t.to(p.values.device) for k, t in stats.items()}
-        self.masks: dict[str, Tensor] = {}
 
     def memory(self):
         return {f"{n}.{k}": t for n, stats in self.gathered.items() for k, t in stats.items()}
 
-    def before_step(self, clock):
+    def on_phase(self, clock):
         method, share = self.settings, self.settings.share(clock.step, clock.total)
+        resets: dict[str, Tensor] = {}
         for name, layer in self.sparse.items():
             p, stats = layer.tensors(ADAPTER), self.gathered[name]
             if share:
-                self.masks[name] = method.exchange(share, p.values, p.indices, stats)
+                resets[f"{name}.values"] = method.exchange(share, p.values, p.indices, stats)
             if method.begins(clock.step):
                 for t in stats.values():
                     t.zero_()
+        return resets
+
+    def before_step(self, clock):
+        method = self.settings
+        for name, layer in self.sparse.items():
+            stats = self.gathered[name]
             params = cast(Any, layer.adapter_params[ADAPTER])
             params.watch = (
                 (lambda G, stats=stats: method.gather(G, stats)) if method.watches(clock.step) else None
             )
-
-    def reset_masks(self, group):
-        mask = self.masks.pop(group, None)
-        return {} if mask is None else {"values": mask}
 
     def after_step(self, clock):
         for name, layer in self.sparse.items():

@@ -52,8 +52,8 @@ class SPTModel(PeftTunedModel):
                 self.follow(plan)
         return super().read(folder)
 
-    def load(self, tensors):
-        """Of a plan that is another, too: it shows in the shapes."""
+    def prepare_load(self, tensors):
+        """A plan that is another shows in the shapes."""
         plan = dict(self.settings.plan)
         for name in plan:
             if (A := tensors.get(f"{name}.A")) is not None:
@@ -62,4 +62,3 @@ class SPTModel(PeftTunedModel):
                 plan[name] = len(values)
         if plan != self.settings.plan:
             self.follow(plan)
-        super().load(tensors)

@@ -1,0 +1,122 @@
+"""Which format rows have, by their columns: the formats are in methods/formats, a file each."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from functools import cache
+
+from luthier.errors import RecipeError
+from luthier.methods.formats._base import BadRow, Format
+from luthier.registry import build, find, names
+
+SAMPLE = 32  # rows of equal columns that are tried with each format
+LISTED = 20  # columns that a message lists
+
+
+@cache
+def format_class(name: str) -> type[Format]:
+    """A format's class."""
+    return find("format", name)
+
+
+def matching_formats(columns: Iterable[str]) -> list[type[Format]]:
+    """The formats that can read rows with these columns, the most specific first."""
+    columns = set(columns)
+    classes = map(format_class, names("format"))
+    matches = [cls for cls in classes if cls.matches(columns)]
+    return sorted(matches, key=lambda cls: specificity(cls, columns), reverse=True)
+
+
+def specificity(cls: type[Format], columns: Iterable[str]) -> tuple[int, bool]:
+    """More matched columns say more; of equally many, those that only one format has."""
+    return cls.fit(columns), not cls.generic
+
+
+def recognise_format(rows: Sequence[dict], label: str) -> Format:
+    """The format of most rows. Raises RecipeError where none or several fit."""
+    groups: dict[frozenset[str], list[dict]] = defaultdict(list)
+    for row in rows:
+        groups[frozenset(row)].append(row)
+    chosen: dict[frozenset[str], tuple[str, ...]] = {}
+    votes: Counter[tuple[str, ...]] = Counter()
+    for columns, group in groups.items():
+        chosen[columns] = best_formats(columns, group[:SAMPLE])
+        votes[chosen[columns]] += len(group)
+    winner = next((candidates for candidates, _ in votes.most_common() if candidates), ())
+    agreeing = [columns for columns in groups if chosen[columns] == winner]
+    columns = max(agreeing, key=lambda columns: len(groups[columns]))
+    if not winner:
+        raise RecipeError(no_format(columns, label))
+    if len(winner) > 1:
+        raise RecipeError(
+            f"{label}: the columns {', '.join(sorted(columns))} fit {' and '.join(winner)} alike: say which,"
+            f" as in format: {winner[0]}"
+        )
+    return build("format", winner[0])
+
+
+def best_formats(columns: frozenset[str], sample: Sequence[dict]) -> tuple[str, ...]:
+    """The name of the most specific format that reads at least half of a sample of rows; several names where
+    they are equally specific, none where no format fits.
+    """
+    matches = matching_formats(columns)
+    able = []
+    for cls in matches:
+        reader = cls()
+        readable = sum(reader.reads(row) for row in sample)
+        if readable * 2 >= len(sample):
+            able.append(cls)
+    able = able or matches
+    return tuple(cls.name for cls in able if specificity(cls, columns) == specificity(able[0], columns))
+
+
+def no_format(columns: Iterable[str], label: str) -> str:
+    """The message where no format fits: the columns there are, what the nearest formats need, how to map
+    names.
+    """
+    columns = sorted(columns)
+    needed = nearest_formats(set(columns))[:4]
+    nearest = "; ".join(f"{name} needs {' + '.join(required)}" for name, required in needed)
+    listed = ", ".join(columns[:LISTED]) or "(none)"
+    if len(columns) > LISTED:
+        listed += f" and {len(columns) - LISTED} more"
+    example = columns[0] if columns else "question"
+    return (
+        f"{label}: no format fits the columns {listed}; the nearest: {nearest}."
+        f" Map names, ours first: columns: {{prompt: {example}, completion: ...}}"
+    )
+
+
+def nearest_formats(columns: set[str]) -> list[tuple[str, list[str]]]:
+    """(format, the columns it needs), those first that share the largest part of them; where none shares any,
+    the plainest.
+    """
+    ranked = []
+    for cls in map(format_class, names("format")):
+        for shape in cls.columns:
+            required = shape.split()
+            shared = len(columns.intersection(required)) / len(required)
+            plain = cls.provides == {"completions"}
+            ranked.append(((-shared, not plain, len(required)), cls.name, required))
+    ranked.sort(key=lambda entry: entry[0])
+    nearest: dict[str, list[str]] = {}
+    for _, name, required in ranked:
+        nearest.setdefault(name, required)
+    return list(nearest.items())
+
+
+def format_of_row(row: dict, file_format: Format, fixed: bool) -> Format:
+    """The format that reads a row: the file's, or one that gives the same kind of row (a mixed file).
+
+    A file of Alpaca rows may hold some messages: both give completions. A preference pair among them is a bad
+    row, and so is any other format where the user named one (`fixed`). Raises BadRow.
+    """
+    if file_format.matches(row):
+        return file_format
+    if not fixed:
+        for cls in matching_formats(row):
+            if cls.provides == file_format.provides:
+                return cls(chat=file_format.chat)
+    columns = ", ".join(sorted(row)) or "(none)"
+    raise BadRow(f"the columns {columns[:200]} do not fit the file's format, {file_format.name}")

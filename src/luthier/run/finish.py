@@ -1,0 +1,127 @@
+"""All that comes after the last step: the evaluation after training, what a user takes away, and the page.
+Or, of a run that pauses, what it measured on the way.
+"""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from luthier.registry import spec
+from luthier.report import write_report
+from luthier.run import resume
+from luthier.run.caches import close_caches
+from luthier.run.folder import update_state
+from luthier.run.layout import LOG, PAUSED
+from luthier.run.prepare import Prepared
+from luthier.run.report import Report
+from luthier.run.training import Trained
+from luthier.storage import checkpoints, files
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that has ended, or that has paused."""
+
+    report: Report
+    paused: bool
+
+
+def finish(trained: Trained) -> Finished:
+    """Measured and saved, so that nothing of the run is needed in memory any more."""
+    if not trained.complete:
+        return Finished(_pause(trained.prepared), paused=True)
+    prepared = trained.prepared
+    session, trainer = prepared.session, prepared.trainer
+    session.callback.stage("evaluating after training")
+    after = session.evaluate(trainer.roles, prepared.eval_rows, "after")
+    log = []
+    if (session.folder / LOG).is_file():
+        log = files.read_rows(session.folder / LOG)
+    losses = [line["loss"] for line in log if "loss" in line]
+    stats = _stats(prepared)
+    close_caches(trainer, prepared.shared)
+    report = Report(
+        str(session.folder), prepared.before, after, losses, stats, notes=list(session.callback.notes)
+    )
+    if session.main:
+        _save(prepared)
+        write_report(session.recipe, report, log, session.folder)
+        report.write(session.folder)
+        update_state(session.folder, finished=True)
+    session.accelerator.wait_for_everyone()
+    return Finished(report, paused=False)
+
+
+def _pause(prepared: Prepared) -> Report:
+    """Stop here for now: measured, and saved so that the same command goes on."""
+    session, trainer = prepared.session, prepared.trainer
+    clock, totals = trainer.roles.clock, trainer.totals
+    metrics = session.evaluate(trainer.roles, prepared.eval_rows, "during")
+    if session.main:
+        resume.save(session, trainer)
+        stats = {
+            "moving": prepared.stats["moving"],
+            "seconds": totals.seconds,
+            "tokens": totals.tokens,
+            "peak_memory_mb": _peak_memory(),
+        }
+        moment = {"step": clock.step, "steps": clock.total, "metrics": metrics, "stats": stats}
+        files.write_json(session.folder / PAUSED, moment)
+    session.warn(
+        f"paused at step {clock.step} of {clock.total}; the same command without --stop-at goes on from here"
+    )
+    stats = {"paused_at": clock.step, "steps": clock.total}
+    return Report(str(session.folder), prepared.before, metrics, stats=stats)
+
+
+def _stats(prepared: Prepared) -> dict[str, Any]:
+    """The numbers of a run beside its metrics: what it read, took and is."""
+    session, trainer = prepared.session, prepared.trainer
+    roles, rows, totals = trainer.roles, trainer.rows, trainer.totals
+    architecture = roles.policy.architecture
+    prompts = [row["prompt"] for row in rows]
+    lines = bool(prompts) and all(isinstance(p, str) and p.endswith("\n") for p in prompts)
+    return {
+        **prepared.stats,
+        **asdict(totals),
+        "steps": roles.clock.total,
+        "data_rows": len(rows),
+        "bad_rows": len(session.data.bad),
+        "held_out_rows": len(prepared.held_out),
+        "measured_on": "held-out rows" if prepared.held_out else "training rows",
+        "turns": bool(prompts) and isinstance(prompts[0], list),
+        "ends": "\n" if lines else "",
+        "writes": "generate" in architecture.provides,
+        "auto_class": architecture.auto_class().__name__,
+        "tokens_per_second": totals.tokens / max(totals.seconds, 1e-9),
+        "peak_memory_mb": None if prepared.shared else _peak_memory(),  # side by side it is nobody's own
+        "device": str(roles.device),
+        "dtype": str(next(roles.policy.model.parameters()).dtype).removeprefix("torch."),
+    }
+
+
+def _save(prepared: Prepared) -> None:
+    """What was trained, with the tokenizer, at the root of the folder; and a checkpoint of the last step."""
+    session, trainer = prepared.session, prepared.trainer
+    folder, roles = session.folder, trainer.roles
+    latest = resume.latest_checkpoint(folder)
+    if roles.clock.total or session.recipe.init_from is not None:
+        if latest is None or checkpoints.read_meta(latest)["step"] != roles.clock.total:
+            resume.save(session, trainer)
+    session.callback.stage("saving")
+    with files.disk_errors(folder):
+        roles.tuner.save(folder)
+        roles.renderer.tokenizer.save_pretrained(folder)
+        if session.methods.quantizer is not None:
+            files.write_json(folder / files.QUANTIZATION, spec(session.methods.quantizer))
+
+
+def _peak_memory() -> float:
+    """Megabytes at most so far: of the accelerator where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,0 +1,81 @@
+"""Plans: several runs as one. A plan is a generator; its state is the reports of the runs it asked for, so
+that one that was stopped is gone through again, and finished runs answer at once.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from luthier.data.load import sample_rows
+from luthier.errors import RecipeError
+from luthier.recipe.recipe import Recipe
+from luthier.recipe.validate import validate
+from luthier.registry import build
+from luthier.run.folder import clear, write_failure
+from luthier.run.layout import FAILED, REPORT, STATE, run_folder, run_folders
+from luthier.run.report import Report
+from luthier.storage import files
+
+
+def perform_plan(
+    recipe: Recipe, folder: Path, callback: Any, overwrite: bool, perform: Callable[..., Report]
+) -> Report:
+    """All runs of a recipe's plan, in folders of their own. Returns the last run's report, or the plan's own.
+
+    perform: how a recipe is run. overwrite: do again what is finished; a plan that was stopped goes on all
+    the same. Raises RecipeError, before the first run where a later one cannot work.
+    """
+    _make_room(recipe, folder, overwrite)
+    validate(recipe, sample_rows(recipe), sample_rows)
+    (folder / FAILED).unlink(missing_ok=True)
+    plan = build("plan", recipe.plan_spec())
+    try:
+        report = _perform_runs(plan, replace(recipe, plan=None), folder, callback, perform)
+    except Exception as error:
+        write_failure(folder, error)
+        raise
+    if page := plan.page(report):
+        files.write_text(folder / "report.html", page)
+    report.write(folder)
+    return report
+
+
+def _make_room(recipe: Recipe, folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds a single run; delete a finished plan that shall be done again."""
+    if (folder / STATE).is_file():
+        if not recipe.overwrite:
+            raise RecipeError(
+                f"{folder} holds a single run; give this plan another output_dir, or overwrite=true to start"
+                " anew there",
+                "another_run",
+            )
+        clear(folder)
+    if overwrite and (folder / REPORT).is_file():
+        for run in run_folders(folder):
+            shutil.rmtree(run)
+        (folder / REPORT).unlink()
+
+
+def _perform_runs(
+    plan: Any, recipe: Recipe, folder: Path, callback: Any, perform: Callable[..., Report]
+) -> Report:
+    """The report that stands for the whole, with the folders of all runs."""
+    runs: list[str] = []
+    play = plan.recipes(recipe)
+    request = next(play)
+    while True:
+        reports = []
+        for one in request if isinstance(request, list) else [request]:
+            run = run_folder(folder, len(runs))
+            callback.stage(f"run {len(runs)}")
+            reports.append(perform(replace(one, output_dir=None), run, callback, overwrite=False))
+            runs.append(str(run))
+        try:
+            request = play.send(reports if isinstance(request, list) else reports[0])
+        except StopIteration as end:
+            final = end.value or reports[-1]
+            return replace(final, runs=runs)

@@ -1,0 +1,161 @@
+"""All that comes before the first step: model and roles, rows, checks, the trainer, memory, caches, and the
+evaluation before training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.methods.quantizers._base import told
+from luthier.model.load import assemble, take_parts, tensors_of
+from luthier.model.policy import Roles
+from luthier.recipe.schedule import schedule
+from luthier.run import resume
+from luthier.run.caches import SharedBase, cache_hidden_states, cache_logprobs
+from luthier.run.folder import update_state
+from luthier.run.rows import EncodedRows, describe_rows, load_rows, sample_batch, writes_samples
+from luthier.run.session import Session
+from luthier.train import checks, memory
+from luthier.train.optimizer import Chain
+from luthier.train.trainer import BatchSchedule, Trainer
+
+EVALUATED_ROWS = 256  # of the training rows at most, where none are held out
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run before its first step, or before the first that this process makes."""
+
+    session: Session
+    trainer: Trainer
+    held_out: list[dict]
+    eval_rows: list[dict]  # what metrics are measured on
+    before: dict[str, float]  # metrics before training
+    stats: dict[str, Any]  # of the rows and the parameters
+    memory_need: memory.Need | None  # what a step is predicted to take
+    shared: SharedBase | None = None  # with runs beside it in this process
+
+
+def prepare(session: Session, shared: SharedBase | None = None) -> Prepared:
+    """A run made ready, at the step where it goes on. Raises RecipeError where it cannot work."""
+    session.callback.stage("loading the model")
+    checkpoint = resume.latest_checkpoint(session.folder)
+    roles = _load_roles(session, shared)
+    training, held_out = load_rows(session, roles, checkpoint)
+    training = describe_rows(session, roles, training)
+    rows = training.rows
+    parameters = _check_model(session, roles, rows)
+    if session.recipe.init_from is None:
+        for component in roles.tuner.components:
+            component.initialize(rows, roles)
+    for component in roles.tuner.components:
+        component.ready(rows, roles)
+    trainer = _build_trainer(session, roles, rows)
+    memory_need = _check_memory(session, trainer, training)
+    cache_hidden_states(session, trainer, training.stats.get("row_tokens", 0))
+    cache_logprobs(session, trainer, training, held_out, shared)
+    eval_rows = held_out.rows or rows[:EVALUATED_ROWS]
+    before = resume.evaluate_start(session, trainer, eval_rows, checkpoint)
+    resume.resume(session, trainer, checkpoint)
+    stats = {**training.stats, **parameters}
+    return Prepared(session, trainer, held_out.rows, eval_rows, before, stats, memory_need, shared)
+
+
+def _load_roles(session: Session, shared: SharedBase | None) -> Roles:
+    """Model, tuner and tokenizer; what an earlier run trained; whoever else plays."""
+    recipe, methods, rows = session.recipe, session.methods, session.data.rows
+    network = methods.architecture.fit_to(rows)
+    if session.main:
+        update_state(session.folder, network=network)
+    loaded = shared.network() if shared else None
+    roles = assemble(recipe, methods, network, session.folder, rows, loaded)
+    if shared:
+        shared.renderer = shared.renderer or roles.renderer
+        roles.renderer = shared.renderer
+    roles.warn = session.warn
+    for sentence in told(roles.policy.model):
+        session.warn(sentence)
+    if recipe.init_from is not None:
+        roles.tuner.load(tensors_of(recipe.init_from, roles.tuner))
+    take_parts(roles, methods)
+    for name, role in methods.roles.items():
+        role.reads(name, roles.renderer.tokenizer)
+    for name, role in methods.roles.items():
+        roles.players[name] = role.play(name, roles.policy)
+    return roles
+
+
+def _check_model(session: Session, roles: Roles, rows: list[dict]) -> dict[str, int]:
+    """The checks of a start; counts of trainable and of all parameters."""
+    parameters = checks.check_trainable(roles.tuner)
+    for policy in roles.policies():  # each by itself: a teacher may be another kind of network
+        checks.check_forward(policy, sample_batch(roles, rows[:2]), session.warn)
+    return parameters
+
+
+def _build_trainer(session: Session, roles: Roles, rows: list[dict]) -> Trainer:
+    """The training to be, and on its clock how long it is."""
+    recipe, methods, clock = session.recipe, session.methods, roles.clock
+    per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
+    per_step *= session.accelerator.num_processes
+    last_row = None
+    if recipe.max_steps is not None:
+        clock.total = recipe.max_steps
+    else:
+        last_row = max(1, round(len(rows) * recipe.num_train_epochs))
+        clock.total = -(-last_row // per_step) * recipe.num_iterations
+    if methods.objective is None:
+        clock.total = 0
+    if session.main:
+        update_state(session.folder, steps=clock.total)
+    factor = schedule(recipe.lr_scheduler_type, recipe.warmup_steps, clock.total)
+    return Trainer(
+        roles,
+        rows,
+        methods.objective,
+        Chain(methods.chain, roles.tuner, clock, recipe.learning_rate, factor),
+        methods.estimator,
+        BatchSchedule(
+            per_step,
+            recipe.per_device_train_batch_size,
+            last_row,
+            methods.online_stages,
+            recipe.num_iterations,
+        ),
+        session.accelerator,
+        warn=session.warn,
+    )
+
+
+def _check_memory(session: Session, trainer: Trainer, training: EncodedRows) -> memory.Need | None:
+    """Memory predicted against what there is, before anything is trained; None where it cannot be foreseen,
+    as of completions that are yet to be written. Raises OutOfMemory where not even one row would fit.
+    """
+    roles, rows, stats = trainer.roles, training.rows, training.stats
+    if not rows or not roles.clock.total or writes_samples(session):
+        return None
+    short = sorted(rows[:16], key=lambda row: len(str(row)))[:2]  # what may not fit is not tried out
+    samples = [sample_batch(roles, short[:1]), sample_batch(roles, short)]
+    longest, micro = int(stats["longest"]), min(trainer.batches.micro, len(rows))
+    tokens = longest + round((micro - 1) * stats["row_tokens"] / len(rows))
+    try:
+        need, sentences = memory.choose(
+            roles,
+            trainer.chain,
+            trainer.estimator,
+            samples,
+            tokens,
+            longest,
+            session.recipe.gradient_checkpointing,
+        )
+    except (RuntimeError, MemoryError) as error:
+        if not checks.out_of_memory(error):
+            raise
+        session.warn(
+            "memory ran out on two short rows, read to see what a step would take: expect it not to fit"
+        )
+        return None
+    for sentence in sentences:
+        session.warn(sentence)
+    return need

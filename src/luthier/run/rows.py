@@ -1,0 +1,182 @@
+"""The rows of a run, from the data to tokens: stages, encoding, and what a person should see of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from luthier.data.checks import glued_words
+from luthier.data.quarantine import too_many, write_quarantine
+from luthier.errors import RecipeError, Refused
+from luthier.model.policy import Roles
+from luthier.report import rendered
+from luthier.report.console import Callback
+from luthier.run.layout import QUARANTINE, ROWS
+from luthier.run.session import Session
+from luthier.storage import files
+from luthier.train import checks
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Rows that can be read as tokens, and their numbers: rows, row_tokens, supervised_share, longest, cut
+    (none where there are no rows).
+    """
+
+    rows: list[dict] = field(default_factory=list)
+    stats: dict[str, Any] = field(default_factory=dict)
+
+
+def load_rows(session: Session, roles: Roles, checkpoint: Path | None) -> tuple[EncodedRows, EncodedRows]:
+    """Rows to train on, after the stages, and held-out rows.
+
+    checkpoint: what the run goes on from. Stages see the policy as it starts, so that then their result is
+    read back.
+    """
+    rows = session.data.rows
+    if session.methods.stages:
+        path = session.folder / ROWS
+        if checkpoint is None or not path.is_file():
+            _run_stages(session, roles, path)
+        rows = files.read_rows(path)
+    training = _encode(session, roles, rows, session.callback, session.recipe.max_bad_rows)
+    held_out = _encode(session, roles, session.data.held_out, Callback(), 1.0)
+    return training, held_out
+
+
+def _run_stages(session: Session, roles: Roles, path: Path) -> None:
+    rows = session.data.rows
+    for stage in session.methods.stages:
+        session.callback.stage(f"stage {stage.name}")
+        rows = list(stage(rows, roles))
+    if not rows:
+        names = [stage.name for stage in session.methods.stages]
+        raise RecipeError(f"the stages {names} left no row")
+    if session.main:
+        files.write_rows(path, rows)
+    session.accelerator.wait_for_everyone()
+
+
+def _encode(
+    session: Session, roles: Roles, rows: list[dict], callback: Any, max_bad_rows: float
+) -> EncodedRows:
+    """Every row once through the tokenizer, so that what cannot be learned from is known before anything is
+    computed.
+
+    max_bad_rows: the share of rows that may turn out to be unusable. Raises Refused where there are more.
+    """
+    if not rows:
+        return EncodedRows()
+    usable, bad, stats = roles.policy.architecture.encode_all(rows, roles.renderer)
+    quarantine = session.folder / QUARANTINE
+    if bad and session.main:
+        with files.disk_errors(session.folder):
+            write_quarantine(bad, quarantine)
+    if not usable:
+        raise Refused(
+            f"none of {len(rows):,} rows can be used; the first: {bad[0]['reason']}", "unusable_rows"
+        )
+    if len(bad) > max_bad_rows * len(rows):
+        reason = too_many(bad, len(rows), "the data", max_bad_rows, quarantine)
+        raise Refused(reason, "unusable_rows")
+    if bad:
+        callback.warn(
+            f"{len(bad):,} of {len(rows):,} rows set aside, with reasons, in {QUARANTINE}; the first:"
+            f" {bad[0]['reason']}"
+        )
+    if any(row.get("completions") for row in rows):
+        checks.check_supervised(len(usable), stats["supervised"], stats["tokens"])
+    return EncodedRows(
+        usable,
+        {
+            "rows": len(usable),
+            "row_tokens": stats["tokens"],
+            "supervised_share": stats["supervised"] / max(1, stats["tokens"]),
+            "longest": stats["longest"],
+            "cut": stats["cut"],
+        },
+    )
+
+
+def describe_rows(session: Session, roles: Roles, training: EncodedRows) -> EncodedRows:
+    """Show a person the rows before they are learned, with warnings. Returns them with the numbers that hold:
+    where online stages write the completions, only prompts are known.
+    """
+    architecture, renderer = session.methods.architecture, roles.renderer
+    rows = training.rows
+    if "generate" in architecture.provides:
+        answered = [row for row in rows[:64] if row.get("completions")]
+        encoded = [architecture.encode(row, renderer) for row in answered]
+        checks.check_stop_token(encoded, set(renderer.stop_ids), session.warn)
+    turns = any(not isinstance(row["prompt"], str) for row in rows)
+    if renderer.note and (turns or session.recipe.chat_template):
+        session.warn(renderer.note)
+    for sentence in filter(None, renderer.warnings):
+        session.warn(sentence)
+    _warn_fresh(session, roles)
+    visible = training
+    if writes_samples(session):
+        prompts = [_prompt_only(row) for row in rows]
+        stats = architecture.encode_all(prompts, renderer).stats
+        counts = {
+            "row_tokens": stats["tokens"],
+            "longest": stats["longest"],
+            "supervised_share": 0.0,
+            "cut": 0,
+        }
+        visible = EncodedRows(prompts, {**training.stats, **counts})
+    _warn_cut(session, roles, visible)
+    session.callback.rows(roles, visible.rows, visible.stats)
+    if session.main:
+        files.write_json(session.folder / "shown.json", rendered(roles, visible.rows))
+    for component in roles.tuner.components:
+        for sentence in component.warnings:
+            session.warn(sentence)
+    return replace(training, stats=visible.stats)
+
+
+def writes_samples(session: Session) -> bool:
+    """Are the completions that are learned written during training?"""
+    return any("samples" in stage.provides for stage in session.methods.online_stages)
+
+
+def _prompt_only(row: dict) -> dict:
+    return {k: v for k, v in row.items() if k not in ("completions", "scores")}
+
+
+def _warn_fresh(session: Session, roles: Roles) -> None:
+    """Modules that the checkpoint has no weights for."""
+    fresh = roles.policy.model.fresh
+    if not fresh:
+        return
+    starts = "these start random and are" if len(fresh) > 1 else "it starts random and is"
+    session.warn(f"the checkpoint has no weights for {', '.join(fresh)}: {starts} trained along")
+
+
+def _warn_cut(session: Session, roles: Roles, visible: EncodedRows) -> None:
+    """Rows that are too long, and completions that run into the prompt's last word."""
+    renderer, rows = roles.renderer, visible.rows
+    if visible.stats["cut"]:
+        what = "texts" if renderer.encoder else "completions"
+        session.warn(
+            f"the {what} of {visible.stats['cut']:,} of {len(rows):,} rows are cut at"
+            f" {renderer.max_length:,} tokens (max_length)"
+        )
+    joined = glued_words(rows)
+    if not renderer.encoder and 2 * len(joined) > len(rows):
+        session.warn(
+            f"the completion follows the prompt's last word without a space or a line break: '{joined[0]}'"
+        )
+
+
+def sample_batch(roles: Roles, rows: list[dict]) -> Any:
+    """Rows to try the layout on. Where the policy is yet to answer, the end of the prompt stands for its
+    answer.
+    """
+    answered = []
+    for row in rows:
+        if not row.get("completions"):
+            row = {**row, "completions": [roles.renderer.prompt(row)[-8:]]}
+        answered.append(row)
+    return roles.batch(answered)

@@ -1,0 +1,196 @@
+"""A run that has its folder, its rows and its processes: what every stage of it needs."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from luthier.data.checks import unused_columns
+from luthier.data.load import Data, load_data
+from luthier.data.quarantine import write_quarantine
+from luthier.errors import OutOfMemory
+from luthier.methods.evaluators._base import run_all
+from luthier.model.policy import Roles
+from luthier.recipe.recipe import Recipe
+from luthier.recipe.validate import Methods, dry_run
+from luthier.report.console import Callback
+from luthier.run.folder import open_folder, write_failure
+from luthier.run.layout import QUARANTINE, STATE
+from luthier.run.report import Report
+from luthier.storage import files
+from luthier.train import checks
+from luthier.version import __version__
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run in its folder. Only the main process writes there, and only its callback is the user's."""
+
+    recipe: Recipe
+    methods: Methods
+    data: Data
+    folder: Path
+    callback: Any  # report.console.Callback or alike
+    accelerator: Any
+    stop_at: float | None = None  # pause at this step; below 1 a share of the run
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def warn(self, sentence: str) -> None:
+        self.callback.warn(sentence)
+
+    @torch.no_grad()
+    def evaluate(self, roles: Roles, rows: list[dict], when: str) -> dict[str, float]:
+        """Metrics by name. when: before, during or after training.
+
+        Every process measures all rows, so none waits long for another; the main one's numbers count.
+        """
+        roles.policy.eval()
+        metrics = run_all(self.methods.evaluate, roles, rows, self.folder, when)
+        metrics = _broadcast(metrics, self.accelerator)
+        self.accelerator.log({f"eval_{k}": v for k, v in metrics.items()}, step=roles.clock.step)
+        return metrics
+
+
+def step_count(steps: float | None, total: int) -> int:
+    """A setting such as save_steps as a number of steps; below 1 it is a share of the run, 0 is never."""
+    if not steps:
+        return 0
+    if steps < 1:
+        steps = round(steps * total)
+    return max(1, int(steps))
+
+
+def save_interval(session: Session, total: int) -> int:
+    """Steps between checkpoints. With several processes only between draws, where no process holds rows that
+    the others do not know.
+    """
+    steps = step_count(session.recipe.save_steps, total)
+    if session.accelerator.num_processes > 1:
+        steps = math.lcm(steps, session.recipe.num_iterations)
+    return steps
+
+
+@contextmanager
+def open_session(
+    recipe: Recipe,
+    folder: Path,
+    callback: Any = None,
+    overwrite: bool = False,
+    stop_at: float | None = None,
+) -> Iterator[Session | Report]:
+    """A run in its folder, for as long as it lasts; of a finished one its report.
+
+    Whatever a run fails of is left there as failed.json. Raises RecipeError, OutOfMemory among others.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import set_seed
+
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), log_with=[*recipe.report_to] or None, project_dir=str(folder)
+    )
+    atexit.unregister(_leave_processes)
+    atexit.register(_leave_processes)
+    main = accelerator.is_main_process
+    if callback is None or not main:
+        callback = Callback()
+    for sentence in recipe.warnings:
+        callback.warn(sentence)
+    data = _load_data(recipe, folder, main)
+    if sentence := unused_columns(data):
+        callback.warn(sentence)
+    methods = dry_run(recipe, data.rows[:100])
+    with open_folder(folder, recipe, data.fingerprint, main, overwrite) as state:
+        if _broadcast(state.finished, accelerator):
+            callback.warn(f"{folder} holds this run, finished: nothing to do (overwrite=true starts anew)")
+            yield Report.read(folder)
+            return
+        if state.version != __version__:
+            callback.warn(
+                f"this run was begun by luthier {state.version} and goes on under {__version__}: its end may"
+                " be neither's"
+            )
+        session = Session(recipe, methods, data, folder, callback, accelerator, stop_at)
+        _quarantine(session)
+        set_seed(recipe.seed)
+        _start_trackers(session)
+        try:
+            yield session
+        except Exception as error:
+            outcome = error
+            if checks.out_of_memory(error):
+                outcome = OutOfMemory(checks.TOO_BIG)
+            if main:
+                write_failure(folder, outcome)
+            if outcome is error:
+                raise
+            raise outcome from None
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
+
+
+def _load_data(recipe: Recipe, folder: Path, main: bool) -> Data:
+    """The rows of a run. In a folder without a run the unusable ones are listed even if all are refused."""
+    quarantine = folder / QUARANTINE
+    new = main and not (folder / STATE).exists()
+    with files.disk_errors(folder):
+        if new:
+            quarantine.unlink(missing_ok=True)  # of an earlier attempt, which was refused
+        return load_data(recipe, quarantine if new else None)
+
+
+def _quarantine(session: Session) -> None:
+    """List the unusable rows with their reasons, and say how many there are."""
+    data, path = session.data, session.folder / QUARANTINE
+    if session.main:
+        with files.disk_errors(session.folder):
+            path.unlink(missing_ok=True)
+            write_quarantine(data.bad, path)
+    if data.bad:
+        total = len(data.bad) + len(data.rows) + len(data.held_out)
+        session.warn(f"{len(data.bad):,} unusable rows of {total:,} set aside, with reasons: {path}")
+
+
+def _start_trackers(session: Session) -> None:
+    """Trackers receive the whole recipe but for rows given from Python."""
+    if not session.recipe.report_to:
+        return
+    settings = {}
+    for key, value in yaml.safe_load(session.recipe.yaml()).items():
+        if isinstance(value, (int, float, str)):
+            settings[key] = value
+        elif not (isinstance(value, list) and key in ("data", "eval_data")):
+            settings[key] = json.dumps(value)
+    session.accelerator.init_trackers("luthier", settings)
+
+
+def _broadcast(value: Any, accelerator: Any) -> Any:
+    """The main process's value, in every process: they must not part ways over it."""
+    if accelerator.num_processes == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
+def _leave_processes() -> None:
+    """At the end of this process, not of a run: a plan's next run needs the others again. Who leaves first,
+    or leaves threads waiting, makes the others abort; after an error there is nobody to wait for.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if not hasattr(sys, "last_value"):
+            torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,86 @@
+"""From a prepared run to its last step, or to where it pauses: what happens around each step."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from luthier.run import resume
+from luthier.run.layout import LOG
+from luthier.run.prepare import Prepared
+from luthier.run.session import save_interval, step_count
+from luthier.storage import files
+from luthier.train.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A run after its last step, or after the step at which it pauses."""
+
+    prepared: Prepared
+    complete: bool  # has it made all its steps?
+
+
+def train(prepared: Prepared) -> Trained:
+    """Every step that is left, or those up to where the session pauses."""
+    session, clock = prepared.session, prepared.trainer.roles.clock
+    if clock.total:
+        last = step_count(session.stop_at, clock.total) or None
+        with recorded(prepared), session.callback.training(clock.total, clock.step):
+            prepared.trainer.run(last)
+    return Trained(prepared, clock.step >= clock.total)
+
+
+@contextmanager
+def recorded(prepared: Prepared) -> Iterator[None]:
+    """While the trainer steps: logs, evaluations and checkpoints after each step."""
+
+    def after_step(trainer: Trainer, log: dict) -> None:
+        _evaluate(prepared, log)
+        _write_log(prepared, log)
+        prepared.session.callback.step(log)
+        _save(prepared)
+
+    trainer = prepared.trainer
+    trainer.hooks = [after_step]
+    try:
+        yield
+    finally:
+        # the hook holds the run, which holds the trainer: a circle would keep the model until it is collected
+        trainer.hooks = []
+
+
+def _at_end(prepared: Prepared) -> bool:
+    clock = prepared.trainer.roles.clock
+    return clock.step == clock.total
+
+
+def _evaluate(prepared: Prepared, log: dict) -> None:
+    """Metrics during training into the log, every eval_steps; those of the last step are the report's."""
+    session, roles = prepared.session, prepared.trainer.roles
+    every = step_count(session.recipe.eval_steps, roles.clock.total)
+    if every and roles.clock.step % every == 0 and not _at_end(prepared):
+        metrics = session.evaluate(roles, prepared.eval_rows, "during")
+        log |= {f"eval_{k}": v for k, v in metrics.items()}
+
+
+def _write_log(prepared: Prepared, log: dict) -> None:
+    """A line of metrics.jsonl and the trackers' numbers, every logging_steps and at the end."""
+    session, step = prepared.session, prepared.trainer.roles.clock.step
+    if not session.main or (step % session.recipe.logging_steps and not _at_end(prepared)):
+        return
+    numbers = {k: v for k, v in log.items() if k != "step" and not k.startswith("eval_")}
+    session.accelerator.log(numbers, step=step)
+    with files.disk_errors(session.folder):
+        with open(session.folder / LOG, "a", encoding="utf-8") as file:
+            file.write(json.dumps(log) + "\n")
+
+
+def _save(prepared: Prepared) -> None:
+    """A checkpoint, every save_steps and at the end."""
+    session, clock = prepared.session, prepared.trainer.roles.clock
+    every = save_interval(session, clock.total)
+    if session.main and (clock.step % every == 0 or _at_end(prepared)):
+        resume.save(session, prepared.trainer)
