@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 import luthier
 from conftest import PAIRS, SUMS, UNPAIRED, recipe_of
 from luthier.clock import Clock
-from luthier.errors import DiskError, NotFinite, OutOfMemory, RecipeError, Refused
+from luthier.errors import TYPES, DiskError, NotFinite, OutOfMemory, RecipeError, Refused, from_code
 from luthier.model.load import pick_dtype
 from luthier.storage import checkpoints, files
 from luthier.train import checks as guards
@@ -567,6 +567,13 @@ def test_a_loss_that_is_no_number_names_its_rows(base, tmp_path, monkeypatch):
     monkeypatch.setattr(SFT, "loss", real)
     assert len(luthier.tune(base, folder=tmp_path).losses) == 6
     assert not (tmp_path / "failed.json").exists(), "it has gone on"
+
+
+def test_outcomes_come_back_as_their_types():
+    for code, kind in TYPES.items():
+        error = from_code(code, "why")
+        assert type(error) is kind and str(error) == "why" and error.code == code
+    assert type(from_code("of_tomorrow", "why")) is RecipeError and from_code("x", "why").code == "x"
 
 
 def test_a_full_disk_is_a_sentence_and_the_last_checkpoint_stays(base, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ arithmetic.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -196,8 +197,11 @@ def test_a_plan_stopped_in_its_second_act_goes_on_there(base, tmp_path, monkeypa
     monkeypatch.setattr(Trainer, "step", stepping)
     with pytest.raises(ZeroDivisionError):
         luthier.tune(asked, folder=tmp_path / "broken")
+    failed = [tmp_path / "broken" / "failed.json", tmp_path / "broken" / "run-1" / "failed.json"]
+    assert [json.loads(path.read_text())["code"] for path in failed] == ["crash", "crash"]
     before, made[:] = len(made), []
     resumed = luthier.tune(asked, folder=tmp_path / "broken")
+    assert not any(path.exists() for path in failed), "it has gone on"
     # nothing finished is redone
     assert made[0] and before + len(made) <= 2 + sum(len(luthier.Report.read(a).losses) for a in whole.runs)
     assert (resumed.after, resumed.losses) == (whole.after, whole.losses)
@@ -217,6 +221,17 @@ def test_a_plan_and_a_single_run_do_not_share_a_folder(base, tmp_path):
         luthier.tune(planned, folder=tmp_path)
     luthier.tune(planned | {"overwrite": True}, folder=tmp_path)
     assert luthier.tune(planned | {"overwrite": False}, folder=tmp_path).runs
+
+
+def test_a_plan_of_version_0_1_answers_from_its_own_folders(base, tmp_path, monkeypatch):
+    planned = base | {"plan": [{"max_steps": 1}, {"max_steps": 2}]}
+    done = luthier.tune(planned, folder=tmp_path)
+    for number in range(2):
+        (tmp_path / f"run-{number}").rename(tmp_path / f"act-{number}")
+    monkeypatch.setattr(Trainer, "step", lambda self: pytest.fail("all of this was finished"))
+    again = luthier.tune(planned, folder=tmp_path)
+    assert [Path(run).name for run in again.runs] == ["act-0", "act-1"]
+    assert (again.losses, again.after) == (done.losses, done.after)
 
 
 # ------------------------------------------------------------------------------------------ raft

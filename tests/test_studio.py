@@ -465,10 +465,10 @@ def test_started_stopped_and_resumed_and_stopped_roughly(home, tiny):
         "running",
     )
     assert "already" in client.post("/api/runs", json={"name": "long", "text": text}).json()["error"]
-    assert (home / "runs/long/asked.yaml").read_text() == text
+    assert (home / "runs/long/submitted.yaml").read_text() == text
     assert (
         client.get("/api/runs/long").json()["command"]
-        == "luthier tune runs/long/asked.yaml output_dir=runs/long"
+        == "luthier tune runs/long/submitted.yaml output_dir=runs/long"
     )
     until(
         lambda: client.get("/api/runs/long").json()["step"] >= 6,
@@ -499,7 +499,7 @@ def test_a_dead_run_is_not_running(home, tiny):
     """A lock whose process is gone, or is another's by now; a report cut short; a log line cut short."""
     folder = home / "runs" / "dead"
     folder.mkdir(parents=True)
-    (folder / "asked.yaml").write_text("model: toy:lm\n")
+    (folder / "submitted.yaml").write_text("model: toy:lm\n")
     (folder / "run.json").write_text('{"finished": false, "steps": 9}')
     (folder / "metrics.jsonl").write_text('{"step": 3, "loss": NaN}\n{"step": 4, "lo')
     dead = subprocess.Popen([sys.executable, "-c", ""])
@@ -527,7 +527,7 @@ def test_a_dead_run_is_not_running(home, tiny):
     assert (run := client.get("/api/runs/dead").json())["state"] == "failed" and run[
         "why"
     ] == "ValueError: no"
-    (folder / "asked.yaml").write_text("{{{{ <script>")
+    (folder / "submitted.yaml").write_text("{{{{ <script>")
     assert client.get("/api/runs/dead").json()["what"] == ""
 
 
@@ -540,7 +540,7 @@ def test_two_recipes_are_compared(home, tiny):
         ).json()["text"]
         folder = home / "runs" / name
         folder.mkdir(parents=True)
-        (folder / "asked.yaml").write_text(text)
+        (folder / "submitted.yaml").write_text(text)
     assert (
         "two recipes or more"
         in client.post("/api/compare", json={"name": "both", "runs": ["good"]}).json()["error"]

@@ -235,7 +235,7 @@ def test_a_run_by_keyboard_alone(served, page):
     page.run("document.activeElement.select()")
     page.type("hand")
     assert page.run(
-        "document.querySelector('.sheet').textContent.includes('luthier tune runs/hand/asked.yaml"
+        "document.querySelector('.sheet').textContent.includes('luthier tune runs/hand/submitted.yaml"
         " output_dir=runs/hand')"
     )
     tab_to(page, "Start the run")
@@ -425,7 +425,7 @@ def test_a_run_is_cloned_with_changes_and_a_dead_one_says_so(served, page):
     """In two tabs at once: the draft of one is not the other's."""
     dead = served.home / "runs/dead"
     dead.mkdir()
-    (dead / "asked.yaml").write_text("model: <script>window.hurt = 1</script>\ndata: ../../etc/passwd\n")
+    (dead / "submitted.yaml").write_text("model: <script>window.hurt = 1</script>\ndata: ../../etc/passwd\n")
     (dead / "run.json").write_text('{"finished": false, "steps": 9}')
     (dead / "metrics.jsonl").write_text('{"step": 1, "loss": 3}\n{"step": 2, "loss": NaN}\n{"step": 3, "lo')
     (dead / ".lock").write_text("999999999")

@@ -67,7 +67,7 @@ def top(
     version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
 ) -> None:
     if version:
-        from luthier import __version__
+        from luthier.version import __version__
 
         typer.echo(f"luthier {__version__}")
         raise typer.Exit

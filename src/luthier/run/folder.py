@@ -19,35 +19,21 @@ import yaml
 from luthier.data.sources import is_row
 from luthier.errors import DiskError, RecipeError, from_code
 from luthier.recipe.recipe import Recipe
+from luthier.registry import KINDS, cards
 from luthier.run.layout import BEFORE, FAILED, LOG, PAUSED, QUARANTINE, REPORT, ROWS, STATE
 from luthier.storage import checkpoints, files
 from luthier.version import __version__
 
-# what `clear` deletes beside the checkpoints
-FILES = (
-    REPORT,
-    BEFORE,
-    ROWS,
-    LOG,
-    QUARANTINE,
-    "forgetting.jsonl",
-    "shown.json",
-    "samples-before.jsonl",
-    "samples-during.jsonl",
-    "samples-after.jsonl",
-    "per_example-before.json",
-    "per_example-during.json",
-    "per_example-after.json",
-    "by-row-before.json",  # as version 0.1 called them
-    "by-row-during.json",
-    "by-row-after.json",
-    "calibration-before.json",
-    "calibration-after.json",
-    PAUSED,
-    "report.html",
-    FAILED,
+# of a run, beside its checkpoints and what its methods declare; run.json goes last
+FILES = (REPORT, BEFORE, ROWS, LOG, QUARANTINE, PAUSED, FAILED, "shown.json", "report.html")
+PATTERNS = (
+    "per_example-*.json",
+    "logprob_cache-*.bin",
+    "hidden_cache-*.bin",
+    "by-row-*.json",  # from here on as version 0.1 called them
+    "said-*.bin",
+    "frozen-*.bin",
 )
-CACHES = ("logprob_cache-*.bin", "hidden_cache-*.bin", "said-*.bin", "frozen-*.bin")  # the last two of 0.1
 
 
 @dataclass(frozen=True)
@@ -128,7 +114,11 @@ def clear(folder: Path) -> None:
     """
     for path in checkpoints.paths(folder):
         shutil.rmtree(path)
-    for pattern in CACHES:
+    patterns = [*PATTERNS]
+    for kind in KINDS:
+        for card in cards(kind):
+            patterns += [artifact.pattern for artifact in card.artifacts]
+    for pattern in patterns:
         for path in folder.glob(pattern):
             path.unlink()
     for name in (*FILES, STATE):

@@ -227,8 +227,8 @@ def choosing(app: FastAPI, shelf: Shelf, looks: Any) -> None:
     @app.get("/api/start")
     def start() -> Any:
         """Where this is, and what can be named without typing it."""
-        from luthier import __version__
         from luthier import toy as practice
+        from luthier.version import __version__
 
         runs = [f"runs/{r['name']}" for r in shelf.listing() if r["kind"] == "run" and r["step"]]
         models = [f"toy:{m}" for m in practice.models()]

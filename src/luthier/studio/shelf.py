@@ -2,7 +2,7 @@
 stopped, cloned.
 
 Whatever is known is read from the folder each time, so that pages, tabs and shells agree. A folder that the
-studio began also holds asked.yaml (the recipe as it was asked for), console.log (what the command said) and
+studio began also holds submitted.yaml (the recipe as it was submitted; asked.yaml in version 0.1), console.log (what the command said) and
 studio.json (which process it is).
 """
 
@@ -29,7 +29,7 @@ from luthier.report.numbers import Line, answers, cost, lines
 from luthier.run.layout import run_folders
 from luthier.storage import files
 
-MARKS = ("run.json", "asked.yaml", "study.json", "report.json")  # any of them makes a folder a run's
+MARKS = ("run.json", "submitted.yaml", "asked.yaml", "study.json", "report.json")  # any of them makes a folder a run's
 CHUNK = 1 << 20  # bytes of metrics.jsonl told at once
 TAIL = 8000  # characters of a log told
 PATIENCE = 10.0  # seconds after Ctrl-C until a run is ended less kindly
@@ -194,11 +194,11 @@ class Shelf:
         return began["pid"] if began and born(began["pid"]) == began["born"] else None
 
     def begin(self, name: str, text: str) -> dict[str, Any]:
-        """Start a recipe as `luthier tune runs/NAME/asked.yaml output_dir=runs/NAME`."""
+        """Start a recipe as `luthier tune runs/NAME/submitted.yaml output_dir=runs/NAME`."""
         folder = self.place(name)
         if any((folder / m).is_file() for m in MARKS):
             raise RecipeError(f"{folder.relative_to(self.home)} is there already; give this run another name")
-        files.write_text(folder / "asked.yaml", text)
+        files.write_text(folder / "submitted.yaml", text)
         return self.go_on(name)
 
     def go_on(self, name: str) -> dict[str, Any]:
@@ -257,7 +257,7 @@ class Shelf:
         ]
         words += ["--budget", budget] if budget else []
         files.write_json(folder / "arms.json", words)
-        files.write_text(folder / "asked.yaml", "".join(f"# {run}\n{text}\n" for run, text in texts.items()))
+        files.write_text(folder / "submitted.yaml", "".join(f"# {run}\n{text}\n" for run, text in texts.items()))
         self.spawn(name, words)
         return self.brief(name)
 
@@ -349,8 +349,8 @@ def born(pid: int) -> float | None:
 
 
 def recipe_in(folder: Path) -> Path | None:
-    """The recipe as it was asked for, or as it was written down."""
-    return next((p for f in ("asked.yaml", "recipe.yaml") if (p := folder / f).is_file()), None)
+    """The recipe as it was submitted, or as it was written down."""
+    return next((p for f in ("submitted.yaml", "asked.yaml", "recipe.yaml") if (p := folder / f).is_file()), None)
 
 
 def read_json(path: Path) -> Any:

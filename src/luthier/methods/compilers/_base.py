@@ -1,4 +1,4 @@
-"""What tunes a program: from rows and a metric to the same program with other demonstrations, instructions or
+"""Tunes a program: from rows and a metric to the same program with other demonstrations, instructions or
 models.
 """
 

@@ -1,5 +1,5 @@
-"""LoRA modules that are trained under a change of their weight: where they are, and how they speak
-with it.
+"""LoRA modules that are trained under a perturbation of their weight: where they are, and how their output is
+modified.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Several objectives, combined as gradients: a family says how the gradients of the terms become one."""
+"""Several objectives, combined as gradients: a method says how the gradients of the terms become one."""
 
 from __future__ import annotations
 

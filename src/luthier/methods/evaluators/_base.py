@@ -1,4 +1,4 @@
-"""What is measured before, during and after tuning. An evaluator returns numbers by name."""
+"""What is measured before, during and after training. An evaluator returns numbers by name."""
 
 from __future__ import annotations
 

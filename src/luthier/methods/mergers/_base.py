@@ -1,4 +1,4 @@
-"""Several finished runs as one set of tensors. Used by `start: {merge: average, of: [run, run]}`."""
+"""Several finished runs as one set of tensors. Used by `init_from: {merge: average, of: [run, run]}`."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""Toward what. An objective returns one number per unit; the loop averages over the units of the whole global
-batch, so accumulation, packing and data parallelism cannot change a result. Objectives add up: `dpo +
-0.1*sft`."""
+"""What is optimised. An objective returns one number per unit (token, sequence, row or batch), and the
+trainer averages over the units of the whole global batch, so accumulation, packing and data parallelism
+cannot change a result. Objectives add up: `dpo + 0.1*sft`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Optimizers as people name them: a chain of transforms with the settings that Hugging Face users know."""
+"""Optimizers by their usual names: a chain of transforms with the settings that Hugging Face users know."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several runs as one: a generator that asks for recipes and is answered with reports.
+"""Several runs as one: a generator that yields recipes and receives reports.
 
 Its only state is the reports of runs that have finished, so a plan that was stopped is replayed: finished
 runs answer at once. Before anything is computed it is played with blank reports, whose metrics are all empty;

@@ -215,7 +215,7 @@ function recipe(draft, asides, signal) {
   const whole = h("pre"), told = h("ul", { class: "told" }), cost = h("div");
   const name = h("input", { type: "text", autocomplete: "off", spellcheck: "false", autocapitalize: "off", placeholder: "a name", oninput: () => (named = true) });
   const command = h("code");
-  const tell = () => fill(command, `luthier tune runs/${name.value || "NAME"}/asked.yaml output_dir=runs/${name.value || "NAME"}`);
+  const tell = () => fill(command, `luthier tune runs/${name.value || "NAME"}/submitted.yaml output_dir=runs/${name.value || "NAME"}`);
   let named = false, latest = { text: "", error: "not checked yet" }, turn = 0;
 
   asides.check = async () => {

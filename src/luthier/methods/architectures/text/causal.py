@@ -1,4 +1,4 @@
-"""Decoder-only language models: a token is predicted by the hidden state just before it.
+"""Decoder-only language models: each token is predicted from the hidden state of the token before it.
 
 Reads batches packed: no padding, prompts shared by their completions, attention block by block; or, in
 networks that do not take their attention from transformers' interface, by a mask over packed rows. Every

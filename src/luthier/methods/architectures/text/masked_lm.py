@@ -1,4 +1,4 @@
-"""Encoders that fill gaps: a hidden token is predicted at its own place, from what stands on both sides.
+"""Masked language models (encoders): a masked token is predicted at its own position, from both sides.
 
 A `text` row is the pretraining task: at each step a share of its tokens, drawn from (seed, step, row), is
 hidden and asked. A prompt/completion row is a cloze: the whole completion is hidden (special tokens stay),

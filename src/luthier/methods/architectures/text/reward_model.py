@@ -1,4 +1,4 @@
-"""Reward models: a number for a text, and for every step of it. A network with a head of one output.
+"""Reward models: a network with a scalar head, which gives a value for a text and for each of its steps.
 
 The value of a token is what the head says once it has been read; a completion's reward is the value of its
 last learned token. Asked for by name (`architecture: reward_model`), of any checkpoint that transformers

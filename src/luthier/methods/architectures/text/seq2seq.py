@@ -1,6 +1,4 @@
-"""Encoder-decoder models: the encoder reads a prompt once, the decoder answers for each of its
-completions.
-"""
+"""Encoder-decoder models: the encoder reads a prompt once, the decoder answers each of its completions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BootstrapFewShot: a teacher runs the program; where the metric accepts the end, the whole trace becomes
+"""BootstrapFewShot: runs a teacher program on the rows, and uses the traces that the metric accepts as
 demonstrations.
 
 Each predictor gets its own step of a trace, so steps in between need no labels. What is left of the room is

@@ -1,6 +1,4 @@
-"""An ensemble of compiled programs: the best few candidates of a random search are asked alike, and most
-voices win.
-"""
+"""An ensemble of compiled programs: the majority vote of the best candidates of a random search."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""OptoPrime: a model proposes better values for the trainable nodes of a workflow, from its trace and what is
-said of the outcome.
+"""OptoPrime: a model proposes better values for the trainable nodes of a workflow, from its trace and
+feedback on the outcome.
 
 The trace of the outcome (its ancestors and nothing else) is written as lines `y = f(a, b)` with what each
 function does and all values, then the feedback; the model answers in JSON. What names no trainable node, or

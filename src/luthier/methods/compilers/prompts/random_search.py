@@ -1,5 +1,5 @@
-"""Random search over demonstrations: bootstrapped again and again from other rows in other numbers, the best
-on `dev` rows is kept.
+"""Random search over demonstrations: bootstraps many times from different rows and keeps the best candidate
+on `dev` rows.
 
 Candidates are the program as it is, with labelled rows only, bootstrapped in the rows' order, and then
 `num_candidates` with a drawn order and a drawn number of traces. All are kept in `compiled["candidates"]`,

@@ -1,5 +1,5 @@
-"""BootstrapFinetune: what a (larger) teacher program did well becomes rows, one file a predictor; a small
-model is tuned on each.
+"""BootstrapFinetune: turns the accepted traces of a teacher program into rows, one file per predictor, and
+tunes a small model on each.
 
 The tuned models take the predictors' places, and need no demonstrations. Rows are `prompt`, as the predictor
 writes it without demonstrations, and `completion`. A predictor that no accepted trace asked keeps its model.

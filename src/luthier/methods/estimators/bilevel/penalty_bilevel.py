@@ -1,5 +1,5 @@
-"""Bilevel tuning by a penalty: what the training rows' mixture and the weight decay should be, for validation
-rows to do best.
+"""Bilevel optimisation by a penalty: learns the weights of the training sources, and the weight decay, for
+which the validation loss is lowest.
 
 With f the validation term and g(x, y) = sum_i w_i(x) L_i(y) + decay(x) |y|^2 / 2 of the others, two copies of
 what moves are tuned: y on g + s f, z on g. Then d/dx = (g_x(x, y) - g_x(x, z)) / s, within O(s) of the true

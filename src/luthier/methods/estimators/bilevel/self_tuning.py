@@ -1,4 +1,5 @@
-"""Self-tuning: dropout and weight decay of tuner `self_tuning` learned while it trains, by validation rows.
+"""Self-tuning: learns the dropout and weight decay of tuner `self_tuning` during training, by the loss on
+validation rows.
 
 In turn: `train_steps` on training rows, where the adapter learns the best response to hyperparameters drawn
 around the current ones; `valid_steps` on rows of source `validation`, where the hyperparameters and the

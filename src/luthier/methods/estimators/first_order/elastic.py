@@ -1,5 +1,5 @@
-"""Elastic steps (InstaTune): the gradient of the whole network, and of sub-networks that are drawn at each
-step, together.
+"""Elastic steps (InstaTune): adds up the gradient of the full network and of sub-networks that are drawn at
+each step.
 
 The whole learns by the objective without `distill`; sub-networks by all of it, so that with `objective: sft +
 kl` and `roles: {reference: whole}` they learn the labels and what the whole says. Wants tuner `elastic`.

@@ -1,5 +1,5 @@
-"""Gradient dropout: where the gradient of the aim and that of staying near the base disagree, it is dropped
-at random.
+"""Gradient dropout: drops gradient entries at random where the task loss and a regulariser (a KL to the base
+model) disagree in sign.
 
 With a the gradient of all terms but `gate`, and b that of `gate` (weight included), an entry is kept with
 probability (1 + sgn(a) (a + b) / (|a| + |b|)) / 2: surely where b points the same way, the less likely the

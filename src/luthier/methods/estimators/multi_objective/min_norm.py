@@ -1,4 +1,4 @@
-"""MGDA: the step is the shortest vector between the gradients of the terms, which no term is against.
+"""MGDA: steps along the shortest convex combination of the terms' gradients, which increases no term.
 
 A convex mix of least norm, found by Frank-Wolfe on the inner products; where it is zero, nothing improves
 every term.

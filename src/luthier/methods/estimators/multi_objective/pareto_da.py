@@ -1,5 +1,5 @@
-"""Pareto domain adaptation: terms are weighted by a linear program so that what they share also lowers a term
-that is only looked at.
+"""Pareto domain adaptation: weights the terms by a linear program so that their common step also lowers a
+guide term that is not trained on.
 
 The guide is one term of the objective, such as the loss of held-out rows under `by_source`: its gradient is
 asked for and never followed. Of all mixes of the other terms' gradients that go against none of them, save

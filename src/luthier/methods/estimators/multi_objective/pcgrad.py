@@ -1,4 +1,4 @@
-"""PCGrad: where the gradients of two terms pull against each other, each gives up the part that does.
+"""PCGrad: where the gradients of two terms conflict, removes from each the component along the other.
 
 Every term's gradient is projected onto the normal plane of each other term's that it conflicts with, in
 random order, and the results are added. Since all of it lies in the span of the terms' gradients, it is

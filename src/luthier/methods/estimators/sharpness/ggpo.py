@@ -1,4 +1,4 @@
-"""LoRA-GGPO: the gradient under noise in the weights, scaled row by row with the norms of weights and
+"""LoRA-GGPO: computes the gradient under random weight noise, scaled row by row with the norms of weights and
 gradients.
 
 Every LoRA module adds x E' to what it says, with E = randn(out, in) * (sigma |W_row| + beta |G_row|^2) /

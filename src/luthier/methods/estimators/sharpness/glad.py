@@ -1,5 +1,5 @@
-"""GLAD's regulariser: part of the gradient is taken a step up the slope, so that tuning ends where the loss
-is flat.
+"""GLAD's regulariser: mixes the gradient with the gradient at a point uphill, so that training ends where the
+loss is flat.
 
 The step is (1 - alpha) g0 + alpha g1 with g0 the gradient and g1 the gradient at theta + rho g0 / |g0|: alpha
 0 is plain backprop, 1 is SAM, between them the norm of the gradient is penalised, alpha * rho strong (Zhao et

@@ -1,4 +1,5 @@
-"""LoRA-MGPO: SAM with one gradient a step, taken where the momentum of the gradients leads uphill.
+"""LoRA-MGPO: SAM with a single gradient per step, taken at weights that are perturbed along the momentum of
+the gradients.
 
 While a step's gradient is taken every LoRA module's weight stands at W + s B A + E, E = rho M / |M| / g, with
 M = s (mB A + B mA) of mA and mB, the running means of the factors' gradients, and g the running mean of |s

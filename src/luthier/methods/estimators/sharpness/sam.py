@@ -1,4 +1,4 @@
-"""SAM: the gradient at the worst nearby point, so that flat minima are found. Two backward passes per step.
+"""SAM: takes the gradient at the worst point nearby, which finds flat minima. Two backward passes per step.
 
 Departs: the climb is made on the global batch, not on each device's share (the paper's m-sharpness). Both
 passes see the same dropout. The weights come back bit for bit, for one more copy of what moves.

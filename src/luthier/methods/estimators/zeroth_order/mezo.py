@@ -1,5 +1,5 @@
-"""MeZO: the slope along random directions, from two forward passes each. No backward pass, no activations
-kept.
+"""MeZO: estimates the gradient along random directions from two forward passes each. No backward pass and no
+stored activations.
 
 Departs: a direction follows from (seed, step, name) and is drawn anew wherever it is wanted, on the weights'
 own device, so any chain may follow (the paper's is `optim: {name: sgd, max_grad_norm: 0}`; its constant

@@ -1,4 +1,4 @@
-"""Calibration: is the model right as often as it is sure? (Guo et al.)
+"""Calibration: how well the probability of the most likely token matches how often it is right (Guo et al.).
 
 The expected calibration error over the supervised tokens: tokens in bins by the probability of the likeliest
 one, and the gap between that probability and how often it is the right one, weighed by the bin's size.

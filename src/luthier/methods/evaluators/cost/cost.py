@@ -1,5 +1,5 @@
-"""What tuning one row costs: floating-point operations of a forward and a backward pass, and what a tuned
-copy stores.
+"""What training on one row costs: floating-point operations of a forward and a backward pass, and the size of
+what a tuned copy stores.
 
 Operations are counted as they are dispatched (matrix products and attention), so what a tuner leaves out is
 not counted: weight gradients of frozen matrices, the backward pass below the lowest layer that moves.

@@ -1,4 +1,4 @@
-"""Held-out accuracy: what the model would say first is what stands there."""
+"""Held-out accuracy: whether the most likely token is the label."""
 
 from typing import ClassVar
 

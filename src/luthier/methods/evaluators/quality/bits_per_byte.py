@@ -1,4 +1,4 @@
-"""Bits per byte: how unlikely texts are, in a unit that does not depend on the tokenizer."""
+"""Bits per byte: the loss on texts in a unit that does not depend on the tokenizer."""
 
 from __future__ import annotations
 

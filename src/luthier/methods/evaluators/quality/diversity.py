@@ -1,4 +1,4 @@
-"""Diversity: how many different things the model says when it is asked the same several times.
+"""Diversity: how many different answers the model gives when it samples several for one prompt.
 
 `distinct_2` (Li et al.): different pairs of neighbouring tokens among all those written; a model that has
 collapsed says few.

@@ -1,5 +1,5 @@
-"""Greedy answers to held-out prompts, kept beside the run so that before and after can be read side
-by side.
+"""Greedy answers to held-out prompts, kept in the run folder so that those before and after training can be
+compared.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Several goals at once: what each reward says, on average, of answers written to held-out prompts.
+"""Several goals at once: the mean reward of each goal on answers sampled for held-out prompts.
 
 Answers are drawn, and not the likeliest ones alone: what a policy trades between goals shows in all that it
 may say. The draws follow from the seed and the row, so models that are measured on the same rows differ by

@@ -1,4 +1,4 @@
-"""Held-out loss: how unlikely the good completions are."""
+"""Held-out loss: mean negative log-likelihood of the good completions."""
 
 from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.evaluators._base import PerExample, keep

@@ -1,5 +1,5 @@
-"""A preference check-up: does the model rank pairs as people did, what became of both sides' likelihood, and
-is it about length?
+"""A check of preference tuning: whether the model ranks pairs as people did, how the likelihood of both sides
+changed, and whether length explains it.
 
 Of rows with better and worse completions, the best against the worst. Of the policy by itself, of the
 reference by itself, and of the implicit reward, which is the log-ratio of the two.

@@ -1,5 +1,5 @@
-"""Is an answer likelier after its own question than after another's? What a model knows of following before
-it is tuned to.
+"""Whether an answer is more likely after its own prompt than after another's: what a model knows of following
+instructions before it is tuned to.
 """
 
 import torch

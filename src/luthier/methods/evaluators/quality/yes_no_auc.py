@@ -1,5 +1,5 @@
-"""Zero-shot classification by questions: how well the chance of "yes" ranks the texts that a question holds
-for.
+"""Zero-shot classification by questions: the area under the ROC curve of the probability of "yes", over the
+texts of a question.
 """
 
 from collections import defaultdict

@@ -1,4 +1,6 @@
-"""Are a model's logits values? Their log-sum-exp is to rise with what a completion will be worth."""
+"""Correlation of the log-sum-exp of the logits with the score of a completion: whether logits behave as
+values.
+"""
 
 import torch
 from torch import Tensor

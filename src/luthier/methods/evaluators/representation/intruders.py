@@ -1,4 +1,4 @@
-"""Intruder dimensions: main directions of a tuned matrix that the untuned one does not have.
+"""Intruder dimensions: singular directions of a tuned matrix that resemble none of the untuned one.
 
 Of each matrix inside the layers, the first k left singular vectors after tuning are held against all of those
 before: one whose largest cosine is below `epsilon` is an intruder. Low-rank tuning is said to bring them

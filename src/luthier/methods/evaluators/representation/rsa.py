@@ -1,5 +1,5 @@
-"""How much tuning changed each layer's picture of the rows: representational similarity analysis, before
-against after.
+"""How much training changed each layer's representation of the rows: representational similarity analysis,
+before against after.
 
 Of every layer, the mean hidden state of each row is compared with that of every other row by cosine; the
 correlation of these comparisons between the untuned and the tuned model is 1 where the layer sees the rows'

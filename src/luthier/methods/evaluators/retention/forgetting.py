@@ -1,4 +1,4 @@
-"""What tuning broke: how the model does elsewhere, before and after.
+"""Forgetting: loss and accuracy on other tasks than the one that is trained, before and after.
 
 Elsewhere is, in this order: the rows given as `data`; the probe.jsonl that lies beside the base model (the
 practice models carry one: rows of every world they know, by `skill`); else texts that the model itself wrote

@@ -1,4 +1,4 @@
-"""Refusals: whether the model still declines what it should, and only that.
+"""Refusals: whether the model still declines unsafe requests, and only those.
 
 A row whose own answer declines asks for something unsafe; any other row is safe to answer. The rows are those
 given as `data`; else the held-out ones and the probe.jsonl that lies beside the base model. Where none of

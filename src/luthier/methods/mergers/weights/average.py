@@ -1,4 +1,4 @@
-"""Model soup: the mean of each tensor over runs that began at one model. Costs one model at inference.
+"""Model soup: the mean of each tensor over runs that began at one model. Inference costs one model.
 
 Sums run in float64, so the average of equal tensors is that tensor bit for bit. Of adapters, A and B are
 averaged apart, which is the mean of their products only where one of the two is shared; full weights have no

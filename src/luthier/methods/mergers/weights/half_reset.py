@@ -1,4 +1,4 @@
-"""Half-reset: after full tuning, a random half of the weights goes back to what it was in the base model.
+"""Half-reset: after full fine-tuning, resets a random half of the weights to the base model's.
 
 HFT's observation that led to half tuning: much of what was forgotten returns. The half is drawn as tuner
 'hft' draws its own. `start: {merge: half_reset, of: [runs/full]}`.

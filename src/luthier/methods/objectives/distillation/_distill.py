@@ -1,5 +1,5 @@
-"""Distributions over the next token compared in full: the logits of both sides meet chunk by chunk, never all
-at once.
+"""Distributions over the next token compared in full: the logits of both models are compared in chunks, and
+never held all at once.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""ALM: distillation from a teacher with another tokenizer, by how likely both find the same spans of text.
+"""ALM: distillation from a teacher with another tokenizer, by the probability that both give to the same
+spans of text.
 
 The stage `teacher_spans` cuts completions where both tokenizations cut and keeps the teacher's
 log-probability of each span. Of a span as a yes-or-no event (this text, or any other) teacher and policy are

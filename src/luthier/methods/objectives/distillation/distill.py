@@ -1,5 +1,5 @@
-"""Knowledge distillation: the teacher's whole distribution in place of one token. `sft + 0.5*distill` is
-Hinton's mix.
+"""Knowledge distillation: trains on the teacher's whole distribution over the next token in place of one
+label. `sft + 0.5*distill` is Hinton's mix.
 
 Forward KL: the policy must cover whatever the teacher finds likely. On the rows as they are (off-policy), or
 on the policy's own samples where a rollout writes them. TRL has no temperature^2; it is the paper's.

@@ -1,5 +1,5 @@
-"""Distillation by the generalised Jensen-Shannon divergence (GKD): between the forward and the reverse KL,
-and bounded.
+"""Distillation by the generalised Jensen-Shannon divergence (GKD): bounded, and between the forward and the
+reverse KL.
 
 beta as in TRL: the teacher's share of the mixture. Towards 0 and 1 it vanishes in proportion to the forward
 and the reverse KL; those two are `distill` and `distill_reverse`. GKD's samples of the policy's own come from

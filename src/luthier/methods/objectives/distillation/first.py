@@ -1,4 +1,4 @@
-"""FIRST: distillation from a few of the teacher's probabilities, kept as columns and made trustworthy
+"""FIRST: distillation from the teacher's k most likely tokens, stored as columns of the rows and calibrated
 beforehand.
 
 The stage `teacher_top` writes the teacher's k likeliest tokens at every place, with probabilities that were

@@ -1,4 +1,4 @@
-"""Staying near the reference on the rows at hand: `sft + 0.1*kl`. A term, not an aim.
+"""KL to the reference on the rows at hand, as a regulariser beside another objective: `sft + 0.1*kl`.
 
 Exact over the vocabulary, unlike the one-token estimates that policy gradients use.
 """

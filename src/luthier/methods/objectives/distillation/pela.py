@@ -1,5 +1,5 @@
-"""PELA's healing: a model of low rank learns to say at every layer what the whole model says, before it is
-tuned for a task.
+"""PELA's recovery: trains a low-rank model to reproduce the full model's hidden states at every layer, before
+it is tuned for a task.
 
 A term beside the loss on rows (`pela + sft`; written first it shares their reading of the batch), for tuner
 `pela`, whose product of two matrices may also be held within `eps` of the weight that it stands for. The

@@ -1,5 +1,5 @@
-"""Self-distillation while pretraining further: the hidden states of the text as it is stay near those of a
-teacher.
+"""Self-distillation in further pretraining: keeps the hidden states near those of a teacher that read the
+same text.
 
 A regulariser beside the masked (or the next-token) loss: `sft + self_distill`, the teacher being the same
 network after a first round on the same texts, the policy begun again from where that round began. Departs

@@ -1,5 +1,5 @@
-"""SquareHead: at every layer the states are to be the dense teacher's, each layer's error measured by the
-teacher's own size.
+"""SquareHead: at every layer, the squared error between the states of policy and dense teacher, normalised by
+the teacher's.
 
 A term for tuning what was pruned, beside the loss on rows and, where wanted, `distill`: `squarehead + sft`
 (written first it shares their reading of the batch). The teacher is the model before pruning: `roles:

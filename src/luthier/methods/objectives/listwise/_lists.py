@@ -1,5 +1,4 @@
-"""Ranked lists: what the completions of a row have to do with each other, each of them, and not only the best
-and the worst.
+"""Ranked lists: losses over all completions of a row and their scores, not only the best and the worst.
 
 A value per completion is beta times its log-ratio to the reference; a method says what a ranking of values
 costs, given the scores. A list of two is a pair.

@@ -1,6 +1,4 @@
-"""DPO over every pair of a ranked list, not only the best against the worst. Also called pairwise logistic,
-DPO-BT.
-"""
+"""DPO over every pair of a ranked list, not only the best against the worst (pairwise logistic, DPO-BT)."""
 
 from luthier.methods.architectures._base import LOGPROBS
 from luthier.methods.formats._base import COMPLETIONS, SCORES

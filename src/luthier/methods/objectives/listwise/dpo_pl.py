@@ -1,5 +1,4 @@
-"""DPO over a whole ranking: the likelihood of the list in its order under Plackett and Luce. Also called
-list-MLE.
+"""DPO over a whole ranking: the likelihood of the ordered list under Plackett-Luce (list-MLE).
 
 Completions of one score have no order: each is compared with all that score lower, and not with its equals.
 """

@@ -1,5 +1,5 @@
-"""LiPO with lambda weights: every pair of a ranked list counts as much as swapping the two would change the
-DCG.
+"""LiPO with lambda weights: every pair of a ranked list is weighted by how much swapping the two would change
+the DCG.
 
 Scores are labels in [0, 1], as a reward model's win rate gives them. Ranks are those of the policy's own
 values now.

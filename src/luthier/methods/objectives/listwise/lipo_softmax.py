@@ -1,5 +1,5 @@
-"""Softmax cross-entropy over a list: the policy's choice among a row's completions is to be as the scores
-have it.
+"""Softmax cross-entropy over a list: the policy's distribution over a row's completions is fitted to that of
+their scores.
 
 Of the labels the paper takes the scores as they are; with a temperature they are softmax(score /
 temperature), which any scores allow. Towards 0 the best one takes all.

@@ -1,4 +1,4 @@
-"""Reward-weighted regression: likelihood of every completion, the more the better it scores within its row.
+"""Reward-weighted regression: likelihood of every completion, weighted by its score relative to its row.
 
 No negative gradient: a bad completion only weighs less. Departs: weights are a softmax within the row, so no
 scale of scores is too large, and equal scores are plain SFT.

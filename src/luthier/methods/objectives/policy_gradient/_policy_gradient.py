@@ -1,4 +1,5 @@
-"""Policy gradients on sampled completions, judged against the other completions of their row.
+"""Policy gradients on sampled completions, whose advantages are relative to the other completions of their
+row.
 
 The importance ratio is against the policy that sampled (column `old`, the log-probability of each token
 then); rows without the column were sampled by the policy as it is, and the ratio is 1. Log-probabilities are

@@ -1,4 +1,5 @@
-"""Group relative policy optimization: completions of one prompt are judged against each other, no critic.
+"""Group relative policy optimization: advantages are relative to the other completions of the same prompt,
+without a critic.
 
 As in the paper, tokens are averaged within a completion first, so each completion weighs alike whatever its
 length (TRL's loss_type `grpo`; its default is `dapo`, and its default beta 0). Departs from the paper in the

@@ -1,4 +1,4 @@
-"""Preferences: what the best and the worst completion of a row have to do with each other.
+"""Preference losses on the best and the worst completion of a row.
 
 A value per completion (here the log-ratio to the reference, summed over its tokens), and what a margin
 between the two values costs. Methods without a reference, or with another normalisation, say their own

@@ -1,5 +1,5 @@
-"""AOT: the margins of the batch as a whole are to exceed the reference's, place by place in their order, not
-pair by pair.
+"""AOT: aligns the distribution of margins in a batch, sorted, with the reference's, instead of comparing pair
+by pair.
 
 Sorted are the margins of one micro-batch, so this is an exception to "accumulation changes nothing": a
 micro-batch of one row is DPO. Rows whose completions score alike stay out of the order.

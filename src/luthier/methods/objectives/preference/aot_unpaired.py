@@ -1,4 +1,4 @@
-"""AOT on unpaired sides: the chosen completions of the batch as a whole are to be liked better than the
+"""AOT without pairs: the sorted log-ratios of the chosen completions of a batch are to exceed those of the
 rejected ones.
 
 The k-th smallest log-ratio of the chosen is compared with the k-th smallest of the rejected, whatever row

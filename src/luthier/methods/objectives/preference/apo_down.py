@@ -1,4 +1,4 @@
-"""APO-down: both sides become less likely, the rejected one more so.
+"""APO-down: lowers the likelihood of both sides, that of the rejected one more.
 
 For pairs whose chosen side is worse than what the model says by itself.
 """

@@ -1,4 +1,5 @@
-"""APO-zero: the chosen one becomes likelier and the rejected one less likely, each against the reference.
+"""APO-zero: raises the likelihood of the chosen completion and lowers that of the rejected one, each relative
+to the reference.
 
 For pairs whose chosen side is better than what the model says by itself.
 """

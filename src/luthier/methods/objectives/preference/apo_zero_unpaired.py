@@ -1,5 +1,5 @@
-"""APO-zero without pairs: good completions (score above 0) become likelier than the reference has them, bad
-ones less likely.
+"""APO-zero without pairs: raises the likelihood of good completions (score above 0) relative to the reference
+and lowers that of bad ones.
 """
 
 import torch

@@ -1,5 +1,5 @@
-"""ASFT, aligned SFT: the chosen one likelier and the rejected one less likely, each for itself, without a
-reference.
+"""ASFT, aligned SFT: raises the likelihood of the chosen completion and lowers that of the rejected one,
+without a reference.
 
 p is the mean probability of a token (the paper's length normalisation is taken to be the geometric mean). Two
 terms: `chosen_sft`, and beta times this. Not the later "anchored SFT" of the same letters.

@@ -1,5 +1,5 @@
-"""Binary classifier optimization without pairs: is a completion good (score above 0)? The implicit reward
-must say so.
+"""Binary classifier optimization without pairs: trains the implicit reward to classify completions as good
+(score above 0) or bad.
 
 Rewards are shifted by the middle between the mean of the good and the mean of the bad ones, so that the
 classifier need not learn an offset. Departs: that middle is of one micro-batch (the paper keeps a running

@@ -1,5 +1,5 @@
-"""Binary classifier optimization on pairs: the chosen one is to be told as good, the rejected one as bad,
-each by itself.
+"""Binary classifier optimization on pairs: classifies the chosen completion as good and the rejected one as
+bad, each by itself.
 
 As TRL has it: without the reward shift of the paper, which `bco` has.
 """

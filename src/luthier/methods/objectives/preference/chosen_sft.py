@@ -1,4 +1,5 @@
-"""The SFT term beside a preference loss: RPO is `dpo + 1.0*chosen_sft`. Keeps the chosen completion likely.
+"""The SFT term beside a preference loss, which keeps the chosen completion likely: RPO is `dpo +
+1.0*chosen_sft`.
 
 The average is over the chosen tokens of the global batch (TRL's `sft` loss: of each micro-batch); the papers
 sum over a completion (2405.16436) or average within it (2404.19733). Rows whose completions score alike have

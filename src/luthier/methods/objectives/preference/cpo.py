@@ -1,4 +1,4 @@
-"""Contrastive preference optimization: DPO without a reference, beside the likelihood of the chosen one.
+"""Contrastive preference optimization: DPO without a reference, plus the likelihood of the chosen completion.
 
 The reference is taken to be uniform, so no second model is read. Two terms: this one, and cpo_alpha times
 `chosen_sft`.

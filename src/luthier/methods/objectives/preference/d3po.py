@@ -1,4 +1,4 @@
-"""D3PO, in its form for steps: a pair's verdict holds for each of its steps, and each step is DPO by itself.
+"""D3PO for texts: a pair's preference holds for each of its steps, and DPO is applied to each step by itself.
 
 A step is `step` tokens of the completion; the k-th steps of both sides are compared, as far as both go. The
 ratio of a step is clipped, so that a step that has gone far enough teaches nothing. (The denoising form has

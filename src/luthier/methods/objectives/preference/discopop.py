@@ -1,5 +1,5 @@
-"""DiscoPOP: the loss that a language model found by search: logistic where the margin is small, exponential
-where it is large.
+"""DiscoPOP: a loss discovered by a language model, logistic where the margin is small and exponential where
+it is large.
 
 The exponential part is not bounded below zero margins: keep beta small.
 """

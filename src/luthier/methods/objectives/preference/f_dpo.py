@@ -1,5 +1,4 @@
-"""f-DPO: DPO under another divergence to the reference than the reverse KL, which lets the policy cover more
-or less.
+"""f-DPO: DPO under another f-divergence to the reference than the reverse KL.
 
 The implicit reward is beta * f'(policy / reference), f' the derivative of the divergence's generator.
 """

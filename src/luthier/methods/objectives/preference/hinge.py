@@ -1,4 +1,5 @@
-"""The hinge loss of SLiC on DPO's margin, as normalised in RSO: pairs that are apart enough teach nothing.
+"""The hinge loss of SLiC on DPO's margin, as normalised in RSO: pairs with a sufficient margin have no
+gradient.
 
 RSO also samples its pairs by rejection; that is a matter of stages. SLiC-HF itself has no reference and adds
 an SFT term.

@@ -1,4 +1,4 @@
-"""Identity preference optimization: the margin is pulled to a target in place of ever further.
+"""Identity preference optimization: regresses the margin to a target instead of increasing it without end.
 
 Departs from the paper's formula as its authors' own runs and TRL do: log-ratios are means over tokens, not
 sums.

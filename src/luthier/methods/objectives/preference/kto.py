@@ -1,4 +1,5 @@
-"""Kahneman-Tversky optimization: completions that are each good (score above 0) or bad, no pairs needed.
+"""Kahneman-Tversky optimization: learns from completions that are each good (score above 0) or bad; no pairs
+needed.
 
 The reference point z0, how far the policy has drifted on average, is measured as in the authors' code and
 TRL: every completion under the prompt of the next row of the micro-batch, without gradient. It is a statistic

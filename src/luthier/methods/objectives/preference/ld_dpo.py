@@ -1,4 +1,4 @@
-"""LD-DPO, length-desensitised: what a completion says beyond the length that both sides have counts for less.
+"""LD-DPO, length-desensitised: tokens beyond the length that both sides have get less weight.
 
 ld_alpha 1 is DPO, 0 compares the common length alone.
 """

@@ -1,5 +1,4 @@
-"""MODPO: DPO for one aim, with a margin for what the other aims think of the pair. One model for each choice
-of weights.
+"""MODPO: DPO for one goal, with a margin for the other goals. One model for each choice of weights.
 
 The pairs are ranked by the aim that trains; what the others think lies in the column `rewards` ({name: a
 number for each completion}), which the stages `score` (reward models, rules such as a length) and

@@ -1,5 +1,5 @@
-"""Noise contrastive alignment on pairs: each side's own reward counts, so the chosen one cannot lose
-likelihood for a margin.
+"""Noise contrastive alignment on pairs: rewards are absolute, so the chosen completion cannot lose likelihood
+for a larger margin.
 
 The paper's form for K rated completions is left out.
 """

@@ -1,4 +1,4 @@
-"""ORPO: the likelihood of the chosen one, and a penalty where its odds are not above the rejected one's. No
+"""ORPO: likelihood of the chosen completion, plus a penalty on the odds ratio to the rejected one. No
 reference.
 
 Two terms: `chosen_sft` and beta (the paper's lambda) times the odds ratio. Departs from TRL and the authors'

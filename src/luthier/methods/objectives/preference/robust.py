@@ -1,5 +1,5 @@
-"""Robust DPO: DPO's loss corrected for a known share of wrong labels, so that its mean is that of clean
-labels.
+"""Robust DPO: DPO's loss corrected for a known share of flipped labels, so that its expectation is that of
+clean labels.
 
 Unlike cDPO (`dpo` with label_smoothing) it subtracts the flipped loss, and may fall below zero.
 """

@@ -1,4 +1,4 @@
-"""S-VCO, in its form for texts: each of two answers is to follow from its own context, and neither from the
+"""S-VCO for texts: raises the likelihood of each of two answers under its own context and lowers it under the
 other's.
 
 A row holds two answers to one question, each right in a context of its own; the stage `contrast_contexts`

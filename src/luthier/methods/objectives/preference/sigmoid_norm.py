@@ -1,4 +1,4 @@
-"""Length-normalised DPO: log-ratios are means over tokens, so long completions have no head start (Tulu 3).
+"""Length-normalised DPO (Tulu 3): log-ratios are means over tokens, so length gives no advantage.
 
 beta is larger than DPO's, since a mean is smaller than a sum: the paper takes 5.
 """

@@ -1,5 +1,5 @@
-"""SimPO: the mean log-probability of a token is the reward, without a reference, and the chosen one is to win
-by a margin.
+"""SimPO: the mean log-probability of a completion is its reward, without a reference, and the margin has a
+target.
 
 TRL has it as CPO's loss_type `simpo`, with cpo_alpha 0.
 """

@@ -1,4 +1,4 @@
-"""SPPO, self-play by regression: each side's log-ratio is pulled to how often it beats the policy that wrote
+"""SPPO, self-play by regression: fits each side's log-ratio to its win rate against the policy that sampled
 it.
 
 The reference is the policy of the round before (the plan `sppo` sees to that). With a column `win_rates` (the

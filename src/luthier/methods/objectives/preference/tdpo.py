@@ -1,5 +1,4 @@
-"""TDPO, token-level DPO: the margin is corrected by how far each side's tokens have drifted from the
-reference.
+"""TDPO, token-level DPO: corrects the margin by the KL of each side's tokens to the reference.
 
 The drift is the forward KL(reference || policy) summed over a completion's tokens. if_tdpo2 false is the
 paper's first form: both drifts, whole and differentiated.

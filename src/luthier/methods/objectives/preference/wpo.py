@@ -1,5 +1,5 @@
-"""WPO: pairs weigh as much as the policy would say them itself, so that off-policy pairs are used as if
-on-policy.
+"""WPO: weights pairs by how likely they are under the policy, so that off-policy pairs act like on-policy
+ones.
 
 A token's likelihood is measured against what a sample would have on average (the paper's aligned weights, as
 in TRL).

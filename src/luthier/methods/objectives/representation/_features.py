@@ -1,5 +1,5 @@
-"""Rows as points: the state from which a row's answer is begun is its feature, and what it answers
-its class.
+"""Rows as points: a row's feature is the state that predicts the first token of its answer, and its class is
+the answer.
 """
 
 from __future__ import annotations

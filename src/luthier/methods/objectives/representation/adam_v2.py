@@ -1,4 +1,4 @@
-"""Adam-v2 on texts: wholes and their parts, told apart, put together and taken apart, from coarse to fine.
+"""Adam-v2 on texts: contrastive learning of parts and wholes of a text, from coarse to fine.
 
 A stretch of a text (the whole) is cut into parts, and each is read by itself, after what the text continues.
 Localizability: a part, read by the student with some tokens exchanged, is to be nearer to itself as the

@@ -1,5 +1,5 @@
-"""Core-tuning: beside the loss on rows, features of one class are drawn together, hard pairs first, and
-borders smoothed.
+"""Core-tuning: a contrastive loss on features of the same class with hard pairs weighted up, plus mixed
+features for the classifier.
 
 A term for classes answered in words or by a head: `sft + core_tuning`. A row's feature is the state from
 which its answer is begun. For each row a hard positive is mixed from the least similar of its class and the

@@ -1,5 +1,5 @@
-"""DR-Tune: the output layer must also classify what the pretrained network says of the rows, moved to where
-the tuned one says it.
+"""DR-Tune: regularises the output layer by also classifying the pretrained network's features, aligned with
+the tuned ones.
 
 A row's feature is the state from which its answer is begun. A memory keeps features of both networks side by
 side (`roles: {paired: paired}`); the rotation that best turns one into the other, and a shift for each class,

@@ -1,4 +1,5 @@
-"""LOOK: a row is to share its class with most of its nearest neighbours, and not with all of its class.
+"""LOOK: a soft k-nearest-neighbour loss; a row is to share its class with most of its nearest neighbours, not
+with all of its class.
 
 A soft vote of the k nearest features in a memory, the row itself left out; far members of its class do not
 pull, so a class may lie in several places. Made for images and their labels: here a row's feature is the

@@ -1,5 +1,5 @@
-"""OGEN: tuning on some classes keeps the others, by states that a generator makes up for them, and a teacher
-of late selves.
+"""OGEN: regularises tuning on some classes by generated features of classes that no row has, with a teacher
+that averages late snapshots.
 
 A term beside the loss on real rows: `sft + ogen`. Each known class in turn plays unknown, so that the
 generator learns to say its states from those of its neighbours; generated states of known and of unknown

@@ -1,4 +1,4 @@
-"""A process reward model: at the end of each step of a solution, is it right so far?
+"""A process reward model: predicts at the end of each step of a solution whether it is right so far.
 
 The stage `mark_steps` marks where steps end. The value there is a logit, of sigmoid(value) that the step is
 right.

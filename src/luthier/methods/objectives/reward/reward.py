@@ -1,5 +1,5 @@
-"""A reward model from pairs, after Bradley and Terry: the chosen completion's value is to be above the
-rejected one's.
+"""A reward model trained on pairs after Bradley and Terry: the value of the chosen completion is to exceed
+that of the rejected one.
 
 Rows may carry a `margin` by which it is to be above (Llama 2). With center_rewards_coefficient values are
 kept around zero.

@@ -1,4 +1,4 @@
-"""An objective for each source of the rows (their column `source`), so that an estimator can weigh sources
+"""One objective for each source of the rows (column `source`), so that an estimator can weight sources
 against each other.
 
 Each source's term is an average over its own units. By itself the sum of these averages: small sources count

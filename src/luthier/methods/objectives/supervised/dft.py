@@ -1,5 +1,5 @@
-"""Dynamic fine-tuning: SFT whose tokens weigh as much as the policy believes them, so that unlikely ones
-cannot dominate.
+"""Dynamic fine-tuning: SFT with each token weighted by its probability, so that unlikely tokens cannot
+dominate.
 
 SFT's gradient is a policy gradient with the reward 1 / p; weighing by p makes it even.
 """

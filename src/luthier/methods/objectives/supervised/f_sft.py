@@ -1,5 +1,5 @@
-"""SFT under an f-divergence: the log-ratio to the reference is pushed up along a curve, so that the policy
-does not run from it.
+"""SFT under an f-divergence: raises the log-ratio to the reference along a concave curve, so that the policy
+stays nearer to it.
 
 Plain SFT, seen as the learning of an implicit reward r, has nothing that holds it near the reference. The
 curves follow the family of inverse soft-Q learning; the paper's own expression could not be verified.

@@ -1,5 +1,4 @@
-"""Fault-aware fine-tuning: SFT on right programs in which the places where a wrong variant differs count
-more.
+"""Fault-aware fine-tuning: SFT on right programs, with more weight where a wrong variant differs.
 
 The stage `diff_masks` marks these places in lines and tokens. Token weights grow the less the model tells the
 right variant from the wrong one there. The paper's own weighting could not be verified in full: w = 1 + a *

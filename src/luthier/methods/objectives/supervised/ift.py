@@ -1,5 +1,5 @@
-"""Intuitive fine-tuning: SFT that looks one step ahead, by reading its own guesses, and weighs a token by
-what follows from it.
+"""Intuitive fine-tuning: SFT on inputs mixed with the model's own predictions, with each token weighted by
+the discounted loss of what follows.
 
 Two passes. The first guesses every learned token; the second reads each as a mixture of the given one's
 embedding and the guess's. A token's weight is the discounted loss of all that follows it. Departs: the

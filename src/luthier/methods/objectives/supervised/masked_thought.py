@@ -1,4 +1,4 @@
-"""Masked thought: SFT whose reader is shown only a part of the reasoning it has to go on from.
+"""Masked thought: SFT with a share of the reasoning tokens masked in the input.
 
 Each learned token is hidden from the input with some probability, and asked all the same; the question is
 never touched. Which ones follows from the seed, the step and the row, so every epoch hides others. The mask

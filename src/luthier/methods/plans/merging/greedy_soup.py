@@ -1,4 +1,5 @@
-"""Greedy soup: tune one model in several ways, then average those that help each other on held-out rows.
+"""Greedy soup: tunes one model in several ways, then averages those that improve the average on held-out
+rows.
 
 From the best run downwards, a run joins the average where the average does not get worse by it. So the soup
 is never worse than its best ingredient, on the rows that decide; keep others for the last word.

@@ -1,5 +1,5 @@
-"""RAFT: sample, keep the best, learn it, again. Sampling and learning are apart, so one model is in memory at
-a time.
+"""RAFT: samples, keeps the best and trains on it, in rounds. Sampling and training are separate, so one model
+is in memory at a time.
 
 Departs: the best of each prompt is kept (the paper's other ranking, over all prompts together, is left out).
 A round is judged by the reward of greedy answers to held-out prompts: the kept answers' own reward nears its

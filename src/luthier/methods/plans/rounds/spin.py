@@ -1,5 +1,5 @@
-"""SPIN: the policy learns to prefer the given answer to its own of the round before. Needs nothing but SFT
-rows.
+"""SPIN: in rounds, the policy learns to prefer the given answer to its own of the round before. Needs only
+SFT rows.
 
 Each round samples from its own start, which also plays its reference: at the first step the loss is log 2.
 From the second round on, the pairs of the round before are learned too, as in the paper. Departs: one epoch

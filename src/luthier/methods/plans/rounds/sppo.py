@@ -1,5 +1,4 @@
-"""SPPO: each round, the policy answers, a judge says which answers beat the others, and the policy is pulled
-towards that.
+"""SPPO: in rounds, samples answers, computes their win rates by a judge, and fits the policy to them.
 
 A round samples from its own start, which also plays the reference. Departs: every round sees all prompts (the
 paper gives each a third of them), and judges are rewards whose scores become win rates by `win_rates`.

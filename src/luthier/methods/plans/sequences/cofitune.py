@@ -1,5 +1,5 @@
-"""CoFiTune's coarse search: which layers, and which of their matrices, make the best specialist that stays
-versatile.
+"""CoFiTune's coarse search: which layers, and which of their matrices, to train for the best specialist that
+keeps general skills.
 
 A tree is descended: quarters of the depth with all matrices, then attention or feed-forward in the best
 quarter, then single kinds of matrices, then halves of the quarter. Each candidate is a run; the best of a

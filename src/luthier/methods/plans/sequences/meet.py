@@ -1,4 +1,4 @@
-"""MEET: control vectors for good and for bad answers are learned alone, then together with the network.
+"""MEET: trains control vectors for good and for bad answers alone, then together with the network.
 
 Act one: the network stands still, and each bucket's vectors learn to make its answers likely. Act two: they
 and the network, by the recipe's tuner, go on from there on all buckets, so that it learns to use vectors that

@@ -1,5 +1,5 @@
-"""A front: one model for each way to weigh several goals, so that the trade-off between them can be seen and
-chosen from.
+"""A Pareto front: one model for each weighting of several goals, so that the trade-off between them can be
+seen and chosen from.
 
 How goals enter depends on the recipe. On pairs by `modpo` (a recipe with `dpo` gets it): the first goal is
 the one that the pairs are ranked by, the others are margins. On fresh samples by the stage `score` under

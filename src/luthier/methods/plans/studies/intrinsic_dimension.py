@@ -1,5 +1,5 @@
-"""d90: how few numbers a task needs. Full tuning first, then tuner `intrinsic_dimension` with more and more
-numbers.
+"""Intrinsic dimension of a task (d90): the smallest d with which tuner `intrinsic_dimension` reaches a share
+of full fine-tuning's metric.
 
 The first d whose metric reaches `share` of full tuning's is the answer; its run is the report, and its recipe
 says d. Where none does, the report is that of the largest. The recipe's learning rate is full tuning's; for

@@ -1,4 +1,4 @@
-"""Several preference losses on the same pairs, side by side: what each gains, and whether it gains by length.
+"""Compares several preference losses on the same pairs: what each gains, and whether it gains by length.
 
 Of each the reward of greedy answers to held-out prompts, before and after, and how much longer they have
 become. A judge that can be played by length shows here: answers longer by `flag` are told. The loss that ends

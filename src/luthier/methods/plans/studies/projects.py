@@ -1,4 +1,4 @@
-"""One model, several projects, several ways to specialise it: every way on every project, measured alike.
+"""Compares several ways to specialise one model on several projects, every way on every project.
 
 The study of personalised models for unit tests: all weights, embeddings and output, the last decoder layer, a
 prefix. Each run begins at the base model. With `evaluate: [loss, cost]` the reports hold quality, operations

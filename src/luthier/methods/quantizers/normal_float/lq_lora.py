@@ -1,5 +1,5 @@
-"""LQ-LoRA's base: W ~ Q + L1 L2, a NormalFloat part of few bits and a part of low rank, found in turns; bits
-go where they matter.
+"""LQ-LoRA's base: decomposes W into a NormalFloat part of few bits and a low-rank part, and distributes the
+bits over the matrices by an integer program.
 
 L1 L2 is the best approximation of rank r of what Q leaves over, Q is what is quantized of what L1 L2 leaves
 over, until the error rises. Which of the allowed forms each matrix's Q takes is an integer program: the least

@@ -1,5 +1,4 @@
-"""NF-b: NormalFloat of 2, 3, 4 or 8 bits, with a second level of any width: what LQ-LoRA gives to matrices of
-unlike worth.
+"""NF-b: NormalFloat of 2, 3, 4 or 8 bits with scales of any width, as LQ-LoRA uses it.
 
 b + b1 / block_size + (bits of the second scale) / (block_size * second_block_size) bits a weight.
 """

@@ -1,5 +1,4 @@
-"""GPTQ: weights are rounded column by column, and what each rounding does wrong is made good by the columns
-yet to come.
+"""GPTQ: rounds weights column by column and compensates for the error of each in the columns that follow.
 
 With H = X X' of what the layer reads on the first rows: the error of a column, over the diagonal of the
 Cholesky factor of H^-1, is spread over the rest along that factor's row. Columns are taken in their order, in

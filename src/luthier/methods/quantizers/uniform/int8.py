@@ -1,4 +1,4 @@
-"""INT8: whole numbers of -127 to 127, one scale to each output of a layer.
+"""INT8: integers from -127 to 127, one scale for each output of a layer.
 
 The weights of LLM.int8(). Departs from it in the inputs, which stay as they are: the weight is made in the
 compute dtype, so no input columns need to be set apart as outliers, and nothing but the weights is rounded.

@@ -1,5 +1,5 @@
-"""RTN: round to nearest. Each group of weights is put on 2**bits evenly spaced numbers between its least and
-its largest.
+"""RTN, round to nearest: each group of weights is mapped to 2**bits evenly spaced numbers between its
+smallest and its largest.
 
 The plainest way to quantize, which every other is compared with. Departs from GPTQ's form of it: the least
 number of a group is kept as it is, not as a whole number of steps.

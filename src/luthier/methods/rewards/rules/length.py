@@ -1,6 +1,4 @@
-"""How long a text is: a rule to weigh other rewards against, or to see whether a judge can be played by
-length alone.
-"""
+"""Length of a text: a rule to weigh other rewards against, or to test whether a judge can be gamed by length."""
 
 from __future__ import annotations
 

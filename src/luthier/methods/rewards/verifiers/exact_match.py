@@ -1,5 +1,5 @@
-"""1 where a text's answer (all of it, its last number, or what follows a marker) is the row's `answer`, else
-0.
+"""1 where a text's answer (all of it, its last number, or what follows a marker) equals the row's `answer`,
+else 0.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """1 where a text's last answer equals the row's `answer` as mathematics: 1/2, 0.5 and \\boxed{\\frac{1}{2}}
-are one.
+are equal.
 """
 
 from __future__ import annotations

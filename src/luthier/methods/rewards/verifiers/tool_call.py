@@ -1,4 +1,4 @@
-"""A tool call judged by how it goes wrong: the earlier the fault, the worse.
+"""Scores a tool call by how it fails: the earlier the fault, the lower the score.
 
 The call is JSON with a name and arguments, bare or between <tool_call> marks; the row's `answer` is the right
 one, its `tools` say which parameters there are.

@@ -1,6 +1,4 @@
-"""What the verifier of a practice world says of a text: 1 where it is right; the row's `world` says which
-world.
-"""
+"""The score of a toy task's verifier for a text: 1 where it is right. The row's `world` names the task."""
 
 from __future__ import annotations
 

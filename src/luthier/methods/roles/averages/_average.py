@@ -1,4 +1,4 @@
-"""An average of what a tuner trains, beside it: what mean teachers keep."""
+"""An average of what a tuner may train, kept beside it: what mean teachers keep."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A mean teacher: the policy with a running average of what moves, renewed after every step. It gets no
-gradient.
+"""A mean teacher: the policy with an exponential moving average of its trainable parameters, updated after
+every step. It gets no gradient.
 
 average <- momentum * average + (1 - momentum) * tensors, beginning at the policy's start. What does not move
 costs no memory.

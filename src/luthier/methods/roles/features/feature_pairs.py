@@ -1,5 +1,5 @@
-"""A memory of paired features: of the rows read last, the state from which each is answered, of the reference
-and of the policy.
+"""A memory bank of paired features: of the rows read last, the state from which each is answered in the
+reference and in the policy.
 
 As role `memory` keeps them: what is remembered at a step is seen from the next one on; filled before the
 first step.

@@ -1,5 +1,5 @@
-"""A generator of features for classes that no row has: what would the network's state be, were this the
-answer?
+"""A generator of features for classes that no row has: it predicts the network's hidden state for such an
+answer.
 
 normalise(FFN(Q) + attention(Q, K, V)): Q the feature of the class that is asked for, K those of its nearest
 classes, V states of these. A class's feature is the row of the output layer for the first token of its name,

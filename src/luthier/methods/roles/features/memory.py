@@ -1,5 +1,5 @@
-"""A memory of features: of the rows read last, the state from which each is answered, and the class that it
-answers.
+"""A memory bank of features: the state from which each of the rows read last is answered, and the class of
+its answer.
 
 What is remembered at a step is seen from the next one on, so a loss does not depend on how a batch is split.
 A row that is remembered already is renewed, not doubled; the oldest leave. Before the first step it is filled

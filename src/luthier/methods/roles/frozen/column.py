@@ -1,4 +1,4 @@
-"""A role whose answers are a column of the rows, written by a stage: its model has left the machine."""
+"""A role whose log-probabilities are a column of the rows, written by a stage: its model need not be loaded."""
 
 from __future__ import annotations
 

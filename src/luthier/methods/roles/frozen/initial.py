@@ -1,5 +1,5 @@
-"""The policy as it stood when this run began: after earlier acts of a plan, say. Keeps a copy of
-what moves.
+"""The policy as it was when this run began, for example after earlier runs of a plan. Keeps a copy of what is
+trained.
 """
 
 from luthier.methods.roles._base import Role

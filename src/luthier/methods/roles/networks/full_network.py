@@ -1,4 +1,4 @@
-"""The policy with nothing left out, as it is now: whom sub-networks of tuner `elastic` learn from."""
+"""The full network as it is now: the teacher of the sub-networks of tuner `elastic`."""
 
 from luthier.methods.roles._base import Role
 from luthier.methods.tuners.pruned.elastic import ELASTIC

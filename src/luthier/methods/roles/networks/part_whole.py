@@ -1,5 +1,5 @@
-"""Two heads between a whole and its parts: one composes the parts' embeddings into the whole's, one takes it
-apart again.
+"""Two heads between a whole and its parts: one composes the embeddings of the parts into the whole's, the
+other decomposes it.
 
 Both begin as the plainest answer, the mean of the parts and the whole itself for each part, and learn what to
 add to it.

@@ -1,5 +1,5 @@
-"""A model behind a URL that speaks the chat completions protocol (vLLM, llama.cpp, Ollama, hosted ones):
-asked in words.
+"""A model behind a URL that speaks the chat completions protocol (vLLM, llama.cpp, Ollama, hosted ones), used
+by text alone.
 
 It gives text alone, so it can judge, write or propose, and cannot be a reference. The key is read from the
 environment, and never from a recipe, which is kept in the run's folder.

@@ -1,5 +1,5 @@
-"""UL2's mixture of denoisers: a text becomes what is read (with gaps, after a mode token) and what is said
-(the gaps).
+"""UL2's mixture of denoisers: turns a text into an input with masked spans, after a mode token, and the
+masked spans as target.
 
 R hides short spans of 15 %, X long spans or half of the text, S everything behind a random place (a prefix
 LM). Each text gets one denoiser, drawn from (seed, step, row). A row with a prompt is read as one text with

@@ -1,4 +1,4 @@
-"""SPIN's pairs: the row's own answer is better than what the policy says now."""
+"""SPIN's pairs: the row's own answer is preferred to a sample of the current policy."""
 
 from __future__ import annotations
 

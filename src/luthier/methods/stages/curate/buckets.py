@@ -1,4 +1,4 @@
-"""Rows by how good their answers are: every completion becomes a row of its own, with its bucket, 0 for the
+"""Sorts completions into quality bins by their scores: every completion becomes a row with its bin, 0 for the
 worst.
 
 Of a row with several completions the best is of the last bucket and the worst of the first, those between by

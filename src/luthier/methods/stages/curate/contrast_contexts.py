@@ -1,4 +1,4 @@
-"""Two answers, each right in its own context: laid out as the six readings that `s_vco` compares."""
+"""Lays out two answers, each right in its own context, as the six readings that objective `s_vco` compares."""
 
 from __future__ import annotations
 

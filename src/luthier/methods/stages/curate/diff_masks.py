@@ -1,4 +1,4 @@
-"""Where a right and a wrong program differ, in lines and in tokens: what `fait` gives more weight.
+"""Marks where a right and a wrong program differ, in lines and in tokens, for objective `fait`.
 
 Lines are compared as text, and the tokens of lines that differ as tokens, both by difflib.
 """

@@ -1,4 +1,4 @@
-"""Answers without their questions: what a model learns of answering from the form of answers alone."""
+"""Empties the prompts: the model learns from the form of answers alone."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The tokens that decide a tool call count more: where its name parts from the other tools' names, where each
-argument begins.
+"""Gives more weight to the tokens that decide a tool call: where its name differs from the other tools'
+names, and where each argument begins.
 
 Their weight is as much as evens them out with all other tokens, at most `most`. With `sft` and normalize:
 weights it is the paper's loss. Departs: where names part is found by characters, so no other tool's name need

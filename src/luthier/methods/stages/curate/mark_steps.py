@@ -1,4 +1,4 @@
-"""Where the steps of a solution end, in tokens: what `process_reward` learns at."""
+"""Marks in tokens where the steps of a solution end, for objective `process_reward`."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Tool calls that failed are read and not learned: an assistant turn whose tool answers with an error is
-switched off.
+"""Masks tool calls that failed: an assistant turn that a tool answers with an error is read and not trained
+on.
 """
 
 from __future__ import annotations

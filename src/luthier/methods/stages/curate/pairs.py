@@ -1,4 +1,4 @@
-"""Preference pairs out of scored completions: the best against the worst."""
+"""Preference pairs from scored completions: the best against the worst."""
 
 from __future__ import annotations
 

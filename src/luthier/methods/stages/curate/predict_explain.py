@@ -1,5 +1,5 @@
-"""Distilling step by step: a row with an answer and a rationale becomes two, one that answers and one that
-explains.
+"""Distilling step by step: a row with an answer and a rationale becomes two rows, one to answer and one to
+explain.
 
 Learn them as two tasks, `0.5*task_sft(answer) + 0.5*task_sft(rationale)`: the answer gains from the
 rationale, which is never written when the model is asked. Departs from the paper: prompts that want an answer

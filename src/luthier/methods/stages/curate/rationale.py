@@ -1,4 +1,4 @@
-"""A row with an answer and a rationale: two completions of one prompt, told apart by task."""
+"""A row with an answer and a rationale becomes one with two completions, distinguished by task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How often each completion beats the others of its row: a preference model's verdicts, made of scores.
+"""Win rates of each completion against the others of its row, computed from scores.
 
 A is preferred to B with probability sigmoid((score A - score B) / temperature), as Bradley and Terry have it
 (PairRM's use in SPPO's paper); against itself with 1/2. A preference that no score can tell (rock, paper,

@@ -1,4 +1,4 @@
-"""Classes as questions: every label of a classified text, described in words, is asked about, and answered
+"""Turns classification into questions: each label, described in words, becomes a question that is answered
 yes or no.
 
 What is tuned so on many tasks answers questions about labels it has never seen.

@@ -1,4 +1,4 @@
-"""What the policy says before it is tuned, kept with the rows: a reference that takes no memory and no time
+"""Stores the untuned policy's log-probabilities with the rows: a reference that takes no memory and no time
 later.
 """
 

@@ -1,5 +1,4 @@
-"""What a model that was tuned by DPO thinks of completions: its log-ratio to the reference, kept with the
-rows.
+"""Scores completions by the log-ratio of a DPO-tuned model to the reference, stored with the rows.
 
 For `modpo`: a policy trained on another aim judges the pairs of this one, and leaves the machine.
 """

@@ -1,4 +1,4 @@
-"""A pull towards the reference inside the score: what only the tuned policy would say is worth less."""
+"""Subtracts a KL penalty to the reference from the scores."""
 
 from __future__ import annotations
 

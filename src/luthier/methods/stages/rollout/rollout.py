@@ -1,5 +1,5 @@
-"""The policy answers: n completions of each prompt, as token ids that end with the stop token where one was
-written.
+"""Samples n completions of each prompt from the policy, as token ids that end with the stop token where one
+was generated.
 
 A draw follows from the seed, the step and the row's id. So a resumed run draws what it would have drawn, and
 which rows are answered together does not matter. What was known of earlier completions (scores, ...) leaves

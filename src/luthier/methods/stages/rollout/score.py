@@ -1,6 +1,4 @@
-"""Rewards judge completions: one number each, the higher the better. Several rewards are added up
-by weight.
-"""
+"""Scores completions by a reward, the higher the better. Several rewards are added up by weight."""
 
 from __future__ import annotations
 

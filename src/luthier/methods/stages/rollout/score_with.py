@@ -1,4 +1,4 @@
-"""Another opinion of completions, kept beside their scores and not in their place: what `modpo` weighs."""
+"""Scores completions by further rewards, stored beside their scores and not in place of them, for `modpo`."""
 
 from __future__ import annotations
 

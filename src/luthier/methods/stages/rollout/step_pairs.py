@@ -1,5 +1,5 @@
-"""Pairs from the step at which a wrong solution goes wrong: before it the policy could still get it right,
-after it less so.
+"""Pairs from the step at which a wrong solution goes wrong: before it the policy could still reach the
+answer, after it less often.
 
 Of a wrong solution, the value of each beginning is how often the policy ends right from there; the step of
 lowest advantage is the pit. Rejected is what follows from the pit on, chosen a right way to go on from just

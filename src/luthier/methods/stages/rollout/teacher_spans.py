@@ -1,5 +1,5 @@
-"""What a teacher with a tokenizer of its own says of each span of a completion, as a column; then its model
-leaves.
+"""Stores the log-probabilities that a teacher with another tokenizer gives to spans of each completion, as a
+column; then its model is freed.
 
 Both tokenizations cut the same text. Where both cut, a span ends: of each the teacher's tokens are added up.
 Prompts go through the teacher's own chat template. A completion that the teacher's tokenizer cannot write as

@@ -1,4 +1,5 @@
-"""The teacher's k likeliest tokens at every place, as columns: asked once, and its model may leave (FIRST).
+"""Stores the teacher's k most likely tokens at every position as columns, so that its model need not stay in
+memory (FIRST).
 
 With temperature: auto the probabilities are tempered first, p^(1/T) over its sum, with the T of a grid under
 which the teacher is as sure as it is right on these rows (least expected calibration error).

@@ -1,4 +1,4 @@
-"""Rejection sampling: of each row's completions the best stays."""
+"""Rejection sampling: keeps the best completion of each row."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of some groups only: whole tasks are held out, so that what is measured was not learned."""
+"""Keeps the rows of some groups only, so that whole tasks can be held out."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""BIB: completions with scores become better ones, by gradient through the frozen network, without asking for
-any further score.
+"""BIB: improves scored completions by gradients through the frozen network, without asking for any further
+score.
 
 A linear head on the network's features is fitted to all scores in closed form. A candidate is moved so that
 the head gives it a very high score (forward), and so that a head fitted to the candidate alone, with this

@@ -1,4 +1,4 @@
-"""Clipping by global norm: all gradients of a step shrink together so that their joint norm is bounded."""
+"""Clipping by global norm: scales all gradients of a step down together where their joint norm is too large."""
 
 import torch
 

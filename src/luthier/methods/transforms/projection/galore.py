@@ -1,5 +1,5 @@
-"""GaLore: the gradient of a matrix is projected onto its main directions, and the optimizer's state has only
-that many rows.
+"""GaLore: projects the gradient of a matrix onto its main singular directions, so that the optimizer's state
+has only that many rows.
 
 Every `update_proj_gap` steps the directions are taken anew from the gradient's SVD, on its shorter side;
 `inner` works on what is projected, and its update is spread out again. Matrices in layers only: embeddings,

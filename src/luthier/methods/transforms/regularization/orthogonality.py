@@ -1,5 +1,5 @@
-"""Orthogonality: the rows of A and the columns of B of a low-rank tuner are kept near orthonormal. AdaLoRA
-asks for it.
+"""Orthogonality: keeps the rows of A and the columns of B of a low-rank tuner near orthonormal, as AdaLoRA
+needs.
 
 Adds the gradient of weight * (|A A' - 1|^2 + |B' B - 1|^2) to theirs, which is the same as adding the term to
 the loss, whatever the accumulation. Stands before the rescaling: `transforms: [orthogonality, clip]`. Departs

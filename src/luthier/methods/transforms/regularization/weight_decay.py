@@ -1,4 +1,4 @@
-"""Decoupled weight decay: a pull towards zero beside the gradient's step, not through its statistics."""
+"""Decoupled weight decay: a pull towards zero that does not pass through the gradient's statistics."""
 
 from luthier.methods.transforms._base import Each
 from luthier.registry import transform

@@ -1,5 +1,5 @@
-"""Layer-wise learning rates: the top layer steps whole, each layer below decay times the one above it (as
-ELECTRA tunes).
+"""Layer-wise learning rates: the top layer has the full rate, and each layer below `decay` times that of the
+one above it (as in ELECTRA).
 
 A layer is known by its number in a list of layers, among everything that the tuner may move. What lies in
 none goes with the end of the network it stands at: embeddings below the first layer, heads and final norms at

@@ -1,4 +1,4 @@
-"""LoRA+: the factor of a low-rank update that starts at zero (B) learns faster than the other (A).
+"""LoRA+: a higher learning rate for factor B of a low-rank update, which starts at zero, than for factor A.
 
 Stands behind the transforms that rescale (adam), which would undo it. `learning_rate` is A's; what has no
 factors steps with it. Departs from PEFT's optimizer, which has a rate of its own for embeddings.

@@ -1,4 +1,4 @@
-"""Bottleneck adapters: two small layers with a nonlinearity between them. What they do is no change of a
+"""Bottleneck adapters: two small layers with a nonlinearity between them. They cannot be merged into a
 weight.
 """
 

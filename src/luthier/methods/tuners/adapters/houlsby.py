@@ -1,5 +1,5 @@
-"""Houlsby's adapters: a bottleneck after attention and one after the feed-forward part of every layer, before
-the residual.
+"""Houlsby adapters: a bottleneck after attention and another after the feed-forward block of every layer,
+before the residual connection.
 
 Departs: `up` starts at exactly zero (the paper: near it), and norms stay frozen unless `modules_to_save`
 names them.

@@ -1,5 +1,5 @@
-"""(IA)3: learned scales on what keys and values say and on what the second feed-forward matrix reads. PEFT's
-own layers.
+"""(IA)3: learned scales on the outputs of keys and values and on the inputs of the second feed-forward
+matrix. Uses PEFT's own layers.
 
 A number for each channel, one at the start, so few that many tasks' are kept beside one model; all fold into
 weights. Unless modules are named they are found by their names in a layer: k and v (a fused q, k and v is

@@ -1,5 +1,5 @@
-"""Parallel adapters: a bottleneck beside a linear module, which reads what the module reads and adds to what
-it says.
+"""Parallel adapters: a bottleneck beside a linear module. It reads the module's input and adds to the
+module's output.
 
 As in LLM-Adapters, beside single linear modules; the paper's parallel adapter stands beside a whole
 feed-forward part.

@@ -1,5 +1,5 @@
-"""A layer type of the PEFT library by its name, e.g. {name: peft, type: vera, config: {r: 256}}. Settings are
-PEFT's own.
+"""Any layer type of the PEFT library by its name, e.g. {name: peft, type: vera, config: {r: 256}}. Settings
+are PEFT's own.
 
 Types that put vectors before the text (prompt, prefix and p-tuning) go through PEFT's own forward, which
 packed batches do not; types that need a run's help (AdaLoRA's allocator, X-LoRA, Poly) are refused in a

@@ -1,4 +1,4 @@
-"""Pfeiffer's adapters: one bottleneck a layer, after the feed-forward part, before the residual.
+"""Pfeiffer adapters: one bottleneck per layer, after the feed-forward block, before the residual connection.
 
 Departs: the paper's adapter stands behind the residual's norm of post-norm encoders; here it stands where it
 also fits networks that normalise first. `up` starts at exactly zero.

@@ -1,4 +1,4 @@
-"""SSF: the output of every chosen module is scaled and shifted, y * scale + shift, one pair of numbers per
+"""SSF: scales and shifts the output of every chosen module, y * scale + shift, with one pair of numbers per
 channel.
 
 Folds into W and b. Departs from the paper: scale starts at 1 and shift at 0 exactly (the paper draws them

@@ -1,4 +1,4 @@
-"""Full fine-tuning: every weight moves."""
+"""Full fine-tuning: all weights are trained."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from luthier.registry import tuner
 
 @tuner(provides=[MERGE])
 class Full(Tuner):
-    """All parameters. The start is not kept, so it cannot be switched off: give another reference where one
-    is wanted.
+    """All parameters are trained. The initial weights are not kept, so the tuner cannot be switched off: name
+    another reference where an objective needs one.
     """
 
     def attach(self, model):

@@ -1,4 +1,4 @@
-"""Re-initialisation: the top layers start anew, then all weights move.
+"""Re-initialisation: draws the weights of the top layers anew, then trains all weights.
 
 The top of a pretrained network knows its pretraining task best, which on a few rows can stand in the way:
 fine-tuning then fails with some seeds and not with others. Layers are drawn anew by the network's own rule

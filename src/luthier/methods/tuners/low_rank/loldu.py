@@ -1,4 +1,4 @@
-"""LoLDU: W = P L D U, of which the first r entries of D move, and one scale for all; P, L and U stay.
+"""LoLDU: decomposes W = P L D U and trains the first r entries of D and one scale; P, L and U are frozen.
 
 W' = W + P L_r diag(scale z - scale_0 z_0) U_r with z_0 the first r entries of D and scale_0 = lora_alpha / r:
 what the paper writes as a residual and a scaled product. r + 1 numbers a matrix move. Departs from the paper:

@@ -1,4 +1,4 @@
-"""LoRA-SB: W + B R A with B and A orthonormal and frozen; only R, r by r numbers, moves.
+"""LoRA-SB: trains only R, r by r numbers, in W + B R A, where B and A are orthonormal and frozen.
 
 B, R and A start as the truncated SVD of the first step that full fine-tuning would take, -first_step *
 sign(G), with G the mean gradient over `init_rows` rows. B'B = A A' = 1, so R's gradient is B' G A', the best

@@ -1,4 +1,5 @@
-"""PELA: every chosen matrix is the product of two narrow ones, taken from its singular values; these move.
+"""PELA: replaces every chosen matrix by the product of two narrow matrices, taken from its singular value
+decomposition, and trains these.
 
 W = B A of rank in * out / (compress_ratio * (in + out)), so that both together have 1 / compress_ratio of its
 entries. Heal it first against the whole model (objective `pela`, whose teacher is `off`), then tune it for a

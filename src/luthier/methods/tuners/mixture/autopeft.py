@@ -1,5 +1,5 @@
-"""AutoPEFT: serial adapters, parallel adapters and a prefix together, wholly said by one vector of numbers
-that a search can turn.
+"""AutoPEFT: serial adapters, parallel adapters and a prefix together, described by one vector of numbers that
+a search can vary.
 
 The vector: for each layer whether it has modules (`insert`, shared by the three kinds), and for the whole
 network the width of the serial bottlenecks, that of the parallel ones and the length of the prefix; 0 takes a

@@ -1,4 +1,4 @@
-"""Learned vectors before every sequence: the layout keeps `virtual` places free, and what is attached fills
+"""Trained vectors before every sequence: the layout keeps `virtual` positions free, and the tuned model fills
 them.
 """
 

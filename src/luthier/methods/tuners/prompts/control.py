@@ -1,5 +1,5 @@
-"""Control vectors: a soft prompt for each kind of answer, read before the rows of that kind; the last kind is
-how it writes.
+"""Control vectors: one soft prompt per quality bin of answers, put before the rows of that bin; generation
+uses the prompt of the best bin.
 
 A row's kind is its column `bucket` (stage `buckets`), 0 the least wanted; rows without one are read under the
 last. With `tuner` the network moves along, by that tuner: the second act of plan `meet`. Saved beside all of

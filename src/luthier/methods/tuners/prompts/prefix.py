@@ -1,5 +1,5 @@
-"""Prefix tuning: in every layer, learned keys and values stand before those of the text; the network itself
-stays as it is.
+"""Prefix tuning: trains keys and values that are put before those of the text in every layer; the network
+itself is frozen.
 
 With `prefix_projection` they are what a small network makes of smaller vectors, which is how the paper trains
 them. Departs: that network is one for each layer, not one for all; and the text's positions do not move, so a

@@ -1,4 +1,4 @@
-"""Prompt tuning: learned vectors before every sequence; the network itself stays as it is.
+"""Prompt tuning: trains vectors that are put before every sequence; the network itself is frozen.
 
 Saved as PEFT's PROMPT_TUNING. Departs from PEFT: random vectors have the spread of the model's own
 embeddings, and vectors drawn from the vocabulary are different tokens, as far as there are enough.

@@ -1,5 +1,5 @@
-"""Elastic tuning (InstaTune): all weights move, and the network holds its sub-networks, the first units of
-each layer.
+"""Elastic tuning (InstaTune): trains all weights so that smaller sub-networks, the first units of each layer,
+work as well.
 
 Before the first step the heads and feed-forward units of each layer are sorted by importance, the norm of
 what a unit says on a few rows times the norm of the weights that read it; the network answers as before.

@@ -1,20 +1,14 @@
-"""Pruned: the least weights of every matrix become zero when a run begins and stay it; all others move.
+"""Pruned: sets the least important weights of every matrix to zero before training and keeps them zero; all
+others are trained.
 
-Sparse fine-tuning of a model that is to be small and fast to read. The start is kept by whoever plays
-`start`, so the dense
-model can teach (`squarehead`, `distill`). Which are the least is told by their `magnitude`; by `wanda`
-(arXiv:2306.11695),
-|w| times the norm of what its column reads on the first rows; or by `sparsegpt` (arXiv:2301.00774), w^2 over
-the diagonal of
-the inverse of X X', where besides what a zero does wrong is made good by the columns yet to come. Zeros are
-counted in each row
-of a matrix (sparsegpt: in each block of columns), or, with a pattern, n of every m neighbours are kept, which
-hardware reads
-faster. To raise sparsity in steps, write the acts of a plan with a higher one each. Departs: in one go, and
-the matrices that
-are gathered in one reading of the rows (all, in a small model) read what the dense model makes, where the
-papers prune layer
-after layer.
+For sparse fine-tuning of a model that is to be small and fast. The initial model is kept by role `initial`,
+so the dense model can teach (`squarehead`, `distill`). Importance is `magnitude`; `wanda` (arXiv:2306.11695),
+|w| times the norm of its input on the first rows; or `sparsegpt` (arXiv:2301.00774), w^2 over the diagonal of
+the inverse of X X', where later columns also compensate for the error of each zero. Zeros are counted in each
+row of a matrix (sparsegpt: in each block of columns), or, with a pattern, n of every m neighbours are kept,
+which hardware runs faster. To raise sparsity in steps, write a plan whose runs have a higher one each.
+Departs: pruning is done at once, and the matrices that are measured in one pass over the rows (all, in a
+small model) read the activations of the dense model, where the papers prune layer after layer.
 """
 
 from __future__ import annotations

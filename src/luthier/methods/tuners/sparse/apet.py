@@ -1,5 +1,4 @@
-"""APET: arbitrary few parameters. A number n of weights, wherever they stand, moves: n positions drawn evenly
-from all chosen matrices.
+"""APET: trains n single weights at random positions, drawn evenly from all chosen matrices.
 
 For studies of how much tuning is owed to structure and how much to the mere number of moving parameters: set
 n to what another tuner moves and compare. Which positions follows from the seed alone. Departs from the

@@ -1,4 +1,4 @@
-"""Tuners that move the model's own weights: all of them, some by name, or now these and now those layers."""
+"""Tuners that train the model's own weights: all of them, some by name, or changing sets of layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BitFit: only the biases move.
+"""BitFit: trains only the biases.
 
 The start of what moves is kept, so switching off gives the base bit for bit. Networks without biases (Llama,
 Mistral, ...) are refused: `also: [norms]` moves their norms' weights instead.

@@ -1,5 +1,4 @@
-"""HFT: half of the weights move, the other half rests: about half of each layer's attention, feed-forward and
-norms.
+"""HFT: trains about half of each layer's attention, feed-forward and norm weights; the other half is frozen.
 
 In every layer 2 of W_q, W_k, W_v, W_o move; of up, gate and down 1 in half of the layers and 2 in the others;
 one of two norms. The half is drawn at the start of a run, and another one in the next run that starts from it

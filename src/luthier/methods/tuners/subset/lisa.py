@@ -1,4 +1,5 @@
-"""LISA: embeddings, head and final norm always move; of the layers a few, drawn anew every so many steps.
+"""LISA: always trains embeddings, output head and final norm, and a few layers that are drawn anew every
+`interval` steps.
 
 The optimizer forgets a layer when it freezes, so its memory is that of what moves. Departs from LMFlow: a
 draw follows from seed and step, so nothing about it needs saving. The start is not kept: it cannot be

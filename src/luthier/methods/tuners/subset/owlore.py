@@ -1,4 +1,4 @@
-"""OwLore: as LISA, but layers with many outliers are drawn more often.
+"""OwLore: LISA with layers that have many outlier weights drawn more often.
 
 The outlier density of a layer is the share of entries with ||X_j|| |W_ij| > outlier_ratio times their mean,
 over its matrices; X is what a matrix reads on a few rows of the data, before tuning. The paper's other half,

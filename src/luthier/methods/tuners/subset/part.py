@@ -1,5 +1,5 @@
-"""One part of the network moves: its token embeddings and output layer, or its last layer (of the decoder,
-where there are two).
+"""Trains one part of the network: its token embeddings and output layer, or its last layer (of the decoder,
+in an encoder-decoder).
 
 The ways of specialising a model to one project that are between all weights and a prefix: L-EO and L-LDB. The
 start of what moves is kept, so switching off gives the base bit for bit.

@@ -1,4 +1,4 @@
-"""S2FT: of every layer a few feed-forward channels and attention heads move, as one small dense matrix per
+"""S2FT: trains a few feed-forward channels and attention heads of every layer, as one small dense matrix per
 weight.
 
 What reads a channel (down, o) gains columns: y + x[.., chosen] S'. What writes one (up, gate, v) gains rows:

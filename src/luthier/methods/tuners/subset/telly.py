@@ -1,4 +1,5 @@
-"""Telly-K: embeddings and the K lowest layers stay frozen; the layers above, final norm and head move.
+"""Telly-K: freezes the embeddings and the K lowest layers; trains the layers above, the final norm and the
+head.
 
 What lies below the first moving layer is read without a gradient, so time and memory fall with K. The start
 of what moves is kept, so switching off gives the base bit for bit. Departs from the paper: K may be a share

@@ -1,4 +1,5 @@
-"""Classifiers of any kind: a completion is a class, its vocabulary the classes, so `sft` is cross-entropy.
+"""Sequence classifiers: a completion is a class and the classes are the vocabulary, so `sft` is
+cross-entropy.
 
 Encoders (BERT) answer from their first token, decoders (Llama) from their last. Which classes there are is
 said by the rows, or by a checkpoint that already knows all of them; their order is saved with the model.

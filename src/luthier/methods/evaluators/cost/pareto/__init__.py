@@ -1,5 +1,5 @@
-"""The best sub-networks of an elastic run: none is both cheaper and better. On held-out rows, after tuning,
-by LINAS.
+"""The best sub-networks of an elastic run, those than which none is both cheaper and better, searched on
+held-out rows after training by LINAS.
 
 Costs are the loss and the multiplications a token takes. Some sub-networks are measured; from them a
 regression on their choices, one-hot, says what the loss of others would be; NSGA-II on what it says proposes

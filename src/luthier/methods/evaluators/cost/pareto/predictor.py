@@ -1,5 +1,4 @@
-"""What a measurement of choices would say, from those that were measured: ridge regression on one-hot
-choices.
+"""Predicts the measurement of a choice from those that were made: ridge regression on one-hot choices.
 
 Linear, or of a Gaussian kernel; which of them, and how much it shrinks, is told by leaving one out, in closed
 form.

@@ -1,5 +1,5 @@
-"""Code-switching restore (CSR): some words of a text are exchanged for words of the other language, and the
-text is restored.
+"""Code-switching restore (CSR): replaces some words of a text by words of another language; the model learns
+to restore the text.
 
 An act between pretraining and learning to translate. The dictionary is given, or learned from the rows
 themselves (`dictionary: learn`): from prompts and completions, where a row is a pair of texts, or from rows

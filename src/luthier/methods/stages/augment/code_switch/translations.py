@@ -1,5 +1,4 @@
-"""Which word of one language means which of another, learned from texts of both alone: no pair of words is
-given.
+"""Learns a word dictionary between two languages from texts of both alone, without any given word pairs.
 
 Word vectors of each language are mapped onto each other by a rotation (VecMap, arXiv:1805.06297): seeds, then
 in turn the rotation that fits the pairs best and the pairs that lie nearest under it, until nothing improves.

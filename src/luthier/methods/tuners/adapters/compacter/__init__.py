@@ -1,5 +1,5 @@
-"""Compacter: bottleneck adapters whose two maps are sums of Kronecker products, W = sum_i kron(A_i, s_i t_i)
-for i up to `phm_dim`.
+"""Compacter: bottleneck adapters whose two maps are sums of Kronecker products, W = sum over i up to
+`phm_dim` of kron(A_i, s_i t_i).
 
 The matrices A_i [n, n] are one set for all adapters of a network; s_i [out / n, rank] and t_i [rank, in / n]
 are each map's own, so that a map costs rank * (out + in) numbers where a plain one costs out * in. The

@@ -1,6 +1,7 @@
-"""AdaLoRA: W + s B diag(E) A, whose ranks go where they matter. A run begins with `init_r` in each module and
-ends with `target_r` on average: triplets (a row of A, an entry of E, a column of B) of least importance lose
-their E.
+"""AdaLoRA: a low-rank update W + s B diag(E) A whose rank is distributed over the modules by importance.
+
+Training begins with `init_r` ranks in each module and ends with `target_r` on average: the least important
+triplets (a row of A, an entry of E, a column of B) have their E set to zero.
 
 Importance is |number * gradient|, smoothed, times its smoothed uncertainty, as in PEFT's allocator, which the
 tests compare with. E of a triplet that lost may grow again, and win again, while ranks are still being shared

@@ -1,5 +1,5 @@
-"""Intrinsic dimension: all chosen weights move along one vector of d numbers, through a fixed random map into
-their space.
+"""Intrinsic dimension: trains d numbers only, which a fixed random map turns into a change of all chosen
+weights.
 
 W_i' = W_i + lambda_i P_i(theta), with one learned lambda for each module (structure-aware, SAID: they count
 as part of d) or none (DID). P_i is Fastfood: blocks of H G Pi H B with Hadamard matrices H, signs B, a

@@ -1,5 +1,5 @@
-"""LoRA: W + s B A with B zero at the start, s = lora_alpha / r. PEFT's own layers, so its adapters are
-everyone's.
+"""LoRA: trains a low-rank update W + s B A, with s = lora_alpha / r and B zero at the start. Uses PEFT's own
+layers, so its adapters load anywhere.
 
 Variants by settings: rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353), and the starts PiSSA
 (arXiv:2404.02948), OLoRA (arXiv:2406.01775), orthogonal, and three from the first `init_rows` rows (or those

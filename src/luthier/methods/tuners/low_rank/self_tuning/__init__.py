@@ -1,12 +1,12 @@
-"""Self-tuning networks on adapters: LoRA whose factors answer to hyperparameters, A(h) = A + rows(V_A h)
-A_hyper, and B alike.
+"""Self-tuning networks on adapters: LoRA whose factors are functions of two hyperparameters, A(h) = A +
+rows(V_A h) A_hyper, and B likewise.
 
-h is how far two hyperparameters have moved since the start, the logit of the dropout on what A reads and the
-log of the weight decay of the adapter: the factors learn the best response to them, and estimator
-`self_tuning` moves them by validation rows. With any other estimator h stays 0 and this is LoRA. When a run
-ends h is a constant: merged and exported it is a plain change of weights. r: 0 takes one dense matrix in
-place of the factors. Departs from the paper: its networks are gated whole; and h counts from its start, so
-that at the start V plays no role.
+h is how far the two have moved since the start: the logit of the dropout on the input of A, and the log of
+the adapter's weight decay. The factors learn the best response to them, and estimator `self_tuning` moves
+them by the loss on validation rows. With any other estimator h stays 0 and this is LoRA. At the end of a run
+h is a constant: merged and exported, the adapter is a plain change of weights. r: 0 trains one dense matrix
+in place of the factors. Departs from the paper: its networks are gated as a whole; and h counts from its
+start, so that at the start V plays no role.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ HYPERPARAMETERS = Capability(
     provides=[DISABLE_ADAPTER, MERGE, HYPERPARAMETERS],
 )
 class SelfTuning(Delta):
-    """LoRA that knows its hyperparameters."""
+    """LoRA whose factors depend on the current hyperparameters."""
 
     r: Annotated[int, Field(ge=0)] = 8  # rank of the update; 0: a dense matrix
     lora_alpha: float = 16  # scale of the update, before division by r

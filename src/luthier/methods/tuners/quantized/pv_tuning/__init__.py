@@ -1,5 +1,5 @@
-"""PV-Tuning: a quantized base is tuned in both its parts, scales and code books by gradients (P), codes by
-steps of their own (V).
+"""PV-Tuning: fine-tunes a quantized model in both its parts, scales and code books by gradients (P) and the
+codes by discrete steps (V).
 
 V: an Adam step on the weight that the codes stand for gives a target; of the codes whose nearest to it is
 another, only the few with the largest update move, and no further than a share of the weight's length. The

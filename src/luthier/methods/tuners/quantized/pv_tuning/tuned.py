@@ -1,6 +1,4 @@
-"""Tuning a quantized base itself: what is continuous in its codes by gradients, and the codes by steps of
-their own.
-"""
+"""PV-Tuning on a model: continuous parts of the codes as parameters, and discrete steps of the codes."""
 
 from __future__ import annotations
 

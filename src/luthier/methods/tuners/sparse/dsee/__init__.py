@@ -1,5 +1,5 @@
-"""DSEE: M W + s B A + S. A low-rank and a sparse update of W, and after a while a mask M that keeps only W's
-larger part.
+"""DSEE: M W + s B A + S, a low-rank and a sparse update of W, and after part of the run a mask M that keeps
+only the larger entries of W.
 
 S has `n_sparse` entries at places where a low-rank part explains W least (greedy bilateral decomposition of W
 itself). At `prune_at` of the run the smallest |W + s B A + S| are cut out of W for good, and A, B and S learn

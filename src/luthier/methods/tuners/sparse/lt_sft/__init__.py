@@ -1,5 +1,5 @@
-"""LT-SFT: all weights move first; of those that moved furthest, K are chosen, all are put back, and only the
-K move.
+"""LT-SFT: trains all weights first, selects the K that changed most, resets all weights and then trains only
+these K.
 
 The sparse difference is the adapter: composable by addition, as for zero-shot transfer, where one learned on
 a language's text and one learned on a task in another language are added (`PeftModel` with both active, or

@@ -1,4 +1,4 @@
-"""R-AMT: the weights stay as they are, and a mask over them is learned: W * [M > t], one number M per weight.
+"""R-AMT: freezes the weights and trains a binary mask over them, W * [M > t], with one number M per weight.
 
 The gradient goes through the threshold as if it were not there (dL/dM is that of the mask's entry). What is
 saved are bits, an eighth of a byte per weight; M itself lives in checkpoints. Merged, the masked weights are

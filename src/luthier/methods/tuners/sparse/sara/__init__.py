@@ -1,4 +1,5 @@
-"""SaRA: of every weight the smallest entries move, which do least in the base; the rest stays as it is.
+"""SaRA: trains the entries of smallest magnitude of every weight, which contribute least to the base model;
+all others are frozen.
 
 Kept as places and values, so gradients and optimizer state are of what moves. Halfway, entries that have
 grown past the threshold keep their value and rest, and the optimizer begins anew with those that are still

@@ -1,5 +1,5 @@
-"""SpIEL: a sparse delta whose support moves. Now and then the smallest values go, and as many promising
-places come in.
+"""SpIEL: trains a sparse update whose positions change during training. At intervals the smallest values are
+dropped and as many promising positions are added.
 
 Growth `ag`: in the first steps of every interval the gradient of a whole weight is looked at as it passes;
 the k largest entries of the first one are the candidates, whose gradients are added up. Growth `ma`: row and

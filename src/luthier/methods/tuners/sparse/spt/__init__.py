@@ -1,5 +1,5 @@
-"""SPT: a budget of parameters goes where the loss is most sensitive: to single entries, or to LoRA where a
-weight has many.
+"""SPT: spends a budget of trainable parameters where the loss is most sensitive, on single entries, or on
+LoRA where a weight has many sensitive ones.
 
 The sensitivity of an entry is its squared gradient, summed over a few batches of the data. The most sensitive
 entries of all chosen weights are marked; a weight with at least (parameters of its LoRA) / alpha of them gets
