@@ -81,6 +81,8 @@ USES = {
 import luthier
 from peft import AutoPeftModelForCausalLM
 
+luthier.register_peft()  # luthier's own tuners become PEFT types
+
 model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")
 ```
 """
