@@ -10,7 +10,9 @@ from luthier.errors import RecipeError
 
 
 def check_compiler() -> None:
-    """Raises RecipeError where torch has nothing to compile with: triton on a GPU, a C++ compiler on a CPU."""
+    """Raises RecipeError where torch has nothing to compile with: triton on a GPU, a C++ compiler on a
+    CPU.
+    """
     import torch
 
     if torch.cuda.is_available():

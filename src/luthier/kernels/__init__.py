@@ -1,1 +1,3 @@
-"""The fast paths, each a file with a plain twin that it is checked against on the first batch of every run."""
+"""The fast paths, each a file with a plain twin that it is checked against on the first batch of every
+run.
+"""

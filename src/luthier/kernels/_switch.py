@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-# numbers up to which the network's own code is taken: a token being decoded, where calls cost more than memory
+# numbers up to which the network's own code is taken: a token being decoded, where calls cost more than
+# memory
 SMALL = 2**15
 
 

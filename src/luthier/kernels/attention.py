@@ -2,14 +2,15 @@
 others.
 
 A mask over a packed row costs the square of its width, though nearly all of it says no. Here a tree of pieces
-is cut into blocks; a block knows the positions of its queries and of their keys (its own pieces and those they
-continue), and blocks of like size are computed together as batched matrix products, whose backward is 2 to 4
-times faster on CPUs than that of the fused kernel. Any network of transformers that takes its attention from
-the interface of that name gets it: `attention` is registered there and does what SDPA does, except where the
-mask it is handed is a `tag` that carries a plan. `plain` is the twin that the tests compare with; every run
-compares its log-probabilities with the network's own. Where the mask says that the network is decoding,
-decode_attention.py answers. Keys and values that a tuner puts before those of every text (`prefix_kv`) are met
-by all queries, whatever the mask; they are no positions of the layout, and no position changes.
+is cut into blocks; a block knows the positions of its queries and of their keys (its own pieces and those
+they continue), and blocks of like size are computed together as batched matrix products, whose backward is 2
+to 4 times faster on CPUs than that of the fused kernel. Any network of transformers that takes its attention
+from the interface of that name gets it: `attention` is registered there and does what SDPA does, except
+where the mask it is handed is a `tag` that carries a plan. `plain` is the twin that the tests compare with;
+every run compares its log-probabilities with the network's own. Where the mask says that the network is
+decoding, decode_attention.py answers. Keys and values that a tuner puts before those of every text
+(`prefix_kv`) are met by all queries, whatever the mask; they are no positions of the layout, and no position
+changes.
 
 Positions here are flat: of [R, W] read as one row.
 """
@@ -79,7 +80,7 @@ class Plan:
         return tag
 
 
-# ---------------------------------------------------------------------------------------------- cutting
+# ------------------------------------------------------------ cutting
 
 
 @dataclass(frozen=True)
@@ -127,21 +128,21 @@ def plan(layout: Layout, dtype: torch.dtype, window: int | None = None, chunk: i
         chunk,
     )
     size = len(pieces.piece)
-    seen = torch.zeros(size, dtype=torch.bool)  # keys of the groups so far
+    earlier = torch.zeros(size, dtype=torch.bool)  # keys of the groups so far
     side = max(QUERIES, WHOLE)
     straight = torch.full((side, side + EVEN), _lowest(dtype), dtype=dtype).triu_(1)
     groups = []
     for blocks in _alike(_blocks(pieces)):
-        groups.append(_group(blocks, pieces, seen, straight, layout.source.device))
+        groups.append(_group(blocks, pieces, earlier, straight, layout.source.device))
     shared = any(group.ranges is not None for group in groups)
     return Plan(size, groups, layout, (window, chunk), shared, bool((pieces.piece < 0).any()))
 
 
 def _group(
-    blocks: list[Block], pieces: _Pieces, seen: Tensor, straight: Tensor, device: torch.device
+    blocks: list[Block], pieces: _Pieces, earlier: Tensor, straight: Tensor, device: torch.device
 ) -> Group:
-    """Blocks filled up to one size. seen: keys of the groups before, to which this one's are added. straight: the
-    mask of a causal block, [q or more, k or more].
+    """Blocks filled up to one size. earlier: keys of the groups before, to which this one's are added.
+    straight: the mask of a causal block, [q or more, k or more].
     """
     q = max(len(b.queries) for b in blocks)
     k = _even(max(len(b.keys) for b in blocks))
@@ -150,8 +151,8 @@ def _group(
     for i, block in enumerate(blocks):
         queries[i, : len(block.queries)] = block.queries
         keys[i, : len(block.keys)] = block.keys
-        ranges += _ranges(i, block.keys, seen)
-        seen[block.keys] = True
+        ranges += _ranges(i, block.keys, earlier)
+        earlier[block.keys] = True
     before = min(block.before for block in blocks)
     if all(block.straight and block.before == before for block in blocks):
         mask = straight[:q, : k - before][None]
@@ -184,9 +185,9 @@ def _even(n: int) -> int:
     return more if 8 * more <= 9 * n else n
 
 
-def _ranges(block: int, positions: Tensor, seen: Tensor) -> Iterator[Range]:
+def _ranges(block: int, positions: Tensor, earlier: Tensor) -> Iterator[Range]:
     """Unbroken stretches of ascending positions that were all seen before, or all not."""
-    again = seen[positions]
+    again = earlier[positions]
     breaks = (positions[1:] - positions[:-1] != 1) | (again[1:] != again[:-1])
     ends = [*(breaks.nonzero().squeeze(1) + 1).tolist(), len(positions)]
     start = 0
@@ -286,7 +287,7 @@ def _alike(blocks: Iterator[Block]) -> Iterator[list[Block]]:
         yield group
 
 
-# ---------------------------------------------------------------------------------------------- computing
+# ------------------------------------------------------------ computing
 
 
 def attend(
@@ -522,7 +523,7 @@ def _composed(
     return out[:-1].view(r, w, h, size)
 
 
-# ---------------------------------------------------------------------------------------------- in transformers
+# ------------------------------------------------------------ in transformers
 
 
 def attention(

@@ -3,9 +3,9 @@ for any length.
 
 Off by default: a first call that compiles takes longer than many a run. What the layers are is said by the
 network (the modules that transformers does not split over devices). Attention stays as it is
-(attention.exclude_from_compile), since its plan changes with every batch and would be compiled anew each time;
-LoRA is written out in plain operations, for the compiler to fuse. The first batch is compared with the network's
-own code, as every fast path is.
+(attention.exclude_from_compile), since its plan changes with every batch and would be compiled anew each
+time; LoRA is written out in plain operations, for the compiler to fuse. The first batch is compared with the
+network's own code, as every fast path is.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 their samples.
 
 The fused kernel of CPUs takes five times as long for a single query as two batched matrix products in fp32,
-over keys and values that the cache keeps in fp32. And what n samples of a prompt have in common is stored once:
-their queries meet the prompt's keys together, as one matrix, and each meets the keys of its own tokens alone.
-Both parts end in one softmax.
+over keys and values that the cache keeps in fp32. And what n samples of a prompt have in common is stored
+once: their queries meet the prompt's keys together, as one matrix, and each meets the keys of its own tokens
+alone. Both parts end in one softmax.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def _split_layer() -> type:
     from transformers.cache_utils import DynamicLayer
 
     class SplitLayer(DynamicLayer):
-        """Keys and values. `prompt`: of the prompts [P, H, V, D]; `own`: of the sequences' own tokens [B, H, W or
-        more, D], `used` of W.
+        """Keys and values. `prompt`: of the prompts [P, H, V, D]; `own`: of the sequences' own tokens [B, H,
+        W or more, D], `used` of W.
         """
 
         prompt: tuple[Tensor, ...]

@@ -5,12 +5,12 @@ Composed of torch operations, each of these writes and keeps several tensors as 
 them in fp32. Here each is one autograd function with a closed-form backward that keeps only its inputs (a
 norm: x and one number a row), worked through in stretches that stay in the cache; nothing is compiled.
 Modules of any transformers network are recognised by what they hold, and replaced only where the fast form
-answers as the module does on random numbers; the first batch of every run is compared besides (train/checks.py),
-and `_switch.plainly` is the network's own code for a while. Dropout on a CPU takes 16 random bits for each
-number, so a share is met to 1/65,536; torch's own draws there took five times as long.
+answers as the module does on random numbers; the first batch of every run is compared besides
+(train/checks.py), and `_switch.plainly` is the network's own code for a while. Dropout on a CPU takes 16
+random bits for each number, so a share is met to 1/65,536; torch's own draws there took five times as long.
 
-SwiGLU is left as it is: keeping less by computing silu again in backward was measured, and cost a CPU more than
-it saved.
+SwiGLU is left as it is: keeping less by computing silu again in backward was measured, and cost a CPU more
+than it saved.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def stretches(x: Tensor) -> Iterator[slice]:
         yield slice(start, start + rows)
 
 
-# ---------------------------------------------------------------------------------------------- RMSNorm
+# ------------------------------------------------------------ RMSNorm
 
 
 def plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -114,7 +114,7 @@ class _Norm(torch.autograd.Function):
         return d_x, d_weight, None
 
 
-# ---------------------------------------------------------------------------------------------- rotary positions
+# ------------------------------------------------------------ rotary positions
 
 
 def plain_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class _RotaryBack(torch.autograd.Function):
         return rotary(grads[0], cos, sin), None, None
 
 
-# ---------------------------------------------------------------------------------------------- dropout
+# ------------------------------------------------------------ dropout
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
@@ -194,7 +194,7 @@ def dropout_mask(x: Tensor, p: float) -> Tensor:
     return sixteen_bits.ge_(limit).to(x.dtype).view(x.shape)
 
 
-# ---------------------------------------------------------------------------------------------- in a network
+# ------------------------------------------------------------ in a network
 
 
 def _rotary_pair(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, heads: int) -> tuple[Tensor, Tensor]:
@@ -217,8 +217,8 @@ OWN = FastForms(lambda x, weight, eps: rms_norm(x, weight, eps), _rotary_pair)
 def install(model: nn.Module, forms: FastForms = OWN) -> dict[str, int]:
     """Give a network the fast forms where they answer as its own; how many modules of each kind took them.
 
-    Rotary positions are a function of transformers' modelling file: other networks of that file get the fast form
-    as well, until `uninstall`.
+    Rotary positions are a function of transformers' modelling file: other networks of that file get the fast
+    form as well, until `uninstall`.
     """
     replaced: dict[str, int] = {}
     agrees: dict[Any, bool] = {}  # class and precision -> does the fast form answer as the module?
@@ -273,8 +273,8 @@ def uninstall(model: nn.Module) -> None:
 
 
 def _agrees(module: nn.Module, fast: type, like: Tensor) -> bool:
-    """Does a module with the fast forward answer as it does by itself? like: a tensor of the precision and width
-    of what it reads.
+    """Does a module with the fast forward answer as it does by itself? like: a tensor of the precision and
+    width of what it reads.
     """
     rng = torch.Generator().manual_seed(0)
     x = torch.randn(3, len(like), generator=rng).to(like) * 3
@@ -351,7 +351,9 @@ _FAST_DROPOUT = _subclass(nn.Dropout, _dropout_forward)
 
 
 def _install_rotary(source: Any, forms: FastForms, device: torch.device) -> bool:
-    """Let a modelling file rotate queries and keys the fast way, where its own is the plain rotation of halves."""
+    """Let a modelling file rotate queries and keys the fast way, where its own is the plain rotation of
+    halves.
+    """
     own: Any = getattr(source, ROTARY, None)
     if own is None or hasattr(own, ORIGINAL) or not compat.active():
         return False

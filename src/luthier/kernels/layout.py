@@ -1,7 +1,7 @@
 """How token segments lie in the rows of a tensor, and which of them may see which.
 
-Every placed segment is a *piece*; a piece sees itself causally and the pieces it continues, and nothing else, so
-no sequence ever sees another. model/layout.py makes layouts of batches.
+Every placed segment is a *piece*; a piece sees itself causally and the pieces it continues, and nothing
+else, so no sequence ever sees another. model/layout.py makes layouts of batches.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Layout:
     both: Tensor  # [P] bool: is this piece read from both sides? All others see what stands before
 
     def mask(self, window: int | None = None, chunk: int | None = None) -> Tensor:
-        """[R, 1, W, W] bool, True = may look. window: sliding attention's reach; chunk: attention in chunks of
-        positions.
+        """[R, 1, W, W] bool, True = may look. window: sliding attention's reach; chunk: attention in chunks
+        of positions.
         """
         order = torch.arange(self.piece.shape[1], device=self.piece.device)
         piece = self.piece.clamp(min=0)

@@ -1,9 +1,9 @@
 """liger-kernel's RMSNorm and rotary positions (Triton), for CUDA: an extra, chosen by `architecture:
 {name: causal, fused: liger}`.
 
-They take the places of our own fast forms (elementwise.py) and are tested in the same two ways before anything
-is trained: each on random numbers, all of them on the first batch. Not run by us on a GPU yet: what is tested
-is when they are taken, what is refused, and with what they are called.
+They take the places of our own fast forms (elementwise.py) and are tested in the same two ways before
+anything is trained: each on random numbers, all of them on the first batch. Not run by us on a GPU yet: what
+is tested is when they are taken, what is refused, and with what they are called.
 """
 
 from __future__ import annotations

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from luthier.kernels._switch import differentiated_otherwise
 
 CHUNK_BYTES = 64 * 2**20  # of fp32 logits alive at once: fewer tokens at a time leave matrix units idle
-# of a block of the vocabulary at most; the same whatever is computed, as sums of blocks round by their borders
+# of a block of the vocabulary at most; the same whatever is computed, as sums of blocks round by their
+# borders
 WORDS = 8192
 
 
@@ -240,8 +241,8 @@ def _within(labels: Tensor, words: slice) -> tuple[Tensor, Tensor]:
 
 
 class Workspace:
-    """Memory in which the logits of one block after another are computed: getting it anew for each costs a CPU
-    as much time as the softmax.
+    """Memory in which the logits of one block after another are computed: getting it anew for each costs a
+    CPU as much time as the softmax.
     """
 
     def __init__(self, weight: Tensor, tokens: int):

@@ -50,8 +50,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor,
 def batched_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, parts: Sequence[Part | None], sizes: Sequence[int]
 ) -> Tensor:
-    """The same for one row x [1, T, in], each stretch of whose positions (`sizes`) has an update of its own, or
-    none.
+    """The same for one row x [1, T, in], each stretch of whose positions (`sizes`) has an update of its own,
+    or none.
     """
     if torch.compiler.is_compiling():
         return _stretch_by_stretch(x, weight, bias, parts, sizes, update)

@@ -2,8 +2,8 @@
 every token.
 
 A product of few rows spends a tenth (32 rows) to two fifths (6 rows) of its time on laying out the weight.
-What comes out is the same bit for bit. Weights take twice the memory while they are prepacked, so large networks
-are left as they are, and compiled ones, whose products are the compiler's.
+What comes out is the same bit for bit. Weights take twice the memory while they are prepacked, so large
+networks are left as they are, and compiled ones, whose products are the compiler's.
 """
 
 from __future__ import annotations

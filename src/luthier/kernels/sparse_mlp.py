@@ -1,10 +1,10 @@
-"""The last block's MLP reads only the positions whose hidden states are used: nothing depends on its output at
-the others.
+"""The last block's MLP reads only the positions whose hidden states are used: nothing depends on its output
+at the others.
 
 Attention needs every position, up to the keys and values of the last block; behind it each position is by
-itself. What is not read stands as 0. Whatever sits inside the MLP comes along (adapters, gradients of weights);
-where something is hooked in there, or layers are computed again in backward, it reads everything. The plain twin
-is the network as it is.
+itself. What is not read stands as 0. Whatever sits inside the MLP comes along (adapters, gradients of
+weights); where something is hooked in there, or layers are computed again in backward, it reads everything.
+The plain twin is the network as it is.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""A batch's tree of segments as rows of a tensor: packed without padding between them, each prompt read once if
-shared.
+"""A batch's tree of segments as rows of a tensor: packed without padding between them, each prompt read once
+if shared.
 
 Loops run over segments, never over tokens.
 """

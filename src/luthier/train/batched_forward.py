@@ -1,10 +1,10 @@
-"""Several LoRAs on one frozen base, read in one pass: the base's products are computed once for the rows of all
-runs.
+"""Several LoRAs on one frozen base, read in one pass: the base's products are computed once for the rows of
+all runs.
 
 Every run has a network of its own, which shares its weights with the others' (`share_weights`), so whatever a
 run does with its network it can do here. Rows of one run stand behind those of another; a tuned layer adds to
-each stretch what that run's adapter computes of it. Reading each run by itself is the plain twin. The two differ
-by the rounding of matrix libraries, which may sum a row otherwise in a larger product.
+each stretch what that run's adapter computes of it. Reading each run by itself is the plain twin. The two
+differ by the rounding of matrix libraries, which may sum a row otherwise in a larger product.
 
 What can be read so is said by the architecture (`why_not_joined`, `laid_out_jointly`) and by the tuner
 (`why_not_batched`, and `batched_forward` of its layers).
@@ -15,7 +15,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -38,20 +38,19 @@ def share_weights(model: Network) -> Network:
 def why_not_joined(policies: Sequence[Policy]) -> str | None:
     """Why these cannot be read in one pass; None where they can."""
     architecture = policies[0].architecture
-    if any(p.architecture != architecture for p in policies):
-        return "their architectures differ"
     reason = architecture.why_not_joined(policies[0].model)
+    for policy in policies:
+        if policy.architecture != architecture:
+            return "their architectures differ"
+        reason = reason or policy.attached.why_not_batched()
     if reason is not None:
         return reason
-    for policy in policies:
-        reason = policy.attached.why_not_batched()
-        if reason is not None:
-            return reason
-    if any(has_dropout(p.model) for p in policies):
-        return "dropout would be drawn otherwise"
     base = _weight_addresses(policies[0])
-    if any(_weight_addresses(p) != base for p in policies):
-        return "their networks do not share their weights"
+    for policy in policies:
+        if has_dropout(policy.model):
+            return "dropout would be drawn otherwise"
+        if _weight_addresses(policy) != base:
+            return "their networks do not share their weights"
     return None
 
 
@@ -65,15 +64,17 @@ def joint_outputs(policies: Sequence[Policy], batches: Sequence[Batch]) -> list[
     """Each policy's outputs on its own batch, by one pass over the base."""
     model, architecture = policies[0].model, policies[0].architecture
     layout, sizes, inputs = architecture.laid_out_jointly(model, batches)
-    supervised = torch.cat([b.supervised for b in batches])
-    labels = torch.cat([b.labels for b in batches])
+    supervised, labels, counts = [], [], []
+    for batch in batches:
+        supervised.append(batch.supervised)
+        labels.append(batch.labels[batch.supervised])
+        counts.append(len(batch.owner))
     states = _cached_states(policies, batches)
     lower_layers = nullcontext()
     if states is not None:
         lower_layers = policies[0].attached.hidden_cache.skipped(states[layout.source])
     with batched_layers(policies, sizes), lower_layers:
-        joint = architecture.answer(model, inputs, layout.at[supervised], labels[supervised])
-    counts = [len(b.owner) for b in batches]
+        joint = architecture.answer(model, inputs, layout.at[torch.cat(supervised)], torch.cat(labels))
     outputs = []
     for hidden, targets in zip(joint.hidden.split(counts), joint.labels.split(counts), strict=True):
         outputs.append(Outputs(hidden, joint.head, targets))
@@ -84,11 +85,14 @@ def _cached_states(policies: Sequence[Policy], batches: Sequence[Batch]) -> Tens
     """[L, d] hidden states of all rows below the lowest layer that any run trains; None where they are not
     cached (train/hidden_cache.py).
     """
-    caches = [p.attached.hidden_cache for p in policies]
-    if any(cache is None or cache.first != caches[0].first for cache in caches):
-        return None
-    states = []
-    for cache, p, batch in zip(caches, policies, batches, strict=True):
+    first = policies[0].attached.hidden_cache
+    for p in policies:
+        cache = p.attached.hidden_cache
+        if cache is None or cache.first != first.first:
+            return None
+    states: list[Any] = []
+    for p, batch in zip(policies, batches, strict=True):
+        cache = p.attached.hidden_cache
         states.append(cache.states(p.architecture, p.model, p.attached, batch, fill=p.model.training))
     if any(x is None for x in states):
         return None

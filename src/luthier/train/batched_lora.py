@@ -36,26 +36,28 @@ class BatchedTrainer:
     seconds: dict[bool, list[float]] = field(default_factory=lambda: {True: [], False: []})
 
     def __post_init__(self):
-        if not all(t.estimator.single_backward for t in self.trainers):
-            self.why_not_joint = "the estimator is not one backward pass"
-        elif any(t.accelerator.num_processes > 1 for t in self.trainers):
-            self.why_not_joint = "there are several processes"
+        for trainer in self.trainers:
+            if not trainer.estimator.single_backward:
+                self.why_not_joint = "the estimator is not one backward pass"
+            elif trainer.accelerator.num_processes > 1:
+                self.why_not_joint = "there are several processes"
         if self.why_not_joint is None:
             self.why_not_joint = why_not_joined([t.roles.policy for t in self.trainers])
 
     def run(self, until: Sequence[int | None] | None = None) -> None:
         """Step every run to its end, or to its `until`. Those that are behind (after a stop) go first."""
-        clocks = [t.roles.clock for t in self.trainers]
-        ends = [clock.total for clock in clocks]
-        for i, last in enumerate(until or []):
-            if last:
-                ends[i] = min(ends[i], last)
+        ends = []
+        for trainer, last in zip(self.trainers, until or [None] * len(self.trainers), strict=True):
+            total = trainer.roles.clock.total
+            ends.append(min(total, last or total))
         while True:
-            unfinished = [i for i, end in enumerate(ends) if clocks[i].step < end]
-            if not unfinished:
+            by_step: dict[int, list[Trainer]] = {}
+            for trainer, end in zip(self.trainers, ends, strict=True):
+                if trainer.roles.clock.step < end:
+                    by_step.setdefault(trainer.roles.clock.step, []).append(trainer)
+            if not by_step:
                 return
-            step = min(clocks[i].step for i in unfinished)
-            self.step([self.trainers[i] for i in unfinished if clocks[i].step == step])
+            self.step(by_step[min(by_step)])
 
     def step(self, trainers: Sequence[Trainer]) -> None:
         """One step of each."""
@@ -78,13 +80,16 @@ class BatchedTrainer:
         """In one pass? By turns until both ways are measured."""
         if min(map(len, self.seconds.values())) < MEASURED:
             return len(self.seconds[True]) <= len(self.seconds[False])
-        joint, separate = (statistics.median(self.seconds[way][1:MEASURED]) for way in (True, False))
-        return joint < separate
+        return self._median(joint=True) < self._median(joint=False)
+
+    def _median(self, joint: bool) -> float:
+        """Seconds a token of the measured steps."""
+        return statistics.median(self.seconds[joint][1:MEASURED])
 
     def _report_choice(self) -> None:
         if any(len(seconds) != MEASURED for seconds in self.seconds.values()):
             return
-        joint, separate = (1e6 * statistics.median(self.seconds[way][1:]) for way in (True, False))
+        joint, separate = 1e6 * self._median(joint=True), 1e6 * self._median(joint=False)
         way = "in one pass" if joint < separate else "one after the other"
         self.warn(
             f"{len(self.trainers)} runs step {way}: {joint:.0f} µs a token in one pass, {separate:.0f} one"
@@ -109,17 +114,20 @@ class BatchedTrainer:
         takes all of them down.
         """
         start = time.perf_counter()
+        closures = []
         for trainer in trainers:
             trainer.prepare_step()
-        closures = [t.closure() for t in trainers]
-        for closure in closures:
-            closure.begin(grad=True)
+            closures.append(trainer.closure())
+            closures[-1].begin(grad=True)
         for index in range(max(len(c.batches) for c in closures)):
             _joint_backward([c for c in closures if index < len(c.batches)], index)
-        losses = [closure.end() for closure in closures]
+        losses, tokens = [], 0
+        for closure in closures:
+            losses.append(closure.end())
+            tokens += closure.counts["tokens"]
         for trainer, loss in zip(trainers, losses, strict=True):
             trainer.estimator.step(lambda loss=loss, **options: loss, trainer.chain, trainer.roles.clock)
-        per_token = (time.perf_counter() - start) / max(1, sum(c.counts["tokens"] for c in closures))
+        per_token = (time.perf_counter() - start) / max(1, tokens)
         logs = []
         for trainer, closure, loss in zip(trainers, closures, losses, strict=True):
             logs.append(trainer.finish_step(closure, loss, per_token * closure.counts["tokens"]))

@@ -34,7 +34,9 @@ UNREADABLE = (
 
 
 def check_trainable(attached: Any) -> dict[str, int]:
-    """Numbers of trainable ("moving") and of all parameters. Raises NothingMoves where nothing is trainable."""
+    """Numbers of trainable ("moving") and of all parameters. Raises NothingMoves where nothing is
+    trainable.
+    """
     moving = 0
     for group in attached.param_groups():
         moving += sum(p.numel() for p in group.params.values() if p.requires_grad)

@@ -2,8 +2,8 @@
 in every later epoch.
 
 Where a tuner moves only upper layers or the head, everything below is the same function in every step and in
-every role that the network plays. A tree of segments is stored under its tokens and is computed alone, so that
-what is stored does not depend on the batch it was first read in: a resumed run reads the same numbers.
+every role that the network plays. A tree of segments is stored under its tokens and is computed alone, so
+that what is stored does not depend on the batch it was first read in: a resumed run reads the same numbers.
 """
 
 from __future__ import annotations
@@ -188,8 +188,8 @@ def _agrees(policy: Any, batch: Batch, cache: HiddenStateCache) -> bool:
 
 
 def _lowest_trained(policy: Any, layers: nn.ModuleList, batch: Batch) -> tuple[int, int, torch.dtype]:
-    """The lowest layer that is trained, or whose input depends on what is: by asking autograd; -1 where layers
-    return more than states. With it the width and precision of hidden states.
+    """The lowest layer that is trained, or whose input depends on what is: by asking autograd; -1 where
+    layers return more than states. With it the width and precision of hidden states.
     """
     inputs: list[Tensor] = []
     depends: list[bool] = []  # does this input depend on what is trained?
@@ -227,7 +227,9 @@ def _lowest_trained(policy: Any, layers: nn.ModuleList, batch: Batch) -> tuple[i
 
 
 def trees(batch: Batch) -> list[Batch] | None:
-    """Each root with what continues it, as a batch of its own; None where trees are not one after the other."""
+    """Each root with what continues it, as a batch of its own; None where trees are not one after the
+    other.
+    """
     parents = batch.parent.tolist()
     roots = [s for s, p in enumerate(parents) if p < 0]
     starts = torch.tensor([0, *batch.sizes]).cumsum(0).tolist()

@@ -1,10 +1,10 @@
-"""Log-probabilities of a role that never changes: computed once for each row, kept in a file, and read in later
-epochs.
+"""Log-probabilities of a role that never changes: computed once for each row, kept in a file, and read in
+later epochs.
 
-A row is stored under its tokens and which of them are supervised. The file stays with a run that is stopped, so
-that it goes on with the same numbers. These are those of the batch a row was first read in: in later epochs a
-run without the cache would compute them in other batches, so the two differ by rounding there, and by nothing in
-the first epoch.
+A row is stored under its tokens and which of them are supervised. The file stays with a run that is stopped,
+so that it goes on with the same numbers. These are those of the batch a row was first read in: in later
+epochs a run without the cache would compute them in other batches, so the two differ by rounding there, and
+by nothing in the first epoch.
 """
 
 from __future__ import annotations
@@ -128,7 +128,9 @@ def row_key(tree: Batch, supervised: Tensor) -> bytes:
 
 
 def open_cache(role: Policy, path: Path, room: int, about: str) -> CachedPolicy | str:
-    """The role with a cache of `room` words at `path`, or why there can be none. about: settings of the role."""
+    """The role with a cache of `room` words at `path`, or why there can be none. about: settings of the
+    role.
+    """
     if 4 * room > min(LIMIT, shutil.disk_usage(path.parent).free // 2):
         return f"its numbers would take {4 * room / 2**30:.1f} GB of disk"
     dtype = next(role.model.parameters()).dtype

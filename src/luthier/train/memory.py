@@ -63,12 +63,17 @@ def predict(
     layer.
     """
     moving: list[Tensor] = []
+    count = size = largest = low_precision = 0  # numbers and bytes; the numbers of low-precision weights
     for group in roles.tuner.param_groups():
-        moving += [p for p in group.params.values() if p.requires_grad]
+        for p in group.params.values():
+            if p.requires_grad:
+                moving.append(p)
+                count += p.numel()
+                size += p.nbytes
+                largest = max(largest, p.numel())
+                if p.dtype.itemsize < 4:
+                    low_precision += p.numel()
     backward = "grad" in estimator.provides
-    count = sum(p.numel() for p in moving)
-    largest = max((p.numel() for p in moving), default=0)
-    low_precision = sum(p.numel() for p in moving if p.dtype.itemsize < 4)
     stepped = largest  # numbers of the largest tensor that are in work at once
     if all(t.pointwise for t in chain.transforms):
         stepped = min(largest, piece_size(roles.device))
@@ -77,7 +82,7 @@ def predict(
         activations = _activations(roles, samples, tokens, recompute)
     supervised = len(samples[-1].owner) / max(1, len(samples[-1].ids))
     return Need(
-        moving=sum(p.nbytes for p in moving),
+        moving=size,
         state=sum(map(_state, chain.transforms)) * count + 4 * low_precision,
         update=16 * stepped + (4 if backward else 8) * largest,
         activations=round(activations),

@@ -1,4 +1,6 @@
-"""The one training loop. A step is a function of (tensors, optimizer state, step number) and of nothing else."""
+"""The one training loop. A step is a function of (tensors, optimizer state, step number) and of nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ class Trainer:
                 hook(self, log)
 
     def no_reuse(self) -> str | None:
-        """Why caching what is computed of a row would be of no use; None where rows are read more than once."""
+        """Why caching what is computed of a row would be of no use; None where rows are read more than
+        once.
+        """
         if self.batches.live:
             return "rows are made anew at each step"
         draws = -(-self.roles.clock.total // self.batches.num_iterations)
