@@ -17,6 +17,7 @@ import luthier
 from conftest import SUMS
 from luthier.cli import app, asked
 from luthier.recipe import catalogue
+from luthier.serve import export, inspect
 from luthier.serve import load as use
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
@@ -316,7 +317,7 @@ def test_merged_export_is_plain_transformers(finished, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, _ = finished
-    use.export(folder, "merged", tmp_path / "m")
+    export.export(folder, "merged", tmp_path / "m")
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(tmp_path / "m"),
         AutoTokenizer.from_pretrained(tmp_path / "m"),
@@ -331,7 +332,7 @@ def test_merged_export_is_plain_transformers(finished, tmp_path):
 
 
 def test_an_export_that_answers_otherwise_is_refused(finished, tmp_path, monkeypatch):
-    right = use.WRITERS["merged"]
+    right = export.WRITERS["merged"]
 
     def wrong(loaded, to):
         right(loaded, to)
@@ -339,7 +340,7 @@ def test_an_export_that_answers_otherwise_is_refused(finished, tmp_path, monkeyp
         tensors["model.norm.weight"] *= 1.2
         save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
 
-    monkeypatch.setitem(use.WRITERS, "merged", wrong)
+    monkeypatch.setitem(export.WRITERS, "merged", wrong)
     said = luth("export", finished[0], "--to", tmp_path / "m")
     assert said.exit_code == 2 and "answers otherwise" in said.stderr
     assert not (tmp_path / "m").exists() and not list(tmp_path.glob("*.part"))
@@ -407,7 +408,7 @@ def test_a_classifier_is_loaded_with_the_head_it_was_tuned_with(tmp_path):
         learning_rate=0.03,
     )
     torch.manual_seed(123)
-    found = use.inspect(run, run)
+    found = inspect.inspect(run, run)
     assert (
         found["base"]["metrics"]["loss"]
         == found["tuned"]["metrics"]["loss"]

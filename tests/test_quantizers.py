@@ -379,7 +379,7 @@ def test_in_a_run(spec, tiny, tmp_path):
         assert all(torch.equal(v, other.codes[k]) for k, v in m.codes.items()), name
         assert other.compute == torch.bfloat16
     assert {p.dtype for p in half.model.get_input_embeddings().parameters()} == {torch.bfloat16}
-    from luthier.serve.load import export
+    from luthier.serve.export import export
 
     sentence = export(tmp_path / "whole", "merged", tmp_path / "merged")
     assert "requantized" in sentence and "KL" in sentence
@@ -724,7 +724,7 @@ def test_in_a_run_that_calibrates(spec, tuner, tiny, tmp_path):
     assert all(torch.equal(v, again.tensors[k]) for k, v in last.tensors.items())
     rows = [{"id": "0", "prompt": "1+2=", "completions": ["3"]}]
     loaded = luthier.load(tmp_path / "whole")
-    from luthier.serve.load import export
+    from luthier.serve.export import export
 
     assert export(tmp_path / "whole", "merged", tmp_path / "merged")
     assert torch.allclose(

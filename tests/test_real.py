@@ -19,7 +19,7 @@ import zoo
 from conftest import make_tokenizer
 from luthier.data.load import load_data
 from luthier.errors import RecipeError
-from luthier.serve import load as use
+from luthier.serve import export
 
 SUMS = [{"prompt": f"{a}+{b}=", "completion": f" {(a + b) % 10}"} for a in range(8) for b in range(8)]
 TEXTS = [
@@ -221,7 +221,7 @@ def journey(folder, tmp_path, kind: str, **recipe):
     roles = loaded.roles
     rows = roles.policy.architecture.encode_all(load_data(loaded.recipe).rows, roles.renderer).rows
     assert -float(loaded.logprobs(rows).double().mean()) == pytest.approx(report.after["loss"], abs=1e-4)
-    use.export(tmp_path / "run", "merged", tmp_path / "merged")
+    export.export(tmp_path / "run", "merged", tmp_path / "merged")
     auto = roles.policy.architecture.auto_class()
     model, said = auto.from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not said["missing_keys"] and not said["unexpected_keys"]

@@ -19,7 +19,7 @@ _WHERE = {  # what the package offers, imported when first asked for
     "RecipeError": "luthier.errors",
     "load": "luthier.serve.load",
     "register_peft": "luthier.compat.peft",
-    "inspect": "luthier.serve.load",
+    "inspect": "luthier.serve.inspect",
     "compare": "luthier.study.compare",
     "search": "luthier.study.search",
 }
@@ -41,7 +41,8 @@ if TYPE_CHECKING:
     from luthier.errors import RecipeError
     from luthier.recipe.recipe import Recipe
     from luthier.run.run import Report, tune
-    from luthier.serve.load import inspect, load
+    from luthier.serve.inspect import inspect
+    from luthier.serve.load import load
     from luthier.study.compare import compare
     from luthier.study.search import search
 

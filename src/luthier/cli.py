@@ -120,7 +120,7 @@ def chat(
     seed: Annotated[int, typer.Option(help="Of the random draws, where temperature is above 0.")] = 0,
 ) -> None:
     """Talk to a model."""
-    from luthier.serve.load import chat
+    from luthier.serve.chat import chat
 
     chat(model, prompt, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
 
@@ -208,7 +208,7 @@ def inspect(
 ) -> None:
     """Compare two models: loss, accuracy, and what was forgotten elsewhere."""
     from luthier.report.console import Console
-    from luthier.serve.load import inspect
+    from luthier.serve.inspect import inspect
 
     found = inspect(base, tuned, data, preference=preference, report=report)
     typer.echo(dumped(found)) if as_json else Console().comparison(found)
@@ -391,7 +391,7 @@ def export(
     ] = "merged",
 ) -> None:
     """Write a run's result for other tools, and check that it answers like the tuned model."""
-    from luthier.serve.load import export
+    from luthier.serve.export import export
 
     typer.echo(export(folder, kind, to))
 

@@ -29,7 +29,13 @@ from luthier.report.numbers import Line, answers, cost, lines
 from luthier.run.layout import run_folders
 from luthier.storage import files
 
-MARKS = ("run.json", "submitted.yaml", "asked.yaml", "study.json", "report.json")  # any of them makes a folder a run's
+MARKS = (
+    "run.json",
+    "submitted.yaml",
+    "asked.yaml",
+    "study.json",
+    "report.json",
+)  # any of them makes a folder a run's
 CHUNK = 1 << 20  # bytes of metrics.jsonl told at once
 TAIL = 8000  # characters of a log told
 PATIENCE = 10.0  # seconds after Ctrl-C until a run is ended less kindly
@@ -257,7 +263,9 @@ class Shelf:
         ]
         words += ["--budget", budget] if budget else []
         files.write_json(folder / "arms.json", words)
-        files.write_text(folder / "submitted.yaml", "".join(f"# {run}\n{text}\n" for run, text in texts.items()))
+        files.write_text(
+            folder / "submitted.yaml", "".join(f"# {run}\n{text}\n" for run, text in texts.items())
+        )
         self.spawn(name, words)
         return self.brief(name)
 
@@ -350,7 +358,9 @@ def born(pid: int) -> float | None:
 
 def recipe_in(folder: Path) -> Path | None:
     """The recipe as it was submitted, or as it was written down."""
-    return next((p for f in ("submitted.yaml", "asked.yaml", "recipe.yaml") if (p := folder / f).is_file()), None)
+    return next(
+        (p for f in ("submitted.yaml", "asked.yaml", "recipe.yaml") if (p := folder / f).is_file()), None
+    )
 
 
 def read_json(path: Path) -> Any:

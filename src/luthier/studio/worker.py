@@ -452,9 +452,9 @@ def say(
 
 
 def export(folder: str, kind: str, to: str) -> str:
-    from luthier.serve import load as use
+    from luthier.serve import export as exporting
 
-    return use.export(folder, kind, to)
+    return exporting.export(folder, kind, to)
 
 
 # ---------------------------------------------------------------------------------------------- questions and answers

@@ -44,10 +44,19 @@ class Preference(Evaluator):
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
 
     def run(self, roles, rows, folder, when):
-        own, other = (
-            totals(who, roles, paired(rows), self.batch_size) for who in (roles.policy, roles.reference)
-        )
-        return checkup(own, other) if own is not None and other is not None else {}
+        own = self.totals(roles.policy, roles, paired(rows))
+        other = self.totals(roles.reference, roles, paired(rows))
+        return self.compare(own, other) if own is not None and other is not None else {}
+
+    def totals(self, policy, roles, rows: list[dict]) -> Totals | None:
+        """Log-probabilities of the best and the worst completion of each row; None where no row has two of
+        different score.
+        """
+        return totals(policy, roles, rows, self.batch_size)
+
+    def compare(self, own: Totals, other: Totals) -> dict[str, float]:
+        """The policy's and the reference's totals on the same rows -> numbers."""
+        return checkup(own, other)
 
 
 @dataclass

@@ -1,0 +1,175 @@
+"""Write what a run tuned for other tools, load it back, and compare its answers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.data.load import load_data
+from luthier.errors import RecipeError, Refused
+from luthier.methods.tuners._base import Untuned
+from luthier.model import quantized as codes
+from luthier.recipe import model_names
+from luthier.registry import build, did_you_mean, spec
+from luthier.serve.load import Loaded, load
+from luthier.storage import files
+from luthier.train import checks
+
+PROBE = (  # fixed texts: their token log-probabilities must be the same before and after export
+    "The quick brown fox jumps over the lazy dog.",
+    "Question: What is 12 + 30?\nAnswer: 42",
+    "def add(a, b):\n    return a + b\n",
+    "Once upon a time there was a small house at the edge of a wood, and nobody lived there.",
+)
+EXACT = 1e-3  # nats, on average over the probe's tokens: what the order of sums may change in fp32
+ROUNDING = {torch.float16: 0.02, torch.bfloat16: 0.1}  # and what rounding the merged weights may change
+
+
+def export(folder: str | Path, kind: str, to: str | Path) -> str:
+    """Write a run's result for other tools, load it back, and compare its answers with the tuned model's.
+
+    kind: `lora`, an adapter that plain PEFT loads, or `merged`, a plain transformers model in the base's
+    precision. Both are first compared in fp32, so that rounding cannot hide an adapter that was lost. Raises
+    where the exported thing answers otherwise than the tuned one; then nothing is left at `to`. Returns a
+    sentence.
+    """
+    if kind not in WRITERS:
+        raise RecipeError(f"there is no export as '{kind}'{did_you_mean(kind, WRITERS)}")
+    to = Path(to)
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise RecipeError(f"{to} is there already and not empty; give another folder")
+    loaded = load(folder, dtype="float32")
+    if isinstance(loaded.roles.tuner, Untuned):
+        raise RecipeError(f"{folder} is not a run's folder: it holds nothing that was tuned")
+    dtype = dtype_of_files(loaded.recipe.model)
+    quantizer = loaded.recipe.methods()["quantization"]
+    rows = _probe(loaded)
+    choose_layout(loaded, rows)
+    want = loaded.logprobs(rows)
+    with files.new_folder(to) as beside:
+        WRITERS[kind](loaded, beside)
+        loaded.tokenizer.save_pretrained(beside)
+        if quantizer is not None and kind == "lora":
+            files.write_json(beside / files.QUANTIZATION, spec(quantizer))
+            if quantizer.whole:
+                codes.save(loaded.model, beside / codes.FILE)
+        gap = _compare(beside, rows, want, kind, torch.float32)
+        if kind == "merged" and dtype in ROUNDING:  # merged and compared in fp32, then rounded once
+            rounded: Any = loaded.roles.policy.architecture.load(str(beside), dtype=dtype)
+            rounded.save_pretrained(beside)
+            gap = _compare(beside, rows, want, kind, dtype)
+        cost = _requantized(loaded, beside, rows) if quantizer is not None and kind == "merged" else ""
+    close = f"log-probabilities within {gap:.1e} on average"
+    return f"{to}: loaded back, it answers like the tuned model ({close}){cost}"
+
+
+def _requantized(loaded: Loaded, folder: Path, rows: list[dict]) -> str:
+    """What it costs to quantize the merged weights as the base was: the divergence from the tuned model,
+    before and after.
+    """
+    quantizer = loaded.recipe.methods()["quantization"]
+    name = quantizer.name
+    if quantizer.reads:
+        return f"; {name} quantizes by calibration rows, so the cost of requantizing is not measured here"
+    settings = {"quantization": loaded.recipe.quantization, "architecture": loaded.recipe.architecture}
+    merged = _divergence(loaded, load(folder, dtype="float32"), rows)
+    requantized = _divergence(loaded, load(folder, dtype="float32", **settings), rows)
+    return (
+        f"; it is merged into the dequantized {name} weights (KL to the tuned model {merged:.1e} a token);"
+        f" requantized as {name}, the KL is {requantized:.1e}"
+    )
+
+
+@torch.no_grad()
+def _divergence(one: Loaded, other: Loaded, rows: list[dict]) -> float:
+    """KL of the first model's next-token distribution to the second's, in nats, the mean over the rows'
+    supervised tokens.
+    """
+    outputs = []
+    for loaded in (one, other):
+        loaded.roles.policy.eval()
+        outputs.append(loaded.roles.policy.outputs(loaded.roles.batch(rows)))
+
+    def kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+        return (p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1)
+
+    return float(outputs[0].apply(kl, beside=outputs[1:]).mean())
+
+
+def _compare(folder: Path, rows: list[dict], want: torch.Tensor, kind: str, dtype: torch.dtype) -> float:
+    """How far the exported thing's log-probabilities are from the tuned model's; refuses what rounding cannot
+    explain.
+    """
+    gap = _gap(load(folder, dtype="float32"), rows, want)
+    limit = ROUNDING.get(dtype, EXACT)
+    if not gap <= limit:
+        raise Refused(
+            f"exported as {kind}, the model answers otherwise than it was tuned: the probe's"
+            f" log-probabilities differ by {gap:.1e} on average (at most {limit:g} is rounding); nothing was"
+            " written"
+        )
+    return gap
+
+
+def dtype_of_files(model: str) -> torch.dtype:
+    """The precision of the base model's files, in which a merged model is written too."""
+    dtype = getattr(model_names.model_config(model).get_text_config(), "dtype", None)
+    if isinstance(dtype, str):
+        return getattr(torch, dtype)
+    return dtype or torch.float32
+
+
+def choose_layout(loaded: Loaded, rows: list[dict]) -> None:
+    """Read in a layout that this model can take, as a run would."""
+    checks.check_forward(loaded.roles.policy, loaded.roles.batch(rows[:2]), [].append)
+
+
+def _lora(loaded: Loaded, to: Path) -> None:
+    """An adapter that plain PEFT loads."""
+    attached: Any = loaded.roles.tuner
+    if not hasattr(attached, "export_lora"):
+        tuner = build("tuner", loaded.recipe.tuner)
+        advice = "its run folder is what can be loaded"
+        if "merge" in tuner.provides:
+            advice = "export it with --as merged"
+        raise RecipeError(f"tuner '{tuner.name}' makes no adapter; {advice}")
+    if loaded.roles.policy.architecture.name == "classifier":
+        raise RecipeError(
+            "a LoRA adapter does not say which classes its head tells apart: export it with --as merged"
+        )
+    attached.export_lora(to)
+
+
+def _merged(loaded: Loaded, to: Path) -> None:
+    """A plain transformers model."""
+    attached: Any = loaded.roles.tuner
+    if hasattr(attached, "export_merged"):
+        attached.export_merged(to)
+        return
+    with attached.merged() as model:
+        model.save_pretrained(to)
+
+
+def _probe(loaded: Loaded) -> list[dict]:
+    """The fixed texts as rows; where a network does not write, rows it was tuned on."""
+    if "generate" in loaded.roles.policy.architecture.provides:
+        halves = [(t[: len(t) // 2], t[len(t) // 2 :]) for t in PROBE]
+        return [{"id": f"probe-{i}", "prompt": a, "completions": [b]} for i, (a, b) in enumerate(halves)]
+    rows = load_data(replace(loaded.recipe, eval_data=0)).rows[:16]
+    return loaded.roles.policy.architecture.encode_all(rows, loaded.roles.renderer).rows
+
+
+def _gap(again: Loaded, rows: list[dict], want: torch.Tensor) -> float:
+    choose_layout(again, rows)
+    have = again.logprobs(rows)
+    if have.shape != want.shape:
+        raise Refused(
+            f"the exported tokenizer reads the probe as {len(have)} tokens, the tuned model's as {len(want)}"
+        )
+    return float((have - want).abs().mean())
+
+
+WRITERS = {"lora": _lora, "merged": _merged}

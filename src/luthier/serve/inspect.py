@@ -1,0 +1,175 @@
+"""What fine-tuning changed: two models on the same rows, and their weights."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from luthier.data.load import load_data
+from luthier.errors import RecipeError
+from luthier.methods.evaluators._base import paired, run_all
+from luthier.methods.tuners._base import Untuned
+from luthier.recipe.recipe import Recipe
+from luthier.registry import build
+from luthier.report import checkup as pages
+from luthier.serve.load import Loaded, load
+from luthier.storage import files
+from luthier.train import checks
+
+EVALUATORS = ("loss", "accuracy", "forgetting")  # with which two models are compared
+PAGE_EVALUATORS = ("generate", "calibration", "diversity", "refusals")  # and for a page
+WHEN = {"base": "before", "tuned": "after"}
+
+
+def inspect(
+    base: str | Path,
+    tuned: str | Path,
+    data: Any = None,
+    *,
+    preference: bool = False,
+    report: str | Path | None = None,
+) -> dict[str, Any]:
+    """Two models on the same rows: {base: {model, metrics}, tuned: {...}, rows, measured_on, notes}.
+
+    data: as in a recipe; by default what the run `tuned` held out, or trained on where it held nothing out.
+    preference: how both rank pairs too, with `base` as the reference (see the evaluator `preference`). Raises
+    RecipeError where no row has a better and a worse completion. report: a page to write (HTML); for it
+    answers, calibration and diversity are measured too, and the weights are compared (`weights` of what is
+    returned).
+    """
+    if report is not None and Path(report).is_dir():
+        page = Path(report) / "inspect.html"
+        raise RecipeError(f"--report: {report} is a folder; give the name of a page, such as {page}")
+    rows, measured_on, settings = rows_of(tuned, data)
+    with tempfile.TemporaryDirectory(prefix="luthier-inspect-") as folder:
+        comparison = Comparison(rows, settings, Path(folder), preference, page=report is not None)
+        result: dict[str, Any] = {}
+        for who, name in (("base", base), ("tuned", tuned)):
+            result[who] = comparison.measure(who, name)
+        if preference:
+            comparison.add_preferences(result)
+        notes = comparison.finish()
+        result |= {"rows": result["tuned"]["rows"], "measured_on": measured_on, "notes": notes}
+        if report is not None:
+            result["weights"] = comparison.weights
+            files.write_text(Path(report), pages.page(result, Path(folder)))
+    return result
+
+
+def rows_of(tuned: str | Path, data: Any) -> tuple[list[dict], str, dict[str, Any]]:
+    """Rows, what they are, and the settings with which both models must read them."""
+    path = Path(tuned) / "recipe.yaml"
+    recipe = Recipe.load(path) if path.is_file() else Recipe()
+    settings = {key: getattr(recipe, key) for key in ("max_length", "chat_template", "dtype")}
+    if data is not None:
+        return load_data(Recipe(data=data, eval_data=0)).rows, "rows", settings
+    if not path.is_file():
+        raise RecipeError(f"{tuned} is not a run's folder, so it holds no rows to measure on: give --data")
+    split = load_data(recipe)
+    if split.held_out:
+        return split.held_out, "held-out rows", settings
+    return split.rows[:256], "training rows", settings
+
+
+@dataclass
+class Comparison:
+    """Both models in turn on the same rows, each loaded for as long as it is measured."""
+
+    rows: list[dict]
+    settings: dict[str, Any]  # with which both read them
+    folder: Path  # both are measured on the same texts elsewhere, which are kept here
+    preference: bool
+    page: bool
+    notes: list[str] = field(default_factory=list)
+    models: list[str] = field(default_factory=list)
+    architectures: list[str] = field(default_factory=list)
+    vocabularies: list[dict] = field(default_factory=list)
+    totals: list[Any] = field(default_factory=list)  # of pairs
+    weights: dict[str, Any] | None = None
+
+    def measure(self, who: str, name: str | Path) -> dict[str, Any]:
+        """Load a model and evaluate it: {model, metrics, rows}."""
+        loaded = load(name, **self.settings)
+        self.notes += [f"{name}: {note}" for note in loaded.notes]
+        self.check_architecture(name, loaded)
+        architecture = loaded.roles.policy.architecture
+        usable, bad, _ = architecture.encode_all(self.rows, loaded.roles.renderer)
+        if not usable:
+            first = bad[0]["reason"]
+            raise RecipeError(f"{name} can use none of the {len(self.rows)} rows; the first: {first}")
+        checks.check_forward(loaded.roles.policy, loaded.roles.batch(usable[:2]), self.notes.append)
+        self.vocabularies.append(loaded.tokenizer.get_vocab())
+        names = (*EVALUATORS, *PAGE_EVALUATORS) if self.page else EVALUATORS
+        metrics = evaluate(names, loaded, usable, self.folder, WHEN[who])
+        if self.preference:
+            self.totals.append(
+                build("evaluator", "preference").totals(loaded.roles.policy, loaded.roles, paired(usable))
+            )
+        del loaded
+        if self.page:
+            self.compare_weights(who, name)
+        return {"model": str(name), "metrics": metrics, "rows": len(usable)}
+
+    def check_architecture(self, name: str | Path, loaded: Loaded) -> None:
+        """Refuse two models that do not read rows in the same way."""
+        self.models.append(str(name))
+        self.architectures.append(loaded.roles.policy.architecture.name)
+        if self.architectures[0] != self.architectures[-1]:
+            (base, tuned), (first, second) = self.models, self.architectures
+            raise RecipeError(
+                f"{base} is read as {first} and {tuned} as {second}: their numbers do not compare"
+            )
+
+    def add_preferences(self, result: dict[str, Any]) -> None:
+        """How both models rank pairs, with the base as the reference."""
+        if None in self.totals:
+            raise RecipeError(
+                "--preference requires rows with a better and a worse completion (prompt/chosen/rejected):"
+                " give --data"
+            )
+        evaluator = build("evaluator", "preference")
+        base, tuned = self.totals
+        result["base"]["metrics"] |= evaluator.compare(base, base)
+        result["tuned"]["metrics"] |= evaluator.compare(tuned, base)
+
+    def compare_weights(self, who: str, name: str | Path) -> None:
+        """Of the base: its matrices, kept in the folder. Of the tuned model: what changed against them."""
+        from safetensors.torch import load_file, save_file
+
+        path = self.folder / "base.safetensors"
+        try:  # in fewer bits, what was not trained would seem to have changed when merged
+            loaded = load(name, **{**self.settings, "dtype": "float32"})
+            tuner = loaded.roles.tuner
+            merged: Any = nullcontext(loaded.model) if isinstance(tuner, Untuned) else tuner.merged()
+            with merged as model:
+                if who == "base":
+                    matrices = pages.plain(model).items()
+                    save_file({n: p.detach().cpu().contiguous() for n, p in matrices}, str(path))
+                elif path.is_file():
+                    self.weights = pages.weights(load_file(str(path)), model)
+        except RecipeError as error:  # what cannot be merged has no weights to compare
+            self.notes.append(f"the weights are not compared: {error}")
+
+    def finish(self) -> list[str]:
+        """Every note, once."""
+        if self.vocabularies[0] != self.vocabularies[1]:
+            self.notes.append(
+                "the two models read the rows with different tokenizers: compare accuracy, not loss"
+            )
+        return list(dict.fromkeys(self.notes))
+
+
+@torch.no_grad()
+def evaluate(
+    names: tuple[str, ...], loaded: Loaded, rows: list[dict], folder: Path, when: str
+) -> dict[str, float]:
+    """What those evaluators measure that this architecture has all for."""
+    available = loaded.roles.policy.architecture.provides | {"completions"}
+    evaluators = [build("evaluator", name) for name in names]
+    usable = [evaluator for evaluator in evaluators if evaluator.requires <= available]
+    return run_all(usable, loaded.roles, rows, folder, when)
