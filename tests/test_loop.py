@@ -282,7 +282,7 @@ MOMENTS = {  # the process dies at the first call of this, which the second proc
     "writing a checkpoint": "luthier.storage.checkpoints.verify",
     "naming a checkpoint": "luthier.storage.checkpoints.paths",
     "taking the adapter away": "luthier.methods.tuners._peft.PeftTunedModel.save",
-    "the report": "luthier.report.write_report",
+    "the report": "luthier.report.page.write_report",
 }
 DIES = """
 import importlib, json, os, signal, sys

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from luthier.registry import spec
-from luthier.report import write_report
+from luthier.report.page import write_report
 from luthier.run import resume
 from luthier.run.caches import close_caches
 from luthier.run.folder import update_state

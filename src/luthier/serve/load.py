@@ -25,7 +25,7 @@ from luthier.recipe import model_names
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods, build_methods, detect
 from luthier.registry import build, did_you_mean, spec
-from luthier.report.console import visible
+from luthier.report.text import visible
 from luthier.run.folder import saved_network
 from luthier.run.layout import run_folders
 from luthier.run.report import Report

@@ -3,11 +3,11 @@
 import { announce, ask, button, complaint, count, field, fill, h, kept, percent, suggested } from "./dom.js";
 
 const KINDS = [ // key of a recipe, kind of method, what it is called here
-  ["tuner", "tuner", "What moves"],
-  ["objective", "objective", "Toward what"],
-  ["optim", "optimizer", "How it steps"],
+  ["tuner", "tuner", "Tuner"],
+  ["objective", "objective", "Objective"],
+  ["optim", "optimizer", "Optimizer"],
 ];
-const MORE = [["estimator", "estimator", "Where the gradient comes from"], ["quantization", "quantizer", "What the base is kept in"], ["architecture", "architecture", "How the network reads"]];
+const MORE = [["estimator", "estimator", "Gradient estimator"], ["quantization", "quantizer", "Quantization"], ["architecture", "architecture", "Architecture"]];
 const DEFAULTS = { tuner: "lora", objective: "sft", optim: "adamw", estimator: "backprop", quantization: "", architecture: "auto" };
 const MAIN = ["learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "max_length", "eval_data", "eval_steps", "seed"];
 const ELSEWHERE = ["model", "data", "output_dir", "overwrite", "tuner", "objective", "optim", "estimator", "quantization", "architecture"];
@@ -79,17 +79,17 @@ function rows(draft, put, start, asides, signal) {
       fill(shown, seen(found, look));
       asides.feeds = found.feeds;
       asides.feed?.();
-      announce(`${count(found.rows)} rows read, ${found.bad} set aside`);
+      announce(`${count(found.rows)} rows read, ${found.bad} unusable`);
     } catch (error) {
       if (mine === asked && error.name !== "AbortError") { said.say(error.message); fill(shown); }
     } finally { if (mine === asked) shown.removeAttribute("aria-busy"); }
   }
 
-  const section = h("section", { "aria-labelledby": "s-rows" }, h("h2", { id: "s-rows" }, "Model and rows"),
+  const section = h("section", { "aria-labelledby": "s-rows" }, h("h2", { id: "s-rows" }, "Model and data"),
     h("div", { class: "fields two" },
       field("Model", model, "A folder, a hub name, or toy:NAME"), models,
-      field("Rows", data, "A path on this machine, a hub name, or toy:TASK"), files),
-    h("p", { class: "buttons" }, button("Look at the rows", () => look(0), said, { class: "quiet" }), file, pick),
+      field("Data", data, "A path on this machine, a hub name, or toy:TASK"), files),
+    h("p", { class: "buttons" }, button("Preview the data", () => look(0), said, { class: "quiet" }), file, pick),
     said.box, shown);
   for (const kind of ["dragover", "drop"]) section.addEventListener(kind, (e) => {
     if (!e.dataTransfer?.types.includes("Files")) return;
@@ -103,18 +103,18 @@ function rows(draft, put, start, asides, signal) {
 /** Rows as the model reads them; what is learned is coloured AND underlined. */
 function seen(found, look) {
   const about = found.counted < found.rows ? `, counted on the first ${count(found.counted)}` : "";
-  const told = [`${count(found.rows)} rows read as ‘${found.format}’`, `${count(found.tokens)} tokens, ${percent(found.share)} of them learned${about}`, found.longest ? `the longest row has ${count(found.longest)}` : "", found.cut ? `${count(found.cut)} are cut at max_length` : ""].filter(Boolean).join("; ");
+  const told = [`${count(found.rows)} rows read as ‘${found.format}’`, `${count(found.tokens)} tokens, ${percent(found.share)} of them supervised${about}`, found.longest ? `the longest row has ${count(found.longest)}` : "", found.cut ? `${count(found.cut)} are truncated to max_length` : ""].filter(Boolean).join("; ");
   const page = found.shown.length || 1;
   return [
     h("p", { class: "note" }, `${told}.`),
     found.note && h("p", { class: "note" }, found.note),
-    h("p", { class: "key" }, h("mark", {}, "learned"), " what the loss counts, underlined; the rest is only read"),
+    h("p", { class: "key" }, h("mark", {}, "supervised"), " tokens count in the loss (underlined); the others are context"),
     found.shown.map((row) => h("article", { class: "row" }, h("h3", {}, row.id), h("pre", {}, row.parts.map(([text, learned]) => learned ? h("mark", {}, text) : text)))),
     h("p", { class: "buttons pager" },
       h("button", { type: "button", class: "quiet", disabled: found.offset === 0, onclick: () => look(Math.max(0, found.offset - 4)) }, "Earlier rows"),
       h("button", { type: "button", class: "quiet", disabled: found.offset + page >= found.usable, onclick: () => look(found.offset + page) }, "Later rows"),
       h("span", { class: "note" }, found.shown.length ? `${found.offset + 1} to ${found.offset + found.shown.length}` : "")),
-    found.bad > 0 && h("details", { class: "aside" }, h("summary", {}, `${count(found.bad)} rows set aside, with reasons`),
+    found.bad > 0 && h("details", { class: "aside" }, h("summary", {}, `${count(found.bad)} unusable rows, with reasons`),
       h("ul", {}, found.reasons.map((r) => h("li", {}, `${count(r.rows)}: ${r.reason} (first: ${r.first})`))),
       h("ol", { class: "quarantine" }, found.aside.map((a) => h("li", {}, h("b", {}, a.where), ` ${a.reason}`, h("pre", {}, a.raw))))),
   ];
@@ -138,7 +138,7 @@ function picker(key, kind, title, draft, put, methods, asides) {
   function offer() {
     const option = (m, note = "") => h("option", { value: m.name }, m.name + note);
     const empty = DEFAULTS[key] === "" ? h("option", { value: "" }, "none") : DEFAULTS[key] === "auto" ? h("option", { value: "auto" }, "auto") : null;
-    const groups = key === "objective" && Object.keys(asides.feeds).length ? [["yes", "your rows are enough"], ["through a stage", "through a stage"], ["no", "these rows cannot feed it"]] : null;
+    const groups = key === "objective" && Object.keys(asides.feeds).length ? [["yes", "the data has what it needs"], ["through a stage", "through a stage"], ["no", "the data lacks what it needs"]] : null;
     fill(select, empty,
       groups ? groups.map(([how, label]) => h("optgroup", { label }, methods.filter((m) => (asides.feeds[m.name]?.[0] ?? "no") === how).map((m) => option(m)))) : methods.map((m) => option(m)),
       key === "objective" && h("option", { value: "*" }, "a sum of several …"));
@@ -161,8 +161,8 @@ function picker(key, kind, title, draft, put, methods, asides) {
     const m = methods.find((x) => x.name === now());
     const feeds = key === "objective" && m ? asides.feeds[m.name] : null;
     fill(about, m && h("p", {}, m.summary),
-      m && h("p", { class: "note" }, papers(m), m.wants.length > 0 && ` Wants ${m.wants.join(", ")}.`, m.gives.length > 0 && ` Gives ${m.gives.join(", ")}.`),
-      feeds && feeds[0] !== "yes" && h("p", { class: "warn" }, feeds[0] === "no" ? `These rows cannot feed it: it ${feeds[1]}.` : `Through a stage: ${feeds[1]}.`));
+      m && h("p", { class: "note" }, papers(m), m.requires.length > 0 && ` Requires ${m.requires.join(", ")}.`, m.provides.length > 0 && ` Provides ${m.provides.join(", ")}.`),
+      feeds && feeds[0] !== "yes" && h("p", { class: "warn" }, feeds[0] === "no" ? `The data lacks what it needs: it ${feeds[1]}.` : `Through a stage: ${feeds[1]}.`));
     fill(settings);
     if (!m) return;
     const fields = await ask(`/api/settings/${kind}/${m.name}`).catch(() => []);
@@ -225,7 +225,7 @@ function recipe(draft, asides, signal) {
       const found = await ask("/api/check", { changes: draft }, { signal });
       if (mine !== turn) return;
       latest = found;
-      fill(text, found.text || "# nothing said yet: every value is its default");
+      fill(text, found.text || "# empty: every value is its default");
       fill(whole, found.whole);
       fill(told, found.told.map((t) => h("li", {}, t)));
       if (!named) name.value = found.name.slice(0, 100);
@@ -244,19 +244,19 @@ function recipe(draft, asides, signal) {
     announce(`run ${name.value} started`);
     location.hash = `#run/${name.value}`;
   }, went, { class: "main", disabled: true });
-  const foretell = button("Foretell the cost", async () => {
+  const foretell = button("Estimate the cost", async () => {
     fill(cost, h("p", { class: "note" }, "Loading the model to look …"));
     try {
       const found = await ask("/api/forecast", { changes: draft }, { signal });
       fill(cost, h("dl", { class: "tiles" }, found.figures.map(([what, much, is]) => h("div", {}, h("dt", {}, what), h("dd", {}, much), h("p", {}, is)))), found.notes.map((n) => h("p", { class: "note" }, n)));
-      announce("the cost is foretold");
+      announce("the cost is estimated");
     } catch (error) { fill(cost); throw error; }
   }, went, { class: "quiet" });
 
   const writing = h("textarea", { rows: 12, spellcheck: "false", "aria-label": "A recipe as YAML" });
   const wrong = complaint();
   const pasted = h("details", {}, h("summary", {}, "Write or paste a recipe instead"), writing,
-    h("p", { class: "buttons" }, button("Take this recipe", async () => {
+    h("p", { class: "buttons" }, button("Use this recipe", async () => {
       const fields = await ask("/api/fields", { text: writing.value });
       kept.set("draft", fields);
       location.hash === "#new" ? window.dispatchEvent(new HashChangeEvent("hashchange")) : (location.hash = "#new");
@@ -269,6 +269,6 @@ function recipe(draft, asides, signal) {
     h("div", { class: "fields one" }, field("Name of the run", name, "Its folder: runs/NAME")),
     h("p", { class: "buttons" }, start, foretell), went.box, cost,
     h("p", { class: "note" }, "The same from a shell: ", command),
-    h("details", {}, h("summary", {}, "Every value it comes to"), whole), pasted,
-    h("p", { class: "buttons" }, h("button", { type: "button", class: "quiet", onclick: () => { kept.set("draft", { model: "toy:lm-small" }); window.dispatchEvent(new HashChangeEvent("hashchange")); } }, "Begin anew")));
+    h("details", {}, h("summary", {}, "The whole recipe, with defaults"), whole), pasted,
+    h("p", { class: "buttons" }, h("button", { type: "button", class: "quiet", onclick: () => { kept.set("draft", { model: "toy:lm-small" }); window.dispatchEvent(new HashChangeEvent("hashchange")); } }, "Reset")));
 }

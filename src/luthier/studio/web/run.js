@@ -1,17 +1,18 @@
 // One run: how far it is, its curves while they grow, its answers, its recipe, and what can be done with it.
 
 import { announce, ask, button, complaint, every, field, fill, h, shell } from "./dom.js";
-import { chart, smoothed } from "./curves.js";
+import { curves as drawCurves } from "./charts.js";
+import { positive, series, smoothed } from "./curves.js";
 import { clone } from "./new.js";
 import { badge, progress } from "./runs.js";
 
-const OWN = ["step", "loss", "learning_rate", "tokens", "seconds", "epoch"];
+const PLAIN = ["step", "loss", "learning_rate", "tokens", "seconds", "epoch", "eval_loss"]; // of a log line; the rest gets small charts
 
 export async function run(name, signal) {
   const at = `/api/runs/${encodeURIComponent(name)}`;
   let whole = await ask(at);
   const logged = [], place = { since: 0, mark: "" };
-  const head = h("div", { class: "state" }), curves = h("div"), numbers = h("div"), answers = h("div"), more = h("div"), log = h("pre", { class: "log", tabindex: "0", "aria-label": "What the command said" });
+  const head = h("div", { class: "state" }), curves = h("div"), numbers = h("div"), answers = h("div"), more = h("div"), log = h("pre", { class: "log", tabindex: "0", "aria-label": "Console output" });
   const said = complaint();
   let state = "", drawn = 0, quarter = 0;
 
@@ -24,7 +25,7 @@ export async function run(name, signal) {
       !busy && r.state !== "finished" && button("Resume", async () => { await ask(`${at}/resume`, {}); place.mark = "?"; await reload(); live(); }, said, { class: "main" }),
       r.kind === "run" && whole.recipe && button("Clone with changes", () => clone(whole.recipe), said, { class: "quiet" }),
       r.report && h("a", { class: "button quiet", href: `/runs/${encodeURIComponent(name)}/report.html`, target: "_blank" }, "Report"),
-      r.state === "finished" && r.kind === "run" && whole.writes && h("a", { class: "button quiet", href: `#talk/${encodeURIComponent(JSON.stringify([modelOf(whole.recipe), `runs/${name}`]))}` }, "Talk to it"),
+      r.state === "finished" && r.kind === "run" && whole.writes && h("a", { class: "button quiet", href: `#talk/${encodeURIComponent(JSON.stringify([modelOf(whole.recipe), `runs/${name}`]))}` }, "Chat with it"),
       !busy && removing(at, name, said));
   }
 
@@ -46,25 +47,34 @@ export async function run(name, signal) {
     fill(numbers, whole.sentence && h("p", { class: "sentence" }, whole.sentence), whole.cost.length > 0 && h("dl", { class: "tiles" }, whole.cost.map(([what, much]) => h("div", {}, h("dt", {}, what), h("dd", {}, much)))), table(whole.numbers, whole.state === "finished"));
     fill(answers, said_(whole.answers, whole.state === "finished"));
     log.textContent = whole.log;
-    fill(more, whole.notes.length > 0 && h("section", {}, h("h2", {}, "Told on the way"), h("ul", {}, whole.notes.map((n) => h("li", {}, n)))),
+    fill(more, whole.notes.length > 0 && h("section", {}, h("h2", {}, "Warnings and notes"), h("ul", {}, whole.notes.map((n) => h("li", {}, n)))),
       Object.keys(whole.arms).length > 0 && h("section", {}, h("h2", {}, "Arms"), h("p", { class: "note" }, "The report shows their curves, answers and recipes side by side.")),
       whole.state === "finished" && whole.kind === "run" && exporting(at, name, whole));
+  }
+
+  const charts = new Map(); // caption -> chart, which grows where it stands
+  const smalls = h("div", { class: "smalls" }), loss = h("div", { class: "plot" });
+  function grow(caption, box, spec) {
+    if (charts.has(caption)) charts.get(caption).update(spec);
+    else charts.set(caption, drawCurves(box, { label: `${caption} by step`, ...spec }));
   }
 
   function draw() {
     if (logged.length === drawn) return;
     drawn = logged.length;
-    const of = (key) => logged.filter((x) => typeof x[key] === "number" && typeof x.step === "number").map((x) => [x.step, x[key]]);
-    const raw = of("loss"), held = of("eval_loss");
-    const others = [...new Set(logged.flatMap((x) => Object.keys(x)))].filter((k) => !OWN.includes(k) && k !== "eval_loss" && new Set(of(k).map((p) => p[1])).size > 1).slice(0, 12);
-    if (!raw.length && !others.length) return;
-    fill(curves, h("section", {}, h("h2", {}, "Loss"),
-      h("p", { class: "key" }, h("span", { class: "raw" }, "each step"), h("span", { class: "soft" }, "smoothed"), held.length > 0 && h("span", { class: "held" }, "held-out")),
-      chart([["loss", "raw", raw], ["smoothed", "soft", smoothed(raw)], ["held-out", "held", held]], "loss by step", 0),
-      h("div", { class: "smalls" }, ["learning_rate", ...others].map((key) => {
-        const made = chart([[key, "soft", of(key)]], `${key} by step`);
-        return made && h("figure", {}, h("figcaption", {}, key.replaceAll("_", " ")), made);
-      }))));
+    const raw = series(logged, "loss"), held = series(logged, "eval_loss");
+    const extra = [...new Set(logged.flatMap((x) => Object.keys(x)))].filter((k) => !PLAIN.includes(k) && !k.includes("/"));
+    const names = ["learning_rate", ...extra].filter((k) => series(logged, k).length > 0).slice(0, 12);
+    if (!raw.length && !names.length) return;
+    if (!curves.firstChild) fill(curves, h("section", {}, h("h2", {}, "Training"), h("figure", {}, h("figcaption", {}, "loss by step"), loss), smalls));
+    if (raw.length) grow("loss", loss, { zero: true, log: positive(raw, held), series: [
+      { name: "each step", colour: "raw", width: 1, points: raw }, { name: "smoothed", colour: "wood", points: smoothed(raw) }, { name: "held-out", colour: "held", points: held }].filter((one) => one.points.length) });
+    for (const key of names) {
+      const caption = key.replaceAll("_", " ");
+      const box = h("div", { class: "plot" });
+      if (!charts.has(caption)) smalls.append(h("figure", {}, h("figcaption", {}, caption), box));
+      grow(caption, box, { height: 150, series: [{ name: caption, colour: "wood", points: series(logged, key) }] });
+    }
   }
 
   async function tick() {
@@ -101,7 +111,7 @@ export async function run(name, signal) {
     h("header", {}, h("p", { class: "what" }, whole.what), h("h1", {}, name)),
     head, actions, said.box, numbers, curves, answers, more,
     h("section", {}, h("h2", {}, "Recipe"), whole.command && h("p", { class: "note" }, "From a shell: ", h("code", {}, whole.command)), h("pre", { class: "recipe", tabindex: "0", "aria-label": "The recipe" }, whole.recipe)),
-    h("section", {}, h("details", {}, h("summary", {}, "What the command said"), log)),
+    h("section", {}, h("details", {}, h("summary", {}, "Console output"), log)),
   ];
 }
 
@@ -113,7 +123,7 @@ function modelOf(text) {
 function table(lines, finished) {
   if (!lines.length) return null;
   const judged = (x) => x.better === true ? ["good", "better"] : x.better === false ? ["bad", "worse"] : ["", ""];
-  return h("section", {}, h("h2", {}, finished ? "Before and after" : "Before and now"),
+  return h("section", {}, h("h2", {}, finished ? "Evaluation: before and after" : "Evaluation: before and now"),
     h("table", { class: "numbers" },
       h("thead", {}, h("tr", {}, ["", "before", finished ? "after" : "now", "change"].map((t) => h("th", { scope: "col" }, t)))),
       h("tbody", {}, lines.map((x) => {
@@ -124,10 +134,10 @@ function table(lines, finished) {
 
 function said_(answers, finished) {
   if (!answers.length) return null;
-  const mark = (score) => score === null || score === undefined ? null : h("b", { class: score > 0 ? "good" : "bad" }, score === 1 ? " right" : score === 0 ? " wrong" : ` ${score.toFixed(2)}`);
+  const mark = (score) => score === null || score === undefined ? null : h("b", { class: score > 0 ? "good" : "bad" }, score === 1 ? " correct" : score === 0 ? " wrong" : ` ${score.toFixed(2)}`);
   const part = (title, text, score) => text !== null && text !== undefined && h("div", {}, h("h3", {}, title, mark(score)), h("pre", {}, text || " "));
-  return h("section", {}, h("h2", {}, "Answers"), answers.slice(0, 12).map((a) => h("article", {}, h("h3", {}, "asked"), h("pre", {}, a.prompt),
-    h("div", { class: "sides" }, part("before", a.before, a.score_before), part(finished ? "after" : "now", a.after, a.score_after), part("expected", a.expected)))));
+  return h("section", {}, h("h2", {}, "Generations"), answers.slice(0, 12).map((a) => h("article", {}, h("h3", {}, "prompt"), h("pre", {}, a.prompt),
+    h("div", { class: "sides" }, part("before", a.before, a.score_before), part(finished ? "after" : "now", a.after, a.score_after), part("reference", a.expected)))));
 }
 
 function exporting(at, name, whole) {
@@ -142,7 +152,7 @@ function exporting(at, name, whole) {
   for (const one of [kind, to]) one.addEventListener("input", say);
   say();
   const done = h("ul", { class: "told" }, whole.exports.map((x) => h("li", {}, x)));
-  return h("section", { class: "work" }, h("h2", {}, "Export"), h("p", { class: "note" }, "Written, loaded back, and compared with the tuned model; nothing is left where it answers otherwise."),
+  return h("section", { class: "work" }, h("h2", {}, "Export"), h("p", { class: "note" }, "The export is loaded back and compared with the tuned model; it is deleted where its outputs differ."),
     h("div", { class: "fields" }, field("As", kind), field("To", to, "A folder on this machine")),
     h("p", { class: "buttons" }, button("Export", async (b) => {
       b.textContent = "Exporting …";

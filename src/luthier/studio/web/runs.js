@@ -20,7 +20,7 @@ export async function runs(rest, signal) {
     if (mark === before) return;
     before = mark;
     const focused = document.activeElement?.dataset?.run;
-    fill(list, found.length ? found.map((r) => card(r, chosen, choose)) : h("li", { class: "empty" }, "No run yet. ", h("a", { href: "#new" }, "Begin one"), ": the built-in models and rows need no network."));
+    fill(list, found.length ? found.map((r) => card(r, chosen, choose)) : h("li", { class: "empty" }, "No run yet. ", h("a", { href: "#new" }, "Start one"), ": the built-in models and rows need no network."));
     if (focused) list.querySelector(`[data-run="${CSS.escape(focused)}"]`)?.focus();
   };
   const first = await ask("/api/runs");
@@ -30,7 +30,7 @@ export async function runs(rest, signal) {
   every(3, signal, async () => {
     try { show(await ask("/api/runs", undefined, { signal })); await over.show(); said.say(""); } catch (error) { if (error.name !== "AbortError") said.say(error.message); }
   });
-  return [h("header", {}, h("h1", {}, "Runs"), h("p", { class: "note" }, "Each is a folder under runs/, whoever began it. Tick some to lay their curves over each other, and to compare their recipes on the same rows, seeds and budget.")), said.box, over.box, compare.box, list];
+  return [h("header", {}, h("h1", {}, "Runs"), h("p", { class: "note" }, "Each is a folder under runs/, started here or in a shell. Select some to see their curves in one chart, and to compare their recipes on the same data, seeds and budget.")), said.box, over.box, compare.box, list];
 }
 
 function card(r, chosen, choose) {
@@ -65,7 +65,7 @@ function comparing(chosen) {
   const budget = h("input", { type: "text", placeholder: "as the recipes say" }), metric = h("input", { type: "text", placeholder: "loss" });
   const title = h("h2");
   const box = h("section", { class: "panel work", hidden: true }, title,
-    h("div", { class: "fields" }, field("Name", name, "Its folder: runs/NAME"), field("Seeds", seeds, "Runs of each recipe"), field("Budget of each run", budget, "A time (30m), steps (500 steps) or tokens (200k tokens)"), field("Metric", metric, "By which they are ranked")),
+    h("div", { class: "fields" }, field("Name", name, "Its folder: runs/NAME"), field("Seeds", seeds, "Runs of each recipe"), field("Budget of each run", budget, "A time (30m), steps (500 steps) or tokens (200k tokens)"), field("Metric", metric, "Ranks the runs")),
     h("p", { class: "buttons" }, button("Compare them", async () => {
       await ask("/api/compare", { name: name.value, runs: [...chosen], seeds: Number(seeds.value) || 1, budget: budget.value, metric: metric.value || "loss" });
       announce(`comparison ${name.value} started`);

@@ -40,18 +40,18 @@ export async function talk(rest, signal) {
   }
   keep();
   return [
-    h("header", {}, h("h1", {}, "Talk"), h("p", { class: "note" }, "The same words to one model or two. A model is loaded when it is first asked, and asked as it was trained: in turns, or with a text to continue.")),
+    h("header", {}, h("h1", {}, "Chat"), h("p", { class: "note" }, "The same message to one model or two. A model is loaded at its first message and prompted as it was trained: in chat turns, or with a text to continue.")),
     h("div", { class: "talk" }, sides.map((s) => s.box)),
-    h("div", { class: "asking" }, field("What you say", text, "Enter sends, Shift+Enter breaks the line"),
+    h("div", { class: "asking" }, field("Message", text, "Enter sends, Shift+Enter breaks the line"),
       h("p", { class: "buttons" }, go, stop, h("button", { type: "button", class: "quiet", onclick: () => { going.abort(); was.turns = [[], []]; keep(); sides.forEach((s) => s.show()); announce("a new conversation"); } }, "New conversation"))),
-    h("details", { onchange: keep }, h("summary", {}, "How they answer"), h("div", { class: "fields" }, field("max_new_tokens", tokens, "Tokens of an answer at most"), field("temperature", heat, "0 always takes the likeliest token"), field("seed", seed, "Of the random draws, where temperature is above 0"))),
+    h("details", { onchange: keep }, h("summary", {}, "Generation settings"), h("div", { class: "fields" }, field("max_new_tokens", tokens, "Maximum number of generated tokens"), field("temperature", heat, "0: greedy decoding"), field("seed", seed, "Of sampling, where temperature is above 0"))),
     h("p", { class: "note" }, "The same from a shell:"), commands,
   ];
 }
 
 function panel(side, i, was, models, keep) {
   const said = complaint(), turns = h("div", { class: "turns", role: "log", tabindex: "0", "aria-label": `Conversation, ${side}` });
-  const [model, list] = suggested(models, { value: was.models[i] ?? "", placeholder: i ? "nobody" : "toy:lm", onchange: () => { was.models[i] = model.value.trim(); was.turns[i] = []; keep(); show(); } });
+  const [model, list] = suggested(models, { value: was.models[i] ?? "", placeholder: i ? "none" : "toy:lm", onchange: () => { was.models[i] = model.value.trim(); was.turns[i] = []; keep(); show(); } });
   const turn = (t, name) => h("div", { class: `turn ${t.role}` }, h("p", { class: "who" }, t.role === "user" ? "you" : name), h("pre", {}, t.content || "(nothing)"), t.stopped && h("p", { class: "note" }, "stopped here"));
   function show() {
     fill(turns, was.turns[i].map((t) => turn(t, was.models[i])));
