@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from luthier.registry import spec
-from luthier.report.page import write_report
 from luthier.run import resume
 from luthier.run.caches import close_caches
 from luthier.run.folder import update_state
@@ -32,6 +31,8 @@ class Finished:
 
 def finish(trained: Trained) -> Finished:
     """Measured and saved, so that nothing of the run is needed in memory any more."""
+    from luthier.report import write_report  # pages are drawn only here: starting a run does not wait for them
+
     if not trained.complete:
         return Finished(_pause(trained.prepared), paused=True)
     prepared = trained.prepared
