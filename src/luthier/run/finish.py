@@ -31,7 +31,8 @@ class Finished:
 
 def finish(trained: Trained) -> Finished:
     """Measured and saved, so that nothing of the run is needed in memory any more."""
-    from luthier.report import write_report  # pages are drawn only here: starting a run does not wait for them
+    # how pages are drawn is loaded only here: no run waits for it at its start
+    from luthier.report import write_report
 
     if not trained.complete:
         return Finished(_pause(trained.prepared), paused=True)

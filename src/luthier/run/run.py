@@ -37,8 +37,8 @@ def perform(
     """A recipe, or the plan it carries, to its end or to where it pauses.
 
     callback: hears what happens (report.console.Callback). overwrite: do again what is finished; by default
-    where the recipe says so. stop_at: pause at this step; below 1 a share of the run. of_plan: a run of a plan
-    may leave roles unused that others of its runs require. Raises RecipeError.
+    where the recipe says so. stop_at: pause at this step; below 1 a share of the run. of_plan: a run of a
+    plan may leave roles unused that others of its runs require. Raises RecipeError.
     """
     folder = Path(folder or recipe.output_dir or default_folder(recipe))
     if overwrite is None:
