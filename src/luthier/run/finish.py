@@ -31,11 +31,11 @@ class Finished:
 
 def finish(trained: Trained) -> Finished:
     """Measured and saved, so that nothing of the run is needed in memory any more."""
-    # how pages are drawn is loaded only here: no run waits for it at its start
-    from luthier.report import write_report
-
     if not trained.complete:
         return Finished(_pause(trained.prepared), paused=True)
+    # how pages are drawn is loaded only here: no run waits for it at its start
+    from luthier.report.page import write_report
+
     prepared = trained.prepared
     session, trainer = prepared.session, prepared.trainer
     session.callback.stage("evaluating after training")
