@@ -56,13 +56,14 @@ class TargetModules(Tuner):
 
     on_quantized: ClassVar[bool] = True
 
-    # ends of their names, one regular expression, or all-linear
+    # suffixes of module names, one regular expression, or all-linear
     target_modules: str | list[str] = "all-linear"
-    exclude_modules: str | list[str] | None = None  # ends of names, or a regular expression, to leave alone
-    layers_to_transform: int | list[int] | None = None  # only these layers; wants target_modules as a list
+    # suffixes of module names, or a regular expression, to leave unchanged
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None  # only these layers; needs target_modules as a list
     # name of the list of layers, where it is not layers, h, block or the like
     layers_pattern: str | list[str] | None = None
-    # further modules that are trained whole and saved beside the adapter
+    # further modules that are fully trained and saved beside the adapter
     modules_to_save: list[str] | None = None
 
     def only(self, layers: Sequence[int], of: int) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class BootstrapFinetune(Compiler):
     # keys of the recipe by which each is tuned: model, tuner, learning_rate, ...
     recipe: dict[str, Any] = field(default_factory=dict)
     max_rounds: Annotated[int, Field(ge=1)] = 1  # tries at a row: the first without chance
-    threshold: float = 1.0  # what the metric says of an accepted answer at least
+    threshold: float = 1.0  # lowest metric of an accepted answer
     temperature: Annotated[float, Field(ge=0)] = 0.7  # of the tries after the first
     seed: int = 0  # of tries
 

@@ -26,7 +26,7 @@ from luthier.registry import estimator
 class ParetoDA(Terms):
     """The step is `terms` times the mix, as long as a sum of all would be."""
 
-    guide: int = -1  # the term that is looked at, counted from 0; -1: the last
+    guide: int = -1  # the term that guides and is not trained on, counted from 0; -1: the last
     eps: Annotated[float, Field(ge=0)] = 1e-3  # loss of the guide below which it is satisfied
 
     def combine(self, every, losses, rng):

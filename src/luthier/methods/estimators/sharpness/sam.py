@@ -18,7 +18,8 @@ from luthier.registry import estimator
 class SAM(Estimator):
     """Climb rho along the gradient, take the gradient there, come back, step."""
 
-    rho: Annotated[float, Field(gt=0)] = 0.05  # distance climbed, over everything that moves together
+    # length of the perturbation, over all trainable parameters together
+    rho: Annotated[float, Field(gt=0)] = 0.05
 
     def step(self, closure, chain, clock):
         loss = closure()

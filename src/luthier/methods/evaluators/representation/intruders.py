@@ -29,7 +29,7 @@ class Intruders(Evaluator):
     to it.
     """
 
-    k: Annotated[int, Field(gt=0)] = 10  # how many of a matrix's first singular vectors are looked at
+    k: Annotated[int, Field(gt=0)] = 10  # number of leading singular vectors of a matrix that are examined
     # a direction less like every old one than this (cosine) is an intruder
     epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.5
 

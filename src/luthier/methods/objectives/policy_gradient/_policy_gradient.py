@@ -45,7 +45,7 @@ class PolicyGradient(Objective):
 
     epsilon: Annotated[NotNegative, Range(0.05, 0.4)] = 0.2  # the ratio counts from 1 - epsilon
     epsilon_high: NotNegative | None = None  # to 1 + epsilon_high; null: epsilon
-    beta: KLWeight = 0.0  # weight of the KL to the reference; at 0 nobody need play it
+    beta: KLWeight = 0.0  # weight of the KL to the reference; at 0 no reference is needed
     # advantages over the deviation in their row, in the micro-batch, or as is
     scale_rewards: Literal["group", "batch", "none"] = "group"
     # weigh the KL by the ratio, so that its gradient is the KL's own; false: as in GRPO's paper

@@ -13,7 +13,7 @@ class SGD(Optimizer):
     torch.optim.SGD.
     """
 
-    momentum: float = 0.0  # share of the last step that goes on
+    momentum: float = 0.0  # share of the last step that is kept
     nesterov: bool = False  # look ahead along the momentum
 
     def chain(self):

@@ -40,7 +40,7 @@ class Front(Plan):
     best, as a mean over seeds (arXiv:2310.16487).
     """
 
-    # name: a reward; not given: the rewards of the recipe's stages judge or score
+    # name: a reward; not given: the rewards of the recipe's scoring stages
     goals: dict[str, Any] = field(default_factory=dict)
     points: Annotated[int, Field(ge=2)] = 5  # models, their weights spread evenly
     # the weights themselves, one list a model in the order of goals
@@ -48,7 +48,7 @@ class Front(Plan):
     # where the models between come from: each tuned, or the average of those at the ends
     between: Literal["tuned", "average"] = "tuned"
     least: Annotated[float, Field(ge=0, lt=0.5)] = 0.1  # weight of a goal at least
-    # where each goal's volume begins; else 0 for shares, and the lowest seen for others
+    # reference point of the hypervolume in each goal; else 0 for shares, the lowest value for others
     worst: dict[str, float] = field(default_factory=dict)
     judged: Annotated[int, Field(ge=1)] = 64  # held-out prompts that are answered
     samples: Annotated[int, Field(ge=1)] = 1  # answers to each

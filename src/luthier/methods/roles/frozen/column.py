@@ -1,4 +1,6 @@
-"""A role whose log-probabilities are a column of the rows, written by a stage: its model need not be loaded."""
+"""A role whose log-probabilities are a column of the rows, written by a stage: its model need not
+be loaded.
+"""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ class VLLM(Endpoint):
 
     # folder that the server finds under the same path; not given: a temporary one of this machine
     adapter_dir: str | None = None
-    connections: Annotated[int, Field(ge=1)] = 64  # prompts asked at once
+    connections: Annotated[int, Field(ge=1)] = 64  # concurrent requests
 
     def play(self, name, policy):
         return Sampler(self, policy)

@@ -1,4 +1,6 @@
-"""Lays out two answers, each right in its own context, as the six readings that objective `s_vco` compares."""
+"""Lays out two answers, each right in its own context, as the six readings that objective `s_vco`
+compares.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class Rationale(Stage):
     asks_model = False
 
     column: str = "rationale"  # where the rationale is
-    before: str = ""  # what a rationale begins with, so that the two can be told apart
+    before: str = ""  # prefix of a rationale, which distinguishes it from an answer
 
     @property
     def active_requires(self):

@@ -22,9 +22,9 @@ class ImplicitReward(Stage):
     completion.
     """
 
-    # who judges, e.g. `roles: {judge: {name: model, model: FOLDER}}`; also the reward's name
+    # the role that scores, e.g. `roles: {judge: {name: model, model: FOLDER}}`; also the reward's name
     role: str = "judge"
-    beta: Annotated[float, Field(gt=0)] = 0.1  # that the judge was tuned with
+    beta: Annotated[float, Field(gt=0)] = 0.1  # the beta that the scoring model was trained with
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
 
     @property

@@ -34,9 +34,8 @@ class StepPairs(Stage):
     as right from 0.5 on.
     """
 
-    reward: Annotated[Any, nested("reward")] = "exact_match"  # the judge
-    # ways to go on that are tried from each beginning
-    n: Annotated[int, Field(ge=1), Range(4, 128, log=True)] = 8
+    reward: Annotated[Any, nested("reward")] = "exact_match"  # the reward that scores answers
+    n: Annotated[int, Field(ge=1), Range(4, 128, log=True)] = 8  # continuations sampled from each prefix
     max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of one of them at most
     temperature: Annotated[float, Field(gt=0)] = 1.0  # of sampling
     separator: str = "\n"  # what ends a step

@@ -26,7 +26,7 @@ from luthier.registry import Range, tuner
 class Reinit(Tuner):
     """Full tuning with new top layers. On small sets of rows one or two layers help most."""
 
-    layers: Annotated[int, Field(ge=1), Range(1, 4)] = 1  # top layers that start anew
+    layers: Annotated[int, Field(ge=1), Range(1, 4)] = 1  # top layers that are re-initialised
 
     def attach(self, model):
         return ReinitializedModel(self, model)

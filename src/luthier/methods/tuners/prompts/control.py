@@ -40,7 +40,7 @@ class Control(Tuner):
     num_virtual_tokens: Annotated[int, Field(ge=1)] = 20  # vectors of each
     # one a bucket, from whose tokens it starts; not given: from tokens drawn from the vocabulary
     texts: tuple[str, ...] = ()
-    # what else moves, and how
+    # the tuner of the network; null: only the prompts are trained
     tuner: Annotated[Any, BeforeValidator(lambda v: v if v is None else build("tuner", v))] = None
 
     def __post_init__(self):

@@ -26,7 +26,7 @@ class Sparse(Delta):
     # S is multiplied with as W is: its values stay in fp32, and x S' has the model's precision
     precise: ClassVar[bool] = False
 
-    # share of each weight's entries that move
+    # share of each weight's entries that is trained
     density: Annotated[float, Field(gt=0, le=1), Range(0.001, 0.1, log=True)] = 0.01
 
     def count(self, W: Tensor) -> int:

@@ -25,7 +25,7 @@ from luthier.registry import tuner
 class APET(Sparse):
     """Random positions, n in all."""
 
-    # entries that move, over all chosen modules; null: density of them
+    # trainable entries, over all chosen modules; null: density of them
     n: Annotated[int, Field(ge=1)] | None = None
     selection_seed: int = 0  # of the draw of positions
     counts: dict[str, int] | None = None  # how many entries of each module; filled in when attached

@@ -22,7 +22,8 @@ class BitFit(Tuner):
 
     on_quantized: ClassVar[bool] = True  # biases and norms are no codes
 
-    also: tuple[Literal["norms", "head"], ...] = ()  # further weights that move: of norms, of the output head
+    # further weights that are trained: of norms, of the output head
+    also: tuple[Literal["norms", "head"], ...] = ()
 
     def attach(self, model):
         norms = [

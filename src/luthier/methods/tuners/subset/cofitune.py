@@ -44,9 +44,10 @@ Edge = Annotated[float, Field(ge=0, le=1)]
 class CoFiTune(Tuner):
     """Coarse to fine."""
 
-    layer_range: tuple[Edge, Edge] = (0.25, 0.5)  # the layers that move, from and to, as shares of the depth
-    modules: tuple[Part, ...] = ("up", "down")  # their matrices that move
-    soft_mask: bool = True  # whether rows that general skills need move less
+    # first and last layer that is trained, as shares of the depth
+    layer_range: tuple[Edge, Edge] = (0.25, 0.5)
+    modules: tuple[Part, ...] = ("up", "down")  # their matrices that are trained
+    soft_mask: bool = True  # whether rows that general skills depend on get a smaller gradient
     noise: Annotated[float, Field(gt=0, lt=1)] = 0.1  # dropout of the passes that measure importance
     init_rows: Annotated[int, Field(ge=1)] = 64  # rows on which importance is measured
 

@@ -27,9 +27,9 @@ DRAWS = 32  # random halves of which the best balanced one is taken
 class HFT(Tuner):
     """Half fine-tuning."""
 
-    # share of the layers' weights that moves; 1 is full tuning
+    # share of the layers' weights that is trained; 1 is full fine-tuning
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
-    # whether what is in no layer (embeddings, head, final norm) moves; it is left out of the balance
+    # whether embeddings, head and final norm are trained; they are not counted in ratio
     embeddings: bool = True
 
     def attach(self, model):

@@ -26,7 +26,7 @@ from luthier.registry import tuner
 class OwLore(Tuner):
     """Outlier-weighed layerwise sampling."""
 
-    n_layers: Annotated[int, Field(ge=1)] = 5  # layers that move at once
+    n_layers: Annotated[int, Field(ge=1)] = 5  # layers trained at once
     interval: Annotated[int, Field(ge=1)] = 50  # optimizer steps between draws
     # what makes a layer likely: outliers, or depth
     prob_mode: Literal["owl", "owl_reverse", "uniform", "increasing", "decreasing"] = "owl"

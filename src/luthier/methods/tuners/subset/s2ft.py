@@ -45,12 +45,12 @@ class S2FT(Delta):
 
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
 
-    # share of the channels whose columns of down move
+    # share of the channels whose columns of down are trained
     d_ratio: Annotated[Share, Range(0.01, 0.2, log=True)] = 0.03
-    u_ratio: Share = 0.0  # of the channels whose rows of up move
-    g_ratio: Share = 0.0  # of the channels whose rows of gate move
-    o_ratio: Share = 0.0  # of the heads whose columns of o move
-    v_ratio: Share = 0.0  # of the key-value heads whose rows of v move
+    u_ratio: Share = 0.0  # share of the channels whose rows of up are trained
+    g_ratio: Share = 0.0  # share of the channels whose rows of gate are trained
+    o_ratio: Share = 0.0  # share of the heads whose columns of o are trained
+    v_ratio: Share = 0.0  # share of the key-value heads whose rows of v are trained
     selection_seed: int = 0  # of the draw of heads and channels
     num_attention_heads: int | None = None  # of the network; filled in when attached
     num_key_value_heads: int | None = None  # of the network; filled in when attached

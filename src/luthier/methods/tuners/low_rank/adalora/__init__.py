@@ -30,8 +30,8 @@ class AdaLoRA(Delta):
     target_r: Annotated[int, Field(ge=1), Range(4, 64, log=True)] = 8
     init_r: Annotated[int, Field(ge=1)] = 12  # ranks of each module at the start
     lora_alpha: float = 32  # scale of B E A, before division by init_r
-    tinit: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the run before ranks begin to go
-    # share of the run, at its end, in which they stay as they are
+    tinit: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the run before ranks begin to be removed
+    # share of the run, at its end, in which ranks are fixed
     tfinal: Annotated[float, Field(ge=0, lt=1)] = 0.3
     deltaT: Annotated[int, Field(ge=1)] = 1  # steps between two allocations
     beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85  # smoothing of importance
