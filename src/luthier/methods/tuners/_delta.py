@@ -52,7 +52,7 @@ def oriented(layer: Matrix) -> Tensor:
 
 @family
 class TargetModules(Tuner):
-    """Family: which modules of a network are tuned, in the words of PEFT."""
+    """Family: which modules of a network are tuned, with PEFT's settings."""
 
     on_quantized: ClassVar[bool] = True
 
@@ -74,7 +74,9 @@ class TargetModules(Tuner):
 
 @family
 class Delta(TargetModules):
-    """Family: own tensors for each chosen module, and the weight they make of its weight."""
+    """Family: trainable tensors for each chosen module, and the tuned weight as a function of them and the
+    original weight.
+    """
 
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear, nn.Embedding)  # modules it can sit on, besides Conv1D
     # forward is given x and y in the adapter's fp32; else in the model's precision

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Values:
-    """What a reward model says of a batch."""
+    """A reward model's values of a batch."""
 
     def __init__(self, values: Tensor):
         self.values = self.said = values  # [T] in fp32, one for each supervised token
@@ -31,7 +31,7 @@ class Values:
 
 @architecture(provides=[VALUES])
 class RewardModel(Architecture):
-    """AutoModelForSequenceClassification with one label, a decoder's."""
+    """AutoModelForSequenceClassification with one label, on a decoder."""
 
     def suits(self, config: Any) -> bool:
         return False  # never guessed: the same checkpoint may be a classifier or a language model

@@ -19,7 +19,7 @@ from luthier.registry import compiler
 
 @compiler(paper="arXiv:2310.03714", row="dspy-compile")
 class BootstrapFewShot(Compiler):
-    """Demonstrations from the program's own successes."""
+    """Demonstrations from the program's own accepted traces."""
 
     max_bootstrapped_demos: Annotated[int, Field(ge=0)] = 4  # traces that become demonstrations
     # demonstrations of a predictor in all, the rest filled with labelled rows

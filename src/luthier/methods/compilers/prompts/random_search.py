@@ -22,7 +22,7 @@ from luthier.registry import compiler, nested
 
 @compiler(paper="arXiv:2310.03714", row="dspy-compile")
 class RandomSearch(Compiler):
-    """BootstrapFewShot, many times."""
+    """BootstrapFewShot on many random subsets."""
 
     num_candidates: Annotated[int, Field(ge=0)] = 16  # with a drawn order
     inner: Annotated[Any, nested("compiler")] = "bootstrap_few_shot"  # what is repeated, with its settings

@@ -23,7 +23,7 @@ from luthier.storage import files
 
 @compiler(paper="arXiv:2310.03714", row="dspy-compile")
 class BootstrapFinetune(Compiler):
-    """Traces become weights."""
+    """Fine-tunes a small model on accepted traces."""
 
     output_dir: str  # where the rows and the runs lie: PREDICTOR.jsonl and PREDICTOR/
     # keys of the recipe by which each is tuned: model, tuner, learning_rate, ...

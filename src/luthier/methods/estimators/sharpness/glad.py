@@ -20,7 +20,7 @@ from luthier.registry import Range, estimator
 
 @estimator(paper="arXiv:2507.13089", row="glad", provides=[GRADIENT])
 class GLAD(Estimator):
-    """A mix of the gradient here and the gradient up the slope."""
+    """A mix of the gradient here and the gradient at the perturbed point."""
 
     # length of the perturbation, over all trainable parameters together
     rho: Annotated[float, Field(gt=0), Range(0.005, 0.5, log=True)] = 0.05

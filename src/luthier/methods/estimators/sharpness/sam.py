@@ -16,7 +16,9 @@ from luthier.registry import estimator
 
 @estimator(paper="arXiv:2010.01412", provides=[GRADIENT])
 class SAM(Estimator):
-    """Climb rho along the gradient, take the gradient there, come back, step."""
+    """Perturbs the weights by rho along the gradient, takes the gradient there, restores the weights and
+    steps.
+    """
 
     # length of the perturbation, over all trainable parameters together
     rho: Annotated[float, Field(gt=0)] = 0.05

@@ -25,7 +25,7 @@ from luthier.registry import merger
     contract={"idempotent": "several runs are refused, and one is changed on purpose"},
 )
 class HalfReset(Merger):
-    """One run in; about `ratio` of its layers' weights are the base's afterwards."""
+    """One run in; about `ratio` of its layers' weights are reset to the base's."""
 
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.5  # share of the layers' weights that is reset
     selection_seed: int = 0  # of the draw of what is reset

@@ -33,7 +33,7 @@ def topped(p: Tensor, q: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @family
 class Distill(Objective):
-    """Family: a method says how far apart two distributions are. Teacher and policy share a vocabulary."""
+    """Family: a method defines the divergence of two distributions. Teacher and policy share a vocabulary."""
 
     # compare the teacher's k most likely tokens and the rest as one; 0: the whole vocabulary
     k: Annotated[int, Field(ge=0)] = 0

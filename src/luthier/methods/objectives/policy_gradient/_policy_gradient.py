@@ -39,7 +39,7 @@ SPREAD = {  # scale_rewards -> what centred scores are divided by
 
 @family
 class PolicyGradient(Objective):
-    """Family: `tokens` is the clipped surrogate of each token; a method says how tokens add up."""
+    """Family: `tokens` is the clipped surrogate of each token; a method defines how tokens are averaged."""
 
     flat: ClassVar[bool] = True
 

@@ -60,7 +60,7 @@ class VLLM(Endpoint):
 
 
 class Sampler(EndpointModel):
-    """A server that writes with the policy's adapter."""
+    """A server that samples with the policy's adapter."""
 
     settings: VLLM
 

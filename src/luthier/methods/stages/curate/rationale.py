@@ -23,7 +23,7 @@ TASKS = Column(
 )
 class Rationale(Stage):
     """completions = [the answer, `before` and the rationale]; tasks = ["answer", "rationale"]. Rows without
-    either leave.
+    either are dropped.
     """
 
     asks_model = False

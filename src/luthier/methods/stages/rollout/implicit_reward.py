@@ -18,7 +18,7 @@ from luthier.registry import stage
 
 @stage(paper="arXiv:2310.03708", row="modpo", requires=[COMPLETIONS, REFERENCE, LOGPROBS], provides=[REWARDS])
 class ImplicitReward(Stage):
-    """Column `rewards`, beside what is there: {role: beta * (log p_role - log p_reference)} of each
+    """Column `rewards`, beside those already there: {role: beta * (log p_role - log p_reference)} of each
     completion.
     """
 

@@ -29,9 +29,9 @@ from luthier.registry import Range, nested, stage
     contract={"gives": "a model that never ends right finds no way out, and its rows leave"},
 )
 class StepPairs(Stage):
-    """Columns `prefix` (shared, not learned), `completions` [chosen, rejected], `advantages` of the wrong
-    solution's steps. Rows without a wrong completion, or without a right way out of it, leave. Rewards count
-    as right from 0.5 on.
+    """Columns `prefix` (shared, not trained on), `completions` [chosen, rejected], `advantages` of the wrong
+    solution's steps. Rows without a wrong completion, or without a right continuation, are dropped. Rewards
+    count as right from 0.5 on.
     """
 
     reward: Annotated[Any, nested("reward")] = "exact_match"  # the reward that scores answers

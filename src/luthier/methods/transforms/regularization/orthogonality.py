@@ -21,7 +21,7 @@ from luthier.registry import Range, transform
 
 @transform(paper="arXiv:2303.10512")
 class Orthogonality(Transform):
-    """A pull of A A' and B' B towards the identity; other tensors pass as they are."""
+    """A pull of A A' and B' B towards the identity; other tensors pass unchanged."""
 
     # of the term beside the loss (orth_reg_weight in PEFT)
     weight: Annotated[float, Field(ge=0), Range(0.01, 1.0, log=True)] = 0.5

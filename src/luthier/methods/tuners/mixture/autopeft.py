@@ -144,7 +144,7 @@ class AutoPEFT(Delta):
 
 
 class FrozenModel(TunedModel):
-    """The vector of zeros: the frozen model, of which nothing moves."""
+    """The vector of zeros: the frozen model, without trainable parameters."""
 
     def all_param_groups(self):
         return []

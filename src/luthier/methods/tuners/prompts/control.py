@@ -34,7 +34,7 @@ FILE = "control.safetensors"
     contract={"starts_as_base": "vectors before the text change what is read from the first step on"},
 )
 class Control(Tuner):
-    """One soft prompt per bucket of rows."""
+    """One soft prompt per quality bin of rows."""
 
     buckets: Annotated[int, Field(ge=2)] = 2  # kinds of rows, from the least wanted to the most
     num_virtual_tokens: Annotated[int, Field(ge=1)] = 20  # vectors of each

@@ -32,7 +32,7 @@ Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_le
 
 @tuner(example={"init_rows": 2}, paper="arXiv:2308.15609", row="instatune", provides=[MERGE, ELASTIC])
 class Elastic(Tuner):
-    """Full tuning of a network with sub-networks."""
+    """Full fine-tuning of a network with sub-networks."""
 
     heads: Shares = (0.5, 0.75, 1.0)  # shares of a layer's heads that a sub-network may have
     width: Shares = (0.25, 0.5, 0.75, 1.0)  # shares of a layer's feed-forward units

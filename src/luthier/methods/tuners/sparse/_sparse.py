@@ -21,7 +21,7 @@ from luthier.registry import Range, family
 
 @family
 class Sparse(Delta):
-    """Family: some entries of every chosen weight move, each by its own number."""
+    """Family: some entries of every chosen weight are trained, each by its own number."""
 
     # S is multiplied with as W is: its values stay in fp32, and x S' has the model's precision
     precise: ClassVar[bool] = False

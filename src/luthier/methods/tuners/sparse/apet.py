@@ -23,7 +23,7 @@ from luthier.registry import tuner
 
 @tuner(row="apet", provides=[DISABLE_ADAPTER, MERGE])
 class APET(Sparse):
-    """Random positions, n in all."""
+    """Random positions, n in total."""
 
     # trainable entries, over all chosen modules; null: density of them
     n: Annotated[int, Field(ge=1)] | None = None

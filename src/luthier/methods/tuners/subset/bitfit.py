@@ -18,7 +18,7 @@ from luthier.registry import tuner
 
 @tuner(paper="arXiv:2106.10199", provides=[DISABLE_ADAPTER, MERGE])
 class BitFit(Tuner):
-    """Every bias of the network, and what `also` names."""
+    """Every bias of the network, and the weights in `also`."""
 
     on_quantized: ClassVar[bool] = True  # biases and norms are no codes
 

@@ -42,7 +42,7 @@ Edge = Annotated[float, Field(ge=0, le=1)]
 
 @tuner(example={"init_rows": 2}, paper="arXiv:2404.10306", row="cofitune", provides=[DISABLE_ADAPTER, MERGE])
 class CoFiTune(Tuner):
-    """Coarse to fine."""
+    """Coarse-to-fine selection of weights."""
 
     # first and last layer that is trained, as shares of the depth
     layer_range: tuple[Edge, Edge] = (0.25, 0.5)
@@ -56,7 +56,7 @@ class CoFiTune(Tuner):
 
 
 class SoftMaskedWeights(TunedWeights):
-    """Some matrices; each has for its outputs the share of the gradient that is used."""
+    """Some matrices, each with a factor per output row for its gradient."""
 
     def __init__(self, settings, model):
         names = [n for n, _ in model.named_parameters()]

@@ -37,7 +37,7 @@ class HFT(Tuner):
 
 
 class HalfTunedWeights(LayerwiseWeights):
-    """A random half of every layer. The number it is drawn by is part of the state, and the next run's half
+    """A random half of every layer. The seed of the draw belongs to the state, and the next run's half
     follows from it.
     """
 

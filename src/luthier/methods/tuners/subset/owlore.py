@@ -38,7 +38,7 @@ class OwLore(Tuner):
 
 
 class OutlierSampledLayers(SampledLayers):
-    """A few layers at a time, each as likely as it is dense in outliers."""
+    """A few layers at a time, drawn in proportion to their density of outliers."""
 
     def __init__(self, settings, model):
         super().__init__(settings, model)

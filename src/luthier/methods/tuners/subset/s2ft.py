@@ -111,7 +111,7 @@ class S2FT(Delta):
 
 @family
 class WeightSlice(Delta):
-    """The part of one weight that moves."""
+    """The trainable part of one weight."""
 
     name: ClassVar[str] = "s2ft"
     provides: ClassVar[frozenset[str]] = frozenset({DISABLE_ADAPTER, MERGE})

@@ -27,7 +27,7 @@ LEARN = "learn"
 
 @stage(example={"share": 1.0}, row="csr", requires=[COMPLETIONS])
 class CodeSwitch(Stage):
-    """Texts, or what completions say, become (text with exchanged words -> text)."""
+    """Texts, or the completions of rows, become rows (text with replaced words -> text)."""
 
     asks_model = False
 

@@ -24,7 +24,7 @@ from luthier.registry import Range, tuner
 
 @tuner(paper="arXiv:2303.10512", provides=[DISABLE_ADAPTER, MERGE, LOW_RANK])
 class AdaLoRA(Delta):
-    """Low rank, shared out between modules by importance."""
+    """Low rank, distributed over modules by importance."""
 
     # ranks of a module at the end, on average
     target_r: Annotated[int, Field(ge=1), Range(4, 64, log=True)] = 8

@@ -34,7 +34,7 @@ from luthier.registry import tuner
     former_settings={"said": "structure_aware"},
 )
 class IntrinsicDimension(Delta):
-    """d numbers move a whole network."""
+    """d trainable numbers for a whole network."""
 
     d: Annotated[int, Field(ge=1)] = 1000  # trainable parameters, scales of modules included
     structure_aware: bool = True  # a scale of its own for each module

@@ -56,7 +56,7 @@ def _task(model: Network) -> str | None:
 
 
 class LoraTunedModel(PeftTunedModel):
-    """LoRA, with a start of its own."""
+    """LoRA with starts of its own."""
 
     def why_not_batched(self) -> str | None:
         layers: dict[str, Any] = dict(self.layers)
@@ -323,7 +323,7 @@ def invertible(C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class QuickLinear(Linear):
-    """PEFT's LoRA layer, read through kernels/lora.py wherever nothing but x A' B' is asked of it."""
+    """PEFT's LoRA layer, computed through kernels/lora.py wherever it does nothing but x A' B'."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         live = [a for a in self.active_adapters if a in self.lora_A]

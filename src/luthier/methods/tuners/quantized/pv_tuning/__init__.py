@@ -28,7 +28,7 @@ from luthier.registry import tuner
     paper="arXiv:2405.14852", row="pv-tuning", requires=[QUANTIZED_WEIGHTS], provides=[DISABLE_ADAPTER, MERGE]
 )
 class PVTuning(Tuner):
-    """Codes, and what is continuous in them."""
+    """Trains the codes and their continuous parts."""
 
     on_quantized: ClassVar[bool] = True
 

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 
 class CodeTunedModel(TunedModel):
-    """Codes and what is continuous in them. The settings say `step(name, module, gradient, memory)`, which
-    moves codes.
-    """
+    """Codes and their continuous parts. The settings define `step`, which updates the codes."""
 
     def __init__(self, settings: Any, model: Network):
         super().__init__(settings, model)

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 
 class LotteryTicketModel(PeftTunedModel):
-    """Until the choice the modules' own weights move and where they began is kept; afterwards the other way
-    round.
+    """Before the selection the modules' own weights are trained and their initial values are kept; afterwards
+    the base weights are restored and the selected entries are trained.
     """
 
     def __init__(self, settings: Any, model: Network):

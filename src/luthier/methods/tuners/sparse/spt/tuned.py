@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class SPTModel(PeftTunedModel):
-    """Layers get their tensors from a plan, which is made when rows are seen."""
+    """Layers get their tensors from a plan, which is computed from rows."""
 
     def __init__(self, settings: Any, model: Network):
         super().__init__(settings, model, config_for(settings))
