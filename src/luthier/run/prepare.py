@@ -153,7 +153,7 @@ def _check_memory(session: Session, trainer: Trainer, training: EncodedRows) -> 
         if not checks.out_of_memory(error):
             raise
         session.warn(
-            "memory ran out on two short rows, read to see what a step would take: expect it not to fit"
+            "memory ran out while two short rows were measured: a training step will probably not fit"
         )
         return None
     for sentence in sentences:
