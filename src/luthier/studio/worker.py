@@ -361,10 +361,10 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
             bool(getattr(roles.policy.model, "is_gradient_checkpointing", False)),
         )
         each = {
-            "gradients": need.moving,
+            "gradients": need.gradients,
             "optimizer": need.state,
             "activations": need.activations,
-            "passing": need.passing,
+            "temporary": need.temporary,
         }
         said = ", ".join(f"{name} {size(much)}" for name, much in each.items())
         figures.append(
