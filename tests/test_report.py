@@ -319,7 +319,7 @@ def test_a_table_of_curves_has_every_point_of_a_sparse_one():
         Curve("held", "held", [(7, 1.0), (501, 2.0)]),
     )
     table = curves_table([dense, sparse, Curve("none", "raw", [])])
-    assert table["head"] == ["step", "loss", "held"] and len(table["rows"]) == 14
+    assert table["head"] == ["step", "loss", "held"] and len(table["rows"]) == 16
     assert (
         ["7", "7.00", "1.00"] in table["rows"]
         and table["rows"][0][0] == "0"
