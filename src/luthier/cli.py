@@ -206,7 +206,7 @@ def inspect(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two models: loss, accuracy, and what was forgotten elsewhere."""
+    """Compare two models: loss, accuracy, and retention of other tasks."""
     from luthier.report.console import Console
     from luthier.serve.load import inspect
 

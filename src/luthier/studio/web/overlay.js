@@ -18,12 +18,12 @@ export function overlay(names, signal) {
     const at = logs.get(name) ?? { since: 0, mark: "", lines: [] };
     logs.set(name, at);
     for (let full = true; full;) {
-      const found = await ask(`/api/runs/${encodeURIComponent(name)}/live?since=${at.since}&mark=${encodeURIComponent(at.mark)}`, undefined, { signal });
-      if (found.anew) at.lines = [];
-      at.lines.push(...found.lines);
-      at.since = found.next;
-      at.mark = found.mark;
-      full = found.lines.length > 2000;
+      const result = await ask(`/api/runs/${encodeURIComponent(name)}/live?since=${at.since}&mark=${encodeURIComponent(at.mark)}`, undefined, { signal });
+      if (result.anew) at.lines = [];
+      at.lines.push(...result.lines);
+      at.since = result.next;
+      at.mark = result.mark;
+      full = result.lines.length > 2000;
     }
   }
 
@@ -40,11 +40,11 @@ export function overlay(names, signal) {
     const key = keys.includes(what.value) ? what.value : "loss";
     fill(what, keys.map((k) => h("option", { value: k }, k === "loss" ? "loss, and held-out loss" : k.replaceAll("_", " "))));
     what.value = key;
-    const held = (name) => key === "loss" ? points(name, "eval_loss") : [];
+    const heldOut = (name) => key === "loss" ? points(name, "eval_loss") : [];
     const lossLike = key === "loss";
-    const shown = some.flatMap((name, i) => [
+    const drawnCurves = some.flatMap((name, i) => [
       { name, colour: `c${i}`, points: lossLike ? smoothed(points(name, key)) : points(name, key) },
-      { name: `${name}, held-out`, colour: `c${i}`, dash: true, points: held(name) },
+      { name: `${name}, held-out`, colour: `c${i}`, dash: true, points: heldOut(name) },
     ]).filter((one) => one.points.length);
     const label = `${key.replaceAll("_", " ")} by step of ${some.join(", ")}`;
     fill(drawn, some.length === 0 ? h("p", { class: "note" }, "Nothing is logged yet.") : [
@@ -53,12 +53,12 @@ export function overlay(names, signal) {
       h("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "The curves in numbers" }, h("table", {}, h("caption", {}, `${key.replaceAll("_", " ")}, in numbers`),
         h("thead", {}, h("tr", {}, ["run", "steps", "first", "last", "lowest", "at step", "held-out", "lowest held-out"].map((t) => h("th", { scope: "col" }, t)))),
         h("tbody", {}, some.map((name) => {
-          const line = points(name, key), out = held(name), low = lowest(line);
+          const line = points(name, key), out = heldOut(name), low = lowest(line);
           return h("tr", {}, h("th", { scope: "row" }, name), [line.at(-1)?.[0], line[0]?.[1], line.at(-1)?.[1], low?.[1], low?.[0], out.at(-1)?.[1], lowest(out)?.[1]].map((x) => h("td", {}, number(x) || "–")));
         })))),
     ]);
-    if (shown.length === 0) return;
-    const spec = { label, log: positive(...shown.map((one) => one.points)), series: shown };
+    if (drawnCurves.length === 0) return;
+    const spec = { label, log: positive(...drawnCurves.map((one) => one.points)), series: drawnCurves };
     if (chart) chart.update(spec);
     else chart = curves(plot, spec);
   }

@@ -13,7 +13,7 @@ export async function run(name, signal) {
   let whole = await ask(at);
   const logged = [], place = { since: 0, mark: "" };
   const head = h("div", { class: "state" }), curves = h("div"), numbers = h("div"), answers = h("div"), more = h("div"), log = h("pre", { class: "log", tabindex: "0", "aria-label": "Console output" });
-  const said = complaint();
+  const problems = complaint();
   let state = "", drawn = 0, quarter = 0;
 
   const actions = h("p", { class: "buttons" });
@@ -21,12 +21,12 @@ export async function run(name, signal) {
     const busy = r.state === "running" || r.state === "starting";
     const reload = async () => { whole = await ask(at); show(); };
     fill(actions,
-      busy && button("Stop", async () => { await ask(`${at}/stop`, {}); announce("stopping"); }, said),
-      !busy && r.state !== "finished" && button("Resume", async () => { await ask(`${at}/resume`, {}); place.mark = "?"; await reload(); live(); }, said, { class: "main" }),
-      r.kind === "run" && whole.recipe && button("Clone with changes", () => clone(whole.recipe), said, { class: "quiet" }),
+      busy && button("Stop", async () => { await ask(`${at}/stop`, {}); announce("stopping"); }, problems),
+      !busy && r.state !== "finished" && button("Resume", async () => { await ask(`${at}/resume`, {}); place.mark = "?"; await reload(); live(); }, problems, { class: "main" }),
+      r.kind === "run" && whole.recipe && button("Clone with changes", () => clone(whole.recipe), problems, { class: "quiet" }),
       r.report && h("a", { class: "button quiet", href: `/runs/${encodeURIComponent(name)}/report.html`, target: "_blank" }, "Report"),
       r.state === "finished" && r.kind === "run" && whole.writes && h("a", { class: "button quiet", href: `#talk/${encodeURIComponent(JSON.stringify([modelOf(whole.recipe), `runs/${name}`]))}` }, "Chat with it"),
-      !busy && removing(at, name, said));
+      !busy && removing(at, name, problems));
   }
 
   function top(r) {
@@ -45,7 +45,7 @@ export async function run(name, signal) {
     top(whole);
     act(whole);
     fill(numbers, whole.sentence && h("p", { class: "sentence" }, whole.sentence), whole.cost.length > 0 && h("dl", { class: "tiles" }, whole.cost.map(([what, much]) => h("div", {}, h("dt", {}, what), h("dd", {}, much)))), table(whole.numbers, whole.state === "finished"));
-    fill(answers, said_(whole.answers, whole.state === "finished"));
+    fill(answers, generationsSection(whole.answers, whole.state === "finished"));
     log.textContent = whole.log;
     fill(more, whole.notes.length > 0 && h("section", {}, h("h2", {}, "Warnings and notes"), h("ul", {}, whole.notes.map((n) => h("li", {}, n)))),
       Object.keys(whole.arms).length > 0 && h("section", {}, h("h2", {}, "Arms"), h("p", { class: "note" }, "The report shows their curves, answers and recipes side by side.")),
@@ -62,13 +62,13 @@ export async function run(name, signal) {
   function draw() {
     if (logged.length === drawn) return;
     drawn = logged.length;
-    const raw = series(logged, "loss"), held = series(logged, "eval_loss");
+    const raw = series(logged, "loss"), heldOut = series(logged, "eval_loss");
     const extra = [...new Set(logged.flatMap((x) => Object.keys(x)))].filter((k) => !PLAIN.includes(k) && !k.includes("/"));
     const names = ["learning_rate", ...extra].filter((k) => series(logged, k).length > 0).slice(0, 12);
     if (!raw.length && !names.length) return;
     if (!curves.firstChild) fill(curves, h("section", {}, h("h2", {}, "Training"), h("figure", {}, h("figcaption", {}, "loss by step"), loss), smalls));
-    if (raw.length) grow("loss", loss, { zero: true, log: positive(raw, held), series: [
-      { name: "each step", colour: "raw", width: 1, points: raw }, { name: "smoothed", colour: "wood", points: smoothed(raw) }, { name: "held-out", colour: "held", points: held }].filter((one) => one.points.length) });
+    if (raw.length) grow("loss", loss, { zero: true, log: positive(raw, heldOut), series: [
+      { name: "each step", colour: "raw", width: 1, points: raw }, { name: "smoothed", colour: "wood", points: smoothed(raw) }, { name: "held-out", colour: "held", points: heldOut }].filter((one) => one.points.length) });
     for (const key of names) {
       const caption = key.replaceAll("_", " ");
       const box = h("div", { class: "plot" });
@@ -78,17 +78,17 @@ export async function run(name, signal) {
   }
 
   async function tick() {
-    const found = await ask(`${at}/live?since=${place.since}&mark=${encodeURIComponent(place.mark)}`, undefined, { signal });
-    said.say("");
-    if (found.anew) { logged.length = 0; drawn = -1; }
-    logged.push(...found.lines);
-    const full = found.lines.length > 2000;
-    place.since = found.next;
-    place.mark = found.mark;
+    const result = await ask(`${at}/live?since=${place.since}&mark=${encodeURIComponent(place.mark)}`, undefined, { signal });
+    problems.say("");
+    if (result.anew) { logged.length = 0; drawn = -1; }
+    logged.push(...result.lines);
+    const full = result.lines.length > 2000;
+    place.since = result.next;
+    place.mark = result.mark;
     draw();
     const was = state;
-    top(found.run);
-    const over = !["running", "starting"].includes(found.run.state);
+    top(result.run);
+    const over = !["running", "starting"].includes(result.run.state);
     if (over !== !["running", "starting"].includes(was) || !over) {
       whole = await ask(at, undefined, { signal });
       show();
@@ -101,7 +101,7 @@ export async function run(name, signal) {
     going.abort();
     going = new AbortController();
     signal.addEventListener("abort", () => going.abort());
-    every(1.5, going.signal, async () => { try { return await tick(); } catch (error) { if (error.name === "AbortError") return false; said.say(error.message); return true; } });
+    every(1.5, going.signal, async () => { try { return await tick(); } catch (error) { if (error.name === "AbortError") return false; problems.say(error.message); return true; } });
   }
 
   state = whole.state;
@@ -109,7 +109,7 @@ export async function run(name, signal) {
   live();
   return [
     h("header", {}, h("p", { class: "what" }, whole.what), h("h1", {}, name)),
-    head, actions, said.box, numbers, curves, answers, more,
+    head, actions, problems.box, numbers, curves, answers, more,
     h("section", {}, h("h2", {}, "Recipe"), whole.command && h("p", { class: "note" }, "From a shell: ", h("code", {}, whole.command)), h("pre", { class: "recipe", tabindex: "0", "aria-label": "The recipe" }, whole.recipe)),
     h("section", {}, h("details", {}, h("summary", {}, "Console output"), log)),
   ];
@@ -132,7 +132,7 @@ function table(lines, finished) {
       }))));
 }
 
-function said_(answers, finished) {
+function generationsSection(answers, finished) {
   if (!answers.length) return null;
   const mark = (score) => score === null || score === undefined ? null : h("b", { class: score > 0 ? "good" : "bad" }, score === 1 ? " correct" : score === 0 ? " wrong" : ` ${score.toFixed(2)}`);
   const part = (title, text, score) => text !== null && text !== undefined && h("div", {}, h("h3", {}, title, mark(score)), h("pre", {}, text || " "));
@@ -141,7 +141,7 @@ function said_(answers, finished) {
 }
 
 function exporting(at, name, whole) {
-  const said = complaint();
+  const problems = complaint();
   const kind = h("select", {}, h("option", { value: "lora" }, "an adapter for plain PEFT"), h("option", { value: "merged" }, "a plain transformers model"));
   const to = h("input", { type: "text", placeholder: "", autocomplete: "off", spellcheck: "false" });
   const command = h("code");
@@ -157,25 +157,25 @@ function exporting(at, name, whole) {
     h("p", { class: "buttons" }, button("Export", async (b) => {
       b.textContent = "Exporting …";
       try {
-        const made = await ask(`${at}/export`, { kind: kind.value, to: to.value });
-        done.append(h("li", { class: "good" }, made.said));
-        announce(`exported: ${made.said}`);
+        const exported = await ask(`${at}/export`, { kind: kind.value, to: to.value });
+        done.append(h("li", { class: "good" }, exported.said));
+        announce(`exported: ${exported.said}`);
       } finally { b.textContent = "Export"; }
-    }, said)), said.box, done, h("p", { class: "note" }, "From a shell: ", command));
+    }, problems)), problems.box, done, h("p", { class: "note" }, "From a shell: ", command));
 }
 
-function removing(at, name, said) {
+function removing(at, name, problems) {
   let sure = false;
-  const made = button("Remove", async () => {
+  const element = button("Remove", async () => {
     if (!sure) {
       sure = true;
-      made.textContent = `Really remove runs/${name}?`;
-      setTimeout(() => { sure = false; made.textContent = "Remove"; }, 5000);
+      element.textContent = `Really remove runs/${name}?`;
+      setTimeout(() => { sure = false; element.textContent = "Remove"; }, 5000);
       return;
     }
     await ask(`${at}/remove`, {});
     announce(`${name} removed`);
     location.hash = "#runs";
-  }, said, { class: "quiet danger" });
-  return made;
+  }, problems, { class: "quiet danger" });
+  return element;
 }
