@@ -44,7 +44,7 @@ export async function run(name, signal) {
   function show() {
     top(whole);
     act(whole);
-    fill(numbers, whole.sentence && h("p", { class: "sentence" }, whole.sentence), whole.cost.length > 0 && h("dl", { class: "tiles" }, whole.cost.map(([what, much]) => h("div", {}, h("dt", {}, what), h("dd", {}, much)))), table(whole.numbers, whole.state === "finished"));
+    fill(numbers, whole.sentence && h("p", { class: "sentence" }, whole.sentence), whole.cost.length > 0 && h("dl", { class: "tiles" }, whole.cost.map(([what, much]) => h("div", {}, h("dt", {}, what), h("dd", {}, much)))), table(whole.numbers, whole.state === "finished", numbers.querySelector("details")?.open));
     fill(answers, generationsSection(whole.answers, whole.state === "finished"));
     log.textContent = whole.log;
     fill(more, whole.notes.length > 0 && h("section", {}, h("h2", {}, "Warnings and notes"), h("ul", {}, whole.notes.map((n) => h("li", {}, n)))),
@@ -52,11 +52,11 @@ export async function run(name, signal) {
       whole.state === "finished" && whole.kind === "run" && exporting(at, name, whole));
   }
 
-  const charts = new Map(); // caption -> chart, which grows where it stands
+  const charts = new Map(); // key -> chart, which grows where it stands
   const smalls = h("div", { class: "smalls" }), loss = h("div", { class: "plot" });
-  function grow(caption, box, spec) {
-    if (charts.has(caption)) charts.get(caption).update(spec);
-    else charts.set(caption, drawCurves(box, { label: `${caption} by step`, ...spec }));
+  function grow(key, caption, box, spec) {
+    if (charts.has(key)) charts.get(key).update(spec);
+    else charts.set(key, drawCurves(box, { label: `${caption} by step`, ...spec }));
   }
 
   function draw() {
@@ -67,13 +67,14 @@ export async function run(name, signal) {
     const names = ["learning_rate", ...extra].filter((k) => series(logged, k).length > 0).slice(0, 12);
     if (!raw.length && !names.length) return;
     if (!curves.firstChild) fill(curves, h("section", {}, h("h2", {}, "Training"), h("figure", {}, h("figcaption", {}, "loss by step"), loss), smalls));
-    if (raw.length) grow("loss", loss, { zero: true, log: positive(raw, heldOut), series: [
+    if (raw.length) grow("loss", "loss", loss, { zero: true, log: positive(raw, heldOut), series: [
       { name: "each step", colour: "raw", width: 1, points: raw }, { name: "smoothed", colour: "wood", points: smoothed(raw) }, { name: "held-out", colour: "held", points: heldOut }].filter((one) => one.points.length) });
     for (const key of names) {
-      const caption = key.replaceAll("_", " ");
+      const metric = whole.numbers.find((x) => `eval_${x.name}` === key);
+      const caption = metric ? `eval ${metric.label}` : key.replaceAll("_", " ");
       const box = h("div", { class: "plot" });
-      if (!charts.has(caption)) smalls.append(h("figure", {}, h("figcaption", {}, caption), box));
-      grow(caption, box, { height: 150, series: [{ name: caption, colour: "wood", points: series(logged, key) }] });
+      if (!charts.has(key)) smalls.append(h("figure", {}, h("figcaption", {}, caption), box));
+      grow(key, caption, box, { height: 150, series: [{ name: caption, colour: "wood", points: series(logged, key) }] });
     }
   }
 
@@ -120,16 +121,24 @@ function modelOf(text) {
   return /^model: *(.+?) *$/m.exec(text)?.[1].replace(/^['"]|['"]$/g, "") ?? "toy:lm";
 }
 
-function table(lines, finished) {
-  if (!lines.length) return null;
-  const judged = (x) => x.better === true ? ["good", "better"] : x.better === false ? ["bad", "worse"] : ["", ""];
+/** Metrics before and after; the parts of a metric, such as retention by task, in a table of their own. */
+function table(rows, finished, unfolded = false) {
+  if (!rows.length) return null;
+  const whole = rows.filter((x) => !x.name.includes("/")), parts = rows.filter((x) => x.name.includes("/"));
+  const short = (x) => ({ ...x, label: x.name.replace(/^[^/]*\//, "") });
   return h("section", {}, h("h2", {}, finished ? "Evaluation: before and after" : "Evaluation: before and now"),
-    h("table", { class: "numbers" },
-      h("thead", {}, h("tr", {}, ["", "before", finished ? "after" : "now", "change"].map((t) => h("th", { scope: "col" }, t)))),
-      h("tbody", {}, lines.map((x) => {
-        const [kind, word] = judged(x);
-        return h("tr", {}, h("th", { scope: "row" }, x.label), h("td", {}, x.before), h("td", {}, x.after), h("td", { class: kind }, x.change, word && h("span", { class: "hidden" }, ` (${word})`)));
-      }))));
+    beforeAfter("metric", whole, finished),
+    parts.length > 0 && h("details", { open: unfolded }, h("summary", {}, `By task (${parts.length})`), beforeAfter(parts[0].label.split(": ")[0], parts.map(short), finished)));
+}
+
+function beforeAfter(title, rows, finished) {
+  const judged = (x) => x.better === true ? ["good", "better"] : x.better === false ? ["bad", "worse"] : ["", ""];
+  return h("table", { class: "numbers" },
+    h("thead", {}, h("tr", {}, [title, "before", finished ? "after" : "now", "change"].map((t) => h("th", { scope: "col" }, t)))),
+    h("tbody", {}, rows.map((x) => {
+      const [kind, word] = judged(x);
+      return h("tr", {}, h("th", { scope: "row" }, x.label), h("td", {}, x.before), h("td", {}, x.after), h("td", { class: kind }, x.change, word && h("span", { class: "hidden" }, ` (${word})`)));
+    })));
 }
 
 function generationsSection(answers, finished) {
