@@ -17,7 +17,7 @@ import luthier
 from conftest import recipe_of
 from luthier.errors import RecipeError
 from luthier.kernels import codebook
-from luthier.methods.quantizers._base import held_as, modules, numbers, open_up
+from luthier.methods.quantizers._base import modules, numbers, open_up, quantized_module
 from luthier.methods.quantizers.codebook._book import dynamic_map, normal_float
 from luthier.model.experts import apart, join
 from luthier.model.quantized import quantize
@@ -122,7 +122,7 @@ def test_a_module_is_the_linear_it_stands_for(name, kind):
     linear = base(kind).get_submodule(
         "model.layers.0.mlp.up_proj" if kind == "llama" else "transformer.h.0.mlp.c_fc"
     )
-    m, q = held_as(linear, torch.float32), build("quantizer", SPECS.get(name, name))
+    m, q = quantized_module(linear, torch.float32), build("quantizer", SPECS.get(name, name))
     W = linear.weight.detach().T if kind == "gpt2" else linear.weight.detach()
     m.take(q, q.quantize(W.contiguous()))
     x = normal(5, W.shape[1]).requires_grad_(True)

@@ -250,7 +250,7 @@ def opened(some: Iterable[Any]) -> Iterator[None]:
             context.__exit__(None, None, None)
 
 
-def held_as(base: Any, dtype: torch.dtype) -> Quantized:
+def quantized_module(base: Any, dtype: torch.dtype) -> Quantized:
     """The quantized module that can stand for a linear one, its weight still dense."""
     if isinstance(base, Matrix):
         return QuantizedMatrix(base, dtype)

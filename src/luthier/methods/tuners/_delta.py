@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from luthier.methods.tuners._base import TunedModel, Tuner
+from luthier.model.linear import oriented
 from luthier.registry import family
 
 if TYPE_CHECKING:
@@ -38,16 +39,6 @@ def seeded(seed: int, *shape: int) -> tuple[str, Tensor]:
 @lru_cache(maxsize=256)
 def _normal(seed: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def lies_sideways(layer: nn.Module) -> bool:
-    """Does a module keep its weight as [in, out]?"""
-    return isinstance(layer, nn.Embedding) or any(c.__name__ == "Conv1D" for c in type(layer).__mro__)
-
-
-def oriented(layer: Matrix) -> Tensor:
-    """The weight of a module as [out, in] (a view); [width] for a norm."""
-    return layer.weight.T if lies_sideways(layer) else layer.weight
 
 
 @family

@@ -25,7 +25,7 @@ from luthier.errors import RecipeError
 from luthier.methods.tuners._base import MERGE, Tuner
 from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.model.anatomy import layer_of
-from luthier.model.calibration import statistics
+from luthier.model.statistics import statistics
 from luthier.registry import tuner
 
 PATTERN = re.compile(r"(\d+):(\d+)")

@@ -26,7 +26,7 @@ from luthier.methods.objectives.distillation._distill import divergence
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE, Tuner
 from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.model.anatomy import layer_of, part_of
-from luthier.model.sensitivity import matrices
+from luthier.model.linear import linear_modules
 from luthier.registry import tuner
 
 PARTS = {
@@ -73,7 +73,7 @@ class SoftMaskedWeights(TunedWeights):
 
         super().__init__(settings, model, moves, keep_start=True)
         self.keep: dict[str, Tensor] = {}
-        linear = matrices(model)
+        linear = linear_modules(model)
         for name in self.names if settings.soft_mask else ():
             module, p = linear.get(module_of(name)), model.get_parameter(name)
             if module is not None and part_of(module_of(name)) in ("up", "down"):
@@ -99,7 +99,7 @@ class SoftMaskedWeights(TunedWeights):
         """
         downs = {
             n: m
-            for n, m in matrices(self.model).items()
+            for n, m in linear_modules(self.model).items()
             if part_of(n) == "down" and layer_of(f"{n}.") in set(map(layer_of, self.keep))
         }
         gates, hooks, turn = {}, [], [0]

@@ -18,7 +18,8 @@ from pydantic import Field
 
 from luthier.methods.tuners._base import MERGE, Tuner
 from luthier.methods.tuners.subset.lisa import SampledLayers
-from luthier.model.sensitivity import input_norms
+from luthier.model.linear import linear_modules, oriented
+from luthier.model.statistics import gather
 from luthier.registry import tuner
 
 
@@ -54,7 +55,9 @@ class OutlierSampledLayers(SampledLayers):
     def initialize(self, rows, roles):
         if not self.settings.prob_mode.startswith("owl"):
             return
-        D = self.density(input_norms(self.model, rows[: self.settings.init_rows], roles))
+        modules = linear_modules(self.model)
+        norms = gather("input_norms", modules, rows[: self.settings.init_rows], roles)
+        D = self.density({name: (oriented(modules[name]), norm) for name, norm in norms.items()})
         if self.settings.prob_mode == "owl_reverse":
             D = D.max() + D.min() - D
         D = D + 1e-6  # a layer without outliers stays possible

@@ -60,7 +60,7 @@ class S2FT(Delta):
             raise RecipeError("one of d_ratio, u_ratio, g_ratio, o_ratio, v_ratio must be above 0")
 
     def attach(self, model):
-        from luthier.model.sensitivity import matrices
+        from luthier.model.linear import linear_modules
 
         text = model.config.get_text_config()
         heads = text.num_attention_heads
@@ -70,7 +70,7 @@ class S2FT(Delta):
             num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
         )
         if self.target_modules == "all-linear":
-            there = [n for n in matrices(model) if fitted.ratio(n)]
+            there = [n for n in linear_modules(model) if fitted.ratio(n)]
             missing = [
                 r
                 for part, r in {**READS, **WRITES}.items()

@@ -21,10 +21,11 @@ from luthier.data.load import load_rows
 from luthier.errors import RecipeError
 from luthier.kernels.lora import batched_linear, linear, update
 from luthier.methods.quantizers._base import Quantized, opened
-from luthier.methods.tuners._delta import lies_sideways, oriented
+from luthier.methods.tuners._delta import oriented
 from luthier.methods.tuners._peft import ADAPTER, INITIAL, PeftTunedModel, plain_settings, sideways
 from luthier.methods.tuners.low_rank.lora.starts import DRIVEN
-from luthier.model.calibration import statistics
+from luthier.model.linear import is_transposed
+from luthier.model.statistics import statistics
 
 if TYPE_CHECKING:
     from luthier.model.network import Matrix, Network
@@ -182,7 +183,7 @@ class LoraTunedModel(PeftTunedModel):
         how = LoraGAConfig(**self.settings.how)
         for name, G in stats:
             base = layers[name].get_base_layer()
-            base._peft_loraga_grad = G.T if lies_sideways(base) else G
+            base._peft_loraga_grad = G.T if is_transposed(base) else G
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(roles.clock.derive_seed("lora_ga", name, at=0))
                 self._factor(layers[name], "lora_ga_init", how)

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from luthier.errors import RecipeError
 from luthier.methods.quantizers._base import Quantized
 from luthier.methods.tuners._base import ParamGroup
-from luthier.methods.tuners._delta import lies_sideways
 from luthier.methods.tuners._peft import ADAPTER, DeltaLayer, PeftTunedModel, config_for
 from luthier.methods.tuners.sparse._sparse import largest, place_type
+from luthier.model.linear import is_transposed
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -78,7 +78,7 @@ class LotteryTicketModel(PeftTunedModel):
         """[out, in] how far a weight is from where it began."""
         base = self.sparse[name].get_base_layer()
         delta = base.weight.detach().float() - self.began[name].float()
-        return delta.T if lies_sideways(base) else delta
+        return delta.T if is_transposed(base) else delta
 
     @torch.no_grad()
     def choose(self, rewind: bool = True) -> None:
