@@ -17,10 +17,10 @@ import luthier
 from conftest import recipe_of
 from luthier.errors import RecipeError
 from luthier.kernels import codebook
-from luthier.methods.quantizers._base import modules, numbers, open_up, quantized_module
 from luthier.methods.quantizers.codebook._book import dynamic_map, normal_float
 from luthier.model.experts import apart, join
 from luthier.model.quantized import quantize
+from luthier.model.quantized_linear import modules, numbers, open_up, quantized_module
 from luthier.model.quantized_load import chosen
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import dry_run
@@ -865,8 +865,8 @@ def test_a_teacher_of_codes(tiny, tmp_path):
     """As read from the same quantizer by hand; what looks at rows is refused for a role."""
     import luthier
     from conftest import SUMS
-    from luthier.methods.quantizers._base import Quantized
     from luthier.model.load import assemble
+    from luthier.model.quantized_linear import Quantized
     from luthier.recipe.recipe import Recipe
     from luthier.recipe.validate import parts
 

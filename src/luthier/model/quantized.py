@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from luthier.methods.quantizers._base import Codes, Quantizer, modules, quantized_module
+from luthier.methods.quantizers._base import Codes, Quantizer
 from luthier.model.experts import apart, put
 from luthier.model.linear import oriented
+from luthier.model.quantized_linear import modules, quantized_module
 from luthier.model.quantized_load import chosen
 from luthier.model.statistics import gather
 from luthier.registry import build, spec

@@ -21,8 +21,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from luthier.compat.malloc import Mapped
 from luthier.compat.transformers import add_entry
 from luthier.errors import RecipeError
-from luthier.methods.quantizers._base import Codes, Quantized, Quantizer, plain, quantized_module
+from luthier.methods.quantizers._base import Codes, Quantizer
 from luthier.model.experts import Experts, Matrix, apart, fused, put
+from luthier.model.quantized_linear import Quantized, plain, quantized_module
 from luthier.registry import did_you_mean
 from luthier.storage import checkpoints
 

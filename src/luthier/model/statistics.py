@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.methods.quantizers._base import Quantized
 from luthier.model.batch import Batch
 from luthier.model.linear import base_layer, is_transposed, oriented
+from luthier.model.quantized_linear import Quantized
 
 BUDGET = 2**28  # numbers gathered at once, in fp32: a gigabyte
 MICRO = 4  # rows read at once where padding does not count

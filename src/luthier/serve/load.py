@@ -16,11 +16,11 @@ from luthier.data.load import load_data
 from luthier.errors import RecipeError, Refused
 from luthier.methods.evaluators._base import Evaluator, paired, run_all
 from luthier.methods.evaluators.quality.preference import checkup, totals
-from luthier.methods.quantizers._base import open_up
 from luthier.methods.tuners._base import Untuned
 from luthier.model import quantized as codes
 from luthier.model.load import assemble, tensors_of
 from luthier.model.policy import Roles
+from luthier.model.quantized_linear import open_up
 from luthier.recipe import model_names
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods, build_methods, detect

@@ -12,9 +12,9 @@ import torch
 from luthier.errors import NotFinite, NothingMoves, Refused
 from luthier.kernels import _switch, elementwise
 from luthier.kernels.tolerance import logprob_tolerance
-from luthier.methods.quantizers._base import numbers
 from luthier.model.batch import Batch
 from luthier.model.policy import eval_mode
+from luthier.model.quantized_linear import numbers
 
 TOO_BIG = (
     "out of memory: what was saved before is intact. Lower per_device_train_batch_size (raise"

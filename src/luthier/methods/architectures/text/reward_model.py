@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from luthier.methods.architectures._base import VALUES, Architecture, pad
-from luthier.model.batch import Batch
+from luthier.methods.architectures._base import VALUES, Architecture
+from luthier.model.batch import Batch, pad
 from luthier.model.language_model import path, soft_first
 from luthier.registry import architecture
+from luthier.text.render import Renderer
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -40,6 +41,9 @@ class RewardModel(Architecture):
         from transformers import AutoModelForSequenceClassification
 
         return AutoModelForSequenceClassification
+
+    def renderer(self, tokenizer, config, **how):
+        return Renderer(tokenizer, **how)
 
     def load(self, path: str, **kwargs: Any) -> Network:
         model = super().load(path, num_labels=1, **kwargs)

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from luthier.methods.quantizers._base import Quantized
 from luthier.methods.tuners._delta import Delta, oriented
+from luthier.model.quantized_linear import Quantized
 from luthier.registry import provides_of
 
 if TYPE_CHECKING:

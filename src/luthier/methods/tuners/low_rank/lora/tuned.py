@@ -20,11 +20,11 @@ from transformers.pytorch_utils import Conv1D
 from luthier.data.load import load_rows
 from luthier.errors import RecipeError
 from luthier.kernels.lora import batched_linear, linear, update
-from luthier.methods.quantizers._base import Quantized, opened
 from luthier.methods.tuners._delta import oriented
 from luthier.methods.tuners._peft import ADAPTER, INITIAL, PeftTunedModel, plain_settings, sideways
 from luthier.methods.tuners.low_rank.lora.starts import DRIVEN
 from luthier.model.linear import is_transposed
+from luthier.model.quantized_linear import Quantized, opened
 from luthier.model.statistics import statistics
 
 if TYPE_CHECKING:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import RecipeError
-from luthier.methods.quantizers._base import modules, opened
 from luthier.methods.tuners._base import ParamGroup, TunedModel
 from luthier.model import quantized as files
 from luthier.model.experts import stacked
+from luthier.model.quantized_linear import modules, opened
 from luthier.storage import checkpoints
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class CodeTunedModel(TunedModel):
                 slots[k] = nn.Parameter(value.float())
                 m.register_parameter(f"q_{k}", slots[k])
             self.groups.append(ParamGroup(name, slots, settings))
-            m.heard = self._hear(name)
+            m.on_gradient = self._hear(name)
             self.code_memory |= {
                 f"{name}.{k}": t.to(value.device) for k, t in settings.nothing(m.size).items()
             }

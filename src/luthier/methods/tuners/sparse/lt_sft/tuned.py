@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import RecipeError
-from luthier.methods.quantizers._base import Quantized
 from luthier.methods.tuners._base import ParamGroup
 from luthier.methods.tuners._peft import ADAPTER, DeltaLayer, PeftTunedModel, config_for
 from luthier.methods.tuners.sparse._sparse import largest, place_type
 from luthier.model.linear import is_transposed
+from luthier.model.quantized_linear import Quantized
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
