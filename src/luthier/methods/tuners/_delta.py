@@ -72,7 +72,7 @@ class Delta(TargetModules):
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear, nn.Embedding)  # modules it can sit on, besides Conv1D
     # forward is given x and y in the adapter's fp32; else in the model's precision
     precise: ClassVar[bool] = True
-    # what `start` learns from: "inputs", "covariance", "gradients" (tuners/_calibrate.py), or nothing
+    # what `start` learns from: "inputs", "covariance", "gradients" (model/calibration.py), or nothing
     reads: ClassVar[str] = ""
 
     def attach(self, model: Network) -> TunedModel:

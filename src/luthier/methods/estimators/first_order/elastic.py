@@ -2,7 +2,7 @@
 each step.
 
 The whole learns by the objective without `distill`; sub-networks by all of it, so that with `objective: sft +
-kl` and `roles: {reference: whole}` they learn the labels and what the whole says. Wants tuner `elastic`.
+kl` and `roles: {reference: full_network}` they learn the labels and what the whole says. Wants tuner `elastic`.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@ it is tuned for a task.
 
 A term beside the loss on rows (`pela + sft`; written first it shares their reading of the batch), for tuner
 `pela`, whose product of two matrices may also be held within `eps` of the weight that it stands for. The
-teacher is the whole model: `roles: {teacher: off}`. Departs: features are compared at asked tokens alone.
+teacher is the full model: `roles: {teacher: base}`. Departs: features are compared at asked tokens alone.
 """
 
 from typing import Annotated

@@ -9,7 +9,7 @@ from luthier.registry import optimizer
 
 @optimizer()
 class SGD(Optimizer):
-    """The same as `transforms: [clip, weight_decay, momentum]`: decay goes through the momentum, as in
+    """The same as `optim: [clip, weight_decay, momentum]`: decay goes through the momentum, as in
     torch.optim.SGD.
     """
 

@@ -47,7 +47,7 @@ Answers = list[list[tuple[list[int], list[float]]]]
 
 @role(requires=[LOW_RANK])
 class VLLM(Endpoint):
-    """POST base_url/completions and base_url/load_lora_adapter; for `live: [{name: rollout, sampler: NAME OF
+    """POST base_url/completions and base_url/load_lora_adapter; for `online_stages: [{name: rollout, sampler: NAME OF
     THIS ROLE}]`.
     """
 

@@ -52,7 +52,7 @@ class Rollout(Stage):
     # who samples: the policy, or a role in its place, e.g. `roles: {sampler: {name: vllm, ...}}`
     sampler: str = "policy"
     draw: int = 0  # another number gives other samples: the rounds of a plan share one seed
-    batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass of `old`
+    batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass of `old: true`
 
     @property
     def active_requires(self):

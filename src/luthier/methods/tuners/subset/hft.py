@@ -2,7 +2,7 @@
 
 In every layer 2 of W_q, W_k, W_v, W_o move; of up, gate and down 1 in half of the layers and 2 in the others;
 one of two norms. The half is drawn at the start of a run, and another one in the next run that starts from it
-(the acts of a plan: SFT, DPO, task after task). What rests has no gradient and no optimizer state. Departs
+(the runs of a plan: SFT, DPO, task after task). What rests has no gradient and no optimizer state. Departs
 from the paper: of several random draws the one nearest to the ratio in numbers is taken, so that it is half
 also where matrices are of unlike size (grouped queries, GPT-2's fused c_attn). The start is not kept: it
 cannot be switched off. See also merger 'half_reset'.

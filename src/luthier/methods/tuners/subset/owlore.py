@@ -2,7 +2,7 @@
 
 The outlier density of a layer is the share of entries with ||X_j|| |W_ij| > outlier_ratio times their mean,
 over its matrices; X is what a matrix reads on a few rows of the data, before tuning. The paper's other half,
-steps of low rank in the drawn layers, is transform 'galore': `transforms: [clip, {name: galore, rank: 256}]`.
+steps of low rank in the drawn layers, is transform 'galore': `optim: [clip, {name: galore, rank: 256}]`.
 Embeddings, head and final norm always move, and the optimizer forgets a layer when it freezes. Departs from
 the reference: densities are measured on the user's rows, not read from a file. Fused experts are read by no
 module of their own: the rest of their layer speaks for them. The start is not kept: it cannot be switched
