@@ -261,7 +261,7 @@ def test_a_setting_at_the_top_is_explained_where_it_went(tmp_path):
 
 def test_tune_prints_rows_answers_a_table_and_the_page(finished):
     folder, said = finished
-    assert "⟦" in said and "step 6/6" in said and "loss on held-out rows" not in said.split("step 6/6")[0]
+    assert "⟦" in said and "step 6/6" in said and "held-out rows " not in said.split("step 6/6")[0]
     assert f"Report: {folder / 'report.html'}" in said
     assert "\x1b" not in said
     assert json.loads((folder / "shown.json").read_text())
@@ -299,7 +299,7 @@ def test_inspect_compares_on_the_same_rows(finished, tiny):
     report = json.loads((folder / "report.json").read_text())
     assert found["tuned"]["metrics"]["loss"] == pytest.approx(report["after"]["loss"], rel=0.05)
     # so few rows that none were held out
-    assert "loss on training rows" in luth("inspect", tiny, folder).stdout
+    assert "|training rows " in luth("inspect", tiny, folder).stdout
 
 
 @pytest.mark.parametrize("kind", ["lora", "merged"])

@@ -66,7 +66,7 @@ def test_an_arm_made_worse_is_found_and_stopped(shared, tmp_path):
         spec({**shared, "max_steps": 24}, {k: arms[k] for k in ("good", "worse")}, seeds=3), tmp_path / "d"
     )
     assert (
-        kept["sentence"].startswith("Loss on held-out rows: good") and "better than worse" in kept["sentence"]
+        kept["sentence"].startswith("Loss: good") and "better than worse" in kept["sentence"]
     )
     pair = kept["pairs"]["loss"][0]
     assert pair["apart"] and pair["low"] <= pair["difference"] <= pair["high"] < 0
@@ -154,10 +154,10 @@ def test_each_arm_takes_its_own_best_rate(shared, tmp_path, monkeypatch):
     lines = [line for line in told.getvalue().splitlines() if not line.startswith("·")]
     value = json.loads((tmp_path / "c" / "learning_rates.json").read_text())["full"]["0.003"]
     assert len(lines) == 8 and any(
-        line.startswith(f"full, learning rate 0.003: loss on held-out rows {value:.2f}") for line in lines
+        line.startswith(f"full, learning rate 0.003: loss {value:.2f}") for line in lines
     )
     assert (
-        lines[-1].startswith("lora, seed 0: loss on held-out rows")
+        lines[-1].startswith("lora, seed 0: loss ")
         and " left)" in lines[0]
         and "left" not in lines[-1]
     )
@@ -208,8 +208,8 @@ def test_the_page_answers_first_and_runs_nothing(shared, tmp_path):
     )
     page = Page()
     page.feed((tmp_path / "c" / "report.html").read_text())
-    assert found["sentence"] in page.text and "script" not in page.tags
-    assert page.text.index(found["sentence"]) < page.text.index("Every metric")
+    assert found["sentence"] in page.text and page.tags.count("script") == 1 + page.tags.count("figure")
+    assert page.text.index(found["sentence"]) < page.text.index("Paired differences")
     for link in ("a-0/report.html", "b-0/report.html"):
         assert (Path(found["folder"]) / link).is_file() and link in (
             tmp_path / "c" / "report.html"

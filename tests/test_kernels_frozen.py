@@ -104,6 +104,6 @@ def test_a_run_is_the_same_run(base, tmp_path, objective, data):
     }
     plain = luthier.tune(base | {"cache_frozen": False}, folder=tmp_path / "a")
     kept = luthier.tune(base, folder=tmp_path / "b")
-    assert any("never move" in n for n in kept.notes) and not any("never move" in n for n in plain.notes)
+    assert any("are frozen" in n for n in kept.notes) and not any("are frozen" in n for n in plain.notes)
     assert kept.losses == pytest.approx(plain.losses, abs=1e-5)
     assert not list((tmp_path / "b").glob("hidden_cache-*"))

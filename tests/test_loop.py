@@ -282,7 +282,7 @@ MOMENTS = {  # the process dies at the first call of this, which the second proc
     "writing a checkpoint": "luthier.storage.checkpoints.verify",
     "naming a checkpoint": "luthier.storage.checkpoints.paths",
     "taking the adapter away": "luthier.methods.tuners._peft.PeftTunedModel.save",
-    "the report": "luthier.report.write_report",
+    "the report": "luthier.report.page.write_report",
 }
 DIES = """
 import importlib, json, os, signal, sys
@@ -349,7 +349,7 @@ def test_another_version_going_on_is_told(base, tmp_path, monkeypatch):
     state = json.loads((tmp_path / "run.json").read_text())
     assert state["version"] == luthier.__version__
     files.write_json(tmp_path / "run.json", state | {"version": "0.0.9"})
-    assert any("begun by luthier 0.0.9" in n for n in luthier.tune(base, folder=tmp_path).notes)
+    assert any("started by luthier 0.0.9" in n for n in luthier.tune(base, folder=tmp_path).notes)
 
 
 def test_killed_from_outside_three_times_in_a_row(base, tmp_path, forks):
@@ -367,7 +367,7 @@ def test_killed_from_outside_three_times_in_a_row(base, tmp_path, forks):
         running.kill()
         assert running.wait() == -signal.SIGKILL, running.said()
     resumed = luthier.tune(recipe, folder=tmp_path / "broken")
-    assert resumed.losses == whole.losses and any("going on from checkpoint-" in n for n in resumed.notes)
+    assert resumed.losses == whole.losses and any("resuming from checkpoint-" in n for n in resumed.notes)
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "broken")
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
     assert not list((tmp_path / "broken").rglob("*.part"))

@@ -21,7 +21,6 @@ from luthier.clock import Clock
 from luthier.errors import RecipeError
 from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.objectives.representation._features import classes
-from luthier.methods.quantizers._base import Quantized
 from luthier.methods.roles.features.generator import Features as Made
 from luthier.methods.roles.features.memory import Features
 from luthier.methods.roles.frozen.column import Column as ColumnRole
@@ -31,6 +30,7 @@ from luthier.methods.tuners._base import Untuned
 from luthier.model.batch import collate
 from luthier.model.policy import Policy, Roles
 from luthier.model.quantized import quantize
+from luthier.model.quantized_linear import Quantized
 from luthier.recipe.recipe import terms
 from luthier.registry import Capability, Column, build, card, find, helps, names, page, requires_of
 from luthier.text.render import Renderer

@@ -17,10 +17,10 @@ import luthier
 from conftest import recipe_of
 from luthier.errors import RecipeError
 from luthier.kernels import codebook
-from luthier.methods.quantizers._base import held_as, modules, numbers, open_up
 from luthier.methods.quantizers.codebook._book import dynamic_map, normal_float
 from luthier.model.experts import apart, join
 from luthier.model.quantized import quantize
+from luthier.model.quantized_linear import modules, numbers, open_up, quantized_module
 from luthier.model.quantized_load import chosen
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import dry_run
@@ -122,7 +122,7 @@ def test_a_module_is_the_linear_it_stands_for(name, kind):
     linear = base(kind).get_submodule(
         "model.layers.0.mlp.up_proj" if kind == "llama" else "transformer.h.0.mlp.c_fc"
     )
-    m, q = held_as(linear, torch.float32), build("quantizer", SPECS.get(name, name))
+    m, q = quantized_module(linear, torch.float32), build("quantizer", SPECS.get(name, name))
     W = linear.weight.detach().T if kind == "gpt2" else linear.weight.detach()
     m.take(q, q.quantize(W.contiguous()))
     x = normal(5, W.shape[1]).requires_grad_(True)
@@ -865,8 +865,8 @@ def test_a_teacher_of_codes(tiny, tmp_path):
     """As read from the same quantizer by hand; what looks at rows is refused for a role."""
     import luthier
     from conftest import SUMS
-    from luthier.methods.quantizers._base import Quantized
     from luthier.model.load import assemble
+    from luthier.model.quantized_linear import Quantized
     from luthier.recipe.recipe import Recipe
     from luthier.recipe.validate import parts
 

@@ -571,13 +571,13 @@ def test_a_search_finds_says_and_writes_a_recipe_that_runs(shared, tmp_path):
             one["test"]["quality"] == pytest.approx(np.mean([r["after"]["loss"] for r in runs]))
             and len(runs) == 2
         )
-    assert found["sentence"].startswith("6 configurations, 6 full runs: loss on held-out rows: found-")
+    assert found["sentence"].startswith("6 configurations, 6 full runs: loss: found-")
     again = luthier.tune(Recipe.load(tmp_path / "s" / "found-1.yaml"), folder=tmp_path / "again")
     assert again.stats["moving"] == top["test"]["parameters"]
     page = (tmp_path / "s" / "report.html").read_text()
     assert (
-        page.index(found["sentence"].replace("'", "&#x27;")) < page.index("What was found")
-        and "<script" not in page
+        page.index(found["sentence"].replace("'", "&#39;")) < page.index("Best configurations")
+        and page.count("<script type=\"module\">") == 1
     )
     assert all(
         (tmp_path / "s" / Path(t["runs"][0]).relative_to(found["folder"]) / "report.html").is_file()

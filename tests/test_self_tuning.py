@@ -303,5 +303,5 @@ def test_a_run_tells_its_hyperparameters_and_goes_on_bit_for_bit(base, tmp_path)
         for f in "ab"
     ]
     assert torch.equal(*said)
-    with pytest.raises(RecipeError, match="answers to hyperparameters"):
+    with pytest.raises(RecipeError, match="depend on hyperparameters"):
         luthier.tune(base | change | {"tuner": "lora"}, folder=tmp_path / "c")

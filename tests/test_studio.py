@@ -22,6 +22,7 @@ from fastapi.testclient import TestClient
 
 from luthier.cli import app as cli
 from luthier.report import checkup
+from luthier.report.html import script, script_hash
 from luthier.studio.server import studio
 from luthier.studio.worker import Here, Worker
 
@@ -300,9 +301,10 @@ def test_the_forecast_is_what_the_run_will_say(home, tiny):
         per_device_train_batch_size=4,
     )
     assert told["steps"] == "2" and once["steps"] == str(report.stats["steps"])
-    assert told["trained share"].startswith(f"{100 * report.stats['moving'] / report.stats['all']:.3g}%")
+    share = f"({100 * report.stats['moving'] / report.stats['all']:.3g}%)"
+    assert told["trainable parameters"].endswith(share)
     assert (
-        told["learned"] == f"{100 * report.stats['supervised_share']:.0f}%"
+        told["supervised tokens"] == f"{100 * report.stats['supervised_share']:.0f}%"
         and "MB" in told["memory of a step"]
     )
 
@@ -364,7 +366,7 @@ def test_a_run_of_the_shell_is_watched_exported_and_asked(desk, monkeypatch):
     more = client.get("/api/runs/first/live", params={"since": live["next"], "mark": live["mark"]}).json()
     assert more["lines"] == [] and more["next"] == live["next"] and not more["anew"]
     page = client.get("/runs/first/report.html")
-    assert "script-src" not in page.headers["content-security-policy"] and "<h1>" in page.text
+    assert f"script-src {script_hash()};" in page.headers["content-security-policy"] and "<h1>" in page.text
     made = client.post("/api/runs/first/export", json={"kind": "lora"}).json()
     assert (
         "answers like the tuned model" in made["said"]
@@ -383,17 +385,17 @@ def test_a_run_of_the_shell_is_watched_exported_and_asked(desk, monkeypatch):
 
 def test_answers_of_a_run_that_goes_on_are_its_last(desk, tmp_path):
     """What was written on the way stands where the end will stand."""
-    from luthier.report.numbers import answers
+    from luthier.report.numbers import generations
 
     shutil.copytree(desk / "runs/first", tmp_path / "r")
-    end = answers(tmp_path / "r")
+    end = generations(tmp_path / "r")
     (tmp_path / "r/samples-after.jsonl").unlink()
-    during = answers(tmp_path / "r")
+    during = generations(tmp_path / "r")
     assert [a["prompt"] for a in during] == [a["prompt"] for a in end] and all(
         a["after"] is not None for a in during
     )
     (tmp_path / "r/samples-during.jsonl").unlink()
-    assert all(a["after"] is None and a["before"] is not None for a in answers(tmp_path / "r"))
+    assert all(a["after"] is None and a["before"] is not None for a in generations(tmp_path / "r"))
 
 
 def said(answer: Any) -> tuple[list[str], dict]:
@@ -582,15 +584,16 @@ def test_inspect_writes_a_page(desk, tiny, tmp_path):
     assert all(
         f"<h2>{x}</h2>" in page
         for x in (
-            "What it learned",
-            "What it forgot",
-            "What changed in the weights",
-            "How it speaks",
+            "Target task",
+            "Retention",
+            "Weight changes",
+            "Generation statistics",
             "Calibration",
-            "Answers",
+            "Generations",
         )
     )
-    assert "<script" not in page and "http" not in page.replace("http-equiv", "")
+    assert page.count("<script type=\"module\">") == 1
+    assert "http" not in page.replace(script(), "").replace("http-equiv", "")
     assert "8 of 28 matrices" in page
     model = luthier.load(tiny, dtype="float32").model
     assert not any(m["moved"] for m in checkup.weights(checkup.plain(model), model)["matrices"])

@@ -48,7 +48,7 @@ def test_a_file_is_told_at_the_command_line(tmp_path):
     said = luth("data", path, "--model", "toy:lm-small", "--shown", 1)
     assert said.exit_code == 0, said.output
     assert "25 of 27 rows can be read, as 'preference'" in said.stdout
-    assert "2 set aside: chosen and rejected are the same (first: pairs.jsonl:26)" in said.stdout
+    assert "2 unusable: chosen and rejected are the same (first: pairs.jsonl:26)" in said.stdout
     assert "0+0=⟦0" in said.stdout and "dpo" in said.stdout
     found = json.loads(luth("data", path, "--model", "toy:lm-small", "--json").stdout)
     assert found["bad"] == [
@@ -103,7 +103,7 @@ def test_dpo_is_seen_by_the_checkup(tiny, tmp_path):
         report.after["reward_margin"], rel=1e-3
     )
     assert found["base"]["metrics"]["reward_margin"] == 0
-    assert "margin of the implicit reward" in luth("inspect", tiny, tmp_path / "run", "--preference").stdout
+    assert "reward margin (nats)" in luth("inspect", tiny, tmp_path / "run", "--preference").stdout
     (tmp_path / "sums.jsonl").write_text(json.dumps(SUMS[0]) + "\n", encoding="utf-8")
     refused = luth("inspect", tiny, tmp_path / "run", "--preference", "--data", tmp_path / "sums.jsonl")
     assert refused.exit_code == 2 and "better and a worse completion" in refused.output

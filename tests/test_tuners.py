@@ -1000,7 +1000,7 @@ def test_every_tuner_goes_on_bit_for_bit(name, base, tmp_path):
         undone(tmp_path / "whole", folder, step)
         again = luthier.tune(**asked, output_dir=str(folder))
         assert (
-            any(f"going on from checkpoint-{step}" in note for note in again.notes)
+            any(f"resuming from checkpoint-{step}" in note for note in again.notes)
             and again.losses == whole.losses
         )
         ends = [checkpoints.load(checkpoints.paths(f)[-1]).tensors for f in (tmp_path / "whole", folder)]

@@ -938,11 +938,13 @@ def test_spt_on_a_model(tmp_path):
     assert torch.equal(say(attached.model), say(base()))
     full = base()
     Causal().forward(full, Untuned(full), batch()).logprobs.mean().neg().backward()
-    from luthier.model.sensitivity import squared_gradients
+    from luthier.model.statistics import gather
 
     name = "model.layers.1.self_attn.o_proj"
     again = put("spt", budget=600)
-    got = squared_gradients({name: again.layers[name].get_base_layer()}, ROWS, roles_of(again))[name]
+    got = gather("squared_gradients", {name: again.layers[name].get_base_layer()}, ROWS, roles_of(again))[
+        name
+    ]
     assert np.allclose(
         got.numpy(), np.square(full.get_submodule(name).weight.grad.numpy()), rtol=1e-3, atol=1e-9
     )

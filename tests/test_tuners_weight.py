@@ -459,7 +459,7 @@ def test_lora_ga_is_peft_on_the_mean_gradient():
 
 def test_calibration_in_parts_is_calibration_at_once(monkeypatch):
     """Layers that do not fit the budget together are gathered one after another, by reading the rows again."""
-    from luthier.model import calibration as _calibrate
+    from luthier.model import statistics as _statistics
 
     attached = put("lora", init_lora_weights="corda")
     passes = []
@@ -468,11 +468,11 @@ def test_calibration_in_parts_is_calibration_at_once(monkeypatch):
         roles.policy, "forward", lambda batch, was=roles.policy.forward: passes.append(1) or was(batch)
     )
     for kind in ("inputs", "covariance", "gradients"):
-        whole = dict(_calibrate.statistics(kind, attached.layers, [{}], roles))
+        whole = dict(_statistics.statistics(kind, attached.layers, [{}], roles))
         passes.clear()
         with monkeypatch.context() as m:
-            m.setattr(_calibrate, "BUDGET", 1)
-            parts = dict(_calibrate.statistics(kind, attached.layers, [{}], roles))
+            m.setattr(_statistics, "BUDGET", 1)
+            parts = dict(_statistics.statistics(kind, attached.layers, [{}], roles))
         assert len(passes) == 1 + len(attached.layers) and all(
             torch.allclose(v, parts[n], atol=1e-5) for n, v in whole.items()
         )

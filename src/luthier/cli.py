@@ -206,12 +206,12 @@ def inspect(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare two models: loss, accuracy, and what was forgotten elsewhere."""
+    """Compare two models: loss, accuracy, and retention of other tasks."""
     from luthier.report.console import Console
     from luthier.serve.inspect import inspect
 
     found = inspect(base, tuned, data, preference=preference, report=report)
-    typer.echo(dumped(found)) if as_json else Console().comparison(found)
+    typer.echo(dumped(found)) if as_json else Console().inspection(found)
     if report is not None and not as_json:
         typer.echo(f"Report: {report}")
 
@@ -292,7 +292,7 @@ def compare(
         together=together,
     )
     found = run_comparison(spec, to, Callback() if as_json else Console())
-    typer.echo(dumped(found)) if as_json else Console().arms(found)
+    typer.echo(dumped(found)) if as_json else Console().comparison(found)
 
 
 @app.command()
@@ -379,7 +379,7 @@ def search(
         changes=changes,
     )
     found = conduct(made, to, storage, Callback() if as_json else Console(), workers)
-    typer.echo(dumped(found)) if as_json else Console().found(found)
+    typer.echo(dumped(found)) if as_json else Console().search(found)
 
 
 @app.command()

@@ -95,7 +95,7 @@ def rendered(rows: list[dict], model: str, chat_template: str | None, shown: int
     from transformers import AutoTokenizer
 
     from luthier.recipe.model_names import resolve_model
-    from luthier.report import MARKS
+    from luthier.report.text import MARKS
     from luthier.text.render import Renderer
 
     asked = [row for row in rows if row.get("completions")]

@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from luthier.errors import RecipeError
 from luthier.registry import did_you_mean
@@ -253,3 +253,10 @@ def collate(rows: Sequence[dict], encode: Callable[[dict], Any]) -> Batch:
         torch.tensor(x, dtype=torch.long) for x in (segment, parent, completion, group)
     )
     return Batch(read, read, asked, of_token, under, said_in, of_row, list(rows))
+
+
+def pad(rows: list[Tensor], fill: int = 0) -> tuple[Tensor, Tensor]:
+    """Token lists -> ids [R, W] padded on the right, and the mask [R, W] of real places."""
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
+    lengths = torch.tensor([len(r) for r in rows], device=ids.device)
+    return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()

@@ -23,7 +23,7 @@ from luthier.kernels.attention import NAME, takes_plans
 from luthier.kernels.decode_attention import ROOM, Decoding, split_layer
 from luthier.kernels.prepacked import prepacked
 from luthier.kernels.tolerance import logprob_tolerance
-from luthier.methods.architectures._base import pad
+from luthier.model.batch import pad
 from luthier.model.language_model import logits_at, prefix_mask, soft_first
 
 if TYPE_CHECKING:

@@ -26,6 +26,7 @@ from luthier.model.anatomy import layer_of
 from luthier.model.batch import Batch
 from luthier.model.outputs import LAYERS, Outputs
 from luthier.registry import family
+from luthier.text.render import Renderer
 
 if TYPE_CHECKING:
     from luthier.model.network import Matrix, Network
@@ -41,6 +42,9 @@ class LanguageModel(Architecture):
     fused: bool | Literal["liger"] = True
     # take logits from the network's own forward: [T, vocabulary] exists, any network is right
     own_head: bool = False
+
+    def renderer(self, tokenizer: Any, config: Any, **how: Any) -> Renderer:
+        return Renderer(tokenizer, **how)
 
     @property
     def reading(self) -> str:

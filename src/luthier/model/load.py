@@ -18,10 +18,10 @@ from luthier.compat.malloc import keep_memory
 from luthier.compat.transformers import quiet_transformers
 from luthier.errors import RecipeError
 from luthier.kernels import attention, compiled, elementwise, liger
-from luthier.methods.quantizers._base import modules as coded
 from luthier.methods.roles._base import PREFIX, bring
 from luthier.methods.tuners._base import Untuned
 from luthier.model.policy import Policy, Roles
+from luthier.model.quantized_linear import modules as coded
 from luthier.recipe import model_names
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods

@@ -91,6 +91,10 @@ class Policy(nn.Module):
         with self.inside(), eval_mode(self.model), torch.no_grad():
             yield
 
+    def eval_mode(self) -> AbstractContextManager:
+        """Without dropout, for a while."""
+        return eval_mode(self.model)
+
     def as_role(self, role: str, inside: Callable[[], AbstractContextManager] = nullcontext) -> Policy:
         """The same network playing someone else."""
         return Policy(self.architecture, self.model, self.attached, role, inside)

@@ -8,22 +8,23 @@ For quantizers that compare all weights with each other or read rows. The codes 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
-from luthier.methods.quantizers._base import Codes, Quantizer, held_as, modules
+from luthier.methods.quantizers._base import Codes, Quantizer
 from luthier.model.experts import apart, put
+from luthier.model.linear import oriented
+from luthier.model.quantized_linear import modules, quantized_module
 from luthier.model.quantized_load import chosen
+from luthier.model.statistics import gather
 from luthier.registry import build, spec
 from luthier.storage import checkpoints
 
 FILE = "quantized.safetensors"
-MICRO = 4  # rows read at once
 
 
 @torch.no_grad()
@@ -31,42 +32,44 @@ def quantize(model: Any, quantizer: Quantizer, roles: Any = None, rows: list[dic
     """Put codes in the place of every linear weight that the quantizer takes."""
     apart(model)
     names = chosen(model, quantizer)
-    seen = (
-        {}
-        if not quantizer.reads
-        else SEEN[quantizer.reads](model, names, (rows or [])[: quantizer.init_rows], roles)
-    )
+    statistics = {}
+    if quantizer.reads:
+        modules = {name: model.get_submodule(name) for name in names}
+        statistics = gather(quantizer.reads, modules, (rows or [])[: quantizer.init_rows], roles)
 
     def weights() -> Iterator[tuple[str, Tensor]]:
         for name in names:
-            yield name, _oriented(model.get_submodule(name))
+            yield name, _weight(model.get_submodule(name))
 
-    plan = quantizer.plan(weights, seen)
+    plan = quantizer.plan(weights, statistics)
     for name in names:
         base = model.get_submodule(name)
-        W, own = _oriented(base), plan[name]
-        module = held_as(base, base.weight.dtype)
-        module.take(own, own.quantize(W, seen.pop(name)) if name in seen else own.quantize(W))
+        own, W = plan[name], _weight(base)
+        if name in statistics:
+            codes = own.quantize(W, statistics.pop(name))
+        else:
+            codes = own.quantize(W)
+        module = quantized_module(base, base.weight.dtype)
+        module.take(own, codes)
         put(model, name, module)
 
 
-def _oriented(module: Any) -> Tensor:
+def _weight(module: Any) -> Tensor:
     """[out, in] in fp32."""
-    W = module.weight.detach()
-    return (W.T if isinstance(module, Conv1D) else W).float().contiguous()
+    return oriented(module).detach().float().contiguous()
 
 
 def save(model: Any, path: Path) -> None:
     """Every code of a network, and which quantizer made it."""
     from safetensors.torch import save_file
 
-    some = {n.removesuffix(".base_layer"): m for n, m in modules(model).items()}  # a tuner may sit on them
-    tensors = {f"{n}|{k}": v.detach().cpu().contiguous() for n, m in some.items() for k, v in m.codes.items()}
-    save_file(
-        tensors,
-        str(path),
-        metadata={"quantizers": json.dumps({n: spec(m.quantizer) for n, m in some.items()})},
-    )
+    tensors, quantizers = {}, {}
+    for name, module in modules(model).items():
+        name = name.removesuffix(".base_layer")  # a tuner may sit on it
+        quantizers[name] = spec(module.quantizer)
+        for slot, codes in module.codes.items():
+            tensors[f"{name}|{slot}"] = codes.detach().cpu().contiguous()
+    save_file(tensors, str(path), metadata={"quantizers": json.dumps(quantizers)})
     checkpoints.verify(tensors, path)
 
 
@@ -75,70 +78,10 @@ def read(path: Path) -> dict[str, tuple[Quantizer, Codes]]:
     from safetensors import safe_open
 
     with safe_open(str(path), framework="pt") as file:
-        made = {n: (build("quantizer", s), {}) for n, s in json.loads(file.metadata()["quantizers"]).items()}
+        saved = {}
+        for name, settings in json.loads(file.metadata()["quantizers"]).items():
+            saved[name] = build("quantizer", settings), {}
         for key in file.keys():  # noqa: SIM118
             name, _, slot = key.rpartition("|")
-            made[name][1][slot] = file.get_tensor(key)
-    return made
-
-
-# ---------------------------------------------------------------------------------------------- what rows say
-
-
-def hessians(model: Any, names: list[str], rows: list[dict], roles: Any) -> dict[str, Tensor]:
-    """[in, in] the sum of x x' over what each module reads."""
-    total: dict[str, Tensor] = {}
-
-    def see(name: str):
-        def hook(module: nn.Module, given: tuple, said: Any) -> None:
-            x = given[0].detach().flatten(0, -2).float()
-            total[name] = total[name].addmm_(x.T, x) if name in total else x.T @ x
-
-        return hook
-
-    hooks = [model.get_submodule(n).register_forward_hook(see(n)) for n in names]
-    try:
-        for i in range(0, len(rows), MICRO):
-            roles.policy.logprobs(roles.batch(rows[i : i + MICRO]))
-    finally:
-        for h in hooks:
-            h.remove()
-    return total
-
-
-def fisher(model: Any, names: list[str], rows: list[dict], roles: Any) -> dict[str, tuple[Tensor, Tensor]]:
-    """The squared gradients of -log p of single rows, summed: their means over each row [out] and each column
-    [in] of a weight.
-    """
-    total: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def see(name: str, turned: bool):
-        def hook(p: Tensor) -> None:
-            if p.grad is not None:
-                square = (p.grad.T if turned else p.grad).float().square()
-                was = total.get(name, (0.0, 0.0))
-                total[name] = (was[0] + square.mean(1), was[1] + square.mean(0))
-            p.grad = None
-
-        return hook
-
-    weights: Mapping[str, Any] = {n: model.get_submodule(n) for n in names}
-    asked = {n: p.requires_grad for n, p in model.named_parameters()}
-    model.requires_grad_(False)
-    hooks = [
-        m.weight.requires_grad_(True).register_post_accumulate_grad_hook(see(n, isinstance(m, Conv1D)))
-        for n, m in weights.items()
-    ]
-    try:
-        with torch.enable_grad():
-            for row in rows:
-                roles.policy.logprobs(roles.batch([row])).sum().neg().backward()
-    finally:
-        for h in hooks:
-            h.remove()
-        for n, p in model.named_parameters():
-            p.requires_grad_(asked[n])
-    return total
-
-
-SEEN = {"hessian": hessians, "fisher": fisher}
+            saved[name][1][slot] = file.get_tensor(key)
+    return saved

@@ -21,8 +21,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from luthier.compat.malloc import Mapped
 from luthier.compat.transformers import add_entry
 from luthier.errors import RecipeError
-from luthier.methods.quantizers._base import Codes, Quantized, Quantizer, held_as, plain
+from luthier.methods.quantizers._base import Codes, Quantizer
 from luthier.model.experts import Experts, Matrix, apart, fused, put
+from luthier.model.quantized_linear import Quantized, plain, quantized_module
 from luthier.registry import did_you_mean
 from luthier.storage import checkpoints
 
@@ -65,7 +66,7 @@ class Loader(HfQuantizer):
         for name in chosen(model, said.quantizer):
             if said.saved is not None and name not in said.saved:
                 continue
-            put(model, name, held_as(model.get_submodule(name), said.dtype))
+            put(model, name, quantized_module(model.get_submodule(name), said.dtype))
         for name, experts in split.items():  # the checkpoint knows them as one
             held = [m for m in experts.modules() if isinstance(m, Matrix)]
             if not any(isinstance(m, Quantized) for m in held):

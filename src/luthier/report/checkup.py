@@ -1,17 +1,13 @@
-"""The page of `luthier inspect`: what tuning changed in the weights, what was learned, what was forgotten,
-how the answers changed.
+"""The page of `luthier inspect`: what fine-tuning changed in metrics, weights, calibration and generations.
 
-No script and no network, like the page of a run. `weights` measures what changed; the numbers and answers are
-the evaluators'.
+`weights` measures the weights; metrics and generations are the evaluators'.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,120 +16,19 @@ import torch
 
 from luthier.methods.evaluators.representation.intruders import effective_rank, likeness, matrices
 from luthier.model.anatomy import layer_of
-from luthier.report.chart import chart
-from luthier.report.numbers import answers, headline, lines, number
-from luthier.report.page import STYLE, _answers, _notes, _table, document, section, versions
+from luthier.registry import former_metrics
+from luthier.report.chart import Curve, Figure, curves_figure, curves_table
+from luthier.report.comparison import calibration_figure
+from luthier.report.html import render
+from luthier.report.numbers import MetricRow, format_number, headline, metric_rows, split_rows
+from luthier.report.page import shown_generations
 
 WIDEST = 2048  # of a matrix whose singular values are still computed: beyond, each takes minutes
-FIRST = 10  # singular vectors that are held against the old ones
+FIRST = 10  # singular vectors that are compared with those of the base
 ALIKE = 0.5  # a cosine below which a direction is new
+SPECTRUM = 64  # singular values shown
 
-
-# ---------------------------------------------------------------------------------------------- what changed
-
-
-def plain(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Matrices inside the layers under the names that the network itself gives them."""
-    return {
-        re.sub(r"\.base_layer\b|^base_model\.model\.", "", name): p for name, p in matrices(model).items()
-    }
-
-
-@torch.no_grad()
-def weights(before: Mapping[str, torch.Tensor], model: torch.nn.Module) -> dict[str, Any]:
-    """Each matrix of the tuned network (merged) against the untuned one.
-
-    {matrices: [{name, layer, part, moved, share, rank, new}], spectrum: [..], of: name, unlike: names}.
-    moved: the norm of the change by that of the matrix; share: of its numbers that changed; rank: effective
-    rank of the change; new: how many of its first singular vectors the old matrix does not have. spectrum:
-    singular values of the largest change, the first being 1.
-    """
-    found, unlike, largest, spectrum, of = [], [], 0.0, [], ""
-    for name, now in plain(model).items():
-        was = before.get(name)
-        if was is None or was.shape != now.shape:
-            unlike.append(name)
-            continue
-        was, now = was.float().cpu(), now.detach().float().cpu()
-        change = now - was
-        moved = float(change.norm() / was.norm().clamp(min=1e-12))
-        place = layer_of(name)
-        one = {
-            "name": name,
-            "layer": place[1] if place else None,
-            "part": ".".join(name.split(".")[-3:-1]),
-            "moved": moved,
-        }
-        one["share"] = float((change != 0).float().mean())
-        if moved and min(now.shape) <= WIDEST:
-            one["rank"] = effective_rank(change)
-            one["new"] = sum(x < ALIKE for x in likeness(was, now, FIRST))
-            if moved > largest:
-                values = torch.linalg.svdvals(change)
-                largest, of, spectrum = moved, name, (values / values[0]).tolist()[:64]
-        found.append(one)
-    return {"matrices": found, "spectrum": spectrum, "of": of, "unlike": unlike}
-
-
-# ---------------------------------------------------------------------------------------------- the page
-
-
-def page(found: Mapping[str, Any], folder: Path) -> str:
-    """found: what `luthier.inspect` gives. folder: where the evaluators kept answers and calibration."""
-    report = SimpleNamespace(
-        before=found["base"]["metrics"],
-        after=found["tuned"]["metrics"],
-        losses=[1],
-        stats={"measured_on": found["measured_on"], "steps": 1},
-    )
-    learned = [x for x in lines(report) if not x.name.startswith("elsewhere")]
-    lost = [x for x in lines(report) if x.name.startswith("elsewhere")]
-    styled = [x for x in learned if x.name in STYLED]
-    declined = [x for x in learned if x.name in DECLINED]
-    learned = [x for x in learned if x.name not in (*STYLED, *DECLINED)]
-    title = f"{found['base']['model']} → {found['tuned']['model']}"
-    parts = (
-        f'<header><p class="what">{escape(title)}</p><h1>{escape(headline(report))}</h1></header>',
-        section(
-            "What it learned",
-            _table(learned) if learned else "",
-            note=f"On {found['rows']:,} {found['measured_on']}.",
-        ),
-        section(
-            "What it forgot",
-            _table(lost) if lost else "",
-            note="Elsewhere: rows of what the base could do, or texts that it wrote itself." if lost else "",
-        ),
-        _changed(found.get("weights")),
-        section(
-            "How it speaks",
-            _table(styled) if styled else "",
-            note=(
-                "Lengths in tokens; different pairs of neighbouring tokens and different answers to one"
-                " prompt, of sampled answers."
-                if styled
-                else ""
-            ),
-        ),
-        section(
-            "What it declines",
-            _table(declined) if declined else "",
-            note=(
-                "Unsafe requests are those whose right answer declines; what an answer does is told by its"
-                " first words."
-                if declined
-                else ""
-            ),
-        ),
-        _calibration(folder),
-        _answers(answers(folder)),
-        _notes(found["notes"]),
-        _made(),
-    )
-    return document(title, "".join(p for p in parts if p), STYLE)
-
-
-STYLED = (
+GENERATION = (
     "generated_tokens",
     "distinct_2",
     "distinct_answers",
@@ -141,90 +36,171 @@ STYLED = (
     "length_ratio",
     "length_correlation",
 )
-DECLINED = ("refused_unsafe", "refused_safe")
+REFUSAL = ("refused_unsafe", "refused_safe")
+RETENTION = ("retention_loss", "retention_accuracy")
 
 
-def _changed(said: Mapping[str, Any] | None) -> str:
-    if not said or not said["matrices"]:
-        return ""
-    every: Sequence[Mapping[str, Any]] = said["matrices"]
-    moved = [m for m in every if m["moved"]]
-    note = f"{len(moved)} of {len(every)} matrices inside the layers changed."
+# ---------------------------------------------------------------------------------------------- what changed
+
+
+def plain(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Matrices inside the layers under the names that the network itself gives them."""
+    wrappers = r"\.base_layer\b|^base_model\.model\."
+    return {re.sub(wrappers, "", name): parameter for name, parameter in matrices(model).items()}
+
+
+@torch.no_grad()
+def weights(before: Mapping[str, torch.Tensor], model: torch.nn.Module) -> dict[str, Any]:
+    """Each matrix of the tuned network (merged) against the untuned one.
+
+    {matrices: [{name, layer, part, moved, share, rank, new}], spectrum: [..], of: name, unlike: names}.
+    moved: the norm of the change by that of the matrix; share: of its entries that changed; rank: effective
+    rank of the change; new: how many of its first singular vectors the old matrix does not have. spectrum:
+    singular values of the largest change, the first being 1.
+    """
+    changes, unlike, largest, spectrum, of = [], [], 0.0, [], ""
+    for name, parameter in plain(model).items():
+        old = before.get(name)
+        if old is None or old.shape != parameter.shape:
+            unlike.append(name)
+            continue
+        old, new = old.float().cpu(), parameter.detach().float().cpu()
+        change = new - old
+        moved = float(change.norm() / old.norm().clamp(min=1e-12))
+        place = layer_of(name)
+        row = {
+            "name": name,
+            "layer": place[1] if place else None,
+            "part": ".".join(name.split(".")[-3:-1]),
+            "moved": moved,
+            "share": float((change != 0).float().mean()),
+        }
+        if moved and min(new.shape) <= WIDEST:
+            row["rank"] = effective_rank(change)
+            row["new"] = sum(cosine < ALIKE for cosine in likeness(old, new, FIRST))
+            if moved > largest:
+                values = torch.linalg.svdvals(change)
+                largest, of, spectrum = moved, name, (values / values[0]).tolist()[:SPECTRUM]
+        changes.append(row)
+    return {"matrices": changes, "spectrum": spectrum, "of": of, "unlike": unlike}
+
+
+# ---------------------------------------------------------------------------------------------- the page
+
+
+def page(result: Mapping[str, Any], folder: Path) -> str:
+    """result: what `luthier.inspect` gives. folder: where the evaluators left generations and calibration."""
+    base, tuned = result["base"], result["tuned"]
+    report = SimpleNamespace(
+        before=base["metrics"],
+        after=tuned["metrics"],
+        losses=[1],
+        stats={"measured_on": result["measured_on"], "steps": 1},
+    )
+    whole, parts = split_rows(metric_rows(report))
+    groups = _grouped(whole)
+    return render(
+        "inspect.html.j2",
+        title=f"{base['model']} → {tuned['model']}",
+        headline=headline(report),
+        measured=f"On {result['rows']:,} {result['measured_on']}.",
+        task=groups["task"],
+        retention=groups["retention"],
+        parts=parts,
+        weights=_weights(result.get("weights")),
+        generation=groups["generation"],
+        refusal=groups["refusal"],
+        calibration=_calibration(folder),
+        generations=shown_generations(folder),
+        notes=result["notes"],
+    )
+
+
+def _grouped(rows: Sequence[MetricRow]) -> dict[str, list[MetricRow]]:
+    """Metrics by the section of the page that shows them."""
+    groups: dict[str, list[MetricRow]] = {"task": [], "retention": [], "generation": [], "refusal": []}
+    sections = {"retention": RETENTION, "generation": GENERATION, "refusal": REFUSAL}
+    for row in rows:
+        name = former_metrics().get(row.name, row.name)
+        section = next((key for key, names in sections.items() if name in names), "task")
+        groups[section].append(row)
+    return groups
+
+
+def _weights(changes: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """Figures and a table of what `weights` measured."""
+    if not changes or not changes["matrices"]:
+        return None
+    rows: Sequence[Mapping[str, Any]] = changes["matrices"]
+    moved = [row for row in rows if row["moved"]]
+    note = f"{len(moved)} of {len(rows)} matrices inside the layers changed."
     if not moved:
-        return section("What changed in the weights", "<p></p>", note=note)
-    by_layer, by_part = defaultdict(list), defaultdict(list)
-    for m in every:
-        by_layer[m["layer"]].append(m["moved"])
-        by_part[m["part"]].append(m)
-    points = sorted((float(k), 100 * sum(v) / len(v)) for k, v in by_layer.items() if k is not None)
-    layers = (
-        chart([("change", "soft", points)], low=0.0, label="change by layer, in percent of the weights' norm")
-        if len(points) > 1
-        else ""
-    )
-    spectrum = chart(
-        [("singular value", "held", [(i + 1.0, v) for i, v in enumerate(said["spectrum"])])],
-        low=0.0,
-        label="spectrum",
-    )
-    figures = (
-        "<figure><figcaption>size of the change by layer, % of the weights'"
-        f" norm</figcaption>{layers}</figure>"
-        if layers
-        else ""
-    )
-    if said["spectrum"]:
-        figures += (
-            f"<figure><figcaption>singular values of the largest change ({escape(said['of'])}), the first"
-            f" being 1</figcaption>{spectrum}</figure>"
-        )
-    head = "".join(
-        f'<th scope="col">{x}</th>'
-        for x in ("", "change", "numbers moved", "rank of the change", "new directions")
-    )
-    body = ""
-    for part, some in by_part.items():
-        ranks, new = [m["rank"] for m in some if "rank" in m], [m["new"] for m in some if "new" in m]
-        body += (
-            f'<tr><th scope="row">{escape(part)}</th><td>{_mean([100 * m["moved"] for m in some])}%</td>'
-            f"<td>{_mean([100 * m['share'] for m in some])}%</td><td>{_mean(ranks)}</td><td>{_mean(new)}</td></tr>"
-        )
+        return {"note": note, "figures": [], "table": None, "curves": None}
     note += (
-        " Change: its norm by that of the weights. Rank: the effective rank of the change. New directions:"
-        f" of the first {FIRST} singular vectors after tuning, how many are unlike every one before (cosine"
-        f" below {ALIKE}). Means over matrices."
+        " Change: its norm relative to that of the weights. Rank: effective rank of the change. New"
+        f" directions: how many of the first {FIRST} singular vectors have a cosine below {ALIKE} with each"
+        " of the base's. Means over matrices."
     )
-    if said["unlike"]:
-        note += f" {len(said['unlike'])} matrices have no counterpart of the same shape."
-    table = f'<table class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-    return section("What changed in the weights", f'<div class="smalls">{figures}</div>{table}', note=note)
+    if changes["unlike"]:
+        note += f" {len(changes['unlike'])} matrices have no counterpart of the same shape."
+    layers, spectrum = _by_layer(rows), list(enumerate(changes["spectrum"], 1))
+    figures: list[Figure | None] = [
+        curves_figure(
+            "change by layer, % of the weights' norm",
+            [Curve("change %", "wood", layers)],
+            x="layer",
+            height=180,
+            zero=True,
+        ),
+        curves_figure(
+            f"singular values of the largest change ({changes['of']}), relative to the first",
+            [Curve("singular value", "held", spectrum)],
+            x="index",
+            height=180,
+            zero=True,
+        ),
+    ]
+    return {
+        "note": note,
+        "figures": [figure for figure in figures if figure],
+        "table": _by_part(rows),
+        "curves": curves_table([Curve("change %", "wood", layers)], x="layer"),
+    }
 
 
-def _mean(values: Sequence[float]) -> str:
-    return number(sum(values) / len(values)) if values else ""
+def _by_layer(rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """(layer, mean change in percent)."""
+    by_layer = defaultdict(list)
+    for row in rows:
+        if row["layer"] is not None:
+            by_layer[row["layer"]].append(100 * row["moved"])
+    return sorted((float(layer), _mean(values)) for layer, values in by_layer.items())
 
 
-def _calibration(folder: Path) -> str:
-    figures = ""
+def _by_part(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over the matrices of each kind, as {head, rows}."""
+    by_part = defaultdict(list)
+    for row in rows:
+        by_part[row["part"]].append(row)
+    out = []
+    for part, some in by_part.items():
+        line = [part]
+        for key, factor, unit in (("moved", 100, "%"), ("share", 100, "%"), ("rank", 1, ""), ("new", 1, "")):
+            values = [factor * row[key] for row in some if key in row]
+            line.append(format_number(_mean(values)) + unit if values else "")
+        out.append(line)
+    return {
+        "head": ["matrix", "change", "entries changed", "rank of the change", "new directions"],
+        "rows": out,
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _calibration(folder: Path) -> list[Figure]:
+    figures = []
     for when in ("before", "after"):
-        path = folder / f"calibration-{when}.json"
-        if path.is_file():
-            points = [(100 * s, 100 * r) for _, s, r in json.loads(path.read_text(encoding="utf-8"))]
-            drawn = chart(
-                [("right", "soft", points), ("perfect", "raw", [(0, 0), (100, 100)])],
-                low=0,
-                label=f"calibration {when} tuning",
-            )
-            figures += f"<figure><figcaption>{when}</figcaption>{drawn}</figure>"
-    note = (
-        "Across: how sure the model is of a token, in percent; up: how often it is right. On the diagonal it"
-        " is as sure as it may be."
-    )
-    return section(
-        "Calibration", f'<div class="smalls">{figures}</div>' if figures else "", note=note if figures else ""
-    )
-
-
-def _made() -> str:
-    made = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(who)}</dd></div>" for what, who in versions())
-    return section("Made with", f'<dl class="tiles">{made}</dl>')
+        figures += calibration_figure(Path(folder) / f"calibration-{when}.json", when)
+    return figures

@@ -1,22 +1,38 @@
-"""What a person at a terminal sees: sentences, a progress bar with rate and time left, rows as the model will
-read them.
+"""What a person at a terminal sees: sentences, a progress bar with rate and time left, rows as the model
+reads them.
 
-At a pipe or in a log file the same is said without colours and without a bar: a line for about every tenth of
-the run.
+At a pipe or in a log file the same text has no colours and no bar: a line for about every tenth of the run.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from luthier.report.numbers import (
+    MetricRow,
+    cost,
+    format_duration,
+    format_metric,
+    format_number,
+    generations,
+    headline,
+    metric_of,
+    metric_rows,
+    split_rows,
+)
+from luthier.report.text import MARKS, cut, plain, render_rows, visible
+
+COLOURS = {True: "green", False: "red", None: "default"}
+DECAY = 0.9  # of what was: the rate is that of about the last ten steps
+
 
 class Callback:
-    """Sees everything, keeps the sentences, prints nothing."""
+    """Sees everything, stores the sentences, prints nothing."""
 
     def __init__(self):
         self.notes: list[str] = []
@@ -29,7 +45,7 @@ class Callback:
         """What is being done now."""
 
     def rows(self, roles: Any, rows: Sequence[dict], stats: dict) -> None:
-        """The data, about to be learned."""
+        """The training data, encoded."""
 
     @contextmanager
     def training(self, total: int, done: int) -> Iterator[None]:
@@ -40,7 +56,7 @@ class Callback:
         """After each step."""
 
     def finish(self, report: Any) -> None:
-        """What came of it."""
+        """After the run."""
 
 
 class Console(Callback):
@@ -55,7 +71,7 @@ class Console(Callback):
             self.screen = Screen(file=file, highlight=False, no_color=True, width=110)
         self.bar: Any = None
         self.task: Any = None
-        self.total = self.done = self.told = self.steps = 0
+        self.total = self.done = self.last_printed = self.steps = 0
         self.began = self.tokens = self.seconds = 0.0
         self.smooth: float | None = None  # the loss, averaged over about the last ten steps
 
@@ -73,41 +89,36 @@ class Console(Callback):
         self.say(name, "dim")
 
     def rows(self, roles: Any, rows: Sequence[dict], stats: dict) -> None:
-        from luthier.report import rendered
-
         share = stats.get("supervised_share")
-        learned = f", {100 * share:.0f}% of them learned" if share else ""
-        self.say(
-            f"{len(rows):,} rows, {stats.get('row_tokens', 0):,} tokens{learned}; the first as the model"
-            " reads them:"
-        )
-        for text in rendered(roles, rows):
-            self.say()
-            self._marked(text)
-        self.say()
+        supervised = f" ({100 * share:.0f}% supervised)" if share else ""
+        tokens = f"{stats.get('row_tokens', 0):,} tokens{supervised}"
+        self.say(f"{len(rows):,} training rows, {tokens}; the first ones as the model reads them:")
+        self._marked_rows(render_rows(roles, rows))
 
-    def _marked(self, text: str, limit: int = 600) -> None:
-        """A row: what is learned stands out, at a pipe between ⟦ and ⟧."""
+    def _marked_rows(self, texts: Iterable[str], limit: int = 600) -> None:
+        """Rows with supervised tokens highlighted, at a pipe between ⟦ and ⟧."""
         from rich.text import Text
 
-        from luthier.report import MARKS
-
-        text = visible(cut(text, limit))
-        if not self.screen.is_terminal:
-            self.say("  " + text.replace(MARKS[0], "⟦").replace(MARKS[1], "⟧").replace("\n", "\n  "))
-            return
-        shown = Text("  ")
-        for i, part in enumerate(text.replace("\n", "\n  ").split(MARKS[0])):
-            learned, _, rest = part.partition(MARKS[1]) if i else ("", "", part)
-            shown.append(learned, "bold green")
-            shown.append(rest.replace(MARKS[1], ""), "dim")
-        self.screen.print(shown)
+        for text in texts:
+            self.say()
+            text = visible(cut(text, limit)).replace("\n", "\n  ")
+            if not self.screen.is_terminal:
+                self.say("  " + text.replace(MARKS[0], "⟦").replace(MARKS[1], "⟧"))
+                continue
+            prompt, *parts = text.split(MARKS[0])
+            line = Text("  ").append(prompt, "dim")
+            for part in parts:
+                supervised, _, rest = part.partition(MARKS[1])
+                line.append(supervised, "bold green")
+                line.append(rest.replace(MARKS[1], ""), "dim")
+            self.screen.print(line)
+        self.say()
 
     # ------------------------------------------------------------------------------------------ steps
 
     @contextmanager
     def training(self, total: int, done: int) -> Iterator[None]:
-        self.total, self.done, self.told, self.began = total, done, done, time.perf_counter()
+        self.total, self.done, self.last_printed, self.began = total, done, done, time.perf_counter()
         self.tokens = self.seconds = 0.0
         self.smooth, self.steps = None, 0
         if not self.screen.is_terminal:
@@ -118,10 +129,10 @@ class Console(Callback):
         columns = (
             TextColumn("{task.completed}/{task.total}"),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[said]}"),
+            TextColumn("{task.fields[status]}"),
         )
         with Progress(*columns, console=self.screen, transient=False, expand=True) as self.bar:
-            self.task = self.bar.add_task("", total=total, completed=done, said="")
+            self.task = self.bar.add_task("", total=total, completed=done, status="")
             try:
                 yield
             finally:
@@ -131,256 +142,203 @@ class Console(Callback):
         loss = log.get("loss")
         if loss is not None:
             self.smooth = loss if self.smooth is None else self.smooth + 0.2 * (loss - self.smooth)
-        keep = 0.9  # of what was: the rate is that of about the last ten steps
-        self.tokens = keep * self.tokens + log.get("tokens", 0)
-        self.seconds = keep * self.seconds + log.get("seconds", 0.0)
+        self.tokens = DECAY * self.tokens + log.get("tokens", 0)
+        self.seconds = DECAY * self.seconds + log.get("seconds", 0.0)
         steps, self.done = log["step"] - self.done, log["step"]
         self.steps += steps
-        if line := log.get("said"):  # a step that is worth a line of its own
-            left = self._said() if self.bar is None else ""
-            self.say(f"{line} ({left})" if left else line)
+        sentence = log.get("said")  # of a step that is worth a line of its own
+        if sentence:
+            status = "" if self.bar is not None else self._status()
+            self.say(f"{sentence} ({status})" if status else sentence)
         if self.bar is not None:
-            self.bar.update(self.task, advance=steps, said=self._said())
-        elif line:
-            return
-        elif self.done == self.total or (self.done - self.told) * 10 >= self.total:
-            self.told = self.done
-            self.say(f"step {self.done}/{self.total}  {self._said()}")
+            self.bar.update(self.task, advance=steps, status=self._status())
+        elif not sentence and (self.done == self.total or (self.done - self.last_printed) * 10 >= self.total):
+            self.last_printed = self.done
+            self.say(f"step {self.done}/{self.total}  {self._status()}")
 
-    def _said(self) -> str:
+    def _status(self) -> str:
         """Loss, rate and time left; what is not known is left out."""
-        from luthier.report.numbers import duration, number
-
-        said = [f"loss {number(self.smooth)}"] if self.smooth is not None else []
+        phrases = []
+        if self.smooth is not None:
+            phrases.append(f"loss {format_number(self.smooth)}")
         if self.seconds and self.tokens:
-            said.append(f"{self.tokens / self.seconds:,.0f} tokens/s")
+            phrases.append(f"{self.tokens / self.seconds:,.0f} tokens/s")
         if self.steps and self.done < self.total:
-            # Wall-clock time of this process over its steps: what is saved and measured on the way counts
+            # Wall-clock time of this process over its steps: what is saved and evaluated on the way counts
             # too.
             each = (time.perf_counter() - self.began) / self.steps
-            said.append(f"{duration(each * (self.total - self.done))} left")
-        return "  ".join(said)
+            phrases.append(f"{format_duration(each * (self.total - self.done))} left")
+        return "  ".join(phrases)
 
-    # ------------------------------------------------------------------------------------------ the end
+    # ------------------------------------------------------------------------------------------ results
 
     def finish(self, report: Any) -> None:
-        from luthier.report.numbers import answers, cost, headline
-
         self.say()
         self.say(headline(report), "bold")
-        self.answers(answers(report.folder))
-        self.table(report)
-        for what, much in cost(report.stats):
-            self.say(f"  {what:<20} {much}")
-        if compared := report.stats.get("table"):
-            self.listing(compared, tuple(compared[0]), heads=True)
+        self._generations(generations(report.folder))
+        self._metrics(report)
+        for what, amount in cost(report.stats):
+            self.say(f"  {what:<20} {amount}")
+        if table := report.stats.get("table"):
+            self.listing(table, tuple(table[0]), heads=True)
         page = Path(report.folder) / "report.html"
         self.say()
         for run in report.runs:
             self.say(f"  {run}")
         if page.is_file():
             self.say(f"Report: {page}")
-        whole = Path(report.runs[0]).parent / "report.html" if report.runs else page
-        if whole != page and whole.is_file():
-            self.say(f"Of all: {whole}")
+        if report.runs:
+            whole = Path(report.runs[0]).parent / "report.html"
+            if whole != page and whole.is_file():
+                self.say(f"Report of all runs: {whole}")
         if report.stats.get("writes", True):
-            self.say(f"Talk to it: luthier chat {report.folder}")
+            self.say(f"Chat with it: luthier chat {report.folder}")
 
-    def answers(self, said: Sequence[dict], few: int = 4) -> None:
-        """The same questions before and after."""
+    def _generations(self, rows: Sequence[dict], most: int = 4) -> None:
+        """The same prompts before and after."""
         from rich.text import Text
 
-        if not said:
+        if not rows:
             return
-        table = self._grid("asked", "before", "after", "expected")
-        for one in said[:few]:
+        table = self._grid("prompt", "before", "after", "reference")
+        for row in rows[:most]:
             cells = [
-                Text(visible(cut((one[k] or "").strip(), 240)))
+                Text(visible(cut((row[k] or "").strip(), 240)))
                 for k in ("prompt", "before", "after", "expected")
             ]
-            for cell, score in ((cells[1], one["score_before"]), (cells[2], one["score_after"])):
-                cell.stylize("" if score is None else "green" if score > 0 else "red")
+            for cell, score in ((cells[1], row["score_before"]), (cells[2], row["score_after"])):
+                if score is not None:
+                    cell.stylize("green" if score > 0 else "red")
             table.add_row(*cells)
         self.screen.print(table)
 
-    def table(self, report: Any) -> None:
-        """Metric, before, after, change."""
+    def _metrics(self, report: Any) -> None:
+        """Metrics before and after; the parts of a metric in a table of their own."""
+        whole, parts = split_rows(metric_rows(report))
+        self._before_after(report.stats.get("measured_on", "metric"), whole)
+        for label, rows in parts.items():
+            self._before_after(f"{label} by task", rows)
+
+    def _before_after(self, title: str, rows: Sequence[MetricRow]) -> None:
         from rich.text import Text
 
-        from luthier.report.numbers import lines
-
-        table = self._grid("", "before", "after", "change", right=("before", "after", "change"))
-        for line in lines(report):
+        if not rows:
+            return
+        table = self._grid(title, "before", "after", "change", right=("before", "after", "change"))
+        for row in rows:
             table.add_row(
-                Text(visible(line.label)), line.before, line.after, Text(line.change, COLOUR[line.better])
+                Text(visible(row.label)), row.before, row.after, Text(row.change, COLOURS[row.better])
             )
-        if table.row_count:
-            self.screen.print(table)
+        self.screen.print(table)
 
-    def comparison(self, found: dict) -> None:
-        """Two models side by side; `found` as luthier.inspect gives it."""
-        stats = {"measured_on": found["measured_on"]}
-        self.say(
-            f"{found['base']['model']} and {found['tuned']['model']}, on {found['rows']:,}"
-            f" {found['measured_on']}"
+    def inspection(self, result: dict) -> None:
+        """Two models side by side; `result` as luthier.inspect gives it."""
+        base, tuned, on = result["base"], result["tuned"], result["measured_on"]
+        self.say(f"{base['model']} and {tuned['model']}, on {result['rows']:,} {on}")
+        self._metrics(
+            SimpleNamespace(before=base["metrics"], after=tuned["metrics"], stats={"measured_on": on})
         )
-        self.table(
-            SimpleNamespace(before=found["base"]["metrics"], after=found["tuned"]["metrics"], stats=stats)
-        )
-        for note in found["notes"]:
+        for note in result["notes"]:
             self.say(f"· {note}", "yellow")
 
-    def survey(self, source: str, found: dict) -> None:
-        """What rows are, and what they can feed; `found` as luthier.data.profile gives it."""
+    def survey(self, source: str, profile: dict) -> None:
+        """What rows are, and which objectives they can train; `profile` as luthier.survey gives it."""
+        rows = profile["rows"]
         self.say(
-            f"{source}: {found['rows']:,} of {found['total']:,} rows can be read, as '{found['format']}'",
-            "bold",
+            f"{source}: {rows:,} of {profile['total']:,} rows can be read, as '{profile['format']}'", "bold"
         )
-        self.say(
-            "columns: "
-            + ", ".join(f"{k} ({n:,})" if n < found["rows"] else k for k, n in found["columns"].items())
-        )
-        for bad in (*found["bad"], *found["unreadable"]):
-            self.say(f"· {bad['rows']:,} set aside: {bad['reason']} (first: {bad['first']})", "yellow")
-        if found["shown"]:
+        columns = [f"{name} ({n:,})" if n < rows else name for name, n in profile["columns"].items()]
+        self.say("columns: " + ", ".join(columns))
+        for bad in (*profile["bad"], *profile["unreadable"]):
+            self.say(f"· {bad['rows']:,} unusable: {bad['reason']} (first: {bad['first']})", "yellow")
+        if profile["shown"]:
+            supervised = f"{100 * profile['share']:.0f}% supervised"
             self.say(
-                f"{found['tokens']:,} tokens, {100 * found['share']:.0f}% of them learned, the longest row"
-                f" {found['longest']:,}:"
+                f"{profile['tokens']:,} tokens ({supervised}), the longest row has {profile['longest']:,}:"
             )
-        for text in found["shown"]:
-            self.say()
-            self._marked(text)
-        self.say()
-        self.listing(found["feeds"], ("objective", "feeds", "why"))
+        self._marked_rows(profile["shown"])
+        self.listing(profile["feeds"], ("objective", "feeds", "why"))
 
-    def arms(self, result: dict) -> None:
-        """A comparison; `result` as luthier.compare gives it."""
+    def comparison(self, result: dict) -> None:
+        """Several arms; `result` as luthier.compare gives it."""
         from rich.text import Text
 
-        from luthier.report.comparison import label, shown
-
-        names = [n for n in result["arms"] if n not in result["stopped"]]
-        self.say()
-        self.say(result["sentence"], "bold")
-        table = self._grid(
-            "",
-            "untuned",
-            *(f"{n} ★" if n in result["front"] else n for n in names),
-            right=("untuned", *names),
-        )
+        arms = [name for name in result["arms"] if name not in result["stopped"]]
+        heads = [f"{name} ★" if name in result["front"] else name for name in arms]
+        table = self._grid("", "untuned", *heads, right=("untuned", *heads))
         for metric, cells in result["table"].items():
             if "/" in metric:
                 continue
-            before = result["before"].get(metric)
-            spread = [
-                shown(metric, c["mean"])
-                + (
-                    f" ({shown(metric, c['low'])} to {shown(metric, c['high'])})"
-                    if c["low"] < c["high"]
-                    else ""
-                )
-                for c in (cells[n] for n in names)
-            ]
-            table.add_row(Text(label(metric)), "" if before is None else shown(metric, before), *spread)
-        if names:
+            before = format_metric(metric, result["before"].get(metric))
+            values = [_with_interval(metric, cells[arm]) for arm in arms]
+            table.add_row(Text(metric_of(metric).label), before, *values)
+        self.say()
+        self.say(result["sentence"], "bold")
+        if arms:
             self.screen.print(table)
-            self.say(
-                f"★ on the front: nobody is better in all of {', '.join(label(g) for g in result['goals'])}",
-                "dim",
-            )
+            goals = ", ".join(metric_of(goal).label for goal in result["goals"])
+            self.say(f"★ on the Pareto front: no other arm is better in all of {goals}", "dim")
         for name, why in result["stopped"].items():
             self.say(f"· {name} was stopped: {why}", "yellow")
         self.say(f"Report: {Path(result['folder']) / 'report.html'}")
 
-    def found(self, result: dict) -> None:
-        """A search; `result` as luthier.search gives it."""
-        from luthier.report.comparison import shown
-
+    def search(self, result: dict) -> None:
+        """A hyperparameter search; `result` as luthier.search gives it."""
+        candidates = [*filter(None, [result.get("start")]), *result["found"]]
+        lines = []
+        for one in candidates:
+            line = {"": one["name"], "configuration": one["said"] or "unchanged"}
+            for goal in result["goals"]:
+                metric, name = goal["metric"], goal["name"]
+                line[f"{name}, tuning"] = format_metric(metric, one["tuning"].get(name))
+                low, high = one.get("interval", {}).get(name, (0, 0))
+                line[f"{name}, test"] = _with_interval(
+                    metric, {"mean": one["test"].get(name), "low": low, "high": high}
+                )
+            lines.append(line)
         self.say()
         self.say(result["sentence"], "bold")
-        lines = []
-        for one in [*([result["start"]] if result.get("start") else []), *result["found"]]:
-            line = {"": one["name"], "configuration": one["said"] or "as it was"}
-            for goal in result["goals"]:
-                for when in ("tuning", "test"):
-                    value = one[when].get(goal["name"])
-                    low, high = (
-                        one.get("interval", {}).get(goal["name"], (0, 0)) if when == "test" else (0, 0)
-                    )
-                    span = (
-                        f" ({shown(goal['metric'], low)} to {shown(goal['metric'], high)})"
-                        if low < high
-                        else ""
-                    )
-                    line[f"{goal['name']}, {when}"] = (
-                        "" if value is None else shown(goal["metric"], value) + span
-                    )
-            lines.append(line)
         if lines:
             self.listing(lines, tuple(lines[0]), heads=True)
         for i, one in enumerate(result["found"]):
-            self.say(f"  luthier tune {Path(result['folder']) / one['name']}.yaml", "bold" if not i else "")
+            self.say(f"  luthier tune {Path(result['folder']) / one['name']}.yaml", "bold" if i == 0 else "")
         self.say(f"Report: {Path(result['folder']) / 'report.html'}")
 
-    def listing(self, found: Sequence[dict], columns: Sequence[str], heads: bool = False) -> None:
-        """Objects as a table: a line each at a pipe, so that it can be searched. heads: what columns are is
-        said there, too.
+    # ------------------------------------------------------------------------------------------ tables
+
+    def listing(self, objects: Sequence[dict], columns: Sequence[str], heads: bool = False) -> None:
+        """Objects as a table: a line each at a pipe, so that it can be searched; there `heads` names the
+        columns.
         """
         from rich.text import Text
 
-        if not self.screen.is_terminal:
-            cells = [
-                *([list(columns)] if heads else []),
-                *([plain(one[c]) for c in columns] for one in found),
-            ]
-            widths = [min(48, max((len(row[i]) for row in cells), default=0)) for i in range(len(columns))]
-            for row in cells:
-                self.say("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip())
+        rows = [[plain(one[column]) for column in columns] for one in objects]
+        if self.screen.is_terminal:
+            table = self._grid(*columns)
+            for row in rows:
+                table.add_row(*(Text(visible(cell)) for cell in row))
+            self.screen.print(table)
             return
-        table = self._grid(*columns)
-        for one in found:
-            table.add_row(*(Text(visible(plain(one[c]))) for c in columns))
-        self.screen.print(table)
+        if heads:
+            rows.insert(0, list(columns))
+        widths = [min(48, max(map(len, column), default=0)) for column in zip(*rows)]
+        for row in rows:
+            self.say("  ".join(map(str.ljust, row, widths)).rstrip())
 
     def _grid(self, *columns: str, right: Sequence[str] = ()) -> Any:
         from rich import box
         from rich.table import Table
 
-        table = Table(
-            box=box.SIMPLE_HEAD if self.screen.is_terminal else box.ASCII2,
-            pad_edge=False,
-            header_style="bold",
-        )
+        style = box.SIMPLE_HEAD if self.screen.is_terminal else box.ASCII2
+        table = Table(box=style, pad_edge=False, header_style="bold")
         for name in columns:
             table.add_column(name, justify="right" if name in right else "left", overflow="fold")
         return table
 
 
-COLOUR = {True: "green", False: "red", None: "default"}
-
-
-CONTROLS = {c: chr(0x2400 + c) for c in range(32) if chr(c) not in "\n\t"} | {
-    0x7F: "␡",
-    **{c: "�" for c in range(0x80, 0xA0)},
-}
-
-
-def visible(text: str) -> str:
-    """Text that models and rows may have written: its control characters must not reach the terminal."""
-    return text.translate(CONTROLS)
-
-
-def cut(text: str, limit: int) -> str:
-    """The beginning and the end of a long text."""
-    return text if len(text) <= limit else f"{text[: limit * 2 // 3]} … {text[-limit // 3 :]}"
-
-
-def plain(value: Any) -> str:
-    """A value in a table cell, as YAML users write it."""
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(plain, value))
-    return (
-        {None: "", True: "true", False: "false"}[value]
-        if value is None or isinstance(value, bool)
-        else str(value)
-    )
+def _with_interval(metric: str, cell: Mapping[str, Any]) -> str:
+    """'37.0% (35.1% to 39.0%)', the interval where there is one."""
+    mean = format_metric(metric, cell["mean"])
+    if not mean or cell["low"] >= cell["high"]:
+        return mean
+    return f"{mean} ({format_metric(metric, cell['low'])} to {format_metric(metric, cell['high'])})"

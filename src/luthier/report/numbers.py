@@ -1,50 +1,93 @@
-"""Numbers as people read them: what a metric is called, which way is better, and the run in one sentence."""
+"""Numbers as people read them: what a metric is called, which way is better, and a run in one sentence."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from luthier.registry import former_metrics, metrics
+from luthier.registry import metric as metric_of
 
-@dataclass(frozen=True)
-class Metric:
-    """How a metric is told."""
-
-    label: str  # "{on}" becomes what it was measured on
-    share: bool = False  # shown in percent, changes in points
-    up: bool | None = None  # is more better? None: neither
+HELD_OUT = "held-out rows"
 
 
-METRICS = {
-    "loss": Metric("loss on {on}", up=False),
-    "accuracy": Metric("exact on {on}", share=True, up=True),
-    "token_accuracy": Metric("tokens right on {on}", share=True, up=True),
-    "preference_accuracy": Metric("prefers the better answer", share=True, up=True),
-    "exact_match": Metric("written answers exact", share=True, up=True),
-    "generated_reward": Metric("reward of written answers", up=True),
-    "goal": Metric("goal", up=True),
-    "generated_tokens": Metric("tokens of written answers"),
-    "ranking_accuracy": Metric("ranks pairs right", share=True, up=True),
-    "reference_ranking_accuracy": Metric("the reference ranks pairs right", share=True),
-    "reward_accuracy": Metric("likes the better answer more than the reference does", share=True, up=True),
-    "reward_margin": Metric("margin of the implicit reward, nats", up=True),
-    "chosen_drift": Metric("the better answer became likelier by, nats", up=True),
-    "rejected_drift": Metric("the worse answer became likelier by, nats"),
-    "length_correlation": Metric("implicit reward goes with length"),
-    "length_ratio": Metric("length of what it prefers, by the better answers'"),
-    "calibration_error": Metric("calibration error on {on}", share=True, up=False),
-    "retention_loss": Metric("loss elsewhere", up=False),
-    "retention_accuracy": Metric("exact elsewhere", share=True, up=True),
-    "distinct_2": Metric("different pairs of tokens in samples", share=True),
-    "distinct_answers": Metric("different answers to one prompt", share=True),
-    "answer_length": Metric("tokens of a sampled answer"),
-    "refused_unsafe": Metric("unsafe requests declined", share=True, up=True),
-    "refused_safe": Metric("safe requests declined", share=True, up=False),
-}
+def measured(values: Mapping[str, Any], name: str) -> Any:
+    """The value of a metric under its name, or under the one it had in version 0.1; None where there is none.
+    """
+    for former, now in former_metrics().items():
+        if now == name and former in values:
+            return values[former]
+    return values.get(name)
+
+
+# ---------------------------------------------------------------------------------------------- formats
+
+
+def format_number(x: float | None, share: bool = False) -> str:
+    """1234.5 -> '1,234', 0.0123 -> '0.0123', a share 0.981 -> '98.1%'; nothing for what was not measured."""
+    if x is None:
+        return ""
+    if not math.isfinite(x):
+        return str(x)
+    if share:
+        return f"{100 * x:.1f}%"
+    size = abs(x)
+    if 0 < size < 0.1:
+        return f"{x:.2g}"
+    if size >= 1000:
+        return f"{x:,.0f}"
+    if size >= 10:
+        return f"{x:.3g}"
+    return f"{x:.2f}"
+
+
+def format_metric(name: str, value: float | None) -> str:
+    """A value of a metric: in percent where it is a share, short where it counts parameters."""
+    if value is None:
+        return ""
+    metric = metric_of(name)
+    if metric.name == "trained":
+        return format_count(value)
+    return format_number(value, metric.is_share).replace("-", "−", 1)
+
+
+def format_difference(name: str, gap: float, unit: bool = False) -> str:
+    """A difference of two values of a metric, with its sign; of shares in points, which `unit` writes behind.
+    """
+    size = format_number(abs(gap))
+    if metric_of(name).is_share:
+        size = f"{abs(gap) * 100:.1f}" + " points" * unit
+    if gap > 0:
+        return f"+{size}"
+    return f"−{size}" if gap < 0 else size
+
+
+def format_count(n: float) -> str:
+    """3400000 -> '3.4M'."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if n >= size:
+            return f"{n / size:.3g}{letter}"
+    return f"{n:.0f}"
+
+
+def format_duration(seconds: float) -> str:
+    """75.2 -> '1 min 15 s'."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s"
+
+
+# ------------------------------------------------------------------------------------------- before and after
 
 
 @dataclass(frozen=True)
@@ -59,168 +102,164 @@ class MetricRow:
     better: bool | None  # None: no change worth the word, or neither way is better
 
 
-def says(name: str, on: str = "held-out rows") -> Metric:
-    """How a metric is told; one that nobody described keeps its own name."""
-    if "(" in name:  # of a front: what it is made of is its name
-        return Metric(name, up=not name.startswith("sparsity"))
-    family, _, skill = name.partition("/")
-    known = METRICS.get(family, Metric(family.replace("_", " ")))
-    label = known.label.format(on=on) + (f": {skill}" if skill else "")
-    return Metric(label, known.share, known.up)
+def metric_rows(report: Any) -> list[MetricRow]:
+    """Every metric that was measured in the order of the registry; parts ('retention_accuracy/chat') last.
+    """
+    order, former = list(metrics()), former_metrics()
+
+    def place(name: str) -> tuple[bool, int, str]:
+        family = name.partition("/")[0]
+        family = former.get(family, family)
+        return "/" in name, order.index(family) if family in order else len(order), name
+
+    rows = []
+    for name in sorted({*report.before, *report.after}, key=place):
+        rows.append(metric_row(name, report.before.get(name), report.after.get(name)))
+    return rows
 
 
-def number(x: float | None, share: bool = False) -> str:
-    """1234.5 -> '1,234', 0.0123 -> '0.0123', a share 0.981 -> '98.1%'; nothing for what was not measured."""
-    if x is None:
-        return ""
-    if not math.isfinite(x):
-        return str(x)
-    if share:
-        return f"{100 * x:.1f}%"
-    if x and abs(x) < 0.1:
-        return f"{x:.2g}"
-    return f"{x:,.0f}" if abs(x) >= 1000 else f"{x:.3g}" if abs(x) >= 10 else f"{x:.2f}"
-
-
-def lines(report: Any) -> list[MetricRow]:
-    """Every metric that was measured, in the order of METRICS, skills last."""
-    on = report.stats.get("measured_on", "held-out rows")
-    names = list(dict.fromkeys([*report.before, *report.after]))
-    order = {name: i for i, name in enumerate(METRICS)}
-    names.sort(key=lambda n: (order.get(n.partition("/")[0], len(order)), "/" in n, n))
-    return [line(name, report.before.get(name), report.after.get(name), on) for name in names]
-
-
-def line(name: str, before: float | None, after: float | None, on: str = "held-out rows") -> MetricRow:
+def metric_row(name: str, before: float | None, after: float | None) -> MetricRow:
     """One metric before and after. The change is of the numbers as measured, not as rounded."""
-    how = says(name, on)
+    metric = metric_of(name)
     change, better = "", None
     if before is not None and after is not None and math.isfinite(after - before):
         gap = after - before
-        size = f"{abs(gap) * 100:.1f}" if how.share else number(abs(gap))
-        flat = abs(gap) < (5e-4 if how.share else 5e-3 * max(1e-9, abs(before)))
-        change = "same" if gap == 0 else f"{'+' if gap > 0 else '−'}{size}{' points' if how.share else ''}"
-        better = None if how.up is None or flat else (gap > 0) == how.up
-    return MetricRow(name, how.label, number(before, how.share), number(after, how.share), change, better)
+        change = format_difference(name, gap, unit=True) if gap else "same"
+        least = 5e-3 * max(1e-9, abs(before))  # a smaller change is neither better nor worse
+        if metric.is_share:
+            least = 5e-4
+        if metric.better is not None and abs(gap) >= least:
+            better = (gap > 0) == metric.higher_is_better
+    return MetricRow(
+        name, metric.label, format_metric(name, before), format_metric(name, after), change, better
+    )
+
+
+def split_rows(rows: list[MetricRow]) -> tuple[list[MetricRow], dict[str, list[MetricRow]]]:
+    """Whole metrics, and the parts of each metric under its label: a table of their own."""
+    whole: list[MetricRow] = []
+    parts: dict[str, list[MetricRow]] = {}
+    for row in rows:
+        family, _, part = row.name.partition("/")
+        if part:
+            parts.setdefault(metric_of(family).label, []).append(replace(row, label=part))
+        else:
+            whole.append(row)
+    return whole, parts
+
+
+# -------------------------------------------------------------------------------------------- in one sentence
+
+# the first of these that was measured stands in the headline
+QUALITY = ("generated_reward", "exact_match", "preference_accuracy", "accuracy")
 
 
 def headline(report: Any) -> str:
-    """The run in one sentence: learned what, at what price. Says nothing that was not measured."""
-    parts = [p for p in (_loss(report), _right(report), _goals(report), _price(report)) if p]
+    """The run in one sentence: quality, and retention. Nothing that was not measured."""
+    on = report.stats.get("measured_on", HELD_OUT)
+    phrases = [
+        *_phrase(report, "loss", "held-out loss" if on == HELD_OUT else f"loss on the {on}"),
+        *_quality(report),
+        *_rewards(report),
+        *(_phrase(report, "retention_accuracy") or _phrase(report, "retention_loss")),
+    ]
     if not report.stats.get("steps", len(report.losses)):
-        return "Nothing was trained" + ("; " + "; ".join(parts) if parts else "") + "."
-    said = "; ".join(parts) or "Nothing was measured before and after"
-    return said[0].upper() + said[1:] + "."
+        return "; ".join(["Nothing was trained", *phrases]) + "."
+    sentence = "; ".join(phrases) or "no metric was measured before and after"
+    return sentence[0].upper() + sentence[1:] + "."
 
 
-def _loss(report: Any) -> str:
-    before, after = report.before.get("loss"), report.after.get("loss")
-    on = (
-        "held-out loss"
-        if report.stats.get("measured_on", "held-out rows") == "held-out rows"
-        else "loss on the training rows"
-    )
-    return f"{on} {number(before)} → {number(after)}" if before is not None and after is not None else ""
+def _phrase(report: Any, name: str, label: str = "") -> list[str]:
+    """['exact match 12.5% → 46.9%'], or nothing."""
+    before, after = measured(report.before, name), measured(report.after, name)
+    if before is None or after is None:
+        return []
+    label = label or metric_of(name).label.partition(" (")[0]
+    return [f"{label} {format_metric(name, before)} → {format_metric(name, after)}"]
 
 
-def _right(report: Any) -> str:
-    for name, what in (
-        ("generated_reward", "mean reward {b} → {a}"),
-        ("exact_match", "{a} of written answers exact (before: {b})"),
-        ("preference_accuracy", "the better answer is preferred in {a} of pairs (before: {b})"),
-        ("accuracy", "{a} of completions exact (before: {b})"),
-    ):
-        both = report.before.get(name), report.after.get(name)
-        if None not in both and any(both):  # texts that nobody could guess whole are no news
-            share = says(name).share
-            return what.format(b=number(both[0], share), a=number(both[1], share))
-    return ""
+def _quality(report: Any) -> list[str]:
+    for name in QUALITY:
+        phrase = _phrase(report, name)
+        # that no text was guessed whole, before or after, is no news
+        if phrase and (measured(report.before, name) or measured(report.after, name)):
+            return phrase
+    return []
 
 
-def _goals(report: Any) -> str:
-    both = {
-        name[5:]: (report.before[name], report.after[name])
-        for name in report.after
-        if name[:5] == "goal/" and name in report.before
-    }
-    return ", ".join(f"{goal} {number(b)} → {number(a)}" for goal, (b, a) in both.items())
-
-
-def _price(report: Any) -> str:
-    if "retention_accuracy" in report.before and "retention_accuracy" in report.after:
-        points = 100 * (report.after["retention_accuracy"] - report.before["retention_accuracy"])
-        if abs(points) < 0.05:
-            return "other skills kept"
-        return f"other skills {'gained' if points > 0 else 'lost'} {abs(points):.1f} points"
-    if "retention_loss" in report.before and "retention_loss" in report.after:
-        return (
-            f"loss elsewhere {number(report.before['retention_loss'])} →"
-            f" {number(report.after['retention_loss'])}"
-        )
-    return ""
+def _rewards(report: Any) -> list[str]:
+    phrases = []
+    for name in report.after:
+        family, _, goal = name.partition("/")
+        if family == "goal":
+            phrases += _phrase(report, name, goal)
+    return phrases
 
 
 def cost(stats: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What the run took, as (what, how much); only what was measured."""
-    if stats.get("tokens") and stats.get("seconds"):
-        yield "training speed", f"{stats['tokens'] / stats['seconds']:,.0f} tokens/s"
-    if stats.get("seconds"):
-        yield "time in steps", duration(stats["seconds"])
-    if stats.get("peak_memory_mb"):
-        mb = stats["peak_memory_mb"]
-        yield "peak memory", f"{mb / 1024:.2f} GB" if mb >= 1024 else f"{mb:.0f} MB"
+    tokens, seconds = stats.get("tokens"), stats.get("seconds")
     if stats.get("all"):
-        yield "trained share", f"{100 * stats.get('moving', 0) / stats['all']:.3g}% of {count(stats['all'])}"
+        trainable = stats.get("moving", 0)
+        yield "trainable parameters", format_trainable(trainable, stats["all"])
     if stats.get("steps"):
         yield "steps", f"{stats['steps']:,}"
-    if stats.get("tokens"):
-        yield "tokens read", f"{stats['tokens']:,}"
+    if tokens:
+        yield "tokens", f"{tokens:,}"
     if stats.get("supervised"):
-        yield "tokens learned from", f"{stats['supervised']:,}"
+        yield "supervised tokens", f"{stats['supervised']:,}"
+    if seconds:
+        yield "training time", format_duration(seconds)
+    if tokens and seconds:
+        yield "throughput", f"{tokens / seconds:,.0f} tokens/s"
+    if stats.get("peak_memory_mb"):
+        yield "peak memory", format_megabytes(stats["peak_memory_mb"])
 
 
-def count(n: float) -> str:
-    """3400000 -> '3.4M'."""
-    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if n >= size:
-            return f"{n / size:.3g}{letter}"
-    return f"{n:.0f}"
+def format_megabytes(mb: float) -> str:
+    """512 -> '512 MB', 1536 -> '1.50 GB'."""
+    if mb < 1024:
+        return f"{mb:.0f} MB"
+    return f"{mb / 1024:.2f} GB"
 
 
-def duration(seconds: float) -> str:
-    """75.2 -> '1 min 15 s'."""
-    if seconds < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+def format_trainable(trainable: float, total: float) -> str:
+    """'152K of 3.95M (3.83%)'."""
+    return f"{format_count(trainable)} of {format_count(total)} ({100 * trainable / total:.3g}%)"
 
 
-def answers(folder: Any) -> list[dict]:
-    """Written answers before and after, matched by row: {prompt, expected, before, after, score_before,
-    score_after}. Of a run that goes on, `after` is what was written last."""
-    said: dict[str, dict[str, dict]] = {}
-    last = "after" if (Path(folder) / "samples-after.jsonl").is_file() else "during"
-    for when, file in (("before", "before"), ("after", last)):
-        path = Path(folder) / f"samples-{file}.jsonl"
-        if path.is_file():
-            # splitlines also cuts at marks that a model may have written
-            lines = path.read_text(encoding="utf-8").split("\n")
-            for i, text in enumerate(line for line in lines if line):
-                row = json.loads(text)
-                said.setdefault(str(row.get("id", i)), {})[when] = row
-    out = []
-    for both in said.values():
-        one = both.get("after") or both["before"]
-        before, after = both.get("before", {}), both.get("after", {})
-        out.append(
-            {
-                "prompt": one.get("prompt", ""),
-                "expected": one.get("expected"),
-                "before": before.get("answer"),
-                "after": after.get("answer"),
-                "score_before": before.get("score"),
-                "score_after": after.get("score"),
-            }
-        )
-    return out
+# ---------------------------------------------------------------------------------------------- generations
+
+
+def generations(folder: Any) -> list[dict]:
+    """Generated texts before and after, matched by row: {prompt, expected, before, after, score_before,
+    score_after}.
+
+    Of a run that goes on, `after` is what was generated last.
+    """
+    before, during, after = (Path(folder) / f"samples-{when}.jsonl" for when in ("before", "during", "after"))
+    if not after.is_file():
+        after = during
+    by_row: dict[str, dict[str, dict]] = {}
+    for when, path in (("before", before), ("after", after)):
+        if not path.is_file():
+            continue
+        # splitlines would also cut at marks that a model may have written
+        for i, line in enumerate(filter(None, path.read_text(encoding="utf-8").split("\n"))):
+            row = json.loads(line)
+            by_row.setdefault(str(row.get("id", i)), {})[when] = row
+    return list(map(_before_and_after, by_row.values()))
+
+
+def _before_and_after(both: dict[str, dict]) -> dict[str, Any]:
+    """One row of `generations`."""
+    before, after = both.get("before", {}), both.get("after", {})
+    row = after or before
+    return {
+        "prompt": row.get("prompt", ""),
+        "expected": row.get("expected"),
+        "before": before.get("answer"),
+        "after": after.get("answer"),
+        "score_before": before.get("score"),
+        "score_after": after.get("score"),
+    }

@@ -1,5 +1,5 @@
-"""report.html of a search: the answer first, what was found on both kinds of seeds, every configuration on
-maps and in a table, then the comparison of what was found on test seeds. No script and no network.
+"""report.html of a hyperparameter search: the answer first, what was chosen on tuning and on test seeds,
+every configuration on maps and in a table, then the comparison on test seeds.
 """
 
 from __future__ import annotations
@@ -7,251 +7,174 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from html import escape
-from pathlib import Path
 from typing import Any
 
 from luthier.report import comparison
-from luthier.report.chart import SIDE, short, ticks
-from luthier.report.comparison import label, shown
-from luthier.report.console import cut
-from luthier.report.numbers import count, duration
-from luthier.report.page import STYLE, document, section, versions
+from luthier.report.chart import Figure, scatter_figure
+from luthier.report.comparison import axis, run_page
+from luthier.report.html import render
+from luthier.report.numbers import format_difference, format_duration, format_metric
 
-MANY = 200  # configurations in the table at most
+MOST = 200  # configurations in the table
+RECIPE = 20_000  # characters of a recipe shown
+EMPTY = {"mean": "", "low": "", "high": "", "best": False}
 
 
 def page(result: Mapping[str, Any]) -> str:
     """result: what `luthier.search` gives (search.json)."""
-    tested = result["comparison"]
-    parts = (
-        (
-            "<header><p"
-            f' class="what">{escape(" × ".join(d["name"] for d in result["over"]))}</p><h1>{escape(result["sentence"])}</h1></header>'
-        ),
-        _tiles(result),
-        _found(result),
-        _maps(result),
-        *(
-            make(tested)
-            for make in (
-                comparison._table,
-                comparison._pairs,
-                comparison._curves,
-                comparison._skills,
-                comparison._answers,
-            )
-            if tested
-        ),
-        _every(result),
-        comparison._notes(tested) if tested else "",
-        _provenance(result),
-    )
-    return document("search", "".join(p for p in parts if p), STYLE + comparison.OWN + OWN)
-
-
-def _tiles(result: Mapping[str, Any]) -> str:
-    sampler = result["sampler"]
-    said = {
-        "model": result["model"],
-        "toward": ", ".join(g["name"] for g in result["goals"]),
-        "within": "; ".join(result["limits"]) or "no limit",
-        "searcher": sampler["name"],
-        "spent": f"{result['spent']:.3g} full runs a seed, {duration(result['took'])}",
-        "tuning seeds": ", ".join(map(str, result["seeds"])),
-        "test seeds": ", ".join(map(str, result["test_seeds"])),
-    }
-    return (
-        '<dl class="tiles">'
-        + "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(str(v))}</dd></div>" for k, v in said.items())
-        + "</dl>\n"
-    )
-
-
-def _found(result: Mapping[str, Any]) -> str:
-    """The number it was chosen by, the number on other seeds, and the gap between them."""
-    lines = [*([result["start"]] if result.get("start") else []), *result["found"]]
-    if not lines:
-        return ""
-    head = '<th scope="col"></th>' + "".join(
-        f'<th scope="col">{escape(g["name"])}<br>{when}</th>'
-        for g in result["goals"]
-        for when in ("tuning", "test", "gap")
-    )
-    body = ""
-    for one in lines:
-        cells = ""
-        for g in result["goals"]:
-            for when in ("tuning", "test", "gap"):
-                value = one[when].get(g["name"])
-                low, high = one.get("interval", {}).get(g["name"], (0, 0)) if when == "test" else (0, 0)
-                span = f"<i> {escape(_shown(g, low))} to {escape(_shown(g, high))}</i>" if low < high else ""
-                cells += f"<td>{'' if value is None else ('+' if when == 'gap' and value > 0 else '') + escape(_shown(g, value)) + span}</td>"
-        what = escape(one["said"] or "as it was")
-        link = (
-            f'<a href="{escape(one["name"])}.yaml">{escape(one["name"])}</a>'
-            if one["name"] != "recipe"
-            else "the recipe"
-        )
-        body += f'<tr><th scope="row">{link}<br><small>{what}</small></th>{cells}</tr>'
-    rows = (
-        "The first is on the held-out rows, the second on test rows."
-        if result.get("test_data")
-        else "Both are on the same held-out rows."
-    )
-    note = (
-        "Tuning: the mean over the seeds by which it was chosen, which flatters. Test: the mean over seeds"
-        f" that no choice has seen. Gap: how much worse the second is. {rows}"
-        + " Of fronts: 95 % intervals of the mean over test seeds."
-        * any("interval" in x for x in lines)
-    )
-    return section(
-        "What was found",
-        '<div class="wide"><table'
-        f' class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>',
-        note=note,
-    )
-
-
-def _shown(goal: Mapping[str, Any], value: float) -> str:
-    return ("−" if value < 0 else "") + shown(goal["metric"], abs(value))
-
-
-def _maps(result: Mapping[str, Any]) -> str:
-    """A map of the first goal against each other; of one goal, against the order in which configurations
-    came.
-    """
-    first, *others = result["goals"]
-    whole = [t for t in result["trials"] if t["share"] >= 1 and not t["failed"]]
-    if len(whole) < 2:
-        return ""
-    if not others:
-        drawn = _map(result, whole, first, None)
-        figures = (
-            f"<figure><figcaption>{escape(label(first['metric']))} (up) in the order of trials"
-            f" (across)</figcaption>{drawn}</figure>"
-        )
-    else:
-        figures = "".join(
-            f"<figure><figcaption>{escape(label(first['metric']))} (up) by {escape(label(g['metric']))}"
-            f" (across)</figcaption>{_map(result, whole, first, g)}</figure>"
-            for g in others
-        )
-    note = (
-        "Every configuration measured to its end, means over tuning seeds. Filled: on the front, or the best;"
-        " a square: the recipe as it was; grey: outside the limits. Hover tells which, a click opens its run."
-    )
-    return section("Every configuration", f'<div class="maps">{figures}</div>', note=note)
-
-
-def _map(result: Mapping[str, Any], whole: Sequence[Mapping], up: Mapping, across: Mapping | None) -> str:
-    points = [
-        (float(i) if across is None else t["goals"][across["name"]], t["goals"][up["name"]], t)
-        for i, t in enumerate(whole)
+    tiles = [
+        ("model", result["model"]),
+        ("goals", ", ".join(goal["name"] for goal in result["goals"])),
+        ("constraints", "; ".join(result["limits"]) or "none"),
+        ("searcher", result["sampler"]["name"]),
+        ("budget used", f"{result['spent']:.3g} full runs per seed, {format_duration(result['took'])}"),
+        ("tuning seeds", ", ".join(map(str, result["seeds"]))),
+        ("test seeds", ", ".join(map(str, result["test_seeds"]))),
     ]
-    points = [(x, y, t) for x, y, t in points if x is not None and y is not None]
+    trials = result["trials"]
+    return render(
+        "search.html.j2",
+        title=" × ".join(dimension["name"] for dimension in result["over"]),
+        headline=result["sentence"],
+        tiles=tiles,
+        goals=result["goals"],
+        candidates=_candidates(result),
+        candidates_note=_candidates_note(result),
+        figures=_maps(result),
+        trials=[_trial(result, trial) for trial in trials[:MOST]],
+        trials_note=f"The first {MOST}; search.json has all {len(trials)}." if len(trials) > MOST else "",
+        tested=comparison.sections(result["comparison"]) if result["comparison"] else None,
+        space=[_dimension(dimension) for dimension in result["over"]],
+        commands=_commands(result),
+        recipe=result["recipe"],
+        date=result["date"],
+    )
+
+
+# -------------------------------------------------------------------------------------------- what was chosen
+
+
+def _candidates(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Of the recipe and of each configuration that was chosen: each goal on tuning and on test seeds, and the
+    gap.
+    """
+    rows = []
+    for one in [*filter(None, [result.get("start")]), *result["found"]]:
+        cells = []
+        for goal in result["goals"]:
+            name, metric = goal["name"], goal["metric"]
+            tuning, test, gap = (one[key].get(name) for key in ("tuning", "test", "gap"))
+            low, high = one.get("interval", {}).get(name, (0, 0))
+            cells.append(EMPTY | {"mean": format_metric(metric, tuning)})
+            cells.append(
+                EMPTY
+                if test is None
+                else comparison.cell_of(metric, {"mean": test, "low": low, "high": high})
+            )
+            cells.append(EMPTY if gap is None else EMPTY | {"mean": format_difference(metric, gap)})
+        link = "" if one["name"] == "recipe" else f"{one['name']}.yaml"
+        rows.append(
+            {"name": one["name"], "link": link, "setting": one["said"] or "unchanged", "cells": cells}
+        )
+    return rows
+
+
+def _candidates_note(result: Mapping[str, Any]) -> str:
+    rows = "both on the same held-out rows"
+    if result.get("test_data"):
+        rows = "the first on held-out rows, the second on test rows"
+    note = (
+        "Tuning: mean over the seeds by which a configuration was chosen, hence optimistic. Test: mean over"
+        f" other seeds; {rows}. Gap: how much worse the second is."
+    )
+    if any("interval" in one for one in result["found"]):
+        note += " Of fronts: 95 % intervals of the mean over test seeds."
+    return note
+
+
+# ---------------------------------------------------------------------------------------------- every trial
+
+
+def _maps(result: Mapping[str, Any]) -> list[Figure]:
+    """The first goal by each other; of one goal, by the order of trials."""
+    first, *others = result["goals"]
+    trials = [trial for trial in result["trials"] if trial["share"] >= 1 and not trial["failed"]]
+    if len(trials) < 2:
+        return []
+    maps = [_map(result, trials, first, goal) for goal in others or [None]]
+    return [figure for figure in maps if figure]
+
+
+def _map(
+    result: Mapping[str, Any],
+    trials: Sequence[Mapping],
+    up: Mapping[str, Any],
+    across: Mapping[str, Any] | None,
+) -> Figure | None:
+    points = []
+    for i, trial in enumerate(trials):
+        x = i if across is None else trial["goals"][across["name"]]
+        y = trial["goals"][up["name"]]
+        if x is None or y is None:
+            continue
+        chosen = trial["number"] in result["front"]
+        points.append(
+            {
+                "text": _point_text(result["goals"], trial),
+                "colour": "edge" if trial["over"] > 0 else "wood",
+                "hollow": not chosen and trial["over"] <= 0,
+                "shape": "square" if trial["kind"] == "recipe" else "circle",
+                "x": x,
+                "y": y,
+                "link": run_page(trial["runs"][0], result["folder"]) if trial["runs"] else None,
+            }
+        )
     if not points:
-        return ""
-    xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
-    xmarks, ymarks = ticks(min(xs), max(xs), 3), ticks(min(ys), max(ys), 4)
-    place = lambda v, marks: (v - marks[0]) / ((marks[-1] - marks[0]) or 1)
-    drawn = ""
-    for x, y, t in points:
-        kind = "out" if t["over"] > 0 else "on" if t["number"] in result["front"] else "off"
-        said = f"{t['said']}: " + ", ".join(
-            f"{g['name']} {_shown(g, t['goals'][g['name']])}"
-            for g in result["goals"]
-            if t["goals"][g["name"]] is not None
-        )
-        cx, cy = place(x, xmarks) * SIDE, (1 - place(y, ymarks)) * SIDE
-        shape = (
-            f'<rect class="dot {kind}" x="{cx - 14:.0f}" y="{cy - 18:.0f}" width="28" height="36">'
-            if t["kind"] == "recipe"
-            else (f'<ellipse class="dot {kind}" cx="{cx:.0f}" cy="{cy:.0f}" rx="12" ry="17">')
-        )
-        end = "</rect>" if t["kind"] == "recipe" else "</ellipse>"
-        inside = f"{shape}<title>{escape(said)}</title>{end}"
-        drawn += f'<a href="{escape(_link(result, t))}">{inside}</a>' if t["runs"] else inside
-    grid = "".join(
-        f'<line class="grid" x1="0" x2="{SIDE}" y1="{(1 - place(y, ymarks)) * SIDE:.0f}"'
-        f' y2="{(1 - place(y, ymarks)) * SIDE:.0f}"/>'
-        for y in ymarks
-    )
-    beside = "".join(
-        f'<span class="y" style="top:{1 - place(y, ymarks):.2%}">{short(y)}</span>' for y in ymarks
-    )
-    below = "".join(
-        f'<span class="x" style="left:{place(x, xmarks):.2%}">{count(x) if x >= 1000 else short(x)}</span>'
-        for x in xmarks
-    )
-    return (
-        f'<div class="chart"><svg viewBox="0 0 {SIDE} {SIDE}"'
-        f' preserveAspectRatio="none">{grid}{drawn}</svg>{beside}{below}</div>'
-    )
+        return None
+    order = {"label": "trial", "percent": False}
+    return scatter_figure(order if across is None else axis(across["metric"]), axis(up["metric"]), points)
 
 
-def _link(result: Mapping[str, Any], t: Mapping[str, Any]) -> str:
-    return os.path.relpath(Path(t["runs"][0]) / "report.html", result["folder"])
+def _point_text(goals: Sequence[Mapping[str, Any]], trial: Mapping[str, Any]) -> str:
+    lines = [trial["said"]]
+    for goal in goals:
+        if (value := trial["goals"][goal["name"]]) is not None:
+            lines.append(f"{goal['name']} {format_metric(goal['metric'], value)}")
+    return "\n".join(lines)
 
 
-def _every(result: Mapping[str, Any]) -> str:
-    """All trials, in their order."""
-    head = "".join(
-        f'<th scope="col">{escape(x)}</th>'
-        for x in ("", "of its steps", *(g["name"] for g in result["goals"]), "seconds")
-    )
-    body = ""
-    for t in result["trials"][:MANY]:
-        cells = "".join(
-            f"<td>{'' if t['goals'][g['name']] is None else escape(_shown(g, t['goals'][g['name']]))}</td>"
-            for g in result["goals"]
-        )
-        star = " ★" if t["share"] >= 1 and t["number"] in result["front"] else ""
-        why = f"<br><small>{escape(cut(t['failed'], 200))}</small>" if t["failed"] else ""
-        body += (
-            f'<tr><th scope="row">{t["number"]}:'
-            f" {escape(t['said'])}{star}{why}</th><td>{t['share']:.0%}</td>{cells}<td>{t['took']:.0f}</td></tr>"
-        )
-    table = (
-        '<div class="wide"><table'
-        f' class="numbers"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
-    more = len(result["trials"]) - MANY
-    note = f"The first {MANY}; {more} more are in search.json." if more > 0 else ""
-    return section(
-        "All that was tried",
-        f"<details><summary>{len(result['trials'])} measurements</summary>{table}</details>",
-        note=note,
-    )
+def _trial(result: Mapping[str, Any], trial: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of the table of all trials."""
+    return {
+        "number": trial["number"],
+        "setting": trial["said"],
+        "chosen": trial["share"] >= 1 and trial["number"] in result["front"],
+        "failed": trial["failed"] or "",
+        "share": f"{trial['share']:.0%}",
+        "goals": [format_metric(goal["metric"], trial["goals"][goal["name"]]) for goal in result["goals"]],
+        "seconds": f"{trial['took']:.0f}",
+    }
 
 
-def _provenance(result: Mapping[str, Any]) -> str:
-    made = "".join(f"<div><dt>{escape(what)}</dt><dd>{escape(who)}</dd></div>" for what, who in versions())
-    recipes = "".join(
-        f"<details><summary>{escape(x['name'])}: {escape(x['said'])}</summary><pre>luthier tune"
-        f" {escape(shlex.quote(str(Path(result['folder']) / x['name'])))}.yaml</pre></details>"
-        for x in result["found"]
-    )
-    recipes += (
-        f"<details><summary>the recipe</summary><pre>{escape(cut(result['recipe'], 20_000))}</pre></details>"
-    )
-    over = "".join(f"<li>{escape(_dim(d))}</li>" for d in result["over"])
-    return section(
-        "How to repeat it",
-        f"<ul>{over}</ul><dl"
-        f' class="tiles">{made}<div><dt>date</dt><dd>{escape(result["date"])}</dd></div></dl>',
-        recipes,
-    )
+# ------------------------------------------------------------------------------------------- how to repeat it
 
 
-def _dim(d: Mapping[str, Any]) -> str:
-    where = f" where {d['when'][0]} is {d['when'][1]}" if d.get("when") else ""
-    if "choices" in d:
-        return f"{d['name']}: {', '.join(map(str, d['choices']))}{where}"
-    return f"{d['name']}: {d['low']:g} to {d['high']:g}{', by its logarithm' * d['log']}{where}"
+def _dimension(dimension: Mapping[str, Any]) -> str:
+    """'learning_rate: 0.0001 to 0.01 (log scale)'."""
+    if "choices" in dimension:
+        text = f"{dimension['name']}: {', '.join(map(str, dimension['choices']))}"
+    else:
+        text = f"{dimension['name']}: {dimension['low']:g} to {dimension['high']:g}"
+        if dimension["log"]:
+            text += " (log scale)"
+    if when := dimension.get("when"):
+        text += f", where {when[0]} is {when[1]}"
+    return text
 
 
-OWN = """
-.dot{vector-effect:non-scaling-stroke;stroke-width:1.5;stroke:var(--wood);fill:var(--paper)}.dot.on{fill:var(--wood)}.dot.out{stroke:var(--line);fill:var(--line)}
-small{color:var(--soft)}
-"""
+def _commands(result: Mapping[str, Any]) -> list[dict[str, str]]:
+    commands = []
+    for one in result["found"]:
+        path = shlex.quote(os.path.join(result["folder"], one["name"]))
+        commands.append({"name": one["name"], "setting": one["said"], "text": f"luthier tune {path}.yaml"})
+    return commands

@@ -46,13 +46,13 @@ def cache_hidden_states(session: Session, trainer: Trainer, row_tokens: int) -> 
         )
     if isinstance(cache, str):  # why there is none
         if setting is True:
-            session.warn(f"cache_frozen: nothing is kept, as {cache}")
+            session.warn(f"cache_frozen: nothing is cached, as {cache}")
         return
     roles.policy.attached.hidden_cache = cache
     atexit.register(cache.close)
     session.warn(
-        f"the {cache.first} lowest of {len(cache.layers)} layers never move: what they say of a row is"
-        f" computed once and kept ({cache.table.nbytes / 2**20:,.0f} MB beside the run, until it ends)"
+        f"the {cache.first} lowest of {len(cache.layers)} layers are frozen: their hidden states are computed"
+        f" once per row and cached ({cache.table.nbytes / 2**20:,.0f} MB on disk, until the run ends)"
     )
 
 
@@ -83,7 +83,7 @@ def cache_logprobs(
         for name in constant:
             why_not = _cache_role(session, roles, name, room, shared) or why_not
     if why_not and setting is True:
-        session.warn(f"cache_reference: nothing is kept, as {why_not}")
+        session.warn(f"cache_reference: nothing is cached, as {why_not}")
 
 
 def _cache_role(session: Session, roles: Any, name: str, room: int, shared: SharedBase | None) -> str | None:
@@ -101,8 +101,8 @@ def _cache_role(session: Session, roles: Any, name: str, room: int, shared: Shar
         caches[name] = cached.cache
     roles.players[name] = cached
     session.warn(
-        f"what '{name}' says of a row never changes: it is computed once and kept beside the run, until it"
-        " ends"
+        f"role '{name}' is constant: its log-probabilities are computed once per row and cached on disk,"
+        " until the run ends"
     )
     return None
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from luthier.registry import spec
-from luthier.report import write_report
 from luthier.run import resume
 from luthier.run.caches import close_caches
 from luthier.run.folder import update_state
@@ -34,6 +33,9 @@ def finish(trained: Trained) -> Finished:
     """Measured and saved, so that nothing of the run is needed in memory any more."""
     if not trained.complete:
         return Finished(_pause(trained.prepared), paused=True)
+    # how pages are drawn is loaded only here: no run waits for it at its start
+    from luthier.report.page import write_report
+
     prepared = trained.prepared
     session, trainer = prepared.session, prepared.trainer
     session.callback.stage("evaluating after training")
@@ -72,7 +74,7 @@ def _pause(prepared: Prepared) -> Report:
         moment = {"step": clock.step, "steps": clock.total, "metrics": metrics, "stats": stats}
         files.write_json(session.folder / PAUSED, moment)
     session.warn(
-        f"paused at step {clock.step} of {clock.total}; the same command without --stop-at goes on from here"
+        f"paused at step {clock.step} of {clock.total}; the same command without --stop-at resumes from here"
     )
     stats = {"paused_at": clock.step, "steps": clock.total}
     return Report(str(session.folder), prepared.before, metrics, stats=stats)

@@ -51,7 +51,7 @@ def open_folder(
     """A run's folder for oneself, as long as the run lasts.
 
     data_mark: of the rows, as load_data made it. main: is this the main process? Others look at nothing.
-    overwrite: start anew where the same run is finished. Raises RecipeError where the folder holds another
+    overwrite: start over where the same run is finished. Raises RecipeError where the folder holds another
     run, or another process is running in it.
     """
     if not main:
@@ -86,7 +86,7 @@ def _read_state(folder: Path, recipe: Recipe, data_mark: str, overwrite: bool) -
         difference = _difference(folder, recipe, state, data_mark)
         raise RecipeError(
             f"{folder} holds another run ({difference}); give another output_dir, or overwrite=true to start"
-            " anew there",
+            " over there",
             "another_run",
         )
     clear(folder)

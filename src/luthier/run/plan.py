@@ -50,7 +50,7 @@ def _make_room(recipe: Recipe, folder: Path, overwrite: bool) -> None:
         if not recipe.overwrite:
             raise RecipeError(
                 f"{folder} holds a single run; give this plan another output_dir, or overwrite=true to start"
-                " anew there",
+                " over there",
                 "another_run",
             )
         clear(folder)

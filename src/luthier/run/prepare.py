@@ -7,9 +7,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from luthier.methods.quantizers._base import told
 from luthier.model.load import assemble, take_parts, tensors_of
 from luthier.model.policy import Roles
+from luthier.model.quantized_linear import describe
 from luthier.recipe.schedule import schedule
 from luthier.run import resume
 from luthier.run.caches import SharedBase, cache_hidden_states, cache_logprobs
@@ -74,7 +74,7 @@ def _load_roles(session: Session, shared: SharedBase | None) -> Roles:
         shared.renderer = shared.renderer or roles.renderer
         roles.renderer = shared.renderer
     roles.warn = session.warn
-    for sentence in told(roles.policy.model):
+    for sentence in describe(roles.policy.model):
         session.warn(sentence)
     if recipe.init_from is not None:
         roles.tuner.load(tensors_of(recipe.init_from, roles.tuner))
@@ -153,7 +153,7 @@ def _check_memory(session: Session, trainer: Trainer, training: EncodedRows) -> 
         if not checks.out_of_memory(error):
             raise
         session.warn(
-            "memory ran out on two short rows, read to see what a step would take: expect it not to fit"
+            "memory ran out while two short rows were measured: a training step will probably not fit"
         )
         return None
     for sentence in sentences:

@@ -10,8 +10,8 @@ from luthier.data.checks import glued_words
 from luthier.data.quarantine import too_many, write_quarantine
 from luthier.errors import RecipeError, Refused
 from luthier.model.policy import Roles
-from luthier.report import rendered
 from luthier.report.console import Callback
+from luthier.report.text import render_rows
 from luthier.run.layout import QUARANTINE, ROWS
 from luthier.run.session import Session
 from luthier.storage import files
@@ -129,7 +129,7 @@ def describe_rows(session: Session, roles: Roles, training: EncodedRows) -> Enco
     _warn_cut(session, roles, visible)
     session.callback.rows(roles, visible.rows, visible.stats)
     if session.main:
-        files.write_json(session.folder / "shown.json", rendered(roles, visible.rows))
+        files.write_json(session.folder / "shown.json", render_rows(roles, visible.rows))
     for component in roles.tuner.components:
         for sentence in component.warnings:
             session.warn(sentence)

@@ -7,6 +7,7 @@ once.
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,33 +32,25 @@ def perform(
     callback: Any = None,
     overwrite: bool | None = None,
     stop_at: float | None = None,
+    of_plan: bool = False,
 ) -> Report:
     """A recipe, or the plan it carries, to its end or to where it pauses.
 
     callback: hears what happens (report.console.Callback). overwrite: do again what is finished; by default
-    where the recipe says so. stop_at: pause at this step; below 1 a share of the run. Raises RecipeError.
+    where the recipe says so. stop_at: pause at this step; below 1 a share of the run. of_plan: a run of a
+    plan may leave roles unused that others of its runs require. Raises RecipeError.
     """
-    if recipe.plan is None:
-        check_roles(recipe, build_methods(recipe).require())  # of a plan, by `validate`
-    return _perform(recipe, folder, callback, overwrite, stop_at)
-
-
-def _perform(
-    recipe: Recipe,
-    folder: str | Path | None = None,
-    callback: Any = None,
-    overwrite: bool | None = None,
-    stop_at: float | None = None,
-) -> Report:
-    """A run of a plan may leave roles unused that others of its runs require."""
     folder = Path(folder or recipe.output_dir or default_folder(recipe))
-    recipe = write_inline_rows(recipe, folder)
     if overwrite is None:
         overwrite = recipe.overwrite
+    if recipe.plan is None and not of_plan:
+        check_roles(recipe, build_methods(recipe).require())
+    recipe = write_inline_rows(recipe, folder)
     if recipe.plan is not None:
         if stop_at is not None:
             raise RecipeError("stop_at: a plan has several runs and no step of its own to pause at")
-        return perform_plan(recipe, folder, callback or Callback(), overwrite, _perform)
+        play = partial(perform, of_plan=True)
+        return perform_plan(recipe, folder, callback or Callback(), overwrite, play)
     with open_session(recipe, folder, callback, overwrite, stop_at) as session:
         if isinstance(session, Report):
             return session

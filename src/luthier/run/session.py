@@ -114,13 +114,13 @@ def open_session(
     methods = dry_run(recipe, data.rows[:100])
     with open_folder(folder, recipe, data.fingerprint, main, overwrite) as state:
         if _broadcast(state.finished, accelerator):
-            callback.warn(f"{folder} holds this run, finished: nothing to do (overwrite=true starts anew)")
+            callback.warn(f"{folder} holds this run, finished: nothing to do (overwrite=true starts over)")
             yield Report.read(folder)
             return
         if state.version != __version__:
             callback.warn(
-                f"this run was begun by luthier {state.version} and goes on under {__version__}: its end may"
-                " be neither's"
+                f"this run was started by luthier {state.version} and resumes under {__version__}: its result"
+                " may be neither version's"
             )
         session = Session(recipe, methods, data, folder, callback, accelerator, stop_at)
         _quarantine(session)

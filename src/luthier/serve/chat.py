@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from luthier.report.console import visible
+from luthier.report.text import visible
 from luthier.serve.load import Loaded, load
 
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from luthier.errors import RecipeError
-from luthier.methods.quantizers._base import open_up
 from luthier.methods.tuners._base import Untuned
 from luthier.model.load import assemble, tensors_of
 from luthier.model.policy import Roles
+from luthier.model.quantized_linear import open_up
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods, build_methods, detect
 from luthier.run.folder import saved_network

@@ -34,6 +34,7 @@ from fastapi.responses import (
 from luthier.data.files import READERS
 from luthier.errors import RecipeError
 from luthier.registry import KINDS
+from luthier.report.html import POLICY, STATIC
 from luthier.studio.shelf import Shelf
 from luthier.studio.worker import Worker
 
@@ -56,11 +57,8 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-# of a run's own page
-REPORT = (
-    "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors"
-    " 'none'"
-)
+# of a run's own page: a report runs the script of reports and no other
+REPORT = f"{POLICY}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 class Plain(JSONResponse):
@@ -198,11 +196,12 @@ def studio(home: Path, token: str, worker: Callable[[Path], Any] = Worker) -> Fa
     return app
 
 
-# ---------------------------------------------------------------------------------------------- the page itself
+# -------------------------------------------------------------------------------------------- the page itself
 
 
 def pages(app: FastAPI) -> None:
-    known = {p.name: p for p in WEB.iterdir() if p.suffix in KINDS}
+    files = (*STATIC.iterdir(), *WEB.iterdir())  # charts are those of the reports
+    known = {p.name: p for p in files if p.suffix in MIME}
 
     @app.get("/")
     def index() -> Response:

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import psutil
 import yaml
 
 from luthier.errors import RecipeError
-from luthier.report.numbers import Line, answers, cost, lines
+from luthier.report.numbers import cost, generations, metric_rows
 from luthier.run.layout import run_folders
 from luthier.storage import files
 
@@ -147,15 +148,15 @@ class Shelf:
         if report:
             told = Report(report["before"], report["after"], report["stats"])
             out |= {
-                "numbers": [line(x) for x in lines(told)],
+                "numbers": [asdict(x) for x in metric_rows(told)],
                 "cost": list(cost(report["stats"])),
                 "notes": report["notes"],
             }
             out["writes"], at = report["stats"].get("writes", False), Path(report["folder"])
         else:
             told, at = Report(before or {}, latest(folder / "metrics.jsonl"), {}), folder
-            out |= {"numbers": [line(x) for x in lines(told)], "cost": [], "notes": [], "writes": True}
-        out["answers"] = answers(at if at.is_absolute() else self.home / at)[:40]
+            out |= {"numbers": [asdict(x) for x in metric_rows(told)], "cost": [], "notes": [], "writes": True}
+        out["answers"] = generations(at if at.is_absolute() else self.home / at)[:40]
         return out
 
     def metrics(self, name: str, since: int, mark: str) -> dict[str, Any]:
@@ -327,17 +328,6 @@ class Report:
 
     def __init__(self, before: dict, after: dict, stats: dict):
         self.before, self.after, self.stats = before, after, stats
-
-
-def line(x: Line) -> dict[str, Any]:
-    return {
-        "name": x.name,
-        "label": x.label,
-        "before": x.before,
-        "after": x.after,
-        "change": x.change,
-        "better": x.better,
-    }
 
 
 def quietly(do: Any, *how: Any) -> None:

@@ -196,7 +196,7 @@ def look(changes: Mapping[str, str], offset: int = 0, shown: int = 4) -> dict[st
     from luthier.data.quarantine import count_reasons
     from luthier.recipe.recipe import Recipe
     from luthier.recipe.validate import columns_of
-    from luthier.report import MARKS
+    from luthier.report.text import MARKS
 
     keys = given(
         {
@@ -244,7 +244,7 @@ def spans(text: str, marks: tuple[str, str]) -> list[list[Any]]:
     """Marked text as [[part, whether it is learned], ...]. Control characters are made visible, and a long
     row is cut.
     """
-    from luthier.report.console import visible
+    from luthier.report.text import visible
 
     out: list[list[Any]] = []
     room = PARTS
@@ -272,7 +272,7 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
     from luthier.recipe.recipe import Recipe
     from luthier.recipe.schedule import schedule
     from luthier.recipe.validate import dry_run
-    from luthier.report.numbers import count, duration
+    from luthier.report.numbers import format_duration, format_trainable
     from luthier.train import checks as guards
     from luthier.train import memory
     from luthier.train.optimizer import Chain
@@ -300,17 +300,17 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
     about = "" if len(data.rows) <= SAMPLE else f", counted on the first {SAMPLE:,}"
     figures = [
         [
-            "trained share",
-            f"{100 * moving['moving'] / max(1, moving['all']):.3g}% of {count(moving['all'])}",
-            f"{count(moving['moving'])} numbers move: exact",
+            "trainable parameters",
+            format_trainable(moving["moving"], max(1, moving["all"])),
+            "exact",
         ],
         [
             "steps",
             f"{steps:,}",
             f"of {per_step:,} rows each; {rows:,} rows, {len(data.held_out):,} held out{about}",
         ],
-        ["tokens a step", f"{round(stats['tokens'] / len(kept) * per_step):,}", "on average"],
-        ["learned", f"{100 * stats['supervised_share']:.0f}%", f"of the tokens count in the loss{about}"],
+        ["tokens per step", f"{round(stats['tokens'] / len(kept) * per_step):,}", "on average"],
+        ["supervised tokens", f"{100 * stats['supervised_share']:.0f}%", f"of all tokens{about}"],
     ]
     weights = sum(p.nbytes for p in {id(p): p for p in roles.policy.model.parameters()}.values())
     figures.append(
@@ -345,10 +345,10 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
         figures.append(
             [
                 "time",
-                f"about {duration(steps * seconds)}",
+                f"about {format_duration(steps * seconds)}",
                 (
-                    "of steps: a micro-batch was read, and backward was taken to cost twice that; "
-                    "measuring and saving come on top"
+                    "of training: forward of one micro-batch was timed, backward is assumed to take twice as"
+                    " long; evaluation and saving come on top"
                 ),
             ]
         )
@@ -361,10 +361,10 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
             bool(getattr(roles.policy.model, "is_gradient_checkpointing", False)),
         )
         each = {
-            "gradients": need.moving,
+            "gradients": need.gradients,
             "optimizer": need.state,
             "activations": need.activations,
-            "passing": need.passing,
+            "temporary": need.temporary,
         }
         said = ", ".join(f"{name} {size(much)}" for name, much in each.items())
         figures.append(
@@ -379,7 +379,7 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
         )
     else:
         notes.append(
-            "what a step takes in memory is not foretold here: it reads what is written during the run"
+            "the memory of a step is not estimated: it depends on what is generated during the run"
         )
     have = memory.free(roles.device)
     if have:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from luthier.errors import RecipeError
-from luthier.registry import did_you_mean, find
-from luthier.report.numbers import METRICS, says
+from luthier.registry import did_you_mean, find, former_metrics, metrics
+from luthier.registry import metric as metric_of
 
 QUALITY = "quality"
 NAMED = {
@@ -24,8 +24,6 @@ NAMED = {
     "memory": "peak_memory_mb",
     "time": "seconds",
 }
-# is more better?
-COSTS = {"trained": False, "peak_memory_mb": False, "seconds": False, "tokens_per_second": True}
 UNITS = {
     "memory": {"": 1, "MB": 1, "GB": 1024, "TB": 1024**2},
     "time": {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600},
@@ -73,9 +71,9 @@ class Limit:
 
 def better_up(metric: str) -> bool:
     """Is more of a metric better? Refuses one of which neither is."""
-    up = COSTS[metric] if metric in COSTS else says(metric).up
+    up = metric_of(metric).higher_is_better
     if up is None:
-        known = [*NAMED, QUALITY, *METRICS]
+        known = [*NAMED, QUALITY, *metrics(), *former_metrics()]
         raise RecipeError(
             f"--goals: of '{metric}' neither more nor less is better{did_you_mean(metric, known)}"
         )
@@ -127,7 +125,7 @@ def _front(word: str) -> Goal:
                 f"--goals: {word}: only a volume is taken from a point; leave out what is behind the @"
             )
         return Goal(word.replace(" ", ""), word.replace(" ", ""), FRONTS[told], metrics, told=told)
-    if not worst and all(says(m).share for m in metrics):
+    if not worst and all(metric_of(m).is_share for m in metrics):
         worst = tuple(0.0 if up else 1.0 for up in ups)
     if len(worst) != len(metrics):
         raise RecipeError(
@@ -206,9 +204,9 @@ def limits(said: Sequence[str], quality: str) -> tuple[Limit, ...]:
             raise RecipeError(
                 f"--where: {name} is not counted in '{unit}' (there is: {', '.join(u for u in units if u)})"
             )
-        if alias not in UNITS and metric not in METRICS and metric not in COSTS and "/" not in metric:
+        if alias not in UNITS and metric not in (*metrics(), *former_metrics()) and "/" not in metric:
             raise RecipeError(
-                f"--where: nothing measures '{name}'{did_you_mean(name, [*NAMED, QUALITY, *METRICS])}"
+                f"--where: nothing measures '{name}'{did_you_mean(name, [*NAMED, QUALITY, *metrics(), *former_metrics()])}"
             )
         made.append(Limit(" ".join(text.split()), metric, sign[0] == "<", float(number) * units[unit]))
     return tuple(made)

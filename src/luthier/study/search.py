@@ -32,7 +32,8 @@ from luthier.recipe.capabilities import columns_of, requirements
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import dry_run, first_run, validate
 from luthier.registry import build, did_you_mean, provides_of, spec
-from luthier.report.numbers import number, says
+from luthier.registry import metric as metric_of
+from luthier.report.numbers import format_number as number
 from luthier.run.report import plan_runs
 from luthier.storage import files
 from luthier.study import compare as comparison
@@ -630,7 +631,7 @@ def went(made: SearchSpec, t: Trial) -> str:
     if t.measured.failed:
         came = f"{'left out' if t.measured.code == NothingMoves.code else 'no numbers'}, {t.measured.failed}"
     else:
-        came = ", ".join(f"{g.name} {number(t.goals[g.name], says(g.metric).share)}" for g in made.goals)
+        came = ", ".join(f"{g.name} {number(t.goals[g.name], metric_of(g.metric).is_share)}" for g in made.goals)
     return f"{t.seen.number}. {what}{far}: {came}"
 
 
@@ -982,7 +983,7 @@ def sentence(made: SearchSpec, tried: Sequence[Trial], lines: Sequence[Mapping],
     goal = made.goals[0]
     if top and goal.name in top["test"]:
         share, where = (
-            says(goal.metric).share,
+            metric_of(goal.metric).is_share,
             ("test seeds" if made.test_data is None else "test seeds and rows"),
         )
         said += (

@@ -1,9 +1,10 @@
-"""Practice: generated worlds and small models pretrained on them, so that everything can be tried offline.
+"""Toy tasks and models: generated tasks with exact verifiers and small models pretrained on them, so that
+everything can be tried offline.
 
-`path("lm")` is the folder of a shipped model (in recipes `toy:lm`), `rows("people", "train", 100)` are
-rows of a world (`toy:people/train`), `verify(row, answer)` says how right a written answer is, and
-`recipe("toy:people")` is what `luthier tune toy:people` runs. Worlds and models are our own making;
-the models are made again by `python -m luthier.toy.make`.
+`path("lm")` is the folder of a shipped model (in recipes `toy:lm`), `rows("people", "train", 100)` are rows
+of a task (`toy:people/train`), `verify(row, answer)` scores an answer, and `recipe("toy:people")` is what
+`luthier tune toy:people` runs. All texts are generated here; the models can be made again by `python -m
+luthier.toy.make`.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The card of a practice model: how it was made, and in numbers what it can and cannot do."""
+"""The model card of a toy model: how it was made, and measured scores of what it can and cannot do."""
 
 from .tasks import find
 
@@ -18,7 +18,7 @@ changed and what it broke.
 ## How it was made
 {commands}
 
-That is {steps} steps, {tokens:.1f}M tokens of the worlds in `luthier/practice/worlds`
+That is {steps} steps, {tokens:.1f}M tokens of the tasks in `luthier/toy/tasks`
 (each text read once), {minutes:.0f} minutes on two shared cores; loss at the end {loss:.3f} nats a token.
 {how}
 Muon for the matrices, AdamW for the rest; a round is warm-up, constant rate, and linear decay over the last

@@ -1,4 +1,4 @@
-"""Pretraining text of all worlds: documents, the tokenizer trained on them, and packing. Needs no torch.
+"""Pretraining text of all tasks: documents, the tokenizer trained on them, and packing. Needs no torch.
 
 A document is one row: `<|start|>` prompt completion `<|end|>`, or a conversation as the chat template renders
 it. The tokenizer adds `<|start|>` by itself, so that tuned and served rows begin as pretrained ones did.

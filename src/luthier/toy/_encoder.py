@@ -1,4 +1,4 @@
-"""Pretraining a small BERT: gaps of a document are filled from both sides.
+"""Pretraining of a small BERT: masked tokens of a document are predicted from both sides.
 
 A document is a row of its own, so that the first token stands first, as a classifier reads it. Of half the
 documents with a short completion the whole completion is hidden, as a cloze row hides it; of all others a

@@ -1,4 +1,4 @@
-"""Pretraining a small Llama on two cores: about a million tokens a minute for 4 million parameters.
+"""Pretraining of a small Llama on two cores: about a million tokens a minute for 4 million parameters.
 
 Three things make it fast: bf16 everywhere with fp32 masters in the optimizer, attention as plain batched
 matrix products in both directions (at these sizes faster than the fused CPU kernels), and torch.compile. The

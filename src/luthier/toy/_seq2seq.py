@@ -1,5 +1,5 @@
-"""Pretraining a small T5 on the worlds: a prompt is read and its completion said; of a fifth of the
-documents, spans are restored.
+"""Pretraining of a small T5 on the tasks: completions from prompts, and masked spans of a fifth of the
+documents.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A bandit on which preference objectives can be watched in seconds, with everything about them known
+"""A bandit on which preference objectives can be observed in seconds, with everything about them known
 exactly.
 
 One question, many answers (arms) in a line, each with a true reward; a policy that generalises to

@@ -1,4 +1,4 @@
-"""Make a practice model again.
+"""Makes a toy model again.
 
     python -m luthier.toy.make [--model lm|lm-small|lm-large|chat|encoder|seq2seq] [--minutes 25] [--steps N]
     [--seed 0] [--start DIR] [--weak STEP ...]
@@ -196,7 +196,7 @@ def write_card(name: str, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("luthier.toy.make", description="Make a practice model again.")
+    parser = argparse.ArgumentParser("luthier.toy.make", description="Make a toy model again.")
     parser.add_argument("--model", choices=list(MINUTES), default="lm", help="which model to make")
     parser.add_argument("--minutes", type=float, help="time for pretraining, compiling aside")
     parser.add_argument("--steps", type=int, help="end after so many steps, not by the clock")

@@ -1,4 +1,4 @@
-"""How right a practice model answers in every world: python -m luthier.toy.score MODEL.
+"""Accuracy of a toy model on every task: python -m luthier.toy.score MODEL.
 
 If every token of the answer is the most likely one after those before it, greedy decoding writes that answer.
 So thousands of rows take seconds, wherever the right completion is unique. Where it is not (code, SQL) and
@@ -36,7 +36,7 @@ def tokens_of(row: dict, tokenizer) -> tuple[list[int], list[bool]]:
 
 
 def load(folder):
-    """A practice model of any kind, to be asked."""
+    """A toy model of any kind, for scoring."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
 
     kind = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}.get(

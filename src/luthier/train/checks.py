@@ -12,14 +12,14 @@ import torch
 from luthier.errors import NotFinite, NothingMoves, Refused
 from luthier.kernels import _switch, elementwise
 from luthier.kernels.tolerance import logprob_tolerance
-from luthier.methods.quantizers._base import numbers
 from luthier.model.batch import Batch
 from luthier.model.policy import eval_mode
+from luthier.model.quantized_linear import numbers
 
 TOO_BIG = (
     "out of memory: what was saved before is intact. Lower per_device_train_batch_size (raise"
-    " gradient_accumulation_steps for the same result) or max_length, set gradient_checkpointing, or take a"
-    " tuner that moves less"
+    " gradient_accumulation_steps for the same result) or max_length, set gradient_checkpointing, or choose a"
+    " tuner with fewer trainable parameters"
 )
 # what a network that cannot be read in some way may raise; errors of memory and interrupts are none of these
 UNREADABLE = (
@@ -43,7 +43,7 @@ def check_trainable(attached: Any) -> dict[str, int]:
     every = {id(p): p.numel() for p in (*attached.model.parameters(), *attached.parameters().values())}
     total = sum(every.values()) + numbers(attached.model)
     if not moving:
-        raise NothingMoves(f"tuner '{attached.settings.name}' moves nothing: 0 of {total} parameters")
+        raise NothingMoves(f"tuner '{attached.settings.name}' has no trainable parameters: 0 of {total}")
     return {"moving": moving, "all": total}
 
 
@@ -90,7 +90,7 @@ def check_gradient(attached: Any, may_be_zero: bool) -> None:
             if p.grad is not None and (may_be_zero or bool(p.grad.any())):
                 return
     raise Refused(
-        f"no gradient reaches any of the {tensors} tensors that tuner '{attached.settings.name}' moves:"
+        f"no gradient reaches any of the {tensors} trainable tensors of tuner '{attached.settings.name}':"
         " nothing would be learned",
         "no_gradient",
     )
@@ -155,8 +155,8 @@ def _check_elementwise(
     if not (mean <= usual and largest <= 20 * usual):
         elementwise.uninstall(policy.model)
         warn(
-            f"norms and rotary positions in fewer passes differ from the model's own by {mean:.1e} on"
-            f" average, {largest:.1e} at most: its own are taken instead, which are slower and right"
+            f"fused norms and rotary embeddings differ from the model's own by {mean:.1e} on average,"
+            f" {largest:.1e} at most: its own are used instead, which are slower and right"
         )
 
 

@@ -32,22 +32,22 @@ SURE = 0.9
 class Need:
     """Bytes of a step, beyond what the process holds with its models loaded."""
 
-    moving: int  # gradients; for estimators without them, a displaced copy of what is trained
+    gradients: int  # for estimators without gradients, a displaced copy of what is trained
     state: int  # of the optimizer, with masters of low-precision weights
     update: int  # intermediate tensors in the update of the largest tensor
     activations: int  # what backward keeps of a micro-batch
-    passing: int  # what a layer, the head and the matrix library allocate and free again
+    temporary: int  # what a layer, the head and the matrix library allocate and free again
 
     @property
     def total(self) -> int:
-        return self.moving + self.state + max(self.activations + self.passing, self.update)
+        return self.gradients + self.state + max(self.activations + self.temporary, self.update)
 
     def describe(self) -> str:
         parts = {
-            "gradients": self.moving,
+            "gradients": self.gradients,
             "optimizer": self.state,
             "activations": self.activations,
-            "passing": self.passing,
+            "temporary": self.temporary,
         }
         return ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items()) + " GB"
 
@@ -82,15 +82,15 @@ def predict(
         activations = _activations(roles, samples, tokens, recompute)
     supervised = len(samples[-1].owner) / max(1, len(samples[-1].ids))
     return Need(
-        moving=size,
+        gradients=size,
         state=sum(map(_state, chain.transforms)) * count + 4 * low_precision,
         update=16 * stepped + (4 if backward else 8) * largest,
         activations=round(activations),
-        passing=round(_passing(roles.policy.model, moving, tokens, supervised, backward)),
+        temporary=round(_temporary(roles.policy.model, moving, tokens, supervised, backward)),
     )
 
 
-def _passing(model: Any, moving: Sequence[Tensor], tokens: int, supervised: float, backward: bool) -> float:
+def _temporary(model: Any, moving: Sequence[Tensor], tokens: int, supervised: float, backward: bool) -> float:
     """Bytes that a layer, the head and the matrix library allocate and free again. supervised: the share of
     tokens that are.
     """
@@ -100,17 +100,17 @@ def _passing(model: Any, moving: Sequence[Tensor], tokens: int, supervised: floa
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and module is not head:
             width = max(width, module.weight.shape[0])
-    passing: float = (6 if backward else 4) * tokens * width * size + LIBRARY[backward]
+    temporary: float = (6 if backward else 4) * tokens * width * size + LIBRARY[backward]
     if head is None:
-        return passing
+        return temporary
     words, hidden = min(len(head.weight), logprobs.WORDS), head.weight.shape[1]
     chunk = min(round(supervised * tokens), logprobs.chunk_size(words))
-    passing += (3 if backward else 2) * 4 * words * chunk
+    temporary += (3 if backward else 2) * 4 * words * chunk
     if not head.weight.is_cuda:
-        passing += 2 * words * hidden * size  # packed by the library
+        temporary += 2 * words * hidden * size  # packed by the library
     if backward and any(p is head.weight for p in moving):
-        passing += 4 * words * hidden  # its gradient is summed in fp32
-    return passing
+        temporary += 4 * words * hidden  # its gradient is summed in fp32
+    return temporary
 
 
 def _activations(roles: Roles, samples: Sequence[Batch], tokens: int, recompute: bool) -> float:
@@ -177,8 +177,8 @@ def choose(
         advice = "" if recompute or not can else ", or gradient_checkpointing: true"
         raise OutOfMemory(
             f"memory: one row alone is predicted to take {gb(row.total)} ({row.describe()}) beside the model,"
-            f" and {gb(have)} are free. Take a tuner that moves less, an optimizer that keeps less, a lower"
-            f" max_length or a smaller or quantized model{advice}"
+            f" and {gb(have)} are free. Choose a tuner with fewer trainable parameters, an optimizer with less"
+            f" state, a lower max_length or a smaller or quantized model{advice}"
         )
     warnings.append(
         f"a step is predicted to take {gb(step.total)} ({step.describe()}) and {gb(have)} are free: expect"

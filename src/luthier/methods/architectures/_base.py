@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from luthier.compat.lazy_imports import import_models, unfilled, waiting
-from luthier.model.batch import Batch
-from luthier.model.outputs import Outputs
 from luthier.registry import Capability, family
 
 if TYPE_CHECKING:
     from luthier.clock import Clock
     from luthier.methods.tuners._base import TunedModel
+    from luthier.model.batch import Batch
     from luthier.model.network import Network
+    from luthier.model.outputs import Outputs
     from luthier.text.render import Encoded, EncodedAll, Renderer
 
 LOGPROBS = Capability("logprobs", says="a network that gives token log-probabilities")
@@ -47,9 +46,7 @@ class Architecture:
 
     def renderer(self, tokenizer: Any, config: Any, **how: Any) -> Renderer:
         """What turns rows into tokens for this kind of network. how: max_length, chat_template."""
-        from luthier.text.render import Renderer
-
-        return Renderer(tokenizer, **how)
+        raise NotImplementedError
 
     def load(self, path: str, **kwargs: Any) -> Network:
         """The network with its weights, from a folder or hub name. kwargs go to from_pretrained.
@@ -119,10 +116,3 @@ class Architecture:
     ) -> list[list[list[int]]]:
         """Completions of each prompt (see architectures/_generate.py)."""
         raise NotImplementedError(f"'{type(self).__name__}' does not write text")
-
-
-def pad(rows: list[Tensor], fill: int = 0) -> tuple[Tensor, Tensor]:
-    """Token lists -> ids [R, W] padded on the right, and the mask [R, W] of real places."""
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=fill)
-    lengths = torch.tensor([len(r) for r in rows], device=ids.device)
-    return ids, (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).long()

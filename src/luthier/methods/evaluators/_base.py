@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from luthier.model.batch import Batch
 from luthier.registry import family
 from luthier.storage import files
+
+if TYPE_CHECKING:
+    from luthier.model.batch import Batch
 
 
 @family

@@ -6,12 +6,14 @@ cannot change a result. Objectives add up: `dpo + 0.1*sft`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from luthier.model.batch import Batch
 from luthier.registry import family, requires_of
+
+if TYPE_CHECKING:
+    from luthier.model.batch import Batch
 
 
 @family

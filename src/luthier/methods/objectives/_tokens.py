@@ -17,7 +17,7 @@ from luthier.registry import family
 
 @family
 class Tokens(Objective):
-    """Family: a method says what a token costs."""
+    """Family: a method defines the loss of a token."""
 
     # weighted tokens are divided by how many they are, or by what they weigh together
     normalize: Literal["tokens", "weights"] = "tokens"

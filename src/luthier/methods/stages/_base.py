@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from luthier.model.policy import eval_mode
 from luthier.registry import Capability, Column, declared_words, family
 
 SAMPLES = Capability(
@@ -128,7 +127,7 @@ def completion_logprobs(
     """
     for i in range(0, len(rows), size):
         batch = roles.batch(rows[i : i + size])
-        with eval_mode(roles.policy.model):
+        with roles.policy.eval_mode():
             flat = policy.logprobs(batch).float().tolist()
         feed, sizes = iter(flat), iter(batch.lengths.long().tolist())
         for row in batch.rows:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from luthier.methods.tuners._base import TunedModel, Tuner
+from luthier.model.linear import oriented
 from luthier.registry import family
 
 if TYPE_CHECKING:
@@ -40,29 +41,20 @@ def _normal(seed: int, shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def lies_sideways(layer: nn.Module) -> bool:
-    """Does a module keep its weight as [in, out]?"""
-    return isinstance(layer, nn.Embedding) or any(c.__name__ == "Conv1D" for c in type(layer).__mro__)
-
-
-def oriented(layer: Matrix) -> Tensor:
-    """The weight of a module as [out, in] (a view); [width] for a norm."""
-    return layer.weight.T if lies_sideways(layer) else layer.weight
-
-
 @family
 class TargetModules(Tuner):
-    """Family: which modules of a network are tuned, in the words of PEFT."""
+    """Family: which modules of a network are tuned, with PEFT's settings."""
 
     on_quantized: ClassVar[bool] = True
 
-    # ends of their names, one regular expression, or all-linear
+    # suffixes of module names, one regular expression, or all-linear
     target_modules: str | list[str] = "all-linear"
-    exclude_modules: str | list[str] | None = None  # ends of names, or a regular expression, to leave alone
-    layers_to_transform: int | list[int] | None = None  # only these layers; wants target_modules as a list
+    # suffixes of module names, or a regular expression, to leave unchanged
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None  # only these layers; needs target_modules as a list
     # name of the list of layers, where it is not layers, h, block or the like
     layers_pattern: str | list[str] | None = None
-    # further modules that are trained whole and saved beside the adapter
+    # further modules that are fully trained and saved beside the adapter
     modules_to_save: list[str] | None = None
 
     def only(self, layers: Sequence[int], of: int) -> dict[str, Any]:
@@ -73,12 +65,14 @@ class TargetModules(Tuner):
 
 @family
 class Delta(TargetModules):
-    """Family: own tensors for each chosen module, and the weight they make of its weight."""
+    """Family: trainable tensors for each chosen module, and the tuned weight as a function of them and the
+    original weight.
+    """
 
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear, nn.Embedding)  # modules it can sit on, besides Conv1D
     # forward is given x and y in the adapter's fp32; else in the model's precision
     precise: ClassVar[bool] = True
-    # what `start` learns from: "inputs", "covariance", "gradients" (tuners/_calibrate.py), or nothing
+    # what `start` learns from: "inputs", "covariance", "gradients" (model/calibration.py), or nothing
     reads: ClassVar[str] = ""
 
     def attach(self, model: Network) -> TunedModel:

@@ -4,14 +4,14 @@ const SVG = "http://www.w3.org/2000/svg";
 
 /** h("p", {class: "note", onclick: f}, "text", element, ...): an element; attributes that are false or null are left out. */
 export function h(tag, attributes = {}, ...inside) {
-  return made(document.createElement(tag), attributes, inside);
+  return assemble(document.createElement(tag), attributes, inside);
 }
 
 export function svg(tag, attributes = {}, ...inside) {
-  return made(document.createElementNS(SVG, tag), attributes, inside);
+  return assemble(document.createElementNS(SVG, tag), attributes, inside);
 }
 
-function made(element, attributes, inside) {
+function assemble(element, attributes, inside) {
   for (const [name, value] of Object.entries(attributes)) {
     if (value === false || value === null || value === undefined) continue;
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
@@ -28,10 +28,10 @@ export function fill(element, ...inside) {
   return element;
 }
 
-let spoken = "";
+let lastAnnounced = "";
 /** Say something to who listens instead of looks; the same thing twice is said once. */
 export function announce(text) {
-  if (text && text !== spoken) document.getElementById("status").textContent = spoken = text;
+  if (text && text !== lastAnnounced) document.getElementById("status").textContent = lastAnnounced = text;
 }
 
 /** A question to the studio. Throws an Error whose message is the sentence that the command line would say. */
@@ -49,10 +49,10 @@ export async function listen(path, body, hear, how = {}) {
     if (done) throw new Error(GONE);
     const lines = (rest + value).split("\n");
     rest = lines.pop();
-    for (const said of lines.map((line) => JSON.parse(line))) {
-      if (said.error !== undefined) throw new Error(said.error);
-      if (said.is !== undefined) return said.is;
-      hear(said.part);
+    for (const message of lines.map((line) => JSON.parse(line))) {
+      if (message.error !== undefined) throw new Error(message.error);
+      if (message.is !== undefined) return message.is;
+      hear(message.part);
     }
   }
 }
@@ -68,9 +68,9 @@ async function sent(path, body, how) {
 }
 
 async function whole(answer) {
-  const said = await answer.json().catch(() => ({ error: `the studio answered ${answer.status}` }));
-  if (!answer.ok || said.error !== undefined && Object.keys(said).length === 1) throw new Error(said.error);
-  return said;
+  const message = await answer.json().catch(() => ({ error: `the studio answered ${answer.status}` }));
+  if (!answer.ok || message.error !== undefined && Object.keys(message).length === 1) throw new Error(message.error);
+  return message;
 }
 
 /** A place for a sentence that went wrong; it is read aloud at once. */
@@ -84,22 +84,22 @@ export function complaint() {
 
 /** A button that is busy while its work is done, and complains where it fails. */
 export function button(text, work, where, attributes = {}) {
-  const made = h("button", { type: "button", ...attributes, onclick: async () => {
-    if (made.getAttribute("aria-busy") === "true") return;
-    made.setAttribute("aria-busy", "true");
+  const element = h("button", { type: "button", ...attributes, onclick: async () => {
+    if (element.getAttribute("aria-busy") === "true") return;
+    element.setAttribute("aria-busy", "true");
     where.say("");
-    try { await work(made); } catch (error) { where.say(error.message); } finally { made.removeAttribute("aria-busy"); }
+    try { await work(element); } catch (error) { where.say(error.message); } finally { element.removeAttribute("aria-busy"); }
   } }, text);
-  return made;
+  return element;
 }
 
 let counter = 0;
 /** A label, its field and its help, tied together. */
 export function field(label, input, help = "") {
   input.id ||= `f${++counter}`;
-  const told = help ? h("small", { id: `${input.id}-h` }, help) : null;
-  if (told) input.setAttribute("aria-describedby", told.id);
-  return h("div", { class: "field" }, h("label", { for: input.id }, label), input, told);
+  const hint = help ? h("small", { id: `${input.id}-h` }, help) : null;
+  if (hint) input.setAttribute("aria-describedby", hint.id);
+  return h("div", { class: "field" }, h("label", { for: input.id }, label), input, hint);
 }
 
 /** A field with suggestions. */
@@ -110,7 +110,7 @@ export function suggested(list, attributes = {}) {
 }
 
 /** Kept in this tab, so that a reload loses nothing that was typed. */
-export const kept = {
+export const tabStore = {
   get(name, other) {
     try { return JSON.parse(sessionStorage.getItem(`luthier-${name}`)) ?? other; } catch { return other; }
   },

@@ -21,9 +21,9 @@ async function show() {
     here ? link.setAttribute("aria-current", "page") : link.removeAttribute("aria-current");
   }
   try {
-    const made = await (PAGES[page] ?? begin)(decodeURIComponent(rest ?? ""), signal);
+    const content = await (PAGES[page] ?? begin)(decodeURIComponent(rest ?? ""), signal);
     if (signal.aborted) return;
-    fill(main, made);
+    fill(main, content);
     const title = main.querySelector("h1");
     document.title = `${title?.textContent ?? "studio"} · luthier`;
     window.scrollTo(0, 0);

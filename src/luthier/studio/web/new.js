@@ -1,13 +1,13 @@
 // A new run: model and rows, what the model will see, methods, settings, what it will cost, and the recipe that comes of it.
 
-import { announce, ask, button, complaint, count, field, fill, h, kept, percent, suggested } from "./dom.js";
+import { announce, ask, button, complaint, count, field, fill, h, tabStore, percent, suggested } from "./dom.js";
 
 const KINDS = [ // key of a recipe, kind of method, what it is called here
-  ["tuner", "tuner", "What moves"],
-  ["objective", "objective", "Toward what"],
-  ["optim", "optimizer", "How it steps"],
+  ["tuner", "tuner", "Tuner"],
+  ["objective", "objective", "Objective"],
+  ["optim", "optimizer", "Optimizer"],
 ];
-const MORE = [["estimator", "estimator", "Where the gradient comes from"], ["quantization", "quantizer", "What the base is kept in"], ["architecture", "architecture", "How the network reads"]];
+const MORE = [["estimator", "estimator", "Gradient estimator"], ["quantization", "quantizer", "Quantization"], ["architecture", "architecture", "Architecture"]];
 const DEFAULTS = { tuner: "lora", objective: "sft", optim: "adamw", estimator: "backprop", quantization: "", architecture: "auto" };
 const MAIN = ["learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size", "max_length", "eval_data", "eval_steps", "seed"];
 const ELSEWHERE = ["model", "data", "output_dir", "overwrite", "tuner", "objective", "optim", "estimator", "quantization", "architecture"];
@@ -16,19 +16,19 @@ const ELSEWHERE = ["model", "data", "output_dir", "overwrite", "tuner", "objecti
 export async function clone(text) {
   const fields = await ask("/api/fields", { text });
   delete fields.output_dir;
-  kept.set("draft", fields);
+  tabStore.set("draft", fields);
   location.hash = "#new";
 }
 
 export async function begin(_, signal) {
   const [start, methods] = await Promise.all([ask("/api/start"), ask("/api/methods")]);
-  const draft = kept.get("draft", { model: "toy:lm-small" });
+  const draft = tabStore.get("draft", { model: "toy:lm-small" });
   const asides = { check() {}, feeds: {} };
   let timer = 0;
   const put = (key, value) => {
     value = value.trim();
     if (value) draft[key] = value; else delete draft[key];
-    kept.set("draft", draft);
+    tabStore.set("draft", draft);
     clearTimeout(timer);
     timer = setTimeout(() => asides.check(), 350);
   };
@@ -49,15 +49,15 @@ export async function begin(_, signal) {
 // ------------------------------------------------------------------------------------------------ model and rows
 
 function rows(draft, put, start, asides, signal) {
-  const said = complaint();
+  const problems = complaint();
   const [model, models] = suggested(start.models, { value: draft.model ?? "", placeholder: "toy:lm", onchange: (e) => { put("model", e.target.value); } });
   const [data, files] = suggested(start.data, { value: draft.data ?? "", placeholder: "rows.jsonl", onchange: (e) => { put("data", e.target.value); if (e.target.value) look(0); } });
-  const shown = h("div", { class: "shown" });
+  const view = h("div", { class: "shown" });
   const file = h("input", { type: "file", class: "hidden", id: "upload", accept: [...start.ends, ".gz"].join(","), onchange: () => file.files[0] && upload(file.files[0]) });
   const pick = h("label", { class: "button quiet", for: "upload" }, "Upload a file");
 
   async function upload(one) {
-    said.say("");
+    problems.say("");
     announce(`uploading ${one.name}`);
     pick.textContent = "Uploading …";
     try {
@@ -65,32 +65,32 @@ function rows(draft, put, start, asides, signal) {
       data.value = path;
       put("data", path);
       await look(0);
-    } catch (error) { said.say(error.message); } finally { pick.textContent = "Upload a file"; file.value = ""; }
+    } catch (error) { problems.say(error.message); } finally { pick.textContent = "Upload a file"; file.value = ""; }
   }
 
-  let asked = 0;
+  let turns = 0;
   async function look(offset) {
-    const mine = ++asked;
-    said.say("");
-    shown.setAttribute("aria-busy", "true");
+    const mine = ++turns;
+    problems.say("");
+    view.setAttribute("aria-busy", "true");
     try {
-      const found = await ask("/api/look", { changes: { ...draft, model: model.value || "toy:lm" }, offset }, { signal });
-      if (mine !== asked) return;
-      fill(shown, seen(found, look));
-      asides.feeds = found.feeds;
+      const result = await ask("/api/look", { changes: { ...draft, model: model.value || "toy:lm" }, offset }, { signal });
+      if (mine !== turns) return;
+      fill(view, preview(result, look));
+      asides.feeds = result.feeds;
       asides.feed?.();
-      announce(`${count(found.rows)} rows read, ${found.bad} set aside`);
+      announce(`${count(result.rows)} rows read, ${result.bad} unusable`);
     } catch (error) {
-      if (mine === asked && error.name !== "AbortError") { said.say(error.message); fill(shown); }
-    } finally { if (mine === asked) shown.removeAttribute("aria-busy"); }
+      if (mine === turns && error.name !== "AbortError") { problems.say(error.message); fill(view); }
+    } finally { if (mine === turns) view.removeAttribute("aria-busy"); }
   }
 
-  const section = h("section", { "aria-labelledby": "s-rows" }, h("h2", { id: "s-rows" }, "Model and rows"),
+  const section = h("section", { "aria-labelledby": "s-rows" }, h("h2", { id: "s-rows" }, "Model and data"),
     h("div", { class: "fields two" },
       field("Model", model, "A folder, a hub name, or toy:NAME"), models,
-      field("Rows", data, "A path on this machine, a hub name, or toy:TASK"), files),
-    h("p", { class: "buttons" }, button("Look at the rows", () => look(0), said, { class: "quiet" }), file, pick),
-    said.box, shown);
+      field("Data", data, "A path on this machine, a hub name, or toy:TASK"), files),
+    h("p", { class: "buttons" }, button("Preview the data", () => look(0), problems, { class: "quiet" }), file, pick),
+    problems.box, view);
   for (const kind of ["dragover", "drop"]) section.addEventListener(kind, (e) => {
     if (!e.dataTransfer?.types.includes("Files")) return;
     e.preventDefault();
@@ -101,22 +101,22 @@ function rows(draft, put, start, asides, signal) {
 }
 
 /** Rows as the model reads them; what is learned is coloured AND underlined. */
-function seen(found, look) {
-  const about = found.counted < found.rows ? `, counted on the first ${count(found.counted)}` : "";
-  const told = [`${count(found.rows)} rows read as ‘${found.format}’`, `${count(found.tokens)} tokens, ${percent(found.share)} of them learned${about}`, found.longest ? `the longest row has ${count(found.longest)}` : "", found.cut ? `${count(found.cut)} are cut at max_length` : ""].filter(Boolean).join("; ");
-  const page = found.shown.length || 1;
+function preview(result, look) {
+  const about = result.counted < result.rows ? `, counted on the first ${count(result.counted)}` : "";
+  const notes = [`${count(result.rows)} rows read as ‘${result.format}’`, `${count(result.tokens)} tokens, ${percent(result.share)} of them supervised${about}`, result.longest ? `the longest row has ${count(result.longest)}` : "", result.cut ? `${count(result.cut)} are truncated to max_length` : ""].filter(Boolean).join("; ");
+  const page = result.shown.length || 1;
   return [
-    h("p", { class: "note" }, `${told}.`),
-    found.note && h("p", { class: "note" }, found.note),
-    h("p", { class: "key" }, h("mark", {}, "learned"), " what the loss counts, underlined; the rest is only read"),
-    found.shown.map((row) => h("article", { class: "row" }, h("h3", {}, row.id), h("pre", {}, row.parts.map(([text, learned]) => learned ? h("mark", {}, text) : text)))),
+    h("p", { class: "note" }, `${notes}.`),
+    result.note && h("p", { class: "note" }, result.note),
+    h("p", { class: "key" }, h("mark", {}, "supervised"), " tokens count in the loss (underlined); the others are context"),
+    result.shown.map((row) => h("article", { class: "row" }, h("h3", {}, row.id), h("pre", {}, row.parts.map(([text, learned]) => learned ? h("mark", {}, text) : text)))),
     h("p", { class: "buttons pager" },
-      h("button", { type: "button", class: "quiet", disabled: found.offset === 0, onclick: () => look(Math.max(0, found.offset - 4)) }, "Earlier rows"),
-      h("button", { type: "button", class: "quiet", disabled: found.offset + page >= found.usable, onclick: () => look(found.offset + page) }, "Later rows"),
-      h("span", { class: "note" }, found.shown.length ? `${found.offset + 1} to ${found.offset + found.shown.length}` : "")),
-    found.bad > 0 && h("details", { class: "aside" }, h("summary", {}, `${count(found.bad)} rows set aside, with reasons`),
-      h("ul", {}, found.reasons.map((r) => h("li", {}, `${count(r.rows)}: ${r.reason} (first: ${r.first})`))),
-      h("ol", { class: "quarantine" }, found.aside.map((a) => h("li", {}, h("b", {}, a.where), ` ${a.reason}`, h("pre", {}, a.raw))))),
+      h("button", { type: "button", class: "quiet", disabled: result.offset === 0, onclick: () => look(Math.max(0, result.offset - 4)) }, "Earlier rows"),
+      h("button", { type: "button", class: "quiet", disabled: result.offset + page >= result.usable, onclick: () => look(result.offset + page) }, "Later rows"),
+      h("span", { class: "note" }, result.shown.length ? `${result.offset + 1} to ${result.offset + result.shown.length}` : "")),
+    result.bad > 0 && h("details", { class: "aside" }, h("summary", {}, `${count(result.bad)} unusable rows, with reasons`),
+      h("ul", {}, result.reasons.map((r) => h("li", {}, `${count(r.rows)}: ${r.reason} (first: ${r.first})`))),
+      h("ol", { class: "quarantine" }, result.aside.map((a) => h("li", {}, h("b", {}, a.where), ` ${a.reason}`, h("pre", {}, a.raw))))),
   ];
 }
 
@@ -138,14 +138,14 @@ function picker(key, kind, title, draft, put, methods, asides) {
   function offer() {
     const option = (m, note = "") => h("option", { value: m.name }, m.name + note);
     const empty = DEFAULTS[key] === "" ? h("option", { value: "" }, "none") : DEFAULTS[key] === "auto" ? h("option", { value: "auto" }, "auto") : null;
-    const groups = key === "objective" && Object.keys(asides.feeds).length ? [["yes", "your rows are enough"], ["through a stage", "through a stage"], ["no", "these rows cannot feed it"]] : null;
+    const groups = key === "objective" && Object.keys(asides.feeds).length ? [["yes", "the data has what it needs"], ["through a stage", "through a stage"], ["no", "the data lacks what it needs"]] : null;
     fill(select, empty,
       groups ? groups.map(([how, label]) => h("optgroup", { label }, methods.filter((m) => (asides.feeds[m.name]?.[0] ?? "no") === how).map((m) => option(m)))) : methods.map((m) => option(m)),
       key === "objective" && h("option", { value: "*" }, "a sum of several …"));
-    const known = names.includes(now()) || now() === "" || now() === "auto";
-    select.value = known ? now() : "*";
-    if (!known && key !== "objective") { select.append(h("option", { value: now() }, now())); select.value = now(); }
-    other.hidden = known || key !== "objective";
+    const listed = names.includes(now()) || now() === "" || now() === "auto";
+    select.value = listed ? now() : "*";
+    if (!listed && key !== "objective") { select.append(h("option", { value: now() }, now())); select.value = now(); }
+    other.hidden = listed || key !== "objective";
   }
 
   function chosen(value) {
@@ -161,8 +161,8 @@ function picker(key, kind, title, draft, put, methods, asides) {
     const m = methods.find((x) => x.name === now());
     const feeds = key === "objective" && m ? asides.feeds[m.name] : null;
     fill(about, m && h("p", {}, m.summary),
-      m && h("p", { class: "note" }, papers(m), m.wants.length > 0 && ` Wants ${m.wants.join(", ")}.`, m.gives.length > 0 && ` Gives ${m.gives.join(", ")}.`),
-      feeds && feeds[0] !== "yes" && h("p", { class: "warn" }, feeds[0] === "no" ? `These rows cannot feed it: it ${feeds[1]}.` : `Through a stage: ${feeds[1]}.`));
+      m && h("p", { class: "note" }, papers(m), m.requires.length > 0 && ` Requires ${m.requires.join(", ")}.`, m.provides.length > 0 && ` Provides ${m.provides.join(", ")}.`),
+      feeds && feeds[0] !== "yes" && h("p", { class: "warn" }, feeds[0] === "no" ? `The data lacks what it needs: it ${feeds[1]}.` : `Through a stage: ${feeds[1]}.`));
     fill(settings);
     if (!m) return;
     const fields = await ask(`/api/settings/${kind}/${m.name}`).catch(() => []);
@@ -210,9 +210,9 @@ function training(draft, put, general) {
 // ------------------------------------------------------------------------------------------------ the recipe
 
 function recipe(draft, asides, signal) {
-  const said = complaint(), went = complaint();
+  const problems = complaint(), startProblems = complaint();
   const text = h("pre", { class: "recipe", tabindex: "0", "aria-label": "The recipe" });
-  const whole = h("pre"), told = h("ul", { class: "told" }), cost = h("div");
+  const whole = h("pre"), notes = h("ul", { class: "told" }), cost = h("div");
   const name = h("input", { type: "text", autocomplete: "off", spellcheck: "false", autocapitalize: "off", placeholder: "a name", oninput: () => (named = true) });
   const command = h("code");
   const tell = () => fill(command, `luthier tune runs/${name.value || "NAME"}/submitted.yaml output_dir=runs/${name.value || "NAME"}`);
@@ -222,18 +222,18 @@ function recipe(draft, asides, signal) {
     const mine = ++turn;
     text.setAttribute("aria-busy", "true");
     try {
-      const found = await ask("/api/check", { changes: draft }, { signal });
+      const result = await ask("/api/check", { changes: draft }, { signal });
       if (mine !== turn) return;
-      latest = found;
-      fill(text, found.text || "# nothing said yet: every value is its default");
-      fill(whole, found.whole);
-      fill(told, found.told.map((t) => h("li", {}, t)));
-      if (!named) name.value = found.name.slice(0, 100);
+      latest = result;
+      fill(text, result.text || "# empty: every value is its default");
+      fill(whole, result.whole);
+      fill(notes, result.told.map((t) => h("li", {}, t)));
+      if (!named) name.value = result.name.slice(0, 100);
       tell();
-      said.say(found.error);
-      start.disabled = Boolean(found.error);
-      announce(found.error ? "" : "the recipe can run");
-    } catch (error) { if (error.name !== "AbortError" && mine === turn) said.say(error.message); } finally { if (mine === turn) text.removeAttribute("aria-busy"); }
+      problems.say(result.error);
+      start.disabled = Boolean(result.error);
+      announce(result.error ? "" : "the recipe can run");
+    } catch (error) { if (error.name !== "AbortError" && mine === turn) problems.say(error.message); } finally { if (mine === turn) text.removeAttribute("aria-busy"); }
   };
   name.addEventListener("input", tell);
 
@@ -243,32 +243,32 @@ function recipe(draft, asides, signal) {
     await ask("/api/runs", { name: name.value, text: latest.text });
     announce(`run ${name.value} started`);
     location.hash = `#run/${name.value}`;
-  }, went, { class: "main", disabled: true });
-  const foretell = button("Foretell the cost", async () => {
+  }, startProblems, { class: "main", disabled: true });
+  const foretell = button("Estimate the cost", async () => {
     fill(cost, h("p", { class: "note" }, "Loading the model to look …"));
     try {
-      const found = await ask("/api/forecast", { changes: draft }, { signal });
-      fill(cost, h("dl", { class: "tiles" }, found.figures.map(([what, much, is]) => h("div", {}, h("dt", {}, what), h("dd", {}, much), h("p", {}, is)))), found.notes.map((n) => h("p", { class: "note" }, n)));
-      announce("the cost is foretold");
+      const result = await ask("/api/forecast", { changes: draft }, { signal });
+      fill(cost, h("dl", { class: "tiles" }, result.figures.map(([what, much, is]) => h("div", {}, h("dt", {}, what), h("dd", {}, much), h("p", {}, is)))), result.notes.map((n) => h("p", { class: "note" }, n)));
+      announce("the cost is estimated");
     } catch (error) { fill(cost); throw error; }
-  }, went, { class: "quiet" });
+  }, startProblems, { class: "quiet" });
 
   const writing = h("textarea", { rows: 12, spellcheck: "false", "aria-label": "A recipe as YAML" });
   const wrong = complaint();
   const pasted = h("details", {}, h("summary", {}, "Write or paste a recipe instead"), writing,
-    h("p", { class: "buttons" }, button("Take this recipe", async () => {
+    h("p", { class: "buttons" }, button("Use this recipe", async () => {
       const fields = await ask("/api/fields", { text: writing.value });
-      kept.set("draft", fields);
+      tabStore.set("draft", fields);
       location.hash === "#new" ? window.dispatchEvent(new HashChangeEvent("hashchange")) : (location.hash = "#new");
     }, wrong, { class: "quiet" })), wrong.box);
   pasted.addEventListener("toggle", () => { if (pasted.open && !writing.value) writing.value = latest.text; });
 
   return h("aside", { class: "sheet", "aria-label": "The recipe and its cost" },
     h("h2", {}, "The recipe"),
-    text, said.box, told,
+    text, problems.box, notes,
     h("div", { class: "fields one" }, field("Name of the run", name, "Its folder: runs/NAME")),
-    h("p", { class: "buttons" }, start, foretell), went.box, cost,
+    h("p", { class: "buttons" }, start, foretell), startProblems.box, cost,
     h("p", { class: "note" }, "The same from a shell: ", command),
-    h("details", {}, h("summary", {}, "Every value it comes to"), whole), pasted,
-    h("p", { class: "buttons" }, h("button", { type: "button", class: "quiet", onclick: () => { kept.set("draft", { model: "toy:lm-small" }); window.dispatchEvent(new HashChangeEvent("hashchange")); } }, "Begin anew")));
+    h("details", {}, h("summary", {}, "The whole recipe, with defaults"), whole), pasted,
+    h("p", { class: "buttons" }, h("button", { type: "button", class: "quiet", onclick: () => { tabStore.set("draft", { model: "toy:lm-small" }); window.dispatchEvent(new HashChangeEvent("hashchange")); } }, "Reset")));
 }

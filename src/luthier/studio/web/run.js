@@ -1,18 +1,19 @@
 // One run: how far it is, its curves while they grow, its answers, its recipe, and what can be done with it.
 
 import { announce, ask, button, complaint, every, field, fill, h, shell } from "./dom.js";
-import { chart, smoothed } from "./curves.js";
+import { curves as drawCurves } from "./charts.js";
+import { positive, series, smoothed } from "./curves.js";
 import { clone } from "./new.js";
 import { badge, progress } from "./runs.js";
 
-const OWN = ["step", "loss", "learning_rate", "tokens", "seconds", "epoch"];
+const PLAIN = ["step", "loss", "learning_rate", "tokens", "seconds", "epoch", "eval_loss"]; // of a log line; the rest gets small charts
 
 export async function run(name, signal) {
   const at = `/api/runs/${encodeURIComponent(name)}`;
   let whole = await ask(at);
   const logged = [], place = { since: 0, mark: "" };
-  const head = h("div", { class: "state" }), curves = h("div"), numbers = h("div"), answers = h("div"), more = h("div"), log = h("pre", { class: "log", tabindex: "0", "aria-label": "What the command said" });
-  const said = complaint();
+  const head = h("div", { class: "state" }), curves = h("div"), numbers = h("div"), answers = h("div"), more = h("div"), log = h("pre", { class: "log", tabindex: "0", "aria-label": "Console output" });
+  const problems = complaint();
   let state = "", drawn = 0, quarter = 0;
 
   const actions = h("p", { class: "buttons" });
@@ -20,12 +21,12 @@ export async function run(name, signal) {
     const busy = r.state === "running" || r.state === "starting";
     const reload = async () => { whole = await ask(at); show(); };
     fill(actions,
-      busy && button("Stop", async () => { await ask(`${at}/stop`, {}); announce("stopping"); }, said),
-      !busy && r.state !== "finished" && button("Resume", async () => { await ask(`${at}/resume`, {}); place.mark = "?"; await reload(); live(); }, said, { class: "main" }),
-      r.kind === "run" && whole.recipe && button("Clone with changes", () => clone(whole.recipe), said, { class: "quiet" }),
+      busy && button("Stop", async () => { await ask(`${at}/stop`, {}); announce("stopping"); }, problems),
+      !busy && r.state !== "finished" && button("Resume", async () => { await ask(`${at}/resume`, {}); place.mark = "?"; await reload(); live(); }, problems, { class: "main" }),
+      r.kind === "run" && whole.recipe && button("Clone with changes", () => clone(whole.recipe), problems, { class: "quiet" }),
       r.report && h("a", { class: "button quiet", href: `/runs/${encodeURIComponent(name)}/report.html`, target: "_blank" }, "Report"),
-      r.state === "finished" && r.kind === "run" && whole.writes && h("a", { class: "button quiet", href: `#talk/${encodeURIComponent(JSON.stringify([modelOf(whole.recipe), `runs/${name}`]))}` }, "Talk to it"),
-      !busy && removing(at, name, said));
+      r.state === "finished" && r.kind === "run" && whole.writes && h("a", { class: "button quiet", href: `#talk/${encodeURIComponent(JSON.stringify([modelOf(whole.recipe), `runs/${name}`]))}` }, "Chat with it"),
+      !busy && removing(at, name, problems));
   }
 
   function top(r) {
@@ -43,42 +44,52 @@ export async function run(name, signal) {
   function show() {
     top(whole);
     act(whole);
-    fill(numbers, whole.sentence && h("p", { class: "sentence" }, whole.sentence), whole.cost.length > 0 && h("dl", { class: "tiles" }, whole.cost.map(([what, much]) => h("div", {}, h("dt", {}, what), h("dd", {}, much)))), table(whole.numbers, whole.state === "finished"));
-    fill(answers, said_(whole.answers, whole.state === "finished"));
+    fill(numbers, whole.sentence && h("p", { class: "sentence" }, whole.sentence), whole.cost.length > 0 && h("dl", { class: "tiles" }, whole.cost.map(([what, much]) => h("div", {}, h("dt", {}, what), h("dd", {}, much)))), table(whole.numbers, whole.state === "finished", numbers.querySelector("details")?.open));
+    fill(answers, generationsSection(whole.answers, whole.state === "finished"));
     log.textContent = whole.log;
-    fill(more, whole.notes.length > 0 && h("section", {}, h("h2", {}, "Told on the way"), h("ul", {}, whole.notes.map((n) => h("li", {}, n)))),
+    fill(more, whole.notes.length > 0 && h("section", {}, h("h2", {}, "Warnings and notes"), h("ul", {}, whole.notes.map((n) => h("li", {}, n)))),
       Object.keys(whole.arms).length > 0 && h("section", {}, h("h2", {}, "Arms"), h("p", { class: "note" }, "The report shows their curves, answers and recipes side by side.")),
       whole.state === "finished" && whole.kind === "run" && exporting(at, name, whole));
+  }
+
+  const charts = new Map(); // key -> chart, which grows where it stands
+  const smalls = h("div", { class: "smalls" }), loss = h("div", { class: "plot" });
+  function grow(key, caption, box, spec) {
+    if (charts.has(key)) charts.get(key).update(spec);
+    else charts.set(key, drawCurves(box, { label: `${caption} by step`, ...spec }));
   }
 
   function draw() {
     if (logged.length === drawn) return;
     drawn = logged.length;
-    const of = (key) => logged.filter((x) => typeof x[key] === "number" && typeof x.step === "number").map((x) => [x.step, x[key]]);
-    const raw = of("loss"), held = of("eval_loss");
-    const others = [...new Set(logged.flatMap((x) => Object.keys(x)))].filter((k) => !OWN.includes(k) && k !== "eval_loss" && new Set(of(k).map((p) => p[1])).size > 1).slice(0, 12);
-    if (!raw.length && !others.length) return;
-    fill(curves, h("section", {}, h("h2", {}, "Loss"),
-      h("p", { class: "key" }, h("span", { class: "raw" }, "each step"), h("span", { class: "soft" }, "smoothed"), held.length > 0 && h("span", { class: "held" }, "held-out")),
-      chart([["loss", "raw", raw], ["smoothed", "soft", smoothed(raw)], ["held-out", "held", held]], "loss by step", 0),
-      h("div", { class: "smalls" }, ["learning_rate", ...others].map((key) => {
-        const made = chart([[key, "soft", of(key)]], `${key} by step`);
-        return made && h("figure", {}, h("figcaption", {}, key.replaceAll("_", " ")), made);
-      }))));
+    const raw = series(logged, "loss"), heldOut = series(logged, "eval_loss");
+    const extra = [...new Set(logged.flatMap((x) => Object.keys(x)))].filter((k) => !PLAIN.includes(k) && !k.includes("/"));
+    const names = ["learning_rate", ...extra].filter((k) => series(logged, k).length > 0).slice(0, 12);
+    if (!raw.length && !names.length) return;
+    if (!curves.firstChild) fill(curves, h("section", {}, h("h2", {}, "Training"), h("figure", {}, h("figcaption", {}, "loss by step"), loss), smalls));
+    if (raw.length) grow("loss", "loss", loss, { zero: true, log: positive(raw, heldOut), series: [
+      { name: "each step", colour: "raw", width: 1, points: raw }, { name: "smoothed", colour: "wood", points: smoothed(raw) }, { name: "held-out", colour: "held", points: heldOut }].filter((one) => one.points.length) });
+    for (const key of names) {
+      const metric = whole.numbers.find((x) => `eval_${x.name}` === key);
+      const caption = metric ? `eval ${metric.label}` : key.replaceAll("_", " ");
+      const box = h("div", { class: "plot" });
+      if (!charts.has(key)) smalls.append(h("figure", {}, h("figcaption", {}, caption), box));
+      grow(key, caption, box, { height: 150, series: [{ name: caption, colour: "wood", points: series(logged, key) }] });
+    }
   }
 
   async function tick() {
-    const found = await ask(`${at}/live?since=${place.since}&mark=${encodeURIComponent(place.mark)}`, undefined, { signal });
-    said.say("");
-    if (found.anew) { logged.length = 0; drawn = -1; }
-    logged.push(...found.lines);
-    const full = found.lines.length > 2000;
-    place.since = found.next;
-    place.mark = found.mark;
+    const result = await ask(`${at}/live?since=${place.since}&mark=${encodeURIComponent(place.mark)}`, undefined, { signal });
+    problems.say("");
+    if (result.anew) { logged.length = 0; drawn = -1; }
+    logged.push(...result.lines);
+    const full = result.lines.length > 2000;
+    place.since = result.next;
+    place.mark = result.mark;
     draw();
     const was = state;
-    top(found.run);
-    const over = !["running", "starting"].includes(found.run.state);
+    top(result.run);
+    const over = !["running", "starting"].includes(result.run.state);
     if (over !== !["running", "starting"].includes(was) || !over) {
       whole = await ask(at, undefined, { signal });
       show();
@@ -91,7 +102,7 @@ export async function run(name, signal) {
     going.abort();
     going = new AbortController();
     signal.addEventListener("abort", () => going.abort());
-    every(1.5, going.signal, async () => { try { return await tick(); } catch (error) { if (error.name === "AbortError") return false; said.say(error.message); return true; } });
+    every(1.5, going.signal, async () => { try { return await tick(); } catch (error) { if (error.name === "AbortError") return false; problems.say(error.message); return true; } });
   }
 
   state = whole.state;
@@ -99,9 +110,9 @@ export async function run(name, signal) {
   live();
   return [
     h("header", {}, h("p", { class: "what" }, whole.what), h("h1", {}, name)),
-    head, actions, said.box, numbers, curves, answers, more,
+    head, actions, problems.box, numbers, curves, answers, more,
     h("section", {}, h("h2", {}, "Recipe"), whole.command && h("p", { class: "note" }, "From a shell: ", h("code", {}, whole.command)), h("pre", { class: "recipe", tabindex: "0", "aria-label": "The recipe" }, whole.recipe)),
-    h("section", {}, h("details", {}, h("summary", {}, "What the command said"), log)),
+    h("section", {}, h("details", {}, h("summary", {}, "Console output"), log)),
   ];
 }
 
@@ -110,28 +121,36 @@ function modelOf(text) {
   return /^model: *(.+?) *$/m.exec(text)?.[1].replace(/^['"]|['"]$/g, "") ?? "toy:lm";
 }
 
-function table(lines, finished) {
-  if (!lines.length) return null;
-  const judged = (x) => x.better === true ? ["good", "better"] : x.better === false ? ["bad", "worse"] : ["", ""];
-  return h("section", {}, h("h2", {}, finished ? "Before and after" : "Before and now"),
-    h("table", { class: "numbers" },
-      h("thead", {}, h("tr", {}, ["", "before", finished ? "after" : "now", "change"].map((t) => h("th", { scope: "col" }, t)))),
-      h("tbody", {}, lines.map((x) => {
-        const [kind, word] = judged(x);
-        return h("tr", {}, h("th", { scope: "row" }, x.label), h("td", {}, x.before), h("td", {}, x.after), h("td", { class: kind }, x.change, word && h("span", { class: "hidden" }, ` (${word})`)));
-      }))));
+/** Metrics before and after; the parts of a metric, such as retention by task, in a table of their own. */
+function table(rows, finished, unfolded = false) {
+  if (!rows.length) return null;
+  const whole = rows.filter((x) => !x.name.includes("/")), parts = rows.filter((x) => x.name.includes("/"));
+  const short = (x) => ({ ...x, label: x.name.replace(/^[^/]*\//, "") });
+  return h("section", {}, h("h2", {}, finished ? "Evaluation: before and after" : "Evaluation: before and now"),
+    beforeAfter("metric", whole, finished),
+    parts.length > 0 && h("details", { open: unfolded }, h("summary", {}, `By task (${parts.length})`), beforeAfter(parts[0].label.split(": ")[0], parts.map(short), finished)));
 }
 
-function said_(answers, finished) {
+function beforeAfter(title, rows, finished) {
+  const judged = (x) => x.better === true ? ["good", "better"] : x.better === false ? ["bad", "worse"] : ["", ""];
+  return h("table", { class: "numbers" },
+    h("thead", {}, h("tr", {}, [title, "before", finished ? "after" : "now", "change"].map((t) => h("th", { scope: "col" }, t)))),
+    h("tbody", {}, rows.map((x) => {
+      const [kind, word] = judged(x);
+      return h("tr", {}, h("th", { scope: "row" }, x.label), h("td", {}, x.before), h("td", {}, x.after), h("td", { class: kind }, x.change, word && h("span", { class: "hidden" }, ` (${word})`)));
+    })));
+}
+
+function generationsSection(answers, finished) {
   if (!answers.length) return null;
-  const mark = (score) => score === null || score === undefined ? null : h("b", { class: score > 0 ? "good" : "bad" }, score === 1 ? " right" : score === 0 ? " wrong" : ` ${score.toFixed(2)}`);
+  const mark = (score) => score === null || score === undefined ? null : h("b", { class: score > 0 ? "good" : "bad" }, score === 1 ? " correct" : score === 0 ? " wrong" : ` ${score.toFixed(2)}`);
   const part = (title, text, score) => text !== null && text !== undefined && h("div", {}, h("h3", {}, title, mark(score)), h("pre", {}, text || " "));
-  return h("section", {}, h("h2", {}, "Answers"), answers.slice(0, 12).map((a) => h("article", {}, h("h3", {}, "asked"), h("pre", {}, a.prompt),
-    h("div", { class: "sides" }, part("before", a.before, a.score_before), part(finished ? "after" : "now", a.after, a.score_after), part("expected", a.expected)))));
+  return h("section", {}, h("h2", {}, "Generations"), answers.slice(0, 12).map((a) => h("article", {}, h("h3", {}, "prompt"), h("pre", {}, a.prompt),
+    h("div", { class: "sides" }, part("before", a.before, a.score_before), part(finished ? "after" : "now", a.after, a.score_after), part("reference", a.expected)))));
 }
 
 function exporting(at, name, whole) {
-  const said = complaint();
+  const problems = complaint();
   const kind = h("select", {}, h("option", { value: "lora" }, "an adapter for plain PEFT"), h("option", { value: "merged" }, "a plain transformers model"));
   const to = h("input", { type: "text", placeholder: "", autocomplete: "off", spellcheck: "false" });
   const command = h("code");
@@ -142,30 +161,30 @@ function exporting(at, name, whole) {
   for (const one of [kind, to]) one.addEventListener("input", say);
   say();
   const done = h("ul", { class: "told" }, whole.exports.map((x) => h("li", {}, x)));
-  return h("section", { class: "work" }, h("h2", {}, "Export"), h("p", { class: "note" }, "Written, loaded back, and compared with the tuned model; nothing is left where it answers otherwise."),
+  return h("section", { class: "work" }, h("h2", {}, "Export"), h("p", { class: "note" }, "The export is loaded back and compared with the tuned model; it is deleted where its outputs differ."),
     h("div", { class: "fields" }, field("As", kind), field("To", to, "A folder on this machine")),
     h("p", { class: "buttons" }, button("Export", async (b) => {
       b.textContent = "Exporting …";
       try {
-        const made = await ask(`${at}/export`, { kind: kind.value, to: to.value });
-        done.append(h("li", { class: "good" }, made.said));
-        announce(`exported: ${made.said}`);
+        const exported = await ask(`${at}/export`, { kind: kind.value, to: to.value });
+        done.append(h("li", { class: "good" }, exported.said));
+        announce(`exported: ${exported.said}`);
       } finally { b.textContent = "Export"; }
-    }, said)), said.box, done, h("p", { class: "note" }, "From a shell: ", command));
+    }, problems)), problems.box, done, h("p", { class: "note" }, "From a shell: ", command));
 }
 
-function removing(at, name, said) {
+function removing(at, name, problems) {
   let sure = false;
-  const made = button("Remove", async () => {
+  const element = button("Remove", async () => {
     if (!sure) {
       sure = true;
-      made.textContent = `Really remove runs/${name}?`;
-      setTimeout(() => { sure = false; made.textContent = "Remove"; }, 5000);
+      element.textContent = `Really remove runs/${name}?`;
+      setTimeout(() => { sure = false; element.textContent = "Remove"; }, 5000);
       return;
     }
     await ask(`${at}/remove`, {});
     announce(`${name} removed`);
     location.hash = "#runs";
-  }, said, { class: "quiet danger" });
-  return made;
+  }, problems, { class: "quiet danger" });
+  return element;
 }

@@ -6,21 +6,21 @@ import { overlay } from "./overlay.js";
 export const STATES = { starting: "starting", running: "running", finished: "finished", stopped: "stopped", failed: "failed" };
 
 export async function runs(rest, signal) {
-  const list = h("ul", { class: "runs" }), chosen = new Set(rest.split(",").filter(Boolean)), said = complaint();
+  const list = h("ul", { class: "runs" }), chosen = new Set(rest.split(",").filter(Boolean)), problems = complaint();
   const compare = comparing(chosen), over = overlay(() => [...chosen], signal);
   const choose = (name, on) => {
     on ? chosen.add(name) : chosen.delete(name);
     history.replaceState(null, "", `#runs${chosen.size ? "/" : ""}${[...chosen].map(encodeURIComponent)}`); // a reload finds them again
     compare.show();
-    over.show().catch((error) => { if (error.name !== "AbortError") said.say(error.message); });
+    over.show().catch((error) => { if (error.name !== "AbortError") problems.say(error.message); });
   };
   let before = "";
-  const show = (found) => {
-    const mark = JSON.stringify(found);
+  const show = (all) => {
+    const mark = JSON.stringify(all);
     if (mark === before) return;
     before = mark;
     const focused = document.activeElement?.dataset?.run;
-    fill(list, found.length ? found.map((r) => card(r, chosen, choose)) : h("li", { class: "empty" }, "No run yet. ", h("a", { href: "#new" }, "Begin one"), ": the built-in models and rows need no network."));
+    fill(list, all.length ? all.map((r) => card(r, chosen, choose)) : h("li", { class: "empty" }, "No run yet. ", h("a", { href: "#new" }, "Start one"), ": the built-in models and rows need no network."));
     if (focused) list.querySelector(`[data-run="${CSS.escape(focused)}"]`)?.focus();
   };
   const first = await ask("/api/runs");
@@ -28,9 +28,9 @@ export async function runs(rest, signal) {
   compare.show();
   show(first);
   every(3, signal, async () => {
-    try { show(await ask("/api/runs", undefined, { signal })); await over.show(); said.say(""); } catch (error) { if (error.name !== "AbortError") said.say(error.message); }
+    try { show(await ask("/api/runs", undefined, { signal })); await over.show(); problems.say(""); } catch (error) { if (error.name !== "AbortError") problems.say(error.message); }
   });
-  return [h("header", {}, h("h1", {}, "Runs"), h("p", { class: "note" }, "Each is a folder under runs/, whoever began it. Tick some to lay their curves over each other, and to compare their recipes on the same rows, seeds and budget.")), said.box, over.box, compare.box, list];
+  return [h("header", {}, h("h1", {}, "Runs"), h("p", { class: "note" }, "Each is a folder under runs/, started here or in a shell. Select some to see their curves in one chart, and to compare their recipes on the same data, seeds and budget.")), problems.box, over.box, compare.box, list];
 }
 
 function card(r, chosen, choose) {
@@ -59,17 +59,17 @@ function ago(when) {
 }
 
 function comparing(chosen) {
-  const said = complaint();
+  const problems = complaint();
   const name = h("input", { type: "text", value: `compare-${new Date().toISOString().slice(0, 10)}`, autocomplete: "off", spellcheck: "false" });
   const seeds = h("input", { type: "number", min: 1, value: 1 });
   const budget = h("input", { type: "text", placeholder: "as the recipes say" }), metric = h("input", { type: "text", placeholder: "loss" });
   const title = h("h2");
   const box = h("section", { class: "panel work", hidden: true }, title,
-    h("div", { class: "fields" }, field("Name", name, "Its folder: runs/NAME"), field("Seeds", seeds, "Runs of each recipe"), field("Budget of each run", budget, "A time (30m), steps (500 steps) or tokens (200k tokens)"), field("Metric", metric, "By which they are ranked")),
+    h("div", { class: "fields" }, field("Name", name, "Its folder: runs/NAME"), field("Seeds", seeds, "Runs of each recipe"), field("Budget of each run", budget, "A time (30m), steps (500 steps) or tokens (200k tokens)"), field("Metric", metric, "Ranks the runs")),
     h("p", { class: "buttons" }, button("Compare them", async () => {
       await ask("/api/compare", { name: name.value, runs: [...chosen], seeds: Number(seeds.value) || 1, budget: budget.value, metric: metric.value || "loss" });
       announce(`comparison ${name.value} started`);
       location.hash = `#run/${name.value}`;
-    }, said, { class: "main" })), said.box);
+    }, problems, { class: "main" })), problems.box);
   return { box, show() { box.hidden = chosen.size < 2; fill(title, `Compare ${[...chosen].join(" and ")}`); } };
 }

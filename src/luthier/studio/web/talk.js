@@ -1,18 +1,18 @@
 // Two models, asked the same; both answers grow side by side.
 
-import { announce, ask, complaint, field, fill, h, kept, listen, shell, suggested } from "./dom.js";
+import { announce, ask, complaint, field, fill, h, tabStore, listen, shell, suggested } from "./dom.js";
 
 export async function talk(rest, signal) {
   const start = await ask("/api/start");
-  const was = kept.get("talk", { models: ["toy:lm-small", ""], turns: [[], []] });
-  let given = null;
-  try { given = rest ? JSON.parse(rest) : null; } catch { /* an address somebody typed */ }
-  if (given && String(given) !== String(was.models)) { was.models = given.map(String); was.turns = [[], []]; }
+  const was = tabStore.get("talk", { models: ["toy:lm-small", ""], turns: [[], []] });
+  let requested = null;
+  try { requested = rest ? JSON.parse(rest) : null; } catch { /* an address somebody typed */ }
+  if (requested && String(requested) !== String(was.models)) { was.models = requested.map(String); was.turns = [[], []]; }
   const tokens = h("input", { type: "number", min: 1, max: 4096, value: 64 }), heat = h("input", { type: "number", min: 0, step: 0.1, value: 0 }), seed = h("input", { type: "number", value: 0 });
   const how = () => ({ max_new_tokens: Number(tokens.value) || 64, temperature: Number(heat.value) || 0, seed: Number(seed.value) || 0 });
   const commands = h("p", { class: "shell" });
   const keep = () => {
-    kept.set("talk", was);
+    tabStore.set("talk", was);
     const options = Object.entries(how()).filter(([, value]) => value).flatMap(([name, value]) => [`--${name.replaceAll("_", "-")}`, value]);
     fill(commands, was.models.filter(Boolean).map((m) => h("code", {}, shell("luthier", "chat", m, ...options))));
   };
@@ -26,13 +26,13 @@ export async function talk(rest, signal) {
   window.addEventListener("pagehide", keep, { signal }); // a reload keeps what was heard
 
   async function send() {
-    const asked = text.value.trim();
-    if (!asked || !stop.disabled) return;
+    const prompt = text.value.trim();
+    if (!prompt || !stop.disabled) return;
     going = new AbortController();
     stop.disabled = !(go.disabled = true);
     text.value = "";
     text.focus();
-    await Promise.all(sides.map((s) => s.ask(asked, how(), going.signal)));
+    await Promise.all(sides.map((s) => s.ask(prompt, how(), going.signal)));
     go.disabled = !(stop.disabled = true);
     keep();
     if (going.signal.aborted) announce("stopped");
@@ -40,18 +40,18 @@ export async function talk(rest, signal) {
   }
   keep();
   return [
-    h("header", {}, h("h1", {}, "Talk"), h("p", { class: "note" }, "The same words to one model or two. A model is loaded when it is first asked, and asked as it was trained: in turns, or with a text to continue.")),
+    h("header", {}, h("h1", {}, "Chat"), h("p", { class: "note" }, "The same message to one model or two. A model is loaded at its first message and prompted as it was trained: in chat turns, or with a text to continue.")),
     h("div", { class: "talk" }, sides.map((s) => s.box)),
-    h("div", { class: "asking" }, field("What you say", text, "Enter sends, Shift+Enter breaks the line"),
+    h("div", { class: "asking" }, field("Message", text, "Enter sends, Shift+Enter breaks the line"),
       h("p", { class: "buttons" }, go, stop, h("button", { type: "button", class: "quiet", onclick: () => { going.abort(); was.turns = [[], []]; keep(); sides.forEach((s) => s.show()); announce("a new conversation"); } }, "New conversation"))),
-    h("details", { onchange: keep }, h("summary", {}, "How they answer"), h("div", { class: "fields" }, field("max_new_tokens", tokens, "Tokens of an answer at most"), field("temperature", heat, "0 always takes the likeliest token"), field("seed", seed, "Of the random draws, where temperature is above 0"))),
+    h("details", { onchange: keep }, h("summary", {}, "Generation settings"), h("div", { class: "fields" }, field("max_new_tokens", tokens, "Maximum number of generated tokens"), field("temperature", heat, "0: greedy decoding"), field("seed", seed, "Of sampling, where temperature is above 0"))),
     h("p", { class: "note" }, "The same from a shell:"), commands,
   ];
 }
 
 function panel(side, i, was, models, keep) {
-  const said = complaint(), turns = h("div", { class: "turns", role: "log", tabindex: "0", "aria-label": `Conversation, ${side}` });
-  const [model, list] = suggested(models, { value: was.models[i] ?? "", placeholder: i ? "nobody" : "toy:lm", onchange: () => { was.models[i] = model.value.trim(); was.turns[i] = []; keep(); show(); } });
+  const problems = complaint(), turns = h("div", { class: "turns", role: "log", tabindex: "0", "aria-label": `Conversation, ${side}` });
+  const [model, list] = suggested(models, { value: was.models[i] ?? "", placeholder: i ? "none" : "toy:lm", onchange: () => { was.models[i] = model.value.trim(); was.turns[i] = []; keep(); show(); } });
   const turn = (t, name) => h("div", { class: `turn ${t.role}` }, h("p", { class: "who" }, t.role === "user" ? "you" : name), h("pre", {}, t.content || "(nothing)"), t.stopped && h("p", { class: "note" }, "stopped here"));
   function show() {
     fill(turns, was.turns[i].map((t) => turn(t, was.models[i])));
@@ -60,7 +60,7 @@ function panel(side, i, was, models, keep) {
   async function say(text, how, signal) {
     const name = was.models[i];
     if (!name) return;
-    said.say("");
+    problems.say("");
     const before = was.turns[i], answer = { role: "assistant", content: "" };
     const mine = was.turns[i] = [...before, { role: "user", content: text }, answer];
     show();
@@ -69,18 +69,18 @@ function panel(side, i, was, models, keep) {
     growing.classList.add("busy");
     turns.setAttribute("aria-busy", "true"); // who listens hears the answer once, when it is whole
     try {
-      const found = await listen(`/api/say/${side}`, { model: name, text, before, ...how }, (part) => {
+      const result = await listen(`/api/say/${side}`, { model: name, text, before, ...how }, (part) => {
         const below = turns.scrollHeight - turns.scrollTop - turns.clientHeight < 40;
         if (!answer.content) growing.textContent = "";
         answer.content += part;
         growing.append(part);
         if (below) turns.scrollTop = turns.scrollHeight;
       }, { signal });
-      answer.content = found.answer;
-      if (found.notes.length) said.say(found.notes.join(" "));
+      answer.content = result.answer;
+      if (result.notes.length) problems.say(result.notes.join(" "));
     } catch (error) {
       if (error.name === "AbortError") answer.stopped = true;
-      else said.say(error.message);
+      else problems.say(error.message);
       if (!answer.content && was.turns[i] === mine) was.turns[i] = before;
     } finally {
       turns.removeAttribute("aria-busy");
@@ -88,5 +88,5 @@ function panel(side, i, was, models, keep) {
     }
   }
   show();
-  return { box: h("section", { class: "side", "aria-label": `Model ${side}` }, field(i ? "And" : "Model", model), list, turns, said.box), show, ask: say };
+  return { box: h("section", { class: "side", "aria-label": `Model ${side}` }, field(i ? "And" : "Model", model), list, turns, problems.box), show, ask: say };
 }

@@ -16,10 +16,11 @@ import numpy as np
 from luthier.errors import RecipeError
 from luthier.methods.evaluators._base import per_example_file
 from luthier.recipe.recipe import Recipe
-from luthier.registry import did_you_mean
-from luthier.report.numbers import number
+from luthier.registry import COSTS, did_you_mean
+from luthier.registry import metric as metric_of
+from luthier.report.numbers import format_number
 from luthier.run.report import plan_runs
-from luthier.study.compare.spec import ALPHA, COSTS, FRONT_METRICS, ComparisonSpec, join_names, metric_of
+from luthier.study.compare.spec import ALPHA, FRONT_METRICS, ComparisonSpec, join_names
 from luthier.study.statistics import bootstrap_interval, holm, paired_difference, pareto_front
 
 Report = dict[str, Any]
@@ -110,7 +111,7 @@ def _point(table: Mapping[str, Mapping[str, Any]], goals: Sequence[str], name: s
     point = []
     for goal in goals:
         mean = table[goal][name]["mean"]
-        point.append(-mean if metric_of(goal).up else mean)
+        point.append(-mean if metric_of(goal).higher_is_better else mean)
     return point
 
 
@@ -232,7 +233,7 @@ def arms_behind(spec: ComparisonSpec, results: Mapping[str, ArmResult], share: f
             active[name] = values
     if len(active) < 3:
         return {}
-    sign = -1 if metric_of(spec.metric).up else 1
+    sign = -1 if metric_of(spec.metric).higher_is_better else 1
     best, *others = sorted(active, key=lambda name: sign * float(active[name].mean()))
     tests = [paired_difference(sign * active[name], sign * active[best]) for name in others]
     corrected = holm([test.p for test in tests])
@@ -242,9 +243,9 @@ def arms_behind(spec: ComparisonSpec, results: Mapping[str, ArmResult], share: f
         if name in worse_half and p < ALPHA and test.low > 0:
             reasons[name] = (
                 f"after {share:.0%} of its steps its {spec.metric} is"
-                f" {number(float(active[name].mean()))}, that of {best}"
-                f" {number(float(active[best].mean()))} (they differ by {number(test.low)} to"
-                f" {number(test.high)})"
+                f" {format_number(float(active[name].mean()))}, that of {best}"
+                f" {format_number(float(active[best].mean()))} (they differ by {format_number(test.low)} to"
+                f" {format_number(test.high)})"
             )
     return reasons
 
@@ -258,13 +259,13 @@ def sentence(
     if not cells:
         return "No arm finished."
     how = metric_of(metric)
-    best = (max if how.up else min)(cells, key=lambda name: cells[name]["mean"])
+    best = (max if how.higher_is_better else min)(cells, key=lambda name: cells[name]["mean"])
     behind = []
     for pair in pairs:
         if pair["apart"] and best in (pair["a"], pair["b"]):
             behind.append(pair["b"] if pair["a"] == best else pair["a"])
     level = [name for name in cells if name != best and name not in behind]
-    text = f"{how.label}: {best} {number(cells[best]['mean'], how.share)}"
+    text = f"{how.label}: {best} {format_number(cells[best]['mean'], how.is_share)}"
     if behind:
         text += f", better than {join_names(behind)}"
     if level:

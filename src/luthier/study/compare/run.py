@@ -19,15 +19,15 @@ import numpy as np
 
 from luthier.errors import NotFinite, RecipeError, from_code
 from luthier.recipe.recipe import Recipe
-from luthier.report.numbers import number
+from luthier.registry import COSTS
+from luthier.registry import metric as metric_of
+from luthier.report.numbers import format_number
 from luthier.storage import files
 from luthier.study.compare.judge import ArmResult, arms_behind, judge, no_metric, read_report
 from luthier.study.compare.spec import (
-    COSTS,
     TUNING_SEED,
     ComparisonSpec,
     join_names,
-    metric_of,
     parse_budget,
     resolve_arms,
 )
@@ -133,7 +133,7 @@ class Runner:
             f"each arm at its best of {len(rates)} learning rates, picked on the same held-out rows with a"
             " seed that is not reported"
         ]
-        better = max if metric_of(self.spec.metric).up else min
+        better = max if metric_of(self.spec.metric).higher_is_better else min
         edges = {rates[0]: "smallest", rates[-1]: "largest"}
         picked = {}
         for name, recipe in arms.items():
@@ -283,7 +283,7 @@ class Runner:
 
     def _format(self, value: Any) -> str:
         how = metric_of(self.spec.metric)
-        return f"{how.label} {number(value, how.share)}"
+        return f"{how.label} {format_number(value, how.is_share)}"
 
     def _last_metric(self, run: Path) -> str:
         """What a run measured last, finished or paused."""

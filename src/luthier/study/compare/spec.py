@@ -16,7 +16,6 @@ from luthier.recipe.capabilities import columns_of, requirements
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import dry_run, first_run, validate
 from luthier.registry import build, provides_of
-from luthier.report.numbers import Metric, says
 
 DEFAULT_EVALUATORS = ("loss", "accuracy", "generate", "forgetting", "calibration", "diversity")
 # recipe keys that must be the same in all arms, or nothing is comparable
@@ -24,12 +23,6 @@ MUST_MATCH = ("data", "eval_data", "max_length", "chat_template", "evaluate")
 # recipe keys that may differ; the result notes where they do
 MAY_DIFFER = ("model", "dtype", "per_device_train_batch_size", "gradient_accumulation_steps")
 RETENTION = ("retention_loss", "retention_accuracy")
-COSTS = {  # what a run cost, by its report's stats
-    "trained": Metric("trainable parameters", up=False),
-    "peak_memory_mb": Metric("peak memory (MB)", up=False),
-    "seconds": Metric("seconds in steps", up=False),
-    "tokens_per_second": Metric("tokens/s", up=True),
-}
 # the axes of the Pareto front, beside the metric
 FRONT_METRICS = (*RETENTION, "trained", "peak_memory_mb", "seconds")
 ALPHA = 0.05  # family-wise error rate over all pairs of a metric
@@ -69,11 +62,6 @@ class ComparisonSpec:
         ]
         parts += [x for x in (self.learning_rates, self.seed_values) if x]
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
-
-
-def metric_of(name: str) -> Metric:
-    """How a metric or a cost is labelled, and which way is better."""
-    return COSTS.get(name) or says(name)
 
 
 def join_names(names: Sequence[str]) -> str:

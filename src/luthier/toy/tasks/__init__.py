@@ -1,4 +1,4 @@
-"""The worlds: generated, exactly checkable tasks. A world is a file of this folder; its stem is its name."""
+"""The toy tasks: generated, with exact verifiers. A task is a file of this folder; its stem is its name."""
 
 from importlib import import_module
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""Chance for the worlds: what Python draws today, written down, so that rows stay the same in every version
-of Python.
+"""Random numbers for the toy tasks: what Python draws today, written down, so that rows stay the same in
+every version of Python.
 
 Python promises to keep only seeding and `random()`; `choice`, `sample`, `shuffle` and the others may change.
 Here they are once more, on `getrandbits` and `random()` alone, as Python 3.10 to 3.14 have them.

@@ -1,4 +1,4 @@
-"""What every world shares: how a row is drawn, and which split its underlying item belongs to.
+"""What every toy task shares: how a row is drawn, and which split its underlying item belongs to.
 
 A world is one file with five names:
 

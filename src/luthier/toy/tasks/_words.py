@@ -1,4 +1,4 @@
-"""Invented words, the same for ever: no pretrained model elsewhere knows them, and none is in two lists."""
+"""Invented words that never change: no other pretrained model knows them, and none is in two lists."""
 
 from ._random import Random
 

@@ -1,4 +1,4 @@
-"""Which labels does a message carry? None, one, two or three of five, in alphabetical order.
+"""Multi-label classification: which of five labels a message carries, none to three, in alphabetical order.
 
 Each label has ten words of its own; a message mentions one word for each of its labels and plain words
 besides. An item is the set of words; "ood" messages carry four labels.

@@ -1,4 +1,4 @@
-"""Do two sentences mean the same ("same"), and how does one say it otherwise ("rewrite")?
+"""Paraphrases: do two sentences mean the same ("same"), and another wording of one ("rewrite").
 
 The second sentence turns the first into the passive, swaps adjectives for their synonyms, or both; the wrong
 ones also swap who does it with whom, or an adjective for another. An item is who does what to whom; "ood" has

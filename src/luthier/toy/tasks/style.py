@@ -1,5 +1,5 @@
-"""One plain sentence said in a style: formally or casually ("pirate" is left for tuning), or by length, tone
-and register.
+"""One plain sentence in a style: formal or casual ("pirate" is left for tuning), or by length, tone and
+register.
 
 Without a tag the result of "Say" is formal; in the splits "preference" and "unpaired" the casual wording is
 the one that is liked. Each word of time has its own wording in each style: words that are always

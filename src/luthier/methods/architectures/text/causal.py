@@ -50,14 +50,14 @@ ENDLESS = 2**31  # a row in which any batch finds room
 class Causal(LanguageModel):
     """Any transformers causal LM."""
 
-    # several sequences in a row of the tensor, none sees another; false: one row each, padded
+    # several sequences in one row of the tensor, isolated from each other; false: one row each, padded
     packing: bool = True
     share_prompts: bool = True  # read a prompt once for all its completions
-    # attention of packed rows block by block, where the network lets it be chosen; false: by a mask
+    # packed attention computed block by block, where the network lets it be chosen; false: by a mask
     blocks: bool = True
-    # the prompt is read from both sides (prefix LM, non-causal decoder); completions see what stands before
+    # bidirectional attention over the prompt (prefix LM, non-causal decoder); completions stay causal
     prefix: bool = False
-    width: int = 256  # places in a row packed under a mask, at least; longer sequences make longer rows
+    width: int = 256  # positions in a row packed under a mask, at least; longer sequences make longer rows
     # noise on embeddings in training (NEFTune; papers: 5)
     neftune_noise_alpha: Annotated[float, Field(ge=0), Range(1, 15)] = 0.0
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.methods.architectures._base import ENTROPY, HIDDEN, LOGPROBS, TOPK, pad
-from luthier.model.batch import Batch
+from luthier.methods.architectures._base import ENTROPY, HIDDEN, LOGPROBS, TOPK
+from luthier.model.batch import Batch, pad
 from luthier.model.language_model import LanguageModel, path, picked, soft_first
 from luthier.model.outputs import Outputs
 from luthier.registry import Range, architecture
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 class MaskedLM(LanguageModel):
     """BERT, RoBERTa, ELECTRA's generator, ModernBERT. Padded on the right."""
 
-    # share of a text's tokens that is asked, at least one
+    # share of a text's tokens that is predicted, at least one
     mlm_probability: Annotated[float, Range(0.05, 0.5)] = 0.15
-    mask_share: float = 0.8  # of the asked tokens of a text: replaced by the mask token
-    # of the asked tokens of a text: replaced by a random token; the others stay as they are
+    mask_share: float = 0.8  # of the predicted tokens of a text: replaced by the mask token
+    # of the predicted tokens of a text: replaced by a random token; the others are left unchanged
     random_share: float = 0.1
 
     def suits(self, config: Any) -> bool:

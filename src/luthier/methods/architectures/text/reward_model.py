@@ -13,17 +13,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from luthier.methods.architectures._base import VALUES, Architecture, pad
-from luthier.model.batch import Batch
+from luthier.methods.architectures._base import VALUES, Architecture
+from luthier.model.batch import Batch, pad
 from luthier.model.language_model import path, soft_first
 from luthier.registry import architecture
+from luthier.text.render import Renderer
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
 class Values:
-    """What a reward model says of a batch."""
+    """A reward model's values of a batch."""
 
     def __init__(self, values: Tensor):
         self.values = self.said = values  # [T] in fp32, one for each supervised token
@@ -31,7 +32,7 @@ class Values:
 
 @architecture(provides=[VALUES])
 class RewardModel(Architecture):
-    """AutoModelForSequenceClassification with one label, a decoder's."""
+    """AutoModelForSequenceClassification with one label, on a decoder."""
 
     def suits(self, config: Any) -> bool:
         return False  # never guessed: the same checkpoint may be a classifier or a language model
@@ -40,6 +41,9 @@ class RewardModel(Architecture):
         from transformers import AutoModelForSequenceClassification
 
         return AutoModelForSequenceClassification
+
+    def renderer(self, tokenizer, config, **how):
+        return Renderer(tokenizer, **how)
 
     def load(self, path: str, **kwargs: Any) -> Network:
         model = super().load(path, num_labels=1, **kwargs)

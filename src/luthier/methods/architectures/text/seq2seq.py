@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.methods.architectures._base import ENTROPY, GENERATE, HIDDEN, LOGPROBS, TOPK, pad
-from luthier.model.batch import Batch
+from luthier.methods.architectures._base import ENTROPY, GENERATE, HIDDEN, LOGPROBS, TOPK
+from luthier.model.batch import Batch, pad
 from luthier.model.generate import EncoderDecoder, generate
 from luthier.model.language_model import LanguageModel, path, picked, soft_first
 from luthier.model.outputs import Outputs

@@ -19,13 +19,13 @@ from luthier.registry import compiler
 
 @compiler(paper="arXiv:2310.03714", row="dspy-compile")
 class BootstrapFewShot(Compiler):
-    """Demonstrations from the program's own successes."""
+    """Demonstrations from the program's own accepted traces."""
 
     max_bootstrapped_demos: Annotated[int, Field(ge=0)] = 4  # traces that become demonstrations
     # demonstrations of a predictor in all, the rest filled with labelled rows
     max_labeled_demos: Annotated[int, Field(ge=0)] = 16
     max_rounds: Annotated[int, Field(ge=1)] = 1  # tries at a row: the first without chance
-    threshold: float = 1.0  # what the metric says of an accepted answer at least
+    threshold: float = 1.0  # lowest metric of an accepted answer
     temperature: Annotated[float, Field(ge=0)] = 0.7  # of the tries after the first
     shuffle: bool = False  # rows in an order drawn by the seed, instead of as they come
     seed: int = 0  # of the order, and of tries

@@ -14,7 +14,7 @@ from luthier.registry import compiler, nested
 
 @compiler(paper="arXiv:2310.03714", row="dspy-compile")
 class Ensemble(Compiler):
-    """A majority of candidates. `Majority([...])` does the same with programs of one's own choice."""
+    """Majority vote of candidates. `Majority([...])` does the same with given programs."""
 
     size: Annotated[int, Field(ge=1)] = 3  # programs that vote
     inner: Annotated[Any, nested("compiler")] = "random_search"  # what makes the candidates

@@ -22,11 +22,11 @@ from luthier.registry import compiler, nested
 
 @compiler(paper="arXiv:2310.03714", row="dspy-compile")
 class RandomSearch(Compiler):
-    """BootstrapFewShot, many times."""
+    """BootstrapFewShot on many random subsets."""
 
     num_candidates: Annotated[int, Field(ge=0)] = 16  # with a drawn order
     inner: Annotated[Any, nested("compiler")] = "bootstrap_few_shot"  # what is repeated, with its settings
-    # of the rows, at the end: what candidates are judged by
+    # share of the rows, from the end, on which candidates are evaluated
     dev_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
     seed: int = 0  # of the draws
 

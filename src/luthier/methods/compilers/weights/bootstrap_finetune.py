@@ -23,13 +23,13 @@ from luthier.storage import files
 
 @compiler(paper="arXiv:2310.03714", row="dspy-compile")
 class BootstrapFinetune(Compiler):
-    """Traces become weights."""
+    """Fine-tunes a small model on accepted traces."""
 
     output_dir: str  # where the rows and the runs lie: PREDICTOR.jsonl and PREDICTOR/
     # keys of the recipe by which each is tuned: model, tuner, learning_rate, ...
     recipe: dict[str, Any] = field(default_factory=dict)
     max_rounds: Annotated[int, Field(ge=1)] = 1  # tries at a row: the first without chance
-    threshold: float = 1.0  # what the metric says of an accepted answer at least
+    threshold: float = 1.0  # lowest metric of an accepted answer
     temperature: Annotated[float, Field(ge=0)] = 0.7  # of the tries after the first
     seed: int = 0  # of tries
 

@@ -2,7 +2,7 @@
 each step.
 
 The whole learns by the objective without `distill`; sub-networks by all of it, so that with `objective: sft +
-kl` and `roles: {reference: whole}` they learn the labels and what the whole says. Wants tuner `elastic`.
+kl` and `roles: {reference: full_network}` they learn the labels and what the whole says. Wants tuner `elastic`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from luthier.registry import estimator
 
 @estimator(paper="arXiv:2308.15609", row="instatune", requires=[ELASTIC], provides=[GRADIENT])
 class Elastic(Estimator):
-    """One backward pass for the whole and for each sub-network."""
+    """One backward pass for the full network and for each sub-network."""
 
     samples: Annotated[int, Field(ge=0)] = 1  # sub-networks drawn in each step
     smallest: bool = True  # whether the smallest one learns in each step as well

@@ -25,7 +25,7 @@ class GradientDropout(Estimator):
     """One term of the objective decides which entries of the others' gradient are used."""
 
     gate: str = "kl"  # the term that gates
-    # share of the gradient that goes through the gate; the rest passes
+    # share of the gradient that is gated; the rest passes unchanged
     blend: Annotated[float, Field(ge=0, le=1)] = 1.0
 
     def suits(self, objective):

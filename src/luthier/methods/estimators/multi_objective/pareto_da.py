@@ -24,9 +24,9 @@ from luthier.registry import estimator
 
 @estimator(paper="arXiv:2112.04137", row="pareto-da", provides=[GRADIENT])
 class ParetoDA(Terms):
-    """The step is `terms` times the mix, as long as a sum of all would be."""
+    """The step is the mix times the number of `terms`, so that it is as long as a plain sum."""
 
-    guide: int = -1  # the term that is looked at, counted from 0; -1: the last
+    guide: int = -1  # the term that guides and is not trained on, counted from 0; -1: the last
     eps: Annotated[float, Field(ge=0)] = 1e-3  # loss of the guide below which it is satisfied
 
     def combine(self, every, losses, rng):

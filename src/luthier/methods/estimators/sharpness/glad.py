@@ -20,11 +20,11 @@ from luthier.registry import Range, estimator
 
 @estimator(paper="arXiv:2507.13089", row="glad", provides=[GRADIENT])
 class GLAD(Estimator):
-    """A mix of the gradient here and the gradient up the slope."""
+    """A mix of the gradient here and the gradient at the perturbed point."""
 
-    # distance climbed, over everything that moves together
+    # length of the perturbation, over all trainable parameters together
     rho: Annotated[float, Field(gt=0), Range(0.005, 0.5, log=True)] = 0.05
-    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of the gradient up there
+    alpha: Annotated[float, Field(ge=0, le=1)] = 0.5  # share of the gradient at the perturbed point
 
     @torch.no_grad()
     def step(self, closure, chain, clock):

@@ -16,9 +16,12 @@ from luthier.registry import estimator
 
 @estimator(paper="arXiv:2010.01412", provides=[GRADIENT])
 class SAM(Estimator):
-    """Climb rho along the gradient, take the gradient there, come back, step."""
+    """Perturbs the weights by rho along the gradient, takes the gradient there, restores the weights and
+    steps.
+    """
 
-    rho: Annotated[float, Field(gt=0)] = 0.05  # distance climbed, over everything that moves together
+    # length of the perturbation, over all trainable parameters together
+    rho: Annotated[float, Field(gt=0)] = 0.05
 
     def step(self, closure, chain, clock):
         loss = closure()

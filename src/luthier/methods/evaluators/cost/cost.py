@@ -21,7 +21,7 @@ from luthier.registry import evaluator
 
 @evaluator(row="personalized-unit-test-models", requires=[COMPLETIONS, LOGPROBS])
 class Cost(Evaluator):
-    """`gflops_per_row` of a training pass of -log p, and `stored_mb` of the tensors that move."""
+    """`gflops_per_row` of a training pass of -log p, and `stored_mb` of the trainable tensors."""
 
     n: Annotated[int, Field(ge=1)] = 8  # rows that are read
 

@@ -29,7 +29,7 @@ class Diversity(Evaluator):
     tokens.
     """
 
-    n: Annotated[int, Field(ge=1)] = 16  # prompts that are asked
+    n: Annotated[int, Field(ge=1)] = 16  # prompts that are answered
     samples: Annotated[int, Field(ge=2)] = 4  # answers to each
     temperature: Annotated[float, Field(gt=0)] = 1.0  # of the sampling
     max_new_tokens: int = 48  # tokens per answer

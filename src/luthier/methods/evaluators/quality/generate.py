@@ -38,7 +38,7 @@ class Generate(Evaluator):
 
     n: int = 32  # prompts that are answered
     max_new_tokens: int = 64  # tokens per answer
-    reward: Any = None  # a reward to judge answers by, e.g. exact_match
+    reward: Any = None  # a reward that scores the answers, e.g. exact_match
 
     @property
     def active_requires(self):

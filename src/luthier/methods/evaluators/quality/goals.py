@@ -23,9 +23,7 @@ from luthier.registry import Metric, build, evaluator, requires_of
     requires=[GENERATE],
 )
 class Goals(Evaluator):
-    """`goal/NAME` of each goal, and by row. An answer is judged by every goal, so what they say is said of
-    the same texts.
-    """
+    """`goal/NAME` of each goal, and per example. Every goal scores the same answers."""
 
     # name: a reward, e.g. {short: {name: length, scale: -1.0}}
     goals: Annotated[dict[str, Any], Field(min_length=1)]

@@ -61,7 +61,7 @@ class Preference(Evaluator):
 
 @dataclass
 class Totals:
-    """What a model says of pairs: [G] each."""
+    """Log-likelihoods of pairs under a model: [G] each."""
 
     chosen: Tensor  # log p, summed
     rejected: Tensor

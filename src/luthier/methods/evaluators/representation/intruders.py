@@ -25,11 +25,11 @@ from luthier.registry import evaluator
 
 @evaluator(paper="arXiv:2410.21228", row="intruder-dimensions", requires=[MERGE])
 class Intruders(Evaluator):
-    """`intruders`: how many a matrix has on average; `change_rank`: the mean effective rank of what was added
-    to it.
+    """`intruders`: their mean number per matrix; `change_rank`: the mean effective rank of a
+    matrix's update.
     """
 
-    k: Annotated[int, Field(gt=0)] = 10  # how many of a matrix's first singular vectors are looked at
+    k: Annotated[int, Field(gt=0)] = 10  # number of leading singular vectors of a matrix that are examined
     # a direction less like every old one than this (cosine) is an intruder
     epsilon: Annotated[float, Field(gt=0, lt=1)] = 0.5
 

@@ -1,7 +1,7 @@
 """Half-reset: after full fine-tuning, resets a random half of the weights to the base model's.
 
 HFT's observation that led to half tuning: much of what was forgotten returns. The half is drawn as tuner
-'hft' draws its own. `start: {merge: half_reset, of: [runs/full]}`.
+'hft' draws its own. `init_from: {merge: half_reset, of: [runs/full]}`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from luthier.registry import merger
     contract={"idempotent": "several runs are refused, and one is changed on purpose"},
 )
 class HalfReset(Merger):
-    """One run in; about `ratio` of its layers' weights are the base's afterwards."""
+    """One run in; about `ratio` of its layers' weights are reset to the base's."""
 
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.5  # share of the layers' weights that is reset
     selection_seed: int = 0  # of the draw of what is reset

@@ -33,9 +33,9 @@ def topped(p: Tensor, q: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @family
 class Distill(Objective):
-    """Family: a method says how far apart two distributions are. Teacher and policy share a vocabulary."""
+    """Family: a method defines the divergence of two distributions. Teacher and policy share a vocabulary."""
 
-    # the teacher's likeliest tokens that are told apart, the rest as one; 0: all of them
+    # compare the teacher's k most likely tokens and the rest as one; 0: the whole vocabulary
     k: Annotated[int, Field(ge=0)] = 0
     # softens both sides; the loss is multiplied by its square
     temperature: Annotated[float, Field(gt=0), Range(1.0, 4.0)] = 1.0

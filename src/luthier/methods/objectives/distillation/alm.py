@@ -26,7 +26,7 @@ class ALM(Objective):
     that ends a span.
     """
 
-    # above 1, long unlikely spans still tell apart
+    # above 1, long unlikely spans still differ
     temperature: Annotated[float, Field(gt=0), Range(1.0, 100.0, log=True)] = 1.0
 
     def loss(self, roles, batch):

@@ -3,7 +3,7 @@ it is tuned for a task.
 
 A term beside the loss on rows (`pela + sft`; written first it shares their reading of the batch), for tuner
 `pela`, whose product of two matrices may also be held within `eps` of the weight that it stands for. The
-teacher is the whole model: `roles: {teacher: off}`. Departs: features are compared at asked tokens alone.
+teacher is the full model: `roles: {teacher: base}`. Departs: features are compared at asked tokens alone.
 """
 
 from typing import Annotated
@@ -35,7 +35,7 @@ class PELA(Objective):
 
     feature: NotNegative = 1.0  # weight of the states' error
     distillation: NotNegative = 0.0  # weight of KL(teacher || policy) of the answers
-    # weight of how far products stand from eps, the mean over matrices; for tuner pela
+    # weight of the distance of each product from its weight beyond eps, mean over matrices; for tuner pela
     perturbation: NotNegative = 0.0
     eps: NotNegative = 1e-3  # the largest sum of a row of |BA - W| that costs nothing
 

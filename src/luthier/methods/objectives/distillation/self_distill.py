@@ -21,7 +21,7 @@ from luthier.registry import objective
     contract={"head": "states are compared before the head, which it leaves to the loss beside it"},
 )
 class SelfDistill(Objective):
-    """|hidden of the policy - hidden of the teacher|^2 / width, both reading the text with nothing hidden."""
+    """|hidden of the policy - hidden of the teacher|^2 / width, both reading the unmasked text."""
 
     def loss(self, roles, batch):
         whole = batch.view(ids=batch.labels)

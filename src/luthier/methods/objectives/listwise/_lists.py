@@ -19,8 +19,8 @@ from luthier.registry import family
 
 @family
 class Lists(Objective):
-    """Family: `cost` says what the values [N] of a batch cost each row [G]. Scores of one row are compared,
-    never across rows.
+    """Family: `cost` maps the values [N] of a batch to a loss per row [G]. Scores are compared within a row
+    only.
     """
 
     unit = "group"

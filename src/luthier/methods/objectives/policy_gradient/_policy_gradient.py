@@ -1,7 +1,7 @@
 """Policy gradients on sampled completions, whose advantages are relative to the other completions of their
 row.
 
-The importance ratio is against the policy that sampled (column `old`, the log-probability of each token
+The importance ratio is against the policy that sampled (column `old_logprobs`, the log-probability of each token
 then); rows without the column were sampled by the policy as it is, and the ratio is 1. Log-probabilities are
 those of the model itself: sample at temperature 1, or the ratio of a fresh sample is not that of its sampler.
 """
@@ -39,13 +39,13 @@ SPREAD = {  # scale_rewards -> what centred scores are divided by
 
 @family
 class PolicyGradient(Objective):
-    """Family: `tokens` is the clipped surrogate of each token; a method says how tokens add up."""
+    """Family: `tokens` is the clipped surrogate of each token; a method defines how tokens are averaged."""
 
     flat: ClassVar[bool] = True
 
     epsilon: Annotated[NotNegative, Range(0.05, 0.4)] = 0.2  # the ratio counts from 1 - epsilon
     epsilon_high: NotNegative | None = None  # to 1 + epsilon_high; null: epsilon
-    beta: KLWeight = 0.0  # weight of the KL to the reference; at 0 nobody need play it
+    beta: KLWeight = 0.0  # weight of the KL to the reference; at 0 no reference is needed
     # advantages over the deviation in their row, in the micro-batch, or as is
     scale_rewards: Literal["group", "batch", "none"] = "group"
     # weigh the KL by the ratio, so that its gradient is the KL's own; false: as in GRPO's paper

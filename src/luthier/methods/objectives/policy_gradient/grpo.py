@@ -20,7 +20,7 @@ class GRPO(PolicyGradient):
 
     unit = "sequence"
 
-    beta: KLWeight = 0.04  # weight of the KL to the reference; at 0 nobody need play it
+    beta: KLWeight = 0.04  # weight of the KL to the reference; at 0 no reference is needed
 
     def loss(self, roles, batch):
         return batch.means(self.tokens(roles, batch))

@@ -57,8 +57,8 @@ def log1mexp(x: Tensor) -> Tensor:
 
 @family
 class Pairs(Objective):
-    """Family: a method says what a margin costs. A row whose completions score alike costs a constant: no
-    gradient.
+    """Family: a method defines the loss of a margin. A row whose completions have equal scores has a constant
+    loss and no gradient.
     """
 
     unit = "group"

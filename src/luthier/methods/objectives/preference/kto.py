@@ -43,7 +43,7 @@ class KTO(Objective):
         if not isinstance(roles.reference, Policy):
             raise RecipeError(
                 "kto asks the reference about completions under other prompts, which a column of the rows"
-                " cannot answer; let a network play it, e.g. `roles: {reference: start}`"
+                " cannot answer; let a network play it, e.g. `roles: {reference: initial}`"
             )
         if len(batch.rows) < 2:
             return torch.zeros((), device=batch.ids.device)

@@ -2,7 +2,7 @@
 the tuned ones.
 
 A row's feature is the state from which its answer is begun. A memory keeps features of both networks side by
-side (`roles: {paired: paired}`); the rotation that best turns one into the other, and a shift for each class,
+side (`roles: {feature_pairs: feature_pairs}`); the rotation that best turns one into the other, and a shift for each class,
 bring the pretrained feature of a row to the tuned network's, and the output layer learns it by the row's
 answer. The layers below get no gradient from this term, so they are free; the layer itself must move: `tuner:
 full`, or `modules_to_save: [lm_head]` under LoRA. Departs: made for images; the memory tells how features are

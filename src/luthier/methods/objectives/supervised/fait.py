@@ -23,7 +23,8 @@ class FAIT(ChosenSFT):
     """
 
     a: NotNegative = 0.5  # weight of a line that differs
-    b: NotNegative = 1.0  # weight of a token that differs, while the model does not tell the two apart
+    # weight of a token that differs, while the model gives both variants similar probability
+    b: NotNegative = 1.0
     tau: Positive = 1.0  # gap in nats over which that weight fades
 
     def weights(self, roles, batch):

@@ -22,7 +22,8 @@ class IFT(Objective):
     completion.
     """
 
-    lam: Probability = 0.2  # share of the guess in what is read; 0 reads the given tokens
+    # share of the model's own prediction in the mixed input; 0: the given tokens alone
+    lam: Probability = 0.2
     gamma: Probability = 0.95  # discount from a token to the next; 0 weighs all alike
 
     def loss(self, roles, batch):

@@ -9,7 +9,7 @@ from luthier.registry import optimizer
 
 @optimizer(paper="arXiv:1711.05101")
 class AdamW(Optimizer):
-    """The same as `transforms: [clip, adam, weight_decay]`."""
+    """The same as `optim: [clip, adam, weight_decay]`."""
 
     adam_beta1: float = 0.9  # memory of the mean
     adam_beta2: float = 0.999  # memory of the square

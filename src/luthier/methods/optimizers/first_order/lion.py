@@ -9,7 +9,7 @@ from luthier.registry import optimizer
 
 @optimizer(paper="arXiv:2302.06675", row="lion")
 class Lion(Optimizer):
-    """The same as `transforms: [clip, lion, weight_decay]`."""
+    """The same as `optim: [clip, lion, weight_decay]`."""
 
     beta1: float = 0.9  # share of the old momentum in the step
     beta2: float = 0.99  # memory of the momentum

@@ -9,11 +9,11 @@ from luthier.registry import optimizer
 
 @optimizer()
 class SGD(Optimizer):
-    """The same as `transforms: [clip, weight_decay, momentum]`: decay goes through the momentum, as in
+    """The same as `optim: [clip, weight_decay, momentum]`: decay goes through the momentum, as in
     torch.optim.SGD.
     """
 
-    momentum: float = 0.0  # share of the last step that goes on
+    momentum: float = 0.0  # share of the last step that is kept
     nesterov: bool = False  # look ahead along the momentum
 
     def chain(self):

@@ -21,7 +21,7 @@ from luthier.registry import Range, plan
 class SPIN(Plan):
     """`rounds` times against_self and dpo, each from where the last one ended."""
 
-    rounds: Annotated[int, Field(ge=1), Range(1, 4)] = 3  # of self-play
+    rounds: Annotated[int, Field(ge=1), Range(1, 4)] = 3  # number of self-play rounds
     beta: float | list[float] = 0.1  # of dpo (lambda in the paper); a list gives each round its own
     max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of an own answer at most
     temperature: Annotated[float, Field(ge=0)] = 1.0  # of sampling

@@ -25,8 +25,9 @@ class MEET(Plan):
     num_virtual_tokens: Annotated[int, Field(ge=1)] = 20  # vectors of each kind
     # control texts to start from, the worst kind first, e.g. ["A bad answer:", "A good answer:"]
     texts: tuple[str, ...] = ()
-    control_learning_rate: Annotated[float, Field(gt=0)] = 1e-2  # of act one: vectors want a high one
-    # of act one; null: as many as the recipe says; 0: act two only, the baseline
+    # of the first run: soft prompts need a high one
+    control_learning_rate: Annotated[float, Field(gt=0)] = 1e-2
+    # steps of the first run; null: as the recipe has; 0: the second run only, the baseline
     control_steps: Annotated[int, Field(ge=0)] | None = None
 
     def recipes(self, recipe):

@@ -3,7 +3,7 @@ seen and chosen from.
 
 How goals enter depends on the recipe. On pairs by `modpo` (a recipe with `dpo` gets it): the first goal is
 the one that the pairs are ranked by, the others are margins. On fresh samples by the stage `score` under
-`live`: goals are added up by weight and the recipe's objective learns from the sum. All models are measured
+`online_stages`: goals are added up by weight and the recipe's objective learns from the sum. All models are measured
 on all goals; `hypervolume` says in one number how much of the space of goals the front reaches. Departs from
 the paper: weights are spread evenly over any number of goals.
 """
@@ -40,7 +40,7 @@ class Front(Plan):
     best, as a mean over seeds (arXiv:2310.16487).
     """
 
-    # name: a reward; not given: the rewards of the recipe's stages judge or score
+    # name: a reward; not given: the rewards of the recipe's scoring stages
     goals: dict[str, Any] = field(default_factory=dict)
     points: Annotated[int, Field(ge=2)] = 5  # models, their weights spread evenly
     # the weights themselves, one list a model in the order of goals
@@ -48,7 +48,7 @@ class Front(Plan):
     # where the models between come from: each tuned, or the average of those at the ends
     between: Literal["tuned", "average"] = "tuned"
     least: Annotated[float, Field(ge=0, lt=0.5)] = 0.1  # weight of a goal at least
-    # where each goal's volume begins; else 0 for shares, and the lowest seen for others
+    # reference point of the hypervolume in each goal; else 0 for shares, the lowest value for others
     worst: dict[str, float] = field(default_factory=dict)
     judged: Annotated[int, Field(ge=1)] = 64  # held-out prompts that are answered
     samples: Annotated[int, Field(ge=1)] = 1  # answers to each
@@ -205,7 +205,7 @@ def weigh(recipe: Any, goals: Mapping[str, Any], weights: Sequence[float]) -> di
     if aim.get("name") not in ("dpo", "modpo"):
         raise RecipeError(
             "plan 'front' weighs goals by objective 'modpo' (or 'dpo') on pairs, or by the stage 'score'"
-            f" under `live` on samples; this recipe has objective {aim.get('name') or recipe.objective} and"
+            f" under `online_stages` on samples; this recipe has objective {aim.get('name') or recipe.objective} and"
             " no such stage"
         )
     if not weights[0]:

@@ -20,9 +20,10 @@ from luthier.registry import plan
 class IntrinsicDimension(Plan):
     """The smallest d that is nearly as good as all weights."""
 
-    # tried in order
+    # values of d, in ascending order
     dimensions: Annotated[tuple[int, ...], Field(min_length=1)] = (100, 200, 400, 800, 1600, 3200)
-    learning_rates: Annotated[tuple[float, ...], Field(min_length=1)] = (0.03, 0.1, 0.3)  # tried for each
+    # each is run for each d
+    learning_rates: Annotated[tuple[float, ...], Field(min_length=1)] = (0.03, 0.1, 0.3)
     share: Annotated[float, Field(gt=0, le=1)] = 0.9  # of full tuning's metric
     metric: str = "accuracy"  # what counts, higher is better, as an evaluator names it
     structure_aware: bool = True  # a scale of its own for each module

@@ -28,10 +28,10 @@ class PreferenceLosses(Plan):
         "simpo",
         "orpo",
     )  # the losses, as a recipe names them
-    reward: Annotated[Any, nested("reward")] = "exact_match"  # the judge
+    reward: Annotated[Any, nested("reward")] = "exact_match"  # the reward that scores answers
     judged: Annotated[int, Field(ge=1)] = 64  # held-out prompts that are answered
     max_new_tokens: Annotated[int, Field(ge=1)] = 64  # tokens of an answer at most
-    flag: Annotated[float, Field(gt=1)] = 1.2  # answers longer than before by this factor are told
+    flag: Annotated[float, Field(gt=1)] = 1.2  # warn where answers have become longer by this factor
 
     def recipes(self, recipe):
         measure = {

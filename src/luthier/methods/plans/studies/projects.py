@@ -22,7 +22,7 @@ class Projects(Plan):
     of: list[dict[str, Any]]  # changes to the recipe, one set a project: {data: ..., eval_data: ...}
     # a tuner each, or changes to the recipe that hold a tuner: {tuner: ..., learning_rate: ...}
     ways: tuple[Any, ...] = WAYS
-    metric: str = "loss"  # by which the best run is told, lowest first
+    metric: str = "loss"  # selects the best run, lower is better
 
     def __post_init__(self):
         if not self.of or not self.ways:

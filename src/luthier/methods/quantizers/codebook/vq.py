@@ -35,7 +35,7 @@ class VQ(Quantizer):
     continuous: ClassVar[tuple[str, ...]] = ("book", "scale")
 
     nbits_per_codebook: Annotated[int, Field(ge=1, le=8)] = 8  # bits of a code
-    in_group_size: Annotated[int, Field(ge=1)] = 2  # weights that a code stands for
+    in_group_size: Annotated[int, Field(ge=1)] = 2  # weights per code
     iterations: Annotated[int, Field(ge=0)] = 10  # of k-means
 
     def __post_init__(self):

@@ -30,7 +30,7 @@ class ExactMatch(Reward):
     marker: str = "####"  # with after: the answer is the rest of the line behind the last of these
     ignore_case: bool = False  # Paris = paris
     ignore_space: bool = True  # runs of white space count as one blank, none at the ends
-    ignore_punctuation: bool = False  # leave out . , ; : ! ? quotes and brackets
+    ignore_punctuation: bool = False  # ignore . , ; : ! ? quotes and brackets
 
     def __post_init__(self):
         if self.extract == "after" and not self.marker:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from luthier.errors import RecipeError
 from luthier.methods.rewards._base import Reward
 from luthier.registry import Column, did_you_mean, reward
+from luthier.storage.toy import toy_package
 
 WORLD = Column("world", says="rows of a toy task")
 
@@ -18,9 +19,7 @@ class World(Reward):
 
     def scores(self, row: dict, texts: list[str]) -> list[float]:
         """Between 0.0 and 1.0 per text; a text that says the same as another is verified once."""
-        from luthier.toy.tasks import find
-
-        verify = find(self.column(row, "world")).verify
+        verify = toy_package().find(self.column(row, "world")).verify
         by_text = {text: self.one(verify(row, text), row) for text in dict.fromkeys(texts)}
         return [by_text[text] for text in texts]
 

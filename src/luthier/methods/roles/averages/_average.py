@@ -15,8 +15,8 @@ class Averaged(Part):
     """A tensor in fp32 for each one that may train; it begins at the policy's start. Subclasses say
     `after_step`.
 
-    It follows the tuner's phases: where a tensor has another name or shape than before, or entries of it begin
-    anew, their average begins anew.
+    It follows the tuner's phases: where a tensor has another name or shape than before, or entries of it
+    begin anew, their average begins anew.
     """
 
     def __init__(self, tuned: Any):

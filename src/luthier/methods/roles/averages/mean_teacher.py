@@ -21,8 +21,7 @@ from luthier.registry import role
 class MeanTeacher(Role):
     """The exponential moving average of the policy."""
 
-    # share of the average that each step leaves as it is
-    momentum: Annotated[float, Field(ge=0, le=1)] = 0.996
+    momentum: Annotated[float, Field(ge=0, le=1)] = 0.996  # share of the average that is kept at each step
 
     def parts(self, policy):
         return {"average": Running(policy.attached, self.momentum)}

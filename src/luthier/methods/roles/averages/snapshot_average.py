@@ -20,7 +20,7 @@ from luthier.registry import role
 
 
 @role(former="recent", paper="arXiv:2401.15914", row="ogen")
-class Recent(Role):
+class SnapshotAverage(Role):
     """An average over a window of snapshots. Each costs a copy of what moves."""
 
     most: Annotated[int, Field(ge=1)] = 9  # snapshots that are averaged in the end
@@ -51,7 +51,7 @@ class Snapshots(Averaged):
     taken: torch.Tensor
     snapshots: dict[str, torch.Tensor]  # name -> [most, ...] the newest first
 
-    def __init__(self, tuned: Any, settings: Recent):
+    def __init__(self, tuned: Any, settings: SnapshotAverage):
         self.settings, self.snapshots = settings, {}
         super().__init__(tuned)
         self.register_buffer("taken", torch.ones((), dtype=torch.long))

@@ -26,7 +26,7 @@ FEATURE_PAIRS = Capability(
 
 
 @role(former="paired", paper="arXiv:2308.12058", row="dr-tune")
-class Paired(Role):
+class FeaturePairs(Role):
     """[size, 2 * width], and the token that begins each answer."""
 
     size: Annotated[int, Field(ge=2)] = 2048  # pairs that are kept

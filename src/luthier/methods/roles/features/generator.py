@@ -42,9 +42,9 @@ class Generator(Role):
 
     base_classes: list[str]  # classes that the rows have, as they are answered
     new_classes: list[str]  # classes that no row has
-    k: Annotated[int, Field(ge=1)] = 3  # nearest classes that are looked at
+    k: Annotated[int, Field(ge=1)] = 3  # number of nearest classes that are attended to
     num_heads: Annotated[int, Field(ge=1)] = 4  # of the attention
-    # share of a class's statistics that a step with rows of it leaves
+    # share of a class's statistics that is kept at a step with rows of it
     momentum: Annotated[float, Field(ge=0, le=1)] = 0.9
 
     def __post_init__(self):

@@ -6,7 +6,7 @@ from luthier.registry import role
 
 
 @role(former="off", requires=[DISABLE_ADAPTER])
-class Off(Role):
+class Base(Role):
     """The policy's own network, untuned. The default reference."""
 
     constant = True

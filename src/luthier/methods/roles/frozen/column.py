@@ -1,4 +1,6 @@
-"""A role whose log-probabilities are a column of the rows, written by a stage: its model need not be loaded."""
+"""A role whose log-probabilities are a column of the rows, written by a stage: its model need not
+be loaded.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from luthier.registry import role
 
 @role()
 class Column(Role):
-    """Per-token log-probabilities from a column (the stage `remember` writes one)."""
+    """Per-token log-probabilities from a column of the rows (the stage `cache_logprobs` writes one)."""
 
     column: str = "cached_logprobs"  # rows[column]: one list of numbers per completion
 
@@ -25,9 +27,7 @@ class Column(Role):
 
 
 class ColumnModel:
-    """Plays a role from a column: it knows the log-probability of each token that was said, and
-    nothing else.
-    """
+    """A role whose log-probabilities are a column: those of each supervised token, and nothing else."""
 
     def __init__(self, role: str, column: str):
         self.role, self.column = role, column
@@ -40,7 +40,7 @@ class ColumnModel:
 
 
 class ColumnOutputs:
-    """What a column says of a batch."""
+    """The column's values for a batch."""
 
     def __init__(self, who: ColumnModel, logprobs: Tensor):
         self.who, self.logprobs = who, logprobs

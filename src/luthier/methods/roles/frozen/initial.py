@@ -7,7 +7,7 @@ from luthier.registry import role
 
 
 @role(former="start")
-class Start(Role):
+class Initial(Role):
     """The policy with the tensors it began with. Under full tuning this is a second copy of the model."""
 
     constant = True

@@ -6,8 +6,8 @@ from luthier.registry import role
 
 
 @role(former="whole", requires=[ELASTIC])
-class Whole(Role):
-    """The full network, while sub-networks play the policy. Costs no memory."""
+class FullNetwork(Role):
+    """The full network, while sub-networks are the policy. Costs no memory."""
 
     def play(self, name, policy):
         return policy.as_role(name, policy.attached.whole)

@@ -24,10 +24,10 @@ PART_HEADS = Capability(
 
 @role()
 class PartWhole(Role):
-    """A composer and a decomposer, trained along."""
+    """A composer and a decomposer, trained with the policy."""
 
-    parts_of_whole: Annotated[int, Field(ge=2)] = 2  # into how many parts a whole is cut
-    trained: bool = True  # false: the mean, and the whole for each part
+    parts_of_whole: Annotated[int, Field(ge=2)] = 2  # number of parts of a whole
+    trained: bool = True  # false: the mean of the parts, and the whole for each part
 
     def parts(self, policy):
         heads = Heads(width_of(policy), self.parts_of_whole, self.trained)

@@ -42,7 +42,7 @@ class Endpoint(Role):
 
 
 class EndpointModel:
-    """Whoever answers at the address."""
+    """The model behind the address."""
 
     def __init__(self, settings: Endpoint):
         self.settings, self.name = settings, f"{settings.base_url}#{settings.model}"
@@ -100,7 +100,7 @@ class EndpointModel:
 
 
 class NoAnswer(RecipeError):
-    """Nobody answers, or refuses to."""
+    """The address does not answer, or refuses to."""
 
     def __init__(self, name: str, why: str):
         super().__init__(f"{name} gave no answer: {why}")

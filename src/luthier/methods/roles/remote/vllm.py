@@ -47,20 +47,20 @@ Answers = list[list[tuple[list[int], list[float]]]]
 
 @role(requires=[LOW_RANK])
 class VLLM(Endpoint):
-    """POST base_url/completions and base_url/load_lora_adapter; for `live: [{name: rollout, sampler: NAME OF
+    """POST base_url/completions and base_url/load_lora_adapter; for `online_stages: [{name: rollout, sampler: NAME OF
     THIS ROLE}]`.
     """
 
     # folder that the server finds under the same path; not given: a temporary one of this machine
     adapter_dir: str | None = None
-    connections: Annotated[int, Field(ge=1)] = 64  # prompts asked at once
+    connections: Annotated[int, Field(ge=1)] = 64  # concurrent requests
 
     def play(self, name, policy):
         return Sampler(self, policy)
 
 
 class Sampler(EndpointModel):
-    """A server that writes with the policy's adapter."""
+    """A server that samples with the policy's adapter."""
 
     settings: VLLM
 

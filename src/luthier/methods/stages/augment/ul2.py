@@ -36,7 +36,7 @@ class UL2(Stage):
     )  # of the modes; within one its denoisers are even
     # what a text of each mode begins with
     modes: dict[str, str] = Field(default_factory=lambda: {"R": "[R] ", "X": "[X] ", "S": "[S] "})
-    sentinel: str = "<extra_id_{}>"  # stands for a hidden span; {} is its number
+    sentinel: str = "<extra_id_{}>"  # replaces a masked span; {} is its number
     target_share: Annotated[float, Field(gt=0, lt=1)] = 0.25  # of a text that S hides, on average
 
     def __post_init__(self):

@@ -28,7 +28,7 @@ BEFORE = "@before"  # ends the id of a pair that an earlier round made
 )
 class AgainstSelf(Stage):
     """completions = [the given one, a sample of the policy]; scores = [1, 0]. Columns about the given one
-    alone leave.
+    alone are dropped.
     """
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of the sample at most

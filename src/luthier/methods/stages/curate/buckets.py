@@ -22,7 +22,7 @@ QUALITY_BIN = Column("quality_bin", says="rows with a `quality_bin` (stage bucke
 
 @stage(paper="arXiv:2310.00819", row="meet", requires=[COMPLETIONS, SCORES], provides=[QUALITY_BIN])
 class Buckets(Stage):
-    """Completions with a score become rows with a `bucket`."""
+    """Completions with a score become rows with a `quality_bin`."""
 
     asks_model = False
 

@@ -1,4 +1,6 @@
-"""Lays out two answers, each right in its own context, as the six readings that objective `s_vco` compares."""
+"""Lays out two answers, each right in its own context, as the six readings that objective `s_vco`
+compares.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,9 @@ CONTRASTS = Column(
     removes=[SCORES, PAIRS, ANSWER],
 )
 class ContrastContexts(Stage):
-    """Of each answer: after its own context and the question, after the question alone, after the other's
-    context and the question. Rows: a prompt (text), two `completions`, two `contexts` (text). Others leave.
+    """Each answer after its own context and the question, after the question alone, and after the other's
+    context and the question. Rows: a prompt (text), two `completions`, two `contexts` (text). Others are
+    dropped.
     """
 
     asks_model = False

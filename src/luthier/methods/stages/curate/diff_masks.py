@@ -27,8 +27,9 @@ TOKEN_MASK = Column(
 
 @stage(paper="arXiv:2503.16913", row="fait", requires=[PAIRS], provides=[LINE_MASK, TOKEN_MASK])
 class DiffMasks(Stage):
-    """Columns `line_mask` and `token_mask`: for each completion 1.0 at learned tokens that the best and the
-    worst do not share, else 0.0."""
+    """Columns `line_mask` and `token_mask`: for each completion 1.0 at supervised tokens that differ between
+    the best and the worst, else 0.0.
+    """
 
     def __call__(self, rows, roles):
         for row in self.usable(rows, roles):

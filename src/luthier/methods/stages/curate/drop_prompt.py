@@ -13,9 +13,9 @@ from luthier.registry import stage
     row="implicit-instruction-tuning",
     requires=[COMPLETIONS],
 )
-class ResponseOnly(Stage):
-    """What users and systems say becomes empty; the chat template stays. A prompt of plain text becomes an
-    empty user's turn.
+class DropPrompt(Stage):
+    """User and system turns become empty; the chat template stays. A prompt of plain text becomes an empty
+    user turn.
     """
 
     asks_model = False

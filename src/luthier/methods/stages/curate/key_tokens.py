@@ -23,7 +23,9 @@ TOKEN_WEIGHTS = Column("token_weights", per="token", says="a weight for each sup
 
 @stage(paper="arXiv:2412.15495", row="tl-training", requires=[COMPLETIONS, TOOLS], provides=[TOKEN_WEIGHTS])
 class KeyTokens(Stage):
-    """Column `token_weights`: min(others / keys, most) at key tokens, 1 elsewhere, for each learned token."""
+    """Column `token_weights`: min(others / keys, most) at key tokens, 1 elsewhere, for each
+    supervised token.
+    """
 
     most: Annotated[float, Field(ge=1)] = 9.0  # weight of a key token at most
 

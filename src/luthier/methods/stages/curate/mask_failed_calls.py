@@ -20,8 +20,8 @@ ERRORS = (
 
 @stage(paper="arXiv:2412.15495", row="tl-training", requires=[COMPLETIONS])
 class MaskFailedCalls(Stage):
-    """ "loss": false at every assistant turn that a tool answers with one of `errors`. Rows with nothing left
-    to learn leave.
+    """Sets "loss": false at every assistant turn that a tool answers with one of `errors`. Rows with nothing
+    left to train on are dropped.
     """
 
     asks_model = False

@@ -13,8 +13,8 @@ from luthier.registry import stage
 
 @stage(requires=[COMPLETIONS, SCORES], provides=[PAIRS])
 class Pairs(Stage):
-    """Two completions per row, the better first, with their scores. Rows whose completions score
-    alike leave.
+    """Two completions per row, the better first, with their scores. Rows whose completions have equal scores
+    are dropped.
     """
 
     asks_model = False

@@ -25,9 +25,9 @@ class PredictExplain(Stage):
     asks_model = False
 
     column: str = "rationale"  # where the rationale is
-    explain: str = "[rationale] "  # what a prompt that wants the rationale begins with
-    predict: str = ""  # what a prompt that wants the answer begins with
-    before: str = ""  # what a rationale begins with (a blank, where the prompt ends without one)
+    explain: str = "[rationale] "  # prefix of prompts that ask for the rationale
+    predict: str = ""  # prefix of prompts that ask for the answer
+    before: str = ""  # prefix of a rationale (a blank, where the prompt ends without one)
 
     @property
     def active_requires(self):

@@ -23,13 +23,13 @@ TASKS = Column(
 )
 class Rationale(Stage):
     """completions = [the answer, `before` and the rationale]; tasks = ["answer", "rationale"]. Rows without
-    either leave.
+    either are dropped.
     """
 
     asks_model = False
 
     column: str = "rationale"  # where the rationale is
-    before: str = ""  # what a rationale begins with, so that the two can be told apart
+    before: str = ""  # prefix of a rationale, which distinguishes it from an answer
 
     @property
     def active_requires(self):

@@ -21,8 +21,8 @@ WIN_RATES = Column("win_rates", per="completion", says="how often each completio
 
 @stage(paper="arXiv:2405.00675", row="sppo", requires=[SCORES])
 class WinRates(Stage):
-    """Column `win_rates`: the mean over the row's completions, itself among them, of the chance to be
-    preferred.
+    """Column `win_rates`: the mean probability of being preferred over the row's completions, itself
+    included.
     """
 
     asks_model = False

@@ -15,8 +15,8 @@ from luthier.registry import stage
 
 
 @stage(former="remember", requires=[COMPLETIONS, LOGPROBS], provides=[CACHED_LOGPROBS])
-class Remember(Stage):
-    """Per-token log-probabilities of every completion; play them with `roles: {reference: column}`."""
+class CacheLogprobs(Stage):
+    """Per-token log-probabilities of every completion; use them with `roles: {reference: column}`."""
 
     column: str = "cached_logprobs"  # where they go
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass

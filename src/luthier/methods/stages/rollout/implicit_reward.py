@@ -18,13 +18,13 @@ from luthier.registry import stage
 
 @stage(paper="arXiv:2310.03708", row="modpo", requires=[COMPLETIONS, REFERENCE, LOGPROBS], provides=[REWARDS])
 class ImplicitReward(Stage):
-    """Column `rewards`, beside what is there: {role: beta * (log p_role - log p_reference)} of each
+    """Column `rewards`, beside those already there: {role: beta * (log p_role - log p_reference)} of each
     completion.
     """
 
-    # who judges, e.g. `roles: {judge: {name: model, model: FOLDER}}`; also the reward's name
+    # the role that scores, e.g. `roles: {judge: {name: model, model: FOLDER}}`; also the reward's name
     role: str = "judge"
-    beta: Annotated[float, Field(gt=0)] = 0.1  # that the judge was tuned with
+    beta: Annotated[float, Field(gt=0)] = 0.1  # the beta that the scoring model was trained with
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
 
     @property

@@ -49,10 +49,10 @@ class Rollout(Stage):
     top_k: Annotated[int, Field(ge=0)] = 0  # sample among so many likeliest tokens; 0 = all
     # keep the sampler's log-probability of each token, at temperature 1 as objectives read them
     old: bool = False
-    # who writes: the policy itself, or a role in its place, e.g. `roles: {sampler: {name: vllm, ...}}`
+    # who samples: the policy, or a role in its place, e.g. `roles: {sampler: {name: vllm, ...}}`
     sampler: str = "policy"
-    draw: int = 0  # another number, other samples: the rounds of a plan draw anew under one seed
-    batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass of `old`
+    draw: int = 0  # another number gives other samples: the rounds of a plan share one seed
+    batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass of `old: true`
 
     @property
     def active_requires(self):

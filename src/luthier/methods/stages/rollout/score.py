@@ -15,7 +15,7 @@ from luthier.registry import nested_list, stage
 class Score(Stage):
     """Column `scores`; of several rewards also `rewards`, each by its name."""
 
-    reward: Annotated[tuple, nested_list("reward")] = ("exact_match",)  # the judge, or a list of them
+    reward: Annotated[tuple, nested_list("reward")] = ("exact_match",)  # the reward, or a list of them
     reward_weights: list[float] | None = None  # of each reward in `scores`; all 1 where not given
     names: list[str] | None = None  # of each reward in `rewards`; its method's name where not given
 

@@ -9,8 +9,8 @@ from luthier.registry import stage
 
 
 @stage(former="judge", requires=[COMPLETIONS], provides=[REWARDS])
-class Judge(Score):
-    """Column `rewards`, beside what is there: {name of the reward: a number for each completion}."""
+class ScoreWith(Score):
+    """Column `rewards`, beside those already there: {name of the reward: a number for each completion}."""
 
     def __call__(self, rows, roles):
         for row in rows:

@@ -29,14 +29,13 @@ from luthier.registry import Range, nested, stage
     contract={"gives": "a model that never ends right finds no way out, and its rows leave"},
 )
 class StepPairs(Stage):
-    """Columns `prefix` (shared, not learned), `completions` [chosen, rejected], `advantages` of the wrong
-    solution's steps. Rows without a wrong completion, or without a right way out of it, leave. Rewards count
-    as right from 0.5 on.
+    """Columns `prefix` (shared, not trained on), `completions` [chosen, rejected], `advantages` of the wrong
+    solution's steps. Rows without a wrong completion, or without a right continuation, are dropped. Rewards
+    count as right from 0.5 on.
     """
 
-    reward: Annotated[Any, nested("reward")] = "exact_match"  # the judge
-    # ways to go on that are tried from each beginning
-    n: Annotated[int, Field(ge=1), Range(4, 128, log=True)] = 8
+    reward: Annotated[Any, nested("reward")] = "exact_match"  # the reward that scores answers
+    n: Annotated[int, Field(ge=1), Range(4, 128, log=True)] = 8  # continuations sampled from each prefix
     max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of one of them at most
     temperature: Annotated[float, Field(gt=0)] = 1.0  # of sampling
     separator: str = "\n"  # what ends a step

@@ -40,7 +40,8 @@ INSIDE, OUTSIDE = 1.0, 2.0
 )
 class TeacherSpans(Stage):
     """Column teacher_spans: for each token of a completion the teacher's log-probability of the span that
-    ends there, else 1, or 2 where no span reaches."""
+    ends there, else 1, or 2 where no span reaches.
+    """
 
     model: str = "toy:lm"  # the teacher: a run's folder, a model's folder, a hub name or toy:NAME
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass

@@ -9,8 +9,8 @@ from luthier.registry import stage
 
 @stage(paper="arXiv:2304.06767", requires=[COMPLETIONS, SCORES], removes=[PAIRS])
 class Best(Stage):
-    """One completion per row, the highest scored (of equals the first). Rows without a good enough
-    one leave.
+    """One completion per row, the one with the highest score (of equals the first). Rows without a good
+    enough one are dropped.
     """
 
     asks_model = False

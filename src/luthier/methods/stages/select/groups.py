@@ -12,9 +12,9 @@ class Groups(Stage):
 
     asks_model = False
 
-    column: str = "task"  # what tells groups apart
-    keep: tuple[str, ...] = ()  # groups that stay
-    drop: tuple[str, ...] = ()  # groups that leave
+    column: str = "task"  # the column that holds the group
+    keep: tuple[str, ...] = ()  # groups that are kept
+    drop: tuple[str, ...] = ()  # groups that are dropped
 
     def __call__(self, rows, roles):
         rows = list(rows)

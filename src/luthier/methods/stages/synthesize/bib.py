@@ -54,8 +54,8 @@ RATES = (1e-3, 5.0)  # times learning_rate: where a learned rate may lie
     removes=[PAIRS, SCORES, REWARDS, CACHED_LOGPROBS, SAMPLES, OLD_LOGPROBS, TRUNCATED],
 )
 class BIB(Stage):
-    """New rows in place of the given: the best completions, improved. Column `proxy`: the score that the head
-    gives each.
+    """New rows in place of the given ones: the best completions, improved. Column `proxy`: the predicted
+    score of each.
     """
 
     n: Annotated[int, Field(ge=1)] = 32  # completions that are improved, the best first
@@ -242,9 +242,7 @@ class Body:
 
 
 class Fitted:
-    """All that is known of scores: features [N, d] and scores [N], standardized, and the models fitted to
-    them.
-    """
+    """The scored completions, features [N, d] and scores [N], standardized, and the models fitted to them."""
 
     def __init__(self, features: Tensor, scores: Tensor, ridge: float, target: float, clock: Any):
         self.features, self.scores, self.ridge, self.target = features, scores, ridge, target

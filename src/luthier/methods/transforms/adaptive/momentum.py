@@ -10,7 +10,7 @@ class Momentum(Each):
 
     pointwise = True
 
-    momentum: float = 0.9  # share of the last step that goes on
+    momentum: float = 0.9  # share of the last step that is kept
     nesterov: bool = False  # look ahead: g + momentum m
 
     def init(self, like):

@@ -1,4 +1,6 @@
-"""Clipping by global norm: scales all gradients of a step down together where their joint norm is too large."""
+"""Clipping by global norm: scales all gradients of a step down together where their joint norm is
+too large.
+"""
 
 import torch
 
@@ -8,7 +10,7 @@ from luthier.registry import transform
 
 @transform(paper="arXiv:1211.5063")
 class Clip(Transform):
-    """g * min(1, max_grad_norm / |g|), over every tensor that moves."""
+    """g * min(1, max_grad_norm / |g|), over all trainable tensors."""
 
     pointwise = True
 

@@ -2,7 +2,7 @@
 needs.
 
 Adds the gradient of weight * (|A A' - 1|^2 + |B' B - 1|^2) to theirs, which is the same as adding the term to
-the loss, whatever the accumulation. Stands before the rescaling: `transforms: [orthogonality, clip]`. Departs
+the loss, whatever the accumulation. Stands before the rescaling: `optim: [orthogonality, clip, adam]`. Departs
 from PEFT's AdaLoRA, which takes the norms without their square (the paper has them squared), and their mean
 over all matrices.
 """
@@ -21,7 +21,7 @@ from luthier.registry import Range, transform
 
 @transform(paper="arXiv:2303.10512")
 class Orthogonality(Transform):
-    """A pull of A A' and B' B towards the identity; other tensors pass as they are."""
+    """A pull of A A' and B' B towards the identity; other tensors pass unchanged."""
 
     # of the term beside the loss (orth_reg_weight in PEFT)
     weight: Annotated[float, Field(ge=0), Range(0.01, 1.0, log=True)] = 0.5

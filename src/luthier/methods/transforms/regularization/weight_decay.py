@@ -6,7 +6,7 @@ from luthier.registry import transform
 
 @transform(paper="arXiv:1711.05101")
 class WeightDecay(Each):
-    """update + weight_decay * p. Stands after the rescaling (adam, lion) to be decoupled from it."""
+    """update + weight_decay * p. Comes after the rescaling (adam, lion) to be decoupled from it."""
 
     pointwise = True
 

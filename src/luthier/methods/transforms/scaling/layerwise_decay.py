@@ -27,7 +27,7 @@ class LayerwiseDecay(Transform):
 
     # a layer's rate over that of the layer above it
     decay: Annotated[float, Field(gt=0, le=1), Range(0.7, 0.98)] = 0.9
-    # layers of the network; 0: as many as are numbered among what may move
+    # layers of the network; 0: counted from the names of the trainable parameters
     layers: Annotated[int, Field(ge=0)] = 0
 
     def bind(self, attached):

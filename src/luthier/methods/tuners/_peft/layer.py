@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from luthier.methods.quantizers._base import Quantized
 from luthier.methods.tuners._delta import Delta, oriented
+from luthier.model.quantized_linear import Quantized
 from luthier.registry import provides_of
 
 if TYPE_CHECKING:
@@ -29,8 +29,8 @@ SIDEWAYS = (Conv1D, nn.Embedding)  # modules that keep their weight as [in, out]
 
 
 class DeltaParams(nn.Module):
-    """The tensors of one adapter on one layer, in fp32 whatever the base is; whole numbers and truth values
-    as they are.
+    """The tensors of one adapter on one layer, in fp32 whatever the base is; integers and booleans keep their
+    type.
     """
 
     watch: Any = None  # called with the gradient of the tuned weight [out, in], by forwards that form it
@@ -183,7 +183,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
 
 class DeltaModel(BaseTuner):
-    """Puts Layers in place."""
+    """Puts DeltaLayers in place."""
 
     target_module_mapping = TARGETS
     tuner_layer_cls: type[DeltaLayer]

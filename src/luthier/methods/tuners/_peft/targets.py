@@ -28,7 +28,7 @@ def ends_one(name: str, every: Any) -> bool:
 
 
 class ModuleNames:
-    """What a model holds before anything is put into it."""
+    """The modules of a model before anything is put into it."""
 
     def __init__(self, model: Network):
         self.names = [n for n, _ in model.named_modules() if n]

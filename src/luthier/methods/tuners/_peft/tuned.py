@@ -21,14 +21,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from luthier.errors import RecipeError
-from luthier.methods.quantizers._base import QuantizedMatrix, modules, numbers, opened
 from luthier.methods.tuners._base import ParamGroup, TunedModel
 from luthier.methods.tuners._delta import Delta, oriented
 from luthier.methods.tuners._peft.io import low_rank_factors, plain_state, write_adapter
 from luthier.methods.tuners._peft.layer import ADAPTER, INITIAL, SIDEWAYS, DeltaLayer, sideways
 from luthier.methods.tuners._peft.targets import ModuleNames, as_list, ends_one, first_line, tied_modules
-from luthier.model.calibration import statistics
 from luthier.model.experts import stacked
+from luthier.model.quantized_linear import QuantizedMatrix, modules, numbers, opened
+from luthier.model.statistics import statistics
 from luthier.registry import did_you_mean
 from luthier.storage import checkpoints
 

@@ -14,7 +14,7 @@ from luthier.registry import tuner
 
 @tuner(paper="arXiv:1902.00751", provides=[DISABLE_ADAPTER])
 class Houlsby(Bottleneck):
-    """Two serial adapters a layer."""
+    """Two serial adapters per layer."""
 
     # the last linear modules of attention and of the feed-forward part
     target_modules: str | list[str] = rf".*\.({ATTENTION}|{FFN})"

@@ -26,12 +26,13 @@ class IA3(Tuner):
 
     on_quantized: ClassVar[bool] = True
 
-    # ends of names, or one regular expression; not given: k, v and the last of the feed-forward
+    # suffixes of module names, or one regular expression; not given: k, v and the last feed-forward matrix
     target_modules: str | list[str] | None = None
-    # those of them that are scaled by what they read; not given: the last of the feed-forward
+    # those of them whose input is scaled; not given: the last feed-forward matrix
     feedforward_modules: str | list[str] | None = None
-    exclude_modules: str | list[str] | None = None  # ends of names, or a regular expression, to leave alone
-    # further modules that are trained whole and saved beside the adapter
+    # suffixes of module names, or a regular expression, to leave unchanged
+    exclude_modules: str | list[str] | None = None
+    # further modules that are fully trained and saved beside the adapter
     modules_to_save: list[str] | None = None
 
     def attach(self, model):

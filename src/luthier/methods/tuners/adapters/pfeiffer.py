@@ -13,6 +13,6 @@ from luthier.registry import tuner
 
 @tuner(paper="arXiv:2005.00247", provides=[DISABLE_ADAPTER])
 class Pfeiffer(Bottleneck):
-    """One serial adapter a layer."""
+    """One serial adapter per layer."""
 
     target_modules: str | list[str] = rf".*\.({FFN})"  # the last linear modules of the feed-forward part

@@ -20,7 +20,7 @@ from luthier.registry import tuner
 
 @tuner(paper="arXiv:2210.08823", row="ssf", provides=[DISABLE_ADAPTER, MERGE])
 class SSF(Delta):
-    """Scale and shift features. Two numbers per output channel move."""
+    """Scale and shift features: two trainable numbers per output channel."""
 
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear, nn.LayerNorm)
 

@@ -24,16 +24,16 @@ from luthier.registry import Range, tuner
 
 @tuner(paper="doi:10.1016/j.patter.2023.100729", row="stable-ft-biomedical", provides=[MERGE])
 class Reinit(Tuner):
-    """Full tuning with new top layers. On small sets of rows one or two layers help most."""
+    """Full fine-tuning with re-initialised top layers. On small data sets one or two layers help most."""
 
-    layers: Annotated[int, Field(ge=1), Range(1, 4)] = 1  # top layers that start anew
+    layers: Annotated[int, Field(ge=1), Range(1, 4)] = 1  # top layers that are re-initialised
 
     def attach(self, model):
         return ReinitializedModel(self, model)
 
 
 class ReinitializedModel(TunedWeights):
-    """All weights; the blocks at the top forget what they knew once, before the first step."""
+    """All weights; the blocks at the top are re-initialised once, before the first step."""
 
     def __init__(self, settings, model):
         super().__init__(settings, model, lambda name, p: p.is_floating_point())

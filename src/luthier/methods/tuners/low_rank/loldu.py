@@ -22,7 +22,7 @@ from luthier.registry import Range, tuner
 class LoLDU(Delta):
     """Low-rank adaptation by lower-diagonal-upper decomposition."""
 
-    # entries of the diagonal that move, at most all
+    # trainable entries of the diagonal, at most all
     r: Annotated[int, Field(ge=1), Range(16, 768, log=True)] = 64
     lora_alpha: Annotated[float, Field(gt=0)] = 64  # the scale starts at lora_alpha / r
 

@@ -25,7 +25,7 @@ from luthier.registry import Range, tuner
     provides=[DISABLE_ADAPTER, MERGE],
 )
 class LoRASB(Delta):
-    """r * r numbers per module, in the directions in which full fine-tuning would begin to move."""
+    """r * r trainable numbers per module, in the directions of full fine-tuning's first step."""
 
     reads: ClassVar[str] = "gradients"
 

@@ -64,7 +64,7 @@ class AutoPEFT(Delta):
     # 1 for each layer that has modules, 0 for the others; not given: all have
     insert: list[Literal[0, 1]] | None = None
     non_linearity: Activation = "relu"  # of both bottlenecks
-    target_modules: str | list[str] = rf".*\.({FFN}|{KEYS})"  # the modules at which its parts stand
+    target_modules: str | list[str] = rf".*\.({FFN}|{KEYS})"  # the modules to which its parts are attached
 
     def only(self, layers, of):
         return {"insert": [int(i in layers) for i in range(of)]}
@@ -144,7 +144,7 @@ class AutoPEFT(Delta):
 
 
 class FrozenModel(TunedModel):
-    """The vector of zeros: the frozen model, of which nothing moves."""
+    """The vector of zeros: the frozen model, without trainable parameters."""
 
     def all_param_groups(self):
         return []

@@ -1,7 +1,7 @@
 """Control vectors: one soft prompt per quality bin of answers, put before the rows of that bin; generation
 uses the prompt of the best bin.
 
-A row's kind is its column `bucket` (stage `buckets`), 0 the least wanted; rows without one are read under the
+A row's kind is its column `quality_bin` (stage `buckets`), 0 the worst; rows without one are read under the
 last. With `tuner` the network moves along, by that tuner: the second act of plan `meet`. Saved beside all of
 them is the last one alone, as PEFT's PROMPT_TUNING.
 """
@@ -34,13 +34,13 @@ FILE = "control.safetensors"
     contract={"starts_as_base": "vectors before the text change what is read from the first step on"},
 )
 class Control(Tuner):
-    """One soft prompt per bucket of rows."""
+    """One soft prompt per quality bin of rows."""
 
     buckets: Annotated[int, Field(ge=2)] = 2  # kinds of rows, from the least wanted to the most
     num_virtual_tokens: Annotated[int, Field(ge=1)] = 20  # vectors of each
     # one a bucket, from whose tokens it starts; not given: from tokens drawn from the vocabulary
     texts: tuple[str, ...] = ()
-    # what else moves, and how
+    # the tuner of the network; null: only the prompts are trained
     tuner: Annotated[Any, BeforeValidator(lambda v: v if v is None else build("tuner", v))] = None
 
     def __post_init__(self):

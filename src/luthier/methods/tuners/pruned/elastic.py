@@ -22,7 +22,8 @@ from luthier.errors import RecipeError
 from luthier.methods.tuners._base import MERGE, Tuner
 from luthier.methods.tuners.pruned._elastic import COLUMNS, Anatomy, Shape, macs, masked, reorder, sliced
 from luthier.methods.tuners.subset._subset import TunedWeights
-from luthier.model.sensitivity import input_norms
+from luthier.model.linear import linear_modules, oriented
+from luthier.model.statistics import gather
 from luthier.registry import Capability, tuner
 
 ELASTIC = Capability("elastic", says="a tuner with sub-networks (`elastic`)")
@@ -32,7 +33,7 @@ Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_le
 
 @tuner(example={"init_rows": 2}, paper="arXiv:2308.15609", row="instatune", provides=[MERGE, ELASTIC])
 class Elastic(Tuner):
-    """Full tuning of a network with sub-networks."""
+    """Full fine-tuning of a network with sub-networks."""
 
     heads: Shares = (0.5, 0.75, 1.0)  # shares of a layer's heads that a sub-network may have
     width: Shares = (0.25, 0.5, 0.75, 1.0)  # shares of a layer's feed-forward units
@@ -132,10 +133,11 @@ class ElasticModel(TunedWeights):
 
     @torch.no_grad()
     def initialize(self, rows, roles):
-        norms = input_norms(self.model, rows[: self.settings.init_rows], roles)
+        modules = linear_modules(self.model)
+        norms = gather("input_norms", modules, rows[: self.settings.init_rows], roles)
         for layer in self.anatomy.layers:
             for part, which in COLUMNS.items():
-                W, norm = norms[layer[part]]
+                W, norm = oriented(modules[layer[part]]), norms[layer[part]]
                 units = self.anatomy.groups if which == 0 else self.anatomy.width
                 worth = (norm * W.float().norm(dim=0)).square().view(units, -1).sum(1)
                 order = worth.argsort(descending=True, stable=True)

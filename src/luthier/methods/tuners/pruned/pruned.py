@@ -25,7 +25,7 @@ from luthier.errors import RecipeError
 from luthier.methods.tuners._base import MERGE, Tuner
 from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.model.anatomy import layer_of
-from luthier.model.calibration import statistics
+from luthier.model.statistics import statistics
 from luthier.registry import tuner
 
 PATTERN = re.compile(r"(\d+):(\d+)")
@@ -33,7 +33,7 @@ PATTERN = re.compile(r"(\d+):(\d+)")
 
 @tuner(example={"init_rows": 2}, paper="arXiv:2310.06927", row="squarehead", provides=[MERGE])
 class Pruned(Tuner):
-    """All weights, the matrices of the layers with zeros that stay."""
+    """All weights; the matrices of the layers with zeros that stay zero."""
 
     sparsity: Annotated[float, Field(ge=0, lt=1)] = 0.5  # share of every matrix that is zero
     # e.g. "2:4": of every four neighbours in a row two are kept, in place of sparsity
@@ -104,7 +104,7 @@ class Pruned(Tuner):
 
 
 class PrunedModel(TunedWeights):
-    """Which weights stay belongs to the state."""
+    """The masks belong to the state."""
 
     def __init__(self, settings, model):
         super().__init__(settings, model, lambda name, p: p.is_floating_point())

@@ -21,12 +21,12 @@ from luthier.registry import Range, family
 
 @family
 class Sparse(Delta):
-    """Family: some entries of every chosen weight move, each by its own number."""
+    """Family: some entries of every chosen weight are trained, each by its own number."""
 
     # S is multiplied with as W is: its values stay in fp32, and x S' has the model's precision
     precise: ClassVar[bool] = False
 
-    # share of each weight's entries that move
+    # share of each weight's entries that is trained
     density: Annotated[float, Field(gt=0, le=1), Range(0.001, 0.1, log=True)] = 0.01
 
     def count(self, W: Tensor) -> int:

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.tuners.tuners_utils import check_target_module_exists as exists
 
 from luthier.methods.tuners._peft import config_for
-from luthier.model.sensitivity import matrices
+from luthier.model.linear import linear_modules
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -23,7 +23,7 @@ def chosen_modules(settings: Any, model: Network) -> dict[str, Any]:
         out = set(config.exclude_modules or ())
         return {
             n: m
-            for n, m in matrices(model).items()
+            for n, m in linear_modules(model).items()
             if m is not head and not any(n == e or n.endswith(f".{e}") for e in out)
         }
     matches = {

@@ -23,9 +23,9 @@ from luthier.registry import tuner
 
 @tuner(row="apet", provides=[DISABLE_ADAPTER, MERGE])
 class APET(Sparse):
-    """Random positions, n in all."""
+    """Random positions, n in total."""
 
-    # entries that move, over all chosen modules; null: density of them
+    # trainable entries, over all chosen modules; null: density of them
     n: Annotated[int, Field(ge=1)] | None = None
     selection_seed: int = 0  # of the draw of positions
     counts: dict[str, int] | None = None  # how many entries of each module; filled in when attached

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 class TunedWeights(TunedModel):
-    """Own weights chosen by a rule. Kept starts make `off` exact where few weights move."""
+    """The model's own weights, chosen by a rule. Where few are trained, their initial values are kept, which
+    makes `off` exact.
+    """
 
     def __init__(
         self,
@@ -105,8 +107,8 @@ class TunedWeights(TunedModel):
 
 
 class LayerwiseWeights(TunedWeights):
-    """All weights, of which some move now, by the layer they stand in. What is in no layer (embeddings, head)
-    is `outside`.
+    """All weights, of which some layers are trained at a time. What is in no layer (embeddings, head) is
+    `outside`.
     """
 
     def __init__(self, settings: Any, model: Network):

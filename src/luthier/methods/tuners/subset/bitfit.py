@@ -18,11 +18,12 @@ from luthier.registry import tuner
 
 @tuner(paper="arXiv:2106.10199", provides=[DISABLE_ADAPTER, MERGE])
 class BitFit(Tuner):
-    """Every bias of the network, and what `also` names."""
+    """Every bias of the network, and the weights in `also`."""
 
     on_quantized: ClassVar[bool] = True  # biases and norms are no codes
 
-    also: tuple[Literal["norms", "head"], ...] = ()  # further weights that move: of norms, of the output head
+    # further weights that are trained: of norms, of the output head
+    also: tuple[Literal["norms", "head"], ...] = ()
 
     def attach(self, model):
         norms = [

@@ -26,7 +26,7 @@ from luthier.methods.objectives.distillation._distill import divergence
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE, Tuner
 from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.model.anatomy import layer_of, part_of
-from luthier.model.sensitivity import matrices
+from luthier.model.linear import linear_modules
 from luthier.registry import tuner
 
 PARTS = {
@@ -42,11 +42,12 @@ Edge = Annotated[float, Field(ge=0, le=1)]
 
 @tuner(example={"init_rows": 2}, paper="arXiv:2404.10306", row="cofitune", provides=[DISABLE_ADAPTER, MERGE])
 class CoFiTune(Tuner):
-    """Coarse to fine."""
+    """Coarse-to-fine selection of weights."""
 
-    layer_range: tuple[Edge, Edge] = (0.25, 0.5)  # the layers that move, from and to, as shares of the depth
-    modules: tuple[Part, ...] = ("up", "down")  # their matrices that move
-    soft_mask: bool = True  # whether rows that general skills need move less
+    # first and last layer that is trained, as shares of the depth
+    layer_range: tuple[Edge, Edge] = (0.25, 0.5)
+    modules: tuple[Part, ...] = ("up", "down")  # their matrices that are trained
+    soft_mask: bool = True  # whether rows that general skills depend on get a smaller gradient
     noise: Annotated[float, Field(gt=0, lt=1)] = 0.1  # dropout of the passes that measure importance
     init_rows: Annotated[int, Field(ge=1)] = 64  # rows on which importance is measured
 
@@ -55,7 +56,7 @@ class CoFiTune(Tuner):
 
 
 class SoftMaskedWeights(TunedWeights):
-    """Some matrices; each has for its outputs the share of the gradient that is used."""
+    """Some matrices, each with a factor per output row for its gradient."""
 
     def __init__(self, settings, model):
         names = [n for n, _ in model.named_parameters()]
@@ -72,7 +73,7 @@ class SoftMaskedWeights(TunedWeights):
 
         super().__init__(settings, model, moves, keep_start=True)
         self.keep: dict[str, Tensor] = {}
-        linear = matrices(model)
+        linear = linear_modules(model)
         for name in self.names if settings.soft_mask else ():
             module, p = linear.get(module_of(name)), model.get_parameter(name)
             if module is not None and part_of(module_of(name)) in ("up", "down"):
@@ -98,7 +99,7 @@ class SoftMaskedWeights(TunedWeights):
         """
         downs = {
             n: m
-            for n, m in matrices(self.model).items()
+            for n, m in linear_modules(self.model).items()
             if part_of(n) == "down" and layer_of(f"{n}.") in set(map(layer_of, self.keep))
         }
         gates, hooks, turn = {}, [], [0]

@@ -2,7 +2,7 @@
 
 In every layer 2 of W_q, W_k, W_v, W_o move; of up, gate and down 1 in half of the layers and 2 in the others;
 one of two norms. The half is drawn at the start of a run, and another one in the next run that starts from it
-(the acts of a plan: SFT, DPO, task after task). What rests has no gradient and no optimizer state. Departs
+(the runs of a plan: SFT, DPO, task after task). What rests has no gradient and no optimizer state. Departs
 from the paper: of several random draws the one nearest to the ratio in numbers is taken, so that it is half
 also where matrices are of unlike size (grouped queries, GPT-2's fused c_attn). The start is not kept: it
 cannot be switched off. See also merger 'half_reset'.
@@ -27,9 +27,9 @@ DRAWS = 32  # random halves of which the best balanced one is taken
 class HFT(Tuner):
     """Half fine-tuning."""
 
-    # share of the layers' weights that moves; 1 is full tuning
+    # share of the layers' weights that is trained; 1 is full fine-tuning
     ratio: Annotated[float, Field(gt=0, le=1)] = 0.5
-    # whether what is in no layer (embeddings, head, final norm) moves; it is left out of the balance
+    # whether embeddings, head and final norm are trained; they are not counted in ratio
     embeddings: bool = True
 
     def attach(self, model):
@@ -37,7 +37,7 @@ class HFT(Tuner):
 
 
 class HalfTunedWeights(LayerwiseWeights):
-    """A random half of every layer. The number it is drawn by is part of the state, and the next run's half
+    """A random half of every layer. The seed of the draw belongs to the state, and the next run's half
     follows from it.
     """
 

@@ -20,7 +20,7 @@ from luthier.registry import tuner
 class LISA(Tuner):
     """Layerwise importance sampling."""
 
-    n_layers: int = 2  # layers that move at once
+    n_layers: int = 2  # layers trained at once
     interval: int = 20  # optimizer steps between draws
 
     def __post_init__(self):

@@ -2,7 +2,7 @@
 
 The outlier density of a layer is the share of entries with ||X_j|| |W_ij| > outlier_ratio times their mean,
 over its matrices; X is what a matrix reads on a few rows of the data, before tuning. The paper's other half,
-steps of low rank in the drawn layers, is transform 'galore': `transforms: [clip, {name: galore, rank: 256}]`.
+steps of low rank in the drawn layers, is transform 'galore': `optim: [clip, {name: galore, rank: 256}]`.
 Embeddings, head and final norm always move, and the optimizer forgets a layer when it freezes. Departs from
 the reference: densities are measured on the user's rows, not read from a file. Fused experts are read by no
 module of their own: the rest of their layer speaks for them. The start is not kept: it cannot be switched
@@ -18,7 +18,8 @@ from pydantic import Field
 
 from luthier.methods.tuners._base import MERGE, Tuner
 from luthier.methods.tuners.subset.lisa import SampledLayers
-from luthier.model.sensitivity import input_norms
+from luthier.model.linear import linear_modules, oriented
+from luthier.model.statistics import gather
 from luthier.registry import tuner
 
 
@@ -26,7 +27,7 @@ from luthier.registry import tuner
 class OwLore(Tuner):
     """Outlier-weighed layerwise sampling."""
 
-    n_layers: Annotated[int, Field(ge=1)] = 5  # layers that move at once
+    n_layers: Annotated[int, Field(ge=1)] = 5  # layers trained at once
     interval: Annotated[int, Field(ge=1)] = 50  # optimizer steps between draws
     # what makes a layer likely: outliers, or depth
     prob_mode: Literal["owl", "owl_reverse", "uniform", "increasing", "decreasing"] = "owl"
@@ -38,7 +39,7 @@ class OwLore(Tuner):
 
 
 class OutlierSampledLayers(SampledLayers):
-    """A few layers at a time, each as likely as it is dense in outliers."""
+    """A few layers at a time, drawn in proportion to their density of outliers."""
 
     def __init__(self, settings, model):
         super().__init__(settings, model)
@@ -54,7 +55,9 @@ class OutlierSampledLayers(SampledLayers):
     def initialize(self, rows, roles):
         if not self.settings.prob_mode.startswith("owl"):
             return
-        D = self.density(input_norms(self.model, rows[: self.settings.init_rows], roles))
+        modules = linear_modules(self.model)
+        norms = gather("input_norms", modules, rows[: self.settings.init_rows], roles)
+        D = self.density({name: (oriented(modules[name]), norm) for name, norm in norms.items()})
         if self.settings.prob_mode == "owl_reverse":
             D = D.max() + D.min() - D
         D = D + 1e-6  # a layer without outliers stays possible

@@ -20,7 +20,7 @@ from luthier.registry import tuner
 class Part(Tuner):
     """Embeddings and output, or the last layer."""
 
-    # what moves; tied embeddings and output are one tensor
+    # what is trained; tied embeddings and output are one tensor
     part: Literal["embeddings", "last_layer"] = "last_layer"
 
     def attach(self, model):

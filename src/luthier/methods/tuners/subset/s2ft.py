@@ -45,12 +45,12 @@ class S2FT(Delta):
 
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
 
-    # share of the channels whose columns of down move
+    # share of the channels whose columns of down are trained
     d_ratio: Annotated[Share, Range(0.01, 0.2, log=True)] = 0.03
-    u_ratio: Share = 0.0  # of the channels whose rows of up move
-    g_ratio: Share = 0.0  # of the channels whose rows of gate move
-    o_ratio: Share = 0.0  # of the heads whose columns of o move
-    v_ratio: Share = 0.0  # of the key-value heads whose rows of v move
+    u_ratio: Share = 0.0  # share of the channels whose rows of up are trained
+    g_ratio: Share = 0.0  # share of the channels whose rows of gate are trained
+    o_ratio: Share = 0.0  # share of the heads whose columns of o are trained
+    v_ratio: Share = 0.0  # share of the key-value heads whose rows of v are trained
     selection_seed: int = 0  # of the draw of heads and channels
     num_attention_heads: int | None = None  # of the network; filled in when attached
     num_key_value_heads: int | None = None  # of the network; filled in when attached
@@ -60,7 +60,7 @@ class S2FT(Delta):
             raise RecipeError("one of d_ratio, u_ratio, g_ratio, o_ratio, v_ratio must be above 0")
 
     def attach(self, model):
-        from luthier.model.sensitivity import matrices
+        from luthier.model.linear import linear_modules
 
         text = model.config.get_text_config()
         heads = text.num_attention_heads
@@ -70,7 +70,7 @@ class S2FT(Delta):
             num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
         )
         if self.target_modules == "all-linear":
-            there = [n for n in matrices(model) if fitted.ratio(n)]
+            there = [n for n in linear_modules(model) if fitted.ratio(n)]
             missing = [
                 r
                 for part, r in {**READS, **WRITES}.items()
@@ -111,7 +111,7 @@ class S2FT(Delta):
 
 @family
 class WeightSlice(Delta):
-    """The part of one weight that moves."""
+    """The trainable part of one weight."""
 
     name: ClassVar[str] = "s2ft"
     provides: ClassVar[frozenset[str]] = frozenset({DISABLE_ADAPTER, MERGE})

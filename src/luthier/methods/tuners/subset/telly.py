@@ -22,7 +22,7 @@ from luthier.registry import tuner
 
 @tuner(paper="arXiv:2304.05216", row="telly-k", provides=[DISABLE_ADAPTER, MERGE])
 class Telly(Tuner):
-    """The top of the network. The paper's best trade is about K = 9 of 12 layers."""
+    """The top of the network. The paper's best trade-off is about K = 9 of 12 layers."""
 
     # frozen layers, counted from the input; below 1 a share of them; 0 freezes embeddings only
     k: Annotated[float, Field(ge=0)] = 0.75

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from luthier.errors import RecipeError
 from luthier.kernels.logprobs import Head
-from luthier.methods.architectures._base import ENTROPY, HIDDEN, LOGPROBS, TOPK, Architecture, pad
-from luthier.model.batch import Batch
+from luthier.methods.architectures._base import ENTROPY, HIDDEN, LOGPROBS, TOPK, Architecture
+from luthier.model.batch import Batch, pad
 from luthier.model.language_model import picked
 from luthier.model.outputs import Outputs
 from luthier.registry import architecture

@@ -27,7 +27,7 @@ LEARN = "learn"
 
 @stage(example={"share": 1.0}, row="csr", requires=[COMPLETIONS])
 class CodeSwitch(Stage):
-    """Texts, or what completions say, become (text with exchanged words -> text)."""
+    """Texts, or the completions of rows, become rows (text with replaced words -> text)."""
 
     asks_model = False
 
@@ -36,11 +36,10 @@ class CodeSwitch(Stage):
     share: Annotated[float, Field(ge=0, le=1)] = 0.35  # of the words that are chosen
     # two `source`s to learn it from, one a language; not given: prompts and completions
     languages: tuple[str, str] | None = None
-    # translations that are learned of a word; one of them is drawn each time
+    # translations learned per word; one of them is drawn each time
     neighbours: Annotated[int, Field(ge=1)] = 3
-    # words that stand more rarely in their language are not learned
-    min_count: Annotated[int, Field(ge=1)] = 2
-    window: Annotated[int, Field(ge=1)] = 5  # how far apart words see each other when they are learned
+    min_count: Annotated[int, Field(ge=1)] = 2  # rarer words of a language are not learned
+    window: Annotated[int, Field(ge=1)] = 5  # context window of the word vectors
 
     def __post_init__(self):
         if self.languages and self.dictionary != LEARN:

@@ -26,7 +26,7 @@ from luthier.registry import tuner
 
 @tuner(paper="arXiv:2106.04647", row="compacter", provides=[DISABLE_ADAPTER])
 class Compacter(Bottleneck):
-    """Two serial adapters a layer, of Kronecker products that share a factor."""
+    """Two serial adapters per layer, of Kronecker products that share a factor."""
 
     # the last linear modules of attention and of the feed-forward part
     target_modules: str | list[str] = rf".*\.({ATTENTION}|{FFN})"

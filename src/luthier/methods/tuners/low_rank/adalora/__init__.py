@@ -6,7 +6,7 @@ triplets (a row of A, an entry of E, a column of B) have their E set to zero.
 Importance is |number * gradient|, smoothed, times its smoothed uncertainty, as in PEFT's allocator, which the
 tests compare with. E of a triplet that lost may grow again, and win again, while ranks are still being shared
 out. Departs from the paper: steps are shares of the run, and the orthogonality of A and B is a transform of
-their gradients: `transforms: [orthogonality, clip]`.
+their gradients: `optim: [orthogonality, clip, adam]`.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from luthier.registry import Range, tuner
 
 @tuner(paper="arXiv:2303.10512", provides=[DISABLE_ADAPTER, MERGE, LOW_RANK])
 class AdaLoRA(Delta):
-    """Low rank, shared out between modules by importance."""
+    """Low rank, distributed over modules by importance."""
 
     # ranks of a module at the end, on average
     target_r: Annotated[int, Field(ge=1), Range(4, 64, log=True)] = 8
     init_r: Annotated[int, Field(ge=1)] = 12  # ranks of each module at the start
     lora_alpha: float = 32  # scale of B E A, before division by init_r
-    tinit: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the run before ranks begin to go
-    # share of the run, at its end, in which they stay as they are
+    tinit: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of the run before ranks begin to be removed
+    # share of the run, at its end, in which ranks are fixed
     tfinal: Annotated[float, Field(ge=0, lt=1)] = 0.3
     deltaT: Annotated[int, Field(ge=1)] = 1  # steps between two allocations
     beta1: Annotated[float, Field(gt=0, lt=1)] = 0.85  # smoothing of importance

@@ -14,8 +14,8 @@ SLOTS = ("A", "E", "B")
 
 
 class AdaLoRAModel(PeftTunedModel):
-    """What is known of each number's importance belongs to the state: a run that goes on shares out as it
-    would have.
+    """The statistics of importance belong to the state, so a resumed run allocates ranks as an uninterrupted
+    one.
     """
 
     def __init__(self, settings: Any, model: Network):

@@ -34,9 +34,9 @@ from luthier.registry import tuner
     former_settings={"said": "structure_aware"},
 )
 class IntrinsicDimension(Delta):
-    """d numbers move a whole network."""
+    """d trainable numbers for a whole network."""
 
-    d: Annotated[int, Field(ge=1)] = 1000  # numbers that move, scales of modules included
+    d: Annotated[int, Field(ge=1)] = 1000  # trainable parameters, scales of modules included
     structure_aware: bool = True  # a scale of its own for each module
     seed: int = 0  # of the random map; an adapter is read under the seed it was made with
     modules: int = 0  # how many modules share the d numbers; filled in when it is attached

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 class IntrinsicDimensionModel(PeftTunedModel):
-    """Every module's `theta` is the same parameter. The adapter file repeats it, so that any reader
-    finds it.
+    """The parameter `theta` is shared by all modules. The adapter file repeats it, so that any reader finds
+    it.
     """
 
     def __init__(self, settings: Any, model: Network):

@@ -39,7 +39,7 @@ class LoRA(TargetModules):
 
     r: Annotated[int, Range(4, 64, log=True)] = 8  # rank of the update
     lora_alpha: float = 16  # scale of the update, before division by r (by its root with use_rslora)
-    lora_dropout: float = 0.0  # dropout on what A reads
+    lora_dropout: float = 0.0  # dropout on the input of A
     use_rslora: bool = False  # divide lora_alpha by the root of r
     use_dora: bool = False  # DoRA: the norm of each output's weights is trained apart from its direction
     # true (B = 0), gaussian, pissa, pissa_niter_16 (fast SVD), olora, orthogonal, lq, eva, corda, lora_ga

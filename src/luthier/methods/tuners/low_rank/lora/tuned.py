@@ -20,11 +20,12 @@ from transformers.pytorch_utils import Conv1D
 from luthier.data.load import load_rows
 from luthier.errors import RecipeError
 from luthier.kernels.lora import batched_linear, linear, update
-from luthier.methods.quantizers._base import Quantized, opened
-from luthier.methods.tuners._delta import lies_sideways, oriented
+from luthier.methods.tuners._delta import oriented
 from luthier.methods.tuners._peft import ADAPTER, INITIAL, PeftTunedModel, plain_settings, sideways
 from luthier.methods.tuners.low_rank.lora.starts import DRIVEN
-from luthier.model.calibration import statistics
+from luthier.model.linear import is_transposed
+from luthier.model.quantized_linear import Quantized, opened
+from luthier.model.statistics import statistics
 
 if TYPE_CHECKING:
     from luthier.model.network import Matrix, Network
@@ -56,7 +57,7 @@ def _task(model: Network) -> str | None:
 
 
 class LoraTunedModel(PeftTunedModel):
-    """LoRA, with a start of its own."""
+    """LoRA with starts of its own."""
 
     def why_not_batched(self) -> str | None:
         layers: dict[str, Any] = dict(self.layers)
@@ -182,7 +183,7 @@ class LoraTunedModel(PeftTunedModel):
         how = LoraGAConfig(**self.settings.how)
         for name, G in stats:
             base = layers[name].get_base_layer()
-            base._peft_loraga_grad = G.T if lies_sideways(base) else G
+            base._peft_loraga_grad = G.T if is_transposed(base) else G
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(roles.clock.derive_seed("lora_ga", name, at=0))
                 self._factor(layers[name], "lora_ga_init", how)
@@ -323,7 +324,7 @@ def invertible(C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class QuickLinear(Linear):
-    """PEFT's LoRA layer, read through kernels/lora.py wherever nothing but x A' B' is asked of it."""
+    """PEFT's LoRA layer, computed through kernels/lora.py wherever it does nothing but x A' B'."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         live = [a for a in self.active_adapters if a in self.lora_A]

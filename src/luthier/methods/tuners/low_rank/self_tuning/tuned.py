@@ -20,7 +20,7 @@ from luthier.methods.tuners.low_rank.self_tuning.maths import DECAY, HYPER, deca
 
 
 class SelfTuningModel(PeftTunedModel):
-    """A Delta on a model, and the hyperparameters that its layers answer to."""
+    """A Delta on a model, and the hyperparameters on which its layers depend."""
 
     def __init__(self, settings: Any, network: Any):
         super().__init__(settings, network, config_for(settings))

@@ -28,7 +28,7 @@ from luthier.registry import tuner
     paper="arXiv:2405.14852", row="pv-tuning", requires=[QUANTIZED_WEIGHTS], provides=[DISABLE_ADAPTER, MERGE]
 )
 class PVTuning(Tuner):
-    """Codes, and what is continuous in them."""
+    """Trains the codes and their continuous parts."""
 
     on_quantized: ClassVar[bool] = True
 
@@ -38,8 +38,9 @@ class PVTuning(Tuner):
     max_code_change_per_step: Annotated[float, Field(gt=0, le=1)] = 0.01
     # by how much of its length a weight may change in a step
     code_trust_ratio: Annotated[float, Field(gt=0)] = 0.01
-    delta_decay: Annotated[float, Field(ge=0, le=1)] = 0.0  # of what was asked and not done; 1 forgets it
-    tune_rest: bool = True  # norms, embeddings, head and biases move as well
+    # share of the unrealised update that is forgotten; 1 forgets all of it
+    delta_decay: Annotated[float, Field(ge=0, le=1)] = 0.0
+    tune_rest: bool = True  # train norms, embeddings, head and biases as well
 
     def attach(self, model):
         from luthier.methods.tuners.quantized.pv_tuning.tuned import CodeTunedModel

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import RecipeError
-from luthier.methods.quantizers._base import modules, opened
 from luthier.methods.tuners._base import ParamGroup, TunedModel
 from luthier.model import quantized as files
 from luthier.model.experts import stacked
+from luthier.model.quantized_linear import modules, opened
 from luthier.storage import checkpoints
 
 if TYPE_CHECKING:
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
 
 class CodeTunedModel(TunedModel):
-    """Codes and what is continuous in them. The settings say `step(name, module, gradient, memory)`, which
-    moves codes.
-    """
+    """Codes and their continuous parts. The settings define `step`, which updates the codes."""
 
     def __init__(self, settings: Any, model: Network):
         super().__init__(settings, model)
@@ -58,7 +56,7 @@ class CodeTunedModel(TunedModel):
                 slots[k] = nn.Parameter(value.float())
                 m.register_parameter(f"q_{k}", slots[k])
             self.groups.append(ParamGroup(name, slots, settings))
-            m.heard = self._hear(name)
+            m.on_gradient = self._hear(name)
             self.code_memory |= {
                 f"{name}.{k}": t.to(value.device) for k, t in settings.nothing(m.size).items()
             }

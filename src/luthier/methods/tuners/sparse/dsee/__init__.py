@@ -38,10 +38,10 @@ class DSEE(Delta):
     n_sparse: Annotated[int, Field(ge=0)] = 64  # entries of S in each matrix
     # where they are: where W is least low-rank, or anywhere
     support: Literal["decompose", "random"] = "decompose"
-    sparsity: Share = 0.0  # share of W's entries that the mask takes out; 0: no mask
-    # share of each layer's heads that leave (the paper: 0.25); 0: heads have no coefficients
+    sparsity: Share = 0.0  # share of W's entries that is masked; 0: no mask
+    # share of each layer's heads that is removed (the paper: 0.25); 0: heads have no coefficients
     head_sparsity: Share = 0.0
-    # share of each layer's feed-forward units that leave (the paper: 0.4); 0: units have none
+    # share of each layer's feed-forward units that is removed (the paper: 0.4); 0: units have none
     ffn_sparsity: Share = 0.0
     l1_weight: Annotated[float, Field(ge=0)] = 1e-4  # of the coefficients' absolute values, beside the loss
     prune_at: Annotated[float, Field(ge=0, le=1)] = 0.5  # when, as a share of the run

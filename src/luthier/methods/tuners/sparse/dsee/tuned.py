@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class DSEEModel(PeftTunedModel):
-    """The masks are part of the state: a run that goes on after the pruning finds them."""
+    """The masks belong to the state, so a run that is resumed after the pruning has them."""
 
     def __init__(self, settings: Any, model: Network):
         self.anatomy = Anatomy(model) if settings.structured else None

@@ -29,7 +29,8 @@ class LTSFT(Sparse):
 
     on_quantized: ClassVar[bool] = False  # its first phase moves whole weights
 
-    dense_share: Annotated[float, Field(ge=0, lt=1)] = 0.5  # of the run's steps: how long all weights move
+    # share of the run's steps in which all weights are trained
+    dense_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
     counts: dict[str, int] | None = None  # entries of each module; filled in when they are chosen
 
     def attach(self, model):

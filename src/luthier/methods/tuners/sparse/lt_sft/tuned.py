@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from luthier.errors import RecipeError
-from luthier.methods.quantizers._base import Quantized
 from luthier.methods.tuners._base import ParamGroup
-from luthier.methods.tuners._delta import lies_sideways
 from luthier.methods.tuners._peft import ADAPTER, DeltaLayer, PeftTunedModel, config_for
 from luthier.methods.tuners.sparse._sparse import largest, place_type
+from luthier.model.linear import is_transposed
+from luthier.model.quantized_linear import Quantized
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
 class LotteryTicketModel(PeftTunedModel):
-    """Until the choice the modules' own weights move and where they began is kept; afterwards the other way
-    round.
+    """Before the selection the modules' own weights are trained and their initial values are kept; afterwards
+    the base weights are restored and the selected entries are trained.
     """
 
     def __init__(self, settings: Any, model: Network):
@@ -78,7 +78,7 @@ class LotteryTicketModel(PeftTunedModel):
         """[out, in] how far a weight is from where it began."""
         base = self.sparse[name].get_base_layer()
         delta = base.weight.detach().float() - self.began[name].float()
-        return delta.T if lies_sideways(base) else delta
+        return delta.T if is_transposed(base) else delta
 
     @torch.no_grad()
     def choose(self, rewind: bool = True) -> None:

@@ -40,14 +40,14 @@ class RAMT(Delta):
 
     def attach(self, model):
         from luthier.methods.tuners.sparse.r_amt.tuned import MaskTunedModel
-        from luthier.model.sensitivity import matrices
+        from luthier.model.linear import linear_modules
 
         kinds = {"attention": {"attention"}, "mlp": {"feed-forward"}, "all": {"attention", "feed-forward"}}[
             self.where
         ]
         fitted = self
         if self.target_modules == "all-linear":
-            there = [n for n in matrices(model) if part_of(n) and kind_of(n) in kinds]
+            there = [n for n in linear_modules(model) if part_of(n) and kind_of(n) in kinds]
             if not there:
                 raise RecipeError(
                     f"tuner 'r_amt' finds no {self.where} matrices in {type(model).__name__}: name them in"

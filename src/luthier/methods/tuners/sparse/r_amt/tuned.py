@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class MaskTunedModel(PeftTunedModel):
-    """Masks in adapter files are bits."""
+    """Masks are stored as bits in adapter files."""
 
     def __init__(self, settings: Any, model: Network):
         super().__init__(settings, model, config_for(settings))

@@ -27,14 +27,14 @@ class SaRA(Sparse):
 
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
 
-    # share of each weight that moves, where no threshold is given
+    # share of each weight that is trained, where no threshold is given
     density: Annotated[float, Field(gt=0, le=1)] = 0.1
-    # entries below it in magnitude move; in place of density
+    # train the entries below it in magnitude; in place of density
     threshold: Annotated[float, Field(gt=0)] | None = None
     # weight of the nuclear norm, which favours low rank; 0 = none
     lambda_rank: Annotated[float, Field(ge=0)] = 5e-4
     min_side: int = 64  # weights whose shorter side is more are drawn for it; all, where there is none
-    # when entries that have grown come to rest, as a share of the run; 1 = never
+    # when entries that have grown are frozen, as a share of the run; 1 = never
     progressive: Annotated[float, Field(ge=0, le=1)] = 0.5
 
     def attach(self, model):

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 class SaRAModel(PeftTunedModel):
-    """Entries that have grown come to rest at one point of the run; the optimizer begins anew with the
-    others.
+    """Entries that have grown are frozen at one point of the run; the optimizer state of the others
+    is reset.
     """
 
     def __init__(self, settings: Any, model: Network):

@@ -29,7 +29,7 @@ from luthier.registry import tuner
 
 @tuner(paper="arXiv:2401.16405", row="spiel", provides=[DISABLE_ADAPTER, MERGE])
 class SpIEL(Sparse):
-    """Sparse fine-tuning with a moving set of indices."""
+    """Sparse fine-tuning with a changing set of indices."""
 
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
 

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 class SpIELModel(PeftTunedModel):
-    """What is gathered toward the next exchange belongs to the state, so a run resumes amid an interval."""
+    """The statistics gathered for the next exchange belong to the state, so a run resumes within an
+    interval.
+    """
 
     def __init__(self, settings: Any, model: Network):
         if (

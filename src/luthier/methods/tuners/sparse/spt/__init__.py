@@ -37,13 +37,13 @@ class SPT(Sparse):
     kinds: ClassVar[tuple[type, ...]] = (nn.Linear,)
     on_quantized: ClassVar[bool] = False  # sensitivities are gradients of dense weights
 
-    # parameters that move; null: density of the chosen weights
+    # trainable parameters; null: density of the chosen weights
     budget: Annotated[int, Field(ge=1)] | None = None
     # LoRA where its parameters are at most alpha per sensitive entry; 0 = never
     alpha: Annotated[float, Field(ge=0)] = 10.0
     r: Annotated[int, Field(ge=1)] = 8  # rank of the LoRAs
     init_rows: Annotated[int, Field(ge=1)] = 64  # rows on which sensitivities are measured
-    # module -> entries that move, or minus the rank of its LoRA; filled in from the rows
+    # module -> trainable entries, or minus the rank of its LoRA; filled in from the rows
     plan: dict[str, int] | None = None
 
     def attach(self, model):

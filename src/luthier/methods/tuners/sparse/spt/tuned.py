@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.methods.tuners._delta import oriented
 from luthier.methods.tuners._peft import ADAPTER, DeltaLayer, DeltaParams, PeftTunedModel, config_for
-from luthier.model.sensitivity import squared_gradients
+from luthier.model.statistics import gather
 from luthier.storage import checkpoints
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class SPTModel(PeftTunedModel):
-    """Layers get their tensors from a plan, which is made when rows are seen."""
+    """Layers get their tensors from a plan, which is computed from rows."""
 
     def __init__(self, settings: Any, model: Network):
         super().__init__(settings, model, config_for(settings))
@@ -25,7 +25,7 @@ class SPTModel(PeftTunedModel):
     def initialize(self, rows, roles):
         modules = {n: m.get_base_layer() for n, m in self.layers.items()}
         with self.off():
-            scores = squared_gradients(modules, rows[: self.settings.init_rows], roles)
+            scores = gather("squared_gradients", modules, rows[: self.settings.init_rows], roles)
         plan, places = self.settings.planned({n: s.cpu() for n, s in scores.items()})
         self.follow(plan)
         for name, at in places.items():
