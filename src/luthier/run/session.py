@@ -95,14 +95,9 @@ def open_session(
 
     Whatever a run fails of is left there as failed.json. Raises RecipeError, OutOfMemory among others.
     """
-    from accelerate import Accelerator
     from accelerate.utils import set_seed
 
-    accelerator = Accelerator(
-        cpu=not torch.cuda.is_available(), log_with=[*recipe.report_to] or None, project_dir=str(folder)
-    )
-    atexit.unregister(_leave_processes)
-    atexit.register(_leave_processes)
+    accelerator = _join_processes(recipe, folder)
     main = accelerator.is_main_process
     if callback is None or not main:
         callback = Callback()
@@ -140,6 +135,18 @@ def open_session(
         finally:
             for tracker in accelerator.trackers:
                 tracker.finish()
+
+
+def _join_processes(recipe: Recipe, folder: Path) -> Any:
+    """The accelerator, and what this process owes the others at its end."""
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(), log_with=[*recipe.report_to] or None, project_dir=str(folder)
+    )
+    atexit.unregister(_leave_processes)
+    atexit.register(_leave_processes)
+    return accelerator
 
 
 def _load_data(recipe: Recipe, folder: Path, main: bool) -> Data:
