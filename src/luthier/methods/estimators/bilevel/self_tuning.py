@@ -3,12 +3,12 @@ validation rows.
 
 In turn: `train_steps` on training rows, where the adapter learns the best response to hyperparameters drawn
 around the current ones; `valid_steps` on rows of source `validation`, where the hyperparameters and the
-spread of these draws move along the gradient that goes through that response, less tau times the entropy of
-the draws. Every row has a draw of its own, wherever and with whatever others it is read. Use it with
-objective `by_source`.
+spread of these draws are updated along the gradient through that response, less tau times the entropy of the
+draws. Every row has its own draw, wherever and with whatever others it is read. Use it with objective
+`by_source`.
 
-Departs from the paper: dropout and weight decay are what is learned; of the weight decay's term, which no row
-has a part in, the expectation over draws is taken, as it is known.
+Departs from the paper: dropout and weight decay are what is learned; of the weight decay's term, which does
+not depend on rows, the expectation over draws is taken in closed form.
 """
 
 from __future__ import annotations

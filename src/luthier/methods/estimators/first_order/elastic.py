@@ -1,8 +1,9 @@
 """Elastic steps (InstaTune): adds up the gradient of the full network and of sub-networks that are drawn at
 each step.
 
-The whole learns by the objective without `distill`; sub-networks by all of it, so that with `objective: sft +
-kl` and `roles: {reference: full_network}` they learn the labels and what the whole says. Wants tuner `elastic`.
+The full network is trained on the objective without `distill`; sub-networks on all of it, so that with
+`objective: sft + kl` and `roles: {reference: full_network}` they learn the labels and the full network's
+distribution. Requires tuner `elastic`.
 """
 
 from __future__ import annotations

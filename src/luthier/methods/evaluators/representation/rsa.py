@@ -2,9 +2,9 @@
 before against after.
 
 Of every layer, the mean hidden state of each row is compared with that of every other row by cosine; the
-correlation of these comparisons between the untuned and the tuned model is 1 where the layer sees the rows'
-likenesses as it did. The pictures taken before are kept in the run folder. Telly's study finds that only the
-top two layers change much.
+correlation of these similarities between the untuned and the tuned model is 1 where the layer's similarities
+are unchanged. Those from before training are kept in the run folder. Telly's study finds that only the top
+two layers change much.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Forgetting: loss and accuracy on other tasks than the one that is trained, before and after.
 
-Elsewhere is, in this order: the rows given as `data`; the probe.jsonl that lies beside the base model (the
-practice models carry one: rows of every world they know, by `skill`); else texts that the model itself wrote
-before it was tuned, which need no data: what it used to say should not have become unlikely. Of a network
-that does not write (a new classifier), only given `data` is measured.
+The other tasks are, in this order: the rows given as `data`; the probe.jsonl that lies beside the base model
+(the toy models have one: rows of every task they know, by `skill`); else texts that the model itself
+generated before training, which need no data: what it used to write should not have become unlikely. Of a
+network that does not generate (a new classifier), only given `data` is measured.
 """
 
 from __future__ import annotations

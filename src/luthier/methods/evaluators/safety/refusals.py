@@ -2,8 +2,8 @@
 
 A row whose own answer declines asks for something unsafe; any other row is safe to answer. The rows are those
 given as `data`; else the held-out ones and the probe.jsonl that lies beside the base model. Where none of
-them declines nothing is measured. An answer declines if one of `openings` stands near its start: words, not
-meaning, so read the answers where the numbers matter.
+them declines nothing is measured. An answer declines if one of `openings` occurs near its start: this matches
+words, not meaning, so read the answers where the numbers matter.
 """
 
 from __future__ import annotations

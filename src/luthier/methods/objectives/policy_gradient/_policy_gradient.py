@@ -1,9 +1,10 @@
 """Policy gradients on sampled completions, whose advantages are relative to the other completions of their
 row.
 
-The importance ratio is against the policy that sampled (column `old_logprobs`, the log-probability of each token
-then); rows without the column were sampled by the policy as it is, and the ratio is 1. Log-probabilities are
-those of the model itself: sample at temperature 1, or the ratio of a fresh sample is not that of its sampler.
+The importance ratio is against the policy that sampled (column `old_logprobs`, the log-probability of each
+token then); rows without the column were sampled by the policy as it is, and the ratio is 1. Log-
+probabilities are those of the model itself: sample at temperature 1, or the ratio of a fresh sample is not
+that of its sampler.
 """
 
 from __future__ import annotations

@@ -2,12 +2,12 @@
 the tuned ones.
 
 A row's feature is the state from which its answer is begun. A memory keeps features of both networks side by
-side (`roles: {feature_pairs: feature_pairs}`); the rotation that best turns one into the other, and a shift for each class,
-bring the pretrained feature of a row to the tuned network's, and the output layer learns it by the row's
-answer. The layers below get no gradient from this term, so they are free; the layer itself must move: `tuner:
-full`, or `modules_to_save: [lm_head]` under LoRA. Departs: made for images; the memory tells how features are
-moved, and those of the batch's own rows are judged, so that the loss does not depend on how a batch is split.
-The rotation is fitted at each step.
+side (`roles: {feature_pairs: feature_pairs}`); the rotation that best turns one into the other, and a shift
+for each class, bring the pretrained feature of a row to the tuned network's, and the output layer learns it
+by the row's answer. The layers below get no gradient from this term, so they are free; the layer itself must
+move: `tuner: full`, or `modules_to_save: [lm_head]` under LoRA. Departs: made for images; the memory tells
+how features are moved, and those of the batch's own rows are judged, so that the loss does not depend on how
+a batch is split. The rotation is fitted at each step.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ that averages late snapshots.
 A term beside the loss on real rows: `sft + ogen`. Each known class in turn plays unknown, so that the
 generator learns to say its states from those of its neighbours; generated states of known and of unknown
 classes are then classified by the network's own output layer, and on those of unknown ones the policy stays
-near the mean of its recent snapshots (`roles: {teacher: snapshot_average, generator: {...}}`). With all weights 0 this
-is plain tuning.
+near the mean of its recent snapshots (`roles: {teacher: snapshot_average, generator: {...}}`). With all
+weights 0 this is plain tuning.
 
 Departs: made for CLIP, whose image features and class texts are here the state from which an answer is begun
 and the output layer's row for the class name. States move as the network is tuned, so the gradient of what is

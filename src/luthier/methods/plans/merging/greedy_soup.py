@@ -1,8 +1,8 @@
 """Greedy soup: tunes one model in several ways, then averages those that improve the average on held-out
 rows.
 
-From the best run downwards, a run joins the average where the average does not get worse by it. So the soup
-is never worse than its best ingredient, on the rows that decide; keep others for the last word.
+From the best run downwards, a run joins the average where it does not make the average worse. So the soup is
+never worse than its best ingredient on the rows that decide; keep other rows for the final evaluation.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 is in memory at a time.
 
 Departs: the best of each prompt is kept (the paper's other ranking, over all prompts together, is left out).
-A round is judged by the reward of greedy answers to held-out prompts: the kept answers' own reward nears its
-maximum by choice alone.
+A round is evaluated by the reward of greedy answers to held-out prompts: the reward of the kept answers
+themselves is near its maximum by selection alone.
 """
 
 from __future__ import annotations

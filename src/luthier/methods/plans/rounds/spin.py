@@ -1,9 +1,9 @@
 """SPIN: in rounds, the policy learns to prefer the given answer to its own of the round before. Needs only
 SFT rows.
 
-Each round samples from its own start, which also plays its reference: at the first step the loss is log 2.
-From the second round on, the pairs of the round before are learned too, as in the paper. Departs: one epoch
-count and one learning rate for all rounds, and the recipe's optimizer (the paper: RMSProp, 2 epochs, a
+Each round samples from its own initial policy, which is also its reference: at the first step the loss is log
+2. From the second round on, the pairs of the round before are trained on again, as in the paper. Departs: one
+epoch count and one learning rate for all rounds, and the recipe's optimizer (the paper: RMSProp, 2 epochs, a
 smaller rate later).
 """
 

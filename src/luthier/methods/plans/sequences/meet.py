@@ -1,10 +1,10 @@
 """MEET: trains control vectors for good and for bad answers alone, then together with the network.
 
-Act one: the network stands still, and each bucket's vectors learn to make its answers likely. Act two: they
-and the network, by the recipe's tuner, go on from there on all buckets, so that it learns to use vectors that
-already say something. It then writes under the last bucket. Any scored rows will do: pairs, ratings, good and
-bad. Departs: vectors only, where the paper also tries a LoRA for each kind of answer in the first act; the
-same steps in both acts unless said.
+First run: the network is frozen, and each bin's vectors are trained to make its answers likely. Second run:
+they and the network, by the recipe's tuner, are trained from there on all bins, so that the network learns to
+use vectors that already carry information. Generation uses the last bin. Any scored rows will do: pairs,
+ratings, good and bad. Departs: vectors only, where the paper also tries a LoRA for each kind of answer in the
+first run; the same number of steps in both runs unless set.
 """
 
 from __future__ import annotations

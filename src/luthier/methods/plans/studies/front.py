@@ -3,9 +3,9 @@ seen and chosen from.
 
 How goals enter depends on the recipe. On pairs by `modpo` (a recipe with `dpo` gets it): the first goal is
 the one that the pairs are ranked by, the others are margins. On fresh samples by the stage `score` under
-`online_stages`: goals are added up by weight and the recipe's objective learns from the sum. All models are measured
-on all goals; `hypervolume` says in one number how much of the space of goals the front reaches. Departs from
-the paper: weights are spread evenly over any number of goals.
+`online_stages`: goals are added up by weight and the recipe's objective learns from the sum. All models are
+measured on all goals; `hypervolume` says in one number how much of the space of goals the front reaches.
+Departs from the paper: weights are spread evenly over any number of goals.
 """
 
 from __future__ import annotations
@@ -205,8 +205,8 @@ def weigh(recipe: Any, goals: Mapping[str, Any], weights: Sequence[float]) -> di
     if aim.get("name") not in ("dpo", "modpo"):
         raise RecipeError(
             "plan 'front' weighs goals by objective 'modpo' (or 'dpo') on pairs, or by the stage 'score'"
-            f" under `online_stages` on samples; this recipe has objective {aim.get('name') or recipe.objective} and"
-            " no such stage"
+            " under `online_stages` on samples; this recipe has objective"
+            f" {aim.get('name') or recipe.objective} and no such stage"
         )
     if not weights[0]:
         raise RecipeError(

@@ -1,8 +1,8 @@
 """The mean of the policy's last snapshots, more of them the longer it has trained: OGEN's teacher.
 
-A snapshot is taken every so often (once an epoch in the paper) and the last m are averaged, m growing from
-`least` to `most` along a cosine: an early model that has learned little is soon left out, a late one that
-knows too well is drawn back.
+A snapshot is taken at intervals (once an epoch in the paper) and the last m are averaged, m growing from
+`least` to `most` along a cosine: an early snapshot that has learned little soon drops out, and late
+overfitting is averaged out.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ Answers = list[list[tuple[list[int], list[float]]]]
 
 @role(requires=[LOW_RANK])
 class VLLM(Endpoint):
-    """POST base_url/completions and base_url/load_lora_adapter; for `online_stages: [{name: rollout, sampler: NAME OF
-    THIS ROLE}]`.
+    """POST base_url/completions and base_url/load_lora_adapter; for `online_stages: [{name: rollout, sampler:
+    NAME OF THIS ROLE}]`.
     """
 
     # folder that the server finds under the same path; not given: a temporary one of this machine

@@ -2,7 +2,7 @@
 was generated.
 
 A draw follows from the seed, the step and the row's id. So a resumed run draws what it would have drawn, and
-which rows are answered together does not matter. What was known of earlier completions (scores, ...) leaves
+which rows are batched together does not matter. Columns about earlier completions (scores, ...) are dropped
 with them.
 """
 

@@ -1,9 +1,9 @@
 """Pairs from the step at which a wrong solution goes wrong: before it the policy could still reach the
 answer, after it less often.
 
-Of a wrong solution, the value of each beginning is how often the policy ends right from there; the step of
-lowest advantage is the pit. Rejected is what follows from the pit on, chosen a right way to go on from just
-before it. Learned with `dpo`, this weighs steps by their advantage, which positives alone cannot.
+Of a wrong solution, the value of each prefix is how often the policy ends right from there; the step of
+lowest advantage is the pit. Rejected is what follows from the pit on, chosen a right continuation from just
+before it. Trained on with `dpo`, this weights steps by their advantage, which positives alone cannot.
 """
 
 from __future__ import annotations

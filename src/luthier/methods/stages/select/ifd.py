@@ -1,7 +1,7 @@
 """IFD: keeps the rows whose prompt helps least with their answer, while it still helps; these teach most.
 
 Departs: the answer alone is read after the tokenizer's first token (else its stop token), so that the same
-tokens are asked about with and without the prompt; of several completions the best-scored counts.
+tokens are scored with and without the prompt; of several completions the best-scored counts.
 """
 
 from __future__ import annotations

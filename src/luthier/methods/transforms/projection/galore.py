@@ -1,10 +1,10 @@
 """GaLore: projects the gradient of a matrix onto its main singular directions, so that the optimizer's state
 has only that many rows.
 
-Every `update_proj_gap` steps the directions are taken anew from the gradient's SVD, on its shorter side;
-`inner` works on what is projected, and its update is spread out again. Matrices in layers only: embeddings,
-head, vectors and what is no larger than `rank` go to `inner` as they are, so with full rank the step is that
-of `inner`.
+Every `update_proj_gap` steps the directions are computed anew from the gradient's SVD, on its shorter side;
+`inner` works on the projected gradient, and its update is projected back. Matrices in layers only:
+embeddings, head, vectors and what is no larger than `rank` go to `inner` unprojected, so with full rank the
+step is that of `inner`.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 needs.
 
 Adds the gradient of weight * (|A A' - 1|^2 + |B' B - 1|^2) to theirs, which is the same as adding the term to
-the loss, whatever the accumulation. Stands before the rescaling: `optim: [orthogonality, clip, adam]`. Departs
-from PEFT's AdaLoRA, which takes the norms without their square (the paper has them squared), and their mean
-over all matrices.
+the loss, whatever the accumulation. Stands before the rescaling: `optim: [orthogonality, clip, adam]`.
+Departs from PEFT's AdaLoRA, which takes the norms without their square (the paper has them squared), and
+their mean over all matrices.
 """
 
 from __future__ import annotations

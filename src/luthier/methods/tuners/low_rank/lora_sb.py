@@ -2,8 +2,8 @@
 
 B, R and A start as the truncated SVD of the first step that full fine-tuning would take, -first_step *
 sign(G), with G the mean gradient over `init_rows` rows. B'B = A A' = 1, so R's gradient is B' G A', the best
-that rank r can do: there is no scale to tune. Departs from the paper: G is of -log p of the completions,
-whatever the objective is; and before rows are seen R is zero, so the attached model starts as the base.
+that rank r allows: there is no scale to tune. Departs from the paper: G is of -log p of the completions,
+whatever the objective is; and before rows are read R is zero, so the tuned model starts as the base.
 """
 
 from __future__ import annotations

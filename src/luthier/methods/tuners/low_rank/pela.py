@@ -2,8 +2,8 @@
 decomposition, and trains these.
 
 W = B A of rank in * out / (compress_ratio * (in + out)), so that both together have 1 / compress_ratio of its
-entries. Recover it first against the full model (objective `pela`, whose teacher is role `base`), then tune it for a
-task, or put any tuner on the merged model. What is switched off is the whole model again. Departs: the whole
+entries. Recover it first against the full model (objective `pela`, whose teacher is role `base`), then tune
+it for a task, or put any tuner on the merged model. Switching off gives the full model. Departs: the full
 weight stays in memory while it is tuned.
 """
 

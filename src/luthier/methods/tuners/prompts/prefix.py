@@ -1,11 +1,10 @@
 """Prefix tuning: trains keys and values that are put before those of the text in every layer; the network
 itself is frozen.
 
-With `prefix_projection` they are what a small network makes of smaller vectors, which is how the paper trains
-them. Departs: that network is one for each layer, not one for all; and the text's positions do not move, so a
-prefix is seen from everywhere at the same distance and takes nothing of the length that a network can read.
-So it is an adapter of a type of its own, and not PEFT's PREFIX_TUNING, which counts positions from behind the
-prefix.
+With `prefix_projection` they are the output of a small network on smaller vectors, which is how the paper
+trains them. Departs: that network is one for each layer, not one for all; and the positions of the text do
+not shift, so a prefix has the same distance from every token and takes nothing of the context length. So it
+is an adapter type of its own, and not PEFT's PREFIX_TUNING, which counts positions from behind the prefix.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Elastic tuning (InstaTune): trains all weights so that smaller sub-networks, the first units of each layer,
 work as well.
 
-Before the first step the heads and feed-forward units of each layer are sorted by importance, the norm of
-what a unit says on a few rows times the norm of the weights that read it; the network answers as before.
-Estimator `elastic` then trains the whole and sub-networks drawn at each step, evaluator `pareto` looks for
-the best of them, and `sliced` makes one a model of its own. Departs from the paper: heads are left out by
-groups that share keys and values, and layers only where norms come first.
+Before the first step the heads and feed-forward units of each layer are sorted by importance, the norm of a
+unit's output on a few rows times the norm of the weights that read it; the network's output is unchanged.
+Estimator `elastic` then trains the full network and sub-networks drawn at each step, evaluator `pareto`
+searches for the best of them, and `sliced` makes one a model of its own. Departs from the paper: heads are
+left out by groups that share keys and values, and layers only where norms come first.
 """
 
 from __future__ import annotations

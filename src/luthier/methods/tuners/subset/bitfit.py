@@ -1,7 +1,7 @@
 """BitFit: trains only the biases.
 
-The start of what moves is kept, so switching off gives the base bit for bit. Networks without biases (Llama,
-Mistral, ...) are refused: `also: [norms]` moves their norms' weights instead.
+The initial biases are kept, so switching off gives the base bit for bit. Networks without biases (Llama,
+Mistral, ...) are refused: `also: [norms]` trains their norms' weights instead.
 """
 
 from __future__ import annotations

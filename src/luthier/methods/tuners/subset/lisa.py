@@ -1,9 +1,9 @@
 """LISA: always trains embeddings, output head and final norm, and a few layers that are drawn anew every
 `interval` steps.
 
-The optimizer forgets a layer when it freezes, so its memory is that of what moves. Departs from LMFlow: a
-draw follows from seed and step, so nothing about it needs saving. The start is not kept: it cannot be
-switched off.
+The optimizer state of a layer is dropped when the layer is frozen, so memory is that of the trained layers.
+Departs from LMFlow: a draw follows from seed and step, so nothing about it needs saving. The initial weights
+are not kept, so the tuner cannot be switched off.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """OwLore: LISA with layers that have many outlier weights drawn more often.
 
 The outlier density of a layer is the share of entries with ||X_j|| |W_ij| > outlier_ratio times their mean,
-over its matrices; X is what a matrix reads on a few rows of the data, before tuning. The paper's other half,
-steps of low rank in the drawn layers, is transform 'galore': `optim: [clip, {name: galore, rank: 256}]`.
-Embeddings, head and final norm always move, and the optimizer forgets a layer when it freezes. Departs from
-the reference: densities are measured on the user's rows, not read from a file. Fused experts are read by no
-module of their own: the rest of their layer speaks for them. The start is not kept: it cannot be switched
-off.
+over its matrices; X is the input of a matrix on a few rows of the data, before training. The paper's other
+half, low-rank steps in the drawn layers, is transform 'galore': `optim: [clip, {name: galore, rank: 256}]`.
+Embeddings, head and final norm are always trained, and the optimizer state of a layer is dropped when it is
+frozen. Departs from the reference: densities are measured on the user's rows, not read from a file. Fused
+experts are not measured: the density of their layer is that of its other matrices. The initial weights are
+not kept, so the tuner cannot be switched off.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Telly-K: freezes the embeddings and the K lowest layers; trains the layers above, the final norm and the
 head.
 
-What lies below the first moving layer is read without a gradient, so time and memory fall with K. The start
-of what moves is kept, so switching off gives the base bit for bit. Departs from the paper: K may be a share
-of the layers, and in an encoder-decoder it counts through the encoder's layers and then the decoder's. Tied
-embeddings keep the head frozen with them.
+Below the first trained layer no gradient is computed, so time and memory fall with K. The initial values of
+what is trained are kept, so switching off gives the base bit for bit. Departs from the paper: K may be a
+share of the layers, and in an encoder-decoder it counts through the encoder's layers and then the decoder's.
+Tied embeddings keep the head frozen with them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Sequence classifiers: a completion is a class and the classes are the vocabulary, so `sft` is
 cross-entropy.
 
-Encoders (BERT) answer from their first token, decoders (Llama) from their last. Which classes there are is
-said by the rows, or by a checkpoint that already knows all of them; their order is saved with the model.
+Encoders (BERT) classify from their first token, decoders (Llama) from their last. The classes are those of
+the rows, or of a checkpoint that already knows all of them; their order is saved with the model.
 """
 
 from __future__ import annotations

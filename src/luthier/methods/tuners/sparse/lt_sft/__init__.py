@@ -1,13 +1,14 @@
 """LT-SFT: trains all weights first, selects the K that changed most, resets all weights and then trains only
 these K.
 
-The sparse difference is the adapter: composable by addition, as for zero-shot transfer, where one learned on
-a language's text and one learned on a task in another language are added (`PeftModel` with both active, or
-the one merged into the model on which the other is learned). K is counted over all chosen modules together.
+The sparse difference is the adapter: adapters compose by addition, as for zero-shot transfer, where one
+trained on a language's text and one trained on a task in another language are added (`PeftModel` with both
+active, or the one merged into the model on which the other is trained). K is counted over all chosen modules
+together.
 
 Departs: both phases are one run, so they share its learning-rate schedule (constant is nearest to the paper's
-two), and what was saved before the choice is the K largest differences as they stand then. K is chosen at
-once, not in several rounds, and without the L1 term. Norms stay where they are unless named.
+two), and an adapter saved before the selection is the K largest differences at that point. K is selected at
+once, not in several rounds, and without the L1 term. Norms are frozen unless named.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
 """SaRA: trains the entries of smallest magnitude of every weight, which contribute least to the base model;
 all others are frozen.
 
-Kept as places and values, so gradients and optimizer state are of what moves. Halfway, entries that have
-grown past the threshold keep their value and rest, and the optimizer begins anew with those that are still
-small. In each step the gradient of one weight, drawn anew, is joined by that of lambda_rank times the nuclear
-norm of its moving part: U V'. Departs from the paper: it has one threshold for Stable Diffusion's weights
-(2e-3); here it is that or, per weight, the size of the largest of its smallest `density` entries.
+Stored as positions and values, so gradients and optimizer state are those of the trained entries. Halfway,
+entries that have grown past the threshold are frozen at their value, and the optimizer state of those that
+are still small is reset. In each step the gradient of one weight, drawn at random, is joined by that of
+lambda_rank times the nuclear norm of its trained part: U V'. Departs from the paper: it has one threshold for
+Stable Diffusion's weights (2e-3); here it is that or, per weight, the magnitude of the largest of its
+smallest `density` entries.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """SpIEL: trains a sparse update whose positions change during training. At intervals the smallest values are
 dropped and as many promising positions are added.
 
-Growth `ag`: in the first steps of every interval the gradient of a whole weight is looked at as it passes;
-the k largest entries of the first one are the candidates, whose gradients are added up. Growth `ma`: row and
-column maxima of squared gradients in the manner of SM3 tell where more is to be gained, and no further
-gradient is needed. A new place starts at zero, as does what the optimizer knows of it, with its own count of
-steps. The first exchange replaces all that is not grown again; then the share falls linearly to zero.
+Growth `ag`: in the first steps of every interval the gradient of the whole weight is examined as it is
+computed; the k largest entries of the first one are the candidates, whose gradients are summed. Growth `ma`:
+row and column maxima of squared gradients, as in SM3, estimate where growth is promising, and no further
+gradient is needed. A new position starts at zero, as does its optimizer state, with its own count of steps.
+The first exchange replaces all positions that are not grown again; then the share falls linearly to zero.
 
-Departs: the paper seeds Adam's moments of a new place from what was gathered; here they start at zero,
-whichever optimizer follows (nor does `ma` bring SM3 along). Candidates come from the first micro-batch of an
-interval, so `ag` is not quite the same under another split of the global batch, and it is for one process;
-`ma` has neither limit.
+Departs: the paper initialises Adam's moments of a new position from the gathered gradients; here they start
+at zero, whichever optimizer follows (nor does `ma` require SM3). Candidates come from the first micro-batch
+of an interval, so `ag` depends slightly on how the global batch is split, and it is for one process; `ma` has
+neither limit.
 """
 
 from __future__ import annotations

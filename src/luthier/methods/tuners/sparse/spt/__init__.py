@@ -3,10 +3,11 @@ LoRA where a weight has many sensitive ones.
 
 The sensitivity of an entry is its squared gradient, summed over a few batches of the data. The most sensitive
 entries of all chosen weights are marked; a weight with at least (parameters of its LoRA) / alpha of them gets
-the LoRA instead, the others move entry by entry. How many are marked is sought so that what moves is the
-budget. Before rows are seen, entries are drawn at random. Departs from the paper: matrices only, no vectors;
-LoRA as the structured part (the paper also has adapters); the count that the LoRAs leave is used up exactly.
-The sensitivities take one fp32 number per weight while they are compared.
+the LoRA instead, in the others the marked entries are trained. The number of marks is chosen so that the
+trainable parameters meet the budget. Before rows are read, entries are drawn at random. Departs from the
+paper: matrices only, no vectors; LoRA as the structured part (the paper also has adapters); what the LoRAs
+leave of the budget is used up exactly. The sensitivities take one fp32 number per weight while they are
+compared.
 """
 
 from __future__ import annotations
