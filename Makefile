@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test check docs clean
+.PHONY: demo test test-fast test-all check docs clean
 
 demo: $(VENV)/.installed            ## tune the built-in practice model on built-in rows, under 3 minutes on 2 cores
 	$(BIN)/luthier tune recipes/demo.yaml
@@ -18,8 +18,17 @@ check: $(VENV)/.tested              ## style, types, docs up to date, recipes va
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	$(BIN)/python -m luthier.tools.docs --check
 
-docs: $(VENV)/.installed            ## write docs/methods from the declarations
+docs: $(VENV)/.installed            ## build the site into build/site: guides, a page for every method, the API
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
 	$(BIN)/python -m luthier.tools.docs
+	rm -rf build/docs && $(BIN)/python -m luthier.tools.docs --site build/docs
+	$(BIN)/mkdocs build --quiet
+
+test-fast: $(VENV)/.tested          ## the quick tests, under two minutes
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m fast
+
+test-all: $(VENV)/.tested check     ## everything, the slow tests too
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m ""
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -31,21 +31,21 @@ def test_check_tells_what_differs(tmp_path, capsys):
         (tmp_path / name).write_text(f"# R\n{begin}\n{end}\n")
     assert docs.docs(tmp_path, check=False) == 0
     assert docs.docs(tmp_path, check=True) == 0
-    (tmp_path / "methods/objective/sft.md").write_text("other\n")
-    (tmp_path / "methods/tuner/gone.md").write_text("gone\n")
+    (tmp_path / "methods/objective.md").write_text("other\n")
+    (tmp_path / "methods/gone.md").write_text("gone\n")
     (tmp_path / "papers.md").unlink()
     (tmp_path / "recipes.md").write_text("# R\n")
     assert docs.docs(tmp_path, check=True) == 1
     said = capsys.readouterr().err
-    assert "sft.md is out of date" in said and "gone.md describes a method that is not there" in said
+    assert "objective.md is out of date" in said and "gone.md describes no kind of methods" in said
     assert "papers.md is missing" in said and "table of keys" in said
 
 
 def test_every_method_has_a_page_with_every_setting():
-    made = docs.pages()
+    made = docs.site_pages()
     for c in registry.cards():
         text = made[f"methods/{c.kind}/{c.name}.md"]
-        assert c.summary in text
+        assert c.summary in " ".join(text.split())
         assert all(f"| `{f.name}` |" in text for f in fields(registry.find(c.kind, c.name)))
 
 
@@ -90,3 +90,10 @@ def test_sentences_that_are_explained_are_said():
 
 def test_there_is_a_licence():
     assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")[:200]
+
+
+def test_the_method_that_contributing_shows_is_the_real_file():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = re.search(r"```python\n(.*?)\n```", text, re.S)
+    real = ROOT / "src/luthier/methods/tuners/adapters/ssf.py"
+    assert shown and shown.group(1) == real.read_text(encoding="utf-8").rstrip()

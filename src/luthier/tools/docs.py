@@ -1,63 +1,135 @@
-"""The pages that follow from the declarations: `python -m luthier.tools.docs` writes them, `--check` fails
-where they differ.
+"""The pages that follow from the declarations. `python -m luthier.tools.docs` writes those of the repository,
+`--check` fails where they differ, `--site FOLDER` writes a whole docs folder for the site, with a page for every
+method.
 
-docs/methods/<kind>/<name>.md for each method, docs/methods/index.md, docs/papers.md, docs/claims.md, and
-between two marks the table of keys in docs/recipes.md and the worlds in docs/practice.md. Everything else in
-docs/ is written by hand.
+In the repository: docs/methods/<kind>.md, docs/papers.md, docs/claims.md, and between two marks the table of
+keys in docs/recipes.md and the toy tasks in docs/practice.md. Everything else in docs/ is written by hand.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
-from luthier import registry
+import yaml
+
+from luthier import compat, registry
 from luthier.recipe.catalogue import known, papers
+from luthier.registry.describe import settings_table
 from luthier.study.reproduce.page import page as claims_page
 
 BEGIN, END = "<!-- keys: written by luthier.tools.docs -->", "<!-- /keys -->"
 WORLDS_BEGIN, WORLDS_END = "<!-- worlds: written by luthier.tools.docs -->", "<!-- /worlds -->"
+RECIPES = Path("recipes")  # of a clone: whole recipes, by the name of their method
 
 
 def pages() -> dict[str, str]:
-    """Path below docs/ -> text, of every page that is wholly generated."""
-    made = {
-        f"methods/{c.kind}/{c.name}.md": tidy(registry.page(registry.find(c.kind, c.name)))
-        for c in registry.cards()
-    }
-    return {
-        **made,
-        "methods/index.md": tidy(index()),
-        "papers.md": tidy(papers_page()),
-        "claims.md": tidy(claims_page()),
-    }
+    """Path below docs/ -> text, of every generated page of the repository."""
+    out = {f"methods/{kind}.md": tidy(index(kind)) for kind in registry.KINDS if registry.cards(kind)}
+    out["methods/index.md"] = tidy(kinds())
+    out["papers.md"] = tidy(papers_page())
+    out["claims.md"] = tidy(claims_page())
+    out["compat.md"] = tidy(compat_page())
+    return out
 
 
-def index() -> str:
-    """Every method on one page."""
-    lines = [
-        "# Methods",
-        "",
-        "Written from the declarations. `luthier methods` prints the same in a terminal.",
+def site_pages() -> dict[str, str]:
+    """Path below the site's docs folder -> text, of a page for every method."""
+    out = {}
+    for card in registry.cards():
+        out[f"methods/{card.kind}/{card.name}.md"] = tidy(method_page(card))
+    return out
+
+
+def kinds() -> str:
+    """The kinds of methods, a link each."""
+    lines = ["# Methods", "", "| kind | what it is | how many |", "| - | - | - |"]
+    for kind, about in registry.KINDS.items():
+        if registry.cards(kind):
+            lines.append(f"| [{kind}]({kind}.md) | {about.title} | {len(registry.cards(kind))} |")
+    return "\n".join(lines)
+
+
+def index(kind: str) -> str:
+    """Every method of a kind on one page."""
+    lines = [f"# {registry.KINDS[kind].title}", ""]
+    lines += [
+        "`luthier methods --kind " + kind + "` prints the same, `luthier methods NAME` a method's page.",
         "",
     ]
-    for kind in registry.KINDS:
-        some = registry.cards(kind)
-        if some:
-            lines += [
-                f"## {registry.KINDS[kind].title}",
-                "",
-                "| name | what it is | paper |",
-                "| - | - | - |",
-            ]
-            lines += [
-                f"| [{c.name}]({kind}/{c.name}.md) | {cell(c.summary)} | {link(c.paper)} |" for c in some
-            ]
-            lines += [""]
+    lines += ["| name | what it does | paper |", "| - | - | - |"]
+    for card in registry.cards(kind):
+        lines.append(f'| <a id="{card.name}"></a>`{card.name}` | {cell(card.summary)} | {link(card.paper)} |')
+    return "\n".join(lines)
+
+
+def method_page(card: registry.Card) -> str:
+    """A method's page: what it does, when to use it, what it needs, a whole recipe, its settings."""
+    cls = registry.find(card.kind, card.name)
+    about = inspect.getdoc(inspect.getmodule(cls)) or ""
+    lines = [f"# {card.name}", "", about, "", inspect.getdoc(cls) or "", ""]
+    if card.paper:
+        lines += [f"Paper: {link(card.paper)}.", ""]
+    for label, words in (("Requires", cls.requires), ("Provides", cls.provides), ("Removes", cls.removes)):
+        if words:
+            lines += [f"{label}: {', '.join(describe_word(w) for w in sorted(words))}.", ""]
+    lines += recipe_lines(card)
+    if fields(cls):
+        lines += ["## Settings", "", *settings_table(cls), ""]
+    return "\n".join(lines)
+
+
+def describe_word(word: str) -> str:
+    """A capability or column, with what it means."""
+    says = getattr(word, "says", "")
+    return f"`{word}` ({says})" if says else f"`{word}`"
+
+
+def recipe_lines(card: registry.Card) -> list[str]:
+    """A whole recipe of the method where the repository has one, else how a recipe names it."""
+    path = recipes().get(card.name)
+    if path is None:
+        language = "python" if card.kind == "compiler" else "yaml"
+        return [
+            "## In a recipe",
+            "",
+            f"```{language}",
+            registry.KINDS[card.kind].example.format(card.name),
+            "```",
+            "",
+        ]
+    text = path.read_text(encoding="utf-8").rstrip()
+    rate = yaml.safe_load(text).get("learning_rate")
+    lines = ["## A whole recipe", "", f"`{path.as_posix()}`", "", "```yaml", text, "```", ""]
+    if rate is not None:
+        lines += [f"Its learning rate, {rate:g}, suits the small toy model; larger models take less.", ""]
+    return lines
+
+
+@cache
+def recipes() -> dict[str, Path]:
+    """Name of a method -> the recipe of this name."""
+    return {path.stem: path for path in sorted(RECIPES.rglob("*.yaml"))}
+
+
+def compat_page() -> str:
+    """What is changed in other libraries, and why."""
+    lines = [
+        "# What luthier touches in other libraries",
+        "",
+        "In library use every change holds for a run and is taken back at its end; the command line's own process",
+        "keeps them. `src/luthier/compat/` holds all of them.",
+        "",
+        "| library | what | why |",
+        "| - | - | - |",
+    ]
+    lines += [f"| {p.library} | {cell(p.what)} | {cell(p.why)} |" for p in compat.PATCHES]
     return "\n".join(lines)
 
 
@@ -74,23 +146,28 @@ def papers_page() -> str:
     ]
     lines += ["| paper | family | method |", "| - | - | - |"]
     for p in sorted(done, key=lambda p: (p["family"], p["title"])):
-        by = ", ".join(
-            f"[{b}]({f'claims.md#{b[6:]}' if b.startswith('claim/') else f'methods/{b}.md'})" for b in p["by"]
-        )
+        by = ", ".join(paper_link(b) for b in p["by"])
         lines += [f"| {cell(p['title'])} | {p['family']} | {by} |"]
     return "\n".join(lines)
 
 
+def paper_link(source: str) -> str:
+    """A method ("tuner/ssf") or a claim ("claim/ssf") as a link from docs/."""
+    kind, _, name = source.partition("/")
+    page = "claims.md" if kind == "claim" else f"methods/{kind}.md"
+    return f"[{source}]({page}#{name})"
+
+
 def keys() -> str:
     """A table of every key of a recipe, from the fields of Recipe and their comments."""
-    from luthier.recipe.recipe import Recipe
+    from luthier.recipe.recipe import HIDDEN, Recipe
 
-    said = registry.helps(Recipe)
+    helps = registry.helps(Recipe)
     lines = ["| key | default | meaning |", "| - | - | - |"]
     for f in fields(Recipe):
-        if f.name in ("origins", "told"):
+        if f.name in HIDDEN:
             continue
-        lines += [f"| `{f.name}` | `{registry.default_of(f)}` | {cell(said[f.name])} |"]
+        lines += [f"| `{f.name}` | `{registry.default_of(f)}` | {cell(helps[f.name])} |"]
     return "\n".join(lines)
 
 
@@ -101,15 +178,16 @@ def worlds() -> str:
 
     lines: list[str] = []
     for name in practice.worlds():
-        splits, said = find(name).SPLITS, (find(name).__doc__ or "").strip()
+        splits, about = find(name).SPLITS, (find(name).__doc__ or "").strip()
         by_kinds: dict[str, list[str]] = {}
         for split, kinds in splits.items():
             by_kinds.setdefault(", ".join(kinds), []).append(f"`{split}`")
-        lines += [f"### {name}", "", said, "", "| splits | kinds of row |", "| - | - |"]
+        lines += [f"### {name}", "", about, "", "| splits | kinds of row |", "| - | - |"]
         lines += [f"| {', '.join(names)} | {kinds} |" for kinds, names in by_kinds.items()]
         example = next(row for split in ("test", "new") for row in practice.rows(name, split, 1))
-        told = {k: example[k] for k in ("kind", "prompt", "completion", "messages", "answer") if k in example}
-        lines += ["", "```json", json.dumps(told, ensure_ascii=False), "```", ""]
+        columns = ("kind", "prompt", "completion", "messages", "answer")
+        row = {k: example[k] for k in columns if k in example}
+        lines += ["", "```json", json.dumps(row, ensure_ascii=False), "```", ""]
     return "\n".join(lines)
 
 
@@ -133,11 +211,9 @@ def cell(text: str) -> str:
 def link(paper: str | None) -> str:
     if not paper:
         return ""
-    return (
-        f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})"
-        if paper.startswith("arXiv:")
-        else paper
-    )
+    if not paper.startswith("arXiv:"):
+        return paper
+    return f"[{paper}](https://arxiv.org/abs/{paper.removeprefix('arXiv:')})"
 
 
 def tidy(text: str) -> str:
@@ -154,16 +230,16 @@ def tidy(text: str) -> str:
 
 def differences(to: Path) -> Iterator[str]:
     """What `python -m luthier.tools.docs` would change, a sentence each."""
-    made = pages()
-    for path, text in made.items():
+    expected = pages()
+    for path, text in expected.items():
         here = to / path
         if not here.is_file():
             yield f"{here} is missing"
         elif here.read_text(encoding="utf-8") != text:
             yield f"{here} is out of date"
     for path in sorted((to / "methods").rglob("*.md")):
-        if path.relative_to(to).as_posix() not in made:
-            yield f"{path} describes a method that is not there"
+        if path.relative_to(to).as_posix() not in expected:
+            yield f"{path} describes no kind of methods"
     for name, what in (("recipes.md", "the table of keys"), ("practice.md", "the list of worlds")):
         page = to / name
         if not page.is_file() or page.read_text(encoding="utf-8") != between(
@@ -175,19 +251,29 @@ def differences(to: Path) -> Iterator[str]:
 def write(to: Path) -> int:
     """Write every generated page; how many."""
     shutil.rmtree(to / "methods", ignore_errors=True)
-    made = pages()
-    for path, text in made.items():
+    generated = pages()
+    for path, text in generated.items():
         (to / path).parent.mkdir(parents=True, exist_ok=True)
         (to / path).write_text(text, encoding="utf-8")
     for name in PARTS:
         page = to / name
         if page.is_file():
             page.write_text(between(page.read_text(encoding="utf-8"), name), encoding="utf-8")
-    return len(made)
+    return len(generated)
+
+
+def write_site(source: Path, to: Path) -> int:
+    """Write a docs folder for the site: the repository's, and a page for every method; how many of these."""
+    shutil.copytree(source, to, dirs_exist_ok=True)
+    generated = site_pages()
+    for path, text in generated.items():
+        (to / path).parent.mkdir(parents=True, exist_ok=True)
+        (to / path).write_text(text, encoding="utf-8")
+    return len(generated)
 
 
 def docs(to: Path, check: bool) -> int:
-    """The exit code of `luthier docs`."""
+    """Write the repository's pages, or check them; the exit code."""
     if not check:
         print(f"{write(to)} pages written below {to}")
         return 0
@@ -205,13 +291,19 @@ def docs(to: Path, check: bool) -> int:
 def main() -> int:
     import argparse
 
-    asked = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="python -m luthier.tools.docs", description=__doc__.split("\n", 1)[0]
     )
-    asked.add_argument("--check", action="store_true", help="fail where a page differs from the declarations")
-    asked.add_argument("--to", type=Path, default=Path("docs"), help="the docs folder")
-    given = asked.parse_args()
-    return docs(given.to, given.check)
+    parser.add_argument(
+        "--check", action="store_true", help="fail where a page differs from the declarations"
+    )
+    parser.add_argument("--to", type=Path, default=Path("docs"), help="the docs folder")
+    parser.add_argument("--site", type=Path, help="write a docs folder for the site there")
+    options = parser.parse_args()
+    if options.site:
+        print(f"{write_site(options.to, options.site)} pages of methods written below {options.site}")
+        return 0
+    return docs(options.to, options.check)
 
 
 if __name__ == "__main__":
