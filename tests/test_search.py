@@ -368,7 +368,7 @@ def test_what_else_is_said_of_a_front():
     for said, plan, why in (
         ("utility", {}, "plan makes none"),
         ("hypervolume", {"goal/short": None}, "`worst` for short"),
-        ("utility(loss @ 3)", {}, "only a volume"),
+        ("utility(loss @ 3)", {}, "only a hypervolume"),
     ):
         with pytest.raises(RecipeError, match=why):
             parse_goals([said], "loss", plan)
@@ -712,7 +712,7 @@ def test_a_goal_that_nothing_moves_is_told():
         for i in range(3)
     ]
     assert searching.unmoved(wanted, tried) == [
-        "trained was 5.00 in all 3 configurations: nothing that was searched moves it"
+        "trained was 5.00 in all 3 configurations: nothing that was searched changes it"
     ]
     assert not searching.unmoved(wanted, tried[:1])
 

@@ -1,5 +1,5 @@
-"""What is searched: the space, the goals, the limits, the searcher, the budget and the seeds. What cannot work
-is refused before anything is computed.
+"""What is searched: the space, the goals, the limits, the searcher, the budget and the seeds. What cannot
+work is refused before anything is computed.
 """
 
 from __future__ import annotations
