@@ -11,7 +11,10 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from types import MappingProxyType
+
+import numpy as np
 
 from luthier.errors import RecipeError
 from luthier.registry import did_you_mean, find, former_metrics, metrics
@@ -25,9 +28,9 @@ ALIASES = {
     "time": "seconds",
 }
 UNITS = {
-    "memory": {"": 1, "MB": 1, "GB": 1024, "TB": 1024**2},
-    "time": {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600},
-    "parameters": {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9},
+    "peak_memory_mb": {"": 1, "MB": 1, "GB": 1024, "TB": 1024**2},
+    "seconds": {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600},
+    "trained": {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9},
 }
 # figures of a front, and whether more is better
 FIGURES = {"hypervolume": True, "utility": True, "sparsity": False}
@@ -107,9 +110,8 @@ def parse_goals(
     recipe says.
     Raises RecipeError for what is no goal.
     """
-    words: list[str] = []
-    for text in texts:
-        words += [word.strip() for word in re.split(r",(?![^(]*\))", text) if word.strip()]
+    # at commas outside of brackets
+    words = list(filter(None, map(str.strip, re.split(r",(?![^(]*\))", ",".join(texts)))))
     if len(set(words)) < len(words):
         raise RecipeError(f"--goals: {', '.join(words)} names a goal twice")
     goals = []
@@ -133,17 +135,18 @@ def _parse_front(word: str) -> Goal:
     if not match:
         raise RecipeError(f"--goals: '{word}' is not a front such as front(accuracy, retention_loss @ 0, 5)")
     figure = "hypervolume" if match[1] == "front" else match[1]
-    axes = tuple(_metric_name(word) for word in match[2].split(","))
-    ups = [higher_is_better(metric) for metric in axes]
+    axes = tuple(map(_metric_name, match[2].split(",")))
     worst = _parse_point(match[3], axes) if match[3] else ()
+    # of shares, the worst there is
+    ends = [float(not higher_is_better(axis)) for axis in axes]
     if figure != "hypervolume":
         if worst:
             raise RecipeError(
                 f"--goals: {word}: only a hypervolume is taken from a point; remove what is behind the @"
             )
         return Goal(name, name, FIGURES[figure], axes, figure=figure)
-    if not worst and all(metric_of(metric).is_share for metric in axes):
-        worst = tuple(0.0 if up else 1.0 for up in ups)
+    if not worst and all(metric_of(axis).is_share for axis in axes):
+        worst = tuple(ends)
     if len(worst) != len(axes):
         raise RecipeError(
             f"--goals: {word} needs a number for each of {', '.join(axes)} that is worse than anything"
@@ -154,7 +157,7 @@ def _parse_front(word: str) -> Goal:
 
 def _parse_point(text: str, axes: Sequence[str]) -> tuple[float, ...]:
     try:
-        return tuple(float(number) for number in text.split(","))
+        return tuple(map(float, text.split(",")))
     except ValueError:
         raise RecipeError(
             f"--goals: '{text}' is no point; give a number for each of {', '.join(axes)}"
@@ -184,33 +187,33 @@ def front_figure(goal: Goal, points: Sequence[Mapping[str, float]]) -> float | N
     """The figure of a run's front. points: the metrics of each of its models. None where no point has all
     metrics of the front, nan where one of them is not finite.
     """
-    signs = {metric: 1.0 if higher_is_better(metric) else -1.0 for metric in goal.front}
-    values = []
-    for point in points:
-        if all(metric in point for metric in signs):
-            values.append([sign * float(point[metric]) for metric, sign in signs.items()])
-    if not values:
+    rows = []
+    for point in _complete(goal, points):
+        rows.append([point[metric] for metric in goal.front])
+    values = np.array(rows, float)
+    # for each metric 1 where more is better, else -1
+    signs = np.array([2.0 * higher_is_better(metric) - 1.0 for metric in goal.front])
+    if not values.size:
         return None
-    if not all(math.isfinite(x) for row in values for x in row):
+    if not np.isfinite(values).all():
         return math.nan
-    worst = [sign * bound for sign, bound in zip(signs.values(), goal.worst)]
-    return find("plan", "front").figure(goal.figure, values, worst)
+    worst = signs * np.array(goal.worst) if goal.worst else ()
+    return find("plan", "front").figure(goal.figure, signs * values, worst)
+
+
+def _complete(goal: Goal, points: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """The points that have all metrics of a front."""
+    return [point for point in points if point.keys() >= set(goal.front)]
 
 
 def beyond_worst(goal: Goal, points: Sequence[Mapping[str, float]]) -> str:
     """What lies beyond the point from which a hypervolume is taken, as a sentence: the hypervolume does not
     say how far. Empty where nothing does.
     """
-    complete = [point for point in points if all(metric in point for metric in goal.front)]
     for metric, worst in zip(goal.front, goal.worst):
-        values = [float(point[metric]) for point in complete]
-        if higher_is_better(metric):
-            least = min(values, default=worst)
-            beyond = least < worst
-        else:
-            least = max(values, default=worst)
-            beyond = least > worst
-        if beyond:
+        values = [worst, *map(itemgetter(metric), _complete(goal, points))]
+        least = min(values) if higher_is_better(metric) else max(values)
+        if least != worst:
             return (
                 f"{metric} {least:.4g} lies beyond {worst:.4g}, from where the hypervolume of '{goal.name}'"
                 " is taken"
@@ -223,10 +226,11 @@ def beyond_worst(goal: Goal, points: Sequence[Mapping[str, float]]) -> str:
 
 def parse_limits(texts: Sequence[str], quality: str) -> tuple[Limit, ...]:
     """texts: such as "memory <= 8GB and accuracy >= 90%". Raises RecipeError for what is no limit."""
-    parts: list[str] = []
-    for text in texts:
-        parts += [part for part in re.split(r",| and ", text) if part.strip()]
-    return tuple(_parse_limit(part, quality) for part in parts)
+    limits = []
+    for part in re.split(r",| and ", ",".join(texts)):
+        if part.strip():
+            limits.append(_parse_limit(part, quality))
+    return tuple(limits)
 
 
 def _parse_limit(text: str, quality: str) -> Limit:
@@ -235,13 +239,11 @@ def _parse_limit(text: str, quality: str) -> Limit:
         raise RecipeError(f"--constraint: '{text}' is not a limit such as memory <= 8GB or accuracy >= 90%")
     name, sign, number, unit = match.groups()
     metric = quality if name == QUALITY else _metric_name(name)
-    alias = next((word for word, target in ALIASES.items() if target == metric), name)
-    units = UNITS.get(alias, {"": 1, "%": 0.01})
+    units = UNITS.get(metric, {"": 1, "%": 0.01})
     if unit not in units:
-        raise RecipeError(
-            f"--constraint: {name} is not measured in '{unit}' but in {', '.join(u for u in units if u)}"
-        )
-    if alias not in UNITS and metric not in metrics() and "/" not in metric:
+        names = ", ".join(filter(None, units))
+        raise RecipeError(f"--constraint: {name} is not measured in '{unit}' but in {names}")
+    if metric not in metrics() and "/" not in metric:
         hint = did_you_mean(name, _names())
         raise RecipeError(f"--constraint: nothing measures '{name}'{hint}")
     return Limit(" ".join(text.split()), metric, sign[0] == "<", float(number) * units[unit])

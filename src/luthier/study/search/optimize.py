@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from luthier.clock import Clock
-from luthier.methods.searchers._base import Searcher, Suggestion
+from luthier.methods.searchers._base import Observation, Searcher, Suggestion
 from luthier.study.search.trials import Measurement, Trial, TrialStore, full_runs, number_of
 
 ROUNDING = 1e-9  # shares of a run add up to whole runs but for this much
@@ -64,7 +64,7 @@ def _next(
     others = store.in_flight(history)
     used = full_runs(finished)
     if crew:
-        used += sum(other.share for other in others)
+        used += _shares(others)
     if used >= trials - ROUNDING or sum(trial.measurement.seconds for trial in finished) >= seconds:
         return None
     suggestion = searcher.ask(store.space, [*history, *others], len(store.goals), Clock(seed))
@@ -75,7 +75,7 @@ def _next(
     if crew:
         # others may have begun since the store was read: whoever wrote first goes on
         used = full_runs(store.finished())
-        used += sum(other.share for other in store.in_flight(history, before=t.number))
+        used += _shares(store.in_flight(history, before=t.number))
         if _exceeds(used, cost, trials):
             store.withdraw(t)
             return None
@@ -84,8 +84,16 @@ def _next(
 
 def _share_reached(finished: Sequence[Trial], number: int | None) -> float:
     """The largest share of its steps after which a configuration was measured."""
-    shares = [t.observation.share for t in finished if t.observation.number == number]
-    return max(shares, default=0.0)
+    share = 0.0
+    for trial in finished:
+        if trial.observation.number == number:
+            share = max(share, trial.observation.share)
+    return share
+
+
+def _shares(observations: Sequence[Observation]) -> float:
+    """What these cost, in full runs."""
+    return sum(observation.share for observation in observations)
 
 
 def _exceeds(used: float, cost: float, budget: float) -> bool:

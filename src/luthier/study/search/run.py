@@ -164,7 +164,9 @@ def _optimize_together(
     from luthier.study import cluster
 
     folder = folder.resolve()
-    reported = {trial.observation.number: trial.observation.share for trial in store.finished()}
+    reported: dict[int, float] = {}
+    for trial in store.finished():
+        reported[trial.observation.number] = trial.observation.share
 
     def work(i: int) -> None:
         optimize(

@@ -135,7 +135,7 @@ def search_spec(
 def parse_seeds(value: Any, first: int, option: str) -> tuple[int, ...]:
     """3 -> three from `first` on; '5,6,7' or [5, 6, 7] -> these. Raises RecipeError for anything else."""
     if isinstance(value, (list, tuple)):
-        seeds = tuple(int(seed) for seed in value)
+        seeds = tuple(map(int, value))
     else:
         seeds = _parse_seed_text(str(value), first, option)
     if not seeds or len(set(seeds)) < len(seeds):
@@ -177,7 +177,7 @@ def _parse_trials_and_budget(trials: float | None, budget: str | None) -> tuple[
 def _check_test_data(recipe: Recipe, data: Data, test_data: Any) -> None:
     """Refuse test rows that a run is trained on, or by which configurations are chosen."""
     test = load_data(recipe.but(eval_data=test_data)).held_out
-    used = {_content(row) for row in (*data.rows, *data.held_out)}
+    used = set(map(_content, (*data.rows, *data.held_out)))
     twice = sum(_content(row) in used for row in test)
     if twice:
         raise RecipeError(
@@ -189,7 +189,7 @@ def _check_test_data(recipe: Recipe, data: Data, test_data: Any) -> None:
 
 
 def _content(row: Mapping[str, Any]) -> str:
-    return json.dumps({k: row.get(k) for k in ("prompt", "completions")}, sort_keys=True, default=str)
+    return json.dumps([row.get("prompt"), row.get("completions")], sort_keys=True, default=str)
 
 
 def _default_quality(recipe: Recipe, rows: Sequence[dict]) -> str:
@@ -209,7 +209,9 @@ def _choose_evaluators(
     """The recipe with the evaluators that its goals require and no others, since each run is evaluated twice;
     and the usual ones beyond these, which measure the chosen configurations at the end.
     """
-    metrics = {quality, *(limit.metric for limit in limits)}
+    metrics = {quality}
+    for limit in limits:
+        metrics.add(limit.metric)
     for goal in goals:
         metrics.update(goal.front or (goal.metric,))
     available = _available(recipe, rows) | {"reference"}
@@ -231,8 +233,11 @@ def _choose_evaluators(
         chosen.append(name)
     recipe = recipe.but(evaluate=chosen)
     available = _available(recipe, rows)
-    usual = [e for e in DEFAULT_EVALUATORS if requirements(build("evaluator", e)) <= available]
-    return recipe, [e for e in usual if e not in chosen]
+    usual = []
+    for name in DEFAULT_EVALUATORS:
+        if name not in chosen and requirements(build("evaluator", name)) <= available:
+            usual.append(name)
+    return recipe, usual
 
 
 def _available(recipe: Recipe, rows: Sequence[dict]) -> set[str]:
@@ -260,9 +265,8 @@ def _check_space(search_space: SearchSpace, rows: Sequence[dict]) -> None:
                 dry_run(first_run(recipe), rows)
             except RecipeError as error:
                 raise RecipeError(f"--space {dim.name}={value}: {error}", error.code) from None
-    lowest = {d.name: d.start if d.choices else d.at(0.0) for d in space.dims}
-    highest = {d.name: d.start if d.choices else d.at(1.0) for d in space.dims}
-    for point in (lowest, highest):
+    for end in (0.0, 1.0):
+        point = {d.name: d.at(end) for d in space.dims if not d.choices}
         recipe = search_space.recipe_of(space.active(point))
         recipe.methods()
         recipe.aim()
@@ -277,7 +281,7 @@ def _earlier_points(folder: str | Path, search_space: SearchSpace) -> tuple[dict
     for candidate in json.loads(path.read_text(encoding="utf-8"))["found"]:
         earlier = candidate["point"]
         point = search_space.space.active(earlier)
-        shared = any(name in earlier and earlier[name] == value for name, value in point.items())
+        shared = [name for name in point if name in earlier and earlier[name] == point[name]]
         if shared and point not in points:
             points.append(point)
     if not points:

@@ -45,9 +45,11 @@ class Measurement:
         """The mean over seeds of the metrics that every seed has."""
         runs = list(self.by_seed.values())
         means: dict[str, float] = {}
-        for metric in runs[0] if runs else ():
-            if all(metric in run for run in runs):
-                means[metric] = float(np.mean([run[metric] for run in runs]))
+        if runs:
+            shared = set.intersection(*map(set, runs))
+            for metric in runs[0]:
+                if metric in shared:
+                    means[metric] = float(np.mean([run[metric] for run in runs]))
         return means
 
 
@@ -101,7 +103,7 @@ class TrialStore:
         """Every trial that was measured, in the order in which they ended."""
         ended = self._in_state("done")
         ended.sort(key=lambda t: (t.user_attrs["ended"], t.number))
-        return [self._trial(t) for t in ended]
+        return list(map(self._trial, ended))
 
     def running(self) -> list[Any]:
         """Optuna's trials that this worker began and did not end."""
@@ -112,8 +114,8 @@ class TrialStore:
 
         before: only trials with a number below this one.
         """
-        values = np.array([s.values for s in history]) if history else np.zeros((1, len(self.goals)))
-        median = tuple(float(v) for v in np.median(finite_values(values), 0))
+        values = [s.values for s in history] or [(0.0,) * len(self.goals)]
+        median = tuple(np.median(finite_values(np.array(values)), 0).tolist())
         others = []
         for t in self._in_state("RUNNING"):
             if t.user_attrs["worker"] != self.worker and t.number < before:
@@ -125,9 +127,13 @@ class TrialStore:
 
     def begin(self, suggestion: Suggestion, kind: str = "asked") -> Any:
         """Write down a configuration that is about to be measured; Optuna's trial of it."""
-        lib, distributions = load_optuna(), optuna_distributions(self.space)
-        key = uuid.uuid4().hex
-        params = {k: v for k, v in suggestion.point.items() if k in distributions}
+        lib, key = load_optuna(), uuid.uuid4().hex
+        params: dict[str, Any] = {}
+        distributions: dict[str, Any] = {}
+        for name, distribution in optuna_distributions(self.space).items():
+            if name in suggestion.point:
+                params[name] = suggestion.point[name]
+                distributions[name] = distribution
         attrs = {
             "key": key,
             "point": dict(suggestion.point),
@@ -141,12 +147,14 @@ class TrialStore:
             lib.trial.create_trial(
                 state=lib.trial.TrialState.RUNNING,
                 params=params,
-                distributions={k: distributions[k] for k in params},
+                distributions=distributions,
                 user_attrs=attrs,
             )
         )
-        written = reversed(self.study.get_trials(deepcopy=False))
-        return next(t for t in written if t.user_attrs.get("key") == key)
+        for t in reversed(self.study.get_trials(deepcopy=False)):
+            if t.user_attrs.get("key") == key:
+                return t
+        raise LookupError(f"trial {key} is not in its storage")
 
     def withdraw(self, t: Any) -> None:
         """Undo `begin`."""
@@ -169,8 +177,7 @@ class TrialStore:
         writer = lib.Trial(self.study, t._trial_id)
         for key, value in attrs.items():
             writer.set_user_attr(key, value)
-        trials = self.study.get_trials(deepcopy=False)
-        trial = self._trial(next(x for x in trials if x.number == t.number))
+        trial = self._trial(self.study.get_trials(deepcopy=False)[t.number])
         values = trial.observation.values
         if measurement.failed or not all(map(math.isfinite, values)):
             self.study.tell(t.number, state=lib.TrialState.FAIL)
@@ -192,16 +199,18 @@ class TrialStore:
         by_seed = {int(seed): metrics for seed, metrics in attrs["by_seed"].items()}
         measurement = Measurement(by_seed, attrs["took"], attrs["failed"], attrs.get("code", ""))
         mean = measurement.mean()
-        if measurement.failed:
-            values = (math.inf,) * len(self.goals)
-            violation = 1.0 if self.limits else 0.0
-        else:
-            values = tuple(goal.value(mean) for goal in self.goals)
+        values: list[float] = []
+        goals: dict[str, float] = {}
+        for goal in self.goals:
+            value = math.inf if measurement.failed else goal.value(mean)
+            values.append(value)
+            goals[goal.name] = goal.shown_value(value)
+        violation = float(bool(measurement.failed and self.limits))
+        if not measurement.failed:
             violation = sum(limit.violation(mean) for limit in self.limits)
         observation = Observation(
-            number_of(t), attrs["point"], values, attrs["share"], violation, attrs["marks"]
+            number_of(t), attrs["point"], tuple(values), attrs["share"], violation, attrs["marks"]
         )
-        goals = {goal.name: goal.shown_value(value) for goal, value in zip(self.goals, values)}
         return Trial(observation, measurement, goals, attrs["kind"])
 
 
@@ -222,5 +231,7 @@ def full_runs(trials: Sequence[Trial]) -> float:
         shares[number] = max(shares.get(number, 0.0), trial.observation.share)
         if trial.measurement.idle:
             idle.add(number)
-    paid = sum(share for number, share in shares.items() if number not in idle)
+    for number in idle:
+        del shares[number]
+    paid = sum(shares.values())
     return paid + max(0.0, len(idle) - paid)

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import date
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,14 @@ def choose(trials: Sequence[Trial], most: int = CHOSEN) -> list[Trial]:
     if not candidates:
         return []
     if len(candidates[0].observation.values) == 1:
-        ranked = best_first([trial.observation for trial in candidates])
-        return [by_number[observation.number] for observation in ranked[:most]]
+        best = best_first([trial.observation for trial in candidates])[:most]
+        return [by_number[observation.number] for observation in best]
     return _cover(candidates, most)
 
 
 def _cover(candidates: Sequence[Trial], most: int) -> list[Trial]:
     """Of the front: the best in the first goal, then always the one that adds most volume."""
-    values = np.array([trial.observation.values for trial in candidates])
+    values = _values(candidates)
     low, high = values.min(0), values.max(0)
     scaled = (values - low) / np.where(high > low, high - low, 1.0)
     front = np.flatnonzero(pareto_ranks(values) == 0).tolist()
@@ -74,8 +75,13 @@ def front_numbers(trials: Sequence[Trial]) -> list[int]:
     feasible = [trial for trial in trials if trial.feasible]
     if not feasible:
         return []
-    ranks = pareto_ranks(np.array([trial.observation.values for trial in feasible]))
-    return sorted({trial.observation.number for trial, rank in zip(feasible, ranks) if rank == 0})
+    front = np.flatnonzero(pareto_ranks(_values(feasible)) == 0)
+    return sorted({feasible[i].observation.number for i in front})
+
+
+def _values(trials: Sequence[Trial]) -> np.ndarray:
+    """[trials, goals], the smaller the better."""
+    return np.array([trial.observation.values for trial in trials])
 
 
 def unmoved(goals: Sequence[Goal], trials: Sequence[Trial]) -> list[str]:
@@ -83,7 +89,7 @@ def unmoved(goals: Sequence[Goal], trials: Sequence[Trial]) -> list[str]:
     complete = {trial.observation.number: trial.goals for trial in trials if trial.complete}
     notes = []
     for goal in goals:
-        values = {metrics[goal.name] for metrics in complete.values()}
+        values = set(map(itemgetter(goal.name), complete.values()))
         if len(complete) > 1 and len(values) == 1:
             notes.append(
                 f"{goal.name} was {number(min(values))} in all {len(complete)} configurations:"
@@ -128,23 +134,33 @@ def judge(
     )
     test_folder = folder / f"test-{comparison_spec.fingerprint()}"
     comparison = run_comparison(comparison_spec, test_folder, callback)
-    recipe_trial = next((trial for trial in trials if trial.kind == RECIPE), None)
-    tested = dict(zip(list(arms)[1:], chosen))
-    if recipe_trial is not None:
-        tested = {RECIPE: recipe_trial, **tested}
+    tested = [trial for trial in trials if trial.kind == RECIPE][:1]
+    names = list(arms) if tested else list(arms)[1:]
     lines = []
-    for name, trial in tested.items():
-        runs = [Path(run) for run in comparison["arms"][name]["runs"]]
-        finished = [run for run in runs if (run / "report.json").is_file()]
+    for name, trial in zip(names, [*tested, *chosen]):
+        finished = []
+        for run in map(Path, comparison["arms"][name]["runs"]):
+            if (run / "report.json").is_file():
+                finished.append(run)
         lines.append(_line(spec, name, trial, finished))
         comparison["notes"] += _notes_beyond(spec, finished)
     add_intervals(lines)
     comparison["notes"] += unmoved(spec.goals, trials)
-    result["found"] = [line for line in lines if line["name"] != RECIPE]
-    result["start"] = next((line for line in lines if line["name"] == RECIPE), None)
+    result["start"], result["found"] = _split(lines)
     result["comparison"] = comparison
     result["sentence"] = sentence(spec, trials, lines, comparison)
     return result
+
+
+def _split(lines: Sequence[dict[str, Any]]) -> tuple[dict[str, Any] | None, list[dict[str, Any]]]:
+    """The line of the recipe, None where there is none, and those of chosen configurations."""
+    recipe, chosen = None, []
+    for line in lines:
+        if line["name"] == RECIPE:
+            recipe = line
+        else:
+            chosen.append(line)
+    return recipe, chosen
 
 
 def _summary(spec: SearchSpec, folder: Path, trials: Sequence[Trial]) -> dict[str, Any]:
@@ -153,7 +169,7 @@ def _summary(spec: SearchSpec, folder: Path, trials: Sequence[Trial]) -> dict[st
         "recipe": spec.space.recipe.yaml(),
         "goals": [{"name": goal.name, "metric": goal.metric, "up": goal.up} for goal in spec.goals],
         "limits": [limit.text for limit in spec.limits],
-        "over": [_dimension(dim) for dim in spec.space.space.dims],
+        "over": list(map(_dimension, spec.space.space.dims)),
         "sampler": plain(spec.searcher),
         "seeds": list(spec.seeds),
         "test_seeds": list(spec.test_seeds),
@@ -172,6 +188,10 @@ def _summary(spec: SearchSpec, folder: Path, trials: Sequence[Trial]) -> dict[st
 
 def _trial(trial: Trial, folder: Path) -> dict[str, Any]:
     observation, measurement = trial.observation, trial.measurement
+    by_seed, runs = {}, []
+    for seed, metrics in measurement.by_seed.items():
+        by_seed[str(seed)] = dict(metrics)
+        runs.append(str(folder / "trials" / f"{observation.number}-{seed}"))
     return {
         "number": observation.number,
         "point": dict(observation.point),
@@ -179,11 +199,11 @@ def _trial(trial: Trial, folder: Path) -> dict[str, Any]:
         "share": observation.share,
         "goals": _finite(trial.goals),
         "over": observation.violation,
-        "by_seed": {str(seed): dict(metrics) for seed, metrics in measurement.by_seed.items()},
+        "by_seed": by_seed,
         "took": measurement.seconds,
         "failed": measurement.failed,
         "kind": trial.kind,
-        "runs": [str(folder / "trials" / f"{observation.number}-{seed}") for seed in measurement.by_seed],
+        "runs": runs,
     }
 
 
@@ -251,17 +271,18 @@ def add_intervals(lines: Sequence[dict[str, Any]]) -> None:
         several = [line for line in lines if len(line["by_seed"].get(goal, ())) > 1]
         for line in several:
             line.setdefault("interval", {})[goal] = t_interval(line["by_seed"][goal])
-        recipe = next((line for line in several if line["name"] == RECIPE), None)
+        recipe, chosen = _split(several)
         if recipe is None:
             continue
         base = np.array([recipe["by_seed"][goal]]).T
-        differences = []
-        for line in several:
+        compared, differences = [], []
+        for line in chosen:
             column = np.array([line["by_seed"][goal]]).T
-            if line is not recipe and len(column) == len(base):
-                differences.append((line, paired_difference(column, base)))
-        corrected = holm([difference.p for _, difference in differences])
-        for (line, difference), p in zip(differences, corrected):
+            if len(column) == len(base):
+                compared.append(line)
+                differences.append(paired_difference(column, base))
+        corrected = holm([difference.p for difference in differences])
+        for line, difference, p in zip(compared, differences, corrected):
             line.setdefault("beyond", {})[goal] = {
                 "mean": difference.mean,
                 "low": difference.low,
@@ -275,7 +296,7 @@ def add_intervals(lines: Sequence[dict[str, Any]]) -> None:
 
 
 def sentence(
-    spec: SearchSpec, trials: Sequence[Trial], lines: Sequence[Mapping], comparison: Mapping
+    spec: SearchSpec, trials: Sequence[Trial], lines: Sequence[dict[str, Any]], comparison: Mapping
 ) -> str:
     """The answer on test seeds, and of one goal the number on tuning seeds beside it."""
     goal = spec.goals[0]
@@ -295,18 +316,17 @@ def sentence(
     return f"{text}."
 
 
-def _best_on_test(goal: Goal, lines: Sequence[Mapping]) -> Mapping | None:
+def _best_on_test(goal: Goal, lines: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     """The chosen configuration that is best in a goal on test seeds."""
-    chosen = [line for line in lines if line["name"] != RECIPE]
+    _, chosen = _split(lines)
     if not chosen:
         return None
     return min(chosen, key=lambda line: goal.value({goal.metric: line["test"].get(goal.name, math.nan)}))
 
 
-def _front_sentence(goal: Goal, lines: Sequence[Mapping]) -> str:
+def _front_sentence(goal: Goal, lines: Sequence[dict[str, Any]]) -> str:
     """The first chosen configuration beside the recipe, on test seeds, by a figure of their fronts."""
-    best = next(line for line in lines if line["name"] != RECIPE)
-    recipe = next((line for line in lines if line["name"] == RECIPE), None)
+    recipe, (best, *_) = _split(lines)
     text = f"{goal.name} on test seeds: {_with_interval(goal, best)}"
     if recipe is None:
         return text
