@@ -12,9 +12,8 @@ from typing import Any
 
 from luthier.errors import RecipeError
 from luthier.methods.searchers._base import Suggestion, load_optuna
-from luthier.registry import metric
 from luthier.report.console import Callback
-from luthier.report.numbers import number
+from luthier.report.numbers import format_metric, format_number
 from luthier.report.search import page
 from luthier.storage import files
 from luthier.study.search.measure import describe, measure, remove_weights
@@ -142,13 +141,13 @@ def progress_line(spec: SearchSpec, trial: Trial) -> str:
     text = f"{observation.number}. "
     text += "the recipe as it is" if trial.kind == "recipe" else describe(observation.point)
     if observation.share < 1:
-        text += f" ({number(observation.share, True)} of the steps)"
+        text += f" ({format_number(observation.share, True)} of the steps)"
     if measurement.failed:
         outcome = "left out" if measurement.idle else "no numbers"
         return f"{text}: {outcome}, {measurement.failed}"
     values = []
     for goal in spec.goals:
-        values.append(f"{goal.name} {number(trial.goals[goal.name], metric(goal.metric).is_share)}")
+        values.append(f"{goal.name} {format_metric(goal.metric, trial.goals[goal.name])}")
     return f"{text}: {', '.join(values)}"
 
 

@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from luthier.methods.searchers._base import Dim, best_first, pareto_ranks
-from luthier.registry import metric
 from luthier.registry import spec as plain
-from luthier.report.numbers import number
+from luthier.report.numbers import format_metric, format_number
 from luthier.storage import files
 from luthier.study.compare import ALPHA, ComparisonSpec, run_comparison
 from luthier.study.goals import Goal, beyond_worst
@@ -92,7 +91,7 @@ def unmoved(goals: Sequence[Goal], trials: Sequence[Trial]) -> list[str]:
         values = set(map(itemgetter(goal.name), complete.values()))
         if len(complete) > 1 and len(values) == 1:
             notes.append(
-                f"{goal.name} was {number(min(values))} in all {len(complete)} configurations:"
+                f"{goal.name} was {format_number(min(values))} in all {len(complete)} configurations:"
                 " nothing that was searched changes it"
             )
     return notes
@@ -308,10 +307,9 @@ def sentence(
     text = begin + verdict[0].lower() + verdict[1:].rstrip(".")
     best = _best_on_test(goal, lines)
     if best is not None and goal.name in best["test"]:
-        share = metric(goal.metric).is_share
         seeds = "test seeds" if spec.test_data is None else "test seeds and rows"
-        tuning = number(best["tuning"][goal.name], share)
-        test = number(best["test"][goal.name], share)
+        tuning = format_metric(goal.metric, best["tuning"][goal.name])
+        test = format_metric(goal.metric, best["test"][goal.name])
         text += f" ({seeds}; {best['name']} had {tuning} on the tuning seeds, {test} here)"
     return f"{text}."
 
@@ -336,15 +334,15 @@ def _front_sentence(goal: Goal, lines: Sequence[dict[str, Any]]) -> str:
         return f"{text}; one seed, or one without a number: whether it is chance is not known"
     if not difference["apart"]:
         return f"{text}; no difference seen"
-    size = number(abs(difference["mean"]))
+    size = format_number(abs(difference["mean"]))
     low, high = sorted((abs(difference["low"]), abs(difference["high"])))
     word = "better" if (difference["mean"] > 0) == goal.up else "worse"
-    return f"{text}; {word} by {size} ({number(low)} to {number(high)})"
+    return f"{text}; {word} by {size} ({format_number(low)} to {format_number(high)})"
 
 
 def _with_interval(goal: Goal, line: Mapping) -> str:
-    text = f"{line['name']} {number(line['test'].get(goal.name))}"
+    text = f"{line['name']} {format_number(line['test'].get(goal.name))}"
     low, high = line.get("interval", {}).get(goal.name, (0, 0))
     if low < high:
-        text += f" ({number(low)} to {number(high)})"
+        text += f" ({format_number(low)} to {format_number(high)})"
     return text
