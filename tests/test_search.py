@@ -793,7 +793,7 @@ def test_what_moves_nothing_is_told_and_not_paid_for():
         {"accuracy": 0.5, "parameters": 1234.0},
         "asked",
     )
-    assert searching.progress_line(made, told) == "3. x 0.25 (33.3% of the steps): accuracy 50.0%, parameters 1,234"
+    assert searching.progress_line(made, told) == "3. x 0.25 (33.3% of the steps): accuracy 50.0%, parameters 1.23K"
 
 
 def test_the_command_line_knows_it(tiny):

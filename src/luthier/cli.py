@@ -322,7 +322,7 @@ def search(
         typer.Option(
             help="`luthier methods --kind searcher`; with settings: '{name: hyperband, inner: tpe}'."
         ),
-    ] = "bayes",
+    ] = "gp",
     seeds: Annotated[
         str, typer.Option(help="Tuning seeds of each configuration: how many, or which (5,6,7).")
     ] = "1",

@@ -23,7 +23,7 @@ from luthier.study.compare import DEFAULT_EVALUATORS, TUNING_SEED, parse_budget
 from luthier.study.goals import Goal, Limit, parse_goals, parse_limits
 from luthier.study.space import SearchSpace, parse_space
 
-DEFAULT_SEARCHER = "bayes"
+DEFAULT_SEARCHER = "gp"
 DEFAULT_TRIALS = 40.0
 SAMPLE = 100  # rows by which recipes are validated
 
