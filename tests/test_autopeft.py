@@ -15,12 +15,12 @@ import luthier
 from conftest import SUMS
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.methods.searchers._base import Seen
+from luthier.methods.searchers._base import Observation
 from luthier.methods.tuners._base import Untuned
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build
-from luthier.study.search import quest
-from luthier.study.space import over
+from luthier.study.search import search_spec
+from luthier.study.space import parse_space
 from luthier.study.statistics import hypervolume
 from test_tuners import SHAPES, _shaped, asked, base
 
@@ -158,11 +158,11 @@ def shared(tiny) -> dict:
 
 
 def test_the_space_is_the_vector(shared):
-    field = over(Recipe.load(shared))
+    field = parse_space(Recipe.load(shared))
     sizes = ["tuner.serial", "tuner.parallel", "tuner.num_virtual_tokens"]
     assert {d.name for d in field.space.dims} == {"learning_rate", *sizes, *(f"layers.{i}" for i in range(4))}
-    assert field.recipe_of(field.begins) == Recipe.load(shared)
-    made = field.recipe_of({**field.begins, "tuner.serial": 0, "tuner.parallel": 32, "layers.1": False})
+    assert field.recipe_of(field.start) == Recipe.load(shared)
+    made = field.recipe_of({**field.start, "tuner.serial": 0, "tuner.parallel": 32, "layers.1": False})
     assert made.tuner == {
         "name": "autopeft",
         "serial": 0,
@@ -174,7 +174,7 @@ def test_the_space_is_the_vector(shared):
         1,
         4 + 2 * 4,
     ), "a size is one coordinate, a flag has one for each choice"
-    (odd,) = over(
+    (odd,) = parse_space(
         Recipe.load({**shared, "tuner": {"name": "autopeft", "serial": 24}}), ["tuner.serial"]
     ).space.dims
     assert odd.choices == (0, 1, 2, 4, 8, 16, 24, 32, 64) and odd.start == 24
@@ -184,7 +184,7 @@ def test_a_search_of_vectors_covers_more_than_chance(shared):
     """A made-up task of which the upper layers count most and sizes saturate, its numbers counted as they
     are.
     """
-    space = over(
+    space = parse_space(
         Recipe.load(shared), ["tuner.serial", "tuner.parallel", "tuner.num_virtual_tokens", "layers"]
     ).space
     worth = np.array([0.05, 0.1, 0.3, 0.55])
@@ -199,15 +199,15 @@ def test_a_search_of_vectors_covers_more_than_chance(shared):
         searcher, seen = build("searcher", name), []
         for i in range(trials):
             point = searcher.ask(space, seen, 2, Clock(seed)).point
-            seen.append(Seen(i, point, f(point)))
+            seen.append(Observation(i, point, f(point)))
         return hypervolume([s.values for s in seen], (1.1, 1.1))
 
     assert covered("bayes", 0) > np.median([covered("random", seed) for seed in range(5)]) + 0.05
 
 
 def test_a_configuration_that_was_found_moves_to_another_task(shared, tmp_path):
-    how = dict(goals="quality,parameters", sampler="random", test_seeds="0,", apart=False)
-    found = luthier.search({**shared, "seed": 1}, trials=2, folder=tmp_path / "one", **how)
+    how = dict(goals="quality,parameters", sampler="random", test_seeds="0,", subprocesses=False)
+    found = luthier.search({**shared, "seed": 1}, trials=2, output_dir=tmp_path / "one", **how)
     best = found["found"][0]
     assert set(best["point"].values()) >= {True, False}, "some layers, not all"
     recipe = Recipe.load(tmp_path / "one" / f"{best['name']}.yaml")
@@ -217,9 +217,9 @@ def test_a_configuration_that_was_found_moves_to_another_task(shared, tmp_path):
     other = [{"prompt": f"{a}-{b}=", "completion": str(a - b)} for a in range(6) for b in range(6)]
     again = luthier.tune(recipe.but(data=other), folder=tmp_path / "again")
     assert again.stats["moving"] == best["test"]["parameters"] and again.after["loss"] < again.before["loss"]
-    later = quest({**shared, "data": other}, earlier=tmp_path / "one")
+    later = search_spec({**shared, "data": other}, earlier=tmp_path / "one")
     assert later.earlier == (best["point"],)
-    assert build("tuner", later.over.recipe_of(best["point"]).tuner) == build("tuner", recipe.tuner)
+    assert build("tuner", later.space.recipe_of(best["point"]).tuner) == build("tuner", recipe.tuner)
 
 
 def test_a_search_goes_past_zeros(shared, tmp_path):
@@ -228,11 +228,11 @@ def test_a_search_goes_past_zeros(shared, tmp_path):
         "seed": 2,
         "tuner": {"name": "autopeft", "serial": 8, "parallel": 0, "num_virtual_tokens": 0},
     }
-    how = dict(over="tuner.serial=0|8", sampler="random", test_seeds="0,", apart=False)
-    assert luthier.search(start, trials=1, folder=tmp_path / "alone", **how)["sentence"].startswith(
+    how = dict(space="tuner.serial=0|8", sampler="random", test_seeds="0,", subprocesses=False)
+    assert luthier.search(start, trials=1, output_dir=tmp_path / "alone", **how)["sentence"].startswith(
         "Nothing was found"
     )
-    found = luthier.search(start, trials=2, folder=tmp_path / "s", **how)
+    found = luthier.search(start, trials=2, output_dir=tmp_path / "s", **how)
     said = [t["point"].get("tuner.serial") for t in found["trials"]]
     assert said[:2] == [8, 0] and len(said) == 3, "what moves nothing is not paid for"
     assert "no trainable parameters" in found["trials"][1]["failed"] and "no difference seen" in found["sentence"], (

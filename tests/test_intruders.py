@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from luthier.methods.evaluators.representation.intruders import effective_rank, likeness, scaled
+from luthier.methods.evaluators.representation.intruders import scaled
+from luthier.model.weight_changes import effective_rank, likeness
 
 
 def spectrum(rows: int, columns: int, values: torch.Tensor, seed: int) -> torch.Tensor:

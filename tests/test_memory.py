@@ -46,10 +46,10 @@ def need(
 def test_what_moves_is_counted_exactly():
     full, model = need()
     size = sum(p.numel() for p in model.parameters())
-    assert (full.moving, full.state) == (4 * size, 8 * size)
+    assert (full.gradients, full.state) == (4 * size, 8 * size)
     assert need(optimizer={"name": "sgd", "momentum": 0.0})[0].state < 8 * size
     lora = need({"name": "lora", "r": 2})[0]
-    assert lora.moving < full.moving / 4 and lora.activations > 0
+    assert lora.gradients < full.gradients / 4 and lora.activations > 0
 
 
 def test_what_backward_keeps():

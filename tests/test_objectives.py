@@ -33,7 +33,7 @@ from luthier.model.quantized import quantize
 from luthier.model.quantized_linear import Quantized
 from luthier.recipe.recipe import terms
 from luthier.registry import Capability, Column, build, card, find, helps, names, page, requires_of
-from luthier.text.render import Renderer
+from luthier.text.encode import Renderer
 from luthier.train.optimizer import Chain
 
 torch.set_num_threads(1)

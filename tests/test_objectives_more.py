@@ -39,9 +39,9 @@ def tiny(shallow) -> str:
 
 def roles(step: int = 0):
     tokenizer = make_tokenizer()
-    shown = lambda ids: tokenizer.decode(ids)
+    text = lambda ids, special=False: tokenizer.decode(ids)
     return SimpleNamespace(
-        clock=Clock(seed=1), renderer=SimpleNamespace(tokenizer=tokenizer, shown=shown), warn=lambda s: None
+        clock=Clock(seed=1), renderer=SimpleNamespace(tokenizer=tokenizer, text=text), warn=lambda s: None
     )
 
 

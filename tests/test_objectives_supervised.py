@@ -21,7 +21,7 @@ from luthier.model.policy import Policy, Roles
 from luthier.recipe.recipe import Recipe, terms
 from luthier.recipe.validate import DryRunRoles, validate
 from luthier.registry import build
-from luthier.text.render import Renderer
+from luthier.text.encode import Renderer
 from test_objectives import (
     V,
     average,

@@ -10,7 +10,9 @@ from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from luthier.data.load import load_rows as load
 from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow
-from luthier.text.render import Renderer, Rewrites
+from luthier.text.encode import Renderer
+from luthier.text.templates import render_turns
+from luthier.text.turns import Rewrites
 
 DATA = Path(os.environ.get("LUTHIER_DATA", Path(__file__).parents[2] / "shared" / "data"))
 CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
@@ -289,7 +291,7 @@ def test_a_token_across_the_beginning_of_a_reply_is_cut_there():
         and renderer.boundary_mismatches == 1
     )
     encoded = renderer.encode(CHAT)
-    assert tokenizer.decode(encoded.prompt + encoded.completions[0]) == renderer.rendered(CHAT, TALK).rstrip()
+    assert tokenizer.decode(encoded.prompt + encoded.completions[0]) == render_turns(tokenizer, CHAT, TALK).rstrip()
     assert encoded.prompt == renderer.prompt(CHAT)
 
 

@@ -16,7 +16,7 @@ from luthier.methods.tuners._base import Untuned
 from luthier.model.batch import collate
 from luthier.model.policy import Policy, Roles
 from luthier.registry import build
-from luthier.text.render import Encoded, Renderer
+from luthier.text.encode import Encoded, Renderer
 from luthier.toy import bandit
 
 

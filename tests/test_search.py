@@ -19,14 +19,22 @@ from conftest import PAIRS, SUMS
 from luthier.clock import Clock
 from luthier.errors import RecipeError
 from luthier.methods.plans.studies.front import expected_utility, sparsity
-from luthier.methods.searchers._base import Asked, Dim, Seen, Space, crowding, layers, ranked
+from luthier.methods.searchers._base import (
+    Dim,
+    Observation,
+    Space,
+    Suggestion,
+    best_first,
+    crowding,
+    pareto_ranks,
+)
 from luthier.methods.searchers.bandit._brackets import cost, halving
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build, names
 from luthier.study import search as searching
-from luthier.study.goals import below, fold, goals, limits
-from luthier.study.search import Measured, TrialStore, optimize, quest, seeds_of
-from luthier.study.space import only_layers, over
+from luthier.study.goals import beyond_worst, front_figure, parse_goals, parse_limits
+from luthier.study.search import Measurement, TrialStore, optimize, parse_seeds, search_spec
+from luthier.study.space import only_layers, parse_space
 from luthier.study.statistics import hypervolume
 
 PLANE = Space(tuple(Dim(f"x{i}") for i in range(4)))
@@ -63,7 +71,7 @@ def play(spec, f, trials, seed=0, space=PLANE, wanted=2, seen=None):
         paid[number] = max(asked.share, paid.get(number, 0.0))
         values = f(space.encode(asked.point))
         seen.append(
-            Seen(
+            Observation(
                 number,
                 asked.point,
                 tuple(v + 0.2 * (1 - asked.share) for v in values),
@@ -92,7 +100,7 @@ def test_a_searcher_is_a_function_of_what_was_seen(name):
     again = play(name, f, 8, space=MIXED, seen=seen[:5])
     assert [s.point for s in again] == [s.point for s in seen], "stopped in between, it asks the same"
     assert [s.point for s in play(name, f, 8, seed=1, space=MIXED)] != [s.point for s in seen]
-    broken = [*seen, Seen(99, MIXED.start(), (math.inf, math.inf))]
+    broken = [*seen, Observation(99, MIXED.start(), (math.inf, math.inf))]
     assert MIXED.active(build("searcher", name).ask(MIXED, broken, 2, Clock(0)).point)
 
 
@@ -117,9 +125,9 @@ def test_constraints_are_kept_to():
         for i in range(40):
             asked = build("searcher", "tpe").ask(space, seen, 1, Clock(0))
             x, y = asked.point["x"], asked.point["y"]
-            seen.append(Seen(i, asked.point, (x + y,), over=known * max(0.0, 0.5 - x), marks=asked.marks))
+            seen.append(Observation(i, asked.point, (x + y,), violation=known * max(0.0, 0.5 - x), marks=asked.marks))
         asked_there.append(sum(s.point["x"] < 0.5 for s in seen[20:]))
-    assert asked_there[1] < 0.6 * asked_there[0] and ranked(seen)[0].over == 0
+    assert asked_there[1] < 0.6 * asked_there[0] and best_first(seen)[0].violation == 0
 
 
 @pytest.mark.parametrize("prior", ["saas", "plain"])
@@ -133,9 +141,9 @@ def test_improvement_expected_of_processes_covers_more_than_chance_and_keeps_to_
     for i in range(10):
         asked = build("searcher", quick).ask(space, seen, 1, Clock(0))
         x, y = asked.point["x"], asked.point["y"]
-        seen.append(Seen(i, asked.point, (x + y,), over=max(0.0, 0.5 - x), marks=asked.marks))
-    top = ranked(seen)[0]
-    assert top.over == 0 and top.values[0] < 0.75 and top.number >= 6, (
+        seen.append(Observation(i, asked.point, (x + y,), violation=max(0.0, 0.5 - x), marks=asked.marks))
+    top = best_first(seen)[0]
+    assert top.violation == 0 and top.values[0] < 0.75 and top.number >= 6, (
         "the best within the limit is 0.5, at an edge of it"
     )
 
@@ -155,7 +163,7 @@ def test_halving_pays_what_the_formula_says():
     seen = play({"name": "halving", "n": 9}, zdt1, cost(halving(9, 1 / 9, 3)))
     assert [round(9 * s.share) for s in seen] == [1] * 9 + [3] * 3 + [9]
     assert len({s.number for s in seen}) == 9, "survivors go on, they are not begun anew"
-    first = ranked(seen[:9])
+    first = best_first(seen[:9])
     assert {s.number for s in seen[9:12]} == {s.number for s in first[:3]}
 
 
@@ -192,7 +200,7 @@ def test_layers_are_those_of_brute_force():
         return (a <= b).all() and (a < b).any()
 
     left, level = set(range(60)), 0
-    found = layers(values)
+    found = pareto_ranks(values)
     while left:
         now = {i for i in left if not any(beats(values[j], values[i]) for j in left)}
         assert all(found[i] == level for i in now)
@@ -217,16 +225,16 @@ def bandit(seeds: int, trials: int = 40, seed: int = 0):
     never used.
     """
     book, best_at = (
-        TrialStore(Space((Dim("x"),)), goals(["loss"], "loss"), ()),
+        TrialStore(Space((Dim("x"),)), parse_goals(["loss"], "loss"), ()),
         lambda s: np.random.default_rng([seed, s]).uniform(0.2, 0.8),
     )
     f = lambda x, s: {"loss": (x - best_at(s)) ** 2}
 
     def measure(t, index):
-        return Measured({s: f(t.user_attrs["point"]["x"], s) for s in range(1000, 1000 + seeds)}, 1.0)
+        return Measurement({s: f(t.user_attrs["point"]["x"], s) for s in range(1000, 1000 + seeds)}, 1.0)
 
-    top = searching.best(optimize(book, build("searcher", "tpe"), measure, trials, seed=seed))[0]
-    return float(np.mean([f(top.seen.point["x"], s)["loss"] for s in range(50)])) - top.goals["loss"]
+    top = searching.choose(optimize(book, build("searcher", "tpe"), measure, trials, seed=seed))[0]
+    return float(np.mean([f(top.observation.point["x"], s)["loss"] for s in range(50)])) - top.goals["loss"]
 
 
 def test_one_tuning_seed_flatters_and_five_flatter_less():
@@ -237,47 +245,47 @@ def test_one_tuning_seed_flatters_and_five_flatter_less():
 def test_seeds_that_overlap_are_refused(tiny):
     base = {"model": tiny, "data": SUMS, "max_steps": 2}
     with pytest.raises(RecipeError, match="seeds 2 stand under --seeds and under --test-seeds"):
-        quest(base, seeds="1,2", test_seeds="2,3")
-    made = quest(base)
+        search_spec(base, seeds="1,2", test_seeds="2,3")
+    made = search_spec(base)
     assert not set(made.seeds) & set(made.test_seeds) and made.test_seeds == (0, 1, 2)
-    assert seeds_of(3, 1000, "") == (1000, 1001, 1002) and seeds_of("7,", 0, "") == (7,)
+    assert parse_seeds(3, 1000, "") == (1000, 1001, 1002) and parse_seeds("7,", 0, "") == (7,)
     for bad in ("x", "0", "1,1"):
         with pytest.raises(RecipeError, match="--seeds"):
-            seeds_of(bad, 0, "--seeds")
+            parse_seeds(bad, 0, "--seeds")
 
 
 # ---------------------------------------------------------------------------------------------- goals
 
 
 def test_goals_and_limits_are_understood():
-    found = goals(["quality, forgetting,parameters"], "accuracy")
+    found = parse_goals(["quality, forgetting,parameters"], "accuracy")
     assert [(g.metric, g.up) for g in found] == [
         ("accuracy", True),
         ("retention_loss", False),
         ("trained", False),
     ]
     assert found[0].value({"accuracy": 0.5}) == -0.5 and found[0].value({}) == math.inf
-    (limit,) = limits(["memory <= 8GB"], "loss")
-    assert limit.over({"peak_memory_mb": 8192}) == 0 and limit.over({"peak_memory_mb": 16384}) == 1
-    assert [x.value for x in limits(["time < 2h and accuracy >= 90%", "parameters <= 10k"], "loss")] == [
+    (limit,) = parse_limits(["memory <= 8GB"], "loss")
+    assert limit.violation({"peak_memory_mb": 8192}) == 0 and limit.violation({"peak_memory_mb": 16384}) == 1
+    assert [x.value for x in parse_limits(["time < 2h and accuracy >= 90%", "parameters <= 10k"], "loss")] == [
         7200,
         0.9,
         10_000,
     ]
     for bad, said in (
-        (["memory <= 8 cows"], "not counted in 'cows'"),
+        (["memory <= 8 cows"], "not measured in 'cows'"),
         (["memory"], "not a limit"),
         (["lossy < 1"], "did you mean 'loss'"),
     ):
         with pytest.raises(RecipeError, match=said):
-            limits(bad, "loss")
+            parse_limits(bad, "loss")
     for bad, said in (
         (["generated_tokens"], "neither more nor less"),
         (["loss,loss"], "twice"),
         (["front(loss)"], "behind an @"),
     ):
         with pytest.raises(RecipeError, match=said):
-            goals(bad, "loss")
+            parse_goals(bad, "loss")
 
 
 def test_volumes_of_fronts_are_those_by_hand():
@@ -286,11 +294,11 @@ def test_volumes_of_fronts_are_those_by_hand():
     assert hypervolume(two, (4, 4)) == 6 and hypervolume([*two, (3, 3)], (4, 4)) == 6
     assert hypervolume(three, (3, 3, 3)) == 4 and hypervolume([*three, (2, 2, 2)], (3, 3, 3)) == 4
     assert hypervolume([(0, 0, 0)], (1, 2, 3)) == 6 and hypervolume([(5, 0)], (4, 4)) == 0
-    (goal,) = goals(["front(accuracy, retention_loss @ 0, 4)"], "loss")
-    assert goal.up and fold(
+    (goal,) = parse_goals(["front(accuracy, retention_loss @ 0, 4)"], "loss")
+    assert goal.up and front_figure(
         goal, [{"accuracy": 0.5, "retention_loss": 2.0}, {"accuracy": 1.0, "retention_loss": 3.0}]
     ) == pytest.approx(1.5)
-    (shares,) = goals(["front(accuracy,retention_accuracy)"], "loss")
+    (shares,) = parse_goals(["front(accuracy,retention_accuracy)"], "loss")
     assert shares.worst == (0.0, 0.0)
 
 
@@ -299,7 +307,7 @@ def test_a_search_over_fronts_finds_more_than_the_default():
     in any order.
     """
     space = Space((Dim("temperature", 0.01, 10.0, log=True, default=10.0),))
-    (goal,) = goals(["front(generated_reward, accuracy @ 0, 0)"], "loss")
+    (goal,) = parse_goals(["front(generated_reward, accuracy @ 0, 0)"], "loss")
 
     def front_of(temperature, seed):
         rewards = np.random.default_rng(seed).random((8, 2)) ** 2
@@ -307,29 +315,25 @@ def test_a_search_over_fronts_finds_more_than_the_default():
         for w in np.linspace(0, 1, 5):
             p = np.exp((rewards @ [w, 1 - w]) / temperature)
             acts.append(dict(zip(("generated_reward", "accuracy"), (p / p.sum()) @ rewards)))
-        return {goal.metric: fold(goal, acts)}
+        return {goal.metric: front_figure(goal, acts)}
 
-    measure = lambda t, i: Measured(
+    measure = lambda t, i: Measurement(
         {s: front_of(t.user_attrs["point"]["temperature"], s) for s in (1000, 1001, 1002)}
     )
     book = TrialStore(space, (goal,), ())
     tried = optimize(book, build("searcher", "tpe"), measure, 25)
-    at = searching.best(tried)[0].seen.point["temperature"]
+    at = searching.choose(tried)[0].observation.point["temperature"]
     assert np.mean([front_of(at, s)[goal.metric] - front_of(10.0, s)[goal.metric] for s in range(20)]) > 0.05
-    asked = [(Asked(dict(t.seen.point)), "earlier") for t in tried]
+    asked = [(Suggestion(dict(t.observation.point)), "earlier") for t in tried]
     for order in (asked[::-1], [asked[i] for i in np.random.default_rng(0).permutation(len(asked))]):
-        again = optimize(
-            TrialStore(space, (goal,), ()), build("searcher", "tpe"), measure, len(asked), first=order
-        )
-        assert searching.best(again)[0].seen.point["temperature"] == at
-    flat = lambda t, i: Measured({1000: {goal.metric: 1.0}})  # all alike: still the same one
+        again = optimize(TrialStore(space, (goal,), ()), build("searcher", "tpe"), measure, len(asked), first=order)
+        assert searching.choose(again)[0].observation.point["temperature"] == at
+    flat = lambda t, i: Measurement({1000: {goal.metric: 1.0}})  # all alike: still the same one
     ends = [
-        searching.best(optimize(TrialStore(space, (goal,), ()), build("searcher", "tpe"), flat, 25, first=o))[
-            0
-        ]
+        searching.choose(optimize(TrialStore(space, (goal,), ()), build("searcher", "tpe"), flat, 25, first=o))[0]
         for o in (asked, asked[::-1])
     ]
-    assert ends[0].seen.point == ends[1].seen.point
+    assert ends[0].observation.point == ends[1].observation.point
 
 
 def test_what_else_is_said_of_a_front():
@@ -338,36 +342,36 @@ def test_what_else_is_said_of_a_front():
     assert sparsity(points) == pytest.approx(2 * (0.6**2 + 0.4**2) / 2)
     assert sparsity([*points, (0.5, 0.5), points[0]]) == sparsity(points)
     assert sparsity(points[:1]) == math.inf
-    utility, gaps = goals(["utility(accuracy, retention_loss), sparsity(accuracy, retention_loss)"], "loss")
+    utility, gaps = parse_goals(["utility(accuracy, retention_loss), sparsity(accuracy, retention_loss)"], "loss")
     acts = [{"accuracy": 1.0, "retention_loss": 2.0}, {"accuracy": 0.0, "retention_loss": 0.0}]
     by_hand = np.mean([max(w - 2 * (1 - w), 0) for w in np.linspace(0, 1, 21)])
-    assert utility.up and utility.value({utility.metric: fold(utility, acts)}) == pytest.approx(-by_hand)
+    assert utility.up and utility.value({utility.metric: front_figure(utility, acts)}) == pytest.approx(-by_hand)
     assert (
         not gaps.up
-        and fold(gaps, acts) == pytest.approx(1 + 4)
-        and gaps.value({gaps.metric: fold(gaps, acts[:1])}) == math.inf
+        and front_figure(gaps, acts) == pytest.approx(1 + 4)
+        and gaps.value({gaps.metric: front_figure(gaps, acts[:1])}) == math.inf
     )
-    assert fold(gaps, [{"accuracy": 1.0}]) is None and math.isnan(
-        fold(utility, [{"accuracy": math.nan, "retention_loss": 1.0}])
+    assert front_figure(gaps, [{"accuracy": 1.0}]) is None and math.isnan(
+        front_figure(utility, [{"accuracy": math.nan, "retention_loss": 1.0}])
     )
     own = {"goal/short": 0.0, "reward_accuracy": 0.2}
-    (volume,) = goals(["hypervolume"], "loss", own)
+    (volume,) = parse_goals(["hypervolume"], "loss", own)
     acts = [{"goal/short": 0.5, "reward_accuracy": 0.4}, {"goal/short": 0.25, "reward_accuracy": 0.6}]
     assert (
-        fold(volume, acts) == pytest.approx(0.5 * 0.2 + 0.25 * 0.2)
+        front_figure(volume, acts) == pytest.approx(0.5 * 0.2 + 0.25 * 0.2)
         and volume.worst == (0.0, 0.2)
-        and not below(volume, acts)
+        and not beyond_worst(volume, acts)
     )
-    assert "reward_accuracy 0.1 lies beyond 0.2" in below(
+    assert "reward_accuracy 0.1 lies beyond 0.2" in beyond_worst(
         volume, [*acts, {"goal/short": 0.5, "reward_accuracy": 0.1}]
     )
     for said, plan, why in (
         ("utility", {}, "plan makes none"),
         ("hypervolume", {"goal/short": None}, "`worst` for short"),
-        ("utility(loss @ 3)", {}, "only a volume"),
+        ("utility(loss @ 3)", {}, "only a hypervolume"),
     ):
         with pytest.raises(RecipeError, match=why):
-            goals([said], "loss", plan)
+            parse_goals([said], "loss", plan)
 
 
 def test_differences_of_fronts_have_intervals():
@@ -376,7 +380,7 @@ def test_differences_of_fronts_have_intervals():
         {"name": n, "test": {"utility": 0.0}, "by_seed": {"utility": v}}
         for n, v in (("recipe", [1.0, 2.0, 3.0]), ("found-1", [2.0, 3.1, 3.9]))
     ]
-    searching.beside(lines)
+    searching.add_intervals(lines)
     half = 4.302652729911275 * 0.1 / math.sqrt(3)  # of [1.0, 1.1, 0.9]
     d = lines[1]["beyond"]["utility"]
     assert (d["mean"], d["low"], d["high"]) == pytest.approx((1.0, 1.0 - half, 1.0 + half)) and d["apart"]
@@ -388,7 +392,7 @@ def test_differences_of_fronts_have_intervals():
 def test_a_recipe_that_only_its_plan_completes_can_be_searched():
     """The front's `modpo` learns from rewards that the plan's own stages give."""
     recipe = Path(__file__).parents[1] / "recipes" / "front.yaml"
-    made = quest(
+    made = search_spec(
         recipe,
         ["learning_rate, objective.beta"],
         ["hypervolume"],
@@ -429,12 +433,12 @@ def test_a_plan_is_searched_by_its_front(tmp_path):
         "apart": False,
     }
     with pytest.raises(RecipeError, match="`worst` for short, complete"):
-        luthier.search(base, **how, folder=tmp_path / "a")
+        luthier.search(base, **how, output_dir=tmp_path / "a")
     plan["worst"] = {"short": 0.0, "complete": 0.0}
     with pytest.raises(RecipeError, match="configuration 0 .*goal/short -.* lies beyond 0"):
-        luthier.search(base, **how, folder=tmp_path / "a")
+        luthier.search(base, **how, output_dir=tmp_path / "a")
     plan["worst"]["short"] = -100.0
-    found = luthier.search(base, **how, folder=tmp_path / "b")
+    found = luthier.search(base, **how, output_dir=tmp_path / "b")
     start, top = found["start"], found["found"][0]
     fronts = [
         json.loads((Path(r) / "report.json").read_text())["stats"]["front"]
@@ -458,11 +462,11 @@ def test_a_plan_is_searched_by_its_front(tmp_path):
 
 def test_a_space_follows_from_what_methods_declare(tiny):
     base = Recipe.load({"model": tiny, "data": SUMS, "tuner": {"name": "lora", "r": 8, "lora_alpha": 4}})
-    usual = over(base)
+    usual = parse_space(base)
     assert {d.name for d in usual.space.dims} == {"learning_rate", "tuner.r"} and usual.recipe_of(
-        usual.begins
+        usual.start
     ).yaml() == base.yaml()
-    several = over(base, ["tuner=lora|ssf|dora, learning_rate=1e-4..1e-2", "per_device_train_batch_size=4|8"])
+    several = parse_space(base, ["tuner=lora|ssf|dora, learning_rate=1e-4..1e-2", "per_device_train_batch_size=4|8"])
     dims = {d.name: d for d in several.space.dims}
     assert (
         dims["lora.r"].when == ("tuner", "lora")
@@ -479,17 +483,17 @@ def test_a_space_follows_from_what_methods_declare(tiny):
         "r": 16,
         "lora_alpha": 4,
     }, "its other settings stay"
-    assert over(base, ["tuner.r=2..4"]).begins is None
-    both = over(Recipe.load({"model": tiny, "data": PAIRS, "objective": "dpo"}), ["objective=dpo|ipo"])
+    assert parse_space(base, ["tuner.r=2..4"]).start is None
+    both = parse_space(Recipe.load({"model": tiny, "data": PAIRS, "objective": "dpo"}), ["objective=dpo|ipo"])
     assert {"objective", "dpo.beta", "ipo.beta"} <= {d.name for d in both.space.dims}
     assert both.recipe_of({"objective": "ipo", "ipo.beta": 0.3}).objective == {"name": "ipo", "beta": 0.3}
 
 
 def test_layers_are_left_alone(tiny):
     base = Recipe.load({"model": tiny, "data": SUMS, "tuner": "lora"})
-    flags = over(base, ["layers"])
+    flags = parse_space(base, ["layers"])
     assert [d.name for d in flags.space.dims] == [f"layers.{i}" for i in range(4)] and flags.recipe_of(
-        flags.begins
+        flags.start
     ) == base
     from luthier.model.load import assemble
     from luthier.recipe.validate import build_methods
@@ -519,13 +523,13 @@ def test_layers_are_left_alone(tiny):
         ([], {"sampler": "tpee"}, "did you mean 'tpe'"),
         ([], {"budget": "100 steps"}, "not a time"),
         ([], {"budget": "1h", "trials": 3}, "not both"),
-        ([], {"wanted": ["ranking_accuracy"]}, "wants pairs"),
+        ([], {"goals": ["ranking_accuracy"]}, "requires pairs"),
         ([], {"earlier": "nowhere"}, "holds no finished search"),
     ],
 )
 def test_what_cannot_be_searched_is_refused(tiny, said, how, why):
     with pytest.raises(RecipeError, match=why):
-        quest({"model": tiny, "data": SUMS, "max_steps": 2}, said, **how)
+        search_spec({"model": tiny, "data": SUMS, "max_steps": 2}, said, **how)
 
 
 # ---------------------------------------------------------------------------------------------- searches
@@ -549,14 +553,14 @@ def shared(shallow) -> dict:
 def test_a_search_finds_says_and_writes_a_recipe_that_runs(shared, tmp_path):
     found = luthier.search(
         shared,
-        over=["learning_rate=1e-5..1e-1 log", "tuner=ssf|lora"],
+        space=["learning_rate=1e-5..1e-1 log", "tuner=ssf|lora"],
         goals="quality,parameters",
-        where="parameters <= 1M",
+        constraint="parameters <= 1M",
         trials=6,
         sampler={"name": "tpe", "n_startup_trials": 4},
         test_seeds=2,
-        folder=tmp_path / "s",
-        apart=False,
+        output_dir=tmp_path / "s",
+        subprocesses=False,
     )
     assert len(found["trials"]) == 6 and found["spent"] == 6 and found["trials"][0]["kind"] == "recipe"
     start, top = found["start"], found["found"][0]
@@ -588,12 +592,12 @@ def test_a_search_finds_says_and_writes_a_recipe_that_runs(shared, tmp_path):
     )
     later = luthier.search(
         shared,
-        over=["learning_rate=1e-5..1e-1 log"],
+        space=["learning_rate=1e-5..1e-1 log"],
         trials=3,
         test_seeds="0,",
-        folder=tmp_path / "t",
+        output_dir=tmp_path / "t",
         earlier=tmp_path / "s",
-        apart=False,
+        subprocesses=False,
     )
     assert [t["kind"] for t in later["trials"]][:2] == ["recipe", "earlier"]
     assert later["trials"][1]["point"]["learning_rate"] == top["point"]["learning_rate"]
@@ -602,7 +606,7 @@ def test_a_search_finds_says_and_writes_a_recipe_that_runs(shared, tmp_path):
 def test_what_was_found_is_tested_on_other_rows(shared, tmp_path):
     picked = {**shared, "data": SUMS[:40], "eval_data": SUMS[40:60]}
     how = dict(
-        over="learning_rate=1e-3..1e-1 log", trials=2, test_seeds="0,", apart=False, folder=tmp_path / "s"
+        space="learning_rate=1e-3..1e-1 log", trials=2, test_seeds="0,", subprocesses=False, output_dir=tmp_path / "s"
     )
     with pytest.raises(RecipeError, match="--test-data: 3 of 6 rows also stand in data or eval_data"):
         luthier.search(picked, test_data=SUMS[57:63], **how)
@@ -616,13 +620,13 @@ def test_what_was_found_is_tested_on_other_rows(shared, tmp_path):
 
 def test_a_killed_search_goes_on_as_if_it_had_not_been(shared, tmp_path, monkeypatch):
     how = dict(
-        over="learning_rate=1e-4..1e-1 log",
+        space="learning_rate=1e-4..1e-1 log",
         trials=2.5,
         sampler={"name": "halving", "n": 2, "eta": 2, "min_share": 0.5},
         test_seeds="0,",
-        apart=False,
+        subprocesses=False,
     )
-    whole = luthier.search(shared, folder=tmp_path / "a", **how)
+    whole = luthier.search(shared, output_dir=tmp_path / "a", **how)
     assert [t["share"] for t in whole["trials"]] == [1, 0.5, 0.5, 1] and whole["trials"][3]["number"] in (
         1,
         2,
@@ -640,14 +644,14 @@ def test_a_killed_search_goes_on_as_if_it_had_not_been(shared, tmp_path, monkeyp
     monkeypatch.setattr(run, "perform", dies)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            luthier.search(shared, folder=tmp_path / "b", **how)
-    parts = luthier.search(shared, folder=tmp_path / "b", **how)
+            luthier.search(shared, output_dir=tmp_path / "b", **how)
+    parts = luthier.search(shared, output_dir=tmp_path / "b", **how)
     same = lambda found: [(t["number"], t["point"], t["share"], t["goals"]) for t in found["trials"]]
     assert same(parts) == same(whole) and parts["found"][0]["test"] == whole["found"][0]["test"]
-    more = luthier.search(shared, folder=tmp_path / "b", **{**how, "trials": 3})
+    more = luthier.search(shared, output_dir=tmp_path / "b", **{**how, "trials": 3})
     assert same(more)[: len(same(parts))] == same(parts) and more["spent"] > parts["spent"]
     with pytest.raises(RecipeError, match="holds another search"):
-        luthier.search(shared, folder=tmp_path / "b", **{**how, "over": "tuner=ssf|lora"})
+        luthier.search(shared, output_dir=tmp_path / "b", **{**how, "space": "tuner=ssf|lora"})
 
 
 def test_two_commands_do_not_share_a_folder(shared, tmp_path):
@@ -657,19 +661,19 @@ def test_two_commands_do_not_share_a_folder(shared, tmp_path):
     with open(tmp_path / "s" / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(RecipeError, match="another process"):
-            luthier.search(shared, folder=tmp_path / "s", apart=False)
+            luthier.search(shared, output_dir=tmp_path / "s", subprocesses=False)
 
 
 def test_a_database_is_shared_by_workers(tmp_path):
     """Two workers on one sqlite file: each goes on with its own, both see everything, the budget is one."""
-    url, space, wanted = f"sqlite:///{tmp_path / 'study.db'}", Space((Dim("x"),)), goals(["loss"], "loss")
+    url, space, wanted = f"sqlite:///{tmp_path / 'study.db'}", Space((Dim("x"),)), parse_goals(["loss"], "loss")
     books = [TrialStore(space, wanted, (), url, "s", worker) for worker in ("a", "b")]
-    measure = lambda t, i: Measured({1000: {"loss": t.user_attrs["point"]["x"]}})
-    left = books[0].begin(Asked({"x": 0.5}))
+    measure = lambda t, i: Measurement({1000: {"loss": t.user_attrs["point"]["x"]}})
+    left = books[0].begin(Suggestion({"x": 0.5}))
     optimize(books[1], build("searcher", "random"), measure, 3)
-    assert len(books[1].tried()) == 3 and len(books[0].begun()) == 1 and not books[1].begun()
+    assert len(books[1].finished()) == 3 and len(books[0].running()) == 1 and not books[1].running()
     done = optimize(books[0], build("searcher", "random"), measure, 4)
-    assert len(done) == 4 and done[-1].seen.number == left.number
+    assert len(done) == 4 and done[-1].observation.number == left.number
     with pytest.raises(RecipeError, match="--storage"):
         TrialStore(space, wanted, (), "nonsense://", "s")
 
@@ -678,7 +682,7 @@ def test_a_database_is_shared_by_workers(tmp_path):
 def test_workers_do_not_ask_the_same(name):
     if name not in names("searcher"):
         pytest.skip("not here")
-    space, wanted = Space((Dim("x"),)), goals(["loss"], "loss")
+    space, wanted = Space((Dim("x"),)), parse_goals(["loss"], "loss")
     books = [TrialStore(space, wanted, (), None, "s", worker) for worker in "ab"]
     books[1].study = books[0].study
     asked = []
@@ -688,48 +692,48 @@ def test_workers_do_not_ask_the_same(name):
         asked.append(t.user_attrs["point"]["x"])
         if len(asked) % 2:
             optimize(
-                books[1], build("searcher", name), measure, searching.spent(books[1].tried()) + 2, crew=True
+                books[1], build("searcher", name), measure, searching.full_runs(books[1].finished()) + 2, crew=True
             )
-        return Measured({1000: {"loss": t.user_attrs["point"]["x"]}})
+        return Measurement({1000: {"loss": t.user_attrs["point"]["x"]}})
 
     optimize(books[0], build("searcher", name), measure, 8, crew=True)
     assert len(asked) >= 8 and len(set(asked)) == len(asked)
 
 
 def test_a_goal_that_nothing_moves_is_told():
-    wanted = goals(["loss", "trained"], "loss")
+    wanted = parse_goals(["loss", "trained"], "loss")
     tried = [
         searching.Trial(
-            Seen(i, {"x": i}, (float(i), 5.0)),
-            Measured({1: {"loss": float(i), "trained": 5.0}}),
+            Observation(i, {"x": i}, (float(i), 5.0)),
+            Measurement({1: {"loss": float(i), "trained": 5.0}}),
             {"loss": float(i), "trained": 5.0},
             "asked",
         )
         for i in range(3)
     ]
     assert searching.unmoved(wanted, tried) == [
-        "trained was 5.00 in all 3 configurations: nothing that was searched moves it"
+        "trained was 5.00 in all 3 configurations: nothing that was searched changes it"
     ]
     assert not searching.unmoved(wanted, tried[:1])
 
 
 def test_the_last_run_of_a_budget_is_begun_by_one_worker_only():
     """Both read that one run is left; who writes second takes its own back."""
-    space, wanted = Space((Dim("x"),)), goals(["loss"], "loss")
+    space, wanted = Space((Dim("x"),)), parse_goals(["loss"], "loss")
     books = [TrialStore(space, wanted, (), None, "s", worker) for worker in "ab"]
     books[1].study = books[0].study
-    measure = lambda t, i: Measured({1000: {"loss": t.user_attrs["point"]["x"]}})
+    measure = lambda t, i: Measurement({1000: {"loss": t.user_attrs["point"]["x"]}})
     searcher = build("searcher", "random")
 
     class Slow:
         def ask(self, *of):
-            books[0].begin(Asked({"x": 0.25}))
+            books[0].begin(Suggestion({"x": 0.25}))
             return searcher.ask(*of)
 
     optimize(books[0], searcher, measure, 2)
-    assert len(optimize(books[1], Slow(), measure, 3, crew=True)) == 2 and not books[1].begun()  # type: ignore[arg-type]
+    assert len(optimize(books[1], Slow(), measure, 3, crew=True)) == 2 and not books[1].running()  # type: ignore[arg-type]
     assert len(optimize(books[0], searcher, measure, 3, crew=True)) == 3
-    assert [t.measured.by_seed[1000]["loss"] for t in books[0].tried()][-1] == 0.25
+    assert [t.measurement.by_seed[1000]["loss"] for t in books[0].finished()][-1] == 0.25
 
 
 def test_workers_of_a_cluster_spend_one_budget(shared, tmp_path, monkeypatch):
@@ -738,59 +742,58 @@ def test_workers_of_a_cluster_spend_one_budget(shared, tmp_path, monkeypatch):
 
     found = luthier.search(
         shared,
-        over="learning_rate=1e-4..1e-1 log",
+        space="learning_rate=1e-4..1e-1 log",
         trials=5,
         test_seeds="0,",
-        folder=tmp_path / "s",
+        output_dir=tmp_path / "s",
         workers=2,
-        apart=False,
+        subprocesses=False,
     )
     assert found["spent"] == len(found["trials"]) == 5 and found["trials"][0]["kind"] == "recipe"
     assert len({json.dumps(t["point"]) for t in found["trials"][1:]}) == 4
-    monkeypatch.setattr(cluster.ray(), "nodes", lambda: [1, 2])
+    monkeypatch.setattr(cluster.load_ray(), "nodes", lambda: [1, 2])
     with pytest.raises(RecipeError, match="need --storage"):
-        cluster.workers(2, print, None, print)
+        cluster.run_workers(2, print, None, print)
 
 
 def test_a_run_that_diverges_is_no_end(tmp_path):
-    book = TrialStore(Space((Dim("x"),)), goals(["loss"], "loss"), limits(["loss <= 10"], "loss"))
+    book = TrialStore(Space((Dim("x"),)), parse_goals(["loss"], "loss"), parse_limits(["loss <= 10"], "loss"))
     measure = lambda t, i: (
-        Measured({}, 1.0, "it diverged")
+        Measurement({}, 1.0, "it diverged")
         if i % 3
-        else Measured({1000: {"loss": t.user_attrs["point"]["x"]}}, 1.0)
+        else Measurement({1000: {"loss": t.user_attrs["point"]["x"]}}, 1.0)
     )
     tried = optimize(book, build("searcher", "tpe"), measure, 20)
-    assert sum(bool(t.measured.failed) for t in tried) == 13 and not searching.best(tried)[0].measured.failed
-    assert optimize(book, build("searcher", "tpe"), measure, seconds=22.0)[-1].seen.number == 21
+    assert sum(bool(t.measurement.failed) for t in tried) == 13 and not searching.choose(tried)[0].measurement.failed
+    assert optimize(book, build("searcher", "tpe"), measure, seconds=22.0)[-1].observation.number == 21
 
 
 def test_what_moves_nothing_is_told_and_not_paid_for():
-    book = TrialStore(Space((Dim("x"),)), goals(["loss"], "loss"), ())
+    book = TrialStore(Space((Dim("x"),)), parse_goals(["loss"], "loss"), ())
     idle = lambda t, i: (
-        Measured({}, 0.0, "tuner 'autopeft' moves nothing", "nothing_moves")
-        if i % 2
-        else Measured({1000: {"loss": 0.5}}, 1.0)
+        Measurement({}, 0.0, "tuner 'autopeft' moves nothing", "nothing_moves")
+        if i % 2 else Measurement({1000: {"loss": 0.5}}, 1.0)
     )
     tried = optimize(book, build("searcher", "random"), idle, 4)
-    assert searching.spent(tried) == 4 and len(tried) == 7
+    assert searching.full_runs(tried) == 4 and len(tried) == 7
     never = optimize(
-        TrialStore(Space((Dim("x"),)), goals(["loss"], "loss"), ()),
+        TrialStore(Space((Dim("x"),)), parse_goals(["loss"], "loss"), ()),
         build("searcher", "random"),
         lambda t, i: idle(t, 1),
         4,
     )
     assert len(never) == 4, "and where nothing ever moves it ends all the same"
-    made = SimpleNamespace(goals=goals(["accuracy", "parameters"], "loss"))
-    assert searching.went(made, tried[1]).startswith(
+    made = SimpleNamespace(goals=parse_goals(["accuracy", "parameters"], "loss"))
+    assert searching.progress_line(made, tried[1]).startswith(
         "1. x 0."
-    ) and "left out, tuner 'autopeft' moves nothing" in searching.went(made, tried[1])
+    ) and "left out, tuner 'autopeft' moves nothing" in searching.progress_line(made, tried[1])
     told = searching.Trial(
-        Seen(3, {"x": 0.25}, (0.5, 1234.0), share=1 / 3),
-        Measured({}),
+        Observation(3, {"x": 0.25}, (0.5, 1234.0), share=1 / 3),
+        Measurement({}),
         {"accuracy": 0.5, "parameters": 1234.0},
         "asked",
     )
-    assert searching.went(made, told) == "3. x 0.25 (33.3% of the steps): accuracy 50.0%, parameters 1,234"
+    assert searching.progress_line(made, told) == "3. x 0.25 (33.3% of the steps): accuracy 50.0%, parameters 1.23K"
 
 
 def test_the_command_line_knows_it(tiny):
@@ -798,5 +801,7 @@ def test_the_command_line_knows_it(tiny):
 
     from luthier.cli import app
 
-    out = CliRunner().invoke(app, ["search", f"model={tiny}", "data=toy:people/new", "--over", "tuner.q"])
+    out = CliRunner().invoke(
+        app, ["search", f"model={tiny}", "data=toy:people/new", "--over", "tuner.q"]
+    )
     assert out.exit_code == 2 and "has no setting 'q'" in out.output

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("optuna")
 
 from luthier.clock import Clock
-from luthier.methods.searchers._base import Asked, Dim, Seen, Space
+from luthier.methods.searchers._base import Dim, Observation, Space, Suggestion
 from luthier.methods.searchers.model_based import _acquire
 from luthier.methods.searchers.model_based._surrogates import Process, Surrogate, fit
 from luthier.registry import build
@@ -151,7 +151,7 @@ def test_it_finds_a_minimum_that_chance_does_not():
         searcher, seen = build("searcher", {"name": "bayes", "deterministic_objective": True}), []
         while len(seen) < 30 and min((s.values[0] for s in seen), default=9) > 0.1:
             asked = searcher.ask(SQUARE, seen, 1, Clock(seed))
-            seen.append(Seen(len(seen), asked.point, branin(SQUARE.encode(asked.point))))
+            seen.append(Observation(len(seen), asked.point, branin(SQUARE.encode(asked.point))))
         found.append(min(s.values[0] for s in seen))
         drawn.append(min(s.values[0] for s in play("random", branin, 30, seed, SQUARE, 1)))
     assert np.median(found) < 0.1 < np.median(drawn)
@@ -200,7 +200,7 @@ def test_settings_that_count_only_sometimes_and_choices():
     for i in range(35):
         asked = searcher.ask(MIXED, seen, 1, Clock(0))
         assert MIXED.active(asked.point) == asked.point
-        seen.append(Seen(i, asked.point, (f(asked.point),)))
+        seen.append(Observation(i, asked.point, (f(asked.point),)))
     best = min(seen, key=lambda s: s.values[0])
     assert best.values[0] < 0.3 and best.point["tuner"] == "a" and best.point["on"] is True
     assert len({tuple(s.point.items()) for s in seen}) == 35, "what was measured is not measured again"
@@ -210,11 +210,11 @@ def test_limits_are_kept_to():
     """The goal pulls into the half of a square that is forbidden."""
     outside = []
     for known in (0.0, 1.0):
-        seen: list[Seen] = []
+        seen: list[Observation] = []
         for i in range(20):
-            asked: Asked = build("searcher", "bayes").ask(SQUARE, seen, 1, Clock(0))
+            asked: Suggestion = build("searcher", "bayes").ask(SQUARE, seen, 1, Clock(0))
             a, b = asked.point["a"], asked.point["b"]
-            seen.append(Seen(i, asked.point, (a + b,), over=known * max(0.0, 0.5 - a)))
+            seen.append(Observation(i, asked.point, (a + b,), violation=known * max(0.0, 0.5 - a)))
         outside.append(sum(max(0.0, 0.5 - s.point["a"]) for s in seen[6:]))
     assert outside[1] < 0.3 * outside[0]
-    assert min(s.values[0] for s in seen if s.over == 0) < 0.6, "and the best at the edge is found"
+    assert min(s.values[0] for s in seen if s.violation == 0) < 0.6, "and the best at the edge is found"

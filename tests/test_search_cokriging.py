@@ -9,13 +9,13 @@ from scipy.optimize import check_grad
 pytest.importorskip("optuna")
 
 from luthier.clock import Clock
-from luthier.methods.searchers._base import Dim, Seen, Space
+from luthier.methods.searchers._base import Dim, Observation, Space
 from luthier.methods.searchers.model_based._surrogates import fit
 from luthier.methods.searchers.model_based.cokriging import levels as _levels
 from luthier.methods.searchers.model_based.cokriging.levels import Joint, Ladder, joint, on
 from luthier.registry import build
-from luthier.study.goals import goals
-from luthier.study.search import Measured, TrialStore, optimize
+from luthier.study.goals import parse_goals
+from luthier.study.search import Measurement, TrialStore, optimize
 from test_search import MIXED, PLANE, play
 
 LINE = Space((Dim("x"),))
@@ -51,7 +51,7 @@ def cost(spec, seed, most=15.0):
         assert asked.number is None or seen[[s.number for s in seen].index(number)].point == asked.point
         paid[number], x = asked.share, LINE.encode(asked.point)[0]
         seen.append(
-            Seen(number, asked.point, (float(whole(x) if asked.share == 1 else brief(x)),), asked.share)
+            Observation(number, asked.point, (float(whole(x) if asked.share == 1 else brief(x)),), asked.share)
         )
         if asked.share == 1 and seen[-1].values[0] - LEAST < 1e-2:
             break
@@ -175,20 +175,20 @@ def test_the_book_of_a_search_goes_on_with_paused_runs():
 
     def search(trials, book):
         at = lambda t: (t.user_attrs["point"]["x"], t.user_attrs["share"])
-        measure = lambda t, i: Measured(
+        measure = lambda t, i: Measurement(
             {0: {"loss": float(whole(at(t)[0]) if at(t)[1] == 1 else brief(at(t)[0]))}}
         )
         return [
-            (t.seen.number, t.seen.share, t.seen.point)
+            (t.observation.number, t.observation.share, t.observation.point)
             for t in optimize(book, build("searcher", spec), measure, trials)
         ]
 
     spec = {"name": "cokriging", "eta": 4, "min_share": 0.25, **EXACT}
-    book, again = (TrialStore(LINE, goals(["loss"], "loss"), (), None, "s") for _ in range(2))
+    book, again = (TrialStore(LINE, parse_goals(["loss"], "loss"), (), None, "s") for _ in range(2))
     tried = search(4.5, book)
     assert [s for _, s, _ in tried[:6]] == [0.25] * 4 + [1, 1] and {n for n, _, _ in tried[4:6]} <= {
         n for n, _, _ in tried[:4]
     }
     far = {n: (share, x) for n, share, x in tried}  # of each number the last
     assert all(x == far[n][1] for n, _, x in tried) and 4 < sum(share for share, _ in far.values()) <= 4.5
-    assert search(3, again) == tried[: len(again.tried())] and search(4.5, again) == tried
+    assert search(3, again) == tried[: len(again.finished())] and search(4.5, again) == tried

@@ -21,7 +21,7 @@ pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 
 from luthier.cli import app as cli
-from luthier.report import checkup
+from luthier.model.weight_changes import plain_matrices, weight_changes
 from luthier.report.html import script, script_hash
 from luthier.studio.server import studio
 from luthier.studio.worker import Here, Worker
@@ -596,4 +596,4 @@ def test_inspect_writes_a_page(desk, tiny, tmp_path):
     assert "http" not in page.replace(script(), "").replace("http-equiv", "")
     assert "8 of 28 matrices" in page
     model = luthier.load(tiny, dtype="float32").model
-    assert not any(m["moved"] for m in checkup.weights(checkup.plain(model), model)["matrices"])
+    assert not any(m["moved"] for m in weight_changes(plain_matrices(model), model)["matrices"])

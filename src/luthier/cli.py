@@ -322,7 +322,7 @@ def search(
         typer.Option(
             help="`luthier methods --kind searcher`; with settings: '{name: hyperband, inner: tpe}'."
         ),
-    ] = "bayes",
+    ] = "gp",
     seeds: Annotated[
         str, typer.Option(help="Tuning seeds of each configuration: how many, or which (5,6,7).")
     ] = "1",
@@ -360,10 +360,10 @@ def search(
     import yaml
 
     from luthier.report.console import Callback, Console
-    from luthier.study.search import conduct, quest
+    from luthier.study.search import run_search, search_spec
 
     source, changes = asked(words)
-    made = quest(
+    made = search_spec(
         source,
         over or (),
         goals or (),
@@ -378,7 +378,7 @@ def search(
         test_data=test_data,
         changes=changes,
     )
-    found = conduct(made, to, storage, Callback() if as_json else Console(), workers)
+    found = run_search(made, to, storage, Callback() if as_json else Console(), workers)
     typer.echo(dumped(found)) if as_json else Console().search(found)
 
 

@@ -96,7 +96,7 @@ def rendered(rows: list[dict], model: str, chat_template: str | None, shown: int
 
     from luthier.recipe.model_names import resolve_model
     from luthier.report.text import MARKS
-    from luthier.text.render import Renderer
+    from luthier.text.encode import Renderer
 
     asked = [row for row in rows if row.get("completions")]
     if not asked:

@@ -43,7 +43,10 @@ def recognise_format(rows: Sequence[dict], label: str) -> Format:
     for columns, group in groups.items():
         chosen[columns] = best_formats(columns, group[:SAMPLE])
         votes[chosen[columns]] += len(group)
-    winner = next((candidates for candidates, _ in votes.most_common() if candidates), ())
+    ranked = [candidates for candidates, _ in votes.most_common() if candidates]
+    winner: tuple[str, ...] = ()
+    if ranked:
+        winner = ranked[0]
     agreeing = [columns for columns in groups if chosen[columns] == winner]
     columns = max(agreeing, key=lambda columns: len(groups[columns]))
     if not winner:

@@ -161,7 +161,7 @@ def read_hub(source: Source) -> RawRows:
     import datasets
 
     path = str(source.path)
-    options = {} if source.split is None else {"split": source.split}
+    options: dict[str, Any] = {} if source.split is None else {"split": source.split}
     try:
         dataset = datasets.load_dataset(path, source.name, **options)
     except Exception as why:  # anything from a network error to a wrong split; each says what is wrong

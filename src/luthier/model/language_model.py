@@ -26,7 +26,7 @@ from luthier.model.anatomy import layer_of
 from luthier.model.batch import Batch
 from luthier.model.outputs import LAYERS, Outputs
 from luthier.registry import family
-from luthier.text.render import Renderer
+from luthier.text.encode import Renderer
 
 if TYPE_CHECKING:
     from luthier.model.network import Matrix, Network

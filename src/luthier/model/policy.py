@@ -24,7 +24,7 @@ from luthier.model.outputs import LAYERS, Outputs
 if TYPE_CHECKING:
     from luthier.methods.tuners._base import TunedModel
     from luthier.model.network import Network
-    from luthier.text.render import Renderer
+    from luthier.text.encode import Renderer
 
 
 class Policy(nn.Module):

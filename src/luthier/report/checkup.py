@@ -1,32 +1,23 @@
 """The page of `luthier inspect`: what fine-tuning changed in metrics, weights, calibration and generations.
 
-`weights` measures the weights; metrics and generations are the evaluators'.
+model/weight_changes measures the weights; metrics and generations are the evaluators'.
 """
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
-from luthier.methods.evaluators.representation.intruders import effective_rank, likeness, matrices
-from luthier.model.anatomy import layer_of
+from luthier.model.weight_changes import ALIKE, FIRST
 from luthier.registry import former_metrics
 from luthier.report.chart import Curve, Figure, curves_figure, curves_table
 from luthier.report.comparison import calibration_figure
 from luthier.report.html import render
 from luthier.report.numbers import MetricRow, format_number, headline, metric_rows, split_rows
 from luthier.report.page import shown_generations
-
-WIDEST = 2048  # of a matrix whose singular values are still computed: beyond, each takes minutes
-FIRST = 10  # singular vectors that are compared with those of the base
-ALIKE = 0.5  # a cosine below which a direction is new
-SPECTRUM = 64  # singular values shown
 
 GENERATION = (
     "generated_tokens",
@@ -38,54 +29,6 @@ GENERATION = (
 )
 REFUSAL = ("refused_unsafe", "refused_safe")
 RETENTION = ("retention_loss", "retention_accuracy")
-
-
-# ---------------------------------------------------------------------------------------------- what changed
-
-
-def plain(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Matrices inside the layers under the names that the network itself gives them."""
-    wrappers = r"\.base_layer\b|^base_model\.model\."
-    return {re.sub(wrappers, "", name): parameter for name, parameter in matrices(model).items()}
-
-
-@torch.no_grad()
-def weights(before: Mapping[str, torch.Tensor], model: torch.nn.Module) -> dict[str, Any]:
-    """Each matrix of the tuned network (merged) against the untuned one.
-
-    {matrices: [{name, layer, part, moved, share, rank, new}], spectrum: [..], of: name, unlike: names}.
-    moved: the norm of the change by that of the matrix; share: of its entries that changed; rank: effective
-    rank of the change; new: how many of its first singular vectors the old matrix does not have. spectrum:
-    singular values of the largest change, the first being 1.
-    """
-    changes, unlike, largest, spectrum, of = [], [], 0.0, [], ""
-    for name, parameter in plain(model).items():
-        old = before.get(name)
-        if old is None or old.shape != parameter.shape:
-            unlike.append(name)
-            continue
-        old, new = old.float().cpu(), parameter.detach().float().cpu()
-        change = new - old
-        moved = float(change.norm() / old.norm().clamp(min=1e-12))
-        place = layer_of(name)
-        row = {
-            "name": name,
-            "layer": place[1] if place else None,
-            "part": ".".join(name.split(".")[-3:-1]),
-            "moved": moved,
-            "share": float((change != 0).float().mean()),
-        }
-        if moved and min(new.shape) <= WIDEST:
-            row["rank"] = effective_rank(change)
-            row["new"] = sum(cosine < ALIKE for cosine in likeness(old, new, FIRST))
-            if moved > largest:
-                values = torch.linalg.svdvals(change)
-                largest, of, spectrum = moved, name, (values / values[0]).tolist()[:SPECTRUM]
-        changes.append(row)
-    return {"matrices": changes, "spectrum": spectrum, "of": of, "unlike": unlike}
-
-
-# ---------------------------------------------------------------------------------------------- the page
 
 
 def page(result: Mapping[str, Any], folder: Path) -> str:
@@ -128,7 +71,7 @@ def _grouped(rows: Sequence[MetricRow]) -> dict[str, list[MetricRow]]:
 
 
 def _weights(changes: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Figures and a table of what `weights` measured."""
+    """Figures and a table of what `weight_changes` measured."""
     if not changes or not changes["matrices"]:
         return None
     rows: Sequence[Mapping[str, Any]] = changes["matrices"]

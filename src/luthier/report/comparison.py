@@ -194,7 +194,7 @@ def point_line(metric: str, value: float) -> str:
     return f"{metric_of(metric).label} {format_metric(metric, value)}"
 
 
-def run_page(run: str, folder: str) -> str:
+def run_page(run: str, folder: str | Path) -> str:
     """A run's page, as seen from a page in `folder`."""
     return os.path.relpath(Path(run) / "report.html", folder)
 

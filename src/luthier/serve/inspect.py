@@ -14,9 +14,9 @@ from luthier.data.load import load_data
 from luthier.errors import RecipeError
 from luthier.methods.evaluators._base import paired, run_all
 from luthier.methods.tuners._base import Untuned
+from luthier.model.weight_changes import plain_matrices, weight_changes
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build
-from luthier.report import checkup as pages
 from luthier.serve.load import Loaded, load
 from luthier.storage import files
 from luthier.train import checks
@@ -57,7 +57,7 @@ def inspect(
         result |= {"rows": result["tuned"]["rows"], "measured_on": measured_on, "notes": notes}
         if report is not None:
             result["weights"] = comparison.weights
-            files.write_text(Path(report), pages.page(result, Path(folder)))
+            files.write_text(Path(report), page(result, Path(folder)))
     return result
 
 
@@ -148,10 +148,10 @@ class Comparison:
             merged: Any = nullcontext(loaded.model) if isinstance(tuner, Untuned) else tuner.merged()
             with merged as model:
                 if who == "base":
-                    matrices = pages.plain(model).items()
+                    matrices = plain_matrices(model).items()
                     save_file({n: p.detach().cpu().contiguous() for n, p in matrices}, str(path))
                 elif path.is_file():
-                    self.weights = pages.weights(load_file(str(path)), model)
+                    self.weights = weight_changes(load_file(str(path)), model)
         except RecipeError as error:  # what cannot be merged has no weights to compare
             self.notes.append(f"the weights are not compared: {error}")
 

@@ -1,8 +1,8 @@
-"""Workers of one search on a Ray cluster: each asks, measures and writes down for itself; what holds them
-together is the storage.
+"""Workers of one search on a Ray cluster: each suggests, measures and writes down for itself; what they share
+is the storage.
 
-Ray is told nothing but to start them, one a GPU where there are as many; a worker that dies is started again
-and goes on with what it had begun. RAY_ADDRESS names the cluster; without it Ray is started on this machine.
+Ray only starts them, one a GPU where there are as many. A worker that dies is started again and resumes what
+it had begun. RAY_ADDRESS names the cluster; without it Ray is started on this machine.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 from luthier.errors import RecipeError
 
-WAKES = 1.0  # seconds between two looks at what came in
+INTERVAL = 1.0  # seconds between two looks at what was measured
 
 
-def ray() -> Any:
-    """The library; a sentence where it is missing."""
+def load_ray() -> Any:
+    """The library. Raises RecipeError where it is missing."""
     try:
         import ray
     except ImportError:
@@ -26,43 +26,54 @@ def ray() -> Any:
     return ray
 
 
-def workers(number: int, work: Callable[[int], None], storage: str | None, look: Callable[[], None]) -> None:
-    """Run work(0), ..., work(number - 1) side by side, looking now and then. Raises the sentence that one
-    ended with.
+def run_workers(
+    number: int, work: Callable[[int], None], storage: str | None, look: Callable[[], None]
+) -> None:
+    """Run work(0), ..., work(number - 1) side by side, and call `look` now and then. Raises the error that a
+    worker ended with.
     """
-    lib = ray()
-    ours = not lib.is_initialized()
-    if ours:
+    lib = load_ray()
+    started_here = not lib.is_initialized()
+    if started_here:
         lib.init(log_to_driver=False, include_dashboard=False, logging_level="ERROR", configure_logging=False)
     try:
         if len(lib.nodes()) > 1 and storage is None:
             raise RecipeError(
                 "--workers on several machines need --storage: the URL of a database that all of them reach"
             )
-        have = lib.cluster_resources()
-        share = {"num_gpus": 1} if have.get("GPU", 0) >= number else {}
-        started = lib.remote(max_retries=2, num_cpus=max(0.01, have.get("CPU", 1) / number), **share)(_from)
-        running = [started.remote(str(Path.cwd()), work, i) for i in range(number)]
+        resources = lib.cluster_resources()
+        options: dict[str, Any] = {"num_cpus": max(0.01, resources.get("CPU", 1) / number)}
+        if resources.get("GPU", 0) >= number:
+            options["num_gpus"] = 1
+        remote = lib.remote(max_retries=2, **options)(_work_in)
+        running = [remote.remote(str(Path.cwd()), work, i) for i in range(number)]
         while running:
-            done, running = lib.wait(running, timeout=WAKES)
+            done, running = lib.wait(running, timeout=INTERVAL)
             look()
-            for one in done:
-                try:
-                    lib.get(one)
-                except lib.exceptions.RayTaskError as error:
-                    raise (error.cause if isinstance(error.cause, RecipeError) else error) from None
+            for task in done:
+                _result(lib, task)
     finally:
-        if ours:
+        if started_here:
             lib.shutdown()
 
 
-def _from(place: str, work: Callable[[int], None], number: int) -> None:
+def _result(lib: Any, task: Any) -> None:
+    """Raises what a worker ended with, as RecipeError where it was one."""
+    try:
+        lib.get(task)
+    except lib.exceptions.RayTaskError as error:
+        if isinstance(error.cause, RecipeError):
+            raise error.cause from None
+        raise
+
+
+def _work_in(folder: str, work: Callable[[int], None], number: int) -> None:
     """Relative paths of a recipe mean what they mean where the command was given."""
     try:
-        os.chdir(place)
+        os.chdir(folder)
     except OSError:
         raise RecipeError(
-            f"a worker's machine has no folder {place}: workers want the command's folder, model and rows at"
-            " hand"
+            f"a worker's machine has no folder {folder}: workers need the command's folder, model and rows"
+            " on their machine"
         ) from None
     work(number)

@@ -1,5 +1,5 @@
-"""What a search is after, and what it must keep to: `quality,forgetting,parameters,memory,time`, `memory <=
-8GB`.
+"""What a search improves and what it must keep within: `quality,forgetting,parameters,memory,time`,
+`memory <= 8GB`.
 
 Any metric that a run measures is a goal by its own name. Inside a search every goal is the better the
 smaller.
@@ -11,44 +11,53 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from types import MappingProxyType
+
+import numpy as np
 
 from luthier.errors import RecipeError
 from luthier.registry import did_you_mean, find, former_metrics, metrics
 from luthier.registry import metric as metric_of
 
 QUALITY = "quality"
-NAMED = {
+ALIASES = {
     "forgetting": "retention_loss",
     "parameters": "trained",
     "memory": "peak_memory_mb",
     "time": "seconds",
 }
 UNITS = {
-    "memory": {"": 1, "MB": 1, "GB": 1024, "TB": 1024**2},
-    "time": {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600},
-    "parameters": {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9},
+    "peak_memory_mb": {"": 1, "MB": 1, "GB": 1024, "TB": 1024**2},
+    "seconds": {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600},
+    "trained": {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9},
 }
+# figures of a front, and whether more is better
+FIGURES = {"hypervolume": True, "utility": True, "sparsity": False}
+FRONT = re.compile(r"(front|hypervolume|utility|sparsity)\(([^()@]+)(?:@([^()@]+))?\)")
+LIMIT = re.compile(r"\s*(\w+)\s*(<=|>=|<|>)\s*([-+\d.]+(?:[eE][-+]?\d+)?)\s*([A-Za-z%]*)\s*")
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A metric and which way is better. With several metrics: a front, told by one number of it."""
+    """A metric and which way is better. With several metrics: a figure of the front that a run makes."""
 
     name: str
     metric: str
-    up: bool
-    front: tuple[str, ...] = ()  # of what each run's front is made
-    worst: tuple[float, ...] = ()  # the point from which its volume is taken, where it is told by that
-    told: str = "hypervolume"  # by what the front is told, one of FRONTS
+    up: bool  # is more better?
+    front: tuple[str, ...] = ()  # the metrics of which each run's front is made
+    worst: tuple[float, ...] = ()  # the point from which its hypervolume is taken
+    figure: str = "hypervolume"  # one of FIGURES
 
-    def value(self, found: Mapping[str, float]) -> float:
-        """Out of a run's numbers, the smaller the better; inf where it is missing or no number."""
-        x = found.get(self.metric, math.nan)
-        return math.inf if not math.isfinite(x) else -x if self.up else float(x)
+    def value(self, metrics: Mapping[str, float]) -> float:
+        """From a run's metrics, the smaller the better; inf where it is missing or not finite."""
+        x = metrics.get(self.metric, math.nan)
+        if not math.isfinite(x):
+            return math.inf
+        return -x if self.up else float(x)
 
-    def shown(self, value: float) -> float:
-        """The way back."""
+    def shown_value(self, value: float) -> float:
+        """The metric of a value."""
         return -value if self.up else value
 
 
@@ -56,157 +65,185 @@ class Goal:
 class Limit:
     """`memory <= 8GB`."""
 
-    said: str
+    text: str
     metric: str
     most: bool  # at most; else at least
     value: float
 
-    def over(self, found: Mapping[str, float]) -> float:
-        """By how much it is overstepped, as a share of the limit; 0: not."""
-        x = found.get(self.metric, math.nan)
+    def violation(self, metrics: Mapping[str, float]) -> float:
+        """By how much it is exceeded, as a share of the limit; 0: it is kept; 1 where it was not measured."""
+        x = metrics.get(self.metric, math.nan)
         if math.isnan(x):
             return 1.0
-        return max(0.0, (x - self.value) if self.most else (self.value - x)) / (abs(self.value) or 1.0)
+        excess = x - self.value if self.most else self.value - x
+        return max(0.0, excess) / (abs(self.value) or 1.0)
 
 
-def better_up(metric: str) -> bool:
-    """Is more of a metric better? Refuses one of which neither is."""
-    up = metric_of(metric).higher_is_better
-    if up is None:
-        known = [*NAMED, QUALITY, *metrics(), *former_metrics()]
-        raise RecipeError(
-            f"--goals: of '{metric}' neither more nor less is better{did_you_mean(metric, known)}"
-        )
-    return up
+def higher_is_better(metric: str) -> bool:
+    """Is more of a metric better? Raises RecipeError for one of which neither is."""
+    higher = metric_of(metric).higher_is_better
+    if higher is None:
+        hint = did_you_mean(metric, _names())
+        raise RecipeError(f"--goals: of '{metric}' neither more nor less is better{hint}")
+    return higher
 
 
-FRONT = re.compile(r"(front|hypervolume|utility|sparsity)\(([^()@]+)(?:@([^()@]+))?\)")
-FRONTS = {"hypervolume": True, "utility": True, "sparsity": False}  # numbers of a front: is more better?
+def _names() -> list[str]:
+    """Every word that is a goal."""
+    return [*ALIASES, QUALITY, *metrics(), *former_metrics()]
 
 
-def goals(
-    said: Sequence[str], quality: str, plan: Mapping[str, float | None] = MappingProxyType({})
+def _metric_name(word: str) -> str:
+    """The metric of an alias, or of a name that a metric had in version 0.1."""
+    return ALIASES.get(word) or former_metrics().get(word, word)
+
+
+# ------------------------------------------------------------------------------------------ goals
+
+
+def parse_goals(
+    texts: Sequence[str], quality: str, plan: Mapping[str, float | None] = MappingProxyType({})
 ) -> tuple[Goal, ...]:
-    """quality: the metric that this word stands for. plan: the metrics of which the recipe's plan makes a
-    front, and where the volume of each begins, if the recipe says."""
-    words = [w.strip() for text in said for w in re.split(r",(?![^(]*\))", text) if w.strip()] or [QUALITY]
+    """texts: goals, several of them separated by commas; none: `quality`.
+    quality: the metric that this word stands for.
+    plan: the metrics of which the recipe's plan makes a front, and where the volume of each begins, if the
+    recipe says.
+    Raises RecipeError for what is no goal.
+    """
+    # at commas outside of brackets
+    words = list(filter(None, map(str.strip, re.split(r",(?![^(]*\))", ",".join(texts)))))
     if len(set(words)) < len(words):
         raise RecipeError(f"--goals: {', '.join(words)} names a goal twice")
-    return tuple(
-        _front(word) if "(" in word else _own(word, plan) if word in FRONTS else _plain(word, quality)
-        for word in words
-    )
+    goals = []
+    for word in words or [QUALITY]:
+        if "(" in word:
+            goals.append(_parse_front(word))
+        elif word in FIGURES:
+            goals.append(_goal_of_plan(word, plan))
+        else:
+            metric = quality if word == QUALITY else _metric_name(word)
+            goals.append(Goal(word, metric, higher_is_better(metric)))
+    return tuple(goals)
 
 
-def _plain(word: str, quality: str) -> Goal:
-    metric = quality if word == QUALITY else NAMED.get(word, word)
-    return Goal(word, metric, better_up(metric))
-
-
-def _front(word: str) -> Goal:
-    """front(accuracy, retention_loss @ 0, 5): the volume that each run's front covers; utility(...),
-    sparsity(...): see FRONTS.
+def _parse_front(word: str) -> Goal:
+    """front(accuracy, retention_loss @ 0, 5): the hypervolume of each run's front above that point;
+    utility(...) and sparsity(...): its other figures.
     """
-    found = FRONT.fullmatch(word.replace(" ", ""))
-    if not found:
+    name = word.replace(" ", "")
+    match = FRONT.fullmatch(name)
+    if not match:
         raise RecipeError(f"--goals: '{word}' is not a front such as front(accuracy, retention_loss @ 0, 5)")
-    told = "hypervolume" if found[1] == "front" else found[1]
-    metrics = tuple(NAMED.get(m, m) for m in found[2].split(","))
-    ups = [better_up(m) for m in metrics]
-    try:
-        worst = tuple(float(x) for x in found[3].split(",")) if found[3] else ()
-    except ValueError:
-        raise RecipeError(
-            f"--goals: '{found[3]}' is no point; give a number for each of {', '.join(metrics)}"
-        ) from None
-    if told != "hypervolume":
+    figure = "hypervolume" if match[1] == "front" else match[1]
+    axes = tuple(map(_metric_name, match[2].split(",")))
+    worst = _parse_point(match[3], axes) if match[3] else ()
+    # of shares, the worst there is
+    ends = [float(not higher_is_better(axis)) for axis in axes]
+    if figure != "hypervolume":
         if worst:
             raise RecipeError(
-                f"--goals: {word}: only a volume is taken from a point; leave out what is behind the @"
+                f"--goals: {word}: only a hypervolume is taken from a point; remove what is behind the @"
             )
-        return Goal(word.replace(" ", ""), word.replace(" ", ""), FRONTS[told], metrics, told=told)
-    if not worst and all(metric_of(m).is_share for m in metrics):
-        worst = tuple(0.0 if up else 1.0 for up in ups)
-    if len(worst) != len(metrics):
+        return Goal(name, name, FIGURES[figure], axes, figure=figure)
+    if not worst and all(metric_of(axis).is_share for axis in axes):
+        worst = tuple(ends)
+    if len(worst) != len(axes):
         raise RecipeError(
-            f"--goals: {word} needs a number for each of {', '.join(metrics)} that is worse than anything"
-            " measured, behind an @: the volume is taken from there, the same for all configurations"
+            f"--goals: {word} needs a number for each of {', '.join(axes)} that is worse than anything"
+            " measured, behind an @: the hypervolume is taken from there, the same for all configurations"
         )
-    return Goal(word.replace(" ", ""), word.replace(" ", ""), True, metrics, worst)
+    return Goal(name, name, True, axes, worst)
 
 
-def _own(word: str, plan: Mapping[str, float | None]) -> Goal:
+def _parse_point(text: str, axes: Sequence[str]) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise RecipeError(
+            f"--goals: '{text}' is no point; give a number for each of {', '.join(axes)}"
+        ) from None
+
+
+def _goal_of_plan(figure: str, plan: Mapping[str, float | None]) -> Goal:
     """`hypervolume`, `utility` or `sparsity` alone: of the front that the recipe's own plan makes."""
     if not plan:
         raise RecipeError(
-            f"--goals: '{word}' is of a front, and the recipe's plan makes none (see plan 'front'); or say of"
-            f" what: {word}(...)"
+            f"--goals: '{figure}' is a figure of a front, and the recipe's plan makes none (see plan"
+            f" 'front'); or name its metrics: {figure}(...)"
         )
-    if word == "hypervolume" and (lacking := [m.removeprefix("goal/") for m, w in plan.items() if w is None]):
-        raise RecipeError(
-            "--goals: a hypervolume is taken from one point in all trials; give plan 'front' a `worst` for"
-            f" {', '.join(lacking)}, lower than anything a trial will reach"
-        )
-    worst = tuple(float(w or 0) for w in plan.values()) if word == "hypervolume" else ()
-    return Goal(word, f"{word}({','.join(plan)})", FRONTS[word], tuple(plan), worst, word)
+    worst: tuple[float, ...] = ()
+    if figure == "hypervolume":
+        lacking = [metric.removeprefix("goal/") for metric, value in plan.items() if value is None]
+        if lacking:
+            raise RecipeError(
+                "--goals: a hypervolume is taken from one point in all trials; give plan 'front' a `worst`"
+                f" for {', '.join(lacking)}, lower than anything a trial will reach"
+            )
+        worst = tuple(float(value or 0) for value in plan.values())
+    return Goal(figure, f"{figure}({','.join(plan)})", FIGURES[figure], tuple(plan), worst, figure)
 
 
-def _usable(goal: Goal, points: Sequence[Mapping[str, float]]) -> list[list[float]]:
-    """The points that have all metrics of a front, the larger the better."""
-    signs = [1.0 if better_up(m) else -1.0 for m in goal.front]
-    return [
-        [s * float(p[m]) for s, m in zip(signs, goal.front)]
-        for p in points
-        if all(m in p for m in goal.front)
-    ]
-
-
-def fold(goal: Goal, points: Sequence[Mapping[str, float]]) -> float | None:
-    """A run's front as one number; None where no point has all its metrics, nan where one is no number."""
-    usable = _usable(goal, points)
-    if not usable:
+def front_figure(goal: Goal, points: Sequence[Mapping[str, float]]) -> float | None:
+    """The figure of a run's front. points: the metrics of each of its models. None where no point has all
+    metrics of the front, nan where one of them is not finite.
+    """
+    rows = []
+    for point in _complete(goal, points):
+        rows.append([point[metric] for metric in goal.front])
+    values = np.array(rows, float)
+    # for each metric 1 where more is better, else -1
+    signs = np.array([2.0 * higher_is_better(metric) - 1.0 for metric in goal.front])
+    if not values.size:
         return None
-    if not all(math.isfinite(x) for p in usable for x in p):
+    if not np.isfinite(values).all():
         return math.nan
-    worst = [w if better_up(m) else -w for w, m in zip(goal.worst, goal.front)]
-    return find("plan", "front").figure(goal.told, usable, worst)
+    worst = signs * np.array(goal.worst) if goal.worst else ()
+    return find("plan", "front").figure(goal.figure, signs * values, worst)
 
 
-def below(goal: Goal, points: Sequence[Mapping[str, float]]) -> str:
-    """What lies below the point from which a front's volume is taken, in words: the volume is blind to how
-    much.
+def _complete(goal: Goal, points: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """The points that have all metrics of a front."""
+    return [point for point in points if point.keys() >= set(goal.front)]
+
+
+def beyond_worst(goal: Goal, points: Sequence[Mapping[str, float]]) -> str:
+    """What lies beyond the point from which a hypervolume is taken, as a sentence: the hypervolume does not
+    say how far. Empty where nothing does.
     """
     for metric, worst in zip(goal.front, goal.worst):
-        values = [float(p[metric]) for p in points if all(m in p for m in goal.front)]
-        least = (min if better_up(metric) else max)(values, default=worst)
-        if least < worst if better_up(metric) else least > worst:
+        values = [worst, *map(itemgetter(metric), _complete(goal, points))]
+        least = min(values) if higher_is_better(metric) else max(values)
+        if least != worst:
             return (
-                f"{metric} {least:.4g} lies beyond {worst:.4g}, from where the volume of '{goal.name}' is"
-                " taken"
+                f"{metric} {least:.4g} lies beyond {worst:.4g}, from where the hypervolume of '{goal.name}'"
+                " is taken"
             )
     return ""
 
 
-LIMIT = re.compile(r"\s*(\w+)\s*(<=|>=|<|>)\s*([-+\d.]+(?:[eE][-+]?\d+)?)\s*([A-Za-z%]*)\s*")
+# ----------------------------------------------------------------------------------------- limits
 
 
-def limits(said: Sequence[str], quality: str) -> tuple[Limit, ...]:
-    made = []
-    for text in [t for each in said for t in re.split(r",| and ", each) if t.strip()]:
-        found = LIMIT.fullmatch(text)
-        if not found:
-            raise RecipeError(f"--where: '{text}' is not a limit such as memory <= 8GB or accuracy >= 90%")
-        name, sign, number, unit = found.groups()
-        metric = quality if name == QUALITY else NAMED.get(name, name)
-        alias = next((k for k, v in NAMED.items() if v == metric), name)
-        units = UNITS.get(alias, {"": 1, "%": 0.01})
-        if unit not in units:
-            raise RecipeError(
-                f"--where: {name} is not counted in '{unit}' (there is: {', '.join(u for u in units if u)})"
-            )
-        if alias not in UNITS and metric not in (*metrics(), *former_metrics()) and "/" not in metric:
-            raise RecipeError(
-                f"--where: nothing measures '{name}'{did_you_mean(name, [*NAMED, QUALITY, *metrics(), *former_metrics()])}"
-            )
-        made.append(Limit(" ".join(text.split()), metric, sign[0] == "<", float(number) * units[unit]))
-    return tuple(made)
+def parse_limits(texts: Sequence[str], quality: str) -> tuple[Limit, ...]:
+    """texts: such as "memory <= 8GB and accuracy >= 90%". Raises RecipeError for what is no limit."""
+    limits = []
+    for part in re.split(r",| and ", ",".join(texts)):
+        if part.strip():
+            limits.append(_parse_limit(part, quality))
+    return tuple(limits)
+
+
+def _parse_limit(text: str, quality: str) -> Limit:
+    match = LIMIT.fullmatch(text)
+    if not match:
+        raise RecipeError(f"--constraint: '{text}' is not a limit such as memory <= 8GB or accuracy >= 90%")
+    name, sign, number, unit = match.groups()
+    metric = quality if name == QUALITY else _metric_name(name)
+    units = UNITS.get(metric, {"": 1, "%": 0.01})
+    if unit not in units:
+        names = ", ".join(filter(None, units))
+        raise RecipeError(f"--constraint: {name} is not measured in '{unit}' but in {names}")
+    if metric not in metrics() and "/" not in metric:
+        hint = did_you_mean(name, _names())
+        raise RecipeError(f"--constraint: nothing measures '{name}'{hint}")
+    return Limit(" ".join(text.split()), metric, sign[0] == "<", float(number) * units[unit])

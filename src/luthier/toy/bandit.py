@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from luthier.clock import Clock
 from luthier.model.batch import collate
 from luthier.model.policy import Roles
-from luthier.text.render import Encoded
+from luthier.text.encode import Encoded
 
 
 class Arms(nn.Module):

@@ -177,8 +177,8 @@ def choose(
         advice = "" if recompute or not can else ", or gradient_checkpointing: true"
         raise OutOfMemory(
             f"memory: one row alone is predicted to take {gb(row.total)} ({row.describe()}) beside the model,"
-            f" and {gb(have)} are free. Choose a tuner with fewer trainable parameters, an optimizer with less"
-            f" state, a lower max_length or a smaller or quantized model{advice}"
+            f" and {gb(have)} are free. Choose a tuner with fewer trainable parameters, an optimizer with"
+            f" less state, a lower max_length or a smaller or quantized model{advice}"
         )
     warnings.append(
         f"a step is predicted to take {gb(step.total)} ({step.describe()}) and {gb(have)} are free: expect"

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from luthier.model.batch import Batch
     from luthier.model.network import Network
     from luthier.model.outputs import Outputs
-    from luthier.text.render import Encoded, EncodedAll, Renderer
+    from luthier.text.encode import Encoded, EncodedAll, Renderer
 
 LOGPROBS = Capability("logprobs", says="a network that gives token log-probabilities")
 ENTROPY = Capability("entropy", says="a network that gives a distribution over tokens")

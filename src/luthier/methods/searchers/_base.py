@@ -1,8 +1,8 @@
-"""What is searched, what has been seen, and what a searcher is: a function from all that was seen to what is
-tried next.
+"""A space of settings, observations in it, and what a searcher is: a function from all observations so far to
+the configuration that is measured next.
 
-A searcher keeps nothing between two questions. So a search that was killed goes on as if it had not been, and
-the same history and seed always lead to the same question.
+A searcher keeps no state between two suggestions. So a search that was killed goes on as if it had not been,
+and the same history and seed always lead to the same suggestion.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from luthier.clock import Clock
+from luthier.errors import RecipeError
 from luthier.registry import family
 
-# ---------------------------------------------------------------------------------------------- what is searched
+# ---------------------------------------------------------------------- the space
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ class Space:
         return np.array([d.of(point.get(d.name, d.start)) for d in self.dims])
 
     def decode(self, vector: np.ndarray) -> dict[str, Any]:
-        known = {d.name: u for d, u in zip(self.dims, vector, strict=True)}
-        return self.walk(lambda d: d.at(known[d.name]))
+        by_name = {d.name: u for d, u in zip(self.dims, vector, strict=True)}
+        return self.walk(lambda d: d.at(by_name[d.name]))
 
     def features(self, vectors: np.ndarray) -> np.ndarray:
         """[n, dims] in 0..1 -> what distances are taken of: whole numbers and steps where they are, a choice
@@ -135,23 +136,23 @@ class Space:
         return np.stack(columns, 1)
 
 
-# ---------------------------------------------------------------------------------------------- what has been seen
+# ---------------------------------------------------------------------- observations and suggestions
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """A configuration that was measured after a share of its steps."""
 
     number: int  # of the configuration: the same one further on keeps its number
     point: Mapping[str, Any]
     values: tuple[float, ...]  # of each goal, the smaller the better; inf where it diverged
     share: float = 1.0
-    over: float = 0.0  # by how much constraints are overstepped, in shares of what they allow
-    marks: Mapping[str, Any] = field(default_factory=dict)  # what the searcher noted when it asked
+    violation: float = 0.0  # by how much constraints are overstepped, in shares of what they allow
+    marks: Mapping[str, Any] = field(default_factory=dict)  # what the searcher noted when it suggested it
 
 
 @dataclass(frozen=True)
-class Asked:
+class Suggestion:
     """What to measure next."""
 
     point: dict[str, Any]
@@ -162,14 +163,16 @@ class Asked:
 
 @family
 class Searcher:
-    """Family: `ask`. Searchers that measure after part of the steps say so by `shares`."""
+    """Family: `ask` returns the next configuration. Searchers that measure after part of the steps say so by
+    `shares`.
+    """
 
     @property
     def shares(self) -> tuple[float, ...]:
         """After which shares of the steps it measures."""
         return (1.0,)
 
-    def ask(self, space: Space, seen: Sequence[Seen], goals: int, clock: Clock) -> Asked:
+    def ask(self, space: Space, history: Sequence[Observation], goals: int, clock: Clock) -> Suggestion:
         raise NotImplementedError
 
 
@@ -177,10 +180,10 @@ def rng(clock: Clock, *names: object) -> np.random.Generator:
     return np.random.default_rng(clock.derive_seed(*names, at=0))
 
 
-# ---------------------------------------------------------------------------------------------- judging what was seen
+# ---------------------------------------------------------------------- judging observations
 
 
-def tamed(values: np.ndarray) -> np.ndarray:
+def finite_values(values: np.ndarray) -> np.ndarray:
     """[n, goals] with what diverged a little worse than the worst that did not."""
     out = values.astype(float).copy()
     for column in out.T:
@@ -190,17 +193,13 @@ def tamed(values: np.ndarray) -> np.ndarray:
     return out
 
 
-def layers(values: np.ndarray) -> np.ndarray:
-    """[n] 0 for those that nobody beats everywhere, 1 for those whom only these beat, and so on."""
-    left, rank, level = list(range(len(values))), np.zeros(len(values), int), 0
-    while left:
-        some = values[left]
-        # [beaten, by]
-        better = np.all(some[None] <= some[:, None], axis=2) & np.any(some[None] < some[:, None], axis=2)
-        beaten = better.sum(1) > 0
-        rank[[i for i, b in zip(left, beaten) if not b]] = level
-        left, level = [i for i, b in zip(left, beaten) if b], level + 1
-    return rank
+def pareto_ranks(values: np.ndarray) -> np.ndarray:
+    """[n, goals] without nan -> [n] 0 for the points that no other dominates, 1 for those that only these
+    dominate, and so on.
+    """
+    import moocore
+
+    return np.asarray(moocore.pareto_rank(values), int)
 
 
 def crowding(values: np.ndarray) -> np.ndarray:
@@ -216,36 +215,63 @@ def crowding(values: np.ndarray) -> np.ndarray:
     return out
 
 
-def ranked(seen: Sequence[Seen]) -> list[Seen]:
+def best_first(history: Sequence[Observation]) -> list[Observation]:
     """Best first: what keeps to the constraints, then by layer, then the less crowded."""
-    if not seen:
+    if not history:
         return []
-    values = tamed(np.array([s.values for s in seen]))
-    over = np.array([s.over for s in seen])
-    level = layers(values).astype(float)
-    far = np.zeros(len(seen))
+    values = finite_values(np.array([s.values for s in history]))
+    violation = np.array([s.violation for s in history])
+    level = pareto_ranks(values).astype(float)
+    far = np.zeros(len(history))
     for one in np.unique(level):
         where = np.flatnonzero(level == one)
         far[where] = crowding(values[where])
-    order = np.lexsort((-far if values.shape[1] > 1 else values[:, 0], level, np.maximum(over, 0)))
-    return [seen[i] for i in order]
+    order = np.lexsort((-far if values.shape[1] > 1 else values[:, 0], level, np.maximum(violation, 0)))
+    return [history[i] for i in order]
 
 
-def further(seen: Sequence[Seen]) -> list[Seen]:
+def latest(history: Sequence[Observation]) -> list[Observation]:
     """Of each configuration what was measured last."""
-    last: dict[int, Seen] = {}
-    for s in seen:
+    last: dict[int, Observation] = {}
+    for s in history:
         if s.number not in last or s.share >= last[s.number].share:
             last[s.number] = s
     return list(last.values())
 
 
-def telling(seen: Sequence[Seen], least: int) -> list[Seen]:
+def at_common_share(history: Sequence[Observation], least: int) -> list[Observation]:
     """What was measured after the largest share that `least` configurations reached: numbers of different
     shares do not compare.
     """
     by = {
-        share: [s for s in seen if s.share == share]
-        for share in sorted({s.share for s in seen}, reverse=True)
+        share: [s for s in history if s.share == share]
+        for share in sorted({s.share for s in history}, reverse=True)
     }
     return next((some for some in by.values() if len(some) >= least), max(by.values(), key=len, default=[]))
+
+
+# ---------------------------------------------------------------------- Optuna
+
+
+def load_optuna() -> Any:
+    """The library, quiet. Raises RecipeError where it is missing."""
+    try:
+        import optuna
+    except ImportError:
+        raise RecipeError("a search needs optuna: pip install 'luthier[search]'") from None
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna
+
+
+def optuna_distributions(space: Space) -> dict[str, Any]:
+    """Setting -> Optuna's distribution of it."""
+    lib = load_optuna().distributions
+    distributions: dict[str, Any] = {}
+    for d in space.dims:
+        if d.choices:
+            distributions[d.name] = lib.CategoricalDistribution(d.choices)
+        elif d.whole:
+            distributions[d.name] = lib.IntDistribution(int(d.low), int(d.high), log=d.log)
+        else:
+            distributions[d.name] = lib.FloatDistribution(d.low, d.high, log=d.log)
+    return distributions

@@ -1,84 +1,72 @@
-"""Optuna's samplers as searchers: each question is asked of a study that holds what was seen, and nothing
-else.
-"""
+"""Optuna's samplers as searchers: each suggestion comes from a study of the history and nothing else."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
 
-from luthier.errors import RecipeError
-from luthier.methods.searchers._base import Asked, Dim, Searcher, Space, tamed
+from luthier.methods.searchers._base import (
+    Dim,
+    Observation,
+    Searcher,
+    Space,
+    Suggestion,
+    finite_values,
+    load_optuna,
+    optuna_distributions,
+)
 from luthier.registry import family
 
 
-def optuna() -> Any:
-    """The library, quiet; a sentence where it is missing."""
-    try:
-        import optuna
-    except ImportError:
-        raise RecipeError("a search needs optuna: pip install 'luthier[search]'") from None
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    return optuna
-
-
 @family
-class ByOptuna(Searcher):
+class OptunaSearcher(Searcher):
     """Family: `sampler`."""
 
     # does it know settings that do not always count? Else they all do, for it
     conditional: ClassVar[bool] = True
 
-    def sampler(self, seed: int, over: Any) -> Any:
-        """over: the constraints of a trial, or None where there are none."""
+    def sampler(self, seed: int, constraints: Callable[[Any], Sequence[float]] | None) -> Any:
+        """constraints: the violations of a trial, or None where there are none."""
         raise NotImplementedError
 
-    def ask(self, space, seen, goals, clock):
-        lib, kind = optuna(), distributions(space)
-        past = seen[:0] if not seen else seen
-        values = tamed(np.array([s.values for s in past])) if past else []
-        over = (lambda t: (t.user_attrs["over"],)) if any(s.over for s in past) else None
+    def ask(self, space, history, goals, clock):
+        lib = load_optuna()
+        constraints = None
+        if any(s.violation for s in history):
+            constraints = lambda trial: (trial.user_attrs["over"],)
+        seed = clock.derive_seed("ask", len(history), at=0) % 2**32
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             study = lib.create_study(
-                directions=["minimize"] * goals,
-                sampler=self.sampler(clock.derive_seed("ask", len(seen), at=0) % 2**32, over),
+                directions=["minimize"] * goals, sampler=self.sampler(seed, constraints)
             )
-            for s, v in zip(past, values):
-                point = (
-                    s.point
-                    if self.conditional
-                    else {d.name: s.point.get(d.name, d.start) for d in space.dims}
-                )
-                marks = {**s.marks, **({"constraints": [s.over]} if over else {})}
-                study.add_trial(
-                    lib.trial.create_trial(
-                        params=dict(point),
-                        distributions={k: kind[k] for k in point},
-                        values=[float(x) for x in v],
-                        user_attrs={"over": s.over},
-                        system_attrs=marks,
-                    )
-                )
+            values = finite_values(np.array([s.values for s in history])) if history else []
+            for s, v in zip(history, values):
+                study.add_trial(self._frozen(space, s, [float(x) for x in v], constraints is not None))
             trial = study.ask()
             point = space.walk(lambda d: _suggest(trial, d), everything=not self.conditional)
             marks = study._storage.get_trial_system_attrs(trial._trial_id)
-        return Asked(space.active(point), marks=dict(marks))
+        return Suggestion(space.active(point), marks=dict(marks))
 
-
-def distributions(space: Space) -> dict[str, Any]:
-    lib = optuna()
-    made = {}
-    for d in space.dims:
-        if d.choices:
-            made[d.name] = lib.distributions.CategoricalDistribution(d.choices)
-        elif d.whole:
-            made[d.name] = lib.distributions.IntDistribution(int(d.low), int(d.high), log=d.log)
-        else:
-            made[d.name] = lib.distributions.FloatDistribution(d.low, d.high, log=d.log)
-    return made
+    def _frozen(self, space: Space, s: Observation, values: list[float], constrained: bool) -> Any:
+        """An observation as a finished trial of Optuna's."""
+        point = dict(s.point)
+        if not self.conditional:
+            point = {d.name: s.point.get(d.name, d.start) for d in space.dims}
+        marks = dict(s.marks)
+        if constrained:
+            marks["constraints"] = [s.violation]
+        distributions = optuna_distributions(space)
+        return load_optuna().trial.create_trial(
+            params=point,
+            distributions={k: distributions[k] for k in point},
+            values=values,
+            user_attrs={"over": s.violation},
+            system_attrs=marks,
+        )
 
 
 def _suggest(trial: Any, d: Dim) -> Any:

@@ -5,7 +5,7 @@ step (`live`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -83,7 +83,7 @@ def pieces(roles: Any, ids: Sequence[int]) -> list[str]:
     """The text of each token, as it adds to those before it; joined they are the whole, special
     tokens shown.
     """
-    texts, decode = [], roles.renderer.shown
+    texts, decode = [], partial(roles.renderer.text, special=True)
     for i in range(len(ids)):
         first = max(0, i - 4)  # far enough for characters that take several tokens
         before = decode(list(ids[first:i]))

@@ -17,7 +17,7 @@ from luthier.methods.architectures._base import VALUES, Architecture
 from luthier.model.batch import Batch, pad
 from luthier.model.language_model import path, soft_first
 from luthier.registry import architecture
-from luthier.text.render import Renderer
+from luthier.text.encode import Renderer
 
 if TYPE_CHECKING:
     from luthier.model.network import Network

@@ -14,12 +14,12 @@ from typing import Annotated
 import torch
 from pydantic import Field
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from luthier.methods.evaluators._base import Evaluator
 from luthier.methods.tuners._base import MERGE
-from luthier.model.anatomy import layer_of
+from luthier.model.weight_changes import effective_rank, likeness, matrices
 from luthier.registry import evaluator
 
 
@@ -59,37 +59,6 @@ class Intruders(Evaluator):
             if counts
             else {"intruders": 0.0}
         )
-
-
-def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The network's own matrices inside its layers, by name; what an adapter brings beside them is
-    left out.
-    """
-    wrapped = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
-
-    def own(name: str) -> bool:
-        over = [w for w in wrapped if name.startswith(f"{w}.")]
-        return all(name.startswith(f"{w}.base_layer.") for w in over)
-
-    return {name: p for name, p in model.named_parameters() if p.dim() == 2 and layer_of(name) and own(name)}
-
-
-@torch.no_grad()
-def likeness(before: Tensor, after: Tensor, k: int = 10) -> list[float]:
-    """Of the first k left singular vectors of `after` [rows, columns], the largest |cosine| with any of
-    `before`'s.
-    """
-    old = torch.linalg.svd(before.float(), full_matrices=False).U
-    new = torch.linalg.svd(after.float(), full_matrices=False).U[:, :k]
-    return (old.T @ new).abs().amax(0).tolist()
-
-
-@torch.no_grad()
-def effective_rank(change: Tensor) -> float:
-    """exp of the entropy of the singular values as shares (Roy and Vetterli, 2007)."""
-    s = torch.linalg.svdvals(change.double())
-    p = (s / s.sum()).clamp(min=1e-12)
-    return float(torch.exp(-(p * p.log()).sum()))
 
 
 @torch.no_grad()

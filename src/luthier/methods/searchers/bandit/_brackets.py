@@ -12,7 +12,14 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from luthier.clock import Clock
-from luthier.methods.searchers._base import Asked, Searcher, Seen, Space, ranked, telling
+from luthier.methods.searchers._base import (
+    Observation,
+    Searcher,
+    Space,
+    Suggestion,
+    at_common_share,
+    best_first,
+)
 from luthier.registry import family, nested
 
 Bracket = list[tuple[int, float]]  # rungs: how many configurations, after which share of their steps
@@ -35,6 +42,11 @@ def cost(bracket: Bracket, anew: bool = False) -> float:
         paid += n * (share if anew else share - before)
         before = share
     return paid
+
+
+def measured_in(history: Sequence[Observation], bracket: int, rung: int) -> list[Observation]:
+    """The observations of one rung of one bracket."""
+    return [s for s in history if s.marks.get("bracket") == bracket and s.marks.get("rung") == rung]
 
 
 @family
@@ -69,35 +81,32 @@ class Brackets(Shares):
     def bracket(self, number: int) -> Bracket:
         raise NotImplementedError
 
-    def ask(self, space, seen, goals, clock):
+    def ask(self, space, history, goals, clock):
         number = 0
         while True:
             for rung, (n, share) in enumerate(self.bracket(number)):
-                there = [s for s in seen if s.marks.get("bracket") == number and s.marks.get("rung") == rung]
+                there = measured_in(history, number, rung)
                 if len(there) < n:
                     marks = {"bracket": number, "rung": rung}
                     if rung == 0:
-                        return self.propose(space, seen, goals, clock, share, marks)
-                    below = [
-                        s
-                        for s in seen
-                        if s.marks.get("bracket") == number and s.marks.get("rung") == rung - 1
-                    ]
-                    gone = {s.number for s in there}
-                    best = next(s for s in ranked(below) if s.number not in gone)
-                    return Asked(dict(best.point), share, best.number, marks)
+                        return self.propose(space, history, goals, clock, share, marks)
+                    below = measured_in(history, number, rung - 1)
+                    continued = {s.number for s in there}
+                    best = next(s for s in best_first(below) if s.number not in continued)
+                    return Suggestion(dict(best.point), share, best.number, marks)
             number += 1
 
     def propose(
         self,
         space: Space,
-        seen: Sequence[Seen],
+        history: Sequence[Observation],
         goals: int,
         clock: Clock,
         share: float,
         marks: dict[str, Any],
-    ) -> Asked:
-        """A new configuration, from what was seen at the most telling share."""
-        some = telling(seen, len(space.dims) + 2)
-        asked = self.inner.ask(space, some, goals, Clock(clock.derive_seed("bracket", len(seen), at=0)))
-        return Asked(asked.point, share, marks={**asked.marks, **marks})
+    ) -> Suggestion:
+        """A new configuration, by `inner`, from observations at the largest share that has enough of them."""
+        some = at_common_share(history, len(space.dims) + 2)
+        own = Clock(clock.derive_seed("bracket", len(history), at=0))
+        suggestion = self.inner.ask(space, some, goals, own)
+        return Suggestion(suggestion.point, share, marks={**suggestion.marks, **marks})

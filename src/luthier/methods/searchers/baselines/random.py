@@ -1,8 +1,8 @@
-"""Random search: every configuration is drawn anew. The baseline that a searcher has to beat at equal budget."""
+"""Random search: every configuration is drawn anew. The baseline to beat at equal budget."""
 
 from __future__ import annotations
 
-from luthier.methods.searchers._base import Asked, Searcher, rng
+from luthier.methods.searchers._base import Searcher, Suggestion, rng
 from luthier.registry import searcher
 
 
@@ -10,5 +10,5 @@ from luthier.registry import searcher
 class Random(Searcher):
     """Uniform draws, of logarithms where a range says so."""
 
-    def ask(self, space, seen, goals, clock):
-        return Asked(space.draw(rng(clock, "ask", len(seen))))
+    def ask(self, space, history, goals, clock):
+        return Suggestion(space.draw(rng(clock, "ask", len(history))))

@@ -13,7 +13,8 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from luthier.methods.searchers._base import Asked, ranked, rng
+from luthier.methods.searchers._base import Suggestion, best_first, rng
+from luthier.methods.searchers.bandit._brackets import measured_in
 from luthier.methods.searchers.bandit.hyperband import Hyperband
 from luthier.registry import searcher
 
@@ -27,47 +28,45 @@ class DEHB(Hyperband):
     crossover: Annotated[float, Field(ge=0, le=1)] = 0.5
     population: Annotated[int, Field(ge=4)] = 8  # of a share, at least
 
-    def ask(self, space, seen, goals, clock):
+    def ask(self, space, history, goals, clock):
         number = 0
         while True:
             for rung, (n, share) in enumerate(self.bracket(number)):
-                there = [s for s in seen if s.marks.get("bracket") == number and s.marks.get("rung") == rung]
+                there = measured_in(history, number, rung)
                 if len(there) < n:
                     marks = {"bracket": number, "rung": rung}
                     if number == 0 and rung:
-                        below = [
-                            s for s in seen if s.marks.get("bracket") == 0 and s.marks.get("rung") == rung - 1
-                        ]
-                        best = next(s for s in ranked(below) if s.number not in {t.number for t in there})
-                        return Asked(
+                        below = best_first(measured_in(history, 0, rung - 1))
+                        best = next(s for s in below if s.number not in {t.number for t in there})
+                        return Suggestion(
                             dict(best.point), share, best.number, {**marks, "slot": best.marks.get("slot")}
                         )
-                    return self.child(space, seen, clock, share, marks)
+                    return self.child(space, history, clock, share, marks)
             number += 1
 
-    def alive(self, seen, share):
+    def alive(self, history, share):
         """Slot -> the best that stood in it, at a share."""
         slots = {}
-        for s in seen:
+        for s in history:
             slot = s.marks.get("slot")
             if (
                 s.share == share
                 and slot is not None
-                and (slot not in slots or ranked([slots[slot], s])[0] is s)
+                and (slot not in slots or best_first([slots[slot], s])[0] is s)
             ):
                 slots[slot] = s
         return slots
 
-    def child(self, space, seen, clock, share, marks):
-        draw, slots = rng(clock, "ask", len(seen)), self.alive(seen, share)
+    def child(self, space, history, clock, share, marks):
+        draw, slots = rng(clock, "ask", len(history)), self.alive(history, share)
         shares = self.shares
         at = min(range(len(shares)), key=lambda i: abs(shares[i] - share))
-        below = ranked(list(self.alive(seen, shares[max(0, at - 1)]).values()))
+        below = best_first(list(self.alive(history, shares[max(0, at - 1)]).values()))
         pool = below if at == 0 else below[: max(3, len(below) // 2)]
         pool += [s for s in slots.values() if len(pool) < 3 and s not in pool]
-        slot = next((i for i in range(self.population) if i not in slots), len(seen) % self.population)
+        slot = next((i for i in range(self.population) if i not in slots), len(history) % self.population)
         if (at == 0 and slot not in slots) or len(pool) < 3:
-            return Asked(space.draw(draw), share, marks={**marks, "slot": slot})
+            return Suggestion(space.draw(draw), share, marks={**marks, "slot": slot})
         choice = [pool[i] for i in draw.choice(len(pool), 3, replace=False)]
         a, b, c = (space.encode(s.point) for s in choice)
         mutant = a + self.factor * (b - c)
@@ -77,6 +76,6 @@ class DEHB(Hyperband):
             keep = draw.random(len(mutant)) < self.crossover
             keep[draw.integers(len(mutant))] = False
             mutant = np.where(keep, space.encode(slots[slot].point), mutant)
-        return Asked(
+        return Suggestion(
             space.decode(mutant), share, marks={**marks, "slot": slot, "of": [s.number for s in choice]}
         )

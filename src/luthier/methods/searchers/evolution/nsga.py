@@ -6,21 +6,22 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.methods.searchers._optuna import ByOptuna, optuna
+from luthier.methods.searchers._base import load_optuna
+from luthier.methods.searchers._optuna import OptunaSearcher
 from luthier.registry import searcher
 
 
 @searcher(paper="doi:10.1109/4235.996017")
-class NSGA(ByOptuna):
+class NSGA(OptunaSearcher):
     """The evolutionary baseline for several goals."""
 
     population_size: Annotated[int, Field(ge=2)] = 10  # of a generation
     crossover_prob: Annotated[float, Field(ge=0, le=1)] = 0.9  # else a child is its parent, mutated
 
-    def sampler(self, seed, over):
-        return optuna().samplers.NSGAIISampler(
+    def sampler(self, seed, constraints):
+        return load_optuna().samplers.NSGAIISampler(
             seed=seed,
-            constraints_func=over,
+            constraints_func=constraints,
             population_size=self.population_size,
             crossover_prob=self.crossover_prob,
         )

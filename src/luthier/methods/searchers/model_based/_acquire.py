@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from scipy.special import ndtr, ndtri
 
-from luthier.methods.searchers._base import Seen, Space, layers, tamed
+from luthier.methods.searchers._base import Observation, Space, finite_values, pareto_ranks
 from luthier.methods.searchers.model_based._surrogates import Surrogate, fit
 
-POOL = 400  # configurations from which the most promising is taken; its neighbours are tried then
+POOL = 400  # configurations from which the most promising point is taken; its neighbours are tried then
 DIRECTIONS = 64  # along which a hypervolume is measured
 DRAWS = 16  # of what was seen and of what may be seen, together
 OUTLIER = 4.0  # values worse than the median by so many times its distance from the best count as that
@@ -59,7 +59,7 @@ def gain(
     return before - after.mean(1)
 
 
-# ---------------------------------------------------------------------------------------------- several goals
+# ---------------------------------------------------------------------- several goals
 
 
 def directions(draw: np.random.Generator, goals: int, n: int = DIRECTIONS) -> np.ndarray:
@@ -114,7 +114,7 @@ def of_volume(
 
 def worst_of(values: np.ndarray) -> np.ndarray:
     """[goals] the point from which a volume is taken: a tenth of its span behind the worst of the front."""
-    front = values[layers(values) == 0]
+    front = values[pareto_ranks(values) == 0]
     low, high = (
         (front.min(0), front.max(0)) if len(np.unique(front, axis=0)) > 1 else (values.min(0), values.max(0))
     )
@@ -122,28 +122,28 @@ def worst_of(values: np.ndarray) -> np.ndarray:
     return low + 1.1 * span
 
 
-# ---------------------------------------------------------------------------------------------- models of what was seen
+# ---------------------------------------------------------------------- models of observations
 
 
-def vectors(space: Space, seen: Sequence[Seen]) -> np.ndarray:
-    return np.array([space.encode(s.point) for s in seen])
+def vectors(space: Space, history: Sequence[Observation]) -> np.ndarray:
+    return np.array([space.encode(s.point) for s in history])
 
 
-def values_of(seen: Sequence[Seen]) -> np.ndarray:
+def values_of(history: Sequence[Observation]) -> np.ndarray:
     """[n, goals] without numbers so bad that only they would count."""
-    out = tamed(np.array([s.values for s in seen]))
+    out = finite_values(np.array([s.values for s in history]))
     middle, best = np.median(out, axis=0), out.min(0)
     return np.where(middle > best, np.minimum(out, middle + OUTLIER * (middle - best)), out)
 
 
-def allowed(X: np.ndarray, seen: Sequence[Seen]) -> Callable[[np.ndarray], np.ndarray | float]:
+def allowed(X: np.ndarray, history: Sequence[Observation]) -> Callable[[np.ndarray], np.ndarray | float]:
     """How likely constraints are kept to. What keeps to them stands as far inside as the others, typically,
     do outside.
     """
-    over = np.array([s.over for s in seen])
-    if not (over > 0).any():
+    violation = np.array([s.violation for s in history])
+    if not (violation > 0).any():
         return lambda Z: 1.0
-    model = fit(X, np.where(over > 0, over, -np.median(over[over > 0])))
+    model = fit(X, np.where(violation > 0, violation, -np.median(violation[violation > 0])))
 
     def likely(Z: np.ndarray) -> np.ndarray:
         mean, variance = model.at(Z)
@@ -152,7 +152,7 @@ def allowed(X: np.ndarray, seen: Sequence[Seen]) -> Callable[[np.ndarray], np.nd
     return likely
 
 
-# ---------------------------------------------------------------------------------------------- the most promising
+# ---------------------------------------------------------------------- the most promising point
 
 
 def first(space: Space, n: int, i: int, draw: np.random.Generator) -> dict:
@@ -177,11 +177,11 @@ def most(
     pool = np.concatenate(
         [draw.random((POOL // 2, len(space.dims))), _near(around, POOL // 2, (0.3, 0.1, 0.03), draw)]
     )
-    pool = _as_said(space, pool)
+    pool = _canonical(space, pool)
     scores = _scored(space, score, new, pool)
     for width in (0.1, 0.03, 0.01):
         top = pool[np.argsort(-scores, kind="stable")[:5]]
-        more = _as_said(space, _near(top, POOL // 8, (width,), draw))
+        more = _canonical(space, _near(top, POOL // 8, (width,), draw))
         pool, scores = (
             np.concatenate([top, more]),
             np.concatenate([np.sort(scores)[::-1][:5], _scored(space, score, new, more)]),
@@ -205,13 +205,13 @@ def _near(around: np.ndarray, n: int, widths: tuple[float, ...], draw: np.random
     return np.clip(np.where(moved, np.where(far, draw.random((n, d)), step), base), 0.0, 1.0)
 
 
-def _as_said(space: Space, pool: np.ndarray) -> np.ndarray:
+def _canonical(space: Space, pool: np.ndarray) -> np.ndarray:
     """With settings that do not count at their default."""
     return (
         np.array([space.encode(space.decode(v)) for v in pool]) if any(d.when for d in space.dims) else pool
     )
 
 
-def unseen(X: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    known = {x.tobytes() for x in X.round(6)}
-    return lambda Z: np.array([z.tobytes() not in known for z in Z.round(6)])
+def unmeasured(X: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    measured = {x.tobytes() for x in X.round(6)}
+    return lambda Z: np.array([z.tobytes() not in measured for z in Z.round(6)])

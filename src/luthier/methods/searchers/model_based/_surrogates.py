@@ -105,7 +105,7 @@ def _mean(solved: np.ndarray, z: np.ndarray) -> float:
     return float(solved @ z / (solved.sum() + 1 / WIDE**2))
 
 
-# ---------------------------------------------------------------------------------------------- fitting
+# ---------------------------------------------------------------------- fitting
 
 
 def fit(X: np.ndarray, y: np.ndarray, noise: float | None = None, sparse: float = 0.0) -> Surrogate:
@@ -119,17 +119,18 @@ def fit(X: np.ndarray, y: np.ndarray, noise: float | None = None, sparse: float 
     n, d = X.shape
     shift, spread = _units(y)
     z = (y - shift) / spread
-    known = None if noise is None else noise / spread**2
+    fixed_noise = None if noise is None else noise / spread**2
     D = 5 * (X[:, None] - X[None]) ** 2
     D = np.ascontiguousarray(np.moveaxis(D, 2, 0))  # [d, n, n]
-    found_too = known is None
-    prior = np.array([VARIANCE, *[smooth(d)] * d, *[NOISE] * found_too])
-    low = np.array([-7.0] + [-5.0] * d + [-16.0] * found_too)
-    high = np.array([7.0] + [6.0] * d + [1.0] * found_too)
+    fits_noise = fixed_noise is None
+    prior = np.array([VARIANCE, *[smooth(d)] * d, *[NOISE] * fits_noise])
+    low = np.array([-7.0] + [-5.0] * d + [-16.0] * fits_noise)
+    high = np.array([7.0] + [6.0] * d + [1.0] * fits_noise)
     s = slice(1, 1 + d)  # of theta: the logarithms of the length scales
 
     def parts(theta: np.ndarray) -> Process:
-        return Process(np.exp(theta[s]), math.exp(theta[0]), math.exp(theta[-1]) if known is None else known)
+        own_noise = math.exp(theta[-1]) if fixed_noise is None else fixed_noise
+        return Process(np.exp(theta[s]), math.exp(theta[0]), own_noise)
 
     def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
         """Minus the logarithm of the posterior, and its gradient."""
@@ -149,7 +150,7 @@ def fit(X: np.ndarray, y: np.ndarray, noise: float | None = None, sparse: float 
         G = 0.5 * (inverse - np.outer(alpha, alpha))  # d value / d K
         grad[0] = (G * k).sum()
         grad[s] = np.tensordot(D, G * (1 + r) * e / 3, 2) / p.scales**2
-        if known is None:
+        if fixed_noise is None:
             grad[-1] = p.noise * np.trace(G)
         off = (theta - prior[:, 0]) / prior[:, 1]
         if sparse:
@@ -174,10 +175,10 @@ def lowest(
     low: np.ndarray,
     high: np.ndarray,
 ):
-    """Where a function that comes with its gradient is least: of what descending from each of these led to."""
+    """Where a function that comes with its gradient is least, of the descents from each of these points."""
     bounds = list(zip(low, high))
-    found = [
+    descents = [
         minimize(loss, b, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 40, "ftol": 1e-5})
         for b in begins
     ]
-    return min(found, key=lambda f: f.fun).x
+    return min(descents, key=lambda f: f.fun).x

@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from luthier.methods.searchers._base import Asked, Searcher, layers, rng
+from luthier.methods.searchers._base import Searcher, Suggestion, pareto_ranks, rng
 from luthier.methods.searchers.model_based import _acquire
 from luthier.methods.searchers.model_based._acquire import gain, improvement, most, normals
 from luthier.methods.searchers.model_based._surrogates import fit
@@ -40,34 +40,36 @@ class Bayes(Searcher):
     sparse: Annotated[float, Field(ge=0)] = 0.0
     n_simulations: Annotated[int, Field(ge=8)] = 64  # draws behind an expectation that has no closed form
 
-    def ask(self, space, seen, goals, clock):
+    def ask(self, space, history, goals, clock):
         n = self.n_startup_trials or 2 * (len(space.dims) + 1)
-        if len(seen) < n:
-            return Asked(_acquire.first(space, n, len(seen), rng(clock, "design")))
-        draw, at = rng(clock, "ask", len(seen)), _acquire.vectors(space, seen)
-        X, Y = space.features(at), _acquire.values_of(seen)
+        if len(history) < n:
+            return Suggestion(_acquire.first(space, n, len(history), rng(clock, "design")))
+        draw, at = rng(clock, "ask", len(history)), _acquire.vectors(space, history)
+        X, Y = space.features(at), _acquire.values_of(history)
         models = [
             fit(X, y, noise=0.0 if self.deterministic_objective else None, sparse=self.sparse) for y in Y.T
         ]
-        inside = np.array([s.over <= 0 for s in seen])
-        some = inside if inside.any() else np.ones(len(seen), bool)  # among whom the best is
+        inside = np.array([s.violation <= 0 for s in history])
+        some = inside if inside.any() else np.ones(len(history), bool)  # among whom the best is
         score = (
             self.of_one(models[0], X, Y[:, 0], some, space, draw)
             if goals == 1
             else _acquire.of_volume(models, X[some], Y[some], draw)
         )
-        kept = _acquire.allowed(X, seen)
-        good = at[some][np.argsort(layers(Y[some]), kind="stable")[:10]]
-        return Asked(space.decode(most(space, lambda Z: score(Z) * kept(Z), good, _acquire.unseen(X), draw)))
+        feasible = _acquire.allowed(X, history)
+        good = at[some][np.argsort(pareto_ranks(Y[some]), kind="stable")[:10]]
+        best = most(space, lambda Z: score(Z) * feasible(Z), good, _acquire.unmeasured(X), draw)
+        return Suggestion(space.decode(best))
 
     def of_one(self, model, X, y, some, space, draw):
         if self.acquisition == "knowledge_gradient":
             among = np.concatenate([X, space.features(draw.random((100, len(space.dims))))])
             return lambda Z: gain(model, among, Z, normals(self.n_simulations))
         if self.deterministic_objective:
-            return lambda Z: improvement(*_sd(model.at(Z)), float(y[some].min()))
+            return lambda Z: _improvement(model, Z, float(y[some].min()))
         return lambda Z: gain(model, X[some], Z, normals(self.n_simulations))
 
 
-def _sd(found):
-    return found[0], np.sqrt(found[1])
+def _improvement(model, Z, best):
+    mean, variance = model.at(Z)
+    return improvement(mean, np.sqrt(variance), best)

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.methods.searchers._base import Asked, Searcher, rng, tamed
+from luthier.methods.searchers._base import Searcher, Suggestion, finite_values, rng
 from luthier.registry import searcher
 
 NEAR = 0.1  # how far a neighbour's settings lie from where they were, of their ranges
@@ -30,7 +30,7 @@ CHUNK = 256  # points whose improvement is computed at once
 class BoTorch(Searcher):
     """Costly runs and several noisy goals; settings of which few count."""
 
-    # drawn at random first; not given: 2 (settings + 1)
+    # drawn at random first; null: 2 (settings + 1)
     n_startup_trials: Annotated[int, Field(ge=2)] | None = None
     # of length scales; plain: BoTorch's own, which grows with the number of settings
     prior: Literal["saas", "plain"] = "saas"
@@ -38,24 +38,24 @@ class BoTorch(Searcher):
     climbs: Annotated[int, Field(ge=0)] = 4  # times the best points' neighbours are looked at
     samples: Annotated[int, Field(ge=8)] = 64  # by which the improvement is computed (quasi-random normals)
 
-    def ask(self, space, seen, goals, clock):
-        draw = rng(clock, "ask", len(seen))
+    def ask(self, space, history, goals, clock):
+        draw = rng(clock, "ask", len(history))
         begun = self.n_startup_trials or 2 * (len(space.dims) + 1)
-        if len(seen) < begun:
-            return Asked(space.draw(draw))
+        if len(history) < begun:
+            return Suggestion(space.draw(draw))
         with warnings.catch_warnings(), torch.random.fork_rng():
             warnings.simplefilter("ignore")
             torch.manual_seed(int(draw.integers(2**31)))
             features = lambda u: torch.tensor(space.features(u), dtype=torch.float64)
-            at = np.stack([space.encode(s.point) for s in seen])
+            at = np.stack([space.encode(s.point) for s in history])
             # BoTorch goes up
-            values = -torch.tensor(tamed(np.array([s.values for s in seen])), dtype=torch.float64)
-            over = torch.tensor([[max(0.0, s.over)] for s in seen], dtype=torch.float64)
-            worth = self._worth(features(at), values, over if over.any() else None)
+            values = -torch.tensor(finite_values(np.array([s.values for s in history])), dtype=torch.float64)
+            violation = torch.tensor([[max(0.0, s.violation)] for s in history], dtype=torch.float64)
+            worth = self._worth(features(at), values, violation if violation.any() else None)
             u = np.stack(
                 [space.encode(space.decode(x)) for x in draw.random((self.candidates, len(space.dims)))]
             )
-            known = {tuple(x) for x in at}
+            measured = {tuple(x) for x in at}
             scores = worth(features(u))
             for _ in range(self.climbs):
                 top = u[scores.argsort(descending=True)[:8].numpy()]
@@ -70,10 +70,10 @@ class BoTorch(Searcher):
                 step = np.stack([space.encode(space.decode(x.clip(0, 1))) for x in step])
                 u, scores = np.concatenate([u, step]), torch.cat([scores, worth(features(step))])
         order = scores.argsort(descending=True).tolist()
-        best = next((i for i in order if tuple(u[i]) not in known), order[0])
-        return Asked(space.decode(u[best]))
+        best = next((i for i in order if tuple(u[i]) not in measured), order[0])
+        return Suggestion(space.decode(u[best]))
 
-    def _worth(self, x: Tensor, values: Tensor, over: Tensor | None) -> Any:
+    def _worth(self, x: Tensor, values: Tensor, violation: Tensor | None) -> Any:
         """[n, features], [n, goals] up, [n, 1] how far limits are overstepped -> the logarithm of what points
         promise.
         """
@@ -88,9 +88,9 @@ class BoTorch(Searcher):
         goals = values.shape[1]
         y = (values - values.mean(0)) / values.std(0).clamp_min(1e-9)
         limits = None
-        if over is not None:
-            scale = over.std().clamp_min(1e-9)
-            y = torch.cat([y, over / scale], 1)
+        if violation is not None:
+            scale = violation.std().clamp_min(1e-9)
+            y = torch.cat([y, violation / scale], 1)
             limits = [lambda z: z[..., -1] - 0.05]  # what kept to its limits was measured as 0
         model = self._model(x, y)
         sampler = SobolQMCNormalSampler(torch.Size([self.samples]), seed=0)
@@ -128,10 +128,10 @@ class BoTorch(Searcher):
         from botorch.models.map_saas import EnsembleMapSaasSingleTaskGP
         from gpytorch.mlls import ExactMarginalLogLikelihood
 
-        made = []
+        models = []
         for column in y.T:
             kind = EnsembleMapSaasSingleTaskGP if self.prior == "saas" else SingleTaskGP
             model = kind(x, column[:, None])
             fit_gpytorch_mll(ExactMarginalLogLikelihood(model.likelihood, model))
-            made.append(model)
-        return made[0] if len(made) == 1 else ModelListGP(*made)
+            models.append(model)
+        return models[0] if len(models) == 1 else ModelListGP(*models)

@@ -10,12 +10,13 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from luthier.methods.searchers._optuna import ByOptuna, optuna
+from luthier.methods.searchers._base import load_optuna
+from luthier.methods.searchers._optuna import OptunaSearcher
 from luthier.registry import searcher
 
 
 @searcher(paper="arXiv:1807.02811")
-class GP(ByOptuna):
+class GP(OptunaSearcher):
     """Few and costly runs, up to some ten settings."""
 
     conditional: ClassVar[bool] = False
@@ -23,10 +24,10 @@ class GP(ByOptuna):
     n_startup_trials: Annotated[int, Field(ge=1)] = 10  # drawn at random first
     deterministic_objective: bool = False  # would the same configuration give the same numbers again?
 
-    def sampler(self, seed, over):
-        return optuna().samplers.GPSampler(
+    def sampler(self, seed, constraints):
+        return load_optuna().samplers.GPSampler(
             seed=seed,
-            constraints_func=over,
+            constraints_func=constraints,
             n_startup_trials=self.n_startup_trials,
             deterministic_objective=self.deterministic_objective,
         )

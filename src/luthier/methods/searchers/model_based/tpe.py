@@ -10,23 +10,24 @@ from typing import Annotated
 
 from pydantic import Field
 
-from luthier.methods.searchers._optuna import ByOptuna, optuna
+from luthier.methods.searchers._base import load_optuna
+from luthier.methods.searchers._optuna import OptunaSearcher
 from luthier.registry import searcher
 
 
 @searcher(paper="arXiv:2304.11127")
-class TPE(ByOptuna):
+class TPE(OptunaSearcher):
     """Tree-structured Parzen estimators, one goal or several, with constraints."""
 
     n_startup_trials: Annotated[int, Field(ge=1)] = 10  # drawn at random first
     n_ei_candidates: Annotated[int, Field(ge=1)] = 24  # from which the best ratio is taken
 
-    def sampler(self, seed, over):
-        return optuna().samplers.TPESampler(
+    def sampler(self, seed, constraints):
+        return load_optuna().samplers.TPESampler(
             seed=seed,
             multivariate=True,
             group=True,
-            constraints_func=over,
+            constraints_func=constraints,
             n_startup_trials=self.n_startup_trials,
             n_ei_candidates=self.n_ei_candidates,
         )

@@ -6,6 +6,7 @@ from luthier.methods.formats._base import COMPLETIONS, PAIRS, SCORES
 from luthier.methods.formats.labelled.stepwise import STEPS
 from luthier.methods.stages._base import Stage
 from luthier.registry import Column, stage
+from luthier.text.tokens import tokenize
 
 STEP_TARGETS = Column(
     "step_targets",
@@ -28,7 +29,7 @@ class MarkSteps(Stage):
         for row in rows:
             ids, targets = [], []
             for step, right in zip(row["steps"], row["step_labels"], strict=True):
-                tokens = roles.renderer.one(step + "\n")
+                tokens = tokenize(roles.renderer.tokenizer, step + "\n")
                 ids += tokens
                 targets += [-1.0] * (len(tokens) - 1) + [float(right)]
             if len(roles.renderer.prompt(row)) + len(ids) <= most:

@@ -17,7 +17,7 @@ from luthier.methods.stages._base import Stage, best_first
 from luthier.model.batch import collate
 from luthier.model.policy import eval_mode
 from luthier.registry import Range, stage
-from luthier.text.render import Encoded
+from luthier.text.encode import Encoded
 
 
 @stage(example={"share": 1.0}, paper="arXiv:2308.12032", requires=[COMPLETIONS, LOGPROBS])

@@ -22,7 +22,7 @@ from luthier.registry import architecture
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
-    from luthier.text.render import Renderer
+    from luthier.text.encode import Renderer
 
 
 @architecture(provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN])

@@ -8,7 +8,7 @@ from typing import Any
 
 from luthier.methods.formats._base import BadRow
 from luthier.registry import did_you_mean
-from luthier.text.render import Encoded, Renderer
+from luthier.text.encode import Encoded, Renderer
 
 
 class LabelRenderer(Renderer):
@@ -18,7 +18,7 @@ class LabelRenderer(Renderer):
         super().__init__(tokenizer, encoder=True, **how)
         self.label2id = label2id
 
-    def encode_several(self, rows: list[dict]) -> list[Encoded | BadRow]:
+    def encode_batch(self, rows: list[dict]) -> list[Encoded | BadRow]:
         return [self._class(row) for row in rows]
 
     def _class(self, row: dict) -> Encoded | BadRow:
@@ -30,7 +30,7 @@ class LabelRenderer(Renderer):
             ids = (
                 self.tokenizer(*row["texts"])["input_ids"]
                 if len(row.get("texts", ())) == 2
-                else self.asked(row)[0]
+                else self.encode_prompt(row)[0]
             )
             encoded = Encoded(ids, classes, [[True]] * len(classes))
             if not ids:
@@ -45,7 +45,7 @@ class LabelRenderer(Renderer):
         """For people: the text as it is read, then the names of its classes between marks."""
         encoded, names = self.encode(row), {i: name for name, i in self.label2id.items()}
         labels = "\n---\n".join(f"{marks[0]}{names[ids[0]]}{marks[1]}" for ids in encoded.completions)
-        return f"{self.shown(encoded.prompt)} → {labels}"
+        return f"{self.text(encoded.prompt, special=True)} → {labels}"
 
     def prompt(self, row: dict) -> list[int]:
         encoded = self._class({**row, "completions": []})

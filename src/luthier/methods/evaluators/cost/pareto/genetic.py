@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-from luthier.methods.searchers._base import layers
+from luthier.methods.searchers._base import pareto_ranks
 
 Genes = tuple[int, ...]
 INNER = 24  # generations on guesses, and their size at least
@@ -21,7 +21,7 @@ def dominates(a: Sequence[float], b: Sequence[float]) -> bool:
 
 def fronts(costs: Sequence[Sequence[float]]) -> list[list[int]]:
     """Places by rank: the first front is dominated by nobody, the next by the first alone, and so on."""
-    rank = layers(np.array(costs, float))
+    rank = pareto_ranks(np.array(costs, float))
     return [np.flatnonzero(rank == r).tolist() for r in range(rank.max() + 1)]
 
 

@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from luthier.methods.searchers._base import Asked, further, layers, ranked, rng
+from luthier.methods.searchers._base import Suggestion, best_first, latest, pareto_ranks, rng
 from luthier.methods.searchers.bandit._brackets import Shares
 from luthier.methods.searchers.model_based import _acquire
 from luthier.methods.searchers.model_based._acquire import gain, improvement, most, normals
@@ -40,65 +40,66 @@ class CoKriging(Shares):
     deterministic_objective: bool = False
     n_simulations: Annotated[int, Field(ge=8)] = 64  # draws behind an expectation that has no closed form
 
-    def ask(self, space, seen, goals, clock):
-        begin = self.begin(space, seen, rng(clock, "design"))
+    def ask(self, space, history, goals, clock):
+        begin = self.begin(space, history, rng(clock, "design"))
         if begin is not None:
             return begin
-        draw, at, shares = rng(clock, "ask", len(seen)), _acquire.vectors(space, seen), np.array(self.shares)
-        level = np.array([np.abs(shares - s.share).argmin() for s in seen])
-        X, Y = space.features(at), np.empty((len(seen), goals))
+        draw, shares = rng(clock, "ask", len(history)), np.array(self.shares)
+        at = _acquire.vectors(space, history)
+        level = np.array([np.abs(shares - s.share).argmin() for s in history])
+        X, Y = space.features(at), np.empty((len(history), goals))
         for t in set(level.tolist()):  # what is an outlier is told by its own share
-            Y[level == t] = _acquire.values_of([s for s, u in zip(seen, level) if u == t])
+            Y[level == t] = _acquire.values_of([s for s, u in zip(history, level) if u == t])
         noise = 0.0 if self.deterministic_objective else None
         models = [joint(np.column_stack([X, level]), y, len(shares), noise) for y in Y.T]
-        promise, kept = self.promise(models, X, level, seen, draw), _acquire.allowed(X, seen)
+        promise, feasible = self.promise(models, X, level, history, draw), _acquire.allowed(X, history)
 
         def each(Z, paid):
             """[c, T] what is promised at each share by what it costs, -inf where it was paid already."""
             cost = shares - np.reshape(paid, (-1, 1))
             return np.where(
-                cost > 1e-6, promise(Z) * np.reshape(kept(Z), (-1, 1)) / np.maximum(cost, 1e-6), -np.inf
+                cost > 1e-6, promise(Z) * np.reshape(feasible(Z), (-1, 1)) / np.maximum(cost, 1e-6), -np.inf
             )
 
         end = np.stack([m.at(on(m.top, X))[0] for m in models], 1)
-        good = at[np.argsort(layers(end), kind="stable")[:10]]
-        new = most(space, lambda Z: each(Z, 0.0).max(1), good, _acquire.unseen(X), draw)
-        paused = [s for s in further(seen) if s.share < 1 - 1e-9]
+        good = at[np.argsort(pareto_ranks(end), kind="stable")[:10]]
+        new = most(space, lambda Z: each(Z, 0.0).max(1), good, _acquire.unmeasured(X), draw)
+        paused = [s for s in latest(history) if s.share < 1 - 1e-9]
         vectors = np.array([new, *(space.encode(s.point) for s in paused)])
         worth = each(space.features(vectors), [0.0, *(s.share for s in paused)])
         best, t = np.unravel_index(int(worth.argmax()), worth.shape)
         if best == 0:
-            return Asked(space.decode(new), float(shares[t]))
-        return Asked(dict(paused[best - 1].point), float(shares[t]), paused[best - 1].number)
+            return Suggestion(space.decode(new), float(shares[t]))
+        return Suggestion(dict(paused[best - 1].point), float(shares[t]), paused[best - 1].number)
 
-    def begin(self, space, seen, draw):
+    def begin(self, space, history, draw):
         """Fewer at each share, but at least two, far apart, as one alone says nothing of rho; None when that
         is done.
         """
-        n, shares, last = self.n_startup_trials or 2 * (len(space.dims) + 1), self.shares, further(seen)
+        n, shares, last = self.n_startup_trials or 2 * (len(space.dims) + 1), self.shares, latest(history)
         for rung, share in enumerate(shares):
             there = [s for s in last if s.share > share - 1e-9]
             if rung == 0 and len(there) < n:
-                return Asked(_acquire.first(space, n, len(there), draw), share)
+                return Suggestion(_acquire.first(space, n, len(there), draw), share)
             if len(there) < min(n, max(2, int(n / self.eta**rung))):
-                below = ranked([s for s in last if shares[rung - 1] - 1e-9 < s.share < share - 1e-9])
+                below = best_first([s for s in last if shares[rung - 1] - 1e-9 < s.share < share - 1e-9])
                 at = [space.encode(s.point) for s in there]
                 best = below[0]  # of all; the second one is what is farthest from it
                 if len(at) == 1:
                     best = max(
                         below, key=lambda s, at=at: float(np.linalg.norm(space.encode(s.point) - at[0]))
                     )
-                return Asked(dict(best.point), share, best.number)
+                return Suggestion(dict(best.point), share, best.number)
         return None
 
-    def promise(self, models, X, level, seen, draw):
+    def promise(self, models, X, level, history, draw):
         """Z [c, features] -> [c, T] what measuring at each share promises for the end."""
         top, z = models[0].top, normals(self.n_simulations)
         if self.acquisition == "knowledge_gradient" and len(models) == 1:
             (model,), ends = models, on(top, X)
             of = lambda Z, t: gain(model, ends, on(t, Z), z, end=(model.at(on(top, Z))[0], model.along(Z, t)))
             return lambda Z: np.stack([of(Z, t) for t in range(top + 1)], 1)
-        inside = np.array([s.over <= 0 for s in seen])
+        inside = np.array([s.violation <= 0 for s in history])
         # what is to be beaten
         whole = next(x for x in ((level == top) & inside, level == top, inside, level >= 0) if x.any())
         ends = on(top, X[whole])

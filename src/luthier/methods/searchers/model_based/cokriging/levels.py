@@ -115,9 +115,9 @@ def joint(X: np.ndarray, y: np.ndarray, T: int, noise: float | None = None) -> J
     """
     at, (n, d) = _level(X), X[:, :-1].shape
     shifts, spread = _units(y, at, T)
-    z, known = (y - shifts[at]) / spread, None if noise is None else noise / spread**2
+    z, fixed_noise = (y - shifts[at]) / spread, None if noise is None else noise / spread**2
     D = np.ascontiguousarray(np.moveaxis(5 * (X[:, None, :-1] - X[None, :, :-1]) ** 2, 2, 0))  # [d, n, n]
-    free = known is None
+    free = fixed_noise is None
     rough = (ROUGH[0] + math.log(d) / 2, ROUGH[1])
     prior = np.array(
         [
@@ -139,7 +139,7 @@ def joint(X: np.ndarray, y: np.ndarray, T: int, noise: float | None = None) -> J
             np.exp(theta[T:a]).reshape(T, d),
             np.exp(theta[:T]),
             theta[a:b],
-            math.exp(theta[-1]) if known is None else known,
+            math.exp(theta[-1]) if fixed_noise is None else fixed_noise,
         )
 
     def loss(theta: np.ndarray) -> tuple[float, np.ndarray]:
@@ -165,7 +165,7 @@ def joint(X: np.ndarray, y: np.ndarray, T: int, noise: float | None = None) -> J
         for v in range(T - 1):
             dW = np.outer(L[:, v + 1], L[v])[at]  # of W by this rho
             grad[a + v] = 2 * np.einsum("iu,uij,ju->", dW, G * k, W) - alpha @ dW @ means
-        if known is None:
+        if fixed_noise is None:
             grad[-1] = p.noise * np.trace(G)
         off = (theta - prior[:, 0]) / prior[:, 1]
         value = 0.5 * rest @ alpha + np.log(np.diag(factor[0])).sum() + 0.5 * means @ means / WIDE**2

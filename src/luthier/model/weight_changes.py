@@ -1,0 +1,90 @@
+"""What fine-tuning changed in the weights: size, rank and new directions of each matrix's change."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from luthier.model.anatomy import layer_of
+
+WIDEST = 2048  # of a matrix whose singular values are still computed: beyond, each takes minutes
+FIRST = 10  # singular vectors that are compared with those of the base
+ALIKE = 0.5  # a cosine below which a direction is new
+SPECTRUM = 64  # singular values shown
+
+
+def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The network's own matrices inside its layers, by name; what an adapter brings beside them is
+    left out.
+    """
+    wrapped = [name for name, module in model.named_modules() if hasattr(module, "base_layer")]
+
+    def own(name: str) -> bool:
+        over = [w for w in wrapped if name.startswith(f"{w}.")]
+        return all(name.startswith(f"{w}.base_layer.") for w in over)
+
+    return {name: p for name, p in model.named_parameters() if p.dim() == 2 and layer_of(name) and own(name)}
+
+
+@torch.no_grad()
+def likeness(before: Tensor, after: Tensor, k: int = 10) -> list[float]:
+    """Of the first k left singular vectors of `after` [rows, columns], the largest |cosine| with any of
+    `before`'s.
+    """
+    old = torch.linalg.svd(before.float(), full_matrices=False).U
+    new = torch.linalg.svd(after.float(), full_matrices=False).U[:, :k]
+    return (old.T @ new).abs().amax(0).tolist()
+
+
+@torch.no_grad()
+def effective_rank(change: Tensor) -> float:
+    """exp of the entropy of the singular values as shares (Roy and Vetterli, 2007)."""
+    s = torch.linalg.svdvals(change.double())
+    p = (s / s.sum()).clamp(min=1e-12)
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+def plain_matrices(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Matrices inside the layers under the names that the network itself gives them."""
+    wrappers = r"\.base_layer\b|^base_model\.model\."
+    return {re.sub(wrappers, "", name): parameter for name, parameter in matrices(model).items()}
+
+
+@torch.no_grad()
+def weight_changes(before: Mapping[str, Tensor], model: nn.Module) -> dict[str, Any]:
+    """Each matrix of the tuned network (merged) against the untuned one.
+
+    {matrices: [{name, layer, part, moved, share, rank, new}], spectrum: [..], of: name, unlike: names}.
+    moved: the norm of the change by that of the matrix; share: of its entries that changed; rank: effective
+    rank of the change; new: how many of its first singular vectors the old matrix does not have. spectrum:
+    singular values of the largest change, the first being 1.
+    """
+    changes, unlike, largest, spectrum, of = [], [], 0.0, [], ""
+    for name, parameter in plain_matrices(model).items():
+        old = before.get(name)
+        if old is None or old.shape != parameter.shape:
+            unlike.append(name)
+            continue
+        old, new = old.float().cpu(), parameter.detach().float().cpu()
+        change = new - old
+        moved = float(change.norm() / old.norm().clamp(min=1e-12))
+        place = layer_of(name)
+        row = {
+            "name": name,
+            "layer": place[1] if place else None,
+            "part": ".".join(name.split(".")[-3:-1]),
+            "moved": moved,
+            "share": float((change != 0).float().mean()),
+        }
+        if moved and min(new.shape) <= WIDEST:
+            row["rank"] = effective_rank(change)
+            row["new"] = sum(cosine < ALIKE for cosine in likeness(old, new, FIRST))
+            if moved > largest:
+                values = torch.linalg.svdvals(change)
+                largest, of, spectrum = moved, name, (values / values[0]).tolist()[:SPECTRUM]
+        changes.append(row)
+    return {"matrices": changes, "spectrum": spectrum, "of": of, "unlike": unlike}

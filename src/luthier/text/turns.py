@@ -1,0 +1,93 @@
+"""Which characters of a rendered conversation are trained on, checked turn by turn.
+
+A template that writes earlier turns differently once more follow is found out here: what is trained on must be
+what is served later.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from luthier.methods.formats._base import BadRow
+from luthier.text.templates import marks_generation, render_turns, without_weights
+
+REWRITES = (
+    "the chat template rewrites earlier turns once later ones follow, so what is trained would never be"
+    " served: keep one assistant turn to learn in a row, or give a chat_template that leaves turns as"
+    " they are"
+)
+Span = tuple[int, int]  # [start, end) in characters
+
+
+class Rewrites(BadRow):
+    """The chat template writes a turn differently once others follow."""
+
+
+def is_supervised(turn: dict) -> bool:
+    """Whether a turn is trained on: the assistant's unless it says otherwise, another's only where it does."""
+    return turn.get("loss", turn["role"] == "assistant") is True and turn.get("loss_scale") != 0
+
+
+def supervised_spans(
+    tokenizer: Any, row: dict, turns: list[dict], first: int, opening: str, whole: str
+) -> list[Span]:
+    """The span of each supervised turn from turn `first` on in `whole`, the rendered conversation.
+
+    opening: the prompt as the template renders it with the beginning of a reply. Raises Rewrites where the
+    template writes earlier turns differently once others follow, BadRow where it begins a reply in another
+    way than it asks for one.
+    """
+    spans: list[Span] = []
+    for i in range(first, len(turns)):
+        replies = turns[i]["role"] == "assistant"
+        supervised = is_supervised(turns[i])
+        if not replies and not supervised:
+            continue
+        if replies and i == first:
+            before = opening
+        else:
+            before = render_turns(tokenizer, row, turns[:i], add_generation_prompt=replies) if i else ""
+        last = i + 1 == len(turns)
+        after = whole if last else render_turns(tokenizer, row, turns[: i + 1])
+        if not after.startswith(before):
+            raise BadRow(
+                "the chat template begins a reply in one way to ask for it and in another once it is there"
+                f" (it asks with {before[-40:]!r}): write that into the replies, or give a chat_template"
+            )
+        if not whole.startswith(after):
+            raise Rewrites(REWRITES)
+        if supervised:
+            spans.append((len(before), len(after)))
+    if marks_generation(tokenizer):
+        return generation_spans(tokenizer, row, turns, first, spans)
+    return spans
+
+
+def generation_spans(
+    tokenizer: Any, row: dict, turns: list[dict], first: int, spans: list[Span]
+) -> list[Span]:
+    """The spans of supervised turns, the assistant's narrowed to what the template marks with
+    {% generation %}.
+    """
+    encoding = tokenizer.apply_chat_template(
+        without_weights(turns),
+        tools=row.get("tools"),
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"return_offsets_mapping": True},
+        **(row.get("chat_template_kwargs") or {}),
+    )
+    marked: list[Span] = []
+    for offset, mask in zip(encoding["offset_mapping"], encoding["assistant_masks"], strict=True):
+        if mask:
+            marked.append(offset)
+    narrowed: list[Span] = []
+    for (start, stop), turn in zip(spans, filter(is_supervised, turns[first:]), strict=True):
+        if turn["role"] != "assistant":
+            narrowed.append((start, stop))
+            continue
+        inner = [offset for offset in marked if start <= offset[0] < stop]
+        if not inner:
+            raise BadRow("the chat template marks no {% generation %} in an assistant turn")
+        narrowed.append((inner[0][0], inner[-1][1]))
+    return narrowed
