@@ -122,7 +122,7 @@ def test_a_program_without_a_model_or_with_other_rows_is_refused():
 def test_every_compiler_leaves_the_program_as_it_was(name, tmp_path, monkeypatch):
     settings = {"output_dir": str(tmp_path)} if name == "bootstrap_finetune" else {}
     monkeypatch.setattr(
-        "luthier.run.run.tune", lambda recipe, folder: type("Report", (), {"folder": str(folder)})
+        "luthier.run.run.tune", lambda recipe, folder=None: type("Report", (), {"folder": str(folder)})
     )
     program = TwoSteps().using(Scripted(knows("cat", "owl", "fox")))
     before = json.dumps(program.state())

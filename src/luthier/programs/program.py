@@ -261,12 +261,12 @@ class ProgramOfThought(Program):
         )
 
     def forward(self, **inputs):
-        from luthier.methods.rewards.verifiers.python_tests import extract
+        from luthier.sandbox.code import extract_code
         from luthier.sandbox.sandbox import run
 
         error = "none"
         for _ in range(self.tries):
-            code = extract(self.write(**inputs, earlier_error=error).code)
+            code = extract_code(self.write(**inputs, earlier_error=error).code)
             done = run(code, timeout=self.timeout, memory_mb=512)
             if done.ok:
                 return Prediction({self.output: done.stdout.strip(), "code": code})

@@ -155,7 +155,12 @@ class Shelf:
             out["writes"], at = report["stats"].get("writes", False), Path(report["folder"])
         else:
             told, at = Report(before or {}, latest(folder / "metrics.jsonl"), {}), folder
-            out |= {"numbers": [asdict(x) for x in metric_rows(told)], "cost": [], "notes": [], "writes": True}
+            out |= {
+                "numbers": [asdict(x) for x in metric_rows(told)],
+                "cost": [],
+                "notes": [],
+                "writes": True,
+            }
         out["answers"] = generations(at if at.is_absolute() else self.home / at)[:40]
         return out
 

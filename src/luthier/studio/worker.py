@@ -378,9 +378,7 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
             ]
         )
     else:
-        notes.append(
-            "the memory of a step is not estimated: it depends on what is generated during the run"
-        )
+        notes.append("the memory of a step is not estimated: it depends on what is generated during the run")
     have = memory.free(roles.device)
     if have:
         figures.append(["there is", size(have), f"of memory free on {roles.device}"])

@@ -354,7 +354,5 @@ def _layers(recipe: Recipe) -> list[Dim]:
         raise RecipeError(f"--space layers: tuner '{tuner.name}' does not choose among layers")
     count = getattr(model_config(recipe.model).get_text_config(), "num_hidden_layers", None)
     if not count:
-        raise RecipeError(
-            f"--space layers: the config of {recipe.model} does not say how many layers it has"
-        )
+        raise RecipeError(f"--space layers: the config of {recipe.model} does not say how many layers it has")
     return [Dim(f"{LAYERS}.{i}", choices=(True, False), default=True) for i in range(count)]

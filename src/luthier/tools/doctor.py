@@ -69,6 +69,7 @@ def machine() -> dict[str, Any]:
     import torch
 
     from luthier.model.load import device, pick_dtype
+    from luthier.sandbox.sandbox import cores
 
     where = device()
     return {
@@ -100,10 +101,6 @@ def card(i: int) -> dict[str, Any]:
         "bfloat16": torch.cuda.is_bf16_supported(),
         "capability": f"{about.major}.{about.minor}",
     }
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory() -> float | None:

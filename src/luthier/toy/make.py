@@ -39,7 +39,7 @@ from transformers import (
 )
 
 from luthier.compat.malloc import keep_memory
-from luthier.tools.doctor import cores
+from luthier.sandbox.sandbox import cores
 
 from . import _corpus, _encoder, _pretrain, _seq2seq, path, score
 from ._card import SPLITS, card

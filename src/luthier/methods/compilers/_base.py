@@ -5,14 +5,17 @@ models.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from luthier.clock import Clock
 from luthier.errors import RecipeError
-from luthier.programs.program import Asking, Metric, Program
 from luthier.registry import family
+
+if TYPE_CHECKING:
+    from luthier.programs.program import Asking, Metric, Program
 
 Row = Mapping[str, Any]
 
@@ -28,6 +31,10 @@ class Compiler:
         program itself.
         """
         raise NotImplementedError
+
+    def tune(self, recipe: Mapping[str, Any], folder: Any) -> Any:
+        """Fine-tune a model on the way, as `luthier.tune` does; it is reached by name, as runs lie above methods."""
+        return import_module("luthier").tune(recipe, folder=folder)
 
 
 def drawn(n: int, clock: Clock, *names: object) -> list[int]:

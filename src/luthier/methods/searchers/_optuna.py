@@ -40,9 +40,7 @@ class OptunaSearcher(Searcher):
         seed = clock.derive_seed("ask", len(history), at=0) % 2**32
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            study = lib.create_study(
-                directions=["minimize"] * goals, sampler=self.sampler(seed, constraints)
-            )
+            study = lib.create_study(directions=["minimize"] * goals, sampler=self.sampler(seed, constraints))
             values = finite_values(np.array([s.values for s in history])) if history else []
             for s, v in zip(history, values):
                 study.add_trial(self._frozen(space, s, [float(x) for x in v], constraints is not None))

@@ -79,9 +79,7 @@ def run_search(
     return result
 
 
-def open_store(
-    spec: SearchSpec, folder: Path, storage: str | None = None, worker: str = ""
-) -> TrialStore:
+def open_store(spec: SearchSpec, folder: Path, storage: str | None = None, worker: str = "") -> TrialStore:
     """The trials of a search. storage: URL of a database; None: a journal in the folder."""
     return TrialStore(
         spec.space.space,

@@ -38,8 +38,6 @@ class BootstrapFinetune(Compiler):
             raise ValueError("recipe: the rows are those of the traces, so leave data out")
 
     def compile(self, program, rows, metric, teacher=None):
-        from luthier.run.run import tune
-
         teacher = teacher or program
         ready(teacher, rows)
         matching(program, teacher)
@@ -76,7 +74,7 @@ class BootstrapFinetune(Compiler):
             if some:
                 file = folder / f"{name}.jsonl"
                 files.write_rows(file, some)
-                report = tune({"eval_data": 0, **self.recipe, "data": str(file)}, folder=folder / name)
+                report = self.tune({"eval_data": 0, **self.recipe, "data": str(file)}, folder=folder / name)
                 predictors[name].lm, predictors[name].demos = Local(report.folder), []
         compiled.compiled = {"rows": {name: len(some) for name, some in learned.items()}}
         return compiled

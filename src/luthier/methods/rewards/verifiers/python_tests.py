@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import ast
-import re
 import warnings
 
 from luthier.errors import RecipeError
 from luthier.methods.formats._base import TESTS
 from luthier.methods.rewards._base import Reward
 from luthier.registry import reward
+from luthier.sandbox.code import extract_code
 from luthier.sandbox.sandbox import run_many
-
-FENCE = re.compile(r"```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:\n[ \t]*```|\Z)", re.DOTALL)
-PYTHON = ("", "py", "python", "python3")
 
 
 @reward(requires=[TESTS])
@@ -44,25 +41,16 @@ class PythonTests(Reward):
                 "reward 'python_tests': an answer is code only behind its prompt: say `prefix: prompt`, else"
                 " all would fail"
             )
-        programs = list(dict.fromkeys(before + extract(text) for text in texts))
+        programs = list(dict.fromkeys(before + extract_code(text) for text in texts))
         limits = {"timeout": self.timeout, "memory_mb": self.memory_mb, "packages": self.packages}
         results = dict(
             zip(programs, run_many({"code": p, "checks": checks, **limits} for p in programs), strict=True)
         )
-        return [self.grade(results[before + extract(text)].passed) for text in texts]
+        return [self.grade(results[before + extract_code(text)].passed) for text in texts]
 
     def grade(self, passed: tuple[bool, ...]) -> float:
         """From verdicts to a number."""
         return float(all(passed)) if self.all_or_nothing else sum(passed) / len(passed)
-
-
-def extract(text: str) -> str:
-    """The code in a text: the last fenced block of Python that defines something, else the last, else all of
-    it.
-    """
-    blocks = [code for language, code in FENCE.findall(text) if language.lower() in PYTHON]
-    defining = [b for b in blocks if re.search(r"^\s*(?:async def|def|class) ", b, re.MULTILINE)]
-    return (defining or blocks or [text])[-1]
 
 
 def continues(start: str, text: str) -> bool:
