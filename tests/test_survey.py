@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 import luthier
 from conftest import PAIRS, SUMS, UNPAIRED
 from luthier.cli import app
-from luthier.data.profile import feeds, survey
+from luthier.data.profile import objectives_for
 from luthier.methods.evaluators.quality.preference import Totals, checkup
 from luthier.registry import names
 from luthier.storage import files
+from luthier.text.preview import preview
 
 
 def luth(*words):
@@ -22,8 +23,8 @@ def luth(*words):
 
 
 def test_what_rows_can_feed():
-    assert {f["objective"] for f in feeds({"completions"})} == set(names("objective"))
-    pairs = {f["objective"]: f for f in survey(PAIRS, "toy:lm-small")["feeds"]}
+    assert {f["objective"] for f in objectives_for({"completions"})} == set(names("objective"))
+    pairs = {f["objective"]: f for f in preview(PAIRS, "toy:lm-small")["feeds"]}
     assert pairs["dpo"]["feeds"] == pairs["kto"]["feeds"] == pairs["sft"]["feeds"] == "yes"
     assert pairs["dpo"]["why"] == "with roles: reference" and pairs["simpo"]["why"] == ""
     assert pairs["fait"]["feeds"] == "through a stage" and "diff_masks" in pairs["fait"]["why"]
@@ -31,13 +32,14 @@ def test_what_rows_can_feed():
         pairs["morepair"]["feeds"] == "no"
         and "stage rationale makes it of rationale" in pairs["morepair"]["why"]
     )
-    plain = {f["objective"]: f for f in survey(SUMS, "toy:lm-small")["feeds"]}
+    plain = {f["objective"]: f for f in preview(SUMS, "toy:lm-small")["feeds"]}
     assert (
-        plain["dpo"]["why"] == "against_self gives pairs"
+        "prompt/chosen/rejected" in plain["dpo"]["why"]
+        and "exact_match" in plain["grpo"]["why"]
         and plain["sft"]["feeds"] == "yes"
         and plain["grpo"]["feeds"] == "through a stage"
     )
-    unpaired = {f["objective"]: f["feeds"] for f in survey(UNPAIRED, "toy:lm-small")["feeds"]}
+    unpaired = {f["objective"]: f["feeds"] for f in preview(UNPAIRED, "toy:lm-small")["feeds"]}
     assert unpaired["kto"] == unpaired["bco"] == "yes" and unpaired["dpo"] != "yes"
 
 

@@ -227,9 +227,10 @@ def data(
     """Look at rows: how they are read, what is learned of them, which objectives they can feed and why not
     the rest.
     """
-    from luthier.data.profile import survey
+    from luthier.report.text import MARKS
+    from luthier.text.preview import preview
 
-    found = survey(source, model, chat_template, shown)
+    found = preview(source, model, chat_template, shown, MARKS)
     if as_json:
         typer.echo(dumped(found))
         return

@@ -1,112 +1,87 @@
-"""What a file of rows can feed: how it is read, what cannot be used, and which objectives it is enough for."""
+"""What a file of rows can be used for: how it is read, what is rejected, and which objectives it is enough for."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Set
+from collections.abc import Iterable, Sequence, Set
 from typing import Any
 
-from luthier.data.load import load_rows
+from luthier.data.load import LoadedRows
 from luthier.data.quarantine import count_reasons
 from luthier.recipe.capabilities import columns_of, sentence
-from luthier.registry import build, cards, requires_of
+from luthier.registry import Card, cards
 
 ROLES = ("reference", "teacher", "critic")
+SAMPLE = 100  # rows whose columns decide what they are enough for
+ANSWERS = ("yes", "through a stage", "no")
 
 
-def survey(
-    source: Any, model: str = "toy:lm", chat_template: str | None = None, shown: int = 3
-) -> dict[str, Any]:
-    """A source of rows, as in a recipe's `data`.
-
-    {format, rows, columns, bad: [{reason, rows, first}], feeds: [{objective, feeds, why}], shown: [text],
-    tokens, share, ...}. `feeds` is "yes", "through a stage" or "no". model: whose tokenizer shows the first
-    rows, what is learned between marks.
+def profile_rows(loaded: LoadedRows) -> dict[str, Any]:
+    """Loaded rows in figures: {format, total, rows, rejected, columns: {name: rows that have it}, bad: [{reason,
+    rows, first}], feeds: as `objectives_for`}.
     """
-    loaded = load_rows(source, max_bad_rows=1.0)
-    found: dict[str, Any] = {
+    counts = Counter(name for row in loaded.rows for name in row if name != "id")
+    return {
         "format": loaded.format,
         "total": loaded.total,
         "rows": len(loaded.rows),
-        "columns": dict(Counter(k for row in loaded.rows for k in row if k != "id").most_common()),
+        "rejected": len(loaded.bad),
+        "columns": dict(counts.most_common()),
         "bad": count_reasons(loaded.bad),
+        "feeds": objectives_for(columns_of(loaded.rows[:SAMPLE])),
     }
-    some = loaded.rows[:100]
-    found["feeds"] = feeds(columns_of(some))
-    return found | rendered(loaded.rows, model, chat_template, shown)
 
 
-def feeds(have: Set[str]) -> list[dict[str, str]]:
-    """Every objective, and whether rows with these words are enough for it on a causal model."""
-    stages = [build_or_none(c.name) for c in cards("stage")]
-    out = []
-    for c in cards("objective"):
-        wanted = requires_of(build("objective", c.name))
-        missing = sorted(w for w in wanted - have if getattr(w, "of_rows", True))
-        through = {
-            w: [s.name for s in stages if s and w in s.provides and of_rows(requires_of(s)) <= have]
-            for w in missing
-        }
-        if not missing:
-            roles = [w for w in ROLES if w in wanted]
-            out.append(
-                {
-                    "objective": c.name,
-                    "feeds": "yes",
-                    "why": f"with roles: {', '.join(roles)}" if roles else "",
-                }
-            )
-        elif all(through.values()):
-            given = ", ".join(f"{s[0]} gives {w}" for w, s in through.items())
-            out.append({"objective": c.name, "feeds": "through a stage", "why": given})
+def objectives_for(columns: Set[str]) -> list[dict[str, str]]:
+    """Every objective, and whether rows with these columns are enough for it: {objective, feeds, why}.
+
+    `feeds` is "yes", "through a stage" (which makes the missing columns of those there are) or "no". Read from
+    declarations alone, as methods have them under their defaults: no method is imported.
+    """
+    stages = cards("stage")
+    answers = []
+    for objective in cards("objective"):
+        missing = sorted(columns_among(objective.requires) - columns)
+        unmade = [column for column in missing if not makers(column, stages, columns)]
+        if unmade:
+            reasons = [sentence(column) + how_to_make(column, stages, columns) for column in unmade]
+            answer = {"feeds": "no", "why": f"requires {'; '.join(reasons)}"}
+        elif missing:
+            advice = dict.fromkeys(advice_on(column, makers(column, stages, columns)) for column in missing)
+            answer = {"feeds": "through a stage", "why": "; ".join(advice)}
         else:
-            lacking = [sentence(w) + made_of(w, stages, have) for w in missing if not through[w]]
-            out.append({"objective": c.name, "feeds": "no", "why": f"wants {'; '.join(lacking)}"})
-    return sorted(out, key=lambda o: ("yes", "through a stage", "no").index(o["feeds"]))
+            roles = [role for role in ROLES if role in objective.requires]
+            answer = {"feeds": "yes", "why": f"with roles: {', '.join(roles)}" if roles else ""}
+        answers.append({"objective": objective.name, **answer})
+    return sorted(answers, key=lambda answer: ANSWERS.index(answer["feeds"]))
 
 
-def of_rows(words: Set[str]) -> set[str]:
+def columns_among(words: Iterable[str]) -> set[str]:
     """Of capabilities and columns those that rows bring."""
-    return {w for w in words if getattr(w, "of_rows", True)}
+    return {word for word in words if getattr(word, "of_rows", True)}
 
 
-def made_of(word: str, stages: list, have: Set[str]) -> str:
-    """Which stage would give it, and of what."""
+def makers(column: str, stages: Sequence[Card], columns: Set[str]) -> list[str]:
+    """The stages that make a column of those that there are."""
+    names = []
     for stage in stages:
-        if stage and word in stage.provides:
-            return (
-                f" (stage {stage.name} makes it of {', '.join(sorted(of_rows(requires_of(stage)) - have))})"
-            )
+        if column in stage.provides and columns_among(stage.requires) <= columns:
+            names.append(stage.name)
+    return names
+
+
+def advice_on(column: str, stages: Sequence[str]) -> str:
+    """How to get a missing column: as its declaration advises, else the stages that make it."""
+    advice = getattr(column, "advice", "")
+    if advice:
+        return f"{column}: {advice}"
+    return f"{column}: stage {' or '.join(stages)}"
+
+
+def how_to_make(column: str, stages: Sequence[Card], columns: Set[str]) -> str:
+    """Which stage would make a column, and what that stage still requires."""
+    for stage in stages:
+        if column in stage.provides:
+            required = sorted(columns_among(stage.requires) - columns)
+            return f" (stage {stage.name} makes it of {', '.join(required)})"
     return ""
-
-
-def build_or_none(name: str) -> Any:
-    """A stage with its defaults; None where it has a setting without one."""
-    from dataclasses import MISSING, fields
-
-    from luthier.registry import find
-
-    required = any(f.default is MISSING and f.default_factory is MISSING for f in fields(find("stage", name)))
-    return None if required else build("stage", name)
-
-
-def rendered(rows: list[dict], model: str, chat_template: str | None, shown: int) -> dict[str, Any]:
-    """The first rows as the model's tokenizer reads them, and how many of all rows it can use."""
-    from transformers import AutoTokenizer
-
-    from luthier.recipe.model_names import resolve_model
-    from luthier.report.text import MARKS
-    from luthier.text.encode import Renderer
-
-    asked = [row for row in rows if row.get("completions")]
-    if not asked:
-        return {"shown": [], "tokens": 0, "share": 0.0, "unreadable": []}
-    renderer = Renderer(AutoTokenizer.from_pretrained(resolve_model(model)), chat_template=chat_template)
-    kept, bad, stats = renderer.encode_all(asked)
-    return {
-        "shown": [renderer.decode_marked(row, MARKS) for row in kept[:shown]],
-        "tokens": stats["tokens"],
-        "share": stats["supervised_share"],
-        "longest": stats["longest"],
-        "unreadable": count_reasons(bad),
-    }

@@ -44,9 +44,8 @@ def recognise_format(rows: Sequence[dict], label: str) -> Format:
         chosen[columns] = best_formats(columns, group[:SAMPLE])
         votes[chosen[columns]] += len(group)
     ranked = [candidates for candidates, _ in votes.most_common() if candidates]
-    winner: tuple[str, ...] = ()
-    if ranked:
-        winner = ranked[0]
+    ranked.append(())  # where no format fits any row
+    winner = ranked[0]
     agreeing = [columns for columns in groups if chosen[columns] == winner]
     columns = max(agreeing, key=lambda columns: len(groups[columns]))
     if not winner:

@@ -33,8 +33,8 @@ _last_mlps: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # network -> its 
 
 def layer_of(name: str) -> tuple[str, int] | None:
     """'model.layers.3.mlp.up_proj.weight' -> ('model.layers', 3); None for what stands in no layer."""
-    found = LAYER.match(name)
-    return (found[1], int(found[2])) if found else None
+    match = LAYER.match(name)
+    return None if match is None else (match[1], int(match[2]))
 
 
 def kind_of(name: str) -> str:

@@ -1,10 +1,10 @@
-"""What is learned from: a tree of token segments, and questions about some of their tokens. No layout, no
+"""What is learned from: a tree of token segments, and which of these tokens are predicted. No layout, no
 padding.
 
 A segment continues its parent: the completions of a row all continue its prompt. The architecture decides how
 the tree becomes rows of a tensor (packed, prompts read once, or padded), and every layout answers alike.
 
-Letters in shapes: L tokens, T supervised tokens (questions), S segments, N sequences (completions), G groups
+Letters in shapes: L tokens, T target tokens (supervised), S segments, N sequences (completions), G groups
 (rows).
 """
 
@@ -58,7 +58,7 @@ class Batch:
 
     @cached_property
     def owner(self) -> Tensor:
-        """[T] the sequence of each question."""
+        """[T] the sequence of each target token."""
         place = torch.full_like(self.parent, -1)
         place[self.completion] = torch.arange(len(self.completion), device=self.ids.device)
         return place[self.segment[self.supervised]]
@@ -79,12 +79,12 @@ class Batch:
 
     @cached_property
     def lengths(self) -> Tensor:
-        """[N] questions of each sequence, as floats."""
+        """[N] target tokens of each sequence, as floats."""
         return torch.bincount(self.owner, minlength=len(self.completion)).float()
 
     @cached_property
     def place(self) -> Tensor:
-        """[T] the number of each question in its sequence: 0, 1, 2, ..."""
+        """[T] the number of each target token in its sequence: 0, 1, 2, ..."""
         before = self.lengths.long().cumsum(0) - self.lengths.long()
         return torch.arange(len(self.owner), device=self.ids.device) - before[self.owner]
 
@@ -120,11 +120,11 @@ class Batch:
         return values.new_zeros(len(self.completion)).index_add(0, self.owner, values)
 
     def means(self, values: Tensor) -> Tensor:
-        """[T] -> [N] mean over each sequence's questions (0 where there are none)."""
+        """[T] -> [N] mean over each sequence's target tokens (0 where there are none)."""
         return self.sums(values) / self.lengths.clamp(min=1)
 
     def last(self, values: Tensor) -> Tensor:
-        """[T] -> [N] the value at each sequence's last question."""
+        """[T] -> [N] the value at each sequence's last target token."""
         return values[self.lengths.long().cumsum(0) - 1]
 
     def suffix(self, values: Tensor, gamma: float = 1.0) -> Tensor:
@@ -132,7 +132,7 @@ class Batch:
         later times gamma.
         """
         left, step = self.lengths[self.owner].long() - self.place, 1
-        while step < int(self.lengths.max()):  # sums over 1, 2, 4, ... questions
+        while step < int(self.lengths.max()):  # sums over 1, 2, 4, ... target tokens
             ahead = torch.cat([values[step:], values.new_zeros(min(step, len(values)))])
             values = values + gamma**step * torch.where(left > step, ahead, 0)
             step *= 2
@@ -164,7 +164,7 @@ class Batch:
         )
 
     def weights(self) -> Tensor | None:
-        """[T] how much each question counts: the column `token_weights`, 1 in rows without it; None where no
+        """[T] how much each target token counts: the column `token_weights`, 1 in rows without it; None where no
         row has it.
         """
         if not any("token_weights" in row for row in self.rows):
@@ -173,17 +173,17 @@ class Batch:
         for row in self.rows:
             for k in range(len(row["completions"])):
                 n = next(sizes)
-                told = row["token_weights"][k] if "token_weights" in row else [1.0] * n
-                if len(told) != n:
+                weights = row["token_weights"][k] if "token_weights" in row else [1.0] * n
+                if len(weights) != n:
                     raise RecipeError(
-                        f"token_weights of row {row['id']} holds {len(told)} numbers for {n} learned tokens:"
+                        f"token_weights of row {row['id']} holds {len(weights)} numbers for {n} learned tokens:"
                         " it was written for another completion, another tokenizer or another max_length"
                     )
-                values += told
+                values += weights
         return torch.tensor(values, dtype=torch.float32, device=self.ids.device)
 
     def per_token(self, name: str) -> Tensor:
-        """[T] one number per question, from a column of lists (written by a stage for a model that has left)."""
+        """[T] one number per target token, from a column of lists (written by a stage for a model that has left)."""
         if self.altered:
             raise RecipeError(
                 f"column '{name}' answers for the rows as they are, and this objective also asks about"
@@ -199,7 +199,7 @@ class Batch:
         return torch.tensor(values, device=self.ids.device)
 
     def table(self, name: str) -> Tensor:
-        """[T, k] a list of k numbers per question, from a column of them for each completion."""
+        """[T, k] a list of k numbers per target token, from a column of them for each completion."""
         if self.altered:
             raise RecipeError(
                 f"column '{name}' answers for the rows as they are, and this objective also asks about"
@@ -243,16 +243,22 @@ def collate(rows: Sequence[dict], encode: Callable[[dict], Any]) -> Batch:
         return len(parent) - 1
 
     for g, row in enumerate(rows):
-        said = encode(row)
-        root = grow(said.prompt, [False] * len(said.prompt), -1)
-        for tokens, marks in zip(said.completions, said.supervised, strict=True):
+        encoded = encode(row)
+        root = grow(encoded.prompt, [False] * len(encoded.prompt), -1)
+        for tokens, marks in zip(encoded.completions, encoded.supervised, strict=True):
             completion.append(grow(tokens, marks, root))
             group.append(g)
-    read, asked = torch.tensor(ids, dtype=torch.long), torch.tensor(supervised, dtype=torch.bool)
-    of_token, under, said_in, of_row = (
-        torch.tensor(x, dtype=torch.long) for x in (segment, parent, completion, group)
+    read = torch.tensor(ids, dtype=torch.long)
+    return Batch(
+        ids=read,
+        labels=read,
+        supervised=torch.tensor(supervised, dtype=torch.bool),
+        segment=torch.tensor(segment, dtype=torch.long),
+        parent=torch.tensor(parent, dtype=torch.long),
+        completion=torch.tensor(completion, dtype=torch.long),
+        group=torch.tensor(group, dtype=torch.long),
+        rows=list(rows),
     )
-    return Batch(read, read, asked, of_token, under, said_in, of_row, list(rows))
 
 
 def pad(rows: list[Tensor], fill: int = 0) -> tuple[Tensor, Tensor]:

@@ -48,8 +48,10 @@ class Experts(nn.Module):
             if e < self.count:
                 token, place = torch.where(top_k_index == e)
                 up, down = (self.get_submodule(f"{e}.{slot}") for slot in SLOTS)
-                said = down(gate(up(hidden_states[token])))
-                total = total.index_add(0, token, (said * top_k_weights[token, place, None]).to(total.dtype))
+                output = down(gate(up(hidden_states[token])))
+                total = total.index_add(
+                    0, token, (output * top_k_weights[token, place, None]).to(total.dtype)
+                )
         return total
 
     def together(self) -> nn.Module:
@@ -81,12 +83,12 @@ def fused(model: nn.Module) -> dict[str, nn.Module]:
 
 def apart(model: nn.Module) -> dict[str, Experts]:
     """Take apart all that can be, with views of the tensors that are there. -> module -> its experts."""
-    made = {n: Experts(m) for n, m in fused(model).items()}
-    for name, experts in made.items():
+    experts_of = {n: Experts(m) for n, m in fused(model).items()}
+    for name, experts in experts_of.items():
         put(model, name, experts)
         for slot in SLOTS:  # or what becomes codes would be kept here
             experts.base[0]._parameters[slot] = None
-    return made
+    return experts_of
 
 
 def join(model: nn.Module) -> None:

@@ -56,7 +56,8 @@ def generate(
     room.
     """
     room = [
-        max_new_tokens if limit is None else min(max_new_tokens, limit - writer.held(len(p))) for p in prompts
+        max_new_tokens if limit is None else min(max_new_tokens, limit - writer.needed(len(p)))
+        for p in prompts
     ]
     if min(room, default=1) < 1:
         raise RecipeError(
@@ -102,10 +103,10 @@ def _write(
         if hear and hear(written) or not going:
             return written
         if len(which) - len(going) >= LEAVE * len(which):
-            kept = [k for k, i in enumerate(which) if i in going]
-            rows = torch.tensor(kept, device=tokens.device)
+            alive = [k for k, i in enumerate(which) if i in going]
+            rows = torch.tensor(alive, device=tokens.device)
             writer.keep(rows)
-            tokens, which = tokens[rows], [which[k] for k in kept]
+            tokens, which = tokens[rows], [which[k] for k in alive]
         logits = writer.next(tokens)
 
 
@@ -122,7 +123,7 @@ class Picker:
     ):
         """names: the (seed, sample) of each sequence."""
         self.temperature, self.top_p, self.top_k = temperature, top_p, top_k
-        self.kept: Tensor | None = None
+        self.buffers: Tensor | None = None
         if temperature:
             self.uniforms = torch.stack(
                 [torch.rand(length, generator=Clock(seed).rng("sample", k)) for seed, k in names]
@@ -130,9 +131,9 @@ class Picker:
 
     def room(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Two tensors like the logits, in fp32, for whatever is computed of them."""
-        if self.kept is None or self.kept.shape[1] < len(logits):
-            self.kept = torch.empty(2, *logits.shape, device=logits.device)
-        return self.kept[0, : len(logits)], self.kept[1, : len(logits)]
+        if self.buffers is None or self.buffers.shape[1] < len(logits):
+            self.buffers = torch.empty(2, *logits.shape, device=logits.device)
+        return self.buffers[0, : len(logits)], self.buffers[1, : len(logits)]
 
     def __call__(self, logits: Tensor, which: list[int], step: int) -> Tensor:
         """[B, V] logits of sequences `which` at `step` -> [B] token ids."""
@@ -167,7 +168,7 @@ class Writer:
         self.model, self.attached, self.prefix = model, attached, prefix
         self.device = model.get_input_embeddings().weight.device
 
-    def held(self, prompt: int) -> int:
+    def needed(self, prompt: int) -> int:
         """Of the tokens that the network can hold while it writes: those that a prompt of this length takes."""
         return prompt
 
@@ -210,10 +211,10 @@ class Cached(Writer):
         if self.prefix:
             both = mask.cumsum(1) > self.attached.virtual  # of soft vectors none sees the text
             where["attention_mask"] = prefix_mask(self.model, mask.bool(), both & mask.bool())
-        said = self.model(**inputs, **where, use_cache=True, logits_to_keep=1)
-        self.cache, self.position = said.past_key_values, self.position[:, -1:].repeat_interleave(n, 0)
+        output = self.model(**inputs, **where, use_cache=True, logits_to_keep=1)
+        self.cache, self.position = output.past_key_values, self.position[:, -1:].repeat_interleave(n, 0)
         self.multiply(n)
-        return said.logits[:, -1].repeat_interleave(n, 0)
+        return output.logits[:, -1].repeat_interleave(n, 0)
 
     def multiply(self, n: int) -> None:
         """Prompts were read; go on with n samples of each."""
@@ -236,8 +237,8 @@ class Cached(Writer):
         where = self.where()
         if self.bare:  # as the network would make it, if it were asked to
             where["attention_mask"] = self.mask[:, None, None].bool()
-        said = self.model(input_ids=tokens[:, None], **where, past_key_values=self.cache, use_cache=True)
-        return said.logits[:, -1]
+        output = self.model(input_ids=tokens[:, None], **where, past_key_values=self.cache, use_cache=True)
+        return output.logits[:, -1]
 
     @cached_property
     def bare(self) -> bool:
@@ -301,15 +302,15 @@ def _roomy() -> type:
             self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
         ) -> tuple[Tensor, Tensor]:
             filled: Any = (self.keys, self.values)
-            held, stop = filled[0].shape[-2], filled[0].shape[-2] + key_states.shape[-2]
+            length, stop = filled[0].shape[-2], filled[0].shape[-2] + key_states.shape[-2]
             mine = self.longer
             # full, or rows have left
             if mine is None or mine[0].data_ptr() != filled[0].data_ptr() or mine[0].shape[-2] < stop:
                 k, v = (x.new_empty(*x.shape[:-2], stop + ROOM, x.shape[-1]) for x in filled)
-                k[..., :held, :], v[..., :held, :] = filled
+                k[..., :length, :], v[..., :length, :] = filled
                 self.longer = mine = (k, v)
-            mine[0][..., held:stop, :] = key_states
-            mine[1][..., held:stop, :] = value_states
+            mine[0][..., length:stop, :] = key_states
+            mine[1][..., length:stop, :] = value_states
             k, v = (x[..., :stop, :] for x in mine)
             self.keys, self.values = k, v
             return k, v
@@ -387,12 +388,12 @@ def _trial(writer: Writer) -> Tensor:
     """All log-probabilities of a short play: prompts of unlike length, two samples each, two sequences left
     behind.
     """
-    said = [writer.begin([[1], [1, 2, 3, 1, 2]], 2)]
-    said.append(writer.next(torch.tensor([1, 2, 3, 2], device=writer.device)))
+    logits = [writer.begin([[1], [1, 2, 3, 1, 2]], 2)]
+    logits.append(writer.next(torch.tensor([1, 2, 3, 2], device=writer.device)))
     writer.keep(torch.tensor([1, 2], device=writer.device))
     for token in (2, 1):
-        said.append(writer.next(torch.full((2,), token, device=writer.device)))
-    return torch.cat(said).float().log_softmax(-1)
+        logits.append(writer.next(torch.full((2,), token, device=writer.device)))
+    return torch.cat(logits).float().log_softmax(-1)
 
 
 class EncoderDecoder(Writer):
@@ -403,7 +404,7 @@ class EncoderDecoder(Writer):
         super().__init__(model, attached)
         self.encode, self.start = encode, start
 
-    def held(self, prompt):
+    def needed(self, prompt):
         return 1  # the decoder's first token; the prompt is the encoder's
 
     def begin(self, prompts, n):
@@ -420,12 +421,12 @@ class EncoderDecoder(Writer):
         self.hidden, self.mask = self.hidden[rows], self.mask[rows]
 
     def next(self, tokens):
-        said = self.model(
+        output = self.model(
             encoder_outputs=(self.hidden,),
             attention_mask=self.mask,
             decoder_input_ids=tokens[:, None],
             past_key_values=self.cache,
             use_cache=True,
         )
-        self.cache = said.past_key_values
-        return said.logits[:, -1]
+        self.cache = output.past_key_values
+        return output.logits[:, -1]

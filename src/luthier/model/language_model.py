@@ -100,7 +100,7 @@ def behind_blocks(model: Network) -> Iterator[list[Tensor]]:
     states: list[Tensor] = []
     blocks = [m for name, m in every.items() if [name.rpartition(".")[0]] == last]
 
-    def keep(module: nn.Module, given: Any, out: Any) -> None:
+    def keep(module: nn.Module, inputs: Any, out: Any) -> None:
         if len(states) < len(blocks):  # a head is measured by passing through once more
             states.append(out[0] if isinstance(out, tuple) else out)
 
@@ -193,7 +193,7 @@ def logits_at(model: Network, inputs: dict[str, Any], at: Tensor) -> Tensor:
         return model(**inputs, use_cache=False).logits[:, 0].float()
 
 
-def _told_head(model: Network) -> Matrix:
+def _head(model: Network) -> Matrix:
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"{type(model).__name__} does not tell its output embeddings")
@@ -203,8 +203,8 @@ def _told_head(model: Network) -> Matrix:
 @contextmanager
 def _before_head(model: Network, hand_over: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """While the network runs, its head is handed `hand_over(hidden [R, W, d])` in place of hidden."""
-    hook = _told_head(model).register_forward_pre_hook(
-        lambda module, given: (hand_over(given[0]), *given[1:]), prepend=True
+    hook = _head(model).register_forward_pre_hook(
+        lambda module, inputs: (hand_over(inputs[0]), *inputs[1:]), prepend=True
     )
     try:
         yield
@@ -219,35 +219,35 @@ def head_of(model: Network, inputs: dict[str, Any]) -> Head:
 
     Raises ValueError where that is not cap * tanh(scale * (z + bias) / cap) or a part of it.
     """
-    module = _told_head(model)
+    module = _head(model)
     if model not in _measured:
         _measured[model] = _measure(model, module, inputs)
     return Head(module, *_measured[model])
 
 
 def _measure(model: Network, module: nn.Module, inputs: dict[str, Any]) -> tuple[float, float, Tensor | None]:
-    told = torch.tensor([0.0, 1e-4, 1e30, *torch.linspace(-30, 30, 13).tolist()])
+    known = torch.tensor([0.0, 1e-4, 1e30, *torch.linspace(-30, 30, 13).tolist()])
     shape: list[int] = []
 
-    def say(_, given, said: Tensor) -> Tensor:
-        shape.append(said.shape[-1])
+    def say(_, inputs, output: Tensor) -> Tensor:
+        shape.append(output.shape[-1])
         # fp32 whatever the network's type
-        return told.to(said.device)[None, :, None].repeat(1, 1, said.shape[-1])
+        return known.to(output.device)[None, :, None].repeat(1, 1, output.shape[-1])
 
     hook = module.register_forward_hook(say)
     try:
         with _before_head(model, lambda hidden: hidden[:1, :1]):
-            heard = model(**inputs, use_cache=False).logits.float()[0]
+            answers = model(**inputs, use_cache=False).logits.float()[0]
     finally:
         hook.remove()
-    if heard.shape != (len(told), shape[0]):
+    if answers.shape != (len(known), shape[0]):
         raise ValueError(f"{type(model).__name__} changes the shape of its logits after the head")
-    told = told.to(heard.device)[:, None]
-    far = float(heard[2, 0])
+    known = known.to(answers.device)[:, None]
+    far = float(answers[2, 0])
     softcap = far if far < 1e20 else 0.0
-    bias = heard[0].clone()
-    scale = float((heard[1] - bias)[0]) / float(told[1]) if not bias.any() else 1.0
-    want = Head(nn.Identity(), scale, softcap, bias if bias.any() else None)(told.expand_as(heard))
-    if not torch.allclose(want[3:], heard[3:], rtol=1e-5, atol=1e-5):
+    bias = answers[0].clone()
+    scale = float((answers[1] - bias)[0]) / float(known[1]) if not bias.any() else 1.0
+    want = Head(nn.Identity(), scale, softcap, bias if bias.any() else None)(known.expand_as(answers))
+    if not torch.allclose(want[3:], answers[3:], rtol=1e-5, atol=1e-5):
         raise ValueError(f"what {type(model).__name__} does to its logits after the head is not known")
     return (1.0 if abs(scale - 1) < 1e-6 else scale), softcap, (bias if bias.any() else None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +48,11 @@ def pick_dtype(name: str, where: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if where.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    asked = ("_is_amx_tile_supported", "_is_avx512_bf16_supported") if where.type == "cpu" else ()
-    return torch.bfloat16 if any(getattr(torch.cpu, ask, lambda: False)() for ask in asked) else torch.float32
+    if where.type == "cpu":
+        for query in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+            if getattr(torch.cpu, query, lambda: False)():
+                return torch.bfloat16
+    return torch.float32
 
 
 def load_model(
@@ -100,18 +104,15 @@ def _quantized(
     from luthier.model.quantized import FILE, read
     from luthier.model.quantized_load import loaded
 
-    kept = [
-        p
-        for f in (folder, recipe.init_from)
-        if isinstance(f, (str, Path)) and (p := Path(f) / FILE).is_file()
-    ]
-    if parts.quantizer.whole and not kept:
+    saved = None
+    for earlier in (folder, recipe.init_from):
+        if saved is None and isinstance(earlier, (str, Path)) and (Path(earlier) / FILE).is_file():
+            saved = read(Path(earlier) / FILE)
+    if parts.quantizer.whole and saved is None:
         return parts.architecture.load(path, **how)
     dtype = how.pop("dtype")
-    saved = read(kept[0]) if kept else None
-    return loaded(
-        lambda **said: parts.architecture.load(path, **how, **said), parts.quantizer, dtype, where, saved
-    )
+    load = partial(parts.architecture.load, path, **how)
+    return loaded(load, parts.quantizer, dtype, where, saved)
 
 
 def _calibrated(parts: Methods, roles: Roles, rows: list[dict], folder: Path | None) -> None:
@@ -142,7 +143,7 @@ def assemble(
     model, tokenizer = loaded or load_model(recipe, parts, network or {}, folder)
     if parts.quantizer is not None and not coded(model):
         plain = parts.architecture.renderer(
-            tokenizer, model.config, max_length=recipe.max_length or min(2048, places(model))
+            tokenizer, model.config, max_length=recipe.max_length or min(2048, max_positions(model))
         )
         _calibrated(
             parts, Roles(Policy(parts.architecture, model, Untuned(model)), clock, plain), rows or [], folder
@@ -151,7 +152,7 @@ def assemble(
     attached = attach(parts.tuner, model)
     if getattr(parts.architecture, "fused", False) and not recipe.torch_compile:
         elementwise.install_dropout(model)
-    most = places(model) - attached.virtual
+    most = max_positions(model) - attached.virtual
     if recipe.max_length and recipe.max_length > most:
         raise RecipeError(
             f"max_length: {recipe.max_length} tokens, and {recipe.model} reads {most} at most under this"
@@ -164,7 +165,7 @@ def assemble(
     return Roles(Policy(parts.architecture, model, attached), clock, renderer)
 
 
-def places(model: Network) -> float:
+def max_positions(model: Network) -> float:
     """How many tokens the network has positions for."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     skipped = [

@@ -28,12 +28,12 @@ class Outputs:
         hidden: Tensor,
         head: Head,
         labels: Tensor,
-        playing: Callable[[], AbstractContextManager] = nullcontext,
+        role_context: Callable[[], AbstractContextManager] = nullcontext,
     ):
         self.hidden = hidden  # [T, d] the state that predicts each supervised token
         self.head = head
         self.labels = labels  # [T]
-        self.playing = playing  # the role in which the head, too, is asked
+        self.role_context = role_context  # the role in which the head, too, is asked
         # [T, d] the same places behind each block, where they were wanted (Policy.layers)
         self.layers: list[Tensor] | None = None
 
@@ -41,12 +41,12 @@ class Outputs:
     def logprobs(self) -> Tensor:
         """[T] log-probability of each supervised token."""
         if self.head.linear:
-            with self.playing():
+            with self.role_context():
                 return chunked(self.hidden, self.head, self.labels)
         return self.at(self.labels[:, None]).squeeze(1)
 
     @property
-    def said(self) -> Tensor:
+    def checked_values(self) -> Tensor:
         """[T] what a layout or kernel is tried by: here the log-probabilities."""
         return self.logprobs
 
@@ -103,5 +103,5 @@ class Outputs:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[C, d] -> [C, V], asked in the role that read the batch."""
-        with self.playing():
+        with self.role_context():
             return self.head(hidden)

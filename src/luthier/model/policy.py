@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Policy(nn.Module):
-    """A network in a role. `inside` is the context in which it plays it; the training policy has none."""
+    """A network in a role. `context` puts it there; the training policy has none."""
 
     def __init__(
         self,
@@ -36,16 +36,11 @@ class Policy(nn.Module):
         model: Network,
         attached: TunedModel,
         role: str = "policy",
-        inside: Callable[[], AbstractContextManager] | None = None,
+        context: Callable[[], AbstractContextManager] | None = None,
     ):
         super().__init__()
-        self.architecture, self.model, self.attached, self.role, self.inside = (
-            architecture,
-            model,
-            attached,
-            role,
-            inside,
-        )
+        self.architecture, self.model, self.attached = architecture, model, attached
+        self.role, self.context = role, context
 
     def train(self, mode: bool = True) -> Policy:
         """Looking takes a third of the time of setting, and a step begins with it."""
@@ -77,34 +72,34 @@ class Policy(nn.Module):
         return batch.read[self.role].layers
 
     def forward(self, batch: Batch) -> Outputs:
-        with self.playing():
+        with self.role_context():
             outputs = self.architecture.forward(self.model, self.attached, batch)
-        outputs.playing = self.playing  # the head is asked later, and in the same role
+        outputs.role_context = self.role_context  # the head is asked later, and in the same role
         return outputs
 
     @contextmanager
-    def playing(self) -> Iterator[None]:
+    def role_context(self) -> Iterator[None]:
         """The one place where the network becomes this role: its context, no dropout, no gradient."""
-        if self.inside is None:
+        if self.context is None:
             yield
             return
-        with self.inside(), eval_mode(self.model), torch.no_grad():
+        with self.context(), eval_mode(self.model), torch.no_grad():
             yield
 
     def eval_mode(self) -> AbstractContextManager:
         """Without dropout, for a while."""
         return eval_mode(self.model)
 
-    def as_role(self, role: str, inside: Callable[[], AbstractContextManager] = nullcontext) -> Policy:
-        """The same network playing someone else."""
-        return Policy(self.architecture, self.model, self.attached, role, inside)
+    def as_role(self, role: str, context: Callable[[], AbstractContextManager] = nullcontext) -> Policy:
+        """The same network in another role."""
+        return Policy(self.architecture, self.model, self.attached, role, context)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], **how: Any) -> list[list[list[int]]]:
         """n completions of each prompt as token ids (seeds, n, max_new_tokens, temperature, top_p, top_k,
         stop).
         """
-        with (self.inside or nullcontext)(), eval_mode(self.model):
+        with (self.context or nullcontext)(), eval_mode(self.model):
             return self.architecture.generate(self.model, self.attached, [list(p) for p in prompts], **how)
 
 

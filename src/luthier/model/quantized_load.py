@@ -41,7 +41,7 @@ class Config(QuantizationConfigMixin):
         self.quantizer, self.dtype, self.device, self.saved = quantizer, dtype, device, saved
         # what the checkpoint lies in, and bytes read of it since pages were let go
         self.files, self.read = Mapped(), 0
-        self.made: Saved = {}  # until all is read: transformers empties buffers at its end
+        self.codes_of: Saved = {}  # until all is read: transformers empties buffers at its end
 
     def __deepcopy__(self, memo):
         return self  # transformers copies what it is given, codes included
@@ -60,29 +60,29 @@ class Loader(HfQuantizer):
         return {"": device} if device_map is None and device.type == "cuda" else device_map
 
     def _process_model_before_weight_loading(self, model, **kwargs):
-        said = self.quantization_config
+        config = self.quantization_config
         whole = {n: dict(m.named_parameters()) for n, m in fused(model).items()}
         split = apart(model)
-        for name in chosen(model, said.quantizer):
-            if said.saved is not None and name not in said.saved:
+        for name in chosen(model, config.quantizer):
+            if config.saved is not None and name not in config.saved:
                 continue
-            put(model, name, quantized_module(model.get_submodule(name), said.dtype))
+            put(model, name, quantized_module(model.get_submodule(name), config.dtype))
         for name, experts in split.items():  # the checkpoint knows them as one
-            held = [m for m in experts.modules() if isinstance(m, Matrix)]
-            if not any(isinstance(m, Quantized) for m in held):
+            matrices = [m for m in experts.modules() if isinstance(m, Matrix)]
+            if not any(isinstance(m, Quantized) for m in matrices):
                 experts.base[0]._parameters.update(whole[name])
                 put(model, name, experts.base[0])
                 continue
-            for m in held:
+            for m in matrices:
                 m._parameters.pop("weight")
             for slot, p in whole[name].items():
                 experts.register_parameter(slot, p)
         strict = tuple(model._keep_in_fp32_modules_strict or ()) + tuple(
-            model._keep_in_fp32_modules or () if said.dtype == torch.float16 else ()
+            model._keep_in_fp32_modules or () if config.dtype == torch.float16 else ()
         )
         for name, p in model.named_parameters():  # the others are read in the dtype that they have here
             if p.is_floating_point() and not any(f".{k}." in f".{name}" for k in strict):
-                p.data = p.data.to(said.dtype)
+                p.data = p.data.to(config.dtype)
 
     def param_needs_quantization(self, model, param_name, **kwargs):
         name, _, leaf = param_name.rpartition(".")
@@ -132,18 +132,21 @@ class Quantize(ConversionOps):
 
     def take(self, name: str, module: Any, W: Tensor) -> None:
         """The codes of one weight, as its module lays it out."""
-        said = self.loader.quantization_config
-        said.read += W.nbytes
-        if said.read > checkpoints.WINDOW:
-            said.files.drop()
-            said.read = 0
+        config = self.loader.quantization_config
+        config.read += W.nbytes
+        if config.read > checkpoints.WINDOW:
+            config.files.drop()
+            config.read = 0
         if not isinstance(module, Quantized):
-            module._parameters["weight"] = nn.Parameter(W.to(said.dtype, copy=True), requires_grad=False)
-        elif said.saved is None:
-            said.made[name] = said.quantizer, said.quantizer.quantize(module.laid_out(W).float().contiguous())
+            module._parameters["weight"] = nn.Parameter(W.to(config.dtype, copy=True), requires_grad=False)
+        elif config.saved is None:
+            config.codes_of[name] = (
+                config.quantizer,
+                config.quantizer.quantize(module.laid_out(W).float().contiguous()),
+            )
         else:
-            own, codes = said.saved[name]
-            said.made[name] = own, {k: v.to(W.device) for k, v in codes.items()}
+            own, codes = config.saved[name]
+            config.codes_of[name] = own, {k: v.to(W.device) for k, v in codes.items()}
 
 
 def chosen(model: Any, quantizer: Quantizer) -> list[str]:
@@ -155,18 +158,18 @@ def chosen(model: Any, quantizer: Quantizer) -> list[str]:
         *get_keys_to_not_convert(model),
         *(n for n in names if n.endswith(("classifier", "score", "qa_outputs"))),
     }
-    for asked in quantizer.skip_modules or ():
-        found = {n for n in names if n == asked or n.endswith(f".{asked}") or f".{asked}." in f".{n}."}
-        if not found:
+    for end in quantizer.skip_modules or ():
+        matches = {n for n in names if n == end or n.endswith(f".{end}") or f".{end}." in f".{n}."}
+        if not matches:
             raise RecipeError(
-                f"quantization: skip_modules '{asked}' matches no linear"
-                f" module{did_you_mean(asked, {n.rpartition('.')[2] for n in names})}"
+                f"quantization: skip_modules '{end}' matches no linear"
+                f" module{did_you_mean(end, {n.rpartition('.')[2] for n in names})}"
             )
-        skip |= found
-    kept = [n for n in names if n not in skip]
-    if not kept:
+        skip |= matches
+    quantized = [n for n in names if n not in skip]
+    if not quantized:
         raise RecipeError(f"quantization: {type(model).__name__} has no linear module to quantize")
-    return kept
+    return quantized
 
 
 def loaded(
@@ -178,8 +181,8 @@ def loaded(
     model = load(quantization_config=config, dtype=torch.float32)
     # what stays dense is read again when it is used: the rest of its file would count as memory for good
     config.files.drop()
-    for name in list(config.made):
-        model.get_submodule(name).take(*config.made.pop(name))
+    for name in list(config.codes_of):
+        model.get_submodule(name).take(*config.codes_of.pop(name))
     for m in model.modules():
         if isinstance(m, Experts):
             for slot, p in list(m._parameters.items()):

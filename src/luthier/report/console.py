@@ -242,7 +242,7 @@ class Console(Callback):
             self.say(f"· {note}", "yellow")
 
     def survey(self, source: str, profile: dict) -> None:
-        """What rows are, and which objectives they can train; `profile` as luthier.survey gives it."""
+        """What rows are, and which objectives they can train; `profile` as text.preview gives it."""
         rows = profile["rows"]
         self.say(
             f"{source}: {rows:,} of {profile['total']:,} rows can be read, as '{profile['format']}'", "bold"

@@ -192,7 +192,7 @@ def look(changes: Mapping[str, str], offset: int = 0, shown: int = 4) -> dict[st
     """Rows as the model of a recipe reads them: [[text, learned], ...] of each; those set aside with reasons;
     what they can feed.
     """
-    from luthier.data.profile import feeds
+    from luthier.data.profile import objectives_for
     from luthier.data.quarantine import count_reasons
     from luthier.recipe.recipe import Recipe
     from luthier.recipe.validate import columns_of
@@ -236,7 +236,7 @@ def look(changes: Mapping[str, str], offset: int = 0, shown: int = 4) -> dict[st
         "bad": len(every),
         "reasons": count_reasons(every),
         "aside": [{k: str(b.get(k, ""))[:600] for k in ("where", "reason", "raw")} for b in every[:KEPT]],
-        "feeds": {f["objective"]: [f["feeds"], f["why"]] for f in feeds(columns_of(loaded.rows[:100]))},
+        "feeds": {f["objective"]: [f["feeds"], f["why"]] for f in objectives_for(columns_of(loaded.rows[:100]))},
     }
 
 

@@ -104,7 +104,7 @@ def check_forward(policy: Any, batch: Batch, warn: Callable[[str], None]) -> Non
     """
     usual = logprob_tolerance(policy.model)
     failed: list[tuple[str, str]] = []  # a way of reading, and what is wrong with it
-    with torch.no_grad(), eval_mode(policy.model), policy.playing():
+    with torch.no_grad(), eval_mode(policy.model), policy.role_context():
         with _switch.plainly():
             expected = policy.architecture.plain(policy.model, policy.attached, batch).float()
         _check_elementwise(policy, batch, expected, usual, warn)
@@ -130,7 +130,7 @@ def _difference(policy: Any, batch: Batch, expected: torch.Tensor, usual: float)
     crowded = policy.architecture.crowded()
     try:
         outputs = crowded.forward(policy.model, policy.attached, batch)
-        gaps = (outputs.said.float() - expected).abs()
+        gaps = (outputs.checked_values.float() - expected).abs()
         mean, largest = float(gaps.mean()), float(gaps.max())
     except UNREADABLE as error:
         message = (str(error).splitlines() or [""])[0]

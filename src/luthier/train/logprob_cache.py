@@ -101,7 +101,7 @@ class CachedPolicy(Policy):
     """
 
     def __init__(self, role: Policy, cache: LogprobCache):
-        super().__init__(role.architecture, role.model, role.attached, role.role, role.inside)
+        super().__init__(role.architecture, role.model, role.attached, role.role, role.context)
         self.cache = cache
 
     def logprobs(self, batch: Batch) -> Tensor:

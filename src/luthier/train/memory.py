@@ -253,7 +253,7 @@ def _saved_for_backward(roles: Roles, batch: Batch) -> int:
             torch.enable_grad(),
             torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x),
         ):
-            values = roles.policy(batch.view()).said  # alive until all is counted
+            values = roles.policy(batch.view()).checked_values  # alive until all is counted
             del values
     finally:
         model.train(training)

@@ -58,13 +58,13 @@ class Architecture:
         with waiting():
             try:
                 with unfilled():
-                    model, said = self.auto_class().from_pretrained(path, **kwargs)
+                    model, report = self.auto_class().from_pretrained(path, **kwargs)
             # a network that mixes ranges with other numbers while it is laid out: slower, and the same
             except RuntimeError as error:
                 if "meta" not in str(error):
                     raise
-                model, said = self.auto_class().from_pretrained(path, **kwargs)
-        absent = [*said["missing_keys"], *(key for key, *_ in said["mismatched_keys"])]
+                model, report = self.auto_class().from_pretrained(path, **kwargs)
+        absent = [*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])]
         model.fresh = sorted({key.rsplit(".", 1)[0] for key in absent})
         return model
 

@@ -28,7 +28,12 @@ PAIRS = Capability(
     advice="give prompt/chosen/rejected rows, or make pairs with the stages rollout, score, pairs",
     of_rows=True,
 )
-SCORES = Column("scores", per="completion", says="a score for each completion")
+SCORES = Column(
+    "scores",
+    per="completion",
+    says="a score for each completion",
+    advice="e.g. the stage `{name: score, reward: exact_match}`",
+)
 ANSWER = Column("answer", says="rows with a reference `answer`", example=("0", "1", "2"))
 TESTS = Column("tests", says="rows with `tests`", example=("assert True",))
 TOOLS = Column("tools", says="rows with `tools`", example=([],))

@@ -42,14 +42,14 @@ class Quantizer:
         return 1
 
     def plan(
-        self, weights: Callable[[], Iterable[tuple[str, Tensor]]], seen: Mapping[str, Any]
+        self, weights: Callable[[], Iterable[tuple[str, Tensor]]], statistics: Mapping[str, Any]
     ) -> dict[str, Quantizer]:
         """weights(): (name, [out, in]) of all, one at a time; what rows told of each -> the quantizer of
         each.
         """
         return {name: self for name, _ in weights()}
 
-    def quantize(self, W: Tensor, seen: Any = None) -> Codes:
+    def quantize(self, W: Tensor, statistics: Any = None) -> Codes:
         """[out, in] in fp32, and what rows told of it -> its codes, scales and so on, by name."""
         raise NotImplementedError
 

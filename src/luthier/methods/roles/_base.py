@@ -82,6 +82,6 @@ def everyone(mine: list) -> list:
     """What each process says, one after the other: the same list in all of them."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return mine
-    heard: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(heard, mine)
-    return [x for each in heard for x in each]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, mine)
+    return [x for part in gathered for x in part]

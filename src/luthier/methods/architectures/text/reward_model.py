@@ -27,7 +27,7 @@ class Values:
     """A reward model's values of a batch."""
 
     def __init__(self, values: Tensor):
-        self.values = self.said = values  # [T] in fp32, one for each supervised token
+        self.values = self.checked_values = values  # [T] in fp32, one for each supervised token
 
 
 @architecture(provides=[VALUES])

@@ -110,7 +110,7 @@ def soft_cross_entropy(out: Outputs, x: Tensor, share: Tensor, first: Tensor, se
     """[N, d] features -> [N] what the output layer pays for answering `first` with a share of the label and
     `second` with the rest.
     """
-    outputs = Outputs(x.to(out.hidden.dtype), out.head, first, out.playing)
+    outputs = Outputs(x.to(out.hidden.dtype), out.head, first, out.role_context)
     logp = outputs.at(torch.stack([first, second], 1))
     return -(share[:, 0] * logp[:, 0] + (1 - share[:, 0]) * logp[:, 1])
 

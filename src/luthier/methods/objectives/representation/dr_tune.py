@@ -63,7 +63,7 @@ class DRTune(Objective):
             memory.classes[: memory.count],
             None if table is None else table.weight.detach().float(),
         )
-        judged = Outputs(moved.to(out.hidden.dtype), out.head, tokens, out.playing)
+        judged = Outputs(moved.to(out.hidden.dtype), out.head, tokens, out.role_context)
         again = -judged.at(tokens[:, None])[:, 0]
         batch.note(pretrained=again.detach())
         return value + self.weight * torch.zeros_like(value).masked_scatter(first, again)

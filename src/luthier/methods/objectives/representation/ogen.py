@@ -96,7 +96,7 @@ class OGEN(Objective):
         def judged(x: Tensor, by: Outputs, ids: Tensor) -> Tensor:
             """[..., d] states of length one -> [..., classes] log-probabilities among these classes."""
             flat = (x * make.size).flatten(0, -2).to(by.hidden.dtype)
-            outputs = Outputs(flat, by.head, ids.new_zeros(len(flat)), by.playing)
+            outputs = Outputs(flat, by.head, ids.new_zeros(len(flat)), by.role_context)
             return outputs.apply(lambda logits: logits[:, ids].float().log_softmax(-1)).view(
                 *x.shape[:-1], len(ids)
             )
