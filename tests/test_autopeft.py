@@ -235,7 +235,8 @@ def test_a_search_goes_past_zeros(shared, tmp_path):
     found = luthier.search(start, trials=2, output_dir=tmp_path / "s", **how)
     said = [t["point"].get("tuner.serial") for t in found["trials"]]
     assert said[:2] == [8, 0] and len(said) == 3, "what moves nothing is not paid for"
-    assert "no trainable parameters" in found["trials"][1]["failed"] and "no difference seen" in found["sentence"], (
-        "the third is the recipe again"
-    )
+    assert (
+        "no trainable parameters" in found["trials"][1]["failed"]
+        and "no difference seen" in found["sentence"]
+    ), "the third is the recipe again"
     assert not any(t["failed"] for t in found["trials"] if t["point"].get("tuner.serial"))

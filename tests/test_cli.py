@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 import luthier
 from conftest import SUMS
 from luthier.cli import app, asked
+from luthier.model import loaded as use
 from luthier.recipe import catalogue
 from luthier.serve import export, inspect
-from luthier.serve import load as use
 
 HEAVY = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 

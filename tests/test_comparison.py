@@ -65,9 +65,7 @@ def test_an_arm_made_worse_is_found_and_stopped(shared, tmp_path):
     kept = run_comparison(
         spec({**shared, "max_steps": 24}, {k: arms[k] for k in ("good", "worse")}, seeds=3), tmp_path / "d"
     )
-    assert (
-        kept["sentence"].startswith("Loss: good") and "better than worse" in kept["sentence"]
-    )
+    assert kept["sentence"].startswith("Loss: good") and "better than worse" in kept["sentence"]
     pair = kept["pairs"]["loss"][0]
     assert pair["apart"] and pair["low"] <= pair["difference"] <= pair["high"] < 0
 
@@ -156,11 +154,7 @@ def test_each_arm_takes_its_own_best_rate(shared, tmp_path, monkeypatch):
     assert len(lines) == 8 and any(
         line.startswith(f"full, learning rate 0.003: loss {value:.2f}") for line in lines
     )
-    assert (
-        lines[-1].startswith("lora, seed 0: loss ")
-        and " left)" in lines[0]
-        and "left" not in lines[-1]
-    )
+    assert lines[-1].startswith("lora, seed 0: loss ") and " left)" in lines[0] and "left" not in lines[-1]
     assert found["arms"]["full"]["learning_rate"] == 3e-3 and found["arms"]["lora"]["learning_rate"] >= 3e-3
     picked = json.loads((tmp_path / "c" / "learning_rates.json").read_text())
     assert set(picked["full"]) == {"1e-06", "0.003", "3"} and any(

@@ -19,10 +19,10 @@ from luthier.data.load import load_rows as load
 from luthier.data.load import sample_rows
 from luthier.errors import RecipeError
 from luthier.methods.plans.studies.front import spread, weigh
+from luthier.model import loaded as use
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import validate
 from luthier.registry import build, find, helps, names
-from luthier.serve import load as use
 from luthier.storage import checkpoints, files
 from luthier.study.statistics import hypervolume
 from luthier.train.trainer import Trainer

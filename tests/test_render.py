@@ -291,7 +291,10 @@ def test_a_token_across_the_beginning_of_a_reply_is_cut_there():
         and renderer.boundary_mismatches == 1
     )
     encoded = renderer.encode(CHAT)
-    assert tokenizer.decode(encoded.prompt + encoded.completions[0]) == render_turns(tokenizer, CHAT, TALK).rstrip()
+    assert (
+        tokenizer.decode(encoded.prompt + encoded.completions[0])
+        == render_turns(tokenizer, CHAT, TALK).rstrip()
+    )
     assert encoded.prompt == renderer.prompt(CHAT)
 
 

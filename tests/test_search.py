@@ -125,7 +125,9 @@ def test_constraints_are_kept_to():
         for i in range(40):
             asked = build("searcher", "tpe").ask(space, seen, 1, Clock(0))
             x, y = asked.point["x"], asked.point["y"]
-            seen.append(Observation(i, asked.point, (x + y,), violation=known * max(0.0, 0.5 - x), marks=asked.marks))
+            seen.append(
+                Observation(i, asked.point, (x + y,), violation=known * max(0.0, 0.5 - x), marks=asked.marks)
+            )
         asked_there.append(sum(s.point["x"] < 0.5 for s in seen[20:]))
     assert asked_there[1] < 0.6 * asked_there[0] and best_first(seen)[0].violation == 0
 
@@ -267,7 +269,9 @@ def test_goals_and_limits_are_understood():
     assert found[0].value({"accuracy": 0.5}) == -0.5 and found[0].value({}) == math.inf
     (limit,) = parse_limits(["memory <= 8GB"], "loss")
     assert limit.violation({"peak_memory_mb": 8192}) == 0 and limit.violation({"peak_memory_mb": 16384}) == 1
-    assert [x.value for x in parse_limits(["time < 2h and accuracy >= 90%", "parameters <= 10k"], "loss")] == [
+    assert [
+        x.value for x in parse_limits(["time < 2h and accuracy >= 90%", "parameters <= 10k"], "loss")
+    ] == [
         7200,
         0.9,
         10_000,
@@ -326,11 +330,15 @@ def test_a_search_over_fronts_finds_more_than_the_default():
     assert np.mean([front_of(at, s)[goal.metric] - front_of(10.0, s)[goal.metric] for s in range(20)]) > 0.05
     asked = [(Suggestion(dict(t.observation.point)), "earlier") for t in tried]
     for order in (asked[::-1], [asked[i] for i in np.random.default_rng(0).permutation(len(asked))]):
-        again = optimize(TrialStore(space, (goal,), ()), build("searcher", "tpe"), measure, len(asked), first=order)
+        again = optimize(
+            TrialStore(space, (goal,), ()), build("searcher", "tpe"), measure, len(asked), first=order
+        )
         assert searching.choose(again)[0].observation.point["temperature"] == at
     flat = lambda t, i: Measurement({1000: {goal.metric: 1.0}})  # all alike: still the same one
     ends = [
-        searching.choose(optimize(TrialStore(space, (goal,), ()), build("searcher", "tpe"), flat, 25, first=o))[0]
+        searching.choose(
+            optimize(TrialStore(space, (goal,), ()), build("searcher", "tpe"), flat, 25, first=o)
+        )[0]
         for o in (asked, asked[::-1])
     ]
     assert ends[0].observation.point == ends[1].observation.point
@@ -342,10 +350,14 @@ def test_what_else_is_said_of_a_front():
     assert sparsity(points) == pytest.approx(2 * (0.6**2 + 0.4**2) / 2)
     assert sparsity([*points, (0.5, 0.5), points[0]]) == sparsity(points)
     assert sparsity(points[:1]) == math.inf
-    utility, gaps = parse_goals(["utility(accuracy, retention_loss), sparsity(accuracy, retention_loss)"], "loss")
+    utility, gaps = parse_goals(
+        ["utility(accuracy, retention_loss), sparsity(accuracy, retention_loss)"], "loss"
+    )
     acts = [{"accuracy": 1.0, "retention_loss": 2.0}, {"accuracy": 0.0, "retention_loss": 0.0}]
     by_hand = np.mean([max(w - 2 * (1 - w), 0) for w in np.linspace(0, 1, 21)])
-    assert utility.up and utility.value({utility.metric: front_figure(utility, acts)}) == pytest.approx(-by_hand)
+    assert utility.up and utility.value({utility.metric: front_figure(utility, acts)}) == pytest.approx(
+        -by_hand
+    )
     assert (
         not gaps.up
         and front_figure(gaps, acts) == pytest.approx(1 + 4)
@@ -466,7 +478,9 @@ def test_a_space_follows_from_what_methods_declare(tiny):
     assert {d.name for d in usual.space.dims} == {"learning_rate", "tuner.r"} and usual.recipe_of(
         usual.start
     ).yaml() == base.yaml()
-    several = parse_space(base, ["tuner=lora|ssf|dora, learning_rate=1e-4..1e-2", "per_device_train_batch_size=4|8"])
+    several = parse_space(
+        base, ["tuner=lora|ssf|dora, learning_rate=1e-4..1e-2", "per_device_train_batch_size=4|8"]
+    )
     dims = {d.name: d for d in several.space.dims}
     assert (
         dims["lora.r"].when == ("tuner", "lora")
@@ -581,7 +595,7 @@ def test_a_search_finds_says_and_writes_a_recipe_that_runs(shared, tmp_path):
     page = (tmp_path / "s" / "report.html").read_text()
     assert (
         page.index(found["sentence"].replace("'", "&#39;")) < page.index("Best configurations")
-        and page.count("<script type=\"module\">") == 1
+        and page.count('<script type="module">') == 1
     )
     assert all(
         (tmp_path / "s" / Path(t["runs"][0]).relative_to(found["folder"]) / "report.html").is_file()
@@ -606,7 +620,11 @@ def test_a_search_finds_says_and_writes_a_recipe_that_runs(shared, tmp_path):
 def test_what_was_found_is_tested_on_other_rows(shared, tmp_path):
     picked = {**shared, "data": SUMS[:40], "eval_data": SUMS[40:60]}
     how = dict(
-        space="learning_rate=1e-3..1e-1 log", trials=2, test_seeds="0,", subprocesses=False, output_dir=tmp_path / "s"
+        space="learning_rate=1e-3..1e-1 log",
+        trials=2,
+        test_seeds="0,",
+        subprocesses=False,
+        output_dir=tmp_path / "s",
     )
     with pytest.raises(RecipeError, match="--test-data: 3 of 6 rows also stand in data or eval_data"):
         luthier.search(picked, test_data=SUMS[57:63], **how)
@@ -666,7 +684,11 @@ def test_two_commands_do_not_share_a_folder(shared, tmp_path):
 
 def test_a_database_is_shared_by_workers(tmp_path):
     """Two workers on one sqlite file: each goes on with its own, both see everything, the budget is one."""
-    url, space, wanted = f"sqlite:///{tmp_path / 'study.db'}", Space((Dim("x"),)), parse_goals(["loss"], "loss")
+    url, space, wanted = (
+        f"sqlite:///{tmp_path / 'study.db'}",
+        Space((Dim("x"),)),
+        parse_goals(["loss"], "loss"),
+    )
     books = [TrialStore(space, wanted, (), url, "s", worker) for worker in ("a", "b")]
     measure = lambda t, i: Measurement({1000: {"loss": t.user_attrs["point"]["x"]}})
     left = books[0].begin(Suggestion({"x": 0.5}))
@@ -692,7 +714,11 @@ def test_workers_do_not_ask_the_same(name):
         asked.append(t.user_attrs["point"]["x"])
         if len(asked) % 2:
             optimize(
-                books[1], build("searcher", name), measure, searching.full_runs(books[1].finished()) + 2, crew=True
+                books[1],
+                build("searcher", name),
+                measure,
+                searching.full_runs(books[1].finished()) + 2,
+                crew=True,
             )
         return Measurement({1000: {"loss": t.user_attrs["point"]["x"]}})
 
@@ -764,7 +790,10 @@ def test_a_run_that_diverges_is_no_end(tmp_path):
         else Measurement({1000: {"loss": t.user_attrs["point"]["x"]}}, 1.0)
     )
     tried = optimize(book, build("searcher", "tpe"), measure, 20)
-    assert sum(bool(t.measurement.failed) for t in tried) == 13 and not searching.choose(tried)[0].measurement.failed
+    assert (
+        sum(bool(t.measurement.failed) for t in tried) == 13
+        and not searching.choose(tried)[0].measurement.failed
+    )
     assert optimize(book, build("searcher", "tpe"), measure, seconds=22.0)[-1].observation.number == 21
 
 
@@ -772,7 +801,8 @@ def test_what_moves_nothing_is_told_and_not_paid_for():
     book = TrialStore(Space((Dim("x"),)), parse_goals(["loss"], "loss"), ())
     idle = lambda t, i: (
         Measurement({}, 0.0, "tuner 'autopeft' moves nothing", "nothing_moves")
-        if i % 2 else Measurement({1000: {"loss": 0.5}}, 1.0)
+        if i % 2
+        else Measurement({1000: {"loss": 0.5}}, 1.0)
     )
     tried = optimize(book, build("searcher", "random"), idle, 4)
     assert searching.full_runs(tried) == 4 and len(tried) == 7
@@ -793,7 +823,10 @@ def test_what_moves_nothing_is_told_and_not_paid_for():
         {"accuracy": 0.5, "parameters": 1234.0},
         "asked",
     )
-    assert searching.progress_line(made, told) == "3. x 0.25 (33.3% of the steps): accuracy 50.0%, parameters 1.23K"
+    assert (
+        searching.progress_line(made, told)
+        == "3. x 0.25 (33.3% of the steps): accuracy 50.0%, parameters 1.23K"
+    )
 
 
 def test_the_command_line_knows_it(tiny):
@@ -801,7 +834,5 @@ def test_the_command_line_knows_it(tiny):
 
     from luthier.cli import app
 
-    out = CliRunner().invoke(
-        app, ["search", f"model={tiny}", "data=toy:people/new", "--over", "tuner.q"]
-    )
+    out = CliRunner().invoke(app, ["search", f"model={tiny}", "data=toy:people/new", "--over", "tuner.q"])
     assert out.exit_code == 2 and "has no setting 'q'" in out.output

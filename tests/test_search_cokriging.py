@@ -51,7 +51,9 @@ def cost(spec, seed, most=15.0):
         assert asked.number is None or seen[[s.number for s in seen].index(number)].point == asked.point
         paid[number], x = asked.share, LINE.encode(asked.point)[0]
         seen.append(
-            Observation(number, asked.point, (float(whole(x) if asked.share == 1 else brief(x)),), asked.share)
+            Observation(
+                number, asked.point, (float(whole(x) if asked.share == 1 else brief(x)),), asked.share
+            )
         )
         if asked.share == 1 and seen[-1].values[0] - LEAST < 1e-2:
             break

@@ -592,7 +592,7 @@ def test_inspect_writes_a_page(desk, tiny, tmp_path):
             "Generations",
         )
     )
-    assert page.count("<script type=\"module\">") == 1
+    assert page.count('<script type="module">') == 1
     assert "http" not in page.replace(script(), "").replace("http-equiv", "")
     assert "8 of 28 matrices" in page
     model = luthier.load(tiny, dtype="float32").model

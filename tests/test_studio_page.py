@@ -410,9 +410,7 @@ def test_every_page_can_be_read_aloud(served, page, address):
             ("button", "Clone with changes"),
             ("combobox", "As"),
         ],
-    }.get(
-        address, [("log", "Conversation, left"), ("log", "Conversation, right"), ("textbox", "Message")]
-    )
+    }.get(address, [("log", "Conversation, left"), ("log", "Conversation, right"), ("textbox", "Message")])
     assert set(has) <= {(r, n) for r, n, _ in told}
     pictures = [n for r, n, _ in told if r == "image"]
     assert all("at step" in n for n in pictures) and bool(pictures) == (

@@ -17,7 +17,7 @@ _WHERE = {  # what the package offers, imported when first asked for
     "Report": "luthier.run.run",
     "Recipe": "luthier.recipe.recipe",
     "RecipeError": "luthier.errors",
-    "load": "luthier.serve.load",
+    "load": "luthier.model.loaded",
     "register_peft": "luthier.compat.peft",
     "inspect": "luthier.serve.inspect",
     "compare": "luthier.study.compare",
@@ -39,10 +39,10 @@ __all__ = [
 if TYPE_CHECKING:
     from luthier.compat.peft import register_peft
     from luthier.errors import RecipeError
+    from luthier.model.loaded import load
     from luthier.recipe.recipe import Recipe
     from luthier.run.run import Report, tune
     from luthier.serve.inspect import inspect
-    from luthier.serve.load import load
     from luthier.study.compare import compare
     from luthier.study.search import search
 

@@ -43,7 +43,7 @@ class Local:
 
     def ask(self, prompt: str, *, temperature: float = 0.0, seed: int = 0, max_new_tokens: int = 256) -> str:
         if self._loaded is None:
-            from luthier.serve.load import load
+            from luthier.model.loaded import load
 
             self._loaded = load(self.where, **self.settings)
         turns = self._loaded.turns if self.turns is None else self.turns

@@ -14,11 +14,11 @@ from luthier.registry import spec
 from luthier.run import resume
 from luthier.run.caches import close_caches
 from luthier.run.folder import update_state
-from luthier.run.layout import LOG, PAUSED
 from luthier.run.prepare import Prepared
 from luthier.run.report import Report
 from luthier.run.training import Trained
 from luthier.storage import checkpoints, files
+from luthier.storage.layout import LOG, PAUSED
 
 
 @dataclass(frozen=True)

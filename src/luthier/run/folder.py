@@ -20,8 +20,8 @@ from luthier.data.sources import is_row
 from luthier.errors import DiskError, RecipeError, from_code
 from luthier.recipe.recipe import Recipe
 from luthier.registry import KINDS, cards
-from luthier.run.layout import BEFORE, FAILED, LOG, PAUSED, QUARANTINE, REPORT, ROWS, STATE
 from luthier.storage import checkpoints, files
+from luthier.storage.layout import BEFORE, FAILED, LOG, PAUSED, QUARANTINE, REPORT, ROWS, STATE
 from luthier.version import __version__
 
 # of a run, beside its checkpoints and what its methods declare; run.json goes last
@@ -128,14 +128,6 @@ def clear(folder: Path) -> None:
 def update_state(folder: Path, **facts: Any) -> None:
     """Facts about the run into run.json."""
     files.write_json(folder / STATE, {**files.read_json(folder / STATE), **facts})
-
-
-def saved_network(folder: Path) -> dict[str, Any]:
-    """What the data of a finished run implied for its network; class numbers are numbers again."""
-    network = files.read_json(folder / STATE).get("network", {})
-    if "id2label" in network:
-        network = {**network, "id2label": {int(k): v for k, v in network["id2label"].items()}}
-    return network
 
 
 def write_failure(folder: Path, error: Exception) -> None:

@@ -16,9 +16,9 @@ from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import validate
 from luthier.registry import build
 from luthier.run.folder import clear, write_failure
-from luthier.run.layout import FAILED, REPORT, STATE, run_folder, run_folders
 from luthier.run.report import Report
 from luthier.storage import files
+from luthier.storage.layout import FAILED, REPORT, STATE, run_folder, run_folders
 
 
 def perform_plan(

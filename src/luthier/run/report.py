@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from luthier.run.layout import REPORT
 from luthier.storage import files
+from luthier.storage.layout import REPORT
 
 
 @dataclass

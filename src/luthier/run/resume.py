@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from luthier.run.folder import truncate_log
-from luthier.run.layout import BEFORE, LOG
 from luthier.run.session import Session
 from luthier.storage import checkpoints, files
+from luthier.storage.layout import BEFORE, LOG
 from luthier.train.trainer import Totals, Trainer
 
 

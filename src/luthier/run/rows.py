@@ -12,9 +12,9 @@ from luthier.errors import RecipeError, Refused
 from luthier.model.policy import Roles
 from luthier.report.console import Callback
 from luthier.report.text import render_rows
-from luthier.run.layout import QUARANTINE, ROWS
 from luthier.run.session import Session
 from luthier.storage import files
+from luthier.storage.layout import QUARANTINE, ROWS
 from luthier.train import checks
 
 

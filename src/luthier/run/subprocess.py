@@ -16,7 +16,7 @@ import yaml
 
 from luthier.errors import RecipeError
 from luthier.run.folder import read_failure
-from luthier.run.layout import FAILED, LOG
+from luthier.storage.layout import FAILED, LOG
 
 if TYPE_CHECKING:
     from luthier.recipe.recipe import Recipe

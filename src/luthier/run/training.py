@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from luthier.run import resume
-from luthier.run.layout import LOG
 from luthier.run.prepare import Prepared
 from luthier.run.session import save_interval, step_count
 from luthier.storage import files
+from luthier.storage.layout import LOG
 from luthier.train.trainer import Trainer
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from luthier.model.loaded import Loaded, load
 from luthier.report.text import visible
-from luthier.serve.load import Loaded, load
 
 
 def chat(

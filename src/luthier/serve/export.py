@@ -12,9 +12,9 @@ from luthier.data.load import load_data
 from luthier.errors import RecipeError, Refused
 from luthier.methods.tuners._base import Untuned
 from luthier.model import quantized as codes
+from luthier.model.loaded import Loaded, load
 from luthier.recipe import model_names
 from luthier.registry import build, did_you_mean, spec
-from luthier.serve.load import Loaded, load
 from luthier.storage import files
 from luthier.train import checks
 

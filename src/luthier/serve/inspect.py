@@ -14,10 +14,10 @@ from luthier.data.load import load_data
 from luthier.errors import RecipeError
 from luthier.methods.evaluators._base import paired, run_all
 from luthier.methods.tuners._base import Untuned
+from luthier.model.loaded import Loaded, load
 from luthier.model.weight_changes import plain_matrices, weight_changes
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build
-from luthier.serve.load import Loaded, load
 from luthier.storage import files
 from luthier.train import checks
 

@@ -27,8 +27,8 @@ import yaml
 
 from luthier.errors import RecipeError
 from luthier.report.numbers import cost, generations, metric_rows
-from luthier.run.layout import run_folders
 from luthier.storage import files
+from luthier.storage.layout import run_folders
 
 MARKS = (
     "run.json",

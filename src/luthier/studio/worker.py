@@ -236,7 +236,9 @@ def look(changes: Mapping[str, str], offset: int = 0, shown: int = 4) -> dict[st
         "bad": len(every),
         "reasons": count_reasons(every),
         "aside": [{k: str(b.get(k, ""))[:600] for k in ("where", "reason", "raw")} for b in every[:KEPT]],
-        "feeds": {f["objective"]: [f["feeds"], f["why"]] for f in objectives_for(columns_of(loaded.rows[:100]))},
+        "feeds": {
+            f["objective"]: [f["feeds"], f["why"]] for f in objectives_for(columns_of(loaded.rows[:100]))
+        },
     }
 
 
@@ -414,7 +416,7 @@ def size(n: float) -> str:
 
 @lru_cache(maxsize=1)
 def loaded(model: str, mark: float) -> Any:
-    from luthier.serve.load import load
+    from luthier.model.loaded import load
 
     return load(model)
 

@@ -75,7 +75,7 @@ class Model(Role):
     def play(self, name, policy):
         own = next(policy.model.parameters())
         if self.tuned:
-            from luthier.serve.load import load
+            from luthier.model.loaded import load
 
             other = load(self.model, dtype=str(own.dtype).removeprefix("torch.")).roles.policy
             network, attached = other.model.to(own.device).eval().requires_grad_(False), other.attached

@@ -47,7 +47,7 @@ class TeacherSpans(Stage):
     batch_size: Annotated[int, Field(ge=1)] = 8  # rows per forward pass
 
     def __call__(self, rows, roles):
-        from luthier.serve.load import load
+        from luthier.model.loaded import load
 
         rows = self.usable(rows, roles)
         if not rows:

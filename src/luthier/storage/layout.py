@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
+
+from luthier.storage import files
 
 STATE = "run.json"  # which run lies here
 BEFORE = "before.json"  # metrics before training
@@ -29,3 +32,11 @@ def run_folders(plan: Path) -> list[Path]:
         if match and path.is_dir():
             numbered.append((int(match[1]), path))
     return [path for _, path in sorted(numbered)]
+
+
+def saved_network(folder: Path) -> dict[str, Any]:
+    """What the data of a finished run implied for its network; class numbers are numbers again."""
+    network = files.read_json(folder / STATE).get("network", {})
+    if "id2label" in network:
+        network = {**network, "id2label": {int(k): v for k, v in network["id2label"].items()}}
+    return network

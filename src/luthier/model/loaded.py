@@ -17,10 +17,8 @@ from luthier.model.policy import Roles
 from luthier.model.quantized_linear import open_up
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods, build_methods, detect
-from luthier.run.folder import saved_network
-from luthier.run.layout import run_folders
-from luthier.run.report import Report
 from luthier.storage import files
+from luthier.storage.layout import REPORT, run_folders, saved_network
 
 if TYPE_CHECKING:
     from luthier.model.network import Network
@@ -125,8 +123,8 @@ def load(name: str | Path, **settings: Any) -> Loaded:
     folder = Path(name).expanduser()
     if (folder / "recipe.yaml").is_file():
         return load_run(folder, settings)
-    if (folder / "report.json").is_file():  # a plan: its last run
-        return load(Report.read(folder).folder, **settings)
+    if (folder / REPORT).is_file():  # a plan: its last run
+        return load(files.read_json(folder / REPORT)["folder"], **settings)
     if (folder / "adapter_config.json").is_file():
         return load_adapter(folder, settings)
     recipe, roles = load_plain(str(name), settings)
@@ -143,8 +141,8 @@ def load_run(folder: Path, settings: Mapping[str, Any]) -> Loaded:
     roles.tuner.load(tensors_of(folder, roles.tuner))
     roles.policy.eval()
     notes, turns, ends = [], roles.renderer.note is None, ""
-    if (folder / "report.json").is_file():
-        stats = Report.read(folder).stats
+    if (folder / REPORT).is_file():
+        stats = files.read_json(folder / REPORT)["stats"]
         turns, ends = stats.get("turns", turns), stats.get("ends", ends)
     else:
         notes.append(f"{folder} is not finished: this is its last checkpoint")
