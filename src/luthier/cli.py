@@ -462,7 +462,9 @@ def bench(
     from luthier.study.bench import bench
 
     tell = lambda line: typer.echo(line, err=as_json)
-    found = bench(scenarios, shape or ["a"], repeats=repeats, device=device, only=only, to=to, tell=tell)
+    found = bench(
+        scenarios, shape or ["a"], repeats=repeats, device=device, only=only, output_dir=to, tell=tell
+    )
     if as_json:
         typer.echo(dumped(found))
 
