@@ -381,12 +381,13 @@ def rollout(job: Job, how: str) -> Run:
         )
 
     def with_luthier() -> None:
+        from luthier.kernels.prepacked import prepacked
         from luthier.methods.tuners._base import Untuned
         from luthier.model import generate as writing
 
         writer = writing.decoder_writer(model, Untuned(model))  # type: ignore[arg-type]
         names = list(itertools.product(range(len(prompts)), range(n)))
-        with writing.packed(model):
+        with prepacked(model):
             writing._write(writer, prompts, n, ends, writing.Picker(names, longest, 1.0), set())
 
     generate = with_luthier if how == "luthier" else with_transformers
