@@ -63,7 +63,7 @@ def bring(tuned: Any, role: str, parts: dict[str, Part]) -> None:
     """Let the parts of a role train along with a tuned model."""
     for key, part in parts.items():
         part.role, part.name = role, f"{PREFIX}{role}.{key}"
-        tuned.components.append(part)
+        tuned.others.append(part)
 
 
 def brought(policy: Any, role: str, part: str) -> Any:

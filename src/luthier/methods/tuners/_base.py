@@ -135,8 +135,13 @@ class TunedModel(Component):
 
     def __init__(self, settings: Any, model: Network):
         self.settings, self.model = settings, model
-        self.components: list[Component] = [self]
+        self.others: list[Component] = []  # not this one itself: a circle would keep the model in memory
         self.resets: dict[str, Tensor] = {}  # masks of entries that the optimizer has yet to forget
+
+    @property
+    def components(self) -> list[Component]:
+        """This one first, then the others."""
+        return [self, *self.others]
 
     # --- what trains, over all components
 
