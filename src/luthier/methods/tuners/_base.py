@@ -87,7 +87,7 @@ class Component:
     # --- life of a run
 
     def initialize(self, rows: list[dict], roles: Any) -> None:
-        """Once, before step 0, unless the run goes on from another: start from data (activations, gradients)."""
+        """Once, before step 0, unless the run goes on from another: start from data."""
 
     def ready(self, rows: list[dict], roles: Any) -> None:
         """Once, before step 0, whatever the run starts from: what is kept beside the trained tensors."""
@@ -262,8 +262,8 @@ class TunedModel(Component):
         raise RecipeError(f"tuner '{self.settings.name}' cannot be merged into the weights")
 
     def why_not_batched(self) -> str | None:
-        """Why runs with this tuner cannot share one pass over their base (train/batched_forward.py); None where
-        they can: each of `layers` then has a `batched_forward`.
+        """Why runs with this tuner cannot share one pass over their base (train/batched_forward.py); None
+        where they can: each of `layers` then has a `batched_forward`.
         """
         return f"tuner '{self.settings.name}' is more than LoRA on linear layers"
 
