@@ -10,14 +10,14 @@ import pytest
 
 from luthier.errors import RecipeError
 from luthier.study.bench import bench, picture, table
-from luthier.study.bench.measure import _summed
-from luthier.study.bench.scenarios import SCENARIOS, job, work
+from luthier.study.bench.measure import Measured, summarize
+from luthier.study.bench.scenarios import SCENARIOS, make_job, work
 from luthier.study.bench.shapes import lengths, make
 
 
 def test_turns_on_a_tiny_shape(tmp_path):
     (found,) = bench(
-        ["sft"], ["tiny"], repeats=1, only=["luthier", "plain"], to=tmp_path, tell=lambda line: None
+        ["sft"], ["tiny"], repeats=1, only=["luthier", "plain"], output_dir=tmp_path, tell=lambda line: None
     )
     assert not found["failed"] and found["best_rival"] == "plain"
     assert all(len(c["seconds"]) == 1 and c["peak_memory_mb"] > 50 for c in found["contestants"].values())
@@ -28,32 +28,34 @@ def test_turns_on_a_tiny_shape(tmp_path):
 
 def test_luthier_writes_in_the_rollout_bench(tmp_path):
     words = make("tiny", tmp_path)["vocabulary"]
-    assert SCENARIOS["rollout"]["luthier"].begin(job("rollout", "tiny", tmp_path, words))()["seconds"] > 0
+    assert (
+        SCENARIOS["rollout"]["luthier"].begin(make_job("rollout", "tiny", tmp_path, words))()["seconds"] > 0
+    )
 
 
 def test_everyone_is_given_the_same_work():
     for scenario in SCENARIOS:
-        given = job(scenario, "tiny", "folder", 512)
+        given = make_job(scenario, "tiny", "folder", 512)
         done = work(given)
         assert 0 < done["supervised"] <= done["tokens"]
-        assert given == job(scenario, "tiny", "folder", 512)
-    pairs = job("dpo", "tiny", "folder", 512)
+        assert given == make_job(scenario, "tiny", "folder", 512)
+    pairs = make_job("dpo", "tiny", "folder", 512)
     assert work(pairs)["tokens"] == sum(2 * len(p) + len(c) + len(r) + 2 for p, c, r in pairs.rows)
     assert lengths(5, 1) == lengths(5, 1) != lengths(5, 2)
 
 
 def test_ratio_is_the_best_rival_over_luthier():
-    given = job("sft", "tiny", "folder", 512)
+    given = make_job("sft", "tiny", "folder", 512)
     runs = {
         k: [{"seconds": s, "last_epoch": s, "peak_memory_mb": 10.0} for s in each]
         for k, each in {
             "luthier": [1.0, 2.0, 1.5],
             "trl": [9.0],
             "trl_bf16": [6.0, 3.0, 4.5],
-            "plain": [],
         }.items()
     }
-    found = _summed("sft", "tiny", given, {"body": 100, "head": 50}, runs, 1e9, {"plain": "it ended"})
+    measured = Measured(runs, {"plain": "it ended"}, 1e9)
+    found = summarize("tiny", given, {"body": 100, "head": 50}, measured)
     assert found["best_rival"] == "trl_bf16" and found["ratio"] == 3 and found["ratios"]["trl"] == 6
     assert found["contestants"]["luthier"]["median"] == 1.5 and found["contestants"]["trl_bf16"][
         "spread"
@@ -65,17 +67,17 @@ def test_ratio_is_the_best_rival_over_luthier():
 
 
 def test_members_of_a_fleet_do_the_work_of_as_many_runs():
-    from luthier.study.bench.contestants import many, plain
+    from luthier.study.bench.contestants import luthier_members, plain
 
-    given = job("fleet", "tiny", "folder", 512)
-    one = job("sft", "tiny", "folder", 512)
+    given = make_job("fleet", "tiny", "folder", 512)
+    one = make_job("sft", "tiny", "folder", 512)
     assert (
         given.members == 8
         and work(given)["tokens"] == 8 * work(one)["tokens"]
         and callable(plain(given))
-        and callable(many)
+        and callable(luthier_members)
     )
-    top = job("fleet_top", "tiny", "folder", 512)
+    top = make_job("fleet_top", "tiny", "folder", 512)
     assert top.layers == [0, 1] and work(top)["tokens"] == 3 * work(given)["tokens"]
 
 

@@ -834,5 +834,20 @@ def test_the_command_line_knows_it(tiny):
 
     from luthier.cli import app
 
-    out = CliRunner().invoke(app, ["search", f"model={tiny}", "data=toy:people/new", "--over", "tuner.q"])
-    assert out.exit_code == 2 and "has no setting 'q'" in out.output
+    for option in ("--space", "--over"):
+        out = CliRunner().invoke(app, ["search", f"model={tiny}", "data=toy:people/new", option, "tuner.q"])
+        assert out.exit_code == 2 and "has no setting 'q'" in out.output
+
+
+def test_arguments_of_the_first_version_are_read(shared, tmp_path):
+    """By their new names, with a note of it; a folder's old quest.json still says which search it holds."""
+    from luthier.report.console import Callback
+
+    callback = Callback()
+    how = {"over": "learning_rate=1e-5..1e-1 log", "apart": False, "watch": callback, "folder": tmp_path}
+    (tmp_path / "quest.json").write_text('{"fingerprint": "another"}')
+    with pytest.raises(RecipeError, match="holds another search"):
+        luthier.search(shared, **how)
+    assert "over is now called space" in callback.notes
+    with pytest.raises(RecipeError, match="give one of them"):
+        luthier.search(shared, space="learning_rate", **how)

@@ -299,9 +299,11 @@ def compare(
 @app.command()
 def search(
     words: Words = None,
-    over: Annotated[
+    space: Annotated[
         list[str] | None,
         typer.Option(
+            "--space",
+            "--over",
             help="What varies: tuner.r, learning_rate=1e-5..1e-2, 'tuner=lora|ssf|dora', layers, ..."
         ),
     ] = None,
@@ -311,8 +313,11 @@ def search(
             help="quality, forgetting, parameters, memory, time, or any metric; several make a front."
         ),
     ] = None,
-    where: Annotated[
-        list[str] | None, typer.Option(help="A limit, e.g. 'memory <= 8GB'; may be given several times.")
+    constraint: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--constraint", "--where", help="A limit, e.g. 'memory <= 8GB'; may be given several times."
+        ),
     ] = None,
     trials: Annotated[
         float | None, typer.Option(help="Full runs to spend (for each seed). Default: 40.")
@@ -352,7 +357,9 @@ def search(
             min=1, help="How many of a Ray cluster (RAY_ADDRESS, or this machine) measure side by side."
         ),
     ] = 1,
-    to: Annotated[Path | None, typer.Option(help="The search's folder.")] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", "--to", help="The search's folder.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Search for better configurations, toward several goals, within limits. What was stopped goes on when
@@ -364,11 +371,11 @@ def search(
     from luthier.study.search import run_search, search_spec
 
     source, changes = asked(words)
-    made = search_spec(
+    spec = search_spec(
         source,
-        over or (),
+        space or (),
         goals or (),
-        where or (),
+        constraint or (),
         trials=trials,
         budget=budget,
         sampler=yaml.safe_load(sampler),
@@ -379,8 +386,9 @@ def search(
         test_data=test_data,
         changes=changes,
     )
-    found = run_search(made, to, storage, Callback() if as_json else Console(), workers)
-    typer.echo(dumped(found)) if as_json else Console().search(found)
+    callback = Callback() if as_json else Console()
+    result = run_search(spec, output_dir, storage, callback, workers)
+    typer.echo(dumped(result)) if as_json else Console().search(result)
 
 
 @app.command()
@@ -462,7 +470,9 @@ def bench(
     from luthier.study.bench import bench
 
     tell = lambda line: typer.echo(line, err=as_json)
-    found = bench(scenarios, shape or ["a"], repeats=repeats, device=device, only=only, to=to, tell=tell)
+    found = bench(
+        scenarios, shape or ["a"], repeats=repeats, device=device, only=only, output_dir=to, tell=tell
+    )
     if as_json:
         typer.echo(dumped(found))
 

@@ -16,7 +16,7 @@ EXPECTED = {"id", "prompt", "answer", "label", "kind", "item", "skill", "task", 
 
 
 def glued_words(rows: Sequence[dict]) -> list[str]:
-    """Places where a prompt's last word and the completion's first run into each other: "...said Annaworld"."""
+    """Places where a prompt's last word and a completion's first run together: "...said Annaworld"."""
     places = []
     for row in rows:
         prompt = row["prompt"]

@@ -204,11 +204,11 @@ def original_bytes(text: str) -> bytes:
     return text.encode("utf-8", "surrogateescape")
 
 
-# ---------------------------------------------------------------------------------------------- tables and text
+# ------------------------------------------------------------------------------------------ tables and text
 
 
 def read_csv(path: Path, max_row_chars: int) -> RawRows:
-    """Comma-separated rows under a line of names. A quote that never closes costs its own line, not the file."""
+    """Comma-separated rows under a header. A quote that never closes costs its own line, not the file."""
     with open_bytes(path) as file:
         lines = file.read().removeprefix(codecs.BOM_UTF8).splitlines(keepends=True)
     csv.field_size_limit(max(csv.field_size_limit(), max_row_chars))
@@ -233,7 +233,7 @@ def read_csv(path: Path, max_row_chars: int) -> RawRows:
 
 
 class CsvLines:
-    """Lines of a csv file from a place on, for one row: stops with an error where a row takes too many bytes."""
+    """Lines of a csv file from a place on, for one row: csv.Error where a row takes too many bytes."""
 
     def __init__(self, lines: list[bytes], place: int, max_bytes: int):
         self.lines, self.place, self.bytes_left = lines, place, max_bytes

@@ -1,5 +1,5 @@
-"""Data-set lists of other tools: entries of axolotl's `datasets:` and of LLaMA-Factory's dataset_info.json, as
-settings of a Source.
+"""Data-set lists of other tools: entries of axolotl's `datasets:` and of LLaMA-Factory's dataset_info.json,
+as settings of a Source.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def from_axolotl(entry: dict) -> dict[str, Any]:
 
 
 def axolotl_format(prompt_type: str) -> str | None:
-    """Our format of one of axolotl's types such as `alpaca` or `chat_template.default`; None where the columns
-    tell.
+    """Our format of one of axolotl's types such as `alpaca` or `chat_template.default`; None where the
+    columns tell.
     """
     name = prompt_type.partition(".")[0].partition(":")[0]
     if name in AXOLOTL_TYPES:

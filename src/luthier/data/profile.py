@@ -1,4 +1,4 @@
-"""What a file of rows can be used for: how it is read, what is rejected, and which objectives it is enough for."""
+"""What a file of rows can be used for: how it is read, what is rejected, which objectives it is enough for."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ANSWERS = ("yes", "through a stage", "no")
 
 
 def profile_rows(loaded: LoadedRows) -> dict[str, Any]:
-    """Loaded rows in figures: {format, total, rows, rejected, columns: {name: rows that have it}, bad: [{reason,
-    rows, first}], feeds: as `objectives_for`}.
+    """Loaded rows in figures: {format, total, rows, rejected, columns: {name: rows that have it}, bad:
+    [{reason, rows, first}], feeds: as `objectives_for`}.
     """
     counts = Counter(name for row in loaded.rows for name in row if name != "id")
     return {
@@ -35,8 +35,8 @@ def profile_rows(loaded: LoadedRows) -> dict[str, Any]:
 def objectives_for(columns: Set[str]) -> list[dict[str, str]]:
     """Every objective, and whether rows with these columns are enough for it: {objective, feeds, why}.
 
-    `feeds` is "yes", "through a stage" (which makes the missing columns of those there are) or "no". Read from
-    declarations alone, as methods have them under their defaults: no method is imported.
+    `feeds` is "yes", "through a stage" (which makes the missing columns of those there are) or "no". Read
+    from declarations alone, as methods have them under their defaults: no method is imported.
     """
     stages = cards("stage")
     answers = []

@@ -21,7 +21,7 @@ class TooManyBadRows(RecipeError):
 
 
 def bad_row(where: str, reason: str, raw: Any) -> dict[str, str]:
-    """A line of the quarantine file: {"where": "rows.jsonl:17", "reason": "...", "raw": its first characters}."""
+    """A line of the quarantine file: {"where": "rows.jsonl:17", "reason", "raw": its first characters}."""
     if isinstance(raw, bytes):
         raw = raw[:2000].decode("utf-8", "backslashreplace")
     elif not isinstance(raw, str):

@@ -46,7 +46,7 @@ class Source(BaseModel):
         return self.path if isinstance(self.path, str) else "the list of rows"
 
 
-# ---------------------------------------------------------------------------------------------- naming a source
+# ------------------------------------------------------------------------------------------ naming a source
 
 
 def resolve_source(value: Any) -> Source:

@@ -55,8 +55,8 @@ def part_of(module: str) -> str | None:
 
 
 def last_mlp(model: Any) -> tuple[Any, Any] | None:
-    """The block of a network that comes last, and the one module in it of a class that is called MLP; None where
-    there is not exactly one.
+    """The block of a network that comes last, and the one module in it of a class that is called MLP; None
+    where there is not exactly one.
     """
     if model not in _last_mlps:
         layers, mlps = [], []

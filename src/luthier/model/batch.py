@@ -164,8 +164,8 @@ class Batch:
         )
 
     def weights(self) -> Tensor | None:
-        """[T] how much each target token counts: the column `token_weights`, 1 in rows without it; None where no
-        row has it.
+        """[T] how much each target token counts: the column `token_weights`, 1 in rows without it; None where
+        no row has it.
         """
         if not any("token_weights" in row for row in self.rows):
             return None
@@ -176,14 +176,14 @@ class Batch:
                 weights = row["token_weights"][k] if "token_weights" in row else [1.0] * n
                 if len(weights) != n:
                     raise RecipeError(
-                        f"token_weights of row {row['id']} holds {len(weights)} numbers for {n} learned tokens:"
-                        " it was written for another completion, another tokenizer or another max_length"
+                        f"token_weights of row {row['id']} holds {len(weights)} numbers for {n} learned"
+                        " tokens: it was written for another completion, tokenizer or max_length"
                     )
                 values += weights
         return torch.tensor(values, dtype=torch.float32, device=self.ids.device)
 
     def per_token(self, name: str) -> Tensor:
-        """[T] one number per target token, from a column of lists (written by a stage for a model that has left)."""
+        """[T] one number per target token, from a column of lists that a stage wrote."""
         if self.altered:
             raise RecipeError(
                 f"column '{name}' answers for the rows as they are, and this objective also asks about"

@@ -169,7 +169,7 @@ class Writer:
         self.device = model.get_input_embeddings().weight.device
 
     def needed(self, prompt: int) -> int:
-        """Of the tokens that the network can hold while it writes: those that a prompt of this length takes."""
+        """Places of the network's positions that a prompt of this length takes."""
         return prompt
 
     def begin(self, prompts: list[list[int]], n: int) -> Tensor:
@@ -400,7 +400,7 @@ class EncoderDecoder(Writer):
     """An encoder that reads the prompts once, and a decoder with a cache that writes."""
 
     def __init__(self, model, attached, encode, start: int):
-        """encode(ids list) -> (hidden [B, W, d], mask [B, W]); start: the token that the decoder begins with."""
+        """encode(ids list) -> (hidden [B, W, d], mask [B, W]); start: the decoder's first token."""
         super().__init__(model, attached)
         self.encode, self.start = encode, start
 

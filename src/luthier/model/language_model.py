@@ -226,13 +226,13 @@ def head_of(model: Network, inputs: dict[str, Any]) -> Head:
 
 
 def _measure(model: Network, module: nn.Module, inputs: dict[str, Any]) -> tuple[float, float, Tensor | None]:
-    known = torch.tensor([0.0, 1e-4, 1e30, *torch.linspace(-30, 30, 13).tolist()])
+    probe = torch.tensor([0.0, 1e-4, 1e30, *torch.linspace(-30, 30, 13).tolist()])
     shape: list[int] = []
 
     def say(_, inputs, output: Tensor) -> Tensor:
         shape.append(output.shape[-1])
         # fp32 whatever the network's type
-        return known.to(output.device)[None, :, None].repeat(1, 1, output.shape[-1])
+        return probe.to(output.device)[None, :, None].repeat(1, 1, output.shape[-1])
 
     hook = module.register_forward_hook(say)
     try:
@@ -240,14 +240,14 @@ def _measure(model: Network, module: nn.Module, inputs: dict[str, Any]) -> tuple
             answers = model(**inputs, use_cache=False).logits.float()[0]
     finally:
         hook.remove()
-    if answers.shape != (len(known), shape[0]):
+    if answers.shape != (len(probe), shape[0]):
         raise ValueError(f"{type(model).__name__} changes the shape of its logits after the head")
-    known = known.to(answers.device)[:, None]
+    probe = probe.to(answers.device)[:, None]
     far = float(answers[2, 0])
     softcap = far if far < 1e20 else 0.0
     bias = answers[0].clone()
-    scale = float((answers[1] - bias)[0]) / float(known[1]) if not bias.any() else 1.0
-    want = Head(nn.Identity(), scale, softcap, bias if bias.any() else None)(known.expand_as(answers))
+    scale = float((answers[1] - bias)[0]) / float(probe[1]) if not bias.any() else 1.0
+    want = Head(nn.Identity(), scale, softcap, bias if bias.any() else None)(probe.expand_as(answers))
     if not torch.allclose(want[3:], answers[3:], rtol=1e-5, atol=1e-5):
         raise ValueError(f"what {type(model).__name__} does to its logits after the head is not known")
     return (1.0 if abs(scale - 1) < 1e-6 else scale), softcap, (bias if bias.any() else None)

@@ -145,7 +145,7 @@ class QuantizedMatrix(Quantized, Matrix):
 
 
 class Product(torch.autograd.Function):
-    """x W' (or, transposed, x W) for a module's weight, which is made wherever it is needed and never kept."""
+    """x W' (or, transposed, x W) for a module's weight, which is made where it is needed, and not kept."""
 
     @staticmethod
     def forward(
@@ -236,13 +236,13 @@ def describe(model: Network) -> tuple[str, ...]:
     rest = sum(p.numel() * p.element_size() for p in model.parameters())
     sentences = [
         f"{len(coded)} linear weights are kept as {coded[0].quantizer.name}, {8 * stored / count:.2f} bits a"
-        f" number: {stored / 2**20:,.0f} MB in place of {dense / 2**20:,.0f}; everything else of the base takes"
-        f" {rest / 2**20:,.0f} MB"
+        f" number: {stored / 2**20:,.0f} MB in place of {dense / 2**20:,.0f}; everything else of the base"
+        f" takes {rest / 2**20:,.0f} MB"
     ]
     fused = [n for n, p in model.named_parameters() if p.ndim == 3 and ".experts" in n]
     if fused:
         sentences.append(
-            f"{len(fused)} fused expert weights ({fused[0]}, ...) have a form that is not quantized: they stay"
-            " as they are"
+            f"{len(fused)} fused expert weights ({fused[0]}, ...) have a form that is not quantized: they"
+            " stay as they are"
         )
     return tuple(sentences)

@@ -1,8 +1,8 @@
 """What a few calibration rows tell of each weight: what its module reads, and how the loss depends on it.
 
 For tuners that start from data, pruning, and quantizers that read rows. Where a statistic is per token, rows
-are read singly, so no padding is counted. `statistics` gathers as many modules as fit `BUDGET` in one pass and
-reads the rows again for the others; `gather` gathers all of them at once.
+are read singly, so no padding is counted. `statistics` gathers as many modules as fit `BUDGET` in one pass
+and reads the rows again for the others; `gather` gathers all of them at once.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _drain(gathered: dict[str, Any]) -> Iterator[tuple[str, Any]]:
         yield name, gathered.pop(name)
 
 
-# ------------------------------------------------------------------------------------------------ passes
+# ---------------------------------------------------------------------- passes
 
 
 def _batches(rows: list[dict], roles: Any, size: int) -> Iterator[Batch]:
@@ -152,7 +152,7 @@ def _refuse_unread(names: list[str], rows: list[dict]) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------ what modules read
+# ---------------------------------------------------------------------- what modules read
 
 
 def _inputs(modules: Modules, rows: list[dict], roles: Any) -> dict[str, Tensor]:
@@ -206,7 +206,7 @@ def _input_norms(modules: Modules, rows: list[dict], roles: Any) -> dict[str, Te
     return {name: square.sqrt() for name, square in squares.items()}
 
 
-# ------------------------------------------------------------------------------------------------ how the loss depends on them
+# ---------------------------------------------------------------------- how the loss depends on them
 
 
 def _gradients(modules: Modules, rows: list[dict], roles: Any) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-from luthier.methods.formats._base import BadRow, spoken
+from luthier.methods.formats._base import BadRow, as_turns
 from luthier.text.cache import EncodingCache, row_key
 from luthier.text.encoded import Encoded, EncodedAll
 from luthier.text.templates import render_turns, set_chat_template
@@ -80,8 +80,8 @@ class Renderer:
         return self.tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
 
     def decode_marked(self, row: dict, marks: tuple[str, str] = ("⟦", "⟧")) -> str:
-        """For people: the prompt, then each completion with its supervised parts between marks, special tokens
-        and all.
+        """For people: the prompt, then each completion with its supervised parts between marks, special
+        tokens and all.
         """
         encoded = self.encode(row)
         completions = []
@@ -141,8 +141,8 @@ class Renderer:
         return EncodedAll(good, bad, stats)
 
     def split_long(self, rows: list[dict]) -> list[dict]:
-        """Texts over max_length in consecutive pieces, as token ids (x#0, x#1, ...); every token is trained on
-        once.
+        """Texts over max_length in consecutive pieces, as token ids (x#0, x#1, ...); every token is trained
+        on once.
         """
         if not self.max_length or self.encoder:
             return rows
@@ -180,7 +180,7 @@ class Renderer:
         return pieces
 
     def split_by_turn(self, row: dict) -> list[dict]:
-        """A conversation as one row a supervised turn; none where there are several completions to compare."""
+        """A conversation as one row a supervised turn; none where there are completions to compare."""
         if len(row["completions"]) != 1:
             return []
         turns, first = row["prompt"] + row["completions"][0], len(row["prompt"])
@@ -224,7 +224,7 @@ class Renderer:
         return results
 
     def texts_of(self, row: dict) -> list[str]:
-        """The texts of a plain row that are encoded whole: the prompt, and the prompt with each completion."""
+        """The texts of a plain row that are encoded whole: the prompt, alone and with each completion."""
         start = prompt_text(row)
         if self.encoder:
             return [start]
@@ -245,8 +245,8 @@ class Renderer:
         return [*ids[:n], self.end]
 
     def encode_plain(self, row: dict, ids: dict[str, list[int] | BadRow]) -> Encoded:
-        """A row of plain texts, whose token ids are in `ids`. The completion is the joint encoding's rest where
-        the prompt is its beginning.
+        """A row of plain texts, whose token ids are in `ids`. The completion is the joint encoding's rest
+        where the prompt is its beginning.
         """
         texts = self.texts_of(row)
         encodings: list[list[int]] = []
@@ -289,7 +289,7 @@ class Renderer:
             elif isinstance(row["prompt"], str):
                 raise BadRow("the prompt is text but a completion is messages")
             else:
-                ids, scale = self.encode_reply(row, prompt, opening, spoken(completion))
+                ids, scale = self.encode_reply(row, prompt, opening, as_turns(completion))
             completions.append(ids)
             scales.append(scale)
         supervised = [[value > 0 for value in scale] for scale in scales]
@@ -297,8 +297,8 @@ class Renderer:
         return Encoded(prompt, completions, supervised, scales if weighted else None)
 
     def encode_prompt(self, row: dict) -> tuple[list[int], str]:
-        """(the ids of a row's prompt with what all completions begin with, its `prefix`; the prompt's turns as
-        the template opens the reply to them).
+        """(the ids of a row's prompt with what all completions begin with, its `prefix`; the prompt's turns
+        as the template opens the reply to them).
         """
         if row.get("prefix") and self.encoder:
             raise BadRow(NO_PREFIX)
@@ -414,7 +414,7 @@ class Renderer:
 
     @cached_property
     def stop_ids(self) -> list[int]:
-        """The tokens at which generation ends: end of sequence, and the end of a turn of the chat template."""
+        """The tokens at which generation ends: end of sequence, and end of a turn of the chat template."""
         probe = {
             "prompt": [{"role": "user", "content": "Hi"}],
             "completions": [[{"role": "assistant", "content": "Hi"}]],
@@ -433,7 +433,7 @@ class Renderer:
             warnings.warn(message, stacklevel=3)
 
 
-# ---------------------------------------------------------------------------------------------- shapes of rows
+# ------------------------------------------------------------------------------------------ shapes of rows
 
 
 def is_ids(completion: Any) -> bool:

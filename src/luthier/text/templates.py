@@ -14,7 +14,8 @@ PLAIN = """\
 {%- if tools %}{{ 'Tools: ' + (tools | tojson) + '\\n' }}{% endif %}
 {%- for message in messages %}
     {%- if message.content is string %}{% set said = message.content %}
-    {%- else %}{% set said = (message.content or []) | map(attribute='text', default='') | join('') %}{% endif %}
+    {%- else %}{% set said = (message.content or []) | map(attribute='text', default='') | join('') %}\
+{% endif %}
     {%- if message.role == 'assistant' %}
         {{- 'Assistant:' + (' ' + said if said else '') }}
         {%- for call in message.tool_calls or [] %}
@@ -42,8 +43,8 @@ TURN_WEIGHTS = ("loss", "loss_scale")  # keys of a turn that are ours: templates
 
 
 def set_chat_template(tokenizer: Any, chat_template: str | None, starts_with_bos: bool) -> str | None:
-    """Set a template on a tokenizer; "plain" where it has none and `chat_template` is None. Returns a sentence
-    about what was set, None where the tokenizer's own stays.
+    """Set a template on a tokenizer; "plain" where it has none and `chat_template` is None. Returns a
+    sentence about what was set, None where the tokenizer's own stays.
 
     chat_template: "plain", "chatml", a .jinja file or template text. starts_with_bos: the tokenizer puts its
     beginning-of-sequence token before a text, so built-in templates do the same. Raises RecipeError.
@@ -59,10 +60,14 @@ def set_chat_template(tokenizer: Any, chat_template: str | None, starts_with_bos
         tokenizer.chat_template = Path(name).expanduser().read_text(encoding="utf-8")
     else:
         raise RecipeError(
-            f"chat_template '{name}' is no built-in one, no file and no template{did_you_mean(name, TEMPLATES)}"
+            f"chat_template '{name}' is no built-in one, no file and no template"
+            f"{did_you_mean(name, TEMPLATES)}"
         )
     if chat_template is None:
-        return "the tokenizer has no chat template: 'plain' (User: ... Assistant: ...) was set and is saved with it"
+        return (
+            "the tokenizer has no chat template: 'plain' (User: ... Assistant: ...) was set and is saved"
+            " with it"
+        )
     return f"chat_template '{name[:60]}' was set on the tokenizer and is saved with it"
 
 

@@ -33,8 +33,8 @@ def tokenize(tokenizer: Any, text: str, special: bool = False) -> list[int]:
 def tokenize_with_offsets(
     tokenizer: Any, text: str, cuts: Collection[int], apart: bool = False
 ) -> tuple[list[int], list[tuple[int, int]]]:
-    """(token ids, the characters [start, end) that each stands for) of rendered text. apart: the parts between
-    `cuts` are encoded one by one.
+    """(token ids, the characters [start, end) that each stands for) of rendered text. apart: the parts
+    between `cuts` are encoded one by one.
     """
     fast = tokenizer.is_fast
     # A slow tokenizer does not tell which characters a token stands for, so it always works in parts.

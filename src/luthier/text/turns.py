@@ -1,7 +1,7 @@
 """Which characters of a rendered conversation are trained on, checked turn by turn.
 
-A template that writes earlier turns differently once more follow is found out here: what is trained on must be
-what is served later.
+A template that writes earlier turns differently once more follow is found out here: what is trained on must
+be what is served later.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Rewrites(BadRow):
 
 
 def is_supervised(turn: dict) -> bool:
-    """Whether a turn is trained on: the assistant's unless it says otherwise, another's only where it does."""
+    """Whether a turn is trained on: the assistant's unless it says no, another's only where it says yes."""
     return turn.get("loss", turn["role"] == "assistant") is True and turn.get("loss_scale") != 0
 
 

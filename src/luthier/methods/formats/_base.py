@@ -16,10 +16,9 @@ import json
 import re
 import sys
 from collections.abc import Iterable
-from functools import cache
 from typing import Any, ClassVar
 
-from luthier.registry import Capability, Column, family, find, names
+from luthier.registry import Capability, Column, family
 
 COMPLETIONS = Column("completions", per="completion", says="rows with completions")
 PAIRS = Capability(
@@ -94,10 +93,15 @@ class Format:
     chat: bool = False
 
     @classmethod
-    def fit(cls, seen: Iterable[str]) -> int:
-        """How many of the columns seen make this shape out; 0 where it does not match."""
-        seen = set(seen)
-        return max((len(shape.split()) for shape in cls.columns if seen.issuperset(shape.split())), default=0)
+    def fit(cls, columns: Iterable[str]) -> int:
+        """How many columns of the largest of its shapes that is there; 0 where none is."""
+        columns = set(columns)
+        sizes = [0]
+        for shape in cls.columns:
+            names = shape.split()
+            if columns.issuperset(names):
+                sizes.append(len(names))
+        return max(sizes)
 
     @classmethod
     def matches(cls, columns: Iterable[str]) -> bool:
@@ -117,12 +121,14 @@ class Format:
         read = {k: v for k, v in self.read(raw).items() if v is not None}
         if self.chat and isinstance(read["prompt"], str) and read["prompt"]:
             read["prompt"] = [{"role": "user", "content": read["prompt"]}]
-            read |= {"completions": [spoken(c) for c in read["completions"]]} if "completions" in read else {}
+            if "completions" in read:
+                read["completions"] = [as_turns(completion) for completion in read["completions"]]
         # A column that the house means otherwise must not pass for ours.
-        kept = {
-            f"raw_{k}" if k in ("completions", "scores") else k: v for k, v in raw.items() if k not in used
-        }
-        return {**kept, **read}
+        unread = {}
+        for name, value in raw.items():
+            if name not in used:
+                unread[f"raw_{name}" if name in ("completions", "scores") else name] = value
+        return {**unread, **read}
 
     def read(self, raw: dict) -> dict:
         """prompt, completions, ... from the format's own columns. Raises BadRow."""
@@ -197,7 +203,7 @@ def numbers(value: Any, name: str) -> list[float]:
     return [float(v) for v in value]
 
 
-# ---------------------------------------------------------------------------------------------- turns and tools
+# ------------------------------------------------------------------------------------------ turns and tools
 
 
 def calls(value: Any, name: str) -> list[dict]:
@@ -243,15 +249,15 @@ def message(turn: Any, where: str) -> dict:
     """One turn, checked."""
     if not isinstance(turn, dict):
         raise BadRow(f"{where} is {kind_of(turn)}, not a message")
-    said, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    role = ROLES.get(said) if isinstance(said, str) else None
+    name, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    role = ROLES.get(name) if isinstance(name, str) else None
     if role is None:
-        raise BadRow(f"{where} has no role" if said is None else f"{where} has the unknown role {said!r}")
+        raise BadRow(f"{where} has no role" if name is None else f"{where} has the unknown role {name!r}")
     read = {k: turn[k] for k in TURN if turn.get(k) is not None} | learning(turn, where)
-    asked = turn.get("tool_calls") or (content if role == "function_call" else None)
-    if asked:
+    tool_calls = turn.get("tool_calls") or (content if role == "function_call" else None)
+    if tool_calls:
         content = "" if role == "function_call" else content or ""
-        read["tool_calls"] = calls(asked, where)
+        read["tool_calls"] = calls(tool_calls, where)
     elif isinstance(content, (dict, list)) and role == "tool":
         content = json.dumps(content, ensure_ascii=False)
     elif isinstance(content, list) and content and all(isinstance(p, dict) and "type" in p for p in content):
@@ -269,16 +275,16 @@ def learning(turn: dict, where: str) -> dict:
     """Whether a turn is learned (`loss`, axolotl's `train`) and how much it counts (`loss_scale`, OpenAI's
     `weight`).
     """
-    said = {}
+    weights: dict[str, Any] = {}
     for name in ("loss", "train"):
         if turn.get(name) is not None:
-            said["loss"] = truth(turn, name)
+            weights["loss"] = truth(turn, name)
     for name in ("loss_scale", "weight"):
         if turn.get(name) is not None:
-            said["loss_scale"] = numbers([turn[name]], f"{name} of {where}")[0]
-            if said["loss_scale"] < 0:
+            weights["loss_scale"] = numbers([turn[name]], f"{name} of {where}")[0]
+            if weights["loss_scale"] < 0:
                 raise BadRow(f"{name} of {where} is below 0")
-    return said
+    return weights
 
 
 def conversation(turns: list[dict], name: str, assistant_only: bool) -> tuple[list[dict], list[dict]]:
@@ -288,11 +294,9 @@ def conversation(turns: list[dict], name: str, assistant_only: bool) -> tuple[li
     if not assistant_only:
         turns = [{**t, "loss": t.get("loss", True)} for t in turns]
     prompt, rest = first_reply(turns, name)
-    return (
-        ([], turns if not assistant_only else prompt + rest)
-        if any(t.get("loss") for t in prompt)
-        else (prompt, rest)
-    )
+    if any(turn.get("loss") for turn in prompt):
+        return [], prompt + rest if assistant_only else turns
+    return prompt, rest
 
 
 def first_reply(turns: list[dict], name: str) -> tuple[list[dict], list[dict]]:
@@ -327,7 +331,7 @@ def side(value: Any, name: str) -> str | list[dict]:
     return messages(value, name) if isinstance(value, (list, dict)) else text({name: value}, name)
 
 
-def spoken(value: str | list[dict]) -> list[dict]:
+def as_turns(value: str | list[dict]) -> list[dict]:
     """A completion as turns: text is what the assistant says."""
     return [{"role": "assistant", "content": value}] if isinstance(value, str) else value
 
@@ -339,19 +343,23 @@ def alike(prompt: str | list[dict], *completions: str | list[dict]) -> tuple[Any
     if isinstance(prompt, str) and all(isinstance(c, str) for c in completions):
         return prompt, list(completions)
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    told = [spoken(c) for c in completions]
-    told = [c[len(prompt) :] if c[: len(prompt)] == prompt else c for c in told]
-    if not all(any(t["role"] == "assistant" for t in c) for c in told):
-        raise BadRow("a completion has no assistant turn to learn")
-    return prompt, told
+    replies = []
+    for completion in completions:
+        turns = as_turns(completion)
+        if turns[: len(prompt)] == prompt:
+            turns = turns[len(prompt) :]
+        if not any(turn["role"] == "assistant" for turn in turns):
+            raise BadRow("a completion has no assistant turn to learn")
+        replies.append(turns)
+    return prompt, replies
 
 
 def instruction(raw: dict) -> list[dict]:
     """Alpaca's instruction and input as one user turn, after the system text and the history."""
-    asked = text(raw, "instruction")
-    given = raw.get("input") or ""
-    more = "" if isinstance(given, str) and not given.strip() else text(raw, "input")
-    asked = f"{asked}\n\n{more}" if more else asked
+    content = text(raw, "instruction")
+    more = raw.get("input") or ""
+    if not isinstance(more, str) or more.strip():
+        content = f"{content}\n\n{text(raw, 'input')}"
     system, history = raw.get("system") or "", opened(raw.get("history"), "history") or []
     if not isinstance(history, list) or not all(
         isinstance(h, (list, tuple)) and len(h) == 2 for h in history
@@ -361,21 +369,4 @@ def instruction(raw: dict) -> list[dict]:
     for question, answer in history:
         turns += [{"role": "user", "content": text({"history": question}, "history")}]
         turns += [{"role": "assistant", "content": text({"history": answer}, "history")}]
-    return [*turns, {"role": "user", "content": asked}]
-
-
-def fitting(columns: Iterable[str]) -> list[type[Format]]:
-    """The formats that these columns make out, the most telling first."""
-    found = [c for c in map(format_class, names("format")) if c.matches(columns)]
-    return sorted(found, key=lambda c: telling(c, columns), reverse=True)
-
-
-def telling(cls: type[Format], columns: Iterable[str]) -> tuple[int, bool]:
-    """More columns say more; of equally many, those that only one shape has."""
-    return cls.fit(columns), not cls.generic
-
-
-@cache
-def format_class(name: str) -> type[Format]:
-    """A format's class."""
-    return find("format", name)
+    return [*turns, {"role": "user", "content": content}]

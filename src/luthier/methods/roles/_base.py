@@ -1,4 +1,5 @@
-"""Who an objective may ask besides the policy. A role may bring parts of its own (a critic's head, a memory)."""
+"""Who an objective may ask besides the policy. A role may bring parts of its own (a critic's head, a memory).
+"""
 
 from __future__ import annotations
 
@@ -63,7 +64,7 @@ def bring(tuned: Any, role: str, parts: dict[str, Part]) -> None:
     """Let the parts of a role train along with a tuned model."""
     for key, part in parts.items():
         part.role, part.name = role, f"{PREFIX}{role}.{key}"
-        tuned.components.append(part)
+        tuned.others.append(part)
 
 
 def brought(policy: Any, role: str, part: str) -> Any:

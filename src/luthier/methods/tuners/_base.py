@@ -87,7 +87,7 @@ class Component:
     # --- life of a run
 
     def initialize(self, rows: list[dict], roles: Any) -> None:
-        """Once, before step 0, unless the run goes on from another: start from data (activations, gradients)."""
+        """Once, before step 0, unless the run goes on from another: start from data."""
 
     def ready(self, rows: list[dict], roles: Any) -> None:
         """Once, before step 0, whatever the run starts from: what is kept beside the trained tensors."""
@@ -135,8 +135,13 @@ class TunedModel(Component):
 
     def __init__(self, settings: Any, model: Network):
         self.settings, self.model = settings, model
-        self.components: list[Component] = [self]
+        self.others: list[Component] = []  # not this one itself: a circle would keep the model in memory
         self.resets: dict[str, Tensor] = {}  # masks of entries that the optimizer has yet to forget
+
+    @property
+    def components(self) -> list[Component]:
+        """This one first, then the others."""
+        return [self, *self.others]
 
     # --- what trains, over all components
 
@@ -257,8 +262,8 @@ class TunedModel(Component):
         raise RecipeError(f"tuner '{self.settings.name}' cannot be merged into the weights")
 
     def why_not_batched(self) -> str | None:
-        """Why runs with this tuner cannot share one pass over their base (train/batched_forward.py); None where
-        they can: each of `layers` then has a `batched_forward`.
+        """Why runs with this tuner cannot share one pass over their base (train/batched_forward.py); None
+        where they can: each of `layers` then has a `batched_forward`.
         """
         return f"tuner '{self.settings.name}' is more than LoRA on linear layers"
 

@@ -1,6 +1,4 @@
-"""How fast luthier is beside what people use: scenarios, each run in turns with TRL + PEFT and a plain loop
-on the same work.
-"""
+"""How fast luthier is beside TRL + PEFT and a plain training loop, on the same work and in turns."""
 
 from __future__ import annotations
 
@@ -18,70 +16,80 @@ def bench(
     repeats: int = 5,
     device: str = "cpu",
     only: list[str] | None = None,
-    to: Path | None = None,
+    output_dir: Path | None = None,
     tell: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
-    """Every scenario on every shape; with `to`, a JSON file and a picture each are written there."""
-    from luthier.study.bench.measure import compare
+    """Every scenario on every shape; with `output_dir`, a JSON file and a picture each are written there."""
+    from luthier.study.bench.measure import measure
 
-    found = []
+    results = []
     for scenario in scenarios:
         for shape in shapes:
             tell(f"{scenario}, shape {shape}")
-            result = compare(scenario, shape, repeats=repeats, device=device, only=only, tell=tell)
+            result = measure(scenario, shape, repeats=repeats, device=device, only=only, tell=tell)
             tell(table(result))
-            if to is not None:
-                to.mkdir(parents=True, exist_ok=True)
-                name = f"{scenario}-{shape}" + ("" if device == "cpu" else f"-{device}")
-                (to / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-                (to / f"{name}.svg").write_text(picture(result), encoding="utf-8")
-            found.append(result)
-    return found
+            if output_dir is not None:
+                write_result(result, output_dir)
+            results.append(result)
+    return results
+
+
+def write_result(result: dict[str, Any], folder: Path) -> None:
+    """SCENARIO-SHAPE.json and .svg, of an accelerator with its kind behind."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name = f"{result['scenario']}-{result['shape']}"
+    device = result["machine"]["device"]
+    if device != "cpu":
+        name += f"-{device}"
+    (folder / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.svg").write_text(picture(result), encoding="utf-8")
 
 
 def table(result: dict[str, Any]) -> str:
     """For the terminal."""
-    lines = [
-        f"{'':<42} {'seconds':>8} {'spread':>7} {'tokens/s':>9} {'of peak':>8} {'memory':>9} {'ratio':>6}"
-    ]
-    for name, c in result["contestants"].items():
-        share = f"{c['share_of_peak']:.1%}" if "share_of_peak" in c else ""
-        ratio = f"{result['ratios'][name]:.1f}x" if name in result["ratios"] else ""
-        memory = f"{c['peak_memory_mb']:,.0f} MB" if c["peak_memory_mb"] else ""
+    columns = f"{'seconds':>8} {'spread':>7} {'tokens/s':>9} {'of peak':>8} {'memory':>9} {'ratio':>6}"
+    lines = [f"{'':<42} {columns}"]
+    for name, measured in result["contestants"].items():
+        share = memory = ratio = ""
+        if "share_of_peak" in measured:
+            share = f"{measured['share_of_peak']:.1%}"
+        if measured["peak_memory_mb"]:
+            memory = f"{measured['peak_memory_mb']:,.0f} MB"
+        if name in result["ratios"]:
+            ratio = f"{result['ratios'][name]:.1f}x"
         lines.append(
-            f"{c['label']:<42} {c['median']:>8.2f} {c['spread']:>7.0%} {c['tokens_per_second']:>9,.0f}"
-            f" {share:>8} {memory:>9} {ratio:>6}"
+            f"{measured['label']:<42} {measured['median']:>8.2f} {measured['spread']:>7.0%}"
+            f" {measured['tokens_per_second']:>9,.0f} {share:>8} {memory:>9} {ratio:>6}"
         )
     if result["ratio"]:
         what = "memory" if result["scenario"] == "memory" else "time"
         lines.append(
-            f"luthier against the best other: {result['ratio']:.2f}x less {what} ({result['about']})"
+            f"luthier against the best rival: {result['ratio']:.2f}x less {what} ({result['about']})"
         )
     return "\n".join(lines)
 
 
 def picture(result: dict[str, Any]) -> str:
     """Bars, as an SVG that stands alone."""
-    memory = result["scenario"] == "memory"
-    values = {
-        c["label"]: (c["peak_memory_mb"] if memory else c["median"], c["rival"])
-        for c in result["contestants"].values()
-    }
-    most, rows, y = max((v for v, _ in values.values()), default=1.0) or 1.0, [], 44
-    for label, (value, rival) in values.items():
-        wide, said = 330 * value / most, f"{value:,.0f} MB" if memory else f"{value:.2f} s"
-        rows.append(
-            f'<text x="250" y="{y + 13}" text-anchor="end">{escape(label)}</text><rect x="258" y="{y}"'
-            f' width="{wide:.1f}" height="18" fill="{"#b8bec9" if rival else "#2f6f4f"}"/><text'
-            f' x="{264 + wide:.1f}" y="{y + 13}">{said}</text>'
+    key, title, form = "median", "seconds for the same work", "{:.2f} s"
+    if result["scenario"] == "memory":
+        key, title, form = "peak_memory_mb", "peak memory", "{:,.0f} MB"
+    contestants = result["contestants"].values()
+    largest = max((measured[key] for measured in contestants), default=0.0) or 1.0
+    bars = []
+    y = 44
+    for measured in contestants:
+        width = 330 * measured[key] / largest
+        colour = "#b8bec9" if measured["rival"] else "#2f6f4f"
+        bars.append(
+            f'<text x="250" y="{y + 13}" text-anchor="end">{escape(measured["label"])}</text>'
+            f'<rect x="258" y="{y}" width="{width:.1f}" height="18" fill="{colour}"/>'
+            f'<text x="{264 + width:.1f}" y="{y + 13}">{form.format(measured[key])}</text>'
         )
         y += 28
-    title = (
-        f"{result['scenario']}, {result['about']}:"
-        f" {'peak memory' if memory else 'seconds for the same work'}, median"
-    )
+    heading = escape(f"{result['scenario']}, {result['about']}: {title}, median")
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 680 {y + 8}" font-family="system-ui,'
         f' sans-serif" font-size="13" fill="#222"><rect width="680" height="{y + 8}" fill="#fff"/><text'
-        f' x="10" y="24" font-weight="600">{escape(title)}</text>{"".join(rows)}</svg>\n'
+        f' x="10" y="24" font-weight="600">{heading}</text>{"".join(bars)}</svg>\n'
     )

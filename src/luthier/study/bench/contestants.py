@@ -1,5 +1,5 @@
-"""Who runs: luthier, TRL with PEFT, and a plain loop over transformers and PEFT. Each does the same work and
-tells its seconds.
+"""The contestants: luthier, TRL with PEFT, and a plain loop over transformers and PEFT. Each does the same
+work and returns its seconds.
 
 A contestant is built once and then run several times; a run starts from the untuned model and returns the
 seconds that the named work took, without loading, tokenizing ahead or saving.
@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ Run = Callable[[], dict[str, float]]
 
 @dataclass
 class Job:
-    """What every contestant is given."""
+    """The work, the same for every contestant."""
 
     scenario: str
     folder: str  # the model
@@ -41,11 +42,11 @@ class Job:
     rows: list[list[list[int]]]  # ids: [prompt, completion], or [prompt, chosen, rejected]
     batch: int = 8
     epochs: int = 1
-    layers: list[int] | None = None  # the only ones that move
+    layers: list[int] | None = None  # the only ones that are trained
     device: str = "cpu"
     n: int = 8  # samples of a prompt
     ends: list[int] | None = None  # tokens of each sample of a rollout
-    members: int = 1  # runs on one base, alike but for seed and learning rate
+    members: int = 1  # runs on one base model, which differ in seed and learning rate only
 
     @property
     def targets(self) -> list[str]:
@@ -61,31 +62,29 @@ def now(job: Job) -> float:
 # ---------------------------------------------------------------------------------------------- luthier
 
 
-def said(job: Job, **changes: Any) -> dict[str, Any]:
+def recipe_of(job: Job, **changes: Any) -> dict[str, Any]:
     """The recipe of a job."""
-    words = [
-        dict(zip(("prompt", "chosen", "rejected") if len(r) == 3 else ("prompt", "completion"), map(text, r)))
-        for r in job.rows
-    ]
+    columns, objective = ("prompt", "completion"), "sft"
+    if len(job.rows[0]) == 3:
+        columns, objective = ("prompt", "chosen", "rejected"), "dpo"
+    rows = [dict(zip(columns, map(text, row))) for row in job.rows]
     tuner = {"name": "lora", **LORA, "target_modules": job.targets}
     if job.layers is not None:
         tuner["layers_to_transform"] = job.layers
-    return (
-        dict(
-            model=job.folder,
-            data=words,
-            tuner=tuner,
-            objective="dpo" if len(job.rows[0]) == 3 else "sft",
-            dtype="bfloat16",
-            evaluate=[],
-            eval_data=0,
-            per_device_train_batch_size=job.batch,
-            num_train_epochs=job.epochs,
-            learning_rate=1e-4,
-            save_steps=1e9,
-        )
-        | changes
+    recipe = dict(
+        model=job.folder,
+        data=rows,
+        tuner=tuner,
+        objective=objective,
+        dtype="bfloat16",
+        evaluate=[],
+        eval_data=0,
+        per_device_train_batch_size=job.batch,
+        num_train_epochs=job.epochs,
+        learning_rate=1e-4,
+        save_steps=1e9,
     )
+    return recipe | changes
 
 
 def luthier(job: Job, **changes: Any) -> Run:
@@ -93,9 +92,9 @@ def luthier(job: Job, **changes: Any) -> Run:
     from luthier.report.console import Callback
     from luthier.run.run import tune
 
-    recipe = said(job, **changes)
+    recipe = recipe_of(job, **changes)
 
-    class Watch(Callback):
+    class Timer(Callback):
         def __init__(self):
             super().__init__()
             self.seconds: list[float] = []
@@ -106,19 +105,16 @@ def luthier(job: Job, **changes: Any) -> Run:
             self.loss = log["loss"]
 
     def run() -> dict[str, float]:
-        folder = Path(tempfile.mkdtemp(prefix="luthier-bench-"))
-        try:
-            watch = Watch()
-            tune(recipe, folder=folder / "run", callback=watch)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        last = len(watch.seconds) // job.epochs
-        return {"seconds": sum(watch.seconds), "last_epoch": sum(watch.seconds[-last:]), "loss": watch.loss}
+        timer = Timer()
+        with tempfile.TemporaryDirectory(prefix="luthier-bench-", ignore_cleanup_errors=True) as folder:
+            tune(recipe, folder=Path(folder) / "run", callback=timer)
+        last = len(timer.seconds) // job.epochs
+        return {"seconds": sum(timer.seconds), "last_epoch": sum(timer.seconds[-last:]), "loss": timer.loss}
 
     return run
 
 
-def many(job: Job, together: bool) -> Run:
+def luthier_members(job: Job, together: bool) -> Run:
     """The job's members side by side, as `luthier compare --together` runs them, or one after the other; the
     seconds of all their steps.
     """
@@ -126,20 +122,18 @@ def many(job: Job, together: bool) -> Run:
     from luthier.run.batched import perform
     from luthier.run.run import tune
 
-    recipes = [said(job, seed=k, learning_rate=1e-4 * (1 + k)) for k in range(job.members)]
+    recipes = []
+    for member in range(job.members):
+        recipes.append(recipe_of(job, seed=member, learning_rate=1e-4 * (1 + member)))
 
     def run() -> dict[str, float]:
-        folder = Path(tempfile.mkdtemp(prefix="luthier-bench-"))
-        try:
-            runs = [(r, folder / f"run-{k}") for k, r in enumerate(recipes)]
-            reports = (
-                perform([(Recipe.load(r), to) for r, to in runs])
-                if together
-                else [tune(r, folder=to) for r, to in runs]
-            )
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        seconds = sum(r.stats["seconds"] for r in reports)
+        with tempfile.TemporaryDirectory(prefix="luthier-bench-", ignore_cleanup_errors=True) as folder:
+            folders = [Path(folder) / f"run-{member}" for member in range(job.members)]
+            if together:
+                reports = perform(list(zip(map(Recipe.load, recipes), folders)))
+            else:
+                reports = [tune(recipe, folder=path) for recipe, path in zip(recipes, folders)]
+        seconds = sum(report.stats["seconds"] for report in reports)
         return {"seconds": seconds, "last_epoch": seconds}
 
     return run
@@ -167,38 +161,33 @@ def trl(job: Job, *, base: torch.dtype | None = None, **settings: Any) -> Run:
     logging.disable_progress_bar()
     pairs = len(job.rows[0]) == 3
     tokenizer = AutoTokenizer.from_pretrained(job.folder)
+    rows: list[dict[str, Any]] = []
+    for prompt, *completions in job.rows:
+        if pairs:
+            chosen, rejected = completions
+            rows.append(
+                {"prompt": text(prompt), "chosen": " " + text(chosen), "rejected": " " + text(rejected)}
+            )
+        else:
+            (completion,) = completions
+            mask = [0] * len(prompt) + [1] * (len(completion) + 1)
+            rows.append({"input_ids": prompt + completion + [END], "completion_mask": mask})
+    data = Dataset.from_list(rows)
+    arguments: dict[str, Any] = dict(
+        per_device_train_batch_size=job.batch,
+        num_train_epochs=job.epochs,
+        report_to=[],
+        save_strategy="no",
+        use_cpu=job.device == "cpu",
+        disable_tqdm=True,
+        logging_steps=10**6,
+        learning_rate=1e-4,
+    )
+    arguments |= settings
+    trainer_class: Any = library.SFTTrainer
+    config_class: Any = library.SFTConfig
     if pairs:
-        data = Dataset.from_list(
-            [
-                dict(zip(("prompt", "chosen", "rejected"), (text(p), " " + text(c), " " + text(r))))
-                for p, c, r in job.rows
-            ]
-        )
-    else:
-        data = Dataset.from_list(
-            [
-                {"input_ids": p + c + [END], "completion_mask": [0] * len(p) + [1] * (len(c) + 1)}
-                for p, c in job.rows
-            ]
-        )
-    usual: dict[str, Any] = (
-        dict(
-            per_device_train_batch_size=job.batch,
-            num_train_epochs=job.epochs,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=job.device == "cpu",
-            disable_tqdm=True,
-            logging_steps=10**6,
-            learning_rate=1e-4,
-        )
-        | settings
-    )
-    make: Any
-    config: Any
-    make, config = (
-        (library.DPOTrainer, library.DPOConfig) if pairs else (library.SFTTrainer, library.SFTConfig)
-    )
+        trainer_class, config_class = library.DPOTrainer, library.DPOConfig
 
     def run() -> dict[str, float]:
         at = {}
@@ -219,9 +208,9 @@ def trl(job: Job, *, base: torch.dtype | None = None, **settings: Any) -> Run:
         )
         model = AutoModelForCausalLM.from_pretrained(job.folder, dtype=base or torch.float32)
         with contextlib.redirect_stdout(io.StringIO()):
-            trainer = make(
+            trainer = trainer_class(
                 model=model,
-                args=config(output_dir=folder, **usual),
+                args=config_class(output_dir=folder, **arguments),
                 train_dataset=data,
                 processing_class=tokenizer,
                 peft_config=lora,
@@ -252,16 +241,17 @@ def _network(job: Job, tuned: bool = True, dtype: torch.dtype = torch.bfloat16) 
     )
 
 
-def padded(rows: list[tuple[list[int], list[int]]], device: str) -> dict[str, torch.Tensor]:
-    wide = max(len(p) + len(c) + 1 for p, c in rows)
-    ids, labels, mask = (
-        torch.full((len(rows), wide), PAD),
-        torch.full((len(rows), wide), -100),
-        torch.zeros(len(rows), wide, dtype=torch.long),
-    )
-    for i, (p, c) in enumerate(rows):
-        row = torch.tensor(p + c + [END])
-        ids[i, : len(row)], labels[i, len(p) : len(row)], mask[i, : len(row)] = row, row[len(p) :], 1
+def padded(rows: Sequence[Sequence[list[int]]], device: str) -> dict[str, torch.Tensor]:
+    """(prompt, completion) ids as a batch, padded on the right."""
+    width = max(len(prompt) + len(completion) + 1 for prompt, completion in rows)
+    ids = torch.full((len(rows), width), PAD)
+    labels = torch.full((len(rows), width), -100)
+    mask = torch.zeros(len(rows), width, dtype=torch.long)
+    for i, (prompt, completion) in enumerate(rows):
+        row = torch.tensor(prompt + completion + [END])
+        ids[i, : len(row)] = row
+        labels[i, len(prompt) : len(row)] = row[len(prompt) :]
+        mask[i, : len(row)] = 1
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "labels": labels.to(device)}
 
 
@@ -270,7 +260,7 @@ def plain(job: Job) -> Run:
     speed, or DPO by hand.
     """
 
-    def of_rows(model: Any, batch: dict) -> torch.Tensor:
+    def logprobs(model: Any, batch: dict) -> torch.Tensor:
         labels = batch["labels"][:, 1:]
         logits = model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
@@ -278,34 +268,41 @@ def plain(job: Job) -> Run:
         each = logits.float().log_softmax(-1).gather(2, labels.clamp(min=0)[..., None]).squeeze(2)
         return (each * (labels >= 0)).sum(1)
 
-    def loss_of(model: Any, some: list) -> torch.Tensor:
-        if len(some[0]) == 2:
-            return model(**padded([(p, c) for p, c in some], job.device), use_cache=False).loss
-        batch = padded([(p, c) for p, c, _ in some] + [(p, r) for p, _, r in some], job.device)
+    def loss_of(model: Any, rows: list) -> torch.Tensor:
+        if len(rows[0]) == 2:
+            return model(**padded(rows, job.device), use_cache=False).loss
+        chosen, rejected = [], []
+        for prompt, better, worse in rows:
+            chosen.append((prompt, better))
+            rejected.append((prompt, worse))
+        batch = padded(chosen + rejected, job.device)
         with torch.no_grad(), model.disable_adapter():
-            reference = of_rows(model, batch)
-        better, worse = (of_rows(model, batch) - reference).chunk(2)
-        return -F.logsigmoid(0.1 * (better - worse)).mean()
+            reference = logprobs(model, batch)
+        better_ratio, worse_ratio = (logprobs(model, batch) - reference).chunk(2)
+        return -F.logsigmoid(0.1 * (better_ratio - worse_ratio)).mean()
 
-    def one() -> dict[str, float]:
+    def train() -> dict[str, float]:
         model = _network(job).train()
-        moving = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(moving, lr=1e-4)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=1e-4)
         began = epoch = now(job)
         for _ in range(job.epochs):
             epoch = now(job)
             for i in range(0, len(job.rows), job.batch):
                 loss = loss_of(model, job.rows[i : i + job.batch])
                 loss.backward()
-                torch.nn.utils.clip_grad_norm_(moving, 1.0)
+                torch.nn.utils.clip_grad_norm_(trainable, 1.0)
                 optimizer.step()
                 optimizer.zero_grad()
         ended = now(job)
         return {"seconds": ended - began, "last_epoch": ended - epoch}
 
     def run() -> dict[str, float]:
-        each = [one() for _ in range(job.members)]
-        return {k: sum(found[k] for found in each) for k in each[0]}
+        total = {"seconds": 0.0, "last_epoch": 0.0}
+        for _ in range(job.members):
+            for name, seconds in train().items():
+                total[name] += seconds
+        return total
 
     return run
 
@@ -318,7 +315,7 @@ def mezo_naive(job: Job) -> Run:
     all logits.
     """
     model = _network(job, tuned=False).eval()
-    batch = padded([(p, c) for p, c in job.rows[: job.batch]], job.device)
+    batch = padded(job.rows[: job.batch], job.device)
     weights, eps, rate = list(model.parameters()), 1e-3, 1e-6
 
     def shift(seed: int, by: float) -> None:
@@ -344,28 +341,30 @@ def mezo_naive(job: Job) -> Run:
 # ---------------------------------------------------------------------------------------------- writing
 
 
-def writes(job: Job, how: str) -> Run:
+def rollout(job: Job, how: str) -> Run:
     """Sample n completions of each prompt, each of a given length. how: luthier, dynamic or static (caches of
     transformers).
     """
     from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
     model = _network(job, tuned=False).eval().requires_grad_(False)
-    prompts, n, ends = [p for p, *_ in job.rows], job.n, list(job.ends or ())
-    most, wide = max(ends), max(len(p) for p, *_ in job.rows)
+    prompts = [row[0] for row in job.rows]
+    n, ends = job.n, list(job.ends or ())
+    longest, width = max(ends), max(map(len, prompts))
 
     class Ends(StoppingCriteria):
         def __call__(self, ids, scores, **kwargs):
-            return ids.shape[1] - wide >= torch.tensor(ends, device=ids.device)
+            return ids.shape[1] - width >= torch.tensor(ends, device=ids.device)
 
-    def theirs() -> None:
-        ids = torch.full((len(prompts) * n, wide), PAD, device=job.device)
+    def with_transformers() -> None:
+        ids = torch.full((len(prompts) * n, width), PAD, device=job.device)
         mask = torch.zeros_like(ids)
-        for i, p in enumerate(prompts):
-            ids[i * n : (i + 1) * n, wide - len(p) :] = torch.tensor(p, device=job.device)
-            mask[i * n : (i + 1) * n, wide - len(p) :] = 1
-        asked = GenerationConfig(
-            max_new_tokens=most,
+        for i, prompt in enumerate(prompts):
+            start = width - len(prompt)
+            ids[i * n : (i + 1) * n, start:] = torch.tensor(prompt, device=job.device)
+            mask[i * n : (i + 1) * n, start:] = 1
+        config = GenerationConfig(
+            max_new_tokens=longest,
             do_sample=True,
             temperature=1.0,
             top_k=0,
@@ -377,23 +376,26 @@ def writes(job: Job, how: str) -> Run:
         model.generate(
             input_ids=ids,
             attention_mask=mask,
-            generation_config=asked,
+            generation_config=config,
             stopping_criteria=StoppingCriteriaList([Ends()]),
         )
 
-    def ours() -> None:
+    def with_luthier() -> None:
+        from luthier.kernels.prepacked import prepacked
         from luthier.methods.tuners._base import Untuned
         from luthier.model import generate as writing
 
         writer = writing.decoder_writer(model, Untuned(model))  # type: ignore[arg-type]
-        names = [(i, k) for i in range(len(prompts)) for k in range(n)]
-        with writing.packed(model):
-            writing._write(writer, prompts, n, ends, writing.Picker(names, most, 1.0), set())
+        names = list(itertools.product(range(len(prompts)), range(n)))
+        with prepacked(model):
+            writing._write(writer, prompts, n, ends, writing.Picker(names, longest, 1.0), set())
+
+    generate = with_luthier if how == "luthier" else with_transformers
 
     @torch.no_grad()
     def run() -> dict[str, float]:
         began = now(job)
-        ours() if how == "luthier" else theirs()
+        generate()
         seconds = now(job) - began
         return {"seconds": seconds, "last_epoch": seconds}
 
@@ -407,14 +409,15 @@ def peak(job: Job) -> Run:
     """The best rate of a bfloat16 matrix product on this machine, FLOP a second: what a share of the peak is
     a share of.
     """
-    shapes = [(2048, 768, 768), (2048, 768, 2048), (4096, 1024, 1024), (8192, 8192, 8192)][
-        : 4 if job.device == "cuda" else 3
-    ]
+    shapes = [(2048, 768, 768), (2048, 768, 2048), (4096, 1024, 1024)]
+    if job.device == "cuda":
+        shapes.append((8192, 8192, 8192))
 
     def run() -> dict[str, float]:
         best = 0.0
         for m, k, n in shapes:
-            a, b = (torch.randn(x, y, dtype=torch.bfloat16, device=job.device) for x, y in ((m, k), (k, n)))
+            a = torch.randn(m, k, dtype=torch.bfloat16, device=job.device)
+            b = torch.randn(k, n, dtype=torch.bfloat16, device=job.device)
             times = 20
             for _ in range(5):
                 began = now(job)

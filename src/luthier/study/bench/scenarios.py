@@ -1,4 +1,4 @@
-"""What is compared: a scenario names its contestants and the work that each is given."""
+"""What is measured: a scenario names its contestants, and `make_job` the work that each of them does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Contestant:
     label: str  # for people
     begin: Callable[[Job], who.Run]
     rival: bool = True  # counts among those that luthier is compared with
-    settings: str = ""  # what is said to it beside the work
+    settings: str = ""  # beside the work
 
 
 def _bf16(**more: Any) -> Callable[[Job], who.Run]:
@@ -55,7 +55,7 @@ PACKED = Contestant("TRL + PEFT, bf16, packing", _packed, settings="as bf16, pac
 RECOMPUTING = Contestant(
     "TRL + PEFT, bf16, checkpointing", _recomputing, settings="bfloat16 base, gradient_checkpointing=True"
 )
-KNOWN = Contestant(
+PRECOMPUTED = Contestant(
     "TRL + PEFT, bf16, reference beforehand",
     _bf16(precompute_ref_log_probs=True),
     settings="as bf16; the reference's time is not counted",
@@ -64,14 +64,14 @@ PLAIN = Contestant("transformers + PEFT loop", who.plain, settings="bfloat16 bas
 
 SCENARIOS: dict[str, dict[str, Contestant]] = {
     "sft": {"luthier": OURS, "trl": DEFAULT, "trl_bf16": BF16, "trl_packed": PACKED, "plain": PLAIN},
-    "dpo": {"luthier": OURS, "trl": DEFAULT, "trl_bf16": BF16, "trl_known": KNOWN, "plain": PLAIN},
+    "dpo": {"luthier": OURS, "trl": DEFAULT, "trl_bf16": BF16, "trl_known": PRECOMPUTED, "plain": PLAIN},
     "frozen": {"luthier": OURS, "trl_bf16": BF16, "plain": PLAIN},
     "fleet": {
         "luthier": Contestant(
-            "luthier, 8 runs side by side", lambda job: who.many(job, together=True), rival=False
+            "luthier, 8 runs side by side", lambda job: who.luthier_members(job, together=True), rival=False
         ),
         "luthier_apart": Contestant(
-            "luthier, one after the other", lambda job: who.many(job, together=False)
+            "luthier, one after the other", lambda job: who.luthier_members(job, together=False)
         ),
         "plain": Contestant(
             "transformers + PEFT loop, one after the other", who.plain, settings=PLAIN.settings
@@ -102,14 +102,14 @@ SCENARIOS: dict[str, dict[str, Contestant]] = {
         ),
     },
     "rollout": {
-        "luthier": Contestant("luthier", lambda job: who.writes(job, "luthier"), rival=False),
-        "static": Contestant("transformers, static cache", lambda job: who.writes(job, "static")),
-        "dynamic": Contestant("transformers, dynamic cache", lambda job: who.writes(job, "dynamic")),
+        "luthier": Contestant("luthier", lambda job: who.rollout(job, "luthier"), rival=False),
+        "static": Contestant("transformers, static cache", lambda job: who.rollout(job, "static")),
+        "dynamic": Contestant("transformers, dynamic cache", lambda job: who.rollout(job, "dynamic")),
     },
     "start": {
-        # begun from the shell: measure.from_the_shell
+        # started from the shell: measure.from_the_shell
         "luthier": Contestant("luthier tune", who.luthier, rival=False),
-        "luthier_measuring": Contestant("luthier tune, measuring the start first", who.luthier, rival=False),
+        "luthier_measuring": Contestant("luthier tune, evaluating before training", who.luthier, rival=False),
         "trl": DEFAULT,
     },
     "memory": {
@@ -127,45 +127,51 @@ LAST_EPOCH = ("frozen", "mezo")  # of these the last epoch is measured, of the o
 SIZES = {"tiny": 4, "a": 16, "b": 8, "c": 1, "gpt2": 16, "moe": 8}  # rows of one run
 
 
-def job(
+def make_job(
     scenario: str, shape: str, folder: Path, vocabulary: int, device: str = "cpu", n_rows: int | None = None
 ) -> Job:
-    """The work: the same for everyone."""
+    """The work, the same for every contestant."""
     n = n_rows or SIZES[shape]
-    longest = 40 if shape == "tiny" else 700
+    longest, limit, samples = 700, 256, 8
+    if shape == "tiny":
+        longest, limit, samples = 40, 16, 2
     sizes: list[tuple[int, ...]] = [*shapes.lengths(n, longest=longest)]
     if shape == "c" or scenario == "memory":
         sizes = [(30, 10)] if shape == "tiny" else [(724, 299)] * n  # 1024 tokens with the end
     if scenario == "dpo":
-        sizes = [(p, c, d) for (p, c), (_, d) in zip(sizes, shapes.lengths(n, 7, longest))]
-    made = Job(scenario, str(folder), shapes.SHAPES[shape][0], shapes.rows(sizes, vocabulary), device=device)
+        others = shapes.lengths(n, 7, longest)
+        sizes = [(*size, rejected) for size, (_, rejected) in zip(sizes, others)]
+    rows = shapes.rows(sizes, vocabulary)
+    job = Job(scenario, str(folder), shapes.SHAPES[shape][0], rows, device=device)
     if scenario in ("frozen", "fleet_top"):
         settings = shapes.SHAPES[shape][1]
-        deep = settings["n_layer" if "n_layer" in settings else "num_hidden_layers"]
-        made.layers, made.epochs = [deep - 2, deep - 1], 3
-    # small batches: at large ones the base's products gain nothing from more rows
+        depth = settings["n_layer" if "n_layer" in settings else "num_hidden_layers"]
+        job.layers, job.epochs = [depth - 2, depth - 1], 3
+    # small batches: at large ones the base model's products gain nothing from more rows
     if scenario.startswith("fleet"):
-        made.members, made.batch, made.rows = 8, 1, made.rows[:12]
+        job.members, job.batch, job.rows = 8, 1, rows[:12]
     if scenario == "mezo":  # one step an epoch, and the last one counts
-        made.rows, made.epochs = made.rows[: made.batch], 3
+        job.rows, job.epochs = rows[: job.batch], 3
     if scenario == "rollout":
-        made.n = 2 if shape == "tiny" else 8
-        made.rows = made.rows[:4]
-        made.ends = [
-            min(c, 16 if shape == "tiny" else 256) for _, c in shapes.lengths(4 * made.n, 3, longest)
-        ]
+        job.n = samples
+        job.rows = rows[:4]
+        job.ends = [min(length, limit) for _, length in shapes.lengths(4 * samples, 3, longest)]
     if shape == "c" or scenario == "memory":
-        made.batch = 1
-    return made
+        job.batch = 1
+    return job
 
 
 def work(job: Job) -> dict[str, int]:
-    """Tokens of what is measured of a run: read, and asked about. A prompt counts for each of its
-    completions, however it is read.
+    """Tokens of what is measured of a run, all and supervised. A prompt counts for each of its completions,
+    however it is read.
     """
     if job.scenario == "rollout":
-        return {"tokens": sum(job.ends or ()), "supervised": sum(job.ends or ())}
-    tokens = sum(len(r[0]) + len(c) + 1 for r in job.rows for c in r[1:])
-    supervised = sum(len(c) + 1 for r in job.rows for c in r[1:])
-    times = job.members * (1 if job.scenario in LAST_EPOCH else job.epochs)
+        tokens = sum(job.ends or ())
+        return {"tokens": tokens, "supervised": tokens}
+    tokens = supervised = 0
+    for prompt, *completions in job.rows:
+        for completion in completions:
+            tokens += len(prompt) + len(completion) + 1
+            supervised += len(completion) + 1
+    times = job.members if job.scenario in LAST_EPOCH else job.members * job.epochs
     return {"tokens": tokens * times, "supervised": supervised * times}

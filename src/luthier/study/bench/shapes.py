@@ -1,11 +1,10 @@
-"""Models of known shape with random weights, and rows of known length: speed does not depend on what they
-say.
-"""
+"""Models with random weights and rows of random tokens: speed depends on their shapes and lengths alone."""
 
 from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,9 @@ def make(shape: str, folder: Path) -> dict[str, int]:
         experts = sum(p.numel() for n, p in model.named_parameters() if ".experts." in n)
         body -= experts * (config.num_experts - config.num_experts_per_tok) // config.num_experts
     if not (folder / "config.json").is_file():
-        words = {"<pad>": PAD, "<s>": START, "</s>": END, **{f"w{i}": i for i in range(3, config.vocab_size)}}
+        words = {"<pad>": PAD, "<s>": START, "</s>": END}
+        for i in range(3, config.vocab_size):
+            words[f"w{i}"] = i
         tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
         fast = transformers.PreTrainedTokenizerFast(
@@ -121,10 +122,13 @@ def lengths(n: int, seed: int = 0, longest: int = 700) -> list[tuple[int, int]]:
     return [(draw(140, 0.55, 8, longest * 4 // 7), draw(80, 0.65, 4, longest * 3 // 7)) for _ in range(n)]
 
 
-def rows(sizes: list[tuple[int, ...]], vocabulary: int, seed: int = 0) -> list[list[list[int]]]:
+def rows(sizes: Sequence[Sequence[int]], vocabulary: int, seed: int = 0) -> list[list[list[int]]]:
     """Token ids of each part of each row."""
     rng = random.Random(seed + 1)
-    return [[[rng.randrange(3, vocabulary) for _ in range(size)] for size in row] for row in sizes]
+    rows = []
+    for row in sizes:
+        rows.append([[rng.randrange(3, vocabulary) for _ in range(size)] for size in row])
+    return rows
 
 
 def text(ids: list[int]) -> str:

@@ -4,8 +4,7 @@ difference, the Pareto front, and a sentence that claims no more than the interv
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -18,8 +17,9 @@ from luthier.methods.evaluators._base import per_example_file
 from luthier.recipe.recipe import Recipe
 from luthier.registry import COSTS, did_you_mean
 from luthier.registry import metric as metric_of
-from luthier.report.numbers import format_number
+from luthier.report.numbers import format_metric, format_number
 from luthier.run.report import plan_runs
+from luthier.storage.files import read_json
 from luthier.study.compare.spec import ALPHA, FRONT_METRICS, ComparisonSpec, join_names
 from luthier.study.statistics import bootstrap_interval, holm, paired_difference, pareto_front
 
@@ -38,46 +38,54 @@ class ArmResult:
         """Of its runs, in the order of their seeds."""
         return [self.runs[seed] for seed in sorted(self.runs)]
 
+    def describe(self) -> dict[str, Any]:
+        """As comparison.json holds it."""
+        return {
+            "recipe": self.recipe.yaml(),
+            "runs": list(map(str, self.folders())),
+            "learning_rate": self.recipe.learning_rate,
+        }
+
 
 def judge(spec: ComparisonSpec, results: Mapping[str, ArmResult]) -> dict[str, Any]:
     """The result of a comparison as plain data (comparison.json). Raises RecipeError where no arm measured
     the spec's metric.
     """
-    finished = {name: arm for name, arm in results.items() if not arm.stopped}
-    stopped = {name: arm.stopped for name, arm in results.items() if arm.stopped}
-    reports = {name: [read_report(run) for run in arm.folders()] for name, arm in finished.items()}
-    every_report = [report for of_arm in reports.values() for report in of_arm]
-    metrics = _common_metrics(every_report)
-    table: dict[str, dict[str, Any]] = {}
-    pairs: dict[str, list[dict[str, Any]]] = {}
-    for metric in [*metrics, *COSTS]:
-        values = {name: _values(arm, reports[name], metric) for name, arm in finished.items()}
-        measured = {name: matrix for name, matrix in values.items() if matrix is not None}
-        if len(measured) < len(finished):
-            continue
-        table[metric] = {name: _cell(matrix) for name, matrix in measured.items()}
-        if metric not in COSTS and "/" not in metric:
-            pairs[metric] = _pairs(measured)
+    finished: dict[str, ArmResult] = {}
+    stopped: dict[str, str] = {}
+    reports: list[Report] = []
+    for name, arm in results.items():
+        if arm.stopped:
+            stopped[name] = arm.stopped
+        else:
+            finished[name] = arm
+            reports += map(read_report, arm.folders())
+    metrics = _common_metrics(reports)
+    table, pairs = _tabulate(finished, [*metrics, *COSTS])
     if finished and spec.metric not in table:
         raise no_metric(spec.metric, table)
     goals = [goal for goal in dict.fromkeys((spec.metric, *FRONT_METRICS)) if goal in table]
-    before = {metric: _mean_before(every_report, metric) for metric in metrics}
     first = next(iter(results.values())).recipe
+    data, held_out = "rows given in Python", None
+    if isinstance(first.data, (str, dict)):
+        data = first.data
+    if reports:
+        held_out = reports[0]["stats"].get("held_out_rows")
     return {
         "sentence": sentence(spec.metric, table.get(spec.metric, {}), pairs.get(spec.metric, []), stopped),
         "metric": spec.metric,
         "table": table,
         "pairs": pairs,
-        "front": pareto_front({name: _point(table, goals, name) for name in finished}),
+        "front": _front(table, goals, finished),
         "goals": goals,
         "stopped": stopped,
-        "before": {metric: mean for metric, mean in before.items() if mean is not None},
-        "arms": {name: _describe(arm) for name, arm in results.items()},
+        "before": _means_before(reports, metrics),
+        "arms": {name: arm.describe() for name, arm in results.items()},
         "seeds": spec.seeds,
         "budget": spec.budget,
-        "rows": every_report[0]["stats"].get("held_out_rows") if every_report else None,
+        "rows": held_out,
         "model": first.model,
-        "data": first.data if isinstance(first.data, (str, dict)) else "rows given in Python",
+        "data": data,
     }
 
 
@@ -85,34 +93,52 @@ def no_metric(name: str, measured: Mapping[str, Any]) -> RecipeError:
     return RecipeError(f"--metric: the arms measured no '{name}'{did_you_mean(name, measured)}")
 
 
-def _describe(arm: ArmResult) -> dict[str, Any]:
-    return {
-        "recipe": arm.recipe.yaml(),
-        "runs": [str(run) for run in arm.folders()],
-        "learning_rate": arm.recipe.learning_rate,
-    }
+def _tabulate(
+    arms: Mapping[str, ArmResult], metrics: Sequence[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+    """Of each metric that every run has: name -> cell, and the pairs of arms unless it is a cost."""
+    table, pairs = {}, {}
+    for metric in metrics:
+        values = {}
+        for name, arm in arms.items():
+            matrix = _values(arm, metric)
+            if matrix is not None:
+                values[name] = matrix
+        if len(values) < len(arms):
+            continue
+        table[metric] = {name: _cell(matrix) for name, matrix in values.items()}
+        if metric not in COSTS and "/" not in metric:
+            pairs[metric] = _pairs(values)
+    return table, pairs
 
 
 def _common_metrics(reports: Sequence[Report]) -> list[str]:
-    """Metrics that every run measured at its end, in the order of their first appearance."""
-    names = dict.fromkeys(name for report in reports for name in report["after"])
-    return [name for name in names if all(name in report["after"] for report in reports)]
+    """Metrics that every run measured at its end, in the order of the first."""
+    common = list(reports[0]["after"]) if reports else []
+    for report in reports[1:]:
+        common = [name for name in common if name in report["after"]]
+    return common
 
 
-def _mean_before(reports: Sequence[Report], metric: str) -> float | None:
-    values = [report["before"][metric] for report in reports if metric in report["before"]]
-    if not values:
-        return None
-    return float(np.mean(values))
+def _means_before(reports: Sequence[Report], metrics: Sequence[str]) -> dict[str, float]:
+    """The mean of each metric before training, over the runs that measured it then."""
+    means = {}
+    for metric in metrics:
+        values = [report["before"][metric] for report in reports if metric in report["before"]]
+        if values:
+            means[metric] = float(np.mean(values))
+    return means
 
 
-def _point(table: Mapping[str, Mapping[str, Any]], goals: Sequence[str], name: str) -> list[float]:
-    """An arm's place before the front, every goal the better the smaller."""
-    point = []
-    for goal in goals:
-        mean = table[goal][name]["mean"]
-        point.append(-mean if metric_of(goal).higher_is_better else mean)
-    return point
+def _front(table: Mapping[str, Mapping[str, Any]], goals: Sequence[str], arms: Iterable[str]) -> list[str]:
+    """The arms that no other arm dominates in all goals."""
+    points: dict[str, list[float]] = {}
+    for name in arms:
+        points[name] = []
+        for goal in goals:
+            mean = table[goal][name]["mean"]
+            points[name].append(-mean if metric_of(goal).higher_is_better else mean)
+    return pareto_front(points)
 
 
 # ---------------------------------------------------------------------------------------------- reading runs
@@ -120,8 +146,8 @@ def _point(table: Mapping[str, Mapping[str, Any]], goals: Sequence[str], name: s
 
 def read_report(run: Path) -> Report:
     """A run's report.json; of a plan: before its first run, after its last, and what all of them cost."""
-    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
-    steps = [read_report(run) for run in plan_runs(report)]
+    report = read_json(run / "report.json")
+    steps = [read_report(step) for step in plan_runs(report)]
     if not steps:
         return report
     seconds, tokens, peak = 0.0, 0.0, 0.0
@@ -143,19 +169,20 @@ def _final_folder(run: Path) -> Path:
     path = run / "report.json"
     if not path.is_file():
         return run
-    report = json.loads(path.read_text(encoding="utf-8"))
+    report = read_json(path)
     if plan_runs(report):
         return Path(report["folder"])
     return run
 
 
-def _values(arm: ArmResult, reports: Sequence[Report], metric: str) -> np.ndarray | None:
+def _values(arm: ArmResult, metric: str) -> np.ndarray | None:
     """[seeds, rows] of a metric; [seeds, 1] where it is no mean over rows; None where a run lacks it."""
     per_row = _per_row(arm, "after", metric)
     if per_row is not None:
         return per_row
     values = []
-    for report in reports:
+    for run in arm.folders():
+        report = read_report(run)
         measured = {**report["stats"], "trained": report["stats"].get("moving"), **report["after"]}
         value = measured.get(metric)
         if not isinstance(value, (int, float)):
@@ -166,21 +193,22 @@ def _values(arm: ArmResult, reports: Sequence[Report], metric: str) -> np.ndarra
 
 def _per_row(arm: ArmResult, when: str, metric: str) -> np.ndarray | None:
     """[seeds, rows] of a metric before, during or after training; None unless every run has the same rows."""
-    of_seeds = []
+    rows: list[str] = []
+    matrix = []
     for run in arm.folders():
         path = per_example_file(_final_folder(run), when)
-        values = None
-        if path.is_file():
-            values = json.loads(path.read_text(encoding="utf-8")).get(metric)
+        values = read_json(path).get(metric) if path.is_file() else None
         if values is None and when == "during":  # finished before it could be paused
             return _per_row(arm, "after", metric)
         if not values:
             return None
-        of_seeds.append(values)
-    if not of_seeds or any(values.keys() != of_seeds[0].keys() for values in of_seeds):
+        rows = rows or sorted(values)
+        if sorted(values) != rows:
+            return None
+        matrix.append([values[row] for row in rows])
+    if not matrix:
         return None
-    rows = sorted(of_seeds[0])
-    return np.array([[values[row] for row in rows] for values in of_seeds])
+    return np.array(matrix)
 
 
 # ---------------------------------------------------------------------------------------------- statistics
@@ -189,12 +217,14 @@ def _per_row(arm: ArmResult, when: str, metric: str) -> np.ndarray | None:
 def _cell(values: np.ndarray) -> dict[str, Any]:
     """One metric of one arm; values [seeds, rows]."""
     mean = float(values.mean())
-    low, high = bootstrap_interval(values) if values.size > 1 else (mean, mean)
+    low, high = mean, mean
+    if values.size > 1:
+        low, high = bootstrap_interval(values)
     return {
         "mean": mean,
         "low": low,
         "high": high,
-        "by_seed": [float(x) for x in values.mean(1)],
+        "by_seed": values.mean(1).tolist(),
         "rows": values.shape[1],
     }
 
@@ -205,9 +235,8 @@ def _pairs(values: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     for a, b in combinations(values, 2):
         if values[a].shape == values[b].shape:
             tests.append((a, b, paired_difference(values[a], values[b])))
-    corrected = holm([test.p for _, _, test in tests])
     pairs = []
-    for (a, b, test), p in zip(tests, corrected):
+    for (a, b, test), p in zip(tests, holm([test.p for _, _, test in tests])):
         pairs.append(
             {
                 "a": a,
@@ -228,18 +257,17 @@ def arms_behind(spec: ComparisonSpec, results: Mapping[str, ArmResult], share: f
     """
     active = {}
     for name, arm in results.items():
-        values = None if arm.stopped else _per_row(arm, "during", spec.metric)
-        if values is not None:
+        values = _per_row(arm, "during", spec.metric)
+        if values is not None and not arm.stopped:
             active[name] = values
     if len(active) < 3:
         return {}
     sign = -1 if metric_of(spec.metric).higher_is_better else 1
     best, *others = sorted(active, key=lambda name: sign * float(active[name].mean()))
     tests = [paired_difference(sign * active[name], sign * active[best]) for name in others]
-    corrected = holm([test.p for test in tests])
     worse_half = others[-(len(active) // 2) :]
     reasons = {}
-    for name, test, p in zip(others, tests, corrected):
+    for name, test, p in zip(others, tests, holm([test.p for test in tests])):
         if name in worse_half and p < ALPHA and test.low > 0:
             reasons[name] = (
                 f"after {share:.0%} of its steps its {spec.metric} is"
@@ -258,14 +286,16 @@ def sentence(
     """
     if not cells:
         return "No arm finished."
-    how = metric_of(metric)
-    best = (max if how.higher_is_better else min)(cells, key=lambda name: cells[name]["mean"])
+    declared = metric_of(metric)
+    better = max if declared.higher_is_better else min
+    best = better(cells, key=lambda name: cells[name]["mean"])
     behind = []
     for pair in pairs:
-        if pair["apart"] and best in (pair["a"], pair["b"]):
-            behind.append(pair["b"] if pair["a"] == best else pair["a"])
+        names = {pair["a"], pair["b"]}
+        if pair["apart"] and best in names:
+            behind += names - {best}
     level = [name for name in cells if name != best and name not in behind]
-    text = f"{how.label}: {best} {format_number(cells[best]['mean'], how.is_share)}"
+    text = f"{declared.label}: {best} {format_metric(metric, cells[best]['mean'])}"
     if behind:
         text += f", better than {join_names(behind)}"
     if level:

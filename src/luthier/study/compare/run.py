@@ -6,7 +6,6 @@ what the pilots measured, comparison.json and report.html the result.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from luthier.errors import NotFinite, RecipeError, from_code
 from luthier.recipe.recipe import Recipe
 from luthier.registry import COSTS
 from luthier.registry import metric as metric_of
-from luthier.report.numbers import format_number
+from luthier.report.numbers import format_metric
 from luthier.storage import files
 from luthier.study.compare.judge import ArmResult, arms_behind, judge, no_metric, read_report
 from luthier.study.compare.spec import (
@@ -71,16 +70,12 @@ def _exclusive(folder: Path, spec: ComparisonSpec) -> Iterator[None]:
     with files.exclusive(folder):
         path = folder / "study.json"
         if path.is_file():
-            if _read_json(path)["fingerprint"] != spec.fingerprint():
+            if files.read_json(path)["fingerprint"] != spec.fingerprint():
                 raise RecipeError(f"{folder} holds another comparison; choose another folder")
         else:
             arms = {name: recipe.yaml() for name, recipe in spec.arms.items()}
             files.write_json(path, {"fingerprint": spec.fingerprint(), "arms": arms, "seeds": spec.seeds})
         yield
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
 
 
 @dataclass
@@ -100,15 +95,17 @@ class Runner:
         if self.spec.budget is None:
             return arms
         unit, size = parse_budget(self.spec.budget)
-        if unit == "steps":
-            return {name: recipe.but(max_steps=max(1, int(size))) for name, recipe in arms.items()}
         path = self.folder / "budget.json"
-        steps = _read_json(path) if path.is_file() else {}
+        steps = files.read_json(path) if path.is_file() else {}
+        budgeted = {}
         for name, recipe in arms.items():
-            if name not in steps:
+            if unit == "steps":
+                steps[name] = max(1, int(size))
+            elif name not in steps:
                 steps[name] = max(1, int(size / self._pilot(name, recipe, unit)))
                 files.write_json(path, steps)
-        return {name: recipe.but(max_steps=steps[name]) for name, recipe in arms.items()}
+            budgeted[name] = recipe.but(max_steps=steps[name])
+        return budgeted
 
     def _pilot(self, name: str, recipe: Recipe, unit: str) -> float:
         """Seconds (median) or tokens (mean) of a step, by a short run."""
@@ -116,10 +113,8 @@ class Runner:
         self.callback.stage(f"{name}: {PILOT_STEPS} steps, to see how many fit into {self.spec.budget}")
         self.perform(recipe.but(max_steps=PILOT_STEPS, evaluate=[], lr_scheduler_type="constant"), run)
         logs = files.read_rows(run / "metrics.jsonl")[1:]  # the first step also warms up
-        values = [log[unit] for log in logs]
-        if unit == "seconds":
-            return float(np.median(values))
-        return float(np.mean(values))
+        average = {"seconds": np.median, "tokens": np.mean}[unit]
+        return float(average([log[unit] for log in logs]))
 
     def pick_learning_rates(self, arms: dict[str, Recipe]) -> tuple[dict[str, Recipe], list[str]]:
         """Every arm at its best learning rate, and notes for the reader. learning_rates.json keeps what was
@@ -137,12 +132,15 @@ class Runner:
         edges = {rates[0]: "smallest", rates[-1]: "largest"}
         picked = {}
         for name, recipe in arms.items():
-            finite = {rate: measured[name][f"{rate:g}"] for rate in rates}
-            finite = {rate: value for rate, value in finite.items() if value is not None}
+            finite = {}
+            for rate in rates:
+                value = measured[name][f"{rate:g}"]
+                if value is not None:
+                    finite[rate] = value
             if not finite:
                 raise RecipeError(
-                    f"arm {name}: it diverged at every learning rate of"
-                    f" {', '.join(f'{rate:g}' for rate in rates)}; give smaller ones"
+                    f"arm {name}: it diverged at every learning rate of {', '.join(measured[name])}; give"
+                    " smaller ones"
                 )
             best = better(finite, key=finite.__getitem__)
             note = f"{name}: learning rate {best:g}"
@@ -157,17 +155,20 @@ class Runner:
     ) -> dict[str, dict[str, float | None]]:
         """arm -> learning rate, as text -> the metric that its run ended with; None where it diverged."""
         path = self.folder / "learning_rates.json"
-        measured: dict[str, dict[str, float | None]] = _read_json(path) if path.is_file() else {}
-        runs: dict[Path, tuple[str, str, Recipe]] = {}
+        measured: dict[str, dict[str, float | None]] = files.read_json(path) if path.is_file() else {}
+        runs: dict[Path, Recipe] = {}
+        labels: dict[Path, tuple[str, str]] = {}
         for name, recipe in arms.items():
             for rate in rates:
                 label = f"{rate:g}"
                 if label not in measured.get(name, {}):
                     run = self.folder / "rates" / f"{name}-{label}"
-                    runs[run] = name, label, recipe.but(learning_rate=rate, seed=TUNING_SEED)
-        self._run_batched({run: recipe for run, (_, _, recipe) in runs.items()}, None)
+                    runs[run] = recipe.but(learning_rate=rate, seed=TUNING_SEED)
+                    labels[run] = name, label
+        self._run_batched(runs, None)
         with self.callback.training(len(runs), 0):
-            for i, (run, (name, label, recipe)) in enumerate(runs.items()):
+            for i, (run, recipe) in enumerate(runs.items()):
+                name, label = labels[run]
                 began = time.perf_counter()
                 value = self._final_metric(recipe, run)
                 measured.setdefault(name, {})[label] = value
@@ -192,19 +193,21 @@ class Runner:
 
     def run_all(self, results: dict[str, ArmResult], until: float | None = None) -> None:
         """Every arm that is not stopped, with every seed, to its end or up to a share of its steps."""
-        active = {name: arm for name, arm in results.items() if not arm.stopped}
         recipes: dict[Path, Recipe] = {}
-        order: list[tuple[str, int, Path]] = []
+        labels: dict[Path, tuple[str, int]] = {}
         for seed in self.spec.seed_values or range(self.spec.seeds):
-            for name, arm in active.items():
-                run = self.folder / f"{name}-{seed}"
-                recipes[run] = arm.recipe.but(seed=seed)
-                order.append((name, seed, run))
+            for name, arm in results.items():
+                if not arm.stopped:
+                    run = self.folder / f"{name}-{seed}"
+                    recipes[run] = arm.recipe.but(seed=seed)
+                    labels[run] = name, seed
         done = self._run_batched(recipes, until)
-        progress = "" if until is None else f", {100 * until:.0f}% of the steps"
-        with self.callback.training(len(order), 0):
-            for i, (name, seed, run) in enumerate(order):
-                arm, began = active[name], time.perf_counter()
+        progress = ""
+        if until is not None:
+            progress = f", {100 * until:.0f}% of the steps"
+        with self.callback.training(len(labels), 0):
+            for i, (run, (name, seed)) in enumerate(labels.items()):
+                arm, began = results[name], time.perf_counter()
                 arm.runs[seed] = run
                 if run not in done and not (run / "report.json").is_file():
                     self._run_one(name, arm, seed, run, until)
@@ -267,9 +270,12 @@ class Runner:
 
         names = join_names([run.name for run in batch])
         self.callback.stage(f"{names}: side by side on one base model; peak memory is that of all of them")
-        perform = subprocess.side_by_side if self.spec.subprocesses else batched.perform
+        runs = [(recipe, run) for run, recipe in batch.items()]
         try:
-            perform([(recipe, run) for run, recipe in batch.items()], stop_at=until)
+            if self.spec.subprocesses:
+                subprocess.side_by_side(runs, stop_at=until)
+            else:
+                batched.perform(runs, stop_at=until)
         except RecipeError as error:
             self.callback.warn(f"side by side: {error}; each is run alone")
             return False
@@ -282,16 +288,15 @@ class Runner:
         self.callback.step({"step": step, "seconds": time.perf_counter() - began, "said": line})
 
     def _format(self, value: Any) -> str:
-        how = metric_of(self.spec.metric)
-        return f"{how.label} {format_number(value, how.is_share)}"
+        return f"{metric_of(self.spec.metric).label} {format_metric(self.spec.metric, value)}"
 
     def _last_metric(self, run: Path) -> str:
         """What a run measured last, finished or paused."""
         if (run / "report.json").is_file():
-            report = _read_json(run / "report.json")
+            report = files.read_json(run / "report.json")
             measured = {**report["stats"], **report["after"]}
         else:
-            report = _read_json(run / "paused.json")
+            report = files.read_json(run / "paused.json")
             measured = {**report["stats"], **report["metrics"]}
         value = measured.get(self.spec.metric)
         if isinstance(value, (int, float)):

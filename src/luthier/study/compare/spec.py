@@ -53,14 +53,9 @@ class ComparisonSpec:
 
     def fingerprint(self) -> str:
         """Of everything that decides the result; a folder holds one comparison."""
-        parts = [
-            {name: recipe.public() for name, recipe in self.arms.items()},
-            self.seeds,
-            self.budget,
-            self.metric,
-            self.stop_early,
-        ]
-        parts += [x for x in (self.learning_rates, self.seed_values) if x]
+        recipes = {name: recipe.public() for name, recipe in self.arms.items()}
+        parts = [recipes, self.seeds, self.budget, self.metric, self.stop_early]
+        parts += filter(None, (self.learning_rates, self.seed_values))
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
 
@@ -84,17 +79,21 @@ def arms_of(
     if len(recipes) > 1 and (tuners or objectives):
         raise RecipeError("--tuners and --objectives vary one recipe; give one at most")
     if tuners or objectives:
-        base = Recipe.load(Path(recipes[0]) if recipes else None, changes)
-        return _grid(base, _split(tuners), _split(objectives))
+        source = Path(recipes[0]) if recipes else None
+        return _grid(Recipe.load(source, changes), _split(tuners), _split(objectives))
     if len(recipes) < 2:
         raise RecipeError("a comparison needs two recipes or more, or --tuners a,b,c")
-    names = [Path(recipe).stem for recipe in recipes]
-    if len(set(names)) < len(names):
-        paths = [str(Path(recipe).with_suffix("")) for recipe in recipes]
-        names = [re.sub(r"[^\w.-]+", "-", path).strip("-") for path in paths]
-    if len(set(names)) < len(names):
-        raise RecipeError(f"two of these recipes are the same file: {', '.join(recipes)}")
-    return {name: Recipe.load(Path(path), changes) for name, path in zip(names, recipes)}
+    paths = list(map(Path, recipes))
+    stems = {path.stem for path in paths}
+    arms: dict[str, Recipe] = {}
+    for path in paths:
+        name = path.stem
+        if len(stems) < len(paths):  # two files of one name: called after their paths
+            name = re.sub(r"[^\w.-]+", "-", str(path.with_suffix(""))).strip("-")
+        if name in arms:
+            raise RecipeError(f"two of these recipes are the same file: {', '.join(recipes)}")
+        arms[name] = Recipe.load(path, changes)
+    return arms
 
 
 def _grid(base: Recipe, tuners: list[str], objectives: list[str]) -> dict[str, Recipe]:
@@ -107,9 +106,9 @@ def _grid(base: Recipe, tuners: list[str], objectives: list[str]) -> dict[str, R
                 changes["tuner"] = tuner
             if objective:
                 changes["objective"] = objective
-            labels = [tuner] if tuner else []
-            if objective and (len(objectives) > 1 or not tuner):
-                labels.append(objective)
+            labels = list(changes.values())
+            if tuner and len(objectives) == 1:  # the same in all arms
+                labels = [tuner]
             name = "-".join(re.sub(r"[^\w.]+", "_", label).strip("_") for label in labels)
             arms[name] = base.but(**changes)
     return arms
@@ -122,7 +121,7 @@ def _split(text: str) -> list[str]:
 def parse_learning_rates(text: str) -> tuple[float, ...]:
     """'1e-4,1e-3' -> (1e-4, 1e-3). Raises RecipeError for anything but numbers."""
     try:
-        return tuple(float(word) for word in _split(text))
+        return tuple(map(float, _split(text)))
     except ValueError:
         raise RecipeError(f"--learning-rates: '{text}' is not numbers such as 1e-4,1e-3") from None
 
@@ -242,10 +241,20 @@ def default_evaluators(built: Any, rows: Sequence[dict]) -> list[str]:
 
 def _share_evaluators(arms: dict[str, Recipe]) -> tuple[dict[str, Recipe], list[str] | None]:
     """Arms that all have the same evaluators, and these where some arm had others; else None."""
-    evaluators = []
-    for recipe in arms.values():
-        evaluators.append([e if isinstance(e, str) else e.get("name") for e in recipe.evaluate or ()])
-    if all(names == evaluators[0] for names in evaluators):
+    first, *others = [evaluator_names(recipe) for recipe in arms.values()]
+    shared = first
+    for names in others:
+        shared = [name for name in shared if name in names]
+    if all(names == first for names in others):
         return arms, None
-    shared = [name for name in evaluators[0] if all(name in names for names in evaluators)]
     return {name: recipe.but(evaluate=shared) for name, recipe in arms.items()}, shared
+
+
+def evaluator_names(recipe: Recipe) -> list[Any]:
+    """Of a recipe's `evaluate`, whose entries are names or mappings with a name."""
+    names = []
+    for evaluator in recipe.evaluate or ():
+        if isinstance(evaluator, Mapping):
+            evaluator = evaluator.get("name")
+        names.append(evaluator)
+    return names

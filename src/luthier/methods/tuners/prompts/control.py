@@ -73,7 +73,7 @@ class ControlPrompts(SoftPrompt):
         self.virtual, self.bucket = settings.num_virtual_tokens, settings.buckets - 1
         self.network = None if settings.tuner is None else settings.tuner.attach(model)
         if self.network is not None:
-            self.components += self.network.components
+            self.others += self.network.components
 
     def each(self) -> Tensor:
         """[buckets, n, width]"""
