@@ -17,6 +17,7 @@ from luthier.methods.tuners._base import Untuned
 from luthier.model.weight_changes import plain_matrices, weight_changes
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build
+from luthier.report import checkup
 from luthier.serve.load import Loaded, load
 from luthier.storage import files
 from luthier.train import checks
@@ -57,7 +58,7 @@ def inspect(
         result |= {"rows": result["tuned"]["rows"], "measured_on": measured_on, "notes": notes}
         if report is not None:
             result["weights"] = comparison.weights
-            files.write_text(Path(report), page(result, Path(folder)))
+            files.write_text(Path(report), checkup.page(result, Path(folder)))
     return result
 
 
