@@ -18,6 +18,7 @@ from luthier.model.loaded import Loaded, load
 from luthier.model.weight_changes import plain_matrices, weight_changes
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build
+from luthier.report import checkup
 from luthier.storage import files
 from luthier.train import checks
 
@@ -57,7 +58,7 @@ def inspect(
         result |= {"rows": result["tuned"]["rows"], "measured_on": measured_on, "notes": notes}
         if report is not None:
             result["weights"] = comparison.weights
-            files.write_text(Path(report), page(result, Path(folder)))
+            files.write_text(Path(report), checkup.page(result, Path(folder)))
     return result
 
 
