@@ -272,7 +272,7 @@ def test_arms_that_share_a_base_run_side_by_side_and_find_the_same(shared, tmp_p
     assert "peak_memory_mb" in both[False]["table"] and "peak_memory_mb" not in both[True]["table"]
 
 
-def test_a_crew_of_which_one_diverges_is_run_alone(shared, tmp_path):
+def test_batched_runs_of_which_one_diverges_are_run_alone(shared, tmp_path):
     arms = {
         "a": {"tuner": "lora"},
         "b": {"tuner": "lora", "learning_rate": 1e30, "optim": "sgd"},

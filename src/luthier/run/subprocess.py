@@ -50,7 +50,7 @@ def side_by_side(runs: Sequence[tuple[Recipe, Path]], stop_at: float | None = No
     failed ended with, as its type.
     """
     folders = [folder for _, folder in runs]
-    listing = folders[0].with_name(f"{folders[0].name}-crew.json")
+    listing = folders[0].with_name(f"{folders[0].name}-batched_runs.json")
     listing.parent.mkdir(parents=True, exist_ok=True)
     entries = []
     for recipe, folder in runs:
