@@ -94,8 +94,8 @@ def cell(size: str, way: str, again: str = "") -> None:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     predicted = before + need.total / 2**30
     print(
-        f"{size}  {way:<5} {again and 'recomputing':<11} predicted {predicted:5.2f} GB  measured {peak:5.2f} GB "
-        f" {predicted / peak - 1:+.0%}  (of it {need.describe()})",
+        f"{size}  {way:<5} {again and 'recomputing':<11} predicted {predicted:5.2f} GB  measured {peak:5.2f}"
+        f" GB  {predicted / peak - 1:+.0%}  (of it {need.describe()})",
         flush=True,
     )
 

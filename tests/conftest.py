@@ -152,7 +152,9 @@ def base(tiny) -> dict:
 
 
 def example_value(column, row: dict, place: int = 0):
-    """What a declared column holds in a row of a test: its examples in turn, of tokens from the last one back."""
+    """What a declared column holds in a row of a test: its examples in turn, of tokens from the last one
+    back.
+    """
     values = column.example
     if column.per == "row":
         return values[place % len(values)]

@@ -250,7 +250,9 @@ def test_greedy_is_transformers_own(name):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gpt2"])
 def test_writing_in_bfloat16_reads_as_reading_does(name):
-    """One token at a time, prompts kept once: the log-probabilities are those of the whole text read at once."""
+    """One token at a time, prompts kept once: the log-probabilities are those of the whole text read at
+    once.
+    """
     model = zoo.make(name).bfloat16()
     writer = decoder_writer(model, Untuned(model))
     assert type(writer) is Sharing

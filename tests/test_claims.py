@@ -170,7 +170,9 @@ def test_intervals():
 
 
 def test_what_training_logged_can_be_judged(folder):
-    """The mean of the last quarter of the steps against the first step; what some of them lack is not there."""
+    """The mean of the last quarter of the steps against the first step; what some of them lack is not
+    there.
+    """
     log = [{"margin": float(i), **({"lr": 1.0} if i < 7 else {})} for i in range(8)]
     numbers, claim = judge.RunNumbers({}, {}, log=log), spec.read_claim("toy", folder)
     assert (

@@ -90,7 +90,9 @@ def tensors_at(folder, step):
 
 
 def test_an_average_follows_the_tuner_into_its_next_phase(lottery, tmp_path):
-    """Half of the steps move whole weights, the rest chosen entries: the mean teacher is of what trains now."""
+    """Half of the steps move whole weights, the rest chosen entries: the mean teacher is of what trains
+    now.
+    """
     made = lottery | {"roles": {"reference": {"name": "mean_teacher", "momentum": 0.5}}}
     luthier.tune(made, folder=tmp_path / "a")
     dense, sparse = tensors_at(tmp_path / "a", 3), [tensors_at(tmp_path / "a", step) for step in (4, 5, 6)]

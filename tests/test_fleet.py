@@ -49,7 +49,9 @@ def crew(name="llama"):
 
 @pytest.mark.parametrize("name", ["llama", "qwen2_sliding", "gemma3"])
 def test_one_pass_says_what_each_says_alone(name):
-    """Log-probabilities and gradients, on batches of unlike size and shape; and no member hears of another."""
+    """Log-probabilities and gradients, on batches of unlike size and shape; and no member hears of
+    another.
+    """
     policies, batches = crew(name), [zoo.rows(), zoo.deep(), zoo.rows()]
     for p in policies:
         for k, slot in enumerate(p.attached.parameters().values()):

@@ -113,7 +113,9 @@ def test_second_and_forward_derivatives():
 
 
 def test_dropout_is_that_of_operations_torch_differentiates(monkeypatch):
-    """The same numbers are left out in values, gradients and second derivatives; and on average, nothing is."""
+    """The same numbers are left out in values, gradients and second derivatives; and on average, nothing
+    is.
+    """
     monkeypatch.setattr(attention, "QUERIES", 16)
     layout = lay_out(uneven(), width=10**6)
     how = attention.plan(layout, torch.float32)
@@ -172,7 +174,9 @@ EAGER = {"gemma2"}  # what transformers gives them where nothing else is asked f
 
 @pytest.mark.parametrize("name", zoo.CAUSAL)
 def test_who_gets_it(name):
-    """Every family that asks transformers for its attention does; the model's own reading stays what it was."""
+    """Every family that asks transformers for its attention does; the model's own reading stays what it
+    was.
+    """
     model, ids, told = zoo.make(name), torch.tensor([zoo.tokens(9, 1)]), []
     before = model(input_ids=ids, use_cache=False).logits
     policy = Policy(CAUSAL, model, Untuned(model))

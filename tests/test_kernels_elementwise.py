@@ -265,7 +265,10 @@ def test_liger_is_taken_only_where_it_agrees():
 
 def test_memory_is_kept_unless_somebody_said_how(monkeypatch):
     """In a process of its own: what it says is for good."""
-    code = "from luthier import compat; compat.keep(); from luthier.compat.malloc import keep_memory; print(keep_memory())"
+    code = (
+        "from luthier import compat; compat.keep(); from luthier.compat.malloc import keep_memory;"
+        " print(keep_memory())"
+    )
     said = [
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **more}

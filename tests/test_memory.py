@@ -133,7 +133,9 @@ def test_what_fits_row_by_row_is_told(base, tmp_path, monkeypatch):
 
 
 def test_a_finished_run_leaves_no_model_behind(tiny, tmp_path):
-    """Without a garbage collector: nothing of a run may hold its model in a circle, nor its graphs for good."""
+    """Without a garbage collector: nothing of a run may hold its model in a circle, nor its graphs for
+    good.
+    """
     import gc
 
     import torch

@@ -647,7 +647,9 @@ def tokenizer():
 
 
 def trainer(trl, kind: str, tmp_path, row: dict, settings: dict | None = None, **kwargs):
-    """TRL's trainer of a kind around the policy's network. It only ever computes losses of batches made here."""
+    """TRL's trainer of a kind around the policy's network. It only ever computes losses of batches made
+    here.
+    """
     from datasets import Dataset
 
     plain = {

@@ -276,7 +276,9 @@ def test_parts_of_a_linear_reader_compose_exactly():
 
 
 def test_wholes_find_their_parts():
-    """Texts of two of twelve kinds of parts: the whole tells which part stands first in it, and which second."""
+    """Texts of two of twelve kinds of parts: the whole tells which part stands first in it, and which
+    second.
+    """
     from torch import nn
 
     def found(seed: int, **weights) -> float:

@@ -558,7 +558,9 @@ def test_modpo_finds_the_policy_of_the_weighted_reward():
 
 
 def sppo_round(base: torch.Tensor, wins: torch.Tensor, beta: float) -> torch.Tensor:
-    """One exact round: every arm, weighed as the policy pulls it, regressed on how often it beats the policy."""
+    """One exact round: every arm, weighed as the policy pulls it, regressed on how often it beats the
+    policy.
+    """
     from luthier.toy import bandit
 
     pi = base.softmax(-1)

@@ -452,7 +452,9 @@ def test_faits_weights_are_constants_and_grow_with_confusion():
 
 
 def test_fait_learns_where_programs_differ():
-    """Everything but one token is common to right and wrong: how likely that token becomes, at equal steps."""
+    """Everything but one token is common to right and wrong: how likely that token becomes, at equal
+    steps.
+    """
     rng = torch.Generator().manual_seed(0)
     rows = []
     for i in range(48):

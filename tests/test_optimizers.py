@@ -233,7 +233,9 @@ def test_optimizers_descend_and_go_on_bit_for_bit(name, tmp_path):
 
 
 def against_torch(ours, theirs, steps: int = 20, clip: float = 0.0) -> float:
-    """The largest difference between our chain and a torch optimizer on the same gradients, over all steps."""
+    """The largest difference between our chain and a torch optimizer on the same gradients, over all
+    steps.
+    """
     rig, other = Rig(transforms=ours.chain(), total=steps), Rig(total=steps)
     rig.chain.factor = lambda step: 1.0
     own = other.tuner.parameters()

@@ -366,7 +366,9 @@ def test_learning_to_prefer_what_is_said_anyway_changes_nothing(base, tmp_path):
 
 
 def test_a_greedy_soup_takes_what_helps(recipe):
-    """From the best downwards; a run that makes the average worse stays out; the answer is the best average."""
+    """From the best downwards; a run that makes the average worse stays out; the answer is the best
+    average.
+    """
     of = [{"learning_rate": v} for v in (1e-4, 2e-4, 3e-4, 4e-4)]
     singles = [report(f"s{k}", loss=v) for k, v in enumerate((0.5, 0.3, 0.4, 0.6))]
     answers = [singles, report("m1", loss=0.35), report("m2", loss=0.25), report("m3", loss=0.25)]

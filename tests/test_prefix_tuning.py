@@ -62,7 +62,9 @@ def test_it_is_what_a_cache_of_keys_and_values_says(kind, projected):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_layout_answers_alike(kind):
-    """Packed in blocks, under a mask, prompts shared or not, padded: the same numbers and the same gradients."""
+    """Packed in blocks, under a mask, prompts shared or not, padded: the same numbers and the same
+    gradients.
+    """
     model, found = zoo.make(kind), []
     attached = put(model)
     for layout in (

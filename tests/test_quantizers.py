@@ -68,7 +68,9 @@ def there_and_back(spec, W, dtype=torch.float32):
 
 
 def on_codes(kind: str = "llama", spec="nf4"):
-    """A tiny network whose linear weights are codes, and the same with the weights that the codes stand for."""
+    """A tiny network whose linear weights are codes, and the same with the weights that the codes stand
+    for.
+    """
     model, plain = base(kind), base(kind)
     quantize(model, build("quantizer", spec))
     for name, m in modules(model).items():
@@ -235,7 +237,9 @@ ON_CODES = [
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @torch.no_grad()
 def test_a_tuner_on_codes_is_the_tuner_on_their_weights(name, kind):
-    """Starts as the base, learns the same, off is the base, merged answers alike, and the codes never change."""
+    """Starts as the base, learns the same, off is the base, merged answers alike, and the codes never
+    change.
+    """
     model, plain = on_codes(kind)
     kept = {n: {k: v.clone() for k, v in m.codes.items()} for n, m in modules(model).items()}
     try:

@@ -61,7 +61,9 @@ def cost(spec, seed, most=15.0):
 
 
 def test_brief_runs_tell_of_whole_ones():
-    """Ten brief and four whole values of Forrester's function, against a process that knows the four alone."""
+    """Ten brief and four whole values of Forrester's function, against a process that knows the four
+    alone.
+    """
     low, high, grid = (
         np.linspace(0, 1, 10)[:, None],
         np.array([[0.0], [0.4], [0.6], [1.0]]),

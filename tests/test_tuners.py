@@ -213,7 +213,9 @@ def test_saved_and_read_back(name, tmp_path):
 
 
 def test_an_adapter_says_only_what_older_readers_know(tmp_path):
-    """Settings of this year at their defaults stay out; those that every reader wants are in, default or not."""
+    """Settings of this year at their defaults stay out; those that every reader wants are in, default or
+    not.
+    """
     attached = build("tuner", "lora").attach(base("llama"))
     attached.save(tmp_path)
     said = json.loads((tmp_path / "adapter_config.json").read_text())

@@ -888,7 +888,9 @@ def test_sara_threshold_and_nuclear_norm():
 
 
 def test_small_weights_carry_little():
-    """Without its smallest tenth a trained model is nearly what it was; without as many large ones it is not."""
+    """Without its smallest tenth a trained model is nearly what it was; without as many large ones it is
+    not.
+    """
     tuned = luthier.load("toy:lm-small")
     rows = load_rows(str(Path(model_names.resolve_model("toy:lm-small")) / "probe.jsonl")).rows[::40]
     model, tokenizer = tuned.model, tuned.tokenizer

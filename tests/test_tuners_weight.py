@@ -372,7 +372,9 @@ def test_eva_gives_ranks_to_layers_where_they_explain_most():
 
 @torch.no_grad()
 def test_eva_agrees_with_peft():
-    """PEFT's incremental PCA centres what it reads; on centred data with few directions both find the same."""
+    """PEFT's incremental PCA centres what it reads; on centred data with few directions both find the
+    same.
+    """
     from peft.tuners.lora.eva import SVDHook
 
     torch.manual_seed(0)
@@ -458,7 +460,9 @@ def test_lora_ga_is_peft_on_the_mean_gradient():
 
 
 def test_calibration_in_parts_is_calibration_at_once(monkeypatch):
-    """Layers that do not fit the budget together are gathered one after another, by reading the rows again."""
+    """Layers that do not fit the budget together are gathered one after another, by reading the rows
+    again.
+    """
     from luthier.model import statistics as _statistics
 
     attached = put("lora", init_lora_weights="corda")

@@ -20,7 +20,9 @@ class Clock:
     first: int = 0  # the step at which this process began
 
     def derive_seed(self, *names: object, at: int | None = None) -> int:
-        """A 63-bit number made of the seed, the step (or `at`) and names; alike on every machine and process."""
+        """A 63-bit number made of the seed, the step (or `at`) and names; alike on every machine and
+        process.
+        """
         step = self.step if at is None else at
         text = repr((self.seed, step, *names))
         digest = hashlib.blake2b(text.encode(), digest_size=8).digest()

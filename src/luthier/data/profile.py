@@ -1,4 +1,6 @@
-"""What a file of rows can be used for: how it is read, what is rejected, which objectives it is enough for."""
+"""What a file of rows can be used for: how it is read, what is rejected, which objectives it is enough
+for.
+"""
 
 from __future__ import annotations
 

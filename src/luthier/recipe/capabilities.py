@@ -1,4 +1,6 @@
-"""What the methods of a recipe require of each other and of the rows, and the sentence where it is not there."""
+"""What the methods of a recipe require of each other and of the rows, and the sentence where it is not
+there.
+"""
 
 from __future__ import annotations
 

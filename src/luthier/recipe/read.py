@@ -1,5 +1,5 @@
-"""From YAML, a mapping and changes to a Recipe: keys of other tools and of luthier 0.1 are understood, settings
-of methods may stand at the top, and every value remembers where it came from.
+"""From YAML, a mapping and changes to a Recipe: keys of other tools and of luthier 0.1 are understood,
+settings of methods may stand at the top, and every value remembers where it came from.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from luthier.storage.toy import is_toy, toy_name, toy_package
 
 
 def read(source: Any, changes: Any, defaults: Mapping[str, Any]) -> Reading:
-    """Keys and values of a recipe as `Recipe.load` takes them. defaults: every key of a recipe -> its default."""
+    """Keys and values of a recipe as `Recipe.load` takes them. defaults: every key of a recipe -> its
+    default.
+    """
     values, name = read_source(source)
     origins = dict.fromkeys(values, name)
     # short keys first: tuner=lora must not undo tuner.r=16
@@ -181,7 +183,9 @@ class Reading:
         return out
 
     def read_quantization(self) -> None:
-        """transformers' words for a quantized base (load_in_4bit, ...), and qlora, which others call an adapter."""
+        """transformers' words for a quantized base (load_in_4bit, ...), and qlora, which others call an
+        adapter.
+        """
         values = self.values
         qlora = [k for k, v in values.items() if ALIASES.get(str(k), k) == "tuner" and name_of(v) == "qlora"]
         for key in qlora:
@@ -219,8 +223,8 @@ class Reading:
     # -------------------------------------------------------------------------------------------- settings
 
     def settle(self) -> None:
-        """Settings of a method that stand at the top of the recipe (`r: 16`, `beta: 0.2`) go to the method that
-        has them.
+        """Settings of a method that stand at the top of the recipe (`r: 16`, `beta: 0.2`) go to the method
+        that has them.
         """
         if not self.loose:
             return
@@ -237,7 +241,9 @@ class Reading:
             self.warnings.append(f"'{key}' is read as {homes[0]}.{key}")
 
     def places(self) -> dict[str, set[str]]:
-        """Where a setting may belong: key, or key.number in a list of stages -> the settings of its method."""
+        """Where a setting may belong: key, or key.number in a list of stages -> the settings of its
+        method.
+        """
         places: dict[str, set[str]] = {}
         for key, kind in METHOD_KEYS.items():
             name = name_of(self.out.get(key, self.defaults[key]))

@@ -1,9 +1,9 @@
 """A recipe is checked before anything is computed: what each method requires must be provided by another.
 
-Capabilities flow in the order of a run: rows -> stages -> online stages -> roles -> tuner, estimator, optimizer,
-objective, evaluators. Stages that ask no model are also tried on two rows: what their rows show counts more
-than what they declare. A plan is gone through with empty reports, so that the mistake of its third run is
-refused before the first begins.
+Capabilities flow in the order of a run: rows -> stages -> online stages -> roles -> tuner, estimator,
+optimizer, objective, evaluators. Stages that ask no model are also tried on two rows: what their rows show
+counts more than what they declare. A plan is gone through with empty reports, so that the mistake of its
+third run is refused before the first begins.
 """
 
 from __future__ import annotations
@@ -125,7 +125,8 @@ def detect(model: str) -> Any:
     classes = ", ".join(config.architectures or ["no architecture"])
     choices = ", ".join(architecture.name for architecture in every)
     raise RecipeError(
-        f"{model}: its config names {classes}, which is not plainly one of {choices}; say which with `architecture:`"
+        f"{model}: its config names {classes}, which is not plainly one of {choices}; say which with"
+        " `architecture:`"
     )
 
 
@@ -216,13 +217,15 @@ def check_values(methods: Methods, available: Set[str], recipe: Recipe) -> None:
     if any(term.flat for _, term in methods.objective.terms()):
         raise RecipeError(
             f"estimator '{methods.estimator.name}' compares values of the loss, and that of"
-            f" {label(methods.objective, recipe)} is the same for every policy, unless rows hold their sampler's"
-            " log-probabilities: `online_stages: [{name: rollout, old: true}]`"
+            f" {label(methods.objective, recipe)} is the same for every policy, unless rows hold their"
+            " sampler's log-probabilities: `online_stages: [{name: rollout, old: true}]`"
         )
 
 
 def check_samples(methods: Methods, available: Set[str], recipe: Recipe) -> None:
-    """Refuse an objective of fresh samples without a rollout in each step, and reuse of samples without them."""
+    """Refuse an objective of fresh samples without a rollout in each step, and reuse of samples without
+    them.
+    """
     name = label(methods.objective, recipe)
     on_policy = "samples" in requirements(methods.objective)
     if on_policy and not any("samples" in stage.provides for stage in methods.online_stages):
@@ -249,8 +252,8 @@ def check_quantized(tuner: Any, quantizer: Any) -> None:
         return
     able = [f"'{card.name}'" for card in cards("tuner") if find("tuner", card.name).on_quantized]
     raise RecipeError(
-        f"tuner '{tuner.name}' trains the model's own weights, and under quantization: {quantizer.name} they are"
-        f" codes, which cannot be trained; take one of {', '.join(able)}, or leave quantization out"
+        f"tuner '{tuner.name}' trains the model's own weights, and under quantization: {quantizer.name} they"
+        f" are codes, which cannot be trained; take one of {', '.join(able)}, or leave quantization out"
     )
 
 
@@ -306,8 +309,8 @@ def first_run(recipe: Recipe) -> Recipe:
 def dry_run_plan(
     recipe: Recipe, rows: Sequence[dict], load_rows: Callable[[Recipe], Sequence[dict]]
 ) -> frozenset[str]:
-    """Go through the runs of a plan with empty reports, and validate each. Returns what their methods require:
-    a run may leave a role unused that another one requires.
+    """Go through the runs of a plan with empty reports, and validate each. Returns what their methods
+    require: a run may leave a role unused that another one requires.
     """
     runs = build("plan", recipe.plan_spec()).recipes(recipe.but(plan=None))
     required: frozenset[str] = frozenset()

@@ -65,11 +65,11 @@ def declare(kind: str):
     ) -> Callable[[T], T]:
         """Make a class a method.
 
-        paper: where it comes from. row: its short names in the catalogue of papers. requires, provides, removes:
-        capabilities and columns (registry/words.py). metrics, artifacts: what an evaluator measures, which files
-        it leaves. example: small settings with which tests build it, where the defaults do not suit a tiny
-        model. former, former_settings: what it and its settings were once called; these names go on working,
-        with a warning. contract: contract tests that do not hold for it, each with the reason.
+        paper: where it comes from. row: its short names in the catalogue of papers. requires, provides,
+        removes: capabilities and columns (registry/words.py). metrics, artifacts: what an evaluator measures,
+        which files it leaves. example: small settings with which tests build it, where the defaults do not
+        suit a tiny model. former, former_settings: what it and its settings were once called; these names go
+        on working, with a warning. contract: contract tests that do not hold for it, each with the reason.
         """
 
         def wrap(cls: T) -> T:

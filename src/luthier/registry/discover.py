@@ -182,7 +182,9 @@ def class_in(module: ModuleType, kind: str) -> type:
 
 
 def plugin_class(kind: str, point: EntryPoint) -> type:
-    """The class that another package announces, `package.module` or `package.module:Class`, under its name."""
+    """The class that another package announces, `package.module` or `package.module:Class`, under its
+    name.
+    """
     module, _, attribute = point.value.partition(":")
     try:
         loaded = importlib.import_module(module)
@@ -226,7 +228,9 @@ def card(kind: str, name: str) -> Card:
 
 
 def cards(kind: str | None = None) -> list[Card]:
-    """All declarations, of one kind or of every kind. A plugin that cannot be read is left out with a warning."""
+    """All declarations, of one kind or of every kind. A plugin that cannot be read is left out with a
+    warning.
+    """
     out = []
     for k in [kind] if kind else KINDS:
         for name in names(k):

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 class Kind:
     """A kind of method.
 
-    folder: its place below luthier/methods. group: the group of entry points (`luthier.<group>`) by which other
-    packages announce methods of it. title: heading of its page in the docs. example: how a recipe names one.
+    folder: its place below luthier/methods. group: the group of entry points (`luthier.<group>`) by which
+    other packages announce methods of it. title: heading of its page in the docs. example: how a recipe names
+    one.
     """
 
     name: str

@@ -1,4 +1,6 @@
-"""Every metric by name: what evaluators declare, and what a run costs. One place for labels, units, directions."""
+"""Every metric by name: what evaluators declare, and what a run costs. One place for labels, units,
+directions.
+"""
 
 from __future__ import annotations
 

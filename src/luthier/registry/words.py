@@ -68,8 +68,8 @@ class Column(Capability):
 class Metric:
     """A number that an evaluator measures, and how it is shown.
 
-    name: as in reports; parts of it are called `name/part`. label: for people. unit: "%" for a share, which is
-    shown in percent and whose changes are in points. better: which way is better; None where neither is.
+    name: as in reports; parts of it are called `name/part`. label: for people. unit: "%" for a share, which
+    is shown in percent and whose changes are in points. better: which way is better; None where neither is.
     rank: the lower, the earlier in tables. former: its name in version 0.1.
     """
 
@@ -91,7 +91,9 @@ class Metric:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A file that a method leaves in a run's folder, as a glob pattern; it goes when the folder is cleared."""
+    """A file that a method leaves in a run's folder, as a glob pattern; it goes when the folder is
+    cleared.
+    """
 
     pattern: str
     says: str = ""

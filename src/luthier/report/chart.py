@@ -65,7 +65,9 @@ def curves_figure(
 def scatter_figure(
     x: Mapping[str, Any], y: Mapping[str, Any], points: Sequence[Mapping[str, Any]], path: Points = ()
 ) -> Figure:
-    """A map of points. x, y: {label, percent}; points: {text, colour, x, y, low, high, link, shape, hollow}."""
+    """A map of points. x, y: {label, percent}; points: {text, colour, x, y, low, high, link, shape,
+    hollow}.
+    """
     caption = f"{y['label']} by {x['label']}"
     return Figure("scatter", caption, {"x": x, "y": y, "points": points, "path": path})
 

@@ -16,7 +16,9 @@ HELD_OUT = "held-out rows"
 
 
 def measured(values: Mapping[str, Any], name: str) -> Any:
-    """The value of a metric under its name, or under the one it had in version 0.1; None where there is none."""
+    """The value of a metric under its name, or under the one it had in version 0.1; None where there is
+    none.
+    """
     for former, now in former_metrics().items():
         if now == name and former in values:
             return values[former]
@@ -55,7 +57,9 @@ def format_metric(name: str, value: float | None) -> str:
 
 
 def format_difference(name: str, gap: float, unit: bool = False) -> str:
-    """A difference of two values of a metric, with its sign; of shares in points, which `unit` writes behind."""
+    """A difference of two values of a metric, with its sign; of shares in points, which `unit` writes
+    behind.
+    """
     size = format_number(abs(gap))
     if metric_of(name).is_share:
         size = f"{abs(gap) * 100:.1f}" + " points" * unit

@@ -33,7 +33,9 @@ class Compiler:
         raise NotImplementedError
 
     def tune(self, recipe: Mapping[str, Any], folder: Any) -> Any:
-        """Fine-tune a model on the way, as `luthier.tune` does; it is reached by name, as runs lie above methods."""
+        """Fine-tune a model on the way, as `luthier.tune` does; it is reached by name, as runs lie above
+        methods.
+        """
         return import_module("luthier").tune(recipe, folder=folder)
 
 
