@@ -1,8 +1,8 @@
 """Every touch on another library's inside, each with what and why, applied for a while and taken back.
 
 A patch is a function that changes something and returns the function that restores it. In library use patches
-hold for a run: `session()` is entered by a run, and its outermost exit restores everything, the last first. The
-command line's own process keeps them (`keep()`), since nothing else lives in it.
+hold for a run: `session()` is entered by a run, and its outermost exit restores everything, the last first.
+The command line's own process keeps them (`keep()`), since nothing else lives in it.
 """
 
 from __future__ import annotations
