@@ -10,4 +10,4 @@ from pathlib import Path
 from luthier.cli import app
 
 if __name__ == "__main__":
-    app(["bench", *sys.argv[1:], "--to", str(Path(__file__).parent / "results")])
+    app(["bench", *sys.argv[1:], "--output-dir", str(Path(__file__).parent / "results")])

@@ -5,6 +5,7 @@ network.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 import luthier
 from conftest import SUMS
-from luthier.cli import app, asked
+from luthier.cli import app, recipe_words
 from luthier.model import loaded as use
 from luthier.recipe import catalogue
 from luthier.serve import export, inspect
@@ -119,7 +120,7 @@ def test_version_and_help():
         (["methods", "autopet"], "there is no method 'autopet'; did you mean 'autopeft'"),
         (["methods", "lora", "--kind", "objective"], "there is no objective 'lora'"),
         (["chat", "./nowhere"], "there is no folder ./nowhere"),
-        (["export", "./nowhere", "--to", "x", "--as", "gguf"], "there is no export as 'gguf'"),
+        (["export", "./nowhere", "--output-dir", "x", "--as", "gguf"], "there is no export as 'gguf'"),
         (["inspect", "toy:lm", "toy:lm"], "give --data"),
     ],
 )
@@ -136,7 +137,7 @@ def test_what_cannot_work_is_one_sentence_and_exit_2(words, sentence, tmp_path, 
 
 
 def test_the_order_of_changes_does_not_matter():
-    values, _ = catalogue.explain(*asked(["tuner.r=3", "tuner=lora"], objective="dpo"))
+    values, _ = catalogue.explain(*recipe_words(["tuner.r=3", "tuner=lora"], objective="dpo"))
     assert [v.value for v in values if v.key in ("tuner.r", "objective.name")] == [3, "dpo"]
 
 
@@ -197,7 +198,7 @@ def test_papers_are_found_by_word_method_and_family():
 
 
 def test_every_row_of_a_declaration_is_in_the_catalogue():
-    known = {p["name"] for p in catalogue.known()}
+    known = {p["name"] for p in catalogue.all_papers()}
     assert set(catalogue.implemented()) <= known
 
 
@@ -240,11 +241,10 @@ def test_explain_tells_where_each_value_came_from(tmp_path):
 def test_explain_covers_every_key():
     from dataclasses import fields
 
+    from luthier.recipe.recipe import HIDDEN
+
     values, _ = catalogue.explain(None)
-    assert {v.key.split(".")[0] for v in values} == {f.name for f in fields(luthier.Recipe)} - {
-        "origins",
-        "told",
-    }
+    assert {v.key.split(".")[0] for v in values} == {f.name for f in fields(luthier.Recipe)} - set(HIDDEN)
     assert {v.origin for v in values} == {"default"}
 
 
@@ -305,12 +305,12 @@ def test_inspect_compares_on_the_same_rows(finished, tiny):
 @pytest.mark.parametrize("kind", ["lora", "merged"])
 def test_export_answers_like_the_tuned_model(kind, finished, tmp_path):
     folder, _ = finished
-    said = luth("export", folder, "--as", kind, "--to", tmp_path / kind)
+    said = luth("export", folder, "--as", kind, "--output-dir", tmp_path / kind)
     assert said.exit_code == 0, said.output
     assert "answers like the tuned model" in said.stdout
     assert use.load(tmp_path / kind).ask("1+1=", max_new_tokens=3) is not None
     # never over what is there
-    assert luth("export", folder, "--as", kind, "--to", tmp_path / kind).exit_code == 2
+    assert luth("export", folder, "--as", kind, "--output-dir", tmp_path / kind).exit_code == 2
 
 
 def test_merged_export_is_plain_transformers(finished, tmp_path):
@@ -341,13 +341,13 @@ def test_an_export_that_answers_otherwise_is_refused(finished, tmp_path, monkeyp
         save_file(tensors, to / "model.safetensors", metadata={"format": "pt"})
 
     monkeypatch.setitem(export.WRITERS, "merged", wrong)
-    said = luth("export", finished[0], "--to", tmp_path / "m")
+    said = luth("export", finished[0], "--output-dir", tmp_path / "m")
     assert said.exit_code == 2 and "answers otherwise" in said.stderr
     assert not (tmp_path / "m").exists() and not list(tmp_path.glob("*.part"))
 
 
 def test_a_plain_model_has_nothing_to_export(tiny, tmp_path):
-    said = luth("export", tiny, "--as", "lora", "--to", tmp_path / "x")
+    said = luth("export", tiny, "--as", "lora", "--output-dir", tmp_path / "x")
     assert said.exit_code == 2 and "holds nothing that was tuned" in said.stderr
 
 
@@ -517,6 +517,17 @@ def test_a_classifier_is_not_talked_to_and_not_compared_with_a_writer(tiny, tmp_
     )
     compared = luth("inspect", tiny, tmp_path / "run")
     assert compared.exit_code == 2 and "read as causal" in compared.stderr
-    asked = luth("export", tmp_path / "run", "--as", "lora", "--to", tmp_path / "x")
+    asked = luth("export", tmp_path / "run", "--as", "lora", "--output-dir", tmp_path / "x")
     assert asked.exit_code == 2 and "--as merged" in asked.stderr
-    assert luth("export", tmp_path / "run", "--to", tmp_path / "x").exit_code == 0
+    assert luth("export", tmp_path / "run", "--output-dir", tmp_path / "x").exit_code == 0
+
+
+def test_former_options_are_read_and_left_out_of_the_help(tiny):
+    from luthier.cli import FORMER_OPTIONS
+
+    for command, names in FORMER_OPTIONS.items():
+        listed = luth(command, "--help").stdout
+        for former, name in names.items():
+            assert name in listed and not re.search(rf"{former}(?![\w-])", listed)
+    refused = luth("search", f"model={tiny}", "data=toy:people/new", "--over=tuner.q")
+    assert refused.exit_code == 2 and "has no setting 'q'" in refused.stderr

@@ -262,7 +262,7 @@ def test_a_second_compilation_asks_nobody(tmp_path):
     first = search.compile(TwoSteps().using(Remembering(inner, tmp_path / "answers.db")), ROWS, right)
     calls, again = len(inner.asked), Remembering(inner, tmp_path / "answers.db")
     second = search.compile(TwoSteps().using(again), ROWS, right)
-    assert calls and len(inner.asked) == calls and again.asked == 0
+    assert calls and len(inner.asked) == calls and again.calls == 0
     assert second.state() == first.state() == TwoSteps().load(first.state()).state()
     assert (
         Remembering(Scripted(learner, name="other"), tmp_path / "answers.db").ask("Word: cat\nUpper:")
@@ -449,7 +449,7 @@ def test_code_and_text_are_trainable_too():
     assert call(code, 21).data == 42
     broken = attempt(call, node("def f(x):\n    return 1 / 0"), 1)
     assert broken.failed and "ZeroDivisionError" in broken.data
-    with pytest.raises(RecipeError, match="wants a name"):
+    with pytest.raises(RecipeError, match="needs a name"):
         node(1, trainable=True)
     with pytest.raises(RecipeError, match="nothing was said"):
         compiler("optoprime").optimizer([code], Scripted(lambda p: "")).step()
@@ -540,7 +540,7 @@ def test_a_model_behind_a_url_is_asked_in_words(server, monkeypatch):
     assert len(heard) == 4, "a refusal is not asked again"
     with pytest.raises(RecipeError, match="is no address"):
         build("role", {"name": "endpoint", "base_url": "localhost", "model": "m"})
-    with pytest.raises(RecipeError, match="wants a model"):
+    with pytest.raises(RecipeError, match="needs a model"):
         speaker(3)
 
 

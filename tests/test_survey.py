@@ -47,7 +47,7 @@ def test_a_file_is_told_at_the_command_line(tmp_path):
     path = tmp_path / "pairs.jsonl"
     bad = {"prompt": "x", "chosen": "same", "rejected": "same"}
     path.write_text("".join(json.dumps(r) + "\n" for r in [*PAIRS, bad, bad]), encoding="utf-8")
-    said = luth("data", path, "--model", "toy:lm-small", "--shown", 1)
+    said = luth("data", path, "--model", "toy:lm-small", "--examples", 1)
     assert said.exit_code == 0, said.output
     assert "25 of 27 rows can be read, as 'preference'" in said.stdout
     assert "2 unusable: chosen and rejected are the same (first: pairs.jsonl:26)" in said.stdout

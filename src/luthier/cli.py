@@ -1,5 +1,5 @@
-"""The command line: a small function per verb. What a verb does lies in the module it calls, imported only
-then.
+"""The command line: a small function per command. What a command does lies in the module it calls, imported
+only then.
 """
 
 from __future__ import annotations
@@ -17,6 +17,17 @@ from luthier.compat.lazy_imports import READER, after, rarely, read_once
 from luthier.errors import RecipeError
 from luthier.storage.toy import is_toy
 
+# command -> former name of an option -> its name; former names are accepted, and left out of the help
+FORMER_OPTIONS = {
+    "tune": {"--until": "--stop-at"},
+    "data": {"--shown": "--examples"},
+    "compare": {"--to": "--output-dir"},
+    "search": {"--over": "--space", "--where": "--constraint", "--to": "--output-dir"},
+    "export": {"--to": "--output-dir"},
+    "bench": {"--to": "--output-dir"},
+    "docs": {"--to": "--output-dir"},
+}
+
 Words = Annotated[
     list[str] | None,
     typer.Argument(
@@ -27,8 +38,21 @@ Words = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
 
 
-class Verbs(TyperGroup):
-    """Turns what the user must know into one sentence on stderr: exit code 2, or 130 for Ctrl-C."""
+class Commands(TyperGroup):
+    """The commands. A refusal is one sentence on stderr with exit code 2; Ctrl-C exits with 130. Former names
+    of options are read as their names.
+    """
+
+    def resolve_command(self, ctx, args):
+        name, command, rest = super().resolve_command(ctx, args)
+        former = FORMER_OPTIONS.get(name or "", {})
+        words = []
+        for i, word in enumerate(rest):
+            if word == "--":  # what follows is no option
+                return name, command, words + rest[i:]
+            option, equals, value = word.partition("=")
+            words.append(former.get(option, option) + equals + value)
+        return name, command, words
 
     def invoke(self, ctx):
         warnings.simplefilter("ignore", FutureWarning)  # of other libraries to their developers
@@ -38,15 +62,17 @@ class Verbs(TyperGroup):
             typer.echo(f"luthier: {error}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            again = {"tune": " from its last checkpoint", "search": "", "compare": ""}
-            where = again.get(ctx.invoked_subcommand or "")
-            goes_on = "" if where is None else f"; run the same command again and it goes on{where}"
-            typer.echo(f"\nluthier: stopped{goes_on}", err=True)
+            message = "stopped"
+            if ctx.invoked_subcommand in ("tune", "search", "compare"):
+                message += "; run the same command again and it goes on"
+            if ctx.invoked_subcommand == "tune":
+                message += " from its last checkpoint"
+            typer.echo(f"\nluthier: {message}", err=True)
             raise typer.Exit(130) from None
 
 
 app = typer.Typer(
-    cls=Verbs,
+    cls=Commands,
     name="luthier",
     help="Tune foundation models from one recipe, and see what tuning changed.",
     no_args_is_help=True,
@@ -78,8 +104,8 @@ def tune(
     words: Words = None,
     model: Annotated[str | None, typer.Option(help="Folder, hub name or toy:NAME.")] = None,
     data: Annotated[str | None, typer.Option(help="File, folder, hub name or toy:TASK.")] = None,
-    tuner: Annotated[str | None, typer.Option(help="What moves; `luthier methods --kind tuner`.")] = None,
-    objective: Annotated[str | None, typer.Option(help="Toward what, e.g. sft or 'dpo + 0.1*sft'.")] = None,
+    tuner: Annotated[str | None, typer.Option(help="What trains: `luthier methods --kind tuner`.")] = None,
+    objective: Annotated[str | None, typer.Option(help="The loss, e.g. sft or 'dpo + 0.1*sft'.")] = None,
     output_dir: Annotated[str | None, typer.Option(help="The run's folder.")] = None,
     front: Annotated[
         int | None,
@@ -87,23 +113,22 @@ def tune(
     ] = None,
     stop_at: Annotated[
         float | None,
-        typer.Option(
-            "--stop-at", "--until", help="Pause at this step (below 1: share of the run), to go on later."
-        ),
+        typer.Option(help="Pause at this step (below 1: at this share of the run), to resume later."),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print the run's folder, nothing else.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only the run's folder.")] = False,
 ) -> None:
-    """Tune a model. A run that was stopped goes on when the same command is run again."""
+    """Fine-tune a model. A run that was stopped resumes when the same command is run again."""
     from luthier.recipe.recipe import Recipe
 
-    source, changes = asked(
+    source, changes = recipe_words(
         words, model=model, data=data, tuner=tuner, objective=objective, output_dir=output_dir
     )
-    recipe = Recipe.load(source, [*changes, *(("plan.name=front", f"plan.points={front}") if front else ())])
-    from luthier.report.console import Callback, Console
+    if front:
+        changes += ["plan.name=front", f"plan.points={front}"]
+    recipe = Recipe.load(source, changes)
     from luthier.run.run import perform
 
-    callback = Callback() if quiet else Console()
+    callback = progress(quiet)
     report = perform(recipe, callback=callback, stop_at=stop_at)
     if "paused_at" not in report.stats:
         callback.finish(report)
@@ -132,12 +157,12 @@ def methods(
     wide: Annotated[
         bool,
         typer.Option(
-            "--wide", help="Of tuners: what each can do, tried just now, and how much of a Llama-7B moves."
+            "--wide", help="Of tuners: what each can do, tested now, and its trainable share of a Llama-7B."
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """List every method: what moves, toward what, how, and so on; or tell of one."""
+    """List every method (tuners, objectives, optimizers, ...), or describe one."""
     if name and not (wide or as_json):
         from luthier.recipe import catalogue
 
@@ -152,8 +177,8 @@ def methods(
         return
     from luthier.recipe import catalogue
 
-    found = [m for m in catalogue.methods(kind) if name in (None, m["name"])]
-    show(found, as_json, ("kind", "name", "paper", "summary"))
+    rows = [m for m in catalogue.methods(kind) if name in (None, m["name"])]
+    show(rows, as_json, ("kind", "name", "paper", "summary"))
 
 
 @app.command()
@@ -164,31 +189,36 @@ def papers(
     """List the papers of the catalogue, and which method implements each."""
     from luthier.recipe import catalogue
 
-    found = catalogue.papers(word)
-    show(found, as_json, ("row", "title", "kind", "family", "by"))
+    show(catalogue.papers(word), as_json, ("row", "title", "kind", "family", "by"))
 
 
 @app.command()
 def explain(words: Words = None, as_json: AsJson = False) -> None:
-    """Print every value a recipe comes to, and where it was said."""
+    """Print every resolved value of a recipe, and where it comes from."""
     from dataclasses import asdict
 
     from luthier.recipe import catalogue
 
-    source, changes = asked(words)
-    values, told = catalogue.explain(source, changes)
-    for sentence in told:
-        typer.echo(sentence, err=True)
-    show([asdict(v) if as_json else v.told() for v in values], as_json, ("key", "value", "origin"))
+    source, changes = recipe_words(words)
+    values, messages = catalogue.explain(source, changes)
+    for message in messages:
+        typer.echo(message, err=True)
+    if as_json:
+        typer.echo(dumped([asdict(value) for value in values]))
+    else:
+        show([value.as_text() for value in values], False, ("key", "value", "origin"))
 
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Say what is installed, what this machine can do, and what is missing for each extra."""
+    """Report what is installed, what this machine can do, and what is missing for each extra."""
     from luthier.tools import doctor
 
-    found = doctor.examine()
-    typer.echo(dumped(found) if as_json else doctor.told(found))
+    facts = doctor.examine()
+    if as_json:
+        typer.echo(dumped(facts))
+    else:
+        typer.echo(doctor.summary(facts))
 
 
 @app.command()
@@ -196,10 +226,10 @@ def inspect(
     base: Annotated[str, typer.Argument(help="The model before: a folder, hub name, toy:NAME or run.")],
     tuned: Annotated[str, typer.Argument(help="The model after.")],
     data: Annotated[
-        str | None, typer.Option(help="Rows to measure on; default: what the run held out.")
+        str | None, typer.Option(help="Rows to evaluate on; default: the run's held-out rows.")
     ] = None,
     preference: Annotated[
-        bool, typer.Option("--preference", help="How both rank pairs, margins, drift, length.")
+        bool, typer.Option("--preference", help="Preference pairs: ranking accuracy, margins, drift.")
     ] = False,
     report: Annotated[
         Path | None, typer.Option(help="A page to write: also the weights, answers, calibration, diversity.")
@@ -210,9 +240,12 @@ def inspect(
     from luthier.report.console import Console
     from luthier.serve.inspect import inspect
 
-    found = inspect(base, tuned, data, preference=preference, report=report)
-    typer.echo(dumped(found)) if as_json else Console().inspection(found)
-    if report is not None and not as_json:
+    result = inspect(base, tuned, data, preference=preference, report=report)
+    if as_json:
+        typer.echo(dumped(result))
+        return
+    Console().inspection(result)
+    if report is not None:
         typer.echo(f"Report: {report}")
 
 
@@ -221,22 +254,22 @@ def data(
     source: Annotated[str, typer.Argument(help="A file, folder, hub name or toy:TASK.")],
     model: Annotated[str, typer.Option(help="Whose tokenizer shows the rows.")] = "toy:lm",
     chat_template: Annotated[str | None, typer.Option(help="As in a recipe.")] = None,
-    shown: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
+    examples: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 3,
     as_json: AsJson = False,
 ) -> None:
-    """Look at rows: how they are read, what is learned of them, which objectives they can feed and why not
-    the rest.
+    """Look at rows: how they are read, which tokens are supervised, which objectives can train on them and
+    why the others cannot.
     """
     from luthier.report.text import MARKS
     from luthier.text.preview import preview
 
-    found = preview(source, model, chat_template, shown, MARKS)
+    result = preview(source, model, chat_template, examples, MARKS)
     if as_json:
-        typer.echo(dumped(found))
+        typer.echo(dumped(result))
         return
     from luthier.report.console import Console
 
-    Console().survey(source, found)
+    Console().survey(source, result)
 
 
 @app.command()
@@ -247,7 +280,7 @@ def compare(
     ] = None,
     model: Annotated[str | None, typer.Option(help="Folder, hub name or toy:NAME, for every arm.")] = None,
     data: Annotated[str | None, typer.Option(help="Rows, for every arm.")] = None,
-    tuners: Annotated[str, typer.Option(help="Arms that differ in what moves, e.g. lora,ssf,full.")] = "",
+    tuners: Annotated[str, typer.Option(help="Arms that differ in the tuner, e.g. lora,ssf,full.")] = "",
     objectives: Annotated[str, typer.Option(help="Arms that differ in the objective, e.g. dpo,ipo.")] = "",
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 3,
     budget: Annotated[
@@ -256,7 +289,7 @@ def compare(
     metric: Annotated[str, typer.Option(help="By which arms are ranked, and stopped early.")] = "loss",
     learning_rates: Annotated[
         str,
-        typer.Option(help="Of which each arm takes its best, e.g. 1e-4,1e-3; runs with a seed of their own."),
+        typer.Option(help="Each arm takes its best of these, e.g. 1e-4,1e-3, tuned on a seed of its own."),
     ] = "",
     keep_all: Annotated[bool, typer.Option("--keep-all", help="Stop no arm early.")] = False,
     together: Annotated[
@@ -264,24 +297,24 @@ def compare(
         typer.Option(
             "--together",
             help=(
-                "LoRA runs that share a base in one process, in one pass where that is faster; memory is not"
-                " told."
+                "Train LoRA runs that share a base in one process, in one pass where that is faster; memory"
+                " is not measured."
             ),
         ),
     ] = False,
-    to: Annotated[Path | None, typer.Option(help="The comparison's folder.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="The comparison's folder.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compare ways to tune on the same rows, seeds and budget. What was stopped goes on when the same command
-    is run again.
-    """
-    from luthier.report.console import Callback, Console
+    """Compare ways to tune on the same rows, seeds and budget. The same command resumes what was stopped."""
+    from luthier.report.console import Console
     from luthier.study.compare import ComparisonSpec, arms_of, parse_learning_rates, run_comparison
 
     files = [w for w in words or () if "=" not in w or Path(w).is_file()]
-    changes = [w for w in words or () if w not in files] + [
-        f"{k}={json.dumps(v)}" for k, v in (("model", model), ("data", data)) if v
-    ]
+    changes = [w for w in words or () if w not in files]
+    if model:
+        changes.append(f"model={json.dumps(model)}")
+    if data:
+        changes.append(f"data={json.dumps(data)}")
     arms = arms_of(files, changes, tuners, objectives)
     spec = ComparisonSpec(
         arms,
@@ -292,8 +325,11 @@ def compare(
         learning_rates=parse_learning_rates(learning_rates),
         together=together,
     )
-    found = run_comparison(spec, to, Callback() if as_json else Console())
-    typer.echo(dumped(found)) if as_json else Console().comparison(found)
+    result = run_comparison(spec, output_dir, progress(as_json))
+    if as_json:
+        typer.echo(dumped(result))
+    else:
+        Console().comparison(result)
 
 
 @app.command()
@@ -302,8 +338,6 @@ def search(
     space: Annotated[
         list[str] | None,
         typer.Option(
-            "--space",
-            "--over",
             help="What varies: tuner.r, learning_rate=1e-5..1e-2, 'tuner=lora|ssf|dora', layers, ..."
         ),
     ] = None,
@@ -315,9 +349,7 @@ def search(
     ] = None,
     constraint: Annotated[
         list[str] | None,
-        typer.Option(
-            "--constraint", "--where", help="A limit, e.g. 'memory <= 8GB'; may be given several times."
-        ),
+        typer.Option(help="A limit, e.g. 'memory <= 8GB'; may be given several times."),
     ] = None,
     trials: Annotated[
         float | None, typer.Option(help="Full runs to spend (for each seed). Default: 40.")
@@ -333,20 +365,20 @@ def search(
         str, typer.Option(help="Tuning seeds of each configuration: how many, or which (5,6,7).")
     ] = "1",
     test_seeds: Annotated[
-        str, typer.Option(help="Seeds on which what was found runs again: how many, or which.")
+        str, typer.Option(help="Seeds on which the best configurations run again: how many, or which.")
     ] = "3",
     test_data: Annotated[
         str | None,
         typer.Option(
             metavar="ROWS",
-            help="Rows on which it is measured then; without: the held-out rows that chose it.",
+            help="Rows on which they are evaluated then. Default: the held-out rows that selected them.",
         ),
     ] = None,
     metric: Annotated[
         str | None, typer.Option(help="What `quality` means. Default: loss; of pairs, ranking_accuracy.")
     ] = None,
     earlier: Annotated[
-        Path | None, typer.Option("--from", help="An earlier search's folder: what it found is tried first.")
+        Path | None, typer.Option("--from", help="An earlier search's folder: its best are tried first.")
     ] = None,
     storage: Annotated[
         str | None, typer.Option(help="An Optuna storage URL, e.g. sqlite:///study.db. Default: a journal.")
@@ -357,20 +389,18 @@ def search(
             min=1, help="How many of a Ray cluster (RAY_ADDRESS, or this machine) measure side by side."
         ),
     ] = 1,
-    output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", "--to", help="The search's folder.")
-    ] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="The search's folder.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Search for better configurations, toward several goals, within limits. What was stopped goes on when
-    run again.
+    """Search for better configurations, for several goals, within limits. The same command resumes what was
+    stopped.
     """
     import yaml
 
-    from luthier.report.console import Callback, Console
+    from luthier.report.console import Console
     from luthier.study.search import run_search, search_spec
 
-    source, changes = asked(words)
+    source, changes = recipe_words(words)
     spec = search_spec(
         source,
         space or (),
@@ -386,15 +416,17 @@ def search(
         test_data=test_data,
         changes=changes,
     )
-    callback = Callback() if as_json else Console()
-    result = run_search(spec, output_dir, storage, callback, workers)
-    typer.echo(dumped(result)) if as_json else Console().search(result)
+    result = run_search(spec, output_dir, storage, progress(as_json), workers)
+    if as_json:
+        typer.echo(dumped(result))
+    else:
+        Console().search(result)
 
 
 @app.command()
 def export(
     folder: Annotated[str, typer.Argument(help="A run's folder.")],
-    to: Annotated[Path, typer.Option(help="Where to write it.")],
+    output_dir: Annotated[Path, typer.Option(help="Where to write it.")],
     kind: Annotated[
         str, typer.Option("--as", help="lora: an adapter for plain PEFT. merged: a plain transformers model.")
     ] = "merged",
@@ -402,7 +434,7 @@ def export(
     """Write a run's result for other tools, and check that it answers like the tuned model."""
     from luthier.serve.export import export
 
-    typer.echo(export(folder, kind, to))
+    typer.echo(export(folder, kind, output_dir))
 
 
 @app.command()
@@ -463,18 +495,24 @@ def bench(
     only: Annotated[
         list[str] | None, typer.Option(help="Only these contestants; may be given several times.")
     ] = None,
-    to: Annotated[Path | None, typer.Option(help="A folder for JSON files and pictures.")] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="A folder for JSON files and pictures.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure speed and memory beside TRL + PEFT and a plain loop on the same work, in turns."""
     from luthier.study.bench import bench
 
     tell = lambda line: typer.echo(line, err=as_json)
-    found = bench(
-        scenarios, shape or ["a"], repeats=repeats, device=device, only=only, output_dir=to, tell=tell
+    results = bench(
+        scenarios,
+        shape or ["a"],
+        repeats=repeats,
+        device=device,
+        only=only,
+        output_dir=output_dir,
+        tell=tell,
     )
     if as_json:
-        typer.echo(dumped(found))
+        typer.echo(dumped(results))
 
 
 @app.command(hidden=True)
@@ -482,43 +520,57 @@ def docs(
     check: Annotated[
         bool, typer.Option("--check", help="Fail where the pages differ from the declarations.")
     ] = False,
-    to: Annotated[Path, typer.Option(help="The docs folder.")] = Path("docs"),
+    output_dir: Annotated[Path, typer.Option(help="The docs folder.")] = Path("docs"),
 ) -> None:
     """Write the pages that follow from the declarations."""
     from luthier.tools.docs import docs
 
-    raise typer.Exit(docs(to, check))
+    raise typer.Exit(docs(output_dir, check))
 
 
-# ---------------------------------------------------------------------------------------------- words and tables
+# --------------------------------------------------------------------------------------- arguments and output
 
 
-def asked(words: list[str] | None, **options: str | None) -> tuple[Path | str | None, list[str]]:
+def recipe_words(words: list[str] | None, **options: str | None) -> tuple[Path | str | None, list[str]]:
     """A recipe's path or toy:TASK, if one was named, and every change: key=value words, then options."""
     files = [w for w in words or () if "=" not in w or Path(w).is_file()]
     if len(files) > 1:
         raise RecipeError(f"one recipe at a time, not {' and '.join(files)} (changes are written key=value)")
     # taken as they are; the others may be YAML such as "{name: lora, r: 16}"
     plain = ("model", "data", "output_dir")
-    changes = [f"{k}={json.dumps(v) if k in plain else v}" for k, v in options.items() if v is not None]
+    changes = []
+    for key, value in options.items():
+        if value is not None and key in plain:
+            value = json.dumps(value)
+        if value is not None:
+            changes.append(f"{key}={value}")
     changes += [w for w in words or () if w not in files]
     if not files:
         return None, changes
     if is_toy(files[0]):
         return files[0], changes
     path = Path(files[0])
-    return path / "recipe.yaml" if path.is_dir() else path, changes
+    if path.is_dir():
+        path = path / "recipe.yaml"
+    return path, changes
+
+
+def progress(quiet: bool):
+    """The callback of a command: one that prints progress, or one that prints nothing."""
+    from luthier.report.console import Callback, Console
+
+    return Callback() if quiet else Console()
 
 
 def dumped(value) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False, default=str)
 
 
-def show(found: list[dict], as_json: bool, columns: tuple[str, ...]) -> None:
+def show(rows: list[dict], as_json: bool, columns: tuple[str, ...]) -> None:
     """A list of objects, as JSON or as a table."""
     if as_json:
-        typer.echo(dumped(found))
+        typer.echo(dumped(rows))
         return
     from luthier.report.console import Console
 
-    Console().listing(found, columns)
+    Console().listing(rows, columns)

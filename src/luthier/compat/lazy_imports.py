@@ -1,5 +1,5 @@
-"""Start-up of the command line: what transformers imports and one process on one machine does not use can wait: torch's compiler, sharded
-tensors, scipy.
+"""Start-up of the command line: what transformers imports and one process on one machine does not use can
+wait: torch's compiler, sharded tensors, scipy.
 
 Together they take two thirds of the time in which a model class is imported. While transformers is imported,
 names of these modules are stand-ins: each becomes the real thing where it is called, subclassed or asked for
@@ -143,9 +143,9 @@ def unfilled() -> Any:
     class Unfilled(TorchFunctionMode):
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
-            told = args[0] if args else kwargs.get("tensor")
-            if torch.is_tensor(told) and told.is_meta and getattr(func, "__name__", "") in FILLED:
-                return told
+            tensor = args[0] if args else kwargs.get("tensor")
+            if torch.is_tensor(tensor) and tensor.is_meta and getattr(func, "__name__", "") in FILLED:
+                return tensor
             if func is torch.arange and str(kwargs.get("device")) == "meta":
                 kwargs = {**kwargs, "device": "cpu"}
             return func(*args, **kwargs)
@@ -201,21 +201,21 @@ class Waiting(ModuleType):
 
 
 class Later:
-    """A name of such a module; with `given`, what a call of it gives."""
+    """A name of such a module; with `args`, the result of calling it with these."""
 
-    def __init__(self, module: str, name: str, given: tuple | None = None):
+    def __init__(self, module: str, name: str, args: tuple | None = None):
         self.__dict__.update(
-            _module=module, _told=name, _given=given, __name__=name, __qualname__=name, __module__=module
+            _module=module, _name=name, _args=args, __name__=name, __qualname__=name, __module__=module
         )
 
     def _real(self) -> Any:
         _let_in()
-        real = getattr(import_module(self._module), self._told)
-        return real if self._given is None else real(*self._given)
+        real = getattr(import_module(self._module), self._name)
+        return real if self._args is None else real(*self._args)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not kwargs and isinstance(sys.modules.get(self._module), Waiting):
-            return Later(self._module, self._told, args)
+            return Later(self._module, self._name, args)
         return self._real()(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -16,8 +16,8 @@ DONTNEED = 4  # as in mman.h
 
 
 def keep_memory() -> bool:
-    """Ask glibc for it, for as long as a run lasts (in the command line: the process); not where its user has
-    said how it shall keep memory (MALLOC_...).
+    """Set it in glibc for as long as a run lasts (in the command line: the process), unless the user has set
+    MALLOC_... in the environment.
     """
     if sys.platform != "linux" or any(k.startswith("MALLOC_") for k in os.environ):
         return False

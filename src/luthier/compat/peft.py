@@ -58,9 +58,7 @@ def tables() -> list[dict]:
 
 
 def register_type(peft_type: str) -> None:
-    """Make one of our tuners known, by the `peft_type` of its adapter_config.json; PEFT's own are left
-    alone.
-    """
+    """Make one of our tuners known, by the `peft_type` of its adapter_config.json; not PEFT's own."""
     name = peft_type.lower().removeprefix("luthier_")
     if name != peft_type.lower():
         import_module(TUNERS).register_one(name)

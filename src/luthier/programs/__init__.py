@@ -1,9 +1,8 @@
-"""Programs of prompts, and what tunes them: demonstrations, instructions, and the weights of the models that
-are asked.
+"""Programs of prompts, and their tuning: demonstrations, instructions, and the weights of the models behind
+them.
 
-A program is Python code with predictors in it; a compiler (a file of this folder each) tunes it from rows and
-a metric. Any workflow of Python functions can be tuned by what is said of its outcome, too: `node`, `bundle`
-and `optoprime`.
+A program is Python code with predictors in it; a compiler tunes it from rows and a metric. Any workflow of
+Python functions can be tuned by textual feedback on its outcome, too: `node`, `bundle` and `optoprime`.
 """
 
 from luthier.programs.graph import Failed, Node, ancestors, attempt, bundle, call, node
@@ -49,7 +48,10 @@ __all__ = [
 
 
 def compiler(name: str, **settings):
-    """A compiler by its name: `compiler("random_search", num_candidates=8).compile(program, rows, metric)`."""
+    """A compiler by its name.
+
+    `compiler("random_search", num_candidates=8).compile(program, rows, metric)` tunes a program.
+    """
     from luthier.registry import build
 
     return build("compiler", {"name": name, **settings})

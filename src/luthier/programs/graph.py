@@ -1,4 +1,4 @@
-"""A workflow as a graph: nodes are values, bundles are functions whose calls are remembered.
+"""A workflow as a graph: nodes are values, bundles are functions whose calls are recorded.
 
     x = node(5.0, trainable=True, name="x")
 
@@ -36,8 +36,8 @@ class Node:
     name: str = ""  # nodes without one are named where they are listed
     trainable: bool = False  # may an optimizer propose another value?
     constraint: str = ""  # what a proposal must keep to, in words
-    function: str = ""  # what made it, '' for what was given
-    told: str = ""  # what that function does
+    function: str = ""  # what computed it, '' for an input
+    description: str = ""  # what that function does
     parents: tuple[Node, ...] = ()  # its arguments
     arguments: tuple[str, ...] = ()  # their names in the function, '' where they have none
     failed: bool = False  # is the value the text of an error?
@@ -74,49 +74,51 @@ class Node:
 def node(data: Any, name: str = "", trainable: bool = False, constraint: str = "") -> Node:
     """A value of the graph. Trainable ones are text, numbers, truth values, or lists and dicts of them."""
     if trainable and not name:
-        raise RecipeError("a trainable node wants a name, by which a model may propose another value")
+        raise RecipeError("a trainable node needs a name, by which a model may propose another value")
     return Node(data, name, trainable, constraint)
 
 
 class Failed(Exception):
-    """A bundle raised; `node` says what, and leads to what it was given."""
+    """A bundle raised; `node` holds the error's text, and its parents are the arguments."""
 
     def __init__(self, node: Node):
         super().__init__(node.data)
         self.node = node
 
 
-def bundle(told: str = "", name: str = "") -> Callable[[Callable[..., Any]], Callable[..., Node]]:
-    """A function on values becomes one on nodes, whose every call is remembered. told: what it does, if not
-    its docstring.
+def bundle(description: str = "", name: str = "") -> Callable[[Callable[..., Any]], Callable[..., Node]]:
+    """A function on values becomes one on nodes, whose every call is recorded. description: what it does;
+    without one, its docstring.
     """
 
     def wrap(function: Callable[..., Any]) -> Callable[..., Node]:
-        said = told or (inspect.getdoc(function) or "").strip()
+        purpose = description or (inspect.getdoc(function) or "").strip()
 
         @wraps(function)
         def traced(*args: Any, **kwargs: Any) -> Node:
-            every = [*args, *kwargs.values()]
-            parents = tuple(a if isinstance(a, Node) else Node(a) for a in every)
-            names = (*("" for _ in args), *kwargs)
-            values = [p.data for p in parents]
-            made = {
+            positional = [as_node(value) for value in args]
+            by_name = {key: as_node(value) for key, value in kwargs.items()}
+            origin = {
                 "function": name or function.__name__,
-                "told": said,
-                "parents": parents,
-                "arguments": names,
+                "description": purpose,
+                "parents": (*positional, *by_name.values()),
+                "arguments": (*[""] * len(args), *kwargs),
             }
+            values = [node.data for node in positional]
+            values_by_name = {key: node.data for key, node in by_name.items()}
             try:
-                return Node(
-                    function(*values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True))),
-                    **made,
-                )
+                return Node(function(*values, **values_by_name), **origin)
             except Exception as error:
-                raise Failed(Node(f"{type(error).__name__}: {error}", failed=True, **made)) from error
+                raise Failed(Node(f"{type(error).__name__}: {error}", failed=True, **origin)) from error
 
         return traced
 
     return wrap
+
+
+def as_node(value: Any) -> Node:
+    """A node stays itself; another value becomes one."""
+    return value if isinstance(value, Node) else Node(value)
 
 
 def attempt(workflow: Callable[..., Node], *args: Any, **kwargs: Any) -> Node:
@@ -128,37 +130,35 @@ def attempt(workflow: Callable[..., Node], *args: Any, **kwargs: Any) -> Node:
 
 
 def ancestors(*outputs: Node) -> list[Node]:
-    """The outputs and everything they came from, arguments before what is made of them; each once."""
+    """The outputs and everything they were computed from, arguments before results; each once."""
     order: list[Node] = []
-    seen: set[int] = set()
+    visited: set[int] = set()
     stack = [(n, False) for n in reversed(outputs)]
     while stack:
         here, left = stack.pop()
         if left:
             order.append(here)
-        elif id(here) not in seen:
-            seen.add(id(here))
+        elif id(here) not in visited:
+            visited.add(id(here))
             stack.append((here, True))
             stack.extend((p, False) for p in reversed(here.parents))
     return order
 
 
 def names_of(nodes: Sequence[Node]) -> dict[int, str]:
-    """id -> a name of its own for each node. Raises RecipeError where two different ones were given the same
-    name.
-    """
-    given: dict[str, Node] = {}
+    """id -> a name of its own for each node. Raises RecipeError where two nodes bear the same name."""
+    by_name: dict[str, Node] = {}
     for n in nodes:
-        if n.name and given.setdefault(n.name, n) is not n:
+        if n.name and by_name.setdefault(n.name, n) is not n:
             raise RecipeError(f"two nodes are called '{n.name}'")
-    found: dict[int, str] = {}
-    taken = set(given)
+    names: dict[int, str] = {}
+    taken = set(by_name)
     for n in nodes:
         stem = n.function or "input"
         free = (f"{stem}{k}" for k in count() if f"{stem}{k}" not in taken)
-        found[id(n)] = n.name or next(free)
-        taken.add(found[id(n)])
-    return found
+        names[id(n)] = n.name or next(free)
+        taken.add(names[id(n)])
+    return names
 
 
 @bundle("The function that the code defines last, called with these arguments, in the sandbox.", name="call")
@@ -171,8 +171,8 @@ def call(source: str, *args: Any) -> Any:
     defined = [n.name for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)]
     if not defined:
         raise ValueError("the code defines no function")
-    given = json.dumps(list(args))
-    end = f"\nimport json\nprint()\nprint(json.dumps({defined[-1]}(*json.loads({given!r}))))\n"
+    arguments = json.dumps(list(args))
+    end = f"\nimport json\nprint()\nprint(json.dumps({defined[-1]}(*json.loads({arguments!r}))))\n"
     done = run(source + end, timeout=10, memory_mb=512)
     if not done.ok:
         raise RuntimeError(done.reason)

@@ -27,19 +27,18 @@ class Speaker(Protocol):
 class Local:
     """A run's folder, a model's folder, a hub name or toy:NAME; loaded when it is first asked.
 
-    turns: is a prompt put as a turn of a conversation, or continued as it is? If not said, as the model was
+    turns: is a prompt a turn of a conversation, or continued as it is? Default: as the model was
     tuned. settings: keys of a recipe, as for `luthier.load`.
     """
 
     def __init__(self, model: str | Path, turns: bool | None = None, **settings: Any):
         self.where, self.turns, self.settings, self._loaded = str(model), turns, settings, None
-        files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
-        # a folder may be written anew
-        print_ = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
-        self.name = (
-            f"{model}"
-            f" {hashlib.sha256(repr((turns, print_, sorted(settings.items()))).encode()).hexdigest()[:12]}"
-        )
+        files = []  # a folder may be overwritten: sizes and times tell its versions apart
+        if Path(model).is_dir():
+            for path in sorted(Path(model).glob("*.safetensors")):
+                files.append((path.name, path.stat().st_size, path.stat().st_mtime_ns))
+        identity = repr((turns, files, sorted(settings.items())))
+        self.name = f"{model} {hashlib.sha256(identity.encode()).hexdigest()[:12]}"
 
     def ask(self, prompt: str, *, temperature: float = 0.0, seed: int = 0, max_new_tokens: int = 256) -> str:
         if self._loaded is None:
@@ -47,16 +46,20 @@ class Local:
 
             self._loaded = load(self.where, **self.settings)
         turns = self._loaded.turns if self.turns is None else self.turns
-        asked = [{"role": "user", "content": prompt}] if turns else prompt
-        return self._loaded.generate(asked, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+        question: Any = prompt
+        if turns:
+            question = [{"role": "user", "content": prompt}]
+        return self._loaded.generate(
+            question, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed
+        )
 
 
 class Remembering:
-    """Another speaker's answers, kept in a file: what was asked before is answered without it."""
+    """Another speaker's answers, cached in a file: the same prompt is answered without it."""
 
     def __init__(self, speaker: Speaker, path: str | Path):
-        # asked: how often the speaker itself was
-        self.speaker, self.name, self.asked = speaker, speaker.name, 0
+        self.speaker, self.name = speaker, speaker.name
+        self.calls = 0  # of the speaker itself, where the cache had no answer
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.table = sqlite3.connect(path)
         self.table.execute("create table if not exists answers (question text primary key, answer text)")
@@ -64,14 +67,14 @@ class Remembering:
     def ask(self, prompt: str, *, temperature: float = 0.0, seed: int = 0, max_new_tokens: int = 256) -> str:
         how = {
             "temperature": temperature,
-            "seed": seed if temperature else 0,
+            "seed": seed if temperature else 0,  # greedy answers do not depend on it
             "max_new_tokens": max_new_tokens,
         }
         question = hashlib.sha256(json.dumps([self.name, prompt, how]).encode()).hexdigest()
-        known = self.table.execute("select answer from answers where question = ?", (question,)).fetchone()
-        if known:
-            return known[0]
-        self.asked += 1
+        cached = self.table.execute("select answer from answers where question = ?", (question,)).fetchone()
+        if cached:
+            return cached[0]
+        self.calls += 1
         answer = self.speaker.ask(prompt, temperature=temperature, seed=seed, max_new_tokens=max_new_tokens)
         with self.table:
             self.table.execute("insert or replace into answers values (?, ?)", (question, answer))
@@ -95,7 +98,7 @@ def speaker(who: Any) -> Speaker:
         return build("role", {"name": "endpoint", **who}).play("speaker", None)
     if not isinstance(who, Speaker):
         raise RecipeError(
-            "a program wants a model: a folder, a name, a URL, or an object with `name` and `ask`, not"
+            "a program needs a model: a folder, a name, a URL, or an object with `name` and `ask`, not"
             f" {who!r}"
         )
     return who

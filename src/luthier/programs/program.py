@@ -24,7 +24,7 @@ Metric = Callable[[Mapping[str, Any], "Prediction"], float]
 
 
 class Prediction(dict):
-    """What a program says: outputs by name, as items and as attributes."""
+    """A program's answer: outputs by name, as items and as attributes."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -58,7 +58,7 @@ _HOW: ContextVar[How | None] = ContextVar("how", default=None)
 class Program:
     """Subclass it: predictors and programs as attributes, `forward` in Python."""
 
-    compiled: dict[str, Any] = {}  # what a compiler noted
+    compiled: dict[str, Any] = {}  # a compiler's notes
 
     def forward(self, **inputs: Any) -> Prediction:
         """Inputs -> outputs. Its parameters are the columns that it reads of a row."""
@@ -68,71 +68,84 @@ class Program:
         return self.forward(**inputs)
 
     def predictors(self) -> dict[str, Predict]:
-        """Every predictor by its dotted name, in the order in which they were made; a shared one once."""
-        found: dict[str, Predict] = {}
+        """Every predictor by its dotted name, in the order in which they were set; a shared one once."""
+        predictors: dict[str, Predict] = {}
+        ids: set[int] = set()
         for name, value in _parts(self):
-            inner = {"": value} if isinstance(value, Predict) else value.predictors()
+            inner = value.predictors()
+            if isinstance(value, Predict):
+                inner = {"": value}
             for end, predictor in inner.items():
-                if all(p is not predictor for p in found.values()):
-                    found[f"{name}.{end}".rstrip(".")] = predictor
-        return found
+                if id(predictor) not in ids:
+                    ids.add(id(predictor))
+                    predictors[f"{name}.{end}".rstrip(".")] = predictor
+        return predictors
 
     def copy(self) -> Self:
         """Predictors of its own; models are shared."""
-        kept = {id(p.lm): p.lm for p in self.predictors().values() if p.lm is not None}
-        return copy.deepcopy(self, dict(kept))
+        shared: dict[int, Any] = {}
+        for predictor in self.predictors().values():
+            if predictor.lm is not None:
+                shared[id(predictor.lm)] = predictor.lm
+        return copy.deepcopy(self, shared)
 
     def using(self, who: Any) -> Self:
         """A copy all of whose predictors ask this model."""
-        made, lm = self.copy(), speaker(who)
-        for predictor in made.predictors().values():
+        program, lm = self.copy(), speaker(who)
+        for predictor in program.predictors().values():
             predictor.lm = lm
-        return made
+        return program
 
     def state(self) -> dict[str, Any]:
         """Instructions and demonstrations of each predictor, as plain data."""
-        return {
-            name: {"instructions": p.signature.instructions, "demos": list(p.demos)}
-            for name, p in self.predictors().items()
-        }
+        state = {}
+        for name, predictor in self.predictors().items():
+            state[name] = {
+                "instructions": predictor.signature.instructions,
+                "demos": list(predictor.demos),
+            }
+        return state
 
     def load(self, state: Mapping[str, Any]) -> Self:
         """A copy with `state()` put back. Raises RecipeError where the predictors differ."""
-        made = self.copy()
-        own = made.predictors()
+        program = self.copy()
+        own = program.predictors()
         if own.keys() != state.keys():
             raise RecipeError(
                 f"this state is of another program: it has {', '.join(state)}, and the program"
                 f" {', '.join(own)}"
             )
-        for name, p in own.items():
-            p.signature, p.demos = (
-                replace(p.signature, instructions=state[name]["instructions"]),
-                list(state[name]["demos"]),
-            )
-        return made
+        for name, predictor in own.items():
+            instructions = state[name]["instructions"]
+            predictor.signature = replace(predictor.signature, instructions=instructions)
+            predictor.demos = list(state[name]["demos"])
+        return program
 
     def run(
         self, row: Mapping[str, Any], temperature: float = 0.0, seed: int = 0
     ) -> tuple[Prediction, list[Asking]]:
-        """What it says of a row, and every question that was asked on the way."""
+        """The prediction for a row, and every call of a predictor on the way."""
         trace: list[Asking] = []
         names = {id(p): name for name, p in self.predictors().items()}
-        with _asked(How(temperature, seed, names, trace)):
-            said = self(**{k: row[k] for k in self.reads(row)})
-        return said, trace
+        inputs = {k: row[k] for k in self.reads(row)}
+        with _sampling(How(temperature, seed, names, trace)):
+            prediction = self(**inputs)
+        return prediction, trace
 
     def reads(self, row: Mapping[str, Any]) -> list[str]:
         """The columns of a row that `forward` takes."""
-        took = inspect.signature(self.forward).parameters.values()
-        named = [p.name for p in took if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-        missing = [p.name for p in took if p.name in named and p.default is p.empty and p.name not in row]
-        if missing:
-            raise RecipeError(
-                f"{type(self).__name__} reads '{missing[0]}', and a row has no such column (it has:"
-                f" {', '.join(row)})"
-            )
-        return [n for n in named if n in row]
+        columns = []
+        for parameter in inspect.signature(self.forward).parameters.values():
+            if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+                continue
+            if parameter.name in row:
+                columns.append(parameter.name)
+            elif parameter.default is parameter.empty:
+                raise RecipeError(
+                    f"{type(self).__name__} reads '{parameter.name}', and a row has no such column (it has:"
+                    f" {', '.join(row)})"
+                )
+        return columns
 
 
 class Predict(Program):
@@ -140,7 +153,7 @@ class Predict(Program):
 
     def __init__(self, signature: str | Signature, instructions: str = "", max_new_tokens: int = 256):
         self.signature = Signature.of(signature, instructions)
-        self.demos: list[dict[str, Any]] = []  # earlier cases, shown before the question
+        self.demos: list[dict[str, Any]] = []  # earlier cases, put before the question
         self.lm: Speaker | None = None
         self.max_new_tokens = max_new_tokens
 
@@ -154,18 +167,20 @@ class Predict(Program):
         if self.lm is None:
             raise RecipeError("this program has no model yet: `program = program.using('toy:lm')`")
         how = _HOW.get() or How()
-        # never its own answer
-        shown = [d for d in self.demos if any(d.get(n) != inputs.get(n) for n in self.signature.inputs)]
+        question = {n: inputs.get(n) for n in self.signature.inputs}
+        demos = []
+        for demo in self.demos:
+            if {n: demo.get(n) for n in question} != question:  # never its own answer
+                demos.append(demo)
         text = self.lm.ask(
-            self.signature.prompt(inputs, shown),
+            self.signature.prompt(inputs, demos),
             temperature=how.temperature,
             seed=how.seed,
             max_new_tokens=self.max_new_tokens,
         )
         outputs = self.signature.read(text)
         if how.trace is not None:
-            asked = {n: inputs[n] for n in self.signature.inputs}
-            how.trace.append(Asking(how.names.get(id(self), "self"), asked, outputs))
+            how.trace.append(Asking(how.names.get(id(self), "self"), question, outputs))
         return Prediction(outputs)
 
 
@@ -184,19 +199,18 @@ class MultiChainComparison(Program):
     def __init__(self, signature: str | Signature, n: int = 3, temperature: float = 0.7):
         self.n, self.temperature = n, temperature
         self.think = ChainOfThought(signature)
-        own = Signature.of(signature)
-        self.judge = Predict(
-            own.more(*(f"attempt_{i + 1}" for i in range(n))).first("comparison"), max_new_tokens=512
-        )
+        attempts = [f"attempt_{i + 1}" for i in range(n)]
+        comparison = Signature.of(signature).more(*attempts).first("comparison")
+        self.judge = Predict(comparison, max_new_tokens=512)
 
     def forward(self, **inputs):
         how = _HOW.get() or How()
-        tried = {}
+        attempts = {}
         for i in range(self.n):
-            with _asked(replace(how, temperature=self.temperature, seed=how.seed * self.n + i)):
-                said = self.think(**inputs)
-            tried[f"attempt_{i + 1}"] = " ".join(said.values())
-        return self.judge(**inputs, **tried)
+            with _sampling(replace(how, temperature=self.temperature, seed=how.seed * self.n + i)):
+                prediction = self.think(**inputs)
+            attempts[f"attempt_{i + 1}"] = " ".join(prediction.values())
+        return self.judge(**inputs, **attempts)
 
     def reads(self, row):
         return self.think.reads(row)
@@ -210,25 +224,28 @@ class ReAct(Program):
     def __init__(self, signature: str | Signature, tools: Sequence[Callable[[str], Any]], max_steps: int = 5):
         self.tools, self.max_steps = {t.__name__: t for t in tools}, max_steps
         own = Signature.of(signature)
-        told = "; ".join(
-            f"{n}: {(inspect.getdoc(t) or 'no description').splitlines()[0]}" for n, t in self.tools.items()
-        )
+        descriptions = []
+        for name, tool in self.tools.items():
+            description = inspect.getdoc(tool) or "no description"
+            descriptions.append(f"{name}: {description.splitlines()[0]}")
         more = (
-            f"Tools: {told}; finish: the answer is known. Name one as tool, and what it is given as argument."
+            f"Tools: {'; '.join(descriptions)}; finish: the answer is known."
+            " Name one as tool, and what it is given as argument."
         )
-        act = replace(
-            own, outputs=("thought", "tool", "argument"), instructions=f"{own.instructions} {more}".strip()
-        )
-        self.act, self.answer = Predict(act.more("history")), Predict(own.more("history"))
+        instructions = f"{own.instructions} {more}".strip()
+        act = replace(own, outputs=("thought", "tool", "argument"), instructions=instructions)
+        self.act = Predict(act.more("history"))
+        self.answer = Predict(own.more("history"))
 
     def forward(self, **inputs):
-        history = "nothing yet"
+        history, observations = "nothing yet", []
         for _ in range(self.max_steps):
             step = self.act(**inputs, history=history)
             if step.tool.strip() == "finish":
                 break
-            seen = f"{step.tool}({step.argument}) says: {self._call(step.tool.strip(), step.argument)}"
-            history = seen if history == "nothing yet" else f"{history}; {seen}"
+            result = self._call(step.tool.strip(), step.argument)
+            observations.append(f"{step.tool}({step.argument}) says: {result}")
+            history = "; ".join(observations)
         return Prediction(self.answer(**inputs, history=history), history=history)
 
     def _call(self, name: str, argument: str) -> str:
@@ -253,12 +270,9 @@ class ProgramOfThought(Program):
         if len(own.outputs) != 1:
             raise RecipeError(f"{own}: a program of thought prints one output")
         self.tries, self.timeout, self.output = tries, timeout, own.outputs[0]
-        told = f"Write Python that prints the {self.output}."
-        self.write = Predict(
-            replace(own, outputs=("code",), instructions=f"{own.instructions} {told}".strip()).more(
-                "earlier_error"
-            )
-        )
+        instructions = f"{own.instructions} Write Python that prints the {self.output}.".strip()
+        write = replace(own, outputs=("code",), instructions=instructions)
+        self.write = Predict(write.more("earlier_error"))
 
     def forward(self, **inputs):
         from luthier.sandbox.code import extract_code
@@ -278,16 +292,20 @@ class ProgramOfThought(Program):
 
 
 class Majority(Program):
-    """Several programs asked alike; of each output what most of them say, the earlier where as many do."""
+    """Several programs on the same inputs; of each output the most frequent value, of equals the first."""
 
     def __init__(self, programs: Sequence[Program]):
         if not programs:
-            raise RecipeError("a majority wants at least one program")
+            raise RecipeError("a majority needs at least one program")
         self.programs = list(programs)
 
     def forward(self, **inputs):
-        said = [p(**inputs) for p in self.programs]
-        return Prediction({k: Counter(s.get(k, "") for s in said).most_common(1)[0][0] for k in said[0]})
+        predictions = [program(**inputs) for program in self.programs]
+        majority = Prediction()
+        for name in predictions[0]:
+            votes = Counter(prediction.get(name, "") for prediction in predictions)
+            majority[name] = votes.most_common(1)[0][0]
+        return majority
 
     def reads(self, row):
         return self.programs[0].reads(row)
@@ -296,22 +314,28 @@ class Majority(Program):
 def evaluate(program: Program, rows: Sequence[Mapping[str, Any]], metric: Metric) -> float:
     """The mean of the metric over rows."""
     if not rows:
-        raise RecipeError("there are no rows to judge a program by")
-    return sum(float(metric(row, program.run(row)[0])) for row in rows) / len(rows)
+        raise RecipeError("there are no rows to evaluate a program on")
+    total = 0.0
+    for row in rows:
+        prediction, _ = program.run(row)
+        total += float(metric(row, prediction))
+    return total / len(rows)
 
 
 def rewarded(reward: Any, output: str | None = None) -> Metric:
     """Any reward as a metric: of one output, the last unless it is named."""
     judge = build("reward", reward)
 
-    def metric(row: Mapping[str, Any], said: Prediction) -> float:
-        return judge.scores(dict(row), [str(said[output] if output else list(said.values())[-1])])[0]
+    def metric(row: Mapping[str, Any], prediction: Prediction) -> float:
+        name = output or list(prediction)[-1]
+        return judge.scores(dict(row), [str(prediction[name])])[0]
 
     return metric
 
 
 @contextmanager
-def _asked(how: How) -> Iterator[None]:
+def _sampling(how: How) -> Iterator[None]:
+    """Every predictor asks like this, for a while."""
     token = _HOW.set(how)
     try:
         yield
@@ -320,7 +344,11 @@ def _asked(how: How) -> Iterator[None]:
 
 
 def _parts(program: Program) -> Iterator[tuple[str, Program]]:
+    """The programs and predictors among the attributes, also those in lists: ("name" or "name.0", part)."""
     for name, value in vars(program).items():
-        for i, part in enumerate(value if isinstance(value, (list, tuple)) else [value]):
-            if isinstance(part, Program):
-                yield (f"{name}.{i}" if isinstance(value, (list, tuple)) else name), part
+        if isinstance(value, Program):
+            yield name, value
+        elif isinstance(value, (list, tuple)):
+            for i, part in enumerate(value):
+                if isinstance(part, Program):
+                    yield f"{name}.{i}", part

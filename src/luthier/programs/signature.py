@@ -25,28 +25,23 @@ class Signature:
     instructions: str = ""
 
     @staticmethod
-    def of(said: str | Signature, instructions: str = "") -> Signature:
+    def of(signature: str | Signature, instructions: str = "") -> Signature:
         """Raises RecipeError where the text is no signature."""
-        if isinstance(said, Signature):
-            return replace(said, instructions=instructions or said.instructions)
-        left, arrow, right = said.partition("->")
-        inputs, outputs = (tuple(n.strip() for n in side.split(",") if n.strip()) for side in (left, right))
-        names = [*inputs, *outputs]
-        if (
-            not arrow
-            or not inputs
-            or not outputs
-            or not all(map(NAME.match, names))
-            or len(set(names)) < len(names)
-        ):
+        if isinstance(signature, Signature):
+            return replace(signature, instructions=instructions or signature.instructions)
+        left, arrow, right = signature.partition("->")
+        inputs, outputs = field_names(left), field_names(right)
+        names = inputs + outputs
+        valid = all(map(NAME.match, names)) and len(set(names)) == len(names)
+        if not arrow or not inputs or not outputs or not valid:
             raise RecipeError(
-                f"'{said}' is no signature: write names of inputs, an arrow, names of outputs, such as"
+                f"'{signature}' is no signature: write names of inputs, an arrow, names of outputs, such as"
                 " 'question -> answer'"
             )
         return Signature(inputs, outputs, instructions)
 
     def first(self, *outputs: str) -> Signature:
-        """With further outputs, said before the others."""
+        """With further outputs, before the others."""
         return replace(self, outputs=(*outputs, *self.outputs))
 
     def more(self, *inputs: str) -> Signature:
@@ -60,41 +55,60 @@ class Signature:
         missing = [n for n in self.inputs if n not in values]
         if missing:
             raise RecipeError(
-                f"{self}: no value for '{missing[0]}' (given: {', '.join(values) or 'nothing'})"
+                f"{self}: no value for '{missing[0]}' (there are: {', '.join(values) or 'nothing'})"
             )
         cases = [self._lines(demo, (*self.inputs, *self.outputs)) for demo in demos]
-        asked = f"{self._lines(values, self.inputs)}\n{label(self.outputs[0])}:"
-        return "\n\n".join([*([self.instructions] if self.instructions else []), *cases, asked])
+        question = f"{self._lines(values, self.inputs)}\n{label(self.outputs[0])}:"
+        parts = [*cases, question]
+        if self.instructions:
+            parts.insert(0, self.instructions)
+        return "\n\n".join(parts)
 
     def completion(self, values: Mapping[str, Any]) -> str:
-        """What a model should say behind `prompt`, with the blank in front."""
+        """The text that should follow `prompt`, with the blank in front."""
         return self._lines(values, self.outputs).removeprefix(f"{label(self.outputs[0])}:")
 
     def read(self, text: str) -> dict[str, str]:
-        """What a model said -> its outputs; an output that it does not name is ''. What it says beyond them
-        is left out.
-        """
+        """A model's text -> the outputs; '' for an output that it does not name. Other text is left out."""
         names = {label(n): n for n in (*self.inputs, *self.outputs)}
         mark = re.compile(rf"^({'|'.join(map(re.escape, names))}):", re.MULTILINE)
         text = text.strip()
         opened = label(self.outputs[0]) + ":"
-        text = text if text.startswith(opened) else f"{opened} {text}"
-        found, marks = dict.fromkeys(self.outputs, ""), list(mark.finditer(text))
-        seen: set[str] = set()
-        for here, there in zip(marks, [*marks[1:], None], strict=True):
+        if not text.startswith(opened):
+            text = f"{opened} {text}"
+        outputs = dict.fromkeys(self.outputs, "")
+        marks = list(mark.finditer(text))
+        ends = [*(m.start() for m in marks[1:]), len(text)]
+        read: set[str] = set()
+        for here, end in zip(marks, ends, strict=True):
             name = names[here[1]]
-            if name in seen or name in self.inputs:  # the model goes on with a case of its own
+            if name in read or name in self.inputs:  # the model goes on with a case of its own
                 break
-            seen.add(name)
-            found[name] = text[here.end() : there.start() if there else None].strip()
+            read.add(name)
+            outputs[name] = text[here.end() : end].strip()
         last = self.outputs[-1]
-        return {**found, last: found[last].split("\n\n")[0].strip()}
+        outputs[last] = outputs[last].split("\n\n")[0].strip()
+        return outputs
 
     def _lines(self, values: Mapping[str, Any], names: Sequence[str]) -> str:
-        return "\n".join(f"{label(n)}: {values[n]}".rstrip() for n in names if n in values)
+        """A line for each of these fields that has a value."""
+        lines = []
+        for name in names:
+            if name in values:
+                lines.append(f"{label(name)}: {values[name]}".rstrip())
+        return "\n".join(lines)
 
     def __str__(self) -> str:
         return f"{', '.join(self.inputs)} -> {', '.join(self.outputs)}"
+
+
+def field_names(text: str) -> tuple[str, ...]:
+    """"question, context" -> its names."""
+    names = []
+    for name in text.split(","):
+        if name.strip():
+            names.append(name.strip())
+    return tuple(names)
 
 
 def label(name: str) -> str:

@@ -27,7 +27,7 @@ PAPERS = Path(__file__).with_name("papers.json")
 COLUMNS = ("name", "title", "kind", "family")
 
 
-# ---------------------------------------------------------------------------------------------- methods and papers
+# ----------------------------------------------------------------------------------------- methods and papers
 
 
 def methods(kind: str | None = None) -> list[dict[str, Any]]:
@@ -51,10 +51,10 @@ def methods(kind: str | None = None) -> list[dict[str, Any]]:
 def pages(name: str, kind: str | None = None) -> list[str]:
     """What the docs say of each method of this name."""
     means = {
-        short: said
+        short: meaning
         for slot, short_for in NAMES.items()
         if kind in (None, METHOD_KEYS[slot])
-        for short, said in short_for.items()
+        for short, meaning in short_for.items()
     }.get(name)
     if means:
         of = means if isinstance(means, str) else means["name"]
@@ -64,11 +64,11 @@ def pages(name: str, kind: str | None = None) -> list[str]:
             else "{" + ", ".join(f"{k}: {format_value(v)}" for k, v in means.items()) + "}"
         )
         return [f"`{name}` is short for `{whole}`.\n", *pages(of, kind)]
-    found = [c for c in cards(kind) if c.name == name]
-    if not found:
+    matches = [c for c in cards(kind) if c.name == name]
+    if not matches:
         every = {c.name for c in cards(kind)}
         raise RecipeError(f"there is no {kind or 'method'} '{name}'{did_you_mean(name, every)}")
-    return [page(find(c.kind, c.name)).replace(r"\|", "|") for c in found]
+    return [page(find(c.kind, c.name)).replace(r"\|", "|") for c in matches]
 
 
 def papers(word: str | None = None) -> list[dict[str, Any]]:
@@ -76,7 +76,7 @@ def papers(word: str | None = None) -> list[dict[str, Any]]:
     implements each.
     """
     by = implemented()
-    found = [
+    matches = [
         {
             "row": p["name"],
             "title": p["title"],
@@ -84,20 +84,20 @@ def papers(word: str | None = None) -> list[dict[str, Any]]:
             "family": p["family"],
             "by": by.get(p["name"], []),
         }
-        for p in known()
+        for p in all_papers()
     ]
     if not word:
-        return found
+        return matches
     sought = word.lower()
     return [
         p
-        for p in found
+        for p in matches
         if sought in " ".join([p["row"], p["title"], p["kind"], p["family"], *p["by"]]).lower()
     ]
 
 
 @cache
-def known() -> tuple[dict[str, str], ...]:
+def all_papers() -> tuple[dict[str, str], ...]:
     """papers.json."""
     return tuple(json.loads(PAPERS.read_text(encoding="utf-8")))
 
@@ -133,7 +133,7 @@ def write_papers(source: Path) -> int:
     return len(lines)
 
 
-# ---------------------------------------------------------------------------------------------- a recipe, explained
+# ---------------------------------------------------------------------------------------- a recipe, explained
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Value:
     value: Any
     origin: str  # default | the recipe file's name | command line
 
-    def told(self) -> dict[str, str]:
+    def as_text(self) -> dict[str, str]:
         """For people: the value as YAML users write it."""
         return {"key": self.key, "value": format_value(self.value), "origin": self.origin}
 

@@ -66,48 +66,50 @@ CHANGING = (  # audit events whose text arguments are paths about to change
 )
 
 
-# ------------------------------------------------------------------------------------------------ walls of the kernel
+# ---------------------------------------------------------------------------------------- walls of the kernel
 
 
 def spaces_of_its_own(folder: str, disk_mb: int, number: int) -> dict[str, bool]:
     """Leave the machine's network, processes and writable files, as far as the kernel allows; say how far
     that was.
     """
-    got = dict.fromkeys((*SPACES, "read_only", "counted", "not_root"), False)
+    walls = dict.fromkeys((*SPACES, "read_only", "counted", "not_root"), False)
     if sys.platform != "linux":
-        return got
+        return walls
     import ctypes
 
     libc = ctypes.CDLL(None, use_errno=True)
 
     def unshare() -> None:
-        got.update({name: got[name] or libc.unshare(flag) == 0 for name, flag in SPACES.items()})
+        for name, flag in SPACES.items():
+            walls[name] = walls[name] or libc.unshare(flag) == 0
 
     unshare()  # root may, as it is
     stranger = 0
-    if not got["files"]:
+    if not walls["files"]:
         stranger = become_nobody(folder, number, libc)
         uid, gid = os.getuid(), os.getgid()
         if libc.unshare(NEWUSER) == 0:
-            got["counted"] = True
+            walls["counted"] = True
             write("/proc/self/setgroups", "deny")
             write("/proc/self/uid_map", f"{uid} {uid} 1")
             write("/proc/self/gid_map", f"{gid} {gid} 1")
             unshare()
-    if got["files"]:
-        got["read_only"] = read_only(folder, disk_mb, libc)
-    if got["processes"]:
+    if walls["files"]:
+        walls["read_only"] = read_only(folder, disk_mb, libc)
+    if walls["processes"]:
         leave_a_keeper(libc)
     stranger = stranger or become_nobody(folder, number, libc)
-    got["counted"] = got["counted"] or bool(stranger)  # processes can be limited: nobody else's are counted
-    got["not_root"] = os.getuid() != 0
+    # processes can be limited: nobody else's are counted
+    walls["counted"] = walls["counted"] or bool(stranger)
+    walls["not_root"] = os.getuid() != 0
     header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     libc.capset(header, nothing)  # what made the walls could also take them down
     libc.prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS: no way back through a setuid program
     libc.prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG: no sandbox outlives who asked for it
     for name in [m for m in sys.modules if m.partition(".")[0] in ("ctypes", "_ctypes")]:
         del sys.modules[name]
-    return got
+    return walls
 
 
 def write(path: str, text: str) -> None:
@@ -178,10 +180,12 @@ def hide_home(folder: str, libc) -> None:
         home = "/root"
     if home == "/" or not os.path.isdir(home) or (os.path.realpath(folder) + "/").startswith(home + "/"):
         return
-    kept = {os.path.realpath(p) for p in (sys.base_prefix, sys.prefix)}
-    kept = sorted(p for p in kept if p.startswith(home + "/"))
-    kept = [p for p in kept if not any(p.startswith(q + "/") for q in kept)]
-    for number, path in enumerate(kept):
+    installs = {os.path.realpath(p) for p in (sys.base_prefix, sys.prefix)}
+    visible: list[str] = []
+    for path in sorted(installs):  # a folder comes before what lies in it
+        if path.startswith(home + "/") and not any(path.startswith(p + "/") for p in visible):
+            visible.append(path)
+    for number, path in enumerate(visible):
         aside = f"{folder}/{number}"
         os.mkdir(aside)
         # MS_BIND | MS_REC
@@ -189,7 +193,7 @@ def hide_home(folder: str, libc) -> None:
             return
     if libc.mount(b"tmpfs", os.fsencode(home), b"tmpfs", 0x2 | 0x4, b"size=64k,mode=755") != 0:
         return
-    for number, path in enumerate(kept):
+    for number, path in enumerate(visible):
         aside = f"{folder}/{number}"
         os.makedirs(path)
         libc.mount(os.fsencode(aside), os.fsencode(path), None, 0x2000, None)  # MS_MOVE
@@ -208,7 +212,7 @@ def leave_a_keeper(libc) -> None:
 def limits(job: dict, alone: bool) -> None:
     """Limits of the kernel; soft = hard, so that the program cannot raise them."""
     seconds = int(job["timeout"]) + 2
-    wanted = {
+    maxima = {
         "CPU": seconds,
         "AS": job["memory_mb"] << 20,
         "FSIZE": job["disk_mb"] << 20,
@@ -216,18 +220,19 @@ def limits(job: dict, alone: bool) -> None:
         "NOFILE": 64,
     }
     if alone:  # the count is per user (or user space): elsewhere it would count the user's other programs
-        wanted["NPROC"] = job["processes"]
-    for name, value in wanted.items():
+        maxima["NPROC"] = job["processes"]
+    for name, value in maxima.items():
         what = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(what)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        if hard != resource.RLIM_INFINITY:
+            value = min(value, hard)
         try:
             resource.setrlimit(what, (value, value))
         except (OSError, ValueError):  # macOS refuses some
             pass
 
 
-# ------------------------------------------------------------------------------------------------ the audit hook
+# --------------------------------------------------------------------------------------------- the audit hook
 
 
 def watch(folder: str) -> None:
@@ -245,9 +250,10 @@ def watch(folder: str) -> None:
     def hook(event: str, args: tuple) -> None:
         if event == "open":
             path, mode, flags = args
-            changes = (
-                any(c in mode for c in "wax+") if isinstance(mode, str) else bool((flags or 0) & writing)
-            )
+            if isinstance(mode, str):
+                changes = any(c in mode for c in "wax+")
+            else:
+                changes = bool((flags or 0) & writing)
             if changes and not inside(path):
                 raise PermissionError(1, "the sandbox allows writing only in its own folder", str(path))
             if not isinstance(path, int) and realpath(fsdecode(path)).startswith("/proc"):
@@ -274,11 +280,11 @@ def watch(folder: str) -> None:
     sys.addaudithook(hook)
 
 
-# ------------------------------------------------------------------------------------------------ program and checks
+# ----------------------------------------------------------------------------------------- program and checks
 
 
 def sender(fd: int, nonce: str):
-    """How verdicts leave: signed with what the program was never told."""
+    """How verdicts leave: signed with a number the program does not know."""
     send = os.write
 
     def say(what: str, value: object) -> None:
@@ -350,7 +356,7 @@ def attempt(say, label: str, work) -> bool:
 
 
 def explain(error: BaseException) -> None:
-    """The traceback on standard error, from the program's own frames on; best effort, as memory may be gone."""
+    """The traceback on standard error, from the program's own frames on, unless memory is gone."""
     try:
         import traceback
 

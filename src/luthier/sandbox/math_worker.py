@@ -15,7 +15,7 @@ from functools import lru_cache
 
 def serve(memory_mb: int) -> None:
     """Answer until standard input ends."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is not an answer
+    answers, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
     logging.disable(logging.CRITICAL)
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
@@ -28,7 +28,8 @@ def serve(memory_mb: int) -> None:
     @lru_cache(maxsize=64)
     def read(gold: str) -> list:
         # bare LaTeX is only recognized between dollars
-        return (parsed(gold) if "$" in gold or "\\boxed" in gold else []) or parsed(f"${gold}$")
+        marked = "$" in gold or "\\boxed" in gold
+        return (marked and parsed(gold)) or parsed(f"${gold}$")
 
     resource.setrlimit(resource.RLIMIT_AS, (memory_mb << 20, memory_mb << 20))
     print("ready", file=answers, flush=True)
@@ -36,10 +37,10 @@ def serve(memory_mb: int) -> None:
         gold, text = json.loads(line)
         try:
             right = read(gold)
-            said = parsed(text)
-            verdict = (
-                (text.strip() == gold.strip() or verify(right, said, timeout_seconds=None)) if right else None
-            )
+            answer = parsed(text)
+            verdict = None
+            if right:
+                verdict = text.strip() == gold.strip() or verify(right, answer, timeout_seconds=None)
         except (Exception, RecursionError, MemoryError):
             verdict = False
         print(json.dumps(verdict), file=answers, flush=True)

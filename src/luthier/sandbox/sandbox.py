@@ -1,25 +1,19 @@
 """Runs code that a model wrote: a fresh interpreter with limits, an empty folder and no network, killed when
 late.
 
-What holds depends on the machine; `sandbox_report` asks it and says.
+What holds depends on the machine; `sandbox_report` tests it.
 
 - Everywhere (Linux, macOS): a new interpreter with the standard library alone, its own process group, a new
-  working
-  folder that is removed afterwards, an empty environment, limits on time, memory, file size and open files,
-  bounded
-  output.
+  working folder that is removed afterwards, an empty environment, limits on time, memory, file size and open
+  files, bounded output.
 - An audit hook (`sys.addaudithook`) refuses writes elsewhere, other programs, sockets, ctypes. It is a fence
-  inside
-  Python, not a security boundary: it stops accidents and the usual shortcuts; code that sets out to escape
-  can.
-  The same holds for verdicts: they stop every easy cheat, but program and checks share one interpreter.
+  inside Python, not a security boundary: it stops accidents and the usual shortcuts; code that sets out to
+  escape can. The same holds for verdicts: they stop every easy cheat, but program and checks share one
+  interpreter.
 - On Linux, where the kernel lets root or ordinary users make namespaces: no network interface at all, a
-  read-only
-  file system except for the folder (which is a small disk in memory), no sight of other processes and of the
-  home
-  folder, and all of the program's processes die with the first. Started by root, it becomes a user that
-  nobody has.
-  These are the kernel's.
+  read-only file system except for the folder (which is a small disk in memory), no sight of other processes
+  and of the home folder, and all of the program's processes die with the first. Started by root, it becomes a
+  user that nobody has. These are the kernel's.
 
 Other files that everyone may read can be read. For code from people who mean harm, run luthier in a container
 or a virtual machine without network and secrets.
@@ -72,10 +66,10 @@ def run(
 ) -> Result:
     """Run a program, then each check (Python that raises when something is wrong) among the program's names.
 
-    A check has passed only when this function was told so after it ran, on a pipe of its own and signed with
-    a number drawn for this run: an early exit, a printed "passed" and a redefined builtin pass nothing. After
-    a check that does not end, the checks behind it have failed. `packages` lets the code import what is
-    installed here.
+    A check has passed only where its verdict came after it ran, on a pipe of its own and signed with a number
+    drawn for this run: an early exit, a printed "passed" and a redefined builtin pass nothing. After a check
+    that does not end, the checks behind it have failed. `packages` lets the code import what is installed
+    here.
     """
     return _run(code, timeout=timeout, memory_mb=memory_mb, stdin=stdin, checks=checks, packages=packages)[0]
 
@@ -96,9 +90,7 @@ def cores() -> int:
 
 @cache
 def sandbox_report() -> dict[str, bool]:
-    """What the sandbox gives on this machine: the first four tried, the others as the kernel answered when
-    asked.
-    """
+    """What the sandbox gives on this machine: the first four as tested, the others as the kernel reports."""
     walls = _run("", timeout=20, memory_mb=256)[1]
     hog = run("x = bytearray(1 << 30)", timeout=20, memory_mb=256)
     late = run("while True: pass", timeout=0.3, memory_mb=256)
@@ -149,20 +141,33 @@ def _run(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     lines = verdicts.decode(errors="replace").split("\n")[:-1]  # behind the last line end is half a line
-    said = [json.loads(line[33:]) for line in lines if line.startswith(nonce + " ")]
-    stood = next((value for what, value in said if what == "walls"), {})
-    numbers = {value for what, value in said if what == "passed"}
+    stood: dict[str, bool] = {}
+    numbers, errors, ended = set(), [], False
+    for line in lines:
+        if not line.startswith(nonce + " "):
+            continue  # the program wrote it
+        what, value = json.loads(line[33:])
+        if what == "walls":
+            stood = stood or value
+        elif what == "passed":
+            numbers.add(value)
+        elif what == "error":
+            errors.append(value)
+        elif what == "end":
+            ended = ended or value is True
     passed = tuple(i in numbers for i in range(len(checks)))
-    errors = [value for what, value in said if what == "error"]
-    ended = ["end", True] in said
     reason = ""
     if late or status in (-signal.SIGXCPU, 128 + signal.SIGXCPU):
         reason = "timeout"
     elif errors:
         reason = errors[0]
     elif not ended:
-        number = -status if status < 0 else status - 128
-        reason = f"signal {number}" if status < 0 or 128 < status < 192 else f"exit {status}"
+        if status < 0:
+            reason = f"signal {-status}"
+        elif 128 < status < 192:  # the keeper's way to hand a signal on
+            reason = f"signal {status - 128}"
+        else:
+            reason = f"exit {status}"
     elif not all(passed):
         reason = "exit 0"
     return (
@@ -180,17 +185,19 @@ def _spawn(job: dict, stdin: str, packages: bool) -> tuple[int, bool, bytes, byt
     environment |= {"HOME": job["folder"], "TMPDIR": job["folder"]}
     if packages:  # a thread a core is more than the limits on processes and memory let numpy start
         environment |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    flags = ["-s", "-B", "-X", "utf8", *([] if packages else ["-S"])]
+    flags = ["-s", "-B", "-X", "utf8"]
+    if not packages:
+        flags.append("-S")
     read, write = os.pipe()
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as order:
-        given.write(stdin.encode())
+    with tempfile.TemporaryFile() as input_file, tempfile.TemporaryFile() as order:
+        input_file.write(stdin.encode())
         order.write(json.dumps(job).encode())
-        given.seek(0)
+        input_file.seek(0)
         order.seek(0)
         try:
             process = subprocess.Popen(
                 [sys.executable, *flags, CELL, str(order.fileno()), str(write)],
-                stdin=given,
+                stdin=input_file,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 env=environment,

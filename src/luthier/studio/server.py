@@ -244,7 +244,7 @@ def choosing(app: FastAPI, shelf: Shelf, looks: Any) -> None:
     def methods() -> Any:
         from luthier.recipe import catalogue
 
-        titles = {p["name"]: p["title"] for p in catalogue.known()}
+        titles = {p["name"]: p["title"] for p in catalogue.all_papers()}
         kinds = (
             "tuner",
             "objective",

@@ -262,7 +262,7 @@ class Shelf:
         words += [
             "--seeds",
             str(int(seeds)),
-            "--to",
+            "--output-dir",
             str(folder.relative_to(self.home)),
             "--metric",
             metric or "loss",

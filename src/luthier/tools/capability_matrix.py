@@ -37,7 +37,7 @@ DEPTH = 32
 
 
 def tuners() -> list[dict[str, Any]]:
-    """A row for each tuner: yes, no, or a word that says under which setting; share in percent of a Llama-7B."""
+    """A row for each tuner: yes, no, or under which setting; the trainable share of a Llama-7B in percent."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -45,7 +45,7 @@ def tuners() -> list[dict[str, Any]]:
         warnings.simplefilter("ignore", UserWarning)  # of PEFT, about tied weights and missing masks
         meta = _llama(DEPTH, "meta", **SEVEN)
         return [
-            {"name": c.name, "paper": c.paper or "", **_tried(c.name), "share": _share(c.name, meta)}
+            {"name": c.name, "paper": c.paper or "", **_abilities(c.name), "share": _share(c.name, meta)}
             for c in cards("tuner")
         ]
 
@@ -110,7 +110,7 @@ def _yes(done: Callable[[], Any]) -> str:
         return "no"
 
 
-def _tried(name: str) -> dict[str, str]:
+def _abilities(name: str) -> dict[str, str]:
     cls: Any = find("tuner", name)
     dress: Callable[[Any], Any] = _coded if "quantized_weights" in cls.requires else lambda model: model
     make: Callable[[], Any] = lambda: dress(_llama(4))

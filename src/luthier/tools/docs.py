@@ -1,6 +1,6 @@
 """The pages that follow from the declarations. `python -m luthier.tools.docs` writes those of the repository,
-`--check` fails where they differ, `--site FOLDER` writes a whole docs folder for the site, with a page for every
-method.
+`--check` fails where they differ, `--site FOLDER` writes a whole docs folder for the site, with a page for
+every method.
 
 In the repository: docs/methods/<kind>.md, docs/papers.md, docs/claims.md, and between two marks the table of
 keys in docs/recipes.md and the toy tasks in docs/practice.md. Everything else in docs/ is written by hand.
@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 
 from luthier import compat, registry
-from luthier.recipe.catalogue import known, papers
+from luthier.recipe.catalogue import all_papers, papers
 from luthier.registry.describe import settings_table
 from luthier.study.reproduce.page import page as claims_page
 
@@ -123,7 +123,8 @@ def compat_page() -> str:
     lines = [
         "# What luthier touches in other libraries",
         "",
-        "In library use every change holds for a run and is taken back at its end; the command line's own process",
+        "In library use every change holds for a run and is taken back at its end; the command line's own"
+        " process",
         "keeps them. `src/luthier/compat/` holds all of them.",
         "",
         "| library | what | why |",
@@ -136,12 +137,12 @@ def compat_page() -> str:
 def papers_page() -> str:
     """The papers of the catalogue that a method implements or a claim tries."""
     done = [p for p in papers() if p["by"]]
-    lines = ["# Papers", ""]
-    lines += [
-        (
-            f"{len(done)} of the {len(known())} papers of the catalogue are implemented or tried; `luthier"
-            " papers` lists them all."
-        ),
+    total = len(all_papers())
+    lines = [
+        "# Papers",
+        "",
+        f"{len(done)} of the {total} papers of the catalogue are implemented or tried;"
+        " `luthier papers` lists them all.",
         "",
     ]
     lines += ["| paper | family | method |", "| - | - | - |"]
@@ -225,7 +226,7 @@ def tidy(text: str) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-# ---------------------------------------------------------------------------------------------- writing and checking
+# --------------------------------------------------------------------------------------- writing and checking
 
 
 def differences(to: Path) -> Iterator[str]:

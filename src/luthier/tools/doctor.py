@@ -27,7 +27,7 @@ def examine() -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------------------------- packages
+# --------------------------------------------------------------------------------------------------- packages
 
 
 def packages() -> tuple[dict[str, str | None], dict[str, dict[str, Any]]]:
@@ -45,8 +45,8 @@ def packages() -> tuple[dict[str, str | None], dict[str, dict[str, Any]]]:
         elif name != "luthier":  # an extra made of others lists them by itself
             extras.setdefault(extra.group(1), {"have": {}, "missing": [], "install": None})
             here = extras[extra.group(1)]
-            if found := installed(name):
-                here["have"][name] = found
+            if present := installed(name):
+                here["have"][name] = present
             else:
                 here["missing"].append(name)
                 here["install"] = f"pip install 'luthier[{extra.group(1)}]'"
@@ -61,7 +61,7 @@ def installed(name: str) -> str | None:
         return None
 
 
-# ---------------------------------------------------------------------------------------------- the machine
+# ------------------------------------------------------------------------------------------------ the machine
 
 
 def machine() -> dict[str, Any]:
@@ -86,9 +86,9 @@ def bf16() -> str:
     """How the processor multiplies in bfloat16."""
     import torch
 
-    asked = {"amx": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}
-    found = [name for name, ask in asked.items() if getattr(torch.cpu, ask, lambda: False)()]
-    return ", ".join(found) or "slowly (no AMX, no AVX-512 BF16)"
+    queries = {"amx": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}
+    features = [name for name, ask in queries.items() if getattr(torch.cpu, ask, lambda: False)()]
+    return ", ".join(features) or "slowly (no AMX, no AVX-512 BF16)"
 
 
 def card(i: int) -> dict[str, Any]:
@@ -125,18 +125,18 @@ def practice() -> list[str]:
     return [f"toy:{name}" for name in models()]
 
 
-# ---------------------------------------------------------------------------------------------- in words
+# --------------------------------------------------------------------------------------------------- in words
 
 
-def told(found: dict[str, Any]) -> str:
+def summary(facts: dict[str, Any]) -> str:
     """For people."""
-    here, cpu = found["machine"], found["machine"]["cpu"]
-    lines = [f"python {found['python']} on {found['system']}", "", "installed"]
+    here, cpu = facts["machine"], facts["machine"]["cpu"]
+    lines = [f"python {facts['python']} on {facts['system']}", "", "installed"]
     lines += [
-        f"  {name:<14} {have or 'MISSING: pip install ' + name}" for name, have in found["core"].items()
+        f"  {name:<14} {have or 'MISSING: pip install ' + name}" for name, have in facts["core"].items()
     ]
     lines += ["", "extras"]
-    for name, extra in found["extras"].items():
+    for name, extra in facts["extras"].items():
         have = ", ".join(f"{k} {v}" for k, v in extra["have"].items())
         lines += [f"  {name:<14} {have or 'nothing yet'}"]
         if extra["missing"]:
@@ -160,8 +160,8 @@ def told(found: dict[str, Any]) -> str:
         "",
         "sandbox for programs that a model wrote",
     ]
-    lines += [f"  {'yes' if yes else 'no':<4} {what}" for what, yes in found["sandbox"].items()]
-    lines += ["", f"practice models: {', '.join(found['practice']) or 'none'}"]
-    switches = [f"{k}={v}" for k, v in found["hub"].items() if v]
+    lines += [f"  {'yes' if yes else 'no':<4} {what}" for what, yes in facts["sandbox"].items()]
+    lines += ["", f"practice models: {', '.join(facts['practice']) or 'none'}"]
+    switches = [f"{k}={v}" for k, v in facts["hub"].items() if v]
     lines += [f"hub: {', '.join(switches) or 'online, default cache'}"]
     return "\n".join(lines)

@@ -218,8 +218,9 @@ def calls(value: Any, name: str) -> list[dict]:
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
             raise BadRow(f"{name} holds a tool call without a name")
         arguments = opened(inner.get("arguments", {}), name)
-        kept = {k: call[k] for k in ("id",) if call.get(k) is not None}
-        read.append({"type": "function", **kept, "function": {"name": inner["name"], "arguments": arguments}})
+        identity = {k: call[k] for k in ("id",) if call.get(k) is not None}
+        function = {"name": inner["name"], "arguments": arguments}
+        read.append({"type": "function", **identity, "function": function})
     return read
 
 

@@ -156,7 +156,7 @@ function exporting(at, name, whole) {
   const command = h("code");
   const say = () => {
     to.placeholder = `exports/${name}-${kind.value}`;
-    command.textContent = shell("luthier", "export", `runs/${name}`, "--to", to.value || to.placeholder, "--as", kind.value);
+    command.textContent = shell("luthier", "export", `runs/${name}`, "--output-dir", to.value || to.placeholder, "--as", kind.value);
   };
   for (const one of [kind, to]) one.addEventListener("input", say);
   say();

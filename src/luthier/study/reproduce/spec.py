@@ -237,9 +237,9 @@ def read_claim(name: str, folder: Path | None = None) -> Claim:
 
 def check(claim: Claim) -> None:
     """Refuse what no run could make sense of; the methods that arms name are checked when it is run."""
-    from luthier.recipe.catalogue import known
+    from luthier.recipe.catalogue import all_papers
 
-    papers = [paper["name"] for paper in known()]
+    papers = [paper["name"] for paper in all_papers()]
     for row in claim.row.split():
         if row not in papers:
             raise claim.error(f"row: the catalogue has no '{row}'{did_you_mean(row, papers)}")

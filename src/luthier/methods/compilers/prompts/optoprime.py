@@ -106,7 +106,7 @@ def as_graph(trace: Sequence[Asking], texts: dict[str, Node]) -> Node:
         last = Node(
             asking.outputs,
             function=name,
-            told=description,
+            description=description,
             parents=tuple(parents),
             arguments=("instructions", *asking.inputs),
         )
@@ -183,7 +183,7 @@ class Optimizer:
         nodes = ancestors(*outputs)
         names, ends, live = names_of(nodes), {id(n) for n in outputs}, self.live()
         calls = [n for n in nodes if n.function]
-        documentation = dict.fromkeys(f"{n.function}: {n.told}" for n in calls if n.told)
+        documentation = dict.fromkeys(f"{n.function}: {n.description}" for n in calls if n.description)
         inputs = [n for n in nodes if not n.function and n.name not in live]
         earlier = self.memory[-self.settings.memory_size :] if self.settings.memory_size else []
         sections = {
