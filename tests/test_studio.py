@@ -21,8 +21,10 @@ pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 
 from luthier.cli import app as cli
+from luthier.errors import RecipeError
 from luthier.model.weight_changes import plain_matrices, weight_changes
 from luthier.report.html import script, script_hash
+from luthier.storage.failure import write_failure
 from luthier.studio.server import studio
 from luthier.studio.worker import Here, Worker
 
@@ -529,6 +531,11 @@ def test_a_dead_run_is_not_running(home, tiny):
     assert (run := client.get("/api/runs/dead").json())["state"] == "failed" and run[
         "why"
     ] == "ValueError: no"
+    write_failure(folder, RecipeError("no row is left"))  # as a run from a shell does
+    assert client.get("/api/runs/dead").json()["why"] == "no row is left"
+    (folder / "studio.json").write_text('{"pid": 0, "born": 0}')  # another attempt began after that
+    os.utime(folder / "failed.json", (1, 1))
+    assert client.get("/api/runs/dead").json()["why"] == "ValueError: no"
     (folder / "submitted.yaml").write_text("{{{{ <script>")
     assert client.get("/api/runs/dead").json()["what"] == ""
 

@@ -51,9 +51,9 @@ class Paced(Here):
     gate.set()
     ended: list[tuple[int, bool]] = []  # parts and whether it was stopped, of each answer
 
-    def ask(self, do: str, hear: Callable[[str], bool] | None = None, **how: Any) -> Any:
-        if hear is None:
-            return super().ask(do, **how)
+    def ask(self, task: str, on_part: Callable[[str], bool] | None = None, **arguments: Any) -> Any:
+        if on_part is None:
+            return super().ask(task, **arguments)
         parts = 0
         self.loading.acquire()
 
@@ -63,10 +63,10 @@ class Paced(Here):
             if parts == 1:
                 self.loading.release()
             assert parts <= FIRST or self.gate.wait(60)
-            return hear(part)
+            return on_part(part)
 
         try:
-            said = super().ask(do, paced, **how)
+            said = super().ask(task, paced, **arguments)
         finally:
             if not parts:
                 self.loading.release()
@@ -74,7 +74,7 @@ class Paced(Here):
         return said
 
 
-class Watched(server.Aloud):
+class Watched(server.AnswerStream):
     """Tells when nobody listens any more."""
 
     made: list[threading.Event] = []
@@ -89,7 +89,7 @@ def served(tmp_path_factory) -> Iterator[SimpleNamespace]:
     """A studio with two runs that are finished, one after the other, on one server for all tests here."""
     import luthier
 
-    server.Aloud, aloud = Watched, server.Aloud
+    server.AnswerStream, aloud = Watched, server.AnswerStream
     home, before = tmp_path_factory.mktemp("desk"), Path.cwd()
     rows = [{"prompt": f"{a}+{b}=", "completion": str(a + b)} for a in range(9) for b in range(9)]
     rows[0] = {"prompt": HOSTILE, "completion": HOSTILE}
@@ -121,7 +121,7 @@ def served(tmp_path_factory) -> Iterator[SimpleNamespace]:
         web.should_exit = True
         thread.join(20)
     os.chdir(before)
-    server.Aloud = aloud
+    server.AnswerStream = aloud
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 
 from luthier.data.sources import is_row
-from luthier.errors import DiskError, RecipeError, from_code
+from luthier.errors import RecipeError
 from luthier.recipe.recipe import Recipe
 from luthier.registry import KINDS, cards
 from luthier.storage import checkpoints, files
@@ -128,23 +128,6 @@ def clear(folder: Path) -> None:
 def update_state(folder: Path, **facts: Any) -> None:
     """Facts about the run into run.json."""
     files.write_json(folder / STATE, {**files.read_json(folder / STATE), **facts})
-
-
-def write_failure(folder: Path, error: Exception) -> None:
-    """Leave {code, message} in the folder of a run that failed, for whoever waits for it elsewhere."""
-    outcome = {"code": "crash", "message": f"{type(error).__name__}: {error}"}
-    if isinstance(error, RecipeError):
-        outcome = {"code": error.code, "message": str(error)}
-    with suppress(DiskError):  # a full disk may be what it failed of
-        files.write_json(folder / FAILED, outcome)
-
-
-def read_failure(folder: Path) -> RecipeError | None:
-    """What the run in this folder failed of, as its type; None where it did not, or has gone on since."""
-    if not (folder / FAILED).is_file():
-        return None
-    outcome = files.read_json(folder / FAILED)
-    return from_code(outcome["code"], outcome["message"])
 
 
 def truncate_log(path: Path, step: int) -> None:

@@ -15,9 +15,10 @@ from luthier.errors import RecipeError
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import validate
 from luthier.registry import build
-from luthier.run.folder import clear, write_failure
+from luthier.run.folder import clear
 from luthier.run.report import Report
 from luthier.storage import files
+from luthier.storage.failure import write_failure
 from luthier.storage.layout import FAILED, REPORT, STATE, run_folder, run_folders
 
 

@@ -10,11 +10,20 @@ from typing import Any
 from luthier.model.load import assemble, take_parts, tensors_of
 from luthier.model.policy import Roles
 from luthier.model.quantized_linear import describe
+from luthier.recipe.recipe import Recipe
 from luthier.recipe.schedule import schedule
+from luthier.recipe.validate import Methods
 from luthier.run import resume
 from luthier.run.caches import SharedBase, cache_hidden_states, cache_logprobs
 from luthier.run.folder import update_state
-from luthier.run.rows import EncodedRows, describe_rows, load_rows, sample_batch, writes_samples
+from luthier.run.rows import (
+    EncodedRows,
+    describe_rows,
+    load_rows,
+    sample_batch,
+    short_batches,
+    writes_samples,
+)
 from luthier.run.session import Session
 from luthier.train import checks, memory
 from luthier.train.optimizer import Chain
@@ -94,19 +103,32 @@ def _check_model(session: Session, roles: Roles, rows: list[dict]) -> dict[str, 
     return parameters
 
 
+@dataclass(frozen=True)
+class RunLength:
+    """How long a run is."""
+
+    per_step: int  # rows of a step, over all processes
+    last_row: int | None  # where the epochs end; None where the steps are counted
+    steps: int
+
+
+def run_length(recipe: Recipe, methods: Methods, rows: int, processes: int = 1) -> RunLength:
+    """From the recipe and the number of rows that can be used; no step where there is no objective."""
+    per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * processes
+    last_row, steps = None, recipe.max_steps
+    if steps is None:
+        last_row = max(1, round(rows * recipe.num_train_epochs))
+        steps = -(-last_row // per_step) * recipe.num_iterations
+    if methods.objective is None:
+        steps = 0
+    return RunLength(per_step, last_row, steps)
+
+
 def _build_trainer(session: Session, roles: Roles, rows: list[dict]) -> Trainer:
     """The training to be, and on its clock how long it is."""
     recipe, methods, clock = session.recipe, session.methods, roles.clock
-    per_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps
-    per_step *= session.accelerator.num_processes
-    last_row = None
-    if recipe.max_steps is not None:
-        clock.total = recipe.max_steps
-    else:
-        last_row = max(1, round(len(rows) * recipe.num_train_epochs))
-        clock.total = -(-last_row // per_step) * recipe.num_iterations
-    if methods.objective is None:
-        clock.total = 0
+    length = run_length(recipe, methods, len(rows), session.accelerator.num_processes)
+    clock.total = length.steps
     if session.main:
         update_state(session.folder, steps=clock.total)
     factor = schedule(recipe.lr_scheduler_type, recipe.warmup_steps, clock.total)
@@ -117,9 +139,9 @@ def _build_trainer(session: Session, roles: Roles, rows: list[dict]) -> Trainer:
         Chain(methods.chain, roles.tuner, clock, recipe.learning_rate, factor),
         methods.estimator,
         BatchSchedule(
-            per_step,
+            length.per_step,
             recipe.per_device_train_batch_size,
-            last_row,
+            length.last_row,
             methods.online_stages,
             recipe.num_iterations,
         ),
@@ -132,21 +154,18 @@ def _check_memory(session: Session, trainer: Trainer, training: EncodedRows) -> 
     """Memory predicted against what there is, before anything is trained; None where it cannot be foreseen,
     as of completions that are yet to be written. Raises OutOfMemory where not even one row would fit.
     """
-    roles, rows, stats = trainer.roles, training.rows, training.stats
+    roles, rows = trainer.roles, training.rows
     if not rows or not roles.clock.total or writes_samples(session):
         return None
-    short = sorted(rows[:16], key=lambda row: len(str(row)))[:2]  # what may not fit is not tried out
-    samples = [sample_batch(roles, short[:1]), sample_batch(roles, short)]
-    longest, micro = int(stats["longest"]), min(trainer.batches.micro, len(rows))
-    tokens = longest + round((micro - 1) * stats["row_tokens"] / len(rows))
+    micro = min(trainer.batches.micro, len(rows))
     try:
         need, sentences = memory.choose(
             roles,
             trainer.chain,
             trainer.estimator,
-            samples,
-            tokens,
-            longest,
+            short_batches(roles, rows),
+            training.micro_batch_tokens(micro),
+            int(training.stats["longest"]),
             session.recipe.gradient_checkpointing,
         )
     except (RuntimeError, MemoryError) as error:

@@ -27,6 +27,25 @@ class EncodedRows:
     rows: list[dict] = field(default_factory=list)
     stats: dict[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, usable: list[dict], stats: dict[str, Any]) -> EncodedRows:
+        """From what `architecture.encode_all` returns."""
+        return cls(
+            usable,
+            {
+                "rows": len(usable),
+                "row_tokens": stats["tokens"],
+                "supervised_share": stats["supervised"] / max(1, stats["tokens"]),
+                "longest": stats["longest"],
+                "cut": stats["cut"],
+            },
+        )
+
+    def micro_batch_tokens(self, micro: int) -> int:
+        """Tokens of a micro-batch of so many rows with the longest row among them."""
+        others = round((micro - 1) * self.stats["row_tokens"] / len(self.rows))
+        return int(self.stats["longest"]) + others
+
 
 def load_rows(session: Session, roles: Roles, checkpoint: Path | None) -> tuple[EncodedRows, EncodedRows]:
     """Rows to train on, after the stages, and held-out rows.
@@ -87,16 +106,7 @@ def _encode(
         )
     if any(row.get("completions") for row in rows):
         checks.check_supervised(len(usable), stats["supervised"], stats["tokens"])
-    return EncodedRows(
-        usable,
-        {
-            "rows": len(usable),
-            "row_tokens": stats["tokens"],
-            "supervised_share": stats["supervised"] / max(1, stats["tokens"]),
-            "longest": stats["longest"],
-            "cut": stats["cut"],
-        },
-    )
+    return EncodedRows.of(usable, stats)
 
 
 def describe_rows(session: Session, roles: Roles, training: EncodedRows) -> EncodedRows:
@@ -180,3 +190,9 @@ def sample_batch(roles: Roles, rows: list[dict]) -> Any:
             row = {**row, "completions": [roles.renderer.prompt(row)[-8:]]}
         answered.append(row)
     return roles.batch(answered)
+
+
+def short_batches(roles: Roles, rows: list[dict]) -> list[Any]:
+    """One row and two, to measure what a step takes. They are short: what may not fit is not tried out."""
+    short = sorted(rows[:16], key=lambda row: len(str(row)))[:2]
+    return [sample_batch(roles, short[:1]), sample_batch(roles, short)]

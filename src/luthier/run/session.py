@@ -24,9 +24,10 @@ from luthier.model.policy import Roles
 from luthier.recipe.recipe import Recipe
 from luthier.recipe.validate import Methods, dry_run
 from luthier.report.console import Callback
-from luthier.run.folder import open_folder, write_failure
+from luthier.run.folder import open_folder
 from luthier.run.report import Report
 from luthier.storage import files
+from luthier.storage.failure import write_failure
 from luthier.storage.layout import QUARANTINE, STATE
 from luthier.train import checks
 from luthier.version import __version__

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from luthier.errors import RecipeError
-from luthier.run.folder import read_failure
+from luthier.storage.failure import read_failure
 from luthier.storage.layout import FAILED, LOG
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@ talk, export.
 
 It holds nothing of its own. A run is a folder, started as `luthier tune` in a process of its own from a
 recipe that the page shows; whoever closes the page, or the studio, leaves the run going. `server.py` answers
-the page, `shelf.py` knows the folders, `worker.py` does what needs torch, in processes of their own, so that
+the page, `run_store.py` knows the folders, `worker.py` does what needs torch, in processes of their own, so that
 the page answers while a model is loaded.
 """
 
@@ -31,28 +31,29 @@ def serve(home: Path, port: int | None = None, tell: Callable[[str], object] = p
         raise RecipeError(f"the studio needs {error.name}: pip install 'luthier[studio]'") from None
     if not home.is_dir():
         raise RecipeError(f"there is no folder {home}")
-    with listening(port) as ear:
+    with listening(port) as server_socket:
         token = secrets.token_urlsafe(24)
-        tell(f"luthier studio: http://127.0.0.1:{ear.getsockname()[1]}/?token={token}")
+        tell(f"luthier studio: http://127.0.0.1:{server_socket.getsockname()[1]}/?token={token}")
         tell(
             "Open this address; who has it can use this machine as you. Ctrl-C ends the studio, not the runs."
         )
-        made = studio(home, token)
-        uvicorn.Server(uvicorn.Config(made, log_level="warning", server_header=False, ws="none")).run(
-            sockets=[ear]
-        )
+        config = uvicorn.Config(studio(home, token), log_level="warning", server_header=False, ws="none")
+        uvicorn.Server(config).run(sockets=[server_socket])
 
 
 def listening(port: int | None) -> socket.socket:
-    """A socket of this machine that nobody outside reaches: the port asked for, else the usual one, else a
-    free one.
+    """A listening socket of this machine that nobody outside reaches: on this port, else on the usual one,
+    else on a free one. Raises RecipeError where the port is taken.
     """
-    for wanted in (port,) if port is not None else (PORT, 0):
-        ear = socket.socket()
-        ear.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    candidates = (PORT, 0)
+    if port is not None:
+        candidates = (port,)
+    for candidate in candidates:
+        server_socket = socket.socket()
+        server_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            ear.bind(("127.0.0.1", wanted))
-            return ear
+            server_socket.bind(("127.0.0.1", candidate))
+            return server_socket
         except OSError:
-            ear.close()
+            server_socket.close()
     raise RecipeError(f"port {port} is taken; give another --port, or none")

@@ -1,6 +1,6 @@
-"""What the page asks. Every answer is JSON, every refusal the sentence that the command line would say.
+"""The routes of the page. Every answer is JSON, every refusal the sentence that the command line prints.
 
-Only this machine is listened to, and only who has the token: it comes once in the address and stays in a
+The studio answers this machine alone, and only requests with the token: it comes once in the address and stays in a
 cookie that no other site's page can send. A request under another host name (rebound DNS) or from another
 origin is refused, whatever it brings.
 """
@@ -33,16 +33,27 @@ from fastapi.responses import (
 
 from luthier.data.files import READERS
 from luthier.errors import RecipeError
-from luthier.registry import KINDS
+from luthier.registry import KINDS, module_of
 from luthier.report.html import POLICY, STATIC
-from luthier.studio.shelf import Shelf
+from luthier.studio.run_store import RunStore
 from luthier.studio.worker import Worker
 
 WEB = Path(__file__).with_name("web")
 MIME = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-NAMES = ("127.0.0.1", "localhost", "[::1]")  # under which this machine may be asked
+NAMES = ("127.0.0.1", "localhost", "[::1]")  # under which this machine answers
 COOKIE = "luthier-studio"
 LARGEST = 1 << 30  # bytes of an uploaded file
+METHOD_KINDS = (  # those that the page offers
+    "tuner",
+    "objective",
+    "optimizer",
+    "estimator",
+    "quantizer",
+    "architecture",
+    "stage",
+    "evaluator",
+    "plan",
+)
 SMALL = 4 << 20  # bytes of any other request
 Changes = Annotated[dict[str, str], Body(embed=True)]  # the fields of the form
 Word = Annotated[str, Body(embed=True)]
@@ -57,11 +68,12 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+OTHER_PAGE = "this request comes from another page: the studio answers its own"
 # of a run's own page: a report runs the script of reports and no other
 REPORT = f"{POLICY}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
-class Plain(JSONResponse):
+class FiniteJSON(JSONResponse):
     """JSON as browsers read it: what is not finite is null."""
 
     def render(self, content: Any) -> bytes:
@@ -69,15 +81,18 @@ class Plain(JSONResponse):
 
 
 def finite(x: Any) -> Any:
-    if isinstance(x, float):
-        return x if math.isfinite(x) else None
+    """A value for JSON: numbers that are not finite become None, keys become strings."""
+    if isinstance(x, float) and not math.isfinite(x):
+        return None
     if isinstance(x, Mapping):
         return {str(k): finite(v) for k, v in x.items()}
-    return [finite(v) for v in x] if isinstance(x, (list, tuple)) else x
+    if isinstance(x, (list, tuple)):
+        return [finite(v) for v in x]
+    return x
 
 
 class Guard:
-    """Around the whole application: who may ask. Nothing is read from a request that is refused."""
+    """Around the whole application: which requests are answered. Nothing is read from one that is refused."""
 
     def __init__(self, app: Any, token: str):
         self.app, self.token = app, token
@@ -86,157 +101,150 @@ class Guard:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
 
-        async def safely(message: Any) -> None:
+        async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
-                have = {k.lower() for k, _ in message["headers"]}
-                message["headers"] += [
-                    (k.lower().encode(), v.encode())
-                    for k, v in HEADERS.items()
-                    if k.lower().encode() not in have
-                ]
+                present = {name.lower() for name, _ in message["headers"]}
+                for name, value in HEADERS.items():
+                    key = name.lower().encode()
+                    if key not in present:
+                        message["headers"].append((key, value.encode()))
             await send(message)
 
-        answer = self.refusal(Request(scope)) or self.let_in(Request(scope)) or self.app
-        await answer(scope, receive, safely)
+        answer = self.refusal(Request(scope)) or self.authorize(Request(scope)) or self.app
+        await answer(scope, receive, send_with_headers)
 
     def refusal(self, request: Request) -> Response | None:
         """Other names of this machine, other origins, requests too large."""
-        host, origin = request.headers.get("host", ""), request.headers.get("origin")
+        headers, path = request.headers, request.url.path
+        host, origin = headers.get("host", ""), headers.get("origin")
         if re.sub(r":\d+$", "", host) not in NAMES:
-            return no(403, f"the studio is asked as {' or '.join(NAMES[:2])}, not as {host[:80]!r}")
+            return refuse(403, f"the studio answers under {' or '.join(NAMES[:2])}, not under {host[:80]!r}")
         if origin is not None and (urlsplit(origin).scheme != "http" or urlsplit(origin).netloc != host):
-            return no(403, "another page asked: the studio answers its own")
-        if (
-            request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none")
-            and request.url.path != "/"
-        ):
-            return no(403, "another page asked: the studio answers its own")
-        if (
-            request.method not in ("GET", "HEAD")
-            and origin is None
-            and "authorization" not in request.headers
-        ):
-            return no(
+            return refuse(403, OTHER_PAGE)
+        if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none") and path != "/":
+            return refuse(403, OTHER_PAGE)
+        if request.method not in ("GET", "HEAD") and origin is None and "authorization" not in headers:
+            return refuse(
                 403,
-                "a request that changes something says where it comes from (Origin), or brings the token as"
-                " Authorization: Bearer",
+                "a request that changes something needs the header Origin, or the token as Authorization:"
+                " Bearer",
             )
-        length = request.headers.get("content-length", "0")
-        if request.url.path != "/api/upload" and (not length.isdigit() or int(length) > SMALL):
-            return no(413, f"a request has at most {SMALL >> 20} MB; files go through the upload")
+        length = headers.get("content-length", "0")
+        if path != "/api/upload" and (not length.isdigit() or int(length) > SMALL):
+            return refuse(413, f"a request has at most {SMALL >> 20} MB; files go through the upload")
         return None
 
-    def let_in(self, request: Request) -> Response | None:
-        """The token from the address becomes a cookie; without either there is nothing to see."""
-        given = request.query_params.get("token", "")
-        if request.url.path == "/" and self.right(given):
+    def authorize(self, request: Request) -> Response | None:
+        """The token from the address becomes a cookie; without either the request is refused."""
+
+        def valid(token: str) -> bool:
+            return secrets.compare_digest(token.encode(), self.token.encode())
+
+        # studios on other ports of this machine have cookies of their own
+        cookie = f"{COOKIE}-{request.headers.get('host', '').rpartition(':')[2]}"
+        path = request.url.path
+        if path == "/" and valid(request.query_params.get("token", "")):
             answer = RedirectResponse("/", 303)
-            answer.set_cookie(cookie(request), self.token, httponly=True, samesite="strict", path="/")
+            answer.set_cookie(cookie, self.token, httponly=True, samesite="strict", path="/")
             return answer
         bearer = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if self.right(request.cookies.get(cookie(request), "")) or self.right(bearer):
+        if valid(request.cookies.get(cookie, "")) or valid(bearer):
             return None
-        words = "open the address that `luthier studio` printed: it holds the token of this studio"
-        if request.url.path.startswith("/api/"):
-            return no(401, words)
+        sentence = "open the address that `luthier studio` printed: it holds the token of this studio"
+        if path.startswith("/api/"):
+            return refuse(401, sentence)
         return HTMLResponse(
-            f"<!doctype html><meta charset=utf-8><title>luthier studio</title><p>Please {words}.</p>", 401
+            f"<!doctype html><meta charset=utf-8><title>luthier studio</title><p>Please {sentence}.</p>", 401
         )
 
-    def right(self, token: str) -> bool:
-        return secrets.compare_digest(token.encode(), self.token.encode())
 
-
-def cookie(request: Request) -> str:
-    """Studios on other ports of this machine have cookies of their own."""
-    return f"{COOKIE}-{request.headers.get('host', '').rpartition(':')[2]}"
-
-
-def no(code: int, sentence: str) -> Response:
-    return Plain({"error": sentence}, code)
+def refuse(code: int, sentence: str) -> Response:
+    return FiniteJSON({"error": sentence}, code)
 
 
 def studio(home: Path, token: str, worker: Callable[[Path], Any] = Worker) -> FastAPI:
     """The application. worker: what does the work that needs torch (`worker.Here` does it in this process)."""
-    shelf = Shelf(home)
-    looks, talks = worker(shelf.home), {"left": worker(shelf.home), "right": worker(shelf.home)}
+    store = RunStore(home)
+    recipe_worker = worker(store.home)
+    chat_workers = {"left": worker(store.home), "right": worker(store.home)}
 
     @asynccontextmanager
-    async def life(app: FastAPI):
+    async def lifespan(app: FastAPI):
         yield
-        for each in (looks, *talks.values()):
+        for each in (recipe_worker, *chat_workers.values()):
             each.end()
 
     app = FastAPI(
-        openapi_url=None, docs_url=None, redoc_url=None, default_response_class=Plain, lifespan=life
+        openapi_url=None, docs_url=None, redoc_url=None, default_response_class=FiniteJSON, lifespan=lifespan
     )
     app.add_middleware(Guard, token=token)
 
     @app.exception_handler(RecipeError)
-    async def refused(request: Request, error: Exception) -> Response:
-        return no(422, str(error))
+    async def recipe_error(request: Request, error: Exception) -> Response:
+        return refuse(422, str(error))
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: Any) -> Response:
-        return no(
-            422,
-            "; ".join(
-                f"{'.'.join(map(str, e['loc'][1:])) or 'the request'}: {e['msg']}" for e in error.errors()
-            ),
-        )
+        sentences = []
+        for problem in error.errors():
+            place = ".".join(map(str, problem["loc"][1:])) or "the request"
+            sentences.append(f"{place}: {problem['msg']}")
+        return refuse(422, "; ".join(sentences))
 
     @app.exception_handler(RuntimeError)
-    async def failed(request: Request, error: Exception) -> Response:
-        return no(500, f"this should not happen: {error}")
+    async def worker_error(request: Request, error: Exception) -> Response:
+        return refuse(500, f"this should not happen: {error}")
 
-    pages(app)
-    choosing(app, shelf, looks)
-    running(app, shelf, worker)
-    talking(app, shelf, talks)
+    add_page_routes(app)
+    add_recipe_routes(app, store, recipe_worker)
+    add_run_routes(app, store, worker)
+    add_chat_routes(app, chat_workers)
     return app
 
 
-# -------------------------------------------------------------------------------------------- the page itself
+# ------------------------------------------------------------------------------------------- the page itself
 
 
-def pages(app: FastAPI) -> None:
-    files = (*STATIC.iterdir(), *WEB.iterdir())  # charts are those of the reports
-    known = {p.name: p for p in files if p.suffix in MIME}
+def add_page_routes(app: FastAPI) -> None:
+    files = {}
+    for path in (*STATIC.iterdir(), *WEB.iterdir()):  # charts are those of the reports
+        if path.suffix in MIME:
+            files[path.name] = path
 
     @app.get("/")
     def index() -> Response:
-        return FileResponse(known["index.html"], media_type="text/html")
+        return FileResponse(files["index.html"], media_type="text/html")
 
     @app.get("/web/{name}")
-    def part(name: str) -> Response:
-        return (
-            FileResponse(known[name], media_type=MIME[known[name].suffix])
-            if name in known
-            else no(404, f"there is no {name}")
-        )
+    def file(name: str) -> Response:
+        if name not in files:
+            return refuse(404, f"there is no {name}")
+        return FileResponse(files[name], media_type=MIME[files[name].suffix])
 
 
-# ---------------------------------------------------------------------------------------------- choosing
+# -------------------------------------------------------------------------------------------------- choosing
 
 
-def choosing(app: FastAPI, shelf: Shelf, looks: Any) -> None:
+def add_recipe_routes(app: FastAPI, store: RunStore, worker: Any) -> None:
     """What a recipe is made of: methods, rows, settings, what it will cost."""
-    remembered: dict[tuple[str, str], Any] = {}
+    settings_cache: dict[tuple[str, str], Any] = {}
 
     @app.get("/api/start")
     def start() -> Any:
-        """Where this is, and what can be named without typing it."""
-        from luthier import toy as practice
+        """The folder of this studio, and the models, runs and data that its form offers."""
+        from luthier import toy
         from luthier.version import __version__
 
-        runs = [f"runs/{r['name']}" for r in shelf.listing() if r["kind"] == "run" and r["step"]]
-        models = [f"toy:{m}" for m in practice.models()]
+        runs = []
+        for run in store.runs():
+            if run["kind"] == "run" and run["step"]:
+                runs.append(f"runs/{run['name']}")
         return {
-            "home": str(shelf.home),
+            "home": str(store.home),
             "version": __version__,
-            "models": models,
+            "models": [f"toy:{model}" for model in toy.models()],
             "runs": runs,
-            "data": nearby(shelf.home),
+            "data": nearby_data(store.home),
             "ends": sorted(READERS),
         }
 
@@ -244,125 +252,115 @@ def choosing(app: FastAPI, shelf: Shelf, looks: Any) -> None:
     def methods() -> Any:
         from luthier.recipe import catalogue
 
-        titles = {p["name"]: p["title"] for p in catalogue.all_papers()}
-        kinds = (
-            "tuner",
-            "objective",
-            "optimizer",
-            "estimator",
-            "quantizer",
-            "architecture",
-            "stage",
-            "evaluator",
-            "plan",
-        )
-        found = [m for kind in kinds for m in catalogue.methods(kind)]
-        return [{**m, "titles": [titles[r] for r in m["rows"] if r in titles]} for m in found]
+        titles = {paper["name"]: paper["title"] for paper in catalogue.all_papers()}
+        answer = []
+        for kind in METHOD_KINDS:
+            for method in catalogue.methods(kind):
+                papers = [titles[row] for row in method["rows"] if row in titles]
+                answer.append({**method, "titles": papers})
+        return answer
 
     @app.get("/api/settings/{kind}/{name}")
     def settings(kind: str, name: str) -> Any:
-        from luthier.registry import module_of as known
-
         if kind != "recipe":
             if kind not in KINDS:
                 raise RecipeError(f"there is no kind '{kind}'")
-            known(kind, name)
-        if (kind, name) not in remembered:
-            remembered[kind, name] = looks.ask("settings", kind=kind, name=name)
-        return remembered[kind, name]
+            module_of(kind, name)  # refuses an unknown name
+        if (kind, name) not in settings_cache:
+            settings_cache[kind, name] = worker.ask("settings", kind=kind, name=name)
+        return settings_cache[kind, name]
 
     @app.post("/api/check")
-    def check(changes: Changes, rehearsed: Annotated[bool, Body(embed=True)] = True) -> Any:
-        return looks.ask("check", changes=changes, rehearsed=rehearsed)
+    def check(changes: Changes, read_rows: Annotated[bool, Body(embed=True)] = True) -> Any:
+        return worker.ask("check", changes=changes, read_rows=read_rows)
 
     @app.post("/api/fields")
     def fields(text: Word) -> Any:
-        return looks.ask("fields_of", text=text)
+        return worker.ask("fields_of", text=text)
 
     @app.post("/api/look")
     def look(changes: Changes, offset: Annotated[int, Body(embed=True, ge=0)] = 0) -> Any:
-        return looks.ask("look", changes=changes, offset=offset)
+        return worker.ask("look", changes=changes, offset=offset)
 
     @app.post("/api/forecast")
     def forecast(changes: Changes) -> Any:
-        return looks.ask("forecast", changes=changes)
+        return worker.ask("forecast", changes=changes)
 
     @app.post("/api/upload")
     async def upload(name: str, request: Request) -> Any:
         """A file of rows into home/uploads, under its own name made harmless, beside what is in it."""
         safe = re.sub(r"[^\w.-]+", "-", name.replace("\\", "/").rpartition("/")[2])[-80:].lstrip(".-")
-        if not any(safe.endswith(end) for end in READERS) and not safe.endswith(".gz"):
+        if not safe.endswith((*READERS, ".gz")):
             raise RecipeError(
                 f"{safe or 'this file'} is of no kind that is read here (there is: {', '.join(READERS)})"
             )
-        folder, mark, size = shelf.home / "uploads", hashlib.sha256(), 0
+        folder, digest, size = store.home / "uploads", hashlib.sha256(), 0
         folder.mkdir(exist_ok=True)
-        beside = folder / f".{secrets.token_hex(8)}.part"
+        partial = folder / f".{secrets.token_hex(8)}.part"
         try:
-            with open(beside, "wb") as file:
-                async for some in request.stream():
-                    size += len(some)
+            with open(partial, "wb") as file:
+                async for chunk in request.stream():
+                    size += len(chunk)
                     if size > LARGEST:
                         raise RecipeError(f"{safe} has more than {LARGEST >> 30} GB; give its path instead")
-                    mark.update(some)
-                    await asyncio.to_thread(file.write, some)
-            path = folder / f"{mark.hexdigest()[:8]}-{safe}"
-            beside.replace(path)
+                    digest.update(chunk)
+                    await asyncio.to_thread(file.write, chunk)
+            path = folder / f"{digest.hexdigest()[:8]}-{safe}"
+            partial.replace(path)
         finally:
-            beside.unlink(missing_ok=True)
-        return {"path": str(path.relative_to(shelf.home)), "bytes": size}
+            partial.unlink(missing_ok=True)
+        return {"path": str(path.relative_to(store.home)), "bytes": size}
 
 
-def nearby(home: Path, most: int = 60) -> list[str]:
-    """Files of rows near here, and the practice worlds."""
-    from luthier import toy as practice
+def nearby_data(home: Path, limit: int = 60) -> list[str]:
+    """Files of rows in the folder and one below, and the toy tasks."""
+    from luthier import toy
 
-    ends = tuple(e for e in READERS if e not in (".txt", ".md"))
-    found = [
-        p for pattern in ("*", "*/*") for p in home.glob(pattern) if p.name.endswith(ends) and p.is_file()
-    ]
-    shown = [
-        str(p.relative_to(home))
-        for p in sorted(found)
-        if not {"runs", "exports"} & {*p.relative_to(home).parts}
-    ]
-    shown = [p for p in shown if not p.startswith(".") and "/." not in p]
-    return shown[:most] + [f"toy:{world}" for world in practice.worlds()]
-
-
-# ---------------------------------------------------------------------------------------------- running
+    endings = tuple(ending for ending in READERS if ending not in (".txt", ".md"))
+    paths = []
+    for path in sorted([*home.glob("*"), *home.glob("*/*")]):
+        parts = path.relative_to(home).parts
+        if not path.name.endswith(endings) or not path.is_file():
+            continue
+        if {"runs", "exports"} & {*parts} or any(part.startswith(".") for part in parts):
+            continue
+        paths.append(str(path.relative_to(home)))
+    return paths[:limit] + [f"toy:{task}" for task in toy.worlds()]
 
 
-def running(app: FastAPI, shelf: Shelf, worker: Callable[[Path], Any]) -> None:
-    """Run folders: what is there, starting, stopping, going on, comparing, exporting."""
+# --------------------------------------------------------------------------------------------------- running
+
+
+def add_run_routes(app: FastAPI, store: RunStore, worker: Callable[[Path], Any]) -> None:
+    """Run folders: what is there, starting, stopping, resuming, comparing, exporting."""
 
     @app.get("/api/runs")
-    def listing() -> Any:
-        return shelf.listing()
+    def runs() -> Any:
+        return store.runs()
 
     @app.post("/api/runs")
     def begin(name: Word, text: Word) -> Any:
-        return shelf.begin(name, text)
+        return store.begin(name, text)
 
     @app.get("/api/runs/{name}")
-    def whole(name: str) -> Any:
-        return shelf.whole(name)
+    def run(name: str) -> Any:
+        return store.describe(name)
 
     @app.get("/api/runs/{name}/live")
     def live(name: str, since: int = 0, mark: str = "") -> Any:
-        return {"run": shelf.brief(name), **shelf.metrics(name, max(0, since), mark)}
+        return {"run": store.summary(name), **store.metrics(name, max(0, since), mark)}
 
     @app.post("/api/runs/{name}/stop")
     def stop(name: str) -> Any:
-        return shelf.stop(name)
+        return store.stop(name)
 
     @app.post("/api/runs/{name}/resume")
     def resume(name: str) -> Any:
-        return shelf.go_on(name)
+        return store.resume(name)
 
     @app.post("/api/runs/{name}/remove")
     def remove(name: str) -> Any:
-        shelf.remove(name)
+        store.remove(name)
         return {}
 
     @app.post("/api/compare")
@@ -373,30 +371,31 @@ def running(app: FastAPI, shelf: Shelf, worker: Callable[[Path], Any]) -> None:
         budget: Word = "",
         metric: Word = "loss",
     ) -> Any:
-        return shelf.compare(name, runs, seeds, budget, metric)
+        return store.compare(name, runs, seeds, budget, metric)
 
     @app.post("/api/runs/{name}/export")
     def export(name: str, kind: Word, to: Word = "") -> Any:
-        folder = shelf.folder(name).relative_to(shelf.home)
-        where = to or f"exports/{name}-{kind}"
-        hands = worker(shelf.home)  # a process of its own: its models go with it
+        folder = store.folder(name).relative_to(store.home)
+        target = to or f"exports/{name}-{kind}"
+        exporter = worker(store.home)  # a process of its own: its models go with it
         try:
-            return {"to": where, "said": hands.ask("export", folder=str(folder), kind=kind, to=where)}
+            sentence = exporter.ask("export", folder=str(folder), kind=kind, to=target)
         finally:
-            hands.end()
+            exporter.end()
+        return {"to": target, "said": sentence}
 
     @app.get("/runs/{name}/report.html")
     def report(name: str) -> Response:
-        path = shelf.folder(name) / "report.html"
+        path = store.folder(name) / "report.html"
         if not path.is_file():
-            return no(404, f"{name} has no report yet")
+            return refuse(404, f"{name} has no report yet")
         return FileResponse(path, media_type="text/html", headers={"Content-Security-Policy": REPORT})
 
 
-# ---------------------------------------------------------------------------------------------- talking
+# --------------------------------------------------------------------------------------------------- talking
 
 
-def talking(app: FastAPI, shelf: Shelf, talks: Mapping[str, Any]) -> None:
+def add_chat_routes(app: FastAPI, workers: Mapping[str, Any]) -> None:
     @app.post("/api/say/{side}")
     async def say(
         side: str,
@@ -407,56 +406,58 @@ def talking(app: FastAPI, shelf: Shelf, talks: Mapping[str, Any]) -> None:
         temperature: Annotated[float, Body(ge=0)] = 0.0,
         seed: Annotated[int, Body()] = 0,
     ) -> Any:
-        if side not in talks:
+        if side not in workers:
             raise RecipeError(f"there is no side '{side}'")
-        how = {
-            "model": model,
-            "text": text,
-            "before": before,
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "seed": seed,
-        }
-        return await aloud(talks[side], "say", **how)
+        return await stream(
+            workers[side],
+            "say",
+            model=model,
+            text=text,
+            before=before,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=seed,
+        )
 
 
-class Aloud(StreamingResponse):
-    """An answer while it grows. Where nobody listens any more, it ends, and who gives it is free for the next
-    question.
+class AnswerStream(StreamingResponse):
+    """An answer while it grows. When the browser closes the connection, generation stops, and the worker is
+    free for the next question.
     """
 
-    def __init__(self, lines: AsyncIterator[str], gone: threading.Event):
+    def __init__(self, lines: AsyncIterator[str], closed: threading.Event):
         super().__init__(lines, media_type="application/x-ndjson")
-        self.gone = gone
+        self.closed = closed
 
     async def __call__(self, *asgi: Any) -> None:
         try:
             await super().__call__(*asgi)
         finally:
-            self.gone.set()
+            self.closed.set()
 
 
-async def aloud(worker: Any, do: str, **how: Any) -> Response:
-    """Lines {"part": ...}, then {"is": ...} or {"error": ...}. What goes wrong before the first part is
-    raised, as anywhere.
+async def stream(worker: Any, task: str, **arguments: Any) -> Response:
+    """Lines {"part": ...}, then {"is": ...} or {"error": ...}. An error before the first part is raised, as
+    anywhere.
     """
-    said, gone, loop = asyncio.Queue[dict[str, Any]](), threading.Event(), asyncio.get_running_loop()
+    queue, closed = asyncio.Queue[dict[str, Any]](), threading.Event()
+    loop = asyncio.get_running_loop()
 
     def put(line: dict[str, Any]) -> None:
-        loop.call_soon_threadsafe(said.put_nowait, line)
+        loop.call_soon_threadsafe(queue.put_nowait, line)
 
-    def hear(part: str) -> bool:
+    def on_part(part: str) -> bool:
         put({"part": part})
-        return gone.is_set()
+        return closed.is_set()
 
     def work() -> None:
         try:
-            put({"is": worker.ask(do, hear, **how)})
+            put({"is": worker.ask(task, on_part, **arguments)})
         except (RecipeError, RuntimeError) as error:
             put({"error": error})
 
     threading.Thread(target=work, daemon=True).start()
-    first = await said.get()
+    first = await queue.get()
     if "error" in first:
         raise first["error"]
 
@@ -464,7 +465,7 @@ async def aloud(worker: Any, do: str, **how: Any) -> Response:
         line = first
         while "part" in line:
             yield json.dumps(line) + "\n"
-            line = await said.get()
+            line = await queue.get()
         yield json.dumps(line, default=str) + "\n"
 
-    return Aloud(lines(), gone)
+    return AnswerStream(lines(), closed)

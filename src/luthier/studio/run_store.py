@@ -1,0 +1,457 @@
+"""The run folders of a place: what each is, whether a process runs in it, and how one is started, stopped,
+resumed and compared.
+
+All of it is read from the folder each time, so that pages, tabs and shells agree. A folder that the studio
+began also holds submitted.yaml (the recipe as it was submitted; asked.yaml in version 0.1), console.log (the
+command's output) and studio.json (which process it is).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from luthier.errors import RecipeError
+from luthier.report.numbers import cost, generations, metric_rows
+from luthier.storage import files
+from luthier.storage.failure import read_failure
+from luthier.storage.layout import FAILED, run_folders
+
+# any of them makes a folder a run's
+MARKS = ("run.json", "submitted.yaml", "asked.yaml", "study.json", "report.json")
+NAME = r"[A-Za-z0-9][\w.+-]{0,120}"
+CHUNK = 1 << 20  # bytes of metrics.jsonl in one answer
+TAIL = 8000  # characters of a log in an answer
+ANSWERS = 40  # generations in an answer
+PATIENCE = 10.0  # seconds after Ctrl-C until a run is terminated
+
+# A run reacts to interrupts whatever the studio was started by: what a shell puts into the background ignores
+# them, and its children would.
+COMMAND = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from luthier.cli import main;"
+    " main()"
+)
+
+
+class RunStore:
+    """The folders `home/runs/*`. Names are those of the folders, never paths."""
+
+    def __init__(self, home: Path):
+        self.home = home.resolve()
+        self.folders = self.home / "runs"
+        # children of this process, so that they can be waited for
+        self.children: dict[str, subprocess.Popen] = {}
+
+    # ------------------------------------------------------------------------------------------ reading
+
+    def place(self, name: str) -> Path:
+        """Where a run of this name is or would be. Refuses what is not a plain name: a path stays where the
+        user pointed.
+        """
+        if not isinstance(name, str) or not re.fullmatch(NAME, name):
+            raise RecipeError(f"'{name}' is no name for a run: letters, digits and - _ . +")
+        return self.folders / name
+
+    def folder(self, name: str) -> Path:
+        """The folder of a run that is there."""
+        path = self.place(name)
+        if not is_run(path):
+            raise RecipeError(f"there is no run {name} in {self.folders}")
+        return path
+
+    def runs(self) -> list[dict[str, Any]]:
+        """A summary of every run, the latest first."""
+        summaries = []
+        if self.folders.is_dir():
+            for path in self.folders.iterdir():
+                if is_run(path) and re.fullmatch(NAME, path.name):
+                    summaries.append(self.summary(path.name))
+        return sorted(summaries, key=lambda summary: -summary["changed"])
+
+    def summary(self, name: str) -> dict[str, Any]:
+        """What it is, its step and state, and why it ended if it did not finish."""
+        folder = self.folder(name)
+        pid = self.process(name)  # first: once it has ended, the end of its log is there
+        state, output = read_json(folder / "run.json"), log(folder)
+        comparison = (folder / "study.json").is_file() or (folder / "arms").is_dir()
+        result = "comparison.json" if comparison else "report.json"
+        finished = (folder / result).is_file() and (not state or bool(state.get("finished")))
+        at = folder if state else current_run(folder)
+        status, reason = "stopped", ""
+        if pid:
+            status = "running"
+            if not comparison and not (at / "before.json").is_file():
+                status = "starting"
+        elif finished:
+            status = "finished"
+        else:
+            reason = why_ended(folder, output)
+            if reason and not reason.startswith("stopped"):
+                status = "failed"
+        return {
+            "name": name,
+            "kind": "comparison" if comparison else "run",
+            "state": status,
+            "why": reason,
+            "step": last_step(at / "metrics.jsonl"),
+            "steps": (read_json(at / "run.json") or {}).get("steps"),
+            "act": at.name if at != folder else "",
+            "what": title(folder),
+            "doing": output.strip().rsplit("\n", 1)[-1] if pid else "",
+            "report": (folder / "report.html").is_file(),
+            "changed": last_change(folder),
+        }
+
+    def describe(self, name: str) -> dict[str, Any]:
+        """A run with its recipe, output, metrics and generations, as far as they are there."""
+        folder = self.folder(name)
+        recipe, command = recipe_in(folder), self.command(name)
+        exports = []
+        for path in sorted((self.home / "exports").glob(f"{name}-*")):
+            if path.is_dir():
+                exports.append(str(path.relative_to(self.home)))
+        comparison = read_json(folder / "comparison.json") or {}
+        arms = {}
+        for arm, outcome in (comparison.get("arms") or {}).items():
+            if outcome["runs"]:
+                arms[arm] = Path(outcome["runs"][0]).name
+        report = read_json(folder / "report.json")
+        if report:
+            measured = Measured(report["before"], report["after"], report["stats"])
+            at, notes = self.home / report["folder"], report["notes"]
+            writes = report["stats"].get("writes", False)
+        else:
+            before = read_json(folder / "before.json") or {}
+            measured = Measured(before, last_metrics(folder / "metrics.jsonl"), {})
+            at, notes, writes = folder, [], True
+        return {
+            **self.summary(name),
+            "recipe": recipe.read_text(encoding="utf-8") if recipe else "",
+            "command": shlex.join(["luthier", *command]) if command else "",
+            "log": log(folder),
+            "exports": exports,
+            "sentence": comparison.get("sentence", ""),
+            "arms": arms,
+            "numbers": [asdict(row) for row in metric_rows(measured)],
+            "cost": list(cost(measured.stats)),
+            "notes": notes,
+            "writes": writes,
+            "answers": generations(at)[:ANSWERS],
+        }
+
+    def metrics(self, name: str, since: int, mark: str) -> dict[str, Any]:
+        """Lines of metrics.jsonl from this byte on. A resumed run writes a new file: then from its beginning.
+
+        mark: of the file that was read before, from the previous answer.
+        """
+        folder = self.folder(name)
+        if not (folder / "run.json").is_file():
+            folder = current_run(folder)
+        path = folder / "metrics.jsonl"
+        if not path.is_file():
+            return {"lines": [], "next": 0, "mark": "", "anew": bool(mark)}
+        with open(path, "rb") as file:
+            current = f"{folder.name}/{os.fstat(file.fileno()).st_ino}"
+            if mark != current:
+                since = 0
+            file.seek(since)
+            chunk = file.read(CHUNK)
+        chunk = chunk[: chunk.rfind(b"\n") + 1]  # the last line may be being written
+        return {
+            "lines": parse_lines(chunk),
+            "next": since + len(chunk),
+            "mark": current,
+            "anew": mark != current,
+        }
+
+    # ------------------------------------------------------------------------------------------ processes
+
+    def process(self, name: str) -> int | None:
+        """The process that runs in this folder: the one that its lock names, or the one that the studio has
+        just started.
+        """
+        if child := self.children.get(name):
+            if child.poll() is None:
+                return child.pid
+            del self.children[name]
+        folder = self.place(name)
+        lock = folder / ".lock"
+        if lock.is_file():
+            holder = lock.read_text(encoding="ascii", errors="replace")
+            # a process that is younger than the lock has only the same number
+            if holder.isdigit() and (born := birth(int(holder))) and born <= lock.stat().st_mtime + 1:
+                return int(holder)
+        started = read_json(folder / "studio.json")
+        if started and birth(started["pid"]) == started["born"]:
+            return started["pid"]
+        return None
+
+    def begin(self, name: str, text: str) -> dict[str, Any]:
+        """Start a recipe as `luthier tune runs/NAME/submitted.yaml output_dir=runs/NAME`."""
+        folder = self.place(name)
+        if is_run(folder):
+            raise RecipeError(f"{folder.relative_to(self.home)} is there already; give this run another name")
+        files.write_text(folder / "submitted.yaml", text)
+        return self.resume(name)
+
+    def resume(self, name: str) -> dict[str, Any]:
+        """The same command again: a run that was stopped goes on from its last checkpoint."""
+        folder = self.folder(name)
+        if self.process(name):
+            raise RecipeError(f"another process is running in {folder}")
+        command = self.command(name)
+        if not command:
+            raise RecipeError(f"{folder} holds no recipe to resume from; run the command again that began it")
+        self.spawn(name, command)
+        return self.summary(name)
+
+    def command(self, name: str) -> list[str]:
+        """The arguments of `luthier` that began a run and resume it; none where its folder holds no recipe."""
+        folder = self.place(name)
+        if (folder / "arms.json").is_file():
+            return files.read_json(folder / "arms.json")
+        recipe = recipe_in(folder)
+        if recipe is None:
+            return []
+        return ["tune", str(recipe.relative_to(self.home)), f"output_dir={folder.relative_to(self.home)}"]
+
+    def compare(self, name: str, runs: Sequence[str], seeds: int, budget: str, metric: str) -> dict[str, Any]:
+        """`luthier compare` of the recipes of some runs."""
+        folder = self.place(name)
+        target = str(folder.relative_to(self.home))
+        if folder.exists():
+            raise RecipeError(f"{target} is there already; give this comparison another name")
+        if len(set(runs)) < 2:
+            raise RecipeError("a comparison needs two recipes or more, or --tuners a,b,c")
+        texts = {}
+        for run in runs:
+            source = recipe_in(self.folder(run))
+            if source is None:
+                raise RecipeError(f"{run} holds no recipe to compare")
+            keys = yaml.safe_load(source.read_text(encoding="utf-8"))
+            keys.pop("output_dir", None)
+            texts[run] = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True)
+        command, submitted = ["compare"], []
+        for run, text in texts.items():
+            path = folder / "arms" / f"{run}.yaml"
+            files.write_text(path, text)
+            command.append(str(path.relative_to(self.home)))
+            submitted.append(f"# {run}\n{text}\n")
+        command += ["--seeds", str(int(seeds)), "--output-dir", target, "--metric", metric or "loss"]
+        if budget:
+            command += ["--budget", budget]
+        files.write_json(folder / "arms.json", command)
+        files.write_text(folder / "submitted.yaml", "".join(submitted))
+        self.spawn(name, command)
+        return self.summary(name)
+
+    def spawn(self, name: str, command: Sequence[str]) -> None:
+        """A process of its own, in a session of its own: it outlives the studio."""
+        folder = self.place(name)
+        with open(folder / "console.log", "wb") as output:
+            child = subprocess.Popen(
+                [sys.executable, "-c", COMMAND, *command],
+                cwd=self.home,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.children[name] = child
+        files.write_json(folder / "studio.json", {"pid": child.pid, "born": birth(child.pid)})
+
+    def stop(self, name: str) -> dict[str, Any]:
+        """As Ctrl-C does; a process that ignores interrupts is terminated: the last checkpoint stays."""
+        pid = self.process(name)
+        if pid is None:
+            raise RecipeError(f"nothing is running in {self.folder(name)}")
+        process = psutil.Process(pid)
+        born, group = process.create_time(), [process]
+        if name in self.children or read_json(self.place(name) / "studio.json"):
+            group += process.children(recursive=True)
+
+        def terminate_later() -> None:
+            end = time.monotonic() + PATIENCE
+            while time.monotonic() < end and birth(pid) == born:
+                time.sleep(0.2)
+            for member in group:
+                with suppress(psutil.NoSuchProcess):
+                    member.terminate()
+
+        for member in group:
+            with suppress(psutil.NoSuchProcess):
+                member.send_signal(signal.SIGINT)
+        threading.Thread(target=terminate_later, daemon=True).start()
+        return self.summary(name)
+
+    def remove(self, name: str) -> None:
+        """Delete a run's folder, for good."""
+        folder = self.folder(name)
+        if self.process(name):
+            raise RecipeError(f"{name} is running; stop it first")
+        shutil.rmtree(folder)
+
+
+# --------------------------------------------------------------------------------------------------- folders
+
+
+@dataclass(frozen=True)
+class Measured:
+    """As much of a report as its metrics are made from."""
+
+    before: dict
+    after: dict
+    stats: dict
+
+
+def is_run(folder: Path) -> bool:
+    return any((folder / mark).is_file() for mark in MARKS)
+
+
+def current_run(folder: Path) -> Path:
+    """The last run of a plan; the folder itself where it is none."""
+    runs = run_folders(folder)
+    if not runs:
+        return folder
+    return runs[-1]
+
+
+def birth(pid: int) -> float | None:
+    """When a living process began; a number may be another process's by now."""
+    try:
+        process = psutil.Process(pid)
+        if process.status() == psutil.STATUS_ZOMBIE:
+            return None
+        return process.create_time()
+    except psutil.Error:
+        return None
+
+
+def last_change(folder: Path) -> float:
+    """When a run wrote last, in seconds since 1970."""
+    latest = 0.0
+    for name in (*MARKS, "metrics.jsonl", "console.log"):
+        path = folder / name
+        if path.is_file():
+            latest = max(latest, path.stat().st_mtime)
+    return latest
+
+
+def recipe_in(folder: Path) -> Path | None:
+    """The recipe as it was submitted, or as the run wrote it."""
+    for name in ("submitted.yaml", "asked.yaml", "recipe.yaml"):
+        path = folder / name
+        if path.is_file():
+            return path
+    return None
+
+
+def read_json(path: Path) -> Any:
+    """None where it is not there or not whole."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def parse_lines(text: bytes) -> list[dict]:
+    """Lines of a log. Those that are cut short are left out; a number that JSON has no word for is None."""
+    entries = []
+    for line in text.splitlines():
+        try:
+            entry = json.loads(line, parse_constant=lambda _: None)
+        except ValueError:
+            continue
+        if entry and isinstance(entry, dict):
+            entries.append(entry)
+    return entries
+
+
+def log(folder: Path) -> str:
+    """The end of the command's output."""
+    path = folder / "console.log"
+    if not path.is_file():
+        return ""
+    return path.read_bytes()[-TAIL:].decode("utf-8", "replace")
+
+
+def why_ended(folder: Path, output: str) -> str:
+    """Why a command ended: as its run wrote down, or the sentence after `luthier:`, or the last line of a
+    traceback. output: the end of its log.
+    """
+    started, failed = folder / "studio.json", folder / FAILED
+    # what is older than the last start of the studio is of an earlier attempt
+    if failed.is_file() and not (started.is_file() and failed.stat().st_mtime < started.stat().st_mtime):
+        if failure := read_failure(folder):
+            return str(failure)
+    lines = [line for line in output.strip().splitlines() if line.strip()]
+    for line in reversed(lines):
+        if line.startswith("luthier: "):
+            return line.removeprefix("luthier: ")
+    if lines and lines[-1].strip() == "KeyboardInterrupt":
+        return "stopped before it began; the same command begins it"
+    if lines and "Traceback (most recent call last)" in output:
+        return lines[-1]
+    return ""
+
+
+def last_step(path: Path) -> int:
+    """The step of the last whole line."""
+    if not path.is_file():
+        return 0
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - 20_000))
+        entries = parse_lines(file.read())
+    if not entries:
+        return 0
+    return int(entries[-1].get("step", 0))
+
+
+def last_metrics(path: Path) -> dict[str, float]:
+    """The latest value of each metric that is measured during a run."""
+    latest: dict[str, float] = {}
+    if path.is_file():
+        for entry in parse_lines(path.read_bytes()):
+            for key, value in entry.items():
+                if key.startswith("eval_") and value is not None:
+                    latest[key.removeprefix("eval_")] = value
+    return latest
+
+
+def title(folder: Path) -> str:
+    """'toy:lm, lora, sft' of a run, the arms of a comparison."""
+    if (folder / "arms").is_dir():
+        return " / ".join(sorted(path.stem for path in (folder / "arms").glob("*.yaml")))
+    recipe, keys = recipe_in(folder), None
+    if recipe:
+        with suppress(yaml.YAMLError, OSError):
+            keys = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    if not isinstance(keys, Mapping):
+        return ""
+
+    def name(method: Any) -> str:
+        if isinstance(method, list):
+            return " + ".join(map(name, method))
+        if isinstance(method, Mapping):
+            return str(method.get("name", ""))
+        return str(method)
+
+    names = [name(keys.get("model") or "toy:lm")]
+    names += [name(keys.get("tuner") or "lora"), name(keys.get("objective") or "sft")]
+    return ", ".join(filter(None, names))
