@@ -3,8 +3,8 @@ talk, export.
 
 It holds nothing of its own. A run is a folder, started as `luthier tune` in a process of its own from a
 recipe that the page shows; whoever closes the page, or the studio, leaves the run going. `server.py` answers
-the page, `run_store.py` knows the folders, `worker.py` does what needs torch, in processes of their own, so that
-the page answers while a model is loaded.
+the page, `run_store.py` reads the folders and starts runs, `worker.py` does what needs torch, in processes of
+their own, so that the page answers while a model is loaded.
 """
 
 from __future__ import annotations
