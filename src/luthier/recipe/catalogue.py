@@ -1,9 +1,9 @@
-"""What there is: methods, papers and who implements them, and what a recipe means. Nothing here imports a
-network.
+"""The catalogue: methods, papers and which methods implement them, and what a recipe resolves to. Nothing
+here imports a network.
 
 `papers.json` holds the short name, title, kind and family of every paper of the catalogue. `write_papers`
-makes it from a jsonl file that has these columns among others. Who implements a paper is never written down:
-each method's declaration says it (`row="ssf"`), and it is read from there.
+makes it from a jsonl file that has these columns among others. Which method implements a paper is read from
+the declarations (`row="ssf"`).
 """
 
 from __future__ import annotations
@@ -34,66 +34,55 @@ def methods(kind: str | None = None) -> list[dict[str, Any]]:
     """Every method, or those of a kind, from the declarations."""
     if kind:
         names(kind)  # an unknown kind is refused with the nearest one
-    return [
-        {
-            "kind": c.kind,
-            "name": c.name,
-            "paper": c.paper,
-            "rows": list(c.rows),
-            "requires": sorted(c.requires),
-            "provides": sorted(c.provides),
-            "summary": c.summary,
+    listing = []
+    for card in cards(kind):
+        method = {
+            "kind": card.kind,
+            "name": card.name,
+            "paper": card.paper,
+            "rows": list(card.rows),
+            "requires": sorted(card.requires),
+            "provides": sorted(card.provides),
+            "summary": card.summary,
         }
-        for c in cards(kind)
-    ]
+        listing.append(method)
+    return listing
 
 
 def pages(name: str, kind: str | None = None) -> list[str]:
-    """What the docs say of each method of this name."""
-    means = {
-        short: meaning
-        for slot, short_for in NAMES.items()
-        if kind in (None, METHOD_KEYS[slot])
-        for short, meaning in short_for.items()
-    }.get(name)
-    if means:
-        of = means if isinstance(means, str) else means["name"]
-        whole = (
-            means
-            if isinstance(means, str)
-            else "{" + ", ".join(f"{k}: {format_value(v)}" for k, v in means.items()) + "}"
-        )
-        return [f"`{name}` is short for `{whole}`.\n", *pages(of, kind)]
-    matches = [c for c in cards(kind) if c.name == name]
-    if not matches:
-        every = {c.name for c in cards(kind)}
-        raise RecipeError(f"there is no {kind or 'method'} '{name}'{did_you_mean(name, every)}")
-    return [page(find(c.kind, c.name)).replace(r"\|", "|") for c in matches]
+    """The documentation of each method of this name. Raises RecipeError where there is none."""
+    for key, aliases in NAMES.items():
+        if name not in aliases or kind not in (None, METHOD_KEYS[key]) or not aliases[name]:
+            continue
+        meaning = aliases[name]
+        if isinstance(meaning, str):
+            return [f"`{name}` is short for `{meaning}`.\n", *pages(meaning, kind)]
+        settings = ", ".join(f"{k}: {format_value(v)}" for k, v in meaning.items())
+        return [f"`{name}` is short for `{{{settings}}}`.\n", *pages(meaning["name"], kind)]
+    texts = []
+    other_names = set()
+    for card in cards(kind):
+        if card.name == name:
+            texts.append(page(find(card.kind, card.name)).replace(r"\|", "|"))
+        other_names.add(card.name)
+    if not texts:
+        raise RecipeError(f"there is no {kind or 'method'} '{name}'{did_you_mean(name, other_names)}")
+    return texts
 
 
 def papers(word: str | None = None) -> list[dict[str, Any]]:
-    """The papers of the catalogue whose name, title, kind, family or method holds `word`; `by`: who
-    implements each.
+    """The papers of the catalogue whose name, title, kind, family or method contains `word`; `by`: the
+    methods that implement each.
     """
-    by = implemented()
-    matches = [
-        {
-            "row": p["name"],
-            "title": p["title"],
-            "kind": p["kind"],
-            "family": p["family"],
-            "by": by.get(p["name"], []),
-        }
-        for p in all_papers()
-    ]
-    if not word:
-        return matches
-    sought = word.lower()
-    return [
-        p
-        for p in matches
-        if sought in " ".join([p["row"], p["title"], p["kind"], p["family"], *p["by"]]).lower()
-    ]
+    implementers = implemented()
+    matches = []
+    for paper in all_papers():
+        name, title, kind, family = (paper[column] for column in COLUMNS)
+        by = implementers.get(name, [])
+        text = " ".join([name, title, kind, family, *by])
+        if not word or word.lower() in text.lower():
+            matches.append({"row": name, "title": title, "kind": kind, "family": family, "by": by})
+    return matches
 
 
 @cache
@@ -112,8 +101,9 @@ def implemented() -> dict[str, list[str]]:
             by[row].append(f"{c.kind}/{c.name}")
     for path in sorted(claims_folder().glob("*.yaml")):
         claim = yaml.safe_load(path.read_text(encoding="utf-8"))
-        rows = claim.get("row") if isinstance(claim, dict) else None
-        for row in str(rows or "").split():
+        if not isinstance(claim, dict):
+            continue
+        for row in str(claim.get("row") or "").split():
             by[row].append(f"claim/{path.stem}")
     return dict(by)
 
@@ -121,14 +111,19 @@ def implemented() -> dict[str, list[str]]:
 def claims_folder() -> Path:
     """benchmarks/claims below the working directory, else in the clone that this package is run from."""
     folder = Path("benchmarks/claims")
-    return folder if folder.is_dir() else Path(__file__).resolve().parents[3] / folder
+    if folder.is_dir():
+        return folder
+    return Path(__file__).resolve().parents[3] / folder
 
 
 def write_papers(source: Path) -> int:
-    """Make papers.json anew from a jsonl file of the catalogue; how many papers it holds."""
-    with open(source, encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file if line.strip()]
-    lines = [json.dumps({k: row[k] for k in COLUMNS}, ensure_ascii=False) for row in rows]
+    """Write papers.json from a jsonl file of the catalogue; how many papers it holds."""
+    lines = []
+    for line in source.read_text(encoding="utf-8").split("\n"):
+        if line.strip():
+            row = json.loads(line)
+            paper = {column: row[column] for column in COLUMNS}
+            lines.append(json.dumps(paper, ensure_ascii=False))
     PAPERS.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
     return len(lines)
 
@@ -150,11 +145,10 @@ class Value:
 
 
 def explain(source: Any, changes: Sequence[str] = ()) -> tuple[list[Value], tuple[str, ...]]:
-    """Every value a recipe comes to and where it was said, and what was understood differently from how it
-    was written.
+    """Every resolved value of a recipe with its origin, and a note for each key that is read as another one.
 
-    The methods it names are built and checked, so a recipe that is explained is not refused for a setting
-    later.
+    The methods that it names are built and checked, so a recipe that is explained is not refused for a
+    setting later.
     """
     recipe, alone = Recipe.load(source, changes), _alone(source)
     values = []
@@ -164,14 +158,16 @@ def explain(source: Any, changes: Sequence[str] = ()) -> tuple[list[Value], tupl
             setting = path.removeprefix(f"{key}.").split(".")[0]
             origin = recipe.origins[key]
             if origin != "default" and now:
-                unchanged = setting in was and setting in now and was[setting] == now[setting]
-                origin = "default" if setting not in now else alone.origins[key] if unchanged else origin
+                if setting not in now:
+                    origin = "default"
+                elif setting in was and was[setting] == now[setting]:
+                    origin = alone.origins[key]
             values.append(Value(path, leaf, origin))
     return values, recipe.warnings
 
 
 def _alone(source: Any) -> Recipe:
-    """What the file says by itself, without changes; the defaults where it makes sense only with them."""
+    """The recipe of the file without changes; the defaults where it is valid only with them."""
     try:
         return Recipe.load(source)
     except RecipeError:
@@ -182,14 +178,14 @@ def _settings(recipe: Recipe, key: str) -> dict[str, Any]:
     """The settings written for a method, {name: lora, r: 16}; none for what is not one method, which has one
     origin.
     """
-    method = (
-        getattr(recipe, key)
-        if key in (*METHOD_KEYS, "objective") and recipe.origins.get(key, "default") != "default"
-        else None
-    )
+    if key not in (*METHOD_KEYS, "objective") or recipe.origins.get(key, "default") == "default":
+        return {}
+    method = getattr(recipe, key)
+    if isinstance(method, Mapping):
+        return dict(method)
     if isinstance(method, str) and method.isidentifier() and method != "auto":
         return {"name": method}
-    return dict(method) if isinstance(method, Mapping) else {}
+    return {}
 
 
 def flat(key: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -1,5 +1,4 @@
-"""What every tuner can do, found out by trying it on tiny networks, and how much of a Llama of 7 billion
-weights moves.
+"""What every tuner can do, tested on tiny networks, and its trainable share of a Llama of 7 billion weights.
 
 `luthier methods --kind tuner --wide` prints it. A yes is something that was done and compared just now: the
 merged network answered like the tuned one, the exported LoRA loaded in PEFT and answered alike, and so on.
@@ -44,10 +43,13 @@ def tuners() -> list[dict[str, Any]]:
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of PEFT, about tied weights and missing masks
         meta = _llama(DEPTH, "meta", **SEVEN)
-        return [
-            {"name": c.name, "paper": c.paper or "", **_abilities(c.name), "share": _share(c.name, meta)}
-            for c in cards("tuner")
-        ]
+        table = []
+        for card in cards("tuner"):
+            row = {"name": card.name, "paper": card.paper or ""}
+            row |= _abilities(card.name)
+            row["share"] = _share(card.name, meta)
+            table.append(row)
+        return table
 
 
 def _llama(layers: int, device: str = "cpu", **shape: Any) -> Any:
@@ -116,7 +118,7 @@ def _abilities(name: str) -> dict[str, str]:
     make: Callable[[], Any] = lambda: dress(_llama(4))
     try:
         attached = _put(name, make())
-    except RecipeError:  # it wants biases
+    except RecipeError:  # it needs biases
         make = _biased
         attached = _put(name, make())
     base = make()
@@ -144,11 +146,12 @@ def _abilities(name: str) -> dict[str, str]:
                 return torch.allclose(again(IDS).logits, tuned, atol=1e-3)
 
     def tied() -> bool:
-        model = _biased() if make is _biased else dress(_llama(4, tie_word_embeddings=True))
-        return (
-            bool(_put(name, model).param_groups())
-            and model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        )
+        if make is _biased:
+            model = _biased()
+        else:
+            model = dress(_llama(4, tie_word_embeddings=True))
+        trains = bool(_put(name, model).param_groups())
+        return trains and model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
     def experts() -> bool:
         return any(".experts" in s.name for s in _put(name, dress(_experts())).all_param_groups())
@@ -185,7 +188,12 @@ def _on_codes(name: str, model: Any) -> bool:
 
 
 def _moving(attached: Any) -> int:
-    return sum(p.numel() for s in attached.param_groups() for p in s.params.values() if p.requires_grad)
+    total = 0
+    for group in attached.param_groups():
+        for p in group.params.values():
+            if p.requires_grad:
+                total += p.numel()
+    return total
 
 
 def _share(name: str, meta: nn.Module) -> str:

@@ -31,7 +31,10 @@ RECIPES = Path("recipes")  # of a clone: whole recipes, by the name of their met
 
 def pages() -> dict[str, str]:
     """Path below docs/ -> text, of every generated page of the repository."""
-    out = {f"methods/{kind}.md": tidy(index(kind)) for kind in registry.KINDS if registry.cards(kind)}
+    out = {}
+    for kind in registry.KINDS:
+        if registry.cards(kind):
+            out[f"methods/{kind}.md"] = tidy(index(kind))
     out["methods/index.md"] = tidy(kinds())
     out["papers.md"] = tidy(papers_page())
     out["claims.md"] = tidy(claims_page())
@@ -88,14 +91,18 @@ def method_page(card: registry.Card) -> str:
 def describe_word(word: str) -> str:
     """A capability or column, with what it means."""
     says = getattr(word, "says", "")
-    return f"`{word}` ({says})" if says else f"`{word}`"
+    if says:
+        return f"`{word}` ({says})"
+    return f"`{word}`"
 
 
 def recipe_lines(card: registry.Card) -> list[str]:
     """A whole recipe of the method where the repository has one, else how a recipe names it."""
     path = recipes().get(card.name)
     if path is None:
-        language = "python" if card.kind == "compiler" else "yaml"
+        language = "yaml"
+        if card.kind == "compiler":
+            language = "python"
         return [
             "## In a recipe",
             "",
@@ -130,7 +137,8 @@ def compat_page() -> str:
         "| library | what | why |",
         "| - | - | - |",
     ]
-    lines += [f"| {p.library} | {cell(p.what)} | {cell(p.why)} |" for p in compat.PATCHES]
+    for patch in compat.PATCHES:
+        lines.append(f"| {patch.library} | {cell(patch.what)} | {cell(patch.why)} |")
     return "\n".join(lines)
 
 
@@ -184,7 +192,8 @@ def worlds() -> str:
         for split, kinds in splits.items():
             by_kinds.setdefault(", ".join(kinds), []).append(f"`{split}`")
         lines += [f"### {name}", "", about, "", "| splits | kinds of row |", "| - | - |"]
-        lines += [f"| {', '.join(names)} | {kinds} |" for kinds, names in by_kinds.items()]
+        for kinds, names in by_kinds.items():
+            lines.append(f"| {', '.join(names)} | {kinds} |")
         example = next(row for split in ("test", "new") for row in practice.rows(name, split, 1))
         columns = ("kind", "prompt", "completion", "messages", "answer")
         row = {k: example[k] for k in columns if k in example}
@@ -243,9 +252,8 @@ def differences(to: Path) -> Iterator[str]:
             yield f"{path} describes no kind of methods"
     for name, what in (("recipes.md", "the table of keys"), ("practice.md", "the list of worlds")):
         page = to / name
-        if not page.is_file() or page.read_text(encoding="utf-8") != between(
-            page.read_text(encoding="utf-8"), name
-        ):
+        text = page.read_text(encoding="utf-8") if page.is_file() else None
+        if text is None or text != between(text, name):
             yield f"{what} in {page} is out of date"
 
 
@@ -286,7 +294,7 @@ def docs(to: Path, check: bool) -> int:
             f"{len(wrong)} pages differ from the declarations: run `python -m luthier.tools.docs`",
             file=sys.stderr,
         )
-    return 1 if wrong else 0
+    return int(bool(wrong))
 
 
 def main() -> int:
@@ -298,13 +306,15 @@ def main() -> int:
     parser.add_argument(
         "--check", action="store_true", help="fail where a page differs from the declarations"
     )
-    parser.add_argument("--to", type=Path, default=Path("docs"), help="the docs folder")
+    parser.add_argument("--output-dir", type=Path, default=Path("docs"), help="the docs folder")
+    # its former name
+    parser.add_argument("--to", dest="output_dir", type=Path, default=Path("docs"), help=argparse.SUPPRESS)
     parser.add_argument("--site", type=Path, help="write a docs folder for the site there")
     options = parser.parse_args()
     if options.site:
-        print(f"{write_site(options.to, options.site)} pages of methods written below {options.site}")
+        print(f"{write_site(options.output_dir, options.site)} pages of methods written below {options.site}")
         return 0
-    return docs(options.to, options.check)
+    return docs(options.output_dir, options.check)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,10 @@ def bf16() -> str:
     import torch
 
     queries = {"amx": "_is_amx_tile_supported", "avx512_bf16": "_is_avx512_bf16_supported"}
-    features = [name for name, ask in queries.items() if getattr(torch.cpu, ask, lambda: False)()]
+    features = []
+    for name, query in queries.items():
+        if getattr(torch.cpu, query, lambda: False)():
+            features.append(name)
     return ", ".join(features) or "slowly (no AMX, no AVX-512 BF16)"
 
 
@@ -104,7 +107,7 @@ def card(i: int) -> dict[str, Any]:
 
 
 def memory() -> float | None:
-    """Gigabytes of this machine; none where the system does not say."""
+    """Gigabytes of this machine; None where the system does not report it."""
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, ValueError, OSError):
@@ -112,7 +115,7 @@ def memory() -> float | None:
 
 
 def sandbox() -> dict[str, bool]:
-    """What keeps programs that a model wrote from doing harm here."""
+    """Which protections from programs that a model wrote hold on this machine."""
     from luthier.sandbox.sandbox import sandbox_report
 
     return sandbox_report()
@@ -132,13 +135,12 @@ def summary(facts: dict[str, Any]) -> str:
     """For people."""
     here, cpu = facts["machine"], facts["machine"]["cpu"]
     lines = [f"python {facts['python']} on {facts['system']}", "", "installed"]
-    lines += [
-        f"  {name:<14} {have or 'MISSING: pip install ' + name}" for name, have in facts["core"].items()
-    ]
+    for name, present in facts["core"].items():
+        lines += [f"  {name:<14} {present or 'MISSING: pip install ' + name}"]
     lines += ["", "extras"]
     for name, extra in facts["extras"].items():
-        have = ", ".join(f"{k} {v}" for k, v in extra["have"].items())
-        lines += [f"  {name:<14} {have or 'nothing yet'}"]
+        versions = ", ".join(f"{k} {v}" for k, v in extra["have"].items())
+        lines += [f"  {name:<14} {versions or 'nothing yet'}"]
         if extra["missing"]:
             lines += [f"  {'':<14} missing {', '.join(extra['missing'])}: {extra['install']}"]
     lines += [
@@ -149,10 +151,11 @@ def summary(facts: dict[str, Any]) -> str:
             f" bfloat16: {cpu['bfloat16']}"
         ),
     ]
-    lines += [
-        f"  {'cuda':<14} {c['name']}, {c['memory_gb']} GB, bfloat16: {'yes' if c['bfloat16'] else 'no'}"
-        for c in here["cuda"]
-    ] or [f"  {'cuda':<14} none"]
+    for gpu in here["cuda"]:
+        bfloat16 = yes_or_no(gpu["bfloat16"])
+        lines += [f"  {'cuda':<14} {gpu['name']}, {gpu['memory_gb']} GB, bfloat16: {bfloat16}"]
+    if not here["cuda"]:
+        lines += [f"  {'cuda':<14} none"]
     lines += [f"  {'mps':<14} {'there, not used yet' if here['mps'] else 'none'}"]
     lines += [f"  {'memory':<14} {here['memory_gb'] or '?'} GB, {here['free_disk_gb']} GB of disk free here"]
     lines += [
@@ -160,8 +163,13 @@ def summary(facts: dict[str, Any]) -> str:
         "",
         "sandbox for programs that a model wrote",
     ]
-    lines += [f"  {'yes' if yes else 'no':<4} {what}" for what, yes in facts["sandbox"].items()]
+    for what, holds in facts["sandbox"].items():
+        lines += [f"  {yes_or_no(holds):<4} {what}"]
     lines += ["", f"practice models: {', '.join(facts['practice']) or 'none'}"]
     switches = [f"{k}={v}" for k, v in facts["hub"].items() if v]
     lines += [f"hub: {', '.join(switches) or 'online, default cache'}"]
     return "\n".join(lines)
+
+
+def yes_or_no(value: bool) -> str:
+    return "yes" if value else "no"
