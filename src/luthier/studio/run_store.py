@@ -222,7 +222,7 @@ class RunStore:
         return self.summary(name)
 
     def command(self, name: str) -> list[str]:
-        """The arguments of `luthier` that began a run and resume it; none where its folder holds no recipe."""
+        """The arguments of `luthier` that began a run and resume it; none where there is no recipe."""
         folder = self.place(name)
         if (folder / "arms.json").is_file():
             return files.read_json(folder / "arms.json")

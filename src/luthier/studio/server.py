@@ -1,8 +1,8 @@
 """The routes of the page. Every answer is JSON, every refusal the sentence that the command line prints.
 
-The studio answers this machine alone, and only requests with the token: it comes once in the address and stays in a
-cookie that no other site's page can send. A request under another host name (rebound DNS) or from another
-origin is refused, whatever it brings.
+The studio answers this machine alone, and only requests with the token: it comes once in the address and stays
+in a cookie that no other site's page can send. A request under another host name (rebound DNS) or from
+another origin is refused, whatever it brings.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def refuse(code: int, sentence: str) -> Response:
 
 
 def studio(home: Path, token: str, worker: Callable[[Path], Any] = Worker) -> FastAPI:
-    """The application. worker: what does the work that needs torch (`worker.Here` does it in this process)."""
+    """The application. worker: does the work that needs torch (`worker.Here` does it in this process)."""
     store = RunStore(home)
     recipe_worker = worker(store.home)
     chat_workers = {"left": worker(store.home), "right": worker(store.home)}

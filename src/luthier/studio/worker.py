@@ -198,8 +198,8 @@ def reader_of(
 
 
 def look(changes: Mapping[str, str], offset: int = 0, limit: int = 4) -> dict[str, Any]:
-    """Rows as the model of a recipe reads them: [[text, supervised], ...] of each; unusable ones with reasons;
-    the objectives that the rows are enough for.
+    """Rows as the model of a recipe reads them: [[text, supervised], ...] of each; unusable ones with
+    reasons; the objectives that the rows are enough for.
     """
     from luthier.data.profile import objectives_for
     from luthier.data.quarantine import count_reasons
@@ -331,8 +331,8 @@ def forecast(changes: Mapping[str, str]) -> dict[str, Any]:
             [
                 "time",
                 f"about {format_duration(length.steps * seconds)}",
-                "of training: forward of one micro-batch was timed, backward is assumed to take twice as long;"
-                " evaluation and saving come on top",
+                "of training: forward of one micro-batch was timed, backward is assumed to take twice as"
+                " long; evaluation and saving come on top",
             ]
         )
         parts = {
