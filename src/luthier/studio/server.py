@@ -1,7 +1,7 @@
 """The routes of the page. Every answer is JSON, every refusal the sentence that the command line prints.
 
-The studio answers this machine alone, and only requests with the token: it comes once in the address and stays
-in a cookie that no other site's page can send. A request under another host name (rebound DNS) or from
+The studio answers this machine alone, and only requests with the token: it comes once in the address and
+stays in a cookie that no other site's page can send. A request under another host name (rebound DNS) or from
 another origin is refused, whatever it brings.
 """
 
