@@ -492,7 +492,7 @@ def test_positions_are_counted_as_the_network_counts_them():
         T5ForConditionalGeneration,
     )
 
-    from luthier.model.load import places
+    from luthier.model.load import max_positions
 
     small = {
         "vocab_size": 50,
@@ -501,13 +501,13 @@ def test_positions_are_counted_as_the_network_counts_them():
         "num_attention_heads": 2,
         "intermediate_size": 16,
     }
-    assert places(BertForMaskedLM(BertConfig(**small, max_position_embeddings=40))) == 40
+    assert max_positions(BertForMaskedLM(BertConfig(**small, max_position_embeddings=40))) == 40
     # it begins behind its padding
-    assert places(RobertaForMaskedLM(RobertaConfig(**small, max_position_embeddings=40))) == 38
+    assert max_positions(RobertaForMaskedLM(RobertaConfig(**small, max_position_embeddings=40))) == 38
     endless = T5ForConditionalGeneration(
         T5Config(vocab_size=50, d_model=16, num_layers=1, num_heads=2, d_kv=8, d_ff=16)
     )
-    assert places(endless) == float("inf")
+    assert max_positions(endless) == float("inf")
 
 
 def test_trackers_hear_every_number(base, tmp_path):

@@ -240,7 +240,7 @@ def test_parts_of_a_linear_reader_compose_exactly():
     roles = SimpleNamespace(
         policy=Reads(lambda ids: table[ids]),
         teacher=Reads(lambda ids: table[ids]),
-        parts=Heads(6, 2, trained=False),
+        part_heads=Heads(6, 2, trained=False),
         clock=Clock(),
         renderer=SimpleNamespace(tokenizer=range(40)),
     )
@@ -294,7 +294,7 @@ def test_wholes_find_their_parts():
         roles = SimpleNamespace(
             policy=Reads(net),
             teacher=Reads(lambda ids: teacher(ids).detach()),
-            parts=heads,
+            part_heads=heads,
             clock=Clock(total=80),
             renderer=SimpleNamespace(tokenizer=range(40)),
         )

@@ -259,15 +259,15 @@ def test_self_distillation_is_nothing_at_the_teacher_and_keeps_the_student_near(
     )
     from safetensors.torch import load_file
 
-    def moved(name: str, objective: str) -> float:
+    def moved(name: str, objective: str, roles: dict) -> float:
         folder = luthier.tune(
-            {**base, **teacher, "objective": objective, "max_steps": 12, "learning_rate": 3e-3},
+            {**base, **roles, "objective": objective, "max_steps": 12, "learning_rate": 3e-3},
             folder=tmp_path / name,
         ).folder
         a, b = load_file(f"{folder}/model.safetensors"), load_file(f"{tiny}/model.safetensors")
         return math.sqrt(sum(float((a[k].float() - b[k].float()).square().sum()) for k in a))
 
-    assert moved("near", "sft + 5*self_distill") < moved("free", "sft")
+    assert moved("near", "sft + 5*self_distill", teacher) < moved("free", "sft", {})
 
 
 # ---------------------------------------------------------------------------------------------- gradients of several terms

@@ -348,7 +348,7 @@ def test_transformers_words():
 
 @pytest.mark.parametrize("tuner", ["full", "lisa"])
 def test_tuners_of_whole_weights_are_refused(tuner, tiny):
-    with pytest.raises(RecipeError, match="moves the model's own weights.*'lora'"):
+    with pytest.raises(RecipeError, match="trains the model's own weights.*'lora'"):
         dry_run(Recipe.load({"model": tiny, "tuner": tuner, "quantization": "nf4"}))
 
 
@@ -861,7 +861,7 @@ def test_pv_tuning_ends_lower_than_straight_through():
 def test_pv_tuning_wants_codes(tiny):
     with pytest.raises(RecipeError, match="tunes a quantized base"):
         put("pv_tuning")
-    with pytest.raises(RecipeError, match="wants a quantized base.*'rtn'"):
+    with pytest.raises(RecipeError, match="requires a quantized base.*'rtn'"):
         dry_run(Recipe.load({"model": tiny, "tuner": "pv_tuning", "quantization": "nf4"}))
 
 
@@ -872,16 +872,16 @@ def test_a_teacher_of_codes(tiny, tmp_path):
     from luthier.model.load import assemble
     from luthier.model.quantized_linear import Quantized
     from luthier.recipe.recipe import Recipe
-    from luthier.recipe.validate import parts
+    from luthier.recipe.validate import build_methods
 
     teacher = {"name": "model", "model": tiny, "quantization": "nf4"}
     said = {"model": tiny, "data": SUMS, "dtype": "float32", "objective": "distill", "max_steps": 2}
     recipe = Recipe.load(said | {"roles": {"teacher": teacher}})
     assert Recipe.load(recipe.yaml()).yaml() == recipe.yaml()
-    p = parts(recipe)
+    p = build_methods(recipe)
     net = p.roles["teacher"].play("teacher", assemble(recipe, p).policy).model
     coded = assemble(
-        r := Recipe.load(said | {"objective": "sft", "quantization": "nf4"}), parts(r)
+        r := Recipe.load(said | {"objective": "sft", "quantization": "nf4"}), build_methods(r)
     ).policy.model
     ids = torch.arange(3, 13)[None]
     with torch.no_grad():

@@ -111,7 +111,7 @@ def test_spiel_keeps_its_number_of_places(growth):
                 set(p.indices.tolist()) - set(indices.tolist()),
             )
             assert len(gone) == len(come) <= int(len(values) * share) and (share or not gone)
-            mask = attached.masks.get(n, torch.zeros(len(values), dtype=torch.bool))
+            mask = attached.resets.get(f"{n}.values", torch.zeros(len(values), dtype=torch.bool))
             assert torch.equal(mask, p.indices != indices) and not p.values.detach()[mask].any()
             if share and 0 < len(gone):
                 assert share == 1.0 or values[mask].abs().max() <= values[~mask].abs().max()
@@ -150,7 +150,7 @@ def test_spiel_forgets_what_the_optimizer_knew_of_a_place():
     chain = Chain([build("transform", "adam")], attached, clock, 0.01)
     for clock.step in range(9):
         attached.begin_step(clock)
-        new = attached.masks.get(Q)
+        new = attached.resets.get(f"{Q}.values")
         before = attached.layers[Q].tensors("default").values.detach().clone()
         for p in attached.parameters().values():
             p.grad = None

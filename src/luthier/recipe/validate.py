@@ -87,8 +87,9 @@ def check_roles(recipe: Recipe, required: Set[str]) -> None:
         if name not in required:
             provided = {word for card in cards() for word in card.provides}
             others = {word for card in cards() for word in card.requires}
-            roles = required - provided or others - provided
-            hint = did_you_mean(name, roles)
+            hint = ""
+            if name not in others:
+                hint = did_you_mean(name, required - provided or others - provided)
             raise RecipeError(f"roles: no method of this recipe requires '{name}'{hint}")
 
 

@@ -16,8 +16,8 @@ HEAD = """\
 # Claims
 
 What papers report of methods, reproduced on small models. Written from `benchmarks/claims`;
-`luthier reproduce NAME` runs one again. A verdict is about these small models, these tasks and these few steps,
-not about the paper: it says what a user may expect to see here. *held*: the whole interval lies beyond
+`luthier reproduce NAME` runs one again. A verdict is about these small models, these tasks and these few
+steps, not about the paper: it says what a user may expect to see here. *held*: the whole interval lies beyond
 the least effect in the claimed direction. *not held*: the whole interval falls short of it. *undecided*:
 neither, or all runs alike. The interval is Student's t at 95 % of the mean difference, paired by seed:
 each seed draws other rows to train and to evaluate on, the same for all arms. Several intervals are not
