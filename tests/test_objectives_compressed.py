@@ -187,10 +187,10 @@ def test_squarehead_heals_what_pruning_broke(tmp_path):
         tuner={"name": "pruned", "sparsity": 0.75},
         max_steps=40,
         learning_rate=2e-3,
-        roles={"teacher": "start"},
     )
     alone = tune(tmp_path, "alone", objective="sft", **common)
-    taught = tune(tmp_path, "taught", objective="squarehead + sft", **common)
+    roles = {"teacher": "initial"}
+    taught = tune(tmp_path, "taught", objective="squarehead + sft", roles=roles, **common)
     assert taught.after["loss"] < alone.after["loss"]
 
 

@@ -148,4 +148,4 @@ def test_b_learns_faster():
         torch.equal(out[k], grads[k]) for k in ("A", "weight")
     )
     with pytest.raises(RecipeError, match="finds no factor B"):
-        LoraPlus().on(put("ssf"))
+        LoraPlus().bind(put("ssf"))

@@ -214,8 +214,8 @@ def test_what_is_wrong_is_one_sentence(base, tiny, tmp_path, serve):
         "serves no model 'other'; it serves: tiny",
         roles={"sampler": {"name": "vllm", "base_url": url, "model": "other", "retries": 0}},
     )
-    refused("role 'vllm' wants a tuner made of A and B", tuner="ia3")
-    refused("stage 'rollout' wants somebody who writes in the policy's place.*roles: {sampler", roles={})
+    refused("role 'vllm' requires a low-rank tuner with factors A and B", tuner="ia3")
+    refused("stage 'rollout' requires a model that samples in the policy's place.*roles: {sampler", roles={})
     refused(
         "rank and scale for all layers and nothing beside it, and here is modules_to_save",
         tuner={**TUNER, "modules_to_save": ["lm_head"], "target_modules": ["q_proj"]},
