@@ -103,7 +103,7 @@ class Signature:
 
 
 def field_names(text: str) -> tuple[str, ...]:
-    """"question, context" -> its names."""
+    """ "question, context" -> its names."""
     names = []
     for name in text.split(","):
         if name.strip():

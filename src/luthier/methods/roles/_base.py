@@ -1,5 +1,4 @@
-"""Who an objective may ask besides the policy. A role may bring parts of its own (a critic's head, a memory).
-"""
+"""Who an objective may ask besides the policy. A role may bring parts of its own (a critic's head, a memory)."""
 
 from __future__ import annotations
 
@@ -13,6 +12,11 @@ from luthier.registry import Capability, family
 
 REFERENCE = Capability(
     "reference", says="a reference model", advice="name one under roles, e.g. `roles: {reference: initial}`"
+)
+SAMPLER = Capability(
+    "sampler",
+    says="a model that samples in the policy's place",
+    advice="e.g. `roles: {sampler: {name: vllm, base_url: http://localhost:8000/v1, model: MODEL}}`",
 )
 TEACHER = Capability(
     "teacher",

@@ -29,13 +29,7 @@ from pydantic import Field
 from luthier.errors import RecipeError
 from luthier.methods.roles.remote.endpoint import Endpoint, EndpointModel, NoAnswer
 from luthier.methods.tuners._base import LOW_RANK
-from luthier.registry import Capability, role
-
-SAMPLER = Capability(
-    "sampler",
-    says="a model that samples in the policy's place",
-    advice="e.g. `roles: {sampler: {name: vllm, base_url: http://localhost:8000/v1, model: MODEL}}`",
-)
+from luthier.registry import role
 
 # nats between the server's log-probability of a token and the policy's, on average, that rounding does not
 # explain

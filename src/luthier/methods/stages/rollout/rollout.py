@@ -16,6 +16,7 @@ from pydantic import Field
 from luthier.errors import RecipeError
 from luthier.methods.architectures._base import GENERATE
 from luthier.methods.formats._base import COMPLETIONS, PAIRS, SCORES, BadRow
+from luthier.methods.roles._base import SAMPLER
 from luthier.methods.stages._base import (
     CACHED_LOGPROBS,
     OLD_LOGPROBS,
@@ -25,7 +26,7 @@ from luthier.methods.stages._base import (
     completion_logprobs,
     without,
 )
-from luthier.registry import Range, stage
+from luthier.registry import Capability, Range, stage
 
 
 @stage(
@@ -56,7 +57,11 @@ class Rollout(Stage):
 
     @property
     def active_requires(self):
-        return self.requires if self.sampler == "policy" else self.requires | {self.sampler}
+        return (
+            self.requires
+            if self.sampler == "policy"
+            else self.requires | {Capability(self.sampler, SAMPLER.says, SAMPLER.advice)}
+        )
 
     @property
     def active_provides(self):
