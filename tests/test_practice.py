@@ -10,7 +10,7 @@ from random import Random
 import pytest
 
 from luthier import toy as practice
-from luthier.toy import tasks as world_names
+from luthier.toy import worlds as world_names
 from luthier.toy.tasks import _sample, arithmetic, code, find, people
 
 WORLDS = world_names()

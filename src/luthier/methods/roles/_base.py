@@ -1,4 +1,4 @@
-"""Who an objective may ask besides the policy. A role may bring parts of its own (a critic's head, a memory)."""
+"""Who an objective may ask besides the policy. A role may bring parts of its own (a head, a memory)."""
 
 from __future__ import annotations
 
