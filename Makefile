@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-fast test-all check docs clean
+.PHONY: demo test check docs clean
 
 demo: $(VENV)/.installed            ## tune the built-in practice model on built-in rows, under 3 minutes on 2 cores
 	$(BIN)/luthier tune recipes/demo.yaml
@@ -23,12 +23,6 @@ docs: $(VENV)/.installed            ## build the site into build/site: guides, a
 	$(BIN)/python -m luthier.tools.docs
 	rm -rf build/docs && $(BIN)/python -m luthier.tools.docs --site build/docs
 	$(BIN)/mkdocs build --quiet
-
-test-fast: $(VENV)/.tested          ## the quick tests, under two minutes
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m fast
-
-test-all: $(VENV)/.tested check     ## everything, the slow tests too
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m ""
 
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
