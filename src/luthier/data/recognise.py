@@ -50,12 +50,13 @@ def recognise_format(rows: Sequence[dict], label: str) -> Format:
     columns = max(agreeing, key=lambda columns: len(groups[columns]))
     if not winner:
         raise RecipeError(no_format(columns, label))
-    if len(winner) > 1:
+    first, *others = winner
+    if others:
         raise RecipeError(
             f"{label}: the columns {', '.join(sorted(columns))} fit {' and '.join(winner)} alike: say which,"
-            f" as in format: {winner[0]}"
+            f" as in format: {first}"
         )
-    return build("format", winner[0])
+    return build("format", first)
 
 
 def best_formats(columns: frozenset[str], sample: Sequence[dict]) -> tuple[str, ...]:

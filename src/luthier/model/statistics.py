@@ -89,7 +89,7 @@ def _watch_inputs(modules: Modules, see: Callable[[str, Tensor], None]) -> Itera
 
 
 @contextmanager
-def _watch_gradients(modules: Modules, see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _watch_gradients(modules: Modules, see: Callable[[str, Tensor], Any]) -> Iterator[None]:
     """`see(name, gradient)` hears each gradient of each weight, as the module lays it out; of a quantized one
     that of the weight [out, in] which its codes stand for. None is kept.
     """
