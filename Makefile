@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: demo test check docs clean
 
-demo: $(VENV)/.installed            ## tune the built-in practice model on built-in rows, under 3 minutes on 2 cores
+demo: $(VENV)/.installed            ## fine-tune the built-in model on built-in rows, under 3 minutes on 2 cores
 	$(BIN)/luthier tune recipes/demo.yaml
 
 test: $(VENV)/.tested check         ## everything CI runs
