@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import luthier
-from conftest import SUMS
+from helpers.rows import SUMS
 from luthier.cli import app, recipe_words
 from luthier.model import loaded as use
 from luthier.recipe import catalogue
@@ -54,9 +54,6 @@ def finished(tiny, rows, tmp_path_factory):
     )
     assert said.exit_code == 0, said.output
     return folder, said.stdout
-
-
-# ---------------------------------------------------------------------------------------------- starting
 
 
 @pytest.mark.parametrize(
@@ -105,9 +102,6 @@ def test_version_and_help():
     )
 
 
-# ---------------------------------------------------------------------------------------------- sentences
-
-
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -149,9 +143,6 @@ def test_ctrl_c_says_that_it_goes_on(monkeypatch, rows):
     said = luth("tune", "--data", rows)
     assert said.exit_code == 130 and "run the same command again and it goes on" in said.stderr
     assert len(said.stderr.strip().splitlines()) == 1
-
-
-# ---------------------------------------------------------------------------------------------- listings
 
 
 def test_methods_as_json():
@@ -220,9 +211,6 @@ def test_papers_are_made_from_a_jsonl(tmp_path, monkeypatch):
     ]
 
 
-# ---------------------------------------------------------------------------------------------- explain
-
-
 def test_explain_tells_where_each_value_came_from(tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("data: x.jsonl\ntuner: {name: lora, r: 4}\nobjective: dpo\nlr: 0.01\n")
@@ -254,9 +242,6 @@ def test_a_setting_at_the_top_is_explained_where_it_went(tmp_path):
     values, told = catalogue.explain(recipe)
     assert [(v.value, v.origin) for v in values if v.key == "tuner.r"] == [(3, "r.yaml")]
     assert any("tuner.r" in t for t in told)
-
-
-# ---------------------------------------------------------------------------------------------- a run, and after
 
 
 def test_tune_prints_rows_answers_a_table_and_the_page(finished):
@@ -362,9 +347,6 @@ def test_a_plan_is_tuned_loaded_and_told(tiny, rows, tmp_path):
     assert use.load(tmp_path / "p").name == str(tmp_path / "p" / "run-1")
 
 
-# ---------------------------------------------------------------------------------------------- doctor
-
-
 def test_doctor_says_what_is_there_and_what_is_missing(monkeypatch):
     from luthier.tools import doctor
 
@@ -418,12 +400,12 @@ def test_a_classifier_is_loaded_with_the_head_it_was_tuned_with(tmp_path):
         use.load(run).generate("x")
 
 
-# ---------------------------------------------------------------------------------------------- rows and folders that are not as they should be
-
 GOOD = [
     {"messages": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": str(i)}]}
     for i in range(200)
 ]
+
+
 BAD = [
     b'{"messages": [{"role": "user", "cont',
     b'{"messages": "hello"}',

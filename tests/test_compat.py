@@ -46,6 +46,7 @@ def differences(before, after):
     return out
 """
 
+
 RUN = (
     SNAPSHOT
     + """

@@ -10,8 +10,14 @@ from pathlib import Path
 
 import pytest
 
-SOURCE = Path(__file__).parents[1] / "src" / "luthier"
+from helpers.paths import ROOT
+
+SOURCE = ROOT / "src" / "luthier"
+
+
 BASE, METHODS = "methods/_base", "methods"
+
+
 FLOORS = (  # the lowest first
     *(
         "errors",
@@ -29,9 +35,13 @@ FLOORS = (  # the lowest first
     *("kernels", "model", "train", "programs", "report", METHODS, "run", "study", "serve", "toy", "studio"),
     *("tools", "cli", "__main__", "__init__"),
 )
+
+
 PARTICIPLES = set(
     "said told asked kept found made seen given wanted tried went shown held known heard met felt gone got".split()
 )
+
+
 FILES = sorted(SOURCE.rglob("*.py"))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import luthier
-from conftest import SUMS
+from helpers.rows import SUMS
 from luthier.registry import build
 from luthier.toy.tasks import names
 

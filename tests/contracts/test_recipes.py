@@ -1,0 +1,64 @@
+"""Every recipe of recipes/ is short, legal, and runs: a few steps on the small practice model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+import luthier
+from helpers.paths import ROOT
+from luthier.data.load import load_data
+from luthier.recipe.recipe import Recipe
+from luthier.registry import find
+
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+
+
+def small(given: dict) -> dict:
+    """The same recipe for a second: few rows, few steps, short answers, the small model."""
+    text = re.sub(r"toy:lm(?![\w-])", "toy:lm-small", yaml.safe_dump(given))
+    text = re.sub(r"max_new_tokens: \d+", "max_new_tokens: 8", text)
+    given = yaml.safe_load(text)
+    given.setdefault("model", "toy:lm-small")
+    given |= {
+        "max_steps": 2,
+        "per_device_train_batch_size": min(4, given.get("per_device_train_batch_size", 4)),
+        "save_steps": 100,
+    }
+    plan = given.get("plan")
+    if isinstance(plan, dict) and "max_new_tokens" in {f.name for f in fields(find("plan", plan["name"]))}:
+        plan["max_new_tokens"] = 8
+    for some in (given, *(plan["of"] if isinstance(plan, dict) and "of" in plan else ())):
+        for key in {"data", "eval_data"} & some.keys():
+            if isinstance(some[key], dict):
+                some[key]["n"] = 12
+    if isinstance(given.get("plan"), list):
+        given["plan"] = [{**act, **({"max_steps": 2} if "max_steps" in act else {})} for act in given["plan"]]
+    if given.get("evaluate"):
+        given["evaluate"] = [
+            {**e, "n": 8} if isinstance(e, dict) and "n" in e else e for e in given["evaluate"]
+        ]
+    return {
+        **given,
+        "evaluate": (
+            ["loss"] if "evaluate" not in given or given["evaluate"][0] == "loss" else given["evaluate"]
+        ),
+    }
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_a_recipe_runs(path, tmp_path):
+    given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if not line.startswith("#")]
+    assert len(lines) <= 12 and path.read_text(encoding="utf-8").startswith("# "), (
+        "a comment that says what it is, and 12 lines at most"
+    )
+    assert load_data(Recipe.load(path)).rows
+    given.pop("output_dir", None)
+    report = luthier.tune(small(given), folder=tmp_path / "run")
+    assert report.after and all(v == v for v in report.after.values())
+    assert (Path(report.folder) / "report.html").is_file()

@@ -1,0 +1,87 @@
+"""raft: stops when the reward no longer rises; rounds sample score choose and learn; makes a rewarded habit
+more frequent; of one sample is sft on own samples.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import luthier
+from helpers.plans import ROWS, played, report
+from helpers.rows import SUMS
+from luthier.recipe.validate import validate
+from luthier.storage import files
+
+
+def raft(**settings):
+    return {"name": "raft", "rounds": 5, "n": 4, "max_new_tokens": 4, **settings}
+
+
+@pytest.mark.parametrize(
+    "rewards, runs, stands",
+    [
+        ([0.1, 0.2, 0.3, 0.4, 0.5], 5, "r4"),
+        ([0.1, 0.3, 0.3], 3, "r1"),
+        ([0.4, 0.2], 2, "r0"),
+        ([None] * 5, 5, "r4"),
+    ],
+)
+def test_raft_stops_when_the_reward_no_longer_rises(recipe, rewards, runs, stands):
+    reports = [
+        report(f"r{k}", **({} if v is None else {"generated_reward": v})) for k, v in enumerate(rewards)
+    ]
+    asked, end = played(raft(), recipe.but(start="s", evaluate=["loss", "generate"]), reports)
+    assert len(asked) == runs and end.folder == stands
+    assert [r.init_from for r in asked] == ["s", "r0", "r1", "r2", "r3"][:runs]
+    # one held-out split
+    assert [r.stages[0]["draw"] for r in asked] == list(range(runs)) and len({r.seed for r in asked}) == 1
+    assert [e if isinstance(e, str) else e["name"] for e in asked[0].evaluate] == ["loss", "generate"]
+
+
+def test_raft_rounds_sample_score_choose_and_learn(base, tmp_path):
+    """Kept rows are the best of what was drawn; two rounds draw differently, and the second from the first's
+    end.
+    """
+    prompts = [{"prompt": r["prompt"], "answer": r["answer"]} for r in SUMS[:16]]
+    plan = raft(rounds=2, n=8, max_new_tokens=3, kl_coef=0.0)
+    done = luthier.tune(
+        base | {"data": prompts, "plan": plan, "tuner": "full", "max_steps": 3, "eval_data": 0.25},
+        folder=tmp_path,
+    )
+    first, second = (files.read_rows(Path(a) / "rows.jsonl") for a in done.runs)
+    assert len(first) == 16 - done.stats["held_out_rows"] and all(
+        len(r["completions"]) == len(r["scores"]) == 1 for r in first
+    )
+    assert [r["completions"] for r in first] != [r["completions"] for r in second]
+    assert "generated_reward" in done.after
+
+
+def test_raft_makes_a_rewarded_habit_more_frequent(base, tmp_path):
+    """Reward: one letter or digit is said. A few rounds raise how often that is."""
+    say = [{"prompt": f"say {k}:", "answer": list("abcdefghijklmnopqrstuvwxyz0123456789")} for k in range(40)]
+    plan = raft(rounds=4, n=16, max_new_tokens=1, least=1.0)
+    change = {"data": say, "plan": plan, "max_steps": 4, "learning_rate": 3e-3, "eval_data": 0.25}
+    done = luthier.tune(base | change, folder=tmp_path)
+    kept = [len(files.read_rows(Path(a) / "rows.jsonl")) for a in done.runs]
+    assert done.after["generated_reward"] == 1.0 and kept[-1] >= kept[0]
+
+
+def test_raft_of_one_sample_is_sft_on_own_samples(base, tmp_path):
+    plan = raft(rounds=1, n=1, max_new_tokens=3)
+    done = luthier.tune(base | {"plan": plan, "eval_data": 0.25}, folder=tmp_path / "raft")
+    own = {"stages": [{"name": "rollout", "n": 1, "max_new_tokens": 3}], "eval_data": 0.25}
+    plain = luthier.tune(base | own, folder=tmp_path / "sft")
+    assert luthier.Report.read(done.runs[0]).losses == plain.losses
+
+
+def test_a_price_on_leaving_the_base_model_wants_a_reference(recipe):
+    validate(recipe.but(plan=raft(kl_coef=0.1)), ROWS)
+    asked, _ = played(raft(kl_coef=0.1, rounds=1), recipe, [report("x")])
+    assert [s if isinstance(s, str) else s["name"] for s in asked[0].stages] == [
+        "rollout",
+        "score",
+        "kl_penalty",
+        "best",
+    ]

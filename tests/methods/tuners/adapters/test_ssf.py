@@ -1,0 +1,28 @@
+"""ssf: folds into weight and bias."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from helpers.tuners import base, logprobs, put
+from luthier.errors import RecipeError
+
+
+@torch.no_grad()
+def test_ssf_folds_into_weight_and_bias():
+    attached = put("ssf", base("gpt2"), target_modules=["c_fc", "ln_1"])
+    # two per channel of every module
+    assert sum(p.numel() for p in attached.parameters().values()) == 2 * 2 * (128 + 32)
+    for p in attached.parameters().values():
+        p.add_(torch.randn(p.shape) * 0.2)
+    tuned, p = logprobs(attached), attached.tensors()
+    with attached.merged() as model:
+        assert torch.allclose(logprobs(attached), tuned, atol=2e-5)
+        start = base("gpt2").transformer.h[0]
+        scale, shift = p["transformer.h.0.mlp.c_fc.scale"], p["transformer.h.0.mlp.c_fc.shift"]
+        folded = model.transformer.h[0].mlp.c_fc.get_base_layer()
+        assert torch.allclose(folded.weight, start.mlp.c_fc.weight * scale)
+        assert torch.allclose(folded.bias, start.mlp.c_fc.bias * scale + shift)
+    with pytest.raises(RecipeError, match="cannot sit on a LlamaRMSNorm"):
+        put("ssf", target_modules=["input_layernorm"])

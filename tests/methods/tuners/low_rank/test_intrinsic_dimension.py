@@ -1,0 +1,84 @@
+"""intrinsic_dimension: fastfood is its dense matrix; moves d numbers; the search for d90 stops where the
+metric is reached.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from helpers.tuners import put
+from luthier.errors import RecipeError
+from luthier.registry import build
+
+
+def test_fastfood_is_its_dense_matrix():
+    from scipy.linalg import hadamard as dense
+
+    from luthier.methods.tuners.low_rank.intrinsic_dimension import draws, hadamard, project
+
+    d, n = 200, 256
+    H = torch.tensor(dense(n), dtype=torch.float32)
+    x = torch.randn(n)
+    assert torch.allclose(hadamard(x), H @ x, atol=1e-4)
+    (G, order, B, norm), a, b = (t[0] for t in draws(d, n, 7, x)), torch.randn(d), torch.randn(d)
+    P = (H @ torch.diag(G) @ torch.eye(n)[order] @ H @ torch.diag(B) / norm)[:, :d]
+    assert torch.allclose(project(a, n, 7), P @ a, atol=1e-4)
+    assert torch.allclose(project(a + b, n, 7), project(a, n, 7) + project(b, n, 7), atol=1e-5)
+    theta = a.clone().requires_grad_(True)
+    g = torch.randn(1000)
+    (project(theta, 1000, 3) * g).sum().backward()
+    want = torch.stack([project(e, 1000, 3) @ g for e in torch.eye(d)[:5]])
+    assert torch.allclose(theta.grad[:5], want, atol=1e-4)
+    lengths = torch.stack([project(a, 1000, s).square().sum() for s in range(60)])
+    assert abs(float(lengths.mean() / a.square().sum()) - 1) < 0.05
+
+
+def test_intrinsic_dimension_moves_d_numbers():
+    for said in (True, False):
+        attached = put("intrinsic_dimension", d=100, said=said)
+        assert sum(p.numel() for p in attached.parameters().values()) == 100
+    with pytest.raises(RecipeError, match="leaves nothing to move"):
+        put("intrinsic_dimension", d=14)
+    one, other = put("intrinsic_dimension", d=100), put("intrinsic_dimension", d=100, seed=1)
+    deltas = []
+    for attached in (one, other):
+        next(iter(attached.layers.values())).adapter_params["default"].theta.data.normal_(
+            generator=torch.Generator().manual_seed(0)
+        )
+        deltas.append([layer.get_delta_weight("default").detach() for layer in attached.layers.values()])
+    assert not torch.allclose(deltas[0][0], deltas[1][0]) and not torch.allclose(deltas[0][0], deltas[0][3])
+
+
+def test_the_search_for_d90_stops_where_the_metric_is_reached(tiny):
+    from luthier.recipe.recipe import Recipe
+
+    def found(share: float) -> int:
+        plan = build(
+            "plan",
+            {
+                "name": "intrinsic_dimension",
+                "dimensions": [100, 200, 400, 800],
+                "learning_rates": [0.1, 0.3],
+                "share": share,
+            },
+        )
+        play = plan.recipes(Recipe.load({"model": tiny}))
+        asked, said = next(play), SimpleNamespace(after={"accuracy": 0.8}, folder="full")
+        try:
+            while True:
+                asked = play.send(said)
+                said = [
+                    SimpleNamespace(
+                        after={"accuracy": r.tuner["d"] / 1000 + r.learning_rate / 100},
+                        folder=str(r.tuner["d"]),
+                    )
+                    for r in asked
+                ]
+        except StopIteration as end:
+            return int(end.value.folder)
+
+    ds = [found(share) for share in (0.9, 0.4, 0.2, 0.1)]
+    assert ds == sorted(ds, reverse=True) and ds == [800, 400, 200, 100]

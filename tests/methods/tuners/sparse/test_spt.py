@@ -1,0 +1,76 @@
+"""spt: plan; on a model; puts the budget where the task is."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from peft import PeftModel
+
+from helpers.tuners_subset import ROWS, base, batch, put, roles_of, say, train
+from luthier.methods.architectures.text.causal import Causal
+from luthier.methods.tuners._base import Untuned
+from luthier.registry import find
+
+
+def test_spt_plan():
+    """The budget is met; the most sensitive entries move; alpha decides between entries and LoRA."""
+    torch.manual_seed(0)
+    scores = {"a": torch.rand(8, 8), "b": 10 * torch.rand(8, 8), "c": 0.1 * torch.rand(8, 8)}
+    spt = find("tuner", "spt")
+    plan, places = spt(budget=50, alpha=0.0, r=1).planned(scores)
+    assert (
+        sum(plan.values()) == 50 and all(v >= 0 for v in plan.values()) and plan["b"] == 50 - plan["a"] > 40
+    )
+    assert set(places["b"].tolist()) == set(scores["b"].flatten().topk(plan["b"]).indices.tolist())
+    plan, _ = spt(budget=50, alpha=1e9, r=1).planned(scores)
+    assert set(plan.values()) <= {-1, 0} and plan["b"] == -1
+    plan, _ = spt(budget=50, alpha=1.0, r=2).planned(scores)
+    assert plan["b"] == -2 and plan["a"] + plan["c"] == 50 - 2 * 16 and plan["a"] > 0
+
+
+def test_spt_on_a_model(tmp_path):
+    attached = put("spt", budget=600, alpha=10.0, r=2)
+    assert abs(sum(p.numel() for p in attached.parameters().values()) - 600) <= 12
+    attached.initialize(ROWS, roles_of(attached))
+    moving = sum(p.numel() for p in attached.parameters().values())
+    assert abs(moving - 600) <= 12 and any(v < 0 for v in attached.settings.plan.values())
+    assert torch.equal(say(attached.model), say(base()))
+    full = base()
+    Causal().forward(full, Untuned(full), batch()).logprobs.mean().neg().backward()
+    from luthier.model.statistics import gather
+
+    name = "model.layers.1.self_attn.o_proj"
+    again = put("spt", budget=600)
+    got = gather("squared_gradients", {name: again.layers[name].get_base_layer()}, ROWS, roles_of(again))[
+        name
+    ]
+    assert np.allclose(
+        got.numpy(), np.square(full.get_submodule(name).weight.grad.numpy()), rtol=1e-3, atol=1e-9
+    )
+    before = attached.tensors()
+    train(attached)
+    assert all(
+        not torch.equal(v, before[k])
+        for k, v in attached.tensors().items()
+        if k.endswith((".values", ".B")) and v.numel()
+    )
+    attached.save(tmp_path)
+    assert torch.allclose(
+        say(PeftModel.from_pretrained(base(), tmp_path).eval()), say(attached.model), atol=1e-5
+    )
+    other = put("spt", budget=600)
+    other.load(attached.tensors())  # a plan shows in the shapes
+    assert torch.equal(say(other.model), say(attached.model))
+
+
+def test_spt_puts_the_budget_where_the_task_is():
+    """A network of which only one layer matters."""
+    model = base()
+    with torch.no_grad():
+        for i in (0, 1, 3):
+            model.model.layers[i].self_attn.o_proj.weight.zero_()
+            model.model.layers[i].mlp.down_proj.weight.zero_()
+    attached = put("spt", model, budget=400, alpha=0.0, exclude_modules=["o_proj", "down_proj"])
+    attached.initialize(ROWS, roles_of(attached))
+    there = sum(v for n, v in attached.settings.plan.items() if ".layers.2." in n)
+    assert there > 0.8 * 400

@@ -1,0 +1,26 @@
+"""part: moves exactly what it names."""
+
+from __future__ import annotations
+
+import pytest
+
+from helpers.tuners_subset import base, put
+
+
+@pytest.mark.parametrize("kind", ["llama", "tied", "gpt2", "t5"])
+def test_part_moves_exactly_what_it_names(kind):
+    names = put("part", base(kind), part="embeddings").names
+    assert names == {
+        "llama": ["model.embed_tokens.weight", "lm_head.weight"],
+        "tied": ["model.embed_tokens.weight"],
+    }.get(kind, ["transformer.wte.weight"] if kind == "gpt2" else names)
+    if kind == "t5":
+        assert set(names) <= {"shared.weight", "lm_head.weight"}
+    last = {
+        "llama": "model.layers.3.",
+        "tied": "model.layers.3.",
+        "gpt2": "transformer.h.3.",
+        "t5": "decoder.block.1.",
+    }[kind]
+    model = base(kind)
+    assert put("part", model).names == [n for n, _ in model.named_parameters() if n.startswith(last)]

@@ -1,0 +1,335 @@
+"""The claims bench: files are understood or refused in a sentence, verdicts follow from intervals, a killed
+bench goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from helpers.paths import ROOT
+from luthier.cli import app
+from luthier.errors import NotFinite, RecipeError
+from luthier.recipe import catalogue
+from luthier.recipe.recipe import Recipe
+from luthier.run import subprocess as apart
+from luthier.study.reproduce import judge, page, run, spec
+from luthier.study.statistics import bootstrap_interval, t_interval
+
+HOME = ROOT / "benchmarks" / "claims"
+
+
+TOY = {
+    "claim": "More steps learn more.",
+    "row": "lisa",
+    "budget": "Equal rows.",
+    "shared": {
+        "model": "toy:lm-small",
+        "data": {"path": "toy:style/new", "n": 8},
+        "eval_data": {"path": "toy:style/new_test", "n": 4},
+        "tuner": "ssf",
+        "per_device_train_batch_size": 2,
+        "evaluate": ["loss"],
+    },
+    "arms": {"two": {"max_steps": 2, "learning_rate": [1e-4, 1e-2]}, "none": {"max_steps": 0}},
+    "metric": "loss",
+    "expect": ["two < none by 0", "none = before within 0", "two > before by 9"],
+    "seeds": 2,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(TOY, sort_keys=False), encoding="utf-8")
+    return tmp_path
+
+
+def change(folder: Path, **keys) -> None:
+    given = {k: v for k, v in {**TOY, **keys}.items() if v is not None}
+    (folder / "toy.yaml").write_text(yaml.safe_dump(given, sort_keys=False), encoding="utf-8")
+
+
+def test_a_claim_runs_and_goes_on_where_it_was(folder, monkeypatch):
+    """Stopped after three of six runs; what was finished is not done again, and all of it is what one go
+    would give.
+    """
+    here, done, said = run._in_process, [], []
+
+    def killed(keys, where):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        here(keys, where)
+        done.append(where.name)
+
+    monkeypatch.setattr(run, "_in_process", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.reproduce("toy", folder=folder, runs=folder / "runs", tell=said.append)
+    assert page.read_result("toy", folder) is None and "about" in said[0] and "left" in said[0]
+    monkeypatch.setattr(run, "_in_process", lambda keys, where: (here(keys, where), done.append(where.name)))
+    found = run.reproduce("toy", folder=folder, runs=folder / "runs", tell=said.append)
+    assert len(done) == len(set(done)) == 6 and sum("was finished" in line for line in said) == 3
+
+    better, same, far = found["expectations"]
+    assert same["verdict"] == spec.HOLDS and same["none"] == same["before"] and same["interval"] == [0, 0]
+    assert far["verdict"] == spec.FAILS == found["verdict"]
+    assert (
+        found["learning_rates"] == {"two": 1e-2}
+        and found["tuning_seed"] == 1000
+        and found["at_edge"] == ["two"]
+    )
+    assert better["none"][0] != better["none"][1], "each seed is measured on other rows"
+    assert better["difference"] == pytest.approx(
+        sum(a - b for a, b in zip(better["two"], better["none"])) / 2, abs=1e-3
+    )
+    assert {"cpu", "cores", "versions"} <= set(found["machine"]) and found["seconds"] > 0
+    assert json.loads((folder / "results/toy.json").read_text(encoding="utf-8")) == found
+    assert not [*(folder / "runs").rglob("*.safetensors")], "no weights are left behind"
+
+    text = page.page(folder)
+    assert "| [toy](#toy) | **not held** | two &lt; none by 0 in `loss` |" in text and "at the edge" in text
+    assert "More steps learn more. Equal rows." in text and "by seed: two" in text
+    change(folder, metric=None, expect="two < none by 0.1 in loss")
+    assert page.listing(folder)[0][
+        "verdict"
+    ] == "not run since it was changed" and "not run since" in page.page(folder)
+
+
+def test_a_fresh_run_measures_its_own_memory(folder):
+    """A process begins with the peak of the one it came from: the shell between keeps this one's out."""
+    hold = bytearray(900 * 2**20)
+    hold[::4096] = b"x" * len(hold[::4096])
+    change(
+        folder,
+        fresh=True,
+        arms={"a": {"max_steps": 0}, "b": {"max_steps": 1}},
+        expect="b > a by 0 in stats.peak_memory_mb",
+        seeds=2,
+    )
+    claim = spec.read_claim("toy", folder)
+    apart.tune(claim.recipe("a", 0), folder / "runs/a")
+    said = json.loads((folder / "runs/a/report.json").read_text(encoding="utf-8"))
+    assert 100 < said["stats"]["peak_memory_mb"] < 900
+    with pytest.raises(RecipeError, match="no toy task .nowhere."):
+        apart.tune({**claim.recipe("a", 0), "data": "toy:nowhere"}, folder / "runs/b")
+    with pytest.raises(NotFinite, match="is not finite at step"):  # the type comes through, not a sentence
+        apart.tune(
+            {**claim.recipe("a", 0), "max_steps": 4, "learning_rate": 1e30, "warmup_steps": 0},
+            folder / "runs/c",
+        )
+
+
+@pytest.mark.parametrize(
+    ("said", "low", "high", "verdict"),
+    [
+        ("two > none by 0.1", 0.2, 0.3, "held"),
+        ("two > none by 0.1", 0.1, 0.3, "held"),
+        ("two > none by 0.1", 0.05, 0.3, "undecided"),
+        ("two > none by 0.1", -0.3, 0.05, "not held"),
+        ("two > none by 0.1", -0.3, -0.2, "not held"),
+        ("two < none by 0.1", -0.3, -0.2, "held"),
+        ("two < none by 0.1", -0.3, 0.2, "undecided"),
+        ("two < none by 0.1", -0.05, 0.2, "not held"),
+        ("two < none by -0.1", -0.3, 0.1, "held"),
+        ("two < none by -0.1", 0.05, 0.2, "undecided"),
+        ("two > none by -0.1", -0.3, -0.2, "not held"),
+        ("two = none within 0.1", -0.1, 0.05, "held"),
+        ("two = none within 0.1", -0.2, 0.05, "undecided"),
+        ("two = none within 0.1", 0.15, 0.2, "not held"),
+        ("two = none within 0.1", -0.2, -0.15, "not held"),
+    ],
+)
+def test_verdicts(folder, said, low, high, verdict):
+    change(folder, expect=said)
+    (e,) = spec.read_claim("toy", folder).expectations
+    assert e.verdict(low, high) == verdict
+
+
+def test_all_expectations_must_hold():
+    assert judge.combine(["held", "held"]) == "held"
+    assert judge.combine(["held", "undecided"]) == "undecided"
+    assert judge.combine(["undecided", "not held", "held"]) == "not held"
+
+
+def test_intervals():
+    half = 4.302653 / 3**0.5
+    assert t_interval([1.0, 2.0, 3.0]) == pytest.approx((2 - half, 2 + half))
+    assert t_interval([0.5, 0.5]) == (0.5, 0.5)
+    values = np.array([[1.0], [2.0], [3.0]])
+    low, high = bootstrap_interval(values)
+    assert 1 <= low < 2 < high <= 3 and bootstrap_interval(values) == (low, high)
+
+
+def test_what_training_logged_can_be_judged(folder):
+    """The mean of the last quarter of the steps against the first step; what some of them lack is not
+    there.
+    """
+    log = [{"margin": float(i), **({"lr": 1.0} if i < 7 else {})} for i in range(8)]
+    numbers, claim = judge.RunNumbers({}, {}, log=log), spec.read_claim("toy", folder)
+    assert (
+        numbers.value(claim, "two", "log.margin") == 6.5
+        and numbers.value(claim, "two", "log.margin", before=True) == 0
+    )
+    with pytest.raises(RecipeError, match="measured no 'log.lr'"):
+        numbers.value(claim, "two", "log.lr")
+
+
+def test_differences_are_paired_by_seed(folder):
+    change(folder, expect=["two > none by 0.05", "two > before by 0.05", "two > none by 1 in stats.moving"])
+    found = {}
+    for seed in range(3):  # seeds differ more than arms do
+        found["two", seed] = judge.RunNumbers(
+            {"loss": seed - 1.0}, {"loss": seed + 0.1 + 0.001 * seed}, {"moving": 5}
+        )
+        found["none", seed] = judge.RunNumbers({"loss": 9.0}, {"loss": float(seed)}, {"moving": 1})
+    judged = judge.judge(spec.read_claim("toy", folder), found)
+    assert [e["verdict"] for e in judged] == ["held"] * 3
+    assert (
+        judged[0]["difference"] == pytest.approx(0.101)
+        and judged[1]["before"] == [-1, 0, 1]
+        and judged[2]["difference"] == 4
+    )
+    found = {key: judge.RunNumbers({"loss": 0.0}, {"loss": 0.0}, {"moving": 5}) for key in found}
+    alike = [e["verdict"] for e in judge.judge(spec.read_claim("toy", folder), found)]
+    assert alike == ["undecided"] * 3, (
+        "where every run measures the same, the metric is at its floor or ceiling"
+    )
+    change(folder, metric="stats.movin")
+    with pytest.raises(RecipeError, match="measured no 'stats.movin'; did you mean 'stats.moving'"):
+        judge.judge(spec.read_claim("toy", folder), found)
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"metrik": "loss"}, "a claim has no 'metrik'; did you mean 'metric'?"),
+        ({"expect": "two > nine by 0.1"}, "there is no arm 'nine'; did you mean 'none'?"),
+        ({"expect": "two is better"}, "'two is better' is not `A > B by 0.02`"),
+        ({"expect": "two > two by 0"}, "compares an arm with itself"),
+        ({"expect": "two = none within -0.1"}, "nothing lies within less than 0"),
+        ({"metric": None, "expect": "two > none by 0"}, "names no metric"),
+        ({"expect": None}, "needs `arms` and `expect`"),
+        ({"select": "best loss"}, "'best loss' is not `lowest METRIC`"),
+        ({"seeds": 1}, "seeds: .* greater than or equal to 2"),
+        ({"row": "lisaa"}, "the catalogue has no 'lisaa'; did you mean 'lisa'?"),
+        ({"arms": {"before": {}, "two": {}, "none": {}}}, "no arm may be called 'before'"),
+        (
+            {"arms": {"two": {"lerning_rate": 1}, "none": {}}},
+            "arm two: .*'lerning_rate'; did you mean 'learning_rate'",
+        ),
+        ({"arms": {"two": {"learning_rate": ["x"]}, "none": {}}}, "arm two: the list under learning_rate"),
+        (
+            {
+                "sweep": "tuner.lora_dropout",
+                "arms": {"two": {"tuner": {"name": "lora", "lora_dropout": ["x"]}}, "none": {}},
+            },
+            "the list under tuner.lora_dropout",
+        ),
+        ({"arms": {"two": {"learning_rate": [-1.0]}, "none": {}}}, "arm two: recipe: learning_rate"),
+    ],
+)
+def test_wrong_files_are_refused_in_a_sentence(folder, keys, sentence):
+    change(folder, **keys)
+    with pytest.raises(RecipeError, match=f"^claim toy: .*{sentence}") as error:
+        spec.read_claim("toy", folder)
+    assert "\n" not in str(error.value)
+
+
+def test_names_and_yaml_are_checked(folder):
+    with pytest.raises(RecipeError, match="no claim 'toi'; did you mean 'toy'"):
+        spec.read_claim("toi", folder)
+    for text, why in (("a: [", "not YAML"), ("- a", "lines, not list")):
+        (folder / "toy.yaml").write_text(text, encoding="utf-8")
+        with pytest.raises(RecipeError, match=why):
+            spec.read_claim("toy", folder)
+
+
+def test_what_cannot_be_tried_says_why(folder):
+    change(folder, arms=None, expect=None, untestable="It needs a dishwasher.")
+    said = []
+    assert (
+        run.reproduce("toy", folder=folder, tell=said.append)["verdict"] == "not testable here"
+        and "dishwasher" in said[0]
+    )
+    assert "Not testable here: It needs a dishwasher." in page.page(folder)
+
+
+def test_a_seed_draws_rows_for_all_arms_alike(folder):
+    claim = spec.read_claim("toy", folder)
+    first, second = claim.recipe("two", 3, 1e-3), claim.recipe("none", 3)
+    assert first["data"] == second["data"] == {"path": "toy:style/new", "n": 8, "seed": 3}
+    assert first["eval_data"]["seed"] == 3 and first["seed"] == 3 and first["learning_rate"] == 1e-3
+    sweep, tests = claim.runs(2)
+    assert sweep == [("two", 1000, 1e-4), ("two", 1000, 1e-2)] and tests == [
+        ("two", 0),
+        ("none", 0),
+        ("two", 1),
+        ("none", 1),
+    ]
+
+
+def test_any_setting_may_be_swept(folder):
+    swept = {"tuner": {"name": "lora", "r": 4, "lora_dropout": [0.1, 0.5]}}
+    change(folder, sweep="tuner.lora_dropout", arms={"two": swept, "none": {"tuner": "lora"}})
+    claim = spec.read_claim("toy", folder)
+    assert claim.runs(2)[0] == [("two", 1000, 0.1), ("two", 1000, 0.5)] and claim.sweep_values("none") == []
+    assert claim.recipe("two", 0, 0.5)["tuner"] == {
+        "name": "lora",
+        "r": 4,
+        "lora_dropout": 0.5,
+    } and "learning_rate" not in claim.recipe("two", 0)
+    assert claim.fingerprint() != (change(folder), spec.read_claim("toy", folder).fingerprint())[1]
+
+
+@pytest.mark.parametrize("name", spec.claim_names(HOME))
+def test_claims_can_be_tried(name):
+    """Every arm is a recipe whose methods exist, of a judged metric that a run can have."""
+    claim = spec.read_claim(name, HOME)
+    assert claim.budget.endswith(".") and claim.claim.endswith(".") and "\n" not in claim.claim
+    assert claim.untestable or claim.seeds >= 3
+    for arm in claim.arms:
+        Recipe.load(claim.recipe(arm, 0, (claim.sweep_values(arm) or [None])[0])).yaml()
+    found = page.read_result(name, HOME)
+    assert found is None or found["verdict"] in (
+        spec.HOLDS,
+        spec.FAILS,
+        spec.UNDECIDED,
+        spec.UNTESTABLE,
+    )
+
+
+def test_every_world_of_a_claim_is_drawn_by_the_runs_seed():
+    recipe = spec.read_claim("noise_static_dynamic", HOME).recipe("static", 7)
+    assert [part["seed"] for part in recipe["data"]] == [7, 7] and recipe["eval_data"]["seed"] == 7
+
+
+def test_results_belong_to_claims():
+    assert {p.stem for p in (HOME / "results").glob("*.json")} <= set(spec.claim_names(HOME))
+
+
+def test_papers_tell_who_tries_them(monkeypatch):
+    monkeypatch.chdir(HOME.parents[1])
+    assert "claim/lisa_vs_lora" in next(p for p in catalogue.papers() if p["row"] == "lisa")["by"]
+
+
+def test_the_verb_lists_without_a_network(monkeypatch):
+    monkeypatch.chdir(HOME.parents[1])
+    code = (
+        "import sys, contextlib, io\nfrom luthier.cli import app\nwith"
+        " contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): app(['claims',"
+        " '--list'])\nprint([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "[]"
+    )
+    said = CliRunner().invoke(app, ["claims", "lora_forgets_more"])
+    assert said.exit_code == 2 and "did you mean 'lora_forgets_less'" in said.output

@@ -1,0 +1,102 @@
+"""The docs say what the code does: generated pages are current, recipes in pages are valid, links lead
+somewhere.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+
+import pytest
+import yaml
+
+import luthier
+from helpers.paths import ROOT
+from luthier import registry
+from luthier.tools import docs
+
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"])
+
+
+BY_HAND = ("index", "idea", "recipes", "data", "practice", "python", "troubleshooting")
+
+
+def test_generated_pages_are_up_to_date(capsys):
+    assert docs.docs(ROOT / "docs", check=True) == 0, (
+        capsys.readouterr().err + "run `python -m luthier.tools.docs`"
+    )
+
+
+def test_check_tells_what_differs(tmp_path, capsys):
+    for name, (begin, end, _) in docs.PARTS.items():
+        (tmp_path / name).write_text(f"# R\n{begin}\n{end}\n")
+    assert docs.docs(tmp_path, check=False) == 0
+    assert docs.docs(tmp_path, check=True) == 0
+    (tmp_path / "methods/objective.md").write_text("other\n")
+    (tmp_path / "methods/gone.md").write_text("gone\n")
+    (tmp_path / "papers.md").unlink()
+    (tmp_path / "recipes.md").write_text("# R\n")
+    assert docs.docs(tmp_path, check=True) == 1
+    said = capsys.readouterr().err
+    assert "objective.md is out of date" in said and "gone.md describes no kind of methods" in said
+    assert "papers.md is missing" in said and "table of keys" in said
+
+
+def test_every_method_has_a_page_with_every_setting():
+    made = docs.site_pages()
+    for c in registry.cards():
+        text = made[f"methods/{c.kind}/{c.name}.md"]
+        assert c.summary in " ".join(text.split())
+        assert all(f"| `{f.name}` |" in text for f in fields(registry.find(c.kind, c.name)))
+
+
+def test_every_key_is_in_the_table():
+    text = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
+    assert all(f"| `{key}` |" in text for key in luthier.Recipe().public())
+
+
+@pytest.mark.parametrize("page", BY_HAND)
+def test_pages_by_hand_exist(page):
+    assert len((ROOT / f"docs/{page}.md").read_text(encoding="utf-8")) > 500
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)\)", page.read_text(encoding="utf-8")):
+        if not target.startswith("https://"):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_recipes_in_pages_can_be_read(page):
+    for block in re.findall(r"```yaml\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+        luthier.Recipe.load(yaml.safe_load(block)).yaml()  # builds every method it names
+
+
+def test_sentences_that_are_explained_are_said():
+    """The troubleshooting page quotes the code: a sentence that the code no longer says has no place
+    there.
+    """
+    code = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "src/luthier").rglob("*.py"))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # a sentence may go on in the next line
+    said = re.sub(r"\{[^{}]*\}", "~", code)
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [
+        q for cell in re.findall(r"^\| (\*.+?\*) \|", page, re.M) for q in re.findall(r"\*([^*]+)\*", cell)
+    ]
+    assert len(quoted) > 25
+    for sentence in quoted:
+        parts = re.split(r"\.\.\.|\b[A-Z]+\b|'\w+'|[:;,()?]|`|\bx\b", sentence)  # between names and numbers
+        words = max(parts, key=len).strip()
+        assert words in said, f"nothing says: {words}"
+
+
+def test_there_is_a_licence():
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")[:200]
+
+
+def test_the_method_that_contributing_shows_is_the_real_file():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    shown = re.search(r"```python\n(.*?)\n```", text, re.S)
+    real = ROOT / "src/luthier/methods/tuners/adapters/ssf.py"
+    assert shown and shown.group(1) == real.read_text(encoding="utf-8").rstrip()
