@@ -17,7 +17,7 @@ from luthier.tools import docs
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"])
-BY_HAND = ("index", "idea", "recipes", "data", "practice", "python", "troubleshooting")
+BY_HAND = ("index", "idea", "recipes", "data", "toy", "python", "troubleshooting")
 
 
 def test_generated_pages_are_up_to_date(capsys):
