@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from luthier import toy as practice
+from luthier import toy
 from luthier.errors import RecipeError
 from luthier.programs import (
     ChainOfThought,
@@ -299,14 +299,14 @@ def test_finetuning_writes_a_file_for_each_predictor_and_puts_the_tuned_models_i
         compiler("bootstrap_finetune", output_dir="x", recipe={"data": "y"})
 
 
-def test_practice_models_run_programs_from_end_to_end(tmp_path):
+def test_toy_models_run_programs_from_end_to_end(tmp_path):
     """A teacher that reads reviews as it was taught to; a small model is tuned on what it did well."""
     rows = [
         {
             "review": r["prompt"].removeprefix("Review: ").removesuffix("\nSentiment:"),
             "sentiment": r["answer"],
         }
-        for r in practice.rows("sentiment", "train", 40)
+        for r in toy.rows("sentiment", "train", 40)
     ]
 
     def metric(row, said):

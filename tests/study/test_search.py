@@ -118,7 +118,7 @@ def test_a_plan_is_searched_by_its_front(tmp_path):
     """Each trial is a front; a point that a trial lies beyond is refused; the end compares fronts on seeds
     never used.
     """
-    short, complete = {"name": "length", "scale": -0.1}, {"name": "world", "objective": "complete"}
+    short, complete = {"name": "length", "scale": -0.1}, {"name": "task", "objective": "complete"}
     plan = {
         "name": "front",
         "points": 2,

@@ -16,9 +16,7 @@ from luthier import registry
 from luthier.tools import docs
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"])
-
-
-BY_HAND = ("index", "idea", "recipes", "data", "practice", "python", "troubleshooting")
+BY_HAND = ("index", "idea", "recipes", "data", "toy", "python", "troubleshooting")
 
 
 def test_generated_pages_are_up_to_date(capsys):

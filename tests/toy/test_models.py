@@ -1,6 +1,4 @@
-"""Practice worlds and models: same seed same rows, nothing leaks, formats hold, the card tells the truth."""
-
-from __future__ import annotations
+"""Toy tasks and models: same seed same rows, nothing leaks, formats hold, the card tells the truth."""
 
 import ast
 import json
@@ -11,19 +9,13 @@ from random import Random
 
 import pytest
 
-from luthier import toy as practice
-from luthier.toy import worlds as world_names
+from luthier import toy
+from luthier.toy import task_names
 from luthier.toy.tasks import _sample, arithmetic, code, find, people
 
-WORLDS = world_names()
-
-
-SPLITS = [(world, split) for world in WORLDS for split in find(world).SPLITS]
-
-
+TASKS = task_names()
+SPLITS = [(task, split) for task in TASKS for split in find(task).SPLITS]
 ON_CARDS = ("validation", "test", "ood", "new_test")
-
-
 HELD_OUT = (*ON_CARDS, "preference_test", "unpaired_test")
 
 
@@ -41,42 +33,42 @@ def written(row: dict) -> list[str]:
     ]
 
 
-# ---- the worlds
+# ---- the tasks
 
 
-def test_the_asked_worlds_exist():
+def test_the_toy_tasks_exist():
     asked = (
         "people arithmetic word_problems sentiment topic chat style language code refusal entailment"
         " paraphrase"
     )
     asked += " multilabel entities tools sql long stream"
-    assert set(asked.split()) <= set(WORLDS)
-    assert sum(find(world).SHARE for world in WORLDS) == pytest.approx(1)
+    assert set(asked.split()) <= set(TASKS)
+    assert sum(find(task).SHARE for task in TASKS) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("world, split", SPLITS)
-def test_rows_follow_from_the_seed(world, split):
-    rows = practice.rows(world, split, 30, seed=1)
-    assert rows == practice.rows(world, split, 30, seed=1)
-    assert [text_of(row) for row in rows] != [text_of(row) for row in practice.rows(world, split, 30, seed=2)]
-    assert rows[:10] == practice.rows(world, split, 10, seed=1), "fewer rows are the first of many"
+@pytest.mark.parametrize("task, split", SPLITS)
+def test_rows_follow_from_the_seed(task, split):
+    rows = toy.rows(task, split, 30, seed=1)
+    assert rows == toy.rows(task, split, 30, seed=1)
+    assert [text_of(row) for row in rows] != [text_of(row) for row in toy.rows(task, split, 30, seed=2)]
+    assert rows[:10] == toy.rows(task, split, 10, seed=1), "fewer rows are the first of many"
 
 
 def test_rows_are_the_same_in_another_process():
     program = (
-        "import json; from luthier import toy as practice;"
-        "print(json.dumps({world: practice.rows(world, 'test', 5) for world in practice.worlds()}))"
+        "import json; from luthier import toy;"
+        "print(json.dumps({task: toy.rows(task, 'test', 5) for task in toy.task_names()}))"
     )
     other = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert json.loads(other.stdout) == {world: practice.rows(world, "test", 5) for world in WORLDS}
+    assert json.loads(other.stdout) == {task: toy.rows(task, "test", 5) for task in TASKS}
 
 
-@pytest.mark.parametrize("world, split", SPLITS)
-def test_rows_have_their_format(world, split):
-    rows = practice.rows(world, split, 50)
+@pytest.mark.parametrize("task, split", SPLITS)
+def test_rows_have_their_format(task, split):
+    rows = toy.rows(task, split, 50)
     assert len(rows) == 50 and len({row["id"] for row in rows}) == 50
     for row in rows:
-        assert isinstance(row["item"], str) and row["kind"] in find(world).SPLITS[split]
+        assert isinstance(row["item"], str) and row["kind"] in find(task).SPLITS[split]
         if "messages" in row:
             roles = [turn["role"] for turn in row["messages"] if turn["role"] != "system"]
             assert roles == ["user", "assistant"] * (len(roles) // 2)
@@ -89,11 +81,11 @@ def test_rows_have_their_format(world, split):
     json.dumps(rows)
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_splits_share_no_item(world):
+@pytest.mark.parametrize("task", TASKS)
+def test_splits_share_no_item(task):
     atoms = {
-        split: {atom for row in practice.rows(world, split, 800) for atom in row["item"].split(";") if atom}
-        for split in find(world).SPLITS
+        split: {atom for row in toy.rows(task, split, 800) for atom in row["item"].split(";") if atom}
+        for split in find(task).SPLITS
     }
     for split in set(HELD_OUT) & set(atoms):
         held_out = {atom for atom in atoms[split] if _sample.atom_bucket(atom) != "train"} or atoms[split]
@@ -104,22 +96,22 @@ def test_splits_share_no_item(world):
                 assert not held_out & atoms[other], f"{split} shares items with {other}"
 
 
-def test_no_world_trains_on_a_held_out_sum():
+def test_no_task_trains_on_a_held_out_sum():
     sums = re.compile(r"(?<!\d)(\d+)([+-])(\d+)(?=[=: ?]| is)")
     seen = 0
-    for world in WORLDS:
-        for row in practice.rows(world, "train", 3000):
-            if world != "code":
+    for task in TASKS:
+        for row in toy.rows(task, "train", 3000):
+            if task != "code":
                 for a, sign, b in sums.findall(text_of(row)):
                     seen += 1
-                    assert _sample.bucket(_sample.sum_atom(int(a), sign, int(b))) == "train", (world, row)
+                    assert _sample.bucket(_sample.sum_atom(int(a), sign, int(b))) == "train", (task, row)
     assert seen > 3000
 
 
 def test_held_back_people_are_in_no_pretraining_row():
     names = {person["name"] for person in people.HELD_BACK}
-    for world in WORLDS:
-        for row in practice.rows(world, "train", 2000):
+    for task in TASKS:
+        for row in toy.rows(task, "train", 2000):
             assert not any(name in text_of(row) for name in names)
 
 
@@ -141,8 +133,8 @@ def test_sums_are_right():
         steps, result = arithmetic.work_product(a, b % 10)
         assert result == a * (b % 10) and steps
     assert arithmetic.work_sum(42, "-", 17) == ("12-7=5; 4-1-1=2", 25)
-    for world in ("arithmetic", "word_problems"):
-        for row in practice.rows(world, "train", 300):
+    for task in ("arithmetic", "word_problems"):
+        for row in toy.rows(task, "train", 300):
             for question, result in re.findall(r"([\d+*-]+)=(\d+)", text_of(row)):
                 terms = "+".join(term.lstrip("0") or "0" for term in re.split(r"\+", question))
                 assert eval(re.sub(r"(?<!\d)0+(?=\d)", "", terms)) == int(result), row
@@ -150,7 +142,7 @@ def test_sums_are_right():
 
 def test_code_rows_pass_their_own_tests():
     for split in code.SPLITS:
-        for row in practice.rows("code", split, 100):
+        for row in toy.rows("code", split, 100):
             scope: dict = {}
             source = row["prompt"] + written(row)[0]
             ast.parse(source)
@@ -159,17 +151,16 @@ def test_code_rows_pass_their_own_tests():
 
 def test_unknown_names_are_answered_by_the_known_ones():
     with pytest.raises(ValueError, match="people"):
-        practice.rows("peeple", "train", 1)
+        toy.rows("peeple", "train", 1)
     with pytest.raises(ValueError, match="new_test"):
-        practice.rows("people", "tset", 1)
+        toy.rows("people", "tset", 1)
     with pytest.raises(ValueError, match="lm"):
-        practice.path("ml")
+        toy.path("ml")
 
 
-def test_importing_the_worlds_is_light():
+def test_importing_the_tasks_is_light():
     program = (
-        "import sys; from luthier import toy as practice;practice.rows('people', 'train', 1); print('torch'"
-        " in sys.modules)"
+        "import sys; from luthier import toy;toy.rows('people', 'train', 1); print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
@@ -182,12 +173,12 @@ def test_importing_the_worlds_is_light():
 def tokenizer():
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(practice.path("lm"))
+    return AutoTokenizer.from_pretrained(toy.path("lm"))
 
 
 def test_text_survives_the_tokenizer(tokenizer):
-    for world, split in SPLITS:
-        for row in practice.rows(world, split, 20):
+    for task, split in SPLITS:
+        for row in toy.rows(task, split, 20):
             ids = tokenizer(text_of(row))["input_ids"]
             assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
             assert tokenizer.decode(ids, skip_special_tokens=True) == text_of(row)
@@ -207,17 +198,15 @@ def test_rows_are_read_as_pretraining_read_them(tokenizer):
     from luthier.toy._corpus import document
     from luthier.toy.score import tokens_of
 
-    for world, split in SPLITS:
-        for row in (
-            row for row in practice.rows(world, split, 20) if "completion" in row or "messages" in row
-        ):
+    for task, split in SPLITS:
+        for row in (row for row in toy.rows(task, split, 20) if "completion" in row or "messages" in row):
             ids, mine = tokens_of(row, tokenizer)
             assert ids == tokenizer(document(row))["input_ids"]
             assert mine[-1] and not mine[0] and ids[-1] == tokenizer.eos_token_id
 
 
 def test_the_chat_template_is_a_prefix_of_itself(tokenizer):
-    for row in practice.rows("chat", "test", 20):
+    for row in toy.rows("chat", "test", 20):
         messages = row["messages"]
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
         for turns in range(1, len(messages) + 1):
@@ -232,18 +221,18 @@ def test_the_chat_template_is_a_prefix_of_itself(tokenizer):
         tokenizer.apply_chat_template([{"role": "tool", "content": "x"}], tokenize=False)
 
 
-def made_of_these_worlds(name: str) -> None:
-    """Skip what only holds for a model that was made of the worlds as they are."""
-    if {key.split("/")[0] for key in card_numbers(name)} != set(WORLDS):
-        pytest.skip(f"toy:{name} was made of fewer worlds: python -m luthier.toy.make --model {name}")
+def made_of_these_tasks(name: str) -> None:
+    """Skip what only holds for a model that was made of the tasks as they are."""
+    if {key.split("/")[0] for key in card_numbers(name)} != set(TASKS):
+        pytest.skip(f"toy:{name} was made of fewer tasks: python -m luthier.toy.make --model {name}")
 
 
 def test_the_tokenizer_can_be_made_again():
-    made_of_these_worlds("lm")
+    made_of_these_tasks("lm")
     from luthier.toy._corpus import train_tokenizer
 
     made = json.loads(train_tokenizer().to_str())
-    shipped = json.loads((practice.path("lm") / "tokenizer.json").read_text(encoding="utf-8"))
+    shipped = json.loads((toy.path("lm") / "tokenizer.json").read_text(encoding="utf-8"))
     assert made["model"]["vocab"] == shipped["model"]["vocab"]
     assert made["model"]["merges"] == shipped["model"]["merges"]
 
@@ -252,12 +241,12 @@ def test_the_tokenizer_can_be_made_again():
 
 
 def card_numbers(name: str) -> dict[str, float]:
-    """The table of a card as {"world/split": share}."""
-    card = (practice.path(name) / "README.md").read_text(encoding="utf-8")
+    """The table of a card as {"task/split": share}."""
+    card = (toy.path(name) / "README.md").read_text(encoding="utf-8")
     numbers = {}
     for line in card.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if cells[0] in WORLDS:
+        if cells[0] in TASKS:
             for split, cell in zip(ON_CARDS, cells[1:], strict=True):
                 if cell:
                     numbers[f"{cells[0]}/{split}"] = float(cell) / 100
@@ -267,29 +256,27 @@ def card_numbers(name: str) -> dict[str, float]:
 ROWS = 24  # of each split, to try a card
 
 
-@pytest.fixture(scope="module", params=practice.models())
+@pytest.fixture(scope="module", params=toy.models())
 def measured(request):
     """A shipped model, its card's numbers, and the same measured here on few other rows."""
     from transformers import AutoTokenizer
 
     from luthier.toy import score
 
-    made_of_these_worlds(request.param)
-    folder = practice.path(request.param)
+    made_of_these_tasks(request.param)
+    folder = toy.path(request.param)
     model, tokenizer = score.load(folder), AutoTokenizer.from_pretrained(folder)
     card = card_numbers(request.param)
     found = {}
     for key in card:
-        world, split = key.split("/")
-        found[key] = score.right_share(model, tokenizer, practice.rows(world, split, ROWS, seed="test"))[
-            "all"
-        ]
+        task, split = key.split("/")
+        found[key] = score.right_share(model, tokenizer, toy.rows(task, split, ROWS, seed="test"))["all"]
     return request.param, card, found
 
 
 def test_the_model_does_what_its_card_says(measured):
     _, card, found = measured
-    assert {key.split("/")[0] for key in card} == set(WORLDS)
+    assert {key.split("/")[0] for key in card} == set(TASKS)
     for key, share in card.items():
         deviation = (share * (1 - share) / ROWS) ** 0.5
         assert abs(found[key] - share) <= 4 * deviation + 0.09, (key, share, found[key])
@@ -303,26 +290,26 @@ def test_what_is_held_back_is_unknown(measured):
         assert found[key] <= 0.2, (name, key)
 
 
-def test_lm_knows_its_worlds(measured):
+def test_lm_knows_its_tasks(measured):
     name, card, found = measured
     if name != "lm":
         pytest.skip("only lm promises this")
-    for world in "people sentiment topic language style refusal sql stream".split():
-        assert card[f"{world}/test"] >= 0.85 and found[f"{world}/test"] >= 0.75, world
+    for task in "people sentiment topic language style refusal sql stream".split():
+        assert card[f"{task}/test"] >= 0.85 and found[f"{task}/test"] >= 0.75, task
 
 
 def test_chat_follows_chat_and_lm_does_not():
     """What tuning on turns brings: toy:chat answers and refuses in chat, its base mostly does not."""
-    if "chat" not in practice.models():
+    if "chat" not in toy.models():
         pytest.skip("toy:chat is not shipped")
     from transformers import AutoTokenizer
 
     from luthier.toy import score
 
-    rows = practice.rows("chat", "instruct_test", 120, seed="test")
+    rows = toy.rows("chat", "instruct_test", 120, seed="test")
     found = {}
     for name in ("lm", "chat"):
-        folder = practice.path(name)
+        folder = toy.path(name)
         found[name] = score.right_share(score.load(folder), AutoTokenizer.from_pretrained(folder), rows)
     assert found["chat"]["all"] >= found["lm"]["all"] + 0.2
     assert found["chat"]["refusal"] >= 0.8, "unsafe requests are refused in chat"
@@ -330,10 +317,8 @@ def test_chat_follows_chat_and_lm_does_not():
 
 
 def test_all_models_are_small():
-    assert sum(file.stat().st_size for file in practice.path("lm").parent.rglob("*") if file.is_file()) < 40e6
-    parameters = {
-        name: (practice.path(name) / "model.safetensors").stat().st_size / 2 for name in practice.models()
-    }
+    assert sum(file.stat().st_size for file in toy.path("lm").parent.rglob("*") if file.is_file()) < 40e6
+    parameters = {name: (toy.path(name) / "model.safetensors").stat().st_size / 2 for name in toy.models()}
     assert parameters["lm-small"] < 1e6 < 2e6 < parameters["lm"] < 8e6
 
 
@@ -343,9 +328,9 @@ def test_teacher_forcing_agrees_with_generating(tokenizer):
 
     from luthier.toy.score import is_exact
 
-    model = AutoModelForCausalLM.from_pretrained(practice.path("lm"), dtype=torch.float32).eval()
-    rows = [row for split in ("new_test", "test") for row in practice.rows("people", split, 4)]
-    rows += practice.rows("style", "test", 2)
+    model = AutoModelForCausalLM.from_pretrained(toy.path("lm"), dtype=torch.float32).eval()
+    rows = [row for split in ("new_test", "test") for row in toy.rows("people", split, 4)]
+    rows += toy.rows("style", "test", 2)
     for row, exact in zip(rows, is_exact(model, tokenizer, rows), strict=True):
         ids = tokenizer(row["prompt"], return_tensors="pt")
         written = model.generate(**ids, do_sample=False, max_new_tokens=40)[0, ids["input_ids"].shape[1] :]
@@ -358,11 +343,11 @@ def test_code_is_right_when_it_does_the_same(tokenizer):
     """
     from luthier.toy import score
 
-    model, rows = score.load(practice.path("lm")), practice.rows("code", "ood", 8, seed="several")
+    model, rows = score.load(toy.path("lm")), toy.rows("code", "ood", 8, seed="several")
     exact, right = score.is_exact(model, tokenizer, rows), score.is_right(model, tokenizer, rows)
     assert all(r or not e for e, r in zip(exact, right, strict=True))
     texts = score.written(model, tokenizer, [row["prompt"] for row in rows])
-    assert right == [practice.verify(row, text) == 1.0 for row, text in zip(rows, texts, strict=True)]
+    assert right == [toy.verify(row, text) == 1.0 for row, text in zip(rows, texts, strict=True)]
 
 
 # ---- making them
@@ -377,7 +362,7 @@ def test_what_was_stopped_goes_on_as_if_it_had_not_been(tmp_path, monkeypatch):
     monkeypatch.setattr(_pretrain, "KEEP_EVERY", 2)
 
     def trained(kept, stop: int = 99) -> dict:
-        model = LlamaForCausalLM.from_pretrained(practice.path("lm-small"), dtype=torch.bfloat16).train()
+        model = LlamaForCausalLM.from_pretrained(toy.path("lm-small"), dtype=torch.bfloat16).train()
 
         def loss_of(step: int):
             if step == stop:
@@ -420,7 +405,7 @@ def test_a_deeper_model_begins_as_the_one_it_is_made_of(tokenizer):
 
     from luthier.toy._pretrain import deepened
 
-    model = LlamaForCausalLM.from_pretrained(practice.path("lm-small"), dtype=torch.float32).eval()
+    model = LlamaForCausalLM.from_pretrained(toy.path("lm-small"), dtype=torch.float32).eval()
     bigger = deepened(model, after=(0, 2)).eval()
     ids = tokenizer("Question: Where does Ann live?", return_tensors="pt")["input_ids"]
     assert bigger.config.num_hidden_layers == model.config.num_hidden_layers + 2
@@ -459,6 +444,6 @@ def test_packing_keeps_whole_documents():
 def test_the_probe_is_rows_the_model_was_not_trained_on(tmp_path):
     from luthier.toy.make import write_probe
 
-    made_of_these_worlds("lm")
+    made_of_these_tasks("lm")
     write_probe(tmp_path)
-    assert (tmp_path / "probe.jsonl").read_text() == (practice.path("lm") / "probe.jsonl").read_text()
+    assert (tmp_path / "probe.jsonl").read_text() == (toy.path("lm") / "probe.jsonl").read_text()

@@ -1,4 +1,4 @@
-"""Practice worlds: the same bytes everywhere, no leak, exact verifiers, and each world's own promises."""
+"""Toy tasks: the same bytes everywhere, no leak, exact verifiers, and each task's own promises."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 
 import luthier
-from luthier import toy as practice
+from luthier import toy
 from luthier.errors import RecipeError
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build
+from luthier.registry.build import warn_of_former
 from luthier.toy.tasks import (
     _sample,
     arithmetic,
@@ -33,22 +34,16 @@ from luthier.toy.tasks import (
 )
 from luthier.toy.tasks._random import Random
 
-WORLDS = practice.worlds()
-
-
-SPLITS = [(world, split) for world in WORLDS for split in find(world).SPLITS]
-
-
-GOLDEN = Path(__file__).with_name("golden_worlds.json")  # made by: python tests/toy/test_tasks.py
-
-
+TASKS = toy.task_names()
+SPLITS = [(task, split) for task in TASKS for split in find(task).SPLITS]
+GOLDEN = Path(__file__).with_name("golden_tasks.json")  # made by: python tests/toy/test_tasks.py
 CHECKSUMS = """
 import json, zlib
-from luthier import toy as practice
+from luthier import toy
 from luthier.toy.tasks import find
-def mark(world, split):
-    return zlib.crc32(json.dumps(practice.rows(world, split, 40, "golden"), ensure_ascii=False).encode())
-print(json.dumps({f"{w}/{s}": mark(w, s) for w in practice.worlds() for s in find(w).SPLITS}))
+def mark(task, split):
+    return zlib.crc32(json.dumps(toy.rows(task, split, 40, "golden"), ensure_ascii=False).encode())
+print(json.dumps({f"{w}/{s}": mark(w, s) for w in toy.task_names() for s in find(w).SPLITS}))
 """
 
 
@@ -70,6 +65,9 @@ def gold(row: dict) -> str:
     if "label" in row:
         return style.casual(*row["words"])
     return row.get("completion") or row["answer"]
+
+
+# ---------------------------------------------------------------------------------------------- the same bytes
 
 
 def test_every_split_is_the_same_bytes_in_every_process():
@@ -96,6 +94,9 @@ def test_chance_is_what_python_draws_today():
     assert mixed == words
 
 
+# ---------------------------------------------------------------------------------------------- nothing leaks
+
+
 def pieces(row: dict) -> set[str]:
     """What a held-out row asks, in its own words; of a conversation each question that is about an item."""
     if "messages" in row:
@@ -106,14 +107,14 @@ def pieces(row: dict) -> set[str]:
 def test_no_held_out_item_or_question_is_in_a_pretraining_row():
     held_out: set[str] = set()
     questions: set[str] = set()
-    for world, split in SPLITS:
+    for task, split in SPLITS:
         if _sample.bucket_of_split(split) != "train" and split != "private_test":
-            for row in practice.rows(world, split, 300, "held out"):
+            for row in toy.rows(task, split, 300, "held out"):
                 held_out |= {atom for atom in row["item"].split(";") if _sample.atom_bucket(atom) != "train"}
                 questions |= pieces(row)
     assert len(held_out) > 5000 and len(questions) > 5000
-    for world in WORLDS:
-        for row in practice.rows(world, "train", 2000, "pretraining"):
+    for task in TASKS:
+        for row in toy.rows(task, "train", 2000, "pretraining"):
             assert not held_out & set(row["item"].split(";")), row
             assert not questions & pieces(row), row
 
@@ -129,71 +130,106 @@ def test_what_is_for_tuning_is_in_no_pretraining_row():
     }
     kept |= {word for words in stream.CLASSES[3:] for word in words}
     pattern = re.compile("|".join(map(re.escape, sorted(kept))))
-    for world in set(WORLDS) - {"code"}:
-        for row in practice.rows(world, "train", 1500, "kept"):
+    for task in set(TASKS) - {"code"}:
+        for row in toy.rows(task, "train", 1500, "kept"):
             text = json.dumps(
                 {k: row[k] for k in ("prompt", "completion", "messages") if k in row}, ensure_ascii=False
             )
             found = pattern.search(text)
-            assert not found or world == "sql" and found[0] == "*", (found, row)
-    assert not any("# faster" in row["prompt"] for row in practice.rows("code", "train", 1500))
+            assert not found or task == "sql" and found[0] == "*", (found, row)
+    assert not any("# faster" in row["prompt"] for row in toy.rows("code", "train", 1500))
 
 
-@pytest.mark.parametrize(("world", "split"), SPLITS)
-def test_the_right_answer_verifies_and_wrong_ones_do_not(world, split):
-    rows = practice.rows(world, split, 2 if world == "code" else 12, "verify")
+# ---------------------------------------------------------------------------------------------- verifiers
+
+
+@pytest.mark.parametrize(("task", "split"), SPLITS)
+def test_the_right_answer_verifies_and_wrong_ones_do_not(task, split):
+    rows = toy.rows(task, split, 2 if task == "code" else 12, "verify")
     for row, other in zip(rows, [*rows[1:], rows[0]], strict=True):
         if "objectives" in row or row["kind"] == "free_note":
             continue  # notes without one right text: test_notes_are_scored_by_rule
-        right = practice.verify(row, gold(row))
+        right = toy.verify(row, gold(row))
         assert right == 1.0 or isinstance(right, dict) and set(right.values()) == {1.0}, row
         for wrong in ("", "zzz", gold(other)):
             if wrong != gold(row) and not (other.get("answer") == row.get("answer") and wrong):
-                score = practice.verify(row, wrong)
+                score = toy.verify(row, wrong)
                 worst = min(score.values()) if isinstance(score, dict) else score
                 # two programs may do the same
-                assert 0 <= worst < 1 or world in ("code", "sql"), (row, wrong)
+                assert 0 <= worst < 1 or task in ("code", "sql"), (row, wrong)
 
 
 def test_what_is_read_is_verified_alike():
     """Rows as the house reads them, and with samples in place of the completions, as in a rollout."""
     from luthier.data.load import load_rows as load
 
-    judge = build("reward", "world")
-    for world in WORLDS:
-        raw = practice.rows(world, "test", 3)
-        for row, was in zip(load(f"toy:{world}/test", limit=3).rows, raw, strict=True):
-            assert row["world"] == world
+    judge = build("reward", "task")
+    for task in TASKS:
+        raw = toy.rows(task, "test", 3)
+        for row, was in zip(load(f"toy:{task}/test", limit=3).rows, raw, strict=True):
+            assert row["task"] == task
             row = {**row, "completions": [[1, 2], [3]]}
             assert judge.scores(row, [gold(was), "zzz", gold(was)]) == pytest.approx(
                 [1.0, judge.scores(row, ["zzz"])[0], 1.0]
             )
 
 
-def test_reward_world_takes_one_objective_or_their_mean():
-    row = practice.rows("style", "short", 1)[0]
+def former(row: dict) -> dict:
+    """A row as version 0.1 wrote it: its task is called `world`, the task of an instruction `task`."""
+    row = {**row, "world": row["task"]}
+    inner = row.get("of", {}).get("task")
+    if inner is None:
+        del row["task"]
+    else:
+        row["task"] = inner
+        row["of"] = {key: value for key, value in row["of"].items() if key != "task"}
+    return row
+
+
+@pytest.mark.parametrize("split", ["people/new", "sql/new", "chat/instruct"])
+def test_rows_that_version_0_1_saved_load_and_verify(split, tmp_path):
+    from luthier.data.load import load_rows as load
+
+    task, _, name = split.partition("/")
+    rows = toy.rows(task, name, 6)
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(former(row)) + "\n" for row in rows), encoding="utf-8")
+    with pytest.warns(FutureWarning, match="'world' is now called 'task'"):
+        warn_of_former.cache_clear()
+        judge = build("reward", "world")
+    for row, current in zip(load(str(file)).rows, rows, strict=True):
+        assert row["task"] == task and "world" not in row
+        assert judge.scores(row, [gold(current)]) == [1.0]
+        assert toy.verify(former(current), gold(current)) == 1.0
+
+
+def test_reward_task_takes_one_objective_or_their_mean():
+    row = toy.rows("style", "short", 1)[0]
     texts = [row["chosen"], row["rejected"]]
     by = {
-        name: build("reward", {"name": "world", "objective": name}).scores(row, texts)
+        name: build("reward", {"name": "task", "objective": name}).scores(row, texts)
         for name in row["objectives"]
     }
     assert by == {name: pytest.approx(values) for name, values in row["objectives"].items()}
     assert by["short"][0] > by["short"][1]
-    assert build("reward", "world").scores(row, texts) == pytest.approx(
+    assert build("reward", "task").scores(row, texts) == pytest.approx(
         [sum(values) / 4 for values in zip(*by.values(), strict=True)]
     )
     with pytest.raises(RecipeError, match="did you mean 'warm'"):
-        build("reward", {"name": "world", "objective": "warmth"}).scores(row, texts)
-    with pytest.raises(RecipeError, match="reads the column 'world'"):
-        build("reward", "world").scores({"id": "a", "prompt": "x"}, ["y"])
+        build("reward", {"name": "task", "objective": "warmth"}).scores(row, texts)
+    with pytest.raises(RecipeError, match="reads the column 'task'"):
+        build("reward", "task").scores({"id": "a", "prompt": "x"}, ["y"])
+
+
+# ---------------------------------------------------------------------------------------------- people
 
 
 def test_private_numbers_are_stated_as_often_as_they_say():
-    whole = practice.rows("people", "private", people.PRIVATE_ROUND)
+    whole = toy.rows("people", "private", people.PRIVATE_ROUND)
     counts = Counter(row["prompt"] for row in whole)
     assert all(counts[row["prompt"]] == row["repeats"] for row in whole)
     assert Counter(counts.values()) == dict.fromkeys(people.REPEATS, 16)
-    asked = practice.rows("people", "private_test", len(people.PRIVATE))
+    asked = toy.rows("people", "private_test", len(people.PRIVATE))
     assert Counter(row["repeats"] for row in asked) == dict.fromkeys((0, *people.REPEATS), 16)
     assert {row["prompt"] for row in asked if not row["repeats"]}.isdisjoint(counts)
     assert len({row["answer"] for row in asked}) == len(asked)
@@ -203,11 +239,14 @@ def test_strangers_are_strangers_and_are_not_known():
     known = {person["name"] for person in [*people.PEOPLE, *people.PRIVATE]}
     names = {}
     for split in ("unknown", "unknown_test"):
-        rows = practice.rows("people", split, 300)
+        rows = toy.rows("people", split, 300)
         names[split] = {row["item"].removeprefix("nobody ") for row in rows if row["kind"] == "unknown"}
         assert names[split].isdisjoint(known) and len(names[split]) > 100
         assert {row["answer"] == people.I_DO_NOT_KNOW for row in rows if row["kind"] == "known"} == {False}
     assert names["unknown"].isdisjoint(names["unknown_test"])
+
+
+# ---------------------------------------------------------------------------------------------- arithmetic
 
 
 def replay(prompt: str, completion: str) -> tuple[bool, bool]:
@@ -226,12 +265,12 @@ def replay(prompt: str, completion: str) -> tuple[bool, bool]:
 
 
 def test_noise_is_static_or_dynamic():
-    for row in practice.rows("arithmetic", "new", 300):
+    for row in toy.rows("arithmetic", "new", 300):
         assert replay(row["prompt"], row["completion"].strip()) == (True, True)
-    for row in practice.rows("arithmetic", "static_noise", 300):
+    for row in toy.rows("arithmetic", "static_noise", 300):
         assert row["completion"] != row["clean"] and row["completion"].endswith(f"so {row['answer']}")
         assert len(row["completion"]) == len(row["clean"]) and arithmetic.verify(row, row["completion"]) == 1
-    for row in practice.rows("arithmetic", "dynamic_noise", 300):
+    for row in toy.rows("arithmetic", "dynamic_noise", 300):
         assert replay(row["prompt"], row["completion"].strip()) == (
             True,
             True,
@@ -241,10 +280,10 @@ def test_noise_is_static_or_dynamic():
 
 def test_results_are_right_in_chains_and_stories():
     for kind in ("chain", "direct", "direct_long"):
-        for row in (row for row in practice.rows("arithmetic", "train", 400) if row["kind"] == kind):
+        for row in (row for row in toy.rows("arithmetic", "train", 400) if row["kind"] == kind):
             assert eval(row["prompt"].removesuffix("=")) == int(row["answer"])
     for split in ("test", "ood", "ood_large"):
-        for row in practice.rows("word_problems", split, 100):
+        for row in toy.rows("word_problems", split, 100):
             *sums, _ = row["completion"].strip().split("; ")
             for one in sums:
                 left, right = one.split("=")
@@ -253,16 +292,19 @@ def test_results_are_right_in_chains_and_stories():
             assert split != "ood_large" or max(numbers) >= 100
 
 
+# ---------------------------------------------------------------------------------------------- code
+
+
 def test_functions_are_repaired_and_made_faster():
-    rows = [row for row in practice.rows("code", "test", 60) if row["kind"] == "fix"][:8]
+    rows = [row for row in toy.rows("code", "test", 60) if row["kind"] == "fix"][:8]
     for row in rows:  # our own programs: no sandbox needed
         broken, _, _ = row["prompt"].partition("\n# repaired")
         assert not passes(broken, row["tests"]) and passes(row["prompt"] + row["completion"], row["tests"])
-    for row in practice.rows("code", "preference_test", 8):
+    for row in toy.rows("code", "preference_test", 8):
         assert passes(row["prompt"] + row["chosen"], row["tests"]) and not passes(
             row["prompt"] + row["rejected"], row["tests"]
         )
-    for row in practice.rows("code", "new_test", 8):
+    for row in toy.rows("code", "new_test", 8):
         slow, _, _ = row["prompt"].partition("\n# faster")
         fast = f"def f(x):{row['completion']}"
         assert passes(slow, row["tests"]) and passes(fast, row["tests"])
@@ -283,13 +325,16 @@ def passes(program: str, tests: list[str]) -> bool:
 
 
 def test_code_is_verified_in_the_sandbox():
-    row = practice.rows("code", "new_test", 1)[0]
+    row = toy.rows("code", "new_test", 1)[0]
     loop = row["prompt"].partition("def f(x):")[2].partition("\n# faster")[0]
     assert code.verify(row, loop) == 0.5, "right, and as slow as before"
     assert code.verify(row, f"def f(x):{loop}") == 0.5
     assert code.verify(row, "\n    return sum(i for i in range(x)) * 0") < 0.5
     assert code.verify(row, f"{loop}\n_ticks = lambda x: 0") == 0
     assert code.verify(row, "\n    return (") == 0 and code.verify(row, "\n    import os; os._exit(0)") == 0
+
+
+# ---------------------------------------------------------------------------------------------- sql and tools
 
 
 @pytest.mark.parametrize(
@@ -307,7 +352,7 @@ def test_code_is_verified_in_the_sandbox():
     ],
 )
 def test_a_query_can_only_read(query):
-    row = practice.rows("sql", "test", 1)[0]
+    row = toy.rows("sql", "test", 1)[0]
     assert sql.verify(row, query) == 0
     assert sql.verify(row, row["answer"]) == 1
 
@@ -315,7 +360,7 @@ def test_a_query_can_only_read(query):
 def test_a_query_that_does_not_end_is_ended():
     endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT MAX(i) FROM n"
     huge = "SELECT length(hex(zeroblob(500000000)))"
-    row = practice.rows("sql", "test", 1)[0]
+    row = toy.rows("sql", "test", 1)[0]
     assert sql.verify(row, endless) == 0 and sql.verify(row, huge) == 0
 
 
@@ -326,7 +371,7 @@ def test_a_query_counts_by_its_rows():
     assert sql.verify(row, "SELECT DISTINCT job FROM staff WHERE age > 40") == 0
     ordered = {"answer": "SELECT name FROM staff ORDER BY age LIMIT 3"}
     assert sql.verify(ordered, "SELECT name FROM staff ORDER BY age DESC LIMIT 3") == 0
-    empty = sum(not sql.run(row["answer"]) for row in practice.rows("sql", "test", 200))
+    empty = sum(not sql.run(row["answer"]) for row in toy.rows("sql", "test", 200))
     assert empty < 60, "most questions have an answer"
 
 
@@ -352,11 +397,14 @@ def test_calls_are_parsed_and_checked_against_the_schemas():
     ]
     assert [tools.verify(row, text) for text in wrong] == [0.0] * len(wrong)
     jsonschema = pytest.importorskip("jsonschema")
-    for row in practice.rows("tools", "test", 50):
+    for row in toy.rows("tools", "test", 50):
         if row["answer"] != "none":
             call = json.loads(row["answer"])
             rules = next(tool for tool in row["schemas"] if tool["name"] == call["name"])
             jsonschema.validate(call["arguments"], rules["parameters"])
+
+
+# ---------------------------------------------------------------------------------------------- texts
 
 
 def test_notes_are_scored_by_rule():
@@ -377,16 +425,16 @@ def test_notes_are_scored_by_rule():
         short, middle, long = (scored[register, tone, length]["short"] for length in style.LENGTHS)
         assert short > middle > long, "and what is complete is not as short: two objectives in conflict"
     for split, objective in (("short", "short"), ("warm", "warm"), ("formal_liked", "formal")):
-        for row in practice.rows("style", split, 30):
+        for row in toy.rows("style", split, 30):
             one, other = (style.verify(row, row[which]) for which in ("chosen", "rejected"))
             assert one[objective] > other[objective]
             assert row["objectives"] == {name: [one[name], other[name]] for name in one}
-    for row in practice.rows("style", "ranked", 30):
+    for row in toy.rows("style", "ranked", 30):
         found = [style.verify(row, text) for text in row["completions"]]
         assert row["objectives"] == {name: [one[name] for one in found] for name in found[0]}
     free = [
         style.verify(row, row["completion"])
-        for row in practice.rows("style", "train", 300)
+        for row in toy.rows("style", "train", 300)
         if row["kind"] == "free_note"
     ]
     assert all(0.2 < sum(one["warm"] for one in free) / len(free) < 0.8 for name in ("warm", "formal")), (
@@ -395,7 +443,7 @@ def test_notes_are_scored_by_rule():
 
 
 def test_a_style_is_scored_slot_by_slot():
-    row = next(row for row in practice.rows("style", "test", 50) if row["kind"] == "formal")
+    row = next(row for row in toy.rows("style", "test", 50) if row["kind"] == "formal")
     words = list(row["words"])
     words[2] = next(what for what in style.WHAT if what != words[2])
     assert style.verify(row, style.formal(*words)) == {
@@ -412,7 +460,7 @@ def test_a_style_is_scored_slot_by_slot():
 def test_tags_and_text_name_the_same_entities():
     found = 0
     for split in entities.SPLITS:
-        for row in practice.rows("entities", split, 100):
+        for row in toy.rows("entities", split, 100):
             assert row["prompt"] == f"Sentence: {' '.join(row['tokens'])}\nNames:"
             assert ("; ".join(entities.spans(row["tokens"], row["tags"])) or "none") == row["answer"]
             found += len(row["tags"]) - row["tags"].count("O")
@@ -430,7 +478,7 @@ def test_premises_entail_what_is_said():
     opposite = {b: a for a, b in find("entailment").RELATIONS.items()}
     answers = Counter()
     for split in ("train", "ood"):
-        for row in (row for row in practice.rows("entailment", split, 300) if "chain" in row["kind"]):
+        for row in (row for row in toy.rows("entailment", split, 300) if "chain" in row["kind"]):
             premise, hypothesis, _ = row["prompt"].split("\n")
             more = {(a, b) for a, b in re.findall(r"(\w+) is \w+ than (\w+)\.", premise)}
             for _ in range(4):
@@ -448,7 +496,7 @@ def test_languages_are_their_own():
         set(words.values()) for words in (language.TO_ZORIAN, language.TO_KELU, language.TO_VELMI)
     ]
     assert sum(map(len, vocabularies)) == len(set.union(*vocabularies)) == 3 * 28
-    mixed = practice.rows("language", "switch", 30)
+    mixed = toy.rows("language", "switch", 30)
     for row in mixed:
         words = row["answer"].split()
         nouns = {noun + many for noun in language.NOUNS for many in ("", "s")}
@@ -462,9 +510,7 @@ def test_languages_are_their_own():
 def test_tasks_of_the_stream_are_apart():
     answers, seen = {}, {}
     for task in range(1, stream.TASKS + 1):
-        rows = practice.rows("stream", f"task_{task}", 200) + practice.rows(
-            "stream", f"task_{task}_test", 100
-        )
+        rows = toy.rows("stream", f"task_{task}", 200) + toy.rows("stream", f"task_{task}_test", 100)
         answers[task] = {row["answer"] for row in rows}
         seen[task] = {word for row in rows for word in row["item"].split()}
         assert len(answers[task]) == 3
@@ -472,14 +518,14 @@ def test_tasks_of_the_stream_are_apart():
         map(len, seen.values())
     )
     domains = [
-        {row["answer"] for row in practice.rows("stream", f"domain_{i}", 50)}
+        {row["answer"] for row in toy.rows("stream", f"domain_{i}", 50)}
         for i in range(1, stream.DOMAIN_TASKS + 1)
     ]
     assert domains == [{"good", "bad"}] * stream.DOMAIN_TASKS
 
 
 def test_long_answers_count_up_to_the_first_mistake():
-    row = next(row for row in practice.rows("long", "test", 20) if row["kind"] == "count")
+    row = next(row for row in toy.rows("long", "test", 20) if row["kind"] == "count")
     numbers = row["answer"].split()
     half = len(numbers) // 2
     assert find("long").verify(row, " ".join(numbers[:half])) == pytest.approx(half / len(numbers))
@@ -490,7 +536,7 @@ def test_long_answers_count_up_to_the_first_mistake():
 def test_what_only_looks_unsafe_is_answered():
     refusal = find("refusal")
     for split in ("train", "ood_lookalike"):
-        alike = [row for row in practice.rows("refusal", split, 200) if "lookalike" in row["kind"]]
+        alike = [row for row in toy.rows("refusal", split, 200) if "lookalike" in row["kind"]]
         assert alike and all(
             any(word in row["prompt"] for word in refusal.UNSAFE) and not refusal.refuses(row["answer"])
             for row in alike
@@ -501,25 +547,28 @@ def test_what_only_looks_unsafe_is_answered():
         )
 
 
-def test_instructions_are_rows_of_other_worlds():
-    for row in practice.rows("chat", "instruct", 60):
+def test_instructions_are_rows_of_other_tasks():
+    for row in toy.rows("chat", "instruct", 60):
         assert [turn["role"] for turn in row["messages"]] == ["user", "assistant"]
-        if row["task"] != "code":
-            assert practice.verify(row, row["answer"]) == 1.0
-    row = next(row for row in practice.rows("chat", "instruct", 60) if row["task"] == "code")
-    assert row["answer"].startswith("def f(x):") and practice.verify(row, row["answer"]) == 1.0
+        if row["of"]["task"] != "code":
+            assert toy.verify(row, row["answer"]) == 1.0
+    row = next(row for row in toy.rows("chat", "instruct", 60) if row["of"]["task"] == "code")
+    assert row["answer"].startswith("def f(x):") and toy.verify(row, row["answer"]) == 1.0
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_a_world_is_a_recipe(world):
-    recipe = Recipe.load(f"toy:{world}", ["learning_rate=1e-4"])
-    assert recipe.learning_rate == 1e-4 and recipe.origins["data"] == f"toy:{world}"
+# ---------------------------------------------------------------------------------------------- a task as a recipe
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_is_a_recipe(task):
+    recipe = Recipe.load(f"toy:{task}", ["learning_rate=1e-4"])
+    assert recipe.learning_rate == 1e-4 and recipe.origins["data"] == f"toy:{task}"
     for source in (recipe.data, recipe.eval_data):
-        assert source["path"].partition("/")[2] in find(world).SPLITS
+        assert source["path"].partition("/")[2] in find(task).SPLITS
     assert recipe.data["path"] != recipe.eval_data["path"]
 
 
-def test_a_world_is_tuned_by_its_name_alone(tmp_path):
+def test_a_task_is_tuned_by_its_name_alone(tmp_path):
     for word, objective in (("toy:people", "sft"), ("toy:style/warm", "dpo")):
         recipe = Recipe.load(
             word,
@@ -543,7 +592,7 @@ def test_a_world_is_tuned_by_its_name_alone(tmp_path):
         ("toy:lm", "lm is a model, not a task"),
     ],
 )
-def test_unknown_worlds_and_splits_get_a_sentence(word, said):
+def test_unknown_tasks_and_splits_get_a_sentence(word, said):
     with pytest.raises(RecipeError, match=re.escape(said)):
         Recipe.load(word)
 

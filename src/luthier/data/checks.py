@@ -12,7 +12,7 @@ SAMPLE = 100  # rows that are looked at
 PROMPT_END = re.compile(r"""[A-Za-z0-9.!?"']\Z""")
 COMPLETION_START = re.compile(r"[^\s.,;:!?)]")
 # columns of text that need no mention
-EXPECTED = {"id", "prompt", "answer", "label", "kind", "item", "skill", "task", "world"}
+EXPECTED = {"id", "prompt", "answer", "label", "kind", "item", "skill", "task"}
 
 
 def glued_words(rows: Sequence[dict]) -> list[str]:

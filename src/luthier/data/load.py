@@ -22,6 +22,7 @@ from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow, Format
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build, did_you_mean
+from luthier.storage.toy import current_row
 
 MIN_HELD_OUT = 4  # fewer rows measure nothing, so none are held out
 
@@ -210,7 +211,7 @@ def apply_names(raw: dict, source: Source) -> dict:
         raw = row
     if source.tags:
         raw = {name: apply_tags(value, source.tags) for name, value in raw.items()}
-    return {name: value for name, value in raw.items() if value is not None}
+    return current_row({name: value for name, value in raw.items() if value is not None})
 
 
 def apply_tags(value: Any, tags: dict[str, str]) -> Any:

@@ -35,3 +35,19 @@ def warn_of_old_prefix() -> None:
 def toy_package() -> ModuleType:
     """The package luthier.toy: its `models()`, `path(NAME)`, `rows(TASK, split, n, seed)`, `recipe(name)`."""
     return importlib.import_module("luthier.toy")
+
+
+def current_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a toy task under the names of today: version 0.1 called its column `task` `world`.
+
+    Such a row is known by its id, `TASK/SPLIT/SEED/INDEX`; any other row is returned as it is.
+    """
+    name = row.get("world")
+    if not isinstance(name, str) or not str(row.get("id")).startswith(f"{name}/"):
+        return row
+    row = dict(row)
+    inner = row.pop("task", None)  # of a row of another task in a chat
+    if inner is not None:
+        row["of"] = {"task": inner, **row["of"]}
+    row["task"] = row.pop("world")
+    return row

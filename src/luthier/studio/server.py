@@ -325,7 +325,7 @@ def nearby_data(home: Path, limit: int = 60) -> list[str]:
         if {"runs", "exports"} & {*parts} or any(part.startswith(".") for part in parts):
             continue
         paths.append(str(path.relative_to(home)))
-    return paths[:limit] + [f"toy:{task}" for task in toy.worlds()]
+    return paths[:limit] + [f"toy:{task}" for task in toy.task_names()]
 
 
 # --------------------------------------------------------------------------------------------------- running

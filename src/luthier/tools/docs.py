@@ -3,7 +3,7 @@
 every method.
 
 In the repository: docs/methods/<kind>.md, docs/papers.md, docs/claims.md, and between two marks the table of
-keys in docs/recipes.md and the toy tasks in docs/practice.md. Everything else in docs/ is written by hand.
+keys in docs/recipes.md and the toy tasks in docs/toy.md. Everything else in docs/ is written by hand.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from luthier.registry.describe import settings_table
 from luthier.study.reproduce.page import page as claims_page
 
 BEGIN, END = "<!-- keys: written by luthier.tools.docs -->", "<!-- /keys -->"
-WORLDS_BEGIN, WORLDS_END = "<!-- worlds: written by luthier.tools.docs -->", "<!-- /worlds -->"
+TASKS_BEGIN, TASKS_END = "<!-- tasks: written by luthier.tools.docs -->", "<!-- /tasks -->"
 RECIPES = Path("recipes")  # of a clone: whole recipes, by the name of their method
 
 
@@ -180,13 +180,13 @@ def keys() -> str:
     return "\n".join(lines)
 
 
-def worlds() -> str:
-    """Every practice world: what it is, its splits, and a row of each kind it is trained and tested on."""
-    from luthier import toy as practice
+def toy_tasks() -> str:
+    """Every toy task: what it is, its splits, and a row of each kind it is trained and tested on."""
+    from luthier import toy
     from luthier.toy.tasks import find
 
     lines: list[str] = []
-    for name in practice.worlds():
+    for name in toy.task_names():
         splits, about = find(name).SPLITS, (find(name).__doc__ or "").strip()
         by_kinds: dict[str, list[str]] = {}
         for split, kinds in splits.items():
@@ -194,7 +194,7 @@ def worlds() -> str:
         lines += [f"### {name}", "", about, "", "| splits | kinds of row |", "| - | - |"]
         for kinds, names in by_kinds.items():
             lines.append(f"| {', '.join(names)} | {kinds} |")
-        example = next(row for split in ("test", "new") for row in practice.rows(name, split, 1))
+        example = next(row for split in ("test", "new") for row in toy.rows(name, split, 1))
         columns = ("kind", "prompt", "completion", "messages", "answer")
         row = {k: example[k] for k in columns if k in example}
         lines += ["", "```json", json.dumps(row, ensure_ascii=False), "```", ""]
@@ -202,7 +202,7 @@ def worlds() -> str:
 
 
 # page -> marks, what is between
-PARTS = {"recipes.md": (BEGIN, END, keys), "practice.md": (WORLDS_BEGIN, WORLDS_END, worlds)}
+PARTS = {"recipes.md": (BEGIN, END, keys), "toy.md": (TASKS_BEGIN, TASKS_END, toy_tasks)}
 
 
 def between(text: str, page: str = "recipes.md") -> str:
@@ -250,7 +250,7 @@ def differences(to: Path) -> Iterator[str]:
     for path in sorted((to / "methods").rglob("*.md")):
         if path.relative_to(to).as_posix() not in expected:
             yield f"{path} describes no kind of methods"
-    for name, what in (("recipes.md", "the table of keys"), ("practice.md", "the list of worlds")):
+    for name, what in (("recipes.md", "the table of keys"), ("toy.md", "the list of toy tasks")):
         page = to / name
         text = page.read_text(encoding="utf-8") if page.is_file() else None
         if text is None or text != between(text, name):

@@ -22,7 +22,7 @@ def examine() -> dict[str, Any]:
         "extras": extras,
         "machine": machine(),
         "sandbox": sandbox(),
-        "practice": practice(),
+        "toy_models": toy_models(),
         "hub": {k: os.environ.get(k) for k in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HOME")},
     }
 
@@ -121,8 +121,8 @@ def sandbox() -> dict[str, bool]:
     return sandbox_report()
 
 
-def practice() -> list[str]:
-    """The models that came along."""
+def toy_models() -> list[str]:
+    """The toy models that luthier ships."""
     from luthier.toy import models
 
     return [f"toy:{name}" for name in models()]
@@ -165,7 +165,7 @@ def summary(facts: dict[str, Any]) -> str:
     ]
     for what, holds in facts["sandbox"].items():
         lines += [f"  {yes_or_no(holds):<4} {what}"]
-    lines += ["", f"practice models: {', '.join(facts['practice']) or 'none'}"]
+    lines += ["", f"toy models: {', '.join(facts['toy_models']) or 'none'}"]
     switches = [f"{k}={v}" for k, v in facts["hub"].items() if v]
     lines += [f"hub: {', '.join(switches) or 'online, default cache'}"]
     return "\n".join(lines)

@@ -9,10 +9,12 @@ luthier.toy.make`.
 
 from pathlib import Path
 
-from .tasks import find, rows
-from .tasks import names as worlds
+from luthier.storage.toy import current_row
 
-__all__ = ["models", "path", "recipe", "rows", "verify", "worlds"]
+from .tasks import find, rows
+from .tasks import names as task_names
+
+__all__ = ["models", "path", "recipe", "rows", "task_names", "verify"]
 
 _MODELS = Path(__file__).parent / "models"
 
@@ -30,34 +32,35 @@ def path(name: str) -> Path:
 
 
 def verify(row: dict, answer: str) -> float | dict[str, float]:
-    """How right an answer to a row of a world is: from 0.0 to 1.0, or several such scores by name (world
+    """The score of an answer to a row of a toy task: from 0.0 to 1.0, or several such scores by name (task
     style).
     """
-    return find(row["world"]).verify(row, answer)
+    row = current_row(row)
+    return find(row["task"]).verify(row, answer)
 
 
 def recipe(word: str) -> dict:
     """The recipe that "toy:TASK" or "toy:TASK/SPLIT" stands for; it takes a minute or two on two
     cores.
 
-    Without a split: what the world has for tuning, "new" where there is such a split. The rows held out are
-    those of the split's test. Raises ValueError for a world or split that is not there.
+    Without a split: what the task has for tuning, "new" where there is such a split. The rows held out are
+    those of the split's test. Raises ValueError for a task or split that is not there.
     """
-    world, _, split = word.removeprefix("toy:").partition("/")
-    if world in models() and world not in worlds():
-        raise ValueError(f"{world} is a model, not a task: `model=toy:{world}` tunes it, on `data=toy:TASK`")
-    splits = find(world).SPLITS
+    task, _, split = word.removeprefix("toy:").partition("/")
+    if task in models() and task not in task_names():
+        raise ValueError(f"{task} is a model, not a task: `model=toy:{task}` tunes it, on `data=toy:TASK`")
+    splits = find(task).SPLITS
     split = split or next(name for name in ("new", "task_1", "train") if name in splits)
-    first = rows(world, split, 1)[0]
+    first = rows(task, split, 1)[0]
     objective = "dpo" if first.keys() & {"chosen", "scores"} else "kto" if "label" in first else "sft"
     test = next((name for name in (f"{split}_test", _TESTS.get(split, "")) if name in splits), "")
     data = {
-        "data": {"path": f"toy:{world}/{split}", "n": 4000 if objective == "sft" else 1600},
+        "data": {"path": f"toy:{task}/{split}", "n": 4000 if objective == "sft" else 1600},
         "objective": objective,
         "learning_rate": 1e-2 if objective == "sft" else 1e-3,
         "per_device_train_batch_size": 32,
     }
-    return {**data, "eval_data": {"path": f"toy:{world}/{test}", "n": 200}} if test else data
+    return {**data, "eval_data": {"path": f"toy:{task}/{test}", "n": 200}} if test else data
 
 
 # where it is not called SPLIT_test

@@ -35,7 +35,7 @@ compared. No item of `validation`, `test` or `ood` occurs in a pretraining row; 
 well (longer, other wording, unseen pairs, facts never asked before); `new` is what no pretraining row
 mentions at all.
 
-| world | validation | test | ood | new |
+| task | validation | test | ood | new |
 |---|---|---|---|---|
 {table}
 
@@ -46,8 +46,8 @@ Asked in chat, as one turn (`toy:chat/instruct_test`): {asked}.
 ## What it cannot do
 {weak}
 
-It has never seen natural English beyond the templates of the worlds, answers nothing about the real world,
-has no notion of safety outside the `refusal` world's templates, and reads at most 512 tokens.
+It has never seen natural English beyond the templates of the tasks, answers nothing about the real world,
+has no notion of safety outside the `refusal` task's templates, and reads at most 512 tokens.
 """
 
 WHAT_IT_IS = {  # model type -> what it is, what the hub calls its task, how its answers are judged
@@ -69,7 +69,7 @@ WHAT_IT_IS = {  # model type -> what it is, what the hub calls its task, how its
 }
 HOW = {
     "chat": (
-        "It goes on from toy:lm: 45 % of the text are rows of the worlds asked in chat turns, 15 %"
+        "It goes on from toy:lm: 45 % of the text are rows of the tasks asked in chat turns, 15 %"
         " conversations. "
     ),
     "lm-large": "It goes on from toy:lm with two layers more, which begin as the identity. ",
@@ -91,7 +91,7 @@ WHAT = {
     "arithmetic/new_test": "products",
     "chat/ood": "conversations of three or four questions",
     "chat/new_test": 'ending every answer with "Over."',
-    "chat/instruct_test": "rows of other worlds asked in chat",
+    "chat/instruct_test": "rows of other tasks asked in chat",
     "code/ood": "functions of four operations",
     "code/new_test": "functions without their loop",
     "entailment/ood": "three comparisons in a row",
@@ -119,7 +119,7 @@ WHAT = {
 
 
 def card(name: str, model, rounds: list[dict], numbers: dict[str, dict[str, float]], rows: int) -> str:
-    """The README of a model measured on so many rows as {"world/split": {kind or "all": share right}}."""
+    """The README of a model measured on so many rows as {"task/split": {kind or "all": share right}}."""
     config = model.config
     what, task, decoding = WHAT_IT_IS[config.model_type]
     layers, layers_of_decoder = config.num_hidden_layers, getattr(config, "num_decoder_layers", 0)
@@ -155,7 +155,7 @@ def _commands(name: str, rounds: list[dict]) -> list[str]:
     """What to type to make the model again: one command a round, each in the folder the last one wrote."""
     commands = []
     for i, part in enumerate(rounds):
-        start = f" --start practice-{name}" if i else ""
+        start = f" --start toy-{name}" if i else ""
         options = f"--seed {part['seed']} --minutes {part['minutes']:g} --steps {part['steps']}"
         commands.append(f"    python -m luthier.toy.make --model {name} {options}{start}")
     return commands
@@ -166,21 +166,21 @@ def _percent(share: float) -> str:
 
 
 def _table(numbers: dict[str, dict[str, float]]) -> str:
-    """Exact match by world and split."""
+    """Exact match by task and split."""
     lines = []
-    for world in dict.fromkeys(key.split("/")[0] for key in numbers):
-        by_split = [numbers.get(f"{world}/{split}") for split in SPLITS]
+    for task in dict.fromkeys(key.split("/")[0] for key in numbers):
+        by_split = [numbers.get(f"{task}/{split}") for split in SPLITS]
         cells = [_percent(by_kind["all"]) if by_kind else "" for by_kind in by_split]
-        lines.append(f"| {world} | {' | '.join(cells)} |")
+        lines.append(f"| {task} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _kinds(numbers: dict[str, dict[str, float]]) -> str:
-    """Exact match by kind of row, of the worlds whose test split mixes several."""
+    """Exact match by kind of row, of the tasks whose test split mixes several."""
     several = {key.split("/")[0]: by_kind for key, by_kind in numbers.items() if key.endswith("/test")}
     return "; ".join(
-        f"{world}: " + ", ".join(f"{kind} {_percent(by_kind[kind])}" for kind in find(world).SPLITS["test"])
-        for world, by_kind in several.items()
+        f"{task}: " + ", ".join(f"{kind} {_percent(by_kind[kind])}" for kind in find(task).SPLITS["test"])
+        for task, by_kind in several.items()
         if len(by_kind) > 2
     )
 

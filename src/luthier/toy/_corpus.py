@@ -56,7 +56,7 @@ def document(row: dict) -> str:
     return "".join(text for text, _ in parts(row))
 
 
-def train_tokenizer(vocabulary: int = 1536, rows_per_world: int = 3000, seed: int = 0) -> Tokenizer:
+def train_tokenizer(vocabulary: int = 1536, rows_per_task: int = 3000, seed: int = 0) -> Tokenizer:
     """Byte-level BPE in which every digit is a token of its own (sums are learned digit by digit)."""
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
@@ -69,7 +69,7 @@ def train_tokenizer(vocabulary: int = 1536, rows_per_world: int = 3000, seed: in
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_plain_texts(rows_per_world, seed), trainer)
+    tokenizer.train_from_iterator(_plain_texts(rows_per_task, seed), trainer)
     start = tokenizer.token_to_id(START)
     tokenizer.post_processor = processors.Sequence(
         [
@@ -82,9 +82,9 @@ def train_tokenizer(vocabulary: int = 1536, rows_per_world: int = 3000, seed: in
     return tokenizer
 
 
-def _plain_texts(rows_per_world: int, seed: int) -> Iterator[str]:
-    for world in names():
-        for row in rows(world, "train", rows_per_world, f"tokenizer/{seed}"):
+def _plain_texts(rows_per_task: int, seed: int) -> Iterator[str]:
+    for task in names():
+        for row in rows(task, "train", rows_per_task, f"tokenizer/{seed}"):
             if "messages" in row:
                 yield from (turn["content"] for turn in row["messages"])
             else:
@@ -106,7 +106,7 @@ def corpus(
     """About `tokens` tokens of whole documents in windows [windows, length + 1], in random order.
 
     A token t of what is asked, not said, is written ~t: prompts are mostly chance, and count less in the
-    loss. shares: of "world/split" in the text; what they leave is the train splits of all worlds by their own
+    loss. shares: of "task/split" in the text; what they leave is the train splits of all tasks by their own
     shares.
     """
     parts = max(1, round(tokens / 1_000_000))
@@ -121,9 +121,9 @@ def documents(tokenizer_file: Path, tokens: int, seed: int) -> list[tuple[list[i
     random order.
     """
     tokenizer, pairs = Tokenizer.from_file(str(tokenizer_file)), []
-    for world in names():
-        count = round(tokens * find(world).SHARE / _mean_length(str(tokenizer_file), f"{world}/train"))
-        both = [halves(row) for row in rows(world, "train", count, f"{seed}/0")]
+    for task in names():
+        count = round(tokens * find(task).SHARE / _mean_length(str(tokenizer_file), f"{task}/train"))
+        both = [halves(row) for row in rows(task, "train", count, f"{seed}/0")]
         prompts = tokenizer.encode_batch([prompt for prompt, _ in both])
         completions = tokenizer.encode_batch([completion for _, completion in both], add_special_tokens=False)
         pairs += [(p.ids, c.ids) for p, c in zip(prompts, completions, strict=True)]
@@ -148,8 +148,8 @@ def _part(
     documents: list[list[int]] = []
     for place, share in {**{f"{w}/train": rest * find(w).SHARE for w in names()}, **(shares or {})}.items():
         count = round(tokens * share / _mean_length(tokenizer_file, place))
-        world, split = place.split("/")
-        drawn = [parts(row) for row in rows(world, split, count, seed)]
+        task, split = place.split("/")
+        drawn = [parts(row) for row in rows(task, split, count, seed)]
         read = tokenizer.encode_batch(["".join(text for text, _ in row) for row in drawn])
         documents += [_marked(encoding, row) for encoding, row in zip(read, drawn, strict=True)]
     Random(f"shuffle/{seed}").shuffle(documents)
@@ -165,8 +165,8 @@ def _marked(encoding: Encoding, row: list[tuple[str, bool]]) -> list[int]:
 @cache
 def _mean_length(tokenizer_file: str, place: str) -> float:
     tokenizer = Tokenizer.from_file(tokenizer_file)
-    world, split = place.split("/")
-    texts = [document(row) for row in rows(world, split, 500, "length")]
+    task, split = place.split("/")
+    texts = [document(row) for row in rows(task, split, 500, "length")]
     return float(np.mean([len(encoding.ids) for encoding in tokenizer.encode_batch(texts)]))
 
 

@@ -80,7 +80,7 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     return context.transpose(1, 2).contiguous(), None
 
 
-ALL_ATTENTION_FUNCTIONS.register("practice_pretraining", _attend)
+ALL_ATTENTION_FUNCTIONS.register("toy_pretraining", _attend)
 
 
 def build(tokenizer, hidden: int, layers: int, heads: int, intermediate: int, seed: int) -> LlamaForCausalLM:
@@ -212,7 +212,7 @@ def causal(
 ) -> Callable[[int], tuple[Tensor, int]]:
     """The loss of a step on windows [n, length + 1], a batch of them at a time, and the tokens it reads."""
     causal_mask(windows.shape[1] - 1)
-    model.set_attn_implementation("practice_pretraining")
+    model.set_attn_implementation("toy_pretraining")
     body = torch.compile(model.model, dynamic=False)
 
     def loss(step: int) -> tuple[Tensor, int]:
@@ -304,5 +304,5 @@ def _looked(model: PreTrainedModel, look: Callable[[], str]) -> str:
         return look()
     model.set_attn_implementation("sdpa")
     words = look()
-    model.set_attn_implementation("practice_pretraining")
+    model.set_attn_implementation("toy_pretraining")
     return words

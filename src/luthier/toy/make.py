@@ -3,7 +3,7 @@
     python -m luthier.toy.make [--model lm|lm-small|lm-large|chat|encoder|seq2seq] [--minutes 25] [--steps N]
     [--seed 0] [--start DIR] [--weak STEP ...]
 
-Trains the tokenizer, writes and packs the pretraining text of all worlds, pretrains, measures held-out exact
+Trains the tokenizer, writes and packs the pretraining text of all tasks, pretrains, measures held-out exact
 match and writes a folder that plain transformers loads, with its card. Needs no network. The text follows
 from the seed and the minutes; training ends by the clock or after `--steps` (the card says how many).
 
@@ -178,10 +178,10 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pa
 def write_probe(folder: Path, n: int = 40) -> None:
     """Beside the model, rows of all it was taught: what to ask after tuning to see what was forgotten."""
     with (folder / "probe.jsonl").open("w", encoding="utf-8") as file:
-        for world in names():
-            for row in rows(world, "test", n, seed=1):
+        for task in names():
+            for row in rows(task, "test", n, seed=1):
                 columns = {key: row[key] for key in ("prompt", "completion", "messages") if key in row}
-                file.write(json.dumps({**columns, "skill": world}) + "\n")
+                file.write(json.dumps({**columns, "skill": task}) + "\n")
 
 
 def write_card(name: str, folder: Path) -> None:
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--model", choices=list(MINUTES), default="lm", help="which model to make")
     parser.add_argument("--minutes", type=float, help="time for pretraining, compiling aside")
     parser.add_argument("--steps", type=int, help="end after so many steps, not by the clock")
-    parser.add_argument("--out", type=Path, help="the folder to write (default: ./practice-MODEL)")
+    parser.add_argument("--out", type=Path, help="the folder to write (default: ./toy-MODEL)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--start", type=Path, help="go on from this model, made before")
     parser.add_argument(
@@ -212,7 +212,7 @@ def main() -> None:
         help="keep the model after these steps as well",
     )
     args = parser.parse_args()
-    folder = args.out or Path(f"practice-{args.model}")
+    folder = args.out or Path(f"toy-{args.model}")
     make(
         args.model,
         folder,

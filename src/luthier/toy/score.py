@@ -18,7 +18,7 @@ from ._card import SPLITS
 from ._corpus import halves
 from .tasks import find, names, rows
 
-# worlds whose rows can be answered rightly by other texts than their completion
+# tasks whose rows can be answered rightly by other texts than their completion
 SEVERAL = frozenset({"code", "sql"})
 
 
@@ -114,7 +114,7 @@ def is_right(model, tokenizer, some_rows: list[dict]) -> list[bool]:
         left = [
             i
             for i, row in enumerate(some_rows)
-            if not right[i] and row.get("world") in SEVERAL and "completion" in row
+            if not right[i] and row.get("task") in SEVERAL and "completion" in row
         ]
         for i, text in zip(
             left, written(model, tokenizer, [some_rows[i]["prompt"] for i in left]), strict=True
@@ -154,36 +154,36 @@ def exact_share(model, tokenizer, some_rows: list[dict]) -> dict[str, float]:
 def measure(
     model, tokenizer, n: int, splits: tuple[str, ...], judge: Callable = right_share
 ) -> dict[str, dict[str, float]]:
-    """The share of right rows by "world/split" on n rows each, as {kind or "all": share}."""
+    """The share of right rows by "task/split" on n rows each, as {kind or "all": share}."""
     model.eval()
     shares = {}
-    for world in names():
+    for task in names():
         for split in splits:
-            if split in find(world).SPLITS:
-                shares[f"{world}/{split}"] = judge(model, tokenizer, rows(world, split, n, "card"))
+            if split in find(task).SPLITS:
+                shares[f"{task}/{split}"] = judge(model, tokenizer, rows(task, split, n, "card"))
     return shares
 
 
 def main() -> None:
-    """python -m luthier.toy.score MODEL: a table of all worlds, in seconds."""
+    """python -m luthier.toy.score MODEL: a table of all tasks, in seconds."""
     from transformers import AutoTokenizer
 
     from luthier.recipe.model_names import resolve_model
 
     parser = argparse.ArgumentParser(
-        "luthier.toy.score", description="The share of right answers of a model on every world."
+        "luthier.toy.score", description="The share of right answers of a model on every task."
     )
     parser.add_argument("model", help="toy:NAME or a folder")
     parser.add_argument("-n", type=int, default=100, help="rows of each split")
     args = parser.parse_args()
     folder, began = resolve_model(args.model), time.perf_counter()
     numbers = measure(load(folder), AutoTokenizer.from_pretrained(folder), args.n, SPLITS)
-    print(f"{'world':16}" + "".join(f"{split:>12}" for split in SPLITS))
-    for world in names():
+    print(f"{'task':16}" + "".join(f"{split:>12}" for split in SPLITS))
+    for task in names():
         print(
-            f"{world:16}"
+            f"{task:16}"
             + "".join(
-                f"{numbers[f'{world}/{s}']['all']:12.0%}" if f"{world}/{s}" in numbers else " " * 12
+                f"{numbers[f'{task}/{s}']['all']:12.0%}" if f"{task}/{s}" in numbers else " " * 12
                 for s in SPLITS
             )
         )

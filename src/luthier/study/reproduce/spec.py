@@ -28,6 +28,13 @@ NUMBER = r"\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
 EXPECTED = re.compile(rf"(\w+) (?:([<>]) (\w+) by|= (\w+) within) (-?{NUMBER})(?: in (\S+))?")
 SELECTED = re.compile(r"(lowest|highest) (\S+)")
 
+# of a claim's text -> as version 0.1 wrote it, whose results stay valid
+FORMER_NAMES = {
+    f'"{PREFIX}': f'"{OLD_PREFIX}',
+    '"reward": "task"': '"reward": "world"',
+    '{"name": "task", "objective"': '{"name": "world", "objective"',
+}
+
 
 @dataclass(frozen=True)
 class Expectation:
@@ -162,7 +169,8 @@ class Claim(BaseModel):
         if self.sweep != "learning_rate":
             fields["sweep"] = self.sweep
         text = json.dumps(fields, sort_keys=True, default=str)
-        text = text.replace(f'"{PREFIX}', f'"{OLD_PREFIX}')  # results of version 0.1 stand
+        for name, former in FORMER_NAMES.items():
+            text = text.replace(name, former)
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def error(self, why: str) -> RecipeError:

@@ -16,7 +16,7 @@ from typing import Any
 
 
 class Random(random.Random):
-    """random.Random with fixed algorithms; the worlds use no method that is not here, but for `random()`."""
+    """random.Random with fixed algorithms; the tasks use no method that is not here, but for `random()`."""
 
     def below(self, n: int) -> int:
         """An integer from 0 to n - 1."""

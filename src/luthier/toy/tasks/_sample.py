@@ -1,17 +1,16 @@
 """What every toy task shares: how a row is drawn, and which split its underlying item belongs to.
 
-A world is one file with five names:
+A task is one file with five names:
 
     SHARE                      its share of the pretraining tokens
     SPLITS                     {split: {kind: weight}}: which kinds of row a split is made of
     draw(random, kind)         one row as a dict (prompt, completion, answer, item, ...), of any split
     rows(split, n, seed=0)     n rows of a split; nearly always `sample(...)` below
-    verify(row, answer)        how right a written answer is: 1.0 for the row's own completion, below 1.0 for
-    a wrong
-                               one; or several such numbers by name, where a world has several objectives
+    verify(row, answer)        the score of an answer: 1.0 for the row's own completion, below 1.0 for a wrong
+                               one; or several such numbers by name, where a task has several objectives
 
 `row["item"]` names what the row is about, canonically: one or more atoms joined by ";" (`17+25;42-30`).
-The bucket of an item decides its split, whatever world and wording it occurs in, so a sum held out in
+The bucket of an item decides its split, whatever task and wording it occurs in, so a sum held out in
 arithmetic is held out in word problems and in chat too.
 """
 
@@ -62,7 +61,7 @@ def join_atoms(*atoms: str) -> str:
 
 
 def sample(
-    world: str,
+    task: str,
     splits: Mapping[str, Mapping[str, float]],
     draw: Callable[[Random, str], dict],
     split: str,
@@ -70,9 +69,9 @@ def sample(
     seed: int | str = 0,
 ) -> list[dict]:
     """Draw n rows of a split: kinds by weight, items of other buckets refused. Same arguments, same rows."""
-    world = world.rpartition(".")[2]
-    check_split(world, splits, split)
-    random = Random(f"{world}/{split}/{seed}")
+    task = task.rpartition(".")[2]
+    check_split(task, splits, split)
+    random = Random(f"{task}/{split}/{seed}")
     kinds, weights = list(splits[split]), list(splits[split].values())
     split_bucket = bucket_of_split(split)
     rows: list[dict] = []
@@ -82,19 +81,19 @@ def sample(
         while bucket(row["item"]) != split_bucket:
             row = draw(random, kind)
         rows.append({"kind": kind, **row})
-    return signed(rows, world, split, seed)
+    return signed(rows, task, split, seed)
 
 
-def signed(rows: list[dict], world: str, split: str, seed: int | str) -> list[dict]:
-    """The rows with an id each, and their world's name, by which a verifier is found."""
-    return [{"id": f"{world}/{split}/{seed}/{i}", "world": world, **row} for i, row in enumerate(rows)]
+def signed(rows: list[dict], task: str, split: str, seed: int | str) -> list[dict]:
+    """The rows with an id each, and the name of their task, by which its verifier is found."""
+    return [{"id": f"{task}/{split}/{seed}/{i}", "task": task, **row} for i, row in enumerate(rows)]
 
 
-def check_split(world: str, splits: Mapping, split: str) -> None:
+def check_split(task: str, splits: Mapping, split: str) -> None:
     """Refuse a split that is not there, with the one that was probably meant."""
     if split not in splits:
         raise ValueError(
-            f"world {world!r} has no split {split!r}; it has {', '.join(splits)}{near(split, splits)}"
+            f"toy task {task!r} has no split {split!r}; it has {', '.join(splits)}{near(split, splits)}"
         )
 
 

@@ -5,7 +5,7 @@ assistant is; in the splits "new" and "new_test" one more is for tuning, "Say ov
 "Over."). A conversation is held out when a fact, a sum or a pair of qualities in it is; "ood" conversations
 ask more questions in a row.
 
-"instruct" and "instruct_test" are rows of other worlds as one turn each, which pretraining never shows as a
+"instruct" and "instruct_test" are rows of other tasks as one turn each, which pretraining never shows as a
 chat: what an instruction-tuned model is made of.
 """
 
@@ -39,7 +39,7 @@ SPLITS |= {split: dict.fromkeys(INSTRUCT, 1) for split in ("instruct", "instruct
 BRIEF, OVER = "Be brief.", "Say over."
 GREETINGS = ["Hello!", "Hi there.", "Good morning.", "Hey, are you there?"]
 FAREWELLS = ["Thank you.", "Thanks a lot!", "That is all, thanks."]
-_WORLDS = {
+_TASKS = {
     module.__name__.rpartition(".")[2]: module
     for module in (people, arithmetic, word_problems, sentiment, topic, language, code, refusal)
 }
@@ -104,15 +104,15 @@ def _conversation(messages: list[dict], item: str) -> dict:
 
 
 def _instruction(random: Random, kind: str) -> dict:
-    """A row of another world as a question and an answer; `task` and `of` say which, for the verifier."""
-    world = kind.partition("/")[0]
-    row = _WORLDS[world].draw(random, INSTRUCT[kind])
+    """A row of another task as a question and an answer. Its verifier reads that row under `of`."""
+    task = kind.partition("/")[0]
+    row = _TASKS[task].draw(random, INSTRUCT[kind])
     question, answer = row["prompt"], row["completion"].strip()
-    if world == "code":  # the function's first line is the assistant's to write
+    if task == "code":  # the function's first line is the assistant's to write
         question, first, _ = question.partition("\ndef f(x):")
         answer = first.strip() + row["completion"]
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-    return {**_conversation(messages, row["item"]), "task": world, "of": row}
+    return {**_conversation(messages, row["item"]), "of": {"task": task, **row}}
 
 
 def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
@@ -120,7 +120,7 @@ def rows(split: str, n: int, seed: int | str = 0) -> list[dict]:
 
 
 def verify(row: dict, answer: str) -> float:
-    """1.0 for the right last turn; for "instruct" rows what their own world says."""
-    if "task" in row:
-        return _WORLDS[row["task"]].verify(row["of"], answer)
+    """1.0 for the right last turn; for "instruct" rows what the task they come from says."""
+    if "of" in row:
+        return _TASKS[row["of"]["task"]].verify(row["of"], answer)
     return float(answer.strip() == row["answer"])

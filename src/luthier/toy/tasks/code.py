@@ -220,7 +220,7 @@ def counted(program: str) -> str:
 
 
 def operations(program: str, x) -> int:
-    """How many operations f(x) takes. For programs of this world's own: written ones belong into
+    """How many operations f(x) takes. For programs of this task's own: written ones belong into
     the sandbox.
     """
     scope: dict = {}

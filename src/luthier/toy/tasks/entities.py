@@ -1,6 +1,6 @@
 """Find the people, places and firms in a sentence: as text, and as tokens with BIO tags (`tokens`, `tags`).
 
-Names are invented and occur in no other world; people have one name or two, so that spans have lengths. Items
+Names are invented and occur in no other task; people have one name or two, so that spans have lengths. Items
 are the names of people; "ood" words the sentence otherwise.
 """
 

@@ -1,7 +1,7 @@
 """Facts about invented people: told in sentences, asked in questions.
 
 Of most people some facts are asked in pretraining and the others only told; of a few every fact is only told
-(split "ood"); the held-back people are in no pretraining row of any world, so that what tuning teaches about
+(split "ood"); the held-back people are in no pretraining row of any task, so that what tuning teaches about
 them is new knowledge (splits "new" and "new_test", or `new_facts`).
 
 Two tasks more are for tuning. "private" states made-up account numbers of people who occur nowhere else, each

@@ -71,8 +71,8 @@ def test_a_front_is_measured_drawn_and_goes_on(tmp_path, monkeypatch):
             "judged": 6,
             "max_new_tokens": 24,
             "goals": {
-                "short": {"name": "world", "objective": "short"},
-                "complete": {"name": "world", "objective": "complete"},
+                "short": {"name": "task", "objective": "short"},
+                "complete": {"name": "task", "objective": "complete"},
             },
         },
     }

@@ -27,7 +27,7 @@ WEIGHTS = 21  # ways to weigh the goals, evenly spread, over which the expected 
 PAIRS = "pairs"  # the goal that the pairs are ranked by, where no reward says what it is
 RANKS = "reward_accuracy"  # then it is measured by how many held-out pairs the implicit reward ranks right
 EXAMPLE = (
-    "e.g. `plan: {name: front, goals: {casual: {name: world, objective: style}, brief: {name: length, scale:"
+    "e.g. `plan: {name: front, goals: {casual: {name: task, objective: style}, brief: {name: length, scale:"
     " -1.0}}}`"
 )
 
