@@ -361,7 +361,7 @@ def test_doctor_says_what_is_there_and_what_is_missing(monkeypatch):
 
 
 def test_a_classifier_is_loaded_with_the_head_it_was_tuned_with(tmp_path):
-    """Its head is new, and an adapter does not hold what it sits on: both must come out of the recipe's seed."""
+    """Its head is new, and an adapter does not hold its base: both must follow from the recipe's seed."""
     from transformers import BertConfig, BertForMaskedLM
 
     from conftest import make_tokenizer

@@ -54,7 +54,8 @@ before = snapshot()
 import luthier
 after_import = snapshot()
 assert not differences(before, after_import), differences(before, after_import)
-assert not [m for m in sys.modules if m.startswith("luthier.methods.tuners.")], "tuners wait until they are used"
+tuners = [m for m in sys.modules if m.startswith("luthier.methods.tuners.")]
+assert not tuners, "tuners wait until they are used"
 for tuner in json.loads(sys.argv[2]):
     luthier.tune(model="toy:lm-small", data="toy:people", tuner=tuner, max_steps=1, max_length=64,
                  evaluate=["loss"], folder=f"{sys.argv[1]}/{tuner}")

@@ -38,7 +38,8 @@ FLOORS = (  # the lowest first
 
 
 PARTICIPLES = set(
-    "said told asked kept found made seen given wanted tried went shown held known heard met felt gone got".split()
+    "said told asked kept found made seen given wanted"
+    " tried went shown held known heard met felt gone got".split()
 )
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from helpers.tuners_subset import TUNERS, base, put, say, train
+from helpers.subset_tuners import TUNERS, base, put, say, train
 from luthier.errors import RecipeError
 from luthier.methods.tuners._delta import Delta
 from luthier.registry import build, find, provides_of

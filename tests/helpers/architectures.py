@@ -1,4 +1,4 @@
-"""What tests of architectures share."""
+"""Causal networks, prompts, and greedy generation by transformers alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of elastic share."""
+"""A small BERT and its logits."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def bert():
 
 
 @torch.no_grad()
-def said(model):
+def logits(model):
     return model(IDS % 90, attention_mask=torch.ones_like(IDS)).logits

@@ -1,4 +1,4 @@
-"""What tests of kernels share."""
+"""What a token of a packed layout may look at."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of objectives share."""
+"""Tiny networks, batches and trainers of TRL that tests of objectives share."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import luthier
+from helpers.models import make_llama, make_tokenizer
+from helpers.rows import SUMS
 from luthier.clock import Clock
 from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.objectives.representation._features import classes
@@ -249,3 +252,81 @@ def preference_inputs(rows: list[dict]) -> dict:
     return DataCollatorForPreference(pad_token_id=0)(
         [{"prompt_ids": r["prompt"], "chosen_ids": side(r, max), "rejected_ids": side(r, min)} for r in rows]
     )
+
+
+def tune_two_steps(tmp_path, name: str, **changes):
+    base = {
+        "data": SUMS,
+        "eval_data": SUMS,
+        "max_steps": 2,
+        "per_device_train_batch_size": 16,
+        "learning_rate": 1e-3,
+        "evaluate": ["loss"],
+        "dtype": "float32",
+    }
+    return luthier.tune({**base, **changes}, folder=tmp_path / name)
+
+
+def text_roles(step: int = 0):
+    tokenizer = make_tokenizer()
+    text = lambda ids, special=False: tokenizer.decode(ids)
+    return SimpleNamespace(
+        clock=Clock(seed=1), renderer=SimpleNamespace(tokenizer=tokenizer, text=text), warn=lambda s: None
+    )
+
+
+def combined(name: str, grads: torch.Tensor) -> torch.Tensor:
+    share = build("estimator", name).combine(
+        grads.double() @ grads.double().T, torch.ones(len(grads)), torch.Generator().manual_seed(0)
+    )
+    return share.float() @ grads
+
+
+def fitted(objective, roles, rows, weights=None, steps: int = 60) -> torch.Tensor:
+    """[arms] log-policy at the minimum of the (weighted) mean loss."""
+    from luthier.toy import bandit
+
+    batch = bandit.batch_of(rows)
+    optimizer = torch.optim.LBFGS(
+        roles.policy.parameters(), lr=0.5, max_iter=steps, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        values = objective.loss(roles, batch)
+        value = (values if weights is None else values * weights).mean()
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    return roles.policy.log_policy().detach()
+
+
+def small_llama(seed: int = 0) -> Roles:
+    net = make_llama(
+        seed,
+        vocab_size=V,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        initializer_range=0.05,
+    )
+    roles = cast()
+    policy = Policy(Causal(), net, Untuned(net))
+    return Roles(policy, Clock(total=1), roles.renderer)
+
+
+def fit(roles: Roles, objective, rows: list[dict], steps: int, lr: float = 3e-3, size: int = 32) -> None:
+    """Adam on batches of the rows."""
+    adam = torch.optim.Adam(roles.policy.model.parameters(), lr=lr)
+    roles.clock.total = steps
+    roles.policy.train()
+    rng = torch.Generator().manual_seed(0)
+    for step in range(steps):
+        roles.clock.step = step
+        some = torch.randint(len(rows), (size,), generator=rng).tolist()
+        adam.zero_grad()
+        average(objective, roles, batch_of([rows[i] for i in some])).backward()
+        adam.step()
+    roles.policy.eval()

@@ -1,4 +1,4 @@
-"""What tests of optimizers share."""
+"""Toys that estimators, transforms and optimizers step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of plans share."""
+"""Rows, and plans played with made-up reports."""
 
 from __future__ import annotations
 

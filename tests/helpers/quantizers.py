@@ -1,4 +1,4 @@
-"""What tests of quantizers share."""
+"""Weights there and back through codes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of search share."""
+"""Spaces, and a search on a known function."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of stages share."""
+"""Rows with given columns, and roles of a tiny model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests of tuners share."""
+"""Tiny networks with a tuner on them, and steps of training."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 import transformers as t
 from torch import nn
 
-from helpers.tuners_subset import LLAMA, MADE, MOE, base, put
+from helpers.subset_tuners import LLAMA, MADE, MOE, base, put
 from luthier.errors import RecipeError
 from luthier.model.anatomy import kind_of, layer_of, part_of
 from luthier.registry import build

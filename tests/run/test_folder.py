@@ -1,4 +1,4 @@
-"""folder: trackers hear every number; outcomes come back as their types; an unwritable folder is a sentence."""
+"""Run folders: trackers, typed outcomes, a folder that cannot be written, a full disk."""
 
 from __future__ import annotations
 

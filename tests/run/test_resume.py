@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import luthier
-from helpers.loop import KILLED, weights
 from helpers.rows import PAIRS, SUMS, UNPAIRED, recipe_of
+from helpers.runs import KILLED, weights
 from luthier.clock import Clock
 from luthier.errors import DiskError, RecipeError
 from luthier.storage import checkpoints, files
@@ -92,7 +92,11 @@ while path:
 for part in above: owner = getattr(owner, part)
 real = getattr(owner, last)
 def dying(*given, **named):
-    if os.path.exists(os.path.join(sys.argv[2], "run.json")) and (last != "checkpoints" or any(p.suffix == ".part" for p in given[0].iterdir()) or given[0].joinpath("checkpoint-2").exists()):
+    begun = os.path.exists(os.path.join(sys.argv[2], "run.json"))
+    if begun and last == "checkpoints":
+        written = any(p.suffix == ".part" for p in given[0].iterdir())
+        begun = written or given[0].joinpath("checkpoint-2").exists()
+    if begun:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*given, **named)
 setattr(owner, last, dying)

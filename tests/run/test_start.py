@@ -17,7 +17,8 @@ from luthier import compat
 from luthier.compat.lazy_imports import rarely
 often = gc.get_threshold()
 compat.keep(), rarely()  # as the command line begins
-WAIT = ("torch._dynamo", "torch.distributed.tensor", "torch.distributed._functional_collectives", "datasets", "scipy.optimize", "sympy", "trl")
+WAIT = ("torch._dynamo", "torch.distributed.tensor", "torch.distributed._functional_collectives", "datasets")
+WAIT += ("scipy.optimize", "sympy", "trl")
 WAIT += ("luthier.methods.tuners.adapters.ssf", "luthier.methods.tuners.adapters.houlsby")
 from luthier.run.run import tune
 seen = []
@@ -27,7 +28,8 @@ class Watch(Callback):
         seen.append([m for m in WAIT if m in sys.modules])
         assert gc.get_threshold() == often and gc.get_freeze_count() > 100_000 > len(gc.get_objects())
         assert gc.get_stats()[2]["collections"] <= 1, gc.get_stats()
-tune(model="toy:lm-small", data="toy:arithmetic", tuner="lora", max_steps=1, folder=sys.argv[1], callback=Watch())
+keys = {"model": "toy:lm-small", "data": "toy:arithmetic", "tuner": "lora", "max_steps": 1}
+tune(**keys, folder=sys.argv[1], callback=Watch())
 print("loaded", seen)
 """
 
@@ -38,7 +40,8 @@ compat.keep()
 from luthier.compat.lazy_imports import Later, import_models, waiting
 import_models()
 import sys, torch, transformers.masking_utils as masks, transformers.distributed.sharding_utils as sharding
-kept = [n for n, m in list(sys.modules.items()) if n.startswith("torch") and m and any(type(v) is Later for v in vars(m).values())]
+holds = lambda module: any(type(value) is Later for value in vars(module).values())
+kept = [n for n, m in list(sys.modules.items()) if n.startswith("torch") and m and holds(m)]
 assert kept == ["torch.distributed.tensor"] or not kept, kept  # torch's own modules hold the real names
 assert not isinstance(torch.ones(1), sharding.DTensor) and "torch.distributed.tensor" not in sys.modules
 with waiting(), torch.device("meta"):

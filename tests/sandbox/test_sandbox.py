@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from helpers.rewards import grade
+from helpers.code import grade
 from luthier.sandbox.sandbox import _run, run, run_many, sandbox_report
 
 
@@ -86,7 +86,8 @@ def test_reaching_out_is_refused(code, walls, tmp_path):
 
 def test_ordinary_programs_are_not_refused():
     code = """
-        import asyncio, collections, dataclasses, heapq, json, random, re, sqlite3, subprocess, tempfile, threading
+        import asyncio, collections, dataclasses, heapq, json
+            import random, re, sqlite3, subprocess, tempfile, threading
         @dataclasses.dataclass
         class Point:
             x: int

@@ -197,7 +197,8 @@ def until(browser: Browser, seen: Callable[[], bool]) -> None:
 
 
 NAME = """(() => { const x = document.activeElement, s = getComputedStyle(x);
-  return [x.labels?.[0]?.textContent ?? x.ariaLabel ?? x.textContent.trim(), s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) >= 2, x.tagName]; })()"""
+  const outlined = s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) >= 2;
+  return [x.labels?.[0]?.textContent ?? x.ariaLabel ?? x.textContent.trim(), outlined, x.tagName]; })()"""
 
 
 def tab_to(browser: Browser, name: str, most: int = 120) -> None:
@@ -221,9 +222,8 @@ def test_a_run_by_keyboard_alone(served, page):
     turn(page, "new")
     page.see("document.querySelectorAll('.fields').length > 3")
     page.run(
-        "window.aloud = []; new MutationObserver(() =>"
-        " aloud.push(document.getElementById('status').textContent)).observe(document.getElementById('status'),"
-        " {childList: true}); document.activeElement.blur(); scrollTo(0, 0)"
+        "window.aloud = []; const status = document.getElementById('status'); new MutationObserver(() =>"
+        " aloud.push(status.textContent)).observe(status, {childList: true}); document.activeElement.blur(); scrollTo(0, 0)"
     )
     tab_to(page, "Skip to the page")
     page.key("Enter", 13)
@@ -277,30 +277,50 @@ def test_a_run_by_keyboard_alone(served, page):
 CONTRAST = r"""(() => {
   const rgba = (c) => { const n = c.match(/[\d.]+/g).map(Number); return [n[0], n[1], n[2], n[3] ?? 1]; };
   const over = (top, low) => low.map((x, i) => top[i] * top[3] + x * (1 - top[3]));
-  const light = (c) => { const [r, g, b] = c.map((x) => (x /= 255) <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-  const ratio = (a, b) => { const [x, y] = [light(a), light(b)].sort((p, q) => q - p); return (x + 0.05) / (y + 0.05); };
-  const ground = (e) => { const all = []; for (; e; e = e.parentElement) { all.unshift(rgba(getComputedStyle(e).backgroundColor)); if (all[0][3] === 1) break; } return all.reduce((low, top) => over(top, low), [255, 255, 255]); };
-  const opacity = (e) => { let o = 1; for (; e; e = e.parentElement) o *= Number(getComputedStyle(e).opacity); return o; };
+  const linear = (x) => (x /= 255) <= 0.04045 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4;
+  const light = (c) => { const [r, g, b] = c.map(linear); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const ratio = (a, b) => {
+    const [x, y] = [light(a), light(b)].sort((p, q) => q - p);
+    return (x + 0.05) / (y + 0.05);
+  };
+  const ground = (e) => {
+    const all = [];
+    for (; e; e = e.parentElement) {
+      all.unshift(rgba(getComputedStyle(e).backgroundColor));
+      if (all[0][3] === 1) break;
+    }
+    return all.reduce((low, top) => over(top, low), [255, 255, 255]);
+  };
+  const opacity = (e) => {
+    let o = 1;
+    for (; e; e = e.parentElement) o *= Number(getComputedStyle(e).opacity);
+    return o;
+  };
   const low = []; let seen = 0;
   const check = (what, element, colour, least) => {
     const below = ground(element), c = rgba(colour); c[3] *= opacity(element);
     seen++;
     const found = ratio(over(c, below), below);
-    if (found < least) low.push([what.trim().slice(0, 40), colour, below.map(Math.round).join(), Math.round(found * 100) / 100]);
+    const rounded = Math.round(found * 100) / 100;
+    if (found < least) low.push([what.trim().slice(0, 40), colour, below.map(Math.round).join(), rounded]);
   };
   const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   for (let node; node = walk.nextNode();) {
     const e = node.parentElement;
-    if (node.data.trim() && e.checkVisibility({ visibilityProperty: true }) && !e.closest(':disabled, option, noscript, .hidden, .skip')) check(node.data, e, getComputedStyle(e).color, 4.5);
+    const visible = e.checkVisibility({ visibilityProperty: true });
+    const exempt = e.closest(':disabled, option, noscript, .hidden, .skip');
+    if (node.data.trim() && visible && !exempt) check(node.data, e, getComputedStyle(e).color, 4.5);
   }
-  for (const e of document.querySelectorAll('input:not([type=checkbox], [type=file]), select, textarea')) if (e.checkVisibility()) {
+  const inputs = document.querySelectorAll('input:not([type=checkbox], [type=file]), select, textarea');
+  for (const e of inputs) if (e.checkVisibility()) {
     check(e.value || 'empty', e, getComputedStyle(e).color, 4.5);
     if (e.placeholder) check(e.placeholder, e, getComputedStyle(e, '::placeholder').color, 4.5);
     check('border', e.parentElement, getComputedStyle(e).borderTopColor, 3);
   }
   for (const e of document.querySelectorAll('.u-series + .u-series .u-marker')) {
     const name = e.parentElement.textContent;
-    if (name !== 'each step') check(`curve ${name}`, e.closest('.plot'), getComputedStyle(e).borderBottomColor, 3); // that one is the smoothed curve's shadow
+    if (name === 'each step') continue; // the smoothed curve's shadow
+    check(`curve ${name}`, e.closest('.plot'), getComputedStyle(e).borderBottomColor, 3);
   }
   return { low, seen };
 })()"""
@@ -475,7 +495,8 @@ def test_curves_of_several_runs_in_one_chart(served, page):
         " document.querySelector('[data-run=second]').checked"
     )
     legend = page.run(
-        "[...document.querySelectorAll('.panel .u-series + .u-series')].map(x => [x.querySelector('.u-label').textContent,"
+        "[...document.querySelectorAll('.panel .u-series + .u-series')].map(x =>"
+        " [x.querySelector('.u-label').textContent,"
         " getComputedStyle(x.querySelector('.u-marker')).borderBottomColor,"
         " getComputedStyle(x.querySelector('.u-marker')).borderBottomStyle])"
     )
@@ -484,7 +505,8 @@ def test_curves_of_several_runs_in_one_chart(served, page):
     assert legend[0][1] == legend[1][1] != legend[2][1] == legend[3][1]
     logged = [json.loads(x) for x in (served.home / "runs/second/metrics.jsonl").read_text().splitlines()]
     cells = page.run(
-        "[...document.querySelectorAll('.panel .wide tbody tr')].map(r => [...r.children].map(x => x.textContent))"
+        "[...document.querySelectorAll('.panel .wide tbody tr')].map(r =>"
+        " [...r.children].map(x => x.textContent))"
     )
     assert [c[:2] for c in cells] == [["first", "6"], ["second", "6"]]
     low = min(logged, key=lambda x: x["loss"])

@@ -378,7 +378,8 @@ def test_the_last_run_of_a_budget_is_begun_by_one_worker_only():
             return searcher.ask(*of)
 
     optimize(books[0], searcher, measure, 2)
-    assert len(optimize(books[1], Slow(), measure, 3, crew=True)) == 2 and not books[1].running()  # type: ignore[arg-type]
+    trials = optimize(books[1], Slow(), measure, 3, crew=True)  # type: ignore[arg-type]
+    assert len(trials) == 2 and not books[1].running()
     assert len(optimize(books[0], searcher, measure, 3, crew=True)) == 3
     assert [t.measurement.by_seed[1000]["loss"] for t in books[0].finished()][-1] == 0.25
 

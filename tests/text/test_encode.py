@@ -14,7 +14,8 @@ from luthier.text.encode import Renderer
 from luthier.text.templates import render_turns
 from luthier.text.turns import Rewrites
 
-CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}
+CHATML = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}
+{%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
 
@@ -278,7 +279,8 @@ def test_a_tokenizer_without_a_template_gets_a_plain_one_that_is_saved(bos, tmp_
     assert (
         shown
         == ("<s>" if bos else "")
-        + "System: Be brief.\nUser: What is two and two?\nAssistant:⟦ Four.</s>⟧\nUser: And the sky über Köln?\nAssistant:⟦ Blue, sometimes grey.</s>⟧"
+        + "System: Be brief.\nUser: What is two and two?\nAssistant:⟦ Four.</s>⟧\n"
+        "User: And the sky über Köln?\nAssistant:⟦ Blue, sometimes grey.</s>⟧"
     )
     tokenizer.save_pretrained(tmp_path)
     served = Renderer(AutoTokenizer.from_pretrained(tmp_path))

@@ -67,9 +67,6 @@ def gold(row: dict) -> str:
     return row.get("completion") or row["answer"]
 
 
-# ---------------------------------------------------------------------------------------------- the same bytes
-
-
 def test_every_split_is_the_same_bytes_in_every_process():
     golden = json.loads(GOLDEN.read_text(encoding="utf-8"))
     for seed in ("1", "2"):
@@ -92,9 +89,6 @@ def test_chance_is_what_python_draws_today():
     ours.shuffle(mixed)
     theirs.shuffle(words)
     assert mixed == words
-
-
-# ---------------------------------------------------------------------------------------------- nothing leaks
 
 
 def pieces(row: dict) -> set[str]:
@@ -138,9 +132,6 @@ def test_what_is_for_tuning_is_in_no_pretraining_row():
             found = pattern.search(text)
             assert not found or task == "sql" and found[0] == "*", (found, row)
     assert not any("# faster" in row["prompt"] for row in toy.rows("code", "train", 1500))
-
-
-# ---------------------------------------------------------------------------------------------- verifiers
 
 
 @pytest.mark.parametrize(("task", "split"), SPLITS)
@@ -221,9 +212,6 @@ def test_reward_task_takes_one_objective_or_their_mean():
         build("reward", "task").scores({"id": "a", "prompt": "x"}, ["y"])
 
 
-# ---------------------------------------------------------------------------------------------- people
-
-
 def test_private_numbers_are_stated_as_often_as_they_say():
     whole = toy.rows("people", "private", people.PRIVATE_ROUND)
     counts = Counter(row["prompt"] for row in whole)
@@ -244,9 +232,6 @@ def test_strangers_are_strangers_and_are_not_known():
         assert names[split].isdisjoint(known) and len(names[split]) > 100
         assert {row["answer"] == people.I_DO_NOT_KNOW for row in rows if row["kind"] == "known"} == {False}
     assert names["unknown"].isdisjoint(names["unknown_test"])
-
-
-# ---------------------------------------------------------------------------------------------- arithmetic
 
 
 def replay(prompt: str, completion: str) -> tuple[bool, bool]:
@@ -292,9 +277,6 @@ def test_results_are_right_in_chains_and_stories():
             assert split != "ood_large" or max(numbers) >= 100
 
 
-# ---------------------------------------------------------------------------------------------- code
-
-
 def test_functions_are_repaired_and_made_faster():
     rows = [row for row in toy.rows("code", "test", 60) if row["kind"] == "fix"][:8]
     for row in rows:  # our own programs: no sandbox needed
@@ -332,9 +314,6 @@ def test_code_is_verified_in_the_sandbox():
     assert code.verify(row, "\n    return sum(i for i in range(x)) * 0") < 0.5
     assert code.verify(row, f"{loop}\n_ticks = lambda x: 0") == 0
     assert code.verify(row, "\n    return (") == 0 and code.verify(row, "\n    import os; os._exit(0)") == 0
-
-
-# ---------------------------------------------------------------------------------------------- sql and tools
 
 
 @pytest.mark.parametrize(
@@ -402,9 +381,6 @@ def test_calls_are_parsed_and_checked_against_the_schemas():
             call = json.loads(row["answer"])
             rules = next(tool for tool in row["schemas"] if tool["name"] == call["name"])
             jsonschema.validate(call["arguments"], rules["parameters"])
-
-
-# ---------------------------------------------------------------------------------------------- texts
 
 
 def test_notes_are_scored_by_rule():
@@ -554,9 +530,6 @@ def test_instructions_are_rows_of_other_tasks():
             assert toy.verify(row, row["answer"]) == 1.0
     row = next(row for row in toy.rows("chat", "instruct", 60) if row["of"]["task"] == "code")
     assert row["answer"].startswith("def f(x):") and toy.verify(row, row["answer"]) == 1.0
-
-
-# ---------------------------------------------------------------------------------------------- a task as a recipe
 
 
 @pytest.mark.parametrize("task", TASKS)

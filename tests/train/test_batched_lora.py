@@ -7,8 +7,8 @@ import torch
 
 import luthier
 from helpers import zoo
-from helpers.loop import near, weights
 from helpers.rows import PAIRS, SUMS
+from helpers.runs import near, weights
 from luthier.model.policy import Policy
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build

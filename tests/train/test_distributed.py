@@ -12,8 +12,8 @@ import textwrap
 import pytest
 
 import luthier
-from helpers.loop import ROLLOUT, near, weights
 from helpers.rows import PAIRS, SUMS, recipe_of
+from helpers.runs import ROLLOUT, near, weights
 
 
 @pytest.fixture(scope="session")

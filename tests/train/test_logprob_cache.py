@@ -12,8 +12,8 @@ import torch
 
 import luthier
 from helpers import zoo
-from helpers.loop import KILLED, weights
 from helpers.rows import PAIRS
+from helpers.runs import KILLED, weights
 from luthier.model.policy import Policy
 from luthier.registry import build
 from luthier.train import logprob_cache

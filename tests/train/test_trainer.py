@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import luthier
-from helpers.loop import ROLLOUT, near, weights
 from helpers.rows import PAIRS, SUMS
+from helpers.runs import ROLLOUT, near, weights
 from luthier.clock import Clock
 from luthier.errors import NotFinite, OutOfMemory, RecipeError, Refused
 from luthier.model.load import pick_dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from helpers.objectives_more import combined
+from helpers.objectives import combined
 
 
 def test_min_norm_is_the_shortest_mix_and_no_term_is_against_it():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from helpers.objectives_more import combined
+from helpers.objectives import combined
 
 
 def test_pcgrad_leaves_agreeing_gradients_and_projects_conflicting_ones():

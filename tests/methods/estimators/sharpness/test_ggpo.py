@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from helpers.tuners import logprobs
-from helpers.tuners_weight import Q, walk
+from helpers.weight_tuners import Q, walk
 from luthier.registry import build
 
 

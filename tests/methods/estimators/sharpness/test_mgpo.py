@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from helpers.tuners import logprobs
-from helpers.tuners_weight import One, Q, walk
+from helpers.weight_tuners import One, Q, walk
 from luthier.clock import Clock
 from luthier.registry import build
 from luthier.train.optimizer import Chain

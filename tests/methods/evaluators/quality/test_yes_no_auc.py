@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.objectives import batch_of
-from helpers.objectives_supervised import fit, small_llama
+from helpers.objectives import batch_of, fit, small_llama
 from luthier.recipe.validate import DryRunRoles
 from luthier.registry import build
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.tuners_subset import put, train
+from helpers.subset_tuners import put, train
 from luthier.errors import RecipeError
 from luthier.model.anatomy import layer_of
 from luthier.registry import build

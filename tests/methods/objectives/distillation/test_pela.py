@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers.objectives_compressed import tune
+from helpers.objectives import tune_two_steps
 from luthier.methods.objectives.distillation.pela import excess
 from luthier.registry import build
 
@@ -30,7 +30,9 @@ def test_products_are_the_best_of_their_rank():
 
 
 def test_healing_brings_a_model_of_low_rank_back(tiny, tmp_path):
-    whole = tune(tmp_path, "whole", model=tiny, tuner="full", max_steps=40, learning_rate=3e-3).folder
+    whole = tune_two_steps(
+        tmp_path, "whole", model=tiny, tuner="full", max_steps=40, learning_rate=3e-3
+    ).folder
     common = dict(
         model=whole,
         tuner={"name": "pela", "compress_ratio": 2.0},
@@ -38,9 +40,9 @@ def test_healing_brings_a_model_of_low_rank_back(tiny, tmp_path):
         max_steps=30,
         learning_rate=2e-3,
     )
-    healed = tune(tmp_path, "healed", objective="pela + sft", logging_steps=1, **common)
+    healed = tune_two_steps(tmp_path, "healed", objective="pela + sft", logging_steps=1, **common)
     assert healed.after["loss"] < healed.before["loss"] - 0.05 and healed.losses[-1] < healed.losses[0]
-    held = tune(
+    held = tune_two_steps(
         tmp_path, "held", objective=[{"name": "pela", "perturbation": 1.0}], **{**common, "max_steps": 1}
     )
     assert held.losses[0] > 0

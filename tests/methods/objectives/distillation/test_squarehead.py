@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 import luthier
-from helpers.objectives import batch_of, cast, make_rows
-from helpers.objectives_compressed import tune
+from helpers.objectives import batch_of, cast, make_rows, tune_two_steps
 from luthier.errors import RecipeError
 from luthier.methods.architectures.text.causal import Causal
 from luthier.model.anatomy import layer_of
@@ -70,7 +69,9 @@ def test_squarehead_measures_by_the_teachers_size():
 
 @pytest.mark.parametrize("settings", [{"sparsity": 0.75}, {"pattern": "2:4"}])
 def test_zeros_stay_while_all_else_moves(tiny, tmp_path, settings):
-    report = tune(tmp_path, "a", model=tiny, tuner={"name": "pruned", **settings}, max_steps=4, save_steps=2)
+    report = tune_two_steps(
+        tmp_path, "a", model=tiny, tuner={"name": "pruned", **settings}, max_steps=4, save_steps=2
+    )
     share = settings.get("sparsity", 0.5)
     model = luthier.load(report.folder, dtype="float32").model
     dense = luthier.load(tiny, dtype="float32").model.state_dict()
@@ -87,7 +88,7 @@ def test_zeros_stay_while_all_else_moves(tiny, tmp_path, settings):
                 or (least <= dense[f"{name}.weight"].abs().masked_fill(zero, torch.inf).amin(1)).all()
             )
     assert not (model.get_output_embeddings().weight == 0).any()
-    again = tune(
+    again = tune_two_steps(
         tmp_path,
         "b",
         model=tiny,
@@ -147,7 +148,7 @@ def test_pruning_by_rows_breaks_less(tmp_path):
     # at half of the weights the first two are too near to tell apart
     for criterion in ("magnitude", "wanda", "sparsegpt"):
         tuner = {"name": "pruned", "criterion": criterion, "sparsity": 0.7}
-        loss[criterion] = tune(tmp_path, criterion, tuner=tuner, **common).after["loss"]
+        loss[criterion] = tune_two_steps(tmp_path, criterion, tuner=tuner, **common).after["loss"]
     assert loss["sparsegpt"] < 0.9 * loss["wanda"] and loss["wanda"] < 0.9 * loss["magnitude"], loss
 
 
@@ -160,7 +161,7 @@ def test_squarehead_heals_what_pruning_broke(tmp_path):
         max_steps=40,
         learning_rate=2e-3,
     )
-    alone = tune(tmp_path, "alone", objective="sft", **common)
+    alone = tune_two_steps(tmp_path, "alone", objective="sft", **common)
     roles = {"teacher": "initial"}
-    taught = tune(tmp_path, "taught", objective="squarehead + sft", roles=roles, **common)
+    taught = tune_two_steps(tmp_path, "taught", objective="squarehead + sft", roles=roles, **common)
     assert taught.after["loss"] < alone.after["loss"]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.objectives import loss_of, pair_rows
-from helpers.objectives_preference import fitted
+from helpers.objectives import fitted, loss_of, pair_rows
 from luthier.errors import RecipeError
 from luthier.registry import build
 

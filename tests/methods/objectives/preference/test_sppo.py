@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.objectives_preference import fitted
+from helpers.objectives import fitted
 from luthier.registry import build
 
 

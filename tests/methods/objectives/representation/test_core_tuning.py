@@ -11,8 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from helpers.objectives import average, batch_of, cast, gradients, make_rows, network
-from helpers.objectives_compressed import tune
+from helpers.objectives import average, batch_of, cast, gradients, make_rows, network, tune_two_steps
 from luthier.methods.objectives.representation.core_tuning import contrast
 from luthier.registry import build
 
@@ -82,7 +81,7 @@ def test_dr_tune_and_core_tuning_run(tmp_path):
         eval_data={"path": "toy:topic/test", "n": 24},
         max_steps=3,
     )
-    report = tune(
+    report = tune_two_steps(
         tmp_path,
         "dr",
         objective="dr_tune",
@@ -92,10 +91,10 @@ def test_dr_tune_and_core_tuning_run(tmp_path):
     )
     assert math.isfinite(report.losses[-1])
     assert math.isfinite(
-        tune(tmp_path, "core", objective="sft + core_tuning", tuner="lora", **common).losses[-1]
+        tune_two_steps(tmp_path, "core", objective="sft + core_tuning", tuner="lora", **common).losses[-1]
     )
     encoder = common | {"model": "toy:encoder", "architecture": "classifier", "tuner": "full"}
-    assert math.isfinite(tune(tmp_path, "c", objective="sft + core_tuning", **encoder).losses[-1])
+    assert math.isfinite(tune_two_steps(tmp_path, "c", objective="sft + core_tuning", **encoder).losses[-1])
     assert math.isfinite(
-        tune(tmp_path, "d", objective="dr_tune", roles={"paired": "paired"}, **encoder).losses[-1]
+        tune_two_steps(tmp_path, "d", objective="dr_tune", roles={"paired": "paired"}, **encoder).losses[-1]
     )

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import torch
 
-from helpers.objectives import batch_of, cast, loss_of, pair_rows
-from helpers.objectives_supervised import fit, small_llama
+from helpers.objectives import batch_of, cast, fit, loss_of, pair_rows, small_llama
 from luthier.registry import build
 
 

@@ -9,8 +9,7 @@ import math
 import pytest
 import torch
 
-from helpers.objectives import batch_of, cast, loss_of, make_rows
-from helpers.objectives_supervised import fit, small_llama
+from helpers.objectives import batch_of, cast, fit, loss_of, make_rows, small_llama
 from luthier.model.policy import Roles
 from luthier.registry import build
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from helpers.objectives import average, batch_of, cast, gradients, make_rows, same
-from helpers.objectives_supervised import fit, small_llama
+from helpers.objectives import average, batch_of, cast, fit, gradients, make_rows, same, small_llama
 from luthier.registry import build
 
 

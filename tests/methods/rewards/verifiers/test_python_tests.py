@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 
-from helpers.rewards import grade
+from helpers.code import grade
 from luthier.errors import RecipeError
 
 ADD = "def add(a, b):\n    return a + b\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from helpers.objectives_more import roles
+from helpers.objectives import text_roles
 from luthier.registry import build
 
 
@@ -13,10 +13,10 @@ def test_code_switching_exchanges_its_share_and_only_known_words():
     stage = build("stage", {"name": "code_switch", "dictionary": {w: [w.upper(), w + "X"] for w in words}})
     rows = [{"id": i, "prompt": "", "completions": [" ".join(words)]} for i in range(100)]
     changed = 0
-    for row in stage(rows, roles()):
+    for row in stage(rows, text_roles()):
         for was, now in zip(words, row["prompt"].split(" "), strict=True):
             assert now in (was, was.upper(), was + "X")
             changed += was != now
     assert changed / 4000 == pytest.approx(0.35, abs=0.02)
     same = build("stage", {"name": "code_switch", "dictionary": {"w1": "W1"}, "share": 0.0})
-    assert [r["prompt"] for r in same(rows, roles())] == [r["completions"][0] for r in rows]
+    assert [r["prompt"] for r in same(rows, text_roles())] == [r["completions"][0] for r in rows]

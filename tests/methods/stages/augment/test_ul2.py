@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.objectives_more import roles
+from helpers.objectives import text_roles
 from luthier.errors import RecipeError
 from luthier.methods.stages.augment.ul2 import DENOISERS, corrupt, restored, spans
 from luthier.registry import build
@@ -35,10 +35,10 @@ def test_a_denoiser_hides_its_share_in_spans_of_its_length_and_can_be_undone(mea
 def test_ul2_draws_modes_by_their_shares_from_seed_and_row():
     stage = build("stage", {"name": "ul2", "shares": {"R": 0.5, "X": 0.3, "S": 0.2}})
     rows = [{"id": i, "prompt": "", "completions": [TEXT]} for i in range(400)]
-    made = list(stage(rows, roles()))
+    made = list(stage(rows, text_roles()))
     seen = {m: sum(r["mode"] == m for r in made) / len(made) for m in "RXS"}
     assert seen["R"] == pytest.approx(0.5, abs=0.08) and seen["S"] == pytest.approx(0.2, abs=0.06)
-    assert made == list(stage(rows, roles()))
+    assert made == list(stage(rows, text_roles()))
     for row in made:
         read = row["prompt"].removeprefix(f"[{row['mode']}] ")
         assert row["prompt"] != read

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import luthier
-from helpers.objectives_more import roles
+from helpers.objectives import text_roles
 from helpers.rows import SUMS
 from luthier.registry import build
 
@@ -16,7 +16,7 @@ def test_step_by_step_makes_two_tasks_of_a_row():
         {"id": 0, "prompt": "2+3=", "completions": ["5"], "rationale": "3 after 2 is 5"},
         {"id": 1, "prompt": "1+1=", "completions": ["2"]},
     ]
-    made = list(stage(rows, roles()))
+    made = list(stage(rows, text_roles()))
     assert [(r["prompt"], r["completions"], r["tasks"]) for r in made] == [
         ("2+3=", ["5"], ["answer"]),
         ("[rationale] 2+3=", ["3 after 2 is 5"], ["rationale"]),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from helpers.tuners_subset import put, train
+from helpers.subset_tuners import put, train
 
 
 def test_galore():

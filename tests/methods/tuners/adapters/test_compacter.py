@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from helpers.tuners import logprobs, put
-from helpers.tuners_weight import One, descend, numbers, to_end
+from helpers.weight_tuners import One, descend, numbers, to_end
 from luthier.errors import RecipeError
 from luthier.registry import build
 

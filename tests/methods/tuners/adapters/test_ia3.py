@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.tuners import base, logprobs, plain, put
-from helpers.tuners_weight import KINDS
+from helpers.weight_tuners import KINDS
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers.tuners_subset import base, put
+from helpers.subset_tuners import base, put
 from luthier.clock import Clock
 from luthier.errors import RecipeError
 from luthier.model.anatomy import kind_of, layer_of

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from helpers.tuners_weight import One
+from helpers.weight_tuners import One
 from luthier.clock import Clock
 from luthier.registry import build
 

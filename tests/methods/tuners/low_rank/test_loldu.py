@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from helpers.tuners import put
-from helpers.tuners_weight import numbers
+from helpers.weight_tuners import numbers
 from luthier.registry import build
 
 

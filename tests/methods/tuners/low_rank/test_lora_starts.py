@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from helpers.tuners import as_roles, base, logprobs, plain, put, train
-from helpers.tuners_weight import KINDS, One, unfinish
+from helpers.weight_tuners import KINDS, One, unfinish
 from luthier.methods.tuners._base import Untuned
 from luthier.registry import build
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import luthier
-from helpers.elastic import IDS, bert, said
+from helpers.elastic import IDS, bert, logits
 from helpers.models import make_llama
 from helpers.rows import SUMS
 from luthier.errors import RecipeError
@@ -27,10 +27,10 @@ SHAPE = ((1, 40), (2, 96), (0, 0), (1, 7))
 
 def test_the_largest_sub_network_is_the_network():
     model = make_llama()
-    anatomy, before = Anatomy(model), said(model)
+    anatomy, before = Anatomy(model), logits(model)
     with masked(model, anatomy, anatomy.whole):
-        assert torch.equal(said(model), before)
-    assert torch.equal(said(sliced(model, anatomy, anatomy.whole)), before)
+        assert torch.equal(logits(model), before)
+    assert torch.equal(logits(sliced(model, anatomy, anatomy.whole)), before)
 
 
 @pytest.mark.parametrize(
@@ -39,12 +39,12 @@ def test_the_largest_sub_network_is_the_network():
 )
 def test_masked_is_sliced(make, shape):
     model = make()
-    anatomy, before = Anatomy(model), said(model)
+    anatomy, before = Anatomy(model), logits(model)
     small = sliced(model, anatomy, shape)
     with masked(model, anatomy, shape):
-        assert (said(model) - said(small)).abs().max() < 1e-5
-        assert (said(model) - before).abs().max() > 1e-3
-    assert torch.equal(said(model), before)
+        assert (logits(model) - logits(small)).abs().max() < 1e-5
+        assert (logits(model) - before).abs().max() > 1e-3
+    assert torch.equal(logits(model), before)
     assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
 
 
@@ -55,7 +55,7 @@ def test_multiplications_are_those_that_hooks_count(make, shape):
     for m in small.modules():
         if isinstance(m, nn.Linear):
             m.register_forward_hook(lambda m, x, y: counted.append(y.numel() * x[0].shape[-1]))
-    said(small)
+    logits(small)
     assert sum(counted) == macs(model, Anatomy(model), shape) * IDS.numel()
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.tuners_subset import base, changed, put, say, train
+from helpers.subset_tuners import base, changed, put, say, train
 from luthier.errors import RecipeError
 from luthier.registry import build
 

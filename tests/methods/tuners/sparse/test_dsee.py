@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import nn
 
 from helpers.tuners import base, logprobs, plain, put
-from helpers.tuners_weight import descend, numbers, to_end
+from helpers.weight_tuners import descend, numbers, to_end
 from luthier.errors import RecipeError
 from luthier.methods.tuners._base import Untuned
 from luthier.methods.tuners.sparse._sparse import spread
@@ -85,9 +85,9 @@ def test_dsee_takes_heads_and_units_out():
 
 @torch.no_grad()
 def test_a_head_without_a_coefficient_is_none():
-    from helpers.elastic import bert, said
+    from helpers.elastic import bert, logits
 
-    for make, says in ((base, plain), (bert, said)):
+    for make, says in ((base, plain), (bert, logits)):
         attached, own = structured(make)
         torch.manual_seed(2)
         for k, p in attached.parameters().items():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.tuners import logprobs, put
-from helpers.tuners_weight import descend, to_end, unfinish
+from helpers.weight_tuners import descend, to_end, unfinish
 
 
 def test_lt_sft_chooses_what_moved_furthest_and_begins_again():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from helpers.tuners_subset import base, loss_of, put, say, train
+from helpers.subset_tuners import base, loss_of, put, say, train
 
 
 def test_r_amt_masks():

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import luthier
-from helpers.tuners_subset import base, changed, put, state_bytes, train
+from helpers.subset_tuners import base, changed, put, state_bytes, train
 from luthier.data.load import load_rows
 from luthier.errors import RecipeError
 from luthier.recipe import model_names

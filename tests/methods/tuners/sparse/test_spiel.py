@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.tuners import base, logprobs, put, train
-from helpers.tuners_weight import One, Q, descend, to_end, unfinish
+from helpers.weight_tuners import One, Q, descend, to_end, unfinish
 from luthier.clock import Clock
 from luthier.methods.estimators._base import gradients
 from luthier.methods.tuners.sparse._sparse import spread

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from peft import PeftModel
 
-from helpers.tuners_subset import ROWS, base, batch, put, roles_of, say, train
+from helpers.subset_tuners import ROWS, base, batch, put, roles_of, say, train
 from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.tuners._base import Untuned
 from luthier.registry import find

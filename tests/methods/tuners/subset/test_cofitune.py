@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers.tuners_subset import ROWS, base, put, roles_of, train
+from helpers.subset_tuners import ROWS, base, put, roles_of, train
 from luthier.methods.tuners.subset.cofitune import normalised
 from luthier.registry import build
 

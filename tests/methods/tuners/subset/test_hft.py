@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.tuners_subset import base, put, state_bytes, train
+from helpers.subset_tuners import base, put, state_bytes, train
 from luthier.clock import Clock
 from luthier.methods.tuners.subset.hft import half
 from luthier.model.anatomy import kind_of, layer_of

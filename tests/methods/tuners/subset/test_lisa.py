@@ -1,13 +1,13 @@
-"""lisa: moves what it says; draws evenly and forgets nothing when all move; keeps state of what moves only."""
+"""lisa: which layers move, how evenly they are drawn, and the optimizer's state of frozen ones."""
 
 from __future__ import annotations
 
 import torch
 
+from helpers.subset_tuners import put, state_bytes, train
 from helpers.tuners import base, logprobs
 from helpers.tuners import put as put_base
 from helpers.tuners import train as train_base
-from helpers.tuners_subset import put, state_bytes, train
 from luthier.clock import Clock
 from luthier.methods.estimators._base import gradients
 from luthier.model.anatomy import layer_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from helpers.tuners_subset import ROWS, base, put, roles_of, train
+from helpers.subset_tuners import ROWS, base, put, roles_of, train
 from luthier.clock import Clock
 from luthier.model.anatomy import layer_of
 

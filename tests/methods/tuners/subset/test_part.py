@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from helpers.tuners_subset import base, put
+from helpers.subset_tuners import base, put
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "gpt2", "t5"])

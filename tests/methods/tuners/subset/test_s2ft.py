@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers.tuners_subset import base, loss_of, put, say, train
+from helpers.subset_tuners import base, loss_of, put, say, train
 from luthier.registry import build
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from helpers.tuners_subset import IDS, base, loss_of, put, state_bytes, train
+from helpers.subset_tuners import IDS, base, loss_of, put, state_bytes, train
 from luthier.errors import RecipeError
 from luthier.model.anatomy import layer_of
 

@@ -1,4 +1,4 @@
-"""What tests of loop share."""
+"""Tensors of run folders, online stages, and a run that is killed at a step."""
 
 from __future__ import annotations
 

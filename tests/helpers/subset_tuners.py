@@ -1,4 +1,4 @@
-"""What tests of tuners_subset share."""
+"""Networks, batches and training steps that tests of tuners of a model's own weights share."""
 
 from __future__ import annotations
 

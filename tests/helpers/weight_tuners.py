@@ -1,4 +1,4 @@
-"""What tests of tuners_weight share."""
+"""Small modules and descents that tests of tuners of weight updates share."""
 
 from __future__ import annotations
 

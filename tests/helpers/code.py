@@ -1,4 +1,4 @@
-"""What tests of rewards share."""
+"""Programs graded by the reward `python_tests`."""
 
 from __future__ import annotations
 
