@@ -223,7 +223,8 @@ def test_a_run_by_keyboard_alone(served, page):
     page.see("document.querySelectorAll('.fields').length > 3")
     page.run(
         "window.aloud = []; const status = document.getElementById('status'); new MutationObserver(() =>"
-        " aloud.push(status.textContent)).observe(status, {childList: true}); document.activeElement.blur(); scrollTo(0, 0)"
+        " aloud.push(status.textContent)).observe(status, {childList: true});"
+        " document.activeElement.blur(); scrollTo(0, 0)"
     )
     tab_to(page, "Skip to the page")
     page.key("Enter", 13)
