@@ -165,8 +165,9 @@ def methods(
     """List every method (tuners, objectives, optimizers, ...), or describe one."""
     if name and not (wide or as_json):
         from luthier.recipe import catalogue
+        from luthier.tools.method_page import terminal_page
 
-        typer.echo("\n".join(catalogue.pages(name, kind)).rstrip())
+        typer.echo("\n".join(catalogue.pages(name, kind, terminal_page)).rstrip())
         return
     if wide:
         if kind not in (None, "tuner"):

@@ -5,7 +5,6 @@ somewhere.
 from __future__ import annotations
 
 import re
-from dataclasses import fields
 
 import pytest
 import yaml
@@ -13,6 +12,7 @@ import yaml
 import luthier
 from helpers.paths import ROOT
 from luthier import registry
+from luthier.registry import describe
 from luthier.tools import docs
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"])
@@ -45,7 +45,7 @@ def test_every_method_has_a_page_with_every_setting():
     for c in registry.cards():
         text = made[f"methods/{c.kind}/{c.name}.md"]
         assert c.summary in " ".join(text.split())
-        assert all(f"| `{f.name}` |" in text for f in fields(registry.find(c.kind, c.name)))
+        assert all(f"| `{f.name}` |" in text for f in describe.settings(registry.find(c.kind, c.name)))
 
 
 def test_every_key_is_in_the_table():

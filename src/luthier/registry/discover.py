@@ -37,6 +37,7 @@ class Card:
     summary: str  # first paragraph of the file
     paper: str | None = None  # "arXiv:2106.09685", or None where no paper introduced it
     rows: tuple[str, ...] = ()  # short names in the catalogue of papers
+    use_when: str = ""  # what follows "Use it when"
     former: tuple[str, ...] = ()  # names that it once had
     requires: frozenset[str] = frozenset()
     provides: frozenset[str] = frozenset()
@@ -218,6 +219,7 @@ def card(kind: str, name: str) -> Card:
         summary,
         paper=literal(keywords.get("paper")),
         rows=tuple((literal(keywords.get("row")) or "").split()),
+        use_when=literal(keywords.get("use_when")) or "",
         former=tuple((literal(keywords.get("former")) or "").split()),
         requires=frozenset(lists["requires"]),
         provides=frozenset(lists["provides"]),

@@ -21,20 +21,24 @@ class Capability(str):
     """Something that one part of a recipe requires and another provides.
 
     says: how it reads behind "requires". advice: what to write in the recipe where nothing provides it.
-    of_rows: whether rows bring it (as a column does), and not a model or a method.
+    of_rows: whether rows bring it (as a column does), and not a model or a method. costs: memory and time
+    that providing it takes, for the pages of the methods that require it.
     """
 
     says: str
     advice: str
     of_rows: bool
+    costs: str
 
-    def __new__(cls, name: str, says: str = "", advice: str = "", of_rows: bool = False) -> Self:
+    def __new__(
+        cls, name: str, says: str = "", advice: str = "", of_rows: bool = False, costs: str = ""
+    ) -> Self:
         self = super().__new__(cls, name)
-        self.says, self.advice, self.of_rows = says, advice, of_rows
+        self.says, self.advice, self.of_rows, self.costs = says, advice, of_rows, costs
         return self
 
     def __getnewargs__(self) -> tuple[Any, ...]:
-        return str(self), self.says, self.advice, self.of_rows
+        return str(self), self.says, self.advice, self.of_rows, self.costs
 
 
 class Column(Capability):

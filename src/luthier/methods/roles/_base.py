@@ -11,7 +11,12 @@ from luthier.methods.tuners._base import Component, ParamGroup
 from luthier.registry import Capability, family
 
 REFERENCE = Capability(
-    "reference", says="a reference model", advice="name one under roles, e.g. `roles: {reference: initial}`"
+    "reference",
+    says="a reference model",
+    advice="name one under roles, e.g. `roles: {reference: initial}`",
+    costs="a forward pass of the reference over the same rows, without gradient. With a tuner that can be"
+    " switched off the reference is the base model itself and takes no memory; stage `cache_logprobs` stores"
+    " its log-probabilities beforehand.",
 )
 SAMPLER = Capability(
     "sampler",
@@ -22,6 +27,8 @@ TEACHER = Capability(
     "teacher",
     says="a teacher model",
     advice="name one under roles, e.g. `roles: {teacher: {name: model, model: FOLDER}}`",
+    costs="the teacher in memory, unless it is the policy's own base or average, and its forward pass over"
+    " the same rows, without gradient.",
 )
 
 PREFIX = "role:"  # what the names of tensors begin with that a role brought

@@ -17,6 +17,7 @@ SAMPLES = Capability(
     says="completions that the policy itself has just sampled",
     advice="e.g. `online_stages: [{name: rollout, n: 8}, {name: score, reward: exact_match}]`",
     of_rows=True,
+    costs="sampling several completions of each prompt at each step; usually most of the time of a run.",
 )
 OLD_LOGPROBS = Column(
     "old_logprobs", per="token", says="the sampler's own log-probabilities", example=(-3.5, -3.4, -3.6)
