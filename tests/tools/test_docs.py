@@ -14,6 +14,7 @@ from helpers.paths import ROOT
 from luthier import registry
 from luthier.registry import describe
 from luthier.tools import docs
+from luthier.tools.method_page import escape
 
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"])
 BY_HAND = ("index", "idea", "recipes", "data", "toy", "python", "troubleshooting")
@@ -44,7 +45,7 @@ def test_every_method_has_a_page_with_every_setting():
     made = docs.site_pages()
     for c in registry.cards():
         text = made[f"methods/{c.kind}/{c.name}.md"]
-        assert c.summary in " ".join(text.split())
+        assert escape(c.summary) in " ".join(text.split())
         assert all(f"| `{f.name}` |" in text for f in describe.settings(registry.find(c.kind, c.name)))
 
 
