@@ -126,12 +126,12 @@ def settings(cls: type) -> list[Any]:
         hints = get_type_hints(cls, include_extras=True)
     except NameError:  # a type that is imported for type checkers only
         hints = {}
-    shown = []
+    public = []
     for f in fields(cls):
         marks = getattr(hints.get(f.name), "__metadata__", ())
         if INTERNAL not in marks:
-            shown.append(f)
-    return shown
+            public.append(f)
+    return public
 
 
 def settings_table(cls: type) -> list[str]:
