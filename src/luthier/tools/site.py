@@ -19,7 +19,7 @@ GUIDES = {
     "Programs of prompts": "programs.md",
     "Troubleshooting": "troubleshooting.md",
     "Speed": "speed.md",
-    "Toy tasks": "practice.md",
+    "Toy tasks": "toy.md",
 }
 BACKGROUND = {
     "Tuners that surveys name": "tuners.md",
