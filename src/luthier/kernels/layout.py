@@ -6,6 +6,7 @@ else, so no sequence ever sees another. model/layout.py makes layouts of batches
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,9 +50,7 @@ def joined(layouts: Sequence[Layout], tokens: Sequence[int]) -> Layout:
     """Layouts of one row each, of batches with so many tokens, as one row: behind each other, none sees
     another.
     """
-    columns: dict[str, list[Tensor]] = {
-        name: [] for name in ("source", "position", "piece", "soft", "at", "both")
-    }
+    columns: dict[str, list[Tensor]] = defaultdict(list)
     tokens_before = positions_before = pieces_before = 0
     for layout, count in zip(layouts, tokens, strict=True):
         columns["source"].append(_shifted(layout.source, tokens_before))

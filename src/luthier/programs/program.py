@@ -59,6 +59,7 @@ class Program:
     """Subclass it: predictors and programs as attributes, `forward` in Python."""
 
     compiled: dict[str, Any] = {}  # a compiler's notes
+    _inputs: Sequence[str] | None = None  # what `forward` reads of a row; None: its parameters
 
     def forward(self, **inputs: Any) -> Prediction:
         """Inputs -> outputs. Its parameters are the columns that it reads of a row."""
@@ -91,7 +92,8 @@ class Program:
 
     def using(self, who: Any) -> Self:
         """A copy all of whose predictors ask this model."""
-        program, lm = self.copy(), speaker(who)
+        program = self.copy()
+        lm = speaker(who)
         for predictor in program.predictors().values():
             predictor.lm = lm
         return program
@@ -134,6 +136,8 @@ class Program:
 
     def reads(self, row: Mapping[str, Any]) -> list[str]:
         """The columns of a row that `forward` takes."""
+        if self._inputs is not None:
+            return list(self._inputs)
         columns = []
         for parameter in inspect.signature(self.forward).parameters.values():
             if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
@@ -197,8 +201,10 @@ class MultiChainComparison(Program):
     """Several chains of thought, drawn at a temperature, and a last question that compares them."""
 
     def __init__(self, signature: str | Signature, n: int = 3, temperature: float = 0.7):
-        self.n, self.temperature = n, temperature
+        self.n = n
+        self.temperature = temperature
         self.think = ChainOfThought(signature)
+        self._inputs = self.think.signature.inputs
         attempts = [f"attempt_{i + 1}" for i in range(n)]
         comparison = Signature.of(signature).more(*attempts).first("comparison")
         self.judge = Predict(comparison, max_new_tokens=512)
@@ -212,9 +218,6 @@ class MultiChainComparison(Program):
             attempts[f"attempt_{i + 1}"] = " ".join(prediction.values())
         return self.judge(**inputs, **attempts)
 
-    def reads(self, row):
-        return self.think.reads(row)
-
 
 class ReAct(Program):
     """Thoughts and calls of tools in turn, until the answer is given: `finish`, or after max_steps a last
@@ -222,8 +225,10 @@ class ReAct(Program):
     """
 
     def __init__(self, signature: str | Signature, tools: Sequence[Callable[[str], Any]], max_steps: int = 5):
-        self.tools, self.max_steps = {t.__name__: t for t in tools}, max_steps
+        self.tools = {t.__name__: t for t in tools}
+        self.max_steps = max_steps
         own = Signature.of(signature)
+        self._inputs = own.inputs
         descriptions = []
         for name, tool in self.tools.items():
             description = inspect.getdoc(tool) or "no description"
@@ -241,23 +246,19 @@ class ReAct(Program):
         history, observations = "nothing yet", []
         for _ in range(self.max_steps):
             step = self.act(**inputs, history=history)
-            if step.tool.strip() == "finish":
+            name = step.tool.strip()
+            if name == "finish":
                 break
-            result = self._call(step.tool.strip(), step.argument)
+            if name in self.tools:
+                try:
+                    result = " ".join(str(self.tools[name](step.argument)).split())
+                except Exception as error:  # what a tool objects to is news for the model
+                    result = f"{type(error).__name__}: {error}"
+            else:
+                result = f"there is no tool {name}"
             observations.append(f"{step.tool}({step.argument}) says: {result}")
             history = "; ".join(observations)
         return Prediction(self.answer(**inputs, history=history), history=history)
-
-    def _call(self, name: str, argument: str) -> str:
-        if name not in self.tools:
-            return f"there is no tool {name}"
-        try:
-            return " ".join(str(self.tools[name](argument)).split())
-        except Exception as error:  # what a tool objects to is news for the model
-            return f"{type(error).__name__}: {error}"
-
-    def reads(self, row):
-        return [n for n in self.act.signature.inputs if n != "history"]
 
 
 class ProgramOfThought(Program):
@@ -270,6 +271,7 @@ class ProgramOfThought(Program):
         if len(own.outputs) != 1:
             raise RecipeError(f"{own}: a program of thought prints one output")
         self.tries, self.timeout, self.output = tries, timeout, own.outputs[0]
+        self._inputs = own.inputs
         instructions = f"{own.instructions} Write Python that prints the {self.output}.".strip()
         write = replace(own, outputs=("code",), instructions=instructions)
         self.write = Predict(write.more("earlier_error"))
@@ -287,9 +289,6 @@ class ProgramOfThought(Program):
             error = done.reason
         return Prediction({self.output: "", "code": code})
 
-    def reads(self, row):
-        return [n for n in self.write.signature.inputs if n != "earlier_error"]
-
 
 class Majority(Program):
     """Several programs on the same inputs; of each output the most frequent value, of equals the first."""
@@ -303,7 +302,9 @@ class Majority(Program):
         predictions = [program(**inputs) for program in self.programs]
         majority = Prediction()
         for name in predictions[0]:
-            votes = Counter(prediction.get(name, "") for prediction in predictions)
+            votes: Counter[str] = Counter()
+            for prediction in predictions:
+                votes[prediction.get(name, "")] += 1
             majority[name] = votes.most_common(1)[0][0]
         return majority
 

@@ -10,7 +10,8 @@ import transformers as t
 
 from helpers import zoo
 from luthier.errors import RecipeError
-from luthier.kernels.attention import attend, plain, plan
+from luthier.kernels.attention import attend, plain
+from luthier.kernels.attention_plan import plan
 from luthier.methods.architectures.text.causal import Causal
 from luthier.methods.tuners._peft import ADAPTER
 from luthier.model.generate import Cached, Rereading, Sharing, _trial

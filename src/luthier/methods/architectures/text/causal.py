@@ -19,7 +19,9 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.kernels import attention, sparse_mlp
+from luthier.kernels import sparse_mlp
+from luthier.kernels.attention import takes_plans
+from luthier.kernels.attention_plan import plan
 from luthier.kernels.layout import Layout, joined
 from luthier.methods.architectures._base import EMBEDDINGS, ENTROPY, GENERATE, HIDDEN, LOGPROBS, TOPK
 from luthier.model.anatomy import last_mlp
@@ -163,7 +165,7 @@ class Causal(LanguageModel):
 
     def in_blocks(self, model: Network) -> bool:
         """Is everything read as one row, attention block by block?"""
-        return self.packing and self.blocks and attention.takes_plans(model)
+        return self.packing and self.blocks and takes_plans(model)
 
     def check(self, model: Network) -> None:
         """Refuse to pack for a network that cannot keep sequences apart."""
@@ -232,9 +234,7 @@ class Causal(LanguageModel):
     def planned(self, model: Network, layout: Layout) -> Tensor | dict[str, Tensor]:
         """How attention is computed block by block, in the place of a mask."""
         dtype = model.get_input_embeddings().weight.dtype
-        return self.by_kind(
-            model, layout, lambda window, chunk: attention.plan(layout, dtype, window, chunk).tag()
-        )
+        return self.by_kind(model, layout, lambda window, chunk: plan(layout, dtype, window, chunk).tag())
 
     def mask(self, model: Network, layout: Layout) -> Tensor | dict[str, Tensor]:
         """What each place may look at, in the form that the model's attention takes."""
