@@ -51,8 +51,11 @@ class Batch:
         return replace(self, read={}, altered=altered, **changes)
 
     def to(self, device: torch.device | str) -> Batch:
-        names = ("ids", "labels", "supervised", "segment", "parent", "completion", "group")
-        return replace(self, read={}, metrics={}, **{k: getattr(self, k).to(device) for k in names})
+        """The same on another device, with nothing remembered and nothing noted."""
+        tensors = {}
+        for name in ("ids", "labels", "supervised", "segment", "parent", "completion", "group"):
+            tensors[name] = getattr(self, name).to(device)
+        return replace(self, read={}, metrics={}, **tensors)
 
     # ------------------------------------------------------------------------------------------ indices
 
@@ -66,10 +69,12 @@ class Batch:
     @cached_property
     def row(self) -> Tensor:
         """[S] the row of each segment."""
-        rows, parents = [-1] * len(self.parent), self.parent.tolist()
+        parents = self.parent.tolist()
+        rows = [-1] * len(parents)
         for s, g in zip(self.completion.tolist(), self.group.tolist(), strict=True):
-            while s >= 0:
-                rows[s], s = g, parents[s]
+            while s >= 0:  # the completion's own segment, then those it continues
+                rows[s] = g
+                s = parents[s]
         return torch.tensor(rows, device=self.ids.device)
 
     @cached_property
@@ -93,7 +98,8 @@ class Batch:
         """[L] tokens of the longest sequence that a token is part of."""
         parents, above, below = self.parent.tolist(), list(self.sizes), list(self.sizes)
         for s, under in enumerate(parents):  # a segment stands behind the one it continues
-            above[s] += above[under] if under >= 0 else 0
+            if under >= 0:
+                above[s] += above[under]
         for s in reversed(range(len(parents))):
             if parents[s] >= 0:
                 below[parents[s]] = max(below[parents[s]], self.sizes[parents[s]] + below[s])
@@ -140,28 +146,30 @@ class Batch:
 
     def over_group(self, values: Tensor, reduce: str = "mean") -> Tensor:
         """[N] -> [N] each sequence gets its row's sum, mean, amax or amin."""
-        out = values.new_zeros(len(self.rows)).scatter_reduce(
-            0, self.group, values, reduce, include_self=False
-        )
-        return out[self.group]
+        zeros = values.new_zeros(len(self.rows))
+        by_row = zeros.scatter_reduce(0, self.group, values, reduce, include_self=False)
+        return by_row[self.group]
 
     # ------------------------------------------------------------------------------------------ columns
 
     def column(self, name: str) -> Tensor:
         """[N] one number per sequence out of the rows, e.g. scores."""
-        return torch.tensor([float(v) for row in self.rows for v in row[name]], device=self.ids.device)
+        values: list[float] = []
+        for row in self.rows:
+            values += map(float, row[name])
+        return torch.tensor(values, device=self.ids.device)
 
     def reward(self, name: str) -> Tensor:
         """[N] one of several rewards of the column `rewards`, {name: a number for each completion}."""
+        values: list[float] = []
         for row in self.rows:
             if name not in row["rewards"]:
                 raise RecipeError(
                     f"row {row['id']} has no reward '{name}' in its column"
                     f" `rewards`{did_you_mean(name, row['rewards'])}"
                 )
-        return torch.tensor(
-            [float(v) for row in self.rows for v in row["rewards"][name]], device=self.ids.device
-        )
+            values += map(float, row["rewards"][name])
+        return torch.tensor(values, device=self.ids.device)
 
     def weights(self) -> Tensor | None:
         """[T] how much each target token counts: the column `token_weights`, 1 in rows without it; None where
@@ -173,7 +181,9 @@ class Batch:
         for row in self.rows:
             for k in range(len(row["completions"])):
                 n = next(sizes)
-                weights = row["token_weights"][k] if "token_weights" in row else [1.0] * n
+                weights = [1.0] * n
+                if "token_weights" in row:
+                    weights = row["token_weights"][k]
                 if len(weights) != n:
                     raise RecipeError(
                         f"token_weights of row {row['id']} holds {len(weights)} numbers for {n} learned"
@@ -189,7 +199,10 @@ class Batch:
                 f"column '{name}' answers for the rows as they are, and this objective also asks about"
                 " altered ones: let a model play that role, e.g. `roles: {reference: start}`"
             )
-        values = [float(v) for row in self.rows for completion in row[name] for v in completion]
+        values: list[float] = []
+        for row in self.rows:
+            for completion in row[name]:
+                values += map(float, completion)
         if len(values) != len(self.owner):
             raise RecipeError(
                 f"column '{name}' holds {len(values)} numbers for {len(self.owner)} supervised tokens, on"
@@ -205,17 +218,19 @@ class Batch:
                 f"column '{name}' answers for the rows as they are, and this objective also asks about"
                 " altered ones"
             )
-        values = [place for row in self.rows for completion in row[name] for place in completion]
+        values: list[list[float]] = []
+        for row in self.rows:
+            for completion in row[name]:
+                values += completion
         if len(values) != len(self.owner):
             raise RecipeError(
                 f"column '{name}' holds {len(values)} lists for {len(self.owner)} supervised tokens: it was"
                 " written for others"
             )
-        return torch.tensor(
-            values,
-            device=self.ids.device,
-            dtype=torch.float32 if values and isinstance(values[0][0], float) else torch.long,
-        )
+        dtype = torch.long
+        if values and isinstance(values[0][0], float):
+            dtype = torch.float32
+        return torch.tensor(values, device=self.ids.device, dtype=dtype)
 
     def note(self, **metrics: Tensor) -> None:
         """Keep a number for the log: the mean of what is given, over this batch."""

@@ -48,30 +48,34 @@ class LanguageModel(Architecture):
 
     @property
     def reading(self) -> str:
-        return "through the network's own head, all logits at once" if self.own_head else "padded"
+        if self.own_head:
+            return "through the network's own head, all logits at once"
+        return "padded"
 
     def simpler(self) -> LanguageModel | None:
-        return None if self.own_head else replace(self, own_head=True)
+        if self.own_head:
+            return None
+        return replace(self, own_head=True)
 
     def answer(self, model: Network, inputs: dict[str, Any], at: Tensor, labels: Tensor) -> Outputs:
         """Outputs of T questions: `at` [T] are flat places of the tensor [R, W] that the model reads as
         `inputs`.
         """
+        caught: list[Tensor] = []
         with behind_blocks(model) if LAYERS.get() else nullcontext() as states:
-            outputs = self._answer(model, inputs, at, labels)
-        outputs.layers = None if states is None else [h.flatten(0, 1)[at] for h in states]
+            if self.own_head:
+                outputs = Outputs(logits_at(model, inputs, at), Head(nn.Identity()), labels)
+            else:
+                # the head itself is asked for nothing
+                with _before_head(model, lambda hidden: caught.append(hidden) or hidden[:, :0]):
+                    model(**inputs, use_cache=False)
+                outputs = Outputs(caught[0].flatten(0, 1)[at], head_of(model, inputs), labels)
+        if states is not None:
+            outputs.layers = [h.flatten(0, 1)[at] for h in states]
         return outputs
 
-    def _answer(self, model: Network, inputs: dict[str, Any], at: Tensor, labels: Tensor) -> Outputs:
-        if self.own_head:
-            return Outputs(logits_at(model, inputs, at), Head(nn.Identity()), labels)
-        caught: list[Tensor] = []
-        # the head itself is asked for nothing
-        with _before_head(model, lambda hidden: caught.append(hidden) or hidden[:, :0]):
-            model(**inputs, use_cache=False)
-        return Outputs(caught[0].flatten(0, 1)[at], head_of(model, inputs), labels)
-
     def plain(self, model: Network, attached: Any, batch: Batch) -> Tensor:
+        """[T] log-probabilities segment by segment: what packed and padded layouts are compared with."""
         pieces = batch.segments()
         out = torch.zeros(len(batch.ids), device=batch.ids.device)
         for s in batch.segment[batch.supervised].unique().tolist():
@@ -91,14 +95,15 @@ def behind_blocks(model: Network) -> Iterator[list[Tensor]]:
     """The states [R, W, d] behind each block that is passed meanwhile, lowest first; in an encoder-decoder
     the decoder's.
     """
-    every = {
-        name: m
-        for name, m in model.named_modules()
-        if (place := layer_of(f"{name}.")) and name == f"{place[0]}.{place[1]}"
-    }
-    last = [name.rpartition(".")[0] for name in every][-1:]
+    blocks_of: dict[str, list[nn.Module]] = {}  # name of a list of layers -> its blocks
+    last = ""
+    for name, module in model.named_modules():
+        place = layer_of(f"{name}.")
+        if place is not None and name == f"{place[0]}.{place[1]}":
+            last = place[0]
+            blocks_of.setdefault(last, []).append(module)
+    blocks = blocks_of.get(last, [])
     states: list[Tensor] = []
-    blocks = [m for name, m in every.items() if [name.rpartition(".")[0]] == last]
 
     def keep(module: nn.Module, inputs: Any, out: Any) -> None:
         if len(states) < len(blocks):  # a head is measured by passing through once more
@@ -119,9 +124,8 @@ def prefix_mask(model: Network, real: Tensor, both: Tensor) -> Tensor:
     as the model takes it. All other tokens see what stands before them."""
     order = torch.arange(real.shape[1], device=real.device)
     may = (order[:, None] >= order) | both[:, :, None] & both[:, None, :]
-    return as_mask(
-        model, (may & real[:, None, :] | torch.eye(len(order), dtype=torch.bool, device=real.device))[:, None]
-    )
+    itself = torch.eye(len(order), dtype=torch.bool, device=real.device)  # padding, too: no NaN
+    return as_mask(model, (may & real[:, None, :] | itself)[:, None])
 
 
 def as_mask(model: Network, may: Tensor) -> Tensor:
@@ -157,28 +161,35 @@ def soft_first(
     """
     if of is not None:
         attached.announce_rows(*of)
-    mask = torch.ones_like(ids) if mask is None else mask
+    if mask is None:
+        mask = torch.ones_like(ids)
     if not attached.virtual:
         return {"input_ids": ids, "attention_mask": mask}
     embed = model.get_input_embeddings()(ids)
-    soft = (attached.soft().expand(len(ids), -1, -1) if of is None else attached.soft_rows(of[0])[of[1]]).to(
-        embed.dtype
-    )
+    if of is None:
+        soft = attached.soft().expand(len(ids), -1, -1)
+    else:
+        soft = attached.soft_rows(of[0])[of[1]]
     mask = torch.cat([mask.new_ones(soft.shape[:2]), mask], 1)
-    return {"inputs_embeds": torch.cat([soft, embed], 1), "attention_mask": mask}
+    return {"inputs_embeds": torch.cat([soft.to(embed.dtype), embed], 1), "attention_mask": mask}
 
 
 def picked(logits: Tensor, labels: Tensor) -> Tensor:
     """[k, V] logits, [k] -> [k] log-probabilities."""
-    some = zip(logits.split(n := chunk_size(logits.shape[-1])), labels.split(n), strict=True)
-    return torch.cat([z.float().log_softmax(-1).gather(1, own[:, None]).squeeze(1) for z, own in some])
+    size = chunk_size(logits.shape[-1])
+    logprobs = []
+    for z, own in zip(logits.split(size), labels.split(size), strict=True):
+        every = z.float().log_softmax(-1)
+        logprobs.append(every.gather(1, own[:, None]).squeeze(1))
+    return torch.cat(logprobs)
 
 
 def own_logits(model: Network, inputs: dict[str, Any], at: Tensor) -> Tensor:
     """[k] places of one row -> [k, V] logits by the network's own forward, which is asked for no others where
     it lets itself be.
     """
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+    parameters = inspect.signature(model.forward).parameters
+    if "logits_to_keep" in parameters:
         return model(**inputs, use_cache=False, logits_to_keep=at).logits[0]
     return model(**inputs, use_cache=False).logits[0, at]
 
@@ -226,6 +237,7 @@ def head_of(model: Network, inputs: dict[str, Any]) -> Head:
 
 
 def _measure(model: Network, module: nn.Module, inputs: dict[str, Any]) -> tuple[float, float, Tensor | None]:
+    """(scale, softcap, bias) between the output of the head `module` and the network's logits."""
     probe = torch.tensor([0.0, 1e-4, 1e30, *torch.linspace(-30, 30, 13).tolist()])
     shape: list[int] = []
 
@@ -245,9 +257,14 @@ def _measure(model: Network, module: nn.Module, inputs: dict[str, Any]) -> tuple
     probe = probe.to(answers.device)[:, None]
     far = float(answers[2, 0])
     softcap = far if far < 1e20 else 0.0
-    bias = answers[0].clone()
-    scale = float((answers[1] - bias)[0]) / float(probe[1]) if not bias.any() else 1.0
-    want = Head(nn.Identity(), scale, softcap, bias if bias.any() else None)(probe.expand_as(answers))
-    if not torch.allclose(want[3:], answers[3:], rtol=1e-5, atol=1e-5):
+    bias: Tensor | None = answers[0].clone()
+    scale = 1.0
+    if not answers[0].any():
+        bias = None
+        scale = float(answers[1, 0]) / float(probe[1])
+    expected = Head(nn.Identity(), scale, softcap, bias)(probe.expand_as(answers))
+    if not torch.allclose(expected[3:], answers[3:], rtol=1e-5, atol=1e-5):
         raise ValueError(f"what {type(model).__name__} does to its logits after the head is not known")
-    return (1.0 if abs(scale - 1) < 1e-6 else scale), softcap, (bias if bias.any() else None)
+    if abs(scale - 1) < 1e-6:
+        scale = 1.0
+    return scale, softcap, bias

@@ -33,11 +33,10 @@ if TYPE_CHECKING:
 
 
 def device() -> torch.device:
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+    """Where networks are put: this process's GPU, where there is one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def pick_dtype(name: str, where: torch.device) -> torch.dtype:
@@ -70,11 +69,10 @@ def load_model(
     if recipe.attn_implementation:
         how["attn_implementation"] = recipe.attn_implementation
     try:
-        model = (
-            _quantized(recipe, parts, path, how, where, folder)
-            if parts.quantizer
-            else parts.architecture.load(path, **how)
-        )
+        if parts.quantizer:
+            model = _quantized(recipe, parts, path, how, where, folder)
+        else:
+            model = parts.architecture.load(path, **how)
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(
@@ -142,12 +140,10 @@ def assemble(
     torch.manual_seed(clock.derive_seed("model"))
     model, tokenizer = loaded or load_model(recipe, parts, network or {}, folder)
     if parts.quantizer is not None and not coded(model):
-        plain = parts.architecture.renderer(
-            tokenizer, model.config, max_length=recipe.max_length or min(2048, max_positions(model))
-        )
-        _calibrated(
-            parts, Roles(Policy(parts.architecture, model, Untuned(model)), clock, plain), rows or [], folder
-        )
+        limit = recipe.max_length or min(2048, max_positions(model))
+        plain = parts.architecture.renderer(tokenizer, model.config, max_length=limit)
+        untuned = Roles(Policy(parts.architecture, model, Untuned(model)), clock, plain)
+        _calibrated(parts, untuned, rows or [], folder)
     torch.manual_seed(clock.derive_seed("tuner"))
     attached = attach(parts.tuner, model)
     if getattr(parts.architecture, "fused", False) and not recipe.torch_compile:
@@ -167,13 +163,13 @@ def assemble(
 
 def max_positions(model: Network) -> float:
     """How many tokens the network has positions for."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    skipped = [
-        p
-        for n, m in model.named_modules()
-        if n.endswith("position_embeddings") and (p := getattr(m, "padding_idx", None))
-    ]
-    return (most or math.inf) - (max(skipped) + 1 if skipped else 0)  # RoBERTa counts from behind its padding
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    skipped = 0  # RoBERTa counts from behind its padding
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding:
+            skipped = max(skipped, padding + 1)
+    return most - skipped
 
 
 def attach(tuner: Any, model: Network) -> Any:
@@ -182,17 +178,16 @@ def attach(tuner: Any, model: Network) -> Any:
     """
     if model.fresh and any(f.name == "modules_to_save" for f in fields(tuner)):
         tuner = replace(tuner, modules_to_save=sorted({*(tuner.modules_to_save or ()), *model.fresh}))
-    new = {id(p): name for name in model.fresh for p in model.get_submodule(name).parameters()}
+    new = {}
+    for name in model.fresh:
+        for p in model.get_submodule(name).parameters():
+            new[id(p)] = name
     attached = tuner.attach(model)
     moving = {id(p) for p in attached.parameters().values()}
-    left = (
-        sorted({name for i, name in new.items() if i not in moving})
-        if not hasattr(tuner, "modules_to_save")
-        else []
-    )
-    if left and tuner.provides:
+    left = {new[i] for i in new.keys() - moving}
+    if left and tuner.provides and not hasattr(tuner, "modules_to_save"):
         raise RecipeError(
-            f"tuner '{tuner.name}' would leave {', '.join(left)} as random as it was made, since the"
+            f"tuner '{tuner.name}' would leave {', '.join(sorted(left))} as random as it was made, since the"
             " checkpoint has none; take one that trains it along: lora, full, or any with modules_to_save"
         )
     return attached
@@ -205,7 +200,9 @@ def tensors_of(start: Any, attached: Any) -> dict[str, torch.Tensor]:
             raise RecipeError("start: give a run's folder, or {merge: average, of: [folder, folder]}")
         merger = build("merger", start["merge"])
         # nothing has been trained or loaded yet
-        base = attached.tensors() if "base" in merger.requires else None
+        base = None
+        if "base" in merger.requires:
+            base = attached.tensors()
         return merger.merge([tensors_of(s, attached) for s in start["of"]], base)
     folder = Path(start)
     if not folder.is_dir():
@@ -216,6 +213,8 @@ def tensors_of(start: Any, attached: Any) -> dict[str, torch.Tensor]:
 def take_parts(roles: Roles, parts: Methods) -> None:
     """Let the other roles play; trained parts they bring (a critic's head) move along with the tuner. A run
     that goes on from this one takes what the tuner moved, and begins with parts of its own."""
-    brought = [(name, role.parts(roles.policy)) for name, role in parts.roles.items()]
-    for name, some in brought:
+    brought = {}
+    for name, role in parts.roles.items():
+        brought[name] = role.parts(roles.policy)
+    for name, some in brought.items():
         bring(roles.tuner, name, some)

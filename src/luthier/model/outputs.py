@@ -85,23 +85,23 @@ class Outputs:
         tuple of them.
         """
         every = (self, *beside)
-        tables = (*(o.hidden for o in every), *per_token)
         size = max(1, min(chunk_size(o.head.size(o.hidden)) for o in every) // len(every))
+        tables = [o.hidden for o in every]
+        tables += per_token
 
         def piece(*chunk: Tensor) -> Any:
-            logits = [o.logits(h) for o, h in zip(every, chunk, strict=False)]
+            logits = []
+            for outputs, hidden in zip(every, chunk, strict=False):
+                with outputs.role_context():  # the head is asked in the role that read the batch
+                    logits.append(outputs.head(hidden))
             return f(*logits, *chunk[len(every) :])
 
-        chunks = zip(*(t.split(size) for t in tables), strict=True)
-        out = [
-            checkpoint(piece, *c, use_reentrant=False) if torch.is_grad_enabled() else piece(*c)
-            for c in chunks
-        ]
-        return (
-            torch.cat(out) if torch.is_tensor(out[0]) else tuple(torch.cat(x) for x in zip(*out, strict=True))
-        )
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[C, d] -> [C, V], asked in the role that read the batch."""
-        with self.role_context():
-            return self.head(hidden)
+        results = []
+        for chunk in zip(*(table.split(size) for table in tables), strict=True):
+            if torch.is_grad_enabled():
+                results.append(checkpoint(piece, *chunk, use_reentrant=False))
+            else:
+                results.append(piece(*chunk))
+        if torch.is_tensor(results[0]):
+            return torch.cat(results)
+        return tuple(map(torch.cat, zip(*results, strict=True)))

@@ -43,8 +43,10 @@ class Policy(nn.Module):
         self.role, self.context = role, context
 
     def train(self, mode: bool = True) -> Policy:
-        """Looking takes a third of the time of setting, and a step begins with it."""
-        return self if all(m.training == mode for m in self.modules()) else super().train(mode)
+        """As torch has it. Looking takes a third of the time of setting, and a step begins with it."""
+        if all(m.training == mode for m in self.modules()):
+            return self
+        return super().train(mode)
 
     def outputs(self, batch: Batch) -> Outputs:
         """What this role says of a batch: read once, however many objectives ask."""
@@ -72,6 +74,7 @@ class Policy(nn.Module):
         return batch.read[self.role].layers
 
     def forward(self, batch: Batch) -> Outputs:
+        """Read a batch, however often it was read before; see `outputs`."""
         with self.role_context():
             outputs = self.architecture.forward(self.model, self.attached, batch)
         outputs.role_context = self.role_context  # the head is asked later, and in the same role
@@ -99,8 +102,10 @@ class Policy(nn.Module):
         """n completions of each prompt as token ids (seeds, n, max_new_tokens, temperature, top_p, top_k,
         stop).
         """
-        with (self.context or nullcontext)(), eval_mode(self.model):
-            return self.architecture.generate(self.model, self.attached, [list(p) for p in prompts], **how)
+        context = self.context or nullcontext
+        tokens = [list(prompt) for prompt in prompts]
+        with context(), eval_mode(self.model):
+            return self.architecture.generate(self.model, self.attached, tokens, **how)
 
 
 class Roles:
@@ -130,14 +135,20 @@ class Roles:
 
     def policies(self) -> list[Policy]:
         """Every network in a role, the policy first."""
-        return [self.policy, *(player for player in self.players.values() if isinstance(player, Policy))]
+        policies = [self.policy]
+        for player in self.players.values():
+            if isinstance(player, Policy):
+                policies.append(player)
+        return policies
 
     def batch(self, rows: Sequence[dict], training: bool = False) -> Batch:
         """Rows -> tokens on the policy's device. What is drawn to be asked (gaps) changes from step to step
         in training only.
         """
         arch = self.policy.architecture
-        clock = self.clock if training else Clock(self.clock.seed)
+        clock = self.clock
+        if not training:
+            clock = Clock(clock.seed)
         batch = collate(rows, lambda row: arch.encode(row, self.renderer))
         return arch.ask(batch, self.renderer, clock).to(self.device)
 

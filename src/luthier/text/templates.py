@@ -74,12 +74,16 @@ def set_chat_template(tokenizer: Any, chat_template: str | None, starts_with_bos
 def builtin_template(tokenizer: Any, name: str, starts_with_bos: bool) -> str:
     """The text of a built-in template for a tokenizer. Raises RecipeError where it lacks a special token."""
     template, required = TEMPLATES[name]
-    vocabulary = tokenizer.get_vocab() if required else {}
-    missing = [token for token in required if token not in vocabulary]
+    missing = []
+    if required:
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in required if token not in vocabulary]
     if missing:
         tokens = " and ".join(missing)
         raise RecipeError(f"chat_template '{name}' needs {tokens}, which this tokenizer lacks: take 'plain'")
-    return "{{- bos_token }}" + template if starts_with_bos else template
+    if starts_with_bos:
+        template = "{{- bos_token }}" + template
+    return template
 
 
 def render_turns(tokenizer: Any, row: dict, turns: list[dict], add_generation_prompt: bool = False) -> str:
@@ -101,7 +105,10 @@ def render_turns(tokenizer: Any, row: dict, turns: list[dict], add_generation_pr
 
 def without_weights(turns: list[dict]) -> list[dict]:
     """Turns as a template may see them: without how much each counts in the loss."""
-    return [{key: value for key, value in turn.items() if key not in TURN_WEIGHTS} for turn in turns]
+    visible = []
+    for turn in turns:
+        visible.append({key: value for key, value in turn.items() if key not in TURN_WEIGHTS})
+    return visible
 
 
 def marks_generation(tokenizer: Any) -> bool:

@@ -43,12 +43,14 @@ def supervised_spans(
         supervised = is_supervised(turns[i])
         if not replies and not supervised:
             continue
+        before = ""
         if replies and i == first:
             before = opening
-        else:
-            before = render_turns(tokenizer, row, turns[:i], add_generation_prompt=replies) if i else ""
-        last = i + 1 == len(turns)
-        after = whole if last else render_turns(tokenizer, row, turns[: i + 1])
+        elif i:
+            before = render_turns(tokenizer, row, turns[:i], add_generation_prompt=replies)
+        after = whole
+        if i + 1 < len(turns):
+            after = render_turns(tokenizer, row, turns[: i + 1])
         if not after.startswith(before):
             raise BadRow(
                 "the chat template begins a reply in one way to ask for it and in another once it is there"

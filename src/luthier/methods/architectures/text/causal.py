@@ -19,8 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from luthier.errors import RecipeError
-from luthier.kernels import sparse_mlp
-from luthier.kernels.attention import takes_plans
+from luthier.kernels import attention, sparse_mlp
 from luthier.kernels.attention_plan import plan
 from luthier.kernels.layout import Layout, joined
 from luthier.methods.architectures._base import EMBEDDINGS, ENTROPY, GENERATE, HIDDEN, LOGPROBS, TOPK
@@ -165,7 +164,7 @@ class Causal(LanguageModel):
 
     def in_blocks(self, model: Network) -> bool:
         """Is everything read as one row, attention block by block?"""
-        return self.packing and self.blocks and takes_plans(model)
+        return self.packing and self.blocks and attention.takes_plans(model)
 
     def check(self, model: Network) -> None:
         """Refuse to pack for a network that cannot keep sequences apart."""
