@@ -84,7 +84,7 @@ def facts(cls: type) -> list[str]:
     for word in sorted(cls.requires):
         costs = getattr(word, "costs", "")
         if costs:
-            lines.append(f"- Costs, for `{word}`: {costs}")
+            lines.append(f"- Costs of `{word}`: {costs}")
     if cls.starting_rate:
         lines.append(f"- Learning rate: {cls.starting_rate}")
     for label, words in (("Requires", cls.requires), ("Provides", cls.provides), ("Removes", cls.removes)):

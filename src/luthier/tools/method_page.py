@@ -25,6 +25,7 @@ from luthier.study.reproduce.page import read_result, status
 from luthier.study.reproduce.spec import Claim, claim_names, read_claim
 
 # kinds for whose methods a learning rate is chosen
+COMPARED = ("lora", "full")  # tuners whose recipes' learning rates are given beside another's
 TRAINED = ("tuner", "objective", "estimator", "transform", "optimizer")
 
 
@@ -82,18 +83,33 @@ def learning_rate(card: registry.Card, cls: type) -> list[str]:
     if card.kind not in TRAINED:
         return []
     lines = []
-    path = recipe_of(card)
-    rate = None
-    if path is not None:
-        rate = yaml.safe_load(path.read_text(encoding="utf-8")).get("learning_rate")
-    if isinstance(rate, (int, float, str)):
-        lines.append(
-            f"The recipe below has a learning rate of {float(rate):g}, for a toy model of a few million"
-            " parameters; larger models take smaller ones."
-        )
+    model, rate = rate_of(recipe_of(card))
+    if rate is not None:
+        text = f"The recipe below has a learning rate of {rate:g} for the small model `{model}`"
+        compared = []
+        if card.kind == "tuner" and card.name not in COMPARED:
+            compared = [f"that of `{name}` {tuner_rate(name)}" for name in COMPARED]
+        lines.append(", ".join([text, *compared]) + "; larger models take smaller ones.")
     elif not cls.starting_rate:
-        lines.append("No learning rate is recommended for it yet: start with that of the recipe's tuner.")
+        lines.append("No learning rate is recommended for it: start with that of the recipe's tuner.")
     return [*lines, ""]
+
+
+def rate_of(path: Path | None) -> tuple[str, float | None]:
+    """The model and the learning rate of a recipe; None where it has none."""
+    if path is None:
+        return "", None
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    rate = recipe.get("learning_rate")
+    if rate is None:
+        return "", None
+    return str(recipe.get("model")), float(rate)
+
+
+def tuner_rate(name: str) -> str:
+    """The learning rate of a tuner's recipe, with its model."""
+    model, rate = rate_of(recipe_of(registry.card("tuner", name)))
+    return f"has {rate:g} for `{model}`"
 
 
 # ----------------------------------------------------------------------------------------------------- recipe
@@ -196,7 +212,7 @@ def measured(card: registry.Card) -> list[str]:
         same_paper = claim.paper is not None and claim.paper == card.paper
         if same_row or (same_paper and names_method(claim, card)):
             lines.append(claim_line(claim))
-    return lines or ["Not measured yet."]
+    return lines or ["No claim about it has been measured here yet."]
 
 
 def names_method(claim: Claim, card: registry.Card) -> bool:
@@ -241,12 +257,15 @@ def citation(card: registry.Card) -> list[str]:
     if not card.paper:
         return []
     lines = ["## Citation", "", describe.paper_link(card.paper), ""]
-    title = title_of(card)
-    if title and card.paper.startswith("arXiv:"):
+    if card.paper.startswith("arXiv:"):
         number = card.paper.removeprefix("arXiv:")
+        title = title_of(card)
+        entry = f"@misc{{{card.name}, year = {{20{number[:2]}}}, eprint = {{{number}}},"
+        if title:
+            entry = f"{entry} title = {{{title}}},"
         lines += [
             "```bibtex",
-            f"@misc{{{card.name}, title = {{{title}}}, year = {{20{number[:2]}}}, eprint = {{{number}}},",
+            entry,
             f"  archivePrefix = {{arXiv}}, url = {{https://arxiv.org/abs/{number}}}}}",
             "```",
             "",

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class Objective:
     """Family: `loss` gives one number per unit, never a mean."""
 
+    costs: ClassVar[str] = "one forward and backward pass over each row."
     unit: ClassVar[str] = "token"  # token, sequence, group (row) or batch
     # on rows without `old`, is its value the same wherever the policy goes, and only its gradient tells?
     flat: ClassVar[bool] = False

@@ -47,7 +47,12 @@ ATTENTION = {"full_attention", "sliding_attention", "chunked_attention"}
 ENDLESS = 2**31  # a row in which any batch finds room
 
 
-@architecture(provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, GENERATE, EMBEDDINGS])
+@architecture(
+    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, GENERATE, EMBEDDINGS],
+    use_when="the model writes text from left to right: GPT, Llama, Qwen, Mistral and their kin. It is"
+    " chosen by itself.",
+    costs="packed rows: no computation on padding; prompts are read once for all their completions.",
+)
 class Causal(LanguageModel):
     """Any transformers causal LM."""
 

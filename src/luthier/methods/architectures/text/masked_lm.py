@@ -23,7 +23,13 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-@architecture(paper="arXiv:1810.04805", provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN])
+@architecture(
+    paper="arXiv:1810.04805",
+    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN],
+    use_when="the model is an encoder (BERT, RoBERTa, ModernBERT) that is trained on masked text or on"
+    " clozes.",
+    costs="padded batches.",
+)
 class MaskedLM(LanguageModel):
     """BERT, RoBERTa, ELECTRA's generator, ModernBERT. Padded on the right."""
 

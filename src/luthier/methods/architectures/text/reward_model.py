@@ -30,7 +30,11 @@ class Values:
         self.values = self.checked_values = values  # [T] in fp32, one for each supervised token
 
 
-@architecture(provides=[VALUES])
+@architecture(
+    provides=[VALUES],
+    use_when="the model is to give a number for a text, with objectives `reward` or `process_reward`.",
+    costs="padded batches.",
+)
 class RewardModel(Architecture):
     """AutoModelForSequenceClassification with one label, on a decoder."""
 

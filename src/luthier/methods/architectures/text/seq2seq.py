@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from luthier.model.network import Network
 
 
-@architecture(provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, GENERATE])
+@architecture(
+    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN, GENERATE],
+    use_when="the model is an encoder-decoder: T5, BART and their kin. It is chosen by itself.",
+    costs="padded batches; the encoder reads a prompt once for all its completions.",
+)
 class Seq2Seq(LanguageModel):
     """T5, BART and their kin. A completion that continues another is one text for the decoder."""
 

@@ -17,7 +17,12 @@ from luthier.methods.compilers._base import Compiler, accepted, drawn, matching,
 from luthier.registry import compiler
 
 
-@compiler(paper="arXiv:2310.03714", row="dspy-compile")
+@compiler(
+    paper="arXiv:2310.03714",
+    row="dspy-compile",
+    use_when="a program of prompts has a metric and some rows: it finds demonstrations for every predictor.",
+    costs="one to `max_rounds` runs of the program for each row until enough traces are accepted.",
+)
 class BootstrapFewShot(Compiler):
     """Demonstrations from the program's own accepted traces."""
 

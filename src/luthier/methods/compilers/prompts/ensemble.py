@@ -12,7 +12,12 @@ from luthier.programs.program import Majority
 from luthier.registry import compiler, nested
 
 
-@compiler(paper="arXiv:2310.03714", row="dspy-compile")
+@compiler(
+    paper="arXiv:2310.03714",
+    row="dspy-compile",
+    use_when="several compiled candidates are about equally good and answers can be voted on.",
+    costs="inference costs `size` programs.",
+)
 class Ensemble(Compiler):
     """Majority vote of candidates. `Majority([...])` does the same with given programs."""
 

@@ -42,7 +42,13 @@ TASK = "\n".join(
 )
 
 
-@compiler(paper="arXiv:2406.16218", row="trace-optoprime")
+@compiler(
+    paper="arXiv:2406.16218",
+    row="trace-optoprime",
+    use_when="instructions or other values of a workflow are to be improved from feedback in words,"
+    " where no gradient exists.",
+    costs="`steps` proposals of a model, and `batch_size` runs of the program for each.",
+)
 class OptoPrime(Compiler):
     """Optimization with trace oracles: workflow, feedback, proposal."""
 

@@ -20,7 +20,12 @@ from luthier.programs.program import evaluate
 from luthier.registry import compiler, nested
 
 
-@compiler(paper="arXiv:2310.03714", row="dspy-compile")
+@compiler(
+    paper="arXiv:2310.03714",
+    row="dspy-compile",
+    use_when="`bootstrap_few_shot` helps and you can afford to try many sets of demonstrations.",
+    costs="`num_candidates` times bootstrapping and an evaluation on the dev rows.",
+)
 class RandomSearch(Compiler):
     """BootstrapFewShot on many random subsets."""
 

@@ -21,7 +21,12 @@ from luthier.registry import compiler
 from luthier.storage import files
 
 
-@compiler(paper="arXiv:2310.03714", row="dspy-compile")
+@compiler(
+    paper="arXiv:2310.03714",
+    row="dspy-compile",
+    use_when="a prompted program works with a large model and should run on a small tuned one.",
+    costs="a run of the teacher program on the rows, and a fine-tuning run for each predictor.",
+)
 class BootstrapFinetune(Compiler):
     """Fine-tunes a small model on accepted traces."""
 

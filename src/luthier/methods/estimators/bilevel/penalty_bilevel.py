@@ -34,7 +34,17 @@ from luthier.train.optimizer import Chain
 Tree = dict[str, Params]  # site -> slot -> tensor
 
 
-@estimator(paper="arXiv:2309.01753", row="penalty-bilevel", requires=[SOURCE], provides=[GRADIENT])
+@estimator(
+    paper="arXiv:2309.01753",
+    row="penalty-bilevel",
+    requires=[SOURCE],
+    provides=[GRADIENT],
+    use_when="rows come from several sources of unknown value and you have trusted validation rows: it"
+    " learns the sources' weights, and the weight decay.",
+    costs="two gradients a step and one more copy of what moves with its optimizer state; with"
+    " `momentum` twice that.",
+    starting_rate="that of the tuner.",
+)
 class PenaltyBilevel(Estimator):
     """Learned weights of sources, and weight decay; use it with objective `by_source`."""
 

@@ -32,6 +32,11 @@ from luthier.registry import build, estimator
     row="self-tuning-networks",
     requires=[HYPERPARAMETERS, SOURCE],
     provides=[GRADIENT],
+    use_when="dropout and weight decay are to be learned within one run, with tuner `self_tuning` and"
+    " validation rows.",
+    costs="one forward and backward pass; `valid_steps` of every `train_steps + valid_steps` steps go"
+    " to the hyperparameters.",
+    starting_rate="that of `lora`.",
 )
 class SelfTuning(Estimator):
     """Online hyperparameters through a learned best response."""

@@ -18,7 +18,16 @@ from luthier.methods.tuners.pruned.elastic import ELASTIC
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2308.15609", row="instatune", requires=[ELASTIC], provides=[GRADIENT])
+@estimator(
+    paper="arXiv:2308.15609",
+    row="instatune",
+    requires=[ELASTIC],
+    provides=[GRADIENT],
+    use_when="tuner is `elastic`: the sub-networks are trained together with the full network.",
+    costs="a forward and backward pass for the full network and for each of `samples` (and the"
+    " smallest) sub-networks.",
+    starting_rate="that of the tuner.",
+)
 class Elastic(Estimator):
     """One backward pass for the full network and for each sub-network."""
 

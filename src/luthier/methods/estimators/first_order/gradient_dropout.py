@@ -20,7 +20,15 @@ from luthier.methods.estimators._base import GRADIENT, Estimator, gradients
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2307.15049", row="r-amt", provides=[GRADIENT])
+@estimator(
+    paper="arXiv:2307.15049",
+    row="r-amt",
+    provides=[GRADIENT],
+    use_when="a regulariser such as a KL to the base should veto parts of the task's gradient rather"
+    " than be added to it.",
+    costs="two backward passes a step.",
+    starting_rate="that of the tuner.",
+)
 class GradientDropout(Estimator):
     """One term of the objective decides which entries of the others' gradient are used."""
 

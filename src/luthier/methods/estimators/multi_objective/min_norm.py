@@ -11,7 +11,13 @@ from luthier.methods.estimators._terms import Terms
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:1810.04650", provides=[GRADIENT])
+@estimator(
+    paper="arXiv:1810.04650",
+    provides=[GRADIENT],
+    use_when="an objective has several terms and no step should increase any of them.",
+    costs="one backward pass and one stored gradient for each term.",
+    starting_rate="that of the tuner.",
+)
 class MinNorm(Terms):
     """Multiple-gradient descent."""
 

@@ -22,7 +22,15 @@ from luthier.methods.estimators._terms import Terms
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2112.04137", row="pareto-da", provides=[GRADIENT])
+@estimator(
+    paper="arXiv:2112.04137",
+    row="pareto-da",
+    provides=[GRADIENT],
+    use_when="a term that is not trained on (such as held-out rows of another domain) should steer the"
+    " weights of the others.",
+    costs="one backward pass and one stored gradient for each term.",
+    starting_rate="that of the tuner.",
+)
 class ParetoDA(Terms):
     """The step is the mix times the number of `terms`, so that it is as long as a plain sum."""
 

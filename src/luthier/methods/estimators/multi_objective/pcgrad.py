@@ -12,7 +12,13 @@ from luthier.methods.estimators._terms import Terms
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2001.06782", provides=[GRADIENT])
+@estimator(
+    paper="arXiv:2001.06782",
+    provides=[GRADIENT],
+    use_when="terms or sources have conflicting gradients and each should not undo the others.",
+    costs="one backward pass and one stored gradient for each term.",
+    starting_rate="that of the tuner.",
+)
 class PCGrad(Terms):
     """Gradient surgery."""
 

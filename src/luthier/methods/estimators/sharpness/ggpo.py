@@ -28,7 +28,16 @@ from luthier.methods.tuners._base import LOW_RANK
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2502.14538", row="lora-ggpo", requires=[LOW_RANK], provides=[GRADIENT])
+@estimator(
+    paper="arXiv:2502.14538",
+    row="lora-ggpo",
+    requires=[LOW_RANK],
+    provides=[GRADIENT],
+    use_when="a LoRA overfits: noise scaled to weights and gradients leads to flatter minima at hardly"
+    " any cost.",
+    costs="one forward and backward pass; the noise is drawn again in the backward pass and not stored.",
+    starting_rate="that of `lora`.",
+)
 class GGPO(Estimator):
     """Gradient-guided perturbation of LoRA."""
 

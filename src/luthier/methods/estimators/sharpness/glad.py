@@ -18,7 +18,14 @@ from luthier.methods.estimators._base import GRADIENT, Estimator, gradients, per
 from luthier.registry import Range, estimator
 
 
-@estimator(paper="arXiv:2507.13089", row="glad", provides=[GRADIENT])
+@estimator(
+    paper="arXiv:2507.13089",
+    row="glad",
+    provides=[GRADIENT],
+    use_when="you want part of SAM's effect: `alpha` mixes its gradient with the plain one.",
+    costs="two forward and backward passes a step, and a copy of what moves.",
+    starting_rate="that of the tuner.",
+)
 class GLAD(Estimator):
     """A mix of the gradient here and the gradient at the perturbed point."""
 

@@ -26,7 +26,15 @@ from luthier.methods.tuners._base import LOW_RANK
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2502.14538", row="lora-ggpo", requires=[LOW_RANK], provides=[GRADIENT])
+@estimator(
+    paper="arXiv:2502.14538",
+    row="lora-ggpo",
+    requires=[LOW_RANK],
+    provides=[GRADIENT],
+    use_when="a LoRA overfits and SAM's second pass is too slow: it perturbs along the momentum.",
+    costs="one forward and backward pass; running means of the factors' gradients.",
+    starting_rate="that of `lora`.",
+)
 class MGPO(Estimator):
     """Momentum-guided perturbation of LoRA."""
 

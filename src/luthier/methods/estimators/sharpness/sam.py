@@ -14,7 +14,13 @@ from luthier.methods.estimators._base import GRADIENT, Estimator, gradients, per
 from luthier.registry import estimator
 
 
-@estimator(paper="arXiv:2010.01412", provides=[GRADIENT])
+@estimator(
+    paper="arXiv:2010.01412",
+    provides=[GRADIENT],
+    use_when="few rows, overfitting, and time for twice the computation: it looks for flat minima.",
+    costs="two forward and backward passes a step, and a copy of what moves.",
+    starting_rate="that of the tuner.",
+)
 class SAM(Estimator):
     """Perturbs the weights by rho along the gradient, takes the gradient there, restores the weights and
     steps.

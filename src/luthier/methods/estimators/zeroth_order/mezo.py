@@ -32,7 +32,16 @@ from luthier.registry import estimator
 PIECE = 2**17  # numbers that follow from one seed; on a CPU what is made on the way stays in the cache
 
 
-@estimator(paper="arXiv:2305.17333", row="mezo")
+@estimator(
+    paper="arXiv:2305.17333",
+    row="mezo",
+    use_when="memory suffices for inference but not for training, or the metric has no gradient worth"
+    " following. It needs many more steps than backprop.",
+    costs="two forward passes for each of `n_probes` directions, no backward pass and no kept"
+    " activations; memory of inference plus a copy of what moves.",
+    starting_rate="with `sgd` far smaller than Adam's rates: the paper takes 1e-7 to 1e-6 for all"
+    " weights of OPT-13B.",
+)
 class MeZO(Estimator):
     """g = (L(p + eps z) - L(p - eps z)) / (2 eps) * z, the mean over `n_probes` directions z."""
 

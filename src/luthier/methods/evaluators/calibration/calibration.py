@@ -25,6 +25,8 @@ from luthier.storage import files
     artifacts=[Artifact("calibration-*.json")],
     paper="arXiv:1706.04599",
     requires=[COMPLETIONS, LOGPROBS, TOPK],
+    use_when="probabilities of the model are used for decisions and must match how often it is right.",
+    costs="one forward pass over the held-out rows, with whole distributions.",
 )
 class Calibration(Evaluator):
     """`calibration_error`: 0 is perfect. Keeps calibration-<when>.json: [tokens, mean confidence, share

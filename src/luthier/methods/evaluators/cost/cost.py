@@ -19,7 +19,13 @@ from luthier.methods.formats._base import COMPLETIONS
 from luthier.registry import evaluator
 
 
-@evaluator(row="personalized-unit-test-models", requires=[COMPLETIONS, LOGPROBS])
+@evaluator(
+    row="personalized-unit-test-models",
+    requires=[COMPLETIONS, LOGPROBS],
+    use_when="you compare tuners by operations per row and by what a tuned copy stores, rather than by"
+    " seconds on one machine.",
+    costs="a forward and backward pass over `n` rows.",
+)
 class Cost(Evaluator):
     """`gflops_per_row` of a training pass of -log p, and `stored_mb` of the trainable tensors."""
 

@@ -15,6 +15,8 @@ from luthier.registry import Metric, evaluator
         Metric("preference_accuracy", "preference accuracy", unit="%", better="higher", rank=3),
     ],
     requires=[COMPLETIONS, LOGPROBS, TOPK],
+    use_when="completions are short and have one right form: classes, facts, short answers.",
+    costs="one forward pass over the held-out rows.",
 )
 class Accuracy(PerExample):
     """`accuracy`: share of completions whose every supervised token is the likeliest one given those before

@@ -23,6 +23,8 @@ from luthier.registry import Metric, evaluator
     ],
     paper="arXiv:1510.03055",
     requires=[GENERATE],
+    use_when="you fear that answers become all alike, after preference tuning or reinforcement learning.",
+    costs="`samples` answers to each of `n` prompts.",
 )
 class Diversity(Evaluator):
     """`distinct_2`, `distinct_answers` (share of a prompt's samples that differ) and `answer_length` in

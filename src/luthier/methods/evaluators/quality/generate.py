@@ -29,6 +29,8 @@ OPENING = 24  # tokens of a text that are given, to be continued
     ],
     artifacts=[Artifact("samples-*.jsonl")],
     requires=[GENERATE],
+    use_when="you want to read answers before and after, and score them by a reward or exact match.",
+    costs="one greedy answer to each of `n` prompts, before and after.",
 )
 class Generate(Evaluator):
     """Writes samples-before.jsonl and samples-after.jsonl, and samples-during.jsonl where it is asked on the

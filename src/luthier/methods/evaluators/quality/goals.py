@@ -21,6 +21,8 @@ from luthier.registry import Metric, build, evaluator, requires_of
         Metric("goal", "mean reward", better="higher", rank=6),
     ],
     requires=[GENERATE],
+    use_when="several goals are traded against each other and each is to be measured on the same answers.",
+    costs="`samples` answers to each of `n` prompts, and one call of each reward.",
 )
 class Goals(Evaluator):
     """`goal/NAME` of each goal, and per example. Every goal scores the same answers."""

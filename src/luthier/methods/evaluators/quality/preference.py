@@ -33,6 +33,8 @@ from luthier.registry import Metric, evaluator
         Metric("length_ratio", "length of preferred / chosen", rank=17),
     ],
     requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="you tune on pairs and want to know whether the model ranks held-out pairs better, and"
+    " whether both sides became unlikelier.",
 )
 class Preference(Evaluator):
     """`ranking_accuracy` of log p, `reference_ranking_accuracy`, `reward_accuracy` and `reward_margin` (nats)

@@ -10,7 +10,13 @@ from luthier.methods.formats._base import COMPLETIONS
 from luthier.registry import evaluator
 
 
-@evaluator(paper="arXiv:2409.14254", row="implicit-instruction-tuning", requires=[COMPLETIONS, LOGPROBS])
+@evaluator(
+    paper="arXiv:2409.14254",
+    row="implicit-instruction-tuning",
+    requires=[COMPLETIONS, LOGPROBS],
+    use_when="you ask what a model already knows of following instructions before it is tuned to.",
+    costs="two forward passes over each answer.",
+)
 class ResponseRanking(Evaluator):
     """`response_ranking`: share of rows whose best completion is likelier, by the mean of its tokens, than
     that of another row (the next one) after the same prompt; a half is chance. Rows of plain text or of

@@ -13,7 +13,13 @@ from luthier.methods.formats._base import COMPLETIONS
 from luthier.registry import evaluator
 
 
-@evaluator(paper="arXiv:2104.04670", row="meta-tuning", requires=[COMPLETIONS, LOGPROBS])
+@evaluator(
+    paper="arXiv:2104.04670",
+    row="meta-tuning",
+    requires=[COMPLETIONS, LOGPROBS],
+    use_when="rows come from stage `yes_no` and you measure zero-shot classification.",
+    costs="one forward pass over the held-out rows.",
+)
 class YesNoAUC(Evaluator):
     """`auc`: mean over questions of the area under the ROC curve of P(yes) / (P(yes) + P(no));
     `auc_ensemble`: the same with the scores of all descriptions of a label averaged first. Rows as the stage

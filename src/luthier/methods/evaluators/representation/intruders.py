@@ -23,7 +23,14 @@ from luthier.model.weight_changes import effective_rank, likeness, matrices
 from luthier.registry import evaluator
 
 
-@evaluator(paper="arXiv:2410.21228", row="intruder-dimensions", requires=[MERGE])
+@evaluator(
+    paper="arXiv:2410.21228",
+    row="intruder-dimensions",
+    requires=[MERGE],
+    use_when="you study how tuning changed the weights: low-rank tuning may add singular directions"
+    " that full fine-tuning does not.",
+    costs="a singular value decomposition of every matrix, before and after.",
+)
 class Intruders(Evaluator):
     """`intruders`: their mean number per matrix; `change_rank`: the mean effective rank of a
     matrix's update.

@@ -24,7 +24,13 @@ from luthier.model.anatomy import layer_of
 from luthier.registry import evaluator
 
 
-@evaluator(paper="arXiv:2304.05216", row="telly-k", requires=[COMPLETIONS, LOGPROBS])
+@evaluator(
+    paper="arXiv:2304.05216",
+    row="telly-k",
+    requires=[COMPLETIONS, LOGPROBS],
+    use_when="you ask which layers training changed, for example to freeze the others (tuner `telly`).",
+    costs="one forward pass over `n` rows, before and after.",
+)
 class RSA(Evaluator):
     """`rsa/N` of layer N counted from the input, and their mean `rsa`: 1 at the start."""
 

@@ -36,6 +36,9 @@ from luthier.storage import files
     ],
     artifacts=[Artifact("forgetting.jsonl")],
     requires=[LOGPROBS, TOPK],
+    use_when="you want to know what tuning cost on other tasks. It runs by default.",
+    costs="a forward pass over at most `n` rows before and after; own texts are sampled once where"
+    " there are no rows.",
 )
 class Forgetting(Evaluator):
     """`retention_loss` and `retention_accuracy` (not for own texts), and per skill where rows name one."""

@@ -50,6 +50,9 @@ OPENINGS = (
         Metric("refused_safe", "refusals of safe prompts", unit="%", better="lower", rank=46),
     ],
     requires=[GENERATE],
+    use_when="tuning might make a chat model answer unsafe requests, or decline safe ones. It matches"
+    " words, so read the answers where it matters.",
+    costs="one answer to at most 2 `n` requests, before and after.",
 )
 class Refusals(Evaluator):
     """`refused_unsafe` and `refused_safe`: shares of requests of each kind that are declined. Writes

@@ -8,7 +8,10 @@ from luthier.methods.formats._base import COMPLETIONS, Format, conversation, mes
 from luthier.registry import row_format
 
 
-@row_format(provides=[COMPLETIONS])
+@row_format(
+    provides=[COMPLETIONS],
+    use_when="rows are chats as `messages` with roles, in OpenAI's layout; tools may be among them.",
+)
 class Messages(Format):
     """{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}], "tools":
     [...]}.

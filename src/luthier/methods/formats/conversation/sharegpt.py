@@ -4,7 +4,10 @@ from luthier.methods.formats._base import COMPLETIONS, BadRow, Format, conversat
 from luthier.registry import row_format
 
 
-@row_format(provides=[COMPLETIONS])
+@row_format(
+    provides=[COMPLETIONS],
+    use_when="rows are chats as `conversations` with from and value.",
+)
 class ShareGPT(Format):
     """{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}], "system",
     "tools"}.

@@ -6,7 +6,10 @@ from luthier.methods.formats._base import COMPLETIONS, Format, alike, instructio
 from luthier.registry import row_format
 
 
-@row_format(provides=[COMPLETIONS])
+@row_format(
+    provides=[COMPLETIONS],
+    use_when="rows have `instruction` and `output`, perhaps `input`. It is recognised by these columns.",
+)
 class Alpaca(Format):
     """{"instruction": "Add.", "input": "2 and 2", "output": "4", "system": "...", "history": [["Hi",
     "Hello"]]}.

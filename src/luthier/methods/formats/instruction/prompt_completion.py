@@ -4,7 +4,10 @@ from luthier.methods.formats._base import COMPLETIONS, Format, alike, side, tool
 from luthier.registry import row_format
 
 
-@row_format(provides=[COMPLETIONS])
+@row_format(
+    provides=[COMPLETIONS],
+    use_when="rows have a prompt and one completion, and the text between them is exactly as you want it.",
+)
 class PromptCompletion(Format):
     """{"prompt": "2+2=", "completion": " 4"}; an empty prompt is allowed. Nothing is put between the two."""
 

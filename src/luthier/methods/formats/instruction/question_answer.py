@@ -4,7 +4,10 @@ from luthier.methods.formats._base import COMPLETIONS, BadRow, Format, opened, p
 from luthier.registry import row_format
 
 
-@row_format(provides=[COMPLETIONS])
+@row_format(
+    provides=[COMPLETIONS],
+    use_when="rows are questions with worked answers, as in GSM8K or SQuAD-like sets.",
+)
 class QuestionAnswer(Format):
     r"""{"question": "...", "answer": "48/2 = 24 ...\n#### 24"}, as GSM8K writes them; a passage or context
     comes first.

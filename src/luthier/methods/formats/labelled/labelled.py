@@ -6,7 +6,10 @@ from luthier.registry import row_format
 PAIRS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("s1", "s2"), ("question1", "question2"))
 
 
-@row_format(provides=[LABELLED])
+@row_format(
+    provides=[LABELLED],
+    use_when="rows are texts with a class, as in GLUE: `text` and `label`, or two sentences.",
+)
 class Labelled(Format):
     """{"text": "a fine film", "label": 1}; also sentence, sequence, or two sentences; also several `labels`.
 

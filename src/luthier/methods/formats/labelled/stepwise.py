@@ -8,7 +8,11 @@ STEPS = Column(
 )
 
 
-@row_format(provides=[STEPS])
+@row_format(
+    provides=[STEPS],
+    use_when="rows are solutions in steps with a right or wrong label each, as in PRM800K, for process"
+    " reward models.",
+)
 class Stepwise(Format):
     """{"prompt": "2+2*3?", "completions": ["2*3=6", "2+6=9"], "labels": [true, false]}, the steps joined by
     newlines.

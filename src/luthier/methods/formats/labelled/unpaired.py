@@ -15,7 +15,10 @@ from luthier.methods.formats._base import (
 from luthier.registry import row_format
 
 
-@row_format(provides=[UNPAIRED])
+@row_format(
+    provides=[UNPAIRED],
+    use_when="rows have one completion and whether it was good, for `kto`.",
+)
 class Unpaired(Format):
     """{"prompt": "Hi", "completion": "Hello!", "label": true}; also messages and label, and LLaMA-Factory's
     kto_tag.

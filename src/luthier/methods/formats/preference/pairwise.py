@@ -4,7 +4,10 @@ from luthier.methods.formats._base import PAIRS, BadRow, Format, alike, instruct
 from luthier.registry import row_format
 
 
-@row_format(provides=[PAIRS])
+@row_format(
+    provides=[PAIRS],
+    use_when="rows are AlpacaEval's comparisons, with two outputs and a preference between 1 and 2.",
+)
 class Pairwise(Format):
     """{"instruction": "...", "output_1": "...", "output_2": "...", "preference": 1.3}, as AlpacaEval writes
     them.

@@ -8,7 +8,10 @@ from luthier.registry import row_format
 MARK = "\n\nAssistant:"  # where a reply begins in transcripts such as HH-RLHF
 
 
-@row_format(provides=[PAIRS])
+@row_format(
+    provides=[PAIRS],
+    use_when="rows have `chosen` and `rejected`, as text or messages, for `dpo` and its kin.",
+)
 class Preference(Format):
     """{"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}, as text or as messages.
 

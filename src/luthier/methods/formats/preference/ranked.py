@@ -4,7 +4,10 @@ from luthier.methods.formats._base import RANKED, BadRow, Format, alike, numbers
 from luthier.registry import row_format
 
 
-@row_format(provides=[RANKED])
+@row_format(
+    provides=[RANKED],
+    use_when="rows have several completions with a score each, for list objectives or to make pairs from.",
+)
 class Ranked(Format):
     """{"prompt": "Hi", "completions": ["Hello!", "What?"], "scores": [0.9, 0.2]}; higher is better."""
 

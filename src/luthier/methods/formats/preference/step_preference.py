@@ -4,7 +4,10 @@ from luthier.methods.formats._base import PAIRS, BadRow, Format, side, text
 from luthier.registry import row_format
 
 
-@row_format(provides=[PAIRS])
+@row_format(
+    provides=[PAIRS],
+    use_when="rows share first steps of a solution and then continue in a better and a worse way (Step-DPO).",
+)
 class StepPreference(Format):
     """{"prompt": "2+2*3?", "prefix": "2*3=6\\n", "chosen": "2+6=8", "rejected": "2+6=9"}; prefix may be
     `initial_reason_steps`.

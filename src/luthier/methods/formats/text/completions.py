@@ -6,7 +6,10 @@ from luthier.methods.formats._base import COMPLETIONS, BadRow, Format, alike, op
 from luthier.registry import row_format
 
 
-@row_format(provides=[COMPLETIONS])
+@row_format(
+    provides=[COMPLETIONS],
+    use_when="rows have a prompt and several equally good answers, or were written by luthier's `rollout`.",
+)
 class Completions(Format):
     """{"prompt": "Hi", "completions": ["Hello!"]}; every completion is one to learn."""
 

@@ -4,7 +4,10 @@ from luthier.methods.formats._base import PROMPTS, Format, side, tools
 from luthier.registry import row_format
 
 
-@row_format(provides=[PROMPTS])
+@row_format(
+    provides=[PROMPTS],
+    use_when="rows are prompts alone, to sample answers to: reinforcement learning and rejection sampling.",
+)
 class Prompt(Format):
     """{"prompt": "2+2=", "answer": "4"}, as text or as messages; also {"question": ...} alone. No
     completions.

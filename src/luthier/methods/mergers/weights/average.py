@@ -16,7 +16,13 @@ from luthier.methods.mergers._base import Merger
 from luthier.registry import merger
 
 
-@merger(paper="arXiv:2203.05482", row="model-soups")
+@merger(
+    paper="arXiv:2203.05482",
+    row="model-soups",
+    use_when="several runs began at one model and one model is to come of them; plan `greedy_soup`"
+    " chooses which.",
+    costs="one pass over the tensors in float64; inference costs one model.",
+)
 class Average(Merger):
     """(sum of weight * tensor) / (sum of weights)."""
 

@@ -23,6 +23,8 @@ from luthier.registry import merger
     row="hft",
     requires=[BASE],
     contract={"idempotent": "several runs are refused, and one is changed on purpose"},
+    use_when="full fine-tuning has ended and forgot too much.",
+    costs="one pass over the tensors.",
 )
 class HalfReset(Merger):
     """One run in; about `ratio` of its layers' weights are reset to the base's."""

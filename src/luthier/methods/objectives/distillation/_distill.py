@@ -4,7 +4,7 @@ never held all at once.
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -34,6 +34,9 @@ def topped(p: Tensor, q: Tensor, k: int) -> tuple[Tensor, Tensor]:
 @family
 class Distill(Objective):
     """Family: a method defines the divergence of two distributions. Teacher and policy share a vocabulary."""
+
+    costs: ClassVar[str] = "as `sft`, with the distributions over the vocabulary compared at each token."
+    starting_rate: ClassVar[str] = "that of `sft`."
 
     # compare the teacher's k most likely tokens and the rest as one; 0: the whole vocabulary
     k: Annotated[int, Field(ge=0)] = 0

@@ -20,7 +20,15 @@ from luthier.methods.stages.rollout.teacher_spans import TEACHER_SPANS
 from luthier.registry import Range, objective
 
 
-@objective(paper="arXiv:2503.20083", requires=[COMPLETIONS, TEACHER_SPANS, LOGPROBS])
+@objective(
+    paper="arXiv:2503.20083",
+    requires=[COMPLETIONS, TEACHER_SPANS, LOGPROBS],
+    use_when="the teacher has another tokenizer than the student, so that token distributions cannot"
+    " be compared.",
+    costs="the teacher's log-probabilities of spans are stored before training by stage"
+    " `teacher_spans`; training costs what `sft` costs.",
+    starting_rate="that of `sft`.",
+)
 class ALM(Objective):
     """KL of yes-or-no events, p = P(span)^(1/temperature) of the teacher against the policy's, at the token
     that ends a span.

@@ -12,7 +12,12 @@ from luthier.methods.roles._base import TEACHER
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:1503.02531", requires=[COMPLETIONS, TEACHER, LOGPROBS, TOPK])
+@objective(
+    paper="arXiv:1503.02531",
+    requires=[COMPLETIONS, TEACHER, LOGPROBS, TOPK],
+    use_when="a larger model with the same tokenizer is to teach a smaller one its whole distribution."
+    " `sft + 0.5*distill` keeps the labels in.",
+)
 class ForwardKL(Distill):
     """KL(teacher || policy) of each token."""
 

@@ -19,7 +19,12 @@ from luthier.methods.roles._base import TEACHER
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2306.13649", requires=[COMPLETIONS, TEACHER, LOGPROBS, TOPK])
+@objective(
+    paper="arXiv:2306.13649",
+    requires=[COMPLETIONS, TEACHER, LOGPROBS, TOPK],
+    use_when="you distil on the student's own samples (GKD), or want a bounded divergence between"
+    " forward and reverse KL.",
+)
 class JSD(Distill):
     """beta KL(teacher || m) + (1 - beta) KL(policy || m), m = beta teacher + (1 - beta) policy."""
 

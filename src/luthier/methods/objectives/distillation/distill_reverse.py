@@ -12,7 +12,12 @@ from luthier.methods.roles._base import TEACHER
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2306.08543", requires=[COMPLETIONS, TEACHER, LOGPROBS, TOPK])
+@objective(
+    paper="arXiv:2306.08543",
+    requires=[COMPLETIONS, TEACHER, LOGPROBS, TOPK],
+    use_when="the student is too small to cover the teacher and should concentrate on the teacher's"
+    " likely answers.",
+)
 class ReverseKL(Distill):
     """KL(policy || teacher) of each token."""
 

@@ -18,6 +18,10 @@ from luthier.registry import objective
     paper="arXiv:2408.12168",
     row="first-trustworthy-distillation",
     requires=[COMPLETIONS, TEACHER_IDS, TEACHER_LOGPROBS, LOGPROBS],
+    use_when="the teacher is too large to stay in memory: its most likely tokens are stored once by"
+    " stage `teacher_top`, calibrated.",
+    costs="as `sft`; k token ids and log-probabilities for each supervised token are stored with the rows.",
+    starting_rate="that of `sft`.",
 )
 class FIRST(Objective):
     """KL(teacher || policy) over the teacher's k likeliest tokens."""

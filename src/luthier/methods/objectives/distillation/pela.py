@@ -27,6 +27,9 @@ NotNegative = Annotated[float, Field(ge=0)]
     row="pela",
     requires=[COMPLETIONS, TEACHER, HIDDEN, TOPK],
     contract={"head": "features are compared below the head, which it leaves to a loss beside it"},
+    use_when="tuner `pela` has replaced matrices by narrow products and the model must be recovered"
+    " before it learns a task.",
+    starting_rate="that of `sft`.",
 )
 class PELA(Objective):
     """feature * mean over layers of the states' mean squared error + distillation * KL + perturbation * (||BA

@@ -19,6 +19,9 @@ from luthier.registry import objective
     row="self-distill-further-pretrain",
     requires=[COMPLETIONS, TEACHER, HIDDEN],
     contract={"head": "states are compared before the head, which it leaves to the loss beside it"},
+    use_when="you pretrain further on few domain texts and want to keep hidden states near those of a"
+    " first round.",
+    starting_rate="that of `sft`.",
 )
 class SelfDistill(Objective):
     """|hidden of the policy - hidden of the teacher|^2 / width, both reading the unmasked text."""

@@ -23,6 +23,8 @@ from luthier.registry import objective
     row="squarehead",
     requires=[COMPLETIONS, TEACHER, HIDDEN],
     contract={"head": "states are compared below the head, which it leaves to a loss beside it"},
+    use_when="a pruned model is to recover by following its dense parent layer by layer: add it to `sft`.",
+    starting_rate="that of `sft`.",
 )
 class SquareHead(Objective):
     """Sum over layers of |teacher - policy|^2 / |teacher|^2."""

@@ -6,7 +6,7 @@ costs, given the scores. A list of two is a pair.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ class Lists(Objective):
     only.
     """
 
+    costs: ClassVar[str] = "a forward and backward pass over every completion of a row."
+    starting_rate: ClassVar[str] = "that of `dpo`."
     unit = "group"
 
     beta: Beta = 0.1  # strength of the pull towards the reference

@@ -13,7 +13,12 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.01878", row="lipo-lambda", requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2402.01878",
+    row="lipo-lambda",
+    requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS],
+    use_when="a row ranks several completions with scores in [0, 1] and the order at the top matters most.",
+)
 class LiPO(Lists):
     """Sum over pairs of |2^score_i - 2^score_j| * |1 / log(1 + rank_i) - 1 / log(1 + rank_j)| * -log
     sigmoid(s_i - s_j).

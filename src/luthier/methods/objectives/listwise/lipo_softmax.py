@@ -15,7 +15,13 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.01878", row="lipo-lambda", requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2402.01878",
+    row="lipo-lambda",
+    requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS],
+    use_when="a row has several completions with scores and the policy should follow their whole"
+    " distribution, not only the order.",
+)
 class LiPOSoftmax(Lists):
     """-sum over a row of softmax(score / temperature) * log softmax(s)."""
 

@@ -12,7 +12,12 @@ from luthier.registry import objective
 
 
 @objective(
-    paper="arXiv:2404.14367", row="onpolicy-negative-gradient", requires=[COMPLETIONS, SCORES, LOGPROBS]
+    paper="arXiv:2404.14367",
+    row="onpolicy-negative-gradient",
+    requires=[COMPLETIONS, SCORES, LOGPROBS],
+    use_when="completions have scores and you want a stable method without negative gradients.",
+    costs="a forward and backward pass over every completion.",
+    starting_rate="that of `sft`.",
 )
 class RWR(Objective):
     """n * softmax(score / beta) * -log p of a completion, n completions in the row."""

@@ -42,6 +42,8 @@ SPREAD = {  # scale_rewards -> what centred scores are divided by
 class PolicyGradient(Objective):
     """Family: `tokens` is the clipped surrogate of each token; a method defines how tokens are averaged."""
 
+    costs: ClassVar[str] = "a forward and backward pass over every sampled completion."
+    starting_rate: ClassVar[str] = "that of `grpo`."
     flat: ClassVar[bool] = True
 
     epsilon: Annotated[NotNegative, Range(0.05, 0.4)] = 0.2  # the ratio counts from 1 - epsilon

@@ -11,7 +11,12 @@ from luthier.methods.stages._base import SAMPLES
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2503.14476", requires=[SAMPLES, SCORES, LOGPROBS])
+@objective(
+    paper="arXiv:2503.14476",
+    requires=[SAMPLES, SCORES, LOGPROBS],
+    use_when="you train on verifiable rewards with long answers and want every token to weigh alike,"
+    " without a KL to the reference.",
+)
 class DAPO(PolicyGradient):
     """The clipped surrogate of each token."""
 

@@ -15,7 +15,11 @@ from luthier.methods.stages._base import SAMPLES
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2503.20783", requires=[SAMPLES, SCORES, LOGPROBS])
+@objective(
+    paper="arXiv:2503.20783",
+    requires=[SAMPLES, SCORES, LOGPROBS],
+    use_when="GRPO makes wrong answers longer and longer, or over-weights prompts of little spread.",
+)
 class DrGRPO(PolicyGradient):
     """Sum over a completion's tokens of the clipped surrogate, over max_completion_length."""
 

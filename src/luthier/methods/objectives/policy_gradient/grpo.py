@@ -14,7 +14,13 @@ from luthier.methods.stages._base import SAMPLES
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2402.03300", requires=[SAMPLES, SCORES, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2402.03300",
+    requires=[SAMPLES, SCORES, REFERENCE, LOGPROBS],
+    use_when="answers can be scored by a rule or a model and you want reinforcement learning without a"
+    " critic.",
+    starting_rate="1e-6 for full fine-tuning (TRL's default); with LoRA about ten times as much.",
+)
 class GRPO(PolicyGradient):
     """Mean over a completion's tokens of the clipped surrogate and beta times the KL."""
 

@@ -7,7 +7,7 @@ between the two values costs. Methods without a reference, or with another norma
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,8 @@ class Pairs(Objective):
     loss and no gradient.
     """
 
+    costs: ClassVar[str] = "a forward and backward pass over both completions of each pair."
+    starting_rate: ClassVar[str] = "that of `dpo`."
     unit = "group"
 
     beta: Beta = 0.1  # strength of the pull towards the reference

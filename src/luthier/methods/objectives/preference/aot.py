@@ -14,7 +14,13 @@ from luthier.registry import objective
 SORTED = "margins are put in order within one micro-batch"
 
 
-@objective(paper="arXiv:2406.05882", requires=[PAIRS, REFERENCE, LOGPROBS], contract={"accumulation": SORTED})
+@objective(
+    paper="arXiv:2406.05882",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    contract={"accumulation": SORTED},
+    use_when="pairs are noisy one by one but good as a set: it compares sorted margins of a"
+    " micro-batch, and needs a micro-batch of many rows.",
+)
 class AOT(Pairs):
     """Logistic loss of the k-th smallest margin of the policy minus the k-th smallest of the reference."""
 

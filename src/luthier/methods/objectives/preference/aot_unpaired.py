@@ -13,7 +13,13 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2406.05882", requires=[PAIRS, REFERENCE, LOGPROBS], contract={"accumulation": SORTED})
+@objective(
+    paper="arXiv:2406.05882",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    contract={"accumulation": SORTED},
+    use_when="chosen and rejected completions do not answer the same prompts, so that only their"
+    " distributions can be compared. It needs a micro-batch of many rows.",
+)
 class AOTUnpaired(Pairs):
     """Logistic loss of the k-th smallest log-ratio of the chosen minus the k-th smallest of the rejected."""
 

@@ -13,7 +13,12 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2408.06266", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2408.06266",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="the chosen completions are better than what the model writes by itself, and their"
+    " likelihood should rise.",
+)
 class APOZero(Pairs):
     """(1 - s(r_chosen)) + s(r_rejected), r = beta * log-ratio."""
 

@@ -12,7 +12,13 @@ from luthier.methods.objectives.preference.chosen_sft import ChosenSFT
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2409.10571", row="asft-align", requires=[PAIRS, LOGPROBS])
+@objective(
+    paper="arXiv:2409.10571",
+    row="asft-align",
+    requires=[PAIRS, LOGPROBS],
+    use_when="you want likelihood and preference in one loss without a reference model, with each"
+    " side's probability bounded apart.",
+)
 class ASFT(Pairs):
     """-log p of each token of the best + beta * (-log p(best) - log(1 - p(worst)))."""
 

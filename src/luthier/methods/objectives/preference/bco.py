@@ -23,6 +23,10 @@ SHIFTED = "the shift of rewards is the middle of one micro-batch"
     paper="arXiv:2404.04656",
     requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS],
     contract={"accumulation": SHIFTED},
+    use_when="feedback is good or bad for single completions and you want the reward to be shifted so"
+    " that both kinds are classified.",
+    costs="a forward and backward pass over each completion.",
+    starting_rate="that of `kto`.",
 )
 class BCO(Objective):
     """weight * -log s(r - shift) of a good completion, weight * -log s(shift - r) of a bad one, r = beta *

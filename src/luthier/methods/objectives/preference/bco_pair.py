@@ -11,7 +11,12 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2404.04656", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2404.04656",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="you have pairs and want each side judged by itself, so that the chosen completion cannot"
+    " lose likelihood merely to widen the margin.",
+)
 class BCOPair(Pairs):
     """-log s(r_chosen) - log s(-r_rejected), r = beta * log-ratio."""
 

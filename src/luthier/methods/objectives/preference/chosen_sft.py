@@ -15,7 +15,14 @@ from luthier.methods.objectives.preference._pairs import best_and_worst
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2405.16436", row="rpo-sft-reg", requires=[PAIRS, LOGPROBS])
+@objective(
+    paper="arXiv:2405.16436",
+    row="rpo-sft-reg",
+    requires=[PAIRS, LOGPROBS],
+    use_when="a preference loss lowers the likelihood of chosen completions too: add `+"
+    " 1.0*chosen_sft`. By itself it is SFT on the chosen side.",
+    costs="beside a preference loss next to nothing: it uses the same forward pass.",
+)
 class ChosenSFT(Objective):
     """-log p of each token of a row's best completion."""
 

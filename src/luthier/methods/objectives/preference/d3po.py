@@ -18,7 +18,13 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2311.13231", row="d3po", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2311.13231",
+    row="d3po",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="pairs differ in many steps and you want each step of the completion to count as a"
+    " comparison of its own, with clipped ratios.",
+)
 class D3PO(Objective):
     """-log sigmoid(beta * (clipped log-ratio of the best's step - clipped log-ratio of the worst's step)),
     one per step.

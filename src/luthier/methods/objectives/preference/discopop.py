@@ -13,7 +13,12 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2406.08414", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2406.08414",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="you have pairs and want to try a loss that was found by search in place of DPO's; keep"
+    " beta small.",
+)
 class DiscoPOP(Pairs):
     """(1 - m) * logistic(x) + m * exp(-x), x = beta * margin, m = s(x / discopop_tau)."""
 

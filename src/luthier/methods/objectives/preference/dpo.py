@@ -11,7 +11,14 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2305.18290", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2305.18290",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="you have pairs of a better and a worse answer and want the standard method: no reward"
+    " model and no sampling. It is a good first choice for pairs.",
+    starting_rate="for full fine-tuning 5e-7 to 1e-6 (TRL's default is 1e-6); with LoRA about ten"
+    " times as much.",
+)
 class DPO(Pairs):
     """-log sigmoid(beta * (log-ratio of the best - log-ratio of the worst))."""
 

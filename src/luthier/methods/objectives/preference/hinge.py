@@ -12,7 +12,11 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2309.06657", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2309.06657",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="you have pairs and those already well separated should have no influence any more.",
+)
 class Hinge(Pairs):
     """max(0, 1 - beta * margin)."""
 

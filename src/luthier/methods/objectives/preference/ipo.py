@@ -11,7 +11,12 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2310.12036", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2310.12036",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="DPO overfits near-certain pairs and margins grow without end: it regresses each margin"
+    " to a fixed target.",
+)
 class IPO(Pairs):
     """(margin - 1 / (2 beta))^2; beta is the paper's tau."""
 

@@ -25,6 +25,9 @@ NEIGHBOURS = "z0 is measured on the rows of one micro-batch, each completion und
     paper="arXiv:2402.01306",
     requires=[COMPLETIONS, SCORES, REFERENCE, LOGPROBS],
     contract={"accumulation": NEIGHBOURS, "order": NEIGHBOURS},
+    use_when="feedback is a thumbs up or down for single completions and there are no pairs.",
+    costs="a forward and backward pass over each completion, and a forward pass under another row's prompt.",
+    starting_rate="1e-6 for full fine-tuning (TRL's default); with LoRA about ten times as much.",
 )
 class KTO(Objective):
     """weight * (1 - sigmoid(beta * (log-ratio - z0))) for a good completion, the sign turned for a

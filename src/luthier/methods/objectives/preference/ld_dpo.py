@@ -13,7 +13,11 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2409.06411", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2409.06411",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="DPO makes answers longer: tokens beyond the common length of both sides get less weight.",
+)
 class LDDPO(DPO):
     """DPO on log-ratios whose tokens past the shorter side's length weigh ld_alpha."""
 

@@ -18,7 +18,13 @@ from luthier.methods.stages._base import REWARDS
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2310.03708", row="modpo", requires=[PAIRS, REWARDS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2310.03708",
+    row="modpo",
+    requires=[PAIRS, REWARDS, REFERENCE, LOGPROBS],
+    use_when="there are several goals and pairs for one of them: one run for each weighting gives a"
+    " set of trade-offs (plan `front`).",
+)
 class MODPO(Pairs):
     """-log sigmoid((beta * margin - sum of weights_j * (r_j of the best - r_j of the worst)) / w), w = 1 -
     sum of weights.

@@ -12,7 +12,13 @@ from luthier.methods.objectives.preference.chosen_sft import ChosenSFT
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2403.07691", requires=[PAIRS, LOGPROBS])
+@objective(
+    paper="arXiv:2403.07691",
+    requires=[PAIRS, LOGPROBS],
+    use_when="you have pairs and want fine-tuning and preference tuning in one stage without a"
+    " reference, from a base model on.",
+    starting_rate="that of `dpo`; TRL's default is 1e-6.",
+)
 class ORPO(Pairs):
     """-log p of each token of the best + beta * -log sigmoid(log odds of the best - log odds of the
     worst).

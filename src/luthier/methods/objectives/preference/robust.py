@@ -15,7 +15,11 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2403.00409", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2403.00409",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="you know about which share of the pairs is labelled the wrong way round.",
+)
 class Robust(Pairs):
     """((1 - e) * cost of the margin - e * cost of the margin turned round) / (1 - 2 e)."""
 

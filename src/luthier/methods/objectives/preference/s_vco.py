@@ -16,7 +16,15 @@ from luthier.methods.stages.curate.contrast_contexts import CONTRASTS
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2502.13928", row="s-vco", requires=[CONTRASTS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2502.13928",
+    row="s-vco",
+    requires=[CONTRASTS, REFERENCE, LOGPROBS],
+    use_when="two answers to one question are each right in a context of their own, and the model"
+    " should attend to the context.",
+    costs="six readings for each row with its two contexts.",
+    starting_rate="that of `dpo`.",
+)
 class SVCO(Objective):
     """For both answers, -log s(beta_attend * (r(own context) - r(none))) - log s(beta_reject * (r(none) -
     r(other context))).

@@ -17,7 +17,13 @@ from luthier.model.batch import Batch
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2405.00675", row="sppo", requires=[PAIRS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2405.00675",
+    row="sppo",
+    requires=[PAIRS, REFERENCE, LOGPROBS],
+    use_when="you have a judge that gives win rates and play rounds against the last policy; plan"
+    " `sppo` runs them.",
+)
 class SPPO(Pairs):
     """The mean over both sides of (log-ratio - (win rate - 1/2) / beta)^2."""
 

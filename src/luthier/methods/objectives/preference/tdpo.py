@@ -15,7 +15,12 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2404.11999", requires=[PAIRS, REFERENCE, LOGPROBS, TOPK])
+@objective(
+    paper="arXiv:2404.11999",
+    requires=[PAIRS, REFERENCE, LOGPROBS, TOPK],
+    use_when="DPO drifts too far from the reference: each side's KL, token by token, corrects the margin.",
+    costs="whole vocabularies of policy and reference are compared at each token.",
+)
 class TDPO(Pairs):
     """-log sigmoid(beta * (margin - alpha * (drift of the worst - drift of the best, held fixed)))."""
 

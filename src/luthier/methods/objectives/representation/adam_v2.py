@@ -38,6 +38,10 @@ from luthier.registry import Range, objective
     row="adam-v2-anatomy",
     requires=[COMPLETIONS, TEACHER, PART_HEADS, HIDDEN],
     contract={"head": "embeddings are taken before the head, which it leaves to a loss beside it"},
+    use_when="texts have parts that make up wholes, you want representations of both, and there are no"
+    " labels. It was made for medical images, so try it on a small run first.",
+    costs="the parts and wholes of each text are read apart by student and teacher: several forward"
+    " passes a row.",
 )
 class AdamV2(Objective):
     """Contrast of parts + (1 - cos) of the composed whole + mean (1 - cos) of the decomposed parts."""

@@ -36,6 +36,10 @@ INSIDE = "pairs are those of the micro-batch: give per_device_train_batch_size r
     row="core-tuning",
     requires=[COMPLETIONS, HIDDEN],
     contract={"accumulation": INSIDE},
+    use_when="you fine-tune a classifier on few rows and want features of one class to be near each"
+    " other: add it to `sft`.",
+    costs="compares each row with all of its micro-batch; no further forward pass through the network.",
+    starting_rate="that of `sft`.",
 )
 class CoreTuning(Objective):
     """eta * focal contrast + boundary * cross-entropy of the mixed features. Rows without one of another

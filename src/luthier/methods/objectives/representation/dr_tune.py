@@ -33,6 +33,10 @@ from luthier.registry import objective
     paper="arXiv:2308.12058",
     row="dr-tune",
     requires=[COMPLETIONS, REFERENCE, FEATURE_PAIRS, LOGPROBS, HIDDEN],
+    use_when="you fine-tune a classifier and want its output layer to stay consistent with the"
+    " pretrained features, against overfitting on few rows.",
+    costs="a memory of feature pairs, and a rotation fitted at each step.",
+    starting_rate="that of `sft`.",
 )
 class DRTune(Objective):
     """-log p of each token; to the first of an answer is added `weight` * -log p of it by the moved

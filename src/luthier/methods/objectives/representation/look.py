@@ -29,6 +29,10 @@ from luthier.registry import Range, objective
     row="look-supervised-pretraining",
     requires=[COMPLETIONS, TEACHER, MEMORY, HIDDEN],
     contract={"head": "features are taken before the head, which it leaves to a loss beside it"},
+    use_when="classes are spread over several clusters, so that pulling a whole class together would"
+    " hurt; it needs labelled rows.",
+    costs="a memory of features.",
+    starting_rate="that of `sft`.",
 )
 class Look(Objective):
     """-log of the share that a row's own class has in the vote of its k nearest neighbours."""

@@ -13,7 +13,14 @@ from luthier.methods.stages.curate.mark_steps import STEP_TARGETS
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2305.20050", requires=[COMPLETIONS, STEP_TARGETS, VALUES])
+@objective(
+    paper="arXiv:2305.20050",
+    requires=[COMPLETIONS, STEP_TARGETS, VALUES],
+    use_when="you have solutions with a right or wrong mark for each step and want a model that scores"
+    " steps.",
+    costs="a forward and backward pass over each solution, on a network with a scalar head.",
+    starting_rate="that of `reward`.",
+)
 class ProcessReward(Objective):
     """Cross-entropy of each step's value with its label."""
 

@@ -15,7 +15,13 @@ from luthier.methods.objectives.preference._pairs import best_and_worst, logisti
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2204.05862", requires=[PAIRS, VALUES])
+@objective(
+    paper="arXiv:2204.05862",
+    requires=[PAIRS, VALUES],
+    use_when="you have pairs and want a reward model, for reinforcement learning or best-of-n.",
+    costs="a forward and backward pass over both completions, on a network with a scalar head.",
+    starting_rate="1e-4 is TRL's default; full fine-tuning of large models takes less.",
+)
 class Reward(Objective):
     """-log sigmoid(r_chosen - r_rejected - margin) + center_rewards_coefficient * (r_chosen +
     r_rejected)^2.

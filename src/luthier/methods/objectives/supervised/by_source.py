@@ -17,7 +17,14 @@ from luthier.methods.objectives._base import Objective
 from luthier.registry import family, nested, objective
 
 
-@objective(requires=[SOURCE])
+@objective(
+    requires=[SOURCE],
+    use_when="rows come from several sources and each source should be a term of its own, to be"
+    " weighted by an estimator such as `min_norm` or `penalty_bilevel`.",
+    costs="as its inner objective; estimators that need a gradient for each term take a backward pass"
+    " for each source.",
+    starting_rate="that of its inner objective.",
+)
 class BySource(Objective):
     """One term a source, named as the source."""
 

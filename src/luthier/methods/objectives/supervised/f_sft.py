@@ -21,7 +21,13 @@ CURVES = {  # divergence -> phi(r)
 }
 
 
-@objective(paper="arXiv:2507.00018", row="sft-dpo-bridge", requires=[COMPLETIONS, REFERENCE, LOGPROBS])
+@objective(
+    paper="arXiv:2507.00018",
+    row="sft-dpo-bridge",
+    requires=[COMPLETIONS, REFERENCE, LOGPROBS],
+    use_when="plain SFT moves too far from the reference: a concave curve of the log-ratio holds it near.",
+    starting_rate="that of `sft`.",
+)
 class FSFT(Objective):
     """-phi(r), r = beta * log-ratio of a token or of a completion; phi(r) = r is SFT, beta times."""
 

@@ -16,7 +16,15 @@ from luthier.methods.stages.curate.diff_masks import LINE_MASK, TOKEN_MASK
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2503.16913", row="fait", requires=[PAIRS, LINE_MASK, TOKEN_MASK, LOGPROBS])
+@objective(
+    paper="arXiv:2503.16913",
+    row="fait",
+    requires=[PAIRS, LINE_MASK, TOKEN_MASK, LOGPROBS],
+    use_when="you have right programs with near-miss wrong ones, and the lines and tokens in which"
+    " they differ deserve more weight. Mark them by stage `diff_masks` first.",
+    costs="as `sft`, with the wrong program read as well.",
+    starting_rate="that of `sft`.",
+)
 class FAIT(ChosenSFT):
     """w * -log p of each token of a row's best completion; gap: mean log p where it differs, best minus
     worst.

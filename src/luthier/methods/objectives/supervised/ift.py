@@ -16,7 +16,15 @@ from luthier.methods.objectives.preference._pairs import Probability
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2405.11870", row="ift", requires=[COMPLETIONS, LOGPROBS, TOPK, EMBEDDINGS])
+@objective(
+    paper="arXiv:2405.11870",
+    row="ift",
+    requires=[COMPLETIONS, LOGPROBS, TOPK, EMBEDDINGS],
+    use_when="you have only SFT rows and want some of what preference tuning gives: the model also"
+    " learns to go on from its own predictions.",
+    costs="two forward passes and one backward pass a row.",
+    starting_rate="that of `sft`.",
+)
 class IFT(Objective):
     """w_i * -log p(token i | mixed beginning), w_i the discounted sum of the losses from i on, of mean 1 in a
     completion.

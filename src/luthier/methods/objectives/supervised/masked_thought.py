@@ -16,7 +16,15 @@ from luthier.methods.objectives.preference._pairs import Probability
 from luthier.registry import Range, objective
 
 
-@objective(paper="arXiv:2403.02178", row="masked-thought", requires=[COMPLETIONS, LOGPROBS])
+@objective(
+    paper="arXiv:2403.02178",
+    row="masked-thought",
+    requires=[COMPLETIONS, LOGPROBS],
+    use_when="rows hold worked solutions, few of them, and the model should not merely copy its own"
+    " last steps: parts of the reasoning are hidden in the input.",
+    costs="as `sft`.",
+    starting_rate="that of `sft`.",
+)
 class MaskedThought(Tokens):
     """-log p of each supervised token given a partly hidden beginning of the completion."""
 

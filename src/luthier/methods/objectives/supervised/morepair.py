@@ -14,7 +14,15 @@ from luthier.methods.stages.curate.rationale import TASKS
 from luthier.registry import objective
 
 
-@objective(paper="arXiv:2404.12636", row="morepair", requires=[COMPLETIONS, TASKS, LOGPROBS])
+@objective(
+    paper="arXiv:2404.12636",
+    row="morepair",
+    requires=[COMPLETIONS, TASKS, LOGPROBS],
+    use_when="you fix programs and have a rationale for each fix: both are learned, only the fix is"
+    " asked for later.",
+    costs="as `sft` on answer and rationale; the prompt is read once.",
+    starting_rate="that of `sft`.",
+)
 class MOREPAIR(TaskSFT):
     """(likelihood of the answers + beta * likelihood of the rationales) / (1 + beta)."""
 

@@ -14,7 +14,12 @@ from luthier.methods.stages.curate.rationale import TASKS
 from luthier.registry import objective
 
 
-@objective(requires=[COMPLETIONS, TASKS, LOGPROBS])
+@objective(
+    requires=[COMPLETIONS, TASKS, LOGPROBS],
+    use_when="rows have completions of several tasks and each task should keep its own average and weight.",
+    costs="as `sft`.",
+    starting_rate="that of `sft`.",
+)
 class TaskSFT(Objective):
     """-log p of each supervised token of the completions of a task."""
 

@@ -14,7 +14,13 @@ from luthier.methods.plans._base import Plan, measured
 from luthier.registry import plan
 
 
-@plan(paper="arXiv:2203.05482", row="model-soups")
+@plan(
+    paper="arXiv:2203.05482",
+    row="model-soups",
+    use_when="you would tune several times anyway (other learning rates, seeds): averaging can beat"
+    " the best run, and inference costs one model.",
+    costs="one run for each ingredient, and one evaluation for each average.",
+)
 class GreedySoup(Plan):
     """Each ingredient is a set of changes to the recipe, such as {learning_rate: 1e-4}; only averages are
     merged.

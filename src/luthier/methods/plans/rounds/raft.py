@@ -18,7 +18,12 @@ from luthier.registry import Range, nested, plan, spec
 METRIC = "generated_reward"
 
 
-@plan(paper="arXiv:2304.06767", row="raft")
+@plan(
+    paper="arXiv:2304.06767",
+    row="raft",
+    use_when="answers can be scored and you want reinforcement learning's gain by plain supervised steps.",
+    costs="at most `rounds` times sampling, scoring and a run.",
+)
 class RAFT(Plan):
     """`rounds` times rollout, score, best, and then the recipe's objective (sft), each from where the last
     one ended.

@@ -17,7 +17,13 @@ from luthier.methods.plans._base import Plan
 from luthier.registry import Range, plan
 
 
-@plan(paper="arXiv:2401.01335", row="spin")
+@plan(
+    paper="arXiv:2401.01335",
+    row="spin",
+    use_when="you have only SFT rows and SFT has ended: self-play against the model's own answers may"
+    " gain more.",
+    costs="`rounds` times sampling one answer for each row and a DPO run.",
+)
 class SPIN(Plan):
     """`rounds` times against_self and dpo, each from where the last one ended."""
 

@@ -14,7 +14,12 @@ from luthier.methods.plans._base import Plan
 from luthier.registry import Range, nested, plan, spec
 
 
-@plan(paper="arXiv:2405.00675", row="sppo")
+@plan(
+    paper="arXiv:2405.00675",
+    row="sppo",
+    use_when="you have prompts and a judge, and want iterative preference optimization.",
+    costs="`rounds` times sampling `n` answers, judging and a run.",
+)
 class SPPO(Plan):
     """`rounds` times rollout, score, win_rates and the objective `sppo`, each from where the last
     one ended.

@@ -24,7 +24,13 @@ TREE: dict[tuple[str, ...], tuple[tuple[str, ...], ...]] = {  # a set of matrice
 }
 
 
-@plan(paper="arXiv:2404.10306", row="cofitune")
+@plan(
+    paper="arXiv:2404.10306",
+    row="cofitune",
+    use_when="you want to know which layers and matrices to train so that a specialist forgets little,"
+    " and can afford about ten runs.",
+    costs="seven to eleven runs.",
+)
 class CoFiTune(Plan):
     """Search over tuner 'cofitune', its layer_range and modules, whatever tuner the recipe names."""
 

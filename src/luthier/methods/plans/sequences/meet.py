@@ -17,7 +17,12 @@ from luthier.methods.plans._base import Plan
 from luthier.registry import plan, spec
 
 
-@plan(paper="arXiv:2310.00819", row="meet")
+@plan(
+    paper="arXiv:2310.00819",
+    row="meet",
+    use_when="rows have ratings or good and bad answers and you use tuner `control`.",
+    costs="two runs.",
+)
 class MEET(Plan):
     """Tuner `control`, alone and then with the recipe's tuner, on rows sorted by stage `buckets`."""
 

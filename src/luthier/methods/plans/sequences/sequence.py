@@ -16,7 +16,11 @@ from luthier.registry import plan
 MEASURES_ONLY = {"init_from", "evaluate", "eval_data"}
 
 
-@plan(former_settings={"acts": "runs"})
+@plan(
+    former_settings={"acts": "runs"},
+    use_when="tuning has several steps, such as SFT and then DPO, or tasks after one another.",
+    costs="the sum of its runs.",
+)
 class Sequence(Plan):
     """`plan: [{...}, {...}]` is short for it. `init_from: null` begins a run at the base model again."""
 

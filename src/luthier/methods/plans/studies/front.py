@@ -32,7 +32,12 @@ EXAMPLE = (
 )
 
 
-@plan(paper="arXiv:2310.03708", row="modpo hpo-morl")
+@plan(
+    paper="arXiv:2310.03708",
+    row="modpo hpo-morl",
+    use_when="several goals conflict and you want to see and choose the trade-off.",
+    costs="`points` runs; fewer where `between` takes averages.",
+)
 class Front(Plan):
     """`luthier tune recipe.yaml --front 5` is short for `plan: {name: front, points: 5}`. Of the models the
     one stands that is best in the middle: the largest product of what it reaches above `worst` in each goal.

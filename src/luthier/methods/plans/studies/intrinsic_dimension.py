@@ -16,7 +16,13 @@ from luthier.methods.plans._base import Plan, measured
 from luthier.registry import plan
 
 
-@plan(paper="arXiv:2012.13255", row="intrinsic-dimension", former_settings={"said": "structure_aware"})
+@plan(
+    paper="arXiv:2012.13255",
+    row="intrinsic-dimension",
+    former_settings={"said": "structure_aware"},
+    use_when="you ask how many free parameters your task takes.",
+    costs="one run for each dimension and each learning rate, and one of full fine-tuning.",
+)
 class IntrinsicDimension(Plan):
     """The smallest d that is nearly as good as all weights."""
 

@@ -15,7 +15,12 @@ from luthier.methods.plans._base import Plan
 from luthier.registry import nested, plan, spec
 
 
-@plan(paper="arXiv:2410.07025", row="cxr-preference")
+@plan(
+    paper="arXiv:2410.07025",
+    row="cxr-preference",
+    use_when="you have pairs and do not know which preference loss suits them.",
+    costs="one run for each objective, and answers to `judged` prompts before and after.",
+)
 class PreferenceLosses(Plan):
     """One run for each objective, all from the recipe's start. The table is told at the end, and kept in
     report.json.

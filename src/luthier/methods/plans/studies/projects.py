@@ -15,7 +15,11 @@ from luthier.registry import plan
 WAYS = ("full", {"name": "part", "part": "embeddings"}, {"name": "part", "part": "last_layer"}, "prompt")
 
 
-@plan(row="personalized-unit-test-models")
+@plan(
+    row="personalized-unit-test-models",
+    use_when="you choose how to specialise one model for several projects or customers.",
+    costs="one run for each project and each way.",
+)
 class Projects(Plan):
     """`of` names each project's rows; `ways` the tuners that are tried on each."""
 

@@ -28,6 +28,9 @@ from luthier.registry import quantizer
             "k-means over vectors that k-means has found may find others: its starts are spread by size"
         )
     },
+    use_when="you go to about 2 to 4 bits a weight by codes for several weights at once, to be"
+    " improved by `pv_tuning`.",
+    costs="nbits_per_codebook / in_group_size bits a weight plus a code book a layer; k-means at the start.",
 )
 class VQ(Quantizer):
     """A code for several weights at once: nbits_per_codebook / in_group_size bits each."""

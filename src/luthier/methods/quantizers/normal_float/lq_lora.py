@@ -35,6 +35,10 @@ Bits = Literal[2, 3, 4, 8]
     paper="arXiv:2311.12023",
     row="lq-lora",
     contract={"idempotent": "what was split once is split anew, into another Q and another L1 L2"},
+    use_when="you go below 4 bits a weight and want the adapter to start by repairing the quantization"
+    " error, with `init_lora_weights: lq`.",
+    costs="`target_bits` bits a weight on average plus the low-rank part; minutes of decompositions at"
+    " the start for large models.",
 )
 class LQLoRA(Quantizer):
     """Low-rank plus quantized."""

@@ -16,7 +16,11 @@ from luthier.methods.quantizers.normal_float._bits import pack, unpack
 from luthier.registry import quantizer
 
 
-@quantizer(paper="arXiv:2311.12023")
+@quantizer(
+    paper="arXiv:2311.12023",
+    use_when="you want NormalFloat with other bits or block sizes than QLoRA's, such as 3 or 2 bits.",
+    costs="`num_bits_0` bits a weight plus the scales of its blocks.",
+)
 class NF(Quantizer):
     """NormalFloat codes; magnitudes of blocks in whole numbers; their largest in a 16- or 32-bit float."""
 

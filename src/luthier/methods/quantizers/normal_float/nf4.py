@@ -13,7 +13,13 @@ from luthier.methods.quantizers.codebook._book import CodeBook, normal_float
 from luthier.registry import quantizer
 
 
-@quantizer(paper="arXiv:2305.14314", row="qlora")
+@quantizer(
+    paper="arXiv:2305.14314",
+    row="qlora",
+    use_when="a model does not fit in 16 bits: with tuner `lora` this is QLoRA, the usual way to"
+    " fine-tune on one GPU.",
+    costs="4.127 bits a weight; slower than 16 bits, as weights are expanded at each use.",
+)
 class NF4(CodeBook):
     """4-bit NormalFloat."""
 

@@ -18,7 +18,14 @@ from luthier.methods.quantizers.uniform.rtn import RTN
 from luthier.registry import quantizer
 
 
-@quantizer(paper="arXiv:2210.17323", row="llm-compression-survey", provides=[QUANTIZED_WEIGHTS])
+@quantizer(
+    paper="arXiv:2210.17323",
+    row="llm-compression-survey",
+    provides=[QUANTIZED_WEIGHTS],
+    use_when="you want few bits with less error than rounding, and can read some rows first.",
+    costs="`bits_per_weight` bits plus 32 bits for each group; one pass over `init_rows` rows and a"
+    " Cholesky factor per layer.",
+)
 class GPTQ(RTN):
     """Rounding with second-order repair."""
 

@@ -12,7 +12,11 @@ from luthier.methods.quantizers._base import Quantizer
 from luthier.registry import quantizer
 
 
-@quantizer(paper="arXiv:2208.07339")
+@quantizer(
+    paper="arXiv:2208.07339",
+    use_when="you want half the memory of 16-bit weights at hardly any loss of quality.",
+    costs="8 bits a weight plus one scale for each output.",
+)
 class INT8(Quantizer):
     """8 bits a weight."""
 

@@ -19,7 +19,13 @@ from luthier.methods.quantizers.normal_float._bits import pack, unpack
 from luthier.registry import quantizer
 
 
-@quantizer(row="llm-compression-survey", provides=[QUANTIZED_WEIGHTS])
+@quantizer(
+    row="llm-compression-survey",
+    provides=[QUANTIZED_WEIGHTS],
+    use_when="you want the plainest quantization: as a baseline, or as the base of `pv_tuning`. It"
+    " reads no rows.",
+    costs="`bits_per_weight` bits plus 32 bits for each group.",
+)
 class RTN(Quantizer):
     """Round to nearest, per group of a row's weights."""
 

@@ -10,7 +10,10 @@ from luthier.methods.rewards._base import Reward
 from luthier.registry import reward
 
 
-@reward()
+@reward(
+    use_when="length itself is a goal, such as brevity, or you test whether a judge can be gamed by it.",
+    costs="counting words.",
+)
 class Length(Reward):
     """scale * words (or characters). A negative scale rewards brevity."""
 

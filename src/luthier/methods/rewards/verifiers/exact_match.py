@@ -19,7 +19,11 @@ NUMBER = re.compile(
 )
 
 
-@reward(requires=[ANSWER])
+@reward(
+    requires=[ANSWER],
+    use_when="answers are short or end in a number or after a marker: arithmetic, facts, GSM8K.",
+    costs="a text comparison for each completion.",
+)
 class ExactMatch(Reward):
     """Compares the answer in the text with `answer`, which may be a list of answers that all count as right.
 

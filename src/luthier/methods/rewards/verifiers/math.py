@@ -21,7 +21,11 @@ IDLE: list[Worker] = []  # workers nobody is using; list.pop and list.append are
 os.register_at_fork(after_in_child=IDLE.clear)  # a forked process must not share its parent's pipes
 
 
-@reward(requires=[ANSWER])
+@reward(
+    requires=[ANSWER],
+    use_when="answers are mathematics that may be written in several ways; needs the package math-verify.",
+    costs="a comparison in a process of its own for each completion, up to `timeout` seconds.",
+)
 class Math(Reward):
     """Reads LaTeX, plain numbers, fractions, sets and intervals by the library math-verify.
 

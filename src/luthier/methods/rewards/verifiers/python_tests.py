@@ -13,7 +13,11 @@ from luthier.sandbox.code import extract_code
 from luthier.sandbox.sandbox import run_many
 
 
-@reward(requires=[TESTS])
+@reward(
+    requires=[TESTS],
+    use_when="answers are Python functions and rows have tests.",
+    costs="a sandboxed process for each completion, up to `timeout` seconds.",
+)
 class PythonTests(Reward):
     """`tests` is a list of assert statements, or one string of Python in which every assert counts.
 

@@ -26,7 +26,13 @@ FAULTS = {  # (hallucinated, redundant, missing) parameters -> score
 }
 
 
-@reward(paper="arXiv:2412.15495", row="tl-training", requires=[ANSWER, TOOLS])
+@reward(
+    paper="arXiv:2412.15495",
+    row="tl-training",
+    requires=[ANSWER, TOOLS],
+    use_when="answers are tool calls with a known right call: partial scores tell how far off one is.",
+    costs="parsing JSON for each completion.",
+)
 class ToolCall(Reward):
     """-2 no call that can be read, or no such tool; -1.5 another tool; -1.8 to -0.5 parameters that do not
     exist, were not asked for or are missing; -0.25 a wrong value; 1 all right."""

@@ -17,7 +17,11 @@ from luthier.methods.roles.averages._average import Averaged
 from luthier.registry import role
 
 
-@role(paper="arXiv:1703.01780")
+@role(
+    paper="arXiv:1703.01780",
+    use_when="a steadier teacher is wanted without another model: an average of the policy over steps.",
+    costs="a copy of what moves, and a forward pass where it is asked.",
+)
 class MeanTeacher(Role):
     """The exponential moving average of the policy."""
 

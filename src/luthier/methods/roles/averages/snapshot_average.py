@@ -19,7 +19,14 @@ from luthier.methods.roles.averages._average import Averaged, _flat
 from luthier.registry import role
 
 
-@role(former="recent", paper="arXiv:2401.15914", row="ogen")
+@role(
+    former="recent",
+    paper="arXiv:2401.15914",
+    row="ogen",
+    use_when="objective `ogen` needs it, or a teacher that averages the last snapshots rather than all"
+    " steps.",
+    costs="one copy of what moves for each of up to `most` snapshots.",
+)
 class SnapshotAverage(Role):
     """An average over a window of snapshots. Each costs a copy of what moves."""
 

@@ -25,7 +25,13 @@ FEATURE_PAIRS = Capability(
 )
 
 
-@role(former="paired", paper="arXiv:2308.12058", row="dr-tune")
+@role(
+    former="paired",
+    paper="arXiv:2308.12058",
+    row="dr-tune",
+    use_when="objective `dr_tune` needs it.",
+    costs="`size` pairs of feature vectors.",
+)
 class FeaturePairs(Role):
     """[size, 2 * width], and the token that begins each answer."""
 

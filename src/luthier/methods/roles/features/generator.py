@@ -36,6 +36,8 @@ GENERATOR = Capability(
     paper="arXiv:2401.15914",
     row="ogen",
     former_settings={"known": "base_classes", "unknown": "new_classes"},
+    use_when="objective `ogen` needs it.",
+    costs="a small attention network that trains along.",
 )
 class Generator(Role):
     """Cross attention from a class to its neighbours, trained along."""

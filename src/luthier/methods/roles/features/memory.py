@@ -27,7 +27,10 @@ MEMORY = Capability(
 )
 
 
-@role()
+@role(
+    use_when="an objective compares rows with many others than those of its batch (`look`).",
+    costs="`size` feature vectors.",
+)
 class Memory(Role):
     """Features [size, width] with their classes."""
 

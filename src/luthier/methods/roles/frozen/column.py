@@ -12,7 +12,10 @@ from luthier.model.batch import Batch
 from luthier.registry import role
 
 
-@role()
+@role(
+    use_when="the reference's log-probabilities were stored by stage `cache_logprobs`.",
+    costs="neither memory nor a forward pass.",
+)
 class Column(Role):
     """Per-token log-probabilities from a column of the rows (the stage `cache_logprobs` writes one)."""
 

@@ -6,7 +6,12 @@ from luthier.methods.roles._base import Role
 from luthier.registry import role
 
 
-@role(former="start")
+@role(
+    former="start",
+    use_when="the reference should be the policy at the start of this run, for example after SFT, and"
+    " the tuner cannot be switched off or has been trained before.",
+    costs="a copy of what is trained: under full fine-tuning a second model.",
+)
 class Initial(Role):
     """The policy with the tensors it began with. Under full tuning this is a second copy of the model."""
 

@@ -5,7 +5,12 @@ from luthier.methods.tuners.pruned.elastic import ELASTIC
 from luthier.registry import role
 
 
-@role(former="whole", requires=[ELASTIC])
+@role(
+    former="whole",
+    requires=[ELASTIC],
+    use_when="tuner `elastic` trains sub-networks that are to learn from the full network.",
+    costs="no memory; one forward pass of the full network.",
+)
 class FullNetwork(Role):
     """The full network, while sub-networks are the policy. Costs no memory."""
 

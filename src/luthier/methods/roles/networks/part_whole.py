@@ -22,7 +22,10 @@ PART_HEADS = Capability(
 )
 
 
-@role()
+@role(
+    use_when="objective `adam_v2` needs it.",
+    costs="two small heads that train along.",
+)
 class PartWhole(Role):
     """A composer and a decomposer, trained with the policy."""
 

@@ -21,7 +21,10 @@ from luthier.methods.roles._base import Role
 from luthier.registry import role
 
 
-@role()
+@role(
+    use_when="a model behind a URL is to judge, write or propose: a hosted model, vLLM, llama.cpp or Ollama.",
+    costs="requests over the network; no memory here.",
+)
 class Endpoint(Role):
     """POST base_url/chat/completions."""
 

@@ -39,7 +39,13 @@ HOW = "start it with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --e
 Answers = list[list[tuple[list[int], list[float]]]]
 
 
-@role(requires=[LOW_RANK])
+@role(
+    requires=[LOW_RANK],
+    use_when="rollouts are the slow part and a GPU is free for a vLLM server that writes in the"
+    " policy's place. It was tested against a server that follows vLLM's documentation, not against vLLM"
+    " itself.",
+    costs="a server with the base model; the adapter is sent whenever it has moved.",
+)
 class VLLM(Endpoint):
     """POST base_url/completions and base_url/load_lora_adapter; for `online_stages: [{name: rollout, sampler:
     NAME OF THIS ROLE}]`.

@@ -13,7 +13,11 @@ from luthier.methods.searchers.bandit._brackets import Brackets
 from luthier.registry import searcher
 
 
-@searcher(paper="arXiv:1502.07943")
+@searcher(
+    paper="arXiv:1502.07943",
+    use_when="you want the plainest early stopping: many configurations briefly, the best ones further.",
+    costs="nothing between runs; paused runs keep their checkpoints.",
+)
 class Halving(Brackets):
     """One kind of bracket, again and again."""
 

@@ -15,7 +15,12 @@ from luthier.methods.searchers.bandit._brackets import Brackets
 from luthier.registry import nested, searcher
 
 
-@searcher(paper="arXiv:1603.06560")
+@searcher(
+    paper="arXiv:1603.06560",
+    use_when="you do not know how early runs can be judged: it tries several trade-offs between many"
+    " short and few long runs.",
+    costs="nothing between runs; paused runs keep their checkpoints.",
+)
 class Hyperband(Brackets):
     """Brackets s = s_max .. 0: ceil((s_max + 1) / (s + 1) * eta^s) configurations that begin at eta^-s."""
 

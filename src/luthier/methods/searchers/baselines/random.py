@@ -6,7 +6,10 @@ from luthier.methods.searchers._base import Searcher, Suggestion, rng
 from luthier.registry import searcher
 
 
-@searcher()
+@searcher(
+    use_when="you want the baseline at equal budget, or as many runs at once as machines.",
+    costs="nothing between runs.",
+)
 class Random(Searcher):
     """Uniform draws, of logarithms where a range says so."""
 

@@ -19,7 +19,12 @@ from luthier.methods.searchers.bandit.hyperband import Hyperband
 from luthier.registry import searcher
 
 
-@searcher(paper="arXiv:2105.09821", row="autorl-hpo")
+@searcher(
+    paper="arXiv:2105.09821",
+    row="autorl-hpo",
+    use_when="the space has many settings and choices and you can afford many short runs.",
+    costs="nothing between runs; paused runs keep their checkpoints.",
+)
 class DEHB(Hyperband):
     """With min_share 1 it is differential evolution."""
 

@@ -11,7 +11,11 @@ from luthier.methods.searchers._optuna import OptunaSearcher
 from luthier.registry import searcher
 
 
-@searcher(paper="doi:10.1109/4235.996017")
+@searcher(
+    paper="doi:10.1109/4235.996017",
+    use_when="several goals and a budget of many runs; the evolutionary baseline.",
+    costs="nothing between runs; needs the extra `search`.",
+)
 class NSGA(OptunaSearcher):
     """The evolutionary baseline for several goals."""
 

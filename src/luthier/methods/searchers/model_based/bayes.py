@@ -27,7 +27,12 @@ from luthier.methods.searchers.model_based._surrogates import fit
 from luthier.registry import searcher
 
 
-@searcher(paper="arXiv:1807.02811", row="bayesopt-tutorial")
+@searcher(
+    paper="arXiv:1807.02811",
+    row="bayesopt-tutorial",
+    use_when="runs are few and costly, settings up to about twenty, and nothing should be installed for it.",
+    costs="2 (d + 1) configurations are spread evenly first; then a model is fitted between runs.",
+)
 class Bayes(Searcher):
     """Few and costly runs, up to some twenty settings; nothing to install."""
 

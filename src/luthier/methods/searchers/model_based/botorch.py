@@ -26,7 +26,12 @@ NEAR = 0.1  # how far a neighbour's settings lie from where they were, of their 
 CHUNK = 256  # points whose improvement is computed at once
 
 
-@searcher(paper="arXiv:2301.12132")
+@searcher(
+    paper="arXiv:2301.12132",
+    use_when="runs are costly, goals several and noisy, and only few settings count; needs the extra"
+    " `botorch`.",
+    costs="Gaussian processes are fitted between runs.",
+)
 class BoTorch(Searcher):
     """Costly runs and several noisy goals; settings of which few count."""
 

@@ -15,7 +15,11 @@ from luthier.methods.searchers._optuna import OptunaSearcher
 from luthier.registry import searcher
 
 
-@searcher(paper="arXiv:1807.02811")
+@searcher(
+    paper="arXiv:1807.02811",
+    use_when="runs are few and costly, settings up to about ten, with Optuna's Gaussian process.",
+    costs="a Gaussian process is fitted between runs; needs the extra `search`.",
+)
 class GP(OptunaSearcher):
     """Few and costly runs, up to some ten settings."""
 

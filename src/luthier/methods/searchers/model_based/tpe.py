@@ -15,7 +15,11 @@ from luthier.methods.searchers._optuna import OptunaSearcher
 from luthier.registry import searcher
 
 
-@searcher(paper="arXiv:2304.11127")
+@searcher(
+    paper="arXiv:2304.11127",
+    use_when="some dozens of runs over mixed settings, with choices that depend on each other.",
+    costs="nothing noticeable between runs; needs the extra `search`.",
+)
 class TPE(OptunaSearcher):
     """Tree-structured Parzen estimators, one goal or several, with constraints."""
 

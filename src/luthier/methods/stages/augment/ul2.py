@@ -25,7 +25,13 @@ from luthier.registry import stage
 DENOISERS = {"R": ((3, 0.15), (8, 0.15)), "X": ((3, 0.5), (8, 0.5), (64, 0.15), (64, 0.5))}
 
 
-@stage(paper="arXiv:2205.05131", row="ul2 architecture-objective-study", requires=[COMPLETIONS])
+@stage(
+    paper="arXiv:2205.05131",
+    row="ul2 architecture-objective-study",
+    requires=[COMPLETIONS],
+    use_when="you pretrain further on plain text and want infilling as well as continuation.",
+    costs="no model is read.",
+)
 class UL2(Stage):
     """Texts become prompt and completion, by one of seven denoisers."""
 

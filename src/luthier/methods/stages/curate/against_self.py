@@ -25,6 +25,9 @@ BEFORE = "@before"  # ends the id of a pair that an earlier round made
     requires=[COMPLETIONS, GENERATE],
     provides=[PAIRS, SCORES],
     removes=[CACHED_LOGPROBS, OLD_LOGPROBS],
+    use_when="you have only SFT rows and want preference pairs from them: the row's answer against the"
+    " model's own (SPIN).",
+    costs="one sample for each row.",
 )
 class AgainstSelf(Stage):
     """completions = [the given one, a sample of the policy]; scores = [1, 0]. Columns about the given one

@@ -20,7 +20,14 @@ from luthier.registry import Column, stage
 QUALITY_BIN = Column("quality_bin", says="rows with a `quality_bin` (stage buckets)")
 
 
-@stage(paper="arXiv:2310.00819", row="meet", requires=[COMPLETIONS, SCORES], provides=[QUALITY_BIN])
+@stage(
+    paper="arXiv:2310.00819",
+    row="meet",
+    requires=[COMPLETIONS, SCORES],
+    provides=[QUALITY_BIN],
+    use_when="completions have scores and tuner `control` is to learn from good and bad ones.",
+    costs="nothing beside reading the scores.",
+)
 class Buckets(Stage):
     """Completions with a score become rows with a `quality_bin`."""
 

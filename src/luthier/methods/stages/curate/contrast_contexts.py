@@ -26,6 +26,8 @@ CONTRASTS = Column(
     requires=[COMPLETIONS, CONTEXTS],
     provides=[CONTRASTS],
     removes=[SCORES, PAIRS, ANSWER],
+    use_when="rows hold two answers with a context each, for objective `s_vco`.",
+    costs="no model is read; each row becomes six readings.",
 )
 class ContrastContexts(Stage):
     """Each answer after its own context and the question, after the question alone, and after the other's

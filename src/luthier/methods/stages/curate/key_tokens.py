@@ -21,7 +21,15 @@ from luthier.registry import Column, stage
 TOKEN_WEIGHTS = Column("token_weights", per="token", says="a weight for each supervised token")
 
 
-@stage(paper="arXiv:2412.15495", row="tl-training", requires=[COMPLETIONS, TOOLS], provides=[TOKEN_WEIGHTS])
+@stage(
+    paper="arXiv:2412.15495",
+    row="tl-training",
+    requires=[COMPLETIONS, TOOLS],
+    provides=[TOKEN_WEIGHTS],
+    use_when="you train tool calling and the tokens that decide a call (its name, the start of each"
+    " argument) should weigh more.",
+    costs="no model is read.",
+)
 class KeyTokens(Stage):
     """Column `token_weights`: min(others / keys, most) at key tokens, 1 elsewhere, for each
     supervised token.

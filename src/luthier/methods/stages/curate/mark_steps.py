@@ -15,7 +15,12 @@ STEP_TARGETS = Column(
 
 
 @stage(
-    paper="arXiv:2305.20050", requires=[STEPS], provides=[COMPLETIONS, STEP_TARGETS], removes=[SCORES, PAIRS]
+    paper="arXiv:2305.20050",
+    requires=[STEPS],
+    provides=[COMPLETIONS, STEP_TARGETS],
+    removes=[SCORES, PAIRS],
+    use_when="rows hold solutions in steps with marks, for objective `process_reward`.",
+    costs="tokenization alone.",
 )
 class MarkSteps(Stage):
     """The completion as token ids, step by step with a line break after each, and `step_targets`: at the last

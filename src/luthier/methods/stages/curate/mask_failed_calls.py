@@ -18,7 +18,13 @@ ERRORS = (
 )
 
 
-@stage(paper="arXiv:2412.15495", row="tl-training", requires=[COMPLETIONS])
+@stage(
+    paper="arXiv:2412.15495",
+    row="tl-training",
+    requires=[COMPLETIONS],
+    use_when="conversations with tools contain calls that failed, and these should be read but not learned.",
+    costs="no model is read.",
+)
 class MaskFailedCalls(Stage):
     """Sets "loss": false at every assistant turn that a tool answers with one of `errors`. Rows with nothing
     left to train on are dropped.

@@ -11,7 +11,13 @@ from luthier.methods.stages._base import Stage, best_first, pick
 from luthier.registry import stage
 
 
-@stage(requires=[COMPLETIONS, SCORES], provides=[PAIRS])
+@stage(
+    requires=[COMPLETIONS, SCORES],
+    provides=[PAIRS],
+    use_when="rows have several scored completions and you want to train `dpo` or its kin on best"
+    " against worst.",
+    costs="nothing beside reading the scores.",
+)
 class Pairs(Stage):
     """Two completions per row, the better first, with their scores. Rows whose completions have equal scores
     are dropped.

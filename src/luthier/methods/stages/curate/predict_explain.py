@@ -18,6 +18,9 @@ from luthier.registry import stage
     row="distilling-step-by-step",
     requires=[COMPLETIONS, RATIONALE],
     removes=[PAIRS, SCORES],
+    use_when="rows have answers and rationales (for example from a large model) and a small model"
+    " should answer better without writing rationales (distilling step by step).",
+    costs="twice as many rows.",
 )
 class PredictExplain(Stage):
     """(prompt -> answer), task answer; (explain + prompt -> rationale), task rationale."""

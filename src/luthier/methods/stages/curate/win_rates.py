@@ -19,7 +19,13 @@ from luthier.registry import Column, stage
 WIN_RATES = Column("win_rates", per="completion", says="how often each completion beats the others")
 
 
-@stage(paper="arXiv:2405.00675", row="sppo", requires=[SCORES])
+@stage(
+    paper="arXiv:2405.00675",
+    row="sppo",
+    requires=[SCORES],
+    use_when="completions have scores and objective `sppo` needs win rates.",
+    costs="nothing beside reading the scores.",
+)
 class WinRates(Stage):
     """Column `win_rates`: the mean probability of being preferred over the row's completions, itself
     included.

@@ -20,6 +20,9 @@ from luthier.registry import stage
     paper="arXiv:2104.04670",
     row="meta-tuning",
     requires=[COMPLETIONS],
+    use_when="you have classification sets with label names and want a model that answers questions"
+    " about labels it has not seen.",
+    costs="one row for each label and each of its questions.",
 )
 class YesNo(Stage):
     """One row for each label and each of its descriptions: the question, a line break, the text; yes or no.

@@ -16,7 +16,15 @@ from luthier.methods.stages._base import REWARDS, Stage, completion_logprobs
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:2310.03708", row="modpo", requires=[COMPLETIONS, REFERENCE, LOGPROBS], provides=[REWARDS])
+@stage(
+    paper="arXiv:2310.03708",
+    row="modpo",
+    requires=[COMPLETIONS, REFERENCE, LOGPROBS],
+    provides=[REWARDS],
+    use_when="several goals are traded against each other by `modpo` and one goal has a policy tuned"
+    " by DPO but no reward model.",
+    costs="a forward pass of that policy and of the reference over all completions, once.",
+)
 class ImplicitReward(Stage):
     """Column `rewards`, beside those already there: {role: beta * (log p_role - log p_reference)} of each
     completion.

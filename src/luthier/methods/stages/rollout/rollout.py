@@ -34,6 +34,9 @@ from luthier.registry import Capability, Range, stage
     requires=[GENERATE],
     provides=[COMPLETIONS, SAMPLES, TRUNCATED, OLD_LOGPROBS],
     removes=[PAIRS, SCORES, CACHED_LOGPROBS],
+    use_when="the policy's own samples are needed: under `online_stages` for reinforcement learning,"
+    " under `stages` for rejection sampling.",
+    costs="`n` samples of up to `max_new_tokens` tokens for each prompt; usually most of a run's time.",
 )
 class Rollout(Stage):
     """Columns: `completions`; `truncated`, true where no stop token was reached; with `old: true` also

@@ -11,7 +11,13 @@ from luthier.methods.stages._base import Stage, text_of
 from luthier.registry import nested_list, stage
 
 
-@stage(requires=[COMPLETIONS], provides=[SCORES], removes=[PAIRS])
+@stage(
+    requires=[COMPLETIONS],
+    provides=[SCORES],
+    removes=[PAIRS],
+    use_when="completions need scores from a reward: rules, verifiers or a reward model.",
+    costs="one call of each reward for each completion.",
+)
 class Score(Stage):
     """Column `scores`; of several rewards also `rewards`, each by its name."""
 

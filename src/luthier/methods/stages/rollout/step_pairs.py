@@ -27,6 +27,9 @@ from luthier.registry import Range, nested, stage
     provides=[PAIRS, SCORES],
     removes=[OLD_LOGPROBS, CACHED_LOGPROBS, SAMPLES],
     contract={"gives": "a model that never ends right finds no way out, and its rows leave"},
+    use_when="the policy often solves a problem wrongly from some step on and answers can be checked:"
+    " it finds that step and makes a pair there.",
+    costs="`n` samples from each prefix of each wrong solution: the most costly stage.",
 )
 class StepPairs(Stage):
     """Columns `prefix` (shared, not trained on), `completions` [chosen, rejected], `advantages` of the wrong

@@ -37,6 +37,8 @@ INSIDE, OUTSIDE = 1.0, 2.0
     requires=[COMPLETIONS, LOGPROBS],
     provides=[TEACHER_SPANS],
     contract={"gives": "it asks a teacher, whom a recipe names"},
+    use_when="the teacher has another tokenizer than the student, for objective `alm`.",
+    costs="one forward pass of the teacher over all rows; then its memory is free.",
 )
 class TeacherSpans(Stage):
     """Column teacher_spans: for each token of a completion the teacher's log-probability of the span that

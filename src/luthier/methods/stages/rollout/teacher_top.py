@@ -43,6 +43,9 @@ GRID = tuple(0.5 + 0.1 * i for i in range(36))  # temperatures that are tried
     requires=[COMPLETIONS, TEACHER, TOPK],
     provides=[TEACHER_IDS, TEACHER_LOGPROBS],
     contract={"gives": "it asks a teacher, whom a recipe names"},
+    use_when="the teacher does not fit beside the student, for objective `first`.",
+    costs="one forward pass of the teacher over all rows, and k ids and log-probabilities a token;"
+    " then its memory is free.",
 )
 class TeacherTop(Stage):
     """Columns teacher_ids and teacher_logprobs: [tokens][k] for each completion."""

@@ -6,7 +6,13 @@ from luthier.methods.stages._base import Stage
 from luthier.registry import stage
 
 
-@stage(paper="arXiv:2104.04670", row="meta-tuning")
+@stage(
+    paper="arXiv:2104.04670",
+    row="meta-tuning",
+    use_when="rows have a column that names their task or group, and whole groups are to be held out"
+    " or dropped.",
+    costs="nothing.",
+)
 class Groups(Stage):
     """Keeps rows whose column is one of `keep` (all where empty) and none of `drop`."""
 

@@ -20,7 +20,14 @@ from luthier.registry import Range, stage
 from luthier.text.encode import Encoded
 
 
-@stage(example={"share": 1.0}, paper="arXiv:2308.12032", requires=[COMPLETIONS, LOGPROBS])
+@stage(
+    example={"share": 1.0},
+    paper="arXiv:2308.12032",
+    requires=[COMPLETIONS, LOGPROBS],
+    use_when="you have far more instruction rows than you want to train on, and no scores: it keeps"
+    " those whose instruction matters most.",
+    costs="two forward passes over each answer, with and without its prompt.",
+)
 class IFD(Stage):
     """Keeps the share of rows with the highest ppl(answer | prompt) / ppl(answer) below one; column `ifd`."""
 

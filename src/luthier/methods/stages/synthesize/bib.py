@@ -52,6 +52,9 @@ RATES = (1e-3, 5.0)  # times learning_rate: where a learned rate may lie
     requires=[COMPLETIONS, SCORES, HIDDEN],
     provides=[COMPLETIONS],
     removes=[PAIRS, SCORES, REWARDS, CACHED_LOGPROBS, SAMPLES, OLD_LOGPROBS, TRUNCATED],
+    use_when="completions are costly to score (designs, sequences), a scored set exists, and you want"
+    " better candidates without new scores. Each letter should be a token of its own.",
+    costs="`steps` gradient steps through the frozen network for each of `n` completions.",
 )
 class BIB(Stage):
     """New rows in place of the given ones: the best completions, improved. Column `proxy`: the predicted

@@ -22,7 +22,13 @@ from luthier.registry import nested_list, transform
 IN_LAYER = re.compile(r"\.\d+\.")
 
 
-@transform(paper="arXiv:2403.03507")
+@transform(
+    paper="arXiv:2403.03507",
+    use_when="you fine-tune all weights and the optimizer's state does not fit.",
+    costs="optimizer state of `rank` rows for each matrix, and a singular value decomposition of each"
+    " gradient every `update_proj_gap` steps.",
+    starting_rate="start with that of `full`; `scale` multiplies it for projected matrices.",
+)
 class GaLore(Transform):
     """Gradient low-rank projection."""
 

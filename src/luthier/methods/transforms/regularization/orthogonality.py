@@ -19,7 +19,12 @@ from luthier.methods.transforms._base import Transform
 from luthier.registry import Range, transform
 
 
-@transform(paper="arXiv:2303.10512")
+@transform(
+    paper="arXiv:2303.10512",
+    use_when="tuner is `adalora`, whose ranks should stay near orthogonal.",
+    costs="two small matrix products for each module and step.",
+    starting_rate="that of `adalora`.",
+)
 class Orthogonality(Transform):
     """A pull of A A' and B' B towards the identity; other tensors pass unchanged."""
 

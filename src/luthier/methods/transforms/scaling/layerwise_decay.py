@@ -21,7 +21,13 @@ LAYER = re.compile(r"\b(?:layers?|h|blocks?)\.(\d+)\b")
 BELOW = re.compile(r"embed|\bwte\b|\bwpe\b|\bshared\b")
 
 
-@transform(paper="doi:10.1016/j.patter.2023.100729", row="stable-ft-biomedical")
+@transform(
+    paper="doi:10.1016/j.patter.2023.100729",
+    row="stable-ft-biomedical",
+    use_when="you fine-tune a pretrained encoder on few rows and lower layers should move less.",
+    costs="nothing.",
+    starting_rate="that of `full`, for the top layer.",
+)
 class LayerwiseDecay(Transform):
     """update * decay^(layers above)."""
 

@@ -15,7 +15,12 @@ from luthier.methods.transforms._base import Transform
 from luthier.registry import Range, transform
 
 
-@transform(paper="arXiv:2402.12354")
+@transform(
+    paper="arXiv:2402.12354",
+    use_when="a LoRA learns slowly: B gets a higher rate than A.",
+    costs="nothing.",
+    starting_rate="it is A's: start below that of `lora`, since B takes `loraplus_lr_ratio` times as much.",
+)
 class LoraPlus(Transform):
     """update of B * loraplus_lr_ratio."""
 

@@ -14,7 +14,14 @@ from luthier.methods.tuners.adapters._bottleneck import Bottleneck
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2110.04366", provides=[DISABLE_ADAPTER])
+@tuner(
+    paper="arXiv:2110.04366",
+    provides=[DISABLE_ADAPTER],
+    use_when="you want adapters that can change what a layer computes by a non-linear path, beside its"
+    " linear modules.",
+    costs="a bottleneck beside each chosen module, in training and in inference (not mergeable).",
+    starting_rate="start with that of `lora`.",
+)
 class ParallelAdapter(Bottleneck):
     """Adapters beside linear modules."""
 

@@ -17,7 +17,14 @@ from luthier.methods.tuners._base import DISABLE_ADAPTER, LOW_RANK, MERGE, Tuner
 from luthier.registry import tuner
 
 
-@tuner(row="peft-survey peft-fm-survey", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    row="peft-survey peft-fm-survey",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="you need an adapter type of the PEFT library that has no file of its own here, such as"
+    " VeRA, BOFT, LoHa or FourierFT.",
+    costs="that of the PEFT type.",
+    starting_rate="that of the PEFT type; its recipe here (`vera`) takes 0.01 on a toy model.",
+)
 class PEFT(Tuner):
     """PEFT's layers on a model; read and written as PEFT does."""
 

@@ -22,7 +22,15 @@ from luthier.model.anatomy import layer_of
 from luthier.registry import Range, tuner
 
 
-@tuner(paper="doi:10.1016/j.patter.2023.100729", row="stable-ft-biomedical", provides=[MERGE])
+@tuner(
+    paper="doi:10.1016/j.patter.2023.100729",
+    row="stable-ft-biomedical",
+    provides=[MERGE],
+    use_when="you fine-tune an encoder on a few hundred rows and some seeds fail: the top layers, most"
+    " specific to pretraining, start anew.",
+    costs="as full fine-tuning.",
+    starting_rate="start with that of `full`.",
+)
 class Reinit(Tuner):
     """Full fine-tuning with re-initialised top layers. On small data sets one or two layers help most."""
 

@@ -18,7 +18,17 @@ from luthier.methods.tuners._delta import Delta, frozen
 from luthier.registry import Range, tuner
 
 
-@tuner(example={"r": 2}, paper="arXiv:2410.13618", row="loldu", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    example={"r": 2},
+    paper="arXiv:2410.13618",
+    row="loldu",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="the adapter must be minute: it trains the first `r` diagonal entries of an LU"
+    " decomposition and one scale per matrix.",
+    costs="r + 1 trainable numbers a matrix; the frozen factors of every matrix stay beside it, and"
+    " the decomposition takes time at the start.",
+    starting_rate="several times LoRA's: its recipe here takes 0.01 where that of `lora` has 0.002.",
+)
 class LoLDU(Delta):
     """Low-rank adaptation by lower-diagonal-upper decomposition."""
 

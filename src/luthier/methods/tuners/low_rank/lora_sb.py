@@ -23,6 +23,11 @@ from luthier.registry import Range, tuner
     paper="arXiv:2411.19557",
     row="lora-sb",
     provides=[DISABLE_ADAPTER, MERGE],
+    use_when="you want close to full fine-tuning's updates from very few trainable parameters, and"
+    " rows to measure its first gradient on.",
+    costs="r * r trainable numbers a matrix; before training, the full gradient over `init_rows` rows,"
+    " a few layers at a time.",
+    starting_rate="start with that of `lora`.",
 )
 class LoRASB(Delta):
     """r * r trainable numbers per module, in the directions of full fine-tuning's first step."""

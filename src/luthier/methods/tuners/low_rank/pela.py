@@ -29,6 +29,10 @@ from luthier.registry import Range, tuner
             "a matrix of low rank is not the one that it stands for; with compress_ratio near 0 it is"
         )
     },
+    use_when="the model itself is to become smaller: every matrix is replaced by a product of two"
+    " narrow ones, recovered against the full model and then tuned.",
+    costs="the full weights stay in memory while the factors train; the merged model has 1 /"
+    " `compress_ratio` of the matrices' parameters.",
 )
 class PELA(Delta):
     """x A^T B^T + b in the place of x W^T + b."""

@@ -47,6 +47,10 @@ POWERS = Choices(0, 1, 2, 4, 8, 16, 32, 64)  # sizes that a search goes over; wi
             "its parts stand where keys are made and behind the feed-forward part, and nowhere else"
         ),
     },
+    use_when="you want `luthier search` to decide where adapters and prefixes go and how wide they"
+    " are, rather than choosing a single adapter type.",
+    costs="as the adapters and the prefix that are switched on; not mergeable, so inference stays"
+    " slower by them.",
 )
 class AutoPEFT(Delta):
     """Three kinds of modules, and which layers have them."""

@@ -32,6 +32,10 @@ FILE = "control.safetensors"
     row="meet",
     provides=[DISABLE_ADAPTER],
     contract={"starts_as_base": "vectors before the text change what is read from the first step on"},
+    use_when="rows come with ratings or as good and bad answers, and one model is to learn from all of"
+    " them while answering only like the best.",
+    costs="a soft prompt for each quality bin: `num_virtual_tokens` more tokens in every sequence.",
+    starting_rate="soft prompts take a high one: plan `meet` takes 0.01 while they are trained alone.",
 )
 class Control(Tuner):
     """One soft prompt per quality bin of rows."""

@@ -30,6 +30,10 @@ from luthier.registry import Range, tuner
         "starts_as_base": "keys before the text take their share of every attention from the first step on",
         "modules_of_every_kind": "it stands where keys are made, and at no other module",
     },
+    use_when="weights must stay untouched and rows are few, and soft prompts at the input alone (tuner"
+    " `prompt`) learn too little: it trains keys and values before the text in every layer.",
+    costs="`num_virtual_tokens` more keys and values a layer in every sequence; not mergeable.",
+    starting_rate="above LoRA's; its recipe here was chosen on a toy model.",
 )
 class Prefix(Delta):
     """Keys and values before the text."""

@@ -31,7 +31,17 @@ ELASTIC = Capability("elastic", says="a tuner with sub-networks (`elastic`)")
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, le=1)], ...], Field(min_length=1)]
 
 
-@tuner(example={"init_rows": 2}, paper="arXiv:2308.15609", row="instatune", provides=[MERGE, ELASTIC])
+@tuner(
+    example={"init_rows": 2},
+    paper="arXiv:2308.15609",
+    row="instatune",
+    provides=[MERGE, ELASTIC],
+    use_when="one tuned model is to serve at several sizes: after training, smaller sub-networks are"
+    " cut out of it without further training.",
+    costs="as full fine-tuning, plus one more forward and backward pass for each sub-network that"
+    " estimator `elastic` draws.",
+    starting_rate="start with that of `full`.",
+)
 class Elastic(Tuner):
     """Full fine-tuning of a network with sub-networks."""
 

@@ -31,7 +31,16 @@ from luthier.registry import tuner
 PATTERN = re.compile(r"(\d+):(\d+)")
 
 
-@tuner(example={"init_rows": 2}, paper="arXiv:2310.06927", row="squarehead", provides=[MERGE])
+@tuner(
+    example={"init_rows": 2},
+    paper="arXiv:2310.06927",
+    row="squarehead",
+    provides=[MERGE],
+    use_when="the model is to end with a fixed share of zeros (such as 2:4) and must recover its"
+    " quality by fine-tuning with them in place.",
+    costs="as full fine-tuning, plus the mask; `wanda` and `sparsegpt` read `init_rows` rows first.",
+    starting_rate="start with that of `full`.",
+)
 class Pruned(Tuner):
     """All weights; the matrices of the layers with zeros that stay zero."""
 

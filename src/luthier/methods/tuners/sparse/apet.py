@@ -19,17 +19,25 @@ from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners.sparse._sparse import Sparse
-from luthier.registry import tuner
+from luthier.registry import INTERNAL, tuner
 
 
-@tuner(row="apet", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    row="apet",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="you study whether a tuner's structure matters: it trains the same number of parameters"
+    " at random positions, as the baseline.",
+    costs="one trainable number and one index for each position; the gradient of a chosen weight is"
+    " computed whole before its entries are taken.",
+)
 class APET(Sparse):
     """Random positions, n in total."""
 
     # trainable entries, over all chosen modules; null: density of them
     n: Annotated[int, Field(ge=1)] | None = None
     selection_seed: int = 0  # of the draw of positions
-    counts: dict[str, int] | None = None  # how many entries of each module; filled in when attached
+    # how many entries of each module; filled in when attached
+    counts: Annotated[dict[str, int] | None, INTERNAL] = None
 
     def attach(self, model):
         from luthier.methods.tuners.sparse._targets import chosen_modules

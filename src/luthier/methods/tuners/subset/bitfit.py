@@ -16,7 +16,14 @@ from luthier.methods.tuners.subset._subset import TunedWeights
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2106.10199", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    paper="arXiv:2106.10199",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="the model has biases (BERT, GPT-2, OPT) and each task's copy must be tiny, below 0.1 %"
+    " of the parameters. Llama-like models have none: there `also: [norms]` trains the norms.",
+    costs="gradients and optimizer state of the biases alone; merged, inference costs nothing more.",
+    starting_rate="about ten times that of full fine-tuning; the paper tries 1e-4 to 1e-3.",
+)
 class BitFit(Tuner):
     """Every bias of the network, and the weights in `also`."""
 

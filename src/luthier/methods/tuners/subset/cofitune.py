@@ -40,7 +40,17 @@ Part = Literal["qkv", "o", "up", "gate", "down"]
 Edge = Annotated[float, Field(ge=0, le=1)]
 
 
-@tuner(example={"init_rows": 2}, paper="arXiv:2404.10306", row="cofitune", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    example={"init_rows": 2},
+    paper="arXiv:2404.10306",
+    row="cofitune",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="you tune a specialist and must keep general skills: it trains a few matrices of some"
+    " layers and slows the rows that general skills depend on.",
+    costs="gradients and optimizer state of the chosen matrices, and two passes over `init_rows` rows"
+    " before the first step.",
+    starting_rate="start with that of `full`.",
+)
 class CoFiTune(Tuner):
     """Coarse-to-fine selection of weights."""
 

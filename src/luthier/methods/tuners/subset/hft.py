@@ -23,7 +23,15 @@ from luthier.registry import tuner
 DRAWS = 32  # random halves of which the best balanced one is taken
 
 
-@tuner(paper="arXiv:2404.18466", row="hft", provides=[MERGE])
+@tuner(
+    paper="arXiv:2404.18466",
+    row="hft",
+    provides=[MERGE],
+    use_when="full fine-tuning forgets too much, and you tune in several rounds or on several tasks:"
+    " half of the weights stay as they were in each round.",
+    costs="about half of the gradients and optimizer state of full fine-tuning.",
+    starting_rate="start with that of `full`.",
+)
 class HFT(Tuner):
     """Half fine-tuning."""
 

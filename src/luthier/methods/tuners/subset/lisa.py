@@ -16,7 +16,16 @@ from luthier.methods.tuners.subset._subset import LayerwiseWeights
 from luthier.registry import tuner
 
 
-@tuner(example={"n_layers": 1}, paper="arXiv:2403.17919", row="lisa", provides=[MERGE])
+@tuner(
+    example={"n_layers": 1},
+    paper="arXiv:2403.17919",
+    row="lisa",
+    provides=[MERGE],
+    use_when="memory is too small for full fine-tuning and LoRA learns too little: it trains all"
+    " weights of a few layers at a time.",
+    costs="optimizer state of embeddings, head and `n_layers` layers; activations as in full fine-tuning.",
+    starting_rate="start with that of `full`.",
+)
 class LISA(Tuner):
     """Layerwise importance sampling."""
 

@@ -23,7 +23,17 @@ from luthier.model.statistics import gather
 from luthier.registry import tuner
 
 
-@tuner(example={"init_rows": 2, "n_layers": 1}, paper="arXiv:2405.18380", row="owlore", provides=[MERGE])
+@tuner(
+    example={"init_rows": 2, "n_layers": 1},
+    paper="arXiv:2405.18380",
+    row="owlore",
+    provides=[MERGE],
+    use_when="you would use LISA but expect some layers to matter more: layers with many outlier"
+    " weights are drawn more often.",
+    costs="as `lisa` with `n_layers` layers, plus one pass over `init_rows` rows; with transform"
+    " `galore` less optimizer state.",
+    starting_rate="start with that of `full`.",
+)
 class OwLore(Tuner):
     """Outlier-weighed layerwise sampling."""
 

@@ -16,7 +16,14 @@ from luthier.model.anatomy import layer_of
 from luthier.registry import tuner
 
 
-@tuner(row="personalized-unit-test-models", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    row="personalized-unit-test-models",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="you specialise one model for many projects and want the plainest partial tuning as a"
+    " comparison: the embeddings and output layer, or the last layer.",
+    costs="gradients and optimizer state of that part; `last_layer` needs no backward pass below it.",
+    starting_rate="start with that of `full`.",
+)
 class Part(Tuner):
     """Embeddings and output, or the last layer."""
 

@@ -23,7 +23,7 @@ from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta, frozen
 from luthier.model.anatomy import kind_of, layer_of, part_of
-from luthier.registry import Range, family, tuner
+from luthier.registry import INTERNAL, Range, family, tuner
 
 Share = Annotated[float, Field(ge=0, le=1)]
 READS = {"o": "o_ratio", "down": "d_ratio"}  # parts that gain columns -> their setting
@@ -39,6 +39,11 @@ WRITES = {"v": "v_ratio", "up": "u_ratio", "gate": "g_ratio"}  # parts that gain
             "only down, up, gate, o and v have channels or heads to choose, each by its own ratio"
         )
     },
+    use_when="you want sparse fine-tuning at LoRA's memory with dense arithmetic: a few heads and"
+    " channels of each layer are trained as small dense matrices.",
+    costs="gradients and optimizer state of the chosen channels; only their inputs are kept for the"
+    " backward pass.",
+    starting_rate="start with that of `lora`.",
 )
 class S2FT(Delta):
     """Structured sparse fine-tuning."""
@@ -52,8 +57,8 @@ class S2FT(Delta):
     o_ratio: Share = 0.0  # share of the heads whose columns of o are trained
     v_ratio: Share = 0.0  # share of the key-value heads whose rows of v are trained
     selection_seed: int = 0  # of the draw of heads and channels
-    num_attention_heads: int | None = None  # of the network; filled in when attached
-    num_key_value_heads: int | None = None  # of the network; filled in when attached
+    num_attention_heads: Annotated[int | None, INTERNAL] = None  # of the network; filled in when attached
+    num_key_value_heads: Annotated[int | None, INTERNAL] = None  # of the network; filled in when attached
 
     def __post_init__(self):
         if not any(getattr(self, r) for r in (*READS.values(), *WRITES.values())):

@@ -20,7 +20,15 @@ from luthier.model.anatomy import layer_of
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2304.05216", row="telly-k", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    paper="arXiv:2304.05216",
+    row="telly-k",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="you have little memory and time and the task is close to pretraining: the lower layers"
+    " stay frozen and no backward pass runs through them.",
+    costs="falls with K: no gradients, optimizer state or kept activations below the first trained layer.",
+    starting_rate="start with that of `full`.",
+)
 class Telly(Tuner):
     """The top of the network. The paper's best trade-off is about K = 9 of 12 layers."""
 

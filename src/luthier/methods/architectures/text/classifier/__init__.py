@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from luthier.text.encode import Renderer
 
 
-@architecture(provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN])
+@architecture(
+    provides=[LOGPROBS, ENTROPY, TOPK, HIDDEN],
+    use_when="the model is to choose one of several classes; name it for a checkpoint without a"
+    " classification head.",
+    costs="padded batches.",
+)
 class Classifier(Architecture):
     """AutoModelForSequenceClassification, one class of several. `hidden` are its logits [N, classes]."""
 

@@ -26,7 +26,13 @@ from luthier.registry import evaluator
 from luthier.storage import files
 
 
-@evaluator(paper="arXiv:2308.15609", row="instatune", requires=[ELASTIC, COMPLETIONS, LOGPROBS])
+@evaluator(
+    paper="arXiv:2308.15609",
+    row="instatune",
+    requires=[ELASTIC, COMPLETIONS, LOGPROBS],
+    use_when="a run with tuner `elastic` has ended and you want its best smaller networks.",
+    costs="a forward pass over `n` rows for each of up to `population` * (`generations` + 1) sub-networks.",
+)
 class Pareto(Evaluator):
     """`pareto_size`, and of the cheapest member `pareto_cheapest_loss` and `pareto_cheapest_share` of the
     multiplications.

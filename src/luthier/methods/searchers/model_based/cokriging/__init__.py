@@ -28,7 +28,12 @@ from luthier.methods.searchers.model_based.cokriging.levels import joint, on
 from luthier.registry import searcher
 
 
-@searcher(paper="arXiv:2311.13050", row="mf-bayesopt-survey")
+@searcher(
+    paper="arXiv:2311.13050",
+    row="mf-bayesopt-survey",
+    use_when="the first part of a run already tells much about its end, and runs are costly.",
+    costs="a model is fitted between runs; paused runs keep their checkpoints.",
+)
 class CoKriging(Shares):
     """Few and costly runs whose first part already tells something."""
 

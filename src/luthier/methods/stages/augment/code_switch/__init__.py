@@ -25,7 +25,14 @@ from luthier.registry import stage
 LEARN = "learn"
 
 
-@stage(example={"share": 1.0}, row="csr", requires=[COMPLETIONS])
+@stage(
+    example={"share": 1.0},
+    row="csr",
+    requires=[COMPLETIONS],
+    use_when="you train a translation model between two languages and want a stage before it that"
+    " brings their words together.",
+    costs="no model is read; `dictionary: learn` fits word vectors first.",
+)
 class CodeSwitch(Stage):
     """Texts, or the completions of rows, become rows (text with replaced words -> text)."""
 

@@ -22,7 +22,15 @@ from luthier.methods.tuners._delta import Delta
 from luthier.registry import Range, tuner
 
 
-@tuner(paper="arXiv:2303.10512", provides=[DISABLE_ADAPTER, MERGE, LOW_RANK])
+@tuner(
+    paper="arXiv:2303.10512",
+    provides=[DISABLE_ADAPTER, MERGE, LOW_RANK],
+    use_when="LoRA at one rank for all modules wastes parameters: the rank budget is distributed by"
+    " importance while training. It needs runs long enough for the schedule of ranks.",
+    costs="as LoRA of rank `init_r`, plus smoothed importances of every factor entry.",
+    starting_rate="start with that of `lora`; its recipe here takes five times as much on the same toy"
+    " model.",
+)
 class AdaLoRA(Delta):
     """Low rank, distributed over modules by importance."""
 

@@ -33,6 +33,10 @@ HYPERPARAMETERS = Capability(
     paper="arXiv:1903.03088",
     row="self-tuning-networks",
     provides=[DISABLE_ADAPTER, MERGE, HYPERPARAMETERS],
+    use_when="dropout and weight decay of a LoRA are to be found within one run, from validation rows;"
+    " use it with estimator `self_tuning`.",
+    costs="about twice the parameters of a LoRA of the same rank.",
+    starting_rate="start with that of `lora`.",
 )
 class SelfTuning(Delta):
     """LoRA whose factors depend on the current hyperparameters."""

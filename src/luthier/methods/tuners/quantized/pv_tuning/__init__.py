@@ -25,7 +25,14 @@ from luthier.registry import tuner
 
 
 @tuner(
-    paper="arXiv:2405.14852", row="pv-tuning", requires=[QUANTIZED_WEIGHTS], provides=[DISABLE_ADAPTER, MERGE]
+    paper="arXiv:2405.14852",
+    row="pv-tuning",
+    requires=[QUANTIZED_WEIGHTS],
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="the base is quantized to 1 to 4 bits and is to stay so: it trains scales, code books and"
+    " the codes themselves, with no adapter beside them.",
+    costs="beside the codes, two numbers a weight while it trains.",
+    starting_rate="its recipe here takes 3e-4 for the continuous part; the codes have `code_lr`.",
 )
 class PVTuning(Tuner):
     """Trains the codes and their continuous parts."""

@@ -24,12 +24,21 @@ from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta, frozen, oriented
 from luthier.methods.tuners.sparse._sparse import add, place_type, smallest, some_of, spread
 from luthier.model.anatomy import part_of
-from luthier.registry import Range, tuner
+from luthier.registry import INTERNAL, Range, tuner
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
-@tuner(example={"r": 2}, paper="arXiv:2111.00160", row="dsee", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    example={"r": 2},
+    paper="arXiv:2111.00160",
+    row="dsee",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="the tuned model is to be smaller as well: it learns a low-rank and a sparse update and"
+    " prunes weights, heads or feed-forward units along the way.",
+    costs="as LoRA of rank `r`, plus a mask of one byte a weight while training where `sparsity` is set.",
+    starting_rate="start with that of `lora`.",
+)
 class DSEE(Delta):
     """Dually sparsity-embedded efficient tuning."""
 
@@ -46,8 +55,8 @@ class DSEE(Delta):
     l1_weight: Annotated[float, Field(ge=0)] = 1e-4  # of the coefficients' absolute values, beside the loss
     prune_at: Annotated[float, Field(ge=0, le=1)] = 0.5  # when, as a share of the run
     # heads of a layer, those that share keys and values as one; filled in when it is attached
-    groups: int = 0
-    part: str = ""  # what a module does in its layer; filled in for each
+    groups: Annotated[int, INTERNAL] = 0
+    part: Annotated[str, INTERNAL] = ""  # what a module does in its layer; filled in for each
 
     @property
     def structured(self) -> bool:

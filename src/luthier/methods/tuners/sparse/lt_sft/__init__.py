@@ -21,10 +21,18 @@ from pydantic import Field
 
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners.sparse._sparse import Sparse
-from luthier.registry import tuner
+from luthier.registry import INTERNAL, tuner
 
 
-@tuner(paper="arXiv:2110.07560", row="lt-sft", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    paper="arXiv:2110.07560",
+    row="lt-sft",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="skills trained apart are to be combined by addition, such as a language and a task: it"
+    " trains a sparse difference, and such differences add up.",
+    costs="its first phase is full fine-tuning, memory included; only the second is sparse.",
+    starting_rate="start with that of `full`, with a constant schedule.",
+)
 class LTSFT(Sparse):
     """Lottery-ticket sparse fine-tuning."""
 
@@ -32,7 +40,8 @@ class LTSFT(Sparse):
 
     # share of the run's steps in which all weights are trained
     dense_share: Annotated[float, Field(ge=0, lt=1)] = 0.5
-    counts: dict[str, int] | None = None  # entries of each module; filled in when they are chosen
+    # entries of each module; filled in when they are chosen
+    counts: Annotated[dict[str, int] | None, INTERNAL] = None
 
     def attach(self, model):
         from luthier.methods.tuners.sparse.lt_sft.tuned import LotteryTicketModel

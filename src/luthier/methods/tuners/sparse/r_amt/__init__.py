@@ -23,7 +23,14 @@ from luthier.model.anatomy import kind_of, part_of
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2307.15049", row="r-amt", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    paper="arXiv:2307.15049",
+    row="r-amt",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="a task's copy is to be bits: it learns which weights to switch off and changes none of them.",
+    costs="one trainable number for each masked weight while training; an eighth of a byte a weight"
+    " when saved.",
+)
 class RAMT(Delta):
     """Regularized mask tuning."""
 

@@ -22,7 +22,16 @@ from luthier.methods.tuners.sparse._sparse import Sparse, spread
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2409.06633", row="sara-sparse", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    paper="arXiv:2409.06633",
+    row="sara-sparse",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="you want to add a skill while moving only the weights that matter least to the base"
+    " model: the smallest ones.",
+    costs="values and positions of the trained entries; whole gradients of a matrix are computed and"
+    " then reduced to them.",
+    starting_rate="start with that of `lora`.",
+)
 class SaRA(Sparse):
     """Progressive sparse low-rank adaptation."""
 

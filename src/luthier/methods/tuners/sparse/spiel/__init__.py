@@ -27,7 +27,16 @@ from luthier.methods.tuners.sparse._sparse import Sparse, greatest, regrow, smal
 from luthier.registry import tuner
 
 
-@tuner(paper="arXiv:2401.16405", row="spiel", provides=[DISABLE_ADAPTER, MERGE])
+@tuner(
+    paper="arXiv:2401.16405",
+    row="spiel",
+    provides=[DISABLE_ADAPTER, MERGE],
+    use_when="you want sparse fine-tuning of single weights whose positions are to be found while"
+    " training, rather than fixed beforehand.",
+    costs="values, positions and optimizer state of `density` of the entries; growth `ag` computes"
+    " whole gradients in some steps, `ma` does not.",
+    starting_rate="start with that of `lora`; its recipe here takes 0.005 on a toy model.",
+)
 class SpIEL(Sparse):
     """Sparse fine-tuning with a changing set of indices."""
 

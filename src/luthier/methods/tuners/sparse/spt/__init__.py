@@ -23,7 +23,7 @@ from luthier.errors import RecipeError
 from luthier.methods.tuners._base import DISABLE_ADAPTER, MERGE
 from luthier.methods.tuners._delta import Delta
 from luthier.methods.tuners.sparse._sparse import Sparse
-from luthier.registry import family, tuner
+from luthier.registry import INTERNAL, family, tuner
 
 
 @tuner(
@@ -31,6 +31,10 @@ from luthier.registry import family, tuner
     paper="arXiv:2303.08566",
     row="spt-sensitivity",
     provides=[DISABLE_ADAPTER, MERGE],
+    use_when="you have a fixed budget of trainable parameters and want it spent where the loss is most"
+    " sensitive.",
+    costs="a pass over `init_rows` rows with one fp32 number a weight; then as a LoRA of the same budget.",
+    starting_rate="start with that of `lora`.",
 )
 class SPT(Sparse):
     """Sensitivity-aware tuning."""
@@ -45,7 +49,7 @@ class SPT(Sparse):
     r: Annotated[int, Field(ge=1)] = 8  # rank of the LoRAs
     init_rows: Annotated[int, Field(ge=1)] = 64  # rows on which sensitivities are measured
     # module -> trainable entries, or minus the rank of its LoRA; filled in from the rows
-    plan: dict[str, int] | None = None
+    plan: Annotated[dict[str, int] | None, INTERNAL] = None
 
     def attach(self, model):
         from luthier.methods.tuners.sparse._targets import chosen_modules
