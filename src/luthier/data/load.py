@@ -22,7 +22,7 @@ from luthier.errors import RecipeError
 from luthier.methods.formats._base import BadRow, Format
 from luthier.recipe.recipe import Recipe
 from luthier.registry import build, did_you_mean
-from luthier.storage.toy import current_row
+from luthier.storage.toy import current_row, former_row
 
 MIN_HELD_OUT = 4  # fewer rows measure nothing, so none are held out
 
@@ -47,6 +47,10 @@ class Data:
     fingerprint: str  # of rows and held_out; a resumed run must have the same
     format: str = ""  # what they were read as
 
+    def former_fingerprint(self) -> str:
+        """The fingerprint that version 0.1 gave these rows, whose toy tasks had another column."""
+        return fingerprint_of(list(map(former_row, self.rows)), list(map(former_row, self.held_out)))
+
 
 def load_data(recipe: Recipe, quarantine: Path | None = None) -> Data:
     """The recipe's rows in canonical form, split, with the bad ones apart (and written to `quarantine`).
@@ -68,9 +72,13 @@ def load_data(recipe: Recipe, quarantine: Path | None = None) -> Data:
     elif eval_data:
         other = load_rows(eval_data, max_bad_rows=recipe.max_bad_rows, quarantine=quarantine)
         held_out, bad = other.rows, [*bad, *other.bad]
+    return Data(rows, held_out, bad, fingerprint_of(rows, held_out), loaded.format)
+
+
+def fingerprint_of(rows: list[dict], held_out: list[dict]) -> str:
+    """What tells these rows from others."""
     content = json.dumps([rows, held_out], sort_keys=True, default=str)
-    fingerprint = hashlib.sha256(content.encode()).hexdigest()[:16]
-    return Data(rows, held_out, bad, fingerprint, loaded.format)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------------- sources

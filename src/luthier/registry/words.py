@@ -46,11 +46,12 @@ class Column(Capability):
 
     per: what it has one value for: a row, each completion of a row, or each supervised token of each
     completion. example: values that tests write into it, in turn; a column that two or more kinds of tests
-    need has some.
+    need has some. former: its name in version 0.1.
     """
 
     per: Literal["row", "completion", "token"]
     example: tuple[Any, ...]
+    former: str
 
     def __new__(
         cls,
@@ -59,13 +60,14 @@ class Column(Capability):
         says: str = "",
         advice: str = "",
         example: tuple[Any, ...] = (),
+        former: str = "",
     ) -> Self:
         self = super().__new__(cls, name, says or f"rows with a column `{name}`", advice, of_rows=True)
-        self.per, self.example = per, example
+        self.per, self.example, self.former = per, example, former
         return self
 
     def __getnewargs__(self) -> tuple[Any, ...]:
-        return str(self), self.per, self.says, self.advice, self.example
+        return str(self), self.per, self.says, self.advice, self.example, self.former
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ def open_session(
     if sentence := unused_columns(data):
         callback.warn(sentence)
     methods = dry_run(recipe, data.rows[:100])
-    with open_folder(folder, recipe, data.fingerprint, main, overwrite) as state:
+    with open_folder(folder, recipe, data, main, overwrite) as state:
         if _broadcast(state.finished, accelerator):
             callback.warn(f"{folder} holds this run, finished: nothing to do (overwrite=true starts over)")
             yield Report.read(folder)

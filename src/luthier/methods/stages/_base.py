@@ -20,10 +20,16 @@ SAMPLES = Capability(
     costs="sampling several completions of each prompt at each step; usually most of the time of a run.",
 )
 OLD_LOGPROBS = Column(
-    "old_logprobs", per="token", says="the sampler's own log-probabilities", example=(-3.5, -3.4, -3.6)
+    "old_logprobs",
+    per="token",
+    says="the sampler's own log-probabilities",
+    example=(-3.5, -3.4, -3.6),
+    former="old",
 )
 TRUNCATED = Column("truncated", per="completion", says="whether a sample ended without a stop token")
-CACHED_LOGPROBS = Column("cached_logprobs", per="token", says="log-probabilities cached with the rows")
+CACHED_LOGPROBS = Column(
+    "cached_logprobs", per="token", says="log-probabilities cached with the rows", former="remembered"
+)
 REWARDS = Column(
     "rewards",
     says="several rewards of each completion, by name (column `rewards`)",

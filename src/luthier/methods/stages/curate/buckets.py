@@ -17,7 +17,7 @@ from luthier.methods.formats._base import COMPLETIONS, SCORES
 from luthier.methods.stages._base import Stage, pick
 from luthier.registry import Column, stage
 
-QUALITY_BIN = Column("quality_bin", says="rows with a `quality_bin` (stage buckets)")
+QUALITY_BIN = Column("quality_bin", says="rows with a `quality_bin` (stage buckets)", former="bucket")
 
 
 @stage(
