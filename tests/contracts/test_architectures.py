@@ -154,7 +154,7 @@ def test_an_unknown_head_falls_back_to_the_networks_own():
 def test_a_network_that_no_reading_suits_is_refused(monkeypatch):
     model = zoo.make("llama")
     monkeypatch.setattr(type(CAUSAL), "plain", lambda self, m, a, b: torch.zeros(len(b.owner)))
-    with pytest.raises(Refused, match="cannot read"):
+    with pytest.raises(Refused, match="cannot run"):
         guards.check_forward(Policy(CAUSAL, model, Untuned(model)), zoo.rows(), lambda s: None)
 
 

@@ -104,14 +104,14 @@ def test_a_signature_is_text_and_back():
     assert s.read(said + "\n\nQuestion: more?\nAnswer: Bob") == s.read(said) == s.read("Reasoning:" + said)
     assert s.read("no idea") == {"reasoning": "no idea", "answer": ""}
     for wrong in ("question", "-> answer", "a b -> c", "a -> a"):
-        with pytest.raises(RecipeError, match="is no signature"):
+        with pytest.raises(RecipeError, match="is not a signature"):
             Signature.of(wrong)
 
 
 def test_a_program_without_a_model_or_with_other_rows_is_refused():
-    with pytest.raises(RecipeError, match="no model yet"):
+    with pytest.raises(RecipeError, match="has no model"):
         compiler("bootstrap_few_shot").compile(TwoSteps(), ROWS, right)
-    with pytest.raises(RecipeError, match="reads 'word'"):
+    with pytest.raises(RecipeError, match="needs the column 'word'"):
         compiler("bootstrap_few_shot").compile(TwoSteps().using(Scripted(knows())), [{"term": "x"}], right)
     with pytest.raises(RecipeError, match="no rows"):
         compiler("random_search").compile(TwoSteps().using(Scripted(knows())), [], right)
@@ -443,7 +443,7 @@ def test_code_and_text_are_trainable_too():
         node(1, trainable=True)
     with pytest.raises(RecipeError, match="nothing was said"):
         compiler("optoprime").optimizer([code], Scripted(lambda p: "")).step()
-    with pytest.raises(RecipeError, match="two nodes are called"):
+    with pytest.raises(RecipeError, match="two nodes have the name"):
         compiler("optoprime").optimizer([Node(1, "a", True), Node(2, "a", True)], Scripted(lambda p: ""))
 
 

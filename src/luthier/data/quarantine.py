@@ -74,7 +74,7 @@ def too_many(
         f" {'; '.join(reasons)}"
     )
     if quarantine is not None:
-        message += f"; all are in {quarantine}"
+        message += f"; all of them are listed in {quarantine}"
     return message
 
 

@@ -297,7 +297,7 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     for name in UNSUPPORTED:
         if options.get(name) is not None:
-            raise NotImplementedError(f"attention with {name} is not computed block by block")
+            raise NotImplementedError(f"block-wise attention does not support {name}")
     how.used = True
     if scale is None:
         scale = query.shape[-1] ** -0.5

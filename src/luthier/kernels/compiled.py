@@ -24,8 +24,8 @@ def compile_blocks(model: nn.Module) -> int:
     blocks = [m for m in model.modules() if type(m).__name__ in names]
     if not blocks:
         raise RecipeError(
-            f"torch_compile: {type(model).__name__} does not say which of its modules are layers; leave"
-            " torch_compile out"
+            f"torch_compile: {type(model).__name__} does not declare which modules are its"
+            " layers (_no_split_modules); leave torch_compile out"
         )
     for block in blocks:
         block.compile(dynamic=True)

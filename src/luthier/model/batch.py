@@ -186,8 +186,9 @@ class Batch:
                     weights = row["token_weights"][k]
                 if len(weights) != n:
                     raise RecipeError(
-                        f"token_weights of row {row['id']} holds {len(weights)} numbers for {n} learned"
-                        " tokens: it was written for another completion, tokenizer or max_length"
+                        f"token_weights of row {row['id']} has {len(weights)} values for {n}"
+                        " supervised tokens: it was computed for another completion, tokenizer"
+                        " or max_length"
                     )
                 values += weights
         return torch.tensor(values, dtype=torch.float32, device=self.ids.device)
@@ -196,8 +197,9 @@ class Batch:
         """[T] one number per target token, from a column of lists that a stage wrote."""
         if self.altered:
             raise RecipeError(
-                f"column '{name}' answers for the rows as they are, and this objective also asks about"
-                " altered ones: let a model play that role, e.g. `roles: {reference: start}`"
+                f"column '{name}' was computed for the unmodified rows, but this objective also"
+                " evaluates modified ones; use a model for this role, e.g. `roles: {reference:"
+                " initial}`"
             )
         values: list[float] = []
         for row in self.rows:
@@ -205,9 +207,9 @@ class Batch:
                 values += map(float, completion)
         if len(values) != len(self.owner):
             raise RecipeError(
-                f"column '{name}' holds {len(values)} numbers for {len(self.owner)} supervised tokens, on"
-                f" rows {[row['id'] for row in self.rows][:4]}: it was written for other completions or"
-                " another tokenizer"
+                f"column '{name}' has {len(values)} values for {len(self.owner)} supervised"
+                f" tokens (rows {[row['id'] for row in self.rows][:4]}): it was computed for"
+                " other completions, another tokenizer or max_length"
             )
         return torch.tensor(values, device=self.ids.device)
 
@@ -215,8 +217,8 @@ class Batch:
         """[T, k] a list of k numbers per target token, from a column of them for each completion."""
         if self.altered:
             raise RecipeError(
-                f"column '{name}' answers for the rows as they are, and this objective also asks about"
-                " altered ones"
+                f"column '{name}' was computed for the unmodified rows, but this objective also"
+                " evaluates modified ones; use a model for this role"
             )
         values: list[list[float]] = []
         for row in self.rows:
@@ -224,8 +226,9 @@ class Batch:
                 values += completion
         if len(values) != len(self.owner):
             raise RecipeError(
-                f"column '{name}' holds {len(values)} lists for {len(self.owner)} supervised tokens: it was"
-                " written for others"
+                f"column '{name}' has {len(values)} lists for {len(self.owner)} supervised"
+                " tokens: it was computed for other completions, another tokenizer or"
+                " max_length"
             )
         dtype = torch.long
         if values and isinstance(values[0][0], float):

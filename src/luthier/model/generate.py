@@ -71,7 +71,8 @@ def generate(
             room[i] = min(max_new_tokens, limit - writer.needed(len(prompt)))
     if min(room, default=1) < 1:
         raise RecipeError(
-            f"a prompt of {max(map(len, prompts))} tokens leaves no room to write: the network holds {limit}"
+            f"the prompt has {max(map(len, prompts))} tokens, which leaves none to generate:"
+            f" the model has {limit} positions"
         )
     out: list[list[list[int]]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -280,9 +281,11 @@ class Sharing(Cached):
         from transformers.cache_utils import DynamicLayer
 
         if self.device.type != "cpu" or not takes_plans(self.model) or not self.bare:
-            raise NotImplementedError("this network's attention is not asked one token at a time")
+            raise NotImplementedError(
+                "this model does not support decoding one token at a time with luthier's attention"
+            )
         if any(type(layer) is not DynamicLayer for layer in self.cache.layers):
-            raise NotImplementedError("this network keeps more than keys and values")
+            raise NotImplementedError("this model caches more than keys and values")
         self.decoding = Decoding(torch.arange(len(self.mask) * n), n, self.mask.bool())
         for layer in self.cache.layers:
             split_layer(layer, n)
@@ -382,17 +385,17 @@ def decoder_writer(model: Network, attached: Any, prefix: bool = False) -> Write
                     gap = float((_trial(way(model, attached, prefix)) - slow).abs().mean())
                 except CANNOT as error:
                     first_line, _, _ = str(error).partition("\n")
-                    reason = f"cannot ({type(error).__name__}: {first_line[:100]})"
+                    reason = f"fails ({type(error).__name__}: {first_line[:100]})"
                     continue
                 if gap <= logprob_tolerance(model):
                     reason = ""
                     break
-                reason = f"writes otherwise, by {gap:.1e} in log-probability on average"
+                reason = f"generates different text (log-probabilities differ by {gap:.1e} on average)"
         _ways[model] = Rereading if reason else way
         if reason:
             name = type(model).__name__
             warnings.warn(
-                f"{name} {reason} with a cache: all is read again for each token, slower and right",
+                f"{name} {reason} with a KV cache; generating without it (slower, results are correct)",
                 stacklevel=3,
             )
     return _ways[model](model, attached, prefix)

@@ -49,7 +49,7 @@ class LanguageModel(Architecture):
     @property
     def reading(self) -> str:
         if self.own_head:
-            return "through the network's own head, all logits at once"
+            return "through the model's own head, all logits at once"
         return "padded"
 
     def simpler(self) -> LanguageModel | None:
@@ -111,7 +111,10 @@ def behind_blocks(model: Network) -> Iterator[list[Tensor]]:
 
     hooks = [m.register_forward_hook(keep) for m in blocks]
     if not hooks:
-        raise RecipeError(f"{type(model).__name__} has no list of layers whose states could be compared")
+        raise RecipeError(
+            f"{type(model).__name__} has no list of layers, so hidden states of single layers are"
+            " not available"
+        )
     try:
         yield states
     finally:
@@ -132,7 +135,9 @@ def as_mask(model: Network, may: Tensor) -> Tensor:
     """[R, 1, W, W] bool, True = may look -> the form that the model's attention takes."""
     kind = model.config.get_text_config()._attn_implementation
     if kind not in ("sdpa", "eager", NAME):
-        raise ValueError(f"attention '{kind}' takes no block mask (sdpa and eager do)")
+        raise ValueError(
+            f"attention '{kind}' does not accept a block mask; set attn_implementation to sdpa or eager"
+        )
     if kind != "eager":
         return may
     dtype = model.get_input_embeddings().weight.dtype
@@ -207,7 +212,7 @@ def logits_at(model: Network, inputs: dict[str, Any], at: Tensor) -> Tensor:
 def _head(model: Network) -> Matrix:
     head = model.get_output_embeddings()
     if head is None:
-        raise ValueError(f"{type(model).__name__} does not tell its output embeddings")
+        raise ValueError(f"{type(model).__name__} does not expose its output embeddings")
     return head
 
 
@@ -264,7 +269,7 @@ def _measure(model: Network, module: nn.Module, inputs: dict[str, Any]) -> tuple
         scale = float(answers[1, 0]) / float(probe[1])
     expected = Head(nn.Identity(), scale, softcap, bias)(probe.expand_as(answers))
     if not torch.allclose(expected[3:], answers[3:], rtol=1e-5, atol=1e-5):
-        raise ValueError(f"what {type(model).__name__} does to its logits after the head is not known")
+        raise ValueError(f"{type(model).__name__} changes its logits after the head in an unknown way")
     if abs(scale - 1) < 1e-6:
         scale = 1.0
     return scale, softcap, bias

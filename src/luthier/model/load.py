@@ -76,7 +76,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise RecipeError(
-            f"model {recipe.model} cannot be loaded: {str(error).strip().splitlines()[0]}"
+            f"model: {recipe.model} cannot be loaded: {str(error).strip().splitlines()[0]}"
         ) from None
     model.config.use_cache = False
     if recipe.gradient_checkpointing is True:
@@ -117,7 +117,7 @@ def _calibrated(parts: Methods, roles: Roles, rows: list[dict], folder: Path | N
     from luthier.model.quantized import FILE, quantize, save
 
     if parts.quantizer.reads and not rows:
-        raise RecipeError(f"quantizer '{parts.quantizer.name}' looks at rows, and there are none here")
+        raise RecipeError(f"quantizer '{parts.quantizer.name}' needs calibration rows, and there are none")
     quantize(roles.policy.model, parts.quantizer, roles, rows)
     if folder is not None:
         save(roles.policy.model, folder / FILE)
@@ -151,8 +151,8 @@ def assemble(
     most = max_positions(model) - attached.virtual
     if recipe.max_length and recipe.max_length > most:
         raise RecipeError(
-            f"max_length: {recipe.max_length} tokens, and {recipe.model} reads {most} at most under this"
-            " tuner"
+            f"max_length: {recipe.max_length} tokens is more than {recipe.model} reads with"
+            f" this tuner ({most})"
         )
     limit = recipe.max_length or min(2048, most)
     renderer = parts.architecture.renderer(
@@ -187,8 +187,9 @@ def attach(tuner: Any, model: Network) -> Any:
     left = {new[i] for i in new.keys() - moving}
     if left and tuner.provides and not hasattr(tuner, "modules_to_save"):
         raise RecipeError(
-            f"tuner '{tuner.name}' would leave {', '.join(sorted(left))} as random as it was made, since the"
-            " checkpoint has none; take one that trains it along: lora, full, or any with modules_to_save"
+            f"tuner '{tuner.name}' does not train {', '.join(sorted(left))}, which the"
+            " checkpoint has no weights for; use a tuner that does: lora, full, or any with"
+            " modules_to_save"
         )
     return attached
 
@@ -197,7 +198,9 @@ def tensors_of(start: Any, attached: Any) -> dict[str, torch.Tensor]:
     """What a finished run moved, or a merge of several runs."""
     if isinstance(start, dict):
         if set(start) != {"merge", "of"} or not start["of"]:
-            raise RecipeError("start: give a run's folder, or {merge: average, of: [folder, folder]}")
+            raise RecipeError(
+                "init_from: expected the folder of a run, or {merge: average, of: [folder, folder]}"
+            )
         merger = build("merger", start["merge"])
         # nothing has been trained or loaded yet
         base = None
@@ -206,7 +209,7 @@ def tensors_of(start: Any, attached: Any) -> dict[str, torch.Tensor]:
         return merger.merge([tensors_of(s, attached) for s in start["of"]], base)
     folder = Path(start)
     if not folder.is_dir():
-        raise RecipeError(f"start: there is no folder {folder}")
+        raise RecipeError(f"init_from: folder {folder} does not exist")
     return {k: v for k, v in attached.read(folder).items() if not k.startswith(PREFIX)}
 
 

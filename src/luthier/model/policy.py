@@ -69,7 +69,8 @@ class Policy(nn.Module):
                 LAYERS.reset(token)
         if batch.read[self.role].layers is None:
             raise RecipeError(
-                "this architecture gives no states of single layers; a language model or masked_lm does"
+                "this architecture gives no hidden states of single layers; use a causal"
+                " language model or masked_lm"
             )
         return batch.read[self.role].layers
 
@@ -130,7 +131,8 @@ class Roles:
         if role in self.__dict__.get("players", ()):
             return self.players[role]
         raise RecipeError(
-            f"nobody plays '{role}' in this recipe; say who under roles, e.g. `roles: {{{role}: start}}`"
+            f"no model has the role '{role}' in this recipe; set it under roles, e.g. `roles:"
+            f" {{{role}: initial}}`"
         )
 
     def policies(self) -> list[Policy]:

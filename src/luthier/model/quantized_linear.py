@@ -251,14 +251,14 @@ def describe(model: Network) -> tuple[str, ...]:
     dense = count * coded[0].compute.itemsize
     rest = sum(p.numel() * p.element_size() for p in model.parameters())
     sentences = [
-        f"{len(coded)} linear weights are kept as {coded[0].quantizer.name}, {8 * stored / count:.2f} bits a"
-        f" number: {stored / 2**20:,.0f} MB in place of {dense / 2**20:,.0f}; everything else of the base"
-        f" takes {rest / 2**20:,.0f} MB"
+        f"{len(coded)} linear weights are quantized to {coded[0].quantizer.name} at"
+        f" {8 * stored / count:.2f} bits per weight: {stored / 2**20:,.0f} MB instead of"
+        f" {dense / 2**20:,.0f}; the rest of the base takes {rest / 2**20:,.0f} MB"
     ]
     fused = [n for n, p in model.named_parameters() if p.ndim == 3 and ".experts" in n]
     if fused:
         sentences.append(
-            f"{len(fused)} fused expert weights ({fused[0]}, ...) have a form that is not quantized: they"
-            " stay as they are"
+            f"{len(fused)} fused expert weights ({fused[0]}, ...) have a layout that cannot be"
+            " quantized and keep their precision"
         )
     return tuple(sentences)

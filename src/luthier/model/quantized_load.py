@@ -120,8 +120,7 @@ class Quantize(ConversionOps):
             there = getattr(module, slot).shape
             if tuple(value.shape) != tuple(there):
                 raise RecipeError(
-                    f"{name} has the shape {tuple(value.shape)} in the checkpoint, and {tuple(there)} in the"
-                    " model"
+                    f"{name} has shape {tuple(value.shape)} in the checkpoint but {tuple(there)} in the model"
                 )
             if isinstance(module, Experts):
                 for e, W in enumerate(value):
@@ -167,7 +166,7 @@ def chosen(model: Any, quantizer: Quantizer) -> list[str]:
         skip |= matches
     quantized = [n for n in names if n not in skip]
     if not quantized:
-        raise RecipeError(f"quantization: {type(model).__name__} has no linear module to quantize")
+        raise RecipeError(f"quantization: {type(model).__name__} has no linear modules to quantize")
     return quantized
 
 

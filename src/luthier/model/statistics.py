@@ -40,7 +40,7 @@ def statistics(kind: str, modules: Modules, rows: list[dict], roles: Any) -> Ite
     What was yielded is kept no longer. Raises RecipeError where there are no rows, or none reaches a module.
     """
     if not rows:
-        raise RecipeError("a start from data needs rows")
+        raise RecipeError("a data-driven initialization needs rows")
     with torch.no_grad():  # what is measured of a network at its first reading is not counted
         roles.policy.logprobs(roles.batch(rows[:1]))
     groups: list[dict[str, Any]] = [{}]
@@ -149,7 +149,8 @@ def _refuse_unread(unread: list[str], rows: list[dict]) -> None:
     """Raises RecipeError where no row reaches some modules."""
     if unread:
         raise RecipeError(
-            f"none of {len(rows)} rows reaches {unread[0]}: give more rows (init_rows), or leave it out"
+            f"none of the {len(rows)} rows reaches {unread[0]}; use more rows (init_rows), or"
+            " leave this module out"
         )
 
 

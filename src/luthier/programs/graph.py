@@ -92,7 +92,7 @@ class Node:
 def node(data: Any, name: str = "", trainable: bool = False, constraint: str = "") -> Node:
     """A value of the graph. Trainable ones are text, numbers, truth values, or lists and dicts of them."""
     if trainable and not name:
-        raise RecipeError("a trainable node needs a name, by which a model may propose another value")
+        raise RecipeError("a trainable node needs a name, so that a model can propose another value for it")
     return Node(data, name, trainable, constraint)
 
 
@@ -138,7 +138,7 @@ def names_of(nodes: Sequence[Node]) -> dict[int, str]:
     by_name: dict[str, Node] = {}
     for n in nodes:
         if n.name and by_name.setdefault(n.name, n) is not n:
-            raise RecipeError(f"two nodes are called '{n.name}'")
+            raise RecipeError(f"two nodes have the name '{n.name}'")
     names: dict[int, str] = {}
     taken = set(by_name)
     for n in nodes:

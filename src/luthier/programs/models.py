@@ -99,7 +99,7 @@ def speaker(who: Any) -> Speaker:
         return build("role", {"name": "endpoint", **who}).play("speaker", None)
     if not isinstance(who, Speaker):
         raise RecipeError(
-            "a program needs a model: a folder, a name, a URL, or an object with `name` and `ask`, not"
-            f" {who!r}"
+            "a program needs a model: a folder, a Hub name, a URL, or an object with `name`"
+            f" and `ask`, not {who!r}"
         )
     return who

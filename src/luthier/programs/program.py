@@ -30,7 +30,9 @@ class Prediction(dict):
         try:
             return self[name]
         except KeyError:
-            raise AttributeError(f"this prediction has no '{name}' (it has: {', '.join(self)})") from None
+            raise AttributeError(
+                f"the prediction has no output '{name}' (it has: {', '.join(self)})"
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,8 @@ class Program:
         own = program.predictors()
         if own.keys() != state.keys():
             raise RecipeError(
-                f"this state is of another program: it has {', '.join(state)}, and the program"
-                f" {', '.join(own)}"
+                f"the saved state belongs to another program: it has {', '.join(state)}, this"
+                f" program {', '.join(own)}"
             )
         for name, predictor in own.items():
             instructions = state[name]["instructions"]
@@ -146,8 +148,8 @@ class Program:
                 columns.append(parameter.name)
             elif parameter.default is parameter.empty:
                 raise RecipeError(
-                    f"{type(self).__name__} reads '{parameter.name}', and a row has no such column (it has:"
-                    f" {', '.join(row)})"
+                    f"{type(self).__name__} needs the column '{parameter.name}', but a row does"
+                    f" not have it (it has: {', '.join(row)})"
                 )
         return columns
 
@@ -169,7 +171,7 @@ class Predict(Program):
 
     def forward(self, **inputs):
         if self.lm is None:
-            raise RecipeError("this program has no model yet: `program = program.using('toy:lm')`")
+            raise RecipeError("the program has no model; set one: `program = program.using('toy:lm')`")
         how = _HOW.get() or How()
         question = {n: inputs.get(n) for n in self.signature.inputs}
         demos = []
@@ -269,7 +271,7 @@ class ProgramOfThought(Program):
     def __init__(self, signature: str | Signature, tries: int = 2, timeout: float = 5.0):
         own = Signature.of(signature)
         if len(own.outputs) != 1:
-            raise RecipeError(f"{own}: a program of thought prints one output")
+            raise RecipeError(f"{own}: ProgramOfThought needs a signature with exactly one output")
         self.tries, self.timeout, self.output = tries, timeout, own.outputs[0]
         self._inputs = own.inputs
         instructions = f"{own.instructions} Write Python that prints the {self.output}.".strip()
@@ -295,7 +297,7 @@ class Majority(Program):
 
     def __init__(self, programs: Sequence[Program]):
         if not programs:
-            raise RecipeError("a majority needs at least one program")
+            raise RecipeError("Majority needs at least one program")
         self.programs = list(programs)
 
     def forward(self, **inputs):
@@ -315,7 +317,7 @@ class Majority(Program):
 def evaluate(program: Program, rows: Sequence[Mapping[str, Any]], metric: Metric) -> float:
     """The mean of the metric over rows."""
     if not rows:
-        raise RecipeError("there are no rows to evaluate a program on")
+        raise RecipeError("evaluating a program needs at least one row")
     total = 0.0
     for row in rows:
         prediction, _ = program.run(row)

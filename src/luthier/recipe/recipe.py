@@ -260,7 +260,7 @@ def terms(value: Any) -> Any:
         return value
     if isinstance(value, str):
         if not re.fullmatch(rf"{TERM}(\+{TERM})*", value):
-            raise RecipeError(f"objective '{value}' is not a name or a sum such as 'dpo + 0.1*sft'")
+            raise RecipeError(f"objective: {value!r} must be a name or a sum such as 'dpo + 0.1*sft'")
         value = [{"name": name, "weight": float(weight or 1)} for weight, name in re.findall(TERM, value)]
     parts = []
     for term in value if isinstance(value, (list, tuple)) else [value]:

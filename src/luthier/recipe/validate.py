@@ -83,7 +83,7 @@ def check_roles(recipe: Recipe, required: Set[str]) -> None:
     """
     for name in recipe.roles:
         if name in FIXED:
-            raise RecipeError(f"roles: '{name}' is no role that can be chosen: every recipe has its own")
+            raise RecipeError(f"roles: '{name}' cannot be set: every recipe has this role built in")
         if name not in required:
             provided = {word for card in cards() for word in card.provides}
             others = {word for card in cards() for word in card.requires}
@@ -126,8 +126,8 @@ def detect(model: str) -> Any:
     classes = ", ".join(config.architectures or ["no architecture"])
     choices = ", ".join(architecture.name for architecture in every)
     raise RecipeError(
-        f"{model}: its config names {classes}, which is not plainly one of {choices}; say which with"
-        " `architecture:`"
+        f"{model}: the architecture is not clear from its config ({classes}); set"
+        f" `architecture:` to one of {choices}"
     )
 
 
@@ -217,9 +217,10 @@ def check_values(methods: Methods, available: Set[str], recipe: Recipe) -> None:
         return
     if any(term.flat for _, term in methods.objective.terms()):
         raise RecipeError(
-            f"estimator '{methods.estimator.name}' compares values of the loss, and that of"
-            f" {label(methods.objective, recipe)} is the same for every policy, unless rows hold their"
-            " sampler's log-probabilities: `online_stages: [{name: rollout, old: true}]`"
+            f"estimator '{methods.estimator.name}' compares loss values, but the value of"
+            f" {label(methods.objective, recipe)} is the same for every policy unless the rows"
+            " hold the sampler's log-probabilities; add them with `online_stages: [{name:"
+            " rollout, old: true}]`"
         )
 
 
@@ -231,19 +232,19 @@ def check_samples(methods: Methods, available: Set[str], recipe: Recipe) -> None
     on_policy = "samples" in requirements(methods.objective)
     if on_policy and not any("samples" in stage.provides for stage in methods.online_stages):
         raise RecipeError(
-            f"{name} learns from fresh samples; write the rollout under `online_stages`, not under `stages`"
+            f"{name} trains on fresh samples; move the rollout from `stages` to `online_stages`"
         )
     if recipe.num_iterations == 1:
         return
     if not on_policy:
         raise RecipeError(
-            f"num_iterations: {recipe.num_iterations} learns from each draw of samples several times, and"
-            f" {name} learns from none"
+            f"num_iterations: {recipe.num_iterations} reuses each batch of samples, but {name}"
+            " does not train on samples; leave num_iterations out"
         )
     if "old_logprobs" not in available:
         raise RecipeError(
-            f"num_iterations: {recipe.num_iterations} needs the sampler's own log-probabilities:"
-            " `online_stages: [{name: rollout, old: true}, ...]`"
+            f"num_iterations: {recipe.num_iterations} needs the sampler's log-probabilities;"
+            " add them with `online_stages: [{name: rollout, old: true}, ...]`"
         )
 
 
@@ -253,8 +254,9 @@ def check_quantized(tuner: Any, quantizer: Any) -> None:
         return
     able = [f"'{card.name}'" for card in cards("tuner") if find("tuner", card.name).on_quantized]
     raise RecipeError(
-        f"tuner '{tuner.name}' trains the model's own weights, and under quantization: {quantizer.name} they"
-        f" are codes, which cannot be trained; take one of {', '.join(able)}, or leave quantization out"
+        f"tuner '{tuner.name}' trains the base model's weights, which `quantization:"
+        f" {quantizer.name}` makes untrainable; use one of {', '.join(able)}, or leave"
+        " quantization out"
     )
 
 
@@ -269,10 +271,12 @@ def check_trackers(trackers: Sequence[str]) -> None:
     installed = {str(t) for t in get_available_trackers()}
     for name in trackers:
         if name not in every:
-            raise RecipeError(f"report_to: accelerate has no tracker '{name}'{did_you_mean(name, every)}")
+            raise RecipeError(
+                f"report_to: accelerate has no tracker named '{name}'{did_you_mean(name, every)}"
+            )
         if name in LoggerType.list() and name not in installed:
             package = name.replace("comet_ml", "comet-ml")
-            raise RecipeError(f"report_to: '{name}' is not installed: pip install {package}")
+            raise RecipeError(f"report_to: '{name}' is not installed; run: pip install {package}")
 
 
 def label(method: Any, recipe: Recipe) -> str:

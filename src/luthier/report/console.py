@@ -92,7 +92,7 @@ class Console(Callback):
         share = stats.get("supervised_share")
         supervised = f" ({100 * share:.0f}% supervised)" if share else ""
         tokens = f"{stats.get('row_tokens', 0):,} tokens{supervised}"
-        self.say(f"{len(rows):,} training rows, {tokens}; the first ones as the model reads them:")
+        self.say(f"{len(rows):,} training rows, {tokens}; the first ones as the model sees them:")
         self._marked_rows(render_rows(roles, rows))
 
     def _marked_rows(self, texts: Iterable[str], limit: int = 600) -> None:
@@ -192,7 +192,7 @@ class Console(Callback):
             if whole != page and whole.is_file():
                 self.say(f"Report of all runs: {whole}")
         if report.stats.get("writes", True):
-            self.say(f"Chat with it: luthier chat {report.folder}")
+            self.say(f"Chat with the model: luthier chat {report.folder}")
 
     def _generations(self, rows: Sequence[dict], most: int = 4) -> None:
         """The same prompts before and after."""

@@ -91,7 +91,7 @@ def _wait_for(
             if failure := read_failure(folder):
                 raise failure
         # refused before it had a folder, or killed: what it said last is all that is known
-        lines = errors.strip().splitlines() or [f"it ended with {running.returncode}"]
+        lines = errors.strip().splitlines() or [f"the process ended with exit code {running.returncode}"]
         raise RecipeError(lines[-1].removeprefix("luthier: "))
 
 

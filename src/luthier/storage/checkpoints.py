@@ -139,7 +139,7 @@ def verify(tensors: Mapping[str, Tensor], path: Path) -> None:
     with safe_open(str(path), framework="pt") as file:
         missing = sorted(tensors.keys() - set(file.keys()))
     if missing:
-        raise RuntimeError(f"{path} lacks {missing[0]} after saving")
+        raise RuntimeError(f"{path} is missing {missing[0]} after saving")
     left = list(tensors.items())
     while left:
         read = 0
@@ -148,7 +148,7 @@ def verify(tensors: Mapping[str, Tensor], path: Path) -> None:
             while left and read < WINDOW:
                 name, value = left.pop()
                 if not _same(file.get_tensor(name), value.detach().cpu()):
-                    raise RuntimeError(f"{path}: {name} was not saved as it is")
+                    raise RuntimeError(f"{path}: {name} differs from what was saved")
                 read += value.nbytes
 
 

@@ -21,8 +21,11 @@ from luthier.text.tokens import added_tokens, tokenize, tokenize_all, tokenize_w
 from luthier.text.turns import REWRITES, Rewrites, Span, is_supervised, supervised_spans
 
 BATCH = 1024  # texts in one call of the tokenizer
-NO_PREFIX = "an encoder-decoder reads the prompt apart from the reply, so it takes no prefix"
-NO_START = "the prompt is empty, and the tokenizer begins with no token of its own"
+NO_PREFIX = (
+    "encoder-decoder models have no generation prefix: the encoder reads the prompt, the decoder"
+    " only the reply"
+)
+NO_START = "the prompt is empty, and the tokenizer adds no BOS token"
 COUNTERS = ("cut", "pieces", "turns", "boundary_mismatches")
 
 
@@ -287,7 +290,7 @@ class Renderer:
                 completion = tokenize(self.tokenizer, text)
                 self.boundary_mismatches += not self.encoder
             if not completion:
-                raise BadRow("the tokenizer makes nothing of a completion")
+                raise BadRow("a completion is empty after tokenization")
             completion = self.ended(completion)
             completions.append(completion)
             supervised.append([True] * len(completion))
@@ -311,7 +314,7 @@ class Renderer:
                 ids = self.encode_plain(single, encodings).completions[0]
                 scale = [1.0] * len(ids)
             elif isinstance(row["prompt"], str):
-                raise BadRow("the prompt is text but a completion is messages")
+                raise BadRow("the prompt is text, but a completion is a list of messages")
             else:
                 ids, scale = self.encode_reply(row, prompt, opening, as_turns(completion))
             completions.append(ids)
@@ -398,14 +401,15 @@ class Renderer:
         if last >= 0 and ids[last] in self.special:
             return [i for i in places if i <= last]
         self.warn(
-            "the chat template closes no turn with a special token, so the model is not taught where to stop"
+            "the chat template ends no assistant turn with a special token, so the model does"
+            " not learn when to stop"
         )
         return places
 
     def encode_decoder_reply(self, whole: str, spans: list[Span]) -> tuple[list[int], list[float]]:
         """The one reply that a decoder gives to what the encoder read, ended."""
         if len(spans) != 1:
-            raise BadRow("an encoder-decoder learns one reply a row")
+            raise BadRow("an encoder-decoder trains on exactly one assistant turn per row")
         reply = whole[slice(*spans[0])].strip().removesuffix(self.tokenizer.eos_token or "").strip()
         ids = self.ended(tokenize(self.tokenizer, reply))
         return ids, [1.0] * len(ids)
@@ -422,7 +426,7 @@ class Renderer:
         if self.max_length:
             self.shorten(encoded, self.max_length)
         if not all(map(any, encoded.supervised)):
-            raise BadRow("there is nothing to learn in a completion")
+            raise BadRow("a completion has no supervised tokens")
         return encoded
 
     def shorten(self, encoded: Encoded, most: int) -> None:
@@ -437,7 +441,7 @@ class Renderer:
         room = most if self.encoder else most - size
         if room < 1:
             raise BadRow(
-                f"the prompt leaves no room for a completion within max_length={most} ({size} tokens)"
+                f"the prompt has {size} tokens, which leaves none for a completion (max_length={most})"
             )
         if any(len(completion) > room for completion in encoded.completions):
             encoded.keep(0, room)
