@@ -221,7 +221,7 @@ def test_a_killed_run_of_another_recipe_is_refused(tmp_path):
         return str(error.value)
 
     assert "learning_rate: 0.001 there, 0.002 here" in refusal({**recipe, "learning_rate": 2e-3})
-    assert "its rows were others" in refusal({**recipe, "data": {**recipe["data"], "n": 20}})
+    assert "different rows" in refusal({**recipe, "data": {**recipe["data"], "n": 20}})
     path = folder / "recipe.yaml"
     path.write_text(path.read_text(encoding="utf-8").replace("seed: 0", "seed: 1"), encoding="utf-8")
     refusal({**recipe, "seed": 1})

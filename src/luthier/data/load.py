@@ -58,14 +58,16 @@ def load_data(recipe: Recipe, quarantine: Path | None = None) -> Data:
     Raises RecipeError where there is no data, or an eval_data that makes no sense, and as `load_rows` does.
     """
     if recipe.data is None:
-        raise RecipeError("a recipe needs `data`: a file, a folder, a hub name, rows, or toy:TASK")
+        raise RecipeError(
+            "the recipe has no `data`; set it to a file, a folder, a Hub name, rows, or toy:TASK"
+        )
     loaded = load_rows(recipe.data, max_bad_rows=recipe.max_bad_rows, quarantine=quarantine)
     rows, bad = loaded.rows, loaded.bad
     held_out: list[dict] = []
     eval_data = recipe.eval_data
     if isinstance(eval_data, (int, float)) and not isinstance(eval_data, bool):
         if not 0 <= eval_data < 1:
-            raise RecipeError(f"eval_data: {eval_data} is not a share below 1 (nor a file)")
+            raise RecipeError(f"eval_data: {eval_data} must be a fraction from 0 to below 1, or a file")
         if eval_data and len(rows) * eval_data >= MIN_HELD_OUT:
             # whatever the seed: runs with other seeds are measured on the same rows
             rows, held_out = split(rows, eval_data)

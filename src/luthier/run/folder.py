@@ -97,8 +97,8 @@ def _read_state(folder: Path, recipe: Recipe, data: Data, overwrite: bool) -> di
     if not same and not recipe.overwrite and (folder / BEFORE).is_file():
         difference = _difference(folder, recipe, state, data)
         raise RecipeError(
-            f"{folder} holds another run ({difference}); give another output_dir, or overwrite=true to start"
-            " over there",
+            f"{folder} already holds another run ({difference}); set another output_dir, or"
+            " overwrite=true to delete it and start over",
             "another_run",
         )
     clear(folder)
@@ -114,10 +114,10 @@ def _difference(folder: Path, recipe: Recipe, state: dict, data: Data) -> str:
         if there.get(key) != value and key not in ("data", "eval_data", "output_dir", "overwrite"):
             differences.append(f"{key}: {str(there.get(key))[:40]} there, {str(value)[:40]} here")
     if differences:
-        return "it differs in " + ", ".join(differences[:2])
+        return "different settings: " + ", ".join(differences[:2])
     if state["data"] not in (data.fingerprint, data.former_fingerprint()):
-        return "its rows were others"
-    return "made by another version"
+        return "different rows"
+    return "another luthier version"
 
 
 def clear(folder: Path) -> None:
