@@ -54,7 +54,7 @@ def test_one_tuning_seed_flatters_and_five_flatter_less():
 
 def test_seeds_that_overlap_are_refused(tiny):
     base = {"model": tiny, "data": SUMS, "max_steps": 2}
-    with pytest.raises(RecipeError, match="seeds 2 stand under --seeds and under --test-seeds"):
+    with pytest.raises(RecipeError, match="seeds 2 are in both --seeds and --test-seeds"):
         search_spec(base, seeds="1,2", test_seeds="2,3")
     made = search_spec(base)
     assert not set(made.seeds) & set(made.test_seeds) and made.test_seeds == (0, 1, 2)
@@ -247,7 +247,7 @@ def test_what_was_found_is_tested_on_other_rows(shared, tmp_path):
         subprocesses=False,
         output_dir=tmp_path / "s",
     )
-    with pytest.raises(RecipeError, match="--test-data: 3 of 6 rows also stand in data or eval_data"):
+    with pytest.raises(RecipeError, match="--test-data: 3 of 6 rows are also in data or eval_data"):
         luthier.search(picked, test_data=SUMS[57:63], **how)
     found = luthier.search(picked, test_data=SUMS[60:], **how)
     (run,) = found["comparison"]["arms"]["found-1"]["runs"]
@@ -359,7 +359,7 @@ def test_a_goal_that_nothing_moves_is_told():
         for i in range(3)
     ]
     assert searching.unmoved(wanted, tried) == [
-        "trained was 5.00 in all 3 configurations: nothing that was searched changes it"
+        "trained was 5.00 in all 3 configurations: no setting in the search space changes it"
     ]
     assert not searching.unmoved(wanted, tried[:1])
 
@@ -399,7 +399,7 @@ def test_workers_of_a_cluster_spend_one_budget(shared, tmp_path, monkeypatch):
     assert found["spent"] == len(found["trials"]) == 5 and found["trials"][0]["kind"] == "recipe"
     assert len({json.dumps(t["point"]) for t in found["trials"][1:]}) == 4
     monkeypatch.setattr(cluster.load_ray(), "nodes", lambda: [1, 2])
-    with pytest.raises(RecipeError, match="need --storage"):
+    with pytest.raises(RecipeError, match="needs --storage"):
         cluster.run_workers(2, print, None, print)
 
 

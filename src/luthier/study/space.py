@@ -96,7 +96,7 @@ def parse_space(recipe: Recipe, texts: Sequence[str] = ()) -> SearchSpace:
     for part in sorted(parts or _usual(recipe), key=lambda p: "." in p.partition("=")[0]):
         parser.add(part)
     if not parser.dims:
-        raise RecipeError("--space: nothing varies")
+        raise RecipeError("--space: nothing varies; name at least one key, such as tuner.r=4..64")
     return parser.result()
 
 
@@ -137,7 +137,7 @@ class _Parser:
         key = ".".join([first, *rest])
         if first in FIXED:
             raise RecipeError(
-                f"--space {key}: what is measured, and on which rows, must stay the same in a search"
+                f"--space {key}: what is measured, and on which rows, must stay fixed during a search"
             )
         if key == LAYERS:
             self._extend(_layers(self.recipe))
@@ -162,7 +162,7 @@ class _Parser:
         value = getattr(self.recipe, key)
         own = value.get("name") if isinstance(value, Mapping) else value
         if not values and key != "tuner":
-            raise RecipeError(f"--space {key}: name the choices, as {key}=a|b")
+            raise RecipeError(f"--space {key}: list the choices, as {key}=a|b")
         names = values.split("|") if values else [str(own), *(t for t in TUNERS if t != own)]
         methods = {}
         for name in names:
@@ -186,8 +186,8 @@ class _Parser:
         if values is None:
             if not declared:
                 raise RecipeError(
-                    f"--space {key}.{setting}: none of {', '.join(self.methods[key])} declares a range for"
-                    f" it; give one, as {key}.{setting}=4..64"
+                    f"--space {key}.{setting}: {', '.join(self.methods[key])} declare no range"
+                    f" for it; write one, as {key}.{setting}=4..64"
                 )
             return
         for dim in declared:
@@ -288,7 +288,7 @@ def _setting(recipe: Recipe, key: str, values: str | None) -> Dim:
     else:
         keys = [f.name for f in fields(Recipe) if f.name not in INTERNAL]
         if key not in keys:
-            raise RecipeError(f"--space: a recipe has no '{key}'{did_you_mean(key, [*keys, LAYERS])}")
+            raise RecipeError(f"--space: a recipe has no key '{key}'{did_you_mean(key, [*keys, LAYERS])}")
         name, default, cls = key, getattr(recipe, key), Recipe
     declared, whole = ranges(cls).get(name), _is_whole(cls, name)
     if key == "learning_rate" and default and default != Recipe().learning_rate:
@@ -296,8 +296,8 @@ def _setting(recipe: Recipe, key: str, values: str | None) -> Dim:
     if values is None:
         if declared is None:
             raise RecipeError(
-                f"--space {key}: no range is declared for {name}; give one, as {key}=1..10, or choices, as"
-                f" {key}=1|2|4"
+                f"--space {key}: {name} declares no range; write one, as {key}=1..10, or"
+                f" choices, as {key}=1|2|4"
             )
         return _declared(key, declared, default, whole)
     template = None
@@ -314,7 +314,7 @@ def _owner(recipe: Recipe, key: str) -> Any:
     owner = _method(recipe, first) if first in KINDS else None
     if owner is None:
         raise RecipeError(
-            f"--space {key}: '{first}' holds no single method in this recipe{did_you_mean(first, KINDS)}"
+            f"--space {key}: '{first}' is not a single method in this recipe{did_you_mean(first, KINDS)}"
         )
     settings = [f.name for f in fields(owner)]
     if setting not in settings:
@@ -343,7 +343,7 @@ def _dim(
         return Dim(name, low, high, log, whole, default=default if inside else None, when=when)
     except (ValueError, yaml.YAMLError) as error:
         raise RecipeError(
-            f"--space {name}={values}: not a range such as 4..64 or choices such as 4|8|16 ({error})"
+            f"--space {name}={values}: expected a range such as 4..64 or choices such as 4|8|16 ({error})"
         ) from None
 
 
@@ -351,8 +351,8 @@ def _layers(recipe: Recipe) -> list[Dim]:
     """Each layer, tuned or not."""
     tuner = build("tuner", recipe.tuner)
     if not hasattr(tuner, "only"):
-        raise RecipeError(f"--space layers: tuner '{tuner.name}' does not choose among layers")
+        raise RecipeError(f"--space layers: tuner '{tuner.name}' does not support a choice of layers")
     count = getattr(model_config(recipe.model).get_text_config(), "num_hidden_layers", None)
     if not count:
-        raise RecipeError(f"--space layers: the config of {recipe.model} does not say how many layers it has")
+        raise RecipeError(f"--space layers: the config of {recipe.model} does not give the number of layers")
     return [Dim(f"{LAYERS}.{i}", choices=(True, False), default=True) for i in range(count)]

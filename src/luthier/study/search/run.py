@@ -105,7 +105,7 @@ def _claim(folder: Path, spec: SearchSpec) -> None:
         path = folder / name
         if path.is_file():
             if json.loads(path.read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
-                raise RecipeError(f"{folder} holds another search; choose another folder (--output-dir)")
+                raise RecipeError(f"{folder} holds another search; choose another folder with --output-dir")
             return
     files.write_json(folder / SPEC, {"fingerprint": fingerprint, "recipe": spec.space.recipe.yaml()})
 
@@ -117,8 +117,8 @@ def _opening_notes(spec: SearchSpec) -> list[str]:
     notes = [f"search over {names}; goals: {goals}"]
     if len(spec.seeds) == 1:
         notes.append(
-            "one tuning seed: what is found may be chance; --seeds 3 separates chance from merit, at three"
-            " times the cost"
+            "only one tuning seed: differences may be chance; --seeds 3 makes them reliable at"
+            " three times the cost"
         )
     return notes
 
@@ -137,7 +137,7 @@ def progress_line(spec: SearchSpec, trial: Trial) -> str:
     """Which configuration was measured, and what came of it."""
     observation, measurement = trial.observation, trial.measurement
     text = f"{observation.number}. "
-    text += "the recipe as it is" if trial.kind == "recipe" else describe(observation.point)
+    text += "the unchanged recipe" if trial.kind == "recipe" else describe(observation.point)
     if observation.share < 1:
         text += f" ({format_number(observation.share, True)} of the steps)"
     if measurement.failed:

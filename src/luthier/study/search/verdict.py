@@ -91,8 +91,8 @@ def unmoved(goals: Sequence[Goal], trials: Sequence[Trial]) -> list[str]:
         values = set(map(itemgetter(goal.name), complete.values()))
         if len(complete) > 1 and len(values) == 1:
             notes.append(
-                f"{goal.name} was {format_number(min(values))} in all {len(complete)} configurations:"
-                " nothing that was searched changes it"
+                f"{goal.name} was {format_number(min(values))} in all {len(complete)}"
+                " configurations: no setting in the search space changes it"
             )
     return notes
 
@@ -108,10 +108,7 @@ def judge(
     """
     result = _summary(spec, folder, trials)
     if not chosen:
-        result["sentence"] = (
-            "Nothing was found: no configuration but the recipe itself was measured to its end within the"
-            " limits."
-        )
+        result["sentence"] = "No configuration other than the recipe itself finished within the constraints."
         return result
     arms = {RECIPE: spec.space.recipe}
     for i, trial in enumerate(chosen):
@@ -194,7 +191,7 @@ def _trial(trial: Trial, folder: Path) -> dict[str, Any]:
     return {
         "number": observation.number,
         "point": dict(observation.point),
-        "said": describe(observation.point) or "the recipe as it was",
+        "said": describe(observation.point) or "the unchanged recipe",
         "share": observation.share,
         "goals": _finite(trial.goals),
         "over": observation.violation,
@@ -257,7 +254,7 @@ def _notes_beyond(spec: SearchSpec, runs: Sequence[Path]) -> list[str]:
         for goal in spec.goals:
             beyond = beyond_worst(goal, read_points(run))
             if beyond:
-                notes.append(f"{run.name}: {beyond}; what lies there counts nothing")
+                notes.append(f"{run.name}: {beyond}; points beyond it add nothing to the hypervolume")
     return notes
 
 
@@ -328,12 +325,12 @@ def _front_sentence(goal: Goal, lines: Sequence[dict[str, Any]]) -> str:
     text = f"{goal.name} on test seeds: {_with_interval(goal, best)}"
     if recipe is None:
         return text
-    text += f", the {_with_interval(goal, recipe)}"
+    text += f", {_with_interval(goal, recipe)}"
     difference = best.get("beyond", {}).get(goal.name)
     if difference is None:
-        return f"{text}; one seed, or one without a number: whether it is chance is not known"
+        return f"{text}; too few seeds to tell the difference from chance"
     if not difference["apart"]:
-        return f"{text}; no difference seen"
+        return f"{text}; no significant difference"
     size = format_number(abs(difference["mean"]))
     low, high = sorted((abs(difference["low"]), abs(difference["high"])))
     word = "better" if (difference["mean"] > 0) == goal.up else "worse"
