@@ -204,7 +204,7 @@ def test_merging_into_codes_is_refused():
     model, _ = on_codes()
     for name in ("lora", "ssf"):
         attached = put(name, on_codes()[0])
-        with pytest.raises(ValueError, match="takes no change"):
+        with pytest.raises(ValueError, match="cannot be changed in place"):
             attached.peft.merge_adapter()
 
 

@@ -142,7 +142,7 @@ def test_losses_side_by_side_and_who_plays_the_judge_by_length(tiny, tmp_path):
         and max(line["reward"] for line in table) == report.after["generated_reward"]
     )
     flagged = [line for line in table if line["length ratio"] > 1.01]
-    assert len([n for n in report.notes if "fooled by length" in n]) == len(flagged)
+    assert len([n for n in report.notes if "may prefer length" in n]) == len(flagged)
     kept = json.loads((tmp_path / "plan" / "report.json").read_text(encoding="utf-8"))
     assert kept["stats"]["table"] == table
 

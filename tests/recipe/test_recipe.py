@@ -79,7 +79,7 @@ WRONG = [
     ({"objective": "kto"}, ["'kto' requires a score"]),
     (
         {"tuner": "full", "roles": {"reference": "off"}, "objective": "sft + 0.1*kl"},
-        ["role 'base' requires a tuner that can be switched off", "initial"],
+        ["role 'base' requires a tuner that can be disabled", "initial"],
     ),
     ({"roles": {"reference": "of"}}, ["no role 'of'", "base"]),
     ({"live": [{"name": "score", "reward": "exat_match"}]}, ["no reward 'exat_match'", "'exact_match'"]),

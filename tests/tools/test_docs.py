@@ -97,7 +97,7 @@ def test_recipes_in_pages_can_be_read(page):
 
 
 def test_sentences_that_are_explained_are_said():
-    """The troubleshooting page quotes the code: a sentence that the code no longer says has no place
+    """The troubleshooting page quotes the code: a sentence that the code no longer says has no parameter for
     there.
     """
     code = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "src/luthier").rglob("*.py"))

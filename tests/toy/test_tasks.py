@@ -207,7 +207,7 @@ def test_reward_task_takes_one_objective_or_their_mean():
     )
     with pytest.raises(RecipeError, match="did you mean 'warm'"):
         build("reward", {"name": "task", "objective": "warmth"}).scores(row, texts)
-    with pytest.raises(RecipeError, match="reads the column 'task'"):
+    with pytest.raises(RecipeError, match="needs the column 'task'"):
         build("reward", "task").scores({"id": "a", "prompt": "x"}, ["y"])
 
 

@@ -105,7 +105,7 @@ class Architecture:
         """Why batches of several runs on one base cannot be read in one pass (train/batched_forward.py); None
         where they can, by `laid_out_jointly` and `answer`.
         """
-        return "only causal networks that are read alike can be"
+        return "only causal language models with the same layout can be"
 
     def ask(self, batch: Batch, renderer: Renderer, clock: Clock) -> Batch:
         """The batch as it is asked at this step: networks that fill gaps hide tokens here."""
@@ -115,4 +115,4 @@ class Architecture:
         self, model: Network, attached: TunedModel, prompts: list[list[int]], **how: Any
     ) -> list[list[list[int]]]:
         """Completions of each prompt (see architectures/_generate.py)."""
-        raise NotImplementedError(f"'{type(self).__name__}' does not write text")
+        raise NotImplementedError(f"architecture '{type(self).__name__}' cannot generate text")

@@ -87,9 +87,9 @@ def perturbed(
                         p.data = was + d
         if achieved < intended / 10:
             raise Refused(
-                f"{originals[0][1].dtype} rounds {1 - achieved / intended:.0%} of this estimator's step aside"
-                " away, so it would measure next to nothing: give it a longer one (eps, rho), dtype:"
-                " float32, or a tuner with few weights of its own"
+                f"{originals[0][1].dtype} rounds off {1 - achieved / intended:.0%} of this"
+                " estimator's perturbation, so its measurement would be meaningless; use a"
+                " larger eps or rho, dtype: float32, or a tuner with few parameters"
             )
         yield flip
     finally:

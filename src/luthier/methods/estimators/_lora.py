@@ -30,7 +30,7 @@ def lora_groups(chain: Any):
 def scale_of(layer: Any) -> float:
     """s of s B A."""
     if not hasattr(layer, "scaling"):
-        raise RecipeError("estimators 'ggpo' and 'mgpo' are for LoRA")
+        raise RecipeError("estimators 'ggpo' and 'mgpo' work only with LoRA tuners")
     return next(iter(layer.scaling.values()))
 
 

@@ -24,7 +24,7 @@ COMPLETIONS = Column("completions", per="completion", says="rows with completion
 PAIRS = Capability(
     "pairs",
     says="rows with at least two completions of different score (prompt/chosen/rejected)",
-    advice="give prompt/chosen/rejected rows, or make pairs with the stages rollout, score, pairs",
+    advice="use prompt/chosen/rejected rows, or create pairs with the stages rollout, score, pairs",
     of_rows=True,
 )
 SCORES = Column(
@@ -38,10 +38,10 @@ TESTS = Column("tests", says="rows with `tests`", example=("assert True",))
 TOOLS = Column("tools", says="rows with `tools`", example=([],))
 SOURCE = Column("source", says="rows with a `source`", example=("train", "validation"))
 RATIONALE = Column("rationale", says="rows with a `rationale`", example=("because",))
-PROMPTS = Capability("prompts", says="rows with a prompt alone", of_rows=True)
+PROMPTS = Capability("prompts", says="rows with only a prompt", of_rows=True)
 RANKED = Capability("ranked", says="rows with ranked completions", of_rows=True)
-UNPAIRED = Capability("unpaired", says="rows with one completion, good or bad", of_rows=True)
-LABELLED = Capability("labelled", says="rows with the name of a class", of_rows=True)
+UNPAIRED = Capability("unpaired", says="rows with one completion labelled good or bad", of_rows=True)
+LABELLED = Capability("labelled", says="rows with a class name", of_rows=True)
 
 ROLES = {
     "system": "system",
@@ -168,7 +168,7 @@ def opened(value: Any, name: str) -> Any:
         try:
             return json.loads(value)
         except ValueError:
-            raise BadRow(f"{name} looks like JSON but cannot be read") from None
+            raise BadRow(f"{name} looks like JSON but cannot be parsed") from None
     return value
 
 
@@ -199,7 +199,7 @@ def numbers(value: Any, name: str) -> list[float]:
     ):
         raise BadRow(f"{name} is not a list of numbers")
     if not all(abs(v) <= sys.float_info.max for v in value):
-        raise BadRow(f"{name} holds a number that is not finite")
+        raise BadRow(f"{name} contains a number that is not finite")
     return [float(v) for v in value]
 
 
@@ -216,7 +216,7 @@ def calls(value: Any, name: str) -> list[dict]:
         call = opened(call, name)
         inner = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
-            raise BadRow(f"{name} holds a tool call without a name")
+            raise BadRow(f"{name} contains a tool call without a name")
         arguments = opened(inner.get("arguments", {}), name)
         identity = {k: call[k] for k in ("id",) if call.get(k) is not None}
         function = {"name": inner["name"], "arguments": arguments}
@@ -231,7 +231,7 @@ def tools(raw: dict) -> list[dict] | None:
         return None
     value = [opened(t, "tools") for t in (value if isinstance(value, list) else [value])]
     if not all(isinstance(t, dict) for t in value):
-        raise BadRow("tools is not a list of declarations")
+        raise BadRow("tools is not a list of tool declarations")
     return [t if "function" in t else {"type": "function", "function": t} for t in value]
 
 
@@ -241,7 +241,7 @@ def messages(value: Any, name: str) -> list[dict]:
     value = [value] if isinstance(value, dict) else value
     if not isinstance(value, list) or not value:
         raise BadRow(
-            f"{name} is missing" if value is None else f"{name} is not a list of messages with a turn in it"
+            f"{name} is missing" if value is None else f"{name} is not a list with at least one message"
         )
     return [message(turn, f"turn {i} of {name}") for i, turn in enumerate(value, 1)]
 
@@ -284,7 +284,7 @@ def learning(turn: dict, where: str) -> dict:
         if turn.get(name) is not None:
             weights["loss_scale"] = numbers([turn[name]], f"{name} of {where}")[0]
             if weights["loss_scale"] < 0:
-                raise BadRow(f"{name} of {where} is below 0")
+                raise BadRow(f"{name} of {where} is negative")
     return weights
 
 
@@ -314,14 +314,17 @@ def replies(turns: list[dict], name: str) -> list[int]:
     """Where the assistant speaks."""
     places = [i for i, t in enumerate(turns) if t["role"] == "assistant"]
     if not places:
-        raise BadRow(f"{name} has no assistant turn to learn (to sample answers, call the column prompt)")
+        raise BadRow(
+            f"{name} has no assistant turn to train on (for prompts to sample answers to, name the"
+            " column prompt)"
+        )
     return places
 
 
 def cut(turns: list[dict], place: int, name: str) -> tuple[list[dict], list[dict]]:
     """Turns cut at a place; what follows the last assistant turn teaches nothing and is dropped."""
     if place == 0:
-        raise BadRow(f"{name} begins with the assistant: nothing comes before it")
+        raise BadRow(f"{name} begins with an assistant turn, without a prompt before it")
     return turns[:place], turns[place : max(replies(turns, name)) + 1]
 
 
@@ -350,7 +353,7 @@ def alike(prompt: str | list[dict], *completions: str | list[dict]) -> tuple[Any
         if turns[: len(prompt)] == prompt:
             turns = turns[len(prompt) :]
         if not any(turn["role"] == "assistant" for turn in turns):
-            raise BadRow("a completion has no assistant turn to learn")
+            raise BadRow("a completion has no assistant turn to train on")
         replies.append(turns)
     return prompt, replies
 

@@ -44,7 +44,8 @@ def measured(report: Any, metric: str) -> float:
     except KeyError:
         has = ", ".join(sorted(report.after)) or "nothing"
         raise RecipeError(
-            f"this plan decides by '{metric}', and the run in {report.folder} measured {has}: see `evaluate`"
+            f"this plan selects by '{metric}', but the run in {report.folder} measured {has};"
+            " add its evaluator under `evaluate`"
         ) from None
 
 

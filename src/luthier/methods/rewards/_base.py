@@ -26,6 +26,6 @@ class Reward:
         if value is None or (isinstance(value, (str, list, tuple)) and not value):
             has = ", ".join(map(str, row)) or "nothing"
             raise RecipeError(
-                f"reward '{self.name}' reads the column '{name}', and a row has none (it has: {has})"
+                f"reward '{self.name}' needs the column '{name}', but a row does not have it (it has: {has})"
             )
         return value

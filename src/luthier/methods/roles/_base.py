@@ -13,20 +13,20 @@ from luthier.registry import Capability, family
 REFERENCE = Capability(
     "reference",
     says="a reference model",
-    advice="name one under roles, e.g. `roles: {reference: initial}`",
+    advice="set it under roles, e.g. `roles: {reference: initial}`",
     costs="a forward pass of the reference over the same rows, without gradient. With a tuner that can be"
     " switched off the reference is the base model itself and takes no memory; stage `cache_logprobs` stores"
     " its log-probabilities beforehand.",
 )
 SAMPLER = Capability(
     "sampler",
-    says="a model that samples in the policy's place",
+    says="a model that generates the samples instead of the policy",
     advice="e.g. `roles: {sampler: {name: vllm, base_url: http://localhost:8000/v1, model: MODEL}}`",
 )
 TEACHER = Capability(
     "teacher",
     says="a teacher model",
-    advice="name one under roles, e.g. `roles: {teacher: {name: model, model: FOLDER}}`",
+    advice="set it under roles, e.g. `roles: {teacher: {name: model, model: FOLDER}}`",
     costs="the teacher in memory, unless it is the policy's own base or average, and its forward pass over"
     " the same rows, without gradient.",
 )

@@ -258,7 +258,7 @@ def load_optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise RecipeError("a search needs optuna: pip install 'luthier[search]'") from None
+        raise RecipeError("searching needs optuna: pip install 'luthier[search]'") from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna
 

@@ -57,7 +57,7 @@ class Stage:
     def left(self, roles: Any, count: int, total: int, why: str) -> None:
         """Tell how many rows leave and why: what is thrown away is never thrown away in silence."""
         if count:
-            self.warn(roles, f"{count} of {total} rows leave: {why}")
+            self.warn(roles, f"{count} of {total} rows are dropped: {why}")
 
     def warn(self, roles: Any, sentence: str) -> None:
         """Say something about the rows; of a live stage, which meets rows at every step, only the

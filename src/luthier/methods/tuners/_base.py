@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 DISABLE_ADAPTER = Capability(
     "disable_adapter",
-    says="a tuner that can be switched off",
+    says="a tuner that can be disabled to give the base model",
     advice="or use `roles: {reference: initial}`, which keeps a copy of the trainable parameters",
 )
 MERGE = Capability("merge", says="a tuner that can be merged into the weights")
@@ -255,7 +255,7 @@ class TunedModel(Component):
 
     def off(self) -> AbstractContextManager:
         """The untuned model, for a while."""
-        raise RecipeError(f"tuner '{self.settings.name}' cannot be switched off")
+        raise RecipeError(f"tuner '{self.settings.name}' cannot be disabled")
 
     def merged(self) -> AbstractContextManager:
         """The tuned model as one plain network, for a while: yields it, and undoes the merge afterwards."""
@@ -265,7 +265,7 @@ class TunedModel(Component):
         """Why runs with this tuner cannot share one pass over their base (train/batched_forward.py); None
         where they can: each of `layers` then has a `batched_forward`.
         """
-        return f"tuner '{self.settings.name}' is more than LoRA on linear layers"
+        return f"tuner '{self.settings.name}' changes more than LoRA on linear layers does"
 
     # --- files
 
@@ -273,7 +273,7 @@ class TunedModel(Component):
         """The tensors that a run in `folder` ended with, for `load`."""
         paths = checkpoints.paths(folder)
         if not paths:
-            raise RecipeError(f"{folder} holds no checkpoint to start from")
+            raise RecipeError(f"{folder} has no checkpoint to start from")
         return checkpoints.load(paths[-1]).tensors
 
     def save(self, folder: Path) -> None:

@@ -137,7 +137,7 @@ def test_a_prefix_is_refused_where_layers_cannot_read_it():
         num_key_value_heads=1,
     )
     model = t.MistralForCausalLM(t.MistralConfig(**small, sliding_window=4)).eval()
-    with pytest.raises(RecipeError, match="both sides"):
+    with pytest.raises(RecipeError, match="bidirectionally"):
         say(model, Causal(prefix=True), make_rows(1, k=1))
 
 

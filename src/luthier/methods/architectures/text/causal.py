@@ -102,7 +102,9 @@ class Causal(LanguageModel):
         layout, inputs = self.laid_out(model, attached, batch)
         at, labels = layout.at[batch.supervised], batch.labels[batch.supervised]
         if (at < 0).any():
-            raise ValueError("a supervised token that nothing precedes cannot be predicted")
+            raise ValueError(
+                "the first token of a sequence is supervised, but nothing precedes it to predict it from"
+            )
         cache = None if LAYERS.get() else attached.hidden_cache
         states = cache.states(self, model, attached, batch, fill=model.training) if cache else None
         if attached.follows_rows():
@@ -118,9 +120,7 @@ class Causal(LanguageModel):
             m.plan for m in (masks.values() if isinstance(masks, dict) else [masks]) if hasattr(m, "plan")
         ]
         if plans and not any(plan.used for plan in plans):
-            raise ValueError(
-                f"{type(model).__name__} does not take its attention from transformers' interface"
-            )
+            raise ValueError(f"{type(model).__name__} does not use transformers' attention interface")
         return outputs
 
     def laid_out(self, model: Network, attached, batch: Batch) -> tuple[Layout, dict[str, Any]]:
@@ -147,7 +147,7 @@ class Causal(LanguageModel):
 
     def why_not_joined(self, model: Network) -> str | None:
         if not self.in_blocks(model) or self.own_head or self.neftune_noise_alpha:
-            return "rows are not read as one packed row, attention in blocks"
+            return "the layout is not packed with block-wise attention"
         return None
 
     def laid_out_jointly(
@@ -178,13 +178,12 @@ class Causal(LanguageModel):
         if model._is_stateful or odd:
             kinds = ", ".join(sorted(odd)) or "recurrent"
             raise ValueError(
-                f"{name} has layers ({kinds}) that read on from one sequence into the next, whatever the mask"
-                " says"
+                f"{name} has layers ({kinds}) that carry state from one packed sequence into the next"
             )
         if "position_ids" not in inspect.signature(model.forward).parameters:
-            raise ValueError(f"{name} cannot be told positions")
+            raise ValueError(f"{name} does not accept position_ids")
         if "local" in (getattr(config, "attention_layers", None) or ()):
-            raise ValueError(f"{name} attends by place in the row, whatever the mask says")
+            raise ValueError(f"{name} attends by position in the row regardless of the mask")
 
     def check_prefix(self, model: Network) -> None:
         """Refuse to read from both sides with a network that cannot."""
@@ -200,8 +199,8 @@ class Causal(LanguageModel):
                 "recurrent" if model._is_stateful else "sliding window or ALiBi"
             )
             raise RecipeError(
-                f"architecture causal: prefix: {name} has layers ({kinds}) that cannot read a prompt from"
-                " both sides"
+                f"architecture causal: prefix: the layers of {name} ({kinds}) cannot attend to"
+                " a prompt bidirectionally"
             )
 
     def embedded(self, model: Network, attached, batch: Batch, layout: Layout) -> dict[str, Tensor]:

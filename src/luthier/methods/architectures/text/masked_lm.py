@@ -58,9 +58,7 @@ class MaskedLM(LanguageModel):
         """Hide the asked tokens. Which ones of a text are asked is drawn here; special tokens never are."""
         tokenizer = renderer.tokenizer
         if tokenizer.mask_token_id is None:
-            raise RecipeError(
-                "this tokenizer has no mask token, so nothing can be hidden: is the model a masked LM?"
-            )
+            raise RecipeError("the tokenizer has no mask token; use a masked language model such as BERT")
         special = torch.tensor(sorted(renderer.special))
         supervised = batch.supervised & ~torch.isin(batch.labels, special)
         ids = batch.ids.clone()

@@ -87,7 +87,7 @@ def scored(model: Network, inputs: dict[str, Any]) -> Tensor:
     """
     head = getattr(model, "score", None)
     if head is None:
-        raise ValueError(f"{type(model).__name__} has no head called score that reads every token")
+        raise ValueError(f"{type(model).__name__} has no head named score that is applied to every token")
     caught: list[Tensor] = []
     hook = head.register_forward_hook(lambda module, args, output: caught.append(output))
     try:

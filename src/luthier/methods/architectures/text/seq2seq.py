@@ -55,7 +55,9 @@ class Seq2Seq(LanguageModel):
             at[p] = r * width + torch.arange(len(p), device=at.device)
         at = at[batch.supervised]
         if (at < 0).any():
-            raise ValueError("a supervised token in a prompt cannot be predicted: the encoder reads it")
+            raise ValueError(
+                "a supervised token lies in the prompt, which the encoder reads and does not predict"
+            )
         hidden, mask = encode(
             model, attached, [batch.ids[pieces[s]] for s in roots], of=(batch, batch.row[roots])
         )
@@ -101,6 +103,4 @@ def first_token(model: Network) -> int:
         token = getattr(config, "decoder_start_token_id", None)
         if token is not None:
             return token
-    raise RecipeError(
-        "the model's config has no decoder_start_token_id, so its decoder has nothing to begin with"
-    )
+    raise RecipeError("the model's config has no decoder_start_token_id, so decoding cannot start")

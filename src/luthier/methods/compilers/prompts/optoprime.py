@@ -118,7 +118,7 @@ def as_graph(trace: Sequence[Asking], texts: dict[str, Node]) -> Node:
         )
         sources |= {v: last for v in asking.outputs.values() if v}
     if last is None:
-        raise RecipeError("the program asked no predictor about a row, so nothing of it can be tuned")
+        raise RecipeError("the program called no predictor for a row, so it has nothing to tune")
     return last
 
 
@@ -127,7 +127,7 @@ class Optimizer:
 
     def __init__(self, settings: OptoPrime, parameters: list[Node], model: Speaker):
         if not parameters or not all(p.trainable for p in parameters):
-            raise RecipeError("an optimizer wants trainable nodes: node(value, name='...', trainable=True)")
+            raise RecipeError("an optimizer needs trainable nodes: node(value, name='...', trainable=True)")
         names_of(parameters)
         self.settings, self.parameters, self.model = settings, parameters, model
         self.outcomes: list[tuple[Node, str]] = []
@@ -151,7 +151,7 @@ class Optimizer:
     def step(self) -> dict[str, Any]:
         """Ask, and take what is proposed: name -> new value."""
         if not self.outcomes:
-            raise RecipeError("nothing was said of any outcome yet: optimizer.backward(output, feedback)")
+            raise RecipeError("there is no feedback yet; call optimizer.backward(output, feedback) first")
         live = self.live()
         answer = self.model.ask(self.prompt(), max_new_tokens=self.settings.max_new_tokens)
         self.memory = [
@@ -162,7 +162,7 @@ class Optimizer:
         self.ignored = []
         proposed = suggestion(answer)
         if proposed is None:
-            self.ignored.append("the answer holds no JSON with a suggestion")
+            self.ignored.append("the answer has no JSON with a suggestion")
         for name, value in (proposed or {}).items():
             if name not in live:
                 self.ignored.append(f"there is no variable '{name}'")

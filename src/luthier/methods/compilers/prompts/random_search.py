@@ -37,7 +37,7 @@ class RandomSearch(Compiler):
 
     def __post_init__(self):
         if self.inner.name != "bootstrap_few_shot":
-            raise ValueError("inner: random search repeats bootstrap_few_shot")
+            raise ValueError("inner: random_search works only with bootstrap_few_shot")
 
     def compile(self, program, rows, metric, teacher=None):
         ready(teacher or program, rows)
@@ -45,8 +45,8 @@ class RandomSearch(Compiler):
         train, dev = list(rows[:-dev]), list(rows[-dev:])
         if not train:
             raise RecipeError(
-                f"random search wants rows to learn from and rows to judge by, and there is {len(rows)}"
-                " in all"
+                "random search needs at least two rows, one to learn from and one to evaluate"
+                f" on, not {len(rows)}"
             )
         plain = program.copy()
         candidates = [plain, *(c.compile(program, train, metric, teacher) for c in self.tries())]

@@ -40,7 +40,7 @@ class BootstrapFinetune(Compiler):
 
     def __post_init__(self):
         if "data" in self.recipe:
-            raise ValueError("recipe: the rows are those of the traces, so leave data out")
+            raise ValueError("recipe: leave data out; the training rows are those of the traces")
 
     def compile(self, program, rows, metric, teacher=None):
         teacher = teacher or program
@@ -71,8 +71,8 @@ class BootstrapFinetune(Compiler):
                 )
         if not any(learned.values()):
             raise RecipeError(
-                f"the metric accepts none of {len(rows)} rows, so there is nothing to learn: a better"
-                " teacher, or more max_rounds"
+                f"the metric accepts none of the {len(rows)} rows, so there is nothing to train"
+                " on; use a better teacher, or more max_rounds"
             )
         folder.mkdir(parents=True, exist_ok=True)
         for name, some in learned.items():

@@ -65,9 +65,10 @@ class PenaltyBilevel(Estimator):
         names = [o.name for _, o in objective.terms()]
         if self.validation not in names or len(names) < 2 or (len(names) == 2 and self.weight_decay is None):
             raise RecipeError(
-                f"estimator 'penalty_bilevel' weighs sources by what is good for '{self.validation}': give"
-                " it, and at least two others (one, where weight_decay is learned), e.g. `objective: {name:"
-                f" by_source, sources: [a, b, {self.validation}]}}`, not {', '.join(names)}"
+                "estimator 'penalty_bilevel' weights sources by their effect on source"
+                f" '{self.validation}'; it needs this source and at least two others (one with"
+                " weight_decay learned), e.g. `objective: {name: by_source, sources: [a, b,"
+                f" {self.validation}]}}`, not {', '.join(names)}"
             )
 
     def step(self, closure, chain, clock):
@@ -111,8 +112,9 @@ class PenaltyBilevel(Estimator):
         have = [s.name for s in param_groups if "bilevel" in chain.state.get(s.name, {})]
         if have and len(have) < len(param_groups) or not have and clock.step:
             raise RecipeError(
-                "estimator 'penalty_bilevel' keeps a second copy of what moves, and this tuner moves now this"
-                " and now that"
+                "estimator 'penalty_bilevel' keeps a second copy of the trainable parameters,"
+                " and this tuner changes which ones are trainable during training; use another"
+                " tuner"
             )
         if not have:
             for group in param_groups:

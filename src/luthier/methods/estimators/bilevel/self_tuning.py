@@ -53,9 +53,9 @@ class SelfTuning(Estimator):
         names = [o.name for _, o in objective.terms()]
         if self.validation not in names or len(names) < 2:
             raise RecipeError(
-                f"estimator 'self_tuning' learns by '{self.validation}' and trains on the rest: give it e.g."
-                f" `objective: {{name: by_source, sources: [train, {self.validation}]}}`, not"
-                f" {', '.join(names)}"
+                f"estimator 'self_tuning' tunes hyperparameters on source '{self.validation}'"
+                " and trains on the others; it needs e.g. `objective: {name: by_source,"
+                f" sources: [train, {self.validation}]}}`, not {', '.join(names)}"
             )
 
     def step(self, closure, chain, clock):

@@ -40,8 +40,8 @@ class GradientDropout(Estimator):
         names = [o.name for _, o in objective.terms()]
         if self.gate not in names or set(names) == {self.gate}:
             raise RecipeError(
-                f"estimator 'gradient_dropout' wants an objective with a term '{self.gate}' and another, such"
-                f" as `sft + {self.gate}`, not {' + '.join(names)}"
+                f"estimator 'gradient_dropout' needs an objective with a term '{self.gate}' and"
+                f" one more, such as `sft + {self.gate}`, not {' + '.join(names)}"
             )
 
     def step(self, closure, chain, clock):

@@ -41,7 +41,7 @@ class ParetoDA(Terms):
         n = len(every)
         if not -n <= self.guide < n:
             raise RecipeError(
-                f"pareto_da: guide: {self.guide}, but the objective has {n} terms, counted from 0"
+                f"pareto_da: guide: {self.guide} does not exist: the objective has {n} terms, counted from 0"
             )
         guide = self.guide % n
         others = [i for i in range(n) if i != guide]

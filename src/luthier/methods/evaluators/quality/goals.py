@@ -38,7 +38,7 @@ class Goals(Evaluator):
         for name, reward in self.goals.items():
             build("reward", reward)
             if "/" in name:
-                raise ValueError(f"goals: '{name}' holds a slash, which parts a metric from its kind")
+                raise ValueError(f"goals: '{name}' must not contain a slash")
 
     @property
     def active_requires(self):

@@ -114,7 +114,7 @@ class Forgetting(Evaluator):
         else:
             return [], False
         if not rows:
-            raise RecipeError("evaluator 'forgetting': its data holds no usable row")
+            raise RecipeError("evaluator 'forgetting': its data has no usable rows")
         files.write_rows(path, rows)
         return rows, rows[0].get("own", False)
 

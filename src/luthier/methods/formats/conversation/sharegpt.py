@@ -25,7 +25,7 @@ class ShareGPT(Format):
         turns = messages(raw.get("conversations"), "conversations")
         if raw.get("system"):
             if turns[0]["role"] == "system":
-                raise BadRow("there are two system texts: the system column and the first turn")
+                raise BadRow("there are two system prompts: the system column and the first turn")
             turns = [{"role": "system", "content": text(raw, "system")}, *turns]
         prompt, rest = conversation(turns, "conversations", self.assistant_only_loss)
         return {"prompt": prompt, "completions": [rest], "tools": tools(raw)}

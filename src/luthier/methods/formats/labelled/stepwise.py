@@ -30,7 +30,7 @@ class Stepwise(Format):
             or not isinstance(marks, list)
             or len(steps) != len(marks)
         ):
-            raise BadRow("completions and labels are not two lists of one length")
+            raise BadRow("completions and labels are not two lists of the same length")
         steps = [text({"completions": s}, "completions") for s in steps]
         marks = [truth({"labels": m}, "labels") for m in marks]
         prompt = side(raw.get("prompt"), "prompt")

@@ -61,7 +61,7 @@ class Preference(Format):
 def shared(chosen, rejected):
     """The prompt that two completions imply, and what is left of them."""
     if type(chosen) is not type(rejected):
-        raise BadRow("chosen and rejected are not of one type, and there is no prompt")
+        raise BadRow("chosen and rejected have different types, and there is no prompt")
     n = next(
         (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b),
         min(len(chosen), len(rejected)),
@@ -71,7 +71,7 @@ def shared(chosen, rejected):
         mark = head.rfind(MARK)
         n = mark + len(MARK) if mark >= 0 else max(head.rfind(" "), head.rfind("\n"), 0)
     if n == 0:
-        raise BadRow("there is no prompt, and chosen and rejected share no beginning")
+        raise BadRow("there is no prompt, and chosen and rejected do not start with the same text")
     if not chosen[n:] or not rejected[n:]:
-        raise BadRow("one of chosen and rejected is the beginning of the other, and there is no prompt")
+        raise BadRow("there is no prompt, and one of chosen and rejected is the beginning of the other")
     return alike(chosen[:n], chosen[n:], rejected[n:])

@@ -32,7 +32,7 @@ class Average(Merger):
         if self.weights is not None and not (
             self.weights and min(self.weights) >= 0 and 0 < math.fsum(self.weights) < math.inf
         ):
-            raise ValueError("weights must be 0 or more, and not all 0")
+            raise ValueError("weights must not be negative, and not all 0")
 
     @torch.no_grad()
     def merge(self, several, base=None):

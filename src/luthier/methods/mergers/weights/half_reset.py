@@ -38,15 +38,15 @@ class HalfReset(Merger):
         tensors = self.alike(several)
         if len(several) != 1 or base is None:
             raise RecipeError(
-                f"merger 'half_reset' takes one run, not {len(several)}, and the base it began with"
+                f"merger 'half_reset' takes one run and its base model, not {len(several)} runs"
             )
         names = {n.removesuffix(".weight"): n for n in tensors}  # parameter -> its tensor's name
         sizes = {n: several[0][k].numel() for n, k in names.items() if layer_of(n)}
         reset = half(sizes, self.ratio, Clock(self.selection_seed).rng("half_reset"))
         if not reset:
             raise RecipeError(
-                "merger 'half_reset' finds no layers among what these runs moved: it is for runs of whole"
-                " weights (full, hft)"
+                "merger 'half_reset' finds no layers among the trained tensors; use it with"
+                " full fine-tuning (full, hft)"
             )
         return {
             k: torch.as_tensor(base[k] if n in reset else several[0][k]).clone() for n, k in names.items()

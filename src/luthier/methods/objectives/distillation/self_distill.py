@@ -18,7 +18,7 @@ from luthier.registry import objective
     paper="arXiv:2210.02871",
     row="self-distill-further-pretrain",
     requires=[COMPLETIONS, TEACHER, HIDDEN],
-    contract={"head": "states are compared before the head, which it leaves to the loss beside it"},
+    contract={"head": "it compares hidden states below the head; train the head with a loss beside it"},
     use_when="you pretrain further on few domain texts and want to keep hidden states near those of a"
     " first round.",
     starting_rate="that of `sft`.",

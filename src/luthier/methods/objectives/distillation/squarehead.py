@@ -22,7 +22,7 @@ from luthier.registry import objective
     paper="arXiv:2310.06927",
     row="squarehead",
     requires=[COMPLETIONS, TEACHER, HIDDEN],
-    contract={"head": "states are compared below the head, which it leaves to a loss beside it"},
+    contract={"head": "it compares hidden states below the head; train the head with a loss beside it"},
     use_when="a pruned model is to recover by following its dense parent layer by layer: add it to `sft`.",
     starting_rate="that of `sft`.",
 )
@@ -33,8 +33,8 @@ class SquareHead(Objective):
         ours, theirs = roles.policy.layers(batch), roles.teacher.layers(batch)
         if len(ours) != len(theirs):
             raise RecipeError(
-                f"squarehead compares layer by layer: the policy has {len(ours)} and the teacher"
-                f" {len(theirs)}"
+                f"squarehead compares the models layer by layer, but the policy has {len(ours)}"
+                f" layers and the teacher {len(theirs)}"
             )
         pairs = [(a.float(), b.float()) for a, b in zip(ours, theirs, strict=True)]
         each = [(b - a).square().sum(1) / b.square().sum(1).clamp(min=1e-12) for a, b in pairs]

@@ -11,7 +11,7 @@ from luthier.methods.objectives.preference._pairs import Pairs, Probability, bes
 from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
-SORTED = "margins are put in order within one micro-batch"
+SORTED = "margins are sorted within one micro-batch"
 
 
 @objective(

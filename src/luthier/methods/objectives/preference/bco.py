@@ -16,7 +16,7 @@ from luthier.methods.objectives.preference._pairs import Beta, Positive, log_rat
 from luthier.methods.roles._base import REFERENCE
 from luthier.registry import objective
 
-SHIFTED = "the shift of rewards is the middle of one micro-batch"
+SHIFTED = "the reward shift is the mean over one micro-batch"
 
 
 @objective(

@@ -18,7 +18,7 @@ from luthier.methods.roles._base import REFERENCE
 from luthier.model.policy import Policy
 from luthier.registry import objective
 
-NEIGHBOURS = "z0 is measured on the rows of one micro-batch, each completion under the next row's prompt"
+NEIGHBOURS = "z0 is estimated on one micro-batch, each completion under the next row's prompt"
 
 
 @objective(
@@ -45,8 +45,9 @@ class KTO(Objective):
         """z0: the mean log-ratio of mismatched completions, not below zero."""
         if not isinstance(roles.reference, Policy):
             raise RecipeError(
-                "kto asks the reference about completions under other prompts, which a column of the rows"
-                " cannot answer; let a network play it, e.g. `roles: {reference: initial}`"
+                "kto needs reference log-probabilities of completions under other prompts,"
+                " which a column cannot provide; use a model for the role, e.g. `roles:"
+                " {reference: initial}`"
             )
         if len(batch.rows) < 2:
             return torch.zeros((), device=batch.ids.device)

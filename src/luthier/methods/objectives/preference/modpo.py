@@ -36,8 +36,7 @@ class MODPO(Pairs):
     def __post_init__(self):
         if sum(self.weights.values()) >= 1:
             raise ValueError(
-                "weights: they add up to 1 or more, and nothing is left for the aim that the pairs are"
-                " ranked by"
+                "weights: they add up to 1 or more, which leaves nothing for the goal that ranks the pairs"
             )
 
     def loss(self, roles, batch):

@@ -37,7 +37,7 @@ from luthier.registry import Range, objective
     paper="arXiv:2404.15672",
     row="adam-v2-anatomy",
     requires=[COMPLETIONS, TEACHER, PART_HEADS, HIDDEN],
-    contract={"head": "embeddings are taken before the head, which it leaves to a loss beside it"},
+    contract={"head": "it uses embeddings below the head; train the head with a loss beside it"},
     use_when="texts have parts that make up wholes, you want representations of both, and there are no"
     " labels. It was made for medical images, so try it on a small run first.",
     costs="the parts and wholes of each text are read apart by student and teacher: several forward"
@@ -66,8 +66,8 @@ class AdamV2(Objective):
         heads, m = roles.part_heads, self.parts_of_whole
         if heads.m != m:
             raise RecipeError(
-                f"adam_v2 cuts wholes into {m} parts and role `part_whole` into {heads.m}: set parts_of_whole"
-                " alike in both"
+                f"adam_v2 divides into {m} parts but role `part_whole` into {heads.m}; set"
+                " parts_of_whole to the same value in both"
             )
         cut = regions(batch, m, min(self.levels - 1, int(roles.clock.progress * self.levels)), roles.clock)
         if cut is None:

@@ -28,7 +28,10 @@ from luthier.model.outputs import Outputs
 from luthier.registry import Range, objective
 
 NotNegative = Annotated[float, Field(ge=0)]
-INSIDE = "pairs are those of the micro-batch: give per_device_train_batch_size rows enough of every class"
+INSIDE = (
+    "pairs are formed within a micro-batch; set per_device_train_batch_size high enough for"
+    " several rows of each class"
+)
 
 
 @objective(

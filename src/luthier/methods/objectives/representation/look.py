@@ -28,7 +28,7 @@ from luthier.registry import Range, objective
     paper="arXiv:2110.06014",
     row="look-supervised-pretraining",
     requires=[COMPLETIONS, TEACHER, MEMORY, HIDDEN],
-    contract={"head": "features are taken before the head, which it leaves to a loss beside it"},
+    contract={"head": "it uses features below the head; train the head with a loss beside it"},
     use_when="classes are spread over several clusters, so that pulling a whole class together would"
     " hurt; it needs labelled rows.",
     costs="a memory of features.",

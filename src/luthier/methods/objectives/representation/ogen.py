@@ -70,8 +70,8 @@ class OGEN(Objective):
         table = roles.policy.model.get_output_embeddings().weight
         if h.shape[1] != table.shape[1] or table.shape[1] != make.mean.shape[1]:
             raise RecipeError(
-                f"ogen: states are {h.shape[1]} wide, the output layer {table.shape[1]} and the generator"
-                f" {make.mean.shape[1]}"
+                f"ogen: hidden states have width {h.shape[1]}, the output layer"
+                f" {table.shape[1]} and the generator {make.mean.shape[1]}; they must be equal"
             )
         y, z = kinds[here], F.normalize(h[here], dim=1)
         if not len(y):

@@ -35,11 +35,11 @@ class BySource(Objective):
     def __post_init__(self):
         if len(self.inner.terms()) > 1 or self.inner.unit == "batch":
             raise ValueError(
-                f"inner: '{self.inner.name}' is a sum, or one number for a whole batch, and cannot be split"
-                " by source"
+                f"inner: '{self.inner.name}' is a sum, or gives one number per batch, and"
+                " cannot be split by source"
             )
         if len(set(self.sources)) < len(self.sources):
-            raise ValueError("sources: each may be named once")
+            raise ValueError("sources: a source is listed twice")
 
     def terms(self):
         return [(1.0, OfSource(inner=self.inner, source=source)) for source in self.sources]

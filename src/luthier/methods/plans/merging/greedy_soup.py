@@ -32,12 +32,12 @@ class GreedySoup(Plan):
 
     def __post_init__(self):
         if len(self.of) < 2:
-            raise ValueError("of: a soup wants at least two ingredients")
+            raise ValueError("of: greedy_soup needs at least two runs")
 
     def recipes(self, recipe):
         if any("seed" in changes for changes in self.of) and isinstance(recipe.eval_data, (int, float)):
             raise RecipeError(
-                "plan 'greedy_soup': another seed holds out other rows, so give eval_data as a file"
+                "plan 'greedy_soup': with other seeds, other rows would be held out; set eval_data to a file"
             )
 
         def cost(report: Any) -> float:

@@ -35,7 +35,7 @@ class SPIN(Plan):
 
     def __post_init__(self):
         if isinstance(self.beta, list) and len(self.beta) != self.rounds:
-            raise ValueError(f"beta: {len(self.beta)} values for {self.rounds} rounds")
+            raise ValueError(f"beta: {len(self.beta)} values for {self.rounds} rounds; give one for each")
 
     def recipes(self, recipe):
         last = None

@@ -41,7 +41,7 @@ class CoFiTune(Plan):
 
     def __post_init__(self):
         if not self.scores:
-            raise RecipeError("scores: name at least one metric")
+            raise RecipeError("scores: list at least one metric")
 
     def recipes(self, recipe):
         tuner: Any = (

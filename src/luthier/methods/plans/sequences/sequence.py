@@ -37,7 +37,7 @@ class Sequence(Plan):
             init_from = changes.get("init_from", last)
             if isinstance(init_from, dict) and init_from.get("of") == "all":
                 if not folders:
-                    raise RecipeError(f"run {number} merges all runs before it, and there is none")
+                    raise RecipeError(f"run {number} merges all earlier runs, but there are none")
                 init_from = {**init_from, "of": list(folders)}
             changed = recipe.but(**{**changes, "init_from": init_from})
             if changes and changes.keys() <= MEASURES_ONLY:
@@ -46,8 +46,9 @@ class Sequence(Plan):
             if "init_from" not in changes and before not in (None, now):
                 what = "model" if now[0] != before[0] else "tuner"
                 raise RecipeError(
-                    f"run {number} has another {what} than the run before it, so it cannot start from that"
-                    " run's tensors: add `init_from: null` to begin at the base model"
+                    f"run {number} has another {what} than the run before it and cannot"
+                    " continue from its tensors; add `init_from: null` to start from the base"
+                    " model"
                 )
             report = yield changed
             folders.append(report.folder)

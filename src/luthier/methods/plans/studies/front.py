@@ -65,7 +65,7 @@ class Front(Plan):
                 build("reward", reward)
         for some in self.preferences or ():
             if any(w < 0 for w in some) or not sum(some):
-                raise ValueError(f"preferences: {some} are not weights of 0 or more")
+                raise ValueError(f"preferences: {some} must be weights of 0 or more")
         if unknown := [name for name in self.worst if self.goals and name not in self.goals]:
             raise ValueError(f"worst: there is no goal '{unknown[0]}'{did_you_mean(unknown[0], self.goals)}")
 
@@ -123,8 +123,8 @@ class Front(Plan):
         )
         if len(on_front) < len(reports):
             best.notes.append(
-                f"{len(reports) - len(on_front)} of {len(reports)} models are not on the front: another is as"
-                " good in every goal"
+                f"{len(reports) - len(on_front)} of {len(reports)} models are not on the Pareto"
+                " front: another is at least as good in every goal"
             )
         return best
 
@@ -155,15 +155,13 @@ class Front(Plan):
         elif not goals and (judge := _stage(recipe.stages, "score_with")):
             goals = {PAIRS: None, **_rewards(judge)}
         if not goals:
-            raise RecipeError(f"plan 'front' wants goals, a reward for each by name: {EXAMPLE}")
+            raise RecipeError(f"plan 'front' needs goals, each with a reward: {EXAMPLE}")
         if len(goals) < 2:
             raise RecipeError(
-                f"plan 'front' wants two goals or more, and {next(iter(goals))} is one: {EXAMPLE}"
+                f"plan 'front' needs at least two goals, not only {next(iter(goals))}: {EXAMPLE}"
             )
         if any(reward is None for reward in list(goals.values())[1:]):
-            raise RecipeError(
-                "plan 'front': only the first goal, by which the pairs are ranked, may be without a reward"
-            )
+            raise RecipeError("plan 'front': only the first goal, which ranks the pairs, may have no reward")
         return goals
 
     def vectors(self, goals: int) -> list[list[float]]:
@@ -172,13 +170,13 @@ class Front(Plan):
             for some in self.preferences:
                 if len(some) != goals:
                     raise RecipeError(
-                        f"plan 'front': preferences {some} hold {len(some)} weights for {goals} goals"
+                        f"plan 'front': preferences {some} have {len(some)} weights for {goals} goals"
                     )
             return [[w / sum(some) for w in some] for some in self.preferences]
         if goals * self.least >= 1:
             raise RecipeError(
-                f"plan 'front': {goals} goals of weight {self.least:g} at least leave nothing to vary; lower"
-                " `least`"
+                f"plan 'front': {goals} goals with a weight of at least {self.least:g} each"
+                " leave nothing to vary; lower `least`"
             )
         return self.raised(spread(goals, self.points))
 
@@ -202,21 +200,20 @@ def weigh(recipe: Any, goals: Mapping[str, Any], weights: Sequence[float]) -> di
     """The changes that make a recipe go for goals by these weights."""
     if _stage(recipe.online_stages, "score"):
         if None in goals.values():
-            raise RecipeError("plan 'front': on samples every goal wants a reward")
+            raise RecipeError("plan 'front': with sampled completions, every goal needs a reward")
         score = {"reward": list(goals.values()), "names": list(goals), "reward_weights": list(weights)}
         stages = [{"name": "score", **score} if _name(s) == "score" else s for s in recipe.online_stages]
         return {"online_stages": stages}
     aim = spec(recipe.aim()) if recipe.objective is not None and hasattr(recipe.aim(), "kind") else {}
     if aim.get("name") not in ("dpo", "modpo"):
         raise RecipeError(
-            "plan 'front' weighs goals by objective 'modpo' (or 'dpo') on pairs, or by the stage 'score'"
-            " under `online_stages` on samples; this recipe has objective"
+            "plan 'front' weights goals by objective 'modpo' (or 'dpo') on pairs, or by the"
+            " stage 'score' under `online_stages` on samples; this recipe has objective"
             f" {aim.get('name') or recipe.objective} and no such stage"
         )
     if not weights[0]:
         raise RecipeError(
-            f"plan 'front': the pairs are ranked by '{next(iter(goals))}', so its weight cannot be 0 under"
-            " modpo"
+            f"plan 'front': '{next(iter(goals))}' ranks the pairs, so its weight cannot be 0 with modpo"
         )
     others = list(goals)[1:]
     there = _rewards(_stage(recipe.stages, "score_with")) if _stage(recipe.stages, "score_with") else {}

@@ -54,8 +54,8 @@ class PreferenceLosses(Plan):
         for line in table:
             if line["length ratio"] > self.flag:
                 best.notes.append(
-                    f"{line['objective']}: answers are {line['length ratio']:.2f} times as long as before; is"
-                    " the judge fooled by length?"
+                    f"{line['objective']}: answers are {line['length ratio']:.2f} times as long"
+                    " as before; the judge may prefer length"
                 )
         return best
 

@@ -30,7 +30,7 @@ class Projects(Plan):
 
     def __post_init__(self):
         if not self.of or not self.ways:
-            raise ValueError("projects wants at least one project (of) and one way (ways)")
+            raise ValueError("projects needs at least one project (of) and one way (ways)")
 
     def recipes(self, recipe):
         changes = [w if isinstance(w, dict) and "tuner" in w else {"tuner": w} for w in self.ways]

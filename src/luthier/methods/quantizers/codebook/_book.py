@@ -67,7 +67,7 @@ class CodeBook(Quantizer):
 
     def __post_init__(self):
         if self.block_size < 2 or self.block_size % 2:
-            raise RecipeError(f"block_size: {self.block_size} is no even number of weights")
+            raise RecipeError(f"block_size: {self.block_size} must be an even number of weights")
 
     def quantize(self, W, stats=None):
         flat = W.reshape(-1).float()

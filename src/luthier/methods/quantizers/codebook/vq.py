@@ -25,7 +25,7 @@ from luthier.registry import quantizer
     provides=[QUANTIZED_WEIGHTS],
     contract={
         "idempotent": (
-            "k-means over vectors that k-means has found may find others: its starts are spread by size"
+            "k-means on the centroids of k-means may give other centroids, as its starts are chosen by norm"
         )
     },
     use_when="you go to about 2 to 4 bits a weight by codes for several weights at once, to be"

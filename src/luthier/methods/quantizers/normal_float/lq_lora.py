@@ -34,7 +34,7 @@ Bits = Literal[2, 3, 4, 8]
 @quantizer(
     paper="arXiv:2311.12023",
     row="lq-lora",
-    contract={"idempotent": "what was split once is split anew, into another Q and another L1 L2"},
+    contract={"idempotent": "quantizing again splits the weights again, into another Q, L1 and L2"},
     use_when="you go below 4 bits a weight and want the adapter to start by repairing the quantization"
     " error, with `init_lora_weights: lq`.",
     costs="`target_bits` bits a weight on average plus the low-rank part; minutes of decompositions at"
@@ -171,8 +171,8 @@ def allocate(errors: list[list[float]], sizes: list[list[float]], budget: float)
     least = sum(min(s) for s in sizes)
     if least > budget * (1 + 1e-9):
         raise RecipeError(
-            f"target_bits: the smallest forms take {least / budget:.2f} times as much; raise it, or offer"
-            " smaller forms"
+            f"target_bits: the smallest formats take {least / budget:.2f} times as much; raise"
+            " target_bits, or allow smaller formats"
         )
     if all(len(e) == 1 for e in errors):
         return [0] * len(errors)

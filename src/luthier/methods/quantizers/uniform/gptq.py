@@ -40,7 +40,8 @@ class GPTQ(RTN):
             return super().quantize(W)
         if W.shape[1] % self.group_size:
             raise RecipeError(
-                f"quantizer 'gptq': group_size {self.group_size} does not divide {W.shape[1]} inputs"
+                f"quantizer 'gptq': group_size {self.group_size} does not divide the"
+                f" {W.shape[1]} inputs of a layer"
             )
         W, H, top = W.float().clone(), stats.clone(), 2**self.bits_per_weight - 1
         H.diagonal().add_(self.damp_percent * H.diagonal().mean().clamp(min=1e-8))

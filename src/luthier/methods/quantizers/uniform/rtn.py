@@ -37,7 +37,7 @@ class RTN(Quantizer):
 
     def __post_init__(self):
         if self.group_size < 2:
-            raise RecipeError(f"group_size: {self.group_size} weights make no group")
+            raise RecipeError(f"group_size: {self.group_size} must be at least 1 (or -1 for a whole row)")
 
     def quantize(self, W, stats=None):
         groups = self.groups(W)

@@ -38,7 +38,7 @@ class ExactMatch(Reward):
 
     def __post_init__(self):
         if self.extract == "after" and not self.marker:
-            raise ValueError("extract: after wants a marker, such as '####' or '=>'")
+            raise ValueError("extract: `after` needs a marker, such as '####' or '=>'")
 
     def scores(self, row: dict, texts: list[str]) -> list[float]:
         """1.0 or 0.0 per text."""

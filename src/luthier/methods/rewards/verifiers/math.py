@@ -38,9 +38,7 @@ class Math(Reward):
 
     def __post_init__(self):
         if find_spec("math_verify") is None:
-            raise RecipeError(
-                "reward 'math' needs a library that is missing: pip install 'math-verify[antlr4_13_2]'"
-            )
+            raise RecipeError("reward 'math' needs math-verify: pip install 'math-verify[antlr4_13_2]'")
 
     def scores(self, row: dict, texts: list[str]) -> list[float]:
         """1.0 or 0.0 per text."""
@@ -65,7 +63,7 @@ class Math(Reward):
             IDLE.append(worker)
         if verdict is None:
             warnings.warn(
-                f"reward 'math' cannot read {gold!r} as mathematics: compared as text", stacklevel=2
+                f"reward 'math' cannot parse the reference {gold!r}; it is compared as text", stacklevel=2
             )
             return float(text.strip().rsplit("\n", 1)[-1].strip() == gold.strip())
         return float(verdict)
@@ -89,7 +87,9 @@ class Worker:
         )
         self.alive = True
         if self.line(120) != "ready\n":
-            raise RuntimeError("the process that compares answers does not start: is math-verify complete?")
+            raise RuntimeError(
+                "the process that compares answers does not start; check the installation of math-verify"
+            )
 
     def ask(self, question: list[str], timeout: float) -> bool | None:
         """The worker's verdict; False, and the worker gone, where it took too long or died."""

@@ -42,8 +42,7 @@ class PythonTests(Reward):
             and any(continues(start, text) for text in texts)
         ):
             raise RecipeError(
-                "reward 'python_tests': an answer is code only behind its prompt: say `prefix: prompt`, else"
-                " all would fail"
+                "reward 'python_tests': no answer is valid code without its prompt; set `prefix: prompt`"
             )
         programs = list(dict.fromkeys(before + extract_code(text) for text in texts))
         limits = {"timeout": self.timeout, "memory_mb": self.memory_mb, "packages": self.packages}
@@ -90,7 +89,8 @@ def split(tests: str | list[str]) -> list[str]:
             waiting = []
     if not checks:
         raise RecipeError(
-            f"reward 'python_tests': these tests check nothing, they only define: {tests[:80]!r}"
+            "reward 'python_tests': these tests check nothing, they only define functions or"
+            f" values: {tests[:80]!r}"
         )
     return checks
 
@@ -101,5 +101,5 @@ def parse(test: str) -> ast.Module:
         return ast.parse(test)
     except (SyntaxError, ValueError, TypeError) as error:
         raise RecipeError(
-            f"reward 'python_tests': a row's test is not Python ({error}): {str(test)[:80]!r}"
+            f"reward 'python_tests': a row's test is not valid Python ({error}): {str(test)[:80]!r}"
         ) from None

@@ -44,7 +44,7 @@ class ToolCall(Reward):
             for t in self.column(row, "tools")
         }
         if gold is None:
-            raise ValueError(f"row {row.get('id')}: its answer is no tool call")
+            raise ValueError(f"row {row.get('id')}: its reference answer is not a tool call")
         return [self.judged(call_in(text), gold, parameters) for text in texts]
 
     def judged(self, call: dict | None, gold: dict, parameters: dict[str, set[str]]) -> float:

@@ -36,7 +36,7 @@ class SnapshotAverage(Role):
 
     def __post_init__(self):
         if self.least > self.most:
-            raise RecipeError("least: the window grows, so it is not above most")
+            raise RecipeError("least: must not be above most, since the window grows")
 
     def parts(self, policy):
         return {"snapshots": Snapshots(policy.attached, self)}

@@ -51,17 +51,16 @@ class Generator(Role):
 
     def __post_init__(self):
         if len(self.base_classes) < 2 or not self.new_classes or {*self.base_classes} & {*self.new_classes}:
-            raise RecipeError("generator: name at least two known classes and one unknown, none of them both")
+            raise RecipeError(
+                "generator: name at least two base classes and one new class, and none in both lists"
+            )
 
     def parts(self, policy):
         if policy.model.get_output_embeddings() is None:
-            raise RecipeError(
-                "role 'generator' wants a network that answers with words: a classifier has no features of"
-                " classes it never saw"
-            )
+            raise RecipeError("role 'generator' needs a model that answers with words, not a classifier")
         width = width_of(policy)
         if width % self.num_heads:
-            raise RecipeError(f"num_heads: {self.num_heads} heads do not share a width of {width}")
+            raise RecipeError(f"num_heads: {self.num_heads} does not divide the width {width}")
         generator = Features(
             width, self.base_classes, self.new_classes, self.k, self.num_heads, self.momentum
         )
@@ -147,8 +146,8 @@ class Features(Part):
         )
         if len(set(self.tokens.tolist())) < len(self.tokens):
             raise RecipeError(
-                "generator: two classes begin with the same token, so the state before it cannot tell them"
-                " apart"
+                "generator: two class names begin with the same token, so they cannot be told"
+                " apart; rename one"
             )
         for i in range(0, min(len(rows), 1024), 16):
             batch = roles.batch(rows[i : i + 16])
@@ -159,8 +158,7 @@ class Features(Part):
         absent = sorted({*range(len(self.base_classes))} - {c for c, _ in self.pending.values()})
         if absent:
             raise RecipeError(
-                "generator: none of the first 1,024 rows is of the known class"
-                f" '{self.base_classes[absent[0]]}'"
+                f"generator: none of the first 1,024 rows has the base class '{self.base_classes[absent[0]]}'"
             )
         self.after_step(roles.clock, momentum=0.0)
 

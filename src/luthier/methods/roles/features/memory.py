@@ -68,7 +68,8 @@ class Features(Part):
         """[N], [N], [N, d]: seen from the next step on. Said twice in a step, it counts once."""
         if features.shape[1] != self.features.shape[1]:
             raise RecipeError(
-                f"the memory is {self.features.shape[1]} wide and the network's states {features.shape[1]}"
+                f"the memory has width {self.features.shape[1]} but the hidden states have"
+                f" {features.shape[1]}"
             )
         self.pending.update(
             zip(rows.tolist(), zip(classes.tolist(), features.detach().float(), strict=True), strict=True)

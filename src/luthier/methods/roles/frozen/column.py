@@ -50,7 +50,7 @@ class ColumnOutputs:
 
     def __getattr__(self, name: str):
         raise RecipeError(
-            f"roles.{self.who.role}: column '{self.who.column}' holds the probability of each token that was"
-            f" said; this recipe also asks for '{name}', which only a model knows: e.g. `roles:"
-            f" {{{self.who.role}: start}}`"
+            f"roles.{self.who.role}: column '{self.who.column}' has only the log-probabilities"
+            f" of the supervised tokens, but this recipe also needs '{name}', which only a model"
+            f" gives: e.g. `roles: {{{self.who.role}: initial}}`"
         )

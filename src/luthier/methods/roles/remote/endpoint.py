@@ -36,9 +36,9 @@ class Endpoint(Role):
 
     def __post_init__(self):
         if not self.base_url.startswith(("http://", "https://")):
-            raise ValueError(f"base_url: '{self.base_url}' is no address such as http://localhost:8000/v1")
+            raise ValueError(f"base_url: '{self.base_url}' is not a URL such as http://localhost:8000/v1")
         if not self.model:
-            raise ValueError("model: name the model at that address")
+            raise ValueError("model: set the name of the model at that URL")
 
     def play(self, name, policy):
         return EndpointModel(self)
@@ -65,7 +65,7 @@ class EndpointModel:
             return answer["choices"][0]["message"]["content"] or ""
         except (KeyError, IndexError, TypeError):
             raise RecipeError(
-                f"{self.name} answered with something else than a chat completion: {json.dumps(answer)[:200]}"
+                f"{self.name} did not return a chat completion: {json.dumps(answer)[:200]}"
             ) from None
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
@@ -74,7 +74,7 @@ class EndpointModel:
         except ValueError as error:
             if isinstance(error, RecipeError):
                 raise
-            raise NoAnswer(self.name, f"it is no JSON: {error}") from None
+            raise NoAnswer(self.name, f"invalid JSON: {error}") from None
 
     def fetch(self, path: str, body: dict[str, Any] | None = None) -> bytes:
         """What the address answers, POST with a body, else GET. Raises NoAnswer."""

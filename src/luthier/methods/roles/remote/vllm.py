@@ -72,7 +72,7 @@ class Sampler(EndpointModel):
         served = {m["id"]: m for m in json.loads(self.fetch("/models"))["data"]}
         if settings.model not in served:
             raise RecipeError(
-                f"{settings.base_url} serves no model '{settings.model}'; it serves: {', '.join(served)}"
+                f"{settings.base_url} does not serve model '{settings.model}'; it serves: {', '.join(served)}"
             )
         self.limit: int | None = served[settings.model].get("max_model_len")
         self.home = Path(tempfile.mkdtemp(prefix="luthier-", dir=settings.adapter_dir))
@@ -98,7 +98,9 @@ class Sampler(EndpointModel):
                 "/load_lora_adapter", {"lora_name": name, "lora_path": str((self.home / name).resolve())}
             )
         except NoAnswer as error:
-            raise RecipeError(f"{self.settings.base_url} took no LoRA adapter ({error.why}); {HOW}") from None
+            raise RecipeError(
+                f"{self.settings.base_url} refused the LoRA adapter ({error.why}); {HOW}"
+            ) from None
         self.adapter, self.sent = name, {k: p.clone() for k, p in now.items()}
 
     # --- writing
@@ -120,8 +122,8 @@ class Sampler(EndpointModel):
         longest = max(map(len, prompts), default=0)
         if self.limit is not None and self.limit <= longest:
             raise RecipeError(
-                f"a prompt of {longest} tokens leaves no room to write: {self.name} holds {self.limit}"
-                " (--max-model-len)"
+                f"the prompt has {longest} tokens, which leaves none to generate: {self.name}"
+                f" has {self.limit} positions (--max-model-len)"
             )
         options = {  # whatever is left open, the server takes from the model's generation_config.json
             "model": self.adapter,
@@ -156,13 +158,13 @@ class Sampler(EndpointModel):
             ]
         except (KeyError, TypeError):
             raise RecipeError(
-                f"{self.name} gave no token ids with log-probabilities: is it a vLLM that knows"
-                " return_token_ids?"
+                f"{self.name} returned no token ids with log-probabilities; use a vLLM version"
+                " with return_token_ids"
             ) from None
         if len(samples) != n or any(not ids or len(ids) != len(logprobs) for ids, logprobs in samples):
             raise RecipeError(
-                f"{self.name} gave {len(samples)} completions where {n} were asked for, or not one"
-                " log-probability a token"
+                f"{self.name} returned {len(samples)} completions instead of {n}, or not one"
+                " log-probability per token"
             )
         return samples
 
@@ -172,8 +174,9 @@ class Sampler(EndpointModel):
         gap = sum(gaps) / max(1, len(gaps))
         if not gap <= FAR:
             raise RecipeError(
-                f"{self.name} and the policy find the same tokens unlike likely, by {gap:.2f} nats on"
-                " average: is it the base that is tuned here, with --logprobs-mode raw_logprobs?"
+                f"{self.name} and the policy give different log-probabilities to the same"
+                f" tokens ({gap:.2f} nats on average); check that it serves the base model of"
+                " this recipe with --logprobs-mode raw_logprobs"
             )
         self.compared = True
 
@@ -189,6 +192,6 @@ def suits(folder: Path) -> None:
     odd += ["bias"] * (config.get("bias", "none") != "none")
     if odd:
         raise RecipeError(
-            "role 'vllm': vLLM reads LoRA of one rank and scale for all layers and nothing beside it, and"
-            f" here is {odd[0]}"
+            "role 'vllm': vLLM supports only LoRA with one rank and scale for all layers, but"
+            f" this adapter has {odd[0]}"
         )

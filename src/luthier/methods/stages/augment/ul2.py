@@ -49,7 +49,7 @@ class UL2(Stage):
         odd = {*self.shares, *self.modes} - {"R", "X", "S"}
         if odd or not sum(self.shares.values()) > 0 or min(self.shares.values()) < 0:
             raise RecipeError(
-                "shares and modes are of R, X and S, and shares are not"
+                "shares and modes must have the keys R, X and S and must not be"
                 f" negative{f'; not {sorted(odd)}' if odd else ''}"
             )
 
@@ -68,7 +68,7 @@ class UL2(Stage):
                         "mode": mode,
                     }
                 )
-        self.left(roles, len(rows) - len(out), len(rows), "they are no plain texts, or several")
+        self.left(roles, len(rows) - len(out), len(rows), "they are not one plain text")
         return out
 
     def denoised(self, text, key, roles):

@@ -62,7 +62,8 @@ class AgainstSelf(Stage):
             )
         if alike:
             self.warn(
-                roles, f"{alike} of {len(out)} samples are the given answer itself: these rows teach nothing"
+                roles,
+                f"{alike} of {len(out)} samples equal the given answer; these pairs do not train anything",
             )
         return [*out, *self.before()]
 
@@ -73,8 +74,8 @@ class AgainstSelf(Stage):
         path = Path(self.earlier) / "rows.jsonl"
         if not path.is_file():
             raise RecipeError(
-                f"stage 'against_self': earlier: {self.earlier} holds no rows.jsonl, the pairs of the round"
-                " before"
+                f"stage 'against_self': earlier: {self.earlier} has no rows.jsonl, the pairs of"
+                " the previous round"
             )
         return [
             {**r, "id": f"{r['id']}{BEFORE}"} for r in read_rows(path) if not str(r["id"]).endswith(BEFORE)

@@ -66,7 +66,7 @@ class Buckets(Stage):
                         "quality_bin": self.spread(levels.index(score), len(levels)),
                     }
                 )
-        self.left(roles, same, len(rows), "their completions score alike")
+        self.left(roles, same, len(rows), "all their completions have the same score")
         return out
 
     def spread(self, place: int, levels: int) -> int:

@@ -15,7 +15,7 @@ CONTEXTS = Column(
 )
 CONTRASTS = Column(
     "contrasts",
-    says="answers read with the right context, with none and with the wrong one (column `contrasts`)",
+    says="answers with the right context, without it and with the wrong one (column `contrasts`)",
     example=([0, 1],),
 )
 
@@ -52,7 +52,7 @@ class ContrastContexts(Stage):
             rest = {k: v for k, v in row.items() if k not in ("scores", "contexts")}
             out.append({**rest, "prompt": [], "completions": readings, "contrasts": answers})
         self.left(
-            roles, len(rows) - len(out), len(rows), "they do not hold two contexts and two answers as text"
+            roles, len(rows) - len(out), len(rows), "they do not have two contexts and two answers as text"
         )
         return out
 

@@ -46,7 +46,7 @@ class MaskFailedCalls(Stage):
                 not isinstance(c, list) or not isinstance(c[0], dict) or any(map(learned, c)) for c in turned
             ):
                 out.append({**row, "completions": turned})
-        self.left(roles, len(rows) - len(out), len(rows), "every call in them failed")
+        self.left(roles, len(rows) - len(out), len(rows), "every tool call in them failed")
         return out
 
     def masked(self, turns: list[dict]) -> list[dict]:

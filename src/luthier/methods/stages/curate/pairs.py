@@ -34,5 +34,5 @@ class Pairs(Stage):
             if row["scores"][order[0]] - row["scores"][order[-1]] > self.margin:
                 pairs.append(pick(row, (order[0], order[-1])))
         gap = f" (they differ by {self.margin:g} or less)" if self.margin else ""
-        self.left(roles, len(rows) - len(pairs), len(rows), f"all their completions score alike{gap}")
+        self.left(roles, len(rows) - len(pairs), len(rows), f"all their completions have the same score{gap}")
         return pairs

@@ -61,6 +61,6 @@ class PredictExplain(Stage):
             roles,
             len(rows) - len(out) // 2,
             len(rows),
-            f"they have no `{self.column}`, no answer, or a prompt of turns",
+            f"they have no `{self.column}`, no answer, or a prompt of several turns",
         )
         return out

@@ -16,7 +16,7 @@ from luthier.methods.formats._base import SCORES
 from luthier.methods.stages._base import Stage
 from luthier.registry import Column, stage
 
-WIN_RATES = Column("win_rates", per="completion", says="how often each completion beats the others")
+WIN_RATES = Column("win_rates", per="completion", says="how often each completion wins against the others")
 
 
 @stage(

@@ -82,7 +82,8 @@ class Rollout(Stage):
             room = self.max_new_tokens if limit is None else min(self.max_new_tokens, limit - len(prompt))
             if room < 1:
                 bad.append(
-                    f"the prompt of {len(prompt)} tokens leaves no room for an answer (max_length {limit})"
+                    f"the prompt has {len(prompt)} tokens, which leaves none for an answer"
+                    f" (max_length {limit})"
                 )
                 continue
             answerable, prompts, rooms = [*answerable, row], [*prompts, prompt], [*rooms, room]
@@ -107,8 +108,8 @@ class Rollout(Stage):
         if cut:
             self.warn(
                 roles,
-                f"{cut} of {len(out) * self.n} completions reached no stop token within {self.max_new_tokens}"
-                " tokens",
+                f"{cut} of {len(out) * self.n} completions did not reach a stop token within"
+                f" {self.max_new_tokens} tokens",
             )
         who = getattr(roles, self.sampler)
         if who is not roles.policy and not who.compared:
@@ -129,8 +130,8 @@ class Rollout(Stage):
             return [[(ids, []) for ids in answers] for answers in who.generate(prompts, **how)]
         if not hasattr(who, "answers"):
             raise RecipeError(
-                f"stage 'rollout': whoever plays '{self.sampler}' does not write in the policy's place; role"
-                " vllm does"
+                f"stage 'rollout': role '{self.sampler}' cannot generate samples for the"
+                " policy; use role vllm"
             )
         return who.answers(prompts, **how)
 
@@ -147,5 +148,6 @@ class Rollout(Stage):
         for row in rows:
             if [len(x) for x in row["old_logprobs"]] != [len(x) for x in row["completions"]]:
                 raise RecipeError(
-                    f"stage 'rollout': row {row['id']} is cut when it is read again; lower max_new_tokens"
+                    f"stage 'rollout': row {row['id']} is truncated when it is encoded again;"
+                    " lower max_new_tokens"
                 )

@@ -26,7 +26,10 @@ from luthier.registry import Range, nested, stage
     requires=[COMPLETIONS, GENERATE],
     provides=[PAIRS, SCORES],
     removes=[OLD_LOGPROBS, CACHED_LOGPROBS, SAMPLES],
-    contract={"gives": "a model that never ends right finds no way out, and its rows leave"},
+    contract={
+        "gives": "a model that never reaches the right answer finds no right continuation, so all rows are"
+        " dropped"
+    },
     use_when="the policy often solves a problem wrongly from some step on and answers can be checked:"
     " it finds that step and makes a pair there.",
     costs="`n` samples from each prefix of each wrong solution: the most costly stage.",
@@ -69,7 +72,7 @@ class StepPairs(Stage):
             roles,
             len(rows) - len(out),
             len(rows),
-            "nothing in them is wrong, or nothing right was found before it goes wrong",
+            "they have no wrong step, or no right continuation was sampled before it",
         )
         return out
 

@@ -36,7 +36,7 @@ INSIDE, OUTSIDE = 1.0, 2.0
     paper="arXiv:2503.20083",
     requires=[COMPLETIONS, LOGPROBS],
     provides=[TEACHER_SPANS],
-    contract={"gives": "it asks a teacher, whom a recipe names"},
+    contract={"gives": "it needs a teacher model, which the recipe names"},
     use_when="the teacher has another tokenizer than the student, for objective `alm`.",
     costs="one forward pass of the teacher over all rows; then its memory is free.",
 )
@@ -65,7 +65,7 @@ class TeacherSpans(Stage):
         ]
         encoded, bad, _ = teacher.policy.architecture.encode_all(plain, teacher.renderer)
         self.left(
-            roles, len(bad), len(rows), f"the teacher cannot read them: {bad[0]['reason']}" if bad else ""
+            roles, len(bad), len(rows), f"the teacher cannot encode them: {bad[0]['reason']}" if bad else ""
         )
         own, out, spans, covered = {r["id"]: r for r in rows}, [], 0, [0, 0]
         for read, values in zip(
@@ -94,17 +94,17 @@ class TeacherSpans(Stage):
             roles,
             len(encoded) - len(out),
             len(rows),
-            "the teacher's tokenizer does not write them as they are",
+            "the teacher's tokenizer does not reproduce their text",
         )
         if not out:
             raise RecipeError(
-                f"stage 'teacher_spans': {self.model} writes none of the completions as the policy does;"
-                " nothing can be aligned"
+                "stage 'teacher_spans': no completion has the same text under the tokenizers"
+                f" of {self.model} and of the policy, so nothing can be aligned"
             )
         self.warn(
             roles,
-            f"{spans:,} spans of {covered[0] / max(1, spans):.1f} tokens, {covered[0] / covered[1]:.1%} of"
-            " all tokens",
+            f"{spans:,} spans of {covered[0] / max(1, spans):.1f} tokens, covering"
+            f" {covered[0] / covered[1]:.1%} of all tokens",
         )
         return out
 

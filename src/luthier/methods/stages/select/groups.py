@@ -29,5 +29,5 @@ class Groups(Stage):
             for r in rows
             if (not self.keep or r.get(self.column) in self.keep) and r.get(self.column) not in self.drop
         ]
-        self.left(roles, len(rows) - len(chosen), len(rows), f"their {self.column} is not asked for")
+        self.left(roles, len(rows) - len(chosen), len(rows), f"their {self.column} is not selected")
         return chosen

@@ -51,14 +51,14 @@ class IFD(Stage):
             roles,
             len(rows) - len(fit),
             len(rows),
-            "their prompt does not make their answer likelier (ifd of 1 or more)",
+            "the prompt does not make the answer more likely (IFD of 1 or more)",
         )
         chosen = fit[: max(1, round(self.share * len(rows)))]
         self.left(
             roles,
             len(fit) - len(chosen),
             len(rows),
-            f"they are beyond the {self.share:g} of the rows that teach most",
+            f"they are not among the {self.share:g} of the rows with the highest IFD",
         )
         return [scored[k] for k in sorted(chosen)]
 

@@ -80,21 +80,20 @@ class BIB(Stage):
     def __call__(self, rows, roles):
         if getattr(roles.policy.model.config, "is_encoder_decoder", False):
             raise RecipeError(
-                "stage 'bib' reads a completion as part of one text: it wants a decoder or an encoder alone,"
-                " not both"
+                "stage 'bib' reads prompt and completion as one text; it needs a decoder-only"
+                " or encoder-only model"
             )
         scored = [one for row in self.usable(rows, roles) for one in _each(row, roles)]
         scores = torch.tensor([one.score for one in scored], dtype=torch.float64)
         if len(scored) < 3 or not scores.isfinite().all() or scores.std() == 0:
             raise RecipeError(
-                "stage 'bib' learns from scores: three completions or more, not all of the same score, and no"
-                " score that is no number"
+                "stage 'bib' needs three or more completions with finite scores that are not all equal"
             )
         special = set(roles.renderer.tokenizer.all_special_ids)
         letters = sorted({t for one in scored for t in one.ids} - special)
         if len(letters) < 2:
             raise RecipeError(
-                "stage 'bib' chooses among the tokens of the completions, and they hold fewer than two"
+                "stage 'bib' chooses among the tokens of the completions, but they have fewer than two"
             )
         with eval_mode(roles.policy.model):
             body = Body(roles, torch.tensor(letters))
@@ -126,8 +125,8 @@ class BIB(Stage):
         moved = sum(row["completions"][0] != one.ids for row, one in zip(out, best, strict=True))
         self.warn(
             roles,
-            f"{moved} of {len(out)} designs differ from the completion they began as, of {len(scored)} with"
-            " scores",
+            f"{moved} of {len(out)} designs differ from their initial completion, of"
+            f" {len(scored)} with scores",
         )
         return out
 

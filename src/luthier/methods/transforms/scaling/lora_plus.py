@@ -32,8 +32,7 @@ class LoraPlus(Transform):
     def bind(self, attached):
         if not any("B" in group.params for group in attached.all_param_groups()):
             raise RecipeError(
-                "transform 'lora_plus' finds no factor B of a low-rank update; it goes with tuner lora and"
-                " its kin"
+                "transform 'lora_plus' finds no LoRA factor B; use it with tuner lora or a variant of it"
             )
         return self
 

@@ -48,8 +48,8 @@ class IA3(Tuner):
         inner, down = within(model, "k", "v", "qkv"), within(model, "down")
         if self.target_modules is None and not inner:
             raise RecipeError(
-                f"tuner 'ia3' finds no keys and values in {type(model).__name__}: name target_modules and"
-                " feedforward_modules"
+                "tuner 'ia3' does not know the key and value modules of"
+                f" {type(model).__name__}; set target_modules and feedforward_modules"
             )
         settings: dict[str, Any] = {
             "target_modules": pattern(inner + down) if self.target_modules is None else self.target_modules,

@@ -49,8 +49,8 @@ class ReinitializedModel(TunedWeights):
         depth = sum(stack == order[-1][0] for stack, _ in order) if order else 0
         if settings.layers > depth:
             raise RecipeError(
-                f"tuner 'reinit': layers: {settings.layers}, but {type(model).__name__} has {depth} to draw"
-                " anew"
+                f"tuner 'reinit': layers: {settings.layers}, but {type(model).__name__} has"
+                f" only {depth} to re-initialize"
             )
         self.anew = [f"{stack}.{i}" for stack, i in order[-settings.layers :]]
         self.anew += [name for name, _ in model.named_modules() if name.rpartition(".")[2] == "pooler"]

@@ -26,7 +26,7 @@ from luthier.registry import Range, tuner
     provides=[DISABLE_ADAPTER, MERGE],
     contract={
         "starts_as_base": (
-            "a matrix of low rank is not the one that it stands for; with compress_ratio near 0 it is"
+            "a low-rank matrix only approximates the original one; with compress_ratio near 0 they are equal"
         )
     },
     use_when="the model itself is to become smaller: every matrix is replaced by a product of two"

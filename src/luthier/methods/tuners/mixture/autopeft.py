@@ -40,11 +40,11 @@ POWERS = Choices(0, 1, 2, 4, 8, 16, 32, 64)  # sizes that a search goes over; wi
     provides=[DISABLE_ADAPTER],
     contract={
         "starts_as_base": (
-            "a prefix takes its share of every attention from the first step on; without one it starts as the"
-            " base"
+            "a prefix takes part in every attention from the first step on; without one the"
+            " start is the base model"
         ),
         "modules_of_every_kind": (
-            "its parts stand where keys are made and behind the feed-forward part, and nowhere else"
+            "its parts are placed at the key projections and behind the feed-forward block only"
         ),
     },
     use_when="you want `luthier search` to decide where adapters and prefixes go and how wide they"
@@ -106,8 +106,8 @@ class AutoPEFT(Delta):
         )
         if self.insert is not None and len(self.insert) != layers:
             raise RecipeError(
-                f"tuner 'autopeft': insert holds {len(self.insert)} flags, and {type(model).__name__} has"
-                f" {layers} layers"
+                f"tuner 'autopeft': insert has {len(self.insert)} flags, but"
+                f" {type(model).__name__} has {layers} layers"
             )
         sizes = {
             "serial": self.serial,
@@ -121,8 +121,7 @@ class AutoPEFT(Delta):
         for setting, slot in (("serial", "serial"), ("parallel", "parallel"), ("num_virtual_tokens", "keys")):
             if sizes[setting] and slot not in there:
                 raise RecipeError(
-                    f"tuner 'autopeft': {type(model).__name__} has no module where {setting} could stand; set"
-                    " it to 0"
+                    f"tuner 'autopeft': {type(model).__name__} has no module for {setting}; set it to 0"
                 )
         return attached
 

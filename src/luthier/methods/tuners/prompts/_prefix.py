@@ -51,6 +51,7 @@ def taken(model: Network, name: str) -> None:
     if not ready or kinds != {NAME}:
         others = ", ".join(sorted(kinds - {NAME}))
         raise ValueError(
-            f"{type(model).__name__} takes no keys and values before the text (attention: {others}); {name}"
-            " wants a network of which every part has transformers' sdpa attention and one config"
+            f"{type(model).__name__} accepts no keys and values before the text (attention:"
+            f" {others}); {name} needs a model whose parts all use transformers' sdpa attention"
+            " and one config"
         )

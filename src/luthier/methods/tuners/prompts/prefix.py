@@ -27,8 +27,8 @@ from luthier.registry import Range, tuner
     paper="arXiv:2101.00190",
     provides=[DISABLE_ADAPTER],
     contract={
-        "starts_as_base": "keys before the text take their share of every attention from the first step on",
-        "modules_of_every_kind": "it stands where keys are made, and at no other module",
+        "starts_as_base": "keys before the text take part in every attention from the first step on",
+        "modules_of_every_kind": "it is attached to key projections and to no other module",
     },
     use_when="weights must stay untouched and rows are few, and soft prompts at the input alone (tuner"
     " `prompt`) learn too little: it trains keys and values before the text in every layer.",
@@ -58,8 +58,7 @@ class Prefix(Delta):
     def init(self, W):
         if self.part not in ("k", "qkv"):
             raise ValueError(
-                "a prefix stands where keys are made: leave out target_modules, or name modules that make"
-                " keys"
+                "a prefix is attached to key projections; leave out target_modules, or name key projections"
             )
         wide = width(W.shape[0], W.shape[1], self.part)
         tensors = drawn(self.num_virtual_tokens, wide)

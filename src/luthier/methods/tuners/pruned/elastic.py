@@ -62,8 +62,8 @@ class ElasticModel(TunedWeights):
         self.anatomy = Anatomy(model)
         if min(settings.depth) < 1 and not self.anatomy.skips:
             raise RecipeError(
-                "tuner 'elastic': this network's norms come after what they norm, so no layer can be left"
-                " out: depth: [1.0]"
+                "tuner 'elastic': this model applies its norms after each block (post-norm),"
+                " so no layer can be left out; set depth: [1.0]"
             )
 
     # --- what there is to choose
@@ -134,8 +134,8 @@ class ElasticModel(TunedWeights):
         """A sub-network whose layers are alike, as a plain model on disk. Raises RecipeError for another."""
         if len({s for s in shape if s[0]}) > 1:
             raise RecipeError(
-                "a plain model has layers of one size, and this sub-network's differ: use `sliced` in Python,"
-                " or another shape"
+                "a plain model has layers of equal size, but those of this sub-network differ;"
+                " use `sliced` in Python, or another shape"
             )
         self.sliced(shape).save_pretrained(folder)
 

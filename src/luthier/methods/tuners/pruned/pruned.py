@@ -57,9 +57,7 @@ class Pruned(Tuner):
         if self.pattern is not None:
             match = PATTERN.fullmatch(self.pattern)
             if not match or not 0 < int(match[1]) < int(match[2]):
-                raise RecipeError(
-                    f"pattern: '{self.pattern}' is not of the form kept:neighbours, such as 2:4"
-                )
+                raise RecipeError(f"pattern: '{self.pattern}' must have the form kept:group, such as 2:4")
 
     def attach(self, model):
         return PrunedModel(self, model)

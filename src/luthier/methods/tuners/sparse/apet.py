@@ -48,7 +48,9 @@ class APET(Sparse):
         total = sum(sizes.values())
         n = self.n or max(1, round(self.density * total))
         if n > total:
-            raise RecipeError(f"tuner 'apet': n: {n} positions, and the chosen modules have {total} weights")
+            raise RecipeError(
+                f"tuner 'apet': n: {n} parameters, but the chosen modules have {total}; lower n"
+            )
         fitted = replace(self, n=n, counts=spread_over(sizes, n, Clock(self.selection_seed).rng("apet")))
         return Delta.attach(
             replace(fitted, target_modules=[k for k, v in (fitted.counts or {}).items() if v]), model

@@ -41,8 +41,8 @@ class BitFit(Tuner):
         if "head" in self.also and head is not None:
             if head.weight is model.get_input_embeddings().weight:
                 raise RecipeError(
-                    "tuner 'bitfit': the head shares its weight with the input embeddings; leave `head` out"
-                    " of `also`"
+                    "tuner 'bitfit': the head shares its weight with the input embeddings;"
+                    " remove `head` from `also`"
                 )
             modules.append(head)
         moving = {id(p) for m in modules for p in m.parameters(recurse=False)}

@@ -36,7 +36,7 @@ WRITES = {"v": "v_ratio", "up": "u_ratio", "gate": "g_ratio"}  # parts that gain
     provides=[DISABLE_ADAPTER, MERGE],
     contract={
         "modules_of_every_kind": (
-            "only down, up, gate, o and v have channels or heads to choose, each by its own ratio"
+            "only down, up, gate, o and v have channels or heads to choose, each with its own ratio"
         )
     },
     use_when="you want sparse fine-tuning at LoRA's memory with dense arithmetic: a few heads and"
@@ -83,8 +83,8 @@ class S2FT(Delta):
             ]
             if missing:
                 raise RecipeError(
-                    f"tuner 's2ft': {type(model).__name__} has no linear module for {missing[0]} (fused"
-                    " experts and fused q, k, v are none); set it to 0, and another ratio above 0"
+                    f"tuner 's2ft': {type(model).__name__} has no separate linear module for"
+                    f" {missing[0]}; set its ratio to 0, and another above 0"
                 )
             fitted = replace(fitted, target_modules=there)
         return super(S2FT, fitted).attach(model)
@@ -96,7 +96,9 @@ class S2FT(Delta):
 
     def at(self, name):
         if not self.ratio(name):
-            raise RecipeError(f"tuner 's2ft': {name} is none of down, up, gate, o and v, or its ratio is 0")
+            raise RecipeError(
+                f"tuner 's2ft': {name} is not one of down, up, gate, o and v, or its ratio is 0"
+            )
         heads = 0
         if kind_of(name) == "attention":
             heads = self.num_attention_heads if part_of(name) == "o" else self.num_key_value_heads

@@ -41,7 +41,7 @@ class Telly(Tuner):
         if frozen >= len(order):
             raise RecipeError(
                 f"tuner 'telly': k: {self.k:g} leaves none of the {len(order)} layers of"
-                f" {type(model).__name__} to move"
+                f" {type(model).__name__} to train"
             )
         above = set(order[frozen:])
         # parameters are listed from input to output: what is in no layer goes with the layer before it

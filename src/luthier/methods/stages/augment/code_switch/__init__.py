@@ -50,18 +50,20 @@ class CodeSwitch(Stage):
 
     def __post_init__(self):
         if self.languages and self.dictionary != LEARN:
-            raise RecipeError("languages: goes with `dictionary: learn`")
+            raise RecipeError("languages: only used with `dictionary: learn`")
 
     def words(self) -> dict[str, list[str]]:
         dictionary = self.dictionary
         if isinstance(dictionary, str):
             if not Path(dictionary).is_file():
                 raise RecipeError(
-                    f"dictionary: there is no file {dictionary} (and `learn` learns one from the rows)"
+                    f"dictionary: file {dictionary} does not exist (`learn` learns one from the rows)"
                 )
             dictionary = json.loads(Path(dictionary).read_text(encoding="utf-8"))
         if not isinstance(dictionary, dict):
-            raise RecipeError("dictionary: {word: [translation, ...]}, a JSON file of that, or learn")
+            raise RecipeError(
+                "dictionary: expected {word: [translation, ...]}, a JSON file of that form, or learn"
+            )
         return {w: [t] if isinstance(t, str) else list(t) for w, t in dictionary.items()}
 
     def __call__(self, rows, roles):
@@ -70,7 +72,7 @@ class CodeSwitch(Stage):
             roles,
             len(rows) - len({id(row) for row, *_ in texts}),
             len(rows),
-            "what they say is no single plain text",
+            "they are not a single plain text",
         )
         translations = self.learned(texts, roles) if self.dictionary == LEARN else (self.words(),)
         out = []
@@ -115,7 +117,7 @@ class CodeSwitch(Stage):
                 if self.languages
                 else "rows with a text as prompt and one as completion"
             )
-            raise RecipeError(f"stage 'code_switch' learns its dictionary from {where}, and there are none")
+            raise RecipeError(f"stage 'code_switch' learns its dictionary from {where}, but there are none")
         pairs = self.languages is None
         translations = learned(
             sides[0],

@@ -55,7 +55,7 @@ class Compacter(Bottleneck):
     def widths(self, W):
         n, width = self.phm_dim, W.shape[0]
         if width % n:
-            raise RecipeError(f"phm_dim: {n} does not divide a module's width, {width}")
+            raise RecipeError(f"phm_dim: {n} does not divide the width of a module, {width}")
         return width, n * max(1, round(width / self.reduction_factor / n))
 
     def init(self, W):

@@ -48,10 +48,12 @@ class AdaLoRA(Delta):
     def __post_init__(self):
         if self.target_r > self.init_r:
             raise RecipeError(
-                f"target_r ({self.target_r}) is more than init_r ({self.init_r}): ranks only go"
+                f"target_r ({self.target_r}) is larger than init_r ({self.init_r}), but ranks only shrink"
             )
         if self.tinit + self.tfinal >= 1:
-            raise RecipeError("tinit and tfinal are the whole run: nothing is left to share ranks out in")
+            raise RecipeError(
+                "tinit and tfinal cover the whole run, so no steps are left to reduce ranks; lower them"
+            )
 
     def attach(self, model):
         from luthier.methods.tuners.low_rank.adalora.tuned import AdaLoRAModel

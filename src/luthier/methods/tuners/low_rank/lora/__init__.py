@@ -68,30 +68,32 @@ class LoRA(TargetModules):
     def __post_init__(self):
         start = self.init_lora_weights
         if self.r < 1:
-            raise RecipeError(f"r: {self.r} is not a rank")
+            raise RecipeError(f"r: {self.r} must be at least 1")
         if isinstance(start, str) and not start.startswith("pissa_niter_") and start not in STARTS:
             why = (
-                " wants the weights from before the base was quantized" if start == "loftq" else " is unknown"
+                " needs the weights from before the base was quantized" if start == "loftq" else " is unknown"
             )
             raise RecipeError(
                 f"init_lora_weights: '{start}'{why}; there is: true, {', '.join(STARTS)}, pissa_niter_N"
             )
         if start is False:
-            raise RecipeError("init_lora_weights: false would start from another model than the base")
+            raise RecipeError("init_lora_weights: false would not start at the base model")
         if self.subtracts and (self.use_dora or self.target_parameters):
-            raise RecipeError(f"init_lora_weights: {start} does not go with use_dora or target_parameters")
+            raise RecipeError(
+                f"init_lora_weights: {start} cannot be combined with use_dora or target_parameters"
+            )
         if start == "eva" and self.target_parameters:
-            raise RecipeError("init_lora_weights: eva does not go with target_parameters")
+            raise RecipeError("init_lora_weights: eva cannot be combined with target_parameters")
         for name, usual in DRIVEN.items():
             settings = getattr(self, f"{name}_config") or {}
             if settings and name != start:
-                raise RecipeError(f"{name}_config goes with init_lora_weights: {name}")
+                raise RecipeError(f"{name}_config is only used with init_lora_weights: {name}")
             for key, value in settings.items():
                 if key not in usual:
                     raise RecipeError(f"{name}_config has no setting '{key}'{did_you_mean(key, usual)}")
                 if key in CHOICES and value not in CHOICES[key]:
                     raise RecipeError(
-                        f"{name}_config: {key} is one of {', '.join(CHOICES[key])}, not {value!r}"
+                        f"{name}_config: {key} must be one of {', '.join(CHOICES[key])}, not {value!r}"
                     )
         if self.how.get("rho", 1) < 1:
             raise RecipeError("eva_config: rho must be at least 1")

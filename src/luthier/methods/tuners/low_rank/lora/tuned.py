@@ -65,9 +65,9 @@ class LoraTunedModel(PeftTunedModel):
             return super().why_not_batched()
         groups = {g.name for g in self.all_param_groups()}
         if groups - layers.keys() or any(m.lora_variant for m in layers.values()):
-            return "more moves than A and B"
+            return "more than the LoRA factors A and B is trained"
         if self.model.get_output_embeddings() in layers.values():
-            return "a head is tuned"
+            return "a head is trained"
         return None
 
     @torch.no_grad()
@@ -83,10 +83,12 @@ class LoraTunedModel(PeftTunedModel):
         linear = {n: m for n, m in self.layers.items() if isinstance(m, Linear)}
         if len(linear) < len(self.layers):
             other = next(n for n in self.layers if n not in linear)
-            raise RecipeError(f"init_lora_weights: {start} is for linear modules only, and {other} is none")
+            raise RecipeError(
+                f"init_lora_weights: {start} supports only linear modules, and {other} is not one"
+            )
         for name, layer in linear.items():
             if (most := min(cast("Matrix", layer.get_base_layer()).weight.shape)) < layer.r[ADAPTER]:
-                raise RecipeError(f"init_lora_weights: {start} wants r at most {most} for {name}")
+                raise RecipeError(f"init_lora_weights: {start} needs r of at most {most} for {name}")
             if make:
                 self._factor(layer, make, *((start,) if make == "pissa_init" else ()))
         if self.settings.subtracts:
@@ -100,12 +102,12 @@ class LoraTunedModel(PeftTunedModel):
             codes = base.codes if isinstance(base, Quantized) else {}
             if "L1" not in codes:
                 raise RecipeError(
-                    f"init_lora_weights: lq wants a base split by `quantization: lq_lora`, and {name} has no"
-                    " low-rank part"
+                    "init_lora_weights: lq needs a base quantized with `quantization:"
+                    f" lq_lora`; {name} has no low-rank part"
                 )
             if codes["L1"].shape[1] != layer.r[ADAPTER]:
                 raise RecipeError(
-                    "init_lora_weights: lq wants the rank of the base's low-rank part: r:"
+                    "init_lora_weights: lq needs the rank of the base's low-rank part; set r:"
                     f" {codes['L1'].shape[1]}"
                 )
             layer.lora_A[ADAPTER].weight.data.copy_(codes["L2"])
@@ -302,8 +304,8 @@ class LoraTunedModel(PeftTunedModel):
             return super().export_lora(folder, rank)
         if self.settings.use_dora or self.settings.bias != "none":
             raise RecipeError(
-                "LoRA with DoRA or with trained biases has no plain LoRA form; its own adapter is what `save`"
-                " writes"
+                "LoRA with DoRA or with trained biases cannot be written as plain LoRA; use"
+                " the adapter that `save` writes"
             )
         self.save(Path(folder))
         return 0.0
@@ -375,7 +377,8 @@ class QuickLinear(Linear):
         base = self.get_base_layer()
         if isinstance(base, Quantized) and "weight" not in base._parameters:
             raise ValueError(
-                "a weight that is kept as codes takes no change: open the module first (luthier.quantizers)"
+                "a quantized weight cannot be changed in place; dequantize the module first"
+                " (luthier.quantizers)"
             )
         super().merge(safe_merge, adapter_names)
 

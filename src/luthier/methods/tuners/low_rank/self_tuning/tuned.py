@@ -58,8 +58,8 @@ class SelfTuningModel(PeftTunedModel):
             yield
             if not self.drawn:
                 raise RecipeError(
-                    "estimator 'self_tuning' draws noise for each row, and this architecture does not tell of"
-                    " which row it reads"
+                    "estimator 'self_tuning' draws noise per row, but this architecture does"
+                    " not tell which row a token belongs to"
                 )
         finally:
             self.per_row = False

@@ -28,18 +28,16 @@ class CodeTunedModel(TunedModel):
         self.coded = modules(model)
         if not self.coded:
             raise RecipeError(
-                f"tuner '{settings.name}' tunes a quantized base: say which, e.g. `quantization: {{name: rtn,"
-                " bits_per_weight: 2}`"
+                f"tuner '{settings.name}' needs a quantized base, e.g. `quantization: {{name:"
+                " rtn, bits_per_weight: 2}`"
             )
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise RecipeError(
-                f"tuner '{settings.name}' is for one process: the gradients that move codes are not shared"
-            )
+            raise RecipeError(f"tuner '{settings.name}' supports a single process only")
         for name, m in self.coded.items():
             if not m.quantizer.continuous:
                 raise RecipeError(
-                    f"tuner '{settings.name}': nothing in the codes of quantizer '{m.quantizer.name}' is"
-                    f" continuous ({name}); take rtn or vq"
+                    f"tuner '{settings.name}': the codes of quantizer '{m.quantizer.name}' have"
+                    f" no continuous parameters ({name}); use rtn or vq"
                 )
         for p in model.parameters():
             p.requires_grad_(settings.tune_rest)

@@ -43,7 +43,9 @@ class RAMT(Delta):
 
     def __post_init__(self):
         if self.mask_init <= self.threshold:
-            raise RecipeError("mask_init must be above threshold, else the start is not the base")
+            raise RecipeError(
+                "mask_init must be above threshold, otherwise training does not start at the base model"
+            )
 
     def attach(self, model):
         from luthier.methods.tuners.sparse.r_amt.tuned import MaskTunedModel
@@ -57,8 +59,8 @@ class RAMT(Delta):
             there = [n for n in linear_modules(model) if part_of(n) and kind_of(n) in kinds]
             if not there:
                 raise RecipeError(
-                    f"tuner 'r_amt' finds no {self.where} matrices in {type(model).__name__}: name them in"
-                    " target_modules"
+                    f"tuner 'r_amt' finds no {self.where} matrices in {type(model).__name__};"
+                    " name them in target_modules"
                 )
             fitted = replace(self, target_modules=there)
         return MaskTunedModel(fitted, model)

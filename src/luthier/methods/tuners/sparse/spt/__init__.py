@@ -61,8 +61,8 @@ class SPT(Sparse):
             budget = self.budget or max(1, round(self.density * sum(sizes.values())))
             if budget > sum(sizes.values()):
                 raise RecipeError(
-                    f"tuner 'spt': a budget of {budget}, and the chosen modules have {sum(sizes.values())}"
-                    " weights"
+                    f"tuner 'spt': budget {budget} is more than the {sum(sizes.values())}"
+                    " weights of the chosen modules; lower it"
                 )
             even = {n: max(1, round(budget * s / sum(sizes.values()))) for n, s in sizes.items()}
             fitted = replace(self, budget=budget, plan=even, target_modules=list(sizes))
