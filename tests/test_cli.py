@@ -498,7 +498,7 @@ def test_a_classifier_is_not_talked_to_and_not_compared_with_a_writer(tiny, tmp_
         "⟦good⟧" in said.stdout and "luthier chat" not in said.stdout and "chat template" not in said.stdout
     )
     compared = luth("inspect", tiny, tmp_path / "run")
-    assert compared.exit_code == 2 and "read as causal" in compared.stderr
+    assert compared.exit_code == 2 and "loaded as architecture causal" in compared.stderr
     asked = luth("export", tmp_path / "run", "--as", "lora", "--output-dir", tmp_path / "x")
     assert asked.exit_code == 2 and "--as merged" in asked.stderr
     assert luth("export", tmp_path / "run", "--output-dir", tmp_path / "x").exit_code == 0

@@ -532,5 +532,5 @@ def test_a_model_behind_a_url_is_asked_in_words(server, monkeypatch):
 
 
 def test_a_prediction_says_what_it_lacks():
-    with pytest.raises(AttributeError, match="no 'b'"):
+    with pytest.raises(AttributeError, match="no output 'b'"):
         Prediction(a=1).b  # noqa: B018

@@ -299,7 +299,7 @@ def test_a_wrong_layout_is_told_and_read_padded(base, tmp_path, monkeypatch):
     want = luthier.tune(base, folder=tmp_path / "a")
     leak(monkeypatch)
     got = luthier.tune(base, folder=tmp_path / "b")
-    assert any("padded instead" in n for n in got.notes) and got.losses == pytest.approx(
+    assert any("using 'padded' instead" in n for n in got.notes) and got.losses == pytest.approx(
         want.losses, abs=1e-4
     )
 
@@ -324,4 +324,4 @@ def test_rows_that_are_yet_to_be_answered_are_read_right_too(base, tmp_path, mon
         base | {"tuner": "lora", "objective": "grpo", "live": ROLLOUT, "data": prompts, "max_steps": 1},
         folder=tmp_path,
     )
-    assert any("padded instead" in n for n in report.notes)
+    assert any("using 'padded' instead" in n for n in report.notes)

@@ -137,7 +137,7 @@ def load_source(
     raw_rows, bad = read_raw_rows(source, max_row_chars)
     total = len(raw_rows) + len(bad)
     if not total:
-        raise RecipeError(f"{source.label} holds no rows")
+        raise RecipeError(f"{source.label} has no rows")
     if not raw_rows:
         check_bad_rows(bad, total, source.label, max_bad_rows, quarantine)
     file_format = format_of_source(source, raw_rows)
@@ -195,9 +195,9 @@ def problem_of(raw: dict, max_row_chars: int) -> str | None:
         if isinstance(value, str):
             total += len(value)
             if "\0" in value:
-                return "holds a NUL byte"
+                return "contains a NUL byte"
             if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
-                return "holds half a character (a lone surrogate)"
+                return "contains a lone surrogate, which is not a character"
         elif isinstance(value, dict):
             stack += value.values()
         elif isinstance(value, list):
