@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from luthier.methods.evaluators._base import Evaluator
 from luthier.methods.tuners._base import MERGE
-from luthier.model.weight_changes import effective_rank, likeness, matrices
+from luthier.model.weight_changes import effective_rank, likeness, plain_matrices
 from luthier.registry import evaluator
 
 
@@ -42,7 +42,7 @@ class Intruders(Evaluator):
 
     def run(self, roles, rows, folder, when):
         attached, path = roles.policy.attached, Path(folder) / "before-tuning.safetensors"
-        now = matrices(roles.policy.model)
+        now = plain_matrices(roles.policy.model)
         if when != "after":
             if when == "before":
                 save_file(
@@ -52,7 +52,7 @@ class Intruders(Evaluator):
         before = {name: p.detach().clone() for name, p in now.items() if not p.requires_grad}
         before |= load_file(str(path), device=str(roles.policy.model.device))
         with attached.merged() as model:
-            after = matrices(model)
+            after = plain_matrices(model)
             changed = {name: p for name, p in after.items() if not torch.equal(p, before[name])}
             turned = {n for n, m in model.named_modules() if isinstance(m, Conv1D)}  # [in, out]
             counts = []
