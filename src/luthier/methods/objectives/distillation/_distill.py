@@ -1,5 +1,5 @@
-"""Distributions over the next token compared in full: the logits of both models are compared in chunks, and
-never held all at once.
+"""Distillation over the full vocabulary: the logits of both models are compared in chunks and never held all
+at once.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def topped(p: Tensor, q: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 @family
 class Distill(Objective):
-    """Family: a method defines the divergence of two distributions. Teacher and policy share a vocabulary."""
+    """Family: a method defines the divergence between two distributions. Teacher and policy share a
+    vocabulary.
+    """
 
     costs: ClassVar[str] = "as `sft`, with the distributions over the vocabulary compared at each token."
     starting_rate: ClassVar[str] = "that of `sft`."

@@ -1,6 +1,6 @@
-"""KL to the reference on the rows at hand, as a regulariser beside another objective: `sft + 0.1*kl`.
+"""KL to the reference on the given rows, as a regulariser beside another objective: `sft + 0.1*kl`.
 
-Exact over the vocabulary, unlike the one-token estimates that policy gradients use.
+Exact over the vocabulary, unlike the single-token estimates of policy-gradient objectives.
 """
 
 from luthier.methods.architectures._base import LOGPROBS, TOPK

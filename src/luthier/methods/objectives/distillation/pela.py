@@ -1,9 +1,9 @@
-"""PELA's recovery: trains a low-rank model to reproduce the full model's hidden states at every layer, before
-it is tuned for a task.
+"""PELA's recovery phase: trains a low-rank model to reproduce the full model's hidden states at every layer,
+before fine-tuning on a task.
 
-A term beside the loss on rows (`pela + sft`; written first it shares their reading of the batch), for tuner
-`pela`, whose product of two matrices may also be held within `eps` of the weight that it stands for. The
-teacher is the full model: `roles: {teacher: base}`. Departs: features are compared at asked tokens alone.
+Use it as a term beside the loss on rows (`pela + sft`; as the first term it shares that loss's forward pass),
+with tuner `pela`, whose factored matrices can also be kept within `eps` of the original weights. The teacher
+is the full model: `roles: {teacher: base}`. Departs: features are compared at supervised positions only.
 """
 
 from typing import Annotated

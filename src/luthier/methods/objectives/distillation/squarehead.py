@@ -1,11 +1,11 @@
-"""SquareHead: at every layer, the squared error between the states of policy and dense teacher, normalised by
-the teacher's.
+"""SquareHead: the squared error between the hidden states of the policy and of its dense teacher at every
+layer, normalised by the teacher's norm.
 
-A term for tuning what was pruned, beside the loss on rows and, where wanted, `distill`: `squarehead + sft`
-(written first it shares their reading of the batch). The teacher is the model before pruning: `roles:
-{teacher: start}` under tuner `pruned`. Departs: the error is normalised at each asked token instead of over
-all tokens of a batch, so that it does not depend on how a batch is split, and a few tokens of enormous states
-do not decide alone; tokens of a prompt that nobody asks are left out.
+For fine-tuning a pruned model, beside the loss on rows and optionally `distill`: `squarehead + sft` (as the
+first term it shares that loss's forward pass). The teacher is the model before pruning: `roles: {teacher:
+initial}` with tuner `pruned`. Departs: the error is normalised at each supervised position instead of over
+all tokens of a batch, so that it does not depend on how a batch is split and a few tokens with very large
+states do not dominate; prompt tokens are left out.
 """
 
 import torch

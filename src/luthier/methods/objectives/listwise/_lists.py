@@ -1,7 +1,7 @@
-"""Ranked lists: losses over all completions of a row and their scores, not only the best and the worst.
+"""List objectives: losses over all completions of a row and their scores, not only the best and the worst.
 
-A value per completion is beta times its log-ratio to the reference; a method says what a ranking of values
-costs, given the scores. A list of two is a pair.
+The value of a completion is beta times its log-ratio to the reference; a method defines the loss of a list of
+values, given the scores. A list of two is a pair.
 """
 
 from __future__ import annotations

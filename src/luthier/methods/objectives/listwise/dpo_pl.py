@@ -1,6 +1,7 @@
 """DPO over a whole ranking: the likelihood of the ordered list under Plackett-Luce (list-MLE).
 
-Completions of one score have no order: each is compared with all that score lower, and not with its equals.
+Completions with equal scores are not ordered: each is compared with all that have lower scores, not with its
+equals.
 """
 
 import torch

@@ -1,8 +1,7 @@
 """LiPO with lambda weights: every pair of a ranked list is weighted by how much swapping the two would change
 the DCG.
 
-Scores are labels in [0, 1], as a reward model's win rate gives them. Ranks are those of the policy's own
-values now.
+Scores are labels in [0, 1], such as a reward model's win rates. Ranks follow the policy's current values.
 """
 
 from luthier.methods.architectures._base import LOGPROBS

@@ -1,7 +1,7 @@
 """Reward-weighted regression: likelihood of every completion, weighted by its score relative to its row.
 
-No negative gradient: a bad completion only weighs less. Departs: weights are a softmax within the row, so no
-scale of scores is too large, and equal scores are plain SFT.
+There is no negative gradient: a bad completion only has less weight. Departs: weights are a softmax within
+the row, so scores of any scale work and equal scores are plain SFT.
 """
 
 from luthier.methods.architectures._base import LOGPROBS

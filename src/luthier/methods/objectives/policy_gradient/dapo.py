@@ -1,6 +1,6 @@
-"""DAPO's loss: GRPO averaged over tokens, clipped higher above than below, no KL.
+"""DAPO's loss: GRPO averaged over tokens, with a higher upper clip bound and no KL.
 
-The average is over the tokens of the global batch; TRL's `bnpo` is the same on each micro-batch. The paper's
+The average is over the tokens of the global batch; TRL's `bnpo` is the same per micro-batch. The paper's
 other parts are not losses: dynamic sampling is a stage, the penalty on overlong completions a reward.
 """
 

@@ -1,7 +1,8 @@
-"""Dr. GRPO: GRPO without its two biases, towards long wrong completions and towards rows of little spread.
+"""Dr. GRPO: GRPO without its two biases, towards long wrong completions and towards rows with little reward
+spread.
 
-A completion's sum is divided by one constant, not by its length, and advantages are not divided by the
-deviation.
+The sum over a completion is divided by a constant instead of its length, and advantages are not divided by
+the standard deviation.
 """
 
 from typing import Annotated, Literal

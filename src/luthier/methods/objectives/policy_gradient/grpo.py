@@ -1,9 +1,9 @@
 """Group relative policy optimization: advantages are relative to the other completions of the same prompt,
 without a critic.
 
-As in the paper, tokens are averaged within a completion first, so each completion weighs alike whatever its
-length (TRL's loss_type `grpo`; its default is `dapo`, and its default beta 0). Departs from the paper in the
-gradient of the KL, as TRL does: see use_bias_correction_kl.
+As in the paper, tokens are averaged within a completion first, so all completions have the same weight
+whatever their length (TRL's loss_type `grpo`; TRL's default is `dapo`, with beta 0). Departs from the paper
+in the gradient of the KL, as TRL does: see use_bias_correction_kl.
 """
 
 from luthier.methods.architectures._base import LOGPROBS

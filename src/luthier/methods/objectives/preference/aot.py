@@ -1,8 +1,8 @@
 """AOT: aligns the distribution of margins in a batch, sorted, with the reference's, instead of comparing pair
 by pair.
 
-Sorted are the margins of one micro-batch, so this is an exception to "accumulation changes nothing": a
-micro-batch of one row is DPO. Rows whose completions score alike stay out of the order.
+Margins are sorted within one micro-batch, so results depend on the micro-batch size; with one row per
+micro-batch it equals DPO. Rows whose completions have equal scores are left out.
 """
 
 from luthier.methods.architectures._base import LOGPROBS

@@ -1,8 +1,8 @@
-"""AOT without pairs: the sorted log-ratios of the chosen completions of a batch are to exceed those of the
+"""AOT without pairs: the sorted log-ratios of the chosen completions of a batch should exceed those of the
 rejected ones.
 
-The k-th smallest log-ratio of the chosen is compared with the k-th smallest of the rejected, whatever row
-they are of. Sorted within one micro-batch, as in `aot`.
+The k-th smallest log-ratio of the chosen is compared with the k-th smallest of the rejected, whichever row
+they come from. Sorted within one micro-batch, as in `aot`.
 """
 
 from luthier.methods.architectures._base import LOGPROBS

@@ -1,6 +1,6 @@
-"""APO-down: lowers the likelihood of both sides, that of the rejected one more.
+"""APO-down: lowers the likelihood of both completions, that of the rejected one more.
 
-For pairs whose chosen side is worse than what the model says by itself.
+For pairs whose chosen completion is worse than the model's own answers.
 """
 
 import torch

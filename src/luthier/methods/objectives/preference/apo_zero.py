@@ -1,7 +1,7 @@
 """APO-zero: raises the likelihood of the chosen completion and lowers that of the rejected one, each relative
 to the reference.
 
-For pairs whose chosen side is better than what the model says by itself.
+For pairs whose chosen completion is better than the model's own answers.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """ASFT, aligned SFT: raises the likelihood of the chosen completion and lowers that of the rejected one,
 without a reference.
 
-p is the mean probability of a token (the paper's length normalisation is taken to be the geometric mean). Two
-terms: `chosen_sft`, and beta times this. Not the later "anchored SFT" of the same letters.
+p is the mean probability of a token (the paper's length normalisation, taken as the geometric mean). Two
+terms: `chosen_sft`, and beta times this one. It is not the later "anchored SFT" with the same acronym.
 """
 
 from luthier.methods.architectures._base import LOGPROBS

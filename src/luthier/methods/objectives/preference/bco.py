@@ -1,10 +1,10 @@
 """Binary classifier optimization without pairs: trains the implicit reward to classify completions as good
 (score above 0) or bad.
 
-Rewards are shifted by the middle between the mean of the good and the mean of the bad ones, so that the
-classifier need not learn an offset. Departs: that middle is of one micro-batch (the paper keeps a running
-mean over steps, which would make a step depend on its history), and the density ratio for prompts of unlike
-kinds is left out.
+Rewards are shifted by the midpoint between the mean of the good and the mean of the bad ones, so that the
+classifier need not learn an offset. Departs: the midpoint is computed on one micro-batch (the paper keeps a
+running mean over steps, which would make a step depend on its history), and the density ratio for prompts of
+different domains is left out.
 """
 
 import torch

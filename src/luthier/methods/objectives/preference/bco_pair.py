@@ -1,7 +1,7 @@
 """Binary classifier optimization on pairs: classifies the chosen completion as good and the rejected one as
-bad, each by itself.
+bad, each separately.
 
-As TRL has it: without the reward shift of the paper, which `bco` has.
+As in TRL: without the paper's reward shift, which `bco` has.
 """
 
 from luthier.methods.architectures._base import LOGPROBS

@@ -1,9 +1,9 @@
 """The SFT term beside a preference loss, which keeps the chosen completion likely: RPO is `dpo +
 1.0*chosen_sft`.
 
-The average is over the chosen tokens of the global batch (TRL's `sft` loss: of each micro-batch); the papers
-sum over a completion (2405.16436) or average within it (2404.19733). Rows whose completions score alike have
-no best: no tokens.
+The average is over the chosen tokens of the global batch (TRL's `sft` loss: per micro-batch); the papers sum
+over a completion (2405.16436) or average within it (2404.19733). Rows whose completions have equal scores
+have no chosen completion and contribute no tokens.
 """
 
 import torch

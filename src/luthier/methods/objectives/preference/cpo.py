@@ -1,6 +1,6 @@
 """Contrastive preference optimization: DPO without a reference, plus the likelihood of the chosen completion.
 
-The reference is taken to be uniform, so no second model is read. Two terms: this one, and cpo_alpha times
+The reference is assumed to be uniform, so no second model is needed. Two terms: this one, and cpo_alpha times
 `chosen_sft`.
 """
 

@@ -1,7 +1,6 @@
-"""DiscoPOP: a loss discovered by a language model, logistic where the margin is small and exponential where
-it is large.
+"""DiscoPOP: a loss discovered by a language model, logistic for small margins and exponential for large ones.
 
-The exponential part is not bounded below zero margins: keep beta small.
+The exponential part grows without bound for negative margins: keep beta small.
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Direct preference optimization: a reward model's loss on the policy's own log-ratios.
 
-With label_smoothing it is conservative DPO (cDPO): that share of the pairs is taken to be labelled the wrong
-way round.
+With label_smoothing it is conservative DPO (cDPO), which assumes that this fraction of the pairs is labelled
+the wrong way round.
 """
 
 from luthier.methods.architectures._base import LOGPROBS

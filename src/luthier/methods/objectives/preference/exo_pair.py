@@ -1,5 +1,5 @@
-"""EXO on pairs: the reverse KL between the policy's choice and a smoothed label, where DPO has the forward
-KL.
+"""EXO on pairs: the reverse KL between the policy's preference and a smoothed label, where DPO uses the
+forward KL.
 
 The paper's form for lists of K samples is left out; its labels need a reward model.
 """

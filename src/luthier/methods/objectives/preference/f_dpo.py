@@ -1,6 +1,6 @@
-"""f-DPO: DPO under another f-divergence to the reference than the reverse KL.
+"""f-DPO: DPO with an f-divergence to the reference other than the reverse KL.
 
-The implicit reward is beta * f'(policy / reference), f' the derivative of the divergence's generator.
+The implicit reward is beta * f'(policy / reference), with f' the derivative of the divergence's generator.
 """
 
 import math

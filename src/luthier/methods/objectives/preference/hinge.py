@@ -1,8 +1,8 @@
 """The hinge loss of SLiC on DPO's margin, as normalised in RSO: pairs with a sufficient margin have no
 gradient.
 
-RSO also samples its pairs by rejection; that is a matter of stages. SLiC-HF itself has no reference and adds
-an SFT term.
+RSO also samples its pairs by rejection, which is done with stages here. SLiC-HF itself has no reference and
+adds an SFT term.
 """
 
 from luthier.methods.architectures._base import LOGPROBS

@@ -1,7 +1,6 @@
-"""Identity preference optimization: regresses the margin to a target instead of increasing it without end.
+"""Identity preference optimization: regresses the margin to a target instead of increasing it without bound.
 
-Departs from the paper's formula as its authors' own runs and TRL do: log-ratios are means over tokens, not
-sums.
+Departs from the paper's formula as its authors' code and TRL do: log-ratios are means over tokens, not sums.
 """
 
 from luthier.methods.architectures._base import LOGPROBS

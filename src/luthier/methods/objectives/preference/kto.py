@@ -1,10 +1,9 @@
-"""Kahneman-Tversky optimization: learns from completions that are each good (score above 0) or bad; no pairs
-needed.
+"""Kahneman-Tversky optimization: learns from single completions that are good (score above 0) or bad; no
+pairs needed.
 
-The reference point z0, how far the policy has drifted on average, is measured as in the authors' code and
-TRL: every completion under the prompt of the next row of the micro-batch, without gradient. It is a statistic
-of the micro-batch, so this is an exception to "accumulation changes nothing"; a micro-batch of one row has no
-other prompt, and z0 = 0.
+The reference point z0, the policy's average drift from the reference, is estimated as in the authors' code
+and TRL: each completion under the prompt of the next row of the micro-batch, without gradient. It is a
+statistic of the micro-batch, so results depend on the micro-batch size; with one row per micro-batch z0 is 0.
 """
 
 import torch
@@ -30,8 +29,8 @@ NEIGHBOURS = "z0 is estimated on one micro-batch, each completion under the next
     starting_rate="1e-6 for full fine-tuning (TRL's default); with LoRA about ten times as much.",
 )
 class KTO(Objective):
-    """weight * (1 - sigmoid(beta * (log-ratio - z0))) for a good completion, the sign turned for a
-    bad one.
+    """weight * (1 - sigmoid(beta * (log-ratio - z0))) for a good completion, with the sign flipped for a bad
+    one.
     """
 
     unit = "sequence"

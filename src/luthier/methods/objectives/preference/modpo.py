@@ -1,8 +1,8 @@
 """MODPO: DPO for one goal, with a margin for the other goals. One model for each choice of weights.
 
-The pairs are ranked by the aim that trains; what the others think lies in the column `rewards` ({name: a
-number for each completion}), which the stages `score` (reward models, rules such as a length) and
-`implicit_reward` (a policy trained on that aim) write. Sweep `weights` for a front of models.
+The pairs are ranked by the goal that is trained. Scores for the other goals are in the column `rewards`
+({name: a number per completion}), written by the stages `score` (reward models, or rules such as a length)
+and `implicit_reward` (a policy trained for that goal). Vary `weights` to get a Pareto front of models.
 """
 
 from dataclasses import field

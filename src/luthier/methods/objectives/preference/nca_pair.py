@@ -1,5 +1,5 @@
-"""Noise contrastive alignment on pairs: rewards are absolute, so the chosen completion cannot lose likelihood
-for a larger margin.
+"""Noise contrastive alignment on pairs: rewards are absolute, so the chosen completion does not lose
+likelihood to increase the margin.
 
 The paper's form for K rated completions is left out.
 """

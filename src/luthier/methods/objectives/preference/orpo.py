@@ -1,8 +1,8 @@
 """ORPO: likelihood of the chosen completion, plus a penalty on the odds ratio to the rejected one. No
 reference.
 
-Two terms: `chosen_sft` and beta (the paper's lambda) times the odds ratio. Departs from TRL and the authors'
-code, whose likelihood also covers the prompt's tokens; here, as in the paper, the completion's alone.
+Two terms: `chosen_sft` and beta (the paper's lambda) times the odds ratio. As in the paper, the likelihood
+covers the completion only; TRL and the authors' code include the prompt's tokens.
 """
 
 from luthier.methods.architectures._base import LOGPROBS

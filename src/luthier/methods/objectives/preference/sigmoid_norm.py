@@ -1,6 +1,6 @@
 """Length-normalised DPO (Tulu 3): log-ratios are means over tokens, so length gives no advantage.
 
-beta is larger than DPO's, since a mean is smaller than a sum: the paper takes 5.
+beta is larger than DPO's, since a mean is smaller than a sum: the paper uses 5.
 """
 
 from luthier.methods.architectures._base import LOGPROBS

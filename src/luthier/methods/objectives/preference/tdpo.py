@@ -1,7 +1,7 @@
-"""TDPO, token-level DPO: corrects the margin by the KL of each side's tokens to the reference.
+"""TDPO, token-level DPO: corrects the margin by the token-wise KL of each side to the reference.
 
-The drift is the forward KL(reference || policy) summed over a completion's tokens. if_tdpo2 false is the
-paper's first form: both drifts, whole and differentiated.
+The KL is the forward KL(reference || policy), summed over a completion's tokens. `if_tdpo2: false` is the
+paper's first form: both KLs at full weight and differentiated.
 """
 
 import torch
@@ -22,7 +22,7 @@ from luthier.registry import objective
     costs="whole vocabularies of policy and reference are compared at each token.",
 )
 class TDPO(Pairs):
-    """-log sigmoid(beta * (margin - alpha * (drift of the worst - drift of the best, held fixed)))."""
+    """-log sigmoid(beta * (margin - alpha * (KL of the worst - KL of the best, not differentiated)))."""
 
     alpha: NotNegative = 0.5  # weight of the drifts; 0 is DPO; not used by the first form
     if_tdpo2: bool = True  # the second form

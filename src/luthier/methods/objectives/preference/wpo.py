@@ -1,8 +1,8 @@
 """WPO: weights pairs by how likely they are under the policy, so that off-policy pairs act like on-policy
 ones.
 
-A token's likelihood is measured against what a sample would have on average (the paper's aligned weights, as
-in TRL).
+A token's likelihood is normalised by its expected value under the policy (the paper's aligned weights, as in
+TRL).
 """
 
 import torch

@@ -1,15 +1,15 @@
-"""Adam-v2 on texts: contrastive learning of parts and wholes of a text, from coarse to fine.
+"""Adam-v2 for text: contrastive learning of parts and wholes of a text, from coarse to fine.
 
-A stretch of a text (the whole) is cut into parts, and each is read by itself, after what the text continues.
-Localizability: a part, read by the student with some tokens exchanged, is to be nearer to itself as the
-teacher reads it than to the other parts. Composability: the parts together give the teacher's whole.
-Decomposability: the whole gives the teacher's parts. An embedding is the mean of the states that predict a
-stretch's tokens. Teacher is the policy's running average (`mean_teacher`), heads are `roles: {parts:
-part_whole}`; wholes are whole texts at first, then halves, quarters and so on.
+A span of text (the whole) is divided into parts, and each is encoded separately, after the text that precedes
+it. Localizability: a part, with some tokens replaced, should be closer to the teacher's embedding of the same
+part than to the other parts. Composability: the parts together predict the teacher's embedding of the whole.
+Decomposability: the whole predicts the teacher's embeddings of the parts. An embedding is the mean of the
+hidden states that predict a span's tokens. The teacher is the policy's running average (`mean_teacher`), the
+heads are `roles: {part_heads: part_whole}`; wholes are full texts at first, then halves, quarters and so on.
 
-Departs: made for medical images and a convolutional encoder. Views of a region are exchanged tokens in place
-of augmented crops; localizability is contrastive within a text, so that no loss depends on how a batch is
-split; all terms weigh alike, as the paper's weights are not known here.
+Departs: made for medical images and a convolutional encoder. Augmented views are replaced tokens instead of
+crops; localizability is contrastive within a text, so that no loss depends on how a batch is split; all terms
+have the same weight, since the paper's weights are not known here.
 """
 
 from __future__ import annotations

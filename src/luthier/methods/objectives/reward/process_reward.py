@@ -1,7 +1,7 @@
-"""A process reward model: predicts at the end of each step of a solution whether it is right so far.
+"""A process reward model: predicts at the end of each step of a solution whether it is correct so far.
 
-The stage `mark_steps` marks where steps end. The value there is a logit, of sigmoid(value) that the step is
-right.
+The stage `mark_steps` marks where steps end. The value there is the logit of the probability that the step is
+correct.
 """
 
 import torch.nn.functional as F

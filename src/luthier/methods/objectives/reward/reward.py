@@ -1,8 +1,8 @@
-"""A reward model trained on pairs after Bradley and Terry: the value of the chosen completion is to exceed
-that of the rejected one.
+"""A reward model trained on pairs (Bradley-Terry): the value of the chosen completion should exceed that of
+the rejected one.
 
-Rows may carry a `margin` by which it is to be above (Llama 2). With center_rewards_coefficient values are
-kept around zero.
+Rows may have a `margin` by which it should be higher (Llama 2). center_rewards_coefficient keeps values near
+zero.
 """
 
 import torch

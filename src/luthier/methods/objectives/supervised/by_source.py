@@ -1,8 +1,8 @@
-"""One objective for each source of the rows (column `source`), so that an estimator can weight sources
-against each other.
+"""One objective per source of the rows (column `source`), so that an estimator can weight sources against
+each other.
 
-Each source's term is an average over its own units. By itself the sum of these averages: small sources count
-as much as large ones.
+Each source's term is averaged over its own units. Without such an estimator the loss is the sum of these
+averages: small sources count as much as large ones.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class BySource(Objective):
 
 @family
 class OfSource(Objective):
-    """The units of one source; those of others cost nothing and are not counted."""
+    """The units of one source; units of other sources are not counted."""
 
     inner: Any  # an objective
     source: str  # whose rows count

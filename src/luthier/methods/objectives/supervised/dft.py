@@ -1,7 +1,7 @@
 """Dynamic fine-tuning: SFT with each token weighted by its probability, so that unlikely tokens cannot
 dominate.
 
-SFT's gradient is a policy gradient with the reward 1 / p; weighing by p makes it even.
+SFT's gradient is a policy gradient with reward 1 / p; the weight p makes this reward constant.
 """
 
 from luthier.methods.architectures._base import LOGPROBS

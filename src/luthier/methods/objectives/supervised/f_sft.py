@@ -1,7 +1,7 @@
 """SFT under an f-divergence: raises the log-ratio to the reference along a concave curve, so that the policy
-stays nearer to it.
+stays closer to it.
 
-Plain SFT, seen as the learning of an implicit reward r, has nothing that holds it near the reference. The
+Seen as learning an implicit reward r, plain SFT has no term that keeps the policy near the reference. The
 curves follow the family of inverse soft-Q learning; the paper's own expression could not be verified.
 """
 
@@ -29,7 +29,7 @@ CURVES = {  # divergence -> phi(r)
     starting_rate="that of `sft`.",
 )
 class FSFT(Objective):
-    """-phi(r), r = beta * log-ratio of a token or of a completion; phi(r) = r is SFT, beta times."""
+    """-phi(r), r = beta * log-ratio of a token or of a completion; phi(r) = r is SFT times beta."""
 
     beta: Beta = 0.1  # scale of the implicit reward
     # r, r - r^2 / 4, or r / (1 + r) above r = -1

@@ -1,8 +1,8 @@
-"""Fault-aware fine-tuning: SFT on right programs, with more weight where a wrong variant differs.
+"""Fault-aware fine-tuning: SFT on correct programs, with more weight where a faulty variant differs.
 
-The stage `diff_masks` marks these places in lines and tokens. Token weights grow the less the model tells the
-right variant from the wrong one there. The paper's own weighting could not be verified in full: w = 1 + a *
-line + b * token * s(-gap / tau).
+The stage `diff_masks` marks these places in lines and tokens. Token weights are larger the less the model
+distinguishes the correct variant from the faulty one there. The paper's own weighting could not be verified
+in full: w = 1 + a * line + b * token * s(-gap / tau).
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Supervised fine-tuning: the likelihood of the completions.
 
-Rows with `token_weights` (stages, or turns with a `loss_scale`) count accordingly.
+Rows with `token_weights` (from stages, or turns with a `loss_scale`) are weighted accordingly.
 """
 
 from luthier.methods.architectures._base import LOGPROBS, TOPK

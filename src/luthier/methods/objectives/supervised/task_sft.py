@@ -1,5 +1,5 @@
-"""SFT on one kind of completion: a row that has several (an answer, a rationale) can weigh them as tasks of
-their own.
+"""SFT on one kind of completion: the completions of a row (such as an answer and a rationale) can be weighted
+as separate tasks.
 
 The column `tasks` names the task of each completion (the stage `rationale` writes it). Each task keeps its
 own average.
