@@ -1,4 +1,6 @@
-"""Where a gradient comes from. An estimator calls `closure` as often as it likes and steps the chain once."""
+"""The kind's protocol: how the gradient is computed. An estimator calls `closure` as often as it needs and
+steps the optimizer chain once.
+"""
 
 from __future__ import annotations
 

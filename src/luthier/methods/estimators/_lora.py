@@ -1,5 +1,5 @@
-"""LoRA modules that are trained under a perturbation of their weight: where they are, and how their output is
-modified.
+"""LoRA modules that are trained under a perturbation of their weights: finding them, and modifying their
+output.
 """
 
 from __future__ import annotations

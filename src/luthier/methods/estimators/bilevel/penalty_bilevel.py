@@ -2,16 +2,17 @@
 which the validation loss is lowest.
 
 With f the validation term and g(x, y) = sum_i w_i(x) L_i(y) + decay(x) |y|^2 / 2 of the others, two copies of
-what moves are tuned: y on g + s f, z on g. Then d/dx = (g_x(x, y) - g_x(x, z)) / s, within O(s) of the true
-hypergradient; no second derivative, and of the mixture only loss values are needed. y is the tuned model. Two
-gradients a step and one more copy of what moves, with its optimizer state; with `momentum` twice that.
+the trainable parameters are trained: y on g + s f, z on g. Then d/dx = (g_x(x, y) - g_x(x, z)) / s, within
+O(s) of the true hypergradient; there is no second derivative, and the mixture needs loss values only. y is
+the tuned model. Each step takes two gradients, with one more copy of the trainable parameters and their
+optimizer state; with `momentum`, twice that.
 
-The weights are a softmax of x, in place of the paper's projection; y and z go through the recipe's own chain
-(the paper: gradient steps). Double loop: x moves every `inner_steps` steps, both copies warm. Single loop:
-`momentum` (the paper's eta) corrects all three gradients by what they would have been a step ago on these
-rows. Weights are told as `mix/SOURCE` of each step. Validation rows should be a fair part of every batch:
-where they were one in eleven of 16 rows, the weights went the wrong way with one seed of three (claim
-penalty_bilevel_mixture).
+Departs: the weights are a softmax of x instead of the paper's projection, and y and z use the recipe's
+optimizer chain (the paper: gradient steps). Double loop: x is updated every `inner_steps` steps, and both
+copies continue from where they are. Single loop: `momentum` (the paper's eta) corrects all three gradients by
+what they would have been one step ago on the same rows. Weights are logged as `mix/SOURCE` at each step.
+Validation rows should be a sizeable part of every batch: where they were one in eleven of 16 rows, the
+weights moved in the wrong direction with one seed of three (claim penalty_bilevel_mixture).
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ Tree = dict[str, Params]  # site -> slot -> tensor
     starting_rate="that of the tuner.",
 )
 class PenaltyBilevel(Estimator):
-    """Learned weights of sources, and weight decay; use it with objective `by_source`."""
+    """Learned source weights and weight decay; use it with objective `by_source`."""
 
     validation: str = "validation"  # the source (term) that decides; the others are weighed
     # s: the smaller, the truer the gradient of the weights, and the noisier

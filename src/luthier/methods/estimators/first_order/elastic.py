@@ -1,8 +1,8 @@
-"""Elastic steps (InstaTune): adds up the gradient of the full network and of sub-networks that are drawn at
+"""Elastic steps (InstaTune): sums the gradients of the full network and of sub-networks that are sampled at
 each step.
 
-The full network is trained on the objective without `distill`; sub-networks on all of it, so that with
-`objective: sft + kl` and `roles: {reference: full_network}` they learn the labels and the full network's
+The full network is trained on the objective without `distill`, sub-networks on all of it. With `objective:
+sft + kl` and `roles: {reference: full_network}` they therefore learn the labels and the full network's
 distribution. Requires tuner `elastic`.
 """
 

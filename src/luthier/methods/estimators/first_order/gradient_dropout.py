@@ -2,9 +2,9 @@
 model) disagree in sign.
 
 With a the gradient of all terms but `gate`, and b that of `gate` (weight included), an entry is kept with
-probability (1 + sgn(a) (a + b) / (|a| + |b|)) / 2: surely where b points the same way, the less likely the
-more b outweighs it. b only gates; it is not added. Part of R-AMT, which uses it on masks: `objective: sft +
-kl`, reference the base model. Two backward passes.
+probability (1 + sgn(a) (a + b) / (|a| + |b|)) / 2: always where b has the same sign, and less likely the
+larger b is where it has the opposite sign. b only gates and is not added. Part of R-AMT, which uses it on
+masks: `objective: sft + kl`, with the base model as reference. Two backward passes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """MGDA: steps along the shortest convex combination of the terms' gradients, which increases no term.
 
-A convex mix of least norm, found by Frank-Wolfe on the inner products; where it is zero, nothing improves
-every term.
+The combination is found by Frank-Wolfe on the inner products of the gradients; where its norm is zero, no
+direction improves every term.
 """
 
 import torch

@@ -1,11 +1,11 @@
 """Pareto domain adaptation: weights the terms by a linear program so that their common step also lowers a
 guide term that is not trained on.
 
-The guide is one term of the objective, such as the loss of held-out rows under `by_source`: its gradient is
-asked for and never followed. Of all mixes of the other terms' gradients that go against none of them, save
-those that the guide itself pulls back, the one that the guide gains most from is taken; where the guide has
-hardly a loss left, the one from which all terms together gain most. Departs: the paper's guide is the entropy
-of predictions on unlabelled images of another domain, here any term.
+The guide is one term of the objective, such as the loss of held-out rows with `by_source`: its gradient is
+computed but not followed. Among the combinations of the other terms' gradients that increase none of them
+(except those that conflict with the guide), the one that lowers the guide most is used; where the guide's
+loss is nearly zero, the one that lowers all terms together most. Departs: the paper's guide is the entropy of
+predictions on unlabelled images of another domain, here any term.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from luthier.registry import estimator
     starting_rate="that of the tuner.",
 )
 class ParetoDA(Terms):
-    """The step is the mix times the number of `terms`, so that it is as long as a plain sum."""
+    """The step is the combination times the number of `terms`, so that its scale is that of a plain sum."""
 
     guide: int = -1  # the term that guides and is not trained on, counted from 0; -1: the last
     eps: Annotated[float, Field(ge=0)] = 1e-3  # loss of the guide below which it is satisfied

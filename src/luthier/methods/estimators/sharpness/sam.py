@@ -1,7 +1,8 @@
 """SAM: takes the gradient at the worst point nearby, which finds flat minima. Two backward passes per step.
 
-Departs: the climb is made on the global batch, not on each device's share (the paper's m-sharpness). Both
-passes see the same dropout. The weights come back bit for bit, for one more copy of what moves.
+Departs: the perturbation uses the global batch, not each device's share (the paper's m-sharpness). Both
+passes use the same dropout masks. The weights are restored bit for bit, from a copy of the trainable
+parameters.
 """
 
 from __future__ import annotations
