@@ -1,6 +1,4 @@
-"""A module under one or several Deltas, as PEFT's kind of layer, and the PEFT model class that puts it in
-place.
-"""
+"""A module with one or several Deltas, as a PEFT layer, and the PEFT model class that inserts it."""
 
 from __future__ import annotations
 
@@ -46,7 +44,7 @@ class DeltaParams(nn.Module):
 
 
 class DeltaLayer(nn.Module, BaseTunerLayer):
-    """A module under one or several Deltas."""
+    """A module with one or several Deltas."""
 
     slot: str  # "luthier_ssf_tensors": the attribute that holds adapter name -> DeltaParams
 
@@ -184,7 +182,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
 
 class DeltaModel(BaseTuner):
-    """Puts DeltaLayers in place."""
+    """Inserts DeltaLayers."""
 
     target_module_mapping = TARGETS
     tuner_layer_cls: type[DeltaLayer]

@@ -1,4 +1,4 @@
-"""A model under a PEFT type, ours or PEFT's own: what a run asks of it, and its export."""
+"""A model with a PEFT type, luthier's or PEFT's own: the interface to a run, and its export."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class PeftTunedModel(TunedModel):
-    """A PEFT type on a model. The model stays the transformers model, with layers put into it."""
+    """A PEFT type on a model. The model stays a transformers model, with layers inserted."""
 
     def __init__(self, settings: Any, model: Network, config: PeftConfig):
         super().__init__(settings, model)

@@ -1,12 +1,12 @@
 """(IA)3: learned scales on the outputs of keys and values and on the inputs of the second feed-forward
 matrix. Uses PEFT's own layers.
 
-A number for each channel, one at the start, so few that many tasks' are kept beside one model; all fold into
-weights. Unless modules are named they are found by their names in a layer: k and v (a fused q, k and v is
-scaled as one) and the matrix that leaves the feed-forward part, of every layer, cross-attention included.
-PEFT's own lists take q for k in several families, and attention's output in BERT as well. A gated
-feed-forward part is scaled after its gate. Departs from the paper: no length normalisation or unlikelihood
-beside the loss; they are objectives.
+There is one number per channel, initially 1, so few that those of many tasks can be stored beside one model;
+all fold into the weights. Unless modules are named, they are found by name in every layer, including
+cross-attention: k and v (a fused q, k and v is scaled as one) and the last matrix of the feed-forward block.
+PEFT's own lists use q instead of k in several families, and the attention output as well in BERT. A gated
+feed-forward block is scaled after its gate. Departs from the paper: there is no length normalisation or
+unlikelihood term; those are objectives.
 """
 
 from __future__ import annotations

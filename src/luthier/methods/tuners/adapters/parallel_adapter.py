@@ -1,8 +1,8 @@
 """Parallel adapters: a bottleneck beside a linear module. It reads the module's input and adds to the
 module's output.
 
-As in LLM-Adapters, beside single linear modules; the paper's parallel adapter stands beside a whole
-feed-forward part.
+As in LLM-Adapters, beside single linear modules; the paper's parallel adapter is beside a whole feed-forward
+block.
 """
 
 from __future__ import annotations

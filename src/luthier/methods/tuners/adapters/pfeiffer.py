@@ -1,7 +1,7 @@
 """Pfeiffer adapters: one bottleneck per layer, after the feed-forward block, before the residual connection.
 
-Departs: the paper's adapter stands behind the residual's norm of post-norm encoders; here it stands where it
-also fits networks that normalise first. `up` starts at exactly zero.
+Departs: the paper's adapter is placed behind the residual's norm of post-norm encoders; this position also
+suits pre-norm networks. `up` starts at exactly zero.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from luthier.registry import tuner
     " for SFT is 2e-5).",
 )
 class Full(Tuner):
-    """All parameters are trained. The initial weights are not kept, so the tuner cannot be switched off: name
+    """All parameters are trained. The initial weights are not stored, so the tuner cannot be disabled: set
     another reference where an objective needs one.
     """
 

@@ -1,11 +1,11 @@
 """Re-initialisation: draws the weights of the top layers anew, then trains all weights.
 
-The top of a pretrained network is most specific to its pretraining task, which on a few rows can hinder
-fine-tuning: it then fails with some seeds and not with others. Layers are re-initialised by the network's own
-rule (normal of its initializer range, norms at one, biases at zero; a pooler goes with them) when a run
-begins, so the tuner itself starts as the base. The study's other stabilisers: `telly` freezes the lowest
-layers, transform `layerwise_decay` slows them, `max_steps` trains longer. Departs from the study: layers are
-counted in any network's list of layers; in an encoder-decoder in that of the decoder.
+The top of a pretrained network is most specific to its pretraining task, which can hinder fine-tuning on few
+rows: it then fails with some seeds and not with others. Layers are re-initialised by the network's own rule
+(normal with its initializer range, norms at one, biases at zero; a pooler as well) when a run begins, so the
+tuner itself starts as the base. The study's other stabilisers: `telly` freezes the lowest layers, transform
+`layerwise_decay` slows them, `max_steps` trains longer. Departs from the study: layers are counted in the
+network's list of layers; in an encoder-decoder in that of the decoder.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """LoLDU: decomposes W = P L D U and trains the first r entries of D and one scale; P, L and U are frozen.
 
-W' = W + P L_r diag(scale z - scale_0 z_0) U_r with z_0 the first r entries of D and scale_0 = lora_alpha / r:
-what the paper writes as a residual and a scaled product. r + 1 numbers a matrix move. Departs from the paper:
-z always starts as LU has it. Its other starts (uniform, normal, constant) begin with another model than the
-base.
+W' = W + P L_r diag(scale z - scale_0 z_0) U_r with z_0 the first r entries of D and scale_0 = lora_alpha / r,
+which is what the paper writes as a residual and a scaled product. Each matrix has r + 1 trainable parameters.
+Departs from the paper: z always starts at its LU value. The paper's other initialisations (uniform, normal,
+constant) do not start at the base model.
 """
 
 from __future__ import annotations

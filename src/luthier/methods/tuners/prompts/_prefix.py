@@ -1,8 +1,8 @@
-"""Keys and values before those of every text: where they are kept, and which networks can take them.
+"""Keys and values before those of every text: where they are stored, and which networks support them.
 
-They lie at the module that makes an attention's keys, and luthier's attention (kernels/attention.py) asks for
-them there. So every packed row sees them, no position moves, and a cache of keys and values holds the text
-alone.
+They are attached to the module that computes an attention's keys, where luthier's attention
+(kernels/attention.py) looks for them. So every packed row attends to them, positions do not shift, and a KV
+cache holds the text only.
 """
 
 from __future__ import annotations

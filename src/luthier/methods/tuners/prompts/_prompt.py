@@ -1,5 +1,5 @@
-"""Trained vectors before every sequence: the layout keeps `virtual` positions free, and the tuned model fills
-them.
+"""Trained vectors before every sequence: the layout leaves `virtual` positions free, and the tuned model
+fills them.
 """
 
 from __future__ import annotations

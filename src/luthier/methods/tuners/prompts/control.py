@@ -1,9 +1,9 @@
 """Control vectors: one soft prompt per quality bin of answers, put before the rows of that bin; generation
 uses the prompt of the best bin.
 
-A row's bin is its column `quality_bin` (stage `buckets`), 0 the worst; rows without one are read under the
-last. With `tuner` the network is trained as well, by that tuner: the second run of plan `meet`. Saved beside
-all of them is the last one alone, as PEFT's PROMPT_TUNING.
+A row's bin is its column `quality_bin` (stage `buckets`), 0 the worst; rows without one use the last. With
+`tuner` the network is trained as well, by that tuner: the second run of plan `meet`. The last prompt alone is
+also saved as PEFT's PROMPT_TUNING.
 """
 
 from __future__ import annotations

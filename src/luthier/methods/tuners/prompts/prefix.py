@@ -2,9 +2,9 @@
 itself is frozen.
 
 With `prefix_projection` they are the output of a small network on smaller vectors, which is how the paper
-trains them. Departs: that network is one for each layer, not one for all; and the positions of the text do
-not shift, so a prefix has the same distance from every token and takes nothing of the context length. So it
-is an adapter type of its own, and not PEFT's PREFIX_TUNING, which counts positions from behind the prefix.
+trains them. Departs: that network is one per layer, not one for all; and the positions of the text do not
+shift, so a prefix has the same distance from every token and uses no context length. It is therefore an
+adapter type of its own and not PEFT's PREFIX_TUNING, which counts positions from the end of the prefix.
 """
 
 from __future__ import annotations

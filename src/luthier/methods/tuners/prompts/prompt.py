@@ -1,7 +1,7 @@
 """Prompt tuning: trains vectors that are put before every sequence; the network itself is frozen.
 
-Saved as PEFT's PROMPT_TUNING. Departs from PEFT: random vectors have the spread of the model's own
-embeddings, and vectors drawn from the vocabulary are different tokens, as far as there are enough.
+Saved as PEFT's PROMPT_TUNING. Departs from PEFT: random vectors have the standard deviation of the model's
+own embeddings, and vectors taken from the vocabulary are different tokens, if there are enough.
 """
 
 from __future__ import annotations

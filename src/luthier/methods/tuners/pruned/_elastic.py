@@ -1,8 +1,8 @@
-"""Sub-networks of one network: the first heads and feed-forward units of each layer, or no layer at all. As
-masks, and sliced.
+"""Sub-networks of one network, as masks and as sliced models: the first heads and feed-forward units of each
+layer, or no layer at all.
 
 A shape is a tuple with (groups of heads, feed-forward units) of each layer; (0, 0) is a layer that is left
-out. A group is what shares keys and values: one head, or with grouped queries several.
+out. A group consists of the heads that share keys and values: one head, or several with grouped queries.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ COLUMNS = {"o": 0, "down": 1}  # parts that lose columns
 
 
 class Anatomy:
-    """Where the matrices of each layer are. Raises RecipeError where a network is not made of separate q, k,
-    v, o, up and down.
+    """Where the matrices of each layer are. Raises RecipeError where a network has no separate q, k, v, o, up
+    and down.
     """
 
     def __init__(self, model: Any):

@@ -3,9 +3,9 @@ work as well.
 
 Before the first step the heads and feed-forward units of each layer are sorted by importance, the norm of a
 unit's output on a few rows times the norm of the weights that read it; the network's output is unchanged.
-Estimator `elastic` then trains the full network and sub-networks drawn at each step, evaluator `pareto`
-searches for the best of them, and `sliced` makes one a model of its own. Departs from the paper: heads are
-left out by groups that share keys and values, and layers only where norms come first.
+Estimator `elastic` then trains the full network and sub-networks sampled at each step, evaluator `pareto`
+searches for the best of them, and `sliced` turns one into a separate model. Departs from the paper: heads are
+left out in groups that share keys and values, and layers only in pre-norm networks.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""APET: trains n single weights at random positions, drawn evenly from all chosen matrices.
+"""APET: trains n single weights at random positions, drawn uniformly from all chosen matrices.
 
-For studies of how much of tuning is owed to structure and how much to the mere number of trainable
-parameters: set n to the number that another tuner trains and compare. Positions follow from the seed alone.
-Departs from the paper: positions lie in linear modules and embeddings (its counts of biases and norms are
-tuner 'bitfit').
+For studies of how much of fine-tuning is due to structure and how much to the number of trainable parameters:
+set n to the number that another tuner trains and compare. Positions depend on the seed alone. Departs from
+the paper: positions are in linear modules and embeddings (its biases and norms are tuner 'bitfit').
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class TunedWeights(TunedModel):
-    """The model's own weights, chosen by a rule. Where few are trained, their initial values are kept, which
-    makes `off` exact.
+    """The model's own weights, chosen by a rule. Where few are trained, their initial values are stored,
+    which makes `off` exact.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """BitFit: trains only the biases.
 
-The initial biases are kept, so switching off gives the base bit for bit. Networks without biases (Llama,
-Mistral, ...) are refused: `also: [norms]` trains their norms' weights instead.
+The initial biases are stored, so disabling the tuner gives the base bit for bit. Networks without biases
+(Llama, Mistral, ...) are refused: `also: [norms]` trains the weights of their norms instead.
 """
 
 from __future__ import annotations

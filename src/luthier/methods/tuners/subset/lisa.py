@@ -2,8 +2,8 @@
 `interval` steps.
 
 The optimizer state of a layer is dropped when the layer is frozen, so memory is that of the trained layers.
-Departs from LMFlow: a draw follows from seed and step, so nothing about it needs saving. The initial weights
-are not kept, so the tuner cannot be switched off.
+Departs from LMFlow: a draw depends on seed and step only, so nothing about it is saved. The initial weights
+are not stored, so the tuner cannot be disabled.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ half, low-rank steps in the drawn layers, is transform 'galore': `optim: [clip, 
 Embeddings, head and final norm are always trained, and the optimizer state of a layer is dropped when it is
 frozen. Departs from the reference: densities are measured on the user's rows, not read from a file. Fused
 experts are not measured: the density of their layer is that of its other matrices. The initial weights are
-not kept, so the tuner cannot be switched off.
+not stored, so the tuner cannot be disabled.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Trains one part of the network: its token embeddings and output layer, or its last layer (of the decoder,
 in an encoder-decoder).
 
-Two ways of specialising a model to one project that lie between full fine-tuning and a prefix: L-EO and
-L-LDB. The initial values of what is trained are kept, so switching off gives the base bit for bit.
+Two ways of specialising a model to one project, between full fine-tuning and a prefix: L-EO and L-LDB. The
+initial values of the trained weights are stored, so disabling the tuner gives the base bit for bit.
 """
 
 from __future__ import annotations

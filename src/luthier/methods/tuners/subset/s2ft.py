@@ -1,12 +1,12 @@
 """S2FT: trains a few feed-forward channels and attention heads of every layer, as one small dense matrix per
 weight.
 
-What reads a channel (down, o) gains columns: y + x[.., chosen] S'. What writes one (up, gate, v) gains rows:
-y[.., chosen] += x S'. Only S has a gradient, and only the chosen inputs are kept for it. Heads and channels
-are drawn once per layer, so up, gate and down share theirs, and v's heads are those whose queries o reads
-(with grouped queries, too). Departs from the paper: chosen columns are gathered where they stand; nothing is
-permuted, which computes the same and leaves the model alone, and so adapters are in everyone's coordinates
-and those of unlike channels add up. Heads and channels are drawn at random (S2FT-R).
+Weights that read a channel (down, o) are trained in columns: y + x[.., chosen] S'. Weights that write one
+(up, gate, v) are trained in rows: y[.., chosen] += x S'. Only S has a gradient, and only the chosen inputs
+are stored for it. Heads and channels are drawn once per layer, so up, gate and down use the same, and v's
+heads are those whose queries o reads (with grouped queries, too). Departs from the paper: chosen columns are
+gathered in place and nothing is permuted, which computes the same, leaves the model unchanged and allows
+adapters with different channels to be added. Heads and channels are drawn at random (S2FT-R).
 """
 
 from __future__ import annotations

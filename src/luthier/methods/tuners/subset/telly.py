@@ -2,9 +2,9 @@
 head.
 
 Below the first trained layer no gradient is computed, so time and memory fall with K. The initial values of
-what is trained are kept, so switching off gives the base bit for bit. Departs from the paper: K may be a
-share of the layers, and in an encoder-decoder it counts through the encoder's layers and then the decoder's.
-Tied embeddings keep the head frozen with them.
+the trained weights are stored, so disabling the tuner gives the base bit for bit. Departs from the paper: K
+may be a fraction of the layers, and in an encoder-decoder it counts through the encoder's layers and then the
+decoder's. Tied embeddings keep the head frozen with them.
 """
 
 from __future__ import annotations

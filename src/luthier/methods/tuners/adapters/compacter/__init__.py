@@ -1,10 +1,10 @@
 """Compacter: bottleneck adapters whose two maps are sums of Kronecker products, W = sum over i up to
 `phm_dim` of kron(A_i, s_i t_i).
 
-The matrices A_i [n, n] are one set for all adapters of a network; s_i [out / n, rank] and t_i [rank, in / n]
-are each map's own, so that a map costs rank * (out + in) numbers where a plain one costs out * in. The
-adapters stand after attention and after the feed-forward part; after the latter alone they are the paper's
-Compacter++: name its last modules as target_modules.
+The matrices A_i [n, n] are shared by all adapters of a network; s_i [out / n, rank] and t_i [rank, in / n]
+belong to each map, so a map costs rank * (out + in) parameters instead of out * in. The adapters are placed
+after attention and after the feed-forward block; with the latter alone they are the paper's Compacter++: name
+its last modules as target_modules.
 
 Departs: s of `up` starts at exactly zero (the paper: near it), the bottleneck is a multiple of n wide, and
 norms stay frozen unless `modules_to_save` names them.

@@ -3,10 +3,10 @@
 Training begins with `init_r` ranks in each module and ends with `target_r` on average: the least important
 triplets (a row of A, an entry of E, a column of B) have their E set to zero.
 
-Importance is |number * gradient|, smoothed, times its smoothed uncertainty, as in PEFT's allocator, which the
-tests compare with. E of a triplet that lost may grow again, and win again, while ranks are still being shared
-out. Departs from the paper: steps are shares of the run, and the orthogonality of A and B is a transform of
-their gradients: `optim: [orthogonality, clip, adam]`.
+Importance is |parameter * gradient|, smoothed, times its smoothed uncertainty, as in PEFT's allocator, which
+the tests compare with. While ranks are still being allocated, a pruned triplet's E can grow again and the
+triplet can be selected again. Departs from the paper: steps are fractions of the run, and the orthogonality
+of A and B is a transform of their gradients: `optim: [orthogonality, clip, adam]`.
 """
 
 from __future__ import annotations

@@ -1,18 +1,19 @@
 """LoRA: trains a low-rank update W + s B A, with s = lora_alpha / r and B zero at the start. Uses PEFT's own
 layers, so its adapters load anywhere.
 
-Variants by settings: rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353), and the starts PiSSA
-(arXiv:2404.02948), OLoRA (arXiv:2406.01775), orthogonal, and three from the first `init_rows` rows (or those
-of `init_data`): EVA, CorDA (arXiv:2406.05223) and LoRA-GA (arXiv:2407.05000). CorDA keeps what `init_data`
-holds (kpm) or previews the task (ipm).
+Variants by settings: rsLoRA (arXiv:2312.03732), DoRA (arXiv:2402.09353), and the initialisations PiSSA
+(arXiv:2404.02948), OLoRA (arXiv:2406.01775), orthogonal, and three computed from the first `init_rows` rows
+(or those of `init_data`): EVA, CorDA (arXiv:2406.05223) and LoRA-GA (arXiv:2407.05000). CorDA preserves the
+knowledge in `init_data` (kpm) or adapts to its task (ipm).
 
-Departs from PEFT for PiSSA, OLoRA, CorDA and LoRA-GA: the base weight is left alone, and what the factors
-start with is subtracted by a second, frozen adapter. So the tuned model starts as the base, switching off
-gives the base bit for bit, and the saved adapter (rank 2r: [B, -B0] [A; A0]) loads on the original base.
-Statistics are gathered a few layers at a time. LoRA-GA's factors are PEFT's own computation; CorDA's are the
-same sums (PEFT's module wants a package that PEFT does not install). EVA is not PEFT's: the second moments of
-what a layer reads are gathered in one pass, and their eigenvectors are the singular vectors that its
-incremental SVD approaches; nothing has to converge, there is no tau, and no filling is read.
+Departs from PEFT for PiSSA, OLoRA, CorDA and LoRA-GA: the base weight is not modified; a second, frozen
+adapter subtracts the initial value of the factors. So the tuned model starts as the base, disabling the
+adapter gives the base bit for bit, and the saved adapter (rank 2r: [B, -B0] [A; A0]) loads on the original
+base. Statistics are computed for a few layers at a time. LoRA-GA's factors are computed by PEFT; CorDA's are
+the same sums (PEFT's module needs a package that PEFT does not install). EVA is computed without PEFT: the
+second moments of a layer's input are collected in one pass, and their eigenvectors are the singular vectors
+that PEFT's incremental SVD approximates, so there is no convergence criterion and no tau, and padding is not
+counted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""PEFT's LoRA on a model: its starts, the subtracted second adapter, and the fast forward of its layers."""
+"""PEFT's LoRA on a model: its initialisations, the subtracted second adapter, and the fast forward of its
+layers.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,7 @@ def _task(model: Network) -> str | None:
 
 
 class LoraTunedModel(PeftTunedModel):
-    """LoRA with starts of its own."""
+    """LoRA with luthier's initialisations."""
 
     def why_not_batched(self) -> str | None:
         layers: dict[str, Any] = dict(self.layers)
@@ -326,7 +328,7 @@ def invertible(C: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class QuickLinear(Linear):
-    """PEFT's LoRA layer, computed through kernels/lora.py wherever it does nothing but x A' B'."""
+    """PEFT's LoRA layer, computed by kernels/lora.py wherever it only adds x A' B'."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         live = [a for a in self.active_adapters if a in self.lora_A]

@@ -1,6 +1,4 @@
-"""The best response of self-tuning factors: each factor as a function of the hyperparameters that move with
-it.
-"""
+"""The best response of self-tuning factors: each factor as a function of the hyperparameters."""
 
 from __future__ import annotations
 

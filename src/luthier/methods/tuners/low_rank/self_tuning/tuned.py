@@ -1,6 +1,4 @@
-"""A Delta whose layers answer to hyperparameters that move with it: what tuner `self_tuning` is on
-a model.
-"""
+"""Tuner `self_tuning` on a model: a Delta whose layers depend on changing hyperparameters."""
 
 from __future__ import annotations
 

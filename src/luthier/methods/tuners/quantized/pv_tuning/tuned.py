@@ -1,4 +1,4 @@
-"""PV-Tuning on a model: continuous parts of the codes as parameters, and discrete steps of the codes."""
+"""PV-Tuning on a model: the continuous parameters of the codes, and discrete steps of the codes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class CodeTunedModel(TunedModel):
-    """Codes and their continuous parts. The settings define `step`, which updates the codes."""
+    """Codes and their continuous parameters. The settings define `step`, which updates the codes."""
 
     def __init__(self, settings: Any, model: Network):
         super().__init__(settings, model)

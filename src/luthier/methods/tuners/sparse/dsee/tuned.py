@@ -1,4 +1,4 @@
-"""DSEE on a model: the pruning in mid-run, and the smaller model that is left."""
+"""DSEE on a model: the pruning during the run, and the smaller model that remains."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """LT-SFT: trains all weights first, selects the K that changed most, resets all weights and then trains only
 these K.
 
-The sparse difference is the adapter: adapters compose by addition, as for zero-shot transfer, where one
+The sparse difference is the adapter. Adapters compose by addition, as in zero-shot transfer, where one
 trained on a language's text and one trained on a task in another language are added (`PeftModel` with both
-active, or the one merged into the model on which the other is trained). K is counted over all chosen modules
+active, or one merged into the model on which the other is trained). K is counted over all chosen modules
 together.
 
-Departs: both phases are one run, so they share its learning-rate schedule (constant is nearest to the paper's
-two), and an adapter saved before the selection is the K largest differences at that point. K is selected at
+Departs: both phases are one run and share its learning-rate schedule (constant is closest to the paper's
+two), and an adapter saved before the selection has the K largest differences at that point. K is selected at
 once, not in several rounds, and without the L1 term. Norms are frozen unless named.
 """
 

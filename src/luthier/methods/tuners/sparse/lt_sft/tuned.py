@@ -1,4 +1,4 @@
-"""LT-SFT on a model: dense for a while, then sparse."""
+"""LT-SFT on a model: a dense phase, then a sparse one."""
 
 from __future__ import annotations
 

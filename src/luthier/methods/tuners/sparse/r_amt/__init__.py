@@ -1,10 +1,10 @@
 """R-AMT: freezes the weights and trains a binary mask over them, W * [M > t], with one number M per weight.
 
-The gradient goes through the threshold as if it were not there (dL/dM is that of the mask's entry). What is
-saved are bits, an eighth of a byte per weight; M itself lives in checkpoints. Merged, the masked weights are
-zeros. Its regulariser, gradient dropout, is estimator 'gradient_dropout' with objective `sft + kl`. Departs
-from the paper: for transformers that write, the attention of every layer is the default, where the paper
-masks CLIP's image encoder.
+The gradient passes the threshold unchanged (straight-through: dL/dM is that of the mask's entry). The adapter
+stores bits, an eighth of a byte per weight; M itself is in checkpoints. When merged, masked weights are zero.
+Its regulariser, gradient dropout, is estimator 'gradient_dropout' with objective `sft + kl`. Departs from the
+paper: for language models the default is the attention of every layer, where the paper masks CLIP's image
+encoder.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """SaRA: trains the entries of smallest magnitude of every weight, which contribute least to the base model;
 all others are frozen.
 
-Stored as positions and values, so gradients and optimizer state are those of the trained entries. Halfway,
-entries that have grown past the threshold are frozen at their value, and the optimizer state of those that
-are still small is reset. In each step the gradient of one weight, drawn at random, is joined by that of
+Stored as positions and values, so gradients and optimizer state are only those of the trained entries.
+Halfway, entries that have grown past the threshold are frozen at their value, and the optimizer state of
+those that are still small is reset. In each step one randomly drawn weight also gets the gradient of
 lambda_rank times the nuclear norm of its trained part: U V'. Departs from the paper: it has one threshold for
-Stable Diffusion's weights (2e-3); here it is that or, per weight, the magnitude of the largest of its
+Stable Diffusion's weights (2e-3); here it is that value or, per weight, the magnitude of the largest of its
 smallest `density` entries.
 """
 

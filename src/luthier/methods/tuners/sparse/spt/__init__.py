@@ -2,12 +2,11 @@
 LoRA where a weight has many sensitive ones.
 
 The sensitivity of an entry is its squared gradient, summed over a few batches of the data. The most sensitive
-entries of all chosen weights are marked; a weight with at least (parameters of its LoRA) / alpha of them gets
-the LoRA instead, in the others the marked entries are trained. The number of marks is chosen so that the
+entries of all chosen weights are marked; a weight with at least (parameters of its LoRA) / alpha marks gets
+LoRA instead, and in the others the marked entries are trained. The number of marks is chosen so that the
 trainable parameters meet the budget. Before rows are read, entries are drawn at random. Departs from the
-paper: matrices only, no vectors; LoRA as the structured part (the paper also has adapters); what the LoRAs
-leave of the budget is used up exactly. The sensitivities take one fp32 number per weight while they are
-compared.
+paper: matrices only, no vectors; LoRA as the structured part (the paper also has adapters); the budget that
+the LoRAs leave is used up exactly. While sensitivities are compared they take one fp32 number per weight.
 """
 
 from __future__ import annotations
