@@ -1,5 +1,5 @@
-"""Rows in, rows out. The same stage serves a whole data set before training (`stages`) or the rows of one
-step (`live`).
+"""The kind's protocol: rows in, rows out. A stage processes a whole data set before training (`stages`) or
+the rows of one step (`online_stages`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def completion_columns() -> frozenset[str]:
 
 @family
 class Stage:
-    """Family: rows that may lose and gain columns, or leave. A row is never changed in place."""
+    """Family: may add and remove columns, and drop rows. A row is never changed in place."""
 
     # False: works on the rows alone, and can be tried before a model is loaded
     asks_model: ClassVar[bool] = True

@@ -1,11 +1,11 @@
 """UL2's mixture of denoisers: turns a text into an input with masked spans, after a mode token, and the
 masked spans as target.
 
-R hides short spans of 15 %, X long spans or half of the text, S everything behind a random place (a prefix
-LM). Each text gets one denoiser, drawn from (seed, step, row). A row with a prompt is read as one text with
-it. Spans are of tokens, as in T5: their lengths are random compositions of the share that is hidden. On an
-encoder-decoder and on a causal model alike; the latter reads its input causally, or from both sides as a
-prefix LM (`architecture: {name: causal, prefix: true}`), as UL2R does.
+R masks short spans of 15 %, X long spans or half of the text, S everything after a random position (a prefix
+LM). Each text gets one denoiser, drawn from (seed, step, row). A row with a prompt is treated as one text.
+Spans are of tokens, as in T5: their lengths are random compositions of the masked share. It works on
+encoder-decoders and causal models; the latter read their input causally, or bidirectionally as a prefix LM
+(`architecture: {name: causal, prefix: true}`), as UL2R does.
 """
 
 from __future__ import annotations

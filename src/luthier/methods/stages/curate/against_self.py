@@ -30,8 +30,8 @@ BEFORE = "@before"  # ends the id of a pair that an earlier round made
     costs="one sample for each row.",
 )
 class AgainstSelf(Stage):
-    """completions = [the given one, a sample of the policy]; scores = [1, 0]. Columns about the given one
-    alone are dropped.
+    """completions = [the given answer, a sample of the policy]; scores = [1, 0]. Columns that only concern
+    the given answer are dropped.
     """
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 128  # tokens of the sample at most

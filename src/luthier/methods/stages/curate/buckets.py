@@ -1,9 +1,9 @@
 """Sorts completions into quality bins by their scores: every completion becomes a row with its bin, 0 for the
 worst.
 
-Of a row with several completions the best is of the last bucket and the worst of the first, those between by
-their rank. Rows with one are compared with each other: by their different scores where there are no more of
-these than buckets (good and bad), else by quantiles.
+Of a row with several completions the best gets the last bin and the worst the first, those between by rank.
+Rows with a single completion are compared with each other: by their distinct scores if there are no more of
+these than bins (good and bad), else by quantiles.
 """
 
 from __future__ import annotations

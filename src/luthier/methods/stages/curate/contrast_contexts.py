@@ -1,6 +1,4 @@
-"""Lays out two answers, each right in its own context, as the six readings that objective `s_vco`
-compares.
-"""
+"""Prepares two answers, each right in its own context, as the six inputs that objective `s_vco` compares."""
 
 from __future__ import annotations
 

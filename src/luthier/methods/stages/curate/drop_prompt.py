@@ -1,4 +1,4 @@
-"""Empties the prompts: the model learns from the form of answers alone."""
+"""Empties the prompts: the model learns from the answers alone."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
 """Gives more weight to the tokens that decide a tool call: where its name differs from the other tools'
 names, and where each argument begins.
 
-Their weight is as much as evens them out with all other tokens, at most `most`. With `sft` and normalize:
-weights it is the paper's loss. Departs: where names part is found by characters, so no other tool's name need
-be encoded.
+Their weight balances them with all other tokens, up to `most`. With `sft` and normalize: weights it is the
+paper's loss. Departs: where names differ is found by characters, so other tools' names need not be tokenized.
 """
 
 from __future__ import annotations

@@ -24,8 +24,8 @@ STEP_TARGETS = Column(
 )
 class MarkSteps(Stage):
     """The completion as token ids, step by step with a line break after each, and `step_targets`: at the last
-    token of a step 1.0 where it is right and 0.0 where not, -1.0 elsewhere. Rows as the format `stepwise`
-    reads them; too long ones leave.
+    token of a step 1.0 if it is right and 0.0 if not, -1.0 elsewhere. Rows are those of the format
+    `stepwise`; too long ones are dropped.
     """
 
     def __call__(self, rows, roles):

@@ -1,6 +1,4 @@
-"""Masks tool calls that failed: an assistant turn that a tool answers with an error is read and not trained
-on.
-"""
+"""Masks tool calls that failed: an assistant turn that a tool answers with an error is not trained on."""
 
 from __future__ import annotations
 

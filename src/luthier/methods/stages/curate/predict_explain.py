@@ -1,9 +1,9 @@
 """Distilling step by step: a row with an answer and a rationale becomes two rows, one to answer and one to
 explain.
 
-Learn them as two tasks, `0.5*task_sft(answer) + 0.5*task_sft(rationale)`: the answer gains from the
-rationale, which is never written when the model is asked. Departs from the paper: prompts that want an answer
-carry no prefix, so that held-out rows and users ask as they always did.
+Train them as two tasks, `0.5*task_sft(answer) + 0.5*task_sft(rationale)`: the answer benefits from the
+rationale, which is not generated at inference. Departs from the paper: prompts for an answer have no prefix,
+so that held-out rows and users need none.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Win rates of each completion against the others of its row, computed from scores.
 
-A is preferred to B with probability sigmoid((score A - score B) / temperature), as Bradley and Terry have it
-(PairRM's use in SPPO's paper); against itself with 1/2. A preference that no score can tell (rock, paper,
-scissors) comes as a column instead.
+A is preferred to B with probability sigmoid((score A - score B) / temperature), as in Bradley-Terry (and as
+SPPO's paper uses PairRM); against itself with 1/2. For preferences that no score can express (cycles),
+provide the column instead.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """Stores the untuned policy's log-probabilities with the rows: a reference that takes no memory and no time
-later.
+during training.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Scores completions by the log-ratio of a DPO-tuned model to the reference, stored with the rows.
 
-For `modpo`: a policy trained on another aim judges the pairs of this one, and leaves the machine.
+For `modpo`: a policy trained for another goal scores the pairs of this one, and its model is then freed.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Samples n completions of each prompt from the policy, as token ids that end with the stop token where one
 was generated.
 
-A draw follows from the seed, the step and the row's id. So a resumed run draws what it would have drawn, and
-which rows are batched together does not matter. Columns about earlier completions (scores, ...) are dropped
-with them.
+A sample depends on the seed, the step and the row's id only, so a resumed run draws the same samples, and
+batching does not matter. Columns about earlier completions (scores, ...) are dropped with them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Scores completions by a reward, the higher the better. Several rewards are added up by weight."""
+"""Scores completions by a reward, the higher the better. Several rewards are added with weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores completions by further rewards, stored beside their scores and not in place of them, for `modpo`."""
+"""Scores completions by further rewards, stored in addition to their scores, for `modpo`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,10 @@
 """Pairs from the step at which a wrong solution goes wrong: before it the policy could still reach the
 answer, after it less often.
 
-Of a wrong solution, the value of each prefix is how often the policy ends right from there; the step of
-lowest advantage is the pit. Rejected is what follows from the pit on, chosen a right continuation from just
-before it. Trained on with `dpo`, this weights steps by their advantage, which positives alone cannot.
+The value of each prefix of a wrong solution is how often the policy reaches the right answer from there; the
+step of lowest advantage is selected. The rejected completion is the solution from this step on, the chosen
+one a right continuation from just before it. Trained on with `dpo`, this weights steps by their advantage,
+which right solutions alone cannot do.
 """
 
 from __future__ import annotations

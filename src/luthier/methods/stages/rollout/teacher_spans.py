@@ -1,9 +1,9 @@
 """Stores the log-probabilities that a teacher with another tokenizer gives to spans of each completion, as a
 column; then its model is freed.
 
-Both tokenizations cut the same text. Where both cut, a span ends: of each the teacher's tokens are added up.
-Prompts go through the teacher's own chat template. A completion that the teacher's tokenizer cannot write as
-it is leaves with its row.
+A span ends where both tokenizations have a token boundary; the teacher's log-probabilities of its tokens are
+summed per span. Prompts use the teacher's own chat template. Rows with a completion whose text the teacher's
+tokenizer does not reproduce are dropped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ INSIDE, OUTSIDE = 1.0, 2.0
 )
 class TeacherSpans(Stage):
     """Column teacher_spans: for each token of a completion the teacher's log-probability of the span that
-    ends there, else 1, or 2 where no span reaches.
+    ends there, else 1, or 2 where no span covers it.
     """
 
     model: str = "toy:lm"  # the teacher: a run's folder, a model's folder, a hub name or toy:NAME

@@ -1,9 +1,8 @@
 """Stores the teacher's k most likely tokens at every position as columns, so that its model need not stay in
 memory (FIRST).
 
-With temperature: auto the probabilities are tempered first, p^(1/T) over its sum, with the T of a grid under
-which the teacher is as sure as it is right on these rows (least expected calibration error).
-Log-probabilities keep 16 bits.
+With temperature: auto the probabilities are calibrated first, p^(1/T) renormalised, with the T of a grid that
+has the lowest expected calibration error on these rows. Log-probabilities are stored in 16 bits.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from luthier.registry import stage
     costs="nothing beside reading the scores.",
 )
 class Best(Stage):
-    """One completion per row, the one with the highest score (of equals the first). Rows without a good
+    """One completion per row, the one with the highest score (the first of equals). Rows without a good
     enough one are dropped.
     """
 

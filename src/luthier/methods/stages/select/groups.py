@@ -1,4 +1,4 @@
-"""Keeps the rows of some groups only, so that whole tasks can be held out."""
+"""Keeps only the rows of some groups, so that whole tasks can be held out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from luthier.registry import stage
     costs="nothing.",
 )
 class Groups(Stage):
-    """Keeps rows whose column is one of `keep` (all where empty) and none of `drop`."""
+    """Keeps rows whose column is one of `keep` (all if empty) and none of `drop`."""
 
     asks_model = False
 

@@ -1,7 +1,8 @@
-"""IFD: keeps the rows whose prompt helps least with their answer, while it still helps; these teach most.
+"""IFD: keeps the rows whose prompt helps least, but still helps, to predict their answer; the paper finds
+these the most instructive.
 
 Departs: the answer alone is read after the tokenizer's first token (else its stop token), so that the same
-tokens are scored with and without the prompt; of several completions the best-scored counts.
+tokens are scored with and without the prompt; of several completions the one with the best score counts.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """Code-switching restore (CSR): replaces some words of a text by words of another language; the model learns
 to restore the text.
 
-For a run between pretraining and training to translate. The dictionary is given, or learned from the rows
-themselves (`dictionary: learn`): from prompts and completions, where a row is a pair of texts, or from rows
-of two `source`s, each monolingual. Words without an entry are unchanged. Departs from the paper in how it is
-learned (`translations.py`): by words, not subwords; and where rows are pairs, words that occur in the same
-ones are seeds beside numerals.
+For a run between pretraining and fine-tuning on translation. The dictionary is given, or learned from the
+rows themselves (`dictionary: learn`): from prompts and completions, where a row is a pair of texts, or from
+rows of two `source`s, each monolingual. Words without an entry are unchanged. Departs from the paper in how
+the dictionary is learned (`translations.py`): by words, not subwords; and where rows are pairs, words that
+occur in the same ones are seeds in addition to numerals.
 """
 
 from __future__ import annotations
