@@ -1,8 +1,8 @@
 """Greedy soup: tunes one model in several ways, then averages those that improve the average on held-out
 rows.
 
-From the best run downwards, a run joins the average where it does not make the average worse. So the soup is
-never worse than its best ingredient on the rows that decide; keep other rows for the final evaluation.
+Starting with the best run, each run joins the average if it does not make it worse. So the soup is never
+worse than its best run on the rows that decide; keep other rows for the final evaluation.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from luthier.registry import plan
     costs="one run for each ingredient, and one evaluation for each average.",
 )
 class GreedySoup(Plan):
-    """Each ingredient is a set of changes to the recipe, such as {learning_rate: 1e-4}; only averages are
-    merged.
-    """
+    """Each run is a set of changes to the recipe, such as {learning_rate: 1e-4}; only averages are merged."""
 
     of: list[dict[str, Any]]  # changes to the recipe, one set an ingredient
     metric: str = "loss"  # what decides, as an evaluator names it

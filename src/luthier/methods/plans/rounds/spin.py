@@ -2,9 +2,9 @@
 SFT rows.
 
 Each round samples from its own initial policy, which is also its reference: at the first step the loss is log
-2. From the second round on, the pairs of the round before are trained on again, as in the paper. Departs: one
-epoch count and one learning rate for all rounds, and the recipe's optimizer (the paper: RMSProp, 2 epochs, a
-smaller rate later).
+2. From the second round on, the pairs of the previous round are trained on again, as in the paper. Departs:
+one epoch count and one learning rate for all rounds, and the recipe's optimizer (the paper: RMSProp, 2
+epochs, a smaller rate later).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from luthier.registry import Range, plan
     costs="`rounds` times sampling one answer for each row and a DPO run.",
 )
 class SPIN(Plan):
-    """`rounds` times against_self and dpo, each from where the last one ended."""
+    """`rounds` times against_self and dpo, each continuing from the last."""
 
     rounds: Annotated[int, Field(ge=1), Range(1, 4)] = 3  # number of self-play rounds
     beta: float | list[float] = 0.1  # of dpo (lambda in the paper); a list gives each round its own

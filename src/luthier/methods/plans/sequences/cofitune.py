@@ -1,10 +1,10 @@
 """CoFiTune's coarse search: which layers, and which of their matrices, to train for the best specialist that
 keeps general skills.
 
-A tree is descended: quarters of the depth with all matrices, then attention or feed-forward in the best
-quarter, then single kinds of matrices, then halves of the quarter. Each candidate is a run; the best of a
-level is where the next level begins, and the best of all stands for the plan. Seven to eleven runs, where
-trying every range with every set would be dozens.
+The search descends a tree: quarters of the depth with all matrices, then attention or feed-forward in the
+best quarter, then single kinds of matrices, then halves of the quarter. Each candidate is a run; the best of
+a level is the root of the next, and the best of all is the plan's result. This takes seven to eleven runs,
+where trying every range with every set would take dozens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """One run after another; each starts from the adapter of the last.
 
-A run is a set of changes to the recipe around it. One that only says where to start and what to measure
-trains nothing: `{init_from: {merge: average, of: all}, evaluate: [loss]}` merges the runs before it.
+A run is a set of changes to the recipe. A run with only `init_from` and `evaluate` trains nothing:
+`{init_from: {merge: average, of: all}, evaluate: [loss]}` merges the runs before it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MEASURES_ONLY = {"init_from", "evaluate", "eval_data"}
     costs="the sum of its runs.",
 )
 class Sequence(Plan):
-    """`plan: [{...}, {...}]` is short for it. `init_from: null` begins a run at the base model again."""
+    """`plan: [{...}, {...}]` is short for it. `init_from: null` starts a run at the base model again."""
 
     runs: list[dict[str, Any]]  # changes to the recipe, one set a run
 

@@ -1,11 +1,11 @@
 """A Pareto front: one model for each weighting of several goals, so that the trade-off between them can be
 seen and chosen from.
 
-How goals enter depends on the recipe. On pairs by `modpo` (a recipe with `dpo` gets it): the first goal is
-the one that the pairs are ranked by, the others are margins. On fresh samples by the stage `score` under
-`online_stages`: goals are added up by weight and the recipe's objective learns from the sum. All models are
-measured on all goals; `hypervolume` says in one number how much of the space of goals the front reaches.
-Departs from the paper: weights are spread evenly over any number of goals.
+How goals are used depends on the recipe. With pairs, by `modpo` (a recipe with `dpo` gets it): the first goal
+is the one that ranks the pairs, the others are margins. With online samples, by the stage `score` under
+`online_stages`: goals are added with weights and the recipe's objective trains on the sum. All models are
+measured on all goals; `hypervolume` measures how much of the goal space the front dominates. Departs from the
+paper: weights are spread evenly over any number of goals.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ EXAMPLE = (
     costs="`points` runs; fewer where `between` takes averages.",
 )
 class Front(Plan):
-    """`luthier tune recipe.yaml --front 5` is short for `plan: {name: front, points: 5}`. Of the models the
-    one stands that is best in the middle: the largest product of what it reaches above `worst` in each goal.
-    `luthier search --goals hypervolume` (or `utility`, `sparsity`) looks for the configuration whose front is
-    best, as a mean over seeds (arXiv:2310.16487).
+    """`luthier tune recipe.yaml --front 5` is short for `plan: {name: front, points: 5}`. The plan's result
+    is the most balanced model: the largest product of what it reaches above `worst` in each goal. `luthier
+    search --goals hypervolume` (or `utility`, `sparsity`) searches for the configuration with the best front,
+    as a mean over seeds (arXiv:2310.16487).
     """
 
     # name: a reward; not given: the rewards of the recipe's scoring stages
