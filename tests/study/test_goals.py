@@ -95,7 +95,7 @@ def test_what_else_is_said_of_a_front():
         and volume.worst == (0.0, 0.2)
         and not beyond_worst(volume, acts)
     )
-    assert "reward_accuracy 0.1 lies beyond 0.2" in beyond_worst(
+    assert "reward_accuracy 0.1 is worse than the reference point 0.2" in beyond_worst(
         volume, [*acts, {"goal/short": 0.5, "reward_accuracy": 0.1}]
     )
     for said, plan, why in (

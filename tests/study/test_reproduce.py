@@ -208,7 +208,7 @@ def test_differences_are_paired_by_seed(folder):
 @pytest.mark.parametrize(
     ("keys", "sentence"),
     [
-        ({"metrik": "loss"}, "a claim has no 'metrik'; did you mean 'metric'?"),
+        ({"metrik": "loss"}, "a claim has no key 'metrik'; did you mean 'metric'?"),
         ({"expect": "two > nine by 0.1"}, "there is no arm 'nine'; did you mean 'none'?"),
         ({"expect": "two is better"}, "'two is better' must have the form `A > B by 0.02`"),
         ({"expect": "two > two by 0"}, "compares an arm with itself"),

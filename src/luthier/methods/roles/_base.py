@@ -1,4 +1,6 @@
-"""Who an objective may ask besides the policy. A role may bring parts of its own (a head, a memory)."""
+"""The kind's protocol: models beside the policy that an objective can query. A role may bring trainable parts
+(a head, a memory).
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ PREFIX = "role:"  # what the names of tensors begin with that a role brought
 
 @family
 class Role:
-    """Family: `play` answers with whatever `roles.<name>` shall be."""
+    """Family: `play` returns the model for `roles.<name>`."""
 
     constant: ClassVar[bool] = False  # does it say the same of a row at every step of a run?
     per_run: ClassVar[bool] = False  # does what it says depend on what the run began with?
@@ -56,9 +58,10 @@ class Role:
 
 
 class Part(nn.Module, Component):
-    """What a role brings: its parameters are trained along with the tuner, its buffers are in checkpoints.
+    """A component that a role brings: its parameters are trained along with the tuner, its buffers are in
+    checkpoints.
 
-    Components' hooks apply to it. It is not saved with what a user takes away.
+    The hooks of components apply to it. It is not part of the saved adapter.
     """
 
     name = ""  # of its tensors in checkpoints: role:ROLE.PART

@@ -1,8 +1,8 @@
 """The mean of the policy's last snapshots, more of them the longer it has trained: OGEN's teacher.
 
-A snapshot is taken at intervals (once an epoch in the paper) and the last m are averaged, m growing from
-`least` to `most` along a cosine: an early snapshot that has learned little soon drops out, and late
-overfitting is averaged out.
+A snapshot is taken at intervals (once an epoch in the paper) and the last m are averaged, with m growing from
+`least` to `most` along a cosine: an early, undertrained snapshot soon drops out, and late overfitting is
+averaged out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from luthier.registry import role
     costs="one copy of what moves for each of up to `most` snapshots.",
 )
 class SnapshotAverage(Role):
-    """An average over a window of snapshots. Each costs a copy of what moves."""
+    """An average over a window of snapshots. Each takes a copy of the trainable parameters."""
 
     most: Annotated[int, Field(ge=1)] = 9  # snapshots that are averaged in the end
     least: Annotated[int, Field(ge=1)] = 2  # and at first

@@ -1,10 +1,10 @@
-"""A generator of features for classes that no row has: it predicts the network's hidden state for such an
+"""A generator of features for classes that no row has: it predicts the model's hidden state for such an
 answer.
 
-normalise(FFN(Q) + attention(Q, K, V)): Q the feature of the class that is asked for, K those of its nearest
-classes, V states of these. A class's feature is the row of the output layer for the first token of its name,
-so names begin differently. Statistics of states, a mean and a spread for each known class, are taken before
-the first step and follow as states move.
+normalise(FFN(Q) + attention(Q, K, V)): Q is the feature of the requested class, K those of its nearest
+classes, V hidden states of these. A class's feature is the row of the output layer for the first token of its
+name, so names must begin differently. Statistics of hidden states, a mean and a standard deviation per known
+class, are computed before the first step and updated during training.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ GENERATOR = Capability(
     costs="a small attention network that trains along.",
 )
 class Generator(Role):
-    """Cross attention from a class to its neighbours, trained along."""
+    """Cross attention from a class to its neighbours, trained along with the policy."""
 
     base_classes: list[str]  # classes that the rows have, as they are answered
     new_classes: list[str]  # classes that no row has
@@ -71,7 +71,7 @@ class Generator(Role):
 
 
 class Features(Part):
-    """[N, q, d], [N, k, d], [N, k, d] -> [N, q, d] of length one; and what is known of the classes."""
+    """[N, q, d], [N, k, d], [N, k, d] -> [N, q, d] of length one; and the class statistics."""
 
     tokens: Tensor
     mean: Tensor

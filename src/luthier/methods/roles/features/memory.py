@@ -1,9 +1,9 @@
-"""A memory bank of features: the state from which each of the rows read last is answered, and the class of
-its answer.
+"""A memory bank of features: for each of the rows read last, the hidden state that predicts its answer, and
+the answer's class.
 
-What is remembered at a step is seen from the next one on, so a loss does not depend on how a batch is split.
-A row that is remembered already is renewed, not doubled; the oldest leave. Before the first step it is filled
-from the run's own rows.
+What is stored at a step is available from the next step on, so a loss does not depend on how a batch is
+split. A row that is stored already is replaced, not duplicated; the oldest are removed. Before the first step
+the bank is filled from the run's own rows.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Memory(Role):
 
 
 class Features(Part):
-    """A queue of features; `count` of its `size` places are filled."""
+    """A queue of features; `count` of its `size` entries are filled."""
 
     features: Tensor
     classes: Tensor

@@ -1,4 +1,4 @@
-"""The model as it was before tuning: the policy with its tuner switched off. Costs no memory."""
+"""The model before tuning: the policy with its tuner disabled. Takes no additional memory."""
 
 from luthier.methods.roles._base import Role
 from luthier.methods.tuners._base import DISABLE_ADAPTER

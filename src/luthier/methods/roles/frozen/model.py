@@ -1,6 +1,6 @@
-"""Another model, frozen: a teacher, a reference of its own, a reward model. It reads the policy's tokens, so
-both must write text with the same ones. A run's folder or an exported adapter is that tuned model. Of a
-teacher with other tokens, stage `teacher_spans` and objective `alm` compare the text instead.
+"""Another model, frozen: a teacher, a separate reference, a reward model. It reads the policy's tokens, so
+both need the same tokenizer. A run's folder or an exported adapter loads as that tuned model. For a teacher
+with another tokenizer, stage `teacher_spans` and objective `alm` compare spans of text instead.
 """
 
 from __future__ import annotations

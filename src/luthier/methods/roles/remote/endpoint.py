@@ -1,8 +1,8 @@
 """A model behind a URL that speaks the chat completions protocol (vLLM, llama.cpp, Ollama, hosted ones), used
 by text alone.
 
-It gives text alone, so it can judge, write or propose, and cannot be a reference. The key is read from the
-environment, and never from a recipe, which is kept in the run's folder.
+It returns text only, so it can judge, write or propose, but cannot be a reference. The API key is read from
+the environment, never from a recipe, which is stored in the run's folder.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Endpoint(Role):
 
 
 class EndpointModel:
-    """The model behind the address."""
+    """The model behind the URL."""
 
     def __init__(self, settings: Endpoint):
         self.settings, self.name = settings, f"{settings.base_url}#{settings.model}"
@@ -103,7 +103,7 @@ class EndpointModel:
 
 
 class NoAnswer(RecipeError):
-    """The address does not answer, or refuses to."""
+    """The URL does not answer, or refuses the request."""
 
     def __init__(self, name: str, why: str):
         super().__init__(f"{name} gave no answer: {why}")

@@ -1,15 +1,14 @@
-"""vLLM writes in the policy's place: its server samples, with the policy's LoRA adapter sent to it whenever
-that has moved.
+"""vLLM generates the policy's samples: its server gets the policy's LoRA adapter whenever that has changed.
 
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank 16
 
 Written from vLLM's documentation and source (docs/features/lora.md, entrypoints/openai/completion), and
-tested against a server that follows them, not against vLLM itself. What the policy gets is what its own
-writing gives: token ids that end with the stop token where one was written. Their log-probabilities come
-along, at temperature 1 (vLLM's usual `--logprobs-mode raw_logprobs`); those of the first draw are compared
-with the policy's own. An adapter gets a new name each time it is sent, since a name is what vLLM keeps
-prefixes under. Sample k of a prompt is drawn under the prompt's seed + k; vLLM does not promise that company
-in a batch changes nothing.
+tested against a server that follows them, not against vLLM itself. The policy gets the same as from its own
+generation: token ids that end with the stop token where one was generated, with their log-probabilities at
+temperature 1 (vLLM's usual `--logprobs-mode raw_logprobs`); those of the first samples are compared with the
+policy's own. An adapter gets a new name each time it is sent, since vLLM caches prefixes by adapter name.
+Sample k of a prompt is drawn with the prompt's seed + k; vLLM does not guarantee that results are independent
+of the other requests in a batch.
 """
 
 from __future__ import annotations
