@@ -17,7 +17,7 @@ SMALL = 2**15
 class State:
     """What changes. Whoever compiles a network sets `compiled`."""
 
-    plain = 0  # how many ask for the network's own code just now
+    plain = 0  # how many contexts of `plainly` are open
     smallest = SMALL  # numbers from which on the element-wise kernels are taken
     compiled = False  # has anything been compiled in this process?
 

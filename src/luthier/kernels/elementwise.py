@@ -250,7 +250,7 @@ def install_dropout(model: nn.Module) -> None:
 
 
 def is_installed(model: nn.Module) -> bool:
-    """Has a network any of the fast forms? Dropout aside, which nobody can compare."""
+    """Has a network any of the fast forms? Dropout aside, whose draws cannot be compared."""
     for kind in {type(m) for m in model.modules()} - {_FAST_DROPOUT}:
         function = getattr(sys.modules[kind.__module__], ROTARY, None)
         if hasattr(kind, ORIGINAL) or hasattr(function, ORIGINAL):

@@ -276,7 +276,7 @@ class Workspace:
         return self.p[: z.numel()].view(z.shape).copy_(z)
 
     def narrow(self, dz: Tensor) -> Tensor:
-        """In the weight's precision; written over the logits, which nobody needs any more."""
+        """In the weight's precision; written over the logits, which are no longer needed."""
         if dz.dtype == self.z.dtype:
             return dz
         return self.logits(*dz.shape).copy_(dz)

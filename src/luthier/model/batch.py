@@ -24,27 +24,27 @@ from luthier.registry import did_you_mean
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows as tokens. Built by `collate`; `view` makes variants that ask the same questions about other
-    readings.
+    """Rows as tokens. Built by `collate`; `view` makes variants with the same supervised tokens and other
+    inputs.
     """
 
     ids: Tensor  # [L] the tokens that are read, one segment after another
-    labels: Tensor  # [L] the tokens that are asked about; views corrupt ids, never labels
-    supervised: Tensor  # [L] bool: is the log-probability of this token wanted?
+    labels: Tensor  # [L] the tokens to be predicted; views corrupt ids, never labels
+    supervised: Tensor  # [L] bool: does the log-probability of this token count?
     segment: Tensor  # [L] the segment of each token, ascending
     parent: Tensor  # [S] the segment that a segment continues, -1 for a root
     completion: Tensor  # [N] the segments that are completions, one per sequence
     group: Tensor  # [N] the row that a sequence belongs to
     rows: list[dict]  # [G] the rows themselves: ids and further columns
-    altered: bool = False  # is this a view that reads something else than the rows say?
+    altered: bool = False  # is this a view with other inputs than those of the rows?
     # other tokens [L] and shares [L]: embeddings are (1 - share) * own + share * other's
     mixed: tuple[Tensor, Tensor] | None = None
-    # what each role has said of this batch
+    # role -> its outputs for this batch
     read: dict = field(default_factory=dict, compare=False, repr=False)
     metrics: dict = field(default_factory=dict, compare=False, repr=False)  # what objectives noted
 
     def view(self, **changes: Any) -> Batch:
-        """The same questions with nothing remembered; with changes, another reading of them (corrupted,
+        """The same supervised tokens, with no outputs stored yet; with changes, of other inputs (corrupted,
         mixed).
         """
         altered = self.altered or bool({"ids", "parent", "mixed"} & changes.keys())
@@ -134,8 +134,8 @@ class Batch:
         return values[self.lengths.long().cumsum(0) - 1]
 
     def suffix(self, values: Tensor, gamma: float = 1.0) -> Tensor:
-        """[T] -> [T] the sum of this and all later questions of the same sequence (reward to go), each step
-        later times gamma.
+        """[T] -> [T] the sum over this and all later target tokens of the same sequence (reward to go), each
+        step later times gamma.
         """
         left, step = self.lengths[self.owner].long() - self.place, 1
         while step < int(self.lengths.max()):  # sums over 1, 2, 4, ... target tokens

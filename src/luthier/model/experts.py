@@ -34,7 +34,7 @@ class Experts(nn.Module):
 
     def __init__(self, base: Any):
         super().__init__()
-        # not a module of this one: its gate is asked, and it is put back by `together`
+        # in a list, so that it is no submodule: its gate is used, and `together` puts it back
         self.base: list[Any] = [base]
         self.count = base.gate_up_proj.shape[0]
         for e in range(self.count):

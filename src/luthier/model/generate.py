@@ -61,9 +61,9 @@ def generate(
     """n completions of each prompt as token ids, the stop token included where one was written.
 
     temperature 0 is greedy. seeds: one per prompt. Prompts of like length are written together. limit: tokens
-    that the network can hold; a sequence ends there. hear: is told after each token what prompts written
-    together have so far; where it says true, they end there. Raises RecipeError for a prompt that leaves no
-    room.
+    that the network can hold; a sequence ends there. hear: called after each token with what prompts written
+    together have so far; where it returns true, they end there. Raises RecipeError for a prompt that leaves
+    no room.
     """
     room = [max_new_tokens] * len(prompts)
     if limit is not None:
@@ -217,7 +217,7 @@ class Cached(Writer):
                 embeds.append(torch.cat([e[:start], soft, e[start:]]))
             inputs = {"inputs_embeds": torch.stack(embeds)}
             mask = torch.cat([mask, mask.new_ones(len(mask), len(soft))], 1).sort(1).values
-        self.tells = "position_ids" in inspect.signature(self.model.forward).parameters
+        self.takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         self.mask, self.position = mask, (mask.cumsum(-1) - 1).clamp(min=0)
         where = self.where()
         if self.prefix:
@@ -240,9 +240,9 @@ class Cached(Writer):
         self.mask = self.mask.repeat_interleave(n, 0)
 
     def where(self) -> dict[str, Tensor]:
-        """What tells the network where the tokens stand: a mask, and positions where it takes them."""
+        """The attention mask, and positions where the network takes them."""
         where = {"attention_mask": self.mask}
-        if self.tells:
+        if self.takes_positions:
             where["position_ids"] = self.position
         return where
 
@@ -254,7 +254,7 @@ class Cached(Writer):
         self.mask = torch.cat([self.mask, self.mask.new_ones(len(self.mask), 1)], 1)
         self.position = self.position + 1
         where = self.where()
-        if self.bare:  # as the network would make it, if it were asked to
+        if self.bare:  # as the network itself would make it
             where["attention_mask"] = self.mask[:, None, None].bool()
         output = self.model(input_ids=tokens[:, None], **where, past_key_values=self.cache, use_cache=True)
         return output.logits[:, -1]
@@ -263,7 +263,7 @@ class Cached(Writer):
     def bare(self) -> bool:
         """Does the network hand a whole mask [B, 1, 1, W] to its attention as it is, in every layer alike?"""
         config = self.model.config.get_text_config()
-        if config._attn_implementation not in ("sdpa", NAME) or not self.tells:
+        if config._attn_implementation not in ("sdpa", NAME) or not self.takes_positions:
             return False
         # what makes more of a mask [B, W]
         if getattr(config, "alibi", False) or getattr(config, "sliding_window", None):
@@ -402,7 +402,7 @@ def decoder_writer(model: Network, attached: Any, prefix: bool = False) -> Write
 
 
 def _trial(writer: Writer) -> Tensor:
-    """All log-probabilities of a short play: prompts of unlike length, two samples each, two sequences left
+    """All log-probabilities of a short trial: prompts of unlike length, two samples each, two sequences left
     behind.
     """
     logits = [writer.begin([[1], [1, 2, 3, 1, 2]], 2)]

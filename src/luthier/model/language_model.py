@@ -66,7 +66,7 @@ class LanguageModel(Architecture):
             if self.own_head:
                 outputs = Outputs(logits_at(model, inputs, at), Head(nn.Identity()), labels)
             else:
-                # the head itself is asked for nothing
+                # the head itself computes nothing
                 with _before_head(model, lambda hidden: caught.append(hidden) or hidden[:, :0]):
                     model(**inputs, use_cache=False)
                 outputs = Outputs(caught[0].flatten(0, 1)[at], head_of(model, inputs), labels)
@@ -162,7 +162,7 @@ def soft_first(
     """[R, W] ids and mask -> what the model is handed: the ids, or embeddings after the tuner's soft vectors
     [R, k + W].
 
-    of: a batch, and which of its rows [R] are read; else nobody's in particular.
+    of: a batch, and which of its rows [R] are read; None: no rows in particular.
     """
     if of is not None:
         attached.announce_rows(*of)
@@ -190,8 +190,8 @@ def picked(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def own_logits(model: Network, inputs: dict[str, Any], at: Tensor) -> Tensor:
-    """[k] places of one row -> [k, V] logits by the network's own forward, which is asked for no others where
-    it lets itself be.
+    """[k] places of one row -> [k, V] logits by the network's own forward, which computes no others where it
+    takes `logits_to_keep`.
     """
     parameters = inspect.signature(model.forward).parameters
     if "logits_to_keep" in parameters:
@@ -246,12 +246,12 @@ def _measure(model: Network, module: nn.Module, inputs: dict[str, Any]) -> tuple
     probe = torch.tensor([0.0, 1e-4, 1e30, *torch.linspace(-30, 30, 13).tolist()])
     shape: list[int] = []
 
-    def say(_, inputs, output: Tensor) -> Tensor:
+    def put_probe(_, inputs, output: Tensor) -> Tensor:
         shape.append(output.shape[-1])
         # fp32 whatever the network's type
         return probe.to(output.device)[None, :, None].repeat(1, 1, output.shape[-1])
 
-    hook = module.register_forward_hook(say)
+    hook = module.register_forward_hook(put_probe)
     try:
         with _before_head(model, lambda hidden: hidden[:1, :1]):
             answers = model(**inputs, use_cache=False).logits.float()[0]

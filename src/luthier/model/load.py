@@ -57,7 +57,9 @@ def pick_dtype(name: str, where: torch.device) -> torch.dtype:
 def load_model(
     recipe: Recipe, parts: Methods, network: Mapping[str, Any], folder: Path | None = None
 ) -> tuple[Network, Any]:
-    """The base network and its tokenizer. network: what the data said about it (a classifier's classes)."""
+    """The base network and its tokenizer. network: settings that follow from the data (a classifier's
+    classes).
+    """
     import_models()
     from transformers import AutoTokenizer
 
@@ -214,8 +216,9 @@ def tensors_of(start: Any, attached: Any) -> dict[str, torch.Tensor]:
 
 
 def take_parts(roles: Roles, parts: Methods) -> None:
-    """Let the other roles play; trained parts they bring (a critic's head) move along with the tuner. A run
-    that goes on from this one takes what the tuner moved, and begins with parts of its own."""
+    """Attach the parts that roles bring (a critic's head): they train along with the tuner. A run that
+    goes on from this one takes what the tuner trained, and begins with parts of its own.
+    """
     brought = {}
     for name, role in parts.roles.items():
         brought[name] = role.parts(roles.policy)

@@ -31,7 +31,7 @@ class Loaded:
     name: str  # what was loaded
     roles: Roles
     recipe: Recipe  # how it was tuned; of a plain model only what loads it
-    # is it asked in turns (through its chat template), or with the prompt as it is written?
+    # is a prompt a turn of a conversation (through the chat template), or continued as it is?
     turns: bool = True
     notes: list[str] = field(default_factory=list)  # what the user should know of it
     ends: str = ""  # what every prompt it was tuned on ended with: a line break, or nothing

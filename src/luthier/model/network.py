@@ -1,4 +1,4 @@
-"""What luthier asks of a network, for type checkers: at run time it is whatever transformers loaded."""
+"""What luthier uses of a network, for type checkers: at run time it is whatever transformers loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a network says about a batch: only about supervised tokens, and only through its head in chunks."""
+"""A network's outputs for a batch: of supervised tokens alone, and through its head in chunks alone."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from luthier.kernels.logprobs import Head, chunk_size, chunked, normaliser
 
-# are the states behind single blocks wanted, too?
+# are the states behind single blocks needed, too?
 LAYERS: ContextVar[bool] = ContextVar("layers", default=False)
 
 
 class Outputs:
-    """Answers to a batch's questions. Objectives see log-probabilities; never logits, layouts, masks or
-    padding.
+    """Outputs for the supervised tokens of a batch. Objectives see log-probabilities; never logits, layouts,
+    masks or padding.
     """
 
     def __init__(
@@ -33,8 +33,8 @@ class Outputs:
         self.hidden = hidden  # [T, d] the state that predicts each supervised token
         self.head = head
         self.labels = labels  # [T]
-        self.role_context = role_context  # the role in which the head, too, is asked
-        # [T, d] the same places behind each block, where they were wanted (Policy.layers)
+        self.role_context = role_context  # the head, too, is applied in it
+        # [T, d] the same places behind each block, where they were needed (Policy.layers)
         self.layers: list[Tensor] | None = None
 
     @cached_property
@@ -47,7 +47,7 @@ class Outputs:
 
     @property
     def checked_values(self) -> Tensor:
-        """[T] what a layout or kernel is tried by: here the log-probabilities."""
+        """[T] what layouts and kernels are compared by: here the log-probabilities."""
         return self.logprobs
 
     @cached_property
@@ -92,7 +92,7 @@ class Outputs:
         def piece(*chunk: Tensor) -> Any:
             logits = []
             for outputs, hidden in zip(every, chunk, strict=False):
-                with outputs.role_context():  # the head is asked in the role that read the batch
+                with outputs.role_context():  # the head is applied in the role that read the batch
                     logits.append(outputs.head(hidden))
             return f(*logits, *chunk[len(every) :])
 

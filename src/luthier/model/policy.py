@@ -1,9 +1,9 @@
-"""Who plays what: the policy that trains, and whoever else an objective or a stage may ask (reference,
+"""Roles: the policy that trains, and the other networks that an objective or a stage reads (reference,
 teacher, ...).
 
-One network can play many roles: the reference of a LoRA run is the policy with its adapter switched off. Each
-other role is a file in this folder; the recipe says who plays it, e.g. `roles: {reference: start, teacher:
-{name: model, ...}}`.
+One network can have many roles: the reference of a LoRA run is the policy with its adapter switched off. What
+fills the other roles are methods of the kind `role`, named in the recipe, e.g. `roles: {reference: initial,
+teacher: {name: model, ...}}`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Policy(nn.Module):
         return super().train(mode)
 
     def outputs(self, batch: Batch) -> Outputs:
-        """What this role says of a batch: read once, however many objectives ask."""
+        """This role's outputs for a batch: read once, however many objectives use them."""
         if self.role not in batch.read:
             batch.read[self.role] = self(batch)
         return batch.read[self.role]
@@ -60,7 +60,8 @@ class Policy(nn.Module):
 
     def layers(self, batch: Batch) -> list[Tensor]:
         """[T, d] for each block, lowest first: the state behind it at the places that predict the supervised
-        tokens. Asked before anything else of a batch, it costs no reading of its own."""
+        tokens. Called before `outputs` of the same batch, it costs no forward of its own.
+        """
         if self.role not in batch.read or batch.read[self.role].layers is None:
             token = LAYERS.set(True)
             try:
@@ -78,7 +79,7 @@ class Policy(nn.Module):
         """Read a batch, however often it was read before; see `outputs`."""
         with self.role_context():
             outputs = self.architecture.forward(self.model, self.attached, batch)
-        outputs.role_context = self.role_context  # the head is asked later, and in the same role
+        outputs.role_context = self.role_context  # the head is applied later, and in the same role
         return outputs
 
     @contextmanager
@@ -110,15 +111,15 @@ class Policy(nn.Module):
 
 
 class Roles:
-    """Everyone a method may speak to: `policy`, `tuner`, `clock`, `renderer`, `device` and `warn` always, and
-    in `players` whoever the recipe names under `roles`. `roles.reference` is `roles.players["reference"]`.
+    """What a method may use: `policy`, `tuner`, `clock`, `renderer`, `device` and `warn` always, and in
+    `players` what the recipe names under `roles`. `roles.reference` is `roles.players["reference"]`.
     """
 
     def __init__(self, policy: Policy, clock: Clock, renderer: Renderer, **players: Any):
         self.policy, self.clock, self.renderer = policy, clock, renderer
         self.players: dict[str, Any] = players
         self.device = next(policy.model.parameters()).device
-        self.warn: Callable[[str], None] = lambda sentence: None  # where what the user should know is said
+        self.warn: Callable[[str], None] = lambda sentence: None  # shows the user a warning
 
     @property
     def tuner(self) -> TunedModel:
@@ -144,8 +145,8 @@ class Roles:
         return policies
 
     def batch(self, rows: Sequence[dict], training: bool = False) -> Batch:
-        """Rows -> tokens on the policy's device. What is drawn to be asked (gaps) changes from step to step
-        in training only.
+        """Rows -> tokens on the policy's device. What is drawn to be predicted (gaps) changes from step to
+        step in training only.
         """
         arch = self.policy.architecture
         clock = self.clock

@@ -1,5 +1,5 @@
-"""Quantizing a network that is there already: what the rows say of each weight, then one weight after another
-leaves for its codes.
+"""Quantizing a network that is loaded already: statistics of each weight from rows, then one weight after
+another is replaced by its codes.
 
 For quantizers that compare all weights with each other or read rows. The codes are kept beside the run
 (quantized.safetensors), so that whatever loads it has the same base without seeing rows.

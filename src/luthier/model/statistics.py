@@ -1,4 +1,5 @@
-"""What a few calibration rows tell of each weight: what its module reads, and how the loss depends on it.
+"""Statistics of each weight from a few calibration rows: what its module reads, and how the loss depends on
+it.
 
 For tuners that start from data, pruning, and quantizers that read rows. Where a statistic is per token, rows
 are read singly, so no padding is counted. `statistics` gathers as many modules as fit `BUDGET` in one pass

@@ -337,7 +337,8 @@ class QuickLinear(Linear):
         base = cast("Matrix", self.get_base_layer())
         if live and is_matrix(base, x):
             first, *live = live
-            y = linear(x, oriented(base), base.bias, *self._factors(first), self.scaling[first])
+            weight = base.weight.T if isinstance(base, Conv1D) else base.weight
+            y = linear(x, weight, base.bias, *self._factors(first), self.scaling[first])
         else:
             y = self.base_layer(x)
             if y.dtype != x.dtype:  # autocast
@@ -385,8 +386,9 @@ class QuickLinear(Linear):
         super().merge(safe_merge, adapter_names)
 
     def _factors(self, adapter: str) -> tuple[torch.Tensor, torch.Tensor]:
-        A, B = (cast("Matrix", part[adapter]).weight for part in (self.lora_A, self.lora_B))
-        return A, B
+        A = cast("Matrix", self.lora_A[adapter])
+        B = cast("Matrix", self.lora_B[adapter])
+        return A.weight, B.weight
 
     def _is_plain(self, adapter: str) -> bool:
         drops = self.training and not isinstance(self.lora_dropout[adapter], nn.Identity)
