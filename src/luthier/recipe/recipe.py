@@ -50,29 +50,30 @@ class Recipe:
     # auto: bfloat16 where the chip computes in it
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     attn_implementation: str | None = None  # as in transformers: sdpa, eager, ...
-    # built-in name, .jinja file or template text, where the tokenizer's own will not do
+    # built-in name, .jinja file or template text, in place of the tokenizer's own
     chat_template: str | None = None
-    # what the base's linear weights are kept in: nf4, int8, {name: nf4, block_size: 64}; load_in_4bit
+    # number format of the base's linear weights: nf4, int8, {name: nf4, block_size: 64}; load_in_4bit
     # reads as nf4
     quantization: Any = None
     # a finished run whose adapter training begins with, or {merge: average, of: [run, run]}
     init_from: Any = None
 
     # what moves, toward what, how
-    tuner: Any = "lora"  # what moves
-    # toward what: a name, a sum such as "dpo + 0.1*sft", or a list of {name, weight, ...}
+    tuner: Any = "lora"  # what is trained
+    # the loss: a name, a sum such as "dpo + 0.1*sft", or a list of {name, weight, ...}
     objective: Any = "sft"
-    # who else is asked: {reference: off | start | {name: model, ...}}
+    # other networks of the run: {reference: base | initial | {name: model, ...}}
     roles: dict[str, Any] = field(default_factory=dict)
-    estimator: Any = "backprop"  # where the gradient comes from
+    estimator: Any = "backprop"  # how the gradient is computed
     # the optimizer: a name, or a chain of transforms such as [clip, adam, weight_decay]
     optim: Any = "adamw"
-    learning_rate: Annotated[float, Field(ge=0), Range(1e-5, 1e-2, log=True)] = 2e-4  # length of a step
+    learning_rate: Annotated[float, Field(ge=0), Range(1e-5, 1e-2, log=True)] = 2e-4  # of the optimizer
     lr_scheduler_type: str = "linear"  # constant, linear, cosine, warmup_stable_decay
     # steps of linear warm-up; below 1, a share of the run
     warmup_steps: Annotated[float, Field(ge=0), Range(0, 0.3)] = 0.03
 
     # on which rows
+
     # file, folder, hub name, toy:TASK, {path, split, format, columns, limit}, rows, or a list
     data: Any = None
     eval_data: Any = 0.05  # the same, or the share of data that is held out
@@ -94,9 +95,9 @@ class Recipe:
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     # compile the network's layers: for long runs, as the first steps then take minutes
     torch_compile: bool = False
-    # keep on disk what layers below the tuner say of a row; auto: where rows are read again
+    # cache the outputs of the layers below the tuner on disk; auto: where rows are read more than once
     cache_frozen: bool | Literal["auto"] = "auto"
-    # keep on disk what a role that never changes says of a row; auto: where rows are read again
+    # cache the outputs of roles that never change on disk; auto: where rows are read more than once
     cache_reference: bool | Literal["auto"] = "auto"
     seed: int = 0  # of every random draw
 
@@ -104,12 +105,13 @@ class Recipe:
     plan: Any = None  # rounds, continual, search; a list is a sequence of changes to this recipe
 
     # and then
-    # measured before and after; default: loss, accuracy, generate, forgetting, where the rows allow
+
+    # what is measured before and after; default: loss, accuracy, generate, forgetting, where the rows allow
     evaluate: list[Any] | None = None
-    # and every so many steps (below 1: a share of the run)
+    # steps between evaluations during training (below 1: a share of the run); default: none
     eval_steps: Annotated[float, Field(gt=0)] | None = None
     save_steps: Annotated[float, Field(gt=0)] = 0.1  # steps between checkpoints (below 1: a share of the run)
-    save_total_limit: Count = 2  # checkpoints that are kept
+    save_total_limit: Count = 2  # checkpoints to keep
     logging_steps: Count = 1  # steps between lines of metrics.jsonl
     # trackers of accelerate: tensorboard, wandb, mlflow, trackio, ...
     report_to: list[str] = field(default_factory=list)
