@@ -1,4 +1,6 @@
-"""How a kind of network reads batches and writes completions. Objectives know nothing of it."""
+"""The kind's protocol: how a kind of model reads batches and generates completions. Objectives do not depend
+on it.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ VALUES = Capability("values", says="a network that gives numbers, not text (arch
 
 @family
 class Architecture:
-    """Family: one file says how such a network is loaded, reads a batch and writes."""
+    """Family: one file defines how such a model is loaded, reads a batch and generates."""
 
     def suits(self, config: Any) -> bool:
         """Is a checkpoint with this transformers config of this kind? Asked when the recipe says `auto`."""

@@ -1,9 +1,8 @@
 """Decoder-only language models: each token is predicted from the hidden state of the token before it.
 
-Reads batches packed: no padding, prompts shared by their completions, attention block by block; or, in
-networks that do not take their attention from transformers' interface, by a mask over packed rows. Every
-layout answers alike. Networks that cannot be packed (recurrent layers, ALiBi, attention by index) are read
-padded.
+Batches are packed: no padding, prompts shared by their completions, block-wise attention; or, in models that
+do not use transformers' attention interface, a mask over packed rows. All layouts give the same results.
+Models that cannot be packed (recurrent layers, ALiBi, attention by index) use padded batches.
 """
 
 from __future__ import annotations

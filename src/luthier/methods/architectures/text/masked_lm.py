@@ -1,8 +1,8 @@
 """Masked language models (encoders): a masked token is predicted at its own position, from both sides.
 
-A `text` row is the pretraining task: at each step a share of its tokens, drawn from (seed, step, row), is
-masked and predicted. A prompt/completion row is a cloze: the whole completion is masked (special tokens are
-not) and predicted.
+A `text` row is the pretraining task: at each step a fraction of its tokens, drawn from (seed, step, row), is
+masked and predicted. A prompt/completion row is a cloze: the whole completion (without special tokens) is
+masked and predicted.
 """
 
 from __future__ import annotations

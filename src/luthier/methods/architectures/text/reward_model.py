@@ -1,9 +1,9 @@
-"""Reward models: a network with a scalar head, which gives a value for a text and for each of its steps.
+"""Reward models: a model with a scalar head, which gives a value for a text and for each of its steps.
 
-The value of a token is the head's output once it has been read; a completion's reward is the value of its
-last supervised token. Selected by name (`architecture: reward_model`), for any checkpoint that transformers
-loads as a sequence classifier; what is saved is one, with one label, as TRL's reward models are. Padded on
-the right.
+The value of a token is the head's output at its position; a completion's reward is the value of its last
+supervised token. Selected by name (`architecture: reward_model`), for any checkpoint that transformers loads
+as a sequence classifier; it is saved as one with a single label, as TRL's reward models are. Padded on the
+right.
 """
 
 from __future__ import annotations

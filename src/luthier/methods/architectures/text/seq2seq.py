@@ -1,4 +1,4 @@
-"""Encoder-decoder models: the encoder reads a prompt once, the decoder answers each of its completions."""
+"""Encoder-decoder models: the encoder reads a prompt once, the decoder each of its completions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     costs="padded batches; the encoder reads a prompt once for all its completions.",
 )
 class Seq2Seq(LanguageModel):
-    """T5, BART and their kin. A completion that continues another is one text for the decoder."""
+    """T5, BART and similar models. A completion that continues another is one text for the decoder."""
 
     def suits(self, config: Any) -> bool:
         from transformers.models.auto import modeling_auto as auto

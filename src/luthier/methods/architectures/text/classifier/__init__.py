@@ -2,7 +2,7 @@
 cross-entropy.
 
 Encoders (BERT) classify from their first token, decoders (Llama) from their last. The classes are those of
-the rows, or of a checkpoint that already knows all of them; their order is saved with the model.
+the rows, or of a checkpoint that already has all of them; their order is saved with the model.
 """
 
 from __future__ import annotations

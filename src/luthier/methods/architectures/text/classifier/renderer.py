@@ -1,5 +1,5 @@
-"""Rows to tokens for classifiers: the prompt as an encoder reads it, and the index of each completion's
-class.
+"""Rows to tokens for classifiers: the prompt as an encoder reads it, and the index of each
+completion's class.
 """
 
 from __future__ import annotations
