@@ -1,5 +1,5 @@
-"""Tunes a program: from rows and a metric to the same program with other demonstrations, instructions or
-models.
+"""The kind's protocol: tunes a program. From rows and a metric to the same program with other demonstrations,
+instructions or models.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Row = Mapping[str, Any]
 
 @family
 class Compiler:
-    """Family: `compile` gives a tuned copy; what it was given stays as it is."""
+    """Family: `compile` returns a tuned copy; the given program is not changed."""
 
     def compile(
         self, program: Program, rows: Sequence[Row], metric: Metric, teacher: Program | None = None

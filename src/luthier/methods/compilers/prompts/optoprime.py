@@ -2,9 +2,9 @@
 feedback on the outcome.
 
 The trace of the outcome (its ancestors and nothing else) is written as lines `y = f(a, b)` with what each
-function does and all values, then the feedback; the model answers in JSON. What names no trainable node, or
-is of another type, is not taken. As a compiler it tunes the instructions of a program's predictors;
-`optimizer(...)` serves any graph of nodes:
+function does and all values, then the feedback; the model answers in JSON. Proposals for unknown nodes, or of
+another type, are ignored. As a compiler it tunes the instructions of a program's predictors; `optimizer(...)`
+works on any graph of nodes:
 
     optimizer = compiler("optoprime").optimizer([x], "toy:lm")
     optimizer.zero_feedback(); optimizer.backward(output, "too high"); optimizer.step()

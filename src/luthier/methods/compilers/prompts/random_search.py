@@ -1,9 +1,9 @@
 """Random search over demonstrations: bootstraps many times from different rows and keeps the best candidate
 on `dev` rows.
 
-Candidates are the program as it is, with labelled rows only, bootstrapped in the rows' order, and then
-`num_candidates` with a drawn order and a drawn number of traces. All are kept in `compiled["candidates"]`,
-best first; of equals the earlier.
+Candidates are the unchanged program, with labelled rows only, bootstrapped in the rows' order, and then
+`num_candidates` with a random order and number of traces. All are kept in `compiled["candidates"]`, best
+first; ties go to the earlier.
 """
 
 from __future__ import annotations

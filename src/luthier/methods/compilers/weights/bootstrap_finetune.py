@@ -1,8 +1,9 @@
 """BootstrapFinetune: turns the accepted traces of a teacher program into rows, one file per predictor, and
-tunes a small model on each.
+fine-tunes a small model on each.
 
-The tuned models take the predictors' places, and need no demonstrations. Rows are `prompt`, as the predictor
-writes it without demonstrations, and `completion`. A predictor that no accepted trace asked keeps its model.
+The tuned models replace the predictors' models and need no demonstrations. Rows are `prompt`, as the
+predictor writes it without demonstrations, and `completion`. A predictor that is in no accepted trace keeps
+its model.
 """
 
 from __future__ import annotations
