@@ -1,8 +1,8 @@
-"""What training on one row costs: floating-point operations of a forward and a backward pass, and the size of
-what a tuned copy stores.
+"""What training on one row costs: floating-point operations of a forward and a backward pass, and the storage
+of a tuned copy.
 
-Operations are counted as they are dispatched (matrix products and attention), so what a tuner leaves out is
-not counted: weight gradients of frozen matrices, the backward pass below the lowest layer that moves.
+Operations are counted as they are dispatched (matrix products and attention), so what a tuner avoids is not
+counted: weight gradients of frozen matrices, the backward pass below the lowest trained layer.
 """
 
 from __future__ import annotations

@@ -17,8 +17,8 @@ from luthier.registry import evaluator
     costs="one forward pass over the held-out rows.",
 )
 class BitsPerByte(PerExample):
-    """`bits_per_byte`: -log2 p of each row's best completion, end of turn included, over the UTF-8 bytes of
-    what it says.
+    """`bits_per_byte`: -log2 p of each row's best completion, end of turn included, over the
+    UTF-8 bytes of its text.
     """
 
     def summarize(self, stats, roles, rows, folder, when):

@@ -1,7 +1,7 @@
 """Diversity: how many different answers the model gives when it samples several for one prompt.
 
-`distinct_2` (Li et al.): different pairs of neighbouring tokens among all those written; a model that has
-collapsed says few.
+`distinct_2` (Li et al.): distinct pairs of neighbouring tokens among all generated ones; it is low in a
+collapsed model.
 """
 
 from __future__ import annotations

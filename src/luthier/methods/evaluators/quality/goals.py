@@ -1,8 +1,7 @@
 """Several goals at once: the mean reward of each goal on answers sampled for held-out prompts.
 
-Answers are drawn, and not the likeliest ones alone: what a policy trades between goals shows in all that it
-may say. The draws follow from the seed and the row, so models that are measured on the same rows differ by
-what they are.
+Answers are sampled, not greedy, since a trade-off between goals shows in the whole distribution. The samples
+depend on the seed and the row, so models that are measured on the same rows are comparable.
 """
 
 from __future__ import annotations

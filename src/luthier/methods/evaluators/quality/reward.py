@@ -15,8 +15,8 @@ from luthier.registry import evaluator
     costs="one forward pass over the held-out pairs.",
 )
 class Reward(Evaluator):
-    """`reward_accuracy`: share of rows whose best completion is worth more than their worst; `reward_margin`:
-    by how much.
+    """`reward_accuracy`: share of rows whose best completion has a higher value than their worst;
+    `reward_margin`: by how much.
     """
 
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short

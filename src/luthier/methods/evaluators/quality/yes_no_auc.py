@@ -22,8 +22,9 @@ from luthier.registry import evaluator
 )
 class YesNoAUC(Evaluator):
     """`auc`: mean over questions of the area under the ROC curve of P(yes) / (P(yes) + P(no));
-    `auc_ensemble`: the same with the scores of all descriptions of a label averaged first. Rows as the stage
-    `yes_no` makes them."""
+    `auc_ensemble`: the same with the scores of all descriptions of a label averaged first. Rows come from
+    stage `yes_no`.
+    """
 
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
     answers: tuple[str, str] = ("yes", "no")  # the two completions

@@ -19,8 +19,9 @@ from luthier.registry import evaluator
     costs="one forward pass over the held-out rows.",
 )
 class ImplicitValue(Evaluator):
-    """`value_correlation`: of a completion's score with V, the log-sum-exp of the logits, meaned over its
-    tokens; `value_correlation_last`: with V at its last token. Of completions with scores, over all rows."""
+    """`value_correlation`: of a completion's score with V, the log-sum-exp of the logits, averaged over its
+    tokens; `value_correlation_last`: with V at its last token. For completions with scores, over all rows.
+    """
 
     batch_size: int | None = None  # rows read at once; by default 16, and more where they are short
 

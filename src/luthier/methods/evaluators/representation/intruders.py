@@ -1,9 +1,9 @@
 """Intruder dimensions: singular directions of a tuned matrix that resemble none of the untuned one.
 
-Of each matrix inside the layers, the first k left singular vectors after training are compared with all of
+For each matrix inside the layers, the first k left singular vectors after training are compared with all of
 those before: one whose largest cosine is below `epsilon` is an intruder. Low-rank tuning is reported to
-produce them where full fine-tuning to the same loss does not. Weights that are trained themselves are kept in
-the run folder until the end.
+produce them where full fine-tuning to the same loss does not. Weights that are trained themselves are stored
+in the run folder until the end.
 """
 
 from __future__ import annotations

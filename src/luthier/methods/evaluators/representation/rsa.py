@@ -1,10 +1,10 @@
 """How much training changed each layer's representation of the rows: representational similarity analysis,
 before against after.
 
-Of every layer, the mean hidden state of each row is compared with that of every other row by cosine; the
+For every layer, the mean hidden state of each row is compared with that of every other row by cosine; the
 correlation of these similarities between the untuned and the tuned model is 1 where the layer's similarities
-are unchanged. Those from before training are kept in the run folder. Telly's study finds that only the top
-two layers change much.
+are unchanged. Similarities from before training are stored in the run folder. Telly's study finds that only
+the top two layers change much.
 """
 
 from __future__ import annotations
