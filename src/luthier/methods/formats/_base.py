@@ -1,12 +1,12 @@
 """What the row formats share: how a file's columns are recognised, and how text, turns and tools are read.
 
-A format turns one raw row (a dict as the file has it) into the one row shape of the house:
+A format converts one raw row (a dict as in the file) into luthier's row shape:
 
     {"id", "prompt": str | [message], "completions": [str | [message]], "scores": [float], "tools", "label",
     ...}
 
-Preference pairs score [1.0, 0.0], unpaired rows [1.0] or [-1.0], ranked lists what was given. Columns that
-the format does not read are kept under their own names. A row that cannot be read raises BadRow with the
+Preference pairs have scores [1.0, 0.0], unpaired rows [1.0] or [-1.0], ranked lists the given ones. Columns
+that the format does not read are kept under their own names. A row that cannot be read raises BadRow with the
 reason.
 """
 
@@ -82,7 +82,7 @@ class BadRow(ValueError):
 
 @family
 class Format:
-    """One public row shape. `columns` lists the sets of columns that make it out, each as words."""
+    """One public row shape. `columns` lists the sets of columns by which it is recognised, each as words."""
 
     columns: ClassVar[tuple[str, ...]] = ()
     optional: ClassVar[str] = ""  # columns read where they are there

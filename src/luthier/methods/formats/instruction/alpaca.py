@@ -1,5 +1,5 @@
-"""Alpaca rows: an instruction, perhaps an input, and the output to learn; perhaps a system text and a
-history.
+"""Alpaca rows: an instruction, optionally an input, and the output to train on; optionally a system prompt
+and a history.
 """
 
 from luthier.methods.formats._base import COMPLETIONS, Format, alike, instruction, text
@@ -14,7 +14,7 @@ class Alpaca(Format):
     """{"instruction": "Add.", "input": "2 and 2", "output": "4", "system": "...", "history": [["Hi",
     "Hello"]]}.
 
-    Always read as a conversation, so that training and serving go through the chat template.
+    Always read as a conversation, so that training and inference use the chat template.
     """
 
     columns = ("instruction output",)

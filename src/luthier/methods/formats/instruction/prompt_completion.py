@@ -1,4 +1,4 @@
-"""A prompt and the completion to learn, as text or as messages."""
+"""A prompt and the completion to train on, as text or as messages."""
 
 from luthier.methods.formats._base import COMPLETIONS, Format, alike, side, tools
 from luthier.registry import row_format

@@ -1,4 +1,4 @@
-"""A question and its answer, worked out or short: to learn, and to check sampled answers against."""
+"""A question and its answer, worked out or short: to train on, and to check sampled answers against."""
 
 from luthier.methods.formats._base import COMPLETIONS, BadRow, Format, opened, plain, text
 from luthier.registry import row_format

@@ -1,4 +1,4 @@
-"""A solution in steps, each marked right or wrong: for process reward models."""
+"""A solution in steps, each labelled right or wrong: for process reward models."""
 
 from luthier.methods.formats._base import BadRow, Format, opened, side, text, truth
 from luthier.registry import Column, row_format

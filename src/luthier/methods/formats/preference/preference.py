@@ -1,5 +1,5 @@
-"""Preference pairs: a chosen and a rejected completion of one prompt, which may be implied by what they
-share.
+"""Preference pairs: a chosen and a rejected completion of one prompt, which may be implied by their common
+beginning.
 """
 
 from luthier.methods.formats._base import PAIRS, BadRow, Format, alike, instruction, messages, side, tools
@@ -15,8 +15,8 @@ MARK = "\n\nAssistant:"  # where a reply begins in transcripts such as HH-RLHF
 class Preference(Format):
     """{"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}, as text or as messages.
 
-    Without a prompt column, the prompt is the turns that both begin with; of two texts, what both begin with
-    up to the last reply mark or word.
+    Without a prompt column, the prompt is the turns that both begin with; of two texts, their common
+    beginning up to the last reply mark or word.
     """
 
     columns = (

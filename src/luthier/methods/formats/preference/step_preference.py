@@ -1,4 +1,4 @@
-"""Two ways to go on from the same first steps, one better: preferences step by step."""
+"""Two continuations of the same first steps, one better: preferences step by step."""
 
 from luthier.methods.formats._base import PAIRS, BadRow, Format, side, text
 from luthier.registry import row_format

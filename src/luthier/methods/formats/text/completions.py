@@ -1,5 +1,5 @@
-"""A prompt and a list of completions without scores: what luthier itself writes, and sets of equally good
-answers.
+"""A prompt and a list of completions without scores: luthier's own output, and sets of equally
+good answers.
 """
 
 from luthier.methods.formats._base import COMPLETIONS, BadRow, Format, alike, opened, side, tools
@@ -11,7 +11,7 @@ from luthier.registry import row_format
     use_when="rows have a prompt and several equally good answers, or were written by luthier's `rollout`.",
 )
 class Completions(Format):
-    """{"prompt": "Hi", "completions": ["Hello!"]}; every completion is one to learn."""
+    """{"prompt": "Hi", "completions": ["Hello!"]}; every completion is trained on."""
 
     columns = ("prompt completions",)
     optional = "tools"

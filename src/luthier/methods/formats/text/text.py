@@ -1,4 +1,4 @@
-"""Plain text to continue: every token is learned."""
+"""Plain text to continue: every token is supervised."""
 
 from luthier.methods.formats._base import COMPLETIONS, Format, text
 from luthier.registry import row_format
