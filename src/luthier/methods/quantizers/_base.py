@@ -1,5 +1,5 @@
-"""What the frozen weights of a base are kept in. A quantizer turns a weight into codes and codes into the
-weight again.
+"""The kind's protocol: how the frozen weights of a base are stored. A quantizer turns a weight into codes and
+codes into the weight again.
 
 The modules that hold codes are in model/quantized_linear.py.
 """

@@ -1,8 +1,8 @@
 """Code books: each weight is coded as the nearest of a few fixed levels, times the largest magnitude of its
 block.
 
-Numbers and layout are those of bitsandbytes: blocks run along the rows of [out, in]; with double quantization
-the blocks' magnitudes, less their mean, are kept in 8 bits of a dynamic map, in blocks of 256.
+Levels and layout are those of bitsandbytes: blocks run along the rows of [out, in]; with double quantization
+the blocks' magnitudes, minus their mean, are stored in 8 bits of a dynamic map, in blocks of 256.
 """
 
 from __future__ import annotations

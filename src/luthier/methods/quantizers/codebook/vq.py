@@ -1,9 +1,9 @@
 """VQ: vector quantization. Each few weights in a row are coded as one of 2**bits learned vectors of their
 layer, fitted by k-means.
 
-One code book of AQLM (arXiv:2401.06118), with one scale to each output. Departs from it in how it is found:
-by k-means on the weights alone, not on what the layer makes of inputs, from points spread by size, so nothing
-is drawn.
+One code book of AQLM (arXiv:2401.06118), with one scale per output. Departs from it in how the code book is
+fitted: by k-means on the weights alone, not on the layer's outputs, with initial centroids spread by norm, so
+nothing is random.
 """
 
 from __future__ import annotations

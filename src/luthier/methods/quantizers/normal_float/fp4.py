@@ -1,7 +1,7 @@
 """FP4: 16 levels of a sign, two bits of exponent and one of fraction, one scale for each block of 64 weights.
 
-What bitsandbytes calls fp4, its default. NF4 fits weights better; this one is here to be compared with.
-Departs from bitsandbytes in how a level is numbered: by size.
+bitsandbytes' fp4, its default. NF4 fits weights better; this one is for comparison. Departs from bitsandbytes
+in the numbering of levels: by magnitude.
 """
 
 from __future__ import annotations

@@ -1,16 +1,17 @@
 """LQ-LoRA's base: decomposes W into a NormalFloat part of few bits and a low-rank part, and distributes the
 bits over the matrices by an integer program.
 
-L1 L2 is the best approximation of rank r of what Q leaves over, Q is what is quantized of what L1 L2 leaves
-over, until the error rises. Which of the allowed forms each matrix's Q takes is an integer program: the least
-sum of errors within `target_bits` on average (scipy's milp). With `fisher` errors are weighted by the rows
-and columns of the squared gradients of -log p of single rows. Take tuner `{name: lora, r: rank,
-init_lora_weights: lq}` to train L1 and L2 themselves, as the paper does; any other tuner goes on from Q + L1
+In turn, L1 L2 is the best rank-r approximation of the residual of Q, and Q quantizes the residual of L1 L2,
+until the error rises. The format of each matrix's Q is chosen among the allowed ones by an integer program:
+the least sum of errors within `target_bits` on average (scipy's milp). With `fisher` errors are weighted by
+the rows and columns of the squared gradients of -log p of single rows. Use tuner `{name: lora, r: rank,
+init_lora_weights: lq}` to train L1 and L2 themselves, as the paper does; any other tuner starts from Q + L1
 L2.
 
-Departs from the paper: errors of the forms are measured after one turn; twelve of the paper's 432 forms are
-offered unless more are listed; magnitudes are kept in evenly spaced steps; the SVD is exact where a side is
-at most 1024; L1 and L2 stay in the base, frozen, so that switching off gives what training started from.
+Departs from the paper: errors of the formats are measured after one iteration; twelve of the paper's 432
+formats are considered unless more are listed; magnitudes are stored in evenly spaced steps; the SVD is exact
+where a side is at most 1024; L1 and L2 stay in the base, frozen, so that disabling the tuner gives what
+training started from.
 """
 
 from __future__ import annotations
@@ -129,7 +130,7 @@ EXACT = 1024  # the smaller side up to which the SVD is exact
 
 
 class WeightedError:
-    """Errors in the weighted Frobenius norm ||D_r E D_c||; plain where nothing was seen."""
+    """Errors in the weighted Frobenius norm ||D_r E D_c||; unweighted where no gradients were measured."""
 
     def __init__(self, moments: tuple[Tensor, Tensor] | None):
         """moments: the squared gradients' means over each row [out] and each column [in]."""

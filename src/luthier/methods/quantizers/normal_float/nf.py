@@ -22,7 +22,7 @@ from luthier.registry import quantizer
     costs="`num_bits_0` bits a weight plus the scales of its blocks.",
 )
 class NF(Quantizer):
-    """NormalFloat codes; magnitudes of blocks in whole numbers; their largest in a 16- or 32-bit float."""
+    """NormalFloat codes; block magnitudes as integers; their largest as a 16- or 32-bit float."""
 
     num_bits_0: Literal[2, 3, 4, 8] = 4  # of a weight's code
     num_bits_1: Literal[2, 3, 4, 8] = 8  # of a block's magnitude

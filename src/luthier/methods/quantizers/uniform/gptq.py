@@ -1,9 +1,9 @@
 """GPTQ: rounds weights column by column and compensates for the error of each in the columns that follow.
 
-With H = X X' of what the layer reads on the first rows: the error of a column, over the diagonal of the
-Cholesky factor of H^-1, is spread over the rest along that factor's row. Columns are taken in their order, in
-blocks. Groups and their scales are those of RTN, set when a group is reached. Departs from the paper: all
-layers read what the unquantized model makes.
+With H = X X' of the layer's inputs on the first rows: the error of a column, over the diagonal of the
+Cholesky factor of H^-1, is spread over the rest along that factor's row. Columns are processed in their
+order, in blocks. Groups and their scales are those of RTN, set when a group is reached. Departs from the
+paper: the inputs of all layers are those of the unquantized model.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from luthier.registry import quantizer
     " Cholesky factor per layer.",
 )
 class GPTQ(RTN):
-    """Rounding with second-order repair."""
+    """Rounding with second-order error compensation."""
 
     whole: ClassVar[bool] = True
     reads: ClassVar[str] = "hessian"

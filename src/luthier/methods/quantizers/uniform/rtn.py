@@ -1,8 +1,8 @@
 """RTN, round to nearest: each group of weights is mapped to 2**bits evenly spaced numbers between its
 smallest and its largest.
 
-The plainest way to quantize, which every other is compared with. Departs from GPTQ's form of it: the least
-number of a group is kept as it is, not as a whole number of steps.
+The simplest quantizer and the baseline for all others. Departs from GPTQ's form of it: the minimum of a group
+is stored as it is, not as a whole number of steps.
 """
 
 from __future__ import annotations
