@@ -1,5 +1,5 @@
-"""Successive halving: n configurations after a share of their steps, the best n / eta of them further, up to
-the end.
+"""Successive halving: n configurations after a fraction of their steps, the best n / eta of them further, up
+to the end.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from luthier.registry import searcher
     costs="nothing between runs; paused runs keep their checkpoints.",
 )
 class Halving(Brackets):
-    """One kind of bracket, again and again."""
+    """The same bracket, repeated."""
 
     n: Annotated[int, Field(ge=1)] = 9  # configurations of a bracket
 

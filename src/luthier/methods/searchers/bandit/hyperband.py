@@ -1,8 +1,8 @@
-"""Hyperband: successive halving with many configurations after few steps, then with fewer after more, and
-around again.
+"""Hyperband: successive halving with many configurations after few steps, then with fewer after more, and so
+on.
 
 With `inner: random` it is the paper's; with `inner: tpe`, the default, new configurations are proposed from
-what was seen after the largest telling share, as BOHB does (arXiv:1807.01774).
+the observations at the largest fraction that has enough of them, as in BOHB (arXiv:1807.01774).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Random search: every configuration is drawn anew. The baseline to beat at equal budget."""
+"""Random search: every configuration is drawn independently. The baseline to beat at equal budget."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from luthier.registry import searcher
     costs="nothing between runs.",
 )
 class Random(Searcher):
-    """Uniform draws, of logarithms where a range says so."""
+    """Uniform draws, on a logarithmic scale where a range says so."""
 
     def ask(self, space, history, goals, clock):
         return Suggestion(space.draw(rng(clock, "ask", len(history))))

@@ -1,9 +1,9 @@
-"""DEHB: differential evolution inside Hyperband. Each share of the steps has a population; mutants come from
-the better half of the population below. v = a + factor (b - c), and a child takes each setting from its
+"""DEHB: differential evolution inside Hyperband. Each fraction of the steps has a population; mutants come
+from the better half of the population below. v = a + factor (b - c), and a child takes each setting from its
 parent with `crossover`.
 
-Departs from the paper: the first bracket's survivors go on from where they were paused; a share's
-population fills with the first configurations measured there.
+Departs from the paper: the first bracket's survivors resume where they were paused; the population of a
+fraction is filled with the first configurations measured there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""NSGA-II: a population, selected by fronts and by how crowded they are, crossed and mutated. Optuna's."""
+"""NSGA-II: a population, selected by Pareto rank and crowding distance, with crossover and
+mutation. Optuna's.
+"""
 
 from __future__ import annotations
 

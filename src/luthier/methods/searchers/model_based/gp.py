@@ -1,7 +1,6 @@
-"""A Gaussian process and the improvement expected of it (of the hypervolume, where there are several goals).
-Optuna's.
+"""A Gaussian process and its expected improvement (of the hypervolume, with several goals). Optuna's.
 
-It knows no settings that count only sometimes: those that do not are filled in with their defaults.
+It does not support conditional settings: inactive ones are set to their defaults.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from luthier.registry import searcher
     costs="a Gaussian process is fitted between runs; needs the extra `search`.",
 )
 class GP(OptunaSearcher):
-    """Few and costly runs, up to some ten settings."""
+    """For few and costly runs, up to about ten settings."""
 
     conditional: ClassVar[bool] = False
 

@@ -1,7 +1,6 @@
 """TPE: densities of good and of poor configurations; the next one is where their ratio is highest. Optuna's.
 
-Settings are modelled together (multivariate), those that count under one tuner apart from those of another
-(group).
+Settings are modelled together (multivariate), those of different tuners separately (group).
 """
 
 from __future__ import annotations
