@@ -1,4 +1,6 @@
-"""Several finished runs as one set of tensors. Used by `init_from: {merge: average, of: [run, run]}`."""
+"""The kind's protocol: several finished runs as one set of tensors. Used by `init_from: {merge: average, of:
+[run, run]}`.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ BASE = Capability("base", says="the base model's weights")
 
 @family
 class Merger:
-    """Family: tensors of several runs in, one set of tensors out. The runs must have moved the same
-    tensors.
+    """Family: tensors of several runs in, one set of tensors out. The runs must have trained
+    the same tensors.
     """
 
     def merge(

@@ -1,8 +1,8 @@
-"""Model soup: the mean of each tensor over runs that began at one model. Inference costs one model.
+"""Model soup: the mean of each tensor over runs that started from one model. Inference costs one model.
 
-Sums run in float64, so the average of equal tensors is that tensor bit for bit. Of adapters, A and B are
-averaged apart, which is the mean of their products only where one of the two is shared; full weights have no
-such gap.
+Sums are in float64, so the average of equal tensors is that tensor bit for bit. For LoRA adapters, A and B
+are averaged separately, which is the mean of their products only if one of the two is shared; full weights
+have no such gap.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Half-reset: after full fine-tuning, resets a random half of the weights to the base model's.
 
-HFT's observation that led to half tuning: much of what was forgotten returns. The half is drawn as tuner
-'hft' draws its own. `init_from: {merge: half_reset, of: [runs/full]}`.
+HFT's observation that led to half fine-tuning: much of what was forgotten returns. The half is drawn as in
+tuner 'hft'. `init_from: {merge: half_reset, of: [runs/full]}`.
 """
 
 from __future__ import annotations

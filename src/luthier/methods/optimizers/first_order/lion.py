@@ -1,4 +1,4 @@
-"""Lion with clipping and decoupled weight decay. Wants a learning rate 3 to 10 times smaller than AdamW's."""
+"""Lion with clipping and decoupled weight decay. Needs a learning rate 3 to 10 times smaller than AdamW's."""
 
 from luthier.methods.optimizers._base import Optimizer
 from luthier.methods.transforms.adaptive.lion import Lion as Sign

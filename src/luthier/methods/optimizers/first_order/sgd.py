@@ -1,4 +1,4 @@
-"""Stochastic gradient descent: the clipped gradient itself, with momentum where it is asked for."""
+"""Stochastic gradient descent: the clipped gradient itself, with optional momentum."""
 
 from luthier.methods.optimizers._base import Optimizer
 from luthier.methods.transforms.adaptive.momentum import Momentum

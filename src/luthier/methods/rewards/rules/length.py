@@ -1,5 +1,5 @@
-"""Length of a text: a rule to weigh other rewards against, or to test whether a judge can be gamed
-by length.
+"""Length of a text: a rule to combine with other rewards, or to test whether a judge can be
+gamed by length.
 """
 
 from __future__ import annotations

@@ -27,7 +27,8 @@ NUMBER = re.compile(
 class ExactMatch(Reward):
     """Compares the answer in the text with `answer`, which may be a list of answers that all count as right.
 
-    The row's answers are read as the texts are, so `answer` may be a worked solution that ends in `#### 42`.
+    The row's answers are parsed as the texts are, so `answer` may be a worked solution that ends in `####
+    42`.
     """
 
     extract: Literal["none", "last_number", "after"] = "none"  # where the answer is in the text

@@ -27,10 +27,10 @@ os.register_at_fork(after_in_child=IDLE.clear)  # a forked process must not shar
     costs="a comparison in a process of its own for each completion, up to `timeout` seconds.",
 )
 class Math(Reward):
-    """Reads LaTeX, plain numbers, fractions, sets and intervals by the library math-verify.
+    """Parses LaTeX, plain numbers, fractions, sets and intervals with the library math-verify.
 
-    A comparison that runs too long scores 0: it runs in a process of its own that is killed, so this works in
-    any thread. The library's own limit is a signal, which only the main thread may set.
+    A comparison that takes too long scores 0: it runs in a separate process that is killed, so this works in
+    any thread. The library's own time limit is a signal, which only the main thread may set.
     """
 
     timeout: float = 5.0  # seconds for one text

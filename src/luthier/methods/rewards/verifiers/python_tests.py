@@ -21,9 +21,8 @@ from luthier.sandbox.sandbox import run_many
 class PythonTests(Reward):
     """`tests` is a list of assert statements, or one string of Python in which every assert counts.
 
-    The code is the last fenced block that defines something; without fences, the whole text. Read what the
-    sandbox is and is not (`luthier doctor` shows what this machine gives) before running what strangers
-    wrote.
+    The code is the last fenced block that defines something; without fences, the whole text. Before running
+    untrusted code, check what the sandbox protects from on this machine (`luthier doctor`).
     """
 
     all_or_nothing: bool = False  # 1 when every test passes, else 0, in place of the share

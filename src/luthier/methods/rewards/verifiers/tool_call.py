@@ -1,7 +1,7 @@
 """Scores a tool call by how it fails: the earlier the fault, the lower the score.
 
 The call is JSON with a name and arguments, bare or between <tool_call> marks; the row's `answer` is the right
-one, its `tools` say which parameters there are.
+call, and its `tools` define the parameters.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ FAULTS = {  # (hallucinated, redundant, missing) parameters -> score
     costs="parsing JSON for each completion.",
 )
 class ToolCall(Reward):
-    """-2 no call that can be read, or no such tool; -1.5 another tool; -1.8 to -0.5 parameters that do not
-    exist, were not asked for or are missing; -0.25 a wrong value; 1 all right."""
+    """-2 no call that can be parsed, or no such tool; -1.5 another tool; -1.8 to -0.5 parameters that do not
+    exist, are superfluous or are missing; -0.25 a wrong value; 1 all right.
+    """
 
     def scores(self, row: dict, texts: list[str]) -> list[float]:
         gold = call_in(self.column(row, "answer"))

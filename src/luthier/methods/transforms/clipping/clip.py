@@ -1,6 +1,4 @@
-"""Clipping by global norm: scales all gradients of a step down together where their joint norm is
-too large.
-"""
+"""Clipping by global norm: scales all gradients of a step down together if their joint norm is too large."""
 
 import torch
 

@@ -2,9 +2,9 @@
 has only that many rows.
 
 Every `update_proj_gap` steps the directions are computed anew from the gradient's SVD, on its shorter side;
-`inner` works on the projected gradient, and its update is projected back. Matrices in layers only:
-embeddings, head, vectors and what is no larger than `rank` go to `inner` unprojected, so with full rank the
-step is that of `inner`.
+`inner` processes the projected gradient, and its update is projected back. Only matrices in layers are
+projected: embeddings, head, vectors and matrices no larger than `rank` go to `inner` unprojected, so with
+full rank the step is that of `inner`.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from luthier.registry import transform
     costs="nothing.",
 )
 class WeightDecay(Each):
-    """update + weight_decay * p. Comes after the rescaling (adam, lion) to be decoupled from it."""
+    """update + weight_decay * p. Place it after the rescaling (adam, lion) to decouple it."""
 
     pointwise = True
 

@@ -1,7 +1,7 @@
 """LoRA+: a higher learning rate for factor B of a low-rank update, which starts at zero, than for factor A.
 
-Stands behind the transforms that rescale (adam), which would undo it. `learning_rate` is A's; what has no
-factors steps with it. Departs from PEFT's optimizer, which has a rate of its own for embeddings.
+Place it after the transforms that rescale (adam), which would undo it. `learning_rate` is A's, and that of
+parameters without factors. Departs from PEFT's optimizer, which has a separate rate for embeddings.
 """
 
 from __future__ import annotations
