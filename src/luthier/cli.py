@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from luthier import compat
 from luthier.compat.lazy_imports import READER, after, rarely, read_once
 from luthier.errors import RecipeError
+from luthier.storage.failure import report_outcome
 from luthier.storage.toy import is_toy
 
 # command -> former name of an option -> its name; former names are accepted, and left out of the help
@@ -59,6 +60,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except RecipeError as error:
+            report_outcome(error)
             typer.echo(f"luthier: {error}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:

@@ -16,7 +16,7 @@ class TooManyBadRows(RecipeError):
     """More rows are bad than max_bad_rows allows; `bad` holds them."""
 
     def __init__(self, message: str, bad: list[dict]):
-        super().__init__(message)
+        super().__init__(message, "unusable_rows")
         self.bad = bad
 
 

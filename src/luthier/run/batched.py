@@ -30,6 +30,7 @@ from luthier.run.report import Report
 from luthier.run.session import Session, open_session, step_count
 from luthier.run.training import Trained, recorded
 from luthier.storage import files
+from luthier.storage.failure import report_outcome
 from luthier.train import memory
 from luthier.train.batched_lora import BatchedTrainer, share_hidden_cache
 
@@ -137,4 +138,5 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1])
     except RecipeError as error:
+        report_outcome(error)
         sys.exit(f"luthier: {error}")

@@ -290,7 +290,7 @@ class Runner:
 
     def _report(self, step: int, began: float, line: str) -> None:
         """A line of progress for a run."""
-        self.callback.step({"step": step, "seconds": time.perf_counter() - began, "said": line})
+        self.callback.step({"step": step, "seconds": time.perf_counter() - began, "message": line})
 
     def _format(self, value: Any) -> str:
         return f"{metric_of(self.spec.metric).label} {format_metric(self.spec.metric, value)}"

@@ -18,6 +18,7 @@ from luthier.report.search import page
 from luthier.storage import files
 from luthier.study.search.measure import describe, measure, remove_weights
 from luthier.study.search.optimize import optimize
+from luthier.study.search.result import RESULT
 from luthier.study.search.spec import SearchSpec
 from luthier.study.search.trials import Trial, TrialStore, full_runs
 from luthier.study.search.verdict import choose, judge
@@ -52,7 +53,7 @@ def run_search(
                 {
                     "step": int(full_runs(store.finished()) + 1e-9),
                     "seconds": trial.measurement.seconds,
-                    "said": progress_line(spec, trial),
+                    "message": progress_line(spec, trial),
                     **trial.goals,
                 }
             )
@@ -74,7 +75,7 @@ def run_search(
         for trial in trials:
             remove_weights(spec, folder, trial.observation.number)
         result = judge(spec, folder, trials, choose(trials), callback)
-        files.write_json(folder / "search.json", result)
+        files.write_json(folder / RESULT, result)
         files.write_text(folder / "report.html", page(result))
     return result
 

@@ -21,6 +21,7 @@ from luthier.recipe.validate import dry_run, first_run, validate
 from luthier.registry import build, evaluator_of, provides_of, spec
 from luthier.study.compare import DEFAULT_EVALUATORS, TUNING_SEED, parse_budget
 from luthier.study.goals import Goal, Limit, parse_goals, parse_limits
+from luthier.study.search.result import RESULT, read_result
 from luthier.study.space import SearchSpace, parse_space
 
 DEFAULT_SEARCHER = "gp"
@@ -274,11 +275,11 @@ def _check_space(search_space: SearchSpace, rows: Sequence[dict]) -> None:
 
 def _earlier_points(folder: str | Path, search_space: SearchSpace) -> tuple[dict[str, Any], ...]:
     """Points that an earlier search chose, as far as this space has their settings."""
-    path = Path(folder) / "search.json"
+    path = Path(folder) / RESULT
     if not path.is_file():
-        raise RecipeError(f"--from: {folder} has no finished search (search.json)")
+        raise RecipeError(f"--from: {folder} has no finished search ({RESULT})")
     points: list[dict[str, Any]] = []
-    for candidate in json.loads(path.read_text(encoding="utf-8"))["found"]:
+    for candidate in read_result(path)["chosen"]:
         earlier = candidate["point"]
         point = search_space.space.active(earlier)
         shared = [name for name in point if name in earlier and earlier[name] == point[name]]

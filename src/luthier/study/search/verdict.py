@@ -142,7 +142,7 @@ def judge(
         comparison["notes"] += _notes_beyond(spec, finished)
     add_intervals(lines)
     comparison["notes"] += unmoved(spec.goals, trials)
-    result["start"], result["found"] = _split(lines)
+    result["baseline"], result["chosen"] = _split(lines)
     result["comparison"] = comparison
     result["sentence"] = sentence(spec, trials, lines, comparison)
     return result
@@ -163,21 +163,23 @@ def _summary(spec: SearchSpec, folder: Path, trials: Sequence[Trial]) -> dict[st
     """Of a result: what is known before anything is tested."""
     return {
         "recipe": spec.space.recipe.yaml(),
-        "goals": [{"name": goal.name, "metric": goal.metric, "up": goal.up} for goal in spec.goals],
+        "goals": [
+            {"name": goal.name, "metric": goal.metric, "higher_is_better": goal.up} for goal in spec.goals
+        ],
         "limits": [limit.text for limit in spec.limits],
-        "over": list(map(_dimension, spec.space.space.dims)),
+        "space": list(map(_dimension, spec.space.space.dims)),
         "sampler": plain(spec.searcher),
         "seeds": list(spec.seeds),
         "test_seeds": list(spec.test_seeds),
         "test_data": spec.test_data,
         "trials": [_trial(trial, folder) for trial in trials],
         "front": front_numbers(trials),
-        "spent": full_runs(trials),
-        "took": sum(trial.measurement.seconds for trial in trials),
+        "full_runs": full_runs(trials),
+        "seconds": sum(trial.measurement.seconds for trial in trials),
         "date": str(date.today()),
         "folder": str(folder),
         "model": spec.space.recipe.model,
-        "found": [],
+        "chosen": [],
         "comparison": None,
     }
 
@@ -191,12 +193,12 @@ def _trial(trial: Trial, folder: Path) -> dict[str, Any]:
     return {
         "number": observation.number,
         "point": dict(observation.point),
-        "said": describe(observation.point) or "the unchanged recipe",
+        "description": describe(observation.point) or "the unchanged recipe",
         "share": observation.share,
         "goals": _finite(trial.goals),
-        "over": observation.violation,
+        "violation": observation.violation,
         "by_seed": by_seed,
-        "took": measurement.seconds,
+        "seconds": measurement.seconds,
         "failed": measurement.failed,
         "kind": trial.kind,
         "runs": runs,
@@ -239,7 +241,7 @@ def _line(spec: SearchSpec, name: str, trial: Trial, runs: Sequence[Path]) -> di
         "name": name,
         "number": trial.observation.number,
         "point": dict(trial.observation.point),
-        "said": describe(trial.observation.point),
+        "description": describe(trial.observation.point),
         "tuning": tuning,
         "test": test,
         "gap": gap,
