@@ -1,6 +1,6 @@
 """A prompt and the completion to train on, as text or as messages."""
 
-from luthier.methods.formats._base import COMPLETIONS, Format, alike, side, tools
+from luthier.methods.formats._base import COMPLETIONS, Format, alike, prompt_of, side, tools
 from luthier.registry import row_format
 
 
@@ -15,6 +15,6 @@ class PromptCompletion(Format):
     optional = "tools"
 
     def read(self, raw):
-        prompt = "" if raw.get("prompt") == "" else side(raw.get("prompt"), "prompt")
+        prompt = prompt_of(raw)
         prompt, completions = alike(prompt, side(raw.get("completion"), "completion"))
         return {"prompt": prompt, "completions": completions, "tools": tools(raw)}

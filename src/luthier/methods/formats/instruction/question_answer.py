@@ -24,10 +24,15 @@ class QuestionAnswer(Format):
     def read(self, raw):
         before = [text(raw, name) for name in ("passage", "context") if raw.get(name)]
         answer = opened(raw.get("answer"), "answer")
-        several = answer if isinstance(answer, list) else None
-        if several == [] or isinstance(answer, dict):
-            raise BadRow("answer is empty" if several == [] else "answer is an object, not text")
-        solution = plain(several[0] if several else answer, "answer", ("yes", "no"))
-        final = solution.rsplit("####", 1)[-1].strip() if "####" in solution else solution
-        prompt = "\n\n".join([*before, text(raw, "question")]) + ("" if self.chat else "\n")
+        several = None
+        if isinstance(answer, dict):
+            raise BadRow("answer is an object, not text")
+        if isinstance(answer, list):
+            if not answer:
+                raise BadRow("answer is empty")
+            several, answer = answer, answer[0]
+        solution = final = plain(answer, "answer", ("yes", "no"))
+        if "####" in solution:
+            final = solution.rsplit("####", 1)[-1].strip()
+        prompt = "\n\n".join([*before, text(raw, "question")]) + self.prompt_end
         return {"prompt": prompt, "completions": [solution], "answer": final, "answers": several}

@@ -19,12 +19,15 @@ class Pairwise(Format):
     optional = "input system history"
 
     def read(self, raw):
-        prompt = instruction(raw) if "instruction" in raw else side(raw.get("prompt"), "prompt")
+        if "instruction" in raw:
+            prompt = instruction(raw)
+        else:
+            prompt = side(raw.get("prompt"), "prompt")
         second = numbers([raw.get("preference")], "preference")[0] - 1
-        if not 0 <= second <= 1 or second == 0.5:
-            raise BadRow(
-                "preference is a tie" if second == 0.5 else "preference is not a number between 1 and 2"
-            )
+        if second == 0.5:
+            raise BadRow("preference is a tie")
+        if not 0 <= second <= 1:
+            raise BadRow("preference is not a number between 1 and 2")
         pair = sorted(
             ((1 - second, text(raw, "output_1")), (second, text(raw, "output_2"))), key=lambda p: -p[0]
         )

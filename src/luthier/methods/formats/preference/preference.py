@@ -2,7 +2,17 @@
 beginning.
 """
 
-from luthier.methods.formats._base import PAIRS, BadRow, Format, alike, instruction, messages, side, tools
+from luthier.methods.formats._base import (
+    PAIRS,
+    BadRow,
+    Format,
+    alike,
+    as_turns,
+    instruction,
+    messages,
+    side,
+    tools,
+)
 from luthier.registry import row_format
 
 MARK = "\n\nAssistant:"  # where a reply begins in transcripts such as HH-RLHF
@@ -47,13 +57,12 @@ class Preference(Format):
             and chosen[0] == rejected[0]
             and len(chosen) > 1
         )
-        prompt, pair = (
-            shared(chosen, rejected) if whole or not prompts else alike(prompts[0], chosen, rejected)
-        )
+        if whole or not prompts:
+            prompt, pair = shared(chosen, rejected)
+        else:
+            prompt, pair = alike(prompts[0], chosen, rejected)
         if raw.get("system") and "instruction" not in raw:
-            prompt, pair = alike(
-                prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}], *pair
-            )
+            prompt, pair = alike(as_turns(prompt, "user"), *pair)
             prompt = [{"role": "system", "content": side(raw["system"], "system")}, *prompt]
         return {"prompt": prompt, "completions": pair, "scores": [1.0, 0.0], "tools": tools(raw)}
 
@@ -69,7 +78,10 @@ def shared(chosen, rejected):
     if isinstance(chosen, str):
         head = chosen[:n]
         mark = head.rfind(MARK)
-        n = mark + len(MARK) if mark >= 0 else max(head.rfind(" "), head.rfind("\n"), 0)
+        if mark >= 0:
+            n = mark + len(MARK)
+        else:
+            n = max(head.rfind(" "), head.rfind("\n"), 0)
     if n == 0:
         raise BadRow("there is no prompt, and chosen and rejected do not start with the same text")
     if not chosen[n:] or not rejected[n:]:

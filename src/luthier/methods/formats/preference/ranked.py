@@ -1,6 +1,16 @@
 """Several completions of one prompt, each with a score."""
 
-from luthier.methods.formats._base import RANKED, BadRow, Format, alike, numbers, opened, side, tools
+from luthier.methods.formats._base import (
+    RANKED,
+    BadRow,
+    Format,
+    alike,
+    numbers,
+    opened,
+    prompt_of,
+    side,
+    tools,
+)
 from luthier.registry import row_format
 
 
@@ -20,6 +30,6 @@ class Ranked(Format):
             raise BadRow("completions is not a list of completions")
         if len(texts) != len(scores):
             raise BadRow(f"there are {len(texts)} completions but {len(scores)} scores")
-        prompt = "" if raw.get("prompt") == "" else side(raw.get("prompt"), "prompt")
+        prompt = prompt_of(raw)
         prompt, completions = alike(prompt, *(side(c, "completions") for c in texts))
         return {"prompt": prompt, "completions": completions, "scores": scores, "tools": tools(raw)}

@@ -1,6 +1,6 @@
 """Two continuations of the same first steps, one better: preferences step by step."""
 
-from luthier.methods.formats._base import PAIRS, BadRow, Format, side, text
+from luthier.methods.formats._base import PAIRS, BadRow, Format, first_of, side, text
 from luthier.registry import row_format
 
 
@@ -18,7 +18,7 @@ class StepPreference(Format):
     columns = ("prompt prefix chosen rejected", "prompt initial_reason_steps chosen rejected")
 
     def read(self, raw):
-        name = "prefix" if raw.get("prefix") is not None else "initial_reason_steps"
+        name = first_of(raw, ("prefix",), "initial_reason_steps")
         chosen, rejected = text(raw, "chosen"), text(raw, "rejected")
         if chosen == rejected:
             raise BadRow("chosen and rejected are the same")

@@ -2,7 +2,16 @@
 good answers.
 """
 
-from luthier.methods.formats._base import COMPLETIONS, BadRow, Format, alike, opened, side, tools
+from luthier.methods.formats._base import (
+    COMPLETIONS,
+    BadRow,
+    Format,
+    alike,
+    opened,
+    prompt_of,
+    side,
+    tools,
+)
 from luthier.registry import row_format
 
 
@@ -20,6 +29,6 @@ class Completions(Format):
         texts = opened(raw.get("completions"), "completions")
         if not isinstance(texts, list) or not texts:
             raise BadRow("completions is not a list of completions")
-        prompt = "" if raw.get("prompt") == "" else side(raw.get("prompt"), "prompt")
+        prompt = prompt_of(raw)
         prompt, completions = alike(prompt, *(side(c, "completions") for c in texts))
         return {"prompt": prompt, "completions": completions, "tools": tools(raw)}

@@ -1,6 +1,6 @@
 """A prompt to sample answers to; an `answer` column, tests and the like are kept for the rewards."""
 
-from luthier.methods.formats._base import PROMPTS, Format, side, tools
+from luthier.methods.formats._base import PROMPTS, Format, first_of, side, tools
 from luthier.registry import row_format
 
 
@@ -18,5 +18,5 @@ class Prompt(Format):
     generic = True
 
     def read(self, raw):
-        name = "prompt" if raw.get("prompt") is not None else "question"
+        name = first_of(raw, ("prompt",), "question")
         return {"prompt": side(raw.get(name), name), "tools": tools(raw)}
