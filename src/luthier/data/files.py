@@ -65,7 +65,9 @@ def read_file(path: Path, max_row_chars: int) -> RawRows:
 
 def open_bytes(path: Path) -> io.BufferedIOBase:
     """A file's bytes, unpacked."""
-    return gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    return open(path, "rb")
 
 
 def refuse_utf16(path: Path) -> None:
@@ -84,7 +86,9 @@ def refuse_utf16(path: Path) -> None:
 
 def check_object(value: Any) -> dict | BadLine:
     """A parsed value that must be an object with columns."""
-    return value if isinstance(value, dict) else BadLine("not a JSON object", value)
+    if not isinstance(value, dict):
+        return BadLine("not a JSON object", value)
+    return value
 
 
 def decode_line(line: bytes, offset: int) -> str | BadLine:

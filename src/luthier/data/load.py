@@ -251,4 +251,6 @@ def unique_id(own: Any, where: str, ids: set[str]) -> str:
 
 def sample_rows(recipe: Recipe) -> list[dict]:
     """The first hundred rows of a recipe, to validate it with; none where it names no data."""
-    return load_data(recipe).rows[:100] if recipe.data is not None else []
+    if recipe.data is None:
+        return []
+    return load_data(recipe).rows[:100]

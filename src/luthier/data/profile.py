@@ -52,8 +52,10 @@ def objectives_for(columns: Set[str]) -> list[dict[str, str]]:
             advice = dict.fromkeys(advice_on(column, makers(column, stages, columns)) for column in missing)
             answer = {"feeds": "with a stage", "why": "; ".join(advice)}
         else:
+            answer = {"feeds": "yes", "why": ""}
             roles = [role for role in ROLES if role in objective.requires]
-            answer = {"feeds": "yes", "why": f"with roles: {', '.join(roles)}" if roles else ""}
+            if roles:
+                answer["why"] = f"with roles: {', '.join(roles)}"
         answers.append({"objective": objective.name, **answer})
     return sorted(answers, key=lambda answer: ANSWERS.index(answer["feeds"]))
 

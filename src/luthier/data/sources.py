@@ -43,7 +43,9 @@ class Source(BaseModel):
     @property
     def label(self) -> str:
         """How messages call it."""
-        return self.path if isinstance(self.path, str) else "the list of rows"
+        if isinstance(self.path, str):
+            return self.path
+        return "the list of rows"
 
 
 # ------------------------------------------------------------------------------------------ naming a source

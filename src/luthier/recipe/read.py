@@ -54,9 +54,10 @@ def read_source(source: Any) -> tuple[dict[str, Any], str]:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
+        if mark:
+            name += f", line {mark.line + 1}"
         problem = getattr(error, "problem", None) or "unreadable"
-        raise RecipeError(f"{name}{line}: invalid YAML ({problem})") from None
+        raise RecipeError(f"{name}: invalid YAML ({problem})") from None
     if not isinstance(values or {}, dict):
         shape = type(values).__name__
         raise RecipeError(
@@ -76,7 +77,7 @@ def toy_recipe(name: str) -> dict[str, Any]:
 def read_file(path: Path) -> tuple[str, str]:
     """Text and name of a recipe's file."""
     if not path.is_file():
-        near = [p.name for p in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
+        near = [p.name for p in path.parent.glob("*.y*ml")]
         raise RecipeError(f"recipe file {path} does not exist{did_you_mean(path.name, near)}")
     try:
         return path.read_text(encoding="utf-8"), path.name
@@ -108,8 +109,8 @@ def put(values: dict, key: str, value: Any, defaults: Mapping[str, Any]) -> None
         values[first] = value
         return
     old = values.get(first)
-    if first in METHOD_KEYS or first == "objective":
-        old = defaults.get(first) if old is None else old
+    if old is None and (first in METHOD_KEYS or first == "objective"):
+        old = defaults.get(first)
     if old is None:
         old = {}
     if isinstance(old, str) and (first in METHOD_KEYS or first in ("objective", "plan")):
@@ -127,7 +128,9 @@ def paths_as_text(value: Any) -> Any:
         return {k: paths_as_text(v) for k, v in value.items()}
     if isinstance(value, list):
         return [paths_as_text(v) for v in value]
-    return os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value
 
 
 # ------------------------------------------------------------------------------------------------ keys
@@ -201,10 +204,11 @@ class Reading:
             values["dtype"] = values.pop("bnb_4bit_compute_dtype")
             self.sources["dtype"] = self.sources.get("bnb_4bit_compute_dtype", "python")
             self.warnings.append("'bnb_4bit_compute_dtype' is read as 'dtype'")
-        words = [
-            k for k in values if k in ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", *QUANTIZATION)
-        ]
-        theirs = {k: values.pop(k) for k in words}
+        theirs = {}
+        for key in [*values]:
+            if key in ("load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", *QUANTIZATION):
+                theirs[key] = values.pop(key)
+        words = [*theirs]
         four, eight = theirs.get("load_in_4bit"), theirs.get("load_in_8bit")
         if four and eight:
             raise RecipeError("'load_in_4bit' and 'load_in_8bit' cannot both be true; keep one of them")
@@ -295,12 +299,16 @@ class Reading:
 
 def as_spec(value: Any) -> dict[str, Any]:
     """A method as {name: ..., setting: ...}."""
-    return {"name": value} if isinstance(value, str) else dict(value)
+    if isinstance(value, str):
+        return {"name": value}
+    return dict(value)
 
 
 def name_of(value: Any) -> Any:
     """The name of a method, written as text or as {name: ...}."""
-    return value.get("name") if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return value.get("name")
+    return value
 
 
 def settings_of(kind: str, name: Any) -> set[str]:

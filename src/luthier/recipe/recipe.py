@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from luthier.errors import RecipeError
 from luthier.recipe.aliases import ALIASES, FORMER_KEYS
-from luthier.recipe.read import read
+from luthier.recipe.read import as_spec, read
 from luthier.registry import Range, build, format_errors, spec
 
 HIDDEN = ("origins", "warnings", "_built")  # fields that are no keys
@@ -148,7 +148,11 @@ class Recipe:
 
     def but(self, **changes: Any) -> Recipe:
         """The same with changes; keys (aliases, a.b) and values as in YAML."""
-        replaced = {"dtype" if k in ("bf16", "fp16") else key_of(k) for k in changes}
+        replaced = set()
+        for key in changes:
+            if key in ("bf16", "fp16"):
+                key = "dtype"
+            replaced.add(key_of(key))
         rest = {k: v for k, v in self.public().items() if k not in replaced}
         return Recipe.load(rest, changes)
 
@@ -202,13 +206,13 @@ class Recipe:
             out["quantization"] = build("quantizer", self.quantization)
         out["estimator"] = build("estimator", self.estimator)
         if isinstance(self.optim, (list, tuple)):
-            out["optim"] = [build("transform", t) for t in self.optim]
+            out["optim"] = build_each("transform", self.optim)
         else:
             out["optim"] = build("optimizer", self.optim)
-        out["stages"] = [build("stage", s) for s in self.stages]
-        out["online_stages"] = [build("stage", s) for s in self.online_stages]
+        out["stages"] = build_each("stage", self.stages)
+        out["online_stages"] = build_each("stage", self.online_stages)
         if self.evaluate is not None:
-            out["evaluate"] = [build("evaluator", e) for e in self.evaluate]
+            out["evaluate"] = build_each("evaluator", self.evaluate)
         out["roles"] = {name: build("role", r) for name, r in self.roles.items()}
         if self.plan is not None:
             out["plan"] = build("plan", self.plan_spec())
@@ -225,16 +229,25 @@ class Recipe:
     def chain(self) -> tuple:
         """The transforms of the optimizer."""
         optim = self.methods()["optim"]
-        return tuple(optim) if isinstance(optim, list) else optim.chain()
+        if isinstance(optim, list):
+            return tuple(optim)
+        return optim.chain()
 
     def plan_spec(self) -> Any:
         """The plan as a method; a list is a sequence of changes to this recipe."""
-        return {"name": "sequence", "runs": self.plan} if isinstance(self.plan, list) else self.plan
+        if isinstance(self.plan, list):
+            return {"name": "sequence", "runs": self.plan}
+        return self.plan
 
 
 def key_of(word: str) -> str:
     """The key of a recipe that a word stands for: other tools' and former ones are understood."""
     return FORMER_KEYS.get(word, ALIASES.get(word, word))
+
+
+def build_each(kind: str, specs: Sequence[Any]) -> list[Any]:
+    """The methods of a list of specs."""
+    return [build(kind, each) for each in specs]
 
 
 def plain(value: Any) -> Any:
@@ -264,9 +277,11 @@ def terms(value: Any) -> Any:
         if not re.fullmatch(rf"{TERM}(\+{TERM})*", value):
             raise RecipeError(f"objective: {value!r} must be a name or a sum such as 'dpo + 0.1*sft'")
         value = [{"name": name, "weight": float(weight or 1)} for weight, name in re.findall(TERM, value)]
+    if not isinstance(value, (list, tuple)):
+        value = [value]
     parts = []
-    for term in value if isinstance(value, (list, tuple)) else [value]:
-        settings = {"name": term} if isinstance(term, str) else dict(term)
+    for term in value:
+        settings = as_spec(term)
         weight = float(settings.pop("weight", 1.0))
         parts.append((weight, build("objective", settings)))
     if len(parts) == 1 and parts[0][0] == 1.0:

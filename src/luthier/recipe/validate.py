@@ -45,7 +45,9 @@ class Methods:
     def provide(self) -> set[str]:
         """What the methods provide before any stage has seen a row."""
         out = set(self.roles) | self.architecture.provides | self.estimator.provides | provides_of(self.tuner)
-        return out if self.quantizer is None else out | provides_of(self.quantizer)
+        if self.quantizer is not None:
+            out |= provides_of(self.quantizer)
+        return out
 
     def require(self) -> frozenset[str]:
         """What the methods require, roles among it."""
@@ -85,8 +87,11 @@ def check_roles(recipe: Recipe, required: Set[str]) -> None:
         if name in FIXED:
             raise RecipeError(f"roles: '{name}' cannot be set: every recipe has this role built in")
         if name not in required:
-            provided = {word for card in cards() for word in card.provides}
-            others = {word for card in cards() for word in card.requires}
+            provided: set[str] = set()
+            others: set[str] = set()
+            for card in cards():
+                provided |= card.provides
+                others |= card.requires
             hint = ""
             if name not in others:
                 hint = did_you_mean(name, required - provided or others - provided)
@@ -100,8 +105,10 @@ def build_methods(recipe: Recipe) -> Methods:
     roles = dict(built["roles"])
     needed = any("reference" in requirements(user) for user in users if user is not None)
     if needed and "reference" not in roles:
-        able = "disable_adapter" in provides_of(built["tuner"])
-        roles["reference"] = build("role", "base" if able else "initial")
+        name = "initial"
+        if "disable_adapter" in provides_of(built["tuner"]):
+            name = "base"
+        roles["reference"] = build("role", name)
     return Methods(
         architecture=built["architecture"] or detect(recipe.model),
         tuner=built["tuner"],
@@ -119,8 +126,12 @@ def build_methods(recipe: Recipe) -> Methods:
 def detect(model: str) -> Any:
     """The architecture of a checkpoint, by its config."""
     config = model_names.model_config(model)
-    every = [build("architecture", card.name) for card in cards("architecture")]
-    suited = [architecture for architecture in every if architecture.suits(config)]
+    every, suited = [], []
+    for card in cards("architecture"):
+        architecture = build("architecture", card.name)
+        every.append(architecture)
+        if architecture.suits(config):
+            suited.append(architecture)
     if len(suited) == 1:
         return suited[0]
     classes = ", ".join(config.architectures or ["no architecture"])
@@ -169,8 +180,11 @@ def check_settings(recipe: Recipe, methods: Methods) -> None:
 def choose_evaluators(recipe: Recipe, methods: Methods, available: frozenset[str]) -> None:
     """The default evaluators where the recipe names none; held-out rows go through no stage."""
     if recipe.evaluate is None:
-        default = [build("evaluator", name) for name in DEFAULT_EVALUATORS]
-        methods.evaluate = [e for e in default if requirements(e) <= available]
+        methods.evaluate = []
+        for name in DEFAULT_EVALUATORS:
+            evaluator = build("evaluator", name)
+            if requirements(evaluator) <= available:
+                methods.evaluate.append(evaluator)
     for evaluator in methods.evaluate:
         require(evaluator, available, label(evaluator, recipe))
 
@@ -281,7 +295,9 @@ def check_trackers(trackers: Sequence[str]) -> None:
 
 def label(method: Any, recipe: Recipe) -> str:
     """What a method is called in a sentence."""
-    return f"{method.kind} '{method.name}'" if hasattr(method, "kind") else f"objective '{recipe.objective}'"
+    if hasattr(method, "kind"):
+        return f"{method.kind} '{method.name}'"
+    return f"objective '{recipe.objective}'"
 
 
 # ------------------------------------------------------------------------------------------------ plans
@@ -306,9 +322,13 @@ def first_run(recipe: Recipe) -> Recipe:
     if recipe.plan is None:
         return recipe
     alone = recipe.but(plan=None)
-    runs = next(build("plan", recipe.plan_spec()).recipes(alone), alone)
-    first = first_run(runs[0] if isinstance(runs, list) else runs)
-    return first if first.data == recipe.data else alone
+    request = next(build("plan", recipe.plan_spec()).recipes(alone), alone)
+    if isinstance(request, list):
+        request = request[0]
+    first = first_run(request)
+    if first.data != recipe.data:
+        return alone
+    return first
 
 
 def dry_run_plan(
@@ -323,13 +343,16 @@ def dry_run_plan(
         request = next(runs)
         while True:
             several = isinstance(request, list)
+            reports = []
             for run in request if several else [request]:
-                same = run.data == recipe.data or DRY_RUN in str(run.data)
-                some = rows if same else load_rows(run)
+                sample = rows
+                if run.data != recipe.data and DRY_RUN not in str(run.data):
+                    sample = load_rows(run)
                 if run.plan is None:
-                    required |= dry_run(run, some).require()
+                    required |= dry_run(run, sample).require()
                 else:
-                    required |= dry_run_plan(run, some, load_rows)
-            request = runs.send([DryRunReport() for _ in request] if several else DryRunReport())
+                    required |= dry_run_plan(run, sample, load_rows)
+                reports.append(DryRunReport())
+            request = runs.send(reports if several else reports[0])
     except StopIteration:
         return required

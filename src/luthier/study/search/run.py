@@ -138,7 +138,10 @@ def progress_line(spec: SearchSpec, trial: Trial) -> str:
     """Which configuration was measured, and what came of it."""
     observation, measurement = trial.observation, trial.measurement
     text = f"{observation.number}. "
-    text += "the unchanged recipe" if trial.kind == "recipe" else describe(observation.point)
+    if trial.kind == "recipe":
+        text += "the unchanged recipe"
+    else:
+        text += describe(observation.point)
     if observation.share < 1:
         text += f" ({format_number(observation.share, True)} of the steps)"
     if measurement.failed:

@@ -219,11 +219,14 @@ class TrialStore:
 
 def attributes(t: Any) -> dict[str, Any]:
     """What is written down of one of Optuna's trials, also by version 0.1."""
-    attrs = {FORMER_ATTRIBUTES.get(key, key): value for key, value in t.user_attrs.items()}
+    attrs: dict[str, Any] = {}
+    for key, value in t.user_attrs.items():
+        attrs[FORMER_ATTRIBUTES.get(key, key)] = value
     attrs["kind"] = FORMER_KINDS.get(attrs["kind"], attrs["kind"])
     if "code" not in attrs:
-        idle = FORMER_IDLE_MESSAGE in attrs.get("failed", "")
-        attrs["code"] = NothingMoves.code if idle else ""
+        attrs["code"] = ""
+        if FORMER_IDLE_MESSAGE in attrs.get("failed", ""):
+            attrs["code"] = NothingMoves.code
     return attrs
 
 

@@ -117,7 +117,9 @@ def judge(
         text = f"# Found by luthier search: {describe(point)}.\n{arms[name].but(output_dir=None).yaml()}"
         files.write_text(folder / f"{name}.yaml", text)
     callback.stage("on test seeds")
-    rows = {} if spec.test_data is None else {"eval_data": spec.test_data}
+    rows = {}
+    if spec.test_data is not None:
+        rows["eval_data"] = spec.test_data
     for name, recipe in arms.items():
         arms[name] = recipe.but(evaluate=[*(recipe.evaluate or ()), *spec.evaluate], **rows)
     comparison_spec = ComparisonSpec(
