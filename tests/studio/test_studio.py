@@ -362,7 +362,7 @@ def test_a_run_of_the_shell_is_watched_exported_and_asked(desk, monkeypatch):
     assert f"script-src {script_hash()};" in page.headers["content-security-policy"] and "<h1>" in page.text
     made = client.post("/api/runs/first/export", json={"kind": "lora"}).json()
     assert (
-        "outputs match the tuned model" in made["said"]
+        "outputs match the tuned model" in made["message"]
         and (desk / made["to"] / "adapter_model.safetensors").is_file()
     )
     assert "not empty" in client.post("/api/runs/first/export", json={"kind": "lora"}).json()["error"]

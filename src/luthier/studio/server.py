@@ -387,7 +387,7 @@ def add_run_routes(app: FastAPI, store: RunStore, worker: Callable[[Path], Any])
             sentence = exporter.ask("export", folder=str(folder), kind=kind, to=target)
         finally:
             exporter.end()
-        return {"to": target, "said": sentence}
+        return {"to": target, "message": sentence}
 
     @app.get("/runs/{name}/report.html")
     def report(name: str) -> Response:

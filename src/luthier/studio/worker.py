@@ -86,7 +86,7 @@ def check(changes: Mapping[str, str], read_rows: bool = True) -> dict[str, Any]:
     from luthier.recipe.validate import validate
     from luthier.run.folder import default_folder
 
-    answer: dict[str, Any] = {"text": "", "whole": "", "told": [], "error": "", "name": ""}
+    answer: dict[str, Any] = {"text": "", "whole": "", "warnings": [], "error": "", "name": ""}
     try:
         keys = read_form(changes)
         keys.pop("output_dir", None)
@@ -94,7 +94,7 @@ def check(changes: Mapping[str, str], read_rows: bool = True) -> dict[str, Any]:
             answer["text"] = yaml.safe_dump(keys, sort_keys=False, allow_unicode=True, width=110)
         recipe = Recipe.load(keys)
         answer["whole"] = recipe.yaml()
-        answer["told"] = list(recipe.warnings)
+        answer["warnings"] = list(recipe.warnings)
         answer["name"] = default_folder(recipe).name
         if read_rows:
             if recipe.data is None:

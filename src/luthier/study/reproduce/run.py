@@ -41,10 +41,10 @@ def reproduce(
         seeds = claim.seeds
     if not 2 <= seeds <= MAX_SEEDS:
         raise RecipeError(f"--seeds: an interval needs 2 to {MAX_SEEDS} seeds, not {seeds}")
-    result = {"claim": claim.claim, "paper": claim.paper, "mark": claim.fingerprint()}
+    result = {"claim": claim.claim, "paper": claim.paper, "fingerprint": claim.fingerprint()}
     if claim.untestable:
         tell(f"{name}: {UNTESTABLE}: {claim.untestable}")
-        result |= {"verdict": UNTESTABLE, "why": claim.untestable, "date": str(date.today())}
+        result |= {"verdict": UNTESTABLE, "reason": claim.untestable, "date": str(date.today())}
     else:
         result |= _run(claim, seeds, runs, tell)
         tell(f"{name}: {result['verdict']}")
