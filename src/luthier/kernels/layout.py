@@ -62,10 +62,9 @@ def joined(layouts: Sequence[Layout], tokens: Sequence[int]) -> Layout:
         tokens_before += count
         positions_before += layout.source.shape[1]
         pieces_before += len(layout.sees)
-    return Layout(
-        **{name: torch.cat(parts, -1) for name, parts in columns.items()},
-        sees=torch.block_diag(*(x.sees for x in layouts)).bool(),
-    )
+    tensors = {name: torch.cat(parts, -1) for name, parts in columns.items()}
+    sees = torch.block_diag(*(layout.sees for layout in layouts)).bool()
+    return Layout(**tensors, sees=sees)
 
 
 def _shifted(index: Tensor, by: int) -> Tensor:

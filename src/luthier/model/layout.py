@@ -59,7 +59,9 @@ def lay_out(
     if width:
         width = max(width, *lengths)
     rows = _pack(lengths, width)
-    wide = max(sum(lengths[b] for b in row) for row in rows)
+    wide = 0
+    for row in rows:
+        wide = max(wide, sum(lengths[b] for b in row))
     pieces = _pieces(blocks, rows, sizes, wide, virtual)
 
     size = torch.tensor([p.size for p in pieces])
